@@ -1,0 +1,170 @@
+"""Every error this package raises on purpose, as one tree.
+
+::
+
+    AtroposVerlError
+    ├── ConfigError (ValueError)              a setting is unknown, of the wrong type, or contradicts another
+    ├── AtroposAPIError                       the trajectory API; str() tells the user what to do
+    │   ├── AtroposConnectionError (ConnectionError)   refused, DNS, TLS, unreachable, reset
+    │   ├── AtroposTimeoutError (TimeoutError)         no answer, or no batch, in time
+    │   ├── AtroposHTTPStatusError                     4xx or 5xx
+    │   └── AtroposProtocolError (ValueError)          not an Atropos API, or an answer that breaks its contract
+    ├── DataError (ValueError)                a group of trajectories cannot be trained on
+    │   └── UnsupportedFieldError             a ScoredData field this trainer does not use, refused by name
+    ├── EngineError                           inference
+    │   ├── GenerationRequestError (ValueError)        the request itself is wrong (HTTP 400)
+    │   └── EngineStoppedError                         the engine is gone (HTTP 503)
+    ├── WeightSyncError                       the engine does not hold the trainer's weights (canary)
+    ├── TrainingDivergedError                 a loss or gradient that is not finite
+    ├── CheckpointError                       a checkpoint that cannot be written or read
+    └── ServiceError                          a process of the run died or never became ready
+
+Every class can be pickled with its attributes (they cross process boundaries under Ray): attributes are set by
+``__init__`` from positional arguments and restored by ``__reduce__``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = [
+    "AtroposAPIError",
+    "AtroposConnectionError",
+    "AtroposHTTPStatusError",
+    "AtroposProtocolError",
+    "AtroposTimeoutError",
+    "AtroposVerlError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "EngineError",
+    "EngineStoppedError",
+    "GenerationRequestError",
+    "ServiceError",
+    "TrainingDivergedError",
+    "UnsupportedFieldError",
+    "WeightSyncError",
+]
+
+
+def _rebuild(cls: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> BaseException:
+    error = cls.__new__(cls)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class AtroposVerlError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, dict(self.__dict__))
+
+
+class ConfigError(AtroposVerlError, ValueError):
+    """A setting is unknown, of the wrong type, out of range, or contradicts another one.
+
+    ``key`` is the dotted name of the setting (``"optim.lr"``), or ``""`` when it concerns the whole.
+    """
+
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(f"{key}: {message}" if key else message)
+        self.key = key
+
+
+class AtroposAPIError(AtroposVerlError):
+    """The trajectory API did not do what was asked. ``str(error)`` tells the user what to check.
+
+    ``reason`` is one line, true to the case; ``base_url`` is the API as the user configured it.
+    """
+
+    def __init__(self, reason: str, base_url: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.base_url = base_url
+
+    def __str__(self) -> str:
+        if not self.base_url:
+            return f"ATROPOS API ERROR: {self.reason}"
+        return (
+            f"ATROPOS API ERROR: {self.reason}\n\n"
+            "Ensure that:\n"
+            f"1. Atropos server is running on {self.base_url}\n"
+            "2. The API endpoints are accessible\n"
+            "3. Network connectivity is available"
+        )
+
+
+class AtroposConnectionError(AtroposAPIError, ConnectionError):
+    """No connection: refused, host not found, TLS failure, unreachable, or reset while talking."""
+
+
+class AtroposTimeoutError(AtroposAPIError, TimeoutError):
+    """The API did not answer, or had no batch, within the time allowed (seconds)."""
+
+
+class AtroposHTTPStatusError(AtroposAPIError):
+    """The API answered with an HTTP error. ``status_code`` is the code, ``body`` the start of the answer."""
+
+    def __init__(self, reason: str, base_url: str = "", status_code: int = 0, body: str = "") -> None:
+        super().__init__(reason, base_url)
+        self.status_code = status_code
+        self.body = body
+
+
+class AtroposProtocolError(AtroposAPIError, ValueError):
+    """The server answered, but not as an Atropos trajectory API does."""
+
+
+class DataError(AtroposVerlError, ValueError):
+    """A group of trajectories cannot be trained on. The message names field, sequence, index and value."""
+
+
+class UnsupportedFieldError(DataError):
+    """The group carries a field this trainer does not use; the message names the config key that ignores it."""
+
+
+class EngineError(AtroposVerlError):
+    """The inference engine failed."""
+
+
+class GenerationRequestError(EngineError, ValueError):
+    """The request itself is wrong (too long, bad parameter). ``param`` names the offending parameter."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class EngineStoppedError(EngineError):
+    """The engine was closed, or its thread died, while the request waited."""
+
+
+class WeightSyncError(AtroposVerlError):
+    """The inference engine does not hold the trainer's weights."""
+
+
+class TrainingDivergedError(AtroposVerlError):
+    """The loss or the gradient norm is not finite."""
+
+
+class CheckpointError(AtroposVerlError):
+    """A checkpoint could not be written or read."""
+
+
+class ServiceError(AtroposVerlError):
+    """A process of the run died or never became ready.
+
+    ``service`` is its name, ``returncode`` its exit status (None: still running, negative: signal number),
+    ``log_tail`` the last lines of its log.
+    """
+
+    def __init__(self, message: str, service: str = "", returncode: int | None = None, log_tail: str = "") -> None:
+        super().__init__(message)
+        self.service = service
+        self.returncode = returncode
+        self.log_tail = log_tail
+
+    def __str__(self) -> str:
+        text = str(self.args[0])
+        return f"{text}\n--- last lines of {self.service} ---\n{self.log_tail}" if self.log_tail else text

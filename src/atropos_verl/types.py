@@ -1,0 +1,196 @@
+"""The pipeline's types, in the order data meets them.
+
+Shape legend: ``G`` sequences in a group, ``T`` tokens of one sequence (``T_g`` where sequences differ),
+``B`` sequences of a batch, ``L`` padded length. Arrays are numpy until ``data/batching.py``.
+
+::
+
+    GET /batch bytes → ScoredGroup → TrainingSample → TrainingBatch → LossOutput → StepReport
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "LossOutput",
+    "QuarantinedGroup",
+    "SampleReport",
+    "SampleSettings",
+    "ScoredGroup",
+    "StepReport",
+    "TrainingBatch",
+    "TrainingSample",
+]
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredGroup:
+    """G scored sequences of one prompt, as an environment posted them. Decoded, not yet validated.
+
+    Example: two answers to one question, prompt ``[5, 6]``::
+
+        token_ids = ([5, 6, 7], [5, 6, 8, 2]); masks = ([-100, -100, 7], [-100, -100, 8, 2]); scores = [1., 0.]
+
+    ``defect`` is set when the bytes could not even be decoded into these types (the arrays are then empty):
+    ``build_samples`` quarantines such a group with that reason. ``raw`` is the group's own JSON, for quarantine.
+    """
+
+    token_ids: tuple[IntArray, ...]
+    """[G][T_g] token ids."""
+    masks: tuple[IntArray, ...]
+    """[G][T_g]; -100 = not trained, otherwise equal to the token id."""
+    scores: FloatArray
+    """[G] raw scores."""
+    advantages: tuple[FloatArray | None, ...] | None = None
+    """[G][T_g] token-level overrides of the group baseline; None (whole or per sequence) = absent."""
+    inference_logprobs: tuple[FloatArray | None, ...] | None = None
+    """[G][T_g] logprob of each token under the policy that sampled it; 1.0 on the wire means "no value"."""
+    ref_logprobs: tuple[FloatArray | None, ...] | None = None
+    overrides: tuple[dict[str, Any], ...] | None = None
+    """[G] per-sequence overrides (``set_advantage_to_zero``, ``temperature``)."""
+    group_overrides: dict[str, Any] | None = None
+    generation_params: dict[str, Any] | None = None
+    messages: Any | None = None
+    images: Any | None = None
+    distill_token_ids: Any | None = None
+    distill_logprobs: Any | None = None
+    env_id: int | None = None
+    group_id: str = ""
+    """Stable id within the run: content hash of the raw JSON, so a replay has the same id."""
+    unknown_fields: tuple[str, ...] = ()
+    """Names of fields this version does not know."""
+    defect: str | None = None
+    raw: bytes = b""
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSample:
+    """One sequence, validated, with its advantages.
+
+    Example: prompt ``[5, 6]``, answer ``[8, 2]``, token-level advantage 0.5::
+
+        token_ids = [5, 6, 8, 2]; loss_mask = [0, 0, 1, 1]; advantages = [0, 0, .5, .5]
+    """
+
+    token_ids: IntArray
+    """[T]"""
+    loss_mask: NDArray[np.bool_]
+    """[T]; True = the policy wrote this token and it is trained. Position 0 is never True (nothing predicts it)."""
+    advantages: FloatArray
+    """[T]; 0 where loss_mask is False."""
+    rollout_logprobs: FloatArray | None = None
+    """[T]; NaN where there is no value; None when the environment sent none."""
+    temperature: float = 1.0
+    score: float = 0.0
+    group_id: str = ""
+    sequence_index: int = 0
+    """Index of this sequence in its group."""
+    env_id: int | None = None
+    policy_version: int | None = None
+    truncated: bool = False
+
+    def __len__(self) -> int:
+        return int(self.token_ids.shape[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuarantinedGroup:
+    """A group that never reached a tensor, and why."""
+
+    group: ScoredGroup
+    reason: str
+    """Names field, sequence, index and value."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSettings:
+    """How groups become samples. Defaults are those of ``design.md``."""
+
+    vocab_size: int | None = None
+    """Ids outside ``[0, vocab_size)`` quarantine the group. None: only negative ids do."""
+    max_token_len: int | None = None
+    """Longest sequence that is trained, in tokens, inclusive. None: no bound."""
+    estimator: str = "grpo"
+    """``grpo`` | ``rloo`` | ``plain`` (the raw score)."""
+    normalization: str = "none"
+    """``none`` | ``batch`` | ``global``."""
+    clipping: tuple[float, float] | None = None
+    overlong: str = "drop"
+    """``drop`` | ``truncate`` | ``error``."""
+    on_bad_group: str = "quarantine"
+    """``quarantine`` | ``error``."""
+    default_temperature: float = 1.0
+    norm_adv_by_std_in_grpo: bool = True
+    """verl's name: divide the GRPO advantage by the group's standard deviation."""
+    ignore_fields: tuple[str, ...] = ()
+    """ScoredData fields that this trainer does not use and the user agreed to ignore (``data.ignore_fields``)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleReport:
+    """What became of a batch of groups."""
+
+    samples: list[TrainingSample] = field(default_factory=list)
+    quarantined: list[QuarantinedGroup] = field(default_factory=list)
+    dropped_overlong: int = 0
+    """Sequences longer than ``max_token_len`` that were left out of training."""
+    truncated: int = 0
+    groups: int = 0
+    """Groups that were used (quarantined ones not counted)."""
+    scores: FloatArray = field(default_factory=lambda: np.zeros(0))
+    """Raw scores of every sequence of every used group, overlong ones included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingBatch:
+    """B samples as right-padded tensors.
+
+    Example: samples of 3 and 2 tokens, pad id 0: ``input_ids = [[5, 6, 7], [5, 8, 0]]``, ``lengths = [3, 2]``.
+    """
+
+    input_ids: torch.Tensor
+    """[B, L] int64."""
+    loss_mask: torch.Tensor
+    """[B, L] bool."""
+    advantages: torch.Tensor
+    """[B, L] float32."""
+    rollout_logprobs: torch.Tensor
+    """[B, L] float32; NaN = no value."""
+    temperature: torch.Tensor
+    """[B] float32."""
+    lengths: torch.Tensor
+    """[B] int64, real tokens of each row."""
+    num_loss_tokens: int
+    """Trained tokens of the whole batch: the loss's denominator."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossOutput:
+    """``loss`` [] with a graph, and detached scalars for the log."""
+
+    loss: torch.Tensor
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One line of ``metrics.jsonl``. ``metrics`` holds the slash-named figures (``reward/mean``, ``timing/train`` …)."""
+
+    step: int
+    policy_version: int
+    loss: float
+    metrics: dict[str, float | int | None] = field(default_factory=dict)
