@@ -188,7 +188,7 @@ class LossOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """One line of ``metrics.jsonl``. ``metrics`` holds the slash-named figures (``reward/mean``, ``timing/train`` …)."""
+    """One line of ``metrics.jsonl``; ``metrics`` holds the slash-named figures (``reward/mean``, ``timing/train``)."""
 
     step: int
     policy_version: int

@@ -1,0 +1,340 @@
+"""Every setting of a run: typed, frozen, validated at construction, explained under each field.
+
+The YAML files under ``recipe/atropos/config`` are Hydra files over this schema; ``RunConfig.from_mapping`` is the one
+way in, from YAML, from the command line and from the plain dictionaries of ``AtroposTrainer.from_config``. This
+module imports neither torch nor verl, so a typo is reported before anything slow starts.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from atropos_verl.errors import ConfigError
+
+__all__ = [
+    "AlgorithmConfig",
+    "AtroposConfig",
+    "DataConfig",
+    "EnvConfig",
+    "EvalConfig",
+    "GatewayConfig",
+    "InferenceConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "SyncConfig",
+    "TrainerConfig",
+    "apply_environment",
+    "describe",
+]
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+def _clipping(value: Any) -> Any:
+    """``None`` and ``[low, high]`` are the two forms; OmegaConf hands lists over as lists."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class AtroposConfig(_Section):
+    """The trajectory API."""
+
+    api_url: str | None = Field(None, description="URL of a running trajectory API; null: start one for this run")
+    timeout: PositiveFloat = Field(30.0, description="seconds; bound on one call to the API, its retries included")
+    token: str | None = Field(None, description="bearer token for a protected API")
+    headers: dict[str, str] = Field(default_factory=dict, description="extra HTTP headers for the API")
+    ca_file: str | None = Field(None, description="certificate authority file for https; null: the system's")
+    rollout_timeout: PositiveFloat = Field(600.0, description="seconds without any batch before the run is given up")
+    reset: bool = Field(False, description="GET /reset_data before registering (forgets what an earlier run left)")
+
+    @model_validator(mode="after")
+    def _check_url(self) -> Self:
+        if self.api_url is not None:
+            parts = urlsplit(self.api_url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError(f"api_url: {self.api_url!r} is not an http:// or https:// URL with a host")
+        return self
+
+
+class ModelConfig(_Section):
+    """The policy."""
+
+    path: str | None = Field(None, description="Hugging Face model directory; null: the shipped demo model")
+    tokenizer_path: str | None = Field(None, description="tokenizer directory; null: the model's")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of the trained (master) weights")
+    compute_dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of forward and backward")
+    attn_implementation: str = Field("sdpa", description="attention of transformers")
+    enable_gradient_checkpointing: bool = Field(False, description="recompute activations in the backward")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    override_config: dict[str, Any] = Field(default_factory=dict, description="passed to the Hugging Face config")
+
+
+class OptimConfig(_Section):
+    """AdamW, with verl's names."""
+
+    lr: NonNegative = Field(5e-4, description="learning rate")
+    weight_decay: NonNegative = Field(0.0, description="AdamW weight decay")
+    betas: tuple[float, float] = Field((0.9, 0.99), description="AdamW betas")
+    clip_grad: PositiveFloat = Field(1.0, description="bound on the gradient norm")
+    lr_warmup_steps: int = Field(0, ge=0, description="linear warm-up, in steps")
+    lr_scheduler_type: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="cosine: last learning rate over the first")
+
+
+class AlgorithmConfig(_Section):
+    """How scores become advantages."""
+
+    adv_estimator: Literal["grpo", "rloo", "plain"] = Field(
+        "grpo", description="baseline within the group; plain: the raw score"
+    )
+    norm_adv_by_std_in_grpo: bool = Field(True, description="divide by the group's standard deviation")
+
+
+class LossConfig(_Section):
+    """Which loss, and the settings of the clipped-ratio one (verl's names and defaults)."""
+
+    type: Literal["advantage_weighted_sft", "grpo"] | None = Field(
+        None, description="null: advantage_weighted_sft if use_advantage_weighting, else grpo"
+    )
+    clip_ratio_low: NonNegative = Field(0.2, description="grpo: lower clip of the ratio")
+    clip_ratio_high: NonNegative = Field(0.2, description="grpo: upper clip of the ratio")
+    clip_ratio_c: float = Field(3.0, gt=1, description="grpo: dual clip for negative advantages")
+    tis_cap: float | None = Field(2.0, gt=0, description="grpo: cap of the truncated importance weight; null: off")
+    ppo_epochs: PositiveInt = Field(1, description="grpo: passes over one batch")
+    ppo_mini_batches: PositiveInt = Field(1, description="grpo: optimiser steps per pass")
+
+
+class DataConfig(_Section):
+    """What happens to groups before they are trained on."""
+
+    max_prompt_length: PositiveInt = Field(64, description="tokens of a prompt at most")
+    max_token_len: PositiveInt | None = Field(
+        None, description="tokens of a sequence at most; null: max_prompt_length + max_response_length"
+    )
+    overlong: Literal["drop", "truncate", "error"] = Field("drop", description="sequences longer than that")
+    on_bad_group: Literal["quarantine", "error"] = Field("quarantine", description="groups that are not valid")
+    ignore_fields: tuple[str, ...] = Field((), description="ScoredData fields to ignore that this trainer cannot use")
+    default_temperature: PositiveFloat = Field(1.0, description="where a group does not say its own")
+
+
+class GatewayConfig(_Section):
+    """The HTTP surface that environments call."""
+
+    host: str = Field("127.0.0.1", description="address to bind")
+    port: Port = Field(0, description="0: any free port")
+    api_key: str | None = Field(None, description="bearer key that environments must send")
+    advertise_url: str | None = Field(None, description="URL environments reach it at, where it differs")
+
+
+class InferenceConfig(_Section):
+    """The embedded engine."""
+
+    max_running: PositiveInt = Field(64, description="sequences generated at the same time")
+    max_context_len: PositiveInt | None = Field(None, description="tokens; null: the sequence bound of the data")
+    release_weights: bool = Field(True, description="free the engine's weights too while the trainer trains")
+    num_threads: PositiveInt | None = Field(None, description="torch threads of the engine; null: torch's default")
+
+
+class EnvConfig(_Section):
+    """The environment that is started when no atropos.api_url is given."""
+
+    script: str | None = Field(None, description="path of an Atropos environment; null: the demo environment")
+    python: str | None = Field(None, description="its interpreter; null: the one that runs the trainer")
+    args: tuple[str, ...] = Field((), description='further arguments, e.g. ["--env.some_key","3"]')
+    max_batches_offpolicy: PositiveInt = Field(1, description="batches it may queue ahead; 1: on-policy as can be")
+    startup_timeout: PositiveFloat = Field(120.0, description="seconds until it must have registered")
+
+
+class EvalConfig(_Section):
+    """Held-out score, by the environment's own `evaluate` command."""
+
+    before: bool = Field(True, description="evaluate before the first step")
+    after: bool = Field(True, description="evaluate after the last step")
+    timeout: PositiveFloat = Field(300.0, description="seconds for one evaluation")
+
+
+class SyncConfig(_Section):
+    """Weight sync, trainer → engine."""
+
+    canary: bool = Field(True, description="after every sync compare the engine's logprobs with the trainer's")
+    canary_threshold: PositiveFloat = Field(1e-3, description="largest absolute logprob difference that passes")
+    canary_text: str = Field("The quick brown fox jumps over the lazy dog.", description="what is compared")
+
+
+class TrainerConfig(_Section):
+    """verl's engine and trackers."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    strategy: Literal["fsdp2", "fsdp"] = Field("fsdp2", description="verl engine")
+    max_token_len_per_gpu: PositiveInt = Field(16384, description="tokens of one micro-batch at most")
+    logger: tuple[str, ...] = Field((), description="verl trackers: tensorboard, wandb, … (metrics.jsonl is always)")
+    project_name: str = Field("atropos_verl", description="name for trackers and wandb_project at the API")
+    experiment_name: str = Field("demo", description="name for trackers and wandb_group at the API")
+    max_ckpt_to_keep: PositiveInt | None = Field(2, description="older checkpoints are removed; null: keep all")
+
+
+class RunConfig(_Section):
+    """One training run."""
+
+    steps: PositiveInt = Field(60, description="optimiser steps (batches) of the whole run")
+    seed: int = Field(0, ge=0, description="seed of sampling, of the environment and of the trainer")
+    run_dir: str | None = Field(None, description="where everything of the run lies; null: runs/NAME-DATE-TIME")
+    batch_size: PositiveInt = Field(64, description="sequences per step")
+    group_size: PositiveInt = Field(8, description="sequences per prompt")
+    save_freq: int = Field(20, ge=-1, description="checkpoint every N steps and at the end; -1: never")
+    resume: str = Field(
+        "auto", description="auto: newest checkpoint in run_dir; disable; or a checkpoint path"
+    )
+    max_response_length: PositiveInt = Field(32, description="new tokens per turn, at most")
+    temperature: PositiveFloat = Field(1.0, description="of rollouts that the trainer itself samples")
+    use_advantage_weighting: bool = Field(True, description="advantage-weighted loss; false: GRPO's clipped ratio")
+    advantage_normalization: Literal["none", "batch", "global"] = Field("none", description="over trained tokens")
+    advantage_clipping: Annotated[tuple[float, float] | None, BeforeValidator(_clipping)] = Field(
+        None, description="[low, high] or null"
+    )
+    batch_retry_attempts: PositiveInt = Field(8, description="quick tries of one wait for a batch")
+    batch_retry_delay: PositiveFloat = Field(0.3, description="seconds before the second try; grows by 1.5")
+    batch_max_wait_time: PositiveFloat = Field(12.0, description="seconds; bound on one whole wait for a batch")
+    atropos: AtroposConfig = Field(default_factory=AtroposConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    gateway: GatewayConfig = Field(default_factory=GatewayConfig)
+    inference: InferenceConfig = Field(default_factory=InferenceConfig)
+    env: EnvConfig = Field(default_factory=EnvConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    sync: SyncConfig = Field(default_factory=SyncConfig)
+    trainer: TrainerConfig = Field(default_factory=TrainerConfig)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> RunConfig:
+        """Validate a nested mapping. Raises ``ConfigError`` naming every key that is wrong."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise _as_config_error(error) from None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch_size % self.group_size:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of group_size ({self.group_size}): "
+                "an upstream trajectory API never delivers a batch that splits a group"
+            )
+        clipping = self.advantage_clipping
+        if clipping is not None and not clipping[0] < clipping[1]:
+            raise ValueError(f"advantage_clipping {list(clipping)}: the lower bound must be below the upper one")
+        weighted = self.use_advantage_weighting
+        explicit = "use_advantage_weighting" in self.model_fields_set
+        if explicit and self.loss.type is not None and weighted != (self.loss.type != "grpo"):
+            raise ValueError(f"use_advantage_weighting={weighted} contradicts loss.type={self.loss.type}; set one")
+        if self.data.max_token_len is not None and self.data.max_token_len <= self.max_response_length:
+            raise ValueError(
+                f"data.max_token_len ({self.data.max_token_len}) leaves no room for a prompt beside "
+                f"max_response_length ({self.max_response_length})"
+            )
+        if self.loss_type != "grpo" and (self.loss.ppo_epochs > 1 or self.loss.ppo_mini_batches > 1):
+            raise ValueError("loss.ppo_epochs and loss.ppo_mini_batches above 1 need loss.type=grpo (its ratio)")
+        if self.gateway.api_key is None and self.gateway.host not in ("127.0.0.1", "localhost", "::1"):
+            raise ValueError(
+                f"gateway.host={self.gateway.host} serves the policy to the network without a key; set gateway.api_key"
+            )
+        return self
+
+    @property
+    def loss_type(self) -> str:
+        """``advantage_weighted_sft`` or ``grpo``."""
+        return self.loss.type or ("advantage_weighted_sft" if self.use_advantage_weighting else "grpo")
+
+    @property
+    def max_token_len(self) -> int:
+        """Longest sequence that is trained, in tokens, inclusive."""
+        return self.data.max_token_len or self.data.max_prompt_length + self.max_response_length
+
+    @property
+    def is_attached(self) -> bool:
+        """True when the trajectory API is the user's and nothing but the gateway is started."""
+        return self.atropos.api_url is not None
+
+    def resolve_run_dir(self) -> Path:
+        """The run directory, absolute; named by date and time where none is given. Creates nothing."""
+        if self.run_dir is not None:
+            return Path(self.run_dir).expanduser().absolute()
+        return Path("runs", time.strftime(f"{self.trainer.experiment_name}-%Y%m%d-%H%M%S")).absolute()
+
+
+def _as_config_error(error: ValidationError) -> ConfigError:
+    lines = []
+    first = ""
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "constrained-")))
+        message = str(item["msg"]).removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "unknown key; --help lists all keys"
+        elif item["type"] != "value_error":
+            message = f"{message}, got {item['input']!r}"
+        first = first or key
+        lines.append(f"{key}: {message}" if key else message)
+    if len(lines) == 1 and first:
+        return ConfigError(lines[0].removeprefix(f"{first}: "), first)
+    result = ConfigError("\n".join(lines))
+    result.key = first
+    return result
+
+
+def apply_environment(
+    values: dict[str, Any], environ: Mapping[str, str] | None = None, command_line_keys: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """Put ``ATROPOS_API_URL``, ``ATROPOS_TIMEOUT`` and ``ATROPOS_API_TOKEN`` over the file's values.
+
+    Keys that the command line set (``command_line_keys``, dotted) win over the environment.
+    """
+    environ = os.environ if environ is None else environ
+    names = {"ATROPOS_API_URL": "api_url", "ATROPOS_TIMEOUT": "timeout", "ATROPOS_API_TOKEN": "token"}
+    section = dict(values.get("atropos") or {})
+    for variable, key in names.items():
+        value = environ.get(variable, "").strip()
+        if not value or f"atropos.{key}" in command_line_keys:
+            continue
+        if key == "timeout":
+            try:
+                float(value)
+            except ValueError:
+                raise ConfigError(f"environment variable {variable}={value!r} is not a number of seconds") from None
+        section[key] = value
+    return {**values, "atropos": section}
+
+
+def describe() -> list[tuple[str, str, Any, str]]:
+    """Every key as ``(dotted name, type, default, meaning)``, in the order of the schema, for ``--help``."""
+    rows: list[tuple[str, str, Any, str]] = []
+
+    def walk(model: type[BaseModel], prefix: str) -> None:
+        for name, info in model.model_fields.items():
+            annotation = info.annotation
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                walk(annotation, f"{prefix}{name}.")
+                continue
+            text = getattr(annotation, "__name__", None) if isinstance(annotation, type) else None
+            kind = text or str(annotation).replace("typing.", "").replace("NoneType", "None")
+            rows.append((f"{prefix}{name}", kind, info.get_default(call_default_factory=True), info.description or ""))
+
+    walk(RunConfig, "")
+    return rows
