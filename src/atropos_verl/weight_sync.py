@@ -1,0 +1,170 @@
+"""From the trainer's weights to an engine that serves them: ``AtroposShardingManager``.
+
+The rollout phase is the body of the ``with`` block::
+
+    RELEASED ──enter──▶ resume_memory_occupation → update_weights_from_tensor → canary → gate.resume ──▶ SERVING
+    SERVING  ──exit───▶ gate.pause (at a token boundary) → release_memory_occupation ──▶ RELEASED
+
+If any step of *enter* fails the gate stays closed and the error is raised; entering again starts over. *Exit* never
+masks the exception of the body: a failure while leaving is then logged and attached to it as a note.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from atropos_verl.errors import WeightSyncError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["AtroposShardingManager", "Canary", "PausableGate", "SyncReport", "SyncableEngine", "WeightSource"]
+
+logger = logging.getLogger(__name__)
+
+
+class WeightSource(Protocol):
+    """The trainer's side."""
+
+    @property
+    def policy_version(self) -> int:
+        """Grows by one with every optimiser step."""
+
+    def named_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """Full weights by Hugging Face name."""
+
+
+class SyncableEngine(Protocol):
+    """The engine's side: SGLang's and verl's three verbs. ``update_weights_from_tensor`` may also take
+    ``policy_version=`` and may return the bytes it copied."""
+
+    def update_weights_from_tensor(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Any: ...
+
+    def resume_memory_occupation(self) -> Any: ...
+
+    def release_memory_occupation(self) -> Any: ...
+
+
+class PausableGate(Protocol):
+    """What stands between requests and the engine."""
+
+    def pause(self, timeout: float) -> Any: ...
+
+    def resume(self) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncReport:
+    """One weight sync."""
+
+    policy_version: int
+    seconds: float
+    bytes_copied: int
+    canary_max_abs_logprob_diff: float | None
+    """None when no canary is set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Canary:
+    """A fixed prompt whose logprobs trainer and engine must agree on after every sync."""
+
+    trainer_logprobs: Callable[[], Sequence[float]]
+    engine_logprobs: Callable[[], Sequence[float]]
+    threshold: float
+    """Largest absolute difference of a logprob that passes, in nats."""
+
+    def check(self) -> float:
+        """The largest difference. Raises ``WeightSyncError`` above the threshold or when one is not finite."""
+        expected, actual = list(self.trainer_logprobs()), list(self.engine_logprobs())
+        if len(expected) != len(actual) or not expected:
+            raise WeightSyncError(f"canary: trainer gave {len(expected)} logprobs, engine {len(actual)}")
+        worst = max(abs(a - b) if math.isfinite(a - b) else math.inf for a, b in zip(expected, actual, strict=True))
+        if worst > self.threshold:
+            raise WeightSyncError(
+                f"after the weight sync the engine's logprobs differ from the trainer's by up to {worst:.3g} "
+                f"(sync.canary_threshold={self.threshold:g}): it does not hold the trained weights, or computes in "
+                "another precision. Check that model.path is the same on both sides; for bf16 raise the threshold"
+            )
+        return worst
+
+
+class AtroposShardingManager:
+    """Context manager around the rollout phase: newest weights in, gate open; gate shut, memory released.
+
+    Args:
+        engine: anything with the three methods of ``SyncableEngine``.
+        source: where the weights come from; they are copied on every enter.
+        gate: paused on exit, resumed on enter; None when the engine pauses by itself.
+        canary: checked after every sync, before the gate opens.
+        pause_timeout: seconds to wait for the token boundary.
+    """
+
+    def __init__(
+        self,
+        engine: SyncableEngine,
+        source: WeightSource,
+        *,
+        gate: PausableGate | None = None,
+        canary: Canary | None = None,
+        pause_timeout: float = 60.0,
+    ) -> None:
+        self.engine = engine
+        self.source = source
+        self.gate = gate
+        self.canary = canary
+        self.pause_timeout = pause_timeout
+        self.last_sync: SyncReport | None = None
+        self.syncs = 0
+        self._takes_version = "policy_version" in inspect.signature(engine.update_weights_from_tensor).parameters
+
+    def __enter__(self) -> Self:
+        self.engine.resume_memory_occupation()
+        self.sync()
+        if self.gate is not None:
+            self.gate.resume()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if self.gate is not None:
+                self.gate.pause(self.pause_timeout)
+            self.engine.release_memory_occupation()
+        except Exception as error:
+            if exc is None:
+                raise
+            logger.exception("leaving the rollout phase failed while %s was on its way", type(exc).__name__)
+            exc.add_note(f"(leaving the rollout phase failed as well: {error!r})")
+
+    def sync(self) -> SyncReport:
+        """Copy the source's weights into the engine and check the canary. The gate must be closed.
+
+        Raises:
+            WeightSyncError: a tensor does not fit, or the canary found a difference.
+        """
+        version = self.source.policy_version
+        started = time.perf_counter()
+        if self._takes_version:
+            copied = self.engine.update_weights_from_tensor(  # type: ignore[call-arg]
+                self.source.named_tensors(), policy_version=version
+            )
+        else:
+            copied = self.engine.update_weights_from_tensor(self.source.named_tensors())
+        seconds = time.perf_counter() - started
+        difference = None if self.canary is None else self.canary.check()
+        self.last_sync = SyncReport(
+            policy_version=version,
+            seconds=seconds,
+            bytes_copied=copied if isinstance(copied, int) else 0,
+            canary_max_abs_logprob_diff=difference,
+        )
+        self.syncs += 1
+        return self.last_sync
