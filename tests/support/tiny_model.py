@@ -1,0 +1,81 @@
+"""A tiny random Qwen2 and a byte-level ChatML tokenizer, built on the spot: no test needs a download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["CHATML_TEMPLATE", "build_tiny_model", "build_tiny_tokenizer"]
+
+CHATML_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def build_tiny_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:
+    """Byte-level tokenizer: 256 single-byte tokens, then ``<|endoftext|>`` 256, ``<|im_start|>`` 257, ``<|im_end|>`` 258.
+
+    No merges, so a text of k UTF-8 bytes is exactly k tokens, and any split of the text encodes alike. ``eos`` is
+    ``<|im_end|>``, ``pad`` is ``<|endoftext|>``. Written to ``path`` when given.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    tokenizer.chat_template = CHATML_TEMPLATE
+    if path is not None:
+        tokenizer.save_pretrained(str(path))
+    return tokenizer
+
+
+def build_tiny_model(
+    path: str | Path,
+    *,
+    hidden: int = 64,
+    layers: int = 2,
+    heads: int = 2,
+    kv_heads: int | None = None,
+    intermediate: int | None = None,
+    vocab_size: int | None = None,
+    max_position_embeddings: int = 2048,
+    tie_word_embeddings: bool = True,
+    dtype: Any = None,
+    seed: int = 0,
+) -> Path:
+    """Write a randomly initialised Qwen2 and its tokenizer to ``path`` (a Hugging Face model directory) and return it.
+
+    ``vocab_size`` pads the embedding beyond the tokenizer's 259 ids. ``seed`` fixes the weights; the global torch
+    generator is left as it was. Defaults: 2 layers of 64, about 0.1 M parameters, built in well under a second.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    target = Path(path)
+    tokenizer = build_tiny_tokenizer(target)
+    config = Qwen2Config(
+        vocab_size=max(len(tokenizer), vocab_size or 0),
+        hidden_size=hidden,
+        intermediate_size=intermediate or 2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads or max(1, heads // 2),
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=tie_word_embeddings,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
+    model.save_pretrained(str(target))
+    return target
