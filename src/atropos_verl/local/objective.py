@@ -38,7 +38,9 @@ class LossFunction:
         """Mean of each metric over this rank's trained tokens."""
         return {key: value / max(self._weight, 1.0) for key, value in self._sums.items()}
 
-    def __call__(self, model_output: dict[str, Any], data: Any, dp_group: Any = None) -> tuple[torch.Tensor, dict[str, Any]]:
+    def __call__(
+        self, model_output: dict[str, Any], data: Any, dp_group: Any = None
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         del dp_group
         logprobs = _at_their_tokens(model_output["log_probs"].values(), data["input_ids"].offsets())
         mask = data["loss_mask"].values().bool()

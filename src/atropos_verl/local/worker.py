@@ -361,6 +361,7 @@ def _average(outputs: list[TrainOutput]) -> TrainOutput:
 @contextlib.contextmanager
 def _verl_prints_to_log() -> Iterator[None]:
     """verl 0.9.1 prints while it builds and saves; send that to our log, not into the live table."""
+
     class _Writer:
         def write(self, text: str) -> int:
             if text.strip():

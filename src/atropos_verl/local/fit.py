@@ -1,0 +1,153 @@
+"""Environment-driven training: serve the policy, take batches, train, sync, until the steps are done."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from atropos_verl.errors import AtroposAPIError, AtroposTimeoutError
+from atropos_verl.local.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from atropos_verl.local.selfplay import register_trainer
+from atropos_verl.report.metrics_log import MetricsLog
+from atropos_verl.types import StepReport
+
+if TYPE_CHECKING:
+    from atropos_verl.local.trainer import AtroposTrainer, RolloutData
+
+__all__ = ["Progress", "fit", "resume_if_asked"]
+
+logger = logging.getLogger(__name__)
+
+
+class Progress(Protocol):
+    """Where a run says what it is doing."""
+
+    def phase(self, name: str) -> None: ...
+
+    def note(self, message: str) -> None: ...
+
+    def step(self, report: StepReport) -> None: ...
+
+
+class _Silent:
+    def phase(self, name: str) -> None:
+        logger.info("%s", name)
+
+    def note(self, message: str) -> None:
+        logger.info("%s", message)
+
+    def step(self, report: StepReport) -> None:
+        logger.info("step %d: loss %.4g, reward %s", report.step, report.loss, report.metrics["reward/mean"])
+
+
+def resume_if_asked(trainer: AtroposTrainer, progress: Progress) -> dict[str, Any]:
+    """Load the checkpoint that ``resume`` means and queue the journalled batches it does not cover."""
+    directory = find_checkpoint(trainer.run_dir, trainer.config.resume)
+    state: dict[str, Any] = {}
+    if directory is not None:
+        state = load_checkpoint(trainer, directory)
+        progress.note(f"resumed from {directory} at step {trainer.step}, policy version {trainer.policy_version}")
+    pending = trainer.journal.pending(trainer.step) if trainer.config.resume != "disable" else []
+    if pending:
+        progress.note(f"{len(pending)} batches fetched before the interruption are trained first")
+        trainer.replay(pending)
+    return state
+
+
+def fit(
+    trainer: AtroposTrainer,
+    *,
+    progress: Progress | None = None,
+    check_services: Callable[[], None] | None = None,
+    before_first_step: Callable[[], None] | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
+    checkpoint_extra: Callable[[], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Run ``trainer`` from its current step to ``config.steps``.
+
+    The trainer is left with the rollout phase open (newest weights served), so that an evaluation can follow.
+
+    Args:
+        check_services: called while waiting; raises when a process of the run has died.
+        before_first_step: called once, with the policy being served, before the first optimiser step.
+        on_step: called with every step's report, for trackers.
+
+    Raises:
+        AtroposAPIError, ServiceError, WeightSyncError, TrainingDivergedError, CheckpointError. Whatever ends the run,
+        what was trained since the last checkpoint is saved first if that is possible.
+    """
+    config = trainer.config
+    progress = progress or _Silent()
+    log = MetricsLog(trainer.run_dir / "metrics.jsonl")
+    log.truncate_after(trainer.step)
+    extra = checkpoint_extra or dict
+    saved_at = trainer.step
+    rewards: list[float] = []
+    progress.phase("registering at the trajectory API")
+    register_trainer(trainer, config.batch_size)
+    trainer.open_rollouts()
+    if before_first_step is not None:
+        before_first_step()
+    try:
+        while trainer.step < config.steps:
+            started = time.perf_counter()
+            data = _wait_for_batch(trainer, progress, check_services)
+            data.timings["rollout"] = time.perf_counter() - started
+            report = trainer.train_on(data, started)
+            log.append(report)
+            progress.step(report)
+            if on_step is not None:
+                on_step(report)
+            if isinstance(report.metrics["reward/mean"], float):
+                rewards.append(report.metrics["reward/mean"])
+            if config.save_freq > 0 and (trainer.step % config.save_freq == 0 or trainer.step == config.steps):
+                progress.phase(f"saving checkpoint {trainer.step}")
+                save_checkpoint(trainer, extra())
+                saved_at = trainer.step
+    except BaseException as error:
+        _save_what_was_trained(trainer, error, saved_at, extra)
+        raise
+    return {"rewards": rewards, "metrics_path": str(log.path)}
+
+
+def _save_what_was_trained(
+    trainer: AtroposTrainer, error: BaseException, saved_at: int, extra: Callable[[], dict[str, Any]]
+) -> None:
+    from atropos_verl.errors import CheckpointError, TrainingDivergedError, WeightSyncError
+
+    unusable = (CheckpointError, TrainingDivergedError, WeightSyncError)
+    if trainer.config.save_freq <= 0 or trainer.step == saved_at or isinstance(error, unusable):
+        return
+    try:
+        directory: Path = save_checkpoint(trainer, extra())
+    except CheckpointError as second:
+        error.add_note(f"(and the trained steps since {saved_at} could not be saved: {second})")
+    else:
+        error.add_note(
+            f"(steps up to {trainer.step} are saved in {directory}; the same command with resume=auto goes on)"
+        )
+
+
+def _wait_for_batch(
+    trainer: AtroposTrainer, progress: Progress, check_services: Callable[[], None] | None
+) -> RolloutData:
+    config = trainer.config
+    progress.phase("rollout: waiting for a batch")
+    deadline = time.monotonic() + config.atropos.rollout_timeout
+    while True:
+        remaining = deadline - time.monotonic()
+        try:
+            return trainer.fetch_rollouts(min(config.batch_max_wait_time, max(remaining, 0.1)), check_services)
+        except AtroposTimeoutError as error:
+            if time.monotonic() >= deadline:
+                raise
+            progress.note(error.reason)
+        except AtroposAPIError:
+            # The API we started may have died this moment: then its own log is the better explanation.
+            if check_services is not None:
+                time.sleep(0.5)
+                check_services()
+            raise

@@ -1,0 +1,232 @@
+"""The training command: configuration, services, trainer, summary, exit code.
+
+Exit codes: 0 done; 1 the run failed (API, a service, diverged, …); 2 the configuration is wrong; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from atropos_verl.config import RunConfig
+from atropos_verl.errors import AtroposVerlError, ConfigError
+from atropos_verl.local.settings import help_text, load_config
+
+if TYPE_CHECKING:
+    from atropos_verl.local.services import LocalServices
+    from atropos_verl.local.trainer import AtroposTrainer
+    from atropos_verl.report.console import ProgressReporter
+
+__all__ = ["main"]
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, config_name: str | None = None) -> int:
+    """Run the training command with ``key=value`` words; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--cfg", action="store_true")
+    parser.add_argument("--config-name", default=config_name)
+    parser.add_argument("--config-dir", type=Path, default=config_dir)
+    options, overrides = parser.parse_known_args(words)
+    if options.help:
+        sys.stdout.write(help_text("python recipe/atropos/main_atropos.py") + "\n")
+        return 0
+    try:
+        config = load_config(overrides, options.config_dir, options.config_name)
+    except ConfigError as error:
+        sys.stderr.write(f"CONFIGURATION ERROR: {error}\n")
+        return 2
+    if options.cfg:
+        sys.stdout.write(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
+        return 0
+    return _run(config)
+
+
+def _run(config: RunConfig) -> int:
+    from atropos_verl.local.worker import is_rank_zero
+
+    # A plain `kill` must end the children too: turn it into an exception that unwinds every `finally`.
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        if not is_rank_zero():
+            return _serve_rank(config)
+        return _Run(config).execute()
+    except KeyboardInterrupt as error:
+        _say("interrupted", error)
+        return 130
+    except ConfigError as error:
+        _say(f"CONFIGURATION ERROR: {error}", error)
+        return 2
+    except (AtroposVerlError, OSError) as error:
+        logger.error("the run failed", exc_info=error)
+        _say(str(error), error)
+        return 1
+
+
+def _say(text: str, error: BaseException) -> None:
+    notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
+    sys.stderr.write(f"\n{text}{notes}\n")
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    del signum, frame
+    raise KeyboardInterrupt
+
+
+def _serve_rank(config: RunConfig) -> int:
+    from atropos_verl.local.stack import resolve_model_path
+    from atropos_verl.local.worker import PolicyWorker
+
+    PolicyWorker(config, resolve_model_path(config)).serve()
+    return 0
+
+
+class _Run:
+    """One training run from an empty directory to its summary."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.run_dir = config.resolve_run_dir()
+        self.started = time.monotonic()
+        self.held_out: dict[str, float | None] = {}
+
+    def execute(self) -> int:
+        from atropos_verl.local.stack import resolve_model_path
+        from atropos_verl.report.console import ProgressReporter
+
+        model_path = resolve_model_path(self.config)
+        self._prepare_run_dir()
+        with ProgressReporter(total_steps=self.config.steps) as progress:
+            if self.config.is_attached:
+                return self._attached(progress)
+            from atropos_verl.local.services import LocalServices
+
+            services = LocalServices(self.config, self.run_dir, model_path)
+            try:
+                return self._with_services(services, progress)
+            finally:
+                services.stop()
+
+    def _attached(self, progress: ProgressReporter) -> int:
+        from atropos_verl.local.connection import make_client
+
+        assert self.config.atropos.api_url is not None
+        # First of all, and before torch is imported: is there an API at all?
+        with make_client(self.config, self.config.atropos.api_url) as client:
+            progress.phase(f"contacting the trajectory API at {self.config.atropos.api_url}")
+            client.check()
+        trainer = self._build_trainer(self.config, None, progress)
+        try:
+            progress.note(f"environments are to use the gateway at {trainer.gateway_url}/v1 (server_type vllm)")
+            return self._train(trainer, None, progress)
+        finally:
+            trainer.close()
+
+    def _with_services(self, services: LocalServices, progress: ProgressReporter) -> int:
+        progress.phase("starting the trajectory API")
+        url = services.start_api()
+        progress.phase("starting the environment")
+        services.start_environment()
+        if self._evaluates_before():
+            services.start_evaluation("before")
+        config = self.config.model_copy(update={"atropos": self.config.atropos.model_copy(update={"api_url": url})})
+        trainer = self._build_trainer(config, services.gateway_port, progress)
+        try:
+            return self._train(trainer, services, progress)
+        finally:
+            trainer.close()
+
+    def _build_trainer(self, config: RunConfig, gateway_port: int | None, progress: ProgressReporter) -> AtroposTrainer:
+        progress.phase("loading the policy (verl)")
+        from atropos_verl.local.trainer import AtroposTrainer
+
+        return AtroposTrainer(config, run_dir=self.run_dir, gateway_port=gateway_port)
+
+    def _train(self, trainer: AtroposTrainer, services: LocalServices | None, progress: ProgressReporter) -> int:
+        from atropos_verl.local.fit import resume_if_asked
+        from atropos_verl.verl_plugin.tracking import make_tracker
+
+        state = resume_if_asked(trainer, progress)
+        self.held_out.update(state.get("held_out", {}))
+        if trainer.step >= self.config.steps:
+            progress.note(f"{self.run_dir} is complete at step {trainer.step}; raise steps= or choose another run_dir")
+            return 0
+        result = trainer.fit(
+            progress=progress,
+            check_services=None if services is None else services.check,
+            before_first_step=None if services is None else lambda: self._finish("before", services, progress),
+            on_step=make_tracker(self.config, self.run_dir),
+            checkpoint_extra=lambda: {"held_out": self.held_out},
+        )
+        if services is not None and self.config.eval.after:
+            progress.phase("evaluating on held-out tasks")
+            services.start_evaluation("after")
+            self._finish("after", services, progress)
+        self._summarise(trainer, result["rewards"], progress)
+        return 0
+
+    def _evaluates_before(self) -> bool:
+        from atropos_verl.local.checkpoint import find_checkpoint
+
+        return self.config.eval.before and find_checkpoint(self.run_dir, self.config.resume) is None
+
+    def _finish(self, label: str, services: LocalServices, progress: ProgressReporter) -> None:
+        from atropos_verl.local.services import held_out_score
+
+        if not services.has_evaluation(label):
+            return
+        if label == "before":
+            progress.phase("evaluating on held-out tasks before training")
+        self.held_out[label] = held_out_score(services.finish_evaluation(label))
+        progress.note(f"held-out mean reward {label} training: {self.held_out[label]:.3f}")
+
+    def _prepare_run_dir(self) -> None:
+        metrics = self.run_dir / "metrics.jsonl"
+        if self.config.resume == "disable" and metrics.exists():
+            raise ConfigError(f"{self.run_dir} already holds a run; choose another, or resume=auto", "run_dir")
+        try:
+            (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)
+            (self.run_dir / "config.json").write_text(json.dumps(self.config.model_dump(mode="json"), indent=2))
+        except OSError as error:
+            raise ConfigError(f"cannot write to {self.run_dir}: {error.strerror}", "run_dir") from error
+        handler = logging.FileHandler(self.run_dir / "logs" / "trainer.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger().addHandler(handler)
+        logging.getLogger("atropos_verl").setLevel(logging.INFO)
+
+    def _summarise(self, trainer: AtroposTrainer, rewards: list[float], progress: ProgressReporter) -> None:
+        from atropos_verl.report.metrics_log import write_summary
+
+        totals = trainer.totals
+        few = max(1, min(5, len(rewards) // 2))
+        summary: dict[str, Any] = {
+            "steps": trainer.step,
+            "policy_version": trainer.policy_version,
+            "reward_first": sum(rewards[:few]) / few if rewards else None,
+            "reward_last": sum(rewards[-few:]) / few if rewards else None,
+            "rewards": rewards,
+            "held_out_before": self.held_out.get("before"),
+            "held_out_after": self.held_out.get("after"),
+            "weights_synced": trainer.sharding_manager.syncs,
+            "groups_used": totals.groups_used,
+            "groups_quarantined": totals.groups_quarantined,
+            "sequences_trained": totals.sequences_trained,
+            "sequences_dropped_overlong": totals.sequences_dropped_overlong,
+            "tokens_trained": totals.tokens_trained,
+            "steps_without_data": totals.steps_without_data,
+            "seconds": time.monotonic() - self.started,
+            "run_dir": str(self.run_dir),
+        }
+        write_summary(self.run_dir / "summary.json", summary)
+        progress.summary(summary)

@@ -1,0 +1,106 @@
+"""Command line → ``RunConfig``: Hydra composes the YAML and the ``key=value`` overrides, the schema validates."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from atropos_verl.config import RunConfig, apply_environment, describe
+from atropos_verl.errors import ConfigError
+
+__all__ = ["help_text", "load_config"]
+
+_OPEN_SECTIONS = ("atropos.headers", "model.override_config")
+"""Keys whose value is a dictionary with keys of the user's own."""
+
+
+def load_config(overrides: Sequence[str], config_dir: Path | None = None, config_name: str | None = None) -> RunConfig:
+    """Compose and validate.
+
+    Precedence, weakest first: schema defaults, the YAML file, environment variables, the command line.
+
+    Args:
+        overrides: Hydra's ``key=value`` words.
+        config_dir, config_name: the YAML file; without them the schema's defaults are the file.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    keys = frozenset(_check_override(word) for word in overrides)
+    values = _compose(list(overrides), config_dir, config_name)
+    values = apply_environment(values, command_line_keys=keys)
+    return RunConfig.from_mapping(values)
+
+
+def _check_override(word: str) -> str:
+    key = word.split("=", 1)[0].lstrip("+~")
+    if "=" not in word and not word.startswith("~"):
+        raise ConfigError(f"{word!r} is not of the form key=value; --help lists all keys")
+    known = [name for name, *_ in describe()]
+    if key not in known and not key.startswith(tuple(f"{section}." for section in _OPEN_SECTIONS)):
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"unknown key{hint} (--help lists all keys)", key)
+    return key
+
+
+def _compose(overrides: list[str], config_dir: Path | None, config_name: str | None) -> dict[str, Any]:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    ConfigStore.instance().store(name="atropos_schema", node=RunConfig().model_dump(mode="json"))
+    directory = (config_dir or Path(__file__).parent).absolute()
+    words = [_allow_new_keys(word) for word in overrides]
+    try:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(config_dir=str(directory), version_base=None):
+            composed = compose(config_name=config_name or "atropos_schema", overrides=words)
+        plain = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"{str(error).strip()}") from None
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _allow_new_keys(word: str) -> str:
+    """``model.override_config.x=1`` adds a key; Hydra wants ``++`` for that, users should not have to."""
+    return f"++{word}" if word.startswith(tuple(f"{section}." for section in _OPEN_SECTIONS)) else word
+
+
+def help_text(program: str) -> str:
+    """What ``--help`` prints: usage, every key with type, default and meaning, and some examples."""
+    rows = [
+        (name, kind, "null" if default is None else json.dumps(default), text)
+        for name, kind, default, text in describe()
+    ]
+    width = max(len(name) for name, *_ in rows)
+    lines = [
+        f"usage: {program} [--config-name NAME] [--config-dir DIR] [--cfg] [key=value ...]",
+        "",
+        "Train a policy on Atropos environments. Without atropos.api_url everything needed is started on free",
+        "loopback ports: trajectory API, inference gateway, one environment. With it, only the gateway is.",
+        "",
+        "  -h, --help           this text",
+        "  --config-name NAME   which YAML of the config directory (default: atropos)",
+        "  --config-dir DIR     another config directory",
+        "  --cfg                print the composed configuration and stop",
+        "",
+        "examples:",
+        f"  {program}",
+        f"  {program} steps=100 optim.lr=3e-4 run_dir=runs/mine",
+        f"  {program} atropos.api_url=http://localhost:8000 gateway.port=9004 model.path=/models/my-model",
+        f"  {program} env.script=path/to/my_env.py group_size=4 batch_size=32",
+        "",
+        "environment variables: ATROPOS_API_URL, ATROPOS_TIMEOUT, ATROPOS_API_TOKEN (over the file, under key=value)",
+        "",
+        "keys (default):",
+    ]
+    lines += [f"  {name:<{width}}  {text} ({default})" for name, _, default, text in rows]
+    return "\n".join(lines)

@@ -1,0 +1,129 @@
+"""The parts of a local run that live in this process: engine, gate, gateway, policy worker, weight sync."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from atropos_verl.config import RunConfig
+from atropos_verl.errors import ConfigError
+from atropos_verl.inference.gate import RequestGate
+from atropos_verl.inference.gateway import GatewayServer, create_app
+from atropos_verl.inference.transformers_engine import TransformersEngine
+from atropos_verl.local.worker import PolicyWorker
+from atropos_verl.types import TrainingSample
+from atropos_verl.weight_sync import AtroposShardingManager, Canary
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["LocalStack", "resolve_model_path"]
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_model_path(config: RunConfig) -> Path:
+    """The model directory. Raises ``ConfigError`` naming ``model.path`` when it is not one."""
+    if config.model.path is None:
+        from atropos_verl.assets import demo_model_path
+
+        return demo_model_path()
+    path = Path(config.model.path).expanduser()
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{path} is not a Hugging Face model directory (no config.json in it)", "model.path")
+    return path.absolute()
+
+
+class _VersionedPolicy:
+    """``WeightSource`` over the worker; the version is the number of optimiser steps taken in this run."""
+
+    def __init__(self, worker: PolicyWorker) -> None:
+        self._worker = worker
+        self.policy_version = 0
+
+    def named_tensors(self) -> Any:
+        return self._worker.named_tensors()
+
+
+@dataclass
+class LocalStack:
+    """Built by ``LocalStack.build``; ``close`` ends threads and sockets, in the order in which they depend."""
+
+    worker: PolicyWorker
+    engine: TransformersEngine
+    gate: RequestGate
+    gateway: GatewayServer
+    tokenizer: Any
+    policy: _VersionedPolicy
+    sharding_manager: AtroposShardingManager
+    vocab_size: int
+
+    @classmethod
+    def build(cls, config: RunConfig, model_path: Path, *, gateway_port: int | None = None) -> LocalStack:
+        """Load model and tokenizer, build engine and worker, start the gateway (gate closed, no weights yet)."""
+        from transformers import AutoTokenizer
+
+        worker = PolicyWorker(config, model_path)
+        tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer_path or str(model_path))
+        gate = RequestGate()
+        inference = config.inference
+        engine = TransformersEngine.from_pretrained(
+            model_path,
+            gate=gate,
+            max_running=inference.max_running,
+            max_context_len=inference.max_context_len or config.max_token_len,
+            device=worker.device,
+            num_threads=inference.num_threads,
+            release_weights=inference.release_weights,
+            seed=config.seed,
+        )
+        gate.pause(timeout=60.0)
+        engine.release_memory_occupation()
+        app = create_app(engine, tokenizer, gate=gate, model_name=str(model_path), api_key=config.gateway.api_key)
+        port = config.gateway.port if gateway_port is None else gateway_port
+        gateway = GatewayServer(app, host=config.gateway.host, port=port)
+        gateway.start(timeout=30.0)
+        policy = _VersionedPolicy(worker)
+        canary = _build_canary(config, worker, engine, tokenizer) if config.sync.canary else None
+        manager = AtroposShardingManager(engine, policy, gate=gate, canary=canary)
+        vocab_size = int(engine.model.config.vocab_size)
+        return cls(worker, engine, gate, gateway, tokenizer, policy, manager, vocab_size)
+
+    def close(self) -> None:
+        """Stop gateway, engine and worker. Safe to call twice."""
+        self.gateway.stop(timeout=10.0)
+        self.engine.close()
+        self.worker.close()
+
+
+def _build_canary(config: RunConfig, worker: PolicyWorker, engine: TransformersEngine, tokenizer: Any) -> Canary:
+    ids = list(tokenizer.encode(config.sync.canary_text, add_special_tokens=False))[: config.max_token_len]
+    if len(ids) < 2:
+        raise ConfigError(f"{config.sync.canary_text!r} has fewer than two tokens", "sync.canary_text")
+    mask = np.ones(len(ids), dtype=np.bool_)
+    mask[0] = False
+    sample = TrainingSample(token_ids=np.asarray(ids, dtype=np.int64), loss_mask=mask, advantages=np.zeros(len(ids)))
+
+    def trainer_logprobs() -> list[float]:
+        return [float(value) for value in worker.compute_logprobs([sample])[0][1:]]
+
+    return Canary(
+        trainer_logprobs=trainer_logprobs,
+        engine_logprobs=lambda: engine.compute_logprobs(ids),
+        threshold=config.sync.canary_threshold,
+    )
+
+
+def padded_rows(samples: list[TrainingSample]) -> torch.Tensor:
+    """Advantages of ``samples`` as one right-padded float32 tensor [B, L]."""
+    import torch
+
+    width = max((len(sample) for sample in samples), default=0)
+    rows = torch.zeros(len(samples), width)
+    for row, sample in zip(rows, samples, strict=True):
+        row[: len(sample)] = torch.from_numpy(sample.advantages)
+    return rows

@@ -1,0 +1,408 @@
+"""``AtroposTrainer``: one optimiser step at a time, on rollouts that came through a trajectory API.
+
+``rl_training_step(prompts)`` lets the trainer itself sample and score rollouts; ``fit()`` trains on whatever the
+environments behind the API send. Both do, in this order::
+
+    rollout (gate open, engine holds the newest weights) → batch → samples → optimiser step → weight sync → ack
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from atropos_verl.api.client import AtroposClient
+from atropos_verl.api.journal import BatchJournal, JournalEntry
+from atropos_verl.api.wire import decode_batch
+from atropos_verl.config import RunConfig, apply_environment
+from atropos_verl.data import RunningMoments, build_samples
+from atropos_verl.errors import ConfigError, DataError
+from atropos_verl.local.connection import make_client
+from atropos_verl.local.stack import LocalStack, padded_rows, resolve_model_path
+from atropos_verl.report.quarantine import QuarantineStore
+from atropos_verl.types import SampleReport, SampleSettings, ScoredGroup, StepReport
+
+if TYPE_CHECKING:
+    import torch
+
+    from atropos_verl.local.selfplay import RewardFunction
+
+__all__ = ["AtroposTrainer", "RolloutData", "RunTotals"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RolloutData:
+    """One batch on its way to the optimiser."""
+
+    groups: list[ScoredGroup]
+    entry: JournalEntry | None = None
+    """Where its bytes are kept until the step is durable."""
+    lease_id: str | None = None
+    report: SampleReport | None = None
+    """Filled by ``compute_advantages_from_atropos``."""
+    timings: dict[str, float] = field(default_factory=dict)
+    """Seconds: ``rollout``, ``wait``, ``decode``."""
+
+
+@dataclass
+class RunTotals:
+    """Counters of the whole run; saved with checkpoints."""
+
+    groups_used: int = 0
+    groups_quarantined: int = 0
+    sequences_trained: int = 0
+    sequences_dropped_overlong: int = 0
+    tokens_trained: int = 0
+    steps_without_data: int = 0
+
+
+class AtroposTrainer:
+    """Trains a policy in verl on rollouts that went through an Atropos trajectory API.
+
+    Use it as a context manager, or call ``close()``: it owns an engine thread, a gateway port and temporary state.
+
+    Args:
+        config: the run's settings.
+        reward_fn: for ``rl_training_step``: ``(prompts, completions) -> scores``, flat lists of equal length.
+        client: an ``AtroposClient`` to use instead of one made from the configuration.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        reward_fn: RewardFunction | None = None,
+        client: AtroposClient | None = None,
+        run_dir: Path | None = None,
+        gateway_port: int | None = None,
+    ) -> None:
+        self.config = config
+        self.reward_fn = reward_fn
+        self.run_dir = run_dir or config.resolve_run_dir()
+        self.model_path = resolve_model_path(config)
+        self.client = client or self._make_client()
+        self.moments = RunningMoments()
+        self.totals = RunTotals()
+        self.step = 0
+        self.journal = BatchJournal(self.run_dir / "journal")
+        self.quarantine = QuarantineStore(self.run_dir / "quarantine")
+        self.stack = LocalStack.build(config, self.model_path, gateway_port=gateway_port)
+        self._early: deque[RolloutData] = deque()
+        self._rollouts: ExitStack | None = None
+        self._self_play: Any = None
+        self.settings = SampleSettings(
+            vocab_size=self.stack.vocab_size,
+            max_token_len=config.max_token_len,
+            estimator=config.algorithm.adv_estimator,
+            normalization=config.advantage_normalization,
+            clipping=config.advantage_clipping,
+            overlong=config.data.overlong,
+            on_bad_group=config.data.on_bad_group,
+            default_temperature=config.data.default_temperature,
+            norm_adv_by_std_in_grpo=config.algorithm.norm_adv_by_std_in_grpo,
+            ignore_fields=config.data.ignore_fields,
+        )
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], *, reward_fn: RewardFunction | None = None, **extra: Any
+    ) -> AtroposTrainer:
+        """Build from a plain dictionary with the recipe's keys (see ``design.md`` and ``config.describe``).
+
+        ``ATROPOS_API_URL`` and ``ATROPOS_TIMEOUT`` override the dictionary's values. The API is not contacted yet.
+
+        Raises:
+            ConfigError: names the key that is unknown, of the wrong type or contradictory.
+        """
+        values = apply_environment(dict(config))
+        return cls(RunConfig.from_mapping(values), reward_fn=reward_fn, **extra)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the rollout phase, the gateway, the engine and the connection. Safe to call twice."""
+        try:
+            self.close_rollouts()
+        finally:
+            self.stack.close()
+            self.client.close()
+
+    # ------------------------------------------------------------------ parts
+
+    @property
+    def sharding_manager(self) -> Any:
+        """The ``AtroposShardingManager`` of this run."""
+        return self.stack.sharding_manager
+
+    @property
+    def engine(self) -> Any:
+        """The embedded inference engine."""
+        return self.stack.engine
+
+    @property
+    def tokenizer(self) -> Any:
+        """The policy's tokenizer."""
+        return self.stack.tokenizer
+
+    @property
+    def gateway_url(self) -> str:
+        """Base URL for environments (without ``/v1``)."""
+        return self.config.gateway.advertise_url or self.stack.gateway.url
+
+    @property
+    def policy_version(self) -> int:
+        """Optimiser steps taken since the run began, resumes included."""
+        return self.stack.policy.policy_version
+
+    def open_rollouts(self) -> None:
+        """Enter the rollout phase: memory back, newest weights in, canary, gate open. No-op when open."""
+        if self._rollouts is None:
+            stack = ExitStack()
+            stack.enter_context(self.stack.sharding_manager)
+            self._rollouts = stack
+
+    def close_rollouts(self) -> None:
+        """Leave the rollout phase: gate shut at a token boundary, engine memory released. No-op when closed."""
+        if self._rollouts is not None:
+            stack, self._rollouts = self._rollouts, None
+            stack.close()
+
+    # ------------------------------------------------------------------ the step, in its named phases
+
+    def rl_training_step(self, prompts: Sequence[Any]) -> StepReport:
+        """One complete step on rollouts that this trainer samples for ``prompts`` and scores with ``reward_fn``.
+
+        Args:
+            prompts: P prompts, each a string or a sequence of token ids. Each is sampled ``group_size`` times.
+
+        Raises:
+            ConfigError: no ``reward_fn`` was given.
+            AtroposAPIError: the trajectory API failed.
+        """
+        started = time.perf_counter()
+        self.open_rollouts()
+        try:
+            rollout_data = self.rollout_phase(prompts)
+        finally:
+            self.close_rollouts()
+        return self.train_on(rollout_data, started)
+
+    def rollout_phase(self, prompts: Sequence[Any]) -> RolloutData:
+        """Sample, score, submit to the trajectory API and fetch a batch back. Opens the rollout phase if needed."""
+        if self.reward_fn is None:
+            raise ConfigError("rl_training_step needs a reward_fn(prompts, completions); environments use fit()")
+        from atropos_verl.local.selfplay import SelfPlay
+
+        self.open_rollouts()
+        if self._self_play is None:
+            self._self_play = SelfPlay(self, self.reward_fn)
+        started = time.perf_counter()
+        self._self_play.submit(prompts)
+        data = self.fetch_rollouts()
+        data.timings["rollout"] = time.perf_counter() - started
+        return data
+
+    def fetch_rollouts(
+        self, max_wait_time: float | None = None, should_stop: Callable[[], None] | None = None
+    ) -> RolloutData:
+        """The next batch of the API, journalled to the run directory before anything else happens to it.
+
+        Raises:
+            AtroposTimeoutError: no batch within ``max_wait_time`` (default ``batch_max_wait_time``) seconds.
+        """
+        if self._early:
+            return self._early.popleft()
+        fetched = self.client.get_batch(max_wait_time=max_wait_time, should_stop=should_stop)
+        data = self._take(fetched.body, fetched.lease_id)
+        data.timings["wait"] = fetched.waited
+        return data
+
+    def start_api(self) -> None:
+        """One GET /batch: an upstream API lets environments register only after it. A batch it returns is kept."""
+        body = self.client.fetch_batch()
+        if body is not None:
+            self._early.append(self._take(body, None))
+
+    def replay(self, entries: Sequence[JournalEntry]) -> None:
+        """Put journalled batches that no checkpoint covers in front of what the API delivers."""
+        for entry in entries:
+            self._early.append(RolloutData(decode_batch(self.journal.read(entry)), entry))
+
+    def _take(self, body: bytes, lease_id: str | None) -> RolloutData:
+        entry = self.journal.record(body, {"after_step": self.step})
+        started = time.perf_counter()
+        groups = decode_batch(body)
+        return RolloutData(groups, entry, lease_id, timings={"decode": time.perf_counter() - started})
+
+    def compute_advantages_from_atropos(self, rollout_data: RolloutData | Sequence[ScoredGroup]) -> torch.Tensor:
+        """Advantages [B, L] (right-padded with 0) of the batch's B trainable sequences.
+
+        Group baseline, token-level overrides, normalisation, clipping: see ``data.advantages``. Bad groups are
+        written to ``run_dir/quarantine`` with the reason. The samples are kept in ``rollout_data.report``.
+        """
+        data = rollout_data if isinstance(rollout_data, RolloutData) else RolloutData(list(rollout_data))
+        report = build_samples(data.groups, self.settings, running=self.moments)
+        for bad in report.quarantined:
+            path = self.quarantine.put(bad)
+            logger.warning("group quarantined: %s (%s)", bad.reason, path)
+        if report.dropped_overlong:
+            logger.warning(
+                "%d sequences longer than %d tokens were left out of training (data.overlong=drop)",
+                report.dropped_overlong,
+                self.config.max_token_len,
+            )
+        data.report = report
+        return padded_rows(report.samples)
+
+    def training_phase(self, rollout_data: RolloutData, advantages: torch.Tensor) -> dict[str, float]:
+        """The optimiser step. Returns its figures (``loss``, ``grad_norm``, ``lr``, ``tokens`` and the loss's own).
+
+        ``advantages`` [B, L] is what is trained with, also where it differs from what was computed.
+        A batch without a trained token makes no step and returns loss 0.
+
+        Raises:
+            DataError: the shapes do not belong together, or an advantage is not finite.
+            TrainingDivergedError: the loss or the gradient norm is not finite.
+        """
+        if rollout_data.report is None:
+            self.compute_advantages_from_atropos(rollout_data)
+        assert rollout_data.report is not None
+        samples = rollout_data.report.samples
+        values = advantages.detach().cpu().numpy().astype(np.float64)
+        if values.shape[0] != len(samples) or any(values.shape[1] < len(s) for s in samples):
+            raise DataError(f"advantages {values.shape} do not fit {len(samples)} samples")
+        if not np.isfinite(values).all():
+            row, column = np.argwhere(~np.isfinite(values))[0]
+            raise DataError(f"advantages[{row}][{column}] = {values[row, column]} is not finite")
+        samples = [replace(s, advantages=values[i, : len(s)] * s.loss_mask) for i, s in enumerate(samples)]
+        tokens = sum(int(s.loss_mask.sum()) for s in samples)
+        if tokens == 0:
+            self.totals.steps_without_data += 1
+            logger.warning("the batch holds no token that can be trained; no optimiser step")
+            return {"loss": 0.0, "tokens": 0.0}
+        self.close_rollouts()
+        output = self.stack.worker.train(samples)
+        self.stack.policy.policy_version += 1
+        self.totals.sequences_trained += len(samples)
+        self.totals.tokens_trained += tokens
+        figures = {"loss": output.loss, "grad_norm": output.grad_norm, "lr": output.lr, "tokens": float(tokens)}
+        return {**figures, **output.metrics}
+
+    def compute_advantage_weighted_sft_loss(
+        self, input_ids: torch.Tensor, advantages: torch.Tensor, loss_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """``sum(-logprob · advantage · mask) / sum(mask)`` of a right-padded batch under the current policy.
+
+        Args:
+            input_ids: [B, L]; advantages: [B, L]; loss_mask: [B, L]. Token t is predicted from t - 1; position 0 is
+                never trained.
+
+        Returns:
+            The loss [], with a graph to the policy's parameters. It has no lower bound for negative advantages; the
+            clipped-ratio loss is ``use_advantage_weighting=false``.
+        """
+        from atropos_verl.losses import compute_advantage_weighted_sft_loss
+
+        logits = self.stack.worker.forward_logits(input_ids)
+        return compute_advantage_weighted_sft_loss(
+            logits, input_ids.to(logits.device), advantages.to(logits.device), loss_mask.to(logits.device)
+        )
+
+    # ------------------------------------------------------------------ a whole step
+
+    def train_on(self, rollout_data: RolloutData, started: float | None = None) -> StepReport:
+        """Advantages, optimiser step, weight sync, ack: everything after a batch is in hand.
+
+        Args:
+            started: ``time.perf_counter()`` at the beginning of the step, for ``timing/step``.
+        """
+        begin = time.perf_counter()
+        started = begin if started is None else started
+        advantages = self.compute_advantages_from_atropos(rollout_data)
+        figures = self.training_phase(rollout_data, advantages)
+        trained = time.perf_counter()
+        self.step += 1
+        if rollout_data.entry is not None:
+            self.journal.assign(rollout_data.entry, self.step)
+        self.open_rollouts()
+        synced = time.perf_counter()
+        self.client.ack(rollout_data.lease_id)
+        assert rollout_data.report is not None
+        self._count(rollout_data.report)
+        seconds = {"train": trained - begin, "sync": synced - trained, "step": synced - started}
+        return self._report(rollout_data, figures, seconds)
+
+    def _count(self, report: SampleReport) -> None:
+        self.totals.groups_used += report.groups
+        self.totals.groups_quarantined += len(report.quarantined)
+        self.totals.sequences_dropped_overlong += report.dropped_overlong
+
+    def _report(self, data: RolloutData, figures: dict[str, float], seconds: dict[str, float]) -> StepReport:
+        report = data.report
+        sync = self.sharding_manager.last_sync
+        assert report is not None
+        assert sync is not None
+        tokens = figures.pop("tokens")
+        loss = figures.pop("loss")
+        scores = report.scores
+        metrics: dict[str, float | int | None] = {
+            "reward/mean": float(scores.mean()) if scores.size else None,
+            "reward/std": float(scores.std()) if scores.size else None,
+            "data/groups": report.groups,
+            "data/sequences": len(report.samples),
+            "data/quarantined": len(report.quarantined),
+            "data/dropped_overlong": report.dropped_overlong,
+            "data/truncated": report.truncated,
+            "data/trained_tokens": int(tokens),
+            "advantage/mean_abs": _mean_abs_advantage(report),
+            "sync/seconds": sync.seconds,
+            "sync/bytes": sync.bytes_copied,
+            "sync/canary_max_abs_logprob_diff": sync.canary_max_abs_logprob_diff,
+            "timing/rollout": data.timings.get("rollout", 0.0),
+            "timing/wait": data.timings.get("wait", 0.0),
+            "timing/train": seconds["train"],
+            "timing/sync": seconds["sync"],
+            "timing/step": seconds["step"],
+            "perf/trained_tokens_per_second": tokens / seconds["step"] if seconds["step"] > 0 else 0.0,
+            "perf/peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        metrics.update({f"actor/{key}": value for key, value in figures.items()})
+        return StepReport(step=self.step, policy_version=self.policy_version, loss=loss, metrics=metrics)
+
+    # ------------------------------------------------------------------ environment-driven training
+
+    def fit(self, **arguments: Any) -> dict[str, Any]:
+        """Train on what environments send until ``steps`` are done. See ``local.fit.fit``; returns the summary."""
+        from atropos_verl.local.fit import fit
+
+        return fit(self, **arguments)
+
+    def _make_client(self) -> AtroposClient:
+        config = self.config
+        if config.atropos.api_url is None:
+            raise ConfigError("no trajectory API: set it, or run recipe/atropos/main_atropos.py", "atropos.api_url")
+        return make_client(config, config.atropos.api_url)
+
+
+def _mean_abs_advantage(report: SampleReport) -> float | None:
+    values = [np.abs(s.advantages[s.loss_mask]) for s in report.samples]
+    joined = np.concatenate(values) if values else np.zeros(0)
+    return float(joined.mean()) if joined.size else None
