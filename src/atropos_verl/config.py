@@ -109,7 +109,7 @@ class LossConfig(_Section):
     """Which loss, and the settings of the clipped-ratio one (verl's names and defaults)."""
 
     type: Literal["advantage_weighted_sft", "grpo"] | None = Field(
-        None, description="null: advantage_weighted_sft if use_advantage_weighting, else grpo"
+        None, description="null: as use_advantage_weighting says"
     )
     clip_ratio_low: NonNegative = Field(0.2, description="grpo: lower clip of the ratio")
     clip_ratio_high: NonNegative = Field(0.2, description="grpo: upper clip of the ratio")
@@ -197,12 +197,12 @@ class RunConfig(_Section):
     batch_size: PositiveInt = Field(64, description="sequences per step")
     group_size: PositiveInt = Field(8, description="sequences per prompt")
     save_freq: int = Field(20, ge=-1, description="checkpoint every N steps and at the end; -1: never")
-    resume: str = Field(
-        "auto", description="auto: newest checkpoint in run_dir; disable; or a checkpoint path"
-    )
+    resume: str = Field("auto", description="auto: newest checkpoint in run_dir; disable; or a checkpoint path")
     max_response_length: PositiveInt = Field(32, description="new tokens per turn, at most")
     temperature: PositiveFloat = Field(1.0, description="of rollouts that the trainer itself samples")
-    use_advantage_weighting: bool = Field(True, description="advantage-weighted loss; false: GRPO's clipped ratio")
+    use_advantage_weighting: bool | None = Field(
+        None, description="true: advantage-weighted loss; false: GRPO's clipped ratio; null: as loss.type, else true"
+    )
     advantage_normalization: Literal["none", "batch", "global"] = Field("none", description="over trained tokens")
     advantage_clipping: Annotated[tuple[float, float] | None, BeforeValidator(_clipping)] = Field(
         None, description="[low, high] or null"
@@ -242,8 +242,7 @@ class RunConfig(_Section):
         if clipping is not None and not clipping[0] < clipping[1]:
             raise ValueError(f"advantage_clipping {list(clipping)}: the lower bound must be below the upper one")
         weighted = self.use_advantage_weighting
-        explicit = "use_advantage_weighting" in self.model_fields_set
-        if explicit and self.loss.type is not None and weighted != (self.loss.type != "grpo"):
+        if weighted is not None and self.loss.type is not None and weighted != (self.loss.type != "grpo"):
             raise ValueError(f"use_advantage_weighting={weighted} contradicts loss.type={self.loss.type}; set one")
         if self.data.max_token_len is not None and self.data.max_token_len <= self.max_response_length:
             raise ValueError(
@@ -261,7 +260,7 @@ class RunConfig(_Section):
     @property
     def loss_type(self) -> str:
         """``advantage_weighted_sft`` or ``grpo``."""
-        return self.loss.type or ("advantage_weighted_sft" if self.use_advantage_weighting else "grpo")
+        return self.loss.type or ("grpo" if self.use_advantage_weighting is False else "advantage_weighted_sft")
 
     @property
     def max_token_len(self) -> int:

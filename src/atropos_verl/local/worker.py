@@ -266,10 +266,11 @@ class PolicyWorker:
 
 
 def _build_worker(config: RunConfig, model_path: Path) -> Any:
-    import atropos_verl.verl_plugin.engines  # noqa: F401  registers the engines
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
     from verl.workers.engine_workers import TrainingWorker
+
+    import atropos_verl.verl_plugin.engines  # noqa: F401  registers the engines
 
     model, optim, trainer = config.model, config.optim, config.trainer
     return TrainingWorker(

@@ -1,0 +1,53 @@
+# The two commands of the README are `make demo` and `make test`. Everything else is for development.
+# Needs Python 3.11 (or 3.12), git and make; installs into .venv and nowhere else.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench install format clean
+
+help:
+	@echo "make demo     train the demo on this machine's CPU (ARGS='steps=30 ...' are passed on)"
+	@echo "make test     the whole test suite (ARGS='-k name' are passed to pytest)"
+	@echo "make check    ruff, mypy --strict on src, import-linter"
+	@echo "make bench    every benchmark, side by side with what it is compared to"
+	@echo "make format   ruff's formatter and fixes"
+	@echo "make clean    remove .venv and caches (runs/ stays)"
+
+install: $(READY)
+
+# Constraints hold every transitive version, so that two machines install the same set.
+$(READY): pyproject.toml requirements/cpu.txt requirements/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 12) else "atropos-verl needs Python 3.11 or 3.12, this is %s; set PYTHON=..." % sys.version.split()[0])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (about 2.5 GB, a few minutes the first time)"
+	@# torch on its own first: asked for together with others, pip may take a GPU build.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/cpu.txt -c requirements/constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)
+	@$(BIN)/python recipe/atropos/main_atropos.py $(ARGS)
+
+test: $(READY)
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info
