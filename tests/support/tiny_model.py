@@ -17,7 +17,7 @@ CHATML_TEMPLATE = (
 
 
 def build_tiny_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:
-    """Byte-level tokenizer: 256 single-byte tokens, then ``<|endoftext|>`` 256, ``<|im_start|>`` 257, ``<|im_end|>`` 258.
+    """Byte-level tokenizer: 256 single-byte tokens, then endoftext 256, im_start 257, im_end 258.
 
     No merges, so a text of k UTF-8 bytes is exactly k tokens, and any split of the text encodes alike. ``eos`` is
     ``<|im_end|>``, ``pad`` is ``<|endoftext|>``. Written to ``path`` when given.

@@ -1,0 +1,268 @@
+"""The ASGI application: routes, key, errors, and clients that go away.
+
+The life of a generation request::
+
+    body read → parsed (400) → admitted by the gate → generated → encoded → sent
+                                    └── waits while weights are swapped; the client notices nothing
+    client gone, or timeout, at any point → the task is cancelled → the engine frees its slots
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from atropos_verl.inference.engine import InferenceEngine
+from atropos_verl.inference.gateway.errors import ApiError, to_api_error
+from atropos_verl.inference.gateway.fields import Fields, parse_body
+from atropos_verl.inference.gateway.metrics import CONTENT_TYPE
+from atropos_verl.inference.gateway.native_api import generate, generate_trl
+from atropos_verl.inference.gateway.openai_api import chat_completions, completions
+from atropos_verl.inference.gateway.service import Gate, GatewayService
+
+__all__ = ["create_app"]
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[GatewayService, Fields], Awaitable[bytes | AsyncGenerator[bytes, None]]]
+
+_CANCEL_TIMEOUT = 10.0
+"""Seconds a cancelled request may take to let go of the engine before that is logged and left to it."""
+_CLIENT_GONE = 499
+_JSON = "application/json"
+
+
+def create_app(
+    engine: InferenceEngine,
+    tokenizer: Any,
+    *,
+    gate: Gate | None = None,
+    model_name: str,
+    api_key: str | None = None,
+    request_timeout: float | None = 1200.0,
+) -> Starlette:
+    """The HTTP surface that Atropos environments call.
+
+    ``tokenizer``: a Hugging Face tokenizer with the model's chat template. ``gate``: admits requests and makes them
+    wait while weights are swapped. ``api_key``: bearer key required on every route but /health (None or "": no key).
+    ``request_timeout``: seconds a request may take in all, waiting included (None: no bound); then HTTP 504.
+    Raises nothing at construction.
+    """
+    service = GatewayService(engine, tokenizer, gate=gate, model_name=model_name)
+    started = int(time.time())
+
+    def model_card() -> dict[str, Any]:
+        return {
+            "id": model_name,
+            "object": "model",
+            "created": started,
+            "owned_by": "atropos-verl",
+            "max_model_len": engine.max_context_len,
+            "policy_version": engine.policy_version,
+        }
+
+    async def health(_: Request) -> Response:
+        return _json_response(
+            {
+                "status": "paused" if service.paused else "ok",
+                "policy_version": engine.policy_version,
+                "paused": service.paused,
+                "in_flight": service.metrics.in_flight,
+            }
+        )
+
+    async def models(_: Request) -> Response:
+        return _json_response({"object": "list", "data": [model_card()]})
+
+    async def model(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != model_name:
+            return _error_response(ApiError(404, f"no model {name!r} here; this gateway serves {model_name!r}"))
+        return _json_response(model_card())
+
+    async def metrics(_: Request) -> Response:
+        text = service.metrics.render(
+            policy_version=engine.policy_version, paused=service.paused, paused_seconds=service.paused_seconds
+        )
+        return Response(text, media_type=CONTENT_TYPE)
+
+    def post(path: str, handler: Handler) -> Route:
+        return Route(path, _Endpoint(service, path, handler, request_timeout), methods=["POST"])
+
+    routes = [
+        Route("/health", health, methods=["GET"]),
+        Route("/v1/models", models, methods=["GET"]),
+        Route("/v1/models/{name:path}", model, methods=["GET"]),
+        Route("/metrics", metrics, methods=["GET"]),
+        post("/v1/chat/completions", chat_completions),
+        post("/v1/completions", completions),
+        post("/generate", generate),
+        post("/generate/", generate_trl),
+    ]
+    middleware = [Middleware(_BearerKey, key=api_key)] if api_key else []
+    return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _routing_error})
+
+
+def _json_response(data: Any) -> Response:
+    return Response(msgspec.json.encode(data), media_type=_JSON)
+
+
+def _error_response(error: ApiError) -> Response:
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+    return Response(error.body(), status_code=error.status, media_type=_JSON, headers=headers)
+
+
+async def _routing_error(request: Request, error: Exception) -> Response:
+    """404 and 405 in the error format of everything else."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    hint = "chat and completions are under /v1; /generate, /health and /metrics are not"
+    return _error_response(ApiError(status, f"{request.method} {request.url.path}: no such endpoint ({hint})"))
+
+
+class _BearerKey:
+    """Refuses every request without the key, but for /health (supervisors probe it before they know any key)."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/health":
+            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+            if not hmac.compare_digest(given, self._expected):  # constant time: no guessing byte by byte
+                message = "missing or wrong API key; send 'Authorization: Bearer KEY' (gateway.api_key)"
+                await _error_response(ApiError(401, message, code="invalid_api_key"))(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class _Endpoint:
+    """One POST endpoint as an ASGI application: it must see the client leave, which a plain handler cannot."""
+
+    def __init__(self, service: GatewayService, path: str, handler: Handler, request_timeout: float | None) -> None:
+        self._service = service
+        self._path = path
+        self._handler = handler
+        self._request_timeout = request_timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        metrics = self._service.metrics
+        reply = _Reply(send)
+        metrics.in_flight += 1
+        try:
+            body = await Request(scope, receive).body()
+            await self._serve_while_connected(body, receive, reply)
+        except ClientDisconnect:
+            reply.status = _CLIENT_GONE
+        finally:
+            metrics.in_flight -= 1
+            metrics.requests[self._path, reply.status] += 1
+
+    async def _serve_while_connected(self, body: bytes, receive: Receive, reply: _Reply) -> None:
+        work = asyncio.create_task(self._serve(body, reply))
+        gone = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({work, gone}, timeout=self._request_timeout, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+                return
+            left = gone.done()
+            await self._cancel(work)
+            if left:
+                reply.status = _CLIENT_GONE
+            elif not work.done() or work.cancelled():
+                message = f"not finished within {self._request_timeout} s, the request_timeout of this gateway"
+                await reply.fail(ApiError(504, message, code="timeout"))
+        finally:
+            gone.cancel()
+            work.cancel()  # also when the server itself is being stopped
+
+    async def _cancel(self, work: asyncio.Task[None]) -> None:
+        work.cancel()
+        await asyncio.wait({work}, timeout=_CANCEL_TIMEOUT)
+        if not work.done():
+            logger.warning("%s: the engine still holds a cancelled request after %.0f s", self._path, _CANCEL_TIMEOUT)
+
+    async def _serve(self, body: bytes, reply: _Reply) -> None:
+        try:
+            answer = await self._handler(self._service, parse_body(body))
+            if isinstance(answer, bytes):
+                await reply.send_json(answer)
+                return
+            async with aclosing(answer):
+                async for event in answer:
+                    await reply.send_event(event)
+            await reply.finish()
+        except Exception as error:  # the boundary of the process: every fault becomes an HTTP answer
+            answer_error = to_api_error(error)
+            if answer_error.status >= 500:
+                logger.error("%s: %s", self._path, answer_error.message, exc_info=error)
+            await reply.fail(answer_error)
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Returns when the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class _Reply:
+    """The answer to one request: headers go out with the first piece, so that an early error still gets its status."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._started = False
+        self._finished = False
+        self.status = 500
+
+    async def send_json(self, body: bytes) -> None:
+        await self._start(200, _JSON, len(body))
+        await self._body(body, more=False)
+
+    async def send_event(self, event: bytes) -> None:
+        if not self._started:
+            await self._start(200, "text/event-stream; charset=utf-8", None)
+        await self._body(event, more=True)
+
+    async def finish(self) -> None:
+        await self._body(b"", more=False)
+
+    async def fail(self, error: ApiError) -> None:
+        """The error as the answer, or as the last event of a stream that has begun."""
+        if self._finished:
+            return
+        body = error.body()
+        if not self._started:
+            await self._start(error.status, _JSON, len(body))
+            await self._body(body, more=False)
+            return
+        self.status = error.status
+        await self._body(b"data: " + body + b"\n\n", more=False)
+
+    async def _start(self, status: int, content_type: str, length: int | None) -> None:
+        headers = [(b"content-type", content_type.encode())]
+        if length is not None:
+            headers.append((b"content-length", str(length).encode()))
+        else:
+            headers.append((b"cache-control", b"no-cache"))
+        self._started, self.status = True, status
+        message: Message = {"type": "http.response.start", "status": status, "headers": headers}
+        await self._send(message)
+
+    async def _body(self, body: bytes, *, more: bool) -> None:
+        self._finished = not more
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
