@@ -372,6 +372,9 @@ def _verl_prints_to_log() -> Iterator[None]:
         def flush(self) -> None:
             """Nothing is buffered."""
 
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
     saved, sys.stdout = sys.stdout, _Writer()  # type: ignore[assignment]
     try:
         yield

@@ -78,7 +78,8 @@ class SelectiveHeadEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
                 flat.index_select(0, request.rows), head.weight, request.labels, request.temperature, bias=head.bias
             )
             out = torch.zeros(flat.shape[0], dtype=logprobs.dtype, device=logprobs.device)
-            return out.index_copy(0, request.rows, logprobs).view(*hidden.shape[:-1], 1)
+            # A copy: FSDP2 warns of a root output that is a view.
+            return out.index_copy(0, request.rows, logprobs).view(*hidden.shape[:-1], 1).clone()
 
         # An instance attribute, not a class patch: only this engine's model is concerned.
         head.forward = forward
