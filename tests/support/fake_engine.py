@@ -38,10 +38,14 @@ class FakeEngine:
 
     ``pause()`` holds every request between two tokens until ``resume()``. ``started``, ``finished`` and ``cancelled``
     are the request ids in order; ``active`` those that hold a slot now. ``fail_with`` is raised by the next requests,
-    after ``fail_after`` tokens.
+    after ``fail_after`` tokens. With ``abort_all`` every completion ends as "abort" after one token.
     """
 
     def __init__(self, reply: Reply = counting_reply, *, max_context_len: int = 512, token_delay: float = 0.0) -> None:
+        self.reset(reply, max_context_len=max_context_len, token_delay=token_delay)
+
+    def reset(self, reply: Reply = counting_reply, *, max_context_len: int = 512, token_delay: float = 0.0) -> None:
+        """As new: lets many tests share one server."""
         self.reply = reply
         self.max_context_len = max_context_len
         self.token_delay = token_delay
@@ -53,6 +57,7 @@ class FakeEngine:
         self.active: set[str] = set()
         self.fail_with: Exception | None = None
         self.fail_after = 0
+        self.abort_all = False
         self.logprob: Callable[[int, int], float] = logprob_of
         self._paused = False
         self._closed = False
@@ -119,6 +124,8 @@ class FakeEngine:
 
     def _script(self, request: GenerationRequest, index: int) -> tuple[list[int], FinishReason]:
         tokens = list(self.reply(request, index))
+        if self.abort_all:
+            return tokens[:1], "abort"
         limit = request.max_tokens
         if limit is not None and len(tokens) >= limit and self.reply is counting_reply:
             return tokens[:limit], "length"
