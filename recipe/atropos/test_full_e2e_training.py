@@ -1,0 +1,53 @@
+"""Five real training steps end to end, as a script (table, exit code) and under pytest.
+
+    python recipe/atropos/test_full_e2e_training.py
+    pytest recipe/atropos/test_full_e2e_training.py
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see local/main.py
+
+from tests.support.end_to_end import EndToEnd  # noqa: E402
+
+_NAMES = [name for name in vars(EndToEnd) if name.startswith("check_")]
+
+
+@pytest.fixture(scope="module")
+def system() -> Iterator[EndToEnd]:
+    with EndToEnd() as running:
+        yield running
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_end_to_end(system: EndToEnd, name: str) -> None:
+    assert getattr(system, name)()
+
+
+def main() -> int:
+    """Run every check and print a table; 1 if one failed."""
+    started = time.perf_counter()
+    print("starting the trajectory API and the trainer, taking five steps ...", flush=True)
+    failures = 0
+    with EndToEnd() as system:
+        for name, check in system.checks():
+            try:
+                verdict, text = "ok", check()
+            except AssertionError as error:
+                verdict, text = "FAILED", str(error) or "assertion failed"
+                failures += 1
+            print(f"{verdict:<7} {name:<34} {text}", flush=True)
+    total = len(_NAMES)
+    print(f"\n{total - failures} of {total} checks passed in {time.perf_counter() - started:.1f} s")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

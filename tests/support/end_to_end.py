@@ -1,0 +1,234 @@
+"""The checks of ``recipe/atropos/test_full_e2e_training.py``: five real steps against real servers.
+
+One ``EndToEnd`` starts the real atroposlib API and an ``AtroposTrainer`` on the shipped model, takes five steps on
+rollouts that the trainer samples itself, and keeps what it saw; each ``check_*`` method asserts one thing about it and
+returns a line for the table.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from atropos_verl.api.client import AtroposClient
+from atropos_verl.errors import (
+    AtroposAPIError,
+    AtroposConnectionError,
+    AtroposHTTPStatusError,
+    AtroposProtocolError,
+    AtroposTimeoutError,
+)
+from atropos_verl.types import StepReport
+from tests.support.http_faults import FaultServer
+from tests.support.upstream_api import upstream_api
+
+STEPS = 5
+GROUP_SIZE = 4
+PROMPT = "<|im_start|>user\nSpell this word backward (example: sun -> nus): {word}<|im_end|>\n<|im_start|>assistant\n"
+WORDS = ("stone", "river", "cloud", "bread")
+
+
+def backward_reward(prompts: list[str], completions: list[str]) -> list[float]:
+    """The share of letters that stand where they should, plus a length penalty, so that scores of a group differ."""
+    scores = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        wanted = prompt.split("-> nus): ")[1].split("<|im_end|>")[0][::-1]
+        right = sum(a == b for a, b in zip(wanted, completion.strip(), strict=False))
+        scores.append(right / len(wanted) - 0.01 * len(completion))
+    return scores
+
+
+class EndToEnd:
+    """The system under test, and what it did."""
+
+    def __init__(self) -> None:
+        self.reports: list[StepReport] = []
+        self.figures: list[dict[str, Any]] = []
+        self.submitted = 0
+        self.seconds = 0.0
+
+    def __enter__(self) -> Self:
+        from atropos_verl import AtroposTrainer
+
+        self._stack = ExitStack()
+        with ExitStack() as stack:
+            self.run_dir = Path(tempfile.mkdtemp(prefix="atropos-verl-e2e-"))
+            stack.callback(shutil.rmtree, self.run_dir, ignore_errors=True)
+            self.api = stack.enter_context(upstream_api())
+            config = {
+                "atropos": {"api_url": self.api.url, "timeout": 30},
+                "use_advantage_weighting": True,
+                "advantage_normalization": "batch",
+                "advantage_clipping": [-3.0, 3.0],
+                "max_response_length": 16,
+                "batch_retry_attempts": 8,
+                "batch_retry_delay": 0.05,
+                "batch_max_wait_time": 12.0,
+                "group_size": GROUP_SIZE,
+                "run_dir": str(self.run_dir),
+                "optim": {"lr": 1e-3},
+            }
+            self.trainer = stack.enter_context(AtroposTrainer.from_config(config, reward_fn=backward_reward))
+            self._train()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def _train(self) -> None:
+        trainer = self.trainer
+        prompts = [PROMPT.format(word=word) for word in WORDS]
+        probe = trainer.tokenizer.encode(prompts[0] + "enots", add_special_tokens=False)
+        started = time.perf_counter()
+        for _ in range(STEPS):
+            trainer.open_rollouts()
+            before = trainer.engine.compute_logprobs(probe)
+            serving = trainer.engine.stats()
+            data = trainer.rollout_phase(prompts)
+            trainer.close_rollouts()
+            released = trainer.engine.stats()
+            advantages = trainer.compute_advantages_from_atropos(data)
+            report = trainer.train_on(data)
+            self.reports.append(report)
+            self.figures.append(
+                {
+                    "data": data,
+                    "advantages": advantages,
+                    "engine_before": np.array(before),
+                    "engine_after": np.array(trainer.engine.compute_logprobs(probe)),
+                    "trainer_after": self._trainer_logprobs(probe),
+                    "serving": serving,
+                    "released": released,
+                }
+            )
+        self.seconds = time.perf_counter() - started
+
+    def _trainer_logprobs(self, probe: list[int]) -> np.ndarray[Any, Any]:
+        from atropos_verl.types import TrainingSample
+
+        mask = np.arange(len(probe)) > 0
+        sample = TrainingSample(token_ids=np.array(probe), loss_mask=mask, advantages=np.zeros(len(probe)))
+        return self.trainer.stack.worker.compute_logprobs([sample])[0][1:]
+
+    # ------------------------------------------------------------------ checks
+
+    def check_connectivity_and_registration(self) -> str:
+        client = self.trainer.client
+        client.check()
+        info, status = client.info(), client.status()
+        assert info.batch_size == GROUP_SIZE * len(WORDS)
+        assert info.max_token_len == self.trainer.config.max_token_len + 1, "Atropos's bound is exclusive"
+        assert status.current_step == STEPS
+        return f"registered with batch size {info.batch_size}, API at step {status.current_step}"
+
+    def check_data_submission_and_retrieval(self) -> str:
+        for figure in self.figures:
+            groups = figure["data"].groups
+            assert len(groups) == len(WORDS)
+            for group in groups:
+                assert len(group) == GROUP_SIZE
+                assert group.inference_logprobs is not None
+                for ids, mask, logprobs in zip(group.token_ids, group.masks, group.inference_logprobs, strict=True):
+                    assert logprobs is not None
+                    trained = mask != -100
+                    assert np.array_equal(ids[trained], mask[trained])
+                    assert not trained[0]
+                    assert (logprobs[trained] <= 0).all()
+                    assert (logprobs[~trained] == 1.0).all()
+        return f"{STEPS * len(WORDS)} groups submitted and fetched back, token-exact"
+
+    def check_advantages_and_normalisation(self) -> str:
+        for figure in self.figures:
+            report, tensor = figure["data"].report, figure["advantages"].double().numpy()
+            raw = []  # GRPO by hand in float64: (score - mean) / (std with n - 1, + 1e-6)
+            for group in figure["data"].groups:
+                scores = group.scores
+                raw += list((scores - scores.mean()) / (scores.std(ddof=1) + 1e-6) if scores.std() > 0 else scores * 0)
+            weights = np.array([s.loss_mask.sum() for s in report.samples])
+            values = np.repeat(raw, weights)
+            expected = np.clip((np.array(raw) - values.mean()) / values.std(), -3, 3)
+            for row, sample, want in zip(tensor, report.samples, expected, strict=True):
+                assert np.abs(row[: len(sample)][sample.loss_mask] - want).max() < 1e-2
+                assert (row[: len(sample)][~sample.loss_mask] == 0).all()
+        return "GRPO, whitened over the batch's trained tokens, clipped: as worked out in float64"
+
+    def check_weight_sync(self) -> str:
+        worst = 0.0
+        for step, figure in enumerate(self.figures, start=1):
+            change = float(np.abs(figure["engine_after"] - figure["engine_before"]).max())
+            assert change > 1e-4, f"step {step} left the engine's outputs as they were"
+            worst = max(worst, float(np.abs(figure["engine_after"] - figure["trainer_after"]).max()))
+        assert worst < 1e-4
+        assert self.trainer.engine.policy_version == STEPS
+        return f"outputs changed in every step and match the trainer's within {worst:.1e}"
+
+    def check_complete_loop(self) -> str:
+        assert [report.policy_version for report in self.reports] == list(range(1, STEPS + 1))
+        assert [report.step for report in self.reports] == list(range(1, STEPS + 1))
+        assert all(np.isfinite(report.loss) for report in self.reports)
+        rewards = [report.metrics["reward/mean"] for report in self.reports]
+        assert self.trainer.totals.groups_used == STEPS * len(WORDS)
+        return f"{STEPS} steps, reward {rewards[0]:.3f} → {rewards[-1]:.3f}"
+
+    def check_memory_released_in_training(self) -> str:
+        for figure in self.figures:
+            assert figure["released"].kv_bytes == 0
+            assert figure["released"].weight_bytes == 0
+            assert figure["serving"].weight_bytes > 1_000_000
+        return f"{self.figures[0]['serving'].weight_bytes / 1e6:.1f} MB of engine weights and all KV freed while training"
+
+    def check_error_handling_and_retry(self) -> str:
+        seen = []
+        for name, path_setup, expected in _FAULTS:
+            with FaultServer() as server:
+                path_setup(server)
+                client = AtroposClient(server.url, timeout=1.0, max_wait_time=1.0)
+                _expect(expected, client.check if name != "reset mid-body" else client.fetch_batch)
+            seen.append(name)
+        server = FaultServer()
+        server.start()
+        url = server.url
+        server.stop()
+        error = _expect(AtroposConnectionError, AtroposClient(url, timeout=1.0).check)
+        assert f"Cannot connect to Atropos API at {url} - ensure server is running" in str(error)
+        with FaultServer() as server:
+            server.fail_first("/status", times=2, status=503, then={"current_step": 7, "queue_size": 0})
+            assert AtroposClient(server.url, timeout=10.0).status().current_step == 7
+        return "server down, " + ", ".join(seen) + ": each named; 503 twice then 200 is retried"
+
+    def check_performance(self) -> str:
+        step = float(np.median([report.metrics["timing/step"] or 0.0 for report in self.reports]))
+        rate = float(np.median([report.metrics["perf/trained_tokens_per_second"] or 0.0 for report in self.reports]))
+        sync = float(np.median([report.metrics["sync/seconds"] or 0.0 for report in self.reports]))
+        assert step > 0 and rate > 0 and sync > 0
+        return f"median step {step:.2f} s, {rate:.0f} trained tokens/s, weight sync {sync * 1e3:.1f} ms"
+
+    def checks(self) -> list[tuple[str, Callable[[], str]]]:
+        """Name and function of every check, in the order of the table."""
+        names = [name for name in type(self).__dict__ if name.startswith("check_")]
+        return [(name.removeprefix("check_").replace("_", " "), getattr(self, name)) for name in names]
+
+
+_FAULTS: list[tuple[str, Callable[[FaultServer], None], type[AtroposAPIError]]] = [
+    ("slow", lambda s: s.slow("/status", seconds=5.0), AtroposTimeoutError),
+    ("404", lambda s: s.status("/status", 404), AtroposHTTPStatusError),
+    ("500", lambda s: s.status("/status", 500), AtroposHTTPStatusError),
+    ("garbage", lambda s: s.garbage("/status"), AtroposProtocolError),
+    ("reset mid-body", lambda s: s.reset_mid_body("/batch"), AtroposConnectionError),
+]
+
+
+def _expect(kind: type[AtroposAPIError], call: Callable[[], object]) -> AtroposAPIError:
+    try:
+        call()
+    except kind as error:
+        return error
+    raise AssertionError(f"{kind.__name__} was not raised")
