@@ -123,6 +123,8 @@ class SpellBackwardEnv(BaseEnv):  # type: ignore[misc]  # atroposlib has no type
             seed=0,
             size=2**31 - 1,  # virtual: tasks are made on demand
         )
+        if not self.dataset.words:
+            raise ValueError(f"no word of {low}-{high} letters; widen --env.min_word_len and --env.max_word_len")
         # reasoning-gym draws task i of seed s with s + i, so neighbouring seeds would share nearly all their tasks;
         # a start far away gives each run its own order.
         start = self.config.seed * 1_000_003 % 2**30
