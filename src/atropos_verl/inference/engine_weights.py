@@ -1,0 +1,118 @@
+"""The engine's copy of the weights: checked, copied in place, released, allocated again."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from atropos_verl.errors import WeightSyncError
+
+__all__ = ["WeightStore"]
+
+
+class WeightStore:
+    """Parameters of a model by Hugging Face name.
+
+    ``ready`` says whether their content may be used. It is False after memory was released (until a full update), and
+    after an update that failed half-way: the weights are then a mixture of two policies.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._parameters: dict[str, torch.nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
+        parameter_ids = {id(parameter) for parameter in self._parameters.values()}
+        self._buffers: dict[str, torch.Tensor] = {
+            name: tensor
+            for name, tensor in model.state_dict(keep_vars=True).items()
+            if isinstance(tensor, torch.Tensor) and id(tensor) not in parameter_ids
+        }
+        # Tied weights are one parameter with several names; the first name stands for it in messages.
+        self._first_name: dict[int, str] = {}
+        self._shapes: dict[int, torch.Size] = {}
+        for name, parameter in self._parameters.items():
+            self._first_name.setdefault(id(parameter), name)
+            self._shapes[id(parameter)] = parameter.shape
+        self.ready = True
+        self.resident = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of parameter storage held now."""
+        return sum(parameter.nbytes for parameter in self._unique())
+
+    def update(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """Copy new values into every parameter; returns bytes copied.
+
+        Every parameter must be given, a tied one under any or all of its names; persistent buffers may be. Values are
+        cast to the engine's dtype and device. A list, tuple or mapping is checked as a whole before anything is
+        copied; an iterator (which may gather one tensor at a time) is checked tensor by tensor.
+
+        Raises:
+            WeightSyncError: released, or naming a tensor that is unknown, given twice, of another shape, or missing.
+        """
+        if not self.resident:
+            raise WeightSyncError("the weights' memory is released: call resume_memory_occupation() first")
+        if isinstance(named_tensors, Mapping):
+            named_tensors = list(named_tensors.items())
+        if isinstance(named_tensors, (list, tuple)):
+            names: set[str] = set()
+            for name, tensor in named_tensors:
+                self._check(name, tensor, names)
+            self._check_complete(names)
+        copied, given = 0, set[str]()
+        for name, tensor in named_tensors:
+            target = self._check(name, tensor, given)
+            self.ready = False
+            with torch.inference_mode(False), torch.no_grad():
+                target.copy_(tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
+            copied += target.nbytes
+        self._check_complete(given)
+        self.ready = True
+        return copied
+
+    def release(self) -> None:
+        """Give the storage of every parameter back. Idempotent."""
+        self._set_storage(lambda parameter: (0,))
+        self.resident = self.ready = False
+
+    def allocate(self) -> None:
+        """Take storage again, its content undefined until ``update``. Nothing to do when it was never released."""
+        if not self.resident:
+            self._set_storage(lambda parameter: self._shapes[id(parameter)])
+            self.resident = True
+
+    def _set_storage(self, shape_of: Any) -> None:
+        # inference_mode(False): a tensor made inside inference mode could not be written to by anyone else later.
+        with torch.inference_mode(False), torch.no_grad():
+            for parameter in self._unique():
+                parameter.data = torch.empty(shape_of(parameter), dtype=parameter.dtype, device=parameter.device)
+
+    def _unique(self) -> list[torch.nn.Parameter]:
+        return list({id(parameter): parameter for parameter in self._parameters.values()}.values())
+
+    def _check(self, name: str, tensor: torch.Tensor, given: set[str]) -> torch.Tensor:
+        parameter = self._parameters.get(name)
+        target = parameter if parameter is not None else self._buffers.get(name)
+        if target is None:
+            near = difflib.get_close_matches(name, [*self._parameters, *self._buffers], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise WeightSyncError(f"weight update: the engine's model has no tensor {name!r}{hint}")
+        if name in given:
+            raise WeightSyncError(f"weight update: {name!r} was given twice")
+        if tuple(tensor.shape) != tuple(target.shape):
+            raise WeightSyncError(
+                f"weight update: {name!r} has shape {tuple(tensor.shape)}, the engine's model {tuple(target.shape)}; "
+                "trainer and engine must load the same model, and sharded tensors must be gathered first"
+            )
+        given.add(name)
+        return target
+
+    def _check_complete(self, given: set[str]) -> None:
+        covered = {id(self._parameters[name]) for name in given if name in self._parameters}
+        missing = [name for key, name in self._first_name.items() if key not in covered]
+        if missing:
+            raise WeightSyncError(
+                f"weight update: {len(missing)} of {len(self._first_name)} tensors are missing, first {missing[0]!r}"
+            )
