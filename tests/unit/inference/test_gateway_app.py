@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import socket
 import threading
 from typing import Any
@@ -240,3 +241,30 @@ def test_slow_body_that_never_comes_is_no_request() -> None:
             pass
         eventually(lambda: client.get("/health").json()["in_flight"] == 0, "the request to be forgotten")
         assert engine.started == []
+
+
+def test_body_that_is_too_large_is_a_413_and_is_not_kept() -> None:
+    engine = FakeEngine()
+    with serving(engine, TOKENIZER) as client:
+        response = client.post("/generate", content=(b"[" * (1 << 20) for _ in range(65)))
+        assert response.status_code == 413
+        assert "67108864 bytes" in response.json()["error"]["message"]
+        assert client.post("/generate", json={"prompt": [1], "max_tokens": 1}).status_code == 200
+
+
+def test_base_url_with_a_slash_at_its_end_still_reaches_everything() -> None:
+    with serving(FakeEngine(), TOKENIZER) as client:
+        assert client.get(f"{client.base_url}//health").status_code == 200  # base_url.replace("/v1", "") + "/health"
+        response = client.post(f"{client.base_url}//generate", json={"prompt": [1], "max_tokens": 1})
+        assert response.json()["token_ids"] == [[2]]
+
+
+def test_wrong_paths_and_keys_show_in_our_log_once(caplog: pytest.LogCaptureFixture) -> None:
+    with serving(FakeEngine(), TOKENIZER, api_key="k") as client, caplog.at_level(logging.WARNING, "atropos_verl"):
+        for _ in range(3):
+            client.get("/v1/models")
+            client.get("/v1/health", headers={"Authorization": "Bearer k"})
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert "/v1/models" in messages[0] and "API key" in messages[0]
+    assert "GET /v1/health: no such endpoint" in messages[1]

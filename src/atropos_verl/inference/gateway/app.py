@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -42,6 +43,9 @@ Handler = Callable[[GatewayService, Fields], Awaitable[bytes | AsyncGenerator[by
 
 _CANCEL_TIMEOUT = 10.0
 """Seconds a cancelled request may take to let go of the engine before that is logged and left to it."""
+_MAX_BODY_BYTES = 64 << 20
+"""Largest request body: about nine million prompt tokens as JSON."""
+_ROUTES_HINT = "chat and completions are under /v1; /generate, /health and /metrics are not"
 _CLIENT_GONE = 499
 _JSON = "application/json"
 
@@ -113,8 +117,18 @@ def create_app(
         post("/generate", generate),
         post("/generate/", generate_trl),
     ]
-    middleware = [Middleware(_BearerKey, key=api_key)] if api_key else []
-    return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _routing_error})
+
+    async def routing_error(request: Request, error: Exception) -> Response:
+        """404 and 405 in the error format of everything else, and in our log: Atropos clients swallow theirs."""
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        what = f"{request.method} {request.url.path[:200]}: no such endpoint ({_ROUTES_HINT})"
+        service.warn_once(f"route {request.url.path[:200]}", "a client calls %s", what)
+        return _error_response(ApiError(status, what))
+
+    middleware = [Middleware(_CollapseSlashes)]
+    if api_key:
+        middleware.append(Middleware(_BearerKey, key=api_key, service=service))
+    return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: routing_error})
 
 
 def _json_response(data: Any) -> Response:
@@ -126,18 +140,27 @@ def _error_response(error: ApiError) -> Response:
     return Response(error.body(), status_code=error.status, media_type=_JSON, headers=headers)
 
 
-async def _routing_error(request: Request, error: Exception) -> Response:
-    """404 and 405 in the error format of everything else."""
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    hint = "chat and completions are under /v1; /generate, /health and /metrics are not"
-    return _error_response(ApiError(status, f"{request.method} {request.url.path}: no such endpoint ({hint})"))
+class _CollapseSlashes:
+    """``//generate`` → ``/generate``: what Atropos clients make of a base_url that ends in ``/v1/``.
+
+    They would otherwise wait for a healthy server for ever, without a word.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and "//" in scope["path"]:
+            scope = {**scope, "path": re.sub("/{2,}", "/", scope["path"])}
+        await self._app(scope, receive, send)
 
 
 class _BearerKey:
     """Refuses every request without the key, but for /health (supervisors probe it before they know any key)."""
 
-    def __init__(self, app: ASGIApp, key: str) -> None:
+    def __init__(self, app: ASGIApp, key: str, service: GatewayService) -> None:
         self._app = app
+        self._service = service
         self._expected = f"Bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -145,6 +168,7 @@ class _BearerKey:
             given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
             if not hmac.compare_digest(given, self._expected):  # constant time: no guessing byte by byte
                 message = "missing or wrong API key; send 'Authorization: Bearer KEY' (gateway.api_key)"
+                self._service.warn_once("key", "a client was refused at %s: %s", scope["path"], message)
                 await _error_response(ApiError(401, message, code="invalid_api_key"))(scope, receive, send)
                 return
         await self._app(scope, receive, send)
@@ -164,10 +188,11 @@ class _Endpoint:
         reply = _Reply(send)
         metrics.in_flight += 1
         try:
-            body = await Request(scope, receive).body()
-            await self._serve_while_connected(body, receive, reply)
+            await self._serve_while_connected(await _read_body(Request(scope, receive)), receive, reply)
         except ClientDisconnect:
             reply.status = _CLIENT_GONE
+        except ApiError as error:
+            await reply.fail(error)
         finally:
             metrics.in_flight -= 1
             metrics.requests[self._path, reply.status] += 1
@@ -212,6 +237,15 @@ class _Endpoint:
             if answer_error.status >= 500:
                 logger.error("%s: %s", self._path, answer_error.message, exc_info=error)
             await reply.fail(answer_error)
+
+
+async def _read_body(request: Request) -> bytes:
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > _MAX_BODY_BYTES:
+            raise ApiError(413, f"the body is larger than {_MAX_BODY_BYTES} bytes; send fewer prompts per request")
+    return bytes(body)
 
 
 async def _disconnected(receive: Receive) -> None:

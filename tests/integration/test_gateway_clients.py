@@ -1,0 +1,280 @@
+"""The clients that really call the gateway, over real HTTP: the ``openai`` package and atroposlib's own servers.
+
+Tokens come from the fake engine, so that every token, logprob and mask is known by hand.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from support.fake_engine import FakeEngine, logprob_of, text_reply
+from support.serving import eventually, serving
+from support.tiny_model import build_tiny_tokenizer
+
+from atropos_verl.inference.gate import RequestGate
+
+KEY = "integration-key"
+EOS = 258
+YES, NO = [88, 68, 82, EOS], [77, 78, EOS]  # "yes", "no": byte - 33, then <|im_end|>
+HI = [{"role": "user", "content": "hi"}]
+HI_PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that ``AutoTokenizer`` can load, as the clients do."""
+    path = tmp_path_factory.mktemp("tiny")
+    build_tiny_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_dir: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+@pytest.fixture(scope="module")
+def served(model_dir: Path, tokenizer: Any) -> Iterator[tuple[FakeEngine, RequestGate, str]]:
+    engine, gate = FakeEngine(), RequestGate()
+    with serving(engine, tokenizer, gate=gate, model_name=str(model_dir), api_key=KEY) as client:
+        yield engine, gate, str(client.base_url).rstrip("/")
+
+
+@pytest.fixture
+def engine(served: tuple[FakeEngine, RequestGate, str], tokenizer: Any) -> FakeEngine:
+    served[0].reset(text_reply(tokenizer, "yes<|im_end|>", "no<|im_end|>"))
+    return served[0]
+
+
+@pytest.fixture
+def url(served: tuple[FakeEngine, RequestGate, str], engine: FakeEngine) -> str:
+    return served[2]
+
+
+def logprobs(index: int, count: int) -> list[float]:
+    return [logprob_of(index, position) for position in range(count)]
+
+
+# the openai package -------------------------------------------------------------------------------------------------
+
+
+def test_openai_chat(url: str, model_dir: Path, tokenizer: Any) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
+        answer = client.chat.completions.create(
+            model=str(model_dir),
+            messages=HI,  # type: ignore[arg-type]
+            n=2,
+            max_tokens=8,
+            temperature=0.5,
+            logprobs=True,
+            top_logprobs=0,
+            extra_body={"return_token_ids": True, "top_k": 3},
+        )
+        assert [choice.message.content for choice in answer.choices] == ["yes", "no"]
+        assert [choice.finish_reason for choice in answer.choices] == ["stop", "stop"]
+        assert answer.choices[1].logprobs is not None and answer.choices[1].logprobs.content is not None
+        assert [entry.logprob for entry in answer.choices[1].logprobs.content] == logprobs(1, 3)
+        assert [entry.token for entry in answer.choices[1].logprobs.content] == ["n", "o", "<|im_end|>"]
+        assert answer.usage is not None
+        prompt = tokenizer.encode(HI_PROMPT, add_special_tokens=False)
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(prompt), 7)
+        assert answer.model_extra is not None and answer.model_extra["prompt_token_ids"] == prompt
+        assert answer.choices[0].model_extra is not None and answer.choices[0].model_extra["token_ids"] == YES
+
+
+def test_openai_streams(url: str, model_dir: Path) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
+        texts, reasons, usage = ["", ""], ["", ""], None
+        for chunk in client.chat.completions.create(
+            model=str(model_dir),
+            messages=HI,  # type: ignore[arg-type]
+            n=2,
+            stream=True,
+            stream_options={"include_usage": True},
+        ):
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+                reasons[choice.index] += choice.finish_reason or ""
+        assert (texts, reasons) == (["yes", "no"], ["stop", "stop"])
+        assert usage is not None and usage.completion_tokens == 7
+        pieces = client.completions.create(model=str(model_dir), prompt="a", stream=True, logprobs=0)
+        text = "".join(piece.choices[0].text for piece in pieces)
+        assert text == "yes"
+
+
+def test_openai_completions_and_models(url: str, model_dir: Path) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
+        answer = client.completions.create(model=str(model_dir), prompt=[[64], [65, 66]], n=2, logprobs=1)
+        assert [choice.text for choice in answer.choices] == ["yes", "no", "yes", "no"]
+        assert answer.choices[3].logprobs is not None
+        assert answer.choices[3].logprobs.token_logprobs == logprobs(1, 3)
+        assert [model.id for model in client.models.list()] == [str(model_dir)]
+        assert client.models.retrieve(str(model_dir)).owned_by == "atropos-verl"
+
+
+def test_openai_errors_arrive_as_the_packages_own_exceptions(url: str, engine: FakeEngine) -> None:
+    stranger = openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0)
+    with stranger, pytest.raises(openai.AuthenticationError, match="API key"):
+        stranger.completions.create(model="m", prompt="a")
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model="m", prompt="a" * 600)
+        assert caught.value.code == "context_length_exceeded" and caught.value.param == "prompt"
+        with pytest.raises(openai.BadRequestError, match="presence_penalty"):
+            client.completions.create(model="m", prompt="a", presence_penalty=1.0)
+        with pytest.raises(openai.NotFoundError):
+            client.embeddings.create(model="m", input="a")
+        engine.fail_with = RuntimeError("boom")
+        with pytest.raises(openai.InternalServerError):
+            client.completions.create(model="m", prompt="a")
+
+
+def test_openai_client_that_leaves_a_stream_frees_the_slot(url: str, engine: FakeEngine) -> None:
+    engine.reset(token_delay=0.02)
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
+        stream = client.completions.create(model="m", prompt="a", max_tokens=500, stream=True)
+        assert next(iter(stream)).choices[0].text == "b"
+        stream.close()
+        eventually(lambda: len(engine.cancelled) == 1 and not engine.active, "the slot to be free")
+        assert engine.finished == []
+
+
+# atroposlib's servers -----------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def atropos(kind: str, url: str, model_dir: Path) -> AsyncIterator[Any]:
+    """atroposlib's ``ServerManager`` with one server of ``kind``, its health-check task ended afterwards."""
+    from atroposlib.envs.server_handling.server_baseline import APIServerConfig
+    from atroposlib.envs.server_handling.server_manager import ServerManager
+
+    config = APIServerConfig(
+        server_type=kind,
+        base_url=url if kind == "trl" else f"{url}/v1",
+        api_key=KEY,
+        model_name=str(model_dir),
+        timeout=30,
+    )
+    manager = ServerManager([config])
+    try:
+        yield manager
+    finally:
+        task = manager.servers[0].check_task
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task}, timeout=5.0)
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+async def test_tokens_and_logprobs_arrive_exactly(kind: str, url: str, model_dir: Path, engine: FakeEngine) -> None:
+    engine.logprob = lambda index, position: -0.1 - index / 3 - position / 7  # not exact in binary on purpose
+    async with atropos(kind, url, model_dir) as manager:
+        prompt, tokens, values, reasons = await manager.tokens_and_logprobs_completion(
+            prompt="ab", n=2, max_tokens=16, temperature=0.7, top_p=0.9, stop=["END"]
+        )
+    assert prompt == [64, 65]
+    assert tokens == [YES, NO]
+    assert values == [[-0.1 - i / 3 - p / 7 for p in range(len(t))] for i, t in enumerate([YES, NO])]
+    assert reasons == (["stop", "stop"] if kind == "vllm" else [{"type": "stop", "matched": EOS}] * 2)
+    sent = next(request for request in engine.requests if request.prompt_token_ids == (64, 65))
+    assert (sent.n, sent.max_tokens, sent.temperature, sent.top_p, sent.stop) == (2, 16, 0.7, 0.9, ("END",))
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+async def test_managed_server_masks_and_logprobs_over_two_turns(
+    kind: str, url: str, model_dir: Path, engine: FakeEngine, tokenizer: Any
+) -> None:
+    first_prompt = tokenizer.encode(HI_PROMPT)
+    async with atropos(kind, url, model_dir) as manager, manager.managed_server(tokenizer=tokenizer) as managed:
+        answer = await managed.chat_completion(messages=HI, n=1, max_tokens=16, temperature=1.0)
+        assert answer.choices[0].message.content == "yes" and answer.choices[0].finish_reason == "stop"
+        (node,) = managed.get_state()["nodes"]
+        assert node.tokens == first_prompt + YES
+        assert node.masked_tokens == [-100] * len(first_prompt) + YES
+        assert node.logprobs == [1.0] * len(first_prompt) + logprobs(0, 4)
+
+        messages = [*HI, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "so?"}]
+        await managed.chat_completion(messages=messages, n=1, max_tokens=16, temperature=1.0)
+        (node,) = managed.get_state()["nodes"]
+        # atroposlib extends the node by the text after "yes": its own <|im_end|> doubles the one the policy wrote
+        between = tokenizer.encode("<|im_end|>\n<|im_start|>user\nso?<|im_end|>\n<|im_start|>assistant\n")
+        assert node.tokens == first_prompt + YES + between + YES
+        assert node.masked_tokens == [-100] * len(first_prompt) + YES + [-100] * len(between) + YES
+        assert node.logprobs == [1.0] * len(first_prompt) + logprobs(0, 4) + [1.0] * len(between) + logprobs(0, 4)
+    assert [r.prompt_token_ids for r in engine.requests if r.max_tokens == 16] == [
+        tuple(first_prompt),
+        tuple(first_prompt + YES + between),
+    ]
+
+
+async def test_managed_server_group_of_twelve_is_split_and_kept_apart(
+    url: str, model_dir: Path, engine: FakeEngine, tokenizer: Any
+) -> None:
+    async with atropos("vllm", url, model_dir) as manager, manager.managed_server(tokenizer=tokenizer) as managed:
+        answer = await managed.chat_completion(messages=HI, n=12, max_tokens=3)
+        nodes = managed.get_state()["nodes"]
+    assert len(answer.choices) == len(nodes) == 12
+    prompt = tokenizer.encode(HI_PROMPT)
+    completions = [node.tokens[len(prompt) :] for node in nodes]
+    assert sorted(map(tuple, completions)) == sorted([tuple(YES[:3])] * 6 + [tuple(NO)] * 6)
+    for node in nodes:
+        count = len(node.tokens) - len(prompt)
+        assert node.masked_tokens == [-100] * len(prompt) + node.tokens[len(prompt) :]
+        assert node.logprobs[len(prompt) :] in ([logprob_of(index, p) for p in range(count)] for index in range(12))
+
+
+async def test_prompt_logprobs_through_the_vllm_client(url: str, model_dir: Path) -> None:
+    async with atropos("vllm", url, model_dir) as manager:
+        answer = await manager.servers[0].get_logprobs(input_ids=[5, 6, 7], top_k=2)
+    assert answer == {
+        "prompt_tokens": [5, 6, 7],
+        "prompt_topk_token_ids": [[], [6, 1001, 1000], [7, 1001, 1000]],
+        "prompt_topk_logprobs": [[], [-1.0, -0.5, -1.5], [-2.0, -1.5, -2.5]],
+    }
+
+
+@pytest.mark.parametrize("kind", ["openai", "vllm", "sglang"])
+async def test_chat_and_completion_of_every_server_type(kind: str, url: str, model_dir: Path) -> None:
+    async with atropos(kind, url, model_dir) as manager:
+        chat = await manager.chat_completion(messages=HI, n=2, max_tokens=16, temperature=1.0)
+        text = await manager.completion(prompt="a", n=2, max_tokens=16)
+    assert [choice.message.content for choice in chat.choices] == ["yes", "no"]
+    assert [choice.text for choice in text.choices] == ["yes", "no"]
+    assert manager.servers[0].server_healthy
+
+
+async def test_trl_client(model_dir: Path, tokenizer: Any) -> None:
+    engine = FakeEngine(text_reply(tokenizer, "yes<|im_end|>", "no"))
+    with serving(engine, tokenizer, model_name="tiny") as client:  # this client sends no key
+        async with atropos("trl", str(client.base_url).rstrip("/"), model_dir) as manager:
+            chat = await manager.chat_completion(messages=HI, n=2, max_tokens=16)
+            text = await manager.completion(prompt="a", n=1, max_tokens=16)
+    assert [choice.message.content for choice in chat.choices] == ["yes<|im_end|>", "no"]
+    assert [choice.finish_reason for choice in chat.choices] == ["stop", "length"]  # it looks for eos itself
+    assert text.choices[0].text == "yes<|im_end|>"
+    assert engine.requests[0].prompt_token_ids == tuple(tokenizer.encode(HI_PROMPT))
+
+
+async def test_health_checks_of_atropos_hold_during_a_weight_sync(
+    url: str, model_dir: Path, served: tuple[FakeEngine, RequestGate, str]
+) -> None:
+    _, gate, _ = served
+    async with atropos("vllm", url, model_dir) as manager:
+        await asyncio.to_thread(gate.pause, 5.0)
+        try:
+            waiting = asyncio.create_task(manager.tokens_and_logprobs_completion(prompt="ab", n=1, max_tokens=16))
+            await asyncio.sleep(1.5)  # more than one round of its health check
+            assert manager.servers[0].server_healthy and not waiting.done() and gate.waiting == 1
+        finally:
+            gate.resume()
+        _, tokens, _, _ = await asyncio.wait_for(waiting, timeout=20.0)
+    assert tokens == [YES]
