@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see local/main.py
 
-from tests.support.end_to_end import EndToEnd  # noqa: E402
+from support.end_to_end import EndToEnd  # noqa: E402
 
 _NAMES = [name for name in vars(EndToEnd) if name.startswith("check_")]
 

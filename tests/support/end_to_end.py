@@ -26,8 +26,8 @@ from atropos_verl.errors import (
     AtroposTimeoutError,
 )
 from atropos_verl.types import StepReport
-from tests.support.http_faults import FaultServer
-from tests.support.upstream_api import upstream_api
+from support.http_faults import FaultServer
+from support.upstream_api import upstream_api
 
 STEPS = 5
 GROUP_SIZE = 4
