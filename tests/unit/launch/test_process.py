@@ -1,0 +1,356 @@
+"""Services as real child processes: every test looks at pids and signals, nothing is patched."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import psutil
+import pytest
+
+from atropos_verl.errors import ServiceError
+from atropos_verl.launch.process import ManagedProcess, ProcessSet, ServiceSpec, describe_exit
+
+PATIENCE = 20.0
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {PATIENCE} s"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def shell(directory: Path, script: str, name: str = "svc", env: dict[str, str] | None = None) -> ServiceSpec:
+    return ServiceSpec(
+        name=name,
+        command=("sh", "-c", script),
+        env=env or {},
+        cwd=directory,
+        log_path=directory / "logs" / f"{name}.log",
+    )
+
+
+def read_pid(path: Path) -> int:
+    wait_for(lambda: path.is_file() and path.read_text().endswith("\n"), f"pid in {path}")
+    return int(path.read_text())
+
+
+def test_output_environment_directory_and_stdin_of_a_service(tmp_path: Path) -> None:
+    script = 'echo "to stdout $COLOUR"; echo "to stderr" >&2; pwd; wc -c'
+    process = ManagedProcess(shell(tmp_path, script, env={"COLOUR": "blue"}))
+    assert process.pid is None
+    assert not process.is_running()
+    process.check()  # not started: nothing has died
+    process.start()
+    wait_for(lambda: not process.is_running(), "the end")
+    assert process.returncode == 0
+    log = tmp_path / "logs" / "svc.log"
+    assert log.read_text() == f"to stdout blue\nto stderr\n{tmp_path}\n0\n"
+    assert process.log_tail(2) == f"{tmp_path}\n0"
+
+
+def test_the_log_is_appended_and_the_tail_is_of_this_start_only(tmp_path: Path) -> None:
+    for word in ("first", "second"):
+        process = ManagedProcess(shell(tmp_path, f"echo {word}"))
+        process.start()
+        wait_for(lambda process=process: not process.is_running(), "the end")
+    assert (tmp_path / "logs" / "svc.log").read_text() == "first\nsecond\n"
+    assert process.log_tail() == "second"
+
+
+def test_the_tail_has_no_terminal_escapes_and_no_endless_line(tmp_path: Path) -> None:
+    script = "printf '\\033[31mred\\033[0m\\007\\n'; head -c 700 /dev/zero | tr '\\0' x; echo; printf '\\377\\n'"
+    process = ManagedProcess(shell(tmp_path, script))
+    process.start()
+    wait_for(lambda: not process.is_running(), "the end")
+    assert process.log_tail() == "red\n" + "x" * 500 + "…\n\ufffd"
+
+
+def test_it_is_a_session_of_its_own(tmp_path: Path) -> None:
+    process = ManagedProcess(shell(tmp_path, "sleep 1000"))
+    process.start()
+    try:
+        assert process.pid is not None
+        assert os.getsid(process.pid) == process.pid != os.getsid(0)
+        assert os.getpgid(process.pid) == process.pid
+    finally:
+        process.stop()
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_check_says_signal_and_last_lines_after_kill_9(tmp_path: Path) -> None:
+    process = ManagedProcess(shell(tmp_path, "for i in $(seq 1 30); do echo line $i; done; exec sleep 1000"))
+    process.start()
+    log = tmp_path / "logs" / "svc.log"
+    wait_for(lambda: "line 30\n" in log.read_text(), "the log")
+    process.check()
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    wait_for(lambda: not process.is_running(), "the end")
+    with pytest.raises(ServiceError) as caught:
+        process.check()
+    error = caught.value
+    assert (error.service, error.returncode) == ("svc", -9)
+    assert error.log_tail == "\n".join(f"line {i}" for i in range(11, 31))
+    assert str(error) == (
+        f"svc (pid {process.pid}) was killed by SIGKILL (by hand, or by the kernel for want of memory: see dmesg); "
+        f"its log is {log}\n--- last lines of svc ---\n{error.log_tail}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (0, "exited with code 0"),
+        (3, "exited with code 3"),
+        (-15, "was killed by SIGTERM"),
+        (-11, "was killed by SIGSEGV"),
+        (-200, "was killed by signal 200"),
+    ],
+)
+def test_exit_status_in_words(code: int, words: str) -> None:
+    assert describe_exit(code) == words
+
+
+def test_a_service_that_exits_by_itself_has_died_too(tmp_path: Path) -> None:
+    process = ManagedProcess(shell(tmp_path, "echo no such model; exit 3"))
+    process.start()
+    wait_for(lambda: not process.is_running(), "the end")
+    with pytest.raises(ServiceError, match=r"svc \(pid \d+\) exited with code 3; its log is") as caught:
+        process.check()
+    assert caught.value.log_tail == "no such model"
+
+
+def test_stop_ends_grandchildren(tmp_path: Path) -> None:
+    process = ManagedProcess(shell(tmp_path, "sleep 1000 & echo $! >grandchild; wait"))
+    process.start()
+    grandchild = read_pid(tmp_path / "grandchild")
+    assert alive(grandchild)
+    process.stop()
+    assert not alive(grandchild)
+    assert process.returncode == -signal.SIGTERM
+    process.stop()  # again: nothing to do
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_stop_ends_a_descendant_that_left_the_group(tmp_path: Path) -> None:
+    process = ManagedProcess(shell(tmp_path, "setsid sh -c 'echo $$ >stray; exec sleep 1000' & wait"))
+    process.start()
+    stray = read_pid(tmp_path / "stray")
+    assert os.getsid(stray) == stray != process.pid
+    process.stop()
+    assert not alive(stray)
+
+
+def test_a_service_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
+    script = "trap '' TERM; sleep 1000 & echo $! >grandchild; while true; do wait; done"
+    process = ManagedProcess(shell(tmp_path, script))
+    process.start()
+    grandchild = read_pid(tmp_path / "grandchild")  # inherits the ignored SIGTERM
+    process.stop(grace=0.3)
+    assert process.returncode == -signal.SIGKILL
+    assert not alive(grandchild)
+
+
+def test_sigterm_leaves_time_to_clean_up(tmp_path: Path) -> None:
+    process = ManagedProcess(
+        shell(tmp_path, "trap 'sleep 0.3; echo saved >state; exit 0' TERM; echo 1 >up; sleep 1000 & wait")
+    )
+    process.start()
+    read_pid(tmp_path / "up")
+    process.stop(grace=PATIENCE)
+    assert (tmp_path / "state").read_text() == "saved\n"
+    assert process.returncode == 0
+
+
+def test_when_the_leader_dies_what_it_started_is_killed_at_once(tmp_path: Path) -> None:
+    process = ManagedProcess(shell(tmp_path, "sleep 1000 & echo $! >grandchild; exit 5"))
+    process.start()
+    grandchild = read_pid(tmp_path / "grandchild")
+    wait_for(lambda: not process.is_running(), "the end")
+    wait_for(lambda: not alive(grandchild), "the grandchild's end")
+    assert process.returncode == 5
+
+
+def test_what_cannot_be_started_is_named(tmp_path: Path) -> None:
+    spec = ServiceSpec(name="env", command=("/no/such/python", "x"), cwd=tmp_path, log_path=tmp_path / "log")
+    with pytest.raises(ServiceError, match=r"cannot start env: No such file or directory: /no/such/python \(command"):
+        ManagedProcess(spec).start()
+    spec = ServiceSpec(name="env", command=("true",), cwd=tmp_path / "gone", log_path=tmp_path / "log")
+    with pytest.raises(ServiceError, match=rf"cannot start env: No such file or directory: {tmp_path}/gone"):
+        ManagedProcess(spec).start()
+
+
+def test_starting_twice_is_refused(tmp_path: Path) -> None:
+    process = ManagedProcess(shell(tmp_path, "exec sleep 1000"))
+    process.start()
+    try:
+        with pytest.raises(ServiceError, match="svc was already started"):
+            process.start()
+    finally:
+        process.stop()
+
+
+# ---------------------------------------------------------------------- nobody survives the owner
+
+OWNER = """
+    import sys, time
+    from pathlib import Path
+    from atropos_verl.launch.process import ProcessSet, ServiceSpec
+
+    directory = Path(sys.argv[1])
+    script = "sleep 1000 & echo $! >{name}.grandchild; setsid sh -c 'echo $$ >{name}.stray; exec sleep 1000' & wait"
+    services = ProcessSet()
+    for name in ("api", "env"):
+        services.start(ServiceSpec(
+            name=name, command=("sh", "-c", script.format(name=name)), cwd=directory, log_path=directory / f"{name}.log"
+        ))
+    (directory / "pids").write_text(" ".join(str(pid) for pid in services.pids().values()))
+    (directory / "ready").write_text("1\\n")
+    while not (directory / "go").exists():
+        time.sleep(0.01)
+    BODY
+"""
+
+
+def run_owner(tmp_path: Path, body: str) -> tuple[subprocess.Popen[bytes], list[int]]:
+    code = textwrap.dedent(OWNER).replace("BODY", body)
+    owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], start_new_session=True)
+    read_pid(tmp_path / "ready")
+    pids = [int(word) for word in (tmp_path / "pids").read_text().split()]
+    for name in ("api", "env"):
+        pids += [read_pid(tmp_path / f"{name}.grandchild"), read_pid(tmp_path / f"{name}.stray")]
+    assert len(pids) == 6
+    assert all(alive(pid) for pid in pids)
+    (tmp_path / "go").touch()
+    return owner, pids
+
+
+def test_kill_9_of_the_owner_takes_everything_along(tmp_path: Path) -> None:
+    owner, pids = run_owner(tmp_path, "time.sleep(1000)")
+    watchers = [child.pid for child in psutil.Process(owner.pid).children() if child.pid not in pids]
+    assert len(watchers) == 2
+    owner.kill()
+    owner.wait(timeout=PATIENCE)
+    wait_for(lambda: not any(alive(pid) for pid in [*pids, *watchers]), "the end of every process")
+
+
+def test_an_owner_that_forgets_to_stop_leaves_nothing_either(tmp_path: Path) -> None:
+    owner, pids = run_owner(tmp_path, "sys.exit(0)")
+    assert owner.wait(timeout=PATIENCE) == 0
+    wait_for(lambda: not any(alive(pid) for pid in pids), "the end of every process")
+
+
+def test_an_owner_that_has_forked_still_takes_everything_along(tmp_path: Path) -> None:
+    # A forked copy of the owner holds the watchers' pipes open: they must look at the owner, not only at the pipe.
+    body = "import os; fork = os.fork(); fork and (directory / 'fork').write_text(f'{fork}\\n'); time.sleep(1000)"
+    owner, pids = run_owner(tmp_path, body)
+    fork = read_pid(tmp_path / "fork")
+    try:
+        owner.kill()
+        owner.wait(timeout=PATIENCE)
+        wait_for(lambda: not any(alive(pid) for pid in pids), "the end of every process")
+        assert alive(fork)
+    finally:
+        os.kill(fork, signal.SIGKILL)
+
+
+# ---------------------------------------------------------------------- several services
+
+
+def test_a_set_names_pids_and_the_service_that_died(tmp_path: Path) -> None:
+    with ProcessSet() as services:
+        first = services.start(shell(tmp_path, "exec sleep 1000", "first"))
+        second = services.start(shell(tmp_path, "echo out of tasks; exec sleep 1000", "second"))
+        assert services.pids() == {"first": first.pid, "second": second.pid}
+        services.check_all()
+        with pytest.raises(ValueError, match="a service named 'first' is already in the set"):
+            services.start(shell(tmp_path, "true", "first"))
+        wait_for(lambda: second.log_tail() == "out of tasks", "the log")
+        assert second.pid is not None
+        os.kill(second.pid, signal.SIGSEGV)
+        wait_for(lambda: not second.is_running(), "the end")
+        with pytest.raises(ServiceError, match=r"second \(pid \d+\) was killed by SIGSEGV"):
+            services.check_all()
+        assert services.pids() == {"first": first.pid}
+    assert services.pids() == {}
+    assert first.returncode == -signal.SIGTERM
+
+
+class Recorded(ManagedProcess):
+    """Notes when it is asked to end."""
+
+    asked: ClassVar[list[str]] = []
+
+    def _terminate(self) -> None:
+        self.asked.append(self.spec.name)
+        super()._terminate()
+
+
+def test_stop_all_asks_the_last_started_first_and_waits_for_all_together(tmp_path: Path) -> None:
+    # On SIGTERM each waits for the others' SIGTERM: waiting for one before asking the next would end in SIGKILL.
+    script = (
+        "all() { [ -e a.term ] && [ -e b.term ] && [ -e c.term ]; }; "
+        "trap 'echo once >>$0.term; until all; do sleep 0.02; done; exit 0' TERM; "
+        "echo 1 >$0.up; while true; do sleep 0.02; done"
+    )
+    services = ProcessSet()
+    processes = []
+    for name in ("a", "b", "c"):
+        command = ("sh", "-c", script, name)
+        spec = ServiceSpec(name=name, command=command, cwd=tmp_path, log_path=tmp_path / f"{name}.log")
+        process = Recorded(spec)
+        services.add(process)
+        process.start()
+        processes.append(process)
+        read_pid(tmp_path / f"{name}.up")
+    services.stop_all(grace=PATIENCE)
+    assert Recorded.asked == ["c", "b", "a"]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert [(tmp_path / f"{name}.term").read_text() for name in "abc"] == ["once\n"] * 3
+    assert services.pids() == {}
+    services.stop_all()
+
+
+def test_an_exception_in_the_body_ends_the_services_and_passes(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="mine"), ProcessSet() as services:
+        process = services.start(shell(tmp_path, "exec sleep 1000"))
+        raise KeyError("mine")
+    assert process.returncode == -signal.SIGTERM
+
+
+DEAF = """
+import os, signal, threading
+script = "trap '' TERM; echo $$ >deaf; while true; do sleep 0.1; done"
+services.start(ServiceSpec(name="deaf", command=("sh", "-c", script), cwd=directory, log_path=directory / "deaf.log"))
+while not (directory / "deaf").is_file():
+    time.sleep(0.01)
+threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+try:
+    services.stop_all(grace=900)
+except KeyboardInterrupt:
+    (directory / "result").write_text(f"interrupted {services.pids()}")
+"""
+
+
+def test_ctrl_c_while_stopping_kills_the_rest_at_once(tmp_path: Path) -> None:
+    owner, pids = run_owner(tmp_path, DEAF)
+    deaf = read_pid(tmp_path / "deaf")
+    assert owner.wait(timeout=PATIENCE) == 0
+    assert (tmp_path / "result").read_text() == "interrupted {}"
+    assert not any(alive(pid) for pid in [*pids, deaf])
