@@ -268,3 +268,22 @@ def test_wrong_paths_and_keys_show_in_our_log_once(caplog: pytest.LogCaptureFixt
     assert len(messages) == 2
     assert "/v1/models" in messages[0] and "API key" in messages[0]
     assert "GET /v1/health: no such endpoint" in messages[1]
+
+
+def test_reason_of_a_refusal_is_in_our_log_once(caplog: pytest.LogCaptureFixture) -> None:
+    with serving(FakeEngine(), TOKENIZER) as client, caplog.at_level(logging.WARNING, "atropos_verl"):
+        for _ in range(3):
+            assert client.post("/generate", json={"prompt": [1], "logit_bias": {"1": 5}}).status_code == 400
+    (record,) = caplog.records
+    assert "/generate: a client was refused: logit_bias: not supported" in record.getMessage()
+
+
+def test_traceback_is_logged_for_faults_but_not_for_a_stopped_engine(caplog: pytest.LogCaptureFixture) -> None:
+    engine = FakeEngine()
+    with serving(engine, TOKENIZER) as client, caplog.at_level(logging.ERROR, "atropos_verl"):
+        for error in (EngineStoppedError("closed"), ZeroDivisionError("x")):
+            engine.fail_with = error
+            client.post("/generate", json={"prompt": [1]})
+    stopped, fault = caplog.records
+    assert stopped.exc_info is None and "has stopped: closed" in stopped.getMessage()
+    assert fault.exc_info is not None and fault.exc_info[0] is ZeroDivisionError

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -125,7 +124,7 @@ def create_app(
         service.warn_once(f"route {request.url.path[:200]}", "a client calls %s", what)
         return _error_response(ApiError(status, what))
 
-    middleware = [Middleware(_CollapseSlashes)]
+    middleware = [Middleware(_CollapseLeadingSlashes)]
     if api_key:
         middleware.append(Middleware(_BearerKey, key=api_key, service=service))
     return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: routing_error})
@@ -140,7 +139,7 @@ def _error_response(error: ApiError) -> Response:
     return Response(error.body(), status_code=error.status, media_type=_JSON, headers=headers)
 
 
-class _CollapseSlashes:
+class _CollapseLeadingSlashes:
     """``//generate`` → ``/generate``: what Atropos clients make of a base_url that ends in ``/v1/``.
 
     They would otherwise wait for a healthy server for ever, without a word.
@@ -150,8 +149,9 @@ class _CollapseSlashes:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and "//" in scope["path"]:
-            scope = {**scope, "path": re.sub("/{2,}", "/", scope["path"])}
+        if scope["type"] == "http" and scope["path"].startswith("//"):
+            # leading ones only: a model's name in /v1/models/{name} may be an absolute path
+            scope = {**scope, "path": "/" + scope["path"].lstrip("/")}
         await self._app(scope, receive, send)
 
 
@@ -232,11 +232,19 @@ class _Endpoint:
                 async for event in answer:
                     await reply.send_event(event)
             await reply.finish()
-        except Exception as error:  # the boundary of the process: every fault becomes an HTTP answer
+        except Exception as error:  # noqa: BLE001 - the process boundary: every fault becomes an HTTP answer
             answer_error = to_api_error(error)
-            if answer_error.status >= 500:
-                logger.error("%s: %s", self._path, answer_error.message, exc_info=error)
+            self._log(answer_error, error)
             await reply.fail(answer_error)
+
+    def _log(self, answer: ApiError, cause: Exception) -> None:
+        """Every fault of ours; a refusal once per kind, since Atropos clients show its status only, not its reason."""
+        if answer.status >= 500:
+            # 503 and 504 say all there is to say; a traceback is of use where something broke
+            logger.error("%s: %s", self._path, answer.message, exc_info=cause if answer.status == 500 else None)
+        else:
+            key = f"refused {self._path} {answer.param} {answer.code}"
+            self._service.warn_once(key, "%s: a client was refused: %s", self._path, answer.message)
 
 
 async def _read_body(request: Request) -> bytes:

@@ -47,7 +47,8 @@ async def generate(service: GatewayService, fields: Fields) -> bytes:
 
 async def _generate_vllm(service: GatewayService, fields: Fields) -> bytes:
     sampling = parse_sampling(fields, max_tokens_names=_MAX_TOKENS_NAMES, max_tokens_default=_VLLM_DEFAULT_TOKENS)
-    fields.require_neutral({"stream": (False,), "detokenize": (True,)})
+    fields.require_neutral({"stream": (False,)})
+    fields.ignore("detokenize")  # false would only leave the text out
     with_logprobs = "logprobs" in fields
     if fields.integer("logprobs", 0, minimum=0, maximum=1):
         service.warn_once("generate logprobs=1", "/generate: logprobs=1 returns the sampled token only, as logprobs=0")
