@@ -76,6 +76,8 @@ def _common_arguments(config: RunConfig, model_path: Path, gateway_url: str) -> 
         *("--env.max_token_length", str(config.max_token_len)),
         *("--env.tokenizer_name", tokenizer),
         *("--env.use_wandb", "false"),
+        # Without a name /register-env is refused with 422: atroposlib sends null where the API wants a string.
+        *("--env.wandb_name", env_script(config).stem),
         *("--openai.base_url", f"{gateway_url}/v1"),
         *("--openai.model_name", str(model_path)),
         *("--openai.tokenizer_name", tokenizer),
