@@ -1,0 +1,206 @@
+"""The shipped model: loads by the standard classes, keeps every byte, and is as good and as bad as documented."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from importlib import util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from atropos_verl.assets import demo_model_path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PRETRAIN = REPOSITORY / "examples" / "demo_model" / "pretrain.py"
+MAX_ASSET_BYTES = 4_000_000
+
+
+def load_module(path: Path) -> ModuleType:
+    spec = util.spec_from_file_location(f"_demo_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def pretrain() -> ModuleType:
+    return load_module(PRETRAIN)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(demo_model_path())
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Any]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield AutoModelForCausalLM.from_pretrained(demo_model_path()).eval()
+    torch.set_num_threads(threads)
+
+
+def test_assets_are_small_and_readable_by_all() -> None:
+    files = [path for path in demo_model_path().rglob("*") if path.is_file()]
+    names = {path.name for path in files}
+    assert names >= {
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert sum(path.stat().st_size for path in files) <= MAX_ASSET_BYTES
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in files)
+
+
+def test_model_is_a_standard_qwen2_of_under_a_million_parameters(model: Any, tokenizer: Any) -> None:
+    import torch
+
+    config = model.config
+    assert type(model).__name__ == "Qwen2ForCausalLM"
+    assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (4, 128, 261)
+    # Per layer: q and o 128 x 128, k and v 128 x 64, biases 128 + 64 + 64, MLP 3 x 128 x 384, two norms of 128;
+    # then the tied embedding 261 x 128 and the last norm.
+    layer = 2 * 128 * 128 + 2 * 128 * 64 + 256 + 3 * 128 * 384 + 2 * 128
+    assert sum(p.numel() for p in model.parameters()) == 4 * layer + 261 * 128 + 128 == 822_016
+    assert next(model.parameters()).dtype is torch.float32
+    assert len(tokenizer) == config.vocab_size
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 258
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a\nb",
+        "\n",
+        "line one\r\n\tline  two \n\n",
+        "héllo wörld — 日本語 🙂",
+        "<|im_start|>user\nSpell this word backward (example: sun -> nus): neon<|im_end|>\n",
+        "an assistant's answer",
+    ],
+)
+def test_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert max(ids) < 261
+
+
+def test_saved_and_fresh_tokenizers_agree(pretrain: ModuleType, tokenizer: Any) -> None:
+    fresh = pretrain.build_tokenizer()
+    text = "<|im_start|>user\nit's  1234,\nNöäü cafe\u0301<|im_end|>\nassistant"
+    assert tokenizer.encode(text) == fresh.encode(text)
+    assert tokenizer.get_vocab() == fresh.get_vocab()
+    assert tokenizer.chat_template == fresh.chat_template
+
+
+def test_chat_prompt_is_chatml_and_a_word_is_its_letters(pretrain: ModuleType, tokenizer: Any) -> None:
+    question = "Spell this word backward (example: sun -> nus): neon"
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+    assert prompt == f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode(prompt))
+    newline, space = "Ċ", "Ġ"
+    assert tokens == [
+        *("<|im_start|>", "u", "s", "e", "r", newline),
+        *("Spell this word backward (example: sun -> nus):", space, "n", "e", "o", "n", "<|im_end|>", newline),
+        *("<|im_start|>", "assistant", newline),
+    ]
+    examples = pretrain.Examples(tokenizer, ["neon"], seed=0)
+    assert examples.prompt("neon") == tokenizer.encode(prompt)
+
+
+def test_pretraining_batch_masks_all_but_the_answer(pretrain: ModuleType, tokenizer: Any) -> None:
+    examples = pretrain.Examples(tokenizer, ["abc"], seed=3)
+    ids, labels = examples.batch(32, corruption=0.0)
+    for row, label in zip(ids.tolist(), labels.tolist(), strict=True):
+        answer = [token for token in label if token != -100]
+        word, reply = tokenizer.decode(row).split("nus): ")[1].split("<|im_end|>\n<|im_start|>assistant\n")
+        assert answer[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(answer[:-1]) == word[::-1] == reply.split("<|im_end|>")[0]
+        assert all(token in (-100, label_id) for token, label_id in zip(label, row, strict=True))
+
+
+def test_corrupted_answers_are_wrong_and_of_all_kinds(pretrain: ModuleType) -> None:
+    rng = random.Random(0)
+    seen = {pretrain.corrupt("abc", rng) for _ in range(500)}
+    assert "cba" not in seen
+    assert seen >= {
+        "bca",
+        "cab",
+        "ba",
+        "ca",
+        "cb",
+        "ccba",
+        "cbba",
+        "cbaa",
+        "abc",
+    }  # swapped, dropped, doubled, unturned
+    assert any(len(text) == 3 and sum(a != b for a, b in zip(text, "cba", strict=True)) == 1 for text in seen)
+    assert pretrain.corrupt("aaa", rng) != "aaa"
+
+
+def test_pretraining_never_sees_a_held_out_word(pretrain: ModuleType, tokenizer: Any) -> None:
+    train, held_out = pretrain.split_words()
+    assert set(train).isdisjoint(held_out)
+    assert 0.04 < len(held_out) / (len(train) + len(held_out)) < 0.085  # one in 16 is 0.0625
+    examples = pretrain.Examples(tokenizer, train, seed=0)
+    drawn = {examples.draw_word() for _ in range(5000)}
+    assert drawn.isdisjoint(held_out)
+    assert not any(pretrain.is_held_out(word) for word in drawn)
+
+
+def test_success_on_held_out_words_is_as_documented(pretrain: ModuleType, model: Any, tokenizer: Any) -> None:
+    import torch
+
+    train, held_out = pretrain.split_words()
+    examples = pretrain.Examples(tokenizer, train, seed=0)
+    words = random.Random(7).sample(held_out, 64)
+    assert pretrain.success_rate(model, examples, words, greedy=True) >= 0.9
+    torch.manual_seed(0)
+    sampled = pretrain.success_rate(model, examples, words, greedy=False, samples=8)
+    assert 0.15 <= sampled <= 0.45
+
+
+def test_a_short_pretraining_runs_and_saves_a_loadable_model(
+    pretrain: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    threads = torch.get_num_threads()
+    arguments = ["--out", str(tmp_path / "a"), "--seed", "5", "--clean-steps", "2", "--mixed-steps", "1"]
+    try:
+        result = pretrain.main([*arguments, "--batch-size", "8", "--threads", "1"])
+        arguments[1] = str(tmp_path / "b")
+        again = pretrain.main([*arguments, "--batch-size", "8", "--threads", "1"])
+    finally:
+        torch.set_num_threads(threads)
+    assert "step 3/3" in capsys.readouterr().out
+    assert result["parameters"] == 822_016
+    assert result["greedy_success"] == again["greedy_success"] == 0.0  # three steps teach nothing
+    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)  # same seed, same threads: same weights
+    assert AutoTokenizer.from_pretrained(tmp_path / "a").decode([257]) == "<|im_start|>"
+
+
+def test_missing_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import atropos_verl.assets as assets
+
+    monkeypatch.setattr(assets, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(FileNotFoundError, match=r"demo_model/model\.safetensors; make it with"):
+        assets.demo_model_path()
