@@ -20,6 +20,7 @@ class SlotCache(Cache):  # type: ignore[misc]
     """A ``transformers.Cache`` whose rows have lengths of their own.
 
     Before each forward call ``begin_prefill`` or ``begin_decode``; the model then calls ``update`` once per layer.
+    Memory is zeroed when taken: masked positions are read as well (weight 0), and 0 times a stray NaN is NaN.
     Buffers are made by the first ``update`` of a layer (so any head layout will do) and grow as needed.
     """
 
@@ -51,7 +52,7 @@ class SlotCache(Cache):  # type: ignore[misc]
             for layer, old in enumerate(buffers):
                 if old.shape[0] < self._rows or old.shape[2] < self._capacity:
                     # One layer at a time, so that only one layer is held twice.
-                    new = old.new_empty((self._rows, old.shape[1], self._capacity, old.shape[3]))
+                    new = old.new_zeros((self._rows, old.shape[1], self._capacity, old.shape[3]))
                     new[: old.shape[0], :, : old.shape[2]] = old
                     buffers[layer] = new
 
@@ -95,7 +96,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Store new keys and values [U or n, kv_heads, P or 1, head_dim]; return those to attend to."""
         while len(self._keys) <= layer_idx:
             for buffers, states in ((self._keys, key_states), (self._values, value_states)):
-                buffers.append(states.new_empty((self._rows, states.shape[1], self._capacity, states.shape[3])))
+                buffers.append(states.new_zeros((self._rows, states.shape[1], self._capacity, states.shape[3])))
         keys, values = self._keys[layer_idx], self._values[layer_idx]
         if self._prefill_base is not None:
             # A prompt attends to itself only. What padding writes lies beyond the row's length: masked, overwritten.

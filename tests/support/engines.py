@@ -1,0 +1,84 @@
+"""Tiny embedded engines, and the plain forward passes their answers are checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from atropos_verl.inference.engine import Generation, GenerationRequest
+from atropos_verl.inference.transformers_engine import TransformersEngine
+from support.tiny_model import build_tiny_tokenizer
+
+__all__ = ["engine_of", "greedy_oracle", "logprob_oracle", "one", "prompts", "request", "tiny_causal_lm"]
+
+
+def tiny_causal_lm(
+    *, seed: int = 0, family: str = "qwen2", dtype: torch.dtype = torch.float32, **overrides: Any
+) -> Any:
+    """A random two-layer model with grouped attention heads over the 259 ids of the byte tokenizer.
+
+    Its weights are drawn wide (0.15 instead of 0.02), so that greedy tokens vary and logprobs differ clearly.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+    settings: dict[str, Any] = {
+        "vocab_size": 259,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.15,
+        "pad_token_id": 256,
+        "bos_token_id": 256,
+        "eos_token_id": 258,
+        "tie_word_embeddings": family == "qwen2",
+    } | overrides
+    config = {"qwen2": Qwen2Config, "llama": LlamaConfig}[family](**settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+@contextmanager
+def engine_of(model: Any, **settings: Any) -> Iterator[TransformersEngine]:
+    """An engine over ``model`` (which it owns from then on), closed at the end."""
+    with TransformersEngine(model, build_tiny_tokenizer(), **settings) as engine:
+        yield engine
+
+
+def prompts(*lengths: int, seed: int = 0) -> list[tuple[int, ...]]:
+    """Random prompts of these lengths over the 256 byte tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return [tuple(torch.randint(0, 256, (length,), generator=generator).tolist()) for length in lengths]
+
+
+def request(prompt: tuple[int, ...], **settings: Any) -> GenerationRequest:
+    return GenerationRequest(prompt_token_ids=prompt, **settings)
+
+
+def one(engine: TransformersEngine, prompt: tuple[int, ...], **settings: Any) -> Generation:
+    """The single completion of a prompt."""
+    [[generation]] = engine.generate([request(prompt, **settings)], timeout=60.0)
+    return generation
+
+
+def greedy_oracle(model: Any, prompt: tuple[int, ...], steps: int) -> list[int]:
+    """``steps`` greedy tokens by running the whole sequence through the model, without any cache."""
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(steps):
+            tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def logprob_oracle(model: Any, tokens: tuple[int, ...], temperature: float = 1.0) -> list[float]:
+    """float64 log_softmax of one plain forward: logprobs of tokens 1 .. T-1."""
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens]), use_cache=False).logits[0].double()
+    logp = torch.log_softmax(logits / temperature, dim=-1)
+    return [float(logp[i, token]) for i, token in enumerate(tokens[1:])]
