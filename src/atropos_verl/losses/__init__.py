@@ -1,0 +1,17 @@
+"""Losses as pure tensor functions. Imports torch; nothing here knows verl, a trainer or a process group."""
+
+from atropos_verl.losses.lm_head import linear_token_logprobs
+from atropos_verl.losses.policy import (
+    advantage_weighted_sft_loss,
+    clipped_ratio_loss,
+    compute_advantage_weighted_sft_loss,
+    token_logprobs_from_logits,
+)
+
+__all__ = [
+    "advantage_weighted_sft_loss",
+    "clipped_ratio_loss",
+    "compute_advantage_weighted_sft_loss",
+    "linear_token_logprobs",
+    "token_logprobs_from_logits",
+]
