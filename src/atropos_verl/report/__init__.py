@@ -1,1 +1,1 @@
-"""Placeholder docstring."""
+"""What a run leaves behind and shows: metrics, summary, quarantine, the terminal, and ``inspect``."""

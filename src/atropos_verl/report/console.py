@@ -1,0 +1,255 @@
+"""What a training run shows: a live table on a terminal, plain lines anywhere else, and a summary at the end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from atropos_verl.report.format import count, decimal, duration, seconds, sparkline
+from atropos_verl.types import StepReport
+
+__all__ = ["ProgressReporter"]
+
+_RECENT_STEPS = 8
+"""Rows of the live table."""
+_ETA_STEPS = 20
+"""Steps whose mean time the estimate rests on."""
+_CURVE_WIDTH = 60
+_FRAMES_PER_SECOND = 2
+
+
+class _Column(NamedTuple):
+    name: str
+    plain: str
+    """How a plain line says it."""
+    width: int
+    first_to_go: int
+    """On a terminal that is too narrow the column with the highest number goes first."""
+
+
+_COLUMNS = (
+    _Column("step", "step {}", 9, 0),
+    _Column("reward", "reward {}", 7, 0),
+    _Column("loss", "loss {}", 8, 0),
+    _Column("tok/s", "{} tok/s", 6, 2),
+    _Column("rollout", "rollout {}s", 7, 3),
+    _Column("train", "train {}s", 5, 4),
+    _Column("sync", "sync {}s", 5, 5),
+    _Column("wait", "wait {}s", 5, 6),
+    _Column("weights", "weights v{}", 7, 1),
+)
+_GAP = 1
+
+
+class ProgressReporter:
+    """Shows a run while it goes on. ``with ProgressReporter(total_steps) as progress: …``.
+
+    On a terminal: one live table. Without ``with``, on a dumb terminal, in a pipe or a file: plain lines without
+    escape sequences. ``NO_COLOR`` and ``TERM`` are obeyed (by rich).
+    """
+
+    def __init__(self, total_steps: int, console: Console | None = None, quiet: bool = False) -> None:
+        """
+        Args:
+            total_steps: the step at which the run ends.
+            console: where to write; default: standard output.
+            quiet: nothing but the summary.
+        """
+        self.total_steps = total_steps
+        self.quiet = quiet
+        self._console = console or Console()
+        self._live: Live | None = None
+        self._recent: deque[StepReport] = deque(maxlen=_RECENT_STEPS)
+        self._step_seconds: deque[float] = deque(maxlen=_ETA_STEPS)
+        self._rewards: list[float | None] = []
+        self._done = 0
+        self._phase = "starting"
+        self._phase_since = time.monotonic()
+        self._phases_said: set[str] = set()
+        self._spinner = Spinner("line" if self._ascii_only else "dots")
+
+    def __enter__(self) -> Self:
+        if not self.quiet and self._console.is_terminal and not self._console.is_dumb_terminal:
+            # What others print meanwhile appears above the table: Live redirects stdout and stderr.
+            self._live = Live(get_renderable=self._frame, console=self._console, refresh_per_second=_FRAMES_PER_SECOND)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop_live()
+
+    def phase(self, name: str) -> None:
+        """Say what the run is doing now. As a plain line only the first time: phases recur with every step."""
+        self._phase, self._phase_since = name, time.monotonic()
+        if self._live is None and name not in self._phases_said:
+            self._phases_said.add(name)
+            self._line(f"{name} ...")
+
+    def note(self, message: str) -> None:
+        """Say something that stays."""
+        self._line(message)
+
+    def step(self, report: StepReport) -> None:
+        """Show a finished optimiser step."""
+        self._done = report.step
+        self._recent.append(report)
+        self._rewards.append(report.metrics.get("reward/mean"))
+        took = report.metrics.get("timing/step")
+        if took is not None and math.isfinite(took):
+            self._step_seconds.append(took)
+        if self._live is None:
+            cells = zip(_COLUMNS, self._cells(report), strict=True)
+            self._line("  ".join([*(c.plain.format(cell) for c, cell in cells), f"eta {duration(self.eta())}"]))
+
+    def eta(self) -> float | None:
+        """Seconds to the last step, from the mean of the newest steps; None before the first."""
+        if not self._step_seconds:
+            return None
+        mean = sum(self._step_seconds) / len(self._step_seconds)
+        return mean * max(self.total_steps - self._done, 0)
+
+    def summary(self, summary: Mapping[str, Any]) -> None:
+        """Close with what came of the run.
+
+        Args:
+            summary: what ``summary.json`` holds. Used where present: ``reward_first``, ``reward_last``,
+                ``reward_window`` (steps that those two are means of), ``rewards``, ``held_out_before``,
+                ``held_out_after``, ``steps``, ``policy_version``, ``weights_synced``, ``groups_used``,
+                ``groups_dropped``, ``groups_quarantined``, ``sequences_trained``, ``sequences_dropped_overlong``,
+                ``tokens_trained``, ``steps_without_data``, ``seconds``, ``run_dir``.
+        """
+        self._stop_live()
+        rows = _summary_rows(summary, ascii_only=self._ascii_only)
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            table = Table.grid(padding=(0, 2))
+            for label, value in rows:
+                table.add_row(Text(label, style="bold"), Text(value))
+            self._console.print(Panel(table, title="training finished", title_align="left", expand=False))
+        else:
+            self._print("training finished")
+            for label, value in rows:
+                self._print(f"  {label:<11} {value}")
+        for label, path in _where(summary.get("run_dir")):
+            # Not in the panel, which would break a long path: it is to be copied.
+            self._print(f"  {label:<11} {path}")
+
+    # ------------------------------------------------------------------ lines
+
+    @property
+    def _ascii_only(self) -> bool:
+        return not self._console.encoding.lower().startswith("utf")
+
+    def _line(self, text: str) -> None:
+        if not self.quiet:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        if self._ascii_only:
+            text = text.encode("ascii", "backslashreplace").decode()
+        self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    # ------------------------------------------------------------------ the live table
+
+    def _stop_live(self) -> None:
+        if self._live is not None:
+            live, self._live = self._live, None
+            live.stop()
+
+    def _cells(self, report: StepReport) -> list[str]:
+        figures = report.metrics
+        return [
+            f"{report.step}/{self.total_steps}",
+            decimal(figures.get("reward/mean")),
+            decimal(report.loss, 4),
+            count(figures.get("perf/trained_tokens_per_second")),
+            *(seconds(figures.get(f"timing/{phase}")) for phase in ("rollout", "train", "sync", "wait")),
+            str(report.policy_version),
+        ]
+
+    def _frame(self) -> RenderableType:
+        parts: list[RenderableType] = []
+        if self._recent:
+            parts.append(self._table())
+            curve = sparkline(self._rewards, min(_CURVE_WIDTH, self._console.width - 20), ascii_only=self._ascii_only)
+            parts.append(Text(f"reward {curve} {decimal(self._rewards[-1])}", no_wrap=True, overflow="crop"))
+        head = Table.grid(padding=(0, 1))
+        head.add_row(
+            ProgressBar(total=max(self.total_steps, 1), completed=self._done, width=20),
+            Text(f"{self._done}/{self.total_steps}  eta {duration(self.eta())}", no_wrap=True),
+        )
+        now = Table.grid(padding=(0, 1))
+        elapsed = duration(time.monotonic() - self._phase_since)
+        now.add_row(self._spinner, Text(f"{self._phase} {elapsed}", no_wrap=True, overflow="ellipsis"))
+        return Group(*parts, head, now)
+
+    def _table(self) -> Table:
+        room = self._console.width
+        order = sorted(_COLUMNS, key=lambda column: column.first_to_go)
+        while len(order) > 1 and sum(column.width + _GAP for column in order) > room:
+            order.pop()
+        table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
+        for column in _COLUMNS:
+            if column in order:
+                table.add_column(column.name, justify="right", width=column.width, no_wrap=True)
+        for report in list(self._recent):  # a copy: the refreshing thread draws while the run appends
+            cells = zip(_COLUMNS, self._cells(report), strict=True)
+            table.add_row(*(cell for column, cell in cells if column in order))
+        return table
+
+
+def _summary_rows(summary: Mapping[str, Any], *, ascii_only: bool) -> list[tuple[str, str]]:
+    arrow = "->" if ascii_only else "→"
+    get = summary.get
+    rows: list[tuple[str, str]] = []
+    if get("reward_first") is not None and get("reward_last") is not None:
+        window = get("reward_window")
+        meaning = f"  (means of the first and last {window} steps)" if window else ""
+        rows.append(("reward", f"{decimal(get('reward_first'))} {arrow} {decimal(get('reward_last'))}{meaning}"))
+    if get("rewards"):
+        rows.append(("", sparkline(get("rewards") or (), _CURVE_WIDTH, ascii_only=ascii_only)))
+    if get("held_out_before") is not None or get("held_out_after") is not None:
+        rows.append(("held-out", f"{decimal(get('held_out_before'))} {arrow} {decimal(get('held_out_after'))}"))
+    lines = (
+        ("steps", (("", "steps"), ("policy version ", "policy_version"), ("weights synced ", "weights_synced"))),
+        ("groups", (("used ", "groups_used"), ("dropped ", "groups_dropped"), ("quarantined ", "groups_quarantined"))),
+        ("sequences", (("trained ", "sequences_trained"), ("dropped as overlong ", "sequences_dropped_overlong"))),
+        ("tokens", (("trained ", "tokens_trained"),)),
+        ("no data", (("steps ", "steps_without_data"),)),
+    )
+    for label, fields in lines:
+        found = [f"{words}{get(key):,}" for words, key in fields if get(key) is not None]
+        if found and not (label == "no data" and not get("steps_without_data")):
+            rows.append((label, ", ".join(found)))
+    if get("seconds") is not None:
+        rows.append(("time", duration(get("seconds"))))
+    return rows
+
+
+def _where(run_dir: str | Path | None) -> list[tuple[str, Path]]:
+    """What lies in the run directory, by name and path."""
+    if run_dir is None:
+        return []
+    names = {
+        "metrics": "metrics.jsonl",
+        "summary": "summary.json",
+        "checkpoints": "checkpoints",
+        "logs": "logs",
+        "quarantine": "quarantine",
+    }
+    root = Path(run_dir)
+    return [("run", root), *((label, root / name) for label, name in names.items() if (root / name).exists())]

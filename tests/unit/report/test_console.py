@@ -1,0 +1,233 @@
+"""What a run shows, as text: captured from real rich consoles, compared with lines written by hand."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from atropos_verl.report.console import ProgressReporter
+from atropos_verl.types import StepReport
+
+SUMMARY = {
+    "reward_first": 0.40625,
+    "reward_last": 0.861,
+    "reward_window": 5,
+    "rewards": [0.0, 0.5, 1.0],
+    "held_out_before": 0.43,
+    "held_out_after": 0.851,
+    "steps": 60,
+    "policy_version": 60,
+    "weights_synced": 61,
+    "groups_used": 480,
+    "groups_dropped": 1,
+    "groups_quarantined": 2,
+    "sequences_trained": 3840,
+    "sequences_dropped_overlong": 7,
+    "tokens_trained": 123456,
+    "steps_without_data": 0,
+    "seconds": 125.4,
+}
+
+
+def report(step: int, reward: float | None = 0.4118, seconds: float = 1.5) -> StepReport:
+    metrics: dict[str, float | int | None] = {
+        "reward/mean": reward,
+        "perf/trained_tokens_per_second": 1234.4,
+        "timing/rollout": 0.52,
+        "timing/train": 12.34,
+        "timing/sync": 0.021,
+        "timing/wait": 0.1,
+        "timing/step": seconds,
+    }
+    return StepReport(step=step, policy_version=step, loss=-0.01234, metrics=metrics)
+
+
+def piped(**arguments: object) -> tuple[Console, io.StringIO]:
+    out = io.StringIO()
+    return Console(file=out, width=80, **arguments), out  # type: ignore[arg-type]
+
+
+def test_plain_lines_when_not_a_terminal() -> None:
+    console, out = piped()
+    with ProgressReporter(60, console) as progress:
+        progress.phase("starting the trajectory API")
+        progress.note("environments are to use [http://127.0.0.1:9004/v1] :smile:")
+        progress.phase("rollout: waiting for a batch")
+        progress.step(report(1))
+        progress.phase("rollout: waiting for a batch")
+        progress.step(report(2, reward=None, seconds=2.5))
+    assert out.getvalue() == (
+        "starting the trajectory API ...\n"
+        "environments are to use [http://127.0.0.1:9004/v1] :smile:\n"
+        "rollout: waiting for a batch ...\n"
+        # 59 steps of 1.5 s are 88.5 s
+        "step 1/60  reward 0.412  loss -0.0123  1,234 tok/s  rollout 0.52s  train 12.3s  sync 0.02s  wait 0.10s  "
+        "weights v1  eta 1m 28s\n"
+        # 58 steps of (1.5 + 2.5) / 2 = 2 s are 116 s
+        "step 2/60  reward -  loss -0.0123  1,234 tok/s  rollout 0.52s  train 12.3s  sync 0.02s  wait 0.10s  "
+        "weights v2  eta 1m 56s\n"
+    )
+
+
+def test_eta_rests_on_the_newest_twenty_steps_and_never_is_negative() -> None:
+    progress = ProgressReporter(100, piped()[0])
+    assert progress.eta() is None
+    for step in range(1, 31):
+        progress.step(report(step, seconds=100.0 if step <= 10 else 2.0))
+    assert progress.eta() == 140.0  # 70 steps left, 2 s each
+    progress.step(report(101, seconds=2.0))
+    assert progress.eta() == 0.0
+    empty = ProgressReporter(10, piped()[0])
+    empty.step(StepReport(step=1, policy_version=1, loss=float("nan"), metrics={"timing/step": float("nan")}))
+    assert empty.eta() is None
+
+
+def test_plain_summary(tmp_path: Path) -> None:
+    run = tmp_path / ("a-long-directory-name-" * 5)
+    (run / "logs").mkdir(parents=True)
+    (run / "quarantine").mkdir()
+    (run / "metrics.jsonl").touch()
+    console, out = piped()
+    ProgressReporter(60, console).summary({**SUMMARY, "run_dir": str(run)})
+    assert out.getvalue() == textwrap.dedent(f"""\
+        training finished
+          reward      0.406 → 0.861  (means of the first and last 5 steps)
+                      ▁▅█
+          held-out    0.430 → 0.851
+          steps       60, policy version 60, weights synced 61
+          groups      used 480, dropped 1, quarantined 2
+          sequences   trained 3,840, dropped as overlong 7
+          tokens      trained 123,456
+          time        2m 05s
+          run         {run}
+          metrics     {run}/metrics.jsonl
+          logs        {run}/logs
+          quarantine  {run}/quarantine
+        """)
+
+
+def test_summary_of_a_run_without_rewards_says_what_there_is() -> None:
+    console, out = piped()
+    progress = ProgressReporter(3, console, quiet=True)
+    progress.phase("never shown")
+    progress.note("never shown")
+    progress.step(report(1))
+    progress.summary({"steps": 3, "reward_first": None, "rewards": [], "steps_without_data": 2, "held_out_before": 0.5})
+    assert out.getvalue() == "training finished\n  held-out    0.500 → -\n  steps       3\n  no data     steps 2\n"
+
+
+def test_an_encoding_without_blocks_gets_ascii() -> None:
+    raw = io.BytesIO()
+    with io.TextIOWrapper(raw, encoding="ascii", write_through=True) as file:
+        progress = ProgressReporter(60, Console(file=file, width=80))
+        progress.note("größer")
+        progress.summary({"reward_first": 0.1, "reward_last": 0.2, "rewards": [0.1, 0.2]})
+        written = raw.getvalue()
+    assert written == (b"gr\\xf6\\xdfer\ntraining finished\n  reward      0.100 -> 0.200\n              _@\n")
+
+
+def test_terminal_summary_is_a_panel_within_80_columns() -> None:
+    console, out = piped(force_terminal=True, color_system=None)
+    ProgressReporter(60, console).summary(SUMMARY)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).splitlines()
+    assert lines[0].startswith("╭─ training finished ─")
+    assert lines[1].rstrip(" │") == "│ reward     0.406 → 0.861  (means of the first and last 5 steps)"
+    assert lines[2].rstrip(" │") == "│            ▁▅█"
+    assert max(len(line) for line in lines) <= 80
+    assert len({len(line) for line in lines}) == 1
+
+
+# ---------------------------------------------------------------------- a real terminal
+
+RUN = """
+    import sys
+    from atropos_verl.report.console import ProgressReporter
+    from atropos_verl.types import StepReport
+
+    with ProgressReporter(12) as progress:
+        progress.phase("loading the policy")
+        print("printed by someone else")
+        for step in range(1, 13):
+            progress.phase("rollout: waiting for a batch")
+            metrics = {"reward/mean": step / 12, "timing/step": 1.0, "timing/train": 0.5}
+            progress.step(StepReport(step=step, policy_version=step + 100, loss=0.5, metrics=metrics))
+        if "fail" in sys.argv:
+            raise SystemExit("the API died")
+        progress.summary({"steps": 12})
+"""
+
+
+def run_in_terminal(columns: int, *arguments: str, **environment: str) -> str:
+    """Everything that the run writes to a pseudo terminal of ``columns`` columns."""
+    leader, follower = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns), "LINES": "24", **environment}
+    command = [sys.executable, "-c", textwrap.dedent(RUN), *arguments]
+    process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=env)
+    os.close(follower)
+    text = b""
+    while True:
+        try:
+            piece = os.read(leader, 65536)
+        except OSError:  # Linux's end of file on a terminal
+            break
+        if not piece:
+            break
+        text += piece
+    os.close(leader)
+    process.wait(timeout=20)
+    return text.decode().replace("\r\n", "\n")
+
+
+def last_frame(text: str) -> list[str]:
+    """What remains on the screen: the text after the last clearing of a line, without escapes."""
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text.rsplit("\x1b[2K", 1)[1]).splitlines()
+
+
+def test_live_table_in_80_columns() -> None:
+    text = run_in_terminal(80)
+    assert "printed by someone else\n" in text
+    frame = last_frame(text)
+    assert frame[0].split() == ["step", "reward", "loss", "tok/s", "rollout", "train", "sync", "wait", "weights"]
+    assert frame[1].split() == ["5/12", "0.417", "0.5000", "-", "-", "0.50", "-", "-", "105"]
+    assert frame[8].split() == ["12/12", "1.000", "0.5000", "-", "-", "0.50", "-", "-", "112"]
+    assert frame[9] == "reward ▁▂▂▃▄▄▅▅▆▇▇█ 1.000"
+    assert frame[10].endswith(" 12/12  eta 0.0s")
+    assert "rollout: waiting for a batch" in frame[11]
+    assert frame[12].startswith("╭─ training finished")
+    assert max(len(line) for line in frame) <= 80
+
+
+def test_narrow_terminal_leaves_out_the_least_important_columns() -> None:
+    frame = last_frame(run_in_terminal(44))
+    assert frame[0].split() == ["step", "reward", "loss", "tok/s", "weights"]
+    assert max(len(line) for line in frame) <= 44
+
+
+def test_an_error_leaves_the_last_table_and_the_cursor_behind() -> None:
+    text = run_in_terminal(80, "fail")
+    assert "the API died" in last_frame(text)[-1]
+    assert text.rindex("\x1b[?25h") < text.index("the API died")
+
+
+def test_no_color_is_obeyed() -> None:
+    assert re.search(r"\x1b\[[0-9;]*3[0-9]m|\x1b\[9[0-9]m", run_in_terminal(80))
+    assert not re.search(r"\x1b\[([0-9]+;)*(3[0-9]|4[0-9]|9[0-9])m", run_in_terminal(80, NO_COLOR="1"))
+
+
+@pytest.mark.parametrize("term", ["dumb", "unknown"])
+def test_dumb_terminal_gets_plain_lines(term: str) -> None:
+    text = run_in_terminal(80, TERM=term)
+    assert "\x1b" not in text
+    assert text.startswith(
+        "loading the policy ...\nprinted by someone else\nrollout: waiting for a batch ...\nstep 1/12  "
+    )
+    assert text.endswith("training finished\n  steps       12\n")
