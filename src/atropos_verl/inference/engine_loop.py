@@ -248,7 +248,8 @@ class EngineLoop:
     def _finish(self, ended: list[RunningSequence]) -> None:
         if ended:
             with self._condition:
-                for ticket in {sequence.ticket for sequence in ended}:
+                # Those that end together are answered in the order they came.
+                for ticket in dict.fromkeys(s.ticket for s in sorted(ended, key=lambda s: s.ordinal)):
                     if ticket.resolve_if_done():
                         self._tickets.discard(ticket)
                         self._finished += 1
