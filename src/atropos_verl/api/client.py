@@ -1,0 +1,369 @@
+"""``AtroposClient``: the trajectory API of atroposlib 0.4.0 (``atroposlib/api/server.py``) over HTTP.
+
+Destructive endpoints, whose loss cannot be made good by asking again: ``GET /batch`` (takes the batch from the queue,
+then sends it) and ``GET /reset_data`` (forgets everything). How each call is retried: ``api/retry.py``. How it is
+bounded in time, and how failures are translated: ``api/exchange.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from atropos_verl.api.checks import at_least, check_headers, check_trust, check_url, is_this_machine, without_password
+from atropos_verl.api.exchange import Answer, Call, ExchangeError, exchange, not_atropos, what_is_lost
+from atropos_verl.api.messages import (
+    ApiInfo,
+    ApiStatus,
+    EnvRegistration,
+    EnvRegistrationResult,
+    EnvStatus,
+    FetchedBatch,
+    PostReceipt,
+    TrainerRegistration,
+    WandbInfo,
+)
+from atropos_verl.api.retry import RetryPolicy, Rule, pause
+from atropos_verl.errors import AtroposAPIError, AtroposProtocolError, AtroposTimeoutError, ConfigError
+
+__all__ = [
+    "ApiInfo",
+    "ApiStatus",
+    "AtroposClient",
+    "EnvRegistration",
+    "EnvRegistrationResult",
+    "EnvStatus",
+    "FetchedBatch",
+    "PostReceipt",
+    "TrainerRegistration",
+    "WandbInfo",
+]
+
+logger = logging.getLogger(__name__)
+
+_SMALL_BODY = 4096
+"""Bytes. Answers without a batch are shorter; longer ones are left to ``decode_batch``, after they were journalled."""
+_LAST_CONNECT_SECONDS = 1.0
+_LAST_STATUS_SECONDS = 5.0
+_MIN_POLL_SECONDS = 0.01
+_JSON = {"content-type": "application/json"}
+
+
+class AtroposClient:
+    """A blocking client; one may be shared by several threads. Use it in a ``with`` block, or ``close`` it.
+
+    Connections are not kept alive: a server closes an idle one at a moment of its choice, and a request written into
+    that moment fails in a way in which nobody can tell whether it was carried out. For ``GET /batch`` that is a batch.
+    """
+
+    def __init__(
+        self,
+        api_url: str,
+        *,
+        timeout: float = 30.0,
+        token: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        verify: bool | str = True,
+        retry_attempts: int = 8,
+        retry_delay: float = 0.3,
+        max_wait_time: float = 12.0,
+        lease_seconds: float | None = None,
+        transport: httpx.BaseTransport | None = None,
+        trust_env: bool | None = None,
+    ) -> None:
+        """Check the settings; nothing is sent yet.
+
+        Args:
+            api_url: ``http://`` or ``https://``; a path prefix (``https://host/api``) is kept.
+            timeout: seconds for one call, all its tries together. ``GET /batch``: see ``fetch_batch``.
+            token: bearer token.
+            headers: sent with every request.
+            verify: check TLS certificates; or the path of a file with the certificates to trust.
+            retry_attempts: tries before a failing call is given up; quick polls of ``get_batch``.
+            retry_delay: seconds after the first try; grows by 1.5 with each.
+            max_wait_time: seconds that ``get_batch`` waits for a batch.
+            lease_seconds: ask for leased batches (an API without leases ignores it).
+            transport: replaces the network, for tests.
+            trust_env: use proxies from the environment; None: for every host but this machine.
+
+        Raises:
+            ConfigError: a value is out of range; it names the setting.
+        """
+        host = check_url(api_url)
+        self.api_url = without_password(api_url)
+        """As configured, a password left out."""
+        self.timeout = at_least(timeout, "atropos.timeout", 0.0, exclusive=True)
+        self.max_wait_time = at_least(max_wait_time, "batch_max_wait_time", 0.0)
+        at_least(retry_attempts, "batch_retry_attempts", 1)
+        self.retry = RetryPolicy(int(retry_attempts), at_least(retry_delay, "batch_retry_delay", 0.0))
+        if lease_seconds is not None:
+            at_least(lease_seconds, "lease_seconds", 0.0, exclusive=True)
+        self._lease = {} if lease_seconds is None else {"X-Atropos-Lease": f"{lease_seconds:g}"}
+        self._base = api_url.rstrip("/")
+        self._http = httpx.Client(
+            headers=check_headers(token, headers, api_url),
+            verify=check_trust(verify),
+            trust_env=not is_this_machine(host) if trust_env is None else trust_env,
+            limits=httpx.Limits(max_keepalive_connections=0),
+            transport=transport,
+            follow_redirects=False,
+        )
+
+    def __enter__(self) -> AtroposClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    # --- what the API says about itself: retried freely ------------------------------------------------------------
+
+    def check(self) -> None:
+        """Verify that an Atropos trajectory API answers at this URL.
+
+        Raises:
+            AtroposAPIError: no connection, no answer in time, or an HTTP error.
+            AtroposProtocolError: something else answers.
+        """
+        self.status()
+        self.info()
+
+    def status(self) -> ApiStatus:
+        call = self._call("GET", "/status")
+        fields = self._object(call, self._send(call, Rule.FREELY))
+        return ApiStatus(*_integers(call, fields, "current_step", "queue_size"))
+
+    def info(self) -> ApiInfo:
+        call = self._call("GET", "/info")
+        fields = self._object(call, self._send(call, Rule.FREELY))
+        return ApiInfo(*_integers(call, fields, "batch_size", "max_token_len"))
+
+    def wandb_info(self) -> WandbInfo:
+        call = self._call("GET", "/wandb_info")
+        fields = self._object(call, self._send(call, Rule.FREELY))
+        return WandbInfo(group=fields.get("group"), project=fields.get("project"))
+
+    def status_env(self, env_id: int) -> EnvStatus:
+        """An environment's view of the queue. Upstream answers HTTP 500 for an environment it does not know."""
+        call = self._call("GET", "/status-env", _json({"env_id": env_id}))
+        fields = self._object(call, self._send(call, Rule.FREELY))
+        step, queue_size = _integers(call, fields, "current_step", "queue_size")
+        known = {name: fields[name] for name in EnvStatus.__dataclass_fields__ if name in fields}
+        return EnvStatus(**{"env_weight": 0.0, **known, "current_step": step, "queue_size": queue_size})
+
+    # --- registration: retried only while nothing was sent -----------------------------------------------------------
+
+    def register(self, registration: TrainerRegistration) -> str:
+        """Register the trainer; returns the uuid the API gives it.
+
+        Upstream ignores every field of a second registration: compare ``info()`` with what you sent. It lets
+        environments register only after a ``GET /batch``.
+        """
+        call = self._call("POST", "/register", _json(asdict(registration)))
+        fields = self._object(call, self._send(call, Rule.UNSENT))
+        if fields.get("uuid") is None:
+            raise not_atropos(call, f"{call.name} gave no uuid")
+        return str(fields["uuid"])
+
+    def register_env(self, registration: EnvRegistration) -> EnvRegistrationResult:
+        """Register an environment. The result is ``waiting`` until a trainer has registered and asked for a batch."""
+        call = self._call("POST", "/register-env", _json(asdict(registration)))
+        fields = self._object(call, self._send(call, Rule.UNSENT))
+        if fields.get("status") == "success":
+            _integers(call, fields, "env_id")
+        elif not str(fields.get("status", "")).startswith("wait"):
+            raise not_atropos(call, f"{call.name} gave the status {fields.get('status')!r}")
+        known = {name: fields[name] for name in EnvRegistrationResult.__dataclass_fields__ if name in fields}
+        return EnvRegistrationResult(**known)
+
+    def disconnect_env(self, env_id: int) -> None:
+        """Take an environment out of the weighting.
+
+        Raises:
+            ConfigError: ``env_id`` is negative (upstream would disconnect another environment, counted from the end).
+            AtroposProtocolError: the API does not know it.
+        """
+        if env_id < 0:
+            raise ConfigError(f"{env_id} must not be negative", "env_id")
+        call = self._call("POST", "/disconnect-env", _json({"env_id": env_id}))
+        self._object(call, self._send(call, Rule.UNSENT))
+
+    def reset_data(self) -> None:
+        """Destructive: the API forgets registrations, environments, queue and batches."""
+        self._send(self._call("GET", "/reset_data"), Rule.UNSENT)
+
+    # --- data --------------------------------------------------------------------------------------------------------
+
+    def post_scored_data(self, group_json: bytes, idempotency_key: str | None = None) -> PostReceipt:
+        """Post one group (``encode_group`` makes its JSON). A trainer must have registered before: upstream breaks
+        for good when data comes first.
+
+        Args:
+            idempotency_key: lets a failed post be repeated. Only for a server that recognises the key: upstream
+                takes the group twice.
+
+        Raises:
+            AtroposHTTPStatusError: 422, the API refuses the group; the body says which field.
+        """
+        call = self._call("POST", "/scored_data", group_json, _key(idempotency_key))
+        fields = self._object(call, self._send(call, Rule.FREELY if idempotency_key else Rule.UNSENT))
+        return PostReceipt(groups=1, buffered=1 if fields.get("status") == "buffered" else 0)
+
+    def post_scored_data_list(self, groups: Sequence[bytes], idempotency_key: str | None = None) -> PostReceipt:
+        """Post several groups in one request; all of them are refused when one is malformed."""
+        body = b"[" + b",".join(groups) + b"]"
+        call = self._call("POST", "/scored_data_list", body, _key(idempotency_key))
+        fields = self._object(call, self._send(call, Rule.FREELY if idempotency_key else Rule.UNSENT))
+        taken = fields.get("groups_processed", len(groups))
+        if taken != len(groups):
+            raise AtroposProtocolError(f"{call.name}: the API took {taken} of {len(groups)} groups", self.api_url)
+        return PostReceipt(groups=len(groups), buffered=int(fields.get("buffered", 0)))
+
+    def fetch_batch(self) -> bytes | None:
+        """One ``GET /batch``; None when there is no batch yet. Destructive: what it returns exists nowhere else.
+
+        ``timeout`` bounds connecting (tries included), then each silence of the API; a batch that keeps arriving is
+        not cut off before ten times ``timeout``, because that would lose it. Once the request may have reached the
+        API it is never repeated.
+
+        Raises:
+            AtroposAPIError: says, when the request was sent, that the batch may be lost.
+        """
+        return self._fetch(self.timeout, None)[0]
+
+    def get_batch(
+        self, max_wait_time: float | None = None, should_stop: Callable[[], None] | None = None
+    ) -> FetchedBatch:
+        """Poll ``GET /batch`` until there is a batch. Destructive, see ``fetch_batch``.
+
+        The interval after poll i (from 0) is ``retry_delay * 1.5**i`` seconds; after ``retry_attempts`` polls it stays.
+        No poll starts after ``max_wait_time``; one that was sent before is given its time, since a batch may be in it.
+
+        Args:
+            max_wait_time: seconds; None: the client's.
+            should_stop: called between polls; what it raises ends the wait (a service has died).
+
+        Raises:
+            AtroposTimeoutError: no batch in ``max_wait_time`` seconds; says what the API's queue holds.
+            AtroposAPIError: as ``fetch_batch``.
+        """
+        limit = self.max_wait_time if max_wait_time is None else at_least(max_wait_time, "max_wait_time", 0.0)
+        started = time.monotonic()
+        attempts = 0
+        while True:
+            left = limit - (time.monotonic() - started)
+            body, lease_id = self._fetch(min(self.timeout, max(left, _LAST_CONNECT_SECONDS)), should_stop)
+            attempts += 1
+            waited = time.monotonic() - started
+            if body is not None:
+                return FetchedBatch(body, attempts, waited, lease_id)
+            if waited >= limit:
+                raise AtroposTimeoutError(self._why_no_batch(waited, attempts), self.api_url)
+            interval = max(self.retry.interval(attempts - 1), _MIN_POLL_SECONDS)
+            pause(min(interval, limit - waited), should_stop)
+
+    def ack(self, lease_id: str | None) -> None:
+        """Tell the API that a leased batch was trained on. Does nothing without a lease."""
+        if lease_id is not None:
+            call = self._call("POST", "/batch/ack", _json({"lease_id": lease_id}))
+            self._object(call, self._send(call, Rule.FREELY))
+
+    # --- how ---------------------------------------------------------------------------------------------------------
+
+    def _call(
+        self, method: str, endpoint: str, content: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> Call:
+        return Call(
+            method=method,
+            url=f"{self._base}{endpoint}",
+            endpoint=endpoint,
+            base_url=self.api_url,
+            timeout=self.timeout,
+            content=content,
+            headers={**(headers or {}), **(_JSON if content is not None else {})},
+            is_batch=endpoint == "/batch",
+        )
+
+    def _send(
+        self, call: Call, rule: Rule, seconds: float | None = None, should_stop: Callable[[], None] | None = None
+    ) -> Answer:
+        return self.retry.call(
+            lambda left: exchange(self._http, call, left),
+            name=call.name,
+            rule=rule,
+            seconds=self.timeout if seconds is None else seconds,
+            should_stop=should_stop,
+        )
+
+    def _object(self, call: Call, answer: Answer) -> dict[str, Any]:
+        """The answer's JSON object. Raises ``AtroposProtocolError`` for anything else, and for a status of failure."""
+        try:
+            fields = json.loads(answer.body)
+        except (ValueError, RecursionError):
+            raise not_atropos(call, f"{call.name} gave {answer.body[:120]!r}, which is not JSON") from None
+        if not isinstance(fields, dict):
+            raise not_atropos(call, f"{call.name} gave {answer.body[:120]!r}, which is not a JSON object")
+        if fields.get("status") in ("error", "failure"):
+            why = fields.get("message") or fields.get("error") or fields.get("detail") or "no explanation"
+            reason = f"Atropos API at {self.api_url} answered {call.name} with status {fields['status']!r}: {why}"
+            raise AtroposProtocolError(reason, self.api_url)
+        return fields
+
+    def _fetch(self, seconds: float, should_stop: Callable[[], None] | None) -> tuple[bytes | None, str | None]:
+        call = self._call("GET", "/batch", headers=self._lease)
+        answer = self._send(call, Rule.UNSENT, seconds, should_stop)
+        lease_id = answer.headers.get("X-Atropos-Lease-Id")
+        return (answer.body, lease_id) if self._holds_batch(call, answer) else (None, None)
+
+    def _holds_batch(self, call: Call, answer: Answer) -> bool:
+        body = answer.body
+        if not body[:64].lstrip().startswith(b"{"):
+            raise not_atropos(call, f"{call.name} gave {body[:120]!r}, which is not a JSON object")
+        if not body[-64:].rstrip().endswith(b"}"):
+            reason = f"Atropos API at {self.api_url} - the answer to {call.name} is cut off after {len(body)} bytes"
+            raise AtroposProtocolError(reason + what_is_lost(call), self.api_url)
+        if len(body) > _SMALL_BODY:
+            return True
+        fields = self._object(call, answer)
+        if "batch" not in fields:
+            raise not_atropos(call, f"{call.name} gave {body[:120]!r}, which has no 'batch'")
+        return bool(fields["batch"])
+
+    def _why_no_batch(self, waited: float, attempts: int) -> str:
+        try:
+            call = self._call("GET", "/status")
+            fields = self._object(call, exchange(self._http, call, min(self.timeout, _LAST_STATUS_SECONDS)))
+            state = f"it is at step {fields.get('current_step')} with {fields.get('queue_size')} groups in its queue"
+        except (ExchangeError, AtroposAPIError):
+            state = "its /status does not answer either"
+        return (
+            f"no batch from Atropos API at {self.api_url} in {waited:.1f} s ({attempts} tries); {state}. "
+            "Is an environment running, and pointed at this API and at the gateway? "
+            "Do the groups' sizes add up to the batch size?"
+        )
+
+
+def _json(fields: Mapping[str, Any]) -> bytes:
+    return json.dumps(fields, allow_nan=False).encode()
+
+
+def _key(idempotency_key: str | None) -> dict[str, str]:
+    return {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
+
+
+def _integers(call: Call, fields: Mapping[str, Any], *names: str) -> list[int]:
+    for name in names:
+        if not isinstance(fields.get(name), int) or isinstance(fields[name], bool):
+            raise not_atropos(call, f"{call.name} gave no integer {name!r} but {str(dict(fields))[:120]}")
+    return [fields[name] for name in names]

@@ -1,0 +1,212 @@
+"""``BatchJournal``: every batch on disk before anything else happens to it, because the API has forgotten it.
+
+::
+
+    directory/
+      batch_000001.json         the answer of GET /batch, byte for byte
+      batch_000001.meta.json    its length, the caller's notes, and the step that trained on it (null: none yet)
+      batch_000002.json.tmp     torn: the process died while writing; removed, and said in the log
+
+A batch exists once its ``.json`` has its final name: content is written under another name and synced first, so it
+survives ``kill -9`` and a power cut. A batch without a ``.meta.json`` was not trained on yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from atropos_verl.errors import CheckpointError
+
+__all__ = ["BatchJournal", "JournalEntry"]
+
+logger = logging.getLogger(__name__)
+
+_BATCH = re.compile(r"batch_(\d{6,})\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class JournalEntry:
+    """One journalled batch."""
+
+    sequence: int
+    """Counts the batches of a run directory from 1, in the order they were fetched."""
+    path: Path
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    step: int | None = None
+    """The training step that consumed it (the trainer's step after it); None: none so far."""
+
+
+class BatchJournal:
+    """The batches of one run directory. Safe to call from several threads; one process writes at a time.
+
+    Nothing is created or cleaned up before the first call, so that a process that only holds one does no harm.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        self._lock = threading.Lock()
+        self._last = 0
+        self._clean = False
+
+    def record(self, body: bytes, meta: Mapping[str, Any] | None = None) -> JournalEntry:
+        """Write ``body`` durably; ``meta`` is any JSON object. After this returns, no kill loses the batch.
+
+        Raises:
+            CheckpointError: it cannot be written (disk full, no permission); names the file and the cause.
+        """
+        with self._lock:
+            self._prepare()
+            entry = JournalEntry(self._last + 1, self._path(self._last + 1), dict(meta or {}))
+            self._write(entry.path, body)
+            self._last = entry.sequence
+            self._write_meta(entry, len(body))
+        return entry
+
+    def assign(self, entry: JournalEntry, step: int) -> JournalEntry:
+        """Note that training step ``step`` consumed ``entry``; again for a replayed batch. Returns the new entry.
+
+        Raises:
+            CheckpointError: the batch is not in the journal (any more), or the note cannot be written.
+        """
+        with self._lock:
+            assigned = replace(entry, step=step)
+            self._write_meta(assigned, self._size(entry))
+        return assigned
+
+    def discard_through(self, step: int) -> int:
+        """Delete the batches that steps up to and including ``step`` consumed, a durable checkpoint holding their
+        effect. Returns how many."""
+        with self._lock:
+            done = [entry for entry in self._entries() if entry.step is not None and entry.step <= step]
+            for entry in done:
+                # The batch first: without its note it would count as not trained on.
+                self._remove(entry.path)
+                self._remove(_meta_path(entry.path))
+        return len(done)
+
+    def pending(self, after_step: int) -> list[JournalEntry]:
+        """What a run that resumes at ``after_step`` is to train on first, in the order fetched: batches that no step
+        up to ``after_step`` consumed (later steps did, and were lost with the process, or none did)."""
+        with self._lock:
+            return [entry for entry in self._entries() if entry.step is None or entry.step > after_step]
+
+    def read(self, entry: JournalEntry) -> bytes:
+        """The batch as it was recorded.
+
+        Raises:
+            CheckpointError: the file is gone, cannot be read, or has not the length it was written with.
+        """
+        try:
+            body = entry.path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"cannot read the journalled batch {entry.path}: {error.strerror}") from error
+        expected = self._load_meta(entry.path).get("bytes")
+        if expected is not None and expected != len(body):
+            raise CheckpointError(
+                f"{entry.path} has {len(body)} bytes, but {expected} were written; delete it to go on"
+            )
+        return body
+
+    def _path(self, sequence: int) -> Path:
+        return self.directory / f"batch_{sequence:06d}.json"
+
+    def _size(self, entry: JournalEntry) -> int:
+        try:
+            return entry.path.stat().st_size
+        except OSError as error:
+            raise CheckpointError(f"no journalled batch {entry.path}: {error.strerror}") from error
+
+    def _prepare(self) -> None:
+        """Once: create the directory, remove what a killed process left half written, find the last number."""
+        if self._clean:
+            return
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot create the batch journal {self.directory}: {error.strerror}") from error
+        for torn in sorted(self.directory.glob("batch_*.tmp")):
+            logger.warning("%s is torn (the process died while writing it); removed", torn)
+            self._remove(torn)
+        for meta in sorted(self.directory.glob("batch_*.meta.json")):
+            if not _batch_path(meta).exists():
+                self._remove(meta)
+        self._last = max((entry.sequence for entry in self._scan()), default=0)
+        self._clean = True
+
+    def _entries(self) -> list[JournalEntry]:
+        if not self.directory.is_dir():
+            return []
+        self._prepare()
+        return self._scan()
+
+    def _scan(self) -> list[JournalEntry]:
+        found = []
+        for path in self.directory.iterdir():
+            match = _BATCH.fullmatch(path.name)
+            if match:
+                note = self._load_meta(path)
+                found.append(JournalEntry(int(match.group(1)), path, note.get("meta") or {}, note.get("step")))
+        return sorted(found, key=lambda entry: entry.sequence)
+
+    def _load_meta(self, path: Path) -> dict[str, Any]:
+        try:
+            note = json.loads(_meta_path(path).read_bytes())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            logger.warning("%s cannot be read (%s); the batch counts as not trained on", _meta_path(path), error)
+            return {}
+        return note if isinstance(note, dict) else {}
+
+    def _write_meta(self, entry: JournalEntry, size: int) -> None:
+        note = {"sequence": entry.sequence, "bytes": size, "step": entry.step, "meta": dict(entry.meta)}
+        self._write(_meta_path(entry.path), json.dumps(note).encode())
+
+    def _write(self, path: Path, content: bytes) -> None:
+        temporary = path.with_name(f"{path.name}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _sync_directory(self.directory)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"cannot write the journalled batch {path} ({len(content)} bytes): {error.strerror}; "
+                "free some space, or choose another run_dir"
+            ) from error
+
+    def _remove(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot delete {path}: {error.strerror}") from error
+
+
+def _meta_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.meta.json")
+
+
+def _batch_path(meta: Path) -> Path:
+    return meta.with_name(f"{meta.name.removesuffix('.meta.json')}.json")
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a rename durable (the name is the directory's content)."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
