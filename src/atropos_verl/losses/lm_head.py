@@ -64,7 +64,9 @@ def linear_token_logprobs(
         budget = CUDA_TILE_BYTES if hidden.device.type == "cuda" else CPU_TILE_BYTES
         chunk = min(chunk_rows or MAX_CHUNK_ROWS, max(rows, 1))
         block = min(max(budget // (chunk * accumulate.itemsize), MIN_VOCAB_BLOCK), vocabulary)
-        logprobs: torch.Tensor = _TiledLogprobs.apply(hidden, weight, labels, scale, bias, chunk, block)
+        logprobs: torch.Tensor = _TiledLogprobs.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            hidden, weight, labels, scale, bias, chunk, block
+        )
         return logprobs
 
 
@@ -123,7 +125,7 @@ class _TiledLogprobs(torch.autograd.Function):
         return chosen - lse
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_logprobs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, labels, scale, bias, lse = ctx.saved_tensors
         want_hidden, want_weight, _, _, want_bias, _, _ = ctx.needs_input_grad
@@ -231,9 +233,9 @@ def _product_dtype(hidden: torch.Tensor) -> torch.dtype:
     """
     if hidden.dtype in (torch.float32, torch.float64) or hidden.device.type != "cpu":
         return hidden.dtype
-    if hidden.dtype == torch.bfloat16 and any(
-        getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    ):
+    # Private names of torch 2.13, so looked up with a default: without them the float32 path is taken.
+    probes = [getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
+    if hidden.dtype == torch.bfloat16 and any(probe() for probe in probes if probe is not None):
         return hidden.dtype
     return torch.float32
 

@@ -25,27 +25,27 @@ LOG_RATIO_BOUND = 20.0
 
 
 def token_logprobs_from_logits(
-    logits_BLV: torch.Tensor, input_ids_BL: torch.Tensor, temperature: float | torch.Tensor = 1.0
+    logits: torch.Tensor, input_ids: torch.Tensor, temperature: float | torch.Tensor = 1.0
 ) -> torch.Tensor:
     """Logprob of each token given those before it.
 
     Args:
-        logits_BLV: [B, L, V] as a causal model gives them: entry t predicts token t + 1.
-        input_ids_BL: [B, L] int64.
+        logits: [B, L, V] as a causal model gives them: entry t predicts token t + 1.
+        input_ids: [B, L] int64.
         temperature: above 0; one number, or [B].
 
     Returns:
         [B, L] in float32 (float64 for float64 logits): entry t is the logprob of token t predicted from position
         t - 1, entry 0 is 0.
     """
-    if logits_BLV.shape[:2] != input_ids_BL.shape:
-        raise ValueError(f"logits {tuple(logits_BLV.shape)} do not fit input_ids {tuple(input_ids_BL.shape)}")
-    logits = _at_least_float32(logits_BLV[:, :-1])
+    if logits.shape[:2] != input_ids.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} do not fit input_ids {tuple(input_ids.shape)}")
+    logits = _at_least_float32(logits[:, :-1])
     if isinstance(temperature, torch.Tensor):
         logits = logits / temperature.to(logits).reshape(-1, 1, 1)
     elif temperature != 1.0:
         logits = logits / temperature
-    chosen = logits.gather(-1, input_ids_BL[:, 1:, None]).squeeze(-1)
+    chosen = logits.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
     return torch.nn.functional.pad(chosen - logits.logsumexp(-1), (1, 0))
 
 
