@@ -1,0 +1,145 @@
+"""Tokens per second: the embedded engine against ``model.generate`` in static batches of the same requests.
+
+    python benchmarks/bench_generation.py [--sequences 64] [--repeats 5] [--manager]
+
+Two loads: all completions equally long, and lengths that vary tenfold (a static batch runs until its longest is done;
+the engine fills the slot with the next sequence). Both sides sample at temperature 1 from the same random Qwen2 of
+about a million parameters, interleaved in one process. ``--manager`` adds transformers' continuous-batching manager,
+warmed up beforehand. Prints JSON: median tokens/s of each side and the ratios. Counted are the tokens asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+Load = list[tuple[tuple[int, ...], int]]
+"""Prompt, and how many tokens to generate."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, default=64, help="rows of a static batch, and KV slots of the engine")
+    parser.add_argument("--batches", type=int, default=2, help="static batches' worth of requests in the varied load")
+    parser.add_argument("--tokens", type=int, default=128, help="longest completion")
+    parser.add_argument("--prompt", type=int, default=32, help="prompt tokens")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--manager", action="store_true", help="also measure transformers' continuous batching")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    model = build_model()
+    loads = {
+        "equal_lengths": equal_load(options.sequences, options.prompt, options.tokens),
+        "lengths_varying_10x": varied_load(options.batches * options.sequences, options.prompt, options.tokens),
+    }
+    from support.tiny_model import build_tiny_tokenizer
+
+    from atropos_verl.inference.transformers_engine import TransformersEngine
+
+    with TransformersEngine(copy.deepcopy(model), build_tiny_tokenizer(), max_running=options.sequences) as engine:
+        sides: dict[str, Callable[[Load], None]] = {
+            "engine": lambda load: run_engine(engine, load),
+            "static_generate": lambda load: run_static(model, load, options.sequences),
+        }
+        if options.manager:
+            sides["transformers_manager"] = lambda load: run_manager(model, load)
+        results = {name: measure(load, sides, options.repeats) for name, load in loads.items()}
+    print(json.dumps({"parameters": sum(p.numel() for p in model.parameters()), **vars(options)} | results, indent=2))
+
+
+def build_model() -> Any:
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    config = Qwen2Config(
+        vocab_size=259,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=256,
+        bos_token_id=256,
+        eos_token_id=258,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def equal_load(count: int, prompt: int, tokens: int) -> Load:
+    return [(tuple(row), tokens) for row in torch.randint(0, 256, (count, prompt)).tolist()]
+
+
+def varied_load(count: int, prompt: int, tokens: int) -> Load:
+    """Completion lengths log-uniform between a tenth of ``tokens`` and ``tokens``."""
+    lengths = (tokens * 10 ** -torch.rand(count)).long().clamp(min=1).tolist()
+    return [(p, length) for (p, _), length in zip(equal_load(count, prompt, tokens), lengths, strict=True)]
+
+
+def run_engine(engine: Any, load: Load) -> None:
+    from atropos_verl.inference.engine import GenerationRequest
+
+    answers = engine.generate(
+        [GenerationRequest(prompt_token_ids=prompt, max_tokens=tokens, ignore_eos=True) for prompt, tokens in load]
+    )
+    assert [len(answer.token_ids) for [answer] in answers] == [tokens for _, tokens in load]
+
+
+def run_static(model: Any, load: Load, rows: int) -> None:
+    for start in range(0, len(load), rows):
+        batch = load[start : start + rows]
+        ids = torch.tensor([prompt for prompt, _ in batch])
+        longest = max(tokens for _, tokens in batch)
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            max_new_tokens=longest,
+            min_new_tokens=longest,
+            top_k=0,
+        )
+        assert out.shape == (len(batch), ids.shape[1] + longest)
+
+
+def run_manager(model: Any, load: Load) -> None:
+    from transformers import GenerationConfig
+
+    # It takes one length for all: only the load of equal lengths is comparable, the other counts the longest for each.
+    longest = max(tokens for _, tokens in load)
+    config = GenerationConfig(do_sample=True, max_new_tokens=longest, eos_token_id=-1)
+    out = model.generate_batch(
+        inputs=[list(prompt) for prompt, _ in load], generation_config=config, progress_bar=False
+    )
+    assert all(len(answer.generated_tokens) == longest for answer in out.values())
+
+
+def measure(load: Load, sides: dict[str, Callable[[Load], None]], repeats: int) -> dict[str, Any]:
+    tokens = sum(count for _, count in load)
+    for run in sides.values():
+        run(load)  # first calls pay for allocation and kernel choice
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, run in sides.items():
+            started = time.perf_counter()
+            run(load)
+            rates[name].append(tokens / (time.perf_counter() - started))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    ratios = {f"engine_over_{name}": medians["engine"] / value for name, value in medians.items() if name != "engine"}
+    return {"tokens": tokens, "tokens_per_second": medians, **ratios}
+
+
+if __name__ == "__main__":
+    main()
