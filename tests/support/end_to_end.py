@@ -183,7 +183,8 @@ class EndToEnd:
             assert figure["released"].kv_bytes == 0
             assert figure["released"].weight_bytes == 0
             assert figure["serving"].weight_bytes > 1_000_000
-        return f"{self.figures[0]['serving'].weight_bytes / 1e6:.1f} MB of engine weights and all KV freed while training"
+        megabytes = self.figures[0]["serving"].weight_bytes / 1e6
+        return f"{megabytes:.1f} MB of engine weights and all KV freed while training"
 
     def check_error_handling_and_retry(self) -> str:
         seen = []

@@ -1,0 +1,29 @@
+"""Seeded training samples for tests of worker and trainer."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from atropos_verl.types import TrainingSample
+
+
+def random_samples(count: int, *, vocab_size: int, seed: int = 0, longest: int = 24) -> list[TrainingSample]:
+    """``count`` samples of 4..longest tokens with two trained spans, random advantages and two temperatures."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for index in range(count):
+        length = int(rng.integers(4, longest + 1))
+        mask = np.zeros(length, dtype=np.bool_)
+        mask[length // 4 + 1 : length // 2 + 1] = True
+        mask[length - 1] = True  # a tool turn in between is not trained
+        samples.append(
+            TrainingSample(
+                token_ids=rng.integers(0, vocab_size, length),
+                loss_mask=mask,
+                advantages=np.where(mask, rng.normal(size=length), 0.0),
+                rollout_logprobs=np.where(mask, -rng.random(length), np.nan),
+                temperature=1.0 if index % 2 else 0.7,
+                sequence_index=index,
+            )
+        )
+    return samples

@@ -1,0 +1,50 @@
+"""Run under torchrun: two training steps on fixed samples; rank 0 writes what it saw as JSON to ``sys.argv[2]``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from atropos_verl.config import RunConfig
+from atropos_verl.local.worker import PolicyWorker
+from support.samples import random_samples
+
+
+def main() -> None:
+    model, out = Path(sys.argv[1]), Path(sys.argv[2])
+    results = {}
+    for kind in ("advantage_weighted_sft", "grpo"):
+        config = RunConfig.from_mapping(
+            {"optim": {"lr": 1e-2}, "loss": {"type": kind}, "trainer": {"max_token_len_per_gpu": 64, "device": "cpu"}}
+        )
+        worker = PolicyWorker(config, model)
+        if worker.rank > 0:
+            worker.serve()
+        else:
+            results[kind] = _train(worker, out.parent / kind)
+            worker.close()
+    if results:
+        out.write_text(json.dumps(results))
+
+
+def _train(worker: PolicyWorker, checkpoint: Path) -> dict[str, object]:
+    samples = random_samples(11, vocab_size=200)
+    outputs = [worker.train(samples) for _ in range(2)]
+    outputs.append(worker.train(samples[:1]))  # fewer samples than ranks
+    worker.save_checkpoint(checkpoint, 3)
+    logprobs = worker.compute_logprobs(samples)
+    worker.load_checkpoint(checkpoint)
+    after_load = worker.compute_logprobs(samples)
+    return {
+        "world_size": worker.world_size,
+        "loss": [o.loss for o in outputs],
+        "grad_norm": [o.grad_norm for o in outputs],
+        "logprobs": [row.tolist() for row in logprobs],
+        "after_load": [row.tolist() for row in after_load],
+        "weights": {name: float(tensor.double().abs().sum()) for name, tensor in worker.named_tensors()},
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""PolicyWorker: verl's engine against a float64 model that this file runs by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.samples import random_samples
+from support.tiny_model import build_tiny_model
+
+from atropos_verl.config import RunConfig
+from atropos_verl.errors import CheckpointError
+from atropos_verl.local.worker import PolicyWorker
+from atropos_verl.types import TrainingSample
+
+LR = 1e-2
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    build_tiny_model(path)
+    return path
+
+
+def _worker(model_path: Path, **values: Any) -> PolicyWorker:
+    merged = {"optim": {"lr": LR}, "trainer": {"device": "cpu", "max_token_len_per_gpu": 64}, **values}
+    return PolicyWorker(RunConfig.from_mapping(merged), model_path)
+
+
+def _reference(model_path: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(str(model_path), dtype=torch.float64)
+
+
+def _logprobs(model: Any, sample: TrainingSample) -> torch.Tensor:
+    """[T], entry 0 is 0; an independent float64 forward of one unpadded sequence."""
+    ids = torch.as_tensor(sample.token_ids)[None]
+    scores = torch.log_softmax(model(ids).logits[0, :-1] / sample.temperature, dim=-1)
+    picked = scores.gather(1, ids[0, 1:, None])[:, 0]
+    return torch.cat([torch.zeros(1, dtype=picked.dtype), picked])
+
+
+def _loss(model: Any, samples: list[TrainingSample]) -> torch.Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for sample in samples:
+        mask = torch.as_tensor(sample.loss_mask)
+        total = total - (_logprobs(model, sample) * torch.as_tensor(sample.advantages) * mask).sum()
+    return total / sum(int(s.loss_mask.sum()) for s in samples)
+
+
+def test_logprobs_of_trained_tokens_at_each_samples_temperature(model_path: Path) -> None:
+    samples = random_samples(9, vocab_size=200)
+    reference = _reference(model_path)
+    found = _worker(model_path).compute_logprobs(samples)
+    for sample, row in zip(samples, found, strict=True):
+        expected = _logprobs(reference, sample).detach().numpy()
+        assert row == pytest.approx(np.where(sample.loss_mask, expected, 0.0), abs=2e-5)
+
+
+def test_loss_gradient_norm_and_update_of_one_step(model_path: Path) -> None:
+    samples = random_samples(9, vocab_size=200, seed=1)
+    worker = _worker(model_path)
+    output = worker.train(samples)
+    reference = _reference(model_path)
+    loss = _loss(reference, samples)
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in reference.parameters()))
+    assert output.loss == pytest.approx(float(loss.detach()), rel=1e-4)
+    assert output.grad_norm == pytest.approx(float(norm), rel=1e-4)
+    assert output.num_loss_tokens == sum(int(s.loss_mask.sum()) for s in samples)
+    # The update itself, by torch's own AdamW in float64 on the same gradient (clipped to norm 1).
+    optimiser = torch.optim.AdamW(reference.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=0.0)
+    torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+    optimiser.step()
+    weights = {name: tensor.double() for name, tensor in worker.named_tensors()}
+    for name, expected in reference.state_dict().items():
+        # AdamW's first step is lr * sign(gradient) where the gradient is not tiny; compare the bulk.
+        difference = (weights[name] - expected).abs()
+        assert difference.median() < 1e-5, name
+
+
+def test_zero_advantages_give_no_gradient(model_path: Path) -> None:
+    samples = random_samples(4, vocab_size=200, seed=2)
+    zeroed = [replace(s, advantages=s.advantages * 0) for s in samples]
+    worker = _worker(model_path)
+    before = {name: tensor.clone() for name, tensor in worker.named_tensors()}
+    output = worker.train(zeroed)
+    assert output.loss == 0.0
+    assert output.grad_norm == 0.0
+    assert all(torch.equal(before[name], tensor) for name, tensor in worker.named_tensors())
+
+
+def test_micro_batches_do_not_change_the_loss(model_path: Path) -> None:
+    samples = random_samples(10, vocab_size=200, seed=3)
+    few = _worker(model_path, trainer={"device": "cpu", "max_token_len_per_gpu": 4096}).train(samples)
+    many = _worker(model_path, trainer={"device": "cpu", "max_token_len_per_gpu": 32}).train(samples)
+    assert many.loss == pytest.approx(few.loss, rel=1e-5)
+    assert many.grad_norm == pytest.approx(few.grad_norm, rel=1e-4)
+
+
+def test_grpo_with_several_updates_uses_old_logprobs(model_path: Path) -> None:
+    samples = random_samples(8, vocab_size=200, seed=4)
+    settings = {"loss": {"type": "grpo", "ppo_epochs": 2, "ppo_mini_batches": 2, "tis_cap": None}}
+    worker = _worker(model_path, **settings)
+    output = worker.train(samples)
+    ratios = [value for key, value in output.metrics.items() if "ratio" in key and "clip" not in key]
+    # The first of the four updates is on-policy (ratio 1); later ones are not, so the mean is near but not 1.
+    assert ratios
+    assert 0.5 < ratios[0] < 2.0
+    assert ratios[0] != pytest.approx(1.0, abs=1e-9)
+
+
+def test_checkpoint_restores_weights_and_optimiser(model_path: Path, tmp_path: Path) -> None:
+    samples = random_samples(6, vocab_size=200, seed=5)
+    worker = _worker(model_path)
+    worker.train(samples)
+    worker.save_checkpoint(tmp_path / "actor", 1)
+    straight = [worker.train(samples).loss for _ in range(2)]
+    other = _worker(model_path)
+    other.load_checkpoint(tmp_path / "actor")
+    assert [other.train(samples).loss for _ in range(2)] == straight
+    files = {path.name for path in (tmp_path / "actor").iterdir()}
+    assert {f"{part}_world_size_1_rank_0.pt" for part in ("model", "optim", "extra_state")} <= files
+
+
+def test_a_checkpoint_of_another_world_size_is_refused_by_name(model_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="another number of ranks"):
+        _worker(model_path).load_checkpoint(tmp_path)
+
+
+def test_two_ranks_give_the_loss_of_one(model_path: Path, tmp_path: Path) -> None:
+    one, two = (_run_ranks(model_path, tmp_path / str(ranks), ranks) for ranks in (1, 2))
+    for kind in ("advantage_weighted_sft", "grpo"):
+        a, b = one[kind], two[kind]
+        assert (a["world_size"], b["world_size"]) == (1, 2)
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4, abs=1e-6)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+        for row_a, row_b in zip(a["logprobs"], b["logprobs"], strict=True):
+            assert row_b == pytest.approx(row_a, abs=2e-3)
+        assert b["after_load"] == b["logprobs"]
+        assert b["weights"] == pytest.approx(a["weights"], rel=1e-4)
+
+
+def _run_ranks(model_path: Path, directory: Path, ranks: int) -> dict[str, Any]:
+    directory.mkdir()
+    tests = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    script = [str(tests / "support" / "train_ranks.py"), str(model_path), str(directory / "result.json")]
+    path = f"{tests}:{os.environ.get('PYTHONPATH', '')}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    subprocess.run([*command, *script], check=True, timeout=240, env=environment)
+    result: dict[str, Any] = json.loads((directory / "result.json").read_text())
+    return result
