@@ -210,6 +210,8 @@ class _Run:
         logging.getLogger().addHandler(handler)
         logging.getLogger("atropos_verl").setLevel(logging.INFO)
         logging.captureWarnings(True)
+        # torch writes this one deprecation of its own past every handler, onto the terminal.
+        logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
     def _summarise(self, trainer: AtroposTrainer, rewards: list[float], progress: ProgressReporter) -> None:
         from atropos_verl.report.metrics_log import write_summary
@@ -221,6 +223,7 @@ class _Run:
             "policy_version": trainer.policy_version,
             "reward_first": sum(rewards[:few]) / few if rewards else None,
             "reward_last": sum(rewards[-few:]) / few if rewards else None,
+            "reward_window": few,
             "rewards": rewards,
             "held_out_before": self.held_out.get("before"),
             "held_out_after": self.held_out.get("after"),

@@ -140,7 +140,7 @@ class PolicyWorker:
         updates = loss.ppo_epochs * loss.ppo_mini_batches
         if self.loss_function.kind == "grpo" and updates > 1:
             old_logprobs = self._local_compute_logprobs(samples)
-        outputs = []
+        outputs: list[TrainOutput] = []
         for chunk in _mini_batches(len(samples), loss.ppo_epochs, loss.ppo_mini_batches, self.config.seed):
             part = [samples[i] for i in chunk]
             old = None if old_logprobs is None else [old_logprobs[i] for i in chunk]
@@ -375,7 +375,7 @@ def _verl_prints_to_log() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    saved, sys.stdout = sys.stdout, _Writer()  # type: ignore[assignment]
+    saved, sys.stdout = sys.stdout, _Writer()
     try:
         yield
     finally:

@@ -82,7 +82,7 @@ class SelectiveHeadEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             return out.index_copy(0, request.rows, logprobs).view(*hidden.shape[:-1], 1).clone()
 
         # An instance attribute, not a class patch: only this engine's model is concerned.
-        head.forward = forward
+        head.forward = forward  # type: ignore[method-assign,assignment]
         return True
 
     def _wants_selective(self, micro_batch: Any) -> bool:
