@@ -88,6 +88,7 @@ class SpellBackwardEnv(BaseEnv):  # type: ignore[misc]  # atroposlib has no type
             max_batches_offpolicy=1,
             tokenizer_name=tokenizer,
             use_wandb=False,
+            wandb_name=cls.name,  # sent when registering; Atropos's API answers 422 to the default, null
             total_steps=60,
             # Groups of equal scores teach nothing, but leaving them out would make the mean reward a lie.
             ensure_scores_are_not_same=False,

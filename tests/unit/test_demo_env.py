@@ -122,6 +122,7 @@ def test_defaults_run_by_hand(env_module: ModuleType) -> None:
     assert servers[0].server_type == "vllm"
     assert servers[0].num_requests_for_eval >= config.eval_words  # all of an evaluation at once
     assert Path(config.tokenizer_name) == demo_model_path() == Path(servers[0].tokenizer_name)
+    assert config.wandb_name == "spell_backward"  # null would be refused by the API at /register-env
     assert config.ensure_scores_are_not_same is False and config.use_wandb is False
     assert (config.group_size, config.temperature, config.max_batches_offpolicy) == (8, 1.0, 1)
     # Longest sequence: 13 prompt tokens around a word of 5, the answer's bound; Atropos's bound is exclusive.
