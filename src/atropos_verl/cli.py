@@ -1,0 +1,66 @@
+"""``atropos-verl``: the command line. Nothing heavy is imported before the subcommand is known."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+_TRAIN_HELP = "train a policy on an Atropos environment; key=value settings as in verl (train --help lists them)"
+_INSPECT_HELP = "show what the trainer would see in a batch, groups, a quarantine file, or at an API"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code. 0: done; 1: it failed; 2: the command is wrong; 130: Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["train"]:
+        # All its words are its own, --help included.
+        from atropos_verl.local.main import main as train
+
+        return train(words[1:])
+    options = _parser(words).parse_args(words)
+    if options.command is None:
+        _parser(words).print_help()
+        return 2
+    return _inspect(options)
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    from atropos_verl import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="atropos-verl", description="Train language models with verl on Atropos RL environments."
+    )
+    parser.add_argument("--version", action="version", version=f"atropos-verl {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("train", help=_TRAIN_HELP, add_help=False)
+    inspect = commands.add_parser("inspect", help=_INSPECT_HELP, description=_INSPECT_HELP)
+    if words[:1] == ["inspect"]:  # its options come with numpy and the decoder of groups
+        from atropos_verl.report.inspect import add_arguments
+
+        add_arguments(inspect)
+    return parser
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from atropos_verl.report.inspect import run
+
+    # What the pipeline logs about the groups is shown in place, once.
+    logging.basicConfig(level=logging.ERROR)
+    try:
+        code = run(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `| head`: what was wanted has been read
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
