@@ -13,6 +13,7 @@ import torch
 
 from atropos_verl.errors import EngineError, GenerationRequestError
 from atropos_verl.inference.kv_slots import SlotCache
+from atropos_verl.inference.slot_attention import register_slot_attention
 
 __all__ = ["ModelRunner", "PromptLogprobs", "check_supported"]
 
@@ -45,6 +46,16 @@ def check_supported(config: Any, max_context_len: int) -> None:
         )
 
 
+def _choose_attention(model: Any) -> None:
+    """Attention that takes a 4-D mask, which is how rows of different lengths share one forward."""
+    if model.config._attn_implementation == "eager":
+        return  # chosen by the user, or by an architecture that needs it
+    if getattr(model, "_supports_attention_backend", False):
+        model.set_attn_implementation(register_slot_attention())
+    elif model.config._attn_implementation != "sdpa":
+        model.set_attn_implementation("sdpa")
+
+
 class ModelRunner:
     """A causal language model with a slot cache. Not thread-safe: the engine calls it from one place at a time."""
 
@@ -54,9 +65,7 @@ class ModelRunner:
         self.cache = SlotCache()
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
         self._device = model.device
-        if model.config._attn_implementation not in ("sdpa", "eager"):
-            # The others take no 4-D mask, which is how rows of different lengths share one forward.
-            model.set_attn_implementation("sdpa")
+        _choose_attention(model)
         model.eval()
 
     @property
