@@ -1,0 +1,322 @@
+"""A real HTTP server whose misbehaviour is scripted per path, so that nothing of the client has to be patched.
+
+::
+
+    with FaultServer() as server:
+        server.script("/status", error(503), error(503), answer({"current_step": 0, "queue_size": 0}))
+        ...                                  # the last behaviour of a script repeats
+        assert server.count("/status") == 3
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import socket
+import ssl
+import struct
+import subprocess
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "Behaviour",
+    "FaultServer",
+    "Received",
+    "answer",
+    "close_before_answer",
+    "drip_body",
+    "drip_headers",
+    "error",
+    "garbage",
+    "html_page",
+    "late_server",
+    "make_certificate",
+    "refused_url",
+    "reset_before_answer",
+    "reset_mid_body",
+    "silent",
+    "slow",
+    "truncated",
+    "wait_for",
+]
+
+_REASONS = {200: "OK", 401: "Unauthorized", 404: "Not Found", 422: "Unprocessable Entity"}
+
+
+@dataclass(frozen=True)
+class Received:
+    """One request as it arrived."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    """Names in lower case."""
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Link:
+    """The connection a behaviour answers on."""
+
+    def __init__(self, connection: socket.socket, closing: threading.Event) -> None:
+        self.connection = connection
+        self.closing = closing
+
+    def send(self, data: bytes) -> None:
+        self.connection.sendall(data)
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, or return early when the server is being closed."""
+        self.closing.wait(seconds)
+
+    def reset(self) -> None:
+        """Close with RST instead of FIN: the peer's read fails with ECONNRESET."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+
+
+Behaviour = Callable[[Link], None]
+
+
+def _head(status: int, length: int | None, headers: Mapping[str, str] | None = None) -> bytes:
+    lines = [f"HTTP/1.1 {status} {_REASONS.get(status, 'Status')}", "connection: close"]
+    lines += [] if length is None else [f"content-length: {length}"]
+    lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+def answer(
+    content: Any, status: int = 200, headers: Mapping[str, str] | None = None, *, compressed: bool = False
+) -> Behaviour:
+    """``content``: bytes as they are, anything else as JSON."""
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    extra = dict(headers or {})
+    if compressed:
+        body, extra = gzip.compress(body), {**extra, "content-encoding": "gzip"}
+    return lambda link: link.send(_head(status, len(body), extra) + body)
+
+
+def error(status: int, body: bytes = b"no luck", headers: Mapping[str, str] | None = None) -> Behaviour:
+    return answer(body, status, headers)
+
+
+def html_page() -> Behaviour:
+    return answer(b"<!doctype html><html><body>Welcome</body></html>", headers={"content-type": "text/html"})
+
+
+def slow(seconds: float, then: Behaviour) -> Behaviour:
+    def behave(link: Link) -> None:
+        link.wait(seconds)
+        then(link)
+
+    return behave
+
+
+def silent() -> Behaviour:
+    """Never answers, and keeps the connection open."""
+    return lambda link: link.wait(600.0)
+
+
+def reset_before_answer() -> Behaviour:
+    return lambda link: link.reset()
+
+
+def close_before_answer() -> Behaviour:
+    return lambda link: None
+
+
+def reset_mid_body(body: bytes, after: int) -> Behaviour:
+    """Promise ``body``, send its first ``after`` bytes, then RST."""
+
+    def behave(link: Link) -> None:
+        link.send(_head(200, len(body)) + body[:after])
+        link.wait(0.2)  # an RST overtakes what the peer has not read yet
+        link.reset()
+
+    return behave
+
+
+def truncated(body: bytes, after: int, *, promise_length: bool) -> Behaviour:
+    """The first ``after`` bytes of ``body``, then an orderly end; a content-length gives it away, or not."""
+    return lambda link: link.send(_head(200, len(body) if promise_length else None) + body[:after])
+
+
+def garbage(data: bytes = b"\x00\x01SSH-2.0-something\r\n\r\n") -> Behaviour:
+    """Bytes that are not HTTP."""
+    return lambda link: link.send(data)
+
+
+def drip_headers(interval: float) -> Behaviour:
+    """A header line every ``interval`` seconds, without end: no read ever times out."""
+
+    def behave(link: Link) -> None:
+        link.send(b"HTTP/1.1 200 OK\r\n")
+        while not link.closing.is_set():
+            link.send(b"x-more: 1\r\n")
+            link.wait(interval)
+
+    return behave
+
+
+def drip_body(body: bytes, pieces: int, interval: float) -> Behaviour:
+    """``body`` in ``pieces`` parts, ``interval`` seconds between two."""
+
+    def behave(link: Link) -> None:
+        link.send(_head(200, len(body)))
+        size = -(-len(body) // pieces)
+        for start in range(0, len(body), size):
+            link.send(body[start : start + size])
+            link.wait(interval)
+
+    return behave
+
+
+class FaultServer:
+    """Threaded, on a free loopback port; one request per connection. Paths without a script answer 404."""
+
+    def __init__(self, *, listener: socket.socket | None = None, tls: tuple[Path, Path] | None = None) -> None:
+        self.requests: list[Received] = []
+        self.connections = 0
+        self._scripts: dict[str, list[Behaviour]] = {}
+        self._used: dict[str, int] = defaultdict(int)
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._tls: ssl.SSLContext | None = None
+        if tls is not None:
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._tls.load_cert_chain(*tls)
+        self._listener = listener or _bound_socket()
+        self.port: int = self._listener.getsockname()[1]
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> FaultServer:
+        self._listener.listen(64)
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def script(self, path: str, *behaviours: Behaviour) -> None:
+        """What happens to the first, second, … request of ``path``; the last behaviour repeats."""
+        with self._lock:
+            self._scripts[path] = list(behaviours)
+            self._used[path] = 0
+
+    def count(self, path: str) -> int:
+        with self._lock:
+            return sum(request.path == path for request in self.requests)
+
+    def last(self, path: str) -> Received:
+        with self._lock:
+            return next(request for request in reversed(self.requests) if request.path == path)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            with self._lock:
+                self.connections += 1
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # the client went away, or refused our certificate: both are the tests' aim
+            if self._tls is not None:
+                connection = self._tls.wrap_socket(connection, server_side=True)
+            with connection:
+                request = _read_request(connection)
+                if request is None:
+                    return
+                self._behaviour(request)(Link(connection, self._closing))
+
+    def _behaviour(self, request: Received) -> Behaviour:
+        with self._lock:
+            self.requests.append(request)
+            script = self._scripts.get(request.path)
+            if not script:
+                return error(404, b"no such path")
+            index = min(self._used[request.path], len(script) - 1)
+            self._used[request.path] += 1
+            return script[index]
+
+
+def _read_request(connection: socket.socket) -> Received | None:
+    data = b""
+    while b"\r\n\r\n" not in data:
+        chunk = connection.recv(65536)
+        if not chunk:
+            return None
+        data += chunk
+    head, body = data.split(b"\r\n\r\n", 1)
+    first, *lines = head.decode("latin-1").split("\r\n")
+    headers = {name.strip().lower(): value.strip() for name, value in (line.split(":", 1) for line in lines)}
+    while len(body) < int(headers.get("content-length", "0")):
+        chunk = connection.recv(65536)
+        if not chunk:
+            return None
+        body += chunk
+    method, path, _ = first.split(" ", 2)
+    return Received(method, path, headers, body)
+
+
+def _bound_socket() -> socket.socket:
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", 0))
+    return listener
+
+
+@contextlib.contextmanager
+def refused_url() -> Iterator[str]:
+    """A URL whose port is taken and does not listen: every connection is refused, and nobody else can get the port."""
+    with _bound_socket() as held:
+        yield f"http://127.0.0.1:{held.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def late_server(seconds: float) -> Iterator[FaultServer]:
+    """A server that refuses connections for ``seconds`` and then serves."""
+    server = FaultServer(listener=_bound_socket())
+    starter = threading.Timer(seconds, server.__enter__)
+    starter.start()
+    try:
+        yield server
+    finally:
+        starter.cancel()
+        starter.join()
+        server.__exit__()
+
+
+def make_certificate(directory: Path, name: str = "127.0.0.1") -> tuple[Path, Path] | None:
+    """A self-signed certificate for ``name`` and its key, by the ``openssl`` program; None where there is none."""
+    certificate, key = directory / f"{name}.crt", directory / f"{name}.key"
+    kind = "IP" if name[0].isdigit() else "DNS"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}"]
+    command += ["-addext", f"subjectAltName={kind}:{name}", "-keyout", str(key), "-out", str(certificate)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+    except FileNotFoundError:
+        return None
+    return certificate, key
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout: float = 20.0) -> None:
+    """Poll until ``condition()``; fails naming ``what`` after ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
+        time.sleep(0.01)
