@@ -82,7 +82,7 @@ def decode_batch(body: bytes) -> list[ScoredGroup]:
         explanation = envelope.message if envelope.message is not None else envelope.detail
         groups = None if batch is None or isinstance(batch, msgspec.UnsetType) else [bytes(raw) for raw in batch]
         known = not isinstance(batch, msgspec.UnsetType)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         split = wire_fallback.split_batch(body)
         groups, known = split.groups, split.has_batch
         status, explanation = split.fields.get("status"), split.fields.get("message") or split.fields.get("detail")
@@ -112,7 +112,7 @@ def decode_group(raw: bytes) -> ScoredGroup:
             fields = _DECODE_ANY.decode(raw)
             unknown = _unknown_fields(raw)
         return _from_fields(fields, unknown, group_id, raw)
-    except (msgspec.DecodeError, RecursionError, OverflowError, _NotAbsentError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError, _NotAbsentError):
         return wire_fallback.decode_group(raw, group_id, _FIELD_NAMES)
 
 

@@ -211,7 +211,7 @@ def _row_temperature(temperature: float | torch.Tensor, hidden: torch.Tensor) ->
     if not isinstance(temperature, torch.Tensor):
         if temperature == 1.0:
             return None
-        temperature = torch.tensor(temperature)
+        temperature = torch.tensor(temperature, dtype=torch.float64)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return temperature.detach().to(device=hidden.device, dtype=dtype).expand(hidden.shape[0])
 
