@@ -1,7 +1,7 @@
 """Five real training steps end to end, as a script (table, exit code) and under pytest.
 
-    python recipe/atropos/test_full_e2e_training.py
-    pytest recipe/atropos/test_full_e2e_training.py
+python recipe/atropos/test_full_e2e_training.py
+pytest recipe/atropos/test_full_e2e_training.py
 """
 
 import os
@@ -15,7 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see local/main.py
 
-from support.end_to_end import EndToEnd  # noqa: E402
+from support.end_to_end import EndToEnd
 
 _NAMES = [name for name in vars(EndToEnd) if name.startswith("check_")]
 

@@ -336,7 +336,9 @@ class AtroposTrainer:
         """
         begin = time.perf_counter()
         started = begin if started is None else started
-        advantages = self.compute_advantages_from_atropos(rollout_data)
+        report = rollout_data.report
+        # Computed before by the caller? Then not again: "global" statistics would count the batch twice.
+        advantages = padded_rows(report.samples) if report else self.compute_advantages_from_atropos(rollout_data)
         figures = self.training_phase(rollout_data, advantages)
         trained = time.perf_counter()
         self.step += 1

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -377,6 +378,9 @@ def _verl_prints_to_log() -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     saved, sys.stdout = sys.stdout, _Writer()
     try:
-        yield
+        with warnings.catch_warnings():
+            # One warning for each engine whose package is not installed; none of them is asked for.
+            warnings.filterwarnings("ignore", message=".* engine is not available")
+            yield
     finally:
         sys.stdout = saved
