@@ -202,7 +202,8 @@ class _Renderer:
         self._line("")
 
     def _sequence(self, view: SequenceView) -> None:
-        facts = [f"score {decimal(view.score)}", f"{view.trained_tokens} of {view.length} tokens trained"]
+        fate = "trained" if view.temperature is not None else "marked as trained"
+        facts = [f"score {decimal(view.score)}", f"{view.trained_tokens} of {view.length} tokens {fate}"]
         if view.advantage is not None:
             facts.append(f"advantage {_spread(view.advantage)}")
         if view.logprob is not None:

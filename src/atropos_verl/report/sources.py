@@ -115,7 +115,8 @@ def read_url(
 
     Raises:
         AtroposAPIError: no connection, no answer in time, an HTTP error, not an Atropos API.
-        ConfigError: the URL is wrong, or is that of ``/batch`` without ``take_batch``; ``save`` exists or cannot be made.
+        ConfigError: the URL is wrong, or is that of ``/batch`` without ``take_batch``; ``save`` exists already, or
+            cannot be made.
     """
     from atropos_verl.api.client import AtroposClient
 

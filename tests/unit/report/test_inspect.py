@@ -1,0 +1,225 @@
+"""``inspect`` on files written by hand: the text shown and the figures are worked out here, not by the code.
+
+Ids of the demo model's tokenizer: a = 64, b = 65, c = 66, newline = 198, <|im_end|> = 258.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from atropos_verl.assets import demo_model_path
+from atropos_verl.report import inspect as inspection_command
+
+A, B, C, NEWLINE, END = 64, 65, 66, 198, 258
+
+# Scores 1 and 0: mean 0.5, sample standard deviation 0.70711, so GRPO advantages are ±0.5 / 0.707108 = ±0.70711.
+GROUP: dict[str, Any] = {
+    "tokens": [[A, B, NEWLINE, C, END], [A, B, NEWLINE, B, A, END]],
+    "masks": [[-100, -100, -100, C, END], [-100, -100, -100, B, -100, END]],
+    "scores": [1.0, 0.0],
+    "inference_logprobs": [[1.0, 1.0, 1.0, -0.25, -0.75], []],
+    "generation_params": {"temperature": 0.9, "policy_version": 3},
+    "env_id": 2,
+}
+
+
+def inspect(source: object, *words: str, terminal: bool = False) -> tuple[int, str]:
+    parser = argparse.ArgumentParser()
+    inspection_command.add_arguments(parser)
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=terminal, _environ={"TERM": "xterm"})
+    return inspection_command.run(parser.parse_args([str(source), *words]), console), out.getvalue()
+
+
+def write(path: Path, content: object) -> Path:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_a_batch_shows_text_marks_and_figures(tmp_path: Path) -> None:
+    path = write(tmp_path / "batch.json", {"batch": [GROUP]})
+    code, text = inspect(path, "--policy-version", "5")
+    assert code == 0
+    group_id = re.search(r"id ([0-9a-f]{16}),", text)
+    assert group_id
+    assert text == (
+        f"group 0: id {group_id[1]}, env_id 2, sequences: 2\n"
+        "  sequence 0: score 1.000, 2 of 5 tokens trained, advantage 0.707, logprob -0.500 [-0.750 .. -0.250], "
+        "temperature 0.9, policy version 3 (2 behind)\n"
+        "    ab\n"
+        "    [[c<|im_end|>]]\n"
+        "  sequence 1: score 0.000, 2 of 6 tokens trained, advantage -0.707, temperature 0.9, "
+        "policy version 3 (2 behind)\n"
+        "    ab\n"
+        "    [[b]]a[[<|im_end|>]]\n"
+        "\n"
+        "groups: 1 used, 0 refused; sequences: 2 trained, 0 dropped as overlong; trained tokens: 4; mean score: 0.500\n"
+    )
+
+
+def test_on_a_terminal_trained_tokens_are_reversed_and_coloured(tmp_path: Path) -> None:
+    path = write(tmp_path / "group.json", GROUP)
+    _, text = inspect(path, terminal=True)
+    assert "    \x1b[7;32mc<|im_end|>\x1b[0m\n" in text  # reverse, green: positive advantage
+    assert "    \x1b[7;31mb\x1b[0ma\x1b[7;31m<|im_end|>\x1b[0m\n" in text  # red: negative
+    assert "[[" not in text
+
+
+def test_what_a_trajectory_says_cannot_reach_the_terminal(tmp_path: Path) -> None:
+    escape = 215  # byte 0x1b in the demo's byte-level vocabulary
+    group = {"tokens": [[A, escape, 58, B]], "masks": [[-100, escape, 58, B]], "scores": [1.0]}
+    _, text = inspect(write(tmp_path / "group.json", group))
+    assert "    a[[\\x1b[b]]\n" in text
+
+
+def test_json_has_every_figure(tmp_path: Path) -> None:
+    path = write(tmp_path / "batch.json", {"batch": [GROUP]})
+    code, text = inspect(path, "--json", "--tokens", "--estimator", "rloo", "--clipping", "-0.5", "3")
+    assert code == 0
+    found = json.loads(text)
+    totals = {key: value for key, value in found.items() if key != "groups"}
+    assert totals == {"sequences": 2, "trained_tokens": 4, "mean_score": 0.5, "refused": 0, "dropped_overlong": 0}
+    first, second = found["groups"][0]["sequences"]
+    # RLOO of two: score minus the other's: +1 and -1; clipped to [-0.5, 3].
+    assert first["advantage"] == {"mean": 1.0, "min": 1.0, "max": 1.0, "count": 2}
+    assert second["advantage"] == {"mean": -0.5, "min": -0.5, "max": -0.5, "count": 2}
+    assert first["logprob"] == {"mean": -0.5, "min": -0.75, "max": -0.25, "count": 2}
+    assert second["logprob"] is None
+    assert first["pieces"] == [{"text": "ab\n", "trained": False}, {"text": "c<|im_end|>", "trained": True}]
+    assert first["tokens"][2:4] == [
+        {"position": 2, "id": 198, "text": "\n", "trained": False, "advantage": None, "logprob": None},
+        {"position": 3, "id": 66, "text": "c", "trained": True, "advantage": 1.0, "logprob": -0.25},
+    ]
+    assert (first["staleness"], first["policy_version"], first["temperature"]) == (None, 3, 0.9)
+
+
+def test_normalisation_is_over_the_whole_batch(tmp_path: Path) -> None:
+    other = {"tokens": [[A, B, C]], "masks": [[-100, B, C]], "scores": [7.0]}
+    path = write(tmp_path / "batch.json", {"batch": [GROUP, other]})
+    _, text = inspect(path, "--json", "--estimator", "plain", "--normalization", "batch")
+    # Trained tokens: 1, 1, 0, 0, 7, 7; mean 16/6, squared deviations sum 100 - 256/6, divisor 5.
+    std = ((100 - 256 / 6) / 5) ** 0.5
+    means = [s["advantage"]["mean"] for g in json.loads(text)["groups"] for s in g["sequences"]]
+    assert means == pytest.approx([(1 - 16 / 6) / std, (0 - 16 / 6) / std, (7 - 16 / 6) / std], rel=1e-6)
+
+
+def test_tokens_as_a_table(tmp_path: Path) -> None:
+    _, text = inspect(write(tmp_path / "group.json", GROUP), "--tokens")
+    rows = [line.split() for line in text.splitlines()]
+    assert ["position", "id", "text", "trained", "advantage", "logprob"] in rows
+    assert ["2", "198", r"'\n'"] in rows
+    assert ["3", "66", "'c'", "yes", "0.7071", "-0.2500"] in rows
+    assert ["5", "258", "'<|im_end|>'", "yes", "-0.7071"] in rows
+
+
+def test_every_refusal_has_its_reason(tmp_path: Path) -> None:
+    wrong_mask = {**GROUP, "masks": [[-100, -100, -100, 1, END], GROUP["masks"][1]]}
+    image = {**GROUP, "images": ["x.png"]}
+    undecodable = {"tokens": "abc"}
+    path = write(tmp_path / "batch.json", {"batch": [wrong_mask, image, undecodable, GROUP]})
+    code, text = inspect(path, "--limit", "0")
+    assert code == 0
+    assert "  refused: masks[0][3] = 1: must be -100 (not trained) or the token id 66\n" in text
+    assert "  would stop the run: images: the environment with env_id 2 sends this ScoredData field" in text
+    assert "  refused: masks: the field is missing\n" in text
+    assert "  sequence 0: score 1.000, 2 of 5 tokens marked as trained\n" in text
+    assert "groups: 1 used, 3 refused; sequences: 2 trained" in text
+    _, ignoring = inspect(path, "--ignore-field", "images")
+    assert "groups: 2 used, 2 refused" in ignoring
+
+
+def test_overlong_sequences_are_named_and_count_in_the_baseline(tmp_path: Path) -> None:
+    _, text = inspect(write(tmp_path / "group.json", GROUP), "--max-token-len", "5")
+    assert "    not trained: 6 tokens, more than max_token_len = 5\n" in text
+    assert "sequence 0: score 1.000, 2 of 5 tokens trained, advantage 0.707" in text
+    assert "sequences: 1 trained, 1 dropped as overlong; trained tokens: 2; mean score: 0.500" in text
+
+
+def test_a_limit_hides_sound_groups_and_no_refusal(tmp_path: Path) -> None:
+    bad = {**GROUP, "scores": [1.0]}
+    path = write(tmp_path / "batch.json", {"batch": [GROUP] * 9 + [bad]})
+    _, text = inspect(path)
+    assert [line for line in text.splitlines() if line.startswith(("group", "..."))] == [
+        *(line for line in text.splitlines() if re.match(r"group [0-7]: id", line)),
+        "... 2 more groups (--limit 0 shows all)",
+        "group 9: refused: scores: 1 entries, but tokens has 2; one per sequence is needed",
+        "groups: 9 used, 1 refused; sequences: 18 trained, 0 dropped as overlong; "
+        "trained tokens: 36; mean score: 0.500",
+    ]
+    _, text = inspect(path, "--json", "--limit", "1")
+    assert [group["sequences"] is None for group in json.loads(text)["groups"]] == [False] + [True] * 9
+
+
+def test_ids_are_shown_where_the_tokenizer_does_not_fit(tmp_path: Path) -> None:
+    group = {"tokens": [[5, 70000, 8]], "masks": [[-100, 70000, 8]], "scores": [1.0]}
+    path = write(tmp_path / "group.json", group)
+    assert "    5[[70000 8]]\n" in inspect(path)[1]
+    # Named, the tokenizer's model says which ids there are: 261.
+    code, text = inspect(path, "--tokenizer", str(demo_model_path()))
+    assert code == 0
+    assert "refused: tokens[0][1] = 70000: outside the vocabulary [0, 261)" in text
+    assert "refused: tokens[0][1] = 70000: outside the vocabulary [0, 100)" in inspect(path, "--vocab-size", "100")[1]
+
+
+def test_quarantine_shows_what_the_run_said_and_what_is_said_now(tmp_path: Path) -> None:
+    entry = {"reason": "tokens[0][1] = 65: outside the vocabulary [0, 65)", "group_id": "x", "group": GROUP}
+    path = write(tmp_path / "675a2b5fc456cf4c.json", entry)
+    code, text = inspect(path)
+    assert code == 0
+    assert text.startswith("quarantined group: id ")
+    assert "  quarantined by the run: tokens[0][1] = 65: outside the vocabulary [0, 65)\n" in text
+    assert "  with the settings of this inspection it would be trained on\n" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "fault"),
+    [
+        (["no-such-file.json"], 2, "no-such-file.json: No such file or directory"),
+        (["{dir}"], 2, "holds no .json or .jsonl file"),
+        (["{bad}"], 1, "neither JSON nor JSON lines (line 1: group: not JSON"),
+        (["{other}"], 1, "neither a batch, a group nor a quarantine file; it begins b'{\"x\": 1}'"),
+        (["{good}", "--tokenizer", "{dir}/none.json"], 2, "no tokenizer at"),
+        (["{good}", "--tokenizer", "{bad}"], 2, "is not a tokenizer file"),
+        (["{good}", "--take-batch"], 2, "--take-batch: is for a URL"),
+        (["{good}", "--save", "x"], 2, "--save: is for a URL"),
+        (["{good}", "--limit", "-1"], 2, "--limit: -1 must not be negative"),
+        (["{good}", "--clipping", "3", "-3"], 2, "clipping: [3.0, -3.0] is not a range"),
+        (["http://127.0.0.1:1/batch"], 2, "takes the batch away from the trainer; if that is meant, add --take-batch"),
+    ],
+)
+def test_faults_and_exit_codes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, fault: str
+) -> None:
+    names = {
+        "dir": tmp_path / "empty",
+        "bad": write(tmp_path / "bad", "not json"),
+        "other": write(tmp_path / "other", {"x": 1}),
+        "good": write(tmp_path / "good.json", GROUP),
+    }
+    names["dir"].mkdir()
+    assert inspect(*(word.format(**names) for word in words)) == (code, "")
+    error = capsys.readouterr().err
+    assert error.startswith("atropos-verl inspect: ")
+    assert fault in error
+
+
+def test_an_encoding_that_lacks_a_character_gets_an_escape(tmp_path: Path) -> None:
+    group = {"tokens": [[A, 127, 102]], "masks": [[-100, 127, 102]], "scores": [1.0]}  # the two bytes of one letter
+    path = write(tmp_path / "group.json", group)
+    shown = re.search(r"    a\[\[(.)\]\]\n", inspect(path)[1])
+    assert shown
+    raw = io.BytesIO()
+    parser = argparse.ArgumentParser()
+    inspection_command.add_arguments(parser)
+    with io.TextIOWrapper(raw, encoding="ascii", write_through=True) as file:
+        assert inspection_command.run(parser.parse_args([str(path)]), Console(file=file, width=80)) == 0
+        text = raw.getvalue().decode()
+    assert f"    a[[\\x{ord(shown[1]):02x}]]\n" in text

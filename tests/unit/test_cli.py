@@ -1,0 +1,100 @@
+"""The command line as a process: what it prints, its exit codes, and what it does not import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from atropos_verl import __version__
+from atropos_verl.cli import main
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "atropos_verl.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"atropos-verl {__version__}\n", "")
+
+
+def test_help_names_the_commands() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: atropos-verl [-h] [--version] COMMAND ...\n")
+    assert "    train     train a policy" in done.stdout
+    assert "    inspect   show what the trainer" in done.stdout
+
+
+def test_no_command_is_an_error_that_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "usage: atropos-verl" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_named() -> None:
+    done = run("lanch")
+    assert done.returncode == 2
+    assert "invalid choice: 'lanch' (choose from" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["inspect", "--help"], ["train", "--help"]])
+def test_nothing_heavy_is_imported_to_help(words: list[str]) -> None:
+    code = (
+        "import sys\nfrom atropos_verl.cli import main\n"
+        f"try:\n    main({words!r})\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'verl', 'ray', 'transformers', 'atroposlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_train_takes_its_words_itself() -> None:
+    done = run("train", "--help")
+    assert done.returncode == 0
+    assert "key=value" in done.stdout
+    done = run("train", "stepz=3")
+    assert done.returncode == 2
+    assert done.stderr.startswith("CONFIGURATION ERROR: ")
+    assert "stepz" in done.stderr
+    assert "did you mean steps?" in done.stderr
+
+
+def test_inspect_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "groups.jsonl"
+    path.write_text('{"tokens": [[64, 65]], "masks": [[-100, 65]], "scores": [0.5], "overrides": [{"odd": 1}]}\n')
+    done = run("inspect", str(path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "    a[[b]]\n" in done.stdout
+    assert done.stdout.endswith("trained tokens: 1; mean score: 0.500\n")
+    assert json.loads(run("inspect", str(path), "--json").stdout)["mean_score"] == 0.5
+
+
+def test_inspect_what_is_not_there(tmp_path: Path) -> None:
+    done = run("inspect", str(tmp_path / "none.json"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"atropos-verl inspect: {tmp_path}/none.json: No such file or directory\n"
+
+
+def test_inspect_an_api_that_is_not_there() -> None:
+    done = run("inspect", "http://127.0.0.1:1", "--timeout", "1")
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "atropos-verl inspect: ATROPOS API ERROR: Cannot connect to Atropos API at http://127.0.0.1:1 - "
+    )
+    assert "1. Atropos server is running on http://127.0.0.1:1\n" in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+    path = tmp_path / "groups.jsonl"
+    group = '{"tokens": [[64, 65]], "masks": [[-100, 65]], "scores": [0.5]}\n'
+    path.write_text(group * 3000)
+    command = f"{sys.executable} -m atropos_verl.cli inspect {path} --limit 0 | head -1"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.startswith("line 1: id ")
+    assert done.stderr == ""
