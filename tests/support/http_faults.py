@@ -47,6 +47,7 @@ __all__ = [
     "wait_for",
 ]
 
+_TLS_HANDSHAKE = b"\x16"
 _REASONS = {200: "OK", 401: "Unauthorized", 404: "Not Found", 422: "Unprocessable Entity"}
 
 
@@ -238,6 +239,9 @@ class FaultServer:
             if self._tls is not None:
                 connection = self._tls.wrap_socket(connection, server_side=True)
             with connection:
+                if self._tls is None and connection.recv(1, socket.MSG_PEEK) == _TLS_HANDSHAKE:
+                    connection.sendall(_head(400, 0))  # as HTTP servers do when a client speaks TLS to them
+                    return
                 request = _read_request(connection)
                 if request is None:
                     return

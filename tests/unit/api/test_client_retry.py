@@ -123,9 +123,11 @@ def test_a_silent_api_is_not_asked_a_second_time_for_what_must_not_happen_twice(
     fault_server: FaultServer, path: str
 ) -> None:
     fault_server.script(path, silent())
-    with AtroposClient(fault_server.url, timeout=0.3, retry_delay=0.01) as client:
-        with pytest.raises(AtroposTimeoutError, match=r"no answer to (GET|POST) /\S+ within 0\.3 s"):
-            UNSAFE[path](client)
+    with (
+        AtroposClient(fault_server.url, timeout=0.3, retry_delay=0.01) as client,
+        pytest.raises(AtroposTimeoutError, match=r"no answer to (GET|POST) /\S+ within 0\.3 s"),
+    ):
+        UNSAFE[path](client)
     assert fault_server.count(path) == 1
 
 
@@ -169,9 +171,11 @@ def test_a_lost_answer_costs_a_safe_call_a_third_of_its_time(fault_server: Fault
 def test_all_tries_together_end_within_the_timeout(fault_server: FaultServer, fault: Callable[..., None]) -> None:
     fault_server.script("/status", fault)
     started = time.monotonic()
-    with AtroposClient(fault_server.url, timeout=0.6, retry_delay=0.01) as client:
-        with pytest.raises(AtroposTimeoutError, match=r"no answer to GET /status within 0\.6 s") as caught:
-            client.status()
+    with (
+        AtroposClient(fault_server.url, timeout=0.6, retry_delay=0.01) as client,
+        pytest.raises(AtroposTimeoutError, match=r"no answer to GET /status within 0\.6 s") as caught,
+    ):
+        client.status()
     assert time.monotonic() - started < 10.0  # the faults themselves never end, or only after minutes
     assert caught.value.base_url == fault_server.url
     assert 2 <= fault_server.count("/status") <= 3
@@ -179,9 +183,12 @@ def test_all_tries_together_end_within_the_timeout(fault_server: FaultServer, fa
 
 def test_a_refused_connection_ends_within_the_timeout_however_many_tries_are_allowed() -> None:
     started = time.monotonic()
-    with refused_url() as url, AtroposClient(url, timeout=0.5, retry_attempts=10_000, retry_delay=0.01) as client:
-        with pytest.raises(AtroposConnectionError):
-            client.check()
+    with (
+        refused_url() as url,
+        AtroposClient(url, timeout=0.5, retry_attempts=10_000, retry_delay=0.01) as client,
+        pytest.raises(AtroposConnectionError),
+    ):
+        client.check()
     assert time.monotonic() - started < 10.0
 
 
@@ -224,9 +231,11 @@ def test_fetch_batch_asks_once(fault_server: FaultServer, client: AtroposClient)
 def test_polling_goes_on_after_the_quick_tries_until_max_wait_time(fault_server: FaultServer) -> None:
     fault_server.script("/batch", answer({"batch": None}))
     fault_server.script("/status", answer({"current_step": 7, "queue_size": 5}))
-    with AtroposClient(fault_server.url, retry_attempts=2, retry_delay=0.02, max_wait_time=0.5) as client:
-        with pytest.raises(AtroposTimeoutError) as caught:
-            client.get_batch()
+    with (
+        AtroposClient(fault_server.url, retry_attempts=2, retry_delay=0.02, max_wait_time=0.5) as client,
+        pytest.raises(AtroposTimeoutError) as caught,
+    ):
+        client.get_batch()
     reason = caught.value.reason
     assert fault_server.count("/batch") > 2
     assert f"({fault_server.count('/batch')} tries)" in reason
@@ -263,9 +272,12 @@ def test_should_stop_is_asked_while_the_connection_is_refused() -> None:
     def should_stop() -> None:
         raise ServiceError("the API died", "trajectory_api", 1)
 
-    with refused_url() as url, AtroposClient(url, retry_delay=0.01) as client:
-        with pytest.raises(ServiceError, match="the API died"):
-            client.get_batch(should_stop=should_stop)
+    with (
+        refused_url() as url,
+        AtroposClient(url, retry_delay=0.01) as client,
+        pytest.raises(ServiceError, match="the API died"),
+    ):
+        client.get_batch(should_stop=should_stop)
 
 
 def test_a_batch_that_keeps_arriving_is_not_cut_off(fault_server: FaultServer) -> None:
@@ -277,9 +289,11 @@ def test_a_batch_that_keeps_arriving_is_not_cut_off(fault_server: FaultServer) -
 
 def test_a_batch_that_stops_arriving_says_that_it_may_be_lost(fault_server: FaultServer) -> None:
     fault_server.script("/batch", drip_body(BATCH, pieces=2, interval=30.0))
-    with AtroposClient(fault_server.url, timeout=0.3) as client:
-        with pytest.raises(AtroposTimeoutError, match="stopped arriving for 0.3 s; the batch may be lost"):
-            client.get_batch()
+    with (
+        AtroposClient(fault_server.url, timeout=0.3) as client,
+        pytest.raises(AtroposTimeoutError, match=r"stopped arriving for 0\.3 s; the batch may be lost"),
+    ):
+        client.get_batch()
     assert fault_server.count("/batch") == 1
 
 
