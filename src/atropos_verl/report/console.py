@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ __all__ = ["ProgressReporter"]
 _RECENT_STEPS = 8
 """Rows of the live table."""
 _ETA_STEPS = 20
-"""Steps whose mean time the estimate rests on."""
+"""Steps whose median time the estimate rests on."""
 _CURVE_WIDTH = 60
 _FRAMES_PER_SECOND = 2
 
@@ -117,11 +118,11 @@ class ProgressReporter:
             self._line("  ".join([*(c.plain.format(cell) for c, cell in cells), f"eta {duration(self.eta())}"]))
 
     def eta(self) -> float | None:
-        """Seconds to the last step, from the mean of the newest steps; None before the first."""
+        """Seconds to the last step, from the median of the newest steps; None before the first."""
         if not self._step_seconds:
             return None
-        mean = sum(self._step_seconds) / len(self._step_seconds)
-        return mean * max(self.total_steps - self._done, 0)
+        # The median: the first step waits for the environment to start, which says nothing about the others.
+        return statistics.median(self._step_seconds) * max(self.total_steps - self._done, 0)
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         """Close with what came of the run.
@@ -218,7 +219,7 @@ def _summary_rows(summary: Mapping[str, Any], *, ascii_only: bool) -> list[tuple
     rows: list[tuple[str, str]] = []
     if get("reward_first") is not None and get("reward_last") is not None:
         window = get("reward_window")
-        meaning = f"  (means of the first and last {window} steps)" if window else ""
+        meaning = f"  (means of the first and last {window} steps)" if window and window > 1 else ""
         rows.append(("reward", f"{decimal(get('reward_first'))} {arrow} {decimal(get('reward_last'))}{meaning}"))
     if get("rewards"):
         rows.append(("", sparkline(get("rewards") or (), _CURVE_WIDTH, ascii_only=ascii_only)))

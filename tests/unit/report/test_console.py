@@ -72,7 +72,7 @@ def test_plain_lines_when_not_a_terminal() -> None:
         # 59 steps of 1.5 s are 88.5 s
         "step 1/60  reward 0.412  loss -0.0123  1,234 tok/s  rollout 0.52s  train 12.3s  sync 0.02s  wait 0.10s  "
         "weights v1  eta 1m 28s\n"
-        # 58 steps of (1.5 + 2.5) / 2 = 2 s are 116 s
+        # 58 steps of the median of 1.5 and 2.5, which is 2 s, are 116 s
         "step 2/60  reward -  loss -0.0123  1,234 tok/s  rollout 0.52s  train 12.3s  sync 0.02s  wait 0.10s  "
         "weights v2  eta 1m 56s\n"
     )
@@ -81,7 +81,10 @@ def test_plain_lines_when_not_a_terminal() -> None:
 def test_eta_rests_on_the_newest_twenty_steps_and_never_is_negative() -> None:
     progress = ProgressReporter(100, piped()[0])
     assert progress.eta() is None
-    for step in range(1, 31):
+    for step, took in ((1, 60.0), (2, 1.0), (3, 1.5)):  # the first waits for the environment
+        progress.step(report(step, seconds=took))
+    assert progress.eta() == 145.5  # 97 steps left, median 1.5 s
+    for step in range(4, 31):
         progress.step(report(step, seconds=100.0 if step <= 10 else 2.0))
     assert progress.eta() == 140.0  # 70 steps left, 2 s each
     progress.step(report(101, seconds=2.0))
