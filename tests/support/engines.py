@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,17 @@ from atropos_verl.inference.engine import Generation, GenerationRequest
 from atropos_verl.inference.transformers_engine import TransformersEngine
 from support.tiny_model import build_tiny_tokenizer
 
-__all__ = ["engine_of", "greedy_oracle", "logprob_oracle", "one", "prompts", "request", "tiny_causal_lm"]
+__all__ = [
+    "StepCounter",
+    "engine_of",
+    "greedy_oracle",
+    "logprob_oracle",
+    "named",
+    "one",
+    "prompts",
+    "request",
+    "tiny_causal_lm",
+]
 
 
 def tiny_causal_lm(
@@ -82,3 +93,31 @@ def logprob_oracle(model: Any, tokens: tuple[int, ...], temperature: float = 1.0
         logits = model(torch.tensor([tokens]), use_cache=False).logits[0].double()
     logp = torch.log_softmax(logits / temperature, dim=-1)
     return [float(logp[i, token]) for i, token in enumerate(tokens[1:])]
+
+
+def named(model: Any) -> list[tuple[str, torch.Tensor]]:
+    """A model's weights as a trainer hands them over."""
+    return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+
+
+class StepCounter:
+    """Counts decode steps of a model and can hold it before one: the tests' handle on "mid-generation"."""
+
+    def __init__(self, model: Any) -> None:
+        self._forward = model.forward
+        self.steps = 0
+        self.hold_at: int | None = None
+        self.held = threading.Event()
+        self.go_on = threading.Event()
+        self.fail_with: Exception | None = None
+        model.forward = self._counted
+
+    def _counted(self, **kwargs: Any) -> Any:
+        if kwargs["input_ids"].shape[1] == 1:
+            if self.steps == self.hold_at:
+                self.held.set()
+                assert self.go_on.wait(30.0)
+            self.steps += 1
+            if self.fail_with is not None:
+                raise self.fail_with
+        return self._forward(**kwargs)

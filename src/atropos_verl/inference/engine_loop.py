@@ -11,6 +11,7 @@ token boundary whether or not the trainer paused the gate.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import random
@@ -83,7 +84,7 @@ class EngineLoop:
         self._random = random.Random(seed)
         self._pieces: dict[int, str] = {}  # text of single tokens, shared by all stop-string checks
         self._boundary = RequestGate()
-        self._exclusive_lock = threading.RLock()
+        self._exclusive_lock = threading.Lock()
         self._condition = threading.Condition()
         # Guarded by the condition:
         self._waiting = WaitQueue()
@@ -97,7 +98,9 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="atropos-verl-engine", daemon=True)
 
     def start(self) -> None:
+        """Start the thread. It is ended at interpreter exit if nobody did before: killed inside torch it may crash."""
         self._thread.start()
+        atexit.register(self.stop, 10.0)
 
     # -- the callers' side -------------------------------------------------------------------------------------------
 
@@ -163,6 +166,7 @@ class EngineLoop:
 
     def stop(self, timeout: float) -> None:
         """End the thread, failing every request; ``TimeoutError`` when a step still runs after ``timeout`` seconds."""
+        atexit.unregister(self.stop)
         self._fail_all(EngineStoppedError("the engine was closed"))
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout)

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 from collections import deque
@@ -165,7 +166,8 @@ class Ticket:
     """
 
     def __init__(self, request: GenerationRequest, on_delta: DeltaSink | None = None) -> None:
-        self.request = request
+        # Contexts are looked up by value, so they must be tuples whatever the caller used.
+        self.request = dataclasses.replace(request, prompt_token_ids=tuple(request.prompt_token_ids))
         self.on_delta = on_delta
         self.future: Future[list[Generation]] = Future()
         self.future.set_running_or_notify_cancel()
@@ -328,7 +330,12 @@ def validate(request: GenerationRequest, limits: EngineLimits) -> None:
         ("top_p", request.top_p, 0.0 < request.top_p <= 1.0, "in (0, 1]"),
         ("top_k", request.top_k, request.top_k >= -1, "-1 or 0 (off), or more"),
         ("min_p", request.min_p, 0.0 <= request.min_p <= 1.0, "in [0, 1]"),
-        ("stop", request.stop, all(request.stop), "without empty strings"),
+        (
+            "stop",
+            request.stop,
+            not isinstance(request.stop, str) and all(isinstance(s, str) and s for s in request.stop),
+            "a tuple of strings, without empty strings",
+        ),
         (
             "prompt_logprobs",
             request.prompt_logprobs,

@@ -113,6 +113,13 @@ def test_sampled_first_tokens_follow_the_models_distribution() -> None:
     assert statistic < freedom + 5 * (2 * freedom) ** 0.5
 
 
+def test_a_prompt_given_as_a_list_is_as_good_as_a_tuple() -> None:
+    [prompt] = prompts(9)
+    with engine_of(tiny_causal_lm()) as engine:
+        from_list = one(engine, list(prompt), n=1, max_tokens=5, seed=1)  # type: ignore[arg-type]
+        assert from_list == one(engine, prompt, max_tokens=5, seed=1)
+
+
 def test_n_completions_share_one_prefill() -> None:
     [first, second] = prompts(40, 40, seed=3)
     with engine_of(tiny_causal_lm()) as engine:
@@ -285,6 +292,7 @@ async def test_stream_yields_the_same_tokens_one_by_one() -> None:
         ({"top_k": -2}, "top_k", "not -2"),
         ({"min_p": 1.1}, "min_p", "not 1.1"),
         ({"stop": ("ok", "")}, "stop", "without empty strings"),
+        ({"stop": "User:"}, "stop", "a tuple of strings.* not 'User:'"),
         ({"prompt_logprobs": 260}, "prompt_logprobs", "not 260"),
     ],
 )
