@@ -61,10 +61,13 @@ def check_headers(token: str | None, headers: Mapping[str, str] | None, api_url:
     return {**found, "Authorization": f"Bearer {token}"}
 
 
-def check_trust(verify: bool | str) -> bool | ssl.SSLContext:
-    """What httpx is to trust. Raises ``ConfigError`` for a certificate file that cannot be read."""
+def check_trust(verify: bool | str, *, needed: bool) -> bool | ssl.SSLContext:
+    """What httpx is to trust. Raises ``ConfigError`` for a certificate file that cannot be read.
+
+    Not ``needed`` (plain http): False, because loading the system's certificates takes 0.2 s.
+    """
     if isinstance(verify, bool):
-        return verify
+        return verify and needed
     try:
         return ssl.create_default_context(cafile=verify)
     except OSError as error:  # ssl.SSLError is one

@@ -107,10 +107,12 @@ class AtroposClient:
             at_least(lease_seconds, "lease_seconds", 0.0, exclusive=True)
         self._lease = {} if lease_seconds is None else {"X-Atropos-Lease": f"{lease_seconds:g}"}
         self._base = api_url.rstrip("/")
+        proxied = not is_this_machine(host) if trust_env is None else trust_env  # a proxy may be reached by TLS, too
+        trust = check_trust(verify, needed=proxied or not api_url.lower().startswith("http:"))
         self._http = httpx.Client(
             headers=check_headers(token, headers, api_url),
-            verify=check_trust(verify),
-            trust_env=not is_this_machine(host) if trust_env is None else trust_env,
+            verify=trust,
+            trust_env=proxied,
             limits=httpx.Limits(max_keepalive_connections=0),
             transport=transport,
             follow_redirects=False,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from support.http_faults import (
@@ -22,6 +24,7 @@ from support.http_faults import (
     reset_mid_body,
     silent,
     truncated,
+    wait_for,
 )
 
 from atropos_verl.api.client import AtroposClient, EnvRegistration, TrainerRegistration
@@ -179,6 +182,32 @@ def test_all_tries_together_end_within_the_timeout(fault_server: FaultServer, fa
     assert time.monotonic() - started < 10.0  # the faults themselves never end, or only after minutes
     assert caught.value.base_url == fault_server.url
     assert 2 <= fault_server.count("/status") <= 3
+    wait_for(lambda: _attempts_in_flight() == 0, "the threads of abandoned tries end, though the server goes on")
+
+
+def _attempts_in_flight() -> int:
+    return sum(thread.name.startswith("atropos ") for thread in threading.enumerate())
+
+
+def test_a_try_abandoned_while_its_host_name_is_looked_up_never_asks_for_a_batch(
+    fault_server: FaultServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_up, slow_name_server = socket.getaddrinfo, threading.Event()
+
+    def slow_look_up(*arguments: Any, **options: Any) -> Any:
+        slow_name_server.wait(60.0)
+        return look_up(*arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow_look_up)
+    fault_server.script("/batch", answer(BATCH))
+    url = fault_server.url.replace("127.0.0.1", "localhost")
+    with AtroposClient(url, timeout=0.2, retry_attempts=1) as client:
+        with pytest.raises(AtroposTimeoutError, match=r"Cannot connect to .* - no answer within 0\.2 s"):
+            client.fetch_batch()
+        slow_name_server.set()  # the name is found after all, and the thread connects
+        wait_for(lambda: _attempts_in_flight() == 0, "the abandoned try ends")
+    wait_for(lambda: fault_server.connections == 1, "it had connected")
+    assert fault_server.count("/batch") == 0
 
 
 def test_a_refused_connection_ends_within_the_timeout_however_many_tries_are_allowed() -> None:
