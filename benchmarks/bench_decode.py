@@ -1,0 +1,145 @@
+"""``GET /batch`` bytes → padded training tensors: this package against the plain-Python way of existing recipes.
+
+    python benchmarks/bench_decode.py [--sequences 256] [--max-tokens 4096] [--group-size 8] [--repeats 7]
+
+Both sides run in one process, in turn, on the same bytes, and their tensors are compared first. Prints JSON: median
+seconds, the ratio, and the peak of the traced memory (tracemalloc: Python objects and numpy arrays) of a separate run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from atropos_verl import SampleSettings, build_samples, decode_batch
+from atropos_verl.data import make_packed_batch, make_training_batch
+
+VOCABULARY = 151_936
+
+
+def make_body(sequences: int, max_tokens: int, group_size: int) -> bytes:
+    """A batch with prompts, answers and inference logprobs, as an upstream API serialises it."""
+    rng = np.random.default_rng(0)
+    groups = []
+    for _ in range(sequences // group_size):
+        tokens = [
+            rng.integers(0, VOCABULARY, n).tolist() for n in rng.integers(max_tokens // 3, max_tokens, group_size)
+        ]
+        prompt = max_tokens // 8
+        groups.append(
+            {
+                "tokens": tokens,
+                "masks": [[-100] * prompt + row[prompt:] for row in tokens],
+                "scores": rng.random(group_size).tolist(),
+                "advantages": None,
+                "ref_logprobs": None,
+                "messages": None,
+                "generation_params": None,
+                "inference_logprobs": [
+                    [1.0] * prompt + (-rng.exponential(size=len(row) - prompt)).tolist() for row in tokens
+                ],
+                "overrides": None,
+                "group_overrides": None,
+                "images": None,
+                "env_id": 0,
+                "distill_token_ids": None,
+                "distill_logprobs": None,
+            }
+        )
+    return json.dumps({"batch": groups}, separators=(",", ":")).encode()
+
+
+def ours(body: bytes) -> dict[str, torch.Tensor]:
+    batch = make_training_batch(build_samples(decode_batch(body), SampleSettings(vocab_size=VOCABULARY)).samples)
+    return {"ids": batch.input_ids, "mask": batch.loss_mask, "adv": batch.advantages, "lp": batch.rollout_logprobs}
+
+
+def ours_packed(body: bytes) -> dict[str, torch.Tensor]:
+    batch = make_packed_batch(build_samples(decode_batch(body), SampleSettings(vocab_size=VOCABULARY)).samples)
+    return {"ids": batch.input_ids, "mask": batch.loss_mask, "adv": batch.advantages, "lp": batch.rollout_logprobs}
+
+
+def plain(body: bytes) -> dict[str, torch.Tensor]:
+    """json.loads, then lists padded token by token. No validation; otherwise the same result."""
+    groups = json.loads(body)["batch"]
+    width = max(len(row) for group in groups for row in group["tokens"])
+    ids, masks, advantages, logprobs = [], [], [], []
+    for group in groups:
+        scores = torch.tensor(group["scores"], dtype=torch.float64)
+        weights = ((scores - scores.mean()) / (scores.std() + 1e-6)).tolist()
+        for row, mask, logprob, weight in zip(
+            group["tokens"], group["masks"], group["inference_logprobs"], weights, strict=True
+        ):
+            pad = width - len(row)
+            trained = [t > 0 and m != -100 for t, m in enumerate(mask)]
+            ids.append(row + [0] * pad)
+            masks.append(trained + [False] * pad)
+            advantages.append([weight if on else 0.0 for on in trained] + [0.0] * pad)
+            logprobs.append([float("nan") if v == 1.0 else v for v in logprob] + [float("nan")] * pad)
+    return {
+        "ids": torch.tensor(ids),
+        "mask": torch.tensor(masks),
+        "adv": torch.tensor(advantages, dtype=torch.float32),
+        "lp": torch.tensor(logprobs, dtype=torch.float32),
+    }
+
+
+def peak_bytes(function: Callable[[bytes], Any], body: bytes) -> int:
+    tracemalloc.start()
+    result = function(body)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    del result
+    return peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, default=256)
+    parser.add_argument("--max-tokens", type=int, default=4096)
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=7)
+    arguments = parser.parse_args()
+    body = make_body(arguments.sequences, arguments.max_tokens, arguments.group_size)
+    sides: dict[str, Callable[[bytes], Any]] = {
+        "plain": plain,
+        "ours_padded": ours,
+        "ours_packed": ours_packed,
+        "ours_decode_only": decode_batch,
+    }
+    reference, found = plain(body), ours(body)
+    for key, value in reference.items():
+        torch.testing.assert_close(found[key], value, equal_nan=True, rtol=1e-5, atol=1e-6)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(arguments.repeats):
+        for name, function in sides.items():
+            started = time.perf_counter()
+            result = function(body)
+            seconds[name].append(time.perf_counter() - started)
+            del result
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    peaks = {name: peak_bytes(function, body) for name, function in sides.items()}
+    report = {
+        "sequences": arguments.sequences,
+        "tokens": sum(len(row) for group in json.loads(body)["batch"] for row in group["tokens"]),
+        "body_bytes": len(body),
+        "median_seconds": median,
+        "min_seconds": {name: min(values) for name, values in seconds.items()},
+        "peak_traced_bytes": peaks,
+        "speedup_padded": median["plain"] / median["ours_padded"],
+        "speedup_packed": median["plain"] / median["ours_packed"],
+        "memory_ratio_padded": peaks["plain"] / peaks["ours_padded"],
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
