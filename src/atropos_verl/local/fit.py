@@ -107,6 +107,8 @@ def fit(
                 progress.phase(f"saving checkpoint {trainer.step}")
                 save_checkpoint(trainer, extra())
                 saved_at = trainer.step
+            elif config.save_freq <= 0:
+                trainer.journal.discard_through(trainer.step)  # no checkpoint will ever cover it
     except BaseException as error:
         _save_what_was_trained(trainer, error, saved_at, extra)
         raise

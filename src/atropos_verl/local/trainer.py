@@ -9,12 +9,11 @@ environments behind the API send. Both do, in this order::
 from __future__ import annotations
 
 import logging
-import resource
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -28,6 +27,7 @@ from atropos_verl.config import RunConfig, apply_environment
 from atropos_verl.data import RunningMoments, build_samples
 from atropos_verl.errors import ConfigError, DataError
 from atropos_verl.local.connection import make_client
+from atropos_verl.local.rollout_data import RolloutData, RunTotals, step_report
 from atropos_verl.local.stack import LocalStack, padded_rows, resolve_model_path
 from atropos_verl.report.quarantine import QuarantineStore
 from atropos_verl.types import SampleReport, SampleSettings, ScoredGroup, StepReport
@@ -40,32 +40,6 @@ if TYPE_CHECKING:
 __all__ = ["AtroposTrainer", "RolloutData", "RunTotals"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class RolloutData:
-    """One batch on its way to the optimiser."""
-
-    groups: list[ScoredGroup]
-    entry: JournalEntry | None = None
-    """Where its bytes are kept until the step is durable."""
-    lease_id: str | None = None
-    report: SampleReport | None = None
-    """Filled by ``compute_advantages_from_atropos``."""
-    timings: dict[str, float] = field(default_factory=dict)
-    """Seconds: ``rollout``, ``wait``, ``decode``."""
-
-
-@dataclass
-class RunTotals:
-    """Counters of the whole run; saved with checkpoints."""
-
-    groups_used: int = 0
-    groups_quarantined: int = 0
-    sequences_trained: int = 0
-    sequences_dropped_overlong: int = 0
-    tokens_trained: int = 0
-    steps_without_data: int = 0
 
 
 class AtroposTrainer:
@@ -203,7 +177,18 @@ class AtroposTrainer:
             rollout_data = self.rollout_phase(prompts)
         finally:
             self.close_rollouts()
-        return self.train_on(rollout_data, started)
+        report = self.train_on(rollout_data, started)
+        if self.config.save_freq > 0 and self.step % self.config.save_freq == 0:
+            self.save_checkpoint()
+        elif self.config.save_freq <= 0:
+            self.journal.discard_through(self.step)
+        return report
+
+    def save_checkpoint(self) -> Path:
+        """Write ``run_dir/checkpoints/global_step_N`` now; see ``local.checkpoint``. Raises ``CheckpointError``."""
+        from atropos_verl.local.checkpoint import save_checkpoint
+
+        return save_checkpoint(self)
 
     def rollout_phase(self, prompts: Sequence[Any]) -> RolloutData:
         """Sample, score, submit to the trajectory API and fetch a batch back. Opens the rollout phase if needed."""
@@ -263,12 +248,6 @@ class AtroposTrainer:
         for bad in report.quarantined:
             path = self.quarantine.put(bad)
             logger.warning("group quarantined: %s (%s)", bad.reason, path)
-        if report.dropped_overlong:
-            logger.warning(
-                "%d sequences longer than %d tokens were left out of training (data.overlong=drop)",
-                report.dropped_overlong,
-                self.config.max_token_len,
-            )
         data.report = report
         return padded_rows(report.samples)
 
@@ -350,44 +329,13 @@ class AtroposTrainer:
         assert rollout_data.report is not None
         self._count(rollout_data.report)
         seconds = {"train": trained - begin, "sync": synced - trained, "step": synced - started}
-        return self._report(rollout_data, figures, seconds)
+        sync = self.sharding_manager.last_sync
+        return step_report(self.step, self.policy_version, rollout_data, figures, seconds, sync)
 
     def _count(self, report: SampleReport) -> None:
         self.totals.groups_used += report.groups
         self.totals.groups_quarantined += len(report.quarantined)
         self.totals.sequences_dropped_overlong += report.dropped_overlong
-
-    def _report(self, data: RolloutData, figures: dict[str, float], seconds: dict[str, float]) -> StepReport:
-        report = data.report
-        sync = self.sharding_manager.last_sync
-        assert report is not None
-        assert sync is not None
-        tokens = figures.pop("tokens")
-        loss = figures.pop("loss")
-        scores = report.scores
-        metrics: dict[str, float | int | None] = {
-            "reward/mean": float(scores.mean()) if scores.size else None,
-            "reward/std": float(scores.std()) if scores.size else None,
-            "data/groups": report.groups,
-            "data/sequences": len(report.samples),
-            "data/quarantined": len(report.quarantined),
-            "data/dropped_overlong": report.dropped_overlong,
-            "data/truncated": report.truncated,
-            "data/trained_tokens": int(tokens),
-            "advantage/mean_abs": _mean_abs_advantage(report),
-            "sync/seconds": sync.seconds,
-            "sync/bytes": sync.bytes_copied,
-            "sync/canary_max_abs_logprob_diff": sync.canary_max_abs_logprob_diff,
-            "timing/rollout": data.timings.get("rollout", 0.0),
-            "timing/wait": data.timings.get("wait", 0.0),
-            "timing/train": seconds["train"],
-            "timing/sync": seconds["sync"],
-            "timing/step": seconds["step"],
-            "perf/trained_tokens_per_second": tokens / seconds["step"] if seconds["step"] > 0 else 0.0,
-            "perf/peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }
-        metrics.update({f"actor/{key}": value for key, value in figures.items()})
-        return StepReport(step=self.step, policy_version=self.policy_version, loss=loss, metrics=metrics)
 
     # ------------------------------------------------------------------ environment-driven training
 
@@ -402,9 +350,3 @@ class AtroposTrainer:
         if config.atropos.api_url is None:
             raise ConfigError("no trajectory API: set it, or run recipe/atropos/main_atropos.py", "atropos.api_url")
         return make_client(config, config.atropos.api_url)
-
-
-def _mean_abs_advantage(report: SampleReport) -> float | None:
-    values = [np.abs(s.advantages[s.loss_mask]) for s in report.samples]
-    joined = np.concatenate(values) if values else np.zeros(0)
-    return float(joined.mean()) if joined.size else None

@@ -67,6 +67,7 @@ class PolicyWorker:
 
     def __init__(self, config: RunConfig, model_path: Path) -> None:
         self.config = config
+        self._closed = False
         self.device = resolve_device(config.trainer.device)
         verl_plugin.activate(self.device)
         self._init_process_group()
@@ -108,8 +109,10 @@ class PolicyWorker:
         self._call("load_checkpoint", directory)
 
     def close(self) -> None:
-        """Release the other ranks from ``serve()``."""
-        self._broadcast("stop", ())
+        """Release the other ranks from ``serve()``. Safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            self._broadcast("stop", ())
 
     def serve(self) -> None:
         """Ranks above 0: run what rank 0 asks for until it closes."""

@@ -1,0 +1,91 @@
+"""One batch on its way through a step, the run's counters, and the step's line in ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from atropos_verl.api.journal import JournalEntry
+from atropos_verl.types import SampleReport, ScoredGroup, StepReport
+from atropos_verl.weight_sync import SyncReport
+
+__all__ = ["RolloutData", "RunTotals", "step_report"]
+
+
+@dataclass
+class RolloutData:
+    """One batch on its way to the optimiser."""
+
+    groups: list[ScoredGroup]
+    entry: JournalEntry | None = None
+    """Where its bytes are kept until the step is durable."""
+    lease_id: str | None = None
+    report: SampleReport | None = None
+    """Filled by ``compute_advantages_from_atropos``."""
+    timings: dict[str, float] = field(default_factory=dict)
+    """Seconds: ``rollout``, ``wait``, ``decode``."""
+
+
+@dataclass
+class RunTotals:
+    """Counters of the whole run; saved with checkpoints."""
+
+    groups_used: int = 0
+    groups_quarantined: int = 0
+    sequences_trained: int = 0
+    sequences_dropped_overlong: int = 0
+    tokens_trained: int = 0
+    steps_without_data: int = 0
+
+
+def step_report(
+    step: int,
+    policy_version: int,
+    data: RolloutData,
+    figures: dict[str, float],
+    seconds: dict[str, float],
+    sync: SyncReport | None,
+) -> StepReport:
+    """Figures of one step.
+
+    Args:
+        figures: what ``training_phase`` returned.
+        seconds: ``train``, ``sync`` and ``step``. ``timing/rollout`` is how long the gate was open for this batch,
+            ``timing/wait`` the part of it that the trainer stood waiting for the API.
+        sync: the weight sync after the step; None only where nothing was ever synced.
+    """
+    report = data.report
+    assert report is not None, "a step ends after its samples were made"
+    tokens, loss = figures["tokens"], figures["loss"]
+    scores = report.scores
+    metrics: dict[str, float | int | None] = {
+        "reward/mean": float(scores.mean()) if scores.size else None,
+        "reward/std": float(scores.std()) if scores.size else None,
+        "data/groups": report.groups,
+        "data/sequences": len(report.samples),
+        "data/quarantined": len(report.quarantined),
+        "data/dropped_overlong": report.dropped_overlong,
+        "data/truncated": report.truncated,
+        "data/trained_tokens": int(tokens),
+        "advantage/mean_abs": _mean_abs_advantage(report),
+        "sync/seconds": sync.seconds if sync else None,
+        "sync/bytes": sync.bytes_copied if sync else None,
+        "sync/canary_max_abs_logprob_diff": sync.canary_max_abs_logprob_diff if sync else None,
+        "timing/rollout": data.timings.get("rollout", 0.0),
+        "timing/wait": data.timings.get("wait", 0.0),
+        "timing/train": seconds["train"],
+        "timing/sync": seconds["sync"],
+        "timing/step": seconds["step"],
+        "perf/trained_tokens_per_second": tokens / seconds["step"] if seconds["step"] > 0 else 0.0,
+        "perf/peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    metrics.update({f"actor/{key}": value for key, value in figures.items() if key not in ("tokens", "loss")})
+    return StepReport(step=step, policy_version=policy_version, loss=loss, metrics=metrics)
+
+
+def _mean_abs_advantage(report: SampleReport) -> float | None:
+    values = [np.abs(s.advantages[s.loss_mask]) for s in report.samples]
+    joined = np.concatenate(values) if values else np.zeros(0)
+    return float(joined.mean()) if joined.size else None
