@@ -175,6 +175,31 @@ def test_a_full_disk_names_the_file_and_leaves_the_journal_whole(tmp_path: Path)
     assert [journal.read(entry) for entry in journal.pending(0)] == [b"fits"]
 
 
+_KILLED_WHILE_WRITING = """
+import resource, signal, sys
+from pathlib import Path
+from atropos_verl.api.journal import BatchJournal
+journal = BatchJournal(Path(sys.argv[1]))
+entry = journal.record(b"first")
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel now kills the process at byte LIMIT of a file
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+journal.assign(entry, 1) if sys.argv[3] == "assign" else journal.record(b"x" * 5000)
+"""
+
+
+@pytest.mark.parametrize(("call", "limit", "torn"), [("record", 100, "batch_000002.json.tmp"),
+                                                     ("assign", 10, "batch_000001.meta.json.tmp")])  # fmt: skip
+def test_killed_in_the_middle_of_a_write(tmp_path: Path, call: str, limit: int, torn: str) -> None:
+    command = [sys.executable, "-c", _KILLED_WHILE_WRITING, str(tmp_path), str(limit), call]
+    assert subprocess.run(command, timeout=60, check=False).returncode == -signal.SIGXFSZ
+    assert (tmp_path / torn).stat().st_size == limit
+    journal = BatchJournal(tmp_path)
+    (entry,) = journal.pending(0)
+    assert (entry.sequence, entry.step, journal.read(entry)) == (1, None, b"first")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["batch_000001.json", "batch_000001.meta.json"]
+    assert journal.record(b"again").sequence == 2
+
+
 _WRITER = """
 import sys
 from pathlib import Path
