@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# As the training command does (local/main.py): spinning OpenMP threads of two test processes on two cores made a
+# training step ten times slower. Before anything imports torch; child processes inherit it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 from support.http_faults import FaultServer

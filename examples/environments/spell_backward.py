@@ -238,4 +238,6 @@ class SpellBackwardEnv(BaseEnv):  # type: ignore[misc]  # atroposlib has no type
 
 
 if __name__ == "__main__":
+    # Its main loop logs its status ten times a second, which would hide everything else in the log.
+    logging.getLogger("atroposlib.envs.base").setLevel(logging.WARNING)
     SpellBackwardEnv.cli()

@@ -172,7 +172,9 @@ class SyncConfig(_Section):
     """Weight sync, trainer → engine."""
 
     canary: bool = Field(True, description="after every sync compare the engine's logprobs with the trainer's")
-    canary_threshold: PositiveFloat = Field(1e-3, description="largest absolute logprob difference that passes")
+    canary_threshold: PositiveFloat | None = Field(
+        None, description="largest absolute logprob difference that passes; null: 1e-3, with bf16 compute 0.25"
+    )
     canary_text: str = Field("The quick brown fox jumps over the lazy dog.", description="what is compared")
 
 
@@ -266,6 +268,11 @@ class RunConfig(_Section):
     def max_token_len(self) -> int:
         """Longest sequence that is trained, in tokens, inclusive."""
         return self.data.max_token_len or self.data.max_prompt_length + self.max_response_length
+
+    @property
+    def canary_threshold(self) -> float:
+        """Largest absolute logprob difference, in nats, between trainer and engine after a sync."""
+        return self.sync.canary_threshold or {"fp32": 1e-3, "bf16": 0.25}[self.model.compute_dtype]
 
     @property
     def is_attached(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from atropos_verl.errors import AtroposAPIError, AtroposTimeoutError
+from atropos_verl.errors import AtroposAPIError, AtroposHTTPStatusError, AtroposTimeoutError
 from atropos_verl.local.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from atropos_verl.local.selfplay import register_trainer
 from atropos_verl.report.metrics_log import MetricsLog
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["Progress", "fit", "resume_if_asked"]
 
 logger = logging.getLogger(__name__)
+
+_MOST_LOST_BATCHES = 5
+"""Answers of 500 to GET /batch in a row after which the API is taken to be broken."""
 
 
 class Progress(Protocol):
@@ -139,6 +142,7 @@ def _wait_for_batch(
     config = trainer.config
     progress.phase("rollout: waiting for a batch")
     deadline = time.monotonic() + config.atropos.rollout_timeout
+    lost = 0
     while True:
         remaining = deadline - time.monotonic()
         try:
@@ -147,6 +151,14 @@ def _wait_for_batch(
             if time.monotonic() >= deadline:
                 raise
             progress.note(error.reason)
+        except AtroposHTTPStatusError as error:
+            # Upstream encodes a batch after taking it off its queue: one NaN score in it gives 500, and the batch is
+            # gone. The next one may be fine, so the run goes on, and says what was lost.
+            lost += 1
+            if error.status_code != 500 or lost > _MOST_LOST_BATCHES or time.monotonic() >= deadline:
+                raise
+            trainer.totals.batches_lost_at_api += 1
+            progress.note(f"{error.reason}: the API lost a batch (an upstream API does, on a NaN score); going on")
         except AtroposAPIError:
             # The API we started may have died this moment: then its own log is the better explanation.
             if check_services is not None:

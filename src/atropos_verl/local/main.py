@@ -234,6 +234,7 @@ class _Run:
             "sequences_dropped_overlong": totals.sequences_dropped_overlong,
             "tokens_trained": totals.tokens_trained,
             "steps_without_data": totals.steps_without_data,
+            "batches_lost_at_api": totals.batches_lost_at_api,
             "seconds": time.monotonic() - self.started,
             "run_dir": str(self.run_dir),
         }

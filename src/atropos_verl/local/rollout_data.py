@@ -38,6 +38,8 @@ class RunTotals:
     sequences_dropped_overlong: int = 0
     tokens_trained: int = 0
     steps_without_data: int = 0
+    batches_lost_at_api: int = 0
+    """Answers of 500 to GET /batch: an upstream API drops the batch it could not encode."""
 
 
 def step_report(

@@ -65,6 +65,7 @@ class LocalStack:
     @classmethod
     def build(cls, config: RunConfig, model_path: Path, *, gateway_port: int | None = None) -> LocalStack:
         """Load model and tokenizer, build engine and worker, start the gateway (gate closed, no weights yet)."""
+        import torch
         from transformers import AutoTokenizer
 
         worker = PolicyWorker(config, model_path)
@@ -76,6 +77,8 @@ class LocalStack:
             gate=gate,
             max_running=inference.max_running,
             max_context_len=inference.max_context_len or config.max_token_len,
+            # The trainer computes in this dtype whatever the checkpoint holds; logprobs must be of the same policy.
+            dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.compute_dtype],
             device=worker.device,
             num_threads=inference.num_threads,
             release_weights=inference.release_weights,
@@ -114,7 +117,7 @@ def _build_canary(config: RunConfig, worker: PolicyWorker, engine: TransformersE
     return Canary(
         trainer_logprobs=trainer_logprobs,
         engine_logprobs=lambda: engine.compute_logprobs(ids),
-        threshold=config.sync.canary_threshold,
+        threshold=config.canary_threshold,
     )
 
 

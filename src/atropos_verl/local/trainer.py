@@ -25,12 +25,12 @@ from atropos_verl.api.journal import BatchJournal, JournalEntry
 from atropos_verl.api.wire import decode_batch
 from atropos_verl.config import RunConfig, apply_environment
 from atropos_verl.data import RunningMoments, build_samples
-from atropos_verl.errors import ConfigError, DataError
+from atropos_verl.errors import AtroposProtocolError, ConfigError, DataError
 from atropos_verl.local.connection import make_client
 from atropos_verl.local.rollout_data import RolloutData, RunTotals, step_report
 from atropos_verl.local.stack import LocalStack, padded_rows, resolve_model_path
 from atropos_verl.report.quarantine import QuarantineStore
-from atropos_verl.types import SampleReport, SampleSettings, ScoredGroup, StepReport
+from atropos_verl.types import QuarantinedGroup, SampleReport, SampleSettings, ScoredGroup, StepReport
 
 if TYPE_CHECKING:
     import torch
@@ -229,7 +229,17 @@ class AtroposTrainer:
     def replay(self, entries: Sequence[JournalEntry]) -> None:
         """Put journalled batches that no checkpoint covers in front of what the API delivers."""
         for entry in entries:
-            self._early.append(RolloutData(decode_batch(self.journal.read(entry)), entry))
+            body = self.journal.read(entry)
+            try:
+                groups = decode_batch(body)
+            except AtroposProtocolError as error:
+                # It ended the run that fetched it; without this it would end every resume as well.
+                group = ScoredGroup(token_ids=(), masks=(), scores=np.zeros(0), group_id=entry.path.stem, raw=body)
+                path = self.quarantine.put(QuarantinedGroup(group=group, reason=error.reason))
+                logger.warning("journalled batch %s is not a batch: %s; kept in %s", entry.path, error.reason, path)
+                self.journal.assign(entry, self.step)
+            else:
+                self._early.append(RolloutData(groups, entry))
 
     def _take(self, body: bytes, lease_id: str | None) -> RolloutData:
         entry = self.journal.record(body, {"after_step": self.step})
