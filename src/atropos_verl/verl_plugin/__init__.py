@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 
@@ -14,17 +15,26 @@ __all__ = ["activate"]
 def activate(device: str) -> None:
     """Make verl use ``device`` (``"cpu"`` or ``"cuda"``) in this process and in its children.
 
-    verl picks its platform once, at import, from ``VERL_PLATFORM`` and loads ``VERL_USE_EXTERNAL_MODULES`` then.
-    (Plugins found by entry point fail silently in verl 0.9.1; those named by this variable raise.)
+    verl loads ``VERL_USE_EXTERNAL_MODULES`` when it is imported, and picks its platform from ``VERL_PLATFORM`` when it
+    first needs it. (Plugins found by entry point fail silently in verl 0.9.1; those named by this variable raise.)
 
     Raises:
-        RuntimeError: verl was imported before, for another device.
+        RuntimeError: verl has already picked another device in this process.
     """
-    platform = {"cpu": "cpu", "cuda": "nvidia"}[device]
-    if "verl" in sys.modules and os.environ.get("VERL_PLATFORM") != platform:
-        raise RuntimeError(f"verl was imported before atropos_verl could choose device {device!r}; import it later")
-    os.environ["VERL_PLATFORM"] = platform
+    os.environ["VERL_PLATFORM"] = {"cpu": "cpu", "cuda": "nvidia"}[device]
     module = "atropos_verl.verl_plugin.platform_cpu"
+    if "verl" in sys.modules:
+        from verl.plugin.platform import platform_manager
+
+        # verl has no question for "picked already?"; asking get_platform() would pick.
+        current = platform_manager._current_platform
+        if current is not None and current.device_name != device:
+            raise RuntimeError(
+                f"verl has already picked {current.device_name!r} in this process; build the trainer (device {device!r}) "
+                "before anything else that uses verl"
+            )
+        if device == "cpu":
+            importlib.import_module(module)
     modules = [name for name in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",") if name]
     if device == "cpu" and module not in modules:
         os.environ["VERL_USE_EXTERNAL_MODULES"] = ",".join([*modules, module])
