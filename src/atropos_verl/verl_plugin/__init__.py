@@ -30,7 +30,7 @@ def activate(device: str) -> None:
         current = platform_manager._current_platform
         if current is not None and current.device_name != device:
             raise RuntimeError(
-                f"verl has already picked {current.device_name!r} in this process; build the trainer (device {device!r}) "
+                f"verl has already picked {current.device_name!r} in this process; build the trainer ({device!r}) "
                 "before anything else that uses verl"
             )
         if device == "cpu":
