@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from atropos_verl.config import RunConfig
 from atropos_verl.errors import AtroposVerlError, ConfigError
 from atropos_verl.local.settings import help_text, load_config
+from atropos_verl.local.startup import check_gateway_port, is_rank_zero, resolve_model_path
 
 if TYPE_CHECKING:
     from atropos_verl.local.services import LocalServices
@@ -55,8 +56,6 @@ def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, conf
 
 
 def _run(config: RunConfig) -> int:
-    from atropos_verl.local.worker import is_rank_zero
-
     # Threads that wait for work sleep instead of spinning: with an environment on the other core a training step of
     # the demo took 5 s spinning and 0.4 s sleeping. Read by the OpenMP runtime when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -89,7 +88,6 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 
 def _serve_rank(config: RunConfig) -> int:
-    from atropos_verl.local.stack import resolve_model_path
     from atropos_verl.local.worker import PolicyWorker
 
     PolicyWorker(config, resolve_model_path(config)).serve()
@@ -106,10 +104,9 @@ class _Run:
         self.held_out: dict[str, float | None] = {}
 
     def execute(self) -> int:
-        from atropos_verl.local.stack import resolve_model_path
         from atropos_verl.report.console import ProgressReporter
 
-        model_path = resolve_model_path(self.config)
+        model_path = self._check_what_it_needs()
         self._prepare_run_dir()
         with ProgressReporter(total_steps=self.config.steps) as progress:
             if self.config.is_attached:
@@ -121,6 +118,18 @@ class _Run:
                 return self._with_services(services, progress)
             finally:
                 services.stop()
+
+    def _check_what_it_needs(self) -> Path:
+        """Everything that can be known to be wrong before a file is made, a process started or torch imported."""
+        from atropos_verl.launch.plan import env_script
+        from atropos_verl.local.checkpoint import find_checkpoint
+
+        model_path = resolve_model_path(self.config)
+        find_checkpoint(self.run_dir, self.config.resume)
+        if not self.config.is_attached:
+            env_script(self.config)
+        check_gateway_port(self.config)
+        return model_path
 
     def _attached(self, progress: ProgressReporter) -> int:
         from atropos_verl.local.connection import make_client

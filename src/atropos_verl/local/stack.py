@@ -21,21 +21,9 @@ from atropos_verl.weight_sync import AtroposShardingManager, Canary
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LocalStack", "resolve_model_path"]
+__all__ = ["LocalStack"]
 
 logger = logging.getLogger(__name__)
-
-
-def resolve_model_path(config: RunConfig) -> Path:
-    """The model directory. Raises ``ConfigError`` naming ``model.path`` when it is not one."""
-    if config.model.path is None:
-        from atropos_verl.assets import demo_model_path
-
-        return demo_model_path()
-    path = Path(config.model.path).expanduser()
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"{path} is not a Hugging Face model directory (no config.json in it)", "model.path")
-    return path.absolute()
 
 
 class _VersionedPolicy:

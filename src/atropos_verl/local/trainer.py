@@ -28,7 +28,8 @@ from atropos_verl.data import RunningMoments, build_samples
 from atropos_verl.errors import AtroposProtocolError, ConfigError, DataError
 from atropos_verl.local.connection import make_client
 from atropos_verl.local.rollout_data import RolloutData, RunTotals, step_report
-from atropos_verl.local.stack import LocalStack, padded_rows, resolve_model_path
+from atropos_verl.local.stack import LocalStack, padded_rows
+from atropos_verl.local.startup import resolve_model_path
 from atropos_verl.report.quarantine import QuarantineStore
 from atropos_verl.types import QuarantinedGroup, SampleReport, SampleSettings, ScoredGroup, StepReport
 

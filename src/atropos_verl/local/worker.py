@@ -28,7 +28,7 @@ from atropos_verl.errors import CheckpointError, TrainingDivergedError
 from atropos_verl.local.objective import LossFunction
 from atropos_verl.types import FloatArray, TrainingSample
 
-__all__ = ["PolicyWorker", "TrainOutput", "is_rank_zero", "resolve_device"]
+__all__ = ["PolicyWorker", "TrainOutput", "resolve_device"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +52,6 @@ def resolve_device(requested: str) -> str:
     if requested == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return requested
-
-
-def is_rank_zero() -> bool:
-    """True in a plain process and in rank 0 of torchrun."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 class PolicyWorker:
