@@ -59,6 +59,7 @@ def _compose(overrides: list[str], config_dir: Path | None, config_name: str | N
     directory = (config_dir or Path(__file__).parent).absolute()
     words = [_allow_new_keys(word) for word in overrides]
     try:
+        _check_syntax(words)
         GlobalHydra.instance().clear()
         with initialize_config_dir(config_dir=str(directory), version_base=None):
             composed = compose(config_name=config_name or "atropos_schema", overrides=words)
@@ -67,6 +68,19 @@ def _compose(overrides: list[str], config_dir: Path | None, config_name: str | N
         raise ConfigError(f"{str(error).strip()}") from None
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def _check_syntax(words: list[str]) -> None:
+    """Hydra's parser says where in a word it stumbled, but not in which word."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    parser = OverridesParser.create()
+    for word in words:
+        try:
+            parser.parse_override(word)
+        except OverrideParseException as error:
+            raise ConfigError(f"{word!r} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _allow_new_keys(word: str) -> str:

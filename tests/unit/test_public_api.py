@@ -1,0 +1,118 @@
+"""The names and signatures that other code is written against."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import atropos_verl
+from atropos_verl.types import SampleReport, SampleSettings, TrainingSample
+
+
+def test_the_root_exports_exactly_this() -> None:
+    assert atropos_verl.__all__ == [
+        "AtroposAPIError",
+        "AtroposClient",
+        "AtroposShardingManager",
+        "AtroposTrainer",
+        "AtroposVerlError",
+        "RunConfig",
+        "SampleReport",
+        "SampleSettings",
+        "ScoredGroup",
+        "TrainingBatch",
+        "TrainingSample",
+        "__version__",
+        "build_samples",
+        "decode_batch",
+    ]
+    assert all(getattr(atropos_verl, name) is not None for name in atropos_verl.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match=r"atropos_verl.*no attribute 'AtroposTrainr'"):
+        _ = atropos_verl.AtroposTrainr  # type: ignore[attr-defined]
+
+
+def _parameters(function: Any) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("rl_training_step", ["prompts"]),
+        ("rollout_phase", ["prompts"]),
+        ("compute_advantages_from_atropos", ["rollout_data"]),
+        ("training_phase", ["rollout_data", "advantages"]),
+        ("compute_advantage_weighted_sft_loss", ["input_ids", "advantages", "loss_mask"]),
+    ],
+)
+def test_the_trainers_phases(name: str, parameters: list[str]) -> None:
+    assert _parameters(getattr(atropos_verl.AtroposTrainer, name)) == parameters
+
+
+def test_from_config_takes_a_dictionary() -> None:
+    assert _parameters(atropos_verl.AtroposTrainer.from_config)[0] == "config"
+
+
+def test_the_engine_speaks_sglangs_and_verls_words() -> None:
+    from atropos_verl.inference.transformers_engine import TransformersEngine
+
+    assert _parameters(TransformersEngine.update_weights_from_tensor)[0] == "named_tensors"
+    assert _parameters(TransformersEngine.resume_memory_occupation) == []
+    assert _parameters(TransformersEngine.release_memory_occupation) == []
+    assert callable(TransformersEngine.generate)
+
+
+def test_the_settings_of_samples_and_their_defaults() -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(SampleSettings)}
+    expected = {
+        "vocab_size": None,
+        "max_token_len": None,
+        "estimator": "grpo",
+        "normalization": "none",
+        "clipping": None,
+        "overlong": "drop",
+        "on_bad_group": "quarantine",
+        "default_temperature": 1.0,
+    }
+    assert {name: defaults[name] for name in expected} == expected
+
+
+def test_the_fields_of_samples_and_reports() -> None:
+    sample = {field.name for field in dataclasses.fields(TrainingSample)}
+    assert {
+        "token_ids",
+        "loss_mask",
+        "advantages",
+        "rollout_logprobs",
+        "temperature",
+        "group_id",
+        "policy_version",
+    } <= sample
+    report = {field.name for field in dataclasses.fields(SampleReport)}
+    assert {"samples", "quarantined", "dropped_overlong"} <= report
+
+
+def test_decode_and_build_from_the_root() -> None:
+    group = b'{"tokens": [[5, 6, 7], [5, 6, 8]], "masks": [[-100, -100, 7], [-100, -100, 8]], "scores": [1, 0]}'
+    report = atropos_verl.build_samples(atropos_verl.decode_batch(b'{"batch": [' + group + b"]}"))
+    # scores 1 and 0: mean 0.5, sample standard deviation 0.70711, so ±0.5 / (0.70711 + 1e-6)
+    assert [sample.advantages.tolist() for sample in report.samples] == [
+        [0.0, 0.0, pytest.approx(0.7071058, abs=1e-6)],
+        [0.0, 0.0, pytest.approx(-0.7071058, abs=1e-6)],
+    ]
+
+
+def test_importing_the_package_needs_neither_torch_nor_verl() -> None:
+    code = (
+        "import sys, atropos_verl; atropos_verl.decode_batch(b'{\"batch\": []}'); atropos_verl.build_samples([]); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'verl', 'transformers', 'ray')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
