@@ -73,13 +73,13 @@ def _compose(overrides: list[str], config_dir: Path | None, config_name: str | N
 def _check_syntax(words: list[str]) -> None:
     """Hydra's parser says where in a word it stumbled, but not in which word."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import OverrideParseException
+    from hydra.errors import HydraException
 
     parser = OverridesParser.create()
     for word in words:
         try:
             parser.parse_override(word)
-        except OverrideParseException as error:
+        except HydraException as error:
             raise ConfigError(f"{word!r} cannot be read: {str(error).splitlines()[0]}") from None
 
 
