@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from atropos_verl.errors import AtroposAPIError, AtroposHTTPStatusError, AtroposTimeoutError
 from atropos_verl.local.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from atropos_verl.local.interrupts import held_interrupts
 from atropos_verl.local.selfplay import register_trainer
 from atropos_verl.report.metrics_log import MetricsLog
 from atropos_verl.types import StepReport
@@ -99,8 +100,9 @@ def fit(
             started = time.perf_counter()
             data = _wait_for_batch(trainer, progress, check_services)
             data.timings["rollout"] = time.perf_counter() - started
-            report = trainer.train_on(data, started)
-            log.append(report)
+            with held_interrupts():
+                report = trainer.train_on(data, started)
+                log.append(report)
             progress.step(report)
             if on_step is not None:
                 on_step(report)
@@ -125,6 +127,12 @@ def _save_what_was_trained(
 
     unusable = (CheckpointError, TrainingDivergedError, WeightSyncError)
     if trainer.config.save_freq <= 0 or trainer.step == saved_at or isinstance(error, unusable):
+        return
+    if trainer.updating:
+        error.add_note(
+            f"(in the middle of an optimiser step: the weights are not those of step {trainer.step} any more, and "
+            f"nothing after step {saved_at} is saved; the journal holds the batches, resume=auto trains on them again)"
+        )
         return
     try:
         directory: Path = save_checkpoint(trainer, extra())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from atropos_verl.config import RunConfig
-from atropos_verl.errors import ConfigError
+from atropos_verl.errors import ConfigError, EngineError, WeightSyncError
 from atropos_verl.inference.gate import RequestGate
 from atropos_verl.inference.gateway import GatewayServer, create_app
 from atropos_verl.inference.transformers_engine import TransformersEngine
@@ -102,9 +102,15 @@ def _build_canary(config: RunConfig, worker: PolicyWorker, engine: TransformersE
     def trainer_logprobs() -> list[float]:
         return [float(value) for value in worker.compute_logprobs([sample])[0][1:]]
 
+    def engine_logprobs() -> list[float]:
+        try:
+            return list(engine.compute_logprobs(ids))
+        except EngineError as error:
+            raise WeightSyncError(f"after the weight sync the engine cannot be asked for logprobs: {error}") from error
+
     return Canary(
         trainer_logprobs=trainer_logprobs,
-        engine_logprobs=lambda: engine.compute_logprobs(ids),
+        engine_logprobs=engine_logprobs,
         threshold=config.canary_threshold,
     )
 

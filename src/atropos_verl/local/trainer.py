@@ -27,6 +27,7 @@ from atropos_verl.config import RunConfig, apply_environment
 from atropos_verl.data import RunningMoments, build_samples
 from atropos_verl.errors import AtroposProtocolError, ConfigError, DataError
 from atropos_verl.local.connection import make_client
+from atropos_verl.local.interrupts import held_interrupts
 from atropos_verl.local.rollout_data import RolloutData, RunTotals, step_report
 from atropos_verl.local.stack import LocalStack, padded_rows
 from atropos_verl.local.startup import resolve_model_path
@@ -71,6 +72,8 @@ class AtroposTrainer:
         self.moments = RunningMoments()
         self.totals = RunTotals()
         self.step = 0
+        self.updating = False
+        """The weights have changed, or may have, and ``step`` does not say so yet: not a state to be saved."""
         self.journal = BatchJournal(self.run_dir / "journal")
         self.quarantine = QuarantineStore(self.run_dir / "quarantine")
         self.stack = LocalStack.build(config, self.model_path, gateway_port=gateway_port)
@@ -289,6 +292,7 @@ class AtroposTrainer:
             logger.warning("the batch holds no token that can be trained; no optimiser step")
             return {"loss": 0.0, "tokens": 0.0}
         self.close_rollouts()
+        self.updating = True
         output = self.stack.worker.train(samples)
         self.stack.policy.policy_version += 1
         self.totals.sequences_trained += len(samples)
@@ -326,14 +330,24 @@ class AtroposTrainer:
         """
         begin = time.perf_counter()
         started = begin if started is None else started
+        with held_interrupts():
+            return self._whole_step(rollout_data, begin, started)
+
+    def _whole_step(self, rollout_data: RolloutData, begin: float, started: float) -> StepReport:
         report = rollout_data.report
+        moments = self.moments.state_dict()
         # Computed before by the caller? Then not again: "global" statistics would count the batch twice.
-        advantages = padded_rows(report.samples) if report else self.compute_advantages_from_atropos(rollout_data)
-        figures = self.training_phase(rollout_data, advantages)
+        try:
+            advantages = padded_rows(report.samples) if report else self.compute_advantages_from_atropos(rollout_data)
+            figures = self.training_phase(rollout_data, advantages)
+        except BaseException:
+            self.moments.load_state_dict(moments)  # the batch counts when it is trained on, which is yet to come
+            raise
         trained = time.perf_counter()
         self.step += 1
         if rollout_data.entry is not None:
             self.journal.assign(rollout_data.entry, self.step)
+        self.updating = False
         self.open_rollouts()
         synced = time.perf_counter()
         self.client.ack(rollout_data.lease_id)
