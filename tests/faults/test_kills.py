@@ -1,0 +1,142 @@
+"""A run whose parts are killed, one after another, in one run directory: each run resumes what the one before left.
+
+Real processes all the way. Each test also works alone; run in order, each start is the proof that the run before left
+a directory that can be resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from support.runs import SMALL, TrainingRun, checkpointed_step, metrics_of
+
+pytestmark = pytest.mark.slow
+
+WORDS = ("advantage_normalization=global", "save_freq=5", *SMALL)
+
+METRIC_KEYS = {
+    "step",
+    "policy_version",
+    "loss",
+    "reward/mean",
+    "data/groups",
+    "data/quarantined",
+    "data/dropped_overlong",
+    "sync/seconds",
+    "sync/canary_max_abs_logprob_diff",
+    "timing/rollout",
+    "timing/train",
+    "timing/sync",
+    "timing/wait",
+    "perf/trained_tokens_per_second",
+    "perf/peak_rss_bytes",
+}
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kills") / "run"
+
+
+def started(run_dir: Path, steps: int = 100_000) -> TrainingRun:
+    return TrainingRun([f"steps={steps}", *WORDS], run_dir=run_dir)
+
+
+def trained_past(run: TrainingRun, before: int) -> None:
+    """Wait until the run has resumed at step ``before`` and is three steps beyond it, not at a checkpoint."""
+    run.wait_for_step(before + 3)
+    if before:
+        assert re.search(
+            rf"resumed from \S+/global_step_{before} at step {before}, policy version {before}", run.stdout
+        )
+    assert run.processes_seen >= 5, "trainer, API, environment and their two watchers"
+
+
+def assert_saved(run: TrainingRun, run_dir: Path, before: int) -> None:
+    """Everything trained is in a checkpoint, and the user was told where."""
+    step = metrics_of(run_dir)[-1]["step"]
+    assert step >= before + 3
+    assert checkpointed_step(run_dir) == step
+    if step % 5:  # otherwise it was saved in passing
+        note = f"(steps up to {step} are saved in {run_dir}/checkpoints/global_step_{step}; the same command with "
+        assert note + "resume=auto goes on)" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("service", ["environment", "trajectory_api"])
+def test_a_service_is_killed(service: str, run_dir: Path) -> None:
+    before = checkpointed_step(run_dir)
+    with started(run_dir) as run:
+        trained_past(run, before)
+        victim = run.process_of(service)
+        victim.kill()
+        assert run.wait() == 1
+        run.assert_nothing_left()
+        assert f"{service} (pid {victim.pid}) was killed by SIGKILL" in run.stderr
+        assert f"its log is {run_dir}/logs/{service}.log" in run.stderr
+        shown = run.stderr.split(f"--- last lines of {service} ---\n")[1].split("\n(steps up to")[0].strip()
+        assert shown, "no line of its log is shown"
+        assert shown.splitlines()[-1].strip() in run.log(service)
+        assert_saved(run, run_dir, before)
+
+
+def test_the_trainer_is_killed(run_dir: Path) -> None:
+    before = checkpointed_step(run_dir)
+    with started(run_dir) as run:
+        trained_past(run, before)
+        run.interrupt(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+        run.assert_nothing_left(within=10.0)
+    # What was trained since the last checkpoint lies in the journal.
+    since = metrics_of(run_dir)[-1]["step"] - checkpointed_step(run_dir)
+    assert len(list((run_dir / "journal").glob("batch_*[0-9].json"))) >= since
+
+
+@pytest.mark.parametrize("how", ["kill", "Ctrl-C"])
+def test_it_is_told_to_stop(how: str, run_dir: Path) -> None:
+    before = checkpointed_step(run_dir)
+    pending = len(list((run_dir / "journal").glob("batch_*[0-9].json"))) if run_dir.exists() else 0
+    with started(run_dir) as run:
+        trained_past(run, before)
+        if pending:
+            assert f"{pending} batches fetched before the interruption are trained first" in run.stdout
+        if how == "kill":
+            run.interrupt(signal.SIGTERM)
+        else:
+            run.interrupt_group(signal.SIGINT)
+        assert run.wait() == 130
+        run.assert_nothing_left()
+        assert "\ninterrupted\n" in run.stderr
+        assert_saved(run, run_dir, before)
+
+
+def test_it_goes_on_to_the_end(run_dir: Path) -> None:
+    before = checkpointed_step(run_dir)
+    last = before + 3
+    with started(run_dir, steps=last) as run:
+        assert run.wait(timeout=120) == 0
+        run.assert_nothing_left()
+        assert run.stderr == ""
+        assert "training finished" in run.stdout
+    lines = metrics_of(run_dir)
+    assert [line["step"] for line in lines] == list(range(1, last + 1)), "each step once, whatever was killed"
+    assert [line["policy_version"] for line in lines] == list(range(1, last + 1))
+    for line in lines:
+        assert line.keys() >= METRIC_KEYS
+        assert all(math.isfinite(line[key]) for key in METRIC_KEYS), line
+        assert line["data/groups"] == 4
+        assert line["sync/canary_max_abs_logprob_diff"] < 1e-3
+    trained = sum(line["data/trained_tokens"] for line in lines)
+    state = json.loads((run_dir / "checkpoints" / f"global_step_{last}" / "atropos.json").read_text())
+    assert state["moments"]["count"] == trained, "running statistics went on across every resume"
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["steps"], summary["policy_version"], summary["weights_synced"]) == (last, last, last - before + 1)
+    assert (summary["groups_used"], summary["sequences_trained"]) == (4 * last, 16 * last)
+    assert summary["tokens_trained"] == trained
+    for name in ("trainer", "trajectory_api", "environment"):
+        assert (run_dir / "logs" / f"{name}.log").stat().st_size > 0, name
