@@ -11,6 +11,8 @@ from collections.abc import Sequence
 __all__ = ["main"]
 
 _TRAIN_HELP = "train a policy on an Atropos environment; key=value settings as in verl (train --help lists them)"
+_SERVE_HELP = "serve the trajectory API that environments post to and a trainer fetches batches from"
+_LAUNCH_HELP = "start and watch everything of a run: API, trainer, environments (launch --help lists the settings)"
 _INSPECT_HELP = "show what the trainer would see in a batch, groups, a quarantine file, or at an API"
 
 
@@ -22,10 +24,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         from atropos_verl.local.main import main as train
 
         return train(words[1:])
+    if words[:1] == ["launch"]:
+        from atropos_verl.launcher import main as launch
+
+        return launch(words[1:])
     options = _parser(words).parse_args(words)
     if options.command is None:
         _parser(words).print_help()
         return 2
+    if options.command == "serve-api":
+        from atropos_verl.server.main import run
+
+        return run(options)
     return _inspect(options)
 
 
@@ -38,6 +48,12 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"atropos-verl {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("train", help=_TRAIN_HELP, add_help=False)
+    commands.add_parser("launch", help=_LAUNCH_HELP, add_help=False)
+    serve = commands.add_parser("serve-api", help=_SERVE_HELP, description=_SERVE_HELP)
+    if words[:1] == ["serve-api"]:
+        from atropos_verl.server.main import add_arguments as add_server_arguments
+
+        add_server_arguments(serve)
     inspect = commands.add_parser("inspect", help=_INSPECT_HELP, description=_INSPECT_HELP)
     if words[:1] == ["inspect"]:  # its options come with numpy and the decoder of groups
         from atropos_verl.report.inspect import add_arguments

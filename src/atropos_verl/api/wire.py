@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from atropos_verl.api import wire_fallback
+from atropos_verl.api import packed, wire_fallback
 from atropos_verl.errors import AtroposProtocolError, DataError
 from atropos_verl.types import FloatArray, IntArray, ScoredGroup
 
@@ -68,7 +68,7 @@ class _Envelope(msgspec.Struct):
 
 
 def decode_batch(body: bytes) -> list[ScoredGroup]:
-    """Groups in the body of ``GET /batch``, in the order of the server.
+    """Groups in the body of ``GET /batch``, in the order of the server. JSON or packed (``api/packed.py``).
 
     ``{"batch": null}`` and ``{"batch": []}`` mean "not yet" and give ``[]``. A group that cannot be decoded is in the
     list too, with ``defect`` naming field, sequence, index and value.
@@ -76,6 +76,8 @@ def decode_batch(body: bytes) -> list[ScoredGroup]:
     Raises:
         AtroposProtocolError: the server reported an error, or the body is not an answer to ``GET /batch``.
     """
+    if body.startswith(packed.MAGIC):
+        return packed.decode_packed(body, decode_group)
     try:
         envelope = msgspec.json.decode(body, type=_Envelope)
         batch, status = envelope.batch, envelope.status

@@ -1,0 +1,85 @@
+"""``ServerSettings``: what the operator of a trajectory API decides. The trainer's wishes come with ``/register``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from atropos_verl.errors import ConfigError
+
+__all__ = ["COMPRESSIONS", "SECOND_TRAINER", "ServerSettings"]
+
+SECOND_TRAINER = ("refuse", "share")
+COMPRESSIONS = ("auto", "always", "never")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """Checked at construction; ``ConfigError`` names the field."""
+
+    data_dir: Path | None = None
+    """Where the log lies. None: memory only, a restart forgets everything."""
+    fsync: bool = False
+    """Wait for the disk before each 200: a power cut loses nothing either. Without: safe against process death."""
+    token: str | None = None
+    """Bearer token that every data route demands."""
+    allow_get_reset: bool = True
+    """Upstream's clients reset by ``GET /reset_data``; False leaves only the POST."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins of other sites whose pages may call the API. Empty: none."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that a request's ``Host`` may have; empty: any. ``serve`` fills it for a loopback address without token."""
+
+    max_body_bytes: int = 256 * 2**20
+    """Longest request body as sent (compressed)."""
+    max_inflated_bytes: int = 512 * 2**20
+    """Longest request body once inflated."""
+    max_queue_groups: int = 200_000
+    """Groups waiting (handed-out ones not counted)."""
+    max_queue_bytes: int = 8 * 2**30
+    """Bytes of JSON held, handed-out batches that wait for their ack included."""
+    strict: bool = False
+    """Check lengths of per-token extras in groups that name no environment, too (upstream's own tests post such)."""
+    soft_limit: float = 0.8
+    """Share of either bound from which ``/status-env`` tells environments to pause."""
+    body_timeout: float = 60.0
+    """Seconds of silence in a request's body before it is given up (408)."""
+
+    env_timeout: float = 120.0
+    """Seconds without a word from an environment before it counts as gone. They poll every 0.1 to 1 s."""
+    trainer_timeout: float = 60.0
+    """Seconds without a word from the trainer (and no open lease) before another run may take over."""
+    second_trainer: str = "refuse"
+    """``refuse``: another run's trainer gets 409 while the first is active; ``share``: it draws from the same queue."""
+    dedupe_window: float = 60.0
+    """Seconds in which the same group from the same environment is stored once. 0: never compared."""
+    max_lease: float = 86_400.0
+    """Longest lease in seconds."""
+    delivery_grace: float = 60.0
+    """Seconds after which a batch sent without a lease counts as delivered when its connection is still open."""
+
+    segment_bytes: int = 64 * 2**20
+    """Size at which the log begins a new file."""
+    compression: str = "auto"
+    """``auto``: compress answers, except to this machine; ``always``, ``never``."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and not isinstance(value, bool) and (value < 0 or math.isnan(value)):
+                raise ConfigError(f"{value} must not be negative", field.name)
+        for name in ("max_body_bytes", "max_inflated_bytes", "max_queue_groups", "max_queue_bytes", "segment_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{getattr(self, name)} must be at least 1", name)
+        for name in ("body_timeout", "env_timeout", "max_lease"):
+            if getattr(self, name) == 0:
+                raise ConfigError("0 must be a number of seconds above 0", name)
+        if not 0 < self.soft_limit <= 1:
+            raise ConfigError(f"{self.soft_limit} must be above 0 and at most 1", "soft_limit")
+        if self.second_trainer not in SECOND_TRAINER:
+            raise ConfigError(f"{self.second_trainer!r} must be one of {', '.join(SECOND_TRAINER)}", "second_trainer")
+        if self.compression not in COMPRESSIONS:
+            raise ConfigError(f"{self.compression!r} must be one of {', '.join(COMPRESSIONS)}", "compression")
+        if self.token is not None and not (self.token and self.token.isascii() and self.token.isprintable()):
+            raise ConfigError("must be printable ASCII and not empty", "token")
