@@ -1,0 +1,119 @@
+"""Why does nothing come? The facts of a stalled run and what to check, in plain words. Pure: a state in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from atropos_verl.launch.probes import environments_of
+
+__all__ = ["diagnose"]
+
+
+def diagnose(state: Mapping[str, Any], silent: float) -> str:
+    """The diagnosis of a run that has had no batch for ``silent`` seconds.
+
+    Args:
+        state: what the launcher writes to ``run_dir/state.json``.
+
+    Returns:
+        Lines: the services, the environments as the API sees them, the queue, the gateway, then what to check, the
+        likeliest cause first.
+    """
+    lines = [f"no batch for {silent:.0f} s; the run goes on waiting. What is known:"]
+    for service in state.get("services", []):
+        pid = f", pid {service['pid']}" if service.get("pid") else ""
+        detail = f": {service['detail']}" if service.get("detail") else ""
+        lines.append(f"  {service['name']}: {service['state']}{pid}, {service['restarts']} restarts{detail}")
+    lines += _api_lines(state)
+    lines += _gateway_lines(state)
+    lines.append("What to check:")
+    lines += [f"  {number}. {check}" for number, check in enumerate(_checks(state), start=1)]
+    return "\n".join(lines)
+
+
+def _api_lines(state: Mapping[str, Any]) -> list[str]:
+    api = state.get("api")
+    if not api:
+        return ["  trajectory API: does not answer"]
+    lines = [f"  trajectory API: step {api.get('current_step')}, {api.get('queue_size')} groups in the queue"]
+    leases = api.get("leases", api.get("open_leases"))
+    if isinstance(leases, list | dict):
+        leases = len(leases)
+    if leases is not None:
+        lines[0] += f", {leases} leased"
+    listed = environments_of(api)
+    if listed is None:
+        lines.append("  environments: this API does not say who sent what")
+        return lines
+    if not listed:
+        lines.append("  environments: none has registered")
+    for item in listed:
+        name = item.get("real_name") or item.get("desired_name") or item.get("env_id")
+        told = ", ".join(f"{key} {_short(value)}" for key, value in item.items() if key not in _NAMES)
+        lines.append(f"  environment {name}: {told}")
+    return lines
+
+
+_NAMES = ("real_name", "desired_name", "name")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _gateway_lines(state: Mapping[str, Any]) -> list[str]:
+    gateway = state.get("gateway")
+    if not gateway:
+        return ["  inference gateway: does not answer"]
+    rates = state.get("rates", {})
+    tokens, requests = rates.get("tokens_per_second"), rates.get("requests_per_second")
+    speed = "" if tokens is None else f", {tokens:.0f} tokens/s, {requests or 0.0:.1f} requests/s"
+    paused = ", paused for a weight sync" if gateway.get("paused") else ""
+    return [
+        f"  inference gateway: {gateway.get('in_flight', 0)} requests in flight{speed}, "
+        f"policy version {gateway.get('policy_version')}{paused}"
+    ]
+
+
+def _checks(state: Mapping[str, Any]) -> list[str]:
+    services = {service["name"]: service for service in state.get("services", [])}
+    environments = [service for service in services.values() if service["kind"] == "environment"]
+    api, gateway, rates = state.get("api"), state.get("gateway"), state.get("rates", {})
+    checks: list[str] = []
+    if not api:
+        checks.append(
+            "The API is gone or frozen: its log, and whether its process runs (kill -CONT wakes a stopped one)."
+        )
+    if not gateway:
+        checks.append("The trainer is gone, busy or frozen: its log, its CPU use (kill -CONT wakes a stopped one).")
+    down = [service["name"] for service in environments if service["state"] in ("failed", "restarting")]
+    if down:
+        checks.append(f"{', '.join(down)} is not running: the end of its log says why.")
+    queued = (api or {}).get("queue_size") or 0
+    if api and queued:
+        checks.append(
+            f"{queued} groups wait but make no batch: do group sizes add up to batch_size, "
+            "and does every environment with a min_batch_allocation send?"
+        )
+    if gateway and api and not queued:
+        checks += _no_groups(gateway, rates, environments)
+    checks.append(f"The logs: {state.get('run_dir')}/logs")
+    return checks
+
+
+def _no_groups(gateway: Mapping[str, Any], rates: Mapping[str, Any], environments: list[Any]) -> list[str]:
+    if gateway.get("paused"):
+        return ["The gateway is paused: the trainer is in a step or a weight sync that does not end; see its log."]
+    if gateway.get("in_flight") and not rates.get("tokens_per_second"):
+        return ["Requests are in flight but no token is generated: the inference engine hangs; see the trainer's log."]
+    if rates.get("tokens_per_second"):
+        return [
+            "The policy is being sampled but no group arrives: the environment drops its groups (all scores equal with "
+            "ensure_scores_are_not_same, sequences of max_token_len or more, scoring errors), or rollouts are long."
+        ]
+    names = ", ".join(service["name"] for service in environments) or "the environments elsewhere"
+    return [
+        f"Nobody asks the gateway for completions: is {names} stuck (frozen, still loading, waiting for a resource)? "
+        "Does it ignore --openai.base_url because config_init returns a bare APIServerConfig?"
+    ]

@@ -1,0 +1,198 @@
+"""What a launch consists of, beside the trainer's own settings: processes, restarts, environments.
+
+A launch file holds the keys of ``RunConfig`` at its top level and these sections next to them::
+
+    steps: 40                      # RunConfig
+    optim: {lr: 2e-4}              # RunConfig
+    environments:                  # LaunchConfig, from here on
+      words: {script: examples/environments/spell_backward.py, weight: 3}
+      short: {script: examples/environments/short_words.py, weight: 1}
+    supervise: {stall_after: 120}
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from atropos_verl.errors import ConfigError
+
+__all__ = [
+    "PARTS",
+    "ApiProcessConfig",
+    "EnvironmentConfig",
+    "LaunchConfig",
+    "SuperviseConfig",
+    "TrainerProcessConfig",
+    "describe_launch",
+]
+
+PARTS = ("api", "trainer", "environments")
+"""What ``only=[...]`` can choose from."""
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+
+
+def _strings(value: Any) -> Any:
+    """Environment variables are text, YAML's 1 and true are not."""
+    if isinstance(value, Mapping):
+        return {str(key): str(item).lower() if isinstance(item, bool) else str(item) for key, item in value.items()}
+    return value
+
+
+def _words(value: Any) -> Any:
+    return [str(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Variables = Annotated[dict[str, str], BeforeValidator(_strings)]
+Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+
+
+class EnvironmentConfig(_Section):
+    """One environment; ``environments`` maps names to these."""
+
+    script: str | None = Field(None, description="path of an Atropos environment; null and no module: the demo's")
+    module: str | None = Field(None, description="started with python -m instead of a script")
+    python: str | None = Field(None, description="its interpreter, or a virtual environment; null: the launcher's")
+    args: Words = Field((), description='further arguments, e.g. ["--env.some_key","3"]; they win over ours')
+    omit: Words = Field((), description='arguments of ours it does not know, e.g. ["--env.min_batch_allocation"]')
+    weight: NonNegative = Field(1.0, description="its share of the trained sequences is weight / sum of all weights")
+    min_batch_allocation: float | None = Field(None, gt=0, le=1, description="least share of every batch")
+    group_size: PositiveInt | None = Field(None, description="sequences per prompt; null: the run's")
+    max_batches_offpolicy: PositiveInt | None = Field(None, description="batches queued ahead; null: the run's")
+    server_type: Literal["openai", "vllm", "sglang", "trl"] = Field("vllm", description="dialect it uses")
+    copies: PositiveInt = Field(1, description="processes of it; they divide its weight")
+    restart: Literal["always", "never"] = Field("always", description="when it dies")
+    max_restarts: int = Field(5, ge=0, description="then it is given up, and the run goes on with the others")
+    startup_timeout: PositiveFloat = Field(120.0, description="seconds, from policy served to its first sign of life")
+    env: Variables = Field(default_factory=dict, description="environment variables")
+    cwd: str | None = Field(None, description="its working directory; null: the run directory")
+
+    @model_validator(mode="after")
+    def _one_program(self) -> Self:
+        if self.script is not None and self.module is not None:
+            raise ValueError(f"script ({self.script}) and module ({self.module}) exclude each other")
+        return self
+
+
+class ApiProcessConfig(_Section):
+    """The trajectory API that is started when ``atropos.api_url`` is null."""
+
+    server: Literal["embedded", "upstream"] = Field("upstream", description="embedded: ours, durable; or atroposlib's")
+    host: str = Field("127.0.0.1", description="address to bind")
+    port: Port = Field(0, description="0: any free port")
+    data_dir: str | None = Field(None, description="where its log lies; null: run_dir/api")
+    args: Words = Field((), description="further arguments of serve-api (embedded)")
+    startup_timeout: PositiveFloat = Field(60.0, description="seconds until /status must answer")
+    on_death: Literal["restart", "stop"] = Field("restart", description="stop: end the run, non-zero")
+    max_restarts: int = Field(5, ge=0, description="then the run ends, non-zero")
+
+
+class TrainerProcessConfig(_Section):
+    """The trainer's process; what it trains and how are the keys at the top level."""
+
+    python: str | None = Field(None, description="its interpreter, or a virtual environment; null: the launcher's")
+    nproc: PositiveInt = Field(1, description="above 1: data-parallel ranks, under torchrun")
+    env: Variables = Field(default_factory=dict, description="environment variables")
+    on_death: Literal["restart", "stop"] = Field("restart", description="restart: and resume from the checkpoint")
+    max_restarts: int = Field(3, ge=0, description="then the run ends, non-zero")
+    startup_timeout: PositiveFloat = Field(300.0, description="seconds until the gateway must answer")
+    generation_timeout: PositiveFloat = Field(120.0, description="seconds from there to the first generation")
+    stop_grace: PositiveFloat = Field(60.0, description="seconds to write its checkpoint when the run is stopped")
+
+
+class SuperviseConfig(_Section):
+    """How the launcher watches."""
+
+    stall_after: PositiveFloat = Field(120.0, description="seconds without a batch before the diagnosis is printed")
+    backoff: PositiveFloat = Field(1.0, description="seconds before the first restart; doubles with each")
+    max_backoff: PositiveFloat = Field(30.0, description="seconds before a restart at most")
+    healthy_after: PositiveFloat = Field(300.0, description="seconds alive after which restarts are forgiven")
+
+
+class LaunchConfig(_Section):
+    """Processes of a run."""
+
+    backend: Literal["local"] = Field("local", description="local: verl's engine in the trainer process, or torchrun")
+    api: ApiProcessConfig = Field(default_factory=ApiProcessConfig)
+    trainer_process: TrainerProcessConfig = Field(default_factory=TrainerProcessConfig)
+    environments: dict[str, EnvironmentConfig] = Field(
+        default_factory=lambda: {"demo": EnvironmentConfig()}, description="name → environment"
+    )
+    supervise: SuperviseConfig = Field(default_factory=SuperviseConfig)
+    envs: tuple[str, ...] | None = Field(None, description="names of environments to start; null: all")
+    only: tuple[Literal["api", "trainer", "environments"], ...] | None = Field(
+        None, description="parts to start here; null: all that is not given by URL"
+    )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> LaunchConfig:
+        """Validate a nested mapping. Raises ``ConfigError`` naming every key that is wrong."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            lines = [_line(item["loc"], item["msg"], item["type"], item["input"]) for item in error.errors()]
+            raise ConfigError("\n".join(lines)) from None
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        for name in self.environments:
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"environments.{name}: a name is a letter, then letters, digits, - and _")
+            if name in ("trainer", "trajectory_api"):
+                raise ValueError(f"environments.{name}: the name belongs to another process of the run")
+        unknown = [name for name in self.envs or () if name not in self.environments]
+        if unknown:
+            known = ", ".join(self.environments) or "none"
+            raise ValueError(f"envs: no environment named {', '.join(unknown)}; there are: {known}")
+        return self
+
+    @property
+    def chosen(self) -> dict[str, EnvironmentConfig]:
+        """The environments that ``envs`` leaves."""
+        if self.envs is None:
+            return dict(self.environments)
+        return {name: self.environments[name] for name in self.envs}
+
+    def starts(self, part: str) -> bool:
+        """Whether ``only`` leaves ``part`` (one of ``PARTS``)."""
+        return self.only is None or part in self.only
+
+
+def _line(location: tuple[int | str, ...], message: str, kind: str, value: Any) -> str:
+    key = ".".join(str(part) for part in location)
+    message = message.removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        message = "unknown key; --help lists all keys"
+    elif kind != "value_error":
+        message = f"{message}, got {value!r}"
+    return f"{key}: {message}" if key else message
+
+
+def describe_launch() -> list[tuple[str, Any, str]]:
+    """Every key of a launch as ``(dotted name, default, meaning)``; an environment's as ``environments.NAME.key``."""
+    rows: list[tuple[str, Any, str]] = []
+
+    def walk(model: type[BaseModel], prefix: str) -> None:
+        for name, info in model.model_fields.items():
+            annotation = info.annotation
+            if name == "environments":
+                walk(EnvironmentConfig, "environments.NAME.")
+            elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                walk(annotation, f"{prefix}{name}.")
+            else:
+                rows.append((f"{prefix}{name}", info.get_default(call_default_factory=True), info.description or ""))
+
+    walk(LaunchConfig, "")
+    return rows

@@ -1,0 +1,208 @@
+"""What a launcher asks of a running system: the API's status, the gateway's health and counters, one generation."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import threading
+import time
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+__all__ = ["Poller", "Seen", "connected_entries", "disconnect_environment", "environments_of", "request_json"]
+
+_PROBE_SECONDS = 2.0
+_GENERATION_SECONDS = 10.0
+_INTERVAL = 0.5
+_PREFIX = "atropos_verl_gateway_"
+
+
+def request_json(
+    url: str, *, token: str | None = None, body: Mapping[str, Any] | None = None, timeout: float = _PROBE_SECONDS
+) -> Any:
+    """The JSON that ``url`` answers to a GET, or a POST of ``body``; text where it is no JSON; None when it fails.
+
+    Proxy settings of the environment are not used for the parts of a run.
+    """
+    headers = {"Accept": "application/json"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    data = None
+    if body is not None:
+        data = json.dumps(body).encode()
+        headers["Content-Type"] = "application/json"
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(urllib.request.Request(url, data=data, headers=headers), timeout=timeout) as answer:
+            content = answer.read()
+    except (OSError, http.client.HTTPException):  # HTTPError (4xx, 5xx) and timeouts are OSErrors
+        return None
+    try:
+        return json.loads(content)
+    except ValueError:
+        return content.decode("utf-8", "replace")
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The newest answers. Times are ``time.monotonic()`` seconds of the last answer, 0.0: none yet."""
+
+    api: Mapping[str, Any] | None = None
+    """``/status``; None: does not answer now."""
+    api_at: float = 0.0
+    gateway: Mapping[str, Any] | None = None
+    """``/health``; None: does not answer now."""
+    gateway_at: float = 0.0
+    generated_at: float = 0.0
+    """When the first generation through the gateway succeeded, since the trainer's last start."""
+    counters: Mapping[str, float] | None = None
+    """The gateway's counters by name, labels summed up."""
+    tokens_per_second: float | None = None
+    requests_per_second: float | None = None
+
+
+class Poller:
+    """Asks API and gateway every half second from a thread of its own, so that a frozen one blocks nobody.
+
+    ``api_url``, ``gateway_url``: None: is not asked. ``stop()`` ends the thread within the probes' timeout.
+    """
+
+    def __init__(
+        self,
+        api_url: str | None,
+        gateway_url: str | None,
+        *,
+        api_token: str | None = None,
+        gateway_key: str | None = None,
+        model_name: str = "",
+    ) -> None:
+        self._api_url = api_url
+        self._gateway_url = gateway_url
+        self._api_token = api_token
+        self._gateway_key = gateway_key
+        self._model_name = model_name
+        self._seen = Seen()
+        self._ended = threading.Event()
+        self._rated: tuple[float, float, float] | None = None
+        self._threads = [
+            threading.Thread(target=self._loop, args=(ask,), name=f"poll-{name}", daemon=True)
+            for name, ask, url in (("api", self._ask_api, api_url), ("gateway", self._ask_gateway, gateway_url))
+            if url is not None
+        ]
+        self._lock = threading.Lock()
+
+    @property
+    def seen(self) -> Seen:
+        return self._seen
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Ends the asking; waits for nothing (the threads are daemons and hold nothing)."""
+        self._ended.set()
+
+    def expect_new_gateway(self) -> None:
+        """The trainer is started anew: what was seen of the one before does not count."""
+        with self._lock:
+            self._seen = replace(self._seen, gateway=None, gateway_at=0.0, generated_at=0.0, counters=None)
+            self._rated = None
+
+    def expect_new_api(self) -> None:
+        with self._lock:
+            self._seen = replace(self._seen, api=None, api_at=0.0)
+
+    def _loop(self, ask: Any) -> None:
+        while not self._ended.wait(_INTERVAL):
+            ask()
+
+    def _ask_api(self) -> None:
+        status = request_json(f"{self._api_url}/status", token=self._api_token)
+        good = isinstance(status, dict) and "current_step" in status
+        with self._lock:
+            now = time.monotonic()
+            self._seen = replace(self._seen, api=status, api_at=now) if good else replace(self._seen, api=None)
+
+    def _ask_gateway(self) -> None:
+        health = request_json(f"{self._gateway_url}/health")
+        if not isinstance(health, dict):
+            with self._lock:
+                self._seen = replace(self._seen, gateway=None, tokens_per_second=None, requests_per_second=None)
+            return
+        text = request_json(f"{self._gateway_url}/metrics", token=self._gateway_key)
+        counters = _counters(text) if isinstance(text, str) else None
+        now = time.monotonic()
+        tokens, requests = self._rates(counters, now)
+        with self._lock:
+            self._seen = replace(
+                self._seen,
+                gateway=health,
+                gateway_at=now,
+                counters=counters,
+                tokens_per_second=tokens,
+                requests_per_second=requests,
+            )
+        if not self._seen.generated_at and not health.get("paused") and health.get("policy_version", -1) >= 0:
+            self._generate()
+
+    def _generate(self) -> None:
+        body = {"model": self._model_name, "prompt": "a", "max_tokens": 1, "temperature": 1.0}
+        url = f"{self._gateway_url}/v1/completions"
+        answer = request_json(url, token=self._gateway_key, body=body, timeout=_GENERATION_SECONDS)
+        if isinstance(answer, dict) and answer.get("choices"):
+            with self._lock:
+                self._seen = replace(self._seen, generated_at=time.monotonic())
+
+    def _rates(self, counters: Mapping[str, float] | None, now: float) -> tuple[float | None, float | None]:
+        if counters is None:
+            return None, None
+        tokens = counters.get("generated_tokens_total", 0.0)
+        requests = counters.get("requests_total", 0.0)
+        before, self._rated = self._rated, (now, tokens, requests)
+        if before is None or now <= before[0]:
+            return None, None
+        seconds = now - before[0]
+        return max(0.0, tokens - before[1]) / seconds, max(0.0, requests - before[2]) / seconds
+
+
+def _counters(text: str) -> dict[str, float]:
+    """Prometheus text → name without our prefix → value, labels summed up."""
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        if line.startswith("#") or not line.startswith(_PREFIX):
+            continue
+        name, _, value = line.rpartition(" ")
+        name = name.split("{", 1)[0].removeprefix(_PREFIX)
+        try:
+            found[name] = found.get(name, 0.0) + float(value)
+        except ValueError:
+            continue
+    return found
+
+
+def environments_of(status: Mapping[str, Any] | None) -> list[Mapping[str, Any]] | None:
+    """What the API says of each environment; None where it (upstream's) says nothing of them."""
+    listed = (status or {}).get("environments")
+    return [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else None
+
+
+def connected_entries(status: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]:
+    """The API's entries for the process called ``name`` that count as connected; restarts leave older ones behind."""
+    pattern = re.compile(rf"{re.escape(name)}(_\d+)?")
+    return [
+        item
+        for item in environments_of(status) or ()
+        if pattern.fullmatch(str(item.get("name") or item.get("real_name") or item.get("desired_name")))
+        and item.get("state", "alive") == "alive"
+        and item.get("connected", True)
+    ]
+
+
+def disconnect_environment(api_url: str, env_id: int, token: str | None) -> bool:
+    """Tell the API that an environment is gone: a dead one keeps its weight and its allocation. True: it knows."""
+    answer = request_json(f"{api_url}/disconnect-env", token=token, body={"env_id": env_id})
+    return isinstance(answer, dict) and answer.get("status") == "success"
