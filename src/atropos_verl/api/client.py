@@ -30,6 +30,7 @@ from atropos_verl.api.messages import (
     TrainerRegistration,
     WandbInfo,
 )
+from atropos_verl.api.packed import MAGIC, MEDIA_TYPE
 from atropos_verl.api.retry import RetryPolicy, Rule, pause
 from atropos_verl.errors import AtroposAPIError, AtroposProtocolError, AtroposTimeoutError, ConfigError
 
@@ -75,6 +76,7 @@ class AtroposClient:
         retry_delay: float = 0.3,
         max_wait_time: float = 12.0,
         lease_seconds: float | None = None,
+        packed: bool = True,
         transport: httpx.BaseTransport | None = None,
         trust_env: bool | None = None,
     ) -> None:
@@ -90,6 +92,7 @@ class AtroposClient:
             retry_delay: seconds after the first try; grows by 1.5 with each.
             max_wait_time: seconds that ``get_batch`` waits for a batch.
             lease_seconds: ask for leased batches (an API without leases ignores it).
+            packed: offer to take batches as arrays (``api/packed.py``); an API that does not know them sends JSON.
             transport: replaces the network, for tests.
             trust_env: use proxies from the environment; None: for every host but this machine.
 
@@ -105,7 +108,9 @@ class AtroposClient:
         self.retry = RetryPolicy(int(retry_attempts), at_least(retry_delay, "batch_retry_delay", 0.0))
         if lease_seconds is not None:
             at_least(lease_seconds, "lease_seconds", 0.0, exclusive=True)
-        self._lease = {} if lease_seconds is None else {"X-Atropos-Lease": f"{lease_seconds:g}"}
+        self._batch_headers = {"Accept": f"{MEDIA_TYPE}, application/json"} if packed else {}
+        if lease_seconds is not None:
+            self._batch_headers["X-Atropos-Lease"] = f"{lease_seconds:g}"
         self._base = api_url.rstrip("/")
         proxied = not is_this_machine(host) if trust_env is None else trust_env  # a proxy may be reached by TLS, too
         trust = check_trust(verify, needed=proxied or not api_url.lower().startswith("http:"))
@@ -323,13 +328,15 @@ class AtroposClient:
         return fields
 
     def _fetch(self, seconds: float, should_stop: Callable[[], None] | None) -> tuple[bytes | None, str | None]:
-        call = self._call("GET", "/batch", headers=self._lease)
+        call = self._call("GET", "/batch", headers=self._batch_headers)
         answer = self._send(call, Rule.UNSENT, seconds, should_stop)
         lease_id = answer.headers.get("X-Atropos-Lease-Id")
         return (answer.body, lease_id) if self._holds_batch(call, answer) else (None, None)
 
     def _holds_batch(self, call: Call, answer: Answer) -> bool:
         body = answer.body
+        if body.startswith(MAGIC):  # complete: its length was announced, or it was sent in chunks with an end
+            return True
         if not body[:64].lstrip().startswith(b"{"):
             raise not_atropos(call, f"{call.name} gave {body[:120]!r}, which is not a JSON object")
         if not body[-64:].rstrip().endswith(b"}"):
