@@ -110,8 +110,9 @@ def fit(
                 rewards.append(report.metrics["reward/mean"])
             if config.save_freq > 0 and (trainer.step % config.save_freq == 0 or trainer.step == config.steps):
                 progress.phase(f"saving checkpoint {trainer.step}")
-                save_checkpoint(trainer, extra())
-                saved_at = trainer.step
+                with held_interrupts():
+                    save_checkpoint(trainer, extra())
+                    saved_at = trainer.step
             elif config.save_freq <= 0:
                 trainer.journal.discard_through(trainer.step)  # no checkpoint will ever cover it
     except BaseException as error:
@@ -135,7 +136,8 @@ def _save_what_was_trained(
         )
         return
     try:
-        directory: Path = save_checkpoint(trainer, extra())
+        with held_interrupts(deliver=False):
+            directory: Path = save_checkpoint(trainer, extra())
     except CheckpointError as second:
         error.add_note(f"(and the trained steps since {saved_at} could not be saved: {second})")
     else:

@@ -20,12 +20,15 @@ _ONE_INTERRUPT_SECONDS = 1.0
 
 
 @contextmanager
-def held_interrupts() -> Iterator[None]:
+def held_interrupts(*, deliver: bool = True) -> Iterator[None]:
     """SIGINT and SIGTERM are delivered when the block ends; a second one, over a second later, at once.
 
     An exception of the block goes up as it is, and the signal is dropped: the run is ending anyway, and its cause is
     the better explanation. Blocks may be nested. Outside the main thread, where Python delivers no signal, nothing
     is done.
+
+    Args:
+        deliver: False drops the first signal altogether: for the last things that a run does before it ends anyway.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -40,7 +43,7 @@ def held_interrupts() -> Iterator[None]:
 
     def note(number: int, frame: FrameType | None) -> None:
         if not first:
-            logger.info("%s: the step is finished first; again to stop at once", signal.Signals(number).name)
+            logger.info("%s: finishing what must be whole first; again to stop at once", signal.Signals(number).name)
             first.append((number, time.monotonic()))
         elif time.monotonic() - first[0][1] > _ONE_INTERRUPT_SECONDS:
             restore()
@@ -53,5 +56,5 @@ def held_interrupts() -> Iterator[None]:
         yield
     finally:
         restore()
-    if first:
+    if first and deliver:
         signal.raise_signal(first[0][0])

@@ -87,10 +87,30 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _log_to(handler: logging.Handler) -> None:
+    # The only handler of the root logger: verl's basicConfig then adds none that writes into the live table.
+    logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)
+    # torch writes this one deprecation of its own past every handler, onto the terminal.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+
+
 def _serve_rank(config: RunConfig) -> int:
+    # What all ranks say is in rank 0's log already; on the terminal only what goes wrong here.
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)  # libraries give their own loggers lower levels
+    _log_to(handler)
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)
     from atropos_verl.local.worker import PolicyWorker
 
-    PolicyWorker(config, resolve_model_path(config)).serve()
+    # Until the ranks have met, whoever ends this one ends it at once: nothing here is worth saving.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    worker = PolicyWorker(config, resolve_model_path(config))
+    # From now on rank 0 decides: a Ctrl-C reaches every rank, and rank 0 needs this one to save what was trained. When
+    # rank 0 dies without a word the connection breaks, and serve() raises.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    worker.serve()
     return 0
 
 
@@ -215,12 +235,8 @@ class _Run:
             raise ConfigError(f"cannot write to {self.run_dir}: {error.strerror}", "run_dir") from error
         handler = logging.FileHandler(self.run_dir / "logs" / "trainer.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        # The only handler of the root logger: verl's basicConfig then adds none that writes into the live table.
-        logging.getLogger().addHandler(handler)
+        _log_to(handler)
         logging.getLogger("atropos_verl").setLevel(logging.INFO)
-        logging.captureWarnings(True)
-        # torch writes this one deprecation of its own past every handler, onto the terminal.
-        logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
     def _summarise(self, trainer: AtroposTrainer, rewards: list[float], progress: ProgressReporter) -> None:
         from atropos_verl.report.metrics_log import write_summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,9 +87,10 @@ class LocalStack:
 
     def close(self) -> None:
         """Stop gateway, engine and worker. Safe to call twice."""
-        self.gateway.stop(timeout=10.0)
-        self.engine.close()
-        self.worker.close()
+        with ExitStack() as stack:  # a part that fails to stop, or a second Ctrl-C, does not spare the others
+            stack.callback(self.worker.close)
+            stack.callback(self.engine.close)
+            stack.callback(self.gateway.stop, timeout=10.0)
 
 
 def _build_canary(config: RunConfig, worker: PolicyWorker, engine: TransformersEngine, tokenizer: Any) -> Canary:

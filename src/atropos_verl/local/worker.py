@@ -107,7 +107,10 @@ class PolicyWorker:
         """Release the other ranks from ``serve()``. Safe to call twice."""
         if not self._closed:
             self._closed = True
-            self._broadcast("stop", ())
+            try:
+                self._broadcast("stop", ())
+            except RuntimeError as error:  # torch's word for a broken connection
+                logger.warning("the other ranks are gone already: %s", error)
 
     def serve(self) -> None:
         """Ranks above 0: run what rank 0 asks for until it closes."""
@@ -177,7 +180,9 @@ class PolicyWorker:
         tu.assign_non_tensor(data, compute_loss=False)
         output = self._worker.infer_batch(data)
         mine: list[tuple[int, FloatArray]] = []
-        for index, row in zip(shares[self.rank], output["log_probs"].unbind(), strict=True):
+        # A rank without samples of its own (the canary is one sample for all ranks) computed a filler.
+        rows = output["log_probs"].unbind()[: len(shares[self.rank])]
+        for index, row in zip(shares[self.rank], rows, strict=True):
             values = np.zeros(len(samples[index]))
             values[1:] = row[:-1].to(torch.float64).cpu().numpy()  # verl: entry t is the logprob of token t + 1
             mine.append((index, values))

@@ -1,0 +1,216 @@
+"""Whole runs in processes of their own: attached to an API that the user runs, and under torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from support.http_faults import wait_for
+from support.malformed import MalformedGroup, malformed_cases
+from support.runs import REPOSITORY, SMALL, TrainingRun, checkpointed_step, metrics_of
+from support.upstream_api import UpstreamApi, upstream_api
+
+from atropos_verl.api.client import AtroposClient
+
+pytestmark = pytest.mark.slow
+
+BATCH_SIZE, GROUP_SIZE = 128, 4
+GROUPS = BATCH_SIZE // GROUP_SIZE
+MALFORMED = 1000
+STEPS = 2 + -(-MALFORMED // GROUPS) + 4
+"""Two before the malformed groups, as many as they fill, and a few after."""
+DEMO_MODEL = REPOSITORY / "src" / "atropos_verl" / "assets" / "demo_model"
+
+_CLIENT = """
+import json, sys, threading, urllib.request
+
+def ask():
+    body = {"model": "demo", "prompt": "sun", "max_tokens": 48, "ignore_eos": True, "temperature": 1.0, "n": 4}
+    while True:
+        request = urllib.request.Request(sys.argv[1] + "/v1/completions", json.dumps(body).encode(),
+                                         {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            answer.read()
+        print("answered", flush=True)
+
+for _ in range(8):
+    threading.Thread(target=ask).start()
+"""
+"""Eight requests to the gateway at any time, until it is killed."""
+
+
+@contextlib.contextmanager
+def process(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of the user's, killed by its pid at the end."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with log.open("wb") as file:
+        running = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=log.parent)
+    try:
+        yield running
+    finally:
+        running.kill()
+        running.wait(timeout=20.0)
+
+
+def environment_command(api: UpstreamApi, gateway: str) -> list[str]:
+    """As docs/bring-your-own-environment.md has it."""
+    script = REPOSITORY / "examples" / "environments" / "spell_backward.py"
+    options = {
+        "--slurm": "false",
+        "--env.group_size": str(GROUP_SIZE),
+        "--env.rollout_server_url": api.url,
+        "--env.tokenizer_name": str(DEMO_MODEL),
+        "--env.total_steps": "100000",
+        "--env.max_batches_offpolicy": "1",
+        "--openai.base_url": f"{gateway}/v1",
+        "--openai.server_type": "vllm",
+        "--openai.model_name": str(DEMO_MODEL),
+        "--openai.tokenizer_name": str(DEMO_MODEL),
+    }
+    return [sys.executable, str(script), "serve", *(word for option in options.items() for word in option)]
+
+
+def abandoned(gateway: str) -> int:
+    """How many requests to /v1/completions, which only our client calls, ended because the client went away."""
+    text = httpx.get(f"{gateway}/metrics", timeout=10.0, trust_env=False).text
+    found = re.search(r'requests_total\{endpoint="/v1/completions",status="499"\} (\d+)', text)
+    return int(found.group(1)) if found else 0
+
+
+@dataclass
+class Attached:
+    """What one attached run did while its gateway's client was killed and malformed groups were posted."""
+
+    run_dir: Path
+    code: int
+    stdout: str
+    stderr: str
+    abandoned: int
+    killed_at_step: int
+    others_alive: bool
+    cases: list[MalformedGroup] = field(default_factory=list)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return metrics_of(self.run_dir)
+
+
+@pytest.fixture(scope="module")
+def attached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attached]:
+    directory = tmp_path_factory.mktemp("attached")
+    vocab_size = json.loads((DEMO_MODEL / "config.json").read_text())["vocab_size"]
+    cases = malformed_cases(11, MALFORMED, group_size=GROUP_SIZE, vocab_size=vocab_size, same_size=True)
+    with contextlib.ExitStack() as stack:
+        api = stack.enter_context(upstream_api(directory))
+        words = [f"atropos.api_url={api.url}", f"steps={STEPS}", *SMALL]
+        words += [f"batch_size={BATCH_SIZE}", f"group_size={GROUP_SIZE}"]
+        run = stack.enter_context(TrainingRun(words, run_dir=directory / "run"))
+        run.wait_for_output("environments are to use the gateway at http://127.0.0.1:")
+        gateway = run.stdout.split("environments are to use the gateway at ")[1].split("/v1")[0]
+        env = stack.enter_context(process(environment_command(api, gateway), directory / "environment.log"))
+        command = [sys.executable, "-c", _CLIENT, gateway]
+        client = stack.enter_context(process(command, directory / "client.log"))
+        run.wait_for_step(1)
+        wait_for(lambda: (directory / "client.log").read_text().count("answered") >= 8, "answers to the client", 60.0)
+        client.kill()
+        killed_at_step = run.metrics()[-1]["step"]
+        wait_for(lambda: abandoned(gateway) > 0, "a request of the killed client given up", 60.0)
+        given_up = abandoned(gateway)
+        run.wait_for_step(2)
+        with AtroposClient(api.url, timeout=60.0) as poster:
+            poster.post_scored_data_list([case.encode() for case in cases])
+        code = run.wait(timeout=120.0)
+        run.assert_nothing_left()
+        others_alive = env.poll() is None and api.process.poll() is None
+        yield Attached(
+            run.run_dir or directory, code, run.stdout, run.stderr, given_up, killed_at_step, others_alive, cases
+        )
+
+
+def test_attached_to_the_users_api_it_trains_and_ends_only_itself(attached: Attached) -> None:
+    assert attached.code == 0
+    assert attached.stderr == ""
+    assert [line["step"] for line in attached.metrics] == list(range(1, STEPS + 1))
+    assert "starting the" not in attached.stdout
+    assert sorted(path.name for path in (attached.run_dir / "logs").iterdir()) == ["trainer.log"]
+    assert attached.others_alive, "API and environment are the user's"
+
+
+def test_a_killed_client_of_the_gateway_disturbs_nobody(attached: Attached) -> None:
+    assert 1 <= attached.abandoned <= 8
+    assert attached.killed_at_step < STEPS
+    assert attached.code == 0
+    after = [line for line in attached.metrics if line["step"] > attached.killed_at_step]
+    assert sum(line["data/trained_tokens"] for line in after) > 0
+
+
+def test_a_thousand_malformed_groups_are_quarantined_each_with_its_reason(attached: Attached) -> None:
+    lines = attached.metrics
+    assert sum(line["data/quarantined"] for line in lines) == MALFORMED
+    # No batch lost a group on the way: what was not refused was used.
+    assert sum(line["data/groups"] for line in lines) == STEPS * GROUPS - MALFORMED
+    summary = json.loads((attached.run_dir / "summary.json").read_text())
+    assert summary["groups_quarantined"] == MALFORMED
+    files = [json.loads(path.read_text()) for path in (attached.run_dir / "quarantine").iterdir()]
+    refused = Counter(json.dumps(file["group"]["tokens"]) for file in files)
+    assert refused == Counter(json.dumps(case.group["tokens"]) for case in attached.cases)
+    assert all(len(file["reason"]) > 10 for file in files)
+
+
+def test_malformed_groups_leave_training_unharmed(attached: Attached) -> None:
+    lines = attached.metrics
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    trained = [line for line in lines if line["data/trained_tokens"]]
+    assert {line["step"] for line in trained} >= {1, 2, STEPS - 1, STEPS}
+    assert lines[-1]["policy_version"] == len(trained), "a batch without a good group makes no optimiser step"
+    assert all(line["sync/canary_max_abs_logprob_diff"] < 1e-3 for line in lines)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("torchrun") / "run"
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def test_two_ranks_are_stopped_by_ctrl_c(two_ranks: Path) -> None:
+    with TrainingRun(["steps=1000", *SMALL], run_dir=two_ranks, launcher=TORCHRUN) as run:
+        run.wait_for_step(2)
+        run.interrupt_group(signal.SIGINT)
+        assert run.wait() != 0
+        run.assert_nothing_left()
+        assert "\ninterrupted\n" in run.stderr
+        step = metrics_of(two_ranks)[-1]["step"]
+        assert f"(steps up to {step} are saved in {two_ranks}/checkpoints/global_step_{step}" in run.stderr
+        assert "[rank1]" not in run.stderr, "the other rank ends in order, and says nothing"
+    assert checkpointed_step(two_ranks) == step
+
+
+def test_two_ranks_train_to_the_end(two_ranks: Path) -> None:
+    before = checkpointed_step(two_ranks)
+    with TrainingRun([f"steps={before + 3}", *SMALL], run_dir=two_ranks, launcher=TORCHRUN) as run:
+        assert run.wait(timeout=120.0) == 0
+        run.assert_nothing_left()
+        assert run.stderr == ""
+    lines = metrics_of(two_ranks)
+    assert [line["policy_version"] for line in lines] == list(range(1, before + 4))
+    assert all(math.isfinite(line["loss"]) and line["data/sequences"] == 16 for line in lines)
+    actor = two_ranks / "checkpoints" / f"global_step_{before + 3}" / "actor"
+    assert {path.name for path in actor.glob("model_world_size_*")} == {
+        "model_world_size_2_rank_0.pt",
+        "model_world_size_2_rank_1.pt",
+    }
