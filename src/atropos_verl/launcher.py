@@ -74,11 +74,13 @@ def load_launch(
 
     launch_keys = tuple(LaunchConfig.model_fields)
     known = [name for name, *_ in describe_launch()]
+    # Without environments: files name their own, and composing merges mappings.
+    schema = {**RunConfig().model_dump(mode="json"), **LaunchConfig().model_dump(mode="json"), "environments": {}}
     values = compose_values(
         overrides,
         config_dir,
         config_name or "launch_schema",
-        schemas={"launch_schema": {**RunConfig().model_dump(mode="json"), **LaunchConfig().model_dump(mode="json")}},
+        schemas={"launch_schema": schema},
         extra_keys=known,
         open_sections=("environments", "trainer_process.env"),
     )

@@ -40,9 +40,19 @@ class EnvironmentPlan:
 
 
 def plan_environments(
-    config: RunConfig, launch: LaunchConfig, *, run_dir: Path, model_path: Path, api_url: str, gateway_url: str
+    config: RunConfig,
+    launch: LaunchConfig,
+    *,
+    run_dir: Path,
+    model_path: Path,
+    api_url: str,
+    gateway_url: str,
+    own_api: bool,
 ) -> EnvironmentPlan:
     """The processes of all chosen environments.
+
+    Args:
+        own_api: the API is started here; if not, it may be upstream's.
 
     Raises:
         ConfigError: none is left; a script does not exist; group sizes or allocations do not fit the batch size.
@@ -50,8 +60,9 @@ def plan_environments(
     chosen = launch.chosen
     if not chosen:
         raise ConfigError("no environment to start; name some, or leave environments out of only", "environments")
-    warnings = list(_check_groups(config, launch))
-    allocations, notes = allocate(config, launch)
+    embedded = own_api and launch.api.server == "embedded"
+    warnings = list(_check_groups(config, launch, embedded=embedded))
+    allocations, notes = allocate(config, launch, embedded=embedded)
     warnings += notes
     services: list[PlannedEnvironment] = []
     for name, settings in chosen.items():
@@ -87,7 +98,7 @@ def plan_environments(
 # ---------------------------------------------------------------------- shares of the batch
 
 
-def allocate(config: RunConfig, launch: LaunchConfig) -> tuple[dict[str, float | None], list[str]]:
+def allocate(config: RunConfig, launch: LaunchConfig, *, embedded: bool) -> tuple[dict[str, float | None], list[str]]:
     """``--env.min_batch_allocation`` of one process of each environment, and what to warn of.
 
     Atropos itself uses weights only to bound concurrent requests (512 times the share, which seldom binds), so a
@@ -106,7 +117,7 @@ def allocate(config: RunConfig, launch: LaunchConfig) -> tuple[dict[str, float |
     warnings: list[str] = []
     if len(chosen) < 2 or not uneven or weights <= 0 or not free:
         return result, warnings
-    if launch.api.server == "upstream" or not launch.starts("api") or config.atropos.api_url is not None:
+    if not embedded:  # upstream stops delivering when an environment with an allocation dies: only where asked for
         return result, [_WEIGHTS_ONLY]
     for name, settings in free.items():
         result[name] = _per_copy(config, (1 - total) * settings.weight / weights, settings)
@@ -141,11 +152,10 @@ def _group_size(config: RunConfig, settings: EnvironmentConfig) -> int:
     return settings.group_size or config.group_size
 
 
-def _check_groups(config: RunConfig, launch: LaunchConfig) -> list[str]:
+def _check_groups(config: RunConfig, launch: LaunchConfig, *, embedded: bool) -> list[str]:
     """Raises ``ConfigError`` where no batch can be filled exactly; what to warn of otherwise."""
     sizes = {name: _group_size(config, settings) for name, settings in launch.chosen.items()}
     largest = max(sizes.values())
-    strict = launch.api.server == "upstream" or config.atropos.api_url is not None
     for name, size in sizes.items():
         key = f"environments.{name}.group_size"
         if size > config.batch_size:
@@ -155,7 +165,7 @@ def _check_groups(config: RunConfig, launch: LaunchConfig) -> list[str]:
                 f"groups of {size} do not fill a batch of {config.batch_size} exactly beside groups of {largest}: "
                 "batch_size must be a multiple of each group size, and the largest of every other"
             )
-            if strict:
+            if not embedded:
                 raise ConfigError(f"{message}; an upstream API would never deliver a batch", key)
             return [f"{key}: {message}; some batches will be smaller"]
     return []

@@ -89,7 +89,7 @@ class EnvironmentConfig(_Section):
 class ApiProcessConfig(_Section):
     """The trajectory API that is started when ``atropos.api_url`` is null."""
 
-    server: Literal["embedded", "upstream"] = Field("upstream", description="embedded: ours, durable; or atroposlib's")
+    server: Literal["embedded", "upstream"] = Field("embedded", description="embedded: ours, durable; or atroposlib's")
     host: str = Field("127.0.0.1", description="address to bind")
     port: Port = Field(0, description="0: any free port")
     data_dir: str | None = Field(None, description="where its log lies; null: run_dir/api")
@@ -138,9 +138,16 @@ class LaunchConfig(_Section):
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> LaunchConfig:
-        """Validate a nested mapping. Raises ``ConfigError`` naming every key that is wrong."""
+        """Validate a nested mapping. Raises ``ConfigError`` naming every key that is wrong.
+
+        An environment that is null is left out; without any the demo's is taken.
+        """
+        values = dict(values)
+        named = values.pop("environments", None) or {}
+        if isinstance(named, Mapping):
+            named = {key: value for key, value in named.items() if value is not None}
         try:
-            return cls.model_validate(dict(values))
+            return cls.model_validate({**values, **({"environments": named} if named else {})})
         except ValidationError as error:
             lines = [_line(item["loc"], item["msg"], item["type"], item["input"]) for item in error.errors()]
             raise ConfigError("\n".join(lines)) from None

@@ -123,6 +123,10 @@ class Poller:
     def _ask_api(self) -> None:
         status = request_json(f"{self._api_url}/status", token=self._api_token)
         good = isinstance(status, dict) and "current_step" in status
+        if good and isinstance(status.get("environments"), int):  # ours: the number here, one row each there
+            page = request_json(f"{self._api_url}/page-data", token=self._api_token)
+            rows = page.get("environments") if isinstance(page, dict) else None
+            status = {**status, "environments": rows}
         with self._lock:
             now = time.monotonic()
             self._seen = replace(self._seen, api=status, api_at=now) if good else replace(self._seen, api=None)

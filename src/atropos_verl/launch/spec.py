@@ -126,6 +126,7 @@ def make_plan(
             model_path=model_path,
             api_url=addresses.api_url,
             gateway_url=addresses.gateway_url,
+            own_api=addresses.own_api,
         )
         services += [
             Service(

@@ -83,8 +83,19 @@ def step_report(
         "perf/trained_tokens_per_second": tokens / seconds["step"] if seconds["step"] > 0 else 0.0,
         "perf/peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+    metrics.update(_per_environment(data, report))
     metrics.update({f"actor/{key}": value for key, value in figures.items() if key not in ("tokens", "loss")})
     return StepReport(step=step, policy_version=policy_version, loss=loss, metrics=metrics)
+
+
+def _per_environment(data: RolloutData, report: SampleReport) -> dict[str, float | int | None]:
+    """Trained sequences and mean reward of each environment, by the id that the API gave it."""
+    found: dict[str, float | int | None] = {}
+    for env_id in sorted({group.env_id for group in data.groups if group.env_id is not None}):
+        scores = np.array([sample.score for sample in report.samples if sample.env_id == env_id])
+        found[f"env/{env_id}/sequences"] = int(scores.size)
+        found[f"env/{env_id}/reward"] = float(scores.mean()) if scores.size else None
+    return found
 
 
 def _mean_abs_advantage(report: SampleReport) -> float | None:
