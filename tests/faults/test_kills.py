@@ -85,6 +85,17 @@ def test_a_service_is_killed(service: str, run_dir: Path) -> None:
         assert_saved(run, run_dir, before)
 
 
+def test_an_environment_that_cannot_start_is_named_rather_than_its_evaluation(tmp_path: Path) -> None:
+    script = tmp_path / "my_env.py"
+    script.write_text("raise ImportError('no fancy_dependency here')\n")
+    with TrainingRun([f"env.script={script}"], run_dir=tmp_path / "run") as run:
+        assert run.wait(timeout=90) == 1
+        run.assert_nothing_left()
+        assert re.search(r"^environment \(pid \d+\) exited with code 1; its log is", run.stderr, re.MULTILINE)
+        assert run.stderr.rstrip().endswith("ImportError: no fancy_dependency here")
+    assert checkpointed_step(tmp_path / "run") == 0
+
+
 def test_the_trainer_is_killed(run_dir: Path) -> None:
     before = checkpointed_step(run_dir)
     with started(run_dir) as run:

@@ -71,8 +71,11 @@ class LocalServices:
         process, result = self._evaluations.pop(label)
         deadline = time.monotonic() + self.config.eval.timeout
         try:
-            while process.is_running():
+            while True:
+                # First the others: what killed an evaluation killed the environment as well, and that is the news.
                 self.processes.check_all()
+                if not process.is_running():
+                    break
                 if time.monotonic() > deadline:
                     raise ServiceError(
                         f"{process.spec.name} took longer than eval.timeout={self.config.eval.timeout:g} s",
