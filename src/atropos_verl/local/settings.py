@@ -90,6 +90,7 @@ def _compose(
         ConfigStore.instance().store(name=name, node=dict(node))
     directory = (config_dir or Path(__file__).parent).absolute()
     words = [_allow_new_keys(word, sections) for word in overrides]
+    _check_syntax(words)
     try:
         GlobalHydra.instance().clear()
         with initialize_config_dir(config_dir=str(directory), version_base=None):
@@ -99,6 +100,19 @@ def _compose(
         raise ConfigError(f"{str(error).strip()}") from None
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def _check_syntax(words: list[str]) -> None:
+    """Hydra's parser says where in a word it stumbled, but not in which word."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    for word in words:
+        try:
+            parser.parse_override(word)
+        except HydraException as error:
+            raise ConfigError(f"{word!r} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _allow_new_keys(word: str, sections: Sequence[str]) -> str:
