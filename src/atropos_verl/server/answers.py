@@ -20,7 +20,7 @@ import msgspec
 from atropos_verl.api import packed
 from atropos_verl.server.model import StoredGroup
 from atropos_verl.server.state import State
-from atropos_verl.server.validation import Fields
+from atropos_verl.server.validation import Fields, KnownFields
 
 __all__ = ["Answer", "Compressor", "choose_encoding", "compressor", "json_answer", "json_parts", "pack", "packed_parts"]
 
@@ -79,7 +79,7 @@ def packed_parts(groups: Iterable[StoredGroup], state: State) -> list[bytes]:
 
 def pack(raw: bytes, digest: bytes, env_id: int | None, fields: Fields | None = None) -> bytes:
     """The packed form of a checked group; ``fields``: its decoded form, when that is at hand."""
-    if fields is None:
+    if not isinstance(fields, KnownFields):  # what it does not know could not be packed
         try:
             fields = _DECODE.decode(raw)
         except (msgspec.DecodeError, RecursionError):
@@ -97,11 +97,7 @@ def pack(raw: bytes, digest: bytes, env_id: int | None, fields: Fields | None = 
     )
 
 
-class _KnownOnly(Fields, forbid_unknown_fields=True):
-    pass
-
-
-_DECODE = msgspec.json.Decoder(_KnownOnly)
+_DECODE = msgspec.json.Decoder(KnownFields)
 
 
 def _fits(fields: Fields) -> bool:

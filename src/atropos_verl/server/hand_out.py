@@ -86,7 +86,7 @@ class HandOut:
         send: Send,
     ) -> None:
         connection = self._connections.get(client)
-        gone = asyncio.ensure_future(receive())  # ends when the client goes away, or with the response
+        gone = asyncio.create_task(_disconnected(receive))
         arrived = False
         try:
             await self._store.persistence.synced()
@@ -139,10 +139,14 @@ class HandOut:
                 self._store.batches.close(lease_id)
 
 
-def _is_gone(gone: asyncio.Future[Mapping[str, Any]], connection: Connection | None) -> bool:
-    if connection is not None:
-        return connection.lost
-    return gone.done() and not gone.cancelled() and gone.result()["type"] == "http.disconnect"
+async def _disconnected(receive: Receive) -> None:
+    """Ends when the client goes away (or when the response is complete)."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _is_gone(gone: asyncio.Task[None], connection: Connection | None) -> bool:
+    return gone.done() if connection is None else connection.lost
 
 
 def _headers(batch: Batch, media_type: str) -> list[tuple[bytes, bytes]]:
@@ -169,7 +173,7 @@ async def _send_parts(
     encoding: str | None,
     headers: list[tuple[bytes, bytes]],
     send: Send,
-    gone: asyncio.Future[Mapping[str, Any]],
+    gone: asyncio.Task[None],
 ) -> int:
     """Everything but the end of the response. Stops when the client is gone. Returns the bytes sent."""
     if encoding is None:

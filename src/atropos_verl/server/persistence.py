@@ -155,6 +155,10 @@ class Persistence:
                 places[seq] = segment
             events.append(event)
         self._replay(events, bodies)
+        missing = [seq for seq, group in self.state.groups.items() if not group.raw]
+        if missing:
+            reason = f"{log.directory} lacks the bodies of {len(missing)} groups; was a segment-*.log removed by hand?"
+            raise LogDamagedError(f"{reason} Restore it, or move the directory away to start anew")
         for seq in self.state.groups:
             self._place(seq, places[seq])
         self._rotate(log)

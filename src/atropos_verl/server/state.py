@@ -208,13 +208,13 @@ class State:
         )
 
     def load(self, saved: Snapshot, bodies: Mapping[int, bytes]) -> None:
-        """Become ``saved``. ``bodies``: seq → JSON, of every group in it at least."""
+        """Become ``saved``. ``bodies``: seq → JSON; one that is missing was dropped later, and its file deleted."""
         self._clear()
         self.next_seq, self.step, self.started = saved.next_seq, saved.step, saved.started
         self.registration, self.environments = saved.registration, saved.environments
         self.totals = Counter(saved.totals)
         for meta in saved.groups:
-            self.groups[meta.seq] = group = _stored(meta, bodies[meta.seq])
+            self.groups[meta.seq] = group = _stored(meta, bodies.get(meta.seq, b""))
             self._count_held(group, 1)
         self.outstanding = {batch.lease_id: _batch(batch) for batch in saved.outstanding}
         self.returned = [_batch(batch) for batch in saved.returned]
@@ -229,7 +229,7 @@ class State:
         self.superseded = OrderedDict.fromkeys(saved.superseded)
         self.keys = OrderedDict((key, (digest, reply)) for key, digest, reply in saved.keys)
         self.recent = OrderedDict(((env_id, digest), at) for env_id, digest, at in saved.recent)
-        self.latest = next(reversed(self.groups.values())).raw if self.groups else None
+        self.latest = next((group.raw for group in reversed(self.groups.values()) if group.raw), None)
 
 
 def _stored(meta: GroupMeta, raw: bytes) -> StoredGroup:

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-__all__ = ["CheckedGroup", "Fields", "Refusal", "check_group", "split_list"]
+__all__ = ["CheckedGroup", "Fields", "KnownFields", "Refusal", "check_group", "split_list"]
 
 _EXTRAS = ("advantages", "ref_logprobs", "inference_logprobs")
 _MAX_TOKEN = 2**31 - 1
@@ -48,7 +48,7 @@ class Fields(msgspec.Struct):
     distill_logprobs: Any | msgspec.UnsetType = msgspec.UNSET
 
 
-class _KnownOnly(Fields, forbid_unknown_fields=True):
+class KnownFields(Fields, forbid_unknown_fields=True):
     """Refuses unknown names: their values would be skipped unchecked, so Python's ``json`` has to read them."""
 
 
@@ -358,6 +358,6 @@ def _shown(value: Any) -> Any:
     return str(value)[:100].encode("utf-8", "replace").decode()
 
 
-_DECODE_KNOWN = msgspec.json.Decoder(_KnownOnly)
+_DECODE_KNOWN = msgspec.json.Decoder(KnownFields)
 _DECODE_ANY = msgspec.json.Decoder(Fields)
 _DECODE_LIST = msgspec.json.Decoder(list[msgspec.Raw])

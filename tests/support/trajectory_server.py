@@ -1,0 +1,113 @@
+"""Our trajectory API for tests: groups to post, a clock to set, and the server as a process that can be killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+__all__ = ["Clock", "ServerProcess", "free_port", "group", "group_bytes", "registration"]
+
+
+class Clock:
+    """Seconds since the epoch, moved by the test."""
+
+    def __init__(self, start: float = 1_000_000.0) -> None:
+        self.time = start
+
+    def __call__(self) -> float:
+        return self.time
+
+    def pass_(self, seconds: float) -> None:
+        self.time += seconds
+
+
+def group(number: int, size: int = 4, env_id: int | None = None, **fields: Any) -> dict[str, Any]:
+    """A good group of ``size`` sequences of 3 tokens; its first token id is ``number``, to tell it by."""
+    tokens = [[number, 7, 100 + i] for i in range(size)]
+    made = {"tokens": tokens, "masks": [[-100, *row[1:]] for row in tokens], "scores": [float(i) for i in range(size)]}
+    return {**made, "env_id": env_id, **fields}
+
+
+def group_bytes(number: int, size: int = 4, env_id: int | None = None, **fields: Any) -> bytes:
+    return json.dumps(group(number, size, env_id, **fields)).encode()
+
+
+def registration(batch_size: int = 8, **fields: Any) -> dict[str, Any]:
+    made = {
+        "wandb_group": "group",
+        "wandb_project": "project",
+        "batch_size": batch_size,
+        "max_token_len": 64,
+        "checkpoint_dir": "/checkpoints",
+        "save_checkpoint_interval": 5,
+        "starting_step": 0,
+        "num_steps": 1000,
+    }
+    return {**made, **fields}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class ServerProcess:
+    """``atropos-verl serve-api`` as a subprocess on a port of its own, which survives restarts."""
+
+    def __init__(self, directory: Path, *options: str, port: int | None = None) -> None:
+        self.directory = directory
+        self.options = options
+        self.port = free_port() if port is None else port
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log_path = directory / f"server_{self.port}.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, ready_timeout: float = 30.0) -> None:
+        command = [sys.executable, "-m", "atropos_verl.cli", "serve-api", "--port", str(self.port), *self.options]
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.directory, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
+            )
+        deadline = time.monotonic() + ready_timeout
+        while True:
+            try:
+                if httpx.get(f"{self.url}/health", timeout=2.0, trust_env=False).status_code == 200:
+                    return
+            except httpx.HTTPError:
+                pass
+            log_text = self.log_path.read_text(errors="replace")[-2000:]
+            assert self.process.poll() is None, f"the server exited with {self.process.returncode}:\n{log_text}"
+            assert time.monotonic() < deadline, f"not ready after {ready_timeout} s:\n{log_text}"
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash would."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(timeout=10.0)
+
+    def stop(self) -> int:
+        """SIGTERM; returns the exit code."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=15.0)
+
+    def __enter__(self) -> ServerProcess:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(timeout=10.0)

@@ -1,0 +1,188 @@
+"""The choice of a batch: upstream's cases for minimum shares, and each rule of the policy by example."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from atropos_verl.server.batcher import MAX_PASSED_OVER, BatchPolicy, QueueView, choose_batch
+
+
+@dataclass
+class Waiting:
+    seq: int
+    size: int
+    env_id: int | None = None
+    arrived: float = 0.0
+    passed_over: int = 0
+
+
+def view(groups: list[Waiting], **fields: Any) -> QueueView:
+    classes: dict[tuple[int | None, int], list[Waiting]] = {}
+    for group in groups:
+        classes.setdefault((group.env_id, group.size), []).append(group)
+    made: dict[str, Any] = {
+        "total": sum(group.size for group in groups),
+        "last_arrival": max((group.arrived for group in groups), default=0.0),
+        "sizes_seen": frozenset(group.size for group in groups),
+    }
+    return QueueView(classes=classes, **{**made, **fields})
+
+
+def sizes(*found: int, env_id: int | None = None) -> list[Waiting]:
+    return [Waiting(seq, size, env_id) for seq, size in enumerate(found)]
+
+
+def chosen(groups: list[Waiting], batch_size: int, now: float = 0.0, fill: str = "auto", **fields: Any) -> Any:
+    batch = choose_batch(view(groups, **fields), BatchPolicy(batch_size=batch_size, fill=fill), now)
+    return None if batch is None else [group.seq for group in batch]
+
+
+def test_the_oldest_groups_when_they_fit() -> None:
+    assert chosen(sizes(4, 4, 4, 4), 8) == [0, 1]
+
+
+def test_the_oldest_exact_fit_when_the_first_do_not() -> None:
+    assert chosen(sizes(6, 4, 4, 2), 8) == [0, 3]
+    assert chosen(sizes(6, 4, 4), 8) == [1, 2]
+
+
+def test_less_than_a_batch_waits_while_somebody_sends() -> None:
+    assert chosen(sizes(4), 8, now=1e6) is None
+    assert chosen([], 8) is None
+
+
+def test_the_rest_is_handed_out_when_nobody_can_send_more() -> None:
+    assert chosen(sizes(4), 8, now=4.9, anyone_sending=False) is None
+    assert chosen(sizes(4), 8, now=5.0, anyone_sending=False) == [0]
+
+
+def test_the_rest_is_handed_out_after_the_trainers_own_wait() -> None:
+    policy = BatchPolicy(batch_size=8, tail_wait=30.0)
+    assert choose_batch(view(sizes(4)), policy, 29.0) is None
+    assert [group.seq for group in choose_batch(view(sizes(4)), policy, 30.0) or ()] == [0]
+
+
+def test_no_waiting_when_no_mix_of_sizes_can_fit() -> None:
+    assert chosen(sizes(3, 3, 3), 8) == [0, 1]
+    assert chosen(sizes(6, 6, 6), 16) == [0, 1]
+
+
+def test_waiting_when_a_size_that_fits_may_come() -> None:
+    groups = sizes(3, 3, 3)
+    assert chosen(groups, 8, now=4.9, sizes_seen=frozenset({3, 5})) is None
+    assert chosen(groups, 8, now=5.0, sizes_seen=frozenset({3, 5})) == [0, 1]
+
+
+def test_at_least_takes_the_smallest_batch_above() -> None:
+    assert chosen(sizes(3, 3, 3, 3), 8, fill="at_least") == [0, 1, 2]
+    assert chosen(sizes(3, 5, 7), 8, fill="at_least") == [0, 1]
+    assert chosen(sizes(6, 6, 5), 8, fill="at_least") == [0, 2]
+    assert chosen(sizes(3, 3), 8, fill="at_least", now=1e6) is None
+
+
+def test_at_most_takes_the_fullest_batch_below_at_once() -> None:
+    assert chosen(sizes(3, 5, 3), 7, fill="at_most", sizes_seen=frozenset({1})) == [0, 2]
+    assert chosen(sizes(3, 3, 3), 8, fill="at_most", sizes_seen=frozenset({1})) == [0, 1]
+
+
+def test_exact_never_gives_anything_else() -> None:
+    assert chosen(sizes(3, 3, 3), 8, fill="exact", now=1e6) is None
+    assert chosen(sizes(16, 4, 4), 8, fill="exact") == [1, 2]
+
+
+def test_a_group_larger_than_a_batch_is_a_batch() -> None:
+    assert chosen(sizes(16, 4, 4), 8) == [0]
+
+
+def test_a_group_left_behind_is_forced_in() -> None:
+    groups = sizes(6, 4, 4)
+    groups[0].passed_over = MAX_PASSED_OVER - 1
+    assert chosen(groups, 8) == [1, 2]
+    groups[0].passed_over = MAX_PASSED_OVER
+    assert chosen(groups, 8) == [0]
+    assert chosen(groups, 8, fill="at_least") == [0, 1]
+    assert chosen(groups, 8, fill="exact") == [1, 2]
+    assert chosen([*groups, Waiting(3, 2)], 8) == [0, 3]
+
+
+def test_minimums_that_cannot_fit_together_do_not_stall() -> None:
+    groups = [Waiting(0, 6, 0), Waiting(1, 6, 1), Waiting(2, 6, 0)]
+    batch = chosen(groups, 8, now=10.0, minimums={0: 4, 1: 4})
+    assert batch is not None and len(batch) == 1
+
+
+def test_each_pool_gets_its_share_by_age() -> None:
+    # Of the 8 oldest sequences 6 are of environment 0: it is not cut down to its minimum of 2.
+    groups = [Waiting(i, 1, 0) for i in range(6)] + [Waiting(6, 1, 1), Waiting(7, 1, 1)]
+    groups += [Waiting(8 + i, 1, 1) for i in range(8)]
+    assert chosen(groups, 8, minimums={0: 2, 1: 2}) == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+# --- the cases of atroposlib/tests/test_utils/test_min_batch_allocation.py -------------------------------------------
+
+
+def env(env_id: int, minimum: float | None, connected: bool = True) -> tuple[int, float | None, bool]:
+    return env_id, minimum, connected
+
+
+def upstream_case(queue: list[tuple[int, int]], batch_size: int, envs: list[tuple[int, float | None, bool]]) -> Any:
+    """``queue``: (env_id, size). Returns env_id → sequences in the batch, or None."""
+    groups = [Waiting(seq, size, env_id) for seq, (env_id, size) in enumerate(queue)]
+    minimums = {env_id: int(batch_size * share) for env_id, share, connected in envs if connected and share is not None}
+    minimums = {env_id: least for env_id, least in minimums.items() if least > 0}
+    batch = choose_batch(view(groups, minimums=minimums), BatchPolicy(batch_size=batch_size, fill="exact"), 0.0)
+    if batch is None:
+        return None
+    counts: dict[int, int] = {}
+    for group in batch:
+        env_id = groups[group.seq].env_id
+        assert env_id is not None
+        counts[env_id] = counts.get(env_id, 0) + group.size
+    return counts
+
+
+CASES = {
+    "basic": ([(0, 2), (1, 2), (0, 2), (1, 2)], 8, [env(0, 0.25), env(1, 0.5)], {0: 4, 1: 4}),
+    "no minimums": ([(0, 1), (1, 1), (0, 1), (1, 1)], 4, [env(0, None), env(1, None)], {0: 2, 1: 2}),
+    "conflicting minimums": ([(0, 2), (1, 2)], 4, [env(0, 0.7), env(1, 0.6)], {0: 2, 1: 2}),
+    "an environment has nothing": ([(0, 2), (0, 2)], 4, [env(0, 0.3), env(1, 0.5)], None),
+    "disconnected": ([(0, 1), (1, 1)], 2, [env(0, 0.25), env(1, 0.75, False)], {0: 1, 1: 1}),
+    "empty": ([], 4, [env(0, 0.5)], None),
+    "too few": ([(0, 1)], 4, [env(0, 0.5)], None),
+    "three ones and a four": ([(0, 1)] * 3 + [(1, 4)], 4, [env(0, 0.25), env(1, None)], None),
+    "three twos and an eight": ([(0, 2)] * 3 + [(1, 8)], 8, [env(0, 0.25), env(1, None)], None),
+    "first in first out": ([(0, 1)] * 8, 4, [env(0, None)], {0: 4}),
+    "exact boundary": ([(0, 2), (0, 2), (1, 2), (1, 2)], 8, [env(0, 0.5), env(1, 0.5)], {0: 4, 1: 4}),
+    "zero minimum": ([(0, 1), (1, 1)], 2, [env(0, 0.0), env(1, 0.5)], {0: 1, 1: 1}),
+    "minimum below one sequence": ([(0, 1), (0, 1)], 2, [env(0, 0.5), env(1, None), env(2, 0.3)], {0: 2}),
+    "more than everything": ([(0, 1)] * 8, 4, [env(0, 1.5)], {0: 4}),
+    "mixed": (
+        [(0, 2)] * 4 + [(1, 2)] * 2 + [(2, 2)] * 2,
+        16,
+        [env(0, 0.4), env(1, 0.2), env(2, None)],
+        {0: 8, 1: 4, 2: 4},
+    ),
+    "dominated": ([(1, 1)] * 100, 10, [env(0, 0.5), env(1, 0.3)], None),
+    "dominated, no minimum": ([(1, 1)] * 100, 10, [env(0, None), env(1, 0.3)], {1: 10}),
+    "mixed sizes": ([(0, 1), (0, 1), (1, 1)], 7, [env(0, 0.5), env(1, 0.25)], None),
+    "several packs": ([(0, 1)] * 16 + [(1, 1)] * 2, 16, [env(0, 0.75), env(1, None)], {0: 16}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_upstreams_minimum_cases(name: str) -> None:
+    queue, batch_size, envs, expected = CASES[name]
+    assert upstream_case(queue, batch_size, envs) == expected
+
+
+def test_where_upstream_stalls_on_packs_a_batch_is_formed() -> None:
+    """Upstream gives None here, since one group of 2 of environment 0 makes no pack of 8. The minimums can be met."""
+    queue = [(0, 2), (6, 2), (6, 2), (6, 2)] + [(2, 4)] * 5 + [(3, 8)] * 3
+    counts = upstream_case(queue, 16, [env(0, 0.1), env(3, 0.5)])
+    assert counts is not None
+    assert sum(counts.values()) == 16
+    assert counts[0] >= 1
+    assert counts[3] >= 8

@@ -1,0 +1,149 @@
+"""The packed wire against JSON: what a trainer gets is the same, group by group."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.malformed import good_group, malformed_cases
+from support.trajectory_server import group
+
+from atropos_verl.api.packed import MAGIC, join_packed, pack_group
+from atropos_verl.api.wire import decode_batch, decode_group
+from atropos_verl.errors import AtroposProtocolError
+from atropos_verl.server.answers import pack
+from atropos_verl.server.validation import Refusal, check_group
+from atropos_verl.types import ScoredGroup
+
+
+def packed(*groups: dict[str, Any]) -> bytes:
+    blobs = []
+    for made in groups:
+        checked = check_group(json.dumps(made).encode())
+        blobs.append(pack(checked.raw, checked.digest, checked.env_id, checked.fields))
+    return b"".join(join_packed(blobs))
+
+
+def assert_same(one: ScoredGroup, other: ScoredGroup) -> None:
+    for name in ("token_ids", "masks", "advantages", "inference_logprobs", "ref_logprobs"):
+        rows, others = getattr(one, name), getattr(other, name)
+        assert (rows is None) == (others is None), name
+        for row, expected in zip(rows or (), others or (), strict=True):
+            assert (row is None) == (expected is None), name
+            if row is not None:
+                assert row.dtype == expected.dtype, name
+                np.testing.assert_array_equal(row, expected)
+    np.testing.assert_array_equal(one.scores, other.scores)
+    for name in (
+        "overrides",
+        "group_overrides",
+        "generation_params",
+        "messages",
+        "images",
+        "distill_token_ids",
+        "distill_logprobs",
+        "env_id",
+        "unknown_fields",
+        "group_id",
+        "defect",
+    ):
+        assert getattr(one, name) == getattr(other, name), name
+
+
+def both(made: dict[str, Any]) -> tuple[ScoredGroup, ScoredGroup]:
+    raw = check_group(json.dumps(made).encode()).raw
+    (found,) = decode_batch(packed(made))
+    return found, decode_group(raw)
+
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "all": {
+        "advantages": [[0.5, -0.25, 1e-300], [0.1, 0.2, 0.3]],
+        "inference_logprobs": [[1.0, -0.5, -2.0], [1.0, -0.1, -3.5]],
+        "ref_logprobs": [[1.0, -0.5, -2.0], []],
+        "messages": [[{"role": "user", "content": "hej \u00e5\u4e16"}], []],
+        "overrides": [{"set_advantage_to_zero": True}, {}],
+        "group_overrides": {"temperature": 0.5},
+        "generation_params": {"temperature": 0.7},
+        "images": ["abc"],
+        "distill_token_ids": [[[1]], [[2]]],
+        "distill_logprobs": [[[-1.0]], [[-2.0]]],
+    },
+    "absent as empty": {"advantages": [], "overrides": {}, "messages": [], "generation_params": {}},
+    "masks that are no token ids": {"masks": [[1, 1, 1], [0, 1, 1]]},
+    "overrides that are no list": {"overrides": {"set_advantage_to_zero": True}},
+    "generation_params that are a list": {"generation_params": [1]},
+    "an unknown field": {"note": 5},
+    "rows of another length": {"advantages": [[0.1], [0.2, 0.3, 0.4, 0.5]]},
+    "a row too few": {"advantages": [[0.1, 0.2, 0.3]]},
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_both_wires_give_the_same_group(name: str) -> None:
+    assert_same(*both(group(3, 2, **FIELDS[name])))
+
+
+def test_values_by_hand() -> None:
+    made = {"tokens": [[5, 6, 7], [5, 8]], "masks": [[-100, -100, 7], [-100, 8]], "scores": [1, -0.5]}
+    (found,) = decode_batch(packed({**made, "inference_logprobs": [[1.0, 1.0, -0.5], [1.0, -0.1]], "env_id": 4}))
+    assert [row.tolist() for row in found.token_ids] == [[5, 6, 7], [5, 8]]
+    assert [row.tolist() for row in found.masks] == [[-100, -100, 7], [-100, 8]]
+    assert found.scores.tolist() == [1.0, -0.5]
+    assert found.inference_logprobs is not None
+    assert [row.tolist() for row in found.inference_logprobs if row is not None] == [[1.0, 1.0, -0.5], [1.0, -0.1]]
+    assert (found.env_id, found.advantages, found.raw) == (4, None, b"")
+
+
+def test_floats_are_halved_only_when_nothing_is_lost() -> None:
+    exact, rounded = float(np.float32(-0.1)), -0.1
+
+    def size(value: float) -> int:
+        rows = {"inference_logprobs": [[value] * 64]}
+        ids = [[1] * 64]
+        return len(pack_group(tokens=ids, masks=ids, scores=[1.0], rows=rows, rest={}, group_id="", env_id=None))
+
+    assert size(rounded) - size(exact) == 64 * 4
+    for value in (exact, rounded):
+        made = {"tokens": [[1, 2]], "masks": [[1, 2]], "scores": [1.0], "inference_logprobs": [[value, -1e-320]]}
+        (found,) = decode_batch(packed(made))
+        assert found.inference_logprobs is not None and found.inference_logprobs[0] is not None
+        assert found.inference_logprobs[0].tolist() == [value, -1e-320]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000))
+def test_random_batches(seed: int) -> None:
+    rng = random.Random(seed)
+    made = [good_group(rng, group_size=rng.randint(1, 5)) for _ in range(rng.randint(1, 4))]
+    made += [case.group for case in malformed_cases(seed, 6)]
+    accepted = []
+    for candidate in made:
+        try:
+            check_group(json.dumps(candidate).encode())
+            accepted.append(candidate)
+        except Refusal:
+            continue
+    found = decode_batch(packed(*accepted))
+    assert len(found) == len(accepted)
+    for one, candidate in zip(found, accepted, strict=True):
+        assert_same(one, decode_group(check_group(json.dumps(candidate).encode()).raw))
+
+
+def test_an_empty_batch() -> None:
+    assert decode_batch(packed()) == []
+
+
+def test_any_cut_is_an_error() -> None:
+    body = packed(group(1, 2), group(2, 2))
+    for length in range(len(MAGIC), len(body), 7):
+        with pytest.raises(AtroposProtocolError, match="cannot be read"):
+            decode_batch(body[:length])
+    with pytest.raises(AtroposProtocolError, match="follow the last group"):
+        decode_batch(body + b"x")

@@ -1,0 +1,479 @@
+"""Every route over ASGI: status words, bounds, tokens, origins, encodings, figures; and a fuzzer over all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import random
+import zlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.trajectory_server import Clock, group, registration
+
+from atropos_verl.api.packed import MEDIA_TYPE
+from atropos_verl.api.wire import decode_batch
+from atropos_verl.server import ServerSettings, TrajectoryApi, create_app
+
+HELLO = {"max_token_length": 64, "desired_name": "words", "weight": 1.0, "group_size": 4}
+
+
+def client_of(app: TrajectoryApi, address: str = "127.0.0.1", **options: Any) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app=app, client=(address, 5))  # type: ignore[arg-type]
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost", **options)
+
+
+@pytest.fixture
+async def api() -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(create_app(ServerSettings(), now=Clock())) as client:
+        yield client
+
+
+async def started(client: httpx.AsyncClient, batch_size: int = 8, **fields: Any) -> int:
+    """Register a trainer and an environment."""
+    assert (await client.post("/register", json=registration(batch_size, **fields))).status_code == 200
+    await client.get("/batch")
+    answer = (await client.post("/register-env", json=HELLO)).json()
+    assert answer["status"] == "success"
+    return int(answer["env_id"])
+
+
+# --- upstream's contract ---------------------------------------------------------------------------------------------
+
+
+async def test_before_anybody_registered(api: httpx.AsyncClient) -> None:
+    assert (await api.get("/")).json() == {"message": "AtroposLib API"}
+    assert (await api.get("/info")).json() == {"batch_size": -1, "max_token_len": -1}
+    assert (await api.get("/wandb_info")).json() == {"group": None, "project": None}
+    status = (await api.get("/status")).json()
+    assert (status["current_step"], status["queue_size"]) == (0, 0)
+    batch = (await api.get("/batch")).json()
+    assert batch == {"status": "error", "message": "Trainer not registered. Call /register first.", "batch": []}
+    latest = (await api.get("/latest_example")).json()
+    assert latest["tokens"] == [] and latest["images"] == []
+    assert (await api.post("/register-env", json=HELLO)).json() == {"status": "wait for trainer to start"}
+
+
+async def test_an_early_group_does_not_brick_it(api: httpx.AsyncClient) -> None:
+    assert (await api.post("/scored_data", json=group(1, 8))).json() == {"status": "received"}
+    answer = (await api.post("/register", json=registration(8, starting_step=3))).json()
+    assert isinstance(answer["uuid"], int) and answer["uuid"] < 2**63
+    assert (await api.get("/info")).json() == {"batch_size": 8, "max_token_len": 64}
+    batch = (await api.get("/batch")).json()["batch"]
+    assert [made["tokens"][0][0] for made in batch] == [1]
+    assert (await api.get("/status")).json()["current_step"] == 4
+
+
+async def test_an_environment_registers_once_the_trainer_asked_for_a_batch(api: httpx.AsyncClient) -> None:
+    await api.post("/register", json=registration(8, starting_step=2))
+    assert (await api.post("/register-env", json=HELLO)).json()["status"] == "wait for trainer to start"
+    assert (await api.get("/batch")).json() == {"batch": None}
+    assert (await api.post("/register-env", json=HELLO)).json() == {
+        "status": "success",
+        "env_id": 0,
+        "wandb_name": "words_0",
+        "checkpoint_dir": "/checkpoints",
+        "starting_step": 2,
+        "checkpoint_interval": 5,
+        "num_steps": 1000,
+    }
+    second = (await api.post("/register-env", json={**HELLO, "desired_name": None})).json()
+    assert (second["env_id"], second["wandb_name"]) == (1, "env_0")
+    assert (await api.post("/register-env", json=HELLO)).json()["wandb_name"] == "words_1"
+    assert (await api.post("/disconnect-env", json={"env_id": 1})).json() == {"status": "success"}
+    for env_id in (-1, 3):
+        assert (await api.post("/disconnect-env", json={"env_id": env_id})).json()["status"] == "failure"
+
+
+async def test_a_batch_has_every_key_that_upstreams_trainers_read(api: httpx.AsyncClient) -> None:
+    await started(api, 4)
+    await api.post("/scored_data", json=group(1, 4, env_id=0))
+    (made,) = (await api.get("/batch")).json()["batch"]
+    assert made["tokens"] == group(1, 4)["tokens"]
+    expected = "advantages ref_logprobs messages generation_params inference_logprobs overrides group_overrides images"
+    assert all(made[name] is None for name in expected.split())
+
+
+async def test_odd_sizes_are_called_buffered_as_upstream_does(api: httpx.AsyncClient) -> None:
+    await started(api)
+    post = "/scored_data"
+    assert (await api.post(post, json=group(1, 4, env_id=0))).json() == {"status": "received"}
+    assert (await api.post(post, json=group(2, 3, env_id=0))).json() == {"status": "buffered", "buffer_size": 3}
+    many = [group(3, 3, env_id=0), group(4, 4, env_id=0)]
+    assert (await api.post("/scored_data_list", json=many)).json() == {
+        "status": "received",
+        "groups_processed": 2,
+        "buffered": 1,
+        "last_buffer_size": 6,
+    }
+
+
+async def test_status_env(api: httpx.AsyncClient) -> None:
+    env_id = await started(api)
+    await api.post("/scored_data", json=group(1, 4, env_id=env_id))
+    for answer in (
+        await api.request("GET", "/status-env", json={"env_id": env_id}),
+        await api.get("/status-env", params={"env_id": env_id}),
+    ):
+        assert answer.json() == {
+            "current_step": 0,
+            "queue_size": 1,
+            "unallocated_fraction": 1.0,
+            "self_queue_size": 1,
+            "max_group_size": 4,
+            "env_weight": 1.0,
+        }
+    assert (await api.request("GET", "/status-env", json={"env_id": 9})).status_code == 422
+
+
+async def test_reset(api: httpx.AsyncClient) -> None:
+    env_id = await started(api)
+    await api.post("/scored_data", json=group(1, 8))
+    assert (await api.get("/reset_data")).text == "Reset successful"
+    assert (await api.get("/info")).json()["batch_size"] == -1
+    assert (await api.get("/batch")).json()["status"] == "error"
+    assert (await api.request("GET", "/status-env", json={"env_id": env_id})).status_code == 422
+    await started(api)
+    assert (await api.get("/batch")).json() == {"batch": None}
+
+
+# --- ours ------------------------------------------------------------------------------------------------------------
+
+
+async def test_lease_and_ack(api: httpx.AsyncClient) -> None:
+    await started(api)
+    await api.post("/scored_data", json=group(1, 8))
+    answer = await api.get("/batch", headers={"X-Atropos-Lease": "60"})
+    lease = answer.headers["x-atropos-lease-id"]
+    assert (answer.headers["x-atropos-step"], answer.headers["x-atropos-delivery"]) == ("1", "1")
+    assert (await api.get("/status")).json()["open_leases"] == 1
+    assert (await api.post("/batch/renew", json={"lease_id": lease, "seconds": 5})).json()["status"] == "success"
+    assert (await api.post("/batch/release", json={"lease_id": lease})).json()["status"] == "success"
+    assert (await api.post("/batch/ack", json={"lease_id": lease})).json()["ack"] == "late"
+    assert (await api.post("/batch/ack", json={"lease_id": lease})).json()["ack"] == "already"
+    unknown = await api.post("/batch/ack", json={"lease_id": "?"})
+    assert unknown.status_code == 404 and "was the server reset" in unknown.json()["detail"]
+    for seconds in ("0", "-1", "nan", "soon", "1e9"):
+        assert (await api.get("/batch", headers={"X-Atropos-Lease": seconds})).status_code == 422
+
+
+async def test_idempotency_over_http(api: httpx.AsyncClient) -> None:
+    env_id = await started(api)
+    body = [group(1, 4, env_id=env_id), group(2, 4, env_id=env_id)]
+    answers = [await api.post("/scored_data_list", json=body, headers={"Idempotency-Key": "a"}) for _ in range(3)]
+    assert [answer.json() for answer in answers] == [{"status": "received", "groups_processed": 2}] * 3
+    other = await api.post("/scored_data", json=body[0], headers={"Idempotency-Key": "a"})
+    assert other.status_code == 422
+    assert (await api.post("/scored_data", json=body[0])).json() == {"status": "received", "duplicate": True}
+    assert (await api.get("/status")).json()["queue_size"] == 2
+    assert (await api.post("/scored_data", json=group(3), headers={"Idempotency-Key": "k" * 256})).status_code == 422
+
+
+async def test_a_list_is_taken_whole_or_not_at_all(api: httpx.AsyncClient) -> None:
+    await started(api)
+    bad = {**group(2), "scores": [1.0]}
+    answer = await api.post("/scored_data_list", json=[group(1), bad])
+    assert answer.status_code == 422
+    assert answer.json()["detail"][0]["loc"] == ["body", 1, "scores"]
+    assert answer.json()["group"] == 1
+    assert (await api.get("/status")).json()["queue_size"] == 0
+
+
+async def test_the_registered_vocabulary_and_exact_batches_are_checked_at_the_door(api: httpx.AsyncClient) -> None:
+    await started(api, 8, vocab_size=150, batch_fill="exact")
+    good = await api.post("/scored_data", json=group(1, 8))
+    assert good.status_code == 200
+    bad = (await api.post("/scored_data", json={**group(1, 1), "tokens": [[150, 7, 100]]})).json()
+    assert (bad["field"], bad["sequence"], bad["index"], bad["value"]) == ("tokens", 0, 0, 150)
+    assert (await api.post("/scored_data", json=group(1, 9))).json()["reason"] == "too_large"
+
+
+async def test_a_second_trainer_is_told(api: httpx.AsyncClient) -> None:
+    await started(api)
+    answer = await api.post("/register", json=registration(8, wandb_group="other"))
+    assert answer.status_code == 409
+    assert "--second-trainer share" in answer.json()["detail"]
+    assert (await api.post("/register", json=registration(12))).json()["registration"] == "resumed"
+
+
+async def test_the_packed_wire_is_negotiated(api: httpx.AsyncClient) -> None:
+    await started(api)
+    for number in (1, 2, 3):
+        await api.post("/scored_data", json=group(number, 8))
+    first = await api.get("/batch", headers={"Accept": f"{MEDIA_TYPE}, application/json"})
+    assert first.headers["content-type"] == MEDIA_TYPE
+    assert decode_batch(first.content)[0].token_ids[0].tolist() == [1, 7, 100]
+    second = await api.get("/batch", headers={"Accept": "*/*"})
+    assert second.headers["content-type"] == "application/json"
+    assert second.json()["batch"][0]["tokens"][0] == [2, 7, 100]
+    await api.post("/scored_data", json=group(4, 8))  # packed as it comes, now that somebody takes it
+    await api.get("/batch")
+    third = await api.get("/batch", headers={"Accept": MEDIA_TYPE})
+    assert decode_batch(third.content)[0].token_ids[0].tolist() == [4, 7, 100]
+
+
+async def test_full_means_429_with_retry_after() -> None:
+    async with client_of(create_app(ServerSettings(max_queue_groups=1))) as api:
+        await started(api)
+        await api.post("/scored_data", json=group(1))
+        answer = await api.post("/scored_data", json=group(2))
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+        assert "max_queue_groups is 1" in answer.json()["detail"]
+        assert 'atropos_refused_total{reason="queue_full"} 1' in (await api.get("/metrics")).text
+
+
+# --- bodies ----------------------------------------------------------------------------------------------------------
+
+
+async def test_compressed_bodies(api: httpx.AsyncClient) -> None:
+    raw = json.dumps(group(1, 8)).encode()
+    half = len(raw) // 2
+    two_members = gzip.compress(raw[:half]) + gzip.compress(raw[half:])
+    for body, encoding in ((gzip.compress(raw), "gzip"), (two_members, "gzip"), (zlib.compress(raw), "deflate")):
+        answer = await api.post("/scored_data", content=body, headers={"Content-Encoding": encoding})
+        assert answer.status_code == 200
+    for body in (b"not gzip", gzip.compress(raw)[:-9], b""):
+        answer = await api.post("/scored_data", content=body, headers={"Content-Encoding": "gzip"})
+        assert answer.status_code in (400, 422)
+    assert (await api.post("/scored_data", content=raw, headers={"Content-Encoding": "br"})).status_code == 415
+    assert (await api.get("/status")).json()["queue_size"] == 3
+
+
+async def test_bodies_are_bounded_before_and_after_inflating() -> None:
+    limits = ServerSettings(max_body_bytes=20_000, max_inflated_bytes=100_000)
+    async with client_of(create_app(limits)) as api:
+        too_long = await api.post("/scored_data", content=b" " * 20_001)
+        assert too_long.status_code == 413 and "max_body_bytes" in too_long.json()["detail"]
+
+        async def pieces() -> AsyncIterator[bytes]:
+            for _ in range(30):
+                yield b" " * 1000
+
+        assert (await api.post("/scored_data", content=pieces())).status_code == 413
+        bomb = gzip.compress(b" " * 10_000_000)
+        assert len(bomb) < 20_000
+        answer = await api.post("/scored_data", content=bomb, headers={"Content-Encoding": "gzip"})
+        assert answer.status_code == 413 and "max_inflated_bytes" in answer.json()["detail"]
+
+
+async def test_a_sender_that_falls_silent_is_given_up() -> None:
+    app = create_app(ServerSettings(body_timeout=0.05))
+    sent: list[dict[str, Any]] = []
+    messages = iter([{"type": "http.request", "body": b"{", "more_body": True}])
+
+    async def receive() -> Any:
+        try:
+            return next(messages)
+        except StopIteration:
+            return await asyncio.get_running_loop().create_future()
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/scored_data", "headers": [], "client": None}
+    await asyncio.wait_for(app(scope, receive, send), timeout=10.0)
+    assert sent[0]["status"] == 408
+    assert b"body_timeout" in sent[1]["body"]
+
+
+@pytest.mark.parametrize(
+    ("address", "accept", "policy", "encoding"),
+    [
+        ("10.0.0.1", "gzip, deflate", "auto", "gzip"),
+        ("10.0.0.1", "gzip;q=0, identity", "auto", None),
+        ("127.0.0.1", "gzip, deflate", "auto", None),
+        ("127.0.0.1", "gzip, deflate", "always", "gzip"),
+        ("10.0.0.1", "gzip", "never", None),
+    ],
+)
+async def test_answers_are_compressed_where_it_pays(
+    address: str, accept: str, policy: str, encoding: str | None
+) -> None:
+    async with client_of(create_app(ServerSettings(compression=policy)), address) as api:
+        await started(api)
+        await api.post("/scored_data", json=group(1, 200))
+        answer = await api.get("/batch", headers={"Accept-Encoding": accept})
+        assert answer.headers.get("content-encoding") == encoding
+        assert answer.json()["batch"][0]["tokens"] == group(1, 200)["tokens"]
+        assert "content-encoding" not in (await api.get("/info", headers={"Accept-Encoding": accept})).headers
+        latest = await api.get("/latest_example", headers={"Accept-Encoding": accept})
+        assert (latest.headers.get("content-encoding"), len(latest.json()["scores"])) == (encoding, 200)
+
+
+# --- who may call ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_token_is_demanded_on_every_data_route() -> None:
+    app = create_app(ServerSettings(token="secret"))
+    async with client_of(app) as api:
+        assert (await api.get("/")).status_code == 200
+        assert (await api.get("/health")).json() == {"status": "ok"}
+        for method, path in [*app._routes.table, ("GET", "/batch")]:
+            if path not in ("/", "/health"):
+                answer = await api.request(method, path, json={})
+                assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer"), path
+        for wrong in ("Bearer secre", "Bearer secrets", "Basic secret", "secret", "Bearer \u00fc"):
+            sent = {"Authorization": wrong.encode("utf-8")}
+            assert (await api.get("/status", headers=sent)).status_code == 401
+        assert (await api.get("/status", headers={"Authorization": "Bearer secret"})).status_code == 200
+
+
+async def test_pages_of_other_sites_are_kept_out(api: httpx.AsyncClient) -> None:
+    for origin in ("http://evil.example", "null"):
+        answer = await api.get("/reset_data", headers={"Origin": origin})
+        assert answer.status_code == 403
+        assert "access-control-allow-origin" not in answer.headers
+    assert (await api.get("/status", headers={"Origin": "http://localhost"})).status_code == 200
+
+
+async def test_allowed_origins_and_hosts() -> None:
+    async with client_of(create_app(ServerSettings(cors_origins=("http://a.example",)))) as api:
+        answer = await api.get("/status", headers={"Origin": "http://a.example"})
+        assert answer.headers["access-control-allow-origin"] == "http://a.example"
+        assert (await api.options("/status", headers={"Origin": "http://a.example"})).status_code == 204
+        assert (await api.get("/status", headers={"Origin": "http://b.example"})).status_code == 403
+    async with client_of(create_app(ServerSettings(allowed_hosts=("localhost", "::1")))) as api:
+        assert (await api.get("/status")).status_code == 200
+        assert (await api.get("/status", headers={"Host": "[::1]:8000"})).status_code == 200
+        for host in ("evil.example", "evil.example:8000", "", "[", "localhost.evil.example"):
+            assert (await api.get("/status", headers={"Host": host})).status_code == 403
+
+
+async def test_the_destructive_get_can_be_switched_off() -> None:
+    async with client_of(create_app(ServerSettings(allow_get_reset=False))) as api:
+        answer = await api.get("/reset_data")
+        assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+        assert (await api.post("/reset_data")).status_code == 200
+
+
+async def test_unknown_paths_and_methods(api: httpx.AsyncClient) -> None:
+    assert (await api.get("/nothing")).status_code == 404
+    answer = await api.delete("/batch")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET")
+
+
+# --- seen ------------------------------------------------------------------------------------------------------------
+
+
+async def test_metrics_by_value(api: httpx.AsyncClient) -> None:
+    env_id = await started(api)
+    await api.post("/scored_data", json=group(1, 4, env_id=env_id))
+    await api.post("/scored_data", json=group(1, 4, env_id=env_id))
+    await api.post("/scored_data", json={**group(1, 4, env_id=env_id), "scores": []})
+    lines = (await api.get("/metrics")).text.splitlines()
+    expected = [
+        "atropos_queue_groups 1",
+        "atropos_queue_sequences 4",
+        "atropos_held_tokens 12",
+        "atropos_groups_total 1",
+        "atropos_duplicates_total 1",
+        "atropos_environments_alive 1",
+        'atropos_refused_total{reason="length"} 1',
+        'atropos_env_groups_total{env_id="0",name="words_0"} 1',
+        'atropos_env_refused_total{env_id="0",name="words_0"} 1',
+        'atropos_env_duplicates_total{env_id="0",name="words_0"} 1',
+        'atropos_requests_total{path="/scored_data",status="422"} 1',
+        "# TYPE atropos_batches_total counter",
+    ]
+    assert [line for line in expected if line not in lines] == []
+
+
+async def test_the_page_and_its_data(api: httpx.AsyncClient) -> None:
+    html = await api.get("/", headers={"Accept": "text/html,application/xhtml+xml"})
+    assert html.headers["content-type"].startswith("text/html")
+    assert "http://" not in html.text.replace("http://www.w3.org/2000/svg", "") and "https://" not in html.text
+    env_id = await started(api)
+    said = [[{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "<b>4</b>"}]] * 4
+    await api.post("/scored_data", json=group(1, 4, env_id=env_id, messages=said))
+    data = (await api.get("/page-data")).json()
+    assert data["status"]["queue_size"] == 1
+    assert data["environments"][0]["state"] == "alive"
+    assert data["latest"][0]["text"] == "assistant: <b>4</b>"
+    assert data["latest"][0]["scores"] == [0.0, 1.0, 2.0, 3.0]
+    assert data["series"] == [[0, 1, 12, 0]]
+
+
+# --- anything at all -------------------------------------------------------------------------------------------------
+
+ROUTES = [(m, p) for m, p in create_app(ServerSettings())._routes.table] + [("GET", "/batch"), ("GET", "/x")]
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+KNOWN_BODIES = st.sampled_from(
+    [
+        registration(8),
+        registration(3, batch_fill="at_least", wandb_group="b"),
+        HELLO,
+        {"env_id": 0},
+        {"lease_id": "x", "seconds": 3},
+        group(1, 3),
+        group(2, 5, env_id=0),
+        [group(3, 2), group(4, 1, env_id=0)],
+    ]
+)
+HEADERS = st.fixed_dictionaries(
+    {},
+    optional={
+        "X-Atropos-Lease": st.sampled_from(["5", "0", "x", "1e400"]),
+        "Idempotency-Key": st.sampled_from(["a", "b", ""]),
+        "Content-Encoding": st.sampled_from(["gzip", "br", "identity"]),
+        "Accept": st.sampled_from([MEDIA_TYPE, "text/html", "*/*"]),
+        "Content-Length-Is-Not-This": st.just("1"),
+    },
+)
+REQUESTS = st.tuples(st.sampled_from(ROUTES), KNOWN_BODIES | JSON_VALUES | st.binary(max_size=20), HEADERS)
+
+
+@st.composite
+def mangled(draw: st.DrawFn) -> Any:
+    """A good body with one place replaced by anything."""
+    body = json.loads(json.dumps(draw(KNOWN_BODIES)))
+    rng = random.Random(draw(st.integers(0, 2**32)))
+    target: Any = body
+    for _ in range(6):
+        keys = list(target) if isinstance(target, dict) else list(range(len(target)))
+        if not keys:
+            break
+        key = rng.choice(keys)
+        if isinstance(target[key], dict | list) and target[key] and rng.random() < 0.7:
+            target = target[key]
+            continue
+        target[key] = draw(JSON_VALUES)
+        break
+    return body
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(REQUESTS | st.tuples(st.sampled_from(ROUTES), mangled(), HEADERS), min_size=1, max_size=12))
+def test_never_a_500_never_a_hang_always_consistent(requests: list[Any]) -> None:
+    async def run() -> None:
+        clock = Clock()
+        app = create_app(ServerSettings(env_timeout=5.0, trainer_timeout=5.0), now=clock)
+        async with client_of(app) as client:
+            for (method, path), body, headers in requests:
+                content = body if isinstance(body, bytes) else json.dumps(body).encode("utf-8", "replace")
+                call = client.request(method, path, content=content, headers=headers)
+                answer = await asyncio.wait_for(call, timeout=20.0)
+                assert answer.status_code < 500, answer.text
+                clock.pass_(1.0)
+                check_consistent(app)
+
+    asyncio.run(run())
+
+
+def check_consistent(app: TrajectoryApi) -> None:
+    state = app.store.state
+    out = [seq for batch in state.outstanding.values() for seq in batch.seqs]
+    back = [seq for batch in state.returned for seq in batch.seqs]
+    waiting = [group.seq for members in state.queue.classes.values() for group in members]
+    assert sorted(out + back + waiting) == sorted(state.groups)
+    assert state.queue.groups == len(waiting) + len(back)
+    assert state.queue.sequences == sum(state.groups[seq].size for seq in waiting + back)
+    assert state.held_bytes == sum(group.held_bytes for group in state.groups.values())
