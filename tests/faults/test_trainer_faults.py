@@ -20,8 +20,9 @@ from support.scripted_api import batch_of, random_batches, scripted_api
 from support.tiny_model import build_tiny_model
 
 from atropos_verl import AtroposTrainer
-from atropos_verl.errors import AtroposTimeoutError, TrainingDivergedError, WeightSyncError
+from atropos_verl.errors import AtroposConnectionError, AtroposTimeoutError, TrainingDivergedError, WeightSyncError
 from atropos_verl.local.fit import resume_if_asked
+from atropos_verl.types import StepReport
 
 GROUPS, GROUP_SIZE = 2, 4
 BATCH_SIZE = GROUPS * GROUP_SIZE
@@ -44,6 +45,7 @@ class Lab:
     def trainer(self, name: str, bodies: list[bytes], steps: int, **settings: Any) -> Iterator[AtroposTrainer]:
         """A trainer in ``root/name``, resumed from what is there, against an API that serves ``bodies``."""
         with scripted_api(bodies, batch_size=BATCH_SIZE, max_token_len=MAX_TOKEN_LEN) as api:
+            self.api = api
             values: dict[str, Any] = {
                 "model": {"path": str(self.model_path)},
                 "run_dir": str(self.root / name),
@@ -78,7 +80,7 @@ class _Quiet:
     def note(self, message: str) -> None:
         """Not shown."""
 
-    def step(self, report: Any) -> None:
+    def step(self, report: StepReport) -> None:
         """Not shown."""
 
 
@@ -302,3 +304,19 @@ def test_an_api_without_batches_ends_the_run_and_saves_it(lab: Lab, tmp_path: Pa
         trainer.fit()
     assert "steps up to 2 are saved in" in "".join(caught.value.__notes__)
     assert saved(tmp_path / "starved")["step"] == 2
+
+
+def test_an_api_that_goes_away_ends_the_run_and_saves_it(lab: Lab, tmp_path: Path) -> None:
+    bodies = random_batches(4, groups=GROUPS, group_size=GROUP_SIZE, seed=8)
+
+    def leave_after_step_2(report: StepReport) -> None:
+        if report.step == 2:
+            lab.api.__exit__()
+
+    with (
+        lab.trainer("alone", bodies, 4, atropos={"timeout": 0.5}) as trainer,
+        pytest.raises(AtroposConnectionError, match="Cannot connect to Atropos API at") as caught,
+    ):
+        trainer.fit(on_step=leave_after_step_2)
+    assert "steps up to 2 are saved in" in "".join(caught.value.__notes__)
+    assert_same(lab.run("alone", bodies[2:], 4), lab.run("at_once", bodies, 4))

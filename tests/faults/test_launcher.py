@@ -1,0 +1,317 @@
+"""The fault drill: what a launch survives, and how it ends when it cannot go on.
+
+One run takes most faults, one after the other; ``ATROPOS_VERL_FREEZE_SECONDS`` sets how long the gateway is frozen
+(5 in CI, 20 in the full drill).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from support.launches import LAUNCH, SMALL_LAUNCH, LaunchRun
+
+FREEZE_SECONDS = float(os.environ.get("ATROPOS_VERL_FREEZE_SECONDS", "5"))
+STALL_AFTER = 3.0
+DRILL_STEPS = 45
+
+_BROKEN = "import sys\nprint('no such dataset: gsm9k')\nsys.exit(3)\n"
+_SLEEPER = "import time\nprint('loading a very large dataset', flush=True)\ntime.sleep(1000)\n"
+_WITH_GRANDCHILDREN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1000)"
+subprocess.Popen([sys.executable, "-c", stubborn])                          # in the group
+subprocess.Popen([sys.executable, "-c", stubborn], start_new_session=True)  # out of it
+print("has children", flush=True)
+time.sleep(1000)
+"""
+_WITHOUT_TRAINER = ("only=[api,environments]", "gateway.advertise_url=http://127.0.0.1:9")
+
+
+def script(directory: Path, name: str, text: str) -> Path:
+    path = directory / f"{name}.py"
+    path.write_text(text)
+    return path
+
+
+class Drill:
+    """Everything that was seen while the faults were made, one after the other."""
+
+    def __init__(self, run: LaunchRun) -> None:
+        self.run = run
+        self.seen: dict[str, Any] = {}
+
+    def kill(self, name: str) -> None:
+        os.kill(self.run.pid_of(name), signal.SIGKILL)
+
+    def environment_dies(self) -> None:
+        self.run.wait_for_trained(4)
+        self.kill("demo")
+        self.run.wait_for_restart("demo", 1)
+        self.run.wait_for_more(3)
+
+    def environment_freezes(self) -> None:
+        pid = self.run.pid_of("demo")
+        said = len(self.run.stdout)
+        os.kill(pid, signal.SIGSTOP)
+        needle = "Nobody asks the gateway for completions: is demo stuck"
+        self.run.wait_until(lambda: needle in self.run.stdout[said:], "a diagnosis", 60.0)
+        os.kill(pid, signal.SIGCONT)
+        self.seen["diagnosis"] = self.run.stdout[said:]
+        self.run.wait_for_more(3)
+
+    def gateway_freezes(self) -> None:
+        pid = self.run.pid_of("trainer")
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(FREEZE_SECONDS)  # the fault itself
+        os.kill(pid, signal.SIGCONT)
+        self.run.wait_for_more(3)
+        self.seen["trainer restarts after the freeze"] = self.run.service("trainer")["restarts"]
+
+    def api_dies(self) -> None:
+        before = self.run.state()["api"]
+        self.kill("trajectory_api")
+        self.run.wait_for_restart("trajectory_api", 1)
+        after = self.run.state()["api"]
+        self.seen["accepted"] = (before["totals"]["groups"], after["totals"]["groups"])
+        self.seen["api step"] = (before["current_step"], after["current_step"])
+        self.run.wait_for_more(3)
+
+    def trainer_dies(self) -> None:
+        self.seen["trainer restarts before its death"] = self.run.service("trainer")["restarts"]
+        self.kill("trainer")
+        self.run.wait_for_restart("trainer", self.seen["trainer restarts before its death"] + 1)
+        self.run.wait_for_more(3)
+
+    def is_watched(self) -> None:
+        command = [sys.executable, str(LAUNCH), "attach", str(self.run.run_dir), "--once"]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        self.seen["attach"] = (shown.returncode, shown.stdout)
+
+
+@pytest.fixture(scope="module")
+def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
+    directory = tmp_path_factory.mktemp("drill")
+    broken, sleeper = script(directory, "broken", _BROKEN), script(directory, "sleeper", _SLEEPER)
+    words = [
+        *SMALL_LAUNCH,
+        f"steps={DRILL_STEPS}",
+        "save_freq=5",
+        f"supervise.stall_after={STALL_AFTER}",
+        f"environments.broken={{script: {broken}, max_restarts: 1}}",
+        f"environments.sleeper={{script: {sleeper}, startup_timeout: 2}}",
+    ]
+    with LaunchRun(words, run_dir=directory / "run") as run:
+        drill = Drill(run)
+        drill.environment_dies()
+        drill.environment_freezes()
+        drill.is_watched()
+        drill.gateway_freezes()
+        drill.api_dies()
+        drill.trainer_dies()
+        drill.seen["exit code"] = run.wait(120.0)
+        run.assert_nothing_left()
+        yield drill
+
+
+@pytest.mark.slow
+def test_a_run_survives_every_fault_and_completes(drill: Drill) -> None:
+    assert drill.seen["exit code"] == 0, drill.run.stdout + drill.run.stderr
+    steps = [line["step"] for line in drill.run.metrics()]
+    assert steps == list(range(1, DRILL_STEPS + 1))
+
+
+@pytest.mark.slow
+def test_a_killed_environment_is_restarted(drill: Drill) -> None:
+    assert "demo was killed by SIGKILL" in drill.run.stdout
+    assert drill.run.service("demo")["restarts"] >= 1
+
+
+@pytest.mark.slow
+def test_an_environment_that_cannot_start_is_given_up_and_the_run_goes_on(drill: Drill) -> None:
+    assert "broken exited with code 3 for the second time and is given up; the run goes on" in drill.run.stdout
+    assert "no such dataset: gsm9k" in drill.run.stdout
+    assert drill.run.service("broken")["state"] == "failed"
+
+
+@pytest.mark.slow
+def test_an_environment_that_never_registers_is_given_up_and_the_run_goes_on(drill: Drill) -> None:
+    assert "sleeper was not ready 2 s after its start: it has not registered at the API" in drill.run.stdout
+    assert "loading a very large dataset" in drill.run.stdout
+    assert drill.run.service("sleeper")["state"] == "failed"
+
+
+@pytest.mark.slow
+def test_a_stall_is_diagnosed(drill: Drill) -> None:
+    """By a frozen environment: nothing in the queue, nobody at the gateway."""
+    diagnosis = drill.seen["diagnosis"]
+    assert "the run goes on waiting. What is known:" in diagnosis
+    assert "  demo: running, pid" in diagnosis
+    assert "  inference gateway: 0 requests in flight, 0 tokens/s" in diagnosis
+    assert "  environment demo_1: alive, heard" in diagnosis  # the second registration: it was killed before
+    assert "  1. broken was given up" in diagnosis
+
+
+@pytest.mark.slow
+def test_a_frozen_gateway_is_waited_for(drill: Drill) -> None:
+    assert drill.seen["trainer restarts after the freeze"] == 0
+
+
+@pytest.mark.slow
+def test_a_killed_api_comes_back_with_its_data(drill: Drill) -> None:
+    before, after = drill.seen["accepted"]
+    assert 0 < before <= after
+    before, after = drill.seen["api step"]
+    assert 0 < before <= after
+    api = drill.run.state()["api"]
+    handed_out = api["totals"]["groups"] - api["queue_size"]
+    trained = sum(line["data/groups"] + line["data/quarantined"] for line in drill.run.metrics())
+    assert handed_out == trained, "an accepted group was neither trained nor is it queued, or was trained twice"
+
+
+@pytest.mark.slow
+def test_a_killed_trainer_resumes_from_its_checkpoint(drill: Drill) -> None:
+    assert "trainer was killed by SIGKILL" in drill.run.stdout
+    number = drill.seen["trainer restarts before its death"] + 2
+    assert "resumed from" in drill.run.log(f"trainer.{number}")
+    assert [line["policy_version"] for line in drill.run.metrics()] == list(range(1, DRILL_STEPS + 1))
+
+
+@pytest.mark.slow
+def test_a_second_terminal_sees_the_run(drill: Drill) -> None:
+    code, text = drill.seen["attach"]
+    assert code == 0
+    for name in ("trajectory_api", "demo", "trainer", "reward"):
+        assert name in text
+
+
+def test_a_run_ends_when_its_only_environment_never_starts(tmp_path: Path) -> None:
+    sleeper = script(tmp_path, "sleeper", _SLEEPER)
+    words = [*_WITHOUT_TRAINER, f"environments={{sleeper: {{script: {sleeper}, startup_timeout: 1}}}}"]
+    with LaunchRun(words, run_dir=tmp_path / "run") as run:
+        assert run.wait(30.0) == 1
+        run.assert_nothing_left()
+        assert "sleeper was not ready 1 s after its start: it has not registered at the API, and no other" in run.stderr
+        assert "loading a very large dataset" in run.stderr
+
+
+def test_nothing_survives_a_killed_launcher(tmp_path: Path) -> None:
+    """Nor do grandchildren that ignore SIGTERM or have left the process group; 10 s is the promise."""
+    parent = script(tmp_path, "parent", _WITH_GRANDCHILDREN)
+    with LaunchRun([*SMALL_LAUNCH, f"environments.parent.script={parent}"], run_dir=tmp_path / "run") as run:
+        run.wait_for_trained(1)
+        run.wait_until(lambda: "has children" in run.log("parent.1"), "grandchildren", 20.0)
+        children = psutil.Process(run.popen.pid).children(recursive=True)
+        assert len(children) >= 10, "four services, four watchers, two grandchildren"
+        run.popen.kill()
+        run.popen.wait(timeout=10.0)
+        run.assert_nothing_left(within=10.0)
+
+
+def test_one_interrupt_stops_with_a_checkpoint_and_the_run_can_go_on(tmp_path: Path) -> None:
+    words = [*SMALL_LAUNCH, "save_freq=1000"]
+    with LaunchRun([*words, "steps=1000"], run_dir=tmp_path / "run") as run:
+        run.wait_for_trained(3)
+        run.popen.send_signal(signal.SIGINT)
+        assert run.wait(60.0) == 130
+        run.assert_nothing_left()
+        saved = int((tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+        assert saved == run.trained() >= 3
+    with LaunchRun([*words, f"steps={saved + 2}"], run_dir=tmp_path / "run") as again:
+        assert again.wait(90.0) == 0, again.stdout + again.stderr
+        assert [line["policy_version"] for line in again.metrics()] == list(range(1, saved + 3))
+        assert (tmp_path / "run" / "logs" / "trainer.2.log").exists(), "the logs of the first launch are kept"
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
+    parent = script(tmp_path, "parent", _WITH_GRANDCHILDREN)
+    words = [*_WITHOUT_TRAINER, f"environments={{parent: {{script: {parent}}}}}"]
+    with LaunchRun(words, run_dir=tmp_path / "run") as run:
+        run.wait_until(lambda: "has children" in run.log("parent.1"), "grandchildren", 30.0)
+        run.popen.send_signal(signal.SIGINT)
+        run.wait_for_output("interrupt again to end at once", 10.0)
+        run.popen.send_signal(signal.SIGINT)
+        assert run.wait(20.0) == 130
+        assert "ended at once" in run.stdout
+        run.assert_nothing_left(within=5.0)
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    """On a file system of 4 MB, in a mount namespace of its own; a checkpoint takes 13."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    inside = f'mount -t tmpfs -o size=4m none {mount} && exec "$@"'
+    prefix = ["unshare", "--mount", "--map-root-user", "sh", "-c", inside, "sh"]
+    allowed = subprocess.run([*prefix, "true"], capture_output=True, check=False)
+    if allowed.returncode != 0:
+        pytest.skip(f"this machine allows no private mounts: {allowed.stderr.decode().strip()}")
+    words = [*SMALL_LAUNCH, "save_freq=2", "trainer_process.max_restarts=1"]
+    with LaunchRun(words, run_dir=mount / "run", prefix=prefix, cwd=tmp_path) as run:
+        deadline = time.monotonic() + 90.0
+        while run.popen.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert run.popen.poll() == 1, run.stdout + run.stderr
+        run.assert_nothing_left()
+        assert "No space left on device" in run.stdout + run.stderr or "is full" in run.stderr
+
+
+@pytest.mark.parametrize("key", ["gateway.port", "api.port"])
+def test_a_taken_port_that_the_user_fixed_is_an_error_at_once(tmp_path: Path, key: str) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with LaunchRun([f"{key}={port}"], run_dir=tmp_path / "run") as run:
+            assert run.wait(20.0) == 2
+            assert f"{key}: cannot listen on 127.0.0.1:{port}: Address already in use" in run.stderr
+            assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_environments_hold_their_shares(tmp_path: Path) -> None:
+    """Weights 3:1 and a least share: of 30 steps of 16 sequences, 360 and 120, within a tenth."""
+    words = ["--config-name", "two_environments", *SMALL_LAUNCH, "steps=30", "save_freq=-1"]
+    with LaunchRun(words, run_dir=tmp_path / "run") as run:
+        assert run.wait(150.0) == 0, run.stdout + run.stderr
+        run.assert_nothing_left()
+        rows = {entry["name"]: entry["env_id"] for entry in run.state()["api"]["environments"]}
+        lines = run.metrics()
+    trained = {name: sum(line.get(f"env/{env_id}/sequences", 0) for line in lines) for name, env_id in rows.items()}
+    assert sum(trained.values()) == 30 * 16
+    assert trained["words_0"] == pytest.approx(0.75 * 30 * 16, rel=0.1)
+    assert trained["short_words_0"] == pytest.approx(0.25 * 30 * 16, rel=0.1)
+
+
+def test_a_plan_can_be_started_by_hand(tmp_path: Path) -> None:
+    """``plan.json`` has every command with its directory and its variables; the API's, run from it, answers."""
+    sleeper = script(tmp_path, "sleeper", _SLEEPER)
+    words = [*_WITHOUT_TRAINER, f"environments={{sleeper: {{script: {sleeper}, startup_timeout: 60}}}}"]
+    with LaunchRun(words, run_dir=tmp_path / "run") as run:
+        run.wait_for_state("trajectory_api", "running")
+        run.popen.send_signal(signal.SIGTERM)
+        assert run.wait(30.0) == 130
+    path = tmp_path / "run" / "plan.json"
+    assert path.stat().st_mode & 0o777 == 0o600
+    entry = json.loads(path.read_text())["services"]["trajectory_api"]
+    environment = {**os.environ, **entry["env"], "PYTHONPATH": str(LAUNCH.parents[2] / "src")}
+    process = subprocess.Popen(entry["command"], cwd=entry["cwd"], env=environment, stderr=subprocess.DEVNULL)
+    try:
+        from atropos_verl.launch.readiness import http_probe, wait_until_ready
+
+        url = json.loads(path.read_text())["api_url"]
+        wait_until_ready(lambda: http_probe(f"{url}/status"), name="the API by hand", timeout=30.0)
+    finally:
+        process.terminate()
+        process.wait(timeout=20.0)
