@@ -20,8 +20,9 @@ from atropos_verl.config import RunConfig, apply_environment
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.launch.launch_config import LaunchConfig, describe_launch
 from atropos_verl.launch.readiness import free_port
+from atropos_verl.launch.rundir import prepare_run_dir
 from atropos_verl.launch.spec import Addresses, LaunchPlan, make_plan
-from atropos_verl.launch.supervisor import Supervisor, prepare_run_dir
+from atropos_verl.launch.supervisor import Supervisor
 
 __all__ = ["build_plan", "load_launch", "main"]
 

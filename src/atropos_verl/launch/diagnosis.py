@@ -37,29 +37,28 @@ def _api_lines(state: Mapping[str, Any]) -> list[str]:
     if not api:
         return ["  trajectory API: does not answer"]
     lines = [f"  trajectory API: step {api.get('current_step')}, {api.get('queue_size')} groups in the queue"]
-    leases = api.get("leases", api.get("open_leases"))
-    if isinstance(leases, list | dict):
-        leases = len(leases)
+    leases = api.get("open_leases")
     if leases is not None:
         lines[0] += f", {leases} leased"
     listed = environments_of(api)
     if listed is None:
         lines.append("  environments: this API does not say who sent what")
         return lines
-    if not listed:
-        lines.append("  environments: none has registered")
-    for item in listed:
-        name = item.get("real_name") or item.get("desired_name") or item.get("env_id")
-        told = ", ".join(f"{key} {_short(value)}" for key, value in item.items() if key not in _NAMES)
-        lines.append(f"  environment {name}: {told}")
+    here = [item for item in listed if item.get("state") != "disconnected"]
+    if not here:
+        lines.append("  environments: none is registered")
+    lines += [_environment_line(item) for item in here]
     return lines
 
 
-_NAMES = ("real_name", "desired_name", "name")
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _environment_line(item: Mapping[str, Any]) -> str:
+    share = item.get("min_batch_allocation")
+    least = "" if share is None else f", least share {share:.2f}"
+    return (
+        f"  environment {item.get('name') or item.get('env_id')}: {item.get('state', 'registered')}, heard "
+        f"{item.get('heard_seconds_ago', '?')} s ago, {item.get('groups', '?')} groups sent, "
+        f"{item.get('waiting_sequences', '?')} sequences waiting, {item.get('refused', 0)} refused{least}"
+    )
 
 
 def _gateway_lines(state: Mapping[str, Any]) -> list[str]:
@@ -77,8 +76,7 @@ def _gateway_lines(state: Mapping[str, Any]) -> list[str]:
 
 
 def _checks(state: Mapping[str, Any]) -> list[str]:
-    services = {service["name"]: service for service in state.get("services", [])}
-    environments = [service for service in services.values() if service["kind"] == "environment"]
+    environments = [service for service in state.get("services", []) if service["kind"] == "environment"]
     api, gateway, rates = state.get("api"), state.get("gateway"), state.get("rates", {})
     checks: list[str] = []
     if not api:
@@ -87,16 +85,19 @@ def _checks(state: Mapping[str, Any]) -> list[str]:
         )
     if not gateway:
         checks.append("The trainer is gone, busy or frozen: its log, its CPU use (kill -CONT wakes a stopped one).")
-    down = [service["name"] for service in environments if service["state"] in ("failed", "restarting")]
-    if down:
-        checks.append(f"{', '.join(down)} is not running: the end of its log says why.")
-    queued = (api or {}).get("queue_size") or 0
-    if api and queued:
+    for word, text in (
+        ("failed", "was given up: the end of its log says why"),
+        ("restarting", "has just died: the end of its log says why"),
+        ("starting", "is starting, and has not registered yet: its log"),
+    ):
+        checks += [f"{service['name']} {text}." for service in environments if service["state"] == word]
+    waiting = (api or {}).get("queue_sequences", (api or {}).get("queue_size")) or 0
+    if api and waiting >= state.get("batch_size", 1):
         checks.append(
-            f"{queued} groups wait but make no batch: do group sizes add up to batch_size, "
-            "and does every environment with a min_batch_allocation send?"
+            f"{waiting} sequences wait but make no batch: do group sizes add up to batch_size "
+            f"{state.get('batch_size')}, and does every environment with a min_batch_allocation send?"
         )
-    if gateway and api and not queued:
+    elif gateway and api:
         checks += _no_groups(gateway, rates, environments)
     checks.append(f"The logs: {state.get('run_dir')}/logs")
     return checks
@@ -112,7 +113,13 @@ def _no_groups(gateway: Mapping[str, Any], rates: Mapping[str, Any], environment
             "The policy is being sampled but no group arrives: the environment drops its groups (all scores equal with "
             "ensure_scores_are_not_same, sequences of max_token_len or more, scoring errors), or rollouts are long."
         ]
-    names = ", ".join(service["name"] for service in environments) or "the environments elsewhere"
+    if not environments:
+        return [
+            "Nobody asks the gateway for completions: are the environments elsewhere running, and can they reach it?"
+        ]
+    names = ", ".join(service["name"] for service in environments if service["state"] == "running")
+    if not names:
+        return []
     return [
         f"Nobody asks the gateway for completions: is {names} stuck (frozen, still loading, waiting for a resource)? "
         "Does it ignore --openai.base_url because config_init returns a bare APIServerConfig?"

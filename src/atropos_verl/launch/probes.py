@@ -103,8 +103,10 @@ class Poller:
             thread.start()
 
     def stop(self) -> None:
-        """Ends the asking; waits for nothing (the threads are daemons and hold nothing)."""
+        """Ends the asking, with one last look at the API. Waits for no thread (they are daemons and hold nothing)."""
         self._ended.set()
+        if self._api_url is not None and self._seen.api is not None:
+            self._ask_api()
 
     def expect_new_gateway(self) -> None:
         """The trainer is started anew: what was seen of the one before does not count."""

@@ -5,26 +5,24 @@ One loop, a tick every fifth of a second, nothing in it waits; what asks over HT
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import shutil
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
-from atropos_verl.errors import ConfigError, ServiceError
+from atropos_verl.errors import ServiceError
 from atropos_verl.launch.diagnosis import diagnose
 from atropos_verl.launch.probes import Poller, connected_entries, disconnect_environment, environments_of
 from atropos_verl.launch.process import ProcessSet
 from atropos_verl.launch.progress import StepTail
-from atropos_verl.launch.spec import LaunchPlan, trainer_settings_path, trainer_settings_text
+from atropos_verl.launch.rundir import DISK_FULL_BYTES, compose_state, write_state
+from atropos_verl.launch.spec import LaunchPlan
 from atropos_verl.launch.watched import WatchedService
 
-__all__ = ["Supervisor", "View", "prepare_run_dir"]
+__all__ = ["Supervisor", "View"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +30,6 @@ _TICK_SECONDS = 0.2
 _STATE_SECONDS = 0.5
 _AFTERMATH_SECONDS = 20.0
 """Seconds after an absence of the API in which others' deaths are its fault."""
-_DISK_FULL_BYTES = 1 << 20
 _KEPT_NOTES = 30
 _TRAINER_CONFIG_ERROR = 2
 
@@ -45,24 +42,6 @@ class View(Protocol):
     def step(self, line: Mapping[str, Any], state: Mapping[str, Any]) -> None: ...
 
     def update(self, state: Mapping[str, Any]) -> None: ...
-
-
-def prepare_run_dir(plan: LaunchPlan) -> None:
-    """Make the run directory, ``plan.json`` and the trainer's settings (0600: keys are in them).
-
-    Raises:
-        ConfigError: it cannot be written, or its disk is full.
-    """
-    run_dir = plan.run_dir
-    try:
-        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        (run_dir / "launch").mkdir(exist_ok=True)
-        _write_private(run_dir / "plan.json", json.dumps(plan.describe(), indent=1) + "\n")
-        _write_private(trainer_settings_path(run_dir), trainer_settings_text(plan.config))
-    except OSError as error:
-        raise ConfigError(f"cannot write to {run_dir}: {error.strerror or error}", "run_dir") from error
-    if (free := shutil.disk_usage(run_dir).free) < _DISK_FULL_BYTES:
-        raise ConfigError(f"the disk of {run_dir} is full ({free} bytes free)", "run_dir")
 
 
 class Supervisor:
@@ -92,7 +71,8 @@ class Supervisor:
         self._started = clock()
         self._api_lost_at = 0.0
         self._said: set[str] = set()
-        self._diagnosed_at = 0.0
+        self._stall_since = 0.0
+        self._stall_wait = 0.0
         self._state_at = 0.0
         self._state_writable = True
         self._ending = ""
@@ -146,10 +126,10 @@ class Supervisor:
 
     def _end(self) -> None:
         """Trainer first, which may take its time for a checkpoint, then all others together."""
-        self._poller.stop()
         try:
             if self._trainer is not None:
                 self._trainer.stop(self.plan.launch.trainer_process.stop_grace)
+            self._poller.stop()
         finally:
             remaining = ProcessSet()
             for watched in self.services:
@@ -314,7 +294,7 @@ class Supervisor:
             free = shutil.disk_usage(self.plan.run_dir).free
         except OSError as error:
             raise watched.error(f"{watched.name} {watched.death()}: {self.plan.run_dir}: {error}") from error
-        if free < _DISK_FULL_BYTES:
+        if free < DISK_FULL_BYTES:
             raise watched.error(
                 f"{watched.name} {watched.death()}: the disk of {self.plan.run_dir} is full ({free} bytes free). "
                 "Make room; the same command with the same run_dir goes on"
@@ -323,47 +303,35 @@ class Supervisor:
     # ------------------------------------------------------------------ stalls, state
 
     def _watch_for_stall(self) -> None:
-        if self._trainer is None or not self._trainer.lives:
+        if self._trainer is None or self._trainer.state != "running":
             return
-        since = max(self._trainer.started_at, self._steps.last_at or 0.0, self._diagnosed_at)
-        now = self._clock()
-        limit = self.plan.launch.supervise.stall_after
-        if self._trainer.state == "starting" or now - since < limit:
-            return
-        self._diagnosed_at = now
-        self._note(diagnose(self.state(), now - max(self._trainer.started_at, self._steps.last_at or 0.0)))
+        now, limit = self._clock(), self.plan.launch.supervise.stall_after
+        since = max(self._poller.seen.generated_at, self._trainer.started_at, self._steps.last_at or 0.0)
+        if since > self._stall_since:
+            self._stall_since, self._stall_wait = since, limit
+        if now - since >= self._stall_wait:
+            self._stall_wait *= 2  # a long stall shall not fill the screen
+            self._note(diagnose(self.state(), now - since))
 
     def state(self) -> dict[str, Any]:
         """What is shown, and written to ``run_dir/state.json`` for ``attach``."""
-        seen = self._poller.seen
-        return {
-            "time": time.time(),
-            "pid": os.getpid(),
-            "run_dir": str(self.plan.run_dir),
-            "seconds": round(self._clock() - self._started, 1),
-            "steps": self.plan.config.steps,
-            "services": [watched.describe() for watched in self.services],
-            "api_url": self.plan.addresses.api_url,
-            "gateway_url": self.plan.addresses.gateway_url,
-            "api": seen.api,
-            "gateway": seen.gateway,
-            "rates": {"tokens_per_second": seen.tokens_per_second, "requests_per_second": seen.requests_per_second},
-            "step": self._steps.step,
-            "recent": list(self._steps.recent),
-            "rewards": list(self._steps.rewards),
-            "seconds_since_step": None
-            if self._steps.last_at is None
-            else round(self._clock() - self._steps.last_at, 1),
-            "notes": list(self._notes),
-            "ending": self._ending,
-        }
+        return compose_state(
+            self.plan,
+            services=[watched.describe() for watched in self.services],
+            seen=self._poller.seen,
+            steps=self._steps,
+            notes=self._notes,
+            ending=self._ending,
+            seconds=self._clock() - self._started,
+            clock=self._clock,
+        )
 
     def _publish(self) -> None:
         self._state_at = self._clock()
         state = self.state()
         self.view.update(state)
         try:
-            _write_private(self.plan.run_dir / "state.json", json.dumps(state, default=str))
+            write_state(self.plan.run_dir, state)
             self._state_writable = True
         except OSError as error:
             if self._state_writable:
@@ -394,10 +362,3 @@ def _indented(text: str) -> str:
 
 def _ordinal(number: int) -> str:
     return {1: "first", 2: "second", 3: "third"}.get(number, f"{number}th")
-
-
-def _write_private(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        file.write(text)
-    temporary.replace(path)

@@ -102,12 +102,17 @@ def render_state(state: Mapping[str, Any], *, width: int = 100, notes: int = 0) 
 
 
 def _services(state: Mapping[str, Any]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for name, justify in (("service", "left"), ("state", "left"), ("pid", "right"), ("up", "right")):
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    table.add_column("restarts", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True, overflow="ellipsis")
-    for service in state.get("services", []):
+    services = state.get("services", [])
+    longest = max((len(str(service.get("name"))) for service in services), default=0)
+    # The reason takes what the others leave; without their widths it would take theirs.
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold", expand=True)
+    table.add_column("service", no_wrap=True, min_width=min(max(longest, 7), 24))
+    table.add_column("state", no_wrap=True, min_width=10)
+    table.add_column("pid", justify="right", no_wrap=True, min_width=7)
+    table.add_column("up", justify="right", no_wrap=True, min_width=7)
+    table.add_column("restarts", justify="right", no_wrap=True, min_width=8)
+    table.add_column("", no_wrap=True, overflow="ellipsis", ratio=1)
+    for service in services:
         word = str(service.get("state"))
         table.add_row(
             Text(str(service.get("name"))),
