@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import signal
 import socket
 import threading
 import time
@@ -92,12 +93,15 @@ def serve(settings: ServerSettings, host: str = "127.0.0.1", port: int = 8000, *
     if settings.token is None and not is_loopback(host):
         logger.warning("%s has no token: whoever reaches this address can read and write", where)
     server = uvicorn.Server(_config(app))
+    # uvicorn handles both signals, and raises the one it got again once it has shut down: nothing is left to do then.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
         asyncio.run(server.serve(sockets=[listener]))
-    except KeyboardInterrupt:  # uvicorn raises the signal again once it has shut down
-        logger.info("stopped")
+    except KeyboardInterrupt:
+        logger.debug("interrupted")
     finally:
         app.close()
+    logger.info("stopped", extra={"event": "stopped"})
 
 
 class TrajectoryServer:

@@ -1,0 +1,272 @@
+"""The server over real HTTP: our client, restarts, responses that nobody reads, the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from support.serving import eventually
+from support.trajectory_server import ServerProcess, group, group_bytes, registration
+
+from atropos_verl.api.client import AtroposClient, EnvRegistration, TrainerRegistration
+from atropos_verl.api.wire import decode_batch
+from atropos_verl.errors import AtroposHTTPStatusError, ConfigError, ServiceError
+from atropos_verl.server import ServerSettings, TrajectoryServer
+from atropos_verl.server.serving import check_bind
+
+TRAINER = TrainerRegistration(**registration(8))
+
+
+@pytest.fixture
+def server() -> Iterator[TrajectoryServer]:
+    with TrajectoryServer() as running:
+        yield running
+
+
+def first_ids(body: bytes) -> list[int]:
+    return [int(found.token_ids[0][0]) for found in decode_batch(body)]
+
+
+# --- our client ------------------------------------------------------------------------------------------------------
+
+
+def test_our_client_leases_packed_batches_and_acks_them(server: TrajectoryServer) -> None:
+    with AtroposClient(server.url, lease_seconds=60.0) as client:
+        client.check()
+        client.register(TRAINER)
+        assert client.fetch_batch() is None
+        joined = client.register_env(EnvRegistration(max_token_length=64, desired_name="words", group_size=4))
+        assert joined.env_id == 0
+        client.post_scored_data(group_bytes(1, 4, 0), idempotency_key="one")
+        client.post_scored_data(group_bytes(1, 4, 0), idempotency_key="one")
+        receipt = client.post_scored_data_list([group_bytes(2, 4, 0), group_bytes(3, 4, 0)])
+        assert (receipt.groups, receipt.buffered) == (2, 0)
+        status = client.status_env(0)
+        assert (status.queue_size, status.self_queue_size, status.env_weight) == (3, 3, 1.0)
+        batch = client.get_batch(max_wait_time=5.0)
+        assert batch.body.startswith(b"ATRPACK1")
+        assert first_ids(batch.body) == [1, 2]
+        assert batch.lease_id is not None
+        client.ack(batch.lease_id)
+        client.ack(batch.lease_id)
+        assert (client.status().current_step, client.status().queue_size) == (1, 1)
+        assert server.app is not None and server.app.store.state.totals["acks"] == 1
+
+
+def test_our_client_takes_json_too(server: TrajectoryServer) -> None:
+    with AtroposClient(server.url, packed=False) as client:
+        client.register(TRAINER)
+        client.post_scored_data(group_bytes(5, 8))
+        body = client.fetch_batch()
+        assert body is not None and json.loads(body)["batch"][0]["tokens"] == group(5, 8)["tokens"]
+
+
+def test_our_client_shows_why_a_group_is_refused(server: TrajectoryServer) -> None:
+    with AtroposClient(server.url) as client, pytest.raises(AtroposHTTPStatusError, match=r"scores has 1 entries"):
+        client.post_scored_data(json.dumps({**group(1), "scores": [1.0]}).encode())
+
+
+def test_a_large_batch_arrives_whole_in_both_wires(server: TrajectoryServer) -> None:
+    tokens = [[i * 7 % 50_000 for i in range(4096)] for _ in range(16)]
+    body = json.dumps({"tokens": tokens, "masks": tokens, "scores": [0.5] * 16}).encode()
+    with AtroposClient(server.url) as packed, AtroposClient(server.url, packed=False) as plain:
+        packed.register(TrainerRegistration(**registration(64)))
+        for client in (packed, plain):
+            for _ in range(4):
+                client.post_scored_data(body)
+            found = decode_batch(client.fetch_batch() or b"")
+            assert [row.tolist() for row in found[3].token_ids] == tokens
+
+
+# --- responses that do not arrive ------------------------------------------------------------------------------------
+
+
+def raw_get(server: TrajectoryServer, path: str = "/batch") -> socket.socket:
+    port = int(server.url.rpartition(":")[2])
+    connection = socket.create_connection(("127.0.0.1", port), timeout=20.0)
+    connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    return connection
+
+
+def read_answer(connection: socket.socket) -> bytes:
+    """One response with a content-length."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        received += connection.recv(65536)
+    head, _, body = received.partition(b"\r\n\r\n")
+    length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+    while len(body) < length:
+        body += connection.recv(65536)
+    return body
+
+
+def state_of(server: TrajectoryServer) -> Any:
+    assert server.app is not None
+    return server.app.store.state
+
+
+def fill(server: TrajectoryServer, sequences: int, length: int = 3) -> None:
+    httpx.post(f"{server.url}/register", json=registration(sequences), timeout=20.0)
+    tokens = [[i % 1000 for i in range(length)] for _ in range(sequences)]
+    posted = {"tokens": tokens, "masks": tokens, "scores": [1.0] * sequences}
+    assert httpx.post(f"{server.url}/scored_data", json=posted, timeout=60.0).status_code == 200
+
+
+@pytest.mark.parametrize("length", [3, 40_000])
+def test_a_batch_that_nobody_reads_comes_back(server: TrajectoryServer, length: int) -> None:
+    """Without a lease. Upstream loses it. 40 000 tokens do not fit into the socket's buffers, 3 do."""
+    fill(server, 64, length)
+    connection = raw_get(server)
+    eventually(lambda: bool(state_of(server).outstanding), "the batch is handed out")
+    connection.recv(16)  # part of it is read, so the server has sent; then the client dies
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+    eventually(lambda: len(state_of(server).returned) == 1, "the batch is back")
+    again = json.loads(read_answer(raw_get(server)))["batch"]
+    assert len(again[0]["tokens"]) == 64
+    assert state_of(server).step == 1
+
+
+def test_a_client_that_stops_reading_and_leaves_gets_it_again(server: TrajectoryServer) -> None:
+    fill(server, 64, 40_000)
+    with httpx.stream("GET", f"{server.url}/batch", timeout=20.0) as response:
+        assert len(next(response.iter_raw())) > 0  # then its own time-out strikes
+    eventually(lambda: len(state_of(server).returned) == 1, "the batch is back")
+
+
+def test_a_batch_counts_as_delivered_once_the_connection_closes_or_is_used_again(server: TrajectoryServer) -> None:
+    fill(server, 8)
+    connection = raw_get(server)
+    read_answer(connection)
+    eventually(lambda: len(state_of(server).outstanding) == 1, "not yet known to be delivered")
+    connection.sendall(b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    read_answer(connection)
+    assert (state_of(server).outstanding, state_of(server).returned) == ({}, [])
+    connection.close()
+    fill(server, 8)
+    connection = raw_get(server)
+    read_answer(connection)
+    connection.close()
+    eventually(lambda: not state_of(server).groups, "delivered")
+    assert state_of(server).totals["returns"] == 0
+
+
+def test_a_quiet_connection_counts_as_delivered_after_the_grace() -> None:
+    with TrajectoryServer(ServerSettings(delivery_grace=0.1)) as server:
+        fill(server, 8)
+        connection = raw_get(server)
+        read_answer(connection)
+        eventually(lambda: not state_of(server).groups, "delivered")
+        connection.close()
+
+
+def test_a_lease_ends_without_anybody_asking() -> None:
+    with TrajectoryServer() as server:
+        fill(server, 8)
+        httpx.get(f"{server.url}/batch", headers={"X-Atropos-Lease": "0.2"})
+        eventually(lambda: len(state_of(server).returned) == 1, "the lease has ended")
+
+
+# --- restarts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_environments_and_trainer_carry_on_over_a_restart(tmp_path: Path, how: str) -> None:
+    with ServerProcess(tmp_path, "--data-dir", str(tmp_path / "data"), "--fsync") as server:
+        with AtroposClient(server.url, lease_seconds=60.0) as client:
+            client.register(TRAINER)
+            client.fetch_batch()
+            client.register_env(EnvRegistration(max_token_length=64, desired_name="words", group_size=4))
+            for number in range(5):
+                client.post_scored_data(group_bytes(number, 4, 0), idempotency_key=f"key {number}")
+            leased = client.get_batch()
+            before = client.status(), client.status_env(0), client.info(), client.wandb_info()
+        if how == "kill":
+            server.kill()
+        else:
+            assert server.stop() == 0
+        server.start()
+        with AtroposClient(server.url, lease_seconds=60.0) as client:
+            assert (client.status(), client.status_env(0), client.info(), client.wandb_info()) == before
+            client.post_scored_data(group_bytes(4, 4, 0), idempotency_key="key 4")
+            client.ack(leased.lease_id)
+            batch = client.get_batch()
+            assert first_ids(batch.body) == [2, 3]
+            client.ack(batch.lease_id)
+            assert (client.status().current_step, client.status().queue_size) == (2, 1)
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_it_starts_without_torch_verl_or_transformers(tmp_path: Path) -> None:
+    code = (
+        "import sys, atropos_verl.server as s; "
+        "s.TrajectoryServer().start(); "
+        "print(sorted({'torch', 'verl', 'transformers', 'ray', 'atroposlib', 'fastapi'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+def test_token_from_the_environment_and_json_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATROPOS_API_TOKEN", "secret")
+    with ServerProcess(tmp_path, "--log-format", "json") as server:
+        assert httpx.get(f"{server.url}/status").status_code == 401
+        with AtroposClient(server.url, token="secret") as client:
+            client.register(TRAINER)
+            client.post_scored_data(group_bytes(1, 8))
+            assert client.fetch_batch() is not None
+        assert server.stop() == 0
+        lines = [json.loads(line) for line in server.log_path.read_text().splitlines()]
+    serving, batch = lines[0], next(line for line in lines if line.get("event") == "batch")
+    assert serving["event"] == "serving" and "IN MEMORY ONLY" in serving["message"]
+    assert (batch["step"], batch["groups"], batch["tokens"], batch["level"]) == (1, 1, 24, "INFO")
+
+
+def test_a_public_address_needs_a_token(tmp_path: Path) -> None:
+    for host in ("0.0.0.0", "::", "192.168.1.1", "example.org"):
+        with pytest.raises(ConfigError, match="is reached from other machines: give --token"):
+            check_bind(host, ServerSettings())
+        assert check_bind(host, ServerSettings(token="x")).allowed_hosts == ()
+        assert check_bind(host, ServerSettings(), insecure=True).allowed_hosts == ()
+    assert "localhost" in check_bind("127.0.0.1", ServerSettings()).allowed_hosts
+    command = [sys.executable, "-m", "atropos_verl.cli", "serve-api", "--host", "0.0.0.0", "--port", "0"]
+    environment = {name: value for name, value in os.environ.items() if name != "ATROPOS_API_TOKEN"}
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False)
+    assert ran.returncode == 1
+    assert "give --token" in ran.stderr
+
+
+def test_a_taken_port_and_a_used_directory_are_said(tmp_path: Path, server: TrajectoryServer) -> None:
+    port = int(server.url.rpartition(":")[2])
+    with pytest.raises(ServiceError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
+        TrajectoryServer(port=port).start()
+    with (
+        TrajectoryServer(ServerSettings(data_dir=tmp_path)),
+        pytest.raises(Exception, match="is in use by another process"),
+    ):
+        TrajectoryServer(ServerSettings(data_dir=tmp_path)).start()
+
+
+def test_rebinding_a_foreign_name_to_this_machine_does_not_help(server: TrajectoryServer) -> None:
+    answer = httpx.get(f"{server.url}/status", headers={"Host": "evil.example"})
+    assert answer.status_code == 403
+
+
+def test_it_stops_while_a_client_sits_on_a_connection(server: TrajectoryServer) -> None:
+    with raw_get(server, "/status") as connection:
+        read_answer(connection)
+        started = time.monotonic()
+        server.stop(timeout=10.0)
+        assert time.monotonic() - started < 10.0
