@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -11,8 +12,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-
-import httpx
 
 __all__ = ["Clock", "ServerProcess", "free_port", "group", "group_bytes", "registration"]
 
@@ -80,15 +79,22 @@ class ServerProcess:
             )
         deadline = time.monotonic() + ready_timeout
         while True:
-            try:
-                if httpx.get(f"{self.url}/health", timeout=2.0, trust_env=False).status_code == 200:
-                    return
-            except httpx.HTTPError:
-                pass
+            if self._answers():
+                return
             log_text = self.log_path.read_text(errors="replace")[-2000:]
             assert self.process.poll() is None, f"the server exited with {self.process.returncode}:\n{log_text}"
             assert time.monotonic() < deadline, f"not ready after {ready_timeout} s:\n{log_text}"
             time.sleep(0.01)
+
+    def _answers(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2.0)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
 
     def kill(self) -> None:
         """SIGKILL, as a crash would."""
