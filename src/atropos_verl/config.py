@@ -55,6 +55,9 @@ class AtroposConfig(_Section):
     """The trajectory API."""
 
     api_url: str | None = Field(None, description="URL of a running trajectory API; null: start one for this run")
+    server: Literal["embedded", "upstream"] = Field(
+        "upstream", description="API to start where api_url is null; embedded: ours, upstream: atroposlib's"
+    )
     timeout: PositiveFloat = Field(30.0, description="seconds; bound on one call to the API, its retries included")
     token: str | None = Field(None, description="bearer token for a protected API")
     headers: dict[str, str] = Field(default_factory=dict, description="extra HTTP headers for the API")
@@ -157,7 +160,7 @@ class EnvConfig(_Section):
     python: str | None = Field(None, description="its interpreter; null: the one that runs the trainer")
     args: tuple[str, ...] = Field((), description='further arguments, e.g. ["--env.some_key","3"]')
     max_batches_offpolicy: PositiveInt = Field(1, description="batches it may queue ahead; 1: on-policy as can be")
-    startup_timeout: PositiveFloat = Field(120.0, description="seconds until it must have registered")
+    startup_timeout: PositiveFloat = Field(180.0, description="seconds until its first batch must have come")
 
 
 class EvalConfig(_Section):

@@ -18,9 +18,10 @@ _CHILD_ENV = {
 }
 
 
-def api_spec(run_dir: Path, host: str, port: int) -> ServiceSpec:
-    """The trajectory API of atroposlib."""
-    command = (sys.executable, "-m", "atroposlib.cli.run_api", "--host", host, "--port", str(port))
+def api_spec(run_dir: Path, host: str, port: int, server: str = "upstream") -> ServiceSpec:
+    """The trajectory API: ``upstream`` is atroposlib's, ``embedded`` ours (in memory: it lives as long as the run)."""
+    module = {"upstream": ("atroposlib.cli.run_api",), "embedded": ("atropos_verl.cli", "serve-api")}[server]
+    command = (sys.executable, "-m", *module, "--host", host, "--port", str(port))
     return ServiceSpec(
         name="trajectory_api", command=command, env=_CHILD_ENV, cwd=run_dir, log_path=_log(run_dir, "trajectory_api")
     )

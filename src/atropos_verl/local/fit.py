@@ -151,7 +151,10 @@ def _wait_for_batch(
 ) -> RolloutData:
     config = trainer.config
     progress.phase("rollout: waiting for a batch")
-    deadline = time.monotonic() + config.atropos.rollout_timeout
+    # An environment that we started has to import, register and roll out first; one that never does is found sooner.
+    started_here = check_services is not None and not trainer.totals.groups_used
+    limit = config.env.startup_timeout if started_here else config.atropos.rollout_timeout
+    deadline = time.monotonic() + limit
     lost = 0
     while True:
         remaining = deadline - time.monotonic()

@@ -39,7 +39,7 @@ class LocalServices:
         """Start the trajectory API and wait until it answers. Returns its URL."""
         port = free_port(_HOST)
         self.api_url = f"http://{_HOST}:{port}"
-        process = self.processes.start(api_spec(self.run_dir, _HOST, port))
+        process = self.processes.start(api_spec(self.run_dir, _HOST, port, self.config.atropos.server))
         wait_until_ready(
             lambda: http_probe(f"{self.api_url}/status", timeout=1.0),
             name="trajectory_api",
