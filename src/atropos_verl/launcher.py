@@ -74,7 +74,7 @@ def load_launch(
     from atropos_verl.local.settings import compose_values
 
     launch_keys = tuple(LaunchConfig.model_fields)
-    known = [name for name, *_ in describe_launch()]
+    known = [*(name for name, *_ in describe_launch()), "environments"]
     # Without environments: files name their own, and composing merges mappings.
     schema = {**RunConfig().model_dump(mode="json"), **LaunchConfig().model_dump(mode="json"), "environments": {}}
     values = compose_values(

@@ -197,7 +197,7 @@ def test_a_second_terminal_sees_the_run(drill: Drill) -> None:
 
 def test_a_run_ends_when_its_only_environment_never_starts(tmp_path: Path) -> None:
     sleeper = script(tmp_path, "sleeper", _SLEEPER)
-    words = [*_WITHOUT_TRAINER, f"environments={{sleeper: {{script: {sleeper}, startup_timeout: 1}}}}"]
+    words = [*_WITHOUT_TRAINER, "envs=[sleeper]", f"environments.sleeper={{script: {sleeper}, startup_timeout: 1}}"]
     with LaunchRun(words, run_dir=tmp_path / "run") as run:
         assert run.wait(30.0) == 1
         run.assert_nothing_left()
@@ -235,7 +235,7 @@ def test_one_interrupt_stops_with_a_checkpoint_and_the_run_can_go_on(tmp_path: P
 
 def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     parent = script(tmp_path, "parent", _WITH_GRANDCHILDREN)
-    words = [*_WITHOUT_TRAINER, f"environments={{parent: {{script: {parent}}}}}"]
+    words = [*_WITHOUT_TRAINER, "envs=[parent]", f"environments.parent.script={parent}"]
     with LaunchRun(words, run_dir=tmp_path / "run") as run:
         run.wait_until(lambda: "has children" in run.log("parent.1"), "grandchildren", 30.0)
         run.popen.send_signal(signal.SIGINT)
@@ -255,7 +255,7 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     allowed = subprocess.run([*prefix, "true"], capture_output=True, check=False)
     if allowed.returncode != 0:
         pytest.skip(f"this machine allows no private mounts: {allowed.stderr.decode().strip()}")
-    words = [*SMALL_LAUNCH, "save_freq=2", "trainer_process.max_restarts=1"]
+    words = [*SMALL_LAUNCH, "save_freq=2", "trainer_process.max_restarts=0"]
     with LaunchRun(words, run_dir=mount / "run", prefix=prefix, cwd=tmp_path) as run:
         deadline = time.monotonic() + 90.0
         while run.popen.poll() is None and time.monotonic() < deadline:
@@ -297,7 +297,7 @@ def test_two_environments_hold_their_shares(tmp_path: Path) -> None:
 def test_a_plan_can_be_started_by_hand(tmp_path: Path) -> None:
     """``plan.json`` has every command with its directory and its variables; the API's, run from it, answers."""
     sleeper = script(tmp_path, "sleeper", _SLEEPER)
-    words = [*_WITHOUT_TRAINER, f"environments={{sleeper: {{script: {sleeper}, startup_timeout: 60}}}}"]
+    words = [*_WITHOUT_TRAINER, "envs=[sleeper]", f"environments.sleeper.script={sleeper}"]
     with LaunchRun(words, run_dir=tmp_path / "run") as run:
         run.wait_for_state("trajectory_api", "running")
         run.popen.send_signal(signal.SIGTERM)
