@@ -111,14 +111,13 @@ def build_plan(config: RunConfig, launch: LaunchConfig) -> LaunchPlan:
         raise ConfigError("give the URL of the API that runs elsewhere (or ATROPOS_API_URL)", "atropos.api_url")
     api_port = _port(launch.api.host, launch.api.port, "api.port") if own_api else 0
     api_url = config.atropos.api_url or f"http://{_reachable(launch.api.host)}:{api_port}"
-    gateway_port = 0
+    gateway_port, probe_url = 0, config.gateway.advertise_url
     if launch.starts("trainer"):
         gateway_port = _port(config.gateway.host, config.gateway.port, "gateway.port")
+        probe_url = f"http://{_reachable(config.gateway.host)}:{gateway_port}"
     elif launch.starts("environments") and not config.gateway.advertise_url:
         raise ConfigError("give the URL of the gateway that runs elsewhere", "gateway.advertise_url")
-    gateway_url = (config.gateway.advertise_url or f"http://{_reachable(config.gateway.host)}:{gateway_port}").rstrip(
-        "/"
-    )
+    gateway_url = (config.gateway.advertise_url or probe_url or "").rstrip("/")
     if gateway_url.endswith("/v1"):
         raise ConfigError(f"{gateway_url}: leave the /v1 out", "gateway.advertise_url")
     run_dir = config.resolve_run_dir()
@@ -126,10 +125,16 @@ def build_plan(config: RunConfig, launch: LaunchConfig) -> LaunchPlan:
         update={
             "run_dir": str(run_dir),
             "atropos": config.atropos.model_copy(update={"api_url": api_url}),
-            "gateway": config.gateway.model_copy(update={"port": gateway_port, "advertise_url": gateway_url}),
+            "gateway": config.gateway.model_copy(update={"port": gateway_port, "advertise_url": gateway_url or None}),
         }
     )
-    addresses = Addresses(api_url=api_url, gateway_url=gateway_url, gateway_port=gateway_port, own_api=own_api)
+    addresses = Addresses(
+        api_url=api_url,
+        gateway_url=gateway_url,
+        probe_url=probe_url,
+        gateway_port=gateway_port,
+        own_api=own_api,
+    )
     return make_plan(filled, launch, run_dir=run_dir, model_path=resolve_model_path(config), addresses=addresses)
 
 

@@ -64,6 +64,9 @@ def plan_environments(
     warnings = list(_check_groups(config, launch, embedded=embedded))
     allocations, notes = allocate(config, launch, embedded=embedded)
     warnings += notes
+    token = {"ATROPOS_API_TOKEN": config.atropos.token} if config.atropos.token else {}
+    if token:
+        warnings.append(_TOKEN)
     services: list[PlannedEnvironment] = []
     for name, settings in chosen.items():
         program = _program(name, settings)
@@ -83,7 +86,7 @@ def plan_environments(
             spec = ServiceSpec(
                 name=process,
                 command=command,
-                env={**CHILD_ENV, **settings.env},
+                env={**CHILD_ENV, **token, **settings.env},
                 cwd=_directory(name, settings, run_dir),
                 log_path=run_dir / "logs" / f"{process}.1.log",
             )
@@ -132,6 +135,12 @@ def allocate(config: RunConfig, launch: LaunchConfig, *, embedded: bool) -> tupl
 _WEIGHTS_ONLY = (
     "weights are handed to the environments, but this API uses them for concurrency only: shares of the trained "
     "sequences will not follow them. Set min_batch_allocation of each environment, or use the embedded API"
+)
+
+
+_TOKEN = (
+    "the API demands a token, which Atropos's own client cannot send: environments find it in ATROPOS_API_TOKEN, but "
+    "unmodified ones need an API without a token (on this machine, or through a tunnel)"
 )
 
 

@@ -35,7 +35,9 @@ class Addresses:
 
     api_url: str
     gateway_url: str
-    """Without ``/v1``."""
+    """As environments reach it, without ``/v1``."""
+    probe_url: str | None
+    """As the launcher reaches it; None: this launch has nothing to do with a gateway."""
     gateway_port: int
     """The trainer binds it; 0 when the trainer is elsewhere."""
     own_api: bool

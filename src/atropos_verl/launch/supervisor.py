@@ -58,7 +58,7 @@ class Supervisor:
         config = plan.config
         self._poller = Poller(
             plan.addresses.api_url,
-            plan.addresses.gateway_url,
+            plan.addresses.probe_url,
             api_token=config.atropos.token,
             gateway_key=config.gateway.api_key,
             model_name=plan.model_name,

@@ -1,0 +1,189 @@
+"""Environments → commands: arguments, shares of the batch, and the trap of the bare server configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atropos_verl.config import RunConfig
+from atropos_verl.errors import ConfigError
+from atropos_verl.launch.environments import EnvironmentPlan, allocate, interpreter, plan_environments
+from atropos_verl.launch.launch_config import LaunchConfig
+from atropos_verl.launch.trap import bare_server_config
+
+
+def plan(environments: dict[str, Any], *, own_api: bool = True, **settings: Any) -> EnvironmentPlan:
+    config = RunConfig.from_mapping({"batch_size": 64, "group_size": 8, "gateway": {"api_key": "k"}, **settings})
+    return plan_environments(
+        config,
+        LaunchConfig.from_mapping({"environments": environments}),
+        run_dir=Path("/run"),
+        model_path=Path("/model"),
+        api_url="http://a:8000",
+        gateway_url="http://g:9004",
+        own_api=own_api,
+    )
+
+
+def options(command: tuple[str, ...]) -> dict[str, str]:
+    """``--key value`` pairs after ``serve``; a key that stands twice fails."""
+    words = command[command.index("serve") + 1 :]
+    pairs = list(zip(words[::2], words[1::2], strict=True))
+    assert len({key for key, _ in pairs}) == len(pairs)
+    return dict(pairs)
+
+
+def shares(environments: dict[str, Any], *, embedded: bool = True, **settings: Any) -> dict[str, float | None]:
+    config = RunConfig.from_mapping({"batch_size": 64, "group_size": 8, **settings})
+    return allocate(config, LaunchConfig.from_mapping({"environments": environments}), embedded=embedded)[0]
+
+
+def sequences(environments: dict[str, Any], batch_size: int = 64, **settings: Any) -> dict[str, int]:
+    """What a trajectory API makes of the shares: ``int(batch_size * share)``."""
+    found = shares(environments, batch_size=batch_size, **settings)
+    return {name: int(batch_size * (share or 0.0)) for name, share in found.items()}
+
+
+def test_the_command_is_adapted_to_the_run() -> None:
+    (planned,) = plan({"demo": {}}, max_response_length=16, data={"max_prompt_length": 48}, steps=10).services
+    assert options(planned.spec.command) == {
+        "--env.rollout_server_url": "http://a:8000",
+        "--env.group_size": "8",
+        "--env.max_token_length": "64",
+        "--env.tokenizer_name": "/model",
+        "--env.use_wandb": "false",
+        "--env.wandb_name": "demo",
+        "--env.total_steps": "1100",
+        "--env.max_batches_offpolicy": "1",
+        "--env.inference_weight": "1",
+        "--openai.base_url": "http://g:9004/v1",
+        "--openai.model_name": "/model",
+        "--openai.tokenizer_name": "/model",
+        "--openai.server_type": "vllm",
+        "--openai.api_key": "k",
+        "--slurm": "false",
+    }
+
+
+def test_arguments_of_the_user_win_and_omitted_ones_go() -> None:
+    settings = {"args": ["--env.max_token_length=99", "--env.group_size", 4], "omit": ["--openai.tokenizer_name"]}
+    (planned,) = plan({"demo": settings}).services
+    words = planned.spec.command
+    assert words[-3:] == ("--env.max_token_length=99", "--env.group_size", "4")
+    assert words.count("--env.group_size") == 1
+    assert "--env.max_token_length" not in words
+    assert "--openai.tokenizer_name" not in words
+
+
+def test_copies_have_their_own_names_and_divide_the_weight() -> None:
+    services = plan({"demo": {"copies": 2, "weight": 3, "env": {"SEED": 1}}}).services
+    assert [item.spec.name for item in services] == ["demo", "demo-2"]
+    assert [options(item.spec.command)["--env.inference_weight"] for item in services] == ["1.5", "1.5"]
+    assert [options(item.spec.command)["--env.wandb_name"] for item in services] == ["demo", "demo-2"]
+    assert [item.spec.log_path for item in services] == [Path("/run/logs/demo.1.log"), Path("/run/logs/demo-2.1.log")]
+    assert services[0].spec.env["SEED"] == "1"
+
+
+def test_two_processes_of_one_name_are_refused() -> None:
+    with pytest.raises(ConfigError, match="two processes would be called demo-2"):
+        plan({"demo": {"copies": 2}, "demo-2": {}})
+
+
+def test_weights_become_shares_of_every_batch() -> None:
+    assert sequences({"a": {"weight": 3}, "b": {"weight": 1}}) == {"a": 48, "b": 16}
+    assert sequences({"a": {"weight": 2}, "b": {"weight": 1}}, batch_size=24) == {"a": 16, "b": 8}
+
+
+def test_shares_are_whole_groups_of_each_environment() -> None:
+    # 2/3 and 1/3 of 64 are 42.7 and 21.3: five and two groups of 8; the rest is filled by age
+    assert sequences({"a": {"weight": 2}, "b": {"weight": 1}}) == {"a": 40, "b": 16}
+    assert sequences({"a": {"weight": 3, "group_size": 16}, "b": {"weight": 1, "group_size": 4}}) == {"a": 48, "b": 16}
+
+
+def test_explicit_shares_stand_and_the_others_divide_the_rest() -> None:
+    settings = {"a": {"weight": 3}, "b": {"weight": 1}, "c": {"min_batch_allocation": 0.5}}
+    assert sequences(settings) == {"a": 24, "b": 8, "c": 32}
+
+
+def test_copies_divide_the_share() -> None:
+    assert sequences({"a": {"weight": 3, "copies": 2}, "b": {"weight": 1}}) == {"a": 24, "b": 16}
+
+
+def test_equal_weights_need_no_shares() -> None:
+    assert shares({"a": {}, "b": {}}) == {"a": None, "b": None}
+    assert shares({"a": {"weight": 3}}) == {"a": None}
+
+
+def test_a_share_below_one_group_is_said() -> None:
+    made = plan({"a": {"weight": 9}, "b": {"weight": 1}}, batch_size=64)
+    assert sequences({"a": {"weight": 9}, "b": {"weight": 1}}) == {"a": 56, "b": 0}
+    assert "environments.b: its share of a batch of 64 is less than one group of 8" in made.warnings[0]
+
+
+def test_another_api_gets_weights_only_and_a_warning() -> None:
+    made = plan({"a": {"weight": 3}, "b": {"weight": 1}}, own_api=False)
+    assert ["--env.min_batch_allocation" in item.spec.command for item in made.services] == [False, False]
+    assert "shares of the trained sequences will not follow them" in made.warnings[0]
+
+
+def test_shares_above_the_whole_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"adds up to 1\.2, above 1"):
+        plan({"a": {"min_batch_allocation": 0.6}, "b": {"min_batch_allocation": 0.6}})
+
+
+def test_group_sizes_that_upstream_would_stall_on() -> None:
+    mixed = {"a": {"group_size": 4}, "b": {"group_size": 6}}
+    with pytest.raises(ConfigError, match="an upstream API would never deliver a batch"):
+        plan(mixed, batch_size=24, own_api=False)
+    assert "some batches will be smaller" in plan(mixed, batch_size=24).warnings[0]
+
+
+def test_a_virtual_environment_is_an_interpreter(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to("/usr/bin/env")
+    assert interpreter(str(tmp_path), "key") == str(tmp_path / "bin" / "python"), "the link itself, not its target"
+    assert interpreter("python3.11", "key") == "python3.11"
+
+
+BARE = """
+class Env(BaseEnv):
+    @classmethod
+    def config_init(cls):
+        {before}
+        return {value}
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "value", "line"),
+    [
+        ("config = 1", "config, APIServerConfig(model_name='m')", 6),
+        ("servers = APIServerConfig(model_name='m')", "config, servers", 6),
+        ("servers: object = base.APIServerConfig()", "(config, servers)", 6),
+        ("both = (config, APIServerConfig())", "both", 6),
+        ("config = 1", "config, [APIServerConfig(model_name='m')]", None),
+        ("servers = [APIServerConfig()]", "config, servers", None),
+        ("config = 1", "config, ServerBaseline()", None),
+        ("config = 1", "make()", None),
+    ],
+)
+def test_the_trap_is_seen(tmp_path: Path, before: str, value: str, line: int | None) -> None:
+    path = tmp_path / "env.py"
+    path.write_text(BARE.format(before=before, value=value))
+    assert bare_server_config(path) == line
+
+
+def test_the_trap_is_warned_of_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "env.py"
+    path.write_text(BARE.format(before="c = 1", value="c, APIServerConfig()"))
+    (warning,) = plan({"mine": {"script": str(path)}}).warnings
+    assert warning.startswith(f"environments.mine: {path}, line 6: config_init returns a bare APIServerConfig")
+
+
+def test_the_trap_needs_no_import_and_no_valid_file(tmp_path: Path) -> None:
+    path = tmp_path / "env.py"
+    path.write_text("def config_init(:")
+    assert bare_server_config(path) is None
+    assert bare_server_config(tmp_path / "nothing.py") is None

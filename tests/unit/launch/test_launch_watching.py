@@ -1,0 +1,269 @@
+"""Restarts, the step tail, the diagnosis and attach, by hand-written states and real processes."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from support.serving import eventually
+
+from atropos_verl.errors import ConfigError
+from atropos_verl.launch.diagnosis import diagnose
+from atropos_verl.launch.launch_config import SuperviseConfig
+from atropos_verl.launch.probes import connected_entries
+from atropos_verl.launch.process import ServiceSpec
+from atropos_verl.launch.progress import StepTail
+from atropos_verl.launch.spec import Service
+from atropos_verl.launch.watched import WatchedService
+from atropos_verl.report.attach import attach
+from atropos_verl.report.launch_view import LaunchView, step_line
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def watched(tmp_path: Path, clock: Clock, *, code: str, restarts: int = 3) -> WatchedService:
+    spec = ServiceSpec(
+        name="words", command=(sys.executable, "-S", "-c", code), cwd=tmp_path, log_path=tmp_path / "words.1.log"
+    )
+    service = Service(kind="environment", spec=spec, restarts=restarts, startup_timeout=1.0, environment="words")
+    return WatchedService(service, SuperviseConfig(backoff=1.0, max_backoff=3.0, healthy_after=50.0), clock)
+
+
+def die(service: WatchedService) -> None:
+    service.start()
+    eventually(service.has_died, "the process has died")
+
+
+def test_backoff_doubles_up_to_its_bound_then_the_service_is_given_up(tmp_path: Path) -> None:
+    clock = Clock()
+    service = watched(tmp_path, clock, code="print('x'); raise SystemExit(7)")
+    delays = []
+    for _ in range(4):
+        die(service)
+        assert service.returncode == 7
+        delays.append(service.plan_restart())
+    assert delays == [1.0, 2.0, 3.0, None]
+    assert (service.state, service.starts, service.deaths) == ("failed", 4, 4)
+    assert not service.has_future
+    assert sorted(path.name for path in tmp_path.glob("*.log")) == [f"words.{n}.log" for n in (1, 2, 3, 4)]
+
+
+def test_it_is_due_when_the_backoff_is_over(tmp_path: Path) -> None:
+    clock = Clock()
+    service = watched(tmp_path, clock, code="raise SystemExit(1)")
+    assert service.is_due
+    die(service)
+    service.plan_restart()
+    assert service.state == "restarting"
+    clock.now += 0.9
+    assert not service.is_due
+    clock.now += 0.2
+    assert service.is_due
+
+
+def test_a_long_life_forgives_and_excused_deaths_do_not_count(tmp_path: Path) -> None:
+    clock = Clock()
+    service = watched(tmp_path, clock, code="raise SystemExit(1)", restarts=1)
+    die(service)
+    assert service.plan_restart() == 1.0
+    die(service)
+    clock.now += 60.0  # it lived for longer than healthy_after
+    assert service.plan_restart() == 1.0
+    die(service)
+    assert service.plan_restart(excused=True) == 1.0
+    die(service)
+    assert service.plan_restart() is None
+
+
+def test_excuses_are_bounded(tmp_path: Path) -> None:
+    clock = Clock()
+    service = watched(tmp_path, clock, code="raise SystemExit(1)", restarts=0)
+    die(service)
+    assert service.plan_restart(excused=True) is None, "never restarted means never"
+
+
+def test_logs_of_an_earlier_launch_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "words.1.log").write_text("the launch before")
+    service = watched(tmp_path, Clock(), code="print('now')")
+    die(service)
+    assert (tmp_path / "words.1.log").read_text() == "the launch before"
+    assert (tmp_path / "words.2.log").read_text() == "now\n"
+
+
+def line(step: int) -> str:
+    return json.dumps({"step": step, "policy_version": step, "loss": 0.5, "reward/mean": step / 10}) + "\n"
+
+
+def test_the_tail_gives_each_step_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    clock = Clock()
+    tail = StepTail(path, clock)
+    assert tail.poll() == []
+    path.write_text(line(1) + line(2) + '{"step": 3, "poli')
+    assert [entry["step"] for entry in tail.poll()] == [1, 2]
+    assert (tail.step, tail.last_at) == (2, 100.0)
+    clock.now = 105.0
+    with path.open("a") as file:
+        file.write('cy_version": 3}\n')
+    assert [entry["step"] for entry in tail.poll()] == [3]
+    assert tail.poll() == []
+    assert tail.last_at == 105.0
+
+
+def test_a_resumed_run_is_followed_from_where_it_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(line(step) for step in (1, 2, 3)))
+    tail = StepTail(path, Clock())
+    assert tail.poll() == [], "steps of the launch before are no news"
+    assert (tail.step, list(tail.rewards)) == (3, [0.1, 0.2, 0.3])
+    replacement = tmp_path / "new"
+    replacement.write_text(line(1) + line(2))  # what a trainer that resumes at 2 does
+    replacement.replace(path)
+    assert tail.poll() == []
+    assert tail.step == 2
+    with path.open("a") as file:
+        file.write(line(3))
+    assert [entry["step"] for entry in tail.poll()] == [3]
+    assert list(tail.rewards) == [0.1, 0.2, 0.3]
+
+
+def state(**changes: Any) -> dict[str, Any]:
+    services = [
+        {"name": "words", "kind": "environment", "state": "running", "pid": 12, "restarts": 1, "detail": "",
+         "seconds": 5.0, "log": "/run/logs/words.2.log"},
+        {"name": "trainer", "kind": "trainer", "state": "running", "pid": 13, "restarts": 0, "detail": "",
+         "seconds": 50.0, "log": "/run/logs/trainer.1.log"},
+    ]  # fmt: skip
+    row = {"env_id": 1, "name": "words_1", "state": "alive", "heard_seconds_ago": 0.3, "groups": 9,
+           "waiting_sequences": 8, "refused": 2, "min_batch_allocation": 0.75}  # fmt: skip
+    base = {
+        "time": time.time(),
+        "pid": 11,
+        "run_dir": "/run",
+        "seconds": 60.0,
+        "steps": 40,
+        "batch_size": 16,
+        "services": services,
+        "api": {"current_step": 3, "queue_size": 2, "queue_sequences": 8, "open_leases": 1,
+                "environments": [{**row, "env_id": 0, "name": "words_0", "state": "disconnected"}, row]},
+        "gateway": {"in_flight": 0, "policy_version": 3, "paused": False},
+        "rates": {"tokens_per_second": 0.0, "requests_per_second": 0.0},
+        "recent": [json.loads(line(3))],
+        "rewards": [0.1, 0.2, 0.3],
+        "seconds_since_step": 31.0,
+        "notes": ["starting words"],
+        "ending": "",
+    }  # fmt: skip
+    return {**base, **changes}
+
+
+def test_the_diagnosis_says_who_sent_what_and_when() -> None:
+    lines = diagnose(state(), 30.0).splitlines()
+    assert lines[:6] == [
+        "no batch for 30 s; the run goes on waiting. What is known:",
+        "  words: running, pid 12, 1 restarts",
+        "  trainer: running, pid 13, 0 restarts",
+        "  trajectory API: step 3, 2 groups in the queue, 1 leased",
+        "  environment words_1: alive, heard 0.3 s ago, 9 groups sent, 8 sequences waiting, 2 refused, "
+        "least share 0.75",
+        "  inference gateway: 0 requests in flight, 0 tokens/s, 0.0 requests/s, policy version 3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({"api": None}, "The API is gone or frozen"),
+        ({"gateway": None}, "The trainer is gone, busy or frozen"),
+        ({}, "Nobody asks the gateway for completions: is words stuck"),
+        ({"gateway": {"in_flight": 0, "paused": True, "policy_version": 3}}, "The gateway is paused"),
+        ({"gateway": {"in_flight": 4, "paused": False, "policy_version": 3}}, "Requests are in flight but no token"),
+        ({"rates": {"tokens_per_second": 80.0}}, "The policy is being sampled but no group arrives"),
+        ({"api": {"current_step": 3, "queue_size": 4, "queue_sequences": 16}}, "16 sequences wait but make no batch"),
+    ],
+)
+def test_the_likeliest_cause_comes_first(changes: dict[str, Any], first: str) -> None:
+    text = diagnose(state(**changes), 30.0)
+    assert text.split("What to check:\n  1. ")[1].startswith(first)
+
+
+def test_an_upstream_api_says_less_and_is_quoted_no_further() -> None:
+    text = diagnose(state(api={"current_step": 3, "queue_size": 1}), 30.0)
+    assert "  environments: this API does not say who sent what" in text
+
+
+def test_entries_of_a_process_are_found_by_its_name_alone() -> None:
+    rows = [
+        {"env_id": 0, "name": "words_0", "state": "disconnected"},
+        {"env_id": 1, "name": "words_1", "state": "alive"},
+        {"env_id": 2, "name": "words-2_0", "state": "alive"},
+        {"env_id": 3, "name": "words_short_0", "state": "alive"},
+    ]
+    assert [row["env_id"] for row in connected_entries({"environments": rows}, "words")] == [1]
+    assert [row["env_id"] for row in connected_entries({"environments": rows}, "words-2")] == [2]
+    assert connected_entries({"current_step": 1}, "words") == []
+
+
+def shown(directory: Path, content: dict[str, Any], width: int = 80) -> tuple[int, str]:
+    (directory / "state.json").write_text(json.dumps(content))
+    console = Console(width=width, force_terminal=False, record=True, file=io.StringIO())
+    code = attach(directory, console=console)
+    return code, console.export_text()
+
+
+def test_attach_shows_services_queue_gateway_and_reward_on_a_narrow_terminal(tmp_path: Path) -> None:
+    long = {**state()["services"][0], "state": "failed", "detail": "words was not ready " + 200 * "x"}
+    code, text = shown(tmp_path, state(services=[long, state()["services"][1]]))
+    assert code == 0
+    rows = text.splitlines()
+    assert rows[0].split() == ["service", "state", "pid", "up", "restarts"]
+    assert rows[1].split()[:5] == ["words", "failed", "12", "5.0s", "1"]
+    assert rows[2].split() == ["trainer", "running", "13", "50s", "0"]
+    assert rows[3].startswith("queue 2 groups  |  gateway open, 0 in flight, 0 tok/s, policy v3")
+    assert rows[4].startswith("step 3/40  reward 0.300  loss 0.5000")
+    assert all(len(row) <= 80 for row in rows)
+
+
+def test_attach_tells_a_killed_launcher_from_one_that_ended(tmp_path: Path) -> None:
+    code, text = shown(tmp_path, state(time=time.time() - 60))
+    assert code == 1
+    assert "the launcher (pid 11) has written nothing for 60 s: it was killed" in text
+    ended = [{**service, "state": "stopped"} for service in state()["services"]]
+    code, text = shown(tmp_path, state(time=time.time() - 60, services=ended, ending="the disk is full"))
+    assert code == 0
+    assert "the disk is full" in text
+
+
+def test_attach_to_nothing_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"state\.json does not exist; is .* the run directory of a launch"):
+        attach(tmp_path)
+
+
+def test_plain_lines_without_a_terminal() -> None:
+    console = Console(force_terminal=False, width=80, record=True, file=io.StringIO())
+    with LaunchView(console) as view:
+        assert not view.is_live
+        view.note("starting words [not markup]")
+        view.step(json.loads(line(3)), state())
+        view.update(state())
+    assert console.export_text().splitlines() == ["starting words [not markup]", step_line(json.loads(line(3)), 40)]
+
+
+def test_a_live_table_on_a_terminal() -> None:
+    console = Console(force_terminal=True, width=100, record=True, file=io.StringIO(), _environ={})
+    with LaunchView(console) as view:
+        assert view.is_live
+        view.update(state())
+    assert "words" in console.export_text()
