@@ -98,7 +98,13 @@ def _checks(state: Mapping[str, Any]) -> list[str]:
             f"{state.get('batch_size')}, and does every environment with a min_batch_allocation send?"
         )
     elif gateway and api:
-        checks += _no_groups(gateway, rates, environments)
+        if state.get("refused") and not rates.get("tokens_per_second"):
+            checks.append(
+                f"The gateway has refused {state['refused']} requests (too long for the model, a wrong key, a wrong "
+                f"parameter): grep 'refused' in {state.get('run_dir')}/logs/trainer.log."
+            )
+        else:
+            checks += _no_groups(gateway, rates, environments)
     checks.append(f"The logs: {state.get('run_dir')}/logs")
     return checks
 

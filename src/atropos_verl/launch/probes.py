@@ -18,6 +18,8 @@ _PROBE_SECONDS = 2.0
 _GENERATION_SECONDS = 10.0
 _INTERVAL = 0.5
 _PREFIX = "atropos_verl_gateway_"
+_REFUSED = re.compile(r'requests_total\{.*status="4(?!99)\d\d"')
+"""Answers that are the client's fault; 499 is a client that went away."""
 
 
 def request_json(
@@ -176,15 +178,17 @@ class Poller:
 
 
 def _counters(text: str) -> dict[str, float]:
-    """Prometheus text → name without our prefix → value, labels summed up."""
+    """Prometheus text → name without our prefix → value, labels summed up; ``refused_total``: answers of 400 to 498."""
     found: dict[str, float] = {}
     for line in text.splitlines():
         if line.startswith("#") or not line.startswith(_PREFIX):
             continue
-        name, _, value = line.rpartition(" ")
-        name = name.split("{", 1)[0].removeprefix(_PREFIX)
+        full_name, _, value = line.rpartition(" ")
+        name = full_name.split("{", 1)[0].removeprefix(_PREFIX)
         try:
             found[name] = found.get(name, 0.0) + float(value)
+            if _REFUSED.search(full_name):
+                found["refused_total"] = found.get("refused_total", 0.0) + float(value)
         except ValueError:
             continue
     return found

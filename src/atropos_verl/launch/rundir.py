@@ -64,6 +64,7 @@ def compose_state(
         "api": seen.api,
         "gateway": seen.gateway,
         "rates": {"tokens_per_second": seen.tokens_per_second, "requests_per_second": seen.requests_per_second},
+        "refused": int((seen.counters or {}).get("refused_total", 0)),
         "step": steps.step,
         "recent": list(steps.recent),
         "rewards": list(steps.rewards),

@@ -191,12 +191,24 @@ def test_the_diagnosis_says_who_sent_what_and_when() -> None:
         ({"gateway": {"in_flight": 0, "paused": True, "policy_version": 3}}, "The gateway is paused"),
         ({"gateway": {"in_flight": 4, "paused": False, "policy_version": 3}}, "Requests are in flight but no token"),
         ({"rates": {"tokens_per_second": 80.0}}, "The policy is being sampled but no group arrives"),
+        ({"refused": 7}, "The gateway has refused 7 requests"),
         ({"api": {"current_step": 3, "queue_size": 4, "queue_sequences": 16}}, "16 sequences wait but make no batch"),
     ],
 )
 def test_the_likeliest_cause_comes_first(changes: dict[str, Any], first: str) -> None:
     text = diagnose(state(**changes), 30.0)
     assert text.split("What to check:\n  1. ")[1].startswith(first)
+
+
+def test_the_gateways_counters_are_read() -> None:
+    from atropos_verl.inference.gateway.metrics import GatewayMetrics
+    from atropos_verl.launch.probes import _counters
+
+    metrics = GatewayMetrics()
+    metrics.requests.update({("/generate", 200): 5, ("/generate", 400): 2, ("/v1/completions", 401): 1, ("/x", 499): 9})
+    metrics.generated_tokens = 70
+    found = _counters(metrics.render(policy_version=3, paused=False, paused_seconds=0.5))
+    assert (found["requests_total"], found["refused_total"], found["generated_tokens_total"]) == (17.0, 3.0, 70.0)
 
 
 def test_an_upstream_api_says_less_and_is_quoted_no_further() -> None:
