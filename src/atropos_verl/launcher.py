@@ -93,7 +93,8 @@ def load_launch(
         gateway["api_key"] = secrets.token_urlsafe(24)
         values["gateway"] = gateway
     atropos = dict(values.get("atropos") or {})
-    if atropos.get("api_url") is None and launch.api.host not in _LOOPBACK and not atropos.get("token"):
+    public = launch.starts("api") and launch.api.host not in _LOOPBACK and "--insecure" not in launch.api.args
+    if public and atropos.get("api_url") is None and not atropos.get("token"):
         values["atropos"] = {**atropos, "token": secrets.token_urlsafe(24)}
     return RunConfig.from_mapping(values), launch
 

@@ -141,6 +141,28 @@ def test_help_names_every_key_and_every_file(capsys: pytest.CaptureFixture[str])
         assert name in text
 
 
+def test_keys_are_made_and_handed_over(tmp_path: Path) -> None:
+    words = ["api.host=0.0.0.0", f"run_dir={tmp_path}"]
+    config, launch = load_launch(words, CONFIGS, "local_demo")
+    again, _ = load_launch(words, CONFIGS, "local_demo")
+    assert config.gateway.api_key != again.gateway.api_key
+    plan = build_plan(config, launch)
+    commands = {service.name: service.spec for service in plan.services}
+    environment = commands["demo"]
+    assert environment.command[environment.command.index("--openai.api_key") + 1] == config.gateway.api_key
+    tokens = {name: spec.env.get("ATROPOS_API_TOKEN") for name, spec in commands.items()}
+    assert config.atropos.token is not None
+    assert tokens == dict.fromkeys(("trajectory_api", "demo", "trainer"), config.atropos.token)
+    assert "cannot send" in plan.warnings[0]
+    assert config.atropos.token not in plan.text()
+
+
+@pytest.mark.parametrize("word", ["api.host=127.0.0.1", "api.host=0.0.0.0 api.args=[--insecure]"])
+def test_an_api_without_a_token_where_none_is_needed_or_wanted(word: str) -> None:
+    config, _ = load_launch(word.split(), CONFIGS, "local_demo")
+    assert config.atropos.token is None
+
+
 def test_without_environments_there_is_the_demo() -> None:
     assert LaunchConfig.from_mapping({"environments": {}}).environments == {"demo": EnvironmentConfig()}
     values = {"environments": {"a": {"weight": 2}, "b": None}}
