@@ -34,7 +34,8 @@ demo: $(READY)
 	@$(BIN)/python recipe/atropos/main_atropos.py $(ARGS)
 
 test: $(READY)
-	@$(BIN)/python -m pytest $(ARGS)
+	@# Two files at a time: tests that wait for real processes leave a core idle.
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

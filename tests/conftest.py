@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 
 # As the training command does (local/main.py): spinning OpenMP threads of two test processes on two cores made a
 # training step ten times slower. Before anything imports torch; child processes inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# A shell that runs the suite in the background hands down an ignored SIGINT, and so would every process we start: the
+# tests of Ctrl-C need it as a terminal gives it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 from support.http_faults import FaultServer
