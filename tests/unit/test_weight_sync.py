@@ -121,7 +121,10 @@ def test_entering_again_after_a_failure_works(stage: str) -> None:
 def test_the_gate_stays_shut_when_the_canary_fails() -> None:
     parts = _Recorder()
     canary = Canary(trainer_logprobs=lambda: [-1.0, -2.0], engine_logprobs=lambda: [-1.0, -2.5], threshold=0.1)
-    with pytest.raises(WeightSyncError, match=r"up to 0.5 \(sync.canary_threshold=0.1\)"), _manager(parts, canary=canary):
+    with (
+        pytest.raises(WeightSyncError, match=r"up to 0.5 \(sync.canary_threshold=0.1\)"),
+        _manager(parts, canary=canary),
+    ):
         pytest.fail("the body must not run")
     assert parts.calls == ["resume_memory", "update"]
 

@@ -29,7 +29,6 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import msgspec
@@ -70,8 +69,8 @@ class _Header(msgspec.Struct, omit_defaults=True):
 
 def pack_group(
     *,
-    tokens: Sequence[list[int]],
-    masks: Sequence[list[int]],
+    tokens: Sequence[NDArray[np.int32]],
+    masks: Sequence[NDArray[np.int32]],
     scores: Sequence[float],
     rows: Mapping[str, Sequence[list[float] | None] | None],
     rest: Mapping[str, Any],
@@ -81,7 +80,7 @@ def pack_group(
     """One group of the packed wire.
 
     Args:
-        tokens, masks: [G][T_g] 32-bit integers.
+        tokens, masks: [G][T_g].
         scores: [G].
         rows: ``advantages``, ``ref_logprobs``, ``inference_logprobs``: [G][T_g] or None; a row may be empty or None.
         rest: other fields of ``ScoredData`` in their JSON form; None and empty values are left out.
@@ -99,8 +98,7 @@ def pack_group(
         offset += len(data)
 
     lengths = [len(row) for row in tokens]
-    ids = np.frombuffer(array("i", chain.from_iterable(tokens)), np.int32)
-    marks = np.frombuffer(array("i", chain.from_iterable(masks)), np.int32)
+    ids, marks = np.concatenate(tokens), np.concatenate(masks)
     put("tokens", "i4", ids, len(ids))
     trained = marks == ids
     if bool(np.all(trained | (marks == _NOT_TRAINED))):
@@ -130,7 +128,8 @@ def _put_rows(put: Any, name: str, field: Sequence[list[float] | None], lengths:
     found = [len(row) if row else 0 for row in field]
     if found != lengths:
         put(f"{name}.lengths", "u4", np.array(found, np.uint32), len(found))
-    values = np.frombuffer(array("d", chain.from_iterable(row or () for row in field)), np.float64)
+    # array reads a list of floats faster than numpy does.
+    values = np.concatenate([np.frombuffer(array("d", row or ()), np.float64) for row in field])
     with np.errstate(over="ignore"):
         short = values.astype(np.float32)
     exact = bool(np.array_equal(short, values))

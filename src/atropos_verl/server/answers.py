@@ -20,7 +20,7 @@ import msgspec
 from atropos_verl.api import packed
 from atropos_verl.server.model import StoredGroup
 from atropos_verl.server.state import State
-from atropos_verl.server.validation import Fields, KnownFields
+from atropos_verl.server.validation import CheckedGroup, Fields, KnownFields, check_group
 
 __all__ = ["Answer", "Compressor", "choose_encoding", "compressor", "json_answer", "json_parts", "pack", "packed_parts"]
 
@@ -71,33 +71,26 @@ def packed_parts(groups: Iterable[StoredGroup], state: State) -> list[bytes]:
     blobs = []
     for group in groups:
         if group.packed is None:
-            state.keep_packed(group, pack(group.raw, group.digest, group.env_id))
+            state.keep_packed(group, pack(check_group(group.raw)))
         assert group.packed is not None
         blobs.append(group.packed)
     return list(_gathered(packed.join_packed(blobs)))
 
 
-def pack(raw: bytes, digest: bytes, env_id: int | None, fields: Fields | None = None) -> bytes:
-    """The packed form of a checked group; ``fields``: its decoded form, when that is at hand."""
-    if not isinstance(fields, KnownFields):  # what it does not know could not be packed
-        try:
-            fields = _DECODE.decode(raw)
-        except (msgspec.DecodeError, RecursionError):
-            return packed.pack_json(raw)
-    if not _fits(fields):
-        return packed.pack_json(raw)
+def pack(group: CheckedGroup) -> bytes:
+    """The packed form of a checked group."""
+    fields = group.fields
+    if not isinstance(fields, KnownFields) or not _fits(fields):
+        return packed.pack_json(group.raw)
     return packed.pack_group(
-        tokens=fields.tokens,
-        masks=fields.masks,
+        tokens=group.token_ids,
+        masks=group.masks,
         scores=fields.scores,
         rows={name: _rows(getattr(fields, name)) for name in _EXTRAS},
         rest={name: value for name in _FREE if (value := getattr(fields, name)) is not msgspec.UNSET},
-        group_id=digest.hex()[:16],
-        env_id=env_id,
+        group_id=group.digest.hex()[:16],
+        env_id=group.env_id,
     )
-
-
-_DECODE = msgspec.json.Decoder(KnownFields)
 
 
 def _fits(fields: Fields) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import uuid
@@ -12,7 +13,7 @@ import msgspec
 
 from atropos_verl.server import metrics, status
 from atropos_verl.server.answers import Answer, json_answer, pack
-from atropos_verl.server.model import AckRequest, EnvIdentifier, EnvRegistration, Registration
+from atropos_verl.server.model import AckRequest, EnvIdentifier, EnvRegistration, Registration, StoredGroup
 from atropos_verl.server.page import page
 from atropos_verl.server.store import Store
 from atropos_verl.server.validation import CheckedGroup, Refusal, check_group, split_list
@@ -198,11 +199,17 @@ class Routes:
             stored = state.groups[seq]
             checked = by_digest[stored.digest]
             if store.wants_packed:
-                state.keep_packed(stored, pack(stored.raw, stored.digest, stored.env_id, checked.fields))
+                # After the answer: its sender need not wait for it.
+                asyncio.get_running_loop().call_soon(self._pack, stored, checked)
             self._counters.bytes_in += len(checked.raw)
             self._counters.happened(store.now(), groups=1, tokens=checked.tokens)
             self._counters.glimpses.append(_glimpse(checked, store.now()))
         return answer
+
+    def _pack(self, stored: StoredGroup, checked: CheckedGroup) -> None:
+        state = self._store.state
+        if state.groups.get(stored.seq) is stored and stored.packed is None:
+            state.keep_packed(stored, pack(checked))
 
     def _refuse_too_large(self, groups: list[CheckedGroup]) -> None:
         """Under ``exact`` a group above the batch size could never be handed out."""

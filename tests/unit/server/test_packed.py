@@ -25,7 +25,7 @@ def packed(*groups: dict[str, Any]) -> bytes:
     blobs = []
     for made in groups:
         checked = check_group(json.dumps(made).encode())
-        blobs.append(pack(checked.raw, checked.digest, checked.env_id, checked.fields))
+        blobs.append(pack(checked))
     return b"".join(join_packed(blobs))
 
 
@@ -106,7 +106,7 @@ def test_floats_are_halved_only_when_nothing_is_lost() -> None:
 
     def size(value: float) -> int:
         rows = {"inference_logprobs": [[value] * 64]}
-        ids = [[1] * 64]
+        ids = [np.ones(64, np.int32)]
         return len(pack_group(tokens=ids, masks=ids, scores=[1.0], rows=rows, rest={}, group_id="", env_id=None))
 
     assert size(rounded) - size(exact) == 64 * 4
