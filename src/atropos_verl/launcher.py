@@ -90,12 +90,13 @@ def load_launch(
     values = apply_environment(values, command_line_keys=keys)
     gateway = dict(values.get("gateway") or {})
     if launch.starts("trainer") and not gateway.get("api_key"):
-        gateway["api_key"] = secrets.token_urlsafe(24)
+        # Hex, not base64: one key in 64 would begin with "-", which an environment's argument parser takes for an option.
+        gateway["api_key"] = secrets.token_hex(24)
         values["gateway"] = gateway
     atropos = dict(values.get("atropos") or {})
     public = launch.starts("api") and launch.api.host not in _LOOPBACK and "--insecure" not in launch.api.args
     if public and atropos.get("api_url") is None and not atropos.get("token"):
-        values["atropos"] = {**atropos, "token": secrets.token_urlsafe(24)}
+        values["atropos"] = {**atropos, "token": secrets.token_hex(24)}
     return RunConfig.from_mapping(values), launch
 
 
