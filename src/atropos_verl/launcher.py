@@ -90,7 +90,7 @@ def load_launch(
     values = apply_environment(values, command_line_keys=keys)
     gateway = dict(values.get("gateway") or {})
     if launch.starts("trainer") and not gateway.get("api_key"):
-        # Hex, not base64: one key in 64 would begin with "-", which an environment's argument parser takes for an option.
+        # Hex, not base64: one key in 64 would begin with "-", which argument parsers of environments take for an option.
         gateway["api_key"] = secrets.token_hex(24)
         values["gateway"] = gateway
     atropos = dict(values.get("atropos") or {})
