@@ -75,13 +75,15 @@ def load_launch(
 
     launch_keys = tuple(LaunchConfig.model_fields)
     known = [*(name for name, *_ in describe_launch()), "environments"]
+    trainer = RunConfig().model_dump(mode="json")
+    trainer["atropos"]["server"] = "embedded"  # the durable one: a launch shall survive the API's death
     # Without environments: files name their own, and composing merges mappings.
-    schema = {**RunConfig().model_dump(mode="json"), **LaunchConfig().model_dump(mode="json"), "environments": {}}
+    schema = {**trainer, **LaunchConfig().model_dump(mode="json"), "environments": {}}
     values = compose_values(
         overrides,
         config_dir,
         config_name or "launch_schema",
-        schemas={"launch_schema": schema},
+        schemas={"launch_schema": schema, "atropos_schema": trainer},
         extra_keys=known,
         open_sections=("environments", "trainer_process.env"),
     )
@@ -90,7 +92,7 @@ def load_launch(
     values = apply_environment(values, command_line_keys=keys)
     gateway = dict(values.get("gateway") or {})
     if launch.starts("trainer") and not gateway.get("api_key"):
-        # Hex, not base64: one key in 64 would begin with "-", which argument parsers of environments take for an option.
+        # Hex: one base64 key in 64 begins with "-", which an environment takes for an option and exits.
         gateway["api_key"] = secrets.token_hex(24)
         values["gateway"] = gateway
     atropos = dict(values.get("atropos") or {})
