@@ -75,15 +75,13 @@ def load_launch(
 
     launch_keys = tuple(LaunchConfig.model_fields)
     known = [*(name for name, *_ in describe_launch()), "environments"]
-    trainer = RunConfig().model_dump(mode="json")
-    trainer["atropos"]["server"] = "embedded"  # the durable one: a launch shall survive the API's death
     # Without environments: files name their own, and composing merges mappings.
-    schema = {**trainer, **LaunchConfig().model_dump(mode="json"), "environments": {}}
+    schema = {**RunConfig().model_dump(mode="json"), **LaunchConfig().model_dump(mode="json"), "environments": {}}
     values = compose_values(
         overrides,
         config_dir,
         config_name or "launch_schema",
-        schemas={"launch_schema": schema, "atropos_schema": trainer},
+        schemas={"launch_schema": schema},
         extra_keys=known,
         open_sections=("environments", "trainer_process.env"),
     )
