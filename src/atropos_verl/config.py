@@ -62,6 +62,11 @@ class AtroposConfig(_Section):
     token: str | None = Field(None, description="bearer token for a protected API")
     headers: dict[str, str] = Field(default_factory=dict, description="extra HTTP headers for the API")
     ca_file: str | None = Field(None, description="certificate authority file for https; null: the system's")
+    lease_seconds: PositiveFloat | None = Field(
+        120.0,
+        description="seconds after which the API takes a batch back from a trainer that is gone (a living one renews); "
+        "null: no leases; upstream's API has none",
+    )
     rollout_timeout: PositiveFloat = Field(600.0, description="seconds without any batch before the run is given up")
     reset: bool = Field(False, description="GET /reset_data before registering (forgets what an earlier run left)")
 

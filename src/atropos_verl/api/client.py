@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 _SMALL_BODY = 4096
 """Bytes. Answers without a batch are shorter; longer ones are left to ``decode_batch``, after they were journalled."""
+_LEASE_ID = "X-Atropos-Lease-Id"
+_EARLIER_LEASE_IDS = "X-Atropos-Earlier-Lease-Ids"
 _LAST_CONNECT_SECONDS = 1.0
 _LAST_STATUS_SECONDS = 5.0
 _MIN_POLL_SECONDS = 0.01
@@ -91,7 +93,8 @@ class AtroposClient:
             retry_attempts: tries before a failing call is given up; quick polls of ``get_batch``.
             retry_delay: seconds after the first try; grows by 1.5 with each.
             max_wait_time: seconds that ``get_batch`` waits for a batch.
-            lease_seconds: ask for leased batches (an API without leases ignores it).
+            lease_seconds: ask for batches that come back to the API unless they are acked or renewed in so many
+                seconds (an API without leases ignores it).
             packed: offer to take batches as arrays (``api/packed.py``); an API that does not know them sends JSON.
             transport: replaces the network, for tests.
             trust_env: use proxies from the environment; None: for every host but this machine.
@@ -106,8 +109,13 @@ class AtroposClient:
         self.max_wait_time = at_least(max_wait_time, "batch_max_wait_time", 0.0)
         at_least(retry_attempts, "batch_retry_attempts", 1)
         self.retry = RetryPolicy(int(retry_attempts), at_least(retry_delay, "batch_retry_delay", 0.0))
+        self.lease_seconds = lease_seconds
         if lease_seconds is not None:
-            at_least(lease_seconds, "lease_seconds", 0.0, exclusive=True)
+            at_least(lease_seconds, "atropos.lease_seconds", 0.0, exclusive=True)
+        self.leased = False
+        """The API has given out a leased batch: a failed ``GET /batch`` loses nothing there, and is tried again."""
+        self.features: frozenset[str] = frozenset()
+        """What the API can do beyond upstream's, known after ``register``: ``idempotency``, ``leases``, …"""
         self._batch_headers = {"Accept": f"{MEDIA_TYPE}, application/json"} if packed else {}
         if lease_seconds is not None:
             self._batch_headers["X-Atropos-Lease"] = f"{lease_seconds:g}"
@@ -181,6 +189,7 @@ class AtroposClient:
         fields = self._object(call, self._send(call, Rule.UNSENT))
         if fields.get("uuid") is None:
             raise not_atropos(call, f"{call.name} gave no uuid")
+        self.features = frozenset(map(str, fields.get("features") or ()))
         return str(fields["uuid"])
 
     def register_env(self, registration: EnvRegistration) -> EnvRegistrationResult:
@@ -247,7 +256,14 @@ class AtroposClient:
         Raises:
             AtroposAPIError: says, when the request was sent, that the batch may be lost.
         """
-        return self._fetch(self.timeout, None)[0]
+        found = self.poll_batch()
+        return None if found is None else found.body
+
+    def poll_batch(self) -> FetchedBatch | None:
+        """``fetch_batch`` with the lease."""
+        started = time.monotonic()
+        found = self._fetch(self.timeout, None)
+        return None if found is None else self._fetched(found, 1, time.monotonic() - started)
 
     def get_batch(
         self, max_wait_time: float | None = None, should_stop: Callable[[], None] | None = None
@@ -270,21 +286,37 @@ class AtroposClient:
         attempts = 0
         while True:
             left = limit - (time.monotonic() - started)
-            body, lease_id = self._fetch(min(self.timeout, max(left, _LAST_CONNECT_SECONDS)), should_stop)
+            found = self._fetch(min(self.timeout, max(left, _LAST_CONNECT_SECONDS)), should_stop)
             attempts += 1
             waited = time.monotonic() - started
-            if body is not None:
-                return FetchedBatch(body, attempts, waited, lease_id)
+            if found is not None:
+                return self._fetched(found, attempts, waited)
             if waited >= limit:
                 raise AtroposTimeoutError(self._why_no_batch(waited, attempts), self.api_url)
             interval = max(self.retry.interval(attempts - 1), _MIN_POLL_SECONDS)
             pause(min(interval, limit - waited), should_stop)
 
-    def ack(self, lease_id: str | None) -> None:
-        """Tell the API that a leased batch was trained on. Does nothing without a lease."""
-        if lease_id is not None:
-            call = self._call("POST", "/batch/ack", _json({"lease_id": lease_id}))
-            self._object(call, self._send(call, Rule.FREELY))
+    def ack(self, lease_id: str | None) -> str:
+        """Tell the API that this trainer keeps a leased batch. Returns ``acked``, ``already`` (acked before) or
+        ``late`` (the lease had ended, and nobody else had got the batch); ``none`` without a lease.
+
+        Raises:
+            AtroposHTTPStatusError: 409, somebody else has the batch by now; 404, the API knows no such lease.
+        """
+        if lease_id is None:
+            return "none"
+        call = self._call("POST", "/batch/ack", _json({"lease_id": lease_id}))
+        return str(self._object(call, self._send(call, Rule.FREELY)).get("ack", "acked"))
+
+    def renew(self, lease_id: str, seconds: float, should_stop: Callable[[], None] | None = None) -> None:
+        """The lease ends ``seconds`` from now. Raises as ``ack``, 409 for a lease that has ended."""
+        call = self._call("POST", "/batch/renew", _json({"lease_id": lease_id, "seconds": seconds}))
+        self._object(call, self._send(call, Rule.FREELY, should_stop=should_stop))
+
+    def release(self, lease_id: str) -> None:
+        """Give a leased batch back untrained: it is the next to be handed out. Raises as ``renew``."""
+        call = self._call("POST", "/batch/release", _json({"lease_id": lease_id}))
+        self._object(call, self._send(call, Rule.UNSENT))
 
     # --- how ---------------------------------------------------------------------------------------------------------
 
@@ -327,11 +359,17 @@ class AtroposClient:
             raise AtroposProtocolError(reason, self.api_url)
         return fields
 
-    def _fetch(self, seconds: float, should_stop: Callable[[], None] | None) -> tuple[bytes | None, str | None]:
+    def _fetch(self, seconds: float, should_stop: Callable[[], None] | None) -> Answer | None:
         call = self._call("GET", "/batch", headers=self._batch_headers)
-        answer = self._send(call, Rule.UNSENT, seconds, should_stop)
-        lease_id = answer.headers.get("X-Atropos-Lease-Id")
-        return (answer.body, lease_id) if self._holds_batch(call, answer) else (None, None)
+        answer = self._send(call, Rule.FREELY if self.leased else Rule.UNSENT, seconds, should_stop)
+        self.leased = self.leased or (self.lease_seconds is not None and _LEASE_ID in answer.headers)
+        return answer if self._holds_batch(call, answer) else None
+
+    def _fetched(self, answer: Answer, attempts: int, waited: float) -> FetchedBatch:
+        if self.lease_seconds is None:
+            return FetchedBatch(answer.body, attempts, waited)
+        earlier = tuple(filter(None, answer.headers.get(_EARLIER_LEASE_IDS, "").split(",")))
+        return FetchedBatch(answer.body, attempts, waited, answer.headers.get(_LEASE_ID), earlier)
 
     def _holds_batch(self, call: Call, answer: Answer) -> bool:
         body = answer.body

@@ -4,11 +4,13 @@
 
     directory/
       batch_000001.json         the answer of GET /batch, byte for byte
-      batch_000001.meta.json    its length, the caller's notes, and the step that trained on it (null: none yet)
+      batch_000001.meta.json    its length, the caller's notes, the step that trained on it (null: none yet), and the
+                                lease under which the API gave it out, with whether it was acked
       batch_000002.json.tmp     torn: the process died while writing; removed, and said in the log
 
 A batch exists once its ``.json`` has its final name: content is written under another name and synced first, so it
-survives ``kill -9`` and a power cut. A batch without a ``.meta.json`` was not trained on yet.
+survives ``kill -9`` and a power cut. Its ``.meta.json`` is written before it, so that no batch is ever without the
+lease that it came with. A batch without a ``.meta.json`` was not trained on yet.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,15 @@ class JournalEntry:
     meta: Mapping[str, Any] = field(default_factory=dict)
     step: int | None = None
     """The training step that consumed it (the trainer's step after it); None: none so far."""
+    lease_id: str | None = None
+    """Under which the API gave it out; None: for good, as an upstream API does."""
+    acked: bool = False
+    """The API knows that this run keeps it."""
+
+    @property
+    def is_owed(self) -> bool:
+        """The API still waits for an ack."""
+        return self.lease_id is not None and not self.acked
 
 
 class BatchJournal:
@@ -57,7 +68,7 @@ class BatchJournal:
         self._last = 0
         self._clean = False
 
-    def record(self, body: bytes, meta: Mapping[str, Any] | None = None) -> JournalEntry:
+    def record(self, body: bytes, meta: Mapping[str, Any] | None = None, lease_id: str | None = None) -> JournalEntry:
         """Write ``body`` durably; ``meta`` is any JSON object. After this returns, no kill loses the batch.
 
         Raises:
@@ -65,10 +76,14 @@ class BatchJournal:
         """
         with self._lock:
             self._prepare()
-            entry = JournalEntry(self._last + 1, self._path(self._last + 1), dict(meta or {}))
-            self._write(entry.path, body)
-            self._last = entry.sequence
+            entry = JournalEntry(self._last + 1, self._path(self._last + 1), dict(meta or {}), lease_id=lease_id)
             self._write_meta(entry, len(body))
+            try:
+                self._write(entry.path, body)
+            except CheckpointError:
+                self._remove(_meta_path(entry.path))
+                raise
+            self._last = entry.sequence
         return entry
 
     def assign(self, entry: JournalEntry, step: int) -> JournalEntry:
@@ -78,19 +93,60 @@ class BatchJournal:
             CheckpointError: the batch is not in the journal (any more), or the note cannot be written.
         """
         with self._lock:
-            assigned = replace(entry, step=step)
+            assigned = replace(self._read_entry(entry.sequence, entry.path), step=step)
             self._write_meta(assigned, self._size(entry))
         return assigned
 
+    def note_acked(self, entry: JournalEntry) -> JournalEntry:
+        """Note that the API has given the batch up. Lost in a power cut at worst: acking again does no harm.
+
+        Raises:
+            CheckpointError: the batch is not in the journal (any more), or the note cannot be written.
+        """
+        with self._lock:
+            acked = replace(self._read_entry(entry.sequence, entry.path), acked=True)
+            self._write_meta(acked, self._size(entry), durable=False)
+        return acked
+
+    def change_lease(self, entry: JournalEntry, lease_id: str) -> JournalEntry:
+        """Note durably that the API has given the batch out again, to this run, as ``lease_id``.
+
+        Raises:
+            CheckpointError: the batch is not in the journal (any more), or the note cannot be written.
+        """
+        with self._lock:
+            changed = replace(self._read_entry(entry.sequence, entry.path), lease_id=lease_id, acked=False)
+            self._write_meta(changed, self._size(entry))
+        return changed
+
+    def find(self, lease_ids: Collection[str]) -> JournalEntry | None:
+        """The batch that came under one of ``lease_ids``."""
+        with self._lock:
+            return next((entry for entry in self._entries() if entry.lease_id in lease_ids), None)
+
+    def current(self, entry: JournalEntry) -> JournalEntry:
+        """``entry`` as it is on disk now."""
+        with self._lock:
+            return self._read_entry(entry.sequence, entry.path)
+
+    def owed(self) -> list[JournalEntry]:
+        """Batches whose lease was not acked yet, trained on or not, in the order fetched."""
+        with self._lock:
+            return [entry for entry in self._entries() if entry.is_owed]
+
+    def drop(self, entry: JournalEntry) -> None:
+        """Delete a batch that somebody else holds."""
+        with self._lock:
+            self._delete(entry)
+
     def discard_through(self, step: int) -> int:
         """Delete the batches that steps up to and including ``step`` consumed, a durable checkpoint holding their
-        effect. Returns how many."""
+        effect. Returns how many. Those that the API still waits for an ack of stay."""
         with self._lock:
             done = [entry for entry in self._entries() if entry.step is not None and entry.step <= step]
+            done = [entry for entry in done if not entry.is_owed]
             for entry in done:
-                # The batch first: without its note it would count as not trained on.
-                self._remove(entry.path)
-                self._remove(_meta_path(entry.path))
+                self._delete(entry)
         return len(done)
 
     def pending(self, after_step: int) -> list[JournalEntry]:
@@ -153,9 +209,24 @@ class BatchJournal:
         for path in self.directory.iterdir():
             match = _BATCH.fullmatch(path.name)
             if match:
-                note = self._load_meta(path)
-                found.append(JournalEntry(int(match.group(1)), path, note.get("meta") or {}, note.get("step")))
+                found.append(self._read_entry(int(match.group(1)), path))
         return sorted(found, key=lambda entry: entry.sequence)
+
+    def _read_entry(self, sequence: int, path: Path) -> JournalEntry:
+        note = self._load_meta(path)
+        return JournalEntry(
+            sequence,
+            path,
+            note.get("meta") or {},
+            note.get("step"),
+            lease_id=note.get("lease_id"),
+            acked=note.get("acked") is True,
+        )
+
+    def _delete(self, entry: JournalEntry) -> None:
+        # The batch first: without its note it would count as not trained on.
+        self._remove(entry.path)
+        self._remove(_meta_path(entry.path))
 
     def _load_meta(self, path: Path) -> dict[str, Any]:
         try:
@@ -167,19 +238,23 @@ class BatchJournal:
             return {}
         return note if isinstance(note, dict) else {}
 
-    def _write_meta(self, entry: JournalEntry, size: int) -> None:
-        note = {"sequence": entry.sequence, "bytes": size, "step": entry.step, "meta": dict(entry.meta)}
-        self._write(_meta_path(entry.path), json.dumps(note).encode())
+    def _write_meta(self, entry: JournalEntry, size: int, *, durable: bool = True) -> None:
+        note: dict[str, Any] = {"sequence": entry.sequence, "bytes": size, "step": entry.step, "meta": dict(entry.meta)}
+        if entry.lease_id is not None:
+            note |= {"lease_id": entry.lease_id, "acked": entry.acked}
+        self._write(_meta_path(entry.path), json.dumps(note).encode(), durable=durable)
 
-    def _write(self, path: Path, content: bytes) -> None:
+    def _write(self, path: Path, content: bytes, *, durable: bool = True) -> None:
         temporary = path.with_name(f"{path.name}.tmp")
         try:
             with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             temporary.replace(path)
-            _sync_directory(self.directory)
+            if durable:
+                _sync_directory(self.directory)
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)

@@ -165,3 +165,5 @@ class FetchedBatch:
     """Seconds."""
     lease_id: str | None = None
     """To be given to ``ack`` once the optimiser step is durable; None at an upstream API, which has no leases."""
+    earlier_lease_ids: tuple[str, ...] = ()
+    """Leases under which the same batch was out before, and which ended."""

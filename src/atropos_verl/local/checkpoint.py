@@ -56,7 +56,7 @@ def save_checkpoint(trainer: AtroposTrainer, extra: dict[str, Any] | None = None
         _write_atomically(root / _TRACKER, str(trainer.step))
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise CheckpointError(f"cannot write the checkpoint {directory}: {error}") from error
-    trainer.journal.discard_through(trainer.step)
+    trainer.batches.discard_through(trainer.step)
     _remove_old(root, trainer.config.trainer.max_ckpt_to_keep)
     return directory
 

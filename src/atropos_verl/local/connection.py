@@ -20,4 +20,5 @@ def make_client(config: RunConfig, api_url: str) -> AtroposClient:
         retry_attempts=config.batch_retry_attempts,
         retry_delay=config.batch_retry_delay,
         max_wait_time=config.batch_max_wait_time,
+        lease_seconds=atropos.lease_seconds,
     )

@@ -54,7 +54,7 @@ def resume_if_asked(trainer: AtroposTrainer, progress: Progress) -> dict[str, An
     if directory is not None:
         state = load_checkpoint(trainer, directory)
         progress.note(f"resumed from {directory} at step {trainer.step}, policy version {trainer.policy_version}")
-    pending = trainer.journal.pending(trainer.step) if trainer.config.resume != "disable" else []
+    pending = trainer.batches.resume(trainer.step) if trainer.config.resume != "disable" else []
     if pending:
         progress.note(f"{len(pending)} batches fetched before the interruption are trained first")
         trainer.replay(pending)
@@ -114,7 +114,8 @@ def fit(
                     save_checkpoint(trainer, extra())
                     saved_at = trainer.step
             elif config.save_freq <= 0:
-                trainer.journal.discard_through(trainer.step)  # no checkpoint will ever cover it
+                trainer.batches.discard_through(trainer.step)  # no checkpoint will ever cover it
+        trainer.give_back()
     except BaseException as error:
         _save_what_was_trained(trainer, error, saved_at, extra)
         raise

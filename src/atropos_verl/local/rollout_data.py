@@ -21,7 +21,6 @@ class RolloutData:
     groups: list[ScoredGroup]
     entry: JournalEntry | None = None
     """Where its bytes are kept until the step is durable."""
-    lease_id: str | None = None
     report: SampleReport | None = None
     """Filled by ``compute_advantages_from_atropos``."""
     timings: dict[str, float] = field(default_factory=dict)

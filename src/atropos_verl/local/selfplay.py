@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,9 @@ class SelfPlay:
             self._encode(tokens, group, scores[i * size : (i + 1) * size])
             for i, (tokens, group) in enumerate(zip(ids, generations, strict=True))
         ]
-        trainer.client.post_scored_data_list(bodies)
+        # An upstream API would ignore the key, and take a repeated post twice.
+        key = uuid.uuid4().hex if "idempotency" in trainer.client.features else None
+        trainer.client.post_scored_data_list(bodies, idempotency_key=key)
         return len(bodies)
 
     def _as_tokens(self, prompt: Any) -> tuple[str, list[int]]:

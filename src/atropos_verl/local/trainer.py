@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from atropos_verl.api.client import AtroposClient
-from atropos_verl.api.journal import BatchJournal, JournalEntry
+from atropos_verl.api.journal import BatchJournal
+from atropos_verl.api.leased_batches import HeldBatch, LeasedBatches
 from atropos_verl.api.wire import decode_batch
 from atropos_verl.config import RunConfig, apply_environment
 from atropos_verl.data import RunningMoments, build_samples
@@ -75,6 +76,7 @@ class AtroposTrainer:
         self.updating = False
         """The weights have changed, or may have, and ``step`` does not say so yet: not a state to be saved."""
         self.journal = BatchJournal(self.run_dir / "journal")
+        self.batches = LeasedBatches(self.client, self.journal)
         self.quarantine = QuarantineStore(self.run_dir / "quarantine")
         self.stack = LocalStack.build(config, self.model_path, gateway_port=gateway_port)
         self._early: deque[RolloutData] = deque()
@@ -121,6 +123,7 @@ class AtroposTrainer:
             self.close_rollouts()
         finally:
             self.stack.close()
+            self.batches.close()
             self.client.close()
 
     # ------------------------------------------------------------------ parts
@@ -185,7 +188,7 @@ class AtroposTrainer:
         if self.config.save_freq > 0 and self.step % self.config.save_freq == 0:
             self.save_checkpoint()
         elif self.config.save_freq <= 0:
-            self.journal.discard_through(self.step)
+            self.batches.discard_through(self.step)
         return report
 
     def save_checkpoint(self) -> Path:
@@ -219,21 +222,25 @@ class AtroposTrainer:
         """
         if self._early:
             return self._early.popleft()
-        fetched = self.client.get_batch(max_wait_time=max_wait_time, should_stop=should_stop)
-        data = self._take(fetched.body, fetched.lease_id)
-        data.timings["wait"] = fetched.waited
-        return data
+        return self._decode(self.batches.fetch(max_wait_time, should_stop, {"after_step": self.step}))
 
     def start_api(self) -> None:
         """One GET /batch: an upstream API lets environments register only after it. A batch it returns is kept."""
-        body = self.client.fetch_batch()
-        if body is not None:
-            self._early.append(self._take(body, None))
+        held = self.batches.poll({"after_step": self.step})
+        if held is not None:
+            self._early.append(self._decode(held))
 
-    def replay(self, entries: Sequence[JournalEntry]) -> None:
+    def give_back(self) -> None:
+        """Untrained batches go back to an API that can take them (with leases)."""
+        for data in self._early:
+            if data.entry is not None:
+                self.batches.release(data.entry)
+        self._early.clear()
+
+    def replay(self, held: Sequence[HeldBatch]) -> None:
         """Put journalled batches that no checkpoint covers in front of what the API delivers."""
-        for entry in entries:
-            body = self.journal.read(entry)
+        for batch in held:
+            body, entry = batch.body, batch.entry
             try:
                 groups = decode_batch(body)
             except AtroposProtocolError as error:
@@ -241,15 +248,15 @@ class AtroposTrainer:
                 group = ScoredGroup(token_ids=(), masks=(), scores=np.zeros(0), group_id=entry.path.stem, raw=body)
                 path = self.quarantine.put(QuarantinedGroup(group=group, reason=error.reason))
                 logger.warning("journalled batch %s is not a batch: %s; kept in %s", entry.path, error.reason, path)
-                self.journal.assign(entry, self.step)
+                self.batches.trained(entry, self.step)
             else:
                 self._early.append(RolloutData(groups, entry))
 
-    def _take(self, body: bytes, lease_id: str | None) -> RolloutData:
-        entry = self.journal.record(body, {"after_step": self.step})
+    def _decode(self, held: HeldBatch) -> RolloutData:
         started = time.perf_counter()
-        groups = decode_batch(body)
-        return RolloutData(groups, entry, lease_id, timings={"decode": time.perf_counter() - started})
+        groups = decode_batch(held.body)
+        timings = {"decode": time.perf_counter() - started, "wait": held.waited}
+        return RolloutData(groups, held.entry, timings=timings)
 
     def compute_advantages_from_atropos(self, rollout_data: RolloutData | Sequence[ScoredGroup]) -> torch.Tensor:
         """Advantages [B, L] (right-padded with 0) of the batch's B trainable sequences.
@@ -346,11 +353,12 @@ class AtroposTrainer:
         trained = time.perf_counter()
         self.step += 1
         if rollout_data.entry is not None:
-            self.journal.assign(rollout_data.entry, self.step)
+            self.batches.trained(rollout_data.entry, self.step)
         self.updating = False
         self.open_rollouts()
         synced = time.perf_counter()
-        self.client.ack(rollout_data.lease_id)
+        if rollout_data.entry is not None:
+            self.batches.ack(rollout_data.entry)
         assert rollout_data.report is not None
         self._count(rollout_data.report)
         seconds = {"train": trained - begin, "sync": synced - trained, "step": synced - started}

@@ -132,6 +132,7 @@ class SavedBatch(msgspec.Struct, array_like=True):
     seqs: list[int]
     deadline: float | None
     deliveries: int
+    earlier: list[str] = []
 
 
 class Snapshot(msgspec.Struct, tag="snap"):

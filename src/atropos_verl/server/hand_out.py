@@ -157,6 +157,8 @@ def _headers(batch: Batch, media_type: str) -> list[tuple[bytes, bytes]]:
     ]
     if batch.deadline is not None:
         headers.append((b"x-atropos-lease-id", batch.lease_id.encode()))
+        if batch.earlier:
+            headers.append((b"x-atropos-earlier-lease-ids", ",".join(batch.earlier).encode()))
     return headers
 
 

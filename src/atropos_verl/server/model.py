@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import msgspec
@@ -128,3 +128,5 @@ class Batch:
     deadline: float | None
     """Seconds since the epoch; None: handed out without a lease, waiting for the response to arrive."""
     deliveries: int = 1
+    earlier: list[str] = field(default_factory=list)
+    """The latest leases under which it was out before, told to whoever gets it: one of them may have been its own."""

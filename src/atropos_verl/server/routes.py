@@ -22,6 +22,8 @@ __all__ = ["Request", "Routes", "lease_seconds"]
 
 _T = TypeVar("_T")
 _MAX_KEY = 255
+FEATURES = ("batch_fill", "idempotency", "leases", "packed")
+"""What a client may use beyond upstream's protocol; told at ``/register``."""
 _SHOWN_TEXT = 400
 _LATEST_EXAMPLE: dict[str, list[object]] = {
     name: []
@@ -102,6 +104,7 @@ class Routes:
                 "batch_size": current.batch_size,
                 "max_token_len": current.max_token_len,
                 "current_step": self._store.state.step,
+                "features": FEATURES,
             }
         )
 

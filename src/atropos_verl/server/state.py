@@ -35,6 +35,7 @@ __all__ = ["State"]
 logger = logging.getLogger(__name__)
 
 _REMEMBERED_LEASES = 65_536
+_EARLIER_LEASES = 8
 _REMEMBERED_KEYS = 100_000
 
 
@@ -132,6 +133,9 @@ class State:
     def _handed(self, event: Handed) -> None:
         batch = Batch(event.lease_id, event.step, list(event.seqs), event.deadline, event.deliveries)
         if event.previous is not None:
+            for other in self.returned:
+                if other.lease_id == event.previous:
+                    batch.earlier = [*other.earlier, event.previous][-_EARLIER_LEASES:]
             self.returned = [other for other in self.returned if other.lease_id != event.previous]
             self.queue.count(self.members(batch), -1)
             self.superseded[event.previous] = None
@@ -250,11 +254,11 @@ def _meta(group: StoredGroup) -> GroupMeta:
 
 
 def _saved(batch: Batch) -> SavedBatch:
-    return SavedBatch(batch.lease_id, batch.step, batch.seqs, batch.deadline, batch.deliveries)
+    return SavedBatch(batch.lease_id, batch.step, batch.seqs, batch.deadline, batch.deliveries, batch.earlier)
 
 
 def _batch(saved: SavedBatch) -> Batch:
-    return Batch(saved.lease_id, saved.step, list(saved.seqs), saved.deadline, saved.deliveries)
+    return Batch(saved.lease_id, saved.step, list(saved.seqs), saved.deadline, saved.deliveries, list(saved.earlier))
 
 
 def _forget_oldest(entries: OrderedDict[str, Any], limit: int) -> None:

@@ -270,7 +270,7 @@ def test_a_url_that_is_none_is_refused_at_once(url: object) -> None:
         ({"retry_attempts": 0}, "batch_retry_attempts"),
         ({"retry_delay": -0.1}, "batch_retry_delay"),
         ({"max_wait_time": float("nan")}, "batch_max_wait_time"),
-        ({"lease_seconds": 0}, "lease_seconds"),
+        ({"lease_seconds": 0}, "atropos.lease_seconds"),
         ({"token": "two words"}, "atropos.token"),
         ({"token": "line\r\nX-Evil: 1"}, "atropos.token"),
         ({"token": ""}, "atropos.token"),
