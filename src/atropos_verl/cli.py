@@ -14,6 +14,7 @@ _TRAIN_HELP = "train a policy on an Atropos environment; key=value settings as i
 _SERVE_HELP = "serve the trajectory API that environments post to and a trainer fetches batches from"
 _LAUNCH_HELP = "start and watch everything of a run: API, trainer, environments (launch --help lists the settings)"
 _INSPECT_HELP = "show what the trainer would see in a batch, groups, a quarantine file, or at an API"
+_REPORT_HELP = "show what came of a run, or compare several; --html FILE writes a page with every curve"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from atropos_verl.server.main import run
 
         return run(options)
+    if options.command == "report":
+        return _report(options)
     return _inspect(options)
 
 
@@ -59,7 +62,23 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         from atropos_verl.report.inspect import add_arguments
 
         add_arguments(inspect)
+    report = commands.add_parser("report", help=_REPORT_HELP, description=_REPORT_HELP)
+    if words[:1] == ["report"]:
+        from atropos_verl.report.run_report import add_arguments as add_report_arguments
+
+        add_report_arguments(report)
     return parser
+
+
+def _report(options: argparse.Namespace) -> int:
+    from atropos_verl.errors import ConfigError
+    from atropos_verl.report.run_report import run
+
+    try:
+        return run(options)
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
 
 
 def _inspect(options: argparse.Namespace) -> int:

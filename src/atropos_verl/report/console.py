@@ -22,7 +22,7 @@ from rich.text import Text
 from atropos_verl.report.format import count, decimal, duration, seconds, sparkline
 from atropos_verl.types import StepReport
 
-__all__ = ["ProgressReporter"]
+__all__ = ["ProgressReporter", "summary_rows"]
 
 _RECENT_STEPS = 8
 """Rows of the live table."""
@@ -135,7 +135,7 @@ class ProgressReporter:
                 ``tokens_trained``, ``steps_without_data``, ``seconds``, ``run_dir``.
         """
         self._stop_live()
-        rows = _summary_rows(summary, ascii_only=self._ascii_only)
+        rows = summary_rows(summary, ascii_only=self._ascii_only)
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             table = Table.grid(padding=(0, 2))
             for label, value in rows:
@@ -213,7 +213,8 @@ class ProgressReporter:
         return table
 
 
-def _summary_rows(summary: Mapping[str, Any], *, ascii_only: bool) -> list[tuple[str, str]]:
+def summary_rows(summary: Mapping[str, Any], *, ascii_only: bool) -> list[tuple[str, str]]:
+    """What ``ProgressReporter.summary`` shows of a summary, as ``(label, text)``; absent figures have no row."""
     arrow = "->" if ascii_only else "→"
     get = summary.get
     rows: list[tuple[str, str]] = []
