@@ -56,7 +56,7 @@ class AtroposConfig(_Section):
 
     api_url: str | None = Field(None, description="URL of a running trajectory API; null: start one for this run")
     server: Literal["embedded", "upstream"] = Field(
-        "upstream", description="API to start where api_url is null; embedded: ours, upstream: atroposlib's"
+        "embedded", description="API to start where api_url is null; embedded: ours, upstream: atroposlib's"
     )
     timeout: PositiveFloat = Field(30.0, description="seconds; bound on one call to the API, its retries included")
     token: str | None = Field(None, description="bearer token for a protected API")

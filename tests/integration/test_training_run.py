@@ -214,3 +214,22 @@ def test_two_ranks_train_to_the_end(two_ranks: Path) -> None:
         "model_world_size_2_rank_0.pt",
         "model_world_size_2_rank_1.pt",
     }
+
+
+def test_a_run_on_atroposlibs_own_api(tmp_path: Path) -> None:
+    """The default is ours, which every other run here starts; this one also dies, and goes on from its journal."""
+    words = ["atropos.server=upstream", "save_freq=2", *SMALL]
+    with TrainingRun(["steps=1000", *words], run_dir=tmp_path / "run") as run:
+        run.wait_for_step(3)
+        assert "atroposlib.cli.run_api" in run.process_of("trajectory_api").cmdline()
+        run.interrupt(signal.SIGKILL)
+        run.wait()
+        run.assert_nothing_left()
+    assert not (tmp_path / "run" / "api").exists()
+    before = checkpointed_step(tmp_path / "run")
+    pending = len(list((tmp_path / "run" / "journal").glob("batch_*[0-9].json")))
+    last = before + pending + 2
+    with TrainingRun([f"steps={last}", *words], run_dir=tmp_path / "run") as run:
+        assert run.wait(timeout=120.0) == 0, run.stderr
+        assert f"{pending} batches fetched before the interruption are trained first" in run.stdout or not pending
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(1, last + 1))

@@ -36,7 +36,10 @@ SMALL = ("batch_size=16", "group_size=4", "eval.before=false", "eval.after=false
 """Steps of about 0.3 s on two cores."""
 
 _MARK = "ATROPOS_VERL_TEST_RUN"
-_COMMANDS = {"trajectory_api": "atroposlib.cli.run_api", "environment": "spell_backward.py"}
+_COMMANDS = {
+    "trajectory_api": ("atropos_verl.cli serve-api", "atroposlib.cli.run_api"),
+    "environment": ("spell_backward.py",),
+}
 
 
 class TrainingRun:
@@ -142,10 +145,10 @@ class TrainingRun:
 
     def process_of(self, service: str) -> psutil.Process:
         """The living process of ``trajectory_api`` or ``environment``: the one that leads its own session."""
-        needle = _COMMANDS[service]
         for process in self._marked():
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                if needle in " ".join(process.cmdline()) and os.getsid(process.pid) == process.pid:
+                command = " ".join(process.cmdline())
+                if any(part in command for part in _COMMANDS[service]) and os.getsid(process.pid) == process.pid:
                     return process
         raise AssertionError(f"no process of {service}\n{self._said()}")
 

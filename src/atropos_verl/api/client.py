@@ -157,7 +157,9 @@ class AtroposClient:
     def status(self) -> ApiStatus:
         call = self._call("GET", "/status")
         fields = self._object(call, self._send(call, Rule.FREELY))
-        return ApiStatus(*_integers(call, fields, "current_step", "queue_size"))
+        environments = fields.get("environments")
+        step, queue_size = _integers(call, fields, "current_step", "queue_size")
+        return ApiStatus(step, queue_size, environments if isinstance(environments, int) else 0)
 
     def info(self) -> ApiInfo:
         call = self._call("GET", "/info")

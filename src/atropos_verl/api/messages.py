@@ -27,6 +27,8 @@ class ApiStatus:
     """Batches the API has formed, plus the ``starting_step`` of the registration."""
     queue_size: int
     """Groups that are in no batch yet."""
+    environments: int = 0
+    """Registered so far, those that are gone included; 0 from an upstream API, which does not tell."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from atropos_verl.config import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.process import ServiceSpec
 
-__all__ = ["api_spec", "demo_env_script", "env_script", "env_spec", "evaluate_spec"]
+__all__ = ["api_data_dir", "api_spec", "demo_env_script", "env_script", "env_spec", "evaluate_spec"]
 
 _CHILD_ENV = {
     "PYTHONUNBUFFERED": "1",  # logs are read while the process runs, and after it was killed
@@ -19,12 +19,19 @@ _CHILD_ENV = {
 
 
 def api_spec(run_dir: Path, host: str, port: int, server: str = "upstream") -> ServiceSpec:
-    """The trajectory API: ``upstream`` is atroposlib's, ``embedded`` ours (in memory: it lives as long as the run)."""
-    module = {"upstream": ("atroposlib.cli.run_api",), "embedded": ("atropos_verl.cli", "serve-api")}[server]
+    """The trajectory API: ``upstream`` is atroposlib's, ``embedded`` ours, which keeps its state in ``run_dir/api``."""
+    module: tuple[str, ...] = ("atroposlib.cli.run_api",)
+    if server == "embedded":
+        module = ("atropos_verl.cli", "serve-api", "--data-dir", str(api_data_dir(run_dir)))
     command = (sys.executable, "-m", *module, "--host", host, "--port", str(port))
     return ServiceSpec(
         name="trajectory_api", command=command, env=_CHILD_ENV, cwd=run_dir, log_path=_log(run_dir, "trajectory_api")
     )
+
+
+def api_data_dir(run_dir: Path) -> Path:
+    """Where the embedded API of a run keeps its state."""
+    return run_dir / "api"
 
 
 def demo_env_script() -> Path:

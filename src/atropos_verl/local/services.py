@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+from atropos_verl.api.client import AtroposClient
 from atropos_verl.config import RunConfig
 from atropos_verl.errors import ServiceError
-from atropos_verl.launch.plan import api_spec, env_spec, evaluate_spec
+from atropos_verl.launch.plan import api_data_dir, api_spec, env_spec, evaluate_spec
 from atropos_verl.launch.process import ManagedProcess, ProcessSet
 from atropos_verl.launch.readiness import free_port, http_probe, wait_until_ready
 
@@ -39,6 +41,10 @@ class LocalServices:
         """Start the trajectory API and wait until it answers. Returns its URL."""
         port = free_port(_HOST)
         self.api_url = f"http://{_HOST}:{port}"
+        data_dir = api_data_dir(self.run_dir)
+        if self.config.resume == "disable" and data_dir.is_dir():
+            logger.info("resume=disable: what an earlier API left in %s is removed", data_dir)
+            shutil.rmtree(data_dir)
         process = self.processes.start(api_spec(self.run_dir, _HOST, port, self.config.atropos.server))
         wait_until_ready(
             lambda: http_probe(f"{self.api_url}/status", timeout=1.0),
@@ -46,7 +52,15 @@ class LocalServices:
             timeout=_API_STARTUP_SECONDS,
             process=process,
         )
+        self._forget_dead_environments()
         return self.api_url
+
+    def _forget_dead_environments(self) -> None:
+        """Those that a resumed API remembers ended with the run before; until they are missed, the new one would be
+        given a share beside them."""
+        with AtroposClient(self.api_url) as client:
+            for env_id in range(client.status().environments):
+                client.disconnect_env(env_id)
 
     def start_environment(self) -> None:
         """Start the environment; it waits by itself for gateway and trainer."""
