@@ -233,6 +233,19 @@ def train(model: Any, examples: Examples, args: argparse.Namespace) -> float:
     return time.monotonic() - start
 
 
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Save it so that transformers 4 (environments need it) and 5 (verl needs it) both load it.
+
+    transformers 5 writes its own name of the class, which 4 does not know; the name of 4 is an alias in 5.
+    """
+    tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("backend", None)
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Pre-train, measure on held-out words, save. Prints one JSON line; returns it."""
     parser = argparse.ArgumentParser(description="Pre-train the demo model (spell words backward).")
@@ -266,7 +279,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         "seconds": round(seconds, 1),
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(args.out)
+    save_tokenizer(tokenizer, args.out)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=1.0
     )

@@ -174,6 +174,7 @@ class EvalConfig(_Section):
     before: bool = Field(True, description="evaluate before the first step")
     after: bool = Field(True, description="evaluate after the last step")
     timeout: PositiveFloat = Field(300.0, description="seconds for one evaluation")
+    commands_file: str | None = Field(None, description="set by the launcher: JSON with the evaluations to run")
 
 
 class SyncConfig(_Section):
@@ -316,7 +317,7 @@ def _as_config_error(error: ValidationError) -> ConfigError:
 def apply_environment(
     values: dict[str, Any], environ: Mapping[str, str] | None = None, command_line_keys: frozenset[str] = frozenset()
 ) -> dict[str, Any]:
-    """Put ``ATROPOS_API_URL``, ``ATROPOS_TIMEOUT`` and ``ATROPOS_API_TOKEN`` over the file's values.
+    """Put ``ATROPOS_API_URL``, ``ATROPOS_TIMEOUT``, ``ATROPOS_API_TOKEN`` and ``ATROPOS_GATEWAY_KEY`` over the file's.
 
     Keys that the command line set (``command_line_keys``, dotted) win over the environment.
     """
@@ -333,7 +334,11 @@ def apply_environment(
             except ValueError:
                 raise ConfigError(f"environment variable {variable}={value!r} is not a number of seconds") from None
         section[key] = value
-    return {**values, "atropos": section}
+    result = {**values, "atropos": section}
+    gateway_key = environ.get("ATROPOS_GATEWAY_KEY", "").strip()
+    if gateway_key and "gateway.api_key" not in command_line_keys:
+        result["gateway"] = {**(values.get("gateway") or {}), "api_key": gateway_key}
+    return result
 
 
 def describe() -> list[tuple[str, str, Any, str]]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from atropos_verl.config import RunConfig, apply_environment
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
-from atropos_verl.launch.launch_config import LaunchConfig, describe_launch
+from atropos_verl.launch.launch_config import MOVED, LaunchConfig, describe_launch
 from atropos_verl.launch.readiness import free_port
 from atropos_verl.launch.rundir import prepare_run_dir
 from atropos_verl.launch.spec import Addresses, LaunchPlan, make_plan
@@ -73,15 +73,19 @@ def load_launch(
     """
     from atropos_verl.local.settings import compose_values
 
+    for word in overrides:
+        if (key := word.split("=", 1)[0].lstrip("+~")) in MOVED:
+            raise ConfigError(MOVED[key], key)
     launch_keys = tuple(LaunchConfig.model_fields)
     known = [*(name for name, *_ in describe_launch()), "environments"]
     # Without environments: files name their own, and composing merges mappings.
-    schema = {**RunConfig().model_dump(mode="json"), **LaunchConfig().model_dump(mode="json"), "environments": {}}
+    base = RunConfig.from_mapping({"atropos": {"server": "embedded"}}).model_dump(mode="json")
+    schema = {**base, **LaunchConfig().model_dump(mode="json"), "environments": {}}
     values = compose_values(
         overrides,
         config_dir,
         config_name or "launch_schema",
-        schemas={"launch_schema": schema},
+        schemas={"launch_schema": schema, "atropos_schema": base},
         extra_keys=known,
         open_sections=("environments", "trainer_process.env"),
     )
@@ -199,7 +203,10 @@ def _closing(plan: LaunchPlan, code: int) -> str:
         values: dict[str, Any] = json.loads(summary.read_text())
         first, last = values.get("reward_first"), values.get("reward_last")
         if first is not None and last is not None:
-            return f"training finished: {values.get('steps')} steps, reward {first:.3f} → {last:.3f}; {plan.run_dir}"
+            before, after = values.get("held_out_before"), values.get("held_out_after")
+            held_out = "" if before is None or after is None else f", held-out {before:.3f} → {after:.3f}"
+            reward = f"reward {first:.3f} → {last:.3f}{held_out}"
+            return f"training finished: {values.get('steps')} steps, {reward}; {plan.run_dir}"
     words = {0: "finished", 130: "interrupted; the same command with this run_dir goes on"}
     return f"{words.get(code, f'ended with code {code}')}; {plan.run_dir}"
 

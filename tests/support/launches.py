@@ -22,7 +22,7 @@ __all__ = ["LAUNCH", "SMALL_LAUNCH", "LaunchRun"]
 
 LAUNCH = REPOSITORY / "recipe" / "atropos" / "launch_atropos_verl.py"
 
-SMALL_LAUNCH = ("batch_size=16", "group_size=4", "supervise.backoff=0.2")
+SMALL_LAUNCH = ("batch_size=16", "group_size=4", "supervise.backoff=0.2", "eval.before=false", "eval.after=false")
 """Steps of about 0.3 s on two cores."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from collections.abc import Iterator
@@ -105,6 +106,16 @@ def test_saved_and_fresh_tokenizers_agree(pretrain: ModuleType, tokenizer: Any) 
     assert tokenizer.encode(text) == fresh.encode(text)
     assert tokenizer.get_vocab() == fresh.get_vocab()
     assert tokenizer.chat_template == fresh.chat_template
+
+
+def test_the_tokenizer_is_named_as_both_transformers_4_and_5_know_it(pretrain: ModuleType, tmp_path: Path) -> None:
+    """transformers 5 saves ``TokenizersBackend``, which transformers 4, and so every environment, cannot load."""
+    shipped = json.loads((demo_model_path() / "tokenizer_config.json").read_text())
+    assert shipped["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "backend" not in shipped
+    pretrain.save_tokenizer(pretrain.build_tokenizer(), tmp_path)
+    for name in ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / name).read_bytes() == (demo_model_path() / name).read_bytes(), name
 
 
 def test_chat_prompt_is_chatml_and_a_word_is_its_letters(pretrain: ModuleType, tokenizer: Any) -> None:

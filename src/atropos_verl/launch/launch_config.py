@@ -21,6 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from atropos_verl.errors import ConfigError
 
 __all__ = [
+    "MOVED",
     "PARTS",
     "ApiProcessConfig",
     "EnvironmentConfig",
@@ -32,6 +33,9 @@ __all__ = [
 
 PARTS = ("api", "trainer", "environments")
 """What ``only=[...]`` can choose from."""
+
+MOVED = {"api.server": "is atropos.server now, which main_atropos.py reads too (embedded or upstream)"}
+"""Keys of earlier versions, and what to write instead."""
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -76,6 +80,7 @@ class EnvironmentConfig(_Section):
     restart: Literal["always", "never"] = Field("always", description="when it dies")
     max_restarts: int = Field(5, ge=0, description="then it is given up, and the run goes on with the others")
     startup_timeout: PositiveFloat = Field(120.0, description="seconds, from policy served to its first sign of life")
+    evaluate: bool = Field(True, description="takes part in held-out evaluation (eval.before, eval.after)")
     env: Variables = Field(default_factory=dict, description="environment variables")
     cwd: str | None = Field(None, description="its working directory; null: the run directory")
 
@@ -87,12 +92,11 @@ class EnvironmentConfig(_Section):
 
 
 class ApiProcessConfig(_Section):
-    """The trajectory API that is started when ``atropos.api_url`` is null."""
+    """The trajectory API that is started when ``atropos.api_url`` is null; ``atropos.server`` says which."""
 
-    server: Literal["embedded", "upstream"] = Field("embedded", description="embedded: ours, durable; or atroposlib's")
     host: str = Field("127.0.0.1", description="address to bind")
     port: Port = Field(0, description="0: any free port")
-    data_dir: str | None = Field(None, description="where its log lies; null: run_dir/api")
+    data_dir: str | None = Field(None, description="where its log lies (embedded); null: run_dir/api")
     args: Words = Field((), description="further arguments of serve-api (embedded)")
     startup_timeout: PositiveFloat = Field(60.0, description="seconds until /status must answer")
     on_death: Literal["restart", "stop"] = Field("restart", description="stop: end the run, non-zero")
@@ -143,6 +147,9 @@ class LaunchConfig(_Section):
         An environment that is null is left out; without any the demo's is taken.
         """
         values = dict(values)
+        api = values.get("api")
+        if isinstance(api, Mapping) and "server" in api:
+            raise ConfigError(MOVED["api.server"], "api.server")
         named = values.pop("environments", None) or {}
         if isinstance(named, Mapping):
             named = {key: value for key, value in named.items() if value is not None}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from atropos_verl.config import RunConfig
 from atropos_verl.errors import ConfigError
+from atropos_verl.launch.keys import private_arguments, user_arguments
 from atropos_verl.launch.process import ServiceSpec
 
 __all__ = ["api_data_dir", "api_spec", "demo_env_script", "env_script", "env_spec", "evaluate_spec"]
@@ -90,7 +91,6 @@ def _common_arguments(config: RunConfig, model_path: Path, gateway_url: str) -> 
         *("--openai.model_name", str(model_path)),
         *("--openai.tokenizer_name", tokenizer),
         *("--openai.server_type", "vllm"),
-        *("--openai.api_key", config.gateway.api_key or "none"),
     )
 
 
@@ -98,8 +98,22 @@ def _environment(config: RunConfig, run_dir: Path, name: str, arguments: tuple[s
     script = env_script(config)
     slurm = ("--slurm", "false") if arguments[0] == "serve" else ()
     extra = ("--env.seed", str(config.seed)) if config.env.script is None else ()
-    command = (config.env.python or sys.executable, str(script), *arguments, *slurm, *extra, *config.env.args)
-    return ServiceSpec(name=name, command=command, env=_CHILD_ENV, cwd=run_dir, log_path=_log(run_dir, name))
+    private = private_arguments(
+        api_key=config.gateway.api_key,
+        args=config.env.args,
+        file=run_dir / "launch" / f"{name}.yaml",
+        cwd=run_dir,
+        key="env.args",
+    )
+    words = (*arguments, *slurm, *extra, *private.words, *user_arguments(config.env.args, private))
+    return ServiceSpec(
+        name=name,
+        command=(config.env.python or sys.executable, str(script), *words),
+        env=_CHILD_ENV,
+        cwd=run_dir,
+        log_path=_log(run_dir, name),
+        files=private.files,
+    )
 
 
 def _log(run_dir: Path, name: str) -> Path:

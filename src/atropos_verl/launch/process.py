@@ -21,6 +21,7 @@ import psutil
 
 from atropos_verl.errors import ServiceError
 from atropos_verl.launch import watcher
+from atropos_verl.launch.private_files import write_private
 
 __all__ = ["ManagedProcess", "ProcessSet", "ServiceSpec", "describe_exit"]
 
@@ -48,6 +49,8 @@ class ServiceSpec:
     cwd: Path
     log_path: Path
     """stdout and stderr are appended to it; its directory is made."""
+    files: Mapping[Path, str] = field(default_factory=dict)
+    """Written before each start, readable by the owner only: keys that shall not stand in the command."""
 
 
 def describe_exit(returncode: int) -> str:
@@ -99,7 +102,10 @@ class ManagedProcess:
             # First the watcher: from the first moment of its life the service carries the token it looks for.
             self._start_watcher()
             self.spec.log_path.parent.mkdir(parents=True, exist_ok=True)
-            with self.spec.log_path.open("ab") as log:
+            for path, content in self.spec.files.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_private(path, content)
+            with open(self.spec.log_path, "ab", opener=_private) as log:
                 self._log_start = log.tell()
                 self._process = subprocess.Popen(
                     self.spec.command,
@@ -286,6 +292,11 @@ def _stop_together(processes: list[ManagedProcess], grace: float) -> None:
             process._kill()
         for process in processes:
             process._reap()
+
+
+def _private(name: str, flags: int) -> int:
+    # Atropos prints its whole configuration, the gateway's key included.
+    return os.open(name, flags, 0o600)
 
 
 def _wait(condition: Callable[[], bool], timeout: float) -> None:

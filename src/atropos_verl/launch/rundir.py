@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from atropos_verl.errors import ConfigError
+from atropos_verl.launch.private_files import write_private
 from atropos_verl.launch.probes import Seen
 from atropos_verl.launch.progress import StepTail
-from atropos_verl.launch.spec import LaunchPlan, trainer_settings_path, trainer_settings_text
+from atropos_verl.launch.spec import LaunchPlan, evaluations_path, trainer_settings_path, trainer_settings_text
 
 __all__ = ["DISK_FULL_BYTES", "compose_state", "prepare_run_dir", "write_state"]
 
@@ -31,8 +32,10 @@ def prepare_run_dir(plan: LaunchPlan) -> None:
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         (run_dir / "launch").mkdir(exist_ok=True)
-        _write_private(run_dir / "plan.json", json.dumps(plan.describe(), indent=1) + "\n")
-        _write_private(trainer_settings_path(run_dir), trainer_settings_text(plan.config))
+        write_private(run_dir / "plan.json", json.dumps(plan.describe(), indent=1) + "\n")
+        write_private(trainer_settings_path(run_dir), trainer_settings_text(plan.config))
+        if plan.evaluations is not None:
+            write_private(evaluations_path(run_dir), plan.evaluations)
     except OSError as error:
         raise ConfigError(f"cannot write to {run_dir}: {error.strerror or error}", "run_dir") from error
     if (free := shutil.disk_usage(run_dir).free) < DISK_FULL_BYTES:
@@ -76,11 +79,4 @@ def compose_state(
 
 def write_state(run_dir: Path, state: dict[str, Any]) -> None:
     """Replace ``state.json``; a reader sees the old one or the new one. Raises ``OSError``."""
-    _write_private(run_dir / "state.json", json.dumps(state, default=str))
-
-
-def _write_private(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        file.write(text)
-    temporary.replace(path)
+    write_private(run_dir / "state.json", json.dumps(state, default=str))

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from atropos_verl.config import RunConfig
-from atropos_verl.launch.environments import CHILD_ENV, EnvironmentPlan, interpreter, plan_environments
+from atropos_verl.launch.environments import CHILD_ENV, EnvironmentPlan, Site, interpreter, plan_environments
+from atropos_verl.launch.evaluation import evaluations_text
 from atropos_verl.launch.launch_config import LaunchConfig
+from atropos_verl.launch.meaning import check_keys
 from atropos_verl.launch.plan import api_spec
 from atropos_verl.launch.process import ServiceSpec
 
@@ -21,6 +23,7 @@ __all__ = [
     "Addresses",
     "LaunchPlan",
     "Service",
+    "evaluations_path",
     "make_plan",
     "trainer_settings_path",
     "trainer_settings_text",
@@ -76,6 +79,8 @@ class LaunchPlan:
     """In the order of starting."""
     warnings: tuple[str, ...] = ()
     model_name: str = ""
+    evaluations: str | None = None
+    """Content of ``evaluations_path``; None: no held-out evaluation."""
 
     def of_kind(self, kind: Kind) -> list[Service]:
         return [service for service in self.services if service.kind == kind]
@@ -116,20 +121,17 @@ def make_plan(
     Raises:
         ConfigError: an environment's script does not exist; group sizes or allocations do not fit the batch size.
     """
+    site = Site(run_dir=run_dir, model_path=model_path, api_url=addresses.api_url, gateway_url=addresses.gateway_url)
+    evaluations = evaluations_text(config, launch, site)
+    if evaluations is not None:
+        file = str(evaluations_path(run_dir))
+        config = config.model_copy(update={"eval": config.eval.model_copy(update={"commands_file": file})})
     services: list[Service] = []
     if addresses.own_api:
         services.append(_api(launch, config, run_dir, addresses))
     environments = EnvironmentPlan(services=(), warnings=())
     if launch.starts("environments"):
-        environments = plan_environments(
-            config,
-            launch,
-            run_dir=run_dir,
-            model_path=model_path,
-            api_url=addresses.api_url,
-            gateway_url=addresses.gateway_url,
-            own_api=addresses.own_api,
-        )
+        environments = plan_environments(config, launch, site=site, own_api=addresses.own_api)
         services += [
             Service(
                 kind="environment",
@@ -148,8 +150,9 @@ def make_plan(
         launch=launch,
         addresses=addresses,
         services=tuple(services),
-        warnings=environments.warnings,
+        warnings=(*check_keys(config, launch, own_api=addresses.own_api), *environments.warnings),
         model_name=str(model_path),
+        evaluations=evaluations,
     )
 
 
@@ -158,10 +161,15 @@ def trainer_settings_path(run_dir: Path) -> Path:
     return run_dir / "launch" / "trainer.yaml"
 
 
+def evaluations_path(run_dir: Path) -> Path:
+    """The file that tells the trainer which evaluations to run; private as well."""
+    return run_dir / "launch" / "evaluations.json"
+
+
 def _api(launch: LaunchConfig, config: RunConfig, run_dir: Path, addresses: Addresses) -> Service:
     settings = launch.api
     port = int(addresses.api_url.rsplit(":", 1)[1])
-    if settings.server == "upstream":
+    if config.atropos.server == "upstream":
         spec = replace(api_spec(run_dir, settings.host, port), log_path=run_dir / "logs" / "trajectory_api.1.log")
     else:
         data_dir = Path(settings.data_dir).expanduser().absolute() if settings.data_dir else run_dir / "api"
@@ -190,6 +198,8 @@ def _trainer(launch: LaunchConfig, config: RunConfig, run_dir: Path, addresses: 
     variables["ATROPOS_TIMEOUT"] = f"{config.atropos.timeout:g}"
     if config.atropos.token:
         variables["ATROPOS_API_TOKEN"] = config.atropos.token
+    if config.gateway.api_key:
+        variables["ATROPOS_GATEWAY_KEY"] = config.gateway.api_key
     spec = ServiceSpec(
         name="trainer",
         command=command,

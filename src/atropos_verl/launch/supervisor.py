@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from atropos_verl.errors import ServiceError
 from atropos_verl.launch.diagnosis import diagnose
+from atropos_verl.launch.evaluation import EvaluationWatch
 from atropos_verl.launch.probes import Poller, connected_entries, disconnect_environment, environments_of
 from atropos_verl.launch.process import ProcessSet
 from atropos_verl.launch.progress import StepTail
@@ -63,6 +64,7 @@ class Supervisor:
             gateway_key=config.gateway.api_key,
             model_name=plan.model_name,
         )
+        self._evaluations = EvaluationWatch(plan.run_dir)
         self._steps = StepTail(plan.run_dir / "metrics.jsonl", clock)
         self._clock = clock
         self._interrupts = 0
@@ -114,6 +116,8 @@ class Supervisor:
             return 130
         for line in self._steps.poll():
             self.view.step(line, self.state())
+        for text in self._evaluations.poll():
+            self._note(text)
         code = self._bury()
         if code is not None:
             return code
@@ -141,6 +145,8 @@ class Supervisor:
                     watched.state = "stopped"
             for line in self._steps.poll():
                 self.view.step(line, self.state())
+            for text in self._evaluations.poll():
+                self._note(text)
             self._publish()
 
     # ------------------------------------------------------------------ starting
@@ -307,6 +313,8 @@ class Supervisor:
             return
         now, limit = self._clock(), self.plan.launch.supervise.stall_after
         since = max(self._poller.seen.generated_at, self._trainer.started_at, self._steps.last_at or 0.0)
+        if self._evaluations.running:
+            since = now
         if since > self._stall_since:
             self._stall_since, self._stall_wait = since, limit
         if now - since >= self._stall_wait:

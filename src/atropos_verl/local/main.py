@@ -23,6 +23,7 @@ from atropos_verl.local.settings import help_text, load_config
 from atropos_verl.local.startup import check_gateway_port, is_rank_zero, resolve_model_path
 
 if TYPE_CHECKING:
+    from atropos_verl.launch.evaluation import LaunchedEvaluations
     from atropos_verl.local.services import LocalServices
     from atropos_verl.local.trainer import AtroposTrainer
     from atropos_verl.report.console import ProgressReporter
@@ -159,12 +160,28 @@ class _Run:
         with make_client(self.config, self.config.atropos.api_url) as client:
             progress.phase(f"contacting the trajectory API at {self.config.atropos.api_url}")
             client.check()
-        trainer = self._build_trainer(self.config, None, progress)
+        evaluations = self._launched_evaluations(progress)
         try:
-            progress.note(f"environments are to use the gateway at {trainer.gateway_url}/v1 (server_type vllm)")
-            return self._train(trainer, None, progress)
+            if evaluations is not None and self._evaluates_before():
+                evaluations.start_evaluation("before")
+            trainer = self._build_trainer(self.config, None, progress)
+            try:
+                progress.note(f"environments are to use the gateway at {trainer.gateway_url}/v1 (server_type vllm)")
+                return self._train(trainer, None, progress, evaluations)
+            finally:
+                trainer.close()
         finally:
-            trainer.close()
+            if evaluations is not None:
+                evaluations.stop()
+
+    def _launched_evaluations(self, progress: ProgressReporter) -> LaunchedEvaluations | None:
+        from atropos_verl.launch.evaluation import LaunchedEvaluations
+
+        settings = self.config.eval
+        if settings.commands_file is None:
+            return None
+        path = Path(settings.commands_file)
+        return LaunchedEvaluations(path, self.run_dir, timeout=settings.timeout, note=progress.note)
 
     def _with_services(self, services: LocalServices, progress: ProgressReporter) -> int:
         progress.phase("starting the trajectory API")
@@ -176,7 +193,7 @@ class _Run:
         config = self.config.model_copy(update={"atropos": self.config.atropos.model_copy(update={"api_url": url})})
         trainer = self._build_trainer(config, services.gateway_port, progress)
         try:
-            return self._train(trainer, services, progress)
+            return self._train(trainer, services, progress, services)
         finally:
             trainer.close()
 
@@ -186,7 +203,13 @@ class _Run:
 
         return AtroposTrainer(config, run_dir=self.run_dir, gateway_port=gateway_port)
 
-    def _train(self, trainer: AtroposTrainer, services: LocalServices | None, progress: ProgressReporter) -> int:
+    def _train(
+        self,
+        trainer: AtroposTrainer,
+        services: LocalServices | None,
+        progress: ProgressReporter,
+        evaluations: LocalServices | LaunchedEvaluations | None,
+    ) -> int:
         from atropos_verl.local.fit import resume_if_asked
         from atropos_verl.verl_plugin.tracking import make_tracker
 
@@ -198,14 +221,14 @@ class _Run:
         result = trainer.fit(
             progress=progress,
             check_services=None if services is None else services.check,
-            before_first_step=None if services is None else lambda: self._finish("before", services, progress),
+            before_first_step=lambda: self._finish("before", evaluations, progress),
             on_step=make_tracker(self.config, self.run_dir),
             checkpoint_extra=lambda: {"held_out": self.held_out},
         )
-        if services is not None and self.config.eval.after:
+        if evaluations is not None and self.config.eval.after:
             progress.phase("evaluating on held-out tasks")
-            services.start_evaluation("after")
-            self._finish("after", services, progress)
+            evaluations.start_evaluation("after")
+            self._finish("after", evaluations, progress)
         self._summarise(trainer, result["rewards"], progress)
         return 0
 
@@ -214,15 +237,18 @@ class _Run:
 
         return self.config.eval.before and find_checkpoint(self.run_dir, self.config.resume) is None
 
-    def _finish(self, label: str, services: LocalServices, progress: ProgressReporter) -> None:
-        from atropos_verl.local.services import held_out_score
+    def _finish(
+        self, label: str, evaluations: LocalServices | LaunchedEvaluations | None, progress: ProgressReporter
+    ) -> None:
+        from atropos_verl.launch.evaluation import held_out_score
 
-        if not services.has_evaluation(label):
+        if evaluations is None or not evaluations.has_evaluation(label):
             return
         if label == "before":
             progress.phase("evaluating on held-out tasks before training")
-        self.held_out[label] = held_out_score(services.finish_evaluation(label))
-        progress.note(f"held-out mean reward {label} training: {self.held_out[label]:.3f}")
+        score = self.held_out[label] = held_out_score(evaluations.finish_evaluation(label))
+        told = "unknown" if score is None else f"{score:.3f}"
+        progress.note(f"held-out mean reward {label} training: {told}")
 
     def _prepare_run_dir(self) -> None:
         metrics = self.run_dir / "metrics.jsonl"

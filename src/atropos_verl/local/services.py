@@ -16,7 +16,7 @@ from atropos_verl.launch.plan import api_data_dir, api_spec, env_spec, evaluate_
 from atropos_verl.launch.process import ManagedProcess, ProcessSet
 from atropos_verl.launch.readiness import free_port, http_probe, wait_until_ready
 
-__all__ = ["LocalServices", "held_out_score"]
+__all__ = ["LocalServices"]
 
 logger = logging.getLogger(__name__)
 
@@ -125,12 +125,3 @@ class LocalServices:
             process.stop()
         self._evaluations.clear()
         self.processes.stop_all()
-
-
-def held_out_score(metrics: dict[str, Any]) -> float | None:
-    """The figure to show for an evaluation: its mean reward, or its first number."""
-    for key in ("eval/mean_reward", "mean_reward", "eval/percent_correct", "eval/accuracy"):
-        if isinstance(metrics.get(key), int | float):
-            return float(metrics[key])
-    numbers = [value for value in metrics.values() if isinstance(value, int | float) and not isinstance(value, bool)]
-    return float(numbers[0]) if numbers else None

@@ -144,7 +144,8 @@ def help_text(program: str) -> str:
         f"  {program} atropos.api_url=http://localhost:8000 gateway.port=9004 model.path=/models/my-model",
         f"  {program} env.script=path/to/my_env.py group_size=4 batch_size=32",
         "",
-        "environment variables: ATROPOS_API_URL, ATROPOS_TIMEOUT, ATROPOS_API_TOKEN (over the file, under key=value)",
+        "environment variables (over the file, under key=value; keys given so do not show in ps):",
+        "  ATROPOS_API_URL, ATROPOS_TIMEOUT, ATROPOS_API_TOKEN, ATROPOS_GATEWAY_KEY",
         "",
         "keys (default):",
     ]

@@ -1,4 +1,4 @@
-"""Who may call: a bearer token, and no pages of other sites.
+"""Who may call: those with the token (bearer, or the password of Basic), and no pages of other sites.
 
 A server on the loopback without a token is still reachable by every web page the user has open. Such requests name
 their site in ``Origin``, or (DNS rebinding) in ``Host``; both are checked before anything else.
@@ -6,6 +6,8 @@ their site in ``Origin``, or (DNS rebinding) in ``Host``; both are checked befor
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import hmac
 import ipaddress
 from collections.abc import Mapping
@@ -29,11 +31,24 @@ def refuse(settings: ServerSettings, path: str, headers: Mapping[bytes, bytes]) 
         return 403, f"origin {origin!r} is not allowed; start the server with --cors-origin to add it"
     if settings.token is None or path in OPEN_PATHS:
         return None
-    scheme, _, sent = headers.get(b"authorization", b"").partition(b" ")
-    known = hmac.compare_digest(sent.strip(), settings.token.encode())
-    if scheme.lower() == b"bearer" and known:
+    sent = _sent_token(headers.get(b"authorization", b""))
+    if sent and hmac.compare_digest(sent, settings.token.encode()):
         return None
     return 401, "this server demands its token: send 'Authorization: Bearer TOKEN'"
+
+
+def _sent_token(header: bytes) -> bytes:
+    """The token of ``Bearer TOKEN`` or ``Basic base64(anything:TOKEN)``; empty when there is none.
+
+    Atropos's client has no setting for a bearer token, but sends a password that stands in the API's URL as Basic.
+    """
+    scheme, _, sent = header.partition(b" ")
+    if scheme.lower() == b"bearer":
+        return sent.strip()
+    if scheme.lower() == b"basic":
+        with contextlib.suppress(ValueError):  # no base64
+            return base64.b64decode(sent.strip(), validate=True).partition(b":")[2]
+    return b""
 
 
 def cors_headers(settings: ServerSettings, headers: Mapping[bytes, bytes]) -> list[tuple[bytes, bytes]]:

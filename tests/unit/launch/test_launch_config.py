@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from support.launches import LAUNCH
 
 from atropos_verl.errors import ConfigError
@@ -19,7 +20,13 @@ LAUNCH_FILES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem 
 
 @pytest.fixture(autouse=True)
 def _no_api_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ATROPOS_API_URL", "ATROPOS_TIMEOUT", "ATROPOS_API_TOKEN", "ATROPOS_GATEWAY_URL"):
+    for name in (
+        "ATROPOS_API_URL",
+        "ATROPOS_TIMEOUT",
+        "ATROPOS_API_TOKEN",
+        "ATROPOS_GATEWAY_URL",
+        "ATROPOS_GATEWAY_KEY",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -83,6 +90,7 @@ def test_the_words_of_the_command_line_reach_both_halves() -> None:
         ("optim.lrr=3", "optim.lrr: unknown key; did you mean optim.lr?"),
         ("environments.demo.weigth=3", "environments.demo.weigth: unknown key"),
         ("environments.demo.restart=maybe", "environments.demo.restart: Input should be 'always' or 'never'"),
+        ("api.server=upstream", "api.server: is atropos.server now"),
         ("envs=[other]", "envs: no environment named other; there are: demo"),
         ("only=[gateway]", "only.0: Input should be 'api', 'trainer' or 'environments'"),
         ("environments.trainer.copies=1", "environments.trainer: the name belongs to another process"),
@@ -106,10 +114,15 @@ def test_a_wrong_word_is_refused_by_name(word: str, message: str) -> None:
         (["gateway.advertise_url=http://b:9004/v1"], "leave the /v1 out"),
         (["environments.demo.script=nowhere.py"], "environments.demo.script: there is no "),
         (["environments.demo.python=/nowhere/python"], "environments.demo.python: /nowhere/python does not exist"),
+        (
+            ["env.script=mine.py"],
+            "env.script: main_atropos.py reads this key; a launch describes its environments under",
+        ),
+        (["atropos.server=upstream", "api.data_dir=/d"], "api.data_dir: the embedded API has it, atropos.server="),
         (["environments.demo.cwd=/nowhere"], "environments.demo.cwd: /nowhere is not a directory"),
         (["environments.demo.group_size=128"], "environments.demo.group_size: 128 is above batch_size 64"),
         (
-            ["environments.demo.group_size=24", "api.server=upstream"],
+            ["environments.demo.group_size=24", "atropos.server=upstream"],
             "groups of 24 do not fill a batch of 64 exactly beside groups of 24",
         ),
     ],
@@ -127,8 +140,9 @@ def test_the_dry_run_shows_commands_and_no_keys(tmp_path: Path, capsys: pytest.C
     assert main(words, CONFIGS, "local_demo") == 0
     text = capsys.readouterr().out
     assert "very-secret-key" not in text
-    assert "--openai.api_key ***" in text
-    assert "spell_backward.py serve --env.rollout_server_url http://127.0.0.1:" in text
+    assert "--config " in text
+    assert "spell_backward.py serve --env.group_size 8 " in text
+    assert "--env.rollout_server_url http://127.0.0.1:" in text
     assert not (tmp_path / "run").exists()
 
 
@@ -148,13 +162,43 @@ def test_keys_are_made_and_handed_over(tmp_path: Path) -> None:
     assert config.gateway.api_key != again.gateway.api_key
     plan = build_plan(config, launch)
     commands = {service.name: service.spec for service in plan.services}
-    environment = commands["demo"]
-    assert environment.command[environment.command.index("--openai.api_key") + 1] == config.gateway.api_key
     tokens = {name: spec.env.get("ATROPOS_API_TOKEN") for name, spec in commands.items()}
     assert config.atropos.token is not None
     assert tokens == dict.fromkeys(("trajectory_api", "demo", "trainer"), config.atropos.token)
-    assert "cannot send" in plan.warnings[0]
+    (text,) = commands["demo"].files.values()
+    private = yaml.safe_load(text)
+    assert private["openai"] == {"api_key": config.gateway.api_key}
+    port = plan.addresses.api_url.rsplit(":", 1)[1]
+    assert private["env"] == {"rollout_server_url": f"http://atropos:{config.atropos.token}@127.0.0.1:{port}"}
+    assert commands["trainer"].env["ATROPOS_GATEWAY_KEY"] == config.gateway.api_key
+    for word in (word for spec in commands.values() for word in spec.command):
+        assert config.atropos.token not in word
+        assert str(config.gateway.api_key) not in word
     assert config.atropos.token not in plan.text()
+
+
+def test_the_api_is_chosen_by_the_key_that_main_atropos_reads(tmp_path: Path) -> None:
+    """``api.server`` chose it once, and ``atropos.server`` was passed over in silence."""
+    for words, module in (
+        ([], "atropos_verl.cli"),
+        (["atropos.server=embedded"], "atropos_verl.cli"),
+        (["atropos.server=upstream"], "atroposlib.cli.run_api"),
+    ):
+        plan = build_plan(*load_launch([*words, f"run_dir={tmp_path}"], CONFIGS, "local_demo"))
+        (api,) = plan.of_kind("api")
+        assert api.spec.command[2] == module
+
+
+def test_keys_of_an_api_that_is_not_started_are_named(tmp_path: Path) -> None:
+    words = ["atropos.api_url=http://a:8000", "api.port=8001", f"run_dir={tmp_path}"]
+    plan = build_plan(*load_launch(words, CONFIGS, "local_demo"))
+    assert "api.port: not used, since atropos.api_url names an API that runs already" in plan.warnings
+
+
+def test_the_gateway_key_comes_from_the_process_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATROPOS_GATEWAY_KEY", "from-the-environment")
+    assert load_launch([], CONFIGS, "local_demo")[0].gateway.api_key == "from-the-environment"
+    assert load_launch(["gateway.api_key=word"], CONFIGS, "local_demo")[0].gateway.api_key == "word"
 
 
 @pytest.mark.parametrize("word", ["api.host=127.0.0.1", "api.host=0.0.0.0 api.args=[--insecure]"])

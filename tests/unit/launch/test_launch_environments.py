@@ -6,24 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from atropos_verl.config import RunConfig
 from atropos_verl.errors import ConfigError
-from atropos_verl.launch.environments import EnvironmentPlan, allocate, interpreter, plan_environments
+from atropos_verl.launch.environments import EnvironmentPlan, Site, interpreter, plan_environments
 from atropos_verl.launch.launch_config import LaunchConfig
+from atropos_verl.launch.shares import allocate
 from atropos_verl.launch.trap import bare_server_config
+
+SITE = Site(run_dir=Path("/run"), model_path=Path("/model"), api_url="http://a:8000", gateway_url="http://g:9004")
 
 
 def plan(environments: dict[str, Any], *, own_api: bool = True, **settings: Any) -> EnvironmentPlan:
-    config = RunConfig.from_mapping({"batch_size": 64, "group_size": 8, "gateway": {"api_key": "k"}, **settings})
+    base = {"batch_size": 64, "group_size": 8, "gateway": {"api_key": "k"}, "atropos": {"server": "embedded"}}
+    config = RunConfig.from_mapping({**base, **settings})
     return plan_environments(
-        config,
-        LaunchConfig.from_mapping({"environments": environments}),
-        run_dir=Path("/run"),
-        model_path=Path("/model"),
-        api_url="http://a:8000",
-        gateway_url="http://g:9004",
-        own_api=own_api,
+        config, LaunchConfig.from_mapping({"environments": environments}), site=SITE, own_api=own_api
     )
 
 
@@ -62,8 +61,11 @@ def test_the_command_is_adapted_to_the_run() -> None:
         "--openai.model_name": "/model",
         "--openai.tokenizer_name": "/model",
         "--openai.server_type": "vllm",
-        "--openai.api_key": "k",
         "--slurm": "false",
+        "--config": "/run/launch/demo.yaml",
+    }
+    assert {str(path): yaml.safe_load(text) for path, text in planned.spec.files.items()} == {
+        "/run/launch/demo.yaml": {"openai": {"api_key": "k"}}
     }
 
 

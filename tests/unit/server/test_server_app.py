@@ -321,6 +321,10 @@ async def test_a_token_is_demanded_on_every_data_route() -> None:
             sent = {"Authorization": wrong.encode("utf-8")}
             assert (await api.get("/status", headers=sent)).status_code == 401
         assert (await api.get("/status", headers={"Authorization": "Bearer secret"})).status_code == 200
+        # Atropos's own client can send a token only as the password in the URL.
+        assert (await api.get("/status", auth=("atropos", "secret"))).status_code == 200
+        assert (await api.get("/status", auth=("secret", "secre"))).status_code == 401
+        assert (await api.get("/status", auth=("secret", ""))).status_code == 401
 
 
 async def test_pages_of_other_sites_are_kept_out(api: httpx.AsyncClient) -> None:

@@ -1,0 +1,43 @@
+"""Keys that a launch does not use: refused or named, never passed over in silence."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel
+
+from atropos_verl.config import EnvConfig, RunConfig
+from atropos_verl.errors import ConfigError
+from atropos_verl.launch.launch_config import ApiProcessConfig, LaunchConfig
+
+__all__ = ["changed", "check_keys"]
+
+_USED = ("max_batches_offpolicy",)
+_EMBEDDED_ONLY = ("data_dir", "args")
+
+
+def changed(section: BaseModel, default: BaseModel) -> list[str]:
+    """Names of the fields in which ``section`` differs from ``default``."""
+    return [name for name in type(section).model_fields if getattr(section, name) != getattr(default, name)]
+
+
+def check_keys(config: RunConfig, launch: LaunchConfig, *, own_api: bool) -> list[str]:
+    """What to warn of.
+
+    Raises:
+        ConfigError: a key that only ``main_atropos.py`` reads, or only the other API.
+    """
+    for name in changed(config.env, EnvConfig()):
+        if name not in _USED:
+            raise ConfigError(
+                "main_atropos.py reads this key; a launch describes its environments under environments.NAME "
+                f"(environments.demo.{name}=...)",
+                f"env.{name}",
+            )
+    api = changed(launch.api, ApiProcessConfig())
+    if own_api and config.atropos.server == "upstream":
+        for name in api:
+            if name in _EMBEDDED_ONLY:
+                raise ConfigError("the embedded API has it, atropos.server=upstream does not", f"api.{name}")
+    if api and not own_api and launch.only is None:
+        keys = ", ".join(f"api.{name}" for name in api)
+        return [f"{keys}: not used, since atropos.api_url names an API that runs already"]
+    return []
