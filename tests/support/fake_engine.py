@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
@@ -75,7 +76,8 @@ class FakeEngine:
         try:
             async for delta in stream:
                 parts[delta.index].append(delta)
-                versions[delta.index].append(self.policy_version)
+                assert delta.policy_version is not None
+                versions[delta.index].append(delta.policy_version)
         finally:
             await stream.aclose()  # type: ignore[attr-defined]
         return [
@@ -85,6 +87,7 @@ class FakeEngine:
                 finish_reason=deltas[-1].finish_reason or "abort",
                 policy_version_first=seen[0],
                 policy_version_last=seen[-1],
+                policy_version_runs=tuple((version, len(list(run))) for version, run in itertools.groupby(seen)),
                 prompt_logprobs=self._prompt_logprobs(request),
             )
             for deltas, seen in zip(parts, versions, strict=True)
@@ -107,6 +110,7 @@ class FakeEngine:
                             token_ids=(tokens[position],),
                             logprobs=(self.logprob(index, position),),
                             finish_reason=finish if last else None,
+                            policy_version=self.policy_version,
                         )
             done = True
         finally:

@@ -61,6 +61,9 @@ class Generation:
     """Policy version that sampled the first token."""
     policy_version_last: int
     """Policy version that sampled the last token; differs when weights were swapped in between."""
+    policy_version_runs: tuple[tuple[int, int], ...] = ()
+    """Which version sampled each token, run-length encoded: ``(policy version, tokens)``, the counts adding up to all
+    tokens. Empty: the engine only knows first and last."""
     prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
     """[P] per prompt position {token_id: logprob}; position 0 is None (nothing predicts it)."""
 
@@ -74,6 +77,8 @@ class GenerationDelta:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason | None = None
+    policy_version: int | None = None
+    """Version that sampled these tokens; None: the engine does not say."""
 
 
 @runtime_checkable

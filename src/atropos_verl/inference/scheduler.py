@@ -123,8 +123,8 @@ class RunningSequence:
     """Place in the order of arrival."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    version_first: int = -1
-    version_last: int = -1
+    version_runs: list[tuple[int, int]] = field(default_factory=list)
+    """(policy version, tokens it sampled), in order."""
     finish_reason: FinishReason | None = None
 
     @property
@@ -138,9 +138,11 @@ class RunningSequence:
 
     def push(self, token: int, logprob: float, policy_version: int) -> bool:
         """Append one sampled token. True when it was the last one."""
-        if not self.tokens:
-            self.version_first = policy_version
-        self.version_last = policy_version
+        runs = self.version_runs
+        if runs and runs[-1][0] == policy_version:
+            runs[-1] = (policy_version, runs[-1][1] + 1)
+        else:
+            runs.append((policy_version, 1))
         self.tokens.append(token)
         self.logprobs.append(logprob)
         if token in self.stop_token_ids or (
@@ -152,7 +154,11 @@ class RunningSequence:
         if self.ticket.on_delta is not None:
             self.ticket.on_delta(
                 GenerationDelta(
-                    index=self.index, token_ids=(token,), logprobs=(logprob,), finish_reason=self.finish_reason
+                    index=self.index,
+                    token_ids=(token,),
+                    logprobs=(logprob,),
+                    finish_reason=self.finish_reason,
+                    policy_version=policy_version,
                 )
             )
         return self.finish_reason is not None
@@ -207,8 +213,9 @@ class Ticket:
                     token_ids=tuple(sequence.tokens),
                     logprobs=tuple(sequence.logprobs),
                     finish_reason=sequence.finish_reason or "abort",
-                    policy_version_first=sequence.version_first,
-                    policy_version_last=sequence.version_last,
+                    policy_version_first=sequence.version_runs[0][0] if sequence.version_runs else -1,
+                    policy_version_last=sequence.version_runs[-1][0] if sequence.version_runs else -1,
+                    policy_version_runs=tuple(sequence.version_runs),
                     prompt_logprobs=self.prompt_logprobs,
                 )
                 for sequence in self.sequences

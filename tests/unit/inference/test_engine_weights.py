@@ -70,6 +70,7 @@ def test_weights_swapped_in_mid_generation(release: bool) -> None:
             new, prompt + answer.token_ids[:swapped_at], 20 - swapped_at
         )
         assert (answer.policy_version_first, answer.policy_version_last) == (3, 4)
+        assert answer.policy_version_runs == ((3, swapped_at), (4, 20 - swapped_at))
         assert len(answer.logprobs) == 20
         after = logprob_oracle(new, prompt + answer.token_ids)[len(prompt) - 1 + swapped_at :]
         assert list(answer.logprobs[swapped_at:]) == pytest.approx(after, abs=1e-4)

@@ -33,6 +33,7 @@ from atropos_verl.inference.gateway.metrics import CONTENT_TYPE
 from atropos_verl.inference.gateway.native_api import generate, generate_trl
 from atropos_verl.inference.gateway.openai_api import chat_completions, completions
 from atropos_verl.inference.gateway.service import Gate, GatewayService
+from atropos_verl.inference.ledger import Ledger
 
 __all__ = ["create_app"]
 
@@ -54,6 +55,7 @@ def create_app(
     tokenizer: Any,
     *,
     gate: Gate | None = None,
+    ledger: Ledger | None = None,
     model_name: str,
     api_key: str | None = None,
     request_timeout: float | None = 1200.0,
@@ -61,11 +63,12 @@ def create_app(
     """The HTTP surface that Atropos environments call.
 
     ``tokenizer``: a Hugging Face tokenizer with the model's chat template. ``gate``: admits requests and makes them
-    wait while weights are swapped. ``api_key``: bearer key required on every route but /health (None or "": no key).
-    ``request_timeout``: seconds a request may take in all, waiting included (None: no bound); then HTTP 504.
+    wait while weights are swapped. ``ledger``: is told of every completion before the client sees the end of it.
+    ``api_key``: bearer key required on every route but /health (None or "": no key). ``request_timeout``: seconds a
+    request may take in all, waiting included (None: no bound); then HTTP 504.
     Raises nothing at construction.
     """
-    service = GatewayService(engine, tokenizer, gate=gate, model_name=model_name)
+    service = GatewayService(engine, tokenizer, gate=gate, ledger=ledger, model_name=model_name)
     started = int(time.time())
 
     def model_card() -> dict[str, Any]:
@@ -99,7 +102,10 @@ def create_app(
 
     async def metrics(_: Request) -> Response:
         text = service.metrics.render(
-            policy_version=engine.policy_version, paused=service.paused, paused_seconds=service.paused_seconds
+            policy_version=engine.policy_version,
+            paused=service.paused,
+            paused_seconds=service.paused_seconds,
+            ledger=None if ledger is None else ledger.stats(),
         )
         return Response(text, media_type=CONTENT_TYPE)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from atropos_verl.inference.ledger import LedgerStats
+
 __all__ = ["CONTENT_TYPE", "GatewayMetrics"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -23,7 +25,9 @@ class GatewayMetrics:
         self.prompt_tokens = 0
         self.generated_tokens = 0
 
-    def render(self, *, policy_version: int, paused: bool, paused_seconds: float) -> str:
+    def render(
+        self, *, policy_version: int, paused: bool, paused_seconds: float, ledger: LedgerStats | None = None
+    ) -> str:
         lines = [
             f"# HELP {_PREFIX}_requests_total Requests answered, by endpoint and HTTP status (499: client went away).",
             f"# TYPE {_PREFIX}_requests_total counter",
@@ -43,6 +47,15 @@ class GatewayMetrics:
             ("paused", "gauge", "1 while new requests wait for a weight sync.", int(paused)),
             ("paused_seconds_total", "counter", "Seconds spent paused for weight syncs.", paused_seconds),
         ]
+        if ledger is not None:
+            figures += [
+                ("ledger_spans", "gauge", "Completions that the ledger holds.", ledger.spans),
+                ("ledger_prompts", "gauge", "Different prompts of these.", ledger.prompts),
+                ("ledger_bytes", "gauge", "Memory of the ledger in bytes.", ledger.bytes),
+                ("ledger_recorded_spans_total", "counter", "Completions written down.", ledger.recorded_spans),
+                ("ledger_recorded_tokens_total", "counter", "Tokens of these.", ledger.recorded_tokens),
+                ("ledger_evicted_spans_total", "counter", "Completions forgotten again.", ledger.evicted_spans),
+            ]
         for name, kind, text, value in figures:
             lines += [f"# HELP {_PREFIX}_{name} {text}", f"# TYPE {_PREFIX}_{name} {kind}", f"{_PREFIX}_{name} {value}"]
         return "\n".join(lines) + "\n"

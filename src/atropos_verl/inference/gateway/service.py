@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from itertools import groupby
 from typing import Any, Protocol
 
 from atropos_verl.errors import EngineError
@@ -15,8 +16,9 @@ from atropos_verl.inference.gateway.errors import ApiError
 from atropos_verl.inference.gateway.fields import Fields
 from atropos_verl.inference.gateway.metrics import GatewayMetrics
 from atropos_verl.inference.gateway.text import TextCodec
+from atropos_verl.inference.ledger import UNKNOWN_VERSION, Ledger
 
-__all__ = ["Gate", "GatewayService", "finite_logprobs", "policy_fields"]
+__all__ = ["Gate", "GatewayService", "finite_logprobs", "joined_deltas", "policy_fields"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +44,17 @@ class Gate(Protocol):
 class GatewayService:
     """One engine as the endpoints see it."""
 
-    def __init__(self, engine: InferenceEngine, tokenizer: Any, *, gate: Gate | None, model_name: str) -> None:
+    def __init__(
+        self,
+        engine: InferenceEngine,
+        tokenizer: Any,
+        *,
+        gate: Gate | None,
+        ledger: Ledger | None = None,
+        model_name: str,
+    ) -> None:
         self.engine = engine
+        self.ledger = ledger
         self.codec = TextCodec(tokenizer)
         self.gate = gate
         self.model_name = model_name
@@ -97,6 +108,8 @@ class GatewayService:
                 self.metrics.generated_tokens += len(generation.token_ids)
                 _refuse_aborted(generation.finish_reason)
             self.metrics.prompt_tokens += len(request.prompt_token_ids)
+            if self.ledger is not None:
+                self.ledger.record(request.prompt_token_ids, generations, request.temperature)
         return results
 
     async def _generate_all(self, requests: Sequence[GenerationRequest]) -> list[list[Generation]]:
@@ -111,17 +124,29 @@ class GatewayService:
         """The same for one request, token by token. Closing the generator frees its slots."""
         async with self._admitted():
             deltas = self.engine.astream(request)
+            seen: list[GenerationDelta] = []
+            running = request.n
             try:
                 async for delta in deltas:
                     self.metrics.generated_tokens += len(delta.token_ids)
                     _refuse_aborted(delta.finish_reason)
+                    seen.append(delta)
+                    running -= delta.finish_reason is not None
+                    if not running:
+                        self._write_down(request, seen)
                     yield delta
             finally:
                 # A client that goes away may do so between two deltas: only closing tells the engine then.
                 close = getattr(deltas, "aclose", None)
                 if close is not None:
                     await close()
+                if running:  # a reader who left may use what it got
+                    self._write_down(request, seen)
         self.metrics.prompt_tokens += len(request.prompt_token_ids)
+
+    def _write_down(self, request: GenerationRequest, seen: Sequence[GenerationDelta]) -> None:
+        if self.ledger is not None:
+            self.ledger.record(request.prompt_token_ids, joined_deltas(seen, request.n), request.temperature)
 
     @asynccontextmanager
     async def _admitted(self) -> AsyncIterator[None]:
@@ -129,6 +154,30 @@ class GatewayService:
             if self.gate is not None:
                 await stack.enter_async_context(self.gate.request())
             yield
+
+
+def joined_deltas(deltas: Sequence[GenerationDelta], n: int) -> list[Generation]:
+    """The n completions that a stream consisted of. A version that a delta does not name is ``UNKNOWN_VERSION``."""
+    joined: list[Generation] = []
+    for index in range(n):
+        parts = [delta for delta in deltas if delta.index == index]
+        versions = [
+            UNKNOWN_VERSION if delta.policy_version is None else delta.policy_version
+            for delta in parts
+            for _ in delta.token_ids
+        ]
+        runs = tuple((version, len(list(run))) for version, run in groupby(versions))
+        joined.append(
+            Generation(
+                token_ids=tuple(token for delta in parts for token in delta.token_ids),
+                logprobs=tuple(value for delta in parts for value in delta.logprobs),
+                finish_reason=(parts[-1].finish_reason if parts else None) or "abort",
+                policy_version_first=versions[0] if versions else UNKNOWN_VERSION,
+                policy_version_last=versions[-1] if versions else UNKNOWN_VERSION,
+                policy_version_runs=runs,
+            )
+        )
+    return joined
 
 
 def _refuse_aborted(finish_reason: str | None) -> None:

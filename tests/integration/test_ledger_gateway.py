@@ -1,0 +1,229 @@
+"""What clients are sent over real HTTP, by every dialect, is what the ledger knows: token, version, logprob."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from support.fake_engine import FakeEngine, logprob_of, text_reply
+from support.serving import serving
+from support.tiny_model import build_tiny_tokenizer
+
+from atropos_verl.inference.attribution import SequenceMatch, SequenceQuery, look_up
+from atropos_verl.inference.ledger import UNKNOWN_VERSION, Ledger
+
+HI = [{"role": "user", "content": "hi"}]
+HI_PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+class SwappingEngine(FakeEngine):
+    """New weights before every second token: token k of a request is of version ``base + k // 2``."""
+
+    base = 0
+
+    async def _turn(self, position: int) -> None:
+        await super()._turn(position)
+        self.policy_version = self.base + position // 2
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    build_tiny_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_dir: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+@pytest.fixture(scope="module")
+def served(tokenizer: Any) -> Iterator[tuple[SwappingEngine, Ledger, httpx.Client]]:
+    engine, ledger = SwappingEngine(), Ledger()
+    with serving(engine, tokenizer, ledger=ledger) as client:
+        yield engine, ledger, client
+
+
+@pytest.fixture
+def engine(served: tuple[SwappingEngine, Ledger, httpx.Client], tokenizer: Any) -> SwappingEngine:
+    served[0].reset(text_reply(tokenizer, "yes<|im_end|>", "no<|im_end|>"))
+    served[0].base += 10  # another oracle for every test
+    return served[0]
+
+
+def find(ledger: Ledger, prompt: list[int], completion: list[int]) -> SequenceMatch:
+    tokens = np.array([*prompt, *completion], dtype=np.int64)
+    mask = np.arange(len(tokens)) >= len(prompt)
+    [match] = look_up(ledger, [SequenceQuery(token_ids=tokens, loss_mask=mask)])
+    return match
+
+
+def check(match: SequenceMatch, start: int, count: int, base: int, index: int) -> None:
+    """``count`` tokens from ``start`` are those of completion ``index`` of one request."""
+    assert match.versions[start : start + count].tolist() == [base + k // 2 for k in range(count)]
+    expected = np.float32([logprob_of(index, k) for k in range(count)])
+    np.testing.assert_array_equal(match.logprobs[start : start + count], expected)
+
+
+@pytest.mark.parametrize(
+    "dialect", ["chat", "completions", "vllm", "sglang", "trl", "chat stream", "completions stream"]
+)
+def test_every_dialect_is_written_down(
+    served: tuple[SwappingEngine, Ledger, httpx.Client], engine: SwappingEngine, tokenizer: Any, dialect: str
+) -> None:
+    _, ledger, client = served
+    prompt, shared = tokenizer.encode("ab"), {"n": 2, "temperature": 0.7}
+    path, body = {
+        "chat": ("/v1/chat/completions", {"messages": HI, **shared}),
+        "completions": ("/v1/completions", {"prompt": "ab", **shared}),
+        "vllm": ("/generate", {"prompt": {"prompt_token_ids": prompt}, **shared}),
+        "sglang": ("/generate", {"input_ids": prompt, "sampling_params": shared}),
+        "trl": ("/generate/", {"prompts": ["ab"], **shared}),
+        "chat stream": ("/v1/chat/completions", {"messages": HI, "stream": True, **shared}),
+        "completions stream": ("/v1/completions", {"prompt": "ab", "stream": True, **shared}),
+    }[dialect]
+    assert client.post(path, json=body).status_code == 200
+    if dialect.startswith("chat"):
+        prompt = tokenizer.encode(HI_PROMPT)
+    for index, text in enumerate(("yes<|im_end|>", "no<|im_end|>")):
+        tokens = tokenizer.encode(text)
+        match = find(ledger, prompt, tokens)
+        check(match, len(prompt), len(tokens), engine.base, index)
+        assert match.temperature == 0.7 and match.unmatched_spans == 0
+
+
+def test_a_stream_that_its_reader_left_is_known_as_far_as_it_went(
+    served: tuple[SwappingEngine, Ledger, httpx.Client], engine: SwappingEngine, tokenizer: Any
+) -> None:
+    _, ledger, client = served
+    engine.reset(text_reply(tokenizer, "x" * 300), token_delay=0.005)
+    recorded = ledger.stats().recorded_spans
+    with openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0) as session:
+        stream = session.completions.create(model="m", prompt="left", max_tokens=300, stream=True)
+        pieces = [next(iter(stream)).choices[0].text for _ in range(4)]
+        stream.close()
+    for _ in range(500):
+        if ledger.stats().recorded_spans > recorded:
+            break
+        asyncio.run(asyncio.sleep(0.01))
+    read = tokenizer.encode("".join(pieces))
+    assert len(read) >= 4
+    match = find(ledger, tokenizer.encode("left"), read)
+    check(match, 4, len(read), engine.base, 0)
+
+
+def test_figures_are_in_the_gateways_metrics(
+    served: tuple[SwappingEngine, Ledger, httpx.Client], engine: SwappingEngine
+) -> None:
+    _, ledger, client = served
+    client.post("/v1/completions", json={"prompt": "figures", "n": 2})
+    text = client.get("/metrics").text
+    stats = ledger.stats()
+    assert f"atropos_verl_gateway_ledger_spans {stats.spans}\n" in text and stats.spans >= 2
+    assert f"atropos_verl_gateway_ledger_bytes {stats.bytes}\n" in text
+
+
+# atroposlib's ManagedServer -----------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def managed_server(kind: str, url: Any, model_dir: Path, tokenizer: Any) -> AsyncIterator[Any]:
+    from atroposlib.envs.server_handling.server_baseline import APIServerConfig
+    from atroposlib.envs.server_handling.server_manager import ServerManager
+
+    base = f"{str(url).rstrip('/')}/v1"
+    config = APIServerConfig(server_type=kind, base_url=base, model_name=str(model_dir), api_key="none", timeout=30)
+    manager = ServerManager([config])
+    try:
+        async with manager.managed_server(tokenizer=tokenizer) as managed:
+            yield managed
+    finally:
+        task = manager.servers[0].check_task
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task}, timeout=5.0)
+
+
+def as_query(node: Any, group: int = 0, *, with_logprobs: bool = False) -> SequenceQuery:
+    logprobs = np.array(node.logprobs)
+    return SequenceQuery(
+        token_ids=np.array(node.tokens, dtype=np.int64),
+        loss_mask=np.array(node.masked_tokens) != -100,
+        logprobs=np.where(logprobs == 1.0, np.nan, logprobs) if with_logprobs else None,
+        group=group,
+    )
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+async def test_every_span_of_a_managed_conversation_is_matched(
+    kind: str,
+    served: tuple[SwappingEngine, Ledger, httpx.Client],
+    engine: SwappingEngine,
+    model_dir: Path,
+    tokenizer: Any,
+) -> None:
+    _, ledger, client = served
+    async with managed_server(kind, client.base_url, model_dir, tokenizer) as managed:
+        messages: list[dict[str, str]] = [*HI]
+        for _ in range(3):
+            answer = await managed.chat_completion(messages=messages, n=1, max_tokens=16, temperature=1.0)
+            messages += [{"role": "assistant", "content": answer.choices[0].message.content}]
+            messages += [{"role": "user", "content": "so?"}]
+        (node,) = managed.get_state()["nodes"]
+    [match] = look_up(ledger, [as_query(node)])
+    assert (match.spans, match.unmatched_spans, match.ambiguous_spans) == (3, 0, 0)
+    mask = np.array(node.masked_tokens) != -100
+    assert match.versions[mask].tolist() == [engine.base + k // 2 for k in (0, 1, 2, 3)] * 3
+    assert (match.versions[~mask] == UNKNOWN_VERSION).all()
+    np.testing.assert_array_equal(match.logprobs[mask], np.float32([logprob_of(0, k) for k in range(4)] * 3))
+
+
+async def test_a_group_of_identical_prompts_is_matched_one_to_one(
+    served: tuple[SwappingEngine, Ledger, httpx.Client], engine: SwappingEngine, model_dir: Path, tokenizer: Any
+) -> None:
+    """n = 12, which atroposlib splits into 8 and 4: six times "yes", six times "no"; another group asks the same."""
+    _, ledger, client = served
+    groups = []
+    for _ in range(2):
+        base = engine.base
+        engine.logprob = lambda index, position, base=base: logprob_of(index, position) - base / 64  # other weights
+        async with managed_server("vllm", client.base_url, model_dir, tokenizer) as managed:
+            await managed.chat_completion(messages=[{"role": "user", "content": "group"}], n=12, max_tokens=3)
+            groups.append((base, list(managed.get_state()["nodes"])))
+        engine.base += 10
+    for number, (base, nodes) in reversed(list(enumerate(groups))):
+        queries = [as_query(node, number, with_logprobs=True) for node in nodes]
+        for query, match in zip(queries, look_up(ledger, queries), strict=True):
+            assert (match.unmatched_spans, match.ambiguous_spans) == (0, 0)
+            assert query.logprobs is not None
+            np.testing.assert_array_equal(match.logprobs[query.loss_mask], np.float32(query.logprobs[query.loss_mask]))
+            assert match.versions[query.loss_mask].tolist() == [base + k // 2 for k in range(3)]
+
+
+async def test_an_environment_that_tokenizes_anew_is_reported_and_not_mistaken(
+    served: tuple[SwappingEngine, Ledger, httpx.Client], engine: SwappingEngine, tokenizer: Any
+) -> None:
+    """It asks by chat, gets text, and posts the text in capitals (and, once, with a template of its own)."""
+    _, ledger, client = served
+    message = {"role": "user", "content": "anew"}
+    answer = client.post("/v1/chat/completions", json={"messages": [message], "n": 1}).json()
+    text = answer["choices"][0]["message"]["content"]
+    prompt = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    exact = find(ledger, tokenizer.encode(prompt), tokenizer.encode(f"{text}<|im_end|>"))
+    assert exact.unmatched_spans == 0
+    edited = find(ledger, tokenizer.encode(prompt), tokenizer.encode(f"{text.upper()}<|im_end|>"))
+    assert edited.unmatched_spans == 1 and (edited.versions == UNKNOWN_VERSION).all()
+    assert edited.difference is not None
+    assert tokenizer.decode([edited.difference.written]) == "y" and tokenizer.decode([edited.difference.posted]) == "Y"
+    other = find(ledger, tokenizer.encode(f"[user] anew [{'x'}]"), tokenizer.encode(text))
+    assert other.unmatched_spans == 1 and (other.versions == UNKNOWN_VERSION).all()
