@@ -9,7 +9,9 @@ import importlib
 import os
 import sys
 
-__all__ = ["activate"]
+__all__ = ["activate", "ray_environment"]
+
+_PLATFORMS = {"cpu": "cpu", "cuda": "nvidia"}
 
 
 def activate(device: str) -> None:
@@ -21,7 +23,7 @@ def activate(device: str) -> None:
     Raises:
         RuntimeError: verl has already picked another device in this process.
     """
-    os.environ["VERL_PLATFORM"] = {"cpu": "cpu", "cuda": "nvidia"}[device]
+    os.environ["VERL_PLATFORM"] = _PLATFORMS[device]
     module = "atropos_verl.verl_plugin.platform_cpu"
     if "verl" in sys.modules:
         from verl.plugin.platform import platform_manager
@@ -41,3 +43,24 @@ def activate(device: str) -> None:
     # Nothing here may be fetched from a hub behind the user's back, and Ray must not phone home.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def ray_environment(device: str) -> dict[str, str]:
+    """Variables that every process of a Ray run needs, the driver included (before its first verl import).
+
+    Put them into ``os.environ`` of the driver and into Ray's ``runtime_env``. ``device``: ``"cpu"`` or ``"cuda"``.
+    """
+    module = "atropos_verl.verl_plugin.plugin"
+    modules = [name for name in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",") if name]
+    variables = {
+        "VERL_PLATFORM": _PLATFORMS[device],
+        "VERL_USE_EXTERNAL_MODULES": ",".join([*modules, *([] if module in modules else [module])]),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if device == "cpu":
+        # Threads that spin while they wait take the cores from the other processes of the same machine.
+        variables["OMP_WAIT_POLICY"] = "PASSIVE"
+        # Ray would hide devices from actors that ask for none, and warn about it; logical GPUs have no devices.
+        variables["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    return variables

@@ -1,0 +1,126 @@
+"""LoRA adapters in the embedded engine: only the adapter travels, the engine holds ``W0 + scaling * B @ A``.
+
+verl's FSDP engine sends ``(name, tensor)`` pairs in peft's naming with the adapter's config beside them; names here
+are Hugging Face's: ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`` is the factor A of
+``model.layers.0.self_attn.q_proj.weight``. Merged, decoding costs nothing more than without an adapter.
+Formula: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; scaling alpha / r, or alpha / sqrt(r)
+with rsLoRA (Kalajdzievski, 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from atropos_verl.errors import WeightSyncError
+
+__all__ = ["LoraMerger"]
+
+_PREFIX = "base_model.model."
+_UNSUPPORTED = {
+    "use_dora": (None, False),
+    "fan_in_fan_out": (None, False),
+    "bias": (None, "none"),
+    "alpha_pattern": (None, {}),
+    "rank_pattern": (None, {}),
+    "target_parameters": (None, [], ()),
+    "modules_to_save": (None, [], ()),
+}
+"""peft settings whose values other than these would change the merged weights in ways not implemented here."""
+
+
+class LoraMerger:
+    """Keeps the base of every weight an adapter changed, and merges newer adapters into it.
+
+    Args:
+        parameters: the engine's parameters by name: the base weights, until the first adapter arrives.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        self._parameters = dict(parameters)
+        self._base: dict[str, torch.Tensor] = {}
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """Names of the weights that an adapter has changed so far."""
+        return tuple(self._base)
+
+    def set_base(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Base weights from the trainer (``rollout.load_format=dummy``); ``.base_layer`` is taken out of the names."""
+        for name, tensor in tensors:
+            plain = name.replace(".base_layer.", ".")
+            if plain in self._base:
+                self._base[plain] = tensor.detach().clone()
+            yield plain, tensor
+
+    def merge(
+        self, adapter: Iterable[tuple[str, torch.Tensor]], peft_config: Mapping[str, Any]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter of the engine: merged where the adapter changes it, itself where not.
+
+        Computed in float32 and rounded once to the engine's dtype.
+
+        Raises:
+            WeightSyncError: naming a peft setting, a tensor that is no LoRA factor, a factor without its other half,
+                or a weight that the engine does not have or that has another shape.
+        """
+        _refuse_unsupported(peft_config)
+        merged = dict(self._merged_weights(_pairs(adapter), peft_config))
+        # An earlier adapter may have changed a weight that this one leaves alone.
+        for name, base in self._base.items():
+            merged.setdefault(name, base)
+        for name, parameter in self._parameters.items():
+            yield name, merged.get(name, parameter)
+
+    def _merged_weights(
+        self, pairs: Mapping[str, dict[str, torch.Tensor]], peft_config: Mapping[str, Any]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        for module, factors in pairs.items():
+            name = f"{module}.weight"
+            parameter = self._parameters.get(name)
+            if parameter is None:
+                raise WeightSyncError(f"the adapter changes {name!r}, which the engine's model does not have")
+            if set(factors) != {"lora_A", "lora_B"}:
+                raise WeightSyncError(f"the adapter of {name!r} has only {', '.join(factors)}")
+            down, up = factors["lora_A"].float(), factors["lora_B"].float()
+            if (up.shape[0], down.shape[1]) != tuple(parameter.shape) or up.shape[1] != down.shape[0]:
+                raise WeightSyncError(
+                    f"the adapter of {name!r} has factors {tuple(up.shape)} and {tuple(down.shape)}; the weight is "
+                    f"{tuple(parameter.shape)}"
+                )
+            base = self._base.get(name)
+            if base is None:
+                base = self._base[name] = parameter.detach().clone()
+            delta = (up.to(base.device) @ down.to(base.device)).mul_(_scaling(peft_config, down.shape[0]))
+            yield name, delta.add_(base.float()).to(base.dtype)
+
+
+def _pairs(adapter: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+    """``{module: {"lora_A": [r, in], "lora_B": [out, r]}}``."""
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in adapter:
+        plain = name.removeprefix(_PREFIX).replace(".default.", ".")
+        module, _, tail = plain.rpartition(".lora_")
+        if not module or tail not in ("A.weight", "B.weight"):
+            raise WeightSyncError(f"{name!r} is not a LoRA factor of a linear layer; others are not supported here")
+        pairs.setdefault(module, {})[f"lora_{tail[0]}"] = tensor
+    if not pairs:
+        raise WeightSyncError("the trainer sent an adapter without any tensor")
+    return pairs
+
+
+def _scaling(peft_config: Mapping[str, Any], rank: int) -> float:
+    alpha = float(peft_config.get("lora_alpha") or rank)
+    return alpha / (rank**0.5 if peft_config.get("use_rslora") else rank)
+
+
+def _refuse_unsupported(peft_config: Mapping[str, Any]) -> None:
+    for key, neutral in _UNSUPPORTED.items():
+        value = peft_config.get(key)
+        if value not in neutral:
+            raise WeightSyncError(
+                f"the adapter's {key}={value!r} is not supported by the 'transformers' replica; set "
+                "actor_rollout_ref.model.lora.merge=True to send merged weights instead"
+            )

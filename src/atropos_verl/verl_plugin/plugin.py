@@ -1,0 +1,48 @@
+"""What verl must know in every process of a Ray run. Loaded by verl through ``VERL_USE_EXTERNAL_MODULES``.
+
+Registrations only, and only names: what they name is imported by the process that uses it. Loaded by this variable
+and not by verl's entry points, because a fault in an entry point is swallowed at DEBUG level (verl 0.9.1,
+``verl/__init__.py``), and a run would end much later with "Unknown rollout mode".
+
+================ =======================================================================
+rollout name     what it is
+================ =======================================================================
+``transformers`` the embedded engine, on CPU or one GPU (``cluster/replica.py``)
+================ =======================================================================
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+from verl.workers.rollout import base as rollout_base
+from verl.workers.rollout.replica import RolloutReplicaRegistry
+
+__all__ = ["ROLLOUTS"]
+
+ROLLOUTS = {
+    "transformers": (
+        "atropos_verl.cluster.replica.TransformersReplica",
+        "atropos_verl.cluster.server_adapter.TransformersServerAdapter",
+    ),
+}
+"""Rollout name: (replica class, server adapter class of the training workers)."""
+
+
+def _load(dotted: str) -> Any:
+    module, name = dotted.rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)
+
+
+def _register_rollouts() -> None:
+    # verl 0.9.1 has no function to register a server adapter (workers/rollout/base.py); its table is all there is.
+    for name, (replica, adapter) in ROLLOUTS.items():
+        RolloutReplicaRegistry.register(name, lambda replica=replica: _load(replica))
+        rollout_base._ROLLOUT_REGISTRY[(name, "async")] = adapter
+
+
+if os.environ.get("VERL_PLATFORM") == "cpu":
+    importlib.import_module("atropos_verl.verl_plugin.platform_cpu")
+_register_rollouts()

@@ -1,0 +1,131 @@
+"""The ``transformers`` replica on a real Ray, beside a real training worker of verl."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.ray_cluster import Cluster, ray_session, started_cluster
+from support.tiny_model import build_tiny_model
+
+_TOKENS = list(range(40, 90))
+_PARAMS = {"temperature": 1.0, "logprobs": True, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    with ray_session():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def cluster(model: Path, _ray: None) -> Iterator[Cluster]:
+    with started_cluster(model) as cluster:
+        cluster.checkpoints.sleep_replicas()
+        cluster.checkpoints.update_weights(0)
+        yield cluster
+
+
+def _call(cluster: Cluster, method: str, *args: Any, **kwargs: Any) -> Any:
+    import ray
+
+    return ray.get(getattr(cluster.server, method).remote(*args, **kwargs))
+
+
+async def _generated(cluster: Cluster, tokens: int) -> None:
+    """Wait until the replica has made this many more."""
+    start = None
+    while True:
+        now = (await cluster.server.get_stats.remote())["generated_tokens"]
+        start = now if start is None else start
+        if now - start >= tokens:
+            return
+        await asyncio.sleep(0.01)
+
+
+def test_the_replica_has_the_trainers_weights_after_an_update_and_not_before(cluster: Cluster) -> None:
+    assert cluster.canary(_TOKENS) < 1e-5
+    for step in (1, 2):
+        cluster.workers.nudge(step, 0.05)
+        cluster.checkpoints.sleep_replicas()
+        assert _call(cluster, "get_stats")["weight_bytes"] == 0  # memory really is given back
+        cluster.checkpoints.update_weights(step)
+        assert cluster.canary(_TOKENS) < 1e-5
+        assert _call(cluster, "get_stats")["policy_version"] == step
+    cluster.workers.nudge(3, 0.05)  # a sync that is skipped is seen
+    assert cluster.canary(_TOKENS) > 1e-2
+    cluster.checkpoints.update_weights(3)
+
+
+async def test_requests_wait_out_sleep_and_go_on_under_the_new_policy(cluster: Cluster) -> None:
+    client = cluster.servers.get_client()
+    requests = [
+        asyncio.ensure_future(client.generate(f"r{i}", prompt_ids=_TOKENS[: 5 + i], sampling_params=dict(_PARAMS)))
+        for i in range(6)
+    ]
+    await _generated(cluster, 60)
+    await cluster.checkpoints.sleep_replicas()
+    before = (await cluster.server.get_stats.remote())["generated_tokens"]
+    late = asyncio.ensure_future(client.generate("late", prompt_ids=_TOKENS[:4], sampling_params=dict(_PARAMS)))
+    await asyncio.sleep(0.3)
+    assert (await cluster.server.get_stats.remote())["generated_tokens"] == before
+    await asyncio.to_thread(cluster.workers.nudge, 4, 0.05)
+    await asyncio.to_thread(cluster.checkpoints.update_weights, 4)
+    for output in await asyncio.wait_for(asyncio.gather(*requests), 60):
+        assert len(output.token_ids) == len(output.log_probs) == 192
+        assert (output.extra_fields["min_global_steps"], output.extra_fields["max_global_steps"]) == (3, 4)
+    output = await asyncio.wait_for(late, 60)
+    assert output.extra_fields["min_global_steps"] == 4
+
+
+async def test_abort_hands_back_what_there_is_with_logprobs_of_the_policy_that_made_it(cluster: Cluster) -> None:
+    from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient
+
+    prompt = _TOKENS[:8]
+    client, own = cluster.servers.get_client(), cluster.servers.get_client(FullyAsyncLLMServerClient)
+    plain = asyncio.ensure_future(client.generate("a", prompt_ids=prompt, sampling_params=dict(_PARAMS)))
+    continued = asyncio.ensure_future(own.generate("b", prompt_ids=prompt, sampling_params=dict(_PARAMS)))
+    await _generated(cluster, 60)
+    await cluster.checkpoints.abort_replicas()
+    output = await asyncio.wait_for(plain, 30)
+    assert output.stop_reason == "aborted" and 0 < len(output.token_ids) < 192
+    logprobs = await cluster.server.compute_logprobs.remote([*prompt, *output.token_ids])
+    assert output.log_probs == pytest.approx(logprobs[len(prompt) - 1 :], abs=1e-5)
+
+    await cluster.checkpoints.abort_replicas(reject_request=True)  # a replica that leaves turns newcomers away
+    turned_away = await asyncio.wait_for(client.generate("c", prompt_ids=prompt, sampling_params=dict(_PARAMS)), 30)
+    assert turned_away.token_ids == [] and turned_away.stop_reason == "aborted"
+
+    await cluster.checkpoints.sleep_replicas()
+    await asyncio.to_thread(cluster.workers.nudge, 5, 0.05)
+    await asyncio.to_thread(cluster.checkpoints.update_weights, 5)
+    await cluster.checkpoints.resume_generation_replicas()
+    whole = await asyncio.wait_for(continued, 60)
+    assert len(whole.token_ids) == len(whole.log_probs) == 192
+    assert (whole.extra_fields["min_global_steps"], whole.extra_fields["max_global_steps"]) == (4, 5)
+
+
+def test_a_bad_request_is_named_and_the_replica_lives_on(cluster: Cluster) -> None:
+    import ray
+
+    with pytest.raises(ray.exceptions.RayTaskError, match="repetition_penalty"):
+        _call(cluster, "generate", _TOKENS[:4], {"repetition_penalty": 1.5}, "bad")
+    assert _call(cluster, "generate", _TOKENS[:4], {"max_tokens": 3}, "good").stop_reason == "completed"
+
+
+def test_its_http_address_answers_like_our_gateway(cluster: Cluster) -> None:
+    import httpx
+
+    [address] = cluster.servers.get_addresses()
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "logprobs": True, "model": "m"}
+    answer = httpx.post(f"http://{address}/v1/chat/completions", json=body, timeout=30.0)
+    assert answer.status_code == 200
+    assert answer.json()["policy_version"] == _call(cluster, "get_stats")["policy_version"]
