@@ -29,6 +29,7 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "OptimConfig",
+    "OverlapConfig",
     "RunConfig",
     "SyncConfig",
     "TrainerConfig",
@@ -164,7 +165,9 @@ class EnvConfig(_Section):
     script: str | None = Field(None, description="path of an Atropos environment; null: the demo environment")
     python: str | None = Field(None, description="its interpreter; null: the one that runs the trainer")
     args: tuple[str, ...] = Field((), description='further arguments, e.g. ["--env.some_key","3"]')
-    max_batches_offpolicy: PositiveInt = Field(1, description="batches it may queue ahead; 1: on-policy as can be")
+    max_batches_offpolicy: PositiveInt | None = Field(
+        None, description="batches it may queue ahead; null: 1 (as on-policy as can be), with mode=overlap 2"
+    )
     startup_timeout: PositiveFloat = Field(180.0, description="seconds until its first batch must have come")
 
 
@@ -187,6 +190,16 @@ class SyncConfig(_Section):
     canary_text: str = Field("The quick brown fox jumps over the lazy dog.", description="what is compared")
 
 
+class OverlapConfig(_Section):
+    """Rollouts that go on while the trainer trains (``mode=overlap``)."""
+
+    kv_after_swap: Literal["recompute", "keep"] = Field(
+        "recompute",
+        description="KV of running sequences when weights change; recompute: each token's logprob is exactly that of "
+        "its policy version; keep: no prefill, and a mixture of versions",
+    )
+
+
 class TrainerConfig(_Section):
     """verl's engine and trackers."""
 
@@ -202,6 +215,9 @@ class TrainerConfig(_Section):
 class RunConfig(_Section):
     """One training run."""
 
+    mode: Literal["sync", "overlap"] = Field(
+        "sync", description="overlap: environments go on, and the next batch is fetched, while the trainer trains"
+    )
     steps: PositiveInt = Field(60, description="optimiser steps (batches) of the whole run")
     seed: int = Field(0, ge=0, description="seed of sampling, of the environment and of the trainer")
     run_dir: str | None = Field(None, description="where everything of the run lies; null: runs/NAME-DATE-TIME")
@@ -232,6 +248,7 @@ class RunConfig(_Section):
     env: EnvConfig = Field(default_factory=EnvConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     sync: SyncConfig = Field(default_factory=SyncConfig)
+    overlap: OverlapConfig = Field(default_factory=OverlapConfig)
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)
 
     @classmethod
@@ -277,6 +294,16 @@ class RunConfig(_Section):
     def max_token_len(self) -> int:
         """Longest sequence that is trained, in tokens, inclusive."""
         return self.data.max_token_len or self.data.max_prompt_length + self.max_response_length
+
+    @property
+    def is_overlapped(self) -> bool:
+        """True when rollouts go on while the trainer trains."""
+        return self.mode == "overlap"
+
+    @property
+    def max_batches_offpolicy(self) -> int:
+        """Batches that an environment may queue ahead of the trainer."""
+        return self.env.max_batches_offpolicy or (2 if self.is_overlapped else 1)
 
     @property
     def canary_threshold(self) -> float:

@@ -5,6 +5,14 @@ The rollout phase is the body of the ``with`` block::
     RELEASED ──enter──▶ resume_memory_occupation → update_weights_from_tensor → canary → gate.resume ──▶ SERVING
     SERVING  ──exit───▶ gate.pause (at a token boundary) → release_memory_occupation ──▶ RELEASED
 
+While rollouts go on beside training, ``swap`` puts newer weights into the open phase::
+
+    SERVING ──swap──▶ stage_weights_from_tensor → canary (of the staged weights) → gate.pause → swap_weights
+                      → gate.resume ──▶ SERVING
+
+Everything up to the pause happens while the engine generates; between pause and resume it only changes buffers. No
+token is sampled from weights that the canary has not seen. When a swap fails the gate is shut.
+
 If any step of *enter* fails the gate stays closed and the error is raised; entering again starts over. *Exit* never
 masks the exception of the body: a failure while leaving is then logged and attached to it as a note.
 """
@@ -18,14 +26,22 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 from atropos_verl.errors import WeightSyncError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AtroposShardingManager", "Canary", "PausableGate", "SyncReport", "SyncableEngine", "WeightSource"]
+__all__ = [
+    "AtroposShardingManager",
+    "Canary",
+    "PausableGate",
+    "SwappableEngine",
+    "SyncReport",
+    "SyncableEngine",
+    "WeightSource",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +68,16 @@ class SyncableEngine(Protocol):
     def release_memory_occupation(self) -> Any: ...
 
 
+class SwappableEngine(Protocol):
+    """An engine with two buffers of weights: one generates, the other takes the next weights."""
+
+    def stage_weights_from_tensor(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """Copy new weights into the idle buffer while generation goes on; returns bytes copied."""
+
+    def swap_weights(self, policy_version: int) -> Any:
+        """At a token boundary: generate from the staged weights from now on."""
+
+
 class PausableGate(Protocol):
     """What stands between requests and the engine."""
 
@@ -69,6 +95,8 @@ class SyncReport:
     bytes_copied: int
     canary_max_abs_logprob_diff: float | None
     """None when no canary is set."""
+    paused_seconds: float | None = None
+    """How long a swap held generation; None: not a swap, nothing was being generated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +105,17 @@ class Canary:
 
     trainer_logprobs: Callable[[], Sequence[float]]
     engine_logprobs: Callable[[], Sequence[float]]
+    staged_logprobs: Callable[[], Sequence[float]] | None = None
+    """Of the weights that ``swap_weights`` would put in place; needed for ``swap``."""
     threshold: float
     """Largest absolute difference of a logprob that passes, in nats."""
 
-    def check(self) -> float:
+    def check(self, *, staged: bool = False) -> float:
         """The largest difference. Raises ``WeightSyncError`` above the threshold or when one is not finite."""
-        expected, actual = list(self.trainer_logprobs()), list(self.engine_logprobs())
+        ask = self.staged_logprobs if staged else self.engine_logprobs
+        if ask is None:
+            raise WeightSyncError("this canary cannot see staged weights: give it staged_logprobs")
+        expected, actual = list(self.trainer_logprobs()), list(ask())
         if len(expected) != len(actual) or not expected:
             raise WeightSyncError(f"canary: trainer gave {len(expected)} logprobs, engine {len(actual)}")
         worst = max(abs(a - b) if math.isfinite(a - b) else math.inf for a, b in zip(expected, actual, strict=True))
@@ -144,6 +177,45 @@ class AtroposShardingManager:
             logger.exception("leaving the rollout phase failed while %s was on its way", type(exc).__name__)
             exc.add_note(f"(leaving the rollout phase failed as well: {error!r})")
 
+    def swap(self) -> SyncReport:
+        """Within the rollout phase: put the source's weights in while generation goes on; pause only to change over.
+
+        Requests are not drained: sequences in flight continue under the new weights.
+
+        Raises:
+            WeightSyncError: a tensor does not fit, the canary found a difference, or the engine has one buffer only.
+                The gate is shut.
+        """
+        version = self.source.policy_version
+        try:
+            if not hasattr(self.engine, "swap_weights"):
+                raise WeightSyncError(f"{type(self.engine).__name__} has no second buffer for weights; use mode=sync")
+            engine = cast("SwappableEngine", self.engine)
+            started = time.perf_counter()
+            copied = engine.stage_weights_from_tensor(self.source.named_tensors())
+            seconds = time.perf_counter() - started
+            difference = None if self.canary is None else self.canary.check(staged=True)
+            self._pause()
+            paused = time.perf_counter()
+            engine.swap_weights(policy_version=version)
+        except BaseException:
+            self._shut_after_failed_swap()
+            raise
+        if self.gate is not None:
+            self.gate.resume()
+        held = time.perf_counter() - paused
+        return self._note(version, seconds + held, copied, difference, held)
+
+    def _pause(self) -> None:
+        if self.gate is not None:
+            self.gate.pause(self.pause_timeout)
+
+    def _shut_after_failed_swap(self) -> None:
+        try:
+            self._pause()
+        except Exception:  # the failure that brought us here is the news
+            logger.exception("the gate could not be shut after a failed weight swap")
+
     def sync(self) -> SyncReport:
         """Copy the source's weights into the engine and check the canary. The gate must be closed.
 
@@ -160,11 +232,17 @@ class AtroposShardingManager:
             copied = self.engine.update_weights_from_tensor(self.source.named_tensors())
         seconds = time.perf_counter() - started
         difference = None if self.canary is None else self.canary.check()
+        return self._note(version, seconds, copied, difference, None)
+
+    def _note(
+        self, version: int, seconds: float, copied: object, difference: float | None, paused: float | None
+    ) -> SyncReport:
         self.last_sync = SyncReport(
             policy_version=version,
             seconds=seconds,
             bytes_copied=copied if isinstance(copied, int) else 0,
             canary_max_abs_logprob_diff=difference,
+            paused_seconds=paused,
         )
         self.syncs += 1
         return self.last_sync

@@ -142,3 +142,77 @@ def test_a_canary_that_cannot_be_compared_fails(engine: list[float]) -> None:
     canary = Canary(trainer_logprobs=lambda: [-1.0, -2.0], engine_logprobs=lambda: engine, threshold=10.0)
     with pytest.raises(WeightSyncError):
         canary.check()
+
+
+class _TwoBuffers(_Recorder):
+    """With a second buffer of weights."""
+
+    staged: dict[str, float]
+
+    def stage_weights_from_tensor(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+        self._note("stage")
+        self.staged = {name: float(tensor) for name, tensor in named_tensors}
+        return 4 * len(self.staged)
+
+    def swap_weights(self, policy_version: int) -> None:
+        self._note(f"swap {policy_version}")
+        self.weights = self.staged
+
+
+def test_a_swap_copies_and_checks_while_the_gate_is_open() -> None:
+    parts = _TwoBuffers()
+
+    def staged() -> list[float]:
+        parts.calls.append("canary of the staged weights")
+        return [-1.0]
+
+    canary = Canary(
+        trainer_logprobs=lambda: [-1.0], engine_logprobs=lambda: [-1.0], staged_logprobs=staged, threshold=0.1
+    )
+    with _manager(parts, canary=canary) as manager:
+        parts.calls.clear()
+        parts.policy_version = 4
+        report = manager.swap()
+        assert parts.calls == ["stage", "canary of the staged weights", "pause", "swap 4", "open"]
+        assert parts.weights == {"w": 4.0}
+    assert (report.policy_version, report.bytes_copied, report.canary_max_abs_logprob_diff) == (4, 4, 0.0)
+    assert report is manager.last_sync
+    assert report.paused_seconds is not None
+    assert 0.0 <= report.paused_seconds <= report.seconds
+    assert manager.syncs == 2
+
+
+def test_weights_that_the_canary_refuses_are_never_served() -> None:
+    parts = _TwoBuffers()
+    canary = Canary(
+        trainer_logprobs=lambda: [-1.0],
+        engine_logprobs=lambda: [-1.0],
+        staged_logprobs=lambda: [-1.5],
+        threshold=0.1,
+    )
+    with _manager(parts, canary=canary) as manager:
+        parts.calls.clear()
+        parts.policy_version = 4
+        with pytest.raises(WeightSyncError, match=r"up to 0.5"):
+            manager.swap()
+        assert parts.calls == ["stage", "pause"], "shut, and the old weights still in place"
+        assert parts.weights == {"w": 3.0}
+
+
+@pytest.mark.parametrize("stage", ["stage", "pause", "swap 3"])
+def test_a_swap_that_fails_anywhere_leaves_the_gate_shut(stage: str) -> None:
+    parts = _TwoBuffers()
+    with pytest.raises(RuntimeError), _manager(parts) as manager:
+        parts.calls.clear()
+        parts.fail_on = stage
+        with pytest.raises(RuntimeError, match=f"{stage} failed"):
+            manager.swap()
+        assert parts.calls[-1] == "pause"
+        assert "open" not in parts.calls
+        raise RuntimeError("the run ends")
+
+
+def test_an_engine_with_one_buffer_cannot_swap() -> None:
+    parts = _Recorder()
+    with _manager(parts) as manager, pytest.raises(WeightSyncError, match="has no second buffer for weights"):
+        manager.swap()

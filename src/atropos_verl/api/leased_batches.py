@@ -72,7 +72,7 @@ class LeasedBatches:
         batches.discard_through(step)
 
     A run that may have died before calls ``resume`` first, before it registers. Leases are renewed from a thread of
-    its own; everything else is called from one thread.
+    its own; ``fetch`` may run in another thread than the rest (the next batch is fetched while one is trained on).
     """
 
     def __init__(self, client: AtroposClient, journal: BatchJournal) -> None:
@@ -83,6 +83,8 @@ class LeasedBatches:
         self._owed: dict[int, JournalEntry] = {}
         """By number in the journal: trained, and the ack did not get through."""
         self._keeper = _LeaseKeeper(client)
+        # Held while an entry is looked up, changed and told about; never while waiting for a batch.
+        self._lock = threading.RLock()
 
     def fetch(
         self,
@@ -104,7 +106,9 @@ class LeasedBatches:
         """
         while True:
             self._settle_debts()
-            held = self._keep(self.client.get_batch(max_wait_time=max_wait_time, should_stop=should_stop), meta)
+            fetched = self.client.get_batch(max_wait_time=max_wait_time, should_stop=should_stop)
+            with self._lock:
+                held = self._keep(fetched, meta)
             if held is not None:
                 return held
 
@@ -116,7 +120,8 @@ class LeasedBatches:
 
     def trained(self, entry: JournalEntry, step: int) -> JournalEntry:
         """Note durably that ``step`` consumed the batch. Raises ``CheckpointError`` when that cannot be written."""
-        return self.journal.assign(entry, step)
+        with self._lock:
+            return self.journal.assign(entry, step)
 
     def ack(self, entry: JournalEntry) -> str:
         """Tell the API that the batch is ours for good. Call it after ``trained``.
@@ -124,17 +129,18 @@ class LeasedBatches:
         An API that cannot be reached now is told before the next ``fetch``: the run goes on. Returns one of
         ``outcomes``, ``owed`` (not told yet) or ``none`` (no lease).
         """
-        entry = self.journal.current(entry)
-        if entry.lease_id is None or entry.acked:
-            return "none" if entry.lease_id is None else "already"
-        try:
-            outcome = self._verdict(entry)
-        except AtroposAPIError as error:
-            logger.warning("lease %s is not acked yet: %s", entry.lease_id, error.reason)
-            self._owed[entry.sequence] = entry
-            return "owed"
-        self.journal.note_acked(entry)
-        return outcome
+        with self._lock:
+            entry = self.journal.current(entry)
+            if entry.lease_id is None or entry.acked:
+                return "none" if entry.lease_id is None else "already"
+            try:
+                outcome = self._verdict(entry)
+            except AtroposAPIError as error:
+                logger.warning("lease %s is not acked yet: %s", entry.lease_id, error.reason)
+                self._owed[entry.sequence] = entry
+                return "owed"
+            self.journal.note_acked(entry)
+            return outcome
 
     def release(self, entry: JournalEntry) -> None:
         """Give an untrained batch back: the API hands it out again, the journal forgets it. Without a lease, nothing
@@ -193,10 +199,11 @@ class LeasedBatches:
         return HeldBatch(fetched.body, entry, fetched.waited)
 
     def _settle_debts(self) -> None:
-        for sequence, entry in list(self._owed.items()):
-            self._verdict(entry)
-            self.journal.note_acked(entry)
-            del self._owed[sequence]
+        with self._lock:
+            for sequence, entry in list(self._owed.items()):
+                self._verdict(entry)
+                self.journal.note_acked(entry)
+                del self._owed[sequence]
 
     def _verdict(self, entry: JournalEntry) -> str:
         """Ack, and say what came of it. Raises ``AtroposAPIError`` when the API gives no answer."""

@@ -72,6 +72,26 @@ class WeightStore:
         self.ready = True
         return copied
 
+    def exchange(self, other: WeightStore) -> None:
+        """Change values with another store of the same model. Nothing is copied: storages change hands.
+
+        ``other`` counts as not ready afterwards: what it holds is old.
+
+        Raises:
+            WeightSyncError: one of them is not complete; nothing is changed.
+        """
+        if not (self.ready and other.ready):
+            raise WeightSyncError(
+                "weights cannot be swapped: an update failed half-way, is missing, or was swapped in already"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            for mine, theirs in zip(self._unique(), other._unique(), strict=True):
+                mine.data, theirs.data = theirs.data, mine.data
+            for name, buffer in self._buffers.items():
+                there = other._buffers[name]
+                buffer.data, there.data = there.data, buffer.data
+        other.ready = False
+
     def release(self) -> None:
         """Give the storage of every parameter back. Idempotent."""
         self._set_storage(lambda parameter: (0,))

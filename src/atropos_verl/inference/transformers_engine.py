@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import torch
 
-from atropos_verl.errors import EngineError, GenerationRequestError
+from atropos_verl.errors import EngineError, GenerationRequestError, WeightSyncError
 from atropos_verl.inference.engine import Generation, GenerationDelta, GenerationRequest
 from atropos_verl.inference.engine_loop import EngineLoop
 from atropos_verl.inference.engine_weights import WeightStore
@@ -27,6 +27,7 @@ from atropos_verl.inference.gate import RequestGate
 from atropos_verl.inference.model_runner import ModelRunner, check_supported
 from atropos_verl.inference.sampling import effective_temperature
 from atropos_verl.inference.scheduler import EngineLimits, EngineStats, Ticket, validate
+from atropos_verl.inference.spare_weights import SpareWeights
 
 __all__ = ["TransformersEngine"]
 
@@ -46,6 +47,8 @@ class TransformersEngine:
         num_threads: ``torch.set_num_threads`` in the engine's thread; None: unchanged. (torch keeps one number for
             threads that are yet to start, so it can reach them as well.)
         release_weights: ``release_memory_occupation`` also frees the weights, not only the KV cache.
+        keep_kv: ``swap_weights`` keeps the KV of running sequences, computed with the weights before; otherwise they
+            are prefilled again before their next token, as after ``update_weights_from_tensor``.
         seed: of requests without a seed of their own.
         max_prefill_tokens: padded prompt tokens of one prefill at most (a longer prompt goes alone), which bounds how
             long a newcomer delays the sequences that are running.
@@ -67,6 +70,7 @@ class TransformersEngine:
         device: str | torch.device = "cpu",
         num_threads: int | None = None,
         release_weights: bool = True,
+        keep_kv: bool = False,
         seed: int = 0,
         max_prefill_tokens: int = 8192,
         wait_timeout: float = 300.0,
@@ -86,7 +90,9 @@ class TransformersEngine:
             eos_token_ids=_eos_token_ids(self.model, tokenizer),
         )
         self._release_weights = release_weights
+        self._keep_kv = keep_kv
         self._wait_timeout = wait_timeout
+        self._spare: SpareWeights | None = None
         self._policy_version = -1
         self._loop = EngineLoop(
             self._runner,
@@ -236,8 +242,44 @@ class TransformersEngine:
             self._policy_version = self._policy_version + 1 if policy_version is None else policy_version
             return copied
 
+    def stage_weights_from_tensor(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """Copy new weights into a second buffer while generation goes on; returns bytes copied.
+
+        The buffer (as much memory as the weights) is made by the first call and kept until memory is released.
+
+        Raises:
+            WeightSyncError: as ``update_weights_from_tensor``; what is generated from is untouched.
+        """
+        if self._spare is None:
+            with self._loop.exclusive("stage_weights_from_tensor", self._wait_timeout):
+                self._spare = SpareWeights(self.model, self.max_context_len)
+        return self._spare.update(named_tensors)
+
+    def compute_staged_logprobs(self, token_ids: Sequence[int], temperature: float = 1.0) -> list[float]:
+        """``compute_logprobs`` under the staged weights, while generation goes on.
+
+        Raises ``EngineError`` when none are staged.
+        """
+        if self._spare is None:
+            raise EngineError("no weights are staged: call stage_weights_from_tensor() first")
+        return self._spare.logprobs(token_ids, effective_temperature(temperature))
+
+    def swap_weights(self, policy_version: int | None = None) -> None:
+        """At a token boundary: generate from the staged weights from now on. Nothing is copied.
+
+        Raises ``WeightSyncError`` when no complete weights are staged; nothing is changed then.
+        """
+        if self._spare is None:
+            raise WeightSyncError("no weights are staged: call stage_weights_from_tensor() first")
+        with self._loop.exclusive("swap_weights", self._wait_timeout):
+            self._spare.swap_into(self._weights)
+            if not self._keep_kv:
+                self._loop.evict()
+            self._policy_version = self._policy_version + 1 if policy_version is None else policy_version
+
     def release_memory_occupation(self) -> None:
         """See ``InferenceEngine``. Idempotent."""
+        self._spare = None
         with self._loop.exclusive("release_memory_occupation", self._wait_timeout):
             self._loop.evict()
             self._runner.cache.clear()

@@ -110,7 +110,7 @@ def _serve_spec(
     ours = {
         **_arguments(config, settings, process, site),
         "--env.total_steps": str(10 * config.steps + 1000),  # the trainer ends the run, not the environment
-        "--env.max_batches_offpolicy": str(settings.max_batches_offpolicy or config.env.max_batches_offpolicy),
+        "--env.max_batches_offpolicy": str(settings.max_batches_offpolicy or config.max_batches_offpolicy),
         "--env.inference_weight": f"{settings.weight / settings.copies:g}",
         "--slurm": "false",
     }

@@ -60,7 +60,7 @@ def env_spec(config: RunConfig, run_dir: Path, model_path: Path, *, api_url: str
         *_common_arguments(config, model_path, gateway_url),
         *("--env.rollout_server_url", api_url),
         *("--env.total_steps", str(10 * config.steps + 1000)),  # the trainer ends the run, not the environment
-        *("--env.max_batches_offpolicy", str(config.env.max_batches_offpolicy)),
+        *("--env.max_batches_offpolicy", str(config.max_batches_offpolicy)),
     )
     return _environment(config, run_dir, "environment", arguments)
 

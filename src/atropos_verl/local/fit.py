@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from atropos_verl.errors import AtroposAPIError, AtroposHTTPStatusError, AtroposTimeoutError
+from atropos_verl.local.batch_feed import make_feed
 from atropos_verl.local.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from atropos_verl.local.interrupts import held_interrupts
 from atropos_verl.local.selfplay import register_trainer
@@ -73,6 +74,8 @@ def fit(
     """Run ``trainer`` from its current step to ``config.steps``.
 
     The trainer is left with the rollout phase open (newest weights served), so that an evaluation can follow.
+    With ``mode=overlap`` the next batch is fetched while one is trained on; one that was fetched and not trained on,
+    because the run ended, stays in the journal.
 
     Args:
         check_services: called while waiting; raises when a process of the run has died.
@@ -95,10 +98,13 @@ def fit(
     trainer.open_rollouts()
     if before_first_step is not None:
         before_first_step()
+    wait = _Waiter(trainer, progress, starts_environment=check_services is not None)
+    feed = make_feed(trainer, wait, check_services)
     try:
         while trainer.step < config.steps:
             started = time.perf_counter()
-            data = _wait_for_batch(trainer, progress, check_services)
+            progress.phase("rollout: waiting for a batch")
+            data = feed.take(more=trainer.step + 1 < config.steps)
             data.timings["rollout"] = time.perf_counter() - started
             with held_interrupts():
                 report = trainer.train_on(data, started)
@@ -115,8 +121,10 @@ def fit(
                     saved_at = trainer.step
             elif config.save_freq <= 0:
                 trainer.batches.discard_through(trainer.step)  # no checkpoint will ever cover it
+        feed.close()
         trainer.give_back()
     except BaseException as error:
+        feed.close()
         _save_what_was_trained(trainer, error, saved_at, extra)
         raise
     return {"rewards": rewards, "metrics_path": str(log.path)}
@@ -147,35 +155,41 @@ def _save_what_was_trained(
         )
 
 
-def _wait_for_batch(
-    trainer: AtroposTrainer, progress: Progress, check_services: Callable[[], None] | None
-) -> RolloutData:
-    config = trainer.config
-    progress.phase("rollout: waiting for a batch")
-    # An environment that we started has to import, register and roll out first; one that never does is found sooner.
-    started_here = check_services is not None and not trainer.totals.groups_used
-    limit = config.env.startup_timeout if started_here else config.atropos.rollout_timeout
-    deadline = time.monotonic() + limit
-    lost = 0
-    while True:
-        remaining = deadline - time.monotonic()
-        try:
-            return trainer.fetch_rollouts(min(config.batch_max_wait_time, max(remaining, 0.1)), check_services)
-        except AtroposTimeoutError as error:
-            if time.monotonic() >= deadline:
+class _Waiter:
+    """Waits for the next batch, however often it takes. With ``mode=overlap`` it runs in the prefetching thread."""
+
+    def __init__(self, trainer: AtroposTrainer, progress: Progress, *, starts_environment: bool) -> None:
+        self._trainer = trainer
+        self._progress = progress
+        # An environment that we started has to import, register and roll out first; one that never does is found soon.
+        self._is_starting = starts_environment and not trainer.totals.groups_used
+
+    def __call__(self, check: Callable[[], None] | None) -> RolloutData:
+        config, trainer, progress = self._trainer.config, self._trainer, self._progress
+        limit = config.env.startup_timeout if self._is_starting else config.atropos.rollout_timeout
+        deadline = time.monotonic() + limit
+        lost = 0
+        while True:
+            remaining = deadline - time.monotonic()
+            try:
+                data = trainer.fetch_rollouts(min(config.batch_max_wait_time, max(remaining, 0.1)), check)
+                self._is_starting = False
+                return data
+            except AtroposTimeoutError as error:
+                if time.monotonic() >= deadline:
+                    raise
+                progress.note(error.reason)
+            except AtroposHTTPStatusError as error:
+                # Upstream encodes a batch after taking it off its queue: one NaN score in it gives 500, and the batch
+                # is gone. The next one may be fine, so the run goes on, and says what was lost.
+                lost += 1
+                if error.status_code != 500 or lost > _MOST_LOST_BATCHES or time.monotonic() >= deadline:
+                    raise
+                trainer.totals.batches_lost_at_api += 1
+                progress.note(f"{error.reason}: the API lost a batch (an upstream API does, on a NaN score); going on")
+            except AtroposAPIError:
+                # The API we started may have died this moment: then its own log is the better explanation.
+                if check is not None:
+                    time.sleep(0.5)
+                    check()
                 raise
-            progress.note(error.reason)
-        except AtroposHTTPStatusError as error:
-            # Upstream encodes a batch after taking it off its queue: one NaN score in it gives 500, and the batch is
-            # gone. The next one may be fine, so the run goes on, and says what was lost.
-            lost += 1
-            if error.status_code != 500 or lost > _MOST_LOST_BATCHES or time.monotonic() >= deadline:
-                raise
-            trainer.totals.batches_lost_at_api += 1
-            progress.note(f"{error.reason}: the API lost a batch (an upstream API does, on a NaN score); going on")
-        except AtroposAPIError:
-            # The API we started may have died this moment: then its own log is the better explanation.
-            if check_services is not None:
-                time.sleep(0.5)
-                check_services()
-            raise

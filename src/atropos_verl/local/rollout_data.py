@@ -24,7 +24,7 @@ class RolloutData:
     report: SampleReport | None = None
     """Filled by ``compute_advantages_from_atropos``."""
     timings: dict[str, float] = field(default_factory=dict)
-    """Seconds: ``rollout``, ``wait``, ``decode``."""
+    """Seconds: ``rollout``, ``wait``, ``decode``, ``prefetch``."""
 
 
 @dataclass
@@ -53,8 +53,9 @@ def step_report(
 
     Args:
         figures: what ``training_phase`` returned.
-        seconds: ``train``, ``sync`` and ``step``. ``timing/rollout`` is how long the gate was open for this batch,
-            ``timing/wait`` the part of it that the trainer stood waiting for the API.
+        seconds: ``train``, ``sync`` and ``step``. ``timing/rollout`` is how long the trainer stood waiting for this
+            batch, and ``perf/idle_share`` its part of the step; ``timing/wait`` is how long the API was asked for it,
+            ``timing/prefetch`` how long it was in the making beside the step before (``mode=overlap``).
         sync: the weight sync after the step; None only where nothing was ever synced.
     """
     report = data.report
@@ -72,14 +73,17 @@ def step_report(
         "data/trained_tokens": int(tokens),
         "advantage/mean_abs": _mean_abs_advantage(report),
         "sync/seconds": sync.seconds if sync else None,
+        "sync/paused_seconds": sync.paused_seconds if sync else None,
         "sync/bytes": sync.bytes_copied if sync else None,
         "sync/canary_max_abs_logprob_diff": sync.canary_max_abs_logprob_diff if sync else None,
         "timing/rollout": data.timings.get("rollout", 0.0),
         "timing/wait": data.timings.get("wait", 0.0),
+        "timing/prefetch": data.timings.get("prefetch", 0.0),
         "timing/train": seconds["train"],
         "timing/sync": seconds["sync"],
         "timing/step": seconds["step"],
         "perf/trained_tokens_per_second": tokens / seconds["step"] if seconds["step"] > 0 else 0.0,
+        "perf/idle_share": data.timings.get("rollout", 0.0) / seconds["step"] if seconds["step"] > 0 else 0.0,
         "perf/peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     metrics.update(_per_environment(data, report))

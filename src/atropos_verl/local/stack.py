@@ -71,6 +71,7 @@ class LocalStack:
             device=worker.device,
             num_threads=inference.num_threads,
             release_weights=inference.release_weights,
+            keep_kv=config.overlap.kv_after_swap == "keep",
             seed=config.seed,
         )
         gate.pause(timeout=60.0)
@@ -113,6 +114,7 @@ def _build_canary(config: RunConfig, worker: PolicyWorker, engine: TransformersE
     return Canary(
         trainer_logprobs=trainer_logprobs,
         engine_logprobs=engine_logprobs,
+        staged_logprobs=lambda: engine.compute_staged_logprobs(ids),
         threshold=config.canary_threshold,
     )
 

@@ -154,11 +154,26 @@ class AtroposTrainer:
         return self.stack.policy.policy_version
 
     def open_rollouts(self) -> None:
-        """Enter the rollout phase: memory back, newest weights in, canary, gate open. No-op when open."""
+        """Enter the rollout phase: memory back, newest weights in, canary, gate open. No-op when open.
+
+        With ``mode=overlap`` it lasts to the end of the run, and ``serve_newest`` swaps weights within it.
+        """
         if self._rollouts is None:
             stack = ExitStack()
             stack.enter_context(self.stack.sharding_manager)
             self._rollouts = stack
+
+    def serve_newest(self) -> None:
+        """The engine holds the newest weights and serves them, whatever it did before."""
+        sync = self.sharding_manager.last_sync
+        if self._rollouts is None:
+            self.open_rollouts()
+        elif self.config.is_overlapped and (sync is None or sync.policy_version != self.policy_version):
+            self.sharding_manager.swap()
+
+    def _end_rollout_phase(self) -> None:
+        if not self.config.is_overlapped:
+            self.close_rollouts()
 
     def close_rollouts(self) -> None:
         """Leave the rollout phase: gate shut at a token boundary, engine memory released. No-op when closed."""
@@ -183,7 +198,7 @@ class AtroposTrainer:
         try:
             rollout_data = self.rollout_phase(prompts)
         finally:
-            self.close_rollouts()
+            self._end_rollout_phase()
         report = self.train_on(rollout_data, started)
         if self.config.save_freq > 0 and self.step % self.config.save_freq == 0:
             self.save_checkpoint()
@@ -237,6 +252,10 @@ class AtroposTrainer:
                 self.batches.release(data.entry)
         self._early.clear()
 
+    def put_back(self, batches: Sequence[RolloutData]) -> None:
+        """These are the next to be trained on: fetched, journalled, and not wanted now."""
+        self._early.extendleft(reversed(batches))
+
     def replay(self, held: Sequence[HeldBatch]) -> None:
         """Put journalled batches that no checkpoint covers in front of what the API delivers."""
         for batch in held:
@@ -265,12 +284,21 @@ class AtroposTrainer:
         written to ``run_dir/quarantine`` with the reason. The samples are kept in ``rollout_data.report``.
         """
         data = rollout_data if isinstance(rollout_data, RolloutData) else RolloutData(list(rollout_data))
+        return padded_rows(self._make_samples(data).samples)
+
+    def prepare(self, rollout_data: RolloutData) -> None:
+        """Make a batch's samples ahead of its step, from any thread. Left to the step where they depend on the batches
+        trained before it ("global" statistics)."""
+        if self.settings.normalization != "global":
+            self._make_samples(rollout_data)
+
+    def _make_samples(self, data: RolloutData) -> SampleReport:
         report = build_samples(data.groups, self.settings, running=self.moments)
         for bad in report.quarantined:
             path = self.quarantine.put(bad)
             logger.warning("group quarantined: %s (%s)", bad.reason, path)
         data.report = report
-        return padded_rows(report.samples)
+        return report
 
     def training_phase(self, rollout_data: RolloutData, advantages: torch.Tensor) -> dict[str, float]:
         """The optimiser step. Returns its figures (``loss``, ``grad_norm``, ``lr``, ``tokens`` and the loss's own).
@@ -298,7 +326,7 @@ class AtroposTrainer:
             self.totals.steps_without_data += 1
             logger.warning("the batch holds no token that can be trained; no optimiser step")
             return {"loss": 0.0, "tokens": 0.0}
-        self.close_rollouts()
+        self._end_rollout_phase()
         self.updating = True
         output = self.stack.worker.train(samples)
         self.stack.policy.policy_version += 1
@@ -355,7 +383,7 @@ class AtroposTrainer:
         if rollout_data.entry is not None:
             self.batches.trained(rollout_data.entry, self.step)
         self.updating = False
-        self.open_rollouts()
+        self.serve_newest()
         synced = time.perf_counter()
         if rollout_data.entry is not None:
             self.batches.ack(rollout_data.entry)

@@ -1,0 +1,43 @@
+"""The second buffer of the engine's weights: filled and looked at while the first one generates."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from atropos_verl.errors import EngineError
+from atropos_verl.inference.engine_weights import WeightStore
+from atropos_verl.inference.model_runner import ModelRunner
+
+__all__ = ["SpareWeights"]
+
+
+class SpareWeights:
+    """A copy of the model with weights of its own. Used by one thread, which need not be the engine's.
+
+    Args:
+        model: the one that generates; it must not be running while the copy is made.
+        max_context_len: longest sequence of ``logprobs``, tokens.
+    """
+
+    def __init__(self, model: Any, max_context_len: int) -> None:
+        self._runner = ModelRunner(copy.deepcopy(model), max_context_len=max_context_len)
+        self._weights = WeightStore(self._runner.model)
+        self._weights.ready = False  # a copy of what generates is nothing to swap in
+
+    def update(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """See ``WeightStore.update``."""
+        return self._weights.update(named_tensors)
+
+    def logprobs(self, token_ids: Sequence[int], temperature: float) -> list[float]:
+        """Logprobs of tokens 1 .. T-1 under these weights. Raises ``EngineError`` when they are not complete."""
+        if not self._weights.ready:
+            raise EngineError("no complete weights are staged: call stage_weights_from_tensor() first")
+        return self._runner.logprobs(token_ids, temperature)
+
+    def swap_into(self, serving: WeightStore) -> None:
+        """Put these weights into ``serving`` and take its old ones. Raises ``WeightSyncError`` when none are staged."""
+        serving.exchange(self._weights)

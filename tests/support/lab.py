@@ -1,0 +1,98 @@
+"""A trainer in this process on batches that the test wrote: two paths to one step can be compared bit by bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atropos_verl import AtroposTrainer
+from atropos_verl.local.fit import resume_if_asked
+from atropos_verl.types import StepReport
+from support.runs import checkpointed_step
+from support.scripted_api import scripted_api
+
+__all__ = ["BATCH_SIZE", "GROUPS", "GROUP_SIZE", "MAX_TOKEN_LEN", "Lab", "assert_same", "saved", "state_of"]
+
+GROUPS, GROUP_SIZE = 2, 4
+BATCH_SIZE = GROUPS * GROUP_SIZE
+MAX_TOKEN_LEN = 16
+
+
+class Lab:
+    """Makes trainers on scripted batches that differ only in where they run and what is asked of them."""
+
+    def __init__(self, model_path: Path, root: Path) -> None:
+        self.model_path = model_path
+        self.root = root
+
+    @contextmanager
+    def trainer(self, name: str, bodies: list[bytes], steps: int, **settings: Any) -> Iterator[AtroposTrainer]:
+        """A trainer in ``root/name``, resumed from what is there, against an API that serves ``bodies``."""
+        with scripted_api(bodies, batch_size=BATCH_SIZE, max_token_len=MAX_TOKEN_LEN) as api:
+            self.api = api
+            values: dict[str, Any] = {
+                "model": {"path": str(self.model_path)},
+                "run_dir": str(self.root / name),
+                "steps": steps,
+                "batch_size": BATCH_SIZE,
+                "group_size": GROUP_SIZE,
+                "advantage_normalization": "global",
+                "save_freq": 5,
+                "batch_retry_delay": 0.01,
+                "optim": {"lr": 1e-2},
+                "data": {"max_token_len": MAX_TOKEN_LEN},
+                "max_response_length": 8,
+                "inference": {"num_threads": 1},
+                **settings,
+                "atropos": {"api_url": api.url, "timeout": 20, "rollout_timeout": 20, **settings.get("atropos", {})},
+            }
+            with AtroposTrainer.from_config(values) as trainer:
+                resume_if_asked(trainer, _Quiet())
+                yield trainer
+
+    def run(self, name: str, bodies: list[bytes], steps: int, **settings: Any) -> dict[str, Any]:
+        """Train to ``steps`` and return everything that must be the same after another path to the same step."""
+        with self.trainer(name, bodies, steps, **settings) as trainer:
+            trainer.fit()
+            return state_of(trainer)
+
+
+class _Quiet:
+    def phase(self, name: str) -> None:
+        """Not shown."""
+
+    def note(self, message: str) -> None:
+        """Not shown."""
+
+    def step(self, report: StepReport) -> None:
+        """Not shown."""
+
+
+def state_of(trainer: AtroposTrainer) -> dict[str, Any]:
+    weights = {name: tensor.clone() for name, tensor in trainer.stack.worker.named_tensors()}
+    return {
+        "step": trainer.step,
+        "policy_version": trainer.policy_version,
+        "moments": trainer.moments.state_dict(),
+        "tokens_trained": trainer.totals.tokens_trained,
+        "weights": weights,
+    }
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for key in ("step", "policy_version", "moments", "tokens_trained"):
+        assert found[key] == expected[key], key
+    assert found["weights"].keys() == expected["weights"].keys()
+    for name, tensor in expected["weights"].items():
+        assert torch.equal(found["weights"][name], tensor), f"{name} differs"
+
+
+def saved(directory: Path) -> dict[str, Any]:
+    newest = directory / "checkpoints" / f"global_step_{checkpointed_step(directory)}"
+    state: dict[str, Any] = json.loads((newest / "atropos.json").read_text())
+    return state
