@@ -79,13 +79,12 @@ def load_launch(
     launch_keys = tuple(LaunchConfig.model_fields)
     known = [*(name for name, *_ in describe_launch()), "environments"]
     # Without environments: files name their own, and composing merges mappings.
-    base = RunConfig.from_mapping({"atropos": {"server": "embedded"}}).model_dump(mode="json")
-    schema = {**base, **LaunchConfig().model_dump(mode="json"), "environments": {}}
+    schema = {**RunConfig().model_dump(mode="json"), **LaunchConfig().model_dump(mode="json"), "environments": {}}
     values = compose_values(
         overrides,
         config_dir,
         config_name or "launch_schema",
-        schemas={"launch_schema": schema, "atropos_schema": base},
+        schemas={"launch_schema": schema},
         extra_keys=known,
         open_sections=("environments", "trainer_process.env"),
     )

@@ -263,6 +263,8 @@ class Supervisor:
             if watched.service.kind == "environment":
                 self._disconnect(watched)
             self._check_disk(watched)
+            if watched is self._api and self.plan.config.atropos.server == "upstream":
+                self._forget(watched)
             self._plan_restart(watched, excused=watched is not self._api and self._api_is_to_blame())
         return None
 
@@ -288,6 +290,23 @@ class Supervisor:
         if not any(other.has_future for other in self._environments):
             raise watched.error(f"{message} and is given up; no environment is left")
         self._note(f"{message} and is given up; the run goes on with the others\n{_indented(tail)}")
+
+    def _forget(self, api: WatchedService) -> None:
+        """Upstream's API comes back knowing nobody, and groups that reach it before the trainer registers brick it for
+        good: so those that it knew end before it is restarted, and are started again when it answers."""
+        if api.service.restarts:
+            self._note("upstream's API forgets everything when it dies: trainer and environments start anew")
+        known = ProcessSet()
+        for watched in self._environments:
+            if watched.lives and watched.process is not None:
+                known.add(watched.process)
+        known.stop_all()
+        for watched in self._environments:
+            watched.start_anew()
+        if self._trainer is not None:
+            if self._trainer.process is not None:
+                self._trainer.process.stop(self.plan.launch.trainer_process.stop_grace)
+            self._trainer.start_anew()
 
     def _disconnect(self, watched: WatchedService) -> None:
         """A dead environment would keep its share of every batch at the API until that gives it up."""

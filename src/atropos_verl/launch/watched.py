@@ -120,6 +120,11 @@ class WatchedService:
         self.state = "restarting"
         return delay
 
+    def start_anew(self) -> None:
+        """It is to be started as soon as it may; no death of it is counted. Its process must have been ended."""
+        if self.lives or self.state == "restarting":
+            self.state, self.detail = "waiting", ""
+
     def fail(self, why: str) -> None:
         """Give it up: end its process, never start it again."""
         self.stop()
