@@ -22,6 +22,7 @@ __all__ = ["LaunchView", "render_state"]
 
 _NOTES_SHOWN = 6
 _CURVE_WIDTH = 60
+_LIVING = ("waiting", "starting", "running", "restarting")
 _STYLES = {"running": "green", "ended": "green", "failed": "bold red", "restarting": "yellow", "starting": "cyan"}
 
 
@@ -90,7 +91,10 @@ def render_state(state: Mapping[str, Any], *, width: int = 100, notes: int = 0) 
     parts: list[RenderableType] = [_services(state), Text(_flow(state), no_wrap=True, overflow="ellipsis")]
     recent = deque(state.get("recent") or (), maxlen=1)
     if recent:
-        parts.append(Text(step_line(recent[0], int(state.get("steps", 0))), no_wrap=True, overflow="ellipsis"))
+        line = step_line(recent[0], int(state.get("steps", 0)))
+        # The line above has the policy version too; on a narrow screen it is the one to spare.
+        line = line if len(line) <= width else line.rsplit("  ", 1)[0]
+        parts.append(Text(line, no_wrap=True, overflow="ellipsis"))
         curve = sparkline(state.get("rewards") or (), min(_CURVE_WIDTH, max(10, width - 20)))
         parts.append(Text(f"reward {curve}", no_wrap=True, overflow="crop"))
     silent = state.get("seconds_since_step")
@@ -128,6 +132,8 @@ def _services(state: Mapping[str, Any]) -> Table:
 def _flow(state: Mapping[str, Any]) -> str:
     api, gateway, rates = state.get("api"), state.get("gateway"), state.get("rates") or {}
     left = f"queue {api.get('queue_size')} groups" if api else "API does not answer"
+    if not any(service.get("state") in _LIVING for service in state.get("services", [])):
+        return f"{left}  |  all ended"
     if not gateway:
         return f"{left}  |  gateway does not answer"
     speed = rates.get("tokens_per_second")

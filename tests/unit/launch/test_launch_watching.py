@@ -248,6 +248,20 @@ def test_attach_shows_services_queue_gateway_and_reward_on_a_narrow_terminal(tmp
     assert all(len(row) <= 80 for row in rows)
 
 
+def test_a_run_that_ended_is_not_said_to_be_silent(tmp_path: Path) -> None:
+    ended = [{**service, "state": "ended"} for service in state()["services"]]
+    _, text = shown(tmp_path, state(services=ended, gateway=None))
+    assert "queue 2 groups  |  all ended" in text
+
+
+def test_a_step_line_that_is_too_long_spares_the_policy_version(tmp_path: Path) -> None:
+    whole = step_line(json.loads(line(3)), 40)
+    _, text = shown(tmp_path, state(), width=len(whole))
+    assert text.splitlines()[4].rstrip() == whole.rstrip()
+    _, text = shown(tmp_path, state(), width=len(whole) - 1)
+    assert text.splitlines()[4].rstrip() == whole.rsplit("  ", 1)[0]
+
+
 def test_attach_tells_a_killed_launcher_from_one_that_ended(tmp_path: Path) -> None:
     code, text = shown(tmp_path, state(time=time.time() - 60))
     assert code == 1
