@@ -86,7 +86,7 @@ def test_a_job_of_two_nodes_trains_and_saves_when_its_time_is_up(tmp_path: Path)
         saved = int((job.job_dir / "train" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
         assert saved == job.trained() >= 2
         started = {line.split(" ")[0]: line for line in job.srun_log.read_text().splitlines()}
-    assert list(started) == list(NODES)
+    assert sorted(started) == list(NODES)
     assert "only=[api,trainer]" in started["127.0.0.1"]
     assert "only=[environments]" in started["127.0.0.2"]
     assert all(len(key) == 48 for key in keys)
