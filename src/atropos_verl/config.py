@@ -28,6 +28,7 @@ __all__ = [
     "InferenceConfig",
     "LossConfig",
     "ModelConfig",
+    "OffPolicyConfig",
     "OptimConfig",
     "OverlapConfig",
     "RunConfig",
@@ -141,6 +142,20 @@ class DataConfig(_Section):
     default_temperature: PositiveFloat = Field(1.0, description="where a group does not say its own")
 
 
+class OffPolicyConfig(_Section):
+    """Rollouts of an older policy than the one that is trained: what is known about them, and what is done."""
+
+    ledger_bytes: PositiveInt = Field(
+        256 << 20, description="bytes of the ledger (which policy version wrote which token); the oldest go first"
+    )
+    unmatched: Literal["use", "drop"] = Field(
+        "use", description="trained tokens that the gateway did not generate as posted; drop: they are not trained"
+    )
+    max_staleness: int | None = Field(
+        None, ge=0, description="policy versions a group may be older than the weights it updates; null: no bound"
+    )
+
+
 class GatewayConfig(_Section):
     """The HTTP surface that environments call."""
 
@@ -243,6 +258,7 @@ class RunConfig(_Section):
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     data: DataConfig = Field(default_factory=DataConfig)
+    off_policy: OffPolicyConfig = Field(default_factory=OffPolicyConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     inference: InferenceConfig = Field(default_factory=InferenceConfig)
     env: EnvConfig = Field(default_factory=EnvConfig)

@@ -5,7 +5,7 @@ Shape legend: ``G`` sequences in a group, ``T`` tokens of one sequence (``T_g`` 
 
 ::
 
-    GET /batch bytes → ScoredGroup → TrainingSample → TrainingBatch → LossOutput → StepReport
+    GET /batch bytes → ScoredGroup → SequenceMatch → TrainingSample → TrainingBatch → LossOutput → StepReport
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "UNKNOWN_VERSION",
+    "Difference",
     "LossOutput",
     "QuarantinedGroup",
     "SampleReport",
     "SampleSettings",
     "ScoredGroup",
+    "SequenceMatch",
     "StepReport",
     "TrainingBatch",
     "TrainingSample",
@@ -32,6 +35,9 @@ __all__ = [
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
+
+UNKNOWN_VERSION = -2
+"""Nobody knows which weights wrote this token. (-1 is a version: the weights an engine starts with.)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +63,9 @@ class ScoredGroup:
     inference_logprobs: tuple[FloatArray | None, ...] | None = None
     """[G][T_g] logprob of each token under the policy that sampled it; 1.0 on the wire means "no value"."""
     ref_logprobs: tuple[FloatArray | None, ...] | None = None
+    token_versions: tuple[IntArray | None, ...] | None = None
+    """[G][T_g] policy version that wrote each token, ``UNKNOWN_VERSION`` where not known; from our ledger, not the
+    wire."""
     overrides: tuple[dict[str, Any], ...] | None = None
     """[G] per-sequence overrides (``set_advantage_to_zero``, ``temperature``)."""
     group_overrides: dict[str, Any] | None = None
@@ -75,6 +84,50 @@ class ScoredGroup:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """Where a sequence turns away from the most similar thing that was generated."""
+
+    position: int
+    """Of the first differing token in the sequence."""
+    written: int | None
+    """Token id that the gateway has there; None: its record ends before."""
+    posted: int | None
+    """Token id that the environment sent; None: its sequence ends there."""
+    in_prompt: bool
+    """The difference lies in what the completion came after."""
+    nothing_similar: bool = False
+    """Not even the first token is known: generated elsewhere, before a restart, or forgotten."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceMatch:
+    """What the ledger of the gateway knows about one sequence.
+
+    Example: prompt ``[5, 6]``, the policy wrote 8 at version 3, the environment appended 2 and trains on both::
+
+        found = [0, 0, 1, 0]; versions = [-2, -2, 3, -2]; logprobs = [nan, nan, -.5, nan]; unmatched_spans = 1
+    """
+
+    found: NDArray[np.bool_]
+    """[T] trained tokens that a record holds."""
+    versions: IntArray
+    """[T] policy version that wrote the token; ``UNKNOWN_VERSION`` where not known and where not trained."""
+    logprobs: FloatArray
+    """[T] logprob under that policy at ``temperature``; NaN where not known and where not trained."""
+    temperature: float | None = None
+    """That all its spans were sampled with; None: none was found, or they differ."""
+    spans: int = 0
+    """Trained spans."""
+    unmatched_spans: int = 0
+    """Trained spans with a token that nobody generated after these ids."""
+    unmatched_tokens: int = 0
+    ambiguous_spans: int = 0
+    """Found, but of several records with different versions, and only plausibility chose."""
+    difference: Difference | None = None
+    """For the first unmatched sequence of each environment in a look-up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +154,9 @@ class TrainingSample:
     """Index of this sequence in its group."""
     env_id: int | None = None
     policy_version: int | None = None
+    """Oldest version that wrote a trained token; where the ledger knows none, what the environment says."""
+    token_versions: IntArray | None = None
+    """[T] as ``ScoredGroup.token_versions``."""
     truncated: bool = False
 
     def __len__(self) -> int:

@@ -16,8 +16,9 @@ from support.fake_engine import FakeEngine, logprob_of, text_reply
 from support.serving import serving
 from support.tiny_model import build_tiny_tokenizer
 
-from atropos_verl.inference.attribution import SequenceMatch, SequenceQuery, look_up
-from atropos_verl.inference.ledger import UNKNOWN_VERSION, Ledger
+from atropos_verl.inference.attribution import SequenceQuery, look_up
+from atropos_verl.inference.ledger import Ledger
+from atropos_verl.types import UNKNOWN_VERSION, SequenceMatch
 
 HI = [{"role": "user", "content": "hi"}]
 HI_PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"

@@ -6,6 +6,7 @@
       batch_000001.json         the answer of GET /batch, byte for byte
       batch_000001.meta.json    its length, the caller's notes, the step that trained on it (null: none yet), and the
                                 lease under which the API gave it out, with whether it was acked
+      batch_000001.NAME         what the caller keeps beside it (``attach``)
       batch_000002.json.tmp     torn: the process died while writing; removed, and said in the log
 
 A batch exists once its ``.json`` has its final name: content is written under another name and synced first, so it
@@ -172,6 +173,26 @@ class BatchJournal:
             )
         return body
 
+    def attach(self, entry: JournalEntry, name: str, content: bytes) -> None:
+        """Keep ``content`` beside the batch, as long as that; ``name`` is the file's ending. A power cut may lose it.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        with self._lock:
+            self._write(entry.path.with_suffix(f".{name}"), content, durable=False)
+
+    def attachment(self, entry: JournalEntry, name: str) -> bytes | None:
+        """What ``attach`` kept, or None when there is none (or it cannot be read: then the log says why)."""
+        path = entry.path.with_suffix(f".{name}")
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            logger.warning("%s cannot be read: %s", path, error)
+            return None
+
     def _path(self, sequence: int) -> Path:
         return self.directory / f"batch_{sequence:06d}.json"
 
@@ -192,9 +213,9 @@ class BatchJournal:
         for torn in sorted(self.directory.glob("batch_*.tmp")):
             logger.warning("%s is torn (the process died while writing it); removed", torn)
             self._remove(torn)
-        for meta in sorted(self.directory.glob("batch_*.meta.json")):
-            if not _batch_path(meta).exists():
-                self._remove(meta)
+        for beside in sorted(self.directory.glob("batch_*")):
+            if not beside.with_name(f"{beside.name.split('.', 1)[0]}.json").exists():
+                self._remove(beside)
         self._last = max((entry.sequence for entry in self._scan()), default=0)
         self._clean = True
 
@@ -226,7 +247,8 @@ class BatchJournal:
     def _delete(self, entry: JournalEntry) -> None:
         # The batch first: without its note it would count as not trained on.
         self._remove(entry.path)
-        self._remove(_meta_path(entry.path))
+        for beside in self.directory.glob(f"{entry.path.stem}.*"):
+            self._remove(beside)
 
     def _load_meta(self, path: Path) -> dict[str, Any]:
         try:
@@ -272,10 +294,6 @@ class BatchJournal:
 
 def _meta_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.meta.json")
-
-
-def _batch_path(meta: Path) -> Path:
-    return meta.with_name(f"{meta.name.removesuffix('.meta.json')}.json")
 
 
 def _sync_directory(directory: Path) -> None:

@@ -31,7 +31,9 @@ from atropos_verl.data.validate import (
 )
 from atropos_verl.errors import ConfigError, DataError
 from atropos_verl.types import (
+    UNKNOWN_VERSION,
     FloatArray,
+    IntArray,
     QuarantinedGroup,
     SampleReport,
     SampleSettings,
@@ -56,9 +58,10 @@ def build_samples(
     Masks: ``-100`` is not trained, wherever it stands; position 0 never is, since nothing predicts it. Rollout
     logprobs: 1.0 becomes NaN, and a sequence without any value has None. Temperature: ``overrides[i]`` >
     ``generation_params`` > ``group_overrides`` > ``settings.default_temperature``; 0 (greedy) becomes 1, whose
-    logprobs engines report for greedy tokens. ``policy_version``: from ``overrides[i]`` or ``generation_params`` where
-    it is an integer. Advantages: see ``data.advantages``; an overlong sequence counts in its group's baseline, and not
-    in the batch's statistics. A sequence without a trained token is a sample that adds nothing.
+    logprobs engines report for greedy tokens. ``policy_version``: the oldest of ``token_versions`` among the trained
+    tokens, else from ``overrides[i]`` or ``generation_params`` where it is an integer. Advantages: see
+    ``data.advantages``; an overlong sequence counts in its group's baseline, and not in the batch's statistics. A
+    sequence without a trained token is a sample that adds nothing.
 
     Args:
         running: statistics of the run, for ``normalization="global"``; merged with this batch. None starts afresh.
@@ -146,6 +149,8 @@ def _sample(group: ScoredGroup, i: int, end: int, default_temperature: float, *,
     """Sequence ``i`` up to token ``end``, its advantages not yet known."""
     loss_mask = group.masks[i][:end] != NOT_TRAINED
     loss_mask[0] = False  # nothing predicts the first token
+    versions = None if group.token_versions is None else group.token_versions[i]
+    versions = None if versions is None else versions[:end]
     return TrainingSample(
         token_ids=group.token_ids[i][:end],
         loss_mask=loss_mask,
@@ -156,7 +161,8 @@ def _sample(group: ScoredGroup, i: int, end: int, default_temperature: float, *,
         group_id=group.group_id,
         sequence_index=i,
         env_id=group.env_id,
-        policy_version=_policy_version(group, i),
+        policy_version=_policy_version(group, i, None if versions is None else versions[loss_mask]),
+        token_versions=versions,
         truncated=truncated,
     )
 
@@ -172,7 +178,10 @@ def _rollout_logprobs(group: ScoredGroup, i: int, end: int) -> FloatArray | None
     return np.where(known, np.minimum(row, 0.0), np.nan)
 
 
-def _policy_version(group: ScoredGroup, i: int) -> int | None:
+def _policy_version(group: ScoredGroup, i: int, trained: IntArray | None) -> int | None:
+    known = np.zeros(0) if trained is None else trained[trained != UNKNOWN_VERSION]
+    if known.size:
+        return int(known.min())
     own = {} if group.overrides is None else group.overrides[i]
     for source in (own, group.generation_params or {}):
         version = source.get("policy_version")

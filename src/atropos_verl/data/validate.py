@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 from atropos_verl.errors import UnsupportedFieldError
 from atropos_verl.types import FloatArray, IntArray, SampleSettings, ScoredGroup
 
-__all__ = ["NOT_TRAINED", "NO_LOGPROB", "check_supported", "fault_in_group", "sampling_temperature"]
+__all__ = [
+    "NOT_TRAINED",
+    "NO_LOGPROB",
+    "check_supported",
+    "fault_in_group",
+    "sampling_temperature",
+    "stated_temperature",
+]
 
 NOT_TRAINED = -100
 """Mask entry of a token that is not trained."""
@@ -55,6 +62,14 @@ def check_supported(group: ScoredGroup, ignored: tuple[str, ...]) -> None:
                 f"{name}: the environment {_environment(group)}sends this ScoredData field, which is {kind}. "
                 f"Set data.ignore_fields=[{name}] to train without it"
             )
+
+
+def stated_temperature(group: ScoredGroup, index: int) -> float | None:
+    """What the environment says sequence ``index`` was sampled with; None: nothing (or nothing that is a number)."""
+    for _, value in _temperatures(group, index):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    return None
 
 
 def sampling_temperature(group: ScoredGroup, index: int, default: float) -> float:

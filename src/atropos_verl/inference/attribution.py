@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from atropos_verl.inference.ledger import UNKNOWN_VERSION, Ledger, Piece, SpanRecord
-from atropos_verl.types import FloatArray, IntArray
+from atropos_verl.inference.ledger import Ledger, Piece, SpanRecord
+from atropos_verl.types import UNKNOWN_VERSION, Difference, FloatArray, IntArray, SequenceMatch
 
-__all__ = ["Difference", "SequenceMatch", "SequenceQuery", "look_up", "trained_spans"]
+__all__ = ["SequenceQuery", "look_up", "trained_spans"]
 
 _MIN_LOGPROB = np.float32(-9999.0)
 """What the gateway sends for -inf."""
@@ -45,43 +45,6 @@ class SequenceQuery:
     group: int = 0
     """Sequences of one group share it."""
     env_id: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
-    """Where a sequence turns away from the most similar thing that was generated."""
-
-    position: int
-    """Of the first differing token in the sequence."""
-    written: int | None
-    """Token id that the gateway has there; None: its record ends before."""
-    posted: int | None
-    """Token id that the environment sent; None: its sequence ends there."""
-    in_prompt: bool
-    """The difference lies in what the completion came after."""
-    nothing_similar: bool = False
-    """Not even the first token is known: generated elsewhere, before a restart, or forgotten."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceMatch:
-    """What is known about one sequence."""
-
-    versions: IntArray
-    """[T] policy version that wrote the token; ``UNKNOWN_VERSION`` where not known and where not trained."""
-    logprobs: FloatArray
-    """[T] logprob under that policy at ``temperature``; NaN where not known and where not trained."""
-    temperature: float | None = None
-    """That all its spans were sampled with; None: none was found, or they differ."""
-    spans: int = 0
-    """Trained spans."""
-    unmatched_spans: int = 0
-    """Trained spans with a token that nobody generated after these ids."""
-    unmatched_tokens: int = 0
-    ambiguous_spans: int = 0
-    """Found, but of several records with different versions, and only plausibility chose."""
-    difference: Difference | None = None
-    """For the first unmatched sequence of each environment in a look-up."""
 
 
 def trained_spans(loss_mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
@@ -195,6 +158,7 @@ def _match(
 ) -> SequenceMatch:
     versions = np.full(len(query.token_ids), UNKNOWN_VERSION, dtype=np.int64)
     logprobs = np.full(len(query.token_ids), np.nan)
+    known = np.zeros(len(query.token_ids), dtype=np.bool_)
     temperatures: set[float] = set()
     lost_tokens = 0
     for piece in (piece for span in spans for piece in span):
@@ -206,8 +170,10 @@ def _match(
         count = piece.stop - piece.start
         versions[piece.start : piece.stop] = record.versions()[offset : offset + count]
         logprobs[piece.start : piece.stop] = record.logprobs[offset : offset + count]
+        known[piece.start : piece.stop] = True
         temperatures.add(record.temperature)
     return SequenceMatch(
+        found=known,
         versions=versions,
         logprobs=logprobs,
         temperature=temperatures.pop() if len(temperatures) == 1 else None,

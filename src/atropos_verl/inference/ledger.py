@@ -28,11 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atropos_verl.inference.engine import Generation
+from atropos_verl.types import UNKNOWN_VERSION
 
-__all__ = ["UNKNOWN_VERSION", "Ledger", "LedgerStats", "Piece", "SpanRecord", "prefix_hashes"]
-
-UNKNOWN_VERSION = -2
-"""No record says which weights wrote this token. (-1 is a version: the weights an engine starts with.)"""
+__all__ = ["Ledger", "LedgerStats", "Piece", "SpanRecord", "prefix_hashes"]
 
 _IDS = np.dtype("<i4")
 _ID_BYTES = _IDS.itemsize

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from atropos_verl.api.journal import JournalEntry
+from atropos_verl.off_policy import BatchMatches
 from atropos_verl.types import SampleReport, ScoredGroup, StepReport
 from atropos_verl.weight_sync import SyncReport
 
@@ -21,6 +22,10 @@ class RolloutData:
     groups: list[ScoredGroup]
     entry: JournalEntry | None = None
     """Where its bytes are kept until the step is durable."""
+    matches: BatchMatches | None = None
+    """What the ledger knows of each sequence; None: not looked up."""
+    off_policy: dict[str, float | int | None] = field(default_factory=dict)
+    """Figures of look-up and staleness, filled when the samples are made and when they are trained on."""
     report: SampleReport | None = None
     """Filled by ``compute_advantages_from_atropos``."""
     timings: dict[str, float] = field(default_factory=dict)
@@ -86,6 +91,7 @@ def step_report(
         "perf/idle_share": data.timings.get("rollout", 0.0) / seconds["step"] if seconds["step"] > 0 else 0.0,
         "perf/peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+    metrics.update(data.off_policy)
     metrics.update(_per_environment(data, report))
     metrics.update({f"actor/{key}": value for key, value in figures.items() if key not in ("tokens", "loss")})
     return StepReport(step=step, policy_version=policy_version, loss=loss, metrics=metrics)

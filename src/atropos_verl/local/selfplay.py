@@ -53,6 +53,8 @@ class SelfPlay:
             for tokens in ids
         ]
         generations = trainer.engine.generate(requests)
+        for request, made in zip(requests, generations, strict=True):
+            trainer.stack.ledger.record(request.prompt_token_ids, made, request.temperature)
         decode = trainer.tokenizer.decode
         answers = [[decode(g.token_ids, skip_special_tokens=True) for g in group] for group in generations]
         flat_prompts = [text for text in texts for _ in range(config.group_size)]

@@ -14,6 +14,7 @@ from atropos_verl.config import RunConfig
 from atropos_verl.errors import ConfigError, EngineError, WeightSyncError
 from atropos_verl.inference.gate import RequestGate
 from atropos_verl.inference.gateway import GatewayServer, create_app
+from atropos_verl.inference.ledger import Ledger
 from atropos_verl.inference.transformers_engine import TransformersEngine
 from atropos_verl.local.worker import PolicyWorker
 from atropos_verl.types import TrainingSample
@@ -46,6 +47,7 @@ class LocalStack:
     engine: TransformersEngine
     gate: RequestGate
     gateway: GatewayServer
+    ledger: Ledger
     tokenizer: Any
     policy: _VersionedPolicy
     sharding_manager: AtroposShardingManager
@@ -76,7 +78,10 @@ class LocalStack:
         )
         gate.pause(timeout=60.0)
         engine.release_memory_occupation()
-        app = create_app(engine, tokenizer, gate=gate, model_name=str(model_path), api_key=config.gateway.api_key)
+        ledger = Ledger(config.off_policy.ledger_bytes)
+        app = create_app(
+            engine, tokenizer, gate=gate, ledger=ledger, model_name=str(model_path), api_key=config.gateway.api_key
+        )
         port = config.gateway.port if gateway_port is None else gateway_port
         gateway = GatewayServer(app, host=config.gateway.host, port=port)
         gateway.start(timeout=30.0)
@@ -84,7 +89,7 @@ class LocalStack:
         canary = _build_canary(config, worker, engine, tokenizer) if config.sync.canary else None
         manager = AtroposShardingManager(engine, policy, gate=gate, canary=canary)
         vocab_size = int(engine.model.config.vocab_size)
-        return cls(worker, engine, gate, gateway, tokenizer, policy, manager, vocab_size)
+        return cls(worker, engine, gate, gateway, ledger, tokenizer, policy, manager, vocab_size)
 
     def close(self) -> None:
         """Stop gateway, engine and worker. Safe to call twice."""

@@ -26,12 +26,14 @@ from atropos_verl.api.leased_batches import HeldBatch, LeasedBatches
 from atropos_verl.api.wire import decode_batch
 from atropos_verl.config import RunConfig, apply_environment
 from atropos_verl.data import RunningMoments, build_samples
+from atropos_verl.data.off_policy import staleness_metrics
 from atropos_verl.errors import AtroposProtocolError, ConfigError, DataError
 from atropos_verl.local.connection import make_client
 from atropos_verl.local.interrupts import held_interrupts
 from atropos_verl.local.rollout_data import RolloutData, RunTotals, step_report
 from atropos_verl.local.stack import LocalStack, padded_rows
 from atropos_verl.local.startup import resolve_model_path
+from atropos_verl.off_policy import OffPolicyBook
 from atropos_verl.report.quarantine import QuarantineStore
 from atropos_verl.types import QuarantinedGroup, SampleReport, SampleSettings, ScoredGroup, StepReport
 
@@ -94,6 +96,7 @@ class AtroposTrainer:
             norm_adv_by_std_in_grpo=config.algorithm.norm_adv_by_std_in_grpo,
             ignore_fields=config.data.ignore_fields,
         )
+        self.off_policy = OffPolicyBook(config.off_policy, self.stack.ledger, self.settings, self.tokenizer.decode)
 
     @classmethod
     def from_config(
@@ -269,13 +272,16 @@ class AtroposTrainer:
                 logger.warning("journalled batch %s is not a batch: %s; kept in %s", entry.path, error.reason, path)
                 self.batches.trained(entry, self.step)
             else:
-                self._early.append(RolloutData(groups, entry))
+                matches = self.off_policy.recall(groups, self.journal, entry)
+                self._early.append(RolloutData(groups, entry, matches=matches))
 
     def _decode(self, held: HeldBatch) -> RolloutData:
         started = time.perf_counter()
         groups = decode_batch(held.body)
-        timings = {"decode": time.perf_counter() - started, "wait": held.waited}
-        return RolloutData(groups, held.entry, timings=timings)
+        decoded = time.perf_counter()
+        matches = self.off_policy.look_up_and_keep(groups, self.journal, held.entry)
+        timings = {"decode": decoded - started, "look_up": time.perf_counter() - decoded, "wait": held.waited}
+        return RolloutData(groups, held.entry, matches=matches, timings=timings)
 
     def compute_advantages_from_atropos(self, rollout_data: RolloutData | Sequence[ScoredGroup]) -> torch.Tensor:
         """Advantages [B, L] (right-padded with 0) of the batch's B trainable sequences.
@@ -288,12 +294,15 @@ class AtroposTrainer:
 
     def prepare(self, rollout_data: RolloutData) -> None:
         """Make a batch's samples ahead of its step, from any thread. Left to the step where they depend on the batches
-        trained before it ("global" statistics)."""
-        if self.settings.normalization != "global":
+        trained before it ("global" statistics, a bound on staleness)."""
+        if self.settings.normalization != "global" and self.config.off_policy.max_staleness is None:
             self._make_samples(rollout_data)
 
     def _make_samples(self, data: RolloutData) -> SampleReport:
-        report = build_samples(data.groups, self.settings, running=self.moments)
+        matches = self.off_policy.look_up(data.groups) if data.matches is None else data.matches
+        applied = self.off_policy.apply(data.groups, matches, self.policy_version)
+        data.off_policy = applied.figures
+        report = build_samples(applied.groups, self.settings, running=self.moments)
         for bad in report.quarantined:
             path = self.quarantine.put(bad)
             logger.warning("group quarantined: %s (%s)", bad.reason, path)
@@ -328,6 +337,7 @@ class AtroposTrainer:
             return {"loss": 0.0, "tokens": 0.0}
         self._end_rollout_phase()
         self.updating = True
+        rollout_data.off_policy |= staleness_metrics(samples, self.policy_version)
         output = self.stack.worker.train(samples)
         self.stack.policy.policy_version += 1
         self.totals.sequences_trained += len(samples)

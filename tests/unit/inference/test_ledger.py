@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from atropos_verl.inference.attribution import SequenceMatch, SequenceQuery, look_up, trained_spans
+from atropos_verl.inference.attribution import SequenceQuery, look_up, trained_spans
 from atropos_verl.inference.engine import Generation
-from atropos_verl.inference.ledger import UNKNOWN_VERSION, Ledger, prefix_hashes
+from atropos_verl.inference.ledger import Ledger, prefix_hashes
+from atropos_verl.types import UNKNOWN_VERSION, SequenceMatch
 
 PROMPT = (5, 6, 7)
 

@@ -16,7 +16,8 @@ from atropos_verl.inference.gateway.errors import ApiError
 from atropos_verl.inference.gateway.fields import Fields
 from atropos_verl.inference.gateway.metrics import GatewayMetrics
 from atropos_verl.inference.gateway.text import TextCodec
-from atropos_verl.inference.ledger import UNKNOWN_VERSION, Ledger
+from atropos_verl.inference.ledger import Ledger
+from atropos_verl.types import UNKNOWN_VERSION
 
 __all__ = ["Gate", "GatewayService", "finite_logprobs", "joined_deltas", "policy_fields"]
 
