@@ -30,12 +30,12 @@ from atropos_verl.data.off_policy import staleness_metrics
 from atropos_verl.errors import AtroposProtocolError, ConfigError, DataError
 from atropos_verl.local.connection import make_client
 from atropos_verl.local.interrupts import held_interrupts
-from atropos_verl.local.rollout_data import RolloutData, RunTotals, step_report
+from atropos_verl.local.rollout_data import RolloutData, RunTotals, sample_settings, step_report
 from atropos_verl.local.stack import LocalStack, padded_rows
 from atropos_verl.local.startup import resolve_model_path
 from atropos_verl.off_policy import OffPolicyBook
 from atropos_verl.report.quarantine import QuarantineStore
-from atropos_verl.types import QuarantinedGroup, SampleReport, SampleSettings, ScoredGroup, StepReport
+from atropos_verl.types import QuarantinedGroup, SampleReport, ScoredGroup, StepReport
 
 if TYPE_CHECKING:
     import torch
@@ -84,18 +84,7 @@ class AtroposTrainer:
         self._early: deque[RolloutData] = deque()
         self._rollouts: ExitStack | None = None
         self._self_play: Any = None
-        self.settings = SampleSettings(
-            vocab_size=self.stack.vocab_size,
-            max_token_len=config.max_token_len,
-            estimator=config.algorithm.adv_estimator,
-            normalization=config.advantage_normalization,
-            clipping=config.advantage_clipping,
-            overlong=config.data.overlong,
-            on_bad_group=config.data.on_bad_group,
-            default_temperature=config.data.default_temperature,
-            norm_adv_by_std_in_grpo=config.algorithm.norm_adv_by_std_in_grpo,
-            ignore_fields=config.data.ignore_fields,
-        )
+        self.settings = sample_settings(config, self.stack.vocab_size)
         self.off_policy = OffPolicyBook(config.off_policy, self.stack.ledger, self.settings, self.tokenizer.decode)
 
     @classmethod
@@ -398,15 +387,10 @@ class AtroposTrainer:
         if rollout_data.entry is not None:
             self.batches.ack(rollout_data.entry)
         assert rollout_data.report is not None
-        self._count(rollout_data.report)
+        self.totals.count(rollout_data.report)
         seconds = {"train": trained - begin, "sync": synced - trained, "step": synced - started}
         sync = self.sharding_manager.last_sync
         return step_report(self.step, self.policy_version, rollout_data, figures, seconds, sync)
-
-    def _count(self, report: SampleReport) -> None:
-        self.totals.groups_used += report.groups
-        self.totals.groups_quarantined += len(report.quarantined)
-        self.totals.sequences_dropped_overlong += report.dropped_overlong
 
     # ------------------------------------------------------------------ environment-driven training
 
