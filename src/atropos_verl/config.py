@@ -32,10 +32,14 @@ __all__ = [
     "OptimConfig",
     "OverlapConfig",
     "RunConfig",
+    "Section",
     "SyncConfig",
     "TrainerConfig",
     "apply_environment",
+    "as_config_error",
     "describe",
+    "describe_model",
+    "parse_clipping",
 ]
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -44,13 +48,17 @@ NonNegative = Annotated[float, Field(ge=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
-def _clipping(value: Any) -> Any:
+def parse_clipping(value: Any) -> Any:
     """``None`` and ``[low, high]`` are the two forms; OmegaConf hands lists over as lists."""
     return tuple(value) if isinstance(value, list) else value
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Section = _Section
+"""Base of a settings class of another backend: unknown keys are refused, values cannot be changed."""
 
 
 class AtroposConfig(_Section):
@@ -246,7 +254,7 @@ class RunConfig(_Section):
         None, description="true: advantage-weighted loss; false: GRPO's clipped ratio; null: as loss.type, else true"
     )
     advantage_normalization: Literal["none", "batch", "global"] = Field("none", description="over trained tokens")
-    advantage_clipping: Annotated[tuple[float, float] | None, BeforeValidator(_clipping)] = Field(
+    advantage_clipping: Annotated[tuple[float, float] | None, BeforeValidator(parse_clipping)] = Field(
         None, description="[low, high] or null"
     )
     batch_retry_attempts: PositiveInt = Field(8, description="quick tries of one wait for a batch")
@@ -273,7 +281,7 @@ class RunConfig(_Section):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise _as_config_error(error) from None
+            raise as_config_error(error) from None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -338,11 +346,13 @@ class RunConfig(_Section):
         return Path("runs", time.strftime(f"{self.trainer.experiment_name}-%Y%m%d-%H%M%S")).absolute()
 
 
-def _as_config_error(error: ValidationError) -> ConfigError:
+def as_config_error(error: ValidationError, prefix: str = "") -> ConfigError:
+    """pydantic's error, every wrong key by its dotted name (below ``prefix``, which ends in a dot)."""
     lines = []
     first = ""
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "constrained-")))
+        key = f"{prefix}{key}".rstrip(".")
         message = str(item["msg"]).removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = "unknown key; --help lists all keys"
@@ -386,17 +396,18 @@ def apply_environment(
 
 def describe() -> list[tuple[str, str, Any, str]]:
     """Every key as ``(dotted name, type, default, meaning)``, in the order of the schema, for ``--help``."""
+    return describe_model(RunConfig)
+
+
+def describe_model(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str, Any, str]]:
+    """``describe`` for any settings class; names below ``prefix`` (which ends in a dot)."""
     rows: list[tuple[str, str, Any, str]] = []
-
-    def walk(model: type[BaseModel], prefix: str) -> None:
-        for name, info in model.model_fields.items():
-            annotation = info.annotation
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                walk(annotation, f"{prefix}{name}.")
-                continue
-            text = getattr(annotation, "__name__", None) if isinstance(annotation, type) else None
-            kind = text or str(annotation).replace("typing.", "").replace("NoneType", "None")
-            rows.append((f"{prefix}{name}", kind, info.get_default(call_default_factory=True), info.description or ""))
-
-    walk(RunConfig, "")
+    for name, info in model.model_fields.items():
+        annotation = info.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            rows += describe_model(annotation, f"{prefix}{name}.")
+            continue
+        text = getattr(annotation, "__name__", None) if isinstance(annotation, type) else None
+        kind = text or str(annotation).replace("typing.", "").replace("NoneType", "None")
+        rows.append((f"{prefix}{name}", kind, info.get_default(call_default_factory=True), info.description or ""))
     return rows

@@ -109,7 +109,7 @@ def build_plan(config: RunConfig, launch: LaunchConfig) -> LaunchPlan:
     Raises:
         ConfigError: parts that are not started here have no URL; a fixed port is taken; see ``make_plan``.
     """
-    from atropos_verl.local.startup import resolve_model_path
+    from atropos_verl.launch.startup import resolve_model_path
 
     own_api = config.atropos.api_url is None and launch.starts("api")
     if config.atropos.api_url is None and not launch.starts("api"):

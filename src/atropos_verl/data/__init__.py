@@ -10,13 +10,14 @@ from atropos_verl.data.batching import (
     make_training_batch,
     split_for_ranks,
 )
-from atropos_verl.data.samples import build_samples
+from atropos_verl.data.samples import build_samples, collect_samples
 from atropos_verl.data.statistics import RunningMoments
 
 __all__ = [
     "PackedTrainingBatch",
     "RunningMoments",
     "build_samples",
+    "collect_samples",
     "group_advantages",
     "make_packed_batch",
     "make_training_batch",

@@ -68,6 +68,8 @@ class SequenceAdvantage:
     """[T]"""
     zero: bool = False
     """``overrides[i].set_advantage_to_zero``."""
+    replaced: bool = False
+    """``values`` are the environment's token-level advantages, not the group's baseline."""
 
 
 def finish_advantages(

@@ -41,7 +41,7 @@ from atropos_verl.types import (
     TrainingSample,
 )
 
-__all__ = ["build_samples"]
+__all__ = ["build_samples", "collect_samples"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,31 @@ def build_samples(
         UnsupportedFieldError: a sound group carries a field that is not used and not in ``settings.ignore_fields``.
         DataError: a bad group with ``on_bad_group="error"``, or a long sequence with ``overlong="error"``.
     """
+    collected = _collect_all(groups, settings)
+    if settings.normalization == "global" and running is None:
+        running = RunningMoments()
+    advantages = finish_advantages(collected.advantages, settings.normalization, settings.clipping, running)
+    return collected.report(advantages)
+
+
+def collect_samples(
+    groups: Iterable[ScoredGroup], settings: SampleSettings = _DEFAULTS
+) -> tuple[SampleReport, list[SequenceAdvantage]]:
+    """``build_samples`` up to the steps that need the whole global batch: normalising, clipping, forced zeros.
+
+    For a backend whose batch meets in one place only later; ``finish_advantages`` does the rest there.
+
+    Returns:
+        The report, whose samples hold the advantages so far, and what ``finish_advantages`` needs, sample by sample.
+
+    Raises as ``build_samples``.
+    """
+    collected = _collect_all(groups, settings)
+    unfinished = [np.where(entry.loss_mask, entry.values, 0.0) for entry in collected.advantages]
+    return collected.report(unfinished), collected.advantages
+
+
+def _collect_all(groups: Iterable[ScoredGroup], settings: SampleSettings) -> _Collected:
     _check_settings(settings)
     collected = _Collected()
     for group in groups:
@@ -82,18 +107,8 @@ def build_samples(
             raise DataError(reason)
         else:
             collected.quarantined.append(QuarantinedGroup(group=group, reason=reason))
-    if settings.normalization == "global" and running is None:
-        running = RunningMoments()
-    advantages = finish_advantages(collected.advantages, settings.normalization, settings.clipping, running)
     collected.log(settings)
-    return SampleReport(
-        samples=[replace(s, advantages=a) for s, a in zip(collected.samples, advantages, strict=True)],
-        quarantined=collected.quarantined,
-        dropped_overlong=collected.dropped_overlong,
-        truncated=sum(sample.truncated for sample in collected.samples),
-        groups=collected.groups,
-        scores=np.concatenate(collected.scores) if collected.scores else np.zeros(0),
-    )
+    return collected
 
 
 @dataclass(slots=True)
@@ -107,6 +122,16 @@ class _Collected:
     groups: int = 0
     dropped_overlong: int = 0
     unknown_keys: Counter[str] = field(default_factory=Counter)
+
+    def report(self, advantages: list[FloatArray]) -> SampleReport:
+        return SampleReport(
+            samples=[replace(s, advantages=a) for s, a in zip(self.samples, advantages, strict=True)],
+            quarantined=self.quarantined,
+            dropped_overlong=self.dropped_overlong,
+            truncated=sum(sample.truncated for sample in self.samples),
+            groups=self.groups,
+            scores=np.concatenate(self.scores) if self.scores else np.zeros(0),
+        )
 
     def log(self, settings: SampleSettings) -> None:
         for key, count in sorted(self.unknown_keys.items()):
@@ -142,7 +167,7 @@ def _collect(group: ScoredGroup, settings: SampleSettings, into: _Collected) -> 
         zero = group.overrides is not None and bool(group.overrides[i].get("set_advantage_to_zero"))
         values = np.full(end, baseline[i]) if own is None else own[:end]
         into.samples.append(sample)
-        into.advantages.append(SequenceAdvantage(values, sample.loss_mask, zero))
+        into.advantages.append(SequenceAdvantage(values, sample.loss_mask, zero, own is not None))
 
 
 def _sample(group: ScoredGroup, i: int, end: int, default_temperature: float, *, truncated: bool) -> TrainingSample:

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from atropos_verl.config import RunConfig
 from atropos_verl.errors import AtroposVerlError, ConfigError
+from atropos_verl.launch.startup import check_gateway_port, is_rank_zero, resolve_model_path
 from atropos_verl.local.settings import help_text, load_config
-from atropos_verl.local.startup import check_gateway_port, is_rank_zero, resolve_model_path
 
 if TYPE_CHECKING:
     from atropos_verl.launch.evaluation import LaunchedEvaluations
-    from atropos_verl.local.services import LocalServices
+    from atropos_verl.launch.services import LocalServices
     from atropos_verl.local.trainer import AtroposTrainer
     from atropos_verl.report.console import ProgressReporter
 
@@ -132,7 +132,7 @@ class _Run:
         with ProgressReporter(total_steps=self.config.steps) as progress:
             if self.config.is_attached:
                 return self._attached(progress)
-            from atropos_verl.local.services import LocalServices
+            from atropos_verl.launch.services import LocalServices
 
             services = LocalServices(self.config, self.run_dir, model_path)
             try:
@@ -153,7 +153,7 @@ class _Run:
         return model_path
 
     def _attached(self, progress: ProgressReporter) -> int:
-        from atropos_verl.local.connection import make_client
+        from atropos_verl.api.connection import make_client
 
         assert self.config.atropos.api_url is not None
         # First of all, and before torch is imported: is there an API at all?

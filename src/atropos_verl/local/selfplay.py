@@ -7,7 +7,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from atropos_verl.api.client import EnvRegistration, TrainerRegistration
+from atropos_verl.api.client import EnvRegistration
+from atropos_verl.api.registration import register_trainer as register_at_api
 from atropos_verl.api.wire import encode_group
 from atropos_verl.errors import AtroposProtocolError, ConfigError
 from atropos_verl.inference.engine import Generation, GenerationRequest
@@ -115,33 +116,16 @@ class SelfPlay:
 
 
 def register_trainer(trainer: AtroposTrainer, batch_size: int) -> None:
-    """Register at the API with real values, start it (one GET /batch), and check that it took them.
+    """Register at the API with the trainer's values (see ``api.registration``).
 
     Raises:
         AtroposProtocolError: the API keeps the values of an earlier registration.
     """
-    config, client = trainer.config, trainer.client
-    client.check()
-    if config.atropos.reset:
-        client.reset_data()
-    client.register(
-        TrainerRegistration.with_inclusive_max_token_len(
-            config.max_token_len,
-            wandb_group=config.trainer.experiment_name,
-            wandb_project=config.trainer.project_name,
-            batch_size=batch_size,
-            checkpoint_dir=str(trainer.run_dir / "checkpoints"),
-            save_checkpoint_interval=config.save_freq,
-            starting_step=trainer.step,
-            num_steps=config.steps,
-        )
+    register_at_api(
+        trainer.client,
+        trainer.config,
+        batch_size,
+        starting_step=trainer.step,
+        checkpoint_dir=trainer.run_dir / "checkpoints",
+        first_poll=trainer.start_api,
     )
-    trainer.start_api()
-    info = client.info()
-    if (info.batch_size, info.max_token_len) != (batch_size, config.max_token_len + 1):
-        raise AtroposProtocolError(
-            f"the API keeps an earlier registration (batch_size {info.batch_size}, max_token_len "
-            f"{info.max_token_len}) and ignores ours (batch_size {batch_size}, max_token_len "
-            f"{config.max_token_len + 1}); restart it, or set atropos.reset=true to clear it",
-            client.api_url,
-        )
