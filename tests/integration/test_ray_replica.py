@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from support.ray_cluster import Cluster, ray_session, started_cluster
-from support.tiny_model import build_tiny_model
+from support.tiny_model import build_tiny_model, build_tiny_tokenizer
 
 _TOKENS = list(range(40, 90))
 _PARAMS = {"temperature": 1.0, "logprobs": True, "ignore_eos": True}
@@ -129,3 +129,103 @@ def test_its_http_address_answers_like_our_gateway(cluster: Cluster) -> None:
     answer = httpx.post(f"http://{address}/v1/chat/completions", json=body, timeout=30.0)
     assert answer.status_code == 200
     assert answer.json()["policy_version"] == _call(cluster, "get_stats")["policy_version"]
+
+
+async def test_environments_requests_outlast_every_kind_of_weight_update(cluster: Cluster, model: Path) -> None:
+    """Concurrent HTTP requests through the gateway while weights are updated, with sleep, with abort, and live.
+
+    Nothing fails, nothing is short, every token has its logprob, and the logprobs of a run of one policy are those of
+    that policy's weights.
+    """
+    import httpx
+
+    from atropos_verl.cluster.gateway import start_gateway
+
+    tokenizer = build_tiny_tokenizer()
+    steps, answers = 6, []
+    start = _call(cluster, "get_stats")["policy_version"]
+    stop = asyncio.Event()
+    scorers: dict[int, Any] = {}
+
+    async def environment(client: httpx.AsyncClient, number: int) -> None:
+        sent = 0
+        while not stop.is_set():
+            prompt = [number + 1, sent % 250, 7, 8]
+            body = {"prompt": {"prompt_token_ids": prompt}, "n": 2, "max_tokens": 60, "logprobs": 0, "ignore_eos": True}
+            answer = await client.post("/generate", json=body)
+            assert answer.status_code == 200, answer.text
+            answers.append((prompt, answer.json()))
+            sent += 1
+
+    async def update(step: int) -> None:
+        kind = step % 3
+        if kind == 0:
+            await cluster.checkpoints.abort_replicas()
+        if kind != 2:
+            await cluster.checkpoints.sleep_replicas()
+        await asyncio.to_thread(cluster.workers.nudge, step, 0.05)
+        await asyncio.to_thread(cluster.checkpoints.update_weights, step)
+        if kind == 0:
+            await cluster.checkpoints.resume_generation_replicas()
+
+    with start_gateway(cluster.servers.get_client(), tokenizer) as gateway:
+        async with httpx.AsyncClient(base_url=gateway.url, timeout=60.0) as client:
+            clients = [asyncio.ensure_future(environment(client, number)) for number in range(4)]
+            for step in range(start + 1, start + 1 + steps):
+                await asyncio.sleep(0.5)
+                await update(step)
+                gateway.release(step)
+                [scorers[step]] = await asyncio.to_thread(cluster.workers.weights)
+                assert (await client.get("/health")).json()["policy_version"] == step
+            await asyncio.sleep(0.3)
+            stop.set()
+            await asyncio.gather(*clients)
+        continued = gateway.engine.continued
+
+    spans = [tuple(span) for _, answer in answers for span in answer["policy_versions"]]
+    assert len(answers) > 8 and continued > 0
+    assert any(first < last for first, last in spans)  # some were really on their way
+    checked = 0
+    for prompt, answer in answers:
+        for tokens, rows, (first, last) in zip(
+            answer["token_ids"], answer["logprobs"], answer["policy_versions"], strict=True
+        ):
+            logprobs = [next(iter(row[0].values())) for row in rows]
+            assert len(tokens) == len(logprobs) == 60
+            if first == last and first in scorers and checked < 10:
+                expected = _logprobs(model, scorers[first], [*prompt, *tokens])[len(prompt) - 1 :]
+                assert logprobs == pytest.approx(expected, abs=1e-4)
+                checked += 1
+    assert checked > 3
+
+
+async def test_a_client_that_leaves_frees_the_replicas_slots(cluster: Cluster) -> None:
+    import httpx
+
+    from atropos_verl.cluster.gateway import start_gateway
+
+    with start_gateway(cluster.servers.get_client(), build_tiny_tokenizer()) as gateway:
+        await asyncio.to_thread(cluster.checkpoints.abort_replicas)  # it stays unanswered
+        before = (await cluster.server.get_stats.remote())["aborted"]
+        async with httpx.AsyncClient(base_url=gateway.url) as client:
+            with pytest.raises(httpx.ReadTimeout):
+                await client.post("/generate", json={"prompt": "abc", "n": 3}, timeout=0.5)
+        for _ in range(100):
+            if (await cluster.server.get_stats.remote())["aborted"] == before + 3:
+                break
+            await asyncio.sleep(0.1)
+        else:
+            pytest.fail("the replica still holds the requests")
+        await asyncio.to_thread(cluster.checkpoints.resume_generation_replicas)
+
+
+def _logprobs(model: Path, state: dict[str, Any], tokens: list[int]) -> list[float]:
+    """What a plain model with these weights makes of a sequence."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(model)
+    plain.load_state_dict(state)
+    with torch.no_grad():
+        logp = torch.log_softmax(plain(torch.tensor([tokens])).logits[0].double(), dim=-1)
+    return [float(logp[i, token]) for i, token in enumerate(tokens[1:])]

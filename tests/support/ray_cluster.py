@@ -107,6 +107,11 @@ def worker_class(base: type | None = None) -> type:
             return [float(logp[i, token]) for i, token in enumerate(token_ids[1:])]
 
         @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+        def weights(self) -> dict[str, torch.Tensor]:
+            """A copy of the trained weights by name."""
+            return {name: t.full_tensor().clone() for name, t in self.actor.engine.module.state_dict().items()}
+
+        @register(dispatch_mode=Dispatch.ONE_TO_ALL)
         def last_transfer(self) -> Any:
             """What the last weight update moved."""
             return self.rollout.last_transfer

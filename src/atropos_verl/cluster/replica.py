@@ -154,12 +154,13 @@ class TransformersServer:
     def _output(self, generations: list[Generation], sampling_params: dict[str, Any]) -> TokenOutput:
         generation = generations[0] if generations else None
         if generation is None or not generation.token_ids:
-            extra = {"global_steps": self.global_steps, "finish_reason": "abort"}
-            return TokenOutput(token_ids=[], log_probs=None, stop_reason="aborted", extra_fields=extra)
-        extra = {
+            nothing = {"global_steps": self.global_steps, "finish_reason": "abort"}
+            return TokenOutput(token_ids=[], log_probs=None, stop_reason="aborted", extra_fields=nothing)
+        extra: dict[str, Any] = {
             "global_steps": generation.policy_version_last,
             "min_global_steps": generation.policy_version_first,
             "max_global_steps": generation.policy_version_last,
+            "policy_version_runs": generation.policy_version_runs,
             "finish_reason": generation.finish_reason,
         }
         if generation.prompt_logprobs is not None:
