@@ -172,18 +172,18 @@ async def test_environments_requests_outlast_every_kind_of_weight_update(cluster
         async with httpx.AsyncClient(base_url=gateway.url, timeout=60.0) as client:
             clients = [asyncio.ensure_future(environment(client, number)) for number in range(4)]
             for step in range(start + 1, start + 1 + steps):
-                await asyncio.sleep(0.5)
+                await _generated(cluster, 200)
                 await update(step)
                 gateway.release(step)
                 [scorers[step]] = await asyncio.to_thread(cluster.workers.weights)
                 assert (await client.get("/health")).json()["policy_version"] == step
-            await asyncio.sleep(0.3)
+            await _generated(cluster, 200)
             stop.set()
             await asyncio.gather(*clients)
         continued = gateway.engine.continued
 
     spans = [tuple(span) for _, answer in answers for span in answer["policy_versions"]]
-    assert len(answers) > 8 and continued > 0
+    assert len(answers) >= 8 and continued > 0
     assert any(first < last for first, last in spans)  # some were really on their way
     checked = 0
     for prompt, answer in answers:

@@ -26,8 +26,8 @@ import torch
 from atropos_verl.cluster.sampling_params import to_sampling_params
 from atropos_verl.errors import EngineError, GenerationRequestError
 from atropos_verl.inference.engine import FinishReason, Generation, GenerationDelta, GenerationRequest
-from atropos_verl.inference.ledger import UNKNOWN_VERSION
 from atropos_verl.inference.scheduler import EngineLimits, StopStrings, validate
+from atropos_verl.types import UNKNOWN_VERSION
 
 __all__ = ["LLMServerEngine"]
 
