@@ -160,12 +160,14 @@ def post_and_fetch(apis: dict[str, Api], groups: list[bytes], rounds: int, token
             for api in asked.values():
                 api.register(len(groups) * GROUP_SIZE, tokens)
                 api.call("GET", "/batch", **headers)  # the trainer's first poll tells what it takes
-            spent = dict.fromkeys(asked, 0.0)
+            spent: dict[str, list[float]] = {name: [] for name in asked}
             for group in groups:
                 for name, api in asked.items():
-                    spent[name] += seconds(partial(api.call, "POST", "/scored_data", group))
+                    spent[name].append(seconds(partial(api.call, "POST", "/scored_data", group)))
             for name, api in asked.items():
-                note(name, "post_packed" if wire == "packed" else "post_json", spent[name])
+                # The median POST, so that what interrupts a few of them does not decide.
+                each = statistics.median(spent[name]) * len(groups)
+                note(name, "post_packed" if wire == "packed" else "post_json", each)
                 started = time.perf_counter()
                 body = api.call("GET", "/batch", **headers)
                 note(name, f"get_{wire}", time.perf_counter() - started)

@@ -19,7 +19,6 @@ import msgspec
 
 from atropos_verl.api import packed
 from atropos_verl.server.model import StoredGroup
-from atropos_verl.server.state import State
 from atropos_verl.server.validation import CheckedGroup, Fields, KnownFields, check_group
 
 __all__ = ["Answer", "Compressor", "choose_encoding", "compressor", "json_answer", "json_parts", "pack", "packed_parts"]
@@ -59,21 +58,18 @@ def json_answer(fields: Any, status: int = 200, headers: list[tuple[bytes, bytes
 
 def json_parts(groups: Iterable[StoredGroup]) -> list[bytes]:
     """``{"batch": [...]}`` from the groups as received, in pieces that are sent one after the other."""
-    pieces = [b'{"batch":[']
+    pieces: list[bytes | memoryview] = [b'{"batch":[']
     for index, group in enumerate(groups):
-        pieces.append(b"," + group.raw if index else group.raw)
+        if index:
+            pieces.append(b",")
+        pieces += group.json_parts()
     pieces.append(b"]}")
     return list(_gathered(pieces))
 
 
-def packed_parts(groups: Iterable[StoredGroup], state: State) -> list[bytes]:
-    """The same batch in the packed wire."""
-    blobs = []
-    for group in groups:
-        if group.packed is None:
-            state.keep_packed(group, pack(check_group(group.raw)))
-        assert group.packed is not None
-        blobs.append(group.packed)
+def packed_parts(groups: Iterable[StoredGroup]) -> list[bytes]:
+    """The same batch in the packed wire; what was not packed ahead is packed now, and not kept."""
+    blobs = [pack(check_group(group.raw)) if group.packed is None else group.packed for group in groups]
     return list(_gathered(packed.join_packed(blobs)))
 
 
@@ -82,9 +78,10 @@ def pack(group: CheckedGroup) -> bytes:
     fields = group.fields
     if not isinstance(fields, KnownFields) or not _fits(fields):
         return packed.pack_json(group.raw)
+    token_ids, masks = group.arrays()
     return packed.pack_group(
-        tokens=group.token_ids,
-        masks=group.masks,
+        tokens=token_ids,
+        masks=masks,
         scores=fields.scores,
         rows={name: _rows(getattr(fields, name)) for name in _EXTRAS},
         rest={name: value for name in _FREE if (value := getattr(fields, name)) is not msgspec.UNSET},
@@ -110,8 +107,8 @@ def _rows(value: Any) -> list[list[float] | None] | None:
     return [row if isinstance(row, list) else None for row in value] if isinstance(value, list) else None
 
 
-def _gathered(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    waiting: list[bytes] = []
+def _gathered(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
+    waiting: list[bytes | memoryview] = []
     length = 0
     for piece in pieces:
         waiting.append(piece)

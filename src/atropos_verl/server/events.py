@@ -49,6 +49,7 @@ class GroupMeta(msgspec.Struct, array_like=True):
     arrived: float
     digest: bytes
     passed_over: int = 0
+    suffix: bytes = b""
 
 
 class Body(msgspec.Struct, array_like=True):

@@ -53,7 +53,7 @@ class HandOut:
             await _send_small(send, {"batch": None}, extra)
             return 200
         members = store.state.members(batch)
-        parts = packed_parts(members, store.state) if wants_packed else json_parts(members)
+        parts = packed_parts(members) if wants_packed else json_parts(members)
         tokens = sum(group.tokens for group in members)
         self._counters.happened(store.now(), batches=1)
         logger.info(

@@ -146,16 +146,19 @@ class SegmentLog:
             raise LogWriteError(self._broken)
         if self._fd is None:
             raise LogWriteError("the log is not open: rotate() first")
-        record = memoryview(_HEADER.pack(len(payload), zlib.crc32(payload)) + payload)
+        header = _HEADER.pack(len(payload), zlib.crc32(payload))
+        length = len(header) + len(payload)
         try:
-            written = 0
-            while written < len(record):
-                written += os.write(self._fd, record[written:])
+            written = os.writev(self._fd, (header, payload))  # joined, a long payload would be copied once more
+            if written < length:
+                record = memoryview(header + payload)
+                while written < length:
+                    written += os.write(self._fd, record[written:])
         except OSError as error:
             self._undo()
             reason = f"cannot write {self._path(self.segment)}: {error.strerror}; free some space in {self.directory}"
             raise LogWriteError(reason) from error
-        self.size += len(record)
+        self.size += length
         self._appended += 1
 
     def _undo(self) -> None:

@@ -108,10 +108,16 @@ class StoredGroup:
     digest: bytes
     """SHA-256 of what was received, truncated to 16 bytes."""
     raw: bytes
-    """Its JSON as received, absent fields appended as null (upstream's trainers read every key)."""
+    """Its JSON as received."""
+    suffix: bytes = b""
+    """Replaces the closing brace of ``raw`` so that every key is there (upstream's trainers read them all)."""
     packed: bytes | None = None
     """Its binary form; None until somebody wants it."""
     passed_over: int = 0
+
+    def json_parts(self) -> list[bytes | memoryview]:
+        """Its JSON with every key, in pieces: it may be long, and copying it takes time."""
+        return [memoryview(self.raw)[:-1], self.suffix] if self.suffix else [self.raw]
 
     @property
     def held_bytes(self) -> int:

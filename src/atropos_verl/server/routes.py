@@ -22,6 +22,8 @@ __all__ = ["Request", "Routes", "lease_seconds"]
 
 _T = TypeVar("_T")
 _MAX_KEY = 255
+_PACKED_SHARE = 0.2
+"""Bytes of packed groups kept ahead of need, over those received. (A packed group has about a third of its JSON.)"""
 FEATURES = ("batch_fill", "idempotency", "leases", "packed")
 """What a client may use beyond upstream's protocol; told at ``/register``."""
 _SHOWN_TEXT = 400
@@ -201,17 +203,20 @@ class Routes:
         for seq in range(first, state.next_seq):
             stored = state.groups[seq]
             checked = by_digest[stored.digest]
-            if store.wants_packed:
-                # After the answer: its sender need not wait for it.
-                asyncio.get_running_loop().call_soon(self._pack, stored, checked)
+            # After the answer, which its sender need not wait for: packing, and freeing some 50,000 numbers.
+            asyncio.get_running_loop().call_soon(self._answered, stored, checked)
             self._counters.bytes_in += len(checked.raw)
             self._counters.happened(store.now(), groups=1, tokens=checked.tokens)
             self._counters.glimpses.append(_glimpse(checked, store.now()))
         return answer
 
-    def _pack(self, stored: StoredGroup, checked: CheckedGroup) -> None:
+    def _answered(self, stored: StoredGroup, checked: CheckedGroup) -> None:
+        """Pack ahead of need while that takes little beside what was received. Holds the last reference to the
+        decoded group."""
         state = self._store.state
-        if state.groups.get(stored.seq) is stored and stored.packed is None:
+        room = _PACKED_SHARE * (state.held_bytes - state.packed_bytes) - state.packed_bytes
+        wanted = self._store.wants_packed and room > 0
+        if wanted and state.groups.get(stored.seq) is stored and stored.packed is None:
             state.keep_packed(stored, pack(checked))
 
     def _refuse_too_large(self, groups: list[CheckedGroup]) -> None:
@@ -265,7 +270,7 @@ class Routes:
 
     async def latest_example(self, request: Request) -> Answer:
         latest = self._store.state.latest
-        return json_answer(_LATEST_EXAMPLE) if latest is None else Answer(200, latest)
+        return json_answer(_LATEST_EXAMPLE) if latest is None else Answer(200, b"".join(latest.json_parts()))
 
     # --- batches that are out ----------------------------------------------------------------------------------------
 

@@ -72,7 +72,9 @@ class State:
         self.held_tokens = 0
         self.dropped: list[int] = []
         """Groups that are no longer needed; the store empties it."""
-        self.latest: bytes | None = None
+        self.packed_bytes = 0
+        """Of ``held_bytes``, those of binary forms."""
+        self.latest: StoredGroup | None = None
 
     # --- events ------------------------------------------------------------------------------------------------------
 
@@ -111,7 +113,7 @@ class State:
             self.queue.add(group)
             self._count_held(group, 1)
             self.next_seq = group.seq + 1
-            self.latest = raw
+            self.latest = group
             self._remember(group)
         self.totals["groups"] += len(event.groups)
         self.totals["sequences"] += sum(meta.size for meta in event.groups)
@@ -185,11 +187,14 @@ class State:
 
     def keep_packed(self, group: StoredGroup, packed: bytes) -> None:
         """Keep the binary form of a group; not an event, since it can be made again."""
-        self.held_bytes += len(packed) - (len(group.packed) if group.packed is not None else 0)
+        added = len(packed) - (len(group.packed) if group.packed is not None else 0)
+        self.held_bytes += added
+        self.packed_bytes += added
         group.packed = packed
 
     def _count_held(self, group: StoredGroup, sign: int) -> None:
         self.held_bytes += sign * group.held_bytes
+        self.packed_bytes += sign * (len(group.packed) if group.packed is not None else 0)
         self.held_tokens += sign * group.tokens
 
     # --- snapshots ---------------------------------------------------------------------------------------------------
@@ -233,7 +238,7 @@ class State:
         self.superseded = OrderedDict.fromkeys(saved.superseded)
         self.keys = OrderedDict((key, (digest, reply)) for key, digest, reply in saved.keys)
         self.recent = OrderedDict(((env_id, digest), at) for env_id, digest, at in saved.recent)
-        self.latest = next((group.raw for group in reversed(self.groups.values()) if group.raw), None)
+        self.latest = next((group for group in reversed(self.groups.values()) if group.raw), None)
 
 
 def _stored(meta: GroupMeta, raw: bytes) -> StoredGroup:
@@ -246,11 +251,21 @@ def _stored(meta: GroupMeta, raw: bytes) -> StoredGroup:
         digest=meta.digest,
         raw=raw,
         passed_over=meta.passed_over,
+        suffix=meta.suffix,
     )
 
 
 def _meta(group: StoredGroup) -> GroupMeta:
-    return GroupMeta(group.seq, group.env_id, group.size, group.tokens, group.arrived, group.digest, group.passed_over)
+    return GroupMeta(
+        group.seq,
+        group.env_id,
+        group.size,
+        group.tokens,
+        group.arrived,
+        group.digest,
+        group.passed_over,
+        group.suffix,
+    )
 
 
 def _saved(batch: Batch) -> SavedBatch:

@@ -154,7 +154,8 @@ class Store:
         self._check_room(fresh)
         now = self.now()
         metas = [
-            GroupMeta(self.state.next_seq + i, g.env_id, g.size, g.tokens, now, g.digest) for i, g in enumerate(fresh)
+            GroupMeta(self.state.next_seq + i, g.env_id, g.size, g.tokens, now, g.digest, suffix=g.suffix)
+            for i, g in enumerate(fresh)
         ]
         duplicates = len(groups) - len(fresh)
         answer = reply(duplicates)
