@@ -132,9 +132,17 @@ class LossConfig(_Section):
     clip_ratio_low: NonNegative = Field(0.2, description="grpo: lower clip of the ratio")
     clip_ratio_high: NonNegative = Field(0.2, description="grpo: upper clip of the ratio")
     clip_ratio_c: float = Field(3.0, gt=1, description="grpo: dual clip for negative advantages")
-    tis_cap: float | None = Field(2.0, gt=0, description="grpo: cap of the truncated importance weight; null: off")
     ppo_epochs: PositiveInt = Field(1, description="grpo: passes over one batch")
     ppo_mini_batches: PositiveInt = Field(1, description="grpo: optimiser steps per pass")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _moved(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "tis_cap" in values:
+            raise ValueError(
+                "tis_cap is off_policy.importance_cap now, for both losses; off_policy.importance=null switches it off"
+            )
+        return values
 
 
 class DataConfig(_Section):
@@ -162,6 +170,12 @@ class OffPolicyConfig(_Section):
     max_staleness: int | None = Field(
         None, ge=0, description="policy versions a group may be older than the weights it updates; null: no bound"
     )
+    importance: Literal["auto", "token", "sequence"] | None = Field(
+        "auto",
+        description="truncated importance weights of trainer over rollout policy; null: off; auto: token with "
+        "mode=overlap and with loss.type=grpo, else off",
+    )
+    importance_cap: PositiveFloat = Field(2.0, description="their upper bound")
 
 
 class GatewayConfig(_Section):
@@ -328,6 +342,14 @@ class RunConfig(_Section):
     def max_batches_offpolicy(self) -> int:
         """Batches that an environment may queue ahead of the trainer."""
         return self.env.max_batches_offpolicy or (2 if self.is_overlapped else 1)
+
+    @property
+    def importance(self) -> Literal["token", "sequence"] | None:
+        """Level of the importance weights; None: off."""
+        level = self.off_policy.importance
+        if level == "auto":
+            return "token" if self.is_overlapped or self.loss_type == "grpo" else None
+        return level
 
     @property
     def canary_threshold(self) -> float:

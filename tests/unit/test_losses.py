@@ -14,6 +14,7 @@ from atropos_verl.losses import (
     compute_advantage_weighted_sft_loss,
     linear_token_logprobs,
     lm_head,
+    summarise_importance,
     token_logprobs_from_logits,
 )
 
@@ -236,8 +237,9 @@ def test_truncated_importance_weights() -> None:
         logprobs, old, torch.ones(1, 4), torch.tensor([[0, 1, 1, 1]]), rollout_logprobs=rollout, tis_cap=4.0
     )
     assert output.loss.item() == pytest.approx(-(2 + 4 + 1) / 3)
-    assert output.metrics["tis_mean"] == pytest.approx(7 / 3)
-    assert output.metrics["tis_clipped_fraction"] == pytest.approx(1 / 3)
+    figures = summarise_importance(output.metrics)
+    assert figures["off_policy/weight_mean"] == pytest.approx(6 / 2)  # of the two that are known
+    assert figures["off_policy/clipped_share"] == pytest.approx(1 / 2)
     output.loss.backward()
     assert logprobs.grad is not None
     assert logprobs.grad[0].tolist() == pytest.approx([0, -2 / 3, -4 / 3, -1 / 3])
@@ -247,7 +249,8 @@ def test_importance_weights_need_a_cap_and_values() -> None:
     old = torch.tensor([[0.0, -1.0]])
     plain = clipped_ratio_loss(old, old, torch.ones(1, 2), torch.ones(1, 2), rollout_logprobs=old - 1)
     assert plain.loss.item() == -1.0
-    assert "tis_mean" not in plain.metrics
+    figures = summarise_importance(plain.metrics)
+    assert figures["off_policy/ratio_mean"] == pytest.approx(math.e) and "off_policy/weight_mean" not in figures
     small_cap = clipped_ratio_loss(
         old, old, torch.ones(1, 2), torch.ones(1, 2), rollout_logprobs=torch.full((1, 2), NAN), tis_cap=0.5
     )

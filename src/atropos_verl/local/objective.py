@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from atropos_verl.config import LossConfig
-from atropos_verl.losses import advantage_weighted_sft_loss, clipped_ratio_loss
+from atropos_verl.losses import advantage_weighted_sft_loss, clipped_ratio_loss, summarise_importance
+from atropos_verl.losses.importance import LARGEST
 from atropos_verl.types import LossOutput
 
 __all__ = ["LossFunction"]
@@ -24,19 +25,22 @@ class LossFunction:
     rather than through verl's return value, whose lists are joined over ranks and micro-batches without weights.
     """
 
-    def __init__(self, kind: str, config: LossConfig) -> None:
+    def __init__(self, kind: str, config: LossConfig, importance: str | None = None, cap: float = 2.0) -> None:
         self.kind = kind
         self.config = config
+        self._importance = importance
+        self._cap = cap
         self._sums: dict[str, float] = {}
-        self._weight = 0.0
+        self._weight = self._largest = 0.0
 
     def start(self) -> None:
         """Forget the metrics of the batch before."""
-        self._sums, self._weight = {}, 0.0
+        self._sums, self._weight, self._largest = {}, 0.0, 0.0
 
     def finish(self) -> dict[str, float]:
         """Mean of each metric over this rank's trained tokens."""
-        return {key: value / max(self._weight, 1.0) for key, value in self._sums.items()}
+        means = {key: value / max(self._weight, 1.0) for key, value in self._sums.items()}
+        return summarise_importance({**means, LARGEST: self._largest})
 
     def __call__(
         self, model_output: dict[str, Any], data: Any, dp_group: Any = None
@@ -47,15 +51,25 @@ class LossFunction:
         output = self._loss(logprobs, data, mask, int(data["batch_num_tokens"]))
         tokens = float(mask.sum())
         self._weight += tokens
+        self._largest = max(self._largest, output.metrics.pop(LARGEST, 0.0))
         for key, value in output.metrics.items():
             self._sums[key] = self._sums.get(key, 0.0) + value * tokens
         return output.loss * int(data["dp_size"]), {}
 
     def _loss(self, logprobs: torch.Tensor, data: Any, mask: torch.Tensor, num_loss_tokens: int) -> LossOutput:
         advantages = data["advantages"].values()
-        if self.kind == "advantage_weighted_sft":
-            return advantage_weighted_sft_loss(logprobs, advantages, mask, num_loss_tokens=num_loss_tokens)
         columns = set(data.keys())
+        offsets = data["input_ids"].offsets()
+        rollout: dict[str, Any] = {
+            "rollout_logprobs": data["rollout_logprobs"].values() if "rollout_logprobs" in columns else None,
+            "tis_cap": self._cap if self._importance else None,
+            "importance": self._importance or "token",
+            "sequence_ids": torch.repeat_interleave(
+                torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff()
+            ),
+        }
+        if self.kind == "advantage_weighted_sft":
+            return advantage_weighted_sft_loss(logprobs, advantages, mask, num_loss_tokens=num_loss_tokens, **rollout)
         old = data["old_logprobs"].values() if "old_logprobs" in columns else logprobs.detach()
         config = self.config
         return clipped_ratio_loss(
@@ -66,9 +80,8 @@ class LossFunction:
             clip_ratio_low=config.clip_ratio_low,
             clip_ratio_high=config.clip_ratio_high,
             clip_ratio_c=config.clip_ratio_c,
-            rollout_logprobs=data["rollout_logprobs"].values() if "rollout_logprobs" in columns else None,
-            tis_cap=config.tis_cap,
             num_loss_tokens=num_loss_tokens,
+            **rollout,
         )
 
 

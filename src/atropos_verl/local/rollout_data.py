@@ -116,7 +116,8 @@ def step_report(
     }
     metrics.update(data.off_policy)
     metrics.update(_per_environment(data, report))
-    metrics.update({f"actor/{key}": value for key, value in figures.items() if key not in ("tokens", "loss")})
+    own = {key: value for key, value in figures.items() if key not in ("tokens", "loss")}
+    metrics.update({key if "/" in key else f"actor/{key}": value for key, value in own.items()})
     return StepReport(step=step, policy_version=policy_version, loss=loss, metrics=metrics)
 
 

@@ -68,7 +68,9 @@ class PolicyWorker:
         self._init_process_group()
         self.rank = torch.distributed.get_rank()
         self.world_size = torch.distributed.get_world_size()
-        self.loss_function = LossFunction(config.loss_type, config.loss)
+        self.loss_function = LossFunction(
+            config.loss_type, config.loss, config.importance, config.off_policy.importance_cap
+        )
         with _verl_prints_to_log():
             self._worker = _build_worker(config, model_path)
             self._worker.set_loss_fn(self.loss_function)

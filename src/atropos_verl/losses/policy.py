@@ -11,6 +11,12 @@ from __future__ import annotations
 
 import torch
 
+from atropos_verl.losses.importance import (
+    LARGEST,
+    LOG_RATIO_BOUND,
+    importance_figures,
+    importance_weights,
+)
 from atropos_verl.types import LossOutput
 
 __all__ = [
@@ -19,9 +25,6 @@ __all__ = [
     "compute_advantage_weighted_sft_loss",
     "token_logprobs_from_logits",
 ]
-
-LOG_RATIO_BOUND = 20.0
-"""exp is taken of log ratios within ±20 only (verl's bound): beyond, float32 gradients are not usable."""
 
 
 def token_logprobs_from_logits(
@@ -54,8 +57,13 @@ def advantage_weighted_sft_loss(
     advantages: torch.Tensor,
     loss_mask: torch.Tensor,
     num_loss_tokens: int | float | torch.Tensor | None = None,
+    *,
+    rollout_logprobs: torch.Tensor | None = None,
+    tis_cap: float | None = None,
+    importance: str = "token",
+    sequence_ids: torch.Tensor | None = None,
 ) -> LossOutput:
-    """``sum(-logprob · advantage · mask) / sum(mask)``.
+    """``sum(-logprob · advantage · w · mask) / sum(mask)``, with w = 1 unless ``tis_cap`` is given.
 
     No lower bound: with a negative advantage the loss falls without end as the token's probability goes to 0, so a long
     run on much negative data can diverge. ``advantage_clipping`` bounds the weights, not the loss; the clipped-ratio
@@ -67,20 +75,31 @@ def advantage_weighted_sft_loss(
         loss_mask: [...]; not 0 = trained. In ``[B, L]`` column 0 is never trained, whatever the mask says. A packed
             [N] mask must itself leave out the first token of each sequence (``build_samples`` does).
         num_loss_tokens: the denominator, trained tokens of the global batch. None: those of this mask.
+        rollout_logprobs: [...] of the policy that sampled; NaN = no value. With them the ``importance/*`` means are
+            measured (``losses.importance``).
+        tis_cap: cap of the truncated importance weights w of trainer (these logprobs, without gradient) over rollout
+            policy; None: w = 1. importance, sequence_ids: see ``importance_weights``.
 
     Returns:
         ``loss`` [] float32 or float64. No trained token: exactly 0, with a graph whose gradients are 0.
         ``metrics``: means over this call's trained tokens.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or those of ``importance_weights``.
     """
     mask = _trained(loss_mask, logprobs, advantages)
     logprobs = _masked(_at_least_float32(logprobs), mask)
     weights = _masked(advantages.detach().to(logprobs), mask)
+    figures = {"logprob_mean": logprobs.detach(), "advantage_mean": weights}
+    if rollout_logprobs is not None:
+        importances, measured = _importance(
+            logprobs.detach(), rollout_logprobs, mask, importance, tis_cap, sequence_ids
+        )
+        figures |= measured
+        if importances is not None:
+            weights = weights * importances
     loss = -(logprobs * weights).sum() / _denominator(mask, num_loss_tokens)
-    metrics = _means({"logprob_mean": logprobs.detach(), "advantage_mean": weights}, mask)
-    return LossOutput(loss=loss, metrics=metrics)
+    return LossOutput(loss=loss, metrics=_means(figures, mask))
 
 
 def compute_advantage_weighted_sft_loss(
@@ -125,6 +144,8 @@ def clipped_ratio_loss(
     clip_ratio_c: float = 3.0,
     rollout_logprobs: torch.Tensor | None = None,
     tis_cap: float | None = None,
+    importance: str = "token",
+    sequence_ids: torch.Tensor | None = None,
     num_loss_tokens: int | float | torch.Tensor | None = None,
 ) -> LossOutput:
     """PPO's clipped objective with dual clip, mean over trained tokens; what GRPO trains with.
@@ -135,10 +156,9 @@ def clipped_ratio_loss(
         loss_t  = min(clipped, -A·c) where A < 0, else clipped          (dual clip, arXiv 1912.09729)
         loss    = sum(loss_t · w · mask) / num_loss_tokens
 
-    as verl 0.9.1 (``core_algos.compute_policy_loss_vanilla``, token-mean). ``w`` is the truncated importance weight
-    ``min(exp(clamp(old - rollout, ±20)), tis_cap)``, without gradient, which corrects for an inference engine whose
-    logprobs are not the trainer's; 1 where the rollout logprob is NaN (no value), where ``rollout_logprobs`` is None
-    or ``tis_cap`` is None.
+    as verl 0.9.1 (``core_algos.compute_policy_loss_vanilla``, token-mean). ``w`` is the truncated importance weight of
+    ``old`` over the rollout policy (``importance_weights``), without gradient, which corrects for rollouts of older
+    weights and for an engine whose logprobs are not the trainer's; 1 where ``rollout_logprobs`` or ``tis_cap`` is None.
 
     Args:
         logprobs: [...] with a graph. old_logprobs: [...] of the policy before this batch's updates.
@@ -147,8 +167,8 @@ def clipped_ratio_loss(
 
     Returns:
         ``metrics``, means over this call's trained tokens: ``ratio_mean``, ``clip_fraction`` (clipped above or below),
-        ``clip_fraction_dual``, ``approx_kl`` (Schulman's k3, ``r - 1 - log r``, of old to new); with weights also
-        ``tis_mean`` and ``tis_clipped_fraction``.
+        ``clip_fraction_dual``, ``approx_kl`` (Schulman's k3, ``r - 1 - log r``, of old to new); with rollout logprobs
+        also ``importance/*`` (``losses.importance``).
 
     Raises:
         ValueError: shapes differ, or ``clip_ratio_c <= 1``, a negative clip ratio, or ``tis_cap <= 0``.
@@ -174,10 +194,11 @@ def clipped_ratio_loss(
         "clip_fraction_dual": ((clipped > dual) & (advantages < 0)).to(ratio),
         "approx_kl": ratio - 1 - log_ratio,
     }
-    if rollout_logprobs is not None and tis_cap is not None:
-        weights, capped = _importance_weights(old, rollout_logprobs, mask, tis_cap)
-        losses = losses * weights
-        figures |= {"tis_mean": weights, "tis_clipped_fraction": capped.to(ratio)}
+    if rollout_logprobs is not None:
+        weights, measured = _importance(old, rollout_logprobs, mask, importance, tis_cap, sequence_ids)
+        figures |= measured
+        if weights is not None:
+            losses = losses * weights
     loss = _masked(losses, mask).sum() / _denominator(mask, num_loss_tokens)
     return LossOutput(loss=loss, metrics=_means(figures, mask))
 
@@ -185,21 +206,19 @@ def clipped_ratio_loss(
 # ---------------------------------------------------------------------- parts
 
 
-def _importance_weights(
-    old: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor, cap: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Truncated weights [...] and where they were truncated [...]."""
-    if not cap > 0:
-        raise ValueError(f"tis_cap = {cap}: must be above 0")
-    if rollout.shape != old.shape:
-        raise ValueError(f"rollout_logprobs {tuple(rollout.shape)} must have the shape of logprobs {tuple(old.shape)}")
-    rollout = rollout.detach().to(old)
-    known = mask & ~rollout.isnan()
-    log_weights = torch.where(known, old - rollout, torch.zeros_like(old))
-    weights = log_weights.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
-    capped = known & (weights > cap)
-    # A token without a rollout logprob keeps weight 1, also where the cap is below 1.
-    return torch.where(capped, torch.full_like(weights, cap), weights), capped
+def _importance(
+    old: torch.Tensor,
+    rollout: torch.Tensor,
+    mask: torch.Tensor,
+    level: str,
+    cap: float | None,
+    sequence_ids: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+    """Weights [...] (None without a cap), and figures for ``_means``."""
+    if cap is None:
+        return None, importance_figures(old, rollout, mask)
+    weights = importance_weights(old, rollout, mask, level=level, cap=cap, sequence_ids=sequence_ids)
+    return weights[0], importance_figures(old, rollout, mask, weights)
 
 
 def _trained(loss_mask: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
@@ -227,9 +246,14 @@ def _denominator(mask: torch.Tensor, num_loss_tokens: int | float | torch.Tensor
 
 
 def _means(figures: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, float]:
-    """Mean of each over the trained tokens (0 without any), fetched from the device in one go."""
+    """Mean of each over the trained tokens (0 without any), fetched from the device in one go. ``LARGEST`` stays."""
     count = mask.sum().clamp(min=1)
-    values = torch.stack([_masked(value.detach(), mask).sum() / count for value in figures.values()]).tolist()
+    values = torch.stack(
+        [
+            value.detach() if name == LARGEST else _masked(value.detach(), mask).sum() / count
+            for name, value in figures.items()
+        ]
+    ).tolist()
     return dict(zip(figures, values, strict=True))
 
 

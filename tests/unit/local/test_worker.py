@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -110,14 +111,61 @@ def test_micro_batches_do_not_change_the_loss(model_path: Path) -> None:
 
 def test_grpo_with_several_updates_uses_old_logprobs(model_path: Path) -> None:
     samples = random_samples(8, vocab_size=200, seed=4)
-    settings = {"loss": {"type": "grpo", "ppo_epochs": 2, "ppo_mini_batches": 2, "tis_cap": None}}
+    settings = {"loss": {"type": "grpo", "ppo_epochs": 2, "ppo_mini_batches": 2}, "off_policy": {"importance": None}}
     worker = _worker(model_path, **settings)
     output = worker.train(samples)
-    ratios = [value for key, value in output.metrics.items() if "ratio" in key and "clip" not in key]
     # The first of the four updates is on-policy (ratio 1); later ones are not, so the mean is near but not 1.
-    assert ratios
-    assert 0.5 < ratios[0] < 2.0
-    assert ratios[0] != pytest.approx(1.0, abs=1e-9)
+    ratio = output.metrics["ratio_mean"]
+    assert 0.5 < ratio < 2.0
+    assert ratio != pytest.approx(1.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["advantage_weighted_sft", "grpo"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_weights_through_verls_engine(model_path: Path, loss: str, level: str) -> None:
+    """Loss and figures of a whole step, in several micro-batches, against float64 from the rollouts' own logprobs."""
+    samples = random_samples(8, vocab_size=200, seed=8)
+    rng = np.random.default_rng(8)
+    settings = {
+        "loss": {"type": loss},
+        "off_policy": {"importance": level, "importance_cap": 1.1},
+        "trainer": {"device": "cpu", "max_token_len_per_gpu": 48},
+    }
+    worker = _worker(model_path, **settings)
+    current = worker.compute_logprobs(samples)
+    # Rollouts of a policy near by; some values missing, one sequence without any.
+    shifts = [np.where(rng.random(len(s)) < 0.2, np.nan, rng.normal(0, 0.1, len(s))) for s in samples]
+    samples = [
+        replace(s, rollout_logprobs=None if i == 3 else c - d)
+        for i, (s, c, d) in enumerate(zip(samples, current, shifts, strict=True))
+    ]
+    tokens, total, ratios, weights, clipped, k3 = 0, 0.0, list[float](), list[float](), 0, list[float]()
+    for i, (sample, logprobs, shift) in enumerate(zip(samples, current, shifts, strict=True)):
+        trained = np.flatnonzero(sample.loss_mask)
+        logs = {int(t): float(shift[t]) for t in trained if i != 3 and not np.isnan(shift[t])}
+        for t in map(int, trained):
+            raw = math.exp(sum(logs.values())) if level == "sequence" else math.exp(logs.get(t, 0.0))
+            weight = min(raw, 1.1) if (logs if level == "sequence" else t in logs) else 1.0
+            value = -logprobs[t] if loss == "advantage_weighted_sft" else -1.0  # grpo: ratio 1 on the first update
+            total += value * sample.advantages[t] * weight
+            tokens += 1
+            if t in logs:
+                ratios.append(math.exp(logs[t]))
+                weights.append(weight)
+                clipped += raw > 1.1
+                k3.append(math.exp(logs[t]) - 1 - logs[t])
+    output = worker.train(samples)
+    assert output.loss == pytest.approx(total / tokens, rel=1e-4)
+    found = {key.removeprefix("off_policy/"): value for key, value in output.metrics.items() if "off_policy" in key}
+    assert found["ratio_mean"] == pytest.approx(np.mean(ratios), rel=1e-4)
+    assert found["kl_k3"] == pytest.approx(np.mean(k3), rel=1e-2, abs=1e-6)
+    assert found["weight_mean"] == pytest.approx(np.mean(weights), rel=1e-4)
+    assert found["clipped_share"] == pytest.approx(clipped / len(weights))
+    effective = np.mean(weights) ** 2 / np.mean(np.square(weights))
+    assert found["effective_sample_size"] == pytest.approx(effective, rel=1e-4)
+    assert found["known_logprob_share"] == pytest.approx(len(weights) / tokens)
+    largest = max(abs(math.log(ratio)) for ratio in ratios)
+    assert found["log_ratio_max_abs"] == pytest.approx(largest, rel=1e-3)
 
 
 def test_checkpoint_restores_weights_and_optimiser(model_path: Path, tmp_path: Path) -> None:
