@@ -20,7 +20,8 @@ from support.tiny_model import build_tiny_model
 from atropos_verl.errors import ServiceError, WeightSyncError
 from atropos_verl.types import StepReport
 
-OVERLAP: dict[str, Any] = {"mode": "overlap"}
+OVERLAP: dict[str, Any] = {"mode": "overlap", "off_policy": {"importance": None}}
+"""Importance weights would be on: the same training needs the same loss."""
 
 
 @pytest.fixture(scope="module")
