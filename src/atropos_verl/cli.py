@@ -13,6 +13,7 @@ __all__ = ["main"]
 _TRAIN_HELP = "train a policy on an Atropos environment; key=value settings as in verl (train --help lists them)"
 _SERVE_HELP = "serve the trajectory API that environments post to and a trainer fetches batches from"
 _LAUNCH_HELP = "start and watch everything of a run: API, trainer, environments (launch --help lists the settings)"
+_DOCTOR_HELP = "say what this machine can run and what is missing, before anything slow starts"
 _INSPECT_HELP = "show what the trainer would see in a batch, groups, a quarantine file, or at an API"
 _REPORT_HELP = "show what came of a run, or compare several; --html FILE writes a page with every curve"
 
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(options)
     if options.command == "report":
         return _report(options)
+    if options.command == "doctor":
+        return _doctor(options)
     return _inspect(options)
 
 
@@ -57,6 +60,11 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         from atropos_verl.server.main import add_arguments as add_server_arguments
 
         add_server_arguments(serve)
+    doctor = commands.add_parser("doctor", help=_DOCTOR_HELP, description=_DOCTOR_HELP)
+    if words[:1] == ["doctor"]:
+        from atropos_verl.doctor.main import add_arguments as add_doctor_arguments
+
+        add_doctor_arguments(doctor)
     inspect = commands.add_parser("inspect", help=_INSPECT_HELP, description=_INSPECT_HELP)
     if words[:1] == ["inspect"]:  # its options come with numpy and the decoder of groups
         from atropos_verl.report.inspect import add_arguments
@@ -68,6 +76,13 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
         add_report_arguments(report)
     return parser
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from atropos_verl.doctor.main import run
+    from atropos_verl.launcher import load_subject
+
+    return run(options, load_subject)
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -14,17 +14,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from atropos_verl.config import RunConfig, apply_environment
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
-from atropos_verl.launch.launch_config import MOVED, LaunchConfig, describe_launch
+from atropos_verl.launch.launch_config import MOVED, EnvironmentConfig, LaunchConfig, describe_launch
 from atropos_verl.launch.readiness import free_port
 from atropos_verl.launch.rundir import prepare_run_dir
 from atropos_verl.launch.spec import Addresses, LaunchPlan, make_plan
 from atropos_verl.launch.supervisor import Supervisor
 
-__all__ = ["build_plan", "load_launch", "main"]
+if TYPE_CHECKING:
+    from atropos_verl.doctor.main import Subject
+
+__all__ = ["build_plan", "load_launch", "load_subject", "main"]
 
 logger = logging.getLogger(__name__)
 
@@ -103,14 +106,31 @@ def load_launch(
     return RunConfig.from_mapping(values), launch
 
 
+def load_subject(words: Sequence[str], config_dir: Path | None, config_name: str | None) -> Subject:
+    """What ``doctor`` looks at: the keys of ``train`` and of ``launch``. Raises ``ConfigError``."""
+    from atropos_verl.doctor.main import Subject
+
+    shipped = Path(__file__).resolve().parents[2] / "recipe" / "atropos" / "config"
+    directory = config_dir or (shipped if shipped.is_dir() else None)
+    name = config_name or ("local_demo" if directory == shipped else None)
+    config, launch = load_launch(words, directory, name)
+    if config.env.script is not None or config.env.python is not None:  # main_atropos.py's one environment
+        one = EnvironmentConfig(script=config.env.script, python=config.env.python, args=config.env.args)
+        launch = launch.model_copy(update={"environments": {"environment": one}, "envs": None})
+    return Subject(config=config, launch=launch, backend=launch.backend)
+
+
 def build_plan(config: RunConfig, launch: LaunchConfig) -> LaunchPlan:
     """Choose ports, hand addresses and keys over, and list what is started. Starts nothing.
 
     Raises:
         ConfigError: parts that are not started here have no URL; a fixed port is taken; see ``make_plan``.
     """
+    from atropos_verl.doctor.model import check_vocabulary
     from atropos_verl.launch.startup import resolve_model_path
 
+    model_path = resolve_model_path(config)
+    check_vocabulary(config, model_path)
     own_api = config.atropos.api_url is None and launch.starts("api")
     if config.atropos.api_url is None and not launch.starts("api"):
         raise ConfigError("give the URL of the API that runs elsewhere (or ATROPOS_API_URL)", "atropos.api_url")
@@ -140,7 +160,7 @@ def build_plan(config: RunConfig, launch: LaunchConfig) -> LaunchPlan:
         gateway_port=gateway_port,
         own_api=own_api,
     )
-    return make_plan(filled, launch, run_dir=run_dir, model_path=resolve_model_path(config), addresses=addresses)
+    return make_plan(filled, launch, run_dir=run_dir, model_path=model_path, addresses=addresses)
 
 
 def _port(host: str, port: int, key: str) -> int:

@@ -24,6 +24,7 @@ __all__ = [
     "evaluation_spec",
     "interpreter",
     "plan_environments",
+    "program_of",
 ]
 
 CHILD_ENV: Mapping[str, str] = {
@@ -78,7 +79,7 @@ def plan_environments(config: RunConfig, launch: LaunchConfig, *, site: Site, ow
         warnings.append(_TOKEN)
     services: list[PlannedEnvironment] = []
     for name, settings in chosen.items():
-        warnings += _trap_warnings(name, _program(name, settings), settings)
+        warnings += _trap_warnings(name, program_of(name, settings), settings)
         for copy in range(1, settings.copies + 1):
             process = name if copy == 1 else f"{name}-{copy}"
             spec = _serve_spec(config, name, settings, process, allocations[name], site)
@@ -144,7 +145,7 @@ def _spec(
 ) -> ServiceSpec:
     return ServiceSpec(
         name=process,
-        command=(interpreter(settings.python, f"environments.{name}.python"), *_program(name, settings), *words),
+        command=(interpreter(settings.python, f"environments.{name}.python"), *program_of(name, settings), *words),
         env={**CHILD_ENV, **variables, **settings.env},
         cwd=_directory(name, settings, site.run_dir),
         log_path=site.run_dir / "logs" / f"{process}.1.log",
@@ -170,7 +171,8 @@ def _private(
 # ---------------------------------------------------------------------- the command line
 
 
-def _program(name: str, settings: EnvironmentConfig) -> tuple[str, ...]:
+def program_of(name: str, settings: EnvironmentConfig) -> tuple[str, ...]:
+    """``(script,)`` or ``("-m", module)``. Raises ``ConfigError`` when the script does not exist."""
     if settings.module is not None:
         return ("-m", settings.module)
     if settings.script is None:

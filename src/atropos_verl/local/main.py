@@ -142,10 +142,12 @@ class _Run:
 
     def _check_what_it_needs(self) -> Path:
         """Everything that can be known to be wrong before a file is made, a process started or torch imported."""
+        from atropos_verl.doctor.model import check_vocabulary
         from atropos_verl.launch.plan import env_script
         from atropos_verl.local.checkpoint import find_checkpoint
 
         model_path = resolve_model_path(self.config)
+        check_vocabulary(self.config, model_path)
         find_checkpoint(self.run_dir, self.config.resume)
         if not self.config.is_attached:
             env_script(self.config)
