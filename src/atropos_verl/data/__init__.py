@@ -10,7 +10,7 @@ from atropos_verl.data.batching import (
     make_training_batch,
     split_for_ranks,
 )
-from atropos_verl.data.samples import build_samples, collect_samples
+from atropos_verl.data.samples import build_samples, collect_samples, sample_settings
 from atropos_verl.data.statistics import RunningMoments
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "group_advantages",
     "make_packed_batch",
     "make_training_batch",
+    "sample_settings",
     "split_for_ranks",
 ]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from atropos_verl.config import RunConfig
 from atropos_verl.data.advantages import (
     ESTIMATORS,
     NORMALIZATIONS,
@@ -41,7 +42,7 @@ from atropos_verl.types import (
     TrainingSample,
 )
 
-__all__ = ["build_samples", "collect_samples"]
+__all__ = ["build_samples", "collect_samples", "sample_settings"]
 
 logger = logging.getLogger(__name__)
 
@@ -246,3 +247,19 @@ def _check_settings(settings: SampleSettings) -> None:
         low, high = settings.clipping
         if not low <= high:  # False for NaN too
             raise ConfigError(f"[{low}, {high}] is not a range", "clipping")
+
+
+def sample_settings(config: RunConfig, vocab_size: int | None) -> SampleSettings:
+    """How a run's configuration wants groups to become samples."""
+    return SampleSettings(
+        vocab_size=vocab_size,
+        max_token_len=config.max_token_len,
+        estimator=config.algorithm.adv_estimator,
+        normalization=config.advantage_normalization,
+        clipping=config.advantage_clipping,
+        overlong=config.data.overlong,
+        on_bad_group=config.data.on_bad_group,
+        default_temperature=config.data.default_temperature,
+        norm_adv_by_std_in_grpo=config.algorithm.norm_adv_by_std_in_grpo,
+        ignore_fields=config.data.ignore_fields,
+    )

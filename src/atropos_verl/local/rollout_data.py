@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from atropos_verl.api.journal import JournalEntry
-from atropos_verl.config import RunConfig
 from atropos_verl.off_policy import BatchMatches
-from atropos_verl.types import SampleReport, SampleSettings, ScoredGroup, StepReport
+from atropos_verl.types import SampleReport, ScoredGroup, StepReport
 from atropos_verl.weight_sync import SyncReport
 
-__all__ = ["RolloutData", "RunTotals", "sample_settings", "step_report"]
+__all__ = ["RolloutData", "RunTotals", "step_report"]
 
 
 @dataclass
@@ -51,22 +50,6 @@ class RunTotals:
         self.groups_used += report.groups
         self.groups_quarantined += len(report.quarantined)
         self.sequences_dropped_overlong += report.dropped_overlong
-
-
-def sample_settings(config: RunConfig, vocab_size: int | None) -> SampleSettings:
-    """How a run's configuration wants groups to become samples."""
-    return SampleSettings(
-        vocab_size=vocab_size,
-        max_token_len=config.max_token_len,
-        estimator=config.algorithm.adv_estimator,
-        normalization=config.advantage_normalization,
-        clipping=config.advantage_clipping,
-        overlong=config.data.overlong,
-        on_bad_group=config.data.on_bad_group,
-        default_temperature=config.data.default_temperature,
-        norm_adv_by_std_in_grpo=config.algorithm.norm_adv_by_std_in_grpo,
-        ignore_fields=config.data.ignore_fields,
-    )
 
 
 def step_report(

@@ -26,12 +26,12 @@ from atropos_verl.api.journal import BatchJournal
 from atropos_verl.api.leased_batches import HeldBatch, LeasedBatches
 from atropos_verl.api.wire import decode_batch
 from atropos_verl.config import RunConfig, apply_environment
-from atropos_verl.data import RunningMoments, build_samples
+from atropos_verl.data import RunningMoments, build_samples, sample_settings
 from atropos_verl.data.off_policy import staleness_metrics
 from atropos_verl.errors import AtroposProtocolError, ConfigError, DataError
 from atropos_verl.launch.startup import resolve_model_path
 from atropos_verl.local.interrupts import held_interrupts
-from atropos_verl.local.rollout_data import RolloutData, RunTotals, sample_settings, step_report
+from atropos_verl.local.rollout_data import RolloutData, RunTotals, step_report
 from atropos_verl.local.stack import LocalStack, padded_rows
 from atropos_verl.off_policy import OffPolicyBook
 from atropos_verl.report.quarantine import QuarantineStore

@@ -1,0 +1,370 @@
+"""``TrajectoryFeed``: batches of the trajectory API, leased, validated and put into TransferQueue, slot by slot.
+
+It runs in a thread of the task runner. The trainer asks for slots; each is filled with one batch of the API, or with
+several where groups were too old to be trained on (``off_policy.max_staleness``). What a slot holds is acked when the
+trainer says that a step consumed it.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from atropos_verl.api.journal import JournalEntry
+from atropos_verl.api.leased_batches import HeldBatch, LeasedBatches
+from atropos_verl.api.wire import decode_batch
+from atropos_verl.cluster.transfer import Rows, has_rollout_logprobs, make_rows, versions_of
+from atropos_verl.data import collect_samples
+from atropos_verl.data.advantages import SequenceAdvantage
+from atropos_verl.data.off_policy import staleness_metrics
+from atropos_verl.errors import AtroposHTTPStatusError, AtroposProtocolError, AtroposTimeoutError, DataError
+from atropos_verl.off_policy import OffPolicyBook
+from atropos_verl.report.quarantine import QuarantineStore
+from atropos_verl.types import QuarantinedGroup, SampleSettings, ScoredGroup, TrainingSample
+
+__all__ = ["FeedSettings", "Slot", "SlotStore", "TrajectoryFeed"]
+
+logger = logging.getLogger(__name__)
+
+_MOST_LOST_BATCHES = 5
+"""Answers of 500 to GET /batch in a row after which the API is taken to be broken."""
+
+
+class SlotStore(Protocol):
+    """Where filled slots go: TransferQueue, or a list in a test."""
+
+    def running(self, uid: str) -> None: ...
+
+    def put(self, uid: str, rows: Rows) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedSettings:
+    """What the feed needs to know of a run."""
+
+    samples: SampleSettings
+    batch_size: int
+    """Sequences that a full batch holds."""
+    temperature: float
+    """verl computes logprobs of a step at one temperature: ``rollout.temperature``."""
+    needs_logprobs: bool
+    """Rollout correction is on: a group without ``inference_logprobs`` cannot be trained on."""
+    first_batch_timeout: float
+    """Seconds until an environment that was started here must have sent its first batch."""
+    rollout_timeout: float
+    max_wait_time: float
+
+
+@dataclass
+class Slot:
+    """One batch on its way through a step."""
+
+    uid: str
+    global_steps: int
+    entries: list[JournalEntry] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    env_scores: dict[int, list[float]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    """groups, sequences, quarantined, dropped_overlong, truncated, stale, surplus, untrained, trained_tokens."""
+    off_policy: dict[str, float | int | None] = field(default_factory=dict)
+    """Figures of the ledger's look-up, and of staleness."""
+    wait_seconds: float = 0.0
+
+    def add(self, name: str, number: int) -> None:
+        self.counts[name] = self.counts.get(name, 0) + number
+
+
+class TrajectoryFeed:
+    """Fills slots in the order in which they were asked for.
+
+    Args:
+        batches: journal and leases; ``replay`` puts what an earlier process left in front.
+        store: where rows go.
+        book: who wrote what, by the gateway's ledger.
+        served_version: the policy version that is being served now.
+        should_stop: called while waiting for a batch; what it raises ends the feed.
+    """
+
+    def __init__(
+        self,
+        settings: FeedSettings,
+        batches: LeasedBatches,
+        quarantine: QuarantineStore,
+        store: SlotStore,
+        book: OffPolicyBook,
+        *,
+        served_version: Callable[[], int],
+        should_stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.settings = settings
+        self.batches = batches
+        self.quarantine = quarantine
+        self.store = store
+        self.book = book
+        self.served_version = served_version
+        self.failure: BaseException | None = None
+        self.slots: dict[str, Slot] = {}
+        self.discarded: dict[str, int] = {}
+        """Of batches that held nothing to train on: what they held."""
+        self._early: list[HeldBatch] = []
+        self._wanted: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
+        self._settled: queue.SimpleQueue[tuple[list[JournalEntry], int]] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._outside = should_stop
+        self._thread = threading.Thread(target=self._run, name="trajectory-feed", daemon=True)
+        self._had_batch = False
+
+    # ------------------------------------------------------------------ the trainer's side
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def replay(self, held: Sequence[HeldBatch]) -> None:
+        """Put batches in front of what the API delivers. Before ``start``."""
+        self._early.extend(held)
+
+    def request(self, uid: str, global_steps: int) -> None:
+        """Fill a slot; returns at once."""
+        self._wanted.put(Slot(uid, global_steps))
+
+    def check(self) -> None:
+        """Raise what ended the feed."""
+        if self.failure is not None:
+            raise self.failure
+
+    def trained(self, uids: Sequence[str], step: int) -> list[Slot]:
+        """Durably note that ``step`` consumed these slots. Returns them; ``acknowledge`` follows the weight sync."""
+        done = [self.slots[uid] for uid in uids]
+        for slot in done:
+            for entry in slot.entries:
+                self.batches.trained(entry, step)
+        return done
+
+    def acknowledge(self, slots: Sequence[Slot], covered_step: int = 0) -> None:
+        """The API may forget these batches, and the journal those that steps up to ``covered_step`` consumed (a
+        checkpoint holds their effect). Done by the feed's thread, which owns the connection."""
+        for slot in slots:
+            self.slots.pop(slot.uid, None)
+        self._settled.put(([entry for slot in slots for entry in slot.entries], covered_step))
+        self._wake()
+
+    def evicted(self, uids: set[str]) -> None:
+        """verl dropped these slots as too old: nobody will train on them, and the API need not keep them."""
+        slots = [self.slots[uid] for uid in uids if uid in self.slots]
+        for slot in slots:
+            logger.warning(
+                "a batch of %d sequences is left out: older than trainer.v1.sampler.max_off_policy_threshold",
+                slot.counts.get("sequences", 0),
+            )
+            for entry in slot.entries:
+                self.batches.trained(entry, slot.global_steps)
+        self.acknowledge(slots)
+
+    def stop(self, timeout: float = 30.0) -> None:
+        """End the thread; untrained batches go back to an API that can take them. Idempotent."""
+        self._stopping.set()
+        self._wake()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    # ------------------------------------------------------------------ the thread
+
+    def _wake(self) -> None:
+        self._wanted.put(None)
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                slot = self._wanted.get()
+                self._settle()
+                if slot is not None and not self._stopping.is_set():
+                    self._fill(slot)
+            self._settle()
+            self._give_back()
+        except _StoppedError:
+            self._settle()
+            self._give_back()
+        except BaseException as error:
+            self.failure = error
+            logger.exception("the trajectory feed has ended")
+
+    def _settle(self) -> None:
+        while not self._settled.empty():
+            entries, covered_step = self._settled.get()
+            for entry in entries:
+                self.batches.ack(entry)
+            self.batches.discard_through(covered_step)
+
+    def _give_back(self) -> None:
+        untrained = [entry for slot in self.slots.values() for entry in slot.entries]
+        for entry in [*untrained, *(held.entry for held in self._early)]:
+            if entry.step is None:
+                self.batches.release(entry)
+        self.slots.clear()
+        self._early.clear()
+
+    def _while_waiting(self) -> None:
+        if self._stopping.is_set():
+            raise _StoppedError
+        self._settle()
+        self._outside()
+
+    def _fill(self, slot: Slot) -> None:
+        self.store.running(slot.uid)
+        self.slots[slot.uid] = slot
+        started = time.monotonic()
+        found = _Collected()
+        while found.sequences < self.settings.batch_size:
+            held, is_replay = self._next()
+            slot.entries.append(held.entry)
+            self._collect(self._decode(held), held.entry, is_replay, slot, found)
+            if self.book.config.max_staleness is None and found.trained_sequences:
+                break  # the API's batches are whole; a smaller one is trained as it is
+        found.trim(self.settings.batch_size, slot)
+        slot.wait_seconds = time.monotonic() - started
+        served = self.served_version()
+        slot.off_policy |= staleness_metrics(found.samples, served)
+        rows = make_rows(
+            slot.uid,
+            found.samples,
+            found.advantages,
+            [versions_of(sample, served) for sample in found.samples],
+            global_steps=slot.global_steps,
+            group_sizes=found.group_sizes,
+        )
+        slot.add("sequences", len(rows.rows))
+        slot.add("untrained", rows.untrained)
+        slot.add("trained_tokens", rows.trained_tokens)
+        self.store.put(slot.uid, rows)
+
+    def _next(self) -> tuple[HeldBatch, bool]:
+        """The next batch, and whether an earlier process had it."""
+        if self._early:
+            return self._early.pop(0), True
+        settings = self.settings
+        limit = settings.rollout_timeout if self._had_batch else settings.first_batch_timeout
+        deadline = time.monotonic() + limit
+        lost = 0
+        while True:
+            try:
+                held = self.batches.fetch(settings.max_wait_time, self._while_waiting)
+            except AtroposTimeoutError as error:
+                if time.monotonic() >= deadline:
+                    raise
+                logger.info("%s", error.reason)
+            except AtroposHTTPStatusError as error:
+                # Upstream encodes a batch after taking it off its queue: one NaN in it gives 500, and it is gone.
+                lost += 1
+                if error.status_code != 500 or lost > _MOST_LOST_BATCHES or time.monotonic() >= deadline:
+                    raise
+                logger.warning("%s: the API lost a batch; going on", error.reason)
+            else:
+                self._had_batch = True
+                return held, False
+
+    def _decode(self, held: HeldBatch) -> list[ScoredGroup]:
+        try:
+            return decode_batch(held.body)
+        except AtroposProtocolError as error:
+            group = ScoredGroup(
+                token_ids=(), masks=(), scores=np.zeros(0), group_id=held.entry.path.stem, raw=held.body
+            )
+            self._put_away(QuarantinedGroup(group=group, reason=error.reason))
+            return []
+
+    def _put_away(self, bad: QuarantinedGroup) -> None:
+        path = self.quarantine.put(bad)
+        logger.warning("group quarantined: %s (%s)", bad.reason, path)
+
+    def _collect(
+        self, groups: list[ScoredGroup], entry: JournalEntry, is_replay: bool, slot: Slot, into: _Collected
+    ) -> None:
+        look_up = self.book.recall if is_replay else self.book.look_up_and_keep
+        applied = self.book.apply(groups, look_up(groups, self.batches.journal, entry), self.served_version())
+        slot.off_policy |= applied.figures
+        slot.add("stale", applied.stale_groups)
+        report, advantages = collect_samples(applied.groups, self.settings.samples)
+        bad = {found.group.group_id for found in report.quarantined}
+        for found in report.quarantined:
+            self._put_away(found)
+        for group in applied.groups:
+            if group.group_id in bad:
+                continue
+            members = [i for i, sample in enumerate(report.samples) if sample.group_id == group.group_id]
+            reason = self._refuses(report.samples, members)
+            if reason is None:
+                into.add(group, [report.samples[i] for i in members], [advantages[i] for i in members])
+            elif self.settings.samples.on_bad_group == "error":
+                raise DataError(reason)
+            else:
+                bad.add(group.group_id)
+                self._put_away(QuarantinedGroup(group=group, reason=reason))
+        slot.add("quarantined", len(bad))
+        slot.add("dropped_overlong", report.dropped_overlong)
+        slot.add("truncated", report.truncated)
+
+    def _refuses(self, samples: Sequence[TrainingSample], members: Sequence[int]) -> str | None:
+        for i in members:
+            sample = samples[i]
+            if sample.temperature != self.settings.temperature:
+                return (
+                    f"group {sample.group_id} was sampled at temperature {sample.temperature:g}, but verl computes "
+                    f"logprobs at actor_rollout_ref.rollout.temperature={self.settings.temperature:g}; make them equal"
+                )
+            if self.settings.needs_logprobs and not has_rollout_logprobs(sample):
+                return (
+                    f"group {sample.group_id} has no inference_logprobs for every trained token, which "
+                    "algorithm.rollout_correction needs; switch it off, or have the environment send them"
+                )
+        return None
+
+
+@dataclass
+class _Collected:
+    """Groups of one slot so far."""
+
+    samples: list[TrainingSample] = field(default_factory=list)
+    advantages: list[SequenceAdvantage] = field(default_factory=list)
+    groups: list[tuple[ScoredGroup, int]] = field(default_factory=list)
+    """Each with the number of its samples."""
+    sequences: int = 0
+    """As the environments sent them, overlong ones included."""
+
+    @property
+    def trained_sequences(self) -> int:
+        return sum(bool(sample.loss_mask.any()) for sample in self.samples)
+
+    @property
+    def group_sizes(self) -> dict[str, int]:
+        return {group.group_id: len(group) for group, _ in self.groups}
+
+    def add(self, group: ScoredGroup, samples: list[TrainingSample], advantages: list[SequenceAdvantage]) -> None:
+        self.groups.append((group, len(samples)))
+        self.sequences += len(group)
+        self.samples += samples
+        self.advantages += advantages
+
+    def trim(self, batch_size: int, slot: Slot) -> None:
+        """Leave out whole groups above ``batch_size`` sequences: verl would make a second optimiser step of them."""
+        while self.sequences > batch_size and len(self.groups) > 1:
+            group, count = self.groups.pop()
+            self.sequences -= len(group)
+            keep = len(self.samples) - count
+            del self.samples[keep:], self.advantages[keep:]
+            slot.add("surplus", 1)
+        for group, _ in self.groups:
+            slot.scores += [float(score) for score in group.scores]
+            if group.env_id is not None:
+                slot.env_scores.setdefault(group.env_id, []).extend(float(score) for score in group.scores)
+        slot.add("groups", len(self.groups))
+
+
+class _StoppedError(Exception):
+    """The feed was stopped while it waited."""
