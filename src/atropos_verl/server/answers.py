@@ -77,7 +77,7 @@ def pack(group: CheckedGroup) -> bytes:
     """The packed form of a checked group."""
     fields = group.fields
     if not isinstance(fields, KnownFields) or not _fits(fields):
-        return packed.pack_json(group.raw)
+        return packed.pack_json(group.complete())
     token_ids, masks = group.arrays()
     return packed.pack_group(
         tokens=token_ids,

@@ -79,8 +79,12 @@ class CheckedGroup:
     size: int
     tokens: int
     digest: bytes
-    """SHA-256 of ``raw``, truncated."""
+    """SHA-256 of its JSON with every key, truncated."""
     fields: Fields
+
+    def complete(self) -> bytes:
+        """Its JSON with every key: what trainers get."""
+        return self.raw[:-1] + self.suffix if self.suffix else self.raw
 
     def arrays(self) -> tuple[list[NDArray[np.int32]], list[NDArray[np.int32]]]:
         """``tokens`` and ``masks``, [G][T_g] each. (``array`` reads a list of ints faster than numpy does.)"""
@@ -159,8 +163,9 @@ def check_group(
         message = f"env_id = {env_id} is not a registered environment ({known}); POST /register-env first"
         raise Refusal("unknown_env", message, "env_id", value=env_id)
     tokens = sum(map(len, fields.tokens))
-    digest = hashlib.sha256(raw).digest()[:16]
-    return CheckedGroup(raw, _suffix(fields), env_id, len(fields.tokens), tokens, digest, fields)
+    suffix = _suffix(fields)
+    digest = _digest(raw, suffix)
+    return CheckedGroup(raw, suffix, env_id, len(fields.tokens), tokens, digest, fields)
 
 
 def split_list(body: bytes) -> list[bytes]:
@@ -264,6 +269,13 @@ def _check_messages(messages: Any) -> None:
             if not (isinstance(message, dict) and "role" in message and "content" in message):
                 text = f"messages[{sequence}][{index}]: Message must have 'role' and 'content' fields"
                 raise Refusal("message", text, "messages", sequence, index, message)
+
+
+def _digest(raw: bytes, suffix: bytes) -> bytes:
+    """Of the JSON that trainers get, so that they name the group alike in either wire."""
+    hashed = hashlib.sha256(memoryview(raw)[:-1] if suffix else raw)
+    hashed.update(suffix)
+    return hashed.digest()[:16]
 
 
 def _suffix(fields: Fields) -> bytes:

@@ -56,7 +56,7 @@ def assert_same(one: ScoredGroup, other: ScoredGroup) -> None:
 
 
 def both(made: dict[str, Any]) -> tuple[ScoredGroup, ScoredGroup]:
-    raw = check_group(json.dumps(made).encode()).raw
+    raw = check_group(json.dumps(made).encode()).complete()
     (found,) = decode_batch(packed(made))
     return found, decode_group(raw)
 
@@ -133,7 +133,7 @@ def test_random_batches(seed: int) -> None:
     found = decode_batch(packed(*accepted))
     assert len(found) == len(accepted)
     for one, candidate in zip(found, accepted, strict=True):
-        assert_same(one, decode_group(check_group(json.dumps(candidate).encode()).raw))
+        assert_same(one, decode_group(check_group(json.dumps(candidate).encode()).complete()))
 
 
 def test_an_empty_batch() -> None:

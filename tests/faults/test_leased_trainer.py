@@ -1,0 +1,94 @@
+"""``kill -9`` of the trainer and of the API at random moments: what the run ends up with holds every group once.
+
+The trainer is a process with the real client, journal and leases; only the model is left out
+(``support/light_trainer.py``). ``ATROPOS_KILL_ROUNDS`` sets the number of kills (12).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from support import light_trainer
+from support.trajectory_server import ServerProcess, group_bytes, registration
+
+from atropos_verl.api.client import AtroposClient, TrainerRegistration
+from atropos_verl.errors import AtroposAPIError
+
+ROUNDS = int(os.environ.get("ATROPOS_KILL_ROUNDS", "12"))
+pytestmark = pytest.mark.slow
+LEASE = 1.0
+"""Seconds: shorter than some of the pauses below, so that leases end while nobody lives to renew them."""
+
+
+def post_until(stop: threading.Event, url: str, posted: list[int]) -> None:
+    """An environment that sends each group until it is taken, once (idempotency key)."""
+    for number in itertools.count():
+        if stop.is_set():
+            return
+        while True:
+            try:
+                with AtroposClient(url, timeout=5.0, retry_delay=0.02) as client:
+                    client.post_scored_data(group_bytes(number), idempotency_key=f"group-{number}")
+                break
+            except AtroposAPIError:
+                time.sleep(0.05)
+        posted.append(number)
+        time.sleep(0.02)
+
+
+def started(url: str, run_dir: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, light_trainer.__file__, url, str(run_dir), str(LEASE)]
+    with (run_dir / "trainer.log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log)
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_every_group_is_trained_once_whoever_is_killed(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    stop, posted = threading.Event(), []
+    with ServerProcess(tmp_path, "--data-dir", str(tmp_path / "api")) as server:
+        with AtroposClient(server.url) as client:
+            client.register(TrainerRegistration(**registration()))
+        environment = threading.Thread(target=post_until, args=(stop, server.url, posted))
+        environment.start()
+        trainer = started(server.url, run_dir)
+        try:
+            for _ in range(ROUNDS):
+                time.sleep(rng.uniform(0.3, 1.6))
+                if rng.random() < 0.3:
+                    server.kill()
+                    server.start()
+                if rng.random() < 0.8:
+                    trainer.kill()
+                    trainer.wait()
+                    time.sleep(rng.choice([0.0, 0.0, 1.5 * LEASE]))
+                if trainer.poll() is not None:
+                    trainer = started(server.url, run_dir)
+            stop.set()
+            environment.join(timeout=60.0)
+            (run_dir / "stop").touch()
+            log = run_dir / "trainer.log"
+            assert trainer.wait(timeout=60.0) == 0, log.read_text()[-3000:]
+        finally:
+            stop.set()
+            trainer.kill()
+            trainer.wait()
+            environment.join(timeout=60.0)
+    saved = json.loads((run_dir / "checkpoint.json").read_text())
+    counts = Counter(saved["trained"])
+    assert [number for number, count in counts.items() if count > 1] == [], "trained twice"
+    assert set(counts) == set(posted), "lost"
+    assert len(posted) > 10 * ROUNDS
+    assert list((run_dir / "journal").glob("batch_*")) == []
