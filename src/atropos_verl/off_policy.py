@@ -147,6 +147,12 @@ class OffPolicyBook:
             figures={**figures.metrics(), "off_policy/dropped_stale_groups": stale},
         )
 
+    def all_stale(self, groups: Sequence[ScoredGroup], matches: BatchMatches, policy_version: int) -> bool:
+        """Whether a batch has groups, and ``apply`` would leave every one of them out."""
+        if self.config.max_staleness is None or not groups:
+            return False
+        return not self.apply(groups, matches, policy_version).groups
+
     def is_stale(self, group: ScoredGroup, policy_version: int) -> bool:
         """Whether a group (with its matches merged) is older than ``off_policy.max_staleness``. Unknown is not old."""
         bound = self.config.max_staleness

@@ -125,7 +125,7 @@ class SequenceMatch:
     """Trained spans with a token that nobody generated after these ids."""
     unmatched_tokens: int = 0
     ambiguous_spans: int = 0
-    """Found, but of several records with different versions, and only plausibility chose."""
+    """Found, but in several records with different versions, and nothing tells which it is: the version is unknown."""
     difference: Difference | None = None
     """For the first unmatched sequence of each environment in a look-up."""
 

@@ -27,8 +27,10 @@ from atropos_verl.inference.attribution import SequenceQuery, look_up
 from atropos_verl.inference.gate import RequestGate
 from atropos_verl.inference.ledger import Ledger
 from atropos_verl.inference.transformers_engine import TransformersEngine
+from atropos_verl.types import UNKNOWN_VERSION
 
 logger = logging.getLogger(__name__)
+logging.getLogger("httpx").setLevel(logging.WARNING)
 
 SWAPS = int(os.environ.get("ATROPOS_VERL_SWAPS", "150"))
 """1000 take a minute or two; with ``--log-cli-level=INFO`` the test says what it saw."""
@@ -175,21 +177,26 @@ def test_no_request_fails_and_no_token_is_attributed_to_a_wrong_version() -> Non
     seen: set[int] = set()
     for query, s, match in zip(queries, sent, matches, strict=True):
         assert match.unmatched_spans == 0
-        versions = match.versions[query.loss_mask]
+        known = query.loss_mask & (match.versions != UNKNOWN_VERSION)
+        versions = match.versions[known]
         tokens += len(versions)
         mixed += len(set(versions.tolist())) > 1
-        ambiguous += match.ambiguous_spans
         seen |= set(versions.tolist())
+        # Short answers to a common beginning, 251 versions apart, are the same ids: without logprobs not guessed.
+        ambiguous += match.ambiguous_spans
+        assert known.sum() == query.loss_mask.sum() or (match.ambiguous_spans and query.logprobs is None)
         # what the client was sent, not what anybody wrote down
-        np.testing.assert_array_equal(versions % MODULUS, query.token_ids[query.loss_mask])
-        client_logprobs = np.array(s.logprobs)[query.loss_mask]
+        np.testing.assert_array_equal(versions % MODULUS, query.token_ids[known])
+        client_logprobs = np.array(s.logprobs)[known]
         expected = np.array([spelled(int(v)) for v in versions])
         np.testing.assert_allclose(client_logprobs, expected, rtol=0, atol=2e-5)
-        np.testing.assert_array_equal(match.logprobs[query.loss_mask], np.float32(client_logprobs))
+        rounding = 0.0 if query.logprobs is not None else 1e-6  # of one of several alike
+        np.testing.assert_allclose(match.logprobs[known], np.float32(client_logprobs), rtol=0, atol=rounding)
     logger.info(
         "%d swaps in %.1f s, %d sequences, %d tokens, %d sequences of several versions, %d versions seen, %d ambiguous "
         "spans, ledger of %d bytes",
         *(SWAPS, seconds, len(sent), tokens, mixed, len(seen), ambiguous, ledger.stats().bytes),
     )
     assert engine.policy_version == SWAPS
+    assert ambiguous < len(sent) / 50
     assert len(sent) > SWAPS and mixed > SWAPS // 10 and len(seen) > SWAPS // 2

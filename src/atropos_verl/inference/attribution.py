@@ -1,15 +1,16 @@
 """A batch of scored sequences → policy version and logprob of every trained token, from a ``Ledger``.
 
 Most spans have one record. Where several records hold the same ids (n completions of one prompt that came out alike, or
-a prompt that was asked again later), the record is chosen by, in this order:
+a prompt that was asked again later), evidence chooses, in this order:
 
 1. time: a turn was written before the turns after it;
 2. the logprobs that the environment sent along, bit for bit: different weights give different logprobs;
 3. records that no sequence was matched with before: each sequence takes one;
-4. the request that explains most of the group: its members were usually written by one request;
-5. the versions found in the rest of the batch, then the oldest record.
+4. the request that explains most of the group: its members were usually written by one request.
 
-Up to point 4 that is evidence; where only point 5 decides between different versions the span is counted as ambiguous.
+Records that are left are equally good. When the batch takes all of them, it does not matter which sequence takes which.
+Otherwise what they agree on is known, and what they do not agree on (the version, the logprobs) is not: the span counts
+as ambiguous, and nothing is guessed.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def look_up(ledger: Ledger, queries: Sequence[SequenceQuery]) -> list[SequenceMa
     found = [ledger.find(query.token_ids, where) for query, where in zip(queries, spans, strict=True)]
     chooser = _Chooser(queries, found)
     chosen = [chooser.choose(i) for i in range(len(queries))]
-    ledger.used(record for picks in chosen for record, _ in picks.values())
+    ledger.used(records[0] for picks in chosen for records in picks.values())
     explained: set[int | None] = set()
     matches = []
     for query, pieces, picks in zip(queries, found, chosen, strict=True):
@@ -72,34 +73,34 @@ def look_up(ledger: Ledger, queries: Sequence[SequenceQuery]) -> list[SequenceMa
     return matches
 
 
-_Picks = dict[int, tuple[SpanRecord, bool]]
-"""Start of a piece → its record, and whether the choice was ambiguous."""
+_Picks = dict[int, list[SpanRecord]]
+"""Start of a piece → the records that it may be; the first one is taken."""
 
 
 class _Chooser:
-    """Chooses one record for each piece of a batch."""
+    """Chooses the record of each piece of a batch."""
 
     def __init__(self, queries: Sequence[SequenceQuery], found: list[list[list[Piece]]]) -> None:
         self._queries = queries
         self._pieces = [[piece for span in spans for piece in span if piece.candidates] for spans in found]
         self._uses: Counter[int] = Counter()
+        self._wanted = Counter(_content(piece) for pieces in self._pieces for piece in pieces)
         self._support = self._supports()
-        self._low, self._high = self._settled_versions()
 
     def choose(self, index: int) -> _Picks:
         query, picks = self._queries[index], _Picks()
         before: int | None = None
         for piece in reversed(self._pieces[index]):
-            if len(piece.candidates) == 1:
-                record, ambiguous = piece.candidates[0], False
-            else:
-                record, ambiguous = self._best(query, piece, before)
-            picks[piece.start] = (record, ambiguous)
-            self._uses[record.order] += 1
-            before = record.order
+            equal = list(piece.candidates) if len(piece.candidates) == 1 else self._best(query, piece, before)
+            wanted = self._wanted[_content(piece)]
+            self._wanted[_content(piece)] -= 1
+            picks[piece.start] = equal[:1] if len(equal) <= wanted else equal
+            self._uses[equal[0].order] += 1
+            before = equal[0].order
         return picks
 
-    def _best(self, query: SequenceQuery, piece: Piece, before: int | None) -> tuple[SpanRecord, bool]:
+    def _best(self, query: SequenceQuery, piece: Piece, before: int | None) -> list[SpanRecord]:
+        """The records for which all evidence is equally good, oldest first."""
         sent = None if query.logprobs is None else query.logprobs[piece.start : piece.stop].astype(np.float32)
         support = self._support[query.group]
 
@@ -113,9 +114,7 @@ class _Chooser:
 
         ranked = [(evidence(record), record) for record in piece.candidates]
         best = min(key for key, _ in ranked)
-        equal = [record for key, record in ranked if key == best]
-        record = min(equal, key=lambda r: (not (self._low <= r.runs[0][0] <= self._high), r.order))
-        return record, any(other.runs != record.runs for other in equal)
+        return sorted((record for key, record in ranked if key == best), key=lambda record: record.order)
 
     def _supports(self) -> dict[int, Counter[int]]:
         """Group → request → pieces of the group that this request can explain, each of its records counted once."""
@@ -123,8 +122,7 @@ class _Chooser:
         offered: dict[int, dict[tuple[int, int, int], Counter[int]]] = {}
         for query, pieces in zip(self._queries, self._pieces, strict=True):
             for piece in pieces:
-                first = piece.candidates[0]
-                content = (piece.start, piece.stop, first.end_key)
+                content = _content(piece)
                 wanted.setdefault(query.group, Counter())[content] += 1
                 offers = offered.setdefault(query.group, {})
                 if content not in offers:
@@ -136,15 +134,10 @@ class _Chooser:
                     result[group][request] += min(count, wanted[group][content])
         return result
 
-    def _settled_versions(self) -> tuple[int, int]:
-        """Oldest and newest first version among the pieces that have but one possible version."""
-        settled = [
-            piece.candidates[0].runs[0][0]
-            for pieces in self._pieces
-            for piece in pieces
-            if all(record.runs == piece.candidates[0].runs for record in piece.candidates[1:])
-        ]
-        return (min(settled), max(settled)) if settled else (UNKNOWN_VERSION, 1 << 62)
+
+def _content(piece: Piece) -> tuple[int, int, int]:
+    """The same for pieces of the same ids after the same ids."""
+    return piece.start, piece.stop, piece.candidates[0].end_key
 
 
 def _sent_logprobs(record: SpanRecord, piece: Piece) -> NDArray[np.float32]:
@@ -161,17 +154,24 @@ def _match(
     known = np.zeros(len(query.token_ids), dtype=np.bool_)
     temperatures: set[float] = set()
     lost_tokens = 0
-    for piece in (piece for span in spans for piece in span):
-        if piece.start not in picks:
+    ambiguous: set[int] = set()
+    for number, piece in ((number, piece) for number, span in enumerate(spans) for piece in span):
+        records = picks.get(piece.start, [])
+        if not records:
             lost_tokens += piece.stop - piece.start
             continue
-        record, _ = picks[piece.start]
-        offset = piece.start - record.start
-        count = piece.stop - piece.start
-        versions[piece.start : piece.stop] = record.versions()[offset : offset + count]
-        logprobs[piece.start : piece.stop] = record.logprobs[offset : offset + count]
-        known[piece.start : piece.stop] = True
-        temperatures.add(record.temperature)
+        part = slice(piece.start, piece.stop)
+        known[part] = True
+        versions[part], logprobs[part] = _of_piece(records[0], piece)
+        for other in records[1:]:
+            other_versions, other_logprobs = _of_piece(other, piece)
+            differ = versions[part] != other_versions
+            # Of the same version two logprobs differ by rounding at most (by what else was in the engine's batch).
+            logprobs[part][differ & (logprobs[part] != other_logprobs)] = np.nan
+            versions[part][differ] = UNKNOWN_VERSION
+        if any(other.runs != records[0].runs for other in records[1:]):
+            ambiguous.add(number)
+        temperatures.update(record.temperature for record in records)
     return SequenceMatch(
         found=known,
         versions=versions,
@@ -180,9 +180,15 @@ def _match(
         spans=len(spans),
         unmatched_spans=sum(any(piece.start not in picks for piece in span) for span in spans),
         unmatched_tokens=lost_tokens,
-        ambiguous_spans=sum(any(picks[p.start][1] for p in span if p.start in picks) for span in spans),
+        ambiguous_spans=len(ambiguous),
         difference=difference,
     )
+
+
+def _of_piece(record: SpanRecord, piece: Piece) -> tuple[IntArray, FloatArray]:
+    """Versions and logprobs of the piece's tokens according to one record."""
+    part = slice(piece.start - record.start, piece.stop - record.start)
+    return record.versions()[part], record.logprobs[part].astype(np.float64)
 
 
 def _explain(ledger: Ledger, token_ids: IntArray, piece: Piece) -> Difference:

@@ -105,6 +105,9 @@ def fit(
             started = time.perf_counter()
             progress.phase("rollout: waiting for a batch")
             data = feed.take(more=trainer.step + 1 < config.steps)
+            with held_interrupts():
+                if trainer.discard_if_stale(data):
+                    continue
             data.timings["rollout"] = time.perf_counter() - started
             with held_interrupts():
                 report = trainer.train_on(data, started)

@@ -288,6 +288,7 @@ class _Run:
             "tokens_trained": totals.tokens_trained,
             "steps_without_data": totals.steps_without_data,
             "batches_lost_at_api": totals.batches_lost_at_api,
+            "batches_stale": totals.batches_stale,
             "seconds": time.monotonic() - self.started,
             "run_dir": str(self.run_dir),
         }

@@ -44,6 +44,8 @@ class RunTotals:
     steps_without_data: int = 0
     batches_lost_at_api: int = 0
     """Answers of 500 to GET /batch: an upstream API drops the batch it could not encode."""
+    batches_stale: int = 0
+    """Given up without a step: all their groups were older than ``off_policy.max_staleness``."""
 
     def count(self, report: SampleReport) -> None:
         """Add what became of one batch's groups."""

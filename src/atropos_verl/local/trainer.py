@@ -287,6 +287,18 @@ class AtroposTrainer:
         if self.settings.normalization != "global" and self.config.off_policy.max_staleness is None:
             self._make_samples(rollout_data)
 
+    def discard_if_stale(self, data: RolloutData) -> bool:
+        """True when every group is older than ``off_policy.max_staleness``: the batch is done with, without a step."""
+        matches = self.off_policy.look_up(data.groups) if data.matches is None else data.matches
+        if not self.off_policy.all_stale(data.groups, matches, self.policy_version):
+            return False
+        logger.warning("every group of a batch is older than off_policy.max_staleness; it is not trained on")
+        self.totals.batches_stale += 1
+        if data.entry is not None:
+            self.batches.trained(data.entry, self.step)
+            self.batches.ack(data.entry)
+        return True
+
     def _make_samples(self, data: RolloutData) -> SampleReport:
         matches = self.off_policy.look_up(data.groups) if data.matches is None else data.matches
         applied = self.off_policy.apply(data.groups, matches, self.policy_version)

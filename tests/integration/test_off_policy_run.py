@@ -1,0 +1,145 @@
+"""Whole training runs against what the environment was told: staleness by an oracle, drift at lr = 0, bounds, edits."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.mini_environment import MiniEnvironment
+from support.runs import metrics_of
+from support.tiny_model import build_tiny_model
+
+from atropos_verl import AtroposTrainer
+from atropos_verl.server.serving import TrajectoryServer
+from atropos_verl.types import StepReport
+
+logger = logging.getLogger(__name__)
+
+GROUPS, GROUP_SIZE = 2, 4
+STEPS = int(os.environ.get("ATROPOS_VERL_DRIFT_STEPS", "200"))
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("model"), hidden=32, layers=1)
+
+
+@contextmanager
+def running(
+    model_path: Path, tmp_path: Path, *, steps: int, environment: dict[str, Any] | None = None, **settings: Any
+) -> Iterator[tuple[AtroposTrainer, MiniEnvironment]]:
+    """A trainer of the real parts, and an environment that works as soon as the trainer has registered."""
+    with TrajectoryServer() as api:
+        values: dict[str, Any] = {
+            "model": {"path": str(model_path)},
+            "run_dir": str(tmp_path / "run"),
+            "steps": steps,
+            "batch_size": GROUPS * GROUP_SIZE,
+            "group_size": GROUP_SIZE,
+            "save_freq": -1,
+            "optim": {"lr": 1e-3},
+            "data": {"max_token_len": 32},
+            "max_response_length": 8,
+            "inference": {"num_threads": 1},
+            "atropos": {"api_url": api.url, "timeout": 20, "rollout_timeout": 60},
+            **settings,
+        }
+        with (
+            AtroposTrainer.from_config(values) as trainer,
+            MiniEnvironment(api.url, trainer.gateway_url, group_size=GROUP_SIZE, **(environment or {})) as env,
+        ):
+            yield trainer, env
+
+
+def fit(trainer: AtroposTrainer, env: MiniEnvironment) -> list[dict[str, Any]]:
+    """Train to the end; for each step the staleness of its groups as the environment was told, beside its metrics."""
+    told: list[list[int]] = []
+    train_on = trainer.train_on
+
+    def watched(data: Any, started: float | None = None) -> StepReport:
+        version = trainer.policy_version
+        oldest = [min(env.versions[tuple(ids.tolist())][0] for ids in group.token_ids) for group in data.groups]
+        told.append([version - first for first in oldest])
+        return train_on(data, started)
+
+    trainer.train_on = watched  # type: ignore[method-assign]
+    trainer.fit()
+    assert not env.failures
+    lines = metrics_of(trainer.run_dir)
+    assert len(lines) == len(told)
+    return [{**line, "told": ages} for line, ages in zip(lines, told, strict=True)]
+
+
+def test_drift_of_an_overlapped_run_at_learning_rate_zero(model_path: Path, tmp_path: Path) -> None:
+    """Weights never change: a ratio that is not 1 is a token with another's logprob. Ages are as the gateway said."""
+    settings = {"mode": "overlap", "optim": {"lr": 0.0}}
+    with running(model_path, tmp_path, steps=STEPS, environment={"ahead": 6}, **settings) as (t, env):
+        lines = fit(t, env)
+    assert [line["policy_version"] for line in lines] == list(range(1, STEPS + 1))
+    for line in lines:
+        assert line["data/unmatched_span_rate"] == 0.0
+        assert line["off_policy/known_logprob_share"] == 1.0
+        assert line["off_policy/log_ratio_max_abs"] < 2e-5  # float32 noise of two implementations
+        assert line["off_policy/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+        assert line["off_policy/effective_sample_size"] == pytest.approx(1.0, abs=1e-5)
+        assert line["off_policy/staleness_mean"] == pytest.approx(np.mean(line["told"]))
+        assert line["off_policy/staleness_max"] == max(line["told"])
+        counts = {age: line["told"].count(age) for age in set(line["told"])}
+        assert counts == {age: line[f"off_policy/groups_at_staleness/{age}"] for age in counts}
+    ages = [age for line in lines for age in line["told"]]
+    worst = max(line["off_policy/log_ratio_max_abs"] for line in lines)
+    logger.info("%d steps: largest log ratio %.2e, staleness mean %.3f max %d", STEPS, worst, np.mean(ages), max(ages))
+    assert min(ages) >= 0 and max(ages) >= 1 and len(set(ages)) > 1  # it was overlapped indeed
+
+
+def test_drift_is_seen_when_weights_change(model_path: Path, tmp_path: Path) -> None:
+    settings = {"mode": "overlap", "optim": {"lr": 1e-2}}
+    with running(model_path, tmp_path, steps=12, environment={"logprobs": True, "ahead": 6}, **settings) as (t, env):
+        lines = fit(t, env)
+    assert all(line["data/unmatched_span_rate"] == 0.0 for line in lines)
+    assert all(line["data/logprob_mismatch"] == 0.0 and line["data/logprob_mismatch_max"] < 1e-5 for line in lines)
+    stale = [line for line in lines if line["off_policy/staleness_max"] > 0]
+    assert stale and all(line["off_policy/log_ratio_max_abs"] > 1e-3 for line in stale)
+    assert all(line["off_policy/kl_k3"] > 0 for line in stale)
+
+
+def test_an_environment_that_edits_is_reported_and_trained_without_versions(
+    model_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    environment = {"edit": lambda ids: [*ids[:2], (ids[2] + 1) % 250, *ids[3:]]}
+    with (
+        caplog.at_level(logging.WARNING, logger="atropos_verl.off_policy"),
+        running(model_path, tmp_path, steps=2, environment=environment) as (trainer, env),
+    ):
+        lines = fit(trainer, env)
+    for line in lines:
+        assert line["data/unmatched_span_rate"] == 1.0
+        assert line["off_policy/staleness_mean"] is None
+        assert line["off_policy/groups_of_unknown_version"] == GROUPS
+        assert "off_policy/ratio_mean" not in line or math.isnan(line["off_policy/ratio_mean"])
+    messages = [r.getMessage() for r in caplog.records if r.name == "atropos_verl.off_policy"]
+    assert 1 <= len(messages) <= 2  # one per environment (two threads register one each), and no more
+    assert "First difference at token 6" in messages[0]
+
+
+@pytest.mark.parametrize("mode", ["sync", "overlap"])
+def test_a_bound_of_zero_still_makes_progress_and_holds(model_path: Path, tmp_path: Path, mode: str) -> None:
+    """Old groups are dropped, batches of nothing but old groups are no steps; what is trained on is fresh."""
+    settings = {"mode": mode, "off_policy": {"max_staleness": 0}}
+    with running(model_path, tmp_path, steps=10, environment={"ahead": 6}, **settings) as (trainer, env):
+        lines = fit(trainer, env)
+        given_up = trainer.totals.batches_stale
+    assert [line["policy_version"] for line in lines] == list(range(1, 11))
+    assert all(line["off_policy/staleness_max"] == 0 for line in lines)
+    for line in lines:
+        assert line["off_policy/dropped_stale_groups"] == sum(age > 0 for age in line["told"])
+        assert line["data/groups"] == sum(age == 0 for age in line["told"]) >= 1
+    if mode == "overlap":
+        assert given_up + sum(line["off_policy/dropped_stale_groups"] for line in lines) > 0
