@@ -99,15 +99,18 @@ class BatchJournal:
         return assigned
 
     def note_acked(self, entry: JournalEntry) -> JournalEntry:
-        """Note that the API has given the batch up. Lost in a power cut at worst: acking again does no harm.
+        """Note that the API has given the batch up, unless it has come again under another lease since ``entry`` was
+        read. Lost in a power cut at worst: acking again does no harm. Returns the entry as it is now.
 
         Raises:
             CheckpointError: the batch is not in the journal (any more), or the note cannot be written.
         """
         with self._lock:
-            acked = replace(self._read_entry(entry.sequence, entry.path), acked=True)
-            self._write_meta(acked, self._size(entry), durable=False)
-        return acked
+            now = self._read_entry(entry.sequence, entry.path)
+            if now.lease_id == entry.lease_id:
+                now = replace(now, acked=True)
+                self._write_meta(now, self._size(entry), durable=False)
+        return now
 
     def change_lease(self, entry: JournalEntry, lease_id: str) -> JournalEntry:
         """Note durably that the API has given the batch out again, to this run, as ``lease_id``.
