@@ -116,7 +116,8 @@ class LeasedBatches:
         """One ``GET /batch``: None when there is no batch. Raises as ``fetch``."""
         self._settle_debts()
         fetched = self.client.poll_batch()
-        return None if fetched is None else self._keep(fetched, meta)
+        with self._lock:
+            return None if fetched is None else self._keep(fetched, meta)
 
     def trained(self, entry: JournalEntry, step: int) -> JournalEntry:
         """Note durably that ``step`` consumed the batch. Raises ``CheckpointError`` when that cannot be written."""
@@ -201,8 +202,10 @@ class LeasedBatches:
     def _settle_debts(self) -> None:
         with self._lock:
             for sequence, entry in list(self._owed.items()):
-                self._verdict(entry)
-                self.journal.note_acked(entry)
+                now = self.journal.current(entry)  # its batch may have come again, and been acked, meanwhile
+                if now.is_owed:
+                    self._verdict(now)
+                    self.journal.note_acked(now)
                 del self._owed[sequence]
 
     def _verdict(self, entry: JournalEntry) -> str:
