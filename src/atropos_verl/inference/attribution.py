@@ -5,12 +5,11 @@ a prompt that was asked again later), evidence chooses, in this order:
 
 1. time: a turn was written before the turns after it;
 2. the logprobs that the environment sent along, bit for bit: different weights give different logprobs;
-3. records that no sequence was matched with before: each sequence takes one;
-4. the request that explains most of the group: its members were usually written by one request.
+3. records that no sequence is known to hold already: each was written once;
+4. a request that wrote the whole group: its members were asked for together.
 
-Records that are left are equally good. When the batch takes all of them, it does not matter which sequence takes which.
-Otherwise what they agree on is known, and what they do not agree on (the version, the logprobs) is not: the span counts
-as ambiguous, and nothing is guessed.
+What the records that are left agree on is known. What they do not agree on (the version, the logprobs) is not: the span
+counts as ambiguous, and nothing is guessed.
 """
 
 from __future__ import annotations
@@ -59,8 +58,8 @@ def look_up(ledger: Ledger, queries: Sequence[SequenceQuery]) -> list[SequenceMa
     spans = [trained_spans(query.loss_mask) for query in queries]
     found = [ledger.find(query.token_ids, where) for query, where in zip(queries, spans, strict=True)]
     chooser = _Chooser(queries, found)
-    chosen = [chooser.choose(i) for i in range(len(queries))]
-    ledger.used(records[0] for picks in chosen for records in picks.values())
+    chosen = chooser.choose_all()
+    ledger.used(chooser.certain)
     explained: set[int | None] = set()
     matches = []
     for query, pieces, picks in zip(queries, found, chosen, strict=True):
@@ -74,70 +73,77 @@ def look_up(ledger: Ledger, queries: Sequence[SequenceQuery]) -> list[SequenceMa
 
 
 _Picks = dict[int, list[SpanRecord]]
-"""Start of a piece → the records that it may be; the first one is taken."""
+"""Start of a piece → the records that it may be, oldest first."""
 
 
 class _Chooser:
-    """Chooses the record of each piece of a batch."""
+    """Chooses the records of each piece of a batch."""
 
     def __init__(self, queries: Sequence[SequenceQuery], found: list[list[list[Piece]]]) -> None:
         self._queries = queries
         self._pieces = [[piece for span in spans for piece in span if piece.candidates] for spans in found]
         self._uses: Counter[int] = Counter()
-        self._wanted = Counter(_content(piece) for pieces in self._pieces for piece in pieces)
-        self._support = self._supports()
+        self._whole = self._whole_requests()
+        self.certain: list[SpanRecord] = []
+        """Records that a sequence of this batch is known to hold."""
 
-    def choose(self, index: int) -> _Picks:
+    def choose_all(self) -> list[_Picks]:
+        """One entry per query."""
+        picks: dict[int, _Picks] = {}
+        # Those with logprobs first: what they take is certain, and leaves less to the others.
+        for index in sorted(range(len(self._queries)), key=lambda i: self._queries[i].logprobs is None):
+            picks[index] = self._choose(index)
+        return [picks[index] for index in range(len(self._queries))]
+
+    def _choose(self, index: int) -> _Picks:
         query, picks = self._queries[index], _Picks()
         before: int | None = None
         for piece in reversed(self._pieces[index]):
             equal = list(piece.candidates) if len(piece.candidates) == 1 else self._best(query, piece, before)
-            wanted = self._wanted[_content(piece)]
-            self._wanted[_content(piece)] -= 1
-            picks[piece.start] = equal[:1] if len(equal) <= wanted else equal
-            self._uses[equal[0].order] += 1
-            before = equal[0].order
+            picks[piece.start] = equal
+            if all(record.runs == equal[0].runs for record in equal):
+                self.certain.append(equal[0])
+                self._uses[equal[0].order] += 1
+            before = max(record.order for record in equal)
         return picks
 
     def _best(self, query: SequenceQuery, piece: Piece, before: int | None) -> list[SpanRecord]:
         """The records for which all evidence is equally good, oldest first."""
         sent = None if query.logprobs is None else query.logprobs[piece.start : piece.stop].astype(np.float32)
-        support = self._support[query.group]
+        whole = self._whole[query.group, piece.candidates[0].prompt.key]
 
-        def evidence(record: SpanRecord) -> tuple[bool, bool, int, int]:
+        def evidence(record: SpanRecord) -> tuple[bool, bool, int, bool]:
             return (
                 before is not None and record.order >= before,
                 sent is not None and not np.array_equal(sent, _sent_logprobs(record, piece)),
                 record.uses + self._uses[record.order],
-                -support[record.request],
+                record.request not in whole,
             )
 
         ranked = [(evidence(record), record) for record in piece.candidates]
         best = min(key for key, _ in ranked)
         return sorted((record for key, record in ranked if key == best), key=lambda record: record.order)
 
-    def _supports(self) -> dict[int, Counter[int]]:
-        """Group → request → pieces of the group that this request can explain, each of its records counted once."""
-        wanted: dict[int, Counter[tuple[int, int, int]]] = {}
-        offered: dict[int, dict[tuple[int, int, int], Counter[int]]] = {}
+    def _whole_requests(self) -> dict[tuple[int, int], set[int]]:
+        """(group, prompt) → requests that wrote every piece (of two or more) that follows this prompt in the group."""
+        wanted: dict[tuple[int, int], Counter[tuple[int, int]]] = {}
+        offered: dict[tuple[int, int], dict[tuple[int, int], Counter[int]]] = {}
         for query, pieces in zip(self._queries, self._pieces, strict=True):
             for piece in pieces:
-                content = _content(piece)
-                wanted.setdefault(query.group, Counter())[content] += 1
-                offers = offered.setdefault(query.group, {})
-                if content not in offers:
-                    offers[content] = Counter(record.request for record in piece.candidates)
-        result: dict[int, Counter[int]] = {query.group: Counter() for query in self._queries}
-        for group, offers in offered.items():
-            for content, requests in offers.items():
-                for request, count in requests.items():
-                    result[group][request] += min(count, wanted[group][content])
+                first = piece.candidates[0]
+                key = (query.group, first.prompt.key)
+                content = (piece.stop, first.end_key)
+                wanted.setdefault(key, Counter())[content] += 1
+                offered.setdefault(key, {}).setdefault(content, Counter(r.request for r in piece.candidates))
+        result: dict[tuple[int, int], set[int]] = {}
+        for key, contents in wanted.items():
+            requests = set.intersection(*(set(offered[key][content]) for content in contents))
+            result[key] = {
+                request
+                for request in requests
+                if contents.total() > 1 and all(offered[key][c][request] >= n for c, n in contents.items())
+            }
         return result
-
-
-def _content(piece: Piece) -> tuple[int, int, int]:
-    """The same for pieces of the same ids after the same ids."""
-    return piece.start, piece.stop, piece.candidates[0].end_key
 
 
 def _sent_logprobs(record: SpanRecord, piece: Piece) -> NDArray[np.float32]:

@@ -74,7 +74,7 @@ class SpanRecord:
     temperature: float
     end_key: int
     uses: int = 0
-    """How many trained sequences were found to hold it."""
+    """How many looked-up sequences are known to hold it."""
 
     @property
     def length(self) -> int:
@@ -241,7 +241,7 @@ class Ledger:
             return [list(self._pieces(sequence, hashes, start, stop)) for start, stop in spans]
 
     def used(self, records: Iterable[SpanRecord]) -> None:
-        """Note that each of ``records`` was found in a trained sequence."""
+        """Note that a sequence is known to hold each of ``records``."""
         with self._lock:
             for record in records:
                 record.uses += 1

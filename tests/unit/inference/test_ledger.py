@@ -171,16 +171,40 @@ def test_a_sequence_without_trained_tokens_has_no_span() -> None:
 # identical completions ----------------------------------------------------------------------------------------------
 
 
-def test_each_of_n_identical_completions_is_taken_once() -> None:
+def test_n_identical_completions_of_one_version_are_no_question() -> None:
     ledger = Ledger()
-    same = [1, 2]
-    for version in (0, 1, 2):
-        ledger.record(PROMPT, [wrote(same, version, logprob=-1 - version)])
-    matches = look_up(ledger, [query(PROMPT, same) for _ in range(3)])
-    assert sorted(int(m.versions[3]) for m in matches) == [0, 1, 2]
-    for match in matches:
-        assert match.logprobs[3] == -1 - match.versions[3]
-        assert match.ambiguous_spans == 0  # which of three equal sequences takes which makes no difference
+    ledger.record(PROMPT, [wrote([1, 2], 3)] * 3)
+    matches = look_up(ledger, [query(PROMPT, [1, 2]) for _ in range(3)])
+    assert [versions(m)[3:] for m in matches] == [[3, 3]] * 3
+    assert [m.ambiguous_spans for m in matches] == [0] * 3
+
+
+def test_each_record_is_used_once() -> None:
+    ledger = Ledger()
+    ledger.record(PROMPT, [wrote([1, 2], 3)])
+    assert versions(one(ledger, PROMPT, [1, 2]))[3:] == [3, 3]
+    ledger.record(PROMPT, [wrote([1, 2], 4)])
+    assert versions(one(ledger, PROMPT, [1, 2]))[3:] == [4, 4]
+
+
+def test_a_record_that_may_have_been_used_is_not_taken_for_used() -> None:
+    """Two of them at two versions, two sequences: neither says which it is, before the other or after it."""
+    ledger = Ledger()
+    for version in (3, 8):
+        ledger.record(PROMPT, [wrote([1, 2], version)])
+    for _ in range(2):
+        match = one(ledger, PROMPT, [1, 2])
+        assert versions(match)[3:] == [U, U] and match.ambiguous_spans == 1
+    both = look_up(ledger, [query(PROMPT, [1, 2]), query(PROMPT, [1, 2], logprobs=[-1.0, -1.125])])
+    assert [m.ambiguous_spans for m in both] == [1, 1]  # their logprobs are the same here, so they tell nothing
+
+
+def test_what_is_certain_leaves_less_to_the_others_of_a_batch() -> None:
+    ledger = Ledger()
+    for version in (3, 8):
+        ledger.record(PROMPT, [wrote([1, 2], version, logprob=-1 - version)])
+    silent, exact = look_up(ledger, [query(PROMPT, [1, 2]), query(PROMPT, [1, 2], logprobs=[-4.0, -4.125])])
+    assert versions(exact)[3:] == [3, 3] and versions(silent)[3:] == [8, 8]
 
 
 def test_logprobs_that_were_sent_along_tell_identical_completions_apart() -> None:
@@ -211,8 +235,6 @@ def test_what_nothing_tells_apart_is_unknown_and_not_guessed() -> None:
     assert match.logprobs[3:].tolist() == [-1.0, -1.125, -1.25]  # here as well
     assert (match.spans, match.unmatched_spans, match.ambiguous_spans) == (1, 0, 1)
     assert match.found.tolist() == [False] * 3 + [True] * 3
-    again = one(ledger, PROMPT, [1, 2, 3])  # the older one was taken; this must be the other
-    assert versions(again)[3:] == [5, 5, 5] and again.ambiguous_spans == 0
 
 
 def test_a_turn_was_written_before_the_turns_after_it() -> None:
