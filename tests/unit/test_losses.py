@@ -291,8 +291,8 @@ def test_clipped_ratio_without_a_trained_token() -> None:
 def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of a few entries, so that every loop runs several times and ends on an uneven one."""
     monkeypatch.setattr(lm_head, "DIRECT_BYTES", 0)
-    monkeypatch.setattr(lm_head, "CPU_TILE_BYTES", 1)
-    monkeypatch.setattr(lm_head, "MIN_VOCAB_BLOCK", 4)
+    monkeypatch.setattr(lm_head, "SLICE_BYTES", {"cpu": 200})
+    monkeypatch.setattr(lm_head, "CONVERTED_BLOCK", 4)
 
 
 def head_case(dtype: torch.dtype, rows: int = 7, vocabulary: int = 11) -> dict[str, torch.Tensor]:
@@ -324,15 +324,16 @@ def head_reference(case: dict[str, torch.Tensor]) -> tuple[np.ndarray, ...]:
     return np.log(softmax[rows, labels]), outer @ weight, outer.T @ hidden, outer.sum(0)
 
 
-@pytest.mark.parametrize("chunk_rows", [None, 1, 3, 100])
+@pytest.mark.parametrize("keep_bytes", [None, 1, 300, 10_000])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)]
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)],
 )
 @pytest.mark.usefixtures("tiny_tiles")
-def test_tiled_head_against_float64(dtype: torch.dtype, tolerance: float, chunk_rows: int | None) -> None:
+def test_tiled_head_against_float64(dtype: torch.dtype, tolerance: float, keep_bytes: int | None) -> None:
     case = head_case(dtype)
     found = linear_token_logprobs(
-        case["hidden"], case["weight"], case["labels"], case["temperature"], case["bias"], chunk_rows
+        case["hidden"], case["weight"], case["labels"], case["temperature"], case["bias"], keep_bytes
     )
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     (found * case["grad"].to(found)).sum().backward()
@@ -368,9 +369,20 @@ def test_gradcheck_of_the_tiled_head() -> None:
     case = head_case(torch.float64)
 
     def function(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return linear_token_logprobs(hidden, weight, case["labels"], 0.7, bias, 3)
+        return linear_token_logprobs(hidden, weight, case["labels"], 0.7, bias, 300)
 
     assert torch.autograd.gradcheck(function, (case["hidden"], case["weight"], case["bias"]))
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+def test_a_second_backward_through_a_retained_graph_gives_the_same_gradients() -> None:
+    case = head_case(torch.float64)
+    inputs = [case["hidden"], case["weight"], case["bias"]]
+    logprobs = linear_token_logprobs(inputs[0], inputs[1], case["labels"], case["temperature"], inputs[2], 300)
+    first = torch.autograd.grad(logprobs, inputs, case["grad"], retain_graph=True)
+    second = torch.autograd.grad(logprobs, inputs, case["grad"])
+    for once, again in zip(first, second, strict=True):
+        assert once.tolist() == again.tolist()
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
@@ -378,7 +390,9 @@ def test_gradcheck_of_the_tiled_head() -> None:
 def test_frozen_inputs_get_no_gradient_and_leave_the_others_right(frozen: str) -> None:
     case = head_case(torch.float64)
     case[frozen].requires_grad_(False)
-    found = linear_token_logprobs(case["hidden"], case["weight"], case["labels"], case["temperature"], case["bias"], 3)
+    found = linear_token_logprobs(
+        case["hidden"], case["weight"], case["labels"], case["temperature"], case["bias"], 300
+    )
     (found * case["grad"]).sum().backward()
     for name, reference in zip(("hidden", "weight", "bias"), head_reference(case)[1:], strict=True):
         gradient = case[name].grad
@@ -394,16 +408,16 @@ def test_large_logits_neither_overflow_nor_lose_the_sum() -> None:
     # Logits 1000·[1, 2, …, 6]: the largest has logprob -log(1 + e^-1000 + …) = 0, the smallest 1000 - 6000.
     hidden = torch.tensor([[1000.0]])
     weight = torch.arange(1.0, 7.0)[:, None]
-    found = linear_token_logprobs(hidden, weight, torch.tensor([5]), chunk_rows=1)
+    found = linear_token_logprobs(hidden, weight, torch.tensor([5]), keep_bytes=1)
     assert found.item() == 0.0
-    assert linear_token_logprobs(hidden, weight, torch.tensor([0]), chunk_rows=1).item() == -5000.0
+    assert linear_token_logprobs(hidden, weight, torch.tensor([0]), keep_bytes=1).item() == -5000.0
 
 
 def test_no_row_gives_an_empty_result_with_a_graph() -> None:
     hidden = torch.zeros(0, 3, requires_grad=True)
     weight = torch.ones(4, 3, requires_grad=True)
-    for chunk_rows in (None, 2):
-        found = linear_token_logprobs(hidden, weight, torch.zeros(0, dtype=torch.int64), chunk_rows=chunk_rows)
+    for keep_bytes in (None, 2):
+        found = linear_token_logprobs(hidden, weight, torch.zeros(0, dtype=torch.int64), keep_bytes=keep_bytes)
         assert found.shape == (0,)
         found.sum().backward()
         assert weight.grad is not None
@@ -433,7 +447,7 @@ def test_autocast_chooses_the_dtype_as_for_a_linear_layer() -> None:
         ({"labels": torch.tensor([1])}, "one label per row"),
         ({"weight": torch.zeros(11, 5)}, r"expected \[N, H\]"),
         ({"bias": torch.zeros(3)}, "bias"),
-        ({"chunk_rows": 0}, "chunk_rows = 0"),
+        ({"keep_bytes": 0}, "keep_bytes = 0"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(change: dict[str, object], message: str) -> None:
@@ -456,7 +470,7 @@ def test_the_same_loss_through_the_head_and_through_logits() -> None:
     first, second = weight.clone().requires_grad_(), weight.clone().requires_grad_()
     by_logits = compute_advantage_weighted_sft_loss(hidden @ first.t(), ids, advantages, mask, temperature=0.8)
     batch, position = torch.nonzero(mask, as_tuple=True)
-    logprobs = linear_token_logprobs(hidden[batch, position - 1], second, ids[batch, position], 0.8, chunk_rows=2)
+    logprobs = linear_token_logprobs(hidden[batch, position - 1], second, ids[batch, position], 0.8, keep_bytes=2)
     by_rows = advantage_weighted_sft_loss(logprobs, advantages[mask], torch.ones(len(batch))).loss
     by_logits.backward()
     by_rows.backward()

@@ -1,15 +1,17 @@
-"""Logprobs of given tokens straight from hidden states, without holding [N, V] logits.
+"""Logprobs of given tokens straight from hidden states, without an autograd graph over [N, V] logits.
 
 Shapes: ``N`` rows (positions that predict a trained token), ``H`` hidden size, ``V`` vocabulary.
 
-Work is done in tiles of rows × vocabulary entries. The vocabulary is the outer loop: a slice of the weight is converted
-once for all rows, and its gradient is complete after one pass, so there is no [V, H] float32 accumulator beside a bf16
-weight. Forward keeps only the log-sum-exp of each row; backward computes each tile's logits again: four matrix
-products where the plain formula has three, against a memory use that does not grow with N × V.
+With z the logits before the temperature, ``d logprob / d z = -D / temperature``, ``D = softmax - onehot(label)``. Nothing
+in ``D`` depends on what the loss does with the logprobs, so forward leaves it where the logits were, in the dtype of
+the product; backward is two matrix products of it, with the loss's factor of each row applied to their [N, H] sides.
+That is as many products as the plain formula makes, and one [N, V] buffer where autograd holds several. Only
+``KEEP_BYTES`` of ``D`` are kept; rows beyond them are computed again in the backward, one bufferful after the other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,11 +21,17 @@ __all__ = ["linear_token_logprobs"]
 
 DIRECT_BYTES = 32 * 2**20
 """Up to this size of [N, V] the plain formula is used: it is faster, and its memory does not matter."""
-CPU_TILE_BYTES = 16 * 2**20
-"""Of a tile of logits, and of the slice of the weight that belongs to it. Larger is not faster on a CPU."""
-CUDA_TILE_BYTES = 512 * 2**20
-MAX_CHUNK_ROWS = 4096
-MIN_VOCAB_BLOCK = 512
+KEEP_BYTES = {torch.float64: 2**31, torch.float32: 2**31, torch.bfloat16: 2**29, torch.float16: 2**29}
+"""Of ``D``, by the dtype of the input. Measured with ``benchmarks/bench_loss.py --sweep``: what is kept saves a product
+(a quarter of the work); half precision is chosen where memory is short, so it stays below an eighth of the plain
+formula's at the size of the benchmark. A constant rather than a share of the free memory: two runs stay bit for bit
+equal."""
+SCRATCH_BYTES = 128 * 2**20
+"""Of rows whose ``D`` is not kept, in the forward."""
+SLICE_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
+"""Of the float32 rows that are exponentiated at a time: what two cores' caches hold, or enough to fill a GPU."""
+CONVERTED_BLOCK = 8192
+"""Vocabulary entries converted at a time where the product is made in another dtype than the weight's."""
 
 
 def linear_token_logprobs(
@@ -32,42 +40,38 @@ def linear_token_logprobs(
     labels: torch.Tensor,
     temperature: float | torch.Tensor = 1.0,
     bias: torch.Tensor | None = None,
-    chunk_rows: int | None = None,
+    keep_bytes: int | None = None,
 ) -> torch.Tensor:
     """``log_softmax((hidden @ weight.T + bias) / temperature)[n, labels[n]]`` for each row n.
 
     Sums, softmax and log are in float32 (float64 for float64 input). On a CPU without bf16 instructions low-precision
-    input is converted tile by tile and multiplied in float32, which is both faster there and more exact.
+    input is converted block by block and multiplied in float32, which is both faster there and more exact.
 
     Args:
         hidden: [N, H]; pass only rows that are trained, so that masked tokens cost nothing.
         weight: [V, H]. bias: [V].
         labels: [N] int64.
         temperature: above 0, a constant (no gradient); one number or [N].
-        chunk_rows: rows of a tile. None: the plain formula when [N, V] is small (32 MiB), else tiles of a fixed budget
-            (16 MiB on CPU, 512 MiB on CUDA).
+        keep_bytes: bound on what is kept for the backward; at least one row is. None: the plain formula when [N, V] is
+            small (32 MiB), else ``KEEP_BYTES`` of the dtype.
 
     Returns:
         [N] float32 (float64 for float64 input). Gradients for hidden, weight and bias, in their own dtypes, as far as
-        they require any.
+        they require any. A half-precision weight's gradient is rounded once per ``keep_bytes`` of rows.
 
     Raises:
-        ValueError: shapes that do not fit, a label outside [0, V), or ``chunk_rows`` below 1.
+        ValueError: shapes that do not fit, a label outside [0, V), or ``keep_bytes`` below 1.
     """
-    _check(hidden, weight, labels, bias, chunk_rows)
+    _check(hidden, weight, labels, bias, keep_bytes)
     hidden, weight = _one_dtype(hidden, weight)
     scale = _row_temperature(temperature, hidden)
-    accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    accumulate = _accumulate_dtype(hidden)
     rows, vocabulary = labels.shape[0], weight.shape[0]
     with torch.autocast(hidden.device.type, enabled=False):  # it would undo the choice of dtype made here
-        if chunk_rows is None and rows * vocabulary * accumulate.itemsize <= DIRECT_BYTES:
+        if keep_bytes is None and rows * vocabulary * accumulate.itemsize <= DIRECT_BYTES:
             return _direct(hidden, weight, labels, scale, bias, accumulate)
-        budget = CUDA_TILE_BYTES if hidden.device.type == "cuda" else CPU_TILE_BYTES
-        chunk = min(chunk_rows or MAX_CHUNK_ROWS, max(rows, 1))
-        widest = max(chunk, hidden.shape[1])  # a block's weight slice counts too: [block, H] beside [chunk, block]
-        block = min(max(budget // (widest * accumulate.itemsize), MIN_VOCAB_BLOCK), vocabulary)
-        logprobs: torch.Tensor = _TiledLogprobs.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            hidden, weight, labels, scale, bias, chunk, block
+        logprobs: torch.Tensor = _KeptLogprobs.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            hidden, weight, labels, scale, bias, keep_bytes or KEEP_BYTES[hidden.dtype]
         )
         return logprobs
 
@@ -89,8 +93,8 @@ def _direct(
     return logits.gather(1, labels[:, None]).squeeze(1) - logits.logsumexp(1)
 
 
-class _TiledLogprobs(torch.autograd.Function):
-    """The tiled form. ``chunk`` rows × ``block`` vocabulary entries at a time."""
+class _KeptLogprobs(torch.autograd.Function):
+    """The first ``keep_bytes`` of rows leave their ``D`` for the backward."""
 
     @staticmethod
     def forward(
@@ -100,72 +104,64 @@ class _TiledLogprobs(torch.autograd.Function):
         labels: torch.Tensor,
         scale: torch.Tensor | None,
         bias: torch.Tensor | None,
-        chunk: int,
-        block: int,
+        keep_bytes: int,
     ) -> torch.Tensor:
-        product = _product_dtype(hidden)
-        accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         rows = labels.shape[0]
-        # Log-sum-exp over vocabulary blocks as they come: the largest logit so far, and the sum relative to it.
-        largest = torch.full((rows,), -torch.inf, dtype=accumulate, device=hidden.device)
-        total = torch.zeros_like(largest)
-        chosen = torch.full_like(largest, torch.nan)
-        converted = hidden.to(product)
-        for v in range(0, weight.shape[0], block):
-            part = weight[v : v + block].to(product)
-            for n in range(0, rows, chunk):
-                at = slice(n, n + chunk)
-                logits = _tile(converted[at], part, _slice(bias, v, block), _slice(scale, n, chunk), accumulate)
-                inside, local = _in_block(labels[at], v, part.shape[0])
-                chosen[at] = torch.where(inside, logits.gather(1, local).squeeze(1), chosen[at])
-                new = torch.maximum(largest[at], logits.amax(1))
-                total[at] = total[at] * (largest[at] - new).exp() + logits.sub_(new[:, None]).exp_().sum(1)
-                largest[at] = new
-        lse = largest + total.log()
-        ctx.save_for_backward(hidden, weight, labels, scale, bias, lse)
-        ctx.chunk, ctx.block = chunk, block
-        return chosen - lse
+        row_bytes = weight.shape[0] * _product_dtype(hidden).itemsize
+        logprobs = torch.empty(rows, dtype=_accumulate_dtype(hidden), device=hidden.device)
+        ctx.kept = None
+        done = 0
+        if any(ctx.needs_input_grad):
+            done = min(rows, max(keep_bytes // row_bytes, 1))
+            ctx.kept = _buffer(done, hidden, weight)
+            _fill(ctx.kept, hidden[:done], weight, labels[:done], _rows(scale, 0, done), bias, logprobs[:done])
+        ctx.pass_rows = done
+        step = max(min(SCRATCH_BYTES, keep_bytes) // row_bytes, 1)
+        scratch = _buffer(min(step, rows - done), hidden, weight)
+        for at in range(done, rows, step):
+            end = min(at + step, rows)
+            where = (hidden[at:end], weight, labels[at:end], _rows(scale, at, end), bias)
+            _fill(scratch[: end - at], *where, logprobs[at:end])
+        ctx.save_for_backward(hidden, weight, labels, scale, bias)
+        return logprobs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, labels, scale, bias, lse = ctx.saved_tensors
-        want_hidden, want_weight, _, _, want_bias, _, _ = ctx.needs_input_grad
-        chunk, block, rows = ctx.chunk, ctx.block, labels.shape[0]
-        product = _product_dtype(hidden)
-        # With z the logits before the temperature: d logprob / d z = (onehot - softmax) / temperature.
-        outer = grad_logprobs.to(lse) if scale is None else grad_logprobs.to(lse) / scale
-        grad_hidden = torch.zeros(hidden.shape, dtype=lse.dtype, device=hidden.device) if want_hidden else None
-        grad_weight = torch.empty_like(weight) if want_weight else None
-        grad_bias = torch.empty_like(bias) if want_bias else None
-        converted = hidden.to(product)
-        for v in range(0, weight.shape[0], block):
-            part = weight[v : v + block].to(product)
-            weight_sum = _sum_for(grad_weight, slice(v, v + block), lse.dtype)
-            bias_sum = _sum_for(grad_bias, slice(v, v + block), lse.dtype)
-            for n in range(0, rows, chunk):
-                at = slice(n, n + chunk)
-                tile = _tile(converted[at], part, _slice(bias, v, block), _slice(scale, n, chunk), lse.dtype)
-                tile.sub_(lse[at, None]).exp_().mul_(-outer[at, None])
-                inside, local = _in_block(labels[at], v, part.shape[0])
-                tile.scatter_add_(1, local, torch.where(inside, outer[at], torch.zeros_like(outer[at]))[:, None])
-                if bias_sum is not None:
-                    bias_sum += tile.sum(0)
-                factor = tile.to(product)
+        hidden, weight, labels, scale, bias = ctx.saved_tensors
+        want_hidden, want_weight, _, _, want_bias, _ = ctx.needs_input_grad
+        # Overwritten below, so a second backward through a retained graph computes it again.
+        kept, ctx.kept = ctx.kept, None
+        fresh = kept is not None
+        step, rows = ctx.pass_rows, labels.shape[0]
+        buffer = kept if kept is not None else _buffer(step, hidden, weight)
+        factor = -grad_logprobs if scale is None else -grad_logprobs / scale
+        grad_hidden = torch.zeros(hidden.shape, dtype=factor.dtype, device=hidden.device) if want_hidden else None
+        grad_weight = torch.zeros_like(weight) if want_weight else None
+        grad_bias = torch.zeros(bias.shape, dtype=factor.dtype, device=bias.device) if want_bias else None
+        unused = torch.empty_like(factor)
+        for at in range(0, rows, max(step, 1)):
+            end = min(at + step, rows)
+            part, factors = buffer[: end - at], factor[at:end]
+            if at > 0 or not fresh:
+                where = (hidden[at:end], weight, labels[at:end], _rows(scale, at, end), bias)
+                _fill(part, *where, unused[at:end])
+            weighted = (hidden[at:end].to(factor.dtype) * factors[:, None]).to(part.dtype)
+            for block, converted in _blocks(weight, part.dtype):
                 if grad_hidden is not None:
-                    _add_product(grad_hidden[at], factor, part)
-                if weight_sum is not None:
-                    _add_product(weight_sum, factor.t(), converted[at])
-            for into, summed in ((grad_weight, weight_sum), (grad_bias, bias_sum)):
-                if into is not None and summed is not None and into.dtype != summed.dtype:
-                    into[v : v + block] = summed
+                    _add_product(grad_hidden[at:end], part[:, block], converted)
+                if grad_weight is not None:
+                    _add_product(grad_weight[block], part[:, block].t(), weighted)
+            if grad_hidden is not None:
+                grad_hidden[at:end] *= factors[:, None]
+            if grad_bias is not None:
+                grad_bias += torch.mv(part.t(), factors.to(part.dtype))
         return (
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             grad_weight,
             None,
             None,
-            grad_bias,
-            None,
+            None if grad_bias is None else grad_bias.to(bias.dtype),
             None,
         )
 
@@ -173,45 +169,75 @@ class _TiledLogprobs(torch.autograd.Function):
 # ---------------------------------------------------------------------- parts
 
 
-def _tile(
+def _buffer(rows: int, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.empty(rows, weight.shape[0], dtype=_product_dtype(hidden), device=hidden.device)
+
+
+def _fill(
+    into: torch.Tensor,
     hidden: torch.Tensor,
-    part: torch.Tensor,
-    bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
     scale: torch.Tensor | None,
-    accumulate: torch.dtype,
-) -> torch.Tensor:
-    """Logits [chunk, block] over the temperature, in a fresh tensor that may be changed in place."""
-    logits = (hidden @ part.t()).to(accumulate)
-    if bias is not None:
-        logits.add_(bias.to(accumulate))
-    if scale is not None:
-        logits.div_(scale[:, None])
-    return logits
+    bias: torch.Tensor | None,
+    logprobs: torch.Tensor,
+) -> None:
+    """``D`` of n rows into ``into`` [n, V], and their ``logprobs`` [n].
+
+    The product is made for all rows at once; what follows goes over it in slices that stay in the processor's cache.
+    """
+    source = hidden.to(into.dtype)
+    for block, converted in _blocks(weight, into.dtype):
+        if block.stop - block.start == weight.shape[0]:
+            torch.mm(source, converted.t(), out=into)
+        else:
+            into[:, block] = source @ converted.t()
+    vocabulary = weight.shape[0]
+    wide = None if bias is None else bias.to(logprobs.dtype)
+    budget = SLICE_BYTES["cpu" if into.device.type == "cpu" else "cuda"]
+    step = max(budget // (vocabulary * logprobs.dtype.itemsize), 1)
+    own = into.dtype == logprobs.dtype
+    scratch = None if own else torch.empty(step, vocabulary, dtype=logprobs.dtype, device=into.device)
+    for at in range(0, into.shape[0], step):
+        rows = into[at : at + step]
+        values = rows if scratch is None else scratch[: rows.shape[0]].copy_(rows)
+        if wide is not None:
+            values += wide
+        if scale is not None:
+            values /= scale[at : at + step, None]
+        largest = values.amax(1)
+        label = labels[at : at + step, None]
+        chosen = values.gather(1, label).squeeze(1) - largest
+        total = values.sub_(largest[:, None]).exp_().sum(1)
+        values /= total[:, None]
+        values.scatter_add_(1, label, torch.full_like(chosen, -1.0)[:, None])
+        logprobs[at : at + step] = chosen - total.log()
+        if scratch is not None:
+            rows.copy_(values)
 
 
-def _sum_for(gradient: torch.Tensor | None, block: slice, dtype: torch.dtype) -> torch.Tensor | None:
-    """Zeros to sum a block of ``gradient`` in: the block itself where its dtype is that of the sums."""
-    if gradient is None:
-        return None
-    return gradient[block].zero_() if gradient.dtype == dtype else torch.zeros_like(gradient[block], dtype=dtype)
+def _blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The weight in ``dtype``: whole if it is in it already, else converted block by block."""
+    size = weight.shape[0] if weight.dtype == dtype else CONVERTED_BLOCK
+    for start in range(0, weight.shape[0], size):
+        block = slice(start, min(start + size, weight.shape[0]))
+        yield block, weight[block].to(dtype)
 
 
 def _add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """``into += left @ right``; ``into`` may be of higher precision."""
+    """``into += left @ right``, in whatever dtype ``into`` has."""
     if into.dtype == left.dtype:
         into.addmm_(left, right)
     else:
         into.add_(left @ right)
 
 
-def _in_block(labels: torch.Tensor, start: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[n] which labels lie in the block, and [n, 1] an index within it that is valid for every row."""
-    local = labels - start
-    return (local >= 0) & (local < size), local.clamp(0, size - 1)[:, None]
+def _rows(values: torch.Tensor | None, start: int, end: int) -> torch.Tensor | None:
+    return None if values is None else values[start:end]
 
 
-def _slice(values: torch.Tensor | None, start: int, size: int) -> torch.Tensor | None:
-    return None if values is None else values[start : start + size]
+def _accumulate_dtype(hidden: torch.Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 def _row_temperature(temperature: float | torch.Tensor, hidden: torch.Tensor) -> torch.Tensor | None:
@@ -253,7 +279,7 @@ def _check(
     weight: torch.Tensor,
     labels: torch.Tensor,
     bias: torch.Tensor | None,
-    chunk_rows: int | None,
+    keep_bytes: int | None,
 ) -> None:
     shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}"
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -262,7 +288,7 @@ def _check(
         raise ValueError(f"{shapes}: one label per row is needed")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}")
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows = {chunk_rows}: must be at least 1")
+    if keep_bytes is not None and keep_bytes < 1:
+        raise ValueError(f"keep_bytes = {keep_bytes}: must be at least 1")
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < weight.shape[0]:
         raise ValueError(f"labels [{labels.min()}, {labels.max()}] reach outside the vocabulary [0, {weight.shape[0]})")
