@@ -2,10 +2,10 @@
 
 Shapes: ``N`` rows (positions that predict a trained token), ``H`` hidden size, ``V`` vocabulary.
 
-With z the logits before the temperature, ``d logprob / d z = -D / temperature``, ``D = softmax - onehot(label)``. Nothing
-in ``D`` depends on what the loss does with the logprobs, so forward leaves it where the logits were, in the dtype of
-the product; backward is two matrix products of it, with the loss's factor of each row applied to their [N, H] sides.
-That is as many products as the plain formula makes, and one [N, V] buffer where autograd holds several. Only
+With z the logits before the temperature, ``d logprob / d z = -D / temperature``, ``D = softmax - onehot(label)``.
+Nothing in ``D`` depends on what the loss does with the logprobs, so forward leaves it where the logits were, in the
+dtype of the product; backward is two matrix products of it, with the loss's factor of each row applied to their [N, H]
+sides. That is as many products as the plain formula makes, and one [N, V] buffer where autograd holds several. Only
 ``KEEP_BYTES`` of ``D`` are kept; rows beyond them are computed again in the backward, one bufferful after the other.
 """
 
@@ -194,7 +194,8 @@ def _fill(
             into[:, block] = source @ converted.t()
     vocabulary = weight.shape[0]
     wide = None if bias is None else bias.to(logprobs.dtype)
-    budget = SLICE_BYTES["cpu" if into.device.type == "cpu" else "cuda"]
+    on_cpu = into.device.type == "cpu"
+    budget = SLICE_BYTES["cpu" if on_cpu else "cuda"]
     step = max(budget // (vocabulary * logprobs.dtype.itemsize), 1)
     own = into.dtype == logprobs.dtype
     scratch = None if own else torch.empty(step, vocabulary, dtype=logprobs.dtype, device=into.device)
@@ -208,12 +209,12 @@ def _fill(
         largest = values.amax(1)
         label = labels[at : at + step, None]
         chosen = values.gather(1, label).squeeze(1) - largest
-        total = values.sub_(largest[:, None]).exp_().sum(1)
-        values /= total[:, None]
-        values.scatter_add_(1, label, torch.full_like(chosen, -1.0)[:, None])
-        logprobs[at : at + step] = chosen - total.log()
-        if scratch is not None:
-            rows.copy_(values)
+        # In place on a CPU, whose softmax reads a row to its end before it writes; the largest entry is 1 / sum(exp).
+        softmax = torch.softmax(values, 1, out=values if on_cpu else None)
+        logprobs[at : at + step] = chosen + softmax.amax(1).log()
+        softmax.scatter_add_(1, label, torch.full_like(chosen, -1.0)[:, None])
+        if scratch is not None or not on_cpu:
+            rows.copy_(softmax)
 
 
 def _blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:

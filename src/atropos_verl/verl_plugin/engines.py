@@ -1,14 +1,18 @@
-"""verl's FSDP engine with an LM head that computes logprobs of trained tokens only, for cpu and cuda.
+"""verl's FSDP engine without padding on any device, and with an LM head for trained tokens only.
 
 verl's engine runs the LM head on every position and keeps [tokens, vocabulary] logits for the backward. Most positions
 of an Atropos batch are prompt or tool tokens whose logits nobody reads. Here the head is called on the rows that
-predict a trained token, in chunks (``losses.linear_token_logprobs``), and returns one logprob per position.
+predict a trained token (``losses.linear_token_logprobs``), and returns one logprob per position.
+
+verl pads the sequences of a micro-batch to the longest unless the model uses flash attention. Here they are joined end
+to end with ``sdpa`` too (``packing``), where a probe at the first batch shows that the model computes the same.
 
 Import this module after ``verl_plugin.activate``; importing it registers the engines in this process.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +22,11 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from atropos_verl.losses import linear_token_logprobs
+from atropos_verl.verl_plugin.packing import install_packed_attention, packs_exactly
 
 __all__ = ["SelectiveHeadEngine"]
+
+logger = logging.getLogger(__name__)
 
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap")
 """Config keys of architectures that change the logits after the head; those take verl's own path."""
@@ -30,7 +37,7 @@ class _HeadRequest:
     """What the head is to compute in the next forward."""
 
     rows: torch.Tensor
-    """[N] flat indices into [B * L] of the positions that predict a trained token."""
+    """[N] flat indices into [B * L] (of a packed row: into [1 * tokens]) of positions that predict a trained token."""
     labels: torch.Tensor
     """[N] the tokens they predict."""
     temperature: torch.Tensor
@@ -43,6 +50,9 @@ class SelectiveHeadEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
     """``model_output["log_probs"]`` as verl lays it out: entry t is the logprob of token t+1; 0 where not asked for."""
 
     _head_request: _HeadRequest | None = None
+    _packs = False
+    """Micro-batches are joined in one row."""
+    _probed = False
 
     def initialize(self) -> None:
         super().initialize()
@@ -53,6 +63,9 @@ class SelectiveHeadEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         # accelerator. Remove when verl picks the offload policy by platform (verl 0.9.1, transformer_impl.py:462).
         forward_only = self.engine_config.forward_only
         on_cpu = torch.device(_device_name()).type == "cpu"
+        # Ulysses shares one row out over ranks; our attention has to see all of it.
+        if self.ulysses_sequence_parallel_size == 1:
+            self._packs = install_packed_attention(module)
         if on_cpu:
             self.engine_config.forward_only = False
         try:
@@ -86,15 +99,39 @@ class SelectiveHeadEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         return True
 
     def _wants_selective(self, micro_batch: Any) -> bool:
-        needs_logits = ("calculate_entropy", "calculate_sum_pi_squared", "distillation_use_topk", "use_remove_padding")
+        needs_logits = ("calculate_entropy", "calculate_sum_pi_squared", "distillation_use_topk")
         return self._selective and not any(tu.get_non_tensor_data(micro_batch, key, False) for key in needs_logits)
 
+    def _joins(self, micro_batch: Any) -> bool:
+        """Whether this micro-batch is joined here (and not padded, and not left to flash attention)."""
+        if not self._packs or tu.get_non_tensor_data(micro_batch, "use_remove_padding", False):
+            return False
+        if not self._probed:
+            self._probed = True
+            self._packs = packs_exactly(self.module, micro_batch["input_ids"].device, self.module.config.vocab_size)
+            if not self._packs:
+                logger.warning("%s is trained with padding: it does not keep joined sequences apart", type(self.module))
+        return self._packs
+
     def prepare_model_inputs(self, micro_batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        joins = self._joins(micro_batch)
+        if joins:
+            tu.assign_non_tensor(micro_batch, use_remove_padding=True)
         model_inputs, output_args = super().prepare_model_inputs(micro_batch)
+        if joins:
+            model_inputs["cu_seq_lens_q"] = micro_batch["input_ids"].offsets()
         self._head_request = None
-        if self._wants_selective(micro_batch):
+        packed = bool(tu.get_non_tensor_data(micro_batch, "use_remove_padding", False))
+        whole = not output_args.get("pad_size") and not self.use_ulysses_sp
+        if self._wants_selective(micro_batch) and whole:
+            temperature = micro_batch["temperature"]
+            if not isinstance(temperature, torch.Tensor):
+                temperature = torch.full((len(micro_batch),), float(temperature))
             self._head_request = _head_request(
-                model_inputs["input_ids"], micro_batch["loss_mask"], output_args["temperature"]
+                micro_batch["input_ids"],
+                micro_batch["loss_mask"],
+                temperature,
+                row_length=None if packed else model_inputs["input_ids"].shape[1],
             )
         return model_inputs, output_args
 
@@ -107,10 +144,13 @@ class SelectiveHeadEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             )
             return result
         self._head_request = None
-        padded = output.logits.squeeze(-1)  # [B, L]
+        values = output.logits.squeeze(-1)  # [B, L], or [1, tokens] of a packed row
         input_ids = micro_batch["input_ids"]
-        lengths = input_ids.offsets().diff().tolist()
-        packed = torch.cat([row[:length] for row, length in zip(padded, lengths, strict=True)])
+        if tu.get_non_tensor_data(micro_batch, "use_remove_padding", False):
+            packed = values[0]
+        else:
+            lengths = input_ids.offsets().diff().tolist()
+            packed = torch.cat([row[:length] for row, length in zip(values, lengths, strict=True)])
         return {"log_probs": torch.nested.nested_tensor_from_jagged(packed, input_ids.offsets())}
 
 
@@ -121,11 +161,17 @@ def _device_name() -> Any:
     return get_device_name()
 
 
-def _head_request(input_ids: torch.Tensor, loss_mask: torch.Tensor, temperature: torch.Tensor) -> _HeadRequest:
-    """Rows of the padded ``input_ids`` [B, L] that predict a token whose ``loss_mask`` (nested [B, T_b]) is set."""
-    mask = torch.nested.to_padded_tensor(loss_mask.to(torch.int64), padding=0, output_size=tuple(input_ids.shape))
-    batch, position = torch.nonzero(mask[:, 1:], as_tuple=True)  # position t predicts token t + 1
-    rows = batch * input_ids.shape[1] + position
-    return _HeadRequest(
-        rows=rows, labels=input_ids[batch, position + 1], temperature=temperature.to(torch.float32)[batch]
-    )
+def _head_request(input_ids: Any, loss_mask: Any, temperature: torch.Tensor, row_length: int | None) -> _HeadRequest:
+    """The rows that predict a token whose ``loss_mask`` is set; both nested [B, T_b].
+
+    Args:
+        temperature: [B].
+        row_length: L of the padded [B, L] that the model is given; None: it is given one packed row.
+    """
+    ids, offsets = input_ids.values(), input_ids.offsets()
+    trained = loss_mask.values().bool()
+    trained = trained.index_fill(0, offsets[:-1], False)  # nothing predicts the first token of a sequence
+    tokens = torch.nonzero(trained).squeeze(1)
+    batch = torch.searchsorted(offsets, tokens, right=True) - 1
+    rows = tokens - 1 if row_length is None else batch * row_length + (tokens - offsets[batch]) - 1
+    return _HeadRequest(rows=rows, labels=ids[tokens], temperature=temperature.to(ids.device, torch.float32)[batch])
