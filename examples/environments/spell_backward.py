@@ -67,6 +67,9 @@ class SpellBackwardConfig(BaseEnvConfig):
     temperature: float = Field(default=1.0, gt=0, description="Sampling temperature, in training and evaluation.")
     max_answer_tokens: int = Field(default=8, ge=1, description="New tokens per answer at most.")
     partial_credit: bool = Field(default=False, description="Keep part of a point for letters in their place.")
+    latency: float = Field(
+        default=0.0, ge=0, description="Seconds that scoring a training group takes: stands for a slow tool or judge."
+    )
     eval_words: int = Field(default=128, ge=1, description="Held-out words of one evaluation.")
     eval_samples: int = Field(default=4, ge=1, le=64, description="Answers sampled per held-out word.")
 
@@ -191,6 +194,7 @@ class SpellBackwardEnv(BaseEnv):  # type: ignore[misc]  # atroposlib has no type
     async def collect_trajectories(self, item: dict[str, Any]) -> tuple[ScoredDataGroup, list[Any]]:
         """One group: ``group_size`` answers to one question, token-exact, with the sampling logprobs."""
         answers = await self._sample(item, self.config.group_size, "train")
+        await asyncio.sleep(self.config.latency)
         group = ScoredDataGroup(
             tokens=[node.tokens for node, _ in answers],
             masks=[node.masked_tokens for node, _ in answers],

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import util
@@ -191,14 +192,16 @@ async def test_settings_without_a_task_are_refused(
 
 
 async def test_a_group_is_token_exact(env_module: ModuleType, server: VllmServer) -> None:
-    env = make_env(env_module, server.url, group_size=4, temperature=0.7)
+    env = make_env(env_module, server.url, group_size=4, temperature=0.7, latency=0.2)
     await env.setup()
     task = {
         "question": "Spell this word backward (example: sun -> nus): cat",
         "answer": "tac",
         "metadata": {"word": "cat"},
     }
+    started = time.monotonic()
     group, backlog = await env.collect_trajectories(task)
+    assert time.monotonic() - started >= 0.2, "scoring takes --env.latency"
 
     encode = server.tokenizer.encode
     prompt = encode(f"<|im_start|>user\n{task['question']}<|im_end|>\n<|im_start|>assistant\n")
