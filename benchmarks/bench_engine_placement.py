@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 PROMPT_TOKENS, NEW_TOKENS, SEQUENCES = 24, 8, 64
@@ -59,7 +58,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 time.sleep(options.seconds)
                 rate = (tokens() - before) / options.seconds
             found.setdefault(f"engine alone, {engine_threads} threads", []).append((0.0, rate))
-    medians = {key: [statistics.median(column) for column in zip(*values, strict=True)] for key, values in found.items()}
+    medians = {key: [statistics.median(column) for column in zip(*pairs, strict=True)] for key, pairs in found.items()}
     fastest_step = min(step for key, (step, _) in medians.items() if key.startswith("trainer alone"))
     fastest_rate = max(rate for key, (_, rate) in medians.items() if key.startswith("engine alone"))
     return {
