@@ -79,7 +79,7 @@ def _differences(pairs: list[tuple[dict[str, float], dict[str, float]]], key: st
 
 def _calibrate(options: argparse.Namespace, root: Path) -> float:
     """Seconds of latency that make generation take as long as training, when they take turns."""
-    run = _run(options, root / "calibration", "sync", 0, 0.0, 10, evaluate=False)
+    run = _run(options, root / "calibration", "sync", 0, 0.0, 14, evaluate=False)
     return max(0.0, run["train_seconds"] + run["sync_seconds"] - run["rollout_seconds"])
 
 
@@ -96,7 +96,8 @@ def _run(
     words = [
         *(f"mode={mode}", f"seed={seed}", f"steps={steps}", f"batch_size={options.batch_size}", "save_freq=-1"),
         *("eval.before=false", f"eval.after={str(evaluate and not options.no_eval).lower()}", f"run_dir={run_dir}"),
-        f'env.args=["--env.latency","{latency}"]',
+        # By default Atropos lets 8 groups be in the making; here a whole batch is asked for at once in both modes.
+        f'env.args=["--env.latency","{latency}","--env.max_num_workers_per_node","{options.batch_size}"]',
         *options.words,
     ]
     metrics = run_dir / "metrics.jsonl"

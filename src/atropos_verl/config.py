@@ -193,7 +193,9 @@ class InferenceConfig(_Section):
     max_running: PositiveInt = Field(64, description="sequences generated at the same time")
     max_context_len: PositiveInt | None = Field(None, description="tokens; null: the sequence bound of the data")
     release_weights: bool = Field(True, description="free the engine's weights too while the trainer trains")
-    num_threads: PositiveInt | None = Field(None, description="torch threads of the engine; null: torch's default")
+    num_threads: PositiveInt | None = Field(
+        None, description="torch threads of the engine; null: torch's default, with mode=overlap on a CPU half"
+    )
 
 
 class EnvConfig(_Section):
@@ -241,6 +243,9 @@ class TrainerConfig(_Section):
     """verl's engine and trackers."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    num_threads: PositiveInt | None = Field(
+        None, description="torch threads of the trainer; null: torch's default, with mode=overlap the other half"
+    )
     strategy: Literal["fsdp2", "fsdp"] = Field("fsdp2", description="verl engine")
     max_token_len_per_gpu: PositiveInt = Field(16384, description="tokens of one micro-batch at most")
     logger: tuple[str, ...] = Field((), description="verl trackers: tensorboard, wandb, … (metrics.jsonl is always)")

@@ -12,6 +12,7 @@ from atropos_verl.errors import AtroposAPIError, AtroposHTTPStatusError, Atropos
 from atropos_verl.local.batch_feed import make_feed
 from atropos_verl.local.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from atropos_verl.local.interrupts import held_interrupts
+from atropos_verl.local.rollout_data import IdleShare
 from atropos_verl.local.selfplay import register_trainer
 from atropos_verl.report.metrics_log import MetricsLog
 from atropos_verl.types import StepReport
@@ -93,6 +94,7 @@ def fit(
     extra = checkpoint_extra or dict
     saved_at = trainer.step
     rewards: list[float] = []
+    idle = IdleShare()
     progress.phase("registering at the trajectory API")
     register_trainer(trainer, config.batch_size)
     trainer.open_rollouts()
@@ -112,6 +114,7 @@ def fit(
             with held_interrupts():
                 report = trainer.train_on(data, started)
                 log.append(report)
+            idle.add(report)
             progress.step(report)
             if on_step is not None:
                 on_step(report)
@@ -130,7 +133,7 @@ def fit(
         feed.close()
         _save_what_was_trained(trainer, error, saved_at, extra)
         raise
-    return {"rewards": rewards, "metrics_path": str(log.path)}
+    return {"rewards": rewards, "idle_share": idle.value, "metrics_path": str(log.path)}
 
 
 def _save_what_was_trained(

@@ -231,7 +231,7 @@ class _Run:
             progress.phase("evaluating on held-out tasks")
             evaluations.start_evaluation("after")
             self._finish("after", evaluations, progress)
-        self._summarise(trainer, result["rewards"], progress)
+        self._summarise(trainer, result, progress)
         return 0
 
     def _evaluates_before(self) -> bool:
@@ -266,10 +266,11 @@ class _Run:
         _log_to(handler)
         logging.getLogger("atropos_verl").setLevel(logging.INFO)
 
-    def _summarise(self, trainer: AtroposTrainer, rewards: list[float], progress: ProgressReporter) -> None:
+    def _summarise(self, trainer: AtroposTrainer, result: dict[str, Any], progress: ProgressReporter) -> None:
         from atropos_verl.report.metrics_log import write_summary
 
         totals = trainer.totals
+        rewards: list[float] = result["rewards"]
         few = max(1, min(5, len(rewards) // 2))
         summary: dict[str, Any] = {
             "steps": trainer.step,
@@ -278,6 +279,8 @@ class _Run:
             "reward_last": sum(rewards[-few:]) / few if rewards else None,
             "reward_window": few,
             "rewards": rewards,
+            "mode": self.config.mode,
+            "idle_share": result["idle_share"],
             "held_out_before": self.held_out.get("before"),
             "held_out_after": self.held_out.get("after"),
             "weights_synced": trainer.sharding_manager.syncs,

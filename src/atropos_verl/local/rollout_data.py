@@ -12,7 +12,7 @@ from atropos_verl.off_policy import BatchMatches
 from atropos_verl.types import SampleReport, ScoredGroup, StepReport
 from atropos_verl.weight_sync import SyncReport
 
-__all__ = ["RolloutData", "RunTotals", "step_report"]
+__all__ = ["IdleShare", "RolloutData", "RunTotals", "step_report"]
 
 
 @dataclass
@@ -52,6 +52,26 @@ class RunTotals:
         self.groups_used += report.groups
         self.groups_quarantined += len(report.quarantined)
         self.sequences_dropped_overlong += report.dropped_overlong
+
+
+class IdleShare:
+    """Of the time that steps took, how much the trainer stood waiting for rollouts."""
+
+    def __init__(self) -> None:
+        self._waited = self._total = 0.0
+        self._steps = 0
+
+    def add(self, report: StepReport) -> None:
+        """Count a step in. The first is left out: it waited for the environment to start."""
+        self._steps += 1
+        if self._steps > 1:
+            self._waited += report.metrics["timing/rollout"] or 0.0
+            self._total += report.metrics["timing/step"] or 0.0
+
+    @property
+    def value(self) -> float | None:
+        """In [0, 1]; None before the second step."""
+        return self._waited / self._total if self._total > 0 else None
 
 
 def step_report(

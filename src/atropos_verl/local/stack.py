@@ -16,6 +16,7 @@ from atropos_verl.inference.gate import RequestGate
 from atropos_verl.inference.gateway import GatewayServer, create_app
 from atropos_verl.inference.ledger import Ledger
 from atropos_verl.inference.transformers_engine import TransformersEngine
+from atropos_verl.local.cores import share_cores
 from atropos_verl.local.worker import PolicyWorker
 from atropos_verl.types import TrainingSample
 from atropos_verl.weight_sync import AtroposShardingManager, Canary
@@ -63,6 +64,7 @@ class LocalStack:
         tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer_path or str(model_path))
         gate = RequestGate()
         inference = config.inference
+        threads = share_cores(config, worker.device)
         engine = TransformersEngine.from_pretrained(
             model_path,
             gate=gate,
@@ -71,11 +73,13 @@ class LocalStack:
             # The trainer computes in this dtype whatever the checkpoint holds; logprobs must be of the same policy.
             dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.compute_dtype],
             device=worker.device,
-            num_threads=inference.num_threads,
+            num_threads=threads.engine,
             release_weights=inference.release_weights,
             keep_kv=config.overlap.kv_after_swap == "keep",
             seed=config.seed,
         )
+        if threads.trainer is not None:
+            torch.set_num_threads(threads.trainer)  # of this thread, the trainer's
         gate.pause(timeout=60.0)
         engine.release_memory_occupation()
         ledger = Ledger(config.off_policy.ledger_bytes)

@@ -132,7 +132,7 @@ class ProgressReporter:
                 ``reward_window`` (steps that those two are means of), ``rewards``, ``held_out_before``,
                 ``held_out_after``, ``steps``, ``policy_version``, ``weights_synced``, ``groups_used``,
                 ``groups_dropped``, ``groups_quarantined``, ``sequences_trained``, ``sequences_dropped_overlong``,
-                ``tokens_trained``, ``steps_without_data``, ``seconds``, ``run_dir``.
+                ``tokens_trained``, ``steps_without_data``, ``idle_share``, ``mode``, ``seconds``, ``run_dir``.
         """
         self._stop_live()
         rows = summary_rows(summary, ascii_only=self._ascii_only)
@@ -237,6 +237,8 @@ def summary_rows(summary: Mapping[str, Any], *, ascii_only: bool) -> list[tuple[
         found = [f"{words}{get(key):,}" for words, key in fields if get(key) is not None]
         if found and not (label == "no data" and not get("steps_without_data")):
             rows.append((label, ", ".join(found)))
+    if get("idle_share") is not None:
+        rows.append(("trainer", f"idle {get('idle_share'):.0%} of the time (mode={get('mode')})"))
     if get("seconds") is not None:
         rows.append(("time", duration(get("seconds"))))
     return rows
