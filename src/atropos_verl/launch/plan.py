@@ -21,12 +21,15 @@ _CHILD_ENV = {
 
 def api_spec(run_dir: Path, host: str, port: int, server: str = "upstream") -> ServiceSpec:
     """The trajectory API: ``upstream`` is atroposlib's, ``embedded`` ours, which keeps its state in ``run_dir/api``."""
+    env = _CHILD_ENV
     module: tuple[str, ...] = ("atroposlib.cli.run_api",)
     if server == "embedded":
         module = ("atropos_verl.cli", "serve-api", "--data-dir", str(api_data_dir(run_dir)))
+        # For this run alone, on this machine: a token meant for another API would only lock the environment out.
+        env = {**_CHILD_ENV, "ATROPOS_API_TOKEN": ""}
     command = (sys.executable, "-m", *module, "--host", host, "--port", str(port))
     return ServiceSpec(
-        name="trajectory_api", command=command, env=_CHILD_ENV, cwd=run_dir, log_path=_log(run_dir, "trajectory_api")
+        name="trajectory_api", command=command, env=env, cwd=run_dir, log_path=_log(run_dir, "trajectory_api")
     )
 
 

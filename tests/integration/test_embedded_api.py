@@ -1,0 +1,48 @@
+"""The trajectory API that a run starts for itself: what it keeps, and from whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.trajectory_server import group_bytes, registration
+
+from atropos_verl.api.client import AtroposClient, EnvRegistration, TrainerRegistration
+from atropos_verl.config import RunConfig
+from atropos_verl.launch.services import LocalServices
+
+
+@contextmanager
+def api(run_dir: Path, **settings: Any) -> Iterator[AtroposClient]:
+    """A client of the API that a run in ``run_dir`` starts, as an environment is one: without a token."""
+    services = LocalServices(RunConfig.from_mapping(settings), run_dir, run_dir)
+    try:
+        with AtroposClient(services.start_api()) as client:
+            yield client
+    finally:
+        services.stop()
+
+
+def register(client: AtroposClient) -> None:
+    client.register(TrainerRegistration(**registration()))
+    client.fetch_batch()
+
+
+def test_a_resumed_run_finds_its_groups_and_not_its_dead_environments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATROPOS_API_TOKEN", "meant-for-another-api")
+    hello = EnvRegistration(max_token_length=64, desired_name="env", group_size=4)
+    with api(tmp_path) as client:
+        register(client)
+        assert client.register_env(hello).env_id == 0
+        client.post_scored_data(group_bytes(1, env_id=0))
+    with api(tmp_path) as client:
+        assert client.status().queue_size == 1
+        assert client.register_env(hello).env_id == 1
+        assert client.status_env(1).env_weight == 1.0, "the one before took half of it"
+    with api(tmp_path, resume="disable") as client:
+        assert (client.status().queue_size, client.info().batch_size) == (0, -1)
