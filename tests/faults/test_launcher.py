@@ -1,7 +1,7 @@
 """The fault drill: what a launch survives, and how it ends when it cannot go on.
 
 One run takes most faults, one after the other; ``ATROPOS_VERL_FREEZE_SECONDS`` sets how long the gateway is frozen
-(5 in CI, 20 in the full drill).
+(20 is what is promised; less to try a change).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import psutil
 import pytest
 from support.launches import LAUNCH, SMALL_LAUNCH, LaunchRun
 
-FREEZE_SECONDS = float(os.environ.get("ATROPOS_VERL_FREEZE_SECONDS", "5"))
+FREEZE_SECONDS = float(os.environ.get("ATROPOS_VERL_FREEZE_SECONDS", "20"))
 STALL_AFTER = 3.0
 DRILL_STEPS = 45
 
