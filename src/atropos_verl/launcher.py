@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from atropos_verl.config import RunConfig, apply_environment
+from atropos_verl.config import ModelConfig, RunConfig, apply_environment
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.launch.launch_config import MOVED, EnvironmentConfig, LaunchConfig, describe_launch
 from atropos_verl.launch.readiness import free_port
@@ -26,6 +26,7 @@ from atropos_verl.launch.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from atropos_verl.doctor.main import Subject
+    from atropos_verl.launcher_ray import RayLaunch
 
 __all__ = ["build_plan", "load_launch", "load_subject", "main"]
 
@@ -43,19 +44,20 @@ def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, conf
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--cfg", action="store_true")
-    parser.add_argument("--config-name", default=config_name)
+    parser.add_argument("--config-name")
     parser.add_argument("--config-dir", type=Path, default=config_dir)
     options, overrides = parser.parse_known_args(words)
     if options.help:
         sys.stdout.write(help_text(options.config_dir) + "\n")
         return 0
     try:
-        config, launch = load_launch(overrides, options.config_dir, options.config_name)
+        config, launch, ray = _load(overrides, options.config_dir, options.config_name, config_name)
         if options.cfg:
-            values = {**config.model_dump(mode="json"), **launch.model_dump(mode="json")}
+            settings = ray.verl if ray is not None else config.model_dump(mode="json")
+            values = {**settings, **launch.model_dump(mode="json")}
             sys.stdout.write(json.dumps(values, indent=2) + "\n")
             return 0
-        plan = build_plan(config, launch)
+        plan = build_plan(config, launch, ray)
         if options.dry_run:
             sys.stdout.write(plan.text() + "\n")
             return 0
@@ -64,6 +66,36 @@ def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, conf
         sys.stderr.write(f"CONFIGURATION ERROR: {error}\n")
         return 2
     return _supervise(plan)
+
+
+def _load(
+    words: Sequence[str], config_dir: Path | None, config_name: str | None, default_name: str | None
+) -> tuple[RunConfig, LaunchConfig, RayLaunch | None]:
+    from atropos_verl.launcher_ray import backend_of, load_ray_launch
+
+    backend = backend_of(words, config_dir, config_name)
+    if backend not in ("local", "ray"):
+        raise ConfigError(f"{backend!r} is neither local nor ray", "backend")
+    if backend == "local":
+        return (*load_launch(words, config_dir, config_name or default_name), None)
+    directory = config_dir or _shipped_configs()
+    if directory is None:
+        raise ConfigError("there are no configuration files here (no checkout): give --config-dir", "backend")
+    ray = load_ray_launch(words, directory, config_name)
+    return ray.config, ray.launch, ray
+
+
+def _shipped_configs() -> Path | None:
+    directory = Path(__file__).resolve().parents[2] / "recipe" / "atropos" / "config"
+    return directory if directory.is_dir() else None
+
+
+def _with_token(config: RunConfig, launch: LaunchConfig) -> RunConfig:
+    """With a token for an API that listens beyond this machine."""
+    public = launch.starts("api") and launch.api.host not in _LOOPBACK and "--insecure" not in launch.api.args
+    if not public or config.atropos.api_url is not None or config.atropos.token:
+        return config
+    return config.model_copy(update={"atropos": config.atropos.model_copy(update={"token": secrets.token_hex(24)})})
 
 
 def load_launch(
@@ -99,10 +131,6 @@ def load_launch(
         # Hex: one base64 key in 64 begins with "-", which an environment takes for an option and exits.
         gateway["api_key"] = secrets.token_hex(24)
         values["gateway"] = gateway
-    atropos = dict(values.get("atropos") or {})
-    public = launch.starts("api") and launch.api.host not in _LOOPBACK and "--insecure" not in launch.api.args
-    if public and atropos.get("api_url") is None and not atropos.get("token"):
-        values["atropos"] = {**atropos, "token": secrets.token_hex(24)}
     return RunConfig.from_mapping(values), launch
 
 
@@ -110,17 +138,16 @@ def load_subject(words: Sequence[str], config_dir: Path | None, config_name: str
     """What ``doctor`` looks at: the keys of ``train`` and of ``launch``. Raises ``ConfigError``."""
     from atropos_verl.doctor.main import Subject
 
-    shipped = Path(__file__).resolve().parents[2] / "recipe" / "atropos" / "config"
-    directory = config_dir or (shipped if shipped.is_dir() else None)
-    name = config_name or ("local_demo" if directory == shipped else None)
-    config, launch = load_launch(words, directory, name)
+    directory = config_dir or _shipped_configs()
+    default = "local_demo" if directory is not None and directory == _shipped_configs() else None
+    config, launch, ray = _load(words, directory, config_name, default)
     if config.env.script is not None or config.env.python is not None:  # main_atropos.py's one environment
         one = EnvironmentConfig(script=config.env.script, python=config.env.python, args=config.env.args)
         launch = launch.model_copy(update={"environments": {"environment": one}, "envs": None})
-    return Subject(config=config, launch=launch, backend=launch.backend)
+    return Subject(config=config, launch=launch, backend=launch.backend, verl=ray.verl if ray is not None else {})
 
 
-def build_plan(config: RunConfig, launch: LaunchConfig) -> LaunchPlan:
+def build_plan(config: RunConfig, launch: LaunchConfig, ray: RayLaunch | None = None) -> LaunchPlan:
     """Choose ports, hand addresses and keys over, and list what is started. Starts nothing.
 
     Raises:
@@ -129,6 +156,7 @@ def build_plan(config: RunConfig, launch: LaunchConfig) -> LaunchPlan:
     from atropos_verl.doctor.model import check_vocabulary
     from atropos_verl.launch.startup import resolve_model_path
 
+    config = _with_token(config, launch)
     model_path = resolve_model_path(config)
     check_vocabulary(config, model_path)
     own_api = config.atropos.api_url is None and launch.starts("api")
@@ -149,6 +177,7 @@ def build_plan(config: RunConfig, launch: LaunchConfig) -> LaunchPlan:
     filled = config.model_copy(
         update={
             "run_dir": str(run_dir),
+            "model": _absolute(config, model_path),
             "atropos": config.atropos.model_copy(update={"api_url": api_url}),
             "gateway": config.gateway.model_copy(update={"port": gateway_port, "advertise_url": gateway_url or None}),
         }
@@ -160,7 +189,17 @@ def build_plan(config: RunConfig, launch: LaunchConfig) -> LaunchPlan:
         gateway_port=gateway_port,
         own_api=own_api,
     )
-    return make_plan(filled, launch, run_dir=run_dir, model_path=model_path, addresses=addresses)
+    program = None if ray is None else lambda final: ray.program(final, model_path)
+    return make_plan(filled, launch, run_dir=run_dir, model_path=model_path, addresses=addresses, program=program)
+
+
+def _absolute(config: RunConfig, model_path: Path) -> ModelConfig:
+    """The trainer runs in the run directory, where a relative path would mean something else."""
+    tokenizer = config.model.tokenizer_path
+    if tokenizer is not None and Path(tokenizer).expanduser().is_dir():
+        tokenizer = str(Path(tokenizer).expanduser().absolute())
+    path = None if config.model.path is None else str(model_path)
+    return config.model.model_copy(update={"path": path, "tokenizer_path": tokenizer})
 
 
 def _port(host: str, port: int, key: str) -> int:
@@ -272,6 +311,7 @@ def help_text(config_dir: Path | None) -> str:
         f"  {program} steps=100 environments.demo.copies=2 run_dir=runs/mine",
         f"  {program} --config-name two_environments envs=[words]",
         f"  {program} --config-name remote_api atropos.api_url=http://host:8000",
+        f"  {program} backend=ray trainer.total_training_steps=100   (verl's own keys; docs/launcher.md)",
         f"  {program} 'only=[environments]' atropos.api_url=http://a:8000 gateway.advertise_url=http://b:9004",
         "",
         "keys of a launch (default); those of the trainer: python recipe/atropos/main_atropos.py --help",

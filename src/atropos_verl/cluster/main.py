@@ -20,10 +20,11 @@ from atropos_verl.cluster.settings import ClusterRun, compose_config, read_run, 
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
 
 if TYPE_CHECKING:
+    from atropos_verl.launch.evaluation import LaunchedEvaluations
     from atropos_verl.launch.services import LocalServices
     from atropos_verl.report.console import ProgressReporter
 
-__all__ = ["main"]
+__all__ = ["compose_run", "main"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, conf
         sys.stdout.write(_help())
         return 0
     try:
-        config = _composed(overrides, options.config_dir, options.config_name)
+        config = compose_run(overrides, options.config_dir, options.config_name)
         run = read_run(config)
     except ConfigError as error:
         sys.stderr.write(f"CONFIGURATION ERROR: {error}\n")
@@ -97,7 +98,7 @@ def _help() -> str:
     return _HELP + "".join(f"  {name:<{width}}  {text} ({default})\n" for name, text, default in rows)
 
 
-def _composed(overrides: Sequence[str], config_dir: Path, config_name: str) -> Any:
+def compose_run(overrides: Sequence[str], config_dir: Path, config_name: str) -> Any:
     """The whole configuration, with the run directory and the model's path filled in."""
     from omegaconf import open_dict
 
@@ -149,6 +150,7 @@ class _Command:
         self.started = time.monotonic()
         self.held_out: dict[str, float | None] = {}
         self.services: LocalServices | None = None
+        self.evaluations: LocalServices | LaunchedEvaluations | None = None
         self.steps_seen = 0
         self.stop_deadline: float | None = None
 
@@ -162,8 +164,9 @@ class _Command:
                 self._start_services(progress)
                 return self._on_ray(progress)
             finally:
-                if self.services is not None:
-                    self.services.stop()
+                for part in (self.evaluations, self.services):
+                    if part is not None:
+                        part.stop()
 
     def _prepare(self) -> None:
         from omegaconf import OmegaConf
@@ -197,12 +200,13 @@ class _Command:
             with make_client(self.run.run, self.run.settings.api_url) as client:
                 progress.phase(f"contacting the trajectory API at {self.run.settings.api_url}")
                 client.check()
+            self._start_launched_evaluations(progress)
             return
         from atropos_verl.launch.plan import env_script
         from atropos_verl.launch.services import LocalServices
 
         env_script(self.run.run)
-        self.services = services = LocalServices(self.run.run, self.run.run_dir, self.model_path)
+        self.services = self.evaluations = services = LocalServices(self.run.run, self.run.run_dir, self.model_path)
         progress.phase("starting the trajectory API")
         url = services.start_api()
         progress.phase("starting the environment")
@@ -212,6 +216,18 @@ class _Command:
         with open_dict(verl):
             verl.atropos.api_url = url
             verl.atropos.gateway = {**self.run.settings.gateway.model_dump(), "port": services.gateway_port}
+
+    def _start_launched_evaluations(self, progress: ProgressReporter) -> None:
+        """A launcher starts environments itself, and leaves the evaluations to the trainer."""
+        from atropos_verl.launch.evaluation import LaunchedEvaluations
+
+        settings = self.run.settings.eval
+        if settings.commands_file is None:
+            return
+        path = Path(settings.commands_file)
+        self.evaluations = LaunchedEvaluations(path, self.run.run_dir, timeout=settings.timeout, note=progress.note)
+        if settings.before and not _has_checkpoint(self.run.verl):
+            self.evaluations.start_evaluation("before")
 
     def _on_ray(self, progress: ProgressReporter) -> int:
         from atropos_verl.cluster.ray_session import RaySession
@@ -273,8 +289,8 @@ class _Command:
             self._evaluation("before", progress)
             session.raise_flag("train")
         elif kind == "trained":
-            if not content and self.services is not None and self.run.settings.eval.after:
-                self.services.start_evaluation("after")
+            if not content and self.evaluations is not None and self.run.settings.eval.after:
+                self.evaluations.start_evaluation("after")
                 self._evaluation("after", progress)
             progress.phase("ending")
             session.raise_flag("end")
@@ -282,11 +298,12 @@ class _Command:
     def _evaluation(self, label: str, progress: ProgressReporter) -> None:
         from atropos_verl.launch.evaluation import held_out_score
 
-        if self.services is None or not self.services.has_evaluation(label):
+        if self.evaluations is None or not self.evaluations.has_evaluation(label):
             return
         progress.phase(f"evaluating on held-out tasks {label} training")
-        self.held_out[label] = held_out_score(self.services.finish_evaluation(label))
-        progress.note(f"held-out mean reward {label} training: {self.held_out[label]:.3f}")
+        score = self.held_out[label] = held_out_score(self.evaluations.finish_evaluation(label))
+        told = "unknown" if score is None else f"{score:.3f}"
+        progress.note(f"held-out mean reward {label} training: {told}")
 
     def _summarise(self, outcome: dict[str, Any], progress: ProgressReporter) -> None:
         from atropos_verl.report.metrics_log import write_summary

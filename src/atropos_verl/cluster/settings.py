@@ -161,11 +161,15 @@ def with_environment(config: Any, overrides: Sequence[str]) -> None:
 
     keys = frozenset(word.split("=", 1)[0].lstrip("+~") for word in overrides)
     block = OmegaConf.to_container(config.atropos, resolve=True)
-    values = apply_environment({"atropos": block}, command_line_keys=keys)["atropos"]
+    of_gateway = {key.removeprefix("atropos.") for key in keys if key.startswith("atropos.gateway.")}
+    sections = {"atropos": block, "gateway": block.get("gateway")}
+    values = apply_environment(sections, command_line_keys=keys | of_gateway)
     with open_dict(config):
         for name in ("api_url", "timeout", "token"):
-            if name in values:
-                config.atropos[name] = values[name]
+            if name in values["atropos"]:
+                config.atropos[name] = values["atropos"][name]
+        if values["gateway"] is not None:
+            config.atropos.gateway = values["gateway"]
 
 
 def _as_run_config(config: Any, settings: ClusterSettings) -> RunConfig:

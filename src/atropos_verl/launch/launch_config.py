@@ -128,7 +128,9 @@ class SuperviseConfig(_Section):
 class LaunchConfig(_Section):
     """Processes of a run."""
 
-    backend: Literal["local"] = Field("local", description="local: verl's engine in the trainer process, or torchrun")
+    backend: Literal["local", "ray"] = Field(
+        "local", description="local: verl's engine in the trainer process, or torchrun; ray: verl's trainer on Ray"
+    )
     api: ApiProcessConfig = Field(default_factory=ApiProcessConfig)
     trainer_process: TrainerProcessConfig = Field(default_factory=TrainerProcessConfig)
     environments: dict[str, EnvironmentConfig] = Field(

@@ -33,7 +33,8 @@ def prepare_run_dir(plan: LaunchPlan) -> None:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         (run_dir / "launch").mkdir(exist_ok=True)
         write_private(run_dir / "plan.json", json.dumps(plan.describe(), indent=1) + "\n")
-        write_private(trainer_settings_path(run_dir), trainer_settings_text(plan.config))
+        if plan.settings_file:
+            write_private(trainer_settings_path(run_dir), trainer_settings_text(plan.config))
         if plan.evaluations is not None:
             write_private(evaluations_path(run_dir), plan.evaluations)
     except OSError as error:

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ __all__ = [
     "Addresses",
     "LaunchPlan",
     "Service",
+    "TrainerProgram",
     "evaluations_path",
     "make_plan",
     "trainer_settings_path",
@@ -48,6 +49,17 @@ class Addresses:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerProgram:
+    """What the trainer's interpreter is given."""
+
+    words: tuple[str, ...]
+    restart_words: tuple[str, ...]
+    """Added when it is started again: go on from the newest checkpoint, whatever the first start was told."""
+    settings_file: bool = True
+    """It reads ``trainer_settings_path``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
     """One process to start and watch."""
 
@@ -58,6 +70,8 @@ class Service:
     """How often it may be restarted in a row; 0: never."""
     startup_timeout: float
     """Seconds."""
+    restart_words: tuple[str, ...] = ()
+    """Added to its command from the second start on."""
     environment: str = ""
     """Name in ``environments``, which copies share."""
 
@@ -79,6 +93,8 @@ class LaunchPlan:
     """In the order of starting."""
     warnings: tuple[str, ...] = ()
     model_name: str = ""
+    settings_file: bool = True
+    """The trainer reads ``trainer_settings_path``."""
     evaluations: str | None = None
     """Content of ``evaluations_path``; None: no held-out evaluation."""
 
@@ -111,12 +127,19 @@ class LaunchPlan:
 
 
 def make_plan(
-    config: RunConfig, launch: LaunchConfig, *, run_dir: Path, model_path: Path, addresses: Addresses
+    config: RunConfig,
+    launch: LaunchConfig,
+    *,
+    run_dir: Path,
+    model_path: Path,
+    addresses: Addresses,
+    program: Callable[[RunConfig], TrainerProgram] | None = None,
 ) -> LaunchPlan:
     """The services of a run.
 
     Args:
         config: with ``atropos.api_url``, ``gateway.port`` and ``gateway.api_key`` as they will be.
+        program: the trainer's command for the final configuration; None: the local backend's.
 
     Raises:
         ConfigError: an environment's script does not exist; group sizes or allocations do not fit the batch size.
@@ -143,7 +166,8 @@ def make_plan(
             for item in environments.services
         ]
     if launch.starts("trainer"):
-        services.append(_trainer(launch, config, run_dir, addresses))
+        trainer = program(config) if program else _local_program(launch, run_dir)
+        services.append(_trainer(launch, config, run_dir, addresses, trainer))
     return LaunchPlan(
         run_dir=run_dir,
         config=config,
@@ -152,6 +176,7 @@ def make_plan(
         services=tuple(services),
         warnings=(*check_keys(config, launch, own_api=addresses.own_api), *environments.warnings),
         model_name=str(model_path),
+        settings_file=program is None,
         evaluations=evaluations,
     )
 
@@ -186,13 +211,19 @@ def _api(launch: LaunchConfig, config: RunConfig, run_dir: Path, addresses: Addr
     return Service(kind="api", spec=spec, restarts=restarts, startup_timeout=settings.startup_timeout)
 
 
-def _trainer(launch: LaunchConfig, config: RunConfig, run_dir: Path, addresses: Addresses) -> Service:
-    settings = launch.trainer_process
-    python = interpreter(settings.python, "trainer_process.python")
+def _local_program(launch: LaunchConfig, run_dir: Path) -> TrainerProgram:
     file = trainer_settings_path(run_dir)
     module = ("-m", "atropos_verl.cli", "train", "--config-dir", str(file.parent), "--config-name", file.stem)
-    ranks = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={settings.nproc}")
-    command = (python, *ranks, *module) if settings.nproc > 1 else (python, *module)
+    nproc = launch.trainer_process.nproc
+    ranks = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}") if nproc > 1 else ()
+    return TrainerProgram(words=(*ranks, *module), restart_words=("resume=auto",))
+
+
+def _trainer(
+    launch: LaunchConfig, config: RunConfig, run_dir: Path, addresses: Addresses, program: TrainerProgram
+) -> Service:
+    settings = launch.trainer_process
+    python = interpreter(settings.python, "trainer_process.python")
     # The trainer lets these variables win over its file; what the launcher decided must hold.
     variables = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "ATROPOS_API_URL": addresses.api_url}
     variables["ATROPOS_TIMEOUT"] = f"{config.atropos.timeout:g}"
@@ -202,13 +233,19 @@ def _trainer(launch: LaunchConfig, config: RunConfig, run_dir: Path, addresses: 
         variables["ATROPOS_GATEWAY_KEY"] = config.gateway.api_key
     spec = ServiceSpec(
         name="trainer",
-        command=command,
+        command=(python, *program.words),
         env={**variables, **_import_path(), **settings.env},
         cwd=run_dir,
         log_path=run_dir / "logs" / "trainer.1.log",
     )
     restarts = settings.max_restarts if settings.on_death == "restart" else 0
-    return Service(kind="trainer", spec=spec, restarts=restarts, startup_timeout=settings.startup_timeout)
+    return Service(
+        kind="trainer",
+        spec=spec,
+        restarts=restarts,
+        startup_timeout=settings.startup_timeout,
+        restart_words=program.restart_words,
+    )
 
 
 def _import_path() -> dict[str, str]:

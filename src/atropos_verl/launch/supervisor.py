@@ -170,8 +170,7 @@ class Supervisor:
         if watched is self._trainer:
             self._poller.expect_new_gateway()
             self._said -= {"gateway", "generation"}
-            # Whatever the first start was told, a restart goes on where the run was.
-            extra = ("resume=auto",) if again else ()
+            extra = watched.service.restart_words if again else ()
         watched.start(extra)
         self._note(
             f"{'restarting' if again else 'starting'} {watched.name} (log {watched.process.spec.log_path})"
