@@ -171,6 +171,7 @@ class _Command:
     def _prepare(self) -> None:
         from omegaconf import OmegaConf
 
+        from atropos_verl.launch.private_files import write_private
         from atropos_verl.launch.startup import resolve_model_path
 
         run_dir = self.run.run_dir
@@ -179,7 +180,7 @@ class _Command:
             raise ConfigError(f"{run_dir} already holds a run; choose another, or trainer.resume_mode=auto", "run_dir")
         try:
             (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-            (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(self.run.verl, resolve=True))
+            write_private(run_dir / "config.yaml", OmegaConf.to_yaml(self.run.verl, resolve=True))
         except OSError as error:
             raise ConfigError(f"cannot write to {run_dir}: {error.strerror}", "run_dir") from error
         handler = logging.FileHandler(run_dir / "logs" / "command.log")

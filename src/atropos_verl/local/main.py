@@ -253,12 +253,14 @@ class _Run:
         progress.note(f"held-out mean reward {label} training: {told}")
 
     def _prepare_run_dir(self) -> None:
+        from atropos_verl.launch.private_files import write_private
+
         metrics = self.run_dir / "metrics.jsonl"
         if self.config.resume == "disable" and metrics.exists():
             raise ConfigError(f"{self.run_dir} already holds a run; choose another, or resume=auto", "run_dir")
         try:
             (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "config.json").write_text(json.dumps(self.config.model_dump(mode="json"), indent=2))
+            write_private(self.run_dir / "config.json", json.dumps(self.config.model_dump(mode="json"), indent=2))
         except OSError as error:
             raise ConfigError(f"cannot write to {self.run_dir}: {error.strerror}", "run_dir") from error
         handler = logging.FileHandler(self.run_dir / "logs" / "trainer.log")
