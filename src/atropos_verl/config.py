@@ -170,6 +170,9 @@ class OffPolicyConfig(_Section):
     max_staleness: int | None = Field(
         None, ge=0, description="policy versions a group may be older than the weights it updates; null: no bound"
     )
+    on_stale: Literal["drop", "wait"] = Field(
+        "drop", description="wait: new prompts are held back that would get too old; what does nevertheless is dropped"
+    )
     importance: Literal["auto", "token", "sequence"] | None = Field(
         "auto",
         description="truncated importance weights of trainer over rollout policy; null: off; auto: token with "

@@ -143,3 +143,20 @@ def test_a_bound_of_zero_still_makes_progress_and_holds(model_path: Path, tmp_pa
         assert line["data/groups"] == sum(age == 0 for age in line["told"]) >= 1
     if mode == "overlap":
         assert given_up + sum(line["off_policy/dropped_stale_groups"] for line in lines) > 0
+
+
+@pytest.mark.parametrize("bound", [0, 1])
+def test_waiting_keeps_the_bound_and_wastes_little(model_path: Path, tmp_path: Path, bound: int) -> None:
+    """New prompts are held back, so that what is generated can be trained on; the rest of it is dropped as ever."""
+    settings = {"mode": "overlap", "off_policy": {"max_staleness": bound, "on_stale": "wait"}}
+    environment = {"ahead": 8, "latency": 0.02, "workers": 2}
+    with running(model_path, tmp_path, steps=15, environment=environment, **settings) as (trainer, env):
+        lines = fit(trainer, env)
+        given_up, throttle = trainer.totals.batches_stale, trainer.stack.throttle
+    assert [line["policy_version"] for line in lines] == list(range(1, 16))
+    assert all(line["off_policy/staleness_max"] <= bound for line in lines)
+    dropped = sum(line["off_policy/dropped_stale_groups"] for line in lines) + GROUPS * given_up
+    used = sum(line["data/groups"] for line in lines)
+    assert throttle is not None and throttle.held > 0
+    logger.info("bound %d: %d groups used, %d dropped, %d requests held", bound, used, dropped, throttle.held)
+    assert dropped <= used / 3

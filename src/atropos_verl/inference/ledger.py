@@ -240,6 +240,18 @@ class Ledger:
         with self._lock:
             return [list(self._pieces(sequence, hashes, start, stop)) for start, stop in spans]
 
+    def continues(self, token_ids: Sequence[int]) -> bool:
+        """Whether a prompt begins with a prompt and the completion that followed it: the next turn of an episode."""
+        ids = np.asarray(token_ids, dtype=_IDS)
+        sequence = ids.tobytes()
+        keys = prefix_hashes(ids).tolist()
+        with self._lock:
+            for stop in range(len(ids), 0, -1):
+                for record in self._by_end.get(keys[stop], {}).values():
+                    if record.start + record.length == stop and _holds(record, sequence, stop):
+                        return True
+        return False
+
     def used(self, records: Iterable[SpanRecord]) -> None:
         """Note that a sequence is known to hold each of ``records``."""
         with self._lock:

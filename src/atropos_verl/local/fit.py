@@ -98,6 +98,7 @@ def fit(
     progress.phase("registering at the trajectory API")
     register_trainer(trainer, config.batch_size)
     trainer.open_rollouts()
+    trainer.flow.watch()
     if before_first_step is not None:
         before_first_step()
     wait = _Waiter(trainer, progress, starts_environment=check_services is not None)

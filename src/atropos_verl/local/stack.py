@@ -15,6 +15,7 @@ from atropos_verl.errors import ConfigError, EngineError, WeightSyncError
 from atropos_verl.inference.gate import RequestGate
 from atropos_verl.inference.gateway import GatewayServer, create_app
 from atropos_verl.inference.ledger import Ledger
+from atropos_verl.inference.throttle import StalenessThrottle
 from atropos_verl.inference.transformers_engine import TransformersEngine
 from atropos_verl.local.cores import share_cores
 from atropos_verl.local.worker import PolicyWorker
@@ -49,6 +50,7 @@ class LocalStack:
     gate: RequestGate
     gateway: GatewayServer
     ledger: Ledger
+    throttle: StalenessThrottle | None
     tokenizer: Any
     policy: _VersionedPolicy
     sharding_manager: AtroposShardingManager
@@ -83,8 +85,15 @@ class LocalStack:
         gate.pause(timeout=60.0)
         engine.release_memory_occupation()
         ledger = Ledger(config.off_policy.ledger_bytes)
+        throttle = _build_throttle(config, ledger)
         app = create_app(
-            engine, tokenizer, gate=gate, ledger=ledger, model_name=str(model_path), api_key=config.gateway.api_key
+            engine,
+            tokenizer,
+            gate=gate,
+            ledger=ledger,
+            throttle=throttle,
+            model_name=str(model_path),
+            api_key=config.gateway.api_key,
         )
         port = config.gateway.port if gateway_port is None else gateway_port
         gateway = GatewayServer(app, host=config.gateway.host, port=port)
@@ -93,7 +102,7 @@ class LocalStack:
         canary = _build_canary(config, worker, engine, tokenizer) if config.sync.canary else None
         manager = AtroposShardingManager(engine, policy, gate=gate, canary=canary)
         vocab_size = int(engine.model.config.vocab_size)
-        return cls(worker, engine, gate, gateway, ledger, tokenizer, policy, manager, vocab_size)
+        return cls(worker, engine, gate, gateway, ledger, throttle, tokenizer, policy, manager, vocab_size)
 
     def close(self) -> None:
         """Stop gateway, engine and worker. Safe to call twice."""
@@ -101,6 +110,13 @@ class LocalStack:
             stack.callback(self.worker.close)
             stack.callback(self.engine.close)
             stack.callback(self.gateway.stop, timeout=10.0)
+
+
+def _build_throttle(config: RunConfig, ledger: Ledger) -> StalenessThrottle | None:
+    bound = config.off_policy.max_staleness
+    if bound is None or config.off_policy.on_stale == "drop":
+        return None
+    return StalenessThrottle(ledger, config.batch_size, bound)
 
 
 def _build_canary(config: RunConfig, worker: PolicyWorker, engine: TransformersEngine, tokenizer: Any) -> Canary:

@@ -32,6 +32,7 @@ from atropos_verl.errors import AtroposProtocolError, ConfigError, DataError
 from atropos_verl.launch.startup import resolve_model_path
 from atropos_verl.local.interrupts import held_interrupts
 from atropos_verl.local.rollout_data import RolloutData, RunTotals, step_report
+from atropos_verl.local.rollout_flow import RolloutFlow
 from atropos_verl.local.stack import LocalStack, padded_rows
 from atropos_verl.off_policy import OffPolicyBook
 from atropos_verl.report.quarantine import QuarantineStore
@@ -81,6 +82,7 @@ class AtroposTrainer:
         self.batches = LeasedBatches(self.client, self.journal)
         self.quarantine = QuarantineStore(self.run_dir / "quarantine")
         self.stack = LocalStack.build(config, self.model_path, gateway_port=gateway_port)
+        self.flow = RolloutFlow(self.stack.throttle, self.client, config.group_size)
         self._early: deque[RolloutData] = deque()
         self._rollouts: ExitStack | None = None
         self._self_play: Any = None
@@ -115,6 +117,7 @@ class AtroposTrainer:
             self.close_rollouts()
         finally:
             self.stack.close()
+            self.flow.close()
             self.batches.close()
             self.client.close()
 
@@ -242,6 +245,7 @@ class AtroposTrainer:
         for data in self._early:
             if data.entry is not None:
                 self.batches.release(data.entry)
+            self.flow.done()
         self._early.clear()
 
     def put_back(self, batches: Sequence[RolloutData]) -> None:
@@ -263,12 +267,14 @@ class AtroposTrainer:
             else:
                 matches = self.off_policy.recall(groups, self.journal, entry)
                 self._early.append(RolloutData(groups, entry, matches=matches))
+                self.flow.fetched()
 
     def _decode(self, held: HeldBatch) -> RolloutData:
         started = time.perf_counter()
         groups = decode_batch(held.body)
         decoded = time.perf_counter()
         matches = self.off_policy.look_up_and_keep(groups, self.journal, held.entry)
+        self.flow.fetched()
         timings = {"decode": decoded - started, "look_up": time.perf_counter() - decoded, "wait": held.waited}
         return RolloutData(groups, held.entry, matches=matches, timings=timings)
 
@@ -297,6 +303,7 @@ class AtroposTrainer:
         if data.entry is not None:
             self.batches.trained(data.entry, self.step)
             self.batches.ack(data.entry)
+        self.flow.done()
         return True
 
     def _make_samples(self, data: RolloutData) -> SampleReport:
@@ -395,6 +402,7 @@ class AtroposTrainer:
             self.batches.trained(rollout_data.entry, self.step)
         self.updating = False
         self.serve_newest()
+        self.flow.done()
         synced = time.perf_counter()
         if rollout_data.entry is not None:
             self.batches.ack(rollout_data.entry)

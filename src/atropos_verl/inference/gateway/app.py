@@ -34,6 +34,7 @@ from atropos_verl.inference.gateway.native_api import generate, generate_trl
 from atropos_verl.inference.gateway.openai_api import chat_completions, completions
 from atropos_verl.inference.gateway.service import Gate, GatewayService
 from atropos_verl.inference.ledger import Ledger
+from atropos_verl.inference.throttle import StalenessThrottle
 
 __all__ = ["create_app"]
 
@@ -56,6 +57,7 @@ def create_app(
     *,
     gate: Gate | None = None,
     ledger: Ledger | None = None,
+    throttle: StalenessThrottle | None = None,
     model_name: str,
     api_key: str | None = None,
     request_timeout: float | None = 1200.0,
@@ -64,11 +66,12 @@ def create_app(
 
     ``tokenizer``: a Hugging Face tokenizer with the model's chat template. ``gate``: admits requests and makes them
     wait while weights are swapped. ``ledger``: is told of every completion before the client sees the end of it.
+    ``throttle``: makes new prompts wait that would be trained on too late.
     ``api_key``: bearer key required on every route but /health (None or "": no key). ``request_timeout``: seconds a
     request may take in all, waiting included (None: no bound); then HTTP 504.
     Raises nothing at construction.
     """
-    service = GatewayService(engine, tokenizer, gate=gate, ledger=ledger, model_name=model_name)
+    service = GatewayService(engine, tokenizer, gate=gate, ledger=ledger, throttle=throttle, model_name=model_name)
     started = int(time.time())
 
     def model_card() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from atropos_verl.inference.gateway.fields import Fields
 from atropos_verl.inference.gateway.metrics import GatewayMetrics
 from atropos_verl.inference.gateway.text import TextCodec
 from atropos_verl.inference.ledger import Ledger
+from atropos_verl.inference.throttle import StalenessThrottle
 from atropos_verl.types import UNKNOWN_VERSION
 
 __all__ = ["Gate", "GatewayService", "finite_logprobs", "joined_deltas", "policy_fields"]
@@ -52,10 +53,12 @@ class GatewayService:
         *,
         gate: Gate | None,
         ledger: Ledger | None = None,
+        throttle: StalenessThrottle | None = None,
         model_name: str,
     ) -> None:
         self.engine = engine
         self.ledger = ledger
+        self.throttle = throttle
         self.codec = TextCodec(tokenizer)
         self.gate = gate
         self.model_name = model_name
@@ -97,7 +100,7 @@ class GatewayService:
         Raises ``GenerationRequestError``, ``EngineStoppedError``, ``EngineError``; ``ApiError`` 503 when a completion
         was aborted (half a completion must not be taken for a whole one).
         """
-        async with self._admitted():
+        async with self._admitted(requests):
             if len(requests) == 1:
                 results = [await self.engine.agenerate(requests[0])]
             else:
@@ -123,7 +126,7 @@ class GatewayService:
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """The same for one request, token by token. Closing the generator frees its slots."""
-        async with self._admitted():
+        async with self._admitted([request]):
             deltas = self.engine.astream(request)
             seen: list[GenerationDelta] = []
             running = request.n
@@ -150,8 +153,10 @@ class GatewayService:
             self.ledger.record(request.prompt_token_ids, joined_deltas(seen, request.n), request.temperature)
 
     @asynccontextmanager
-    async def _admitted(self) -> AsyncIterator[None]:
+    async def _admitted(self, requests: Sequence[GenerationRequest]) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            if self.throttle is not None:
+                await stack.enter_async_context(self.throttle.admitted(requests))
             if self.gate is not None:
                 await stack.enter_async_context(self.gate.request())
             yield

@@ -1,0 +1,62 @@
+"""Tells the throttle of the gateway what lies between a completion and its step: the API's queue, batches in hand."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from atropos_verl.api.client import AtroposClient
+from atropos_verl.errors import AtroposAPIError
+from atropos_verl.inference.throttle import StalenessThrottle
+
+__all__ = ["RolloutFlow"]
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.1
+
+
+class RolloutFlow:
+    """Nothing is done without a throttle (``off_policy.on_stale=drop``).
+
+    Args:
+        group_size: sequences of one queued group.
+    """
+
+    def __init__(self, throttle: StalenessThrottle | None, client: AtroposClient, group_size: int) -> None:
+        self._throttle = throttle
+        self._client = client
+        self._group_size = group_size
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def fetched(self) -> None:
+        """A batch is in hand."""
+        if self._throttle is not None:
+            self._throttle.batch_fetched()
+
+    def done(self) -> None:
+        """A batch was trained on and the new weights are served, or it was given up."""
+        if self._throttle is not None:
+            self._throttle.batch_done()
+
+    def watch(self) -> None:
+        """Begin to ask the API for its queue, from a thread. Idempotent."""
+        if self._throttle is not None and self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="atropos-verl-queue-watch", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """End the thread; to be called before the client is closed. Idempotent."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        assert self._throttle is not None
+        while not self._stop.wait(_POLL_SECONDS):
+            try:
+                self._throttle.queue_is(self._client.status().queue_size * self._group_size)
+            except AtroposAPIError as error:  # whoever fetches batches reports it
+                logger.info("the queue of the API is not known now: %s", error.reason)
