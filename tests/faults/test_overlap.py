@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support.lab import GROUP_SIZE, GROUPS, Lab, assert_same, saved
-from support.runs import metrics_of
+from support.runs import SMALL, TrainingRun, checkpointed_step, metrics_of
 from support.scripted_api import random_batches
 from support.serving import eventually
 from support.tiny_model import build_tiny_model
@@ -173,3 +173,28 @@ def test_wrong_weights_are_caught_before_they_serve(lab: Lab) -> None:
         assert trainer.step == 2
         assert trainer.engine.policy_version == 1
         assert not trainer.stack.gate.is_open
+
+
+def test_a_real_run_is_killed_resumed_and_told_to_stop(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    words = ["mode=overlap", "steps=1000", "save_freq=5", *SMALL]
+    with TrainingRun(words, run_dir=run_dir) as run:
+        run.wait_for_step(7)
+        run.interrupt(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+        run.assert_nothing_left()
+    saved_at = checkpointed_step(run_dir)
+    assert saved_at >= 5
+    with TrainingRun(words, run_dir=run_dir) as run:
+        run.wait_for_output("batches fetched before the interruption are trained first")
+        run.wait_for_step(saved_at + 4)
+        run.interrupt_group(signal.SIGINT)
+        assert run.wait() == 130
+        run.assert_nothing_left()
+        assert "are saved in" in run.stderr
+    lines = metrics_of(run_dir)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert [line["policy_version"] for line in lines] == [line["step"] for line in lines]
+    assert checkpointed_step(run_dir) == len(lines) >= saved_at + 4
+    # Batches that are on disk and not trained on: what the trainer had taken ahead, never more.
+    assert len(_journalled(run_dir)) <= 2
