@@ -131,8 +131,10 @@ def fit(
         feed.close()
         trainer.give_back()
     except BaseException as error:
-        feed.close()
-        _save_what_was_trained(trainer, error, saved_at, extra)
+        try:
+            _save_what_was_trained(trainer, error, saved_at, extra)
+        finally:
+            feed.close()  # last: it waits for a request that an API which hangs may never answer
         raise
     return {"rewards": rewards, "idle_share": idle.value, "metrics_path": str(log.path)}
 
