@@ -141,7 +141,8 @@ class TrajectoryFeed:
 
     def trained(self, uids: Sequence[str], step: int) -> list[Slot]:
         """Durably note that ``step`` consumed these slots. Returns them; ``acknowledge`` follows the weight sync."""
-        done = [self.slots[uid] for uid in uids]
+        # No longer among those that go back to the API when this ends, whether or not their ack gets through.
+        done = [self.slots.pop(uid) for uid in uids]
         for slot in done:
             for entry in slot.entries:
                 self.batches.trained(entry, step)
@@ -150,14 +151,12 @@ class TrajectoryFeed:
     def acknowledge(self, slots: Sequence[Slot], covered_step: int = 0) -> None:
         """The API may forget these batches, and the journal those that steps up to ``covered_step`` consumed (a
         checkpoint holds their effect). Done by the feed's thread, which owns the connection."""
-        for slot in slots:
-            self.slots.pop(slot.uid, None)
         self._settled.put(([entry for slot in slots for entry in slot.entries], covered_step))
         self._wake()
 
     def evicted(self, uids: set[str]) -> None:
         """verl dropped these slots as too old: nobody will train on them, and the API need not keep them."""
-        slots = [self.slots[uid] for uid in uids if uid in self.slots]
+        slots = [self.slots.pop(uid) for uid in uids if uid in self.slots]
         for slot in slots:
             logger.warning(
                 "a batch of %d sequences is left out: older than trainer.v1.sampler.max_off_policy_threshold",

@@ -6,6 +6,8 @@ Exit codes: 0 done; 1 the run failed; 2 the configuration is wrong; 130 Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import logging
 import os
 import signal
@@ -16,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from atropos_verl.cluster.settings import ClusterRun, compose_config, read_run, with_environment
+from atropos_verl.cluster.settings import ClusterRun, complete_config, compose_config, read_run, with_environment
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from atropos_verl.launch.services import LocalServices
     from atropos_verl.report.console import ProgressReporter
 
-__all__ = ["compose_run", "main"]
+__all__ = ["compose_run", "main", "validate_with_verl"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +106,7 @@ def compose_run(overrides: Sequence[str], config_dir: Path, config_name: str) ->
 
     config = compose_config(overrides, config_dir, config_name)
     with_environment(config, overrides)
+    complete_config(config)
     with open_dict(config):
         if config.run_dir is None:
             config.run_dir = time.strftime(f"runs/{config.trainer.experiment_name}-%Y%m%d-%H%M%S")
@@ -114,6 +117,24 @@ def compose_run(overrides: Sequence[str], config_dir: Path, config_name: str) ->
 
             model.path = str(demo_model_path())
     return config
+
+
+def validate_with_verl(config: Any) -> None:
+    """verl's own checks of its configuration. Raises ``ConfigError`` with verl's words."""
+    from atropos_verl.cluster.ray_session import set_environment
+
+    set_environment(str(config.trainer.device))  # before the first import of verl
+    # With a handler there already, verl's basicConfig adds none that writes between the lines of the progress.
+    logging.getLogger().addHandler(logging.NullHandler())
+    from hydra.errors import HydraException
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # verl prints that all is well
+            validate_config(config, need_reference_policy(config), need_critic(config))
+    except (AssertionError, ValueError, HydraException) as error:
+        raise ConfigError(f"verl: {error.__cause__ or error}") from error
 
 
 def _guarded(run: ClusterRun) -> int:
@@ -183,6 +204,7 @@ class _Command:
             write_private(run_dir / "config.yaml", OmegaConf.to_yaml(self.run.verl, resolve=True))
         except OSError as error:
             raise ConfigError(f"cannot write to {run_dir}: {error.strerror}", "run_dir") from error
+        validate_with_verl(self.run.verl)
         handler = logging.FileHandler(run_dir / "logs" / "command.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
@@ -234,20 +256,22 @@ class _Command:
         from atropos_verl.cluster.ray_session import RaySession
 
         progress.phase("starting Ray")
+        ended_by: BaseException | None = None
         with RaySession(self.run) as session:
             session.start_runner()
             while True:
                 try:
                     outcome = self._watch(session, progress)
                     break
-                except KeyboardInterrupt:
-                    if not self.steps_seen or self.stop_deadline is not None:
+                except (KeyboardInterrupt, ServiceError) as error:
+                    if not self.steps_seen or ended_by is not None or session.has_ended:
                         raise
-                    progress.note("Ctrl-C: the step on its way is finished and saved; again to stop at once")
+                    ended_by = error
+                    progress.note("ending: the step on its way is finished and saved (Ctrl-C: at once)")
                     self.stop_deadline = time.monotonic() + _STOP_SECONDS
                     session.raise_flag("stop")
-        if self.stop_deadline is not None:
-            raise KeyboardInterrupt
+        if ended_by is not None:
+            raise ended_by
         self._summarise(outcome, progress)
         return 0
 
@@ -260,7 +284,7 @@ class _Command:
             if finished:
                 result: dict[str, Any] = session.result(self._explain)
                 return result
-            if self.services is not None:
+            if self.stop_deadline is None and self.services is not None:
                 self.services.check()
             if self.stop_deadline is not None and time.monotonic() > self.stop_deadline:
                 raise KeyboardInterrupt
@@ -278,7 +302,7 @@ class _Command:
     def _handle(self, kind: str, content: Any, session: Any, progress: ProgressReporter) -> None:
         if kind == "phase":
             progress.phase(content)
-        elif kind == "note":
+        elif kind in ("note", "saved"):
             progress.note(content)
         elif kind == "step":
             self.steps_seen += 1

@@ -15,7 +15,7 @@ from atropos_verl.cluster.board import make_board
 from atropos_verl.cluster.settings import ClusterRun
 from atropos_verl.errors import AtroposVerlError, ServiceError
 
-__all__ = ["RaySession"]
+__all__ = ["RaySession", "set_environment"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class RaySession:
 
     def __enter__(self) -> Self:
         config = self.run.verl
-        variables = _environment(str(config.trainer.device))
+        variables = set_environment(str(config.trainer.device))
         from omegaconf import OmegaConf, open_dict
         from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
@@ -54,6 +54,8 @@ class RaySession:
         else:
             for name in ("num_cpus", "num_gpus", "object_store_memory", "include_dashboard"):
                 settings.pop(name, None)  # the cluster's own; Ray refuses them when attaching
+        # Ray says with every cluster of its own that it is protected by a token, which is as it should be.
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         try:
             ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING, **settings)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -93,6 +95,11 @@ class RaySession:
         """Wait at most that long for the task runner; True when it has ended."""
         return self._done.wait(seconds)
 
+    @property
+    def has_ended(self) -> bool:
+        """The task runner has returned or failed."""
+        return self._done.is_set()
+
     def take_events(self) -> list[tuple[str, Any]]:
         """What the task runner said since the last call."""
         events: list[tuple[str, Any]] = ray.get(self._board.take.remote())
@@ -123,7 +130,7 @@ class RaySession:
         ) from error
 
 
-def _environment(device: str) -> dict[str, str]:
+def set_environment(device: str) -> dict[str, str]:
     """Variables of every process of the run, this one included. Before its first import of verl."""
     from atropos_verl.verl_plugin import ray_environment
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 _PAUSE_TIMEOUT = 120.0
 """Seconds until the running engine step must have ended."""
+_ABORT_INTERVAL = 0.05
 _DEFAULT_MAX_RUNNING = 256
 
 
@@ -180,10 +182,14 @@ class TransformersServer:
         self._aborted, self._rejecting = True, reject_request
         await self._apply_gate()
         running = dict(self._running)
-        for key in running:
-            self._engine.abort(key)
-        if running:
-            await asyncio.wait(running.values(), timeout=_PAUSE_TIMEOUT)
+        waiting = set(running.values())
+        deadline = time.monotonic() + _PAUSE_TIMEOUT
+        while waiting and time.monotonic() < deadline:
+            # Again and again: a request that had not reached the engine yet is not found the first time, and would
+            # then wait at the shut gate for as long as nobody opens it.
+            for key in running:
+                self._engine.abort(key)
+            _, waiting = await asyncio.wait(waiting, timeout=_ABORT_INTERVAL)
         return {"aborted_count": len(running), "request_ids": list(running)}
 
     async def resume_generation(self) -> None:

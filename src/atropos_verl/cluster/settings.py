@@ -31,7 +31,7 @@ from atropos_verl.config import (
 )
 from atropos_verl.errors import ConfigError
 
-__all__ = ["ClusterRun", "ClusterSettings", "compose_config", "read_run"]
+__all__ = ["ClusterRun", "ClusterSettings", "complete_config", "compose_config", "read_run", "with_environment"]
 
 _LOCAL_NAMES = {
     "steps": "trainer.total_training_steps",
@@ -137,6 +137,30 @@ def compose_config(overrides: Sequence[str], config_dir: Path, config_name: str)
         raise _named(error, words, config_dir, config_name) from None
 
 
+def complete_config(config: Any) -> None:
+    """What ``trainer.v1.trainer_mode=separate_async`` entails where the embedded engine generates.
+
+    Replicas of their own, weights through Ray's object store, and a mini-batch per local update. Values that were set
+    otherwise are kept.
+    """
+    from omegaconf import open_dict
+
+    if config.trainer.v1.trainer_mode != "separate_async":
+        return
+    actor_rollout, data = config.actor_rollout_ref, config.data
+    with open_dict(config):
+        if actor_rollout.actor.ppo_mini_batch_size == data.train_batch_size:
+            actor_rollout.actor.ppo_mini_batch_size = data.train_batch_size // parameter_sync_step(config)
+        if actor_rollout.rollout.name == "transformers":
+            engine = actor_rollout.rollout.checkpoint_engine
+            if engine.backend == "naive":
+                engine.backend = "ray_object_store"
+                engine.custom_backend_module = "atropos_verl.cluster.checkpoint_engine"
+            if not actor_rollout.rollout.nnodes:
+                actor_rollout.rollout.nnodes = 1
+                actor_rollout.hybrid_engine = False
+
+
 def read_run(config: Any) -> ClusterRun:
     """Validate a composed configuration: the ``atropos`` block, and what it needs of verl's keys.
 
@@ -144,8 +168,12 @@ def read_run(config: Any) -> ClusterRun:
         ConfigError: names every key that is wrong.
     """
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    block = OmegaConf.to_container(config.atropos, resolve=True)
+    try:
+        block = OmegaConf.to_container(config.atropos, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(" ".join(str(error).split()), "atropos") from None
     assert isinstance(block, dict)
     try:
         settings = ClusterSettings.model_validate({str(key): value for key, value in block.items()})
@@ -248,6 +276,8 @@ def _check_verl_keys(config: Any) -> None:
             "of equal scores out (ensure_scores_are_not_same)",
             "algorithm.filter_groups.enable",
         )
+    if algorithm.adv_estimator == "gae" and not config.critic.enable:
+        raise ConfigError("algorithm.adv_estimator=gae needs a critic; set it to true", "critic.enable")
     if config.reward.reward_model.enable:
         raise ConfigError("environments score their own rollouts; use an environment", "reward.reward_model.enable")
     if config.distillation.get("enabled"):

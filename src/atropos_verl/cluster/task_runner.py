@@ -56,6 +56,7 @@ class _Session:
     def train(self) -> dict[str, Any]:
         from atropos_verl.cluster.agent_loop import AtroposAgentLoopManager
         from atropos_verl.cluster.trainer import MODES, StopRequestedError
+        from atropos_verl.errors import AtroposAPIError, CheckpointError, DataError
         from atropos_verl.report.metrics_log import MetricsLog
 
         self.board.phase("loading the policy (verl)")
@@ -86,6 +87,11 @@ class _Session:
                 trainer.fit(manager)
             except StopRequestedError as error:
                 stopped = str(error)
+                self.board.note(trainer.save_what_was_trained() or stopped)
+            except (AtroposAPIError, CheckpointError, DataError):
+                saved = trainer.save_what_was_trained()
+                self.board.put("saved", saved)
+                raise
         self.board.put("trained", stopped)
         self.board.wait_for_flag("end")
         return self._summary(stopped)

@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 _PARTITION = "train"
 _DRAIN_SECONDS = 600.0
+_STOP_LOOK_SECONDS = 0.5
 
 
 class _Replicas:
@@ -88,6 +89,10 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         self._untold: list[Slot] = []
         self._covered_step = 0
         """A checkpoint holds the effect of every batch up to this step."""
+        self._whole_step = 0
+        """The last step of which everything is done."""
+        self._is_updating = False
+        self._next_stop_look = 0.0
         self._step_started = time.perf_counter()
         self._grad_norm = self._loss = 0.0
         super().__init__(config)
@@ -98,8 +103,9 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
     def attach(self, feed: TrajectoryFeed, gateway: ClusterGateway) -> None:
         """After ``init``, before ``fit``. The gateway has been open since it was started: the weights are there."""
         self.feed, self.gateway = feed, gateway
+        self._whole_step = self._covered_step = self.global_steps
         gateway.release(self.policy_version)
-        self.replay_buffer.watch(feed.check, feed.evicted, self.atropos.settings.poll_interval)
+        self.replay_buffer.watch(self._check_while_waiting, feed.evicted, self.atropos.settings.poll_interval)
 
     # ------------------------------------------------------------------ WeightSource
 
@@ -270,11 +276,36 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
                 sync=self.sharding_manager.last_sync,
             )
         )
-        if self.on_stop() and self.global_steps < self.total_training_steps:
-            save_freq = int(self.config.trainer.save_freq)
-            if save_freq > 0 and self.global_steps % save_freq:
-                self._save_checkpoint()
-            raise StopRequestedError(f"stopped after step {self.global_steps}")
+        self._whole_step, self._is_updating = self.global_steps, False
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        if self._whole_step < self.total_training_steps and self.on_stop():
+            raise StopRequestedError(f"stopped after step {self._whole_step}")
+
+    def _check_while_waiting(self) -> None:
+        """Runs between two looks for a finished batch."""
+        assert self.feed is not None
+        self.feed.check()
+        now = time.monotonic()
+        if now > self._next_stop_look:
+            self._next_stop_look = now + _STOP_LOOK_SECONDS
+            self._stop_if_asked()
+
+    def save_what_was_trained(self) -> str:
+        """After ``fit`` was ended: a checkpoint of the last whole step, where none is. Says what is saved."""
+        if int(self.config.trainer.save_freq) <= 0 or not self._whole_step:
+            return ""
+        if self._is_updating or self.local_trigger_step:
+            return f"in the middle of an update: nothing after step {self._covered_step} is saved"
+        if self._whole_step > self._covered_step:
+            self.global_steps = self._whole_step
+            self._save_checkpoint()
+        return f"steps up to {self._whole_step} are saved in {self.checkpoint_root}; the same command goes on"
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        self._is_updating = True
+        return super()._update_actor(batch, metrics)
 
     # ------------------------------------------------------------------ checkpoints
 

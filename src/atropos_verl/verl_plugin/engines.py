@@ -169,9 +169,19 @@ def _head_request(input_ids: Any, loss_mask: Any, temperature: torch.Tensor, row
         row_length: L of the padded [B, L] that the model is given; None: it is given one packed row.
     """
     ids, offsets = input_ids.values(), input_ids.offsets()
-    trained = loss_mask.values().bool()
+    trained = _over_sequences(loss_mask, offsets)
     trained = trained.index_fill(0, offsets[:-1], False)  # nothing predicts the first token of a sequence
     tokens = torch.nonzero(trained).squeeze(1)
     batch = torch.searchsorted(offsets, tokens, right=True) - 1
     rows = tokens - 1 if row_length is None else batch * row_length + (tokens - offsets[batch]) - 1
     return _HeadRequest(rows=rows, labels=ids[tokens], temperature=temperature.to(ids.device, torch.float32)[batch])
+
+
+def _over_sequences(loss_mask: Any, offsets: torch.Tensor) -> torch.Tensor:
+    """[tokens] bool. verl's V1 trainer (and every row that it pads a batch with) has masks of the response only, which
+    is the end of the sequence."""
+    if torch.equal(loss_mask.offsets(), offsets):
+        whole: torch.Tensor = loss_mask.values().bool()
+        return whole
+    rows = zip(loss_mask.unbind(), offsets.diff().tolist(), strict=True)
+    return torch.cat([torch.nn.functional.pad(row.bool(), (length - row.numel(), 0)) for row, length in rows])

@@ -220,6 +220,15 @@ def test_untrained_batches_go_back_when_it_stops(made: Any) -> None:
     assert world.batches.named("ack") == [1]
 
 
+def test_a_trained_batch_that_is_not_acked_yet_does_not_go_back(made: Any) -> None:
+    world = made([[group(1)]])
+    world.filled("a")
+    world.feed.trained(["a"], 1)
+    world.feed.stop()
+    assert world.batches.named("release") == []
+    assert world.batches.named("ack") == []
+
+
 def test_a_slot_that_verl_evicts_is_acked_and_not_trained(made: Any) -> None:
     world = made([[group(1)]])
     world.filled("a", step=3)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from atropos_verl.cluster.main import main
-from atropos_verl.cluster.settings import compose_config, read_run, with_environment
+from atropos_verl.cluster.main import main, validate_with_verl
+from atropos_verl.cluster.settings import complete_config, compose_config, read_run, with_environment
 from atropos_verl.errors import ConfigError
 
 CONFIG_DIR = Path(__file__).resolve().parents[3] / "recipe" / "atropos" / "config"
-SHIPPED = sorted(
-    path.stem for path in CONFIG_DIR.glob("*.yaml") if "atropos_ray" in path.read_text() or path.stem == "atropos_ray"
-)
+SHIPPED = ["atropos_ray", *sorted(path.stem for path in CONFIG_DIR.glob("ray_*.yaml"))]
 
 
 def composed(*words: str, name: str = "ray_cpu_demo") -> object:
@@ -23,14 +22,14 @@ def composed(*words: str, name: str = "ray_cpu_demo") -> object:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_file_composes_and_verl_accepts_it(name: str) -> None:
+def test_every_shipped_file_composes_and_verl_accepts_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATROPOS_GATEWAY_KEY", "k")
     config = composed("actor_rollout_ref.model.path=/models/some", name=name)
     run = read_run(config)
     assert run.run.batch_size == config.data.train_batch_size * config.actor_rollout_ref.rollout.n
-    from verl.trainer.ppo.utils import need_critic, need_reference_policy
-    from verl.utils.config import validate_config
-
-    validate_config(config, need_reference_policy(config), need_critic(config))
+    if importlib.util.find_spec("vllm") is None:
+        config.actor_rollout_ref.rollout.name = "transformers"  # verl asks vLLM itself for the ranks of LoRA it takes
+    validate_with_verl(config)
 
 
 def test_the_demo_and_the_base_file_are_among_them() -> None:
@@ -50,6 +49,7 @@ def test_the_demo_and_the_base_file_are_among_them() -> None:
         ("trainer.v1.trainer_mode=fast", "trainer.v1.trainer_mode", "colocate_async"),
         ("trainer.total_training_steps=null", "trainer.total_training_steps", "how many steps"),
         ("algorithm.filter_groups.enable=true", "algorithm.filter_groups.enable", "ensure_scores_are_not_same"),
+        ("algorithm.adv_estimator=gae", "critic.enable", "critic"),
         ("trainer.test_freq=2", "data.val_files", "prompt file"),
         ("trainer.val_before_train=true", "data.val_files", "prompt file"),
         ("atropos.gateway.host=0.0.0.0", "", "set gateway.api_key"),
@@ -109,3 +109,64 @@ def test_composing_imports_neither_torch_nor_verl() -> None:
         "assert not {'torch', 'verl', 'ray'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+SCRIPTS = sorted((CONFIG_DIR.parent).glob("run_ray_*.sh"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_shell_script_runs_a_configuration_that_validates(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script itself, with a ``python`` that writes its words down; those are then composed."""
+    recorder = tmp_path / "python"
+    recorder.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" > {tmp_path / "words"}\n')
+    recorder.chmod(0o755)
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHON": str(recorder),
+        "MODEL": "/models/some",
+        "ATROPOS_GATEWAY_KEY": "k",
+    }
+    subprocess.run([str(script), "trainer.save_freq=7"], check=True, env=environment, timeout=30)
+    program, *words = (tmp_path / "words").read_text().splitlines()
+    assert program == "recipe/atropos/main_atropos.py"
+    assert words.pop(0) == "backend=ray"
+    assert words.pop(0) == "--config-name"
+    name = words.pop(0)
+    monkeypatch.setenv("ATROPOS_GATEWAY_KEY", "k")
+    config = composed(*words, name=name)
+    complete_config(config)
+    run = read_run(config)
+    assert config.trainer.save_freq == 7, "the script passes further words on"
+    assert run.run.steps >= 30
+
+
+def test_there_is_a_script_for_each_kind_of_machine() -> None:
+    names = {path.stem.removeprefix("run_ray_") for path in SCRIPTS}
+    assert names == {"cpu", "grpo_lora_1gpu", "fsdp_vllm", "sglang", "two_nodes"}
+
+
+def test_separate_async_on_the_embedded_engine_needs_no_further_word() -> None:
+    config = composed("trainer.v1.trainer_mode=separate_async")
+    complete_config(config)
+    rollout = config.actor_rollout_ref.rollout
+    assert rollout.checkpoint_engine.backend == "ray_object_store"
+    assert (rollout.nnodes, rollout.n_gpus_per_node) == (1, 1)
+    assert config.actor_rollout_ref.actor.ppo_mini_batch_size * 4 == config.data.train_batch_size
+    kept = composed(
+        "trainer.v1.trainer_mode=separate_async", "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl"
+    )
+    complete_config(kept)
+    assert kept.actor_rollout_ref.rollout.checkpoint_engine.backend == "nccl"
+
+
+def test_what_verl_refuses_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match="ppo_micro_batch_size"):
+        validate_with_verl(composed("actor_rollout_ref.actor.use_dynamic_bsz=false"))
+
+
+def test_a_variable_that_a_file_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ATROPOS_GATEWAY_KEY", raising=False)
+    with pytest.raises(ConfigError, match="ATROPOS_GATEWAY_KEY"):
+        read_run(composed("actor_rollout_ref.model.path=/models/some", name="ray_two_nodes"))

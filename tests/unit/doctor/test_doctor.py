@@ -279,8 +279,8 @@ def test_tokenize_for_trainer_needs_transformers_4(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- placement
 
 
-def placed(gpus: int = 8, cores: int = 64, **changes: Any) -> dict[str, str]:
-    settings: dict[str, Any] = {
+def placed(gpus: int = 8, cores: int = 16, **changes: Any) -> dict[str, str]:
+    settings = {
         "trainer": {"nnodes": 1, "n_gpus_per_node": 8, "device": "cuda"},
         "actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 2, "n": 8}},
         "data": {"train_batch_size": 64},
@@ -291,25 +291,16 @@ def placed(gpus: int = 8, cores: int = 64, **changes: Any) -> dict[str, str]:
 
 
 def test_placement_groups_that_ray_would_wait_for_for_ever() -> None:
-    assert placed() == {"replicas": "ok", "CPUs": "ok", "GPUs": "ok"}
-    assert placed(gpus=4)["GPUs"] == "missing"
+    assert placed() == {"replicas": "ok", "bundles": "ok"}
+    assert placed(gpus=4) == {"replicas": "ok", "bundles": "missing"}
     assert placed(trainer={"nnodes": 2}) == {"replicas": "ok", "nodes": "missing"}
     attached = {"ray_kwargs": {"ray_init": {"address": "auto"}}}
     assert placed(gpus=0, trainer={"nnodes": 2}, **attached) == {"replicas": "ok", "nodes": "ok"}
     assert placed(actor_rollout_ref={"rollout": {"tensor_model_parallel_size": 3}})["replicas"] == "missing"
     assert placed(data={"train_batch_size": 1}, trainer={"n_gpus_per_node": 6})["replicas"] == "missing"
-
-
-def test_every_process_asks_for_three_cpus() -> None:
-    # 8 processes: 24, and one each for runner, queue and its storage
-    assert [placed(cores=cores)["CPUs"] for cores in (26, 27)] == ["missing", "ok"]
     cpu = {"device": "cpu", "n_gpus_per_node": 1}
-    assert placed(gpus=0, cores=2, trainer=cpu)["CPUs"] == "missing"
-    assert placed(gpus=0, cores=2, trainer=cpu, ray_kwargs={"ray_init": {"num_cpus": 6}})["CPUs"] == "ok"
-    separate = {"v1": {"trainer_mode": "separate_async"}}
-    rollout = {"rollout": {"nnodes": 1, "n_gpus_per_node": 4, "tensor_model_parallel_size": 2, "n": 8}}
-    found = placed(gpus=8, cores=27, trainer=separate, actor_rollout_ref=rollout)
-    assert (found["GPUs"], found["CPUs"]) == ("missing", "missing")
+    assert placed(gpus=0, cores=2, trainer=cpu)["bundles"] == "missing"
+    assert placed(gpus=0, cores=2, trainer=cpu, ray_kwargs={"ray_init": {"num_cpus": 16}})["bundles"] == "ok"
 
 
 # ---------------------------------------------------------------------- the command

@@ -1,0 +1,32 @@
+"""A fault for a Ray run: from step 3 on the replicas get no weights, while everything says that they did.
+
+``trainer.checkpoint_callback_class=support.skipped_sync.SkipSyncs``: verl makes it in the task runner's process.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
+
+__all__ = ["LAST_SYNC", "SkipSyncs"]
+
+LAST_SYNC = 3
+"""The last step whose weights reach the replicas."""
+
+
+class SkipSyncs(CheckpointCallback):  # type: ignore[misc]
+    """Replaces the trainer's weight update with one that only wakes the replicas."""
+
+    def __init__(self, config: Any) -> None:
+        from atropos_verl.cluster.trainer import AtroposSyncTrainer
+
+        sync = AtroposSyncTrainer._verl_sync
+
+        def wake_only(trainer: Any) -> None:
+            if trainer.global_steps <= LAST_SYNC:
+                sync(trainer)
+            else:
+                trainer.checkpoint_manager.wake_up_replicas()
+
+        AtroposSyncTrainer._verl_sync = wake_only  # type: ignore[method-assign]
