@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ from support.ray_cluster import Cluster, ray_session, started_cluster
 from support.tiny_model import build_tiny_model, build_tiny_tokenizer
 
 _TOKENS = list(range(40, 90))
+_STANDALONE = [  # what verl's separate_async asks of the configuration; it changes nothing for a colocated replica
+    "actor_rollout_ref.rollout.nnodes=1",
+    "actor_rollout_ref.rollout.n_gpus_per_node=1",
+    "actor_rollout_ref.rollout.checkpoint_engine.backend=ray_object_store",
+    "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=atropos_verl.cluster.checkpoint_engine",
+]
 _PARAMS = {"temperature": 1.0, "logprobs": True, "ignore_eos": True}
 
 
@@ -28,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(model: Path, _ray: None) -> Iterator[Cluster]:
-    with started_cluster(model) as cluster:
+    with started_cluster(model, *_STANDALONE) as cluster:
         cluster.checkpoints.sleep_replicas()
         cluster.checkpoints.update_weights(0)
         yield cluster
@@ -145,7 +152,7 @@ async def test_environments_requests_outlast_every_kind_of_weight_update(cluster
     steps, answers = 6, []
     start = _call(cluster, "get_stats")["policy_version"]
     stop = asyncio.Event()
-    scorers: dict[int, Any] = {}
+    scorers: dict[int, Any] = {start: (await asyncio.to_thread(cluster.workers.weights))[0]}
 
     async def environment(client: httpx.AsyncClient, number: int) -> None:
         sent = 0
@@ -185,18 +192,14 @@ async def test_environments_requests_outlast_every_kind_of_weight_update(cluster
     spans = [tuple(span) for _, answer in answers for span in answer["policy_versions"]]
     assert len(answers) >= 8 and continued > 0
     assert any(first < last for first, last in spans)  # some were really on their way
-    checked = 0
     for prompt, answer in answers:
-        for tokens, rows, (first, last) in zip(
-            answer["token_ids"], answer["logprobs"], answer["policy_versions"], strict=True
-        ):
-            logprobs = [next(iter(row[0].values())) for row in rows]
+        rows = zip(answer["token_ids"], answer["logprobs"], answer["policy_versions"], strict=True)
+        for number, (tokens, entries, (first, last)) in enumerate(rows):
+            logprobs = [next(iter(row[0].values())) for row in entries]
             assert len(tokens) == len(logprobs) == 60
-            if first == last and first in scorers and checked < 10:
-                expected = _logprobs(model, scorers[first], [*prompt, *tokens])[len(prompt) - 1 :]
-                assert logprobs == pytest.approx(expected, abs=1e-4)
-                checked += 1
-    assert checked > 3
+            if number == 0:
+                made_by = _policies(model, {v: scorers[v] for v in range(first, last + 1)}, prompt, tokens, logprobs)
+                assert (made_by[0], made_by[-1]) == (first, last)
 
 
 async def test_a_client_that_leaves_frees_the_replicas_slots(cluster: Cluster) -> None:
@@ -219,13 +222,78 @@ async def test_a_client_that_leaves_frees_the_replicas_slots(cluster: Cluster) -
         await asyncio.to_thread(cluster.checkpoints.resume_generation_replicas)
 
 
-def _logprobs(model: Path, state: dict[str, Any], tokens: list[int]) -> list[float]:
-    """What a plain model with these weights makes of a sequence."""
+def test_a_standalone_replica_gets_the_weights_through_the_object_store(cluster: Cluster) -> None:
+    import ray
+    from verl.checkpoint_engine.base import CheckpointEngineManager
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.rollout.llm_server import LLMServerManager
+
+    standalone = LLMServerManager.create(config=cluster.config, start_rank=1)
+    [replica] = standalone.get_replicas()
+    manager = CheckpointEngineManager(
+        config=omega_conf_to_dataclass(cluster.config.actor_rollout_ref.rollout.checkpoint_engine),
+        actor_wg=cluster.workers,
+        replicas=[replica],
+    )
+    assert ray.get(replica.server_handle.get_stats.remote())["gate"] == "paused"  # random weights generate nothing
+    for step in (100, 101):
+        cluster.workers.nudge(step, 0.05)
+        metrics = manager.update_weights(step)
+        assert metrics["weight_sync/bytes"] > 0
+        [trainer] = cluster.workers.trainer_logprobs(_TOKENS)
+        engine = ray.get(replica.server_handle.compute_logprobs.remote(_TOKENS))
+        assert engine == pytest.approx(trainer, abs=1e-5)
+        stats = ray.get(replica.server_handle.get_stats.remote())
+        assert (stats["policy_version"], stats["gate"]) == (step, "open")
+    for actor in (replica.server_handle, *replica.workers):
+        ray.kill(actor)
+
+
+def test_with_lora_the_base_travels_once_and_then_only_adapters_and_the_engine_follows(model: Path) -> None:
+    settings = ["actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora_alpha=16"]
+    with started_cluster(model, *settings) as cluster:
+        received = [0]
+        for step in range(3):
+            trained = cluster.workers.nudge(step, 0.1)
+            if step:
+                assert cluster.canary(_TOKENS) > 1e-2
+            cluster.checkpoints.sleep_replicas()
+            cluster.checkpoints.update_weights(step)
+            assert cluster.canary(_TOKENS) < 1e-5
+            received.append(_call(cluster, "get_stats")["received_weight_bytes"])
+            [transfer] = cluster.workers.last_transfer()
+            assert all(".lora_A." in name or ".lora_B." in name for name in transfer.names)
+            # 2 layers, 7 projections with factors A and B: r * (in + out) float32 numbers each, q k v o gate up down
+            sizes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
+            assert trained == [28] and len(transfer.names) == 28
+            assert transfer.nbytes == 2 * 4 * 4 * sum(a + b for a, b in sizes)
+        base, first, second = (after - before for before, after in pairwise(received))
+        assert first == second == transfer.nbytes
+        assert base > 2 * transfer.nbytes  # rollout.load_format=dummy: the replica had no base weights
+
+
+def _policies(
+    model: Path, weights: dict[int, dict[str, Any]], prompt: list[int], tokens: list[int], logprobs: list[float]
+) -> list[int]:
+    """Which of these policies each token's logprob is of: a plain model with its weights gives the same.
+
+    Fails when none does, or when an older policy follows a newer one.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(model)
-    plain.load_state_dict(state)
-    with torch.no_grad():
-        logp = torch.log_softmax(plain(torch.tensor([tokens])).logits[0].double(), dim=-1)
-    return [float(logp[i, token]) for i, token in enumerate(tokens[1:])]
+    sequence = torch.tensor([[*prompt, *tokens]])
+    scores = {}
+    for version, state in weights.items():
+        plain.load_state_dict(state)
+        with torch.no_grad():
+            logp = torch.log_softmax(plain(sequence).logits[0, len(prompt) - 1 : -1].double(), dim=-1)
+        scores[version] = logp.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+    made_by: list[int] = []
+    for position, value in enumerate(logprobs):
+        oldest = made_by[-1] if made_by else min(weights)
+        fits = [v for v in sorted(weights) if v >= oldest and abs(scores[v][position] - value) < 1e-4]
+        assert fits, f"token {position}: {value} is of none of the policies {sorted(weights)} from {oldest} on"
+        made_by.append(fits[0])
+    return made_by

@@ -18,7 +18,7 @@ _TESTS = Path(__file__).resolve().parents[1]
 
 
 @contextmanager
-def ray_session(num_gpus: int = 2) -> Iterator[None]:
+def ray_session(num_gpus: int = 4) -> Iterator[None]:
     """A Ray of its own for this process; logical GPUs only. Nothing of it is left afterwards."""
     environment = verl_plugin.ray_environment("cpu") | {
         "VERL_LOGGING_LEVEL": "WARN",
@@ -130,7 +130,7 @@ class Cluster:
         from verl.workers.rollout.llm_server import LLMServerManager
 
         self.config = config
-        pool = RayResourcePool([1], use_gpu=True, max_colocate_count=3)
+        self._pool = pool = RayResourcePool([1], use_gpu=True, max_colocate_count=3)
         cls = RayClassWithInitArgs(
             cls=ray.remote(worker_class()), config=config.actor_rollout_ref, role="actor_rollout"
         )
@@ -148,6 +148,15 @@ class Cluster:
         """The first replica's actor."""
         return self.servers.get_replicas()[0].server_handle
 
+    def close(self) -> None:
+        """End its actors and give their resources back to the Ray session."""
+        import ray
+
+        for actor in (*self.workers.workers, *(r.server_handle for r in self.servers.get_replicas())):
+            ray.kill(actor)
+        for group in self._pool.get_placement_groups():
+            ray.util.remove_placement_group(group)
+
     def canary(self, token_ids: list[int]) -> float:
         """Largest difference of a logprob between trainer and replica."""
         import ray
@@ -160,11 +169,8 @@ class Cluster:
 @contextmanager
 def started_cluster(model: Path, *overrides: str) -> Iterator[Cluster]:
     """A ``Cluster`` whose actors are gone afterwards (the Ray session stays)."""
-    import ray
-
     cluster = Cluster(compose(model, *overrides))
     try:
         yield cluster
     finally:
-        for actor in (*cluster.workers.workers, *(r.server_handle for r in cluster.servers.get_replicas())):
-            ray.kill(actor)
+        cluster.close()

@@ -72,6 +72,7 @@ class TransformersServer:
         self._asleep = self._aborted = self._rejecting = False
         self._running: dict[str, asyncio.Task[list[Generation]]] = {}
         self._settings: dict[str, Any] = {}
+        self._received_bytes = 0
         self._receiver = WeightReceiver(self._apply_weights)
         self._engine: TransformersEngine
         self._lora: LoraMerger | None = None
@@ -247,6 +248,7 @@ class TransformersServer:
         ``base_sync`` (they are the base weights of a model with adapters).
         """
         self._settings = settings
+        self._received_bytes += bucket.nbytes
         copied: int | None = await self._receiver.receive(update_id, index, bucket, last)
         if last:
             if settings["global_steps"] is not None:
@@ -286,6 +288,7 @@ class TransformersServer:
         return {name: getattr(stats, name) for name in stats.__slots__} | {
             "policy_version": self._engine.policy_version,
             "gate": self._engine.gate.state.value,
+            "received_weight_bytes": self._received_bytes,
         }
 
 
