@@ -26,7 +26,7 @@ from verl.workers.rollout.utils import ensure_async_iterator
 from atropos_verl.cluster.weight_transfer import BucketStream, iter_buckets
 from atropos_verl.errors import WeightSyncError
 
-__all__ = ["AtroposCheckpointEngineWorker", "RayObjectStoreCheckpointEngine"]
+__all__ = ["AtroposCheckpointEngineWorker", "RayObjectStoreCheckpointEngine", "standalone_worker"]
 
 _IN_FLIGHT = 2
 _DELIVERY_TIMEOUT = 300.0
@@ -106,3 +106,15 @@ class AtroposCheckpointEngineWorker(CheckpointEngineWorker):  # type: ignore[mis
 
     async def deliver_weights(self, index: int, reference: list[Any], last: bool) -> None:
         await self.checkpoint_engine.deliver(index, reference, last)
+
+
+def standalone_worker(replica: Any) -> Any:
+    """For ``RolloutReplica.get_ray_class_with_init_args``: verl's worker of a standalone replica, replaced by ours."""
+    from verl.single_controller.ray import RayClassWithInitArgs
+
+    return RayClassWithInitArgs(
+        cls=ray.remote(AtroposCheckpointEngineWorker),
+        rollout_config=replica.config,
+        model_config=replica.model_config,
+        replica_rank=replica.replica_rank,
+    )

@@ -334,16 +334,9 @@ class TransformersReplica(RolloutReplica):  # type: ignore[misc]
 
     def get_ray_class_with_init_args(self) -> Any:
         """The worker of a standalone replica, with the registrations of ours it needs."""
-        from verl.single_controller.ray import RayClassWithInitArgs
+        from atropos_verl.cluster.checkpoint_engine import standalone_worker
 
-        from atropos_verl.cluster.checkpoint_engine import AtroposCheckpointEngineWorker
-
-        return RayClassWithInitArgs(
-            cls=ray.remote(AtroposCheckpointEngineWorker),
-            rollout_config=self.config,
-            model_config=self.model_config,
-            replica_rank=self.replica_rank,
-        )
+        return standalone_worker(self)
 
 
 def _node_and_devices(_: Any) -> tuple[str, str]:

