@@ -199,13 +199,13 @@ def test_a_second_terminal_sees_the_run(drill: Drill) -> None:
 def test_an_upstream_api_that_dies_and_forgets_is_survived(tmp_path: Path) -> None:
     """It comes back knowing neither trainer nor environments. An environment that did not notice and sends before the
     trainer registers would brick it for good, so all start anew, in order."""
-    words = [*SMALL_LAUNCH, "atropos.server=upstream", "steps=12", "save_freq=100", "supervise.stall_after=30"]
+    words = [*SMALL_LAUNCH, "atropos.server=upstream", "steps=8", "save_freq=100", "supervise.stall_after=30"]
     with LaunchRun(words, run_dir=tmp_path / "run") as run:
-        run.wait_for_trained(4)
+        run.wait_for_trained(3)
         os.kill(run.pid_of("trajectory_api"), signal.SIGKILL)
         assert run.wait(150.0) == 0, run.stdout + run.stderr
         run.assert_nothing_left()
-        assert [line["policy_version"] for line in run.metrics()] == list(range(1, 13))
+        assert [line["policy_version"] for line in run.metrics()] == list(range(1, 9))
         assert "forgets everything when it dies: trainer and environments start anew" in run.stdout
         assert {name: run.service(name)["restarts"] for name in ("trajectory_api", "demo", "trainer")} == {
             "trajectory_api": 1,

@@ -1,6 +1,7 @@
 """Ray: the placement groups that verl will ask for, against the machines that there are.
 
-Ray waits for ever, in silence, for resources that no node has; so this is looked at before.
+verl itself compares GPUs, after a minute of imports. CPUs nobody compares: every process's bundle asks for three of
+them (verl 0.9.1, ``ResourcePoolManager.max_colocate_count``), and Ray waits for ever, in silence, for what no node has.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from atropos_verl.doctor.result import Finding, missing, ok
 __all__ = ["check_placement"]
 
 _SECTION = "placement"
+_CPUS_PER_WORKER = 3
 
 
 def check_placement(settings: Mapping[str, Any], *, gpus: int, cores: int) -> list[Finding]:
@@ -26,29 +28,41 @@ def check_placement(settings: Mapping[str, Any], *, gpus: int, cores: int) -> li
     trainer = _section(settings, "trainer")
     nodes, per_node = int(trainer.get("nnodes") or 1), int(trainer.get("n_gpus_per_node") or 1)
     init = _section(settings, "ray_kwargs", "ray_init")
-    findings = [_check_division(settings, nodes * per_node)]
+    findings = [_check_division(settings, nodes * per_node), *_check_micro_batches(settings, nodes * per_node)]
     if init.get("address") is not None:
         findings.append(ok(_SECTION, "nodes", f"{nodes} x {per_node}, on the cluster at {init['address']} (not asked)"))
         return findings
-    on_cpu = str(trainer.get("device") or "cuda") == "cpu"
     if nodes > 1:
         todo = (
-            "start Ray on every node (ray start --head, ray start --address=…) and set ray_kwargs.ray_init.address=auto"
+            "start Ray on every node (ray start --head, ray start --address=...), then ray_kwargs.ray_init.address=auto"
         )
-        findings.append(
-            missing(_SECTION, "nodes", f"trainer.nnodes={nodes}, but Ray is started on this machine alone", todo)
-        )
-    elif on_cpu:
-        logical = init.get("num_cpus")
-        have, needed = int(logical or cores), per_node + 2
-        text = f"{have} logical CPUs for {per_node} worker(s), runner and gateway"
-        todo = f"ray_kwargs.ray_init.num_cpus={max(16, needed)}: Ray counts CPUs, it does not pin them"
-        findings.append(ok(_SECTION, "bundles", text) if have >= needed else missing(_SECTION, "bundles", text, todo))
-    else:
-        text = f"one placement group of {per_node} bundles with a GPU each, {gpus} GPUs here"
-        todo = "lower trainer.n_gpus_per_node, or trainer.device=cpu"
-        findings.append(ok(_SECTION, "bundles", text) if gpus >= per_node else missing(_SECTION, "bundles", text, todo))
+        text = f"trainer.nnodes={nodes}, but Ray is started on this machine alone"
+        return [*findings, missing(_SECTION, "nodes", text, todo)]
+    workers = per_node + _standalone(settings)
+    findings.append(_check_cpus(settings, init, workers, cores))
+    if str(trainer.get("device") or "cuda") != "cpu":
+        text = f"{workers} processes with a GPU each, {gpus} GPUs here"
+        todo = "lower trainer.n_gpus_per_node (and actor_rollout_ref.rollout.nnodes), or trainer.device=cpu"
+        findings.append(ok(_SECTION, "GPUs", text) if gpus >= workers else missing(_SECTION, "GPUs", text, todo))
     return findings
+
+
+def _check_cpus(settings: Mapping[str, Any], init: Mapping[str, Any], workers: int, cores: int) -> Finding:
+    storage = _section(settings, "transfer_queue", "backend", "SimpleStorage").get("num_data_storage_units")
+    # The runner, TransferQueue's controller and its storage; agents and replicas ask for none.
+    needed = _CPUS_PER_WORKER * workers + 2 + int(storage or 1)
+    have = int(init.get("num_cpus") or cores)
+    text = f"{needed} CPUs for {workers} processes ({_CPUS_PER_WORKER} each), runner and queue; Ray counts {have}"
+    todo = f"ray_kwargs.ray_init.num_cpus={needed} or more: Ray counts CPUs, it does not pin them"
+    return ok(_SECTION, "CPUs", text) if have >= needed else missing(_SECTION, "CPUs", text, todo)
+
+
+def _standalone(settings: Mapping[str, Any]) -> int:
+    """Processes of rollout replicas that share no GPU with the trainer."""
+    if _section(settings, "trainer", "v1").get("trainer_mode") != "separate_async":
+        return 0
+    rollout = _section(settings, "actor_rollout_ref", "rollout")
+    return int(rollout.get("nnodes") or 0) * int(rollout.get("n_gpus_per_node") or 0)
 
 
 def _check_division(settings: Mapping[str, Any], world: int) -> Finding:
@@ -64,6 +78,24 @@ def _check_division(settings: Mapping[str, Any], world: int) -> Finding:
         todo = "data.train_batch_size x actor_rollout_ref.rollout.n must be a multiple of the number of processes"
         return missing(_SECTION, "replicas", f"{text}; {per_step} sequences a step do not divide by {world}", todo)
     return ok(_SECTION, "replicas", text)
+
+
+def _check_micro_batches(settings: Mapping[str, Any], world: int) -> list[Finding]:
+    """Without dynamic batches verl splits each process's share of a mini-batch into equal micro-batches."""
+    actor = _section(settings, "actor_rollout_ref", "actor")
+    rollout = _section(settings, "actor_rollout_ref", "rollout")
+    size = actor.get("ppo_micro_batch_size_per_gpu")
+    if actor.get("use_dynamic_bsz", True) or not size:
+        return []
+    groups = int(actor.get("ppo_mini_batch_size") or _section(settings, "data").get("train_batch_size") or 0)
+    share = groups * int(rollout.get("n") or 1) / world
+    text = f"{share:g} sequences of a mini-batch per process, micro-batches of {size}"
+    if share % int(size):
+        todo = (
+            "choose an actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu that divides them, or use_dynamic_bsz=true"
+        )
+        return [missing(_SECTION, "micro-batches", text, todo)]
+    return [ok(_SECTION, "micro-batches", text)]
 
 
 def _section(settings: Mapping[str, Any], *names: str) -> Mapping[str, Any]:

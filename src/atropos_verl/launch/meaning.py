@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
-from atropos_verl.config import EnvConfig, RunConfig
+from atropos_verl.config import EnvConfig, EvalConfig, RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.launch_config import ApiProcessConfig, LaunchConfig
 
-__all__ = ["changed", "check_keys"]
+__all__ = ["check_keys", "unused_when_attached"]
 
 _USED = ("max_batches_offpolicy",)
 _EMBEDDED_ONLY = ("data_dir", "args")
 
 
-def changed(section: BaseModel, default: BaseModel) -> list[str]:
+def _changed(section: BaseModel, default: BaseModel) -> list[str]:
     """Names of the fields in which ``section`` differs from ``default``."""
     return [name for name in type(section).model_fields if getattr(section, name) != getattr(default, name)]
+
+
+def unused_when_attached(config: RunConfig) -> list[str]:
+    """Keys that are set and have no effect on a trainer whose API and environments run elsewhere."""
+    names = [f"env.{name}" for name in _changed(config.env, EnvConfig())]
+    if config.eval.commands_file is None:
+        names += [f"eval.{name}" for name in _changed(config.eval, EvalConfig())]
+    return names
 
 
 def check_keys(config: RunConfig, launch: LaunchConfig, *, own_api: bool) -> list[str]:
@@ -25,14 +33,14 @@ def check_keys(config: RunConfig, launch: LaunchConfig, *, own_api: bool) -> lis
     Raises:
         ConfigError: a key that only ``main_atropos.py`` reads, or only the other API.
     """
-    for name in changed(config.env, EnvConfig()):
+    for name in _changed(config.env, EnvConfig()):
         if name not in _USED:
             raise ConfigError(
                 "main_atropos.py reads this key; a launch describes its environments under environments.NAME "
                 f"(environments.demo.{name}=...)",
                 f"env.{name}",
             )
-    api = changed(launch.api, ApiProcessConfig())
+    api = _changed(launch.api, ApiProcessConfig())
     if own_api and config.atropos.server == "upstream":
         for name in api:
             if name in _EMBEDDED_ONLY:

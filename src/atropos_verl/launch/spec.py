@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from atropos_verl.config import RunConfig
+from atropos_verl.config import EnvConfig, EvalConfig, RunConfig
 from atropos_verl.launch.environments import CHILD_ENV, EnvironmentPlan, Site, interpreter, plan_environments
 from atropos_verl.launch.evaluation import evaluations_text
 from atropos_verl.launch.launch_config import LaunchConfig
@@ -273,4 +273,8 @@ def _described(service: Service) -> dict[str, Any]:
 
 def trainer_settings_text(config: RunConfig) -> str:
     """The content of ``trainer_settings_path``: JSON, which YAML is a superset of."""
-    return json.dumps(config.model_dump(mode="json"), indent=1) + "\n"
+    values = config.model_dump(mode="json")
+    values["env"] = EnvConfig().model_dump(mode="json")  # environments are the launcher's
+    if config.eval.commands_file is None:
+        values["eval"] = EvalConfig().model_dump(mode="json")
+    return json.dumps(values, indent=1) + "\n"

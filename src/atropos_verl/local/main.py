@@ -156,6 +156,7 @@ class _Run:
 
     def _attached(self, progress: ProgressReporter) -> int:
         from atropos_verl.api.connection import make_client
+        from atropos_verl.launch.meaning import unused_when_attached
 
         assert self.config.atropos.api_url is not None
         # First of all, and before torch is imported: is there an API at all?
@@ -163,6 +164,8 @@ class _Run:
             progress.phase(f"contacting the trajectory API at {self.config.atropos.api_url}")
             client.check()
         evaluations = self._launched_evaluations(progress)
+        if unused := unused_when_attached(self.config):
+            progress.note(f"{', '.join(unused)}: not used, since atropos.api_url says that environments run elsewhere")
         try:
             if evaluations is not None and self._evaluates_before():
                 evaluations.start_evaluation("before")

@@ -279,8 +279,8 @@ def test_tokenize_for_trainer_needs_transformers_4(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- placement
 
 
-def placed(gpus: int = 8, cores: int = 16, **changes: Any) -> dict[str, str]:
-    settings = {
+def placed(gpus: int = 8, cores: int = 64, **changes: Any) -> dict[str, str]:
+    settings: dict[str, Any] = {
         "trainer": {"nnodes": 1, "n_gpus_per_node": 8, "device": "cuda"},
         "actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 2, "n": 8}},
         "data": {"train_batch_size": 64},
@@ -291,16 +291,37 @@ def placed(gpus: int = 8, cores: int = 16, **changes: Any) -> dict[str, str]:
 
 
 def test_placement_groups_that_ray_would_wait_for_for_ever() -> None:
-    assert placed() == {"replicas": "ok", "bundles": "ok"}
-    assert placed(gpus=4) == {"replicas": "ok", "bundles": "missing"}
+    assert placed() == {"replicas": "ok", "CPUs": "ok", "GPUs": "ok"}
+    assert placed(gpus=4)["GPUs"] == "missing"
     assert placed(trainer={"nnodes": 2}) == {"replicas": "ok", "nodes": "missing"}
     attached = {"ray_kwargs": {"ray_init": {"address": "auto"}}}
     assert placed(gpus=0, trainer={"nnodes": 2}, **attached) == {"replicas": "ok", "nodes": "ok"}
     assert placed(actor_rollout_ref={"rollout": {"tensor_model_parallel_size": 3}})["replicas"] == "missing"
     assert placed(data={"train_batch_size": 1}, trainer={"n_gpus_per_node": 6})["replicas"] == "missing"
+
+
+def test_micro_batches_must_divide_a_processs_share() -> None:
+    def judge(size: int, **actor: Any) -> str | None:
+        actor = {"use_dynamic_bsz": False, "ppo_micro_batch_size_per_gpu": size, **actor}
+        settings = {"rollout": {"n": 8, "tensor_model_parallel_size": 1}, "actor": actor}
+        return placed(actor_rollout_ref=settings).get("micro-batches")
+
+    # 64 groups of 8 over 8 processes: 64 sequences each; mini-batches of 16 groups: 16 each
+    assert [judge(64), judge(48)] == ["ok", "missing"]
+    assert [judge(16, ppo_mini_batch_size=16), judge(64, ppo_mini_batch_size=16)] == ["ok", "missing"]
+    assert judge(48, use_dynamic_bsz=True) is None
+
+
+def test_every_process_asks_for_three_cpus() -> None:
+    # 8 processes: 24, and one each for runner, queue and its storage
+    assert [placed(cores=cores)["CPUs"] for cores in (26, 27)] == ["missing", "ok"]
     cpu = {"device": "cpu", "n_gpus_per_node": 1}
-    assert placed(gpus=0, cores=2, trainer=cpu)["bundles"] == "missing"
-    assert placed(gpus=0, cores=2, trainer=cpu, ray_kwargs={"ray_init": {"num_cpus": 16}})["bundles"] == "ok"
+    assert placed(gpus=0, cores=2, trainer=cpu)["CPUs"] == "missing"
+    assert placed(gpus=0, cores=2, trainer=cpu, ray_kwargs={"ray_init": {"num_cpus": 6}})["CPUs"] == "ok"
+    separate = {"v1": {"trainer_mode": "separate_async"}}
+    rollout = {"rollout": {"nnodes": 1, "n_gpus_per_node": 4, "tensor_model_parallel_size": 2, "n": 8}}
+    found = placed(gpus=8, cores=27, trainer=separate, actor_rollout_ref=rollout)
+    assert (found["GPUs"], found["CPUs"]) == ("missing", "missing")
 
 
 # ---------------------------------------------------------------------- the command

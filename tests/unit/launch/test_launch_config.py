@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,11 @@ import pytest
 import yaml
 from support.launches import LAUNCH
 
+from atropos_verl.config import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.launch_config import EnvironmentConfig, LaunchConfig, describe_launch
+from atropos_verl.launch.meaning import unused_when_attached
+from atropos_verl.launch.spec import trainer_settings_text
 from atropos_verl.launcher import build_plan, load_launch, main
 
 CONFIGS = LAUNCH.parent / "config"
@@ -195,6 +199,15 @@ def test_keys_of_an_api_that_is_not_started_are_named(tmp_path: Path) -> None:
     words = ["atropos.api_url=http://a:8000", "api.port=8001", f"run_dir={tmp_path}"]
     plan = build_plan(*load_launch(words, CONFIGS, "local_demo"))
     assert "api.port: not used, since atropos.api_url names an API that runs already" in plan.warnings
+
+
+def test_a_trainer_attached_to_an_api_names_the_keys_it_does_not_use(tmp_path: Path) -> None:
+    config = RunConfig.from_mapping({"env": {"script": "x.py"}, "eval": {"before": False}})
+    assert unused_when_attached(config) == ["env.script", "eval.before"]
+    words = ["env.max_batches_offpolicy=2", "eval.before=false", "eval.after=false", f"run_dir={tmp_path}"]
+    plan = build_plan(*load_launch(words, CONFIGS, "local_demo"))
+    of_trainer = RunConfig.from_mapping(json.loads(trainer_settings_text(plan.config)))
+    assert unused_when_attached(of_trainer) == [], "what the launcher has used is no news to its trainer"
 
 
 def test_the_gateway_key_comes_from_the_process_environment(monkeypatch: pytest.MonkeyPatch) -> None:
