@@ -78,6 +78,7 @@ def load_ray_launch(words: Sequence[str], config_dir: Path, config_name: str | N
         ConfigError: names the key.
     """
     from omegaconf import OmegaConf, open_dict
+    from omegaconf.errors import OmegaConfBaseException
 
     from atropos_verl.cluster.main import compose_run
     from atropos_verl.cluster.settings import read_run
@@ -86,8 +87,11 @@ def load_ray_launch(words: Sequence[str], config_dir: Path, config_name: str | N
     own = tuple(word for word in words if not is_launch_key(word))
     # A file need not have the launch's sections, so its words may add what it lacks.
     of_launch = [f"++{word.lstrip('+')}" for word in words if is_launch_key(word) and not word.startswith("backend=")]
-    composed = compose_run([*own, *of_launch], config_dir, name)
-    values = OmegaConf.to_container(composed, resolve=True)
+    try:
+        composed = compose_run([*own, *of_launch], config_dir, name)
+        values = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(" ".join(str(error).split()), str(getattr(error, "full_key", "") or name)) from None
     assert isinstance(values, dict)
     verl = {str(key): value for key, value in values.items()}
     sections = {key: verl.pop(key) for key in LaunchConfig.model_fields if key in verl}

@@ -17,10 +17,14 @@ from atropos_verl.launch.launch_config import EnvironmentConfig, LaunchConfig, d
 from atropos_verl.launch.meaning import unused_when_attached
 from atropos_verl.launch.spec import trainer_settings_text
 from atropos_verl.launcher import build_plan, load_launch, main
+from atropos_verl.launcher_ray import backend_of
 
 CONFIGS = LAUNCH.parent / "config"
-RAY_FILES = ["atropos_ray", "ray_cpu_demo"]  # test_launch_ray.py
-LAUNCH_FILES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in ("atropos", *RAY_FILES))
+LAUNCH_FILES = sorted(  # those of Ray: test_launch_ray.py
+    path.stem
+    for path in CONFIGS.glob("*.yaml")
+    if path.stem != "atropos" and backend_of([], CONFIGS, path.stem) == "local"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,13 @@ from support.launches import LAUNCH
 from atropos_verl.assets import demo_model_path
 from atropos_verl.cluster.main import compose_run
 from atropos_verl.cluster.settings import read_run
+from atropos_verl.errors import ConfigError
 from atropos_verl.launch.spec import LaunchPlan
 from atropos_verl.launcher import build_plan, main
 from atropos_verl.launcher_ray import backend_of, is_launch_key, load_ray_launch
 
 CONFIGS = LAUNCH.parent / "config"
+RAY_FILES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if backend_of([], CONFIGS, path.stem) == "ray")
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +81,12 @@ def test_a_file_may_hold_both(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["atropos_ray", "ray_cpu_demo"])
-def test_every_shipped_file_becomes_a_plan(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", RAY_FILES)
+def test_every_shipped_file_becomes_a_plan(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "ray_two_nodes":
+        with pytest.raises(ConfigError, match="ATROPOS_GATEWAY_KEY"):
+            ray_plan(tmp_path, name=name)
+        monkeypatch.setenv("ATROPOS_GATEWAY_KEY", 48 * "k")
     plan = ray_plan(tmp_path, f"actor_rollout_ref.model.path={demo_model_path()}", name=name)
     assert [service.name for service in plan.services] == ["trajectory_api", "demo", "trainer"]
 
