@@ -8,11 +8,12 @@ READY := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench install format clean
+.PHONY: help demo test test-ray check bench install format clean
 
 help:
 	@echo "make demo     train the demo on this machine's CPU (ARGS='steps=30 ...' are passed on)"
 	@echo "make test     the whole test suite (ARGS='-k name' are passed to pytest)"
+	@echo "make test-ray live runs on Ray, a few minutes: every mode, two raylets, a skipped weight sync"
 	@echo "make check    ruff, mypy --strict on src, import-linter"
 	@echo "make bench    every benchmark, side by side with what it is compared to"
 	@echo "make format   ruff's formatter and fixes"
@@ -36,6 +37,10 @@ demo: $(READY)
 test: $(READY)
 	@# Two files at a time: tests that wait for real processes leave a core idle.
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-ray: $(READY)
+	@# Live runs of every trainer mode on Ray, two raylets, a skipped weight sync: about five minutes on two idle cores.
+	@ATROPOS_VERL_LIVE_RAY=1 $(BIN)/python -m pytest tests/integration/test_ray_run.py tests/integration/test_ray_modes.py $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

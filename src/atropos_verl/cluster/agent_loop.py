@@ -55,7 +55,9 @@ class AtroposAgentLoopManager:
 
     def generate_sequences(self, prompts: TensorDict) -> None:
         """Ask for what ``prompts`` stand for; returns at once. verl's contract."""
-        if prompts.get("validate"):
+        # Not get(): that gives the wrapped value, which has no truth.
+        is_validation = prompts["validate"] if "validate" in prompts else False  # noqa: SIM401
+        if is_validation:
             self._validate(prompts)
             return
         if self.feed is None:

@@ -61,6 +61,25 @@ class AtroposDetachActorWorker(DetachActorWorker):  # type: ignore[misc]
         _init_process_group()
         super().__init__(*args, **kwargs)
 
+    @property
+    def copy_handler(self) -> Any:
+        """verl's ``fsdp2_sharded_save_to_cpu`` keeps ``tensor.cpu()``, which on CPU is the live weight and no copy: the
+        old policy that log-probabilities are computed with would be the new one. Remove when it clones (verl 0.9.1,
+        utils/fsdp_utils.py:1180).
+        """
+        save = super().copy_handler
+        return own_copies(save) if get_device_name() == "cpu" else save
+
+
+def own_copies(save: Any) -> Any:
+    """``save`` (module → ``(state, spec)``, state: name → ``(tensor, spec)``) with tensors of its own."""
+
+    def save_copies(module: torch.nn.Module) -> Any:
+        state, spec = save(module)
+        return {name: (tensor.clone(), own) for name, (tensor, own) in state.items()}, spec
+
+    return save_copies
+
 
 _CLASSES = {
     TrainingWorker: AtroposTrainingWorker,
