@@ -201,8 +201,10 @@ def test_two_ranks_are_stopped_by_ctrl_c(two_ranks: Path) -> None:
 
 
 def test_two_ranks_train_to_the_end(two_ranks: Path) -> None:
+    """Overlapped, from the checkpoint of a run that was not: rank 0 prefetches, the other one notices nothing."""
     before = checkpointed_step(two_ranks)
-    with TrainingRun([f"steps={before + 3}", *SMALL], run_dir=two_ranks, launcher=TORCHRUN) as run:
+    words = [f"steps={before + 3}", "mode=overlap", *SMALL]
+    with TrainingRun(words, run_dir=two_ranks, launcher=TORCHRUN) as run:
         assert run.wait(timeout=120.0) == 0
         run.assert_nothing_left()
         assert run.stderr == ""
