@@ -381,7 +381,10 @@ def _verl_prints_to_log() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    saved, sys.stdout = sys.stdout, _Writer()
+    # Held here: print() only borrows sys.stdout, and a log handler that changes it meanwhile (pytest's live log does)
+    # would free the writer under print's hands.
+    writer = _Writer()
+    saved, sys.stdout = sys.stdout, writer
     try:
         with warnings.catch_warnings():
             # One warning for each engine whose package is not installed; none of them is asked for.

@@ -50,6 +50,7 @@ _COLUMNS = (
     _Column("train", "train {}s", 5, 4),
     _Column("sync", "sync {}s", 5, 5),
     _Column("wait", "wait {}s", 5, 6),
+    _Column("stale", "stale {}", 5, 7),
     _Column("weights", "weights v{}", 7, 1),
 )
 _GAP = 1
@@ -179,6 +180,7 @@ class ProgressReporter:
             decimal(report.loss, 4),
             count(figures.get("perf/trained_tokens_per_second")),
             *(seconds(figures.get(f"timing/{phase}")) for phase in ("rollout", "train", "sync", "wait")),
+            decimal(figures.get("off_policy/staleness_mean"), 1),
             str(report.policy_version),
         ]
 

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from support.tiny_model import build_tiny_model
 
 from atropos_verl.config import RunConfig
 from atropos_verl.errors import CheckpointError
-from atropos_verl.local.worker import PolicyWorker
+from atropos_verl.local.worker import PolicyWorker, _verl_prints_to_log
 from atropos_verl.types import TrainingSample
 
 LR = 1e-2
@@ -209,3 +210,12 @@ def _run_ranks(model_path: Path, directory: Path, ranks: int) -> dict[str, Any]:
     subprocess.run([*command, *script], check=True, timeout=240, env=environment)
     result: dict[str, Any] = json.loads((directory / "result.json").read_text())
     return result
+
+
+def test_what_catches_verls_prints_outlives_a_change_of_stdout() -> None:
+    """print() borrows sys.stdout: when a log handler changed it meanwhile, the interpreter crashed."""
+    before = sys.stdout
+    with _verl_prints_to_log():
+        writer = weakref.ref(sys.stdout)
+        sys.stdout = before  # as pytest's live log does while it writes
+        assert writer() is not None

@@ -71,10 +71,10 @@ def test_plain_lines_when_not_a_terminal() -> None:
         "rollout: waiting for a batch ...\n"
         # 59 steps of 1.5 s are 88.5 s
         "step 1/60  reward 0.412  loss -0.0123  1,234 tok/s  rollout 0.52s  train 12.3s  sync 0.02s  wait 0.10s  "
-        "weights v1  eta 1m 28s\n"
+        "stale -  weights v1  eta 1m 28s\n"
         # 58 steps of the median of 1.5 and 2.5, which is 2 s, are 116 s
         "step 2/60  reward -  loss -0.0123  1,234 tok/s  rollout 0.52s  train 12.3s  sync 0.02s  wait 0.10s  "
-        "weights v2  eta 1m 56s\n"
+        "stale -  weights v2  eta 1m 56s\n"
     )
 
 
@@ -199,9 +199,9 @@ def test_live_table_in_80_columns() -> None:
     text = run_in_terminal(80)
     assert "printed by someone else\n" in text
     frame = last_frame(text)
-    assert frame[0].split() == ["step", "reward", "loss", "tok/s", "rollout", "train", "sync", "wait", "weights"]
-    assert frame[1].split() == ["5/12", "0.417", "0.5000", "-", "-", "0.50", "-", "-", "105"]
-    assert frame[8].split() == ["12/12", "1.000", "0.5000", "-", "-", "0.50", "-", "-", "112"]
+    assert " ".join(frame[0].split()) == "step reward loss tok/s rollout train sync wait stale weights"
+    assert frame[1].split() == ["5/12", "0.417", "0.5000", "-", "-", "0.50", "-", "-", "-", "105"]
+    assert frame[8].split() == ["12/12", "1.000", "0.5000", "-", "-", "0.50", "-", "-", "-", "112"]
     assert frame[9] == "reward ▁▂▂▃▄▄▅▅▆▇▇█ 1.000"
     assert frame[10].endswith(" 12/12  eta 0.0s")
     assert "rollout: waiting for a batch" in frame[11]
