@@ -14,6 +14,7 @@ _TRAIN_HELP = "train a policy on an Atropos environment; key=value settings as i
 _SERVE_HELP = "serve the trajectory API that environments post to and a trainer fetches batches from"
 _LAUNCH_HELP = "start and watch everything of a run: API, trainer, environments (launch --help lists the settings)"
 _DOCTOR_HELP = "say what this machine can run and what is missing, before anything slow starts"
+_SIMULATE_HELP = "predict throughput, idle shares and staleness of a configuration, on a virtual clock"
 _INSPECT_HELP = "show what the trainer would see in a batch, groups, a quarantine file, or at an API"
 _REPORT_HELP = "show what came of a run, or compare several; --html FILE writes a page with every curve"
 
@@ -42,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(options)
     if options.command == "doctor":
         return _doctor(options)
+    if options.command == "simulate":
+        from atropos_verl.simulate.main import run as run_simulation
+
+        return run_simulation(options)
     return _inspect(options)
 
 
@@ -70,6 +75,11 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         from atropos_verl.report.inspect import add_arguments
 
         add_arguments(inspect)
+    simulate = commands.add_parser("simulate", help=_SIMULATE_HELP, description=_SIMULATE_HELP)
+    if words[:1] == ["simulate"]:
+        from atropos_verl.simulate.main import add_arguments as add_simulate_arguments
+
+        add_simulate_arguments(simulate)
     report = commands.add_parser("report", help=_REPORT_HELP, description=_REPORT_HELP)
     if words[:1] == ["report"]:
         from atropos_verl.report.run_report import add_arguments as add_report_arguments

@@ -24,7 +24,7 @@ import numpy as np
 
 from atropos_verl.api.journal import BatchJournal, JournalEntry
 from atropos_verl.config import OffPolicyConfig
-from atropos_verl.data.off_policy import LookUpFigures, group_version, merge_matches
+from atropos_verl.data.off_policy import LookUpFigures, group_version, is_too_old, merge_matches
 from atropos_verl.data.validate import NOT_TRAINED, fault_in_group
 from atropos_verl.inference.attribution import SequenceQuery, look_up
 from atropos_verl.inference.ledger import Ledger
@@ -158,8 +158,7 @@ class OffPolicyBook:
         bound = self.config.max_staleness
         if bound is None or group.defect is not None:
             return False
-        version = group_version(group)
-        return version is not None and policy_version - version > bound
+        return is_too_old(group_version(group), policy_version, bound)
 
     def _show(self, group: ScoredGroup, i: int, match: SequenceMatch, difference: Difference) -> None:
         now = time.monotonic()

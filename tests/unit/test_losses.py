@@ -292,7 +292,7 @@ def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of a few entries, so that every loop runs several times and ends on an uneven one."""
     monkeypatch.setattr(lm_head, "DIRECT_BYTES", 0)
     monkeypatch.setattr(lm_head, "SLICE_BYTES", {"cpu": 200})
-    monkeypatch.setattr(lm_head, "CONVERTED_BLOCK", 4)
+    monkeypatch.setattr(lm_head, "BLOCK", 4)
 
 
 def head_case(dtype: torch.dtype, rows: int = 7, vocabulary: int = 11) -> dict[str, torch.Tensor]:

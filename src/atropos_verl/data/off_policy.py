@@ -21,7 +21,15 @@ from atropos_verl.data.validate import (
 )
 from atropos_verl.types import UNKNOWN_VERSION, FloatArray, ScoredGroup, SequenceMatch, TrainingSample
 
-__all__ = ["LOGPROB_MISMATCH", "LookUpFigures", "group_version", "merge_matches", "staleness_metrics"]
+__all__ = [
+    "LOGPROB_MISMATCH",
+    "LookUpFigures",
+    "group_version",
+    "is_too_old",
+    "merge_matches",
+    "staleness_metrics",
+    "versions_behind",
+]
 
 LOGPROB_MISMATCH = 1e-3
 """Nats: an environment's logprob that is further from the ledger's is not the one it was sent."""
@@ -148,6 +156,19 @@ def _overrides(group: ScoredGroup) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------- staleness
 
 
+def versions_behind(version: int, policy_version: int) -> int:
+    """Optimiser steps between the weights that wrote a group and those that it updates.
+
+    A version above ``policy_version`` (of steps that were lost with a process and are taken again) counts as 0.
+    """
+    return max(policy_version - version, 0)
+
+
+def is_too_old(version: int | None, policy_version: int, bound: int | None) -> bool:
+    """Whether a group of ``version`` is beyond ``off_policy.max_staleness`` (``bound``). Unknown is not old."""
+    return bound is not None and version is not None and versions_behind(version, policy_version) > bound
+
+
 def group_version(group: ScoredGroup) -> int | None:
     """Oldest policy version that wrote a trained token of the group; None: nobody knows.
 
@@ -204,7 +225,7 @@ def staleness_metrics(samples: Sequence[TrainingSample], policy_version: int) ->
         unknown_tokens += int(trained.size - known.size)
         ages, counts = np.unique(_age(policy_version - known), return_counts=True)
         tokens.update(dict(zip(ages.tolist(), counts.tolist(), strict=True)))
-    exact = [max(policy_version - version, 0) for version in oldest.values() if version is not None]
+    exact = [versions_behind(version, policy_version) for version in oldest.values() if version is not None]
     groups = Counter(min(age, _OLDEST_BUCKET) for age in exact)
     metrics: dict[str, float | int | None] = {
         "off_policy/staleness_mean": sum(exact) / len(exact) if exact else None,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from atropos_verl.local.prefetch import Prefetcher
+from atropos_verl.schedule import schedule_of
 
 if TYPE_CHECKING:
     from atropos_verl.local.rollout_data import RolloutData
@@ -74,4 +75,5 @@ class OverlapFeed:
 
 def make_feed(trainer: AtroposTrainer, wait: Wait, check: Check | None) -> BatchFeed:
     """The feed that the run's ``mode`` asks for. ``check`` raises when a process of the run has died."""
-    return OverlapFeed(trainer, wait, check) if trainer.config.is_overlapped else SyncFeed(wait, check)
+    ahead = schedule_of(trainer.config.mode).fetch_ahead
+    return OverlapFeed(trainer, wait, check) if ahead else SyncFeed(wait, check)

@@ -36,6 +36,7 @@ from atropos_verl.local.rollout_flow import RolloutFlow
 from atropos_verl.local.stack import LocalStack, padded_rows
 from atropos_verl.off_policy import OffPolicyBook
 from atropos_verl.report.quarantine import QuarantineStore
+from atropos_verl.schedule import schedule_of
 from atropos_verl.types import QuarantinedGroup, SampleReport, ScoredGroup, StepReport
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ class AtroposTrainer:
             self.sharding_manager.swap()
 
     def _end_rollout_phase(self) -> None:
-        if not self.config.is_overlapped:
+        if not schedule_of(self.config.mode).generates_while_training:
             self.close_rollouts()
 
     def close_rollouts(self) -> None:

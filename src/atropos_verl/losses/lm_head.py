@@ -11,7 +11,6 @@ sides. That is as many products as the plain formula makes, and one [N, V] buffe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,17 +20,18 @@ __all__ = ["linear_token_logprobs"]
 
 DIRECT_BYTES = 32 * 2**20
 """Up to this size of [N, V] the plain formula is used: it is faster, and its memory does not matter."""
-KEEP_BYTES = {torch.float64: 2**31, torch.float32: 2**31, torch.bfloat16: 2**29, torch.float16: 2**29}
-"""Of ``D``, by the dtype of the input. Measured with ``benchmarks/bench_loss.py --sweep``: what is kept saves a product
-(a quarter of the work); half precision is chosen where memory is short, so it stays below an eighth of the plain
-formula's at the size of the benchmark. A constant rather than a share of the free memory: two runs stay bit for bit
-equal."""
+KEEP_BYTES = {torch.float64: 2**31, torch.float32: 2**31, torch.bfloat16: 2**30, torch.float16: 2**30}
+"""Of ``D``, by the dtype of the input. Rows beyond it cost a fourth product and another pass over the weight: at 2,048
+rows of 151,936 in bf16, keeping all took 4.7 s and seven eighths 5.8 s (``benchmarks/bench_loss.py --full --sweep``).
+A constant rather than a share of the free memory: two runs stay bit for bit equal."""
 SCRATCH_BYTES = 128 * 2**20
 """Of rows whose ``D`` is not kept, in the forward."""
 SLICE_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
-"""Of the float32 rows that are exponentiated at a time: what two cores' caches hold, or enough to fill a GPU."""
-CONVERTED_BLOCK = 8192
-"""Vocabulary entries converted at a time where the product is made in another dtype than the weight's."""
+"""Of the rows that are exponentiated at a time: what a core's cache holds (256 KiB to 16 MiB made no difference above
+3 %), or enough to fill a GPU (not measured)."""
+BLOCK = 16384
+"""Vocabulary entries of one block of ``D``. Backward gives each block back as soon as it is used, while the gradient of
+the weight grows by as much: the two are never whole at the same time."""
 
 
 def linear_token_logprobs(
@@ -113,15 +113,12 @@ class _KeptLogprobs(torch.autograd.Function):
         done = 0
         if any(ctx.needs_input_grad):
             done = min(rows, max(keep_bytes // row_bytes, 1))
-            ctx.kept = _buffer(done, hidden, weight)
-            _fill(ctx.kept, hidden[:done], weight, labels[:done], _rows(scale, 0, done), bias, logprobs[:done])
+            ctx.kept = _difference(hidden[:done], weight, labels[:done], _rows(scale, 0, done), bias, logprobs[:done])
         ctx.pass_rows = done
         step = max(min(SCRATCH_BYTES, keep_bytes) // row_bytes, 1)
-        scratch = _buffer(min(step, rows - done), hidden, weight)
         for at in range(done, rows, step):
             end = min(at + step, rows)
-            where = (hidden[at:end], weight, labels[at:end], _rows(scale, at, end), bias)
-            _fill(scratch[: end - at], *where, logprobs[at:end])
+            _difference(hidden[at:end], weight, labels[at:end], _rows(scale, at, end), bias, logprobs[at:end])
         ctx.save_for_backward(hidden, weight, labels, scale, bias)
         return logprobs
 
@@ -130,32 +127,35 @@ class _KeptLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, labels, scale, bias = ctx.saved_tensors
         want_hidden, want_weight, _, _, want_bias, _ = ctx.needs_input_grad
-        # Overwritten below, so a second backward through a retained graph computes it again.
+        # Given back as it is used, so a second backward through a retained graph computes it again.
         kept, ctx.kept = ctx.kept, None
-        fresh = kept is not None
-        step, rows = ctx.pass_rows, labels.shape[0]
-        buffer = kept if kept is not None else _buffer(step, hidden, weight)
         factor = -grad_logprobs if scale is None else -grad_logprobs / scale
         grad_hidden = torch.zeros(hidden.shape, dtype=factor.dtype, device=hidden.device) if want_hidden else None
-        grad_weight = torch.zeros_like(weight) if want_weight else None
+        # Not zeros: its pages are taken block by block, as those of ``kept`` go.
+        grad_weight = torch.empty_like(weight) if want_weight else None
+        if grad_weight is not None and not labels.numel():
+            grad_weight.zero_()
         grad_bias = torch.zeros(bias.shape, dtype=factor.dtype, device=bias.device) if want_bias else None
         unused = torch.empty_like(factor)
-        for at in range(0, rows, max(step, 1)):
-            end = min(at + step, rows)
-            part, factors = buffer[: end - at], factor[at:end]
-            if at > 0 or not fresh:
+        for at in range(0, labels.shape[0], max(ctx.pass_rows, 1)):
+            end = min(at + ctx.pass_rows, labels.shape[0])
+            factors = factor[at:end]
+            if kept is None:
                 where = (hidden[at:end], weight, labels[at:end], _rows(scale, at, end), bias)
-                _fill(part, *where, unused[at:end])
-            weighted = (hidden[at:end].to(factor.dtype) * factors[:, None]).to(part.dtype)
-            for block, converted in _blocks(weight, part.dtype):
+                kept = _difference(*where, unused[at:end])
+            weighted = (hidden[at:end].to(factor.dtype) * factors[:, None]).to(kept[0].dtype)
+            for start in range(0, weight.shape[0], BLOCK):
+                block = slice(start, start + BLOCK)
+                part = kept.pop(0)
                 if grad_hidden is not None:
-                    _add_product(grad_hidden[at:end], part[:, block], converted)
+                    _add_product(grad_hidden[at:end], part, weight[block].to(part.dtype))
                 if grad_weight is not None:
-                    _add_product(grad_weight[block], part[:, block].t(), weighted)
+                    _add_product(grad_weight[block], part.t(), weighted, fresh=at == 0)
+                if grad_bias is not None:
+                    grad_bias[block] += torch.mv(part.t(), factors.to(part.dtype))
+            kept = None
             if grad_hidden is not None:
                 grad_hidden[at:end] *= factors[:, None]
-            if grad_bias is not None:
-                grad_bias += torch.mv(part.t(), factors.to(part.dtype))
         return (
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             grad_weight,
@@ -169,68 +169,58 @@ class _KeptLogprobs(torch.autograd.Function):
 # ---------------------------------------------------------------------- parts
 
 
-def _buffer(rows: int, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return torch.empty(rows, weight.shape[0], dtype=_product_dtype(hidden), device=hidden.device)
-
-
-def _fill(
-    into: torch.Tensor,
+def _difference(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
     scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     logprobs: torch.Tensor,
-) -> None:
-    """``D`` of n rows into ``into`` [n, V], and their ``logprobs`` [n].
+) -> list[torch.Tensor]:
+    """``D`` of n rows as blocks [n, ≤ BLOCK] in the dtype of the product; writes ``logprobs`` [n].
 
     The product is made for all rows at once; what follows goes over it in slices that stay in the processor's cache.
     """
-    source = hidden.to(into.dtype)
-    for block, converted in _blocks(weight, into.dtype):
-        if block.stop - block.start == weight.shape[0]:
-            torch.mm(source, converted.t(), out=into)
-        else:
-            into[:, block] = source @ converted.t()
-    vocabulary = weight.shape[0]
+    rows, vocabulary = labels.shape[0], weight.shape[0]
+    source = hidden.to(_product_dtype(hidden))
+    blocks = [source @ weight[v : v + BLOCK].to(source.dtype).t() for v in range(0, vocabulary, BLOCK)]
     wide = None if bias is None else bias.to(logprobs.dtype)
-    on_cpu = into.device.type == "cpu"
-    budget = SLICE_BYTES["cpu" if on_cpu else "cuda"]
-    step = max(budget // (vocabulary * logprobs.dtype.itemsize), 1)
-    own = into.dtype == logprobs.dtype
-    scratch = None if own else torch.empty(step, vocabulary, dtype=logprobs.dtype, device=into.device)
-    for at in range(0, into.shape[0], step):
-        rows = into[at : at + step]
-        values = rows if scratch is None else scratch[: rows.shape[0]].copy_(rows)
+    on_cpu = hidden.device.type == "cpu"
+    step = max(SLICE_BYTES["cpu" if on_cpu else "cuda"] // (vocabulary * logprobs.dtype.itemsize), 1)
+    scratch = torch.empty(min(step, rows), vocabulary, dtype=logprobs.dtype, device=hidden.device)
+    for at in range(0, rows, step):
+        end = min(at + step, rows)
+        values = scratch[: end - at]
+        for number, block in enumerate(blocks):
+            values[:, number * BLOCK : number * BLOCK + block.shape[1]].copy_(block[at:end])
         if wide is not None:
             values += wide
         if scale is not None:
-            values /= scale[at : at + step, None]
+            values /= scale[at:end, None]
         largest = values.amax(1)
-        label = labels[at : at + step, None]
+        label = labels[at:end, None]
         chosen = values.gather(1, label).squeeze(1) - largest
         # In place on a CPU, whose softmax reads a row to its end before it writes; the largest entry is 1 / sum(exp).
         softmax = torch.softmax(values, 1, out=values if on_cpu else None)
-        logprobs[at : at + step] = chosen + softmax.amax(1).log()
+        logprobs[at:end] = chosen + softmax.amax(1).log()
         softmax.scatter_add_(1, label, torch.full_like(chosen, -1.0)[:, None])
-        if scratch is not None or not on_cpu:
-            rows.copy_(softmax)
+        for number, block in enumerate(blocks):
+            block[at:end].copy_(softmax[:, number * BLOCK : number * BLOCK + block.shape[1]])
+    return blocks
 
 
-def _blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The weight in ``dtype``: whole if it is in it already, else converted block by block."""
-    size = weight.shape[0] if weight.dtype == dtype else CONVERTED_BLOCK
-    for start in range(0, weight.shape[0], size):
-        block = slice(start, min(start + size, weight.shape[0]))
-        yield block, weight[block].to(dtype)
-
-
-def _add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """``into += left @ right``, in whatever dtype ``into`` has."""
-    if into.dtype == left.dtype:
-        into.addmm_(left, right)
+def _add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, fresh: bool = False) -> None:
+    """``into += left @ right``, in whatever dtype ``into`` has. ``fresh``: ``into`` holds nothing yet."""
+    if into.dtype != left.dtype:
+        product = left @ right
+        if fresh:
+            into.copy_(product)
+        else:
+            into.add_(product)
+    elif fresh:
+        torch.mm(left, right, out=into)
     else:
-        into.add_(left @ right)
+        into.addmm_(left, right)
 
 
 def _rows(values: torch.Tensor | None, start: int, end: int) -> torch.Tensor | None:

@@ -1,0 +1,76 @@
+"""What came of a simulated run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["Outcome", "table"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Figures of one configuration. Shares are of the whole time."""
+
+    mode: str
+    seconds: float
+    """Virtual."""
+    steps: int
+    groups_per_second: float
+    """Trained on."""
+    trained_tokens_per_second: float
+    generated_tokens_per_second: float
+    trainer_idle_share: float
+    """The trainer waits for a batch."""
+    generation_idle_share: float
+    """No sequence is being generated: the gate is shut, or nobody asks."""
+    generation_load: float
+    """Tokens generated over the tokens that full load would give."""
+    staleness: Mapping[int, int]
+    """Policy versions that a trained group was behind → groups."""
+    staleness_mean: float
+    dropped_stale_groups: int
+    stale_batches: int
+    """Given up as a whole."""
+    cancelled_groups: int
+    """Begun, and given up by their environment because the queue was full."""
+    step_seconds: float
+    """Mean."""
+    events: int
+    """Of the simulation itself."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "staleness": {str(age): count for age, count in sorted(self.staleness.items())}}
+
+
+_ROWS = (
+    ("groups/s", "groups_per_second", "{:.3g}"),
+    ("trained tokens/s", "trained_tokens_per_second", "{:,.0f}"),
+    ("generated tokens/s", "generated_tokens_per_second", "{:,.0f}"),
+    ("seconds per step", "step_seconds", "{:.3g}"),
+    ("trainer idle", "trainer_idle_share", "{:.1%}"),
+    ("generation idle", "generation_idle_share", "{:.1%}"),
+    ("generation load", "generation_load", "{:.1%}"),
+    ("staleness, mean", "staleness_mean", "{:.2f}"),
+    ("groups dropped as stale", "dropped_stale_groups", "{}"),
+    ("groups given up (queue full)", "cancelled_groups", "{}"),
+)
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """For people: one column for each configuration."""
+    lines = [f"{'':30}" + "".join(f"{outcome.mode:>16}" for outcome in outcomes)]
+    for title, name, form in _ROWS:
+        lines.append(f"{title:30}" + "".join(f"{form.format(getattr(outcome, name)):>16}" for outcome in outcomes))
+    ages = sorted({age for outcome in outcomes for age in outcome.staleness})
+    for age in ages:
+        cells = []
+        for outcome in outcomes:
+            total = sum(outcome.staleness.values())
+            cells.append(f"{outcome.staleness.get(age, 0) / total if total else 0.0:>16.1%}")
+        lines.append(f"{f'groups {age} versions behind':30}" + "".join(cells))
+    if len(outcomes) == 2:
+        ratio = outcomes[1].groups_per_second / outcomes[0].groups_per_second
+        lines.append(f"{outcomes[1].mode} trains {ratio:.2f} times the groups per second of {outcomes[0].mode}")
+    return "\n".join(lines)
