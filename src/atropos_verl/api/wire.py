@@ -11,7 +11,6 @@ accept what Python's ``json`` emits or name field, sequence, index and value of 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from array import array
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from atropos_verl.api import packed, wire_fallback
@@ -103,9 +103,10 @@ def decode_batch(body: bytes) -> list[ScoredGroup]:
 def decode_group(raw: bytes) -> ScoredGroup:
     """One ``ScoredData`` object. Never raises for its content: what is wrong with it is in ``defect``.
 
-    ``group_id`` is the first 16 hex digits of the SHA-256 of ``raw``.
+    ``group_id`` is the first 16 hex digits of the XXH3-128 of ``raw``: a name, not a proof, and 60 times faster than
+    SHA-256, which took a third of the server's own work on a POST. Who could forge a collision could post anything.
     """
-    group_id = hashlib.sha256(raw).hexdigest()[:16]
+    group_id = xxhash.xxh3_128_hexdigest(raw)[:16]
     unknown: tuple[str, ...] = ()
     try:
         try:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from atropos_verl.api.wire import decode_group
 from atropos_verl.errors import DataError
@@ -23,7 +24,7 @@ def put(directory: Path, raw: bytes, reason: str) -> Path:
 def test_a_group_is_kept_as_it_came(tmp_path: Path) -> None:
     raw = b'{"tokens": [[5, 6]],  "masks": [[-100, 7]], "scores": [1e0], "env_id": 3}'
     path = put(tmp_path, raw, "masks[0][1] = 7: must be -100 or the token id 6")
-    group_id = hashlib.sha256(raw).hexdigest()[:16]
+    group_id = xxhash.xxh3_128_hexdigest(raw)[:16]
     assert path == tmp_path / "quarantine" / f"{group_id}.json"
     assert json.loads(path.read_text()) == {
         "reason": "masks[0][1] = 7: must be -100 or the token id 6",
