@@ -53,7 +53,7 @@ def train(words: Sequence[str], config_dir: Path | None = None, config_name: str
 
     Args:
         words: ``key=value`` words and options.
-        config_dir, config_name: the YAML file of the local backend; the Ray backend has its own default in that directory.
+        config_dir, config_name: YAML of the local backend; the Ray backend has a default of its own in that directory.
     """
     chosen = [word.partition("=")[2] for word in words if word.startswith("backend=")]
     others = [word for word in words if not word.startswith("backend=")]
