@@ -180,6 +180,12 @@ class OffPolicyConfig(_Section):
     )
     importance_cap: PositiveFloat = Field(2.0, description="their upper bound")
 
+    @model_validator(mode="after")
+    def _needs_a_bound(self) -> Self:
+        if self.on_stale == "wait" and self.max_staleness is None:
+            raise ValueError("on_stale=wait waits for nothing without a bound; set off_policy.max_staleness")
+        return self
+
 
 class GatewayConfig(_Section):
     """The HTTP surface that environments call."""

@@ -127,3 +127,30 @@ def test_default_run_dir_is_below_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert directory.parent == tmp_path / "runs"
     assert directory.name.startswith("demo-")
     assert not directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "level"),
+    [
+        ({}, None),
+        ({"loss": {"type": "grpo"}}, "token"),
+        ({"mode": "overlap"}, "token"),
+        ({"mode": "overlap", "off_policy": {"importance": None}}, None),
+        ({"off_policy": {"importance": "sequence"}}, "sequence"),
+    ],
+)
+def test_importance_weights_are_on_where_rollouts_may_be_old(values: dict[str, object], level: str | None) -> None:
+    assert RunConfig.from_mapping(values).importance == level
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"loss": {"tis_cap": 2.0}}, "off_policy.importance_cap"),
+        ({"off_policy": {"on_stale": "wait"}}, "set off_policy.max_staleness"),
+        ({"off_policy": {"max_staleness": -1}}, "greater than or equal to 0"),
+    ],
+)
+def test_off_policy_settings_that_cannot_be_meant(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.from_mapping(values)

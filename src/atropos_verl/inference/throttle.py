@@ -64,6 +64,8 @@ class StalenessThrottle:
         self._generating = 0
         self._finished: deque[tuple[float, int]] = deque()
         self._delays: deque[float] = deque(maxlen=_DELAYS)
+        self.active = False
+        """Nothing is held while False: before and after training, when evaluations ask and nobody takes batches."""
         self.held = 0
         """Requests that had to wait so far."""
 
@@ -125,7 +127,7 @@ class StalenessThrottle:
 
     def _begin(self, n: int) -> bool:
         with self._lock:
-            if self._expected() > self._bound:
+            if self.active and self._expected() > self._bound:
                 return False
             self._generating += n
             return True

@@ -98,9 +98,9 @@ def fit(
     progress.phase("registering at the trajectory API")
     register_trainer(trainer, config.batch_size)
     trainer.open_rollouts()
-    trainer.flow.watch()
     if before_first_step is not None:
         before_first_step()
+    trainer.flow.watch()
     wait = _Waiter(trainer, progress, starts_environment=check_services is not None)
     feed = make_feed(trainer, wait, check_services)
     try:
@@ -130,6 +130,7 @@ def fit(
                 trainer.batches.discard_through(trainer.step)  # no checkpoint will ever cover it
         feed.close()
         trainer.give_back()
+        trainer.flow.close()  # an evaluation may follow, which nobody may hold back
     except BaseException as error:
         try:
             _save_what_was_trained(trainer, error, saved_at, extra)

@@ -41,13 +41,17 @@ class RolloutFlow:
             self._throttle.batch_done()
 
     def watch(self) -> None:
-        """Begin to ask the API for its queue, from a thread. Idempotent."""
+        """Training begins: prompts may be held back. Asks the API for its queue from a thread. Idempotent."""
         if self._throttle is not None and self._thread is None:
+            self._throttle.active = True
+            self._stop.clear()
             self._thread = threading.Thread(target=self._run, name="atropos-verl-queue-watch", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
-        """End the thread; to be called before the client is closed. Idempotent."""
+        """Training has ended: nothing is held any more. To be called before the client is closed. Idempotent."""
+        if self._throttle is not None:
+            self._throttle.active = False
         self._stop.set()
         if self._thread is not None:
             self._thread.join()

@@ -22,7 +22,9 @@ class Clock:
 
 def throttle(bound: int, ledger: Ledger | None = None) -> tuple[StalenessThrottle, Clock]:
     clock = Clock()
-    return StalenessThrottle(ledger or Ledger(), 8, bound, clock=clock), clock
+    made = StalenessThrottle(ledger or Ledger(), 8, bound, clock=clock)
+    made.active = True
+    return made, clock
 
 
 async def begins(limit: StalenessThrottle, *prompts: tuple[int, ...], n: int = 4, max_tokens: int = 16) -> bool:
@@ -49,6 +51,14 @@ async def test_one_batch_and_no_more_may_be_under_way_with_bound_zero() -> None:
     assert limit.expected_staleness == 1 and not await begins(limit)  # what begins now is trained on after that batch
     limit.batch_done()
     assert limit.expected_staleness == 0 and await begins(limit)
+
+
+async def test_nothing_is_held_while_nobody_trains() -> None:
+    limit, _ = throttle(0)
+    limit.queue_is(80)
+    assert not await begins(limit)
+    limit.active = False  # an evaluation after the last step
+    assert await begins(limit)
 
 
 async def test_a_bound_of_two_lets_two_more_batches_begin() -> None:
