@@ -1,11 +1,14 @@
 """Tokens per second: the embedded engine against ``model.generate`` in static batches of the same requests.
 
     python benchmarks/bench_generation.py [--sequences 64] [--repeats 5] [--manager]
+                                          [--vllm PYTHON]
 
 Two loads: all completions equally long, and lengths that vary tenfold (a static batch runs until its longest is done;
 the engine fills the slot with the next sequence). Both sides sample at temperature 1 from the same random Qwen2 of
 about a million parameters, interleaved in one process. ``--manager`` adds transformers' continuous-batching manager,
-warmed up beforehand. Prints JSON: median tokens/s of each side and the ratios. Counted are the tokens asked for.
+warmed up beforehand. ``--vllm`` adds vLLM, in the interpreter given, a process of its own that is asked in turn; it
+samples with logprobs as the engine does. Prints JSON: median tokens/s of each side and the ratios. Counted are the
+tokens asked for.
 """
 
 from __future__ import annotations
@@ -14,9 +17,12 @@ import argparse
 import copy
 import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +43,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--manager", action="store_true", help="also measure transformers' continuous batching")
+    parser.add_argument("--vllm", metavar="PYTHON", help="interpreter with vLLM (CPU build) installed")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -56,7 +63,12 @@ def main() -> None:
         }
         if options.manager:
             sides["transformers_manager"] = lambda load: run_manager(model, load)
-        results = {name: measure(load, sides, options.repeats) for name, load in loads.items()}
+        with ExitStack() as stack:
+            if options.vllm:
+                sides["vllm"] = stack.enter_context(vllm_side(model, options))
+            else:
+                print("vLLM: not measured (--vllm PYTHON names an interpreter that has it)", file=sys.stderr)
+            results = {name: measure(load, sides, options.repeats) for name, load in loads.items()}
     print(json.dumps({"parameters": sum(p.numel() for p in model.parameters()), **vars(options)} | results, indent=2))
 
 
@@ -114,6 +126,37 @@ def run_static(model: Any, load: Load, rows: int) -> None:
         assert out.shape == (len(batch), ids.shape[1] + longest)
 
 
+@contextmanager
+def vllm_side(model: Any, options: argparse.Namespace) -> Iterator[Callable[[Load], None]]:
+    from support.tiny_model import build_tiny_tokenizer
+
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        build_tiny_tokenizer(directory)
+        script = Path(__file__).with_name("vllm_side.py")
+        words = [options.vllm, str(script), directory, str(options.sequences), str(options.threads)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(words, **pipes) as process:  # type: ignore[call-overload]
+            try:
+                _await(process, "READY")
+                yield lambda load: _ask(process, load)
+            finally:
+                process.stdin.close()
+
+
+def _ask(process: Any, load: Load) -> None:
+    process.stdin.write(json.dumps(load) + "\n")
+    process.stdin.flush()
+    _await(process, "SECONDS")
+
+
+def _await(process: Any, word: str) -> None:
+    for line in process.stdout:
+        if line.startswith(word):
+            return
+    raise SystemExit(f"vLLM's process ended before it said {word}; is vLLM's CPU build installed there?")
+
+
 def run_manager(model: Any, load: Load) -> None:
     from transformers import GenerationConfig
 
@@ -131,14 +174,21 @@ def measure(load: Load, sides: dict[str, Callable[[Load], None]], repeats: int) 
     for run in sides.values():
         run(load)  # first calls pay for allocation and kernel choice
     rates: dict[str, list[float]] = {name: [] for name in sides}
+    busy: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, run in sides.items():
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             run(load)
             rates[name].append(tokens / (time.perf_counter() - started))
+            busy[name].append(time.process_time() - used)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     ratios = {f"engine_over_{name}": medians["engine"] / value for name, value in medians.items() if name != "engine"}
-    return {"tokens": tokens, "tokens_per_second": medians, **ratios}
+    # Of this process: on a shared machine they say more than the clock. Nothing of vLLM's, which is another.
+    processor = {name: statistics.median(values) for name, values in busy.items() if name != "vllm"}
+    by_processor = {f"engine_over_{name}": value / processor["engine"] for name, value in processor.items()}
+    del by_processor["engine_over_engine"]
+    figures = {"processor_seconds": processor, "by_processor_seconds": by_processor}
+    return {"tokens": tokens, "tokens_per_second": medians, **ratios, **figures}
 
 
 if __name__ == "__main__":

@@ -63,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="with --replay: a sync run whose waiting, without --latency, is how long a group's generation takes",
     )
+    parser.add_argument(
+        "--generation-latency", type=float, help="what --latency was in the run of --generation-from; None: the same"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
 
@@ -117,8 +120,8 @@ def _workload(options: argparse.Namespace) -> tuple[Workload, Recording | None]:
         workload = replace(workload, group_size=group_size, batch_size=group_size * recording.groups)
     if options.generation_from is not None:
         source = read_recording(options.generation_from)
-        # The trainer sees a batch at its next poll, half an interval later on average; nothing is known more exactly.
-        seconds = [max(wait - options.latency, 1e-3) for wait in source.rollout]
+        latency = options.latency if options.generation_latency is None else options.generation_latency
+        seconds = [max(wait - latency, 1e-3) for wait in source.rollout]
         mean = sum(seconds) / len(seconds)
         workload = replace(workload, mean_tokens=mean, token_spread=0.0, max_tokens=10**9)
         options.sequence_rate, options.generation_rate, options.slots = 1.0, 1e12, 10**9

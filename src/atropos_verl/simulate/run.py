@@ -14,6 +14,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 
 import numpy as np
 
@@ -60,7 +61,8 @@ class _Run:
         self.arrivals = 0
         self.posted: dict[int, Group] = {}
         """Arrival number → the group."""
-        self.under_way: list[set[Group]] = [set() for _ in range(workload.environments)]
+        self.under_way: list[dict[Group, None]] = [{} for _ in range(workload.environments)]
+        """The groups that each environment is making, oldest first."""
         self.checking = [False] * workload.environments
         self.cancelled = 0
         self.trainer = _Trainer(self)
@@ -107,15 +109,15 @@ class _Run:
         self.checking[environment] = False
         under_way, workload = self.under_way[environment], self.workload
         allowed = self.layout.max_batches_offpolicy * workload.batch_size // workload.group_size
-        if self.queue.groups >= allowed:
-            self.cancelled += len(under_way)
-            for group in under_way:
-                self.engine.cancel(group)
-            under_way.clear()
-            return
-        for _ in range(min(workload.workers, allowed - self.queue.groups) - len(under_way)):
+        wanted = min(workload.workers, max(allowed - self.queue.groups, 0))
+        # atroposlib gives up the oldest first, also where the queue is not full but fuller than before.
+        for group in list(islice(under_way, max(len(under_way) - wanted, 0))):
+            self.engine.cancel(group)
+            del under_way[group]
+            self.cancelled += 1
+        for _ in range(wanted - len(under_way)):
             group = Group(environment, self._lengths(), self._draw(workload.latency, workload.latency_spread))
-            under_way.add(group)
+            under_way[group] = None
             self.engine.add(group)
 
     def _generated(self, group: Group) -> None:
@@ -124,7 +126,7 @@ class _Run:
     def _post(self, group: Group) -> None:
         if group.cancelled:
             return
-        self.under_way[group.environment].discard(group)
+        del self.under_way[group.environment][group]
         self.arrivals += 1
         self.posted[self.arrivals] = group
         self.queue.add(
