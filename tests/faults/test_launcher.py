@@ -176,7 +176,10 @@ def test_a_killed_api_comes_back_with_its_data(drill: Drill) -> None:
     api = drill.run.state()["api"]
     handed_out = api["totals"]["groups"] - api["queue_size"]
     trained = sum(line["data/groups"] + line["data/quarantined"] for line in drill.run.metrics())
-    assert handed_out == trained, "an accepted group was neither trained nor is it queued, or was trained twice"
+    # A batch that the killed trainer had leased and not yet journalled stays the API's, which hands it out again.
+    leased = api["open_leases"] * 16 // 4
+    assert trained <= handed_out, "an accepted group was trained twice"
+    assert handed_out <= trained + leased, "an accepted group was neither trained nor is it queued or leased"
 
 
 @pytest.mark.slow
