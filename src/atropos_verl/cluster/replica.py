@@ -70,6 +70,7 @@ class TransformersServer:
         self.replica_rank = replica_rank
         self.global_steps: int | None = None
         self._asleep = self._aborted = self._rejecting = False
+        self._gate_lock = asyncio.Lock()
         self._running: dict[str, asyncio.Task[list[Generation]]] = {}
         self._settings: dict[str, Any] = {}
         self._received_bytes = 0
@@ -217,10 +218,12 @@ class TransformersServer:
             await self._apply_gate()
 
     async def _apply_gate(self) -> None:
-        if self._asleep or self._aborted or not self._has_weights:
-            await asyncio.to_thread(self._engine.gate.pause, _PAUSE_TIMEOUT)
-        else:
-            self._engine.gate.resume()
+        # One at a time: two calls at once must leave the gate as the later state says.
+        async with self._gate_lock:
+            if self._asleep or self._aborted or not self._has_weights:
+                await asyncio.to_thread(self._engine.gate.pause, _PAUSE_TIMEOUT)
+            else:
+                self._engine.gate.resume()
 
     async def clear_kv_cache(self) -> None:
         """Nothing to do: no cache is kept between requests, and new weights drop that of the running ones."""
@@ -260,15 +263,19 @@ class TransformersServer:
 
     def _apply_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> int:
         steps, peft_config = self._settings["global_steps"], self._settings["peft_config"]
-        if self._settings["base_sync"]:
-            if self._lora is None:
-                raise ConfigError("the trainer sends LoRA weights, the replica was started without", "model.lora_rank")
-            tensors = self._lora.set_base(tensors)
-        elif peft_config is not None:
-            if self._lora is None:
-                raise ConfigError("the trainer sends LoRA weights, the replica was started without", "model.lora_rank")
-            # Merged before the engine stops for the copy.
-            tensors = iter(list(self._lora.merge(tensors, peft_config)))
+        adapted = peft_config is not None or self._settings["base_sync"]
+        if adapted and self._lora is None:
+            raise ConfigError("the trainer sends LoRA weights, the replica was started without", "model.lora_rank")
+        if not adapted and self._lora is not None:
+            raise ConfigError(
+                "verl 0.9.1 sends its adapter to colocated replicas only; set actor_rollout_ref.model.lora.merge=True",
+                "actor_rollout_ref.model.lora.merge",
+            )
+        if self._lora is not None:
+            if self._settings["base_sync"]:
+                tensors = self._lora.set_base(tensors)
+            else:  # merged before the engine stops for the copy
+                tensors = iter(list(self._lora.merge(tensors, peft_config or {})))
         version = self._engine.policy_version if steps is None else steps
         return self._engine.update_weights_from_tensor(tensors, policy_version=version)
 
