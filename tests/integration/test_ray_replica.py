@@ -58,6 +58,30 @@ async def _generated(cluster: Cluster, tokens: int) -> None:
         await asyncio.sleep(0.01)
 
 
+# First, before the module's cluster takes the names of verl's actors.
+def test_with_lora_the_base_travels_once_and_then_only_adapters_and_the_engine_follows(model: Path) -> None:
+    settings = ["actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora_alpha=16"]
+    with started_cluster(model, *settings) as cluster:
+        received = [0]
+        for step in range(3):
+            trained = cluster.workers.nudge(step, 0.1)
+            if step:
+                assert cluster.canary(_TOKENS) > 1e-2
+            cluster.checkpoints.sleep_replicas()
+            cluster.checkpoints.update_weights(step)
+            assert cluster.canary(_TOKENS) < 1e-5
+            received.append(_call(cluster, "get_stats")["received_weight_bytes"])
+            [transfer] = cluster.workers.last_transfer()
+            assert all(".lora_A." in name or ".lora_B." in name for name in transfer.names)
+            # 2 layers, 7 projections with factors A and B: r * (in + out) float32 numbers each, q k v o gate up down
+            sizes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
+            assert trained == [28] and len(transfer.names) == 28
+            assert transfer.nbytes == 2 * 4 * 4 * sum(a + b for a, b in sizes)
+        base, first, second = (after - before for before, after in pairwise(received))
+        assert first == second == transfer.nbytes
+        assert base > 2 * transfer.nbytes  # rollout.load_format=dummy: the replica had no base weights
+
+
 def test_the_replica_has_the_trainers_weights_after_an_update_and_not_before(cluster: Cluster) -> None:
     assert cluster.canary(_TOKENS) < 1e-5
     for step in (1, 2):
@@ -247,29 +271,6 @@ def test_a_standalone_replica_gets_the_weights_through_the_object_store(cluster:
         assert (stats["policy_version"], stats["gate"]) == (step, "open")
     for actor in (replica.server_handle, *replica.workers):
         ray.kill(actor)
-
-
-def test_with_lora_the_base_travels_once_and_then_only_adapters_and_the_engine_follows(model: Path) -> None:
-    settings = ["actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora_alpha=16"]
-    with started_cluster(model, *settings) as cluster:
-        received = [0]
-        for step in range(3):
-            trained = cluster.workers.nudge(step, 0.1)
-            if step:
-                assert cluster.canary(_TOKENS) > 1e-2
-            cluster.checkpoints.sleep_replicas()
-            cluster.checkpoints.update_weights(step)
-            assert cluster.canary(_TOKENS) < 1e-5
-            received.append(_call(cluster, "get_stats")["received_weight_bytes"])
-            [transfer] = cluster.workers.last_transfer()
-            assert all(".lora_A." in name or ".lora_B." in name for name in transfer.names)
-            # 2 layers, 7 projections with factors A and B: r * (in + out) float32 numbers each, q k v o gate up down
-            sizes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
-            assert trained == [28] and len(transfer.names) == 28
-            assert transfer.nbytes == 2 * 4 * 4 * sum(a + b for a, b in sizes)
-        base, first, second = (after - before for before, after in pairwise(received))
-        assert first == second == transfer.nbytes
-        assert base > 2 * transfer.nbytes  # rollout.load_format=dummy: the replica had no base weights
 
 
 def _policies(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -154,6 +155,10 @@ class Cluster:
 
         for actor in (*self.workers.workers, *(r.server_handle for r in self.servers.get_replicas())):
             ray.kill(actor)
+        for _ in range(300):  # verl finds its actors by name, so the next cluster needs the same names
+            if not any("_server_" in name for name in ray.util.list_named_actors()):
+                break
+            time.sleep(0.1)
         for group in self._pool.get_placement_groups():
             ray.util.remove_placement_group(group)
 
