@@ -11,6 +11,11 @@ from collections.abc import Iterator
 # training step ten times slower. Before anything imports torch; child processes inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# verl picks its platform for the life of a process when something first asks, which may be the import of any test file
+# of this process. A test that wants another platform runs in a process of its own.
+os.environ.setdefault("VERL_PLATFORM", "cpu")
+os.environ.setdefault("VERL_USE_EXTERNAL_MODULES", "atropos_verl.verl_plugin.platform_cpu")
+
 # A shell that runs the suite in the background hands down an ignored SIGINT, and so would every process we start: the
 # tests of Ctrl-C need it as a terminal gives it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
