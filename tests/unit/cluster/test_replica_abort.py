@@ -34,6 +34,7 @@ async def test_a_request_that_had_not_reached_the_engine_is_aborted_as_well() ->
     engine = LateEngine()
     server._engine = engine
     server._asleep = server._aborted = server._rejecting = False
+    server._gate_lock = asyncio.Lock()
     server._has_weights = True
     server.config = SimpleNamespace()
     server._running = {key: asyncio.ensure_future(engine.request(key)) for key in ("a", "b")}
