@@ -28,7 +28,7 @@ SCRATCH_BYTES = 128 * 2**20
 """Of rows whose ``D`` is not kept, in the forward."""
 SLICE_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
 """Of the rows that are exponentiated at a time: what a core's cache holds (256 KiB to 16 MiB made no difference above
-3 %), or enough to fill a GPU (not measured)."""
+4 %), or enough to fill a GPU (not measured)."""
 BLOCK = 16384
 """Vocabulary entries of one block of ``D``. Backward gives each block back as soon as it is used, while the gradient of
 the weight grows by as much: the two are never whole at the same time."""
