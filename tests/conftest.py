@@ -25,12 +25,6 @@ import pytest
 from support.http_faults import FaultServer
 from support.upstream_api import UpstreamApi, upstream_api
 
-from atropos_verl import verl_plugin
-
-# verl picks its device once per process, when something first asks: whichever test module is imported first must not
-# decide it. Only variables are set here; verl is not imported.
-verl_plugin.activate("cpu")
-
 
 @pytest.fixture
 def fault_server() -> Iterator[FaultServer]:
