@@ -1,0 +1,151 @@
+"""Live runs on Ray with the demo environment: a sync that is skipped shows, two raylets, the asynchronous modes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.runs import REPOSITORY, TrainingRun, metrics_of
+from support.skipped_sync import LAST_SYNC
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not os.environ.get("ATROPOS_VERL_LIVE_RAY"), reason="minutes of live Ray runs: make test-ray"),
+]
+
+LIMIT = 400.0
+WORDS = (
+    "backend=ray",
+    "data.train_batch_size=4",
+    "actor_rollout_ref.rollout.n=4",
+    "atropos.eval.before=false",
+    "atropos.eval.after=false",
+    "trainer.save_freq=-1",
+)
+
+
+def finished(run_dir: Path, *words: str) -> list[dict[str, Any]]:
+    """Metrics of a run that must end well and leave nothing behind."""
+    # Ray's processes import what a test plugs into verl from this directory.
+    path = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY / "tests")])
+    with TrainingRun([*WORDS, *words], run_dir=run_dir, env={"PYTHONPATH": path}) as run:
+        code = run.wait(LIMIT)
+        assert code == 0, run.stdout[-3000:] + run.stderr[-3000:] + run.log("task_runner")[-3000:]
+        run.assert_nothing_left(within=30.0)
+    assert "failed" not in (run_dir / "logs" / "environment.log").read_text().lower()
+    return metrics_of(run_dir)
+
+
+def test_a_skipped_weight_sync_shows_in_the_probabilities(tmp_path: Path) -> None:
+    metrics = finished(
+        tmp_path / "run",
+        "trainer.total_training_steps=6",
+        "actor_rollout_ref.actor.optim.lr=1e-3",
+        "actor_rollout_ref.rollout.free_cache_engine=false",
+        # With a bound of 0 the ledger leaves every group out: the engine itself says that its weights are old.
+        "atropos.off_policy.max_staleness=null",
+        "trainer.checkpoint_callback_class=support.skipped_sync.SkipSyncs",
+    )
+    diffs = {line["step"]: line["training/rollout_probs_diff_mean"] for line in metrics}
+    # Step N + 1 is sampled from the weights of N, but for groups that were already under way.
+    fresh = [diffs[line["step"]] for line in metrics if line["off_policy/staleness_max"] == 0]
+    after = [diffs[step] for step in diffs if step > LAST_SYNC + 1]
+    assert fresh
+    assert max(fresh) <= 1e-3
+    assert min(after) > 1e-3
+    assert all(line["off_policy/staleness_max"] >= 1 for line in metrics if line["step"] > LAST_SYNC + 1)
+
+
+@pytest.fixture
+def two_raylets() -> Iterator[str]:
+    """Address of a Ray cluster of two nodes on this machine, one logical GPU each."""
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 8, "num_gpus": 1, "object_store_memory": 150 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        del node["include_dashboard"]
+        cluster.add_node(**node)
+        cluster.wait_for_nodes()
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+def test_two_raylets(tmp_path: Path, two_raylets: str) -> None:
+    """Two FSDP ranks and two replicas, one of each per node; the cluster that was there is left as it was."""
+    import ray
+
+    metrics = finished(
+        tmp_path / "run",
+        f"ray_kwargs.ray_init.address={two_raylets}",
+        "trainer.nnodes=2",
+        "trainer.n_gpus_per_node=1",
+        "trainer.total_training_steps=3",
+    )
+    assert [line["step"] for line in metrics] == [1, 2, 3]
+    assert all(line["training/rollout_probs_diff_mean"] <= 1e-3 for line in metrics)
+    ray.init(address=two_raylets, log_to_driver=False)
+    try:
+        assert len([node for node in ray.nodes() if node["Alive"]]) == 2
+        assert ray.available_resources()["GPU"] == 2
+    finally:
+        ray.shutdown()
+
+
+def test_colocate_async_with_kl_rollout_correction_and_verls_validation(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    prompts = [
+        {
+            "data_source": "words",
+            "prompt": [{"role": "user", "content": f"Spell this word backward (example: sun -> nus): {word}"}],
+            "ability": "spelling",
+            "reward_model": {"style": "rule", "ground_truth": word[::-1]},
+            "extra_info": {"index": index},
+        }
+        for index, word in enumerate(("cat", "dog"))
+    ]
+    pandas.DataFrame(prompts).to_parquet(tmp_path / "prompts.parquet")
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_):\n"
+        "    return float(ground_truth in solution_str)\n"
+    )
+    metrics = finished(
+        tmp_path / "run",
+        "trainer.v1.trainer_mode=colocate_async",
+        "atropos.off_policy.max_staleness=null",
+        "trainer.total_training_steps=4",
+        "actor_rollout_ref.actor.policy_loss.loss_mode=vanilla",
+        "actor_rollout_ref.actor.use_kl_loss=true",
+        "algorithm.use_kl_in_reward=true",
+        "algorithm.rollout_correction.rollout_is=token",
+        f"data.val_files={tmp_path / 'prompts.parquet'}",
+        "trainer.test_freq=2",
+        "reward.num_workers=1",
+        f"reward.custom_reward_function.path={reward}",
+    )
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+    assert all("actor/kl_loss" in line and "actor/reward_kl_penalty" in line for line in metrics)
+    assert all(line["rollout_corr/rollout_is_mean"] == pytest.approx(1.0, abs=0.2) for line in metrics)
+    assert all(line["training/rollout_probs_diff_mean"] < 0.05 for line in metrics)
+    validated = [line["step"] for line in metrics if any(key.startswith("val-core/words") for key in line)]
+    assert validated == [2, 4]
+
+
+def test_separate_async(tmp_path: Path) -> None:
+    metrics = finished(
+        tmp_path / "run",
+        "trainer.v1.trainer_mode=separate_async",
+        "trainer.v1.separate_async.parameter_sync_step=2",
+        "atropos.off_policy.max_staleness=null",
+        "trainer.total_training_steps=3",
+    )
+    assert [line["step"] for line in metrics] == [1, 2, 3]
+    assert all(line["data/sequences"] == 16 for line in metrics), "two batches of 8, one per local update"
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["weights_synced"] == 4
