@@ -30,6 +30,9 @@ def ray_session(num_gpus: int = 4) -> Iterator[None]:
     os.environ.update(environment)
     import ray
 
+    # verl loads it when it is imported, which another test of this process may have done before.
+    import atropos_verl.verl_plugin.plugin  # noqa: F401
+
     ray.init(
         num_cpus=8,
         num_gpus=num_gpus,
