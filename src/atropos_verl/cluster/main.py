@@ -10,16 +10,15 @@ import contextlib
 import io
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from atropos_verl.cluster.settings import ClusterRun, complete_config, compose_config, read_run, with_environment
-from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
+from atropos_verl.errors import ConfigError, ServiceError
+from atropos_verl.launch.outcome import exit_code_of
 
 if TYPE_CHECKING:
     from atropos_verl.launch.evaluation import LaunchedEvaluations
@@ -84,7 +83,7 @@ def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, conf
 
         sys.stdout.write(OmegaConf.to_yaml(config, resolve=True))
         return 0
-    return _guarded(run)
+    return exit_code_of(lambda: _Command(run).execute())
 
 
 def _default_config_dir() -> Path:
@@ -135,32 +134,6 @@ def validate_with_verl(config: Any) -> None:
             validate_config(config, need_reference_policy(config), need_critic(config))
     except (AssertionError, ValueError, HydraException) as error:
         raise ConfigError(f"verl: {error.__cause__ or error}") from error
-
-
-def _guarded(run: ClusterRun) -> int:
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        return _Command(run).execute()
-    except KeyboardInterrupt as error:
-        _say("interrupted", error)
-        return 130
-    except ConfigError as error:
-        _say(f"CONFIGURATION ERROR: {error}", error)
-        return 2
-    except (AtroposVerlError, OSError) as error:
-        logger.error("the run failed", exc_info=error)
-        _say(str(error), error)
-        return 1
-
-
-def _say(text: str, error: BaseException) -> None:
-    notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
-    sys.stderr.write(f"\n{text}{notes}\n")
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    del signum, frame
-    raise KeyboardInterrupt
 
 
 class _Command:

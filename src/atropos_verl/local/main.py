@@ -14,11 +14,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from atropos_verl.config import RunConfig
-from atropos_verl.errors import AtroposVerlError, ConfigError
+from atropos_verl.errors import ConfigError
+from atropos_verl.launch.outcome import exit_code_of
 from atropos_verl.launch.startup import check_gateway_port, is_rank_zero, resolve_model_path
 from atropos_verl.local.settings import help_text, load_config
 
@@ -60,32 +60,7 @@ def _run(config: RunConfig) -> int:
     # Threads that wait for work sleep instead of spinning: with an environment on the other core a training step of
     # the demo took 5 s spinning and 0.4 s sleeping. Read by the OpenMP runtime when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # A plain `kill` must end the children too: turn it into an exception that unwinds every `finally`.
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        if not is_rank_zero():
-            return _serve_rank(config)
-        return _Run(config).execute()
-    except KeyboardInterrupt as error:
-        _say("interrupted", error)
-        return 130
-    except ConfigError as error:
-        _say(f"CONFIGURATION ERROR: {error}", error)
-        return 2
-    except (AtroposVerlError, OSError) as error:
-        logger.error("the run failed", exc_info=error)
-        _say(str(error), error)
-        return 1
-
-
-def _say(text: str, error: BaseException) -> None:
-    notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
-    sys.stderr.write(f"\n{text}{notes}\n")
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    del signum, frame
-    raise KeyboardInterrupt
+    return exit_code_of(lambda: _Run(config).execute() if is_rank_zero() else _serve_rank(config))
 
 
 def _log_to(handler: logging.Handler) -> None:
