@@ -357,7 +357,20 @@ def is_padding(tag: dict[str, Any]) -> bool:
     return bool(tag.get("is_padding", False))
 
 
-class AtroposSyncTrainer(_AtroposTrainer, PPOTrainerSync):  # type: ignore[misc]
+class _ColocatedTrainer(_AtroposTrainer):
+    """Trainer and replicas share their devices: the rollout phase ends for training and begins again after it."""
+
+    def on_init_end(self) -> None:
+        self.open_rollouts()
+
+    def on_sample_end(self) -> None:
+        self.close_rollouts()
+
+    def on_step_end(self) -> None:
+        self.open_rollouts()
+
+
+class AtroposSyncTrainer(_ColocatedTrainer, PPOTrainerSync):  # type: ignore[misc]
     """Rollout, then training, then rollout."""
 
     drains = True
@@ -368,17 +381,8 @@ class AtroposSyncTrainer(_AtroposTrainer, PPOTrainerSync):  # type: ignore[misc]
     def _verl_release(self) -> None:
         PPOTrainerSync.on_sample_end(self)
 
-    def on_init_end(self) -> None:
-        self.open_rollouts()
 
-    def on_sample_end(self) -> None:
-        self.close_rollouts()
-
-    def on_step_end(self) -> None:
-        self.open_rollouts()
-
-
-class AtroposColocateAsyncTrainer(_AtroposTrainer, PPOTrainerColocateAsync):  # type: ignore[misc]
+class AtroposColocateAsyncTrainer(_ColocatedTrainer, PPOTrainerColocateAsync):  # type: ignore[misc]
     """The next batch is already on its way; generation is cut for training and continued after."""
 
     def _verl_sync(self) -> None:
@@ -387,15 +391,6 @@ class AtroposColocateAsyncTrainer(_AtroposTrainer, PPOTrainerColocateAsync):  # 
 
     def _verl_release(self) -> None:
         PPOTrainerColocateAsync.on_sample_end(self)
-
-    def on_init_end(self) -> None:
-        self.open_rollouts()
-
-    def on_sample_end(self) -> None:
-        self.close_rollouts()
-
-    def on_step_end(self) -> None:
-        self.open_rollouts()
 
 
 class AtroposSeparateAsyncTrainer(_AtroposTrainer, PPOTrainerSeparateAsync):  # type: ignore[misc]
