@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from atropos_verl.config import ModelConfig, RunConfig, apply_environment
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.launch.launch_config import MOVED, EnvironmentConfig, LaunchConfig, describe_launch
-from atropos_verl.launch.readiness import free_port
+from atropos_verl.launch.readiness import free_port, try_to_listen
 from atropos_verl.launch.rundir import prepare_run_dir
 from atropos_verl.launch.spec import Addresses, LaunchPlan, make_plan
 from atropos_verl.launch.supervisor import Supervisor
@@ -204,20 +204,14 @@ def _absolute(config: RunConfig, model_path: Path) -> ModelConfig:
 
 def _port(host: str, port: int, key: str) -> int:
     """A free port, or ``port`` if it is free. Raises ``ConfigError`` naming ``key`` when it is taken."""
-    import socket
-
     if port == 0:
         return free_port(host)
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            probe.listen()
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {host}:{port}: {error.strerror or error}; choose a free port, or 0 for any", key
-            ) from error
+    try:
+        try_to_listen(host, port)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose a free port, or 0 for any", key
+        ) from error
     return port
 
 

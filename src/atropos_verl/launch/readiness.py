@@ -11,7 +11,7 @@ from collections.abc import Callable
 from atropos_verl.errors import ServiceError
 from atropos_verl.launch.process import ManagedProcess
 
-__all__ = ["free_port", "http_probe", "wait_until_ready"]
+__all__ = ["free_port", "http_probe", "try_to_listen", "wait_until_ready"]
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -24,6 +24,15 @@ def free_port(host: str = "127.0.0.1") -> int:
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
+
+
+def try_to_listen(host: str, port: int) -> None:
+    """Raises ``OSError`` when ``host``:``port`` cannot be listened on at this moment."""
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+        probe.listen()
 
 
 def http_probe(url: str, timeout: float = 1.0) -> bool:

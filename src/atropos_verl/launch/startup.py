@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 
 from atropos_verl.config import RunConfig
 from atropos_verl.errors import ConfigError, ServiceError
+from atropos_verl.launch.readiness import try_to_listen
 
 __all__ = ["check_gateway_port", "is_rank_zero", "resolve_model_path"]
 
@@ -35,15 +35,11 @@ def check_gateway_port(config: RunConfig) -> None:
     The gateway itself comes up only when the policy is loaded; a port that is taken shall not cost that wait.
     """
     host, port = config.gateway.host, config.gateway.port
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            probe.listen()
-        except OSError as error:
-            raise ServiceError(
-                f"inference gateway: cannot listen on {host}:{port}: {error.strerror or error}. "
-                "Set gateway.port to a free port, or to 0 to take any.",
-                "inference gateway",
-            ) from error
+    try:
+        try_to_listen(host, port)
+    except OSError as error:
+        raise ServiceError(
+            f"inference gateway: cannot listen on {host}:{port}: {error.strerror or error}. "
+            "Set gateway.port to a free port, or to 0 to take any.",
+            "inference gateway",
+        ) from error
