@@ -25,7 +25,7 @@ class Observed:
         self.run_dir = run.run_dir
 
     def look(self) -> bool:
-        for process in [psutil.Process(self.run.popen.pid), *psutil.Process(self.run.popen.pid).children(True)]:
+        for process in self._processes():
             try:
                 raw = Path(f"/proc/{process.pid}/cmdline").read_bytes()
             except OSError:  # gone meanwhile
@@ -33,6 +33,13 @@ class Observed:
             if raw:
                 self.commands[process.pid] = raw.replace(b"\0", b" ").decode()
         return self.run.popen.poll() is not None
+
+    def _processes(self) -> list[psutil.Process]:
+        try:
+            launcher = psutil.Process(self.run.popen.pid)
+            return [launcher, *launcher.children(recursive=True)]
+        except psutil.NoSuchProcess:  # it has ended and was waited for
+            return []
 
     def settings(self, name: str) -> Any:
         return yaml.safe_load((self.run_dir / "launch" / name).read_text())

@@ -118,9 +118,12 @@ class TrainingRun:
     def wait_until(self, condition: Callable[[], bool], what: str, timeout: float) -> None:
         """Poll; a run that ends first, or takes longer, fails the test with all that it said."""
         deadline = time.monotonic() + timeout
-        while not condition():
-            self._note_processes()
+        while True:
+            # Before the condition: what a run leaves with its last breath counts, also when it dies between the two.
             code = self.popen.poll()
+            if condition():
+                return
+            self._note_processes()
             assert code is None, f"it ended with code {code} before {what}\n{self._said()}"
             assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}\n{self._said()}"
             time.sleep(0.05)
