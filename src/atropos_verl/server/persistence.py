@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from atropos_verl.segment_log import LogDamagedError, LogWriteError, SegmentLog
 from atropos_verl.server.events import (
     Accepted,
     Bodies,
@@ -19,7 +20,6 @@ from atropos_verl.server.events import (
     decode_event,
     encode_event,
 )
-from atropos_verl.server.log import LogDamagedError, LogWriteError, SegmentLog
 from atropos_verl.server.model import StoredGroup
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.state import State

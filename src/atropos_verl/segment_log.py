@@ -32,7 +32,6 @@ __all__ = ["LogDamagedError", "LogWriteError", "SegmentLog"]
 
 logger = logging.getLogger(__name__)
 
-_MAGIC = b"ATRLOG1\n"
 _HEADER = struct.Struct("<II")
 _NAME = re.compile(r"segment-(\d{6,})\.log")
 
@@ -48,8 +47,14 @@ class LogDamagedError(AtroposVerlError):
 class SegmentLog:
     """The records of one data directory. One process at a time; not thread-safe but for ``sync``."""
 
-    def __init__(self, directory: Path, *, fsync: bool = False) -> None:
+    def __init__(
+        self, directory: Path, *, fsync: bool = False, magic: bytes = b"ATRLOG1\n", owner: str = "server"
+    ) -> None:
         """Take the lock; nothing is read yet.
+
+        Args:
+            magic: first bytes of every file, which tell what its records are.
+            owner: whose log it is, for messages.
 
         Raises:
             LogDamagedError: another process uses the directory.
@@ -57,6 +62,7 @@ class SegmentLog:
         """
         self.directory = Path(directory)
         self.fsync = fsync
+        self._magic, self._owner = magic, owner
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -95,17 +101,17 @@ class SegmentLog:
             content = memoryview(self._path(number).read_bytes())
             end = yield from self._records(number, content, is_last=number == numbers[-1])
             self.sizes[number] = end
-            if end <= len(_MAGIC):  # a new file whose snapshot was not finished: the older ones hold everything
+            if end <= len(self._magic):  # a new file whose snapshot was not finished: the older ones hold everything
                 self.delete(number)
         self.segment = max(numbers, default=0)
 
     def _records(
         self, number: int, content: memoryview, *, is_last: bool
     ) -> Generator[tuple[int, memoryview], None, int]:
-        position = len(_MAGIC)
-        if bytes(content[:position]) != _MAGIC:
+        position = len(self._magic)
+        if bytes(content[:position]) != self._magic:
             if len(content) >= position:
-                raise LogDamagedError(f"{self._path(number)} is not a log of this server; move it away to start")
+                raise LogDamagedError(f"{self._path(number)} is not a log of this {self._owner}; move it away to start")
             return 0
         while position < len(content):
             start = position + _HEADER.size
@@ -167,7 +173,9 @@ class SegmentLog:
             os.ftruncate(self._fd, self.size)
             os.lseek(self._fd, self.size, os.SEEK_SET)
         except OSError as error:
-            self._broken = f"{self._path(self.segment)} holds half a record ({error.strerror}); restart the server"
+            self._broken = (
+                f"{self._path(self.segment)} holds half a record ({error.strerror}); restart the {self._owner}"
+            )
 
     def rotate(self, snapshot: bytes) -> None:
         """Begin a new file with ``snapshot``. The older ones stay until ``delete``.
@@ -177,7 +185,7 @@ class SegmentLog:
         """
         number = self.segment + 1
         path = self._path(number)
-        record = _MAGIC + _HEADER.pack(len(snapshot), zlib.crc32(snapshot)) + snapshot
+        record = self._magic + _HEADER.pack(len(snapshot), zlib.crc32(snapshot)) + snapshot
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             try:
