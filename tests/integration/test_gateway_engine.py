@@ -10,10 +10,12 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from support.engines import AnyEngine
 from support.serving import eventually, serving
 from support.tiny_model import build_tiny_model
 
 from atropos_verl.inference.gate import RequestGate
+from atropos_verl.inference.process_engine.engine import ProcessEngine
 from atropos_verl.inference.transformers_engine import TransformersEngine
 
 MAX_RUNNING = 16
@@ -32,12 +34,20 @@ def reference(model_dir: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64).eval()
 
 
-@pytest.fixture(scope="module")
-def served(model_dir: Path) -> Iterator[tuple[TransformersEngine, RequestGate, httpx.Client]]:
+Served = tuple[AnyEngine, RequestGate, httpx.Client]
+
+
+@pytest.fixture(scope="module", params=["thread", "process"])
+def served(request: pytest.FixtureRequest, model_dir: Path) -> Iterator[Served]:
     from transformers import AutoTokenizer
 
     gate = RequestGate()
-    with TransformersEngine.from_pretrained(model_dir, gate=gate, max_running=MAX_RUNNING) as engine:
+    made: AnyEngine
+    if request.param == "thread":
+        made = TransformersEngine.from_pretrained(model_dir, gate=gate, max_running=MAX_RUNNING)
+    else:
+        made = ProcessEngine(model_dir, gate=gate, max_running=MAX_RUNNING)
+    with made as engine:
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
         with serving(engine, tokenizer, gate=gate) as client:
             yield engine, gate, client
@@ -51,9 +61,7 @@ def expected_logprobs(model: Any, prompt: list[int], completion: list[int], temp
 
 
 @pytest.mark.parametrize("dialect", ["vllm", "sglang", "openai"])
-def test_logprobs_over_http_are_those_of_the_weights(
-    served: tuple[TransformersEngine, RequestGate, httpx.Client], reference: Any, dialect: str
-) -> None:
+def test_logprobs_over_http_are_those_of_the_weights(served: Served, reference: Any, dialect: str) -> None:
     client, prompt, shared = served[2], [64, 65, 66], {"temperature": 0.7, "top_p": 0.9, "n": 2, "seed": 3}
     if dialect == "vllm":
         body = {"prompt": {"prompt_token_ids": prompt}, "logprobs": 0, "max_tokens": 12, **shared}
@@ -76,9 +84,7 @@ def test_logprobs_over_http_are_those_of_the_weights(
         assert values == pytest.approx(expected_logprobs(reference, prompt, tokens, 0.7), abs=1e-5)
 
 
-def test_prompt_logprobs_over_http(
-    served: tuple[TransformersEngine, RequestGate, httpx.Client], reference: Any
-) -> None:
+def test_prompt_logprobs_over_http(served: Served, reference: Any) -> None:
     prompt = [64, 70, 80, 90]
     body = {"prompt": {"prompt_token_ids": prompt}, "prompt_logprobs": 2, "max_tokens": 1, "temperature": 0.0}
     entries = served[2].post("/generate", json=body).json()["prompt_logprobs"]
@@ -88,7 +94,7 @@ def test_prompt_logprobs_over_http(
     assert [v for _, v in own] == pytest.approx(expected_logprobs(reference, prompt[:1], prompt[1:], 1.0), abs=1e-5)
 
 
-def test_hang_up_frees_the_engines_slots(served: tuple[TransformersEngine, RequestGate, httpx.Client]) -> None:
+def test_hang_up_frees_the_engines_slots(served: Served) -> None:
     engine, _, client = served
     aborted = engine.stats().aborted
     with (
@@ -100,9 +106,7 @@ def test_hang_up_frees_the_engines_slots(served: tuple[TransformersEngine, Reque
     assert engine.stats().aborted > aborted
 
 
-def test_no_request_fails_while_weights_are_swapped(
-    served: tuple[TransformersEngine, RequestGate, httpx.Client], model_dir: Path
-) -> None:
+def test_no_request_fails_while_weights_are_swapped(served: Served, model_dir: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     engine, gate, client = served

@@ -18,15 +18,15 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 import torch
-from support.engines import engine_of, tiny_causal_lm
+from support.engines import AnyEngine, placed_engine, tiny_causal_lm
 from support.serving import serving
 from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.inference.attribution import SequenceQuery, look_up
 from atropos_verl.inference.gate import RequestGate
 from atropos_verl.inference.ledger import Ledger
-from atropos_verl.inference.transformers_engine import TransformersEngine
 from atropos_verl.types import UNKNOWN_VERSION
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ async def converse(client: httpx.AsyncClient, rng: random.Random, name: int, sen
     sent += sequences
 
 
-def swap_weights(engine: TransformersEngine, gate: RequestGate, weights: dict[str, torch.Tensor], version: int) -> None:
+def swap_weights(engine: AnyEngine, gate: RequestGate, weights: dict[str, torch.Tensor], version: int) -> None:
     """Both ways that trainers use: into a second buffer while generation goes on, and in place."""
     if version % 2:
         engine.stage_weights_from_tensor(weights)
@@ -129,7 +129,7 @@ def swap_weights(engine: TransformersEngine, gate: RequestGate, weights: dict[st
     gate.resume()
 
 
-async def load(url: str, engine: TransformersEngine, gate: RequestGate, model: Any) -> list[Sent]:
+async def load(url: str, engine: AnyEngine, gate: RequestGate, model: Any) -> list[Sent]:
     sent: list[Sent] = []
     done = asyncio.Event()
 
@@ -153,10 +153,11 @@ async def load(url: str, engine: TransformersEngine, gate: RequestGate, model: A
     return sent
 
 
-def test_no_request_fails_and_no_token_is_attributed_to_a_wrong_version() -> None:
+@pytest.mark.parametrize("placement", ["thread", "process"])
+def test_no_request_fails_and_no_token_is_attributed_to_a_wrong_version(placement: str) -> None:
     gate, ledger, model = RequestGate(), Ledger(), spelling_model()
     reference = spelling_model()
-    with engine_of(model, gate=gate, max_running=CLIENTS, max_context_len=256) as engine:
+    with placed_engine(placement, model, gate=gate, max_running=CLIENTS, max_context_len=256) as engine:
         engine.update_weights_from_tensor(list(weights_of(reference, 0).items()), 0)
         with serving(engine, build_tiny_tokenizer(), gate=gate, ledger=ledger) as http:
             started = time.monotonic()
@@ -193,9 +194,9 @@ def test_no_request_fails_and_no_token_is_attributed_to_a_wrong_version() -> Non
         rounding = 0.0 if query.logprobs is not None else 1e-6  # of one of several alike
         np.testing.assert_allclose(match.logprobs[known], np.float32(client_logprobs), rtol=0, atol=rounding)
     logger.info(
-        "%d swaps in %.1f s, %d sequences, %d tokens, %d sequences of several versions, %d versions seen, %d ambiguous "
-        "spans, ledger of %d bytes",
-        *(SWAPS, seconds, len(sent), tokens, mixed, len(seen), ambiguous, ledger.stats().bytes),
+        "%s: %d swaps in %.1f s, %d sequences, %d tokens, %d sequences of several versions, %d versions seen, "
+        "%d ambiguous spans, ledger of %d bytes",
+        *(placement, SWAPS, seconds, len(sent), tokens, mixed, len(seen), ambiguous, ledger.stats().bytes),
     )
     assert engine.policy_version == SWAPS
     assert ambiguous < len(sent) / 50

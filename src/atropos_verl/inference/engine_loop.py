@@ -57,6 +57,7 @@ class EngineLoop:
         num_threads: ``torch.set_num_threads`` in this thread; None: unchanged.
         seed: of requests without a seed of their own.
         policy_version: asked at the start of each forward.
+        after_step: called in the thread after each of its steps, and once more at its end.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class EngineLoop:
         num_threads: int | None,
         seed: int,
         policy_version: Callable[[], int],
+        after_step: Callable[[], None] = lambda: None,
     ) -> None:
         self._runner = runner
         self._weights = weights
@@ -81,6 +83,7 @@ class EngineLoop:
         self._max_prefill_tokens = max_prefill_tokens
         self._num_threads = num_threads
         self._policy_version = policy_version
+        self._after_step = after_step
         self._random = random.Random(seed)
         self._pieces: dict[int, str] = {}  # text of single tokens, shared by all stop-string checks
         self._boundary = RequestGate()
@@ -213,10 +216,12 @@ class EngineLoop:
                 with self._gate.step(timeout=1.0, stop=self._interrupted) as may_run, self._boundary.step(1.0) as free:
                     if free and self._stopped is None:
                         self._guarded_step(may_run)
+                self._after_step()
         finally:
             # Whatever ended the thread, nobody may wait for it for ever.
             self._fail_all(EngineStoppedError("the engine's thread ended unexpectedly; the log has the reason"))
             self._batch.evict()
+            self._after_step()
 
     def _interrupted(self) -> bool:
         return self._stopped is not None or bool(self._aborting)

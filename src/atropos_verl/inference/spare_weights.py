@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,12 +21,18 @@ class SpareWeights:
     Args:
         model: the one that generates; it must not be running while the copy is made.
         max_context_len: longest sequence of ``logprobs``, tokens.
+        instead_of: tensors that the copy is to use in place of the model's, by ``id`` of these; none of them is copied.
     """
 
-    def __init__(self, model: Any, max_context_len: int) -> None:
-        self._runner = ModelRunner(copy.deepcopy(model), max_context_len=max_context_len)
-        self._weights = WeightStore(self._runner.model)
+    def __init__(self, model: Any, max_context_len: int, instead_of: Mapping[int, torch.Tensor] | None = None) -> None:
+        copied = copy.deepcopy(model, dict(instead_of or {}))
+        self._runner = ModelRunner(copied, max_context_len=max_context_len)
+        self._weights = WeightStore.of_model(copied)
         self._weights.ready = False  # a copy of what generates is nothing to swap in
+
+    def filled(self) -> None:
+        """Complete weights were written into them by somebody else."""
+        self._weights.ready = True
 
     def update(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
         """See ``WeightStore.update``."""

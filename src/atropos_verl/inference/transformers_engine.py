@@ -10,29 +10,27 @@ takes logprobs after top-p, keeps no policy version and cannot stop at a token b
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
 from atropos_verl.errors import EngineError, GenerationRequestError, WeightSyncError
-from atropos_verl.inference.engine import Generation, GenerationDelta, GenerationRequest
+from atropos_verl.inference.engine import GenerationDelta, GenerationRequest
 from atropos_verl.inference.engine_loop import EngineLoop
 from atropos_verl.inference.engine_weights import WeightStore
+from atropos_verl.inference.front import EngineFront
 from atropos_verl.inference.gate import RequestGate
 from atropos_verl.inference.model_runner import ModelRunner, check_supported
 from atropos_verl.inference.sampling import effective_temperature
-from atropos_verl.inference.scheduler import EngineLimits, EngineStats, Ticket, validate
+from atropos_verl.inference.scheduler import EngineLimits, EngineStats, Ticket
 from atropos_verl.inference.spare_weights import SpareWeights
 
 __all__ = ["TransformersEngine"]
 
 
-class TransformersEngine:
+class TransformersEngine(EngineFront[Ticket]):
     """``InferenceEngine`` in this process. Safe to call from several threads and event loops.
 
     Args:
@@ -53,6 +51,8 @@ class TransformersEngine:
         max_prefill_tokens: padded prompt tokens of one prefill at most (a longer prompt goes alone), which bounds how
             long a newcomer delays the sequences that are running.
         wait_timeout: seconds ``compute_logprobs`` and the weight and memory calls wait for a token boundary.
+        weights: where the model's weights are kept; None: in memory of this process.
+        after_step: called in the engine's thread after each of its steps, and once more at its end.
 
     Raises:
         EngineError: an architecture it cannot run exactly (``check_supported``), or limits that leave no room.
@@ -74,6 +74,8 @@ class TransformersEngine:
         seed: int = 0,
         max_prefill_tokens: int = 8192,
         wait_timeout: float = 300.0,
+        weights: WeightStore | None = None,
+        after_step: Callable[[], None] = lambda: None,
     ) -> None:
         if max_running < 1:
             raise EngineError(f"max_running is {max_running}: give at least one KV slot")
@@ -83,7 +85,7 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self.gate = gate if gate is not None else RequestGate()
         self._runner = ModelRunner(self.model, max_context_len=context)
-        self._weights = WeightStore(self.model)
+        self._weights = weights if weights is not None else WeightStore.of_model(self.model)
         self._limits = EngineLimits(
             max_context_len=context,
             vocab_size=self._runner.vocab_size,
@@ -105,6 +107,7 @@ class TransformersEngine:
             num_threads=num_threads,
             seed=seed,
             policy_version=lambda: self._policy_version,
+            after_step=after_step,
         )
         self._loop.start()
 
@@ -138,6 +141,11 @@ class TransformersEngine:
         return self._limits.max_context_len
 
     @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self._limits.vocab_size
+
+    @property
     def weights_ready(self) -> bool:
         """False from ``release_memory_occupation`` (or an update that failed half-way) to the next full update."""
         return self._weights.ready
@@ -148,61 +156,15 @@ class TransformersEngine:
 
     # -- generation --------------------------------------------------------------------------------------------------
 
-    async def agenerate(self, request: GenerationRequest) -> list[Generation]:
-        """See ``InferenceEngine``. A request stopped by ``abort`` returns what it had, finish "abort".
-
-        Raises ``EngineError`` when a step failed, besides the errors of the protocol.
-        """
-        validate(request, self._limits)
-        ticket = self._loop.submit(request)
-        try:
-            return await asyncio.wrap_future(ticket.future)
-        except asyncio.CancelledError:
-            self._loop.cancel([ticket])
-            raise
-
-    def astream(self, request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
-        """See ``InferenceEngine``. A bad request raises here; generation starts when the first delta is asked for."""
+    def check_alive(self) -> None:
+        """See ``EngineFront``."""
         self._loop.refuse_stopped()
-        validate(request, self._limits)
-        return self._stream(request)
 
-    async def _stream(self, request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[GenerationDelta | None] = asyncio.Queue()
+    def _submit(self, request: GenerationRequest, on_delta: Callable[[GenerationDelta], None] | None = None) -> Ticket:
+        return self._loop.submit(request, on_delta)
 
-        def put(delta: GenerationDelta | None) -> None:
-            # A loop that is closed has nobody left to read.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(queue.put_nowait, delta)
-
-        ticket = self._loop.submit(request, put)
-        ticket.future.add_done_callback(lambda _: put(None))
-        try:
-            while (delta := await queue.get()) is not None:
-                yield delta
-            ticket.future.result(timeout=0)  # raises what ended the request
-        finally:
-            self._loop.cancel([ticket])
-
-    def generate(self, requests: Sequence[GenerationRequest], timeout: float = 3600.0) -> list[list[Generation]]:
-        """See ``InferenceEngine``. Raises ``TimeoutError`` when the whole list took longer than ``timeout`` seconds."""
-        for request in requests:
-            validate(request, self._limits)
-        deadline = time.monotonic() + timeout
-        tickets: list[Ticket] = []
-        try:
-            for request in requests:
-                tickets.append(self._loop.submit(request))  # noqa: PERF401 - those submitted before a failure count
-            return [ticket.future.result(timeout=max(0.0, deadline - time.monotonic())) for ticket in tickets]
-        except TimeoutError as error:
-            done = sum(ticket.future.done() for ticket in tickets)
-            raise TimeoutError(
-                f"generate: {done} of {len(tickets)} requests were done after {timeout:g} s "
-                f"(gate {self.gate.state.value}, weights {'ready' if self.weights_ready else 'not ready'})"
-            ) from error
-        finally:
-            self._loop.cancel(tickets)
+    def _cancel(self, pending: Sequence[Ticket]) -> int:
+        return self._loop.cancel(pending)
 
     def abort(self, request_id: str) -> bool:
         """End the requests with this ``request_id``: they return what they have, finish "abort". False: none has it."""
@@ -252,8 +214,11 @@ class TransformersEngine:
         """
         if self._spare is None:
             with self._loop.exclusive("stage_weights_from_tensor", self._wait_timeout):
-                self._spare = SpareWeights(self.model, self.max_context_len)
+                self._spare = self._make_spare()
         return self._spare.update(named_tensors)
+
+    def _make_spare(self) -> SpareWeights:
+        return SpareWeights(self.model, self.max_context_len)
 
     def compute_staged_logprobs(self, token_ids: Sequence[int], temperature: float = 1.0) -> list[float]:
         """``compute_logprobs`` under the staged weights, while generation goes on.

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from support.engines import engine_of, greedy_oracle, logprob_oracle, one, prompts, request, tiny_causal_lm
+from support.engines import (
+    AnyEngine,
+    Placed,
+    engine_of,
+    greedy_oracle,
+    logprob_oracle,
+    one,
+    placed_engine,
+    prompts,
+    request,
+    tiny_causal_lm,
+)
 
 from atropos_verl.errors import EngineError, GenerationRequestError
 from atropos_verl.inference.engine import Generation, GenerationDelta, GenerationRequest, InferenceEngine
@@ -22,10 +34,10 @@ def check_logprobs(model: Any, prompt: tuple[int, ...], generation: Generation, 
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
-def test_greedy_tokens_and_logprobs_equal_plain_forwards_for_ragged_prompts(family: str) -> None:
+def test_greedy_tokens_and_logprobs_equal_plain_forwards_for_ragged_prompts(family: str, placed: Placed) -> None:
     model = tiny_causal_lm(family=family)
     ragged = prompts(1, 2, 7, 31, 32, 33, 90)
-    with engine_of(copy.deepcopy(model)) as engine:
+    with placed(copy.deepcopy(model)) as engine:
         assert isinstance(engine, InferenceEngine)
         answers = engine.generate([request(p, max_tokens=24, temperature=0.0, ignore_eos=True) for p in ragged])
     for prompt, [answer] in zip(ragged, answers, strict=True):
@@ -55,10 +67,10 @@ def test_logprobs_are_of_the_sampling_temperature_over_the_full_vocabulary() -> 
         assert engine.compute_logprobs(tokens[:1]) == []
 
 
-def test_bfloat16_logprobs_agree_with_a_bfloat16_forward() -> None:
+def test_bfloat16_logprobs_agree_with_a_bfloat16_forward(placed: Placed) -> None:
     model = tiny_causal_lm()
     ragged = prompts(4, 21, 40)
-    with engine_of(copy.deepcopy(model), dtype=torch.bfloat16) as engine:
+    with placed(copy.deepcopy(model), dtype=torch.bfloat16) as engine:
         answers = engine.generate([request(p, max_tokens=12, ignore_eos=True, seed=1) for p in ragged])
     reference = model.to(torch.bfloat16)
     for prompt, [answer] in zip(ragged, answers, strict=True):
@@ -66,12 +78,12 @@ def test_bfloat16_logprobs_agree_with_a_bfloat16_forward() -> None:
         assert list(answer.logprobs) == pytest.approx(expected, abs=0.15)  # 8 bits of mantissa, logits of about 5
 
 
-def test_a_seeded_request_gives_the_same_tokens_alone_and_among_thirty_others() -> None:
+def test_a_seeded_request_gives_the_same_tokens_alone_and_among_thirty_others(placed: Placed) -> None:
     model = tiny_causal_lm()
     [prompt, *others] = prompts(11, *range(3, 33))
     wanted = request(prompt, n=3, max_tokens=25, temperature=0.9, top_p=0.95, seed=42, ignore_eos=True)
     noise = [request(p, max_tokens=5 + i, temperature=1.2, ignore_eos=True) for i, p in enumerate(others)]
-    with engine_of(model, max_running=16) as engine:
+    with placed(model, max_running=16) as engine:
         [alone] = engine.generate([wanted])
         crowded = engine.generate([*noise[:15], wanted, *noise[15:]])[15]
         [other_seed] = engine.generate([GenerationRequest(**{**_fields(wanted), "seed": 43})])
@@ -131,14 +143,14 @@ def test_n_completions_share_one_prefill() -> None:
         assert engine.stats().prompt_tokens in (80, 120)
 
 
-def test_end_of_sequence_stops_unless_ignored_and_is_part_of_the_tokens() -> None:
+def test_end_of_sequence_stops_unless_ignored_and_is_part_of_the_tokens(placed: Placed) -> None:
     model = tiny_causal_lm()
     [prompt] = prompts(8)
     tokens = greedy_oracle(model, prompt, 20)
     last = tokens[6]
     cut = tokens.index(last) + 1
     model.generation_config.eos_token_id = [EOS, last]
-    with engine_of(model) as engine:
+    with placed(model) as engine:
         stopped = one(engine, prompt, max_tokens=20, temperature=0.0)
         assert (list(stopped.token_ids), stopped.finish_reason) == (tokens[:cut], "stop")
         ignored = one(engine, prompt, max_tokens=20, temperature=0.0, ignore_eos=True)
@@ -228,12 +240,12 @@ def test_context_limit_ends_a_sequence_with_length() -> None:
             assert answer.finish_reason == "length"
 
 
-def test_prompt_logprobs_hold_the_token_and_the_best_alternatives() -> None:
+def test_prompt_logprobs_hold_the_token_and_the_best_alternatives(placed: Placed) -> None:
     model = tiny_causal_lm()
     [prompt] = prompts(13)
     with torch.no_grad():
         logp = torch.log_softmax(model(torch.tensor([prompt])).logits[0].double(), -1)
-    with engine_of(copy.deepcopy(model)) as engine:
+    with placed(copy.deepcopy(model)) as engine:
         for k in (0, 3):
             answer = one(engine, prompt, max_tokens=1, temperature=0.0, prompt_logprobs=k)
             assert answer.prompt_logprobs is not None
@@ -263,10 +275,10 @@ def test_long_sequences_are_scored_in_chunks(monkeypatch: pytest.MonkeyPatch) ->
     assert own == pytest.approx(logprob_oracle(model, tokens), abs=1e-4)
 
 
-async def test_stream_yields_the_same_tokens_one_by_one() -> None:
+async def test_stream_yields_the_same_tokens_one_by_one(placed: Placed) -> None:
     [prompt] = prompts(6)
     wanted = request(prompt, n=2, max_tokens=9, seed=4, ignore_eos=True)
-    with engine_of(tiny_causal_lm()) as engine:
+    with placed(tiny_causal_lm()) as engine:
         whole = await engine.agenerate(wanted)
         deltas: list[GenerationDelta] = [delta async for delta in engine.astream(wanted)]
     for index, generation in enumerate(whole):
@@ -274,6 +286,12 @@ async def test_stream_yields_the_same_tokens_one_by_one() -> None:
         assert tuple(token for delta in mine for token in delta.token_ids) == generation.token_ids
         assert [value for delta in mine for value in delta.logprobs] == pytest.approx(generation.logprobs, abs=1e-5)
         assert [delta.finish_reason for delta in mine] == [None] * 8 + ["length"]
+
+
+@pytest.fixture(scope="module", params=["thread", "process"])
+def narrow(request: pytest.FixtureRequest) -> Iterator[AnyEngine]:
+    with placed_engine(request.param, tiny_causal_lm(), max_context_len=32) as engine:
+        yield engine
 
 
 @pytest.mark.parametrize(
@@ -297,18 +315,17 @@ async def test_stream_yields_the_same_tokens_one_by_one() -> None:
     ],
 )
 async def test_bad_requests_name_the_parameter_the_value_and_the_limit(
-    settings: dict[str, Any], param: str, message: str
+    narrow: AnyEngine, settings: dict[str, Any], param: str, message: str
 ) -> None:
     bad = GenerationRequest(**({"prompt_token_ids": (1, 2)} | settings))
-    with engine_of(tiny_causal_lm(), max_context_len=32) as engine:
-        with pytest.raises(GenerationRequestError, match=message) as caught:
-            await asyncio.wait_for(engine.agenerate(bad), 10)
-        assert caught.value.param == param
-        with pytest.raises(GenerationRequestError, match=message):
-            engine.astream(bad)
-        with pytest.raises(GenerationRequestError, match=message):
-            engine.generate([request((1, 2)), bad])
-        assert engine.stats().requests == 0  # nothing of a list with one bad request was started
+    with pytest.raises(GenerationRequestError, match=message) as caught:
+        await asyncio.wait_for(narrow.agenerate(bad), 10)
+    assert caught.value.param == param
+    with pytest.raises(GenerationRequestError, match=message):
+        narrow.astream(bad)
+    with pytest.raises(GenerationRequestError, match=message):
+        narrow.generate([request((1, 2)), bad])
+    assert narrow.stats().requests == 0  # nothing of a list with one bad request was started
 
 
 def test_architectures_it_cannot_run_exactly_are_refused() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.engines import (
+    Placed,
     StepCounter,
     engine_of,
     greedy_oracle,
@@ -79,10 +80,10 @@ def test_sequences_that_join_and_leave_do_not_disturb_the_others() -> None:
         assert list(answer.token_ids) == greedy_oracle(model, prompt, count)
 
 
-def test_many_threads_and_event_loops_at_once() -> None:
+def test_many_threads_and_event_loops_at_once(placed: Placed) -> None:
     model = tiny_causal_lm()
     given = prompts(*range(2, 18))
-    with engine_of(copy.deepcopy(model), max_running=6) as engine:
+    with placed(copy.deepcopy(model), max_running=6) as engine:
 
         def from_own_loop(prompt: tuple[int, ...]) -> tuple[int, ...]:
             async def client() -> tuple[int, ...]:
@@ -120,9 +121,9 @@ async def test_cancelling_the_task_frees_the_slots() -> None:
     assert counter.steps < 50  # the 400 tokens were not generated
 
 
-async def test_cancelling_a_waiting_request_while_paused_empties_the_queue() -> None:
+async def test_cancelling_a_waiting_request_while_paused_empties_the_queue(placed: Placed) -> None:
     gate = RequestGate()
-    with engine_of(tiny_causal_lm(), gate=gate) as engine:
+    with placed(tiny_causal_lm(), gate=gate) as engine:
         gate.pause(timeout=10.0)
         task = asyncio.create_task(engine.agenerate(request((1, 2), n=3, max_tokens=4)))
         await asyncio.to_thread(eventually, lambda: engine.stats().waiting == 3, "the request to wait")
@@ -132,8 +133,8 @@ async def test_cancelling_a_waiting_request_while_paused_empties_the_queue() -> 
         assert not gate.is_open
 
 
-async def test_closing_a_stream_frees_its_slots() -> None:
-    with engine_of(tiny_causal_lm()) as engine:
+async def test_closing_a_stream_frees_its_slots(placed: Placed) -> None:
+    with placed(tiny_causal_lm()) as engine:
         stream = engine.astream(request((1, 2, 3), n=2, max_tokens=480, ignore_eos=True))
         seen = [await anext(stream) for _ in range(6)]
         await stream.aclose()  # type: ignore[attr-defined]
@@ -199,13 +200,13 @@ async def test_an_engine_that_fails_every_step_is_given_up_and_says_why() -> Non
             engine.astream(request((1,)))
 
 
-async def test_weights_with_nan_fail_the_request_and_good_ones_repair_the_engine() -> None:
+async def test_weights_with_nan_fail_the_request_and_good_ones_repair_the_engine(placed: Placed) -> None:
     good = tiny_causal_lm(seed=6)
     bad = copy.deepcopy(good)
     with torch.no_grad():
         bad.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     [prompt] = prompts(7)
-    with engine_of(tiny_causal_lm()) as engine:
+    with placed(tiny_causal_lm()) as engine:
         engine.update_weights_from_tensor(named(bad), policy_version=2)
         with pytest.raises(EngineError, match="policy version 2 hold NaN or infinity"):
             await asyncio.wait_for(engine.agenerate(request(prompt, n=3, max_tokens=4)), 30.0)
@@ -233,10 +234,10 @@ async def test_close_fails_what_runs_and_what_waits_and_ends_the_thread(paused: 
     assert engine.stats().failed == 3
 
 
-def test_a_busy_engine_lets_callers_in_at_every_token_boundary() -> None:
+def test_a_busy_engine_lets_callers_in_at_every_token_boundary(placed: Placed) -> None:
     model = tiny_causal_lm()
     [prompt, *rest] = prompts(4, *[8] * 10)
-    with engine_of(copy.deepcopy(model)) as engine, ThreadPoolExecutor(1) as pool:
+    with placed(copy.deepcopy(model)) as engine, ThreadPoolExecutor(1) as pool:
         busy = pool.submit(one, engine, prompt, max_tokens=500, ignore_eos=True)
         values = [engine.compute_logprobs(tokens) for tokens in rest]
         busy.result(60.0)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from support.engines import (
+    Placed,
     StepCounter,
     engine_of,
     greedy_oracle,
@@ -78,10 +79,10 @@ def test_swapping_moves_storage_and_copies_nothing() -> None:
         assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
 
 
-def test_only_complete_staged_weights_are_swapped_in_and_only_once() -> None:
+def test_only_complete_staged_weights_are_swapped_in_and_only_once(placed: Placed) -> None:
     model, new = tiny_causal_lm(seed=1), tiny_causal_lm(seed=2)
-    kept = copy.deepcopy(model)
-    with engine_of(model) as engine:
+    [tokens] = prompts(12)
+    with placed(copy.deepcopy(model)) as engine:
         with pytest.raises(WeightSyncError, match="no weights are staged"):
             engine.swap_weights(policy_version=1)
         with pytest.raises(EngineError, match="no weights are staged"):
@@ -100,11 +101,12 @@ def test_only_complete_staged_weights_are_swapped_in_and_only_once() -> None:
         with pytest.raises(WeightSyncError, match="tensors are missing"):
             engine.stage_weights_from_tensor(named(new)[1:])
         assert engine.policy_version == -1
-        for (name, expected), (_, found) in zip(named(kept), named(model), strict=True):
-            assert torch.equal(found, expected), f"{name}: what generates is untouched by failures"
+        # what generates is untouched by failures
+        assert engine.compute_logprobs(tokens) == pytest.approx(logprob_oracle(model, tokens), abs=1e-5)
 
         engine.stage_weights_from_tensor(named(new))
         engine.swap_weights(policy_version=1)
         with pytest.raises(WeightSyncError, match="swapped in already"):
             engine.swap_weights(policy_version=2)
         assert engine.policy_version == 1
+        assert engine.compute_logprobs(tokens) == pytest.approx(logprob_oracle(new, tokens), abs=1e-5)

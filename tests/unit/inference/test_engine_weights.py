@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from support.engines import (
+    AnyEngine,
+    Placed,
     StepCounter,
     engine_of,
     greedy_oracle,
     logprob_oracle,
     named,
     one,
+    placed_engine,
     prompts,
     request,
     tiny_causal_lm,
@@ -95,11 +98,11 @@ def test_a_seeded_request_survives_an_eviction_with_the_same_tokens() -> None:
     assert [g.policy_version_last for g in disturbed] == [0, 0]
 
 
-def test_requests_that_arrive_while_paused_wait_and_are_served() -> None:
+def test_requests_that_arrive_while_paused_wait_and_are_served(placed: Placed) -> None:
     model = tiny_causal_lm()
     gate = RequestGate()
     given = prompts(3, 6, 9)
-    with engine_of(copy.deepcopy(model), gate=gate) as engine, ThreadPoolExecutor(3) as pool:
+    with placed(copy.deepcopy(model), gate=gate) as engine, ThreadPoolExecutor(3) as pool:
         for _ in range(3):
             gate.pause(timeout=10.0)
             waiting = [pool.submit(one, engine, p, max_tokens=5, temperature=0.0, ignore_eos=True) for p in given]
@@ -111,10 +114,10 @@ def test_requests_that_arrive_while_paused_wait_and_are_served() -> None:
         assert engine.stats().failed == 0
 
 
-def test_released_weights_are_not_used_until_new_ones_are_in() -> None:
+def test_released_weights_are_not_used_until_new_ones_are_in(placed: Placed) -> None:
     model = tiny_causal_lm(seed=5)
     [prompt] = prompts(6)
-    with engine_of(tiny_causal_lm()) as engine, ThreadPoolExecutor(1) as pool:
+    with placed(tiny_causal_lm()) as engine, ThreadPoolExecutor(1) as pool:
         full = engine.stats().weight_bytes
         engine.release_memory_occupation()
         engine.release_memory_occupation()  # idempotent
@@ -139,10 +142,10 @@ def test_released_weights_are_not_used_until_new_ones_are_in() -> None:
     assert (answer.policy_version_first, answer.policy_version_last) == (8, 8)
 
 
-def test_release_can_keep_the_weights() -> None:
+def test_release_can_keep_the_weights(placed: Placed) -> None:
     model = tiny_causal_lm()
     [prompt] = prompts(6)
-    with engine_of(copy.deepcopy(model), release_weights=False) as engine:
+    with placed(copy.deepcopy(model), release_weights=False) as engine:
         one(engine, prompt, max_tokens=2)
         assert engine.stats().kv_bytes > 0
         engine.release_memory_occupation()
@@ -178,6 +181,12 @@ def test_new_weights_under_every_name_they_may_come_with(family: str) -> None:
         assert engine.compute_logprobs(tokens) == pytest.approx(logprob_oracle(rounded, tokens), abs=0.05)
 
 
+@pytest.fixture(scope="module", params=["thread", "process"])
+def refusing(request: pytest.FixtureRequest) -> Iterator[AnyEngine]:
+    with placed_engine(request.param, tiny_causal_lm()) as engine:
+        yield engine
+
+
 def _break(state: list[tuple[str, torch.Tensor]], how: str) -> list[tuple[str, torch.Tensor]]:
     name, tensor = state[3]
     return {
@@ -199,23 +208,25 @@ def _break(state: list[tuple[str, torch.Tensor]], how: str) -> list[tuple[str, t
         ("nothing", r"26 of 26 tensors are missing, first 'model.embed_tokens.weight'"),
     ],
 )
-def test_wrong_weights_are_refused_by_name_and_leave_the_version(how: str, message: str) -> None:
+def test_wrong_weights_are_refused_by_name_and_leave_the_version(refusing: AnyEngine, how: str, message: str) -> None:
     model, new = tiny_causal_lm(), tiny_causal_lm(seed=9)
     state = named(new)
     assert state[3][0] == "model.layers.0.self_attn.k_proj.weight"
     [prompt] = prompts(5)
-    with engine_of(copy.deepcopy(model)) as engine, ThreadPoolExecutor(1) as pool:
+    engine = refusing
+    engine.update_weights_from_tensor(named(model), policy_version=4)
+    with ThreadPoolExecutor(1) as pool:
         with pytest.raises(WeightSyncError, match=message):
             engine.update_weights_from_tensor(_break(state, how), policy_version=5)
         # A list is checked before anything is copied: the old weights still serve.
-        assert engine.policy_version == -1
+        assert engine.policy_version == 4
         assert list(one(engine, prompt, max_tokens=4, temperature=0.0, ignore_eos=True).token_ids) == greedy_oracle(
             model, prompt, 4
         )
         # An iterator may fail half-way: the mixture is never used.
         with pytest.raises(WeightSyncError, match=message):
             engine.update_weights_from_tensor(iter(_break(state, how)), policy_version=5)
-        assert engine.policy_version == -1
+        assert engine.policy_version == 4
         assert engine.weights_ready == (how == "nothing")
         waiting = pool.submit(one, engine, prompt, max_tokens=4, temperature=0.0, ignore_eos=True)
         engine.update_weights_from_tensor(iter(state), policy_version=6)
@@ -225,12 +236,12 @@ def test_wrong_weights_are_refused_by_name_and_leave_the_version(how: str, messa
         assert engine.policy_version == 6
 
 
-def test_a_source_that_breaks_half_way_is_not_served() -> None:
+def test_a_source_that_breaks_half_way_is_not_served(placed: Placed) -> None:
     def source() -> Iterator[tuple[str, torch.Tensor]]:
         yield from named(tiny_causal_lm(seed=4))[:5]
         raise ConnectionResetError("trainer went away")
 
-    with engine_of(tiny_causal_lm()) as engine:
+    with placed(tiny_causal_lm()) as engine:
         with pytest.raises(ConnectionResetError):
             engine.update_weights_from_tensor(source())
         assert not engine.weights_ready

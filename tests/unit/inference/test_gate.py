@@ -229,3 +229,61 @@ def test_paused_seconds_count_the_time_the_gate_was_shut() -> None:
     assert 0.05 <= during <= after <= elapsed
     time.sleep(0.02)
     assert gate.paused_seconds == after
+
+
+class Remote:
+    """Steps in another process, as the gate sees them."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def hold(self, number: int) -> None:
+        self.told.append(f"hold {number}")
+
+    def go(self) -> None:
+        self.told.append("go")
+
+
+def test_a_linked_engine_is_waited_for_like_a_step() -> None:
+    gate, remote = RequestGate(), Remote()
+    gate.link(remote)
+    assert remote.told == ["go"]
+    with pytest.raises(TimeoutError, match="1 steps running"):
+        gate.pause(timeout=0.05)
+    gate.resume()
+    with ThreadPoolExecutor(1) as pool:
+        pausing = pool.submit(gate.pause, 20.0)
+        eventually(lambda: len(remote.told) == 4, "the second hold")
+        holds = [int(word.split()[1]) for word in remote.told if word != "go"]
+        assert remote.told == ["go", f"hold {holds[0]}", "go", f"hold {holds[1]}"]
+        gate.held(holds[0])  # the answer to the first, on its way since before the gate was opened
+        assert not pausing.done()
+        gate.held(holds[1])
+        pausing.result(10.0)
+    assert (gate.state, gate.steps_running) == (GateState.PAUSED, 0)
+    gate.resume()
+    assert remote.told[-1] == "go"
+    gate.unlink()
+    gate.pause(timeout=5.0)
+
+
+def test_an_engine_linked_to_a_paused_gate_waits_for_it_to_open() -> None:
+    gate, remote = RequestGate(), Remote()
+    gate.pause(timeout=5.0)
+    gate.link(remote)
+    assert (remote.told, gate.steps_running) == ([], 0)
+    gate.resume()
+    assert remote.told == ["go"]
+
+
+async def test_a_linked_engine_goes_on_while_the_gate_drains_and_stops_then() -> None:
+    gate, remote = RequestGate(), Remote()
+    gate.link(remote)
+    async with gate.request():
+        draining = asyncio.create_task(asyncio.to_thread(gate.drain, 20.0))
+        await asyncio.to_thread(eventually, lambda: gate.state is GateState.DRAINING, "draining")
+        assert not [word for word in remote.told if word != "go"]
+    await asyncio.to_thread(eventually, lambda: remote.told[-1] != "go", "the hold")
+    gate.held(int(remote.told[-1].split()[1]))
+    await draining
+    assert gate.state is GateState.PAUSED
