@@ -6,39 +6,21 @@ Tokens come from the fake engine, so that every token, logprob and mask is known
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from support.atropos_clients import HI, HI_PROMPT, managed_server, server_manager
 from support.fake_engine import FakeEngine, logprob_of, text_reply
 from support.serving import eventually, serving
-from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.inference.gate import RequestGate
 
 KEY = "integration-key"
 EOS = 258
 YES, NO = [88, 68, 82, EOS], [77, 78, EOS]  # "yes", "no": byte - 33, then <|im_end|>
-HI = [{"role": "user", "content": "hi"}]
-HI_PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory that ``AutoTokenizer`` can load, as the clients do."""
-    path = tmp_path_factory.mktemp("tiny")
-    build_tiny_tokenizer(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_dir: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model_dir)
 
 
 @pytest.fixture(scope="module")
@@ -151,33 +133,10 @@ def test_openai_client_that_leaves_a_stream_frees_the_slot(url: str, engine: Fak
 # atroposlib's servers -----------------------------------------------------------------------------------------------
 
 
-@asynccontextmanager
-async def atropos(kind: str, url: str, model_dir: Path) -> AsyncIterator[Any]:
-    """atroposlib's ``ServerManager`` with one server of ``kind``, its health-check task ended afterwards."""
-    from atroposlib.envs.server_handling.server_baseline import APIServerConfig
-    from atroposlib.envs.server_handling.server_manager import ServerManager
-
-    config = APIServerConfig(
-        server_type=kind,
-        base_url=url if kind == "trl" else f"{url}/v1",
-        api_key=KEY,
-        model_name=str(model_dir),
-        timeout=30,
-    )
-    manager = ServerManager([config])
-    try:
-        yield manager
-    finally:
-        task = manager.servers[0].check_task
-        if task is not None:
-            task.cancel()
-            await asyncio.wait({task}, timeout=5.0)
-
-
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 async def test_tokens_and_logprobs_arrive_exactly(kind: str, url: str, model_dir: Path, engine: FakeEngine) -> None:
     engine.logprob = lambda index, position: -0.1 - index / 3 - position / 7  # not exact in binary on purpose
-    async with atropos(kind, url, model_dir) as manager:
+    async with server_manager(kind, url, model_dir, api_key=KEY) as manager:
         prompt, tokens, values, reasons = await manager.tokens_and_logprobs_completion(
             prompt="ab", n=2, max_tokens=16, temperature=0.7, top_p=0.9, stop=["END"]
         )
@@ -194,7 +153,7 @@ async def test_managed_server_masks_and_logprobs_over_two_turns(
     kind: str, url: str, model_dir: Path, engine: FakeEngine, tokenizer: Any
 ) -> None:
     first_prompt = tokenizer.encode(HI_PROMPT)
-    async with atropos(kind, url, model_dir) as manager, manager.managed_server(tokenizer=tokenizer) as managed:
+    async with managed_server(kind, url, model_dir, tokenizer, api_key=KEY) as managed:
         answer = await managed.chat_completion(messages=HI, n=1, max_tokens=16, temperature=1.0)
         assert answer.choices[0].message.content == "yes" and answer.choices[0].finish_reason == "stop"
         (node,) = managed.get_state()["nodes"]
@@ -219,7 +178,7 @@ async def test_managed_server_masks_and_logprobs_over_two_turns(
 async def test_managed_server_group_of_twelve_is_split_and_kept_apart(
     url: str, model_dir: Path, engine: FakeEngine, tokenizer: Any
 ) -> None:
-    async with atropos("vllm", url, model_dir) as manager, manager.managed_server(tokenizer=tokenizer) as managed:
+    async with managed_server("vllm", url, model_dir, tokenizer, api_key=KEY) as managed:
         answer = await managed.chat_completion(messages=HI, n=12, max_tokens=3)
         nodes = managed.get_state()["nodes"]
     assert len(answer.choices) == len(nodes) == 12
@@ -233,7 +192,7 @@ async def test_managed_server_group_of_twelve_is_split_and_kept_apart(
 
 
 async def test_prompt_logprobs_through_the_vllm_client(url: str, model_dir: Path) -> None:
-    async with atropos("vllm", url, model_dir) as manager:
+    async with server_manager("vllm", url, model_dir, api_key=KEY) as manager:
         answer = await manager.servers[0].get_logprobs(input_ids=[5, 6, 7], top_k=2)
     assert answer == {
         "prompt_tokens": [5, 6, 7],
@@ -244,7 +203,7 @@ async def test_prompt_logprobs_through_the_vllm_client(url: str, model_dir: Path
 
 @pytest.mark.parametrize("kind", ["openai", "vllm", "sglang"])
 async def test_chat_and_completion_of_every_server_type(kind: str, url: str, model_dir: Path) -> None:
-    async with atropos(kind, url, model_dir) as manager:
+    async with server_manager(kind, url, model_dir, api_key=KEY) as manager:
         chat = await manager.chat_completion(messages=HI, n=2, max_tokens=16, temperature=1.0)
         text = await manager.completion(prompt="a", n=2, max_tokens=16)
     assert [choice.message.content for choice in chat.choices] == ["yes", "no"]
@@ -255,7 +214,7 @@ async def test_chat_and_completion_of_every_server_type(kind: str, url: str, mod
 async def test_trl_client(model_dir: Path, tokenizer: Any) -> None:
     engine = FakeEngine(text_reply(tokenizer, "yes<|im_end|>", "no"))
     with serving(engine, tokenizer, model_name="tiny") as client:  # this client sends no key
-        async with atropos("trl", str(client.base_url).rstrip("/"), model_dir) as manager:
+        async with server_manager("trl", str(client.base_url).rstrip("/"), model_dir) as manager:
             chat = await manager.chat_completion(messages=HI, n=2, max_tokens=16)
             text = await manager.completion(prompt="a", n=1, max_tokens=16)
     assert [choice.message.content for choice in chat.choices] == ["yes<|im_end|>", "no"]
@@ -268,7 +227,7 @@ async def test_health_checks_of_atropos_hold_during_a_weight_sync(
     url: str, model_dir: Path, served: tuple[FakeEngine, RequestGate, str]
 ) -> None:
     _, gate, _ = served
-    async with atropos("vllm", url, model_dir) as manager:
+    async with server_manager("vllm", url, model_dir, api_key=KEY) as manager:
         await asyncio.to_thread(gate.pause, 5.0)
         try:
             waiting = asyncio.create_task(manager.tokens_and_logprobs_completion(prompt="ab", n=1, max_tokens=16))

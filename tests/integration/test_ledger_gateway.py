@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,13 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from support.atropos_clients import HI, HI_PROMPT, managed_server
 from support.fake_engine import FakeEngine, logprob_of, text_reply
 from support.serving import serving
-from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.inference.attribution import SequenceQuery, look_up
 from atropos_verl.inference.ledger import Ledger
 from atropos_verl.types import UNKNOWN_VERSION, SequenceMatch
-
-HI = [{"role": "user", "content": "hi"}]
-HI_PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
 class SwappingEngine(FakeEngine):
@@ -32,20 +28,6 @@ class SwappingEngine(FakeEngine):
     async def _turn(self, position: int) -> None:
         await super()._turn(position)
         self.policy_version = self.base + position // 2
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    build_tiny_tokenizer(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_dir: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model_dir)
 
 
 @pytest.fixture(scope="module")
@@ -137,24 +119,6 @@ def test_figures_are_in_the_gateways_metrics(
 # atroposlib's ManagedServer -----------------------------------------------------------------------------------------
 
 
-@asynccontextmanager
-async def managed_server(kind: str, url: Any, model_dir: Path, tokenizer: Any) -> AsyncIterator[Any]:
-    from atroposlib.envs.server_handling.server_baseline import APIServerConfig
-    from atroposlib.envs.server_handling.server_manager import ServerManager
-
-    base = f"{str(url).rstrip('/')}/v1"
-    config = APIServerConfig(server_type=kind, base_url=base, model_name=str(model_dir), api_key="none", timeout=30)
-    manager = ServerManager([config])
-    try:
-        async with manager.managed_server(tokenizer=tokenizer) as managed:
-            yield managed
-    finally:
-        task = manager.servers[0].check_task
-        if task is not None:
-            task.cancel()
-            await asyncio.wait({task}, timeout=5.0)
-
-
 def as_query(node: Any, group: int = 0, *, with_logprobs: bool = False) -> SequenceQuery:
     logprobs = np.array(node.logprobs)
     return SequenceQuery(
@@ -174,7 +138,7 @@ async def test_every_span_of_a_managed_conversation_is_matched(
     tokenizer: Any,
 ) -> None:
     _, ledger, client = served
-    async with managed_server(kind, client.base_url, model_dir, tokenizer) as managed:
+    async with managed_server(kind, str(client.base_url).rstrip("/"), model_dir, tokenizer) as managed:
         messages: list[dict[str, str]] = [*HI]
         for _ in range(3):
             answer = await managed.chat_completion(messages=messages, n=1, max_tokens=16, temperature=1.0)
@@ -198,7 +162,7 @@ async def test_a_group_of_identical_prompts_is_matched_one_to_one(
     for _ in range(2):
         base = engine.base
         engine.logprob = lambda index, position, base=base: logprob_of(index, position) - base / 64  # other weights
-        async with managed_server("vllm", client.base_url, model_dir, tokenizer) as managed:
+        async with managed_server("vllm", str(client.base_url).rstrip("/"), model_dir, tokenizer) as managed:
             await managed.chat_completion(messages=[{"role": "user", "content": "group"}], n=12, max_tokens=3)
             groups.append((base, list(managed.get_state()["nodes"])))
         engine.base += 10

@@ -11,33 +11,23 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib import util
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from support.examples import EXAMPLES, load_example
 
 from atropos_verl.assets import demo_model_path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPT = REPOSITORY / "examples" / "environments" / "spell_backward.py"
+SCRIPT = EXAMPLES / "environments" / "spell_backward.py"
 EOS = 258
 PROCESS_TIMEOUT = 120.0  # seconds
 
 
-def load_module(path: Path) -> ModuleType:
-    spec = util.spec_from_file_location(f"_demo_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def env_module() -> ModuleType:
-    return load_module(SCRIPT)
+    return load_example("environments/spell_backward.py")
 
 
 class VllmServer(ThreadingHTTPServer):
@@ -134,7 +124,7 @@ def test_split_is_the_hash_rule(env_module: ModuleType) -> None:
     # First byte of sha256 by coreutils: able b0, actor 50, cat 77, neon 1b, table 0d; held out when divisible by 16.
     assert [env_module.is_held_out(w) for w in ("able", "actor", "cat", "neon", "table")] == [True, True] + [False] * 3
     assert env_module.is_held_out("ABLE") is True
-    pretrain = load_module(REPOSITORY / "examples" / "demo_model" / "pretrain.py")
+    pretrain = load_example("demo_model/pretrain.py")
     train, held_out = pretrain.split_words()
     assert not any(map(env_module.is_held_out, train)) and all(map(env_module.is_held_out, held_out))
     assert pretrain.HELD_OUT_SHARE == env_module.HELD_OUT_SHARE

@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections.abc import Iterator
-from importlib import util
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from support.examples import load_example
 
 from atropos_verl.assets import demo_model_path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-PRETRAIN = REPOSITORY / "examples" / "demo_model" / "pretrain.py"
 MAX_ASSET_BYTES = 4_000_000
-
-
-def load_module(path: Path) -> ModuleType:
-    spec = util.spec_from_file_location(f"_demo_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def pretrain() -> ModuleType:
-    return load_module(PRETRAIN)
+    return load_example("demo_model/pretrain.py")
 
 
 @pytest.fixture(scope="module")

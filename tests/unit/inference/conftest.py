@@ -1,13 +1,34 @@
-"""Engines in a thread of the tests' process and in a process of their own."""
+"""Engines in both places they can run in, and a gateway over real HTTP in front of the fake engine.
+
+A file that asks for ``client`` has a fixture ``engine``: the fake of ``served``, set to the replies its tests expect.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from typing import Any
 
+import httpx
 import pytest
 from support.engines import Placed, placed_engine
+from support.fake_engine import FakeEngine
+from support.serving import serving
+from support.tiny_model import build_tiny_tokenizer
 
 
 @pytest.fixture(params=["thread", "process"])
 def placed(request: pytest.FixtureRequest) -> Placed:
     return functools.partial(placed_engine, request.param)
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[FakeEngine, httpx.Client]]:
+    engine = FakeEngine()
+    with serving(engine, build_tiny_tokenizer()) as client:
+        yield engine, client
+
+
+@pytest.fixture
+def client(served: tuple[FakeEngine, httpx.Client], engine: Any) -> httpx.Client:
+    return served[1]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 from support.fake_engine import FakeEngine, text_reply
-from support.serving import serving
 from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.inference.engine import GenerationRequest
@@ -16,22 +14,10 @@ from atropos_verl.inference.engine import GenerationRequest
 TOKENIZER = build_tiny_tokenizer()
 
 
-@pytest.fixture(scope="module")
-def served() -> Iterator[tuple[FakeEngine, httpx.Client]]:
-    engine = FakeEngine()
-    with serving(engine, TOKENIZER) as client:
-        yield engine, client
-
-
 @pytest.fixture
 def engine(served: tuple[FakeEngine, httpx.Client]) -> FakeEngine:
     served[0].reset()
     return served[0]
-
-
-@pytest.fixture
-def client(served: tuple[FakeEngine, httpx.Client], engine: FakeEngine) -> httpx.Client:
-    return served[1]
 
 
 def generate(client: httpx.Client, **body: Any) -> Any:

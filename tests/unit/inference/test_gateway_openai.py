@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 from support.fake_engine import FakeEngine, text_reply
-from support.serving import serving
 from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.inference.engine import GenerationRequest
@@ -21,22 +19,10 @@ HI = [{"role": "user", "content": "hi"}]
 HI_IDS = TOKENIZER.encode("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)
 
 
-@pytest.fixture(scope="module")
-def served() -> Iterator[tuple[FakeEngine, httpx.Client]]:
-    engine = FakeEngine()
-    with serving(engine, TOKENIZER) as client:
-        yield engine, client
-
-
 @pytest.fixture
 def engine(served: tuple[FakeEngine, httpx.Client]) -> FakeEngine:
     served[0].reset(text_reply(TOKENIZER, "yes<|im_end|>", "no<|im_end|>"))
     return served[0]
-
-
-@pytest.fixture
-def client(served: tuple[FakeEngine, httpx.Client], engine: FakeEngine) -> httpx.Client:
-    return served[1]
 
 
 def post(client: httpx.Client, path: str, **body: Any) -> dict[str, Any]:
