@@ -1,17 +1,20 @@
-"""The ledger's two hot paths: writing down what was generated, and looking a batch up.
+"""The ledger's hot paths: writing down what was generated (also with its log on disk), looking a batch up, restarting.
 
 Baselines, in the same run and interleaved: for writing, ``tuple`` → list of (id, logprob, version) per token in plain
 Python under a dictionary of the prompt; for looking up, comparing each sequence with every remembered one of its prompt
-token by token. Prints medians and ratios as JSON.
+token by token. The log's floor is one ``write`` of the same bytes. Prints medians and ratios as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,14 +78,34 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=32)
     parser.add_argument("--size", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--dir", help="where the log is kept, for disks other than the temporary directory's")
     options = parser.parse_args()
     count = options.groups * options.size
-    times: dict[str, list[float]] = {name: [] for name in ("record", "record_plain", "look_up", "look_up_plain")}
+    names = (
+        "record",
+        "record_logged",
+        "write_alone",
+        "record_plain",
+        "look_up",
+        "look_up_plain",
+        "consumed",
+        "restart",
+    )
+    times: dict[str, list[float]] = {name: [] for name in names}
     nbytes = 0
+    folder = tempfile.TemporaryDirectory(dir=options.dir)
     for number in range(options.rounds):
         made = make(options.groups, options.size, options.tokens, number)
         ledger, plain = Ledger(), PlainLedger()
         times["record"].append(seconds(lambda m=made, x=ledger: [x.record(p, g) for p, g in m]))
+        directory = Path(folder.name) / str(number)
+        logged = Ledger()
+        logged.persist(directory)
+        times["record_logged"].append(seconds(lambda m=made, x=logged: [x.record(p, g) for p, g in m]))
+        on_disk = sum(path.stat().st_size for path in directory.iterdir())
+        bodies = [bytes(on_disk // options.groups)] * options.groups
+        with (Path(folder.name) / "alone").open("wb", buffering=0) as file:
+            times["write_alone"].append(seconds(lambda f=file, b=bodies: [os.write(f.fileno(), body) for body in b]))
         times["record_plain"].append(seconds(lambda m=made, x=plain: [x.record(p, g) for p, g in m]))
         sequences = [(i, p, g) for i, (p, made_here) in enumerate(made) for g in made_here]
         queries = [
@@ -99,6 +122,13 @@ def main() -> None:
         times["look_up_plain"].append(seconds(lambda x=plain, r=rows: [x.find(t, m) for t, m in r]))
         assert all(match.unmatched_spans == 0 for match in matches)
         nbytes = ledger.stats().bytes
+        orders = [order for match in matches for order in match.records]
+        times["consumed"].append(seconds(lambda x=logged, o=orders: x.consumed(o)))
+        logged.close()
+        after = Ledger()
+        times["restart"].append(seconds(lambda x=after, d=directory: x.persist(d, 4)))
+        assert len(after) == count and after.stats().bytes == nbytes
+        after.close()
     medians = {name: statistics.median(values) for name, values in times.items()}
     tokens = count * options.tokens
     print(
@@ -110,6 +140,13 @@ def main() -> None:
                 "seconds": medians,
                 "record_microseconds_per_completion": 1e6 * medians["record"] / count,
                 "look_up_microseconds_per_sequence": 1e6 * medians["look_up"] / count,
+                "log_microseconds_per_completion": 1e6 * (medians["record_logged"] - medians["record"]) / count,
+                "log_over_record": medians["record_logged"] / medians["record"] - 1,
+                "log_over_one_write_of_its_bytes": (medians["record_logged"] - medians["record"])
+                / medians["write_alone"],
+                "log_bytes_per_generated_token": on_disk / tokens,
+                "consumed_microseconds_per_batch": 1e6 * medians["consumed"],
+                "restart_microseconds_per_completion": 1e6 * medians["restart"] / count,
                 "record_speedup_over_plain_python": medians["record_plain"] / medians["record"],
                 "look_up_speedup_over_plain_python": medians["look_up_plain"] / medians["look_up"],
                 "bytes_per_generated_token": nbytes / tokens,

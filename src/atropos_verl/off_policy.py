@@ -5,7 +5,9 @@ One batch::
     matches = book.look_up_and_keep(groups, journal, entry)     # when it arrives
     applied = book.apply(groups, matches, policy_version)       # before build_samples; the version to be updated
     …
-    matches = book.recall(groups, journal, entry)               # after a restart: the ledger was of the old process
+    book.consumed(matches)                                      # trained on, and the journal says so
+    …
+    matches = book.recall(groups, journal, entry)               # after a restart: fetched by the process before
 
 Both backends use it; the ledger is the one that the gateway writes to.
 """
@@ -16,8 +18,8 @@ import io
 import logging
 import time
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,8 @@ class OffPolicyBook:
     Args:
         ledger: None: nothing is known but what environments say.
         decode: token ids → text, for examples in the log.
+
+    ``resumed_at``: the policy version at which this process went on with a run; None: it began it.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class OffPolicyBook:
         self.config = config
         self.ledger = ledger
         self.settings = settings
+        self.resumed_at: int | None = None
         self._decode = decode
         self._last_example: dict[int | None, float] = {}
 
@@ -108,10 +113,28 @@ class OffPolicyBook:
         return matches
 
     def recall(self, groups: Sequence[ScoredGroup], journal: BatchJournal, entry: JournalEntry) -> BatchMatches:
-        """What was kept beside a journalled batch; where nothing was, what is known now."""
+        """What was kept beside a journalled batch; where nothing was, what is known now.
+
+        Versions above ``resumed_at`` name weights that were lost: they become ``resumed_at``, for every later process
+        as well (see ``SpanRecord.versions``).
+
+        Raises:
+            CheckpointError: that cannot be written.
+        """
         content = journal.attachment(entry, _BESIDE_BATCH)
         matches = None if content is None else decode_matches(content, groups)
-        return self.look_up(groups) if matches is None else matches
+        if matches is None:
+            return self.look_up_and_keep(groups, journal, entry)
+        known = set() if self.ledger is None else self.ledger.used_before(_records(matches))
+        now = _as_of_now(matches, self.resumed_at, known)
+        if now is not None:
+            journal.attach(entry, _BESIDE_BATCH, encode_matches(now))
+        return matches if now is None else now
+
+    def consumed(self, matches: BatchMatches) -> None:
+        """The batch was trained on, or given up, and the journal says so: no process will look it up again."""
+        if self.ledger is not None:
+            self.ledger.consumed(_records(matches))
 
     def apply(self, groups: Sequence[ScoredGroup], matches: BatchMatches, policy_version: int) -> Applied:
         """Put the matches into the groups, and leave out what is too old.
@@ -183,8 +206,8 @@ class OffPolicyBook:
     def _describe(self, tokens: list[int], difference: Difference) -> str:
         if difference.nothing_similar:
             return (
-                "Nothing similar was generated here: it was written elsewhere, before this process started, or so long "
-                "ago that the ledger has forgotten it"
+                "Nothing similar was generated here: it was written elsewhere, or so long ago that the ledger has "
+                "forgotten it"
             )
         at = difference.position
         before = self._decode(tokens[max(0, at - _CONTEXT_TOKENS) : at])
@@ -196,6 +219,26 @@ class OffPolicyBook:
 
     def _token(self, token: int | None) -> str:
         return "nothing more" if token is None else f"{token} {self._decode([token])!r}"
+
+
+def _records(matches: BatchMatches) -> list[int]:
+    return [order for row in matches for match in row if match is not None for order in match.records]
+
+
+def _as_of_now(matches: BatchMatches, newest: int | None, known: Set[int]) -> BatchMatches | None:
+    """``matches`` with no version above ``newest`` and no record but the ``known`` ones; None when they have none."""
+    changed = False
+    result: BatchMatches = []
+    for row in matches:
+        result.append([])
+        for match in row:
+            if match is not None:
+                versions = match.versions if newest is None else np.minimum(match.versions, newest)
+                records = tuple(order for order in match.records if order in known)
+                changed |= records != match.records or not np.array_equal(versions, match.versions)
+                match = replace(match, versions=versions, records=records)
+            result[-1].append(match)
+    return result if changed else None
 
 
 def _query(group: ScoredGroup, g: int, i: int) -> SequenceQuery:
@@ -219,6 +262,8 @@ def encode_matches(matches: BatchMatches) -> bytes:
         "counts": np.array(
             [[m.spans, m.unmatched_spans, m.unmatched_tokens, m.ambiguous_spans] for m in found], dtype=np.int64
         ).reshape(-1, 4),
+        "holds": np.array([len(m.records) for m in found], dtype=np.int64),
+        "records": np.array([order for m in found for order in m.records], dtype=np.int64),
         "found": np.concatenate([np.zeros(0, dtype=np.bool_), *(m.found for m in found)]),
         "versions": np.concatenate([np.zeros(0, dtype=np.int64), *(m.versions for m in found)]),
         "logprobs": np.concatenate([np.zeros(0), *(m.logprobs for m in found)]).astype(np.float32),
@@ -244,6 +289,9 @@ def _decode_columns(columns: dict[str, Any], groups: Sequence[ScoredGroup]) -> B
         raise ValueError("it belongs to another batch")
     lengths = columns["tokens"].tolist()
     ends = np.cumsum([max(length, 0) for length in lengths])
+    if "holds" not in columns:  # of a release before these were kept
+        columns |= {"holds": np.zeros(len(columns["counts"]), dtype=np.int64), "records": np.zeros(0, dtype=np.int64)}
+    columns["last"] = np.cumsum(columns["holds"])
     matches: BatchMatches = []
     position = number = 0
     for group in groups:
@@ -266,6 +314,7 @@ def _decode_columns(columns: dict[str, Any], groups: Sequence[ScoredGroup]) -> B
 def _decode_match(columns: dict[str, Any], number: int, part: slice) -> SequenceMatch:
     spans, unmatched_spans, unmatched_tokens, ambiguous = columns["counts"][number].tolist()
     temperature = float(columns["temperature"][number])
+    last = columns["last"][number]
     return SequenceMatch(
         found=columns["found"][part],
         versions=columns["versions"][part],
@@ -275,4 +324,5 @@ def _decode_match(columns: dict[str, Any], number: int, part: slice) -> Sequence
         unmatched_spans=unmatched_spans,
         unmatched_tokens=unmatched_tokens,
         ambiguous_spans=ambiguous,
+        records=tuple(columns["records"][last - columns["holds"][number] : last].tolist()),
     )

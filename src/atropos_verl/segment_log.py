@@ -33,6 +33,8 @@ __all__ = ["LogDamagedError", "LogWriteError", "SegmentLog"]
 logger = logging.getLogger(__name__)
 
 _HEADER = struct.Struct("<II")
+_MOST_PARTS = 1024
+"""That one ``writev`` takes (IOV_MAX)."""
 _NAME = re.compile(r"segment-(\d{6,})\.log")
 
 
@@ -142,8 +144,8 @@ class SegmentLog:
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    def append(self, payload: bytes) -> None:
-        """Write one record. After it returns, the death of the process does not lose it.
+    def append(self, *parts: bytes | memoryview) -> None:
+        """Write one record, made of ``parts``. After it returns, the death of the process does not lose it.
 
         Raises:
             LogWriteError: it could not be written; the log is as it was before.
@@ -152,12 +154,18 @@ class SegmentLog:
             raise LogWriteError(self._broken)
         if self._fd is None:
             raise LogWriteError("the log is not open: rotate() first")
-        header = _HEADER.pack(len(payload), zlib.crc32(payload))
-        length = len(header) + len(payload)
+        checksum = 0
+        for part in parts:
+            checksum = zlib.crc32(part, checksum)
+        header = _HEADER.pack(sum(len(part) for part in parts), checksum)
+        whole = (header, *parts)  # joined, a long payload would be copied once more
+        if len(whole) > _MOST_PARTS:
+            whole = (b"".join(whole),)
+        length = sum(len(part) for part in whole)
         try:
-            written = os.writev(self._fd, (header, payload))  # joined, a long payload would be copied once more
+            written = os.writev(self._fd, whole)
             if written < length:
-                record = memoryview(header + payload)
+                record = memoryview(b"".join(whole))
                 while written < length:
                     written += os.write(self._fd, record[written:])
         except OSError as error:

@@ -126,6 +126,8 @@ class SequenceMatch:
     unmatched_tokens: int = 0
     ambiguous_spans: int = 0
     """Found, but in several records with different versions, and nothing tells which it is: the version is unknown."""
+    records: tuple[int, ...] = ()
+    """Numbers of the ledger's records that the sequence is known to hold."""
     difference: Difference | None = None
     """For the first unmatched sequence of each environment in a look-up."""
 

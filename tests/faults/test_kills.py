@@ -142,6 +142,7 @@ def test_it_goes_on_to_the_end(run_dir: Path) -> None:
         assert all(math.isfinite(line[key]) for key in METRIC_KEYS), line
         assert line["data/groups"] == 4
         assert line["sync/canary_max_abs_logprob_diff"] < 1e-3
+        assert line["data/unmatched_span_rate"] == 0.0, "also of groups that were generated before a kill"
     trained = sum(line["data/trained_tokens"] for line in lines)
     state = json.loads((run_dir / "checkpoints" / f"global_step_{last}" / "atropos.json").read_text())
     assert state["moments"]["count"] == trained, "running statistics went on across every resume"

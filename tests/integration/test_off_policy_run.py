@@ -6,17 +6,22 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.lab import Quiet
 from support.mini_environment import MiniEnvironment
 from support.runs import metrics_of
+from support.serving import eventually
 from support.tiny_model import build_tiny_model
+from support.trajectory_server import free_port
 
 from atropos_verl import AtroposTrainer
+from atropos_verl.errors import WeightSyncError
+from atropos_verl.local.fit import resume_if_asked
 from atropos_verl.server.serving import TrajectoryServer
 from atropos_verl.types import StepReport
 
@@ -36,7 +41,10 @@ def running(
     model_path: Path, tmp_path: Path, *, steps: int, environment: dict[str, Any] | None = None, **settings: Any
 ) -> Iterator[tuple[AtroposTrainer, MiniEnvironment]]:
     """A trainer of the real parts, and an environment that works as soon as the trainer has registered."""
-    with TrajectoryServer() as api:
+    with ExitStack() as stack:
+        given = settings.pop("atropos", {})
+        if "api_url" not in given:
+            given["api_url"] = stack.enter_context(TrajectoryServer()).url
         values: dict[str, Any] = {
             "model": {"path": str(model_path)},
             "run_dir": str(tmp_path / "run"),
@@ -48,12 +56,12 @@ def running(
             "data": {"max_token_len": 32},
             "max_response_length": 8,
             "inference": {"num_threads": 1},
-            "atropos": {"api_url": api.url, "timeout": 20, "rollout_timeout": 60},
+            "atropos": {"timeout": 20, "rollout_timeout": 60, **given},
             **settings,
         }
         with (
             AtroposTrainer.from_config(values) as trainer,
-            MiniEnvironment(api.url, trainer.gateway_url, group_size=GROUP_SIZE, **(environment or {})) as env,
+            MiniEnvironment(given["api_url"], trainer.gateway_url, group_size=GROUP_SIZE, **(environment or {})) as env,
         ):
             yield trainer, env
 
@@ -72,8 +80,8 @@ def fit(trainer: AtroposTrainer, env: MiniEnvironment) -> list[dict[str, Any]]:
     trainer.train_on = watched  # type: ignore[method-assign]
     trainer.fit()
     assert not env.failures
-    lines = metrics_of(trainer.run_dir)
-    assert len(lines) == len(told)
+    lines = metrics_of(trainer.run_dir)[-len(told) :]
+    assert lines[-1]["step"] == trainer.step and len(lines) == len(told)
     return [{**line, "told": ages} for line, ages in zip(lines, told, strict=True)]
 
 
@@ -160,3 +168,40 @@ def test_waiting_keeps_the_bound_and_wastes_little(model_path: Path, tmp_path: P
     assert throttle is not None and throttle.held > 0
     logger.info("bound %d: %d groups used, %d dropped, %d requests held", bound, used, dropped, throttle.held)
     assert dropped <= used / 3
+
+
+def test_a_restarted_run_knows_who_wrote_what_was_queued(model_path: Path, tmp_path: Path) -> None:
+    """The trainer dies at step 5 with a checkpoint of step 3, while groups of its versions wait in the queue."""
+    with TrajectoryServer() as api:
+        settings = {
+            "mode": "overlap",
+            "save_freq": 3,
+            "optim": {"lr": 1e-2},
+            "gateway": {"port": free_port()},
+            "atropos": {"api_url": api.url},
+        }
+        environment = {"logprobs": True, "ahead": 8}
+
+        def die(report: StepReport) -> None:
+            if report.step == 5:
+                eventually(lambda: trainer.client.status().queue_size >= 6, "groups to wait")
+                raise WeightSyncError("as after kill -9: nothing is saved")
+
+        with running(model_path, tmp_path, steps=12, environment=environment, **settings) as (trainer, env):
+            resume_if_asked(trainer, Quiet())
+            with pytest.raises(WeightSyncError):
+                trainer.fit(on_step=die)
+            dead = dict(env.versions)
+        with running(model_path, tmp_path, steps=12, environment=environment, **settings) as (trainer, env):
+            resume_if_asked(trainer, Quiet())
+            assert trainer.step == 3
+            env.versions.update({row: (min(first, 3), min(last, 3)) for row, (first, last) in dead.items()})
+            lines = fit(trainer, env)
+    assert [line["step"] for line in lines] == list(range(4, 13))
+    for line in lines:
+        assert line["data/unmatched_span_rate"] == line["data/ambiguous_span_rate"] == 0.0
+        assert line["data/logprob_mismatch"] == 0.0 and line["data/logprob_mismatch_max"] < 1e-5
+        assert line["off_policy/known_logprob_share"] == 1.0
+        assert line["off_policy/staleness_mean"] == pytest.approx(np.mean(line["told"]))
+        assert min(line["told"]) >= 0
+    assert any(first > 3 for first, _ in dead.values())

@@ -16,7 +16,7 @@ from atropos_verl.types import StepReport
 from support.runs import checkpointed_step
 from support.scripted_api import scripted_api
 
-__all__ = ["BATCH_SIZE", "GROUPS", "GROUP_SIZE", "MAX_TOKEN_LEN", "Lab", "assert_same", "saved", "state_of"]
+__all__ = ["BATCH_SIZE", "GROUPS", "GROUP_SIZE", "MAX_TOKEN_LEN", "Lab", "Quiet", "assert_same", "saved", "state_of"]
 
 GROUPS, GROUP_SIZE = 2, 4
 BATCH_SIZE = GROUPS * GROUP_SIZE
@@ -52,7 +52,7 @@ class Lab:
                 "atropos": {"api_url": api.url, "timeout": 20, "rollout_timeout": 20, **settings.get("atropos", {})},
             }
             with AtroposTrainer.from_config(values) as trainer:
-                resume_if_asked(trainer, _Quiet())
+                resume_if_asked(trainer, Quiet())
                 yield trainer
 
     def run(self, name: str, bodies: list[bytes], steps: int, **settings: Any) -> dict[str, Any]:
@@ -62,7 +62,9 @@ class Lab:
             return state_of(trainer)
 
 
-class _Quiet:
+class Quiet:
+    """``Progress`` of a run that nobody watches."""
+
     def phase(self, name: str) -> None:
         """Not shown."""
 

@@ -35,9 +35,16 @@ def group(*completions: list[int], name: str = "g", **fields: Any) -> ScoredGrou
     )
 
 
-def ledger_of(*written: tuple[list[int], int], temperature: float = 1.0) -> Ledger:
+def ledger_of(
+    *written: tuple[list[int], int],
+    temperature: float = 1.0,
+    kept_in: Path | None = None,
+    resumed_at: int | None = None,
+) -> Ledger:
     """(completion of the prompt, its version); logprob k is -1 - k / 8."""
     ledger = Ledger()
+    if kept_in is not None:
+        ledger.persist(kept_in, resumed_at)
     for tokens, version in written:
         generation = Generation(
             token_ids=tuple(tokens),
@@ -169,12 +176,50 @@ def test_versions_survive_a_restart_beside_the_journal(tmp_path: Path) -> None:
             if old is not None and new is not None:
                 for name in ("found", "versions", "logprobs"):
                     np.testing.assert_array_equal(getattr(old, name), getattr(new, name))
-                assert replace(old, found=new.found, versions=new.versions, logprobs=new.logprobs, difference=None) == (
-                    replace(new, difference=None)
-                )
+                assert not new.records  # they were of that ledger
+                kept = {name: getattr(new, name) for name in ("found", "versions", "logprobs", "records")}
+                assert replace(old, **kept, difference=None) == replace(new, difference=None)
     again.assign(pending, 1)
     again.discard_through(1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_journalled_batch_of_lost_weights_counts_as_of_the_checkpoint(tmp_path: Path) -> None:
+    """Fetched by a process that reached version 9; then one goes on at 6, dies, and one goes on at 8."""
+    groups = [group([1, 2], [1, 4])]
+    journal = BatchJournal(tmp_path)
+    entry = journal.record(b"{}")
+    [before] = book(ledger_of(([1, 2], 5), ([1, 4], 9))).look_up_and_keep(groups, journal, entry)
+    for resumed_at in (6, 8):
+        the_book = book(Ledger(), max_staleness=2)
+        the_book.resumed_at = resumed_at
+        matches = the_book.recall(groups, journal, entry)
+        [found] = matches
+        assert [match.versions[3:].tolist() for match in found if match] == [[5, 5], [6, 6]]
+        np.testing.assert_array_equal([m.logprobs for m in found if m], [m.logprobs for m in before if m])
+        samples_of = build_samples(the_book.apply(groups, matches, 7).groups, the_book.settings).samples
+        assert staleness_metrics(samples_of, 7)["off_policy/staleness_max"] == 2
+        assert the_book.apply(groups, matches, 8).stale_groups == 1
+
+
+def test_a_batch_that_was_trained_on_leaves_its_records_over_a_restart(tmp_path: Path) -> None:
+    """Fetched by the first process, trained on by the second; the third meets the same text of newer weights."""
+    journal, groups = BatchJournal(tmp_path / "journal"), [group([1, 2])]
+    entry = journal.record(b"{}")
+
+    def next_process(resumed_at: int | None, version: int) -> OffPolicyBook:
+        ledger = ledger_of(([1, 2], version), kept_in=tmp_path / "ledger", resumed_at=resumed_at)
+        return book(ledger)
+
+    first = next_process(None, 3)
+    first.look_up_and_keep(groups, journal, entry)
+    first.ledger.close()  # type: ignore[union-attr]
+    second = book(ledger_of(kept_in=tmp_path / "ledger", resumed_at=3))
+    second.consumed(second.recall(groups, journal, entry))
+    second.ledger.close()  # type: ignore[union-attr]
+    third = next_process(4, 5)
+    [[match]] = third.look_up(groups)
+    assert match is not None and match.versions[3:].tolist() == [5, 5]
 
 
 def test_what_was_kept_is_refused_when_torn_or_of_another_batch() -> None:

@@ -25,7 +25,7 @@ from atropos_verl.data import collect_samples
 from atropos_verl.data.advantages import SequenceAdvantage
 from atropos_verl.data.off_policy import staleness_metrics
 from atropos_verl.errors import AtroposHTTPStatusError, AtroposProtocolError, AtroposTimeoutError, DataError
-from atropos_verl.off_policy import OffPolicyBook
+from atropos_verl.off_policy import BatchMatches, OffPolicyBook
 from atropos_verl.report.quarantine import QuarantineStore
 from atropos_verl.types import QuarantinedGroup, SampleSettings, ScoredGroup, TrainingSample
 
@@ -76,6 +76,7 @@ class Slot:
     off_policy: dict[str, float | int | None] = field(default_factory=dict)
     """Figures of the ledger's look-up, and of staleness."""
     wait_seconds: float = 0.0
+    matches: BatchMatches = field(default_factory=list)
 
     def add(self, name: str, number: int) -> None:
         self.counts[name] = self.counts.get(name, 0) + number
@@ -146,6 +147,7 @@ class TrajectoryFeed:
         for slot in done:
             for entry in slot.entries:
                 self.batches.trained(entry, step)
+            self.book.consumed(slot.matches)
         return done
 
     def acknowledge(self, slots: Sequence[Slot], covered_step: int = 0) -> None:
@@ -164,6 +166,7 @@ class TrajectoryFeed:
             )
             for entry in slot.entries:
                 self.batches.trained(entry, slot.global_steps)
+            self.book.consumed(slot.matches)
         self.acknowledge(slots)
 
     def stop(self, timeout: float = 30.0) -> None:
@@ -286,7 +289,9 @@ class TrajectoryFeed:
         self, groups: list[ScoredGroup], entry: JournalEntry, is_replay: bool, slot: Slot, into: _Collected
     ) -> None:
         look_up = self.book.recall if is_replay else self.book.look_up_and_keep
-        applied = self.book.apply(groups, look_up(groups, self.batches.journal, entry), self.served_version())
+        matches = look_up(groups, self.batches.journal, entry)
+        slot.matches += matches
+        applied = self.book.apply(groups, matches, self.served_version())
         slot.off_policy |= applied.figures
         slot.add("stale", applied.stale_groups)
         report, advantages = collect_samples(applied.groups, self.settings.samples)

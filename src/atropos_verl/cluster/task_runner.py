@@ -96,6 +96,11 @@ class _Session:
         self.board.wait_for_flag("end")
         return self._summary(stopped)
 
+    @property
+    def _resumed_at(self) -> int | None:
+        """The policy version that this process goes on at; None: nothing that an earlier one left is to be used."""
+        return None if self.config.trainer.resume_mode == "disable" else int(self.trainer.global_steps)
+
     def _start_gateway(self, llm_client: Any) -> None:
         from atropos_verl.cluster.gateway import start_gateway
         from atropos_verl.inference.ledger import Ledger
@@ -103,6 +108,9 @@ class _Session:
         self.board.phase("starting the inference gateway")
         settings = self.run.settings.gateway
         self.ledger = Ledger(self.run.settings.off_policy.ledger_bytes)
+        self.stack.callback(self.ledger.close)
+        if known := self.ledger.persist(self.run.run_dir / "ledger", self._resumed_at):
+            self.board.note(f"{known} completions of before the interruption are known: their groups may still come")
         self.gateway = start_gateway(
             llm_client,
             self.trainer.tokenizer,
@@ -130,15 +138,16 @@ class _Session:
         self.stack.callback(client.close)
         batches = LeasedBatches(client, BatchJournal(run.run_dir / "journal"))
         self.stack.callback(batches.close)
-        resumes = self.config.trainer.resume_mode != "disable"
-        pending = batches.resume(trainer.global_steps) if resumes else []
+        pending = [] if self._resumed_at is None else batches.resume(self._resumed_at)
         settings = self._feed_settings()
+        book = OffPolicyBook(run.settings.off_policy, self.ledger, settings.samples, trainer.tokenizer.decode)
+        book.resumed_at = self._resumed_at
         feed = TrajectoryFeed(
             settings,
             batches,
             QuarantineStore(run.run_dir / "quarantine"),
             TransferQueueStore(),
-            OffPolicyBook(run.settings.off_policy, self.ledger, settings.samples, trainer.tokenizer.decode),
+            book,
             served_version=lambda: trainer.served_version,
         )
         feed.replay(pending)

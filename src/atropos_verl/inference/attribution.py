@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from atropos_verl.inference.ledger import Ledger, Piece, SpanRecord
+from atropos_verl.inference.ledger import Ledger
+from atropos_verl.inference.ledger_records import Piece, SpanRecord
 from atropos_verl.types import UNKNOWN_VERSION, Difference, FloatArray, IntArray, SequenceMatch
 
 __all__ = ["SequenceQuery", "look_up", "trained_spans"]
@@ -59,16 +60,17 @@ def look_up(ledger: Ledger, queries: Sequence[SequenceQuery]) -> list[SequenceMa
     found = [ledger.find(query.token_ids, where) for query, where in zip(queries, spans, strict=True)]
     chooser = _Chooser(queries, found)
     chosen = chooser.choose_all()
-    ledger.used(chooser.certain)
+    ledger.used(record for records in chooser.certain for record in records)
     explained: set[int | None] = set()
     matches = []
-    for query, pieces, picks in zip(queries, found, chosen, strict=True):
+    for query, pieces, picks, certain in zip(queries, found, chosen, chooser.certain, strict=True):
         lost = next((p for span in pieces for p in span if not p.candidates), None)
         difference = None
         if lost is not None and query.env_id not in explained:
             explained.add(query.env_id)
             difference = _explain(ledger, query.token_ids, lost)
-        matches.append(_match(query, pieces, picks, difference))
+        match = _match(query, pieces, picks, difference)
+        matches.append(replace(match, records=tuple(record.order for record in certain)))
     return matches
 
 
@@ -84,8 +86,8 @@ class _Chooser:
         self._pieces = [[piece for span in spans for piece in span if piece.candidates] for spans in found]
         self._uses: Counter[int] = Counter()
         self._whole = self._whole_requests()
-        self.certain: list[SpanRecord] = []
-        """Records that a sequence of this batch is known to hold."""
+        self.certain: list[list[SpanRecord]] = [[] for _ in queries]
+        """For each sequence, the records that it is known to hold."""
 
     def choose_all(self) -> list[_Picks]:
         """One entry per query."""
@@ -101,8 +103,8 @@ class _Chooser:
         for piece in reversed(self._pieces[index]):
             equal = list(piece.candidates) if len(piece.candidates) == 1 else self._best(query, piece, before)
             picks[piece.start] = equal
-            if all(record.runs == equal[0].runs for record in equal):
-                self.certain.append(equal[0])
+            if all(record.policies == equal[0].policies for record in equal):
+                self.certain[index].append(equal[0])
                 self._uses[equal[0].order] += 1
             before = max(record.order for record in equal)
         return picks
@@ -168,14 +170,15 @@ def _match(
             continue
         part = slice(piece.start, piece.stop)
         known[part] = True
-        versions[part], logprobs[part] = _of_piece(records[0], piece)
+        first = records[0]
+        versions[part], logprobs[part] = _of_piece(first, piece)
         for other in records[1:]:
             other_versions, other_logprobs = _of_piece(other, piece)
-            differ = versions[part] != other_versions
-            # Of the same version two logprobs differ by rounding at most (by what else was in the engine's batch).
+            differ = _weights_differ(first, other, piece)
+            # Of the same weights two logprobs differ by rounding at most (by what else was in the engine's batch).
             logprobs[part][differ & (logprobs[part] != other_logprobs)] = np.nan
-            versions[part][differ] = UNKNOWN_VERSION
-        if any(other.runs != records[0].runs for other in records[1:]):
+            versions[part][versions[part] != other_versions] = UNKNOWN_VERSION
+        if any(other.policies != first.policies for other in records[1:]):
             ambiguous.add(number)
         temperatures.update(record.temperature for record in records)
     return SequenceMatch(
@@ -191,9 +194,20 @@ def _match(
     )
 
 
+def _weights_differ(one: SpanRecord, other: SpanRecord, piece: Piece) -> NDArray[np.bool_]:
+    """[tokens of the piece] which of its tokens the two records have from different weights."""
+    if one.branch != other.branch:
+        return np.ones(piece.stop - piece.start, dtype=np.bool_)
+    return np.not_equal(one.written_by()[_inside(one, piece)], other.written_by()[_inside(other, piece)])
+
+
+def _inside(record: SpanRecord, piece: Piece) -> slice:
+    return slice(piece.start - record.start, piece.stop - record.start)
+
+
 def _of_piece(record: SpanRecord, piece: Piece) -> tuple[IntArray, FloatArray]:
     """Versions and logprobs of the piece's tokens according to one record."""
-    part = slice(piece.start - record.start, piece.stop - record.start)
+    part = _inside(record, piece)
     return record.versions()[part], record.logprobs[part].astype(np.float64)
 
 

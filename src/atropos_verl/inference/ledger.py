@@ -12,8 +12,8 @@ A sequence of several turns is thus resolved turn by turn, whatever the environm
 prefixes of the sequence at once (numpy), finds the records by hash, and then compares the ids themselves, prompt and
 completion: a hash alone never decides. What is not found stays unknown.
 
-Records live as long as this process, the least recently used are forgotten first. ``attribution`` looks up whole
-batches and chooses among identical completions.
+The least recently used records are forgotten first. ``persist`` keeps them over a restart. ``attribution`` looks up
+whole batches and chooses among identical completions.
 """
 
 from __future__ import annotations
@@ -22,88 +22,33 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from atropos_verl.inference.engine import Generation
+from atropos_verl.inference.ledger_log import LedgerLog, Logged, LoggedRequest, LoggedUse, open_log
+from atropos_verl.inference.ledger_records import (
+    ID_BYTES,
+    IDS,
+    OVERHEAD_BYTES,
+    Piece,
+    Prompt,
+    Resume,
+    Runs,
+    SpanRecord,
+    note_branches,
+)
+from atropos_verl.inference.prefix_hashes import MASK, prefix_hashes
 from atropos_verl.types import UNKNOWN_VERSION
 
-__all__ = ["Ledger", "LedgerStats", "Piece", "SpanRecord", "prefix_hashes"]
+__all__ = ["Ledger", "LedgerStats", "Piece", "SpanRecord"]
 
-_IDS = np.dtype("<i4")
-_ID_BYTES = _IDS.itemsize
-_OVERHEAD_BYTES = 700
-"""Python objects of one record beside its arrays, measured with tracemalloc (about 650 bytes)."""
 _MOST_COMPARED = 4096
 """Completions of one prompt that are compared one by one, newest first, where the exact index finds none."""
 _MOST_ALIKE = 256
 """Records with the same ids, prompt and completion: a policy that has settled writes them by the thousand."""
-
-Runs: TypeAlias = tuple[tuple[int, int], ...]
-
-
-@dataclass(slots=True, eq=False)
-class _Prompt:
-    """The ids that completions came after; shared by all completions of the same prompt."""
-
-    key: int
-    ids: bytes
-    spans: OrderedDict[int, SpanRecord]
-
-    @property
-    def length(self) -> int:
-        return len(self.ids) // _ID_BYTES
-
-
-@dataclass(slots=True, eq=False)
-class SpanRecord:
-    """One completion: what the engine wrote after a prompt in one go."""
-
-    order: int
-    """Counts the records of this ledger, in the order in which they ended."""
-    request: int
-    """Completions of one request share it."""
-    prompt: _Prompt
-    ids: bytes
-    """Token ids, int32."""
-    logprobs: NDArray[np.float32]
-    runs: Runs
-    """(policy version, tokens it wrote), in order."""
-    temperature: float
-    end_key: int
-    uses: int = 0
-    """How many looked-up sequences are known to hold it."""
-
-    @property
-    def length(self) -> int:
-        return len(self.ids) // _ID_BYTES
-
-    @property
-    def start(self) -> int:
-        """Its first token's position in a sequence that holds it."""
-        return self.prompt.length
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.ids) + self.logprobs.nbytes + _OVERHEAD_BYTES
-
-    def versions(self) -> NDArray[np.int64]:
-        """Policy version of each token."""
-        return np.repeat([v for v, _ in self.runs], [n for _, n in self.runs]).astype(np.int64)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Piece:
-    """Tokens ``[start, stop)`` of a looked-up sequence, and the records that hold exactly these tokens there.
-
-    No candidate: nobody knows who wrote them.
-    """
-
-    start: int
-    stop: int
-    candidates: tuple[SpanRecord, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +61,8 @@ class LedgerStats:
     recorded_spans: int
     recorded_tokens: int
     evicted_spans: int
+    restored_spans: int = 0
+    """Of processes before this one."""
 
 
 class Ledger:
@@ -132,7 +79,7 @@ class Ledger:
         self.max_bytes = max_bytes
         self.max_spans = max_spans
         self._lock = threading.RLock()
-        self._prompts: dict[int, _Prompt] = {}
+        self._prompts: dict[int, Prompt] = {}
         self._by_end: dict[int, dict[int, SpanRecord]] = {}
         self._spans: OrderedDict[int, SpanRecord] = OrderedDict()
         self._bytes = 0
@@ -140,6 +87,9 @@ class Ledger:
         self._requests = 0
         self._recorded_tokens = 0
         self._evicted = 0
+        self._restored = 0
+        self._restored_orders = 0
+        self._log: LedgerLog | None = None
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -150,9 +100,10 @@ class Ledger:
                 spans=len(self._spans),
                 prompts=len(self._prompts),
                 bytes=self._bytes,
-                recorded_spans=self._orders,
+                recorded_spans=self._orders - self._restored_orders,
                 recorded_tokens=self._recorded_tokens,
                 evicted_spans=self._evicted,
+                restored_spans=self._restored,
             )
 
     # -- the gateway's side ------------------------------------------------------------------------------------------
@@ -164,34 +115,38 @@ class Ledger:
 
         ``temperature``: the logprobs are of this distribution; 0 (greedy) counts as 1, as engines report it.
         """
-        prompt = np.asarray(prompt_token_ids, dtype=_IDS)
-        made = [(np.asarray(g.token_ids, dtype=_IDS), g) for g in generations if g.token_ids]
+        prompt = np.asarray(prompt_token_ids, dtype=IDS)
+        made = [(np.asarray(g.token_ids, dtype=IDS), g) for g in generations if g.token_ids]
         if not made:
             return
         key = int(prefix_hashes(prompt)[-1])
         temperature = temperature if temperature > 0 else 1.0
         with self._lock:
             self._requests += 1
+            is_new = key not in self._prompts
             node = self._node(key, prompt.tobytes())
-            for ids, generation in made:
-                self._add(node, ids, generation, temperature)
-            while self._spans and (self._bytes > self.max_bytes or len(self._spans) > self.max_spans):
-                self._forget(next(iter(self._spans.values())))
+            records = [self._make(node, ids, generation, temperature) for ids, generation in made]
+            if self._log is not None:
+                self._log.request(self._requests, key, node.ids, temperature, records, new_prompt=is_new)
+            for record in records:
+                self._add(record)
+                self._recorded_tokens += record.length
+            self._shrink()
 
-    def _node(self, key: int, ids: bytes) -> _Prompt:
+    def _node(self, key: int, ids: bytes) -> Prompt:
         node = self._prompts.get(key)
         if node is not None and node.ids != ids:  # two prompts, one 64-bit hash: the newer stays
             for record in list(node.spans.values()):
                 self._forget(record)
             node = None
         if node is None:
-            node = self._prompts[key] = _Prompt(key, ids, OrderedDict())
-            self._bytes += len(ids) + _OVERHEAD_BYTES
+            node = self._prompts[key] = Prompt(key, ids, OrderedDict())
+            self._bytes += len(ids) + OVERHEAD_BYTES
         return node
 
-    def _add(self, node: _Prompt, ids: NDArray[np.int32], generation: Generation, temperature: float) -> None:
+    def _make(self, node: Prompt, ids: NDArray[np.int32], generation: Generation, temperature: float) -> SpanRecord:
         self._orders += 1
-        record = SpanRecord(
+        return SpanRecord(
             order=self._orders,
             request=self._requests,
             prompt=node,
@@ -199,16 +154,21 @@ class Ledger:
             logprobs=_logprobs(generation),
             runs=_runs(generation),
             temperature=temperature,
-            end_key=(node.key + int(prefix_hashes(ids, offset=node.length)[-1])) & _MASK,
+            end_key=(node.key + int(prefix_hashes(ids, offset=node.length)[-1])) & MASK,
         )
+
+    def _add(self, record: SpanRecord) -> None:
         self._spans[record.order] = record
-        node.spans[record.order] = record
+        record.prompt.spans[record.order] = record
         self._bytes += record.nbytes
-        self._recorded_tokens += record.length
         alike = self._by_end.setdefault(record.end_key, {})
         alike[record.order] = record
         if len(alike) > _MOST_ALIKE:
             self._forget(next(iter(alike.values())))
+
+    def _shrink(self) -> None:
+        while self._spans and (self._bytes > self.max_bytes or len(self._spans) > self.max_spans):
+            self._forget(next(iter(self._spans.values())))
 
     def _forget(self, record: SpanRecord) -> None:
         del self._spans[record.order]
@@ -217,12 +177,71 @@ class Ledger:
         self._bytes -= record.nbytes
         if not node.spans:
             del self._prompts[node.key]
-            self._bytes -= len(node.ids) + _OVERHEAD_BYTES
+            self._bytes -= len(node.ids) + OVERHEAD_BYTES
         alike = self._by_end[record.end_key]
         del alike[record.order]
         if not alike:
             del self._by_end[record.end_key]
         self._evicted += 1
+
+    # -- over a restart ----------------------------------------------------------------------------------------------
+
+    def persist(self, directory: Path, resumed_at: int | None = None) -> int:
+        """Keep what is recorded from here on in ``directory`` as well, for the process that resumes this run.
+
+        Args:
+            directory: of the run; its files take ``max_bytes`` at most.
+            resumed_at: this process resumes a run at this policy version: what is there is taken in. None: it begins
+                one, and what is there is removed.
+
+        Returns:
+            Completions taken in. A damaged file is none: the log names it, and nothing is taken in.
+        """
+        with self._lock:
+            if self._orders or self._log is not None:
+                raise ValueError("persist comes before the first record")
+            self._log, found = open_log(directory, self.max_bytes, keep=resumed_at is not None)
+            self._restore(found, resumed_at)
+            if self._log is not None:
+                last = self._restored_orders
+                self._log.begin(None if resumed_at is None else Resume(resumed_at, last))
+            return self._restored
+
+    def _restore(self, found: Sequence[Logged], resumed_at: int | None) -> None:
+        resumes = [entry for entry in found if isinstance(entry, Resume)]
+        for entry in found:
+            if isinstance(entry, LoggedRequest):
+                node = self._node(entry.prompt_key, entry.prompt_ids)
+                for span in entry.spans:
+                    self._orders, self._requests = span.order, entry.request
+                    read = (span.ids, span.logprobs, span.runs, entry.temperature, span.end_key)
+                    self._add(SpanRecord(span.order, entry.request, node, *read))
+                self._shrink()
+            elif isinstance(entry, LoggedUse):
+                self._note_used(entry.orders)
+        self._restored_orders = self._orders
+        if resumed_at is not None:
+            resumes.append(Resume(resumed_at, self._orders))
+        note_branches(self._spans.values(), resumes)
+        self._restored, self._evicted = len(self._spans), 0
+
+    def consumed(self, orders: Sequence[int]) -> None:
+        """A batch that holds the records of these numbers was trained on: nobody will ask for it again."""
+        with self._lock:
+            if self._log is not None and orders:
+                self._log.used(orders)
+
+    def _note_used(self, orders: Iterable[int]) -> None:
+        for order in orders:
+            if order in self._spans:
+                self._spans[order].uses += 1
+
+    def close(self) -> None:
+        """Let go of the log's directory. Idempotent."""
+        with self._lock:
+            if self._log is not None:
+                self._log.close()
+                self._log = None
 
     # -- the trainer's side ------------------------------------------------------------------------------------------
 
@@ -234,7 +253,7 @@ class Ledger:
         no record holds, because the text was edited or tokenised anew, are pieces without candidates: where a
         completion's ids turn into others, nothing of it is taken.
         """
-        ids = np.asarray(token_ids, dtype=_IDS)
+        ids = np.asarray(token_ids, dtype=IDS)
         hashes = prefix_hashes(ids)
         sequence = ids.tobytes()
         with self._lock:
@@ -242,7 +261,7 @@ class Ledger:
 
     def continues(self, token_ids: Sequence[int]) -> bool:
         """Whether a prompt begins with a prompt and the completion that followed it: the next turn of an episode."""
-        ids = np.asarray(token_ids, dtype=_IDS)
+        ids = np.asarray(token_ids, dtype=IDS)
         sequence = ids.tobytes()
         keys = prefix_hashes(ids).tolist()
         with self._lock:
@@ -259,6 +278,13 @@ class Ledger:
                 record.uses += 1
                 if record.order in self._spans:
                     self._spans.move_to_end(record.order)
+
+    def used_before(self, orders: Iterable[int]) -> set[int]:
+        """The same for records by number, as a process before this one noted them. Returns those that are here."""
+        with self._lock:
+            known = [order for order in orders if order in self._spans]
+            self._note_used(known)
+        return set(known)
 
     def newest(self, count: int) -> list[SpanRecord]:
         """The ``count`` most recent records, newest first."""
@@ -343,34 +369,5 @@ def _logprobs(generation: Generation) -> NDArray[np.float32]:
 def _holds(record: SpanRecord, sequence: bytes, stop: int) -> bool:
     """Whether ``sequence`` is prompt and completion of ``record``, as far as position ``stop``."""
     start = len(record.prompt.ids)
-    end = stop * _ID_BYTES
+    end = stop * ID_BYTES
     return sequence[start:end] == record.ids[: end - start] and sequence.startswith(record.prompt.ids)
-
-
-# ---------------------------------------------------------------------- hashing
-
-_MASK = (1 << 64) - 1
-_TOKEN_FACTOR = np.uint64(0x9E3779B97F4A7C15)
-_POSITION_FACTOR = np.uint64(0xD1B54A32D192ED03)
-_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_S27, _S30, _S31 = np.uint64(27), np.uint64(30), np.uint64(31)
-
-
-def prefix_hashes(token_ids: NDArray[np.int32], offset: int = 0) -> NDArray[np.uint64]:
-    """64-bit hashes of all prefixes: entry p is that of the first p tokens, ``[T + 1]``.
-
-    The sum, modulo 2^64, of a well mixed value of each (token, position) pair (splitmix64's finaliser, Steele et al.
-    2014), so that all prefixes come from one cumulative sum, and that of a prompt plus that of what follows it
-    (``offset`` = length of the prompt) is that of both.
-    """
-    count = len(token_ids)
-    mixed = token_ids.astype(np.uint64) * _TOKEN_FACTOR
-    mixed += np.arange(offset + 1, offset + count + 1, dtype=np.uint64) * _POSITION_FACTOR
-    mixed ^= mixed >> _S30
-    mixed *= _MIX_1
-    mixed ^= mixed >> _S27
-    mixed *= _MIX_2
-    mixed ^= mixed >> _S31
-    hashes = np.zeros(count + 1, dtype=np.uint64)
-    np.cumsum(mixed, out=hashes[1:])
-    return hashes

@@ -50,13 +50,19 @@ class _Silent:
 
 
 def resume_if_asked(trainer: AtroposTrainer, progress: Progress) -> dict[str, Any]:
-    """Load the checkpoint that ``resume`` means and queue the journalled batches it does not cover."""
+    """Load the checkpoint that ``resume`` means, take in what the ledger knew, and queue the journalled batches that
+    the checkpoint does not cover."""
     directory = find_checkpoint(trainer.run_dir, trainer.config.resume)
     state: dict[str, Any] = {}
     if directory is not None:
         state = load_checkpoint(trainer, directory)
         progress.note(f"resumed from {directory} at step {trainer.step}, policy version {trainer.policy_version}")
-    pending = trainer.batches.resume(trainer.step) if trainer.config.resume != "disable" else []
+    resumes = trainer.config.resume != "disable"
+    trainer.off_policy.resumed_at = trainer.policy_version if resumes else None
+    known = trainer.stack.ledger.persist(trainer.run_dir / "ledger", trainer.off_policy.resumed_at)
+    if known:
+        progress.note(f"{known} completions of before the interruption are known: their groups may still come")
+    pending = trainer.batches.resume(trainer.step) if resumes else []
     if pending:
         progress.note(f"{len(pending)} batches fetched before the interruption are trained first")
         trainer.replay(pending)

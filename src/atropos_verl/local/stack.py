@@ -107,6 +107,7 @@ class LocalStack:
     def close(self) -> None:
         """Stop gateway, engine and worker. Safe to call twice."""
         with ExitStack() as stack:  # a part that fails to stop, or a second Ctrl-C, does not spare the others
+            stack.callback(self.ledger.close)
             stack.callback(self.worker.close)
             stack.callback(self.engine.close)
             stack.callback(self.gateway.stop, timeout=10.0)

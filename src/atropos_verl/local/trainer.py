@@ -303,6 +303,7 @@ class AtroposTrainer:
         self.totals.batches_stale += 1
         if data.entry is not None:
             self.batches.trained(data.entry, self.step)
+            self.off_policy.consumed(matches)
             self.batches.ack(data.entry)
         self.flow.done()
         return True
@@ -401,6 +402,7 @@ class AtroposTrainer:
         self.step += 1
         if rollout_data.entry is not None:
             self.batches.trained(rollout_data.entry, self.step)
+        self.off_policy.consumed(rollout_data.matches or [])
         self.updating = False
         self.serve_newest()
         self.flow.done()

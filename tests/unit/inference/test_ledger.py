@@ -11,7 +11,8 @@ import pytest
 
 from atropos_verl.inference.attribution import SequenceQuery, look_up, trained_spans
 from atropos_verl.inference.engine import Generation
-from atropos_verl.inference.ledger import Ledger, prefix_hashes
+from atropos_verl.inference.ledger import Ledger
+from atropos_verl.inference.prefix_hashes import prefix_hashes
 from atropos_verl.types import UNKNOWN_VERSION, SequenceMatch
 
 PROMPT = (5, 6, 7)

@@ -54,6 +54,7 @@ class GatewayMetrics:
                 ("ledger_bytes", "gauge", "Memory of the ledger in bytes.", ledger.bytes),
                 ("ledger_recorded_spans_total", "counter", "Completions written down.", ledger.recorded_spans),
                 ("ledger_recorded_tokens_total", "counter", "Tokens of these.", ledger.recorded_tokens),
+                ("ledger_restored_spans", "gauge", "Completions of before a restart.", ledger.restored_spans),
                 ("ledger_evicted_spans_total", "counter", "Completions forgotten again.", ledger.evicted_spans),
             ]
         for name, kind, text, value in figures:
