@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from atropos_verl.errors import AtroposVerlError
+from atropos_verl.server.arrivals import ArrivalRecord
 from atropos_verl.server.batcher import BatchPolicy, Candidate, QueueView, choose_batch
 from atropos_verl.server.events import Closed, Handed, Renewed, Returned, Started
 from atropos_verl.server.model import Batch, Environment, Registration
@@ -44,6 +45,8 @@ class BatchDesk:
         self._settings = persistence.settings
         self._now = persistence.now
         self._minimum_missed: float | None = None
+        data_dir = persistence.settings.data_dir
+        self._arrivals = None if data_dir is None else ArrivalRecord(data_dir)
 
     @property
     def _state(self) -> State:
@@ -69,7 +72,10 @@ class BatchDesk:
                 return None
             event = Handed(lease_id, state.step + 1, [group.seq for group in chosen], deadline, now)
         self._persistence.commit(event)
-        return state.outstanding[lease_id]
+        batch = state.outstanding[lease_id]
+        if self._arrivals is not None and event.previous is None:
+            self._arrivals.add(batch.step, now, state.members(batch))
+        return batch
 
     def ack(self, lease_id: str) -> str:
         """The batch was trained on. Returns ``acked``, ``already`` (a repeated ack) or ``late`` (after the lease

@@ -23,6 +23,8 @@ class Group:
     running: int = 0
     """Sequences that hold a slot."""
     cancelled: bool = False
+    accepted: bool = False
+    """In the queue, or beyond it."""
     tokens: float = 0.0
     """Made so far; all of them once it is finished."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Outcome", "table"]
+__all__ = ["Outcome", "averaged", "table"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,19 @@ class Outcome:
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "staleness": {str(age): count for age, count in sorted(self.staleness.items())}}
+
+
+def averaged(outcomes: Sequence[Outcome]) -> Outcome:
+    """Means over runs with other seeds; staleness is the sum of all."""
+    if len(outcomes) == 1:
+        return outcomes[0]
+    found: dict[str, Any] = {}
+    for name, value in asdict(outcomes[0]).items():
+        if isinstance(value, int | float):
+            mean = statistics.fmean(getattr(outcome, name) for outcome in outcomes)
+            found[name] = round(mean) if isinstance(value, int) else mean
+    staleness = sum((Counter(outcome.staleness) for outcome in outcomes), Counter[int]())
+    return Outcome(mode=outcomes[0].mode, staleness=dict(staleness), **found)
 
 
 _ROWS = (

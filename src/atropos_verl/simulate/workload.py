@@ -1,16 +1,15 @@
-"""What is simulated: how long things take, drawn from distributions or read from a recorded run."""
+"""What is simulated: how long things take, and the rules of one configuration."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import numpy as np
+__all__ = ["Layout", "StepTimes", "Workload"]
 
-from atropos_verl.errors import ConfigError
 
-__all__ = ["Layout", "Recording", "Workload", "read_recording"]
+StepTimes = Callable[[int, float], tuple[float, float, float]]
+"""(number of the step, from 0; its trained tokens) → seconds of training, of weight sync, and of everything else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +40,17 @@ class Workload:
     sync_seconds: float = 0.0
     swap_pause: float = 0.0
     """Seconds that generation stands still while weights are swapped (``mode=overlap``)."""
-    environment_poll: float = 0.1
-    """atroposlib's environments look at the queue this often before they start groups."""
+    environment_period: float = 0.105
+    """From one look of an environment at the queue to the next: atroposlib sleeps 0.1 seconds, and asks."""
+    post_seconds: float = 0.0
+    answer_seconds: float = 0.0
+    """Of environments: see ``environment.Environment``. An environment posts one group at a time."""
+    take_seconds: float = 0.0
+    """Of the trainer, from a batch's hand-out until it is ready: journal, decoding, samples."""
     poll_delay: float = 0.3
     poll_attempts: int = 8
-    """``batch_retry_delay`` and ``batch_retry_attempts``: the trainer's polls of GET /batch."""
+    poll_seconds: float = 12.0
+    """``batch_retry_delay``, ``batch_retry_attempts``, ``batch_max_wait_time``: the trainer's polls of GET /batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,65 +69,3 @@ class Layout:
     max_staleness: int | None = None
     max_batches_offpolicy: int = 1
     """Batches that may wait in the queue before environments stop (``env.max_batches_offpolicy``)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recording:
-    """Figures of a real run, one entry a step; they are used in turn, and again from the first."""
-
-    train: tuple[float, ...]
-    sync: tuple[float, ...]
-    other: tuple[float, ...]
-    """Seconds of a step beside waiting, training and sync."""
-    rollout: tuple[float, ...]
-    """Seconds that the trainer waited."""
-    idle_share: float
-    """Waiting over all of the time, as measured."""
-    groups_per_second: float
-    staleness: dict[int, int] = field(default_factory=dict)
-    """Staleness in policy versions → groups."""
-    sequences: int
-    groups: int
-    """Of a step (median)."""
-
-
-def read_recording(path: Path, skip: int = 3) -> Recording:
-    """From ``metrics.jsonl`` (or the run directory it lies in), without the first ``skip`` steps (cold caches).
-
-    Raises:
-        ConfigError: no such file, a line that is no step, or too few steps.
-    """
-    file = path / "metrics.jsonl" if path.is_dir() else path
-    try:
-        lines = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-        if not all(isinstance(line["timing/step"], (int, float)) for line in lines):
-            raise TypeError("timing/step is no number")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file} is not the metrics.jsonl of a run: {error}", "--replay") from None
-    steps = lines[skip:]
-    if len(steps) < 3:
-        raise ConfigError(f"{file} holds {len(lines)} steps; at least {skip + 3} are needed", "--replay")
-
-    def column(name: str) -> tuple[float, ...]:
-        return tuple(float(step.get(name) or 0.0) for step in steps)
-
-    train, sync, rollout, whole = (column(f"timing/{name}") for name in ("train", "sync", "rollout", "step"))
-    prefix = "off_policy/groups_at_staleness/"
-    staleness: dict[int, int] = {}
-    for step in steps:
-        for key, count in step.items():
-            if key.startswith(prefix) and count:
-                age = int(key.removeprefix(prefix))
-                staleness[age] = staleness.get(age, 0) + int(count)
-    groups = column("data/groups")
-    return Recording(
-        train=train,
-        sync=sync,
-        rollout=rollout,
-        other=tuple(max(w - t - s - r, 0.0) for w, t, s, r in zip(whole, train, sync, rollout, strict=True)),
-        idle_share=sum(rollout) / sum(whole),
-        groups_per_second=sum(groups) / sum(whole),
-        staleness=staleness,
-        sequences=int(np.median(column("data/sequences"))),
-        groups=int(np.median(groups)),
-    )
