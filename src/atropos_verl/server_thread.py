@@ -40,15 +40,28 @@ class ServerThread:
         advice: what to do when the port is taken.
         host: interface to listen on.
         port: 0 takes a free one.
+        listener: a socket that listens there already, for the first start: who connects before waits in it. The
+            server closes it.
         options: for ``uvicorn.Config``.
     """
 
-    def __init__(self, app: Any, *, service: str, advice: str, host: str, port: int, **options: Any) -> None:
+    def __init__(
+        self,
+        app: Any,
+        *,
+        service: str,
+        advice: str,
+        host: str,
+        port: int,
+        listener: socket.socket | None = None,
+        **options: Any,
+    ) -> None:
         self._app = app
         self._service = service
         self._advice = advice
         self._host = host
         self._port = port
+        self._listener = listener
         self._options = options
         self._was_started = False
         self._server: uvicorn.Server | None = None
@@ -84,7 +97,9 @@ class ServerThread:
 
         if self.is_running:
             return self.url
-        listener = listen(self._host, self._port, self._service, self._advice)
+        listener, self._listener = self._listener, None
+        if listener is None:
+            listener = listen(self._host, self._port, self._service, self._advice)
         try:
             app = self.make_app()
             config = uvicorn_config(app, **self._options)

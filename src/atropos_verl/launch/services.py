@@ -25,14 +25,18 @@ _API_STARTUP_SECONDS = 60.0
 
 
 class LocalServices:
-    """Starts, watches and ends the run's child processes. ``stop()`` is safe at any time and more than once."""
+    """Starts, watches and ends the run's child processes. ``stop()`` is safe at any time and more than once.
 
-    def __init__(self, config: RunConfig, run_dir: Path, model_path: Path) -> None:
+    Args:
+        gateway_port: of the trainer's gateway; None: ``gateway.port``, or a free one.
+    """
+
+    def __init__(self, config: RunConfig, run_dir: Path, model_path: Path, gateway_port: int | None = None) -> None:
         self.config = config
         self.run_dir = run_dir
         self.model_path = model_path
         self.processes = ProcessSet()
-        self.gateway_port = config.gateway.port or free_port(_HOST)
+        self.gateway_port = gateway_port or config.gateway.port or free_port(_HOST)
         self.gateway_url = config.gateway.advertise_url or f"http://{_HOST}:{self.gateway_port}"
         self.api_url = ""
         self._evaluations: dict[str, tuple[ManagedProcess, Path]] = {}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 from atropos_verl.config import RunConfig
-from atropos_verl.errors import ConfigError, ServiceError
-from atropos_verl.launch.readiness import try_to_listen
+from atropos_verl.errors import ConfigError
+from atropos_verl.server_thread import listen
 
-__all__ = ["check_gateway_port", "is_rank_zero", "resolve_model_path"]
+__all__ = ["gateway_listener", "is_rank_zero", "resolve_model_path"]
 
 
 def is_rank_zero() -> bool:
@@ -29,17 +30,14 @@ def resolve_model_path(config: RunConfig) -> Path:
     return path.absolute()
 
 
-def check_gateway_port(config: RunConfig) -> None:
-    """Raises ``ServiceError`` when ``gateway.host``:``gateway.port`` cannot be listened on at this moment.
+def gateway_listener(config: RunConfig) -> socket.socket:
+    """The gateway's socket, listening from now on: the caller closes it, or the gateway that serves it.
 
-    The gateway itself comes up only when the policy is loaded; a port that is taken shall not cost that wait.
+    The gateway itself comes up only when the policy is loaded. A port that is taken shall not cost that wait, and an
+    environment that asks for something before is not refused: it waits.
+
+    Raises:
+        ServiceError: ``gateway.host``:``gateway.port`` cannot be listened on.
     """
-    host, port = config.gateway.host, config.gateway.port
-    try:
-        try_to_listen(host, port)
-    except OSError as error:
-        raise ServiceError(
-            f"inference gateway: cannot listen on {host}:{port}: {error.strerror or error}. "
-            "Set gateway.port to a free port, or to 0 to take any.",
-            "inference gateway",
-        ) from error
+    advice = "Set gateway.port to a free port, or to 0 to take any."
+    return listen(config.gateway.host, config.gateway.port, "inference gateway", advice)

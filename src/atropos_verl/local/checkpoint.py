@@ -24,7 +24,7 @@ from atropos_verl.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from atropos_verl.local.trainer import AtroposTrainer
 
-__all__ = ["find_checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = ["find_checkpoint", "load_checkpoint", "save_checkpoint", "saved_state"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,12 +85,18 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
     return directory
 
 
-def load_checkpoint(trainer: AtroposTrainer, directory: Path) -> dict[str, Any]:
-    """Restore model, optimiser, schedule, step, policy version and running statistics. Returns our saved state."""
+def saved_state(directory: Path) -> dict[str, Any]:
+    """Our own state in a checkpoint: ``step``, ``policy_version``, ``totals`` and more. Raises ``CheckpointError``."""
     try:
         state: dict[str, Any] = json.loads((directory / _STATE).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {directory / _STATE}: {error}") from error
+    return state
+
+
+def load_checkpoint(trainer: AtroposTrainer, directory: Path) -> dict[str, Any]:
+    """Restore model, optimiser, schedule, step, policy version and running statistics. Returns our saved state."""
+    state = saved_state(directory)
     trainer.stack.worker.load_checkpoint(directory / "actor")
     trainer.step = int(state["step"])
     trainer.stack.policy.policy_version = int(state["policy_version"])

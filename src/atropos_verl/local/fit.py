@@ -62,7 +62,7 @@ def resume_if_asked(trainer: AtroposTrainer, progress: Progress) -> dict[str, An
     known = trainer.stack.ledger.persist(trainer.run_dir / "ledger", trainer.off_policy.resumed_at)
     if known:
         progress.note(f"{known} completions of before the interruption are known: their groups may still come")
-    pending = trainer.batches.resume(trainer.step) if resumes else []
+    pending = trainer.intake.resume(trainer.step)
     if pending:
         progress.note(f"{len(pending)} batches fetched before the interruption are trained first")
         trainer.replay(pending)
@@ -101,7 +101,8 @@ def fit(
     saved_at = trainer.step
     rewards: list[float] = []
     idle = IdleShare()
-    progress.phase("registering at the trajectory API")
+    if not trainer.intake.is_registered:
+        progress.phase("registering at the trajectory API")
     register_trainer(trainer, config.batch_size)
     trainer.open_rollouts()
     if before_first_step is not None:

@@ -10,21 +10,25 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atropos_verl.config import RunConfig
 from atropos_verl.errors import ConfigError
+from atropos_verl.imports import paused_collection
 from atropos_verl.launch.outcome import exit_code_of
-from atropos_verl.launch.startup import check_gateway_port, is_rank_zero, resolve_model_path
+from atropos_verl.launch.startup import gateway_listener, is_rank_zero, resolve_model_path
 from atropos_verl.local.settings import help_text, load_config
 
 if TYPE_CHECKING:
     from atropos_verl.launch.evaluation import LaunchedEvaluations
     from atropos_verl.launch.services import LocalServices
+    from atropos_verl.local.intake import Intake
     from atropos_verl.local.trainer import AtroposTrainer
     from atropos_verl.report.console import ProgressReporter
 
@@ -77,8 +81,10 @@ def _serve_rank(config: RunConfig) -> int:
     handler.setLevel(logging.WARNING)  # libraries give their own loggers lower levels
     _log_to(handler)
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
-    from atropos_verl.local.worker import PolicyWorker
+    with paused_collection():
+        from atropos_verl.local.worker import PolicyWorker, import_verl
 
+        import_verl(config)
     # Until the ranks have met, whoever ends this one ends it at once: nothing here is worth saving.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     worker = PolicyWorker(config, resolve_model_path(config))
@@ -103,17 +109,21 @@ class _Run:
         from atropos_verl.report.console import ProgressReporter
 
         model_path = self._check_what_it_needs()
-        self._prepare_run_dir()
-        with ProgressReporter(total_steps=self.config.steps) as progress:
-            if self.config.is_attached:
-                return self._attached(progress)
-            from atropos_verl.launch.services import LocalServices
+        with closing(gateway_listener(self.config)) as listener:
+            self._prepare_run_dir()
+            with ProgressReporter(total_steps=self.config.steps) as progress:
+                if (step := self._saved_step()) >= self.config.steps:
+                    progress.note(f"{self.run_dir} is complete at step {step}; raise steps= or choose another run_dir")
+                    return 0
+                if self.config.is_attached:
+                    return self._attached(listener, progress)
+                from atropos_verl.launch.services import LocalServices
 
-            services = LocalServices(self.config, self.run_dir, model_path)
-            try:
-                return self._with_services(services, progress)
-            finally:
-                services.stop()
+                services = LocalServices(self.config, self.run_dir, model_path, listener.getsockname()[1])
+                try:
+                    return self._with_services(services, listener, progress)
+                finally:
+                    services.stop()
 
     def _check_what_it_needs(self) -> Path:
         """Everything that can be known to be wrong before a file is made, a process started or torch imported."""
@@ -126,10 +136,9 @@ class _Run:
         find_checkpoint(self.run_dir, self.config.resume)
         if not self.config.is_attached:
             env_script(self.config)
-        check_gateway_port(self.config)
         return model_path
 
-    def _attached(self, progress: ProgressReporter) -> int:
+    def _attached(self, listener: socket.socket, progress: ProgressReporter) -> int:
         from atropos_verl.api.connection import make_client
         from atropos_verl.launch.meaning import unused_when_attached
 
@@ -144,7 +153,7 @@ class _Run:
         try:
             if evaluations is not None and self._evaluates_before():
                 evaluations.start_evaluation("before")
-            trainer = self._build_trainer(self.config, None, progress)
+            trainer = self._build_trainer(self.config, None, listener, progress)
             try:
                 progress.note(f"environments are to use the gateway at {trainer.gateway_url}/v1 (server_type vllm)")
                 return self._train(trainer, None, progress, evaluations)
@@ -163,25 +172,45 @@ class _Run:
         path = Path(settings.commands_file)
         return LaunchedEvaluations(path, self.run_dir, timeout=settings.timeout, note=progress.note)
 
-    def _with_services(self, services: LocalServices, progress: ProgressReporter) -> int:
+    def _with_services(self, services: LocalServices, listener: socket.socket, progress: ProgressReporter) -> int:
+        from atropos_verl.local.intake import Intake
+
         progress.phase("starting the trajectory API")
         url = services.start_api()
-        progress.phase("starting the environment")
-        services.start_environment()
-        if self._evaluates_before():
-            services.start_evaluation("before")
         config = self.config.model_copy(update={"atropos": self.config.atropos.model_copy(update={"api_url": url})})
-        trainer = self._build_trainer(config, services.gateway_port, progress)
-        try:
+        with ExitStack() as stack:
+            intake = stack.enter_context(Intake(config, self.run_dir))
+            # Before torch is imported: the environment, which waits for it, then starts beside that import.
+            progress.phase("registering at the trajectory API")
+            step = self._saved_step()
+            intake.resume(step)
+            intake.register(step, config.batch_size)
+            progress.phase("starting the environment")
+            services.start_environment()
+            if self._evaluates_before():
+                services.start_evaluation("before")
+            trainer = self._build_trainer(config, intake, listener, progress)
+            stack.callback(trainer.close)
+            # Before the trainer: what an environment has asked for would otherwise be waited for.
+            stack.callback(services.stop)
             return self._train(trainer, services, progress, services)
-        finally:
-            trainer.close()
 
-    def _build_trainer(self, config: RunConfig, gateway_port: int | None, progress: ProgressReporter) -> AtroposTrainer:
+    def _build_trainer(
+        self, config: RunConfig, intake: Intake | None, listener: socket.socket, progress: ProgressReporter
+    ) -> AtroposTrainer:
         progress.phase("loading the policy (verl)")
-        from atropos_verl.local.trainer import AtroposTrainer
+        with paused_collection():
+            from atropos_verl.local.trainer import AtroposTrainer
+            from atropos_verl.local.worker import import_verl
 
-        return AtroposTrainer(config, run_dir=self.run_dir, gateway_port=gateway_port)
+            import_verl(config)
+        return AtroposTrainer(config, run_dir=self.run_dir, intake=intake, gateway_listener=listener)
+
+    def _saved_step(self) -> int:
+        from atropos_verl.local.checkpoint import find_checkpoint, saved_state
+
+        directory = find_checkpoint(self.run_dir, self.config.resume)
+        return 0 if directory is None else int(saved_state(directory)["step"])
 
     def _train(
         self,
@@ -195,9 +224,6 @@ class _Run:
 
         state = resume_if_asked(trainer, progress)
         self.held_out.update(state.get("held_out", {}))
-        if trainer.step >= self.config.steps:
-            progress.note(f"{self.run_dir} is complete at step {trainer.step}; raise steps= or choose another run_dir")
-            return 0
         result = trainer.fit(
             progress=progress,
             check_services=None if services is None else services.check,

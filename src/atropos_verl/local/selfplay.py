@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from atropos_verl.api.client import EnvRegistration
-from atropos_verl.api.registration import register_trainer as register_at_api
 from atropos_verl.api.wire import encode_group
 from atropos_verl.errors import AtroposProtocolError, ConfigError
 from atropos_verl.inference.engine import Generation, GenerationRequest
@@ -116,16 +115,10 @@ class SelfPlay:
 
 
 def register_trainer(trainer: AtroposTrainer, batch_size: int) -> None:
-    """Register at the API with the trainer's values (see ``api.registration``).
+    """Register at the API with the trainer's values (see ``api.registration``), unless that is done.
 
     Raises:
         AtroposProtocolError: the API keeps the values of an earlier registration.
     """
-    register_at_api(
-        trainer.client,
-        trainer.config,
-        batch_size,
-        starting_step=trainer.step,
-        checkpoint_dir=trainer.run_dir / "checkpoints",
-        first_poll=trainer.start_api,
-    )
+    trainer.intake.register(trainer.step, batch_size)
+    trainer.take_polled()

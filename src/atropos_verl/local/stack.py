@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ class LocalStack:
     vocab_size: int
 
     @classmethod
-    def build(cls, config: RunConfig, model_path: Path, *, gateway_port: int | None = None) -> LocalStack:
+    def build(cls, config: RunConfig, model_path: Path, *, gateway_listener: socket.socket | None = None) -> LocalStack:
         """Load model and tokenizer, build engine and worker, start the gateway (gate closed, no weights yet)."""
         import torch
         from transformers import AutoTokenizer
@@ -95,8 +96,7 @@ class LocalStack:
             model_name=str(model_path),
             api_key=config.gateway.api_key,
         )
-        port = config.gateway.port if gateway_port is None else gateway_port
-        gateway = GatewayServer(app, host=config.gateway.host, port=port)
+        gateway = GatewayServer(app, host=config.gateway.host, port=config.gateway.port, listener=gateway_listener)
         gateway.start(timeout=30.0)
         policy = _VersionedPolicy(worker)
         canary = _build_canary(config, worker, engine, tokenizer) if config.sync.canary else None
@@ -109,8 +109,9 @@ class LocalStack:
         with ExitStack() as stack:  # a part that fails to stop, or a second Ctrl-C, does not spare the others
             stack.callback(self.ledger.close)
             stack.callback(self.worker.close)
-            stack.callback(self.engine.close)
             stack.callback(self.gateway.stop, timeout=10.0)
+            # First: who waits at a shut gate is told at once, and the gateway has nobody left to wait for.
+            stack.callback(self.engine.close)
 
 
 def _build_throttle(config: RunConfig, ledger: Ledger) -> StalenessThrottle | None:

@@ -9,6 +9,7 @@ environments behind the API send. Both do, in this order::
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -21,15 +22,14 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from atropos_verl.api.client import AtroposClient
-from atropos_verl.api.connection import make_client
-from atropos_verl.api.journal import BatchJournal
-from atropos_verl.api.leased_batches import HeldBatch, LeasedBatches
+from atropos_verl.api.leased_batches import HeldBatch
 from atropos_verl.api.wire import decode_batch
 from atropos_verl.config import RunConfig, apply_environment
 from atropos_verl.data import RunningMoments, build_samples, sample_settings
 from atropos_verl.data.off_policy import staleness_metrics
 from atropos_verl.errors import AtroposProtocolError, ConfigError, DataError
 from atropos_verl.launch.startup import resolve_model_path
+from atropos_verl.local.intake import Intake
 from atropos_verl.local.interrupts import held_interrupts
 from atropos_verl.local.rollout_data import RolloutData, RunTotals, step_report
 from atropos_verl.local.rollout_flow import RolloutFlow
@@ -58,6 +58,8 @@ class AtroposTrainer:
         config: the run's settings.
         reward_fn: for ``rl_training_step``: ``(prompts, completions) -> scores``, flat lists of equal length.
         client: an ``AtroposClient`` to use instead of one made from the configuration.
+        intake: client, journal and registration, where the run has them already; the trainer closes it.
+        gateway_listener: a socket that listens already, where the gateway is to serve.
     """
 
     def __init__(
@@ -67,22 +69,24 @@ class AtroposTrainer:
         reward_fn: RewardFunction | None = None,
         client: AtroposClient | None = None,
         run_dir: Path | None = None,
-        gateway_port: int | None = None,
+        intake: Intake | None = None,
+        gateway_listener: socket.socket | None = None,
     ) -> None:
         self.config = config
         self.reward_fn = reward_fn
         self.run_dir = run_dir or config.resolve_run_dir()
         self.model_path = resolve_model_path(config)
-        self.client = client or self._make_client()
+        self.intake = intake or Intake(config, self.run_dir, client)
+        self.client = self.intake.client
         self.moments = RunningMoments()
         self.totals = RunTotals()
         self.step = 0
         self.updating = False
         """The weights have changed, or may have, and ``step`` does not say so yet: not a state to be saved."""
-        self.journal = BatchJournal(self.run_dir / "journal")
-        self.batches = LeasedBatches(self.client, self.journal)
+        self.journal = self.intake.journal
+        self.batches = self.intake.batches
         self.quarantine = QuarantineStore(self.run_dir / "quarantine")
-        self.stack = LocalStack.build(config, self.model_path, gateway_port=gateway_port)
+        self.stack = LocalStack.build(config, self.model_path, gateway_listener=gateway_listener)
         self.flow = RolloutFlow(self.stack.throttle, self.client, config.group_size)
         self._early: deque[RolloutData] = deque()
         self._rollouts: ExitStack | None = None
@@ -119,8 +123,7 @@ class AtroposTrainer:
         finally:
             self.stack.close()
             self.flow.close()
-            self.batches.close()
-            self.client.close()
+            self.intake.close()
 
     # ------------------------------------------------------------------ parts
 
@@ -237,9 +240,12 @@ class AtroposTrainer:
 
     def start_api(self) -> None:
         """One GET /batch: an upstream API lets environments register only after it. A batch it returns is kept."""
-        held = self.batches.poll({"after_step": self.step})
-        if held is not None:
-            self._early.append(self._decode(held))
+        self.intake.poll(self.step)
+        self.take_polled()
+
+    def take_polled(self) -> None:
+        """What the API answered to the first GET /batch, which may have come before this trainer, is trained on."""
+        self._early.extend(self._decode(held) for held in self.intake.take_polled())
 
     def give_back(self) -> None:
         """Untrained batches go back to an API that can take them (with leases)."""
@@ -422,9 +428,3 @@ class AtroposTrainer:
         from atropos_verl.local.fit import fit
 
         return fit(self, **arguments)
-
-    def _make_client(self) -> AtroposClient:
-        config = self.config
-        if config.atropos.api_url is None:
-            raise ConfigError("no trajectory API: set it, or run recipe/atropos/main_atropos.py", "atropos.api_url")
-        return make_client(config, config.atropos.api_url)

@@ -28,7 +28,7 @@ from atropos_verl.errors import CheckpointError, TrainingDivergedError
 from atropos_verl.local.objective import LossFunction
 from atropos_verl.types import FloatArray, TrainingSample
 
-__all__ = ["PolicyWorker", "TrainOutput", "resolve_device"]
+__all__ = ["PolicyWorker", "TrainOutput", "import_verl", "resolve_device"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,21 @@ class TrainOutput:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+def import_verl(config: RunConfig) -> str:
+    """Import what the worker needs of verl, for ``trainer.device``; returns the device. Takes seconds, once.
+
+    Raises:
+        RuntimeError: verl has already picked another device in this process.
+    """
+    device = resolve_device(config.trainer.device)
+    verl_plugin.activate(device)
+    import verl.workers.engine_workers  # noqa: F401
+
+    import atropos_verl.verl_plugin.engines  # noqa: F401  registers the engines
+
+    return device
+
+
 def resolve_device(requested: str) -> str:
     """``"cpu"`` or ``"cuda"`` for ``trainer.device``."""
     if requested == "auto":
@@ -63,8 +78,7 @@ class PolicyWorker:
     def __init__(self, config: RunConfig, model_path: Path) -> None:
         self.config = config
         self._closed = False
-        self.device = resolve_device(config.trainer.device)
-        verl_plugin.activate(self.device)
+        self.device = import_verl(config)
         self._init_process_group()
         self.rank = torch.distributed.get_rank()
         self.world_size = torch.distributed.get_world_size()
@@ -275,8 +289,6 @@ def _build_worker(config: RunConfig, model_path: Path) -> Any:
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
     from verl.workers.engine_workers import TrainingWorker
-
-    import atropos_verl.verl_plugin.engines  # noqa: F401  registers the engines
 
     model, optim, trainer = config.model, config.optim, config.trainer
     return TrainingWorker(

@@ -15,6 +15,7 @@ from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.errors import ServiceError
 from atropos_verl.inference.gateway import GatewayServer, create_app
+from atropos_verl.server_thread import listen
 
 TOKENIZER = build_tiny_tokenizer()
 
@@ -52,6 +53,19 @@ def test_taken_port_names_host_port_and_key() -> None:
             server.start(timeout=5.0)
         assert not server.is_running
     assert server.start(timeout=10.0) == f"http://127.0.0.1:{port}"  # free by now
+    server.stop()
+
+
+def test_who_connects_before_the_start_waits_and_is_answered() -> None:
+    listener = listen("127.0.0.1", 0, "inference gateway", "advice")
+    port = listener.getsockname()[1]
+    with socket.create_connection(("127.0.0.1", port), timeout=10.0) as early:
+        early.sendall(b"GET /health HTTP/1.1\r\nHost: gateway\r\nConnection: close\r\n\r\n")
+        with GatewayServer(make_app(), listener=listener) as server:
+            assert server.url == f"http://127.0.0.1:{port}"
+            assert early.makefile("rb").read().startswith(b"HTTP/1.1 200")
+    assert listener.fileno() == -1  # closed by the server
+    assert server.start(timeout=10.0) == f"http://127.0.0.1:{port}"  # again, with a socket of its own
     server.stop()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 from atropos_verl.server_thread import ServerThread
@@ -10,14 +11,16 @@ __all__ = ["GatewayServer"]
 
 
 class GatewayServer(ServerThread):
-    """``host``: interface to listen on, the loopback unless told otherwise. ``port`` 0 takes a free one."""
+    """``host``: interface to listen on, the loopback unless told otherwise. ``port`` 0 takes a free one.
+    ``listener``: a socket that listens there already."""
 
-    def __init__(self, app: Any, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(self, app: Any, host: str = "127.0.0.1", port: int = 0, listener: socket.socket | None = None) -> None:
         super().__init__(
             app,
             service="inference gateway",
             advice="Set gateway.port to a free port, or to 0 to take any.",
             host=host,
             port=port,
+            listener=listener,
             lifespan="off",
         )
