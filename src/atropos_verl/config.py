@@ -205,6 +205,11 @@ class InferenceConfig(_Section):
     num_threads: PositiveInt | None = Field(
         None, description="torch threads of the engine; null: torch's default, with mode=overlap on a CPU half"
     )
+    placement: Literal["thread", "process"] | None = Field(
+        None,
+        description="of the engine: thread of the trainer's process, or process of its own (CPU only); null: process "
+        "with mode=overlap on a CPU, else thread",
+    )
 
 
 class EnvConfig(_Section):

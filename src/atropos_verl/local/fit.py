@@ -90,8 +90,8 @@ def fit(
         on_step: called with every step's report, for trackers.
 
     Raises:
-        AtroposAPIError, ServiceError, WeightSyncError, TrainingDivergedError, CheckpointError. Whatever ends the run,
-        what was trained since the last checkpoint is saved first if that is possible.
+        AtroposAPIError, ServiceError, EngineStoppedError, WeightSyncError, TrainingDivergedError, CheckpointError.
+        Whatever ends the run, what was trained since the last checkpoint is saved first if that is possible.
     """
     config = trainer.config
     progress = progress or _Silent()
@@ -109,7 +109,13 @@ def fit(
         before_first_step()
     trainer.flow.watch()
     wait = _Waiter(trainer, progress, starts_environment=check_services is not None)
-    feed = make_feed(trainer, wait, check_services)
+
+    def check() -> None:
+        trainer.engine.check_alive()
+        if check_services is not None:
+            check_services()
+
+    feed = make_feed(trainer, wait, check)
     try:
         while trainer.step < config.steps:
             started = time.perf_counter()

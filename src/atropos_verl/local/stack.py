@@ -17,14 +17,16 @@ from atropos_verl.inference.gate import RequestGate
 from atropos_verl.inference.gateway import GatewayServer, create_app
 from atropos_verl.inference.ledger import Ledger
 from atropos_verl.inference.throttle import StalenessThrottle
-from atropos_verl.inference.transformers_engine import TransformersEngine
 from atropos_verl.local.cores import share_cores
-from atropos_verl.local.worker import PolicyWorker
+from atropos_verl.local.engine import make_engine, placement_of
+from atropos_verl.local.worker import PolicyWorker, resolve_device
 from atropos_verl.types import TrainingSample
 from atropos_verl.weight_sync import AtroposShardingManager, Canary
 
 if TYPE_CHECKING:
     import torch
+
+    from atropos_verl.local.engine import EmbeddedEngine
 
 __all__ = ["LocalStack"]
 
@@ -47,7 +49,7 @@ class LocalStack:
     """Built by ``LocalStack.build``; ``close`` ends threads and sockets, in the order in which they depend."""
 
     worker: PolicyWorker
-    engine: TransformersEngine
+    engine: EmbeddedEngine
     gate: RequestGate
     gateway: GatewayServer
     ledger: Ledger
@@ -58,29 +60,44 @@ class LocalStack:
     vocab_size: int
 
     @classmethod
-    def build(cls, config: RunConfig, model_path: Path, *, gateway_listener: socket.socket | None = None) -> LocalStack:
+    def build(
+        cls, config: RunConfig, model_path: Path, *, log_dir: Path, gateway_listener: socket.socket | None = None
+    ) -> LocalStack:
         """Load model and tokenizer, build engine and worker, start the gateway (gate closed, no weights yet)."""
+        with ExitStack() as built:  # what was made before something failed is ended
+            made = cls._build(config, model_path, log_dir, gateway_listener, built)
+            built.pop_all()
+            return made
+
+    @classmethod
+    def _build(
+        cls,
+        config: RunConfig,
+        model_path: Path,
+        log_dir: Path,
+        gateway_listener: socket.socket | None,
+        built: ExitStack,
+    ) -> LocalStack:
         import torch
         from transformers import AutoTokenizer
 
-        worker = PolicyWorker(config, model_path)
-        tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer_path or str(model_path))
         gate = RequestGate()
-        inference = config.inference
-        threads = share_cores(config, worker.device)
-        engine = TransformersEngine.from_pretrained(
-            model_path,
-            gate=gate,
-            max_running=inference.max_running,
-            max_context_len=inference.max_context_len or config.max_token_len,
-            # The trainer computes in this dtype whatever the checkpoint holds; logprobs must be of the same policy.
-            dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.compute_dtype],
-            device=worker.device,
-            num_threads=threads.engine,
-            release_weights=inference.release_weights,
-            keep_kv=config.overlap.kv_after_swap == "keep",
-            seed=config.seed,
-        )
+        device = resolve_device(config.trainer.device)
+        threads = share_cores(config, device)
+
+        def start_engine() -> EmbeddedEngine:
+            engine = make_engine(
+                config, model_path, gate=gate, device=device, num_threads=threads.engine, log_dir=log_dir
+            )
+            built.callback(engine.close)
+            return engine
+
+        # A process of its own loads while the trainer does here; in this process one comes after the other.
+        early = start_engine() if placement_of(config, device) == "process" else None
+        worker = PolicyWorker(config, model_path)
+        built.callback(worker.close)
+        tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer_path or str(model_path))
+        engine = early or start_engine()
         if threads.trainer is not None:
             torch.set_num_threads(threads.trainer)  # of this thread, the trainer's
         gate.pause(timeout=60.0)
@@ -98,11 +115,11 @@ class LocalStack:
         )
         gateway = GatewayServer(app, host=config.gateway.host, port=config.gateway.port, listener=gateway_listener)
         gateway.start(timeout=30.0)
+        built.callback(gateway.stop, timeout=10.0)
         policy = _VersionedPolicy(worker)
         canary = _build_canary(config, worker, engine, tokenizer) if config.sync.canary else None
         manager = AtroposShardingManager(engine, policy, gate=gate, canary=canary)
-        vocab_size = int(engine.model.config.vocab_size)
-        return cls(worker, engine, gate, gateway, ledger, throttle, tokenizer, policy, manager, vocab_size)
+        return cls(worker, engine, gate, gateway, ledger, throttle, tokenizer, policy, manager, engine.vocab_size)
 
     def close(self) -> None:
         """Stop gateway, engine and worker. Safe to call twice."""
@@ -121,7 +138,7 @@ def _build_throttle(config: RunConfig, ledger: Ledger) -> StalenessThrottle | No
     return StalenessThrottle(ledger, config.batch_size, bound)
 
 
-def _build_canary(config: RunConfig, worker: PolicyWorker, engine: TransformersEngine, tokenizer: Any) -> Canary:
+def _build_canary(config: RunConfig, worker: PolicyWorker, engine: EmbeddedEngine, tokenizer: Any) -> Canary:
     ids = list(tokenizer.encode(config.sync.canary_text, add_special_tokens=False))[: config.max_token_len]
     if len(ids) < 2:
         raise ConfigError(f"{config.sync.canary_text!r} has fewer than two tokens", "sync.canary_text")

@@ -86,7 +86,9 @@ class AtroposTrainer:
         self.journal = self.intake.journal
         self.batches = self.intake.batches
         self.quarantine = QuarantineStore(self.run_dir / "quarantine")
-        self.stack = LocalStack.build(config, self.model_path, gateway_listener=gateway_listener)
+        self.stack = LocalStack.build(
+            config, self.model_path, log_dir=self.run_dir / "logs", gateway_listener=gateway_listener
+        )
         self.flow = RolloutFlow(self.stack.throttle, self.client, config.group_size)
         self._early: deque[RolloutData] = deque()
         self._rollouts: ExitStack | None = None

@@ -234,8 +234,10 @@ class ProcessEngine(EngineFront[_Answer]):
             self._policy_version = version
 
     def release_memory_occupation(self) -> None:
-        """See ``InferenceEngine``. Idempotent."""
+        """See ``InferenceEngine``. Idempotent; a process that is gone has given everything back."""
         with self._writing:
+            if self._stopped is not None:
+                return
             self._call("release_memory_occupation")
             self._staged = self._stores[1].ready = False
             if self._release_weights:
