@@ -191,7 +191,7 @@ def test_a_restarted_run_knows_who_wrote_what_was_queued(model_path: Path, tmp_p
             resume_if_asked(trainer, Quiet())
             with pytest.raises(WeightSyncError):
                 trainer.fit(on_step=die)
-            dead = dict(env.versions)
+        dead = dict(env.versions)  # now that the environment is done: its last group came after the trainer's end
         with running(model_path, tmp_path, steps=12, environment=environment, **settings) as (trainer, env):
             resume_if_asked(trainer, Quiet())
             assert trainer.step == 3
