@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,50 @@ def test_a_large_batch_arrives_whole_in_both_wires(server: TrajectoryServer) -> 
                 client.post_scored_data(body)
             found = decode_batch(client.fetch_batch() or b"")
             assert [row.tolist() for row in found[3].token_ids] == tokens
+
+
+# --- long bodies -----------------------------------------------------------------------------------------------------
+
+
+def test_long_bodies_at_once_come_whole(server: TrajectoryServer) -> None:
+    """More of them than there are buffers to receive into, and one longer than a buffer."""
+    sizes = [60_000] * 12 + [700_000]
+    bodies = []
+    for number, size in enumerate(sizes):
+        row = [number, *range(1, size)]
+        bodies.append(json.dumps({"tokens": [row], "masks": [row], "scores": [1.0]}).encode())
+    assert len(bodies[-1]) > 8 * 2**20
+    with httpx.Client(base_url=server.url, timeout=60.0) as client, ThreadPoolExecutor(len(bodies)) as threads:
+        client.post("/register", json=registration(len(bodies)))
+        taken = list(threads.map(lambda body: client.post("/scored_data", content=body), bodies))
+        assert [answer.status_code for answer in taken] == [200] * len(bodies)
+        batch = client.get("/batch").json()["batch"]
+    assert sorted((group["tokens"][0][0], len(group["tokens"][0])) for group in batch) == list(enumerate(sizes))
+
+
+def test_a_body_may_come_slowly_but_not_fall_silent() -> None:
+    body = group_bytes(1) + b" " * 200_000
+    head = b"POST /scored_data HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with TrajectoryServer(ServerSettings(body_timeout=1.5)) as server:
+        port = int(server.url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=30.0) as slow:
+            slow.sendall(head)
+            for start in range(0, len(body), 40_000):  # 3 seconds in all
+                slow.sendall(body[start : start + 40_000])
+                time.sleep(0.5)
+            assert slow.recv(1000).startswith(b"HTTP/1.1 200")
+        with socket.create_connection(("127.0.0.1", port), timeout=30.0) as silent:
+            silent.sendall(head + body[:100_000])
+            assert silent.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_a_body_that_is_too_long_is_refused_before_it_is_there() -> None:
+    with TrajectoryServer(ServerSettings(max_body_bytes=100_000)) as server:
+        port = int(server.url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=30.0) as long:
+            head = b"POST /scored_data HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100001\r\n\r\n"
+            long.sendall(head + b" " * 50_000)
+            assert long.recv(1000).startswith(b"HTTP/1.1 413")
 
 
 # --- responses that do not arrive ------------------------------------------------------------------------------------

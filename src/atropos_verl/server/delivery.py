@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from atropos_verl.server.receiving import LONGEST_HOLD, http_protocol
+
 __all__ = ["Connection", "Connections", "protocol_class"]
 
 Address = tuple[str, int]
@@ -60,11 +62,9 @@ class Connections:
             self.on_lost(connection)
 
 
-def protocol_class(connections: Connections) -> type[Any]:
-    """uvicorn's HTTP protocol, which also reports how each connection ended."""
-    from uvicorn.protocols.http.auto import AutoHTTPProtocol
-
-    base: Any = AutoHTTPProtocol
+def protocol_class(connections: Connections, longest_hold: float = LONGEST_HOLD) -> type[Any]:
+    """The HTTP protocol to serve with, which also reports how each connection ended. See ``receiving``."""
+    base: Any = http_protocol(longest_hold)
 
     class ReportingProtocol(base):  # type: ignore[misc]
         def connection_made(self, transport: Any) -> None:

@@ -14,6 +14,7 @@ from atropos_verl.errors import ConfigError
 from atropos_verl.server.app import TrajectoryApi, create_app
 from atropos_verl.server.auth import is_loopback
 from atropos_verl.server.delivery import protocol_class
+from atropos_verl.server.receiving import LONGEST_HOLD
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server_thread import ServerThread, bracketed, listen, uvicorn_config
 
@@ -25,9 +26,13 @@ _SERVICE = "trajectory API"
 _ADVICE = "Choose another --port."
 _GRACEFUL_SHUTDOWN = 10
 """Seconds that running requests are given at the end."""
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 """Of ``mallopt(3)``."""
-_KEPT_BYTES = 32 * 2**20
+_LARGEST_FROM_HEAP = 32 * 2**20
+"""The most that glibc takes."""
+_KEPT_BYTES = 256 * 2**20
+"""A few batches of long sequences: each is freed as a whole, and another comes in its place."""
+_HEAP_STEP = 4 * 2**20
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -121,17 +126,18 @@ class TrajectoryServer(ServerThread):
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what one request frees for the next: given back and fetched again, its pages took a third of the
-    time in which a long body is received. For a process of its own; does nothing under another C library."""
+    """Let glibc keep what is freed for what comes next: given back to the system and fetched again, the pages of a long
+    body took a tenth of its POST. For a process of its own; does nothing under another C library."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_FROM_HEAP)
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_TOP_PAD, _HEAP_STEP)
 
 
 def _options(app: TrajectoryApi) -> dict[str, Any]:
     return {
-        "http": protocol_class(app.connections),
+        "http": protocol_class(app.connections, min(LONGEST_HOLD, app.store.settings.body_timeout / 4)),
         # asyncio's transports say how a connection ended, which decides whether a batch arrived.
         "loop": "asyncio",
         "lifespan": "on",
