@@ -52,6 +52,8 @@ class Applied:
 
     groups: list[ScoredGroup]
     """Those to train on; too old ones are left out."""
+    kept: list[int]
+    """Where each of them was among those given."""
     stale_groups: int
     """Left out because of ``off_policy.max_staleness``."""
     figures: dict[str, float | int | None]
@@ -143,9 +145,10 @@ class OffPolicyBook:
             policy_version: of the weights that the step is about to update.
         """
         figures = LookUpFigures()
-        kept: list[ScoredGroup] = []
+        fresh: list[ScoredGroup] = []
+        kept: list[int] = []
         stale = 0
-        for group, found in zip(groups, matches, strict=True):
+        for index, (group, found) in enumerate(zip(groups, matches, strict=True)):
             if any(match is not None for match in found):
                 group = merge_matches(
                     group,
@@ -157,7 +160,8 @@ class OffPolicyBook:
             if self.is_stale(group, policy_version):
                 stale += 1
             else:
-                kept.append(group)
+                fresh.append(group)
+                kept.append(index)
         if figures.temperature_mismatches:
             logger.warning(
                 "%d sequences of this batch name another temperature than their environment asked the gateway for; "
@@ -165,7 +169,8 @@ class OffPolicyBook:
                 figures.temperature_mismatches,
             )
         return Applied(
-            groups=kept,
+            groups=fresh,
+            kept=kept,
             stale_groups=stale,
             figures={**figures.metrics(), "off_policy/dropped_stale_groups": stale},
         )

@@ -148,6 +148,7 @@ def test_it_goes_on_to_the_end(run_dir: Path) -> None:
     assert state["moments"]["count"] == trained, "running statistics went on across every resume"
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["steps"], summary["policy_version"], summary["weights_synced"]) == (last, last, last - before + 1)
+    assert summary["rewards"] == [line["reward/mean"] for line in lines], "of every run"
     assert (summary["groups_used"], summary["sequences_trained"]) == (4 * last, 16 * last)
     assert summary["tokens_trained"] == trained
     for name in ("trainer", "trajectory_api", "environment"):

@@ -1,6 +1,7 @@
 """No process of Ray is left when what started it dies: gcs, raylet, agents, actors, and what actors start.
 
 They leave the process group and the session of the driver; the mark in their environment is what they are found by.
+The other way round, a run on Ray whose service dies ends by itself, with every step that was trained saved.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.runs import TrainingRun, checkpointed_step, metrics_of
 
 from atropos_verl.launch.watcher import carriers
 
@@ -90,3 +92,46 @@ def test_nothing_of_ray_is_left_ten_seconds_after_a_kill(
     assert left == []
     if victim == "driver":
         assert owner.stdout.readline() == "noticed\n"
+
+
+_WORDS = (
+    "backend=ray",
+    "trainer.total_training_steps=100000",
+    "trainer.save_freq=100",
+    "data.train_batch_size=4",
+    "actor_rollout_ref.rollout.n=4",
+    "atropos.off_policy.max_staleness=null",
+    "atropos.eval.before=false",
+    "atropos.eval.after=false",
+)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("services") / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("service", ["environment", "trajectory_api"])
+def test_a_service_of_a_run_on_ray_is_killed(service: str, run_dir: Path) -> None:
+    """In one run directory: the second run goes on from what the first one saved."""
+    before = checkpointed_step(run_dir)
+    with TrainingRun(_WORDS, run_dir=run_dir) as run:
+        run.wait_for_step(before + 2, 240.0)
+        if before:
+            assert f"resumed at step {before}" in run.stdout
+        victim = run.process_of(service)
+        victim.kill()
+        assert run.wait(120.0) == 1
+        run.assert_nothing_left(within=30.0)
+        said = run.stderr
+    assert f"{service} (pid {victim.pid}) was killed by SIGKILL" in said
+    assert f"its log is {run_dir}/logs/{service}.log" in said
+    assert "Traceback" not in said
+    lines = metrics_of(run_dir)
+    saved = checkpointed_step(run_dir)
+    assert saved == lines[-1]["step"] >= before + 2
+    assert f"steps up to {saved} are saved in {run_dir}/checkpoints" in run.stdout
+    assert [line["step"] for line in lines] == list(range(1, saved + 1))
+    assert all(line["data/unmatched_span_rate"] == 0.0 for line in lines), "also of groups from before the restart"

@@ -111,6 +111,9 @@ def test_the_resumed_run_takes_the_remaining_steps(story: Story) -> None:
     assert checkpointed_step(story.run_dir) == STEPS
     assert story.api_status.queue_size == 0
     assert story.api_status.current_step == STEPS
+    summary = json.loads((story.run_dir / "summary.json").read_text())
+    assert summary["rewards"] == [line["reward/mean"] for line in story.metrics], "of both runs"
+    assert summary["reward_first"] == pytest.approx(sum(summary["rewards"][:2]) / 2)
 
 
 def test_every_batch_was_trained_once_and_nothing_is_left_to_train(story: Story) -> None:

@@ -176,14 +176,15 @@ class BatchJournal:
             )
         return body
 
-    def attach(self, entry: JournalEntry, name: str, content: bytes) -> None:
-        """Keep ``content`` beside the batch, as long as that; ``name`` is the file's ending. A power cut may lose it.
+    def attach(self, entry: JournalEntry, name: str, content: bytes, *, durable: bool = False) -> None:
+        """Keep ``content`` beside the batch, as long as that; ``name`` is the file's ending. Not ``durable``: a power
+        cut may lose it.
 
         Raises:
             CheckpointError: it cannot be written.
         """
         with self._lock:
-            self._write(entry.path.with_suffix(f".{name}"), content, durable=False)
+            self._write(entry.path.with_suffix(f".{name}"), content, durable=durable)
 
     def attachment(self, entry: JournalEntry, name: str) -> bytes | None:
         """What ``attach`` kept, or None when there is none (or it cannot be read: then the log says why)."""

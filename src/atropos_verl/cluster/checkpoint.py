@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from atropos_verl.cluster.feed import Slot
+from atropos_verl.cluster.slots import Slot
 from atropos_verl.data.statistics import RunningMoments
 from atropos_verl.errors import CheckpointError
 from atropos_verl.report.files import write_atomically

@@ -1,18 +1,20 @@
 """``TrajectoryFeed``: batches of the trajectory API, leased, validated and put into TransferQueue, slot by slot.
 
 It runs in a thread of the task runner. The trainer asks for slots; each is filled with one batch of the API, or with
-several where groups were too old to be trained on (``off_policy.max_staleness``). What a slot holds is acked when the
-trainer says that a step consumed it.
+several where groups were too old to be trained on (``off_policy.max_staleness``). What is above the size of a slot
+waits for the next one. A batch is acked when the trainer says that a step consumed it, or part of it: which groups that
+was, and in which step, is kept beside the journalled batch (``batch_N.parts.json``) until all of it is consumed.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -20,21 +22,24 @@ import numpy as np
 from atropos_verl.api.journal import JournalEntry
 from atropos_verl.api.leased_batches import HeldBatch, LeasedBatches
 from atropos_verl.api.wire import decode_batch
+from atropos_verl.cluster.slots import Collected, Member, Slot
 from atropos_verl.cluster.transfer import Rows, has_rollout_logprobs, make_rows, versions_of
 from atropos_verl.data import collect_samples
-from atropos_verl.data.advantages import SequenceAdvantage
 from atropos_verl.data.off_policy import staleness_metrics
 from atropos_verl.errors import AtroposHTTPStatusError, AtroposProtocolError, AtroposTimeoutError, DataError
-from atropos_verl.off_policy import BatchMatches, OffPolicyBook
+from atropos_verl.off_policy import OffPolicyBook
 from atropos_verl.report.quarantine import QuarantineStore
+from atropos_verl.rollout_flow import RolloutFlow
 from atropos_verl.types import QuarantinedGroup, SampleSettings, ScoredGroup, TrainingSample
 
-__all__ = ["FeedSettings", "Slot", "SlotStore", "TrajectoryFeed"]
+__all__ = ["FeedSettings", "SlotStore", "TrajectoryFeed"]
 
 logger = logging.getLogger(__name__)
 
 _MOST_LOST_BATCHES = 5
 """Answers of 500 to GET /batch in a row after which the API is taken to be broken."""
+_PARTS = "parts.json"
+"""Beside a batch: place of a group in it → step that consumed it."""
 
 
 class SlotStore(Protocol):
@@ -62,26 +67,6 @@ class FeedSettings:
     max_wait_time: float
 
 
-@dataclass
-class Slot:
-    """One batch on its way through a step."""
-
-    uid: str
-    global_steps: int
-    entries: list[JournalEntry] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    env_scores: dict[int, list[float]] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    """groups, sequences, quarantined, dropped_overlong, truncated, stale, surplus, untrained, trained_tokens."""
-    off_policy: dict[str, float | int | None] = field(default_factory=dict)
-    """Figures of the ledger's look-up, and of staleness."""
-    wait_seconds: float = 0.0
-    matches: BatchMatches = field(default_factory=list)
-
-    def add(self, name: str, number: int) -> None:
-        self.counts[name] = self.counts.get(name, 0) + number
-
-
 class TrajectoryFeed:
     """Fills slots in the order in which they were asked for.
 
@@ -90,6 +75,7 @@ class TrajectoryFeed:
         store: where rows go.
         book: who wrote what, by the gateway's ledger.
         served_version: the policy version that is being served now.
+        flow: is told how many batches are in hand.
         should_stop: called while waiting for a batch; what it raises ends the feed.
     """
 
@@ -102,6 +88,7 @@ class TrajectoryFeed:
         book: OffPolicyBook,
         *,
         served_version: Callable[[], int],
+        flow: RolloutFlow,
         should_stop: Callable[[], None] = lambda: None,
     ) -> None:
         self.settings = settings
@@ -112,8 +99,13 @@ class TrajectoryFeed:
         self.served_version = served_version
         self.failure: BaseException | None = None
         self.slots: dict[str, Slot] = {}
-        self.discarded: dict[str, int] = {}
-        """Of batches that held nothing to train on: what they held."""
+        self._flow = flow
+        self._carried: list[Member] = []
+        """Groups that were above the size of the last slot."""
+        self._parts: dict[int, dict[int, int]] = {}
+        """Of batches (by number in the journal) that are consumed in part: place of a group → step."""
+        self._lock = threading.Lock()
+        """Held where ``slots``, ``_carried`` and ``_parts`` are read or changed together."""
         self._early: list[HeldBatch] = []
         self._wanted: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
         self._settled: queue.SimpleQueue[tuple[list[JournalEntry], int]] = queue.SimpleQueue()
@@ -143,30 +135,46 @@ class TrajectoryFeed:
     def trained(self, uids: Sequence[str], step: int) -> list[Slot]:
         """Durably note that ``step`` consumed these slots. Returns them; ``acknowledge`` follows the weight sync."""
         # No longer among those that go back to the API when this ends, whether or not their ack gets through.
-        done = [self.slots.pop(uid) for uid in uids]
-        for slot in done:
-            for entry in slot.entries:
-                self.batches.trained(entry, step)
-            self.book.consumed(slot.matches)
+        with self._lock:
+            done = [self.slots.pop(uid) for uid in uids]
+            self._note_consumed(done, step)
         return done
+
+    def _note_consumed(self, done: Sequence[Slot], step: int) -> None:
+        entries = {entry.sequence: entry for slot in done for entry in slot.entries}
+        members = [member for slot in done for member in slot.members]
+        for number, entry in entries.items():
+            waits = any(member.entry.sequence == number for member in self._carried)
+            if waits or any(slot.holds(entry) for slot in self.slots.values()):
+                parts = self._parts.setdefault(number, {})
+                parts |= {member.index: step for member in members if member.entry.sequence == number}
+                self._keep_parts(entry, parts)
+            else:
+                self.batches.trained(entry, step)
+                self._parts.pop(number, None)
+        self.book.consumed([member.matches for member in members])
+
+    def _keep_parts(self, entry: JournalEntry, parts: dict[int, int]) -> None:
+        self.batches.journal.attach(entry, _PARTS, json.dumps(parts).encode(), durable=True)
 
     def acknowledge(self, slots: Sequence[Slot], covered_step: int = 0) -> None:
         """The API may forget these batches, and the journal those that steps up to ``covered_step`` consumed (a
         checkpoint holds their effect). Done by the feed's thread, which owns the connection."""
+        for _ in slots:
+            self._flow.done()
         self._settled.put(([entry for slot in slots for entry in slot.entries], covered_step))
         self._wake()
 
     def evicted(self, uids: set[str]) -> None:
         """verl dropped these slots as too old: nobody will train on them, and the API need not keep them."""
-        slots = [self.slots.pop(uid) for uid in uids if uid in self.slots]
-        for slot in slots:
-            logger.warning(
-                "a batch of %d sequences is left out: older than trainer.v1.sampler.max_off_policy_threshold",
-                slot.counts.get("sequences", 0),
-            )
-            for entry in slot.entries:
-                self.batches.trained(entry, slot.global_steps)
-            self.book.consumed(slot.matches)
+        with self._lock:
+            slots = [self.slots.pop(uid) for uid in uids if uid in self.slots]
+            for slot in slots:
+                logger.warning(
+                    "a batch of %d sequences is left out: older than trainer.v1.sampler.max_off_policy_threshold",
+                    slot.counts.get("sequences", 0),
+                )
+                self._note_consumed([slot], slot.global_steps)
         self.acknowledge(slots)
 
     def stop(self, timeout: float = 30.0) -> None:
@@ -205,12 +213,18 @@ class TrajectoryFeed:
             self.batches.discard_through(covered_step)
 
     def _give_back(self) -> None:
-        untrained = [entry for slot in self.slots.values() for entry in slot.entries]
-        for entry in [*untrained, *(held.entry for held in self._early)]:
+        with self._lock:
+            untrained = [entry for slot in self.slots.values() for entry in slot.entries]
+            untrained += [member.entry for member in self._carried]
+            untrained += [held.entry for held in self._early]
+            # What is consumed in part is this run's: the rest of it is trained on after a resume.
+            back = {entry.sequence: entry for entry in untrained if entry.sequence not in self._parts}
+            self.slots.clear()
+            self._carried.clear()
+            self._early.clear()
+        for entry in back.values():
             if entry.step is None:
                 self.batches.release(entry)
-        self.slots.clear()
-        self._early.clear()
 
     def _while_waiting(self) -> None:
         if self._stopping.is_set():
@@ -220,16 +234,29 @@ class TrajectoryFeed:
 
     def _fill(self, slot: Slot) -> None:
         self.store.running(slot.uid)
-        self.slots[slot.uid] = slot
         started = time.monotonic()
-        found = _Collected()
+        found = Collected()
+        with self._lock:
+            self.slots[slot.uid] = slot
+            members, self._carried = self._carried, []
+            slot.entries = _entries_of(members)
+        self._collect(members, slot, found)
+        is_next = False
         while found.sequences < self.settings.batch_size:
+            if is_next:
+                self._flow.done()  # not a batch in hand yet: what begins now may still become part of it
             held, is_replay = self._next()
-            slot.entries.append(held.entry)
-            self._collect(self._decode(held), held.entry, is_replay, slot, found)
-            if self.book.config.max_staleness is None and found.trained_sequences:
+            self._flow.fetched()
+            is_next = True
+            with self._lock:
+                slot.entries.append(held.entry)
+            self._collect(self._members(held, is_replay), slot, found)
+            if self.book.config.max_staleness is None and found.trained_sequences and not members:
                 break  # the API's batches are whole; a smaller one is trained as it is
-        found.trim(self.settings.batch_size, slot)
+        with self._lock:
+            self._carried = found.trim(self.settings.batch_size, slot)
+            later = {id(member) for member in self._carried}
+            slot.members = [member for member in slot.members if id(member) not in later]
         slot.wait_seconds = time.monotonic() - started
         served = self.served_version()
         slot.off_policy |= staleness_metrics(found.samples, served)
@@ -281,30 +308,52 @@ class TrajectoryFeed:
             self._put_away(QuarantinedGroup(group=group, reason=error.reason))
             return []
 
+    def _members(self, held: HeldBatch, is_replay: bool) -> list[Member]:
+        groups, entry, journal = self._decode(held), held.entry, self.batches.journal
+        matches = (self.book.recall if is_replay else self.book.look_up_and_keep)(groups, journal, entry)
+        consumed = self._consumed_before(entry) if is_replay else {}
+        return [
+            Member(entry, index, group, row)
+            for index, (group, row) in enumerate(zip(groups, matches, strict=True))
+            if index not in consumed
+        ]
+
+    def _consumed_before(self, entry: JournalEntry) -> dict[int, int]:
+        """Groups of a replayed batch that the checkpoint holds the effect of: place → step."""
+        content = self.batches.journal.attachment(entry, _PARTS)
+        if content is None:
+            return {}
+        noted = {int(index): int(step) for index, step in json.loads(content).items()}
+        covered = {index: step for index, step in noted.items() if step <= (self.book.resumed_at or 0)}
+        if covered != noted:
+            self._keep_parts(entry, covered)  # the others are taken again, in steps of another number
+        if covered:
+            with self._lock:
+                self._parts[entry.sequence] = dict(covered)
+        return covered
+
     def _put_away(self, bad: QuarantinedGroup) -> None:
         path = self.quarantine.put(bad)
         logger.warning("group quarantined: %s (%s)", bad.reason, path)
 
-    def _collect(
-        self, groups: list[ScoredGroup], entry: JournalEntry, is_replay: bool, slot: Slot, into: _Collected
-    ) -> None:
-        look_up = self.book.recall if is_replay else self.book.look_up_and_keep
-        matches = look_up(groups, self.batches.journal, entry)
-        slot.matches += matches
-        applied = self.book.apply(groups, matches, self.served_version())
-        slot.off_policy |= applied.figures
+    def _collect(self, members: Sequence[Member], slot: Slot, into: Collected) -> None:
+        """Make samples of groups, all of one batch or left over from one."""
+        slot.members += members
+        applied = self.book.apply([m.group for m in members], [m.matches for m in members], self.served_version())
+        if members:
+            slot.off_policy |= applied.figures
         slot.add("stale", applied.stale_groups)
         report, advantages = collect_samples(applied.groups, self.settings.samples)
         bad = {found.group.group_id for found in report.quarantined}
         for found in report.quarantined:
             self._put_away(found)
-        for group in applied.groups:
+        for group, place in zip(applied.groups, applied.kept, strict=True):
             if group.group_id in bad:
                 continue
-            members = [i for i, sample in enumerate(report.samples) if sample.group_id == group.group_id]
-            reason = self._refuses(report.samples, members)
+            rows = [i for i, sample in enumerate(report.samples) if sample.group_id == group.group_id]
+            reason = self._refuses(report.samples, rows)
             if reason is None:
-                into.add(group, [report.samples[i] for i in members], [advantages[i] for i in members])
+                into.add(group, [report.samples[i] for i in rows], [advantages[i] for i in rows], members[place])
             elif self.settings.samples.on_bad_group == "error":
                 raise DataError(reason)
             else:
@@ -314,8 +363,8 @@ class TrajectoryFeed:
         slot.add("dropped_overlong", report.dropped_overlong)
         slot.add("truncated", report.truncated)
 
-    def _refuses(self, samples: Sequence[TrainingSample], members: Sequence[int]) -> str | None:
-        for i in members:
+    def _refuses(self, samples: Sequence[TrainingSample], rows: Sequence[int]) -> str | None:
+        for i in rows:
             sample = samples[i]
             if sample.temperature != self.settings.temperature:
                 return (
@@ -330,44 +379,8 @@ class TrajectoryFeed:
         return None
 
 
-@dataclass
-class _Collected:
-    """Groups of one slot so far."""
-
-    samples: list[TrainingSample] = field(default_factory=list)
-    advantages: list[SequenceAdvantage] = field(default_factory=list)
-    groups: list[tuple[ScoredGroup, int]] = field(default_factory=list)
-    """Each with the number of its samples."""
-    sequences: int = 0
-    """As the environments sent them, overlong ones included."""
-
-    @property
-    def trained_sequences(self) -> int:
-        return sum(bool(sample.loss_mask.any()) for sample in self.samples)
-
-    @property
-    def group_sizes(self) -> dict[str, int]:
-        return {group.group_id: len(group) for group, _ in self.groups}
-
-    def add(self, group: ScoredGroup, samples: list[TrainingSample], advantages: list[SequenceAdvantage]) -> None:
-        self.groups.append((group, len(samples)))
-        self.sequences += len(group)
-        self.samples += samples
-        self.advantages += advantages
-
-    def trim(self, batch_size: int, slot: Slot) -> None:
-        """Leave out whole groups above ``batch_size`` sequences: verl would make a second optimiser step of them."""
-        while self.sequences > batch_size and len(self.groups) > 1:
-            group, count = self.groups.pop()
-            self.sequences -= len(group)
-            keep = len(self.samples) - count
-            del self.samples[keep:], self.advantages[keep:]
-            slot.add("surplus", 1)
-        for group, _ in self.groups:
-            slot.scores += [float(score) for score in group.scores]
-            if group.env_id is not None:
-                slot.env_scores.setdefault(group.env_id, []).extend(float(score) for score in group.scores)
-        slot.add("groups", len(self.groups))
+def _entries_of(members: Iterable[Member]) -> list[JournalEntry]:
+    return list({member.entry.sequence: member.entry for member in members}.values())
 
 
 class _StoppedError(Exception):

@@ -11,6 +11,7 @@ from atropos_verl.cluster.llm_engine import LLMServerEngine
 from atropos_verl.inference.gate import RequestGate
 from atropos_verl.inference.gateway import GatewayServer, create_app
 from atropos_verl.inference.ledger import Ledger
+from atropos_verl.inference.throttle import StalenessThrottle
 
 __all__ = ["ClusterGateway", "start_gateway"]
 
@@ -71,6 +72,7 @@ def start_gateway(
     port: int = 0,
     api_key: str | None = None,
     ledger: Ledger | None = None,
+    throttle: StalenessThrottle | None = None,
     request_timeout: float | None = 1200.0,
     start_timeout: float = 30.0,
 ) -> ClusterGateway:
@@ -83,6 +85,7 @@ def start_gateway(
         host, port: where to listen; port 0 takes a free one.
         api_key: bearer key; None: no key.
         ledger: is told which policy wrote which token of every answer.
+        throttle: holds new prompts back (``off_policy.on_stale=wait``).
         request_timeout: seconds a request may take in all, a held one included.
         start_timeout: seconds until ``/health`` must answer.
 
@@ -102,6 +105,7 @@ def start_gateway(
         tokenizer,
         gate=gate,
         ledger=ledger,
+        throttle=throttle,
         model_name=model_name or settings.model.path,
         api_key=api_key,
         request_timeout=request_timeout,

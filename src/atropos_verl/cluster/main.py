@@ -165,11 +165,13 @@ class _Command:
     def _prepare(self) -> None:
         from omegaconf import OmegaConf
 
+        from atropos_verl.doctor.model import check_vocabulary
         from atropos_verl.launch.private_files import write_private
         from atropos_verl.launch.startup import resolve_model_path
 
         run_dir = self.run.run_dir
         self.model_path = resolve_model_path(self.run.run)
+        check_vocabulary(self.run.run, self.model_path, "actor_rollout_ref.")
         if self.run.verl.trainer.resume_mode == "disable" and (run_dir / "metrics.jsonl").exists():
             raise ConfigError(f"{run_dir} already holds a run; choose another, or trainer.resume_mode=auto", "run_dir")
         try:
@@ -191,11 +193,14 @@ class _Command:
         verl = self.run.verl
         if self.run.is_attached:
             from atropos_verl.api.connection import make_client
+            from atropos_verl.launch.meaning import note_of_unused_keys
 
             assert self.run.settings.api_url is not None
             with make_client(self.run.run, self.run.settings.api_url) as client:
                 progress.phase(f"contacting the trajectory API at {self.run.settings.api_url}")
                 client.check()
+            if note := note_of_unused_keys(self.run.run, prefix="atropos."):
+                progress.note(note)
             self._start_launched_evaluations(progress)
             return
         from atropos_verl.launch.plan import env_script

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from atropos_verl.cluster.feed import Slot
+from atropos_verl.cluster.slots import Slot
 from atropos_verl.types import StepReport
 from atropos_verl.weight_sync import SyncReport
 

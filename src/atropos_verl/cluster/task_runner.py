@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from atropos_verl.cluster.board import BoardClient
-from atropos_verl.cluster.settings import ClusterRun, read_run
+from atropos_verl.cluster.settings import ClusterRun, parameter_sync_step, read_run
 
 __all__ = ["AtroposTaskRunner", "runner_class"]
 
@@ -70,6 +70,7 @@ class _Session:
         self.feed = self._start_feed()
         self.log = MetricsLog(self.run.run_dir / "metrics.jsonl")
         self.log.truncate_after(trainer.global_steps)
+        self.rewards = self.log.rewards()
         trainer.on_report = self._report
         trainer.on_stop = lambda: self.board.has_flag("stop")
         manager = AtroposAgentLoopManager.create(
@@ -83,6 +84,7 @@ class _Session:
         self.board.phase("rollout: waiting for a batch")
         stopped = ""
         if trainer.global_steps < trainer.total_training_steps:
+            self.flow.watch()
             try:
                 trainer.fit(manager)
             except StopRequestedError as error:
@@ -92,6 +94,8 @@ class _Session:
                 saved = trainer.save_what_was_trained()
                 self.board.put("saved", saved)
                 raise
+            finally:
+                self.flow.close()  # an evaluation may follow, which nobody may hold back
         self.board.put("trained", stopped)
         self.board.wait_for_flag("end")
         return self._summary(stopped)
@@ -104,6 +108,7 @@ class _Session:
     def _start_gateway(self, llm_client: Any) -> None:
         from atropos_verl.cluster.gateway import start_gateway
         from atropos_verl.inference.ledger import Ledger
+        from atropos_verl.rollout_flow import make_throttle
 
         self.board.phase("starting the inference gateway")
         settings = self.run.settings.gateway
@@ -111,6 +116,8 @@ class _Session:
         self.stack.callback(self.ledger.close)
         if known := self.ledger.persist(self.run.run_dir / "ledger", self._resumed_at):
             self.board.note(f"{known} completions of before the interruption are known: their groups may still come")
+        batch_size, batches = self.run.run.batch_size, parameter_sync_step(self.config)
+        self.throttle = make_throttle(self.run.settings.off_policy, self.ledger, batch_size, batches)
         self.gateway = start_gateway(
             llm_client,
             self.trainer.tokenizer,
@@ -118,6 +125,7 @@ class _Session:
             port=settings.port,
             api_key=settings.api_key,
             ledger=self.ledger,
+            throttle=self.throttle,
         )
         self.stack.callback(self.gateway.stop)
         self.board.put("gateway", settings.advertise_url or self.gateway.url)
@@ -131,6 +139,7 @@ class _Session:
         from atropos_verl.cluster.feed import TrajectoryFeed
         from atropos_verl.off_policy import OffPolicyBook
         from atropos_verl.report.quarantine import QuarantineStore
+        from atropos_verl.rollout_flow import RolloutFlow
 
         run, trainer = self.run, self.trainer
         assert run.settings.api_url is not None
@@ -139,6 +148,8 @@ class _Session:
         batches = LeasedBatches(client, BatchJournal(run.run_dir / "journal"))
         self.stack.callback(batches.close)
         pending = [] if self._resumed_at is None else batches.resume(self._resumed_at)
+        self.flow = RolloutFlow(self.throttle, client, run.run.group_size)
+        self.stack.callback(self.flow.close)
         settings = self._feed_settings()
         book = OffPolicyBook(run.settings.off_policy, self.ledger, settings.samples, trainer.tokenizer.decode)
         book.resumed_at = self._resumed_at
@@ -149,6 +160,7 @@ class _Session:
             TransferQueueStore(),
             book,
             served_version=lambda: trainer.served_version,
+            flow=self.flow,
         )
         feed.replay(pending)
         if pending:

@@ -35,11 +35,12 @@ from verl.utils import tensordict_utils as tu
 from atropos_verl.cluster.advantages import finish_batch
 from atropos_verl.cluster.checkpoint import ClusterState, load_state, save_state
 from atropos_verl.cluster.dataset import NoPrompts, prompt_loader
-from atropos_verl.cluster.feed import Slot, TrajectoryFeed
+from atropos_verl.cluster.feed import TrajectoryFeed
 from atropos_verl.cluster.gateway import ClusterGateway
 from atropos_verl.cluster.replay import AtroposReplayBuffer, AtroposReplayBufferAsync
 from atropos_verl.cluster.reports import cluster_step_report
 from atropos_verl.cluster.settings import ClusterRun, parameter_sync_step, read_run
+from atropos_verl.cluster.slots import Slot
 from atropos_verl.cluster.transfer import ADVANTAGES
 from atropos_verl.errors import TrainingDivergedError
 from atropos_verl.types import StepReport

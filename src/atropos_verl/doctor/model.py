@@ -33,11 +33,13 @@ def check_model(config: RunConfig, model_path: Path) -> list[Finding]:
     return findings
 
 
-def check_vocabulary(config: RunConfig, model_path: Path) -> None:
+def check_vocabulary(config: RunConfig, model_path: Path, prefix: str = "") -> None:
     """Raises ``ConfigError`` when the tokenizer has ids that the model has no embedding for.
 
     Cheap enough for the start of every run; without it the failure is an index error in the embedding, after the
     model was loaded, or (on a GPU) a device assert that names nothing.
+
+    ``prefix`` is what the backend has before its keys.
     """
     settings, problem = _read(model_path / "config.json")
     if problem:
@@ -46,7 +48,7 @@ def check_vocabulary(config: RunConfig, model_path: Path) -> None:
     finding = _check_vocabulary(settings, tokenizer_dir)
     if finding.status == "missing":
         key = "model.tokenizer_path" if config.model.tokenizer_path else "model.path"
-        raise ConfigError(f"{finding.found}; {finding.todo}", key)
+        raise ConfigError(f"{finding.found}; {finding.todo}", f"{prefix}{key}")
 
 
 def tokenizer_size(directory: Path) -> int | None:

@@ -42,6 +42,7 @@ class StalenessThrottle:
         ledger: knows what was generated before.
         batch_size: sequences that one optimiser step consumes.
         max_staleness: policy versions.
+        batches_per_version: batches that are trained on between two policy versions.
         linger: seconds after which a completion that has not shown up in the queue is not expected any more, at most.
     """
 
@@ -52,10 +53,12 @@ class StalenessThrottle:
         max_staleness: int,
         linger: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
+        batches_per_version: int = 1,
     ) -> None:
         self._ledger = ledger
         self._batch_size = batch_size
         self._bound = max_staleness
+        self._batches_per_version = batches_per_version
         self._linger = linger
         self._clock = clock
         self._lock = threading.Lock()
@@ -138,4 +141,5 @@ class StalenessThrottle:
         while self._finished and self._finished[0][0] < horizon:
             self._finished.popleft()
         under_way = self._generating + sum(count for _, count in self._finished)
-        return self._in_hand + (self._queued + under_way) // self._batch_size
+        ahead = self._in_hand + (self._queued + under_way) // self._batch_size
+        return ahead // self._batches_per_version

@@ -8,7 +8,7 @@ from atropos_verl.config import EnvConfig, EvalConfig, RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.launch_config import ApiProcessConfig, LaunchConfig
 
-__all__ = ["check_keys", "unused_when_attached"]
+__all__ = ["check_keys", "note_of_unused_keys", "unused_when_attached"]
 
 _USED = ("max_batches_offpolicy",)
 _EMBEDDED_ONLY = ("data_dir", "args")
@@ -20,11 +20,19 @@ def _changed(section: BaseModel, default: BaseModel) -> list[str]:
 
 
 def unused_when_attached(config: RunConfig) -> list[str]:
-    """Keys that are set and have no effect on a trainer whose API and environments run elsewhere."""
+    """Keys that are set and have no effect on a trainer whose API and environments run elsewhere. An evaluation that is
+    switched off is none either way."""
     names = [f"env.{name}" for name in _changed(config.env, EnvConfig())]
     if config.eval.commands_file is None:
-        names += [f"eval.{name}" for name in _changed(config.eval, EvalConfig())]
+        changed = _changed(config.eval, EvalConfig())
+        names += [f"eval.{name}" for name in changed if getattr(config.eval, name) is not False]
     return names
+
+
+def note_of_unused_keys(config: RunConfig, prefix: str = "") -> str:
+    """The same as a sentence for the user, or "". ``prefix`` is what the backend has before its keys."""
+    unused = ", ".join(f"{prefix}{name}" for name in unused_when_attached(config))
+    return unused and f"{unused}: not used, since atropos.api_url says that environments run elsewhere"
 
 
 def check_keys(config: RunConfig, launch: LaunchConfig, *, own_api: bool) -> list[str]:

@@ -99,7 +99,7 @@ def fit(
     log.truncate_after(trainer.step)
     extra = checkpoint_extra or dict
     saved_at = trainer.step
-    rewards: list[float] = []
+    rewards = log.rewards()
     idle = IdleShare()
     if not trainer.intake.is_registered:
         progress.phase("registering at the trajectory API")

@@ -140,7 +140,7 @@ class _Run:
 
     def _attached(self, listener: socket.socket, progress: ProgressReporter) -> int:
         from atropos_verl.api.connection import make_client
-        from atropos_verl.launch.meaning import unused_when_attached
+        from atropos_verl.launch.meaning import note_of_unused_keys
 
         assert self.config.atropos.api_url is not None
         # First of all, and before torch is imported: is there an API at all?
@@ -148,8 +148,8 @@ class _Run:
             progress.phase(f"contacting the trajectory API at {self.config.atropos.api_url}")
             client.check()
         evaluations = self._launched_evaluations(progress)
-        if unused := unused_when_attached(self.config):
-            progress.note(f"{', '.join(unused)}: not used, since atropos.api_url says that environments run elsewhere")
+        if note := note_of_unused_keys(self.config):
+            progress.note(note)
         try:
             if evaluations is not None and self._evaluates_before():
                 evaluations.start_evaluation("before")

@@ -20,6 +20,7 @@ from atropos_verl.inference.throttle import StalenessThrottle
 from atropos_verl.local.cores import share_cores
 from atropos_verl.local.engine import make_engine, placement_of
 from atropos_verl.local.worker import PolicyWorker, resolve_device
+from atropos_verl.rollout_flow import make_throttle
 from atropos_verl.types import TrainingSample
 from atropos_verl.weight_sync import AtroposShardingManager, Canary
 
@@ -103,7 +104,7 @@ class LocalStack:
         gate.pause(timeout=60.0)
         engine.release_memory_occupation()
         ledger = Ledger(config.off_policy.ledger_bytes)
-        throttle = _build_throttle(config, ledger)
+        throttle = make_throttle(config.off_policy, ledger, config.batch_size)
         app = create_app(
             engine,
             tokenizer,
@@ -129,13 +130,6 @@ class LocalStack:
             stack.callback(self.gateway.stop, timeout=10.0)
             # First: who waits at a shut gate is told at once, and the gateway has nobody left to wait for.
             stack.callback(self.engine.close)
-
-
-def _build_throttle(config: RunConfig, ledger: Ledger) -> StalenessThrottle | None:
-    bound = config.off_policy.max_staleness
-    if bound is None or config.off_policy.on_stale == "drop":
-        return None
-    return StalenessThrottle(ledger, config.batch_size, bound)
 
 
 def _build_canary(config: RunConfig, worker: PolicyWorker, engine: EmbeddedEngine, tokenizer: Any) -> Canary:

@@ -32,10 +32,10 @@ from atropos_verl.launch.startup import resolve_model_path
 from atropos_verl.local.intake import Intake
 from atropos_verl.local.interrupts import held_interrupts
 from atropos_verl.local.rollout_data import RolloutData, RunTotals, step_report
-from atropos_verl.local.rollout_flow import RolloutFlow
 from atropos_verl.local.stack import LocalStack, padded_rows
 from atropos_verl.off_policy import OffPolicyBook
 from atropos_verl.report.quarantine import QuarantineStore
+from atropos_verl.rollout_flow import RolloutFlow
 from atropos_verl.schedule import schedule_of
 from atropos_verl.types import QuarantinedGroup, SampleReport, ScoredGroup, StepReport
 

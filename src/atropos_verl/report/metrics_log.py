@@ -50,6 +50,13 @@ class MetricsLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
 
+    def rewards(self) -> list[float]:
+        """``reward/mean`` of every step so far that has one, earlier processes' included."""
+        if not self.path.exists():
+            return []
+        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        return [line["reward/mean"] for line in lines if isinstance(line.get("reward/mean"), float)]
+
     def truncate_after(self, step: int) -> None:
         """Remove the lines of steps above ``step`` (0: all), and what is no step at all, such as a line cut short.
 

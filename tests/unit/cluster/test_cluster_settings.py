@@ -12,6 +12,7 @@ import pytest
 from atropos_verl.cluster.main import main, validate_with_verl
 from atropos_verl.cluster.settings import complete_config, compose_config, read_run, with_environment
 from atropos_verl.errors import ConfigError
+from atropos_verl.launch.meaning import note_of_unused_keys
 
 CONFIG_DIR = Path(__file__).resolve().parents[3] / "recipe" / "atropos" / "config"
 SHIPPED = ["atropos_ray", *sorted(path.stem for path in CONFIG_DIR.glob("ray_*.yaml"))]
@@ -86,6 +87,13 @@ def test_separate_async_counts_one_api_batch_per_local_update() -> None:
         composed("trainer.v1.trainer_mode=separate_async", "trainer.v1.separate_async.parameter_sync_step=4")
     )
     assert run.run.batch_size == 8 // 4 * 8
+
+
+def test_keys_that_an_attached_run_does_not_use_are_those_that_somebody_set() -> None:
+    for words, expected in (([], ""), (["atropos.env.script=x.py"], "atropos.env.script: not used, since")):
+        run = read_run(composed("atropos.api_url=http://x", *words))
+        note = note_of_unused_keys(run.run, prefix="atropos.")
+        assert note.startswith(expected) and bool(note) == bool(expected)
 
 
 def test_configuration_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:

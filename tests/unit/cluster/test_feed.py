@@ -17,8 +17,11 @@ from atropos_verl.cluster.feed import FeedSettings, TrajectoryFeed
 from atropos_verl.cluster.transfer import Rows
 from atropos_verl.config import OffPolicyConfig
 from atropos_verl.errors import AtroposConnectionError, AtroposTimeoutError
+from atropos_verl.inference.ledger import Ledger
+from atropos_verl.inference.throttle import StalenessThrottle
 from atropos_verl.off_policy import OffPolicyBook
 from atropos_verl.report.quarantine import QuarantineStore
+from atropos_verl.rollout_flow import RolloutFlow
 from atropos_verl.types import SampleSettings
 
 WAIT = 10.0
@@ -103,15 +106,23 @@ class World:
             "max_wait_time": 1.0,
         }
         staleness = settings.pop("max_staleness", None)
+        self.resumed_at = settings.pop("resumed_at", None)
+        self.throttle = StalenessThrottle(Ledger(), 8, 1)
         chosen = FeedSettings(**{**values, **settings})
         self.feed = TrajectoryFeed(
             chosen,
             self.batches,  # type: ignore[arg-type]
             QuarantineStore(tmp_path / "quarantine"),
             self.store,
-            OffPolicyBook(OffPolicyConfig(max_staleness=staleness), None, chosen.samples),
+            self.book(staleness, chosen.samples),
             served_version=lambda: self.served,
+            flow=RolloutFlow(self.throttle, None, 4),
         )
+
+    def book(self, staleness: int | None, samples: SampleSettings) -> OffPolicyBook:
+        made = OffPolicyBook(OffPolicyConfig(max_staleness=staleness), None, samples)
+        made.resumed_at = self.resumed_at
+        return made
 
     def filled(self, uid: str, step: int = 1) -> Rows:
         self.feed.request(uid, step)
@@ -169,20 +180,95 @@ def test_a_batch_with_nothing_to_train_on_is_followed_by_the_next(made: Any) -> 
     assert world.batches.named("ack") == [1, 2]
 
 
-def test_stale_groups_are_left_out_and_the_slot_filled_from_the_next_batch(made: Any) -> None:
-    def of(version: int) -> dict[str, Any]:
-        return {"generation_params": {"policy_version": version}}
+def of(version: int) -> dict[str, Any]:
+    return {"generation_params": {"policy_version": version}}
 
+
+def test_stale_groups_are_left_out_and_the_slot_filled_from_the_next_batch(made: Any) -> None:
     world = made([[group(1, **of(2)), group(2, **of(3))], [group(3, **of(3)), group(4, **of(3))]], max_staleness=0)
     world.served = 3
     rows = world.filled("a")
     assert firsts(rows) == [2] * 4 + [3] * 4
     counts = world.feed.slots["a"].counts
-    assert (counts["stale"], counts["surplus"], counts["groups"]) == (1, 1, 2)
+    assert (counts["stale"], counts["carried"], counts["groups"]) == (1, 1, 2)
     assert {row.tag["min_global_steps"] for row in rows.rows} == {3}
     world.feed.acknowledge(world.feed.trained(["a"], 4))
     world.feed.stop()
     assert world.batches.named("ack") == [1, 2], "both batches that the slot was made of"
+    assert world.batches.named("trained") == [(1, 4)] and world.batches.named("release") == []
+
+
+def three_batches() -> list[list[dict[str, Any]]]:
+    """The first group is too old for version 3 and a bound of 1."""
+    return [[group(2 * n + 1, **of(1 if n == 0 else 3)), group(2 * n + 2, **of(3))] for n in range(3)]
+
+
+def test_what_is_above_the_size_of_a_slot_is_trained_on_in_the_next(made: Any) -> None:
+    world = made(three_batches(), max_staleness=1)
+    world.served = 3
+    assert firsts(world.filled("a")) == [2] * 4 + [3] * 4
+    world.feed.acknowledge(world.feed.trained(["a"], 4))
+    world.served = 4
+    assert firsts(world.filled("b")) == [4] * 4 + [5] * 4
+    counts = world.feed.slots["b"].counts
+    assert (counts["stale"], counts["carried"], counts["groups"]) == (0, 1, 2)
+    assert world.feed.slots["b"].scores == [0.0, 1.0, 2.0, 3.0] * 2
+    assert world.batches.named("trained") == [(1, 4)], "the second batch is not done with"
+    world.feed.acknowledge(world.feed.trained(["b"], 5))
+    world.feed.stop()
+    assert world.batches.named("trained") == [(1, 4), (2, 5)]
+    assert world.batches.named("release") == [], "of the third, a part is trained on"
+
+
+_AFTER = {
+    # (steps that were taken from 4 on, step of the checkpoint): groups of the slots after it
+    (1, 3): [[1, 2], [3, 4], [5, 6]],
+    (1, 4): [[4, 5], [6, 7]],
+    (2, 3): [[1, 2], [3, 4], [5, 6]],
+    (2, 4): [[4, 5], [6, 7]],
+    (2, 5): [[6, 7]],
+}
+
+
+@pytest.mark.parametrize(("steps", "checkpoint"), list(_AFTER))
+def test_a_resumed_run_takes_the_groups_that_its_checkpoint_does_not_hold(
+    tmp_path: Path, steps: int, checkpoint: int
+) -> None:
+    """Slots of groups 2 and 3, then of 4 and 5; 6 is left over. Then another process goes on from a checkpoint."""
+    world = World(tmp_path, three_batches(), max_staleness=1)
+    world.served = 3
+    world.feed.start()
+    for step in range(4, 4 + steps):
+        world.filled(f"s{step}")
+        world.feed.acknowledge(world.feed.trained([f"s{step}"], step))
+    world.feed.stop()
+    assert world.batches.named("release") == []
+    bodies = [*world.batches.bodies, [group(7, **of(3)), group(8, **of(3))]]
+    after = World(tmp_path, bodies, max_staleness=4, resumed_at=checkpoint)
+    after.served = checkpoint
+    pending = after.batches.journal.pending(checkpoint)
+    after.feed.replay([HeldBatch(after.batches.journal.read(entry), entry) for entry in pending])
+    after.feed.start()
+    expected = _AFTER[steps, checkpoint]
+    seen = [sorted(set(firsts(after.filled(f"r{number}")))) for number in range(len(expected))]
+    for number in range(len(expected)):
+        after.feed.acknowledge(after.feed.trained([f"r{number}"], checkpoint + 1 + number), checkpoint + 1 + number)
+    after.feed.stop()
+    assert seen == expected
+    left = [entry.sequence for entry in after.batches.journal.pending(checkpoint + len(expected))]
+    assert left == ([] if expected[-1][-1] == 6 else [4]), "of the last batch group 8 is to come"
+
+
+def test_the_throttle_counts_filled_slots(made: Any) -> None:
+    world = made(three_batches(), max_staleness=1)
+    world.served = 3
+    world.filled("a")
+    assert world.throttle.expected_staleness == 1, "what begins now is trained on after that slot"
+    world.feed.request("b", 5)
+    world.store.wait("b")
+    assert world.throttle.expected_staleness == 2
+    world.feed.acknowledge(world.feed.trained(["a", "b"], 4))
+    assert world.throttle.expected_staleness == 0
 
 
 def test_another_temperature_than_verls_is_refused_by_name(made: Any, tmp_path: Path) -> None:

@@ -188,11 +188,16 @@ def test_a_tokenizer_with_more_ids_than_the_model_embeds(model_dir: Path) -> Non
 
 def test_a_run_with_the_wrong_tokenizer_is_refused_before_torch_is_imported(model_dir: Path, tmp_path: Path) -> None:
     edit(model_dir / "config.json", vocab_size=100)
-    for program in (LAUNCH, LAUNCH.with_name("main_atropos.py")):
-        command = [sys.executable, str(program), f"model.path={model_dir}", f"run_dir={tmp_path / 'run'}"]
+    train = LAUNCH.with_name("main_atropos.py")
+    for program, words, key in (
+        (LAUNCH, [], "model.path"),
+        (train, [], "model.path"),
+        (train, ["backend=ray"], "actor_rollout_ref.model.path"),
+    ):
+        command = [sys.executable, str(program), *words, f"{key}={model_dir}", f"run_dir={tmp_path / 'run'}"]
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert answer.returncode == 2
-        assert "CONFIGURATION ERROR: model.path: the tokenizer of" in answer.stderr
+        assert f"CONFIGURATION ERROR: {key}: the tokenizer of" in answer.stderr
         assert not (tmp_path / "run").exists()
 
 

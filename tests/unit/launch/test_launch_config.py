@@ -206,8 +206,8 @@ def test_keys_of_an_api_that_is_not_started_are_named(tmp_path: Path) -> None:
 
 
 def test_a_trainer_attached_to_an_api_names_the_keys_it_does_not_use(tmp_path: Path) -> None:
-    config = RunConfig.from_mapping({"env": {"script": "x.py"}, "eval": {"before": False}})
-    assert unused_when_attached(config) == ["env.script", "eval.before"]
+    config = RunConfig.from_mapping({"env": {"script": "x.py"}, "eval": {"before": False, "timeout": 9}})
+    assert unused_when_attached(config) == ["env.script", "eval.timeout"]
     words = ["env.max_batches_offpolicy=2", "eval.before=false", "eval.after=false", f"run_dir={tmp_path}"]
     plan = build_plan(*load_launch(words, CONFIGS, "local_demo"))
     of_trainer = RunConfig.from_mapping(json.loads(trainer_settings_text(plan.config)))

@@ -92,3 +92,11 @@ def test_a_summary_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> 
     assert json.loads(path.read_text()) == {"steps": 1}
     with pytest.raises(FileNotFoundError):
         write_summary(tmp_path / "gone" / "summary.json", {})
+
+
+def test_rewards_of_a_run_are_those_of_every_process_of_it(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    assert log.rewards() == []
+    for step, reward in ((1, 0.25), (2, None), (3, 1.0)):
+        log.append(report(step, **{"reward/mean": reward}))
+    assert MetricsLog(log.path).rewards() == [0.25, 1.0]

@@ -6,24 +6,41 @@ import logging
 import threading
 
 from atropos_verl.api.client import AtroposClient
+from atropos_verl.config import OffPolicyConfig
 from atropos_verl.errors import AtroposAPIError
+from atropos_verl.inference.ledger import Ledger
 from atropos_verl.inference.throttle import StalenessThrottle
 
-__all__ = ["RolloutFlow"]
+__all__ = ["RolloutFlow", "make_throttle"]
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
 
 
+def make_throttle(
+    config: OffPolicyConfig, ledger: Ledger, batch_size: int, batches_per_version: int = 1
+) -> StalenessThrottle | None:
+    """What ``off_policy.on_stale=wait`` asks for; None with ``drop``.
+
+    Args:
+        batch_size: sequences of one batch of the API.
+        batches_per_version: batches that are trained on between two policy versions.
+    """
+    if config.max_staleness is None or config.on_stale == "drop":
+        return None
+    return StalenessThrottle(ledger, batch_size, config.max_staleness, batches_per_version=batches_per_version)
+
+
 class RolloutFlow:
     """Nothing is done without a throttle (``off_policy.on_stale=drop``).
 
     Args:
+        client: asked for the queue; needed with a throttle.
         group_size: sequences of one queued group.
     """
 
-    def __init__(self, throttle: StalenessThrottle | None, client: AtroposClient, group_size: int) -> None:
+    def __init__(self, throttle: StalenessThrottle | None, client: AtroposClient | None, group_size: int) -> None:
         self._throttle = throttle
         self._client = client
         self._group_size = group_size
@@ -58,7 +75,7 @@ class RolloutFlow:
             self._thread = None
 
     def _run(self) -> None:
-        assert self._throttle is not None
+        assert self._throttle is not None and self._client is not None
         while not self._stop.wait(_POLL_SECONDS):
             try:
                 self._throttle.queue_is(self._client.status().queue_size * self._group_size)
