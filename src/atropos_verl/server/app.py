@@ -94,9 +94,12 @@ class TrajectoryApi:
         headers = dict(scope["headers"])
         path, method, client = scope["path"], scope["method"], scope.get("client")
         self._hand_out.next_request(client)
+        connection = self.connections.get(client)
+        if connection is not None:
+            connection.done()
         extra = cors_headers(self.store.settings, headers)
         query = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1")))
-        request = Request(path, query, headers, lambda: read_body(receive, headers, self.store.settings))
+        request = Request(path, query, headers, lambda: read_body(receive, headers, self.store.settings), connection)
         try:
             refused = self._refused(method, path, headers, extra)
             if refused is None and (method, path) == ("GET", "/batch"):

@@ -25,7 +25,7 @@ Address = tuple[str, int]
 class Connection:
     """One client connection."""
 
-    __slots__ = ("lost", "pending", "reset", "since")
+    __slots__ = ("_when_done", "lost", "pending", "reset", "since")
 
     def __init__(self) -> None:
         self.lost = False
@@ -35,6 +35,17 @@ class Connection:
         """Lease id of the batch that was sent last, until it is known to have arrived."""
         self.since = 0.0
         """When it was sent (seconds since the epoch)."""
+        self._when_done: list[Callable[[], None]] = []
+
+    def when_done(self, action: Callable[[], None]) -> None:
+        """Call ``action`` when the client has done with the last answer: it closes the connection or uses it again."""
+        self._when_done.append(action)
+
+    def done(self) -> None:
+        """The client has done with the last answer."""
+        actions, self._when_done = self._when_done, []
+        for action in actions:
+            action()
 
 
 class Connections:
@@ -59,6 +70,7 @@ class Connections:
         if connection is not None:
             connection.lost = True
             connection.reset = error is not None
+            connection.done()
             self.on_lost(connection)
 
 

@@ -13,6 +13,8 @@ import msgspec
 
 from atropos_verl.server import metrics, status
 from atropos_verl.server.answers import Answer, json_answer, pack
+from atropos_verl.server.delivery import Connection
+from atropos_verl.server.fence import StatusFence
 from atropos_verl.server.model import AckRequest, EnvIdentifier, EnvRegistration, Registration, StoredGroup
 from atropos_verl.server.page import page
 from atropos_verl.server.store import Store
@@ -48,12 +50,19 @@ class Request:
     """One request: ``headers`` in lower case, ``body()`` reads and inflates the body."""
 
     def __init__(
-        self, path: str, query: Mapping[str, str], headers: Mapping[bytes, bytes], body: Callable[[], Awaitable[bytes]]
+        self,
+        path: str,
+        query: Mapping[str, str],
+        headers: Mapping[bytes, bytes],
+        body: Callable[[], Awaitable[bytes]],
+        connection: Connection | None = None,
     ) -> None:
         self.path = path
         self.query = query
         self.headers = headers
         self.body = body
+        self.connection = connection
+        """None under a server that does not tell of connections."""
 
     def header(self, name: str) -> str | None:
         found = self.headers.get(name.encode())
@@ -66,6 +75,7 @@ class Routes:
     def __init__(self, store: Store, counters: metrics.Counters) -> None:
         self._store = store
         self._counters = counters
+        self._fence = StatusFence()
         get, post = "GET", "POST"
         self.table: dict[tuple[str, str], Callable[[Request], Awaitable[Answer]]] = {
             (get, "/"): self.root,
@@ -159,7 +169,12 @@ class Routes:
         key, digest = _idempotency(request, body)
         known = self._store.replied(key, digest)
         if known is None:
-            known = self._accept([self._checked(body)], key, digest, self._single_reply)
+            groups = [self._checked(body)]
+            env_id = groups[0].env_id
+            await self._fence.before_accept(env_id)
+            known = self._accept(groups, key, digest, self._single_reply)
+            groups.clear()  # freed after the answer, not with this frame
+            self._fence.accepted(env_id, request.connection)
         await self._store.persistence.synced()
         return Answer(200, known)
 
@@ -169,7 +184,10 @@ class Routes:
         known = self._store.replied(key, digest)
         if known is None:
             groups = [self._checked(raw, index) for index, raw in enumerate(split_list(body))]
+            env_id = groups[0].env_id if groups else None  # one environment posts them
+            await self._fence.before_accept(env_id)
             known = self._accept(groups, key, digest, self._list_reply)
+            self._fence.accepted(env_id, request.connection)
         await self._store.persistence.synced()
         return Answer(200, known)
 
@@ -320,6 +338,7 @@ class Routes:
             text = f"env_id = {env_id} is not a registered environment; POST /register-env first"
             raise Refusal("unknown_env", text, "env_id", value=env_id)
         self._store.hear_env(env_id)
+        await self._fence.before_status(env_id, request.connection)
         self._store.batches.expire()
         return json_answer(status.env_status(self._store, known[env_id]))
 

@@ -35,7 +35,12 @@ _NUMBERS: tuple[tuple[str, type, float, str], ...] = (
     ("take-seconds", float, 0, "seconds from a batch's hand-out until it is ready to be trained on"),
     ("poll-delay", float, 0.3, "batch_retry_delay: seconds to the trainer's second look at the queue"),
     ("post-seconds", float, 0.005, "seconds that an environment is busy with posting one group"),
-    ("answer-seconds", float, 0.001, "seconds during which a group that was just posted is counted twice"),
+    (
+        "answer-seconds",
+        float,
+        0,
+        "seconds during which a posted group is counted twice: an upstream API's, about 0.001",
+    ),
     ("gpus", int, 128, "in sync mode they generate and train in turn"),
     ("generation-rate", float, 4000, "tokens per second of one GPU that generates, at full load"),
     ("sequence-rate", float, 80, "tokens per second of one sequence, at most"),

@@ -1,0 +1,101 @@
+"""Keeps ``/status-env`` true: what an environment learns of its queue fits what it knows of its own groups.
+
+atroposlib adds ``queue_size`` to the groups that it has under way and gives up the oldest ones when that is too many. A
+group whose post was answered is in the queue; the environment takes it off its own list when it has read the answer. If
+it reads an answer of ``/status-env`` at the same moment, the group counts twice, and another one, which has come
+furthest, is given up and begun again: the batch that lacks it comes a whole generation and scoring late.
+
+So, for each environment::
+
+    /status-env:   wait until it has done with the answers to its posts   ─▶  answer
+    its posts:     wait until it has done with the answer to /status-env  ─▶  accept
+
+It has done with an answer when it closes the connection (atroposlib opens one for each request) or uses it again.
+Nobody waits longer than ``PATIENCE`` seconds: then it is as if there were no fence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+from atropos_verl.server.delivery import Connection
+
+__all__ = ["PATIENCE", "StatusFence"]
+
+PATIENCE = 0.25
+"""Seconds. atroposlib takes a few milliseconds, more where its processor is busy."""
+
+
+class _Sides:
+    """Of one environment: answers that it has not done with yet."""
+
+    def __init__(self) -> None:
+        self.posts = _Open()
+        self.statuses = _Open()
+
+
+class _Open:
+    """A number of things that are open, and a wait until none is."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._none = asyncio.Event()
+        self._none.set()
+
+    def add(self) -> Callable[[], None]:
+        """One more. Returns what closes it; to close it again does nothing."""
+        self._count += 1
+        self._none.clear()
+        closed = False
+
+        def close() -> None:
+            nonlocal closed
+            if not closed:
+                closed = True
+                self._count -= 1
+                if not self._count:
+                    self._none.set()
+
+        return close
+
+    async def all_closed(self) -> None:
+        if self._count:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._none.wait(), PATIENCE)
+
+
+class StatusFence:
+    """Belongs to the event loop. A connection of None (a server that does not tell of them) passes at once."""
+
+    def __init__(self) -> None:
+        self._sides: dict[int, _Sides] = {}
+
+    async def before_accept(self, env_id: int | None) -> None:
+        """A group of this environment waits here before it is accepted."""
+        if env_id in self._sides:
+            await self._sides[env_id].statuses.all_closed()
+
+    def accepted(self, env_id: int | None, connection: Connection | None) -> None:
+        """Its post is answered now."""
+        if env_id is not None and connection is not None and not connection.lost:
+            _until_done(self._of(env_id).posts.add(), connection)
+
+    async def before_status(self, env_id: int, connection: Connection | None) -> None:
+        """Its question waits here; from now on its posts do, until it has the answer."""
+        if connection is None or connection.lost:
+            return
+        sides = self._of(env_id)
+        close = sides.statuses.add()
+        connection.when_done(close)
+        await sides.posts.all_closed()
+        asyncio.get_running_loop().call_later(PATIENCE, close)
+
+    def _of(self, env_id: int) -> _Sides:
+        return self._sides.setdefault(env_id, _Sides())
+
+
+def _until_done(close: Callable[[], None], connection: Connection) -> None:
+    connection.when_done(close)
+    asyncio.get_running_loop().call_later(PATIENCE, close)

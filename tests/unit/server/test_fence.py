@@ -1,0 +1,71 @@
+"""Who waits for whom between ``/status-env`` and the posts of one environment."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+
+from atropos_verl.server.delivery import Connection
+from atropos_verl.server.fence import PATIENCE, StatusFence
+
+
+async def _waits(action: Awaitable[None]) -> asyncio.Task[None]:
+    task = asyncio.ensure_future(action)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    return task
+
+
+def test_a_status_waits_until_the_answers_to_posts_were_read_and_holds_further_posts_back() -> None:
+    async def scenario() -> None:
+        fence, posts, asking = StatusFence(), [Connection(), Connection()], Connection()
+        for connection in posts:
+            await fence.before_accept(0)  # nobody has asked: at once
+            fence.accepted(0, connection)
+        status = await _waits(fence.before_status(0, asking))
+        further = await _waits(fence.before_accept(0))
+        posts[0].done()
+        await asyncio.sleep(0.01)
+        assert not status.done()
+        posts[1].done()
+        await asyncio.sleep(0.01)
+        assert status.done()  # it is answered now
+        assert not further.done()
+        await fence.before_accept(1)  # another environment
+        asking.done()  # the answer was read
+        await asyncio.sleep(0.01)
+        assert further.done()
+        await fence.before_accept(0)
+
+    asyncio.run(scenario())
+
+
+def test_nobody_waits_for_long_for_a_client_that_keeps_its_connection() -> None:
+    async def scenario() -> tuple[float, float]:
+        loop, fence = asyncio.get_running_loop(), StatusFence()
+        begin = loop.time()
+        fence.accepted(0, Connection())
+        await fence.before_status(0, Connection())
+        answered = loop.time()
+        await fence.before_accept(0)
+        accepted = loop.time()
+        await fence.before_accept(0)
+        await fence.before_status(0, None)
+        return answered - begin, accepted - answered
+
+    for waited in asyncio.run(scenario()):
+        assert 0.5 * PATIENCE < waited < 20 * PATIENCE
+
+
+def test_a_connection_that_is_lost_or_unknown_is_waited_for_by_nobody() -> None:
+    async def scenario() -> None:
+        fence, lost = StatusFence(), Connection()
+        lost.lost = True
+        fence.accepted(0, lost)
+        fence.accepted(0, None)
+        fence.accepted(None, Connection())
+        await asyncio.wait_for(fence.before_status(0, lost), PATIENCE / 2)
+        await asyncio.wait_for(fence.before_accept(0), PATIENCE / 2)
+        await asyncio.wait_for(fence.before_accept(None), PATIENCE / 2)
+
+    asyncio.run(scenario())
