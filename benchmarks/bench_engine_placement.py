@@ -2,9 +2,10 @@
 
     python benchmarks/bench_engine_placement.py [--seconds 6] [--rounds 3] [--batch 256] [--threads 1,2]
 
-A trainer makes optimiser steps of the demo model (verl's worker, ``--batch`` sequences a step) while an engine keeps 64
-sequences in generation. Every setting runs in turn in each round. ``duty`` below 1 lets the engine rest in between, as
-an environment that waits for tools does: generation is then busy for about that share of the time. Printed: medians of
+A trainer makes optimiser steps of the demo model (verl's worker, ``--batch`` sequences a step) while an engine
+(``TransformersEngine`` or ``ProcessEngine``), asked by a thread of the trainer's process, keeps 64 sequences in
+generation. Every setting runs in turn in each round. ``duty`` below 1 lets the engine rest in between, as an
+environment that waits for tools does: generation is then busy for about that share of the time. Printed: medians of
 seconds per training step and of generated tokens per second, and both as shares of what each does alone.
 """
 
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import threading
@@ -45,15 +45,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             key = f"trainer alone, {trainer_threads} threads"
             found.setdefault(key, []).append((_steps(train, trainer_threads, options.seconds), 0.0))
             for engine_threads in counts:
-                for name, place in (("thread", _in_thread), ("process", _in_process)):
-                    with place(engine_threads, options.duty) as tokens:
+                for name in ("thread", "process"):
+                    with _generating(name, engine_threads, options.duty) as tokens:
                         before, started = tokens(), time.perf_counter()
                         step = _steps(train, trainer_threads, options.seconds)
                         rate = (tokens() - before) / (time.perf_counter() - started)
                     key = f"{name}, trainer {trainer_threads} threads, engine {engine_threads}"
                     found.setdefault(key, []).append((step, rate))
         for engine_threads in counts:
-            with _in_process(engine_threads, options.duty) as tokens:
+            with _generating("process", engine_threads, options.duty) as tokens:
                 before = tokens()
                 time.sleep(options.seconds)
                 rate = (tokens() - before) / options.seconds
@@ -114,73 +114,48 @@ def _steps(train: Callable[[], None], threads: int, seconds: float) -> float:
     return statistics.median(times)
 
 
-def _generate(threads: int, duty: float, stop: Callable[[], bool], ready: Callable[[Any], None]) -> None:
-    import torch
-
+def _engine(name: str, threads: int) -> Any:
     from atropos_verl.assets import demo_model_path
-    from atropos_verl.inference.engine import GenerationRequest
+
+    if name == "process":
+        from atropos_verl.inference.process_engine.engine import ProcessEngine
+
+        return ProcessEngine(demo_model_path(), num_threads=threads).wait_ready()
     from atropos_verl.inference.transformers_engine import TransformersEngine
 
+    return TransformersEngine.from_pretrained(demo_model_path(), num_threads=threads)
+
+
+def _generate(engine: Any, duty: float, stop: Callable[[], bool]) -> None:
+    import torch
+
+    from atropos_verl.inference.engine import GenerationRequest
+
     generator = torch.Generator().manual_seed(0)
-    with TransformersEngine.from_pretrained(demo_model_path(), num_threads=threads) as engine:
-        ready(engine)
-        while not stop():
-            prompts = torch.randint(3, 60, (SEQUENCES // 8, PROMPT_TOKENS), generator=generator).tolist()
-            started = time.perf_counter()
-            engine.generate(
-                [
-                    GenerationRequest(prompt_token_ids=tuple(prompt), n=8, max_tokens=NEW_TOKENS, ignore_eos=True)
-                    for prompt in prompts
-                ]
-            )
-            time.sleep((time.perf_counter() - started) * (1 / duty - 1))
+    while not stop():
+        prompts = torch.randint(3, 60, (SEQUENCES // 8, PROMPT_TOKENS), generator=generator).tolist()
+        started = time.perf_counter()
+        engine.generate(
+            [
+                GenerationRequest(prompt_token_ids=tuple(prompt), n=8, max_tokens=NEW_TOKENS, ignore_eos=True)
+                for prompt in prompts
+            ]
+        )
+        time.sleep((time.perf_counter() - started) * (1 / duty - 1))
 
 
 @contextmanager
-def _in_thread(threads: int, duty: float) -> Iterator[Callable[[], float]]:
-    stop, up = threading.Event(), threading.Event()
-    engines: list[Any] = []
-
-    def ready(engine: Any) -> None:
-        engines.append(engine)
-        up.set()
-
-    thread = threading.Thread(target=_generate, args=(threads, duty, stop.is_set, ready))
-    thread.start()
-    up.wait()
-    try:
-        yield lambda: float(engines[0].stats().generated_tokens)
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _child(threads: int, duty: float, stop: Any, counter: Any) -> None:
-    def ready(engine: Any) -> None:
-        def report() -> None:
-            while not stop.is_set():
-                counter.value = float(engine.stats().generated_tokens)
-                time.sleep(0.05)
-
-        threading.Thread(target=report, daemon=True).start()
-        counter.value = 0.0
-
-    _generate(threads, duty, stop.is_set, ready)
-
-
-@contextmanager
-def _in_process(threads: int, duty: float) -> Iterator[Callable[[], float]]:
-    context = multiprocessing.get_context("spawn")
-    stop, counter = context.Event(), context.Value("d", -1.0)
-    process = context.Process(target=_child, args=(threads, duty, stop, counter))
-    process.start()
-    while counter.value < 0 and process.is_alive():
-        time.sleep(0.02)
-    try:
-        yield lambda: float(counter.value)
-    finally:
-        stop.set()
-        process.join()
+def _generating(name: str, threads: int, duty: float) -> Iterator[Callable[[], float]]:
+    """An engine that is asked by a thread of this process, as the gateway does. Yields how many tokens it has made."""
+    stop = threading.Event()
+    with _engine(name, threads) as engine:
+        thread = threading.Thread(target=_generate, args=(engine, duty, stop.is_set))
+        thread.start()
+        try:
+            yield lambda: float(engine.stats().generated_tokens)
+        finally:
+            stop.set()
+            thread.join()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ group takes (it sleeps, as slow tools and reward models on other machines do); `
 that generation and training take about equal time. Figures count from the end of step ``--skip`` on, by the times at
 which lines appear in ``metrics.jsonl``: groups per second, idle share (time the trainer waited for rollouts), reward of
 the last steps, held-out score after the same number of groups. ``ratio`` is the median over seeds of overlap's groups
-per second over sync's.
+per second over sync's. With ``--placement`` the two sides are an overlapped run with the engine in a thread of the
+trainer's process and one with the engine in a process of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ from pathlib import Path
 from typing import Any
 
 MAIN = Path(__file__).resolve().parents[1] / "recipe" / "atropos" / "main_atropos.py"
-MODES = ("sync", "overlap")
+SIDES: dict[str, tuple[str, ...]] = {"sync": ("mode=sync",), "overlap": ("mode=overlap",)}
+PLACEMENTS: dict[str, tuple[str, ...]] = {
+    "thread": ("mode=overlap", "inference.placement=thread"),
+    "process": ("mode=overlap", "inference.placement=process"),
+}
 
 
 def main() -> None:
@@ -33,6 +38,11 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=4, help="steps before the measurement: start-up, a full pipeline")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--latency", default="auto", help="seconds, or auto")
+    parser.add_argument(
+        "--placement",
+        action="store_true",
+        help="overlap with the engine in a thread and in a process, instead of sync against overlap",
+    )
     parser.add_argument("--no-eval", action="store_true", help="leave the held-out score out")
     parser.add_argument("words", nargs="*", help="further key=value words for both modes")
     options = parser.parse_args()
@@ -43,21 +53,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="atropos-verl-overlap-") as directory:
         root = Path(directory)
         latency = _calibrate(options, root) if options.latency == "auto" else float(options.latency)
-        runs: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
+        sides = PLACEMENTS if options.placement else SIDES
+        runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
         for number, seed in enumerate(options.seeds.split(",")):
-            for mode in MODES if number % 2 == 0 else reversed(MODES):
-                run = _run(options, root / f"{mode}-{seed}", mode, int(seed), latency, options.steps)
-                print(f"seed {seed} {mode}: {json.dumps(run)}", file=sys.stderr, flush=True)
-                runs[mode].append(run)
-    pairs = list(zip(runs["sync"], runs["overlap"], strict=True))
+            for side in sides if number % 2 == 0 else reversed(sides):
+                run = _run(options, root / f"{side}-{seed}", sides[side], int(seed), latency, options.steps)
+                print(f"seed {seed} {side}: {json.dumps(run)}", file=sys.stderr, flush=True)
+                runs[side].append(run)
+    first, second = runs.values()
+    pairs = list(zip(first, second, strict=True))
     return {
         "steps": options.steps,
         "batch_size": options.batch_size,
         "latency_seconds": round(latency, 3),
         "words": options.words,
         "medians": {
-            mode: {key: statistics.median(run[key] for run in found) for key in found[0]}
-            for mode, found in runs.items()
+            side: {key: statistics.median(run[key] for run in found) for key in found[0]}
+            for side, found in runs.items()
         },
         "ratio": statistics.median(b["groups_per_second"] / a["groups_per_second"] for a, b in pairs),
         "reward_difference": _differences(pairs, "reward_last"),
@@ -67,26 +79,26 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _differences(pairs: list[tuple[dict[str, float], dict[str, float]]], key: str) -> dict[str, float | None]:
-    """Overlap minus sync over seeds, beside how much seeds differ among themselves."""
+    """The second side minus the first over seeds, beside how much seeds differ among themselves."""
     differences = [b[key] - a[key] for a, b in pairs]
     several = len(pairs) > 1
     return {
         "mean": statistics.mean(differences),
         "standard_error": statistics.stdev(differences) / len(pairs) ** 0.5 if several else None,
-        "standard_deviation_of_sync": statistics.stdev(a[key] for a, _ in pairs) if several else None,
+        "standard_deviation_of_first": statistics.stdev(a[key] for a, _ in pairs) if several else None,
     }
 
 
 def _calibrate(options: argparse.Namespace, root: Path) -> float:
     """Seconds of latency that make generation take as long as training, when they take turns."""
-    run = _run(options, root / "calibration", "sync", 0, 0.0, 14, evaluate=False)
+    run = _run(options, root / "calibration", SIDES["sync"], 0, 0.0, 14, evaluate=False)
     return max(0.0, run["train_seconds"] + run["sync_seconds"] - run["rollout_seconds"])
 
 
 def _run(
     options: argparse.Namespace,
     run_dir: Path,
-    mode: str,
+    side: tuple[str, ...],
     seed: int,
     latency: float,
     steps: int,
@@ -94,7 +106,8 @@ def _run(
     evaluate: bool = True,
 ) -> dict[str, float]:
     words = [
-        *(f"mode={mode}", f"seed={seed}", f"steps={steps}", f"batch_size={options.batch_size}", "save_freq=-1"),
+        *side,
+        *(f"seed={seed}", f"steps={steps}", f"batch_size={options.batch_size}", "save_freq=-1"),
         *("eval.before=false", f"eval.after={str(evaluate and not options.no_eval).lower()}", f"run_dir={run_dir}"),
         # By default Atropos lets 8 groups be in the making; here a whole batch is asked for at once in both modes.
         f'env.args=["--env.latency","{latency}","--env.max_num_workers_per_node","{options.batch_size}"]',
@@ -112,7 +125,9 @@ def _run(
         process.terminate()
         process.wait()
     if process.returncode != 0 or len(seen) != steps:
-        raise SystemExit(f"{mode} run failed with code {process.returncode} after {len(seen)} steps; see {run_dir}")
+        raise SystemExit(
+            f"{' '.join(side)} run failed with code {process.returncode} after {len(seen)} steps; see {run_dir}"
+        )
     steady = [json.loads(line) for line in metrics.read_text().splitlines()][options.skip :]
     wall = seen[-1] - seen[options.skip - 1]
     summary = json.loads((run_dir / "summary.json").read_text())

@@ -13,6 +13,7 @@ import torch
 
 from atropos_verl.inference.engine import Generation, GenerationRequest
 from atropos_verl.inference.process_engine.engine import ProcessEngine
+from atropos_verl.inference.process_engine.process import EngineProcess
 from atropos_verl.inference.transformers_engine import TransformersEngine
 from support.tiny_model import build_tiny_tokenizer
 
@@ -86,7 +87,8 @@ def placed_engine(placement: str, model: Any, **settings: Any) -> Iterator[AnyEn
         build_tiny_tokenizer(directory)
         if dtype := settings.pop("dtype", None):
             settings["dtype"] = str(dtype).removeprefix("torch.")
-        with ProcessEngine(directory, log_path=Path(directory) / "engine.log", **settings) as engine:
+        process = EngineProcess(Path(directory) / "engine.log")
+        with ProcessEngine(directory, process=process, **settings) as engine:
             yield engine.wait_ready()
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from atropos_verl.config import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.inference.gate import RequestGate
+from atropos_verl.inference.process_engine.process import EngineProcess
 
 if TYPE_CHECKING:
     from atropos_verl.inference.process_engine.engine import ProcessEngine
@@ -15,9 +16,7 @@ if TYPE_CHECKING:
 
     EmbeddedEngine = TransformersEngine | ProcessEngine
 
-__all__ = ["make_engine", "placement_of"]
-
-_LOG = "engine.log"
+__all__ = ["make_engine", "placement_of", "start_early"]
 
 
 def placement_of(config: RunConfig, device: str) -> Literal["thread", "process"]:
@@ -37,14 +36,36 @@ def placement_of(config: RunConfig, device: str) -> Literal["thread", "process"]
     return asked or ("process" if config.is_overlapped else "thread")
 
 
+def start_early(config: RunConfig, run_dir: Path) -> EngineProcess | None:
+    """The engine's process, where the run will use one as far as can be said without torch: its imports then go on
+    beside the trainer's. Ended by ``LocalStack`` where it is not needed after all, and with this process in any case.
+    """
+    device = config.trainer.device
+    if device == "auto":
+        device = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+    return _new_process(run_dir) if placement_of(config, device) == "process" else None
+
+
+def _new_process(run_dir: Path) -> EngineProcess:
+    return EngineProcess(run_dir / "logs" / "engine.log")
+
+
 def make_engine(
-    config: RunConfig, model_path: Path, *, gate: RequestGate, device: str, num_threads: int | None, log_dir: Path
+    config: RunConfig,
+    model_path: Path,
+    run_dir: Path,
+    *,
+    gate: RequestGate,
+    device: str,
+    num_threads: int | None,
+    process: EngineProcess | None = None,
 ) -> EmbeddedEngine:
     """An engine that obeys ``gate``. One in a process is being started when this returns (``wait_ready``).
 
     Args:
+        run_dir: of an engine's process the output goes to ``logs/engine.log`` in it.
         num_threads: of torch in the engine; None: torch's default.
-        log_dir: where the output of an engine's process goes, ``engine.log``.
+        process: started early; used, or ended.
     """
     inference = config.inference
     # The trainer computes in this dtype whatever the checkpoint holds; logprobs must be of the same policy.
@@ -60,8 +81,10 @@ def make_engine(
     if placement_of(config, device) == "process":
         from atropos_verl.inference.process_engine.engine import ProcessEngine
 
-        log_dir.mkdir(parents=True, exist_ok=True)
-        return ProcessEngine(model_path, gate=gate, dtype=dtype, log_path=log_dir / _LOG, **settings)
+        process = process or _new_process(run_dir)
+        return ProcessEngine(model_path, gate=gate, dtype=dtype, process=process, **settings)
+    if process is not None:
+        process.end(0.0)
     import torch
 
     from atropos_verl.inference.transformers_engine import TransformersEngine

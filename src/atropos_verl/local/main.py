@@ -198,13 +198,18 @@ class _Run:
     def _build_trainer(
         self, config: RunConfig, intake: Intake | None, listener: socket.socket, progress: ProgressReporter
     ) -> AtroposTrainer:
+        from atropos_verl.local.engine import start_early
+
         progress.phase("loading the policy (verl)")
+        engine_process = start_early(config, self.run_dir)
         with paused_collection():
             from atropos_verl.local.trainer import AtroposTrainer
             from atropos_verl.local.worker import import_verl
 
             import_verl(config)
-        return AtroposTrainer(config, run_dir=self.run_dir, intake=intake, gateway_listener=listener)
+        return AtroposTrainer(
+            config, run_dir=self.run_dir, intake=intake, gateway_listener=listener, engine_process=engine_process
+        )
 
     def _saved_step(self) -> int:
         from atropos_verl.local.checkpoint import find_checkpoint, saved_state

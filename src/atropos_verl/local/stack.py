@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from atropos_verl.inference.gate import RequestGate
 from atropos_verl.inference.gateway import GatewayServer, create_app
 from atropos_verl.inference.ledger import Ledger
 from atropos_verl.inference.throttle import StalenessThrottle
-from atropos_verl.local.cores import share_cores
+from atropos_verl.local.cores import Threads, share_cores
 from atropos_verl.local.engine import make_engine, placement_of
 from atropos_verl.local.worker import PolicyWorker, resolve_device
 from atropos_verl.rollout_flow import make_throttle
@@ -27,6 +28,7 @@ from atropos_verl.weight_sync import AtroposShardingManager, Canary
 if TYPE_CHECKING:
     import torch
 
+    from atropos_verl.inference.process_engine.process import EngineProcess
     from atropos_verl.local.engine import EmbeddedEngine
 
 __all__ = ["LocalStack"]
@@ -62,11 +64,32 @@ class LocalStack:
 
     @classmethod
     def build(
-        cls, config: RunConfig, model_path: Path, *, log_dir: Path, gateway_listener: socket.socket | None = None
+        cls,
+        config: RunConfig,
+        model_path: Path,
+        *,
+        run_dir: Path,
+        gateway_listener: socket.socket | None = None,
+        engine_process: EngineProcess | None = None,
     ) -> LocalStack:
         """Load model and tokenizer, build engine and worker, start the gateway (gate closed, no weights yet)."""
         with ExitStack() as built:  # what was made before something failed is ended
-            made = cls._build(config, model_path, log_dir, gateway_listener, built)
+            gate = RequestGate()
+            device = resolve_device(config.trainer.device)
+            threads = share_cores(config, device)
+
+            def start_engine() -> EmbeddedEngine:
+                engine = make_engine(
+                    *(config, model_path, run_dir),
+                    gate=gate,
+                    device=device,
+                    num_threads=threads.engine,
+                    process=engine_process,
+                )
+                built.callback(engine.close)
+                return engine
+
+            made = cls._build(config, model_path, gate, start_engine, threads, gateway_listener, built)
             built.pop_all()
             return made
 
@@ -75,26 +98,17 @@ class LocalStack:
         cls,
         config: RunConfig,
         model_path: Path,
-        log_dir: Path,
+        gate: RequestGate,
+        start_engine: Callable[[], EmbeddedEngine],
+        threads: Threads,
         gateway_listener: socket.socket | None,
         built: ExitStack,
     ) -> LocalStack:
         import torch
         from transformers import AutoTokenizer
 
-        gate = RequestGate()
-        device = resolve_device(config.trainer.device)
-        threads = share_cores(config, device)
-
-        def start_engine() -> EmbeddedEngine:
-            engine = make_engine(
-                config, model_path, gate=gate, device=device, num_threads=threads.engine, log_dir=log_dir
-            )
-            built.callback(engine.close)
-            return engine
-
         # A process of its own loads while the trainer does here; in this process one comes after the other.
-        early = start_engine() if placement_of(config, device) == "process" else None
+        early = start_engine() if placement_of(config, resolve_device(config.trainer.device)) == "process" else None
         worker = PolicyWorker(config, model_path)
         built.callback(worker.close)
         tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer_path or str(model_path))

@@ -42,6 +42,7 @@ from atropos_verl.types import QuarantinedGroup, SampleReport, ScoredGroup, Step
 if TYPE_CHECKING:
     import torch
 
+    from atropos_verl.inference.process_engine.process import EngineProcess
     from atropos_verl.local.selfplay import RewardFunction
 
 __all__ = ["AtroposTrainer", "RolloutData", "RunTotals"]
@@ -60,6 +61,7 @@ class AtroposTrainer:
         client: an ``AtroposClient`` to use instead of one made from the configuration.
         intake: client, journal and registration, where the run has them already; the trainer closes it.
         gateway_listener: a socket that listens already, where the gateway is to serve.
+        engine_process: where the engine is to run, started already (``local.engine.start_early``).
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class AtroposTrainer:
         run_dir: Path | None = None,
         intake: Intake | None = None,
         gateway_listener: socket.socket | None = None,
+        engine_process: EngineProcess | None = None,
     ) -> None:
         self.config = config
         self.reward_fn = reward_fn
@@ -87,7 +90,10 @@ class AtroposTrainer:
         self.batches = self.intake.batches
         self.quarantine = QuarantineStore(self.run_dir / "quarantine")
         self.stack = LocalStack.build(
-            config, self.model_path, log_dir=self.run_dir / "logs", gateway_listener=gateway_listener
+            *(config, self.model_path),
+            run_dir=self.run_dir,
+            gateway_listener=gateway_listener,
+            engine_process=engine_process,
         )
         self.flow = RolloutFlow(self.stack.throttle, self.client, config.group_size)
         self._early: deque[RolloutData] = deque()

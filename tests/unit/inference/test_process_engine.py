@@ -34,6 +34,7 @@ from support.tiny_model import build_tiny_model
 from atropos_verl.errors import EngineError, EngineStoppedError
 from atropos_verl.inference.gate import RequestGate
 from atropos_verl.inference.process_engine.engine import ProcessEngine
+from atropos_verl.inference.process_engine.process import EngineProcess, anonymous_file
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,6 @@ def test_tied_weights_buffers_and_other_dtypes_have_their_places() -> None:
     from atropos_verl.inference.process_engine.shared_weights import (
         SharedBuffer,
         SharedWeightStore,
-        anonymous_file,
         plan,
         store_over,
     )
@@ -181,7 +181,7 @@ def test_signals_of_a_terminal_are_the_trainers_business(engine: ProcessEngine) 
 async def test_a_killed_process_fails_what_waits_at_once_and_says_where_to_look(tmp_path: Path) -> None:
     log = tmp_path / "engine.log"
     gate = RequestGate()
-    engine = ProcessEngine(build_tiny_model(tmp_path / "model"), gate=gate, log_path=log).wait_ready()
+    engine = ProcessEngine(build_tiny_model(tmp_path / "model"), gate=gate, process=EngineProcess(log)).wait_ready()
     try:
         running = asyncio.create_task(engine.agenerate(request((1, 2), max_tokens=2000, ignore_eos=True)))
         stream = engine.astream(request((1, 2), max_tokens=2000, ignore_eos=True))
@@ -238,7 +238,7 @@ def test_what_cannot_be_loaded_is_said_as_in_a_thread(tmp_path: Path) -> None:
         placed_engine("process", sliding),
     ):
         pytest.fail("a context beyond the window was accepted")
-    with ProcessEngine(tmp_path / "nothing", log_path=tmp_path / "log") as engine:
+    with ProcessEngine(tmp_path / "nothing", process=EngineProcess(tmp_path / "log")) as engine:
         with pytest.raises(EngineError, match="nothing"):
             engine.wait_ready()
         with pytest.raises(EngineError):
@@ -252,6 +252,7 @@ def test_it_ends_when_the_process_that_started_it_is_killed(tmp_path: Path) -> N
 import sys, time
 from atropos_verl.inference.engine import GenerationRequest
 from atropos_verl.inference.process_engine.engine import ProcessEngine
+from atropos_verl.inference.process_engine.process import EngineProcess, anonymous_file
 engine = ProcessEngine(sys.argv[1])
 print(engine.pid, flush=True)
 engine.wait_ready()

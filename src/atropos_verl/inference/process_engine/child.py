@@ -26,6 +26,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from atropos_verl.errors import EngineStoppedError
+from atropos_verl.imports import paused_collection
 from atropos_verl.inference.process_engine import messages as wire
 
 if TYPE_CHECKING:
@@ -88,6 +89,11 @@ class _Server:
     # -- the main thread ---------------------------------------------------------------------------------------------
 
     def serve(self) -> None:
+        with paused_collection():  # before it is known what to load
+            import torch  # noqa: F401
+            from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+            from atropos_verl.inference.process_engine import shared_engine  # noqa: F401
         start = self._commands.get()
         assert isinstance(start, wire.Start)
         try:

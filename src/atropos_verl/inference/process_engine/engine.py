@@ -54,16 +54,16 @@ class _Answer:
 class ProcessEngine(EngineFront[_Answer]):
     """``InferenceEngine`` over a ``TransformersEngine`` in another process. Safe for many threads and loops.
 
-    The process is started at once and loads the model while the caller does something else; whatever needs it waits,
-    and so does ``wait_ready``. Weights lie twice in memory that both processes share: one buffer generates, and new
-    weights are copied straight into the other. On a CPU of this machine only.
+    The process loads the model while the caller does something else; whatever needs it waits. Its log records become
+    this process's. Weights lie twice in memory that both processes share: one buffer generates, and new weights are
+    copied straight into the other. On a CPU of this machine only.
 
     Args:
         path: a Hugging Face directory with model and tokenizer.
         gate: paused by the trainer around a weight sync; None: a gate of its own.
         dtype: as torch names it (``"float32"``, ``"bfloat16"``); None: the checkpoint's.
         num_threads: of torch in the engine's process; None: torch's default.
-        log_path: where the process's own output goes; None: where this process's goes. Its log records come here.
+        process: started before; None: one is started now.
         start_timeout: seconds until the model must be loaded.
         wait_timeout: seconds to wait for a token boundary.
         settings: as ``TransformersEngine``'s.
@@ -76,7 +76,7 @@ class ProcessEngine(EngineFront[_Answer]):
         gate: RequestGate | None = None,
         dtype: str | None = None,
         num_threads: int | None = None,
-        log_path: Path | None = None,
+        process: EngineProcess | None = None,
         start_timeout: float = 600.0,
         wait_timeout: float = 300.0,
         **settings: Any,
@@ -96,7 +96,7 @@ class ProcessEngine(EngineFront[_Answer]):
         self._staged = False
         self._buffers: list[SharedBuffer] = []
         self._stores: list[WeightStore] = []
-        self._process = EngineProcess(log_path)
+        self._process = process or EngineProcess()
         self._channel = self._process.channel
         self._thread = threading.Thread(target=self._read, name="atropos-verl-engine-replies", daemon=True)
         self._thread.start()

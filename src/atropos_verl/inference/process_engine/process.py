@@ -1,4 +1,4 @@
-"""The engine's process itself: started, ended, and what is said when it ended by itself."""
+"""The engine's process itself: started, ended, and what is said when it ended by itself. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,25 +9,36 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from atropos_verl.inference.process_engine.messages import Channel, Reply
-from atropos_verl.inference.process_engine.shared_weights import anonymous_file
 
-__all__ = ["EngineProcess"]
+__all__ = ["EngineProcess", "anonymous_file"]
 
 _CHILD = "atropos_verl.inference.process_engine.child"
 _LOG_LINES = 8
 
 
+def anonymous_file(name: str) -> int:
+    """A descriptor of an empty file without a name; the caller closes it."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create(name)
+    with tempfile.TemporaryFile() as file:  # outside Linux
+        return os.dup(file.fileno())
+
+
 class EngineProcess:
-    """A child that ends when the other end of its socket does.
+    """A child that ends when the other end of its socket does. It imports what it needs and waits for a
+    ``ProcessEngine``.
 
     Args:
         log_path: where its output goes; None: where this process's goes.
     """
 
-    def __init__(self, log_path: Path | None) -> None:
+    def __init__(self, log_path: Path | None = None) -> None:
+        if log_path is not None:
+            log_path.parent.mkdir(parents=True, exist_ok=True)
         self._log_path = log_path
         ours, theirs = socket.socketpair()
         self.buffers = [anonymous_file(f"atropos-verl-weights-{i}") for i in range(2)]

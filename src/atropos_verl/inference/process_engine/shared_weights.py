@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,18 +16,10 @@ import torch
 from atropos_verl.inference.engine_weights import WeightStore, tensors_of
 from atropos_verl.inference.process_engine.messages import TensorPlace
 
-__all__ = ["SharedBuffer", "SharedWeightStore", "anonymous_file", "plan", "store_over"]
+__all__ = ["SharedBuffer", "SharedWeightStore", "plan", "store_over"]
 
 _ALIGNMENT = 64
 """Bytes: what torch's own allocator gives, so that kernels take the same paths."""
-
-
-def anonymous_file(name: str) -> int:
-    """A descriptor of an empty file without a name; the caller closes it."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create(name)
-    with tempfile.TemporaryFile() as file:  # outside Linux
-        return os.dup(file.fileno())
 
 
 def plan(model: torch.nn.Module) -> tuple[list[TensorPlace], int]:
