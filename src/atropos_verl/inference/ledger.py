@@ -123,11 +123,11 @@ class Ledger:
         temperature = temperature if temperature > 0 else 1.0
         with self._lock:
             self._requests += 1
-            is_new = key not in self._prompts
+            before = self._prompts.get(key)
             node = self._node(key, prompt.tobytes())
             records = [self._make(node, ids, generation, temperature) for ids, generation in made]
             if self._log is not None:
-                self._log.request(self._requests, key, node.ids, temperature, records, new_prompt=is_new)
+                self._log.request(self._requests, key, node.ids, temperature, records, new_prompt=node is not before)
             for record in records:
                 self._add(record)
                 self._recorded_tokens += record.length

@@ -244,3 +244,15 @@ def _fill_up(directory: Path) -> int:
         known = all(one(ledger, PROMPT, [number, 2]).unmatched_spans == 0 for number in range(200))
     said = [message for message in messages if "After a restart nobody will know" in message]
     return 0 if known and len(said) == 1 and str(directory) in said[0] else 2
+
+
+def test_two_prompts_of_one_hash_are_not_confused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "atropos_verl.inference.ledger.prefix_hashes", lambda ids, offset=0: np.zeros(len(ids) + 1, dtype=np.uint64)
+    )
+    with process(tmp_path, None) as ledger:
+        ledger.record((1, 2, 3), [wrote([8], 3)])
+        ledger.record((4, 5, 6), [wrote([9], 4)])
+    with process(tmp_path, 4) as after:
+        assert versions(one(after, (4, 5, 6), [9]))[3:] == [4]
+        assert one(after, (1, 2, 3), [9]).unmatched_spans == 1
