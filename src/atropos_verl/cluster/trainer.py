@@ -39,6 +39,7 @@ from atropos_verl.cluster.feed import TrajectoryFeed
 from atropos_verl.cluster.gateway import ClusterGateway
 from atropos_verl.cluster.replay import AtroposReplayBuffer, AtroposReplayBufferAsync
 from atropos_verl.cluster.reports import cluster_step_report
+from atropos_verl.cluster.rollout_phase import ModeGate, Replicas
 from atropos_verl.cluster.settings import ClusterRun, parameter_sync_step, read_run
 from atropos_verl.cluster.slots import Slot
 from atropos_verl.cluster.transfer import ADVANTAGES
@@ -53,24 +54,6 @@ logger = logging.getLogger(__name__)
 _PARTITION = "train"
 _DRAIN_SECONDS = 600.0
 _STOP_LOOK_SECONDS = 0.5
-
-
-class _Replicas:
-    """verl's rollout replicas as the engine of ``AtroposShardingManager``; verl's own hooks do the work."""
-
-    def __init__(self, sync: Callable[[], Any], release: Callable[[], Any]) -> None:
-        self._sync, self._release = sync, release
-
-    def update_weights_from_tensor(self, named_tensors: Any) -> None:
-        """verl moves the tensors between its workers and replicas itself, and wakes the replicas for it."""
-        del named_tensors
-        self._sync()
-
-    def resume_memory_occupation(self) -> None:
-        """Part of verl's weight update."""
-
-    def release_memory_occupation(self) -> None:
-        self._release()
 
 
 class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
@@ -98,7 +81,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         self._grad_norm = self._loss = 0.0
         super().__init__(config)
         self.sharding_manager = AtroposShardingManager(
-            _Replicas(self._verl_sync, self._verl_release), self, gate=_ModeGate(self), pause_timeout=_DRAIN_SECONDS
+            Replicas(self._verl_sync, self._verl_release), self, gate=ModeGate(self), pause_timeout=_DRAIN_SECONDS
         )
 
     def attach(self, feed: TrajectoryFeed, gateway: ClusterGateway) -> None:
@@ -332,21 +315,6 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
             folder = self.config.trainer.resume_from_path if self.config.trainer.resume_mode == "resume_path" else None
             directory = Path(folder) if folder else self.checkpoint_root / f"global_step_{self.global_steps}"
             self.state = load_state(directory)
-
-
-class _ModeGate:
-    """The gateway's gate, shut as the trainer's mode wants it: after the requests in flight, or at once."""
-
-    def __init__(self, trainer: _AtroposTrainer) -> None:
-        self._trainer = trainer
-
-    def pause(self, timeout: float) -> None:
-        if self._trainer.gateway is not None:
-            self._trainer.gateway.hold(drain=self._trainer.drains, timeout=timeout)
-
-    def resume(self) -> None:
-        if self._trainer.gateway is not None:
-            self._trainer.gateway.release(self._trainer.policy_version)
 
 
 class StopRequestedError(Exception):
