@@ -89,6 +89,25 @@ def test_a_large_batch_arrives_whole_in_both_wires(server: TrajectoryServer) -> 
             assert [row.tolist() for row in found[3].token_ids] == tokens
 
 
+@pytest.mark.parametrize("encoding", ["zstd", "gzip"])
+def test_a_large_batch_arrives_whole_when_compressed(encoding: str) -> None:
+    tokens = [[i * 7 % 50_000 for i in range(4096)] for _ in range(16)]
+    body = json.dumps({"tokens": tokens, "masks": tokens, "scores": [0.5] * 16}).encode()
+    with (
+        TrajectoryServer(ServerSettings(compression="always")) as server,
+        httpx.Client(base_url=server.url, timeout=60.0, headers={"Accept-Encoding": encoding}) as client,
+    ):
+        client.post("/register", json=registration(64))
+        for _ in range(4):
+            client.post("/scored_data", content=body)
+        for accept in ("application/json", "application/vnd.atropos+packed"):
+            answer = client.get("/batch", headers={"Accept": accept, "X-Atropos-Lease": "60"})
+            assert answer.headers["content-encoding"] == encoding
+            found = decode_batch(answer.content)
+            assert [row.tolist() for row in found[3].token_ids] == tokens
+            client.post("/batch/release", json={"lease_id": answer.headers["X-Atropos-Lease-Id"]})
+
+
 # --- long bodies -----------------------------------------------------------------------------------------------------
 
 

@@ -17,8 +17,9 @@ from typing import Any
 
 import httpx
 
+from atropos_verl.api.answers import answered_object, holds_batch, integers
 from atropos_verl.api.checks import at_least, check_headers, check_trust, check_url, is_this_machine, without_password
-from atropos_verl.api.exchange import Answer, Call, ExchangeError, exchange, not_atropos, what_is_lost
+from atropos_verl.api.exchange import Answer, Call, ExchangeError, exchange, not_atropos
 from atropos_verl.api.messages import (
     ApiInfo,
     ApiStatus,
@@ -30,7 +31,7 @@ from atropos_verl.api.messages import (
     TrainerRegistration,
     WandbInfo,
 )
-from atropos_verl.api.packed import MAGIC, MEDIA_TYPE
+from atropos_verl.api.packed import MEDIA_TYPE
 from atropos_verl.api.retry import RetryPolicy, Rule, pause
 from atropos_verl.errors import AtroposAPIError, AtroposProtocolError, AtroposTimeoutError, ConfigError
 
@@ -49,8 +50,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_SMALL_BODY = 4096
-"""Bytes. Answers without a batch are shorter; longer ones are left to ``decode_batch``, after they were journalled."""
 _LEASE_ID = "X-Atropos-Lease-Id"
 _EARLIER_LEASE_IDS = "X-Atropos-Earlier-Lease-Ids"
 _LAST_CONNECT_SECONDS = 1.0
@@ -156,26 +155,26 @@ class AtroposClient:
 
     def status(self) -> ApiStatus:
         call = self._call("GET", "/status")
-        fields = self._object(call, self._send(call, Rule.FREELY))
+        fields = answered_object(call, self._send(call, Rule.FREELY))
         environments = fields.get("environments")
-        step, queue_size = _integers(call, fields, "current_step", "queue_size")
+        step, queue_size = integers(call, fields, "current_step", "queue_size")
         return ApiStatus(step, queue_size, environments if isinstance(environments, int) else 0)
 
     def info(self) -> ApiInfo:
         call = self._call("GET", "/info")
-        fields = self._object(call, self._send(call, Rule.FREELY))
-        return ApiInfo(*_integers(call, fields, "batch_size", "max_token_len"))
+        fields = answered_object(call, self._send(call, Rule.FREELY))
+        return ApiInfo(*integers(call, fields, "batch_size", "max_token_len"))
 
     def wandb_info(self) -> WandbInfo:
         call = self._call("GET", "/wandb_info")
-        fields = self._object(call, self._send(call, Rule.FREELY))
+        fields = answered_object(call, self._send(call, Rule.FREELY))
         return WandbInfo(group=fields.get("group"), project=fields.get("project"))
 
     def status_env(self, env_id: int) -> EnvStatus:
         """An environment's view of the queue. Upstream answers HTTP 500 for an environment it does not know."""
         call = self._call("GET", "/status-env", _json({"env_id": env_id}))
-        fields = self._object(call, self._send(call, Rule.FREELY))
-        step, queue_size = _integers(call, fields, "current_step", "queue_size")
+        fields = answered_object(call, self._send(call, Rule.FREELY))
+        step, queue_size = integers(call, fields, "current_step", "queue_size")
         known = {name: fields[name] for name in EnvStatus.__dataclass_fields__ if name in fields}
         return EnvStatus(**{"env_weight": 0.0, **known, "current_step": step, "queue_size": queue_size})
 
@@ -188,7 +187,7 @@ class AtroposClient:
         environments register only after a ``GET /batch``.
         """
         call = self._call("POST", "/register", _json(asdict(registration)))
-        fields = self._object(call, self._send(call, Rule.UNSENT))
+        fields = answered_object(call, self._send(call, Rule.UNSENT))
         if fields.get("uuid") is None:
             raise not_atropos(call, f"{call.name} gave no uuid")
         self.features = frozenset(map(str, fields.get("features") or ()))
@@ -197,9 +196,9 @@ class AtroposClient:
     def register_env(self, registration: EnvRegistration) -> EnvRegistrationResult:
         """Register an environment. The result is ``waiting`` until a trainer has registered and asked for a batch."""
         call = self._call("POST", "/register-env", _json(asdict(registration)))
-        fields = self._object(call, self._send(call, Rule.UNSENT))
+        fields = answered_object(call, self._send(call, Rule.UNSENT))
         if fields.get("status") == "success":
-            _integers(call, fields, "env_id")
+            integers(call, fields, "env_id")
         elif not str(fields.get("status", "")).startswith("wait"):
             raise not_atropos(call, f"{call.name} gave the status {fields.get('status')!r}")
         known = {name: fields[name] for name in EnvRegistrationResult.__dataclass_fields__ if name in fields}
@@ -215,7 +214,7 @@ class AtroposClient:
         if env_id < 0:
             raise ConfigError(f"{env_id} must not be negative", "env_id")
         call = self._call("POST", "/disconnect-env", _json({"env_id": env_id}))
-        self._object(call, self._send(call, Rule.UNSENT))
+        answered_object(call, self._send(call, Rule.UNSENT))
 
     def reset_data(self) -> None:
         """Destructive: the API forgets registrations, environments, queue and batches."""
@@ -235,14 +234,14 @@ class AtroposClient:
             AtroposHTTPStatusError: 422, the API refuses the group; the body says which field.
         """
         call = self._call("POST", "/scored_data", group_json, _key(idempotency_key))
-        fields = self._object(call, self._send(call, Rule.FREELY if idempotency_key else Rule.UNSENT))
+        fields = answered_object(call, self._send(call, Rule.FREELY if idempotency_key else Rule.UNSENT))
         return PostReceipt(groups=1, buffered=1 if fields.get("status") == "buffered" else 0)
 
     def post_scored_data_list(self, groups: Sequence[bytes], idempotency_key: str | None = None) -> PostReceipt:
         """Post several groups in one request; all of them are refused when one is malformed."""
         body = b"[" + b",".join(groups) + b"]"
         call = self._call("POST", "/scored_data_list", body, _key(idempotency_key))
-        fields = self._object(call, self._send(call, Rule.FREELY if idempotency_key else Rule.UNSENT))
+        fields = answered_object(call, self._send(call, Rule.FREELY if idempotency_key else Rule.UNSENT))
         taken = fields.get("groups_processed", len(groups))
         if taken != len(groups):
             raise AtroposProtocolError(f"{call.name}: the API took {taken} of {len(groups)} groups", self.api_url)
@@ -308,17 +307,17 @@ class AtroposClient:
         if lease_id is None:
             return "none"
         call = self._call("POST", "/batch/ack", _json({"lease_id": lease_id}))
-        return str(self._object(call, self._send(call, Rule.FREELY)).get("ack", "acked"))
+        return str(answered_object(call, self._send(call, Rule.FREELY)).get("ack", "acked"))
 
     def renew(self, lease_id: str, seconds: float, should_stop: Callable[[], None] | None = None) -> None:
         """The lease ends ``seconds`` from now. Raises as ``ack``, 409 for a lease that has ended."""
         call = self._call("POST", "/batch/renew", _json({"lease_id": lease_id, "seconds": seconds}))
-        self._object(call, self._send(call, Rule.FREELY, should_stop=should_stop))
+        answered_object(call, self._send(call, Rule.FREELY, should_stop=should_stop))
 
     def release(self, lease_id: str) -> None:
         """Give a leased batch back untrained: it is the next to be handed out. Raises as ``renew``."""
         call = self._call("POST", "/batch/release", _json({"lease_id": lease_id}))
-        self._object(call, self._send(call, Rule.UNSENT))
+        answered_object(call, self._send(call, Rule.UNSENT))
 
     # --- how ---------------------------------------------------------------------------------------------------------
 
@@ -347,25 +346,11 @@ class AtroposClient:
             should_stop=should_stop,
         )
 
-    def _object(self, call: Call, answer: Answer) -> dict[str, Any]:
-        """The answer's JSON object. Raises ``AtroposProtocolError`` for anything else, and for a status of failure."""
-        try:
-            fields = json.loads(answer.body)
-        except (ValueError, RecursionError):
-            raise not_atropos(call, f"{call.name} gave {answer.body[:120]!r}, which is not JSON") from None
-        if not isinstance(fields, dict):
-            raise not_atropos(call, f"{call.name} gave {answer.body[:120]!r}, which is not a JSON object")
-        if fields.get("status") in ("error", "failure"):
-            why = fields.get("message") or fields.get("error") or fields.get("detail") or "no explanation"
-            reason = f"Atropos API at {self.api_url} answered {call.name} with status {fields['status']!r}: {why}"
-            raise AtroposProtocolError(reason, self.api_url)
-        return fields
-
     def _fetch(self, seconds: float, should_stop: Callable[[], None] | None) -> Answer | None:
         call = self._call("GET", "/batch", headers=self._batch_headers)
         answer = self._send(call, Rule.FREELY if self.leased else Rule.UNSENT, seconds, should_stop)
         self.leased = self.leased or (self.lease_seconds is not None and _LEASE_ID in answer.headers)
-        return answer if self._holds_batch(call, answer) else None
+        return answer if holds_batch(call, answer) else None
 
     def _fetched(self, answer: Answer, attempts: int, waited: float) -> FetchedBatch:
         if self.lease_seconds is None:
@@ -373,26 +358,10 @@ class AtroposClient:
         earlier = tuple(filter(None, answer.headers.get(_EARLIER_LEASE_IDS, "").split(",")))
         return FetchedBatch(answer.body, attempts, waited, answer.headers.get(_LEASE_ID), earlier)
 
-    def _holds_batch(self, call: Call, answer: Answer) -> bool:
-        body = answer.body
-        if body.startswith(MAGIC):  # complete: its length was announced, or it was sent in chunks with an end
-            return True
-        if not body[:64].lstrip().startswith(b"{"):
-            raise not_atropos(call, f"{call.name} gave {body[:120]!r}, which is not a JSON object")
-        if not body[-64:].rstrip().endswith(b"}"):
-            reason = f"Atropos API at {self.api_url} - the answer to {call.name} is cut off after {len(body)} bytes"
-            raise AtroposProtocolError(reason + what_is_lost(call), self.api_url)
-        if len(body) > _SMALL_BODY:
-            return True
-        fields = self._object(call, answer)
-        if "batch" not in fields:
-            raise not_atropos(call, f"{call.name} gave {body[:120]!r}, which has no 'batch'")
-        return bool(fields["batch"])
-
     def _why_no_batch(self, waited: float, attempts: int) -> str:
         try:
             call = self._call("GET", "/status")
-            fields = self._object(call, exchange(self._http, call, min(self.timeout, _LAST_STATUS_SECONDS)))
+            fields = answered_object(call, exchange(self._http, call, min(self.timeout, _LAST_STATUS_SECONDS)))
             state = f"it is at step {fields.get('current_step')} with {fields.get('queue_size')} groups in its queue"
         except (ExchangeError, AtroposAPIError):
             state = "its /status does not answer either"
@@ -409,10 +378,3 @@ def _json(fields: Mapping[str, Any]) -> bytes:
 
 def _key(idempotency_key: str | None) -> dict[str, str]:
     return {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
-
-
-def _integers(call: Call, fields: Mapping[str, Any], *names: str) -> list[int]:
-    for name in names:
-        if not isinstance(fields.get(name), int) or isinstance(fields[name], bool):
-            raise not_atropos(call, f"{call.name} gave no integer {name!r} but {str(dict(fields))[:120]}")
-    return [fields[name] for name in names]

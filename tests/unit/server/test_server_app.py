@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import importlib.util
 import json
 import random
 import zlib
@@ -289,6 +290,9 @@ async def test_a_sender_that_falls_silent_is_given_up() -> None:
         ("127.0.0.1", "gzip, deflate", "auto", None),
         ("127.0.0.1", "gzip, deflate", "always", "gzip"),
         ("10.0.0.1", "gzip", "never", None),
+        ("10.0.0.1", "gzip, zstd", "auto", "zstd"),
+        ("10.0.0.1", "gzip, zstd;q=0", "auto", "gzip"),
+        ("127.0.0.1", "zstd", "always", "zstd"),
     ],
 )
 async def test_answers_are_compressed_where_it_pays(
@@ -303,6 +307,15 @@ async def test_answers_are_compressed_where_it_pays(
         assert "content-encoding" not in (await api.get("/info", headers={"Accept-Encoding": accept})).headers
         latest = await api.get("/latest_example", headers={"Accept-Encoding": accept})
         assert (latest.headers.get("content-encoding"), len(latest.json()["scores"])) == (encoding, 200)
+
+
+async def test_without_the_zstandard_package_gzip_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    async with client_of(create_app(ServerSettings(compression="always"))) as api:
+        await started(api)
+        await api.post("/scored_data", json=group(1, 200))
+        latest = await api.get("/latest_example", headers={"Accept-Encoding": "gzip, zstd"})
+        assert (latest.headers.get("content-encoding"), len(latest.json()["scores"])) == ("gzip", 200)
 
 
 # --- who may call ----------------------------------------------------------------------------------------------------
