@@ -153,7 +153,7 @@ def _make(run_dir: Path, run: Run) -> None:
 
 
 def _record(root: Path, directory: Path) -> None:
-    """The few figures that predictions need: of the calibrating run also when its groups came."""
+    """The few figures that predictions need, and of two runs when their groups came."""
     for name in RUNS:
         (directory / name).mkdir(parents=True, exist_ok=True)
         lines = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
@@ -166,13 +166,14 @@ def _record(root: Path, directory: Path) -> None:
         config = {key: settings[key] for key in KEPT_SETTINGS}
         config["inference"] = {"max_running": settings["inference"]["max_running"]}
         (directory / name / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    arrivals = [json.loads(line) for line in (root / CALIBRATION / "api" / "arrivals.jsonl").read_text().splitlines()]
-    begin = arrivals[0]["groups"][0][0]
-    for line in arrivals:
-        line["at"] = round(line["at"] - begin, 3)
-        line["groups"] = [[round(at - begin, 3), *rest] for at, *rest in line["groups"]]
-    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in arrivals)
-    (directory / CALIBRATION / "arrivals.jsonl").write_text(text)
+    for name in (CALIBRATION, "overlap_long"):  # a test replays the second one
+        arrivals = [json.loads(line) for line in (root / name / "api" / "arrivals.jsonl").read_text().splitlines()]
+        begin = arrivals[0]["groups"][0][0]
+        for line in arrivals:
+            line["at"] = round(line["at"] - begin, 3)
+            line["groups"] = [[round(at - begin, 3), *rest] for at, *rest in line["groups"]]
+        text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in arrivals)
+        (directory / name / "arrivals.jsonl").write_text(text)
 
 
 _KEPT_PREFIXES = ("timing/", "off_policy/groups_at_staleness/")

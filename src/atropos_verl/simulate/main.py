@@ -6,6 +6,8 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from atropos_verl.errors import ConfigError
@@ -13,17 +15,18 @@ from atropos_verl.simulate.arrivals import read_arrivals
 from atropos_verl.simulate.calibrate import Calibration, calibrate
 from atropos_verl.simulate.outcome import Outcome, averaged, table
 from atropos_verl.simulate.recording import SKIPPED_STEPS, Recording, read_recording
+from atropos_verl.simulate.replay import recorded_groups, recorded_times, replay
 from atropos_verl.simulate.run import simulate
 from atropos_verl.simulate.workload import Layout, Workload
 
 __all__ = ["add_arguments", "run"]
 
 _STEPS = 200
+_BATCH_SIZE = 1024
 _NUMBERS: tuple[tuple[str, type, float, str], ...] = (
     ("environments", int, 512, "environment processes"),
     ("workers", int, 1, "groups that each makes at a time (max_num_workers_per_node)"),
     ("group-size", int, 8, "sequences of a group"),
-    ("batch-size", int, 1024, "sequences of a step"),
     ("mean-tokens", float, 2000, "tokens of an answer, mean"),
     ("token-spread", float, 0.6, "standard deviation of the logarithm of its length (0: all alike)"),
     ("max-tokens", int, 16384, "longest answer"),
@@ -63,6 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=int, help=f"optimiser steps; None: {_STEPS}, with --replay as many as were recorded"
     )
+    parser.add_argument(
+        "--batch-size", type=int, help=f"sequences of a step; None: {_BATCH_SIZE}, or those of the recorded run"
+    )
     for name, kind, default, text in _NUMBERS:
         parser.add_argument(f"--{name}", type=kind, default=kind(default), help=text)
     parser.add_argument("--train-gpus", type=int, help="of the GPUs, those that train in overlap mode; None: half")
@@ -85,6 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--generation-latency", type=float, help="what --latency was in the run of --generation-from; None: the same"
     )
+    parser.add_argument(
+        "--arrivals",
+        type=Path,
+        metavar="RUN",
+        help="replay the groups of a recorded run as they came, through the trainer's settings given here: --mode, "
+        "--batch-size, --max-staleness, --max-batches-offpolicy; seconds of training and sync are the run's",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
 
@@ -92,9 +105,14 @@ def run(options: argparse.Namespace) -> int:
     """Returns the exit code."""
     started = time.perf_counter()
     try:
-        workload, recording, calibration = _workload(options)
-        modes = ["sync", "overlap"] if options.mode == "compare" else [options.mode]
-        runs = [_simulate(options, workload, recording, calibration, overlap=mode == "overlap") for mode in modes]
+        overlaps = [False, True] if options.mode == "compare" else [options.mode == "overlap"]
+        recording: Recording | None
+        calibration: Calibration | None = None
+        if options.arrivals is not None:
+            workload, recording, runs = _replay(options, overlaps)
+        else:
+            workload, recording, calibration = _workload(options)
+            runs = [_simulate(options, workload, recording, calibration, overlap=overlap) for overlap in overlaps]
     except ConfigError as error:
         sys.stderr.write(f"atropos-verl simulate: {error}\n")
         return 2
@@ -113,7 +131,8 @@ def run(options: argparse.Namespace) -> int:
             f"the recorded run: trainer idle {recording.idle_share:.1%}, {recording.groups_per_second:.3g} groups/s"
         )
     events = sum(outcome.events for outcomes in runs for outcome in outcomes)
-    lines.append(f"{workload.steps} steps, {events:,} events in {took:.1f} s")
+    steps = " and ".join(str(outcome.steps) for outcome in outcomes) if options.arrivals else workload.steps
+    lines.append(f"{steps} steps, {events:,} events in {took:.1f} s")
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
@@ -141,18 +160,42 @@ def _as_json(
     return found
 
 
-def _workload(options: argparse.Namespace) -> tuple[Workload, Recording | None, Calibration | None]:
+def _check_numbers(options: argparse.Namespace) -> None:
     """Raises ``ConfigError``."""
-    for name, _, _, _ in _NUMBERS:
+    for name in [*(name for name, _, _, _ in _NUMBERS), "batch-size"]:
         lowest = 0 if name in _MAY_BE_ZERO else 1e-9
         value = getattr(options, name.replace("-", "_"))
-        if value < lowest:
+        if value is not None and value < lowest:
             raise ConfigError(f"{value}: must be {'at least 0' if lowest == 0 else 'above 0'}", f"--{name}")
+
+
+def _replay(options: argparse.Namespace, overlaps: Sequence[bool]) -> tuple[Workload, Recording, list[list[Outcome]]]:
+    """Recorded arrivals. Raises ``ConfigError``."""
+    for name in ("replay", "generation_from"):
+        if getattr(options, name) is not None:
+            raise ConfigError("--arrivals has its groups and its seconds from one run", f"--{name.replace('_', '-')}")
+    _check_numbers(options)
+    recording = read_recording(options.arrivals, options.skip, option="--arrivals")
+    batches = read_arrivals(options.arrivals, option="--arrivals")
+    groups = recorded_groups(recording, batches)
+    batch_size = options.batch_size or recording.sequences
+    steps = options.steps or sum(group.size for group in groups) // batch_size
+    workload = replace(recording.applied(Workload()), batch_size=batch_size, steps=max(steps, 1))
+    times = recorded_times(recording, batches, batch_size)
+    runs = [[replay(groups, workload, _layout(options, overlap), times, options.skip)] for overlap in overlaps]
+    return workload, recording, runs
+
+
+def _workload(options: argparse.Namespace) -> tuple[Workload, Recording | None, Calibration | None]:
+    """Raises ``ConfigError``."""
+    _check_numbers(options)
     recording = None if options.replay is None else read_recording(options.replay, options.skip)
     if options.steps is None:
         options.steps = _STEPS if recording is None else recording.steps
     if options.steps <= options.skip:
         raise ConfigError(f"{options.steps}: must be above --skip ({options.skip})", "--steps")
+    if options.batch_size is None:
+        options.batch_size = _BATCH_SIZE
     fields = Workload.__dataclass_fields__
     workload = Workload(**{key: value for key, value in vars(options).items() if key in fields})
     if recording is not None:
@@ -179,9 +222,20 @@ def _simulate(
     overlap: bool,
 ) -> list[Outcome]:
     """One for each seed."""
+    layout = _layout(options, overlap)
+    if calibration is not None:
+        workload, layout = calibration.applied(workload, layout)
+    times = None if recording is None else recording.times
+    return [
+        simulate(workload, layout, seed=options.seed + number, times=times, skip=options.skip)
+        for number in range(options.seeds)
+    ]
+
+
+def _layout(options: argparse.Namespace, overlap: bool) -> Layout:
     train_gpus = (options.train_gpus or max(options.gpus // 2, 1)) if overlap else options.gpus
     gen_gpus = max(options.gpus - train_gpus, 1) if overlap else options.gpus
-    layout = Layout(
+    return Layout(
         overlap=overlap,
         gen_capacity=gen_gpus * options.generation_rate,
         sequence_rate=options.sequence_rate,
@@ -190,10 +244,3 @@ def _simulate(
         max_staleness=options.max_staleness,
         max_batches_offpolicy=options.max_batches_offpolicy or (2 if overlap else 1),
     )
-    if calibration is not None:
-        workload, layout = calibration.applied(workload, layout)
-    times = None if recording is None else recording.times
-    return [
-        simulate(workload, layout, seed=options.seed + number, times=times, skip=options.skip)
-        for number in range(options.seeds)
-    ]

@@ -22,12 +22,13 @@ class Outcome:
     groups_per_second: float
     """Trained on."""
     trained_tokens_per_second: float
-    generated_tokens_per_second: float
+    generated_tokens_per_second: float | None
+    """This and the next figures that may be None: not known of recorded arrivals."""
     trainer_idle_share: float
     """The trainer waits for a batch."""
-    generation_idle_share: float
+    generation_idle_share: float | None
     """No sequence is being generated: the gate is shut, or nobody asks."""
-    generation_load: float
+    generation_load: float | None
     """Tokens generated over the tokens that full load would give."""
     staleness: Mapping[int, int]
     """Policy versions that a trained group was behind → groups."""
@@ -35,12 +36,14 @@ class Outcome:
     dropped_stale_groups: int
     stale_batches: int
     """Given up as a whole."""
-    cancelled_groups: int
+    cancelled_groups: int | None
     """Begun, and given up by their environment because the queue was full."""
     step_seconds: float
     """Mean."""
     events: int
     """Of the simulation itself."""
+    held_back_share: float | None = None
+    """Of recorded arrivals: the queue is so full that environments would have paused."""
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "staleness": {str(age): count for age, count in sorted(self.staleness.items())}}
@@ -70,14 +73,21 @@ _ROWS = (
     ("staleness, mean", "staleness_mean", "{:.2f}"),
     ("groups dropped as stale", "dropped_stale_groups", "{}"),
     ("groups given up (queue full)", "cancelled_groups", "{}"),
+    ("environments held back", "held_back_share", "{:.1%}"),
 )
+
+
+def _cell(form: str, value: float | None) -> str:
+    return "" if value is None else form.format(value)
 
 
 def table(outcomes: list[Outcome]) -> str:
     """For people: one column for each configuration."""
     lines = [f"{'':30}" + "".join(f"{outcome.mode:>16}" for outcome in outcomes)]
     for title, name, form in _ROWS:
-        lines.append(f"{title:30}" + "".join(f"{form.format(getattr(outcome, name)):>16}" for outcome in outcomes))
+        if all(getattr(outcome, name) is None for outcome in outcomes):
+            continue
+        lines.append(f"{title:30}" + "".join(f"{_cell(form, getattr(outcome, name)):>16}" for outcome in outcomes))
     ages = sorted({age for outcome in outcomes for age in outcome.staleness})
     for age in ages:
         cells = []

@@ -16,12 +16,10 @@ from collections.abc import Callable
 import numpy as np
 
 from atropos_verl.schedule import schedule_of
-from atropos_verl.server.batcher import BatchPolicy, QueueView, choose_batch
-from atropos_verl.server.model import StoredGroup
-from atropos_verl.server.queue import GroupQueue
 from atropos_verl.simulate.environment import Environment
 from atropos_verl.simulate.generation import Generation, Group
 from atropos_verl.simulate.outcome import Outcome
+from atropos_verl.simulate.queue import TrajectoryQueue
 from atropos_verl.simulate.trainer import Trainer
 from atropos_verl.simulate.workload import Layout, StepTimes, Workload
 
@@ -61,15 +59,11 @@ class Run:
         self._draws: dict[tuple[float, float], list[float]] = {}
         self.handled = 0
         self.engine = Generation(layout.gen_capacity, layout.sequence_rate, layout.slots)
-        self.queue = GroupQueue()
-        self.arrivals = 0
-        self.posted: dict[int, Group] = {}
-        """Arrival number → the group."""
+        self.queue = TrajectoryQueue(workload.batch_size, frozenset([workload.group_size]))
         self.given_up = 0
         self.full = layout.max_batches_offpolicy * workload.batch_size // workload.group_size
         self.environments = [self._environment(number) for number in range(workload.environments)]
         self._has_several_workers = workload.workers > 1
-        self._policy = BatchPolicy(batch_size=workload.batch_size)
         self.trainer = Trainer(self, times)
 
     def _environment(self, number: int) -> Environment:
@@ -131,20 +125,7 @@ class Run:
         self.given_up += not group.accepted
 
     def accept(self, group: Group) -> None:
-        group.accepted = True
-        self.arrivals += 1
-        self.posted[self.arrivals] = group
-        self.queue.add(
-            StoredGroup(
-                seq=self.arrivals,
-                env_id=group.environment,
-                size=len(group.lengths),
-                tokens=int(sum(group.lengths)),
-                arrived=self.now,
-                digest=b"",
-                raw=b"",
-            )
-        )
+        self.queue.add(group, self.now)
         if self.queue.groups == self.full:  # every environment sees it at its next look
             self.wake_environments()
         elif self._has_several_workers and self.queue.groups + self.workload.workers > self.full:
@@ -174,17 +155,7 @@ class Run:
 
     def next_batch(self) -> list[Group] | None:
         """What GET /batch answers."""
-        queue = self.queue
-        view = QueueView(
-            classes=queue.classes,
-            total=queue.waiting_sequences(),
-            last_arrival=queue.last_arrival,
-            sizes_seen=frozenset([self.workload.group_size]),
-        )
-        chosen = choose_batch(view, self._policy, self.now)
-        if chosen is None:
-            return None
-        seqs = {candidate.seq for candidate in chosen}
-        queue.take([group for members in queue.classes.values() for group in members if group.seq in seqs])
-        self.wake_environments()
-        return [self.posted.pop(seq) for seq in sorted(seqs)]
+        batch = self.queue.next_batch(self.now)
+        if batch is not None:
+            self.wake_environments()
+        return batch

@@ -10,11 +10,25 @@ from typing import Protocol
 from atropos_verl.api.retry import RetryPolicy
 from atropos_verl.data.off_policy import is_too_old, versions_behind
 from atropos_verl.schedule import Schedule
-from atropos_verl.simulate.generation import Generation, Group
+from atropos_verl.simulate.generation import Group
 from atropos_verl.simulate.outcome import Outcome
 from atropos_verl.simulate.workload import Layout, StepTimes, Workload
 
 __all__ = ["Trainer", "World"]
+
+
+class Engine(Protocol):
+    """What makes the groups."""
+
+    version: int
+    """Of the weights that are served."""
+    paused: bool
+    tokens: float
+    """Made since the beginning."""
+    busy_seconds: float
+
+    def resume(self) -> None:
+        """Weights were exchanged: go on."""
 
 
 class World(Protocol):
@@ -24,11 +38,13 @@ class World(Protocol):
     workload: Workload
     layout: Layout
     schedule: Schedule
-    engine: Generation
     given_up: int
     """Groups begun and given up by their environments."""
     handled: int
     """Events."""
+
+    @property
+    def engine(self) -> Engine: ...
 
     def at(self, delay: float, action: Callable[[], None]) -> None:
         """Call ``action`` in ``delay`` seconds."""
@@ -84,6 +100,11 @@ class Trainer:
     def step(self) -> int:
         """Steps that have ended."""
         return len(self.steps)
+
+    @property
+    def is_waiting(self) -> bool:
+        """For a batch, and none is in hand."""
+        return self._waiting_since is not None and not self._ready
 
     def begin(self) -> None:
         """Wait for a batch, and take it as soon as it is there."""
