@@ -63,7 +63,7 @@ class OverlapFeed:
         return batch
 
     def close(self) -> None:
-        self._trainer.put_back(self._prefetcher.close())
+        self._trainer.in_hand.put_back(self._prefetcher.close())
 
     def _fetch(self, check: Check) -> RolloutData:
         started = time.perf_counter()

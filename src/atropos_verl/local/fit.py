@@ -65,7 +65,7 @@ def resume_if_asked(trainer: AtroposTrainer, progress: Progress) -> dict[str, An
     pending = trainer.intake.resume(trainer.step)
     if pending:
         progress.note(f"{len(pending)} batches fetched before the interruption are trained first")
-        trainer.replay(pending)
+        trainer.in_hand.replay(pending, trainer.step)
     return state
 
 
@@ -142,7 +142,7 @@ def fit(
             elif config.save_freq <= 0:
                 trainer.batches.discard_through(trainer.step)  # no checkpoint will ever cover it
         feed.close()
-        trainer.give_back()
+        trainer.in_hand.give_back()
         trainer.flow.close()  # an evaluation may follow, which nobody may hold back
     except BaseException as error:
         try:

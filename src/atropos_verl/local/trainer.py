@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,13 +21,12 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from atropos_verl.api.client import AtroposClient
-from atropos_verl.api.leased_batches import HeldBatch
-from atropos_verl.api.wire import decode_batch
 from atropos_verl.config import RunConfig, apply_environment
 from atropos_verl.data import RunningMoments, build_samples, sample_settings
 from atropos_verl.data.off_policy import staleness_metrics
-from atropos_verl.errors import AtroposProtocolError, ConfigError, DataError
+from atropos_verl.errors import ConfigError, DataError
 from atropos_verl.launch.startup import resolve_model_path
+from atropos_verl.local.in_hand import InHand
 from atropos_verl.local.intake import Intake
 from atropos_verl.local.interrupts import held_interrupts
 from atropos_verl.local.rollout_data import RolloutData, RunTotals, step_report
@@ -37,7 +35,7 @@ from atropos_verl.off_policy import OffPolicyBook
 from atropos_verl.report.quarantine import QuarantineStore
 from atropos_verl.rollout_flow import RolloutFlow
 from atropos_verl.schedule import schedule_of
-from atropos_verl.types import QuarantinedGroup, SampleReport, ScoredGroup, StepReport
+from atropos_verl.types import SampleReport, ScoredGroup, StepReport
 
 if TYPE_CHECKING:
     import torch
@@ -96,11 +94,11 @@ class AtroposTrainer:
             engine_process=engine_process,
         )
         self.flow = RolloutFlow(self.stack.throttle, self.client, config.group_size)
-        self._early: deque[RolloutData] = deque()
         self._rollouts: ExitStack | None = None
         self._self_play: Any = None
         self.settings = sample_settings(config, self.stack.vocab_size)
         self.off_policy = OffPolicyBook(config.off_policy, self.stack.ledger, self.settings, self.tokenizer.decode)
+        self.in_hand = InHand(self.batches, self.off_policy, self.quarantine, self.flow)
 
     @classmethod
     def from_config(
@@ -242,9 +240,8 @@ class AtroposTrainer:
         Raises:
             AtroposTimeoutError: no batch within ``max_wait_time`` (default ``batch_max_wait_time``) seconds.
         """
-        if self._early:
-            return self._early.popleft()
-        return self._decode(self.batches.fetch(max_wait_time, should_stop, {"after_step": self.step}))
+        early = self.in_hand.next()
+        return early or self.in_hand.decode(self.batches.fetch(max_wait_time, should_stop, {"after_step": self.step}))
 
     def start_api(self) -> None:
         """One GET /batch: an upstream API lets environments register only after it. A batch it returns is kept."""
@@ -253,45 +250,7 @@ class AtroposTrainer:
 
     def take_polled(self) -> None:
         """What the API answered to the first GET /batch, which may have come before this trainer, is trained on."""
-        self._early.extend(self._decode(held) for held in self.intake.take_polled())
-
-    def give_back(self) -> None:
-        """Untrained batches go back to an API that can take them (with leases)."""
-        for data in self._early:
-            if data.entry is not None:
-                self.batches.release(data.entry)
-            self.flow.done()
-        self._early.clear()
-
-    def put_back(self, batches: Sequence[RolloutData]) -> None:
-        """These are the next to be trained on: fetched, journalled, and not wanted now."""
-        self._early.extendleft(reversed(batches))
-
-    def replay(self, held: Sequence[HeldBatch]) -> None:
-        """Put journalled batches that no checkpoint covers in front of what the API delivers."""
-        for batch in held:
-            body, entry = batch.body, batch.entry
-            try:
-                groups = decode_batch(body)
-            except AtroposProtocolError as error:
-                # It ended the run that fetched it; without this it would end every resume as well.
-                group = ScoredGroup(token_ids=(), masks=(), scores=np.zeros(0), group_id=entry.path.stem, raw=body)
-                path = self.quarantine.put(QuarantinedGroup(group=group, reason=error.reason))
-                logger.warning("journalled batch %s is not a batch: %s; kept in %s", entry.path, error.reason, path)
-                self.batches.trained(entry, self.step)
-            else:
-                matches = self.off_policy.recall(groups, self.journal, entry)
-                self._early.append(RolloutData(groups, entry, matches=matches))
-                self.flow.fetched()
-
-    def _decode(self, held: HeldBatch) -> RolloutData:
-        started = time.perf_counter()
-        groups = decode_batch(held.body)
-        decoded = time.perf_counter()
-        matches = self.off_policy.look_up_and_keep(groups, self.journal, held.entry)
-        self.flow.fetched()
-        timings = {"decode": decoded - started, "look_up": time.perf_counter() - decoded, "wait": held.waited}
-        return RolloutData(groups, held.entry, matches=matches, timings=timings)
+        self.in_hand.take(self.intake.take_polled())
 
     def compute_advantages_from_atropos(self, rollout_data: RolloutData | Sequence[ScoredGroup]) -> torch.Tensor:
         """Advantages [B, L] (right-padded with 0) of the batch's B trainable sequences.

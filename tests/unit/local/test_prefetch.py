@@ -130,6 +130,7 @@ class _Trainer:
     def __init__(self, events: list[str]) -> None:
         self.events = events
         self.put: list[Any] = []
+        self.in_hand = self
 
     def prepare(self, batch: Any) -> None:
         assert threading.current_thread() is not threading.main_thread()
