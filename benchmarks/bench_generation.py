@@ -5,13 +5,17 @@
 
 Two loads: all completions equally long, and lengths that vary tenfold (a static batch runs until its longest is done;
 the engine fills the slot with the next sequence). Both sides sample at temperature 1 from the same random Qwen2 of
-about a million parameters, interleaved in one process. ``--manager`` adds transformers' continuous-batching manager,
-warmed up beforehand. ``--vllm`` adds vLLM, in the interpreter given, a process of its own that is asked in turn; it
-samples with logprobs as the engine does. Prints JSON: median tokens/s of each side and the ratios. Counted are the
-tokens asked for.
+about a million parameters, interleaved in one process, with the threads that the engine has by default. ``--manager``
+adds transformers' continuous-batching manager, warmed up beforehand. ``--vllm`` adds vLLM, in the interpreter given,
+a process of its own that is asked in turn; it samples with logprobs as the engine does. Prints JSON: median tokens/s
+of each side and the ratios. Counted are the tokens asked for.
 """
 
 from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the training command; read when torch is imported
 
 import argparse
 import copy
@@ -28,6 +32,8 @@ from typing import Any
 
 import torch
 
+from atropos_verl.inference.threads import engine_threads
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 Load = list[tuple[tuple[int, ...], int]]
@@ -41,13 +47,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="longest completion")
     parser.add_argument("--prompt", type=int, default=32, help="prompt tokens")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, help="torch threads of every side; default: what the engine chooses")
     parser.add_argument("--manager", action="store_true", help="also measure transformers' continuous batching")
     parser.add_argument("--vllm", metavar="PYTHON", help="interpreter with vLLM (CPU build) installed")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     model = build_model()
+    cores = len(os.sched_getaffinity(0))
+    options.threads = options.threads or engine_threads(model.config, options.sequences, cores) or cores
+    torch.set_num_threads(options.threads)
     loads = {
         "equal_lengths": equal_load(options.sequences, options.prompt, options.tokens),
         "lengths_varying_10x": varied_load(options.batches * options.sequences, options.prompt, options.tokens),

@@ -202,7 +202,8 @@ class InferenceConfig(_Section):
     max_context_len: PositiveInt | None = Field(None, description="tokens; null: the sequence bound of the data")
     release_weights: bool = Field(True, description="free the engine's weights too while the trainer trains")
     num_threads: PositiveInt | None = Field(
-        None, description="torch threads of the engine; null: torch's default, with mode=overlap on a CPU half"
+        None,
+        description="torch threads of the engine; null: on a CPU 1 for a small model, else torch's (overlap: half)",
     )
     placement: Literal["thread", "process"] | None = Field(
         None,

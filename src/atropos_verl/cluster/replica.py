@@ -38,6 +38,7 @@ from atropos_verl.cluster.weight_transfer import WeightBucket, WeightReceiver
 from atropos_verl.errors import ConfigError, EngineError
 from atropos_verl.inference.engine import Generation
 from atropos_verl.inference.gateway import GatewayServer, create_app
+from atropos_verl.inference.threads import engine_threads
 from atropos_verl.inference.transformers_engine import TransformersEngine
 
 __all__ = ["TransformersReplica", "TransformersServer"]
@@ -110,13 +111,14 @@ class TransformersServer:
             )
         lora = self.model_config.lora_rank > 0 or self.model_config.lora_adapter_path is not None
         lora = lora and not self.model_config.lora.get("merge", False)
+        max_running = settings.pop("max_running", min(self.config.max_num_seqs, _DEFAULT_MAX_RUNNING))
         engine = TransformersEngine(
             model,
             self.model_config.tokenizer,
-            max_running=settings.pop("max_running", min(self.config.max_num_seqs, _DEFAULT_MAX_RUNNING)),
+            max_running=max_running,
             max_context_len=self.config.max_model_len or self.config.prompt_length + self.config.response_length,
             device=device,
-            num_threads=settings.pop("num_threads", _default_threads(device)),
+            num_threads=settings.pop("num_threads", _default_threads(device, model.config, max_running)),
             seed=settings.pop("seed", self.replica_rank + self.config.seed),
             # With an adapter the base weights stay here: the trainer never sends them again.
             release_weights=self.rollout_mode is RolloutMode.HYBRID and not lora,
@@ -354,9 +356,9 @@ def _node_and_devices(_: Any) -> tuple[str, str]:
     return context.get_node_id(), ",".join(context.get_accelerator_ids()[get_resource_name()])
 
 
-def _default_threads(device: str) -> int | None:
+def _default_threads(device: str, model: Any, rows: int) -> int | None:
     """Ray starts actors with one OpenMP thread; the engine and the trainer take turns, so each may use all cores."""
-    return min(os.cpu_count() or 1, 16) if device == "cpu" else None
+    return engine_threads(model, rows, min(os.cpu_count() or 1, 16)) if device == "cpu" else None
 
 
 def _prompt_logprob_fields(entries: tuple[dict[int, float] | None, ...], k: int) -> dict[str, Any]:

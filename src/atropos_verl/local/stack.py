@@ -73,10 +73,13 @@ class LocalStack:
         engine_process: EngineProcess | None = None,
     ) -> LocalStack:
         """Load model and tokenizer, build engine and worker, start the gateway (gate closed, no weights yet)."""
+        from transformers import AutoConfig
+
         with ExitStack() as built:  # what was made before something failed is ended
             gate = RequestGate()
             device = resolve_device(config.trainer.device)
-            threads = share_cores(config, device)
+            model = AutoConfig.from_pretrained(str(model_path), trust_remote_code=config.model.trust_remote_code)
+            threads = share_cores(config, device, model)
 
             def start_engine() -> EmbeddedEngine:
                 engine = make_engine(
