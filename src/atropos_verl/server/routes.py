@@ -15,7 +15,7 @@ from atropos_verl.server import metrics, status
 from atropos_verl.server.answers import Answer, json_answer, pack
 from atropos_verl.server.delivery import Connection
 from atropos_verl.server.fence import StatusFence
-from atropos_verl.server.model import AckRequest, EnvIdentifier, EnvRegistration, Registration, StoredGroup
+from atropos_verl.server.model import AckRequest, EnvIdentifier, Environment, EnvRegistration, Registration, StoredGroup
 from atropos_verl.server.page import page
 from atropos_verl.server.store import Store
 from atropos_verl.server.validation import CheckedGroup, Refusal, check_group, split_list
@@ -170,8 +170,7 @@ class Routes:
         known = self._store.replied(key, digest)
         if known is None:
             groups = [self._checked(body)]
-            env_id = groups[0].env_id
-            await self._fence.before_accept(env_id)
+            env_id = await self._hold_back(groups)
             known = self._accept(groups, key, digest, self._single_reply)
             groups.clear()  # freed after the answer, not with this frame
             self._fence.accepted(env_id, request.connection)
@@ -184,12 +183,27 @@ class Routes:
         known = self._store.replied(key, digest)
         if known is None:
             groups = [self._checked(raw, index) for index, raw in enumerate(split_list(body))]
-            env_id = groups[0].env_id if groups else None  # one environment posts them
-            await self._fence.before_accept(env_id)
+            env_id = await self._hold_back(groups)
             known = self._accept(groups, key, digest, self._list_reply)
             self._fence.accepted(env_id, request.connection)
         await self._store.persistence.synced()
         return Answer(200, known)
+
+    async def _hold_back(self, groups: list[CheckedGroup]) -> int | None:
+        """See ``StatusFence``; returns the environment that posts. Refuses what a reset meanwhile made unknown."""
+        env_id = groups[0].env_id if groups else None
+        await self._fence.before_accept(env_id)
+        for group in groups:
+            if group.env_id is not None:
+                self._known_env(group.env_id)
+        return env_id
+
+    def _known_env(self, env_id: int) -> Environment:
+        known = self._store.state.environments
+        if not 0 <= env_id < len(known):
+            text = f"env_id = {env_id} is not a registered environment; POST /register-env first"
+            raise Refusal("unknown_env", text, "env_id", value=env_id)
+        return known[env_id]
 
     def _checked(self, raw: bytes, index: int | None = None) -> CheckedGroup:
         state = self._store.state
@@ -333,14 +347,11 @@ class Routes:
             env_id = int(request.query["env_id"])
         else:
             env_id = _decoded(body, EnvIdentifier).env_id
-        known = self._store.state.environments
-        if not 0 <= env_id < len(known):
-            text = f"env_id = {env_id} is not a registered environment; POST /register-env first"
-            raise Refusal("unknown_env", text, "env_id", value=env_id)
+        self._known_env(env_id)
         self._store.hear_env(env_id)
         await self._fence.before_status(env_id, request.connection)
         self._store.batches.expire()
-        return json_answer(status.env_status(self._store, known[env_id]))
+        return json_answer(status.env_status(self._store, self._known_env(env_id)))
 
     async def metrics(self, request: Request) -> Answer:
         text = metrics.render(self._store, self._counters)

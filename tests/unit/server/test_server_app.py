@@ -494,3 +494,35 @@ def check_consistent(app: TrajectoryApi) -> None:
     assert state.queue.groups == len(waiting) + len(back)
     assert state.queue.sequences == sum(state.groups[seq].size for seq in waiting + back)
     assert state.held_bytes == sum(group.held_bytes for group in state.groups.values())
+
+
+# --- who waits for whom ----------------------------------------------------------------------------------------------
+
+
+async def test_a_reset_while_a_status_and_a_post_wait_for_each_other_refuses_both() -> None:
+    app = create_app(ServerSettings(), now=Clock())
+    ports = {"post": 11, "status": 12, "late": 13}
+    for port in ports.values():
+        app.connections.made(("127.0.0.1", port))
+
+    def from_port(name: str) -> httpx.AsyncClient:
+        transport = httpx.ASGITransport(app=app, client=("127.0.0.1", ports[name]))  # type: ignore[arg-type]
+        return httpx.AsyncClient(transport=transport, base_url="http://localhost")
+
+    async with from_port("post") as post, from_port("status") as ask, from_port("late") as late:
+        env_id = await started(post)
+        assert (await post.post("/scored_data", json=group(1, 4, env_id))).status_code == 200
+        # Its answer was not read yet (its connection is idle), so the status waits, and further posts wait for that.
+        status = asyncio.create_task(ask.request("GET", "/status-env", json={"env_id": env_id}))
+        await asyncio.sleep(0.02)
+        further = asyncio.create_task(late.post("/scored_data", json=group(2, 4, env_id)))
+        await asyncio.sleep(0.02)
+        assert not status.done() and not further.done()
+        async with client_of(app) as other:
+            assert (await other.get("/reset_data")).status_code == 200
+        app.connections.lost(("127.0.0.1", ports["post"]), None)
+        answers = await asyncio.wait_for(asyncio.gather(status, further), 10.0)
+        assert [answer.status_code for answer in answers] == [422, 422]
+        assert all("POST /register-env first" in answer.text for answer in answers)
+        async with client_of(app) as other:
+            assert (await other.get("/status")).json()["queue_size"] == 0
