@@ -78,12 +78,12 @@ def test_bfloat16_logprobs_agree_with_a_bfloat16_forward(placed: Placed) -> None
         assert list(answer.logprobs) == pytest.approx(expected, abs=0.15)  # 8 bits of mantissa, logits of about 5
 
 
-def test_a_seeded_request_gives_the_same_tokens_alone_and_among_thirty_others(placed: Placed) -> None:
+def test_a_seeded_request_gives_the_same_tokens_alone_and_among_thirty_others() -> None:
     model = tiny_causal_lm()
     [prompt, *others] = prompts(11, *range(3, 33))
     wanted = request(prompt, n=3, max_tokens=25, temperature=0.9, top_p=0.95, seed=42, ignore_eos=True)
     noise = [request(p, max_tokens=5 + i, temperature=1.2, ignore_eos=True) for i, p in enumerate(others)]
-    with placed(model, max_running=16) as engine:
+    with engine_of(model, max_running=16) as engine:
         [alone] = engine.generate([wanted])
         crowded = engine.generate([*noise[:15], wanted, *noise[15:]])[15]
         [other_seed] = engine.generate([GenerationRequest(**{**_fields(wanted), "seed": 43})])
@@ -240,12 +240,12 @@ def test_context_limit_ends_a_sequence_with_length() -> None:
             assert answer.finish_reason == "length"
 
 
-def test_prompt_logprobs_hold_the_token_and_the_best_alternatives(placed: Placed) -> None:
+def test_prompt_logprobs_hold_the_token_and_the_best_alternatives() -> None:
     model = tiny_causal_lm()
     [prompt] = prompts(13)
     with torch.no_grad():
         logp = torch.log_softmax(model(torch.tensor([prompt])).logits[0].double(), -1)
-    with placed(copy.deepcopy(model)) as engine:
+    with engine_of(copy.deepcopy(model)) as engine:
         for k in (0, 3):
             answer = one(engine, prompt, max_tokens=1, temperature=0.0, prompt_logprobs=k)
             assert answer.prompt_logprobs is not None

@@ -200,13 +200,13 @@ async def test_an_engine_that_fails_every_step_is_given_up_and_says_why() -> Non
             engine.astream(request((1,)))
 
 
-async def test_weights_with_nan_fail_the_request_and_good_ones_repair_the_engine(placed: Placed) -> None:
+async def test_weights_with_nan_fail_the_request_and_good_ones_repair_the_engine() -> None:
     good = tiny_causal_lm(seed=6)
     bad = copy.deepcopy(good)
     with torch.no_grad():
         bad.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     [prompt] = prompts(7)
-    with placed(tiny_causal_lm()) as engine:
+    with engine_of(tiny_causal_lm()) as engine:
         engine.update_weights_from_tensor(named(bad), policy_version=2)
         with pytest.raises(EngineError, match="policy version 2 hold NaN or infinity"):
             await asyncio.wait_for(engine.agenerate(request(prompt, n=3, max_tokens=4)), 30.0)
@@ -234,10 +234,10 @@ async def test_close_fails_what_runs_and_what_waits_and_ends_the_thread(paused: 
     assert engine.stats().failed == 3
 
 
-def test_a_busy_engine_lets_callers_in_at_every_token_boundary(placed: Placed) -> None:
+def test_a_busy_engine_lets_callers_in_at_every_token_boundary() -> None:
     model = tiny_causal_lm()
     [prompt, *rest] = prompts(4, *[8] * 10)
-    with placed(copy.deepcopy(model)) as engine, ThreadPoolExecutor(1) as pool:
+    with engine_of(copy.deepcopy(model)) as engine, ThreadPoolExecutor(1) as pool:
         busy = pool.submit(one, engine, prompt, max_tokens=500, ignore_eos=True)
         values = [engine.compute_logprobs(tokens) for tokens in rest]
         busy.result(60.0)

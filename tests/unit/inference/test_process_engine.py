@@ -104,6 +104,17 @@ async def test_weights_changed_in_mid_generation(engine: ProcessEngine, how: str
     assert engine.stats().failed == before.failed
 
 
+async def test_abort_by_id_returns_what_there_is(engine: ProcessEngine) -> None:
+    assert engine.abort("job-1") is False
+    wanted = request((1, 2), n=2, max_tokens=500, ignore_eos=True, request_id="job-1")
+    task = asyncio.create_task(engine.agenerate(wanted))
+    await asyncio.to_thread(eventually, lambda: engine.stats().running == 2, "it to run")
+    assert engine.abort("job-1") is True
+    for answer in await asyncio.wait_for(task, 30.0):
+        assert answer.finish_reason == "abort"
+        assert 1 <= len(answer.token_ids) < 500
+
+
 def test_both_buffers_are_used_in_turn_and_released_memory_is_given_back(engine: ProcessEngine) -> None:
     files = [int(word) for word in psutil.Process(engine.pid).cmdline()[-2:]]
 

@@ -32,6 +32,9 @@ __all__ = ["ProcessEngine"]
 
 logger = logging.getLogger(__name__)
 
+_END_SECONDS = 5.0
+"""It ends as soon as it sees the end of the connection, and has nothing that would be lost if it is killed."""
+
 
 @dataclass(eq=False)
 class _Answer:
@@ -255,7 +258,7 @@ class ProcessEngine(EngineFront[_Answer]):
         """End the process; waiting requests get ``EngineStoppedError``. Idempotent."""
         self._closing = True
         self._fail_all(EngineStoppedError("the engine was closed"))
-        self._process.end(timeout)
+        self._process.end(min(timeout, _END_SECONDS))
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout)
         self._channel.close()
