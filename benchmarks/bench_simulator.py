@@ -21,6 +21,7 @@ import io
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -43,17 +44,18 @@ class Run:
 
     mode: str
     seed: int
-    latency: float
-    """Seconds of scoring a group."""
     steps: int
+    latency: float
+    """Of scoring a group: seconds for the calibrating run, for the others in steps (training and sync) of that run, so
+    that the trainer waits for about as much of the time on any machine."""
 
 
 CALIBRATION = "calibration"
 RUNS = {
-    CALIBRATION: Run("sync", 0, 2.0, 24),
-    "sync": Run("sync", 1, 4.0, 16),
-    "overlap_short": Run("overlap", 2, 1.0, 24),
-    "overlap_long": Run("overlap", 3, 6.0, 30),
+    CALIBRATION: Run("sync", 0, 20, 2.0),
+    "sync": Run("sync", 1, 16, 1.5),
+    "overlap_short": Run("overlap", 2, 20, 0.4),
+    "overlap_long": Run("overlap", 3, 30, 2.8),
 }
 
 
@@ -68,7 +70,7 @@ def main() -> None:
         root = options.keep or Path(temporary)
         for name, run in RUNS.items():
             if not (options.reuse and (root / name / "summary.json").exists()):
-                _make(root / name, run)
+                _make(root / name, run, _latency(root, name))
         if options.record is not None:
             _record(root, options.record)
         print(json.dumps(compare(root, options.seeds), indent=2))
@@ -86,7 +88,7 @@ def compare(root: Path, seeds: int) -> dict[str, Any]:
         measured = same["recorded"]["trainer_idle_share"]
         by_seed = same["runs"][0]["trainer_idle_share_by_seed"]
         found[name] = {
-            "run": vars(run),
+            "run": {**vars(run), "latency": _made_with(root / name)},
             "measured": _figures(same["recorded"], None),
             "same_steps": _figures(same["runs"][0], measured),
             "lowest_and_highest_seed": [min(by_seed), max(by_seed)],
@@ -107,8 +109,8 @@ def _words(root: Path, name: str, seeds: int) -> list[str]:
     run = RUNS[name]
     return [
         *("simulate", "--mode", run.mode, "--replay", str(root / name), "--generation-from", str(root / CALIBRATION)),
-        *("--latency", str(run.latency), "--latency-spread", "0"),
-        *("--generation-latency", str(RUNS[CALIBRATION].latency), "--environments", "1"),
+        *("--latency", str(_made_with(root / name)), "--latency-spread", "0"),
+        *("--generation-latency", str(_made_with(root / CALIBRATION)), "--environments", "1"),
         *("--workers", str(GROUPS_AT_A_TIME), "--seeds", str(seeds), "--json"),
     ]
 
@@ -136,7 +138,22 @@ def _figures(found: dict[str, Any], measured: float | None) -> dict[str, Any]:
     return figures
 
 
-def _make(run_dir: Path, run: Run) -> None:
+def _latency(root: Path, name: str) -> float:
+    """Seconds."""
+    if name == CALIBRATION:
+        return RUNS[name].latency
+    lines = [json.loads(line) for line in (root / CALIBRATION / "metrics.jsonl").read_text().splitlines()]
+    step = statistics.median(line["timing/train"] + line["timing/sync"] for line in lines[3:])
+    return float(round(RUNS[name].latency * step, 1))
+
+
+def _made_with(run_dir: Path) -> float:
+    """The latency of a run that was made, in seconds."""
+    words = json.loads((run_dir / "config.json").read_text())["env"]["args"]
+    return float(words[words.index("--env.latency") + 1])
+
+
+def _make(run_dir: Path, run: Run, latency: float) -> None:
     if run_dir.exists():
         shutil.rmtree(run_dir)
     words = [
@@ -144,7 +161,7 @@ def _make(run_dir: Path, run: Run) -> None:
         *("eval.before=false", "eval.after=false", f"run_dir={run_dir}"),
         # Four passes over a batch: training takes long enough that latencies of seconds can be hidden by it, or not.
         *("loss.type=grpo", "loss.ppo_epochs=4"),
-        f'env.args=["--env.latency","{run.latency}","--env.max_num_workers_per_node","{GROUPS_AT_A_TIME}"]',
+        f'env.args=["--env.latency","{latency}","--env.max_num_workers_per_node","{GROUPS_AT_A_TIME}"]',
     ]
     print(f"{run_dir.name}: {' '.join(words)} (load {os.getloadavg()[0]:.1f})", file=sys.stderr, flush=True)
     done = subprocess.run([sys.executable, str(MAIN), *words], stdout=subprocess.DEVNULL)
@@ -164,6 +181,7 @@ def _record(root: Path, directory: Path) -> None:
         (directory / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
         settings = json.loads((root / name / "config.json").read_text())
         config = {key: settings[key] for key in KEPT_SETTINGS}
+        config["env"] = {"args": settings["env"]["args"]}
         config["inference"] = {"max_running": settings["inference"]["max_running"]}
         (directory / name / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     for name in (CALIBRATION, "overlap_long"):  # a test replays the second one

@@ -20,20 +20,24 @@ from atropos_verl.simulate.calibrate import calibrate
 from atropos_verl.simulate.recording import read_recording
 
 RECORDED = Path(__file__).parent / "recorded"
-LATENCY = {"calibration": 2.0, "sync": 4.0, "overlap_short": 1.0, "overlap_long": 6.0}
-"""Seconds of scoring, as in the benchmark."""
+
+
+def latency(name: str) -> str:
+    """Seconds of scoring a group."""
+    words: list[str] = json.loads((RECORDED / name / "config.json").read_text())["env"]["args"]
+    return words[words.index("--env.latency") + 1]
 
 
 def predicted(name: str, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
     words = ["--replay", str(RECORDED / name), "--generation-from", str(RECORDED / "calibration")]
-    words += ["--latency", str(LATENCY[name]), "--generation-latency", str(LATENCY["calibration"])]
+    words += ["--latency", latency(name), "--generation-latency", latency("calibration")]
     words += ["--latency-spread", "0", "--environments", "1", "--workers", "256", "--mode", name.split("_")[0]]
     assert main(["simulate", *words, "--json", *more]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
 
-@pytest.mark.parametrize("name", ["sync", "overlap_short"])
+@pytest.mark.parametrize("name", ["sync", "overlap_short", "overlap_long"])
 @pytest.mark.parametrize("more", [["--seeds", "20"], ["--steps", "300", "--seeds", "3"]], ids=["same-steps", "steady"])
 def test_the_idle_share_of_a_recorded_run_is_predicted(
     name: str, more: Sequence[str], capsys: pytest.CaptureFixture[str]
@@ -45,13 +49,13 @@ def test_the_idle_share_of_a_recorded_run_is_predicted(
 
 
 def test_how_stale_the_groups_of_a_recorded_run_were_is_predicted(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("sync", "overlap_short"):
+    for name in ("sync", "overlap_short", "overlap_long"):
         found = predicted(name, capsys, "--seeds", "20")
         mean, measured = (
             sum(int(age) * count for age, count in staleness.items()) / sum(staleness.values())
             for staleness in (found["runs"][0]["staleness"], found["recorded"]["staleness"])
         )
-        assert mean == pytest.approx(measured, abs=0.3), name
+        assert mean == pytest.approx(measured, abs=0.5), name
 
 
 def test_seeds_give_a_mean_and_every_single_figure(capsys: pytest.CaptureFixture[str]) -> None:
