@@ -1,7 +1,7 @@
 """Advantage-weighted loss at the LM head: full [T, V] logits against ``linear_token_logprobs`` on trained rows.
 
     python benchmarks/bench_loss.py [--hidden 896] [--vocabulary 32000] [--tokens 1024] [--dtypes float32 bfloat16]
-                                    [--trained 0.5] [--repeats 3] [--full] [--sweep]
+                                    [--trained 0.5] [--repeats 3] [--full] [--bars] [--sweep]
 
 ``naive`` runs the head on every position and keeps the logits for the backward; ``naive_rows`` does that for trained
 rows only, which separates what skipping masked rows gains from the rest; ``floor`` is nothing but the three matrix
@@ -9,7 +9,9 @@ products of the trained rows, into buffers that exist already. All sides run in 
 tensors, after their losses and gradients were compared with float64. Times are wall and processor seconds: on a
 shared machine the second says more. Peak memory: the growth of the resident set above what it was before, watched
 from a thread every 2 ms; it holds the head's gradient on every side. ``--full``: vocabulary 151 936, 4096 tokens (naive
-needs about 8 GB). ``--sweep``: ours with other bounds on what is kept for the backward, and other slices.
+needs about 8 GB). ``--bars``: at those sizes, of every dtype only the sides that a bar compares, and beside each bar
+whether it is met (bfloat16 against naive in time and memory, float32 against naive on trained rows in time), by the
+clock and by processor time. ``--sweep``: ours with other bounds on what is kept for the backward, and other slices.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +31,13 @@ import torch
 from atropos_verl.losses import advantage_weighted_sft_loss, linear_token_logprobs, lm_head
 
 Side = Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+BARS = {
+    "bfloat16": [("time_over_naive", "naive", 0.35), ("memory_over_naive", "naive", 0.12)],
+    "float32": [("time_over_naive_on_trained_rows", "naive_rows", 1.10)],
+}
+"""By dtype: (name, the other side, most that ours may take of it)."""
 
 
 class PeakMemory:
@@ -166,6 +176,7 @@ def measure(sides: dict[str, Side], repeats: int) -> dict[str, object]:
     median = {name: statistics.median(values) for name, values in seconds.items()}
     busy = {name: statistics.median(values) for name, values in processor.items()}
     peak = {name: max(values) for name, values in peaks.items()}
+    print(f"measured: {', '.join(f'{name} {value:.2f} s' for name, value in median.items())}", file=sys.stderr)
     report: dict[str, object] = {
         "median_seconds": median,
         "min_seconds": {name: min(values) for name, values in seconds.items()},
@@ -176,8 +187,26 @@ def measure(sides: dict[str, Side], repeats: int) -> dict[str, object]:
         others = [name for name in sides if name != "ours"]
         report["ours_over"] = {name: median["ours"] / median[name] for name in others}
         report["ours_over_by_processor_seconds"] = {name: busy["ours"] / busy[name] for name in others}
-        report["memory_over_naive"] = peak["ours"] / max(peak["naive"], 1)
+        if "naive" in sides:
+            report["memory_over_naive"] = peak["ours"] / max(peak["naive"], 1)
     return report
+
+
+def judge(name: str, figures: dict[str, object]) -> list[dict[str, object]]:
+    """Every bar of a dtype: the ratios measured, and whether the bar is met by each."""
+    verdicts = []
+    for bar, other, limit in BARS[name]:
+        if bar.startswith("memory"):
+            ratios = {"resident_set": figures["memory_over_naive"]}
+        else:
+            ratios = {
+                "clock": figures["ours_over"][other],  # type: ignore[index]
+                "processor": figures["ours_over_by_processor_seconds"][other],  # type: ignore[index]
+            }
+        verdicts.append(
+            {"bar": bar, "at_most": limit, **ratios, "met": {key: value <= limit for key, value in ratios.items()}}
+        )
+    return verdicts
 
 
 def main() -> None:
@@ -189,18 +218,30 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--full", action="store_true", help="vocabulary 151936, 4096 tokens")
+    parser.add_argument("--bars", action="store_true", help="those sizes, only what the bars compare, and a verdict")
     parser.add_argument("--sweep", action="store_true", help="other settings of ours instead of the other sides")
     arguments = parser.parse_args()
-    if arguments.full:
+    started = time.perf_counter()
+    if arguments.bars and arguments.sweep:
+        parser.error("--bars compares sides that --sweep leaves out: give one of the two")
+    if arguments.full or arguments.bars:
         arguments.vocabulary, arguments.tokens = 151_936, 4096
     results: dict[str, object] = {}
     for name in arguments.dtypes:
         dtype = getattr(torch, name)
         errors = compare(arguments, dtype)
-        figures = measure(make_sides(arguments, dtype), arguments.repeats)
+        sides = make_sides(arguments, dtype)
+        if arguments.bars:
+            wanted = {"ours", *(other for _, other, _ in BARS[name])}
+            sides = {key: side for key, side in sides.items() if key in wanted}
+        figures = measure(sides, arguments.repeats)
         results[name] = {**figures, "relative_error_to_float64": errors}
+        if arguments.bars:
+            results[name]["bars"] = judge(name, figures)  # type: ignore[index]
+        del sides
     sizes = {key: getattr(arguments, key) for key in ("hidden", "vocabulary", "tokens", "trained", "repeats")}
-    print(json.dumps({**sizes, "threads": torch.get_num_threads(), "results": results}, indent=2))
+    took = {"threads": torch.get_num_threads(), "benchmark_seconds": time.perf_counter() - started}
+    print(json.dumps({**sizes, **took, "results": results}, indent=2))
 
 
 if __name__ == "__main__":
