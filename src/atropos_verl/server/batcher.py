@@ -82,7 +82,7 @@ class QueueView:
     minimums: Mapping[int, int] = field(default_factory=dict)
     """env_id → least sequences in the batch."""
     anyone_sending: bool = True
-    """Some environment is alive."""
+    """Some environment is alive, or one is expected."""
 
 
 def choose_batch(view: QueueView, policy: BatchPolicy, now: float) -> list[Candidate] | None:

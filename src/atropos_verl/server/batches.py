@@ -45,6 +45,7 @@ class BatchDesk:
         self._settings = persistence.settings
         self._now = persistence.now
         self._minimum_missed: float | None = None
+        self._registered_at = 0.0
         data_dir = persistence.settings.data_dir
         self._arrivals = None if data_dir is None else ArrivalRecord(data_dir)
 
@@ -153,6 +154,21 @@ class BatchDesk:
             return ConflictError(f"lease {lease_id} has ended")
         return UnknownLeaseError(f"no lease {lease_id!r}; was the server reset?")
 
+    # --- who sends ---------------------------------------------------------------------------------------------------
+
+    def trainer_registered(self) -> None:
+        """A trainer came, or came again: its environments may be a while behind it."""
+        self._registered_at = self._now()
+
+    def _anyone_sending(self, alive: Sequence[Environment]) -> bool:
+        """Some environment is alive, or is to be expected: those of the run that was interrupted have said goodbye, and
+        new ones cannot register before the trainer has asked for a batch."""
+        known = self._state.environments
+        if alive or not known:
+            return bool(alive)
+        came_since = max(environment.heard_at for environment in known) > self._registered_at
+        return not came_since and self._now() - self._registered_at < self._settings.env_timeout
+
     # --- which groups ------------------------------------------------------------------------------------------------
 
     def alive(self) -> list[Environment]:
@@ -207,5 +223,5 @@ class BatchDesk:
             last_arrival=queue.last_arrival,
             sizes_seen=frozenset(sizes),
             minimums={env_id: minimum for env_id, minimum in minimums.items() if minimum > 0},
-            anyone_sending=bool(alive),
+            anyone_sending=self._anyone_sending(alive),
         )

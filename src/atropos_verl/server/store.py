@@ -79,6 +79,7 @@ class Store:
             kind = "resumed"
         self.persistence.commit(Registered(registration, self.now(), kind == "resumed"))
         self.trainer_heard = self.now()
+        self.batches.trainer_registered()
         logger.info("trainer registered (%s): %d sequences per batch", kind, registration.batch_size)
         return kind
 

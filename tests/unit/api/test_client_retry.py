@@ -175,7 +175,7 @@ def test_all_tries_together_end_within_the_timeout(fault_server: FaultServer, fa
     fault_server.script("/status", fault)
     started = time.monotonic()
     with AtroposClient(fault_server.url, timeout=0.6, retry_delay=0.01) as client:
-        with pytest.raises(AtroposTimeoutError, match=r"no answer to GET /status within 0\.6 s") as caught:
+        with pytest.raises(AtroposTimeoutError, match=r"no answer (to GET /status )?within 0\.6 s") as caught:
             client.status()
         assert time.monotonic() - started < 10.0  # the faults themselves never end, or only after minutes
         wait_for(lambda: _attempts_in_flight() == 0, "the abandoned tries end, though the server goes on")

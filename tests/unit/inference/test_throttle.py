@@ -27,15 +27,16 @@ def throttle(bound: int, ledger: Ledger | None = None) -> tuple[StalenessThrottl
     return made, clock
 
 
+async def ask(limit: StalenessThrottle, *prompts: tuple[int, ...], n: int = 4, max_tokens: int = 16) -> None:
+    """Begin when there is room, and end at once."""
+    async with limit.admitted([request(prompt, n=n, max_tokens=max_tokens) for prompt in prompts or ((1, 2),)]):
+        pass
+
+
 async def begins(limit: StalenessThrottle, *prompts: tuple[int, ...], n: int = 4, max_tokens: int = 16) -> bool:
     """Whether this may begin at once; it then ends at once."""
-
-    async def ask() -> None:
-        async with limit.admitted([request(prompt, n=n, max_tokens=max_tokens) for prompt in prompts or ((1, 2),)]):
-            pass
-
     try:
-        await asyncio.wait_for(ask(), timeout=0.1)
+        await asyncio.wait_for(ask(limit, *prompts, n=n, max_tokens=max_tokens), timeout=0.1)
     except TimeoutError:
         return False
     return True
@@ -102,12 +103,13 @@ async def test_next_turns_and_health_checks_are_not_held() -> None:
 async def test_whoever_waits_goes_on_when_there_is_room_and_leaves_nothing_when_cancelled() -> None:
     limit, _ = throttle(0)
     limit.batch_fetched()
-    waiting = asyncio.create_task(begins(limit))
-    leaving = asyncio.create_task(begins(limit))
+    waiting = asyncio.create_task(ask(limit))
+    leaving = asyncio.create_task(ask(limit))
     await asyncio.sleep(0.03)
+    assert not waiting.done() and not leaving.done()
     leaving.cancel()
     limit.batch_done()
-    assert await waiting
+    await asyncio.wait_for(waiting, timeout=30.0)
     with pytest.raises(asyncio.CancelledError):
         await leaving
     assert await begins(limit)

@@ -202,6 +202,45 @@ def test_an_environment_that_has_gone_blocks_nobody() -> None:
     assert status.env_status(store, store.state.environments[busy])["env_weight"] == 0.5
 
 
+def test_a_resumed_trainer_gets_no_part_of_a_batch_before_its_environments_could_come_back() -> None:
+    clock = Clock()
+    store = store_with(clock=clock, env_timeout=120.0)
+    env_id = join(store)
+    post(store, 0, env_id=env_id)
+    store.disconnect_env(env_id)  # the run was interrupted
+    clock.pass_(600.0)
+    store.register(Registration(**registration(8)))
+    for _ in range(2):
+        assert store.batches.next_batch(10.0) is None, "an environment registers after this question, not before"
+        clock.pass_(59.0)
+    again = join(store)
+    post(store, 1, env_id=again)
+    batch = store.batches.next_batch(10.0)
+    assert batch is not None and batch.seqs == [0, 1]
+
+
+def test_what_is_left_is_handed_out_when_no_environment_comes_back() -> None:
+    clock = Clock()
+    store = store_with(clock=clock, env_timeout=120.0)
+    env_id = join(store)
+    post(store, 0, env_id=env_id)
+    store.disconnect_env(env_id)
+    clock.pass_(600.0)
+    store.register(Registration(**registration(8)))
+    clock.pass_(119.0)
+    assert store.batches.next_batch(10.0) is None
+    clock.pass_(1.0)
+    batch = store.batches.next_batch(10.0)
+    assert batch is not None and batch.seqs == [0]
+    # One that came and went tells that there is nobody else to wait for.
+    env_id = join(store)
+    post(store, 1, env_id=env_id)
+    store.disconnect_env(env_id)
+    clock.pass_(5.0)
+    batch = store.batches.next_batch(10.0)
+    assert batch is not None and batch.seqs == [1]
+
+
 def test_a_minimum_share_is_waited_for_and_then_waived() -> None:
     clock = Clock()
     store = store_with(clock=clock)
