@@ -22,7 +22,8 @@ from atropos_verl.server.bodies import BodyError, Disconnected, read_body
 from atropos_verl.server.delivery import Connections
 from atropos_verl.server.hand_out import HandOut
 from atropos_verl.server.metrics import Counters
-from atropos_verl.server.routes import Request, Routes
+from atropos_verl.server.request import Request
+from atropos_verl.server.routes import Routes
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.store import QueueFullError, Store
 from atropos_verl.server.validation import Refusal

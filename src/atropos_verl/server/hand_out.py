@@ -12,7 +12,7 @@ from atropos_verl.server.answers import choose_encoding, compressor, json_answer
 from atropos_verl.server.delivery import Connection, Connections
 from atropos_verl.server.metrics import Counters
 from atropos_verl.server.model import Batch
-from atropos_verl.server.routes import Request, lease_seconds
+from atropos_verl.server.request import Request, lease_seconds
 from atropos_verl.server.store import Store
 
 __all__ = ["HandOut"]

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import msgspec
 
 from atropos_verl.server import metrics, status
 from atropos_verl.server.answers import Answer, json_answer, pack
-from atropos_verl.server.delivery import Connection
 from atropos_verl.server.fence import StatusFence
 from atropos_verl.server.model import AckRequest, EnvIdentifier, Environment, EnvRegistration, Registration, StoredGroup
 from atropos_verl.server.page import page
+from atropos_verl.server.request import Request, decoded, idempotency, lease_seconds
 from atropos_verl.server.store import Store
 from atropos_verl.server.validation import CheckedGroup, Refusal, check_group, split_list
 
-__all__ = ["Request", "Routes", "lease_seconds"]
+__all__ = ["Routes"]
 
-_T = TypeVar("_T")
-_MAX_KEY = 255
 _PACKED_SHARE = 0.2
 """Bytes of packed groups kept ahead of need, over those received. (A packed group has about a third of its JSON.)"""
 FEATURES = ("batch_fill", "idempotency", "leases", "packed")
@@ -44,29 +41,6 @@ _LATEST_EXAMPLE: dict[str, list[object]] = {
     )
 }
 """Upstream's answer while nothing came."""
-
-
-class Request:
-    """One request: ``headers`` in lower case, ``body()`` reads and inflates the body."""
-
-    def __init__(
-        self,
-        path: str,
-        query: Mapping[str, str],
-        headers: Mapping[bytes, bytes],
-        body: Callable[[], Awaitable[bytes]],
-        connection: Connection | None = None,
-    ) -> None:
-        self.path = path
-        self.query = query
-        self.headers = headers
-        self.body = body
-        self.connection = connection
-        """None under a server that does not tell of connections."""
-
-    def header(self, name: str) -> str | None:
-        found = self.headers.get(name.encode())
-        return None if found is None else found.decode("latin-1").strip()
 
 
 class Routes:
@@ -103,7 +77,7 @@ class Routes:
     # --- who is there ------------------------------------------------------------------------------------------------
 
     async def register(self, request: Request) -> Answer:
-        registration = _decoded(await request.body(), Registration)
+        registration = decoded(await request.body(), Registration)
         kind = self._store.register(registration)
         await self._store.persistence.synced()
         current = self._store.state.registration
@@ -121,7 +95,7 @@ class Routes:
         )
 
     async def register_env(self, request: Request) -> Answer:
-        environment = self._store.register_env(_decoded(await request.body(), EnvRegistration))
+        environment = self._store.register_env(decoded(await request.body(), EnvRegistration))
         if environment is None:
             return json_answer({"status": "wait for trainer to start"})
         await self._store.persistence.synced()
@@ -140,7 +114,7 @@ class Routes:
         )
 
     async def disconnect_env(self, request: Request) -> Answer:
-        env_id = _decoded(await request.body(), EnvIdentifier).env_id
+        env_id = decoded(await request.body(), EnvIdentifier).env_id
         if not self._store.disconnect_env(env_id):
             return json_answer({"status": "failure", "error": f"env_id {env_id} is not a registered environment"})
         await self._store.persistence.synced()
@@ -166,7 +140,7 @@ class Routes:
 
     async def scored_data(self, request: Request) -> Answer:
         body = await request.body()
-        key, digest = _idempotency(request, body)
+        key, digest = idempotency(request, body)
         known = self._store.replied(key, digest)
         if known is None:
             groups = [self._checked(body)]
@@ -179,7 +153,7 @@ class Routes:
 
     async def scored_data_list(self, request: Request) -> Answer:
         body = await request.body()
-        key, digest = _idempotency(request, body)
+        key, digest = idempotency(request, body)
         known = self._store.replied(key, digest)
         if known is None:
             groups = [self._checked(raw, index) for index, raw in enumerate(split_list(body))]
@@ -307,14 +281,14 @@ class Routes:
     # --- batches that are out ----------------------------------------------------------------------------------------
 
     async def ack(self, request: Request) -> Answer:
-        lease_id = _decoded(await request.body(), AckRequest).lease_id
+        lease_id = decoded(await request.body(), AckRequest).lease_id
         outcome = self._store.batches.ack(lease_id)
         self._store.hear_trainer()
         await self._store.persistence.synced()
         return json_answer({"status": "success", "ack": outcome, "lease_id": lease_id})
 
     async def renew(self, request: Request) -> Answer:
-        asked = _decoded(await request.body(), AckRequest)
+        asked = decoded(await request.body(), AckRequest)
         seconds = lease_seconds(asked.seconds, self._store.settings.max_lease, "seconds")
         deadline = self._store.batches.renew(asked.lease_id, seconds)
         self._store.hear_trainer()
@@ -322,7 +296,7 @@ class Routes:
         return json_answer({"status": "success", "lease_id": asked.lease_id, "deadline": deadline})
 
     async def release(self, request: Request) -> Answer:
-        lease_id = _decoded(await request.body(), AckRequest).lease_id
+        lease_id = decoded(await request.body(), AckRequest).lease_id
         self._store.batches.release(lease_id)
         await self._store.persistence.synced()
         return json_answer({"status": "success", "lease_id": lease_id})
@@ -346,7 +320,7 @@ class Routes:
         if not body and request.query.get("env_id", "").lstrip("-").isdigit():
             env_id = int(request.query["env_id"])
         else:
-            env_id = _decoded(body, EnvIdentifier).env_id
+            env_id = decoded(body, EnvIdentifier).env_id
         self._known_env(env_id)
         self._store.hear_env(env_id)
         await self._fence.before_status(env_id, request.connection)
@@ -373,37 +347,6 @@ class Routes:
                 "refused": dict(self._counters.refused),
             }
         )
-
-
-def lease_seconds(value: object, longest: float, name: str) -> float:
-    """A lease's length in seconds. Raises ``Refusal`` unless it is a number above 0 and at most ``longest``."""
-    try:
-        seconds = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        seconds = -1.0
-    if not 0 < seconds <= longest:
-        text = f"{name} = {value!r} must be a number of seconds above 0 and at most {longest:g}"
-        raise Refusal("lease", text, name, value=str(value))
-    return seconds
-
-
-def _decoded(body: bytes, kind: type[_T]) -> _T:
-    try:
-        return msgspec.json.decode(body, type=kind, strict=False)
-    except msgspec.ValidationError as error:
-        field = str(error).rpartition("$.")[2].strip("`") if "$." in str(error) else ""
-        raise Refusal("type", str(error), field) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Refusal("malformed_json", f"the body is not JSON: {error}") from None
-
-
-def _idempotency(request: Request, body: bytes) -> tuple[str | None, bytes]:
-    key = request.header("idempotency-key")
-    if key is None:
-        return None, b""
-    if not 0 < len(key) <= _MAX_KEY:
-        raise Refusal("idempotency", f"Idempotency-Key must have 1 to {_MAX_KEY} characters, not {len(key)}")
-    return key, hashlib.sha256(request.path.encode() + b"\n" + body).digest()[:16]
 
 
 def _glimpse(group: CheckedGroup, now: float) -> metrics.Glimpse:
