@@ -10,8 +10,9 @@ So, for each environment::
     /status-env:   wait until it has done with the answers to its posts   ─▶  answer
     its posts:     wait until it has done with the answer to /status-env  ─▶  accept
 
-It has done with an answer when it closes the connection (atroposlib opens one for each request) or uses it again.
-Nobody waits longer than ``PATIENCE`` seconds: then it is as if there were no fence.
+It has done with an answer when it closes the connection (atroposlib opens one for each request) or uses it again. That
+is a few turns of its event loop before it takes the group off its list, or acts on the figures, hence ``SETTLING``.
+Nobody waits much longer than ``PATIENCE`` seconds: then it is as if there were no fence.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ __all__ = ["PATIENCE", "StatusFence"]
 
 PATIENCE = 0.25
 """Seconds. atroposlib takes a few milliseconds, more where its processor is busy."""
+SETTLING = 0.02
+"""Seconds from the end of a connection until the environment has acted on what it read there."""
 
 
 class _Sides:
@@ -41,6 +44,7 @@ class _Open:
 
     def __init__(self) -> None:
         self._count = 0
+        self._closed_at = float("-inf")
         self._none = asyncio.Event()
         self._none.set()
 
@@ -55,6 +59,7 @@ class _Open:
             if not closed:
                 closed = True
                 self._count -= 1
+                self._closed_at = asyncio.get_running_loop().time()
                 if not self._count:
                     self._none.set()
 
@@ -64,6 +69,9 @@ class _Open:
         if self._count:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._none.wait(), PATIENCE)
+        settling = self._closed_at + SETTLING - asyncio.get_running_loop().time()
+        if settling > 0:
+            await asyncio.sleep(settling)
 
 
 class StatusFence:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable
 
 from atropos_verl.server.delivery import Connection
-from atropos_verl.server.fence import PATIENCE, StatusFence
+from atropos_verl.server.fence import PATIENCE, SETTLING, StatusFence
 
 
 async def _waits(action: Awaitable[None]) -> asyncio.Task[None]:
@@ -25,19 +25,41 @@ def test_a_status_waits_until_the_answers_to_posts_were_read_and_holds_further_p
         status = await _waits(fence.before_status(0, asking))
         further = await _waits(fence.before_accept(0))
         posts[0].done()
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(2 * SETTLING)
         assert not status.done()
         posts[1].done()
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(2 * SETTLING)
         assert status.done()  # it is answered now
         assert not further.done()
         await fence.before_accept(1)  # another environment
         asking.done()  # the answer was read
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(2 * SETTLING)
         assert further.done()
         await fence.before_accept(0)
 
     asyncio.run(scenario())
+
+
+def test_what_waited_goes_on_a_moment_after_the_connection_ended() -> None:
+    async def scenario() -> list[float]:
+        loop, fence, waited = asyncio.get_running_loop(), StatusFence(), []
+        post, asking = Connection(), Connection()
+        fence.accepted(0, post)
+        post.done()
+        begin = loop.time()
+        await fence.before_status(0, asking)  # atroposlib may still count the group of this post
+        waited.append(loop.time() - begin)
+        asking.done()
+        begin = loop.time()
+        await fence.before_accept(0)  # and may not have used the figures yet
+        waited.append(loop.time() - begin)
+        await asyncio.sleep(2 * SETTLING)
+        begin = loop.time()
+        await fence.before_accept(0)
+        waited.append(begin - loop.time() + SETTLING)
+        return waited
+
+    assert all(seconds >= 0.5 * SETTLING for seconds in asyncio.run(scenario()))
 
 
 def test_nobody_waits_for_long_for_a_client_that_keeps_its_connection() -> None:
