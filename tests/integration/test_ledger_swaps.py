@@ -129,6 +129,13 @@ def swap_weights(engine: AnyEngine, gate: RequestGate, weights: dict[str, torch.
     gate.resume()
 
 
+def generated_more(engine: AnyEngine) -> None:
+    """Until the newest weights have written tokens: on a busy machine swaps would outrun generation."""
+    before = engine.stats().generated_tokens
+    while engine.stats().generated_tokens == before:
+        time.sleep(0.001)
+
+
 async def load(url: str, engine: AnyEngine, gate: RequestGate, model: Any) -> list[Sent]:
     sent: list[Sent] = []
     done = asyncio.Event()
@@ -143,6 +150,7 @@ async def load(url: str, engine: AnyEngine, gate: RequestGate, model: Any) -> li
         try:
             for version in range(1, SWAPS + 1):
                 await asyncio.to_thread(swap_weights, engine, gate, weights_of(model, version), version)
+                await asyncio.to_thread(generated_more, engine)
         finally:
             done.set()
 
@@ -200,5 +208,4 @@ def test_no_request_fails_and_no_token_is_attributed_to_a_wrong_version(placemen
     )
     assert engine.policy_version == SWAPS
     assert ambiguous < len(sent) / 50
-    # There was load, and versions changed under it. (How many versions get to write a token is the machine's business.)
-    assert len(sent) > SWAPS // 2 and mixed > SWAPS // 10 and len(seen) > SWAPS // 5
+    assert len(sent) > SWAPS and mixed > SWAPS // 10 and len(seen) > SWAPS // 2
