@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from atropos_verl import SampleSettings, build_samples, decode_batch
-from atropos_verl.api.packed import decode_packed, join_packed, pack_group
-from atropos_verl.api.wire import decode_group
-from atropos_verl.data import make_packed_batch, make_training_batch
+from atropos_verl.protocol.packed import decode_packed, join_packed, pack_group
+from atropos_verl.protocol.wire import decode_group
+from atropos_verl.training.batching import make_packed_batch, make_training_batch
 
 VOCABULARY = 151_936
 

@@ -81,8 +81,8 @@ def _trainer(batch: int) -> Callable[[], None]:
     import numpy as np
 
     from atropos_verl.assets import demo_model_path
-    from atropos_verl.config import RunConfig
-    from atropos_verl.local.worker import PolicyWorker
+    from atropos_verl.backends.local.worker import PolicyWorker
+    from atropos_verl.config.schema import RunConfig
     from atropos_verl.types import TrainingSample
 
     worker = PolicyWorker(RunConfig(steps=10**6), demo_model_path())
@@ -118,10 +118,10 @@ def _engine(name: str, threads: int) -> Any:
     from atropos_verl.assets import demo_model_path
 
     if name == "process":
-        from atropos_verl.inference.process_engine.engine import ProcessEngine
+        from atropos_verl.engine.process_engine.engine import ProcessEngine
 
         return ProcessEngine(demo_model_path(), num_threads=threads).wait_ready()
-    from atropos_verl.inference.transformers_engine import TransformersEngine
+    from atropos_verl.engine.embedded import TransformersEngine
 
     return TransformersEngine.from_pretrained(demo_model_path(), num_threads=threads)
 
@@ -129,7 +129,7 @@ def _engine(name: str, threads: int) -> Any:
 def _generate(engine: Any, duty: float, stop: Callable[[], bool]) -> None:
     import torch
 
-    from atropos_verl.inference.engine import GenerationRequest
+    from atropos_verl.types import GenerationRequest
 
     generator = torch.Generator().manual_seed(0)
     while not stop():

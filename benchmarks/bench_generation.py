@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from atropos_verl.inference.threads import engine_threads
+from atropos_verl.engine.threads import engine_threads
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -62,7 +62,7 @@ def main() -> None:
     }
     from support.tiny_model import build_tiny_tokenizer
 
-    from atropos_verl.inference.transformers_engine import TransformersEngine
+    from atropos_verl.engine.embedded import TransformersEngine
 
     with TransformersEngine(copy.deepcopy(model), build_tiny_tokenizer(), max_running=options.sequences) as engine:
         sides: dict[str, Callable[[Load], None]] = {
@@ -110,7 +110,7 @@ def varied_load(count: int, prompt: int, tokens: int) -> Load:
 
 
 def run_engine(engine: Any, load: Load) -> None:
-    from atropos_verl.inference.engine import GenerationRequest
+    from atropos_verl.types import GenerationRequest
 
     answers = engine.generate(
         [GenerationRequest(prompt_token_ids=prompt, max_tokens=tokens, ignore_eos=True) for prompt, tokens in load]

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from atropos_verl.inference.attribution import SequenceQuery, look_up
-from atropos_verl.inference.engine import Generation
-from atropos_verl.inference.ledger import Ledger
+from atropos_verl.provenance.attribution import SequenceQuery, look_up
+from atropos_verl.provenance.ledger import Ledger
+from atropos_verl.types import Generation
 
 PROMPT = 256
 

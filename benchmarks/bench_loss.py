@@ -28,7 +28,7 @@ from collections.abc import Callable
 import psutil
 import torch
 
-from atropos_verl.losses import advantage_weighted_sft_loss, linear_token_logprobs, lm_head
+from atropos_verl.training.losses import advantage_weighted_sft_loss, linear_token_logprobs, lm_head
 
 Side = Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 

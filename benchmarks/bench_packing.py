@@ -68,8 +68,8 @@ def make_samples(count: int, shortest: int, longest: int) -> list[TrainingSample
 def make_worker(directory: Path, options: argparse.Namespace) -> Any:
     from support.tiny_model import build_tiny_model
 
-    from atropos_verl.config import RunConfig
-    from atropos_verl.local.worker import PolicyWorker
+    from atropos_verl.backends.local.worker import PolicyWorker
+    from atropos_verl.config.schema import RunConfig
 
     build_tiny_model(
         directory, hidden=options.hidden, layers=options.layers, heads=4, kv_heads=2, intermediate=3 * options.hidden

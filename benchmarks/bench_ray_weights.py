@@ -33,7 +33,7 @@ class Receiver:
     """A replica's process, reduced to its weights."""
 
     def __init__(self, megabytes: int) -> None:
-        from atropos_verl.cluster.weight_transfer import WeightReceiver
+        from atropos_verl.backends.ray.weight_transfer import WeightReceiver
 
         torch.set_num_threads(1)
         self.own = _model(megabytes)
@@ -62,7 +62,7 @@ def main() -> None:
 
     import ray
 
-    from atropos_verl.cluster.weight_transfer import send_weights
+    from atropos_verl.backends.ray.weight_transfer import send_weights
 
     environment = verl_plugin.ray_environment("cpu")
     os.environ.update(environment)

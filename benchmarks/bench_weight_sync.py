@@ -76,7 +76,7 @@ def _in_a_process(options: argparse.Namespace, source: dict[str, Any], size: int
         _tokenizer().save_pretrained(directory)
 
         def engine(**settings: Any) -> Any:
-            from atropos_verl.inference.process_engine.engine import ProcessEngine
+            from atropos_verl.engine.process_engine.engine import ProcessEngine
 
             return ProcessEngine(directory, **settings).wait_ready()
 
@@ -120,7 +120,7 @@ def _tokenizer() -> Any:
 
 
 def _engine(model: Any, **settings: Any) -> Any:
-    from atropos_verl.inference.transformers_engine import TransformersEngine
+    from atropos_verl.engine.embedded import TransformersEngine
 
     return TransformersEngine(model, _tokenizer(), **settings)
 
@@ -168,7 +168,7 @@ def _streamed_while_swapped(
 ) -> dict[str, float]:
     import torch
 
-    from atropos_verl.weight_sync import AtroposShardingManager
+    from atropos_verl.training.weight_sync import AtroposShardingManager
 
     target = {name: torch.empty_like(tensor) for name, tensor in source.items()}
     floor, stage, swaps, arrivals = [], [], [], list[float]()
@@ -222,7 +222,7 @@ def _interval_around(times: list[float], begin: float, end: float) -> float:
 
 
 async def _stream(engine: Any, sequences: int, arrivals: list[float], stop: threading.Event) -> None:
-    from atropos_verl.inference.engine import GenerationRequest
+    from atropos_verl.types import GenerationRequest
 
     request = GenerationRequest(prompt_token_ids=tuple(range(3, 35)), n=sequences, max_tokens=200, ignore_eos=True)
     while not stop.is_set():
@@ -252,8 +252,8 @@ def _while_generating(
 ) -> dict[str, Any]:
     import torch
 
-    from atropos_verl.inference.engine import GenerationRequest
-    from atropos_verl.weight_sync import AtroposShardingManager
+    from atropos_verl.training.weight_sync import AtroposShardingManager
+    from atropos_verl.types import GenerationRequest
 
     target = {name: torch.empty_like(tensor) for name, tensor in source.items()}
     floor, stage, swaps = [], [], []

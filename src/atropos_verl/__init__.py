@@ -9,14 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from atropos_verl.api.client import AtroposClient
-    from atropos_verl.api.wire import decode_batch
-    from atropos_verl.config import RunConfig
-    from atropos_verl.data import build_samples
+    from atropos_verl.backends.local.trainer import AtroposTrainer
+    from atropos_verl.config.schema import RunConfig
     from atropos_verl.errors import AtroposAPIError, AtroposVerlError
-    from atropos_verl.local.trainer import AtroposTrainer
+    from atropos_verl.protocol.client import AtroposClient
+    from atropos_verl.protocol.wire import decode_batch
+    from atropos_verl.training.samples import build_samples
+    from atropos_verl.training.weight_sync import AtroposShardingManager
     from atropos_verl.types import SampleReport, SampleSettings, ScoredGroup, TrainingBatch, TrainingSample
-    from atropos_verl.weight_sync import AtroposShardingManager
 
 __all__ = [
     "AtroposAPIError",
@@ -39,18 +39,18 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AtroposAPIError": "errors",
-    "AtroposClient": "api.client",
-    "AtroposShardingManager": "weight_sync",
-    "AtroposTrainer": "local.trainer",
+    "AtroposClient": "protocol.client",
+    "AtroposShardingManager": "training.weight_sync",
+    "AtroposTrainer": "backends.local.trainer",
     "AtroposVerlError": "errors",
-    "RunConfig": "config",
+    "RunConfig": "config.schema",
     "SampleReport": "types",
     "SampleSettings": "types",
     "ScoredGroup": "types",
     "TrainingBatch": "types",
     "TrainingSample": "types",
-    "build_samples": "data",
-    "decode_batch": "api.wire",
+    "build_samples": "training.samples",
+    "decode_batch": "protocol.wire",
 }
 
 

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["train"]:
         return train(words[1:])  # all its words are its own, --help included
     if words[:1] == ["launch"]:
-        from atropos_verl.launcher import main as launch
+        from atropos_verl.launch.launcher import main as launch
 
         return launch(words[1:])
     options = _parser(words).parse_args(words)
@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "doctor":
         return _doctor(options)
     if options.command == "simulate":
-        from atropos_verl.simulate.main import run as run_simulation
+        from simulate.main import run as run_simulation
 
-        return run_simulation(options)
+        return int(run_simulation(options))
     return _inspect(options)
 
 
@@ -59,11 +59,11 @@ def train(words: Sequence[str], config_dir: Path | None = None, config_name: str
     others = [word for word in words if not word.startswith("backend=")]
     backend = chosen[-1] if chosen else "local"
     if backend == "local":
-        from atropos_verl.local.main import main as train_here
+        from atropos_verl.backends.local.main import main as train_here
 
         return train_here(others, config_dir, config_name)
     if backend == "ray":
-        from atropos_verl.cluster.main import main as train_on_ray
+        from atropos_verl.backends.ray.main import main as train_on_ray
 
         return train_on_ray(others, config_dir)
     sys.stderr.write(f"CONFIGURATION ERROR: backend: {backend!r} is neither local nor ray\n")
@@ -87,7 +87,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         add_server_arguments(serve)
     doctor = commands.add_parser("doctor", help=_DOCTOR_HELP, description=_DOCTOR_HELP)
     if words[:1] == ["doctor"]:
-        from atropos_verl.doctor.main import add_arguments as add_doctor_arguments
+        from atropos_verl.launch.doctor.main import add_arguments as add_doctor_arguments
 
         add_doctor_arguments(doctor)
     inspect = commands.add_parser("inspect", help=_INSPECT_HELP, description=_INSPECT_HELP)
@@ -97,7 +97,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         add_arguments(inspect)
     simulate = commands.add_parser("simulate", help=_SIMULATE_HELP, description=_SIMULATE_HELP)
     if words[:1] == ["simulate"]:
-        from atropos_verl.simulate.main import add_arguments as add_simulate_arguments
+        from simulate.main import add_arguments as add_simulate_arguments
 
         add_simulate_arguments(simulate)
     report = commands.add_parser("report", help=_REPORT_HELP, description=_REPORT_HELP)
@@ -109,8 +109,8 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from atropos_verl.doctor.main import run
-    from atropos_verl.launcher import load_subject
+    from atropos_verl.launch.doctor.main import run
+    from atropos_verl.launch.launcher import load_subject
 
     return run(options, load_subject)
 

@@ -11,7 +11,7 @@ Shape legend: ``G`` sequences in a group, ``T`` tokens of one sequence (``T_g`` 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 __all__ = [
     "UNKNOWN_VERSION",
     "Difference",
+    "FinishReason",
+    "Generation",
+    "GenerationDelta",
+    "GenerationRequest",
     "LossOutput",
     "QuarantinedGroup",
     "SampleReport",
@@ -38,6 +42,72 @@ FloatArray = NDArray[np.float64]
 
 UNKNOWN_VERSION = -2
 """Nobody knows which weights wrote this token. (-1 is a version: the weights an engine starts with.)"""
+
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One prompt and how to sample from it.
+
+    Raises nothing itself; the engine validates against its limits and raises ``GenerationRequestError``.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    n: int = 1
+    """Completions of the same prompt; each is sampled independently."""
+    max_tokens: int | None = None
+    """New tokens at most; None: as many as the engine's context still holds."""
+    temperature: float = 1.0
+    """0 = greedy; logprobs are then those of temperature 1."""
+    top_p: float = 1.0
+    top_k: int = -1
+    """-1 or 0: off."""
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    """Stop strings; the tokens that spell the stop string are kept in ``token_ids`` (token-exact), finish is "stop"."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Besides the model's end-of-sequence ids. The stop token is part of ``token_ids``."""
+    ignore_eos: bool = False
+    seed: int | None = None
+    """With a seed, the same request gives the same tokens whatever else the engine is running."""
+    prompt_logprobs: int | None = None
+    """k: also return the k best alternatives (and the token itself) at each prompt position."""
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One completion."""
+
+    token_ids: tuple[int, ...]
+    """New tokens only, the stop token included."""
+    logprobs: tuple[float, ...]
+    """Logprob of each token under the sampling temperature, over the full vocabulary (before top-p/top-k/min-p)."""
+    finish_reason: FinishReason
+    policy_version_first: int
+    """Policy version that sampled the first token."""
+    policy_version_last: int
+    """Policy version that sampled the last token; differs when weights were swapped in between."""
+    policy_version_runs: tuple[tuple[int, int], ...] = ()
+    """Which version sampled each token, run-length encoded: ``(policy version, tokens)``, the counts adding up to all
+    tokens. Empty: the engine only knows first and last."""
+    prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
+    """[P] per prompt position {token_id: logprob}; position 0 is None (nothing predicts it)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationDelta:
+    """New tokens of one completion while it is being generated (streaming)."""
+
+    index: int
+    """Which of the n completions."""
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason | None = None
+    policy_version: int | None = None
+    """Version that sampled these tokens; None: the engine does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

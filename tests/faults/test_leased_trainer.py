@@ -21,8 +21,8 @@ import pytest
 from support import light_trainer
 from support.trajectory_server import ServerProcess, group_bytes, registration
 
-from atropos_verl.api.client import AtroposClient, TrainerRegistration
 from atropos_verl.errors import AtroposAPIError
+from atropos_verl.protocol.client import AtroposClient, TrainerRegistration
 
 ROUNDS = int(os.environ.get("ATROPOS_KILL_ROUNDS", "12"))
 pytestmark = pytest.mark.slow

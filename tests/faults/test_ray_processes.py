@@ -18,7 +18,7 @@ import psutil
 import pytest
 from support.runs import TrainingRun, checkpointed_step, metrics_of
 
-from atropos_verl.launch.watcher import carriers
+from atropos_verl.launch.orphan_reaper import carriers
 
 _DRIVER = """
 import ray, subprocess, sys, time

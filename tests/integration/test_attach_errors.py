@@ -133,7 +133,7 @@ def test_a_wrong_setting_is_named_before_anything_starts(
 
 
 def test_help_names_every_key_and_exits_0(tmp_path: Path, without_torch: dict[str, str]) -> None:
-    from atropos_verl.config import describe
+    from atropos_verl.config.schema import describe
 
     with TrainingRun(["--help"], env=without_torch, cwd=tmp_path) as run:
         assert run.wait(timeout=30) == 0

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from support.trajectory_server import group_bytes, registration
 
-from atropos_verl.api.client import AtroposClient, EnvRegistration, TrainerRegistration
-from atropos_verl.config import RunConfig
+from atropos_verl.config.schema import RunConfig
 from atropos_verl.launch.services import LocalServices
+from atropos_verl.protocol.client import AtroposClient, EnvRegistration, TrainerRegistration
 
 
 @contextmanager

@@ -14,9 +14,9 @@ from support.engines import AnyEngine
 from support.serving import eventually, serving
 from support.tiny_model import build_tiny_model
 
-from atropos_verl.inference.gate import RequestGate
-from atropos_verl.inference.process_engine.engine import ProcessEngine
-from atropos_verl.inference.transformers_engine import TransformersEngine
+from atropos_verl.engine.embedded import TransformersEngine
+from atropos_verl.engine.gate import RequestGate
+from atropos_verl.engine.process_engine.engine import ProcessEngine
 
 MAX_RUNNING = 16
 

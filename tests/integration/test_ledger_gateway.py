@@ -15,8 +15,8 @@ from support.atropos_clients import HI, HI_PROMPT, managed_server
 from support.fake_engine import FakeEngine, logprob_of, text_reply
 from support.serving import serving
 
-from atropos_verl.inference.attribution import SequenceQuery, look_up
-from atropos_verl.inference.ledger import Ledger
+from atropos_verl.provenance.attribution import SequenceQuery, look_up
+from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.types import UNKNOWN_VERSION, SequenceMatch
 
 

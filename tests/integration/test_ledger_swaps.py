@@ -24,9 +24,9 @@ from support.engines import AnyEngine, placed_engine, tiny_causal_lm
 from support.serving import serving
 from support.tiny_model import build_tiny_tokenizer
 
-from atropos_verl.inference.attribution import SequenceQuery, look_up
-from atropos_verl.inference.gate import RequestGate
-from atropos_verl.inference.ledger import Ledger
+from atropos_verl.engine.gate import RequestGate
+from atropos_verl.provenance.attribution import SequenceQuery, look_up
+from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.types import UNKNOWN_VERSION
 
 logger = logging.getLogger(__name__)

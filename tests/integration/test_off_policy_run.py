@@ -20,8 +20,8 @@ from support.tiny_model import build_tiny_model
 from support.trajectory_server import free_port
 
 from atropos_verl import AtroposTrainer
+from atropos_verl.backends.local.fit import resume_if_asked
 from atropos_verl.errors import WeightSyncError
-from atropos_verl.local.fit import resume_if_asked
 from atropos_verl.server.serving import TrajectoryServer
 from atropos_verl.types import StepReport
 
@@ -123,7 +123,7 @@ def test_an_environment_that_edits_is_reported_and_trained_without_versions(
 ) -> None:
     environment = {"edit": lambda ids: [*ids[:2], (ids[2] + 1) % 250, *ids[3:]]}
     with (
-        caplog.at_level(logging.WARNING, logger="atropos_verl.off_policy"),
+        caplog.at_level(logging.WARNING, logger="atropos_verl.training.off_policy_book"),
         running(model_path, tmp_path, steps=2, environment=environment) as (trainer, env),
     ):
         lines = fit(trainer, env)
@@ -132,7 +132,7 @@ def test_an_environment_that_edits_is_reported_and_trained_without_versions(
         assert line["off_policy/staleness_mean"] is None
         assert line["off_policy/groups_of_unknown_version"] == GROUPS
         assert "off_policy/ratio_mean" not in line or math.isnan(line["off_policy/ratio_mean"])
-    messages = [r.getMessage() for r in caplog.records if r.name == "atropos_verl.off_policy"]
+    messages = [r.getMessage() for r in caplog.records if r.name == "atropos_verl.training.off_policy_book"]
     assert 1 <= len(messages) <= 2  # one per environment (two threads register one each), and no more
     assert "First difference at token 6" in messages[0]
 

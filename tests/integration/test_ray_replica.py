@@ -17,7 +17,7 @@ _STANDALONE = [  # what verl's separate_async asks of the configuration; it chan
     "actor_rollout_ref.rollout.nnodes=1",
     "actor_rollout_ref.rollout.n_gpus_per_node=1",
     "actor_rollout_ref.rollout.checkpoint_engine.backend=ray_object_store",
-    "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=atropos_verl.cluster.checkpoint_engine",
+    "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=atropos_verl.backends.ray.checkpoint_engine",
 ]
 _PARAMS = {"temperature": 1.0, "logprobs": True, "ignore_eos": True}
 
@@ -170,7 +170,7 @@ async def test_environments_requests_outlast_every_kind_of_weight_update(cluster
     """
     import httpx
 
-    from atropos_verl.cluster.gateway import start_gateway
+    from atropos_verl.backends.ray.gateway import start_gateway
 
     tokenizer = build_tiny_tokenizer()
     steps, answers = 6, []
@@ -229,7 +229,7 @@ async def test_environments_requests_outlast_every_kind_of_weight_update(cluster
 async def test_a_client_that_leaves_frees_the_replicas_slots(cluster: Cluster) -> None:
     import httpx
 
-    from atropos_verl.cluster.gateway import start_gateway
+    from atropos_verl.backends.ray.gateway import start_gateway
 
     with start_gateway(cluster.servers.get_client(), build_tiny_tokenizer()) as gateway:
         await asyncio.to_thread(cluster.checkpoints.abort_replicas)  # it stays unanswered

@@ -18,8 +18,8 @@ from support.recorded import GROUP_SIZE, recorded_batches
 from support.runs import TrainingRun, checkpointed_step, metrics_of
 from support.trajectory_server import ServerProcess
 
-from atropos_verl.api.client import AtroposClient
-from atropos_verl.api.journal import BatchJournal
+from atropos_verl.protocol.client import AtroposClient
+from atropos_verl.protocol.journal import BatchJournal
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -76,8 +76,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
 def local(story: Story, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The local backend's steps on the same batches, from the same weights."""
     from atropos_verl import AtroposTrainer
-    from atropos_verl.api.wire import decode_batch
-    from atropos_verl.local.rollout_data import RolloutData
+    from atropos_verl.backends.local.rollout_data import RolloutData
+    from atropos_verl.protocol.wire import decode_batch
 
     config = {
         "run_dir": str(tmp_path_factory.mktemp("local")),

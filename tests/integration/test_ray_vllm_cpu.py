@@ -40,8 +40,8 @@ def _ray() -> Iterator[None]:
 
 def _difference(cluster: Cluster) -> float:
     """Largest difference between the trainer's logprobs and those that vLLM gives for a prompt."""
-    from atropos_verl.cluster.llm_client import AttemptClient
-    from atropos_verl.cluster.llm_engine import LLMServerEngine
+    from atropos_verl.backends.ray.llm_client import AttemptClient
+    from atropos_verl.backends.ray.llm_engine import LLMServerEngine
 
     client = AttemptClient.of(cluster.servers.get_client())
     engine = LLMServerEngine(client, build_tiny_tokenizer(), max_context_len=256, vocab_size=259, eos_token_ids={258})
@@ -54,7 +54,7 @@ async def _generate_across_an_update(cluster: Cluster, step: int) -> None:
     """Requests through the gateway while weights are updated as colocate_async does it."""
     import httpx
 
-    from atropos_verl.cluster.gateway import start_gateway
+    from atropos_verl.backends.ray.gateway import start_gateway
 
     with start_gateway(cluster.servers.get_client(), build_tiny_tokenizer()) as gateway:
         async with httpx.AsyncClient(base_url=gateway.url, timeout=120.0) as client:

@@ -19,9 +19,9 @@ import pytest
 from support.serving import eventually
 from support.trajectory_server import ServerProcess, group, group_bytes, registration
 
-from atropos_verl.api.client import AtroposClient, EnvRegistration, TrainerRegistration
-from atropos_verl.api.wire import decode_batch
 from atropos_verl.errors import AtroposHTTPStatusError, ConfigError, ServiceError
+from atropos_verl.protocol.client import AtroposClient, EnvRegistration, TrainerRegistration
+from atropos_verl.protocol.wire import decode_batch
 from atropos_verl.server import ServerSettings, TrajectoryServer
 from atropos_verl.server.serving import check_bind
 

@@ -23,7 +23,7 @@ from support.malformed import MalformedGroup, malformed_cases
 from support.runs import REPOSITORY, SMALL, TrainingRun, checkpointed_step, metrics_of
 from support.upstream_api import UpstreamApi, upstream_api
 
-from atropos_verl.api.client import AtroposClient
+from atropos_verl.protocol.client import AtroposClient
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,13 @@ from support.http_faults import Behaviour, FaultServer, Link
 from support.malformed import VOCAB_SIZE, good_group, malformed_cases, poison_groups
 from support.upstream_api import UpstreamApi, upstream_api
 
-from atropos_verl.api.client import (
+from atropos_verl.errors import (
+    AtroposConnectionError,
+    AtroposHTTPStatusError,
+    AtroposProtocolError,
+    AtroposTimeoutError,
+)
+from atropos_verl.protocol.client import (
     ApiInfo,
     ApiStatus,
     AtroposClient,
@@ -25,14 +31,8 @@ from atropos_verl.api.client import (
     TrainerRegistration,
     WandbInfo,
 )
-from atropos_verl.api.wire import decode_batch
-from atropos_verl.data import build_samples
-from atropos_verl.errors import (
-    AtroposConnectionError,
-    AtroposHTTPStatusError,
-    AtroposProtocolError,
-    AtroposTimeoutError,
-)
+from atropos_verl.protocol.wire import decode_batch
+from atropos_verl.training.samples import build_samples
 from atropos_verl.types import SampleSettings
 
 GROUP_SIZE = 4

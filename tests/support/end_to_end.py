@@ -17,7 +17,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from atropos_verl.api.client import AtroposClient
 from atropos_verl.errors import (
     AtroposAPIError,
     AtroposConnectionError,
@@ -25,6 +24,7 @@ from atropos_verl.errors import (
     AtroposProtocolError,
     AtroposTimeoutError,
 )
+from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.types import StepReport
 from support import http_faults
 from support.http_faults import Behaviour, FaultServer, refused_url

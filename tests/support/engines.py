@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from atropos_verl.inference.engine import Generation, GenerationRequest
-from atropos_verl.inference.process_engine.engine import ProcessEngine
-from atropos_verl.inference.process_engine.process import EngineProcess
-from atropos_verl.inference.transformers_engine import TransformersEngine
+from atropos_verl.engine.embedded import TransformersEngine
+from atropos_verl.engine.process_engine.engine import ProcessEngine
+from atropos_verl.engine.process_engine.process import EngineProcess
+from atropos_verl.types import Generation, GenerationRequest
 from support.tiny_model import build_tiny_tokenizer
 
 __all__ = [

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 from atropos_verl.errors import EngineStoppedError
-from atropos_verl.inference.engine import FinishReason, Generation, GenerationDelta, GenerationRequest
+from atropos_verl.types import FinishReason, Generation, GenerationDelta, GenerationRequest
 
 __all__ = ["FakeEngine", "Reply", "counting_reply", "logprob_of", "text_reply"]
 

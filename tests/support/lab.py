@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from atropos_verl import AtroposTrainer
-from atropos_verl.local.fit import resume_if_asked
+from atropos_verl.backends.local.fit import resume_if_asked
 from atropos_verl.types import StepReport
 from support.runs import checkpointed_step
 from support.scripted_api import scripted_api

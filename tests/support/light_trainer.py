@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from atropos_verl.api.client import AtroposClient, TrainerRegistration
-from atropos_verl.api.journal import BatchJournal
-from atropos_verl.api.leased_batches import HeldBatch, LeasedBatches
 from atropos_verl.errors import AtroposAPIError, AtroposTimeoutError
+from atropos_verl.protocol.client import AtroposClient, TrainerRegistration
+from atropos_verl.protocol.journal import BatchJournal
+from atropos_verl.protocol.leases import HeldBatch, LeasedBatches
 
 SAVE_EVERY = 3
 

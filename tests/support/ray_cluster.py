@@ -88,7 +88,7 @@ def worker_class(base: type | None = None) -> type:
     """Our training worker, with two methods for tests: change the policy, and say what it thinks of a sequence."""
     from verl.single_controller.base.decorator import Dispatch, register
 
-    from atropos_verl.cluster.workers import AtroposActorRolloutRefWorker
+    from atropos_verl.backends.ray.workers import AtroposActorRolloutRefWorker
 
     class ProbedWorker(base or AtroposActorRolloutRefWorker):  # type: ignore[misc]
         @register(dispatch_mode=Dispatch.ONE_TO_ALL)

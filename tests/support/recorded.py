@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from atropos_verl.api.wire import encode_group
 from atropos_verl.assets import demo_model_path
+from atropos_verl.protocol.wire import encode_group
 
 __all__ = ["GROUP_SIZE", "recorded_batches"]
 

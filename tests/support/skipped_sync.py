@@ -20,7 +20,7 @@ class SkipSyncs(CheckpointCallback):  # type: ignore[misc]
     """Replaces the trainer's weight update with one that does nothing."""
 
     def __init__(self, config: Any) -> None:
-        from atropos_verl.cluster.trainer import AtroposSyncTrainer
+        from atropos_verl.backends.ray.trainer import AtroposSyncTrainer
 
         sync = AtroposSyncTrainer._verl_sync
 

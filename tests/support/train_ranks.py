@@ -6,8 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from atropos_verl.config import RunConfig
-from atropos_verl.local.worker import PolicyWorker
+from atropos_verl.backends.local.worker import PolicyWorker
+from atropos_verl.config.schema import RunConfig
 from support.samples import random_samples
 
 

@@ -62,7 +62,7 @@ def test_from_config_takes_a_dictionary() -> None:
 
 
 def test_the_engine_speaks_sglangs_and_verls_words() -> None:
-    from atropos_verl.inference.transformers_engine import TransformersEngine
+    from atropos_verl.engine.embedded import TransformersEngine
 
     assert _parameters(TransformersEngine.update_weights_from_tensor)[0] == "named_tensors"
     assert _parameters(TransformersEngine.resume_memory_occupation) == []

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from atropos_verl.config import RunConfig
+from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig
+from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
+from atropos_verl.launch.allocation import allocate, check_groups
+from atropos_verl.launch.env_lint import bare_server_config
 from atropos_verl.launch.keys import PrivateArguments, option_value, private_arguments, user_arguments
-from atropos_verl.launch.launch_config import EnvironmentConfig, LaunchConfig
 from atropos_verl.launch.plan import demo_env_script
 from atropos_verl.launch.process import ServiceSpec
-from atropos_verl.launch.shares import allocate, check_groups
-from atropos_verl.launch.trap import bare_server_config
 
 __all__ = [
     "CHILD_ENV",

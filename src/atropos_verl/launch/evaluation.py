@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atropos_verl.config import RunConfig
+from atropos_verl.config.launch_schema import LaunchConfig
+from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.environments import Site, evaluation_spec
-from atropos_verl.launch.launch_config import LaunchConfig
-from atropos_verl.launch.private_files import write_private
 from atropos_verl.launch.process import ManagedProcess, ServiceSpec
+from atropos_verl.private_files import write_private
 
 __all__ = ["EvaluationWatch", "LaunchedEvaluations", "evaluations_text", "held_out_score"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from atropos_verl.config import RunConfig
+from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.keys import private_arguments, user_arguments
 from atropos_verl.launch.process import ServiceSpec

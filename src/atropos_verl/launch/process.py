@@ -20,8 +20,8 @@ from typing import Self
 import psutil
 
 from atropos_verl.errors import ServiceError
-from atropos_verl.launch import watcher
-from atropos_verl.launch.private_files import write_private
+from atropos_verl.launch import orphan_reaper as watcher
+from atropos_verl.private_files import write_private
 
 __all__ = ["ManagedProcess", "ProcessSet", "ServiceSpec", "describe_exit"]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from atropos_verl.errors import ConfigError
-from atropos_verl.launch.private_files import write_private
 from atropos_verl.launch.probes import Seen
 from atropos_verl.launch.progress import StepTail
 from atropos_verl.launch.spec import LaunchPlan, evaluations_path, trainer_settings_path, trainer_settings_text
+from atropos_verl.private_files import write_private
 
 __all__ = ["DISK_FULL_BYTES", "compose_state", "prepare_run_dir", "write_state"]
 

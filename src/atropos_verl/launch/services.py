@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from atropos_verl.api.client import AtroposClient
-from atropos_verl.config import RunConfig
+from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ServiceError
 from atropos_verl.launch.plan import api_data_dir, api_spec, env_spec, evaluate_spec
 from atropos_verl.launch.process import ManagedProcess, ProcessSet
 from atropos_verl.launch.readiness import free_port, http_probe, wait_until_ready
+from atropos_verl.protocol.client import AtroposClient
 
 __all__ = ["LocalServices"]
 

@@ -6,9 +6,9 @@ import os
 import socket
 from pathlib import Path
 
-from atropos_verl.config import RunConfig
+from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
-from atropos_verl.server_thread import listen
+from atropos_verl.http_thread import listen
 
 __all__ = ["gateway_listener", "is_rank_zero", "resolve_model_path"]
 

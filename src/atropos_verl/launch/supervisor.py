@@ -20,8 +20,8 @@ from atropos_verl.launch.probes import Poller, connected_entries, disconnect_env
 from atropos_verl.launch.process import ProcessSet
 from atropos_verl.launch.progress import StepTail
 from atropos_verl.launch.rundir import DISK_FULL_BYTES, compose_state, write_state
+from atropos_verl.launch.service_state import WatchedService
 from atropos_verl.launch.spec import LaunchPlan
-from atropos_verl.launch.watched import WatchedService
 
 __all__ = ["Supervisor", "View"]
 

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from atropos_verl.data.advantages import ESTIMATORS, NORMALIZATIONS
 from atropos_verl.errors import AtroposAPIError, ConfigError, DataError
 from atropos_verl.report.format import decimal
 from atropos_verl.report.inspection import (
@@ -27,6 +26,7 @@ from atropos_verl.report.inspection import (
     load_decoder,
 )
 from atropos_verl.report.sources import FoundGroup, is_url, read_path, read_url
+from atropos_verl.training.advantages import ESTIMATORS, NORMALIZATIONS
 from atropos_verl.types import SampleSettings
 
 __all__ = ["add_arguments", "run"]

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from atropos_verl.data.samples import build_samples
 from atropos_verl.errors import ConfigError, UnsupportedFieldError
 from atropos_verl.report.sources import FoundGroup
+from atropos_verl.training.samples import build_samples
 from atropos_verl.types import FloatArray, SampleSettings, ScoredGroup, TrainingSample
 
 __all__ = [

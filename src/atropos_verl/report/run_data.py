@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from atropos_verl.errors import ConfigError, DataError
-from atropos_verl.report.quarantine import parse_quarantine_file
+from atropos_verl.training.quarantine import parse_quarantine_file
 
 __all__ = ["RunData", "load_run"]
 

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from atropos_verl.errors import ConfigError
 from atropos_verl.report.console import summary_rows
-from atropos_verl.report.files import write_atomically
 from atropos_verl.report.format import count, decimal, duration, seconds
 from atropos_verl.report.run_data import RunData, load_run
+from atropos_verl.storage import write_atomically
 
 __all__ = ["add_arguments", "run"]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
-from atropos_verl.api.wire import decode_batch, decode_group
 from atropos_verl.errors import AtroposProtocolError, ConfigError, DataError
-from atropos_verl.report.quarantine import parse_quarantine_file
+from atropos_verl.protocol.wire import decode_batch, decode_group
+from atropos_verl.training.quarantine import parse_quarantine_file
 from atropos_verl.types import ScoredGroup
 
 __all__ = ["FoundGroup", "is_url", "load_groups", "read_path", "read_url"]
@@ -118,7 +118,7 @@ def read_url(
         ConfigError: the URL is wrong, or is that of ``/batch`` without ``take_batch``; ``save`` exists already, or
             cannot be made.
     """
-    from atropos_verl.api.client import AtroposClient
+    from atropos_verl.protocol.client import AtroposClient
 
     base, endpoint = _split_url(url)
     if endpoint == "/batch" and not take_batch:
@@ -159,8 +159,8 @@ def _new_file(path: Path | None) -> Iterator[BinaryIO | None]:
 def _latest_example(base: str, timeout: float, token: str | None) -> bytes:
     import httpx
 
-    from atropos_verl.api.checks import check_headers, is_this_machine
-    from atropos_verl.api.exchange import Call, ExchangeError, exchange
+    from atropos_verl.protocol.checks import check_headers, is_this_machine
+    from atropos_verl.protocol.exchange import Call, ExchangeError, exchange
 
     endpoint = "/latest_example"
     call = Call(method="GET", url=f"{base}{endpoint}", endpoint=endpoint, base_url=base, timeout=timeout)

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 
 import msgspec
 
-from atropos_verl.api import packed
-from atropos_verl.server.model import StoredGroup
-from atropos_verl.server.validation import CheckedGroup, Fields, KnownFields, check_group
+from atropos_verl.protocol import packed
+from atropos_verl.protocol.validation import CheckedGroup, Fields, KnownFields, check_group
+from atropos_verl.protocol.wire_model import StoredGroup
 
 __all__ = ["Answer", "Compressor", "choose_encoding", "compressor", "json_answer", "json_parts", "pack", "packed_parts"]
 

@@ -14,19 +14,19 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import parse_qsl
 
+from atropos_verl.protocol.validation import Refusal
 from atropos_verl.segment_log import LogWriteError
 from atropos_verl.server.answers import Answer, choose_encoding, compressor, json_answer
 from atropos_verl.server.auth import cors_headers, refuse
+from atropos_verl.server.batch_response import HandOut
 from atropos_verl.server.batches import ConflictError, UnknownLeaseError
 from atropos_verl.server.bodies import BodyError, Disconnected, read_body
 from atropos_verl.server.delivery import Connections
-from atropos_verl.server.hand_out import HandOut
 from atropos_verl.server.metrics import Counters
 from atropos_verl.server.request import Request
 from atropos_verl.server.routes import Routes
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.store import QueueFullError, Store
-from atropos_verl.server.validation import Refusal
 
 __all__ = ["TrajectoryApi", "create_app"]
 

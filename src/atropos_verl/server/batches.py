@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from atropos_verl.errors import AtroposVerlError
-from atropos_verl.server.arrivals import ArrivalRecord
+from atropos_verl.protocol.wire_model import Batch, Environment, Registration
+from atropos_verl.server.arrival_log import ArrivalRecord
 from atropos_verl.server.batcher import BatchPolicy, Candidate, QueueView, choose_batch
 from atropos_verl.server.events import Closed, Handed, Renewed, Returned, Started
-from atropos_verl.server.model import Batch, Environment, Registration
 from atropos_verl.server.persistence import Persistence
 from atropos_verl.server.state import State
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from atropos_verl.server.model import Environment, Registration
+from atropos_verl.protocol.wire_model import Environment, Registration
 
 __all__ = [
     "Accepted",

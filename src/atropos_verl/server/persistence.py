@@ -9,18 +9,9 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from atropos_verl.protocol.wire_model import StoredGroup
 from atropos_verl.segment_log import LogDamagedError, LogWriteError, SegmentLog
-from atropos_verl.server.events import (
-    Accepted,
-    Bodies,
-    Body,
-    Event,
-    Returned,
-    Snapshot,
-    decode_event,
-    encode_event,
-)
-from atropos_verl.server.model import StoredGroup
+from atropos_verl.server.events import Accepted, Bodies, Body, Event, Returned, Snapshot, decode_event, encode_event
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.state import State
 

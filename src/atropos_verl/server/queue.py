@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 
-from atropos_verl.server.model import StoredGroup
+from atropos_verl.protocol.wire_model import StoredGroup
 
 __all__ = ["GroupQueue"]
 

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import msgspec
 
+from atropos_verl.protocol.validation import Refusal
 from atropos_verl.server.delivery import Connection
-from atropos_verl.server.validation import Refusal
 
 __all__ = ["Request", "decoded", "idempotency", "lease_seconds"]
 

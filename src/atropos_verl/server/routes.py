@@ -10,14 +10,21 @@ from typing import Any
 
 import msgspec
 
+from atropos_verl.protocol.validation import CheckedGroup, Refusal, check_group, split_list
+from atropos_verl.protocol.wire_model import (
+    AckRequest,
+    EnvIdentifier,
+    Environment,
+    EnvRegistration,
+    Registration,
+    StoredGroup,
+)
 from atropos_verl.server import metrics, status
 from atropos_verl.server.answers import Answer, json_answer, pack
-from atropos_verl.server.fence import StatusFence
-from atropos_verl.server.model import AckRequest, EnvIdentifier, Environment, EnvRegistration, Registration, StoredGroup
 from atropos_verl.server.page import page
 from atropos_verl.server.request import Request, decoded, idempotency, lease_seconds
+from atropos_verl.server.status_barrier import StatusFence
 from atropos_verl.server.store import Store
-from atropos_verl.server.validation import CheckedGroup, Refusal, check_group, split_list
 
 __all__ = ["Routes"]
 

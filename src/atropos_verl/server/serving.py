@@ -11,12 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 from atropos_verl.errors import ConfigError
+from atropos_verl.http_thread import ServerThread, bracketed, listen, uvicorn_config
 from atropos_verl.server.app import TrajectoryApi, create_app
 from atropos_verl.server.auth import is_loopback
 from atropos_verl.server.delivery import protocol_class
 from atropos_verl.server.receiving import LONGEST_HOLD
 from atropos_verl.server.settings import ServerSettings
-from atropos_verl.server_thread import ServerThread, bracketed, listen, uvicorn_config
 
 __all__ = ["JsonFormatter", "TrajectoryServer", "check_bind", "serve"]
 

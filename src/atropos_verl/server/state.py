@@ -10,6 +10,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
+from atropos_verl.protocol.wire_model import Batch, Environment, Registration, StoredGroup
 from atropos_verl.server.events import (
     Accepted,
     Bodies,
@@ -27,7 +28,6 @@ from atropos_verl.server.events import (
     Snapshot,
     Started,
 )
-from atropos_verl.server.model import Batch, Environment, Registration, StoredGroup
 from atropos_verl.server.queue import GroupQueue
 
 __all__ = ["State"]

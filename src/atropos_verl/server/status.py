@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from atropos_verl.server.model import Environment
+from atropos_verl.protocol.wire_model import Environment
 from atropos_verl.server.store import Store
 
 __all__ = ["env_status", "environments", "status"]

@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 
 from atropos_verl.errors import AtroposVerlError
+from atropos_verl.protocol.validation import CheckedGroup, Refusal
+from atropos_verl.protocol.wire_model import Environment, EnvRegistration, Registration
 from atropos_verl.server.batcher import BATCH_FILLS
 from atropos_verl.server.batches import BatchDesk, ConflictError
 from atropos_verl.server.events import Accepted, EnvDisconnected, EnvRegistered, GroupMeta, Registered, Reset
-from atropos_verl.server.model import Environment, EnvRegistration, Registration
 from atropos_verl.server.persistence import Persistence
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.state import State
-from atropos_verl.server.validation import CheckedGroup, Refusal
 
 __all__ = ["QueueFullError", "Store"]
 

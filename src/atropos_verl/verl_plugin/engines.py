@@ -21,7 +21,7 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from atropos_verl.losses import linear_token_logprobs
+from atropos_verl.training.losses import linear_token_logprobs
 from atropos_verl.verl_plugin.packing import install_packed_attention, packs_exactly
 
 __all__ = ["SelectiveHeadEngine"]

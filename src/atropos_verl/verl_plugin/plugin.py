@@ -27,12 +27,12 @@ __all__ = ["ROLLOUTS"]
 
 ROLLOUTS = {
     "transformers": (
-        "atropos_verl.cluster.replica.TransformersReplica",
-        "atropos_verl.cluster.server_adapter.TransformersServerAdapter",
+        "atropos_verl.backends.ray.replica.TransformersReplica",
+        "atropos_verl.backends.ray.server_adapter.TransformersServerAdapter",
     ),
     "vllm_cpu": (
-        "atropos_verl.cluster.vllm_cpu.VLLMCpuReplica",
-        "atropos_verl.cluster.vllm_cpu.VLLMCpuServerAdapter",
+        "atropos_verl.backends.ray.vllm_cpu.VLLMCpuReplica",
+        "atropos_verl.backends.ray.vllm_cpu.VLLMCpuServerAdapter",
     ),
 }
 """Rollout name: (replica class, server adapter class of the training workers)."""

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
-from atropos_verl.config import RunConfig
+from atropos_verl.config.launch_schema import LaunchConfig
+from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
+from atropos_verl.launch.allocation import allocate
+from atropos_verl.launch.env_lint import bare_server_config
 from atropos_verl.launch.environments import EnvironmentPlan, Site, interpreter, plan_environments
-from atropos_verl.launch.launch_config import LaunchConfig
-from atropos_verl.launch.shares import allocate
-from atropos_verl.launch.trap import bare_server_config
 
 SITE = Site(run_dir=Path("/run"), model_path=Path("/model"), api_url="http://a:8000", gateway_url="http://g:9004")
 

@@ -10,12 +10,12 @@ import pytest
 from support.launches import LAUNCH
 
 from atropos_verl.assets import demo_model_path
-from atropos_verl.cluster.main import compose_run
-from atropos_verl.cluster.settings import read_run
+from atropos_verl.backends.ray.main import compose_run
+from atropos_verl.backends.ray.settings import read_run
 from atropos_verl.errors import ConfigError
+from atropos_verl.launch.launcher import build_plan, main
+from atropos_verl.launch.launcher_ray import backend_of, is_launch_key, load_ray_launch
 from atropos_verl.launch.spec import LaunchPlan
-from atropos_verl.launcher import build_plan, main
-from atropos_verl.launcher_ray import backend_of, is_launch_key, load_ray_launch
 
 CONFIGS = LAUNCH.parent / "config"
 RAY_FILES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if backend_of([], CONFIGS, path.stem) == "ray")
@@ -38,7 +38,7 @@ def test_the_trainer_is_told_what_the_launch_decided(tmp_path: Path, monkeypatch
     plan = ray_plan(tmp_path, *words, "actor_rollout_ref.rollout.n=4", "backend=ray")
     (trainer,) = plan.of_kind("trainer")
     command = list(trainer.spec.command)
-    assert command[1:3] == ["-m", "atropos_verl.cluster"]
+    assert command[1:3] == ["-m", "atropos_verl.backends.ray"]
     at = command.index("--config-name") + 2
     assert command[at - 4 : at] == ["--config-dir", str(CONFIGS), "--config-name", "ray_cpu_demo"]
     assert not any(is_launch_key(word) for word in command[at:])
@@ -126,7 +126,7 @@ def test_relative_paths_mean_what_they_mean_where_the_launcher_was_started(
     """The trainer runs in the run directory."""
     import shutil
 
-    from atropos_verl.launcher import load_launch
+    from atropos_verl.launch.launcher import load_launch
 
     shutil.copytree(demo_model_path(), tmp_path / "models" / "mine")
     monkeypatch.chdir(tmp_path)
@@ -139,7 +139,7 @@ def test_relative_paths_mean_what_they_mean_where_the_launcher_was_started(
 
 def test_a_ray_launch_imports_neither_torch_nor_ray() -> None:
     code = (
-        "import sys; from atropos_verl.launcher import main; code = main(['backend=ray', '--dry-run']); "
+        "import sys; from atropos_verl.launch.launcher import main; code = main(['backend=ray', '--dry-run']); "
         "print(sorted({'torch', 'verl', 'transformers', 'ray'} & set(sys.modules)), code)"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -13,14 +13,14 @@ import pytest
 from rich.console import Console
 from support.serving import eventually
 
+from atropos_verl.config.launch_schema import SuperviseConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.diagnosis import diagnose
-from atropos_verl.launch.launch_config import SuperviseConfig
 from atropos_verl.launch.probes import connected_entries
 from atropos_verl.launch.process import ServiceSpec
 from atropos_verl.launch.progress import StepTail
+from atropos_verl.launch.service_state import WatchedService
 from atropos_verl.launch.spec import Service
-from atropos_verl.launch.watched import WatchedService
 from atropos_verl.report.attach import attach
 from atropos_verl.report.launch_view import LaunchView, step_line
 
@@ -201,7 +201,7 @@ def test_the_likeliest_cause_comes_first(changes: dict[str, Any], first: str) ->
 
 
 def test_the_gateways_counters_are_read() -> None:
-    from atropos_verl.inference.gateway.metrics import GatewayMetrics
+    from atropos_verl.gateway.metrics import GatewayMetrics
     from atropos_verl.launch.probes import _counters
 
     metrics = GatewayMetrics()

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from atropos_verl.api.client import AtroposClient, TrainerRegistration
-from atropos_verl.api.wire import encode_group
 from atropos_verl.errors import AtroposAPIError, AtroposConnectionError, AtroposProtocolError, ConfigError, DataError
 from atropos_verl.launch.process import ManagedProcess, ServiceSpec
 from atropos_verl.launch.readiness import free_port, http_probe, wait_until_ready
+from atropos_verl.protocol.client import AtroposClient, TrainerRegistration
+from atropos_verl.protocol.wire import encode_group
 from atropos_verl.report.sources import is_url, load_groups, read_path, read_url
 
 G1 = b'{"tokens": [[5, 6]], "masks": [[-100, 6]], "scores": [1.0]}'

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from support.trajectory_server import Clock, group_bytes, registration
 
+from atropos_verl.protocol.validation import check_group
+from atropos_verl.protocol.wire_model import EnvRegistration, Registration
 from atropos_verl.server import ServerSettings
-from atropos_verl.server.arrivals import ARRIVALS_FILE
-from atropos_verl.server.model import EnvRegistration, Registration
+from atropos_verl.server.arrival_log import ARRIVALS_FILE
 from atropos_verl.server.store import Store
-from atropos_verl.server.validation import check_group
 
 
 def _store(directory: Path | None, clock: Clock) -> Store:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable
 
 from atropos_verl.server.delivery import Connection
-from atropos_verl.server.fence import PATIENCE, SETTLING, StatusFence
+from atropos_verl.server.status_barrier import PATIENCE, SETTLING, StatusFence
 
 
 async def _waits(action: Awaitable[None]) -> asyncio.Task[None]:

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from support.malformed import good_group, malformed_cases
 from support.trajectory_server import group
 
-from atropos_verl.api.packed import MAGIC, join_packed, pack_group
-from atropos_verl.api.wire import decode_batch, decode_group
 from atropos_verl.errors import AtroposProtocolError
+from atropos_verl.protocol.packed import MAGIC, join_packed, pack_group
+from atropos_verl.protocol.validation import Refusal, check_group
+from atropos_verl.protocol.wire import decode_batch, decode_group
 from atropos_verl.server.answers import pack
-from atropos_verl.server.validation import Refusal, check_group
 from atropos_verl.types import ScoredGroup
 
 

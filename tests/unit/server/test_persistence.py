@@ -15,12 +15,12 @@ import msgspec
 import pytest
 from support.trajectory_server import Clock, group_bytes, registration
 
+from atropos_verl.protocol.validation import check_group
+from atropos_verl.protocol.wire_model import EnvRegistration, Registration
 from atropos_verl.segment_log import LogDamagedError, LogWriteError, SegmentLog
 from atropos_verl.server import ServerSettings
 from atropos_verl.server.batches import ConflictError, UnknownLeaseError
-from atropos_verl.server.model import EnvRegistration, Registration
 from atropos_verl.server.store import Store
-from atropos_verl.server.validation import check_group
 
 
 def opened(directory: Path, clock: Clock | None = None, **settings: Any) -> Store:

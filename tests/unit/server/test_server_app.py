@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.trajectory_server import Clock, group, registration
 
-from atropos_verl.api.packed import MEDIA_TYPE
-from atropos_verl.api.wire import decode_batch
+from atropos_verl.protocol.packed import MEDIA_TYPE
+from atropos_verl.protocol.wire import decode_batch
 from atropos_verl.server import ServerSettings, TrajectoryApi, create_app
 
 HELLO = {"max_token_length": 64, "desired_name": "words", "weight": 1.0, "group_size": 4}

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from support.trajectory_server import Clock, group_bytes, registration
 
+from atropos_verl.protocol.validation import Refusal, check_group
+from atropos_verl.protocol.wire_model import EnvRegistration, Registration
 from atropos_verl.server import ServerSettings, status
 from atropos_verl.server.batches import ConflictError, UnknownLeaseError
-from atropos_verl.server.model import EnvRegistration, Registration
 from atropos_verl.server.store import QueueFullError, Store
-from atropos_verl.server.validation import Refusal, check_group
 
 
 def store_with(batch_size: int = 8, clock: Clock | None = None, **settings: Any) -> Store:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.trajectory_server import group
 
-from atropos_verl.server.validation import Refusal, check_group, split_list
+from atropos_verl.protocol.validation import Refusal, check_group, split_list
 
 
 def refusal(body: Any, **options: Any) -> Refusal:

@@ -11,7 +11,7 @@ import torch
 from support.samples import random_samples
 from support.tiny_model import build_tiny_model
 
-from atropos_verl.config import RunConfig
+from atropos_verl.config.schema import RunConfig
 from atropos_verl.verl_plugin.packing import ATTENTION, can_pack, install_packed_attention, packs_exactly
 
 LENGTHS = [3, 17, 1, 30, 6]
@@ -104,7 +104,7 @@ def test_what_is_not_packed(changed: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("budget", [64, 4096])
 def test_the_worker_computes_no_token_of_padding_and_the_same_logprobs(model_path: Path, budget: int) -> None:
-    from atropos_verl.local.worker import PolicyWorker
+    from atropos_verl.backends.local.worker import PolicyWorker
 
     samples = random_samples(12, vocab_size=200, seed=5, longest=40)
     worker = PolicyWorker(

@@ -1,0 +1,310 @@
+"""The training command: configuration, services, trainer, summary, exit code.
+
+Exit codes: 0 done; 1 the run failed (API, a service, diverged, …); 2 the configuration is wrong; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atropos_verl.config.composition import help_text, load_config
+from atropos_verl.config.schema import RunConfig
+from atropos_verl.errors import ConfigError
+from atropos_verl.imports import paused_collection
+from atropos_verl.launch.exit_codes import exit_code_of
+from atropos_verl.launch.startup import gateway_listener, is_rank_zero, resolve_model_path
+
+if TYPE_CHECKING:
+    from atropos_verl.backends.local.intake import Intake
+    from atropos_verl.backends.local.trainer import AtroposTrainer
+    from atropos_verl.launch.evaluation import LaunchedEvaluations
+    from atropos_verl.launch.services import LocalServices
+    from atropos_verl.report.console import ProgressReporter
+
+__all__ = ["main"]
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, config_name: str | None = None) -> int:
+    """Run the training command with ``key=value`` words; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--cfg", action="store_true")
+    parser.add_argument("--config-name", default=config_name)
+    parser.add_argument("--config-dir", type=Path, default=config_dir)
+    options, overrides = parser.parse_known_args(words)
+    if options.help:
+        sys.stdout.write(help_text("python recipe/atropos/main_atropos.py") + "\n")
+        return 0
+    try:
+        config = load_config(overrides, options.config_dir, options.config_name)
+    except ConfigError as error:
+        sys.stderr.write(f"CONFIGURATION ERROR: {error}\n")
+        return 2
+    if options.cfg:
+        sys.stdout.write(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
+        return 0
+    return _run(config)
+
+
+def _run(config: RunConfig) -> int:
+    # Threads that wait for work sleep instead of spinning: with an environment on the other core a training step of
+    # the demo took 5 s spinning and 0.4 s sleeping. Read by the OpenMP runtime when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return exit_code_of(lambda: _Run(config).execute() if is_rank_zero() else _serve_rank(config))
+
+
+def _log_to(handler: logging.Handler) -> None:
+    # The only handler of the root logger: verl's basicConfig then adds none that writes into the live table.
+    logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)
+    # torch writes this one deprecation of its own past every handler, onto the terminal.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+
+
+def _serve_rank(config: RunConfig) -> int:
+    # What all ranks say is in rank 0's log already; on the terminal only what goes wrong here.
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)  # libraries give their own loggers lower levels
+    _log_to(handler)
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)
+    with paused_collection():
+        from atropos_verl.backends.local.worker import PolicyWorker, import_verl
+
+        import_verl(config)
+    # Until the ranks have met, whoever ends this one ends it at once: nothing here is worth saving.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    worker = PolicyWorker(config, resolve_model_path(config))
+    # From now on rank 0 decides: a Ctrl-C reaches every rank, and rank 0 needs this one to save what was trained. When
+    # rank 0 dies without a word the connection breaks, and serve() raises.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    worker.serve()
+    return 0
+
+
+class _Run:
+    """One training run from an empty directory to its summary."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.run_dir = config.resolve_run_dir()
+        self.started = time.monotonic()
+        self.held_out: dict[str, float | None] = {}
+
+    def execute(self) -> int:
+        from atropos_verl.report.console import ProgressReporter
+
+        model_path = self._check_what_it_needs()
+        with closing(gateway_listener(self.config)) as listener:
+            self._prepare_run_dir()
+            with ProgressReporter(total_steps=self.config.steps) as progress:
+                if (step := self._saved_step()) >= self.config.steps:
+                    progress.note(f"{self.run_dir} is complete at step {step}; raise steps= or choose another run_dir")
+                    return 0
+                if self.config.is_attached:
+                    return self._attached(listener, progress)
+                from atropos_verl.launch.services import LocalServices
+
+                services = LocalServices(self.config, self.run_dir, model_path, listener.getsockname()[1])
+                try:
+                    return self._with_services(services, listener, progress)
+                finally:
+                    services.stop()
+
+    def _check_what_it_needs(self) -> Path:
+        """Everything that can be known to be wrong before a file is made, a process started or torch imported."""
+        from atropos_verl.backends.local.checkpoint import find_checkpoint
+        from atropos_verl.config.model_checks import check_vocabulary
+        from atropos_verl.launch.plan import env_script
+
+        model_path = resolve_model_path(self.config)
+        check_vocabulary(self.config, model_path)
+        find_checkpoint(self.run_dir, self.config.resume)
+        if not self.config.is_attached:
+            env_script(self.config)
+        return model_path
+
+    def _attached(self, listener: socket.socket, progress: ProgressReporter) -> int:
+        from atropos_verl.launch.unused_keys import note_of_unused_keys
+        from atropos_verl.protocol.connection import make_client
+
+        assert self.config.atropos.api_url is not None
+        # First of all, and before torch is imported: is there an API at all?
+        with make_client(self.config, self.config.atropos.api_url) as client:
+            progress.phase(f"contacting the trajectory API at {self.config.atropos.api_url}")
+            client.check()
+        evaluations = self._launched_evaluations(progress)
+        if note := note_of_unused_keys(self.config):
+            progress.note(note)
+        try:
+            if evaluations is not None and self._evaluates_before():
+                evaluations.start_evaluation("before")
+            trainer = self._build_trainer(self.config, None, listener, progress)
+            try:
+                progress.note(f"environments are to use the gateway at {trainer.gateway_url}/v1 (server_type vllm)")
+                return self._train(trainer, None, progress, evaluations)
+            finally:
+                trainer.close()
+        finally:
+            if evaluations is not None:
+                evaluations.stop()
+
+    def _launched_evaluations(self, progress: ProgressReporter) -> LaunchedEvaluations | None:
+        from atropos_verl.launch.evaluation import LaunchedEvaluations
+
+        settings = self.config.eval
+        if settings.commands_file is None:
+            return None
+        path = Path(settings.commands_file)
+        return LaunchedEvaluations(path, self.run_dir, timeout=settings.timeout, note=progress.note)
+
+    def _with_services(self, services: LocalServices, listener: socket.socket, progress: ProgressReporter) -> int:
+        from atropos_verl.backends.local.intake import Intake
+
+        progress.phase("starting the trajectory API")
+        url = services.start_api()
+        config = self.config.model_copy(update={"atropos": self.config.atropos.model_copy(update={"api_url": url})})
+        with ExitStack() as stack:
+            intake = stack.enter_context(Intake(config, self.run_dir))
+            # Before torch is imported: the environment, which waits for it, then starts beside that import.
+            progress.phase("registering at the trajectory API")
+            step = self._saved_step()
+            intake.resume(step)
+            intake.register(step, config.batch_size)
+            progress.phase("starting the environment")
+            services.start_environment()
+            if self._evaluates_before():
+                services.start_evaluation("before")
+            trainer = self._build_trainer(config, intake, listener, progress)
+            stack.callback(trainer.close)
+            # Before the trainer: what an environment has asked for would otherwise be waited for.
+            stack.callback(services.stop)
+            return self._train(trainer, services, progress, services)
+
+    def _build_trainer(
+        self, config: RunConfig, intake: Intake | None, listener: socket.socket, progress: ProgressReporter
+    ) -> AtroposTrainer:
+        from atropos_verl.backends.local.engine import start_early
+
+        progress.phase("loading the policy (verl)")
+        engine_process = start_early(config, self.run_dir)
+        with paused_collection():
+            from atropos_verl.backends.local.trainer import AtroposTrainer
+            from atropos_verl.backends.local.worker import import_verl
+
+            import_verl(config)
+        return AtroposTrainer(
+            config, run_dir=self.run_dir, intake=intake, gateway_listener=listener, engine_process=engine_process
+        )
+
+    def _saved_step(self) -> int:
+        from atropos_verl.backends.local.checkpoint import find_checkpoint, saved_state
+
+        directory = find_checkpoint(self.run_dir, self.config.resume)
+        return 0 if directory is None else int(saved_state(directory)["step"])
+
+    def _train(
+        self,
+        trainer: AtroposTrainer,
+        services: LocalServices | None,
+        progress: ProgressReporter,
+        evaluations: LocalServices | LaunchedEvaluations | None,
+    ) -> int:
+        from atropos_verl.backends.local.fit import resume_if_asked
+        from atropos_verl.verl_plugin.tracking import make_tracker
+
+        state = resume_if_asked(trainer, progress)
+        self.held_out.update(state.get("held_out", {}))
+        result = trainer.fit(
+            progress=progress,
+            check_services=None if services is None else services.check,
+            before_first_step=lambda: self._finish("before", evaluations, progress),
+            on_step=make_tracker(self.config, self.run_dir),
+            checkpoint_extra=lambda: {"held_out": self.held_out},
+        )
+        if evaluations is not None and self.config.eval.after:
+            progress.phase("evaluating on held-out tasks")
+            evaluations.start_evaluation("after")
+            self._finish("after", evaluations, progress)
+        self._summarise(trainer, result, progress)
+        return 0
+
+    def _evaluates_before(self) -> bool:
+        from atropos_verl.backends.local.checkpoint import find_checkpoint
+
+        return self.config.eval.before and find_checkpoint(self.run_dir, self.config.resume) is None
+
+    def _finish(
+        self, label: str, evaluations: LocalServices | LaunchedEvaluations | None, progress: ProgressReporter
+    ) -> None:
+        from atropos_verl.launch.evaluation import held_out_score
+
+        if evaluations is None or not evaluations.has_evaluation(label):
+            return
+        if label == "before":
+            progress.phase("evaluating on held-out tasks before training")
+        score = self.held_out[label] = held_out_score(evaluations.finish_evaluation(label))
+        told = "unknown" if score is None else f"{score:.3f}"
+        progress.note(f"held-out mean reward {label} training: {told}")
+
+    def _prepare_run_dir(self) -> None:
+        from atropos_verl.private_files import write_private
+
+        metrics = self.run_dir / "metrics.jsonl"
+        if self.config.resume == "disable" and metrics.exists():
+            raise ConfigError(f"{self.run_dir} already holds a run; choose another, or resume=auto", "run_dir")
+        try:
+            (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)
+            write_private(self.run_dir / "config.json", json.dumps(self.config.model_dump(mode="json"), indent=2))
+        except OSError as error:
+            raise ConfigError(f"cannot write to {self.run_dir}: {error.strerror}", "run_dir") from error
+        handler = logging.FileHandler(self.run_dir / "logs" / "trainer.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        _log_to(handler)
+        logging.getLogger("atropos_verl").setLevel(logging.INFO)
+
+    def _summarise(self, trainer: AtroposTrainer, result: dict[str, Any], progress: ProgressReporter) -> None:
+        from atropos_verl.training.metrics_log import write_summary
+
+        totals = trainer.totals
+        rewards: list[float] = result["rewards"]
+        few = max(1, min(5, len(rewards) // 2))
+        summary: dict[str, Any] = {
+            "steps": trainer.step,
+            "policy_version": trainer.policy_version,
+            "reward_first": sum(rewards[:few]) / few if rewards else None,
+            "reward_last": sum(rewards[-few:]) / few if rewards else None,
+            "reward_window": few,
+            "rewards": rewards,
+            "mode": self.config.mode,
+            "idle_share": result["idle_share"],
+            "held_out_before": self.held_out.get("before"),
+            "held_out_after": self.held_out.get("after"),
+            "weights_synced": trainer.sharding_manager.syncs,
+            "groups_used": totals.groups_used,
+            "groups_quarantined": totals.groups_quarantined,
+            "sequences_trained": totals.sequences_trained,
+            "sequences_dropped_overlong": totals.sequences_dropped_overlong,
+            "tokens_trained": totals.tokens_trained,
+            "steps_without_data": totals.steps_without_data,
+            "batches_lost_at_api": totals.batches_lost_at_api,
+            "batches_stale": totals.batches_stale,
+            "seconds": time.monotonic() - self.started,
+            "run_dir": str(self.run_dir),
+        }
+        write_summary(self.run_dir / "summary.json", summary)
+        progress.summary(summary)

@@ -1,0 +1,406 @@
+"""verl's ``TrainingWorker`` in this process, or one per rank under torchrun.
+
+Rank 0 runs the trainer and calls the methods here; each call is broadcast, and the other ranks, which sit in
+``serve()``, run the same method on their share of the samples. Sums of the loss go over all ranks, so the gradient is
+that of the whole batch whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from atropos_verl import verl_plugin
+from atropos_verl.backends.local.objective import LossFunction
+from atropos_verl.config.schema import RunConfig
+from atropos_verl.errors import CheckpointError, TrainingDivergedError
+from atropos_verl.training.batching import split_for_ranks
+from atropos_verl.types import FloatArray, TrainingSample
+
+__all__ = ["PolicyWorker", "TrainOutput", "import_verl", "resolve_device"]
+
+logger = logging.getLogger(__name__)
+
+_COLLECTIVE_TIMEOUT = timedelta(hours=24)
+"""Other ranks wait in a broadcast while rank 0 waits for rollouts; that may take hours and is not a fault."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOutput:
+    """What one batch did. ``loss`` is over the global batch, before the update."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    num_loss_tokens: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def import_verl(config: RunConfig) -> str:
+    """Import what the worker needs of verl, for ``trainer.device``; returns the device. Takes seconds, once.
+
+    Raises:
+        RuntimeError: verl has already picked another device in this process.
+    """
+    device = resolve_device(config.trainer.device)
+    verl_plugin.activate(device)
+    import verl.workers.engine_workers  # noqa: F401
+
+    import atropos_verl.verl_plugin.engines  # noqa: F401  registers the engines
+
+    return device
+
+
+def resolve_device(requested: str) -> str:
+    """``"cpu"`` or ``"cuda"`` for ``trainer.device``."""
+    if requested == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return requested
+
+
+class PolicyWorker:
+    """Owns the trained policy: forward, backward, optimiser, checkpoints, and the weights for the engine.
+
+    ``policy_version`` counts optimiser steps since the start of the run (kept across resume by the trainer).
+    """
+
+    def __init__(self, config: RunConfig, model_path: Path) -> None:
+        self.config = config
+        self._closed = False
+        self.device = import_verl(config)
+        self._init_process_group()
+        self.rank = torch.distributed.get_rank()
+        self.world_size = torch.distributed.get_world_size()
+        self.loss_function = LossFunction(
+            config.loss_type, config.loss, config.importance, config.off_policy.importance_cap
+        )
+        with _verl_prints_to_log():
+            self._worker = _build_worker(config, model_path)
+            self._worker.set_loss_fn(self.loss_function)
+            self._worker.reset()
+
+    # ------------------------------------------------------------------ calls of rank 0
+
+    def train(self, samples: Sequence[TrainingSample]) -> TrainOutput:
+        """One pass over ``samples`` (all ranks' together): one optimiser step, or several for the GRPO loss.
+
+        Raises:
+            TrainingDivergedError: loss or gradient norm is not finite; the weights are unchanged by that step.
+        """
+        output: TrainOutput = self._call("train", list(samples))
+        return output
+
+    def compute_logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
+        """Logprobs [T] of each sample's trained tokens under the current policy at its temperature; 0 elsewhere."""
+        result: list[FloatArray] = self._call("compute_logprobs", list(samples))
+        return result
+
+    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full (gathered) weights by Hugging Face name. Consume all of it: other ranks take part in each gather."""
+        self._broadcast("named_tensors", ())
+        yield from self._local_named_tensors()
+
+    def save_checkpoint(self, directory: Path, step: int) -> None:
+        """verl's checkpoint layout (model, optimizer, extra state per rank) into ``directory``."""
+        self._call("save_checkpoint", directory, step)
+
+    def load_checkpoint(self, directory: Path) -> None:
+        """Restore what ``save_checkpoint`` wrote. Raises ``CheckpointError``."""
+        self._call("load_checkpoint", directory)
+
+    def close(self) -> None:
+        """Release the other ranks from ``serve()``. Safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            try:
+                self._broadcast("stop", ())
+            except RuntimeError as error:  # torch's word for a broken connection
+                logger.warning("the other ranks are gone already: %s", error)
+
+    def serve(self) -> None:
+        """Ranks above 0: run what rank 0 asks for until it closes."""
+        while True:
+            message: list[Any] = [None]
+            torch.distributed.broadcast_object_list(message, src=0, device=torch.device("cpu"))
+            name, arguments = message[0]
+            if name == "stop":
+                return
+            if name == "named_tensors":
+                for _ in self._local_named_tensors():
+                    pass
+                continue
+            getattr(self, f"_local_{name}")(*arguments)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        self._broadcast(name, arguments)
+        return getattr(self, f"_local_{name}")(*arguments)
+
+    def _broadcast(self, name: str, arguments: tuple[Any, ...]) -> None:
+        if self.world_size > 1:
+            torch.distributed.broadcast_object_list([(name, arguments)], src=0, device=torch.device("cpu"))
+
+    # ------------------------------------------------------------------ the same on every rank
+
+    def _local_train(self, samples: list[TrainingSample]) -> TrainOutput:
+        old_logprobs: list[FloatArray] | None = None
+        loss = self.config.loss
+        updates = loss.ppo_epochs * loss.ppo_mini_batches
+        if self.loss_function.kind == "grpo" and updates > 1:
+            old_logprobs = self._local_compute_logprobs(samples)
+        outputs: list[TrainOutput] = []
+        for chunk in _mini_batches(len(samples), loss.ppo_epochs, loss.ppo_mini_batches, self.config.seed):
+            part = [samples[i] for i in chunk]
+            old = None if old_logprobs is None else [old_logprobs[i] for i in chunk]
+            outputs.append(self._update(part, old, last=len(outputs) == updates - 1))
+        return outputs[0] if len(outputs) == 1 else _average(outputs)
+
+    def _update(self, samples: list[TrainingSample], old: list[FloatArray] | None, *, last: bool) -> TrainOutput:
+        data = self._local_data(samples, old)
+        from verl.utils import tensordict_utils as tu
+
+        tu.assign_non_tensor(data, update_lr_scheduler=last)
+        self.loss_function.start()
+        output = self._worker.train_batch(data)
+        metrics = dict(tu.get(output, "metrics"))
+        grad_norm = float(metrics["grad_norm"])
+        loss = float(metrics["loss"])
+        if not (np.isfinite(loss) and np.isfinite(grad_norm)):
+            raise TrainingDivergedError(
+                f"loss {loss} or gradient norm {grad_norm} is not finite; the update was not applied. "
+                "Lower optim.lr, or bound advantages with advantage_clipping"
+            )
+        return TrainOutput(
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=float(metrics.get("lr", self.config.optim.lr)),
+            num_loss_tokens=sum(int(sample.loss_mask.sum()) for sample in samples),
+            metrics=self.loss_function.finish(),
+        )
+
+    def _local_compute_logprobs(self, samples: list[TrainingSample]) -> list[FloatArray]:
+        from verl.utils import tensordict_utils as tu
+
+        shares = self._shares(samples)
+        data = self._to_tensordict([samples[i] for i in shares[self.rank]], None)
+        tu.assign_non_tensor(data, compute_loss=False)
+        output = self._worker.infer_batch(data)
+        mine: list[tuple[int, FloatArray]] = []
+        # A rank without samples of its own (the canary is one sample for all ranks) computed a filler.
+        rows = output["log_probs"].unbind()[: len(shares[self.rank])]
+        for index, row in zip(shares[self.rank], rows, strict=True):
+            values = np.zeros(len(samples[index]))
+            values[1:] = row[:-1].to(torch.float64).cpu().numpy()  # verl: entry t is the logprob of token t + 1
+            mine.append((index, values))
+        everyone: list[Any] = [mine]
+        if self.world_size > 1:
+            everyone = [None] * self.world_size
+            torch.distributed.all_gather_object(everyone, mine)
+        found = dict(pair for part in everyone for pair in part)
+        return [found[i] for i in range(len(samples))]
+
+    def _local_named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        tensors, _ = self._worker.engine.get_per_tensor_param()
+        for name, tensor in tensors:
+            yield name, tensor.detach()
+
+    def _local_save_checkpoint(self, directory: Path, step: int) -> None:
+        with _verl_prints_to_log():
+            self._worker.save_checkpoint(str(directory), global_step=step)
+
+    def _local_load_checkpoint(self, directory: Path) -> None:
+        expected = directory / f"model_world_size_{self.world_size}_rank_{self.rank}.pt"
+        if not expected.exists():
+            raise CheckpointError(
+                f"{expected} does not exist; the checkpoint was written by another number of ranks "
+                f"(found {sorted(p.name for p in directory.glob('model_world_size_*'))})"
+            )
+        with _verl_prints_to_log():
+            self._worker.load_checkpoint(str(directory))
+
+    # ------------------------------------------------------------------ data
+
+    def _shares(self, samples: list[TrainingSample]) -> list[list[int]]:
+        position = {id(sample): index for index, sample in enumerate(samples)}
+        return [[position[id(s)] for s in part] for part in split_for_ranks(samples, self.world_size)]
+
+    def _local_data(self, samples: list[TrainingSample], old: list[FloatArray] | None) -> Any:
+        share = self._shares(samples)[self.rank]
+        return self._to_tensordict([samples[i] for i in share], None if old is None else [old[i] for i in share])
+
+    def _to_tensordict(self, samples: list[TrainingSample], old: list[FloatArray] | None) -> Any:
+        from verl.utils import tensordict_utils as tu
+        from verl.utils.dataset.dataset_utils import DatasetPadMode
+
+        if not samples:  # a rank without samples still has to take part in every collective
+            samples, old = [_filler()], None
+        nested = _nested_columns(samples, old)
+        return tu.get_tensordict(
+            tensor_dict={
+                **nested,
+                "temperature": torch.tensor([s.temperature for s in samples], dtype=torch.float32),
+            },
+            non_tensor_dict={
+                "pad_mode": DatasetPadMode.NO_PADDING,
+                "use_remove_padding": False,
+                "use_dynamic_bsz": True,
+                "max_token_len_per_gpu": self.config.trainer.max_token_len_per_gpu,
+                "use_fused_kernels": False,
+            },
+        )
+
+    def forward_logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits [B, L, V] of a padded batch, with a graph, through the trained module (single rank)."""
+        logits: torch.Tensor = self._worker.engine.module(input_ids=input_ids.to(self.device), use_cache=False).logits
+        return logits
+
+    def _init_process_group(self) -> None:
+        if torch.distributed.is_initialized():
+            return
+        # verl's own call builds "cpu:gloo,cpu:gloo", which torch refuses; verl skips it when a group exists.
+        backend = "cpu:gloo" if self.device == "cpu" else "cpu:gloo,cuda:nccl"
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1")):
+            os.environ.setdefault(name, value)
+        os.environ.setdefault("RAY_LOCAL_WORLD_SIZE", os.environ["LOCAL_WORLD_SIZE"])
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
+        if self.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if os.environ["WORLD_SIZE"] == "1":
+            # A store in memory: one rank needs no port.
+            torch.distributed.init_process_group(
+                backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=_COLLECTIVE_TIMEOUT
+            )
+        else:
+            torch.distributed.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT)
+
+
+def _build_worker(config: RunConfig, model_path: Path) -> Any:
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
+    from verl.workers.engine_workers import TrainingWorker
+
+    model, optim, trainer = config.model, config.optim, config.trainer
+    return TrainingWorker(
+        TrainingWorkerConfig(
+            model_type="language_model",
+            model_config=HFModelConfig(
+                path=str(model_path),
+                tokenizer_path=model.tokenizer_path,
+                override_config={"attn_implementation": model.attn_implementation, **model.override_config},
+                use_remove_padding=False,
+                enable_gradient_checkpointing=model.enable_gradient_checkpointing,
+                trust_remote_code=model.trust_remote_code,
+            ),
+            engine_config=FSDPEngineConfig(
+                strategy=trainer.strategy,
+                dtype={"fp32": "float32", "bf16": "bfloat16"}[model.compute_dtype],
+                model_dtype=model.dtype,
+                mixed_precision={"param_dtype": model.compute_dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+                use_dynamic_bsz=True,
+                max_token_len_per_gpu=trainer.max_token_len_per_gpu,
+                infer_max_token_len_per_gpu=trainer.max_token_len_per_gpu,
+                use_torch_compile=False,
+                fsdp_size=-1,
+                seed=config.seed,
+            ),
+            optimizer_config=FSDPOptimizerConfig(
+                lr=optim.lr,
+                weight_decay=optim.weight_decay,
+                betas=optim.betas,
+                clip_grad=optim.clip_grad,
+                lr_warmup_steps=optim.lr_warmup_steps,
+                lr_scheduler_type=optim.lr_scheduler_type,
+                min_lr_ratio=optim.min_lr_ratio,
+                total_training_steps=config.steps,
+            ),
+            checkpoint_config=CheckpointConfig(),
+        )
+    )
+
+
+def _nested_columns(samples: list[TrainingSample], old: list[FloatArray] | None) -> dict[str, torch.Tensor]:
+    def jagged(rows: list[Any], dtype: torch.dtype) -> torch.Tensor:
+        return torch.nested.as_nested_tensor([torch.as_tensor(r).to(dtype) for r in rows], layout=torch.jagged)
+
+    columns = {
+        "input_ids": jagged([s.token_ids for s in samples], torch.int64),
+        "position_ids": jagged([np.arange(len(s)) for s in samples], torch.int64),
+        "loss_mask": jagged([s.loss_mask for s in samples], torch.int64),
+        "advantages": jagged([s.advantages for s in samples], torch.float32),
+    }
+    if old is not None:
+        columns["old_logprobs"] = jagged(old, torch.float32)
+    if any(s.rollout_logprobs is not None for s in samples):
+        missing = np.float64("nan")
+        rows = [np.full(len(s), missing) if s.rollout_logprobs is None else s.rollout_logprobs for s in samples]
+        columns["rollout_logprobs"] = jagged(rows, torch.float32)
+    return columns
+
+
+def _filler() -> TrainingSample:
+    """Two tokens that are not trained."""
+    return TrainingSample(
+        token_ids=np.zeros(2, dtype=np.int64), loss_mask=np.zeros(2, dtype=np.bool_), advantages=np.zeros(2)
+    )
+
+
+def _mini_batches(count: int, epochs: int, mini_batches: int, seed: int) -> Iterator[list[int]]:
+    """Index lists, ``epochs * mini_batches`` of them, the same on every rank; one batch is left in its order."""
+    if epochs == mini_batches == 1:
+        yield list(range(count))
+        return
+    rng = np.random.default_rng(seed)
+    for _ in range(epochs):
+        for part in np.array_split(rng.permutation(count), mini_batches):
+            yield part.tolist()
+
+
+def _average(outputs: list[TrainOutput]) -> TrainOutput:
+    keys = {key for output in outputs for key in output.metrics}
+    return TrainOutput(
+        loss=float(np.mean([o.loss for o in outputs])),
+        grad_norm=float(np.mean([o.grad_norm for o in outputs])),
+        lr=outputs[-1].lr,
+        num_loss_tokens=sum(o.num_loss_tokens for o in outputs),
+        metrics={key: float(np.mean([o.metrics[key] for o in outputs if key in o.metrics])) for key in sorted(keys)},
+    )
+
+
+@contextlib.contextmanager
+def _verl_prints_to_log() -> Iterator[None]:
+    """verl 0.9.1 prints while it builds and saves; send that to our log, not into the live table."""
+
+    class _Writer:
+        def write(self, text: str) -> int:
+            if text.strip():
+                logger.info("verl: %s", text.strip())
+            return len(text)
+
+        def flush(self) -> None:
+            """Nothing is buffered."""
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    # Held here: print() only borrows sys.stdout, and a log handler that changes it meanwhile (pytest's live log does)
+    # would free the writer under print's hands.
+    writer = _Writer()
+    saved, sys.stdout = sys.stdout, writer
+    try:
+        with warnings.catch_warnings():
+            # One warning for each engine whose package is not installed; none of them is asked for.
+            warnings.filterwarnings("ignore", message=".* engine is not available")
+            yield
+    finally:
+        sys.stdout = saved

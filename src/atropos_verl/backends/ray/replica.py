@@ -1,0 +1,378 @@
+"""The embedded engine as a verl rollout replica: ``actor_rollout_ref.rollout.name=transformers``.
+
+A Ray actor with verl's server protocol around ``TransformersEngine``; its HTTP address serves our gateway's dialects.
+
+What happens to a request in flight:
+
+=============================== ===================================================================================
+``sleep`` (sync)                held at a token boundary with its tokens; goes on after ``wake_up``, under new weights
+``abort_all_requests``          ``generate`` returns what it has, ``aborted``: verl's client goes on from there;
+                                HTTP requests, whose clients could not, are held
+arrives while stopped           waits; with ``reject_request`` it is returned ``aborted`` without a token
+``update_weights``              held at a token boundary; its next token is sampled from the new weights
+=============================== ===================================================================================
+
+Every answer says which policies (global steps) sampled its first and its last token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+import torch
+from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.device import get_device_name, get_resource_name
+from verl.workers.config import HFModelConfig
+from verl.workers.rollout.replica import RolloutMode, RolloutReplica, TokenOutput
+
+from atropos_verl.backends.ray.lora import LoraMerger
+from atropos_verl.backends.ray.sampling_params import to_request
+from atropos_verl.backends.ray.weight_transfer import WeightBucket, WeightReceiver
+from atropos_verl.engine.embedded import TransformersEngine
+from atropos_verl.engine.threads import engine_threads
+from atropos_verl.errors import ConfigError, EngineError
+from atropos_verl.gateway import GatewayServer, create_app
+from atropos_verl.types import Generation
+
+__all__ = ["TransformersReplica", "TransformersServer"]
+
+logger = logging.getLogger(__name__)
+
+_PAUSE_TIMEOUT = 120.0
+"""Seconds until the running engine step must have ended."""
+_ABORT_INTERVAL = 0.05
+_DEFAULT_MAX_RUNNING = 256
+
+
+class TransformersServer:
+    """The actor. Methods are verl's (``vLLMHttpServer``); see the module for what they do to requests in flight.
+
+    Settings of its own, in ``rollout.engine_kwargs.transformers``: ``num_threads`` (torch threads of the engine;
+    default on CPU: all cores, shared by the replicas of this machine), ``max_running`` (sequences decoded together;
+    default: ``rollout.max_num_seqs``, at most 256), ``seed``.
+    """
+
+    def __init__(
+        self, config: Any, model_config: Any, rollout_mode: RolloutMode, replica_rank: int, visible_devices: str = ""
+    ) -> None:
+        if visible_devices:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices
+        logging.basicConfig(level=os.environ.get("VERL_LOGGING_LEVEL", "WARN"))
+        self.config = omega_conf_to_dataclass(config)
+        self.model_config = omega_conf_to_dataclass(model_config, dataclass_type=HFModelConfig)
+        self.rollout_mode = rollout_mode
+        self.replica_rank = replica_rank
+        self.global_steps: int | None = None
+        self._asleep = self._aborted = self._rejecting = False
+        self._gate_lock = asyncio.Lock()
+        self._running: dict[str, asyncio.Task[list[Generation]]] = {}
+        self._settings: dict[str, Any] = {}
+        self._received_bytes = 0
+        self._receiver = WeightReceiver(self._apply_weights)
+        self._engine: TransformersEngine
+        self._lora: LoraMerger | None = None
+        self._http: GatewayServer | None = None
+
+    # -- start -------------------------------------------------------------------------------------------------------
+
+    async def launch_server(self) -> str:
+        """Load the model, start engine and HTTP server; returns its ``host:port``."""
+        self._engine = await asyncio.to_thread(self._build_engine)
+        # With random weights nothing may be generated before the first update.
+        self._has_weights = self.config.load_format != "dummy"
+        await self._apply_gate()
+        app = create_app(self._engine, self.model_config.tokenizer, model_name=self.model_config.path)
+        self._http = GatewayServer(app, host=ray.util.get_node_ip_address().strip("[]"))
+        return (await asyncio.to_thread(self._http.start, 30.0)).removeprefix("http://")
+
+    def _build_engine(self) -> TransformersEngine:
+        from transformers import AutoModelForCausalLM
+
+        settings = dict((self.config.engine_kwargs or {}).get("transformers", None) or {})
+        dtype = getattr(torch, self.config.dtype)
+        device = get_device_name()
+        if self.config.load_format == "dummy":
+            model = AutoModelForCausalLM.from_config(
+                self.model_config.hf_config, dtype=dtype, attn_implementation="sdpa"
+            )
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.model_config.local_path,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                trust_remote_code=self.model_config.trust_remote_code,
+            )
+        lora = self.model_config.lora_rank > 0 or self.model_config.lora_adapter_path is not None
+        lora = lora and not self.model_config.lora.get("merge", False)
+        max_running = settings.pop("max_running", min(self.config.max_num_seqs, _DEFAULT_MAX_RUNNING))
+        engine = TransformersEngine(
+            model,
+            self.model_config.tokenizer,
+            max_running=max_running,
+            max_context_len=self.config.max_model_len or self.config.prompt_length + self.config.response_length,
+            device=device,
+            num_threads=settings.pop("num_threads", _default_threads(device, model.config, max_running)),
+            seed=settings.pop("seed", self.replica_rank + self.config.seed),
+            # With an adapter the base weights stay here: the trainer never sends them again.
+            release_weights=self.rollout_mode is RolloutMode.HYBRID and not lora,
+        )
+        if settings:
+            raise ConfigError(
+                f"unknown setting(s) {', '.join(sorted(settings))}; known: max_running, num_threads, seed",
+                "actor_rollout_ref.rollout.engine_kwargs.transformers",
+            )
+        if lora:
+            self._lora = LoraMerger(dict(engine.model.named_parameters(remove_duplicate=False)))
+        return engine
+
+    # -- generation --------------------------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        prompt_ids: list[int],
+        sampling_params: dict[str, Any],
+        request_id: str,
+        image_data: Any = None,
+        video_data: Any = None,
+        audio_data: Any = None,
+        **_: Any,
+    ) -> TokenOutput:
+        """One completion. Raises ``GenerationRequestError`` naming the parameter, or ``EngineError``."""
+        if any(data is not None for data in (image_data, video_data, audio_data)):
+            raise EngineError("rollout.name=transformers generates from text only; this request has images or sound")
+        key = f"{request_id}-{uuid.uuid4().hex}"
+        request = to_request(prompt_ids, sampling_params, self.config, self._engine.max_context_len, key)
+        if self._rejecting:
+            return self._output([], sampling_params)
+        task = self._running[key] = asyncio.ensure_future(self._engine.agenerate(request))
+        try:
+            return self._output(await task, sampling_params)
+        finally:
+            del self._running[key]
+
+    def _output(self, generations: list[Generation], sampling_params: dict[str, Any]) -> TokenOutput:
+        generation = generations[0] if generations else None
+        if generation is None or not generation.token_ids:
+            nothing = {"global_steps": self.global_steps, "finish_reason": "abort"}
+            return TokenOutput(token_ids=[], log_probs=None, stop_reason="aborted", extra_fields=nothing)
+        extra: dict[str, Any] = {
+            "global_steps": generation.policy_version_last,
+            "min_global_steps": generation.policy_version_first,
+            "max_global_steps": generation.policy_version_last,
+            "policy_version_runs": generation.policy_version_runs,
+            "finish_reason": generation.finish_reason,
+        }
+        if generation.prompt_logprobs is not None:
+            extra |= _prompt_logprob_fields(generation.prompt_logprobs, sampling_params["prompt_logprobs"])
+        return TokenOutput(
+            token_ids=list(generation.token_ids),
+            log_probs=list(generation.logprobs) if sampling_params.get("logprobs") else None,
+            stop_reason="aborted" if generation.finish_reason == "abort" else "completed",
+            extra_fields=extra,
+        )
+
+    # -- stop and go -------------------------------------------------------------------------------------------------
+
+    async def abort_all_requests(self, reset_prefix_cache: bool = True, reject_request: bool = False) -> dict[str, Any]:
+        """Stop generating; requests of ``generate`` return what they have. Until ``resume_generation``."""
+        del reset_prefix_cache  # there is none between requests, and new weights drop the running ones' cache
+        self._aborted, self._rejecting = True, reject_request
+        await self._apply_gate()
+        running = dict(self._running)
+        waiting = set(running.values())
+        deadline = time.monotonic() + _PAUSE_TIMEOUT
+        while waiting and time.monotonic() < deadline:
+            # Again and again: a request that had not reached the engine yet is not found the first time, and would
+            # then wait at the shut gate for as long as nobody opens it.
+            for key in running:
+                self._engine.abort(key)
+            _, waiting = await asyncio.wait(waiting, timeout=_ABORT_INTERVAL)
+        return {"aborted_count": len(running), "request_ids": list(running)}
+
+    async def resume_generation(self) -> None:
+        """The opposite of ``abort_all_requests``."""
+        self._aborted = self._rejecting = False
+        await self._apply_gate()
+
+    async def sleep(self) -> None:
+        """Stop at a token boundary and release memory. Nothing to do for a standalone replica."""
+        if self.rollout_mode is RolloutMode.STANDALONE or not self.config.free_cache_engine:
+            return
+        self._asleep = True
+        await self._apply_gate()
+        await asyncio.to_thread(self._engine.release_memory_occupation)
+
+    async def wake_up(self, tags: list[str] | None = None) -> None:
+        """Take memory again (``weights``) and go on (``kv_cache``); None: both."""
+        if self.rollout_mode is RolloutMode.STANDALONE:
+            return
+        if tags is None or "weights" in tags:
+            await asyncio.to_thread(self._engine.resume_memory_occupation)
+        if tags is None or "kv_cache" in tags:
+            self._asleep = False
+            await self._apply_gate()
+
+    async def _apply_gate(self) -> None:
+        # One at a time: two calls at once must leave the gate as the later state says.
+        async with self._gate_lock:
+            if self._asleep or self._aborted or not self._has_weights:
+                await asyncio.to_thread(self._engine.gate.pause, _PAUSE_TIMEOUT)
+            else:
+                self._engine.gate.resume()
+
+    async def clear_kv_cache(self) -> None:
+        """Nothing to do: no cache is kept between requests, and new weights drop that of the running ones."""
+
+    async def release_kv_cache(self) -> None:
+        """Nothing to do: see ``clear_kv_cache``."""
+
+    async def resume_kv_cache(self) -> None:
+        """Nothing to do: see ``clear_kv_cache``."""
+
+    async def start_profile(self, **_: Any) -> None:
+        """The embedded engine has no profiler."""
+
+    async def stop_profile(self) -> None:
+        """The embedded engine has no profiler."""
+
+    # -- weights -----------------------------------------------------------------------------------------------------
+
+    async def receive_weights(
+        self, update_id: str, index: int, bucket: WeightBucket, last: bool, settings: dict[str, Any]
+    ) -> int | None:
+        """One bucket of an update (``cluster.weight_transfer``); the last one returns the bytes copied.
+
+        ``settings``: ``global_steps`` (None: the version stays), ``peft_config`` (the tensors are an adapter's),
+        ``base_sync`` (they are the base weights of a model with adapters).
+        """
+        self._settings = settings
+        self._received_bytes += bucket.nbytes
+        copied: int | None = await self._receiver.receive(update_id, index, bucket, last)
+        if last:
+            if settings["global_steps"] is not None:
+                self.global_steps = settings["global_steps"]
+            if not settings["base_sync"]:  # base weights alone are not the policy
+                self._has_weights = True
+                await self._apply_gate()
+        return copied
+
+    def _apply_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> int:
+        steps, peft_config = self._settings["global_steps"], self._settings["peft_config"]
+        adapted = peft_config is not None or self._settings["base_sync"]
+        if adapted and self._lora is None:
+            raise ConfigError("the trainer sends LoRA weights, the replica was started without", "model.lora_rank")
+        if not adapted and self._lora is not None:
+            raise ConfigError(
+                "verl 0.9.1 sends its adapter to colocated replicas only; set actor_rollout_ref.model.lora.merge=True",
+                "actor_rollout_ref.model.lora.merge",
+            )
+        if self._lora is not None:
+            if self._settings["base_sync"]:
+                tensors = self._lora.set_base(tensors)
+            else:  # merged before the engine stops for the copy
+                tensors = iter(list(self._lora.merge(tensors, peft_config or {})))
+        version = self._engine.policy_version if steps is None else steps
+        return self._engine.update_weights_from_tensor(tensors, policy_version=version)
+
+    async def set_global_steps(self, global_steps: int) -> None:
+        """verl's name for the policy version; an update sets it as well."""
+        self.global_steps = global_steps
+
+    # -- what it says ------------------------------------------------------------------------------------------------
+
+    async def compute_logprobs(self, token_ids: list[int], temperature: float = 1.0) -> list[float]:
+        """Logprobs [T-1] of tokens 1.. of a sequence, under the weights it holds: what a canary compares."""
+        return await asyncio.to_thread(self._engine.compute_logprobs, token_ids, temperature)
+
+    async def get_stats(self) -> dict[str, Any]:
+        """Counters of the engine, policy version and whether it may generate."""
+        stats = self._engine.stats()
+        return {name: getattr(stats, name) for name in stats.__slots__} | {
+            "policy_version": self._engine.policy_version,
+            "gate": self._engine.gate.state.value,
+            "received_weight_bytes": self._received_bytes,
+        }
+
+
+class TransformersReplica(RolloutReplica):  # type: ignore[misc]
+    """One server per training worker: the embedded engine does not split a model over devices."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.world_size != 1:
+            raise ConfigError(
+                f"rollout.name=transformers runs on one device, not on {self.world_size}: set "
+                "tensor_model_parallel_size, data_parallel_size and pipeline_model_parallel_size to 1",
+                "actor_rollout_ref.rollout.tensor_model_parallel_size",
+            )
+
+    def _server_name(self) -> str:
+        role = "reward_" if self.is_reward_model else "teacher_" if self.is_teacher_model else ""
+        return f"{self.config.name}_server_{role}{self.replica_rank}_0{self.name_suffix}"
+
+    async def launch_servers(self) -> None:
+        node_id, devices = await self.workers[0].__ray_call__.remote(_node_and_devices)
+        environment = {"OMP_WAIT_POLICY": "PASSIVE"}
+        server = (
+            ray.remote(TransformersServer)
+            .options(
+                name=self._server_name(),
+                num_cpus=0,
+                max_concurrency=self.max_concurrency,
+                scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id, soft=False),
+                runtime_env={"env_vars": environment},
+            )
+            .remote(
+                config=self.config,
+                model_config=self.model_config,
+                rollout_mode=self.rollout_mode,
+                replica_rank=self.replica_rank,
+                visible_devices=devices,
+            )
+        )
+        self.servers = [server]
+        self._server_handle = server
+        self._server_address = await server.launch_server.remote()
+
+    def get_ray_class_with_init_args(self) -> Any:
+        """The worker of a standalone replica, with the registrations of ours it needs."""
+        from atropos_verl.backends.ray.checkpoint_engine import standalone_worker
+
+        return standalone_worker(self)
+
+
+def _node_and_devices(_: Any) -> tuple[str, str]:
+    """Runs in the worker: where it is, and its devices ("" on CPU)."""
+    context = ray.get_runtime_context()
+    if get_device_name() == "cpu":
+        return context.get_node_id(), ""
+    return context.get_node_id(), ",".join(context.get_accelerator_ids()[get_resource_name()])
+
+
+def _default_threads(device: str, model: Any, rows: int) -> int | None:
+    """Ray starts actors with one OpenMP thread; the engine and the trainer take turns, so each may use all cores."""
+    return engine_threads(model, rows, min(os.cpu_count() or 1, 16)) if device == "cpu" else None
+
+
+def _prompt_logprob_fields(entries: tuple[dict[int, float] | None, ...], k: int) -> dict[str, Any]:
+    """``prompt_ids`` and ``prompt_logprobs`` [P][max(k, 1)] as verl's vLLM server lays them out.
+
+    Entry t is about prompt token t+1, from likely to unlikely; the last one is padding. k = 0: the token itself.
+    """
+    ids: list[list[int]] = []
+    logprobs: list[list[float]] = []
+    for entry in entries[1:]:
+        assert entry is not None
+        best = sorted(entry.items(), key=lambda item: -item[1])[: max(k, 1)]
+        ids.append([token for token, _ in best])
+        logprobs.append([value for _, value in best])
+    ids.append([0] * max(k, 1))
+    logprobs.append([0.0] * max(k, 1))
+    return {"prompt_ids": ids, "prompt_logprobs": logprobs}

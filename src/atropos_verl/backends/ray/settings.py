@@ -1,0 +1,339 @@
+"""Command line → verl's configuration and the ``atropos`` block beside it, validated before torch is imported.
+
+The files are Hydra files over verl's ``ppo_trainer``, so every setting of verl is there under verl's name. The block
+``atropos`` holds what verl has no name for, with the keys of the local backend's schema (``config.schema``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from atropos_verl.config.schema import (
+    AtroposConfig,
+    EnvConfig,
+    EvalConfig,
+    GatewayConfig,
+    OffPolicyConfig,
+    PositiveFloat,
+    PositiveInt,
+    RunConfig,
+    Section,
+    apply_environment,
+    as_config_error,
+    parse_clipping,
+)
+from atropos_verl.errors import ConfigError
+
+__all__ = ["ClusterRun", "ClusterSettings", "complete_config", "compose_config", "read_run", "with_environment"]
+
+_LOCAL_NAMES = {
+    "steps": "trainer.total_training_steps",
+    "batch_size": "data.train_batch_size (groups per step)",
+    "group_size": "actor_rollout_ref.rollout.n",
+    "optim.lr": "actor_rollout_ref.actor.optim.lr",
+    "model.path": "actor_rollout_ref.model.path",
+    "max_response_length": "data.max_response_length",
+    "save_freq": "trainer.save_freq",
+    "resume": "trainer.resume_mode",
+    "temperature": "actor_rollout_ref.rollout.temperature",
+    "env.script": "atropos.env.script",
+    "gateway.port": "atropos.gateway.port",
+    "use_advantage_weighting": "actor_rollout_ref.actor.policy_loss.loss_mode=advantage_weighted_sft",
+    "advantage_normalization": "atropos.advantage_normalization",
+    "advantage_clipping": "atropos.advantage_clipping",
+    "eval.before": "atropos.eval.before",
+    "eval.after": "atropos.eval.after",
+}
+"""Keys of the local backend, and where verl or the ``atropos`` block keeps them."""
+
+
+class ClusterDataConfig(Section):
+    """What happens to groups before they are trained on."""
+
+    max_token_len: PositiveInt | None = Field(
+        None, description="tokens of a sequence at most; null: data.max_prompt_length + data.max_response_length"
+    )
+    overlong: Literal["drop", "truncate", "error"] = Field("drop", description="sequences longer than that")
+    on_bad_group: Literal["quarantine", "error"] = Field("quarantine", description="groups that are not valid")
+    ignore_fields: tuple[str, ...] = Field((), description="ScoredData fields to ignore that this trainer cannot use")
+
+
+class ClusterSettings(AtroposConfig):
+    """The block ``atropos``: the trajectory API, the environment, the gateway, and what is done to groups."""
+
+    env: EnvConfig = Field(default_factory=EnvConfig)
+    gateway: GatewayConfig = Field(default_factory=GatewayConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    data: ClusterDataConfig = Field(default_factory=ClusterDataConfig)
+    seed: int = Field(0, ge=0, description="seed of the environment")
+    advantage_normalization: Literal["none", "batch", "global"] = Field("none", description="over trained tokens")
+    advantage_clipping: tuple[float, float] | None = Field(None, description="[low, high] or null")
+    off_policy: OffPolicyConfig = Field(default_factory=OffPolicyConfig)
+    poll_interval: PositiveFloat = Field(0.05, description="seconds between two looks for a finished batch")
+    batch_retry_attempts: PositiveInt = Field(8, description="quick tries of one wait for a batch")
+    batch_retry_delay: PositiveFloat = Field(0.3, description="seconds before the second try; grows by 1.5")
+    batch_max_wait_time: PositiveFloat = Field(12.0, description="seconds; bound on one whole wait for a batch")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _clipping_as_tuple(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "advantage_clipping" in values:
+            return {**values, "advantage_clipping": parse_clipping(values["advantage_clipping"])}
+        return values
+
+
+@dataclass(frozen=True)
+class ClusterRun:
+    """One run: verl's configuration, our block, and the same settings as the local backend's services read them."""
+
+    verl: Any
+    """The composed ``DictConfig``, verl's keys and ``atropos``, ``run_dir``, ``backend``."""
+    settings: ClusterSettings
+    run: RunConfig
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(str(self.verl.run_dir))
+
+    @property
+    def is_attached(self) -> bool:
+        """True when the trajectory API is the user's: nothing but verl and the gateway is started."""
+        return self.run.is_attached
+
+    @property
+    def mode(self) -> str:
+        """``sync`` | ``colocate_async`` | ``separate_async``."""
+        return str(self.verl.trainer.v1.trainer_mode)
+
+
+def compose_config(overrides: Sequence[str], config_dir: Path, config_name: str) -> Any:
+    """Compose a Hydra file over verl's ``ppo_trainer`` with ``key=value`` words. Imports no torch.
+
+    Raises:
+        ConfigError: names the key that does not exist, or the word that cannot be read.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    words = [word for word in overrides if not word.startswith("backend=")]
+    for word in words:
+        _check_local_name(word)
+    # verl's own package directory, found without importing verl (which imports torch).
+    search_path = f"hydra.searchpath=[file://{_verl_config_dir()}]"
+    try:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(config_dir=str(config_dir.absolute()), version_base=None):
+            return compose(config_name=config_name, overrides=[search_path, *map(_allow_own, words)])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _named(error, words, config_dir, config_name) from None
+
+
+def complete_config(config: Any) -> None:
+    """What ``trainer.v1.trainer_mode=separate_async`` entails where the embedded engine generates.
+
+    Replicas of their own, weights through Ray's object store, and a mini-batch per local update. Values that were set
+    otherwise are kept.
+    """
+    from omegaconf import open_dict
+
+    if config.trainer.v1.trainer_mode != "separate_async":
+        return
+    actor_rollout, data = config.actor_rollout_ref, config.data
+    with open_dict(config):
+        if actor_rollout.actor.ppo_mini_batch_size == data.train_batch_size:
+            actor_rollout.actor.ppo_mini_batch_size = data.train_batch_size // parameter_sync_step(config)
+        if actor_rollout.rollout.name == "transformers":
+            engine = actor_rollout.rollout.checkpoint_engine
+            if engine.backend == "naive":
+                engine.backend = "ray_object_store"
+                engine.custom_backend_module = "atropos_verl.backends.ray.checkpoint_engine"
+            if not actor_rollout.rollout.nnodes:
+                actor_rollout.rollout.nnodes = 1
+                actor_rollout.hybrid_engine = False
+
+
+def read_run(config: Any) -> ClusterRun:
+    """Validate a composed configuration: the ``atropos`` block, and what it needs of verl's keys.
+
+    Raises:
+        ConfigError: names every key that is wrong.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        block = OmegaConf.to_container(config.atropos, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(" ".join(str(error).split()), "atropos") from None
+    assert isinstance(block, dict)
+    try:
+        settings = ClusterSettings.model_validate({str(key): value for key, value in block.items()})
+    except ValidationError as error:
+        raise as_config_error(error, prefix="atropos.") from None
+    _check_verl_keys(config)
+    return ClusterRun(config, settings, _as_run_config(config, settings))
+
+
+def with_environment(config: Any, overrides: Sequence[str]) -> None:
+    """Put ``ATROPOS_API_URL`` and its like over the file's values, under the command line's."""
+    from omegaconf import OmegaConf, open_dict
+
+    keys = frozenset(word.split("=", 1)[0].lstrip("+~") for word in overrides)
+    block = OmegaConf.to_container(config.atropos, resolve=True)
+    of_gateway = {key.removeprefix("atropos.") for key in keys if key.startswith("atropos.gateway.")}
+    sections = {"atropos": block, "gateway": block.get("gateway")}
+    values = apply_environment(sections, command_line_keys=keys | of_gateway)
+    with open_dict(config):
+        for name in ("api_url", "timeout", "token"):
+            if name in values["atropos"]:
+                config.atropos[name] = values["atropos"][name]
+        if values["gateway"] is not None:
+            config.atropos.gateway = values["gateway"]
+
+
+def _as_run_config(config: Any, settings: ClusterSettings) -> RunConfig:
+    """The same run in the local backend's words, for the services and the data pipeline that both share."""
+    rollout, data = config.actor_rollout_ref.rollout, config.data
+    own = set(AtroposConfig.model_fields)
+    n_updates = parameter_sync_step(config)
+    values = {
+        "steps": config.trainer.total_training_steps,
+        "seed": settings.seed,
+        "run_dir": str(config.run_dir),
+        "batch_size": data.train_batch_size // n_updates * rollout.n,
+        "group_size": rollout.n,
+        "save_freq": max(config.trainer.save_freq, -1),
+        "resume": "disable" if config.trainer.resume_mode == "disable" else "auto",
+        "max_response_length": data.max_response_length,
+        "temperature": rollout.temperature,
+        "advantage_normalization": settings.advantage_normalization,
+        "advantage_clipping": settings.advantage_clipping,
+        "batch_retry_attempts": settings.batch_retry_attempts,
+        "batch_retry_delay": settings.batch_retry_delay,
+        "batch_max_wait_time": settings.batch_max_wait_time,
+        "atropos": {name: value for name, value in settings.model_dump().items() if name in own},
+        "model": {
+            "path": config.actor_rollout_ref.model.path,
+            "tokenizer_path": config.actor_rollout_ref.model.tokenizer_path,
+        },
+        "data": {
+            "max_prompt_length": data.max_prompt_length,
+            "default_temperature": rollout.temperature,
+            **settings.data.model_dump(),
+        },
+        "algorithm": {
+            "adv_estimator": _data_estimator(config),
+            "norm_adv_by_std_in_grpo": config.algorithm.norm_adv_by_std_in_grpo,
+        },
+        "off_policy": settings.off_policy.model_dump(),
+        "gateway": settings.gateway.model_dump(),
+        "env": settings.env.model_dump(),
+        "eval": settings.eval.model_dump(),
+        "trainer": {
+            "device": config.trainer.device if config.trainer.device in ("cpu", "cuda") else "auto",
+            "project_name": config.trainer.project_name,
+            "experiment_name": config.trainer.experiment_name,
+        },
+    }
+    return RunConfig.from_mapping(values)
+
+
+def _data_estimator(config: Any) -> str:
+    """Our estimator of that name; for verl's others a placeholder, since verl computes those."""
+    name = str(config.algorithm.adv_estimator)
+    return name if name in ("grpo", "rloo", "plain") else "plain"
+
+
+def parameter_sync_step(config: Any) -> int:
+    """Local updates between two weight syncs (verl's ``parameter_sync_step``; 1 but for separate_async)."""
+    v1 = config.trainer.v1
+    mode = v1.get(v1.trainer_mode)
+    return int(mode.get("parameter_sync_step", 1)) if mode else 1
+
+
+def _check_verl_keys(config: Any) -> None:
+    trainer, algorithm = config.trainer, config.algorithm
+    if trainer.v1.trainer_mode not in ("sync", "colocate_async", "separate_async"):
+        raise ConfigError(
+            f"{trainer.v1.trainer_mode!r} is none of sync, colocate_async, separate_async", "trainer.v1.trainer_mode"
+        )
+    if not trainer.use_v1:
+        raise ConfigError("the integration is built on verl's V1 trainer; leave it true", "trainer.use_v1")
+    if not trainer.total_training_steps:
+        raise ConfigError("say how many steps to train; there is no dataset to count", "trainer.total_training_steps")
+    if algorithm.filter_groups.enable:
+        raise ConfigError(
+            "verl filters prompts that it dispatched; here environments choose them. Let the environment leave groups "
+            "of equal scores out (ensure_scores_are_not_same)",
+            "algorithm.filter_groups.enable",
+        )
+    if algorithm.adv_estimator == "gae" and not config.critic.enable:
+        raise ConfigError("algorithm.adv_estimator=gae needs a critic; set it to true", "critic.enable")
+    if config.reward.reward_model.enable:
+        raise ConfigError("environments score their own rollouts; use an environment", "reward.reward_model.enable")
+    if config.distillation.get("enabled"):
+        raise ConfigError("verl's teachers see no Atropos rollouts yet; set it to false", "distillation.enabled")
+    validates = trainer.val_before_train or trainer.val_only or trainer.test_freq > 0
+    if validates and not config.data.val_files:
+        raise ConfigError(
+            "verl's validation needs a prompt file (parquet); or val_before_train=False", "data.val_files"
+        )
+    if validates and config.reward.num_workers < 1:
+        raise ConfigError("validation by verl needs at least one reward worker", "reward.num_workers")
+
+
+def _check_local_name(word: str) -> None:
+    key = word.split("=", 1)[0].lstrip("+~")
+    if key in _LOCAL_NAMES:
+        raise ConfigError(f"a key of the local backend; with backend=ray it is {_LOCAL_NAMES[key]}", key)
+    if "=" not in word and not word.startswith("~"):
+        raise ConfigError(f"{word!r} is not of the form key=value; --cfg shows all keys")
+
+
+def _allow_own(word: str) -> str:
+    """The files need not spell out every key of ``atropos``; the schema refuses what it does not know."""
+    return f"++{word}" if word.startswith("atropos.") else word
+
+
+def _named(error: Exception, words: Sequence[str], config_dir: Path, config_name: str) -> ConfigError:
+    """Hydra's error with the key in front, and the nearest key that exists."""
+    lines = str(error).strip().splitlines()
+    for word in words:
+        key = word.split("=", 1)[0].lstrip("+~")
+        if any(f"'{key}'" in line for line in lines):
+            near = difflib.get_close_matches(key, _known_keys(config_dir, config_name), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            return ConfigError(f"unknown key{hint} (--cfg shows all keys; +{key}=… adds one of verl's own)", key)
+    return ConfigError(" ".join(lines))
+
+
+def _known_keys(config_dir: Path, config_name: str) -> list[str]:
+    from omegaconf import DictConfig
+
+    found: list[str] = []
+
+    def walk(node: Any, prefix: str) -> None:
+        for name in node:
+            child = node._get_node(name)
+            found.append(f"{prefix}{name}")
+            if isinstance(child, DictConfig) and not child._is_none():
+                walk(child, f"{prefix}{name}.")
+
+    walk(compose_config([], config_dir, config_name), "")
+    return found
+
+
+def _verl_config_dir() -> Path:
+    spec = importlib.util.find_spec("verl")
+    if spec is None or spec.origin is None:
+        raise ConfigError("verl is not installed; see the README", "backend")
+    return Path(spec.origin).parent / "trainer" / "config"

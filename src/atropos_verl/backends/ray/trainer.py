@@ -1,0 +1,390 @@
+"""verl's V1 trainers, thin: rollouts come from the trajectory feed, advantages from ``data/``, weights through
+``AtroposShardingManager``.
+
+==================  ======================================================  ====================================
+mode                while the trainer trains                                the next batch is asked for
+==================  ======================================================  ====================================
+``sync``            requests in flight end first; then the engine sleeps    after the weight sync
+``colocate_async``  requests are cut at a token boundary, continued later   ``num_warmup_batches`` ahead
+``separate_async``  replicas of their own keep generating                   ahead; weights move every
+                                                                            ``parameter_sync_step`` updates
+==================  ======================================================  ====================================
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import transfer_queue as tq
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
+from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils import tensordict_utils as tu
+
+from atropos_verl.backends.ray.advantages import finish_batch
+from atropos_verl.backends.ray.checkpoint import ClusterState, load_state, save_state
+from atropos_verl.backends.ray.dataset import NoPrompts, prompt_loader
+from atropos_verl.backends.ray.feed import TrajectoryFeed
+from atropos_verl.backends.ray.gateway import ClusterGateway
+from atropos_verl.backends.ray.replay import AtroposReplayBuffer, AtroposReplayBufferAsync
+from atropos_verl.backends.ray.reports import cluster_step_report
+from atropos_verl.backends.ray.rollout_phase import ModeGate, Replicas
+from atropos_verl.backends.ray.settings import ClusterRun, parameter_sync_step, read_run
+from atropos_verl.backends.ray.step_batches import Slot
+from atropos_verl.backends.ray.transfer import ADVANTAGES
+from atropos_verl.errors import TrainingDivergedError
+from atropos_verl.training.weight_sync import AtroposShardingManager
+from atropos_verl.types import StepReport
+
+__all__ = ["MODES", "AtroposColocateAsyncTrainer", "AtroposSeparateAsyncTrainer", "AtroposSyncTrainer"]
+
+logger = logging.getLogger(__name__)
+
+_PARTITION = "train"
+_DRAIN_SECONDS = 600.0
+_STOP_LOOK_SECONDS = 0.5
+
+
+class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
+    """What the three modes share. ``attach`` gives it feed and gateway after ``init`` and before ``fit``."""
+
+    drains = False
+    """Requests in flight end before the engine sleeps (no sequence is written by two policies)."""
+
+    def __init__(self, config: Any) -> None:
+        self.atropos: ClusterRun = read_run(config)
+        self.feed: TrajectoryFeed | None = None
+        self.gateway: ClusterGateway | None = None
+        self.state = ClusterState()
+        self.on_report: Callable[[StepReport], None] = lambda report: None
+        self.on_stop: Callable[[], bool] = lambda: False
+        self._slots: list[Slot] = []
+        self._untold: list[Slot] = []
+        self._covered_step = 0
+        """A checkpoint holds the effect of every batch up to this step."""
+        self._whole_step = 0
+        """The last step of which everything is done."""
+        self._is_updating = False
+        self._next_stop_look = 0.0
+        self._step_started = time.perf_counter()
+        self._grad_norm = self._loss = 0.0
+        super().__init__(config)
+        self.sharding_manager = AtroposShardingManager(
+            Replicas(self._verl_sync, self._verl_release), self, gate=ModeGate(self), pause_timeout=_DRAIN_SECONDS
+        )
+
+    def attach(self, feed: TrajectoryFeed, gateway: ClusterGateway) -> None:
+        """After ``init``, before ``fit``. The gateway has been open since it was started: the weights are there."""
+        self.feed, self.gateway = feed, gateway
+        self._whole_step = self._covered_step = self.global_steps
+        gateway.release(self.policy_version)
+        self.replay_buffer.watch(self._check_while_waiting, feed.evicted, self.atropos.settings.poll_interval)
+
+    # ------------------------------------------------------------------ WeightSource
+
+    @property
+    def policy_version(self) -> int:
+        """Weights after step N are version N (verl's ``global_steps``)."""
+        return int(self.global_steps)
+
+    @property
+    def served_version(self) -> int:
+        """Of the weights that the replicas hold now; behind ``policy_version`` between an update and its sync."""
+        last = self.sharding_manager.last_sync
+        return self.policy_version if last is None else int(last.policy_version)
+
+    def named_tensors(self) -> Any:
+        """verl's workers send them; nothing passes through this process."""
+        return ()
+
+    def _verl_sync(self) -> None:
+        raise NotImplementedError
+
+    def _verl_release(self) -> None:
+        raise NotImplementedError
+
+    def open_rollouts(self) -> None:
+        """Newest weights into the replicas, then the gate opens."""
+        self.sharding_manager.__enter__()
+
+    def close_rollouts(self) -> None:
+        """Gate shut; the replicas sleep."""
+        self.sharding_manager.__exit__(None, None, None)
+
+    # ------------------------------------------------------------------ verl's construction
+
+    def _init_dataloader(self) -> None:
+        config = self.config
+        self.train_dataset = self.train_dataloader = NoPrompts()
+        self.train_dataloader_it = None
+        self.val_dataset, self.val_dataloader = prompt_loader(config, self.tokenizer, self.processor)
+        self.total_training_steps = int(config.trainer.total_training_steps)
+        self.steps_per_epoch = max(self.total_training_steps, 1)
+        from omegaconf import open_dict
+
+        with open_dict(config):
+            # fit() ends by step; with one epoch of exactly that many, verl's epoch count does not end it before.
+            config.trainer.total_epochs = max(int(config.trainer.total_epochs), 2)
+            config.actor_rollout_ref.actor.optim.total_training_steps = (
+                self.total_training_steps * self.parameter_sync_step
+            )
+            if self.use_critic:
+                config.critic.optim.total_training_steps = self.total_training_steps * self.parameter_sync_step
+
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        from atropos_verl.backends.ray.workers import worker_class
+
+        for role, remote in self.role_worker_mapping.items():
+            self.role_worker_mapping[role] = ray.remote(worker_class(remote.__ray_metadata__.modified_class))
+
+    def _build_replay_buffer(self) -> Any:
+        sampler = self.config.trainer.v1.sampler
+        buffer = AtroposReplayBuffer if self.trainer_mode == "sync" else AtroposReplayBufferAsync
+        return buffer(
+            trainer_mode=self.trainer_mode,
+            trainer_config=self.config.trainer.v1.get(self.trainer_mode, {}),
+            max_off_policy_threshold=sampler.max_off_policy_threshold,
+            max_off_policy_strategy=sampler.max_off_policy_strategy,
+            sampler_kwargs=sampler.sampler_kwargs,
+            refill_fn=self._add_prompts_to_generate,
+        )
+
+    # ------------------------------------------------------------------ slots instead of prompts
+
+    def _add_prompts_to_generate(self, num_prompts: int) -> int:
+        """Ask the feed for ``num_prompts`` slots: batches of the API (see ``transfer.py``)."""
+        batch = tu.get_tensordict(
+            {"uid": np.array([uuid.uuid4().hex for _ in range(num_prompts)], dtype=object)},
+            {"global_steps": self.global_steps},
+        )
+        tags = [{"is_prompt": True, "status": "pending", "global_steps": self.global_steps}] * num_prompts
+        tq.kv_batch_put(keys=[str(uid) for uid in batch["uid"]], partition_id=_PARTITION, tags=tags)
+        self.agent_loop_manager.generate_sequences(batch)
+        return num_prompts
+
+    def _add_batch_to_generate(self) -> None:
+        self._add_prompts_to_generate(parameter_sync_step(self.config))
+
+    def _add_async_warmup_batches(self, num_warmup_batches: float) -> None:
+        slots = math.ceil(num_warmup_batches * parameter_sync_step(self.config))
+        if slots > 0:
+            self._add_prompts_to_generate(slots)
+
+    # ------------------------------------------------------------------ the step
+
+    def on_step_begin(self) -> None:
+        self._step_started = time.perf_counter()
+        self._slots = []
+        super().on_step_begin()
+
+    def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
+        batch = super().step(metrics, timing_raw)
+        assert self.feed is not None
+        uids = {key.split("_")[0] for key, tag in zip(batch.keys, batch.tags, strict=True) if not is_padding(tag)}
+        self._slots = self._untold = self.feed.trained(sorted(uids), self.global_steps)
+        self._grad_norm = float(metrics.get("actor/grad_norm", 0.0))
+        self._loss = float(metrics.get("actor/loss", metrics.get("actor/pg_loss", 0.0)))
+        if not (math.isfinite(self._loss) and math.isfinite(self._grad_norm)):
+            raise TrainingDivergedError(
+                f"step {self.global_steps}: loss {self._loss}, gradient norm {self._grad_norm}; lower "
+                "actor_rollout_ref.actor.optim.lr, or bound advantages with atropos.advantage_clipping"
+            )
+        self.state.count(self._slots)
+        if self.config.trainer.save_freq <= 0:
+            self._covered_step = self.global_steps  # no checkpoint will ever cover it
+        return batch
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        batch = super()._compute_old_log_prob(batch, metrics)
+        if not all(tag.get("rollout_log_probs", True) for tag in batch.tags):
+            # verl compares zeros where an environment sent no logprobs; the figure would mean nothing.
+            for key in [name for name in metrics if name.startswith("training/rollout_")]:
+                del metrics[key]
+        return batch
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        batch = super()._compute_advantage(batch, metrics)
+        run = self.atropos.run
+        values = tq.kv_batch_get(
+            keys=batch.keys,
+            partition_id=batch.partition_id,
+            select_fields=["response_mask", "advantages", ADVANTAGES],
+        )
+        advantages = finish_batch(
+            values,
+            batch.keys,
+            batch.tags,
+            from_data=self._baseline_from_data,
+            normalization=run.advantage_normalization,
+            clipping=run.advantage_clipping,
+            running=self.state.moments,
+        )
+        metrics.update(advantages.metrics)
+        fields = TensorDict({"advantages": advantages.nested, "returns": advantages.nested}, batch_size=len(batch))
+        return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+
+    @property
+    def _baseline_from_data(self) -> bool:
+        """The group baseline is that of ``data.advantages``, as in the local backend. A reward that verl changed (KL
+        in reward), and its other estimators, are verl's to weigh."""
+        algorithm = self.config.algorithm
+        return str(algorithm.adv_estimator) in ("grpo", "rloo", "plain") and not algorithm.use_kl_in_reward
+
+    def _compute_metrics(
+        self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], **arguments: Any
+    ) -> None:
+        super()._compute_metrics(batch, metrics, timing_raw, **arguments)
+        assert self.feed is not None
+        self.feed.acknowledge(self._untold, self._covered_step)
+        self._untold = []
+        self.on_report(
+            cluster_step_report(
+                self._slots,
+                metrics,
+                timing_raw,
+                step=self.global_steps,
+                loss=self._loss,
+                seconds=time.perf_counter() - self._step_started,
+                sync=self.sharding_manager.last_sync,
+            )
+        )
+        self._whole_step, self._is_updating = self.global_steps, False
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        if self._whole_step < self.total_training_steps and self.on_stop():
+            raise StopRequestedError(f"stopped after step {self._whole_step}")
+
+    def _check_while_waiting(self) -> None:
+        """Runs between two looks for a finished batch."""
+        assert self.feed is not None
+        self.feed.check()
+        now = time.monotonic()
+        if now > self._next_stop_look:
+            self._next_stop_look = now + _STOP_LOOK_SECONDS
+            self._stop_if_asked()
+
+    def save_what_was_trained(self) -> str:
+        """After ``fit`` was ended: a checkpoint of the last whole step, where none is. Says what is saved."""
+        if int(self.config.trainer.save_freq) <= 0 or not self._whole_step:
+            return ""
+        if self._is_updating or self.local_trigger_step:
+            return f"in the middle of an update: nothing after step {self._covered_step} is saved"
+        if self._whole_step > self._covered_step:
+            self.global_steps = self._whole_step
+            self._save_checkpoint()
+        return f"steps up to {self._whole_step} are saved in {self.checkpoint_root}; the same command goes on"
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        self._is_updating = True
+        return super()._update_actor(batch, metrics)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @property
+    def checkpoint_root(self) -> Path:
+        return Path(str(self.config.trainer.default_local_dir)).absolute()
+
+    def _save_checkpoint(self) -> None:
+        directory = self.checkpoint_root / f"global_step_{self.global_steps}"
+        # Before verl's own files, whose tracker file says that the checkpoint exists.
+        save_state(directory, self.state, self.global_steps)
+        super()._save_checkpoint()
+        self._covered_step = self.global_steps
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        # Batches in flight come back from our journal, with their leases; verl's copy of them is not used.
+        waiting = list((tq.kv_list(_PARTITION) or {}).get(_PARTITION, {}))
+        if waiting:
+            tq.kv_clear(keys=waiting, partition_id=_PARTITION)
+        self._restored_tq_prompt_count = 0
+        if self.global_steps:
+            folder = self.config.trainer.resume_from_path if self.config.trainer.resume_mode == "resume_path" else None
+            directory = Path(folder) if folder else self.checkpoint_root / f"global_step_{self.global_steps}"
+            self.state = load_state(directory)
+
+
+class StopRequestedError(Exception):
+    """The user asked the run to end; every step so far is whole."""
+
+
+def is_padding(tag: dict[str, Any]) -> bool:
+    """True for a row that verl added to fill a mini-batch."""
+    return bool(tag.get("is_padding", False))
+
+
+class _ColocatedTrainer(_AtroposTrainer):
+    """Trainer and replicas share their devices: the rollout phase ends for training and begins again after it."""
+
+    def on_init_end(self) -> None:
+        self.open_rollouts()
+
+    def on_sample_end(self) -> None:
+        self.close_rollouts()
+
+    def on_step_end(self) -> None:
+        self.open_rollouts()
+
+
+class AtroposSyncTrainer(_ColocatedTrainer, PPOTrainerSync):  # type: ignore[misc]
+    """Rollout, then training, then rollout."""
+
+    drains = True
+
+    def _verl_sync(self) -> None:
+        self.checkpoint_manager.update_weights(self.global_steps)
+
+    def _verl_release(self) -> None:
+        PPOTrainerSync.on_sample_end(self)
+
+
+class AtroposColocateAsyncTrainer(_ColocatedTrainer, PPOTrainerColocateAsync):  # type: ignore[misc]
+    """The next batch is already on its way; generation is cut for training and continued after."""
+
+    def _verl_sync(self) -> None:
+        self.checkpoint_manager.update_weights(self.global_steps)
+        self.checkpoint_manager.resume_generation_replicas()
+
+    def _verl_release(self) -> None:
+        PPOTrainerColocateAsync.on_sample_end(self)
+
+
+class AtroposSeparateAsyncTrainer(_AtroposTrainer, PPOTrainerSeparateAsync):  # type: ignore[misc]
+    """Replicas of their own generate all the time; verl moves the weights through its checkpoint engine."""
+
+    _verl_hook = PPOTrainerSeparateAsync.on_init_end
+
+    def _verl_sync(self) -> None:
+        self._verl_hook()
+
+    def _verl_release(self) -> None:
+        """The replicas keep their memory: they are not the trainer's."""
+
+    def on_init_end(self) -> None:
+        self.open_rollouts()
+
+    def on_step_end(self) -> None:
+        self._verl_hook = lambda: PPOTrainerSeparateAsync.on_step_end(self)
+        self.close_rollouts()
+        self.open_rollouts()
+
+
+MODES: dict[str, type[_AtroposTrainer]] = {
+    "sync": AtroposSyncTrainer,
+    "colocate_async": AtroposColocateAsyncTrainer,
+    "separate_async": AtroposSeparateAsyncTrainer,
+}
+"""``trainer.v1.trainer_mode`` → trainer."""

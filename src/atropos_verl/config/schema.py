@@ -1,0 +1,392 @@
+"""Every setting of a run: typed, frozen, validated at construction, explained under each field.
+
+The YAML files under ``recipe/atropos/config`` are Hydra files over this schema; ``RunConfig.from_mapping`` is the one
+way in, from YAML, from the command line and from the plain dictionaries of ``AtroposTrainer.from_config``. This
+module imports neither torch nor verl, so a typo is reported before anything slow starts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from atropos_verl.config.config_words import apply_environment, as_config_error, describe_model
+
+__all__ = [
+    "AlgorithmConfig",
+    "AtroposConfig",
+    "DataConfig",
+    "EnvConfig",
+    "EvalConfig",
+    "GatewayConfig",
+    "InferenceConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OffPolicyConfig",
+    "OptimConfig",
+    "OverlapConfig",
+    "RunConfig",
+    "Section",
+    "SyncConfig",
+    "TrainerConfig",
+    "apply_environment",
+    "as_config_error",
+    "describe",
+    "describe_model",
+    "parse_clipping",
+]
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+def parse_clipping(value: Any) -> Any:
+    """``None`` and ``[low, high]`` are the two forms; OmegaConf hands lists over as lists."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Section = _Section
+"""Base of a settings class of another backend: unknown keys are refused, values cannot be changed."""
+
+
+class AtroposConfig(_Section):
+    """The trajectory API."""
+
+    api_url: str | None = Field(None, description="URL of a running trajectory API; null: start one for this run")
+    server: Literal["embedded", "upstream"] = Field(
+        "embedded", description="API to start where api_url is null; embedded: ours, upstream: atroposlib's"
+    )
+    timeout: PositiveFloat = Field(30.0, description="seconds; bound on one call to the API, its retries included")
+    token: str | None = Field(None, description="bearer token for a protected API")
+    headers: dict[str, str] = Field(default_factory=dict, description="extra HTTP headers for the API")
+    ca_file: str | None = Field(None, description="certificate authority file for https; null: the system's")
+    lease_seconds: PositiveFloat | None = Field(
+        120.0,
+        description="seconds after which the API takes a batch back from a trainer that is gone (a living one renews); "
+        "null: no leases; upstream's API has none",
+    )
+    rollout_timeout: PositiveFloat = Field(600.0, description="seconds without any batch before the run is given up")
+    reset: bool = Field(False, description="GET /reset_data before registering (forgets what an earlier run left)")
+
+    @model_validator(mode="after")
+    def _check_url(self) -> Self:
+        if self.api_url is not None:
+            parts = urlsplit(self.api_url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError(f"api_url: {self.api_url!r} is not an http:// or https:// URL with a host")
+        return self
+
+
+class ModelConfig(_Section):
+    """The policy."""
+
+    path: str | None = Field(None, description="Hugging Face model directory; null: the shipped demo model")
+    tokenizer_path: str | None = Field(None, description="tokenizer directory; null: the model's")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of the trained (master) weights")
+    compute_dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of forward and backward")
+    attn_implementation: str = Field("sdpa", description="attention of transformers")
+    enable_gradient_checkpointing: bool = Field(False, description="recompute activations in the backward")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    override_config: dict[str, Any] = Field(default_factory=dict, description="passed to the Hugging Face config")
+
+
+class OptimConfig(_Section):
+    """AdamW, with verl's names."""
+
+    lr: NonNegative = Field(5e-4, description="learning rate")
+    weight_decay: NonNegative = Field(0.0, description="AdamW weight decay")
+    betas: tuple[float, float] = Field((0.9, 0.99), description="AdamW betas")
+    clip_grad: PositiveFloat = Field(1.0, description="bound on the gradient norm")
+    lr_warmup_steps: int = Field(0, ge=0, description="linear warm-up, in steps")
+    lr_scheduler_type: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="cosine: last learning rate over the first")
+
+
+class AlgorithmConfig(_Section):
+    """How scores become advantages."""
+
+    adv_estimator: Literal["grpo", "rloo", "plain"] = Field(
+        "grpo", description="baseline within the group; plain: the raw score"
+    )
+    norm_adv_by_std_in_grpo: bool = Field(True, description="divide by the group's standard deviation")
+
+
+class LossConfig(_Section):
+    """Which loss, and the settings of the clipped-ratio one (verl's names and defaults)."""
+
+    type: Literal["advantage_weighted_sft", "grpo"] | None = Field(
+        None, description="null: as use_advantage_weighting says"
+    )
+    clip_ratio_low: NonNegative = Field(0.2, description="grpo: lower clip of the ratio")
+    clip_ratio_high: NonNegative = Field(0.2, description="grpo: upper clip of the ratio")
+    clip_ratio_c: float = Field(3.0, gt=1, description="grpo: dual clip for negative advantages")
+    ppo_epochs: PositiveInt = Field(1, description="grpo: passes over one batch")
+    ppo_mini_batches: PositiveInt = Field(1, description="grpo: optimiser steps per pass")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _moved(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "tis_cap" in values:
+            raise ValueError(
+                "tis_cap is off_policy.importance_cap now, for both losses; off_policy.importance=null switches it off"
+            )
+        return values
+
+
+class DataConfig(_Section):
+    """What happens to groups before they are trained on."""
+
+    max_prompt_length: PositiveInt = Field(64, description="tokens of a prompt at most")
+    max_token_len: PositiveInt | None = Field(
+        None, description="tokens of a sequence at most; null: max_prompt_length + max_response_length"
+    )
+    overlong: Literal["drop", "truncate", "error"] = Field("drop", description="sequences longer than that")
+    on_bad_group: Literal["quarantine", "error"] = Field("quarantine", description="groups that are not valid")
+    ignore_fields: tuple[str, ...] = Field((), description="ScoredData fields to ignore that this trainer cannot use")
+    default_temperature: PositiveFloat = Field(1.0, description="where a group does not say its own")
+
+
+class OffPolicyConfig(_Section):
+    """Rollouts of an older policy than the one that is trained: what is known about them, and what is done."""
+
+    ledger_bytes: PositiveInt = Field(
+        256 << 20, description="bytes of the ledger (which policy version wrote which token); the oldest go first"
+    )
+    unmatched: Literal["use", "drop"] = Field(
+        "use", description="trained tokens that the gateway did not generate as posted; drop: they are not trained"
+    )
+    max_staleness: int | None = Field(
+        None, ge=0, description="policy versions a group may be older than the weights it updates; null: no bound"
+    )
+    on_stale: Literal["drop", "wait"] = Field(
+        "drop", description="wait: new prompts are held back that would get too old; what does nevertheless is dropped"
+    )
+    importance: Literal["auto", "token", "sequence"] | None = Field(
+        "auto",
+        description="truncated importance weights of trainer over rollout policy; null: off; auto: token with "
+        "mode=overlap and with loss.type=grpo, else off",
+    )
+    importance_cap: PositiveFloat = Field(2.0, description="their upper bound")
+
+    @model_validator(mode="after")
+    def _needs_a_bound(self) -> Self:
+        if self.on_stale == "wait" and self.max_staleness is None:
+            raise ValueError("on_stale=wait waits for nothing without a bound; set off_policy.max_staleness")
+        return self
+
+
+class GatewayConfig(_Section):
+    """The HTTP surface that environments call."""
+
+    host: str = Field("127.0.0.1", description="address to bind")
+    port: Port = Field(0, description="0: any free port")
+    api_key: str | None = Field(None, description="bearer key that environments must send")
+    advertise_url: str | None = Field(None, description="URL environments reach it at, where it differs")
+
+
+class InferenceConfig(_Section):
+    """The embedded engine."""
+
+    max_running: PositiveInt = Field(64, description="sequences generated at the same time")
+    max_context_len: PositiveInt | None = Field(None, description="tokens; null: the sequence bound of the data")
+    release_weights: bool = Field(True, description="free the engine's weights too while the trainer trains")
+    num_threads: PositiveInt | None = Field(
+        None,
+        description="torch threads of the engine; null: on a CPU 1 for a small model, else torch's (overlap: half)",
+    )
+    placement: Literal["thread", "process"] | None = Field(
+        None,
+        description="of the engine: thread of the trainer's process, or process of its own (CPU only); null: process "
+        "with mode=overlap on a CPU, else thread",
+    )
+
+
+class EnvConfig(_Section):
+    """The environment that is started when no atropos.api_url is given."""
+
+    script: str | None = Field(None, description="path of an Atropos environment; null: the demo environment")
+    python: str | None = Field(None, description="its interpreter; null: the one that runs the trainer")
+    args: tuple[str, ...] = Field((), description='further arguments, e.g. ["--env.some_key","3"]')
+    max_batches_offpolicy: PositiveInt | None = Field(
+        None, description="batches it may queue ahead; null: 1 (as on-policy as can be), with mode=overlap 2"
+    )
+    startup_timeout: PositiveFloat = Field(180.0, description="seconds until its first batch must have come")
+
+
+class EvalConfig(_Section):
+    """Held-out score, by the environment's own `evaluate` command."""
+
+    before: bool = Field(True, description="evaluate before the first step")
+    after: bool = Field(True, description="evaluate after the last step")
+    timeout: PositiveFloat = Field(300.0, description="seconds for one evaluation")
+    commands_file: str | None = Field(None, description="set by the launcher: JSON with the evaluations to run")
+
+
+class SyncConfig(_Section):
+    """Weight sync, trainer → engine."""
+
+    canary: bool = Field(True, description="after every sync compare the engine's logprobs with the trainer's")
+    canary_threshold: PositiveFloat | None = Field(
+        None, description="largest absolute logprob difference that passes; null: 1e-3, with bf16 compute 0.25"
+    )
+    canary_text: str = Field("The quick brown fox jumps over the lazy dog.", description="what is compared")
+
+
+class OverlapConfig(_Section):
+    """Rollouts that go on while the trainer trains (``mode=overlap``)."""
+
+    kv_after_swap: Literal["recompute", "keep"] = Field(
+        "recompute",
+        description="KV of running sequences when weights change; recompute: each token's logprob is exactly that of "
+        "its policy version; keep: no prefill, and a mixture of versions",
+    )
+
+
+class TrainerConfig(_Section):
+    """verl's engine and trackers."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    num_threads: PositiveInt | None = Field(
+        None, description="torch threads of the trainer; null: torch's default, with mode=overlap the other half"
+    )
+    strategy: Literal["fsdp2", "fsdp"] = Field("fsdp2", description="verl engine")
+    max_token_len_per_gpu: PositiveInt = Field(16384, description="tokens of one micro-batch at most")
+    logger: tuple[str, ...] = Field((), description="verl trackers: tensorboard, wandb, … (metrics.jsonl is always)")
+    project_name: str = Field("atropos_verl", description="name for trackers and wandb_project at the API")
+    experiment_name: str = Field("demo", description="name for trackers and wandb_group at the API")
+    max_ckpt_to_keep: PositiveInt | None = Field(2, description="older checkpoints are removed; null: keep all")
+
+
+class RunConfig(_Section):
+    """One training run."""
+
+    mode: Literal["sync", "overlap"] = Field(
+        "sync", description="overlap: environments go on, and the next batch is fetched, while the trainer trains"
+    )
+    steps: PositiveInt = Field(60, description="optimiser steps (batches) of the whole run")
+    seed: int = Field(0, ge=0, description="seed of sampling, of the environment and of the trainer")
+    run_dir: str | None = Field(None, description="where everything of the run lies; null: runs/NAME-DATE-TIME")
+    batch_size: PositiveInt = Field(64, description="sequences per step")
+    group_size: PositiveInt = Field(8, description="sequences per prompt")
+    save_freq: int = Field(20, ge=-1, description="checkpoint every N steps and at the end; -1: never")
+    resume: str = Field("auto", description="auto: newest checkpoint in run_dir; disable; or a checkpoint path")
+    max_response_length: PositiveInt = Field(32, description="new tokens per turn, at most")
+    temperature: PositiveFloat = Field(1.0, description="of rollouts that the trainer itself samples")
+    use_advantage_weighting: bool | None = Field(
+        None, description="true: advantage-weighted loss; false: GRPO's clipped ratio; null: as loss.type, else true"
+    )
+    advantage_normalization: Literal["none", "batch", "global"] = Field("none", description="over trained tokens")
+    advantage_clipping: Annotated[tuple[float, float] | None, BeforeValidator(parse_clipping)] = Field(
+        None, description="[low, high] or null"
+    )
+    batch_retry_attempts: PositiveInt = Field(8, description="quick tries of one wait for a batch")
+    batch_retry_delay: PositiveFloat = Field(0.3, description="seconds before the second try; grows by 1.5")
+    batch_max_wait_time: PositiveFloat = Field(12.0, description="seconds; bound on one whole wait for a batch")
+    atropos: AtroposConfig = Field(default_factory=AtroposConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    off_policy: OffPolicyConfig = Field(default_factory=OffPolicyConfig)
+    gateway: GatewayConfig = Field(default_factory=GatewayConfig)
+    inference: InferenceConfig = Field(default_factory=InferenceConfig)
+    env: EnvConfig = Field(default_factory=EnvConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    sync: SyncConfig = Field(default_factory=SyncConfig)
+    overlap: OverlapConfig = Field(default_factory=OverlapConfig)
+    trainer: TrainerConfig = Field(default_factory=TrainerConfig)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> RunConfig:
+        """Validate a nested mapping. Raises ``ConfigError`` naming every key that is wrong."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise as_config_error(error) from None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch_size % self.group_size:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of group_size ({self.group_size}): "
+                "an upstream trajectory API never delivers a batch that splits a group"
+            )
+        clipping = self.advantage_clipping
+        if clipping is not None and not clipping[0] < clipping[1]:
+            raise ValueError(f"advantage_clipping {list(clipping)}: the lower bound must be below the upper one")
+        weighted = self.use_advantage_weighting
+        if weighted is not None and self.loss.type is not None and weighted != (self.loss.type != "grpo"):
+            raise ValueError(f"use_advantage_weighting={weighted} contradicts loss.type={self.loss.type}; set one")
+        if self.data.max_token_len is not None and self.data.max_token_len <= self.max_response_length:
+            raise ValueError(
+                f"data.max_token_len ({self.data.max_token_len}) leaves no room for a prompt beside "
+                f"max_response_length ({self.max_response_length})"
+            )
+        if self.loss_type != "grpo" and (self.loss.ppo_epochs > 1 or self.loss.ppo_mini_batches > 1):
+            raise ValueError("loss.ppo_epochs and loss.ppo_mini_batches above 1 need loss.type=grpo (its ratio)")
+        if self.gateway.api_key is None and self.gateway.host not in ("127.0.0.1", "localhost", "::1"):
+            raise ValueError(
+                f"gateway.host={self.gateway.host} serves the policy to the network without a key; set gateway.api_key"
+            )
+        return self
+
+    @property
+    def loss_type(self) -> str:
+        """``advantage_weighted_sft`` or ``grpo``."""
+        return self.loss.type or ("grpo" if self.use_advantage_weighting is False else "advantage_weighted_sft")
+
+    @property
+    def max_token_len(self) -> int:
+        """Longest sequence that is trained, in tokens, inclusive."""
+        return self.data.max_token_len or self.data.max_prompt_length + self.max_response_length
+
+    @property
+    def is_overlapped(self) -> bool:
+        """True when rollouts go on while the trainer trains."""
+        return self.mode == "overlap"
+
+    @property
+    def max_batches_offpolicy(self) -> int:
+        """Batches that an environment may queue ahead of the trainer."""
+        return self.env.max_batches_offpolicy or (2 if self.is_overlapped else 1)
+
+    @property
+    def importance(self) -> Literal["token", "sequence"] | None:
+        """Level of the importance weights; None: off."""
+        level = self.off_policy.importance
+        if level == "auto":
+            return "token" if self.is_overlapped or self.loss_type == "grpo" else None
+        return level
+
+    @property
+    def canary_threshold(self) -> float:
+        """Largest absolute logprob difference, in nats, between trainer and engine after a sync."""
+        return self.sync.canary_threshold or {"fp32": 1e-3, "bf16": 0.25}[self.model.compute_dtype]
+
+    @property
+    def is_attached(self) -> bool:
+        """True when the trajectory API is the user's and nothing but the gateway is started."""
+        return self.atropos.api_url is not None
+
+    def resolve_run_dir(self) -> Path:
+        """The run directory, absolute; named by date and time where none is given. Creates nothing."""
+        if self.run_dir is not None:
+            return Path(self.run_dir).expanduser().absolute()
+        return Path("runs", time.strftime(f"{self.trainer.experiment_name}-%Y%m%d-%H%M%S")).absolute()
+
+
+def describe() -> list[tuple[str, str, Any, str]]:
+    """Every key as ``(dotted name, type, default, meaning)``, in the order of the schema, for ``--help``."""
+    return describe_model(RunConfig)

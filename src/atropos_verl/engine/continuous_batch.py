@@ -1,0 +1,133 @@
+"""The sequences that hold a KV slot, and what one engine step does to them.
+
+Invariant between steps: slot ``r`` belongs to ``running[r]`` and its cache holds all tokens of that sequence but the
+last one, which the next decode step feeds in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from atropos_verl.engine.model_runner import ModelRunner
+from atropos_verl.engine.sampling import SamplingRows, effective_temperature, sample
+from atropos_verl.engine.scheduler import RunningSequence, Ticket
+from atropos_verl.errors import EngineError
+
+__all__ = ["ContinuousBatch"]
+
+
+class ContinuousBatch:
+    """At most ``max_running`` sequences, decoded together. Used by one thread at a time."""
+
+    def __init__(self, runner: ModelRunner, max_running: int) -> None:
+        self._runner = runner
+        self._max_running = max_running
+        self._rows: SamplingRows | None = None  # of `running`; None after rows joined or left
+        self.running: list[RunningSequence] = []
+        self.participants: list[RunningSequence] = []
+        """Sequences of the forward pass under way: those that a failure is to be blamed on."""
+        self.prompt_tokens = 0
+        self.generated_tokens = 0
+
+    @property
+    def free_slots(self) -> int:
+        return self._max_running - len(self.running)
+
+    def prefill(self, newcomers: Sequence[RunningSequence], policy_version: int) -> list[RunningSequence]:
+        """Compute the contexts of ``newcomers`` into free slots and sample one token each; returns those that ended.
+
+        Sequences with the same context (the n completions of a prompt, in one request or several) are computed once.
+        """
+        self.participants = list(newcomers)
+        for ticket in {sequence.ticket for sequence in newcomers}:
+            self._compute_prompt_logprobs(ticket)
+        prompts: dict[tuple[int, ...], int] = {}
+        picks = [prompts.setdefault(sequence.context(), len(prompts)) for sequence in newcomers]
+        # The first sequence of each distinct context takes the slot it is computed in; the others get copies behind.
+        # (Contexts are numbered as they appear, so a row is the first of its own when its number is new.)
+        firsts = [picks.index(number) for number in range(len(prompts))]
+        order = firsts + sorted(set(range(len(newcomers))) - set(firsts))
+        base = len(self.running)
+        logits = self._runner.prefill(list(prompts), base, len(newcomers))
+        if len(newcomers) > len(prompts):
+            self._runner.cache.copy_rows(
+                [base + picks[row] for row in order[len(prompts) :]],
+                list(range(base + len(prompts), base + len(newcomers))),
+                max(map(len, prompts)),
+            )
+            logits = logits[torch.tensor([picks[row] for row in order], device=logits.device)]
+        self.prompt_tokens += sum(map(len, prompts))
+        fresh = [newcomers[row] for row in order]
+        self.running = self.running + fresh
+        self._rows = None
+        return self._sample_and_push(fresh, logits, self._build_rows(fresh), policy_version)
+
+    def decode(self, policy_version: int) -> list[RunningSequence]:
+        """One more token for every running sequence; returns those that ended."""
+        running = self.participants = self.running
+        logits = self._runner.decode(
+            [sequence.tokens[-1] for sequence in running], [sequence.context_len - 1 for sequence in running]
+        )
+        if self._rows is None:
+            self._rows = self._build_rows(running)
+        return self._sample_and_push(running, logits, self._rows, policy_version)
+
+    def evict(self) -> list[RunningSequence]:
+        """Empty every slot; the sequences keep their tokens. Returns them."""
+        evicted, self.running, self._rows = self.running, [], None
+        return evicted
+
+    def compact(self) -> None:
+        """Close the gaps that ended sequences left: the last sequences move into their slots."""
+        self._rows = None
+        alive = [slot for slot, sequence in enumerate(self.running) if sequence.finish_reason is None]
+        keep = len(alive)
+        holes = sorted(set(range(keep)) - set(alive))
+        movers = [slot for slot in alive if slot >= keep]
+        if movers:
+            longest = max(self.running[slot].context_len for slot in movers)
+            self._runner.cache.copy_rows(movers, holes, longest - 1)
+        kept = self.running[:keep]
+        for hole, mover in zip(holes, movers, strict=True):
+            kept[hole] = self.running[mover]
+        self.running = kept
+
+    def _build_rows(self, sequences: Sequence[RunningSequence]) -> SamplingRows:
+        return SamplingRows.build(
+            [sequence.ticket.request for sequence in sequences],
+            [sequence.key for sequence in sequences],
+            self._runner.vocab_size,
+            self._runner.device,
+        )
+
+    def _compute_prompt_logprobs(self, ticket: Ticket) -> None:
+        request = ticket.request
+        if request.prompt_logprobs is not None and ticket.prompt_logprobs is None:
+            ticket.prompt_logprobs = self._runner.prompt_logprobs(
+                request.prompt_token_ids, request.prompt_logprobs, effective_temperature(request.temperature)
+            )
+
+    def _sample_and_push(
+        self, sequences: Sequence[RunningSequence], logits: torch.Tensor, rows: SamplingRows, policy_version: int
+    ) -> list[RunningSequence]:
+        positions = np.array([len(sequence.tokens) for sequence in sequences], dtype=np.uint64)
+        with torch.inference_mode():
+            tokens, logprobs = sample(logits, rows, positions)
+            # One transfer per step; float64 holds every token id and every float32 logprob exactly.
+            token_list, logprob_list = torch.stack((tokens.double(), logprobs.double())).tolist()
+        done: list[RunningSequence] = []
+        for sequence, token, logprob in zip(sequences, token_list, logprob_list, strict=True):
+            if logprob != logprob:
+                raise EngineError(
+                    f"logits are not finite: the weights of policy version {policy_version} hold NaN or infinity"
+                )
+            if sequence.push(int(token), logprob, policy_version):
+                done.append(sequence)
+        self.generated_tokens += len(sequences)
+        if done:
+            self.compact()
+        self.participants = []
+        return done

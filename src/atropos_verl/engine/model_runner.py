@@ -1,0 +1,170 @@
+"""Forward passes of the embedded engine: prefill, decode, and the logprobs of given tokens. Knows no requests.
+
+Shapes: ``U`` distinct prompts, ``P`` longest of them, ``n`` running sequences, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from atropos_verl.engine.kv_slots import SlotCache
+from atropos_verl.engine.slot_attention import register_slot_attention
+from atropos_verl.errors import EngineError, GenerationRequestError
+
+__all__ = ["ModelRunner", "PromptLogprobs", "check_supported"]
+
+logger = logging.getLogger(__name__)
+
+PromptLogprobs = tuple[dict[int, float] | None, ...]
+
+_LOGITS_BYTES = 256 * 2**20
+"""Most float32 logits held at once, bytes."""
+
+
+def check_supported(config: Any, max_context_len: int) -> None:
+    """Raise ``EngineError`` for an architecture whose cache the slots cannot hold.
+
+    Sliding-window layers are exact as long as the context is no longer than the window.
+    """
+    text = config.get_text_config(decoder=True)
+    if getattr(config, "is_encoder_decoder", False):
+        raise EngineError(f"{config.model_type}: encoder-decoder models are not supported by the embedded engine")
+    kinds = set(getattr(text, "layer_types", None) or ())
+    unknown = sorted(kinds - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise EngineError(f"{config.model_type}: layers of type {unknown} are not supported by the embedded engine")
+    window = getattr(text, "sliding_window", None)
+    slides = "sliding_attention" in kinds or (not kinds and getattr(text, "use_sliding_window", True))
+    if window is not None and slides and max_context_len > window:
+        raise EngineError(
+            f"{config.model_type} attends within a sliding window of {window} tokens; the embedded engine is exact up "
+            f"to that: set inference.max_context_len <= {window} (it is {max_context_len})"
+        )
+
+
+def _choose_attention(model: Any) -> None:
+    """Attention that takes a 4-D mask, which is how rows of different lengths share one forward."""
+    if model.config._attn_implementation == "eager":
+        return  # chosen by the user, or by an architecture that needs it
+    if getattr(model, "_supports_attention_backend", False):
+        model.set_attn_implementation(register_slot_attention())
+    elif model.config._attn_implementation != "sdpa":
+        model.set_attn_implementation("sdpa")
+
+
+class ModelRunner:
+    """A causal language model with a slot cache. Not thread-safe: the engine calls it from one place at a time."""
+
+    def __init__(self, model: Any, *, max_context_len: int) -> None:
+        self.model = model
+        self.max_context_len = max_context_len
+        self.cache = SlotCache()
+        self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
+        self._device = model.device
+        _choose_attention(model)
+        model.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._device)
+
+    @property
+    def max_prefill_logits(self) -> int:
+        """Rows times distinct lengths of one prefill whose logits stay within their memory bound."""
+        return max(1, _LOGITS_BYTES // (4 * self.vocab_size))
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], base: int, rows: int) -> torch.Tensor:
+        """Compute ``prompts`` into slots ``base .. base+U-1`` (``rows`` slots are about to be used in all).
+
+        Returns [U, V] float32 logits of the token after each prompt.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        longest = max(lengths)
+        self.cache.reserve(base + rows, longest + 1, self.max_context_len)
+        ids = torch.zeros((len(prompts), longest), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, : lengths[row]] = torch.tensor(prompt)
+        # Only the last position of each prompt needs logits: `last` are the distinct ones, `pick` the one of each row.
+        last, pick = torch.tensor(lengths).sub_(1).unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        self.cache.begin_prefill(base)
+        # No mask: padding stands on the right, where causal attention never looks.
+        logits = self._forward(ids, torch.arange(longest).expand(len(prompts), -1), None, last)
+        return logits[torch.arange(len(prompts), device=logits.device), pick.to(logits.device)].float()
+
+    @torch.inference_mode()
+    def decode(self, tokens: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """One token for each running sequence: ``tokens`` [n] stand at positions ``lengths`` [n] of slots 0 .. n-1.
+
+        Returns [n, V] logits of the tokens after them.
+        """
+        width = max(lengths) + 1
+        self.cache.reserve(len(tokens), width, self.max_context_len)
+        positions = torch.tensor(lengths).unsqueeze(-1).to(self._device)
+        self.cache.begin_decode(positions[:, 0], width)
+        mask = None
+        if min(lengths) + 1 < width:
+            beyond = torch.arange(width, device=self._device) > positions
+            mask = torch.zeros(beyond.shape, dtype=self.model.dtype, device=self._device)
+            mask = mask.masked_fill_(beyond, float("-inf"))[:, None, None, :]
+        return self._forward(torch.tensor(tokens).unsqueeze(-1), positions, mask, 1)[:, -1]
+
+    @torch.inference_mode()
+    def logprobs(self, token_ids: Sequence[int], temperature: float) -> list[float]:
+        """Logprobs of tokens 1 .. T-1 of one sequence under ``temperature`` (already > 0)."""
+        result: list[float] = []
+        for start, logp in self._sequence_logprobs(token_ids, temperature):
+            targets = torch.tensor(token_ids[start + 1 : start + 1 + logp.shape[0]], device=logp.device)
+            result += logp[: targets.shape[0]].gather(-1, targets.unsqueeze(-1)).squeeze(-1).tolist()
+        return result
+
+    @torch.inference_mode()
+    def prompt_logprobs(self, token_ids: Sequence[int], best: int, temperature: float) -> PromptLogprobs:
+        """[P] per position {token: logprob} of the ``best`` alternatives and the token itself; position 0 None."""
+        result: list[dict[int, float] | None] = [None]
+        for start, logp in self._sequence_logprobs(token_ids, temperature):
+            targets = torch.tensor(token_ids[start + 1 : start + 1 + logp.shape[0]], device=logp.device)
+            logp = logp[: targets.shape[0]]
+            own = logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1).tolist()
+            values, ids = (part.tolist() for part in logp.topk(best, dim=-1))
+            for token, value, top_ids, top_values in zip(targets.tolist(), own, ids, values, strict=True):
+                result.append({token: value} | dict(zip(top_ids, top_values, strict=True)))
+        return tuple(result)
+
+    def _sequence_logprobs(self, token_ids: Sequence[int], temperature: float) -> Any:
+        """Yield (start, [C, V] log_softmax(logits / temperature)) chunk by chunk; bounded memory for long prompts."""
+        from transformers import DynamicCache
+
+        if not token_ids:
+            raise GenerationRequestError("token_ids is empty: give at least one token", "token_ids")
+        outside = next(((i, t) for i, t in enumerate(token_ids) if not 0 <= t < self.vocab_size), None)
+        if outside is not None:
+            raise GenerationRequestError(
+                f"token_ids[{outside[0]}] is {outside[1]}, outside the vocabulary [0, {self.vocab_size})", "token_ids"
+            )
+        chunk = max(16, _LOGITS_BYTES // (4 * self.vocab_size))
+        cache = DynamicCache(config=self.model.config) if len(token_ids) > chunk else None
+        for start in range(0, len(token_ids), chunk):
+            ids = torch.tensor(token_ids[start : start + chunk], device=self._device).unsqueeze(0)
+            positions = torch.arange(start, start + ids.shape[1], device=self._device).unsqueeze(0)
+            out = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
+            yield start, torch.log_softmax(out.logits[0].float() / temperature, dim=-1)
+
+    def _forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, keep: int | torch.Tensor
+    ) -> torch.Tensor:
+        keep = keep.to(self._device) if isinstance(keep, torch.Tensor) else keep
+        out = self.model(
+            input_ids=ids.to(self._device),
+            attention_mask=mask,
+            position_ids=positions.to(self._device),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
+        logits: torch.Tensor = out.logits
+        return logits

@@ -1,0 +1,61 @@
+"""What every inference engine offers.
+
+The verbs are SGLang's and verl's own: ``generate``, ``update_weights_from_tensor``, ``resume_memory_occupation``,
+``release_memory_occupation``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["InferenceEngine"]
+
+
+@runtime_checkable
+class InferenceEngine(Protocol):
+    """An engine that generates from the newest weights it was given. Safe to call from several threads and loops."""
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the weights it holds; -1 before the first update from a trainer."""
+
+    @property
+    def max_context_len(self) -> int:
+        """Prompt plus completion, in tokens, at most."""
+
+    async def agenerate(self, request: GenerationRequest) -> list[Generation]:
+        """``request.n`` completions. Cancelling the awaiting task frees the request's slots.
+
+        Raises ``GenerationRequestError`` (bad request) or ``EngineStoppedError`` (engine closed).
+        """
+
+    def astream(self, request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
+        """The same, token by token. Closing the iterator frees the slots."""
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Generation]]:
+        """Blocking form for a list of requests, from a plain thread."""
+
+    def compute_logprobs(self, token_ids: Sequence[int], temperature: float = 1.0) -> list[float]:
+        """Logprob of tokens 1..T-1 of one sequence given those before: ``T - 1`` values. Works while paused."""
+
+    def update_weights_from_tensor(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int | None = None
+    ) -> int:
+        """Copy new weights in; returns bytes copied. Raises ``WeightSyncError`` naming a tensor that is missing,
+        unknown, or of another shape — before or while copying, leaving the version unchanged."""
+
+    def resume_memory_occupation(self) -> None:
+        """Take the memory for weights and KV cache again."""
+
+    def release_memory_occupation(self) -> None:
+        """Give back KV cache (and weights, if so configured). Running requests keep their tokens and are
+        prefilled again after ``resume_memory_occupation``."""
+
+    def close(self) -> None:
+        """Stop; waiting requests get ``EngineStoppedError``."""

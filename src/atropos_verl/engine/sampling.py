@@ -1,0 +1,188 @@
+"""Sampling of one token per row, each row with its own settings, in a handful of tensor operations.
+
+Shapes: ``B`` rows, ``F`` rows with a filter (top-k, top-p, min-p), ``V`` vocabulary.
+
+A token is drawn by inverting the cumulative distribution at one uniform number per row. The uniforms come from a
+counter: ``mix(key + (t + 1) * GAMMA)`` with the finaliser and increment of SplitMix64 (Steele, Lea and Flood, "Fast
+splittable pseudorandom number generators", 2014). Key and position alone decide the number, so a seeded request draws
+the same tokens whatever else is running, after an eviction, and in any batch; and all rows are drawn at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from atropos_verl.types import GenerationRequest
+
+__all__ = ["GREEDY_BELOW", "SamplingRows", "effective_temperature", "sample", "stream_key", "uniforms"]
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy: dividing logits by less would overflow float32."""
+
+_GAMMA = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+_MASK_64 = (1 << 64) - 1
+
+_PARTIAL_SORT_WIDTH = 1024
+"""Candidates looked at before a whole vocabulary is sorted; top-p and top-k almost never need more."""
+
+
+def _mix(value: int) -> int:
+    value &= _MASK_64
+    value = ((value ^ (value >> 30)) * _MIX_1) & _MASK_64
+    value = ((value ^ (value >> 27)) * _MIX_2) & _MASK_64
+    return value ^ (value >> 31)
+
+
+def stream_key(seed: int, index: int) -> int:
+    """64-bit key of the random stream of completion ``index`` of a request with ``seed``."""
+    return _mix(_mix(seed + _GAMMA) + (index + 1) * _GAMMA)
+
+
+def uniforms(keys: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """[B] numbers in [0, 1), multiples of 2**-53: number ``positions[b]`` of stream ``keys[b]``."""
+    z = keys + (positions + np.uint64(1)) * np.uint64(_GAMMA)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX_1)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX_2)
+    z = z ^ (z >> np.uint64(31))
+    return np.asarray((z >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def effective_temperature(temperature: float) -> float:
+    """The temperature logprobs are of: 1 for a greedy request."""
+    return 1.0 if temperature < GREEDY_BELOW else temperature
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRows:
+    """Settings of B rows as tensors. Built when rows join or leave, not per token."""
+
+    keys: NDArray[np.uint64]
+    """[B] random stream of each row."""
+    temperature: torch.Tensor | None
+    """[B, 1] float32, greedy rows at 1; None when all are 1."""
+    greedy: torch.Tensor | None
+    """[B] bool; None when no row is greedy."""
+    all_greedy: bool
+    filtered: torch.Tensor | None
+    """[F] int64, rows with a filter; None when there are none."""
+    top_k: torch.Tensor
+    """[F, 1] int64, the vocabulary size where off."""
+    top_p: torch.Tensor
+    """[F, 1] float64."""
+    min_p: torch.Tensor
+    """[F, 1] float64."""
+
+    @classmethod
+    def build(
+        cls, requests: Sequence[GenerationRequest], keys: Sequence[int], vocab_size: int, device: torch.device | str
+    ) -> SamplingRows:
+        """One row per entry of ``requests``; ``keys[b]`` is its random stream."""
+        greedy = [r.temperature < GREEDY_BELOW for r in requests]
+        temperatures = [effective_temperature(r.temperature) for r in requests]
+        filtered = [
+            row
+            for row, (r, g) in enumerate(zip(requests, greedy, strict=True))
+            if not g and (0 < r.top_k < vocab_size or r.top_p < 1.0 or r.min_p > 0.0)
+        ]
+        chosen = [requests[row] for row in filtered]
+
+        def column(values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=device).unsqueeze(-1)
+
+        return cls(
+            keys=np.array(keys, dtype=np.uint64),
+            temperature=None if all(t == 1.0 for t in temperatures) else column(temperatures, torch.float32),
+            greedy=torch.tensor(greedy, device=device) if any(greedy) else None,
+            all_greedy=all(greedy),
+            filtered=torch.tensor(filtered, dtype=torch.int64, device=device) if filtered else None,
+            top_k=column([min(r.top_k, vocab_size) if r.top_k > 0 else vocab_size for r in chosen], torch.int64),
+            top_p=column([r.top_p for r in chosen], torch.float64),
+            min_p=column([r.min_p for r in chosen], torch.float64),
+        )
+
+
+def sample(
+    logits: torch.Tensor, rows: SamplingRows, positions: NDArray[np.uint64]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token per row.
+
+    Args:
+        logits: [B, V], any float type.
+        rows: settings of the B rows.
+        positions: [B] how many numbers of its stream each row has used (tokens generated so far).
+
+    Returns:
+        ``tokens`` [B] int64 and ``logprobs`` [B] float32: ``log_softmax(logits / temperature)`` of the token over the
+        full vocabulary, before any filter; greedy rows at temperature 1.
+    """
+    logits = logits.float()
+    if rows.temperature is not None:
+        logits = logits / rows.temperature
+    logprobs = torch.log_softmax(logits, dim=-1)
+    if rows.all_greedy:
+        tokens = logprobs.argmax(dim=-1)
+    else:
+        draws = torch.from_numpy(uniforms(rows.keys, positions)).to(logits.device).unsqueeze(-1)
+        # The cumulative sum is in float64: in float32 the tail of a large vocabulary would be rounded away.
+        tokens = _invert(logprobs.exp().cumsum(dim=-1, dtype=torch.float64), draws)
+        if rows.filtered is not None:
+            tokens[rows.filtered] = _draw_filtered(logprobs[rows.filtered], draws[rows.filtered], rows)
+        if rows.greedy is not None:
+            tokens = torch.where(rows.greedy, logprobs.argmax(dim=-1), tokens)
+    return tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def _invert(cumulative: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """[B] first index whose cumulative weight exceeds ``draws`` [B, 1] times the total; weight 0 is never chosen."""
+    total = cumulative[:, -1:].contiguous()
+    chosen = torch.searchsorted(cumulative, draws * total, right=True)
+    # Rounding may lift draws * total to the total itself; the last index with weight is then the answer.
+    last = torch.searchsorted(cumulative, total, right=False)
+    # The clamp matters for NaN only, which the caller finds in the token's logprob.
+    return torch.minimum(chosen, last).clamp_(max=cumulative.shape[-1] - 1).squeeze(-1)
+
+
+def _draw_filtered(logprobs: torch.Tensor, draws: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """[F] tokens under top-k, then top-p of what is left, then min-p (the order of transformers' warpers).
+
+    top-p keeps the smallest set of best tokens whose mass reaches ``top_p``; min-p keeps tokens at least ``min_p``
+    times as likely as the best one.
+    """
+    vocab_size = logprobs.shape[-1]
+    if vocab_size > 4 * _PARTIAL_SORT_WIDTH:
+        values, ids = logprobs.topk(_PARTIAL_SORT_WIDTH, dim=-1)
+        probs = values.double().exp()
+        enough = (rows.top_k <= _PARTIAL_SORT_WIDTH) | (
+            (rows.top_k == vocab_size)
+            & (
+                (probs.sum(-1, keepdim=True) >= rows.top_p) & (rows.top_p < 1.0)
+                | (probs[:, -1:] < rows.min_p * probs[:, :1])
+            )
+        )
+        if not bool(enough.all()):
+            values, ids = logprobs.sort(dim=-1, descending=True, stable=True)
+            probs = values.double().exp()
+    else:
+        values, ids = logprobs.sort(dim=-1, descending=True, stable=True)
+        probs = values.double().exp()
+    width = probs.shape[-1]
+    best = probs[:, :1].clone()
+    rank = torch.arange(width, device=probs.device)
+    probs = probs.masked_fill(rank >= rows.top_k, 0.0)
+    cumulative = probs.cumsum(dim=-1)
+    # Where top-k is off the mass is 1 even when only part of the vocabulary was sorted.
+    mass = torch.where(rows.top_k >= vocab_size, 1.0, cumulative[:, -1:])
+    before = cumulative - probs
+    drop = ((before >= rows.top_p * mass) & (rows.top_p < 1.0)) | (probs < rows.min_p * best)
+    drop[:, 0] = False
+    chosen = _invert(probs.masked_fill(drop, 0.0).cumsum(dim=-1), draws)
+    return ids.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)

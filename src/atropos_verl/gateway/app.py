@@ -1,0 +1,319 @@
+"""The ASGI application: routes, key, errors, and clients that go away.
+
+The life of a generation request::
+
+    body read → parsed (400) → admitted by the gate → generated → encoded → sent
+                                    └── waits while weights are swapped; the client notices nothing
+    client gone, or timeout, at any point → the task is cancelled → the engine frees its slots
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from atropos_verl.engine.protocol import InferenceEngine
+from atropos_verl.gateway.errors import ApiError, to_api_error
+from atropos_verl.gateway.fields import Fields, parse_body
+from atropos_verl.gateway.metrics import CONTENT_TYPE
+from atropos_verl.gateway.native_api import generate, generate_trl
+from atropos_verl.gateway.openai_api import chat_completions, completions
+from atropos_verl.gateway.service import Gate, GatewayService
+from atropos_verl.provenance.ledger import Ledger
+from atropos_verl.provenance.throttle import StalenessThrottle
+
+__all__ = ["create_app"]
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[GatewayService, Fields], Awaitable[bytes | AsyncGenerator[bytes, None]]]
+
+_CANCEL_TIMEOUT = 10.0
+"""Seconds a cancelled request may take to let go of the engine before that is logged and left to it."""
+_MAX_BODY_BYTES = 64 << 20
+"""Largest request body: about nine million prompt tokens as JSON."""
+_ROUTES_HINT = "chat and completions are under /v1; /generate, /health and /metrics are not"
+_CLIENT_GONE = 499
+_JSON = "application/json"
+
+
+def create_app(
+    engine: InferenceEngine,
+    tokenizer: Any,
+    *,
+    gate: Gate | None = None,
+    ledger: Ledger | None = None,
+    throttle: StalenessThrottle | None = None,
+    model_name: str,
+    api_key: str | None = None,
+    request_timeout: float | None = 1200.0,
+) -> Starlette:
+    """The HTTP surface that Atropos environments call.
+
+    ``tokenizer``: a Hugging Face tokenizer with the model's chat template. ``gate``: admits requests and makes them
+    wait while weights are swapped. ``ledger``: is told of every completion before the client sees the end of it.
+    ``throttle``: makes new prompts wait that would be trained on too late.
+    ``api_key``: bearer key required on every route but /health (None or "": no key). ``request_timeout``: seconds a
+    request may take in all, waiting included (None: no bound); then HTTP 504.
+    Raises nothing at construction.
+    """
+    service = GatewayService(engine, tokenizer, gate=gate, ledger=ledger, throttle=throttle, model_name=model_name)
+    started = int(time.time())
+
+    def model_card() -> dict[str, Any]:
+        return {
+            "id": model_name,
+            "object": "model",
+            "created": started,
+            "owned_by": "atropos-verl",
+            "max_model_len": engine.max_context_len,
+            "policy_version": engine.policy_version,
+        }
+
+    async def health(_: Request) -> Response:
+        return _json_response(
+            {
+                "status": "paused" if service.paused else "ok",
+                "policy_version": engine.policy_version,
+                "paused": service.paused,
+                "in_flight": service.metrics.in_flight,
+            }
+        )
+
+    async def models(_: Request) -> Response:
+        return _json_response({"object": "list", "data": [model_card()]})
+
+    async def model(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != model_name:
+            return _error_response(ApiError(404, f"no model {name!r} here; this gateway serves {model_name!r}"))
+        return _json_response(model_card())
+
+    async def metrics(_: Request) -> Response:
+        text = service.metrics.render(
+            policy_version=engine.policy_version,
+            paused=service.paused,
+            paused_seconds=service.paused_seconds,
+            ledger=None if ledger is None else ledger.stats(),
+        )
+        return Response(text, media_type=CONTENT_TYPE)
+
+    def post(path: str, handler: Handler) -> Route:
+        return Route(path, _Endpoint(service, path, handler, request_timeout), methods=["POST"])
+
+    routes = [
+        Route("/health", health, methods=["GET"]),
+        Route("/v1/models", models, methods=["GET"]),
+        Route("/v1/models/{name:path}", model, methods=["GET"]),
+        Route("/metrics", metrics, methods=["GET"]),
+        post("/v1/chat/completions", chat_completions),
+        post("/v1/completions", completions),
+        post("/generate", generate),
+        post("/generate/", generate_trl),
+    ]
+
+    async def routing_error(request: Request, error: Exception) -> Response:
+        """404 and 405 in the error format of everything else, and in our log: Atropos clients swallow theirs."""
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        what = f"{request.method} {request.url.path[:200]}: no such endpoint ({_ROUTES_HINT})"
+        service.warn_once(f"route {request.url.path[:200]}", "a client calls %s", what)
+        return _error_response(ApiError(status, what))
+
+    middleware = [Middleware(_CollapseLeadingSlashes)]
+    if api_key:
+        middleware.append(Middleware(_BearerKey, key=api_key, service=service))
+    return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: routing_error})
+
+
+def _json_response(data: Any) -> Response:
+    return Response(msgspec.json.encode(data), media_type=_JSON)
+
+
+def _error_response(error: ApiError) -> Response:
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+    return Response(error.body(), status_code=error.status, media_type=_JSON, headers=headers)
+
+
+class _CollapseLeadingSlashes:
+    """``//generate`` → ``/generate``: what Atropos clients make of a base_url that ends in ``/v1/``.
+
+    They would otherwise wait for a healthy server for ever, without a word.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith("//"):
+            # leading ones only: a model's name in /v1/models/{name} may be an absolute path
+            scope = {**scope, "path": "/" + scope["path"].lstrip("/")}
+        await self._app(scope, receive, send)
+
+
+class _BearerKey:
+    """Refuses every request without the key, but for /health (supervisors probe it before they know any key)."""
+
+    def __init__(self, app: ASGIApp, key: str, service: GatewayService) -> None:
+        self._app = app
+        self._service = service
+        self._expected = f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/health":
+            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+            if not hmac.compare_digest(given, self._expected):  # constant time: no guessing byte by byte
+                message = "missing or wrong API key; send 'Authorization: Bearer KEY' (gateway.api_key)"
+                self._service.warn_once("key", "a client was refused at %s: %s", scope["path"], message)
+                await _error_response(ApiError(401, message, code="invalid_api_key"))(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class _Endpoint:
+    """One POST endpoint as an ASGI application: it must see the client leave, which a plain handler cannot."""
+
+    def __init__(self, service: GatewayService, path: str, handler: Handler, request_timeout: float | None) -> None:
+        self._service = service
+        self._path = path
+        self._handler = handler
+        self._request_timeout = request_timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        metrics = self._service.metrics
+        reply = _Reply(send)
+        metrics.in_flight += 1
+        try:
+            await self._serve_while_connected(await _read_body(Request(scope, receive)), receive, reply)
+        except ClientDisconnect:
+            reply.status = _CLIENT_GONE
+        except ApiError as error:
+            await reply.fail(error)
+        finally:
+            metrics.in_flight -= 1
+            metrics.requests[self._path, reply.status] += 1
+
+    async def _serve_while_connected(self, body: bytes, receive: Receive, reply: _Reply) -> None:
+        work = asyncio.create_task(self._serve(body, reply))
+        gone = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({work, gone}, timeout=self._request_timeout, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+                return
+            left = gone.done()
+            await self._cancel(work)
+            if left:
+                reply.status = _CLIENT_GONE
+            elif not work.done() or work.cancelled():
+                message = f"not finished within {self._request_timeout} s, the request_timeout of this gateway"
+                await reply.fail(ApiError(504, message, code="timeout"))
+        finally:
+            gone.cancel()
+            work.cancel()  # also when the server itself is being stopped
+
+    async def _cancel(self, work: asyncio.Task[None]) -> None:
+        work.cancel()
+        await asyncio.wait({work}, timeout=_CANCEL_TIMEOUT)
+        if not work.done():
+            logger.warning("%s: the engine still holds a cancelled request after %.0f s", self._path, _CANCEL_TIMEOUT)
+
+    async def _serve(self, body: bytes, reply: _Reply) -> None:
+        try:
+            answer = await self._handler(self._service, parse_body(body))
+            if isinstance(answer, bytes):
+                await reply.send_json(answer)
+                return
+            async with aclosing(answer):
+                async for event in answer:
+                    await reply.send_event(event)
+            await reply.finish()
+        except Exception as error:  # noqa: BLE001 - the process boundary: every fault becomes an HTTP answer
+            answer_error = to_api_error(error)
+            self._log(answer_error, error)
+            await reply.fail(answer_error)
+
+    def _log(self, answer: ApiError, cause: Exception) -> None:
+        """Every fault of ours; a refusal once per kind, since Atropos clients show its status only, not its reason."""
+        if answer.status >= 500:
+            # 503 and 504 say all there is to say; a traceback is of use where something broke
+            logger.error("%s: %s", self._path, answer.message, exc_info=cause if answer.status == 500 else None)
+        else:
+            key = f"refused {self._path} {answer.param} {answer.code}"
+            self._service.warn_once(key, "%s: a client was refused: %s", self._path, answer.message)
+
+
+async def _read_body(request: Request) -> bytes:
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > _MAX_BODY_BYTES:
+            raise ApiError(413, f"the body is larger than {_MAX_BODY_BYTES} bytes; send fewer prompts per request")
+    return bytes(body)
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Returns when the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class _Reply:
+    """The answer to one request: headers go out with the first piece, so that an early error still gets its status."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._started = False
+        self._finished = False
+        self.status = 500
+
+    async def send_json(self, body: bytes) -> None:
+        await self._start(200, _JSON, len(body))
+        await self._body(body, more=False)
+
+    async def send_event(self, event: bytes) -> None:
+        if not self._started:
+            await self._start(200, "text/event-stream; charset=utf-8", None)
+        await self._body(event, more=True)
+
+    async def finish(self) -> None:
+        await self._body(b"", more=False)
+
+    async def fail(self, error: ApiError) -> None:
+        """The error as the answer, or as the last event of a stream that has begun."""
+        if self._finished:
+            return
+        body = error.body()
+        if not self._started:
+            await self._start(error.status, _JSON, len(body))
+            await self._body(body, more=False)
+            return
+        self.status = error.status
+        await self._body(b"data: " + body + b"\n\n", more=False)
+
+    async def _start(self, status: int, content_type: str, length: int | None) -> None:
+        headers = [(b"content-type", content_type.encode())]
+        if length is not None:
+            headers.append((b"content-length", str(length).encode()))
+        else:
+            headers.append((b"cache-control", b"no-cache"))
+        self._started, self.status = True, status
+        message: Message = {"type": "http.response.start", "status": status, "headers": headers}
+        await self._send(message)
+
+    async def _body(self, body: bytes, *, more: bool) -> None:
+        self._finished = not more
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})

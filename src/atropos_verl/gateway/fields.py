@@ -1,0 +1,176 @@
+"""Reading a JSON body field by field: typed, bounded, and nothing dropped in silence.
+
+Every reader marks its field as seen. ``Fields.unread`` names what nobody asked for, so that a field this gateway does
+not know is at least logged; fields that would change the sampled distribution are refused instead
+(``require_neutral``). JSON null means absent, as in the APIs that are imitated here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from atropos_verl.gateway.errors import ApiError
+
+__all__ = ["Fields", "parse_body"]
+
+
+def parse_body(body: bytes) -> Fields:
+    """Decode a request body. Raises ``ApiError`` 400 when it is not a JSON object."""
+    try:
+        data = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ApiError(400, f"the body must be a JSON object, not {_kind(data)}")
+    return Fields(data)
+
+
+class Fields:
+    """One JSON object of a request. ``prefix`` is put before field names in messages (``"sampling_params."``).
+
+    Every reader raises ``ApiError`` 400 naming the field, the value and what is allowed.
+    """
+
+    def __init__(self, data: Mapping[str, Any], prefix: str = "") -> None:
+        self._data = data
+        self._prefix = prefix
+        self._seen: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return self._data.get(name) is not None
+
+    def raw(self, name: str) -> Any:
+        """The value as decoded, or None."""
+        self._seen.add(name)
+        return self._data.get(name)
+
+    def error(self, name: str, message: str, code: str | None = None) -> ApiError:
+        """A 400 about field ``name`` (to be raised by the caller)."""
+        return ApiError(400, f"{self._prefix}{name}: {message}", param=self._prefix + name, code=code)
+
+    def integer(self, name: str, default: int, *, minimum: int | None = None, maximum: int | None = None) -> int:
+        value = self.optional_integer(name, minimum=minimum, maximum=maximum)
+        return default if value is None else value
+
+    def optional_integer(self, name: str, *, minimum: int | None = None, maximum: int | None = None) -> int | None:
+        value = self.raw(name)
+        if value is None:
+            return None
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # some clients send 16.0 for 16
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.error(name, f"expected an integer, got {_show(value)}")
+        if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
+            raise self.error(name, f"{value} is out of range, allowed: {_interval(minimum, maximum)}")
+        return value
+
+    def number(self, name: str, default: float, *, minimum: float | None = None, maximum: float | None = None) -> float:
+        value = self.raw(name)
+        if value is None:
+            return default
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise self.error(name, f"expected a finite number, got {_show(value)}")
+        if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
+            raise self.error(name, f"{value} is out of range, allowed: {_interval(minimum, maximum)}")
+        return float(value)
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self.raw(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.error(name, f"expected true or false, got {_show(value)}")
+        return value
+
+    def string(self, name: str, default: str = "") -> str:
+        value = self.raw(name)
+        if value is None:
+            return default
+        if not isinstance(value, str):
+            raise self.error(name, f"expected a string, got {_show(value)}")
+        return value
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        value = self.raw(name)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise self.error(name, f"expected an object, got {_show(value)}")
+        return value
+
+    def child(self, name: str) -> Fields:
+        """The object under ``name`` (empty when absent), with its own record of what was read."""
+        return Fields(self.mapping(name), prefix=f"{self._prefix}{name}.")
+
+    def strings(self, name: str) -> tuple[str, ...]:
+        """A string or a list of strings, none of them empty."""
+        value = self.raw(name)
+        if value is None:
+            return ()
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list):
+            raise self.error(name, f"expected a string or a list of strings, got {_show(value)}")
+        for index, item in enumerate(items):
+            if not isinstance(item, str) or not item:
+                raise self.error(name, f"item {index} must be a non-empty string, got {_show(item)}")
+        return tuple(items)
+
+    def token_ids(self, name: str) -> tuple[int, ...]:
+        """A list of token ids (empty when absent)."""
+        value = self.raw(name)
+        return () if value is None else self.check_token_ids(name, value)
+
+    def check_token_ids(self, name: str, value: Any) -> tuple[int, ...]:
+        """``value`` as token ids: a list of integers ≥ 0."""
+        if not isinstance(value, list):
+            raise self.error(name, f"expected a list of token ids, got {_show(value)}")
+        for index, item in enumerate(value):
+            if type(item) is not int or item < 0:
+                raise self.error(name, f"item {index} must be a token id (an integer ≥ 0), got {_show(item)}")
+        return tuple(value)
+
+    def require_neutral(self, refused: Mapping[str, Sequence[Any]]) -> None:
+        """Refuse fields that this gateway does not implement and that would change what is sampled.
+
+        ``refused``: field → values at which it changes nothing (absent and null always do).
+        """
+        for name, neutral in refused.items():
+            value = self.raw(name)
+            if value is None or any(value == item for item in neutral):
+                continue
+            allowed = " or ".join(msgspec.json.encode(item).decode() for item in neutral)
+            advice = f"leave it out or send {allowed}" if allowed else "leave it out"
+            raise self.error(name, f"not supported by this server ({_show(value)}); {advice}", code="unsupported_field")
+
+    def ignore(self, *names: str) -> None:
+        """Mark fields that are known to change nothing in the answer."""
+        self._seen.update(names)
+
+    def unread(self) -> list[str]:
+        """Names (with prefix) of non-null fields that nobody read, in the order of the body."""
+        return [
+            self._prefix + name for name, value in self._data.items() if name not in self._seen and value is not None
+        ]
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _show(value: Any) -> str:
+    """The value for an error message, cut at 80 characters."""
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _interval(minimum: float | None, maximum: float | None) -> str:
+    if maximum is None:
+        return f"at least {minimum}"
+    if minimum is None:
+        return f"at most {maximum}"
+    return f"{minimum} to {maximum}"

@@ -1,0 +1,271 @@
+"""``POST /generate``: the native dialects of vLLM, SGLang and (with a trailing slash) trl's vLLM server.
+
+Atropos asks for tokens and logprobs through these. vLLM and SGLang share the path and are told apart by their keys:
+``prompt`` / ``prompt_token_ids`` is vLLM, ``input_ids`` / ``text`` / ``sampling_params`` is SGLang.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from atropos_verl.gateway.errors import ApiError
+from atropos_verl.gateway.fields import Fields
+from atropos_verl.gateway.sampling import Sampling, parse_sampling
+from atropos_verl.gateway.service import GatewayService, finite_logprobs, policy_fields
+from atropos_verl.types import Generation, GenerationRequest
+
+__all__ = ["generate", "generate_trl"]
+
+_MAX_TOKENS_NAMES = ("max_tokens", "max_completion_tokens", "max_new_tokens")
+_VLLM_DEFAULT_TOKENS = 16
+"""``SamplingParams.max_tokens`` of vLLM when absent."""
+_SGLANG_DEFAULT_TOKENS = 128
+"""``max_new_tokens`` of SGLang when absent."""
+_MAX_PROMPT_LOGPROBS = 1024
+
+
+async def generate(service: GatewayService, fields: Fields) -> bytes:
+    """``POST /generate``. Raises ``ApiError`` 400 when the body fits neither dialect, or both."""
+    sglang = [name for name in ("input_ids", "text", "sampling_params") if name in fields]
+    vllm = [name for name in ("prompt", "prompt_token_ids") if name in fields]
+    if sglang and vllm:
+        raise ApiError(400, f"{vllm[0]} (vLLM's dialect) and {sglang[0]} (SGLang's) in one request", param=vllm[0])
+    if sglang:
+        return await _generate_sglang(service, fields)
+    if vllm:
+        return await _generate_vllm(service, fields)
+    message = "no prompt: send prompt (a text or {'prompt_token_ids': [...]}, vLLM) or input_ids / text (SGLang)"
+    raise ApiError(400, message, param="prompt")
+
+
+# vLLM ---------------------------------------------------------------------------------------------------------------
+
+
+async def _generate_vllm(service: GatewayService, fields: Fields) -> bytes:
+    sampling = parse_sampling(fields, max_tokens_names=_MAX_TOKENS_NAMES, max_tokens_default=_VLLM_DEFAULT_TOKENS)
+    fields.require_neutral({"stream": (False,)})
+    fields.ignore("detokenize")  # false would only leave the text out
+    with_logprobs = "logprobs" in fields
+    if fields.integer("logprobs", 0, minimum=0, maximum=1):
+        service.warn_once("generate logprobs=1", "/generate: logprobs=1 returns the sampled token only, as logprobs=0")
+    prompt_logprobs = fields.optional_integer("prompt_logprobs", minimum=0, maximum=_MAX_PROMPT_LOGPROBS)
+    prompt_text, prompt_ids, prompt_fields = _vllm_prompt(service, fields)
+    service.check_model(fields)
+    fields.ignore("request_id")
+    request = sampling.to_request(
+        prompt_ids,
+        max_context_len=service.engine.max_context_len,
+        param="prompt",
+        request_id=f"generate-{uuid.uuid4().hex}",
+        prompt_logprobs=prompt_logprobs,
+    )
+    service.report_unread("/generate", fields, *prompt_fields)
+    generations = (await service.generate([request]))[0]
+    codec = service.codec
+    answer: dict[str, Any] = {
+        "text": [codec.completion_text(g.token_ids, g.finish_reason, sampling)[0] for g in generations],
+        "prompt": prompt_text if prompt_text is not None else codec.decode(prompt_ids, skip_special_tokens=False),
+        "finish_reasons": [g.finish_reason for g in generations],
+        "token_ids": [g.token_ids for g in generations],
+        "prompt_token_ids": prompt_ids,
+        **policy_fields(generations),
+    }
+    if with_logprobs:
+        # [sequence][position][0] = {token id: logprob}: the shape that Atropos reads
+        answer["logprobs"] = [
+            [[{t: v}] for t, v in zip(g.token_ids, finite_logprobs(g.logprobs), strict=True)] for g in generations
+        ]
+    if prompt_logprobs is not None:
+        answer["prompt_logprobs"] = _prompt_logprobs(request, generations[0])
+    return msgspec.json.encode(answer)
+
+
+def _vllm_prompt(service: GatewayService, fields: Fields) -> tuple[str | None, tuple[int, ...], tuple[Fields, ...]]:
+    """(text as sent or None, token ids, the nested object if there was one)."""
+    add_special = fields.boolean("add_special_tokens", True)
+    prompt = fields.raw("prompt")
+    if prompt is not None and "prompt_token_ids" in fields:
+        raise fields.error("prompt_token_ids", "send either prompt or prompt_token_ids, not both")
+    if prompt is None:
+        return None, fields.token_ids("prompt_token_ids"), ()
+    if isinstance(prompt, str):
+        return prompt, service.codec.encode(prompt, add_special_tokens=add_special), ()
+    if isinstance(prompt, list):
+        return None, fields.check_token_ids("prompt", prompt), ()
+    nested = fields.child("prompt")
+    nested.require_neutral({"multi_modal_data": ({},), "prompt_embeds": ()})
+    if "prompt_token_ids" in nested:
+        nested.ignore("prompt")
+        return None, nested.token_ids("prompt_token_ids"), (nested,)
+    text = nested.string("prompt")
+    return text, service.codec.encode(text, add_special_tokens=add_special), (nested,)
+
+
+def _prompt_logprobs(request: GenerationRequest, generation: Generation) -> list[dict[int, float] | None]:
+    """[P] ``{token id: logprob}`` per prompt position, null at position 0.
+
+    The prompt's own token comes first, then the alternatives from likely to unlikely: readers of vLLM take the first
+    entry for the token itself.
+    """
+    entries = _require_prompt_logprobs(request, generation)
+    ordered: list[dict[int, float] | None] = []
+    for token_id, entry in zip(request.prompt_token_ids, entries, strict=True):
+        if entry is None:
+            ordered.append(None)
+            continue
+        rest = sorted((item for item in entry.items() if item[0] != token_id), key=lambda item: -item[1])
+        items = [(token_id, entry[token_id]), *rest]
+        ordered.append(dict(zip((t for t, _ in items), finite_logprobs(v for _, v in items), strict=True)))
+    return ordered
+
+
+def _require_prompt_logprobs(
+    request: GenerationRequest, generation: Generation
+) -> tuple[Mapping[int, float] | None, ...]:
+    entries = generation.prompt_logprobs
+    if entries is None or len(entries) != len(request.prompt_token_ids):
+        raise ApiError(500, "the inference engine returned no prompt logprobs", code="engine_error")
+    return entries
+
+
+# SGLang -------------------------------------------------------------------------------------------------------------
+
+
+async def _generate_sglang(service: GatewayService, fields: Fields) -> bytes:
+    params = fields.child("sampling_params")
+    sampling = parse_sampling(
+        params,
+        max_tokens_names=("max_new_tokens", "max_tokens", "max_completion_tokens"),
+        max_tokens_default=_SGLANG_DEFAULT_TOKENS,
+    )
+    fields.require_neutral({"stream": (False,), "return_hidden_states": (False,), "top_logprobs_num": (0,)})
+    fields.require_neutral({"token_ids_logprob": ([],), "image_data": ([],), "input_embeds": (), "lora_path": ()})
+    with_logprobs = fields.boolean("return_logprob", False)
+    with_texts = fields.boolean("return_text_in_logprobs", False)
+    start = fields.integer("logprob_start_len", -1, minimum=-1) if with_logprobs else -1
+    fields.ignore("logprob_start_len", "rid", "log_metrics", "bootstrap_host", "bootstrap_port", "bootstrap_room")
+    prompts, batched = _sglang_prompts(service, fields)
+    service.check_model(fields)
+    requests = [
+        sampling.to_request(
+            prompt,
+            max_context_len=service.engine.max_context_len,
+            param="input_ids" if "input_ids" in fields else "text",
+            request_id=uuid.uuid4().hex,
+            prompt_logprobs=0 if start >= 0 else None,
+        )
+        for prompt in prompts
+    ]
+    service.report_unread("/generate", fields, params)
+    results = await service.generate(requests)
+    answers: list[dict[str, Any]] = []
+    for request, generations in zip(requests, results, strict=True):
+        for generation in generations:
+            answer = _sglang_answer(service, sampling, request, generation)
+            if with_logprobs:
+                answer["meta_info"].update(_sglang_logprobs(service, request, generation, start, with_texts))
+            answers.append(answer)
+    return msgspec.json.encode(answers if batched or sampling.n > 1 else answers[0])
+
+
+def _sglang_prompts(service: GatewayService, fields: Fields) -> tuple[list[tuple[int, ...]], bool]:
+    """Prompts, and whether the client sent a list of them (the answer is then a list too)."""
+    if ("input_ids" in fields) == ("text" in fields):
+        raise fields.error("input_ids", "send either input_ids or text")
+    name = "input_ids" if "input_ids" in fields else "text"
+    value = fields.raw(name)
+    single = isinstance(value, str) or (isinstance(value, list) and bool(value) and type(value[0]) is int)
+    items = [value] if single else value
+    if not isinstance(items, list) or not items:
+        raise fields.error(name, "expected one prompt or a non-empty list of prompts")
+    if name == "input_ids":
+        return [fields.check_token_ids(name, item) for item in items], not single
+    for index, item in enumerate(items):
+        if not isinstance(item, str):
+            raise fields.error(name, f"item {index} must be a string")
+    return [service.codec.encode(item, add_special_tokens=True) for item in items], not single
+
+
+def _sglang_answer(
+    service: GatewayService, sampling: Sampling, request: GenerationRequest, generation: Generation
+) -> dict[str, Any]:
+    text, matched = service.codec.completion_text(generation.token_ids, generation.finish_reason, sampling)
+    reason: dict[str, Any] = {"type": generation.finish_reason}
+    if generation.finish_reason == "length":
+        reason["length"] = len(generation.token_ids)
+    else:
+        stop_token = service.codec.stop_token(generation.token_ids, generation.finish_reason, sampling)
+        reason["matched"] = matched if stop_token is None else stop_token
+    return {
+        "text": text,
+        "output_ids": generation.token_ids,
+        "meta_info": {
+            "id": request.request_id,
+            "finish_reason": reason,
+            "prompt_tokens": len(request.prompt_token_ids),
+            "completion_tokens": len(generation.token_ids),
+            "cached_tokens": 0,
+            "weight_version": str(generation.policy_version_last),
+            "policy_version": generation.policy_version_first,
+            "policy_versions": [generation.policy_version_first, generation.policy_version_last],
+        },
+    }
+
+
+def _sglang_logprobs(
+    service: GatewayService, request: GenerationRequest, generation: Generation, start: int, with_texts: bool
+) -> dict[str, Any]:
+    """``[logprob, token id, text or null]`` per token; of the prompt from position ``start`` (-1: none of it)."""
+
+    def rows(token_ids: Sequence[int], logprobs: Sequence[float | None]) -> list[tuple[float | None, int, str | None]]:
+        texts = service.codec.token_texts(token_ids) if with_texts else [None] * len(token_ids)
+        return list(zip(logprobs, token_ids, texts, strict=True))
+
+    output = rows(generation.token_ids, finite_logprobs(generation.logprobs))
+    prompt_rows: list[tuple[float | None, int, str | None]] = []
+    if start >= 0:
+        entries = _require_prompt_logprobs(request, generation)
+        values = [
+            None if entry is None else finite_logprobs([entry[token_id]])[0]
+            for token_id, entry in zip(request.prompt_token_ids, entries, strict=True)
+        ]
+        prompt_rows = rows(request.prompt_token_ids[start:], values[start:])
+    return {"output_token_logprobs": output, "input_token_logprobs": prompt_rows}
+
+
+# trl ----------------------------------------------------------------------------------------------------------------
+
+
+async def generate_trl(service: GatewayService, fields: Fields) -> bytes:
+    """``POST /generate/``: texts in, ``completion_ids`` out, ``n`` per prompt in prompt order. 400 on a bad body."""
+    if "prompts" not in fields:
+        message = "missing; this is trl's dialect (/generate/ with a slash). vLLM's and SGLang's are at /generate"
+        raise fields.error("prompts", message)
+    sampling = parse_sampling(fields, max_tokens_names=_MAX_TOKENS_NAMES, max_tokens_default=_VLLM_DEFAULT_TOKENS)
+    fields.require_neutral({"images": ([],), "generation_kwargs": ({},), "logprobs": (0,)})
+    fields.ignore("model")
+    requests = [
+        sampling.to_request(
+            service.codec.encode(prompt, add_special_tokens=True),
+            max_context_len=service.engine.max_context_len,
+            param="prompts",
+            request_id=f"trl-{uuid.uuid4().hex}",
+        )
+        for prompt in fields.strings("prompts")
+    ]
+    if not requests:
+        raise fields.error("prompts", "expected at least one prompt")
+    service.report_unread("/generate/", fields)
+    results = await service.generate(requests)
+    everything = [generation for generations in results for generation in generations]
+    answer = {
+        "prompt_ids": [request.prompt_token_ids for request in requests],
+        "completion_ids": [generation.token_ids for generation in everything],
+        "logprobs": [finite_logprobs(generation.logprobs) for generation in everything],
+        **policy_fields(everything),
+    }
+    return msgspec.json.encode(answer)

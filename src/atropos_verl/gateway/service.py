@@ -1,0 +1,212 @@
+"""What every endpoint needs: the engine behind its gate, the tokenizer, the counters."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from itertools import groupby
+from typing import Any, Protocol
+
+from atropos_verl.engine.protocol import InferenceEngine
+from atropos_verl.errors import EngineError
+from atropos_verl.gateway.errors import ApiError
+from atropos_verl.gateway.fields import Fields
+from atropos_verl.gateway.metrics import GatewayMetrics
+from atropos_verl.gateway.text import TextCodec
+from atropos_verl.provenance.ledger import Ledger
+from atropos_verl.provenance.throttle import StalenessThrottle
+from atropos_verl.types import UNKNOWN_VERSION, Generation, GenerationDelta, GenerationRequest
+
+__all__ = ["Gate", "GatewayService", "finite_logprobs", "joined_deltas", "policy_fields"]
+
+logger = logging.getLogger(__name__)
+
+_MIN_LOGPROB = -9999.0
+"""JSON has no -inf; vLLM sends this value for it."""
+_MAX_REMEMBERED_WARNINGS = 256
+
+
+class Gate(Protocol):
+    """The part of ``RequestGate`` that the gateway uses."""
+
+    def request(self) -> AbstractAsyncContextManager[Any]:
+        """Counts a request while it is served; entering waits while the gate is paused."""
+
+    @property
+    def is_open(self) -> bool: ...
+
+    @property
+    def paused_seconds(self) -> float:
+        """Seconds spent paused so far, the present pause included."""
+
+
+class GatewayService:
+    """One engine as the endpoints see it."""
+
+    def __init__(
+        self,
+        engine: InferenceEngine,
+        tokenizer: Any,
+        *,
+        gate: Gate | None,
+        ledger: Ledger | None = None,
+        throttle: StalenessThrottle | None = None,
+        model_name: str,
+    ) -> None:
+        self.engine = engine
+        self.ledger = ledger
+        self.throttle = throttle
+        self.codec = TextCodec(tokenizer)
+        self.gate = gate
+        self.model_name = model_name
+        self.metrics = GatewayMetrics()
+        self._warned: set[str] = set()
+
+    @property
+    def paused(self) -> bool:
+        return self.gate is not None and not self.gate.is_open
+
+    @property
+    def paused_seconds(self) -> float:
+        return 0.0 if self.gate is None else self.gate.paused_seconds
+
+    def warn_once(self, key: str, message: str, *args: object) -> None:
+        """Log ``message`` at WARNING the first time ``key`` occurs."""
+        if key in self._warned or len(self._warned) >= _MAX_REMEMBERED_WARNINGS:
+            return
+        self._warned.add(key)
+        logger.warning(message, *args)
+
+    def report_unread(self, endpoint: str, *parts: Fields) -> None:
+        """Log each unknown field once: it is tolerated, as vLLM does, but never in silence."""
+        for name in (name for fields in parts for name in fields.unread()):
+            shown = name[:100]
+            self.warn_once(f"field {shown}", "%s: the request field %r is unknown here and is ignored", endpoint, shown)
+
+    def check_model(self, fields: Fields) -> None:
+        """Any model name is served (environments often send a tokenizer path); another one is logged once."""
+        name = fields.string("model", self.model_name)
+        if name != self.model_name:
+            shown = name[:200]
+            text = "a client asks for model %r; this gateway serves %r only and answers with that"
+            self.warn_once(f"model {shown}", text, shown, self.model_name)
+
+    async def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Generation]]:
+        """``requests[i].n`` completions of each request. Cancelling frees every slot they hold.
+
+        Raises ``GenerationRequestError``, ``EngineStoppedError``, ``EngineError``; ``ApiError`` 503 when a completion
+        was aborted (half a completion must not be taken for a whole one).
+        """
+        async with self._admitted(requests):
+            if len(requests) == 1:
+                results = [await self.engine.agenerate(requests[0])]
+            else:
+                results = await self._generate_all(requests)
+        for request, generations in zip(requests, results, strict=True):
+            if len(generations) != request.n:
+                raise EngineError(f"{request.request_id}: {len(generations)} completions instead of n = {request.n}")
+            for generation in generations:
+                self.metrics.generated_tokens += len(generation.token_ids)
+                _refuse_aborted(generation.finish_reason)
+            self.metrics.prompt_tokens += len(request.prompt_token_ids)
+            if self.ledger is not None:
+                self.ledger.record(request.prompt_token_ids, generations, request.temperature)
+        return results
+
+    async def _generate_all(self, requests: Sequence[GenerationRequest]) -> list[list[Generation]]:
+        try:
+            async with asyncio.TaskGroup() as group:  # the first failure cancels the others and frees their slots
+                tasks = [group.create_task(self.engine.agenerate(request)) for request in requests]
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
+        return [task.result() for task in tasks]
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
+        """The same for one request, token by token. Closing the generator frees its slots."""
+        async with self._admitted([request]):
+            deltas = self.engine.astream(request)
+            seen: list[GenerationDelta] = []
+            running = request.n
+            try:
+                async for delta in deltas:
+                    self.metrics.generated_tokens += len(delta.token_ids)
+                    _refuse_aborted(delta.finish_reason)
+                    seen.append(delta)
+                    running -= delta.finish_reason is not None
+                    if not running:
+                        self._write_down(request, seen)
+                    yield delta
+            finally:
+                # A client that goes away may do so between two deltas: only closing tells the engine then.
+                close = getattr(deltas, "aclose", None)
+                if close is not None:
+                    await close()
+                if running:  # a reader who left may use what it got
+                    self._write_down(request, seen)
+        self.metrics.prompt_tokens += len(request.prompt_token_ids)
+
+    def _write_down(self, request: GenerationRequest, seen: Sequence[GenerationDelta]) -> None:
+        if self.ledger is not None:
+            self.ledger.record(request.prompt_token_ids, joined_deltas(seen, request.n), request.temperature)
+
+    @asynccontextmanager
+    async def _admitted(self, requests: Sequence[GenerationRequest]) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            if self.throttle is not None:
+                await stack.enter_async_context(self.throttle.admitted(requests))
+            if self.gate is not None:
+                await stack.enter_async_context(self.gate.request())
+            yield
+
+
+def joined_deltas(deltas: Sequence[GenerationDelta], n: int) -> list[Generation]:
+    """The n completions that a stream consisted of. A version that a delta does not name is ``UNKNOWN_VERSION``."""
+    joined: list[Generation] = []
+    for index in range(n):
+        parts = [delta for delta in deltas if delta.index == index]
+        versions = [
+            UNKNOWN_VERSION if delta.policy_version is None else delta.policy_version
+            for delta in parts
+            for _ in delta.token_ids
+        ]
+        runs = tuple((version, len(list(run))) for version, run in groupby(versions))
+        joined.append(
+            Generation(
+                token_ids=tuple(token for delta in parts for token in delta.token_ids),
+                logprobs=tuple(value for delta in parts for value in delta.logprobs),
+                finish_reason=(parts[-1].finish_reason if parts else None) or "abort",
+                policy_version_first=versions[0] if versions else UNKNOWN_VERSION,
+                policy_version_last=versions[-1] if versions else UNKNOWN_VERSION,
+                policy_version_runs=runs,
+            )
+        )
+    return joined
+
+
+def _refuse_aborted(finish_reason: str | None) -> None:
+    if finish_reason == "abort":
+        raise ApiError(503, "the generation was aborted on the server; send the request again", code="aborted")
+
+
+def finite_logprobs(values: Iterable[float]) -> list[float]:
+    """Logprobs as JSON can hold them: -inf becomes -9999.0 as in vLLM, anything else unchanged to the last bit.
+
+    Raises ``EngineError`` for NaN: the weights or the engine are broken, and no client should train on it.
+    """
+    result = list(values)
+    for index, value in enumerate(result):
+        if math.isnan(value):
+            raise EngineError(f"the logprob of generated token {index} is NaN; are the weights finite?")
+        if value < _MIN_LOGPROB:
+            result[index] = _MIN_LOGPROB
+    return result
+
+
+def policy_fields(generations: Sequence[Generation]) -> dict[str, Any]:
+    """``policy_version``: the oldest weights any of the tokens was sampled from (what staleness is measured by);
+    ``policy_versions``: per completion, those of its first and last token."""
+    spans = [[g.policy_version_first, g.policy_version_last] for g in generations]
+    return {"policy_version": min(min(span) for span in spans), "policy_versions": spans}

@@ -1,0 +1,139 @@
+"""Text ⇄ tokens for the gateway: prompts, completions, and completions that are still being written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from atropos_verl.gateway.errors import ApiError
+from atropos_verl.gateway.sampling import Sampling
+from atropos_verl.types import FinishReason
+
+__all__ = ["StreamText", "TextCodec", "cut_at_stop"]
+
+_REPLACEMENT = "\ufffd"
+_MAX_PENDING_TOKENS = 64
+"""A UTF-8 character has at most 4 bytes: a longer undecodable run is not an unfinished character, it is noise."""
+
+
+def cut_at_stop(text: str, stop: Sequence[str], *, include_stop: bool) -> tuple[str, str | None]:
+    """Cut ``text`` at the earliest stop string; returns the text and the stop string found (None: none)."""
+    found = [(position, s) for s in stop if (position := text.find(s)) >= 0]
+    if not found:
+        return text, None
+    position, matched = min(found, key=lambda item: item[0])
+    return text[: position + len(matched) if include_stop else position], matched
+
+
+class TextCodec:
+    """A Hugging Face tokenizer as the gateway uses it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._token_texts: dict[int, str] = {}
+        eos = tokenizer.eos_token_id
+        self._eos_ids: frozenset[int] = frozenset(() if eos is None else [eos] if isinstance(eos, int) else eos)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def render_chat(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        """The prompt text of a conversation. ``options`` go to ``apply_chat_template``.
+
+        Raises ``ApiError`` 400 when the tokenizer has no chat template or the template refuses the messages.
+        """
+        import jinja2
+
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ApiError(400, f"messages: the chat template failed: {error}", param="messages") from error
+        return str(text)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def token_text(self, token_id: int) -> str:
+        """One token alone, special tokens shown (a byte of an unfinished character shows as U+FFFD)."""
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self._token_texts[token_id] = self.decode([token_id], skip_special_tokens=False)
+        return text
+
+    def token_texts(self, token_ids: Iterable[int]) -> list[str]:
+        return [self.token_text(token_id) for token_id in token_ids]
+
+    def stop_token(
+        self, token_ids: Sequence[int], finish_reason: FinishReason | None, sampling: Sampling
+    ) -> int | None:
+        """The token that ended the completion, or None (a stop string or the length did)."""
+        if finish_reason != "stop" or not token_ids:
+            return None
+        last = token_ids[-1]
+        ends = last in sampling.stop_token_ids or (last in self._eos_ids and not sampling.ignore_eos)
+        return last if ends else None
+
+    def completion_text(
+        self, token_ids: Sequence[int], finish_reason: FinishReason | None, sampling: Sampling
+    ) -> tuple[str, str | None]:
+        """Text of a finished completion as vLLM shows it, and the stop string that ended it (None: none).
+
+        Without the stop token, without special tokens (unless asked for), cut before the stop string.
+        """
+        stopped_by_token = self.stop_token(token_ids, finish_reason, sampling) is not None
+        visible = token_ids[:-1] if stopped_by_token and not sampling.include_stop else token_ids
+        text = self.decode(visible, skip_special_tokens=sampling.skip_special_tokens)
+        if finish_reason != "stop":
+            return text, None
+        return cut_at_stop(text, sampling.stop, include_stop=sampling.include_stop)
+
+
+class StreamText:
+    """Text of one completion, handed out as its tokens arrive.
+
+    The pieces joined are exactly ``completion_text`` of all tokens. Held back until more is known: an unfinished
+    character, and a tail that may turn out to be the beginning of a stop string.
+    """
+
+    def __init__(self, codec: TextCodec, sampling: Sampling) -> None:
+        self._codec = codec
+        self._sampling = sampling
+        self._ids: list[int] = []
+        self._window = 0  # index of the first token whose text may still be decoded anew
+        self._context = 0  # tokens before the window that are decoded with it, since some tokenizers look back
+        self._stable = ""  # text that later tokens cannot change
+        self._sent = 0  # characters handed out
+
+    def push(self, token_ids: Sequence[int], finish_reason: FinishReason | None) -> str:
+        """New text after ``token_ids``; with a finish reason, all that was held back too."""
+        self._ids.extend(token_ids)
+        if finish_reason is not None:
+            text, _ = self._codec.completion_text(self._ids, finish_reason, self._sampling)
+            piece = text[self._sent :]
+            self._sent = max(self._sent, len(text))
+            return piece
+        self._advance()
+        limit = self._limit()
+        piece = self._stable[self._sent : limit]
+        self._sent = max(self._sent, limit)
+        return piece
+
+    def _advance(self) -> None:
+        skip = self._sampling.skip_special_tokens
+        before = self._codec.decode(self._ids[self._context : self._window], skip_special_tokens=skip)
+        text = self._codec.decode(self._ids[self._context :], skip_special_tokens=skip)
+        if text.endswith(_REPLACEMENT) and len(self._ids) - self._window < _MAX_PENDING_TOKENS:
+            return
+        self._stable += text[len(before) :]
+        self._context, self._window = self._window, len(self._ids)
+
+    def _limit(self) -> int:
+        """How many characters of the stable text may be shown."""
+        tail = self._stable[self._sent :]  # no stop string begins in what was shown: it would have been held back
+        shown, matched = cut_at_stop(tail, self._sampling.stop, include_stop=False)
+        end = len(shown)
+        if matched is None:
+            for stop in self._sampling.stop:
+                lengths = range(min(len(stop) - 1, len(tail)), 0, -1)
+                end = min(end, next((len(tail) - k for k in lengths if tail.endswith(stop[:k])), end))
+        return self._sent + end

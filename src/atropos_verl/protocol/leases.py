@@ -1,0 +1,278 @@
+"""``LeasedBatches``: every batch of the API is trained exactly once in what a run ends up with, whoever dies when.
+
+Two parties may hold a batch: the API (until it is acked) and this run's journal. The order of writes decides:
+
+======================  ==================================  =======================================================
+killed …                what is there                       what the resumed run does
+======================  ==================================  =======================================================
+before journalling      the lease                           nothing: the lease ends, the API hands the batch out
+after journalling       journal, lease                      acks, then trains from the journal
+after the step          journal with its step, lease        acks; trains again unless a checkpoint holds the step
+before the ack          the same                            the same
+after the ack           journal with its step               trains from the journal unless a checkpoint holds the step
+======================  ==================================  =======================================================
+
+So a step is durable when the journal says which batch it consumed: from there it can be repeated, whatever happens to
+the weights in memory. Only then is its batch acked. The answer to the ack decides what an older run still owes:
+
+- accepted (also *late*: the lease had ended, but nobody else had the batch): it is ours, the journal is the only copy.
+- 409: the API has given it to somebody else. A copy that no step of ours consumed is dropped; one that a step consumed
+  stays consumed, with a warning: two trainers have it.
+- 404: the API has forgotten it (it kept nothing on disk, or was reset), so the journal is the only copy.
+
+Nothing is fetched before what is owed is settled, and a batch that the API hands out again names its earlier leases:
+one that is in the journal already is not taken a second time.
+
+An upstream API gives no leases. Its batches are ours from the moment they leave it, and the same code journals them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from atropos_verl.errors import AtroposAPIError, AtroposHTTPStatusError
+from atropos_verl.protocol.client import AtroposClient, FetchedBatch
+from atropos_verl.protocol.journal import BatchJournal, JournalEntry
+
+__all__ = ["HeldBatch", "LeasedBatches"]
+
+logger = logging.getLogger(__name__)
+
+_RENEWALS_PER_LEASE = 3
+_LOST = 409
+_FORGOTTEN = 404
+
+
+@dataclass(frozen=True, slots=True)
+class HeldBatch:
+    """A batch that is on disk, and reserved at an API that knows leases."""
+
+    body: bytes
+    """The answer of ``GET /batch``, not decoded."""
+    entry: JournalEntry
+    waited: float = 0.0
+    """Seconds until it came; 0 from the journal."""
+
+
+class LeasedBatches:
+    """The batches of one run: fetched, journalled, renewed while they are trained on, acked, resumed.
+
+    One step::
+
+        held = batches.fetch()
+        ...                                   # samples, optimiser step
+        batches.trained(held.entry, step)     # durable: the journal says so
+        batches.ack(held.entry)               # the API may forget it
+        ...                                   # checkpoint
+        batches.discard_through(step)
+
+    A run that may have died before calls ``resume`` first, before it registers. Leases are renewed from a thread of
+    its own; ``fetch`` may run in another thread than the rest (the next batch is fetched while one is trained on).
+    """
+
+    def __init__(self, client: AtroposClient, journal: BatchJournal) -> None:
+        self.client = client
+        self.journal = journal
+        self.outcomes: Counter[str] = Counter()
+        """How acks ended: ``acked``, ``already``, ``late``, ``lost`` (somebody else has it), ``forgotten``."""
+        self._owed: dict[int, JournalEntry] = {}
+        """By number in the journal: trained, and the ack did not get through."""
+        self._keeper = _LeaseKeeper(client)
+        # Held while an entry is looked up, changed and told about; never while waiting for a batch.
+        self._lock = threading.RLock()
+
+    def fetch(
+        self,
+        max_wait_time: float | None = None,
+        should_stop: Callable[[], None] | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> HeldBatch:
+        """The next batch of the API, in the journal before anything else happens to it.
+
+        Args:
+            max_wait_time: seconds; None: the client's.
+            should_stop: called while waiting; what it raises ends the wait.
+            meta: notes for the journal.
+
+        Raises:
+            AtroposTimeoutError: no batch in time.
+            AtroposAPIError: the API failed, or does not take an ack that it is owed.
+            CheckpointError: the journal cannot be written.
+        """
+        while True:
+            self._settle_debts()
+            fetched = self.client.get_batch(max_wait_time=max_wait_time, should_stop=should_stop)
+            with self._lock:
+                held = self._keep(fetched, meta)
+            if held is not None:
+                return held
+
+    def poll(self, meta: Mapping[str, Any] | None = None) -> HeldBatch | None:
+        """One ``GET /batch``: None when there is no batch. Raises as ``fetch``."""
+        self._settle_debts()
+        fetched = self.client.poll_batch()
+        with self._lock:
+            return None if fetched is None else self._keep(fetched, meta)
+
+    def trained(self, entry: JournalEntry, step: int) -> JournalEntry:
+        """Note durably that ``step`` consumed the batch. Raises ``CheckpointError`` when that cannot be written."""
+        with self._lock:
+            return self.journal.assign(entry, step)
+
+    def ack(self, entry: JournalEntry) -> str:
+        """Tell the API that the batch is ours for good. Call it after ``trained``.
+
+        An API that cannot be reached now is told before the next ``fetch``: the run goes on. Returns one of
+        ``outcomes``, ``owed`` (not told yet) or ``none`` (no lease).
+        """
+        with self._lock:
+            entry = self.journal.current(entry)
+            if entry.lease_id is None or entry.acked:
+                return "none" if entry.lease_id is None else "already"
+            try:
+                outcome = self._verdict(entry)
+            except AtroposAPIError as error:
+                logger.warning("lease %s is not acked yet: %s", entry.lease_id, error.reason)
+                self._owed[entry.sequence] = entry
+                return "owed"
+            self.journal.note_acked(entry)
+            return outcome
+
+    def release(self, entry: JournalEntry) -> None:
+        """Give an untrained batch back: the API hands it out again, the journal forgets it. Without a lease, nothing
+        is done. A failure is logged: the lease ends by itself."""
+        entry = self.journal.current(entry)
+        if entry.lease_id is None or entry.acked:
+            return
+        self._keeper.forget(entry.lease_id)
+        try:
+            self.client.release(entry.lease_id)
+        except AtroposAPIError as error:
+            logger.warning("lease %s could not be released: %s", entry.lease_id, error.reason)
+        self.journal.drop(entry)
+
+    def resume(self, after_step: int) -> list[HeldBatch]:
+        """What a run that goes on at ``after_step`` is to train on first, in the order it was fetched.
+
+        Every lease that an earlier process left is settled before this returns. Call it before registering: a
+        registration with other settings takes returned batches apart.
+
+        Raises:
+            AtroposAPIError: the API cannot be asked.
+            CheckpointError: a batch cannot be read.
+        """
+        for entry in self.journal.owed():
+            is_covered = entry.step is not None and entry.step <= after_step
+            if self._verdict(entry) == "lost" and not is_covered:
+                logger.warning("%s: the API has handed this batch out again; it is not trained on here", entry.path)
+                self.journal.drop(entry)
+            else:
+                self.journal.note_acked(entry)
+        return [HeldBatch(self.journal.read(entry), entry) for entry in self.journal.pending(after_step)]
+
+    def discard_through(self, step: int) -> int:
+        """A durable checkpoint holds the effect of steps up to ``step``: forget their batches. Returns how many."""
+        return self.journal.discard_through(step)
+
+    def close(self) -> None:
+        """Stop renewing. Idempotent; to be called before the client is closed."""
+        self._keeper.close()
+
+    def _keep(self, fetched: FetchedBatch, meta: Mapping[str, Any] | None) -> HeldBatch | None:
+        """None when the journal holds the batch under an earlier lease: it only gets the new one."""
+        before = self.journal.find(fetched.earlier_lease_ids) if fetched.earlier_lease_ids else None
+        if before is not None and fetched.lease_id is not None:
+            logger.warning("lease %s had ended; its batch is here already: %s", before.lease_id, before.path)
+            entry = self.journal.change_lease(before, fetched.lease_id)
+            if entry.step is not None:
+                self.ack(entry)
+            else:
+                self._keeper.keep(fetched.lease_id)
+            return None
+        entry = self.journal.record(fetched.body, meta, fetched.lease_id)
+        if fetched.lease_id is not None:
+            self._keeper.keep(fetched.lease_id)
+        return HeldBatch(fetched.body, entry, fetched.waited)
+
+    def _settle_debts(self) -> None:
+        with self._lock:
+            for sequence, entry in list(self._owed.items()):
+                now = self.journal.current(entry)  # its batch may have come again, and been acked, meanwhile
+                if now.is_owed:
+                    self._verdict(now)
+                    self.journal.note_acked(now)
+                del self._owed[sequence]
+
+    def _verdict(self, entry: JournalEntry) -> str:
+        """Ack, and say what came of it. Raises ``AtroposAPIError`` when the API gives no answer."""
+        assert entry.lease_id is not None
+        try:
+            outcome = self.client.ack(entry.lease_id)
+        except AtroposHTTPStatusError as error:
+            if error.status_code not in (_LOST, _FORGOTTEN):
+                raise
+            outcome = "lost" if error.status_code == _LOST else "forgotten"
+            log = logger.warning if outcome == "lost" else logger.info
+            log("lease %s (%s): %s", entry.lease_id, outcome, error.body or error.reason)
+        self._keeper.forget(entry.lease_id)
+        self.outcomes[outcome] += 1
+        return outcome
+
+
+class _LeaseKeeper:
+    """Renews leases from a thread, which exists while there are any. A process that dies renews nothing."""
+
+    def __init__(self, client: AtroposClient) -> None:
+        self._client = client
+        self._seconds = client.lease_seconds
+        self._held: set[str] = set()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def keep(self, lease_id: str) -> None:
+        with self._lock:
+            self._held.add(lease_id)
+            if self._thread is None and not self._stop.is_set():
+                self._thread = threading.Thread(target=self._run, name="lease-keeper", daemon=True)
+                self._thread.start()
+
+    def forget(self, lease_id: str) -> None:
+        with self._lock:
+            self._held.discard(lease_id)
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        assert self._seconds is not None
+        while not self._stop.wait(self._seconds / _RENEWALS_PER_LEASE):
+            with self._lock:
+                held = sorted(self._held)
+            for lease_id in held:
+                try:
+                    self._client.renew(lease_id, self._seconds, self._raise_if_closed)
+                except _ClosedError:
+                    return
+                except AtroposHTTPStatusError as error:
+                    if error.status_code in (_LOST, _FORGOTTEN):
+                        self.forget(lease_id)  # acked meanwhile, or ended: the ack will tell
+                    logger.info("lease %s is not renewed: %s", lease_id, error.reason)
+                except AtroposAPIError as error:
+                    logger.info("lease %s is not renewed now: %s", lease_id, error.reason)
+
+    def _raise_if_closed(self) -> None:
+        if self._stop.is_set():
+            raise _ClosedError
+
+
+class _ClosedError(Exception):
+    """Ends a renewal that nobody waits for."""

@@ -1,0 +1,1 @@
+"""Which policy version wrote which token: ledger, attribution, throttle."""

@@ -1,0 +1,236 @@
+"""A batch of scored sequences → policy version and logprob of every trained token, from a ``Ledger``.
+
+Most spans have one record. Where several records hold the same ids (n completions of one prompt that came out alike, or
+a prompt that was asked again later), evidence chooses, in this order:
+
+1. time: a turn was written before the turns after it;
+2. the logprobs that the environment sent along, bit for bit: different weights give different logprobs;
+3. records that no sequence is known to hold already: each was written once;
+4. a request that wrote the whole group: its members were asked for together.
+
+What the records that are left agree on is known. What they do not agree on (the version, the logprobs) is not: the span
+counts as ambiguous, and nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atropos_verl.provenance.ledger import Ledger
+from atropos_verl.provenance.ledger_records import Piece, SpanRecord
+from atropos_verl.types import UNKNOWN_VERSION, Difference, FloatArray, IntArray, SequenceMatch
+
+__all__ = ["SequenceQuery", "look_up", "trained_spans"]
+
+_MIN_LOGPROB = np.float32(-9999.0)
+"""What the gateway sends for -inf."""
+_MOST_EXPLAINED = 512
+"""Newest records that a sequence is compared with, to say where it differs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceQuery:
+    """One scored sequence, as far as the ledger is concerned."""
+
+    token_ids: IntArray
+    """[T]"""
+    loss_mask: NDArray[np.bool_]
+    """[T]; True = trained."""
+    logprobs: FloatArray | None = None
+    """[T] that the environment sent; NaN = no value."""
+    group: int = 0
+    """Sequences of one group share it."""
+    env_id: int | None = None
+
+
+def trained_spans(loss_mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """``[start, stop)`` of each run of True."""
+    edges = np.flatnonzero(np.diff(loss_mask.astype(np.int8), prepend=0, append=0))
+    return list(zip(edges[0::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+def look_up(ledger: Ledger, queries: Sequence[SequenceQuery]) -> list[SequenceMatch]:
+    """Match the sequences of one batch, and note their records as used. One entry per query."""
+    spans = [trained_spans(query.loss_mask) for query in queries]
+    found = [ledger.find(query.token_ids, where) for query, where in zip(queries, spans, strict=True)]
+    chooser = _Chooser(queries, found)
+    chosen = chooser.choose_all()
+    ledger.used(record for records in chooser.certain for record in records)
+    explained: set[int | None] = set()
+    matches = []
+    for query, pieces, picks, certain in zip(queries, found, chosen, chooser.certain, strict=True):
+        lost = next((p for span in pieces for p in span if not p.candidates), None)
+        difference = None
+        if lost is not None and query.env_id not in explained:
+            explained.add(query.env_id)
+            difference = _explain(ledger, query.token_ids, lost)
+        match = _match(query, pieces, picks, difference)
+        matches.append(replace(match, records=tuple(record.order for record in certain)))
+    return matches
+
+
+_Picks = dict[int, list[SpanRecord]]
+"""Start of a piece → the records that it may be, oldest first."""
+
+
+class _Chooser:
+    """Chooses the records of each piece of a batch."""
+
+    def __init__(self, queries: Sequence[SequenceQuery], found: list[list[list[Piece]]]) -> None:
+        self._queries = queries
+        self._pieces = [[piece for span in spans for piece in span if piece.candidates] for spans in found]
+        self._uses: Counter[int] = Counter()
+        self._whole = self._whole_requests()
+        self.certain: list[list[SpanRecord]] = [[] for _ in queries]
+        """For each sequence, the records that it is known to hold."""
+
+    def choose_all(self) -> list[_Picks]:
+        """One entry per query."""
+        picks: dict[int, _Picks] = {}
+        # Those with logprobs first: what they take is certain, and leaves less to the others.
+        for index in sorted(range(len(self._queries)), key=lambda i: self._queries[i].logprobs is None):
+            picks[index] = self._choose(index)
+        return [picks[index] for index in range(len(self._queries))]
+
+    def _choose(self, index: int) -> _Picks:
+        query, picks = self._queries[index], _Picks()
+        before: int | None = None
+        for piece in reversed(self._pieces[index]):
+            equal = list(piece.candidates) if len(piece.candidates) == 1 else self._best(query, piece, before)
+            picks[piece.start] = equal
+            if all(record.policies == equal[0].policies for record in equal):
+                self.certain[index].append(equal[0])
+                self._uses[equal[0].order] += 1
+            before = max(record.order for record in equal)
+        return picks
+
+    def _best(self, query: SequenceQuery, piece: Piece, before: int | None) -> list[SpanRecord]:
+        """The records for which all evidence is equally good, oldest first."""
+        sent = None if query.logprobs is None else query.logprobs[piece.start : piece.stop].astype(np.float32)
+        whole = self._whole[query.group, piece.candidates[0].prompt.key]
+
+        def evidence(record: SpanRecord) -> tuple[bool, bool, int, bool]:
+            return (
+                before is not None and record.order >= before,
+                sent is not None and not np.array_equal(sent, _sent_logprobs(record, piece)),
+                record.uses + self._uses[record.order],
+                record.request not in whole,
+            )
+
+        ranked = [(evidence(record), record) for record in piece.candidates]
+        best = min(key for key, _ in ranked)
+        return sorted((record for key, record in ranked if key == best), key=lambda record: record.order)
+
+    def _whole_requests(self) -> dict[tuple[int, int], set[int]]:
+        """(group, prompt) → requests that wrote every piece (of two or more) that follows this prompt in the group."""
+        wanted: dict[tuple[int, int], Counter[tuple[int, int]]] = {}
+        offered: dict[tuple[int, int], dict[tuple[int, int], Counter[int]]] = {}
+        for query, pieces in zip(self._queries, self._pieces, strict=True):
+            for piece in pieces:
+                first = piece.candidates[0]
+                key = (query.group, first.prompt.key)
+                content = (piece.stop, first.end_key)
+                wanted.setdefault(key, Counter())[content] += 1
+                offered.setdefault(key, {}).setdefault(content, Counter(r.request for r in piece.candidates))
+        result: dict[tuple[int, int], set[int]] = {}
+        for key, contents in wanted.items():
+            requests = set.intersection(*(set(offered[key][content]) for content in contents))
+            result[key] = {
+                request
+                for request in requests
+                if contents.total() > 1 and all(offered[key][c][request] >= n for c, n in contents.items())
+            }
+        return result
+
+
+def _sent_logprobs(record: SpanRecord, piece: Piece) -> NDArray[np.float32]:
+    """The record's logprobs of the piece's tokens, as the gateway sent them to the environment."""
+    offset = piece.start - record.start
+    return np.maximum(record.logprobs[offset : offset + piece.stop - piece.start], _MIN_LOGPROB)
+
+
+def _match(
+    query: SequenceQuery, spans: list[list[Piece]], picks: _Picks, difference: Difference | None
+) -> SequenceMatch:
+    versions = np.full(len(query.token_ids), UNKNOWN_VERSION, dtype=np.int64)
+    logprobs = np.full(len(query.token_ids), np.nan)
+    known = np.zeros(len(query.token_ids), dtype=np.bool_)
+    temperatures: set[float] = set()
+    lost_tokens = 0
+    ambiguous: set[int] = set()
+    for number, piece in ((number, piece) for number, span in enumerate(spans) for piece in span):
+        records = picks.get(piece.start, [])
+        if not records:
+            lost_tokens += piece.stop - piece.start
+            continue
+        part = slice(piece.start, piece.stop)
+        known[part] = True
+        first = records[0]
+        versions[part], logprobs[part] = _of_piece(first, piece)
+        for other in records[1:]:
+            other_versions, other_logprobs = _of_piece(other, piece)
+            differ = _weights_differ(first, other, piece)
+            # Of the same weights two logprobs differ by rounding at most (by what else was in the engine's batch).
+            logprobs[part][differ & (logprobs[part] != other_logprobs)] = np.nan
+            versions[part][versions[part] != other_versions] = UNKNOWN_VERSION
+        if any(other.policies != first.policies for other in records[1:]):
+            ambiguous.add(number)
+        temperatures.update(record.temperature for record in records)
+    return SequenceMatch(
+        found=known,
+        versions=versions,
+        logprobs=logprobs,
+        temperature=temperatures.pop() if len(temperatures) == 1 else None,
+        spans=len(spans),
+        unmatched_spans=sum(any(piece.start not in picks for piece in span) for span in spans),
+        unmatched_tokens=lost_tokens,
+        ambiguous_spans=len(ambiguous),
+        difference=difference,
+    )
+
+
+def _weights_differ(one: SpanRecord, other: SpanRecord, piece: Piece) -> NDArray[np.bool_]:
+    """[tokens of the piece] which of its tokens the two records have from different weights."""
+    if one.branch != other.branch:
+        return np.ones(piece.stop - piece.start, dtype=np.bool_)
+    return np.not_equal(one.written_by()[_inside(one, piece)], other.written_by()[_inside(other, piece)])
+
+
+def _inside(record: SpanRecord, piece: Piece) -> slice:
+    return slice(piece.start - record.start, piece.stop - record.start)
+
+
+def _of_piece(record: SpanRecord, piece: Piece) -> tuple[IntArray, FloatArray]:
+    """Versions and logprobs of the piece's tokens according to one record."""
+    part = _inside(record, piece)
+    return record.versions()[part], record.logprobs[part].astype(np.float64)
+
+
+def _explain(ledger: Ledger, token_ids: IntArray, piece: Piece) -> Difference:
+    """Compare with the newest records; the one that agrees longest is taken for what the environment began with."""
+    ids = np.asarray(token_ids, dtype=np.int64)
+    best, similar = -1, None
+    for record in ledger.newest(_MOST_EXPLAINED):
+        written = np.frombuffer(record.prompt.ids + record.ids, dtype="<i4")
+        count = min(len(written), len(ids))
+        unequal = np.flatnonzero(written[:count] != ids[:count])
+        common = int(unequal[0]) if unequal.size else count
+        # A record that the sequence holds as a whole ends before the lost piece: it explains nothing but its end.
+        if common > best and common <= piece.stop:
+            best, similar = common, (written, record.start)
+    if similar is None or best <= 0:
+        return Difference(
+            position=piece.start, written=None, posted=int(ids[piece.start]), in_prompt=True, nothing_similar=True
+        )
+    written, prompt_length = similar
+    return Difference(
+        position=best,
+        written=int(written[best]) if best < len(written) else None,
+        posted=int(ids[best]) if best < len(ids) else None,
+        in_prompt=best < prompt_length,
+    )

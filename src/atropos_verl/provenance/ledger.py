@@ -1,0 +1,372 @@
+"""``Ledger``: which policy version wrote which token, and with what logprob, for everything this gateway generated.
+
+Environments do not say which weights answered them, and many send no logprobs. The gateway knows both, so it writes
+down every completion under the token ids it came after, and a scored sequence is looked up by its own token ids::
+
+    prompt [5 6] ── request ──▶ [8 2] at v3         recorded: after "5 6" came "8 2"
+    scored sequence  5 6 8 2 7 7 4 2                trained tokens: 8 2 and 4 2
+                         └┬┘     └┬┘
+             after "5 6": found   after "5 6 8 2 7 7": found, the request of the second turn
+
+A sequence of several turns is thus resolved turn by turn, whatever the environment put in between. A look-up hashes all
+prefixes of the sequence at once (numpy), finds the records by hash, and then compares the ids themselves, prompt and
+completion: a hash alone never decides. What is not found stays unknown.
+
+The least recently used records are forgotten first. ``persist`` keeps them over a restart. ``attribution`` looks up
+whole batches and chooses among identical completions.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atropos_verl.provenance.ledger_log import LedgerLog, Logged, LoggedRequest, LoggedUse, open_log
+from atropos_verl.provenance.ledger_records import (
+    ID_BYTES,
+    IDS,
+    OVERHEAD_BYTES,
+    Piece,
+    Prompt,
+    Resume,
+    Runs,
+    SpanRecord,
+    note_branches,
+)
+from atropos_verl.provenance.prefix_hashes import MASK, prefix_hashes
+from atropos_verl.types import UNKNOWN_VERSION, Generation
+
+__all__ = ["Ledger", "LedgerStats", "Piece", "SpanRecord"]
+
+_MOST_COMPARED = 4096
+"""Completions of one prompt that are compared one by one, newest first, where the exact index finds none."""
+_MOST_ALIKE = 256
+"""Records with the same ids, prompt and completion: a policy that has settled writes them by the thousand."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerStats:
+    """What a ledger holds now, and what it did since it was made."""
+
+    spans: int
+    prompts: int
+    bytes: int
+    recorded_spans: int
+    recorded_tokens: int
+    evicted_spans: int
+    restored_spans: int = 0
+    """Of processes before this one."""
+
+
+class Ledger:
+    """Completions by the ids they came after. Safe to call from any thread.
+
+    Args:
+        max_bytes: of ids, logprobs and objects, at most; the least recently used records go first.
+        max_spans: records at most.
+    """
+
+    def __init__(self, max_bytes: int = 256 << 20, max_spans: int = 1_000_000) -> None:
+        if max_bytes < 1 or max_spans < 1:
+            raise ValueError(f"a ledger needs room: max_bytes {max_bytes}, max_spans {max_spans}")
+        self.max_bytes = max_bytes
+        self.max_spans = max_spans
+        self._lock = threading.RLock()
+        self._prompts: dict[int, Prompt] = {}
+        self._by_end: dict[int, dict[int, SpanRecord]] = {}
+        self._spans: OrderedDict[int, SpanRecord] = OrderedDict()
+        self._bytes = 0
+        self._orders = 0
+        self._requests = 0
+        self._recorded_tokens = 0
+        self._evicted = 0
+        self._restored = 0
+        self._restored_orders = 0
+        self._log: LedgerLog | None = None
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def stats(self) -> LedgerStats:
+        with self._lock:
+            return LedgerStats(
+                spans=len(self._spans),
+                prompts=len(self._prompts),
+                bytes=self._bytes,
+                recorded_spans=self._orders - self._restored_orders,
+                recorded_tokens=self._recorded_tokens,
+                evicted_spans=self._evicted,
+                restored_spans=self._restored,
+            )
+
+    # -- the gateway's side ------------------------------------------------------------------------------------------
+
+    def record(
+        self, prompt_token_ids: Sequence[int], generations: Iterable[Generation], temperature: float = 1.0
+    ) -> None:
+        """Write down the completions of one request. Call it before the client can see them.
+
+        ``temperature``: the logprobs are of this distribution; 0 (greedy) counts as 1, as engines report it.
+        """
+        prompt = np.asarray(prompt_token_ids, dtype=IDS)
+        made = [(np.asarray(g.token_ids, dtype=IDS), g) for g in generations if g.token_ids]
+        if not made:
+            return
+        key = int(prefix_hashes(prompt)[-1])
+        temperature = temperature if temperature > 0 else 1.0
+        with self._lock:
+            self._requests += 1
+            before = self._prompts.get(key)
+            node = self._node(key, prompt.tobytes())
+            records = [self._make(node, ids, generation, temperature) for ids, generation in made]
+            if self._log is not None:
+                self._log.request(self._requests, key, node.ids, temperature, records, new_prompt=node is not before)
+            for record in records:
+                self._add(record)
+                self._recorded_tokens += record.length
+            self._shrink()
+
+    def _node(self, key: int, ids: bytes) -> Prompt:
+        node = self._prompts.get(key)
+        if node is not None and node.ids != ids:  # two prompts, one 64-bit hash: the newer stays
+            for record in list(node.spans.values()):
+                self._forget(record)
+            node = None
+        if node is None:
+            node = self._prompts[key] = Prompt(key, ids, OrderedDict())
+            self._bytes += len(ids) + OVERHEAD_BYTES
+        return node
+
+    def _make(self, node: Prompt, ids: NDArray[np.int32], generation: Generation, temperature: float) -> SpanRecord:
+        self._orders += 1
+        return SpanRecord(
+            order=self._orders,
+            request=self._requests,
+            prompt=node,
+            ids=ids.tobytes(),
+            logprobs=_logprobs(generation),
+            runs=_runs(generation),
+            temperature=temperature,
+            end_key=(node.key + int(prefix_hashes(ids, offset=node.length)[-1])) & MASK,
+        )
+
+    def _add(self, record: SpanRecord) -> None:
+        self._spans[record.order] = record
+        record.prompt.spans[record.order] = record
+        self._bytes += record.nbytes
+        alike = self._by_end.setdefault(record.end_key, {})
+        alike[record.order] = record
+        if len(alike) > _MOST_ALIKE:
+            self._forget(next(iter(alike.values())))
+
+    def _shrink(self) -> None:
+        while self._spans and (self._bytes > self.max_bytes or len(self._spans) > self.max_spans):
+            self._forget(next(iter(self._spans.values())))
+
+    def _forget(self, record: SpanRecord) -> None:
+        del self._spans[record.order]
+        node = record.prompt
+        del node.spans[record.order]
+        self._bytes -= record.nbytes
+        if not node.spans:
+            del self._prompts[node.key]
+            self._bytes -= len(node.ids) + OVERHEAD_BYTES
+        alike = self._by_end[record.end_key]
+        del alike[record.order]
+        if not alike:
+            del self._by_end[record.end_key]
+        self._evicted += 1
+
+    # -- over a restart ----------------------------------------------------------------------------------------------
+
+    def persist(self, directory: Path, resumed_at: int | None = None) -> int:
+        """Keep what is recorded from here on in ``directory`` as well, for the process that resumes this run.
+
+        Args:
+            directory: of the run; its files take ``max_bytes`` at most.
+            resumed_at: this process resumes a run at this policy version: what is there is taken in. None: it begins
+                one, and what is there is removed.
+
+        Returns:
+            Completions taken in. A damaged file is none: the log names it, and nothing is taken in.
+        """
+        with self._lock:
+            if self._orders or self._log is not None:
+                raise ValueError("persist comes before the first record")
+            self._log, found = open_log(directory, self.max_bytes, keep=resumed_at is not None)
+            self._restore(found, resumed_at)
+            if self._log is not None:
+                last = self._restored_orders
+                self._log.begin(None if resumed_at is None else Resume(resumed_at, last))
+            return self._restored
+
+    def _restore(self, found: Sequence[Logged], resumed_at: int | None) -> None:
+        resumes = [entry for entry in found if isinstance(entry, Resume)]
+        for entry in found:
+            if isinstance(entry, LoggedRequest):
+                node = self._node(entry.prompt_key, entry.prompt_ids)
+                for span in entry.spans:
+                    self._orders, self._requests = span.order, entry.request
+                    read = (span.ids, span.logprobs, span.runs, entry.temperature, span.end_key)
+                    self._add(SpanRecord(span.order, entry.request, node, *read))
+                self._shrink()
+            elif isinstance(entry, LoggedUse):
+                self._note_used(entry.orders)
+        self._restored_orders = self._orders
+        if resumed_at is not None:
+            resumes.append(Resume(resumed_at, self._orders))
+        note_branches(self._spans.values(), resumes)
+        self._restored, self._evicted = len(self._spans), 0
+
+    def consumed(self, orders: Sequence[int]) -> None:
+        """A batch that holds the records of these numbers was trained on: nobody will ask for it again."""
+        with self._lock:
+            if self._log is not None and orders:
+                self._log.used(orders)
+
+    def _note_used(self, orders: Iterable[int]) -> None:
+        for order in orders:
+            if order in self._spans:
+                self._spans[order].uses += 1
+
+    def close(self) -> None:
+        """Let go of the log's directory. Idempotent."""
+        with self._lock:
+            if self._log is not None:
+                self._log.close()
+                self._log = None
+
+    # -- the trainer's side ------------------------------------------------------------------------------------------
+
+    def find(self, token_ids: NDArray[np.int64], spans: Sequence[tuple[int, int]]) -> list[list[Piece]]:
+        """For each trained span ``[start, stop)`` of a sequence the pieces it consists of, in order and without gaps.
+
+        A span of one completion is one piece. Two completions one after the other (a generation that was continued)
+        are two; a completion whose head or tail the environment left untrained or cut off is found as well. Tokens that
+        no record holds, because the text was edited or tokenised anew, are pieces without candidates: where a
+        completion's ids turn into others, nothing of it is taken.
+        """
+        ids = np.asarray(token_ids, dtype=IDS)
+        hashes = prefix_hashes(ids)
+        sequence = ids.tobytes()
+        with self._lock:
+            return [list(self._pieces(sequence, hashes, start, stop)) for start, stop in spans]
+
+    def continues(self, token_ids: Sequence[int]) -> bool:
+        """Whether a prompt begins with a prompt and the completion that followed it: the next turn of an episode."""
+        ids = np.asarray(token_ids, dtype=IDS)
+        sequence = ids.tobytes()
+        keys = prefix_hashes(ids).tolist()
+        with self._lock:
+            for stop in range(len(ids), 0, -1):
+                for record in self._by_end.get(keys[stop], {}).values():
+                    if record.start + record.length == stop and _holds(record, sequence, stop):
+                        return True
+        return False
+
+    def used(self, records: Iterable[SpanRecord]) -> None:
+        """Note that a sequence is known to hold each of ``records``."""
+        with self._lock:
+            for record in records:
+                record.uses += 1
+                if record.order in self._spans:
+                    self._spans.move_to_end(record.order)
+
+    def used_before(self, orders: Iterable[int]) -> set[int]:
+        """The same for records by number, as a process before this one noted them. Returns those that are here."""
+        with self._lock:
+            known = [order for order in orders if order in self._spans]
+            self._note_used(known)
+        return set(known)
+
+    def newest(self, count: int) -> list[SpanRecord]:
+        """The ``count`` most recent records, newest first."""
+        with self._lock:
+            return [record for record, _ in zip(reversed(self._spans.values()), range(count), strict=False)]
+
+    def _pieces(self, sequence: bytes, hashes: NDArray[np.uint64], start: int, stop: int) -> Iterator[Piece]:
+        position = start
+        while position < stop:
+            records, end = self._exact(sequence, hashes, position, stop), stop
+            if not records:
+                records, end = self._after_prompt(sequence, hashes, position, stop)
+            if not records:
+                records, end = self._begun_before(sequence, hashes, position, stop)
+            if not records:
+                end = self._next_known(hashes, position, stop)
+            yield Piece(position, end, tuple(records))
+            position = end
+
+    def _exact(self, sequence: bytes, hashes: NDArray[np.uint64], start: int, stop: int) -> list[SpanRecord]:
+        """Completions that begin at ``start`` and end at ``stop``."""
+        found = self._by_end.get(int(hashes[stop]), {})
+        return [
+            r for r in found.values() if r.start == start and r.start + r.length == stop and _holds(r, sequence, stop)
+        ]
+
+    def _after_prompt(
+        self, sequence: bytes, hashes: NDArray[np.uint64], start: int, stop: int
+    ) -> tuple[list[SpanRecord], int]:
+        """Completions that begin at ``start``, and where the longest of them ends in this span."""
+        node = self._prompts.get(int(hashes[start]))
+        if node is None or not sequence.startswith(node.ids) or node.length != start:
+            return [], start
+        found: list[SpanRecord] = []
+        longest = 0
+        for record, _ in zip(reversed(node.spans.values()), range(_MOST_COMPARED), strict=False):
+            length = min(record.length, stop - start)
+            if length >= longest and _holds(record, sequence, start + length):
+                found = [record] if length > longest else [*found, record]
+                longest = length
+        return found, start + longest
+
+    def _begun_before(
+        self, sequence: bytes, hashes: NDArray[np.uint64], start: int, stop: int
+    ) -> tuple[list[SpanRecord], int]:
+        """Completions of an earlier prompt that reach over ``start``: the environment left their head untrained."""
+        for position, key in zip(range(start - 1, -1, -1), hashes[:start][::-1].tolist(), strict=True):
+            if key in self._prompts:
+                records, _ = self._after_prompt(sequence, hashes, position, stop)
+                reaching = [record for record in records if record.start + record.length > start]
+                if reaching:
+                    return reaching, min(stop, reaching[0].start + reaching[0].length)
+        return [], start
+
+    def _next_known(self, hashes: NDArray[np.uint64], start: int, stop: int) -> int:
+        """The next position in the span at which a completion may begin."""
+        keys = hashes[start + 1 : stop].tolist()
+        return next((start + 1 + i for i, key in enumerate(keys) if key in self._prompts), stop)
+
+
+def _runs(generation: Generation) -> Runs:
+    """Version runs of a completion; what is not known in the middle is said to be unknown."""
+    count = len(generation.token_ids)
+    if generation.policy_version_runs:
+        if sum(n for _, n in generation.policy_version_runs) != count:
+            raise ValueError(f"policy_version_runs {generation.policy_version_runs} do not add up to {count} tokens")
+        return generation.policy_version_runs
+    first, last = generation.policy_version_first, generation.policy_version_last
+    if first == last:
+        return ((first, count),)
+    middle = ((UNKNOWN_VERSION, count - 2),) if count > 2 else ()
+    return ((first, 1), *middle, (last, 1))
+
+
+def _logprobs(generation: Generation) -> NDArray[np.float32]:
+    """float32; NaN where the engine reports none."""
+    if len(generation.logprobs) != len(generation.token_ids):
+        return np.full(len(generation.token_ids), np.nan, dtype=np.float32)
+    return np.asarray(generation.logprobs, dtype=np.float32)
+
+
+def _holds(record: SpanRecord, sequence: bytes, stop: int) -> bool:
+    """Whether ``sequence`` is prompt and completion of ``record``, as far as position ``stop``."""
+    start = len(record.prompt.ids)
+    end = stop * ID_BYTES
+    return sequence[start:end] == record.ids[: end - start] and sequence.startswith(record.prompt.ids)

@@ -1,0 +1,145 @@
+"""``StalenessThrottle``: holds new prompts back that would be too old by the time they are trained on.
+
+A sequence that begins now is trained on after everything that is ahead of it, one batch per policy version::
+
+    staleness = batches in hand + (sequences queued at the API + sequences under way) // batch_size
+
+so a new prompt waits while that exceeds ``off_policy.max_staleness``. This is the bound of AReaL (arXiv 2505.24298: no
+more than (version + η + 1) · batch_size sequences are ever begun) in terms of what shows from outside. Environments
+drop groups, take time to score and ask for things that are never trained on, so what was generated is counted until it
+shows up in the queue, or until it took twice as long as others did.
+
+What goes on with something generated before (the next turn of an episode) is never held: waiting would only make it
+older.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from atropos_verl.provenance.ledger import Ledger
+from atropos_verl.types import GenerationRequest
+
+__all__ = ["StalenessThrottle"]
+
+_POLL_SECONDS = 0.02
+_PROBE_TOKENS = 1
+"""Requests for so few tokens are health checks: they pass."""
+_LEAST_LINGER = 0.25
+_DELAYS = 32
+"""Newest delays between a completion and its place in the queue that the next ones are judged by."""
+
+
+class StalenessThrottle:
+    """Safe to call from any thread and event loop.
+
+    Args:
+        ledger: knows what was generated before.
+        batch_size: sequences that one optimiser step consumes.
+        max_staleness: policy versions.
+        batches_per_version: batches that are trained on between two policy versions.
+        linger: seconds after which a completion that has not shown up in the queue is not expected any more, at most.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        batch_size: int,
+        max_staleness: int,
+        linger: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+        batches_per_version: int = 1,
+    ) -> None:
+        self._ledger = ledger
+        self._batch_size = batch_size
+        self._bound = max_staleness
+        self._batches_per_version = batches_per_version
+        self._linger = linger
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._queued = 0
+        self._in_hand = 0
+        self._generating = 0
+        self._finished: deque[tuple[float, int]] = deque()
+        self._delays: deque[float] = deque(maxlen=_DELAYS)
+        self.active = False
+        """Nothing is held while False: before and after training, when evaluations ask and nobody takes batches."""
+        self.held = 0
+        """Requests that had to wait so far."""
+
+    # -- the trainer's side ------------------------------------------------------------------------------------------
+
+    def queue_is(self, sequences: int) -> None:
+        """What the API has queued now, in sequences: those that are new there are under way no more."""
+        with self._lock:
+            arrived = sequences - self._queued
+            self._queued = sequences
+            while arrived > 0 and self._finished:
+                when, count = self._finished.popleft()
+                self._delays.append(self._clock() - when)
+                if count > arrived:
+                    self._finished.appendleft((when, count - arrived))
+                arrived -= count
+
+    def batch_fetched(self) -> None:
+        """A batch left the queue and is in hand: being trained on, or waiting for that."""
+        with self._lock:
+            self._in_hand += 1
+            self._queued = max(0, self._queued - self._batch_size)
+
+    def batch_done(self) -> None:
+        """It was trained on, and the engine has the new weights; or it was given up."""
+        with self._lock:
+            self._in_hand = max(0, self._in_hand - 1)
+
+    # -- the gateway's side ------------------------------------------------------------------------------------------
+
+    @property
+    def expected_staleness(self) -> int:
+        """Of a sequence that begins now."""
+        with self._lock:
+            return self._expected()
+
+    @asynccontextmanager
+    async def admitted(self, requests: Sequence[GenerationRequest]) -> AsyncIterator[None]:
+        """Wait until the new sequences among ``requests`` may begin, and count them while the block runs."""
+        begins = sum(request.n for request in requests if self._is_new(request))
+        if not begins:
+            yield
+            return
+        waited = False
+        while not self._begin(begins):  # one count for all: half a request that waits for itself would wait for ever
+            self.held += not waited
+            waited = True
+            await asyncio.sleep(_POLL_SECONDS)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._generating -= begins
+                self._finished.append((self._clock(), begins))
+
+    def _is_new(self, request: GenerationRequest) -> bool:
+        probe = request.max_tokens is not None and request.max_tokens <= _PROBE_TOKENS
+        return not (probe or self._ledger.continues(request.prompt_token_ids))
+
+    def _begin(self, n: int) -> bool:
+        with self._lock:
+            if self.active and self._expected() > self._bound:
+                return False
+            self._generating += n
+            return True
+
+    def _expected(self) -> int:
+        usual = max(_LEAST_LINGER, 2 * max(self._delays)) if self._delays else self._linger
+        horizon = self._clock() - min(usual, self._linger)
+        while self._finished and self._finished[0][0] < horizon:
+            self._finished.popleft()
+        under_way = self._generating + sum(count for _, count in self._finished)
+        ahead = self._in_hand + (self._queued + under_way) // self._batch_size
+        return ahead // self._batches_per_version

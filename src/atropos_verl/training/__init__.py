@@ -1,0 +1,1 @@
+"""From batches to optimiser steps: samples, advantages, losses, weight sync."""

@@ -1,0 +1,135 @@
+"""Where refused groups go: one JSON file each, with the reason and the group exactly as it came."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from atropos_verl.errors import DataError
+from atropos_verl.storage import write_atomically
+from atropos_verl.types import QuarantinedGroup, ScoredGroup
+
+__all__ = ["QuarantineEntry", "QuarantineStore", "parse_quarantine_file"]
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+class _File(msgspec.Struct, kw_only=True):
+    """The file. The group is under exactly one of the last three names.
+
+    ``group``: its JSON, byte for byte. ``raw``: text that is not JSON (NaN, cut short). ``raw_base64``: not even text.
+    """
+
+    reason: str
+    group_id: str
+    env_id: int | None = None
+    group: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    raw: str | msgspec.UnsetType = msgspec.UNSET
+    raw_base64: str | msgspec.UnsetType = msgspec.UNSET
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuarantineEntry:
+    """What a quarantine file says."""
+
+    reason: str
+    group_id: str
+    raw: bytes
+    """The group as it came."""
+
+
+class QuarantineStore:
+    """Writes refused groups to a directory, which it makes at the first one.
+
+    The name is the group's id, a hash of its content: the same group refused again, or replayed, is one file.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def put(self, refused: QuarantinedGroup) -> Path:
+        """Write ``DIRECTORY/GROUP_ID.json``, atomically.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        raw = refused.group.raw or _encode(refused.group)
+        group_id = refused.group.group_id
+        if not _SAFE_NAME.fullmatch(group_id):
+            group_id = hashlib.sha256(raw).hexdigest()[:16]
+        content = _File(reason=_encodable(refused.reason), group_id=group_id, env_id=refused.group.env_id)
+        if _is_json(raw):
+            content.group = msgspec.Raw(raw)
+        else:
+            try:
+                content.raw = raw.decode()
+            except UnicodeDecodeError:
+                content.raw_base64 = base64.b64encode(raw).decode()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / f"{group_id}.json"
+        # Not durable: a hostile environment can fill thousands of these a minute, and a lost one does no harm.
+        write_atomically(path, msgspec.json.encode(content) + b"\n", durable=False)
+        return path
+
+
+def parse_quarantine_file(content: bytes) -> QuarantineEntry:
+    """The inverse of ``put``.
+
+    Raises:
+        DataError: not such a file.
+    """
+    try:
+        found = msgspec.json.decode(content, type=_File)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise DataError(f"not a quarantine file: {error}") from error
+    if not isinstance(found.group, msgspec.UnsetType):
+        raw = bytes(found.group)
+    elif not isinstance(found.raw, msgspec.UnsetType):
+        raw = found.raw.encode()
+    elif not isinstance(found.raw_base64, msgspec.UnsetType):
+        try:
+            raw = base64.b64decode(found.raw_base64, validate=True)
+        except ValueError as error:
+            raise DataError(f"not a quarantine file: raw_base64 is not base64 ({error})") from error
+    else:
+        raise DataError("not a quarantine file: it has none of group, raw, raw_base64")
+    return QuarantineEntry(reason=found.reason, group_id=found.group_id, raw=raw)
+
+
+def _is_json(raw: bytes) -> bool:
+    try:
+        msgspec.json.decode(raw)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+    return True
+
+
+def _encodable(text: str) -> str:
+    """Without lone surrogates, which a reason may quote from the group."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _encode(group: ScoredGroup) -> bytes:
+    """JSON of a group that did not come over the wire. Bad values are kept: NaN stays NaN."""
+    fields: dict[str, Any] = {
+        "tokens": [row.tolist() for row in group.token_ids],
+        "masks": [row.tolist() for row in group.masks],
+        "scores": np.asarray(group.scores).tolist(),
+    }
+    for name in ("advantages", "inference_logprobs", "ref_logprobs"):
+        rows = getattr(group, name)
+        if rows is not None:
+            fields[name] = [[] if row is None else row.tolist() for row in rows]
+    for name in ("overrides", "group_overrides", "generation_params", "messages", "env_id"):
+        value = getattr(group, name)
+        if value is not None:
+            fields[name] = list(value) if isinstance(value, tuple) else value
+    return json.dumps(fields, default=repr).encode()

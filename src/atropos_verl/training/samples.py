@@ -1,0 +1,265 @@
+"""``ScoredGroup`` → ``TrainingSample``: validated, masked, weighed.
+
+Nothing is dropped silently: a group that cannot be trained on is quarantined with its reason, an overlong sequence is
+counted, a field nobody uses is refused by name.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from atropos_verl.config.schema import RunConfig
+from atropos_verl.errors import ConfigError, DataError
+from atropos_verl.protocol.group_checks import (
+    NO_LOGPROB,
+    NOT_TRAINED,
+    check_supported,
+    fault_in_group,
+    sampling_temperature,
+)
+from atropos_verl.training.advantages import (
+    ESTIMATORS,
+    NORMALIZATIONS,
+    SequenceAdvantage,
+    finish_advantages,
+    group_advantages,
+)
+from atropos_verl.training.statistics import RunningMoments
+from atropos_verl.types import (
+    UNKNOWN_VERSION,
+    FloatArray,
+    IntArray,
+    QuarantinedGroup,
+    SampleReport,
+    SampleSettings,
+    ScoredGroup,
+    TrainingSample,
+)
+
+__all__ = ["build_samples", "collect_samples", "sample_settings"]
+
+logger = logging.getLogger(__name__)
+
+_KNOWN_OVERRIDES = frozenset({"set_advantage_to_zero", "temperature", "policy_version"})
+_KNOWN_GROUP_OVERRIDES = frozenset({"group_size", "temperature"})
+_DEFAULTS = SampleSettings()
+
+
+def build_samples(
+    groups: Iterable[ScoredGroup], settings: SampleSettings = _DEFAULTS, *, running: RunningMoments | None = None
+) -> SampleReport:
+    """Turn the groups of one global batch into samples, in the order of groups and sequences.
+
+    Masks: ``-100`` is not trained, wherever it stands; position 0 never is, since nothing predicts it. Rollout
+    logprobs: 1.0 becomes NaN, and a sequence without any value has None. Temperature: ``overrides[i]`` >
+    ``generation_params`` > ``group_overrides`` > ``settings.default_temperature``; 0 (greedy) becomes 1, whose
+    logprobs engines report for greedy tokens. ``policy_version``: the oldest of ``token_versions`` among the trained
+    tokens, else from ``overrides[i]`` or ``generation_params`` where it is an integer. Advantages: see
+    ``data.advantages``; an overlong sequence counts in its group's baseline, and not in the batch's statistics. A
+    sequence without a trained token is a sample that adds nothing.
+
+    Args:
+        running: statistics of the run, for ``normalization="global"``; merged with this batch. None starts afresh.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+        UnsupportedFieldError: a sound group carries a field that is not used and not in ``settings.ignore_fields``.
+        DataError: a bad group with ``on_bad_group="error"``, or a long sequence with ``overlong="error"``.
+    """
+    collected = _collect_all(groups, settings)
+    if settings.normalization == "global" and running is None:
+        running = RunningMoments()
+    advantages = finish_advantages(collected.advantages, settings.normalization, settings.clipping, running)
+    return collected.report(advantages)
+
+
+def collect_samples(
+    groups: Iterable[ScoredGroup], settings: SampleSettings = _DEFAULTS
+) -> tuple[SampleReport, list[SequenceAdvantage]]:
+    """``build_samples`` up to the steps that need the whole global batch: normalising, clipping, forced zeros.
+
+    For a backend whose batch meets in one place only later; ``finish_advantages`` does the rest there.
+
+    Returns:
+        The report, whose samples hold the advantages so far, and what ``finish_advantages`` needs, sample by sample.
+
+    Raises as ``build_samples``.
+    """
+    collected = _collect_all(groups, settings)
+    unfinished = [np.where(entry.loss_mask, entry.values, 0.0) for entry in collected.advantages]
+    return collected.report(unfinished), collected.advantages
+
+
+def _collect_all(groups: Iterable[ScoredGroup], settings: SampleSettings) -> _Collected:
+    _check_settings(settings)
+    collected = _Collected()
+    for group in groups:
+        reason = fault_in_group(group, settings)
+        if reason is None:
+            check_supported(group, settings.ignore_fields)
+            _collect(group, settings, collected)
+        elif settings.on_bad_group == "error":
+            raise DataError(reason)
+        else:
+            collected.quarantined.append(QuarantinedGroup(group=group, reason=reason))
+    collected.log(settings)
+    return collected
+
+
+@dataclass(slots=True)
+class _Collected:
+    """What was found so far. ``samples`` and ``advantages`` belong together, entry by entry."""
+
+    samples: list[TrainingSample] = field(default_factory=list)
+    advantages: list[SequenceAdvantage] = field(default_factory=list)
+    quarantined: list[QuarantinedGroup] = field(default_factory=list)
+    scores: list[FloatArray] = field(default_factory=list)
+    groups: int = 0
+    dropped_overlong: int = 0
+    unknown_keys: Counter[str] = field(default_factory=Counter)
+
+    def report(self, advantages: list[FloatArray]) -> SampleReport:
+        return SampleReport(
+            samples=[replace(s, advantages=a) for s, a in zip(self.samples, advantages, strict=True)],
+            quarantined=self.quarantined,
+            dropped_overlong=self.dropped_overlong,
+            truncated=sum(sample.truncated for sample in self.samples),
+            groups=self.groups,
+            scores=np.concatenate(self.scores) if self.scores else np.zeros(0),
+        )
+
+    def log(self, settings: SampleSettings) -> None:
+        for key, count in sorted(self.unknown_keys.items()):
+            logger.warning("%s is not known to this trainer and has no effect (%d times in this batch)", key, count)
+        if self.dropped_overlong:
+            logger.warning(
+                "%d sequences longer than %s tokens are left out of training (data.overlong=drop)",
+                self.dropped_overlong,
+                settings.max_token_len,
+            )
+
+
+def _collect(group: ScoredGroup, settings: SampleSettings, into: _Collected) -> None:
+    into.groups += 1
+    into.scores.append(group.scores)
+    into.unknown_keys.update(_unknown_keys(group))
+    baseline = group_advantages(group.scores, settings.estimator, norm_by_std=settings.norm_adv_by_std_in_grpo)
+    limit = settings.max_token_len
+    for i, tokens in enumerate(group.token_ids):
+        length = int(tokens.shape[0])
+        overlong = limit is not None and length > limit
+        if overlong and settings.overlong == "drop":
+            into.dropped_overlong += 1
+            continue
+        if overlong and settings.overlong == "error":
+            raise DataError(
+                f"tokens[{i}] of group {group.group_id}: {length} tokens, more than max_token_len = {limit}; raise "
+                "data.max_token_len, lower the environment's limit, or set data.overlong to drop or truncate"
+            )
+        end = limit if overlong and limit is not None else length
+        sample = _sample(group, i, end, settings.default_temperature, truncated=overlong)
+        own = None if group.advantages is None else group.advantages[i]
+        zero = group.overrides is not None and bool(group.overrides[i].get("set_advantage_to_zero"))
+        values = np.full(end, baseline[i]) if own is None else own[:end]
+        into.samples.append(sample)
+        into.advantages.append(SequenceAdvantage(values, sample.loss_mask, zero, own is not None))
+
+
+def _sample(group: ScoredGroup, i: int, end: int, default_temperature: float, *, truncated: bool) -> TrainingSample:
+    """Sequence ``i`` up to token ``end``, its advantages not yet known."""
+    loss_mask = group.masks[i][:end] != NOT_TRAINED
+    loss_mask[0] = False  # nothing predicts the first token
+    versions = None if group.token_versions is None else group.token_versions[i]
+    versions = None if versions is None else versions[:end]
+    return TrainingSample(
+        token_ids=group.token_ids[i][:end],
+        loss_mask=loss_mask,
+        advantages=_NOT_YET,
+        rollout_logprobs=_rollout_logprobs(group, i, end),
+        temperature=sampling_temperature(group, i, default_temperature),
+        score=float(group.scores[i]),
+        group_id=group.group_id,
+        sequence_index=i,
+        env_id=group.env_id,
+        policy_version=_policy_version(group, i, None if versions is None else versions[loss_mask]),
+        token_versions=versions,
+        truncated=truncated,
+    )
+
+
+def _rollout_logprobs(group: ScoredGroup, i: int, end: int) -> FloatArray | None:
+    row = None if group.inference_logprobs is None else group.inference_logprobs[i]
+    if row is None:
+        return None
+    row = row[:end]
+    known = row != NO_LOGPROB
+    if not known.any():
+        return None
+    return np.where(known, np.minimum(row, 0.0), np.nan)
+
+
+def _policy_version(group: ScoredGroup, i: int, trained: IntArray | None) -> int | None:
+    known = np.zeros(0) if trained is None else trained[trained != UNKNOWN_VERSION]
+    if known.size:
+        return int(known.min())
+    own = {} if group.overrides is None else group.overrides[i]
+    for source in (own, group.generation_params or {}):
+        version = source.get("policy_version")
+        if isinstance(version, int) and not isinstance(version, bool):
+            return version
+    return None
+
+
+def _unknown_keys(group: ScoredGroup) -> Iterable[str]:
+    for entry in group.overrides or ():
+        yield from (f"overrides[].{key}" for key in entry if key not in _KNOWN_OVERRIDES)
+    yield from (f"group_overrides.{key}" for key in group.group_overrides or () if key not in _KNOWN_GROUP_OVERRIDES)
+
+
+_NOT_YET: FloatArray = np.zeros(0)
+
+
+# ---------------------------------------------------------------------- settings
+
+
+def _check_settings(settings: SampleSettings) -> None:
+    choices: tuple[tuple[str, str, Sequence[str]], ...] = (
+        ("estimator", settings.estimator, ESTIMATORS),
+        ("normalization", settings.normalization, NORMALIZATIONS),
+        ("overlong", settings.overlong, ("drop", "truncate", "error")),
+        ("on_bad_group", settings.on_bad_group, ("quarantine", "error")),
+    )
+    for key, value, allowed in choices:
+        if value not in allowed:
+            raise ConfigError(f"{value!r} is none of {', '.join(allowed)}", key)
+    for key, limit in (("vocab_size", settings.vocab_size), ("max_token_len", settings.max_token_len)):
+        if limit is not None and limit < 1:
+            raise ConfigError(f"{limit} must be at least 1", key)
+    if not (math.isfinite(settings.default_temperature) and settings.default_temperature >= 0):
+        raise ConfigError(f"{settings.default_temperature} must be finite and at least 0", "default_temperature")
+    if settings.clipping is not None:
+        low, high = settings.clipping
+        if not low <= high:  # False for NaN too
+            raise ConfigError(f"[{low}, {high}] is not a range", "clipping")
+
+
+def sample_settings(config: RunConfig, vocab_size: int | None) -> SampleSettings:
+    """How a run's configuration wants groups to become samples."""
+    return SampleSettings(
+        vocab_size=vocab_size,
+        max_token_len=config.max_token_len,
+        estimator=config.algorithm.adv_estimator,
+        normalization=config.advantage_normalization,
+        clipping=config.advantage_clipping,
+        overlong=config.data.overlong,
+        on_bad_group=config.data.on_bad_group,
+        default_temperature=config.data.default_temperature,
+        norm_adv_by_std_in_grpo=config.algorithm.norm_adv_by_std_in_grpo,
+        ignore_fields=config.data.ignore_fields,
+    )

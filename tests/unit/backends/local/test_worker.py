@@ -1,0 +1,221 @@
+"""PolicyWorker: verl's engine against a float64 model that this file runs by itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.samples import random_samples
+from support.tiny_model import build_tiny_model
+
+from atropos_verl.backends.local.worker import PolicyWorker, _verl_prints_to_log
+from atropos_verl.config.schema import RunConfig
+from atropos_verl.errors import CheckpointError
+from atropos_verl.types import TrainingSample
+
+LR = 1e-2
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    build_tiny_model(path)
+    return path
+
+
+def _worker(model_path: Path, **values: Any) -> PolicyWorker:
+    merged = {"optim": {"lr": LR}, "trainer": {"device": "cpu", "max_token_len_per_gpu": 64}, **values}
+    return PolicyWorker(RunConfig.from_mapping(merged), model_path)
+
+
+def _reference(model_path: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(str(model_path), dtype=torch.float64)
+
+
+def _logprobs(model: Any, sample: TrainingSample) -> torch.Tensor:
+    """[T], entry 0 is 0; an independent float64 forward of one unpadded sequence."""
+    ids = torch.as_tensor(sample.token_ids)[None]
+    scores = torch.log_softmax(model(ids).logits[0, :-1] / sample.temperature, dim=-1)
+    picked = scores.gather(1, ids[0, 1:, None])[:, 0]
+    return torch.cat([torch.zeros(1, dtype=picked.dtype), picked])
+
+
+def _loss(model: Any, samples: list[TrainingSample]) -> torch.Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for sample in samples:
+        mask = torch.as_tensor(sample.loss_mask)
+        total = total - (_logprobs(model, sample) * torch.as_tensor(sample.advantages) * mask).sum()
+    return total / sum(int(s.loss_mask.sum()) for s in samples)
+
+
+def test_logprobs_of_trained_tokens_at_each_samples_temperature(model_path: Path) -> None:
+    samples = random_samples(9, vocab_size=200)
+    reference = _reference(model_path)
+    found = _worker(model_path).compute_logprobs(samples)
+    for sample, row in zip(samples, found, strict=True):
+        expected = _logprobs(reference, sample).detach().numpy()
+        assert row == pytest.approx(np.where(sample.loss_mask, expected, 0.0), abs=2e-5)
+
+
+def test_loss_gradient_norm_and_update_of_one_step(model_path: Path) -> None:
+    samples = random_samples(9, vocab_size=200, seed=1)
+    worker = _worker(model_path)
+    output = worker.train(samples)
+    reference = _reference(model_path)
+    loss = _loss(reference, samples)
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in reference.parameters()))
+    assert output.loss == pytest.approx(float(loss.detach()), rel=1e-4)
+    assert output.grad_norm == pytest.approx(float(norm), rel=1e-4)
+    assert output.num_loss_tokens == sum(int(s.loss_mask.sum()) for s in samples)
+    # The update itself, by torch's own AdamW in float64 on the same gradient (clipped to norm 1).
+    optimiser = torch.optim.AdamW(reference.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=0.0)
+    torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+    optimiser.step()
+    weights = {name: tensor.double() for name, tensor in worker.named_tensors()}
+    for name, expected in reference.state_dict().items():
+        # AdamW's first step is lr * sign(gradient) where the gradient is not tiny; compare the bulk.
+        difference = (weights[name] - expected).abs()
+        assert difference.median() < 1e-5, name
+
+
+def test_zero_advantages_give_no_gradient(model_path: Path) -> None:
+    samples = random_samples(4, vocab_size=200, seed=2)
+    zeroed = [replace(s, advantages=s.advantages * 0) for s in samples]
+    worker = _worker(model_path)
+    before = {name: tensor.clone() for name, tensor in worker.named_tensors()}
+    output = worker.train(zeroed)
+    assert output.loss == 0.0
+    assert output.grad_norm == 0.0
+    assert all(torch.equal(before[name], tensor) for name, tensor in worker.named_tensors())
+
+
+def test_micro_batches_do_not_change_the_loss(model_path: Path) -> None:
+    samples = random_samples(10, vocab_size=200, seed=3)
+    few = _worker(model_path, trainer={"device": "cpu", "max_token_len_per_gpu": 4096}).train(samples)
+    many = _worker(model_path, trainer={"device": "cpu", "max_token_len_per_gpu": 32}).train(samples)
+    assert many.loss == pytest.approx(few.loss, rel=1e-5)
+    assert many.grad_norm == pytest.approx(few.grad_norm, rel=1e-4)
+
+
+def test_grpo_with_several_updates_uses_old_logprobs(model_path: Path) -> None:
+    samples = random_samples(8, vocab_size=200, seed=4)
+    settings = {"loss": {"type": "grpo", "ppo_epochs": 2, "ppo_mini_batches": 2}, "off_policy": {"importance": None}}
+    worker = _worker(model_path, **settings)
+    output = worker.train(samples)
+    # The first of the four updates is on-policy (ratio 1); later ones are not, so the mean is near but not 1.
+    ratio = output.metrics["ratio_mean"]
+    assert 0.5 < ratio < 2.0
+    assert ratio != pytest.approx(1.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["advantage_weighted_sft", "grpo"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_weights_through_verls_engine(model_path: Path, loss: str, level: str) -> None:
+    """Loss and figures of a whole step, in several micro-batches, against float64 from the rollouts' own logprobs."""
+    samples = random_samples(8, vocab_size=200, seed=8)
+    rng = np.random.default_rng(8)
+    settings = {
+        "loss": {"type": loss},
+        "off_policy": {"importance": level, "importance_cap": 1.1},
+        "trainer": {"device": "cpu", "max_token_len_per_gpu": 48},
+    }
+    worker = _worker(model_path, **settings)
+    current = worker.compute_logprobs(samples)
+    # Rollouts of a policy near by; some values missing, one sequence without any.
+    shifts = [np.where(rng.random(len(s)) < 0.2, np.nan, rng.normal(0, 0.1, len(s))) for s in samples]
+    samples = [
+        replace(s, rollout_logprobs=None if i == 3 else c - d)
+        for i, (s, c, d) in enumerate(zip(samples, current, shifts, strict=True))
+    ]
+    tokens, total, ratios, weights, clipped, k3 = 0, 0.0, list[float](), list[float](), 0, list[float]()
+    for i, (sample, logprobs, shift) in enumerate(zip(samples, current, shifts, strict=True)):
+        trained = np.flatnonzero(sample.loss_mask)
+        logs = {int(t): float(shift[t]) for t in trained if i != 3 and not np.isnan(shift[t])}
+        for t in map(int, trained):
+            raw = math.exp(sum(logs.values())) if level == "sequence" else math.exp(logs.get(t, 0.0))
+            weight = min(raw, 1.1) if (logs if level == "sequence" else t in logs) else 1.0
+            value = -logprobs[t] if loss == "advantage_weighted_sft" else -1.0  # grpo: ratio 1 on the first update
+            total += value * sample.advantages[t] * weight
+            tokens += 1
+            if t in logs:
+                ratios.append(math.exp(logs[t]))
+                weights.append(weight)
+                clipped += raw > 1.1
+                k3.append(math.exp(logs[t]) - 1 - logs[t])
+    output = worker.train(samples)
+    assert output.loss == pytest.approx(total / tokens, rel=1e-4)
+    found = {key.removeprefix("off_policy/"): value for key, value in output.metrics.items() if "off_policy" in key}
+    assert found["ratio_mean"] == pytest.approx(np.mean(ratios), rel=1e-4)
+    assert found["kl_k3"] == pytest.approx(np.mean(k3), rel=1e-2, abs=1e-6)
+    assert found["weight_mean"] == pytest.approx(np.mean(weights), rel=1e-4)
+    assert found["clipped_share"] == pytest.approx(clipped / len(weights))
+    effective = np.mean(weights) ** 2 / np.mean(np.square(weights))
+    assert found["effective_sample_size"] == pytest.approx(effective, rel=1e-4)
+    assert found["known_logprob_share"] == pytest.approx(len(weights) / tokens)
+    largest = max(abs(math.log(ratio)) for ratio in ratios)
+    assert found["log_ratio_max_abs"] == pytest.approx(largest, rel=1e-3)
+
+
+def test_checkpoint_restores_weights_and_optimiser(model_path: Path, tmp_path: Path) -> None:
+    samples = random_samples(6, vocab_size=200, seed=5)
+    worker = _worker(model_path)
+    worker.train(samples)
+    worker.save_checkpoint(tmp_path / "actor", 1)
+    straight = [worker.train(samples).loss for _ in range(2)]
+    other = _worker(model_path)
+    other.load_checkpoint(tmp_path / "actor")
+    assert [other.train(samples).loss for _ in range(2)] == straight
+    files = {path.name for path in (tmp_path / "actor").iterdir()}
+    assert {f"{part}_world_size_1_rank_0.pt" for part in ("model", "optim", "extra_state")} <= files
+
+
+def test_a_checkpoint_of_another_world_size_is_refused_by_name(model_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="another number of ranks"):
+        _worker(model_path).load_checkpoint(tmp_path)
+
+
+def test_two_ranks_give_the_loss_of_one(model_path: Path, tmp_path: Path) -> None:
+    one, two = (_run_ranks(model_path, tmp_path / str(ranks), ranks) for ranks in (1, 2))
+    for kind in ("advantage_weighted_sft", "grpo"):
+        a, b = one[kind], two[kind]
+        assert (a["world_size"], b["world_size"]) == (1, 2)
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4, abs=1e-6)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+        for row_a, row_b in zip(a["logprobs"], b["logprobs"], strict=True):
+            assert row_b == pytest.approx(row_a, abs=2e-3)
+        assert b["after_load"] == b["logprobs"]
+        assert b["weights"] == pytest.approx(a["weights"], rel=1e-4)
+
+
+def _run_ranks(model_path: Path, directory: Path, ranks: int) -> dict[str, Any]:
+    directory.mkdir()
+    tests = Path(__file__).parents[3]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    script = [str(tests / "support" / "train_ranks.py"), str(model_path), str(directory / "result.json")]
+    path = f"{tests}:{os.environ.get('PYTHONPATH', '')}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    subprocess.run([*command, *script], check=True, timeout=240, env=environment)
+    result: dict[str, Any] = json.loads((directory / "result.json").read_text())
+    return result
+
+
+def test_what_catches_verls_prints_outlives_a_change_of_stdout() -> None:
+    """print() borrows sys.stdout: when a log handler changed it meanwhile, the interpreter crashed."""
+    before = sys.stdout
+    with _verl_prints_to_log():
+        writer = weakref.ref(sys.stdout)
+        sys.stdout = before  # as pytest's live log does while it writes
+        assert writer() is not None

@@ -1,0 +1,181 @@
+"""The Ray configurations: every shipped file composes and validates; what is wrong is named by its key."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from atropos_verl.backends.ray.main import main, validate_with_verl
+from atropos_verl.backends.ray.settings import complete_config, compose_config, read_run, with_environment
+from atropos_verl.errors import ConfigError
+from atropos_verl.launch.unused_keys import note_of_unused_keys
+
+CONFIG_DIR = Path(__file__).resolve().parents[4] / "recipe" / "atropos" / "config"
+SHIPPED = ["atropos_ray", *sorted(path.stem for path in CONFIG_DIR.glob("ray_*.yaml"))]
+
+
+def composed(*words: str, name: str = "ray_cpu_demo") -> object:
+    return compose_config(["run_dir=/tmp/never", *words], CONFIG_DIR, name)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_file_composes_and_verl_accepts_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATROPOS_GATEWAY_KEY", "k")
+    config = composed("actor_rollout_ref.model.path=/models/some", name=name)
+    run = read_run(config)
+    assert run.run.batch_size == config.data.train_batch_size * config.actor_rollout_ref.rollout.n
+    if importlib.util.find_spec("vllm") is None:
+        config.actor_rollout_ref.rollout.name = "transformers"  # verl asks vLLM itself for the ranks of LoRA it takes
+    validate_with_verl(config)
+
+
+def test_the_demo_and_the_base_file_are_among_them() -> None:
+    assert {"atropos_ray", "ray_cpu_demo"} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "text"),
+    [
+        ("trainer.savefreq=3", "trainer.savefreq", "did you mean trainer.save_freq"),
+        ("atropos.gatway.port=3", "atropos.gatway", "unknown key"),
+        ("atropos.lease_secs=3", "atropos.lease_secs", "unknown key"),
+        ("steps=3", "steps", "trainer.total_training_steps"),
+        ("optim.lr=1", "optim.lr", "actor_rollout_ref.actor.optim.lr"),
+        ("atropos.api_url=ftp://x", "atropos", "not an http"),
+        ("atropos.off_policy.max_staleness=-1", "atropos.off_policy.max_staleness", "greater than or equal to 0"),
+        ("trainer.v1.trainer_mode=fast", "trainer.v1.trainer_mode", "colocate_async"),
+        ("trainer.total_training_steps=null", "trainer.total_training_steps", "how many steps"),
+        ("algorithm.filter_groups.enable=true", "algorithm.filter_groups.enable", "ensure_scores_are_not_same"),
+        ("algorithm.adv_estimator=gae", "critic.enable", "critic"),
+        ("trainer.test_freq=2", "data.val_files", "prompt file"),
+        ("trainer.val_before_train=true", "data.val_files", "prompt file"),
+        ("atropos.gateway.host=0.0.0.0", "", "set gateway.api_key"),
+    ],
+)
+def test_what_is_wrong_is_named(word: str, key: str, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_run(composed(word))
+    assert text in str(caught.value)
+    assert caught.value.key == key or key in str(caught.value)
+
+
+def test_keys_of_the_block_that_no_file_spells_out_can_be_set() -> None:
+    run = read_run(composed("atropos.lease_seconds=17", "atropos.env.max_batches_offpolicy=3"))
+    assert run.settings.lease_seconds == 17
+    assert run.run.atropos.lease_seconds == 17
+    assert run.run.env.max_batches_offpolicy == 3
+
+
+def test_environment_variables_are_over_the_file_and_under_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATROPOS_API_URL", "http://from.environment:1")
+    words = ["atropos.timeout=7"]
+    monkeypatch.setenv("ATROPOS_TIMEOUT", "9")
+    config = composed(*words)
+    with_environment(config, words)
+    run = read_run(config)
+    assert run.settings.api_url == "http://from.environment:1"
+    assert run.settings.timeout == 7
+    assert run.is_attached
+
+
+def test_separate_async_counts_one_api_batch_per_local_update() -> None:
+    run = read_run(
+        composed("trainer.v1.trainer_mode=separate_async", "trainer.v1.separate_async.parameter_sync_step=4")
+    )
+    assert run.run.batch_size == 8 // 4 * 8
+
+
+def test_keys_that_an_attached_run_does_not_use_are_those_that_somebody_set() -> None:
+    for words, expected in (([], ""), (["atropos.env.script=x.py"], "atropos.env.script: not used, since")):
+        run = read_run(composed("atropos.api_url=http://x", *words))
+        note = note_of_unused_keys(run.run, prefix="atropos.")
+        assert note.startswith(expected) and bool(note) == bool(expected)
+
+
+def test_configuration_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["steps=3"], CONFIG_DIR, "ray_cpu_demo") == 2
+    assert "CONFIGURATION ERROR: steps" in capsys.readouterr().err
+
+
+def test_cfg_prints_everything_and_help_names_the_block(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--cfg"], CONFIG_DIR, "ray_cpu_demo") == 0
+    printed = capsys.readouterr().out
+    assert "loss_mode: advantage_weighted_sft" in printed
+    assert "max_staleness: 0" in printed
+    assert main(["--help"], CONFIG_DIR, "ray_cpu_demo") == 0
+    assert "atropos.off_policy.max_staleness" in capsys.readouterr().out
+
+
+def test_composing_imports_neither_torch_nor_verl() -> None:
+    code = (
+        "import sys; from pathlib import Path; "
+        "from atropos_verl.backends.ray.settings import compose_config, read_run; "
+        f"read_run(compose_config(['run_dir=/x'], Path({str(CONFIG_DIR)!r}), 'ray_cpu_demo')); "
+        "assert not {'torch', 'verl', 'ray'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+SCRIPTS = sorted((CONFIG_DIR.parent).glob("run_ray_*.sh"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_shell_script_runs_a_configuration_that_validates(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script itself, with a ``python`` that writes its words down; those are then composed."""
+    recorder = tmp_path / "python"
+    recorder.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" > {tmp_path / "words"}\n')
+    recorder.chmod(0o755)
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHON": str(recorder),
+        "MODEL": "/models/some",
+        "ATROPOS_GATEWAY_KEY": "k",
+    }
+    subprocess.run([str(script), "trainer.save_freq=7"], check=True, env=environment, timeout=30)
+    program, *words = (tmp_path / "words").read_text().splitlines()
+    assert program == "recipe/atropos/main_atropos.py"
+    assert words.pop(0) == "backend=ray"
+    assert words.pop(0) == "--config-name"
+    name = words.pop(0)
+    monkeypatch.setenv("ATROPOS_GATEWAY_KEY", "k")
+    config = composed(*words, name=name)
+    complete_config(config)
+    run = read_run(config)
+    assert config.trainer.save_freq == 7, "the script passes further words on"
+    assert run.run.steps >= 30
+
+
+def test_there_is_a_script_for_each_kind_of_machine() -> None:
+    names = {path.stem.removeprefix("run_ray_") for path in SCRIPTS}
+    assert names == {"cpu", "grpo_lora_1gpu", "fsdp_vllm", "sglang", "two_nodes"}
+
+
+def test_separate_async_on_the_embedded_engine_needs_no_further_word() -> None:
+    config = composed("trainer.v1.trainer_mode=separate_async")
+    complete_config(config)
+    rollout = config.actor_rollout_ref.rollout
+    assert rollout.checkpoint_engine.backend == "ray_object_store"
+    assert (rollout.nnodes, rollout.n_gpus_per_node) == (1, 1)
+    assert config.actor_rollout_ref.actor.ppo_mini_batch_size * 4 == config.data.train_batch_size
+    kept = composed(
+        "trainer.v1.trainer_mode=separate_async", "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl"
+    )
+    complete_config(kept)
+    assert kept.actor_rollout_ref.rollout.checkpoint_engine.backend == "nccl"
+
+
+def test_what_verl_refuses_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match="ppo_micro_batch_size"):
+        validate_with_verl(composed("actor_rollout_ref.actor.use_dynamic_bsz=false"))
+
+
+def test_a_variable_that_a_file_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ATROPOS_GATEWAY_KEY", raising=False)
+    with pytest.raises(ConfigError, match="ATROPOS_GATEWAY_KEY"):
+        read_run(composed("actor_rollout_ref.model.path=/models/some", name="ray_two_nodes"))

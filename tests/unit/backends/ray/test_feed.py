@@ -1,0 +1,345 @@
+"""The trajectory feed: what fills a slot, what is left out and counted, when a batch is acked, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atropos_verl.backends.ray.feed import FeedSettings, TrajectoryFeed
+from atropos_verl.backends.ray.transfer import Rows
+from atropos_verl.config.schema import OffPolicyConfig
+from atropos_verl.errors import AtroposConnectionError, AtroposTimeoutError
+from atropos_verl.protocol.journal import BatchJournal, JournalEntry
+from atropos_verl.protocol.leases import HeldBatch
+from atropos_verl.provenance.ledger import Ledger
+from atropos_verl.provenance.throttle import StalenessThrottle
+from atropos_verl.training.off_policy_book import OffPolicyBook
+from atropos_verl.training.quarantine import QuarantineStore
+from atropos_verl.training.rollout_flow import RolloutFlow
+from atropos_verl.types import SampleSettings
+
+WAIT = 10.0
+
+
+def group(first: int, size: int = 4, **fields: Any) -> dict[str, Any]:
+    tokens = [[first, 7, 20 + i] for i in range(size)]
+    scores = [float(i) for i in range(size)]
+    return {"tokens": tokens, "masks": [[-100, *row[1:]] for row in tokens], "scores": scores, **fields}
+
+
+class Batches:
+    """In the place of ``LeasedBatches``: bodies from a list, and a note of every call."""
+
+    def __init__(self, directory: Path, bodies: Sequence[list[dict[str, Any]]]) -> None:
+        self.journal = BatchJournal(directory)
+        self.bodies = list(bodies)
+        self.calls: list[tuple[str, Any]] = []
+        self.failure: Exception | None = None
+
+    def fetch(self, max_wait_time: float, should_stop: Any, meta: Any = None) -> HeldBatch:
+        for _ in range(int(20 * WAIT)):
+            should_stop()
+            if self.failure is not None:
+                raise self.failure
+            if self.bodies:
+                body = json.dumps({"batch": self.bodies.pop(0)}).encode()
+                return HeldBatch(body, self.journal.record(body))
+            time.sleep(0.05)
+        raise AtroposTimeoutError("no batch")
+
+    def trained(self, entry: JournalEntry, step: int) -> JournalEntry:
+        self.calls.append(("trained", (entry.sequence, step)))
+        return self.journal.assign(entry, step)
+
+    def ack(self, entry: JournalEntry) -> str:
+        self.calls.append(("ack", entry.sequence))
+        return "acked"
+
+    def release(self, entry: JournalEntry) -> None:
+        self.calls.append(("release", entry.sequence))
+
+    def discard_through(self, step: int) -> int:
+        self.calls.append(("discard", step))
+        return 0
+
+    def named(self, name: str) -> list[Any]:
+        return [value for kind, value in self.calls if kind == name]
+
+
+class Store:
+    def __init__(self) -> None:
+        self.status: dict[str, str] = {}
+        self.rows: dict[str, Rows] = {}
+        self.changed = threading.Condition()
+
+    def running(self, uid: str) -> None:
+        self.status[uid] = "running"
+
+    def put(self, uid: str, rows: Rows) -> None:
+        with self.changed:
+            self.rows[uid] = rows
+            self.status[uid] = "finished"
+            self.changed.notify_all()
+
+    def wait(self, uid: str) -> Rows:
+        with self.changed:
+            assert self.changed.wait_for(lambda: uid in self.rows, WAIT), f"slot {uid} was not filled"
+        return self.rows[uid]
+
+
+class World:
+    def __init__(self, tmp_path: Path, bodies: Sequence[list[dict[str, Any]]], **settings: Any) -> None:
+        self.batches, self.store, self.served = Batches(tmp_path / "journal", bodies), Store(), 0
+        values = {
+            "samples": SampleSettings(vocab_size=100, max_token_len=16),
+            "batch_size": 8,
+            "temperature": 1.0,
+            "needs_logprobs": False,
+            "first_batch_timeout": WAIT,
+            "rollout_timeout": WAIT,
+            "max_wait_time": 1.0,
+        }
+        staleness = settings.pop("max_staleness", None)
+        self.resumed_at = settings.pop("resumed_at", None)
+        self.throttle = StalenessThrottle(Ledger(), 8, 1)
+        chosen = FeedSettings(**{**values, **settings})
+        self.feed = TrajectoryFeed(
+            chosen,
+            self.batches,  # type: ignore[arg-type]
+            QuarantineStore(tmp_path / "quarantine"),
+            self.store,
+            self.book(staleness, chosen.samples),
+            served_version=lambda: self.served,
+            flow=RolloutFlow(self.throttle, None, 4),
+        )
+
+    def book(self, staleness: int | None, samples: SampleSettings) -> OffPolicyBook:
+        made = OffPolicyBook(OffPolicyConfig(max_staleness=staleness), None, samples)
+        made.resumed_at = self.resumed_at
+        return made
+
+    def filled(self, uid: str, step: int = 1) -> Rows:
+        self.feed.request(uid, step)
+        return self.store.wait(uid)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Iterator[Any]:
+    worlds: list[World] = []
+
+    def make(bodies: Sequence[list[dict[str, Any]]], **settings: Any) -> World:
+        worlds.append(World(tmp_path, bodies, **settings))
+        worlds[-1].feed.start()
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.feed.stop()
+
+
+def firsts(rows: Rows) -> list[int]:
+    return [int(row.fields["input_ids"][0]) for row in rows.rows]
+
+
+def test_one_slot_is_one_batch_and_it_is_acked_after_the_step(made: Any) -> None:
+    world = made([[group(1), group(2)], [group(3), group(4)]])
+    rows = world.filled("a")
+    assert firsts(rows) == [1] * 4 + [2] * 4
+    assert world.store.status["a"] == "finished"
+    assert world.batches.named("ack") == []
+    slots = world.feed.trained(["a"], 5)
+    assert world.batches.named("trained") == [(1, 5)]
+    assert slots[0].scores == [0.0, 1.0, 2.0, 3.0] * 2
+    assert world.batches.named("ack") == []
+    world.feed.acknowledge(slots, covered_step=4)
+    assert firsts(world.filled("b")) == [3] * 4 + [4] * 4
+    assert world.batches.named("ack") == [1]
+    assert world.batches.named("discard") == [4]
+
+
+def test_a_bad_group_is_quarantined_and_the_rest_is_trained(made: Any, tmp_path: Path) -> None:
+    world = made([[group(1), {**group(2), "scores": [0.0, 1.0, 2.0, float("nan")]}]])
+    rows = world.filled("a")
+    assert firsts(rows) == [1] * 4
+    assert len(list((tmp_path / "quarantine").glob("*.json"))) == 1
+    assert world.feed.slots["a"].counts["quarantined"] == 1
+
+
+def test_a_batch_with_nothing_to_train_on_is_followed_by_the_next(made: Any) -> None:
+    masked = {**group(1), "masks": [[-100] * 3] * 4}
+    world = made([[masked], [group(2)]])
+    assert firsts(world.filled("a")) == [2] * 4
+    world.feed.acknowledge(world.feed.trained(["a"], 1))
+    world.feed.stop()
+    assert world.batches.named("ack") == [1, 2]
+
+
+def of(version: int) -> dict[str, Any]:
+    return {"generation_params": {"policy_version": version}}
+
+
+def test_stale_groups_are_left_out_and_the_slot_filled_from_the_next_batch(made: Any) -> None:
+    world = made([[group(1, **of(2)), group(2, **of(3))], [group(3, **of(3)), group(4, **of(3))]], max_staleness=0)
+    world.served = 3
+    rows = world.filled("a")
+    assert firsts(rows) == [2] * 4 + [3] * 4
+    counts = world.feed.slots["a"].counts
+    assert (counts["stale"], counts["carried"], counts["groups"]) == (1, 1, 2)
+    assert {row.tag["min_global_steps"] for row in rows.rows} == {3}
+    world.feed.acknowledge(world.feed.trained(["a"], 4))
+    world.feed.stop()
+    assert world.batches.named("ack") == [1, 2], "both batches that the slot was made of"
+    assert world.batches.named("trained") == [(1, 4)] and world.batches.named("release") == []
+
+
+def three_batches() -> list[list[dict[str, Any]]]:
+    """The first group is too old for version 3 and a bound of 1."""
+    return [[group(2 * n + 1, **of(1 if n == 0 else 3)), group(2 * n + 2, **of(3))] for n in range(3)]
+
+
+def test_what_is_above_the_size_of_a_slot_is_trained_on_in_the_next(made: Any) -> None:
+    world = made(three_batches(), max_staleness=1)
+    world.served = 3
+    assert firsts(world.filled("a")) == [2] * 4 + [3] * 4
+    world.feed.acknowledge(world.feed.trained(["a"], 4))
+    world.served = 4
+    assert firsts(world.filled("b")) == [4] * 4 + [5] * 4
+    counts = world.feed.slots["b"].counts
+    assert (counts["stale"], counts["carried"], counts["groups"]) == (0, 1, 2)
+    assert world.feed.slots["b"].scores == [0.0, 1.0, 2.0, 3.0] * 2
+    assert world.batches.named("trained") == [(1, 4)], "the second batch is not done with"
+    world.feed.acknowledge(world.feed.trained(["b"], 5))
+    world.feed.stop()
+    assert world.batches.named("trained") == [(1, 4), (2, 5)]
+    assert world.batches.named("release") == [], "of the third, a part is trained on"
+
+
+_AFTER = {
+    # (steps that were taken from 4 on, step of the checkpoint): groups of the slots after it
+    (1, 3): [[1, 2], [3, 4], [5, 6]],
+    (1, 4): [[4, 5], [6, 7]],
+    (2, 3): [[1, 2], [3, 4], [5, 6]],
+    (2, 4): [[4, 5], [6, 7]],
+    (2, 5): [[6, 7]],
+}
+
+
+@pytest.mark.parametrize(("steps", "checkpoint"), list(_AFTER))
+def test_a_resumed_run_takes_the_groups_that_its_checkpoint_does_not_hold(
+    tmp_path: Path, steps: int, checkpoint: int
+) -> None:
+    """Slots of groups 2 and 3, then of 4 and 5; 6 is left over. Then another process goes on from a checkpoint."""
+    world = World(tmp_path, three_batches(), max_staleness=1)
+    world.served = 3
+    world.feed.start()
+    for step in range(4, 4 + steps):
+        world.filled(f"s{step}")
+        world.feed.acknowledge(world.feed.trained([f"s{step}"], step))
+    world.feed.stop()
+    assert world.batches.named("release") == []
+    bodies = [*world.batches.bodies, [group(7, **of(3)), group(8, **of(3))]]
+    after = World(tmp_path, bodies, max_staleness=4, resumed_at=checkpoint)
+    after.served = checkpoint
+    pending = after.batches.journal.pending(checkpoint)
+    after.feed.replay([HeldBatch(after.batches.journal.read(entry), entry) for entry in pending])
+    after.feed.start()
+    expected = _AFTER[steps, checkpoint]
+    seen = [sorted(set(firsts(after.filled(f"r{number}")))) for number in range(len(expected))]
+    for number in range(len(expected)):
+        after.feed.acknowledge(after.feed.trained([f"r{number}"], checkpoint + 1 + number), checkpoint + 1 + number)
+    after.feed.stop()
+    assert seen == expected
+    left = [entry.sequence for entry in after.batches.journal.pending(checkpoint + len(expected))]
+    assert left == ([] if expected[-1][-1] == 6 else [4]), "of the last batch group 8 is to come"
+
+
+def test_the_throttle_counts_filled_slots(made: Any) -> None:
+    world = made(three_batches(), max_staleness=1)
+    world.served = 3
+    world.filled("a")
+    assert world.throttle.expected_staleness == 1, "what begins now is trained on after that slot"
+    world.feed.request("b", 5)
+    world.store.wait("b")
+    assert world.throttle.expected_staleness == 2
+    world.feed.acknowledge(world.feed.trained(["a", "b"], 4))
+    assert world.throttle.expected_staleness == 0
+
+
+def test_another_temperature_than_verls_is_refused_by_name(made: Any, tmp_path: Path) -> None:
+    world = made([[group(1, generation_params={"temperature": 0.5}), group(2)]])
+    assert firsts(world.filled("a")) == [2] * 4
+    (path,) = (tmp_path / "quarantine").glob("*.json")
+    assert "rollout.temperature" in path.read_text()
+
+
+def test_rollout_correction_needs_logprobs(made: Any, tmp_path: Path) -> None:
+    logprobs = [[1.0, -1.0, -1.0]] * 4
+    world = made([[group(1), group(2, inference_logprobs=logprobs)]], needs_logprobs=True)
+    assert firsts(world.filled("a")) == [2] * 4
+    (path,) = (tmp_path / "quarantine").glob("*.json")
+    assert "inference_logprobs" in path.read_text()
+
+
+def test_what_an_earlier_run_left_comes_first(made: Any, tmp_path: Path) -> None:
+    world = World(tmp_path, [[group(2)]])
+    body = json.dumps({"batch": [group(1)]}).encode()
+    world.feed.replay([HeldBatch(body, world.batches.journal.record(body))])
+    world.feed.start()
+    assert firsts(world.filled("a")) == [1] * 4
+    assert firsts(world.filled("b")) == [2] * 4
+    world.feed.stop()
+
+
+def test_untrained_batches_go_back_when_it_stops(made: Any) -> None:
+    world = made([[group(1)], [group(2)]])
+    world.filled("a")
+    world.filled("b")
+    world.feed.acknowledge(world.feed.trained(["a"], 1))
+    world.feed.stop()
+    assert world.batches.named("release") == [2]
+    assert world.batches.named("ack") == [1]
+
+
+def test_a_trained_batch_that_is_not_acked_yet_does_not_go_back(made: Any) -> None:
+    world = made([[group(1)]])
+    world.filled("a")
+    world.feed.trained(["a"], 1)
+    world.feed.stop()
+    assert world.batches.named("release") == []
+    assert world.batches.named("ack") == []
+
+
+def test_a_slot_that_verl_evicts_is_acked_and_not_trained(made: Any) -> None:
+    world = made([[group(1)]])
+    world.filled("a", step=3)
+    world.feed.evicted({"a", "unknown"})
+    world.feed.stop()
+    assert world.batches.named("ack") == [1]
+    assert world.batches.named("release") == []
+
+
+def test_a_failure_is_kept_for_the_trainer(made: Any) -> None:
+    world = made([])
+    world.batches.failure = AtroposConnectionError("the API is gone", "http://x")
+    world.feed.request("a", 1)
+    deadline = time.monotonic() + WAIT
+    while world.feed.failure is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(AtroposConnectionError, match="the API is gone"):
+        world.feed.check()
+
+
+def test_it_stops_while_it_waits(made: Any) -> None:
+    world = made([])
+    world.feed.request("a", 1)
+    time.sleep(0.1)
+    started = time.monotonic()
+    world.feed.stop()
+    assert time.monotonic() - started < 5
+    assert world.feed.failure is None

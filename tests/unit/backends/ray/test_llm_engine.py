@@ -1,0 +1,263 @@
+"""The engine over verl's replicas, against a client that aborts at given tokens."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import pytest
+from support.tiny_model import build_tiny_tokenizer
+
+from atropos_verl.backends.ray.llm_engine import LLMServerEngine
+from atropos_verl.engine.protocol import InferenceEngine
+from atropos_verl.errors import EngineError, GenerationRequestError
+from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
+
+_EOS = 258
+
+
+@dataclass
+class _Output:
+    token_ids: list[int]
+    log_probs: list[float] | None
+    stop_reason: str
+    extra_fields: dict[str, Any]
+
+
+@dataclass
+class _Replica:
+    """Writes ``script`` (the completion it would give), and is aborted after so many tokens of it in all.
+
+    Its weights are of step ``10 * (aborts so far)``. Logprobs name the position and the version, so that each value
+    in the answer can be traced: ``-(position + version / 1000)``.
+    """
+
+    script: list[int]
+    abort_at: list[int] = field(default_factory=list)
+    turned_away: int = 0
+    says_reason: bool = True
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    prompt_len: int = 3
+
+    async def generate(self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any]) -> _Output:
+        self.calls.append({"request_id": request_id, "prompt_ids": list(prompt_ids), **sampling_params})
+        await asyncio.sleep(0)
+        if self.turned_away:
+            self.turned_away -= 1
+            return _Output([], None, "aborted", {"global_steps": 0, "min_global_steps": 0, "max_global_steps": 0})
+        done = len(prompt_ids) - self.prompt_len
+        version = 10 * sum(at <= done for at in self.abort_at)
+        limit = min(len(self.script), done + sampling_params["max_tokens"])
+        cut = next((at for at in self.abort_at if done < at < limit), None)
+        end = limit if cut is None else cut
+        extra: dict[str, Any] = {"min_global_steps": version, "max_global_steps": version, "global_steps": version}
+        reason = "stop" if end == len(self.script) else "length"
+        if self.says_reason and cut is None:
+            extra["finish_reason"] = reason
+        return _Output(
+            self.script[done:end],
+            [-(position + version / 1000) for position in range(done, end)],
+            "completed" if cut is None else "aborted",
+            extra,
+        )
+
+
+def _engine(replica: Any, **settings: Any) -> LLMServerEngine:
+    settings = {"max_context_len": 64, "vocab_size": 259, "eos_token_ids": {_EOS}} | settings
+    return LLMServerEngine(replica, build_tiny_tokenizer(), **settings)
+
+
+def _request(**settings: Any) -> GenerationRequest:
+    return GenerationRequest(**({"prompt_token_ids": (1, 2, 3), "max_tokens": 40} | settings))
+
+
+def _tokens(text: str) -> list[int]:
+    return list(build_tiny_tokenizer()(text).input_ids)
+
+
+async def _one(engine: LLMServerEngine, **settings: Any) -> Generation:
+    [generation] = await engine.agenerate(_request(**settings))
+    return generation
+
+
+def test_it_is_an_inference_engine() -> None:
+    assert isinstance(_engine(_Replica([1])), InferenceEngine)
+
+
+@pytest.mark.parametrize("abort_at", [[], [1], [9], [1, 2, 3, 4, 5, 6, 7, 8, 9], [4, 7]])
+async def test_an_aborted_answer_goes_on_from_its_tokens_and_loses_nothing(abort_at: list[int]) -> None:
+    script = [*range(20, 29), _EOS]
+    replica = _Replica(script, abort_at)
+    engine = _engine(replica)
+    answer = await _one(engine)
+    assert list(answer.token_ids) == script and answer.finish_reason == "stop"
+    versions = [10 * sum(at <= position for at in abort_at) for position in range(10)]
+    assert answer.logprobs == pytest.approx([-(i + v / 1000) for i, v in enumerate(versions)])
+    assert (answer.policy_version_first, answer.policy_version_last) == (versions[0], versions[-1])
+    assert answer.policy_version_runs == tuple((v, len(list(run))) for v, run in groupby(versions))
+    assert engine.policy_version == versions[-1] and engine.continued == len(abort_at)
+    starts = [0, *abort_at]
+    assert [call["prompt_ids"] for call in replica.calls] == [[1, 2, 3, *script[:start]] for start in starts]
+    assert [call["max_tokens"] for call in replica.calls] == [40 - start for start in starts]
+    assert all(call["logprobs"] is True for call in replica.calls)
+
+
+@pytest.mark.parametrize("says_reason", [True, False])
+@pytest.mark.parametrize(
+    ("script", "max_tokens", "settings", "reason"),
+    [
+        (list(range(30)), 12, {}, "length"),
+        ([5, 6, _EOS], 12, {}, "stop"),
+        ([5, 6, _EOS], 3, {}, "stop"),
+        ([5, 6, 7], 3, {"stop_token_ids": (7,)}, "stop"),
+        (list(range(100)), None, {}, "length"),
+    ],
+)
+async def test_finish_reason_is_known_whether_or_not_the_replica_says_it(
+    says_reason: bool, script: list[int], max_tokens: int | None, settings: dict[str, Any], reason: str
+) -> None:
+    for abort_at in ([], [2]):
+        answer = await _one(
+            _engine(_Replica(script, abort_at, says_reason=says_reason)), max_tokens=max_tokens, **settings
+        )
+        assert answer.finish_reason == reason
+        assert len(answer.token_ids) == min(len(script), max_tokens or 61)
+
+
+async def test_an_abort_at_the_very_last_token_allowed_ends_with_length() -> None:
+    class AbortsAtTheEnd(_Replica):
+        async def generate(self, *args: Any, **kwargs: Any) -> _Output:
+            output = await super().generate(*args, **kwargs)
+            return _Output(output.token_ids, output.log_probs, "aborted", output.extra_fields)
+
+    replica = AbortsAtTheEnd(list(range(30)))
+    answer = await _one(_engine(replica), max_tokens=5)
+    assert answer.finish_reason == "length" and len(answer.token_ids) == 5 and len(replica.calls) == 1
+
+
+@pytest.mark.parametrize("cut", range(1, 16))
+async def test_a_stop_string_cut_in_two_by_an_abort_still_stops(cut: int) -> None:
+    # A replica sees the tokens of its own attempt only, so this one never finds the string itself.
+    text = "abc</answer>xyz and more"
+    replica = _Replica(_tokens(text), [cut])
+    answer = await _one(_engine(replica), stop=("</answer>",))
+    if 3 <= cut < 12:
+        assert build_tiny_tokenizer().decode(answer.token_ids) == "abc</answer>"
+        assert answer.finish_reason == "stop" and len(answer.logprobs) == len(answer.token_ids)
+    else:  # whole inside one attempt: the replica's business
+        assert len(answer.token_ids) == len(text)
+
+
+async def test_a_replica_that_turns_requests_away_is_asked_again() -> None:
+    replica = _Replica([5, _EOS], turned_away=3)
+    answer = await _one(_engine(replica))
+    assert answer.token_ids == (5, _EOS) and len(replica.calls) == 4
+    assert {call["max_tokens"] for call in replica.calls} == {40}
+
+
+async def test_n_completions_are_separate_requests_with_random_streams_of_their_own() -> None:
+    replica = _Replica([5, 6, 7, _EOS], [2])
+    generations = await _engine(replica).agenerate(_request(n=3, seed=1))
+    assert [g.token_ids for g in generations] == [(5, 6, 7, _EOS)] * 3
+    assert len({call["request_id"] for call in replica.calls}) == 3
+    assert len({call["seed"] for call in replica.calls}) == 6  # a continuation must not repeat the numbers
+
+
+async def test_streaming_hands_over_attempt_by_attempt_and_ends_each_completion_once() -> None:
+    deltas: list[GenerationDelta] = [
+        delta async for delta in _engine(_Replica([5, 6, 7, _EOS], [1, 3])).astream(_request(n=2))
+    ]
+    for index in (0, 1):
+        mine = [delta for delta in deltas if delta.index == index]
+        assert [delta.token_ids for delta in mine] == [(5,), (6, 7), (_EOS,)]
+        assert [delta.finish_reason for delta in mine] == [None, None, "stop"]
+        assert [len(delta.logprobs) for delta in mine] == [1, 2, 1]
+        assert [delta.policy_version for delta in mine] == [0, 10, 20]
+
+
+@pytest.mark.parametrize(("tokens", "runs"), [(1, ((4, 1),)), (2, ((3, 1), (4, 1))), (5, ())])
+async def test_a_replica_that_knows_only_first_and_last_policy_is_not_credited_with_more(
+    tokens: int, runs: tuple[tuple[int, int], ...]
+) -> None:
+    class Spans(_Replica):
+        async def generate(self, *args: Any, **kwargs: Any) -> _Output:
+            output = await super().generate(*args, **kwargs)
+            output.extra_fields |= {"min_global_steps": 3, "max_global_steps": 4}
+            return output
+
+    answer = await _one(_engine(Spans([7] * tokens)))
+    assert (answer.policy_version_first, answer.policy_version_last) == (3 if tokens > 1 else 4, 4)
+    assert answer.policy_version_runs == runs
+
+
+class _Failing(_Replica):
+    async def generate(self, request_id: str, **kwargs: Any) -> _Output:
+        if len(self.calls) == 1:
+            raise EngineError("the replica broke")
+        return await super().generate(request_id, **kwargs)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_failure_ends_the_request_with_its_cause_and_cancels_the_rest(stream: bool) -> None:
+    engine = _engine(_Failing([5] * 30, [10, 20]))
+    with pytest.raises(EngineError, match="the replica broke"):
+        if stream:
+            _ = [delta async for delta in engine.astream(_request(n=2))]
+        else:
+            await engine.agenerate(_request(n=2))
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_cancelling_reaches_the_client() -> None:
+    cancelled = asyncio.Event()
+
+    class Hangs:
+        async def generate(self, request_id: str, **_: Any) -> _Output:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                cancelled.set()
+                raise
+            raise AssertionError
+
+    task = asyncio.ensure_future(_engine(Hangs()).agenerate(_request()))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert cancelled.is_set()
+
+
+async def test_missing_logprobs_are_an_error_not_a_gap() -> None:
+    class Silent(_Replica):
+        async def generate(self, *args: Any, **kwargs: Any) -> _Output:
+            output = await super().generate(*args, **kwargs)
+            return _Output(output.token_ids, None, output.stop_reason, output.extra_fields)
+
+    with pytest.raises(EngineError, match="2 tokens with 0 logprobs"):
+        await _one(_engine(Silent([5, _EOS])))
+
+
+async def test_a_prompt_that_does_not_fit_is_refused_before_it_is_sent() -> None:
+    replica = _Replica([5])
+    with pytest.raises(GenerationRequestError, match="64 tokens; the context holds 64"):
+        await _engine(replica).agenerate(_request(prompt_token_ids=(1,) * 64))
+    assert replica.calls == []
+
+
+def test_prompt_logprobs_hold_the_prompts_own_token_beside_the_best() -> None:
+    class Scores(_Replica):
+        async def generate(self, request_id: str, **kwargs: Any) -> _Output:
+            output = await super().generate(request_id, **kwargs)
+            k = kwargs["sampling_params"]["prompt_logprobs"]
+            rows = [[2], [3], [0]] if k == 0 else [[9, 8], [3, 9], [0, 0]]
+            values = [[-5.0], [-0.5], [0.0]] if k == 0 else [[-1.0, -2.0], [-0.5, -3.0], [0.0, 0.0]]
+            output.extra_fields |= {"prompt_ids": rows, "prompt_logprobs": values}
+            return output
+
+    engine = _engine(Scores([_EOS]))
+    [[generation]] = engine.generate([_request(prompt_logprobs=2)])
+    assert generation.prompt_logprobs == (None, {2: -5.0, 9: -1.0, 8: -2.0}, {3: -0.5, 9: -3.0})
+    assert engine.compute_logprobs((1, 2, 3)) == [-5.0, -0.5]

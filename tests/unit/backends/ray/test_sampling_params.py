@@ -1,0 +1,55 @@
+"""verl's sampling parameters and ours."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from atropos_verl.backends.ray.sampling_params import to_request, to_sampling_params
+from atropos_verl.errors import GenerationRequestError
+from atropos_verl.types import GenerationRequest
+
+_CONFIG = SimpleNamespace(response_length=20, prompt_length=8, ignore_eos=False)
+
+
+def _request(prompt_len: int = 4, context: int = 64, **params: Any) -> GenerationRequest:
+    return to_request(range(prompt_len), params, _CONFIG, context, "id")
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "context", "params", "expected"),
+    [
+        (4, 64, {}, 20),
+        (12, 64, {}, 16),  # a longer prompt takes from the response, as in verl's vLLM server
+        (4, 64, {"max_tokens": 50}, 50),
+        (4, 64, {"max_new_tokens": 7}, 7),
+        (60, 64, {"max_tokens": 50}, 4),
+        (4, 64, {"max_tokens": 0}, 1),
+    ],
+)
+def test_max_tokens_follows_verl(prompt_len: int, context: int, params: dict[str, Any], expected: int) -> None:
+    assert _request(prompt_len, context, **params).max_tokens == expected
+
+
+def test_a_request_survives_the_way_through_verls_words() -> None:
+    request = GenerationRequest(
+        prompt_token_ids=(1, 2, 3), max_tokens=9, temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, stop=("x", "y"),
+        stop_token_ids=(7,), ignore_eos=True, seed=11, prompt_logprobs=2, request_id="id",
+    )  # fmt: skip
+    params = to_sampling_params(request, 9, index=0, generated=0)
+    assert to_request(request.prompt_token_ids, params, _CONFIG, 64, "id") == request
+
+
+def test_completions_and_continuations_of_a_seeded_request_draw_different_numbers() -> None:
+    request = GenerationRequest(prompt_token_ids=(1,), seed=11)
+    seeds = {to_sampling_params(request, 9, index=i, generated=g)["seed"] for i in range(8) for g in range(8)}
+    assert len(seeds) == 64
+
+
+def test_neutral_values_pass_and_others_are_refused_by_name() -> None:
+    _request(n=1, repetition_penalty=1.0, presence_penalty=0.0, logprobs=True, skip_special_tokens=False)
+    for name, value in {"repetition_penalty": 1.1, "presence_penalty": 0.5, "guided_json": "{}"}.items():
+        with pytest.raises(GenerationRequestError, match=name):
+            _request(**{name: value})

@@ -1,0 +1,103 @@
+"""API batch → TransferQueue rows: prompt and response, the multi-turn mask, scores, logprobs, versions, tags."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from atropos_verl.backends.ray.transfer import ADVANTAGES, Versions, make_rows, versions_of
+from atropos_verl.protocol.wire import decode_batch
+from atropos_verl.training.samples import collect_samples
+from atropos_verl.types import UNKNOWN_VERSION, SampleSettings
+
+# Two turns of the policy with a tool's answer (30 31) between them; the second sequence has one turn.
+GROUP = {
+    "tokens": [[5, 6, 10, 11, 30, 31, 12], [5, 6, 10]],
+    "masks": [[-100, -100, 10, 11, -100, -100, 12], [-100, -100, 10]],
+    "scores": [1.0, 0.0],
+    "inference_logprobs": [[1.0, 1.0, -0.5, -0.25, 1.0, 1.0, -0.125], [1.0, 1.0, -2.0]],
+    "advantages": [[0.0, 0.0, 0.5, -0.5, 9.0, 9.0, 2.0], None],
+    "overrides": [{}, {"set_advantage_to_zero": True}],
+}
+
+
+def rows_of(group: dict[str, object], versions: list[Versions] | None = None, **settings: object) -> list[object]:
+    groups = decode_batch(json.dumps({"batch": [group]}).encode())
+    report, advantages = collect_samples(groups, SampleSettings(**settings))
+    known = versions or [Versions(3, 4)] * len(report.samples)
+    sizes = {g.group_id: len(g) for g in groups}
+    return make_rows("slot", report.samples, advantages, known, global_steps=7, group_sizes=sizes).rows
+
+
+def test_a_multi_turn_sequence_keeps_its_mask_and_everything_is_aligned() -> None:
+    first, second = rows_of(GROUP)
+    fields = first.fields
+    assert first.key == "slot_0_0"
+    assert second.key == "slot_1_0"
+    assert fields["prompts"].tolist() == [5, 6]
+    assert fields["responses"].tolist() == [10, 11, 30, 31, 12]
+    assert fields["response_mask"].tolist() == [1, 1, 0, 0, 1]
+    assert fields["input_ids"].tolist() == GROUP["tokens"][0]
+    assert fields["loss_mask"].tolist() == [0, 0, 1, 1, 0, 0, 1]
+    assert fields["position_ids"].tolist() == list(range(7))
+    assert fields["rollout_log_probs"].tolist() == [-0.5, -0.25, 0.0, 0.0, -0.125]
+    assert fields["rm_scores"].tolist() == [0.0, 0.0, 0.0, 0.0, 1.0]
+    assert fields["num_turns"] == 4
+    assert second.fields["num_turns"] == 2
+    assert fields["uid"] == second.fields["uid"], "verl's estimators group by this field"
+
+
+def test_token_level_advantages_reach_the_row_as_posted() -> None:
+    first, second = rows_of(GROUP)
+    trained = first.fields["response_mask"].bool()
+    assert first.fields[ADVANTAGES].dtype == torch.float64
+    assert first.fields[ADVANTAGES][trained].tolist() == [0.5, -0.5, 2.0]
+    assert first.tag["advantage_replaced"]
+    assert not first.tag["advantage_to_zero"]
+    assert second.tag["advantage_to_zero"]
+    assert not second.tag["advantage_replaced"]
+    # Not zeroed yet: its value still counts in the statistics of the batch.
+    assert second.fields[ADVANTAGES].tolist() == pytest.approx([-0.5 / (0.5**0.5 + 1e-6)], rel=1e-12)
+
+
+def test_tags_say_what_verl_and_we_need() -> None:
+    first, second = rows_of(GROUP, [Versions(3, 5), Versions(4, 4)])
+    assert first.tag | {"min_global_steps": 3, "max_global_steps": 5} == first.tag
+    assert (first.tag["prompt_len"], first.tag["response_len"], first.tag["seq_len"]) == (2, 5, 7)
+    assert first.tag["global_steps"] == 7
+    assert (second.tag["min_global_steps"], second.tag["max_global_steps"]) == (4, 4)
+    assert first.tag["group_size"] == 2
+    assert first.tag["rollout_log_probs"]
+
+
+def test_missing_logprobs_are_said() -> None:
+    group = {**GROUP, "inference_logprobs": [[1.0] * 7, [1.0, 1.0, -2.0]]}
+    first, second = rows_of(group)
+    assert not first.tag["rollout_log_probs"]
+    assert first.fields["rollout_log_probs"].tolist() == [0.0] * 5
+    assert second.tag["rollout_log_probs"]
+
+
+def test_a_sequence_without_a_trained_token_is_left_out_and_counted() -> None:
+    group = {"tokens": [[5, 6, 10], [5, 6, 11]], "masks": [[-100, -100, 10], [-100] * 3], "scores": [1.0, 0.0]}
+    groups = decode_batch(json.dumps({"batch": [group]}).encode())
+    report, advantages = collect_samples(groups)
+    rows = make_rows(
+        "s", report.samples, advantages, [Versions(0, 0)] * 2, global_steps=1, group_sizes={groups[0].group_id: 2}
+    )
+    assert [row.key for row in rows.rows] == ["s_0_0"]
+    assert (rows.untrained, rows.trained_tokens) == (1, 1)
+
+
+def test_versions_are_those_of_the_trained_tokens_else_stated_else_served() -> None:
+    (sample, other), _ = (lambda found: (found[0].samples, found[1]))(
+        collect_samples(decode_batch(json.dumps({"batch": [GROUP]}).encode()))
+    )
+    written = replace(sample, token_versions=np.array([9, 9, 2, 3, 9, 9, UNKNOWN_VERSION]), policy_version=2)
+    assert versions_of(written, served=7) == Versions(2, 3)
+    assert versions_of(replace(other, policy_version=4), served=7) == Versions(4, 4)
+    assert versions_of(other, served=7) == Versions(7, 7)

@@ -1,0 +1,156 @@
+"""Buckets, their order, and what happens when either side gives up. No Ray: the calls are plain coroutines."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from atropos_verl.backends.ray.weight_transfer import (
+    BucketStream,
+    WeightBucket,
+    WeightReceiver,
+    iter_buckets,
+    send_weights,
+)
+from atropos_verl.errors import WeightSyncError
+
+_TENSORS = [
+    ("bf16", torch.randn(3, 5).to(torch.bfloat16)),
+    ("scalar", torch.tensor(2.5)),
+    ("empty", torch.empty(0, 4)),
+    ("strided", torch.arange(24.0).reshape(4, 6).T),
+    ("large", torch.randn(64, 8)),
+    ("ints", torch.arange(7)),
+]
+
+
+def _collect(tensors: Iterator[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+    return [(name, tensor.clone()) for name, tensor in tensors]
+
+
+def _assert_same(got: list[tuple[str, torch.Tensor]], want: list[tuple[str, torch.Tensor]]) -> None:
+    assert [name for name, _ in got] == [name for name, _ in want]
+    for (name, a), (_, b) in zip(got, want, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape, name
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_bucket_is_read_from_read_only_memory_without_a_copy_or_a_warning() -> None:
+    bucket = WeightBucket.pack(_TENSORS)
+    buffers: list[pickle.PickleBuffer] = []
+    body = pickle.dumps(bucket, protocol=5, buffer_callback=buffers.append)
+    assert len(body) < 2000  # the content travels out of band
+    memory = [memoryview(bytes(buffer.raw())) for buffer in buffers]
+    arrived = pickle.loads(body, buffers=memory)
+    assert not any(array.flags.writeable for array in arrived.data if array.nbytes)
+    _assert_same(list(arrived.unpack()), _TENSORS)
+    for (name, tensor), array in zip(arrived.unpack(), arrived.data, strict=True):
+        if array.nbytes:
+            assert tensor.data_ptr() == array.__array_interface__["data"][0], name
+
+
+@pytest.mark.parametrize(
+    ("limit", "sizes"),
+    [(1, [1, 1, 1, 1, 1, 1]), (150, [4, 1, 1]), (1 << 20, [6])],
+)
+async def test_buckets_are_as_large_as_allowed_and_a_larger_tensor_goes_alone(limit: int, sizes: list[int]) -> None:
+    buckets = [item async for item in iter_buckets(_TENSORS, limit)]
+    assert [len(bucket.names) for _, bucket, _ in buckets] == sizes
+    assert [index for index, _, _ in buckets] == list(range(len(sizes)))
+    assert [last for *_, last in buckets] == [False] * (len(sizes) - 1) + [True]
+
+
+@pytest.mark.parametrize("limit", [1, 150, 1 << 20])
+async def test_an_update_arrives_whole_and_in_order(limit: int) -> None:
+    got: list[tuple[str, torch.Tensor]] = []
+    receiver = WeightReceiver(lambda tensors: got.extend(_collect(tensors)) or len(got))
+    report = await send_weights(lambda *part: asyncio.ensure_future(receiver.receive(*part)), _TENSORS, limit)
+    _assert_same(got, _TENSORS)
+    assert report.names == tuple(name for name, _ in _TENSORS)
+    assert report.nbytes == sum(t.nbytes for _, t in _TENSORS)
+
+
+async def test_buckets_that_overtake_each_other_are_applied_in_order() -> None:
+    buckets = [item async for item in iter_buckets(_TENSORS, 1)]
+    receiver = WeightReceiver(_collect)
+    calls = [receiver.receive("u", *part) for part in reversed(buckets)]
+    *_, last = await asyncio.gather(*reversed([asyncio.ensure_future(call) for call in calls]))
+    _assert_same(last, _TENSORS)
+
+
+async def test_a_refused_tensor_ends_the_update_at_the_sender_and_the_next_update_works() -> None:
+    def refuse(tensors: Iterator[tuple[str, torch.Tensor]]) -> int:
+        for name, _ in tensors:
+            if name == "scalar" and refusing:
+                raise WeightSyncError("no tensor 'scalar' here")
+        return 1
+
+    refusing = True
+    receiver = WeightReceiver(refuse)
+
+    def receive(*part: Any) -> Any:
+        return asyncio.ensure_future(receiver.receive(*part))
+
+    with pytest.raises(WeightSyncError, match="no tensor 'scalar'"):
+        await send_weights(receive, _TENSORS, 1)
+    refusing = False
+    await send_weights(receive, _TENSORS, 1)
+
+
+async def test_a_sender_that_dies_is_named_after_the_timeout_and_gives_way_to_the_next_update() -> None:
+    buckets = [item async for item in iter_buckets(_TENSORS, 1)]
+    receiver = WeightReceiver(_collect, timeout=0.3)
+    await receiver.receive("dead", *buckets[0])
+    with pytest.raises(WeightSyncError, match=r"no weights arrived for 0\.3 s"):
+        await asyncio.sleep(1.0)
+        await receiver.receive("dead", *buckets[1])
+
+    receiver = WeightReceiver(_collect, timeout=60.0)
+    await receiver.receive("dead", *buckets[0])
+    results = [await receiver.receive("alive", *part) for part in buckets]
+    _assert_same(results[-1], _TENSORS)
+
+
+async def test_references_are_passed_on_unread() -> None:
+    stream = BucketStream(timeout=5.0)
+    buckets = [item async for item in iter_buckets(_TENSORS, 150)]
+    loop = asyncio.get_running_loop()
+    references = [loop.create_future() for _ in buckets]
+
+    async def deliver() -> None:
+        for (index, bucket, last), reference in zip(buckets, references, strict=True):
+            reference.set_result(bucket)
+            await stream.put(index, reference, last)
+
+    delivery = asyncio.ensure_future(deliver())
+    seen: list[Any] = []
+
+    async def receive(_: str, index: int, item: Any, last: bool) -> None:
+        seen.append((index, item, last))
+
+    report = await send_weights(lambda *part: asyncio.ensure_future(receive(*part)), stream, 1)
+    await delivery
+    assert [item for _, item, _ in seen] == references
+    assert report.buckets == len(buckets)
+
+
+async def test_a_stream_is_read_tensor_by_tensor_where_references_are_not_known() -> None:
+    stream = BucketStream(timeout=5.0)
+    buckets = [item async for item in iter_buckets(_TENSORS, 150)]
+
+    async def deliver() -> None:
+        for index, bucket, last in buckets:
+            reference = asyncio.get_running_loop().create_future()
+            reference.set_result(bucket)
+            await stream.put(index, reference, last)
+
+    delivery = asyncio.ensure_future(deliver())
+    got = [(name, tensor) async for name, tensor in stream]
+    await delivery
+    _assert_same(got, _TENSORS)

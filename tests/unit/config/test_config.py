@@ -1,0 +1,157 @@
+"""The schema: what is accepted, what is refused, and which key the error names."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from atropos_verl.config.schema import RunConfig, apply_environment, describe
+from atropos_verl.errors import ConfigError
+
+RECIPE_DICT = {
+    "atropos": {"api_url": "http://localhost:9001", "timeout": 30},
+    "use_advantage_weighting": True,
+    "advantage_normalization": "batch",
+    "advantage_clipping": [-3.0, 3.0],
+    "max_response_length": 32,
+    "batch_retry_attempts": 8,
+    "batch_retry_delay": 0.3,
+    "batch_max_wait_time": 12.0,
+}
+
+
+def test_the_dictionary_of_the_recipe_is_accepted_as_it_is() -> None:
+    config = RunConfig.from_mapping(RECIPE_DICT)
+    assert config.loss_type == "advantage_weighted_sft"
+    assert config.advantage_clipping == (-3.0, 3.0)
+    assert config.atropos.api_url == "http://localhost:9001"
+    assert config.is_attached
+    assert config.max_token_len == 64 + 32
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "words"),
+    [
+        ({"stepz": 1}, "stepz", "unknown key"),
+        ({"optim": {"lrr": 1}}, "optim.lrr", "unknown key"),
+        ({"optim": {"lr": "fast"}}, "optim.lr", "'fast'"),
+        ({"steps": 0}, "steps", "greater than 0"),
+        ({"advantage_normalization": "bach"}, "advantage_normalization", "'bach'"),
+        ({"atropos": {"api_url": "localhost:9001"}}, "atropos", "not an http"),
+        ({"atropos": {"timeout": float("inf")}}, "atropos.timeout", "finite"),
+    ],
+)
+def test_the_error_names_the_key(values: dict[str, object], key: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_mapping(values)
+    assert caught.value.key == key
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"batch_size": 10, "group_size": 4}, "batch_size (10) must be a multiple of group_size (4)"),
+        ({"advantage_clipping": [3.0, -3.0]}, "advantage_clipping"),
+        ({"use_advantage_weighting": True, "loss": {"type": "grpo"}}, "contradicts loss.type=grpo"),
+        ({"data": {"max_token_len": 32}, "max_response_length": 32}, "data.max_token_len (32)"),
+        ({"loss": {"ppo_epochs": 2}}, "loss.ppo_epochs"),
+        ({"gateway": {"host": "0.0.0.0"}}, "gateway.api_key"),
+    ],
+)
+def test_contradictions_are_named(values: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_mapping(values)
+    assert words in str(caught.value)
+
+
+def test_several_errors_are_all_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_mapping({"steps": 0, "optim": {"lr": "x"}})
+    assert "steps" in str(caught.value)
+    assert "optim.lr" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, "advantage_weighted_sft"),
+        ({"use_advantage_weighting": False}, "grpo"),
+        ({"loss": {"type": "grpo"}}, "grpo"),
+        ({"use_advantage_weighting": True, "loss": {"type": "advantage_weighted_sft"}}, "advantage_weighted_sft"),
+    ],
+)
+def test_loss_type(values: dict[str, object], expected: str) -> None:
+    assert RunConfig.from_mapping(values).loss_type == expected
+
+
+def test_environment_is_over_the_file_and_under_the_command_line() -> None:
+    environ = {"ATROPOS_API_URL": "http://env:1", "ATROPOS_TIMEOUT": "7", "ATROPOS_API_TOKEN": "secret"}
+    merged = apply_environment({"atropos": {"api_url": "http://file:1", "timeout": 30}}, environ)
+    assert merged["atropos"] == {"api_url": "http://env:1", "timeout": "7", "token": "secret"}
+    assert RunConfig.from_mapping(merged).atropos.timeout == 7.0
+    kept = apply_environment(
+        {"atropos": {"api_url": "http://cli:1"}}, environ, frozenset({"atropos.api_url", "atropos.timeout"})
+    )
+    assert kept["atropos"] == {"api_url": "http://cli:1", "token": "secret"}
+
+
+def test_a_bad_timeout_in_the_environment_names_the_variable() -> None:
+    with pytest.raises(ConfigError, match="ATROPOS_TIMEOUT='soon'"):
+        apply_environment({}, {"ATROPOS_TIMEOUT": "soon"})
+
+
+def test_every_key_is_explained() -> None:
+    rows = describe()
+    assert [name for name, _, _, text in rows if not text] == []
+    assert "optim.lr" in {name for name, *_ in rows}
+
+
+def test_it_is_frozen() -> None:
+    config = RunConfig.from_mapping({})
+    with pytest.raises(ValueError, match="frozen"):
+        config.steps = 3  # type: ignore[misc]
+
+
+def test_the_module_needs_neither_torch_nor_verl() -> None:
+    heavy = "any(m in sys.modules for m in ('torch', 'verl', 'transformers'))"
+    code = f"import sys, atropos_verl.config.schema; sys.exit({heavy})"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_default_run_dir_is_below_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    directory = RunConfig.from_mapping({}).resolve_run_dir()
+    assert directory.parent == tmp_path / "runs"
+    assert directory.name.startswith("demo-")
+    assert not directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "level"),
+    [
+        ({}, None),
+        ({"loss": {"type": "grpo"}}, "token"),
+        ({"mode": "overlap"}, "token"),
+        ({"mode": "overlap", "off_policy": {"importance": None}}, None),
+        ({"off_policy": {"importance": "sequence"}}, "sequence"),
+    ],
+)
+def test_importance_weights_are_on_where_rollouts_may_be_old(values: dict[str, object], level: str | None) -> None:
+    assert RunConfig.from_mapping(values).importance == level
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"loss": {"tis_cap": 2.0}}, "off_policy.importance_cap"),
+        ({"off_policy": {"on_stale": "wait"}}, "set off_policy.max_staleness"),
+        ({"off_policy": {"max_staleness": -1}}, "greater than or equal to 0"),
+    ],
+)
+def test_off_policy_settings_that_cannot_be_meant(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.from_mapping(values)

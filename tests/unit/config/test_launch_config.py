@@ -1,0 +1,232 @@
+"""The settings of a launch: what is refused, and that every shipped file composes into a plan."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from support.launches import LAUNCH
+
+from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig, describe_launch
+from atropos_verl.config.schema import RunConfig
+from atropos_verl.errors import ConfigError
+from atropos_verl.launch.launcher import build_plan, load_launch, main
+from atropos_verl.launch.launcher_ray import backend_of
+from atropos_verl.launch.spec import trainer_settings_text
+from atropos_verl.launch.unused_keys import unused_when_attached
+
+CONFIGS = LAUNCH.parent / "config"
+LAUNCH_FILES = sorted(  # those of Ray: test_launch_ray.py
+    path.stem
+    for path in CONFIGS.glob("*.yaml")
+    if path.stem != "atropos" and backend_of([], CONFIGS, path.stem) == "local"
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_api_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "ATROPOS_API_URL",
+        "ATROPOS_TIMEOUT",
+        "ATROPOS_API_TOKEN",
+        "ATROPOS_GATEWAY_URL",
+        "ATROPOS_GATEWAY_KEY",
+    ):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_the_shipped_files_are_those_that_the_documentation_names() -> None:
+    assert LAUNCH_FILES == ["local_demo", "multi_gpu", "one_gpu", "production", "remote_api", "two_environments"]
+
+
+@pytest.mark.parametrize("name", LAUNCH_FILES)
+def test_every_shipped_file_becomes_a_plan(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "production":
+        monkeypatch.setenv("ATROPOS_API_URL", "http://api.example:8000")
+    expected = {
+        "local_demo": ["trajectory_api", "demo", "trainer"],
+        "multi_gpu": ["trajectory_api", "words", "trainer"],
+        "one_gpu": ["trajectory_api", "words", "trainer"],
+        "production": ["trainer"],
+        "remote_api": ["demo", "trainer"],
+        "two_environments": ["trajectory_api", "words", "short_words", "trainer"],
+    }
+    words = [f"run_dir={tmp_path}", *(["gateway.port=0"] if name == "production" else [])]
+    plan = build_plan(*load_launch(words, CONFIGS, name))
+    assert [service.name for service in plan.services] == expected[name]
+
+
+def test_production_reads_its_addresses_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="ATROPOS_API_URL"):
+        load_launch([], CONFIGS, "production")
+    monkeypatch.setenv("ATROPOS_API_URL", "http://api.example:8000")
+    monkeypatch.setenv("ATROPOS_TIMEOUT", "7.5")
+    monkeypatch.setenv("ATROPOS_API_TOKEN", "a-token")
+    monkeypatch.setenv("ATROPOS_GATEWAY_URL", "http://trainer-0:9004")
+    config, _ = load_launch([], CONFIGS, "production")
+    assert (config.atropos.api_url, config.atropos.timeout) == ("http://api.example:8000", 7.5)
+    assert (config.atropos.token, config.gateway.advertise_url) == ("a-token", "http://trainer-0:9004")
+    assert config.gateway.api_key is not None, "a gateway for the network gets a key"
+    assert len(config.gateway.api_key) >= 24
+
+
+def test_a_launch_imports_neither_torch_nor_verl() -> None:
+    code = (
+        "import sys; from atropos_verl.launch.launcher import main; "
+        "code = main(['--dry-run']); print(sorted({'torch', 'verl', 'transformers', 'ray'} & set(sys.modules)), code)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert answer.stdout.splitlines()[-1] == "[] 0"
+
+
+def test_the_words_of_the_command_line_reach_both_halves() -> None:
+    words = ["steps=7", "environments.demo.weight=2.5", "environments.demo.env={A: 1, B: true}", "supervise.backoff=3"]
+    config, launch = load_launch(words, CONFIGS, "local_demo")
+    assert config.steps == 7
+    assert launch.environments["demo"].weight == 2.5
+    assert launch.environments["demo"].env == {"A": "1", "B": "true"}
+    assert launch.supervise.backoff == 3.0
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("supervise.stal_after=3", "supervise.stal_after: unknown key; did you mean supervise.stall_after?"),
+        ("optim.lrr=3", "optim.lrr: unknown key; did you mean optim.lr?"),
+        ("environments.demo.weigth=3", "environments.demo.weigth: unknown key"),
+        ("environments.demo.restart=maybe", "environments.demo.restart: Input should be 'always' or 'never'"),
+        ("api.server=upstream", "api.server: is atropos.server now"),
+        ("envs=[other]", "envs: no environment named other; there are: demo"),
+        ("only=[gateway]", "only.0: Input should be 'api', 'trainer' or 'environments'"),
+        ("environments.trainer.copies=1", "environments.trainer: the name belongs to another process"),
+        ("environments.demo.module=a.b", "script (examples/environments/spell_backward.py) and module (a.b) exclude"),
+    ],
+)
+def test_a_wrong_word_is_refused_by_name(word: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_launch([word], CONFIGS, "local_demo")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["only=[trainer]"], "atropos.api_url: give the URL of the API that runs elsewhere"),
+        (
+            ["only=[environments]", "atropos.api_url=http://a:8000"],
+            "gateway.advertise_url: give the URL of the gateway that runs elsewhere",
+        ),
+        (["gateway.advertise_url=http://b:9004/v1"], "leave the /v1 out"),
+        (["environments.demo.script=nowhere.py"], "environments.demo.script: there is no "),
+        (["environments.demo.python=/nowhere/python"], "environments.demo.python: /nowhere/python does not exist"),
+        (
+            ["env.script=mine.py"],
+            "env.script: main_atropos.py reads this key; a launch describes its environments under",
+        ),
+        (["atropos.server=upstream", "api.data_dir=/d"], "api.data_dir: the embedded API has it, atropos.server="),
+        (["environments.demo.cwd=/nowhere"], "environments.demo.cwd: /nowhere is not a directory"),
+        (["environments.demo.group_size=128"], "environments.demo.group_size: 128 is above batch_size 64"),
+        (
+            ["environments.demo.group_size=24", "atropos.server=upstream"],
+            "groups of 24 do not fill a batch of 64 exactly beside groups of 24",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, f"run_dir={tmp_path / 'run'}"], CONFIGS, "local_demo") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_dry_run_shows_commands_and_no_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--dry-run", f"run_dir={tmp_path / 'run'}", "gateway.api_key=very-secret-key"]
+    assert main(words, CONFIGS, "local_demo") == 0
+    text = capsys.readouterr().out
+    assert "very-secret-key" not in text
+    assert "--config " in text
+    assert "spell_backward.py serve --env.group_size 8 " in text
+    assert "--env.rollout_server_url http://127.0.0.1:" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_names_every_key_and_every_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"], CONFIGS, "local_demo") == 0
+    text = capsys.readouterr().out
+    for name, *_ in describe_launch():
+        assert f"  {name} " in text
+    for name in LAUNCH_FILES:
+        assert name in text
+
+
+def test_keys_are_made_and_handed_over(tmp_path: Path) -> None:
+    words = ["api.host=0.0.0.0", f"run_dir={tmp_path}"]
+    config, launch = load_launch(words, CONFIGS, "local_demo")
+    again, _ = load_launch(words, CONFIGS, "local_demo")
+    assert config.gateway.api_key != again.gateway.api_key
+    plan = build_plan(config, launch)
+    config = plan.config
+    commands = {service.name: service.spec for service in plan.services}
+    tokens = {name: spec.env.get("ATROPOS_API_TOKEN") for name, spec in commands.items()}
+    assert config.atropos.token is not None
+    assert tokens == dict.fromkeys(("trajectory_api", "demo", "trainer"), config.atropos.token)
+    (text,) = commands["demo"].files.values()
+    private = yaml.safe_load(text)
+    assert private["openai"] == {"api_key": config.gateway.api_key}
+    port = plan.addresses.api_url.rsplit(":", 1)[1]
+    assert private["env"] == {"rollout_server_url": f"http://atropos:{config.atropos.token}@127.0.0.1:{port}"}
+    assert commands["trainer"].env["ATROPOS_GATEWAY_KEY"] == config.gateway.api_key
+    for word in (word for spec in commands.values() for word in spec.command):
+        assert config.atropos.token not in word
+        assert str(config.gateway.api_key) not in word
+    assert config.atropos.token not in plan.text()
+
+
+def test_the_api_is_chosen_by_the_key_that_main_atropos_reads(tmp_path: Path) -> None:
+    """``api.server`` chose it once, and ``atropos.server`` was passed over in silence."""
+    for words, module in (
+        ([], "atropos_verl.cli"),
+        (["atropos.server=embedded"], "atropos_verl.cli"),
+        (["atropos.server=upstream"], "atroposlib.cli.run_api"),
+    ):
+        plan = build_plan(*load_launch([*words, f"run_dir={tmp_path}"], CONFIGS, "local_demo"))
+        (api,) = plan.of_kind("api")
+        assert api.spec.command[2] == module
+
+
+def test_keys_of_an_api_that_is_not_started_are_named(tmp_path: Path) -> None:
+    words = ["atropos.api_url=http://a:8000", "api.port=8001", f"run_dir={tmp_path}"]
+    plan = build_plan(*load_launch(words, CONFIGS, "local_demo"))
+    assert "api.port: not used, since atropos.api_url names an API that runs already" in plan.warnings
+
+
+def test_a_trainer_attached_to_an_api_names_the_keys_it_does_not_use(tmp_path: Path) -> None:
+    config = RunConfig.from_mapping({"env": {"script": "x.py"}, "eval": {"before": False, "timeout": 9}})
+    assert unused_when_attached(config) == ["env.script", "eval.timeout"]
+    words = ["env.max_batches_offpolicy=2", "eval.before=false", "eval.after=false", f"run_dir={tmp_path}"]
+    plan = build_plan(*load_launch(words, CONFIGS, "local_demo"))
+    of_trainer = RunConfig.from_mapping(json.loads(trainer_settings_text(plan.config)))
+    assert unused_when_attached(of_trainer) == [], "what the launcher has used is no news to its trainer"
+
+
+def test_the_gateway_key_comes_from_the_process_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATROPOS_GATEWAY_KEY", "from-the-environment")
+    assert load_launch([], CONFIGS, "local_demo")[0].gateway.api_key == "from-the-environment"
+    assert load_launch(["gateway.api_key=word"], CONFIGS, "local_demo")[0].gateway.api_key == "word"
+
+
+@pytest.mark.parametrize("word", ["api.host=127.0.0.1", "api.host=0.0.0.0 api.args=[--insecure]"])
+def test_an_api_without_a_token_where_none_is_needed_or_wanted(word: str) -> None:
+    plan = build_plan(*load_launch(word.split(), CONFIGS, "local_demo"))
+    assert plan.config.atropos.token is None
+
+
+def test_without_environments_there_is_the_demo() -> None:
+    assert LaunchConfig.from_mapping({"environments": {}}).environments == {"demo": EnvironmentConfig()}
+    values = {"environments": {"a": {"weight": 2}, "b": None}}
+    assert LaunchConfig.from_mapping(values).environments == {"a": EnvironmentConfig(weight=2)}

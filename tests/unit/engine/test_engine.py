@@ -1,0 +1,357 @@
+"""What the embedded engine generates, against plain forward passes of the same model."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from support.engines import (
+    AnyEngine,
+    Placed,
+    engine_of,
+    greedy_oracle,
+    logprob_oracle,
+    one,
+    placed_engine,
+    prompts,
+    request,
+    tiny_causal_lm,
+)
+
+from atropos_verl.engine.protocol import InferenceEngine
+from atropos_verl.errors import EngineError, GenerationRequestError
+from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
+
+EOS = 258
+
+
+def check_logprobs(model: Any, prompt: tuple[int, ...], generation: Generation, temperature: float = 1.0) -> None:
+    expected = logprob_oracle(model, prompt + generation.token_ids, temperature)[len(prompt) - 1 :]
+    assert list(generation.logprobs) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_greedy_tokens_and_logprobs_equal_plain_forwards_for_ragged_prompts(family: str, placed: Placed) -> None:
+    model = tiny_causal_lm(family=family)
+    ragged = prompts(1, 2, 7, 31, 32, 33, 90)
+    with placed(copy.deepcopy(model)) as engine:
+        assert isinstance(engine, InferenceEngine)
+        answers = engine.generate([request(p, max_tokens=24, temperature=0.0, ignore_eos=True) for p in ragged])
+    for prompt, [answer] in zip(ragged, answers, strict=True):
+        assert list(answer.token_ids) == greedy_oracle(model, prompt, 24)
+        assert answer.finish_reason == "length"
+        check_logprobs(model, prompt, answer)
+        generated = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones((1, len(prompt)), dtype=torch.int64),
+            do_sample=False,
+            max_new_tokens=24,
+            eos_token_id=None,
+        )
+        assert generated[0, len(prompt) :].tolist() == list(answer.token_ids)
+
+
+def test_logprobs_are_of_the_sampling_temperature_over_the_full_vocabulary() -> None:
+    model = tiny_causal_lm()
+    [prompt] = prompts(9)
+    with engine_of(copy.deepcopy(model)) as engine:
+        for settings in ({"temperature": 0.7}, {"temperature": 1.6, "top_p": 0.5}, {"top_k": 3, "min_p": 0.2}):
+            answer = one(engine, prompt, max_tokens=30, ignore_eos=True, seed=3, **settings)
+            check_logprobs(model, prompt, answer, settings.get("temperature", 1.0))
+        tokens = prompt + answer.token_ids
+        assert engine.compute_logprobs(tokens, 1.6) == pytest.approx(logprob_oracle(model, tokens, 1.6), abs=1e-5)
+        assert engine.compute_logprobs(tokens, 0.0) == pytest.approx(logprob_oracle(model, tokens, 1.0), abs=1e-5)
+        assert engine.compute_logprobs(tokens[:1]) == []
+
+
+def test_bfloat16_logprobs_agree_with_a_bfloat16_forward(placed: Placed) -> None:
+    model = tiny_causal_lm()
+    ragged = prompts(4, 21, 40)
+    with placed(copy.deepcopy(model), dtype=torch.bfloat16) as engine:
+        answers = engine.generate([request(p, max_tokens=12, ignore_eos=True, seed=1) for p in ragged])
+    reference = model.to(torch.bfloat16)
+    for prompt, [answer] in zip(ragged, answers, strict=True):
+        expected = logprob_oracle(reference, prompt + answer.token_ids)[len(prompt) - 1 :]
+        assert list(answer.logprobs) == pytest.approx(expected, abs=0.15)  # 8 bits of mantissa, logits of about 5
+
+
+def test_a_seeded_request_gives_the_same_tokens_alone_and_among_thirty_others() -> None:
+    model = tiny_causal_lm()
+    [prompt, *others] = prompts(11, *range(3, 33))
+    wanted = request(prompt, n=3, max_tokens=25, temperature=0.9, top_p=0.95, seed=42, ignore_eos=True)
+    noise = [request(p, max_tokens=5 + i, temperature=1.2, ignore_eos=True) for i, p in enumerate(others)]
+    with engine_of(model, max_running=16) as engine:
+        [alone] = engine.generate([wanted])
+        crowded = engine.generate([*noise[:15], wanted, *noise[15:]])[15]
+        [other_seed] = engine.generate([GenerationRequest(**{**_fields(wanted), "seed": 43})])
+    assert [g.token_ids for g in alone] == [g.token_ids for g in crowded]
+    for a, b in zip(alone, crowded, strict=True):
+        assert list(a.logprobs) == pytest.approx(list(b.logprobs), abs=1e-5)
+    assert len({g.token_ids for g in alone}) == 3  # completions of one request differ
+    assert {g.token_ids for g in alone}.isdisjoint({g.token_ids for g in other_seed})
+
+
+def _fields(value: GenerationRequest) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}
+
+
+def test_engine_seed_decides_requests_without_a_seed() -> None:
+    [prompt] = prompts(5)
+    runs: list[list[tuple[int, ...]]] = []
+    for seed in (7, 7, 8):
+        with engine_of(tiny_causal_lm(), seed=seed) as engine:
+            runs.append([one(engine, prompt, max_tokens=16, ignore_eos=True).token_ids for _ in range(3)])
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+    assert len(set(runs[0])) == 3
+
+
+def test_sampled_first_tokens_follow_the_models_distribution() -> None:
+    model = tiny_causal_lm(vocab_size=259)
+    [prompt] = prompts(6)
+    with torch.no_grad():
+        probs = torch.softmax(model(torch.tensor([prompt])).logits[0, -1].double() / 0.8, -1)
+    with engine_of(copy.deepcopy(model), max_running=256, seed=5) as engine:
+        [answers] = engine.generate([request(prompt, n=4096, max_tokens=1, temperature=0.8)])
+    counts = torch.bincount(torch.tensor([g.token_ids[0] for g in answers]), minlength=259).double()
+    common = probs * 4096 >= 8  # Pearson's statistic wants expected counts that are not tiny; the rest is one cell
+    expected = torch.cat([probs[common], probs[~common].sum().reshape(1)]) * 4096
+    observed = torch.cat([counts[common], counts[~common].sum().reshape(1)])
+    statistic = float(((observed - expected) ** 2 / expected).sum())
+    freedom = int(common.sum())
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_a_prompt_given_as_a_list_is_as_good_as_a_tuple() -> None:
+    [prompt] = prompts(9)
+    with engine_of(tiny_causal_lm()) as engine:
+        from_list = one(engine, list(prompt), n=1, max_tokens=5, seed=1)  # type: ignore[arg-type]
+        assert from_list == one(engine, prompt, max_tokens=5, seed=1)
+
+
+def test_n_completions_share_one_prefill() -> None:
+    [first, second] = prompts(40, 40, seed=3)
+    with engine_of(tiny_causal_lm()) as engine:
+        engine.generate([request(first, n=8, max_tokens=2, ignore_eos=True)])
+        assert engine.stats().prompt_tokens == 40
+        assert engine.stats().generated_tokens == 16
+        engine.generate([request(second, n=8, max_tokens=2, ignore_eos=True)] * 2)
+        # two requests: one prefill when both arrived before the step, two when the first was already admitted
+        assert engine.stats().prompt_tokens in (80, 120)
+
+
+def test_end_of_sequence_stops_unless_ignored_and_is_part_of_the_tokens(placed: Placed) -> None:
+    model = tiny_causal_lm()
+    [prompt] = prompts(8)
+    tokens = greedy_oracle(model, prompt, 20)
+    last = tokens[6]
+    cut = tokens.index(last) + 1
+    model.generation_config.eos_token_id = [EOS, last]
+    with placed(model) as engine:
+        stopped = one(engine, prompt, max_tokens=20, temperature=0.0)
+        assert (list(stopped.token_ids), stopped.finish_reason) == (tokens[:cut], "stop")
+        ignored = one(engine, prompt, max_tokens=20, temperature=0.0, ignore_eos=True)
+        assert (list(ignored.token_ids), ignored.finish_reason) == (tokens, "length")
+        other = one(engine, prompt, max_tokens=20, temperature=0.0, ignore_eos=True, stop_token_ids=(tokens[3],))
+        assert list(other.token_ids) == tokens[: tokens.index(tokens[3]) + 1]
+        assert other.finish_reason == "stop"
+
+
+def scripted_model(text: bytes) -> Any:
+    """A model that, greedily, spells ``text`` from any prompt of one token: position decides the token."""
+    model = tiny_causal_lm(num_hidden_layers=1)
+
+    class Scripted(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, **kwargs: Any) -> Any:
+            out = self.inner(**kwargs)
+            positions = kwargs["position_ids"]
+            keep = kwargs["logits_to_keep"]
+            kept = positions[:, -keep:] if isinstance(keep, int) else positions[:, keep]
+            out.logits = torch.full_like(out.logits, -30.0)
+            for row in range(kept.shape[0]):
+                for column in range(kept.shape[1]):
+                    out.logits[row, column, BYTE_TO_ID[text[min(int(kept[row, column]), len(text) - 1)]]] = 30.0
+            return out
+
+    inner_forward = Scripted(copy.deepcopy(model))
+    model.forward = lambda **kwargs: inner_forward(**kwargs)
+    return model
+
+
+def _byte_ids() -> dict[int, int]:
+    from support.tiny_model import build_tiny_tokenizer
+
+    tokenizer = build_tiny_tokenizer()
+    plain = {byte: tokenizer.encode(chr(byte), add_special_tokens=False)[0] for byte in range(128)}
+    for character in "é€😀":
+        encoded = character.encode()
+        plain |= dict(zip(encoded, tokenizer.encode(character, add_special_tokens=False), strict=True))
+    return plain
+
+
+BYTE_TO_ID = _byte_ids()
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "kept"),
+    [
+        ("Answer: 42\nUser: more", ("\nUser:",), "Answer: 42\nUser:"),  # over six tokens
+        ("one two three", ("x", "two "), "one two "),  # ends in whitespace
+        ("caf\u00e9 \u20ac5 end", ("\u20ac",), "caf\u00e9 \u20ac"),  # the last of three bytes completes it
+        ("a\U0001f600b", ("\U0001f600b",), "a\U0001f600b"),
+        ("aaaaaaab", ("aaab",), "aaaaaaab"),
+        ("stop", ("stop",), "stop"),
+    ],
+)
+def test_stop_strings_are_found_across_token_borders_and_their_tokens_kept(
+    text: str, stop: tuple[str, ...], kept: str
+) -> None:
+    with engine_of(scripted_model((text + "........").encode())) as engine:
+        answer = one(engine, (0,), max_tokens=40, temperature=0.0, ignore_eos=True, stop=stop)
+        assert engine.tokenizer.decode(list(answer.token_ids)) == kept
+        assert answer.finish_reason == "stop"
+        assert len(answer.token_ids) == len(kept.encode())
+        free = one(engine, (0,), max_tokens=len(text.encode()), temperature=0.0, ignore_eos=True, stop=("nowhere",))
+        assert (engine.tokenizer.decode(list(free.token_ids)), free.finish_reason) == (text, "length")
+
+
+def test_the_prompt_is_no_place_for_a_stop_string() -> None:
+    with engine_of(scripted_model(b"bc" * 20)) as engine:
+        prompt = (BYTE_TO_ID[ord("a")],)
+        answer = one(engine, prompt, max_tokens=6, temperature=0.0, ignore_eos=True, stop=("ab",))
+    assert (len(answer.token_ids), answer.finish_reason) == (6, "length")
+
+
+def test_context_limit_ends_a_sequence_with_length() -> None:
+    model = tiny_causal_lm()
+    [prompt] = prompts(20)
+    with engine_of(copy.deepcopy(model), max_context_len=32) as engine:
+        assert engine.max_context_len == 32
+        for max_tokens in (None, 500):
+            answer = one(engine, prompt, max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+            assert list(answer.token_ids) == greedy_oracle(model, prompt, 12)
+            assert answer.finish_reason == "length"
+
+
+def test_prompt_logprobs_hold_the_token_and_the_best_alternatives() -> None:
+    model = tiny_causal_lm()
+    [prompt] = prompts(13)
+    with torch.no_grad():
+        logp = torch.log_softmax(model(torch.tensor([prompt])).logits[0].double(), -1)
+    with engine_of(copy.deepcopy(model)) as engine:
+        for k in (0, 3):
+            answer = one(engine, prompt, max_tokens=1, temperature=0.0, prompt_logprobs=k)
+            assert answer.prompt_logprobs is not None
+            assert len(answer.prompt_logprobs) == 13
+            assert answer.prompt_logprobs[0] is None
+            for position, entry in enumerate(answer.prompt_logprobs[1:], start=1):
+                best = logp[position - 1].topk(k).indices.tolist()
+                assert entry is not None
+                assert set(entry) == {prompt[position], *best}
+                for token, value in entry.items():
+                    assert value == pytest.approx(float(logp[position - 1, token]), abs=1e-4)
+        assert one(engine, prompt, max_tokens=1).prompt_logprobs is None
+
+
+def test_long_sequences_are_scored_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from atropos_verl.engine import model_runner
+
+    model = tiny_causal_lm()
+    [tokens] = prompts(100)
+    monkeypatch.setattr(model_runner, "_LOGITS_BYTES", 4 * 259 * 17)  # chunks of 17 positions
+    with engine_of(copy.deepcopy(model)) as engine:
+        assert engine.compute_logprobs(tokens, 0.9) == pytest.approx(logprob_oracle(model, tokens, 0.9), abs=1e-5)
+        answer = one(engine, tokens, max_tokens=1, prompt_logprobs=1)
+    assert answer.prompt_logprobs is not None
+    assert len(answer.prompt_logprobs) == 100
+    own = [entry[token] for entry, token in zip(answer.prompt_logprobs[1:], tokens[1:], strict=True) if entry]
+    assert own == pytest.approx(logprob_oracle(model, tokens), abs=1e-4)
+
+
+async def test_stream_yields_the_same_tokens_one_by_one(placed: Placed) -> None:
+    [prompt] = prompts(6)
+    wanted = request(prompt, n=2, max_tokens=9, seed=4, ignore_eos=True)
+    with placed(tiny_causal_lm()) as engine:
+        whole = await engine.agenerate(wanted)
+        deltas: list[GenerationDelta] = [delta async for delta in engine.astream(wanted)]
+    for index, generation in enumerate(whole):
+        mine = [delta for delta in deltas if delta.index == index]
+        assert tuple(token for delta in mine for token in delta.token_ids) == generation.token_ids
+        assert [value for delta in mine for value in delta.logprobs] == pytest.approx(generation.logprobs, abs=1e-5)
+        assert [delta.finish_reason for delta in mine] == [None] * 8 + ["length"]
+
+
+@pytest.fixture(scope="module", params=["thread", "process"])
+def narrow(request: pytest.FixtureRequest) -> Iterator[AnyEngine]:
+    with placed_engine(request.param, tiny_causal_lm(), max_context_len=32) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize(
+    ("settings", "param", "message"),
+    [
+        ({"prompt_token_ids": ()}, "prompt_token_ids", "is empty"),
+        ({"prompt_token_ids": (1,) * 32}, "prompt_token_ids", "has 32 tokens; the context holds 32"),
+        ({"prompt_token_ids": (5, 259)}, "prompt_token_ids", r"\[1\] is 259, outside the vocabulary \[0, 259\)"),
+        ({"prompt_token_ids": (-1,)}, "prompt_token_ids", r"\[0\] is -1"),
+        ({"n": 0}, "n", "n must be at least 1, not 0"),
+        ({"max_tokens": 0}, "max_tokens", "at least 1, not 0"),
+        ({"temperature": -0.1}, "temperature", "not -0.1"),
+        ({"temperature": float("nan")}, "temperature", "not nan"),
+        ({"top_p": 0.0}, "top_p", r"in \(0, 1\], not 0.0"),
+        ({"top_p": 1.5}, "top_p", "not 1.5"),
+        ({"top_k": -2}, "top_k", "not -2"),
+        ({"min_p": 1.1}, "min_p", "not 1.1"),
+        ({"stop": ("ok", "")}, "stop", "without empty strings"),
+        ({"stop": "User:"}, "stop", "a tuple of strings.* not 'User:'"),
+        ({"prompt_logprobs": 260}, "prompt_logprobs", "not 260"),
+    ],
+)
+async def test_bad_requests_name_the_parameter_the_value_and_the_limit(
+    narrow: AnyEngine, settings: dict[str, Any], param: str, message: str
+) -> None:
+    bad = GenerationRequest(**({"prompt_token_ids": (1, 2)} | settings))
+    with pytest.raises(GenerationRequestError, match=message) as caught:
+        await asyncio.wait_for(narrow.agenerate(bad), 10)
+    assert caught.value.param == param
+    with pytest.raises(GenerationRequestError, match=message):
+        narrow.astream(bad)
+    with pytest.raises(GenerationRequestError, match=message):
+        narrow.generate([request((1, 2)), bad])
+    assert narrow.stats().requests == 0  # nothing of a list with one bad request was started
+
+
+def test_architectures_it_cannot_run_exactly_are_refused() -> None:
+    sliding = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
+    too_long = r"sliding window of 64 tokens.*max_context_len <= 64 \(it is 512\)"
+    with pytest.raises(EngineError, match=too_long), engine_of(tiny_causal_lm(**sliding)):
+        pytest.fail("a context beyond the window was accepted")
+    model = tiny_causal_lm(**sliding)
+    [prompt] = prompts(30)
+    with engine_of(copy.deepcopy(model), max_context_len=64) as engine:  # within the window it is exact
+        answer = one(engine, prompt, max_tokens=30, temperature=0.0, ignore_eos=True)
+    assert list(answer.token_ids) == greedy_oracle(model, prompt, 30)
+    with pytest.raises(EngineError, match="max_running is 0"), engine_of(tiny_causal_lm(), max_running=0):
+        pytest.fail("no slot was accepted")
+    with pytest.raises(EngineError, match="max_context_len is 1"), engine_of(tiny_causal_lm(), max_context_len=1):
+        pytest.fail("a context of one token was accepted")
+
+
+def test_compute_logprobs_refuses_bad_input_by_name() -> None:
+    with engine_of(tiny_causal_lm(), max_context_len=8) as engine:
+        with pytest.raises(GenerationRequestError, match=r"token_ids\[1\] is 300"):
+            engine.compute_logprobs([1, 300])
+        with pytest.raises(GenerationRequestError, match="has 9 tokens; the context holds 8"):
+            engine.compute_logprobs([1] * 9)
+        with pytest.raises(GenerationRequestError, match="token_ids is empty"):
+            engine.compute_logprobs([])
+        with pytest.raises(GenerationRequestError, match="temperature"):
+            engine.compute_logprobs([1, 2], -1.0)

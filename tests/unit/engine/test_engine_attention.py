@@ -1,0 +1,105 @@
+"""The engine's attention and cache on several architectures, and grouped attention against float64 by hand."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from support.engines import engine_of, greedy_oracle, logprob_oracle, prompts, request
+
+from atropos_verl.engine.kv_slots import SlotCache
+from atropos_verl.engine.slot_attention import SLOT_ATTENTION, slot_attention
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.15,
+    "pad_token_id": 256,
+    "bos_token_id": 256,
+    "eos_token_id": 258,
+}
+
+
+@pytest.mark.parametrize("shared_mask", [True, False])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_grouped_attention_equals_the_formula_in_float64(queries: int, shared_mask: bool) -> None:
+    """softmax(q k^T * scale + mask) v, query head h reading key head h // (heads per group)."""
+    generator = torch.Generator().manual_seed(0)
+    rows, heads, kv_heads, length, dim = 3, 6, 2, 11, 4
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    query, key, value = (
+        normal(rows, heads, queries, dim),
+        normal(rows, kv_heads, length, dim),
+        normal(rows, kv_heads, length, 5),
+    )
+    mask = torch.zeros((rows, 1 if shared_mask else heads, queries, length))
+    for row, real in enumerate((11, 4, 1)):
+        mask[row, ..., real:] = float("-inf")
+    if not shared_mask:
+        mask[:, 3] += normal(rows, queries, length)
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads // kv_heads  # type: ignore[assignment]
+    got, _ = slot_attention(module, query, key, value, mask, scaling=0.3)
+    assert got.shape == (rows, queries, heads, 5)
+    for head in range(heads):
+        k, v = key[:, head // 3].double(), value[:, head // 3].double()
+        scores = query[:, head].double() @ k.transpose(1, 2) * 0.3 + mask[:, 0 if shared_mask else head].double()
+        assert torch.allclose(got[:, :, head].double(), torch.softmax(scores, -1) @ v, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "extra", "attention"),
+    [
+        ("qwen3", {}, SLOT_ATTENTION),
+        ("gemma2", {"sliding_window": 128}, SLOT_ATTENTION),
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}, SLOT_ATTENTION),
+        ("mixtral", {"num_local_experts": 4}, SLOT_ATTENTION),
+        ("gpt_oss", {"sliding_window": 128, "num_local_experts": 4}, "eager"),  # attention sinks: eager only
+    ],
+)
+def test_greedy_generation_on_other_architectures(family: str, extra: dict[str, Any], attention: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(SMALL | extra))).eval()
+    given = prompts(1, 9, 30)
+    with engine_of(copy.deepcopy(model), max_running=2) as engine:
+        assert engine.model.config._attn_implementation == attention
+        answers = engine.generate([request(p, max_tokens=10, temperature=0.0, ignore_eos=True) for p in given])
+    for prompt, [answer] in zip(given, answers, strict=True):
+        assert list(answer.token_ids) == greedy_oracle(model, prompt, 10)
+        expected = logprob_oracle(model, prompt + answer.token_ids)[len(prompt) - 1 :]
+        assert list(answer.logprobs) == pytest.approx(expected, abs=1e-4)
+
+
+def test_slot_cache_keeps_rows_through_growth_and_copies() -> None:
+    cache = SlotCache()
+    cache.reserve(rows=2, tokens=3, max_tokens=1000)
+    keys = torch.arange(12.0).reshape(2, 1, 3, 2)
+    cache.begin_prefill(0)
+    returned, _ = cache.update(keys, -keys, 0)
+    assert returned is keys  # a prompt attends to itself
+    assert cache.get_mask_sizes(3) == (3, 0)
+    cache.reserve(rows=5, tokens=200, max_tokens=1000)
+    cache.copy_rows([1], [3], 2)
+    cache.begin_decode(torch.tensor([3, 2, 0, 2]), width=4)
+    new = torch.full((4, 1, 1, 2), 50.0) + torch.arange(4.0).reshape(4, 1, 1, 1)
+    held, negated = cache.update(new, -new, 0)
+    assert held[:, 0, :, 0].tolist() == [[0, 2, 4, 50], [6, 8, 51, 0], [52, 0, 0, 0], [6, 8, 53, 0]]
+    assert torch.equal(negated, -held)
+    assert (cache.get_seq_length(), cache.get_mask_sizes(1)) == (3, (4, 0))
+    assert cache.nbytes > 0
+    cache.clear()
+    assert cache.nbytes == 0

@@ -1,0 +1,248 @@
+"""New weights in a running engine: pauses, swaps in mid-generation, released memory, and weights that do not fit."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from support.engines import (
+    AnyEngine,
+    Placed,
+    StepCounter,
+    engine_of,
+    greedy_oracle,
+    logprob_oracle,
+    named,
+    one,
+    placed_engine,
+    prompts,
+    request,
+    tiny_causal_lm,
+)
+from support.serving import eventually
+
+from atropos_verl.engine.gate import RequestGate
+from atropos_verl.errors import EngineError, WeightSyncError
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_weights_swapped_in_mid_generation(release: bool) -> None:
+    """Tokens before the swap are the old policy's, tokens after it the new one's given those before."""
+    old, new = tiny_causal_lm(seed=1), tiny_causal_lm(seed=2)
+    given = prompts(5, 12, 30)
+    counter = StepCounter(engine_model := copy.deepcopy(old))
+    counter.hold_at = 7  # the eighth decode step is held
+    gate = RequestGate()
+    gate.pause(timeout=10.0)
+    with engine_of(engine_model, gate=gate) as engine, ThreadPoolExecutor(1) as pool:
+        engine.update_weights_from_tensor(named(old), policy_version=3)
+        wanted = [request(p, max_tokens=20, temperature=0.0, ignore_eos=True) for p in given]
+        answering = pool.submit(engine.generate, wanted)
+        eventually(lambda: engine.stats().waiting == 3, "the requests to arrive, so that they start together")
+        gate.resume()
+        assert counter.held.wait(10.0)
+        threading.Timer(0.05, counter.go_on.set).start()
+        gate.pause(timeout=10.0)
+        before = counter.steps
+        swapped_at = before + 1  # one token from the prefill, one from each decode step
+        assert swapped_at >= 9
+        if release:
+            engine.release_memory_occupation()
+            assert (engine.stats().kv_bytes, engine.stats().weight_bytes) == (0, 0)
+            engine.resume_memory_occupation()
+        assert engine.update_weights_from_tensor(iter(named(new)), policy_version=4) == sum(
+            tensor.nbytes for _, tensor in named(new)
+        )
+        tokens = given[1] + (9, 8)
+        assert engine.compute_logprobs(tokens) == pytest.approx(logprob_oracle(new, tokens), abs=1e-5)  # while paused
+        assert counter.steps == before
+        assert not answering.done()
+        gate.resume()
+        answers = answering.result(60.0)
+        assert engine.policy_version == 4
+        assert engine.stats().evictions == 3
+        assert engine.stats().failed == 0
+    for prompt, [answer] in zip(given, answers, strict=True):
+        assert list(answer.token_ids[:swapped_at]) == greedy_oracle(old, prompt, swapped_at)
+        assert list(answer.token_ids[swapped_at:]) == greedy_oracle(
+            new, prompt + answer.token_ids[:swapped_at], 20 - swapped_at
+        )
+        assert (answer.policy_version_first, answer.policy_version_last) == (3, 4)
+        assert answer.policy_version_runs == ((3, swapped_at), (4, 20 - swapped_at))
+        assert len(answer.logprobs) == 20
+        after = logprob_oracle(new, prompt + answer.token_ids)[len(prompt) - 1 + swapped_at :]
+        assert list(answer.logprobs[swapped_at:]) == pytest.approx(after, abs=1e-4)
+
+
+def test_a_seeded_request_survives_an_eviction_with_the_same_tokens() -> None:
+    model = tiny_causal_lm()
+    [prompt] = prompts(10)
+    wanted = request(prompt, n=2, max_tokens=20, temperature=1.1, seed=9, ignore_eos=True)
+    counter = StepCounter(engine_model := copy.deepcopy(model))
+    with engine_of(engine_model) as engine, ThreadPoolExecutor(1) as pool:
+        [undisturbed] = engine.generate([wanted])
+        counter.hold_at = counter.steps + 6
+        running = pool.submit(engine.generate, [wanted])
+        assert counter.held.wait(10.0)
+        threading.Timer(0.05, counter.go_on.set).start()
+        engine.update_weights_from_tensor(named(model))  # the same weights; the gate was not even paused
+        [disturbed] = running.result(30.0)
+        assert engine.stats().evictions == 2
+    assert [g.token_ids for g in disturbed] == [g.token_ids for g in undisturbed]
+    assert [g.policy_version_first for g in disturbed] == [-1, -1]
+    assert [g.policy_version_last for g in disturbed] == [0, 0]
+
+
+def test_requests_that_arrive_while_paused_wait_and_are_served(placed: Placed) -> None:
+    model = tiny_causal_lm()
+    gate = RequestGate()
+    given = prompts(3, 6, 9)
+    with placed(copy.deepcopy(model), gate=gate) as engine, ThreadPoolExecutor(3) as pool:
+        for _ in range(3):
+            gate.pause(timeout=10.0)
+            waiting = [pool.submit(one, engine, p, max_tokens=5, temperature=0.0, ignore_eos=True) for p in given]
+            eventually(lambda: engine.stats().waiting == 3, "three sequences to wait")
+            assert engine.stats().running == 0
+            gate.resume()
+            answers = [future.result(30.0) for future in waiting]
+            assert [list(a.token_ids) for a in answers] == [greedy_oracle(model, p, 5) for p in given]
+        assert engine.stats().failed == 0
+
+
+def test_released_weights_are_not_used_until_new_ones_are_in(placed: Placed) -> None:
+    model = tiny_causal_lm(seed=5)
+    [prompt] = prompts(6)
+    with placed(tiny_causal_lm()) as engine, ThreadPoolExecutor(1) as pool:
+        full = engine.stats().weight_bytes
+        engine.release_memory_occupation()
+        engine.release_memory_occupation()  # idempotent
+        assert engine.stats().weight_bytes == 0
+        waiting = pool.submit(one, engine, prompt, max_tokens=5, temperature=0.0, ignore_eos=True)
+        eventually(lambda: engine.stats().waiting == 1, "the request to wait")
+        with pytest.raises(WeightSyncError, match="resume_memory_occupation"):
+            engine.update_weights_from_tensor(named(model))
+        engine.resume_memory_occupation()
+        engine.resume_memory_occupation()
+        assert engine.stats().weight_bytes == full
+        with pytest.raises(EngineError, match="no usable weights"):
+            engine.compute_logprobs(prompt)
+        with pytest.raises(
+            TimeoutError, match=r"0 of 1 requests were done after 0.05 s \(gate open, weights not ready"
+        ):
+            engine.generate([request(prompt)], timeout=0.05)
+        assert not waiting.done()
+        engine.update_weights_from_tensor(named(model), policy_version=8)
+        answer = waiting.result(30.0)
+    assert list(answer.token_ids) == greedy_oracle(model, prompt, 5)
+    assert (answer.policy_version_first, answer.policy_version_last) == (8, 8)
+
+
+def test_release_can_keep_the_weights(placed: Placed) -> None:
+    model = tiny_causal_lm()
+    [prompt] = prompts(6)
+    with placed(copy.deepcopy(model), release_weights=False) as engine:
+        one(engine, prompt, max_tokens=2)
+        assert engine.stats().kv_bytes > 0
+        engine.release_memory_occupation()
+        assert engine.stats().kv_bytes == 0
+        assert engine.weights_ready
+        engine.resume_memory_occupation()
+        again = one(engine, prompt, max_tokens=5, temperature=0.0, ignore_eos=True)
+    assert list(again.token_ids) == greedy_oracle(model, prompt, 5)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])  # tied and untied embeddings
+def test_new_weights_under_every_name_they_may_come_with(family: str) -> None:
+    new = tiny_causal_lm(seed=3, family=family)
+    [tokens] = prompts(12)
+    expected = logprob_oracle(new, tokens)
+    state = {name: tensor.detach().clone() for name, tensor in new.state_dict().items()}
+    assert "lm_head.weight" in state
+    variants: list[Any] = [state, list(state.items()), iter(state.items())]
+    if family == "qwen2":
+        variants += [
+            [(name, tensor) for name, tensor in state.items() if name != "lm_head.weight"],
+            [(name, tensor) for name, tensor in state.items() if name != "model.embed_tokens.weight"],
+        ]
+    for variant in variants:
+        with engine_of(tiny_causal_lm(family=family)) as engine:
+            assert engine.policy_version == -1
+            engine.update_weights_from_tensor(variant)
+            assert engine.policy_version == 0
+            assert engine.compute_logprobs(tokens) == pytest.approx(expected, abs=1e-5)
+    with engine_of(tiny_causal_lm(family=family), dtype=torch.bfloat16) as engine:
+        engine.update_weights_from_tensor(state)  # float32 values are cast
+        rounded = copy.deepcopy(new).to(torch.bfloat16)
+        assert engine.compute_logprobs(tokens) == pytest.approx(logprob_oracle(rounded, tokens), abs=0.05)
+
+
+@pytest.fixture(scope="module", params=["thread", "process"])
+def refusing(request: pytest.FixtureRequest) -> Iterator[AnyEngine]:
+    with placed_engine(request.param, tiny_causal_lm()) as engine:
+        yield engine
+
+
+def _break(state: list[tuple[str, torch.Tensor]], how: str) -> list[tuple[str, torch.Tensor]]:
+    name, tensor = state[3]
+    return {
+        "unknown": [*state[:3], (name + "_x", tensor), *state[4:]],
+        "shape": [*state[:3], (name, tensor.reshape(-1)[:-1]), *state[4:]],
+        "missing": [*state[:3], *state[4:]],
+        "twice": [*state, state[3]],
+        "nothing": [],
+    }[how]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("unknown", r"no tensor 'model.layers.0.self_attn.k_proj.weight_x'; did you mean '[^']*k_proj.weight'"),
+        ("shape", r"'model.layers.0.self_attn.k_proj.weight' has shape \(511,\), the engine's model \(16, 32\)"),
+        ("missing", r"1 of 26 tensors are missing, first 'model.layers.0.self_attn.k_proj.weight'"),
+        ("twice", r"'model.layers.0.self_attn.k_proj.weight' was given twice"),
+        ("nothing", r"26 of 26 tensors are missing, first 'model.embed_tokens.weight'"),
+    ],
+)
+def test_wrong_weights_are_refused_by_name_and_leave_the_version(refusing: AnyEngine, how: str, message: str) -> None:
+    model, new = tiny_causal_lm(), tiny_causal_lm(seed=9)
+    state = named(new)
+    assert state[3][0] == "model.layers.0.self_attn.k_proj.weight"
+    [prompt] = prompts(5)
+    engine = refusing
+    engine.update_weights_from_tensor(named(model), policy_version=4)
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(WeightSyncError, match=message):
+            engine.update_weights_from_tensor(_break(state, how), policy_version=5)
+        # A list is checked before anything is copied: the old weights still serve.
+        assert engine.policy_version == 4
+        assert list(one(engine, prompt, max_tokens=4, temperature=0.0, ignore_eos=True).token_ids) == greedy_oracle(
+            model, prompt, 4
+        )
+        # An iterator may fail half-way: the mixture is never used.
+        with pytest.raises(WeightSyncError, match=message):
+            engine.update_weights_from_tensor(iter(_break(state, how)), policy_version=5)
+        assert engine.policy_version == 4
+        assert engine.weights_ready == (how == "nothing")
+        waiting = pool.submit(one, engine, prompt, max_tokens=4, temperature=0.0, ignore_eos=True)
+        engine.update_weights_from_tensor(iter(state), policy_version=6)
+        answer = waiting.result(30.0)
+        if how != "nothing":
+            assert list(answer.token_ids) == greedy_oracle(new, prompt, 4)
+        assert engine.policy_version == 6
+
+
+def test_a_source_that_breaks_half_way_is_not_served(placed: Placed) -> None:
+    def source() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from named(tiny_causal_lm(seed=4))[:5]
+        raise ConnectionResetError("trainer went away")
+
+    with placed(tiny_causal_lm()) as engine:
+        with pytest.raises(ConnectionResetError):
+            engine.update_weights_from_tensor(source())
+        assert not engine.weights_ready
+        assert engine.policy_version == -1

@@ -1,0 +1,289 @@
+"""``RequestGate``: what passes in which state, what each call waits for, and that no wait is endless."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from support.serving import eventually
+
+from atropos_verl.engine.gate import GateState, RequestGate
+from atropos_verl.errors import EngineError, EngineStoppedError
+
+
+def test_states_of_pause_and_resume() -> None:
+    gate = RequestGate()
+    assert (gate.state, gate.is_open, gate.in_flight) == (GateState.OPEN, True, 0)
+    gate.pause(timeout=1.0)
+    gate.pause(timeout=1.0)  # idempotent
+    assert (gate.state, gate.is_open) == (GateState.PAUSED, False)
+    gate.resume()
+    gate.resume()
+    assert gate.is_open  # one resume undoes any number of pauses
+
+
+def test_pause_returns_at_the_step_boundary_and_not_before() -> None:
+    gate = RequestGate()
+    inside, leave = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def engine() -> None:
+        with gate.step(timeout=5.0) as may_run:
+            assert may_run
+            inside.set()
+            leave.wait(5.0)
+            order.append("step ended")
+
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(engine)
+        assert inside.wait(5.0)
+        pausing = pool.submit(lambda: (gate.pause(timeout=5.0), order.append("paused")))
+        eventually(lambda: gate.state is GateState.PAUSING, "the pause to begin")
+        assert not pausing.done()
+        leave.set()
+        pausing.result(5.0)
+        running.result(5.0)
+    assert order == ["step ended", "paused"]
+    with gate.step(timeout=0.01) as may_run:
+        assert not may_run
+
+
+def test_step_waits_for_resume_and_then_runs() -> None:
+    gate = RequestGate()
+    gate.pause(timeout=1.0)
+    entered = threading.Event()
+
+    def engine() -> bool:
+        with gate.step(timeout=10.0) as may_run:
+            entered.set()
+            return may_run
+
+    with ThreadPoolExecutor(1) as pool:
+        step = pool.submit(engine)
+        assert not entered.wait(0.05)
+        gate.resume()
+        assert step.result(5.0) is True
+    assert gate.steps_running == 0
+
+
+def test_step_gives_up_when_its_stop_predicate_turns_true() -> None:
+    gate = RequestGate()
+    gate.pause(timeout=1.0)
+    stop = threading.Event()
+
+    def engine() -> bool:
+        with gate.step(timeout=30.0, stop=stop.is_set) as may_run:
+            return may_run
+
+    with ThreadPoolExecutor(1) as pool:
+        step = pool.submit(engine)
+        stop.set()
+        gate.wake()
+        assert step.result(5.0) is False
+
+
+def test_pause_timeout_names_what_runs_and_leaves_the_gate_shut_until_resume() -> None:
+    gate = RequestGate()
+    with gate.step(timeout=1.0):
+        with pytest.raises(TimeoutError, match=r"pause: waited 0.01 s .* 1 steps running, 0 requests in flight"):
+            gate.pause(timeout=0.01)
+        assert not gate.is_open
+        with gate.step(timeout=0.01) as second:
+            assert not second
+    gate.pause(timeout=1.0)  # a second try after the failure works
+    assert gate.state is GateState.PAUSED
+    gate.resume()
+    with gate.step(timeout=1.0) as may_run:
+        assert may_run
+
+
+def test_an_exception_inside_a_step_still_ends_the_step() -> None:
+    gate = RequestGate()
+    with pytest.raises(ValueError, match="boom"), gate.step(timeout=1.0):
+        raise ValueError("boom")
+    gate.pause(timeout=1.0)
+    assert gate.state is GateState.PAUSED
+
+
+def test_pause_reports_a_resume_by_another_thread() -> None:
+    gate = RequestGate()
+    with ThreadPoolExecutor(1) as pool, gate.step(timeout=1.0):
+        pausing = pool.submit(gate.pause, 10.0)
+        eventually(lambda: gate.state is GateState.PAUSING, "the pause to begin")
+        gate.resume()
+        with pytest.raises(EngineError, match="changed the gate to open"):
+            pausing.result(5.0)
+
+
+async def test_requests_wait_while_paused_and_never_fail() -> None:
+    gate = RequestGate()
+    gate.pause(timeout=1.0)
+    admitted: list[int] = []
+
+    async def client(number: int) -> None:
+        async with gate.request(timeout=10.0):
+            admitted.append(number)
+
+    clients = [asyncio.create_task(client(number)) for number in range(50)]
+    await asyncio.sleep(0.02)
+    assert (admitted, gate.waiting, gate.in_flight) == ([], 50, 0)
+    gate.resume()
+    await asyncio.wait_for(asyncio.gather(*clients), 5.0)
+    assert sorted(admitted) == list(range(50))
+    assert (gate.waiting, gate.in_flight) == (0, 0)
+
+
+async def test_request_timeout_and_cancellation_leave_nothing_behind() -> None:
+    gate = RequestGate()
+    gate.pause(timeout=1.0)
+    with pytest.raises(TimeoutError, match=r"not admitted within 0.01 s: the gate is paused with 0 requests"):
+        async with gate.request(timeout=0.01):
+            pytest.fail("a paused gate admitted a request")
+    waiting = asyncio.create_task(_hold(gate, asyncio.Event()))
+    await asyncio.sleep(0.01)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert (gate.waiting, gate.in_flight) == (0, 0)
+
+
+async def _hold(gate: RequestGate, leave: asyncio.Event) -> None:
+    async with gate.request(timeout=10.0):
+        await leave.wait()
+
+
+async def test_pause_does_not_wait_for_requests_but_drain_does() -> None:
+    gate = RequestGate()
+    leave = asyncio.Event()
+    holders = [asyncio.create_task(_hold(gate, leave)) for _ in range(3)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert gate.in_flight == 3
+    gate.pause(timeout=1.0)  # returns: no step is running
+    assert gate.state is GateState.PAUSED
+
+    with pytest.raises(TimeoutError, match=r"drain: waited 0.01 s .* 3 requests in flight"):
+        await asyncio.to_thread(gate.drain, 0.01)
+    draining = asyncio.create_task(asyncio.to_thread(gate.drain, 10.0))
+    late = asyncio.create_task(_hold(gate, leave))
+    await asyncio.sleep(0.02)
+    assert gate.state is GateState.DRAINING
+    with gate.step(timeout=1.0) as may_run:  # those in flight may still be decoded
+        assert may_run
+    assert gate.waiting == 1
+    leave.set()
+    await asyncio.wait_for(draining, 5.0)
+    assert (gate.state, gate.in_flight, gate.waiting) == (GateState.PAUSED, 0, 1)
+    gate.resume()
+    await asyncio.wait_for(asyncio.gather(late, *holders), 5.0)
+    assert gate.in_flight == 0
+
+
+async def test_several_event_loops_are_woken() -> None:
+    gate = RequestGate()
+    gate.pause(timeout=1.0)
+
+    def other_loop() -> str:
+        async def client() -> str:
+            async with gate.request(timeout=10.0):
+                return threading.current_thread().name
+
+        return asyncio.run(client())
+
+    with ThreadPoolExecutor(3) as pool:
+        clients = [pool.submit(other_loop) for _ in range(3)]
+        await asyncio.to_thread(eventually, lambda: gate.waiting == 3, "three clients to wait")
+        gate.resume()
+        names = [client.result(5.0) for client in clients]
+    assert len(set(names)) == 3
+
+
+async def test_close_fails_waiting_requests_and_ends_steps() -> None:
+    gate = RequestGate()
+    gate.pause(timeout=1.0)
+    waiting = asyncio.create_task(_hold(gate, asyncio.Event()))
+    await asyncio.sleep(0.01)
+    gate.close()
+    gate.close()
+    with pytest.raises(EngineStoppedError, match="closed"):
+        await asyncio.wait_for(waiting, 5.0)
+    with gate.step(timeout=10.0) as may_run:
+        assert not may_run
+    for call in (gate.resume, gate.pause, gate.drain):
+        with pytest.raises(EngineStoppedError):
+            call()
+
+
+def test_paused_seconds_count_the_time_the_gate_was_shut() -> None:
+    gate = RequestGate()
+    assert gate.paused_seconds == 0.0
+    started = time.monotonic()
+    gate.pause(timeout=1.0)
+    time.sleep(0.05)
+    during = gate.paused_seconds
+    gate.resume()
+    after, elapsed = gate.paused_seconds, time.monotonic() - started
+    assert 0.05 <= during <= after <= elapsed
+    time.sleep(0.02)
+    assert gate.paused_seconds == after
+
+
+class Remote:
+    """Steps in another process, as the gate sees them."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def hold(self, number: int) -> None:
+        self.told.append(f"hold {number}")
+
+    def go(self) -> None:
+        self.told.append("go")
+
+
+def test_a_linked_engine_is_waited_for_like_a_step() -> None:
+    gate, remote = RequestGate(), Remote()
+    gate.link(remote)
+    assert remote.told == ["go"]
+    with pytest.raises(TimeoutError, match="1 steps running"):
+        gate.pause(timeout=0.05)
+    gate.resume()
+    with ThreadPoolExecutor(1) as pool:
+        pausing = pool.submit(gate.pause, 20.0)
+        eventually(lambda: len(remote.told) == 4, "the second hold")
+        holds = [int(word.split()[1]) for word in remote.told if word != "go"]
+        assert remote.told == ["go", f"hold {holds[0]}", "go", f"hold {holds[1]}"]
+        gate.held(holds[0])  # the answer to the first, on its way since before the gate was opened
+        assert not pausing.done()
+        gate.held(holds[1])
+        pausing.result(10.0)
+    assert (gate.state, gate.steps_running) == (GateState.PAUSED, 0)
+    gate.resume()
+    assert remote.told[-1] == "go"
+    gate.unlink()
+    gate.pause(timeout=5.0)
+
+
+def test_an_engine_linked_to_a_paused_gate_waits_for_it_to_open() -> None:
+    gate, remote = RequestGate(), Remote()
+    gate.pause(timeout=5.0)
+    gate.link(remote)
+    assert (remote.told, gate.steps_running) == ([], 0)
+    gate.resume()
+    assert remote.told == ["go"]
+
+
+async def test_a_linked_engine_goes_on_while_the_gate_drains_and_stops_then() -> None:
+    gate, remote = RequestGate(), Remote()
+    gate.link(remote)
+    async with gate.request():
+        draining = asyncio.create_task(asyncio.to_thread(gate.drain, 20.0))
+        await asyncio.to_thread(eventually, lambda: gate.state is GateState.DRAINING, "draining")
+        assert not [word for word in remote.told if word != "go"]
+    await asyncio.to_thread(eventually, lambda: remote.told[-1] != "go", "the hold")
+    gate.held(int(remote.told[-1].split()[1]))
+    await draining
+    assert gate.state is GateState.PAUSED

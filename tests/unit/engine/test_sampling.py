@@ -1,0 +1,170 @@
+"""Sampling against exact probabilities worked out by hand, and against transformers' own warpers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from atropos_verl.engine.sampling import SamplingRows, effective_temperature, sample, stream_key, uniforms
+from atropos_verl.types import GenerationRequest
+
+PROBABILITIES = [0.4, 0.3, 0.15, 0.1, 0.05]
+DRAWS = 20_000
+
+
+def draw(logits: torch.Tensor, *, seed: int = 0, rows: int | None = None, **settings: Any) -> tuple[Any, Any]:
+    """Tokens and logprobs of independent draws: row ``b`` uses stream ``b`` of ``seed``."""
+    rows = DRAWS if rows is None else rows
+    request = GenerationRequest(prompt_token_ids=(1,), **settings)
+    keys = [stream_key(seed, row) for row in range(rows)]
+    built = SamplingRows.build([request] * rows, keys, logits.shape[-1], "cpu")
+    return sample(logits.expand(rows, -1), built, np.zeros(rows, dtype=np.uint64))
+
+
+def chi_square(tokens: torch.Tensor, expected: list[float]) -> float:
+    """Pearson's statistic over the tokens with positive probability; the others must not occur."""
+    counts = torch.bincount(tokens, minlength=len(expected)).double()
+    assert all(counts[i] == 0 for i, p in enumerate(expected) if p == 0)
+    return sum((float(counts[i]) - DRAWS * p) ** 2 / (DRAWS * p) for i, p in enumerate(expected) if p > 0)
+
+
+def powered(temperature: float) -> list[float]:
+    weights = [p ** (1 / temperature) for p in PROBABILITIES]
+    return [w / sum(weights) for w in weights]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, PROBABILITIES),
+        ({"temperature": 2.0}, powered(2.0)),
+        ({"temperature": 0.5}, powered(0.5)),
+        ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0, 0]),
+        ({"top_k": 1}, [1, 0, 0, 0, 0]),
+        ({"top_k": 99}, PROBABILITIES),
+        # 0.4 + 0.3 < 0.75 <= 0.4 + 0.3 + 0.15: three tokens
+        ({"top_p": 0.75}, [0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85, 0, 0]),
+        ({"top_p": 0.01}, [1, 0, 0, 0, 0]),
+        # at least 0.3 * 0.4 = 0.12
+        ({"min_p": 0.3}, [0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85, 0, 0]),
+        # top-k 4 leaves 0.95; top-p 0.7 of that is 0.665, reached by two tokens
+        ({"top_k": 4, "top_p": 0.7}, [4 / 7, 3 / 7, 0, 0, 0]),
+        ({"top_k": 4, "top_p": 0.9, "min_p": 0.3}, [0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85, 0, 0]),
+    ],
+)
+def test_frequencies_match_exact_probabilities(settings: dict[str, Any], expected: list[float]) -> None:
+    order = [3, 0, 4, 1, 2]  # not sorted by probability in the vocabulary
+    logits = torch.empty(5)
+    placed = [0.0] * 5
+    for rank, token in enumerate(order):
+        logits[token] = math.log(PROBABILITIES[rank]) + 7.0
+        placed[token] = expected[rank]
+    tokens, logprobs = draw(logits, **settings)
+    # 99.99 % quantile of chi-square with 4 degrees of freedom is 23.5
+    assert chi_square(tokens, placed) < 23.5
+    # The logprob is of the temperature's distribution over all tokens, whatever the filters left.
+    full = powered(settings.get("temperature", 1.0))
+    for rank, token in enumerate(order):
+        got = logprobs[tokens == token]
+        assert torch.allclose(got, torch.full_like(got, math.log(full[rank])), atol=1e-6)
+
+
+def test_greedy_takes_the_best_and_reports_the_logprob_at_temperature_one() -> None:
+    tokens, logprobs = draw(torch.log(torch.tensor(PROBABILITIES)), rows=3, temperature=0.0, top_k=2, min_p=0.5)
+    assert tokens.tolist() == [0, 0, 0]
+    assert logprobs.tolist() == pytest.approx([math.log(0.4)] * 3, abs=1e-6)
+    assert (effective_temperature(0.0), effective_temperature(1e-6), effective_temperature(0.7)) == (1.0, 1.0, 0.7)
+
+
+@pytest.mark.parametrize("vocab_size", [257, 6000])
+def test_candidate_sets_equal_those_of_transformers_warpers(vocab_size: int) -> None:
+    """6000 ids take the path that sorts only the best 1024 where those are enough."""
+    from transformers import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    logits = torch.randn((1, vocab_size), generator=torch.Generator().manual_seed(1), dtype=torch.float32) * 1.5
+    cases: list[dict[str, Any]] = [
+        {"temperature": 0.8, "top_p": 0.5},
+        {"temperature": 1.3, "top_k": 7, "top_p": 0.9},
+        {"top_k": 1500},
+        {"top_k": 1500, "top_p": 0.99},
+        {"min_p": 0.2},
+        {"min_p": 1e-4},
+        {"top_p": 0.999},
+        {"top_k": 40, "min_p": 0.1},
+    ]
+    for case in cases:
+        if case.get("top_k", 0) >= vocab_size:
+            continue  # off: such rows are drawn in the order of the vocabulary, not of probability
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(case.get("temperature", 1.0))])
+        if "top_k" in case:
+            warpers.append(TopKLogitsWarper(case["top_k"]))
+        if "top_p" in case:
+            warpers.append(TopPLogitsWarper(case["top_p"]))
+        if "min_p" in case:
+            warpers.append(MinPLogitsWarper(case["min_p"]))
+        expected = torch.softmax(warpers(torch.zeros((1, 1), dtype=torch.int64), logits.clone())[0].double(), -1)
+        tokens, _ = draw(logits[0], rows=300, **case)
+        assert bool((expected[tokens] > 0).all()), case
+        # Equal draws must pick the same quantile of the sorted distribution: check against its exact CDF.
+        order = torch.argsort(expected, descending=True, stable=True)
+        cdf = expected[order].cumsum(-1)
+        u = uniforms(np.array([stream_key(0, r) for r in range(300)], np.uint64), np.zeros(300, np.uint64))
+        quantile = order[torch.searchsorted(cdf, torch.from_numpy(u), right=True).clamp(max=vocab_size - 1)]
+        assert float((quantile == tokens).double().mean()) > 0.995, case
+
+
+def test_rows_with_different_settings_do_not_touch_each_other() -> None:
+    logits = torch.randn((6, 50), generator=torch.Generator().manual_seed(2))
+    settings: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.0},
+        {"top_k": 3},
+        {"temperature": 1.7},
+        {"top_p": 0.4, "temperature": 0.6},
+        {"min_p": 0.1},
+    ]
+    requests = [GenerationRequest(prompt_token_ids=(1,), **entry) for entry in settings]
+    keys = [stream_key(11, row) for row in range(6)]
+    positions = np.arange(6, dtype=np.uint64)
+    together, logprobs = sample(logits, SamplingRows.build(requests, keys, 50, "cpu"), positions)
+    for row in range(6):
+        alone = SamplingRows.build([requests[row]], [keys[row]], 50, "cpu")
+        token, logprob = sample(logits[row : row + 1], alone, positions[row : row + 1])
+        assert int(token[0]) == int(together[row])
+        assert float(logprob[0]) == pytest.approx(float(logprobs[row]), abs=1e-6)
+
+
+def test_tokens_of_probability_zero_are_never_drawn() -> None:
+    logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf])
+    tokens, _ = draw(logits)
+    assert set(tokens.tolist()) == {1, 3}
+
+
+def test_uniforms_follow_splitmix64_and_are_uniform() -> None:
+    # Reference outputs of SplitMix64 seeded with 1234567 (the generator's published test vector).
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    got = uniforms(np.full(4, 1234567, np.uint64), np.arange(4, dtype=np.uint64))
+    assert got.tolist() == [(value >> 11) * 2.0**-53 for value in published]
+
+    many = uniforms(np.full(100_000, stream_key(0, 0), np.uint64), np.arange(100_000, dtype=np.uint64))
+    assert many.min() >= 0.0
+    assert many.max() < 1.0
+    counts = np.histogram(many, bins=20, range=(0, 1))[0]
+    assert float(((counts - 5000) ** 2 / 5000).sum()) < 52.0  # 99.99 % quantile, 19 degrees of freedom
+    assert abs(np.corrcoef(many[:-1], many[1:])[0, 1]) < 0.02
+
+
+def test_streams_differ_by_seed_and_by_completion() -> None:
+    keys = {stream_key(seed, index) for seed in (-1, 0, 1, 2**63, 2**64 + 5) for index in range(100)}
+    assert len(keys) == 500
+    assert all(0 <= key < 2**64 for key in keys)

@@ -1,0 +1,289 @@
+"""What all endpoints share: key, errors, health, metrics, pauses, and clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import socket
+import threading
+from typing import Any
+
+import httpx
+import pytest
+from support.fake_engine import FakeEngine
+from support.serving import eventually, serving
+from support.tiny_model import build_tiny_tokenizer
+
+from atropos_verl.engine.gate import RequestGate
+from atropos_verl.errors import EngineError, EngineStoppedError, GenerationRequestError
+
+TOKENIZER = build_tiny_tokenizer()
+
+
+def raw_post(client: httpx.Client, path: str, body: dict[str, Any]) -> socket.socket:
+    """Send a request and leave the answer unread: the caller hangs up when it likes."""
+    data = json.dumps(body).encode()
+    connection = socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=10)
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    connection.sendall(head.encode() + data)
+    return connection
+
+
+def metric(client: httpx.Client, name: str) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    (value,) = [line.split(" ")[-1] for line in lines if line.startswith(f"atropos_verl_gateway_{name} ")]
+    return float(value)
+
+
+def test_key_is_needed_everywhere_but_for_health() -> None:
+    with serving(FakeEngine(), TOKENIZER, api_key="s3cret") as client:
+        assert client.get("/health").status_code == 200
+        for method, path in (("GET", "/v1/models"), ("GET", "/metrics"), ("POST", "/generate"), ("GET", "/nothing")):
+            for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"}):
+                response = client.request(method, path, headers=headers, json={"prompt": "a"})
+                assert response.status_code == 401, (path, headers)
+                assert response.json()["error"]["type"] == "authentication_error"
+                assert "s3cret" not in response.text
+        right = {"Authorization": "Bearer s3cret"}
+        assert client.post("/generate", headers=right, json={"prompt": [1], "max_tokens": 1}).status_code == 200
+        assert client.get("/nothing", headers=right).status_code == 404
+
+
+def test_health_models_and_unknown_routes() -> None:
+    engine = FakeEngine(max_context_len=99)
+    engine.policy_version = 12
+    with serving(engine, TOKENIZER, model_name="org/tiny") as client:
+        assert client.get("/health").json() == {
+            "status": "ok",
+            "policy_version": 12,
+            "paused": False,
+            "in_flight": 0,
+        }
+        (card,) = client.get("/v1/models").json()["data"]
+        assert (card["id"], card["object"], card["max_model_len"]) == ("org/tiny", "model", 99)
+        assert client.get("/v1/models/org/tiny").json() == card
+        assert client.get("/v1/models/other").status_code == 404
+        wrong = client.post("/v1/generate", json={})
+        assert wrong.status_code == 404 and wrong.json()["error"]["type"] == "not_found_error"
+        assert client.get("/generate").status_code == 405
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (GenerationRequestError("token id 9999 is outside the vocabulary", "prompt"), 400, "9999"),
+        (EngineStoppedError("closed"), 503, "has stopped"),
+        (EngineError("out of memory"), 500, "out of memory"),
+        (TimeoutError("not admitted within 1 s"), 504, "not admitted"),
+        (KeyError("inner secret"), 500, "KeyError"),
+    ],
+)
+def test_engine_errors_become_http_errors(error: Exception, status: int, text: str) -> None:
+    engine = FakeEngine()
+    engine.fail_with = error
+    with serving(engine, TOKENIZER) as client:
+        for path, body in (("/generate", {"prompt": [1]}), ("/v1/completions", {"prompt": ["a", "b"]})):
+            response = client.post(path, json=body)
+            assert response.status_code == status
+            assert text in response.json()["error"]["message"]
+            assert "secret" not in response.text
+        streamed = client.post("/v1/completions", json={"prompt": "a", "stream": True})
+        assert streamed.status_code == status  # nothing had been sent yet
+        assert not engine.active
+
+
+def test_metrics_count_requests_tokens_and_version() -> None:
+    engine = FakeEngine()
+    engine.policy_version = 2
+    with serving(engine, TOKENIZER) as client:
+        client.post("/generate", json={"prompt": [1, 2, 3], "max_tokens": 4, "n": 2})
+        client.post("/generate", json={"prompt": [1], "top_p": 9})
+        client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 5, "stream": True})
+        text = client.get("/metrics").text
+        assert 'atropos_verl_gateway_requests_total{endpoint="/generate",status="200"} 1\n' in text
+        assert 'atropos_verl_gateway_requests_total{endpoint="/generate",status="400"} 1\n' in text
+        assert metric(client, "prompt_tokens_total") == 5
+        assert metric(client, "generated_tokens_total") == 13
+        assert metric(client, "policy_version") == 2
+        assert metric(client, "requests_in_flight") == 0
+        from prometheus_client.parser import text_string_to_metric_families
+
+        families = {family.name: family.type for family in text_string_to_metric_families(text)}
+        assert families["atropos_verl_gateway_requests"] == "counter"
+        assert families["atropos_verl_gateway_paused"] == "gauge"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"prompt": [1, 2], "n": 4, "max_tokens": 400}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 400}),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 400, "stream": True}),
+        ("/generate", {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 400}}),
+    ],
+)
+def test_client_that_hangs_up_frees_its_slots(path: str, body: dict[str, Any]) -> None:
+    engine = FakeEngine(token_delay=0.05)  # 20 s per request, were it not cancelled
+    with serving(engine, TOKENIZER) as client:
+        connection = raw_post(client, path, body)
+        prompts = body.get("prompt")
+        expected = 2 if prompts == ["a", "b"] else 1
+        eventually(lambda: len(engine.active) == expected, "the request to be running")
+        assert client.get("/health").json()["in_flight"] == 1
+        connection.close()
+        eventually(lambda: not engine.active, "the slots to be free")
+        assert sorted(engine.cancelled) == sorted(engine.started) and engine.finished == []
+        eventually(
+            lambda: f'endpoint="{path}",status="499"}} 1' in client.get("/metrics").text, "status 499 to be counted"
+        )
+        assert client.get("/health").json()["in_flight"] == 0
+
+
+def test_client_that_hangs_up_while_it_waits_at_the_gate_is_forgotten() -> None:
+    engine, gate = FakeEngine(), RequestGate()
+    with serving(engine, TOKENIZER, gate=gate) as client:
+        gate.pause(timeout=5.0)
+        connection = raw_post(client, "/generate", {"prompt": [1]})
+        eventually(lambda: gate.waiting == 1, "the request to wait at the gate")
+        connection.close()
+        eventually(lambda: gate.waiting == 0, "the request to be forgotten")
+        gate.resume()
+        assert client.post("/generate", json={"prompt": [1], "max_tokens": 1}).status_code == 200
+        assert len(engine.started) == 1 and gate.in_flight == 0
+
+
+def test_request_during_a_pause_waits_and_is_served() -> None:
+    engine, gate = FakeEngine(), RequestGate()
+    with serving(engine, TOKENIZER, gate=gate) as client:
+        gate.pause(timeout=5.0)
+        answers: list[httpx.Response] = []
+        body = {"prompt": [1], "max_tokens": 2}
+        thread = threading.Thread(target=lambda: answers.append(client.post("/generate", json=body)))
+        thread.start()
+        eventually(lambda: gate.waiting == 1, "the request to wait at the gate")
+        health = client.get("/health")  # alive all the same: environments stop asking a server that is not
+        assert health.status_code == 200
+        assert health.json() == {"status": "paused", "policy_version": 0, "paused": True, "in_flight": 1}
+        assert metric(client, "paused") == 1 and metric(client, "paused_seconds_total") > 0
+        assert answers == [] and engine.started == []
+        engine.policy_version = 1
+        gate.resume()
+        thread.join(timeout=15.0)
+        assert answers[0].status_code == 200
+        assert answers[0].json()["policy_version"] == 1 and answers[0].json()["token_ids"] == [[2, 3]]
+
+
+def test_request_timeout_is_a_504_and_frees_the_slot() -> None:
+    engine = FakeEngine()
+    engine.pause()
+    with serving(engine, TOKENIZER, request_timeout=0.2) as client:
+        response = client.post("/generate", json={"prompt": [1]})
+        assert response.status_code == 504
+        error = response.json()["error"]
+        assert error["type"] == "timeout_error" and "0.2 s" in error["message"]
+        assert not engine.active and len(engine.cancelled) == 1
+
+
+def test_aborted_generation_is_not_passed_off_as_a_whole_one() -> None:
+    engine = FakeEngine()
+    engine.abort_all = True
+    with serving(engine, TOKENIZER) as client:
+        response = client.post("/generate", json={"prompt": [1], "max_tokens": 2})
+        assert response.status_code == 503 and response.json()["error"]["code"] == "aborted"
+
+
+def test_64_clients_with_pauses_in_between_all_get_their_own_answer() -> None:
+    engine, gate = FakeEngine(token_delay=0.001), RequestGate()
+
+    async def one(client: httpx.AsyncClient, number: int) -> None:
+        for turn in range(3):
+            start = number * 2 + turn
+            body = {"prompt": {"prompt_token_ids": [start]}, "logprobs": 0, "n": 2, "max_tokens": 8}
+            response = await client.post("/generate", json=body)
+            assert response.status_code == 200, response.text
+            expected = [[(start + 1 + i + k) % 200 for k in range(8)] for i in range(2)]
+            assert response.json()["token_ids"] == expected
+
+    async def everyone(url: httpx.URL, stop: threading.Event) -> None:
+        limits = httpx.Limits(max_connections=64, max_keepalive_connections=64)
+        async with httpx.AsyncClient(base_url=url, timeout=60.0, limits=limits) as client:
+            await asyncio.gather(*(one(client, number) for number in range(64)))
+        stop.set()
+
+    with serving(engine, TOKENIZER, gate=gate) as client:
+        stop, pauses = threading.Event(), 0
+        runner = threading.Thread(target=lambda: asyncio.run(everyone(client.base_url, stop)))
+        runner.start()
+        while not stop.wait(0.01) and runner.is_alive():
+            gate.pause(timeout=5.0)
+            engine.pause()  # the engine stands between two tokens, as while weights are copied
+            pauses += 1
+            assert client.get("/health").status_code == 200
+            engine.resume()
+            gate.resume()
+        runner.join(timeout=60.0)
+        assert stop.is_set(), "a client failed"
+        assert pauses >= 3
+        assert len(engine.finished) == 192 and engine.cancelled == []
+        assert 'requests_total{endpoint="/generate",status="200"} 192' in client.get("/metrics").text
+
+
+def test_slow_body_that_never_comes_is_no_request() -> None:
+    engine = FakeEngine()
+    with serving(engine, TOKENIZER) as client:
+        connection = socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=10)
+        connection.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        eventually(lambda: client.get("/health").json()["in_flight"] == 1, "the request to have begun")
+        with contextlib.closing(connection):
+            pass
+        eventually(lambda: client.get("/health").json()["in_flight"] == 0, "the request to be forgotten")
+        assert engine.started == []
+
+
+def test_body_that_is_too_large_is_a_413_and_is_not_kept() -> None:
+    engine = FakeEngine()
+    with serving(engine, TOKENIZER) as client:
+        response = client.post("/generate", content=(b"[" * (1 << 20) for _ in range(65)))
+        assert response.status_code == 413
+        assert "67108864 bytes" in response.json()["error"]["message"]
+        assert client.post("/generate", json={"prompt": [1], "max_tokens": 1}).status_code == 200
+
+
+def test_base_url_with_a_slash_at_its_end_still_reaches_everything() -> None:
+    with serving(FakeEngine(), TOKENIZER) as client:
+        assert client.get(f"{client.base_url}//health").status_code == 200  # base_url.replace("/v1", "") + "/health"
+        response = client.post(f"{client.base_url}//generate", json={"prompt": [1], "max_tokens": 1})
+        assert response.json()["token_ids"] == [[2]]
+
+
+def test_wrong_paths_and_keys_show_in_our_log_once(caplog: pytest.LogCaptureFixture) -> None:
+    with serving(FakeEngine(), TOKENIZER, api_key="k") as client, caplog.at_level(logging.WARNING, "atropos_verl"):
+        for _ in range(3):
+            client.get("/v1/models")
+            client.get("/v1/health", headers={"Authorization": "Bearer k"})
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert "/v1/models" in messages[0] and "API key" in messages[0]
+    assert "GET /v1/health: no such endpoint" in messages[1]
+
+
+def test_reason_of_a_refusal_is_in_our_log_once(caplog: pytest.LogCaptureFixture) -> None:
+    with serving(FakeEngine(), TOKENIZER) as client, caplog.at_level(logging.WARNING, "atropos_verl"):
+        for _ in range(3):
+            assert client.post("/generate", json={"prompt": [1], "logit_bias": {"1": 5}}).status_code == 400
+    (record,) = caplog.records
+    assert "/generate: a client was refused: logit_bias: not supported" in record.getMessage()
+
+
+def test_traceback_is_logged_for_faults_but_not_for_a_stopped_engine(caplog: pytest.LogCaptureFixture) -> None:
+    engine = FakeEngine()
+    with serving(engine, TOKENIZER) as client, caplog.at_level(logging.ERROR, "atropos_verl"):
+        for error in (EngineStoppedError("closed"), ZeroDivisionError("x")):
+            engine.fail_with = error
+            client.post("/generate", json={"prompt": [1]})
+    stopped, fault = caplog.records
+    assert stopped.exc_info is None and "has stopped: closed" in stopped.getMessage()
+    assert fault.exc_info is not None and fault.exc_info[0] is ZeroDivisionError

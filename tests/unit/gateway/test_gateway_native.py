@@ -1,0 +1,218 @@
+"""/generate in the dialects of vLLM, SGLang and trl: values of every field that clients read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+from support.fake_engine import FakeEngine, text_reply
+from support.tiny_model import build_tiny_tokenizer
+
+from atropos_verl.types import GenerationRequest
+
+TOKENIZER = build_tiny_tokenizer()
+
+
+@pytest.fixture
+def engine(served: tuple[FakeEngine, httpx.Client]) -> FakeEngine:
+    served[0].reset()
+    return served[0]
+
+
+def generate(client: httpx.Client, **body: Any) -> Any:
+    response = client.post("/generate", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def refused(client: httpx.Client, path: str, **body: Any) -> dict[str, Any]:
+    response = client.post(path, json=body)
+    assert response.status_code == 400, response.text
+    error: dict[str, Any] = response.json()["error"]
+    return error
+
+
+def test_vllm_answer(client: httpx.Client, engine: FakeEngine) -> None:
+    engine.policy_version = 3
+    answer = generate(client, prompt={"prompt_token_ids": [64, 65]}, logprobs=0, n=2, max_tokens=3)
+    # the fake counts on from the last prompt token, completion i starting i higher: "cde", "def"
+    assert answer == {
+        "text": ["cde", "def"],
+        "prompt": "ab",
+        "finish_reasons": ["length", "length"],
+        "token_ids": [[66, 67, 68], [67, 68, 69]],
+        "prompt_token_ids": [64, 65],
+        "logprobs": [
+            [[{"66": -0.125}], [{"67": -0.25}], [{"68": -0.375}]],
+            [[{"67": -0.125 - 1 / 1024}], [{"68": -0.25 - 1 / 1024}], [{"69": -0.375 - 1 / 1024}]],
+        ],
+        "policy_version": 3,
+        "policy_versions": [[3, 3], [3, 3]],
+    }
+
+
+def test_vllm_parameters_and_prompt_forms(client: httpx.Client, engine: FakeEngine) -> None:
+    prompts = ("ab", [64, 65], {"prompt": "ab"}, {"prompt_token_ids": [64, 65]})
+    for prompt in prompts:
+        answer = generate(client, prompt=prompt, temperature=0.7, top_p=0.8, top_k=5, min_p=0.1, seed=2, stop=["q"])
+        assert answer["prompt"] == "ab" and "logprobs" not in answer and "prompt_logprobs" not in answer
+    generate(client, prompt_token_ids=[64, 65], max_new_tokens=4)
+    for sent in engine.requests[:4]:
+        assert sent == GenerationRequest(
+            prompt_token_ids=(64, 65),
+            max_tokens=16,
+            temperature=0.7,
+            top_p=0.8,
+            top_k=5,
+            min_p=0.1,
+            seed=2,
+            stop=("q",),
+            request_id=sent.request_id,
+        )
+    assert engine.requests[4].max_tokens == 4
+
+
+def test_vllm_prompt_logprobs_put_the_prompts_own_token_first(client: httpx.Client) -> None:
+    body = {"prompt": {"prompt_token_ids": [5, 6, 7]}, "prompt_logprobs": 2, "max_tokens": 1}
+    raw = client.post("/generate", json=body)
+    # the fake: token itself at -p, id 1000 at -p - 0.5, id 1001 at -p + 0.5; order of the keys matters to readers
+    assert '"prompt_logprobs":[null,{"6":-1.0,"1001":-0.5,"1000":-1.5},{"7":-2.0,"1001":-1.5,"1000":-2.5}]' in raw.text
+
+
+def test_vllm_answer_survives_64_bits_of_a_logprob(client: httpx.Client, engine: FakeEngine) -> None:
+    value = -0.12345678901234567
+    engine.logprob = lambda index, position: value
+    assert generate(client, prompt=[1], logprobs=0, max_tokens=1)["logprobs"] == [[[{"2": value}]]]
+
+
+def test_sglang_answer(client: httpx.Client, engine: FakeEngine) -> None:
+    engine.policy_version = 5
+    answer = generate(
+        client,
+        input_ids=[64, 65],
+        sampling_params={"max_new_tokens": 2, "temperature": 0.5, "top_k": 1 << 30},
+        return_logprob=True,
+        return_text_in_logprobs=False,
+    )
+    identity = answer["meta_info"].pop("id")
+    assert isinstance(identity, str) and identity
+    assert answer == {
+        "text": "cd",
+        "output_ids": [66, 67],
+        "meta_info": {
+            "finish_reason": {"type": "length", "length": 2},
+            "prompt_tokens": 2,
+            "completion_tokens": 2,
+            "cached_tokens": 0,
+            "weight_version": "5",
+            "policy_version": 5,
+            "policy_versions": [5, 5],
+            "output_token_logprobs": [[-0.125, 66, None], [-0.25, 67, None]],
+            "input_token_logprobs": [],
+        },
+    }
+    assert engine.requests[0].temperature == 0.5 and engine.requests[0].top_k == -1
+
+
+def test_sglang_lists_texts_and_input_logprobs(client: httpx.Client, engine: FakeEngine) -> None:
+    params = {"max_new_tokens": 1, "n": 2}
+    answers = generate(client, text="ab", sampling_params=params, return_logprob=True, return_text_in_logprobs=True)
+    assert [a["output_ids"] for a in answers] == [[66], [67]]
+    assert answers[0]["meta_info"]["output_token_logprobs"] == [[-0.125, 66, "c"]]
+    batch = generate(client, input_ids=[[64], [70]], sampling_params={"max_new_tokens": 1})
+    assert [a["output_ids"] for a in batch] == [[65], [71]]
+    assert "output_token_logprobs" not in batch[0]["meta_info"]
+    scored = generate(
+        client, input_ids=[5, 6, 7], sampling_params={"max_new_tokens": 1}, return_logprob=True, logprob_start_len=0
+    )
+    assert scored["meta_info"]["input_token_logprobs"] == [[None, 5, None], [-1.0, 6, None], [-2.0, 7, None]]
+    tail = generate(
+        client, input_ids=[5, 6, 7], sampling_params={"max_new_tokens": 1}, return_logprob=True, logprob_start_len=2
+    )
+    assert tail["meta_info"]["input_token_logprobs"] == [[-2.0, 7, None]]
+    generate(client, text="ab")
+    assert engine.requests[-1].max_tokens == 128  # SGLang's default
+
+
+def test_sglang_says_what_matched(client: httpx.Client, engine: FakeEngine) -> None:
+    engine.reset(text_reply(TOKENIZER, "yes<|im_end|>"))
+    eos = generate(client, input_ids=[1], sampling_params={"max_new_tokens": 9})
+    assert eos["text"] == "yes" and eos["meta_info"]["finish_reason"] == {"type": "stop", "matched": 258}
+    engine.reset(text_reply(TOKENIZER, "yes"))
+    text = generate(client, input_ids=[1], sampling_params={"max_new_tokens": 9, "stop": "s"})
+    assert text["text"] == "ye" and text["meta_info"]["finish_reason"] == {"type": "stop", "matched": "s"}
+    kept = generate(client, input_ids=[1], sampling_params={"max_new_tokens": 9, "stop": "s", "no_stop_trim": True})
+    assert kept["text"] == "yes"
+
+
+def test_trl_answer(client: httpx.Client, engine: FakeEngine) -> None:
+    response = client.post(
+        "/generate/",
+        json={
+            "prompts": ["a", "x"],
+            "n": 2,
+            "repetition_penalty": 1.0,
+            "temperature": 0.9,
+            "top_p": 1.0,
+            "top_k": -1,
+            "min_p": 0.0,
+            "max_tokens": 2,
+        },
+    )
+    assert response.status_code == 200
+    answer = response.json()
+    assert answer["completion_ids"] == [[65, 66], [66, 67], [88, 89], [89, 90]]  # a = 64, x = 87
+    assert answer["prompt_ids"] == [[64], [87]]
+    assert answer["logprobs"][0] == [-0.125, -0.25]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/generate", {}, "prompt"),
+        ("/generate", {"prompt": "a", "input_ids": [1]}, "prompt"),
+        ("/generate", {"prompt": "a", "prompt_token_ids": [1]}, "prompt_token_ids"),
+        ("/generate", {"prompt": ""}, "prompt"),
+        ("/generate", {"prompt": {"prompt_token_ids": ["a"]}}, "prompt.prompt_token_ids"),
+        (
+            "/generate",
+            {"prompt": {"prompt_token_ids": [1], "multi_modal_data": {"image": "x"}}},
+            "prompt.multi_modal_data",
+        ),
+        ("/generate", {"prompt": "a", "stream": True}, "stream"),
+        ("/generate", {"prompt": "a", "logprobs": 3}, "logprobs"),
+        ("/generate", {"prompt": "a", "use_beam_search": True}, "use_beam_search"),
+        ("/generate", {"input_ids": [1], "stream": True}, "stream"),
+        ("/generate", {"input_ids": [1], "text": "a"}, "input_ids"),
+        ("/generate", {"input_ids": [], "sampling_params": {}}, "input_ids"),
+        ("/generate", {"sampling_params": {}}, "input_ids"),
+        ("/generate", {"input_ids": [1], "sampling_params": [{}]}, "sampling_params"),
+        ("/generate", {"input_ids": [1], "sampling_params": {"top_p": 7}}, "sampling_params.top_p"),
+        (
+            "/generate",
+            {"input_ids": [1], "sampling_params": {"frequency_penalty": 1}},
+            "sampling_params.frequency_penalty",
+        ),
+        ("/generate", {"input_ids": [1], "top_logprobs_num": 2}, "top_logprobs_num"),
+        ("/generate/", {"prompt": "a"}, "prompts"),
+        ("/generate/", {"prompts": []}, "prompts"),
+        ("/generate/", {"prompts": ["a"], "repetition_penalty": 1.1}, "repetition_penalty"),
+        ("/generate/", {"prompts": ["a"], "guided_decoding_regex": "a+"}, "guided_decoding_regex"),
+    ],
+)
+def test_refusals_name_the_field(
+    client: httpx.Client, engine: FakeEngine, path: str, body: dict[str, Any], param: str
+) -> None:
+    error = refused(client, path, **body)
+    assert error["param"] == param
+    assert engine.requests == []
+
+
+def test_too_long_prompts(client: httpx.Client, engine: FakeEngine) -> None:
+    engine.max_context_len = 4
+    for body in ({"prompt": [1, 2, 3, 4]}, {"input_ids": [1, 2, 3, 4]}):
+        error = refused(client, "/generate", **body)
+        assert error["code"] == "context_length_exceeded"
+        assert "maximum context length is 4 tokens, but the prompt has 4 tokens" in error["message"]
+    assert generate(client, prompt=[1, 2, 3])["token_ids"] == [[4]]  # one token fits

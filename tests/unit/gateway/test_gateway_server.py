@@ -1,0 +1,127 @@
+"""GatewayServer: start, stop, ports, signals."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import threading
+
+import httpx
+import pytest
+from support.fake_engine import FakeEngine
+from support.serving import eventually
+from support.tiny_model import build_tiny_tokenizer
+
+from atropos_verl.errors import ServiceError
+from atropos_verl.gateway import GatewayServer, create_app
+from atropos_verl.http_thread import listen
+
+TOKENIZER = build_tiny_tokenizer()
+
+
+def make_app(engine: FakeEngine | None = None) -> object:
+    return create_app(engine or FakeEngine(), TOKENIZER, model_name="tiny")
+
+
+def test_start_serves_and_stop_ends_it_and_it_can_start_again(caplog: pytest.LogCaptureFixture) -> None:
+    server = GatewayServer(make_app())
+    assert not server.is_running
+    with pytest.raises(ServiceError, match="not started"):
+        _ = server.url
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    for _ in range(2):
+        with caplog.at_level(logging.INFO):
+            url = server.start(timeout=10.0)
+        assert url == server.url == server.start()  # idempotent
+        assert httpx.get(f"{url}/health").json()["status"] == "ok"
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+        server.stop(timeout=10.0)
+        server.stop(timeout=10.0)
+        assert not server.is_running
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health")
+    assert "GET /health" not in caplog.text  # no access log
+    assert [t for t in threading.enumerate() if t.name == "inference-gateway"] == []
+
+
+def test_taken_port_names_host_port_and_key() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server = GatewayServer(make_app(), port=port)
+        with pytest.raises(ServiceError, match=rf"127\.0\.0\.1:{port}.*[Aa]ddress already in use.*gateway\.port"):
+            server.start(timeout=5.0)
+        assert not server.is_running
+    assert server.start(timeout=10.0) == f"http://127.0.0.1:{port}"  # free by now
+    server.stop()
+
+
+def test_who_connects_before_the_start_waits_and_is_answered() -> None:
+    listener = listen("127.0.0.1", 0, "inference gateway", "advice")
+    port = listener.getsockname()[1]
+    with socket.create_connection(("127.0.0.1", port), timeout=10.0) as early:
+        early.sendall(b"GET /health HTTP/1.1\r\nHost: gateway\r\nConnection: close\r\n\r\n")
+        with GatewayServer(make_app(), listener=listener) as server:
+            assert server.url == f"http://127.0.0.1:{port}"
+            assert early.makefile("rb").read().startswith(b"HTTP/1.1 200")
+    assert listener.fileno() == -1  # closed by the server
+    assert server.start(timeout=10.0) == f"http://127.0.0.1:{port}"  # again, with a socket of its own
+    server.stop()
+
+
+def test_address_that_is_not_ours() -> None:
+    with pytest.raises(ServiceError, match=r"cannot listen on 192\.0\.2\.1:0"):
+        GatewayServer(make_app(), host="192.0.2.1").start(timeout=5.0)
+
+
+def test_wildcard_host_has_a_url_that_can_be_called() -> None:
+    with GatewayServer(make_app(), host="0.0.0.0") as server:
+        assert server.url.startswith("http://127.0.0.1:")
+        assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_application_that_never_answers_is_an_error_and_leaves_no_thread() -> None:
+    async def broken(scope: object, receive: object, send: object) -> None:
+        raise RuntimeError("broken application")
+
+    server = GatewayServer(broken)
+    with pytest.raises(ServiceError, match=r"no answer from http://127\.0\.0\.1:\d+/health within 0\.3 s"):
+        server.start(timeout=0.3)
+    assert not server.is_running
+
+
+def test_stop_lets_requests_finish_when_they_do_so_in_time() -> None:
+    engine = FakeEngine(token_delay=0.02)
+    server = GatewayServer(make_app(engine))
+    url = server.start()
+    answers: list[httpx.Response] = []
+    body = {"prompt": [1], "max_tokens": 20}
+    thread = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/generate", json=body, timeout=20)))
+    thread.start()
+    eventually(lambda: len(engine.active) == 1, "the request to be running")
+    server.stop(timeout=20.0)
+    thread.join(timeout=10.0)
+    assert len(answers[0].json()["token_ids"][0]) == 20
+
+
+def test_stop_cancels_requests_that_take_too_long() -> None:
+    engine = FakeEngine()
+    engine.pause()  # for ever
+    server = GatewayServer(make_app(engine))
+    url = server.start()
+    outcome: list[object] = []
+
+    def call() -> None:
+        try:
+            outcome.append(httpx.post(f"{url}/generate", json={"prompt": [1]}, timeout=30).status_code)
+        except httpx.HTTPError as error:
+            outcome.append(type(error))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    eventually(lambda: len(engine.active) == 1, "the request to be running")
+    server.stop(timeout=2.0)
+    thread.join(timeout=10.0)
+    assert not server.is_running
+    assert not engine.active and len(engine.cancelled) == 1
+    assert outcome and outcome[0] != 200

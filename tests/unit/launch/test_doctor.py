@@ -1,0 +1,393 @@
+"""The doctor against machines, packages and models that are really broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from support.launches import LAUNCH
+from support.trajectory_server import ServerProcess
+
+from atropos_verl.assets import demo_model_path
+from atropos_verl.cli import main
+from atropos_verl.config.findings import Finding
+from atropos_verl.config.model_checks import check_model, check_vocabulary, tokenizer_size
+from atropos_verl.config.schema import RunConfig
+from atropos_verl.errors import ConfigError
+from atropos_verl.launch.doctor.environments import check_environment, imported_modules
+from atropos_verl.launch.doctor.machine import Gpu, check_disk, check_gpus, check_limits, check_shared_memory, list_gpus
+from atropos_verl.launch.doctor.network import check_api, check_port
+from atropos_verl.launch.doctor.placement import check_placement
+from atropos_verl.launch.doctor.software import check_packages, check_python, requirements_of
+
+GIB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("ATROPOS_")]:
+        monkeypatch.delenv(name)
+
+
+def by_name(findings: list[Finding]) -> dict[str, Finding]:
+    return {finding.name: finding for finding in findings}
+
+
+# ---------------------------------------------------------------------- software
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """Distributions that say what a test wants."""
+    for name, version in (
+        ("verl", "0.8.0"),
+        ("torch", "2.13.0+cpu"),
+        ("TransferQueue", "0.1.10"),
+        ("odd", "not-a-version"),
+    ):
+        directory = tmp_path / f"{name}-{version}.dist-info"
+        directory.mkdir()
+        (directory / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    return tmp_path
+
+
+def packages(site: Path, *texts: str, backend: str = "local") -> dict[str, tuple[str, str]]:
+    found = check_packages([Requirement(text) for text in texts], backend=backend, path=[str(site)])
+    return {finding.name: (finding.status, finding.found) for finding in found}
+
+
+def test_a_wrong_version_and_a_package_that_is_not_there(site: Path) -> None:
+    assert packages(site, "verl==0.9.1", "torch>=2.11", "atroposlib==0.4.0", "odd>=1") == {
+        "verl": ("missing", "0.8.0, ==0.9.1 is needed"),
+        "torch": ("ok", "2.13.0+cpu"),
+        "atroposlib": ("missing", "not installed, ==0.4.0 is needed"),
+        "odd": ("missing", "not-a-version, >=1 is needed"),
+    }
+
+
+def test_what_only_ray_needs_is_a_warning_without_it(site: Path) -> None:
+    assert packages(site, "TransferQueue==0.1.11")["TransferQueue"][0] == "warning"
+    assert packages(site, "TransferQueue==0.1.11", backend="ray")["TransferQueue"][0] == "missing"
+
+
+def test_our_own_metadata_names_the_pins() -> None:
+    found = {requirement.name: str(requirement.specifier) for requirement in requirements_of()}
+    assert (found["verl"], found["atroposlib"]) == ("==0.9.1", "==0.4.0")
+    assert "pytest" not in found, "extras are not demanded"
+
+
+@pytest.mark.parametrize(
+    ("version", "status"), [((3, 10), "missing"), ((3, 11), "ok"), ((3, 12), "ok"), ((3, 13), "missing")]
+)
+def test_python(version: tuple[int, int], status: str) -> None:
+    assert check_python(version).status == status
+
+
+# ---------------------------------------------------------------------- machine
+
+
+def test_gpus_are_those_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/bin/sh\necho "NVIDIA H100, 80000, 81559"\necho "NVIDIA H100, 1024, 81559"\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    gpus = list_gpus()
+    assert gpus == [Gpu("NVIDIA H100", 80000 << 20, 81559 << 20), Gpu("NVIDIA H100", 1 << 30, 81559 << 20)]
+    assert check_gpus(gpus, device="cuda", needed=2).status == "ok"
+    assert "least free memory 1 GiB" in check_gpus(gpus, device="cuda", needed=2).found
+    assert check_gpus(gpus, device="auto", needed=8).status == "missing"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert list_gpus() == gpus[1:]
+    lacking = check_gpus(list_gpus(), device="cuda", needed=8)
+    assert (lacking.status, lacking.found.endswith("the configuration needs 8")) == ("missing", True)
+    smi.write_text("#!/bin/sh\necho 'driver mismatch' >&2\nexit 9\n")
+    assert list_gpus() is None
+
+
+def test_without_gpus_only_cuda_is_missing() -> None:
+    assert [check_gpus(None, device=device, needed=1).status for device in ("cuda", "auto", "cpu")] == [
+        "missing",
+        "ok",
+        "ok",
+    ]
+
+
+def test_limits_and_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [check_limits(soft).status for soft in (256, 4096)] == ["warning", "ok"]
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=64 << 20))
+    assert check_shared_memory().status == "warning", "64 MB, a container's default"
+    assert check_shared_memory(ray=True, object_store=300_000_000).status == "missing"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=8 * GIB))
+    assert check_shared_memory(ray=True).status == "ok"
+
+
+def test_a_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
+    """By its mount, since root may write whatever its mode says; no file is left behind where it can."""
+    assert by_name(check_disk(tmp_path / "a" / "b", model_bytes=0, checkpoints=1))["run directory"].status == "ok"
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    found = by_name(check_disk(tmp_path / "file" / "run", model_bytes=0, checkpoints=1))["run directory"]
+    assert (found.status, found.found) == ("missing", f"{tmp_path / 'file'} is a file")
+    found = by_name(check_disk(Path("/proc/run"), model_bytes=0, checkpoints=1))["run directory"]
+    assert found.status == "missing"
+    assert found.found.startswith("cannot write to /proc: ")
+
+
+def test_a_disk_that_does_not_take_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100 * GIB))
+    # 8 GiB of weights: a checkpoint is 24, and two kept plus one being written are 72
+    assert by_name(check_disk(tmp_path, model_bytes=8 * GIB, checkpoints=2))["disk"].status == "ok"
+    assert by_name(check_disk(tmp_path, model_bytes=8 * GIB, checkpoints=4))["disk"].status == "missing"
+
+
+# ---------------------------------------------------------------------- model
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(demo_model_path(), tmp_path / "model"))
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def judged(model_dir: Path, **settings: Any) -> dict[str, tuple[str, str]]:
+    findings = check_model(RunConfig.from_mapping(settings), model_dir)
+    return {finding.name: (finding.status, finding.found) for finding in findings}
+
+
+def test_the_demo_model_is_in_order(model_dir: Path) -> None:
+    assert judged(model_dir)["tokenizer"] == ("ok", "261 ids, 261 embedded")
+    assert {status for status, _ in judged(model_dir).values()} == {"ok"}
+    assert tokenizer_size(model_dir) == 261
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_embeds(model_dir: Path) -> None:
+    edit(model_dir / "config.json", vocab_size=260)
+    status, found = judged(model_dir)["tokenizer"]
+    assert (status, found) == ("missing", f"the tokenizer of {model_dir} has 261 ids, the model embeds 260")
+    with pytest.raises(ConfigError, match="261 ids, the model embeds 260") as caught:
+        check_vocabulary(RunConfig(), model_dir)
+    assert caught.value.key == "model.path"
+    edit(model_dir / "config.json", vocab_size=512)  # rows to spare are common
+    check_vocabulary(RunConfig(), model_dir)
+
+
+def test_a_run_with_the_wrong_tokenizer_is_refused_before_torch_is_imported(model_dir: Path, tmp_path: Path) -> None:
+    edit(model_dir / "config.json", vocab_size=100)
+    train = LAUNCH.with_name("main_atropos.py")
+    for program, words, key in (
+        (LAUNCH, [], "model.path"),
+        (train, [], "model.path"),
+        (train, ["backend=ray"], "actor_rollout_ref.model.path"),
+    ):
+        command = [sys.executable, str(program), *words, f"{key}={model_dir}", f"run_dir={tmp_path / 'run'}"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert answer.returncode == 2
+        assert f"CONFIGURATION ERROR: {key}: the tokenizer of" in answer.stderr
+        assert not (tmp_path / "run").exists()
+
+
+def test_files_context_and_class_are_looked_at(model_dir: Path) -> None:
+    edit(model_dir / "tokenizer_config.json", tokenizer_class="TokenizersBackend")
+    (model_dir / "chat_template.jinja").unlink()
+    (model_dir / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (model_dir / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model_dir / "model-1.safetensors").write_bytes(b"x")
+    found = judged(model_dir, data={"max_prompt_length": 1000}, max_response_length=100)
+    assert found["weights"] == ("missing", "1 of 2 files are not there: model-2.safetensors")
+    assert found["context"] == ("missing", "sequences of up to 1100 tokens, the model has 1024 positions")
+    assert found["tokenizer class"][0] == "warning"
+    assert found["chat template"][0] == "warning"
+
+
+# ---------------------------------------------------------------------- network
+
+
+def test_a_taken_port() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        found = check_port("gateway.port", "127.0.0.1", port)
+        assert (found.status, found.todo) == ("missing", "set gateway.port to a free port, or to 0 for any")
+        assert f"127.0.0.1:{port}: Address already in use" in found.found
+        assert check_api(f"http://127.0.0.1:{port}", None, timeout=0.3).status == "missing", "listens, never answers"
+    assert check_port("gateway.port", "127.0.0.1", port).status == "ok"
+    refused = check_api(f"http://127.0.0.1:{port}", None)
+    assert (refused.status, "does not answer" in refused.found) == ("missing", True)
+
+
+def test_an_api_with_a_token(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path, "--token", "right") as server:
+        assert check_api(server.url, "right").status == "ok"
+        assert "401, the token was refused" in check_api(server.url, "wrong").found
+        assert "401, it demands a token" in check_api(server.url, None).found
+
+
+# ---------------------------------------------------------------------- environments
+
+
+def environment(tmp_path: Path, text: str, python: str = sys.executable) -> Finding:
+    script = tmp_path / "env.py"
+    script.write_text(text)
+    (found,) = check_environment("mine", python, script)
+    return found
+
+
+def test_imports_that_count_are_those_of_loading() -> None:
+    source = b"import os, a.b\nfrom c.d import e\nfrom . import f\nfrom __future__ import annotations\n"
+    source += b"try:\n    import g\nexcept ImportError:\n    g = None\ndef h():\n    import i\n"
+    assert imported_modules(source, Path("x.py")) == ["a", "c"]
+
+
+def test_an_environment_whose_imports_are_not_there(tmp_path: Path) -> None:
+    assert environment(tmp_path, "import atroposlib, json").status == "ok"
+    (tmp_path / "beside.py").write_text("")
+    assert environment(tmp_path, "import atroposlib, beside").status == "ok", "modules beside the script"
+    found = environment(tmp_path, "import atroposlib\nimport no_such_module_xyz.part")
+    assert found.status == "missing"
+    assert "the script imports no_such_module_xyz, which" in found.found
+    found = environment(tmp_path, "def broken(:\n")
+    assert (found.status, "line 1" in found.found) == ("missing", True)
+
+
+def test_an_interpreter_without_atroposlib(tmp_path: Path) -> None:
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {Path(sys.executable).resolve()} -I -S "$@"\n')
+    bare.chmod(0o755)
+    found = environment(tmp_path, "import atroposlib", python=str(bare))
+    assert (found.status, found.todo) == ("missing", f"{bare} -m pip install atroposlib==0.4.0")
+    found = environment(tmp_path, "import atroposlib", python=str(tmp_path / "nowhere"))
+    assert (found.status, "cannot be used" in found.found) == ("missing", True)
+
+
+def test_tokenize_for_trainer_needs_transformers_4(tmp_path: Path) -> None:
+    found = environment(tmp_path, "from atroposlib.utils.tokenize_for_trainer import tokenize_for_trainer")
+    assert (found.status, "transformers 5" in found.found) == ("missing", True)
+
+
+# ---------------------------------------------------------------------- placement
+
+
+def placed(gpus: int = 8, cores: int = 64, **changes: Any) -> dict[str, str]:
+    settings: dict[str, Any] = {
+        "trainer": {"nnodes": 1, "n_gpus_per_node": 8, "device": "cuda"},
+        "actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 2, "n": 8}},
+        "data": {"train_batch_size": 64},
+        "ray_kwargs": {"ray_init": {"address": None}},
+    }
+    settings = {name: {**value, **changes.get(name, {})} for name, value in settings.items()}
+    return {finding.name: finding.status for finding in check_placement(settings, gpus=gpus, cores=cores)}
+
+
+def test_placement_groups_that_ray_would_wait_for_for_ever() -> None:
+    assert placed() == {"replicas": "ok", "CPUs": "ok", "GPUs": "ok"}
+    assert placed(gpus=4)["GPUs"] == "missing"
+    assert placed(trainer={"nnodes": 2}) == {"replicas": "ok", "nodes": "missing"}
+    attached = {"ray_kwargs": {"ray_init": {"address": "auto"}}}
+    assert placed(gpus=0, trainer={"nnodes": 2}, **attached) == {"replicas": "ok", "nodes": "ok"}
+    assert placed(actor_rollout_ref={"rollout": {"tensor_model_parallel_size": 3}})["replicas"] == "missing"
+    assert placed(data={"train_batch_size": 1}, trainer={"n_gpus_per_node": 6})["replicas"] == "missing"
+
+
+def test_micro_batches_must_divide_a_processs_share() -> None:
+    def judge(size: int, **actor: Any) -> str | None:
+        actor = {"use_dynamic_bsz": False, "ppo_micro_batch_size_per_gpu": size, **actor}
+        settings = {"rollout": {"n": 8, "tensor_model_parallel_size": 1}, "actor": actor}
+        return placed(actor_rollout_ref=settings).get("micro-batches")
+
+    # 64 groups of 8 over 8 processes: 64 sequences each; mini-batches of 16 groups: 16 each
+    assert [judge(64), judge(48)] == ["ok", "missing"]
+    assert [judge(16, ppo_mini_batch_size=16), judge(64, ppo_mini_batch_size=16)] == ["ok", "missing"]
+    assert judge(48, use_dynamic_bsz=True) is None
+
+
+def test_every_process_asks_for_three_cpus() -> None:
+    # 8 processes: 24, and one each for runner, queue and its storage
+    assert [placed(cores=cores)["CPUs"] for cores in (26, 27)] == ["missing", "ok"]
+    cpu = {"device": "cpu", "n_gpus_per_node": 1}
+    assert placed(gpus=0, cores=2, trainer=cpu)["CPUs"] == "missing"
+    assert placed(gpus=0, cores=2, trainer=cpu, ray_kwargs={"ray_init": {"num_cpus": 6}})["CPUs"] == "ok"
+    separate = {"v1": {"trainer_mode": "separate_async"}}
+    rollout = {"rollout": {"nnodes": 1, "n_gpus_per_node": 4, "tensor_model_parallel_size": 2, "n": 8}}
+    found = placed(gpus=8, cores=27, trainer=separate, actor_rollout_ref=rollout)
+    assert (found["GPUs"], found["CPUs"]) == ("missing", "missing")
+
+
+# ---------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield taken.getsockname()[1]
+
+
+def doctor(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
+    code = main(["doctor", "--json", *words])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_the_demo_can_be_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, answer = doctor(f"run_dir={tmp_path / 'run'}", capsys=capsys)
+    wrong = [finding for finding in answer["findings"] if finding["status"] == "missing"]
+    assert (code, answer["ok"], wrong) == (0, True, [])
+    assert {finding["section"] for finding in answer["findings"]} == {
+        "software", "machine", "model", "network", "environments"
+    }  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+def test_everything_that_is_wrong_is_named_at_once(
+    tmp_path: Path, taken_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        f"gateway.port={taken_port}",
+        "model.path=/nowhere",
+        "run_dir=/proc/run",
+        "environments.demo.python=/nowhere",
+    ]
+    words += ["trainer.device=cuda", "trainer_process.nproc=64"]
+    code, answer = doctor(*words, capsys=capsys)
+    assert code == 1
+    wrong = {finding["name"] for finding in answer["findings"] if finding["status"] == "missing"}
+    assert wrong == {"GPUs", "gateway.port", "path", "run directory", "demo"}
+    assert all(finding["todo"] for finding in answer["findings"] if finding["status"] != "ok")
+
+
+def test_a_wrong_key_is_a_finding_too(capsys: pytest.CaptureFixture[str]) -> None:
+    code, answer = doctor("optim.lrr=1", capsys=capsys)
+    assert code == 1
+    assert [finding["name"] for finding in answer["findings"]] == ["optim.lrr"]
+
+
+def test_the_table_ends_with_the_verdict_and_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "model.path=/nowhere"]) == 1
+    text = capsys.readouterr().out
+    assert "missing: model, path: " in text
+    assert "  set model.path to a Hugging Face directory" in text
+    assert text.rstrip().splitlines()[-1].startswith("this run would fail: ")
+
+
+def test_it_imports_neither_torch_nor_verl() -> None:
+    code = "import sys; from atropos_verl.cli import main; main(['doctor', '--json']); "
+    code += "print(sorted({'torch', 'verl', 'transformers', 'ray'} & set(sys.modules)))"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert answer.stdout.splitlines()[-1] == "[]"

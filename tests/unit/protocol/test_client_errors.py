@@ -1,0 +1,353 @@
+"""What the user is told: one true reason for each way in which the API can fail."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from pathlib import Path
+
+import httpx
+import pytest
+from support.http_faults import (
+    FaultServer,
+    answer,
+    close_before_answer,
+    error,
+    garbage,
+    html_page,
+    make_certificate,
+    refused_url,
+    reset_before_answer,
+    reset_mid_body,
+    truncated,
+)
+
+from atropos_verl.errors import (
+    AtroposAPIError,
+    AtroposConnectionError,
+    AtroposHTTPStatusError,
+    AtroposProtocolError,
+    AtroposTimeoutError,
+    ConfigError,
+)
+from atropos_verl.protocol.client import AtroposClient
+
+STATUS = {"current_step": 0, "queue_size": 0}
+
+
+def quick(url: str, **options: object) -> AtroposClient:
+    return AtroposClient(url, **{"timeout": 5.0, "retry_attempts": 2, "retry_delay": 0.01, **options})  # type: ignore[arg-type]
+
+
+def failure_of_check(client: AtroposClient) -> AtroposAPIError:
+    with client, pytest.raises(AtroposAPIError) as caught:
+        client.check()
+    assert caught.value.base_url == client.api_url
+    return caught.value
+
+
+def test_refused_gives_the_whole_message_as_the_issue_words_it() -> None:
+    with refused_url() as url:
+        failure = failure_of_check(quick(url))
+    assert isinstance(failure, AtroposConnectionError)
+    assert isinstance(failure, ConnectionError)
+    assert str(failure) == (
+        f"ATROPOS API ERROR: Cannot connect to Atropos API at {url} - ensure server is running\n"
+        "\n"
+        "Ensure that:\n"
+        f"1. Atropos server is running on {url}\n"
+        "2. The API endpoints are accessible\n"
+        "3. Network connectivity is available"
+    )
+
+
+def test_a_name_that_cannot_be_resolved() -> None:
+    failure = failure_of_check(quick("http://no-such-host.invalid:9001"))
+    assert isinstance(failure, AtroposConnectionError)
+    assert failure.reason == (
+        "Cannot connect to Atropos API at http://no-such-host.invalid:9001 - "
+        "host name 'no-such-host.invalid' cannot be resolved (DNS)"
+    )
+
+
+@pytest.mark.parametrize("number", [errno.ENETUNREACH, errno.EHOSTUNREACH])
+def test_an_unreachable_network(number: int) -> None:
+    def unreachable(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("no route") from OSError(number, "No route to host")
+
+    failure = failure_of_check(quick("http://10.0.0.1", transport=httpx.MockTransport(unreachable)))
+    assert isinstance(failure, AtroposConnectionError)
+    assert failure.reason == (
+        "Cannot connect to Atropos API at http://10.0.0.1 - network unreachable (No route to host)"
+    )
+
+
+def test_a_connection_that_is_never_accepted() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        address = listener.getsockname()
+        # A full backlog: Linux then drops further connection requests without an answer.
+        fillers = [socket.socket() for _ in range(4)]
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(address)
+        failure = failure_of_check(quick(f"http://127.0.0.1:{address[1]}", timeout=0.5))
+        for filler in fillers:
+            filler.close()
+    assert isinstance(failure, AtroposTimeoutError)
+    assert isinstance(failure, TimeoutError)
+    assert failure.reason == (
+        f"Cannot connect to Atropos API at http://127.0.0.1:{address[1]} - no answer within 0.5 s"
+    )
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    made = make_certificate(tmp_path_factory.mktemp("tls"))
+    if made is None:
+        pytest.skip("there is no openssl program to make a certificate with")
+    return made
+
+
+def test_a_certificate_that_is_not_trusted_is_refused_at_once(certificate: tuple[Path, Path]) -> None:
+    with FaultServer(tls=certificate) as server:
+        failure = failure_of_check(quick(server.url))
+        assert server.connections == 1  # waiting does not make a certificate better
+        assert server.requests == []
+    assert isinstance(failure, AtroposConnectionError)
+    assert failure.reason.startswith(
+        f"Cannot connect to Atropos API at {server.url} - TLS handshake failed: certificate of '127.0.0.1' not accepted"
+    )
+    assert "self-signed certificate" in failure.reason
+    assert "atropos.ca_file" in failure.reason
+
+
+def test_a_certificate_file_makes_it_trusted(certificate: tuple[Path, Path]) -> None:
+    with FaultServer(tls=certificate) as server, quick(server.url, verify=str(certificate[0])) as client:
+        server.script("/status", answer(STATUS))
+        assert client.status().queue_size == 0
+
+
+def test_a_certificate_of_another_host(tmp_path: Path) -> None:
+    made = make_certificate(tmp_path, "api.example.invalid")
+    if made is None:
+        pytest.skip("there is no openssl program to make a certificate with")
+    with FaultServer(tls=made) as server:
+        failure = failure_of_check(quick(server.url, verify=str(made[0])))
+    assert "TLS handshake failed: certificate of '127.0.0.1' not accepted" in failure.reason
+    assert "mismatch" in failure.reason
+
+
+def test_https_to_a_server_that_speaks_http(fault_server: FaultServer) -> None:
+    failure = failure_of_check(quick(fault_server.url.replace("http:", "https:")))
+    assert isinstance(failure, AtroposConnectionError)
+    assert "TLS handshake failed" in failure.reason
+    assert failure.reason.endswith("is it an http:// API?")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (401, b"", "HTTP 401 - check atropos.token"),
+        (403, b"", "HTTP 403 - check atropos.token"),
+        (404, b"not here", "HTTP 404 - is the path prefix right?"),
+        (405, b"", "HTTP 405 - is the path prefix right?"),
+        (422, b'{"detail":"tokens"}', 'HTTP 422: {"detail":"tokens"}'),
+        (500, b"Internal Server Error", "HTTP 500: Internal Server Error"),
+        (502, b"", "HTTP 502: empty answer"),
+    ],
+)
+def test_http_errors(fault_server: FaultServer, status: int, body: bytes, said: str) -> None:
+    fault_server.script("/status", error(status, body))
+    failure = failure_of_check(quick(fault_server.url))
+    assert isinstance(failure, AtroposHTTPStatusError)
+    assert failure.reason == f"Atropos API at {fault_server.url} answered GET /status with {said}"
+    assert (failure.status_code, failure.body) == (status, body.decode())
+
+
+def test_a_long_error_page_is_shown_by_its_beginning(fault_server: FaultServer) -> None:
+    fault_server.script("/status", error(500, b"x" * 10_000))
+    failure = failure_of_check(quick(fault_server.url))
+    assert failure.reason.endswith("HTTP 500: " + "x" * 500)
+
+
+def test_a_redirect_is_not_followed(fault_server: FaultServer) -> None:
+    fault_server.script("/status", error(301, b"", {"location": "https://api.example.invalid/status"}))
+    failure = failure_of_check(quick(fault_server.url))
+    assert isinstance(failure, AtroposHTTPStatusError)
+    assert "HTTP 301, a redirect to https://api.example.invalid/status" in failure.reason
+    assert "atropos.api_url" in failure.reason
+
+
+def test_a_500_for_a_batch_says_what_upstream_does_with_nan(fault_server: FaultServer) -> None:
+    fault_server.script("/batch", error(500, b"Internal Server Error"))
+    with quick(fault_server.url) as client, pytest.raises(AtroposHTTPStatusError, match=r"the batch may be lost.*NaN"):
+        client.fetch_batch()
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "said"),
+    [
+        (reset_before_answer(), "connection reset before an answer to GET /status"),
+        (close_before_answer(), "connection closed before an answer to GET /status"),
+        (reset_mid_body(b'{"current_step": 0}', 5), "connection reset while reading the answer to GET /status"),
+        (
+            truncated(b'{"current_step": 0}', 5, promise_length=True),
+            "connection closed while reading the answer to GET /status",
+        ),
+    ],
+)
+def test_a_connection_that_breaks(fault_server: FaultServer, behaviour: object, said: str) -> None:
+    fault_server.script("/status", behaviour)  # type: ignore[arg-type]
+    failure = failure_of_check(quick(fault_server.url))
+    assert isinstance(failure, AtroposConnectionError)
+    assert failure.reason == f"Atropos API at {fault_server.url} - {said}"
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "detail"),
+    [
+        (html_page(), "GET /status gave b'<!doctype html><html><body>Welcome</body></html>', which is not JSON"),
+        (garbage(), "GET /status gave something that is not HTTP"),
+        (answer(b""), "GET /status gave b'', which is not JSON"),
+        (answer([1, 2]), "GET /status gave b'[1, 2]', which is not a JSON object"),
+        (answer({"status": "ok"}), "GET /status gave no integer 'current_step' but {'status': 'ok'}"),
+        (answer({"current_step": "1", "queue_size": 0}), "GET /status gave no integer 'current_step'"),
+        (answer({"current_step": 1, "queue_size": True}), "GET /status gave no integer 'queue_size'"),
+        (answer(b"[" * 100_000), "which is not JSON"),
+        (answer(b"not gzip", headers={"content-encoding": "gzip"}), "cannot be decompressed"),
+        (answer(b"x" * (17 * 2**20)), "GET /status gave more than 16777216 bytes"),
+    ],
+)
+def test_something_else_answers(fault_server: FaultServer, behaviour: object, detail: str) -> None:
+    fault_server.script("/status", behaviour)  # type: ignore[arg-type]
+    failure = failure_of_check(quick(fault_server.url))
+    assert isinstance(failure, AtroposProtocolError)
+    assert failure.reason.startswith(
+        f"The server at {fault_server.url} answers, but is not an Atropos trajectory API: "
+    )
+    assert detail in failure.reason
+    assert fault_server.count("/status") == 1
+
+
+def test_status_alone_does_not_make_an_atropos_api(fault_server: FaultServer) -> None:
+    fault_server.script("/status", answer(STATUS))
+    fault_server.script("/info", answer({"name": "another service"}))
+    failure = failure_of_check(quick(fault_server.url))
+    assert isinstance(failure, AtroposProtocolError)
+    assert "GET /info gave no integer 'batch_size'" in failure.reason
+
+
+def test_an_answer_to_batch_that_is_no_batch(fault_server: FaultServer) -> None:
+    fault_server.script("/batch", html_page(), answer({"groups": []}), answer(b'{"batch": [,]}'))
+    with quick(fault_server.url) as client:
+        for _ in range(3):
+            with pytest.raises(AtroposProtocolError, match="is not an Atropos trajectory API: GET /batch gave"):
+                client.get_batch()
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "localhost:9001", "ftp://host", "http://", "http://:9001", "http://host:99999", "http://host:port",
+     "http://host:0", "http://ho st", "http://host/?q=1", "http://host/#part", "http://[::1", None, 9001],
+)  # fmt: skip
+def test_a_url_that_is_none_is_refused_at_once(url: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        AtroposClient(url)  # type: ignore[arg-type]
+    assert caught.value.key == "atropos.api_url"
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"timeout": 0.0}, "atropos.timeout"),
+        ({"timeout": float("inf")}, "atropos.timeout"),
+        ({"timeout": "30"}, "atropos.timeout"),
+        ({"retry_attempts": 0}, "batch_retry_attempts"),
+        ({"retry_delay": -0.1}, "batch_retry_delay"),
+        ({"max_wait_time": float("nan")}, "batch_max_wait_time"),
+        ({"lease_seconds": 0}, "atropos.lease_seconds"),
+        ({"token": "two words"}, "atropos.token"),
+        ({"token": "line\r\nX-Evil: 1"}, "atropos.token"),
+        ({"token": ""}, "atropos.token"),
+        ({"token": "t", "headers": {"authorization": "Basic x"}}, "atropos.token"),
+        ({"headers": {"bad name": "1"}}, "atropos.headers"),
+        ({"headers": {"x": "a\r\nb"}}, "atropos.headers"),
+        ({"verify": "/no/such/file.pem"}, "atropos.ca_file"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(options: dict[str, object], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        AtroposClient("http://localhost:9001", **options)  # type: ignore[arg-type]
+    assert caught.value.key == key
+    assert str(caught.value).startswith(f"{key}: ")
+
+
+def test_a_secret_is_never_shown() -> None:
+    with pytest.raises(ConfigError) as caught:
+        AtroposClient("http://host", token="hush hush")
+    assert "hush" not in str(caught.value)
+    assert AtroposClient("http://user:hush@host:9001/api").api_url == "http://***@host:9001/api"
+    with pytest.raises(ConfigError) as caught:
+        AtroposClient("http://user:hush@host:99999")
+    assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["", "/", "/api", "/api/", "/a/b"])
+def test_a_path_prefix_is_kept(fault_server: FaultServer, prefix: str) -> None:
+    path = f"{prefix.rstrip('/')}/status"
+    fault_server.script(path, answer(STATUS))
+    with quick(fault_server.url + prefix) as client:
+        assert client.status().current_step == 0
+        assert client.api_url == fault_server.url + prefix
+    assert fault_server.count(path) == 1
+
+
+def test_token_and_headers_go_with_every_request(fault_server: FaultServer) -> None:
+    fault_server.script("/status", answer(STATUS))
+    fault_server.script("/scored_data", answer({"status": "received"}))
+    with quick(fault_server.url, token="abc.DEF-1", headers={"X-Team": "red"}) as client:
+        client.status()
+        client.post_scored_data(b"{}")
+    for request in fault_server.requests:
+        assert (request.headers["authorization"], request.headers["x-team"]) == ("Bearer abc.DEF-1", "red")
+    assert fault_server.last("/scored_data").headers["content-type"] == "application/json"
+
+
+def test_no_proxy_stands_between_this_machine_and_itself(
+    fault_server: FaultServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with refused_url() as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy)
+        monkeypatch.setenv("http_proxy", proxy)
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        fault_server.script("/status", answer(STATUS))
+        with quick(fault_server.url) as client:
+            assert client.status().queue_size == 0
+        # and with the environment trusted, the (dead) proxy is what the client talks to
+        with quick(fault_server.url, trust_env=True) as client, pytest.raises(AtroposConnectionError):
+            client.status()
+    assert fault_server.count("/status") == 1
+
+
+def test_a_proxy_is_used_for_other_hosts(fault_server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", fault_server.url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    fault_server.script("http://api.example.invalid/status", answer(STATUS))
+    with quick("http://api.example.invalid") as client:
+        assert client.status().queue_size == 0
+    assert fault_server.count("http://api.example.invalid/status") == 1
+
+
+def test_every_request_has_its_own_connection(fault_server: FaultServer) -> None:
+    fault_server.script("/status", answer(STATUS))
+    with quick(fault_server.url) as client:
+        client.status()
+        client.status()
+    assert fault_server.connections == 2

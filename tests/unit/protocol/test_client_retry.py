@@ -1,0 +1,395 @@
+"""Which calls are tried again, counted at a real server that misbehaves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from support.http_faults import (
+    FaultServer,
+    answer,
+    close_before_answer,
+    drip_body,
+    drip_headers,
+    error,
+    late_server,
+    refused_url,
+    reset_before_answer,
+    reset_mid_body,
+    silent,
+    truncated,
+    wait_for,
+)
+
+from atropos_verl.errors import (
+    AtroposConnectionError,
+    AtroposHTTPStatusError,
+    AtroposProtocolError,
+    AtroposTimeoutError,
+    ServiceError,
+)
+from atropos_verl.protocol.client import AtroposClient, EnvRegistration, TrainerRegistration
+from atropos_verl.protocol.retry import RetryPolicy
+
+STATUS = {"current_step": 3, "queue_size": 2}
+INFO = {"batch_size": 8, "max_token_len": 65}
+GROUP = b'{"tokens":[[5,6]],"masks":[[-100,6]],"scores":[1.0]}'
+BATCH = b'{"batch":[' + GROUP + b"]}"
+REGISTRATION = TrainerRegistration(
+    wandb_group="g", wandb_project="p", batch_size=8, max_token_len=65, checkpoint_dir="/c",
+    save_checkpoint_interval=5, starting_step=0, num_steps=10,
+)  # fmt: skip
+
+SAFE: dict[str, tuple[Callable[[AtroposClient], object], object]] = {
+    "/status": (lambda client: client.status(), STATUS),
+    "/info": (lambda client: client.info(), INFO),
+    "/wandb_info": (lambda client: client.wandb_info(), {"group": "g", "project": "p"}),
+    "/status-env": (lambda client: client.status_env(0), {**STATUS, "env_weight": 0.5}),
+    "/batch/ack": (lambda client: client.ack("lease-1"), {"status": "success"}),
+}
+UNSAFE: dict[str, Callable[[AtroposClient], object]] = {
+    "/register": lambda client: client.register(REGISTRATION),
+    "/register-env": lambda client: client.register_env(
+        EnvRegistration(max_token_length=64, desired_name="e", group_size=4)
+    ),
+    "/disconnect-env": lambda client: client.disconnect_env(0),
+    "/reset_data": lambda client: client.reset_data(),
+    "/scored_data": lambda client: client.post_scored_data(GROUP),
+    "/scored_data_list": lambda client: client.post_scored_data_list([GROUP]),
+    "/batch": lambda client: client.get_batch(),
+}
+FAULTS = {
+    "503": (error(503), AtroposHTTPStatusError),
+    "500": (error(500), AtroposHTTPStatusError),
+    "reset": (reset_before_answer(), AtroposConnectionError),
+    "closed": (close_before_answer(), AtroposConnectionError),
+    "reset mid-body": (reset_mid_body(BATCH, 12), AtroposConnectionError),
+    "cut mid-body": (truncated(BATCH, 12, promise_length=True), AtroposConnectionError),
+}
+
+
+@pytest.fixture
+def client(fault_server: FaultServer) -> Iterator[AtroposClient]:
+    with AtroposClient(fault_server.url, timeout=20.0, retry_attempts=4, retry_delay=0.01) as client:
+        yield client
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("path", SAFE)
+def test_a_safe_call_is_repeated_until_it_succeeds(
+    fault_server: FaultServer, client: AtroposClient, path: str, fault: str
+) -> None:
+    call, good = SAFE[path]
+    broken = FAULTS[fault][0]
+    fault_server.script(path, broken, broken, answer(good))
+    call(client)
+    assert fault_server.count(path) == 3
+
+
+@pytest.mark.parametrize("path", SAFE)
+def test_a_safe_call_gives_up_after_its_tries(fault_server: FaultServer, client: AtroposClient, path: str) -> None:
+    fault_server.script(path, error(503, b"down for repairs"))
+    with pytest.raises(AtroposHTTPStatusError, match="HTTP 503: down for repairs") as caught:
+        SAFE[path][0](client)
+    assert caught.value.status_code == 503
+    assert fault_server.count(path) == 4
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
+def test_an_error_of_the_request_is_not_repeated(fault_server: FaultServer, client: AtroposClient, status: int) -> None:
+    fault_server.script("/status", error(status))
+    with pytest.raises(AtroposHTTPStatusError):
+        client.status()
+    assert fault_server.count("/status") == 1
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("path", UNSAFE)
+def test_what_may_have_been_carried_out_is_never_repeated(
+    fault_server: FaultServer, client: AtroposClient, path: str, fault: str
+) -> None:
+    broken, kind = FAULTS[fault]
+    fault_server.script(path, broken)
+    with pytest.raises(kind):
+        UNSAFE[path](client)
+    assert fault_server.count(path) == 1
+
+
+@pytest.mark.parametrize("path", UNSAFE)
+def test_a_silent_api_is_not_asked_a_second_time_for_what_must_not_happen_twice(
+    fault_server: FaultServer, path: str
+) -> None:
+    fault_server.script(path, silent())
+    with (
+        AtroposClient(fault_server.url, timeout=0.3, retry_delay=0.01) as client,
+        pytest.raises(AtroposTimeoutError, match=r"no answer to (GET|POST) /\S+ within 0\.3 s"),
+    ):
+        UNSAFE[path](client)
+    assert fault_server.count(path) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "good"),
+    [
+        ("/register", {"uuid": 2**127}),
+        ("/scored_data", {"status": "received"}),
+        ("/batch", json.loads(BATCH)),
+        ("/status", STATUS),
+    ],
+)
+def test_every_call_is_repeated_while_the_connection_is_refused(path: str, good: object) -> None:
+    with late_server(0.4) as server:
+        server.script(path, answer(good))
+        with AtroposClient(server.url, timeout=20.0, retry_attempts=30, retry_delay=0.02) as client:
+            ({**UNSAFE, "/status": SAFE["/status"][0]})[path](client)
+        assert server.count(path) == 1
+
+
+@pytest.mark.parametrize("post", ["post_scored_data", "post_scored_data_list"])
+def test_an_idempotency_key_makes_a_post_repeatable(
+    fault_server: FaultServer, client: AtroposClient, post: str
+) -> None:
+    path = post.removeprefix("post_")
+    fault_server.script(f"/{path}", reset_before_answer(), error(502), answer({"status": "received"}))
+    data = GROUP if post == "post_scored_data" else [GROUP]
+    getattr(client, post)(data, idempotency_key="k-1")
+    assert fault_server.count(f"/{path}") == 3
+    assert {request.headers["idempotency-key"] for request in fault_server.requests} == {"k-1"}
+
+
+def test_a_lost_answer_costs_a_safe_call_a_third_of_its_time(fault_server: FaultServer) -> None:
+    fault_server.script("/status", silent(), answer(STATUS))
+    with AtroposClient(fault_server.url, timeout=3.0, retry_delay=0.01) as client:
+        assert client.status().current_step == 3
+    assert fault_server.count("/status") == 2
+
+
+@pytest.mark.parametrize("fault", [silent(), drip_headers(0.05), drip_body(b"x" * 4000, 4000, 0.05)])
+def test_all_tries_together_end_within_the_timeout(fault_server: FaultServer, fault: Callable[..., None]) -> None:
+    fault_server.script("/status", fault)
+    started = time.monotonic()
+    with AtroposClient(fault_server.url, timeout=0.6, retry_delay=0.01) as client:
+        with pytest.raises(AtroposTimeoutError, match=r"no answer (to GET /status )?within 0\.6 s") as caught:
+            client.status()
+        assert time.monotonic() - started < 10.0  # the faults themselves never end, or only after minutes
+        wait_for(lambda: _attempts_in_flight() == 0, "the abandoned tries end, though the server goes on")
+    assert caught.value.base_url == fault_server.url
+    assert 2 <= fault_server.count("/status") <= 3
+
+
+def _attempts_in_flight() -> int:
+    return sum(thread.name.startswith("atropos ") for thread in threading.enumerate())
+
+
+def test_a_try_abandoned_while_its_host_name_is_looked_up_never_asks_for_a_batch(
+    fault_server: FaultServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_up, slow_name_server = socket.getaddrinfo, threading.Event()
+
+    def slow_look_up(*arguments: Any, **options: Any) -> Any:
+        slow_name_server.wait(60.0)
+        return look_up(*arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow_look_up)
+    fault_server.script("/batch", answer(BATCH))
+    url = fault_server.url.replace("127.0.0.1", "localhost")
+    with AtroposClient(url, timeout=0.2, retry_attempts=1) as client:
+        with pytest.raises(AtroposTimeoutError, match=r"Cannot connect to .* - no answer within 0\.2 s"):
+            client.fetch_batch()
+        slow_name_server.set()  # the name is found after all, and the thread connects
+        wait_for(lambda: _attempts_in_flight() == 0, "the abandoned try ends")
+    wait_for(lambda: fault_server.connections == 1, "it had connected")
+    assert fault_server.count("/batch") == 0
+
+
+def test_a_refused_connection_ends_within_the_timeout_however_many_tries_are_allowed() -> None:
+    started = time.monotonic()
+    with (
+        refused_url() as url,
+        AtroposClient(url, timeout=0.5, retry_attempts=10_000, retry_delay=0.01) as client,
+        pytest.raises(AtroposConnectionError),
+    ):
+        client.check()
+    assert time.monotonic() - started < 10.0
+
+
+def test_the_interval_grows_by_half_and_stays_after_the_quick_tries() -> None:
+    policy = RetryPolicy(attempts=4, delay=0.2)
+    # 0.2, 0.2*1.5, 0.2*2.25, 0.2*3.375, and no further
+    assert [policy.interval(i) for i in range(6)] == pytest.approx([0.2, 0.3, 0.45, 0.675, 0.675, 0.675])
+
+
+def test_the_first_repetition_is_logged_at_info_and_later_ones_as_warnings(
+    fault_server: FaultServer, client: AtroposClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="atropos_verl")
+    fault_server.script("/status", error(503), error(503), error(503), answer(STATUS))
+    client.status()
+    records = [record for record in caplog.records if record.name == "atropos_verl.protocol.retry"]
+    assert [record.levelno for record in records] == [logging.INFO, logging.WARNING, logging.WARNING]
+    assert "GET /status: try 1 failed" in records[0].getMessage()
+    assert "HTTP 503" in records[0].getMessage()
+
+
+# --- waiting for a batch ---------------------------------------------------------------------------------------------
+
+
+def test_null_and_empty_batches_are_waited_for(fault_server: FaultServer, client: AtroposClient) -> None:
+    fault_server.script("/batch", answer({"batch": None}), answer({"batch": []}), answer(BATCH))
+    fetched = client.get_batch()
+    assert (fetched.body, fetched.attempts, fetched.lease_id) == (BATCH, 3, None)
+    assert fetched.waited >= 0.01 + 0.015  # the first two intervals
+    assert fault_server.count("/batch") == 3
+
+
+def test_fetch_batch_asks_once(fault_server: FaultServer, client: AtroposClient) -> None:
+    fault_server.script("/batch", answer({"batch": None}), answer(BATCH))
+    assert client.fetch_batch() is None
+    assert client.fetch_batch() == BATCH
+    assert fault_server.count("/batch") == 2
+
+
+def test_polling_goes_on_after_the_quick_tries_until_max_wait_time(fault_server: FaultServer) -> None:
+    fault_server.script("/batch", answer({"batch": None}))
+    fault_server.script("/status", answer({"current_step": 7, "queue_size": 5}))
+    with (
+        AtroposClient(fault_server.url, retry_attempts=2, retry_delay=0.02, max_wait_time=0.5) as client,
+        pytest.raises(AtroposTimeoutError) as caught,
+    ):
+        client.get_batch()
+    reason = caught.value.reason
+    assert fault_server.count("/batch") > 2
+    assert f"({fault_server.count('/batch')} tries)" in reason
+    assert f"no batch from Atropos API at {fault_server.url} in 0." in reason
+    assert "at step 7 with 5 groups in its queue" in reason
+    assert "Is an environment running" in reason
+    assert "batch size" in reason
+    assert str(caught.value).startswith("ATROPOS API ERROR: no batch")
+
+
+def test_no_time_to_wait_still_means_one_try(fault_server: FaultServer, client: AtroposClient) -> None:
+    fault_server.script("/batch", answer({"batch": None}))
+    with pytest.raises(AtroposTimeoutError, match=r"\(1 tries\); its /status does not answer either"):
+        client.get_batch(max_wait_time=0.0)
+    assert fault_server.count("/batch") == 1
+
+
+def test_should_stop_ends_the_wait(fault_server: FaultServer, client: AtroposClient) -> None:
+    fault_server.script("/batch", answer({"batch": None}))
+    asked: list[int] = []
+
+    def should_stop() -> None:
+        asked.append(fault_server.count("/batch"))
+        if asked[-1] == 2:
+            raise ServiceError("the environment died", "environment", -9)
+
+    with pytest.raises(ServiceError, match="the environment died"):
+        client.get_batch(should_stop=should_stop)
+    assert fault_server.count("/batch") == 2
+    assert asked[0] == 1  # never before the first try
+
+
+def test_should_stop_is_asked_while_the_connection_is_refused() -> None:
+    def should_stop() -> None:
+        raise ServiceError("the API died", "trajectory_api", 1)
+
+    with (
+        refused_url() as url,
+        AtroposClient(url, retry_delay=0.01) as client,
+        pytest.raises(ServiceError, match="the API died"),
+    ):
+        client.get_batch(should_stop=should_stop)
+
+
+def test_a_batch_that_keeps_arriving_is_not_cut_off(fault_server: FaultServer) -> None:
+    body = b'{"batch":[' + GROUP + b" " * 5000 + b"]}"
+    fault_server.script("/batch", drip_body(body, pieces=8, interval=0.2))
+    with AtroposClient(fault_server.url, timeout=0.6) as client:
+        assert client.fetch_batch() == body  # took 1.4 s in all, never 0.6 s without a byte
+
+
+def test_a_batch_that_stops_arriving_says_that_it_may_be_lost(fault_server: FaultServer) -> None:
+    fault_server.script("/batch", drip_body(BATCH, pieces=2, interval=30.0))
+    with (
+        AtroposClient(fault_server.url, timeout=0.3) as client,
+        pytest.raises(AtroposTimeoutError, match=r"stopped arriving for 0\.3 s; the batch may be lost"),
+    ):
+        client.get_batch()
+    assert fault_server.count("/batch") == 1
+
+
+@pytest.mark.parametrize("fault", ["reset", "closed", "reset mid-body", "cut mid-body"])
+def test_a_broken_batch_answer_says_that_the_batch_may_be_lost(
+    fault_server: FaultServer, client: AtroposClient, fault: str
+) -> None:
+    fault_server.script("/batch", FAULTS[fault][0])
+    with pytest.raises(AtroposConnectionError, match="the batch may be lost"):
+        client.get_batch()
+
+
+def test_a_body_cut_short_without_a_length_is_noticed(fault_server: FaultServer, client: AtroposClient) -> None:
+    fault_server.script("/batch", truncated(BATCH, len(BATCH) - 3, promise_length=False))
+    with pytest.raises(AtroposProtocolError, match=rf"cut off after {len(BATCH) - 3} bytes; the batch may be lost"):
+        client.get_batch()
+
+
+def test_an_error_word_in_an_ok_answer_is_an_error(fault_server: FaultServer, client: AtroposClient) -> None:
+    said = "Trainer not registered. Call /register first."
+    fault_server.script("/batch", answer({"status": "error", "message": said, "batch": []}))
+    with pytest.raises(AtroposProtocolError, match=said):
+        client.get_batch()
+    assert fault_server.count("/batch") == 1
+
+
+def test_the_raw_body_is_returned_undecoded_and_decompressed(fault_server: FaultServer, client: AtroposClient) -> None:
+    odd = b'{"batch":[{"scores":[NaN],"tokens":[[1' + b",1" * 5000 + b"]]}]}"
+    fault_server.script("/batch", answer(odd, compressed=True))
+    assert client.get_batch().body == odd
+
+
+def test_a_lease_is_asked_for_and_acknowledged(fault_server: FaultServer) -> None:
+    fault_server.script("/batch", answer(BATCH, headers={"X-Atropos-Lease-Id": "L-7"}))
+    fault_server.script("/batch/ack", answer({"status": "success"}))
+    with AtroposClient(fault_server.url, lease_seconds=90.0) as client:
+        fetched = client.get_batch()
+        client.ack(fetched.lease_id)
+        client.ack(None)
+    assert fetched.lease_id == "L-7"
+    assert fault_server.last("/batch").headers["x-atropos-lease"] == "90"
+    assert fault_server.last("/batch/ack").json() == {"lease_id": "L-7"}
+    assert fault_server.count("/batch/ack") == 1
+
+
+def test_without_leases_no_lease_header_is_sent(fault_server: FaultServer, client: AtroposClient) -> None:
+    fault_server.script("/batch", answer(BATCH))
+    client.get_batch()
+    assert "x-atropos-lease" not in fault_server.last("/batch").headers
+
+
+def test_threads_may_share_a_client(fault_server: FaultServer, client: AtroposClient) -> None:
+    fault_server.script("/status", answer(STATUS))
+    fault_server.script("/scored_data", answer({"status": "received"}))
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(10):
+                assert client.status().queue_size == 2
+                assert client.post_scored_data(GROUP).groups == 1
+        except BaseException as caught:
+            failures.append(caught)
+            raise
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60.0)
+    assert failures == []
+    assert (fault_server.count("/status"), fault_server.count("/scored_data")) == (40, 40)

@@ -1,0 +1,241 @@
+"""A batch survives whatever happens after it was fetched: kill -9, a full disk, a resume from an older step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from atropos_verl.errors import CheckpointError
+from atropos_verl.protocol.journal import BatchJournal, JournalEntry
+
+BODIES = [b'{"batch":[1]}', b'{"batch": [2] }\n', b"\x00\xff not even JSON"]
+
+
+def record_all(directory: Path) -> tuple[BatchJournal, list[JournalEntry]]:
+    journal = BatchJournal(directory)
+    return journal, [journal.record(body, {"after_step": i}) for i, body in enumerate(BODIES)]
+
+
+def test_a_body_is_kept_byte_for_byte_in_a_numbered_file(tmp_path: Path) -> None:
+    journal, entries = record_all(tmp_path / "run" / "journal")
+    assert [entry.sequence for entry in entries] == [1, 2, 3]
+    assert [entry.path.name for entry in entries] == [f"batch_00000{i}.json" for i in (1, 2, 3)]
+    assert [entry.path.read_bytes() for entry in entries] == BODIES
+    assert [journal.read(entry) for entry in entries] == BODIES
+    assert entries[1].meta == {"after_step": 1}
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_new_process_finds_order_notes_and_steps_and_goes_on_counting(tmp_path: Path) -> None:
+    journal, entries = record_all(tmp_path)
+    assigned = journal.assign(entries[0], 1)
+    assert (assigned.step, assigned.sequence) == (1, 1)
+    found = BatchJournal(tmp_path).pending(after_step=0)
+    assert found == [assigned, *entries[1:]]
+    assert BatchJournal(tmp_path).record(b"{}").sequence == 4
+
+
+@pytest.mark.parametrize(
+    ("after_step", "sequences"),
+    [
+        (0, [1, 2, 3, 4]),  # no checkpoint at all: everything again
+        (1, [2, 3, 4]),
+        (2, [3, 4]),  # step 3 was trained, and lost with the process
+        (3, [4]),  # fetched, and never trained on
+        (9, [4]),
+    ],
+)
+def test_pending_is_what_no_durable_step_consumed(tmp_path: Path, after_step: int, sequences: list[int]) -> None:
+    journal, entries = record_all(tmp_path)
+    for step, entry in enumerate(entries, start=1):
+        journal.assign(entry, step)
+    journal.record(b"{}")
+    assert [entry.sequence for entry in BatchJournal(tmp_path).pending(after_step)] == sequences
+
+
+def test_a_replayed_batch_belongs_to_the_step_that_took_it_last(tmp_path: Path) -> None:
+    journal, entries = record_all(tmp_path)
+    again = journal.assign(journal.assign(entries[0], 9), 4)
+    assert again.step == 4
+    assert [entry.sequence for entry in journal.pending(4)] == [2, 3]
+
+
+def test_a_durable_checkpoint_lets_its_batches_go(tmp_path: Path) -> None:
+    journal, entries = record_all(tmp_path)
+    journal.assign(entries[0], 1)
+    journal.assign(entries[1], 2)
+    assert journal.discard_through(0) == 0
+    assert journal.discard_through(1) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "batch_000002.json", "batch_000002.meta.json", "batch_000003.json", "batch_000003.meta.json",
+    ]  # fmt: skip
+    assert journal.discard_through(2) == 1
+    assert [entry.sequence for entry in journal.pending(2)] == [3]  # never trained on: no checkpoint holds it
+    assert journal.record(b"{}").sequence == 4
+
+
+def test_numbers_are_not_used_twice_by_one_process(tmp_path: Path) -> None:
+    journal = BatchJournal(tmp_path)
+    journal.assign(journal.record(b"a"), 1)
+    journal.discard_through(1)
+    assert journal.record(b"b").sequence == 2
+
+
+def test_what_a_killed_process_left_half_written_is_removed_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, entries = record_all(tmp_path)
+    (tmp_path / "batch_000004.json.tmp").write_bytes(b'{"batch":[{"tok')
+    (tmp_path / "batch_000003.meta.json.tmp").write_bytes(b"{")
+    (tmp_path / "batch_000002.meta.json").unlink()  # killed between the batch and its note
+    (tmp_path / "batch_000009.meta.json").write_bytes(b"{}")  # killed between deleting a batch and its note
+    with caplog.at_level(logging.WARNING, logger="atropos_verl"):
+        found = BatchJournal(tmp_path).pending(0)
+    assert [(entry.sequence, entry.step) for entry in found] == [(1, None), (2, None), (3, None)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "batch_000001.json", "batch_000001.meta.json", "batch_000002.json", "batch_000003.json",
+        "batch_000003.meta.json",
+    ]  # fmt: skip
+    assert [r.getMessage().split(" ")[0] for r in caplog.records] == [
+        str(tmp_path / "batch_000003.meta.json.tmp"), str(tmp_path / "batch_000004.json.tmp"),
+    ]  # fmt: skip
+    assert BatchJournal(tmp_path).read(entries[1]) == BODIES[1]
+
+
+def test_a_note_that_cannot_be_read_means_not_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal, entries = record_all(tmp_path)
+    journal.assign(entries[0], 1)
+    (tmp_path / "batch_000001.meta.json").write_bytes(b"\xff{")
+    with caplog.at_level(logging.WARNING, logger="atropos_verl"):
+        assert [entry.sequence for entry in BatchJournal(tmp_path).pending(5)] == [1, 2, 3]
+    assert "counts as not trained on" in caplog.text
+
+
+def test_a_body_that_was_changed_or_is_gone_is_not_read(tmp_path: Path) -> None:
+    journal, entries = record_all(tmp_path)
+    entries[0].path.write_bytes(BODIES[0][:5])
+    with pytest.raises(CheckpointError, match=r"batch_000001\.json has 5 bytes, but 13 were written"):
+        journal.read(entries[0])
+    entries[1].path.unlink()
+    with pytest.raises(CheckpointError, match=r"cannot read the journalled batch .*batch_000002\.json: No such file"):
+        journal.read(entries[1])
+    with pytest.raises(CheckpointError, match=r"no journalled batch .*batch_000002\.json"):
+        journal.assign(entries[1], 1)
+
+
+def test_holding_a_journal_touches_nothing(tmp_path: Path) -> None:
+    torn = tmp_path / "batch_000001.json.tmp"
+    torn.write_bytes(b"another process is writing this")
+    BatchJournal(tmp_path)
+    assert torn.exists()
+    missing = BatchJournal(tmp_path / "none")
+    assert missing.pending(0) == []
+    assert missing.discard_through(9) == 0
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_directory_that_cannot_be_created_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot create the batch journal .*file/journal: Not a directory"):
+        BatchJournal(tmp_path / "file" / "journal").record(b"{}")
+
+
+_FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from atropos_verl.protocol.journal import BatchJournal
+from atropos_verl.errors import CheckpointError
+journal = BatchJournal(Path(sys.argv[1]))
+journal.record(b"fits")
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # writes beyond 100 bytes of a file now fail, as on a full disk
+try:
+    journal.record(b"x" * 5000)
+except CheckpointError as error:
+    sys.stdout.write(str(error))
+"""
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_journal_whole(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == (
+        f"cannot write the journalled batch {tmp_path / 'batch_000002.json'} (5000 bytes): File too large; "
+        "free some space, or choose another run_dir"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["batch_000001.json", "batch_000001.meta.json"]
+    journal = BatchJournal(tmp_path)
+    assert [journal.read(entry) for entry in journal.pending(0)] == [b"fits"]
+
+
+_KILLED_WHILE_WRITING = """
+import resource, signal, sys
+from pathlib import Path
+from atropos_verl.protocol.journal import BatchJournal
+journal = BatchJournal(Path(sys.argv[1]))
+entry = journal.record(b"first")
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel now kills the process at byte LIMIT of a file
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+journal.assign(entry, 1) if sys.argv[3] == "assign" else journal.record(b"x" * 5000)
+"""
+
+
+@pytest.mark.parametrize(("call", "limit", "torn"), [("record", 100, "batch_000002.json.tmp"),
+                                                     ("assign", 10, "batch_000001.meta.json.tmp")])  # fmt: skip
+def test_killed_in_the_middle_of_a_write(tmp_path: Path, call: str, limit: int, torn: str) -> None:
+    command = [sys.executable, "-c", _KILLED_WHILE_WRITING, str(tmp_path), str(limit), call]
+    assert subprocess.run(command, timeout=60, check=False).returncode == -signal.SIGXFSZ
+    assert (tmp_path / torn).stat().st_size == limit
+    journal = BatchJournal(tmp_path)
+    (entry,) = journal.pending(0)
+    assert (entry.sequence, entry.step, journal.read(entry)) == (1, None, b"first")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["batch_000001.json", "batch_000001.meta.json"]
+    assert journal.record(b"again").sequence == 2
+
+
+_WRITER = """
+import sys
+from pathlib import Path
+from atropos_verl.protocol.journal import BatchJournal
+journal = BatchJournal(Path(sys.argv[1]))
+for step in range(1, 100_000):
+    entry = journal.record(bytes([step % 256]) * (200_000 + step), {"after_step": step - 1})
+    sys.stdout.write(f"recorded {step}\\n")
+    sys.stdout.flush()
+    if step % 2:
+        journal.assign(entry, step)
+        sys.stdout.write(f"assigned {step}\\n")
+        sys.stdout.flush()
+    if step % 10 == 0:
+        journal.discard_through(step - 5)
+"""
+
+
+@pytest.mark.parametrize("lines", [3, 8, 21, 34])
+def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path, lines: int) -> None:
+    writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None
+    said = [writer.stdout.readline().split() for _ in range(lines)]
+    os.kill(writer.pid, signal.SIGKILL)
+    said += [line.split() for line in writer.stdout.read().splitlines()]  # what it had said before it died
+    assert writer.wait(timeout=30) == -signal.SIGKILL
+    recorded = {int(step) for word, step in said if word == "recorded"}
+    assigned = {int(step) for word, step in said if word == "assigned"}
+
+    journal = BatchJournal(tmp_path)
+    found = {entry.sequence: entry for entry in journal.pending(-1)}
+    let_go = {step for step in assigned if step <= max(recorded) // 10 * 10 - 5}
+    assert recorded - let_go <= set(found)
+    for sequence, entry in found.items():
+        assert journal.read(entry) == bytes([sequence % 256]) * (200_000 + sequence)
+        if sequence in assigned:
+            assert entry.step == sequence
+    assert not list(tmp_path.glob("*.tmp"))
+    assert all(json.loads(path.read_bytes()) for path in tmp_path.glob("*.meta.json"))

@@ -1,0 +1,254 @@
+"""A run that is killed anywhere trains every batch once, against our API; upstream's batches stay in the journal.
+
+A killed process is one whose lease keeper stopped and whose objects are made anew from the run directory.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from support.scripted_api import random_batches, scripted_api
+from support.trajectory_server import group_bytes
+
+from atropos_verl.errors import AtroposConnectionError, AtroposTimeoutError
+from atropos_verl.protocol.client import AtroposClient, TrainerRegistration
+from atropos_verl.protocol.journal import BatchJournal
+from atropos_verl.protocol.leases import HeldBatch, LeasedBatches
+from atropos_verl.server import ServerSettings, TrajectoryServer
+
+LEASE = 0.4
+"""Seconds; short, so that a test can outlive it."""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[TrajectoryServer]:
+    with TrajectoryServer(ServerSettings(data_dir=tmp_path / "api")) as running:
+        yield running
+
+
+class Run:
+    """A trainer's process: a client and its leased batches over one run directory."""
+
+    def __init__(self, url: str, directory: Path, lease: float | None = LEASE) -> None:
+        self.client = AtroposClient(
+            url, timeout=5.0, retry_delay=0.01, max_wait_time=5.0, lease_seconds=lease, packed=False
+        )
+        self.batches = LeasedBatches(self.client, BatchJournal(directory / "journal"))
+
+    def die(self) -> None:
+        self.batches.close()
+        self.client.close()
+
+
+@contextmanager
+def run_of(server: TrajectoryServer, tmp_path: Path, name: str = "run") -> Iterator[Run]:
+    run = Run(server.url, tmp_path / name)
+    try:
+        yield run
+    finally:
+        run.die()
+
+
+def register(run: Run) -> None:
+    run.client.register(
+        TrainerRegistration(
+            wandb_group="g",
+            wandb_project="p",
+            batch_size=4,
+            max_token_len=64,
+            checkpoint_dir="/c",
+            save_checkpoint_interval=0,
+            starting_step=0,
+            num_steps=100,
+        )
+    )
+
+
+def offer(run: Run, *numbers: int) -> None:
+    for number in numbers:
+        run.client.post_scored_data(group_bytes(number))
+
+
+def number_of(held: HeldBatch) -> int:
+    """The number of the one group of the batch."""
+    found = json.loads(held.body)["batch"]
+    assert len(found) == 1
+    return int(found[0]["tokens"][0][0])
+
+
+def wait_for_queue(run: Run, groups: int) -> None:
+    deadline = time.monotonic() + 10.0
+    while run.client.status().queue_size != groups:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def rest_of(run: Run) -> list[int]:
+    """The numbers of what the API still has, in order."""
+    numbers = []
+    while (held := run.batches.poll()) is not None:
+        numbers.append(number_of(held))
+        run.batches.trained(held.entry, 99)
+        run.batches.ack(held.entry)
+    return numbers
+
+
+def test_steps_are_acked_once_each_and_nothing_comes_again(server: TrajectoryServer, tmp_path: Path) -> None:
+    with run_of(server, tmp_path) as run:
+        register(run)
+        offer(run, 1, 2)
+        for step in (1, 2):
+            held = run.batches.fetch()
+            assert number_of(held) == step
+            run.batches.trained(held.entry, step)
+            assert run.batches.ack(held.entry) == "acked"
+            assert run.batches.ack(held.entry) == "already"
+        assert rest_of(run) == []
+        assert run.batches.discard_through(2) == 2
+    assert server.app is not None
+    assert server.app.store.state.totals["acks"] == 2
+
+
+@pytest.mark.parametrize("outlive", [False, True], ids=["lease runs", "lease ended"])
+@pytest.mark.parametrize("point", ["unjournalled", "journalled", "stepped", "acked", "covered"])
+def test_killed_anywhere_every_batch_is_trained_once(
+    server: TrajectoryServer, tmp_path: Path, point: str, outlive: bool
+) -> None:
+    """Batch 1 is trained and covered by a checkpoint (step 1); the process dies somewhere around batch 2."""
+    with run_of(server, tmp_path) as first:
+        register(first)
+        offer(first, 1, 2, 3)
+        held = first.batches.fetch()
+        first.batches.trained(held.entry, 1)
+        first.batches.ack(held.entry)
+        first.batches.discard_through(1)
+        if point == "unjournalled":
+            assert first.client.poll_batch() is not None
+        else:
+            held = first.batches.fetch()
+            if point != "journalled":
+                first.batches.trained(held.entry, 2)
+            if point == "acked":
+                assert first.batches.ack(held.entry) == "acked"
+    with run_of(server, tmp_path) as second:
+        if outlive and point != "acked":
+            wait_for_queue(second, 2)  # batch 2 is back at the API, before batch 3
+        checkpoint = 2 if point == "covered" else 1
+        replayed = second.batches.resume(checkpoint)
+        register(second)
+        trained = [number_of(held) for held in replayed]
+        for held in replayed:
+            second.batches.trained(held.entry, 2)
+            assert second.batches.ack(held.entry) == "already"
+        if point == "unjournalled" and not outlive:
+            wait_for_queue(second, 2)
+        trained += rest_of(second)
+        assert trained == ([3] if point == "covered" else [2, 3])
+        second.batches.discard_through(99)
+        assert list((tmp_path / "run" / "journal").iterdir()) == []
+
+
+def test_a_batch_that_another_trainer_got_is_dropped_on_resume(server: TrajectoryServer, tmp_path: Path) -> None:
+    with run_of(server, tmp_path, "dead") as dead:
+        register(dead)
+        offer(dead, 1)
+        dead.batches.fetch()
+    with run_of(server, tmp_path, "other") as other:
+        wait_for_queue(other, 1)
+        held = other.batches.fetch()
+        with run_of(server, tmp_path, "dead") as resumed:
+            assert resumed.batches.resume(0) == []
+            assert resumed.batches.outcomes == {"lost": 1}
+            assert resumed.batches.resume(0) == []
+        assert other.batches.ack(held.entry) == "acked"
+
+
+def test_a_trained_batch_that_comes_again_is_acked_and_not_taken(server: TrajectoryServer, tmp_path: Path) -> None:
+    """A process that was suspended for longer than its lease holds two batches, and asks for a third."""
+    with run_of(server, tmp_path) as run:
+        register(run)
+        offer(run, 1, 2)
+        first, second = run.batches.fetch(), run.batches.fetch()
+        run.batches.close()  # nobody renews
+        run.batches.trained(first.entry, 1)
+        wait_for_queue(run, 2)
+        offer(run, 3)
+        assert number_of(run.batches.fetch()) == 3
+        assert run.batches.ack(second.entry) == "acked", "under its new lease"
+        run.batches.trained(second.entry, 2)
+        assert rest_of(run) == []
+
+
+def test_a_lease_is_renewed_while_its_holder_lives(server: TrajectoryServer, tmp_path: Path) -> None:
+    with run_of(server, tmp_path) as run:
+        register(run)
+        offer(run, 1)
+        held = run.batches.fetch()
+        time.sleep(3 * LEASE)
+        assert run.client.status().queue_size == 0
+        assert run.batches.ack(held.entry) == "acked"
+
+
+def test_an_ack_that_does_not_get_through_is_made_good_before_the_next_fetch(
+    server: TrajectoryServer, tmp_path: Path
+) -> None:
+    with run_of(server, tmp_path) as run:
+        register(run)
+        offer(run, 1, 2)
+        held = run.batches.fetch()
+        run.batches.trained(held.entry, 1)
+        server.stop()
+        assert run.batches.ack(held.entry) == "owed"
+        with pytest.raises(AtroposConnectionError):
+            run.batches.fetch(max_wait_time=0.1)
+        port = int(server.url.rpartition(":")[2])
+        with TrajectoryServer(ServerSettings(data_dir=tmp_path / "api"), port=port):
+            assert number_of(run.batches.fetch()) == 2
+        assert run.batches.outcomes["acked"] + run.batches.outcomes["late"] == 1
+
+
+def test_an_api_that_forgot_everything_leaves_the_journal_as_the_only_copy(tmp_path: Path) -> None:
+    with TrajectoryServer() as api, run_of(api, tmp_path) as run:
+        register(run)
+        offer(run, 1)
+        run.batches.fetch()
+        assert api.app is not None
+        api.app.store.reset()
+        with run_of(api, tmp_path) as resumed:
+            assert [number_of(held) for held in resumed.batches.resume(0)] == [1]
+            assert resumed.batches.outcomes == {"forgotten": 1}
+
+
+def test_what_is_not_trained_is_given_back(server: TrajectoryServer, tmp_path: Path) -> None:
+    with run_of(server, tmp_path) as run:
+        register(run)
+        offer(run, 1, 2)
+        held = run.batches.fetch()
+        run.batches.release(held.entry)
+        assert BatchJournal(tmp_path / "run" / "journal").pending(0) == []
+        assert rest_of(run) == [1, 2]
+
+
+def test_an_upstream_api_knows_no_leases_and_the_journal_keeps_its_batches(tmp_path: Path) -> None:
+    bodies = random_batches(2, groups=2, group_size=4)
+    with scripted_api(bodies, batch_size=8, max_token_len=64) as api:
+        run = Run(api.url, tmp_path / "run")
+        register(run)
+        assert run.client.features == frozenset()
+        held = run.batches.fetch()
+        assert held.entry.lease_id is None
+        run.batches.trained(held.entry, 1)
+        assert run.batches.ack(held.entry) == "none"
+        second = run.batches.fetch()
+        run.batches.release(second.entry)  # cannot be: it exists nowhere else
+        run.die()
+        resumed = Run(api.url, tmp_path / "run")
+        assert [held.body for held in resumed.batches.resume(1)] == [second.body]
+        with pytest.raises(AtroposTimeoutError):
+            resumed.batches.fetch(max_wait_time=0.1)
+        resumed.die()

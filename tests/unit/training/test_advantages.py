@@ -1,0 +1,208 @@
+"""Group baselines and the order of what follows, against hand-worked numbers and verl's own functions."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atropos_verl.errors import CheckpointError
+from atropos_verl.training.advantages import SequenceAdvantage, finish_advantages, group_advantages
+from atropos_verl.training.statistics import RunningMoments
+
+SCORES = st.lists(st.floats(-100, 100, allow_subnormal=False), min_size=1, max_size=12)
+
+
+def one(values: list[float], mask: list[int] | None = None, *, zero: bool = False) -> SequenceAdvantage:
+    trained = np.ones(len(values), dtype=bool) if mask is None else np.array(mask, dtype=bool)
+    return SequenceAdvantage(np.array(values), trained, zero)
+
+
+# ---------------------------------------------------------------------- group baseline
+
+
+def test_grpo_by_hand() -> None:
+    # Mean 0.5; squared deviations 4 · 0.25 = 1, over 3: std 0.57735. 0.5 / (0.57735027 + 1e-6) = 0.86602390.
+    assert group_advantages(np.array([1.0, 0.0, 0.0, 1.0])).tolist() == pytest.approx(
+        [0.8660239, -0.8660239, -0.8660239, 0.8660239], abs=1e-7
+    )
+    # Scores 1, 2, 6: mean 3, squares 4 + 1 + 9 = 14, over 2: std sqrt(7) = 2.6457513.
+    assert group_advantages(np.array([1.0, 2.0, 6.0])).tolist() == pytest.approx(
+        [-0.7559286, -0.3779643, 1.1338931], abs=1e-6
+    )
+
+
+def test_grpo_without_std_and_rloo_and_plain_by_hand() -> None:
+    scores = np.array([1.0, 2.0, 6.0])
+    assert group_advantages(scores, norm_by_std=False).tolist() == [-2.0, -1.0, 3.0]
+    # Minus the mean of the others: 1 - 4, 2 - 3.5, 6 - 1.5.
+    assert group_advantages(scores, "rloo").tolist() == pytest.approx([-3.0, -1.5, 4.5])
+    assert group_advantages(scores, "plain").tolist() == [1.0, 2.0, 6.0]
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo"])
+@pytest.mark.parametrize("scores", [[0.7], [0.1] * 3, [-2.5] * 7, [1e30, 1e30]])
+def test_groups_of_one_and_of_equal_scores_give_exactly_zero(estimator: str, scores: list[float]) -> None:
+    assert group_advantages(np.array(scores), estimator).tolist() == [0.0] * len(scores)
+
+
+def test_an_unknown_estimator_is_refused() -> None:
+    with pytest.raises(ValueError, match="'gae' is none of grpo, rloo, plain"):
+        group_advantages(np.ones(2), "gae")
+
+
+def test_the_same_as_verl() -> None:
+    """verl's own estimators, on three groups of different size at once (float32 there)."""
+    core = pytest.importorskip("verl.trainer.ppo.core_algos")
+    import torch
+
+    generator = np.random.default_rng(0)
+    groups = [generator.normal(size=n) for n in (2, 5, 8)]
+    index = np.concatenate([np.full(len(g), i) for i, g in enumerate(groups)])
+    rewards = torch.from_numpy(np.concatenate(groups))[:, None]
+    mask = torch.ones_like(rewards)
+    grpo, _ = core.compute_grpo_outcome_advantage(rewards.clone(), mask, index)
+    centred, _ = core.compute_grpo_outcome_advantage(rewards.clone(), mask, index, norm_adv_by_std_in_grpo=False)
+    rloo, _ = core.compute_rloo_outcome_advantage(rewards.clone(), mask, index)
+    ours = [np.concatenate([group_advantages(g, e) for g in groups]) for e in ("grpo", "rloo")]
+    np.testing.assert_allclose(ours[0], grpo[:, 0].numpy(), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(ours[1], rloo[:, 0].numpy(), rtol=1e-9, atol=1e-12)
+    plain = np.concatenate([group_advantages(g, norm_by_std=False) for g in groups])
+    np.testing.assert_allclose(plain, centred[:, 0].numpy(), rtol=1e-9, atol=1e-12)
+
+
+@given(SCORES, st.sampled_from(["grpo", "rloo"]))
+def test_advantages_of_a_group_sum_to_zero_and_keep_the_order(scores: list[float], estimator: str) -> None:
+    found = group_advantages(np.array(scores), estimator)
+    assert np.isfinite(found).all()
+    assert abs(found.sum()) <= 1e-6 * max(1.0, np.abs(found).sum())
+    for i, j in zip(range(len(scores)), range(1, len(scores)), strict=False):
+        assert (scores[i] <= scores[j]) <= (found[i] <= found[j] + 1e-9)
+
+
+@given(SCORES, st.sampled_from(["grpo", "rloo", "plain"]), st.randoms())
+def test_permuting_the_sequences_permutes_the_advantages(scores: list[float], estimator: str, random: object) -> None:
+    order = list(range(len(scores)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    straight = group_advantages(np.array(scores), estimator)
+    permuted = group_advantages(np.array([scores[i] for i in order]), estimator)
+    np.testing.assert_allclose(permuted, straight[order], rtol=1e-6, atol=1e-9)
+
+
+# ---------------------------------------------------------------------- normalise, clip, zero
+
+
+def test_batch_normalisation_is_over_trained_tokens_by_hand() -> None:
+    # Trained values 1, 3, 8 (the 99s are masked): mean 4, squares 9 + 1 + 16 = 26, over 2: std sqrt(13) = 3.6055513.
+    found = finish_advantages([one([99.0, 1.0, 3.0], [0, 1, 1]), one([99.0, 8.0], [0, 1])], "batch")
+    assert found[0].tolist() == pytest.approx([0.0, -3 / math.sqrt(13), -1 / math.sqrt(13)])
+    assert found[1].tolist() == pytest.approx([0.0, 4 / math.sqrt(13)])
+
+
+@pytest.mark.parametrize("normalization", ["batch", "global"])
+def test_one_token_and_equal_tokens_normalise_to_zero(normalization: str) -> None:
+    assert finish_advantages([one([5.0])], normalization, running=RunningMoments())[0].tolist() == [0.0]
+    equal = finish_advantages([one([0.1] * 3), one([0.1] * 4)], normalization, running=RunningMoments())
+    assert [row.tolist() for row in equal] == [[0.0] * 3, [0.0] * 4]
+    nothing = finish_advantages([one([5.0, 5.0], [0, 0])], normalization, running=RunningMoments())
+    assert nothing[0].tolist() == [0.0, 0.0]
+
+
+def test_global_normalisation_uses_the_run_so_far_with_this_batch_in_it() -> None:
+    running = RunningMoments()
+    first = finish_advantages([one([1.0, 3.0])], "global", running=running)
+    # Mean 2, std sqrt(2).
+    assert first[0].tolist() == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2)])
+    second = finish_advantages([one([8.0])], "global", running=running)
+    # All of 1, 3, 8: mean 4, std sqrt(13).
+    assert second[0].tolist() == pytest.approx([4 / math.sqrt(13)])
+    assert (running.count, running.mean, running.m2) == (3, pytest.approx(4.0), pytest.approx(26.0))
+
+
+def test_clipping_comes_after_normalisation() -> None:
+    # Whitened ±1/sqrt(2) = ±0.7071, then clipped to [-0.5, 0.6]; raw values are far outside and do not matter.
+    found = finish_advantages([one([100.0, 300.0])], "batch", (-0.5, 0.6))
+    assert found[0].tolist() == [-0.5, 0.6]
+
+
+def test_zeroed_and_masked_stay_exactly_zero_even_where_the_clipping_range_excludes_zero() -> None:
+    found = finish_advantages([one([1.0, 3.0], zero=True), one([1.0, 3.0], [0, 1])], "none", (2.0, 5.0))
+    assert [row.tolist() for row in found] == [[0.0, 0.0], [0.0, 3.0]]
+
+
+VALUES = st.lists(st.floats(-50, 50, allow_subnormal=False), min_size=1, max_size=5)
+
+
+@given(st.lists(VALUES, min_size=2, max_size=5), st.sampled_from(["none", "batch", "global"]), st.data())
+def test_zeroing_one_sequence_never_changes_the_others(
+    rows: list[list[float]], normalization: str, data: st.DataObject
+) -> None:
+    victim = data.draw(st.integers(0, len(rows) - 1))
+    before = finish_advantages([one(r) for r in rows], normalization, (-2.0, 2.0), RunningMoments())
+    after = finish_advantages(
+        [one(r, zero=i == victim) for i, r in enumerate(rows)], normalization, (-2.0, 2.0), RunningMoments()
+    )
+    for i in range(len(rows)):
+        expected = [0.0] * len(rows[i]) if i == victim else before[i].tolist()
+        assert after[i].tolist() == expected
+
+
+def test_global_needs_moments() -> None:
+    with pytest.raises(ValueError, match="RunningMoments"):
+        finish_advantages([one([1.0])], "global")
+
+
+# ---------------------------------------------------------------------- running moments
+
+
+@given(st.lists(st.lists(st.floats(-1e3, 1e3, allow_subnormal=False), max_size=8), max_size=8))
+def test_merged_moments_equal_those_of_all_values_at_once(batches: list[list[float]]) -> None:
+    running = RunningMoments()
+    for batch in batches:
+        running.update(np.array(batch))
+    values = [value for batch in batches for value in batch]
+    assert running.count == len(values)
+    if values:
+        mean = math.fsum(values) / len(values)
+        assert running.mean == pytest.approx(mean, rel=1e-9, abs=1e-9)
+        assert running.m2 == pytest.approx(math.fsum((v - mean) ** 2 for v in values), rel=1e-9, abs=1e-6)
+
+
+def test_moments_are_stable_far_from_zero() -> None:
+    running = RunningMoments()
+    for start in (1e9, 1e9 + 2):  # 1e9 + (0, 1, 2, 3): variance 5/3; a sum of squares in float64 would lose it
+        running.update(np.array([start, start + 1]))
+    assert running.std == pytest.approx(math.sqrt(5 / 3), rel=1e-9)
+
+
+def test_state_survives_json_and_goes_on_the_same() -> None:
+    running = RunningMoments()
+    running.update(np.array([0.1, 0.2, 0.7]))
+    restored = RunningMoments()
+    restored.load_state_dict(json.loads(json.dumps(running.state_dict())))
+    for moments in (running, restored):
+        moments.update(np.array([0.3]))
+    assert restored == running
+    assert restored.count == 4
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"count": 1, "mean": "x", "m2": 0},
+        {"count": -1, "mean": 0, "m2": 0},
+        {"count": 1, "mean": 0, "m2": -1.0},
+        {"count": 2, "mean": float("nan"), "m2": 0.0},
+    ],
+)
+def test_a_broken_state_is_refused_and_changes_nothing(state: dict[str, object]) -> None:
+    running = RunningMoments()
+    running.update(np.array([1.0, 3.0]))
+    with pytest.raises(CheckpointError, match="running advantage statistics"):
+        running.load_state_dict(state)
+    assert running.state_dict() == {"count": 2, "mean": 2.0, "m2": 2.0}

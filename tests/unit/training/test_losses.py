@@ -1,0 +1,480 @@
+"""Losses against numbers worked out by hand and against float64 formulas written independently here."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from atropos_verl.training.losses import (
+    advantage_weighted_sft_loss,
+    clipped_ratio_loss,
+    compute_advantage_weighted_sft_loss,
+    linear_token_logprobs,
+    lm_head,
+    summarise_importance,
+    token_logprobs_from_logits,
+)
+
+NAN = float("nan")
+
+
+def softmax_logprob(logits: list[float], index: int) -> float:
+    """In plain Python, so that it shares nothing with torch."""
+    return logits[index] - math.log(sum(math.exp(value) for value in logits))
+
+
+# ---------------------------------------------------------------------- logprobs from logits
+
+
+def test_token_t_is_predicted_from_position_t_minus_1() -> None:
+    logits = torch.tensor([[[1.0, 2.0, 3.0], [0.5, 0.0, -0.5], [9.0, 9.0, 9.0]]])
+    found = token_logprobs_from_logits(logits, torch.tensor([[0, 2, 1]]))
+    expected = [0.0, softmax_logprob([1, 2, 3], 2), softmax_logprob([0.5, 0.0, -0.5], 1)]
+    assert found[0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_temperature_divides_the_logits_per_sequence() -> None:
+    logits = torch.tensor([[[1.0, 3.0], [0.0, 0.0]], [[1.0, 3.0], [0.0, 0.0]]])
+    found = token_logprobs_from_logits(logits, torch.tensor([[0, 1], [0, 1]]), torch.tensor([0.5, 2.0]))
+    assert found[:, 1].tolist() == pytest.approx([softmax_logprob([2, 6], 1), softmax_logprob([0.5, 1.5], 1)], abs=1e-6)
+    alone = token_logprobs_from_logits(logits, torch.tensor([[0, 1], [0, 1]]), 0.5)
+    assert alone[1, 1].item() == pytest.approx(softmax_logprob([2, 6], 1), abs=1e-6)
+
+
+def test_logits_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(1, 3, 2\) do not fit input_ids \(1, 2\)"):
+        token_logprobs_from_logits(torch.zeros(1, 3, 2), torch.zeros(1, 2, dtype=torch.int64))
+
+
+# ---------------------------------------------------------------------- advantage-weighted loss
+
+
+def test_advantage_weighted_loss_by_hand() -> None:
+    logprobs = torch.tensor([[0.0, -1.0, -2.0], [0.0, -0.5, -4.0]], requires_grad=True)
+    advantages = torch.tensor([[9.0, 2.0, -1.0], [9.0, 1.0, 7.0]])
+    mask = torch.tensor([[0, 1, 1], [0, 1, 0]])
+    output = advantage_weighted_sft_loss(logprobs, advantages, mask)
+    # 1·2 + 2·(-1) + 0.5·1 = 0.5, over three trained tokens.
+    assert output.loss.item() == pytest.approx(0.5 / 3)
+    output.loss.backward()
+    # d/d logprob = -advantage / 3 where trained, else 0.
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == [pytest.approx([0, -2 / 3, 1 / 3]), pytest.approx([0, -1 / 3, 0])]
+    assert output.metrics["logprob_mean"] == pytest.approx((-1 - 2 - 0.5) / 3)
+    assert output.metrics["advantage_mean"] == pytest.approx(2 / 3)
+
+
+def test_position_0_is_never_trained_whatever_the_mask_says() -> None:
+    logprobs = torch.tensor([[-5.0, -1.0]])
+    output = advantage_weighted_sft_loss(logprobs, torch.ones(1, 2), torch.ones(1, 2))
+    assert output.loss.item() == 1.0  # only position 1: 1 / 1
+
+
+def test_micro_batches_with_the_global_count_add_up_to_the_loss_of_the_batch() -> None:
+    torch.manual_seed(0)
+    logprobs = -torch.rand(4, 6, dtype=torch.float64)
+    advantages = torch.randn(4, 6, dtype=torch.float64)
+    mask = torch.rand(4, 6) > 0.4
+    mask[:, 0] = False
+    count = int(mask.sum())
+    whole = advantage_weighted_sft_loss(logprobs, advantages, mask).loss
+    parts = [
+        advantage_weighted_sft_loss(logprobs[i : i + 1], advantages[i : i + 1], mask[i : i + 1], count).loss
+        for i in range(4)
+    ]
+    reference = -sum(float(logprobs[i, t] * advantages[i, t]) for i in range(4) for t in range(6) if mask[i, t]) / count
+    assert whole.item() == pytest.approx(reference, rel=1e-12)
+    assert sum(part.item() for part in parts) == pytest.approx(reference, rel=1e-12)
+    tensor_count = advantage_weighted_sft_loss(logprobs, advantages, mask, torch.tensor(count)).loss
+    assert tensor_count.item() == pytest.approx(reference, rel=1e-12)
+
+
+@pytest.mark.parametrize("given", [None, 0, torch.tensor(0)])
+def test_no_trained_token_gives_exactly_zero_and_a_graph(given: int | torch.Tensor | None) -> None:
+    logprobs = torch.full((1, 3), NAN, requires_grad=True)
+    output = advantage_weighted_sft_loss(logprobs, torch.full((1, 3), NAN), torch.zeros(1, 3), given)
+    assert output.loss.item() == 0.0
+    output.loss.backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == [[0.0, 0.0, 0.0]]
+    assert output.metrics == {"logprob_mean": 0.0, "advantage_mean": 0.0}
+
+
+def test_nan_at_masked_positions_does_not_leak_and_at_trained_ones_does() -> None:
+    logprobs = torch.tensor([[NAN, -1.0, NAN]], requires_grad=True)
+    advantages = torch.tensor([[NAN, 2.0, NAN]])
+    loss = advantage_weighted_sft_loss(logprobs, advantages, torch.tensor([[0, 1, 0]])).loss
+    loss.backward()
+    assert loss.item() == 2.0
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == [[0.0, -2.0, 0.0]]
+    assert math.isnan(advantage_weighted_sft_loss(logprobs, advantages, torch.tensor([[0, 1, 1]])).loss.item())
+
+
+def test_half_precision_is_summed_in_float32() -> None:
+    logprobs = torch.full((1, 4097), -1.0, dtype=torch.bfloat16)
+    output = advantage_weighted_sft_loss(logprobs, torch.ones(1, 4097), torch.ones(1, 4097), num_loss_tokens=1)
+    assert output.loss.dtype == torch.float32
+    assert output.loss.item() == 4096.0  # in bf16 the sum would stop at 256
+
+
+def test_shapes_that_differ_are_refused() -> None:
+    with pytest.raises(ValueError, match="must have the same shape"):
+        advantage_weighted_sft_loss(torch.zeros(1, 3), torch.zeros(1, 2), torch.zeros(1, 3))
+
+
+def test_the_pure_form_equals_the_formula_from_logits() -> None:
+    generator = np.random.default_rng(3)
+    logits = generator.normal(size=(2, 4, 5))
+    ids = generator.integers(0, 5, size=(2, 4))
+    advantages = generator.normal(size=(2, 4))
+    mask = np.array([[1, 1, 0, 1], [1, 0, 0, 1]])
+    total, count = 0.0, 0
+    for b in range(2):
+        for t in range(1, 4):
+            if mask[b, t]:
+                total -= softmax_logprob([value / 0.7 for value in logits[b, t - 1]], int(ids[b, t])) * advantages[b, t]
+                count += 1
+    tensors = [torch.from_numpy(x) for x in (logits, ids, advantages, mask)]
+    found = compute_advantage_weighted_sft_loss(*tensors, temperature=0.7)
+    assert found.item() == pytest.approx(total / count, rel=1e-12)
+    per_sequence = compute_advantage_weighted_sft_loss(
+        *tensors, temperature=torch.tensor([0.7, 0.7], dtype=torch.float64)
+    )
+    assert per_sequence.item() == pytest.approx(total / count, rel=1e-12)
+
+
+def test_the_pure_form_ignores_nan_logits_that_predict_no_trained_token() -> None:
+    logits = torch.tensor([[[0.0, 0.0], [NAN, NAN], [NAN, NAN]]], requires_grad=True)
+    loss = compute_advantage_weighted_sft_loss(
+        logits, torch.tensor([[0, 1, 1]]), torch.tensor([[NAN, 2.0, NAN]]), torch.tensor([[1, 1, 0]])
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(2 * math.log(2))
+    assert logits.grad is not None
+    # d(-2·logprob of token 1) / d logits = 2·(softmax - onehot) = [1, -1].
+    assert logits.grad[0].tolist() == [pytest.approx([1.0, -1.0]), [0.0, 0.0], [0.0, 0.0]]
+
+
+# ---------------------------------------------------------------------- clipped ratio
+
+
+def clipped_reference(new: float, old: float, advantage: float, low: float, high: float, c: float) -> float:
+    """One token, in plain Python, from the paper's formulas (PPO; dual clip, arXiv 1912.09729, eq. 5)."""
+    ratio = math.exp(new - old)
+    surrogate = min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
+    if advantage < 0:
+        surrogate = max(surrogate, c * advantage)
+    return -surrogate
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "expected"),
+    [
+        (1.1, 2.0, -2.2),  # inside the range: -A·r
+        (1.5, 2.0, -2.4),  # above, gain capped: -A·1.2
+        (0.5, 2.0, -1.0),  # below with A > 0: not clipped, -A·r
+        (0.5, -2.0, 1.6),  # below with A < 0: -A·0.8
+        (1.5, -2.0, 3.0),  # above with A < 0: not clipped
+        (5.0, -2.0, 6.0),  # dual clip: -A·3
+    ],
+)
+def test_clipped_ratio_by_hand(ratio: float, advantage: float, expected: float) -> None:
+    new = torch.tensor([[0.0, -2.0 + math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    output = clipped_ratio_loss(
+        new, torch.tensor([[0.0, -2.0]], dtype=torch.float64), torch.full((1, 2), advantage), torch.tensor([[1, 1]])
+    )
+    assert output.loss.item() == pytest.approx(expected, rel=1e-9)
+    assert output.metrics["ratio_mean"] == pytest.approx(ratio)
+    assert output.metrics["approx_kl"] == pytest.approx(ratio - 1 - math.log(ratio))
+    output.loss.backward()
+    clipped = expected != pytest.approx(-advantage * ratio)
+    # Without clipping d(-A·r)/d logprob = -A·r; clipped: 0.
+    assert new.grad is not None
+    assert new.grad[0].tolist() == pytest.approx([0.0, 0.0 if clipped else -advantage * ratio])
+    dual = ratio == 5.0
+    assert output.metrics["clip_fraction_dual"] == float(dual)
+    assert output.metrics["clip_fraction"] == float(clipped and not dual)
+
+
+def test_clipped_ratio_over_a_batch_with_asymmetric_bounds() -> None:
+    generator = np.random.default_rng(1)
+    new, old = -generator.exponential(size=(3, 8)), -generator.exponential(size=(3, 8))
+    advantages, mask = generator.normal(size=(3, 8)), generator.random((3, 8)) > 0.3
+    mask[:, 0] = False
+    terms = [
+        clipped_reference(new[b, t], old[b, t], advantages[b, t], 0.1, 0.3, 2.0)
+        for b in range(3)
+        for t in range(8)
+        if mask[b, t]
+    ]
+    holes = np.where(mask, 0.0, NAN)  # NaN wherever the mask is off
+    tensors = [torch.from_numpy(x + holes) for x in (new, old, advantages)]
+    output = clipped_ratio_loss(
+        *tensors, torch.from_numpy(mask), clip_ratio_low=0.1, clip_ratio_high=0.3, clip_ratio_c=2.0
+    )
+    assert output.loss.item() == pytest.approx(sum(terms) / len(terms), rel=1e-12)
+    doubled = clipped_ratio_loss(
+        *tensors,
+        torch.from_numpy(mask),
+        clip_ratio_low=0.1,
+        clip_ratio_high=0.3,
+        clip_ratio_c=2.0,
+        num_loss_tokens=2 * len(terms),
+    )
+    assert doubled.loss.item() == pytest.approx(sum(terms) / len(terms) / 2, rel=1e-12)
+
+
+def test_truncated_importance_weights() -> None:
+    # old - rollout = log 2, log 8, no value: weights 2, 4 (capped), 1. Ratio 1 throughout, advantage 1: loss -w each.
+    old = torch.tensor([[0.0, -1.0, -1.0, -1.0]])
+    rollout = torch.tensor([[NAN, -1.0 - math.log(2), -1.0 - math.log(8), NAN]])
+    logprobs = old.clone().requires_grad_()
+    output = clipped_ratio_loss(
+        logprobs, old, torch.ones(1, 4), torch.tensor([[0, 1, 1, 1]]), rollout_logprobs=rollout, tis_cap=4.0
+    )
+    assert output.loss.item() == pytest.approx(-(2 + 4 + 1) / 3)
+    figures = summarise_importance(output.metrics)
+    assert figures["off_policy/weight_mean"] == pytest.approx(6 / 2)  # of the two that are known
+    assert figures["off_policy/clipped_share"] == pytest.approx(1 / 2)
+    output.loss.backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad[0].tolist() == pytest.approx([0, -2 / 3, -4 / 3, -1 / 3])
+
+
+def test_importance_weights_need_a_cap_and_values() -> None:
+    old = torch.tensor([[0.0, -1.0]])
+    plain = clipped_ratio_loss(old, old, torch.ones(1, 2), torch.ones(1, 2), rollout_logprobs=old - 1)
+    assert plain.loss.item() == -1.0
+    figures = summarise_importance(plain.metrics)
+    assert figures["off_policy/ratio_mean"] == pytest.approx(math.e) and "off_policy/weight_mean" not in figures
+    small_cap = clipped_ratio_loss(
+        old, old, torch.ones(1, 2), torch.ones(1, 2), rollout_logprobs=torch.full((1, 2), NAN), tis_cap=0.5
+    )
+    assert small_cap.loss.item() == -1.0  # no value: weight 1, not the cap
+    with pytest.raises(ValueError, match="tis_cap = 0"):
+        clipped_ratio_loss(old, old, torch.ones(1, 2), torch.ones(1, 2), rollout_logprobs=old, tis_cap=0.0)
+
+
+def test_extreme_log_ratios_stay_finite() -> None:
+    new = torch.tensor([[0.0, 0.0]], requires_grad=True)
+    output = clipped_ratio_loss(new, torch.tensor([[0.0, -500.0]]), torch.full((1, 2), -1.0), torch.ones(1, 2))
+    output.loss.backward()
+    assert output.loss.item() == 3.0
+    assert new.grad is not None
+    assert new.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("settings", [{"clip_ratio_c": 1.0}, {"clip_ratio_low": -0.1}])
+def test_clip_settings_out_of_range_are_refused(settings: dict[str, float]) -> None:
+    values = torch.zeros(1, 2)
+    with pytest.raises(ValueError, match="must"):
+        clipped_ratio_loss(values, values, values, values, **settings)  # type: ignore[arg-type]
+
+
+def test_clipped_ratio_without_a_trained_token() -> None:
+    logprobs = torch.full((1, 2), NAN, requires_grad=True)
+    output = clipped_ratio_loss(logprobs, logprobs, logprobs, torch.zeros(1, 2), rollout_logprobs=logprobs, tis_cap=2.0)
+    output.loss.backward()
+    assert output.loss.item() == 0.0
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == [[0.0, 0.0]]
+
+
+# ---------------------------------------------------------------------- LM head
+
+
+@pytest.fixture
+def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of a few entries, so that every loop runs several times and ends on an uneven one."""
+    monkeypatch.setattr(lm_head, "DIRECT_BYTES", 0)
+    monkeypatch.setattr(lm_head, "SLICE_BYTES", {"cpu": 200})
+    monkeypatch.setattr(lm_head, "BLOCK", 4)
+
+
+def head_case(dtype: torch.dtype, rows: int = 7, vocabulary: int = 11) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
+    return {
+        "hidden": draw(rows, 6).requires_grad_(),
+        "weight": draw(vocabulary, 6).requires_grad_(),
+        "bias": draw(vocabulary).requires_grad_(),
+        "labels": torch.randint(0, vocabulary, (rows,), generator=generator),
+        "temperature": torch.rand(rows, generator=generator) + 0.5,
+        "grad": torch.randn(rows, generator=generator, dtype=torch.float64),
+    }
+
+
+def head_reference(case: dict[str, torch.Tensor]) -> tuple[np.ndarray, ...]:
+    """Logprobs and the gradients of sum(grad · logprob) for hidden, weight and bias, by formula in numpy float64."""
+    hidden, weight, bias, labels, temperature, grad = (
+        case[k].detach().to(torch.float64).numpy() if k != "labels" else case[k].numpy()
+        for k in ("hidden", "weight", "bias", "labels", "temperature", "grad")
+    )
+    logits = (hidden @ weight.T + bias) / temperature[:, None]
+    exped = np.exp(logits - logits.max(1, keepdims=True))
+    softmax = exped / exped.sum(1, keepdims=True)
+    rows = np.arange(len(labels))
+    onehot = np.zeros_like(softmax)
+    onehot[rows, labels] = 1
+    outer = (grad / temperature)[:, None] * (onehot - softmax)
+    return np.log(softmax[rows, labels]), outer @ weight, outer.T @ hidden, outer.sum(0)
+
+
+@pytest.mark.parametrize("keep_bytes", [None, 1, 300, 10_000])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)],
+)
+@pytest.mark.usefixtures("tiny_tiles")
+def test_tiled_head_against_float64(dtype: torch.dtype, tolerance: float, keep_bytes: int | None) -> None:
+    case = head_case(dtype)
+    found = linear_token_logprobs(
+        case["hidden"], case["weight"], case["labels"], case["temperature"], case["bias"], keep_bytes
+    )
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    (found * case["grad"].to(found)).sum().backward()
+    expected = head_reference(case)
+    for name, value, reference in zip(
+        ("logprobs", "hidden", "weight", "bias"),
+        (found.detach(), case["hidden"].grad, case["weight"].grad, case["bias"].grad),
+        expected,
+        strict=True,
+    ):
+        assert value is not None
+        if name != "logprobs":
+            assert value.dtype == dtype
+        np.testing.assert_allclose(
+            value.to(torch.float64).numpy(), reference, rtol=tolerance, atol=tolerance * np.abs(reference).max()
+        )
+
+
+def test_direct_head_against_float64() -> None:
+    case = head_case(torch.float64)
+    found = linear_token_logprobs(case["hidden"], case["weight"], case["labels"], case["temperature"], case["bias"])
+    (found * case["grad"]).sum().backward()
+    expected = head_reference(case)
+    np.testing.assert_allclose(found.detach().numpy(), expected[0], rtol=1e-12)
+    for name, reference in zip(("hidden", "weight", "bias"), expected[1:], strict=True):
+        gradient = case[name].grad
+        assert gradient is not None
+        np.testing.assert_allclose(gradient.numpy(), reference, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+def test_gradcheck_of_the_tiled_head() -> None:
+    case = head_case(torch.float64)
+
+    def function(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return linear_token_logprobs(hidden, weight, case["labels"], 0.7, bias, 300)
+
+    assert torch.autograd.gradcheck(function, (case["hidden"], case["weight"], case["bias"]))
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+def test_a_second_backward_through_a_retained_graph_gives_the_same_gradients() -> None:
+    case = head_case(torch.float64)
+    inputs = [case["hidden"], case["weight"], case["bias"]]
+    logprobs = linear_token_logprobs(inputs[0], inputs[1], case["labels"], case["temperature"], inputs[2], 300)
+    first = torch.autograd.grad(logprobs, inputs, case["grad"], retain_graph=True)
+    second = torch.autograd.grad(logprobs, inputs, case["grad"])
+    for once, again in zip(first, second, strict=True):
+        assert once.tolist() == again.tolist()
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+@pytest.mark.usefixtures("tiny_tiles")
+def test_frozen_inputs_get_no_gradient_and_leave_the_others_right(frozen: str) -> None:
+    case = head_case(torch.float64)
+    case[frozen].requires_grad_(False)
+    found = linear_token_logprobs(
+        case["hidden"], case["weight"], case["labels"], case["temperature"], case["bias"], 300
+    )
+    (found * case["grad"]).sum().backward()
+    for name, reference in zip(("hidden", "weight", "bias"), head_reference(case)[1:], strict=True):
+        gradient = case[name].grad
+        if name == frozen:
+            assert gradient is None
+        else:
+            assert gradient is not None
+            np.testing.assert_allclose(gradient.numpy(), reference, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+def test_large_logits_neither_overflow_nor_lose_the_sum() -> None:
+    # Logits 1000·[1, 2, …, 6]: the largest has logprob -log(1 + e^-1000 + …) = 0, the smallest 1000 - 6000.
+    hidden = torch.tensor([[1000.0]])
+    weight = torch.arange(1.0, 7.0)[:, None]
+    found = linear_token_logprobs(hidden, weight, torch.tensor([5]), keep_bytes=1)
+    assert found.item() == 0.0
+    assert linear_token_logprobs(hidden, weight, torch.tensor([0]), keep_bytes=1).item() == -5000.0
+
+
+def test_no_row_gives_an_empty_result_with_a_graph() -> None:
+    hidden = torch.zeros(0, 3, requires_grad=True)
+    weight = torch.ones(4, 3, requires_grad=True)
+    for keep_bytes in (None, 2):
+        found = linear_token_logprobs(hidden, weight, torch.zeros(0, dtype=torch.int64), keep_bytes=keep_bytes)
+        assert found.shape == (0,)
+        found.sum().backward()
+        assert weight.grad is not None
+        assert weight.grad.abs().sum().item() == 0.0
+
+
+def test_a_weight_in_another_dtype_is_multiplied_in_the_wider_one() -> None:
+    case = head_case(torch.float32)
+    expected = linear_token_logprobs(case["hidden"].bfloat16().float(), case["weight"], case["labels"])
+    found = linear_token_logprobs(case["hidden"].bfloat16(), case["weight"], case["labels"])
+    assert found.tolist() == expected.tolist()
+
+
+def test_autocast_chooses_the_dtype_as_for_a_linear_layer() -> None:
+    case = head_case(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = linear_token_logprobs(case["hidden"], case["weight"], case["labels"])
+    expected = linear_token_logprobs(case["hidden"].bfloat16(), case["weight"].bfloat16(), case["labels"])
+    assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.tensor([0, 11])}, r"labels \[0, 11\] reach outside the vocabulary \[0, 11\)"),
+        ({"labels": torch.tensor([-1, 0])}, r"labels \[-1, 0\]"),
+        ({"labels": torch.tensor([1])}, "one label per row"),
+        ({"weight": torch.zeros(11, 5)}, r"expected \[N, H\]"),
+        ({"bias": torch.zeros(3)}, "bias"),
+        ({"keep_bytes": 0}, "keep_bytes = 0"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(change: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {
+        "hidden": torch.zeros(2, 6),
+        "weight": torch.zeros(11, 6),
+        "labels": torch.tensor([0, 1]),
+    }
+    with pytest.raises(ValueError, match=message):
+        linear_token_logprobs(**(arguments | change))  # type: ignore[arg-type]
+
+
+def test_the_same_loss_through_the_head_and_through_logits() -> None:
+    """The two public routes from hidden states to the loss agree, gradient included."""
+    torch.manual_seed(2)
+    hidden = torch.randn(2, 5, 4, dtype=torch.float64)
+    weight = torch.randn(9, 4, dtype=torch.float64)
+    ids, advantages = torch.randint(0, 9, (2, 5)), torch.randn(2, 5, dtype=torch.float64)
+    mask = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 1, 1, 0]], dtype=torch.bool)
+    first, second = weight.clone().requires_grad_(), weight.clone().requires_grad_()
+    by_logits = compute_advantage_weighted_sft_loss(hidden @ first.t(), ids, advantages, mask, temperature=0.8)
+    batch, position = torch.nonzero(mask, as_tuple=True)
+    logprobs = linear_token_logprobs(hidden[batch, position - 1], second, ids[batch, position], 0.8, keep_bytes=2)
+    by_rows = advantage_weighted_sft_loss(logprobs, advantages[mask], torch.ones(len(batch))).loss
+    by_logits.backward()
+    by_rows.backward()
+    assert by_rows.item() == pytest.approx(by_logits.item(), rel=1e-12)
+    assert first.grad is not None
+    assert second.grad is not None
+    torch.testing.assert_close(second.grad, first.grad, rtol=1e-10, atol=1e-12)

@@ -1,0 +1,94 @@
+"""Quarantine files: written, looked at as plain JSON, read back byte for byte."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from atropos_verl.errors import DataError
+from atropos_verl.protocol.wire import decode_group
+from atropos_verl.training.quarantine import QuarantineStore, parse_quarantine_file
+from atropos_verl.types import QuarantinedGroup, ScoredGroup
+
+
+def put(directory: Path, raw: bytes, reason: str) -> Path:
+    return QuarantineStore(directory / "quarantine").put(QuarantinedGroup(group=decode_group(raw), reason=reason))
+
+
+def test_a_group_is_kept_as_it_came(tmp_path: Path) -> None:
+    raw = b'{"tokens": [[5, 6]],  "masks": [[-100, 7]], "scores": [1e0], "env_id": 3}'
+    path = put(tmp_path, raw, "masks[0][1] = 7: must be -100 or the token id 6")
+    group_id = xxhash.xxh3_128_hexdigest(raw)[:16]
+    assert path == tmp_path / "quarantine" / f"{group_id}.json"
+    assert json.loads(path.read_text()) == {
+        "reason": "masks[0][1] = 7: must be -100 or the token id 6",
+        "group_id": group_id,
+        "env_id": 3,
+        "group": {"tokens": [[5, 6]], "masks": [[-100, 7]], "scores": [1.0], "env_id": 3},
+    }
+    entry = parse_quarantine_file(path.read_bytes())
+    assert entry.raw == raw  # two spaces and 1e0 included: the id is a hash of these bytes
+    assert entry.group_id == group_id
+    assert put(tmp_path, raw, "again") == path
+    assert len(list(path.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("raw", "key", "stored"),
+    [
+        (b'{"tokens": [[5]], "scores": [NaN]}', "raw", '{"tokens": [[5]], "scores": [NaN]}'),
+        (b'{"tokens": [[5', "raw", '{"tokens": [[5'),
+        (b"\xff\xfe{}", "raw_base64", base64.b64encode(b"\xff\xfe{}").decode()),
+        (b"[" * 5000, "raw", "[" * 5000),
+        (b'"just text"', "group", "just text"),
+    ],
+)  # fmt: skip
+def test_what_is_not_json_is_kept_too(tmp_path: Path, raw: bytes, key: str, stored: str) -> None:
+    path = put(tmp_path, raw, "scores[0] = NaN: must be finite")
+    content = json.loads(path.read_text())
+    assert content[key] == stored
+    assert set(content) == {"reason", "group_id", "env_id", key}
+    assert parse_quarantine_file(path.read_bytes()).raw == raw
+
+
+def test_a_reason_that_quotes_a_lone_surrogate_can_be_written(tmp_path: Path) -> None:
+    path = put(tmp_path, b"{}", "overrides[0].temperature = '\ud800': must be a number")
+    assert json.loads(path.read_text())["reason"] == "overrides[0].temperature = '\\ud800': must be a number"
+
+
+def test_a_group_that_never_was_bytes_is_written_from_its_arrays(tmp_path: Path) -> None:
+    group = ScoredGroup(
+        token_ids=(np.array([5, 6]),),
+        masks=(np.array([-100, 6]),),
+        scores=np.array([np.nan]),
+        advantages=(None,),
+        overrides=({"temperature": 2},),
+        group_id="../../etc/passwd",
+    )
+    path = QuarantineStore(tmp_path).put(QuarantinedGroup(group=group, reason="scores[0] = nan: must be finite"))
+    raw = (
+        '{"tokens": [[5, 6]], "masks": [[-100, 6]], "scores": [NaN], "advantages": [[]], '
+        '"overrides": [{"temperature": 2}]}'
+    )
+    assert path == tmp_path / f"{hashlib.sha256(raw.encode()).hexdigest()[:16]}.json"
+    assert json.loads(path.read_text())["raw"] == raw
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"{", "not a quarantine file: Input data was truncated"),
+        (b'{"reason": "x"}', "missing required field `group_id`"),
+        (b'{"reason": "x", "group_id": "y"}', "it has none of group, raw, raw_base64"),
+        (b'{"reason": "x", "group_id": "y", "raw_base64": "!"}', "raw_base64 is not base64"),
+    ],
+)
+def test_what_is_no_quarantine_file_is_refused(content: bytes, fault: str) -> None:
+    with pytest.raises(DataError, match=fault):
+        parse_quarantine_file(content)

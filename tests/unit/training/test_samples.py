@@ -1,0 +1,417 @@
+"""The data lines of design.md's "Semantics that were got wrong elsewhere", with values worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atropos_verl import SampleSettings, build_samples, decode_batch
+from atropos_verl.errors import ConfigError, DataError, UnsupportedFieldError
+from atropos_verl.training.statistics import RunningMoments
+from atropos_verl.types import SampleReport
+
+NAN, INF = float("nan"), float("inf")
+# Two answers to the prompt [5, 6]. GRPO over scores 1, 0: ±0.5 / (0.70710678 + 1e-6) = ±0.70710578.
+TOKENS = [[5, 6, 7], [5, 6, 8, 2]]
+MASKS = [[-100, -100, 7], [-100, -100, 8, 2]]
+A = 0.5 / (math.sqrt(0.5) + 1e-6)
+
+
+def group(**changes: Any) -> dict[str, Any]:
+    return {"tokens": TOKENS, "masks": MASKS, "scores": [1.0, 0.0], **changes}
+
+
+def build(*groups: dict[str, Any], running: RunningMoments | None = None, **changes: Any) -> SampleReport:
+    body = json.dumps({"batch": list(groups)}).encode()
+    return build_samples(decode_batch(body), SampleSettings(**changes), running=running)
+
+
+def advantages(report: SampleReport) -> list[list[float]]:
+    return [sample.advantages.tolist() for sample in report.samples]
+
+
+def reason(bad: dict[str, Any], **changes: Any) -> str:
+    """Why ``bad`` was quarantined; the good group beside it must not be touched."""
+    report = build(group(), bad, group(), **changes)
+    assert report.groups == 2
+    assert [a for row in advantages(report) for a in row] == pytest.approx([0, 0, A, 0, 0, -A, -A] * 2)
+    (quarantined,) = report.quarantined
+    with pytest.raises(DataError) as error:
+        build(group(), bad, on_bad_group="error", **changes)
+    assert str(error.value) == quarantined.reason
+    return quarantined.reason
+
+
+# ---------------------------------------------------------------------- 1, 2: masks and the causal shift
+
+
+def test_tool_tokens_between_two_trained_spans_are_not_trained() -> None:
+    tokens = [[1, 2, 3, 4, 5, 6]]
+    masks = [[-100, 2, -100, -100, 5, 6]]
+    (sample,) = build(group(tokens=tokens, masks=masks, scores=[3.0]), estimator="plain").samples
+    assert sample.loss_mask.tolist() == [False, True, False, False, True, True]
+    assert sample.advantages.tolist() == [0.0, 3.0, 0.0, 0.0, 3.0, 3.0]
+    assert sample.token_ids.tolist() == tokens[0]
+    assert (sample.token_ids.dtype, sample.loss_mask.dtype, sample.advantages.dtype) == (np.int64, bool, np.float64)
+
+
+def test_position_0_is_never_trained() -> None:
+    (sample,) = build(group(tokens=[[4, 5]], masks=[[4, 5]], scores=[2.0]), estimator="plain").samples
+    assert sample.loss_mask.tolist() == [False, True]
+    assert sample.advantages.tolist() == [0.0, 2.0]
+
+
+def test_a_sequence_with_nothing_trained_is_a_sample_that_adds_nothing() -> None:
+    report = build(group(masks=[[-100] * 3, MASKS[1]]), normalization="batch")
+    assert report.samples[0].loss_mask.sum() == 0
+    # Only the two tokens of the other sequence are in the statistics; they are equal, so they whiten to 0.
+    assert advantages(report) == [[0.0] * 3, [0.0] * 4]
+
+
+# ---------------------------------------------------------------------- 3: inference logprobs
+
+
+def test_one_point_zero_is_no_value() -> None:
+    first, second = build(group(inference_logprobs=[[1.0, 1.0, -0.5], [1.0, 1.0, -0.25, 0.0]])).samples
+    assert first.rollout_logprobs is not None
+    assert second.rollout_logprobs is not None
+    np.testing.assert_array_equal(first.rollout_logprobs, [NAN, NAN, -0.5])
+    np.testing.assert_array_equal(second.rollout_logprobs, [NAN, NAN, -0.25, 0.0])
+
+
+@pytest.mark.parametrize("absent", [None, [], {}, [[], []], [None, {}], [[1.0] * 3, [1.0] * 4]])
+def test_absent_logprobs(absent: Any) -> None:
+    assert [s.rollout_logprobs for s in build(group(inference_logprobs=absent)).samples] == [None, None]
+
+
+def test_logprobs_of_one_sequence_only_and_rounding_above_zero() -> None:
+    first, second = build(group(inference_logprobs=[[], [1.0, 1.0, 5e-7, -2.0]])).samples
+    assert first.rollout_logprobs is None
+    assert second.rollout_logprobs is not None
+    np.testing.assert_array_equal(second.rollout_logprobs, [NAN, NAN, 0.0, -2.0])
+
+
+# ---------------------------------------------------------------------- 4: advantages
+
+
+def test_group_baseline_goes_to_the_trained_tokens() -> None:
+    report = build(group())
+    assert advantages(report) == [pytest.approx([0, 0, A]), pytest.approx([0, 0, -A, -A])]
+    assert [(s.score, s.sequence_index) for s in report.samples] == [(1.0, 0), (0.0, 1)]
+    assert (report.groups, report.scores.tolist(), report.dropped_overlong, report.truncated) == (1, [1.0, 0.0], 0, 0)
+
+
+def test_token_level_advantages_replace_the_baseline_of_their_sequence_only() -> None:
+    report = build(group(advantages=[[], [9.0, 9.0, 0.25, -4.0]]))
+    assert advantages(report) == [pytest.approx([0, 0, A]), [0.0, 0.0, 0.25, -4.0]]
+
+
+def test_order_token_level_then_normalise_then_clip() -> None:
+    # Trained tokens: A of the first sequence, then 3 and 8 of the second.
+    report = build(group(advantages=[None, [0.0, 0.0, 3.0, 8.0]]), normalization="batch", clipping=(-0.5, 1.0))
+    values = [A, 3.0, 8.0]
+    mean = sum(values) / 3
+    std = math.sqrt(sum((v - mean) ** 2 for v in values) / 2)
+    whitened = [(v - mean) / std for v in values]  # -0.86, -0.25, 1.10
+    assert whitened[0] < -0.5 < whitened[1] < 1.0 < whitened[2]
+    assert advantages(report) == [[0.0, 0.0, -0.5], pytest.approx([0.0, 0.0, whitened[1], 1.0])]
+
+
+@pytest.mark.parametrize("normalization", ["none", "batch", "global"])
+def test_set_advantage_to_zero_changes_nobody_else(normalization: str) -> None:
+    zeroed = build(
+        group(overrides=[{"set_advantage_to_zero": True}, {"set_advantage_to_zero": False}]),
+        group(scores=[0.0, 2.0]),
+        normalization=normalization,
+    )
+    plain = build(group(), group(scores=[0.0, 2.0]), normalization=normalization)
+    assert advantages(zeroed)[0] == [0.0, 0.0, 0.0]
+    assert advantages(zeroed)[1:] == advantages(plain)[1:]
+    assert zeroed.samples[0].loss_mask.tolist() == [False, False, True]
+
+
+def test_zeroing_wins_over_token_level_advantages() -> None:
+    report = build(group(advantages=[[1.0, 1.0, 1.0], []], overrides=[{"set_advantage_to_zero": True}, None]))
+    assert advantages(report)[0] == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo"])
+def test_group_of_one_and_equal_scores_are_zero(estimator: str) -> None:
+    alone = group(tokens=[[1, 2]], masks=[[1, 2]], scores=[7.0])
+    equal = group(scores=[0.3, 0.3])
+    report = build(alone, equal, estimator=estimator)
+    assert [a for row in advantages(report) for a in row] == [0.0] * (2 + 3 + 4)
+
+
+def test_grpo_without_std() -> None:
+    assert advantages(build(group(), norm_adv_by_std_in_grpo=False))[0] == [0.0, 0.0, 0.5]
+
+
+def test_global_statistics_run_on_and_are_not_touched_by_a_failed_batch() -> None:
+    running = RunningMoments()
+    one_sequence = {"tokens": [[1, 2]], "masks": [[-100, 2]]}
+    settings = {"estimator": "plain", "normalization": "global"}
+    build({**one_sequence, "scores": [1.0]}, {**one_sequence, "scores": [3.0]}, running=running, **settings)
+    with pytest.raises(DataError):
+        build({**one_sequence, "scores": [NAN]}, running=running, on_bad_group="error", **settings)
+    report = build({**one_sequence, "scores": [8.0]}, running=running, **settings)
+    # 1, 3, 8: mean 4, std sqrt(13).
+    assert advantages(report)[0] == pytest.approx([0.0, 4 / math.sqrt(13)])
+    assert running.count == 3
+
+
+# ---------------------------------------------------------------------- 6: temperature
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [0.9, 0.9]),
+        ({"group_overrides": {"temperature": 0.6}}, [0.6, 0.6]),
+        ({"group_overrides": {"temperature": 0.6}, "generation_params": {"temperature": 0.7}}, [0.7, 0.7]),
+        ({"generation_params": {"temperature": 0.7}, "overrides": [{"temperature": 2}, {}]}, [2.0, 0.7]),
+        ({"generation_params": {"temperature": None}, "group_overrides": {"temperature": 0.6}}, [0.6, 0.6]),
+        ({"generation_params": {"temperature": 0}}, [1.0, 1.0]),  # greedy
+        ({"overrides": [{"temperature": 0.0}, {"temperature": 1e-6}]}, [1.0, 1.0]),
+    ],
+)
+def test_temperature_precedence(changes: dict[str, Any], expected: list[float]) -> None:
+    report = build(group(**changes), default_temperature=0.9)
+    assert [sample.temperature for sample in report.samples] == expected
+
+
+def test_policy_version_is_taken_where_it_is_an_integer() -> None:
+    report = build(
+        group(generation_params={"policy_version": 4}, overrides=[{"policy_version": 3}, {"policy_version": "x"}]),
+        group(generation_params={"policy_version": True}),
+        group(env_id=6),
+    )
+    assert [s.policy_version for s in report.samples] == [3, 4, None, None, None, None]
+    assert [s.env_id for s in report.samples] == [None] * 4 + [6, 6]
+
+
+# ---------------------------------------------------------------------- 7: overlong
+
+
+def test_overlong_is_dropped_counted_logged_and_counts_in_the_baseline(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        report = build(group(), max_token_len=3)
+    assert (report.dropped_overlong, report.truncated, report.groups) == (1, 0, 1)
+    assert advantages(report) == [pytest.approx([0, 0, A])]  # with the other's score in the baseline
+    assert report.scores.tolist() == [1.0, 0.0]
+    assert "1 sequences longer than 3 tokens are left out of training" in caplog.text
+
+
+def test_overlong_tokens_are_not_in_the_statistics() -> None:
+    # Plain: trained values 1 (kept, one token); 0, 0 are dropped. A single value whitens to 0.
+    report = build(group(), max_token_len=3, estimator="plain", normalization="batch")
+    assert advantages(report) == [[0.0, 0.0, 0.0]]
+
+
+def test_overlong_truncated() -> None:
+    report = build(
+        group(inference_logprobs=[[], [1.0, 1.0, -0.5, -9.0]], advantages=[[], [0.0, 0.0, 2.0, 5.0]]),
+        max_token_len=3,
+        overlong="truncate",
+    )
+    assert (report.dropped_overlong, report.truncated) == (0, 1)
+    kept, cut = report.samples
+    assert (kept.truncated, cut.truncated) == (False, True)
+    assert cut.token_ids.tolist() == [5, 6, 8]
+    assert cut.loss_mask.tolist() == [False, False, True]
+    assert cut.advantages.tolist() == [0.0, 0.0, 2.0]
+    assert cut.rollout_logprobs is not None
+    np.testing.assert_array_equal(cut.rollout_logprobs, [NAN, NAN, -0.5])
+
+
+def test_overlong_error_and_the_exact_bound() -> None:
+    assert len(build(group(), max_token_len=4, overlong="error").samples) == 2
+    with pytest.raises(DataError, match=r"tokens\[1\] of group [0-9a-f]{16}: 4 tokens, more than max_token_len = 3"):
+        build(group(), max_token_len=3, overlong="error")
+
+
+# ---------------------------------------------------------------------- 8: bad data
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"tokens": [], "masks": [], "scores": []}, "tokens: the group is empty"),
+        ({"tokens": [[5, 6, 7], []], "masks": [MASKS[0], []]}, "tokens[1]: the sequence is empty"),
+        ({"masks": MASKS[:1]}, "masks: 1 entries, but tokens has 2"),
+        ({"scores": [1.0]}, "scores: 1 entries, but tokens has 2"),
+        ({"scores": [1.0, 0.0, 2.0]}, "scores: 3 entries, but tokens has 2"),
+        ({"advantages": [[0.0, 0.0, 1.0]]}, "advantages: 1 entries, but tokens has 2"),
+        ({"inference_logprobs": [[-1.0] * 3]}, "inference_logprobs: 1 entries"),
+        ({"overrides": [{"temperature": 1.0}]}, "overrides: 1 entries"),
+        ({"masks": [[-100, 7], MASKS[1]]}, "masks[0]: 2 entries, but tokens[0] has 3"),
+        ({"advantages": [[], [1.0]]}, "advantages[1]: 1 entries, but tokens[1] has 4"),
+        ({"inference_logprobs": [[-1.0] * 4, []]}, "inference_logprobs[0]: 4 entries, but tokens[0] has 3"),
+        ({"scores": [0.0, NAN]}, "scores[1] = nan: must be finite"),
+        ({"scores": [INF, 0.0]}, "scores[0] = inf: must be finite"),
+        ({"scores": [1e31, 0.0]}, "scores[0] = 1e+31: beyond ±1e+30"),
+        ({"advantages": [[], [0.0, 0.0, NAN, 1.0]]}, "advantages[1][2] = nan: must be finite"),
+        ({"inference_logprobs": [[1.0, -INF, -1.0], []]}, "inference_logprobs[0][1] = -inf: must be finite"),
+        ({"inference_logprobs": [[1.0, 1.0, 0.5], []]}, "inference_logprobs[0][2] = 0.5: a logprob is at most 0"),
+        ({"tokens": [[5, -6, 7], TOKENS[1]]}, "tokens[0][1] = -6: outside the vocabulary [0, 9)"),
+        ({"tokens": [TOKENS[0], [5, 6, 9, 2]]}, "tokens[1][2] = 9: outside the vocabulary [0, 9)"),
+        ({"tokens": [TOKENS[0], [5, 6, 2**40, 2]]}, "tokens[1][2] = 1099511627776: outside the vocabulary"),
+        ({"masks": [[-100, -100, 6], MASKS[1]]}, "masks[0][2] = 6: must be -100 (not trained) or the token id 7"),
+        ({"masks": [[0, 0, 1], [0, 0, 1, 1]]}, "masks[0][0] = 0: must be -100 (not trained) or the token id 5; a 0/1"),
+        ({"masks": [[-1, -100, 7], MASKS[1]]}, "masks[0][0] = -1: must be -100"),
+        ({"tokens": [[5, 6.0, 7], TOKENS[1]]}, "tokens[0][1] = 6.0: expected an integer token id"),
+        ({"scores": ["1", 0.0]}, 'scores[0] = "1": expected a number'),
+        (
+            {"generation_params": {"temperature": -1}},
+            "generation_params.temperature = -1: must be finite and at least 0",
+        ),
+        ({"generation_params": {"temperature": "0.7"}}, "generation_params.temperature = '0.7': must be a number"),
+        ({"group_overrides": {"temperature": NAN}}, "group_overrides.temperature = nan: must be finite"),
+        ({"overrides": [{}, {"temperature": True}]}, "overrides[1].temperature = True: must be a number"),
+        ({"overrides": [{"set_advantage_to_zero": 1}, {}]}, "overrides[0].set_advantage_to_zero = 1: must be true or"),
+    ],
+)
+def test_bad_groups_are_quarantined_with_a_reason(changes: dict[str, Any], expected: str) -> None:
+    assert reason(group(**changes), vocab_size=9).startswith(expected)
+
+
+def test_without_a_vocabulary_only_negative_ids_are_refused() -> None:
+    assert build(group(tokens=[[5, 6, 10**6], TOKENS[1]], masks=[[-100] * 3, MASKS[1]])).groups == 1
+    assert reason(group(tokens=[[5, 6, -1], TOKENS[1]])) == "tokens[0][2] = -1: a token id is never negative"
+
+
+def test_masks_of_zeros_and_ones_are_fine_where_they_are_the_token_ids() -> None:
+    (sample,) = build(group(tokens=[[0, 1, 0]], masks=[[0, 1, 0]], scores=[1.0]), estimator="plain").samples
+    assert sample.loss_mask.tolist() == [False, True, True]
+
+
+def test_every_group_bad_gives_no_sample() -> None:
+    report = build(group(scores=[NAN, 0.0]), normalization="batch")
+    assert (report.samples, report.groups, report.scores.tolist()) == ([], 0, [])
+    assert len(report.quarantined) == 1
+    assert build().samples == []
+
+
+JUNK = (
+    st.none() | st.booleans() | st.integers(-200, 200) | st.floats() | st.text(max_size=3) | st.just([]) | st.just({})
+)
+ROW = st.lists(st.integers(-110, 12) | JUNK, max_size=5)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {
+            "tokens": st.lists(ROW, max_size=3) | st.just(TOKENS) | JUNK,
+            "masks": st.lists(ROW, max_size=3) | st.just(MASKS) | JUNK,
+            "scores": st.lists(st.floats() | JUNK, max_size=3) | st.just([1.0, 0.0]),
+        },
+        optional={
+            "advantages": st.lists(st.lists(st.floats() | JUNK, max_size=4), max_size=2) | JUNK,
+            "inference_logprobs": st.lists(st.lists(st.floats(max_value=1.0), max_size=4), max_size=2) | JUNK,
+            "overrides": st.lists(st.dictionaries(st.just("temperature"), JUNK), max_size=2) | JUNK,
+            "generation_params": st.dictionaries(st.sampled_from(["temperature", "policy_version"]), JUNK) | JUNK,
+            "env_id": JUNK,
+        },
+    ),
+    st.sampled_from(["none", "batch", "global"]),
+    st.sampled_from(["grpo", "rloo", "plain"]),
+)
+def test_whatever_comes_is_quarantined_or_sound(bad: dict[str, Any], normalization: str, estimator: str) -> None:
+    report = build(group(), bad, vocab_size=13, normalization=normalization, estimator=estimator)
+    assert report.groups + len(report.quarantined) == 2
+    assert all(quarantined.reason for quarantined in report.quarantined)
+    for sample in report.samples:
+        assert np.isfinite(sample.advantages).all()
+        assert (sample.advantages[~sample.loss_mask] == 0).all()
+        assert ((sample.token_ids >= 0) & (sample.token_ids < 13)).all()
+        assert not sample.loss_mask[0]
+        assert sample.temperature > 0
+        assert math.isfinite(sample.temperature)
+        if sample.rollout_logprobs is not None:
+            known = sample.rollout_logprobs[~np.isnan(sample.rollout_logprobs)]
+            assert np.isfinite(known).all()
+            assert (known <= 0).all()
+
+
+# ---------------------------------------------------------------------- 9: every field is used or refused by name
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("images", ["a.png", None]),
+        ("distill_token_ids", [[[1]], [[2]]]),
+        ("distill_logprobs", [[[0.0]], [[-1.0]]]),
+        ("ref_logprobs", [[-1.0] * 3, [-1.0] * 4]),
+        ("something_new", {"a": 1}),
+    ],
+)
+def test_fields_that_are_not_used_are_refused_by_name_unless_ignored(field: str, value: Any) -> None:
+    with pytest.raises(UnsupportedFieldError, match=rf"^{field}: .*env_id 2.*Set data.ignore_fields=\[{field}\]"):
+        build(group(**{field: value}, env_id=2))
+    report = build(group(**{field: value}), ignore_fields=(field,))
+    assert advantages(report) == [pytest.approx([0, 0, A]), pytest.approx([0, 0, -A, -A])]
+    for absent in (None, [], {}):
+        assert build(group(**{field: absent})).groups == 1
+
+
+def test_a_bad_group_is_quarantined_before_its_fields_are_looked_at() -> None:
+    assert build(group(scores=[NAN, 1.0], images=["a"])).quarantined[0].reason == "scores[0] = nan: must be finite"
+
+
+def test_harmless_fields() -> None:
+    messages = [[{"role": "user", "content": "hi"}]] * 2
+    report = build(group(messages=messages, generation_params={"top_p": 0.9}, group_overrides={"group_size": 2}))
+    assert report.groups == 1
+
+
+def test_unknown_override_keys_are_logged_once_per_key(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        build(group(overrides=[{"weight": 2}, {"weight": 3}], group_overrides={"priority": 1}), group())
+    assert [record.getMessage() for record in caplog.records] == [
+        "group_overrides.priority is not known to this trainer and has no effect (1 times in this batch)",
+        "overrides[].weight is not known to this trainer and has no effect (2 times in this batch)",
+    ]
+
+
+# ---------------------------------------------------------------------- settings, imports
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"estimator": "gae"}, "estimator: 'gae' is none of grpo, rloo, plain"),
+        ({"normalization": "layer"}, "normalization: 'layer'"),
+        ({"overlong": "keep"}, "overlong: 'keep'"),
+        ({"on_bad_group": "drop"}, "on_bad_group: 'drop'"),
+        ({"vocab_size": 0}, "vocab_size: 0 must be at least 1"),
+        ({"max_token_len": 0}, "max_token_len: 0 must be at least 1"),
+        ({"clipping": (1.0, -1.0)}, r"clipping: \[1.0, -1.0\] is not a range"),
+        ({"clipping": (NAN, 1.0)}, "clipping"),
+        ({"default_temperature": -1.0}, "default_temperature: -1.0"),
+        ({"default_temperature": INF}, "default_temperature: inf"),
+    ],
+)
+def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(group(), **changes)
+
+
+def test_the_data_package_does_not_import_torch() -> None:
+    code = (
+        "import sys, atropos_verl.data, atropos_verl.protocol.wire\n"
+        "found = [m for m in ('torch', 'verl', 'ray') if m in sys.modules]\n"
+        "sys.exit(f'imported {found}' if found else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,218 @@
+"""AtroposShardingManager: the order of its calls, its exceptions, its canary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+
+from atropos_verl.errors import WeightSyncError
+from atropos_verl.training.weight_sync import AtroposShardingManager, Canary
+
+
+class _Recorder:
+    """Engine, gate and source in one, writing down what is called."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.policy_version = 3
+        self.weights: dict[str, float] = {}
+        self.fail_on = ""
+
+    def _note(self, name: str) -> None:
+        self.calls.append(name)
+        if self.fail_on == name:
+            raise RuntimeError(f"{name} failed")
+
+    def named_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
+        yield "w", torch.tensor(float(self.policy_version))
+
+    def resume_memory_occupation(self) -> None:
+        self._note("resume_memory")
+
+    def release_memory_occupation(self) -> None:
+        self._note("release_memory")
+
+    def update_weights_from_tensor(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+        self._note("update")
+        self.weights = {name: float(tensor) for name, tensor in named_tensors}
+        return 4 * len(self.weights)
+
+    def pause(self, timeout: float) -> None:
+        self._note("pause")
+
+    def resume(self) -> None:
+        self._note("open")
+
+
+class _VersionedRecorder(_Recorder):
+    version = -1
+
+    def update_weights_from_tensor(  # type: ignore[override]
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int | None = None
+    ) -> int:
+        self.version = -1 if policy_version is None else policy_version
+        return super().update_weights_from_tensor(named_tensors)
+
+
+def _manager(parts: _Recorder, **arguments: Any) -> AtroposShardingManager:
+    return AtroposShardingManager(parts, parts, gate=parts, **arguments)
+
+
+def test_order_of_calls() -> None:
+    parts = _Recorder()
+    with _manager(parts) as manager:
+        parts.calls.append("body")
+        assert parts.weights == {"w": 3.0}
+    assert parts.calls == ["resume_memory", "update", "open", "body", "pause", "release_memory"]
+    assert manager.last_sync is not None
+    assert manager.last_sync.policy_version == 3
+    assert manager.last_sync.bytes_copied == 4
+    assert manager.last_sync.canary_max_abs_logprob_diff is None
+
+
+def test_an_engine_that_takes_a_version_gets_it() -> None:
+    parts = _VersionedRecorder()
+    with _manager(parts):
+        assert parts.version == 3
+
+
+def test_the_newest_weights_are_copied_on_every_enter() -> None:
+    parts = _Recorder()
+    manager = _manager(parts)
+    with manager:
+        pass
+    parts.policy_version = 4
+    with manager:
+        assert parts.weights == {"w": 4.0}
+    assert manager.syncs == 2
+
+
+def test_the_exception_of_the_body_is_never_masked() -> None:
+    parts = _Recorder()
+    parts.fail_on = "pause"
+    with pytest.raises(KeyError, match="body") as caught, _manager(parts):
+        raise KeyError("body")
+    assert "leaving the rollout phase failed as well: RuntimeError('pause failed')" in caught.value.__notes__[0]
+
+
+def test_a_failure_on_exit_alone_is_raised() -> None:
+    parts = _Recorder()
+    parts.fail_on = "release_memory"
+    with pytest.raises(RuntimeError, match="release_memory failed"), _manager(parts):
+        pass
+
+
+@pytest.mark.parametrize("stage", ["resume_memory", "update"])
+def test_entering_again_after_a_failure_works(stage: str) -> None:
+    parts = _Recorder()
+    parts.fail_on = stage
+    manager = _manager(parts)
+    with pytest.raises(RuntimeError, match=f"{stage} failed"), manager:
+        pytest.fail("the body must not run")
+    assert "open" not in parts.calls
+    parts.fail_on = ""
+    with manager:
+        assert parts.calls[-1] == "open"
+
+
+def test_the_gate_stays_shut_when_the_canary_fails() -> None:
+    parts = _Recorder()
+    canary = Canary(trainer_logprobs=lambda: [-1.0, -2.0], engine_logprobs=lambda: [-1.0, -2.5], threshold=0.1)
+    with (
+        pytest.raises(WeightSyncError, match=r"up to 0.5 \(sync.canary_threshold=0.1\)"),
+        _manager(parts, canary=canary),
+    ):
+        pytest.fail("the body must not run")
+    assert parts.calls == ["resume_memory", "update"]
+
+
+def test_canary_figure() -> None:
+    parts = _Recorder()
+    canary = Canary(trainer_logprobs=lambda: [-1.0, -2.0], engine_logprobs=lambda: [-1.25, -2.125], threshold=0.3)
+    with _manager(parts, canary=canary) as manager:
+        assert manager.last_sync is not None
+        assert manager.last_sync.canary_max_abs_logprob_diff == 0.25
+
+
+@pytest.mark.parametrize("engine", [[-1.0], [], [float("nan"), -2.0]])
+def test_a_canary_that_cannot_be_compared_fails(engine: list[float]) -> None:
+    canary = Canary(trainer_logprobs=lambda: [-1.0, -2.0], engine_logprobs=lambda: engine, threshold=10.0)
+    with pytest.raises(WeightSyncError):
+        canary.check()
+
+
+class _TwoBuffers(_Recorder):
+    """With a second buffer of weights."""
+
+    staged: dict[str, float]
+
+    def stage_weights_from_tensor(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+        self._note("stage")
+        self.staged = {name: float(tensor) for name, tensor in named_tensors}
+        return 4 * len(self.staged)
+
+    def swap_weights(self, policy_version: int) -> None:
+        self._note(f"swap {policy_version}")
+        self.weights = self.staged
+
+
+def test_a_swap_copies_and_checks_while_the_gate_is_open() -> None:
+    parts = _TwoBuffers()
+
+    def staged() -> list[float]:
+        parts.calls.append("canary of the staged weights")
+        return [-1.0]
+
+    canary = Canary(
+        trainer_logprobs=lambda: [-1.0], engine_logprobs=lambda: [-1.0], staged_logprobs=staged, threshold=0.1
+    )
+    with _manager(parts, canary=canary) as manager:
+        parts.calls.clear()
+        parts.policy_version = 4
+        report = manager.swap()
+        assert parts.calls == ["stage", "canary of the staged weights", "pause", "swap 4", "open"]
+        assert parts.weights == {"w": 4.0}
+    assert (report.policy_version, report.bytes_copied, report.canary_max_abs_logprob_diff) == (4, 4, 0.0)
+    assert report is manager.last_sync
+    assert report.paused_seconds is not None
+    assert 0.0 <= report.paused_seconds <= report.seconds
+    assert manager.syncs == 2
+
+
+def test_weights_that_the_canary_refuses_are_never_served() -> None:
+    parts = _TwoBuffers()
+    canary = Canary(
+        trainer_logprobs=lambda: [-1.0],
+        engine_logprobs=lambda: [-1.0],
+        staged_logprobs=lambda: [-1.5],
+        threshold=0.1,
+    )
+    with _manager(parts, canary=canary) as manager:
+        parts.calls.clear()
+        parts.policy_version = 4
+        with pytest.raises(WeightSyncError, match=r"up to 0.5"):
+            manager.swap()
+        assert parts.calls == ["stage", "pause"], "shut, and the old weights still in place"
+        assert parts.weights == {"w": 3.0}
+
+
+@pytest.mark.parametrize("stage", ["stage", "pause", "swap 3"])
+def test_a_swap_that_fails_anywhere_leaves_the_gate_shut(stage: str) -> None:
+    parts = _TwoBuffers()
+    with pytest.raises(RuntimeError), _manager(parts) as manager:
+        parts.calls.clear()
+        parts.fail_on = stage
+        with pytest.raises(RuntimeError, match=f"{stage} failed"):
+            manager.swap()
+        assert parts.calls[-1] == "pause"
+        assert "open" not in parts.calls
+        raise RuntimeError("the run ends")
+
+
+def test_an_engine_with_one_buffer_cannot_swap() -> None:
+    parts = _Recorder()
+    with _manager(parts) as manager, pytest.raises(WeightSyncError, match="has no second buffer for weights"):
+        manager.swap()
