@@ -14,7 +14,7 @@ help:
 	@echo "make demo     train the demo on this machine's CPU (ARGS='steps=30 ...' are passed on)"
 	@echo "make test     the whole test suite (ARGS='-k name' are passed to pytest)"
 	@echo "make test-ray live runs on Ray, a few minutes: every mode, two raylets, a skipped weight sync"
-	@echo "make check    ruff, mypy --strict on src, import-linter"
+	@echo "make check    ruff, mypy --strict on src, import-linter, import cycles"
 	@echo "make bench    every benchmark, side by side with what it is compared to"
 	@echo "make format   ruff's formatter and fixes"
 	@echo "make clean    remove .venv and caches (runs/ stays)"
@@ -47,6 +47,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/import_cycles.py
 
 bench: $(READY)
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

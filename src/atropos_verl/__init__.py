@@ -1,41 +1,13 @@
 """Atropos-VERL: train language models in verl on rollouts that Atropos environments generate and score.
 
-Names are imported on first use, so ``import atropos_verl`` needs neither torch nor verl.
+Names are imported on first use, so ``import atropos_verl`` needs neither torch nor verl. Their types are in
+``__init__.pyi``, so that this module, which every other one runs first, imports none of them.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from atropos_verl.backends.local.trainer import AtroposTrainer
-    from atropos_verl.config.schema import RunConfig
-    from atropos_verl.errors import AtroposAPIError, AtroposVerlError
-    from atropos_verl.protocol.client import AtroposClient
-    from atropos_verl.protocol.wire import decode_batch
-    from atropos_verl.training.samples import build_samples
-    from atropos_verl.training.weight_sync import AtroposShardingManager
-    from atropos_verl.types import SampleReport, SampleSettings, ScoredGroup, TrainingBatch, TrainingSample
-
-__all__ = [
-    "AtroposAPIError",
-    "AtroposClient",
-    "AtroposShardingManager",
-    "AtroposTrainer",
-    "AtroposVerlError",
-    "RunConfig",
-    "SampleReport",
-    "SampleSettings",
-    "ScoredGroup",
-    "TrainingBatch",
-    "TrainingSample",
-    "__version__",
-    "build_samples",
-    "decode_batch",
-]
-
-__version__ = "0.1.0"
+from typing import Any
 
 _HOMES = {
     "AtroposAPIError": "errors",
@@ -53,6 +25,9 @@ _HOMES = {
     "decode_batch": "protocol.wire",
 }
 
+__version__ = "0.1.0"
+__all__ = sorted([*_HOMES, "__version__"])
+
 
 def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
@@ -62,4 +37,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return list(__all__)

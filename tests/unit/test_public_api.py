@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import importlib
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from atropos_verl.types import SampleReport, SampleSettings, TrainingSample
 
 
 def test_the_root_exports_exactly_this() -> None:
-    assert atropos_verl.__all__ == [
+    expected = {
         "AtroposAPIError",
         "AtroposClient",
         "AtroposShardingManager",
@@ -30,8 +33,18 @@ def test_the_root_exports_exactly_this() -> None:
         "__version__",
         "build_samples",
         "decode_batch",
-    ]
-    assert all(getattr(atropos_verl, name) is not None for name in atropos_verl.__all__)
+    }
+    assert set(atropos_verl.__all__) == set(dir(atropos_verl)) == expected
+    assert all(getattr(atropos_verl, name) is not None for name in expected)
+
+
+def test_the_stub_of_the_root_names_where_each_export_lies() -> None:
+    """The types that a checker sees are those of the names that the root loads."""
+    stub = ast.parse(Path(atropos_verl.__file__).with_suffix(".pyi").read_text())
+    imports = {node.names[0].name: node.module for node in stub.body if isinstance(node, ast.ImportFrom)}
+    assert {*imports, "__version__"} == set(atropos_verl.__all__)
+    for name, module in imports.items():
+        assert getattr(importlib.import_module(str(module)), name) is getattr(atropos_verl, name)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
