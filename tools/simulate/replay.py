@@ -19,12 +19,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from atropos_verl.errors import ConfigError
-from atropos_verl.training.schedule import schedule_of
 from simulate.arrivals import Arrival, HandedBatch
 from simulate.generation import Group
 from simulate.outcome import Outcome
 from simulate.queue import TrajectoryQueue
 from simulate.recording import Recording
+from simulate.schedule import schedule_of
 from simulate.trainer import Trainer
 from simulate.workload import Layout, StepTimes, Workload
 

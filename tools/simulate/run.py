@@ -15,11 +15,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from atropos_verl.training.schedule import schedule_of
 from simulate.environment import Environment
 from simulate.generation import Generation, Group
 from simulate.outcome import Outcome
 from simulate.queue import TrajectoryQueue
+from simulate.schedule import schedule_of
 from simulate.trainer import Trainer
 from simulate.workload import Layout, StepTimes, Workload
 

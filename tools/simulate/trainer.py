@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from atropos_verl.protocol.retry import RetryPolicy
-from atropos_verl.training.schedule import Schedule
 from atropos_verl.training.staleness import is_too_old, versions_behind
 from simulate.generation import Group
 from simulate.outcome import Outcome
+from simulate.schedule import Schedule
 from simulate.workload import Layout, StepTimes, Workload
 
 __all__ = ["Trainer", "World"]

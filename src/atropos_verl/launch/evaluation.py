@@ -21,22 +21,14 @@ from atropos_verl.errors import ConfigError
 from atropos_verl.launch.environments import Site, evaluation_spec
 from atropos_verl.launch.process import ManagedProcess, ServiceSpec
 from atropos_verl.private_files import write_private
+from atropos_verl.training.step import held_out_score
 
-__all__ = ["EvaluationWatch", "LaunchedEvaluations", "evaluations_text", "held_out_score"]
+__all__ = ["EvaluationWatch", "LaunchedEvaluations", "evaluations_text"]
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
 _LABELS = ("before", "after")
-
-
-def held_out_score(metrics: Mapping[str, Any]) -> float | None:
-    """The figure to show for an evaluation: its mean reward, or its first number."""
-    for key in ("eval/mean_reward", "mean_reward", "eval/percent_correct", "eval/accuracy"):
-        if isinstance(metrics.get(key), int | float):
-            return float(metrics[key])
-    numbers = [value for value in metrics.values() if isinstance(value, int | float) and not isinstance(value, bool)]
-    return float(numbers[0]) if numbers else None
 
 
 def evaluations_text(config: RunConfig, launch: LaunchConfig, site: Site) -> str | None:

@@ -10,11 +10,10 @@ from typing import Any
 
 from atropos_verl.errors import ConfigError, DataError
 from atropos_verl.training.quarantine import parse_quarantine_file
+from atropos_verl.training.step import reward_window
 
 __all__ = ["RunData", "load_run"]
 
-_REWARD_WINDOW = 5
-"""Steps that ``reward_first`` and ``reward_last`` are means of, as in ``summary.json``."""
 _MOST_SAMPLES = 50
 _MOST_REASONS = 50
 
@@ -95,14 +94,11 @@ def _steps(path: Path, lines: list[str]) -> Iterable[dict[str, Any]]:
 
 def _summary_so_far(run_dir: Path, steps: list[dict[str, Any]]) -> dict[str, Any]:
     rewards = [line["reward/mean"] for line in steps if _is_number(line.get("reward/mean"))]
-    window = min(_REWARD_WINDOW, len(rewards))
     held_out = {label: _held_out(run_dir / "eval" / label) for label in ("before", "after")}
     return {
         "steps": steps[-1]["step"],
         "policy_version": steps[-1].get("policy_version"),
-        "reward_first": sum(rewards[:window]) / window if window else None,
-        "reward_last": sum(rewards[-window:]) / window if window else None,
-        "reward_window": window or None,
+        **reward_window(rewards),
         "rewards": rewards,
         "held_out_before": held_out["before"],
         "held_out_after": held_out["after"],

@@ -26,11 +26,11 @@ from atropos_verl.protocol.group_checks import (
 from atropos_verl.training.advantages import (
     ESTIMATORS,
     NORMALIZATIONS,
+    RunningMoments,
     SequenceAdvantage,
     finish_advantages,
     group_advantages,
 )
-from atropos_verl.training.statistics import RunningMoments
 from atropos_verl.types import (
     UNKNOWN_VERSION,
     FloatArray,

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atropos_verl.errors import CheckpointError
-from atropos_verl.training.advantages import SequenceAdvantage, finish_advantages, group_advantages
-from atropos_verl.training.statistics import RunningMoments
+from atropos_verl.training.advantages import RunningMoments, SequenceAdvantage, finish_advantages, group_advantages
 
 SCORES = st.lists(st.floats(-100, 100, allow_subnormal=False), min_size=1, max_size=12)
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from atropos_verl import SampleSettings, build_samples, decode_batch
 from atropos_verl.errors import ConfigError, DataError, UnsupportedFieldError
-from atropos_verl.training.statistics import RunningMoments
+from atropos_verl.training.advantages import RunningMoments
 from atropos_verl.types import SampleReport
 
 NAN, INF = float("nan"), float("inf")

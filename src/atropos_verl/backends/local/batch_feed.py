@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from atropos_verl.backends.local.prefetch import Prefetcher
-from atropos_verl.training.schedule import schedule_of
 
 if TYPE_CHECKING:
     from atropos_verl.backends.local.rollout_data import RolloutData
@@ -75,5 +74,5 @@ class OverlapFeed:
 
 def make_feed(trainer: AtroposTrainer, wait: Wait, check: Check | None) -> BatchFeed:
     """The feed that the run's ``mode`` asks for. ``check`` raises when a process of the run has died."""
-    ahead = schedule_of(trainer.config.mode).fetch_ahead
+    ahead = trainer.config.is_overlapped
     return OverlapFeed(trainer, wait, check) if ahead else SyncFeed(wait, check)

@@ -251,7 +251,7 @@ class _Run:
     def _finish(
         self, label: str, evaluations: LocalServices | LaunchedEvaluations | None, progress: ProgressReporter
     ) -> None:
-        from atropos_verl.launch.evaluation import held_out_score
+        from atropos_verl.training.step import held_out_score
 
         if evaluations is None or not evaluations.has_evaluation(label):
             return

@@ -29,13 +29,12 @@ from atropos_verl.config.schema import RunConfig, apply_environment
 from atropos_verl.errors import ConfigError, DataError
 from atropos_verl.launch.startup import resolve_model_path
 from atropos_verl.protocol.client import AtroposClient
+from atropos_verl.training.advantages import RunningMoments
 from atropos_verl.training.off_policy_book import OffPolicyBook
 from atropos_verl.training.quarantine import QuarantineStore
 from atropos_verl.training.rollout_flow import RolloutFlow
 from atropos_verl.training.samples import build_samples, sample_settings
-from atropos_verl.training.schedule import schedule_of
 from atropos_verl.training.staleness import staleness_metrics
-from atropos_verl.training.statistics import RunningMoments
 from atropos_verl.types import SampleReport, ScoredGroup, StepReport
 
 if TYPE_CHECKING:
@@ -178,7 +177,7 @@ class AtroposTrainer:
             self.sharding_manager.swap()
 
     def _end_rollout_phase(self) -> None:
-        if not schedule_of(self.config.mode).generates_while_training:
+        if not self.config.is_overlapped:
             self.close_rollouts()
 
     def close_rollouts(self) -> None:

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from atropos_verl.backends.ray.transfer import ADVANTAGES, advantage_field
-from atropos_verl.training.advantages import SequenceAdvantage, finish_advantages
-from atropos_verl.training.statistics import RunningMoments
+from atropos_verl.training.advantages import RunningMoments, SequenceAdvantage, finish_advantages
 
 __all__ = ["FinishedBatch", "finish_batch"]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from atropos_verl.backends.ray.step_batches import Slot
 from atropos_verl.errors import CheckpointError
 from atropos_verl.storage import write_atomically
-from atropos_verl.training.statistics import RunningMoments
+from atropos_verl.training.advantages import RunningMoments
 
 __all__ = ["ClusterState", "load_state", "save_state"]
 

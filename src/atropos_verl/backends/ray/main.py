@@ -299,7 +299,7 @@ class _Command:
             session.raise_flag("end")
 
     def _evaluation(self, label: str, progress: ProgressReporter) -> None:
-        from atropos_verl.launch.evaluation import held_out_score
+        from atropos_verl.training.step import held_out_score
 
         if self.evaluations is None or not self.evaluations.has_evaluation(label):
             return

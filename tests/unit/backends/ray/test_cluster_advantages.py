@@ -12,8 +12,8 @@ import torch
 from atropos_verl.backends.ray.advantages import finish_batch
 from atropos_verl.backends.ray.transfer import ADVANTAGES, Versions, make_rows
 from atropos_verl.protocol.wire import decode_batch
+from atropos_verl.training.advantages import RunningMoments
 from atropos_verl.training.samples import build_samples, collect_samples
-from atropos_verl.training.statistics import RunningMoments
 from atropos_verl.types import SampleSettings
 
 

@@ -1,4 +1,4 @@
-"""What a run's ``mode`` means: who waits for whom. Read by the trainer and by the simulator."""
+"""The schedule of a run's ``mode``: who waits for whom."""
 
 from __future__ import annotations
 

@@ -1,0 +1,349 @@
+"""One step in numbers, for both backends: its line in ``metrics.jsonl``, the totals of a run, ``summary.json``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from atropos_verl.storage import write_atomically
+from atropos_verl.types import FloatArray, StepReport
+
+__all__ = [
+    "Evaluations",
+    "HeldOut",
+    "LoggedProgress",
+    "MetricsLog",
+    "Progress",
+    "RunTotals",
+    "StepLog",
+    "held_out_score",
+    "outcome",
+    "reward_window",
+    "step_report",
+    "write_summary",
+]
+
+logger = logging.getLogger(__name__)
+
+_OWN_KEYS = ("step", "policy_version", "loss")
+_LARGEST_WINDOW = 5
+
+Figure = float | int | None
+
+
+class Progress(Protocol):
+    """The terminal of a run."""
+
+    def phase(self, name: str) -> None: ...
+
+    def note(self, message: str) -> None: ...
+
+    def step(self, report: StepReport) -> None: ...
+
+
+class LoggedProgress:
+    """``Progress`` of a run without a terminal: everything goes to the log."""
+
+    def phase(self, name: str) -> None:
+        logger.info("%s", name)
+
+    def note(self, message: str) -> None:
+        logger.info("%s", message)
+
+    def step(self, report: StepReport) -> None:
+        logger.info("step %d: loss %.4g, reward %s", report.step, report.loss, report.metrics["reward/mean"])
+
+
+# ---------------------------------------------------------------------- one step
+
+
+def step_report(
+    step: int,
+    policy_version: int,
+    loss: float,
+    *,
+    scores: FloatArray,
+    environments: Mapping[int, Sequence[float]],
+    counts: Mapping[str, int],
+    seconds: Mapping[str, float | None],
+    figures: Mapping[str, Figure],
+) -> StepReport:
+    """Joins the figures of one step.
+
+    Args:
+        scores: raw scores of every sequence of the step's groups.
+        environments: env_id → scores of its sequences.
+        counts: ``data/NAME``; ``trained_tokens`` must be among them.
+        seconds: ``timing/NAME``; ``step``, the duration of the whole step, must be among them.
+        figures: all others under their full names. They do not replace those above.
+    """
+    tokens, duration = counts["trained_tokens"], seconds["step"] or 0.0
+    metrics: dict[str, Figure] = {
+        "reward/mean": float(scores.mean()) if scores.size else None,
+        "reward/std": float(scores.std()) if scores.size else None,
+        **{f"data/{name}": number for name, number in counts.items()},
+        **{f"timing/{name}": number for name, number in seconds.items()},
+        "perf/trained_tokens_per_second": tokens / duration if duration > 0 else 0.0,
+    }
+    for env_id, own in sorted(environments.items()):
+        metrics[f"env/{env_id}/sequences"] = len(own)
+        metrics[f"env/{env_id}/reward"] = float(np.mean(own)) if len(own) else None
+    return StepReport(step=step, policy_version=policy_version, loss=loss, metrics={**figures, **metrics})
+
+
+@dataclass
+class RunTotals:
+    """Counters of the whole run; saved with checkpoints."""
+
+    groups_used: int = 0
+    groups_quarantined: int = 0
+    groups_stale: int = 0
+    """Left out: older than ``off_policy.max_staleness``."""
+    sequences_trained: int = 0
+    sequences_dropped_overlong: int = 0
+    tokens_trained: int = 0
+    steps_without_data: int = 0
+    batches_lost_at_api: int = 0
+    """Answers of 500 to GET /batch: an upstream API drops the batch it could not encode."""
+    batches_stale: int = 0
+    """Given up without a step: all their groups were older than ``off_policy.max_staleness``."""
+
+    def count(self, counts: Mapping[str, int]) -> None:
+        """Adds the ``counts`` of one step (see ``step_report``)."""
+        self.groups_used += counts.get("groups", 0)
+        self.groups_quarantined += counts.get("quarantined", 0)
+        self.groups_stale += counts.get("stale", 0)
+        self.sequences_dropped_overlong += counts.get("dropped_overlong", 0)
+        if counts["trained_tokens"]:
+            self.sequences_trained += counts["sequences"]
+            self.tokens_trained += counts["trained_tokens"]
+        else:
+            self.steps_without_data += 1
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Restores what a checkpoint holds; counters of another version are left out."""
+        for known in fields(self):
+            setattr(self, known.name, int(saved.get(known.name, 0)))
+
+
+# ---------------------------------------------------------------------- metrics.jsonl
+
+
+class MetricsLog:
+    """Appends steps to a file of JSON lines.
+
+    Each line is ``{"step": 3, "policy_version": 3, "loss": 0.25, "reward/mean": 0.5, …}`` and reaches the operating
+    system before ``append`` returns, so it survives a ``kill -9``. A number that is not finite is written as null.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, report: StepReport) -> None:
+        """Writes one line.
+
+        Raises:
+            ValueError: a metric is called ``step``, ``policy_version`` or ``loss``.
+            OSError: it cannot be written.
+        """
+        clash = [key for key in _OWN_KEYS if key in report.metrics]
+        if clash:
+            raise ValueError(f"metric {clash[0]!r} has the name of a field of StepReport; choose another name")
+        line = {"step": report.step, "policy_version": report.policy_version, "loss": report.loss, **report.metrics}
+        finite = _finite(line)
+        lost = sorted(key for key, value in line.items() if value is not None and finite[key] is None)
+        if lost:
+            named = ", ".join(f"{key} = {line[key]}" for key in lost)
+            logger.warning("step %d: %s; written as null to %s", report.step, named, self.path)
+        text = json.dumps(finite, allow_nan=False, default=_plain)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    def rewards(self) -> list[float]:
+        """``reward/mean`` of every step so far that has one, earlier processes' included."""
+        if not self.path.exists():
+            return []
+        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        return [line["reward/mean"] for line in lines if isinstance(line.get("reward/mean"), float)]
+
+    def truncate_after(self, step: int) -> None:
+        """Removes the lines of steps above ``step`` (0: all), and lines that are no step, such as one cut short.
+
+        A run that resumes takes those steps again. The change is atomic.
+        """
+        try:
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return
+        kept = [line for line in lines if _is_step_up_to(line, step)]
+        if len(kept) == len(lines):
+            return
+        logger.info(
+            "%s: %d of %d lines are after step %d and removed", self.path, len(lines) - len(kept), len(lines), step
+        )
+        write_atomically(self.path, "".join(f"{line}\n" for line in kept).encode())
+
+
+class StepLog:
+    """``metrics.jsonl`` of a run that goes on at ``step``, with its rewards and the trainer's idle share."""
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        self._log = MetricsLog(run_dir / "metrics.jsonl")
+        self._log.truncate_after(step)
+        self.rewards = self._log.rewards()
+        self._steps = 0
+        self._waited = self._total = 0.0
+
+    def append(self, report: StepReport) -> None:
+        """Writes the step's line. Raises as ``MetricsLog.append``."""
+        self._log.append(report)
+        reward = report.metrics["reward/mean"]
+        if reward is not None:
+            self.rewards.append(reward)
+        self._steps += 1
+        if self._steps > 1:  # the first step waited for the environment to start
+            self._waited += report.metrics["timing/rollout"] or 0.0
+            self._total += report.metrics["timing/step"] or 0.0
+
+    @property
+    def idle_share(self) -> float | None:
+        """Share of the steps' time, in [0, 1], in which the trainer waited for rollouts; None before step two."""
+        return self._waited / self._total if self._total > 0 else None
+
+
+# ---------------------------------------------------------------------- held-out evaluation
+
+
+class Evaluations(Protocol):
+    """The processes of held-out evaluation, which the launch hands in."""
+
+    def start_evaluation(self, label: str) -> None: ...
+
+    def has_evaluation(self, label: str) -> bool: ...
+
+    def finish_evaluation(self, label: str) -> Mapping[str, Any]: ...
+
+
+class HeldOut:
+    """The mean reward on held-out tasks before and after training.
+
+    Args:
+        evaluations: None: there is nobody to evaluate.
+        scores: label (before, after) → score; changed. A checkpoint keeps it (``RunState.held_out``).
+    """
+
+    def __init__(self, evaluations: Evaluations | None, progress: Progress, scores: dict[str, float | None]) -> None:
+        self._evaluations = evaluations
+        self._progress = progress
+        self.scores = scores
+
+    def start(self, label: str) -> None:
+        """Starts an evaluation in the background."""
+        if self._evaluations is not None:
+            self._evaluations.start_evaluation(label)
+
+    def finish(self, label: str) -> None:
+        """Waits for an evaluation that was started, and notes its score. Raises what the evaluation raises."""
+        if self._evaluations is None or not self._evaluations.has_evaluation(label):
+            return
+        self._progress.phase(f"evaluating on held-out tasks {label} training")
+        score = self.scores[label] = held_out_score(self._evaluations.finish_evaluation(label))
+        told = "unknown" if score is None else f"{score:.3f}"
+        self._progress.note(f"held-out mean reward {label} training: {told}")
+
+
+def held_out_score(metrics: Mapping[str, Any]) -> float | None:
+    """The figure to show for an evaluation: its mean reward, or its first number."""
+    for key in ("eval/mean_reward", "mean_reward", "eval/percent_correct", "eval/accuracy"):
+        if isinstance(metrics.get(key), int | float):
+            return float(metrics[key])
+    numbers = [value for value in metrics.values() if isinstance(value, int | float) and not isinstance(value, bool)]
+    return float(numbers[0]) if numbers else None
+
+
+# ---------------------------------------------------------------------- summary.json
+
+
+def reward_window(rewards: Sequence[float]) -> dict[str, Any]:
+    """``reward_first`` and ``reward_last``: means of the first and last ``reward_window`` steps.
+
+    The window holds five steps, or half of them where there are fewer than ten, so that the two do not overlap.
+    """
+    window = max(1, min(_LARGEST_WINDOW, len(rewards) // 2))
+    return {
+        "reward_first": sum(rewards[:window]) / window if rewards else None,
+        "reward_last": sum(rewards[-window:]) / window if rewards else None,
+        "reward_window": window,
+    }
+
+
+def outcome(step: int, policy_version: int, rewards: Sequence[float], totals: RunTotals, **own: Any) -> dict[str, Any]:
+    """The part of ``summary.json`` that the trainer knows. ``own``: figures of one backend."""
+    return {
+        "steps": step,
+        "policy_version": policy_version,
+        **reward_window(rewards),
+        "rewards": list(rewards),
+        **vars(totals),
+        **own,
+    }
+
+
+def write_summary(
+    run_dir: Path, outcome: Mapping[str, Any], *, held_out: Mapping[str, float | None], seconds: float
+) -> dict[str, Any]:
+    """Writes ``run_dir/summary.json`` as indented JSON, atomically, and returns its content.
+
+    Numbers that are not finite become null, paths become text.
+
+    Args:
+        outcome: see the function of that name.
+        held_out: ``HeldOut.scores``.
+        seconds: duration of the run.
+
+    Raises:
+        TypeError: a value that JSON cannot carry.
+        OSError: it cannot be written.
+    """
+    summary = {
+        **outcome,
+        **{f"held_out_{label}": held_out.get(label) for label in ("before", "after")},
+        "seconds": seconds,
+        "run_dir": run_dir,
+    }
+    text = json.dumps(_finite(summary), indent=2, allow_nan=False, default=_plain)
+    write_atomically(run_dir / "summary.json", (text + "\n").encode())
+    return {**summary, "run_dir": str(run_dir)}
+
+
+def _is_step_up_to(line: str, step: int) -> bool:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(value, dict) and isinstance(value.get("step"), int) and value["step"] <= step
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with null for every number that is not finite, at any depth."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    if hasattr(value, "item"):  # a scalar of numpy or torch
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} {value!r} cannot be written as JSON")
