@@ -7,8 +7,7 @@ group takes (it sleeps, as slow tools and reward models on other machines do); `
 that generation and training take about equal time. Figures count from the end of step ``--skip`` on, by the times at
 which lines appear in ``metrics.jsonl``: groups per second, idle share (time the trainer waited for rollouts), reward of
 the last steps, held-out score after the same number of groups. ``ratio`` is the median over seeds of overlap's groups
-per second over sync's. With ``--placement`` the two sides are an overlapped run with the engine in a thread of the
-trainer's process and one with the engine in a process of its own.
+per second over sync's.
 """
 
 from __future__ import annotations
@@ -25,10 +24,6 @@ from typing import Any
 
 MAIN = Path(__file__).resolve().parents[1] / "recipe" / "atropos" / "main_atropos.py"
 SIDES: dict[str, tuple[str, ...]] = {"sync": ("mode=sync",), "overlap": ("mode=overlap",)}
-PLACEMENTS: dict[str, tuple[str, ...]] = {
-    "thread": ("mode=overlap", "inference.placement=thread"),
-    "process": ("mode=overlap", "inference.placement=process"),
-}
 
 
 def main() -> None:
@@ -38,11 +33,6 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=4, help="steps before the measurement: start-up, a full pipeline")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--latency", default="auto", help="seconds, or auto")
-    parser.add_argument(
-        "--placement",
-        action="store_true",
-        help="overlap with the engine in a thread and in a process, instead of sync against overlap",
-    )
     parser.add_argument("--no-eval", action="store_true", help="leave the held-out score out")
     parser.add_argument("words", nargs="*", help="further key=value words for both modes")
     options = parser.parse_args()
@@ -53,11 +43,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="atropos-verl-overlap-") as directory:
         root = Path(directory)
         latency = _calibrate(options, root) if options.latency == "auto" else float(options.latency)
-        sides = PLACEMENTS if options.placement else SIDES
-        runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+        runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
         for number, seed in enumerate(options.seeds.split(",")):
-            for side in sides if number % 2 == 0 else reversed(sides):
-                run = _run(options, root / f"{side}-{seed}", sides[side], int(seed), latency, options.steps)
+            for side in SIDES if number % 2 == 0 else reversed(SIDES):
+                run = _run(options, root / f"{side}-{seed}", SIDES[side], int(seed), latency, options.steps)
                 print(f"seed {seed} {side}: {json.dumps(run)}", file=sys.stderr, flush=True)
                 runs[side].append(run)
     first, second = runs.values()

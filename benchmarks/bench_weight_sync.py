@@ -12,22 +12,15 @@ Then ``--sequences`` sequences are generated without end while ``AtroposSharding
 turn. Floor of the pause: ``usual_gap``, what lies between two steps anyway. ``gap`` is the time around a swap in which
 no forward pass ran, compared with one decode step; ``next_token_delay`` is by how much the first token after the swap
 came later than one decode step after the last one before it (computing KV anew is work, not a pause).
-
-``process`` is the same with the engine in a process of its own, whose buffers this process writes in shared memory.
-Its forward passes are seen here as the arrivals of streamed tokens: ``usual_interval`` between two steps' tokens, and
-``interval_around_swap`` between the last tokens before the swap and the first after it, also in usual intervals.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import bisect
 import itertools
 import json
 import os
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -64,33 +57,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             kept: _while_generating(_model(options), source, options, size, keep_kv=kept == "kv_kept")
             for kept in ("kv_kept", "kv_recomputed")
         },
-        "process": _in_a_process(options, source, size),
     }
-
-
-def _in_a_process(options: argparse.Namespace, source: dict[str, Any], size: int) -> dict[str, Any]:
-    import torch
-
-    with tempfile.TemporaryDirectory(prefix="atropos-verl-weights-") as directory:
-        _model(options).save_pretrained(directory)
-        _tokenizer().save_pretrained(directory)
-
-        def engine(**settings: Any) -> Any:
-            from atropos_verl.engine.process_engine.engine import ProcessEngine
-
-            return ProcessEngine(directory, **settings).wait_ready()
-
-        threads = torch.get_num_threads()
-        share = max(1, threads // 2)
-        return {
-            "at_rest": _at_rest(engine, source, options.rounds, size),
-            "while_generating": {
-                kept: _streamed_while_swapped(
-                    engine(keep_kv=kept == "kv_kept", num_threads=share), source, options, size, threads - share
-                )
-                for kept in ("kv_kept", "kv_recomputed")
-            },
-        }
 
 
 def _model(options: argparse.Namespace) -> Any:
@@ -161,75 +128,6 @@ def _at_rest(make: Callable[[], Any], source: dict[str, Any], rounds: int, size:
             if name != "memcpy"
         },
     }
-
-
-def _streamed_while_swapped(
-    engine: Any, source: dict[str, Any], options: argparse.Namespace, size: int, threads: int
-) -> dict[str, float]:
-    import torch
-
-    from atropos_verl.training.weight_sync import AtroposShardingManager
-
-    target = {name: torch.empty_like(tensor) for name, tensor in source.items()}
-    floor, stage, swaps, arrivals = [], [], [], list[float]()
-    before = torch.get_num_threads()
-    with engine, ThreadPoolExecutor(1) as pool:
-        torch.set_num_threads(max(1, threads))
-        weights = _Source(source)
-        manager = AtroposShardingManager(engine, weights, gate=engine.gate)
-        engine.stage_weights_from_tensor(source.items())
-        stop = threading.Event()
-        busy = pool.submit(asyncio.run, _stream(engine, options.sequences, arrivals, stop))
-        try:
-            while len(arrivals) < 20 * options.sequences:
-                time.sleep(0.01)
-            for round_number in range(options.rounds):
-                started = time.perf_counter()
-                _copy(source, target)
-                floor.append(time.perf_counter() - started)
-                weights.policy_version = round_number + 1
-                report = manager.swap()
-                swaps.append((time.perf_counter(), report.paused_seconds or 0.0))
-                stage.append(report.seconds - (report.paused_seconds or 0.0))
-                time.sleep(0.2)
-        finally:
-            stop.set()
-            busy.result()
-            torch.set_num_threads(before)
-    # One token of each sequence comes with each step: what arrives within a fraction of a step is one step's.
-    times = sorted(arrivals)
-    usual = statistics.median(b - a for a, b in zip(times, times[options.sequences :], strict=False))
-    around = [_interval_around(times, end - paused, end) for end, paused in swaps]
-    return {
-        "stage_seconds": statistics.median(stage),
-        "memcpy_seconds": statistics.median(floor),
-        "stage_ratio_to_memcpy": statistics.median(m / s for m, s in zip(floor, stage, strict=True)),
-        "stage_bytes_per_second": size / statistics.median(stage),
-        "paused_seconds": statistics.median(paused for _, paused in swaps),
-        "usual_interval_seconds": usual,
-        "interval_around_swap_seconds": statistics.median(around),
-        "interval_around_swap_in_usual_intervals": statistics.median(around) / usual,
-        "largest_in_usual_intervals": max(around) / usual,
-        "swaps": len(around),
-    }
-
-
-def _interval_around(times: list[float], begin: float, end: float) -> float:
-    """The longest wait for a token that overlaps the pause from ``begin`` to ``end``."""
-    first = max(0, bisect.bisect_left(times, begin) - 1)
-    last = min(len(times) - 1, bisect.bisect_right(times, end) + 1)
-    return max(b - a for a, b in itertools.pairwise(times[first : last + 1]))
-
-
-async def _stream(engine: Any, sequences: int, arrivals: list[float], stop: threading.Event) -> None:
-    from atropos_verl.types import GenerationRequest
-
-    request = GenerationRequest(prompt_token_ids=tuple(range(3, 35)), n=sequences, max_tokens=200, ignore_eos=True)
-    while not stop.is_set():
-        async for _ in engine.astream(request):
-            arrivals.append(time.perf_counter())
-            if stop.is_set():
-                break
 
 
 class _Forwards:

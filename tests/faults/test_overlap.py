@@ -10,7 +10,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
 import pytest
 from support.lab import GROUP_SIZE, GROUPS, Lab, assert_same, saved
 from support.runs import SMALL, TrainingRun, checkpointed_step, metrics_of
@@ -25,10 +24,8 @@ OVERLAP: dict[str, Any] = {
     "mode": "overlap",
     # Importance weights would be on: the same training needs the same loss.
     "off_policy": {"importance": None},
-    "inference": {"num_threads": 1, "placement": "thread"},
+    "inference": {"num_threads": 1},
 }
-APART = {**OVERLAP, "inference": {"num_threads": 1, "placement": "process"}}
-"""The engine in a process of its own."""
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +55,15 @@ def _journalled(directory: Path) -> list[str]:
 
 
 def _nothing_of_ours_runs() -> bool:
-    children = [child for child in psutil.Process().children() if "process_engine.child" in " ".join(child.cmdline())]
-    ours = ("atropos-verl-prefetch", "atropos-verl-engine", "atropos-verl-engine-replies")
-    return not children and not [t for t in threading.enumerate() if t.name in ours]
+    return not [t for t in threading.enumerate() if t.name in ("atropos-verl-prefetch", "atropos-verl-engine")]
 
 
-@pytest.mark.parametrize(("normalization", "overlapped"), [("global", APART), ("batch", OVERLAP)])
-def test_the_same_batches_give_the_same_weights_as_in_sync_mode(
-    lab: Lab, tmp_path: Path, normalization: str, overlapped: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("normalization", ["global", "batch"])
+def test_the_same_batches_give_the_same_weights_as_in_sync_mode(lab: Lab, tmp_path: Path, normalization: str) -> None:
     bodies = random_batches(6, groups=GROUPS, group_size=GROUP_SIZE)
     settings = {"advantage_normalization": normalization}
     expected = lab.run("sync", bodies, 6, **settings)
-    found = lab.run("overlap", bodies, 6, **settings, **overlapped)
+    found = lab.run("overlap", bodies, 6, **settings, **OVERLAP)
     assert_same(found, expected)
     assert _nothing_of_ours_runs()
     for mode in ("sync", "overlap"):
@@ -85,7 +78,7 @@ def test_the_same_batches_give_the_same_weights_as_in_sync_mode(
 def test_the_gate_stays_open_while_the_trainer_trains_and_the_next_batch_comes_meanwhile(lab: Lab) -> None:
     bodies = random_batches(3, groups=GROUPS, group_size=GROUP_SIZE, seed=1)
     seen: list[tuple[bool, bool]] = []
-    with lab.trainer("open", bodies, 3, **APART) as trainer:
+    with lab.trainer("open", bodies, 3, **OVERLAP) as trainer:
         worker = trainer.stack.worker
         train = worker.train
 
@@ -168,10 +161,9 @@ def test_a_service_that_dies_during_a_step_ends_the_run_after_it(lab: Lab, tmp_p
     assert _journalled(tmp_path / "widow") == ["batch_000003.json"]
 
 
-@pytest.mark.parametrize("overlapped", [OVERLAP, APART], ids=["thread", "process"])
-def test_wrong_weights_are_caught_before_they_serve(lab: Lab, overlapped: dict[str, Any]) -> None:
+def test_wrong_weights_are_caught_before_they_serve(lab: Lab) -> None:
     bodies = random_batches(3, groups=GROUPS, group_size=GROUP_SIZE, seed=5)
-    with lab.trainer("stale", bodies, 3, **overlapped) as trainer:
+    with lab.trainer("stale", bodies, 3, **OVERLAP) as trainer:
         stage, first = trainer.engine.stage_weights_from_tensor, []
 
         def stale(named_tensors: Any) -> Any:
@@ -192,7 +184,6 @@ def test_a_real_run_is_killed_resumed_and_told_to_stop(tmp_path: Path) -> None:
     words = ["mode=overlap", "steps=1000", "save_freq=5", *SMALL]
     with TrainingRun(words, run_dir=run_dir) as run:
         run.wait_for_step(7)
-        assert run.process_of("engine").is_running()
         run.interrupt(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL
         run.assert_nothing_left()
@@ -201,39 +192,13 @@ def test_a_real_run_is_killed_resumed_and_told_to_stop(tmp_path: Path) -> None:
     with TrainingRun(words, run_dir=run_dir) as run:
         run.wait_for_output("batches fetched before the interruption are trained first")
         run.wait_for_step(saved_at + 4)
-        engine = run.process_of("engine")
         run.interrupt_group(signal.SIGINT)
         assert run.wait() == 130
         run.assert_nothing_left()
         assert "are saved in" in run.stderr
-        assert not engine.is_running()
-        assert "Traceback" not in run.log("engine")
     lines = metrics_of(run_dir)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     assert [line["policy_version"] for line in lines] == [line["step"] for line in lines]
     assert checkpointed_step(run_dir) == len(lines) >= saved_at + 4
     # Batches that are on disk and not trained on: what the trainer had taken ahead, never more.
     assert len(_journalled(run_dir)) <= 2
-
-
-@pytest.mark.parametrize("when", ["training", "waiting"])
-def test_a_run_whose_engine_is_killed_saves_what_was_trained_and_says_what_happened(tmp_path: Path, when: str) -> None:
-    run_dir = tmp_path / "run"
-    # Nobody scores for a minute in the second case: the run has nothing to do but wait.
-    slow = ['env.args=["--env.latency","60"]'] if when == "waiting" else []
-    with TrainingRun(["mode=overlap", "steps=1000", "save_freq=500", *SMALL, *slow], run_dir=run_dir) as run:
-        if when == "training":
-            run.wait_for_step(3)
-        else:
-            run.wait_for_output("waiting for a batch")
-        engine = run.process_of("engine")
-        engine.kill()
-        assert run.wait(timeout=45.0) == 1
-        run.assert_nothing_left()
-    assert f"the engine's process (pid {engine.pid}) was ended by SIGKILL" in run.stderr
-    assert str(run_dir / "logs" / "engine.log") in run.stderr
-    assert ("are saved in" in run.stderr) == (when == "training")
-    trained = len(metrics_of(run_dir))
-    assert trained >= (3 if when == "training" else 0)
-    # A step whose weights nobody could take any more is whole, and saved; its line was not written.
-    assert checkpointed_step(run_dir) - trained in (0, 1)

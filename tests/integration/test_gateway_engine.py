@@ -10,13 +10,11 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from support.engines import AnyEngine
 from support.serving import eventually, serving
 from support.tiny_model import build_tiny_model
 
 from atropos_verl.engine.embedded import TransformersEngine
 from atropos_verl.engine.gate import RequestGate
-from atropos_verl.engine.process_engine.engine import ProcessEngine
 
 MAX_RUNNING = 16
 
@@ -34,20 +32,15 @@ def reference(model_dir: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64).eval()
 
 
-Served = tuple[AnyEngine, RequestGate, httpx.Client]
+Served = tuple[TransformersEngine, RequestGate, httpx.Client]
 
 
-@pytest.fixture(scope="module", params=["thread", "process"])
-def served(request: pytest.FixtureRequest, model_dir: Path) -> Iterator[Served]:
+@pytest.fixture(scope="module")
+def served(model_dir: Path) -> Iterator[Served]:
     from transformers import AutoTokenizer
 
     gate = RequestGate()
-    made: AnyEngine
-    if request.param == "thread":
-        made = TransformersEngine.from_pretrained(model_dir, gate=gate, max_running=MAX_RUNNING)
-    else:
-        made = ProcessEngine(model_dir, gate=gate, max_running=MAX_RUNNING)
-    with made as engine:
+    with TransformersEngine.from_pretrained(model_dir, gate=gate, max_running=MAX_RUNNING) as engine:
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
         with serving(engine, tokenizer, gate=gate) as client:
             yield engine, gate, client

@@ -18,12 +18,12 @@ from typing import Any
 
 import httpx
 import numpy as np
-import pytest
 import torch
-from support.engines import AnyEngine, placed_engine, tiny_causal_lm
+from support.engines import engine_of, tiny_causal_lm
 from support.serving import serving
 from support.tiny_model import build_tiny_tokenizer
 
+from atropos_verl.engine.embedded import TransformersEngine
 from atropos_verl.engine.gate import RequestGate
 from atropos_verl.provenance.attribution import SequenceQuery, look_up
 from atropos_verl.provenance.ledger import Ledger
@@ -117,7 +117,7 @@ async def converse(client: httpx.AsyncClient, rng: random.Random, name: int, sen
     sent += sequences
 
 
-def swap_weights(engine: AnyEngine, gate: RequestGate, weights: dict[str, torch.Tensor], version: int) -> None:
+def swap_weights(engine: TransformersEngine, gate: RequestGate, weights: dict[str, torch.Tensor], version: int) -> None:
     """Both ways that trainers use: into a second buffer while generation goes on, and in place."""
     if version % 2:
         engine.stage_weights_from_tensor(weights)
@@ -129,14 +129,14 @@ def swap_weights(engine: AnyEngine, gate: RequestGate, weights: dict[str, torch.
     gate.resume()
 
 
-def generated_more(engine: AnyEngine) -> None:
+def generated_more(engine: TransformersEngine) -> None:
     """Until the newest weights have written tokens: on a busy machine swaps would outrun generation."""
     before = engine.stats().generated_tokens
     while engine.stats().generated_tokens == before:
         time.sleep(0.001)
 
 
-async def load(url: str, engine: AnyEngine, gate: RequestGate, model: Any) -> list[Sent]:
+async def load(url: str, engine: TransformersEngine, gate: RequestGate, model: Any) -> list[Sent]:
     sent: list[Sent] = []
     done = asyncio.Event()
 
@@ -161,11 +161,10 @@ async def load(url: str, engine: AnyEngine, gate: RequestGate, model: Any) -> li
     return sent
 
 
-@pytest.mark.parametrize("placement", ["thread", "process"])
-def test_no_request_fails_and_no_token_is_attributed_to_a_wrong_version(placement: str) -> None:
+def test_no_request_fails_and_no_token_is_attributed_to_a_wrong_version() -> None:
     gate, ledger, model = RequestGate(), Ledger(), spelling_model()
     reference = spelling_model()
-    with placed_engine(placement, model, gate=gate, max_running=CLIENTS, max_context_len=256) as engine:
+    with engine_of(model, gate=gate, max_running=CLIENTS, max_context_len=256) as engine:
         engine.update_weights_from_tensor(list(weights_of(reference, 0).items()), 0)
         with serving(engine, build_tiny_tokenizer(), gate=gate, ledger=ledger) as http:
             started = time.monotonic()
@@ -202,9 +201,9 @@ def test_no_request_fails_and_no_token_is_attributed_to_a_wrong_version(placemen
         rounding = 0.0 if query.logprobs is not None else 1e-6  # of one of several alike
         np.testing.assert_allclose(match.logprobs[known], np.float32(client_logprobs), rtol=0, atol=rounding)
     logger.info(
-        "%s: %d swaps in %.1f s, %d sequences, %d tokens, %d sequences of several versions, %d versions seen, "
+        "%d swaps in %.1f s, %d sequences, %d tokens, %d sequences of several versions, %d versions seen, "
         "%d ambiguous spans, ledger of %d bytes",
-        *(placement, SWAPS, seconds, len(sent), tokens, mixed, len(seen), ambiguous, ledger.stats().bytes),
+        *(SWAPS, seconds, len(sent), tokens, mixed, len(seen), ambiguous, ledger.stats().bytes),
     )
     assert engine.policy_version == SWAPS
     assert ambiguous < len(sent) / 50

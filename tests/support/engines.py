@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from atropos_verl.engine.embedded import TransformersEngine
-from atropos_verl.engine.process_engine.engine import ProcessEngine
-from atropos_verl.engine.process_engine.process import EngineProcess
 from atropos_verl.types import Generation, GenerationRequest
 from support.tiny_model import build_tiny_tokenizer
 
 __all__ = [
-    "AnyEngine",
-    "Placed",
     "StepCounter",
     "engine_of",
     "greedy_oracle",
     "logprob_oracle",
     "named",
     "one",
-    "placed_engine",
     "prompts",
     "request",
     "tiny_causal_lm",
 ]
-
-
-AnyEngine = TransformersEngine | ProcessEngine
-
-Placed = Callable[..., AbstractContextManager[AnyEngine]]
-"""``engine_of``, for an engine that may be in another process."""
 
 
 def tiny_causal_lm(
@@ -75,23 +62,6 @@ def engine_of(model: Any, **settings: Any) -> Iterator[TransformersEngine]:
         yield engine
 
 
-@contextmanager
-def placed_engine(placement: str, model: Any, **settings: Any) -> Iterator[AnyEngine]:
-    """``engine_of`` in a "thread", or the same engine in a "process" of its own, with the model read from disk."""
-    if placement == "thread":
-        with engine_of(model, **settings) as engine:
-            yield engine
-        return
-    with tempfile.TemporaryDirectory(prefix="atropos-verl-test-") as directory:
-        model.save_pretrained(directory)
-        build_tiny_tokenizer(directory)
-        if dtype := settings.pop("dtype", None):
-            settings["dtype"] = str(dtype).removeprefix("torch.")
-        process = EngineProcess(Path(directory) / "engine.log")
-        with ProcessEngine(directory, process=process, **settings) as engine:
-            yield engine.wait_ready()
-
-
 def prompts(*lengths: int, seed: int = 0) -> list[tuple[int, ...]]:
     """Random prompts of these lengths over the 256 byte tokens."""
     generator = torch.Generator().manual_seed(seed)
@@ -102,7 +72,7 @@ def request(prompt: tuple[int, ...], **settings: Any) -> GenerationRequest:
     return GenerationRequest(prompt_token_ids=prompt, **settings)
 
 
-def one(engine: AnyEngine, prompt: tuple[int, ...], **settings: Any) -> Generation:
+def one(engine: TransformersEngine, prompt: tuple[int, ...], **settings: Any) -> Generation:
     """The single completion of a prompt."""
     [[generation]] = engine.generate([request(prompt, **settings)], timeout=60.0)
     return generation

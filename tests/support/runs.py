@@ -39,10 +39,7 @@ _MARK = "ATROPOS_VERL_TEST_RUN"
 _COMMANDS = {
     "trajectory_api": ("atropos_verl.cli serve-api", "atroposlib.cli.run_api"),
     "environment": ("spell_backward.py",),
-    "engine": ("inference.process_engine.child",),
 }
-_LED_BY_THE_TRAINER = ("engine",)
-"""Services in the trainer's session; the others lead one of their own."""
 
 
 class TrainingRun:
@@ -150,13 +147,11 @@ class TrainingRun:
     # ------------------------------------------------------------------ its processes
 
     def process_of(self, service: str) -> psutil.Process:
-        """The living process of ``trajectory_api``, ``environment`` or ``engine``: the one that leads its session, or
-        is in the trainer's."""
+        """The living process of ``trajectory_api`` or ``environment``: the one that leads its session."""
         for process in self._marked():
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                 command = " ".join(process.cmdline())
-                leader = self.popen.pid if service in _LED_BY_THE_TRAINER else process.pid
-                if any(part in command for part in _COMMANDS[service]) and os.getsid(process.pid) == leader:
+                if any(part in command for part in _COMMANDS[service]) and os.getsid(process.pid) == process.pid:
                     return process
         raise AssertionError(f"no process of {service}\n{self._said()}")
 

@@ -1,25 +1,18 @@
-"""Engines in both places they can run in, and a gateway over real HTTP in front of the fake engine.
+"""A gateway over real HTTP in front of the fake engine.
 
 A file that asks for ``client`` has a fixture ``engine``: the fake of ``served``, set to the replies its tests expect.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-from support.engines import Placed, placed_engine
 from support.fake_engine import FakeEngine
 from support.serving import serving
 from support.tiny_model import build_tiny_tokenizer
-
-
-@pytest.fixture(params=["thread", "process"])
-def placed(request: pytest.FixtureRequest) -> Placed:
-    return functools.partial(placed_engine, request.param)
 
 
 @pytest.fixture(scope="module")

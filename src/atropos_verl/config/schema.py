@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from atropos_verl.config.config_words import apply_environment, as_config_error, describe_model
 
@@ -205,11 +205,18 @@ class InferenceConfig(_Section):
         None,
         description="torch threads of the engine; null: on a CPU 1 for a small model, else torch's (overlap: half)",
     )
-    placement: Literal["thread", "process"] | None = Field(
-        None,
-        description="of the engine: thread of the trainer's process, or process of its own (CPU only); null: process "
-        "with mode=overlap on a CPU, else thread",
+    placement: Literal["thread"] | None = Field(
+        None, description="no effect: the engine always runs in a thread of the trainer's process"
     )
+
+    @field_validator("placement", mode="before")
+    @classmethod
+    def _refuse_process(cls, value: Any) -> Any:
+        if value == "process":
+            raise ValueError(
+                "the engine no longer runs in a process of its own, which made no run faster; remove this key"
+            )
+        return value
 
 
 class EnvConfig(_Section):

@@ -27,9 +27,6 @@ Two users share one gate. An engine that can stop between tokens runs each step 
 ``pause``, ``drain`` and ``resume`` are idempotent and not counted: one ``resume`` opens the gate however often it was
 paused. After a ``TimeoutError`` the gate stays shut (nothing may run on half-swapped weights): call ``resume`` to open
 it, or ``pause`` / ``drain`` again.
-
-An engine in another process takes its steps there: it is a ``RemoteSteps``, and once it is linked the gate holds it
-back as it does a step of this process.
 """
 
 from __future__ import annotations
@@ -40,11 +37,10 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from enum import Enum
-from typing import Protocol
 
 from atropos_verl.errors import EngineError, EngineStoppedError
 
-__all__ = ["GateState", "RemoteSteps", "RequestGate"]
+__all__ = ["GateState", "RequestGate"]
 
 
 class GateState(Enum):
@@ -57,16 +53,6 @@ class GateState(Enum):
     CLOSED = "closed"
 
 
-class RemoteSteps(Protocol):
-    """Steps that are taken in another process. Both methods are called with the gate locked and must not wait."""
-
-    def hold(self, number: int) -> None:
-        """Ask for a stop at the next token boundary; ``RequestGate.held(number)`` says that it is reached."""
-
-    def go(self) -> None:
-        """Steps may be taken from now on; a ``hold`` that was not answered yet is void."""
-
-
 class RequestGate:
     """Counts requests and steps, and holds them back while paused. Safe to use from any thread and event loop."""
 
@@ -76,9 +62,6 @@ class RequestGate:
         self._in_flight = 0
         self._waiting = 0
         self._steps = 0
-        self._remote: RemoteSteps | None = None
-        self._remote_runs = False
-        self._holds = 0
         self._shut_since: float | None = None
         self._shut_seconds = 0.0
         self._async_waiters: set[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = set()
@@ -106,9 +89,8 @@ class RequestGate:
 
     @property
     def steps_running(self) -> int:
-        """Engine steps inside ``step()`` now (0 or 1 for an engine with one thread); a linked engine that is not
-        held counts as one."""
-        return self._steps + self._remote_runs
+        """Engine steps inside ``step()`` now (0 or 1 for an engine with one thread)."""
+        return self._steps
 
     @property
     def paused_seconds(self) -> float:
@@ -136,10 +118,7 @@ class RequestGate:
             if self._state is GateState.PAUSED:
                 return
             self._shut(GateState.PAUSING)
-            self._hold_remote()
-            self._wait_for(
-                lambda: self.steps_running == 0, GateState.PAUSING, timeout, "pause", "an engine step to end"
-            )
+            self._wait_for(lambda: self._steps == 0, GateState.PAUSING, timeout, "pause", "an engine step to end")
 
     def drain(self, timeout: float = 600.0) -> None:
         """Hold new requests back, let those in flight end, and return once none is left; then it is paused.
@@ -156,7 +135,6 @@ class RequestGate:
             if self._state is GateState.PAUSED and self._in_flight == 0:
                 return
             self._shut(GateState.DRAINING)
-            self._let_remote_go()
             self._wait_for(
                 lambda: self._in_flight == 0 and self._steps == 0,
                 GateState.DRAINING,
@@ -164,19 +142,12 @@ class RequestGate:
                 "drain",
                 "requests in flight to end",
             )
-            if self._remote_runs:
-                self._state = GateState.PAUSING
-                self._hold_remote()
-                self._wait_for(lambda: not self._remote_runs, GateState.PAUSING, timeout, "drain", "the engine to stop")
 
     def resume(self) -> None:
         """Open the gate; everything that waits goes on. Raises ``EngineStoppedError`` after ``close``."""
         with self._condition:
             self._refuse_closed()
-            was_open = self._state is GateState.OPEN
             self._state = GateState.OPEN
-            if not was_open:
-                self._let_remote_go()
             self._end_pause()
             self._wake_all()
 
@@ -185,7 +156,6 @@ class RequestGate:
         with self._condition:
             if self._state is not GateState.CLOSED:
                 self._shut(GateState.CLOSED)
-                self._hold_remote()
 
     def wake(self) -> None:
         """Make every ``step`` that waits look at its ``stop`` predicate again."""
@@ -216,26 +186,6 @@ class RequestGate:
                 with self._condition:
                     self._steps -= 1
                     self._condition.notify_all()
-
-    def link(self, remote: RemoteSteps) -> None:
-        """Hold back the steps of ``remote`` as well; it has taken none so far. One at a time."""
-        with self._condition:
-            self._remote = remote
-            if self._state in (GateState.OPEN, GateState.DRAINING):
-                self._let_remote_go()
-
-    def unlink(self) -> None:
-        """The linked engine is gone: nobody waits for it any more."""
-        with self._condition:
-            self._remote, self._remote_runs = None, False
-            self._condition.notify_all()
-
-    def held(self, number: int) -> None:
-        """The linked engine stands at a token boundary, as the hold of this ``number`` asked it to."""
-        with self._condition:
-            if number == self._holds:
-                self._remote_runs = False
-                self._condition.notify_all()
 
     # -- the front's side --------------------------------------------------------------------------------------------
 
@@ -285,17 +235,6 @@ class RequestGate:
 
     # -- inside; the condition is held -------------------------------------------------------------------------------
 
-    def _hold_remote(self) -> None:
-        if self._remote is not None and self._remote_runs:
-            self._holds += 1
-            self._remote.hold(self._holds)
-
-    def _let_remote_go(self) -> None:
-        if self._remote is not None:
-            self._holds += 1  # an answer that is on its way answers nothing any more
-            self._remote_runs = True
-            self._remote.go()
-
     def _refuse_closed(self) -> None:
         if self._state is GateState.CLOSED:
             raise EngineStoppedError("the request gate is closed: the engine was shut down")
@@ -323,7 +262,7 @@ class RequestGate:
         if self._state is not during:
             raise EngineError(f"{verb}: another thread changed the gate to {self._state.value} meanwhile")
         raise TimeoutError(
-            f"{verb}: waited {timeout:g} s for {what}; {self.steps_running} steps running, {self._in_flight} requests "
+            f"{verb}: waited {timeout:g} s for {what}; {self._steps} steps running, {self._in_flight} requests "
             "in flight. The gate stays shut until resume(); check that the engine's thread is alive"
         )
 

@@ -150,8 +150,13 @@ def test_importance_weights_are_on_where_rollouts_may_be_old(values: dict[str, o
         ({"loss": {"tis_cap": 2.0}}, "off_policy.importance_cap"),
         ({"off_policy": {"on_stale": "wait"}}, "set off_policy.max_staleness"),
         ({"off_policy": {"max_staleness": -1}}, "greater than or equal to 0"),
+        ({"inference": {"placement": "process"}}, r"^inference\.placement: .*remove this key"),
     ],
 )
-def test_off_policy_settings_that_cannot_be_meant(values: dict[str, object], message: str) -> None:
+def test_settings_that_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RunConfig.from_mapping(values)
+
+
+def test_the_placement_of_earlier_configurations_is_accepted_where_it_changes_nothing() -> None:
+    assert RunConfig.from_mapping({"inference": {"placement": "thread"}}).inference.placement == "thread"

@@ -10,18 +10,16 @@ from typing import Any
 import pytest
 import torch
 from support.engines import (
-    AnyEngine,
-    Placed,
     engine_of,
     greedy_oracle,
     logprob_oracle,
     one,
-    placed_engine,
     prompts,
     request,
     tiny_causal_lm,
 )
 
+from atropos_verl.engine.embedded import TransformersEngine
 from atropos_verl.engine.protocol import InferenceEngine
 from atropos_verl.errors import EngineError, GenerationRequestError
 from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
@@ -35,10 +33,10 @@ def check_logprobs(model: Any, prompt: tuple[int, ...], generation: Generation, 
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
-def test_greedy_tokens_and_logprobs_equal_plain_forwards_for_ragged_prompts(family: str, placed: Placed) -> None:
+def test_greedy_tokens_and_logprobs_equal_plain_forwards_for_ragged_prompts(family: str) -> None:
     model = tiny_causal_lm(family=family)
     ragged = prompts(1, 2, 7, 31, 32, 33, 90)
-    with placed(copy.deepcopy(model)) as engine:
+    with engine_of(copy.deepcopy(model)) as engine:
         assert isinstance(engine, InferenceEngine)
         answers = engine.generate([request(p, max_tokens=24, temperature=0.0, ignore_eos=True) for p in ragged])
     for prompt, [answer] in zip(ragged, answers, strict=True):
@@ -68,10 +66,10 @@ def test_logprobs_are_of_the_sampling_temperature_over_the_full_vocabulary() -> 
         assert engine.compute_logprobs(tokens[:1]) == []
 
 
-def test_bfloat16_logprobs_agree_with_a_bfloat16_forward(placed: Placed) -> None:
+def test_bfloat16_logprobs_agree_with_a_bfloat16_forward() -> None:
     model = tiny_causal_lm()
     ragged = prompts(4, 21, 40)
-    with placed(copy.deepcopy(model), dtype=torch.bfloat16) as engine:
+    with engine_of(copy.deepcopy(model), dtype=torch.bfloat16) as engine:
         answers = engine.generate([request(p, max_tokens=12, ignore_eos=True, seed=1) for p in ragged])
     reference = model.to(torch.bfloat16)
     for prompt, [answer] in zip(ragged, answers, strict=True):
@@ -144,14 +142,14 @@ def test_n_completions_share_one_prefill() -> None:
         assert engine.stats().prompt_tokens in (80, 120)
 
 
-def test_end_of_sequence_stops_unless_ignored_and_is_part_of_the_tokens(placed: Placed) -> None:
+def test_end_of_sequence_stops_unless_ignored_and_is_part_of_the_tokens() -> None:
     model = tiny_causal_lm()
     [prompt] = prompts(8)
     tokens = greedy_oracle(model, prompt, 20)
     last = tokens[6]
     cut = tokens.index(last) + 1
     model.generation_config.eos_token_id = [EOS, last]
-    with placed(model) as engine:
+    with engine_of(model) as engine:
         stopped = one(engine, prompt, max_tokens=20, temperature=0.0)
         assert (list(stopped.token_ids), stopped.finish_reason) == (tokens[:cut], "stop")
         ignored = one(engine, prompt, max_tokens=20, temperature=0.0, ignore_eos=True)
@@ -276,10 +274,10 @@ def test_long_sequences_are_scored_in_chunks(monkeypatch: pytest.MonkeyPatch) ->
     assert own == pytest.approx(logprob_oracle(model, tokens), abs=1e-4)
 
 
-async def test_stream_yields_the_same_tokens_one_by_one(placed: Placed) -> None:
+async def test_stream_yields_the_same_tokens_one_by_one() -> None:
     [prompt] = prompts(6)
     wanted = request(prompt, n=2, max_tokens=9, seed=4, ignore_eos=True)
-    with placed(tiny_causal_lm()) as engine:
+    with engine_of(tiny_causal_lm()) as engine:
         whole = await engine.agenerate(wanted)
         deltas: list[GenerationDelta] = [delta async for delta in engine.astream(wanted)]
     for index, generation in enumerate(whole):
@@ -289,9 +287,9 @@ async def test_stream_yields_the_same_tokens_one_by_one(placed: Placed) -> None:
         assert [delta.finish_reason for delta in mine] == [None] * 8 + ["length"]
 
 
-@pytest.fixture(scope="module", params=["thread", "process"])
-def narrow(request: pytest.FixtureRequest) -> Iterator[AnyEngine]:
-    with placed_engine(request.param, tiny_causal_lm(), max_context_len=32) as engine:
+@pytest.fixture(scope="module")
+def narrow() -> Iterator[TransformersEngine]:
+    with engine_of(tiny_causal_lm(), max_context_len=32) as engine:
         yield engine
 
 
@@ -316,7 +314,7 @@ def narrow(request: pytest.FixtureRequest) -> Iterator[AnyEngine]:
     ],
 )
 async def test_bad_requests_name_the_parameter_the_value_and_the_limit(
-    narrow: AnyEngine, settings: dict[str, Any], param: str, message: str
+    narrow: TransformersEngine, settings: dict[str, Any], param: str, message: str
 ) -> None:
     bad = GenerationRequest(**({"prompt_token_ids": (1, 2)} | settings))
     with pytest.raises(GenerationRequestError, match=message) as caught:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from support.engines import (
-    Placed,
     StepCounter,
     engine_of,
     greedy_oracle,
@@ -80,10 +79,10 @@ def test_sequences_that_join_and_leave_do_not_disturb_the_others() -> None:
         assert list(answer.token_ids) == greedy_oracle(model, prompt, count)
 
 
-def test_many_threads_and_event_loops_at_once(placed: Placed) -> None:
+def test_many_threads_and_event_loops_at_once() -> None:
     model = tiny_causal_lm()
     given = prompts(*range(2, 18))
-    with placed(copy.deepcopy(model), max_running=6) as engine:
+    with engine_of(copy.deepcopy(model), max_running=6) as engine:
 
         def from_own_loop(prompt: tuple[int, ...]) -> tuple[int, ...]:
             async def client() -> tuple[int, ...]:
@@ -121,9 +120,9 @@ async def test_cancelling_the_task_frees_the_slots() -> None:
     assert counter.steps < 50  # the 400 tokens were not generated
 
 
-async def test_cancelling_a_waiting_request_while_paused_empties_the_queue(placed: Placed) -> None:
+async def test_cancelling_a_waiting_request_while_paused_empties_the_queue() -> None:
     gate = RequestGate()
-    with placed(tiny_causal_lm(), gate=gate) as engine:
+    with engine_of(tiny_causal_lm(), gate=gate) as engine:
         gate.pause(timeout=10.0)
         task = asyncio.create_task(engine.agenerate(request((1, 2), n=3, max_tokens=4)))
         await asyncio.to_thread(eventually, lambda: engine.stats().waiting == 3, "the request to wait")
@@ -133,8 +132,8 @@ async def test_cancelling_a_waiting_request_while_paused_empties_the_queue(place
         assert not gate.is_open
 
 
-async def test_closing_a_stream_frees_its_slots(placed: Placed) -> None:
-    with placed(tiny_causal_lm()) as engine:
+async def test_closing_a_stream_frees_its_slots() -> None:
+    with engine_of(tiny_causal_lm()) as engine:
         stream = engine.astream(request((1, 2, 3), n=2, max_tokens=480, ignore_eos=True))
         seen = [await anext(stream) for _ in range(6)]
         await stream.aclose()  # type: ignore[attr-defined]

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from support.engines import (
-    Placed,
     StepCounter,
     engine_of,
     greedy_oracle,
@@ -79,10 +78,10 @@ def test_swapping_moves_storage_and_copies_nothing() -> None:
         assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
 
 
-def test_only_complete_staged_weights_are_swapped_in_and_only_once(placed: Placed) -> None:
+def test_only_complete_staged_weights_are_swapped_in_and_only_once() -> None:
     model, new = tiny_causal_lm(seed=1), tiny_causal_lm(seed=2)
     [tokens] = prompts(12)
-    with placed(copy.deepcopy(model)) as engine:
+    with engine_of(copy.deepcopy(model)) as engine:
         with pytest.raises(WeightSyncError, match="no weights are staged"):
             engine.swap_weights(policy_version=1)
         with pytest.raises(EngineError, match="no weights are staged"):

@@ -11,21 +11,19 @@ from typing import Any
 import pytest
 import torch
 from support.engines import (
-    AnyEngine,
-    Placed,
     StepCounter,
     engine_of,
     greedy_oracle,
     logprob_oracle,
     named,
     one,
-    placed_engine,
     prompts,
     request,
     tiny_causal_lm,
 )
 from support.serving import eventually
 
+from atropos_verl.engine.embedded import TransformersEngine
 from atropos_verl.engine.gate import RequestGate
 from atropos_verl.errors import EngineError, WeightSyncError
 
@@ -98,11 +96,11 @@ def test_a_seeded_request_survives_an_eviction_with_the_same_tokens() -> None:
     assert [g.policy_version_last for g in disturbed] == [0, 0]
 
 
-def test_requests_that_arrive_while_paused_wait_and_are_served(placed: Placed) -> None:
+def test_requests_that_arrive_while_paused_wait_and_are_served() -> None:
     model = tiny_causal_lm()
     gate = RequestGate()
     given = prompts(3, 6, 9)
-    with placed(copy.deepcopy(model), gate=gate) as engine, ThreadPoolExecutor(3) as pool:
+    with engine_of(copy.deepcopy(model), gate=gate) as engine, ThreadPoolExecutor(3) as pool:
         for _ in range(3):
             gate.pause(timeout=10.0)
             waiting = [pool.submit(one, engine, p, max_tokens=5, temperature=0.0, ignore_eos=True) for p in given]
@@ -114,10 +112,10 @@ def test_requests_that_arrive_while_paused_wait_and_are_served(placed: Placed) -
         assert engine.stats().failed == 0
 
 
-def test_released_weights_are_not_used_until_new_ones_are_in(placed: Placed) -> None:
+def test_released_weights_are_not_used_until_new_ones_are_in() -> None:
     model = tiny_causal_lm(seed=5)
     [prompt] = prompts(6)
-    with placed(tiny_causal_lm()) as engine, ThreadPoolExecutor(1) as pool:
+    with engine_of(tiny_causal_lm()) as engine, ThreadPoolExecutor(1) as pool:
         full = engine.stats().weight_bytes
         engine.release_memory_occupation()
         engine.release_memory_occupation()  # idempotent
@@ -142,10 +140,10 @@ def test_released_weights_are_not_used_until_new_ones_are_in(placed: Placed) -> 
     assert (answer.policy_version_first, answer.policy_version_last) == (8, 8)
 
 
-def test_release_can_keep_the_weights(placed: Placed) -> None:
+def test_release_can_keep_the_weights() -> None:
     model = tiny_causal_lm()
     [prompt] = prompts(6)
-    with placed(copy.deepcopy(model), release_weights=False) as engine:
+    with engine_of(copy.deepcopy(model), release_weights=False) as engine:
         one(engine, prompt, max_tokens=2)
         assert engine.stats().kv_bytes > 0
         engine.release_memory_occupation()
@@ -181,9 +179,9 @@ def test_new_weights_under_every_name_they_may_come_with(family: str) -> None:
         assert engine.compute_logprobs(tokens) == pytest.approx(logprob_oracle(rounded, tokens), abs=0.05)
 
 
-@pytest.fixture(scope="module", params=["thread", "process"])
-def refusing(request: pytest.FixtureRequest) -> Iterator[AnyEngine]:
-    with placed_engine(request.param, tiny_causal_lm()) as engine:
+@pytest.fixture(scope="module")
+def refusing() -> Iterator[TransformersEngine]:
+    with engine_of(tiny_causal_lm()) as engine:
         yield engine
 
 
@@ -208,7 +206,9 @@ def _break(state: list[tuple[str, torch.Tensor]], how: str) -> list[tuple[str, t
         ("nothing", r"26 of 26 tensors are missing, first 'model.embed_tokens.weight'"),
     ],
 )
-def test_wrong_weights_are_refused_by_name_and_leave_the_version(refusing: AnyEngine, how: str, message: str) -> None:
+def test_wrong_weights_are_refused_by_name_and_leave_the_version(
+    refusing: TransformersEngine, how: str, message: str
+) -> None:
     model, new = tiny_causal_lm(), tiny_causal_lm(seed=9)
     state = named(new)
     assert state[3][0] == "model.layers.0.self_attn.k_proj.weight"
@@ -236,12 +236,12 @@ def test_wrong_weights_are_refused_by_name_and_leave_the_version(refusing: AnyEn
         assert engine.policy_version == 6
 
 
-def test_a_source_that_breaks_half_way_is_not_served(placed: Placed) -> None:
+def test_a_source_that_breaks_half_way_is_not_served() -> None:
     def source() -> Iterator[tuple[str, torch.Tensor]]:
         yield from named(tiny_causal_lm(seed=4))[:5]
         raise ConnectionResetError("trainer went away")
 
-    with placed(tiny_causal_lm()) as engine:
+    with engine_of(tiny_causal_lm()) as engine:
         with pytest.raises(ConnectionResetError):
             engine.update_weights_from_tensor(source())
         assert not engine.weights_ready

@@ -26,7 +26,7 @@ def share_cores(config: RunConfig, device: str, model: Any, cores: int | None = 
     The engine of a model so small that a second thread only costs time gets one (``inference.threads``).
 
     Two pools that each expect every core wait for each other at every barrier: on two cores a training step beside a
-    generating engine took 1.2 s with two threads each, 0.7 s with one (``benchmarks/bench_engine_placement.py``).
+    generating engine took 1.2 s with two threads each, 0.7 s with one.
 
     Args:
         model: the Hugging Face configuration of the policy.

@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 the run failed (API, a service, diverged, …); 2 the conf
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -13,15 +14,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atropos_verl.config.composition import help_text, load_config
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
-from atropos_verl.imports import paused_collection
 from atropos_verl.launch.exit_codes import exit_code_of
 from atropos_verl.launch.startup import gateway_listener, is_rank_zero, resolve_model_path
 
@@ -65,6 +65,25 @@ def _run(config: RunConfig) -> int:
     # the demo took 5 s spinning and 0.4 s sleeping. Read by the OpenMP runtime when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return exit_code_of(lambda: _Run(config).execute() if is_rank_zero() else _serve_rank(config))
+
+
+@contextmanager
+def paused_collection() -> Iterator[None]:
+    """For imports that last: no collection meanwhile, and what was made is never looked through afterwards.
+
+    torch, verl and transformers make more than a million objects that live as long as the process. Looking through
+    them again and again is a quarter of the time their import takes, and most of the time that the interpreter needs
+    to end. Where the collector is off already, nothing changes.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _log_to(handler: logging.Handler) -> None:
@@ -198,18 +217,13 @@ class _Run:
     def _build_trainer(
         self, config: RunConfig, intake: Intake | None, listener: socket.socket, progress: ProgressReporter
     ) -> AtroposTrainer:
-        from atropos_verl.backends.local.engine import start_early
-
         progress.phase("loading the policy (verl)")
-        engine_process = start_early(config, self.run_dir)
         with paused_collection():
             from atropos_verl.backends.local.trainer import AtroposTrainer
             from atropos_verl.backends.local.worker import import_verl
 
             import_verl(config)
-        return AtroposTrainer(
-            config, run_dir=self.run_dir, intake=intake, gateway_listener=listener, engine_process=engine_process
-        )
+        return AtroposTrainer(config, run_dir=self.run_dir, intake=intake, gateway_listener=listener)
 
     def _saved_step(self) -> int:
         from atropos_verl.backends.local.checkpoint import find_checkpoint, saved_state

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from atropos_verl.backends.local.cores import Threads, share_cores
-from atropos_verl.backends.local.engine import make_engine, placement_of
+from atropos_verl.backends.local.cores import share_cores
 from atropos_verl.backends.local.worker import PolicyWorker, resolve_device
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.engine.gate import RequestGate
@@ -28,8 +26,7 @@ from atropos_verl.types import TrainingSample
 if TYPE_CHECKING:
     import torch
 
-    from atropos_verl.backends.local.engine import EmbeddedEngine
-    from atropos_verl.engine.process_engine.process import EngineProcess
+    from atropos_verl.engine.embedded import TransformersEngine
 
 __all__ = ["LocalStack"]
 
@@ -52,7 +49,7 @@ class LocalStack:
     """Built by ``LocalStack.build``; ``close`` ends threads and sockets, in the order in which they depend."""
 
     worker: PolicyWorker
-    engine: EmbeddedEngine
+    engine: TransformersEngine
     gate: RequestGate
     gateway: GatewayServer
     ledger: Ledger
@@ -68,54 +65,30 @@ class LocalStack:
         config: RunConfig,
         model_path: Path,
         *,
-        run_dir: Path,
         gateway_listener: socket.socket | None = None,
-        engine_process: EngineProcess | None = None,
     ) -> LocalStack:
         """Load model and tokenizer, build engine and worker, start the gateway (gate closed, no weights yet)."""
-        from transformers import AutoConfig
-
         with ExitStack() as built:  # what was made before something failed is ended
-            gate = RequestGate()
-            device = resolve_device(config.trainer.device)
-            model = AutoConfig.from_pretrained(str(model_path), trust_remote_code=config.model.trust_remote_code)
-            threads = share_cores(config, device, model)
-
-            def start_engine() -> EmbeddedEngine:
-                engine = make_engine(
-                    *(config, model_path, run_dir),
-                    gate=gate,
-                    device=device,
-                    num_threads=threads.engine,
-                    process=engine_process,
-                )
-                built.callback(engine.close)
-                return engine
-
-            made = cls._build(config, model_path, gate, start_engine, threads, gateway_listener, built)
+            made = cls._build(config, model_path, gateway_listener, built)
             built.pop_all()
             return made
 
     @classmethod
     def _build(
-        cls,
-        config: RunConfig,
-        model_path: Path,
-        gate: RequestGate,
-        start_engine: Callable[[], EmbeddedEngine],
-        threads: Threads,
-        gateway_listener: socket.socket | None,
-        built: ExitStack,
+        cls, config: RunConfig, model_path: Path, gateway_listener: socket.socket | None, built: ExitStack
     ) -> LocalStack:
         import torch
-        from transformers import AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
-        # A process of its own loads while the trainer does here; in this process one comes after the other.
-        early = start_engine() if placement_of(config, resolve_device(config.trainer.device)) == "process" else None
+        gate = RequestGate()
+        device = resolve_device(config.trainer.device)
+        model = AutoConfig.from_pretrained(str(model_path), trust_remote_code=config.model.trust_remote_code)
+        threads = share_cores(config, device, model)
         worker = PolicyWorker(config, model_path)
         built.callback(worker.close)
         tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer_path or str(model_path))
-        engine = early or start_engine()
+        engine = _make_engine(config, model_path, gate, device, threads.engine)
+        built.callback(engine.close)
         if threads.trainer is not None:
             torch.set_num_threads(threads.trainer)  # of this thread, the trainer's
         gate.pause(timeout=60.0)
@@ -149,7 +122,29 @@ class LocalStack:
             stack.callback(self.engine.close)
 
 
-def _build_canary(config: RunConfig, worker: PolicyWorker, engine: EmbeddedEngine, tokenizer: Any) -> Canary:
+def _make_engine(
+    config: RunConfig, model_path: Path, gate: RequestGate, device: str, num_threads: int | None
+) -> TransformersEngine:
+    import torch
+
+    from atropos_verl.engine.embedded import TransformersEngine
+
+    return TransformersEngine.from_pretrained(
+        model_path,
+        gate=gate,
+        # The trainer computes in this dtype whatever the checkpoint holds; logprobs must be of the same policy.
+        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.compute_dtype],
+        device=device,
+        max_running=config.inference.max_running,
+        max_context_len=config.inference.max_context_len or config.max_token_len,
+        release_weights=config.inference.release_weights,
+        keep_kv=config.overlap.kv_after_swap == "keep",
+        seed=config.seed,
+        num_threads=num_threads,
+    )
+
+
+def _build_canary(config: RunConfig, worker: PolicyWorker, engine: TransformersEngine, tokenizer: Any) -> Canary:
     ids = list(tokenizer.encode(config.sync.canary_text, add_special_tokens=False))[: config.max_token_len]
     if len(ids) < 2:
         raise ConfigError(f"{config.sync.canary_text!r} has fewer than two tokens", "sync.canary_text")

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     import torch
 
     from atropos_verl.backends.local.selfplay import RewardFunction
-    from atropos_verl.engine.process_engine.process import EngineProcess
 
 __all__ = ["AtroposTrainer", "RolloutData", "RunTotals"]
 
@@ -59,7 +58,6 @@ class AtroposTrainer:
         client: an ``AtroposClient`` to use instead of one made from the configuration.
         intake: client, journal and registration, where the run has them already; the trainer closes it.
         gateway_listener: a socket that listens already, where the gateway is to serve.
-        engine_process: where the engine is to run, started already (``local.engine.start_early``).
     """
 
     def __init__(
@@ -71,7 +69,6 @@ class AtroposTrainer:
         run_dir: Path | None = None,
         intake: Intake | None = None,
         gateway_listener: socket.socket | None = None,
-        engine_process: EngineProcess | None = None,
     ) -> None:
         self.config = config
         self.reward_fn = reward_fn
@@ -87,12 +84,7 @@ class AtroposTrainer:
         self.journal = self.intake.journal
         self.batches = self.intake.batches
         self.quarantine = QuarantineStore(self.run_dir / "quarantine")
-        self.stack = LocalStack.build(
-            *(config, self.model_path),
-            run_dir=self.run_dir,
-            gateway_listener=gateway_listener,
-            engine_process=engine_process,
-        )
+        self.stack = LocalStack.build(config, self.model_path, gateway_listener=gateway_listener)
         self.flow = RolloutFlow(self.stack.throttle, self.client, config.group_size)
         self._rollouts: ExitStack | None = None
         self._self_play: Any = None
