@@ -8,9 +8,8 @@ python recipe/atropos/launch_atropos_verl.py --help                # every key
 """
 
 import sys
-from pathlib import Path
 
 from atropos_verl.launch.launcher import main
 
 if __name__ == "__main__":
-    sys.exit(main(config_dir=Path(__file__).parent / "config", config_name="local_demo"))
+    sys.exit(main(config_name="local_demo"))

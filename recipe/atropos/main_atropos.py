@@ -9,9 +9,8 @@ python recipe/atropos/main_atropos.py backend=ray --help   # docs/cluster.md
 """
 
 import sys
-from pathlib import Path
 
 from atropos_verl.cli import train
 
 if __name__ == "__main__":
-    sys.exit(train(sys.argv[1:], Path(__file__).parent / "config", "atropos"))
+    sys.exit(train(sys.argv[1:], config_name="atropos"))

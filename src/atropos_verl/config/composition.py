@@ -1,50 +1,109 @@
-"""Command line → ``RunConfig``: Hydra composes the YAML and the ``key=value`` overrides, the schema validates."""
+"""Command line → settings: Hydra composes the YAML files and the ``key=value`` words, the schema validates.
+
+Precedence, weakest first: schema defaults, the YAML file, environment variables, the command line.
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from atropos_verl.config.launch_schema import MOVED, LaunchConfig, describe_launch
 from atropos_verl.config.schema import RunConfig, apply_environment, describe
 from atropos_verl.errors import ConfigError
 
-__all__ = ["compose_values", "help_text", "load_config"]
+__all__ = ["SHIPPED", "compose_with_hydra", "key_of", "keys_of", "load_config", "load_launch", "train_help"]
 
+SHIPPED = Path(__file__).parent / "shipped"
+"""The YAML files that come with the package: the default of ``--config-dir``."""
 _OPEN_SECTIONS = ("atropos.headers", "model.override_config")
 """Keys whose value is a dictionary with keys of the user's own."""
 
 
 def load_config(overrides: Sequence[str], config_dir: Path | None = None, config_name: str | None = None) -> RunConfig:
-    """Compose and validate.
-
-    Precedence, weakest first: schema defaults, the YAML file, environment variables, the command line.
+    """Compose and validate the settings of a training run.
 
     Args:
         overrides: Hydra's ``key=value`` words.
-        config_dir, config_name: the YAML file; without them the schema's defaults are the file.
+        config_dir: directory of YAML files; None: those of the package.
+        config_name: the file; None: the schema's defaults.
 
     Raises:
         ConfigError: names the key.
     """
-    keys = frozenset(word.split("=", 1)[0].lstrip("+~") for word in overrides)
-    values = compose_values(overrides, config_dir, config_name or "atropos_schema")
-    values = apply_environment(values, command_line_keys=keys)
-    return RunConfig.from_mapping(values)
+    values = _compose(overrides, config_dir, config_name or "atropos_schema", {})
+    return RunConfig.from_mapping(apply_environment(values, command_line_keys=keys_of(overrides)))
 
 
-def compose_values(
+def load_launch(
+    overrides: Sequence[str], config_dir: Path | None = None, config_name: str | None = None
+) -> tuple[RunConfig, LaunchConfig]:
+    """Compose and validate both halves of a launch. The gateway gets a key if it has none.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    for word in overrides:
+        if (key := key_of(word)) in MOVED:
+            raise ConfigError(MOVED[key], key)
+    values = _compose(
+        overrides,
+        config_dir,
+        config_name or "launch_schema",
+        # Without environments: files name their own, and composing merges mappings.
+        {"launch_schema": {**_defaults(RunConfig()), **_defaults(LaunchConfig()), "environments": {}}},
+        extra_keys=[*(name for name, *_ in describe_launch()), "environments"],
+        open_sections=("environments", "trainer_process.env"),
+    )
+    launch = LaunchConfig.from_mapping({key: values.pop(key) for key in LaunchConfig.model_fields if key in values})
+    values = apply_environment(values, command_line_keys=keys_of(overrides))
+    gateway = dict(values.get("gateway") or {})
+    if launch.starts("trainer") and not gateway.get("api_key"):
+        # Hex: one base64 key in 64 begins with "-", which an environment takes for an option and exits.
+        values["gateway"] = {**gateway, "api_key": secrets.token_hex(24)}
+    return RunConfig.from_mapping(values), launch
+
+
+def key_of(word: str) -> str:
+    """The dotted key of a ``key=value`` word."""
+    return word.split("=", 1)[0].lstrip("+~")
+
+
+def keys_of(words: Sequence[str]) -> frozenset[str]:
+    """The dotted keys of ``key=value`` words."""
+    return frozenset(map(key_of, words))
+
+
+def compose_with_hydra(config_dir: Path, config_name: str, words: Sequence[str]) -> Any:
+    """The ``DictConfig`` of one file and ``key=value`` words. Raises what Hydra and OmegaConf raise."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(config_dir.absolute()), version_base=None):
+        return compose(config_name=config_name, overrides=list(words))
+
+
+def _defaults(settings: BaseModel) -> dict[str, Any]:
+    return settings.model_dump(mode="json")
+
+
+def _compose(
     overrides: Sequence[str],
     config_dir: Path | None,
     config_name: str,
+    schemas: Mapping[str, Mapping[str, Any]],
     *,
-    schemas: Mapping[str, Mapping[str, Any]] | None = None,
     extra_keys: Sequence[str] = (),
     open_sections: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Compose a YAML file and ``key=value`` words into a plain mapping, not yet validated.
+    """A plain mapping, not yet validated.
 
     Args:
         schemas: further defaults that files can name, beside ``atropos_schema``.
@@ -54,52 +113,37 @@ def compose_values(
     Raises:
         ConfigError: an unknown key, or a file that cannot be composed.
     """
-    known = [*(name for name, *_ in describe()), *extra_keys]
-    sections = (*_OPEN_SECTIONS, *open_sections)
-    for word in overrides:
-        _check_override(word, known, sections)
-    return _compose(list(overrides), config_dir, config_name, schemas or {}, sections)
-
-
-def _check_override(word: str, known: Sequence[str], sections: Sequence[str]) -> None:
-    key = word.split("=", 1)[0].lstrip("+~")
-    if "=" not in word and not word.startswith("~"):
-        raise ConfigError(f"{word!r} is not of the form key=value; --help lists all keys")
-    if key not in known and not key.startswith(tuple(f"{section}." for section in sections)):
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"unknown key{hint} (--help lists all keys)", key)
-
-
-def _compose(
-    overrides: list[str],
-    config_dir: Path | None,
-    config_name: str,
-    schemas: Mapping[str, Mapping[str, Any]],
-    sections: Sequence[str],
-) -> dict[str, Any]:
-    from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
-    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    ConfigStore.instance().store(name="atropos_schema", node=RunConfig().model_dump(mode="json"))
-    for name, node in schemas.items():
-        ConfigStore.instance().store(name=name, node=dict(node))
-    directory = (config_dir or Path(__file__).parent).absolute()
-    words = [_allow_new_keys(word, sections) for word in overrides]
+    known = [*(name for name, *_ in describe()), *extra_keys]
+    sections = tuple(f"{section}." for section in (*_OPEN_SECTIONS, *open_sections))
+    for word in overrides:
+        _check_override(word, known, sections)
+    # Hydra wants ++ before a key that is added; users should not have to write it.
+    words = [f"++{word}" if word.startswith(sections) else word for word in overrides]
     _check_syntax(words)
+    for name, node in {"atropos_schema": _defaults(RunConfig()), **schemas}.items():
+        ConfigStore.instance().store(name=name, node=dict(node))
     try:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(config_dir=str(directory), version_base=None):
-            composed = compose(config_name=config_name, overrides=words)
+        composed = compose_with_hydra(config_dir or SHIPPED, config_name, words)
         plain = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"{str(error).strip()}") from None
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def _check_override(word: str, known: Sequence[str], sections: tuple[str, ...]) -> None:
+    key = key_of(word)
+    if "=" not in word and not word.startswith("~"):
+        raise ConfigError(f"{word!r} is not of the form key=value; --help lists all keys")
+    if key not in known and not key.startswith(sections):
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"unknown key{hint} (--help lists all keys)", key)
 
 
 def _check_syntax(words: list[str]) -> None:
@@ -115,39 +159,33 @@ def _check_syntax(words: list[str]) -> None:
             raise ConfigError(f"{word!r} cannot be read: {str(error).splitlines()[0]}") from None
 
 
-def _allow_new_keys(word: str, sections: Sequence[str]) -> str:
-    """``model.override_config.x=1`` adds a key; Hydra wants ``++`` for that, users should not have to."""
-    return f"++{word}" if word.startswith(tuple(f"{section}." for section in sections)) else word
+_TRAIN_HELP = """\
+usage: {program} [--config-name NAME] [--config-dir DIR] [--cfg] [key=value ...]
+
+Train a policy on Atropos environments. Without atropos.api_url everything needed is started on free
+loopback ports: trajectory API, inference gateway, one environment. With it, only the gateway is.
+
+  -h, --help           this text
+  --config-name NAME   which YAML of the config directory (default: atropos)
+  --config-dir DIR     another config directory
+  --cfg                print the composed configuration and stop
+
+examples:
+  {program}
+  {program} steps=100 optim.lr=3e-4 run_dir=runs/mine
+  {program} atropos.api_url=http://localhost:8000 gateway.port=9004 model.path=/models/my-model
+  {program} env.script=path/to/my_env.py group_size=4 batch_size=32
+
+environment variables (over the file, under key=value; keys given so do not show in ps):
+  ATROPOS_API_URL, ATROPOS_TIMEOUT, ATROPOS_API_TOKEN, ATROPOS_GATEWAY_KEY
+
+keys (default):
+"""
 
 
-def help_text(program: str) -> str:
-    """What ``--help`` prints: usage, every key with type, default and meaning, and some examples."""
-    rows = [
-        (name, kind, "null" if default is None else json.dumps(default), text)
-        for name, kind, default, text in describe()
-    ]
+def train_help(program: str) -> str:
+    """The text of ``--help``: usage, examples, every key with its default and meaning."""
+    rows = [(name, "null" if default is None else json.dumps(default), text) for name, default, text in describe()]
     width = max(len(name) for name, *_ in rows)
-    lines = [
-        f"usage: {program} [--config-name NAME] [--config-dir DIR] [--cfg] [key=value ...]",
-        "",
-        "Train a policy on Atropos environments. Without atropos.api_url everything needed is started on free",
-        "loopback ports: trajectory API, inference gateway, one environment. With it, only the gateway is.",
-        "",
-        "  -h, --help           this text",
-        "  --config-name NAME   which YAML of the config directory (default: atropos)",
-        "  --config-dir DIR     another config directory",
-        "  --cfg                print the composed configuration and stop",
-        "",
-        "examples:",
-        f"  {program}",
-        f"  {program} steps=100 optim.lr=3e-4 run_dir=runs/mine",
-        f"  {program} atropos.api_url=http://localhost:8000 gateway.port=9004 model.path=/models/my-model",
-        f"  {program} env.script=path/to/my_env.py group_size=4 batch_size=32",
-        "",
-        "environment variables (over the file, under key=value; keys given so do not show in ps):",
-        "  ATROPOS_API_URL, ATROPOS_TIMEOUT, ATROPOS_API_TOKEN, ATROPOS_GATEWAY_KEY",
-        "",
-        "keys (default):",
-    ]
-    lines += [f"  {name:<{width}}  {text} ({default})" for name, _, default, text in rows]
-    return "\n".join(lines)
+    lines = [f"  {name:<{width}}  {text} ({default})" for name, default, text in rows]
+    return _TRAIN_HELP.format(program=program) + "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What a launch consists of, beside the trainer's own settings: processes, restarts, environments.
+"""The settings of a launch beside those of its trainer: processes, restarts, environments.
 
 A launch file holds the keys of ``RunConfig`` at its top level and these sections next to them::
 
@@ -7,7 +7,7 @@ A launch file holds the keys of ``RunConfig`` at its top level and these section
     environments:                  # LaunchConfig, from here on
       words: {script: examples/environments/spell_backward.py, weight: 3}
       short: {script: examples/environments/short_words.py, weight: 1}
-    supervise: {stall_after: 120}
+    trainer_process: {nproc: 2}
 """
 
 from __future__ import annotations
@@ -16,31 +16,38 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
+from atropos_verl.config.schema import (
+    EnvConfig,
+    EvalConfig,
+    NonNegative,
+    Port,
+    PositiveFloat,
+    PositiveInt,
+    RunConfig,
+    Section,
+    SuperviseConfig,
+    as_config_error,
+    describe,
+)
 from atropos_verl.errors import ConfigError
 
 __all__ = [
     "MOVED",
-    "PARTS",
     "ApiProcessConfig",
     "EnvironmentConfig",
     "LaunchConfig",
-    "SuperviseConfig",
     "TrainerProcessConfig",
+    "check_keys",
     "describe_launch",
+    "note_of_unused_keys",
+    "unused_when_attached",
 ]
-
-PARTS = ("api", "trainer", "environments")
-"""What ``only=[...]`` can choose from."""
 
 MOVED = {"api.server": "is atropos.server now, which main_atropos.py reads too (embedded or upstream)"}
 """Keys of earlier versions, and what to write instead."""
 
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Port = Annotated[int, Field(ge=0, le=65535)]
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
@@ -55,15 +62,11 @@ def _words(value: Any) -> Any:
     return [str(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 Variables = Annotated[dict[str, str], BeforeValidator(_strings)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
 
-class EnvironmentConfig(_Section):
+class EnvironmentConfig(Section):
     """One environment; ``environments`` maps names to these."""
 
     script: str | None = Field(None, description="path of an Atropos environment; null and no module: the demo's")
@@ -91,7 +94,7 @@ class EnvironmentConfig(_Section):
         return self
 
 
-class ApiProcessConfig(_Section):
+class ApiProcessConfig(Section):
     """The trajectory API that is started when ``atropos.api_url`` is null; ``atropos.server`` says which."""
 
     host: str = Field("127.0.0.1", description="address to bind")
@@ -103,7 +106,7 @@ class ApiProcessConfig(_Section):
     max_restarts: int = Field(5, ge=0, description="then the run ends, non-zero")
 
 
-class TrainerProcessConfig(_Section):
+class TrainerProcessConfig(Section):
     """The trainer's process; what it trains and how are the keys at the top level."""
 
     python: str | None = Field(None, description="its interpreter, or a virtual environment; null: the launcher's")
@@ -116,16 +119,7 @@ class TrainerProcessConfig(_Section):
     stop_grace: PositiveFloat = Field(60.0, description="seconds to write its checkpoint when the run is stopped")
 
 
-class SuperviseConfig(_Section):
-    """How the launcher watches."""
-
-    stall_after: PositiveFloat = Field(120.0, description="seconds without a batch before the diagnosis is printed")
-    backoff: PositiveFloat = Field(1.0, description="seconds before the first restart; doubles with each")
-    max_backoff: PositiveFloat = Field(30.0, description="seconds before a restart at most")
-    healthy_after: PositiveFloat = Field(300.0, description="seconds alive after which restarts are forgiven")
-
-
-class LaunchConfig(_Section):
+class LaunchConfig(Section):
     """Processes of a run."""
 
     backend: Literal["local", "ray"] = Field(
@@ -136,7 +130,6 @@ class LaunchConfig(_Section):
     environments: dict[str, EnvironmentConfig] = Field(
         default_factory=lambda: {"demo": EnvironmentConfig()}, description="name → environment"
     )
-    supervise: SuperviseConfig = Field(default_factory=SuperviseConfig)
     envs: tuple[str, ...] | None = Field(None, description="names of environments to start; null: all")
     only: tuple[Literal["api", "trainer", "environments"], ...] | None = Field(
         None, description="parts to start here; null: all that is not given by URL"
@@ -158,8 +151,7 @@ class LaunchConfig(_Section):
         try:
             return cls.model_validate({**values, **({"environments": named} if named else {})})
         except ValidationError as error:
-            lines = [_line(item["loc"], item["msg"], item["type"], item["input"]) for item in error.errors()]
-            raise ConfigError("\n".join(lines)) from None
+            raise as_config_error(error) from None
 
     @model_validator(mode="after")
     def _names(self) -> Self:
@@ -182,33 +174,61 @@ class LaunchConfig(_Section):
         return {name: self.environments[name] for name in self.envs}
 
     def starts(self, part: str) -> bool:
-        """Whether ``only`` leaves ``part`` (one of ``PARTS``)."""
+        """Whether ``only`` leaves ``part``: ``api``, ``trainer`` or ``environments``."""
         return self.only is None or part in self.only
-
-
-def _line(location: tuple[int | str, ...], message: str, kind: str, value: Any) -> str:
-    key = ".".join(str(part) for part in location)
-    message = message.removeprefix("Value error, ")
-    if kind == "extra_forbidden":
-        message = "unknown key; --help lists all keys"
-    elif kind != "value_error":
-        message = f"{message}, got {value!r}"
-    return f"{key}: {message}" if key else message
 
 
 def describe_launch() -> list[tuple[str, Any, str]]:
     """Every key of a launch as ``(dotted name, default, meaning)``; an environment's as ``environments.NAME.key``."""
-    rows: list[tuple[str, Any, str]] = []
+    rows = [row for row in describe(LaunchConfig) if row[0] != "environments"]
+    return rows + describe(SuperviseConfig, "supervise.") + describe(EnvironmentConfig, "environments.NAME.")
 
-    def walk(model: type[BaseModel], prefix: str) -> None:
-        for name, info in model.model_fields.items():
-            annotation = info.annotation
-            if name == "environments":
-                walk(EnvironmentConfig, "environments.NAME.")
-            elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                walk(annotation, f"{prefix}{name}.")
-            else:
-                rows.append((f"{prefix}{name}", info.get_default(call_default_factory=True), info.description or ""))
 
-    walk(LaunchConfig, "")
-    return rows
+# ---------------------------------------------------------------------- keys that a run does not use
+
+
+def unused_when_attached(config: RunConfig) -> list[str]:
+    """Keys that are set and have no effect on a trainer whose API and environments run elsewhere.
+
+    An evaluation that is switched off is not among them.
+    """
+    names = [f"env.{name}" for name in _changed(config.env, EnvConfig())]
+    if config.eval.commands_file is None:
+        changed = _changed(config.eval, EvalConfig())
+        names += [f"eval.{name}" for name in changed if getattr(config.eval, name) is not False]
+    return names
+
+
+def note_of_unused_keys(config: RunConfig, prefix: str = "") -> str:
+    """The same as a sentence for the user, or "". The backend puts ``prefix`` before its keys."""
+    unused = ", ".join(f"{prefix}{name}" for name in unused_when_attached(config))
+    return unused and f"{unused}: not used, since atropos.api_url says that environments run elsewhere"
+
+
+def check_keys(config: RunConfig, launch: LaunchConfig, *, own_api: bool) -> list[str]:
+    """Warnings about keys that a launch does not use.
+
+    Raises:
+        ConfigError: a key that only ``main_atropos.py`` reads, or only the other API.
+    """
+    for name in _changed(config.env, EnvConfig()):
+        if name != "max_batches_offpolicy":
+            raise ConfigError(
+                "main_atropos.py reads this key; a launch describes its environments under environments.NAME "
+                f"(environments.demo.{name}=...)",
+                f"env.{name}",
+            )
+    api = _changed(launch.api, ApiProcessConfig())
+    if own_api and config.atropos.server == "upstream":
+        for name in api:
+            if name in ("data_dir", "args"):
+                raise ConfigError("the embedded API has it, atropos.server=upstream does not", f"api.{name}")
+    if api and not own_api and launch.only is None:
+        keys = ", ".join(f"api.{name}" for name in api)
+        return [f"{keys}: not used, since atropos.api_url names an API that runs already"]
+    return []
+
+
+def _changed(section: BaseModel, default: BaseModel) -> list[str]:
+    """Names of the fields in which ``section`` differs from ``default``."""
+    return [name for name in type(section).model_fields if getattr(section, name) != getattr(default, name)]

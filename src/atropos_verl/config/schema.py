@@ -1,12 +1,13 @@
 """Every setting of a run: typed, frozen, validated at construction, explained under each field.
 
-The YAML files under ``recipe/atropos/config`` are Hydra files over this schema; ``RunConfig.from_mapping`` is the one
-way in, from YAML, from the command line and from the plain dictionaries of ``AtroposTrainer.from_config``. This
-module imports neither torch nor verl, so a typo is reported before anything slow starts.
+The YAML files under ``config/shipped`` are Hydra files over this schema. ``RunConfig.from_mapping`` is the one way in,
+from YAML, from the command line and from the plain dictionaries of ``AtroposTrainer.from_config``. This module imports
+neither torch nor verl, so a typo is reported before anything slow starts.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from atropos_verl.config.config_words import apply_environment, as_config_error, describe_model
+from atropos_verl.errors import ConfigError
 
 __all__ = [
     "AlgorithmConfig",
@@ -32,12 +33,12 @@ __all__ = [
     "OverlapConfig",
     "RunConfig",
     "Section",
+    "SuperviseConfig",
     "SyncConfig",
     "TrainerConfig",
     "apply_environment",
     "as_config_error",
     "describe",
-    "describe_model",
     "parse_clipping",
 ]
 
@@ -52,15 +53,13 @@ def parse_clipping(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Base of the settings classes: unknown keys are refused, values cannot be changed."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-Section = _Section
-"""Base of a settings class of another backend: unknown keys are refused, values cannot be changed."""
-
-
-class AtroposConfig(_Section):
+class AtroposConfig(Section):
     """The trajectory API."""
 
     api_url: str | None = Field(None, description="URL of a running trajectory API; null: start one for this run")
@@ -88,7 +87,7 @@ class AtroposConfig(_Section):
         return self
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The policy."""
 
     path: str | None = Field(None, description="Hugging Face model directory; null: the shipped demo model")
@@ -101,7 +100,7 @@ class ModelConfig(_Section):
     override_config: dict[str, Any] = Field(default_factory=dict, description="passed to the Hugging Face config")
 
 
-class OptimConfig(_Section):
+class OptimConfig(Section):
     """AdamW, with verl's names."""
 
     lr: NonNegative = Field(5e-4, description="learning rate")
@@ -113,7 +112,7 @@ class OptimConfig(_Section):
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="cosine: last learning rate over the first")
 
 
-class AlgorithmConfig(_Section):
+class AlgorithmConfig(Section):
     """How scores become advantages."""
 
     adv_estimator: Literal["grpo", "rloo", "plain"] = Field(
@@ -122,7 +121,7 @@ class AlgorithmConfig(_Section):
     norm_adv_by_std_in_grpo: bool = Field(True, description="divide by the group's standard deviation")
 
 
-class LossConfig(_Section):
+class LossConfig(Section):
     """Which loss, and the settings of the clipped-ratio one (verl's names and defaults)."""
 
     type: Literal["advantage_weighted_sft", "grpo"] | None = Field(
@@ -144,7 +143,7 @@ class LossConfig(_Section):
         return values
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """What happens to groups before they are trained on."""
 
     max_prompt_length: PositiveInt = Field(64, description="tokens of a prompt at most")
@@ -157,7 +156,7 @@ class DataConfig(_Section):
     default_temperature: PositiveFloat = Field(1.0, description="where a group does not say its own")
 
 
-class OffPolicyConfig(_Section):
+class OffPolicyConfig(Section):
     """Rollouts of an older policy than the one that is trained: what is known about them, and what is done."""
 
     ledger_bytes: PositiveInt = Field(
@@ -186,7 +185,7 @@ class OffPolicyConfig(_Section):
         return self
 
 
-class GatewayConfig(_Section):
+class GatewayConfig(Section):
     """The HTTP surface that environments call."""
 
     host: str = Field("127.0.0.1", description="address to bind")
@@ -195,7 +194,7 @@ class GatewayConfig(_Section):
     advertise_url: str | None = Field(None, description="URL environments reach it at, where it differs")
 
 
-class InferenceConfig(_Section):
+class InferenceConfig(Section):
     """The embedded engine."""
 
     max_running: PositiveInt = Field(64, description="sequences generated at the same time")
@@ -219,7 +218,7 @@ class InferenceConfig(_Section):
         return value
 
 
-class EnvConfig(_Section):
+class EnvConfig(Section):
     """The environment that is started when no atropos.api_url is given."""
 
     script: str | None = Field(None, description="path of an Atropos environment; null: the demo environment")
@@ -231,7 +230,7 @@ class EnvConfig(_Section):
     startup_timeout: PositiveFloat = Field(180.0, description="seconds until its first batch must have come")
 
 
-class EvalConfig(_Section):
+class EvalConfig(Section):
     """Held-out score, by the environment's own `evaluate` command."""
 
     before: bool = Field(True, description="evaluate before the first step")
@@ -240,7 +239,7 @@ class EvalConfig(_Section):
     commands_file: str | None = Field(None, description="set by the launcher: JSON with the evaluations to run")
 
 
-class SyncConfig(_Section):
+class SyncConfig(Section):
     """Weight sync, trainer → engine."""
 
     canary: bool = Field(True, description="after every sync compare the engine's logprobs with the trainer's")
@@ -250,7 +249,7 @@ class SyncConfig(_Section):
     canary_text: str = Field("The quick brown fox jumps over the lazy dog.", description="what is compared")
 
 
-class OverlapConfig(_Section):
+class OverlapConfig(Section):
     """Rollouts that go on while the trainer trains (``mode=overlap``)."""
 
     kv_after_swap: Literal["recompute", "keep"] = Field(
@@ -260,7 +259,7 @@ class OverlapConfig(_Section):
     )
 
 
-class TrainerConfig(_Section):
+class TrainerConfig(Section):
     """verl's engine and trackers."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
@@ -275,7 +274,16 @@ class TrainerConfig(_Section):
     max_ckpt_to_keep: PositiveInt | None = Field(2, description="older checkpoints are removed; null: keep all")
 
 
-class RunConfig(_Section):
+class SuperviseConfig(Section):
+    """How the processes of a run are watched and restarted."""
+
+    stall_after: PositiveFloat = Field(120.0, description="seconds without a batch before the diagnosis is printed")
+    backoff: PositiveFloat = Field(1.0, description="seconds before the first restart; doubles with each")
+    max_backoff: PositiveFloat = Field(30.0, description="seconds before a restart at most")
+    healthy_after: PositiveFloat = Field(300.0, description="seconds alive after which restarts are forgiven")
+
+
+class RunConfig(Section):
     """One training run."""
 
     mode: Literal["sync", "overlap"] = Field(
@@ -314,6 +322,7 @@ class RunConfig(_Section):
     sync: SyncConfig = Field(default_factory=SyncConfig)
     overlap: OverlapConfig = Field(default_factory=OverlapConfig)
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)
+    supervise: SuperviseConfig = Field(default_factory=SuperviseConfig)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -393,7 +402,77 @@ class RunConfig(_Section):
             return Path(self.run_dir).expanduser().absolute()
         return Path("runs", time.strftime(f"{self.trainer.experiment_name}-%Y%m%d-%H%M%S")).absolute()
 
+    def resolve_model_path(self) -> Path:
+        """The model directory. Raises ``ConfigError`` naming ``model.path`` when it is not one."""
+        if self.model.path is None:
+            from atropos_verl.assets import demo_model_path
 
-def describe() -> list[tuple[str, str, Any, str]]:
-    """Every key as ``(dotted name, type, default, meaning)``, in the order of the schema, for ``--help``."""
-    return describe_model(RunConfig)
+            return demo_model_path()
+        path = Path(self.model.path).expanduser()
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"{path} is not a Hugging Face model directory (no config.json in it)", "model.path")
+        return path.absolute()
+
+
+def as_config_error(error: ValidationError, prefix: str = "") -> ConfigError:
+    """pydantic's error with every wrong key by its dotted name (below ``prefix``, which ends in a dot)."""
+    lines = []
+    first = ""
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "constrained-")))
+        key = f"{prefix}{key}".rstrip(".")
+        message = str(item["msg"]).removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "unknown key; --help lists all keys"
+        elif item["type"] != "value_error":
+            message = f"{message}, got {item['input']!r}"
+        first = first or key
+        lines.append(f"{key}: {message}" if key else message)
+    if len(lines) == 1 and first:
+        return ConfigError(lines[0].removeprefix(f"{first}: "), first)
+    result = ConfigError("\n".join(lines))
+    result.key = first
+    return result
+
+
+def apply_environment(
+    values: dict[str, Any], environ: Mapping[str, str] | None = None, command_line_keys: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """Put ``ATROPOS_API_URL``, ``ATROPOS_TIMEOUT``, ``ATROPOS_API_TOKEN`` and ``ATROPOS_GATEWAY_KEY`` over the file's.
+
+    Keys that the command line set (``command_line_keys``, dotted) win over the environment.
+    """
+    environ = os.environ if environ is None else environ
+    names = {
+        "ATROPOS_API_URL": ("atropos", "api_url"),
+        "ATROPOS_TIMEOUT": ("atropos", "timeout"),
+        "ATROPOS_API_TOKEN": ("atropos", "token"),
+        "ATROPOS_GATEWAY_KEY": ("gateway", "api_key"),
+    }
+    result = {**values, "atropos": dict(values.get("atropos") or {})}
+    for variable, (section, key) in names.items():
+        value = environ.get(variable, "").strip()
+        if not value or f"{section}.{key}" in command_line_keys:
+            continue
+        if key == "timeout":
+            try:
+                float(value)
+            except ValueError:
+                raise ConfigError(f"environment variable {variable}={value!r} is not a number of seconds") from None
+        result[section] = {**(result.get(section) or {}), key: value}
+    return result
+
+
+def describe(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[tuple[str, Any, str]]:
+    """Every key as ``(dotted name, default, meaning)``, in the order of the schema, for ``--help``.
+
+    Names start with ``prefix``, which ends in a dot.
+    """
+    rows: list[tuple[str, Any, str]] = []
+    for name, info in model.model_fields.items():
+        annotation = info.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            rows += describe(annotation, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", info.get_default(call_default_factory=True), info.description or ""))
+    return rows

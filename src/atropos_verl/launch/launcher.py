@@ -16,8 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from atropos_verl.config.launch_schema import MOVED, EnvironmentConfig, LaunchConfig, describe_launch
-from atropos_verl.config.schema import ModelConfig, RunConfig, apply_environment
+from atropos_verl.config.composition import SHIPPED, load_launch
+from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig, describe_launch
+from atropos_verl.config.schema import ModelConfig, RunConfig
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.launch.readiness import free_port, try_to_listen
 from atropos_verl.launch.rundir import prepare_run_dir
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from atropos_verl.launch.doctor.main import Subject
     from atropos_verl.launch.launcher_ray import RayLaunch
 
-__all__ = ["build_plan", "load_launch", "load_subject", "main"]
+__all__ = ["build_plan", "load_subject", "main"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, conf
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--cfg", action="store_true")
     parser.add_argument("--config-name")
-    parser.add_argument("--config-dir", type=Path, default=config_dir)
+    parser.add_argument("--config-dir", type=Path, default=config_dir or SHIPPED)
     options, overrides = parser.parse_known_args(words)
     if options.help:
         sys.stdout.write(help_text(options.config_dir) + "\n")
@@ -78,16 +79,8 @@ def _load(
         raise ConfigError(f"{backend!r} is neither local nor ray", "backend")
     if backend == "local":
         return (*load_launch(words, config_dir, config_name or default_name), None)
-    directory = config_dir or _shipped_configs()
-    if directory is None:
-        raise ConfigError("there are no configuration files here (no checkout): give --config-dir", "backend")
-    ray = load_ray_launch(words, directory, config_name)
+    ray = load_ray_launch(words, config_dir or SHIPPED, config_name)
     return ray.config, ray.launch, ray
-
-
-def _shipped_configs() -> Path | None:
-    directory = Path(__file__).resolve().parents[3] / "recipe" / "atropos" / "config"
-    return directory if directory.is_dir() else None
 
 
 def _with_token(config: RunConfig, launch: LaunchConfig) -> RunConfig:
@@ -98,49 +91,12 @@ def _with_token(config: RunConfig, launch: LaunchConfig) -> RunConfig:
     return config.model_copy(update={"atropos": config.atropos.model_copy(update={"token": secrets.token_hex(24)})})
 
 
-def load_launch(
-    overrides: Sequence[str], config_dir: Path | None = None, config_name: str | None = None
-) -> tuple[RunConfig, LaunchConfig]:
-    """Compose and validate both halves of a launch; precedence as ``local.settings.load_config``.
-
-    Raises:
-        ConfigError: names the key.
-    """
-    from atropos_verl.config.composition import compose_values
-
-    for word in overrides:
-        if (key := word.split("=", 1)[0].lstrip("+~")) in MOVED:
-            raise ConfigError(MOVED[key], key)
-    launch_keys = tuple(LaunchConfig.model_fields)
-    known = [*(name for name, *_ in describe_launch()), "environments"]
-    # Without environments: files name their own, and composing merges mappings.
-    schema = {**RunConfig().model_dump(mode="json"), **LaunchConfig().model_dump(mode="json"), "environments": {}}
-    values = compose_values(
-        overrides,
-        config_dir,
-        config_name or "launch_schema",
-        schemas={"launch_schema": schema},
-        extra_keys=known,
-        open_sections=("environments", "trainer_process.env"),
-    )
-    launch = LaunchConfig.from_mapping({key: values.pop(key) for key in launch_keys if key in values})
-    keys = frozenset(word.split("=", 1)[0].lstrip("+~") for word in overrides)
-    values = apply_environment(values, command_line_keys=keys)
-    gateway = dict(values.get("gateway") or {})
-    if launch.starts("trainer") and not gateway.get("api_key"):
-        # Hex: one base64 key in 64 begins with "-", which an environment takes for an option and exits.
-        gateway["api_key"] = secrets.token_hex(24)
-        values["gateway"] = gateway
-    return RunConfig.from_mapping(values), launch
-
-
 def load_subject(words: Sequence[str], config_dir: Path | None, config_name: str | None) -> Subject:
     """What ``doctor`` looks at: the keys of ``train`` and of ``launch``. Raises ``ConfigError``."""
     from atropos_verl.launch.doctor.main import Subject
 
-    directory = config_dir or _shipped_configs()
-    default = "local_demo" if directory is not None and directory == _shipped_configs() else None
-    config, launch, ray = _load(words, directory, config_name, default)
+    default = "local_demo" if config_dir in (None, SHIPPED) else None
+    config, launch, ray = _load(words, config_dir or SHIPPED, config_name, default)
     if config.env.script is not None or config.env.python is not None:  # main_atropos.py's one environment
         one = EnvironmentConfig(script=config.env.script, python=config.env.python, args=config.env.args)
         launch = launch.model_copy(update={"environments": {"environment": one}, "envs": None})
@@ -154,10 +110,9 @@ def build_plan(config: RunConfig, launch: LaunchConfig, ray: RayLaunch | None = 
         ConfigError: parts that are not started here have no URL; a fixed port is taken; see ``make_plan``.
     """
     from atropos_verl.config.model_checks import check_vocabulary
-    from atropos_verl.launch.startup import resolve_model_path
 
     config = _with_token(config, launch)
-    model_path = resolve_model_path(config)
+    model_path = config.resolve_model_path()
     check_vocabulary(config, model_path)
     own_api = config.atropos.api_url is None and launch.starts("api")
     if config.atropos.api_url is None and not launch.starts("api"):

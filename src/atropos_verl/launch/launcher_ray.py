@@ -15,13 +15,12 @@ from typing import Any
 
 from atropos_verl.config.launch_schema import LaunchConfig
 from atropos_verl.config.schema import RunConfig
+from atropos_verl.config.verl_keys import RAY_DEFAULT, compose_run, read_run
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.spec import TrainerProgram
 
-__all__ = ["RAY_DEFAULT", "RayLaunch", "backend_of", "is_launch_key", "load_ray_launch"]
+__all__ = ["RayLaunch", "backend_of", "is_launch_key", "load_ray_launch"]
 
-RAY_DEFAULT = "ray_cpu_demo"
-"""The file that is composed where none is named."""
 _PLAIN = re.compile(r"[A-Za-z0-9_./:@%+-]*")
 
 
@@ -79,9 +78,6 @@ def load_ray_launch(words: Sequence[str], config_dir: Path, config_name: str | N
     """
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
-
-    from atropos_verl.backends.ray.main import compose_run
-    from atropos_verl.backends.ray.settings import read_run
 
     name = config_name or RAY_DEFAULT
     own = tuple(word for word in words if not is_launch_key(word))

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from atropos_verl.config.launch_schema import SuperviseConfig
+from atropos_verl.config.schema import SuperviseConfig
 from atropos_verl.errors import ServiceError
 from atropos_verl.launch.process import GRACE_SECONDS, ManagedProcess, describe_exit
 from atropos_verl.launch.spec import Service

@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from atropos_verl.config.launch_schema import LaunchConfig
+from atropos_verl.config.launch_schema import LaunchConfig, check_keys
 from atropos_verl.config.schema import EnvConfig, EvalConfig, RunConfig
 from atropos_verl.launch.environments import CHILD_ENV, EnvironmentPlan, Site, interpreter, plan_environments
 from atropos_verl.launch.evaluation import evaluations_text
 from atropos_verl.launch.plan import api_spec
 from atropos_verl.launch.process import ServiceSpec
-from atropos_verl.launch.unused_keys import check_keys
 
 __all__ = [
     "Addresses",

@@ -4,30 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
-from pathlib import Path
 
 from atropos_verl.config.schema import RunConfig
-from atropos_verl.errors import ConfigError
 from atropos_verl.http_thread import listen
 
-__all__ = ["gateway_listener", "is_rank_zero", "resolve_model_path"]
+__all__ = ["gateway_listener", "is_rank_zero"]
 
 
 def is_rank_zero() -> bool:
     """True in a plain process and in rank 0 of torchrun."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def resolve_model_path(config: RunConfig) -> Path:
-    """The model directory. Raises ``ConfigError`` naming ``model.path`` when it is not one."""
-    if config.model.path is None:
-        from atropos_verl.assets import demo_model_path
-
-        return demo_model_path()
-    path = Path(config.model.path).expanduser()
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"{path} is not a Hugging Face model directory (no config.json in it)", "model.path")
-    return path.absolute()
 
 
 def gateway_listener(config: RunConfig) -> socket.socket:

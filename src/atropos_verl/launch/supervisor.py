@@ -51,7 +51,7 @@ class Supervisor:
     def __init__(self, plan: LaunchPlan, view: View, clock: Callable[[], float] = time.monotonic) -> None:
         self.plan = plan
         self.view = view
-        supervise = plan.launch.supervise
+        supervise = plan.config.supervise
         self.services = [WatchedService(service, supervise, clock) for service in plan.services]
         self._api = self._one("api")
         self._trainer = self._one("trainer")
@@ -329,7 +329,7 @@ class Supervisor:
     def _watch_for_stall(self) -> None:
         if self._trainer is None or self._trainer.state != "running":
             return
-        now, limit = self._clock(), self.plan.launch.supervise.stall_after
+        now, limit = self._clock(), self.plan.config.supervise.stall_after
         since = max(self._poller.seen.generated_at, self._trainer.started_at, self._steps.last_at or 0.0)
         if self._evaluations.running:
             since = now

@@ -106,7 +106,7 @@ def test_a_bad_timeout_in_the_environment_names_the_variable() -> None:
 
 def test_every_key_is_explained() -> None:
     rows = describe()
-    assert [name for name, _, _, text in rows if not text] == []
+    assert [name for name, _, text in rows if not text] == []
     assert "optim.lr" in {name for name, *_ in rows}
 
 

@@ -9,17 +9,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.launches import LAUNCH
 
-from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig, describe_launch
+from atropos_verl.config.composition import SHIPPED, load_launch
+from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig, describe_launch, unused_when_attached
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
-from atropos_verl.launch.launcher import build_plan, load_launch, main
+from atropos_verl.launch.launcher import build_plan, main
 from atropos_verl.launch.launcher_ray import backend_of
 from atropos_verl.launch.spec import trainer_settings_text
-from atropos_verl.launch.unused_keys import unused_when_attached
 
-CONFIGS = LAUNCH.parent / "config"
+CONFIGS = SHIPPED
 LAUNCH_FILES = sorted(  # those of Ray: test_launch_ray.py
     path.stem
     for path in CONFIGS.glob("*.yaml")
@@ -89,7 +88,7 @@ def test_the_words_of_the_command_line_reach_both_halves() -> None:
     assert config.steps == 7
     assert launch.environments["demo"].weight == 2.5
     assert launch.environments["demo"].env == {"A": "1", "B": "true"}
-    assert launch.supervise.backoff == 3.0
+    assert config.supervise.backoff == 3.0
 
 
 @pytest.mark.parametrize(

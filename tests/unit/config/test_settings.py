@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from atropos_verl.backends.local.main import main
-from atropos_verl.config.composition import help_text, load_config
+from atropos_verl.config.composition import SHIPPED, load_config, train_help
 from atropos_verl.errors import ConfigError
 
-RECIPE = Path(__file__).parents[3] / "recipe" / "atropos" / "config"
+RECIPE = SHIPPED
 
 
 TRAINING_FILES = [RECIPE / "atropos.yaml"]
@@ -75,7 +75,7 @@ def test_command_line_over_environment_over_file(tmp_path: Path, monkeypatch: py
 def test_help_names_every_key_and_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert text.strip() == help_text("python recipe/atropos/main_atropos.py").strip()
+    assert text.strip() == train_help("python recipe/atropos/main_atropos.py").strip()
     for key in ("optim.lr", "atropos.api_url", "batch_max_wait_time", "gateway.port"):
         assert f"\n  {key} " in text
 

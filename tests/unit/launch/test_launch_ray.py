@@ -7,17 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.launches import LAUNCH
 
 from atropos_verl.assets import demo_model_path
-from atropos_verl.backends.ray.main import compose_run
-from atropos_verl.backends.ray.settings import read_run
+from atropos_verl.config.composition import SHIPPED, load_launch
+from atropos_verl.config.verl_keys import compose_run, read_run
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.launcher import build_plan, main
 from atropos_verl.launch.launcher_ray import backend_of, is_launch_key, load_ray_launch
 from atropos_verl.launch.spec import LaunchPlan
 
-CONFIGS = LAUNCH.parent / "config"
+CONFIGS = SHIPPED
 RAY_FILES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if backend_of([], CONFIGS, path.stem) == "ray")
 
 
@@ -54,7 +53,7 @@ def test_the_trainer_is_told_what_the_launch_decided(tmp_path: Path, monkeypatch
     assert len(str(plan.config.gateway.api_key)) == 48
     assert run.settings.eval.commands_file == str(tmp_path / "a run" / "launch" / "evaluations.json")
     assert trainer.restart_words == ("trainer.resume_mode=auto",)
-    assert plan.launch.supervise.stall_after == 9
+    assert plan.config.supervise.stall_after == 9
 
 
 def test_environments_are_given_the_runs_sizes(tmp_path: Path) -> None:
@@ -125,8 +124,6 @@ def test_relative_paths_mean_what_they_mean_where_the_launcher_was_started(
 ) -> None:
     """The trainer runs in the run directory."""
     import shutil
-
-    from atropos_verl.launch.launcher import load_launch
 
     shutil.copytree(demo_model_path(), tmp_path / "models" / "mine")
     monkeypatch.chdir(tmp_path)

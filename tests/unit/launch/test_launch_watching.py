@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from support.serving import eventually
 
-from atropos_verl.config.launch_schema import SuperviseConfig
+from atropos_verl.config.schema import SuperviseConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.diagnosis import diagnose
 from atropos_verl.launch.probes import connected_entries

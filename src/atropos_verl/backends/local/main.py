@@ -19,11 +19,11 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atropos_verl.config.composition import help_text, load_config
+from atropos_verl.config.composition import load_config, train_help
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.exit_codes import exit_code_of
-from atropos_verl.launch.startup import gateway_listener, is_rank_zero, resolve_model_path
+from atropos_verl.launch.startup import gateway_listener, is_rank_zero
 
 if TYPE_CHECKING:
     from atropos_verl.backends.local.intake import Intake
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, conf
     parser.add_argument("--config-dir", type=Path, default=config_dir)
     options, overrides = parser.parse_known_args(words)
     if options.help:
-        sys.stdout.write(help_text("python recipe/atropos/main_atropos.py") + "\n")
+        sys.stdout.write(train_help("python recipe/atropos/main_atropos.py") + "\n")
         return 0
     try:
         config = load_config(overrides, options.config_dir, options.config_name)
@@ -106,7 +106,7 @@ def _serve_rank(config: RunConfig) -> int:
         import_verl(config)
     # Until the ranks have met, whoever ends this one ends it at once: nothing here is worth saving.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    worker = PolicyWorker(config, resolve_model_path(config))
+    worker = PolicyWorker(config, config.resolve_model_path())
     # From now on rank 0 decides: a Ctrl-C reaches every rank, and rank 0 needs this one to save what was trained. When
     # rank 0 dies without a word the connection breaks, and serve() raises.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -150,7 +150,7 @@ class _Run:
         from atropos_verl.config.model_checks import check_vocabulary
         from atropos_verl.launch.plan import env_script
 
-        model_path = resolve_model_path(self.config)
+        model_path = self.config.resolve_model_path()
         check_vocabulary(self.config, model_path)
         find_checkpoint(self.run_dir, self.config.resume)
         if not self.config.is_attached:
@@ -158,7 +158,7 @@ class _Run:
         return model_path
 
     def _attached(self, listener: socket.socket, progress: ProgressReporter) -> int:
-        from atropos_verl.launch.unused_keys import note_of_unused_keys
+        from atropos_verl.config.launch_schema import note_of_unused_keys
         from atropos_verl.protocol.connection import make_client
 
         assert self.config.atropos.api_url is not None

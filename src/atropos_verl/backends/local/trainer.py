@@ -27,7 +27,6 @@ from atropos_verl.backends.local.rollout_data import RolloutData, RunTotals, ste
 from atropos_verl.backends.local.stack import LocalStack, padded_rows
 from atropos_verl.config.schema import RunConfig, apply_environment
 from atropos_verl.errors import ConfigError, DataError
-from atropos_verl.launch.startup import resolve_model_path
 from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.training.advantages import RunningMoments
 from atropos_verl.training.off_policy_book import OffPolicyBook
@@ -73,7 +72,7 @@ class AtroposTrainer:
         self.config = config
         self.reward_fn = reward_fn
         self.run_dir = run_dir or config.resolve_run_dir()
-        self.model_path = resolve_model_path(config)
+        self.model_path = config.resolve_model_path()
         self.intake = intake or Intake(config, self.run_dir, client)
         self.client = self.intake.client
         self.moments = RunningMoments()

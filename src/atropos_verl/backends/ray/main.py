@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atropos_verl.backends.ray.settings import ClusterRun, complete_config, compose_config, read_run, with_environment
+from atropos_verl.config.verl_keys import ClusterRun, compose_run, ray_help, read_run
 from atropos_verl.errors import ConfigError, ServiceError
 from atropos_verl.launch.exit_codes import exit_code_of
 
@@ -25,39 +25,13 @@ if TYPE_CHECKING:
     from atropos_verl.launch.services import LocalServices
     from atropos_verl.report.console import ProgressReporter
 
-__all__ = ["compose_run", "main", "validate_with_verl"]
+__all__ = ["main", "validate_with_verl"]
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 300.0
 """After Ctrl-C: the step on its way, and a checkpoint, are given this long."""
-
-_HELP = """\
-usage: python recipe/atropos/main_atropos.py backend=ray [--config-name NAME] [--config-dir DIR] [--cfg] [key=value ...]
-
-Train on Atropos environments with verl's V1 trainer on Ray. Every key of verl's ppo_trainer is there under its own
-name, and the block atropos beside it. Without atropos.api_url the trajectory API and an environment are started; with
-it only Ray and the inference gateway are.
-
-  -h, --help           this text
-  --config-name NAME   which YAML of the config directory (default: ray_cpu_demo, the demo on two CPU cores)
-  --config-dir DIR     another config directory
-  --cfg                print the composed configuration, every key, and stop
-
-examples:
-  python recipe/atropos/main_atropos.py backend=ray
-  python recipe/atropos/main_atropos.py backend=ray trainer.total_training_steps=100 run_dir=runs/mine
-  python recipe/atropos/main_atropos.py backend=ray trainer.v1.trainer_mode=colocate_async \\
-      atropos.off_policy.max_staleness=null
-  python recipe/atropos/main_atropos.py backend=ray --config-name atropos_ray \\
-      actor_rollout_ref.model.path=/models/mine atropos.api_url=http://localhost:8000 trainer.n_gpus_per_node=8
-  python recipe/atropos/main_atropos.py backend=ray ray_kwargs.ray_init.address=auto
-
-environment variables: ATROPOS_API_URL, ATROPOS_TIMEOUT, ATROPOS_API_TOKEN (over the file, under key=value)
-
-keys of the block atropos (default); verl's are in its documentation and in --cfg:
-"""
 
 
 def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, config_name: str | None = None) -> int:
@@ -66,11 +40,11 @@ def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, conf
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--cfg", action="store_true")
-    parser.add_argument("--config-name", default=config_name or "ray_cpu_demo")
-    parser.add_argument("--config-dir", type=Path, default=config_dir or _default_config_dir())
+    parser.add_argument("--config-name", default=config_name)
+    parser.add_argument("--config-dir", type=Path, default=config_dir)
     options, overrides = parser.parse_known_args(words)
     if options.help:
-        sys.stdout.write(_help())
+        sys.stdout.write(ray_help())
         return 0
     try:
         config = compose_run(overrides, options.config_dir, options.config_name)
@@ -84,38 +58,6 @@ def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, conf
         sys.stdout.write(OmegaConf.to_yaml(config, resolve=True))
         return 0
     return exit_code_of(lambda: _Command(run).execute())
-
-
-def _default_config_dir() -> Path:
-    return Path(__file__).resolve().parents[4] / "recipe" / "atropos" / "config"
-
-
-def _help() -> str:
-    from atropos_verl.backends.ray.settings import ClusterSettings
-    from atropos_verl.config.schema import describe_model
-
-    rows = [(name, text, default) for name, _, default, text in describe_model(ClusterSettings, "atropos.")]
-    width = max(len(name) for name, *_ in rows)
-    return _HELP + "".join(f"  {name:<{width}}  {text} ({default})\n" for name, text, default in rows)
-
-
-def compose_run(overrides: Sequence[str], config_dir: Path, config_name: str) -> Any:
-    """The whole configuration, with the run directory and the model's path filled in."""
-    from omegaconf import open_dict
-
-    config = compose_config(overrides, config_dir, config_name)
-    with_environment(config, overrides)
-    complete_config(config)
-    with open_dict(config):
-        if config.run_dir is None:
-            config.run_dir = time.strftime(f"runs/{config.trainer.experiment_name}-%Y%m%d-%H%M%S")
-        config.run_dir = str(Path(config.run_dir).expanduser().absolute())
-        model = config.actor_rollout_ref.model
-        if model.path is None:
-            from atropos_verl.assets import demo_model_path
-
-            model.path = str(demo_model_path())
-    return config
 
 
 def validate_with_verl(config: Any) -> None:
@@ -166,11 +108,10 @@ class _Command:
         from omegaconf import OmegaConf
 
         from atropos_verl.config.model_checks import check_vocabulary
-        from atropos_verl.launch.startup import resolve_model_path
         from atropos_verl.private_files import write_private
 
         run_dir = self.run.run_dir
-        self.model_path = resolve_model_path(self.run.run)
+        self.model_path = self.run.run.resolve_model_path()
         check_vocabulary(self.run.run, self.model_path, "actor_rollout_ref.")
         if self.run.verl.trainer.resume_mode == "disable" and (run_dir / "metrics.jsonl").exists():
             raise ConfigError(f"{run_dir} already holds a run; choose another, or trainer.resume_mode=auto", "run_dir")
@@ -192,7 +133,7 @@ class _Command:
 
         verl = self.run.verl
         if self.run.is_attached:
-            from atropos_verl.launch.unused_keys import note_of_unused_keys
+            from atropos_verl.config.launch_schema import note_of_unused_keys
             from atropos_verl.protocol.connection import make_client
 
             assert self.run.settings.api_url is not None

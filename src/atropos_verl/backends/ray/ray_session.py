@@ -12,7 +12,7 @@ from typing import Any, Self
 import ray
 
 from atropos_verl.backends.ray.mailbox import make_board
-from atropos_verl.backends.ray.settings import ClusterRun
+from atropos_verl.config.verl_keys import ClusterRun
 from atropos_verl.errors import AtroposVerlError, ServiceError
 
 __all__ = ["RaySession", "set_environment"]

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from atropos_verl.backends.ray.mailbox import BoardClient
-from atropos_verl.backends.ray.settings import ClusterRun, parameter_sync_step, read_run
+from atropos_verl.config.verl_keys import ClusterRun, parameter_sync_step, read_run
 
 __all__ = ["AtroposTaskRunner", "runner_class"]
 

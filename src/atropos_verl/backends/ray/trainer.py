@@ -40,9 +40,9 @@ from atropos_verl.backends.ray.gateway import ClusterGateway
 from atropos_verl.backends.ray.replay import AtroposReplayBuffer, AtroposReplayBufferAsync
 from atropos_verl.backends.ray.reports import cluster_step_report
 from atropos_verl.backends.ray.rollout_phase import ModeGate, Replicas
-from atropos_verl.backends.ray.settings import ClusterRun, parameter_sync_step, read_run
 from atropos_verl.backends.ray.step_batches import Slot
 from atropos_verl.backends.ray.transfer import ADVANTAGES
+from atropos_verl.config.verl_keys import ClusterRun, parameter_sync_step, read_run
 from atropos_verl.errors import TrainingDivergedError
 from atropos_verl.training.weight_sync import AtroposShardingManager
 from atropos_verl.types import StepReport

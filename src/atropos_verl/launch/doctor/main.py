@@ -31,7 +31,6 @@ from atropos_verl.launch.doctor.network import check_api, check_port
 from atropos_verl.launch.doctor.placement import check_placement
 from atropos_verl.launch.doctor.software import check_compiler, check_packages, check_python, requirements_of
 from atropos_verl.launch.environments import interpreter, program_of
-from atropos_verl.launch.startup import resolve_model_path
 
 __all__ = ["Subject", "add_arguments", "examine", "run"]
 
@@ -49,7 +48,7 @@ class Subject:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="*", metavar="key=value", help="settings, as for train and launch")
-    parser.add_argument("--config-name", help="a file of recipe/atropos/config (default: the demo)")
+    parser.add_argument("--config-name", help="a file of the configuration directory (default: the demo)")
     parser.add_argument("--config-dir", type=Path, help="another config directory")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -123,7 +122,7 @@ def _api(subject: Subject) -> Finding:
 def _model_and_disk(subject: Subject) -> list[Finding]:
     config, findings, size = subject.config, [], 0
     try:
-        model_path = resolve_model_path(config)
+        model_path = config.resolve_model_path()
     except (ConfigError, FileNotFoundError) as error:
         findings.append(missing("model", "path", str(error), "set model.path to a Hugging Face directory"))
     else:

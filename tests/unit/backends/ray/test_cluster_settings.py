@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from atropos_verl.backends.ray.main import main, validate_with_verl
-from atropos_verl.backends.ray.settings import complete_config, compose_config, read_run, with_environment
+from atropos_verl.config.composition import SHIPPED
+from atropos_verl.config.launch_schema import note_of_unused_keys
+from atropos_verl.config.verl_keys import complete_config, compose_config, read_run, with_environment
 from atropos_verl.errors import ConfigError
-from atropos_verl.launch.unused_keys import note_of_unused_keys
 
-CONFIG_DIR = Path(__file__).resolve().parents[4] / "recipe" / "atropos" / "config"
+CONFIG_DIR = SHIPPED
 SHIPPED = ["atropos_ray", *sorted(path.stem for path in CONFIG_DIR.glob("ray_*.yaml"))]
 
 
@@ -113,14 +114,14 @@ def test_cfg_prints_everything_and_help_names_the_block(capsys: pytest.CaptureFi
 def test_composing_imports_neither_torch_nor_verl() -> None:
     code = (
         "import sys; from pathlib import Path; "
-        "from atropos_verl.backends.ray.settings import compose_config, read_run; "
+        "from atropos_verl.config.verl_keys import compose_config, read_run; "
         f"read_run(compose_config(['run_dir=/x'], Path({str(CONFIG_DIR)!r}), 'ray_cpu_demo')); "
         "assert not {'torch', 'verl', 'ray'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-SCRIPTS = sorted((CONFIG_DIR.parent).glob("run_ray_*.sh"))
+SCRIPTS = sorted((Path(__file__).resolve().parents[4] / "recipe" / "atropos").glob("run_ray_*.sh"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from atropos_verl.config.composition import SHIPPED, compose_with_hydra, key_of, keys_of
 from atropos_verl.config.schema import (
     AtroposConfig,
     EnvConfig,
@@ -25,13 +27,29 @@ from atropos_verl.config.schema import (
     PositiveInt,
     RunConfig,
     Section,
+    SuperviseConfig,
     apply_environment,
     as_config_error,
+    describe,
     parse_clipping,
 )
 from atropos_verl.errors import ConfigError
 
-__all__ = ["ClusterRun", "ClusterSettings", "complete_config", "compose_config", "read_run", "with_environment"]
+__all__ = [
+    "RAY_DEFAULT",
+    "ClusterRun",
+    "ClusterSettings",
+    "complete_config",
+    "compose_config",
+    "compose_run",
+    "parameter_sync_step",
+    "ray_help",
+    "read_run",
+    "with_environment",
+]
+
+RAY_DEFAULT = "ray_cpu_demo"
+"""The file that is composed where none is named."""
 
 _LOCAL_NAMES = {
     "steps": "trainer.total_training_steps",
@@ -113,14 +131,35 @@ class ClusterRun:
         return str(self.verl.trainer.v1.trainer_mode)
 
 
+def compose_run(overrides: Sequence[str], config_dir: Path | None = None, config_name: str | None = None) -> Any:
+    """The whole configuration with environment variables, the run directory and the model's path filled in.
+
+    Args:
+        config_dir, config_name: the file; None: the package's directory, ``ray_cpu_demo``.
+    """
+    from omegaconf import open_dict
+
+    config = compose_config(overrides, config_dir or SHIPPED, config_name or RAY_DEFAULT)
+    with_environment(config, overrides)
+    complete_config(config)
+    with open_dict(config):
+        if config.run_dir is None:
+            config.run_dir = time.strftime(f"runs/{config.trainer.experiment_name}-%Y%m%d-%H%M%S")
+        config.run_dir = str(Path(config.run_dir).expanduser().absolute())
+        model = config.actor_rollout_ref.model
+        if model.path is None:
+            from atropos_verl.assets import demo_model_path
+
+            model.path = str(demo_model_path())
+    return config
+
+
 def compose_config(overrides: Sequence[str], config_dir: Path, config_name: str) -> Any:
     """Compose a Hydra file over verl's ``ppo_trainer`` with ``key=value`` words. Imports no torch.
 
     Raises:
         ConfigError: names the key that does not exist, or the word that cannot be read.
     """
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -129,16 +168,16 @@ def compose_config(overrides: Sequence[str], config_dir: Path, config_name: str)
         _check_local_name(word)
     # verl's own package directory, found without importing verl (which imports torch).
     search_path = f"hydra.searchpath=[file://{_verl_config_dir()}]"
+    # The files need not spell out every key of these blocks; the schema refuses what it does not know.
+    own = [f"++{word}" if word.startswith(("atropos.", "supervise.")) else word for word in words]
     try:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(config_dir=str(config_dir.absolute()), version_base=None):
-            return compose(config_name=config_name, overrides=[search_path, *map(_allow_own, words)])
+        return compose_with_hydra(config_dir, config_name, [search_path, *own])
     except (HydraException, OmegaConfBaseException) as error:
         raise _named(error, words, config_dir, config_name) from None
 
 
 def complete_config(config: Any) -> None:
-    """What ``trainer.v1.trainer_mode=separate_async`` entails where the embedded engine generates.
+    """Fill in the keys that ``trainer.v1.trainer_mode=separate_async`` needs where the embedded engine generates.
 
     Replicas of their own, weights through Ray's object store, and a mini-batch per local update. Values that were set
     otherwise are kept.
@@ -187,7 +226,7 @@ def with_environment(config: Any, overrides: Sequence[str]) -> None:
     """Put ``ATROPOS_API_URL`` and its like over the file's values, under the command line's."""
     from omegaconf import OmegaConf, open_dict
 
-    keys = frozenset(word.split("=", 1)[0].lstrip("+~") for word in overrides)
+    keys = keys_of(overrides)
     block = OmegaConf.to_container(config.atropos, resolve=True)
     of_gateway = {key.removeprefix("atropos.") for key in keys if key.startswith("atropos.gateway.")}
     sections = {"atropos": block, "gateway": block.get("gateway")}
@@ -202,6 +241,8 @@ def with_environment(config: Any, overrides: Sequence[str]) -> None:
 
 def _as_run_config(config: Any, settings: ClusterSettings) -> RunConfig:
     """The same run in the local backend's words, for the services and the data pipeline that both share."""
+    from omegaconf import OmegaConf
+
     rollout, data = config.actor_rollout_ref.rollout, config.data
     own = set(AtroposConfig.model_fields)
     n_updates = parameter_sync_step(config)
@@ -238,6 +279,7 @@ def _as_run_config(config: Any, settings: ClusterSettings) -> RunConfig:
         "gateway": settings.gateway.model_dump(),
         "env": settings.env.model_dump(),
         "eval": settings.eval.model_dump(),
+        "supervise": OmegaConf.to_container(config.supervise) if "supervise" in config else {},
         "trainer": {
             "device": config.trainer.device if config.trainer.device in ("cpu", "cuda") else "auto",
             "project_name": config.trainer.project_name,
@@ -292,23 +334,18 @@ def _check_verl_keys(config: Any) -> None:
 
 
 def _check_local_name(word: str) -> None:
-    key = word.split("=", 1)[0].lstrip("+~")
+    key = key_of(word)
     if key in _LOCAL_NAMES:
         raise ConfigError(f"a key of the local backend; with backend=ray it is {_LOCAL_NAMES[key]}", key)
     if "=" not in word and not word.startswith("~"):
         raise ConfigError(f"{word!r} is not of the form key=value; --cfg shows all keys")
 
 
-def _allow_own(word: str) -> str:
-    """The files need not spell out every key of ``atropos``; the schema refuses what it does not know."""
-    return f"++{word}" if word.startswith("atropos.") else word
-
-
 def _named(error: Exception, words: Sequence[str], config_dir: Path, config_name: str) -> ConfigError:
     """Hydra's error with the key in front, and the nearest key that exists."""
     lines = str(error).strip().splitlines()
     for word in words:
-        key = word.split("=", 1)[0].lstrip("+~")
+        key = key_of(word)
         if any(f"'{key}'" in line for line in lines):
             near = difflib.get_close_matches(key, _known_keys(config_dir, config_name), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -337,3 +374,37 @@ def _verl_config_dir() -> Path:
     if spec is None or spec.origin is None:
         raise ConfigError("verl is not installed; see the README", "backend")
     return Path(spec.origin).parent / "trainer" / "config"
+
+
+_HELP = """\
+usage: python recipe/atropos/main_atropos.py backend=ray [--config-name NAME] [--config-dir DIR] [--cfg] [key=value ...]
+
+Train on Atropos environments with verl's V1 trainer on Ray. Every key of verl's ppo_trainer is there under its own
+name, and the block atropos beside it. Without atropos.api_url the trajectory API and an environment are started; with
+it only Ray and the inference gateway are.
+
+  -h, --help           this text
+  --config-name NAME   which YAML of the config directory (default: ray_cpu_demo, the demo on two CPU cores)
+  --config-dir DIR     another config directory
+  --cfg                print the composed configuration, every key, and stop
+
+examples:
+  python recipe/atropos/main_atropos.py backend=ray
+  python recipe/atropos/main_atropos.py backend=ray trainer.total_training_steps=100 run_dir=runs/mine
+  python recipe/atropos/main_atropos.py backend=ray trainer.v1.trainer_mode=colocate_async \\
+      atropos.off_policy.max_staleness=null
+  python recipe/atropos/main_atropos.py backend=ray --config-name atropos_ray \\
+      actor_rollout_ref.model.path=/models/mine atropos.api_url=http://localhost:8000 trainer.n_gpus_per_node=8
+  python recipe/atropos/main_atropos.py backend=ray ray_kwargs.ray_init.address=auto
+
+environment variables: ATROPOS_API_URL, ATROPOS_TIMEOUT, ATROPOS_API_TOKEN (over the file, under key=value)
+
+keys of the block atropos, and supervise (default); verl's are in its documentation and in --cfg:
+"""
+
+
+def ray_help() -> str:
+    """The text of ``--help`` with ``backend=ray``."""
+    rows = [*describe(ClusterSettings, "atropos."), *describe(SuperviseConfig, "supervise.")]
+    width = max(len(name) for name, *_ in rows)
+    return _HELP + "".join(f"  {name:<{width}}  {text} ({default})\n" for name, default, text in rows)
