@@ -17,6 +17,9 @@
     ├── WeightSyncError                       the engine does not hold the trainer's weights (canary)
     ├── TrainingDivergedError                 a loss or gradient that is not finite
     ├── CheckpointError                       a checkpoint that cannot be written or read
+    ├── StorageError                          records that must survive the process
+    │   ├── StorageWriteError                          the disk refused: nothing was stored
+    │   └── StorageDamagedError                        the file cannot be used: damaged, or another process holds it
     └── ServiceError                          a process of the run died or never became ready
 
 Every class can be pickled with its attributes (they cross process boundaries under Ray): attributes are set by
@@ -41,6 +44,9 @@ __all__ = [
     "EngineStoppedError",
     "GenerationRequestError",
     "ServiceError",
+    "StorageDamagedError",
+    "StorageError",
+    "StorageWriteError",
     "TrainingDivergedError",
     "UnsupportedFieldError",
     "WeightSyncError",
@@ -150,6 +156,18 @@ class TrainingDivergedError(AtroposVerlError):
 
 class CheckpointError(AtroposVerlError):
     """A checkpoint could not be written or read."""
+
+
+class StorageError(AtroposVerlError):
+    """Records that must survive the process cannot be stored or read."""
+
+
+class StorageWriteError(StorageError):
+    """The disk refused a write (full, no permission): nothing was stored."""
+
+
+class StorageDamagedError(StorageError):
+    """The file cannot be used: it is damaged, is something else, or another process holds it."""
 
 
 class ServiceError(AtroposVerlError):

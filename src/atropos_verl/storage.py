@@ -1,34 +1,373 @@
-"""Files that are either whole or not there."""
+"""Files that survive the process: atomic writes, and ``RecordStore``, a small transactional store on SQLite.
+
+A ``RecordStore`` is one database in WAL mode. Any SQLite tool can open it. Each table holds ``key``, ``value`` and the
+XXH3 ``checksum`` of the value. One thread writes. It commits all changes that wait at once, so callers share a
+transaction and, with ``fsync``, a wait for the disk. The same thread moves the WAL into the database.
+
+=================== ===============================================================================================
+the process dies    Every change whose future is done is there after the restart.
+the power fails     With ``fsync`` the same holds. Without, the newest changes may be lost.
+the disk is full    The change fails with ``StorageWriteError`` and is not stored, nor is any change after it until
+                    ``recover`` is called.
+a value is damaged  The row is named and moved to the table ``damaged`` at the next start.
+a network disk      A warning says what still holds.
+=================== ===============================================================================================
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import logging
 import os
+import queue
 import secrets
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final, TypeAlias
 
-__all__ = ["write_atomically"]
+import xxhash
+
+from atropos_verl.errors import StorageDamagedError, StorageWriteError
+
+__all__ = ["Change", "Key", "RecordStore", "network_file_system", "sync_directory", "write_atomic"]
+
+logger = logging.getLogger(__name__)
+
+Key: TypeAlias = int | str
+Change: TypeAlias = tuple[str, Key, bytes | None]
+"""Table, key, and the new value. None deletes the row."""
+
+_VERSION: Final = 1
+_PAGE_BYTES: Final = 32 * 2**10
+"""Measured with a group of 544 KB and four small rows: 0.25 ms to store, p90 1.2 ms. Pages of 4 KiB: 0.40, p90 5.5."""
+_CHECKPOINT_BYTES: Final = 64 * 2**20
+_IDLE_CHECKPOINT_BYTES: Final = 8 * 2**20
+_IDLE_SECONDS: Final = 0.25
+_NETWORK_TYPES: Final = frozenset(
+    [
+        "9p",
+        "afs",
+        "beegfs",
+        "ceph",
+        "cifs",
+        "fuse.ceph",
+        "fuse.glusterfs",
+        "fuse.sshfs",
+        "glusterfs",
+        "gpfs",
+        "lustre",
+        "nfs",
+        "nfs4",
+        "smb3",
+        "smbfs",
+    ]
+)
 
 
-def write_atomically(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Write ``content`` to ``path``: a reader, and a machine that stops half-way, sees the old file or the new one.
+def write_atomic(path: Path, data: bytes | str, *, private: bool = False, durable: bool = False) -> None:
+    """Replace ``path`` with ``data``: a reader sees the old file or the new one, also when the process dies half-way.
 
     Args:
-        durable: wait until it is on the disk.
+        private: only the owner can read the file (mode 0600).
+        durable: return after the file is on the disk.
 
     Raises:
-        OSError: the disk is full, the directory missing or not writable; nothing is left behind then.
+        OSError: the disk is full, or the directory is missing or not writable. The old file stays.
     """
-    # In the same directory: a rename is atomic within one file system only. Not tempfile, whose files are private.
+    # A rename is atomic only within one file system. Hence no tempfile, which may be on another one.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("xb") as file:
-            file.write(content)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+        with open(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(path)
+        if durable:
+            sync_directory(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def sync_directory(directory: Path) -> None:
+    """Wait until the names in ``directory`` are on the disk. Raises ``OSError``."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def network_file_system(path: Path, mounts: str | None = None) -> str | None:
+    """The type of the network file system that holds ``path``, or None on a local disk.
+
+    ``mounts``: the text of ``/proc/self/mountinfo``, for tests.
+    """
+    if mounts is None:
+        try:
+            mounts = Path("/proc/self/mountinfo").read_text()
+        except OSError:
+            return None
+    resolved, longest, kind = path.resolve(), -1, ""
+    for line in mounts.splitlines():
+        before, _, after = line.partition(" - ")
+        point = Path(before.split()[4].replace("\\040", " "))
+        if resolved.is_relative_to(point) and len(point.parts) >= longest:
+            longest, kind = len(point.parts), after.split()[0]
+    return kind if kind in _NETWORK_TYPES else None
+
+
+@dataclass(slots=True)
+class _Job:
+    changes: Sequence[Change]
+    recovers: bool = False
+    done: Future[None] = field(default_factory=Future)
+
+
+class RecordStore:
+    """Key-value tables in one SQLite file. One process at a time. ``write`` may be called from any thread.
+
+    Args:
+        path: the database. Its directory is made when it is missing.
+        tables: name → type of the key, ``int`` or ``str``.
+        owner: who uses the store, for messages.
+        fsync: a write is done when it is on the disk. Otherwise it survives the process, but not a power failure.
+
+    Raises:
+        StorageDamagedError: another process uses the directory, or the file is no store of this version.
+        StorageWriteError: the file cannot be made.
+    """
+
+    def __init__(self, path: Path, tables: Mapping[str, type[int] | type[str]], *, owner: str, fsync: bool = False):
+        self.path = path
+        self.damaged: list[tuple[str, Key]] = []
+        """Rows that ``read`` has moved aside: table and key."""
+        self._owner = owner
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._failure: StorageWriteError | None = None
+        self._unmoved_bytes = 0
+        self._closed = False
+        self._lock = self._take_lock()
+        try:
+            self._db = self._open(tables, fsync)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self._thread = threading.Thread(target=self._run, name=f"{owner} storage", daemon=True)
+        self._thread.start()
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk."""
+        files = (self.path, self.path.with_name(f"{self.path.name}-wal"))
+        return sum(file.stat().st_size for file in files if file.exists())
+
+    def read(self, table: str) -> Iterator[tuple[Key, bytes]]:
+        """Rows in the order of their keys. Read only before the first write, or after ``recover``.
+
+        A row whose value does not match its checksum is logged, moved to the table ``damaged``, and not returned.
+
+        Raises:
+            StorageDamagedError: the database itself cannot be read.
+        """
+        bad: list[Key] = []
+        try:
+            for key, value, checksum in self._db.execute(f"SELECT key, value, checksum FROM {table} ORDER BY key"):
+                if isinstance(value, bytes) and _checksum(value) == checksum:
+                    yield key, value
+                else:
+                    bad.append(key)
+            for key in bad:
+                self._set_aside(table, key)
+        except sqlite3.DatabaseError as error:
+            raise self._unreadable(error) from error
+
+    def get(self, table: str, key: Key) -> bytes | None:
+        """The value of one row, without a check. The rule of ``read`` holds."""
+        row = self._db.execute(f"SELECT value FROM {table} WHERE key = ?", (key,)).fetchone()
+        return None if row is None else bytes(row[0])
+
+    def write(self, changes: Sequence[Change]) -> Future[None]:
+        """Store all ``changes`` or none. The future is done when they are stored; changes are stored in call order.
+
+        The future raises ``StorageWriteError`` when the disk refuses, or when an earlier write was refused since the
+        last ``recover``.
+        """
+        return self._submit(_Job(changes))
+
+    def recover(self) -> None:
+        """Wait for the writes so far, then accept writes again after one was refused."""
+        self._submit(_Job((), recovers=True)).result()
+
+    def close(self) -> None:
+        """Finish the writes that wait, and let go of the directory. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._jobs.put(None)
+        self._thread.join()
+        try:
+            self._db.close()
+        except sqlite3.Error as error:
+            logger.warning("closing %s: %s", self.path, error)
+        os.close(self._lock)
+
+    # --- opening -----------------------------------------------------------------------------------------------------
+
+    def _take_lock(self) -> int:
+        directory = self.path.parent
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise StorageWriteError(f"cannot use data directory {directory}: {error.strerror}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(lock, 200).decode(errors="replace").strip() or "unknown"
+            os.close(lock)
+            raise StorageDamagedError(
+                f"data directory {directory} is in use by another process ({holder}); end it, or choose another one"
+            ) from error
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{self._owner}, pid {os.getpid()}\n".encode(), 0)
+        return lock
+
+    def _open(self, tables: Mapping[str, type[int] | type[str]], fsync: bool) -> sqlite3.Connection:
+        network = network_file_system(self.path.parent)
+        try:
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            # Autocommit: transactions begin and end where this class says so.
+            db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        except (OSError, sqlite3.Error) as error:
+            raise StorageWriteError(f"cannot open {self.path}: {error}") from error
+        try:
+            db.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
+            if network is not None:
+                # WAL needs shared memory unless one process holds the file alone.
+                db.execute("PRAGMA locking_mode = EXCLUSIVE")
+                logger.warning(
+                    "%s is on a network file system (%s): the death of this process loses nothing, but the death of "
+                    "this machine or of the network may damage the file, and a second machine may not see the lock. "
+                    "Move the directory to a local disk",
+                    self.path,
+                    network,
+                )
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute(f"PRAGMA synchronous = {'FULL' if fsync else 'NORMAL'}")
+            db.execute("PRAGMA wal_autocheckpoint = 0")
+            db.execute(f"PRAGMA journal_size_limit = {_CHECKPOINT_BYTES}")
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, _VERSION):
+                raise StorageDamagedError(f"{self.path} is of version {version}; this program reads {_VERSION}")
+            db.execute(f"PRAGMA user_version = {_VERSION}")
+            for name, kind in tables.items():
+                key = "key INTEGER PRIMARY KEY" if kind is int else "key TEXT PRIMARY KEY"
+                rest = "" if kind is int else " WITHOUT ROWID"
+                columns = f"{key}, value BLOB NOT NULL, checksum INTEGER NOT NULL"
+                db.execute(f"CREATE TABLE IF NOT EXISTS {name} ({columns}){rest}")
+            db.execute("CREATE TABLE IF NOT EXISTS damaged (source TEXT, key, value BLOB, checksum INTEGER)")
+        except sqlite3.DatabaseError as error:
+            db.close()
+            raise self._write_error(error) if _is_full(error) else self._unreadable(error) from error
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _set_aside(self, table: str, key: Key) -> None:
+        self.damaged.append((table, key))
+        logger.error("%s: row %r of table %s is damaged; it was moved to the table 'damaged'", self.path, key, table)
+        self._db.execute("BEGIN IMMEDIATE")
+        self._db.execute(f"INSERT INTO damaged SELECT '{table}', * FROM {table} WHERE key = ?", (key,))
+        self._db.execute(f"DELETE FROM {table} WHERE key = ?", (key,))
+        self._db.execute("COMMIT")
+
+    def _unreadable(self, error: sqlite3.Error) -> StorageDamagedError:
+        return StorageDamagedError(
+            f"{self.path} is damaged, or is not a database of this {self._owner} ({error}); restore it from a backup, "
+            f"try 'sqlite3 {self.path.name} .recover', or move it away to start anew"
+        )
+
+    # --- the writer thread -------------------------------------------------------------------------------------------
+
+    def _submit(self, job: _Job) -> Future[None]:
+        job.done.set_running_or_notify_cancel()  # a caller that is cancelled does not undo a write
+        if self._closed:
+            job.done.set_exception(StorageWriteError(f"{self.path} is closed"))
+        else:
+            self._jobs.put(job)
+        return job.done
+
+    def _run(self) -> None:
+        closing = False
+        while not closing:
+            group: list[_Job] = []
+            with contextlib.suppress(queue.Empty):
+                job = self._jobs.get(timeout=_IDLE_SECONDS)
+                while job is not None:
+                    group.append(job)
+                    job = self._jobs.get_nowait()
+                closing = True
+            self._process(group)
+            if self._unmoved_bytes > (_CHECKPOINT_BYTES if group else _IDLE_CHECKPOINT_BYTES):
+                self._move_wal()
+
+    def _process(self, group: list[_Job]) -> None:
+        changes = [change for job in group for change in job.changes]
+        together = self._failure is None and (not changes or self._commit(changes) is None)
+        for job in group:  # one by one, where that failed: those before the one that fails are stored
+            if job.recovers:
+                self._failure = None
+            elif not together and self._failure is None:
+                self._failure = self._commit(job.changes)
+            if self._failure is None:
+                job.done.set_result(None)
+            else:
+                job.done.set_exception(self._failure)
+
+    def _commit(self, changes: Sequence[Change]) -> StorageWriteError | None:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            for table, key, value in changes:
+                if value is None:
+                    self._db.execute(f"DELETE FROM {table} WHERE key = ?", (key,))
+                else:
+                    self._db.execute(f"REPLACE INTO {table} VALUES (?, ?, ?)", (key, value, _checksum(value)))
+                self._unmoved_bytes += len(value or b"") + _PAGE_BYTES
+            self._db.execute("COMMIT")
+        except Exception as error:  # noqa: BLE001 - the thread's boundary: the futures carry it to the callers
+            with contextlib.suppress(sqlite3.Error):
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+            return self._write_error(error)
+        return None
+
+    def _write_error(self, error: Exception) -> StorageWriteError:
+        advice = f"; free some space in {self.path.parent}" if _is_full(error) else ""
+        return StorageWriteError(f"cannot write {self.path}: {error}{advice}")
+
+    def _move_wal(self) -> None:
+        """Copy the WAL into the database, so that the next write begins the WAL anew."""
+        self._unmoved_bytes = 0
+        try:
+            self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        except sqlite3.Error as error:
+            logger.warning("%s: its WAL stays as long as it is: %s", self.path, error)
+
+
+def _checksum(value: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(value) >> 1  # SQLite's integers are signed
+
+
+def _is_full(error: Exception) -> bool:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)

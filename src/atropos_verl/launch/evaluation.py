@@ -20,7 +20,7 @@ from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.environments import Site, evaluation_spec
 from atropos_verl.launch.process import ManagedProcess, ServiceSpec
-from atropos_verl.private_files import write_private
+from atropos_verl.storage import write_atomic
 from atropos_verl.training.step import held_out_score
 
 __all__ = ["EvaluationWatch", "LaunchedEvaluations", "evaluations_text"]
@@ -150,7 +150,7 @@ class LaunchedEvaluations:
 
     def _say(self, running: str | None) -> None:
         self._progress.parent.mkdir(parents=True, exist_ok=True)
-        write_private(self._progress, json.dumps({"running": running, "scores": self._scores}))
+        write_atomic(self._progress, json.dumps({"running": running, "scores": self._scores}), private=True)
 
 
 class EvaluationWatch:

@@ -21,7 +21,7 @@ import psutil
 
 from atropos_verl.errors import ServiceError
 from atropos_verl.launch import orphan_reaper as watcher
-from atropos_verl.private_files import write_private
+from atropos_verl.storage import write_atomic
 
 __all__ = ["ManagedProcess", "ProcessSet", "ServiceSpec", "describe_exit"]
 
@@ -104,7 +104,7 @@ class ManagedProcess:
             self.spec.log_path.parent.mkdir(parents=True, exist_ok=True)
             for path, content in self.spec.files.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_private(path, content)
+                write_atomic(path, content, private=True)
             with open(self.spec.log_path, "ab", opener=_private) as log:
                 self._log_start = log.tell()
                 self._process = subprocess.Popen(

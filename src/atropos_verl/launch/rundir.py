@@ -14,7 +14,7 @@ from atropos_verl.errors import ConfigError
 from atropos_verl.launch.probes import Seen
 from atropos_verl.launch.progress import StepTail
 from atropos_verl.launch.spec import LaunchPlan, evaluations_path, trainer_settings_path, trainer_settings_text
-from atropos_verl.private_files import write_private
+from atropos_verl.storage import write_atomic
 
 __all__ = ["DISK_FULL_BYTES", "compose_state", "prepare_run_dir", "write_state"]
 
@@ -32,11 +32,11 @@ def prepare_run_dir(plan: LaunchPlan) -> None:
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         (run_dir / "launch").mkdir(exist_ok=True)
-        write_private(run_dir / "plan.json", json.dumps(plan.describe(), indent=1) + "\n")
+        write_atomic(run_dir / "plan.json", json.dumps(plan.describe(), indent=1) + "\n", private=True)
         if plan.settings_file:
-            write_private(trainer_settings_path(run_dir), trainer_settings_text(plan.config))
+            write_atomic(trainer_settings_path(run_dir), trainer_settings_text(plan.config), private=True)
         if plan.evaluations is not None:
-            write_private(evaluations_path(run_dir), plan.evaluations)
+            write_atomic(evaluations_path(run_dir), plan.evaluations, private=True)
     except OSError as error:
         raise ConfigError(f"cannot write to {run_dir}: {error.strerror or error}", "run_dir") from error
     if (free := shutil.disk_usage(run_dir).free) < DISK_FULL_BYTES:
@@ -80,4 +80,4 @@ def compose_state(
 
 def write_state(run_dir: Path, state: dict[str, Any]) -> None:
     """Replace ``state.json``; a reader sees the old one or the new one. Raises ``OSError``."""
-    write_private(run_dir / "state.json", json.dumps(state, default=str))
+    write_atomic(run_dir / "state.json", json.dumps(state, default=str), private=True)

@@ -14,7 +14,7 @@ from atropos_verl.errors import ConfigError
 from atropos_verl.report.console import summary_rows
 from atropos_verl.report.format import count, decimal, duration, seconds
 from atropos_verl.report.run_data import RunData, load_run
-from atropos_verl.storage import write_atomically
+from atropos_verl.storage import write_atomic
 
 __all__ = ["add_arguments", "run"]
 
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace, console: Console | None = None) -> int:
         from atropos_verl.report.run_page import render_page
 
         try:
-            write_atomically(options.html, render_page(runs).encode())
+            write_atomic(options.html, render_page(runs))
         except OSError as error:
             raise ConfigError(f"cannot write {options.html}: {error.strerror}", "--html") from None
         console.print(f"page: {options.html}", markup=False, highlight=False, soft_wrap=True)

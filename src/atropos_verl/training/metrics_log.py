@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from atropos_verl.storage import write_atomically
+from atropos_verl.storage import write_atomic
 from atropos_verl.types import StepReport
 
 __all__ = ["MetricsLog", "write_summary"]
@@ -72,7 +72,7 @@ class MetricsLog:
         logger.info(
             "%s: %d of %d lines are after step %d and removed", self.path, len(lines) - len(kept), len(lines), step
         )
-        write_atomically(self.path, "".join(f"{line}\n" for line in kept).encode())
+        write_atomic(self.path, "".join(f"{line}\n" for line in kept), durable=True)
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
@@ -83,7 +83,7 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
         OSError: it cannot be written.
     """
     text = json.dumps(_finite(summary), indent=2, allow_nan=False, default=_plain)
-    write_atomically(path, (text + "\n").encode())
+    write_atomic(path, text + "\n", durable=True)
 
 
 def _is_step_up_to(line: str, step: int) -> bool:

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from atropos_verl.errors import DataError
-from atropos_verl.storage import write_atomically
+from atropos_verl.storage import write_atomic
 from atropos_verl.types import QuarantinedGroup, ScoredGroup
 
 __all__ = ["QuarantineEntry", "QuarantineStore", "parse_quarantine_file"]
@@ -76,7 +76,7 @@ class QuarantineStore:
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / f"{group_id}.json"
         # Not durable: a hostile environment can fill thousands of these a minute, and a lost one does no harm.
-        write_atomically(path, msgspec.json.encode(content) + b"\n", durable=False)
+        write_atomic(path, msgspec.json.encode(content) + b"\n")
         return path
 
 

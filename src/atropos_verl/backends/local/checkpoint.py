@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atropos_verl.errors import CheckpointError, ConfigError
+from atropos_verl.storage import write_atomic
 
 if TYPE_CHECKING:
     from atropos_verl.backends.local.trainer import AtroposTrainer
@@ -52,8 +52,8 @@ def save_checkpoint(trainer: AtroposTrainer, extra: dict[str, Any] | None = None
     try:
         directory.mkdir(parents=True, exist_ok=True)
         trainer.stack.worker.save_checkpoint(directory / "actor", trainer.step)
-        _write_atomically(directory / _STATE, json.dumps(state, indent=1))
-        _write_atomically(root / _TRACKER, str(trainer.step))
+        write_atomic(directory / _STATE, json.dumps(state, indent=1), durable=True)
+        write_atomic(root / _TRACKER, str(trainer.step), durable=True)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise CheckpointError(f"cannot write the checkpoint {directory}: {error}") from error
     trainer.batches.discard_through(trainer.step)
@@ -104,15 +104,6 @@ def load_checkpoint(trainer: AtroposTrainer, directory: Path) -> dict[str, Any]:
     for key, value in state["totals"].items():
         setattr(trainer.totals, key, value)
     return state
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _remove_old(root: Path, keep: int | None) -> None:

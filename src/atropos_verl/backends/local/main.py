@@ -276,14 +276,16 @@ class _Run:
         progress.note(f"held-out mean reward {label} training: {told}")
 
     def _prepare_run_dir(self) -> None:
-        from atropos_verl.private_files import write_private
+        from atropos_verl.storage import write_atomic
 
         metrics = self.run_dir / "metrics.jsonl"
         if self.config.resume == "disable" and metrics.exists():
             raise ConfigError(f"{self.run_dir} already holds a run; choose another, or resume=auto", "run_dir")
         try:
             (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)
-            write_private(self.run_dir / "config.json", json.dumps(self.config.model_dump(mode="json"), indent=2))
+            write_atomic(
+                self.run_dir / "config.json", json.dumps(self.config.model_dump(mode="json"), indent=2), private=True
+            )
         except OSError as error:
             raise ConfigError(f"cannot write to {self.run_dir}: {error.strerror}", "run_dir") from error
         handler = logging.FileHandler(self.run_dir / "logs" / "trainer.log")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from atropos_verl.backends.ray.step_batches import Slot
 from atropos_verl.errors import CheckpointError
-from atropos_verl.storage import write_atomically
+from atropos_verl.storage import write_atomic
 from atropos_verl.training.advantages import RunningMoments
 
 __all__ = ["ClusterState", "load_state", "save_state"]
@@ -46,7 +46,7 @@ def save_state(directory: Path, state: ClusterState, step: int) -> None:
     body = {"step": step, "policy_version": step, "moments": state.moments.state_dict(), "totals": state.totals}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / _STATE, json.dumps(body, indent=1).encode())
+        write_atomic(directory / _STATE, json.dumps(body, indent=1), durable=True)
     except OSError as error:
         raise CheckpointError(f"cannot write {directory / _STATE}: {error.strerror}") from error
 

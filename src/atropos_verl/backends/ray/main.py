@@ -108,7 +108,7 @@ class _Command:
         from omegaconf import OmegaConf
 
         from atropos_verl.config.model_checks import check_vocabulary
-        from atropos_verl.private_files import write_private
+        from atropos_verl.storage import write_atomic
 
         run_dir = self.run.run_dir
         self.model_path = self.run.run.resolve_model_path()
@@ -117,7 +117,7 @@ class _Command:
             raise ConfigError(f"{run_dir} already holds a run; choose another, or trainer.resume_mode=auto", "run_dir")
         try:
             (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-            write_private(run_dir / "config.yaml", OmegaConf.to_yaml(self.run.verl, resolve=True))
+            write_atomic(run_dir / "config.yaml", OmegaConf.to_yaml(self.run.verl, resolve=True), private=True)
         except OSError as error:
             raise ConfigError(f"cannot write to {run_dir}: {error.strerror}", "run_dir") from error
         validate_with_verl(self.run.verl)
