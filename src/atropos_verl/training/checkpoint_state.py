@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from atropos_verl.errors import CheckpointError, ConfigError
-from atropos_verl.storage import write_atomically
+from atropos_verl.storage import write_atomic
 from atropos_verl.training.advantages import RunningMoments
 from atropos_verl.training.step import RunTotals
 
@@ -45,7 +45,7 @@ class RunState:
         """Writes ``directory/atropos.json``, with ``notes`` for readers. Raises ``CheckpointError``."""
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            write_atomically(directory / _STATE, json.dumps({**asdict(self), **notes}, indent=1).encode())
+            write_atomic(directory / _STATE, json.dumps({**asdict(self), **notes}, indent=1), durable=True)
         except OSError as error:
             raise CheckpointError(f"cannot write the checkpoint {directory}: {error}") from error
 
@@ -99,7 +99,7 @@ def finish_checkpoint(directory: Path, step: int, keep: int | None) -> None:
     """
     root = directory.parent
     try:
-        write_atomically(root / _TRACKER, str(step).encode())
+        write_atomic(root / _TRACKER, str(step), durable=True)
     except OSError as error:
         raise CheckpointError(f"cannot write the checkpoint {directory}: {error}") from error
     if keep is not None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from atropos_verl.storage import write_atomically
+from atropos_verl.storage import write_atomic
 from atropos_verl.types import FloatArray, StepReport
 
 __all__ = [
@@ -189,7 +189,7 @@ class MetricsLog:
         logger.info(
             "%s: %d of %d lines are after step %d and removed", self.path, len(lines) - len(kept), len(lines), step
         )
-        write_atomically(self.path, "".join(f"{line}\n" for line in kept).encode())
+        write_atomic(self.path, "".join(f"{line}\n" for line in kept), durable=True)
 
 
 class StepLog:
@@ -320,7 +320,7 @@ def write_summary(
         "run_dir": run_dir,
     }
     text = json.dumps(_finite(summary), indent=2, allow_nan=False, default=_plain)
-    write_atomically(run_dir / "summary.json", (text + "\n").encode())
+    write_atomic(run_dir / "summary.json", text + "\n", durable=True)
     return {**summary, "run_dir": str(run_dir)}
 
 
