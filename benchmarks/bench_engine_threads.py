@@ -23,8 +23,7 @@ from typing import Any
 
 import torch
 
-from atropos_verl.engine.model_runner import ModelRunner
-from atropos_verl.engine.threads import engine_threads, multiply_adds_per_layer
+from atropos_verl.engine.runner import ModelRunner, engine_threads, multiply_adds_per_layer
 
 CONTEXT = 128
 

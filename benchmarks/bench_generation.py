@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from atropos_verl.engine.threads import engine_threads
+from atropos_verl.engine.runner import engine_threads
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 

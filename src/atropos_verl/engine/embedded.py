@@ -1,7 +1,7 @@
 """The embedded inference engine: continuous batching over any Hugging Face causal language model, in this process.
 
-``engine_loop`` has the thread and its protocol, ``continuous_batch`` what a step does, ``model_runner`` the forwards,
-``kv_slots`` the cache, ``sampling`` the draws, ``scheduler`` the queue.
+``requests`` has what is asked for, ``scheduler`` the queue and the thread, ``runner`` the forwards, ``kv_cache`` the
+cache, ``sampling`` the draws, ``weights`` the tensors.
 
 transformers ships a continuous-batching manager. It is not used because it seeds per process rather than per request,
 takes logprobs after top-p, keeps no policy version and cannot stop at a token boundary; on a CPU it also warms up for
@@ -10,27 +10,28 @@ takes logprobs after top-p, keeps no policy version and cannot stop at a token b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import asyncio
+import contextlib
+import copy
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
-from atropos_verl.engine.blocking_api import EngineFront
-from atropos_verl.engine.engine_loop import EngineLoop
 from atropos_verl.engine.gate import RequestGate
-from atropos_verl.engine.model_runner import ModelRunner, check_supported
+from atropos_verl.engine.requests import EngineLimits, EngineStats, Ticket, validate
+from atropos_verl.engine.runner import ModelRunner, check_supported
 from atropos_verl.engine.sampling import effective_temperature
-from atropos_verl.engine.scheduler import EngineLimits, EngineStats, Ticket
-from atropos_verl.engine.weight_staging import SpareWeights
-from atropos_verl.engine.weights import WeightStore
+from atropos_verl.engine.scheduler import Scheduler
 from atropos_verl.errors import EngineError, GenerationRequestError, WeightSyncError
-from atropos_verl.types import GenerationDelta, GenerationRequest
+from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
 
 __all__ = ["TransformersEngine"]
 
 
-class TransformersEngine(EngineFront[Ticket]):
+class TransformersEngine:
     """``InferenceEngine`` in this process. Safe to call from several threads and event loops.
 
     Args:
@@ -51,8 +52,6 @@ class TransformersEngine(EngineFront[Ticket]):
         max_prefill_tokens: padded prompt tokens of one prefill at most (a longer prompt goes alone), which bounds how
             long a newcomer delays the sequences that are running.
         wait_timeout: seconds ``compute_logprobs`` and the weight and memory calls wait for a token boundary.
-        weights: where the model's weights are kept; None: in memory of this process.
-        after_step: called in the engine's thread after each of its steps, and once more at its end.
 
     Raises:
         EngineError: an architecture it cannot run exactly (``check_supported``), or limits that leave no room.
@@ -74,8 +73,6 @@ class TransformersEngine(EngineFront[Ticket]):
         seed: int = 0,
         max_prefill_tokens: int = 8192,
         wait_timeout: float = 300.0,
-        weights: WeightStore | None = None,
-        after_step: Callable[[], None] = lambda: None,
     ) -> None:
         if max_running < 1:
             raise EngineError(f"max_running is {max_running}: give at least one KV slot")
@@ -85,7 +82,6 @@ class TransformersEngine(EngineFront[Ticket]):
         self.tokenizer = tokenizer
         self.gate = gate if gate is not None else RequestGate()
         self._runner = ModelRunner(self.model, max_context_len=context)
-        self._weights = weights if weights is not None else WeightStore.of_model(self.model)
         self._limits = EngineLimits(
             max_context_len=context,
             vocab_size=self._runner.vocab_size,
@@ -94,11 +90,9 @@ class TransformersEngine(EngineFront[Ticket]):
         self._release_weights = release_weights
         self._keep_kv = keep_kv
         self._wait_timeout = wait_timeout
-        self._spare: SpareWeights | None = None
-        self._policy_version = -1
-        self._loop = EngineLoop(
+        self._staged: ModelRunner | None = None
+        self._scheduler = Scheduler(
             self._runner,
-            self._weights,
             self.gate,
             limits=self._limits,
             tokenizer=tokenizer,
@@ -106,10 +100,8 @@ class TransformersEngine(EngineFront[Ticket]):
             max_prefill_tokens=max_prefill_tokens,
             num_threads=num_threads,
             seed=seed,
-            policy_version=lambda: self._policy_version,
-            after_step=after_step,
         )
-        self._loop.start()
+        self._scheduler.start()
 
     @classmethod
     def from_pretrained(
@@ -133,7 +125,7 @@ class TransformersEngine(EngineFront[Ticket]):
     @property
     def policy_version(self) -> int:
         """Version of the weights it holds; -1 before the first update from a trainer."""
-        return self._policy_version
+        return self._scheduler.policy_version
 
     @property
     def max_context_len(self) -> int:
@@ -148,27 +140,77 @@ class TransformersEngine(EngineFront[Ticket]):
     @property
     def weights_ready(self) -> bool:
         """False from ``release_memory_occupation`` (or an update that failed half-way) to the next full update."""
-        return self._weights.ready
+        return self._runner.weights.ready
 
     def stats(self) -> EngineStats:
         """Counters since the start, and what it holds now."""
-        return self._loop.stats()
+        return self._scheduler.stats()
 
     # -- generation --------------------------------------------------------------------------------------------------
 
     def check_alive(self) -> None:
-        """See ``EngineFront``."""
-        self._loop.refuse_stopped()
+        """Raise ``EngineStoppedError`` with the first cause when the engine is gone."""
+        self._scheduler.refuse_stopped()
 
-    def _submit(self, request: GenerationRequest, on_delta: Callable[[GenerationDelta], None] | None = None) -> Ticket:
-        return self._loop.submit(request, on_delta)
+    async def agenerate(self, request: GenerationRequest) -> list[Generation]:
+        """See ``InferenceEngine``. A request stopped by ``abort`` returns what it had, finish "abort".
 
-    def _cancel(self, pending: Sequence[Ticket]) -> int:
-        return self._loop.cancel(pending)
+        Raises ``EngineError`` when a step failed, besides the errors of the protocol.
+        """
+        validate(request, self._limits)
+        pending = self._scheduler.submit(request)
+        try:
+            return await asyncio.wrap_future(pending.future)
+        except asyncio.CancelledError:
+            self._scheduler.cancel([pending])
+            raise
+
+    def astream(self, request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
+        """See ``InferenceEngine``. A bad request raises here; generation starts when the first delta is asked for."""
+        self.check_alive()
+        validate(request, self._limits)
+        return self._stream(request)
+
+    async def _stream(self, request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[GenerationDelta | None] = asyncio.Queue()
+
+        def put(delta: GenerationDelta | None) -> None:
+            # A loop that is closed has nobody left to read.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(queue.put_nowait, delta)
+
+        pending = self._scheduler.submit(request, put)
+        pending.future.add_done_callback(lambda _: put(None))
+        try:
+            while (delta := await queue.get()) is not None:
+                yield delta
+            pending.future.result(timeout=0)  # raises what ended the request
+        finally:
+            self._scheduler.cancel([pending])
+
+    def generate(self, requests: Sequence[GenerationRequest], timeout: float = 3600.0) -> list[list[Generation]]:
+        """See ``InferenceEngine``. Raises ``TimeoutError`` when the whole list took longer than ``timeout`` seconds."""
+        for request in requests:
+            validate(request, self._limits)
+        deadline = time.monotonic() + timeout
+        submitted: list[Ticket] = []
+        try:
+            for request in requests:
+                submitted.append(self._scheduler.submit(request))  # noqa: PERF401 - those submitted before a failure count
+            return [pending.future.result(timeout=max(0.0, deadline - time.monotonic())) for pending in submitted]
+        except TimeoutError as error:
+            done = sum(pending.future.done() for pending in submitted)
+            raise TimeoutError(
+                f"generate: {done} of {len(submitted)} requests were done after {timeout:g} s "
+                f"(gate {self.gate.state.value}, weights {'ready' if self.weights_ready else 'not ready'})"
+            ) from error
+        finally:
+            self._scheduler.cancel(submitted)
 
     def abort(self, request_id: str) -> bool:
         """End the requests with this ``request_id``: they return what they have, finish "abort". False: none has it."""
-        return self._loop.cancel(self._loop.find(request_id)) > 0
+        return self._scheduler.cancel_id(request_id) > 0
 
     # -- weights, memory, logprobs: at a token boundary, in the caller's thread --------------------------------------
 
@@ -185,7 +227,7 @@ class TransformersEngine(EngineFront[Ticket]):
             )
         if not 0.0 <= temperature < float("inf"):
             raise GenerationRequestError(f"temperature must be 0 or more, not {temperature!r}", "temperature")
-        with self._loop.exclusive("compute_logprobs", self._wait_timeout):
+        with self._exclusive("compute_logprobs"):
             if not self.weights_ready:
                 raise EngineError("the engine holds no usable weights: call update_weights_from_tensor() first")
             return self._runner.logprobs(token_ids, effective_temperature(temperature))
@@ -198,10 +240,10 @@ class TransformersEngine(EngineFront[Ticket]):
         KV computed with the old weights is dropped; running sequences are prefilled again before their next token.
         After a failure half-way the weights are a mixture, and nothing is generated until an update succeeds.
         """
-        with self._loop.exclusive("update_weights_from_tensor", self._wait_timeout):
-            self._loop.evict()
-            copied = self._weights.update(named_tensors)
-            self._policy_version = self._policy_version + 1 if policy_version is None else policy_version
+        with self._exclusive("update_weights_from_tensor"):
+            self._scheduler.evict()
+            copied = self._runner.weights.update(named_tensors)
+            self._set_version(policy_version)
             return copied
 
     def stage_weights_from_tensor(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
@@ -212,44 +254,52 @@ class TransformersEngine(EngineFront[Ticket]):
         Raises:
             WeightSyncError: as ``update_weights_from_tensor``; what is generated from is untouched.
         """
-        if self._spare is None:
-            with self._loop.exclusive("stage_weights_from_tensor", self._wait_timeout):
-                self._spare = self._make_spare()
-        return self._spare.update(named_tensors)
-
-    def _make_spare(self) -> SpareWeights:
-        return SpareWeights(self.model, self.max_context_len)
+        if self._staged is None:
+            with self._exclusive("stage_weights_from_tensor"):
+                staged = ModelRunner(copy.deepcopy(self.model), max_context_len=self.max_context_len)
+            staged.weights.ready = False  # a copy of what generates is nothing to swap in
+            self._staged = staged
+        return self._staged.weights.update(named_tensors)
 
     def compute_staged_logprobs(self, token_ids: Sequence[int], temperature: float = 1.0) -> list[float]:
         """``compute_logprobs`` under the staged weights, while generation goes on.
 
         Raises ``EngineError`` when none are staged.
         """
-        if self._spare is None:
+        if self._staged is None:
             raise EngineError("no weights are staged: call stage_weights_from_tensor() first")
-        return self._spare.logprobs(token_ids, effective_temperature(temperature))
+        if not self._staged.weights.ready:
+            raise EngineError("no complete weights are staged: call stage_weights_from_tensor() first")
+        return self._staged.logprobs(token_ids, effective_temperature(temperature))
 
     def swap_weights(self, policy_version: int | None = None) -> None:
         """At a token boundary: generate from the staged weights from now on. Nothing is copied.
 
         Raises ``WeightSyncError`` when no complete weights are staged; nothing is changed then.
         """
-        if self._spare is None:
+        if self._staged is None:
             raise WeightSyncError("no weights are staged: call stage_weights_from_tensor() first")
-        with self._loop.exclusive("swap_weights", self._wait_timeout):
-            self._spare.swap_into(self._weights)
+        with self._exclusive("swap_weights"):
+            self._runner.weights.exchange(self._staged.weights)
             if not self._keep_kv:
-                self._loop.evict()
-            self._policy_version = self._policy_version + 1 if policy_version is None else policy_version
+                self._scheduler.evict()
+            self._set_version(policy_version)
+
+    def _set_version(self, policy_version: int | None) -> None:
+        scheduler = self._scheduler
+        scheduler.policy_version = scheduler.policy_version + 1 if policy_version is None else policy_version
+
+    def _exclusive(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return self._scheduler.exclusive(what, self._wait_timeout)
 
     def release_memory_occupation(self) -> None:
         """See ``InferenceEngine``. Idempotent."""
-        self._spare = None
-        with self._loop.exclusive("release_memory_occupation", self._wait_timeout):
-            self._loop.evict()
+        self._staged = None
+        with self._exclusive("release_memory_occupation"):
+            self._scheduler.evict()
             self._runner.cache.clear()
             if self._release_weights:
-                self._weights.release()
+                self._runner.weights.release()
             if self._runner.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -258,8 +308,8 @@ class TransformersEngine(EngineFront[Ticket]):
 
         The KV cache takes its memory when the next request needs it.
         """
-        with self._loop.exclusive("resume_memory_occupation", self._wait_timeout):
-            self._weights.allocate()
+        with self._exclusive("resume_memory_occupation"):
+            self._runner.weights.allocate()
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -268,7 +318,7 @@ class TransformersEngine(EngineFront[Ticket]):
 
         Raises ``TimeoutError`` when a step still runs after ``timeout`` seconds.
         """
-        self._loop.stop(timeout)
+        self._scheduler.stop(timeout)
 
     def __enter__(self) -> Self:
         return self

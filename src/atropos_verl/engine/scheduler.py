@@ -1,280 +1,46 @@
-"""Requests inside the engine: tickets, sequences, and the queue they wait in. No tensors here.
+"""The thread that owns the model: takes requests, runs steps, stops at token boundaries.
 
 ::
 
-    GenerationRequest ──submit──▶ Ticket with n Sequences ──▶ WaitQueue ──admit──▶ a KV slot ──finish──▶ Generation
+    GenerationRequest ──submit──▶ Ticket with n sequences ──▶ WaitQueue ──admit──▶ a KV slot ──finish──▶ Generation
                                                                  ▲                   │
                                                                  └──── evicted ──────┘
                                                    (new weights, or memory released: tokens are kept)
+
+    wait for work ─▶ gate.step() ─▶ boundary.step() ─▶ drop aborted ─▶ prefill newcomers ─▶ decode one token each
+
+``gate`` is the trainer's: paused, requests keep their tokens and nothing runs. ``boundary`` is the engine's own:
+whoever uses the model from outside (weight updates, memory, logprobs) pauses it for that long, so each stands at a
+token boundary whether or not the trainer paused the gate.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
+import atexit
+import contextlib
+import logging
+import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from atropos_verl.engine.sampling import stream_key
-from atropos_verl.errors import GenerationRequestError
-from atropos_verl.types import FinishReason, Generation, GenerationDelta, GenerationRequest
+import numpy as np
+import torch
 
-__all__ = [
-    "EngineLimits",
-    "EngineStats",
-    "PrefillBudget",
-    "RunningSequence",
-    "StopStrings",
-    "Ticket",
-    "WaitQueue",
-    "validate",
-]
+from atropos_verl.engine.gate import RequestGate
+from atropos_verl.engine.requests import EngineLimits, EngineStats, RunningSequence, Ticket
+from atropos_verl.engine.runner import ModelRunner
+from atropos_verl.engine.sampling import SamplingRows, effective_temperature, sample
+from atropos_verl.errors import EngineError, EngineStoppedError
+from atropos_verl.types import GenerationDelta, GenerationRequest
 
-DeltaSink = Callable[[GenerationDelta], None]
+__all__ = ["Scheduler"]
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineLimits:
-    """What a request is checked against."""
-
-    max_context_len: int
-    """Prompt plus completion, tokens."""
-    vocab_size: int
-    eos_token_ids: frozenset[int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """Counters since the engine started, and what it holds now."""
-
-    running: int
-    """Sequences in a KV slot."""
-    waiting: int
-    """Sequences that wait for a slot."""
-    requests: int
-    """Requests accepted."""
-    finished: int
-    """Requests answered with all their completions."""
-    aborted: int
-    """Requests cancelled before they ended."""
-    failed: int
-    """Requests that ended with an error."""
-    prompt_tokens: int
-    """Tokens prefilled, those after an eviction included; a prompt shared by n completions counts once."""
-    generated_tokens: int
-    evictions: int
-    """Sequences that lost their KV to new weights or released memory and were prefilled again."""
-    kv_bytes: int
-    weight_bytes: int
-
-
-class StopStrings:
-    """Finds stop strings in the text of generated tokens, looking only at the tail that can hold one.
-
-    A stop string of m UTF-8 bytes is spelled by at most m tokens, so the last m tokens, and a few more because decoding
-    may start in the middle of a character, are decoded. Most tokens are not decoded in context at all: a token can only
-    complete a stop string whose last character it holds (or may hold: broken UTF-8, and whitespace, which some
-    tokenizers strip from a token decoded alone).
-    """
-
-    _SLACK_TOKENS = 8
-
-    def __init__(self, tokenizer: Any, stops: Sequence[str], pieces: dict[int, str]) -> None:
-        self._tokenizer = tokenizer
-        self._stops = tuple(stops)
-        self._pieces = pieces
-        self._last_characters = {stop[-1] for stop in stops} | {"\ufffd"}
-        self._always = any(stop[-1].isspace() or stop[-1] == "\ufffd" for stop in stops)
-        self._window = max(len(stop.encode()) for stop in stops) + self._SLACK_TOKENS
-
-    def completed_by(self, tokens: list[int]) -> bool:
-        """True when the text of ``tokens`` holds a stop string, given that without the last token it did not."""
-        if not self._always:
-            last = tokens[-1]
-            piece = self._pieces.get(last)
-            if piece is None:
-                piece = self._pieces[last] = self._decode([last])
-            if self._last_characters.isdisjoint(piece):
-                return False
-        text = self._decode(tokens[-self._window :])
-        return any(stop in text for stop in self._stops)
-
-    def _decode(self, tokens: list[int]) -> str:
-        # Special tokens stay in: "<|im_end|>" may itself be a stop string.
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-@dataclass(slots=True, eq=False)
-class RunningSequence:
-    """One completion on its way. In a slot, its KV cache holds ``context_len - 1`` positions: all but the last."""
-
-    ticket: Ticket
-    index: int
-    key: int
-    """Random stream of this completion."""
-    max_new_tokens: int
-    stop_token_ids: frozenset[int]
-    stop_strings: StopStrings | None
-    ordinal: int = 0
-    """Place in the order of arrival."""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    version_runs: list[tuple[int, int]] = field(default_factory=list)
-    """(policy version, tokens it sampled), in order."""
-    finish_reason: FinishReason | None = None
-
-    @property
-    def context_len(self) -> int:
-        return len(self.ticket.request.prompt_token_ids) + len(self.tokens)
-
-    def context(self) -> tuple[int, ...]:
-        """Prompt and generated tokens: what a prefill has to compute."""
-        prompt = self.ticket.request.prompt_token_ids
-        return (*prompt, *self.tokens) if self.tokens else prompt
-
-    def push(self, token: int, logprob: float, policy_version: int) -> bool:
-        """Append one sampled token. True when it was the last one."""
-        runs = self.version_runs
-        if runs and runs[-1][0] == policy_version:
-            runs[-1] = (policy_version, runs[-1][1] + 1)
-        else:
-            runs.append((policy_version, 1))
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        if token in self.stop_token_ids or (
-            self.stop_strings is not None and self.stop_strings.completed_by(self.tokens)
-        ):
-            self.finish_reason = "stop"
-        elif len(self.tokens) >= self.max_new_tokens:
-            self.finish_reason = "length"
-        if self.ticket.on_delta is not None:
-            self.ticket.on_delta(
-                GenerationDelta(
-                    index=self.index,
-                    token_ids=(token,),
-                    logprobs=(logprob,),
-                    finish_reason=self.finish_reason,
-                    policy_version=policy_version,
-                )
-            )
-        return self.finish_reason is not None
-
-
-class Ticket:
-    """One request inside the engine: its n sequences, and the future its caller waits on.
-
-    ``future`` is resolved exactly once, by the engine's thread or by ``close``. It is marked running at once, so a
-    cancelled asyncio task cannot cancel it under the engine's hands.
-    """
-
-    def __init__(self, request: GenerationRequest, on_delta: DeltaSink | None = None) -> None:
-        # Contexts are looked up by value, so they must be tuples whatever the caller used.
-        self.request = dataclasses.replace(request, prompt_token_ids=tuple(request.prompt_token_ids))
-        self.on_delta = on_delta
-        self.future: Future[list[Generation]] = Future()
-        self.future.set_running_or_notify_cancel()
-        self.sequences: list[RunningSequence] = []
-        self.cancelled = False
-        self.prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
-        self._resolve_lock = threading.Lock()
-
-    def build_sequences(
-        self, limits: EngineLimits, tokenizer: Any, seed: int, pieces: dict[int, str]
-    ) -> list[RunningSequence]:
-        """The request's n sequences; completion ``i`` draws from stream ``(seed, i)``."""
-        request = self.request
-        room = limits.max_context_len - len(request.prompt_token_ids)
-        stop_ids = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else limits.eos_token_ids)
-        stops = StopStrings(tokenizer, request.stop, pieces) if request.stop else None
-        self.sequences = [
-            RunningSequence(
-                ticket=self,
-                index=index,
-                key=stream_key(seed, index),
-                max_new_tokens=room if request.max_tokens is None else min(request.max_tokens, room),
-                stop_token_ids=stop_ids,
-                stop_strings=stops,
-            )
-            for index in range(request.n)
-        ]
-        return self.sequences
-
-    def resolve_if_done(self) -> bool:
-        """Hand the completions over when all have ended. True when this call did."""
-        if any(sequence.finish_reason is None for sequence in self.sequences):
-            return False
-        return self._resolve(
-            [
-                Generation(
-                    token_ids=tuple(sequence.tokens),
-                    logprobs=tuple(sequence.logprobs),
-                    finish_reason=sequence.finish_reason or "abort",
-                    policy_version_first=sequence.version_runs[0][0] if sequence.version_runs else -1,
-                    policy_version_last=sequence.version_runs[-1][0] if sequence.version_runs else -1,
-                    policy_version_runs=tuple(sequence.version_runs),
-                    prompt_logprobs=self.prompt_logprobs,
-                )
-                for sequence in self.sequences
-            ],
-            None,
-        )
-
-    def abort(self) -> bool:
-        """End every unfinished sequence with "abort" and hand over what there is. True when this call ended it."""
-        for sequence in self.sequences:
-            if sequence.finish_reason is None:
-                sequence.finish_reason = "abort"
-                if self.on_delta is not None:
-                    self.on_delta(
-                        GenerationDelta(index=sequence.index, token_ids=(), logprobs=(), finish_reason="abort")
-                    )
-        return self.resolve_if_done()
-
-    def fail(self, error: BaseException) -> bool:
-        """End the request with an error. True when this call ended it."""
-        for sequence in self.sequences:
-            sequence.finish_reason = sequence.finish_reason or "abort"
-        return self._resolve(None, error)
-
-    def _resolve(self, generations: list[Generation] | None, error: BaseException | None) -> bool:
-        with self._resolve_lock:
-            if self.future.done():
-                return False
-            if error is not None:
-                self.future.set_exception(error)
-            else:
-                self.future.set_result(generations or [])
-            return True
-
-
-class PrefillBudget:
-    """What one prefill may hold. The first context is always accepted; one that was seen already costs nothing.
-
-    Args:
-        max_tokens: rows times the longest of them.
-        max_logits: rows times distinct lengths (the positions for which a padded prefill computes logits).
-    """
-
-    def __init__(self, max_tokens: int, max_logits: int) -> None:
-        self._max_tokens = max_tokens
-        self._max_logits = max_logits
-        self._seen: set[tuple[int, ...]] = set()
-        self._lengths: set[int] = set()
-
-    def accept(self, context: tuple[int, ...]) -> bool:
-        """Count ``context`` in, or leave everything as it is and return False."""
-        if context in self._seen:
-            return True
-        rows, lengths = len(self._seen) + 1, self._lengths | {len(context)}
-        if rows > 1 and (rows * max(lengths) > self._max_tokens or rows * len(lengths) > self._max_logits):
-            return False
-        self._seen.add(context)
-        self._lengths = lengths
-        return True
+_MAX_FAILED_STEPS = 3
+"""Failed steps in a row after which the engine is given up."""
 
 
 class WaitQueue:
@@ -297,10 +63,24 @@ class WaitQueue:
         # Whatever runs arrived before whatever waits, so the front is its place.
         self._queue.extendleft(sorted(sequences, key=lambda sequence: sequence.ordinal, reverse=True))
 
-    def take(self, slots: int, budget: PrefillBudget) -> list[RunningSequence]:
-        """The next sequences, at most ``slots``, in order, as long as they fit into ``budget``."""
+    def take(self, slots: int, max_tokens: int, max_logits: int) -> list[RunningSequence]:
+        """The next sequences of one prefill, in order. The first always fits; a context seen already costs nothing.
+
+        Args:
+            slots: sequences at most.
+            max_tokens: distinct contexts times the longest of them, at most.
+            max_logits: distinct contexts times distinct lengths (the positions for which a padded prefill computes
+                logits), at most.
+        """
         taken: list[RunningSequence] = []
-        while self._queue and len(taken) < slots and budget.accept(self._queue[0].context()):
+        contexts: set[tuple[int, ...]] = set()
+        while self._queue and len(taken) < slots:
+            grown = contexts | {self._queue[0].context()}
+            lengths = {len(context) for context in grown}
+            too_large = len(grown) * max(lengths) > max_tokens or len(grown) * len(lengths) > max_logits
+            if len(grown) > max(1, len(contexts)) and too_large:
+                break
+            contexts = grown
             taken.append(self._queue.popleft())
         return taken
 
@@ -308,48 +88,368 @@ class WaitQueue:
         """Drop sequences that ended while they waited (aborted)."""
         self._queue = deque(sequence for sequence in self._queue if sequence.finish_reason is None)
 
-    def clear(self) -> list[RunningSequence]:
-        everything = list(self._queue)
+    def clear(self) -> None:
         self._queue.clear()
-        return everything
 
 
-def validate(request: GenerationRequest, limits: EngineLimits) -> None:
-    """Raise ``GenerationRequestError`` naming the parameter, its value and the limit."""
-    prompt = request.prompt_token_ids
-    if not prompt:
-        raise GenerationRequestError("prompt_token_ids is empty: give at least one token", "prompt_token_ids")
-    if len(prompt) >= limits.max_context_len:
-        raise GenerationRequestError(
-            f"the prompt has {len(prompt)} tokens; the context holds {limits.max_context_len} tokens, prompt and "
-            "completion together: shorten the prompt or raise inference.max_context_len",
-            "prompt_token_ids",
+class ContinuousBatch:
+    """The sequences that hold a KV slot, decoded together. Used by one thread at a time.
+
+    Invariant between steps: slot ``r`` belongs to ``running[r]`` and its cache holds all tokens of that sequence but
+    the last one, which the next decode step feeds in.
+    """
+
+    def __init__(self, runner: ModelRunner, max_running: int) -> None:
+        self._runner = runner
+        self._max_running = max_running
+        self._rows: SamplingRows | None = None  # of `running`; None after rows joined or left
+        self.running: list[RunningSequence] = []
+        self.participants: list[RunningSequence] = []
+        """Sequences of the forward pass under way: those that a failure is to be blamed on."""
+        self.prompt_tokens = 0
+        self.generated_tokens = 0
+
+    @property
+    def free_slots(self) -> int:
+        return self._max_running - len(self.running)
+
+    def prefill(self, newcomers: Sequence[RunningSequence], policy_version: int) -> list[RunningSequence]:
+        """Compute the contexts of ``newcomers`` into free slots and sample one token each; returns those that ended.
+
+        Sequences with the same context (the n completions of a prompt, in one request or several) are computed once.
+        """
+        self.participants = list(newcomers)
+        for ticket in {sequence.ticket for sequence in newcomers}:
+            self._compute_prompt_logprobs(ticket)
+        prompts: dict[tuple[int, ...], int] = {}
+        picks = [prompts.setdefault(sequence.context(), len(prompts)) for sequence in newcomers]
+        # The first sequence of each distinct context takes the slot it is computed in; the others get copies behind.
+        # (Contexts are numbered as they appear, so a row is the first of its own when its number is new.)
+        firsts = [picks.index(number) for number in range(len(prompts))]
+        order = firsts + sorted(set(range(len(newcomers))) - set(firsts))
+        base = len(self.running)
+        logits = self._runner.prefill(list(prompts), base, len(newcomers))
+        if len(newcomers) > len(prompts):
+            self._runner.cache.copy_rows(
+                [base + picks[row] for row in order[len(prompts) :]],
+                list(range(base + len(prompts), base + len(newcomers))),
+                max(map(len, prompts)),
+            )
+            logits = logits[torch.tensor([picks[row] for row in order], device=logits.device)]
+        self.prompt_tokens += sum(map(len, prompts))
+        fresh = [newcomers[row] for row in order]
+        self.running = self.running + fresh
+        self._rows = None
+        return self._sample_and_push(fresh, logits, self._build_rows(fresh), policy_version)
+
+    def decode(self, policy_version: int) -> list[RunningSequence]:
+        """One more token for every running sequence; returns those that ended."""
+        running = self.participants = self.running
+        logits = self._runner.decode(
+            [sequence.tokens[-1] for sequence in running], [sequence.context_len - 1 for sequence in running]
         )
-    if min(prompt) < 0 or max(prompt) >= limits.vocab_size:
-        index, token = next((i, t) for i, t in enumerate(prompt) if not 0 <= t < limits.vocab_size)
-        raise GenerationRequestError(
-            f"prompt_token_ids[{index}] is {token}, outside the vocabulary [0, {limits.vocab_size})", "prompt_token_ids"
+        if self._rows is None:
+            self._rows = self._build_rows(running)
+        return self._sample_and_push(running, logits, self._rows, policy_version)
+
+    def evict(self) -> list[RunningSequence]:
+        """Empty every slot; the sequences keep their tokens. Returns them."""
+        evicted, self.running, self._rows = self.running, [], None
+        return evicted
+
+    def compact(self) -> None:
+        """Close the gaps that ended sequences left: the last sequences move into their slots."""
+        self._rows = None
+        alive = [slot for slot, sequence in enumerate(self.running) if sequence.finish_reason is None]
+        keep = len(alive)
+        holes = sorted(set(range(keep)) - set(alive))
+        movers = [slot for slot in alive if slot >= keep]
+        if movers:
+            longest = max(self.running[slot].context_len for slot in movers)
+            self._runner.cache.copy_rows(movers, holes, longest - 1)
+        kept = self.running[:keep]
+        for hole, mover in zip(holes, movers, strict=True):
+            kept[hole] = self.running[mover]
+        self.running = kept
+
+    def _build_rows(self, sequences: Sequence[RunningSequence]) -> SamplingRows:
+        return SamplingRows.build(
+            [sequence.ticket.request for sequence in sequences],
+            [sequence.key for sequence in sequences],
+            self._runner.vocab_size,
+            self._runner.device,
         )
-    rules: list[tuple[str, Any, bool, str]] = [
-        ("n", request.n, request.n >= 1, "at least 1"),
-        ("max_tokens", request.max_tokens, request.max_tokens is None or request.max_tokens >= 1, "at least 1"),
-        ("temperature", request.temperature, 0.0 <= request.temperature < math.inf, "0 (greedy) or more"),
-        ("top_p", request.top_p, 0.0 < request.top_p <= 1.0, "in (0, 1]"),
-        ("top_k", request.top_k, request.top_k >= -1, "-1 or 0 (off), or more"),
-        ("min_p", request.min_p, 0.0 <= request.min_p <= 1.0, "in [0, 1]"),
-        (
-            "stop",
-            request.stop,
-            not isinstance(request.stop, str) and all(isinstance(s, str) and s for s in request.stop),
-            "a tuple of strings, without empty strings",
-        ),
-        (
-            "prompt_logprobs",
-            request.prompt_logprobs,
-            request.prompt_logprobs is None or 0 <= request.prompt_logprobs <= limits.vocab_size,
-            f"in [0, {limits.vocab_size}]",
-        ),
-    ]
-    for name, value, holds, wanted in rules:
-        if not holds:
-            raise GenerationRequestError(f"{name} must be {wanted}, not {value!r}", name)
+
+    def _compute_prompt_logprobs(self, ticket: Ticket) -> None:
+        request = ticket.request
+        if request.prompt_logprobs is not None and ticket.prompt_logprobs is None:
+            ticket.prompt_logprobs = self._runner.prompt_logprobs(
+                request.prompt_token_ids, request.prompt_logprobs, effective_temperature(request.temperature)
+            )
+
+    def _sample_and_push(
+        self, sequences: Sequence[RunningSequence], logits: torch.Tensor, rows: SamplingRows, policy_version: int
+    ) -> list[RunningSequence]:
+        positions = np.array([len(sequence.tokens) for sequence in sequences], dtype=np.uint64)
+        with torch.inference_mode():
+            tokens, logprobs = sample(logits, rows, positions)
+            # One transfer per step; float64 holds every token id and every float32 logprob exactly.
+            token_list, logprob_list = torch.stack((tokens.double(), logprobs.double())).tolist()
+        done: list[RunningSequence] = []
+        for sequence, token, logprob in zip(sequences, token_list, logprob_list, strict=True):
+            if logprob != logprob:
+                raise EngineError(
+                    f"logits are not finite: the weights of policy version {policy_version} hold NaN or infinity"
+                )
+            if sequence.push(int(token), logprob, policy_version):
+                done.append(sequence)
+        self.generated_tokens += len(sequences)
+        if done:
+            self.compact()
+        self.participants = []
+        return done
+
+
+class Scheduler:
+    """Requests in, completions out. Its methods may be called from any thread; see the module for the order of things.
+
+    Nothing is generated while the runner's weights are not ready. The arguments are those of ``TransformersEngine``.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        gate: RequestGate,
+        *,
+        limits: EngineLimits,
+        tokenizer: Any,
+        max_running: int,
+        max_prefill_tokens: int,
+        num_threads: int | None,
+        seed: int,
+    ) -> None:
+        self._runner = runner
+        self._gate = gate
+        self._limits = limits
+        self._tokenizer = tokenizer
+        self._max_prefill_tokens = max_prefill_tokens
+        self._num_threads = num_threads
+        self._random = random.Random(seed)
+        self._pieces: dict[int, str] = {}  # text of single tokens, shared by all stop-string checks
+        self._boundary = RequestGate()
+        self._exclusive_lock = threading.Lock()
+        self._condition = threading.Condition()
+        # Guarded by the condition:
+        self._waiting = WaitQueue()
+        self._tickets: set[Ticket] = set()
+        self._aborting: list[Ticket] = []
+        self._stopped: EngineStoppedError | None = None
+        self._requests = self._finished = self._aborted = self._failed = 0
+        # Touched at a token boundary only:
+        self.policy_version = -1
+        self._batch = ContinuousBatch(runner, max_running)
+        self._evictions = self._failed_steps = 0
+        self._thread = threading.Thread(target=self._run, name="atropos-verl-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread. It is ended at interpreter exit if nobody did before: killed inside torch it may crash."""
+        self._thread.start()
+        atexit.register(self.stop, 10.0)
+
+    # -- the callers' side -------------------------------------------------------------------------------------------
+
+    def refuse_stopped(self) -> None:
+        """Raise ``EngineStoppedError`` with the first cause when the engine is gone."""
+        if self._stopped is not None:
+            raise EngineStoppedError(str(self._stopped)) from self._stopped.__cause__
+
+    def submit(self, request: GenerationRequest, on_delta: Callable[[GenerationDelta], None] | None = None) -> Ticket:
+        """Queue a validated request. ``on_delta`` is called in the engine's thread and must not block."""
+        with self._condition:
+            self.refuse_stopped()
+            ticket = Ticket(
+                request,
+                on_delta,
+                limits=self._limits,
+                tokenizer=self._tokenizer,
+                seed=request.seed if request.seed is not None else self._random.getrandbits(64),
+                pieces=self._pieces,
+            )
+            self._waiting.push(ticket.sequences)
+            self._tickets.add(ticket)
+            self._requests += 1
+            self._condition.notify_all()
+        return ticket
+
+    def cancel_id(self, request_id: str) -> int:
+        """``cancel`` for the tickets of requests with this id."""
+        with self._condition:
+            found = [ticket for ticket in self._tickets if ticket.request.request_id == request_id]
+        return self.cancel(found)
+
+    def cancel(self, tickets: Sequence[Ticket]) -> int:
+        """Drop these at the next token boundary; returns how many were still on their way."""
+        with self._condition:
+            live = [ticket for ticket in tickets if ticket in self._tickets and not ticket.cancelled]
+            for ticket in live:
+                ticket.cancelled = True
+            self._aborting += live
+            self._condition.notify_all()
+        if live:
+            self._gate.wake()
+        return len(live)
+
+    @contextlib.contextmanager
+    def exclusive(self, what: str, timeout: float) -> Iterator[None]:
+        """Hold the loop at a token boundary and keep other callers out, waiting at most ``timeout`` seconds for each.
+
+        Raises ``TimeoutError`` naming ``what``, or ``EngineStoppedError``.
+        """
+        if not self._exclusive_lock.acquire(timeout=timeout):
+            raise TimeoutError(f"{what}: waited {timeout:g} s for another caller that uses the model")
+        try:
+            self.refuse_stopped()
+            try:
+                self._boundary.pause(timeout)
+                yield
+            finally:
+                self._boundary.resume()
+        finally:
+            self._exclusive_lock.release()
+            with self._condition:
+                self._condition.notify_all()  # what the loop waits for may have changed
+
+    def evict(self) -> None:
+        """At a token boundary: send every running sequence back to the front of the queue, with its tokens."""
+        evicted = self._batch.evict()
+        self._evictions += len(evicted)
+        with self._condition:
+            self._waiting.push_evicted(evicted)
+
+    def stop(self, timeout: float) -> None:
+        """End the thread, failing every request; ``TimeoutError`` when a step still runs after ``timeout`` seconds."""
+        atexit.unregister(self.stop)
+        self._fail_all(EngineStoppedError("the engine was closed"))
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+            if self._thread.is_alive():
+                raise TimeoutError(f"the engine's thread did not end within {timeout:g} s: a step is still running")
+
+    def stats(self) -> EngineStats:
+        with self._condition:
+            return EngineStats(
+                running=len(self._batch.running),
+                waiting=len(self._waiting),
+                requests=self._requests,
+                finished=self._finished,
+                aborted=self._aborted,
+                failed=self._failed,
+                prompt_tokens=self._batch.prompt_tokens,
+                generated_tokens=self._batch.generated_tokens,
+                evictions=self._evictions,
+                kv_bytes=self._runner.cache.nbytes,
+                weight_bytes=self._runner.weights.nbytes,
+            )
+
+    def _fail_all(self, error: EngineStoppedError) -> None:
+        with self._condition:
+            if self._stopped is None:
+                self._stopped = error
+            tickets = list(self._tickets)
+            self._tickets.clear()
+            self._waiting.clear()
+            self._failed += len(tickets)
+            self._condition.notify_all()
+        for ticket in tickets:
+            ticket.fail(error)
+        self._gate.wake()
+
+    # -- the thread --------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        if self._num_threads is not None:
+            torch.set_num_threads(self._num_threads)
+        try:
+            while self._stopped is None:
+                self._wait_for_work()
+                with self._gate.step(timeout=1.0, stop=self._interrupted) as may_run, self._boundary.step(1.0) as free:
+                    if free and self._stopped is None:
+                        self._guarded_step(may_run)
+        finally:
+            # Whatever ended the thread, nobody may wait for it for ever.
+            self._fail_all(EngineStoppedError("the engine's thread ended unexpectedly; the log has the reason"))
+            self._batch.evict()
+
+    def _interrupted(self) -> bool:
+        return self._stopped is not None or bool(self._aborting)
+
+    def _has_work(self) -> bool:
+        return self._interrupted() or (self._runner.weights.ready and bool(self._batch.running or len(self._waiting)))
+
+    def _wait_for_work(self) -> None:
+        with self._condition:
+            self._condition.wait_for(self._has_work, timeout=5.0)
+
+    def _guarded_step(self, may_run: bool) -> None:
+        """One iteration. A failure ends the sequences that took part in it, and the engine goes on."""
+        try:
+            self._drop_aborted()
+            if may_run and self._runner.weights.ready and self._step():
+                self._failed_steps = 0
+        except Exception as error:  # noqa: BLE001 - the thread's boundary: the requests get the error
+            self._fail_step(error)
+
+    def _step(self) -> bool:
+        """Let newcomers in, then one token for everyone. False when there was nothing to do."""
+        with self._condition:
+            newcomers = self._waiting.take(
+                self._batch.free_slots, self._max_prefill_tokens, self._runner.max_prefill_logits
+            )
+        if newcomers:
+            self._finish(self._batch.prefill(newcomers, self.policy_version))
+        if self._batch.running:
+            self._finish(self._batch.decode(self.policy_version))
+            return True
+        return bool(newcomers)
+
+    def _finish(self, ended: list[RunningSequence]) -> None:
+        if ended:
+            with self._condition:
+                # Those that end together are answered in the order they came.
+                for ticket in dict.fromkeys(s.ticket for s in sorted(ended, key=lambda s: s.ordinal)):
+                    if ticket.resolve_if_done():
+                        self._tickets.discard(ticket)
+                        self._finished += 1
+
+    def _drop_aborted(self) -> None:
+        if not self._aborting:
+            return
+        with self._condition:
+            aborting, self._aborting = self._aborting, []
+            for ticket in aborting:
+                if ticket in self._tickets:
+                    self._tickets.remove(ticket)
+                    self._aborted += ticket.abort()
+            self._waiting.remove_finished()
+        self._batch.compact()
+
+    def _fail_step(self, error: Exception) -> None:
+        """The sequences of the failed forward get the error; the others are prefilled again."""
+        self._failed_steps += 1
+        logger.exception("an engine step failed (%d in a row)", self._failed_steps)
+        reason = EngineError(f"the engine failed while generating: {type(error).__name__}: {error}")
+        reason.__cause__ = error
+        victims = {sequence.ticket for sequence in self._batch.participants}
+        self._batch.participants = []
+        with self._condition:
+            self._tickets -= victims
+            for ticket in victims:
+                self._failed += ticket.fail(reason)
+        self.evict()
+        with self._condition:
+            self._waiting.remove_finished()
+        self._runner.cache.clear()
+        if self._failed_steps >= _MAX_FAILED_STEPS:
+            stopped = EngineStoppedError(f"the engine gave up after {self._failed_steps} failed steps: {error}")
+            stopped.__cause__ = error
+            self._fail_all(stopped)

@@ -4,41 +4,31 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Self
 
 import torch
 
 from atropos_verl.errors import WeightSyncError
 
-__all__ = ["WeightStore", "tensors_of"]
-
-
-def tensors_of(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """A model's parameters, under all their names, and its persistent buffers."""
-    parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    known = {id(parameter) for parameter in parameters.values()}
-    buffers: dict[str, torch.Tensor] = {
-        name: tensor
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if isinstance(tensor, torch.Tensor) and id(tensor) not in known
-    }
-    return parameters, buffers
+__all__ = ["WeightStore"]
 
 
 class WeightStore:
-    """Parameters of a model by Hugging Face name.
+    """Parameters of a model by Hugging Face name; tied ones are one tensor under several names.
 
-    Args:
-        parameters: by every name they have; tied ones are one tensor under several names.
-        buffers: persistent buffers, which an update may give or leave out.
+    Persistent buffers may be given or left out in an update.
 
     ``ready`` says whether their content may be used. It is False after memory was released (until a full update), and
     after an update that failed half-way: the weights are then a mixture of two policies.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> None:
-        self._parameters = dict(parameters)
-        self._buffers = dict(buffers)
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        known = {id(parameter) for parameter in self._parameters.values()}
+        self._buffers: dict[str, torch.Tensor] = {
+            name: tensor
+            for name, tensor in model.state_dict(keep_vars=True).items()
+            if isinstance(tensor, torch.Tensor) and id(tensor) not in known
+        }
         # Tied weights are one parameter with several names; the first name stands for it in messages.
         self._first_name: dict[int, str] = {}
         self._shapes: dict[int, torch.Size] = {}
@@ -47,11 +37,6 @@ class WeightStore:
             self._shapes[id(parameter)] = parameter.shape
         self.ready = True
         self.resident = True
-
-    @classmethod
-    def of_model(cls, model: torch.nn.Module) -> Self:
-        """Over the model's own tensors."""
-        return cls(*tensors_of(model))
 
     @property
     def nbytes(self) -> int:
@@ -116,11 +101,12 @@ class WeightStore:
     def allocate(self) -> None:
         """Take storage again, its content undefined until ``update``. Nothing to do when it was never released."""
         if not self.resident:
-            self._set_storage(self._new_storage)
+            self._set_storage(
+                lambda parameter: torch.empty(
+                    self._shapes[id(parameter)], dtype=parameter.dtype, device=parameter.device
+                )
+            )
             self.resident = True
-
-    def _new_storage(self, parameter: torch.Tensor) -> torch.Tensor:
-        return torch.empty(self._shapes[id(parameter)], dtype=parameter.dtype, device=parameter.device)
 
     def _set_storage(self, storage_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
         # inference_mode(False): a tensor made inside inference mode could not be written to by anyone else later.

@@ -260,11 +260,11 @@ def test_prompt_logprobs_hold_the_token_and_the_best_alternatives() -> None:
 
 
 def test_long_sequences_are_scored_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from atropos_verl.engine import model_runner
+    from atropos_verl.engine import runner
 
     model = tiny_causal_lm()
     [tokens] = prompts(100)
-    monkeypatch.setattr(model_runner, "_LOGITS_BYTES", 4 * 259 * 17)  # chunks of 17 positions
+    monkeypatch.setattr(runner, "_LOGITS_BYTES", 4 * 259 * 17)  # chunks of 17 positions
     with engine_of(copy.deepcopy(model)) as engine:
         assert engine.compute_logprobs(tokens, 0.9) == pytest.approx(logprob_oracle(model, tokens, 0.9), abs=1e-5)
         answer = one(engine, tokens, max_tokens=1, prompt_logprobs=1)

@@ -9,8 +9,7 @@ import pytest
 import torch
 from support.engines import engine_of, greedy_oracle, logprob_oracle, prompts, request
 
-from atropos_verl.engine.kv_slots import SlotCache
-from atropos_verl.engine.slot_attention import SLOT_ATTENTION, slot_attention
+from atropos_verl.engine.kv_cache import SLOT_ATTENTION, SlotCache, slot_attention
 
 SMALL: dict[str, Any] = {
     "vocab_size": 259,

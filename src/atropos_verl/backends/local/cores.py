@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from atropos_verl.config.schema import RunConfig
-from atropos_verl.engine.threads import engine_threads
+from atropos_verl.engine.runner import engine_threads
 
 __all__ = ["Threads", "share_cores"]
 

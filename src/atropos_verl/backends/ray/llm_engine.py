@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 
 from atropos_verl.backends.ray.sampling_params import to_sampling_params
-from atropos_verl.engine.scheduler import EngineLimits, StopStrings, validate
+from atropos_verl.engine.requests import EngineLimits, StopStrings, validate
 from atropos_verl.errors import EngineError, GenerationRequestError
 from atropos_verl.types import UNKNOWN_VERSION, FinishReason, Generation, GenerationDelta, GenerationRequest
 

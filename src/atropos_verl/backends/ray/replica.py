@@ -36,7 +36,7 @@ from atropos_verl.backends.ray.lora import LoraMerger
 from atropos_verl.backends.ray.sampling_params import to_request
 from atropos_verl.backends.ray.weight_transfer import WeightBucket, WeightReceiver
 from atropos_verl.engine.embedded import TransformersEngine
-from atropos_verl.engine.threads import engine_threads
+from atropos_verl.engine.runner import engine_threads
 from atropos_verl.errors import ConfigError, EngineError
 from atropos_verl.gateway import GatewayServer, create_app
 from atropos_verl.types import Generation

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 
 from atropos_verl.backends.local.cores import share_cores
 from atropos_verl.config.schema import RunConfig
-from atropos_verl.engine.threads import WORTH_SEVERAL_THREADS, engine_threads, multiply_adds_per_layer
+from atropos_verl.engine.runner import WORTH_SEVERAL_THREADS, engine_threads, multiply_adds_per_layer
 
 
 def _model(hidden: int, layers: int = 2, **settings: Any) -> Any:

@@ -5,19 +5,22 @@ Shapes: ``U`` distinct prompts, ``P`` longest of them, ``n`` running sequences, 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from atropos_verl.engine.kv_slots import SlotCache
-from atropos_verl.engine.slot_attention import register_slot_attention
+from atropos_verl.engine.kv_cache import SlotCache, register_slot_attention
+from atropos_verl.engine.weights import WeightStore
 from atropos_verl.errors import EngineError, GenerationRequestError
 
-__all__ = ["ModelRunner", "PromptLogprobs", "check_supported"]
+__all__ = ["WORTH_SEVERAL_THREADS", "ModelRunner", "check_supported", "engine_threads", "multiply_adds_per_layer"]
 
-logger = logging.getLogger(__name__)
+WORTH_SEVERAL_THREADS = 40_000_000
+"""Multiply-adds per layer of a decode step below which one thread is faster (``benchmarks/bench_engine_threads.py``).
+
+A layer is some ten small parallel regions, each of which wakes the threads and waits for the last of them: with threads
+that sleep while they wait, about 0.45 ms per layer. A second thread has to save more than that."""
 
 PromptLogprobs = tuple[dict[int, float] | None, ...]
 
@@ -57,20 +60,17 @@ def _choose_attention(model: Any) -> None:
 
 
 class ModelRunner:
-    """A causal language model with a slot cache. Not thread-safe: the engine calls it from one place at a time."""
+    """A causal language model with its weights and a slot cache. Not thread-safe."""
 
     def __init__(self, model: Any, *, max_context_len: int) -> None:
         self.model = model
         self.max_context_len = max_context_len
         self.cache = SlotCache()
+        self.weights = WeightStore(model)
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
-        self._device = model.device
+        self.device = torch.device(model.device)
         _choose_attention(model)
         model.eval()
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self._device)
 
     @property
     def max_prefill_logits(self) -> int:
@@ -104,12 +104,12 @@ class ModelRunner:
         """
         width = max(lengths) + 1
         self.cache.reserve(len(tokens), width, self.max_context_len)
-        positions = torch.tensor(lengths).unsqueeze(-1).to(self._device)
+        positions = torch.tensor(lengths).unsqueeze(-1).to(self.device)
         self.cache.begin_decode(positions[:, 0], width)
         mask = None
         if min(lengths) + 1 < width:
-            beyond = torch.arange(width, device=self._device) > positions
-            mask = torch.zeros(beyond.shape, dtype=self.model.dtype, device=self._device)
+            beyond = torch.arange(width, device=self.device) > positions
+            mask = torch.zeros(beyond.shape, dtype=self.model.dtype, device=self.device)
             mask = mask.masked_fill_(beyond, float("-inf"))[:, None, None, :]
         return self._forward(torch.tensor(tokens).unsqueeze(-1), positions, mask, 1)[:, -1]
 
@@ -123,7 +123,9 @@ class ModelRunner:
         return result
 
     @torch.inference_mode()
-    def prompt_logprobs(self, token_ids: Sequence[int], best: int, temperature: float) -> PromptLogprobs:
+    def prompt_logprobs(
+        self, token_ids: Sequence[int], best: int, temperature: float
+    ) -> tuple[dict[int, float] | None, ...]:
         """[P] per position {token: logprob} of the ``best`` alternatives and the token itself; position 0 None."""
         result: list[dict[int, float] | None] = [None]
         for start, logp in self._sequence_logprobs(token_ids, temperature):
@@ -149,22 +151,48 @@ class ModelRunner:
         chunk = max(16, _LOGITS_BYTES // (4 * self.vocab_size))
         cache = DynamicCache(config=self.model.config) if len(token_ids) > chunk else None
         for start in range(0, len(token_ids), chunk):
-            ids = torch.tensor(token_ids[start : start + chunk], device=self._device).unsqueeze(0)
-            positions = torch.arange(start, start + ids.shape[1], device=self._device).unsqueeze(0)
+            ids = torch.tensor(token_ids[start : start + chunk], device=self.device).unsqueeze(0)
+            positions = torch.arange(start, start + ids.shape[1], device=self.device).unsqueeze(0)
             out = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
             yield start, torch.log_softmax(out.logits[0].float() / temperature, dim=-1)
 
     def _forward(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, keep: int | torch.Tensor
     ) -> torch.Tensor:
-        keep = keep.to(self._device) if isinstance(keep, torch.Tensor) else keep
+        keep = keep.to(self.device) if isinstance(keep, torch.Tensor) else keep
         out = self.model(
-            input_ids=ids.to(self._device),
+            input_ids=ids.to(self.device),
             attention_mask=mask,
-            position_ids=positions.to(self._device),
+            position_ids=positions.to(self.device),
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=keep,
         )
         logits: torch.Tensor = out.logits
         return logits
+
+
+def multiply_adds_per_layer(config: Any, rows: int) -> int:
+    """Multiply-adds of the matrix products of a decode step of ``rows`` sequences, over the number of layers.
+
+    Attention over the cached keys is left out: it reads memory, for which a second thread does little. Of a mixture of
+    experts those of one token are counted.
+
+    Args:
+        config: of a Hugging Face causal language model.
+    """
+    text = config.get_text_config(decoder=True)
+    hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
+    heads = int(text.num_attention_heads)
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    head_dim = int(getattr(text, "head_dim", None) or hidden // heads)
+    inner = int(getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None) or 4 * hidden)
+    experts = int(getattr(text, "num_experts_per_tok", None) or 1)
+    attention = 2 * hidden * head_dim * (heads + kv_heads)
+    weights = layers * (attention + 3 * hidden * inner * experts) + hidden * int(text.vocab_size)
+    return rows * weights // layers
+
+
+def engine_threads(config: Any, rows: int, default: int | None) -> int | None:
+    """1 where a full batch of ``rows`` sequences is too little work for several threads, else ``default``."""
+    return 1 if multiply_adds_per_layer(config, rows) < WORTH_SEVERAL_THREADS else default

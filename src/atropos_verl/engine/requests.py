@@ -1,0 +1,280 @@
+"""Requests inside the engine: what they are checked against, their sequences, and the future their caller waits on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from atropos_verl.engine.sampling import stream_key
+from atropos_verl.errors import GenerationRequestError
+from atropos_verl.types import FinishReason, Generation, GenerationDelta, GenerationRequest
+
+__all__ = ["EngineLimits", "EngineStats", "RunningSequence", "StopStrings", "Ticket", "validate"]
+
+DeltaSink = Callable[[GenerationDelta], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """What a request is checked against."""
+
+    max_context_len: int
+    """Prompt plus completion, tokens."""
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Counters since the engine started, and what it holds now."""
+
+    running: int
+    """Sequences in a KV slot."""
+    waiting: int
+    """Sequences that wait for a slot."""
+    requests: int
+    """Requests accepted."""
+    finished: int
+    """Requests answered with all their completions."""
+    aborted: int
+    """Requests cancelled before they ended."""
+    failed: int
+    """Requests that ended with an error."""
+    prompt_tokens: int
+    """Tokens prefilled, those after an eviction included; a prompt shared by n completions counts once."""
+    generated_tokens: int
+    evictions: int
+    """Sequences that lost their KV to new weights or released memory and were prefilled again."""
+    kv_bytes: int
+    weight_bytes: int
+
+
+class StopStrings:
+    """Finds stop strings in the text of generated tokens, looking only at the tail that can hold one.
+
+    A stop string of m UTF-8 bytes is spelled by at most m tokens, so the last m tokens, and a few more because decoding
+    may start in the middle of a character, are decoded. Most tokens are not decoded in context at all: a token can only
+    complete a stop string whose last character it holds (or may hold: broken UTF-8, and whitespace, which some
+    tokenizers strip from a token decoded alone).
+    """
+
+    _SLACK_TOKENS = 8
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], pieces: dict[int, str]) -> None:
+        self._tokenizer = tokenizer
+        self._stops = tuple(stops)
+        self._pieces = pieces
+        self._last_characters = {stop[-1] for stop in stops} | {"\ufffd"}
+        self._always = any(stop[-1].isspace() or stop[-1] == "\ufffd" for stop in stops)
+        self._window = max(len(stop.encode()) for stop in stops) + self._SLACK_TOKENS
+
+    def completed_by(self, tokens: list[int]) -> bool:
+        """True when the text of ``tokens`` holds a stop string, given that without the last token it did not."""
+        if not self._always:
+            last = tokens[-1]
+            piece = self._pieces.get(last)
+            if piece is None:
+                piece = self._pieces[last] = self._decode([last])
+            if self._last_characters.isdisjoint(piece):
+                return False
+        text = self._decode(tokens[-self._window :])
+        return any(stop in text for stop in self._stops)
+
+    def _decode(self, tokens: list[int]) -> str:
+        # Special tokens stay in: "<|im_end|>" may itself be a stop string.
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+@dataclass(slots=True, eq=False)
+class RunningSequence:
+    """One completion on its way. In a slot, its KV cache holds ``context_len - 1`` positions: all but the last."""
+
+    ticket: Ticket
+    index: int
+    key: int
+    """Random stream of this completion."""
+    max_new_tokens: int
+    stop_token_ids: frozenset[int]
+    stop_strings: StopStrings | None
+    ordinal: int = 0
+    """Place in the order of arrival."""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    version_runs: list[tuple[int, int]] = field(default_factory=list)
+    """(policy version, tokens it sampled), in order."""
+    finish_reason: FinishReason | None = None
+
+    @property
+    def context_len(self) -> int:
+        return len(self.ticket.request.prompt_token_ids) + len(self.tokens)
+
+    def context(self) -> tuple[int, ...]:
+        """Prompt and generated tokens: what a prefill has to compute."""
+        prompt = self.ticket.request.prompt_token_ids
+        return (*prompt, *self.tokens) if self.tokens else prompt
+
+    def push(self, token: int, logprob: float, policy_version: int) -> bool:
+        """Append one sampled token. True when it was the last one."""
+        runs = self.version_runs
+        if runs and runs[-1][0] == policy_version:
+            runs[-1] = (policy_version, runs[-1][1] + 1)
+        else:
+            runs.append((policy_version, 1))
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if token in self.stop_token_ids or (
+            self.stop_strings is not None and self.stop_strings.completed_by(self.tokens)
+        ):
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= self.max_new_tokens:
+            self.finish_reason = "length"
+        if self.ticket.on_delta is not None:
+            self.ticket.on_delta(
+                GenerationDelta(
+                    index=self.index,
+                    token_ids=(token,),
+                    logprobs=(logprob,),
+                    finish_reason=self.finish_reason,
+                    policy_version=policy_version,
+                )
+            )
+        return self.finish_reason is not None
+
+
+class Ticket:
+    """One request inside the engine: its n sequences, and the future its caller waits on.
+
+    ``future`` is resolved exactly once, by the engine's thread or by ``close``. It is marked running at once, so a
+    cancelled asyncio task cannot cancel it while the engine works on it. Completion ``i`` draws from stream
+    ``(seed, i)``.
+
+    Args:
+        on_delta: is called in the engine's thread and must not block.
+        pieces: text of single tokens, shared by all stop-string checks.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        on_delta: DeltaSink | None,
+        *,
+        limits: EngineLimits,
+        tokenizer: Any,
+        seed: int,
+        pieces: dict[int, str],
+    ) -> None:
+        # Contexts are looked up by value, so they must be tuples whatever the caller used.
+        self.request = request = dataclasses.replace(request, prompt_token_ids=tuple(request.prompt_token_ids))
+        self.on_delta = on_delta
+        self.future: Future[list[Generation]] = Future()
+        self.future.set_running_or_notify_cancel()
+        self.cancelled = False
+        self.prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
+        self._resolve_lock = threading.Lock()
+        room = limits.max_context_len - len(request.prompt_token_ids)
+        stop_ids = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else limits.eos_token_ids)
+        stops = StopStrings(tokenizer, request.stop, pieces) if request.stop else None
+        self.sequences = [
+            RunningSequence(
+                ticket=self,
+                index=index,
+                key=stream_key(seed, index),
+                max_new_tokens=room if request.max_tokens is None else min(request.max_tokens, room),
+                stop_token_ids=stop_ids,
+                stop_strings=stops,
+            )
+            for index in range(request.n)
+        ]
+
+    def resolve_if_done(self) -> bool:
+        """Hand the completions over when all have ended. True when this call did."""
+        if any(sequence.finish_reason is None for sequence in self.sequences):
+            return False
+        return self._resolve(
+            [
+                Generation(
+                    token_ids=tuple(sequence.tokens),
+                    logprobs=tuple(sequence.logprobs),
+                    finish_reason=sequence.finish_reason or "abort",
+                    policy_version_first=sequence.version_runs[0][0] if sequence.version_runs else -1,
+                    policy_version_last=sequence.version_runs[-1][0] if sequence.version_runs else -1,
+                    policy_version_runs=tuple(sequence.version_runs),
+                    prompt_logprobs=self.prompt_logprobs,
+                )
+                for sequence in self.sequences
+            ],
+            None,
+        )
+
+    def abort(self) -> bool:
+        """End every unfinished sequence with "abort" and hand over what there is. True when this call ended it."""
+        for sequence in self.sequences:
+            if sequence.finish_reason is None:
+                sequence.finish_reason = "abort"
+                if self.on_delta is not None:
+                    self.on_delta(
+                        GenerationDelta(index=sequence.index, token_ids=(), logprobs=(), finish_reason="abort")
+                    )
+        return self.resolve_if_done()
+
+    def fail(self, error: BaseException) -> bool:
+        """End the request with an error. True when this call ended it."""
+        for sequence in self.sequences:
+            sequence.finish_reason = sequence.finish_reason or "abort"
+        return self._resolve(None, error)
+
+    def _resolve(self, generations: list[Generation] | None, error: BaseException | None) -> bool:
+        with self._resolve_lock:
+            if self.future.done():
+                return False
+            if error is not None:
+                self.future.set_exception(error)
+            else:
+                self.future.set_result(generations or [])
+            return True
+
+
+def validate(request: GenerationRequest, limits: EngineLimits) -> None:
+    """Raise ``GenerationRequestError`` naming the parameter, its value and the limit."""
+    prompt = request.prompt_token_ids
+    if not prompt:
+        raise GenerationRequestError("prompt_token_ids is empty: give at least one token", "prompt_token_ids")
+    if len(prompt) >= limits.max_context_len:
+        raise GenerationRequestError(
+            f"the prompt has {len(prompt)} tokens; the context holds {limits.max_context_len} tokens, prompt and "
+            "completion together: shorten the prompt or raise inference.max_context_len",
+            "prompt_token_ids",
+        )
+    if min(prompt) < 0 or max(prompt) >= limits.vocab_size:
+        index, token = next((i, t) for i, t in enumerate(prompt) if not 0 <= t < limits.vocab_size)
+        raise GenerationRequestError(
+            f"prompt_token_ids[{index}] is {token}, outside the vocabulary [0, {limits.vocab_size})", "prompt_token_ids"
+        )
+    rules: list[tuple[str, Any, bool, str]] = [
+        ("n", request.n, request.n >= 1, "at least 1"),
+        ("max_tokens", request.max_tokens, request.max_tokens is None or request.max_tokens >= 1, "at least 1"),
+        ("temperature", request.temperature, 0.0 <= request.temperature < math.inf, "0 (greedy) or more"),
+        ("top_p", request.top_p, 0.0 < request.top_p <= 1.0, "in (0, 1]"),
+        ("top_k", request.top_k, request.top_k >= -1, "-1 or 0 (off), or more"),
+        ("min_p", request.min_p, 0.0 <= request.min_p <= 1.0, "in [0, 1]"),
+        (
+            "stop",
+            request.stop,
+            not isinstance(request.stop, str) and all(isinstance(s, str) and s for s in request.stop),
+            "a tuple of strings, without empty strings",
+        ),
+        (
+            "prompt_logprobs",
+            request.prompt_logprobs,
+            request.prompt_logprobs is None or 0 <= request.prompt_logprobs <= limits.vocab_size,
+            f"in [0, {limits.vocab_size}]",
+        ),
+    ]
+    for name, value, holds, wanted in rules:
+        if not holds:
+            raise GenerationRequestError(f"{name} must be {wanted}, not {value!r}", name)
