@@ -3,7 +3,7 @@
     python benchmarks/bench_decode.py [--sequences 256] [--max-tokens 4096] [--group-size 8] [--repeats 7]
 
 All sides run in one process, in turn, on the same bytes, and their tensors are compared first. ``ours_binary`` is the
-packed wire of our own API (``api.packed``) to packed tensors. The floor of JSON is ``msgspec_decode``: msgspec's
+packed wire of our own API (``protocol.packed``) to packed tensors. The floor of JSON is ``msgspec_decode``: msgspec's
 untyped decode of the body, which leaves lists of Python numbers. Prints JSON: median processor seconds, ratios, and the
 peak of the traced memory (tracemalloc: Python objects and numpy arrays) of a separate run.
 """
@@ -24,6 +24,7 @@ import torch
 
 from atropos_verl import SampleSettings, build_samples, decode_batch
 from atropos_verl.protocol.packed import decode_packed, join_packed, pack_group
+from atropos_verl.protocol.schema import check_group
 from atropos_verl.protocol.wire import decode_group
 from atropos_verl.training.batching import make_packed_batch, make_training_batch
 
@@ -81,18 +82,7 @@ def ours_binary(body: bytes) -> dict[str, torch.Tensor]:
 def to_binary(body: bytes) -> bytes:
     """The same batch as our API sends it to a trainer that asks for the packed wire."""
     groups = json.loads(body)["batch"]
-    packed = [
-        pack_group(
-            tokens=[np.array(row, np.int32) for row in group["tokens"]],
-            masks=[np.array(row, np.int32) for row in group["masks"]],
-            scores=group["scores"],
-            rows={"inference_logprobs": group["inference_logprobs"]},
-            rest={},
-            group_id=str(index),
-            env_id=group["env_id"],
-        )
-        for index, group in enumerate(groups)
-    ]
+    packed = [pack_group(check_group(json.dumps(group).encode())) for group in groups]
     return b"".join(join_packed(packed))
 
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "GREEDY_BELOW",
+    "MIN_LOGPROB",
+    "NOT_TRAINED",
+    "NO_LOGPROB",
     "UNKNOWN_VERSION",
     "Difference",
     "FinishReason",
@@ -42,6 +46,14 @@ FloatArray = NDArray[np.float64]
 
 UNKNOWN_VERSION = -2
 """Nobody knows which weights wrote this token. (-1 is a version: the weights an engine starts with.)"""
+NOT_TRAINED = -100
+"""Mask entry of a token that is not trained."""
+NO_LOGPROB = 1.0
+"""Wire value of a token without a logprob."""
+MIN_LOGPROB = -9999.0
+"""Stands for -inf, which JSON cannot hold; vLLM sends this value for it."""
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy decoding (vLLM's bound): dividing logits by less would overflow float32."""
 
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -118,8 +130,8 @@ class ScoredGroup:
 
         token_ids = ([5, 6, 7], [5, 6, 8, 2]); masks = ([-100, -100, 7], [-100, -100, 8, 2]); scores = [1., 0.]
 
-    ``defect`` is set when the bytes could not even be decoded into these types (the arrays are then empty):
-    ``build_samples`` quarantines such a group with that reason. ``raw`` is the group's own JSON, for quarantine.
+    Bytes that cannot be decoded into these types give a group with a ``defect`` and empty arrays. ``build_samples``
+    quarantines a group with a defect. ``raw`` is the group's own JSON, for quarantine.
     """
 
     token_ids: tuple[IntArray, ...]
@@ -150,6 +162,9 @@ class ScoredGroup:
     unknown_fields: tuple[str, ...] = ()
     """Names of fields this version does not know."""
     defect: str | None = None
+    """Names field, sequence, index and value of what is wrong."""
+    validated: bool = False
+    """``defect`` is the outcome of all checks; None then means that the group is sound."""
     raw: bytes = b""
 
     def __len__(self) -> int:

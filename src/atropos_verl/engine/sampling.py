@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from atropos_verl.types import GREEDY_BELOW
+
 if TYPE_CHECKING:
     from atropos_verl.types import GenerationRequest
 
-__all__ = ["GREEDY_BELOW", "SamplingRows", "effective_temperature", "sample", "stream_key", "uniforms"]
-
-GREEDY_BELOW = 1e-5
-"""Temperatures below this are greedy: dividing logits by less would overflow float32."""
+__all__ = ["SamplingRows", "effective_temperature", "sample", "stream_key", "uniforms"]
 
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9

@@ -18,14 +18,12 @@ from atropos_verl.gateway.metrics import GatewayMetrics
 from atropos_verl.gateway.text import TextCodec
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
-from atropos_verl.types import UNKNOWN_VERSION, Generation, GenerationDelta, GenerationRequest
+from atropos_verl.types import MIN_LOGPROB, UNKNOWN_VERSION, Generation, GenerationDelta, GenerationRequest
 
 __all__ = ["Gate", "GatewayService", "finite_logprobs", "joined_deltas", "policy_fields"]
 
 logger = logging.getLogger(__name__)
 
-_MIN_LOGPROB = -9999.0
-"""JSON has no -inf; vLLM sends this value for it."""
 _MAX_REMEMBERED_WARNINGS = 256
 
 
@@ -200,8 +198,8 @@ def finite_logprobs(values: Iterable[float]) -> list[float]:
     for index, value in enumerate(result):
         if math.isnan(value):
             raise EngineError(f"the logprob of generated token {index} is NaN; are the weights finite?")
-        if value < _MIN_LOGPROB:
-            result[index] = _MIN_LOGPROB
+        if value < MIN_LOGPROB:
+            result[index] = MIN_LOGPROB
     return result
 
 

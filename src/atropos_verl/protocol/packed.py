@@ -27,7 +27,6 @@ its JSON follows, padded with spaces.
 from __future__ import annotations
 
 import struct
-from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -36,16 +35,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atropos_verl.errors import AtroposProtocolError
-from atropos_verl.types import FloatArray, IntArray, ScoredGroup
+from atropos_verl.protocol.schema import (
+    EXTRAS,
+    CheckedGroup,
+    Refusal,
+    ScoredData,
+    float_row,
+    free_fields,
+    int_row,
+)
+from atropos_verl.types import NOT_TRAINED, FloatArray, IntArray, ScoredGroup
 
-__all__ = ["MAGIC", "MEDIA_TYPE", "decode_packed", "join_packed", "pack_group", "pack_json"]
+__all__ = ["MAGIC", "MEDIA_TYPE", "decode_packed", "join_packed", "pack_group"]
 
 MEDIA_TYPE = "application/vnd.atropos+packed"
 MAGIC = b"ATRPACK1"
 
 _U32 = struct.Struct("<I")
 _HEAD = struct.Struct("<II")
-_NOT_TRAINED = -100
 _DTYPES: dict[str, np.dtype[Any]] = {
     "i4": np.dtype("<i4"),
     "u4": np.dtype("<u4"),
@@ -67,24 +74,12 @@ class _Header(msgspec.Struct, omit_defaults=True):
 # --- encoding --------------------------------------------------------------------------------------------------------
 
 
-def pack_group(
-    *,
-    tokens: Sequence[NDArray[np.int32]],
-    masks: Sequence[NDArray[np.int32]],
-    scores: Sequence[float],
-    rows: Mapping[str, Sequence[list[float] | None] | None],
-    rest: Mapping[str, Any],
-    group_id: str,
-    env_id: int | None,
-) -> bytes:
-    """One group of the packed wire.
-
-    Args:
-        tokens, masks: [G][T_g].
-        scores: [G].
-        rows: ``advantages``, ``ref_logprobs``, ``inference_logprobs``: [G][T_g] or None; a row may be empty or None.
-        rest: other fields of ``ScoredData`` in their JSON form; None and empty values are left out.
-    """
+def pack_group(group: CheckedGroup) -> bytes:
+    """One group of the packed wire."""
+    fields = group.fields
+    if group.unknown or not _fits(fields):
+        raw = group.complete()
+        return _blob(_Header(json=True), [raw, b" " * (-len(raw) % 8)])
     blobs: list[bytes] = []
     arrays: list[tuple[str, str, int, int]] = []
     offset = 0
@@ -97,43 +92,46 @@ def pack_group(
         blobs.append(data)
         offset += len(data)
 
-    lengths = [len(row) for row in tokens]
-    ids, marks = np.concatenate(tokens), np.concatenate(masks)
+    lengths = [len(row) for row in fields.tokens]
+    ids, marks = (
+        np.concatenate([int_row(row, "i", name, i) for i, row in enumerate(rows)])
+        for name, rows in (("tokens", fields.tokens), ("masks", fields.masks))
+    )
     put("tokens", "i4", ids, len(ids))
     trained = marks == ids
-    if bool(np.all(trained | (marks == _NOT_TRAINED))):
+    if bool(np.all(trained | (marks == NOT_TRAINED))):
         put("masks", "m1", np.packbits(trained), len(ids))
     else:
         put("masks", "i4", marks, len(marks))
-    put("scores", "f8", np.array(scores, np.float64), len(scores))
-    for name, field in rows.items():
-        if field and any(field):
-            _put_rows(put, name, field, lengths)
-    header = _Header(group_id, env_id, lengths, arrays, {name: value for name, value in rest.items() if value})
-    return _blob(header, blobs)
+    put("scores", "f8", float_row(fields.scores), len(fields.scores))
+    for name in EXTRAS:
+        rows = getattr(fields, name)
+        if isinstance(rows, list) and any(rows):
+            found = [len(row) if row else 0 for row in rows]
+            if found != lengths:
+                put(f"{name}.lengths", "u4", np.array(found, np.uint32), len(found))
+            values = np.concatenate([float_row(row or []) for row in rows])
+            with np.errstate(over="ignore"):
+                short = values.astype(np.float32)
+            exact = bool(np.array_equal(short, values))
+            put(name, "f4" if exact else "f8", short if exact else values, len(values))
+    rest = {name: value for name, value in fields.free().items() if value}
+    return _blob(_Header(group.digest.hex()[:16], group.env_id, lengths, arrays, rest), blobs)
 
 
-def pack_json(raw: bytes) -> bytes:
-    """A group that does not fit into arrays, as its JSON."""
-    return _blob(_Header(json=True), [raw, b" " * (-len(raw) % 8)])
+def _fits(fields: ScoredData) -> bool:
+    """Whether a reader of the arrays and ``rest`` finds what a reader of the JSON does."""
+    try:
+        free_fields(fields.free())
+    except Refusal:
+        return False
+    return True
 
 
 def _blob(header: _Header, blobs: list[bytes]) -> bytes:
     head = msgspec.json.encode(header)
     head += b" " * (-(_HEAD.size + len(head)) % 8)
     return b"".join([_HEAD.pack(_U32.size + len(head) + sum(map(len, blobs)), len(head)), head, *blobs])
-
-
-def _put_rows(put: Any, name: str, field: Sequence[list[float] | None], lengths: list[int]) -> None:
-    found = [len(row) if row else 0 for row in field]
-    if found != lengths:
-        put(f"{name}.lengths", "u4", np.array(found, np.uint32), len(found))
-    # array reads a list of floats faster than numpy does.
-    values = np.concatenate([np.frombuffer(array("d", row or ()), np.float64) for row in field])
-    with np.errstate(over="ignore"):
-        short = values.astype(np.float32)
-    exact = bool(np.array_equal(short, values))
-    put(name, "f4" if exact else "f8", short if exact else values, len(values))
 
 
 def join_packed(groups: Iterable[bytes]) -> list[bytes]:
@@ -156,7 +154,7 @@ def decode_packed(body: bytes, decode_json: Callable[[bytes], ScoredGroup]) -> l
     """
     try:
         return [_decode_group(part, decode_json) for part in _split(body)]
-    except (struct.error, ValueError, KeyError, IndexError, TypeError, msgspec.DecodeError) as error:
+    except (struct.error, ValueError, KeyError, IndexError, TypeError, msgspec.DecodeError, Refusal) as error:
         reason = f"the packed batch of {len(body)} bytes cannot be read: {error}; is it cut off?"
         raise AtroposProtocolError(reason) from error
 
@@ -189,24 +187,16 @@ def _decode_group(part: memoryview, decode_json: Callable[[bytes], ScoredGroup])
     ids = fields["tokens"].astype(np.int64)
     if packed_masks:
         trained = np.unpackbits(fields["masks"], count=len(ids)).view(np.bool_)
-        marks: IntArray = np.where(trained, ids, _NOT_TRAINED)
+        marks: IntArray = np.where(trained, ids, NOT_TRAINED)
     else:
         marks = fields["masks"].astype(np.int64)
-    rest = header.rest
+    extras: dict[str, Any] = {name: _float_rows(fields, name, header.lengths) for name in EXTRAS}
     return ScoredGroup(
         token_ids=_rows(ids, header.lengths),
         masks=_rows(marks, header.lengths),
         scores=fields["scores"].astype(np.float64),
-        advantages=_float_rows(fields, "advantages", header.lengths),
-        ref_logprobs=_float_rows(fields, "ref_logprobs", header.lengths),
-        inference_logprobs=_float_rows(fields, "inference_logprobs", header.lengths),
-        overrides=_overrides(rest.get("overrides")),
-        group_overrides=rest.get("group_overrides"),
-        generation_params=rest.get("generation_params"),
-        messages=rest.get("messages"),
-        images=rest.get("images"),
-        distill_token_ids=rest.get("distill_token_ids"),
-        distill_logprobs=rest.get("distill_logprobs"),
+        **extras,
+        **free_fields(header.rest),
         env_id=header.env_id,
         group_id=header.group_id,
     )
@@ -241,13 +231,6 @@ def _float_rows(
     own = fields.get(f"{name}.lengths")
     rows = _rows(values.astype(np.float64), lengths if own is None else own.tolist())
     return tuple([row if len(row) else None for row in rows])
-
-
-def _overrides(value: Any) -> tuple[dict[str, Any], ...] | None:
-    if not value:
-        return None
-    entries = tuple([dict(entry) if entry else {} for entry in value])
-    return entries if any(entries) else None
 
 
 _HEADERS = msgspec.json.Decoder(_Header)

@@ -1,18 +1,14 @@
 """JSON bytes ⇄ ``ScoredGroup``: the edge where a trajectory API's answer becomes arrays.
 
 ``decode_batch`` takes the body of ``GET /batch``. Each group is decoded on its own, so a group that breaks the contract
-never takes the good ones with it: it comes back with ``defect`` set, and ``build_samples`` quarantines it. Field names
-and types are those of upstream's ``ScoredData`` (``atroposlib/api/server.py``, atroposlib 0.4.0).
-
-Two readers give the same result. The fast one is a typed msgspec decoder. What it refuses (NaN literals, lone
-surrogates, a field of the wrong type) goes to ``wire_fallback``, which walks plain Python objects, and so can either
-accept what Python's ``json`` emits or name field, sequence, index and value of what is wrong.
+never takes the good ones with it: it comes back with ``defect`` set, and ``build_samples`` quarantines it.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from array import array
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -22,42 +18,27 @@ import xxhash
 from numpy.typing import NDArray
 
 from atropos_verl.errors import AtroposProtocolError, DataError
-from atropos_verl.protocol import packed, wire_fallback
-from atropos_verl.types import FloatArray, IntArray, ScoredGroup
+from atropos_verl.protocol import packed
+from atropos_verl.protocol.schema import (
+    EXTRAS,
+    TOO_DEEP,
+    Refusal,
+    ScoredData,
+    float_row,
+    free_fields,
+    int_row,
+    parse_object,
+    to_fields,
+    unknown_fields,
+)
+from atropos_verl.types import NO_LOGPROB, FloatArray, ScoredGroup
 
 __all__ = ["decode_batch", "decode_group", "encode_group"]
-
-NO_LOGPROB = 1.0
-"""Upstream's "no value" in ``inference_logprobs``."""
 
 IntRows: TypeAlias = Sequence[Sequence[int] | NDArray[np.integer[Any]]]
 FloatRows: TypeAlias = Sequence[Sequence[float] | NDArray[np.floating[Any]] | None]
 
-_MaybeRows: TypeAlias = list[list[float] | dict[str, Any] | None] | dict[str, Any] | None
-_MaybeDict: TypeAlias = dict[str, Any] | list[Any] | None
-
-
-class _GroupFields(msgspec.Struct):
-    """``ScoredData`` as it is allowed to look; ``{}`` and ``[]`` are what environments send for "absent"."""
-
-    tokens: list[list[int]]
-    masks: list[list[int]]
-    scores: list[float]
-    advantages: _MaybeRows = None
-    ref_logprobs: _MaybeRows = None
-    messages: Any = None
-    generation_params: _MaybeDict = None
-    inference_logprobs: _MaybeRows = None
-    overrides: list[_MaybeDict] | dict[str, Any] | None = None
-    group_overrides: _MaybeDict = None
-    images: Any = None
-    env_id: int | None = None
-    distill_token_ids: Any = None
-    distill_logprobs: Any = None
-
-
-class _KnownFieldsOnly(_GroupFields, forbid_unknown_fields=True):
-    """The same, refusing unknown names: then the names have to be looked up, which costs a second scan."""
+_STRINGS_AND_BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]', re.DOTALL)
 
 
 class _Envelope(msgspec.Struct):
@@ -67,8 +48,12 @@ class _Envelope(msgspec.Struct):
     detail: Any = None
 
 
+_DECODE_ENVELOPE = msgspec.json.Decoder(_Envelope)
+_DECODE_GROUP = msgspec.json.Decoder(ScoredData)
+
+
 def decode_batch(body: bytes) -> list[ScoredGroup]:
-    """Groups in the body of ``GET /batch``, in the order of the server. JSON or packed (``api/packed.py``).
+    """Groups in the body of ``GET /batch``, in the order of the server. JSON or packed (``protocol/packed.py``).
 
     ``{"batch": null}`` and ``{"batch": []}`` mean "not yet" and give ``[]``. A group that cannot be decoded is in the
     list too, with ``defect`` naming field, sequence, index and value.
@@ -79,29 +64,24 @@ def decode_batch(body: bytes) -> list[ScoredGroup]:
     if body.startswith(packed.MAGIC):
         return packed.decode_packed(body, decode_group)
     try:
-        envelope = msgspec.json.decode(body, type=_Envelope)
-        batch, status = envelope.batch, envelope.status
-        explanation = envelope.message if envelope.message is not None else envelope.detail
-        groups = None if batch is None or isinstance(batch, msgspec.UnsetType) else [bytes(raw) for raw in batch]
-        known = not isinstance(batch, msgspec.UnsetType)
+        envelope = _DECODE_ENVELOPE.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        split = wire_fallback.split_batch(body)
-        groups, known = split.groups, split.has_batch
-        status, explanation = split.fields.get("status"), split.fields.get("message") or split.fields.get("detail")
-    if status == "error":
+        envelope = _split_batch(body)
+    if envelope.status == "error":
+        explanation = envelope.message or envelope.detail
         raise AtroposProtocolError(
             "the server answered GET /batch with an error: "
             f"{str(explanation)[:500] if explanation else 'no message; is the trainer registered?'}"
         )
-    if not known:
+    if envelope.batch is msgspec.UNSET:
         raise AtroposProtocolError(
             f"the answer to GET /batch has no 'batch' field; is this an Atropos API? It begins {body[:120]!r}"
         )
-    return [decode_group(raw) for raw in groups or ()]
+    return [decode_group(bytes(raw)) for raw in envelope.batch or ()]
 
 
 def decode_group(raw: bytes) -> ScoredGroup:
-    """One ``ScoredData`` object. Never raises for its content: what is wrong with it is in ``defect``.
+    """One ``ScoredData`` object. Never raises for its content: ``defect`` says what is wrong with it.
 
     ``group_id`` is the first 16 hex digits of the XXH3-128 of ``raw``: a name, not a proof, and 60 times faster than
     SHA-256, which took a third of the server's own work on a POST. Who could forge a collision could post anything.
@@ -110,13 +90,27 @@ def decode_group(raw: bytes) -> ScoredGroup:
     unknown: tuple[str, ...] = ()
     try:
         try:
-            fields: _GroupFields = _DECODE_KNOWN.decode(raw)
-        except msgspec.ValidationError:
-            fields = _DECODE_ANY.decode(raw)
-            unknown = _unknown_fields(raw)
-        return _from_fields(fields, unknown, group_id, raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError, _NotAbsentError):
-        return wire_fallback.decode_group(raw, group_id, _FIELD_NAMES)
+            fields = _DECODE_GROUP.decode(raw)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            found = parse_object(raw)
+            fields, unknown = to_fields(found), unknown_fields(found)
+        extras: dict[str, Any] = {name: _rows(getattr(fields, name)) for name in EXTRAS}
+        return ScoredGroup(
+            token_ids=tuple([int_row(row, "q", "tokens", i) for i, row in enumerate(fields.tokens)]),
+            masks=tuple([int_row(row, "q", "masks", i) for i, row in enumerate(fields.masks)]),
+            scores=float_row(fields.scores),
+            **extras,
+            **free_fields(fields.free()),
+            env_id=fields.env_id if isinstance(fields.env_id, int) else None,
+            group_id=group_id,
+            unknown_fields=unknown,
+            raw=raw,
+        )
+    except Refusal as refusal:
+        defect = refusal.message
+    except RecursionError:
+        defect = TOO_DEEP
+    return ScoredGroup(token_ids=(), masks=(), scores=np.zeros(0), group_id=group_id, defect=defect, raw=raw)
 
 
 def encode_group(
@@ -148,10 +142,9 @@ def encode_group(
         DataError: a value that JSON cannot carry (NaN or infinity), named by field, sequence and index; or lists
             whose lengths differ.
     """
-    sequences = len(tokens)
     for name, length in (("masks", len(masks)), ("scores", len(scores))):
-        if length != sequences:
-            raise DataError(f"{name} has {length} entries, but tokens has {sequences}")
+        if length != len(tokens):
+            raise DataError(f"{name} has {length} entries, but tokens has {len(tokens)}")
     fields: dict[str, Any] = {
         "tokens": [_plain(row) for row in tokens],
         "masks": [_plain(row) for row in masks],
@@ -172,87 +165,79 @@ def encode_group(
     return msgspec.json.encode(present, enc_hook=_encode_numpy)
 
 
-# ---------------------------------------------------------------------- decoding, fast path
+def _rows(rows: Any) -> tuple[FloatArray | None, ...] | None:
+    """The rows of an extra; None when all of them are absent."""
+    found = tuple([float_row(row) if row else None for row in rows]) if isinstance(rows, list) else ()
+    return found if any(row is not None for row in found) else None
 
 
-class _NotAbsentError(Exception):
-    """A field holds an object where only an empty one (absent) is allowed; the fallback names it."""
+# --- a body with a group that the typed decoder cannot skip ----------------------------------------------------------
 
 
-def _from_fields(fields: _GroupFields, unknown: tuple[str, ...], group_id: str, raw: bytes) -> ScoredGroup:
-    return ScoredGroup(
-        token_ids=tuple([_ints(row) for row in fields.tokens]),
-        masks=tuple([_ints(row) for row in fields.masks]),
-        scores=np.array(fields.scores, dtype=np.float64),
-        advantages=_rows(fields.advantages),
-        inference_logprobs=_rows(fields.inference_logprobs),
-        ref_logprobs=_rows(fields.ref_logprobs),
-        overrides=_overrides(fields.overrides),
-        group_overrides=_dict(fields.group_overrides),
-        generation_params=_dict(fields.generation_params),
-        messages=wire_fallback.present(fields.messages),
-        images=wire_fallback.present(fields.images),
-        distill_token_ids=wire_fallback.present(fields.distill_token_ids),
-        distill_logprobs=wire_fallback.present(fields.distill_logprobs),
-        env_id=fields.env_id,
-        group_id=group_id,
-        unknown_fields=unknown,
-        raw=raw,
+def _split_batch(body: bytes) -> _Envelope:
+    """Cut ``{"batch": [...], ...}`` at its brackets, whatever stands between them.
+
+    Raises:
+        AtroposProtocolError: not a JSON object, or cut short.
+    """
+    span = _batch_span(body)
+    text = body if span is None else body[: span[0]] + b"[]" + body[span[1] :]
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise AtroposProtocolError(
+            f"the answer to GET /batch is not JSON ({str(error)[:80]}); is this an Atropos API? "
+            f"It is {len(body)} bytes long and begins {body[:120]!r}"
+        ) from error
+    if not isinstance(fields, dict) or fields.get("batch") not in (None, []):
+        raise AtroposProtocolError(
+            "the answer to GET /batch is not an object with a list 'batch'; is this an Atropos API? "
+            f"It begins {body[:120]!r}"
+        )
+    raw = None if span is None else [msgspec.Raw(element) for element in span[2]]
+    return _Envelope(
+        batch=raw if "batch" in fields else msgspec.UNSET,
+        **{name: fields.get(name) for name in ("status", "message", "detail")},
     )
 
 
-def _ints(row: list[int]) -> IntArray:
-    # array('q') is the fastest way from a list of ints (20 ns a token, np.array 35), and it checks the range.
-    return np.frombuffer(array("q", row), dtype=np.int64) if row else np.zeros(0, dtype=np.int64)
+def _batch_span(body: bytes) -> tuple[int, int, list[bytes]] | None:
+    """Byte range of the list under the key ``batch`` of the outermost object, and its elements. None: no such list."""
+    depth, key_end, start, previous = 0, -1, -1, -1
+    elements: list[bytes] = []
+    element_start = -1
+    for match in _STRINGS_AND_BRACKETS.finditer(body):
+        token = match.group()
+        at, end = match.span()
+        if token in (b"{", b"["):
+            depth += 1
+            if depth == 2 and start < 0 and token == b"[" and key_end >= 0 and body[key_end:at].strip() == b":":
+                start = previous = end
+            elif depth == 3 and start >= 0:
+                elements += _scalars(body[previous:at])
+                element_start = at
+        elif token in (b"}", b"]"):
+            depth -= 1
+            if depth == 2 and start >= 0:
+                elements.append(body[element_start:end])
+                previous = end
+            elif depth == 1 and start >= 0:
+                elements += _scalars(body[previous:at])
+                return start - 1, end, elements
+        elif depth == 1 and start < 0 and token == b'"batch"':
+            key_end = end
+        elif depth == 2 and start >= 0:
+            elements += [*_scalars(body[previous:at]), token]
+            previous = end
+    return None
 
 
-def _rows(rows: _MaybeRows) -> tuple[FloatArray | None, ...] | None:
-    if not rows:
-        return None
-    if isinstance(rows, dict):
-        raise _NotAbsentError
-    found: list[FloatArray | None] = []
-    for row in rows:
-        if not row:
-            found.append(None)
-        elif isinstance(row, dict):
-            raise _NotAbsentError
-        else:
-            found.append(np.fromiter(row, np.float64, len(row)))
-    return None if all(row is None for row in found) else tuple(found)
+def _scalars(gap: bytes) -> list[bytes]:
+    """Elements that are neither objects, lists nor strings, in the text between two that are."""
+    return [piece.strip() for piece in gap.split(b",") if piece.strip()]
 
 
-def _dict(value: _MaybeDict) -> dict[str, Any] | None:
-    if not value:
-        return None
-    if isinstance(value, list):
-        raise _NotAbsentError
-    return value
-
-
-def _overrides(value: list[_MaybeDict] | dict[str, Any] | None) -> tuple[dict[str, Any], ...] | None:
-    if not value:
-        return None
-    if isinstance(value, dict):
-        raise _NotAbsentError
-    entries = tuple([_dict(entry) or {} for entry in value])
-    return entries if any(entries) else None
-
-
-def _unknown_fields(raw: bytes) -> tuple[str, ...]:
-    found = _DECODE_NAMES.decode(raw)
-    names = [name for name in found if name not in _FIELD_NAMES]
-    return tuple(sorted(n for n in names if bytes(found[n]).translate(None, b" \t\r\n") not in _ABSENT))
-
-
-_ABSENT = (b"null", b"[]", b"{}")
-_DECODE_KNOWN = msgspec.json.Decoder(_KnownFieldsOnly)
-_DECODE_ANY = msgspec.json.Decoder(_GroupFields)
-_DECODE_NAMES = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_FIELD_NAMES = frozenset(_GroupFields.__struct_fields__)
-
-
-# ---------------------------------------------------------------------- encoding
+# --- encoding --------------------------------------------------------------------------------------------------------
 
 
 def _plain(row: Any) -> list[Any]:

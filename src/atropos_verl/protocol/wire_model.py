@@ -106,7 +106,7 @@ class StoredGroup:
     tokens: int
     arrived: float
     digest: bytes
-    """SHA-256 of its JSON with every key, truncated to 16 bytes."""
+    """XXH3-128 of its JSON with every key."""
     raw: bytes
     """Its JSON as received."""
     suffix: bytes = b""

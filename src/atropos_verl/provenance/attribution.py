@@ -23,12 +23,10 @@ from numpy.typing import NDArray
 
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.ledger_records import Piece, SpanRecord
-from atropos_verl.types import UNKNOWN_VERSION, Difference, FloatArray, IntArray, SequenceMatch
+from atropos_verl.types import MIN_LOGPROB, UNKNOWN_VERSION, Difference, FloatArray, IntArray, SequenceMatch
 
 __all__ = ["SequenceQuery", "look_up", "trained_spans"]
 
-_MIN_LOGPROB = np.float32(-9999.0)
-"""What the gateway sends for -inf."""
 _MOST_EXPLAINED = 512
 """Newest records that a sequence is compared with, to say where it differs."""
 
@@ -151,7 +149,7 @@ class _Chooser:
 def _sent_logprobs(record: SpanRecord, piece: Piece) -> NDArray[np.float32]:
     """The record's logprobs of the piece's tokens, as the gateway sent them to the environment."""
     offset = piece.start - record.start
-    return np.maximum(record.logprobs[offset : offset + piece.stop - piece.start], _MIN_LOGPROB)
+    return np.maximum(record.logprobs[offset : offset + piece.stop - piece.start], np.float32(MIN_LOGPROB))
 
 
 def _match(

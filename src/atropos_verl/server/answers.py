@@ -18,25 +18,15 @@ from typing import Any, Protocol
 import msgspec
 
 from atropos_verl.protocol import packed
-from atropos_verl.protocol.validation import CheckedGroup, Fields, KnownFields, check_group
+from atropos_verl.protocol.schema import check_group
 from atropos_verl.protocol.wire_model import StoredGroup
 
-__all__ = ["Answer", "Compressor", "choose_encoding", "compressor", "json_answer", "json_parts", "pack", "packed_parts"]
+__all__ = ["Answer", "Compressor", "choose_encoding", "compressor", "json_answer", "json_parts", "packed_parts"]
 
 MIN_COMPRESSED = 1000
 """Bytes; shorter answers are sent as they are (upstream's bound)."""
 _CHUNK = 512 * 2**10
 """Bytes sent at once, so that small groups do not cost a write each."""
-_EXTRAS = ("advantages", "ref_logprobs", "inference_logprobs")
-_FREE = (
-    "messages",
-    "generation_params",
-    "overrides",
-    "group_overrides",
-    "images",
-    "distill_token_ids",
-    "distill_logprobs",
-)
 
 
 @dataclass(slots=True)
@@ -69,42 +59,8 @@ def json_parts(groups: Iterable[StoredGroup]) -> list[bytes]:
 
 def packed_parts(groups: Iterable[StoredGroup]) -> list[bytes]:
     """The same batch in the packed wire; what was not packed ahead is packed now, and not kept."""
-    blobs = [pack(check_group(group.raw)) if group.packed is None else group.packed for group in groups]
+    blobs = [packed.pack_group(check_group(group.raw)) if group.packed is None else group.packed for group in groups]
     return list(_gathered(packed.join_packed(blobs)))
-
-
-def pack(group: CheckedGroup) -> bytes:
-    """The packed form of a checked group."""
-    fields = group.fields
-    if not isinstance(fields, KnownFields) or not _fits(fields):
-        return packed.pack_json(group.complete())
-    token_ids, masks = group.arrays()
-    return packed.pack_group(
-        tokens=token_ids,
-        masks=masks,
-        scores=fields.scores,
-        rows={name: _rows(getattr(fields, name)) for name in _EXTRAS},
-        rest={name: value for name in _FREE if (value := getattr(fields, name)) is not msgspec.UNSET},
-        group_id=group.digest.hex()[:16],
-        env_id=group.env_id,
-    )
-
-
-def _fits(fields: Fields) -> bool:
-    """Whether the arrays and ``rest`` carry everything; a reader of JSON then sees the same."""
-    overrides = fields.overrides
-    if overrides and not (
-        isinstance(overrides, list) and all(entry is None or isinstance(entry, dict) for entry in overrides)
-    ):
-        return False
-    return all(
-        not value or isinstance(value, dict | msgspec.UnsetType)
-        for value in (fields.generation_params, fields.group_overrides)
-    )
-
-
-def _rows(value: Any) -> list[list[float] | None] | None:
-    return [row if isinstance(row, list) else None for row in value] if isinstance(value, list) else None
 
 
 def _gathered(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:

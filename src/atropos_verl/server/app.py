@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import parse_qsl
 
-from atropos_verl.protocol.validation import Refusal
+from atropos_verl.protocol.schema import Refusal
 from atropos_verl.segment_log import LogWriteError
 from atropos_verl.server.answers import Answer, choose_encoding, compressor, json_answer
 from atropos_verl.server.auth import cors_headers, refuse

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import msgspec
 
-from atropos_verl.protocol.validation import Refusal
+from atropos_verl.protocol.schema import Refusal
 from atropos_verl.server.delivery import Connection
 
 __all__ = ["Request", "decoded", "idempotency", "lease_seconds"]

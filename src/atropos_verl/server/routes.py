@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-from atropos_verl.protocol.validation import CheckedGroup, Refusal, check_group, split_list
+from atropos_verl.protocol.packed import pack_group
+from atropos_verl.protocol.schema import CheckedGroup, Refusal, check_group, split_list
 from atropos_verl.protocol.wire_model import (
     AckRequest,
     EnvIdentifier,
@@ -20,7 +21,7 @@ from atropos_verl.protocol.wire_model import (
     StoredGroup,
 )
 from atropos_verl.server import metrics, status
-from atropos_verl.server.answers import Answer, json_answer, pack
+from atropos_verl.server.answers import Answer, json_answer
 from atropos_verl.server.page import page
 from atropos_verl.server.request import Request, decoded, idempotency, lease_seconds
 from atropos_verl.server.status_barrier import StatusFence
@@ -230,7 +231,7 @@ class Routes:
         room = _PACKED_SHARE * (state.held_bytes - state.packed_bytes) - state.packed_bytes
         wanted = self._store.wants_packed and room > 0
         if wanted and state.groups.get(stored.seq) is stored and stored.packed is None:
-            state.keep_packed(stored, pack(checked))
+            state.keep_packed(stored, pack_group(checked))
 
     def _refuse_too_large(self, groups: list[CheckedGroup]) -> None:
         """Under ``exact`` a group above the batch size could never be handed out."""

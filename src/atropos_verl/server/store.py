@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from atropos_verl.errors import AtroposVerlError
-from atropos_verl.protocol.validation import CheckedGroup, Refusal
+from atropos_verl.protocol.schema import CheckedGroup, Refusal
 from atropos_verl.protocol.wire_model import Environment, EnvRegistration, Registration
 from atropos_verl.server.batcher import BATCH_FILLS
 from atropos_verl.server.batches import BatchDesk, ConflictError

@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 
 from atropos_verl.config.schema import OffPolicyConfig
-from atropos_verl.protocol.group_checks import NOT_TRAINED, fault_in_group
 from atropos_verl.protocol.journal import BatchJournal, JournalEntry
+from atropos_verl.protocol.schema import find_defect
 from atropos_verl.provenance.attribution import SequenceQuery, look_up
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.training.staleness import LookUpFigures, group_version, is_too_old, merge_matches
-from atropos_verl.types import Difference, SampleSettings, ScoredGroup, SequenceMatch
+from atropos_verl.types import NOT_TRAINED, Difference, SampleSettings, ScoredGroup, SequenceMatch
 
 __all__ = ["Applied", "BatchMatches", "OffPolicyBook", "decode_matches", "encode_matches"]
 
@@ -90,7 +90,7 @@ class OffPolicyBook:
         where: list[tuple[int, int]] = []
         queries: list[SequenceQuery] = []
         for g, group in enumerate(groups):
-            if fault_in_group(group, self.settings) is None:
+            if find_defect(group, self.settings.vocab_size) is None:
                 for i in range(len(group)):
                     if group.token_ids[i].max() < _MAX_ID:
                         where.append((g, i))

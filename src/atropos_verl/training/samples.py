@@ -16,13 +16,7 @@ import numpy as np
 
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError, DataError
-from atropos_verl.protocol.group_checks import (
-    NO_LOGPROB,
-    NOT_TRAINED,
-    check_supported,
-    fault_in_group,
-    sampling_temperature,
-)
+from atropos_verl.protocol.schema import check_supported, find_defect, sampling_temperature
 from atropos_verl.training.advantages import (
     ESTIMATORS,
     NORMALIZATIONS,
@@ -32,6 +26,8 @@ from atropos_verl.training.advantages import (
     group_advantages,
 )
 from atropos_verl.types import (
+    NO_LOGPROB,
+    NOT_TRAINED,
     UNKNOWN_VERSION,
     FloatArray,
     IntArray,
@@ -100,7 +96,7 @@ def _collect_all(groups: Iterable[ScoredGroup], settings: SampleSettings) -> _Co
     _check_settings(settings)
     collected = _Collected()
     for group in groups:
-        reason = fault_in_group(group, settings)
+        reason = find_defect(group, settings.vocab_size)
         if reason is None:
             check_supported(group, settings.ignore_fields)
             _collect(group, settings, collected)

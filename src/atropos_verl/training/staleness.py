@@ -13,8 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from atropos_verl.protocol.group_checks import NO_LOGPROB, NOT_TRAINED, sampling_temperature, stated_temperature
-from atropos_verl.types import UNKNOWN_VERSION, FloatArray, ScoredGroup, SequenceMatch, TrainingSample
+from atropos_verl.protocol.schema import sampling_temperature, stated_temperature
+from atropos_verl.types import (
+    MIN_LOGPROB,
+    NO_LOGPROB,
+    NOT_TRAINED,
+    UNKNOWN_VERSION,
+    FloatArray,
+    ScoredGroup,
+    SequenceMatch,
+    TrainingSample,
+)
 
 __all__ = [
     "LOGPROB_MISMATCH",
@@ -30,8 +39,6 @@ LOGPROB_MISMATCH = 1e-3
 """Nats: an environment's logprob that is further from the ledger's is not the one it was sent."""
 _OLDEST_BUCKET = 8
 """Staleness from here on is counted together."""
-_MIN_LOGPROB = -9999.0
-"""What the gateway sends for -inf."""
 
 
 @dataclass(slots=True)
@@ -88,7 +95,7 @@ def merge_matches(
     are not trained on.
 
     Args:
-        group: one that ``fault_in_group`` found nothing wrong with.
+        group: one without a defect.
         matches: [G]; None where the sequence was not looked up.
         figures: counts are added.
     """
@@ -128,7 +135,7 @@ def _count(figures: LookUpFigures, env_id: int | None, match: SequenceMatch, tok
 
 def _merged_logprobs(sent: FloatArray | None, match: SequenceMatch, figures: LookUpFigures) -> FloatArray | None:
     known = ~np.isnan(match.logprobs)
-    own = np.maximum(match.logprobs, _MIN_LOGPROB)
+    own = np.maximum(match.logprobs, MIN_LOGPROB)
     if sent is None:
         return np.where(known, own, NO_LOGPROB) if known.any() else None
     both = known & (sent != NO_LOGPROB)

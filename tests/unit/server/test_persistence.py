@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from support.trajectory_server import Clock, group_bytes, registration
 
-from atropos_verl.protocol.validation import check_group
+from atropos_verl.protocol.schema import check_group
 from atropos_verl.protocol.wire_model import EnvRegistration, Registration
 from atropos_verl.segment_log import LogDamagedError, LogWriteError, SegmentLog
 from atropos_verl.server import ServerSettings

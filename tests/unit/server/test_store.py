@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.trajectory_server import Clock, group_bytes, registration
 
-from atropos_verl.protocol.validation import Refusal, check_group
+from atropos_verl.protocol.schema import Refusal, check_group
 from atropos_verl.protocol.wire_model import EnvRegistration, Registration
 from atropos_verl.server import ServerSettings, status
 from atropos_verl.server.batches import ConflictError, UnknownLeaseError

@@ -12,6 +12,7 @@ import numpy as np
 from atropos_verl.backends.local.rollout_data import RolloutData
 from atropos_verl.errors import AtroposProtocolError
 from atropos_verl.protocol.leases import HeldBatch, LeasedBatches
+from atropos_verl.protocol.schema import validated
 from atropos_verl.protocol.wire import decode_batch
 from atropos_verl.training.off_policy_book import OffPolicyBook
 from atropos_verl.training.quarantine import QuarantineStore
@@ -60,7 +61,7 @@ class InHand:
         for batch in held:
             body, entry = batch.body, batch.entry
             try:
-                groups = decode_batch(body)
+                groups = validated(decode_batch(body), self._book.settings.vocab_size)
             except AtroposProtocolError as error:
                 # It ended the run that fetched it; without this it would end every resume as well.
                 group = ScoredGroup(token_ids=(), masks=(), scores=np.zeros(0), group_id=entry.path.stem, raw=body)
@@ -75,7 +76,7 @@ class InHand:
     def decode(self, held: HeldBatch) -> RolloutData:
         """A batch that has just come. Raises ``AtroposProtocolError`` when it is none."""
         started = time.perf_counter()
-        groups = decode_batch(held.body)
+        groups = validated(decode_batch(held.body), self._book.settings.vocab_size)
         decoded = time.perf_counter()
         matches = self._book.look_up_and_keep(groups, self._batches.journal, held.entry)
         self._flow.fetched()

@@ -24,6 +24,7 @@ from atropos_verl.backends.ray.transfer import Rows, has_rollout_logprobs, make_
 from atropos_verl.errors import AtroposHTTPStatusError, AtroposProtocolError, AtroposTimeoutError, DataError
 from atropos_verl.protocol.journal import JournalEntry
 from atropos_verl.protocol.leases import HeldBatch, LeasedBatches
+from atropos_verl.protocol.schema import validated
 from atropos_verl.protocol.wire import decode_batch
 from atropos_verl.training.off_policy_book import OffPolicyBook
 from atropos_verl.training.quarantine import QuarantineStore
@@ -300,7 +301,7 @@ class TrajectoryFeed:
 
     def _decode(self, held: HeldBatch) -> list[ScoredGroup]:
         try:
-            return decode_batch(held.body)
+            return validated(decode_batch(held.body), self.settings.samples.vocab_size)
         except AtroposProtocolError as error:
             group = ScoredGroup(
                 token_ids=(), masks=(), scores=np.zeros(0), group_id=held.entry.path.stem, raw=held.body

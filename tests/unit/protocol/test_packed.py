@@ -15,18 +15,13 @@ from support.trajectory_server import group
 
 from atropos_verl.errors import AtroposProtocolError
 from atropos_verl.protocol.packed import MAGIC, join_packed, pack_group
-from atropos_verl.protocol.validation import Refusal, check_group
+from atropos_verl.protocol.schema import Refusal, check_group
 from atropos_verl.protocol.wire import decode_batch, decode_group
-from atropos_verl.server.answers import pack
 from atropos_verl.types import ScoredGroup
 
 
 def packed(*groups: dict[str, Any]) -> bytes:
-    blobs = []
-    for made in groups:
-        checked = check_group(json.dumps(made).encode())
-        blobs.append(pack(checked))
-    return b"".join(join_packed(blobs))
+    return b"".join(join_packed([pack_group(check_group(json.dumps(made).encode())) for made in groups]))
 
 
 def assert_same(one: ScoredGroup, other: ScoredGroup) -> None:
@@ -103,13 +98,12 @@ def test_values_by_hand() -> None:
 
 def test_floats_are_halved_only_when_nothing_is_lost() -> None:
     exact, rounded = float(np.float32(-0.1)), -0.1
-
-    def size(value: float) -> int:
-        rows = {"inference_logprobs": [[value] * 64]}
-        ids = [np.ones(64, np.int32)]
-        return len(pack_group(tokens=ids, masks=ids, scores=[1.0], rows=rows, rest={}, group_id="", env_id=None))
-
-    assert size(rounded) - size(exact) == 64 * 4
+    ids = [[1] * 64]
+    sizes = [
+        len(packed({"tokens": ids, "masks": ids, "scores": [1.0], "inference_logprobs": [[value] * 64]}))
+        for value in (exact, rounded)
+    ]
+    assert sizes[1] - sizes[0] == 64 * 4
     for value in (exact, rounded):
         made = {"tokens": [[1, 2]], "masks": [[1, 2]], "scores": [1.0], "inference_logprobs": [[value, -1e-320]]}
         (found,) = decode_batch(packed(made))

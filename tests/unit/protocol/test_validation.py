@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.trajectory_server import group
 
-from atropos_verl.protocol.validation import Refusal, check_group, split_list
+from atropos_verl.protocol.schema import Refusal, check_group, split_list
 
 
 def refusal(body: Any, **options: Any) -> Refusal:
@@ -27,31 +27,39 @@ GOOD_ROW = [0.1, 0.2, 0.3]
 
 REFUSED: dict[str, tuple[Any, tuple[str, str, int | None, int | None], str]] = {
     "no tokens": ({"masks": [], "scores": []}, ("missing", "tokens", None, None), "tokens"),
-    "empty group": (changed(tokens=[], masks=[], scores=[]), ("empty", "tokens", None, None), "at least one sequence"),
-    "empty sequence": (changed(tokens=[[1], []], masks=[[1], []]), ("empty", "tokens", 1, None), "tokens[1] is empty"),
-    "masks short": (changed(masks=[[1, 7, 100]]), ("length", "masks", None, None), "masks has 1 entries"),
-    "scores long": (changed(scores=[1, 2, 3]), ("length", "scores", None, None), "scores has 3 entries"),
+    "empty group": (changed(tokens=[], masks=[], scores=[]), ("empty", "tokens", None, None), "the group is empty"),
+    "empty sequence": (
+        changed(tokens=[[1], []], masks=[[1], []]),
+        ("empty", "tokens", 1, None),
+        "tokens[1]: the sequence is empty",
+    ),
+    "masks short": (
+        changed(masks=[[1, 7, 100]]),
+        ("length", "masks", None, None),
+        "masks: 1 entries, but tokens has 2",
+    ),
+    "scores long": (changed(scores=[1, 2, 3]), ("length", "scores", None, None), "scores: 3 entries"),
     "mask row": (
         changed(masks=[[1, 7, 100], [1, 7]]),
         ("length", "masks", 1, None),
-        "masks[1] has 2 entries, but tokens[1] has 3",
+        "masks[1]: 2 entries, but tokens[1] has 3",
     ),
     "advantages row": (
         changed(advantages=[GOOD_ROW, [0.1]]),
         ("length", "advantages", 1, None),
-        "advantages[1] has 1 entries, but tokens[1] has 3",
+        "advantages[1]: 1 entries, but tokens[1] has 3",
     ),
     "logprobs rows": (
         changed(inference_logprobs=[GOOD_ROW]),
         ("length", "inference_logprobs", None, None),
-        "inference_logprobs has 1 entries",
+        "inference_logprobs: 1 entries",
     ),
-    "overrides": (changed(overrides=[{}]), ("length", "overrides", None, None), "overrides has 1 entries"),
-    "NaN score": (changed(scores=[0.0, NAN]), ("not_finite", "scores", 1, None), "scores[1] = nan is not finite"),
+    "overrides": (changed(overrides=[{}]), ("length", "overrides", None, None), "overrides: 1 entries"),
+    "NaN score": (changed(scores=[0.0, NAN]), ("not_finite", "scores", 1, None), "scores[1] = nan: must be finite"),
     "Infinity": (
         changed(advantages=[GOOD_ROW, [0.1, INF, 0.2]]),
         ("not_finite", "advantages", 1, 1),
-        "advantages[1][1] = inf is not finite",
+        "advantages[1][1] = inf: must be finite",
     ),
     "1e999": (b'{"tokens":[[1]],"masks":[[1]],"scores":[1e999]}', ("not_finite", "scores", 0, None), "scores[0] = inf"),
     "NaN in a message": (
@@ -62,11 +70,11 @@ REFUSED: dict[str, tuple[Any, tuple[str, str, int | None, int | None], str]] = {
     "text for a token": (
         changed(tokens=[[1, "a", 3], [1, 2, 3]]),
         ("type", "tokens", 0, 1),
-        "tokens[0][1] = 'a': Expected `int`, got `str`",
+        'tokens[0][1] = "a": expected an integer token id',
     ),
     "5.5 for a token": (changed(tokens=[[1, 5.5, 3], [1, 2, 3]]), ("type", "tokens", 0, 1), "tokens[0][1] = 5.5"),
-    "text for scores": (changed(scores="high"), ("type", "scores", None, None), "Expected `array`, got `str`"),
-    "null score": (changed(scores=[None, 1.0]), ("type", "scores", 0, None), "scores[0] = None"),
+    "text for scores": (changed(scores="high"), ("type", "scores", None, None), 'scores = "high": expected a list'),
+    "null score": (changed(scores=[None, 1.0]), ("type", "scores", 0, None), "scores[0] = null: expected a number"),
     "negative id": (changed(tokens=[[1, 2, 3], [1, 2, -5]]), ("vocabulary", "tokens", 1, 2), "tokens[1][2] = -5"),
     "2^40": (changed(tokens=[[2**40, 2, 3], [1, 2, 3]]), ("vocabulary", "tokens", 0, 0), f"tokens[0][0] = {2**40}"),
     "2^80": (changed(tokens=[[2**80, 2, 3], [1, 2, 3]]), ("vocabulary", "tokens", 0, 0), f"tokens[0][0] = {2**80}"),
@@ -77,9 +85,17 @@ REFUSED: dict[str, tuple[Any, tuple[str, str, int | None, int | None], str]] = {
         "Message must have 'role' and 'content' fields",
     ),
     "messages no list": (changed(messages="hello"), ("type", "messages", None, None), "messages is not a list"),
-    "extras an object": (changed(advantages={"a": 1}), ("type", "advantages", None, None), "is an object"),
-    "env_id text": (changed(env_id="one"), ("type", "env_id", None, None), "env_id = 'one'"),
-    "a list": (b"[1, 2]", ("type", "", None, None), "a group is a JSON object, not list"),
+    "extras an object": (
+        changed(advantages={"a": 1}),
+        ("type", "advantages", None, None),
+        'advantages = {"a": 1}: expected a list',
+    ),
+    "env_id text": (
+        changed(env_id="one"),
+        ("type", "env_id", None, None),
+        'env_id = "one": expected an integer or null',
+    ),
+    "a list": (b"[1, 2]", ("type", "", None, None), "group: expected an object, got [1, 2]"),
     "cut off": (b'{"tokens": [[1', ("malformed_json", "", None, None), "not JSON"),
     "empty body": (b"", ("malformed_json", "", None, None), "not JSON"),
     "not UTF-8": (
@@ -116,7 +132,7 @@ def test_ids_beyond_the_vocabulary_the_trainer_registered() -> None:
     assert check_group(raw, vocab_size=102).tokens == 6
     found = refusal(raw, vocab_size=101)
     assert (found.field, found.sequence, found.index, found.value) == ("tokens", 1, 2, 101)
-    assert found.message == "tokens[1][2] = 101 is out of the vocabulary (0 to 100)"
+    assert found.message.startswith("tokens[1][2] = 101: outside the vocabulary [0, 101)")
 
 
 def test_unknown_environments() -> None:

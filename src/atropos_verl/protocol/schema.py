@@ -1,0 +1,628 @@
+"""``ScoredData``, the group of scored sequences that an environment posts: its fields, and the one validator.
+
+Field names and types are those of upstream's ``ScoredData`` (``atroposlib/api/server.py``, atroposlib 0.4.0). Each side
+of the wire validates a group once: the server when it is posted (``check_group``), the trainer when it is decoded
+(``validated``). A reason names field, sequence, index and value.
+
+The server lets in what upstream's own tests post: extras of another length in an anonymous group, and masks that do not
+repeat the token ids. The trainer quarantines both.
+
+A typed msgspec decoder reads a group. What it refuses (NaN, lone surrogates, unknown fields, a wrong type) is read
+again with Python's ``json``, which accepts it or finds the place to name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from atropos_verl.errors import UnsupportedFieldError
+from atropos_verl.types import GREEDY_BELOW, NO_LOGPROB, NOT_TRAINED, FloatArray, IntArray, ScoredGroup
+
+__all__ = [
+    "EXTRAS",
+    "FIELD_NAMES",
+    "FREE_FIELDS",
+    "TOO_DEEP",
+    "CheckedGroup",
+    "Refusal",
+    "ScoredData",
+    "check_group",
+    "check_supported",
+    "find_defect",
+    "float_row",
+    "free_fields",
+    "int_row",
+    "parse_object",
+    "sampling_temperature",
+    "split_list",
+    "stated_temperature",
+    "to_fields",
+    "unknown_fields",
+    "validated",
+]
+
+TOO_DEEP = "group: nested too deeply to be read"
+LOGPROB_TOLERANCE = 1e-6
+"""Engines that round in float32 report logprobs a hair above 0; those are read as 0."""
+MAX_MAGNITUDE = 1e30
+"""Scores and advantages beyond this overflow float32, in which the loss is computed."""
+_MAX_TOKEN = 2**31 - 1
+_SHOWN = 80
+"""Characters of a value in a reason."""
+
+_Empty: TypeAlias = Annotated[dict[str, Any], msgspec.Meta(max_length=0)]
+_Rows: TypeAlias = list[list[float] | _Empty | None] | _Empty | msgspec.UnsetType | None
+_Free: TypeAlias = Any | msgspec.UnsetType
+
+
+class ScoredData(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A group as JSON. UNSET, null, ``[]`` and ``{}`` all mean that a field is absent.
+
+    Unknown names are refused because msgspec would skip their values unchecked.
+    """
+
+    tokens: list[list[int]]
+    masks: list[list[int]]
+    scores: list[float]
+    advantages: _Rows = msgspec.UNSET
+    ref_logprobs: _Rows = msgspec.UNSET
+    messages: _Free = msgspec.UNSET
+    generation_params: _Free = msgspec.UNSET
+    inference_logprobs: _Rows = msgspec.UNSET
+    overrides: _Free = msgspec.UNSET
+    group_overrides: _Free = msgspec.UNSET
+    images: _Free = msgspec.UNSET
+    env_id: int | msgspec.UnsetType | None = msgspec.UNSET
+    distill_token_ids: _Free = msgspec.UNSET
+    distill_logprobs: _Free = msgspec.UNSET
+
+    def free(self) -> dict[str, Any]:
+        """The ``FREE_FIELDS`` that were sent."""
+        return {name: value for name in FREE_FIELDS if (value := getattr(self, name)) is not msgspec.UNSET}
+
+
+FIELD_NAMES = frozenset(ScoredData.__struct_fields__)
+EXTRAS = ("advantages", "ref_logprobs", "inference_logprobs")
+"""Fields with a float per token."""
+FREE_FIELDS = tuple(sorted(FIELD_NAMES - {"tokens", "masks", "scores", "env_id", *EXTRAS}))
+"""Fields of which ``ScoredData`` only says that they are JSON."""
+
+_IDS = ("a list", "a list", "an integer token id")
+_EXPECTED: dict[str, tuple[str, ...]] = {
+    "tokens": _IDS,
+    "masks": _IDS,
+    "scores": ("a list", "a number"),
+    **dict.fromkeys(EXTRAS, ("a list", "a list", "a number")),
+    "env_id": ("an integer or null",),
+}
+"""What stands in a field, in its entries, and in theirs."""
+
+
+class Refusal(Exception):  # noqa: N818 - a verdict on the sender's data, not an error of this program
+    """Says why a group is refused. ``reason`` is a short code for the counters."""
+
+    def __init__(
+        self,
+        reason: str,
+        message: str,
+        field: str = "",
+        sequence: int | None = None,
+        index: int | None = None,
+        value: Any = None,
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.field = field
+        self.sequence = sequence
+        self.index = index
+        self.value = value
+        self.group: int | None = None
+        """Index in a posted list."""
+        self.env_id: int | None = None
+        """The sender, when that could be read."""
+
+    def as_fields(self) -> dict[str, Any]:
+        """FastAPI's shape of a 422, and the parts by name."""
+        place = [part for part in (self.group, self.field or None, self.sequence, self.index) if part is not None]
+        named = {"group": self.group, "field": self.field, "sequence": self.sequence, "index": self.index}
+        return {
+            "detail": [{"type": self.reason, "loc": ["body", *place], "msg": self.message}],
+            "message": self.message,
+            "reason": self.reason,
+            **{name: value for name, value in named.items() if value not in (None, "")},
+            "value": _json_value(self.value),
+        }
+
+
+# --- the server's side -----------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class CheckedGroup:
+    """A group that may be stored."""
+
+    raw: bytes
+    """As received."""
+    suffix: bytes
+    """Replaces the closing brace of ``raw`` so that every key is there, absent ones as null; empty: nothing is absent.
+    (Upstream's server adds them, and trainers written for it read them.)"""
+    env_id: int | None
+    size: int
+    """Sequences."""
+    tokens: int
+    digest: bytes
+    """XXH3-128 of its JSON with every key, so that either wire gives the group one name (``wire.decode_group``)."""
+    fields: ScoredData
+    unknown: tuple[str, ...] = ()
+    """Names of fields that this version does not know."""
+
+    def complete(self) -> bytes:
+        """Its JSON with every key, as trainers get it."""
+        return self.raw[:-1] + self.suffix if self.suffix else self.raw
+
+
+def check_group(
+    raw: bytes, *, vocab_size: int | None = None, environments: int | None = None, strict: bool = False
+) -> CheckedGroup:
+    """Decode and check one ``ScoredData`` object.
+
+    Args:
+        vocab_size: token ids must be below it.
+        environments: ``env_id`` must be below it; None: not checked.
+        strict: check the lengths of extras of anonymous groups, too.
+
+    Raises:
+        Refusal: it cannot be stored.
+    """
+    raw = raw.strip(b" \t\r\n")
+    unknown: tuple[str, ...] = ()
+    in_range = True
+    try:
+        fields = _decoder(vocab_size).decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raw, fields, unknown = _read_again(raw)
+        in_range = False
+    env_id = fields.env_id if isinstance(fields.env_id, int) else None
+    strict = strict or env_id is not None
+    try:
+        extras = {name: _row_list(getattr(fields, name)) for name in EXTRAS} if strict else {}
+        if strict and isinstance(fields.overrides, list):
+            extras["overrides"] = fields.overrides
+        _check_lengths(fields.tokens, fields.masks, fields.scores, {name: row for name, row in extras.items() if row})
+        if not in_range:
+            for sequence, (tokens, masks) in enumerate(zip(fields.tokens, fields.masks, strict=True)):
+                _check_ids(int_row(tokens, "i", "tokens", sequence), sequence, vocab_size)
+                int_row(masks, "i", "masks", sequence)
+        _check_messages(fields.messages)
+    except Refusal as refusal:
+        refusal.env_id = env_id
+        raise
+    if env_id is not None and environments is not None and not 0 <= env_id < environments:
+        known = f"0 to {environments - 1}" if environments else "none is registered"
+        message = f"env_id = {env_id} is not a registered environment ({known}); POST /register-env first"
+        raise Refusal("unknown_env", message, "env_id", value=env_id)
+    suffix = _suffix(tuple([name for name in ScoredData.__struct_fields__ if getattr(fields, name) is msgspec.UNSET]))
+    digest = xxhash.xxh3_128(memoryview(raw)[:-1] if suffix else raw)
+    digest.update(suffix)
+    tokens_in_all = sum(map(len, fields.tokens))
+    return CheckedGroup(raw, suffix, env_id, len(fields.tokens), tokens_in_all, digest.digest(), fields, unknown)
+
+
+def split_list(body: bytes) -> list[bytes]:
+    """The groups of a ``/scored_data_list`` body, undecoded.
+
+    Raises:
+        Refusal: it is not a JSON list.
+    """
+    try:
+        return [bytes(part) for part in _DECODE_LIST.decode(body)]
+    except (msgspec.DecodeError, RecursionError) as error:
+        why = error
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Refusal("malformed_json", f"the body is not JSON: {error}") from None
+    if not isinstance(found, list):
+        raise Refusal("type", f"the body is not a list of groups ({why})")
+    return [json.dumps(entry).encode() for entry in found]
+
+
+@lru_cache(maxsize=16)
+def _decoder(vocab_size: int | None) -> msgspec.json.Decoder[ScoredData]:
+    """Reads and checks at once, ranges of token ids included: a second pass over them took a fifth of a POST."""
+    token = Annotated[int, msgspec.Meta(ge=0, le=_MAX_TOKEN if vocab_size is None else vocab_size - 1)]
+    mask = Annotated[int, msgspec.Meta(ge=-_MAX_TOKEN - 1, le=_MAX_TOKEN)]
+    rows: list[tuple[str, Any]] = [("tokens", list[list[token]]), ("masks", list[list[mask]])]
+    bounded = msgspec.defstruct("ScoredData", rows, bases=(ScoredData,), kw_only=True, forbid_unknown_fields=True)
+    return msgspec.json.Decoder(bounded)
+
+
+@lru_cache(maxsize=256)
+def _suffix(absent: tuple[str, ...]) -> bytes:
+    """One object for all groups that lack the same keys."""
+    return "".join([f',"{name}":null' for name in absent]).encode() + b"}" if absent else b""
+
+
+def _check_messages(messages: Any) -> None:
+    if not messages or messages is msgspec.UNSET:
+        return
+    if not isinstance(messages, list):
+        raise Refusal("type", "messages is not a list of lists of messages", "messages", value=messages)
+    for sequence, conversation in enumerate(messages):
+        if conversation is None:
+            continue
+        if not isinstance(conversation, list):
+            raise Refusal("type", f"messages[{sequence}] is not a list", "messages", sequence, value=conversation)
+        for index, message in enumerate(conversation):
+            if not (isinstance(message, dict) and "role" in message and "content" in message):
+                text = f"messages[{sequence}][{index}]: Message must have 'role' and 'content' fields"
+                raise Refusal("message", text, "messages", sequence, index, message)
+
+
+# --- reading again with Python's json --------------------------------------------------------------------------------
+
+
+def _read_again(raw: bytes) -> tuple[bytes, ScoredData, tuple[str, ...]]:
+    """The JSON to store, its fields, and the names of unknown ones. Raises ``Refusal`` with the place."""
+    constants: list[str] = []
+    found = parse_object(raw, constants)
+    has_changed = [_make_integers(found.get(name)) for name in ("tokens", "masks")]
+    fields = to_fields(_without_surrogates(found))
+    _check_floats(np.array(fields.scores), "scores", None, sys.float_info.max)
+    for name in EXTRAS:
+        for sequence, row in enumerate(_row_list(getattr(fields, name))):
+            _check_floats(np.array(row or ()), name, sequence, sys.float_info.max)
+    if constants:
+        raise Refusal("not_finite", f"group: {constants[0]} is not JSON; a trainer could not read the batch")
+    return json.dumps(found).encode() if any(has_changed) else raw, fields, unknown_fields(found)
+
+
+def parse_object(raw: bytes, constants: list[str] | None = None) -> dict[str, Any]:
+    """A JSON object as Python's ``json`` reads it. Names like ``NaN`` are added to ``constants``.
+
+    Raises:
+        Refusal: it is no JSON object.
+    """
+
+    def constant(name: str) -> float:
+        if constants is not None:
+            constants.append(name)
+        return float(name.replace("Infinity", "inf"))
+
+    try:
+        found = json.loads(raw, parse_constant=constant)
+    except UnicodeDecodeError as error:
+        raise Refusal("encoding", f"group: not UTF-8 (byte {error.start})") from None
+    except RecursionError:
+        raise Refusal("malformed_json", TOO_DEEP) from None
+    except ValueError as error:  # also an integer of more than 4300 digits
+        raise Refusal("malformed_json", f"group: not JSON ({_cut(str(error))})") from None
+    if not isinstance(found, dict):
+        raise Refusal("type", f"group: expected an object, got {_show(found)}", value=found)
+    return found
+
+
+def to_fields(found: Mapping[str, Any]) -> ScoredData:
+    """The known fields of a JSON object. Raises ``Refusal`` with the place of a wrong type."""
+    missing = next((name for name in ("tokens", "masks", "scores") if name not in found), None)
+    if missing is not None:
+        raise Refusal("missing", f"{missing}: the field is missing", missing)
+    known = {name: value for name, value in found.items() if name in FIELD_NAMES}
+    try:
+        return msgspec.convert(known, ScoredData)
+    except RecursionError:
+        raise Refusal("malformed_json", TOO_DEEP) from None
+    except msgspec.ValidationError as error:
+        message = str(error)
+    # msgspec says: Expected `int`, got `str` - at `$.tokens[0][1]`
+    path = message.rpartition("`$.")[2]
+    field = path.partition("[")[0].rstrip("`")
+    numbers = [int(number) for number in re.findall(r"\[(\d+)\]", path)]
+    value = found[field]
+    for number in numbers:
+        value = value[number]
+    problem = f"expected {_EXPECTED[field][len(numbers)]}"
+    if "out of range" in message:
+        problem = "too large for a 64-bit float"
+    place = field + "".join([f"[{number}]" for number in numbers])
+    sequence, index = [*numbers, None, None][:2]
+    raise Refusal("type", f"{place} = {_show(value)}: {problem}", field, sequence, index, value)
+
+
+def unknown_fields(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names that ``ScoredData`` does not know and that hold something."""
+    return tuple(sorted(name for name in found if name not in FIELD_NAMES and found[name] not in (None, [], {})))
+
+
+def _make_integers(rows: Any) -> bool:
+    """Make 5.0 and True integers, as upstream's server does. Returns whether anything was changed."""
+    changed = False
+    for row in rows if isinstance(rows, list) else ():
+        for index, value in enumerate(row if isinstance(row, list) else ()):
+            if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
+                row[index] = int(value)
+                changed = True
+    return changed
+
+
+def _without_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return value if value and isinstance(value[0], int | float) else [_without_surrogates(entry) for entry in value]
+    if isinstance(value, dict):
+        return {_without_surrogates(key): _without_surrogates(entry) for key, entry in value.items()}
+    return value
+
+
+# --- fields as arrays ------------------------------------------------------------------------------------------------
+
+
+def int_row(row: list[int], typecode: Literal["i", "q"], field: str, sequence: int) -> NDArray[Any]:
+    """Integers as an array of 32 (``i``) or 64 bits (``q``). ``array`` reads a list faster than numpy (20 ns a token,
+    35), and checks the range. Raises ``Refusal`` for what does not fit."""
+    try:
+        values = array(typecode, row)
+    except OverflowError:
+        bits = 32 if typecode == "i" else 64
+        index = next(i for i, value in enumerate(row) if not -(2 ** (bits - 1)) <= value < 2 ** (bits - 1))
+        message = f"{field}[{sequence}][{index}] = {_show(row[index])}: does not fit in {bits} bits"
+        raise Refusal("vocabulary", message, field, sequence, index, row[index]) from None
+    dtype = np.int32 if typecode == "i" else np.int64
+    return np.frombuffer(values, dtype) if row else np.zeros(0, dtype)
+
+
+def float_row(row: list[float]) -> FloatArray:
+    """[T]; as fast as ``int_row``."""
+    return np.frombuffer(array("d", row), np.float64) if row else np.zeros(0)
+
+
+def free_fields(found: Mapping[str, Any]) -> dict[str, Any]:
+    """``FREE_FIELDS`` as ``ScoredGroup`` holds them, absent ones as None. Raises ``Refusal`` for a wrong type."""
+    overrides = found.get("overrides")
+    entries: tuple[dict[str, Any], ...] = ()
+    if overrides:
+        if not isinstance(overrides, list):
+            raise Refusal("type", f"overrides = {_show(overrides)}: expected a list", "overrides")
+        entries = tuple([_object(entry, f"overrides[{i}]") or {} for i, entry in enumerate(overrides)])
+    objects = {name: _object(found.get(name), name) for name in ("group_overrides", "generation_params")}
+    others = ("messages", "images", "distill_token_ids", "distill_logprobs")
+    present = {name: None if _is_empty(found.get(name)) else found[name] for name in others}
+    return {"overrides": entries if any(entries) else None, **objects, **present}
+
+
+def _object(value: Any, where: str) -> dict[str, Any] | None:
+    if value in (None, [], {}):
+        return None
+    if not isinstance(value, dict):
+        raise Refusal("type", f"{where} = {_show(value)}: expected an object", where.partition("[")[0])
+    return value
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(_is_empty(entry) for entry in value)
+    return value is None or value == {}
+
+
+def _row_list(rows: Any) -> list[list[float] | None]:
+    """The rows of an extra; an absent one (None, ``{}``) is None, of an absent field there are none."""
+    return [row or None for row in rows] if isinstance(rows, list) else []
+
+
+# --- the trainer's side ----------------------------------------------------------------------------------------------
+
+
+def validated(groups: Iterable[ScoredGroup], vocab_size: int | None) -> list[ScoredGroup]:
+    """``groups`` with their ``defect`` found, so that nobody after this looks for it again."""
+    return [replace(group, defect=find_defect(group, vocab_size), validated=True) for group in groups]
+
+
+def find_defect(group: ScoredGroup, vocab_size: int | None) -> str | None:
+    """The first thing that is wrong with a group, or None. Costs nothing for a group that was ``validated``.
+
+    Args:
+        vocab_size: token ids must be below it; None: they only must not be negative.
+    """
+    if group.validated or group.defect is not None:
+        return group.defect
+    try:
+        _check_arrays(group, vocab_size)
+    except Refusal as refusal:
+        return refusal.message
+    return None
+
+
+def _check_arrays(group: ScoredGroup, vocab_size: int | None) -> None:
+    extras = {name: getattr(group, name) for name in ("advantages", "inference_logprobs", "overrides")}
+    present = {name: rows for name, rows in extras.items() if rows is not None}
+    _check_lengths(group.token_ids, group.masks, group.scores, present)
+    for i, (tokens, masks) in enumerate(zip(group.token_ids, group.masks, strict=True)):
+        _check_ids(tokens, i, vocab_size)
+        _check_masks(masks, tokens, i)
+    _check_floats(group.scores, "scores", None)
+    for name in ("advantages", "inference_logprobs"):
+        for i, row in enumerate(present.get(name, ())):
+            if row is not None:
+                _check_floats(row, name, i)
+                if name == "inference_logprobs":
+                    _check_logprobs(row, i)
+    for i in range(len(group)):
+        _check_overrides(group, i)
+
+
+def _check_lengths(
+    tokens: Sequence[Sequence[int] | IntArray],
+    masks: Sequence[Sequence[int] | IntArray],
+    scores: Sequence[float] | FloatArray,
+    extras: Mapping[str, Sequence[Any]],
+) -> None:
+    """One mask and score per sequence, one mask entry per token; the same for ``extras``, whose rows may be absent."""
+    size = len(tokens)
+    if size == 0:
+        raise Refusal("empty", "tokens: the group is empty (no sequence)", "tokens", value=[])
+    for name, rows in {"masks": masks, "scores": scores, **extras}.items():
+        if len(rows) != size:
+            message = f"{name}: {len(rows)} entries, but tokens has {size}; one per sequence is needed"
+            raise Refusal("length", message, name, value=len(rows))
+    for sequence, row in enumerate(tokens):
+        if len(row) == 0:
+            raise Refusal("empty", f"tokens[{sequence}]: the sequence is empty", "tokens", sequence, value=[])
+    for name, rows in {"masks": masks, **extras}.items():
+        if name == "overrides":
+            continue
+        for sequence, (row, expected) in enumerate(zip(rows, tokens, strict=True)):
+            if row is not None and len(row) != len(expected):
+                message = f"{name}[{sequence}]: {len(row)} entries, but tokens[{sequence}] has {len(expected)}"
+                raise Refusal("length", f"{message}; one per token is needed", name, sequence, value=len(row))
+
+
+def _check_ids(tokens: NDArray[Any], sequence: int, vocab_size: int | None) -> None:
+    bad = tokens < 0
+    if vocab_size is not None:
+        bad |= tokens >= vocab_size
+    if not bad.any():
+        return
+    index = _first(bad)
+    problem = "a token id is never negative"
+    if vocab_size is not None:
+        problem = f"outside the vocabulary [0, {vocab_size}); does the environment use the trained model's tokenizer?"
+    place = f"tokens[{sequence}][{index}] = {tokens[index]}"
+    raise Refusal("vocabulary", f"{place}: {problem}", "tokens", sequence, index, int(tokens[index]))
+
+
+def _check_masks(masks: IntArray, tokens: IntArray, i: int) -> None:
+    bad = (masks != NOT_TRAINED) & (masks != tokens)
+    if not bad.any():
+        return
+    t = _first(bad)
+    hint = ""
+    if ((masks == 0) | (masks == 1)).all():
+        hint = "; a 0/1 mask is not Atropos's format, put the token id where the token is trained and -100 elsewhere"
+    problem = f"must be {NOT_TRAINED} (not trained) or the token id {tokens[t]}{hint}"
+    raise Refusal("mask", f"masks[{i}][{t}] = {masks[t]}: {problem}", "masks", i, t, int(masks[t]))
+
+
+def _check_floats(row: FloatArray, field: str, sequence: int | None, limit: float = MAX_MAGNITUDE) -> None:
+    fits = np.abs(row) <= limit  # False for NaN too
+    if fits.all():
+        return
+    t = _first(~fits)
+    problem = f"beyond ±{limit:g}, which float32 cannot be trained with" if math.isfinite(row[t]) else "must be finite"
+    place, index = (f"{field}[{t}]", None) if sequence is None else (f"{field}[{sequence}][{t}]", t)
+    sequence = t if sequence is None else sequence
+    raise Refusal("not_finite", f"{place} = {row[t]}: {problem}", field, sequence, index, float(row[t]))
+
+
+def _check_logprobs(row: FloatArray, i: int) -> None:
+    bad = (row > LOGPROB_TOLERANCE) & (row != NO_LOGPROB)
+    if not bad.any():
+        return
+    t = _first(bad)
+    problem = f"a logprob is at most 0 ({NO_LOGPROB} means no value); are these probabilities?"
+    place = f"inference_logprobs[{i}][{t}] = {row[t]}"
+    raise Refusal("logprob", f"{place}: {problem}", "inference_logprobs", i, t, float(row[t]))
+
+
+def _check_overrides(group: ScoredGroup, i: int) -> None:
+    entry = {} if group.overrides is None else group.overrides[i]
+    zero = entry.get("set_advantage_to_zero")
+    if zero is not None and not isinstance(zero, bool):
+        message = f"overrides[{i}].set_advantage_to_zero = {_cut(repr(zero))}: must be true or false"
+        raise Refusal("type", message, "overrides", i, value=zero)
+    for where, value in _temperatures(group, i):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise Refusal("type", f"{where} = {_cut(repr(value))}: must be a number", value=value)
+        if not 0 <= value <= MAX_MAGNITUDE:
+            raise Refusal("value", f"{where} = {_cut(repr(value))}: must be finite and at least 0", value=value)
+
+
+def check_supported(group: ScoredGroup, ignored: Sequence[str]) -> None:
+    """Refuse, by name, fields that carry a value and that this trainer does not use.
+
+    Raises:
+        UnsupportedFieldError: names the field and the setting that lets the user ignore it.
+    """
+    unused = ("images", "distill_token_ids", "distill_logprobs", "ref_logprobs")
+    present = [name for name in unused if getattr(group, name) is not None]
+    for name in (*present, *group.unknown_fields):
+        if name not in ignored:
+            kind = "not known to this version" if name in group.unknown_fields else "not used by this trainer"
+            sender = "" if group.env_id is None else f"with env_id {group.env_id} "
+            raise UnsupportedFieldError(
+                f"{name}: the environment {sender}sends this ScoredData field, which is {kind}. "
+                f"Set data.ignore_fields=[{name}] to train without it"
+            )
+
+
+def stated_temperature(group: ScoredGroup, index: int) -> float | None:
+    """The temperature that the environment names for sequence ``index``; None: none, or nothing that is a number."""
+    for _, value in _temperatures(group, index):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    return None
+
+
+def sampling_temperature(group: ScoredGroup, index: int, default: float) -> float:
+    """Temperature that sequence ``index`` was sampled with: overrides > generation_params > group_overrides > default.
+
+    0 (greedy, anything below 1e-5) becomes 1: engines report the logprobs of temperature 1 for greedy tokens, and
+    dividing logits by 0 means nothing. The group must be free of defects.
+    """
+    found = next((value for _, value in _temperatures(group, index) if value is not None), default)
+    return float(found) if found >= GREEDY_BELOW else 1.0
+
+
+def _temperatures(group: ScoredGroup, i: int) -> Iterator[tuple[str, Any]]:
+    """The places of a temperature, strongest first."""
+    own = {} if group.overrides is None else group.overrides[i]
+    yield f"overrides[{i}].temperature", own.get("temperature")
+    yield "generation_params.temperature", (group.generation_params or {}).get("temperature")
+    yield "group_overrides.temperature", (group.group_overrides or {}).get("temperature")
+
+
+# --- values in reasons -----------------------------------------------------------------------------------------------
+
+
+def _show(value: Any) -> str:
+    """JSON of a value, cut to a length that a log line can hold."""
+    try:
+        return _cut(json.dumps(value))
+    except ValueError:
+        return "an integer of more than 4300 digits"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"
+
+
+def _json_value(value: Any) -> Any:
+    """A value short enough, and JSON enough, for an answer."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int | float):
+        return value if abs(value) < 2**63 and math.isfinite(value) else str(value)
+    return str(value)[:100].encode("utf-8", "replace").decode()
+
+
+def _first(bad: NDArray[np.bool_]) -> int:
+    return int(np.argmax(bad))
+
+
+_DECODE_LIST = msgspec.json.Decoder(list[msgspec.Raw])
