@@ -1,4 +1,4 @@
-"""Finds import cycles: ``python tools/import_cycles.py [PACKAGE]``, by default ``atropos_verl``. Exit code 1: there is one.
+"""Finds import cycles of a package: ``python tools/import_cycles.py [PACKAGE]``. The exit code is 1 when there is one.
 
 The graph has an edge from A to B when
 

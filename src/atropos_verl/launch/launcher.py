@@ -219,7 +219,7 @@ def _closing(plan: LaunchPlan, code: int) -> str:
 
 
 def _attach(words: Sequence[str]) -> int:
-    from atropos_verl.report.attach import attach
+    from atropos_verl.report.launch_view import attach
 
     parser = argparse.ArgumentParser(prog="launch attach", description="Watch a launch from another terminal.")
     parser.add_argument("run_dir", type=Path, help="its run directory")

@@ -1,4 +1,4 @@
-"""What a training run shows: a live table on a terminal, plain lines anywhere else, and a summary at the end."""
+"""Shows a training run: a live table on a terminal, plain lines anywhere else, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rich.text import Text
 from atropos_verl.report.format import count, decimal, duration, seconds, sparkline
 from atropos_verl.types import StepReport
 
-__all__ = ["ProgressReporter", "summary_rows"]
+__all__ = ["LiveScreen", "ProgressReporter", "summary_rows"]
 
 _RECENT_STEPS = 8
 """Rows of the live table."""
@@ -32,10 +32,53 @@ _CURVE_WIDTH = 60
 _FRAMES_PER_SECOND = 2
 
 
+class LiveScreen:
+    """A screen that is redrawn while its ``with`` block runs on a terminal; elsewhere there are plain lines only.
+
+    Subclasses draw it in ``_frame``. What others print meanwhile appears above it: rich redirects stdout and stderr.
+    """
+
+    def __init__(self, console: Console | None) -> None:
+        self._console = console or Console()
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        if self._is_terminal:
+            self._live = Live(get_renderable=self._frame, console=self._console, refresh_per_second=_FRAMES_PER_SECOND)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop_live()
+
+    def _stop_live(self) -> None:
+        if self._live is not None:
+            live, self._live = self._live, None
+            live.stop()
+
+    @property
+    def _is_terminal(self) -> bool:
+        return self._console.is_terminal and not self._console.is_dumb_terminal
+
+    @property
+    def _ascii_only(self) -> bool:
+        return not self._console.encoding.lower().startswith("utf")
+
+    def _print(self, text: str) -> None:
+        if self._ascii_only:
+            text = text.encode("ascii", "backslashreplace").decode()
+        self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    def _frame(self) -> RenderableType:
+        raise NotImplementedError
+
+
 class _Column(NamedTuple):
     name: str
     plain: str
-    """How a plain line says it."""
+    """Format of the cell in a plain line."""
     width: int
     first_to_go: int
     """On a terminal that is too narrow the column with the highest number goes first."""
@@ -56,7 +99,7 @@ _COLUMNS = (
 _GAP = 1
 
 
-class ProgressReporter:
+class ProgressReporter(LiveScreen):
     """Shows a run while it goes on. ``with ProgressReporter(total_steps) as progress: …``.
 
     On a terminal: one live table. Without ``with``, on a dumb terminal, in a pipe or a file: plain lines without
@@ -70,10 +113,9 @@ class ProgressReporter:
             console: where to write; default: standard output.
             quiet: nothing but the summary.
         """
+        super().__init__(console)
         self.total_steps = total_steps
         self.quiet = quiet
-        self._console = console or Console()
-        self._live: Live | None = None
         self._recent: deque[StepReport] = deque(maxlen=_RECENT_STEPS)
         self._step_seconds: deque[float] = deque(maxlen=_ETA_STEPS)
         self._rewards: list[float | None] = []
@@ -84,30 +126,21 @@ class ProgressReporter:
         self._spinner = Spinner("line" if self._ascii_only else "dots")
 
     def __enter__(self) -> Self:
-        if not self.quiet and self._console.is_terminal and not self._console.is_dumb_terminal:
-            # What others print meanwhile appears above the table: Live redirects stdout and stderr.
-            self._live = Live(get_renderable=self._frame, console=self._console, refresh_per_second=_FRAMES_PER_SECOND)
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stop_live()
+        return self if self.quiet else super().__enter__()
 
     def phase(self, name: str) -> None:
-        """Say what the run is doing now. As a plain line only the first time: phases recur with every step."""
+        """Says what the run is doing now. As a plain line only the first time: phases recur with every step."""
         self._phase, self._phase_since = name, time.monotonic()
         if self._live is None and name not in self._phases_said:
             self._phases_said.add(name)
             self._line(f"{name} ...")
 
     def note(self, message: str) -> None:
-        """Say something that stays."""
+        """Says something that stays on the screen."""
         self._line(message)
 
     def step(self, report: StepReport) -> None:
-        """Show a finished optimiser step."""
+        """Shows a finished optimiser step."""
         self._done = report.step
         self._recent.append(report)
         self._rewards.append(report.metrics.get("reward/mean"))
@@ -119,25 +152,17 @@ class ProgressReporter:
             self._line("  ".join([*(c.plain.format(cell) for c, cell in cells), f"eta {duration(self.eta())}"]))
 
     def eta(self) -> float | None:
-        """Seconds to the last step, from the median of the newest steps; None before the first."""
+        """Returns the seconds to the last step, by the median of the newest steps; None before the first."""
         if not self._step_seconds:
             return None
         # The median: the first step waits for the environment to start, which says nothing about the others.
         return statistics.median(self._step_seconds) * max(self.total_steps - self._done, 0)
 
     def summary(self, summary: Mapping[str, Any]) -> None:
-        """Close with what came of the run.
-
-        Args:
-            summary: what ``summary.json`` holds. Used where present: ``reward_first``, ``reward_last``,
-                ``reward_window`` (steps that those two are means of), ``rewards``, ``held_out_before``,
-                ``held_out_after``, ``steps``, ``policy_version``, ``weights_synced``, ``groups_used``,
-                ``groups_dropped``, ``groups_quarantined``, ``sequences_trained``, ``sequences_dropped_overlong``,
-                ``tokens_trained``, ``steps_without_data``, ``idle_share``, ``mode``, ``seconds``, ``run_dir``.
-        """
+        """Shows the result of the run, as in ``summary.json``; a figure that is not there is left out."""
         self._stop_live()
         rows = summary_rows(summary, ascii_only=self._ascii_only)
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
+        if self._is_terminal:
             table = Table.grid(padding=(0, 2))
             for label, value in rows:
                 table.add_row(Text(label, style="bold"), Text(value))
@@ -150,27 +175,11 @@ class ProgressReporter:
             # Not in the panel, which would break a long path: it is to be copied.
             self._print(f"  {label:<11} {path}")
 
-    # ------------------------------------------------------------------ lines
-
-    @property
-    def _ascii_only(self) -> bool:
-        return not self._console.encoding.lower().startswith("utf")
-
     def _line(self, text: str) -> None:
         if not self.quiet:
             self._print(text)
 
-    def _print(self, text: str) -> None:
-        if self._ascii_only:
-            text = text.encode("ascii", "backslashreplace").decode()
-        self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
-
     # ------------------------------------------------------------------ the live table
-
-    def _stop_live(self) -> None:
-        if self._live is not None:
-            live, self._live = self._live, None
-            live.stop()
 
     def _cells(self, report: StepReport) -> list[str]:
         figures = report.metrics
@@ -216,7 +225,7 @@ class ProgressReporter:
 
 
 def summary_rows(summary: Mapping[str, Any], *, ascii_only: bool) -> list[tuple[str, str]]:
-    """What ``ProgressReporter.summary`` shows of a summary, as ``(label, text)``; absent figures have no row."""
+    """Returns the rows of a summary as ``(label, text)``; absent figures have no row."""
     arrow = "->" if ascii_only else "→"
     get = summary.get
     rows: list[tuple[str, str]] = []
@@ -247,15 +256,9 @@ def summary_rows(summary: Mapping[str, Any], *, ascii_only: bool) -> list[tuple[
 
 
 def _where(run_dir: str | Path | None) -> list[tuple[str, Path]]:
-    """What lies in the run directory, by name and path."""
+    """Lists the run directory and the parts of it that exist, by label and path."""
     if run_dir is None:
         return []
-    names = {
-        "metrics": "metrics.jsonl",
-        "summary": "summary.json",
-        "checkpoints": "checkpoints",
-        "logs": "logs",
-        "quarantine": "quarantine",
-    }
     root = Path(run_dir)
-    return [("run", root), *((label, root / name) for label, name in names.items() if (root / name).exists())]
+    names = ("metrics.jsonl", "summary.json", "checkpoints", "logs", "quarantine")
+    return [("run", root), *((name.split(".")[0], root / name) for name in names if (root / name).exists())]

@@ -1,35 +1,45 @@
-"""``atropos-verl inspect``: options, and how an inspection is shown. What is found out: ``report.inspection``."""
+"""``atropos-verl inspect``: shows what the trainer would see in groups: samples, advantages and refusals.
+
+``inspect_groups`` returns a JSON-able structure, which ``--json`` prints and ``_Renderer`` shows. Its keys, in order:
+
+- inspection: ``groups``, ``sequences`` and ``trained_tokens`` (that would be trained), ``mean_score`` (of every
+  sequence of the groups that are used), ``refused``, ``dropped_overlong``
+- group: ``origin``, ``group_id``, ``env_id``, ``refused`` (the reason), ``stops_run`` (the run would end with that
+  reason), ``recorded_reason`` (from a quarantine file), ``sequences`` (None: beyond the limit)
+- sequence: ``index``, ``length``, ``trained_tokens``, ``score``, ``advantage`` and ``logprob`` (a spread over trained
+  tokens, or None), ``temperature``, ``policy_version``, ``staleness`` (policy versions behind the current one),
+  ``truncated``, ``excluded`` (the reason why a sequence of a used group is not trained), ``pieces``, ``tokens``
+- spread: ``mean``, ``min``, ``max``, ``count``
+- piece: ``text``, ``trained``; consecutive tokens that are all trained or all not
+- token: ``position``, ``id``, ``text``, ``trained``, ``advantage``, ``logprob``
+"""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
 import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from atropos_verl.errors import AtroposAPIError, ConfigError, DataError
+from atropos_verl.errors import AtroposAPIError, ConfigError, DataError, UnsupportedFieldError
 from atropos_verl.report.format import decimal
-from atropos_verl.report.inspection import (
-    Decoder,
-    GroupView,
-    Inspection,
-    SequenceView,
-    Spread,
-    TokenView,
-    inspect_groups,
-    load_decoder,
-)
 from atropos_verl.report.sources import FoundGroup, is_url, read_path, read_url
 from atropos_verl.training.advantages import ESTIMATORS, NORMALIZATIONS
-from atropos_verl.types import SampleSettings
+from atropos_verl.training.samples import build_samples
+from atropos_verl.types import FloatArray, SampleSettings, ScoredGroup, TrainingSample
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "inspect_groups", "run"]
 
 _SOURCE_HELP = (
     "a saved GET /batch body (run_dir/journal/*.json), JSON lines of groups (ENV process), a quarantine file or "
@@ -42,7 +52,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the subcommand."""
+    """Adds the options of the subcommand."""
     add = parser.add_argument
     add("source", metavar="FILE|DIR|URL", help=_SOURCE_HELP)
     add("--take-batch", action="store_true", help="with a URL: GET /batch. The trainer will never see that batch")
@@ -62,29 +72,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, console: Console | None = None) -> int:
-    """Inspect and show. Returns the exit code: 0; 1 content or API at fault; 2 the command is wrong."""
+    """Inspects and shows. Returns the exit code: 0; 1 content or API at fault; 2 the command is wrong."""
     console = console or Console()
-    errors = Console(stderr=True)
     try:
         found = _read(options)
-        settings = _settings(options)
         limit = options.limit if options.limit is not None or options.json else _DEFAULT_LIMIT
         inspection = inspect_groups(
             found,
-            settings,
+            _settings(options),
             decoder=_decoder(options.tokenizer, found),
             policy_version=options.policy_version,
             detailed=limit or None,
             with_tokens=options.tokens,
         )
-    except ConfigError as error:
-        _plain(errors, f"atropos-verl inspect: {error}")
-        return 2
-    except (DataError, AtroposAPIError) as error:
-        _plain(errors, f"atropos-verl inspect: {error}")
-        return 1
+    except (ConfigError, DataError, AtroposAPIError) as error:
+        _plain(Console(stderr=True), f"atropos-verl inspect: {error}")
+        return 2 if isinstance(error, ConfigError) else 1
     if options.json:
-        _plain(console, json.dumps(inspection.as_dict(), indent=2, allow_nan=False))
+        _plain(console, json.dumps(inspection, indent=2, allow_nan=False))
     else:
         _Renderer(console).show(inspection)
     return 0
@@ -129,22 +134,33 @@ def _settings(options: argparse.Namespace) -> SampleSettings:
 
 
 def _model_vocab_size(directory: Path) -> int | None:
-    """Of the model beside a tokenizer: what the trainer checks ids against. None where that is not known."""
+    """Reads the size that the trainer checks ids against from the model beside a tokenizer; None: not known."""
     try:
-        config = json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError):
+        size = json.loads((directory / "config.json").read_text())["vocab_size"]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
-    size = config.get("vocab_size") if isinstance(config, dict) else None
     return size if isinstance(size, int) else None
 
 
-def _decoder(name: str | None, found: list[FoundGroup]) -> Decoder | None:
+# ---------------------------------------------------------------------- tokenizers
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoder:
+    vocab_size: int
+    decode: Callable[[Sequence[int]], str]
+
+    def knows(self, ids: Sequence[int]) -> bool:
+        return all(0 <= token < self.vocab_size for token in ids)
+
+
+def _decoder(name: str | None, found: list[FoundGroup]) -> _Decoder | None:
     if name is not None:
-        return load_decoder(name)
+        return _load_decoder(name)
     from atropos_verl.assets import demo_model_path
 
     try:
-        demo = load_decoder(str(demo_model_path()))
+        demo = _load_decoder(str(demo_model_path()))
     except FileNotFoundError:
         return None
     # Byte-level ids of another model would also fit: then the text is nonsense, and --tokenizer is the remedy.
@@ -152,8 +168,201 @@ def _decoder(name: str | None, found: list[FoundGroup]) -> Decoder | None:
     return demo if all(row.min() >= 0 and row.max() < demo.vocab_size for row in rows) else None
 
 
+def _load_decoder(name: str) -> _Decoder:
+    """Loads a tokenizer: a directory or ``tokenizer.json`` on disk, or a name that transformers can find.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(name).expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        if file.is_file():  # read without transformers, whose import takes seconds
+            from tokenizers import Tokenizer  # type: ignore[import-untyped]
+
+            fast = Tokenizer.from_file(str(file))
+            return _Decoder(fast.get_vocab_size(), lambda ids: str(fast.decode(list(ids), skip_special_tokens=False)))
+        from transformers import AutoTokenizer
+
+        slow = AutoTokenizer.from_pretrained(name)
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return _Decoder(len(slow), lambda ids: str(slow.decode(list(ids), **options)))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no tokenizer at {name}: {str(error).splitlines()[0]}", "--tokenizer") from error
+    except Exception as error:
+        if type(error) is not Exception:  # the tokenizers package raises a bare Exception for a file it cannot read
+            raise
+        raise ConfigError(f"{file} is not a tokenizer file: {error}", "--tokenizer") from error
+
+
+# ---------------------------------------------------------------------- the inspection
+
+
+def inspect_groups(
+    found: Sequence[FoundGroup],
+    settings: SampleSettings,
+    *,
+    decoder: _Decoder | None = None,
+    policy_version: int | None = None,
+    detailed: int | None = None,
+    with_tokens: bool = False,
+) -> dict[str, Any]:
+    """Does what the trainer does with one global batch, and keeps what it would throw away.
+
+    Args:
+        decoder: for text; without it, or for ids that it does not know, pieces are the ids.
+        policy_version: the current one, for staleness.
+        detailed: how many groups to describe with their sequences, from the first; None: all.
+        with_tokens: describe every token.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+    """
+    # Nothing may end the inspection: what would end a run is shown.
+    overlong = "drop" if settings.overlong == "error" else settings.overlong
+    settings = replace(settings, on_bad_group="quarantine", overlong=overlong)
+    refusals = [_refusal(item.group, settings) for item in found]
+    used = [item.group for item, (reason, _) in zip(found, refusals, strict=True) if reason is None]
+    report = build_samples(used, settings)
+    samples = iter(report.samples)
+    views = []
+    for number, (item, (reason, stops_run)) in enumerate(zip(found, refusals, strict=True)):
+        group, sequences = item.group, []
+        for i in range(len(group)):
+            length = group.token_ids[i].shape[0]
+            limit = settings.max_token_len if settings.overlong == "drop" else None
+            excluded = None
+            if reason is None and limit is not None and length > limit:
+                excluded = f"{length} tokens, more than max_token_len = {limit}"
+            # Samples come in the order of groups and sequences, those left out missing.
+            sample = next(samples) if reason is None and excluded is None else None
+            if detailed is not None and number >= detailed:
+                continue
+            if sample is not None:
+                sequences.append(_trained_sequence(sample, policy_version, decoder, with_tokens))
+            else:
+                sequences.append(_untrained_sequence(group, i, excluded, decoder, with_tokens))
+        views.append(
+            {
+                "origin": item.origin,
+                "group_id": group.group_id,
+                "env_id": group.env_id,
+                "refused": reason,
+                "stops_run": stops_run,
+                "recorded_reason": item.recorded_reason,
+                "sequences": sequences if detailed is None or number < detailed else None,
+            }
+        )
+    return {
+        "groups": views,
+        "sequences": len(report.samples),
+        "trained_tokens": sum(int(sample.loss_mask.sum()) for sample in report.samples),
+        "mean_score": float(report.scores.mean()) if report.scores.size else None,
+        "refused": len(found) - len(used),
+        "dropped_overlong": report.dropped_overlong,
+    }
+
+
+def _refusal(group: ScoredGroup, settings: SampleSettings) -> tuple[str | None, bool]:
+    """Returns the reason, or None, and whether it stops the run."""
+    try:
+        report = build_samples([group], settings)
+    except UnsupportedFieldError as error:
+        return str(error), True
+    return (report.quarantined[0].reason if report.quarantined else None), False
+
+
+def _trained_sequence(
+    sample: TrainingSample, current: int | None, decoder: _Decoder | None, with_tokens: bool
+) -> dict[str, Any]:
+    trained, logprobs, version = sample.loss_mask, sample.rollout_logprobs, sample.policy_version
+    ids, marks = sample.token_ids.tolist(), trained.tolist()
+    return {
+        "index": sample.sequence_index,
+        "length": len(sample),
+        "trained_tokens": int(trained.sum()),
+        "score": sample.score,
+        "advantage": _spread(sample.advantages[trained]),
+        "logprob": None if logprobs is None else _spread(logprobs[trained & ~np.isnan(logprobs)]),
+        "temperature": sample.temperature,
+        "policy_version": version,
+        "staleness": None if version is None or current is None else current - version,
+        "truncated": sample.truncated,
+        "excluded": None,
+        "pieces": _pieces(ids, marks, decoder),
+        "tokens": _tokens(ids, marks, sample.advantages, logprobs, decoder) if with_tokens else None,
+    }
+
+
+def _untrained_sequence(
+    group: ScoredGroup, i: int, excluded: str | None, decoder: _Decoder | None, with_tokens: bool
+) -> dict[str, Any]:
+    """Describes a sequence as far as it can be shown: its arrays need not fit each other."""
+    ids = group.token_ids[i].tolist()
+    masks = group.masks[i].tolist() if i < len(group.masks) else []
+    marks = [0 < position < len(masks) and masks[position] != -100 for position in range(len(ids))]
+    score = float(group.scores[i]) if i < group.scores.shape[0] else math.nan
+    unknown = ("advantage", "logprob", "temperature", "policy_version", "staleness")
+    return {
+        "index": i,
+        "length": len(ids),
+        "trained_tokens": sum(marks),
+        "score": score if math.isfinite(score) else None,
+        **dict.fromkeys(unknown),
+        "truncated": False,
+        "excluded": excluded,
+        "pieces": _pieces(ids, marks, decoder),
+        "tokens": _tokens(ids, marks, None, None, decoder) if with_tokens else None,
+    }
+
+
+def _tokens(
+    ids: list[int],
+    marks: list[bool],
+    advantages: FloatArray | None,
+    logprobs: FloatArray | None,
+    decoder: _Decoder | None,
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "position": position,
+            "id": token,
+            "text": decoder.decode([token]) if decoder is not None and decoder.knows([token]) else "",
+            "trained": trained,
+            "advantage": float(advantages[position]) if advantages is not None and trained else None,
+            "logprob": None if logprobs is None or np.isnan(logprobs[position]) else float(logprobs[position]),
+        }
+        for position, (token, trained) in enumerate(zip(ids, marks, strict=True))
+    ]
+
+
+def _spread(values: FloatArray) -> dict[str, Any] | None:
+    if not values.size:
+        return None
+    return {"mean": float(values.mean()), "min": float(values.min()), "max": float(values.max()), "count": values.size}
+
+
+def _pieces(ids: list[int], marks: list[bool], decoder: _Decoder | None) -> list[dict[str, Any]]:
+    edges = [i for i in range(len(ids)) if i == 0 or marks[i] != marks[i - 1]] + [len(ids)]
+    return [
+        {"text": _text(ids, start, end, decoder), "trained": marks[start]} for start, end in itertools.pairwise(edges)
+    ]
+
+
+def _text(ids: list[int], start: int, end: int, decoder: _Decoder | None) -> str:
+    """Decodes ``ids[start:end]`` in its context: many tokenizers decode a leading space only after something."""
+    if decoder is None or not decoder.knows(ids[:end]):
+        return " ".join(str(token) for token in ids[start:end])
+    before = decoder.decode(ids[:start]) if start else ""
+    text = decoder.decode(ids[:end])
+    return text[len(before) :] if text.startswith(before) else decoder.decode(ids[start:end])
+
+
+# ---------------------------------------------------------------------- on the terminal
+
+
 def _plain(console: Console, text: str) -> None:
-    """As it is: no markup, no wrapping, no colours."""
+    """Prints text as it is: no markup, no wrapping, no colours."""
     text = text.encode(console.encoding, "backslashreplace").decode(console.encoding)
     console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
@@ -165,104 +374,94 @@ class _Renderer:
         self._console = console
         self._marks = not console.is_terminal or console.is_dumb_terminal
 
-    def show(self, inspection: Inspection) -> None:
-        groups = inspection.groups
-        shown = [group for group in groups if group.sequences is not None]
+    def show(self, inspection: dict[str, Any]) -> None:
+        groups = inspection["groups"]
+        shown = [group for group in groups if group["sequences"] is not None]
         for group in shown:
             self._group(group)
         if len(shown) < len(groups):
             self._line(f"... {len(groups) - len(shown)} more groups (--limit 0 shows all)")
-            refused = [group for group in groups[len(shown) :] if group.refused is not None]
+            refused = [group for group in groups[len(shown) :] if group["refused"] is not None]
             for group in refused[:_MOST_REFUSALS]:
-                self._line(f"{group.origin}: refused: {group.refused}", "bold red")
+                self._line(f"{group['origin']}: refused: {group['refused']}", "bold red")
             if len(refused) > _MOST_REFUSALS:
                 self._line(f"... {len(refused) - _MOST_REFUSALS} more refused groups")
         if not groups:
             self._line("no group: the API has nothing yet, or the batch is empty")
             return
         self._line(
-            f"groups: {len(groups) - inspection.refused} used, {inspection.refused} refused; "
-            f"sequences: {inspection.sequences} trained, {inspection.dropped_overlong} dropped as overlong; "
-            f"trained tokens: {inspection.trained_tokens}; mean score: {decimal(inspection.mean_score)}",
+            f"groups: {len(groups) - inspection['refused']} used, {inspection['refused']} refused; "
+            f"sequences: {inspection['sequences']} trained, {inspection['dropped_overlong']} dropped as overlong; "
+            f"trained tokens: {inspection['trained_tokens']}; mean score: {decimal(inspection['mean_score'])}",
             "bold",
         )
 
-    def _group(self, group: GroupView) -> None:
-        env = "" if group.env_id is None else f", env_id {group.env_id}"
-        self._line(f"{group.origin}: id {group.group_id}{env}, sequences: {len(group.sequences or ())}", "bold")
-        if group.recorded_reason is not None:
-            self._line(f"  quarantined by the run: {group.recorded_reason}", "bold red")
-        if group.refused is not None:
-            kind = "would stop the run" if group.stops_run else "refused"
-            self._line(f"  {kind}: {group.refused}", "bold red")
-        elif group.recorded_reason is not None:
+    def _group(self, group: dict[str, Any]) -> None:
+        env = "" if group["env_id"] is None else f", env_id {group['env_id']}"
+        self._line(f"{group['origin']}: id {group['group_id']}{env}, sequences: {len(group['sequences'])}", "bold")
+        if group["recorded_reason"] is not None:
+            self._line(f"  quarantined by the run: {group['recorded_reason']}", "bold red")
+        if group["refused"] is not None:
+            kind = "would stop the run" if group["stops_run"] else "refused"
+            self._line(f"  {kind}: {group['refused']}", "bold red")
+        elif group["recorded_reason"] is not None:
             self._line("  with the settings of this inspection it would be trained on")
-        for sequence in group.sequences or ():
+        for sequence in group["sequences"]:
             self._sequence(sequence)
         self._line("")
 
-    def _sequence(self, view: SequenceView) -> None:
-        fate = "trained" if view.temperature is not None else "marked as trained"
-        facts = [f"score {decimal(view.score)}", f"{view.trained_tokens} of {view.length} tokens {fate}"]
-        if view.advantage is not None:
-            facts.append(f"advantage {_spread(view.advantage)}")
-        if view.logprob is not None:
-            facts.append(f"logprob {_spread(view.logprob)}")
-        if view.temperature is not None:
-            facts.append(f"temperature {view.temperature:g}")
-        if view.policy_version is not None:
-            stale = "" if view.staleness is None else f" ({view.staleness} behind)"
-            facts.append(f"policy version {view.policy_version}{stale}")
-        if view.truncated:
+    def _sequence(self, view: dict[str, Any]) -> None:
+        fate = "trained" if view["temperature"] is not None else "marked as trained"
+        facts = [f"score {decimal(view['score'])}", f"{view['trained_tokens']} of {view['length']} tokens {fate}"]
+        facts += [f"{name} {_shown(view[name])}" for name in ("advantage", "logprob") if view[name] is not None]
+        if view["temperature"] is not None:
+            facts.append(f"temperature {view['temperature']:g}")
+        if view["policy_version"] is not None:
+            stale = "" if view["staleness"] is None else f" ({view['staleness']} behind)"
+            facts.append(f"policy version {view['policy_version']}{stale}")
+        if view["truncated"]:
             facts.append("truncated")
-        self._line(f"  sequence {view.index}: {', '.join(facts)}")
-        if view.excluded is not None:
-            self._line(f"    not trained: {view.excluded}", "yellow")
+        self._line(f"  sequence {view['index']}: {', '.join(facts)}")
+        if view["excluded"] is not None:
+            self._line(f"    not trained: {view['excluded']}", "yellow")
         self._console.print(self._marked(view), soft_wrap=True)
-        if view.tokens is not None:
-            self._tokens(view.tokens)
+        if view["tokens"] is not None:
+            self._tokens(view["tokens"])
 
-    def _marked(self, view: SequenceView) -> Text:
-        colour = "yellow"
-        if view.advantage is not None and view.advantage.mean != 0:
-            colour = "green" if view.advantage.mean > 0 else "red"
+    def _marked(self, view: dict[str, Any]) -> Text:
+        mean = view["advantage"]["mean"] if view["advantage"] is not None else 0
+        colour = "green" if mean > 0 else "red" if mean < 0 else "yellow"
         text = Text("    ")
-        for piece in view.pieces:
-            words = _visible(piece.text).replace("\n", "\n    ")
-            words = self._encodable(words)
-            if piece.trained:
+        for piece in view["pieces"]:
+            words = self._encodable(piece["text"]).replace("\n", "\n    ")
+            if piece["trained"]:
                 text.append(f"[[{words}]]" if self._marks else words, style=f"reverse {colour}")
             else:
                 text.append(words)
         return text
 
-    def _tokens(self, tokens: list[TokenView]) -> None:
+    def _tokens(self, tokens: list[dict[str, Any]]) -> None:
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-        table.add_column("    position", justify="right")
-        table.add_column("id", justify="right")
-        table.add_column("text", no_wrap=True)
-        table.add_column("trained")
-        table.add_column("advantage", justify="right")
-        table.add_column("logprob", justify="right")
+        for name in ("    position", "id", "text", "trained", "advantage", "logprob"):
+            justify: Any = "left" if name in ("text", "trained") else "right"
+            table.add_column(name, justify=justify, no_wrap=name == "text")
         for token in tokens:
-            words = Text(self._encodable(_visible(repr(token.text))))
-            trained = "yes" if token.trained else ""
-            numbers = [decimal(v, 4) if v is not None else "" for v in (token.advantage, token.logprob)]
-            table.add_row(str(token.position), str(token.id), words, trained, *numbers)
+            words = Text(self._encodable(repr(token["text"])))
+            numbers = [decimal(v, 4) if v is not None else "" for v in (token["advantage"], token["logprob"])]
+            trained = "yes" if token["trained"] else ""
+            table.add_row(str(token["position"]), str(token["id"]), words, trained, *numbers)
         self._console.print(table)
 
     def _line(self, text: str, style: str = "") -> None:
-        self._console.print(Text(self._encodable(_visible(text)), style=style), soft_wrap=True)
+        self._console.print(Text(self._encodable(text), style=style), soft_wrap=True)
 
     def _encodable(self, text: str) -> str:
+        """Escapes control characters, and characters that the console cannot show."""
+        text = _CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
         return text.encode(self._console.encoding, "backslashreplace").decode(self._console.encoding)
 
 
-def _spread(spread: Spread) -> str:
-    if spread.min == spread.max:
-        return decimal(spread.mean)
-    return f"{decimal(spread.mean)} [{decimal(spread.min)} .. {decimal(spread.max)}]"
-
-
-def _visible(text: str) -> str:
-    return _CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
+def _shown(spread: dict[str, Any]) -> str:
+    if spread["min"] == spread["max"]:
+        return decimal(spread["mean"])
+    return f"{decimal(spread['mean'])} [{decimal(spread['min'])} .. {decimal(spread['max'])}]"

@@ -1,76 +1,58 @@
-"""What a launch shows: one live screen on a terminal, plain lines anywhere else. Drawn from ``state.json``'s content.
+"""Shows a launch from its ``state.json``: one live screen on a terminal, plain lines anywhere else.
 
-The same drawing serves the launcher itself and ``attach`` in a second terminal.
+``LaunchView`` serves the launcher itself; ``attach`` shows the same screen in a second terminal. It reads the run
+directory only, so it disturbs nothing.
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections import deque
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, Self
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from atropos_verl.errors import ConfigError
+from atropos_verl.report.console import LiveScreen
 from atropos_verl.report.format import count, decimal, duration, seconds, sparkline
 
-__all__ = ["LaunchView", "render_state"]
+__all__ = ["LaunchView", "attach", "step_line"]
 
-_NOTES_SHOWN = 6
+_NOTES = 8
+_STALE_SECONDS = 10.0
+"""A launcher writes its state twice a second."""
 _CURVE_WIDTH = 60
 _LIVING = ("waiting", "starting", "running", "restarting")
 _STYLES = {"running": "green", "ended": "green", "failed": "bold red", "restarting": "yellow", "starting": "cyan"}
 
 
-class LaunchView:
+class LaunchView(LiveScreen):
     """``with LaunchView() as view``: notes and steps as they come, the state as it changes.
 
     On a terminal the state is one live table and notes scroll above it; elsewhere notes and steps are plain lines.
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console()
-        self._live: Live | None = None
+        super().__init__(console)
         self._state: Mapping[str, Any] = {}
 
-    def __enter__(self) -> Self:
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
-            self._live = Live(get_renderable=self._frame, console=self._console, refresh_per_second=2)
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            live, self._live = self._live, None
-            live.stop()
-
-    @property
-    def is_live(self) -> bool:
-        return self._live is not None
-
     def note(self, text: str) -> None:
-        """Something that stays on the screen."""
+        """Shows a text that stays on the screen."""
         self._print(text)
 
     def step(self, line: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        """A trained step: a line of ``metrics.jsonl``."""
+        """Shows a trained step, which is a line of ``metrics.jsonl``."""
         self._state = state
         if self._live is None:
             self._print(step_line(line, int(state.get("steps", 0))))
 
     def update(self, state: Mapping[str, Any]) -> None:
         self._state = state
-
-    def _print(self, text: str) -> None:
-        if not self._console.encoding.lower().startswith("utf"):
-            text = text.encode("ascii", "backslashreplace").decode()
-        self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def _frame(self) -> RenderableType:
         return render_state(self._state, width=self._console.width) if self._state else Text("starting …")
@@ -87,11 +69,10 @@ def step_line(line: Mapping[str, Any], steps: int) -> str:
 
 
 def render_state(state: Mapping[str, Any], *, width: int = 100, notes: int = 0) -> RenderableType:
-    """The screen for one state; ``notes``: how many of the newest notes to add below."""
+    """Draws the screen for one state, with the newest ``notes`` notes below."""
     parts: list[RenderableType] = [_services(state), Text(_flow(state), no_wrap=True, overflow="ellipsis")]
-    recent = deque(state.get("recent") or (), maxlen=1)
-    if recent:
-        line = step_line(recent[0], int(state.get("steps", 0)))
+    if recent := state.get("recent"):
+        line = step_line(recent[-1], int(state.get("steps", 0)))
         # The line above has the policy version too; on a narrow screen it is the one to spare.
         line = line if len(line) <= width else line.rsplit("  ", 1)[0]
         parts.append(Text(line, no_wrap=True, overflow="ellipsis"))
@@ -143,6 +124,67 @@ def _flow(state: Mapping[str, Any]) -> str:
     )
 
 
-def age(state: Mapping[str, Any]) -> float:
-    """Seconds since the state was written."""
+# ---------------------------------------------------------------------- attach
+
+
+def _read_state(run_dir: Path) -> dict[str, Any]:
+    """Reads the newest state of a launch.
+
+    Raises:
+        ConfigError: ``run_dir`` holds none (it names what is missing).
+    """
+    path = run_dir / "state.json"
+    try:
+        state = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; is {run_dir} the run directory of a launch?") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    if not isinstance(state, dict):
+        raise ConfigError(f"{path} is not the state of a launch")
+    return state
+
+
+def attach(run_dir: Path, *, console: Console | None = None, once: bool = False, interval: float = 0.5) -> int:
+    """Shows the launch in ``run_dir`` until it ends; Ctrl-C ends the watching only.
+
+    Args:
+        once: show it once. Where standard output is no terminal, it is always shown once.
+        interval: seconds between looks.
+
+    Returns:
+        0; 1 when the launcher is gone without having ended its run in order.
+    """
+    console = console or Console()
+    state = _read_state(run_dir)
+    if once or not console.is_terminal:
+        console.print(render_state(state, width=console.width, notes=_NOTES))
+        return _verdict(state, console)
+    with Live(console=console, refresh_per_second=4) as live:
+        while True:
+            live.update(render_state(state, width=console.width, notes=_NOTES))
+            if _is_over(state) or _age(state) > _STALE_SECONDS:
+                break
+            time.sleep(interval)
+            state = _read_state(run_dir)
+    return _verdict(state, console)
+
+
+def _is_over(state: dict[str, Any]) -> bool:
+    return all(service.get("state") in ("ended", "stopped", "failed") for service in state.get("services", []))
+
+
+def _verdict(state: dict[str, Any], console: Console) -> int:
+    if _is_over(state):
+        console.print(state.get("ending") or "the launch has ended", markup=False, highlight=False)
+        return 0
+    if _age(state) > _STALE_SECONDS:
+        text = f"the launcher (pid {state.get('pid')}) has written nothing for {_age(state):.0f} s: it was killed"
+        console.print(text, markup=False, highlight=False)
+        return 1
+    return 0
+
+
+def _age(state: Mapping[str, Any]) -> float:
+    """Returns the seconds since the state was written."""
     return max(0.0, time.time() - float(state.get("time", 0.0)))

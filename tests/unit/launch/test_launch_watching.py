@@ -21,8 +21,7 @@ from atropos_verl.launch.process import ServiceSpec
 from atropos_verl.launch.progress import StepTail
 from atropos_verl.launch.service_state import WatchedService
 from atropos_verl.launch.spec import Service
-from atropos_verl.report.attach import attach
-from atropos_verl.report.launch_view import LaunchView, step_line
+from atropos_verl.report.launch_view import LaunchView, attach, step_line
 
 
 class Clock:
@@ -280,7 +279,6 @@ def test_attach_to_nothing_says_what_is_missing(tmp_path: Path) -> None:
 def test_plain_lines_without_a_terminal() -> None:
     console = Console(force_terminal=False, width=80, record=True, file=io.StringIO())
     with LaunchView(console) as view:
-        assert not view.is_live
         view.note("starting words [not markup]")
         view.step(json.loads(line(3)), state())
         view.update(state())
@@ -290,6 +288,5 @@ def test_plain_lines_without_a_terminal() -> None:
 def test_a_live_table_on_a_terminal() -> None:
     console = Console(force_terminal=True, width=100, record=True, file=io.StringIO(), _environ={})
     with LaunchView(console) as view:
-        assert view.is_live
         view.update(state())
     assert "words" in console.export_text()
