@@ -17,7 +17,7 @@ _STANDALONE = [  # what verl's separate_async asks of the configuration; it chan
     "actor_rollout_ref.rollout.nnodes=1",
     "actor_rollout_ref.rollout.n_gpus_per_node=1",
     "actor_rollout_ref.rollout.checkpoint_engine.backend=ray_object_store",
-    "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=atropos_verl.backends.ray.checkpoint_engine",
+    "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=atropos_verl.backends.ray.weight_transfer",
 ]
 _PARAMS = {"temperature": 1.0, "logprobs": True, "ignore_eos": True}
 

@@ -40,14 +40,16 @@ def _ray() -> Iterator[None]:
 
 def _difference(cluster: Cluster) -> float:
     """Largest difference between the trainer's logprobs and those that vLLM gives for a prompt."""
-    from atropos_verl.backends.ray.llm_client import AttemptClient
-    from atropos_verl.backends.ray.llm_engine import LLMServerEngine
+    from atropos_verl.backends.ray.gateway import AttemptClient, ReplicaEngine
+    from atropos_verl.types import GenerationRequest
 
     client = AttemptClient.of(cluster.servers.get_client())
-    engine = LLMServerEngine(client, build_tiny_tokenizer(), max_context_len=256, vocab_size=259, eos_token_ids={258})
+    engine = ReplicaEngine(client, build_tiny_tokenizer(), max_context_len=256, vocab_size=259, eos_token_ids={258})
     [trainer] = cluster.workers.trainer_logprobs(_TOKENS)
-    pairs = zip(trainer, engine.compute_logprobs(_TOKENS), strict=True)
-    return max(abs(a - b) for a, b in pairs)
+    request = GenerationRequest(prompt_token_ids=tuple(_TOKENS), max_tokens=1, prompt_logprobs=0)
+    [generation] = asyncio.run(engine.agenerate(request))
+    pairs = zip(trainer, _TOKENS[1:], generation.prompt_logprobs[1:], strict=True)
+    return max(abs(value - entry[token]) for value, token, entry in pairs)
 
 
 async def _generate_across_an_update(cluster: Cluster, step: int) -> None:

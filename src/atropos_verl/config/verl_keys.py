@@ -194,7 +194,7 @@ def complete_config(config: Any) -> None:
             engine = actor_rollout.rollout.checkpoint_engine
             if engine.backend == "naive":
                 engine.backend = "ray_object_store"
-                engine.custom_backend_module = "atropos_verl.backends.ray.checkpoint_engine"
+                engine.custom_backend_module = "atropos_verl.backends.ray.weight_transfer"
             if not actor_rollout.rollout.nnodes:
                 actor_rollout.rollout.nnodes = 1
                 actor_rollout.hybrid_engine = False

@@ -1,4 +1,4 @@
-"""What every inference engine offers.
+"""The methods of an inference engine.
 
 The verbs are SGLang's and verl's own: ``generate``, ``update_weights_from_tensor``, ``resume_memory_occupation``,
 ``release_memory_occupation``.
@@ -14,12 +14,12 @@ from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["InferenceEngine"]
+__all__ = ["GenerationEngine", "InferenceEngine"]
 
 
 @runtime_checkable
-class InferenceEngine(Protocol):
-    """An engine that generates from the newest weights it was given. Safe to call from several threads and loops."""
+class GenerationEngine(Protocol):
+    """Generates from the newest weights it has. Safe to call from several threads and loops."""
 
     @property
     def policy_version(self) -> int:
@@ -37,6 +37,11 @@ class InferenceEngine(Protocol):
 
     def astream(self, request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
         """The same, token by token. Closing the iterator frees the slots."""
+
+
+@runtime_checkable
+class InferenceEngine(GenerationEngine, Protocol):
+    """An engine that also takes new weights from a trainer and scores sequences."""
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Generation]]:
         """Blocking form for a list of requests, from a plain thread."""

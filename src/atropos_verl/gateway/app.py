@@ -26,7 +26,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from atropos_verl.engine.protocol import InferenceEngine
+from atropos_verl.engine.protocol import GenerationEngine
 from atropos_verl.gateway.errors import ApiError, to_api_error
 from atropos_verl.gateway.fields import Fields, parse_body
 from atropos_verl.gateway.metrics import CONTENT_TYPE
@@ -52,7 +52,7 @@ _JSON = "application/json"
 
 
 def create_app(
-    engine: InferenceEngine,
+    engine: GenerationEngine,
     tokenizer: Any,
     *,
     gate: Gate | None = None,

@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from itertools import groupby
 from typing import Any, Protocol
 
-from atropos_verl.engine.protocol import InferenceEngine
+from atropos_verl.engine.protocol import GenerationEngine
 from atropos_verl.errors import EngineError
 from atropos_verl.gateway.errors import ApiError
 from atropos_verl.gateway.fields import Fields
@@ -46,7 +46,7 @@ class GatewayService:
 
     def __init__(
         self,
-        engine: InferenceEngine,
+        engine: GenerationEngine,
         tokenizer: Any,
         *,
         gate: Gate | None,

@@ -23,6 +23,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from atropos_verl.training.losses import linear_token_logprobs
 from atropos_verl.verl_plugin.packing import install_packed_attention, packs_exactly
+from atropos_verl.verl_plugin.shims import without_pinned_offload
 
 __all__ = ["SelectiveHeadEngine"]
 
@@ -59,20 +60,11 @@ class SelectiveHeadEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         self._selective = self._install_head()
 
     def _build_fsdp_module(self, module: Any) -> Any:
-        # A forward-only engine (reference policy) asks for CPUOffloadPolicy(pin_memory=True), which needs an
-        # accelerator. Remove when verl picks the offload policy by platform (verl 0.9.1, transformer_impl.py:462).
-        forward_only = self.engine_config.forward_only
-        on_cpu = torch.device(_device_name()).type == "cpu"
         # Ulysses shares one row out over ranks; our attention has to see all of it.
         if self.ulysses_sequence_parallel_size == 1:
             self._packs = install_packed_attention(module)
-        if on_cpu:
-            self.engine_config.forward_only = False
-        try:
+        with without_pinned_offload(self.engine_config):
             return super()._build_fsdp_module(module)
-        finally:
-            if on_cpu:
-                self.engine_config.forward_only = forward_only
 
     def _install_head(self) -> bool:
         head = self.module.get_output_embeddings()
@@ -152,13 +144,6 @@ class SelectiveHeadEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             lengths = input_ids.offsets().diff().tolist()
             packed = torch.cat([row[:length] for row, length in zip(values, lengths, strict=True)])
         return {"log_probs": torch.nested.nested_tensor_from_jagged(packed, input_ids.offsets())}
-
-
-def _device_name() -> Any:
-    """verl's current device (a string or an index)."""
-    from verl.utils.device import get_device_name
-
-    return get_device_name()
 
 
 def _head_request(input_ids: Any, loss_mask: Any, temperature: torch.Tensor, row_length: int | None) -> _HeadRequest:

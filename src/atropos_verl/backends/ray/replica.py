@@ -22,7 +22,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
@@ -30,18 +30,25 @@ import torch
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.device import get_device_name, get_resource_name
 from verl.workers.config import HFModelConfig
+from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutMode, RolloutReplica, TokenOutput
+from verl.workers.rollout.utils import ensure_async_iterator
 
 from atropos_verl.backends.ray.lora import LoraMerger
-from atropos_verl.backends.ray.sampling_params import to_request
-from atropos_verl.backends.ray.weight_transfer import WeightBucket, WeightReceiver
+from atropos_verl.backends.ray.weight_transfer import (
+    TransferReport,
+    WeightBucket,
+    WeightReceiver,
+    send_weights,
+    standalone_worker,
+)
 from atropos_verl.engine.embedded import TransformersEngine
 from atropos_verl.engine.runner import engine_threads
-from atropos_verl.errors import ConfigError, EngineError
+from atropos_verl.errors import ConfigError, EngineError, GenerationRequestError
 from atropos_verl.gateway import GatewayServer, create_app
-from atropos_verl.types import Generation
+from atropos_verl.types import Generation, GenerationRequest
 
-__all__ = ["TransformersReplica", "TransformersServer"]
+__all__ = ["TransformersReplica", "TransformersServer", "TransformersServerAdapter", "to_request"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +56,32 @@ _PAUSE_TIMEOUT = 120.0
 """Seconds until the running engine step must have ended."""
 _ABORT_INTERVAL = 0.05
 _DEFAULT_MAX_RUNNING = 256
+
+_SAME_NAME = ("temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", "prompt_logprobs")
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1, None),
+    "best_of": (1, None),
+    "repetition_penalty": (1, None),
+    "presence_penalty": (0, None),
+    "frequency_penalty": (0, None),
+    "min_tokens": (0, None),
+    "min_new_tokens": (0, None),
+    "logit_bias": (None, {}),
+    "bad_words": (None, [], ()),
+    "extra_args": (None, {}),
+}
+"""Parameters the embedded engine does not have, and the values at which they change nothing."""
+_TEXT_ONLY = {
+    "logprobs",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+    "no_stop_trim",
+    "detokenize",
+    "output_kind",
+    "response_length",
+}
+"""Parameters about the form of the answer, which is tokens here."""
 
 
 class TransformersServer:
@@ -342,9 +375,6 @@ class TransformersReplica(RolloutReplica):  # type: ignore[misc]
         self._server_address = await server.launch_server.remote()
 
     def get_ray_class_with_init_args(self) -> Any:
-        """The worker of a standalone replica, with the registrations of ours it needs."""
-        from atropos_verl.backends.ray.checkpoint_engine import standalone_worker
-
         return standalone_worker(self)
 
 
@@ -359,6 +389,41 @@ def _node_and_devices(_: Any) -> tuple[str, str]:
 def _default_threads(device: str, model: Any, rows: int) -> int | None:
     """Ray starts actors with one OpenMP thread; the engine and the trainer take turns, so each may use all cores."""
     return engine_threads(model, rows, min(os.cpu_count() or 1, 16)) if device == "cpu" else None
+
+
+def to_request(
+    prompt_ids: Sequence[int], params: dict[str, Any], config: Any, max_context_len: int, request_id: str
+) -> GenerationRequest:
+    """What verl's server gets → a request. ``config`` is verl's ``RolloutConfig``.
+
+    Without ``max_tokens``: verl's default, ``response_length`` at most and ``prompt_length + response_length`` in all.
+
+    Raises ``GenerationRequestError`` naming a parameter that the embedded engine would have to ignore.
+    """
+    params = dict(params)
+    prompt = tuple(int(token) for token in prompt_ids)
+    max_tokens = params.pop("max_tokens", None)
+    max_new_tokens = params.pop("max_new_tokens", None)
+    wanted = max_tokens if max_tokens is not None else max_new_tokens
+    if wanted is None:
+        wanted = min(config.response_length, config.prompt_length + config.response_length - len(prompt))
+    wanted = max(1, min(int(wanted), max_context_len - len(prompt)))
+    settings = {name: params.pop(name) for name in _SAME_NAME if params.get(name) is not None}
+    settings.setdefault("ignore_eos", bool(config.ignore_eos))
+    stop = params.pop("stop", None) or ()
+    stop_ids = params.pop("stop_token_ids", None) or ()
+    for name, value in params.items():
+        if name in _TEXT_ONLY or value is None or (name in _NEUTRAL and value in _NEUTRAL[name]):
+            continue
+        raise GenerationRequestError(f"{name}={value!r} is not supported by rollout.name=transformers", name)
+    return GenerationRequest(
+        prompt_token_ids=prompt,
+        max_tokens=wanted,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stop_token_ids=tuple(stop_ids),
+        request_id=request_id,
+        **settings,
+    )
 
 
 def _prompt_logprob_fields(entries: tuple[dict[int, float] | None, ...], k: int) -> dict[str, Any]:
@@ -376,3 +441,90 @@ def _prompt_logprob_fields(entries: tuple[dict[int, float] | None, ...], k: int)
     ids.append([0] * max(k, 1))
     logprobs.append([0.0] * max(k, 1))
     return {"prompt_ids": ids, "prompt_logprobs": logprobs}
+
+
+class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
+    """One per training worker (or per ``CheckpointEngineWorker``); the replica's leader rank talks to the server."""
+
+    def __init__(self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int = -1, **_: Any) -> None:
+        super().__init__(config, model_config, device_mesh)
+        rank = int(os.environ["RANK"])
+        world_size = (
+            self.config.tensor_model_parallel_size
+            * self.config.data_parallel_size
+            * self.config.pipeline_model_parallel_size
+        )
+        self.replica_rank = rank // world_size if replica_rank == -1 else replica_rank
+        self.is_leader_rank = rank % world_size == 0
+        self.last_transfer: TransferReport | None = None
+        """What the last update moved; None on ranks that send nothing."""
+        self._server: Any = None
+
+    @property
+    def server(self) -> Any:
+        """The replica's actor, which is started after this adapter."""
+        if self._server is None:
+            self._server = ray.get_actor(f"{self.config.name}_server_{self.replica_rank}_0")
+        return self._server
+
+    async def resume(self, tags: list[str]) -> None:
+        """Take memory again: ``weights`` before an update, ``kv_cache`` after it (generation goes on then)."""
+        if self.is_leader_rank:
+            await self.server.wake_up.remote(tags=tags)
+
+    async def release(self) -> None:
+        """Stop at a token boundary and give memory back."""
+        if self.is_leader_rank:
+            await self.server.sleep.remote()
+
+    @torch.no_grad()
+    async def update_weights(
+        self,
+        weights: Any,
+        global_steps: int | None = None,
+        wire_format: str = "named_tensors",
+        peft_config: dict[str, Any] | None = None,
+        base_sync_done: bool = True,
+        **_: Any,
+    ) -> None:
+        """Send ``weights`` (or, with ``peft_config``, an adapter's) into the replica as policy ``global_steps``.
+
+        Every rank consumes ``weights``: gathering a sharded tensor is a collective.
+        Raises ``WeightSyncError`` naming what does not fit.
+        """
+        if wire_format != "named_tensors":
+            raise NotImplementedError(f"rollout.name={self.config.name} takes named tensors, not {wire_format!r}")
+        if not self.is_leader_rank:
+            async for _name, _tensor in ensure_async_iterator(weights):
+                pass
+            return
+        started = time.perf_counter()
+        settings = {
+            "global_steps": global_steps,
+            "peft_config": None if peft_config is None else _plain(peft_config),
+            "base_sync": peft_config is not None and not base_sync_done,
+        }
+        self.last_transfer = await send_weights(
+            lambda *part: self.server.receive_weights.remote(*part, settings),
+            weights,
+            self.config.checkpoint_engine.update_weights_bucket_megabytes << 20,
+        )
+        logger.info(
+            "weights of step %s into replica %d: %d tensors, %.1f MB in %d bucket(s), %.3f s",
+            global_steps,
+            self.replica_rank,
+            len(self.last_transfer.names),
+            self.last_transfer.nbytes / 1e6,
+            self.last_transfer.buckets,
+            time.perf_counter() - started,
+        )
+
+
+def _plain(peft_config: dict[str, Any]) -> dict[str, Any]:
+    """Without peft's own classes: the server needs numbers and strings only."""
+    simple = (bool, int, float, str, type(None))
+    return {
+        key: value if isinstance(value, simple) else dict(value) if isinstance(value, dict) else list(value)
+        for key, value in peft_config.items()
+        if isinstance(value, (*simple, dict, list, tuple, set))
+    }

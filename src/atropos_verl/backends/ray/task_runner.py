@@ -1,28 +1,193 @@
-"""The task runner: a Ray actor that holds trainer, gateway and trajectory feed of a run (verl's ``TaskRunnerV1``)."""
+"""One run on Ray: the session of the command, the task runner that trains, and the mailbox between the two.
+
+The task runner is a Ray actor that holds trainer, gateway and trajectory feed (verl's ``TaskRunnerV1``); it may run on
+another machine than the command.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import ray
 
-from atropos_verl.backends.ray.mailbox import BoardClient
 from atropos_verl.config.verl_keys import ClusterRun, parameter_sync_step, read_run
+from atropos_verl.errors import AtroposVerlError, ServiceError
 
-__all__ = ["AtroposTaskRunner", "runner_class"]
+__all__ = ["AtroposTaskRunner", "RaySession", "set_environment"]
 
 logger = logging.getLogger(__name__)
+
+_MAILBOX = "atropos_mailbox"
+"""Name of the mailbox's actor. Ray keeps the names of each run apart."""
+_WAIT_INTERVAL = 0.1
+
+
+class _Mailbox:
+    """A Ray actor with the events of the task runner and the flags of the command. One per run."""
+
+    def __init__(self) -> None:
+        self._events: list[tuple[str, Any]] = []
+        self._flags: set[str] = set()
+
+    def put(self, kind: str, content: Any) -> None:
+        self._events.append((kind, content))
+
+    def take(self) -> list[tuple[str, Any]]:
+        """Every event since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def raise_flag(self, name: str) -> None:
+        self._flags.add(name)
+
+    def has_flag(self, name: str) -> bool:
+        return name in self._flags
+
+
+# ----------------------------------------------------------------------------------------------------- the command
+
+
+class RaySession:
+    """Context manager. Leaving it ends every actor of the run, and Ray itself where this session started it."""
+
+    def __init__(self, run: ClusterRun) -> None:
+        self.run = run
+        self._thread: threading.Thread | None = None
+        self._done = threading.Event()
+        self._error: BaseException | None = None
+        self._result: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        config = self.run.verl
+        variables = set_environment(str(config.trainer.device))
+        from omegaconf import OmegaConf, open_dict
+        from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
+
+        asked = OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True)
+        assert isinstance(asked, dict)
+        settings: dict[str, Any] = {str(key): value for key, value in asked.items() if value is not None}
+        environment = get_ppo_ray_runtime_env(config)
+        environment.setdefault("env_vars", {})["TRANSFER_QUEUE_ENABLE"] = "1"
+        environment["env_vars"].update(variables)
+        own = settings.pop("runtime_env", None) or {}
+        environment = OmegaConf.to_container(OmegaConf.merge(environment, own))
+        assert isinstance(environment, dict)
+        environment = {key: value for key, value in environment.items() if value is not None}
+        if "address" not in settings:
+            # A cluster of its own, also where RAY_ADDRESS points at one. CPU "GPUs" are counted, not there.
+            settings["address"] = "local"
+            if config.trainer.device == "cpu":
+                settings.setdefault("num_gpus", _accelerators(config))
+        else:
+            for name in ("num_cpus", "num_gpus", "object_store_memory", "include_dashboard"):
+                settings.pop(name, None)  # the cluster's own; Ray refuses them when attaching
+        # Ray says with every cluster of its own that it is protected by a token, which is as it should be.
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+        try:
+            ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING, **settings)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ServiceError(f"Ray: {error}", "ray") from error
+        with open_dict(config):
+            config.transfer_queue.enable = True
+        self._mailbox = ray.remote(num_cpus=0)(_Mailbox).options(name=_MAILBOX).remote()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        ray.shutdown()
+        if self._thread is not None:
+            self._thread.join(10.0)
+
+    def start_runner(self) -> None:
+        """verl's ``run_ppo`` with our task runner, in a thread of its own: the main thread keeps Ctrl-C."""
+        from verl.trainer.main_ppo import run_ppo
+
+        def run() -> None:
+            try:
+                run_ppo(self.run.verl, ray.remote(num_cpus=1)(AtroposTaskRunner))
+            except BaseException as error:  # noqa: BLE001 - raised in the main thread, by result()
+                self._error = error
+            finally:
+                self._done.set()
+
+        self._thread = threading.Thread(target=run, name="run-ppo", daemon=True)
+        self._thread.start()
+
+    def poll(self, seconds: float) -> bool:
+        """Wait at most that long for the task runner; True when it has ended."""
+        return self._done.wait(seconds)
+
+    @property
+    def has_ended(self) -> bool:
+        """The task runner has returned or failed."""
+        return self._done.is_set()
+
+    def take_events(self) -> list[tuple[str, Any]]:
+        """What the task runner said since the last call."""
+        events: list[tuple[str, Any]] = ray.get(self._mailbox.take.remote())
+        for kind, content in events:
+            if kind == "result":
+                self._result = content
+        return [event for event in events if event[0] != "result"]
+
+    def raise_flag(self, name: str) -> None:
+        ray.get(self._mailbox.raise_flag.remote(name))
+
+    def result(self, explain: Callable[[BaseException], BaseException]) -> dict[str, Any]:
+        """The run's figures. Raises what ended the task runner, as ``explain`` sees it."""
+        if self._error is None:
+            return self._result
+        error = self._error
+        cause = getattr(error, "cause", None)
+        logger.error("the task runner failed: %s", error)
+        best = explain(cause if isinstance(cause, AtroposVerlError) else error)
+        if isinstance(best, AtroposVerlError):
+            raise best
+        last = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
+        log = self.run.run_dir / "logs"
+        raise ServiceError(
+            f"verl's task runner failed: {last}\n"
+            f"the whole traceback is in {log / 'command.log'}; what went before it in {log / 'task_runner.log'}",
+            "task runner",
+        ) from error
+
+
+def set_environment(device: str) -> dict[str, str]:
+    """Variables of every process of the run, this one included. Before its first import of verl."""
+    from atropos_verl.verl_plugin import ray_environment
+
+    environment = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "VERL_LOGGING_LEVEL": "WARN",  # below it, verl 0.9.1's logger.info(..., flush=True) raises (separate_async)
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    environment = {name: os.environ.get(name, value) for name, value in environment.items()}
+    environment |= ray_environment(device)
+    os.environ.update(environment)
+    return environment
+
+
+def _accelerators(config: Any) -> int:
+    """Placement bundles that verl will ask for: the trainer's, and those of replicas of their own."""
+    trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
+    own = rollout.nnodes * rollout.n_gpus_per_node if trainer.v1.trainer_mode == "separate_async" else 0
+    return int(trainer.nnodes * trainer.n_gpus_per_node + own)
+
+
+# -------------------------------------------------------------------------------------------------- the task runner
 
 
 class AtroposTaskRunner:
     """``run(config)`` is what verl's ``run_ppo`` calls. One instance runs once."""
-
-    def __init__(self, board: Any) -> None:
-        self.board = BoardClient(board)
 
     def run(self, config: Any) -> None:
         """Train to the end. What fails is raised to the caller of ``run_ppo``."""
@@ -31,40 +196,60 @@ class AtroposTaskRunner:
         import transfer_queue as tq
         from omegaconf import OmegaConf, open_dict
 
-        from atropos_verl.backends.ray import policy_loss, shims  # noqa: F401  registers the loss
+        from atropos_verl.verl_plugin.shims import quiet_transfer_queue
 
-        shims.quiet_transfer_queue()
+        quiet_transfer_queue()
         with open_dict(config):
             config.transfer_queue.enable = True
         OmegaConf.resolve(config)
-        self.board.phase("starting verl: workers, replicas, TransferQueue")
-        tq.init(config.transfer_queue)
         with ExitStack() as stack:
+            training = _Training(run, config, stack)
+            training.phase("starting verl: workers, replicas, TransferQueue")
+            tq.init(config.transfer_queue)
             stack.callback(tq.close)
-            # run_ppo returns nothing; what came of the run goes the way of the events.
-            self.board.put("result", _Session(run, config, self.board, stack).train())
+            # run_ppo returns nothing; the figures of the run go the way of the events.
+            training.put("result", training.train())
 
 
-class _Session:
-    """One run inside the task runner. What is started registers its end on ``stack``, in order."""
+class _Training:
+    """Runs inside the task runner. What is started registers its end on ``stack``, in order."""
 
-    def __init__(self, run: ClusterRun, config: Any, board: BoardClient, stack: ExitStack) -> None:
-        self.run, self.config, self.board, self.stack = run, config, board, stack
+    def __init__(self, run: ClusterRun, config: Any, stack: ExitStack) -> None:
+        self.run, self.config, self.stack = run, config, stack
         self.rewards: list[float] = []
-        self.syncs = 0
+        self._mailbox = ray.get_actor(_MAILBOX)
+
+    def put(self, kind: str, content: Any) -> None:
+        """Send the command an event, without waiting for an answer."""
+        self._mailbox.put.remote(kind, content)
+
+    def phase(self, name: str) -> None:
+        """Tell the command what the run does now."""
+        self.put("phase", name)
+
+    def note(self, message: str) -> None:
+        self.put("note", message)
+
+    def has_flag(self, name: str) -> bool:
+        return bool(ray.get(self._mailbox.has_flag.remote(name)))
+
+    def wait_for_flag(self, name: str, check: Callable[[], None] = lambda: None) -> None:
+        """Wait until the command raised the flag; ``check`` raises when waiting has become pointless."""
+        while not self.has_flag(name):
+            check()
+            time.sleep(_WAIT_INTERVAL)
 
     def train(self) -> dict[str, Any]:
-        from atropos_verl.backends.ray.agent_loop import AtroposAgentLoopManager
-        from atropos_verl.backends.ray.trainer import MODES, StopRequestedError
+        from atropos_verl.backends.ray.trainer import MODES, AtroposAgentLoopManager, StopRequestedError
         from atropos_verl.errors import AtroposAPIError, CheckpointError, DataError
         from atropos_verl.training.metrics_log import MetricsLog
 
-        self.board.phase("loading the policy (verl)")
+        self.phase("loading the policy (verl)")
         self.trainer = trainer = MODES[self.run.mode](config=self.config)
         trainer.init()
         self.stack.callback(self._finish_tracking)
         if trainer.global_steps:
-            self.board.note(f"resumed at step {trainer.global_steps} from {trainer.checkpoint_root}")
+            self.note(f"resumed at step {trainer.global_steps} from {trainer.checkpoint_root}")
         llm_client = trainer.get_llm_client()
         self._start_gateway(llm_client)
         self.feed = self._start_feed()
@@ -72,7 +257,7 @@ class _Session:
         self.log.truncate_after(trainer.global_steps)
         self.rewards = self.log.rewards()
         trainer.on_report = self._report
-        trainer.on_stop = lambda: self.board.has_flag("stop")
+        trainer.on_stop = lambda: self.has_flag("stop")
         manager = AtroposAgentLoopManager.create(
             config=self.config,
             llm_client=llm_client,
@@ -80,8 +265,8 @@ class _Session:
             reward_loop_worker_handles=trainer.get_reward_handles(),
         )
         manager.feed = self.feed
-        self.board.wait_for_flag("train", self.feed.check)
-        self.board.phase("rollout: waiting for a batch")
+        self.wait_for_flag("train", self.feed.check)
+        self.phase("rollout: waiting for a batch")
         stopped = ""
         if trainer.global_steps < trainer.total_training_steps:
             self.flow.watch()
@@ -89,15 +274,15 @@ class _Session:
                 trainer.fit(manager)
             except StopRequestedError as error:
                 stopped = str(error)
-                self.board.note(trainer.save_what_was_trained() or stopped)
+                self.note(trainer.save_what_was_trained() or stopped)
             except (AtroposAPIError, CheckpointError, DataError):
                 saved = trainer.save_what_was_trained()
-                self.board.put("saved", saved)
+                self.put("saved", saved)
                 raise
             finally:
                 self.flow.close()  # an evaluation may follow, which nobody may hold back
-        self.board.put("trained", stopped)
-        self.board.wait_for_flag("end")
+        self.put("trained", stopped)
+        self.wait_for_flag("end")
         return self._summary(stopped)
 
     @property
@@ -110,12 +295,12 @@ class _Session:
         from atropos_verl.provenance.ledger import Ledger
         from atropos_verl.training.rollout_flow import make_throttle
 
-        self.board.phase("starting the inference gateway")
+        self.phase("starting the inference gateway")
         settings = self.run.settings.gateway
         self.ledger = Ledger(self.run.settings.off_policy.ledger_bytes)
         self.stack.callback(self.ledger.close)
         if known := self.ledger.persist(self.run.run_dir / "ledger", self._resumed_at):
-            self.board.note(f"{known} completions of before the interruption are known: their groups may still come")
+            self.note(f"{known} completions of before the interruption are known: their groups may still come")
         batch_size, batches = self.run.run.batch_size, parameter_sync_step(self.config)
         self.throttle = make_throttle(self.run.settings.off_policy, self.ledger, batch_size, batches)
         self.gateway = start_gateway(
@@ -128,11 +313,11 @@ class _Session:
             throttle=self.throttle,
         )
         self.stack.callback(self.gateway.stop)
-        self.board.put("gateway", settings.advertise_url or self.gateway.url)
+        self.put("gateway", settings.advertise_url or self.gateway.url)
 
     def _start_feed(self) -> Any:
-        from atropos_verl.backends.ray.agent_loop import TransferQueueStore
         from atropos_verl.backends.ray.feed import TrajectoryFeed
+        from atropos_verl.backends.ray.trainer import TransferQueueStore
         from atropos_verl.protocol.connection import make_client
         from atropos_verl.protocol.journal import BatchJournal
         from atropos_verl.protocol.leases import LeasedBatches
@@ -164,14 +349,14 @@ class _Session:
         )
         feed.replay(pending)
         if pending:
-            self.board.note(f"{len(pending)} batches fetched before the interruption are trained first")
+            self.note(f"{len(pending)} batches fetched before the interruption are trained first")
 
         def first_poll() -> None:
             held = batches.poll({"after_step": trainer.global_steps})
             if held is not None:
                 feed.replay([held])
 
-        self.board.phase("registering at the trajectory API")
+        self.phase("registering at the trajectory API")
         register_trainer(
             client,
             run.run,
@@ -187,12 +372,13 @@ class _Session:
 
     def _feed_settings(self) -> Any:
         from atropos_verl.backends.ray.feed import FeedSettings
+        from atropos_verl.backends.ray.gateway import embedding_rows
         from atropos_verl.training.samples import sample_settings
 
         run, settings = self.run.run, self.run.settings
         correction = self.config.algorithm.rollout_correction
         return FeedSettings(
-            samples=sample_settings(run, _vocab_size(self.config)),
+            samples=sample_settings(run, embedding_rows(self.config.actor_rollout_ref.model)),
             batch_size=run.batch_size,
             temperature=run.temperature,
             needs_logprobs=bool(correction.rollout_is or correction.rollout_rs or correction.bypass_mode),
@@ -205,7 +391,7 @@ class _Session:
         self.log.append(report)
         if report.metrics.get("reward/mean") is not None:
             self.rewards.append(report.metrics["reward/mean"])
-        self.board.put("step", report)
+        self.put("step", report)
 
     def _summary(self, stopped: str) -> dict[str, Any]:
         totals = self.trainer.state.totals
@@ -228,37 +414,6 @@ class _Session:
         tracking = getattr(self.trainer, "logger", None)
         if tracking is not None:
             tracking.finish(exit_code=0)
-
-
-def _vocab_size(config: Any) -> int:
-    """Rows of the model's embedding, from its configuration file."""
-    from transformers import AutoConfig
-
-    model = config.actor_rollout_ref.model
-    found = AutoConfig.from_pretrained(
-        model.hf_config_path or model.path, trust_remote_code=model.get("trust_remote_code", False)
-    )
-    return int(getattr(found, "vocab_size", None) or found.get_text_config().vocab_size)
-
-
-def runner_class(board: Any) -> Any:
-    """A class for ``run_ppo(config, task_runner_class)``: verl makes it without arguments."""
-
-    class _Bound:
-        @staticmethod
-        def remote() -> Any:
-            return ray.remote(num_cpus=1)(AtroposTaskRunner).remote(board)
-
-        @staticmethod
-        def options(**options: Any) -> Any:
-            class _WithOptions:
-                @staticmethod
-                def remote() -> Any:
-                    return ray.remote(num_cpus=1)(AtroposTaskRunner).options(**options).remote(board)
-
-            return _WithOptions
-
-    return _Bound
 
 
 def _log_to_file(run_dir: Path) -> None:

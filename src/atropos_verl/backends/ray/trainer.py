@@ -17,7 +17,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +26,46 @@ import ray
 import transfer_queue as tq
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from atropos_verl.backends.ray.advantages import finish_batch
 from atropos_verl.backends.ray.checkpoint import ClusterState, load_state, save_state
-from atropos_verl.backends.ray.dataset import NoPrompts, prompt_loader
 from atropos_verl.backends.ray.feed import TrajectoryFeed
 from atropos_verl.backends.ray.gateway import ClusterGateway
-from atropos_verl.backends.ray.replay import AtroposReplayBuffer, AtroposReplayBufferAsync
 from atropos_verl.backends.ray.reports import cluster_step_report
-from atropos_verl.backends.ray.rollout_phase import ModeGate, Replicas
-from atropos_verl.backends.ray.step_batches import Slot
-from atropos_verl.backends.ray.transfer import ADVANTAGES
 from atropos_verl.config.verl_keys import ClusterRun, parameter_sync_step, read_run
+from atropos_verl.backends.ray.step_batches import Slot
+from atropos_verl.backends.ray.transfer import ADVANTAGES, Rows
+from atropos_verl.backends.ray.workers import worker_class
 from atropos_verl.errors import TrainingDivergedError
 from atropos_verl.training.weight_sync import AtroposShardingManager
 from atropos_verl.types import StepReport
 
-__all__ = ["MODES", "AtroposColocateAsyncTrainer", "AtroposSeparateAsyncTrainer", "AtroposSyncTrainer"]
+__all__ = [
+    "MODES",
+    "AtroposAgentLoopManager",
+    "AtroposColocateAsyncTrainer",
+    "AtroposSeparateAsyncTrainer",
+    "AtroposSyncTrainer",
+    "StopRequestedError",
+    "TransferQueueStore",
+]
 
 logger = logging.getLogger(__name__)
 
 _PARTITION = "train"
 _DRAIN_SECONDS = 600.0
 _STOP_LOOK_SECONDS = 0.5
+
+
+class StopRequestedError(Exception):
+    """The user asked the run to end; every step so far is whole."""
 
 
 class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
@@ -80,9 +92,8 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         self._step_started = time.perf_counter()
         self._grad_norm = self._loss = 0.0
         super().__init__(config)
-        self.sharding_manager = AtroposShardingManager(
-            Replicas(self._verl_sync, self._verl_release), self, gate=ModeGate(self), pause_timeout=_DRAIN_SECONDS
-        )
+        phase = _RolloutPhase(self)
+        self.sharding_manager = AtroposShardingManager(phase, phase, gate=phase, pause_timeout=_DRAIN_SECONDS)
 
     def attach(self, feed: TrajectoryFeed, gateway: ClusterGateway) -> None:
         """After ``init``, before ``fit``. The gateway has been open since it was started: the weights are there."""
@@ -91,7 +102,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         gateway.release(self.policy_version)
         self.replay_buffer.watch(self._check_while_waiting, feed.evicted, self.atropos.settings.poll_interval)
 
-    # ------------------------------------------------------------------ WeightSource
+    # ------------------------------------------------------------------ weights
 
     @property
     def policy_version(self) -> int:
@@ -103,10 +114,6 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         """Of the weights that the replicas hold now; behind ``policy_version`` between an update and its sync."""
         last = self.sharding_manager.last_sync
         return self.policy_version if last is None else int(last.policy_version)
-
-    def named_tensors(self) -> Any:
-        """verl's workers send them; nothing passes through this process."""
-        return ()
 
     def _verl_sync(self) -> None:
         raise NotImplementedError
@@ -126,9 +133,9 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
 
     def _init_dataloader(self) -> None:
         config = self.config
-        self.train_dataset = self.train_dataloader = NoPrompts()
+        self.train_dataset = self.train_dataloader = _NoPrompts()
         self.train_dataloader_it = None
-        self.val_dataset, self.val_dataloader = prompt_loader(config, self.tokenizer, self.processor)
+        self.val_dataset, self.val_dataloader = _validation_loader(config, self.tokenizer, self.processor)
         self.total_training_steps = int(config.trainer.total_training_steps)
         self.steps_per_epoch = max(self.total_training_steps, 1)
         from omegaconf import open_dict
@@ -144,8 +151,6 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
-        from atropos_verl.backends.ray.workers import worker_class
-
         for role, remote in self.role_worker_mapping.items():
             self.role_worker_mapping[role] = ray.remote(worker_class(remote.__ray_metadata__.modified_class))
 
@@ -192,7 +197,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
         batch = super().step(metrics, timing_raw)
         assert self.feed is not None
-        uids = {key.split("_")[0] for key, tag in zip(batch.keys, batch.tags, strict=True) if not is_padding(tag)}
+        uids = {key.split("_")[0] for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding")}
         self._slots = self._untold = self.feed.trained(sorted(uids), self.global_steps)
         self._grad_norm = float(metrics.get("actor/grad_norm", 0.0))
         self._loss = float(metrics.get("actor/loss", metrics.get("actor/pg_loss", 0.0)))
@@ -317,15 +322,6 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
             self.state = load_state(directory)
 
 
-class StopRequestedError(Exception):
-    """The user asked the run to end; every step so far is whole."""
-
-
-def is_padding(tag: dict[str, Any]) -> bool:
-    """True for a row that verl added to fill a mini-batch."""
-    return bool(tag.get("is_padding", False))
-
-
 class _ColocatedTrainer(_AtroposTrainer):
     """Trainer and replicas share their devices: the rollout phase ends for training and begins again after it."""
 
@@ -388,3 +384,161 @@ MODES: dict[str, type[_AtroposTrainer]] = {
     "separate_async": AtroposSeparateAsyncTrainer,
 }
 """``trainer.v1.trainer_mode`` → trainer."""
+
+
+# ---------------------------------------------------------------------------------- what verl's trainer is built from
+
+
+class _RolloutPhase:
+    """verl's replicas and our gateway's gate, as ``AtroposShardingManager`` asks for them.
+
+    verl's own hooks move the tensors between its workers and its replicas; nothing passes through this process.
+    """
+
+    def __init__(self, trainer: _AtroposTrainer) -> None:
+        self._trainer = trainer
+
+    @property
+    def policy_version(self) -> int:
+        return self._trainer.policy_version
+
+    def named_tensors(self) -> Iterable[tuple[str, Any]]:
+        return ()
+
+    def update_weights_from_tensor(self, named_tensors: Iterable[tuple[str, Any]]) -> None:
+        del named_tensors
+        self._trainer._verl_sync()
+
+    def resume_memory_occupation(self) -> None:
+        """Part of verl's weight update."""
+
+    def release_memory_occupation(self) -> None:
+        self._trainer._verl_release()
+
+    def pause(self, timeout: float) -> None:
+        """Shut the gate. Replicas of vLLM and SGLang cannot hold a request while they sleep: it ends first."""
+        if self._trainer.gateway is not None:
+            gate = self._trainer.gateway.gate
+            gate.drain(timeout) if self._trainer.drains else gate.pause(timeout)
+
+    def resume(self) -> None:
+        if self._trainer.gateway is not None:
+            self._trainer.gateway.release(self._trainer.policy_version)
+
+
+class _NoPrompts:
+    """Stands for verl's training set and its loader, since environments choose the prompts. Empty, without state."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        del state
+
+
+def _validation_loader(config: Any, tokenizer: Any, processor: Any) -> tuple[Any, Any]:
+    """verl's validation set and loader from ``data.val_files``; two ``_NoPrompts`` where none is given."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+    from verl.trainer.ppo.utils import create_rl_dataset
+    from verl.utils.dataset.rl_dataset import collate_fn
+
+    data = config.data
+    if not data.val_files:
+        return _NoPrompts(), _NoPrompts()
+    dataset = create_rl_dataset(
+        data.val_files, data, tokenizer, processor, is_train=False, max_samples=data.get("val_max_samples", -1)
+    )
+    loader = StatefulDataLoader(
+        dataset=dataset,
+        batch_size=data.val_batch_size or len(dataset),
+        num_workers=data.dataloader_num_workers,
+        shuffle=data.get("validation_shuffle", True),
+        drop_last=False,
+        collate_fn=collate_fn,
+    )
+    return dataset, loader
+
+
+class _Watching:
+    """Mixin: ``check`` runs between two looks, ``on_evicted`` hears of slots that verl dropped as too old."""
+
+    check: Callable[[], None]
+    on_evicted: Callable[[set[str]], None]
+
+    def watch(self, check: Callable[[], None], on_evicted: Callable[[set[str]], None], poll_interval: float) -> None:
+        self.check, self.on_evicted, self.poll_interval = check, on_evicted, poll_interval
+
+    def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
+        self.check()
+        waited: float = super()._wait_for_next_poll(partition_id, last_debug_time)  # type: ignore[misc]
+        return waited
+
+    def _clear_groups(self, partition_id: str, uids: set[str]) -> None:
+        super()._clear_groups(partition_id, uids)  # type: ignore[misc]
+        if partition_id == "train":
+            self.on_evicted(set(uids))
+
+    def sample(self, global_steps: int, partition_id: str, batch_size: int) -> Any:
+        # A slot of the training partition is a whole batch (see transfer.py); verl counts prompts.
+        wanted = 1 if partition_id == "train" else batch_size
+        return super().sample(global_steps=global_steps, partition_id=partition_id, batch_size=wanted)  # type: ignore[misc]
+
+
+class AtroposReplayBuffer(_Watching, ReplayBuffer):  # type: ignore[misc]
+    """Synchronous sampling."""
+
+
+class AtroposReplayBufferAsync(_Watching, ReplayBufferAsync):  # type: ignore[misc]
+    """Sampling with prefetched batches and a bound on their age."""
+
+
+class TransferQueueStore:
+    """Slots in TransferQueue. ``tq.init`` must have been called in this process."""
+
+    def running(self, uid: str) -> None:
+        tq.kv_put(key=uid, partition_id=_PARTITION, tag={"status": "running"})
+
+    def put(self, uid: str, rows: Rows) -> None:
+        tq.kv_batch_put(
+            keys=rows.keys, fields=list_of_dict_to_tensordict(rows.fields), tags=rows.tags, partition_id=_PARTITION
+        )
+        tq.kv_put(key=uid, partition_id=_PARTITION, tag={"status": "finished"})
+
+
+class AtroposAgentLoopManager:
+    """``actor_rollout_ref.rollout.agent.agent_loop_manager_class``. The feed is given by the task runner."""
+
+    feed: TrajectoryFeed | None = None
+
+    def __init__(self, config: Any, **clients: Any) -> None:
+        self.config = config
+        self._clients = clients
+        self._validation: Any = None
+
+    @classmethod
+    def create(cls, config: Any, **clients: Any) -> AtroposAgentLoopManager:
+        """verl's constructor: ``config``, ``llm_client``, ``teacher_client``, ``reward_loop_worker_handles``."""
+        return cls(config, **clients)
+
+    def generate_sequences(self, prompts: TensorDict) -> None:
+        """Ask for what ``prompts`` stand for; returns at once. verl's contract."""
+        # Not get(): that gives the wrapped value, which has no truth.
+        is_validation = prompts["validate"] if "validate" in prompts else False  # noqa: SIM401
+        if is_validation:
+            self._validate(prompts)
+            return
+        if self.feed is None:
+            raise RuntimeError("no trajectory feed: AtroposAgentLoopManager runs in atropos_verl's task runner only")
+        step = int(prompts["global_steps"])
+        for uid in prompts["uid"]:
+            self.feed.request(str(uid), step)
+
+    def _validate(self, prompts: TensorDict) -> None:
+        if self._validation is None:
+            from verl.trainer.ppo.v1 import AgentLoopManagerTQ
+
+            self._validation = AgentLoopManagerTQ.create(config=self.config, **self._clients)
+        self._validation.generate_sequences(prompts)

@@ -16,6 +16,8 @@ import ray
 from verl.workers.rollout.vllm_rollout import ServerAdapter
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
+from atropos_verl.backends.ray.weight_transfer import standalone_worker
+
 __all__ = ["VLLMCpuHttpServer", "VLLMCpuReplica", "VLLMCpuServerAdapter"]
 
 _KV_CACHE_BYTES = 256 << 20
@@ -49,8 +51,6 @@ class VLLMCpuReplica(vLLMReplica):  # type: ignore[misc]
 
     def get_ray_class_with_init_args(self) -> Any:
         """The worker of a standalone replica; ours can take weights from Ray's object store."""
-        from atropos_verl.backends.ray.checkpoint_engine import standalone_worker
-
         return standalone_worker(self)
 
 

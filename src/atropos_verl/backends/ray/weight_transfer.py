@@ -1,4 +1,4 @@
-"""Weights from a training worker into a replica's process: buckets in Ray's object store, applied while more arrive.
+"""Moves weights from a training worker into a replica's process: buckets in Ray's object store, applied as they arrive.
 
 ::
 
@@ -7,7 +7,16 @@
               one copy                                        zero-copy view     one copy
 
 One call per bucket, two on their way at a time: the engine copies one while the next is gathered. Within a host the
-store is shared memory; between hosts Ray moves the bucket.
+store is shared memory; between hosts Ray moves each bucket once.
+
+A replica that shares the worker's devices gets its buckets from the worker itself. A standalone replica gets them
+through a checkpoint engine. verl ships those over NCCL, NIXL and the like; the one here needs Ray alone::
+
+    rollout.checkpoint_engine.backend: ray_object_store
+    rollout.checkpoint_engine.custom_backend_module: atropos_verl.backends.ray.weight_transfer
+
+    trainer rank 0 ──put each bucket once──▶ object store ◀──reads, no copy── server actor of every replica
+          └──────────reference──▶ CheckpointEngineWorker ──reference──▶──┘
 """
 
 from __future__ import annotations
@@ -15,21 +24,40 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import ray
 import torch
+from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegistry, CheckpointEngineWorker
+from verl.workers.rollout.utils import ensure_async_iterator
 
 from atropos_verl.errors import WeightSyncError
 
-__all__ = ["BucketStream", "TransferReport", "WeightBucket", "WeightReceiver", "iter_buckets", "send_weights"]
+__all__ = [
+    "AtroposCheckpointEngineWorker",
+    "BucketStream",
+    "RayObjectStoreCheckpointEngine",
+    "TransferReport",
+    "WeightBucket",
+    "WeightReceiver",
+    "iter_buckets",
+    "send_weights",
+    "standalone_worker",
+]
 
 logger = logging.getLogger(__name__)
 
-NamedTensors = Iterable[tuple[str, torch.Tensor]]
 _IN_FLIGHT = 2
+_TIMEOUT = 300.0
+"""Seconds a receiver waits for the next bucket."""
+
+NamedTensors = Iterable[tuple[str, torch.Tensor]]
+Part = tuple[int, Any, bool]
+"""Index of a bucket, the bucket or a reference to it, and whether it is the last of its update."""
 
 
 @dataclass(slots=True)
@@ -69,23 +97,21 @@ class WeightBucket:
 
 def _writable_view(array: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The same memory, called writable so that torch takes it without a warning. Nobody writes to it."""
+
     interface = dict(array.__array_interface__)
     interface["data"] = (interface["data"][0], False)
-    return np.asarray(_Interface(interface, array))
+    # The holder keeps ``array``, and with it the memory, alive.
+    return np.asarray(SimpleNamespace(__array_interface__=interface, owner=array))
 
 
-class _Interface:
-    def __init__(self, interface: dict[str, Any], owner: Any) -> None:
-        self.__array_interface__ = interface
-        self._owner = owner
+# ---------------------------------------------------------------------------------------------------- the sender's side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferReport:
-    """What one update moved."""
+    """The tensors of one update, in order, and their size."""
 
     names: tuple[str, ...]
-    """Tensors sent, in order."""
     nbytes: int
     buckets: int
 
@@ -97,7 +123,7 @@ async def iter_buckets(weights: Any, bucket_bytes: int) -> AsyncIterator[tuple[i
     """
     held: list[tuple[str, torch.Tensor]] = []
     size = index = 0
-    async for name, tensor in _aiter(weights):
+    async for name, tensor in ensure_async_iterator(weights):
         nbytes = tensor.numel() * tensor.element_size()
         if held and size + nbytes > bucket_bytes:
             yield index, WeightBucket.pack(held), False
@@ -107,22 +133,24 @@ async def iter_buckets(weights: Any, bucket_bytes: int) -> AsyncIterator[tuple[i
     yield index, WeightBucket.pack(held), True
 
 
-async def send_weights(receive: Callable[..., Any], weights: Any, bucket_bytes: int) -> TransferReport:
-    """Send every tensor of ``weights``; returns when the engine has taken them all.
+async def send_weights(
+    receive: Callable[[str, int, Any, bool], Awaitable[Any]], weights: Any, bucket_bytes: int
+) -> TransferReport:
+    """Send every tensor of ``weights``; returns when all of them have been taken.
 
     Args:
-        receive: starts the remote ``WeightReceiver.receive`` and returns an awaitable.
+        receive: starts a remote call with (update, index, bucket, last) and returns what to wait for.
         weights: (name, tensor) pairs, sync or async, consumed one bucket at a time, so that about three buckets exist
             at once; or a ``BucketStream``, whose buckets are passed on without being read.
         bucket_bytes: see ``iter_buckets``.
 
-    Raises whatever the engine raised (``WeightSyncError`` names the tensor).
+    Raises whatever the receiver raised (``WeightSyncError`` names the tensor).
     """
     update_id = uuid.uuid4().hex
     names: list[str] = []
-    pending: list[Any] = []
+    pending: list[Awaitable[Any]] = []
     nbytes = count = 0
-    buckets = weights.references() if isinstance(weights, BucketStream) else iter_buckets(weights, bucket_bytes)
+    buckets = weights.parts() if isinstance(weights, BucketStream) else iter_buckets(weights, bucket_bytes)
     async for index, bucket, last in buckets:
         if isinstance(bucket, WeightBucket):
             names += bucket.names
@@ -136,17 +164,11 @@ async def send_weights(receive: Callable[..., Any], weights: Any, bucket_bytes: 
     return TransferReport(names=tuple(names), nbytes=nbytes, buckets=count)
 
 
-async def _aiter(items: Any) -> AsyncIterator[tuple[str, torch.Tensor]]:
-    if hasattr(items, "__aiter__"):
-        async for item in items:
-            yield item
-    else:
-        for item in items:
-            yield item
+# -------------------------------------------------------------------------------------------------- the receiver's side
 
 
 class BucketStream:
-    """Buckets (or references to them) of one update, in order, at most one ahead of who reads them.
+    """Buckets (or references to them) of one update, in order, at most one ahead of the reader.
 
     Args:
         timeout: seconds to wait for the next bucket; ``WeightSyncError`` then.
@@ -154,34 +176,52 @@ class BucketStream:
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
-        self._queue: asyncio.Queue[tuple[int, Any, bool]] = asyncio.Queue(maxsize=1)
         self._turn = asyncio.Condition()
+        self._held: Part | None = None
         self._next = 0
+        self._failure: Exception | None = None
 
     async def put(self, index: int, item: Any, last: bool) -> None:
-        """Bucket ``index``; waits for those before it, which may arrive later."""
+        """Add bucket ``index``. Waits for those before it, which may arrive later, to be added and read."""
         async with self._turn:
-            await self._turn.wait_for(lambda: self._next == index)
-            await self._queue.put((index, item, last))
-            self._next = index + 1
+            await self._turn.wait_for(lambda: self._next == index and self._held is None)
+            self._held, self._next = (index, item, last), index + 1
             self._turn.notify_all()
 
-    async def references(self) -> AsyncIterator[tuple[int, Any, bool]]:
-        """``(index, item, last)`` as they were put."""
-        last = False
-        while not last:
+    async def fail(self, error: Exception) -> None:
+        """The reader gets ``error`` instead of the next bucket."""
+        async with self._turn:
+            self._failure = error
+            self._turn.notify_all()
+
+    async def next_part(self) -> Part:
+        """Waits for the next bucket and takes it."""
+        async with self._turn:
             try:
                 async with asyncio.timeout(self._timeout):
-                    index, item, last = await self._queue.get()
+                    await self._turn.wait_for(lambda: self._held is not None or self._failure is not None)
             except TimeoutError as error:
                 raise WeightSyncError(
                     f"no weights arrived for {self._timeout:g} s: the training worker died or hangs in a gather"
                 ) from error
-            yield index, item, last
+            if self._failure is not None:
+                raise self._failure
+            assert self._held is not None
+            part, self._held = self._held, None
+            self._turn.notify_all()
+            return part
+
+    async def parts(self) -> AsyncIterator[Part]:
+        """Every bucket, as it was put."""
+        last = False
+        while not last:
+            part = await self.next_part()
+            last = part[-1]
+            yield part
 
     async def __aiter__(self) -> AsyncIterator[tuple[str, torch.Tensor]]:
         """Every tensor of every bucket, read from the object store."""
-        async for _, item, _ in self.references():
+        async for _, item, _ in self.parts():
             bucket = item if isinstance(item, WeightBucket) else await item
             for pair in bucket.unpack():
                 yield pair
@@ -195,10 +235,12 @@ class WeightReceiver:
         timeout: seconds to wait for the next bucket; the sender is then taken for dead and the update fails.
     """
 
-    def __init__(self, apply: Callable[[Iterator[tuple[str, torch.Tensor]]], Any], timeout: float = 300.0) -> None:
+    def __init__(self, apply: Callable[[Iterator[tuple[str, torch.Tensor]]], Any], timeout: float = _TIMEOUT) -> None:
         self._apply = apply
         self._timeout = timeout
-        self._update: _Update | None = None
+        self._update_id = ""
+        self._stream = BucketStream(timeout)
+        self._done: asyncio.Future[Any] | None = None
         self._lock = asyncio.Lock()
 
     async def receive(self, update_id: str, index: int, bucket: WeightBucket, last: bool) -> Any:
@@ -207,59 +249,114 @@ class WeightReceiver:
         An update that has not ended when another begins fails with ``WeightSyncError``: its sender is gone.
         """
         async with self._lock:
-            update = self._update
-            if update is None or update.update_id != update_id:
-                if update is not None:
-                    await update.abandon()
-                update = self._update = _Update(update_id, self._apply, self._timeout)
-        return await update.put(index, bucket, last)
-
-
-class _Update:
-    """One update on its way: a stream, and the thread that applies it."""
-
-    def __init__(self, update_id: str, apply: Callable[[Iterator[tuple[str, torch.Tensor]]], Any], timeout: float):
-        self.update_id = update_id
-        self._loop = asyncio.get_running_loop()
-        self._timeout = timeout
-        self._stream = BucketStream(timeout)
-        self._buckets = self._stream.references()
-        self._abandoned = False
-        self._done = asyncio.ensure_future(asyncio.to_thread(lambda: apply(self._tensors())))
-
-    async def put(self, index: int, bucket: WeightBucket, last: bool) -> Any:
+            if self._update_id != update_id:
+                await self._begin(update_id)
+            stream, done = self._stream, self._done
+        assert done is not None
         # The engine may refuse a tensor while more are on their way: then nobody reads the stream any more.
-        put = asyncio.ensure_future(self._stream.put(index, bucket, last))
-        await asyncio.wait({put, self._done}, return_when=asyncio.FIRST_COMPLETED)
+        put = asyncio.ensure_future(stream.put(index, bucket, last))
+        await asyncio.wait({put, done}, return_when=asyncio.FIRST_COMPLETED)
         if not put.done():
             put.cancel()
-        if last or self._done.done():
-            return await asyncio.shield(self._done)
+        if last or done.done():
+            return await asyncio.shield(done)
         return None
 
-    async def abandon(self) -> None:
-        """End it if it has not ended."""
-        self._abandoned = True
-        await asyncio.wait({self._done})
-        if not self._done.cancelled() and (error := self._done.exception()) is not None:
-            logger.warning("the weight update before this one had failed: %s", error)
+    async def _begin(self, update_id: str) -> None:
+        """End the update before this one, if it has not ended, and start to apply this one."""
+        if self._done is not None:
+            await self._stream.fail(WeightSyncError("another weight update began before this one had ended"))
+            await asyncio.wait({self._done})
+            if (error := self._done.exception()) is not None:
+                logger.warning("the weight update before this one had failed: %s", error)
+        self._update_id = update_id
+        self._stream = stream = BucketStream(self._timeout)
+        loop = asyncio.get_running_loop()
 
-    async def _next_bucket(self) -> tuple[int, WeightBucket, bool]:
-        return await anext(self._buckets)
+        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+            last = False
+            while not last:
+                _, bucket, last = asyncio.run_coroutine_threadsafe(stream.next_part(), loop).result()
+                yield from bucket.unpack()
 
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """In the thread: the tensors, as the buckets arrive."""
-        last = False
-        while not last:
-            item = asyncio.run_coroutine_threadsafe(self._next_bucket(), self._loop)
-            while True:
-                try:
-                    _, bucket, last = item.result(0.2)
-                    break
-                except TimeoutError:
-                    if item.done():  # the stream's own time-out
-                        raise
-                    if self._abandoned:
-                        item.cancel()
-                        raise WeightSyncError("another weight update began before this one had ended") from None
-            yield from bucket.unpack()
+        self._done = asyncio.ensure_future(asyncio.to_thread(lambda: self._apply(tensors())))
+
+
+# ------------------------------------------------------------------------------------------------- standalone replicas
+
+
+@CheckpointEngineRegistry.register("ray_object_store")
+class RayObjectStoreCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
+    """verl's ``CheckpointEngine``, on both sides. ``is_master`` None: a receiver; True: trainer rank 0."""
+
+    def __init__(self, bucket_size: int, is_master: bool | None = None) -> None:
+        self.bucket_size = bucket_size
+        self.is_receiver = is_master is None
+        self.is_master = bool(is_master)
+        self._receivers: list[Any] = []
+        self._stream: BucketStream | None = None
+
+    def prepare(self) -> Any:
+        """A receiver names its actor, and is ready for buckets from now on."""
+        if not self.is_receiver:
+            return None
+        self._stream = BucketStream(_TIMEOUT)
+        return ray.get_runtime_context().current_actor
+
+    @classmethod
+    def build_topology(
+        cls, trainer_world_size: int, rollout_world_size: int, metadata: list[Any]
+    ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+        receivers = metadata[trainer_world_size:]
+        return {"receivers": [receivers] * trainer_world_size}, {"receivers": [[]] * rollout_world_size}
+
+    def init_process_group(self, receivers: list[Any]) -> None:
+        self._receivers = receivers if self.is_master else []
+
+    def finalize(self) -> None:
+        self._receivers = []
+        self._stream = None
+
+    @torch.no_grad()
+    async def send_weights(self, weights: Any, global_steps: int | None = None) -> dict[str, float]:
+        """Every rank gathers; rank 0 sends. Returns ``{"weight_sync/bytes": …}`` on rank 0."""
+        del global_steps  # the receivers get it from verl
+        if not self.is_master:
+            async for _name, _tensor in ensure_async_iterator(weights):
+                pass
+            return {}
+
+        def deliver(_: str, index: int, bucket: WeightBucket, last: bool) -> Awaitable[Any]:
+            # In a list, so that the worker gets the reference and passes it on without reading the bucket.
+            reference = [ray.put(bucket)]
+            return asyncio.gather(*(r.deliver_weights.remote(index, reference, last) for r in self._receivers))
+
+        report = await send_weights(deliver, weights, self.bucket_size)
+        return {"weight_sync/bytes": float(report.nbytes)}
+
+    def receive_weights(self, global_steps: int | None = None) -> BucketStream:
+        """The stream of an update. Our adapter passes its references on; others iterate over its tensors."""
+        del global_steps
+        if self._stream is None:
+            raise WeightSyncError("weights arrived at a replica that was not prepared for an update")
+        return self._stream
+
+
+class AtroposCheckpointEngineWorker(CheckpointEngineWorker):  # type: ignore[misc]
+    """verl's worker of a standalone replica, which can be called by the trainer's rank 0."""
+
+    async def deliver_weights(self, index: int, reference: list[Any], last: bool) -> None:
+        """Take bucket ``index``. Returns when the one before it has been read."""
+        await self.checkpoint_engine.receive_weights().put(index, reference[0], last)
+
+
+def standalone_worker(replica: Any) -> Any:
+    """For ``RolloutReplica.get_ray_class_with_init_args``: verl's worker of a standalone replica, replaced by ours."""
+    from verl.single_controller.ray import RayClassWithInitArgs
+
+    return RayClassWithInitArgs(
+        cls=ray.remote(AtroposCheckpointEngineWorker),
+        rollout_config=replica.config,
+        model_config=replica.model_config,
+        replica_rank=replica.replica_rank,
+    )

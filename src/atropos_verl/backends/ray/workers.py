@@ -1,48 +1,43 @@
-"""verl's training workers for CPU: the same classes, with a process group that torch accepts.
+"""verl's training workers, with the losses and engines of this package registered in their processes.
 
-Importing this module also registers the CPU engines (``verl_plugin.engines``) in the worker's process.
+Ray imports this module in every process that trains. It registers, under verl's names:
+
+- ``actor_rollout_ref.actor.policy_loss.loss_mode=advantage_weighted_sft``, the loss;
+- ``algorithm.adv_estimator=plain``, the raw score as advantage (``grpo`` and ``rloo`` are verl's own names);
+- the engines of ``verl_plugin.engines``.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from verl.experimental.separation.engine_workers import DetachActorWorker
+from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY, agg_loss
+from verl.trainer.ppo.core_algos import register_adv_est as _register_adv_est
+from verl.trainer.ppo.core_algos import register_policy_loss as _register_policy_loss
 from verl.utils.device import get_device_name
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
+from atropos_verl.training.losses import advantage_weighted_sft_loss as _local_loss
 from atropos_verl.verl_plugin import engines  # noqa: F401  registers
+from atropos_verl.verl_plugin.shims import init_cpu_process_group, own_copies
 
 __all__ = [
     "AtroposActorRolloutRefWorker",
     "AtroposDetachActorWorker",
     "AtroposTrainingWorker",
+    "advantage_weighted_sft",
+    "plain",
     "worker_class",
 ]
-
-
-def _init_process_group() -> None:
-    """verl asks for the backends "cpu:gloo,cpu:gloo" on a CPU platform, which torch refuses.
-
-    It asks only where no group exists. Remove when ``initialize_global_process_group_ray`` (verl 0.9.1,
-    utils/distributed.py) names each device once.
-    """
-    if get_device_name() == "cpu" and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(
-            backend="cpu:gloo",
-            rank=int(os.environ.get("RANK", "0")),
-            world_size=int(os.environ.get("WORLD_SIZE", "1")),
-            init_method=os.environ.get("DIST_INIT_METHOD"),
-        )
 
 
 class AtroposTrainingWorker(TrainingWorker):  # type: ignore[misc]
     """verl's ``TrainingWorker`` (the critic)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _init_process_group()
+        init_cpu_process_group()
         super().__init__(*args, **kwargs)
 
 
@@ -50,7 +45,7 @@ class AtroposActorRolloutRefWorker(ActorRolloutRefWorker):  # type: ignore[misc]
     """verl's ``ActorRolloutRefWorker``: sync and colocate_async."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _init_process_group()
+        init_cpu_process_group()
         super().__init__(*args, **kwargs)
 
 
@@ -58,27 +53,14 @@ class AtroposDetachActorWorker(DetachActorWorker):  # type: ignore[misc]
     """verl's ``DetachActorWorker``: separate_async."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _init_process_group()
+        init_cpu_process_group()
         super().__init__(*args, **kwargs)
 
     @property
     def copy_handler(self) -> Any:
-        """verl's ``fsdp2_sharded_save_to_cpu`` keeps ``tensor.cpu()``, which on CPU is the live weight and no copy: the
-        old policy that log-probabilities are computed with would be the new one. Remove when it clones (verl 0.9.1,
-        utils/fsdp_utils.py:1180).
-        """
+        """verl's function that saves the old policy, made to copy it."""
         save = super().copy_handler
         return own_copies(save) if get_device_name() == "cpu" else save
-
-
-def own_copies(save: Any) -> Any:
-    """``save`` (module → ``(state, spec)``, state: name → ``(tensor, spec)``) with tensors of its own."""
-
-    def save_copies(module: torch.nn.Module) -> Any:
-        state, spec = save(module)
-        return {name: (tensor.clone(), own) for name, (tensor, own) in state.items()}, spec
-
-    return save_copies
 
 
 _CLASSES = {
@@ -101,3 +83,50 @@ def worker_class(verl_class: type) -> type:
         if verl_class is known or (verl_class.__name__ == known.__name__ and issubclass(verl_class, known)):
             return ours
     raise KeyError(f"no worker for {verl_class.__name__}; known: {', '.join(cls.__name__ for cls in _CLASSES)}")
+
+
+def advantage_weighted_sft(
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    response_mask: torch.Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """``sum(-logprob · advantage · mask) / sum(mask)`` over the global mini-batch (``token-mean``), or verl's others.
+
+    Args:
+        log_prob, advantages, response_mask: [B, R]; entry t of each is of response token t. ``old_log_prob`` has no
+            part in it. ``rollout_is_weights`` [B, R]: importance weights of rollout correction, multiplied in.
+
+    Returns:
+        The loss [] as verl wants it (scaled by the data-parallel size), and metrics.
+    """
+    del old_log_prob
+    weighted = advantages if rollout_is_weights is None else advantages * rollout_is_weights
+    batch = dict(config.global_batch_info) if config is not None else {}
+    tokens = batch.get("batch_num_tokens")
+    if loss_agg_mode == "token-mean" and tokens is not None:
+        # Flat: verl's column 0 is a response token, which may be trained; ours of a [B, L] sequence never is.
+        mask = response_mask.reshape(-1)
+        output = _local_loss(log_prob.reshape(-1), weighted.reshape(-1), mask, num_loss_tokens=tokens)
+        return output.loss * batch.get("dp_size", 1), {f"actor/{k}": v for k, v in output.metrics.items()}
+    loss = agg_loss(loss_mat=-log_prob * weighted, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **batch)
+    return loss, {}
+
+
+def plain(
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, config: Any = None, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The raw score as the advantage of every response token [B, R]."""
+    del config
+    values = token_level_rewards.sum(dim=-1, keepdim=True) * response_mask
+    return values, values
+
+
+# verl raises on a second registration under another object.
+if "advantage_weighted_sft" not in POLICY_LOSS_REGISTRY:
+    _register_policy_loss("advantage_weighted_sft")(advantage_weighted_sft)
+if "plain" not in ADV_ESTIMATOR_REGISTRY:
+    _register_adv_est("plain")(plain)

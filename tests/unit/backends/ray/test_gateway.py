@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from support.tiny_model import build_tiny_tokenizer
 
-from atropos_verl.backends.ray.llm_engine import LLMServerEngine
-from atropos_verl.engine.protocol import InferenceEngine
+from atropos_verl.backends.ray.gateway import ReplicaEngine, to_sampling_params
+from atropos_verl.engine.protocol import GenerationEngine
 from atropos_verl.errors import EngineError, GenerationRequestError
 from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
 
@@ -64,9 +64,9 @@ class _Replica:
         )
 
 
-def _engine(replica: Any, **settings: Any) -> LLMServerEngine:
+def _engine(replica: Any, **settings: Any) -> ReplicaEngine:
     settings = {"max_context_len": 64, "vocab_size": 259, "eos_token_ids": {_EOS}} | settings
-    return LLMServerEngine(replica, build_tiny_tokenizer(), **settings)
+    return ReplicaEngine(replica, build_tiny_tokenizer(), **settings)
 
 
 def _request(**settings: Any) -> GenerationRequest:
@@ -77,13 +77,13 @@ def _tokens(text: str) -> list[int]:
     return list(build_tiny_tokenizer()(text).input_ids)
 
 
-async def _one(engine: LLMServerEngine, **settings: Any) -> Generation:
+async def _one(engine: ReplicaEngine, **settings: Any) -> Generation:
     [generation] = await engine.agenerate(_request(**settings))
     return generation
 
 
-def test_it_is_an_inference_engine() -> None:
-    assert isinstance(_engine(_Replica([1])), InferenceEngine)
+def test_it_is_what_the_gateway_asks_for() -> None:
+    assert isinstance(_engine(_Replica([1])), GenerationEngine)
 
 
 @pytest.mark.parametrize("abort_at", [[], [1], [9], [1, 2, 3, 4, 5, 6, 7, 8, 9], [4, 7]])
@@ -247,7 +247,7 @@ async def test_a_prompt_that_does_not_fit_is_refused_before_it_is_sent() -> None
     assert replica.calls == []
 
 
-def test_prompt_logprobs_hold_the_prompts_own_token_beside_the_best() -> None:
+async def test_prompt_logprobs_hold_the_prompts_own_token_beside_the_best() -> None:
     class Scores(_Replica):
         async def generate(self, request_id: str, **kwargs: Any) -> _Output:
             output = await super().generate(request_id, **kwargs)
@@ -258,6 +258,13 @@ def test_prompt_logprobs_hold_the_prompts_own_token_beside_the_best() -> None:
             return output
 
     engine = _engine(Scores([_EOS]))
-    [[generation]] = engine.generate([_request(prompt_logprobs=2)])
+    generation = await _one(engine, prompt_logprobs=2)
     assert generation.prompt_logprobs == (None, {2: -5.0, 9: -1.0, 8: -2.0}, {3: -0.5, 9: -3.0})
-    assert engine.compute_logprobs((1, 2, 3)) == [-5.0, -0.5]
+    generation = await _one(engine, prompt_logprobs=0)
+    assert generation.prompt_logprobs == (None, {2: -5.0}, {3: -0.5})
+
+
+def test_completions_and_continuations_of_a_seeded_request_draw_different_numbers() -> None:
+    request = GenerationRequest(prompt_token_ids=(1,), seed=11)
+    seeds = {to_sampling_params(request, 9, index=i, generated=g)["seed"] for i in range(8) for g in range(8)}
+    assert len(seeds) == 64

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from verl.utils import tensordict_utils as tu
 
-from atropos_verl.backends.ray.agent_loop import AtroposAgentLoopManager
+from atropos_verl.backends.ray.trainer import AtroposAgentLoopManager
 
 
 class Recorder:

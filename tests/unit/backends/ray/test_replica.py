@@ -1,13 +1,16 @@
-"""verl's sampling parameters and ours."""
+"""The embedded engine as a replica: verl's sampling parameters become a request, and an abort reaches every request."""
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from atropos_verl.backends.ray.sampling_params import to_request, to_sampling_params
+from atropos_verl.backends.ray.gateway import to_sampling_params
+from atropos_verl.backends.ray.replica import TransformersServer, to_request
+from atropos_verl.engine.gate import RequestGate
 from atropos_verl.errors import GenerationRequestError
 from atropos_verl.types import GenerationRequest
 
@@ -42,14 +45,46 @@ def test_a_request_survives_the_way_through_verls_words() -> None:
     assert to_request(request.prompt_token_ids, params, _CONFIG, 64, "id") == request
 
 
-def test_completions_and_continuations_of_a_seeded_request_draw_different_numbers() -> None:
-    request = GenerationRequest(prompt_token_ids=(1,), seed=11)
-    seeds = {to_sampling_params(request, 9, index=i, generated=g)["seed"] for i in range(8) for g in range(8)}
-    assert len(seeds) == 64
-
-
 def test_neutral_values_pass_and_others_are_refused_by_name() -> None:
     _request(n=1, repetition_penalty=1.0, presence_penalty=0.0, logprobs=True, skip_special_tokens=False)
     for name, value in {"repetition_penalty": 1.1, "presence_penalty": 0.5, "guided_json": "{}"}.items():
         with pytest.raises(GenerationRequestError, match=name):
             _request(**{name: value})
+
+
+class LateEngine:
+    """Knows a request only some time after it was handed over, like an engine whose task has not started yet."""
+
+    def __init__(self) -> None:
+        self.gate = RequestGate()
+        self.known: dict[str, asyncio.Event] = {}
+        self.asked = asyncio.Event()
+
+    async def request(self, key: str) -> list[object]:
+        for _ in range(3):  # not found by the first calls of abort
+            self.asked.clear()
+            await self.asked.wait()
+        self.known[key] = asyncio.Event()
+        await self.known[key].wait()
+        return []
+
+    def abort(self, key: str) -> bool:
+        self.asked.set()
+        if key in self.known:
+            self.known[key].set()
+        return key in self.known
+
+
+async def test_a_request_that_had_not_reached_the_engine_is_aborted_as_well() -> None:
+    server = object.__new__(TransformersServer)  # the actor without a model
+    engine = LateEngine()
+    server._engine = engine
+    server._asleep = server._aborted = server._rejecting = False
+    server._gate_lock = asyncio.Lock()
+    server._has_weights = True
+    server.config = SimpleNamespace()
+    server._running = {key: asyncio.ensure_future(engine.request(key)) for key in ("a", "b")}
+    answer = await asyncio.wait_for(server.abort_all_requests(), timeout=60.0)
+    assert answer["aborted_count"] == 2
+    assert all(task.done() for task in server._running.values())
+    assert not engine.gate.is_open
