@@ -120,8 +120,8 @@ def test_every_batch_was_trained_once_and_nothing_is_left_to_train(story: Story)
     assert BatchJournal(story.run_dir / "journal").pending(STEPS) == []
     assert not list((story.run_dir / "journal").glob("batch_*.json"))
     state = json.loads((story.run_dir / "checkpoints" / f"global_step_{STEPS}" / "atropos.json").read_text())
-    assert state["totals"]["groups"] == STEPS * GROUPS - 1
-    assert state["totals"]["quarantined"] == 1
+    assert state["totals"]["groups_used"] == STEPS * GROUPS - 1
+    assert state["totals"]["groups_quarantined"] == 1
 
 
 def test_the_bad_group_was_quarantined_by_place_and_value(story: Story) -> None:

@@ -20,6 +20,7 @@ import ray
 
 from atropos_verl.config.verl_keys import ClusterRun, parameter_sync_step, read_run
 from atropos_verl.errors import AtroposVerlError, ServiceError
+from atropos_verl.types import StepReport
 
 __all__ = ["AtroposTaskRunner", "RaySession", "set_environment"]
 
@@ -216,7 +217,6 @@ class _Training:
 
     def __init__(self, run: ClusterRun, config: Any, stack: ExitStack) -> None:
         self.run, self.config, self.stack = run, config, stack
-        self.rewards: list[float] = []
         self._mailbox = ray.get_actor(_MAILBOX)
 
     def put(self, kind: str, content: Any) -> None:
@@ -242,7 +242,7 @@ class _Training:
     def train(self) -> dict[str, Any]:
         from atropos_verl.backends.ray.trainer import MODES, AtroposAgentLoopManager, StopRequestedError
         from atropos_verl.errors import AtroposAPIError, CheckpointError, DataError
-        from atropos_verl.training.metrics_log import MetricsLog
+        from atropos_verl.training.step import StepLog
 
         self.phase("loading the policy (verl)")
         self.trainer = trainer = MODES[self.run.mode](config=self.config)
@@ -253,9 +253,7 @@ class _Training:
         llm_client = trainer.get_llm_client()
         self._start_gateway(llm_client)
         self.feed = self._start_feed()
-        self.log = MetricsLog(self.run.run_dir / "metrics.jsonl")
-        self.log.truncate_after(trainer.global_steps)
-        self.rewards = self.log.rewards()
+        self.log = StepLog(self.run.run_dir, trainer.global_steps)
         trainer.on_report = self._report
         trainer.on_stop = lambda: self.has_flag("stop")
         manager = AtroposAgentLoopManager.create(
@@ -387,28 +385,16 @@ class _Training:
             max_wait_time=settings.batch_max_wait_time,
         )
 
-    def _report(self, report: Any) -> None:
+    def _report(self, report: StepReport) -> None:
         self.log.append(report)
-        if report.metrics.get("reward/mean") is not None:
-            self.rewards.append(report.metrics["reward/mean"])
         self.put("step", report)
 
     def _summary(self, stopped: str) -> dict[str, Any]:
-        totals = self.trainer.state.totals
-        done = self.trainer.sharding_manager.last_sync
-        return {
-            "steps": done.policy_version if done else self.trainer.global_steps,
-            "policy_version": done.policy_version if done else self.trainer.global_steps,
-            "rewards": self.rewards,
-            "weights_synced": self.trainer.sharding_manager.syncs,
-            "groups_used": totals.get("groups", 0),
-            "groups_quarantined": totals.get("quarantined", 0),
-            "groups_stale": totals.get("stale", 0),
-            "sequences_trained": totals.get("sequences", 0),
-            "sequences_dropped_overlong": totals.get("dropped_overlong", 0),
-            "tokens_trained": totals.get("trained_tokens", 0),
-            "stopped": stopped,
-        }
+        from atropos_verl.training.step import outcome
+
+        manager, totals = self.trainer.sharding_manager, self.trainer.state.totals
+        step = manager.last_sync.policy_version if manager.last_sync else self.trainer.global_steps
+        return outcome(step, step, self.log.rewards, totals, weights_synced=manager.syncs, stopped=stopped)
 
     def _finish_tracking(self) -> None:
         tracking = getattr(self.trainer, "logger", None)

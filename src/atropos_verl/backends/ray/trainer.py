@@ -17,7 +17,8 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,15 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from atropos_verl.backends.ray.advantages import finish_batch
-from atropos_verl.backends.ray.checkpoint import ClusterState, load_state, save_state
 from atropos_verl.backends.ray.feed import TrajectoryFeed
 from atropos_verl.backends.ray.gateway import ClusterGateway
-from atropos_verl.backends.ray.reports import cluster_step_report
 from atropos_verl.config.verl_keys import ClusterRun, parameter_sync_step, read_run
 from atropos_verl.backends.ray.step_batches import Slot
 from atropos_verl.backends.ray.transfer import ADVANTAGES, Rows
 from atropos_verl.backends.ray.workers import worker_class
 from atropos_verl.errors import TrainingDivergedError
+from atropos_verl.training.checkpoint_state import RunState
+from atropos_verl.training.step import step_report
 from atropos_verl.training.weight_sync import AtroposShardingManager
 from atropos_verl.types import StepReport
 
@@ -78,10 +79,11 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         self.atropos: ClusterRun = read_run(config)
         self.feed: TrajectoryFeed | None = None
         self.gateway: ClusterGateway | None = None
-        self.state = ClusterState()
+        self.state = RunState()
         self.on_report: Callable[[StepReport], None] = lambda report: None
         self.on_stop: Callable[[], bool] = lambda: False
         self._slots: list[Slot] = []
+        self._counts: Counter[str] = Counter()
         self._untold: list[Slot] = []
         self._covered_step = 0
         """A checkpoint holds the effect of every batch up to this step."""
@@ -206,7 +208,10 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
                 f"step {self.global_steps}: loss {self._loss}, gradient norm {self._grad_norm}; lower "
                 "actor_rollout_ref.actor.optim.lr, or bound advantages with atropos.advantage_clipping"
             )
-        self.state.count(self._slots)
+        self._counts = Counter()
+        for slot in self._slots:
+            self._counts.update(slot.counts)
+        self.state.totals.count(self._counts)
         if self.config.trainer.save_freq <= 0:
             self._covered_step = self.global_steps  # no checkpoint will ever cover it
         return batch
@@ -254,19 +259,37 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         assert self.feed is not None
         self.feed.acknowledge(self._untold, self._covered_step)
         self._untold = []
-        self.on_report(
-            cluster_step_report(
-                self._slots,
-                metrics,
-                timing_raw,
-                step=self.global_steps,
-                loss=self._loss,
-                seconds=time.perf_counter() - self._step_started,
-                sync=self.sharding_manager.last_sync,
-            )
-        )
+        self.on_report(self._step_report(metrics, timing_raw))
         self._whole_step, self._is_updating = self.global_steps, False
         self._stop_if_asked()
+
+    def _step_report(self, metrics: Mapping[str, Any], timing: Mapping[str, float]) -> StepReport:
+        """The figures that every backend has, then verl's own under verl's names. ``timing``: verl's, in seconds."""
+        environments: dict[int, list[float]] = {}
+        figures = {name: number for name, value in metrics.items() if (number := _number(value)) is not None}
+        for slot in self._slots:
+            figures |= slot.off_policy
+            for env_id, scores in slot.env_scores.items():
+                environments.setdefault(env_id, []).extend(scores)
+        sync = self.sharding_manager.last_sync
+        sync_seconds = None if sync is None else sync.seconds
+        training = ("old_log_prob", "ref", "values", "adv", "update_actor")
+        return step_report(
+            self.global_steps,
+            self.policy_version,
+            self._loss,
+            scores=np.array([score for slot in self._slots for score in slot.scores]),
+            environments=environments,
+            counts=self._counts,
+            seconds={
+                "rollout": timing.get("gen", 0.0),
+                "wait": sum(slot.wait_seconds for slot in self._slots),
+                "train": sum(timing.get(name, 0.0) for name in training),
+                "sync": sync_seconds,
+                "step": time.perf_counter() - self._step_started,
+            },
+            figures={**figures, "sync/seconds": sync_seconds},
+        )
 
     def _stop_if_asked(self) -> None:
         if self._whole_step < self.total_training_steps and self.on_stop():
@@ -305,7 +328,8 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
     def _save_checkpoint(self) -> None:
         directory = self.checkpoint_root / f"global_step_{self.global_steps}"
         # Before verl's own files, whose tracker file says that the checkpoint exists.
-        save_state(directory, self.state, self.global_steps)
+        self.state.step = self.state.policy_version = self.global_steps
+        self.state.save(directory)
         super()._save_checkpoint()
         self._covered_step = self.global_steps
 
@@ -319,7 +343,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         if self.global_steps:
             folder = self.config.trainer.resume_from_path if self.config.trainer.resume_mode == "resume_path" else None
             directory = Path(folder) if folder else self.checkpoint_root / f"global_step_{self.global_steps}"
-            self.state = load_state(directory)
+            self.state = RunState.load(directory)
 
 
 class _ColocatedTrainer(_AtroposTrainer):
@@ -424,6 +448,15 @@ class _RolloutPhase:
     def resume(self) -> None:
         if self._trainer.gateway is not None:
             self._trainer.gateway.release(self._trainer.policy_version)
+
+
+def _number(value: Any) -> float | int | None:
+    """A figure of verl's as a number; None where it is none (a flag, a text, an array)."""
+    if isinstance(value, bool):
+        return None
+    if hasattr(value, "item") and getattr(value, "size", 1) in (1, ()):
+        value = value.item()
+    return float(value) if isinstance(value, int | float) else None
 
 
 class _NoPrompts:
