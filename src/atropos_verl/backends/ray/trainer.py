@@ -266,7 +266,9 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
     def _step_report(self, metrics: Mapping[str, Any], timing: Mapping[str, float]) -> StepReport:
         """The figures that every backend has, then verl's own under verl's names. ``timing``: verl's, in seconds."""
         environments: dict[int, list[float]] = {}
-        figures = {name: number for name, value in metrics.items() if (number := _number(value)) is not None}
+        figures: dict[str, float | int | None] = {
+            name: number for name, value in metrics.items() if (number := _number(value)) is not None
+        }
         for slot in self._slots:
             figures |= slot.off_policy
             for env_id, scores in slot.env_scores.items():
