@@ -38,10 +38,10 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from atropos_verl.backends.ray.advantages import finish_batch
 from atropos_verl.backends.ray.feed import TrajectoryFeed
 from atropos_verl.backends.ray.gateway import ClusterGateway
-from atropos_verl.config.verl_keys import ClusterRun, parameter_sync_step, read_run
 from atropos_verl.backends.ray.step_batches import Slot
 from atropos_verl.backends.ray.transfer import ADVANTAGES, Rows
 from atropos_verl.backends.ray.workers import worker_class
+from atropos_verl.config.verl_keys import ClusterRun, parameter_sync_step, read_run
 from atropos_verl.errors import TrainingDivergedError
 from atropos_verl.training.checkpoint_state import RunState
 from atropos_verl.training.step import step_report
