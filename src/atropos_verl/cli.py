@@ -87,7 +87,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         add_server_arguments(serve)
     doctor = commands.add_parser("doctor", help=_DOCTOR_HELP, description=_DOCTOR_HELP)
     if words[:1] == ["doctor"]:
-        from atropos_verl.launch.doctor.main import add_arguments as add_doctor_arguments
+        from atropos_verl.launch.doctor import add_arguments as add_doctor_arguments
 
         add_doctor_arguments(doctor)
     inspect = commands.add_parser("inspect", help=_INSPECT_HELP, description=_INSPECT_HELP)
@@ -109,7 +109,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from atropos_verl.launch.doctor.main import run
+    from atropos_verl.launch.doctor import run
     from atropos_verl.launch.launcher import load_subject
 
     return run(options, load_subject)

@@ -1,58 +1,81 @@
-"""The model directory: files, tokenizer against embedding, context. JSON only; no weights are read."""
+"""Checks of the model directory: files, tokenizer against embedding, context. Only JSON is read, no weights."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from atropos_verl.config.findings import Finding, missing, ok, warning
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 
-__all__ = ["check_model", "check_vocabulary", "tokenizer_size", "weight_bytes"]
+__all__ = ["Finding", "check_model", "check_vocabulary", "finding", "tokenizer_size", "weight_bytes"]
 
 _SECTION = "model"
 _NAMES_OF_TRANSFORMERS_5 = frozenset({"TokenizersBackend", "SentencePieceBackend", "PythonBackend"})
+_SLOW_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The result of one check. ``todo`` is the remedy; it is empty with ``ok``."""
+
+    section: str
+    name: str
+    status: Literal["ok", "warning", "missing"]
+    """``warning``: it runs, but slower, or with a limit; ``missing``: the run would fail."""
+    found: str
+    todo: str = ""
+
+
+def finding(section: str, name: str, found: str, *, missing: str = "", warning: str = "") -> Finding:
+    """Builds a finding. ``missing`` and ``warning`` are remedies; the first that is not empty decides the status."""
+    status: Literal["ok", "warning", "missing"] = "missing" if missing else "warning" if warning else "ok"
+    return Finding(section, name, status, found, missing or warning)
 
 
 def check_model(config: RunConfig, model_path: Path) -> list[Finding]:
-    """Everything about ``model_path`` and the tokenizer that can be read in milliseconds."""
+    """Checks everything about ``model_path`` and the tokenizer that can be read in milliseconds."""
     settings, problem = _read(model_path / "config.json")
     if problem:
-        return [
-            missing(_SECTION, "config.json", problem, f"give a Hugging Face directory as model.path, not {model_path}")
-        ]
+        todo = f"give a Hugging Face directory as model.path, not {model_path}"
+        return [finding(_SECTION, "config.json", problem, missing=todo)]
     tokenizer_dir = Path(config.model.tokenizer_path or model_path).expanduser()
-    findings = [ok(_SECTION, "architecture", f"{settings.get('model_type', 'unknown')} in {model_path}")]
-    findings += _check_weights(model_path)
-    findings.append(_check_vocabulary(settings, tokenizer_dir))
-    findings += _check_tokenizer(tokenizer_dir)
-    findings += _check_context(config, settings)
+    architecture = f"{settings.get('model_type', 'unknown')} in {model_path}"
+    findings = [finding(_SECTION, "architecture", architecture), _check_weights(model_path)]
+    findings += [_compare_vocabulary(settings, tokenizer_dir), *_check_tokenizer(tokenizer_dir)]
+    context = settings.get("max_position_embeddings")
+    if isinstance(context, int):
+        fits = config.max_token_len <= context
+        todo = "" if fits else "lower data.max_prompt_length, max_response_length or data.max_token_len"
+        text = f"{context} positions, sequences of up to {config.max_token_len} tokens"
+        if not fits:
+            text = f"sequences of up to {config.max_token_len} tokens, the model has {context} positions"
+        findings.append(finding(_SECTION, "context", text, missing=todo))
     return findings
 
 
 def check_vocabulary(config: RunConfig, model_path: Path, prefix: str = "") -> None:
     """Raises ``ConfigError`` when the tokenizer has ids that the model has no embedding for.
 
-    Cheap enough for the start of every run; without it the failure is an index error in the embedding, after the
-    model was loaded, or (on a GPU) a device assert that names nothing.
+    It is cheap enough for the start of every run. Without it the failure is an index error in the embedding, after
+    the model was loaded, or (on a GPU) a device assert that names nothing.
 
     ``prefix`` is what the backend has before its keys.
     """
     settings, problem = _read(model_path / "config.json")
     if problem:
         return  # the loader's message is better
-    tokenizer_dir = Path(config.model.tokenizer_path or model_path).expanduser()
-    finding = _check_vocabulary(settings, tokenizer_dir)
-    if finding.status == "missing":
+    result = _compare_vocabulary(settings, Path(config.model.tokenizer_path or model_path).expanduser())
+    if result.status == "missing":
         key = "model.tokenizer_path" if config.model.tokenizer_path else "model.path"
-        raise ConfigError(f"{finding.found}; {finding.todo}", f"{prefix}{key}")
+        raise ConfigError(f"{result.found}; {result.todo}", f"{prefix}{key}")
 
 
 def tokenizer_size(directory: Path) -> int | None:
-    """One more than the largest id of ``tokenizer.json``; None: there is none (a slow tokenizer)."""
+    """Returns one more than the largest id of ``tokenizer.json``; None: there is none (a slow tokenizer)."""
     content, problem = _read(directory / "tokenizer.json")
     if problem:
         return None
@@ -63,92 +86,65 @@ def tokenizer_size(directory: Path) -> int | None:
         ids += vocabulary.values()
     elif isinstance(vocabulary, list):  # unigram: pairs of token and score, in the order of ids
         ids.append(len(vocabulary) - 1)
-    known = [number for number in ids if isinstance(number, int)]
-    return max(known) + 1 if known else None
+    return max((number + 1 for number in ids if isinstance(number, int)), default=None)
 
 
 def weight_bytes(model_path: Path) -> int:
-    """Bytes of the weight files."""
+    """Sums the bytes of the weight files."""
     return sum(path.stat().st_size for path in (*model_path.glob("*.safetensors"), *model_path.glob("*.bin")))
 
 
-def _check_weights(model_path: Path) -> Iterator[Finding]:
-    shards = _shards(model_path)
+def _check_weights(model_path: Path) -> Finding:
+    shards: set[str] = set()
+    for name in ("pytorch_model.bin.index.json", "model.safetensors.index.json"):
+        content, _ = _read(model_path / name)
+        if isinstance(content.get("weight_map"), Mapping):
+            shards = {str(file) for file in content["weight_map"].values()}
     lacking = sorted(name for name in shards if not (model_path / name).is_file())
     if lacking:
         shown = ", ".join(lacking[:3]) + (" …" if len(lacking) > 3 else "")
-        yield missing(
-            _SECTION, "weights", f"{len(lacking)} of {len(shards)} files are not there: {shown}", "download again"
-        )
-    elif size := weight_bytes(model_path):
-        yield ok(_SECTION, "weights", f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB")
-    else:
-        todo = "put model.safetensors there, or choose another model.path"
-        yield missing(_SECTION, "weights", f"no .safetensors or .bin file in {model_path}", todo)
+        text = f"{len(lacking)} of {len(shards)} files are not there: {shown}"
+        return finding(_SECTION, "weights", text, missing="download again")
+    if size := weight_bytes(model_path):
+        return finding(_SECTION, "weights", f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB")
+    todo = "put model.safetensors there, or choose another model.path"
+    return finding(_SECTION, "weights", f"no .safetensors or .bin file in {model_path}", missing=todo)
 
 
-def _shards(model_path: Path) -> set[str]:
-    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        content, problem = _read(model_path / name)
-        if not problem and isinstance(content.get("weight_map"), Mapping):
-            return {str(file) for file in content["weight_map"].values()}
-    return set()
-
-
-def _check_vocabulary(settings: Mapping[str, Any], tokenizer_dir: Path) -> Finding:
-    text = settings.get("text_config")
+def _compare_vocabulary(settings: Mapping[str, Any], tokenizer_dir: Path) -> Finding:
+    name, text = "tokenizer", settings.get("text_config")
     embedding = settings.get("vocab_size") or (text.get("vocab_size") if isinstance(text, Mapping) else None)
     size = tokenizer_size(tokenizer_dir)
+    if size is None and any((tokenizer_dir / file).is_file() for file in _SLOW_TOKENIZERS):
+        return finding(_SECTION, name, f"a slow one in {tokenizer_dir}; its size is not checked")
     if size is None:
-        files = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-        if any((tokenizer_dir / name).is_file() for name in files):
-            return ok(_SECTION, "tokenizer", f"a slow one in {tokenizer_dir}; its size is not checked")
-        return missing(_SECTION, "tokenizer", f"no tokenizer.json in {tokenizer_dir}", "set model.tokenizer_path")
+        return finding(_SECTION, name, f"no tokenizer.json in {tokenizer_dir}", missing="set model.tokenizer_path")
     if not isinstance(embedding, int):
-        return warning(_SECTION, "tokenizer", f"{size} ids; config.json names no vocab_size", "compare by hand")
+        return finding(_SECTION, name, f"{size} ids; config.json names no vocab_size", warning="compare by hand")
     if size > embedding:
-        return missing(
-            _SECTION,
-            "tokenizer",
-            f"the tokenizer of {tokenizer_dir} has {size} ids, the model embeds {embedding}",
-            "take the model's own tokenizer, or resize its embedding (model.resize_token_embeddings) and save it",
-        )
-    return ok(_SECTION, "tokenizer", f"{size} ids, {embedding} embedded")
+        found = f"the tokenizer of {tokenizer_dir} has {size} ids, the model embeds {embedding}"
+        todo = "take the model's own tokenizer, or resize its embedding (model.resize_token_embeddings) and save it"
+        return finding(_SECTION, name, found, missing=todo)
+    return finding(_SECTION, name, f"{size} ids, {embedding} embedded")
 
 
-def _check_tokenizer(directory: Path) -> Iterator[Finding]:
+def _check_tokenizer(directory: Path) -> list[Finding]:
     settings, problem = _read(directory / "tokenizer_config.json")
     if problem:
-        return
-    name = settings.get("tokenizer_class")
+        return []
+    findings, name = [], settings.get("tokenizer_class")
     if name in _NAMES_OF_TRANSFORMERS_5:
-        yield warning(
-            _SECTION,
-            "tokenizer class",
-            f"{name}, which transformers 4 does not know, and most environments run on that",
-            'write "tokenizer_class": "PreTrainedTokenizerFast" into tokenizer_config.json; both versions load it',
-        )
+        found = f"{name}, which transformers 4 does not know, and most environments run on that"
+        todo = 'write "tokenizer_class": "PreTrainedTokenizerFast" into tokenizer_config.json; both versions load it'
+        findings.append(finding(_SECTION, "tokenizer class", found, warning=todo))
     if "chat_template" not in settings and not any(directory.glob("chat_template*")):
-        yield warning(_SECTION, "chat template", f"none in {directory}", "environments that chat need one; add it")
-
-
-def _check_context(config: RunConfig, settings: Mapping[str, Any]) -> Iterator[Finding]:
-    context = settings.get("max_position_embeddings")
-    if not isinstance(context, int):
-        return
-    if config.max_token_len > context:
-        yield missing(
-            _SECTION,
-            "context",
-            f"sequences of up to {config.max_token_len} tokens, the model has {context} positions",
-            "lower data.max_prompt_length, max_response_length or data.max_token_len",
-        )
-    else:
-        yield ok(_SECTION, "context", f"{context} positions, sequences of up to {config.max_token_len} tokens")
+        todo = "environments that chat need one; add it"
+        findings.append(finding(_SECTION, "chat template", f"none in {directory}", warning=todo))
+    return findings
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str]:
-    """(content, what is wrong)."""
+    """Returns the content and the problem, one of them empty."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:

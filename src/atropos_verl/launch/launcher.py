@@ -26,7 +26,7 @@ from atropos_verl.launch.spec import Addresses, LaunchPlan, make_plan
 from atropos_verl.launch.supervisor import Supervisor
 
 if TYPE_CHECKING:
-    from atropos_verl.launch.doctor.main import Subject
+    from atropos_verl.launch.doctor import Subject
     from atropos_verl.launch.launcher_ray import RayLaunch
 
 __all__ = ["build_plan", "load_subject", "main"]
@@ -93,7 +93,7 @@ def _with_token(config: RunConfig, launch: LaunchConfig) -> RunConfig:
 
 def load_subject(words: Sequence[str], config_dir: Path | None, config_name: str | None) -> Subject:
     """What ``doctor`` looks at: the keys of ``train`` and of ``launch``. Raises ``ConfigError``."""
-    from atropos_verl.launch.doctor.main import Subject
+    from atropos_verl.launch.doctor import Subject
 
     default = "local_demo" if config_dir in (None, SHIPPED) else None
     config, launch, ray = _load(words, config_dir or SHIPPED, config_name, default)

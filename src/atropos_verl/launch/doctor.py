@@ -1,0 +1,553 @@
+"""``atropos-verl doctor``: says what this machine can run and what is missing, before anything slow starts.
+
+Each check returns findings. Nothing is started and no library is imported for it: packages are judged by their
+metadata, environments by reading their script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+from packaging.requirements import Requirement
+from packaging.version import InvalidVersion
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig
+from atropos_verl.config.model_checks import Finding, check_model, finding, weight_bytes
+from atropos_verl.config.schema import RunConfig
+from atropos_verl.errors import AtroposAPIError, AtroposHTTPStatusError, ConfigError
+from atropos_verl.launch.environments import interpreter, program_of
+from atropos_verl.launch.readiness import try_to_listen
+
+__all__ = ["Subject", "add_arguments", "examine", "run"]
+
+_SECTIONS = ("configuration", "software", "machine", "placement", "model", "network", "environments")
+"""In the order of showing."""
+_STYLES = {"ok": "green", "warning": "yellow", "missing": "bold red"}
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The configuration that is checked."""
+
+    config: RunConfig
+    launch: LaunchConfig
+    backend: str = "local"
+    verl: Mapping[str, Any] = field(default_factory=dict)
+    """verl's own settings, with ``backend=ray``."""
+
+    @property
+    def device(self) -> str:
+        if self.backend == "ray":
+            return str(_section(self.verl, "trainer").get("device") or "cuda")
+        return self.config.trainer.device
+
+    @property
+    def ranks(self) -> int:
+        if self.backend == "ray":
+            return int(_section(self.verl, "trainer").get("n_gpus_per_node") or 1)
+        return self.launch.trainer_process.nproc
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="*", metavar="key=value", help="settings, as for train and launch")
+    parser.add_argument("--config-name", help="a file of the configuration directory (default: the demo)")
+    parser.add_argument("--config-dir", type=Path, help="another config directory")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace, load: Callable[[Sequence[str], Path | None, str | None], Subject]) -> int:
+    """Returns 0: everything is there; 1: something is missing.
+
+    Args:
+        load: builds the subject from words, config directory and config name; raises ``ConfigError``.
+    """
+    try:
+        findings = examine(load(options.words, options.config_dir, options.config_name))
+    except ConfigError as error:
+        todo = "correct it; --help of train and launch"
+        findings = [finding("configuration", error.key or "file", str(error), missing=todo)]
+    is_ready = all(found.status != "missing" for found in findings)
+    if options.json:
+        answer = {"ok": is_ready, "findings": [asdict(found) for found in findings]}
+        sys.stdout.write(json.dumps(answer, indent=1) + "\n")
+    else:
+        _show(findings, Console())
+    return 0 if is_ready else 1
+
+
+def examine(subject: Subject) -> list[Finding]:
+    """Runs every check that applies; the slow ones (subprocesses, HTTP) at the same time."""
+    config, launch = subject.config, subject.launch
+    on_ray = subject.backend == "ray"
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        listing = pool.submit(list_gpus)
+        environments = [
+            pool.submit(_check_configured_environment, name, settings)
+            for name, settings in (launch.chosen if launch.starts("environments") else {}).items()
+        ]
+        api = pool.submit(_check_own_or_given_api, subject)
+        findings = [check_python(), *check_packages(requirements_of(), backend=subject.backend)]
+        rollout = _section(subject.verl, "actor_rollout_ref", "rollout").get("name")
+        compiles = on_ray and subject.device == "cpu" and rollout == "vllm"
+        findings.append(check_compiler(needed_for="vLLM on a CPU" if compiles else ""))
+        gpus = listing.result()
+        findings += [*check_machine(), check_gpus(gpus, device=subject.device, needed=subject.ranks), check_limits()]
+        asked = _section(subject.verl, "ray_kwargs", "ray_init").get("object_store_memory")
+        findings.append(check_shared_memory(object_store=asked, ray=on_ray))
+        findings += _check_model_and_disk(config)
+        if launch.starts("trainer"):
+            findings.append(check_port("gateway.port", config.gateway.host, config.gateway.port))
+        findings.append(api.result())
+        if on_ray:
+            findings += check_placement(subject.verl, gpus=len(gpus or ()), cores=_cores())
+        for future in environments:
+            findings += future.result()
+    return sorted(findings, key=lambda found: _SECTIONS.index(found.section))
+
+
+def _show(findings: Sequence[Finding], console: Console) -> None:
+    """Prints a table, and the remedies below it."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("")
+    table.add_column("checked", no_wrap=True)
+    table.add_column("found", overflow="fold")
+    section = ""
+    for found in findings:
+        if found.section != section:
+            section = found.section
+            table.add_row("", Text(section, style="bold"), "")
+        table.add_row(Text(found.status, style=_STYLES[found.status]), Text(f"  {found.name}"), Text(found.found))
+    console.print(table)
+    todo = [found for found in findings if found.status != "ok"]
+    for found in sorted(todo, key=lambda found: found.status != "missing"):
+        console.print(Text(f"\n{found.status}: {found.section}, {found.name}: {found.found}", style="bold"))
+        console.print(Text(f"  {found.todo}"))
+    lacking = sum(found.status == "missing" for found in findings)
+    verdict = "this run would fail" if lacking else "ready"
+    counts = f"{len(findings) - len(todo)} ok, {len(todo) - lacking} warnings, {lacking} missing"
+    console.print(Text(f"\n{verdict}: {counts}"))
+
+
+# ---------------------------------------------------------------------- software
+
+_SHOWN = ("verl", "atroposlib", "torch", "transformers", "tensordict", "transferqueue")
+"""Always listed; others only when something is wrong with them."""
+
+
+def check_python(version: tuple[int, int] | None = None) -> Finding:
+    version = version or (sys.version_info.major, sys.version_info.minor)
+    fits = (3, 11) <= version <= (3, 12)
+    todo = "" if fits else "use Python 3.11 or 3.12: verl 0.9.1's dependencies have wheels for these"
+    return finding("software", "python", f"{version[0]}.{version[1]} ({sys.executable})", missing=todo)
+
+
+def requirements_of(package: str = "atropos-verl") -> list[Requirement]:
+    """Lists what ``package`` demands without its extras; empty where its metadata is not installed."""
+    try:
+        parsed = [Requirement(text) for text in metadata.requires(package) or ()]
+    except metadata.PackageNotFoundError:
+        return []
+    return [each for each in parsed if each.marker is None or each.marker.evaluate({"extra": ""})]
+
+
+def check_packages(requirements: Iterable[Requirement], *, backend: str = "local") -> list[Finding]:
+    """Returns one finding per package that matters or is wrong. With ``local``, packages of Ray only are no error."""
+    findings = []
+    for each in requirements:
+        name, wanted, command = each.name.lower(), str(each.specifier), f"pip install '{each.name}{each.specifier}'"
+        try:
+            version = metadata.version(each.name)
+            found = version if each.specifier.contains(version, prereleases=True) else f"{version}, {wanted} is needed"
+        except metadata.PackageNotFoundError:
+            found = f"not installed, {wanted or 'any version'} is needed"
+        except InvalidVersion:
+            found = f"{version}, {wanted} is needed"
+        if not found.endswith("is needed"):
+            if name in _SHOWN:
+                findings.append(finding("software", each.name, found))
+        elif name == "transferqueue" and backend == "local":
+            findings.append(finding("software", each.name, found, warning=f"only backend=ray needs it; {command}"))
+        else:
+            findings.append(finding("software", each.name, found, missing=command))
+    if not findings:
+        text = "its package metadata is not installed: no versions known"
+        todo = "install it: make install, or pip install -e . in a checkout"
+        return [finding("software", "atropos-verl", text, warning=todo)]
+    return findings
+
+
+def check_compiler(*, needed_for: str = "") -> Finding:
+    """Looks for a C++ compiler: torch.compile and vLLM's CPU backend call one."""
+    names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
+    path = next((path for name in names if name and (path := shutil.which(name))), None)
+    todo = f"{needed_for} compiles kernels: install g++ (apt install g++)" if needed_for and path is None else ""
+    none = "none" if needed_for else "none (needed by torch.compile and by vLLM on a CPU only)"
+    return finding("software", "C++ compiler", path or none, missing=todo)
+
+
+# ---------------------------------------------------------------------- machine
+
+_OPEN_FILES = 4096
+_SHARED_MEMORY = 1 << 30
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_machine() -> list[Finding]:
+    memory = psutil.virtual_memory()
+    text = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB available"
+    few = "trainer and environment share it: the demo takes minutes" if _cores() < 2 else ""
+    little = "the demo takes about 2 GB; end something else" if memory.available < 2e9 else ""
+    return [
+        finding("machine", "cores", str(_cores()), warning=few),
+        finding("machine", "memory", text, warning=little),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    name: str
+    free_bytes: int
+
+
+def list_gpus() -> list[Gpu] | None:
+    """Lists what ``nvidia-smi`` shows and ``CUDA_VISIBLE_DEVICES`` leaves; None: it is not there or fails."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10.0, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    rows = [[word.strip() for word in line.split(",")] for line in answer.stdout.splitlines()]
+    gpus = [Gpu(row[0], int(row[1]) << 20) for row in rows if len(row) == 2 and row[1].isdigit()]
+    chosen = [word.strip() for word in os.environ.get("CUDA_VISIBLE_DEVICES", "all").split(",") if word.strip()]
+    if not all(word.isdigit() for word in chosen):  # the variable may also name GPUs by UUID
+        return gpus
+    return [gpus[int(word)] for word in chosen if int(word) < len(gpus)]
+
+
+def check_gpus(gpus: list[Gpu] | None, *, device: str, needed: int) -> Finding:
+    """Compares the GPUs with the processes that the run places on them.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+        needed: GPUs of this machine that the configuration asks for; with ``auto`` none are needed.
+    """
+    count, text, todo = len(gpus or ()), "no nvidia-smi" if gpus is None else "none", ""
+    if gpus:
+        smallest = min(gpu.free_bytes for gpu in gpus)
+        text = f"{count} x {gpus[0].name}, least free memory {smallest / 2**30:.0f} GiB"
+    if device == "cpu":
+        text = f"{text}; not used (trainer.device=cpu)"
+    elif device == "cuda" and count < max(1, needed):
+        text = f"{text}; the configuration needs {max(1, needed)}"
+        todo = "lower the number of processes, free GPUs (CUDA_VISIBLE_DEVICES), or trainer.device=cpu"
+    elif device == "auto" and 0 < count < needed:
+        text, todo = f"{text}; {needed} ranks would share them", "fewer ranks, or trainer.device=cpu"
+    elif not count:
+        text = f"{text}; the run uses the CPU"
+    return finding("machine", "GPUs", text, missing=todo)
+
+
+def check_limits(soft: int | None = None) -> Finding:
+    """Checks ``ulimit -n``: every request of an environment, and every process of Ray, is a file."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if soft is None else soft
+    unlimited = soft == resource.RLIM_INFINITY
+    todo = f"up to 512 requests are open at a time, Ray wants more: ulimit -n {_OPEN_FILES * 16}"
+    enough = unlimited or soft >= _OPEN_FILES
+    text = "unlimited" if unlimited else str(soft)
+    return finding("machine", "open files (ulimit -n)", text, warning="" if enough else todo)
+
+
+def check_shared_memory(*, object_store: int | None = None, ray: bool = False) -> Finding:
+    """Checks ``/dev/shm``, which holds Ray's object store and tensors between processes; a container has 64 MB."""
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return finding("machine", "shared memory", "there is no /dev/shm")
+    needed = (object_store or _SHARED_MEMORY) if ray else 0
+    lacking = f"Ray's object store takes {needed / 1e9:.2f} GB there: docker --shm-size=8g, or a smaller one"
+    little = "docker run --shm-size=2g: torch passes tensors through it"
+    return finding(
+        "machine",
+        "shared memory",
+        f"{free / 1e9:.2f} GB free in /dev/shm",
+        missing=lacking if free < needed else "",
+        warning=little if free < _SHARED_MEMORY // 4 else "",
+    )
+
+
+def check_disk(run_dir: Path, *, model_bytes: int, checkpoints: int | None) -> list[Finding]:
+    """Checks that the run directory can be written, and that its disk takes the checkpoints.
+
+    Args:
+        model_bytes: of the weight files. A checkpoint is taken as three times them (weights and AdamW's two moments).
+        checkpoints: kept at a time; one more exists while the newest is written. None: all are kept.
+    """
+    place = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    try:
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".doctor-"):
+            pass
+    except OSError as error:
+        text = f"cannot write to {place}: {error.strerror}" if place.is_dir() else f"{place} is a file"
+        return [finding("machine", "run directory", text, missing="choose another run_dir")]
+    free = shutil.disk_usage(place).free
+    needed = 3 * model_bytes * ((checkpoints or 1) + 1) + (100 << 20)
+    text = f"{free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB for {checkpoints or 1} + 1 checkpoints and logs"
+    todo = "make room, choose another run_dir, or lower trainer.max_ckpt_to_keep" if free < needed else ""
+    writable = finding("machine", "run directory", f"{run_dir} can be written")
+    return [writable, finding("machine", "disk", text, missing=todo)]
+
+
+def _check_model_and_disk(config: RunConfig) -> list[Finding]:
+    findings: list[Finding] = []
+    size = 0
+    try:
+        model_path = config.resolve_model_path()
+    except (ConfigError, FileNotFoundError) as error:
+        todo = "set model.path to a Hugging Face directory"
+        findings.append(finding("model", "path", str(error), missing=todo))
+    else:
+        findings += check_model(config, model_path)
+        size = weight_bytes(model_path) if config.save_freq > 0 else 0
+    kept = config.trainer.max_ckpt_to_keep
+    return [*findings, *check_disk(config.resolve_run_dir(), model_bytes=size, checkpoints=kept)]
+
+
+# ---------------------------------------------------------------------- placement on Ray
+
+_CPUS_PER_WORKER = 3
+"""Every process's bundle asks for so many (verl 0.9.1, ``ResourcePoolManager.max_colocate_count``)."""
+
+
+def check_placement(settings: Mapping[str, Any], *, gpus: int, cores: int) -> list[Finding]:
+    """Checks whether one fresh Ray node on this machine can hold what ``settings`` (verl's ppo_trainer) asks for.
+
+    verl itself compares GPUs, after a minute of imports. Nobody compares CPUs: Ray waits for ever, without a message,
+    for what no node has. Of a run that attaches to a cluster (``ray_kwargs.ray_init.address``) only the divisions are
+    checked.
+
+    Args:
+        gpus, cores: of this machine.
+    """
+    trainer, init = _section(settings, "trainer"), _section(settings, "ray_kwargs", "ray_init")
+    nodes, per_node = int(trainer.get("nnodes") or 1), int(trainer.get("n_gpus_per_node") or 1)
+    findings = _check_divisions(settings, nodes * per_node)
+    if init.get("address") is not None:
+        text = f"{nodes} x {per_node}, on the cluster at {init['address']} (not asked)"
+        return [*findings, finding("placement", "nodes", text)]
+    if nodes > 1:
+        todo = "start Ray on every node (ray start --head, ray start --address=...), then set "
+        todo += "ray_kwargs.ray_init.address=auto"
+        text = f"trainer.nnodes={nodes}, but Ray is started on this machine alone"
+        return [*findings, finding("placement", "nodes", text, missing=todo)]
+    workers, rollout = per_node, _section(settings, "actor_rollout_ref", "rollout")
+    if _section(settings, "trainer", "v1").get("trainer_mode") == "separate_async":  # its replicas share no GPU
+        workers += int(rollout.get("nnodes") or 0) * int(rollout.get("n_gpus_per_node") or 0)
+    storage = _section(settings, "transfer_queue", "backend", "SimpleStorage").get("num_data_storage_units")
+    # The runner, TransferQueue's controller and its storage ask for one each; agents and replicas ask for none.
+    needed, have = _CPUS_PER_WORKER * workers + 2 + int(storage or 1), int(init.get("num_cpus") or cores)
+    text = f"{needed} CPUs for {workers} processes ({_CPUS_PER_WORKER} each), runner and queue; Ray counts {have}"
+    todo = f"ray_kwargs.ray_init.num_cpus={needed} or more: Ray counts CPUs, it does not pin them"
+    findings.append(finding("placement", "CPUs", text, missing=todo if have < needed else ""))
+    if str(trainer.get("device") or "cuda") != "cpu":
+        text = f"{workers} processes with a GPU each, {gpus} GPUs here"
+        todo = "lower trainer.n_gpus_per_node (and actor_rollout_ref.rollout.nnodes), or trainer.device=cpu"
+        findings.append(finding("placement", "GPUs", text, missing=todo if gpus < workers else ""))
+    return findings
+
+
+def _check_divisions(settings: Mapping[str, Any], world: int) -> list[Finding]:
+    """Checks that processes divide into replicas, a step's sequences and each micro-batch into equal shares."""
+    actor, rollout = (_section(settings, "actor_rollout_ref", name) for name in ("actor", "rollout"))
+    size = int(rollout.get("tensor_model_parallel_size") or 1) * int(rollout.get("pipeline_model_parallel_size") or 1)
+    batch, n = int(_section(settings, "data").get("train_batch_size") or 0), int(rollout.get("n") or 1)
+    text, todo = f"{world} processes, rollout replicas of {size}", ""
+    if world % size:
+        todo = "n_gpus_per_node x nnodes must be a multiple of rollout.tensor_model_parallel_size x pipeline_…"
+    elif batch * n % world:
+        text = f"{text}; {batch * n} sequences a step do not divide by {world}"
+        todo = "data.train_batch_size x actor_rollout_ref.rollout.n must be a multiple of the number of processes"
+    findings = [finding("placement", "replicas", text, missing=todo)]
+    micro = int(actor.get("ppo_micro_batch_size_per_gpu") or 0)
+    if micro and not actor.get("use_dynamic_bsz", True):
+        share = int(actor.get("ppo_mini_batch_size") or batch) * n / world
+        text = f"{share:g} sequences of a mini-batch per process, micro-batches of {micro}"
+        todo = "choose an actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu that divides them, "
+        todo += "or use_dynamic_bsz=true"
+        findings.append(finding("placement", "micro-batches", text, missing=todo if share % micro else ""))
+    return findings
+
+
+def _section(settings: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    node: Any = settings
+    for name in names:
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node if isinstance(node, Mapping) else {}
+
+
+# ---------------------------------------------------------------------- network
+
+
+def check_port(name: str, host: str, port: int) -> Finding:
+    """Checks whether ``host``:``port`` can be listened on now; 0 is any free port."""
+    if port == 0:
+        return finding("network", name, f"any free port of {host}")
+    try:
+        try_to_listen(host, port)
+    except OSError as error:
+        text = f"cannot listen on {host}:{port}: {error.strerror or error}"
+        return finding("network", name, text, missing=f"set {name} to a free port, or to 0 for any")
+    return finding("network", name, f"{host}:{port} is free")
+
+
+def check_api(url: str, token: str | None, *, timeout: float = 3.0) -> Finding:
+    """Asks the trajectory API for its status, with the run's token."""
+    from atropos_verl.protocol.client import AtroposClient
+
+    name = "trajectory API"
+    try:
+        with AtroposClient(url, timeout=timeout, token=token, retry_attempts=1) as client:
+            status = client.status()
+    except AtroposHTTPStatusError as error:
+        if error.status_code in (401, 403):
+            text = f"{url}: {error.status_code}, {'the token was refused' if token else 'it demands a token'}"
+            return finding("network", name, text, missing="set ATROPOS_API_TOKEN (or atropos.token)")
+        text = f"{url}/status answers {error.status_code}"
+        return finding("network", name, text, missing="is it an Atropos API? see its log")
+    except AtroposAPIError as error:
+        todo = "start it, or correct atropos.api_url"
+        return finding("network", name, f"{url} does not answer as an Atropos API: {error.reason}", missing=todo)
+    queued = f"{status.queue_size} groups queued" if status.queue_size else "queue empty"
+    todo = "an earlier run's groups would be trained first; atropos.reset=true forgets them"
+    return finding(
+        "network", name, f"{url}: step {status.current_step}, {queued}", warning=todo if status.queue_size else ""
+    )
+
+
+def _check_own_or_given_api(subject: Subject) -> Finding:
+    config, api = subject.config.atropos, subject.launch.api
+    if config.api_url is not None:
+        return check_api(config.api_url, config.token)
+    if not subject.launch.starts("api"):
+        text = "no URL, and only= leaves it out"
+        return finding("network", "trajectory API", text, missing="set atropos.api_url")
+    return check_port("api.port", api.host, api.port)
+
+
+# ---------------------------------------------------------------------- environments
+
+_ATROPOSLIB = "0.4.0"
+_LOOK = """
+import importlib.util, json, sys
+from importlib import metadata
+def version(name):
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+def there(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+sys.path.insert(0, sys.argv[1])
+print(json.dumps({
+    "python": sys.version.split()[0],
+    "versions": {name: version(name) for name in ("atroposlib", "transformers")},
+    "lacking": [name for name in sys.argv[2:] if not there(name)],
+}))
+"""
+"""Runs in the environment's interpreter: directory of the script, modules → what is there."""
+
+
+def _check_configured_environment(name: str, settings: EnvironmentConfig) -> list[Finding]:
+    try:
+        python = interpreter(settings.python, f"environments.{name}.python")
+        program = program_of(name, settings)
+    except ConfigError as error:
+        return [finding("environments", name, str(error), missing="correct the path")]
+    script = None if program[0] == "-m" else Path(program[0])
+    variables = {**os.environ, **settings.env}
+    return [check_environment(name, python, script, module=settings.module, variables=variables)]
+
+
+def check_environment(
+    name: str,
+    python: str,
+    script: Path | None,
+    *,
+    module: str | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> Finding:
+    """Checks what ``python`` would find when it runs ``script`` (or ``module``). The script itself is not run.
+
+    Args:
+        name: of the environment.
+        variables: its process environment; None: ours.
+    """
+    modules, source, todo, warning = [module.split(".")[0]] if module else [], b"", "", ""
+    try:
+        if script is not None:
+            source = script.read_bytes()
+            modules = imported_modules(source, script)
+        command = [python, "-c", _LOOK, str(script.parent) if script is not None else "", *modules]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20.0, check=False, env=variables)
+        seen = json.loads(answer.stdout)
+    except SyntaxError as error:
+        return finding("environments", name, f"{script}, line {error.lineno}: {error.msg}", missing="mend the script")
+    except (OSError, subprocess.TimeoutExpired, ValueError) as error:
+        broken, why = (
+            (error.filename, error.strerror) if isinstance(error, OSError) else (python, "it prints no answer")
+        )
+        todo = f"set environments.{name}.{'python' if broken == python else 'script'}"
+        return finding("environments", name, f"{broken} cannot be used: {why}", missing=todo)
+    atroposlib, transformers = seen["versions"]["atroposlib"], seen["versions"]["transformers"] or "none"
+    text = f"python {seen['python']}, atroposlib {atroposlib}, transformers {transformers}"
+    if atroposlib is None:
+        text, todo = f"{python} has no atroposlib", f"{python} -m pip install atroposlib=={_ATROPOSLIB}"
+    elif seen["lacking"]:
+        text = f"the script imports {', '.join(seen['lacking'])}, which {python} has not"
+        todo = f"{python} -m pip install what provides them, or set environments.{name}.python"
+    elif atroposlib != _ATROPOSLIB:
+        warning = f"the launcher's arguments are those of {_ATROPOSLIB}; "
+        warning += f"environments.{name}.omit leaves out what it lacks"
+    elif b"tokenize_for_trainer" in source and transformers.startswith("5"):
+        todo = f"the script's tokenize_for_trainer needs transformers 4: give it environments.{name}.python of its own"
+    return finding("environments", name, text, missing=todo, warning=warning)
+
+
+def imported_modules(source: bytes, script: Path) -> list[str]:
+    """Lists the top-level modules that ``script`` imports when it is loaded, without the standard library's.
+
+    Imports inside functions and under ``try`` may be optional and are not counted. Raises ``SyntaxError``.
+    """
+    found: dict[str, None] = {}
+    for node in ast.parse(source, str(script)).body:
+        if isinstance(node, ast.Import):
+            found.update(dict.fromkeys(alias.name.split(".")[0] for alias in node.names))
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found[node.module.split(".")[0]] = None
+    return [name for name in found if name not in sys.stdlib_module_names and name != "__future__"]

@@ -1,1 +1,0 @@
-"""``atropos-verl doctor``: what this machine can run, and what is missing, before anything slow starts."""
