@@ -112,8 +112,8 @@ def test_figures_are_in_the_gateways_metrics(
     client.post("/v1/completions", json={"prompt": "figures", "n": 2})
     text = client.get("/metrics").text
     stats = ledger.stats()
-    assert f"atropos_verl_gateway_ledger_spans {stats.spans}\n" in text and stats.spans >= 2
-    assert f"atropos_verl_gateway_ledger_bytes {stats.bytes}\n" in text
+    assert f"atropos_verl_gateway_ledger_spans {float(stats.spans)}\n" in text and stats.spans >= 2
+    assert f"atropos_verl_gateway_ledger_bytes {float(stats.bytes)}\n" in text
 
 
 # atroposlib's ManagedServer -----------------------------------------------------------------------------------------

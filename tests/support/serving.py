@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from atropos_verl.gateway import GatewayServer, create_app
+from atropos_verl.gateway.app import GatewayServer, create_app
 
 __all__ = ["eventually", "serving"]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import socket
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -24,19 +25,19 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from atropos_verl.engine.gate import RequestGate
 from atropos_verl.engine.protocol import GenerationEngine
-from atropos_verl.gateway.errors import ApiError, to_api_error
-from atropos_verl.gateway.fields import Fields, parse_body
-from atropos_verl.gateway.metrics import CONTENT_TYPE
-from atropos_verl.gateway.native_api import generate, generate_trl
-from atropos_verl.gateway.openai_api import chat_completions, completions
-from atropos_verl.gateway.service import Gate, GatewayService
+from atropos_verl.gateway.fields import ApiError, Fields, parse_body, to_api_error
+from atropos_verl.gateway.native import generate, generate_trl
+from atropos_verl.gateway.openai import chat_completions, completions
+from atropos_verl.gateway.service import GatewayService
+from atropos_verl.http_thread import ServerThread
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
 
-__all__ = ["create_app"]
+__all__ = ["GatewayServer", "create_app"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +50,30 @@ _MAX_BODY_BYTES = 64 << 20
 _ROUTES_HINT = "chat and completions are under /v1; /generate, /health and /metrics are not"
 _CLIENT_GONE = 499
 _JSON = "application/json"
+_METRICS = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class GatewayServer(ServerThread):
+    """``host``: interface to listen on, the loopback unless told otherwise. ``port`` 0 takes a free one.
+    ``listener``: a socket that listens there already."""
+
+    def __init__(self, app: Any, host: str = "127.0.0.1", port: int = 0, listener: socket.socket | None = None) -> None:
+        super().__init__(
+            app,
+            service="inference gateway",
+            advice="Set gateway.port to a free port, or to 0 to take any.",
+            host=host,
+            port=port,
+            listener=listener,
+            lifespan="off",
+        )
 
 
 def create_app(
     engine: GenerationEngine,
     tokenizer: Any,
     *,
-    gate: Gate | None = None,
+    gate: RequestGate | None = None,
     ledger: Ledger | None = None,
     throttle: StalenessThrottle | None = None,
     model_name: str,
@@ -104,13 +122,7 @@ def create_app(
         return _json_response(model_card())
 
     async def metrics(_: Request) -> Response:
-        text = service.metrics.render(
-            policy_version=engine.policy_version,
-            paused=service.paused,
-            paused_seconds=service.paused_seconds,
-            ledger=None if ledger is None else ledger.stats(),
-        )
-        return Response(text, media_type=CONTENT_TYPE)
+        return Response(service.metrics.render(), media_type=_METRICS)
 
     def post(path: str, handler: Handler) -> Route:
         return Route(path, _Endpoint(service, path, handler, request_timeout), methods=["POST"])
@@ -235,12 +247,12 @@ class _Endpoint:
         try:
             answer = await self._handler(self._service, parse_body(body))
             if isinstance(answer, bytes):
-                await reply.send_json(answer)
+                await reply.write(answer)
                 return
             async with aclosing(answer):
                 async for event in answer:
-                    await reply.send_event(event)
-            await reply.finish()
+                    await reply.write(event, more=True, media_type="text/event-stream; charset=utf-8")
+            await reply.write(b"")
         except Exception as error:  # noqa: BLE001 - the process boundary: every fault becomes an HTTP answer
             answer_error = to_api_error(error)
             self._log(answer_error, error)
@@ -280,40 +292,20 @@ class _Reply:
         self._finished = False
         self.status = 500
 
-    async def send_json(self, body: bytes) -> None:
-        await self._start(200, _JSON, len(body))
-        await self._body(body, more=False)
-
-    async def send_event(self, event: bytes) -> None:
+    async def write(self, piece: bytes, *, more: bool = False, status: int = 200, media_type: str = _JSON) -> None:
+        """Send ``piece`` of the body; without ``more`` it is the last one."""
         if not self._started:
-            await self._start(200, "text/event-stream; charset=utf-8", None)
-        await self._body(event, more=True)
-
-    async def finish(self) -> None:
-        await self._body(b"", more=False)
+            length = (b"cache-control", b"no-cache") if more else (b"content-length", str(len(piece)).encode())
+            headers = [(b"content-type", media_type.encode()), length]
+            self._started, self.status = True, status
+            await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        self._finished = not more
+        await self._send({"type": "http.response.body", "body": piece, "more_body": more})
 
     async def fail(self, error: ApiError) -> None:
         """The error as the answer, or as the last event of a stream that has begun."""
         if self._finished:
             return
-        body = error.body()
-        if not self._started:
-            await self._start(error.status, _JSON, len(body))
-            await self._body(body, more=False)
-            return
+        body = b"data: " + error.body() + b"\n\n" if self._started else error.body()
         self.status = error.status
-        await self._body(b"data: " + body + b"\n\n", more=False)
-
-    async def _start(self, status: int, content_type: str, length: int | None) -> None:
-        headers = [(b"content-type", content_type.encode())]
-        if length is not None:
-            headers.append((b"content-length", str(length).encode()))
-        else:
-            headers.append((b"cache-control", b"no-cache"))
-        self._started, self.status = True, status
-        message: Message = {"type": "http.response.start", "status": status, "headers": headers}
-        await self._send(message)
-
-    async def _body(self, body: bytes, *, more: bool) -> None:
-        self._finished = not more
-        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        await self.write(body, status=error.status)

@@ -1,4 +1,4 @@
-"""Reading a JSON body field by field: typed, bounded, and nothing dropped in silence.
+"""Reads a JSON body field by field, typed and bounded, and answers what cannot be served with an ``ApiError``.
 
 Every reader marks its field as seen. ``Fields.unread`` names what nobody asked for, so that a field this gateway does
 not know is at least logged; fields that would change the sampled distribution are refused instead
@@ -9,13 +9,70 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from atropos_verl.gateway.errors import ApiError
+from atropos_verl.errors import EngineError, EngineStoppedError, GenerationRequestError
 
-__all__ = ["Fields", "parse_body"]
+__all__ = ["ApiError", "Fields", "parse_body", "to_api_error"]
+
+T = TypeVar("T")
+
+_TYPE_OF_STATUS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    500: "internal_server_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+
+
+class ApiError(Exception):
+    """A request that is answered with an error status, in the error format of the OpenAI API.
+
+    ``param`` is the offending field of the body (``"sampling_params.top_p"``), ``code`` a short machine-readable
+    reason (``"context_length_exceeded"``); both may be None.
+    """
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+
+    def body(self) -> bytes:
+        """The JSON body, UTF-8."""
+        error = {
+            "message": self.message,
+            "type": _TYPE_OF_STATUS.get(self.status, "api_error"),
+            "param": self.param,
+            "code": self.code,
+        }
+        return msgspec.json.encode({"error": error})
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """Status and message for an error raised while a request was served.
+
+    The engine's own errors keep their text. Anything else is a fault of this server: the client learns its type only
+    (the caller logs the traceback).
+    """
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, GenerationRequestError):
+        return ApiError(400, str(error), param=error.param)
+    if isinstance(error, EngineStoppedError):
+        return ApiError(503, f"the inference engine has stopped: {error}", code="engine_stopped")
+    if isinstance(error, EngineError):
+        return ApiError(500, f"the inference engine failed: {error}", code="engine_error")
+    if isinstance(error, TimeoutError):
+        return ApiError(504, f"the request timed out: {error}", code="timeout")
+    return ApiError(500, f"internal error ({type(error).__name__}); the gateway's log has the traceback")
 
 
 def parse_body(body: bytes) -> Fields:
@@ -79,27 +136,20 @@ class Fields:
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
-        value = self.raw(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.error(name, f"expected true or false, got {_show(value)}")
-        return value
+        return self._typed(name, default, "true or false")
 
     def string(self, name: str, default: str = "") -> str:
+        return self._typed(name, default, "a string")
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        return self._typed(name, {}, "an object")
+
+    def _typed(self, name: str, default: T, expected: str) -> T:
         value = self.raw(name)
         if value is None:
             return default
-        if not isinstance(value, str):
-            raise self.error(name, f"expected a string, got {_show(value)}")
-        return value
-
-    def mapping(self, name: str) -> dict[str, Any]:
-        value = self.raw(name)
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            raise self.error(name, f"expected an object, got {_show(value)}")
+        if not isinstance(value, type(default)):
+            raise self.error(name, f"expected {expected}, got {_show(value)}")
         return value
 
     def child(self, name: str) -> Fields:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from atropos_verl.gateway.errors import ApiError
-from atropos_verl.gateway.fields import Fields
+from atropos_verl.gateway.fields import ApiError, Fields
 from atropos_verl.types import GenerationRequest
 
 __all__ = ["MAX_N", "Sampling", "parse_sampling"]
@@ -20,45 +19,19 @@ _TOP_K_OFF = 1 << 30
 # Field → values that change nothing. Everything here would change the distribution that is sampled from (or what the
 # answer means), and the engine does not do it: training on such tokens with our logprobs would be wrong in silence.
 _REFUSED: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "length_penalty": (1,),
-    "logit_bias": ({},),
-    "min_tokens": (0,),
-    "min_new_tokens": (0,),
-    "typical_p": (1,),
-    "use_beam_search": (False,),
-    "early_stopping": (False,),
-    "bad_words": ([],),
-    "allowed_token_ids": ([],),
-    "logits_processors": ([],),
-    "custom_logit_processor": (),
-    "custom_params": ({},),
+    **dict.fromkeys(("repetition_penalty", "length_penalty", "typical_p"), (1,)),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_tokens", "min_new_tokens"), (0,)),
+    **dict.fromkeys(("use_beam_search", "early_stopping", "echo"), (False,)),
+    **dict.fromkeys(("bad_words", "allowed_token_ids", "logits_processors", "guided_choice"), ([],)),
+    **dict.fromkeys(("image_data", "video_data", "audio_data"), ([],)),
+    **dict.fromkeys(("logit_bias", "custom_params", "structured_outputs", "multi_modal_data"), ({},)),
+    **dict.fromkeys(("mm_processor_kwargs", "session_params"), ({},)),
+    **dict.fromkeys(("guided_regex", "guided_grammar", "guided_decoding_regex", "regex", "ebnf", "suffix"), ("",)),
+    **dict.fromkeys(("custom_logit_processor", "guided_json", "structural_tag", "json_schema"), ()),
+    **dict.fromkeys(("prompt_embeds", "input_embeds", "lora_path"), ()),
     "no_repeat_ngram_size": (0,),
-    "guided_json": (),
-    "guided_regex": ("",),
-    "guided_choice": ([],),
-    "guided_grammar": ("",),
-    "guided_decoding_regex": ("",),
-    "structured_outputs": ({},),
-    "structural_tag": (),
-    "json_schema": (),
-    "regex": ("",),
-    "ebnf": ("",),
     "response_format": ({"type": "text"}, {}),
     "truncate_prompt_tokens": (-1,),
-    "prompt_embeds": (),
-    "input_embeds": (),
-    "image_data": ([],),
-    "video_data": ([],),
-    "audio_data": ([],),
-    "multi_modal_data": ({},),
-    "mm_processor_kwargs": ({},),
-    "lora_path": (),
-    "session_params": ({},),
-    "echo": (False,),
-    "suffix": ("",),
 }
 
 # Fields of the imitated APIs that change neither tokens, logprobs nor text here.
@@ -80,19 +53,10 @@ _HARMLESS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to sample, and how to show the text. Token and logprob fields are those of ``GenerationRequest``."""
+    """How to sample, and how to show the text."""
 
-    n: int
-    max_tokens: int | None
-    """None: what the context still holds."""
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    stop: tuple[str, ...]
-    stop_token_ids: tuple[int, ...]
-    ignore_eos: bool
-    seed: int | None
+    template: GenerationRequest
+    """A request without a prompt; ``max_tokens`` None: what the context still holds."""
     skip_special_tokens: bool
     include_stop: bool
     """Keep the stop string (or stop token) in the text. Token ids always keep it."""
@@ -122,18 +86,11 @@ class Sampling:
                 param=param,
                 code="context_length_exceeded",
             )
-        return GenerationRequest(
+        wanted = self.template.max_tokens
+        return replace(
+            self.template,
             prompt_token_ids=prompt_token_ids,
-            n=self.n,
-            max_tokens=room if self.max_tokens is None else min(self.max_tokens, room),
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            stop=self.stop,
-            stop_token_ids=self.stop_token_ids,
-            ignore_eos=self.ignore_eos,
-            seed=self.seed,
+            max_tokens=room if wanted is None else min(wanted, room),
             prompt_logprobs=prompt_logprobs,
             request_id=request_id,
         )
@@ -157,7 +114,8 @@ def parse_sampling(fields: Fields, *, max_tokens_names: tuple[str, ...], max_tok
     if top_p == 0.0:
         raise fields.error("top_p", "0.0 is out of range, allowed: above 0 and at most 1")
     top_k = fields.integer("top_k", -1, minimum=-1)
-    return Sampling(
+    template = GenerationRequest(
+        prompt_token_ids=(),
         n=n,
         max_tokens=given[0] if given else max_tokens_default,
         temperature=fields.number("temperature", 1.0, minimum=0.0),
@@ -168,6 +126,9 @@ def parse_sampling(fields: Fields, *, max_tokens_names: tuple[str, ...], max_tok
         stop_token_ids=fields.token_ids("stop_token_ids"),
         ignore_eos=fields.boolean("ignore_eos", False),
         seed=fields.optional_integer("seed", minimum=-(1 << 63), maximum=(1 << 63) - 1),
+    )
+    return Sampling(
+        template=template,
         skip_special_tokens=fields.boolean("skip_special_tokens", True),
         include_stop=fields.boolean("include_stop_str_in_output", False) or fields.boolean("no_stop_trim", False),
     )

@@ -5,40 +5,81 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any
 
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from atropos_verl.engine.gate import RequestGate
 from atropos_verl.engine.protocol import GenerationEngine
 from atropos_verl.errors import EngineError
-from atropos_verl.gateway.errors import ApiError
-from atropos_verl.gateway.fields import Fields
-from atropos_verl.gateway.metrics import GatewayMetrics
+from atropos_verl.gateway.fields import ApiError, Fields
 from atropos_verl.gateway.text import TextCodec
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
 from atropos_verl.types import MIN_LOGPROB, UNKNOWN_VERSION, Generation, GenerationDelta, GenerationRequest
 
-__all__ = ["Gate", "GatewayService", "finite_logprobs", "joined_deltas", "policy_fields"]
+__all__ = ["GatewayService", "finite_logprobs", "joined_deltas", "policy_fields"]
 
 logger = logging.getLogger(__name__)
 
 _MAX_REMEMBERED_WARNINGS = 256
+_PREFIX = "atropos_verl_gateway"
 
 
-class Gate(Protocol):
-    """The part of ``RequestGate`` that the gateway uses."""
+class GatewayMetrics(Collector):
+    """Counters since the start. Used from the gateway's event loop only."""
 
-    def request(self) -> AbstractAsyncContextManager[Any]:
-        """Counts a request while it is served; entering waits while the gate is paused."""
+    def __init__(self, service: GatewayService) -> None:
+        self._service = service
+        self.requests: Counter[tuple[str, int]] = Counter()
+        """(endpoint, HTTP status) → requests answered; 499 = the client went away."""
+        self.in_flight = 0
+        self.prompt_tokens = 0
+        self.generated_tokens = 0
 
-    @property
-    def is_open(self) -> bool: ...
+    def render(self) -> bytes:
+        """The figures of this gateway alone, in the Prometheus text format."""
+        registry = CollectorRegistry()
+        registry.register(self)
+        return generate_latest(registry)
 
-    @property
-    def paused_seconds(self) -> float:
-        """Seconds spent paused so far, the present pause included."""
+    def collect(self) -> Iterator[Metric]:
+        """The figures as they are now."""
+        service = self._service
+        text = "Requests answered, by endpoint and HTTP status (499: client went away)."
+        requests = CounterMetricFamily(f"{_PREFIX}_requests", text, labels=["endpoint", "status"])
+        for (endpoint, status), count in sorted(self.requests.items()):
+            requests.add_metric([endpoint, str(status)], count)
+        yield requests
+        version = service.engine.policy_version
+        figures: list[tuple[str, str, float]] = [
+            ("requests_in_flight", "Generation requests being served or waiting.", self.in_flight),
+            ("prompt_tokens_total", "Prompt tokens of served requests.", self.prompt_tokens),
+            ("generated_tokens_total", "Tokens generated for clients.", self.generated_tokens),
+            ("policy_version", "Version of the weights the engine holds; -1 before the first.", version),
+            ("paused", "1 while new requests wait for a weight sync.", service.paused),
+            ("paused_seconds_total", "Seconds spent paused for weight syncs.", service.paused_seconds),
+        ]
+        if service.ledger is not None:
+            ledger = service.ledger.stats()
+            figures += [
+                ("ledger_spans", "Completions that the ledger holds.", ledger.spans),
+                ("ledger_prompts", "Different prompts of these.", ledger.prompts),
+                ("ledger_bytes", "Memory of the ledger in bytes.", ledger.bytes),
+                ("ledger_recorded_spans_total", "Completions written down.", ledger.recorded_spans),
+                ("ledger_recorded_tokens_total", "Tokens of these.", ledger.recorded_tokens),
+                ("ledger_restored_spans", "Completions of before a restart.", ledger.restored_spans),
+                ("ledger_evicted_spans_total", "Completions forgotten again.", ledger.evicted_spans),
+            ]
+        for name, text, value in figures:
+            family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            yield family(f"{_PREFIX}_{name}", text, value=value)
 
 
 class GatewayService:
@@ -49,7 +90,7 @@ class GatewayService:
         engine: GenerationEngine,
         tokenizer: Any,
         *,
-        gate: Gate | None,
+        gate: RequestGate | None,
         ledger: Ledger | None = None,
         throttle: StalenessThrottle | None = None,
         model_name: str,
@@ -60,7 +101,7 @@ class GatewayService:
         self.codec = TextCodec(tokenizer)
         self.gate = gate
         self.model_name = model_name
-        self.metrics = GatewayMetrics()
+        self.metrics = GatewayMetrics(self)
         self._warned: set[str] = set()
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from atropos_verl.gateway.errors import ApiError
+from atropos_verl.gateway.fields import ApiError
 from atropos_verl.gateway.sampling import Sampling
 from atropos_verl.types import FinishReason
 
@@ -70,7 +70,7 @@ class TextCodec:
         if finish_reason != "stop" or not token_ids:
             return None
         last = token_ids[-1]
-        ends = last in sampling.stop_token_ids or (last in self._eos_ids and not sampling.ignore_eos)
+        ends = last in sampling.template.stop_token_ids or (last in self._eos_ids and not sampling.template.ignore_eos)
         return last if ends else None
 
     def completion_text(
@@ -85,7 +85,7 @@ class TextCodec:
         text = self.decode(visible, skip_special_tokens=sampling.skip_special_tokens)
         if finish_reason != "stop":
             return text, None
-        return cut_at_stop(text, sampling.stop, include_stop=sampling.include_stop)
+        return cut_at_stop(text, sampling.template.stop, include_stop=sampling.include_stop)
 
 
 class StreamText:
@@ -130,10 +130,10 @@ class StreamText:
     def _limit(self) -> int:
         """How many characters of the stable text may be shown."""
         tail = self._stable[self._sent :]  # no stop string begins in what was shown: it would have been held back
-        shown, matched = cut_at_stop(tail, self._sampling.stop, include_stop=False)
+        shown, matched = cut_at_stop(tail, self._sampling.template.stop, include_stop=False)
         end = len(shown)
         if matched is None:
-            for stop in self._sampling.stop:
+            for stop in self._sampling.template.stop:
                 lengths = range(min(len(stop) - 1, len(tail)), 0, -1)
                 end = min(end, next((len(tail) - k for k in lengths if tail.endswith(stop[:k])), end))
         return self._sent + end

@@ -102,8 +102,8 @@ def test_metrics_count_requests_tokens_and_version() -> None:
         client.post("/generate", json={"prompt": [1], "top_p": 9})
         client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 5, "stream": True})
         text = client.get("/metrics").text
-        assert 'atropos_verl_gateway_requests_total{endpoint="/generate",status="200"} 1\n' in text
-        assert 'atropos_verl_gateway_requests_total{endpoint="/generate",status="400"} 1\n' in text
+        assert 'atropos_verl_gateway_requests_total{endpoint="/generate",status="200"} 1.0\n' in text
+        assert 'atropos_verl_gateway_requests_total{endpoint="/generate",status="400"} 1.0\n' in text
         assert metric(client, "prompt_tokens_total") == 5
         assert metric(client, "generated_tokens_total") == 13
         assert metric(client, "policy_version") == 2

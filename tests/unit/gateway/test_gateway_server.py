@@ -14,7 +14,7 @@ from support.serving import eventually
 from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.errors import ServiceError
-from atropos_verl.gateway import GatewayServer, create_app
+from atropos_verl.gateway.app import GatewayServer, create_app
 from atropos_verl.http_thread import listen
 
 TOKENIZER = build_tiny_tokenizer()

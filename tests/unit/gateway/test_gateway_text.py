@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import pytest
 from support.tiny_model import build_tiny_tokenizer
@@ -20,9 +19,8 @@ def codec() -> TextCodec:
     return TextCodec(build_tiny_tokenizer())
 
 
-def plain(**changes: object) -> Sampling:
-    sampling = parse_sampling(Fields({}), max_tokens_names=("max_tokens",), max_tokens_default=None)
-    return replace(sampling, **changes)  # type: ignore[arg-type]
+def plain(**fields: object) -> Sampling:
+    return parse_sampling(Fields(fields), max_tokens_names=("max_tokens",), max_tokens_default=None)
 
 
 @pytest.mark.parametrize(
@@ -44,12 +42,12 @@ def test_completion_text_follows_vllm(codec: TextCodec) -> None:
     assert codec.completion_text([*hi, EOS], "stop", plain()) == ("hi", None)
     # vLLM leaves the stop token out of the text even when special tokens are shown
     assert codec.completion_text([*hi, EOS], "stop", plain(skip_special_tokens=False)) == ("hi", None)
-    shown = plain(skip_special_tokens=False, include_stop=True)
+    shown = plain(skip_special_tokens=False, include_stop_str_in_output=True)
     assert codec.completion_text([*hi, EOS], "stop", shown) == ("hi<|im_end|>", None)
     # a stop token the client asked for is left out though it is an ordinary letter
-    assert codec.completion_text(hi, "stop", plain(stop_token_ids=(72,))) == ("h", None)
-    assert codec.completion_text(hi, "length", plain(stop_token_ids=(72,))) == ("hi", None)
-    assert codec.completion_text(hi, "stop", plain(stop=("i",))) == ("h", "i")
+    assert codec.completion_text(hi, "stop", plain(stop_token_ids=[72])) == ("h", None)
+    assert codec.completion_text(hi, "length", plain(stop_token_ids=[72])) == ("hi", None)
+    assert codec.completion_text(hi, "stop", plain(stop=["i"])) == ("h", "i")
     assert codec.completion_text([*hi, EOS], "length", plain(ignore_eos=True, skip_special_tokens=False)) == (
         "hi<|im_end|>",
         None,
@@ -57,7 +55,7 @@ def test_completion_text_follows_vllm(codec: TextCodec) -> None:
 
 
 def test_stream_holds_back_half_a_character_and_a_possible_stop_string(codec: TextCodec) -> None:
-    stream = StreamText(codec, plain(stop=("</a>",)))
+    stream = StreamText(codec, plain(stop=["</a>"]))
     ids = codec.encode("é</b></a>", add_special_tokens=False)
     assert len(ids) == 10  # é is two bytes
     pieces = [stream.push([token_id], None) for token_id in ids[:-1]]
@@ -77,7 +75,7 @@ def test_stream_pieces_join_to_the_whole_text(codec: TextCodec) -> None:
             ids = [rng.randrange(259) for _ in range(rng.randrange(1, 200))]  # mostly bytes that are no UTF-8
         finish = rng.choice(["stop", "length"])
         sampling = plain(stop=rng.choice([(), ("b/",), ("ab", "é<"), ("🙂",)]))
-        if finish == "stop" and sampling.stop:  # an engine stops at the stop string: cut the tokens after it
+        if finish == "stop" and sampling.template.stop:  # an engine stops at the stop string: cut the tokens after it
             whole = codec.decode(ids, skip_special_tokens=True)
             _, found = cut_at_stop(whole, sampling.stop, include_stop=False)
             if found is not None:
@@ -93,7 +91,7 @@ def test_stream_pieces_join_to_the_whole_text(codec: TextCodec) -> None:
             last = start + width >= len(ids)
             pieces.append(stream.push(ids[start : start + width], finish if last else None))  # type: ignore[arg-type]
             start += width
-        assert "".join(pieces) == expected, (case, ids, sampling.stop, finish)
+        assert "".join(pieces) == expected, (case, ids, sampling.template.stop, finish)
 
 
 def test_endless_invalid_bytes_are_not_held_back_for_ever(codec: TextCodec) -> None:

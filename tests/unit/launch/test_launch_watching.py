@@ -200,13 +200,16 @@ def test_the_likeliest_cause_comes_first(changes: dict[str, Any], first: str) ->
 
 
 def test_the_gateways_counters_are_read() -> None:
-    from atropos_verl.gateway.metrics import GatewayMetrics
+    from support.fake_engine import FakeEngine
+    from support.tiny_model import build_tiny_tokenizer
+
+    from atropos_verl.gateway.service import GatewayService
     from atropos_verl.launch.probes import _counters
 
-    metrics = GatewayMetrics()
+    metrics = GatewayService(FakeEngine(), build_tiny_tokenizer(), gate=None, model_name="tiny").metrics
     metrics.requests.update({("/generate", 200): 5, ("/generate", 400): 2, ("/v1/completions", 401): 1, ("/x", 499): 9})
     metrics.generated_tokens = 70
-    found = _counters(metrics.render(policy_version=3, paused=False, paused_seconds=0.5))
+    found = _counters(metrics.render().decode())
     assert (found["requests_total"], found["refused_total"], found["generated_tokens_total"]) == (17.0, 3.0, 70.0)
 
 

@@ -16,7 +16,7 @@ from atropos_verl.backends.local.worker import PolicyWorker, resolve_device
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.engine.gate import RequestGate
 from atropos_verl.errors import ConfigError, EngineError, WeightSyncError
-from atropos_verl.gateway import GatewayServer, create_app
+from atropos_verl.gateway.app import GatewayServer, create_app
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
 from atropos_verl.training.rollout_flow import make_throttle

@@ -32,7 +32,7 @@ from verl.workers.rollout.replica import TokenOutput
 from atropos_verl.engine.gate import RequestGate
 from atropos_verl.engine.requests import EngineLimits, StopStrings, validate
 from atropos_verl.errors import AtroposVerlError, EngineError, EngineStoppedError, GenerationRequestError
-from atropos_verl.gateway import GatewayServer, create_app
+from atropos_verl.gateway.app import GatewayServer, create_app
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
 from atropos_verl.types import UNKNOWN_VERSION, FinishReason, Generation, GenerationDelta, GenerationRequest

@@ -45,7 +45,7 @@ from atropos_verl.backends.ray.weight_transfer import (
 from atropos_verl.engine.embedded import TransformersEngine
 from atropos_verl.engine.runner import engine_threads
 from atropos_verl.errors import ConfigError, EngineError, GenerationRequestError
-from atropos_verl.gateway import GatewayServer, create_app
+from atropos_verl.gateway.app import GatewayServer, create_app
 from atropos_verl.types import Generation, GenerationRequest
 
 __all__ = ["TransformersReplica", "TransformersServer", "TransformersServerAdapter", "to_request"]

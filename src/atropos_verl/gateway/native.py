@@ -12,8 +12,7 @@ from typing import Any
 
 import msgspec
 
-from atropos_verl.gateway.errors import ApiError
-from atropos_verl.gateway.fields import Fields
+from atropos_verl.gateway.fields import ApiError, Fields
 from atropos_verl.gateway.sampling import Sampling, parse_sampling
 from atropos_verl.gateway.service import GatewayService, finite_logprobs, policy_fields
 from atropos_verl.types import Generation, GenerationRequest
@@ -169,7 +168,7 @@ async def _generate_sglang(service: GatewayService, fields: Fields) -> bytes:
             if with_logprobs:
                 answer["meta_info"].update(_sglang_logprobs(service, request, generation, start, with_texts))
             answers.append(answer)
-    return msgspec.json.encode(answers if batched or sampling.n > 1 else answers[0])
+    return msgspec.json.encode(answers if batched or sampling.template.n > 1 else answers[0])
 
 
 def _sglang_prompts(service: GatewayService, fields: Fields) -> tuple[list[tuple[int, ...]], bool]:
