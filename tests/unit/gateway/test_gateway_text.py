@@ -74,10 +74,10 @@ def test_stream_pieces_join_to_the_whole_text(codec: TextCodec) -> None:
         else:
             ids = [rng.randrange(259) for _ in range(rng.randrange(1, 200))]  # mostly bytes that are no UTF-8
         finish = rng.choice(["stop", "length"])
-        sampling = plain(stop=rng.choice([(), ("b/",), ("ab", "é<"), ("🙂",)]))
+        sampling = plain(stop=rng.choice([[], ["b/"], ["ab", "é<"], ["🙂"]]))
         if finish == "stop" and sampling.template.stop:  # an engine stops at the stop string: cut the tokens after it
             whole = codec.decode(ids, skip_special_tokens=True)
-            _, found = cut_at_stop(whole, sampling.stop, include_stop=False)
+            _, found = cut_at_stop(whole, sampling.template.stop, include_stop=False)
             if found is not None:
                 ids = ids[
                     : next(
