@@ -1,4 +1,4 @@
-"""Joined sequences give the loss, the gradients and the logprobs of separate ones, and nothing is padded."""
+"""Joined sequences give the loss, gradients and logprobs of separate ones; the head computes only trained rows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,18 @@ import torch
 from support.samples import random_samples
 from support.tiny_model import build_tiny_model
 
+from atropos_verl import verl_plugin
 from atropos_verl.config.schema import RunConfig
-from atropos_verl.verl_plugin.packing import ATTENTION, can_pack, install_packed_attention, packs_exactly
+
+verl_plugin.activate("cpu")
+
+from atropos_verl.verl_plugin.engines import (  # noqa: E402 - verl picks its platform at import
+    ATTENTION,
+    _head_request,
+    can_pack,
+    install_packed_attention,
+    packs_exactly,
+)
 
 LENGTHS = [3, 17, 1, 30, 6]
 
@@ -127,3 +137,15 @@ def test_the_worker_computes_no_token_of_padding_and_the_same_logprobs(model_pat
     hook.remove()
     for one, other in zip(joined, padded, strict=True):
         assert one == pytest.approx(other, abs=1e-5)
+
+
+def nested(*rows: list[int]) -> torch.Tensor:
+    return torch.nested.as_nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged)
+
+
+def test_a_mask_of_the_response_is_the_end_of_the_sequence() -> None:
+    ids = nested([5, 6, 7, 8], [1, 2, 3], [4, 4, 4, 4, 4])
+    whole = _head_request(ids, nested([0, 0, 1, 1], [0, 1, 0], [0, 0, 0, 0, 0]), torch.ones(3), row_length=None)
+    response = _head_request(ids, nested([1, 1], [1, 0], [0]), torch.ones(3), row_length=None)
+    assert whole.labels.tolist() == response.labels.tolist() == [7, 8, 2]
+    assert whole.rows.tolist() == response.rows.tolist() == [1, 2, 4]
