@@ -38,7 +38,7 @@ def post_until(stop: threading.Event, url: str, posted: list[int]) -> None:
         while True:
             try:
                 with AtroposClient(url, timeout=5.0, retry_delay=0.02) as client:
-                    client.post_scored_data(group_bytes(number), idempotency_key=f"group-{number}")
+                    client.post_scored_data_list([group_bytes(number)], idempotency_key=f"group-{number}")
                 break
             except AtroposAPIError:
                 time.sleep(0.05)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from support.trajectory_server import group_bytes, registration
 
@@ -28,7 +29,7 @@ def api(run_dir: Path, **settings: Any) -> Iterator[AtroposClient]:
 
 def register(client: AtroposClient) -> None:
     client.register(TrainerRegistration(**registration()))
-    client.fetch_batch()
+    client.poll_batch()
 
 
 def test_a_resumed_run_finds_its_groups_and_not_its_dead_environments(
@@ -39,10 +40,11 @@ def test_a_resumed_run_finds_its_groups_and_not_its_dead_environments(
     with api(tmp_path) as client:
         register(client)
         assert client.register_env(hello).env_id == 0
-        client.post_scored_data(group_bytes(1, env_id=0))
+        client.post_scored_data_list([group_bytes(1, env_id=0)])
     with api(tmp_path) as client:
         assert client.status().queue_size == 1
         assert client.register_env(hello).env_id == 1
-        assert client.status_env(1).env_weight == 1.0, "the one before took half of it"
+        seen = httpx.get(f"{client.api_url}/status-env", params={"env_id": 1}).json()
+        assert seen["env_weight"] == 1.0, "the one before took half of it"
     with api(tmp_path, resume="disable") as client:
         assert (client.status().queue_size, client.info().batch_size) == (0, -1)

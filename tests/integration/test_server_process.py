@@ -45,15 +45,14 @@ def test_our_client_leases_packed_batches_and_acks_them(server: TrajectoryServer
     with AtroposClient(server.url, lease_seconds=60.0) as client:
         client.check()
         client.register(TRAINER)
-        assert client.fetch_batch() is None
+        assert client.poll_batch() is None
         joined = client.register_env(EnvRegistration(max_token_length=64, desired_name="words", group_size=4))
         assert joined.env_id == 0
-        client.post_scored_data(group_bytes(1, 4, 0), idempotency_key="one")
-        client.post_scored_data(group_bytes(1, 4, 0), idempotency_key="one")
-        receipt = client.post_scored_data_list([group_bytes(2, 4, 0), group_bytes(3, 4, 0)])
-        assert (receipt.groups, receipt.buffered) == (2, 0)
-        status = client.status_env(0)
-        assert (status.queue_size, status.self_queue_size, status.env_weight) == (3, 3, 1.0)
+        client.post_scored_data_list([group_bytes(1, 4, 0)], idempotency_key="one")
+        client.post_scored_data_list([group_bytes(1, 4, 0)], idempotency_key="one")
+        assert client.post_scored_data_list([group_bytes(2, 4, 0), group_bytes(3, 4, 0)]) == 0
+        status = httpx.get(f"{server.url}/status-env", params={"env_id": 0}).json()
+        assert (status["queue_size"], status["self_queue_size"], status["env_weight"]) == (3, 3, 1.0)
         batch = client.get_batch(max_wait_time=5.0)
         assert batch.body.startswith(b"ATRPACK1")
         assert first_ids(batch.body) == [1, 2]
@@ -67,14 +66,14 @@ def test_our_client_leases_packed_batches_and_acks_them(server: TrajectoryServer
 def test_our_client_takes_json_too(server: TrajectoryServer) -> None:
     with AtroposClient(server.url, packed=False) as client:
         client.register(TRAINER)
-        client.post_scored_data(group_bytes(5, 8))
-        body = client.fetch_batch()
-        assert body is not None and json.loads(body)["batch"][0]["tokens"] == group(5, 8)["tokens"]
+        client.post_scored_data_list([group_bytes(5, 8)])
+        batch = client.poll_batch()
+        assert batch is not None and json.loads(batch.body)["batch"][0]["tokens"] == group(5, 8)["tokens"]
 
 
 def test_our_client_shows_why_a_group_is_refused(server: TrajectoryServer) -> None:
-    with AtroposClient(server.url) as client, pytest.raises(AtroposHTTPStatusError, match=r"scores has 1 entries"):
-        client.post_scored_data(json.dumps({**group(1), "scores": [1.0]}).encode())
+    with AtroposClient(server.url) as client, pytest.raises(AtroposHTTPStatusError, match=r"scores: 1 entries"):
+        client.post_scored_data_list([json.dumps({**group(1), "scores": [1.0]}).encode()])
 
 
 def test_a_large_batch_arrives_whole_in_both_wires(server: TrajectoryServer) -> None:
@@ -84,8 +83,8 @@ def test_a_large_batch_arrives_whole_in_both_wires(server: TrajectoryServer) -> 
         packed.register(TrainerRegistration(**registration(64)))
         for client in (packed, plain):
             for _ in range(4):
-                client.post_scored_data(body)
-            found = decode_batch(client.fetch_batch() or b"")
+                client.post_scored_data_list([body])
+            found = decode_batch(client.get_batch().body)
             assert [row.tolist() for row in found[3].token_ids] == tokens
 
 
@@ -244,25 +243,30 @@ def test_a_lease_ends_without_anybody_asking() -> None:
 # --- restarts --------------------------------------------------------------------------------------------------------
 
 
+def seen_by_environment(url: str) -> list[dict[str, object]]:
+    paths = ("status-env?env_id=0", "wandb_info")
+    return [httpx.get(f"{url}/{path}").json() for path in paths]
+
+
 @pytest.mark.parametrize("how", ["kill", "stop"])
 def test_environments_and_trainer_carry_on_over_a_restart(tmp_path: Path, how: str) -> None:
     with ServerProcess(tmp_path, "--data-dir", str(tmp_path / "data"), "--fsync") as server:
         with AtroposClient(server.url, lease_seconds=60.0) as client:
             client.register(TRAINER)
-            client.fetch_batch()
+            client.poll_batch()
             client.register_env(EnvRegistration(max_token_length=64, desired_name="words", group_size=4))
             for number in range(5):
-                client.post_scored_data(group_bytes(number, 4, 0), idempotency_key=f"key {number}")
+                client.post_scored_data_list([group_bytes(number, 4, 0)], idempotency_key=f"key {number}")
             leased = client.get_batch()
-            before = client.status(), client.status_env(0), client.info(), client.wandb_info()
+            before = client.status(), client.info(), seen_by_environment(server.url)
         if how == "kill":
             server.kill()
         else:
             assert server.stop() == 0
         server.start()
         with AtroposClient(server.url, lease_seconds=60.0) as client:
-            assert (client.status(), client.status_env(0), client.info(), client.wandb_info()) == before
-            client.post_scored_data(group_bytes(4, 4, 0), idempotency_key="key 4")
+            assert (client.status(), client.info(), seen_by_environment(server.url)) == before
+            client.post_scored_data_list([group_bytes(4, 4, 0)], idempotency_key="key 4")
             client.ack(leased.lease_id)
             batch = client.get_batch()
             assert first_ids(batch.body) == [2, 3]
@@ -289,8 +293,8 @@ def test_token_from_the_environment_and_json_logs(tmp_path: Path, monkeypatch: p
         assert httpx.get(f"{server.url}/status").status_code == 401
         with AtroposClient(server.url, token="secret") as client:
             client.register(TRAINER)
-            client.post_scored_data(group_bytes(1, 8))
-            assert client.fetch_batch() is not None
+            client.post_scored_data_list([group_bytes(1, 8)])
+            assert client.poll_batch() is not None
         assert server.stop() == 0
         lines = [json.loads(line) for line in server.log_path.read_text().splitlines()]
     serving, batch = lines[0], next(line for line in lines if line.get("event") == "batch")

@@ -26,10 +26,7 @@ from atropos_verl.protocol.client import (
     AtroposClient,
     EnvRegistration,
     EnvRegistrationResult,
-    EnvStatus,
-    PostReceipt,
     TrainerRegistration,
-    WandbInfo,
 )
 from atropos_verl.protocol.wire import decode_batch
 from atropos_verl.training.samples import build_samples
@@ -40,8 +37,8 @@ BATCH_SIZE = 8
 
 
 def registration(*, batch_size: int = BATCH_SIZE, starting_step: int = 0) -> TrainerRegistration:
-    return TrainerRegistration.with_inclusive_max_token_len(
-        64,
+    return TrainerRegistration(
+        max_token_len=65,
         wandb_group="group",
         wandb_project="project",
         batch_size=batch_size,
@@ -73,7 +70,6 @@ def test_before_anybody_registers(tmp_path: Path) -> None:
         client.check()
         assert client.status() == ApiStatus(current_step=0, queue_size=0)
         assert client.info() == ApiInfo(batch_size=-1, max_token_len=-1)
-        assert client.wandb_info() == WandbInfo(group=None, project=None)
         assert client.register_env(ENVIRONMENT) == EnvRegistrationResult(status="wait for trainer to start")
         assert client.register_env(ENVIRONMENT).waiting
         with pytest.raises(AtroposProtocolError, match="status 'error': Trainer not registered"):
@@ -95,7 +91,7 @@ def test_registration_carries_real_values(client: AtroposClient) -> None:
 def test_an_environment_waits_for_the_first_get_batch(client: AtroposClient) -> None:
     client.register(registration(starting_step=7))
     assert client.register_env(ENVIRONMENT).waiting
-    assert client.fetch_batch() is None
+    assert client.poll_batch() is None
     first, second = client.register_env(ENVIRONMENT), client.register_env(ENVIRONMENT)
     assert first == EnvRegistrationResult(
         status="success",
@@ -112,17 +108,17 @@ def test_an_environment_waits_for_the_first_get_batch(client: AtroposClient) -> 
 
 def started(client: AtroposClient, environments: int = 1) -> list[int]:
     client.register(registration())
-    assert client.fetch_batch() is None
+    assert client.poll_batch() is None
     results = [client.register_env(ENVIRONMENT) for _ in range(environments)]
     return [result.env_id for result in results if result.env_id is not None]
 
 
 def test_groups_come_back_as_a_batch(client: AtroposClient) -> None:
     (env_id,) = started(client)
-    assert client.post_scored_data(group(1, env_id)) == PostReceipt(groups=1, buffered=0)
-    assert client.fetch_batch() is None  # 4 of 8 sequences
+    assert client.post_scored_data_list([group(1, env_id)]) == 0
+    assert client.poll_batch() is None  # 4 of 8 sequences
     assert client.status() == ApiStatus(current_step=0, queue_size=1)
-    assert client.post_scored_data(group(2, env_id)).groups == 1
+    assert client.post_scored_data_list([group(2, env_id)]) == 0
     fetched = client.get_batch()
     assert fetched.attempts == 1
     assert fetched.lease_id is None  # upstream has none,
@@ -132,22 +128,22 @@ def test_groups_come_back_as_a_batch(client: AtroposClient) -> None:
     assert [[row.tolist() for row in g.token_ids] for g in groups] == [g["tokens"] for g in expected]
     assert [g.scores.tolist() for g in groups] == [[0.0, 1.0, 2.0, 3.0]] * 2
     assert client.status() == ApiStatus(current_step=1, queue_size=0)
-    assert client.fetch_batch() is None  # destructive: it is gone
+    assert client.poll_batch() is None  # destructive: it is gone
 
 
 def test_a_list_of_groups_in_one_request(client: AtroposClient) -> None:
     (env_id,) = started(client)
-    assert client.post_scored_data_list([group(i, env_id) for i in range(4)]) == PostReceipt(groups=4, buffered=0)
+    assert client.post_scored_data_list([group(i, env_id) for i in range(4)]) == 0
     assert client.status().queue_size == 4
     assert [len(decode_batch(client.get_batch().body)) for _ in range(2)] == [2, 2]
-    assert client.post_scored_data_list([]) == PostReceipt(groups=0, buffered=0)
+    assert client.post_scored_data_list([]) == 0
 
 
 def test_a_group_of_another_size_is_buffered(client: AtroposClient) -> None:
     (env_id,) = started(client)
     half = json.dumps({**good_group(random.Random(1), group_size=2), "env_id": env_id}).encode()
-    assert client.post_scored_data(half) == PostReceipt(groups=1, buffered=1)
-    assert client.post_scored_data_list([half, group(3, env_id)]) == PostReceipt(groups=2, buffered=1)
+    assert client.post_scored_data_list([half]) == 1
+    assert client.post_scored_data_list([half, group(3, env_id)]) == 1
     assert sorted(len(g) for g in decode_batch(client.get_batch().body)) == [2, 2, 4]
 
 
@@ -163,7 +159,7 @@ def test_a_long_batch_arrives_compressed_and_whole(client: AtroposClient) -> Non
 def test_a_group_the_api_refuses(client: AtroposClient) -> None:
     started(client)
     with pytest.raises(AtroposHTTPStatusError, match=r"HTTP 422: .*scores") as caught:
-        client.post_scored_data(b'{"tokens":[[1]],"masks":[[1]],"scores":"high"}')
+        client.post_scored_data_list([b'{"tokens":[[1]],"masks":[[1]],"scores":"high"}'])
     assert caught.value.status_code == 422
     with pytest.raises(AtroposHTTPStatusError):
         client.post_scored_data_list([group(1), b"{}"])
@@ -172,37 +168,25 @@ def test_a_group_the_api_refuses(client: AtroposClient) -> None:
 
 def test_waiting_for_a_batch_that_never_comes(client: AtroposClient) -> None:
     started(client)
-    client.post_scored_data(group(1))
+    client.post_scored_data_list([group(1)])
     with pytest.raises(AtroposTimeoutError, match=r"at step 0 with 1 groups in its queue. Is an environment running"):
         client.get_batch(max_wait_time=0.3)
-
-
-def test_status_of_an_environment(client: AtroposClient) -> None:
-    env_id, other = started(client, environments=2)
-    client.post_scored_data(group(1, env_id))
-    assert client.status_env(env_id) == EnvStatus(
-        current_step=0, queue_size=1, env_weight=0.5, self_queue_size=1, max_group_size=4, unallocated_fraction=1.0
-    )
-    client.disconnect_env(other)
-    assert client.status_env(env_id).env_weight == 1.0
 
 
 def test_an_environment_that_is_not_there(client: AtroposClient) -> None:
     started(client)
     with pytest.raises(AtroposProtocolError, match="POST /disconnect-env with status 'failure': list index"):
         client.disconnect_env(5)
-    with pytest.raises(AtroposHTTPStatusError, match="HTTP 500"):
-        client.status_env(5)
 
 
 def test_reset_forgets_everything(client: AtroposClient) -> None:
     (env_id,) = started(client)
-    client.post_scored_data(group(1, env_id))
+    client.post_scored_data_list([group(1, env_id)])
     client.reset_data()
     assert client.status() == ApiStatus(current_step=0, queue_size=0)
     assert client.info().batch_size == -1
     with pytest.raises(AtroposHTTPStatusError, match="HTTP 500"):  # upstream's answer until someone registers
-        client.fetch_batch()
+        client.poll_batch()
     started(client)
     assert client.status().queue_size == 0
 
@@ -243,7 +227,7 @@ def test_the_api_accepts_malformed_groups_and_every_one_is_quarantined_beside_th
     cases = malformed_cases(seed=0, count=99, group_size=GROUP_SIZE, same_size=True)
     bodies = [case.encode() for case in cases]
     for body in bodies:
-        client.post_scored_data(body)  # each alone, so that a refusal names its case
+        client.post_scored_data_list([body])  # each alone, so that a refusal names its case
     good = [group(1000 + i) for i in range(99)]
     client.post_scored_data_list(good)
     groups = []
@@ -255,7 +239,7 @@ def test_the_api_accepts_malformed_groups_and_every_one_is_quarantined_beside_th
     assert all(entry.reason for entry in report.quarantined)
     assert report.groups == 99
     assert len(report.samples) == 99 * GROUP_SIZE
-    assert client.fetch_batch() is None
+    assert client.poll_batch() is None
 
 
 @pytest.mark.parametrize("size", [0, 3, 5])
@@ -264,15 +248,15 @@ def test_upstream_accepts_the_kinds_of_other_sizes_too(client: AtroposClient, si
     cases = malformed_cases(seed=1, count=36, group_size=GROUP_SIZE)
     chosen = [case for case in cases if len(case.group["tokens"]) == size]
     assert len(chosen) == 1
-    assert client.post_scored_data(chosen[0].encode()).groups == 1
+    client.post_scored_data_list([chosen[0].encode()])  # not refused
 
 
 def test_one_nan_score_costs_the_api_its_whole_batch(client: AtroposClient) -> None:
     started(client)
-    client.post_scored_data(poison_groups()[0])
-    client.post_scored_data(group(1))
+    client.post_scored_data_list([poison_groups()[0]])
+    client.post_scored_data_list([group(1)])
     with pytest.raises(AtroposHTTPStatusError, match=r"HTTP 500.*the batch may be lost"):
         client.get_batch()
-    assert client.fetch_batch() is None
+    assert client.poll_batch() is None
     client.post_scored_data_list([group(2), group(3)])  # and the API goes on
     assert len(decode_batch(client.get_batch().body)) == 2

@@ -192,7 +192,7 @@ class EndToEnd:
             with FaultServer() as server:
                 server.script(path, behaviour)
                 with AtroposClient(server.url, timeout=2.0) as client:
-                    error = _expect(expected, client.check if path == "/status" else client.fetch_batch)
+                    error = _expect(expected, client.check if path == "/status" else client.poll_batch)
                 assert str(error).startswith("ATROPOS API ERROR: "), name
                 assert f"1. Atropos server is running on {server.url}" in str(error), name
                 assert path == "/status" or server.count(path) == 1, "GET /batch is destructive and not repeated"

@@ -32,7 +32,6 @@ __all__ = [
     "answer",
     "close_before_answer",
     "drip_body",
-    "drip_headers",
     "error",
     "garbage",
     "html_page",
@@ -154,18 +153,6 @@ def truncated(body: bytes, after: int, *, promise_length: bool) -> Behaviour:
 def garbage(data: bytes = b"\x00\x01SSH-2.0-something\r\n\r\n") -> Behaviour:
     """Bytes that are not HTTP."""
     return lambda link: link.send(data)
-
-
-def drip_headers(interval: float) -> Behaviour:
-    """A header line every ``interval`` seconds, without end: no read ever times out."""
-
-    def behave(link: Link) -> None:
-        link.send(b"HTTP/1.1 200 OK\r\n")
-        while not link.closing.is_set():
-            link.send(b"x-more: 1\r\n")
-            link.wait(interval)
-
-    return behave
 
 
 def drip_body(body: bytes, pieces: int, interval: float) -> Behaviour:

@@ -74,7 +74,7 @@ class MiniEnvironment:
                     group = self._group(gateway, rng)
                     if self._latency:
                         self._stop.wait(self._latency)
-                    api.post_scored_data(encode_group(**group, env_id=env_id))
+                    api.post_scored_data_list([encode_group(**group, env_id=env_id)])
         except BaseException as error:  # noqa: BLE001 - a thread's end: the test looks at it
             if not self._stop.is_set():
                 self.failures.append(error)

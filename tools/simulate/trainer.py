@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from atropos_verl.protocol.retry import RetryPolicy
+from atropos_verl.protocol.exchange import RetryPolicy
 from atropos_verl.training.staleness import is_too_old, versions_behind
 from simulate.generation import Group
 from simulate.outcome import Outcome

@@ -1,46 +1,51 @@
 """``AtroposClient``: the trajectory API of atroposlib 0.4.0 (``atroposlib/api/server.py``) over HTTP.
 
-Destructive endpoints, whose loss cannot be made good by asking again: ``GET /batch`` (takes the batch from the queue,
-then sends it) and ``GET /reset_data`` (forgets everything). How each call is retried: ``api/retry.py``. How it is
-bounded in time, and how failures are translated: ``api/exchange.py``.
+``GET /batch`` takes a batch from the queue and then sends it, ``GET /reset_data`` forgets everything: what these lose
+cannot be had again. So each endpoint has its rule of repetition:
+
+======================================================  ====================================================
+endpoint                                                tried again
+======================================================  ====================================================
+``/status``, ``/info``, ``/latest_example``,            refused or broken connections, time-outs,
+``/batch/ack``, ``/batch/renew``; ``GET /batch`` of     HTTP 429 and 5xx
+an API with leases; a POST with an idempotency key
+``GET /batch``, ``GET /reset_data``, every other POST   only while nothing of the request can have reached
+                                                        the API
+======================================================  ====================================================
 """
 
 from __future__ import annotations
 
+import ipaddress
 import json
-import logging
+import math
+import re
+import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
+from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposAPIError, AtroposProtocolError, AtroposTimeoutError, ConfigError
-from atropos_verl.protocol.answers import answered_object, holds_batch, integers
-from atropos_verl.protocol.checks import (
-    at_least,
-    check_headers,
-    check_trust,
-    check_url,
-    is_this_machine,
-    without_password,
-)
-from atropos_verl.protocol.exchange import Answer, Call, ExchangeError, exchange, not_atropos
-from atropos_verl.protocol.messages import (
-    ApiInfo,
-    ApiStatus,
-    EnvRegistration,
-    EnvRegistrationResult,
-    EnvStatus,
-    FetchedBatch,
-    PostReceipt,
-    TrainerRegistration,
-    WandbInfo,
+from atropos_verl.protocol.exchange import (
+    Answer,
+    Call,
+    ExchangeError,
+    RetryPolicy,
+    answered_object,
+    exchange,
+    holds_batch,
+    integers,
+    not_atropos,
+    pause,
 )
 from atropos_verl.protocol.packed import MEDIA_TYPE
-from atropos_verl.protocol.retry import RetryPolicy, Rule, pause
 
 __all__ = [
     "ApiInfo",
@@ -48,21 +53,110 @@ __all__ = [
     "AtroposClient",
     "EnvRegistration",
     "EnvRegistrationResult",
-    "EnvStatus",
     "FetchedBatch",
-    "PostReceipt",
     "TrainerRegistration",
-    "WandbInfo",
+    "make_client",
+    "register_trainer",
 ]
 
-logger = logging.getLogger(__name__)
-
-_LEASE_ID = "X-Atropos-Lease-Id"
-_EARLIER_LEASE_IDS = "X-Atropos-Earlier-Lease-Ids"
+_MIN_POLL_SECONDS = 0.01
 _LAST_CONNECT_SECONDS = 1.0
 _LAST_STATUS_SECONDS = 5.0
-_MIN_POLL_SECONDS = 0.01
-_JSON = {"content-type": "application/json"}
+_LEASE_ID = "X-Atropos-Lease-Id"
+_EARLIER_LEASE_IDS = "X-Atropos-Earlier-Lease-Ids"
+
+
+@dataclass(frozen=True, slots=True)
+class ApiStatus:
+    """Answer of ``/status``."""
+
+    current_step: int
+    """Batches the API has formed, plus the ``starting_step`` of the registration."""
+    queue_size: int
+    """Groups that are in no batch yet."""
+    environments: int = 0
+    """Registered so far, those that are gone included; 0 from an upstream API, which does not tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApiInfo:
+    """Answer of ``/info``; both are -1 while no trainer has registered."""
+
+    batch_size: int
+    """Sequences per batch."""
+    max_token_len: int
+    """Exclusive: environments drop sequences of this many tokens or more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerRegistration:
+    """Body of ``/register``."""
+
+    wandb_group: str
+    wandb_project: str
+    batch_size: int
+    """Sequences (not groups) per batch."""
+    max_token_len: int
+    """Exclusive: an environment drops a group when any of its sequences has this many tokens or more."""
+    checkpoint_dir: str
+    save_checkpoint_interval: int
+    """Steps; 0 or less: none are saved."""
+    starting_step: int
+    """The step that the run goes on from; 0 for a new one."""
+    num_steps: int
+    """Steps of the whole run; environments end by themselves beyond it."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_token_len"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{getattr(self, name)} must be at least 1", name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvRegistration:
+    """Body of ``/register-env``."""
+
+    max_token_length: int
+    desired_name: str
+    weight: float = 1.0
+    """Share of the rollouts, relative to the other environments."""
+    group_size: int
+    min_batch_allocation: float | None = None
+    """Least share of each batch, 0 to 1; None: no minimum."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvRegistrationResult:
+    """Answer of ``/register-env``. While ``waiting``, no trainer has asked for a batch yet: try again in a second."""
+
+    status: str
+    env_id: int | None = None
+    """None while waiting."""
+    wandb_name: str | None = None
+    checkpoint_dir: str | None = None
+    starting_step: int | None = None
+    checkpoint_interval: int | None = None
+    num_steps: int | None = None
+
+    @property
+    def waiting(self) -> bool:
+        return self.env_id is None
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedBatch:
+    """A batch, and what it took to get it."""
+
+    body: bytes
+    """The answer of ``GET /batch``, decompressed and not decoded: ``decode_batch`` does that."""
+    attempts: int
+    """Times ``GET /batch`` was answered, the last one with a batch."""
+    waited: float
+    """Seconds."""
+    lease_id: str | None = None
+    """To be given to ``ack`` once the optimiser step is durable; None at an upstream API, which has no leases."""
+    earlier_lease_ids: tuple[str, ...] = ()
+    """Leases under which the same batch was out before, and which ended."""
 
 
 class AtroposClient:
@@ -92,7 +186,7 @@ class AtroposClient:
 
         Args:
             api_url: ``http://`` or ``https://``; a path prefix (``https://host/api``) is kept.
-            timeout: seconds for one call, all its tries together. ``GET /batch``: see ``fetch_batch``.
+            timeout: seconds for one call, all its tries together. ``GET /batch``: see ``poll_batch``.
             token: bearer token.
             headers: sent with every request.
             verify: check TLS certificates; or the path of a file with the certificates to trust.
@@ -101,36 +195,34 @@ class AtroposClient:
             max_wait_time: seconds that ``get_batch`` waits for a batch.
             lease_seconds: ask for batches that come back to the API unless they are acked or renewed in so many
                 seconds (an API without leases ignores it).
-            packed: offer to take batches as arrays (``api/packed.py``); an API that does not know them sends JSON.
+            packed: offer to take batches as arrays (``protocol/packed.py``); other APIs send JSON.
             transport: replaces the network, for tests.
             trust_env: use proxies from the environment; None: for every host but this machine.
 
         Raises:
             ConfigError: a value is out of range; it names the setting.
         """
-        host = check_url(api_url)
-        self.api_url = without_password(api_url)
+        host = _check_url(api_url)
+        self.api_url = _without_password(api_url)
         """As configured, a password left out."""
-        self.timeout = at_least(timeout, "atropos.timeout", 0.0, exclusive=True)
-        self.max_wait_time = at_least(max_wait_time, "batch_max_wait_time", 0.0)
-        at_least(retry_attempts, "batch_retry_attempts", 1)
-        self.retry = RetryPolicy(int(retry_attempts), at_least(retry_delay, "batch_retry_delay", 0.0))
+        self.timeout = _at_least(timeout, "atropos.timeout", 0.0, exclusive=True)
+        self.max_wait_time = _at_least(max_wait_time, "batch_max_wait_time", 0.0)
+        _at_least(retry_attempts, "batch_retry_attempts", 1)
+        self.retry = RetryPolicy(int(retry_attempts), _at_least(retry_delay, "batch_retry_delay", 0.0))
         self.lease_seconds = lease_seconds
-        if lease_seconds is not None:
-            at_least(lease_seconds, "atropos.lease_seconds", 0.0, exclusive=True)
         self.leased = False
         """The API has given out a leased batch: a failed ``GET /batch`` loses nothing there, and is tried again."""
         self.features: frozenset[str] = frozenset()
         """What the API can do beyond upstream's, known after ``register``: ``idempotency``, ``leases``, …"""
         self._batch_headers = {"Accept": f"{MEDIA_TYPE}, application/json"} if packed else {}
         if lease_seconds is not None:
+            _at_least(lease_seconds, "atropos.lease_seconds", 0.0, exclusive=True)
             self._batch_headers["X-Atropos-Lease"] = f"{lease_seconds:g}"
         self._base = api_url.rstrip("/")
-        proxied = not is_this_machine(host) if trust_env is None else trust_env  # a proxy may be reached by TLS, too
-        trust = check_trust(verify, needed=proxied or not api_url.lower().startswith("http:"))
+        proxied = not _is_this_machine(host) if trust_env is None else trust_env  # a proxy may be reached by TLS, too
         self._http = httpx.Client(
-            headers=check_headers(token, headers, api_url),
-            verify=trust,
+            headers=_check_headers(token, headers, api_url),
+            verify=_check_trust(verify, needed=proxied or not api_url.lower().startswith("http:")),
             trust_env=proxied,
             limits=httpx.Limits(max_keepalive_connections=0),
             transport=transport,
@@ -148,7 +240,7 @@ class AtroposClient:
     def close(self) -> None:
         self._http.close()
 
-    # --- what the API says about itself: retried freely ------------------------------------------------------------
+    # --- what the API says about itself ------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Verify that an Atropos trajectory API answers at this URL.
@@ -162,30 +254,20 @@ class AtroposClient:
 
     def status(self) -> ApiStatus:
         call = self._call("GET", "/status")
-        fields = answered_object(call, self._send(call, Rule.FREELY))
+        fields = self._ask(call)
         environments = fields.get("environments")
         step, queue_size = integers(call, fields, "current_step", "queue_size")
         return ApiStatus(step, queue_size, environments if isinstance(environments, int) else 0)
 
     def info(self) -> ApiInfo:
         call = self._call("GET", "/info")
-        fields = answered_object(call, self._send(call, Rule.FREELY))
-        return ApiInfo(*integers(call, fields, "batch_size", "max_token_len"))
+        return ApiInfo(*integers(call, self._ask(call), "batch_size", "max_token_len"))
 
-    def wandb_info(self) -> WandbInfo:
-        call = self._call("GET", "/wandb_info")
-        fields = answered_object(call, self._send(call, Rule.FREELY))
-        return WandbInfo(group=fields.get("group"), project=fields.get("project"))
+    def latest_example(self) -> bytes:
+        """The JSON of the group that came last; its lists are empty while there is none."""
+        return self._send(self._call("GET", "/latest_example"), repeatable=True).body
 
-    def status_env(self, env_id: int) -> EnvStatus:
-        """An environment's view of the queue. Upstream answers HTTP 500 for an environment it does not know."""
-        call = self._call("GET", "/status-env", _json({"env_id": env_id}))
-        fields = answered_object(call, self._send(call, Rule.FREELY))
-        step, queue_size = integers(call, fields, "current_step", "queue_size")
-        known = {name: fields[name] for name in EnvStatus.__dataclass_fields__ if name in fields}
-        return EnvStatus(**{"env_weight": 0.0, **known, "current_step": step, "queue_size": queue_size})
-
-    # --- registration: retried only while nothing was sent -----------------------------------------------------------
+    # --- registration ------------------------------------------------------------------------------------------------
 
     def register(self, registration: TrainerRegistration) -> str:
         """Register the trainer; returns the uuid the API gives it.
@@ -193,8 +275,8 @@ class AtroposClient:
         Upstream ignores every field of a second registration: compare ``info()`` with what you sent. It lets
         environments register only after a ``GET /batch``.
         """
-        call = self._call("POST", "/register", _json(asdict(registration)))
-        fields = answered_object(call, self._send(call, Rule.UNSENT))
+        call = self._call("POST", "/register", asdict(registration))
+        fields = self._ask(call, repeatable=False)
         if fields.get("uuid") is None:
             raise not_atropos(call, f"{call.name} gave no uuid")
         self.features = frozenset(map(str, fields.get("features") or ()))
@@ -202,8 +284,8 @@ class AtroposClient:
 
     def register_env(self, registration: EnvRegistration) -> EnvRegistrationResult:
         """Register an environment. The result is ``waiting`` until a trainer has registered and asked for a batch."""
-        call = self._call("POST", "/register-env", _json(asdict(registration)))
-        fields = answered_object(call, self._send(call, Rule.UNSENT))
+        call = self._call("POST", "/register-env", asdict(registration))
+        fields = self._ask(call, repeatable=False)
         if fields.get("status") == "success":
             integers(call, fields, "env_id")
         elif not str(fields.get("status", "")).startswith("wait"):
@@ -220,41 +302,38 @@ class AtroposClient:
         """
         if env_id < 0:
             raise ConfigError(f"{env_id} must not be negative", "env_id")
-        call = self._call("POST", "/disconnect-env", _json({"env_id": env_id}))
-        answered_object(call, self._send(call, Rule.UNSENT))
+        self._ask(self._call("POST", "/disconnect-env", {"env_id": env_id}), repeatable=False)
 
     def reset_data(self) -> None:
         """Destructive: the API forgets registrations, environments, queue and batches."""
-        self._send(self._call("GET", "/reset_data"), Rule.UNSENT)
+        self._send(self._call("GET", "/reset_data"), repeatable=False)
 
     # --- data --------------------------------------------------------------------------------------------------------
 
-    def post_scored_data(self, group_json: bytes, idempotency_key: str | None = None) -> PostReceipt:
-        """Post one group (``encode_group`` makes its JSON). A trainer must have registered before: upstream breaks
-        for good when data comes first.
+    def post_scored_data_list(self, groups: Sequence[bytes], idempotency_key: str | None = None) -> int:
+        """Post groups (``encode_group`` makes their JSON) in one request; all are refused when one is malformed.
+
+        A trainer must have registered before: upstream breaks for good when data comes first.
 
         Args:
             idempotency_key: lets a failed post be repeated. Only for a server that recognises the key: upstream
-                takes the group twice.
+                takes the groups twice.
+
+        Returns:
+            The groups whose size is not that of their environment: upstream keeps them until others fill them up.
 
         Raises:
-            AtroposHTTPStatusError: 422, the API refuses the group; the body says which field.
+            AtroposHTTPStatusError: 422, the API refuses a group; the body says which field.
         """
-        call = self._call("POST", "/scored_data", group_json, _key(idempotency_key))
-        fields = answered_object(call, self._send(call, Rule.FREELY if idempotency_key else Rule.UNSENT))
-        return PostReceipt(groups=1, buffered=1 if fields.get("status") == "buffered" else 0)
-
-    def post_scored_data_list(self, groups: Sequence[bytes], idempotency_key: str | None = None) -> PostReceipt:
-        """Post several groups in one request; all of them are refused when one is malformed."""
-        body = b"[" + b",".join(groups) + b"]"
-        call = self._call("POST", "/scored_data_list", body, _key(idempotency_key))
-        fields = answered_object(call, self._send(call, Rule.FREELY if idempotency_key else Rule.UNSENT))
+        headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
+        call = self._call("POST", "/scored_data_list", b"[" + b",".join(groups) + b"]", headers)
+        fields = self._ask(call, repeatable=idempotency_key is not None)
         taken = fields.get("groups_processed", len(groups))
         if taken != len(groups):
             raise AtroposProtocolError(f"{call.name}: the API took {taken} of {len(groups)} groups", self.api_url)
-        return PostReceipt(groups=len(groups), buffered=int(fields.get("buffered", 0)))
+        return int(fields.get("buffered", 0))
 
-    def fetch_batch(self) -> bytes | None:
+    def poll_batch(self) -> FetchedBatch | None:
         """One ``GET /batch``; None when there is no batch yet. Destructive: what it returns exists nowhere else.
 
         ``timeout`` bounds connecting (tries included), then each silence of the API; a batch that keeps arriving is
@@ -264,11 +343,6 @@ class AtroposClient:
         Raises:
             AtroposAPIError: says, when the request was sent, that the batch may be lost.
         """
-        found = self.poll_batch()
-        return None if found is None else found.body
-
-    def poll_batch(self) -> FetchedBatch | None:
-        """``fetch_batch`` with the lease."""
         started = time.monotonic()
         found = self._fetch(self.timeout, None)
         return None if found is None else self._fetched(found, 1, time.monotonic() - started)
@@ -276,7 +350,7 @@ class AtroposClient:
     def get_batch(
         self, max_wait_time: float | None = None, should_stop: Callable[[], None] | None = None
     ) -> FetchedBatch:
-        """Poll ``GET /batch`` until there is a batch. Destructive, see ``fetch_batch``.
+        """Poll ``GET /batch`` until there is a batch. Destructive, see ``poll_batch``.
 
         The interval after poll i (from 0) is ``retry_delay * 1.5**i`` seconds; after ``retry_attempts`` polls it stays.
         No poll starts after ``max_wait_time``; one that was sent before is given its time, since a batch may be in it.
@@ -287,9 +361,9 @@ class AtroposClient:
 
         Raises:
             AtroposTimeoutError: no batch in ``max_wait_time`` seconds; says what the API's queue holds.
-            AtroposAPIError: as ``fetch_batch``.
+            AtroposAPIError: as ``poll_batch``.
         """
-        limit = self.max_wait_time if max_wait_time is None else at_least(max_wait_time, "max_wait_time", 0.0)
+        limit = self.max_wait_time if max_wait_time is None else _at_least(max_wait_time, "max_wait_time", 0.0)
         started = time.monotonic()
         attempts = 0
         while True:
@@ -313,49 +387,55 @@ class AtroposClient:
         """
         if lease_id is None:
             return "none"
-        call = self._call("POST", "/batch/ack", _json({"lease_id": lease_id}))
-        return str(answered_object(call, self._send(call, Rule.FREELY)).get("ack", "acked"))
+        return str(self._ask(self._call("POST", "/batch/ack", {"lease_id": lease_id})).get("ack", "acked"))
 
     def renew(self, lease_id: str, seconds: float, should_stop: Callable[[], None] | None = None) -> None:
         """The lease ends ``seconds`` from now. Raises as ``ack``, 409 for a lease that has ended."""
-        call = self._call("POST", "/batch/renew", _json({"lease_id": lease_id, "seconds": seconds}))
-        answered_object(call, self._send(call, Rule.FREELY, should_stop=should_stop))
+        call = self._call("POST", "/batch/renew", {"lease_id": lease_id, "seconds": seconds})
+        self._ask(call, should_stop=should_stop)
 
     def release(self, lease_id: str) -> None:
         """Give a leased batch back untrained: it is the next to be handed out. Raises as ``renew``."""
-        call = self._call("POST", "/batch/release", _json({"lease_id": lease_id}))
-        answered_object(call, self._send(call, Rule.UNSENT))
+        self._ask(self._call("POST", "/batch/release", {"lease_id": lease_id}), repeatable=False)
 
     # --- how ---------------------------------------------------------------------------------------------------------
 
     def _call(
-        self, method: str, endpoint: str, content: bytes | None = None, headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        endpoint: str,
+        content: bytes | Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> Call:
-        return Call(
-            method=method,
-            url=f"{self._base}{endpoint}",
-            endpoint=endpoint,
-            base_url=self.api_url,
-            timeout=self.timeout,
-            content=content,
-            headers={**(headers or {}), **(_JSON if content is not None else {})},
-            is_batch=endpoint == "/batch",
-        )
+        if isinstance(content, Mapping):
+            content = json.dumps(content, allow_nan=False).encode()
+        sent = {**(headers or {}), **({} if content is None else {"content-type": "application/json"})}
+        return Call(method, f"{self._base}{endpoint}", endpoint, self.api_url, self.timeout, content, sent)
+
+    def _ask(
+        self, call: Call, *, repeatable: bool = True, should_stop: Callable[[], None] | None = None
+    ) -> dict[str, Any]:
+        return answered_object(call, self._send(call, repeatable=repeatable, should_stop=should_stop))
 
     def _send(
-        self, call: Call, rule: Rule, seconds: float | None = None, should_stop: Callable[[], None] | None = None
+        self,
+        call: Call,
+        *,
+        repeatable: bool,
+        seconds: float | None = None,
+        should_stop: Callable[[], None] | None = None,
     ) -> Answer:
         return self.retry.call(
             lambda left: exchange(self._http, call, left),
             name=call.name,
-            rule=rule,
+            repeatable=repeatable,
             seconds=self.timeout if seconds is None else seconds,
             should_stop=should_stop,
         )
 
     def _fetch(self, seconds: float, should_stop: Callable[[], None] | None) -> Answer | None:
         call = self._call("GET", "/batch", headers=self._batch_headers)
-        answer = self._send(call, Rule.FREELY if self.leased else Rule.UNSENT, seconds, should_stop)
+        answer = self._send(call, repeatable=self.leased, seconds=seconds, should_stop=should_stop)
         self.leased = self.leased or (self.lease_seconds is not None and _LEASE_ID in answer.headers)
         return answer if holds_batch(call, answer) else None
 
@@ -379,9 +459,131 @@ class AtroposClient:
         )
 
 
-def _json(fields: Mapping[str, Any]) -> bytes:
-    return json.dumps(fields, allow_nan=False).encode()
+# --- a run's client and its registration -----------------------------------------------------------------------------
 
 
-def _key(idempotency_key: str | None) -> dict[str, str]:
-    return {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
+def make_client(config: RunConfig, api_url: str) -> AtroposClient:
+    """The client that a run's settings ask for, for the API at ``api_url``."""
+    atropos = config.atropos
+    return AtroposClient(
+        api_url,
+        timeout=atropos.timeout,
+        token=atropos.token,
+        headers=atropos.headers,
+        verify=atropos.ca_file or True,
+        retry_attempts=config.batch_retry_attempts,
+        retry_delay=config.batch_retry_delay,
+        max_wait_time=config.batch_max_wait_time,
+        lease_seconds=atropos.lease_seconds,
+    )
+
+
+def register_trainer(
+    client: AtroposClient,
+    config: RunConfig,
+    batch_size: int,
+    *,
+    starting_step: int,
+    checkpoint_dir: Path,
+    first_poll: Callable[[], None],
+) -> None:
+    """Register at the API with real values, start it (``first_poll``: one GET /batch), and check that it took them.
+
+    Raises:
+        AtroposProtocolError: the API keeps the values of an earlier registration.
+    """
+    client.check()
+    if config.atropos.reset:
+        client.reset_data()
+    max_token_len = config.max_token_len + 1  # exclusive on the wire, inclusive in a run's settings
+    client.register(
+        TrainerRegistration(
+            wandb_group=config.trainer.experiment_name,
+            wandb_project=config.trainer.project_name,
+            batch_size=batch_size,
+            max_token_len=max_token_len,
+            checkpoint_dir=str(checkpoint_dir),
+            save_checkpoint_interval=config.save_freq,
+            starting_step=starting_step,
+            num_steps=config.steps,
+        )
+    )
+    first_poll()
+    info = client.info()
+    if (info.batch_size, info.max_token_len) != (batch_size, max_token_len):
+        raise AtroposProtocolError(
+            f"the API keeps an earlier registration (batch_size {info.batch_size}, max_token_len "
+            f"{info.max_token_len}) and ignores ours (batch_size {batch_size}, max_token_len {max_token_len}); "
+            "restart it, or set atropos.reset=true to clear it",
+            client.api_url,
+        )
+
+
+# --- settings: each error names one as the user wrote it -------------------------------------------------------------
+
+
+def _at_least(value: float, key: str, least: float, *, exclusive: bool = False) -> float:
+    """``value``, a finite number of at least ``least`` (above it, when ``exclusive``). Raises ``ConfigError``."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < least or (exclusive and value == least):
+        raise ConfigError(f"{value!r} must be a number {'above' if exclusive else 'of at least'} {least:g}", key)
+    return value
+
+
+def _check_url(api_url: str) -> str:
+    """The URL's host. Raises ``ConfigError`` for what is not the address of an API."""
+    key = "atropos.api_url"
+    try:
+        parts = urlsplit(api_url)
+        host = parts.hostname or ""
+        httpx.URL(api_url)
+        valid = parts.scheme in ("http", "https") and host != "" and parts.port != 0 and not re.search(r"\s", api_url)
+    except (ValueError, TypeError, AttributeError, httpx.InvalidURL) as error:
+        raise ConfigError(f"{_without_password(str(api_url))!r} is not a URL: {error}", key) from None
+    if not valid:
+        raise ConfigError(f"{_without_password(api_url)!r} is not an http:// or https:// URL with a host", key)
+    if parts.query or parts.fragment:
+        raise ConfigError(f"{_without_password(api_url)!r} must not hold a query or a fragment", key)
+    return host
+
+
+def _without_password(api_url: str) -> str:
+    """The URL as it may be shown: user and password left out."""
+    return re.sub(r"//[^/@]*@", "//***@", api_url)
+
+
+def _check_headers(token: str | None, headers: Mapping[str, str] | None, api_url: str) -> dict[str, str]:
+    """The headers of every request. Raises ``ConfigError``, never showing a value: it may be a secret."""
+    found = dict(headers or {})
+    for name, value in found.items():
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or not re.fullmatch(r"[\x20-\x7e\t]*", value):
+            raise ConfigError(f"{name!r} or its value cannot be an HTTP header", "atropos.headers")
+    if token is None:
+        return found
+    if not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise ConfigError("a bearer token is visible ASCII characters without spaces or line ends", "atropos.token")
+    if any(name.lower() == "authorization" for name in found) or "@" in urlsplit(api_url).netloc:
+        raise ConfigError("there is another authorization in atropos.headers or atropos.api_url", "atropos.token")
+    return {**found, "Authorization": f"Bearer {token}"}
+
+
+def _check_trust(verify: bool | str, *, needed: bool) -> bool | ssl.SSLContext:
+    """The ``verify`` of httpx. Raises ``ConfigError`` for a certificate file that cannot be read.
+
+    Not ``needed`` (plain http): False, because loading the system's certificates takes 0.2 s.
+    """
+    if isinstance(verify, bool):
+        return verify and needed
+    try:
+        return ssl.create_default_context(cafile=verify)
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(f"{verify!r} holds no certificates that can be read: {error}", "atropos.ca_file") from None
+
+
+def _is_this_machine(host: str) -> bool:
+    """The host is a name or address of the machine itself, which no proxy reaches."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified

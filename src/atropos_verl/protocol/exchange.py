@@ -1,28 +1,17 @@
-"""One HTTP request and its answer: bounded in time, and every failure translated into ``errors`` here and only here.
-
-An attempt runs in a thread of its own, because no setting of a socket bounds all of its phases: name resolution has no
-time-out at all, and a server that sends a byte now and then never lets a read time-out expire.
-
-::
-
-    connecting ──send──▶ sent ──headers──▶ answering ──▶ done
-        │                  │                   │
-        └── deadline ──────┴───────────────────┴──▶ abandoned: the socket is shut down, and an attempt that
-                                                    still connects is refused the permission to send
-"""
+"""One request to a trajectory API: bounded in time, tried again, its failures translated into ``errors``."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import json
 import logging
+import random
 import socket
 import ssl
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -33,8 +22,20 @@ from atropos_verl.errors import (
     AtroposProtocolError,
     AtroposTimeoutError,
 )
+from atropos_verl.protocol.packed import MAGIC
 
-__all__ = ["Answer", "Call", "ExchangeError", "exchange", "not_atropos", "what_is_lost"]
+__all__ = [
+    "Answer",
+    "Call",
+    "ExchangeError",
+    "RetryPolicy",
+    "answered_object",
+    "exchange",
+    "holds_batch",
+    "integers",
+    "not_atropos",
+    "pause",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,13 @@ SMALL_ANSWER_BYTES = 16 * 2**20
 """No answer but a batch is ever this long; a server that sends more is something else."""
 TRANSFER_FACTOR = 10
 """A batch that keeps arriving may take this many time-outs: cutting it off loses it at the API for ever."""
+GROWTH = 1.5
+"""Each interval between tries is this many times the one before."""
+_JITTER = 0.1
+_TRIES_PER_TIMEOUT = 3
+_SLICE_SECONDS = 0.25
+_BODY_WITHOUT_BATCH = 4096
+"""Bytes. Answers without a batch are shorter; longer ones are left to ``decode_batch``, after they were journalled."""
 _SHOWN = 500
 _NOTHING_SENT = (
     httpx.ConnectError,
@@ -53,11 +61,72 @@ _NOTHING_SENT = (
 )
 _UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
 
+T = TypeVar("T")
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """``attempts`` quick tries; the interval after try i (from 0) is ``delay * 1.5**i`` seconds."""
+
+    attempts: int
+    delay: float
+
+    def interval(self, attempt: int) -> float:
+        """Seconds to wait after try ``attempt`` (from 0); after the last quick try it no longer grows."""
+        return float(self.delay * GROWTH ** min(attempt, self.attempts - 1))
+
+    def call(
+        self,
+        try_once: Callable[[float], T],
+        *,
+        name: str,
+        repeatable: bool,
+        seconds: float,
+        should_stop: Callable[[], None] | None = None,
+    ) -> T:
+        """The result of ``try_once(seconds_left)``, which raises ``ExchangeError``.
+
+        No try begins after ``seconds``. A ``repeatable`` call spends at most a third of them on one try, so that a
+        lost packet does not cost it all; any other is tried again only while nothing was sent.
+
+        Raises:
+            AtroposAPIError: the failure of the last try.
+            Whatever ``should_stop`` raises, called between tries.
+        """
+        deadline = time.monotonic() + seconds
+        longest = seconds / min(_TRIES_PER_TIMEOUT, self.attempts) if repeatable else seconds
+        attempt = 0
+        while True:
+            try:
+                return try_once(max(1e-3, min(longest, deadline - time.monotonic())))
+            except ExchangeError as failure:
+                wait = self.interval(attempt) + random.uniform(0.0, _JITTER * self.delay)
+                attempt += 1
+                is_over = attempt >= self.attempts or time.monotonic() + wait >= deadline
+                if is_over or not failure.transient or (failure.sent and not repeatable):
+                    raise failure.error from failure.__cause__
+                level = logging.INFO if attempt == 1 else logging.WARNING
+                logger.log(level, "%s: try %d failed (%s); again in %.2f s", name, attempt, failure, wait)
+            pause(wait, should_stop)
+
+
+def pause(seconds: float, should_stop: Callable[[], None] | None) -> None:
+    """Sleep, calling ``should_stop`` at once and every quarter of a second, so that what it raises is raised soon."""
+    end = time.monotonic() + seconds
+    while True:
+        if should_stop is not None:
+            should_stop()
+        left = end - time.monotonic()
+        if left <= 0:
+            return
+        time.sleep(min(left, _SLICE_SECONDS) if should_stop is not None else left)
+
+
+# --- one request and its answer --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
-    """What is asked, and how patiently."""
-
     method: str
     url: str
     endpoint: str
@@ -65,15 +134,18 @@ class Call:
     base_url: str
     """The API as the user configured it, for messages."""
     timeout: float
-    """Seconds for the whole call, all tries together; what messages say."""
-    content: bytes | None = None
-    headers: Mapping[str, str] | None = None
-    is_batch: bool = False
-    """The answer is a batch, which the API has already forgotten: of any length, and never cut off while it arrives."""
+    """Seconds for the whole call, all tries together."""
+    content: bytes | None
+    headers: Mapping[str, str]
 
     @property
     def name(self) -> str:
         return f"{self.method} {self.endpoint}"
+
+    @property
+    def is_batch(self) -> bool:
+        """The answer is a batch, which the API has forgotten: of any length, and not cut off while it arrives."""
+        return self.endpoint == "/batch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +157,7 @@ class Answer:
 
 
 class ExchangeError(Exception):
-    """An attempt failed. Carries what the retry rules need; ``error`` is what the user gets in the end."""
+    """A try failed. ``error`` is what the user gets in the end."""
 
     def __init__(self, error: AtroposAPIError, *, sent: bool, transient: bool) -> None:
         super().__init__(error.reason)
@@ -96,177 +168,80 @@ class ExchangeError(Exception):
         """The same request may succeed later."""
 
 
-class _AbandonedError(Exception):
-    """Raised inside the attempt's thread once nobody waits for it any more."""
-
-
 def exchange(client: httpx.Client, call: Call, seconds: float) -> Answer:
-    """Send ``call`` once; the answer within ``seconds``.
+    """Send ``call`` once. Every failure of the network is translated here and only here.
 
-    For a batch, ``seconds`` bounds connecting; after that ``call.timeout`` bounds each silence of the API, and ten
-    times as much the whole transfer.
+    ``seconds`` bounds connecting, each silence of the server, and the answer as a whole. For a batch each silence has
+    ``call.timeout``, and the whole transfer ten times as much. Not bounded: the look-up of a host name, which has the
+    time-out of the system's resolver, and a server that never ends its headers but sends some of them now and then.
 
     Raises:
         ExchangeError: with the translated error; also for an answer that is not 2xx.
     """
-    attempt = _Attempt(client, call, seconds)
-    status_code, headers, body = attempt.run()
-    if not 200 <= status_code < 300:
-        error = _status_error(call, status_code, headers, body)
-        raise ExchangeError(error, sent=True, transient=status_code == 429 or status_code >= 500)
-    return Answer(headers, body)
-
-
-class _Attempt:
-    """One request in a daemon thread. ``run`` waits for it, and leaves it behind at the deadline."""
-
-    def __init__(self, client: httpx.Client, call: Call, seconds: float) -> None:
-        self._client = client
-        self._call = call
-        self._seconds = seconds
-        self._lock = threading.Lock()
-        self._done = threading.Event()
-        self._deadline = time.monotonic() + seconds
-        self._end = self._deadline
-        self._phase = "sent"  # until the transport reports that it connects: nothing unsafe is assumed
-        self._abandoned = False
-        self._socket: socket.socket | None = None
-        self._result: tuple[int, httpx.Headers, bytes] | None = None
-        self._failure: BaseException | None = None
-
-    def run(self) -> tuple[int, httpx.Headers, bytes]:
-        threading.Thread(target=self._work, name=f"atropos {self._call.name}", daemon=True).start()
-        try:
-            self._wait()
-        except BaseException:  # Ctrl-C: the request must not go out after its caller has gone
-            self._abandon(at_deadline=False)
-            raise
-        if self._result is not None:
-            return self._result
-        if self._failure is None:
-            raise self._timed_out(connecting=self._phase == "connecting")
-        if isinstance(self._failure, httpx.HTTPError | httpx.StreamError | OSError):
-            raise self._translated(self._failure) from self._failure
-        if isinstance(self._failure, ExchangeError):
-            raise self._failure
-        raise RuntimeError(f"{self._call.name}: unexpected failure of the HTTP client") from self._failure
-
-    def _wait(self) -> None:
-        while not self._done.wait(max(0.0, self._deadline - time.monotonic())):
-            if self._abandon(at_deadline=True):
-                return
-
-    def _abandon(self, *, at_deadline: bool) -> bool:
-        with self._lock:
-            if self._done.is_set() or (at_deadline and time.monotonic() < self._deadline):
-                return False
-            self._abandoned = True
-        if self._socket is not None:
-            with contextlib.suppress(OSError):  # it may have been closed, or wrapped for TLS, this moment
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-        return True
-
-    def _work(self) -> None:
-        result: tuple[int, httpx.Headers, bytes] | None = None
-        failure: BaseException | None = None
-        try:
-            result = self._receive()
-        except BaseException as error:  # noqa: BLE001 - the end of a thread: ``run`` raises it in the caller's
-            failure = error
-        with self._lock:
-            if self._abandoned:
-                if result is not None and self._call.is_batch:
-                    logger.warning("%s was answered after the time-out: that batch is lost", self._call.name)
-                return
-            self._result, self._failure = result, failure
-            self._done.set()
-
-    def _receive(self) -> tuple[int, httpx.Headers, bytes]:
-        call = self._call
-        silence = call.timeout if call.is_batch else self._seconds
-        with self._client.stream(
+    silence = call.timeout if call.is_batch else seconds
+    end = time.monotonic() + seconds
+    chunks: list[bytes] = []
+    received = 0
+    is_answering = False
+    try:
+        with client.stream(
             call.method,
             call.url,
             content=call.content,
-            headers=dict(call.headers or {}),
-            timeout=httpx.Timeout(silence, connect=self._seconds),
-            extensions={"trace": self._trace},
+            headers=dict(call.headers),
+            timeout=httpx.Timeout(silence, connect=seconds, pool=seconds),
         ) as response:
-            self._phase = "answering"
-            body = b"".join(self._chunks(response))
-            return response.status_code, response.headers, body
+            is_answering = True
+            if call.is_batch:
+                end = time.monotonic() + TRANSFER_FACTOR * call.timeout
+            for chunk in response.iter_bytes():
+                received += len(chunk)
+                if not call.is_batch and received > SMALL_ANSWER_BYTES:
+                    reason = f"{call.name} gave more than {SMALL_ANSWER_BYTES} bytes"
+                    raise ExchangeError(not_atropos(call, reason), sent=True, transient=False)
+                if time.monotonic() > end:
+                    raise httpx.ReadTimeout("the answer goes on and on")
+                chunks.append(chunk)
+    except (httpx.HTTPError, httpx.StreamError, OSError) as error:
+        raise _translated(call, error, seconds, is_answering=is_answering) from error
+    body = b"".join(chunks)
+    if not response.is_success:
+        transient = response.status_code == 429 or response.status_code >= 500
+        raise ExchangeError(_status_error(call, response, body), sent=True, transient=transient)
+    return Answer(response.headers, body)
 
-    def _chunks(self, response: httpx.Response) -> Iterator[bytes]:
-        received = 0
-        for chunk in response.iter_bytes():
-            received += len(chunk)
-            if not self._call.is_batch and received > SMALL_ANSWER_BYTES:
-                reason = f"{self._call.name} gave more than {SMALL_ANSWER_BYTES} bytes"
-                raise ExchangeError(not_atropos(self._call, reason), sent=True, transient=False)
-            self._extend()
-            yield chunk
 
-    def _extend(self) -> None:
-        """A batch that arrives is waited for."""
-        with self._lock:
-            if self._abandoned:
-                raise _AbandonedError
-            if self._call.is_batch:
-                self._deadline = min(time.monotonic() + self._call.timeout, self._end)
-
-    def _trace(self, event: str, info: Mapping[str, Any]) -> None:
-        """httpcore says how far it is (https://www.encode.io/httpcore/extensions/#trace)."""
-        if event == "connection.connect_tcp.started":
-            self._phase = "connecting"
-        elif event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
-            self._socket = info["return_value"].get_extra_info("socket")
-        elif event.endswith("send_request_headers.started"):
-            with self._lock:
-                if self._abandoned:
-                    raise _AbandonedError
-                self._phase = "sent"
-                if self._call.is_batch:
-                    now = time.monotonic()
-                    self._end = now + TRANSFER_FACTOR * self._call.timeout
-                    self._deadline = now + self._call.timeout
-
-    def _timed_out(self, *, connecting: bool) -> ExchangeError:
-        call = self._call
-        if connecting:
-            limit = self._seconds if call.is_batch else call.timeout
+def _translated(call: Call, error: Exception, seconds: float, *, is_answering: bool) -> ExchangeError:
+    sent = not isinstance(error, _NOTHING_SENT)
+    if isinstance(error, httpx.TimeoutException | TimeoutError):
+        if not sent:
+            limit = seconds if call.is_batch else call.timeout
             reason = f"Cannot connect to Atropos API at {call.base_url} - no answer within {limit:.3g} s"
+        elif call.is_batch and is_answering:
+            reason = f"Atropos API at {call.base_url} - {call.name} stopped arriving for {call.timeout:g} s"
         else:
             reason = f"Atropos API at {call.base_url} - no answer to {call.name} within {call.timeout:g} s"
-            if call.is_batch and self._phase == "answering":
-                reason = f"Atropos API at {call.base_url} - {call.name} stopped arriving for {call.timeout:g} s"
-            reason += what_is_lost(call)
-        return ExchangeError(AtroposTimeoutError(reason, call.base_url), sent=not connecting, transient=True)
-
-    def _translated(self, error: Exception) -> ExchangeError:
-        if isinstance(error, httpx.TimeoutException | TimeoutError):
-            return self._timed_out(connecting=isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout))
-        sent = not isinstance(error, _NOTHING_SENT)
-        translated, transient = _transport_error(self._call, error, answering=self._phase == "answering")
-        return ExchangeError(translated, sent=sent, transient=transient)
-
-
-def _transport_error(call: Call, error: Exception, *, answering: bool) -> tuple[AtroposAPIError, bool]:
-    """The error for a foreign one, and whether the same request may succeed later."""
-    if isinstance(error, _NOTHING_SENT):
-        reason, transient = _why_no_connection(call, error)
-        cannot = f"Cannot connect to Atropos API at {call.base_url} - {reason}"
-        return AtroposConnectionError(cannot, call.base_url), transient
+        if sent:
+            reason += _what_is_lost(call)
+        return ExchangeError(AtroposTimeoutError(reason, call.base_url), sent=sent, transient=True)
+    if not sent:
+        why, transient = _why_no_connection(call, error)
+        reason = f"Cannot connect to Atropos API at {call.base_url} - {why}"
+        return ExchangeError(AtroposConnectionError(reason, call.base_url), sent=False, transient=transient)
     if isinstance(error, httpx.DecodingError):
-        return not_atropos(call, f"{call.name} gave a body that cannot be decompressed: {error}"), False
-    if isinstance(error, httpx.RemoteProtocolError) and not answering and "disconnected" not in str(error):
-        return not_atropos(call, f"{call.name} gave something that is not HTTP ({error})"), False
-    where = f"while reading the answer to {call.name}" if answering else f"before an answer to {call.name}"
+        detail = f"{call.name} gave a body that cannot be decompressed: {error}"
+        return ExchangeError(not_atropos(call, detail), sent=True, transient=False)
+    if isinstance(error, httpx.RemoteProtocolError) and not is_answering and "disconnected" not in str(error):
+        detail = f"{call.name} gave something that is not HTTP ({error})"
+        return ExchangeError(not_atropos(call, detail), sent=True, transient=False)
+    where = f"while reading the answer to {call.name}" if is_answering else f"before an answer to {call.name}"
     how = "closed" if isinstance(error, httpx.RemoteProtocolError) else "reset"
-    reason = f"Atropos API at {call.base_url} - connection {how} {where}{what_is_lost(call)}"
-    return AtroposConnectionError(reason, call.base_url), True
+    reason = f"Atropos API at {call.base_url} - connection {how} {where}{_what_is_lost(call)}"
+    return ExchangeError(AtroposConnectionError(reason, call.base_url), sent=True, transient=True)
 
 
 def _why_no_connection(call: Call, error: Exception) -> tuple[str, bool]:
+    """The reason, and whether the same request may succeed later."""
     host = httpx.URL(call.url).host
     for cause in _causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -294,17 +269,19 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         seen = seen.__cause__ or seen.__context__
 
 
-def _status_error(call: Call, status_code: int, headers: httpx.Headers, body: bytes) -> AtroposHTTPStatusError:
+def _status_error(call: Call, response: httpx.Response, body: bytes) -> AtroposHTTPStatusError:
+    status_code = response.status_code
     text = body[:_SHOWN].decode("utf-8", "replace").strip()
-    answer = f"Atropos API at {call.base_url} answered {call.name} with HTTP {status_code}"
+    reason = f"Atropos API at {call.base_url} answered {call.name} with HTTP {status_code}"
     if status_code in (401, 403):
-        reason = f"{answer} - check atropos.token"
+        reason += " - check atropos.token"
     elif status_code in (404, 405):
-        reason = f"{answer} - is the path prefix right?"
+        reason += " - is the path prefix right?"
     elif 300 <= status_code < 400:
-        reason = f"{answer}, a redirect to {headers.get('location', '?')} - set atropos.api_url to the final address"
+        location = response.headers.get("location", "?")
+        reason += f", a redirect to {location} - set atropos.api_url to the final address"
     else:
-        reason = f"{answer}: {text or 'empty answer'}"
+        reason += f": {text or 'empty answer'}"
         if call.is_batch and status_code >= 500:
             reason += " (the batch may be lost: the API takes it from its queue first, then fails to encode NaN)"
     return AtroposHTTPStatusError(reason, call.base_url, status_code, text)
@@ -316,7 +293,50 @@ def not_atropos(call: Call, detail: str) -> AtroposProtocolError:
     )
 
 
-def what_is_lost(call: Call) -> str:
-    if not call.is_batch:
-        return ""
-    return "; the batch may be lost: the API takes it from its queue before it sends it"
+def _what_is_lost(call: Call) -> str:
+    return "; the batch may be lost: the API takes it from its queue before it sends it" if call.is_batch else ""
+
+
+def answered_object(call: Call, answer: Answer) -> dict[str, Any]:
+    """The answer's JSON object. Raises ``AtroposProtocolError`` for anything else, and for a status of failure."""
+    try:
+        fields = json.loads(answer.body)
+    except (ValueError, RecursionError):
+        raise not_atropos(call, f"{call.name} gave {answer.body[:120]!r}, which is not JSON") from None
+    if not isinstance(fields, dict):
+        raise not_atropos(call, f"{call.name} gave {answer.body[:120]!r}, which is not a JSON object")
+    if fields.get("status") in ("error", "failure"):
+        why = fields.get("message") or fields.get("error") or fields.get("detail") or "no explanation"
+        reason = f"Atropos API at {call.base_url} answered {call.name} with status {fields['status']!r}: {why}"
+        raise AtroposProtocolError(reason, call.base_url)
+    return fields
+
+
+def integers(call: Call, fields: Mapping[str, Any], *names: str) -> list[int]:
+    """The values of ``names``. Raises ``AtroposProtocolError`` when one of them is no integer."""
+    for name in names:
+        if not isinstance(fields.get(name), int) or isinstance(fields[name], bool):
+            raise not_atropos(call, f"{call.name} gave no integer {name!r} but {str(dict(fields))[:120]}")
+    return [fields[name] for name in names]
+
+
+def holds_batch(call: Call, answer: Answer) -> bool:
+    """Whether the answer to ``GET /batch`` is a batch; False: there is none yet.
+
+    Raises:
+        AtroposProtocolError: it is neither, or is cut off.
+    """
+    body = answer.body
+    if body.startswith(MAGIC):  # complete: its length was announced, or it was sent in chunks with an end
+        return True
+    if not body[:64].lstrip().startswith(b"{"):
+        raise not_atropos(call, f"{call.name} gave {body[:120]!r}, which is not a JSON object")
+    if not body[-64:].rstrip().endswith(b"}"):
+        reason = f"Atropos API at {call.base_url} - the answer to {call.name} is cut off after {len(body)} bytes"
+        raise AtroposProtocolError(reason + _what_is_lost(call), call.base_url)
+    if len(body) > _BODY_WITHOUT_BATCH:
+        return True
+    fields = answered_object(call, answer)
+    if "batch" not in fields:
+        raise not_atropos(call, f"{call.name} gave {body[:120]!r}, which has no 'batch'")
+    return bool(fields["batch"])

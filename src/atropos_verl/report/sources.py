@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import urlsplit
 
 from atropos_verl.errors import AtroposProtocolError, ConfigError, DataError
 from atropos_verl.protocol.wire import decode_batch, decode_group
@@ -125,10 +124,11 @@ def read_url(
         raise ConfigError(f"GET {url} takes the batch away from the trainer; if that is meant, add --take-batch")
     with _new_file(save) as file, AtroposClient(base, timeout=timeout, token=token) as client:
         if take_batch:
-            body = client.fetch_batch() or b'{"batch":null}'
+            fetched = client.poll_batch()
+            body = b'{"batch":null}' if fetched is None else fetched.body
         else:
             client.check()
-            body = _latest_example(base, timeout, token)
+            body = client.latest_example()
         if file is not None:
             file.write(body)
     if take_batch:
@@ -154,22 +154,6 @@ def _new_file(path: Path | None) -> Iterator[BinaryIO | None]:
     finally:
         if path.stat().st_size == 0:
             path.unlink()
-
-
-def _latest_example(base: str, timeout: float, token: str | None) -> bytes:
-    import httpx
-
-    from atropos_verl.protocol.checks import check_headers, is_this_machine
-    from atropos_verl.protocol.exchange import Call, ExchangeError, exchange
-
-    endpoint = "/latest_example"
-    call = Call(method="GET", url=f"{base}{endpoint}", endpoint=endpoint, base_url=base, timeout=timeout)
-    trust_env = not is_this_machine(urlsplit(base).hostname or "")
-    with httpx.Client(headers=check_headers(token, None, base), trust_env=trust_env) as client:
-        try:
-            return exchange(client, call, timeout).body
-        except ExchangeError as error:
-            raise error.error from error
 
 
 def _split_url(url: str) -> tuple[str, str]:

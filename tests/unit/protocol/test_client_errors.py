@@ -183,7 +183,7 @@ def test_a_redirect_is_not_followed(fault_server: FaultServer) -> None:
 def test_a_500_for_a_batch_says_what_upstream_does_with_nan(fault_server: FaultServer) -> None:
     fault_server.script("/batch", error(500, b"Internal Server Error"))
     with quick(fault_server.url) as client, pytest.raises(AtroposHTTPStatusError, match=r"the batch may be lost.*NaN"):
-        client.fetch_batch()
+        client.poll_batch()
 
 
 @pytest.mark.parametrize(
@@ -309,13 +309,13 @@ def test_a_path_prefix_is_kept(fault_server: FaultServer, prefix: str) -> None:
 
 def test_token_and_headers_go_with_every_request(fault_server: FaultServer) -> None:
     fault_server.script("/status", answer(STATUS))
-    fault_server.script("/scored_data", answer({"status": "received"}))
+    fault_server.script("/scored_data_list", answer({"status": "received"}))
     with quick(fault_server.url, token="abc.DEF-1", headers={"X-Team": "red"}) as client:
         client.status()
-        client.post_scored_data(b"{}")
+        client.post_scored_data_list([b"{}"])
     for request in fault_server.requests:
         assert (request.headers["authorization"], request.headers["x-team"]) == ("Bearer abc.DEF-1", "red")
-    assert fault_server.last("/scored_data").headers["content-type"] == "application/json"
+    assert fault_server.last("/scored_data_list").headers["content-type"] == "application/json"
 
 
 def test_no_proxy_stands_between_this_machine_and_itself(

@@ -71,7 +71,7 @@ def register(run: Run) -> None:
 
 def offer(run: Run, *numbers: int) -> None:
     for number in numbers:
-        run.client.post_scored_data(group_bytes(number))
+        run.client.post_scored_data_list([group_bytes(number)])
 
 
 def number_of(held: HeldBatch) -> int:

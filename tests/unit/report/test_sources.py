@@ -216,7 +216,7 @@ def test_the_real_trajectory_api(tmp_path: Path) -> None:
                     num_steps=5,
                 )
             )
-            client.post_scored_data(encode_group(tokens=[[5, 6]], masks=[[-100, 6]], scores=[0.5]))
+            client.post_scored_data_list([encode_group(tokens=[[5, 6]], masks=[[-100, 6]], scores=[0.5])])
         for _ in range(2):  # looking takes nothing away
             (found,) = read_url(url)
             assert (found.origin, found.group.scores.tolist()) == ("latest example", [0.5])

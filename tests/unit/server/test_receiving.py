@@ -97,7 +97,7 @@ class Echo:
 
 def connect(kind: type[Any], app: Any) -> tuple[Any, Wire]:
     protocol, wire = kind(config=uvicorn.Config(app, ws="none"), server_state=ServerState(), app_state={}), Wire()
-    protocol.connection_made(wire)
+    protocol.client_made(wire)
     return protocol, wire
 
 
@@ -108,7 +108,7 @@ def answers(kind: type[Any], pieces: Sequence[bytes]) -> tuple[bytes, bool]:
             await _send(protocol, wire, piece)
         for _ in range(20 * SETTLE):  # requests that came at once are answered one after the other
             await asyncio.sleep(0)
-        protocol.connection_lost(None)
+        protocol.client_lost(None)
         return wire.written, wire.closed
 
     return asyncio.run(run())
@@ -203,7 +203,7 @@ def test_announced_bodies_take_a_bounded_number_of_buffers() -> None:
         assert b"200 OK" in wire.written
         assert buffers.left == 1
         for protocol, _ in started:
-            protocol.connection_lost(ConnectionResetError())
+            protocol.client_lost(ConnectionResetError())
         assert buffers.left == 2
 
     asyncio.run(run())

@@ -13,11 +13,9 @@ from typing import Self
 
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
-from atropos_verl.protocol.client import AtroposClient
-from atropos_verl.protocol.connection import make_client
+from atropos_verl.protocol.client import AtroposClient, make_client, register_trainer
 from atropos_verl.protocol.journal import BatchJournal
 from atropos_verl.protocol.leases import HeldBatch, LeasedBatches
-from atropos_verl.protocol.registration import register_trainer
 
 __all__ = ["Intake"]
 

@@ -159,7 +159,7 @@ class _Run:
 
     def _attached(self, listener: socket.socket, progress: ProgressReporter) -> int:
         from atropos_verl.config.launch_schema import note_of_unused_keys
-        from atropos_verl.protocol.connection import make_client
+        from atropos_verl.protocol.client import make_client
 
         assert self.config.atropos.api_url is not None
         # First of all, and before torch is imported: is there an API at all?

@@ -134,7 +134,7 @@ class _Command:
         verl = self.run.verl
         if self.run.is_attached:
             from atropos_verl.config.launch_schema import note_of_unused_keys
-            from atropos_verl.protocol.connection import make_client
+            from atropos_verl.protocol.client import make_client
 
             assert self.run.settings.api_url is not None
             with make_client(self.run.run, self.run.settings.api_url) as client:

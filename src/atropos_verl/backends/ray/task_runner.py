@@ -316,10 +316,9 @@ class _Training:
     def _start_feed(self) -> Any:
         from atropos_verl.backends.ray.feed import TrajectoryFeed
         from atropos_verl.backends.ray.trainer import TransferQueueStore
-        from atropos_verl.protocol.connection import make_client
+        from atropos_verl.protocol.client import make_client, register_trainer
         from atropos_verl.protocol.journal import BatchJournal
         from atropos_verl.protocol.leases import LeasedBatches
-        from atropos_verl.protocol.registration import register_trainer
         from atropos_verl.training.off_policy_book import OffPolicyBook
         from atropos_verl.training.quarantine import QuarantineStore
         from atropos_verl.training.rollout_flow import RolloutFlow
