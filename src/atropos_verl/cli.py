@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 __all__ = ["main", "train"]
 
@@ -42,9 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "doctor":
         return _doctor(options)
     if options.command == "simulate":
-        from simulate.main import run as run_simulation
-
-        return int(run_simulation(options))
+        return int(_simulator().run(options))
     return _inspect(options)
 
 
@@ -97,9 +97,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         add_arguments(inspect)
     simulate = commands.add_parser("simulate", help=_SIMULATE_HELP, description=_SIMULATE_HELP)
     if words[:1] == ["simulate"]:
-        from simulate.main import add_arguments as add_simulate_arguments
-
-        add_simulate_arguments(simulate)
+        _simulator().add_arguments(simulate)
     report = commands.add_parser("report", help=_REPORT_HELP, description=_REPORT_HELP)
     if words[:1] == ["report"]:
         from atropos_verl.report.run_report import add_arguments as add_report_arguments
@@ -140,6 +138,22 @@ def _inspect(options: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code
+
+
+def _simulator() -> Any:
+    """Imports the simulator, which is in a checkout and not in a wheel. Exits with 2 where it is not there."""
+    tools = Path(__file__).resolve().parents[2] / "tools"
+    if (tools / "simulate").is_dir():
+        sys.path.append(str(tools))
+    try:
+        return importlib.import_module("simulate.main")
+    except ModuleNotFoundError as error:
+        if error.name not in ("simulate", "simulate.main"):
+            raise
+        sys.stderr.write(
+            "no simulator here: it is part of a checkout (tools/simulate/), not of the wheel\n"
+        )
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

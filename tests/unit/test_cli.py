@@ -107,3 +107,18 @@ def test_train_dispatches_on_the_backend(capsys: pytest.CaptureFixture[str]) -> 
     assert "use_advantage_weighting" in capsys.readouterr().out
     assert main(["train", "backend=slurm"]) == 2
     assert "neither local nor ray" in capsys.readouterr().err
+
+
+def test_simulate_is_found_in_a_checkout_and_missed_with_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["simulate", "--help"])
+    assert "--environments" in capsys.readouterr().out
+    monkeypatch.setattr("sys.path", [path for path in sys.path if not path.endswith("tools")])
+    for name in [name for name in sys.modules if name.split(".")[0] == "simulate"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("atropos_verl.cli.__file__", str(tmp_path / "site-packages" / "atropos_verl" / "cli.py"))
+    with pytest.raises(SystemExit, match="2"):
+        main(["simulate"])
+    assert "it is part of a checkout (tools/simulate/)" in capsys.readouterr().err
