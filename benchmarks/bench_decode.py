@@ -15,20 +15,20 @@ import json
 import statistics
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
 
-from atropos_verl import SampleSettings, build_samples, decode_batch
+from atropos_verl import SampleSettings, TrainingSample, build_samples, decode_batch
 from atropos_verl.protocol.packed import decode_packed, join_packed, pack_group
 from atropos_verl.protocol.schema import check_group
 from atropos_verl.protocol.wire import decode_group
-from atropos_verl.training.batching import make_packed_batch, make_training_batch
 
 VOCABULARY = 151_936
+KEYS = ("ids", "mask", "adv", "lp")
 
 
 def make_body(sequences: int, max_tokens: int, group_size: int) -> bytes:
@@ -63,20 +63,42 @@ def make_body(sequences: int, max_tokens: int, group_size: int) -> bytes:
     return json.dumps({"batch": groups}, separators=(",", ":")).encode()
 
 
+def padded(samples: Sequence[TrainingSample]) -> dict[str, torch.Tensor]:
+    """Samples as right-padded tensors [B, L]."""
+    shape = (len(samples), max(len(sample) for sample in samples))
+    ids, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.bool_)
+    advantages, logprobs = np.zeros(shape, dtype=np.float32), np.full(shape, np.nan, dtype=np.float32)
+    for row, sample in enumerate(samples):
+        end = len(sample)
+        ids[row, :end], mask[row, :end], advantages[row, :end] = sample.token_ids, sample.loss_mask, sample.advantages
+        if sample.rollout_logprobs is not None:
+            logprobs[row, :end] = sample.rollout_logprobs
+    return {key: torch.from_numpy(v) for key, v in zip(KEYS, (ids, mask, advantages, logprobs), strict=True)}
+
+
+def packed(samples: Sequence[TrainingSample]) -> dict[str, torch.Tensor]:
+    """Samples end to end [N], as the trainer's jagged tensors hold them."""
+    logprobs = [np.full(len(s), np.nan) if s.rollout_logprobs is None else s.rollout_logprobs for s in samples]
+    columns = (
+        np.concatenate([s.token_ids for s in samples]),
+        np.concatenate([s.loss_mask for s in samples]),
+        np.concatenate([s.advantages for s in samples], dtype=np.float32),
+        np.concatenate(logprobs, dtype=np.float32),
+    )
+    return {key: torch.from_numpy(v) for key, v in zip(KEYS, columns, strict=True)}
+
+
 def ours(body: bytes) -> dict[str, torch.Tensor]:
-    batch = make_training_batch(build_samples(decode_batch(body), SampleSettings(vocab_size=VOCABULARY)).samples)
-    return {"ids": batch.input_ids, "mask": batch.loss_mask, "adv": batch.advantages, "lp": batch.rollout_logprobs}
+    return padded(build_samples(decode_batch(body), SampleSettings(vocab_size=VOCABULARY)).samples)
 
 
 def ours_packed(body: bytes) -> dict[str, torch.Tensor]:
-    batch = make_packed_batch(build_samples(decode_batch(body), SampleSettings(vocab_size=VOCABULARY)).samples)
-    return {"ids": batch.input_ids, "mask": batch.loss_mask, "adv": batch.advantages, "lp": batch.rollout_logprobs}
+    return packed(build_samples(decode_batch(body), SampleSettings(vocab_size=VOCABULARY)).samples)
 
 
 def ours_binary(body: bytes) -> dict[str, torch.Tensor]:
     groups = decode_packed(body, decode_group)
-    batch = make_packed_batch(build_samples(groups, SampleSettings(vocab_size=VOCABULARY)).samples)
-    return {"ids": batch.input_ids, "mask": batch.loss_mask, "adv": batch.advantages, "lp": batch.rollout_logprobs}
+    return packed(build_samples(groups, SampleSettings(vocab_size=VOCABULARY)).samples)
 
 
 def to_binary(body: bytes) -> bytes:

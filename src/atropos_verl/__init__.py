@@ -19,7 +19,6 @@ _HOMES = {
     "SampleReport": "types",
     "SampleSettings": "types",
     "ScoredGroup": "types",
-    "TrainingBatch": "types",
     "TrainingSample": "types",
     "build_samples": "training.samples",
     "decode_batch": "protocol.wire",

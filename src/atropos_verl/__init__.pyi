@@ -11,7 +11,6 @@ from atropos_verl.training.weight_sync import AtroposShardingManager as AtroposS
 from atropos_verl.types import SampleReport as SampleReport
 from atropos_verl.types import SampleSettings as SampleSettings
 from atropos_verl.types import ScoredGroup as ScoredGroup
-from atropos_verl.types import TrainingBatch as TrainingBatch
 from atropos_verl.types import TrainingSample as TrainingSample
 
 __version__: str

@@ -1,11 +1,11 @@
 """The pipeline's types, in the order data meets them.
 
 Shape legend: ``G`` sequences in a group, ``T`` tokens of one sequence (``T_g`` where sequences differ),
-``B`` sequences of a batch, ``L`` padded length. Arrays are numpy until ``data/batching.py``.
+``B`` sequences of a batch, ``L`` padded length. Arrays are numpy until the policy worker makes tensors.
 
 ::
 
-    GET /batch bytes → ScoredGroup → SequenceMatch → TrainingSample → TrainingBatch → LossOutput → StepReport
+    GET /batch bytes → ScoredGroup → SequenceMatch → TrainingSample → LossOutput → StepReport
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ __all__ = [
     "ScoredGroup",
     "SequenceMatch",
     "StepReport",
-    "TrainingBatch",
     "TrainingSample",
 ]
 
@@ -296,29 +295,6 @@ class SampleReport:
     """Groups that were used (quarantined ones not counted)."""
     scores: FloatArray = field(default_factory=lambda: np.zeros(0))
     """Raw scores of every sequence of every used group, overlong ones included."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingBatch:
-    """B samples as right-padded tensors.
-
-    Example: samples of 3 and 2 tokens, pad id 0: ``input_ids = [[5, 6, 7], [5, 8, 0]]``, ``lengths = [3, 2]``.
-    """
-
-    input_ids: torch.Tensor
-    """[B, L] int64."""
-    loss_mask: torch.Tensor
-    """[B, L] bool."""
-    advantages: torch.Tensor
-    """[B, L] float32."""
-    rollout_logprobs: torch.Tensor
-    """[B, L] float32; NaN = no value."""
-    temperature: torch.Tensor
-    """[B] float32."""
-    lengths: torch.Tensor
-    """[B] int64, real tokens of each row."""
-    num_loss_tokens: int
-    """Trained tokens of the whole batch: the loss's denominator."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -122,12 +122,11 @@ def test_a_killed_run_trains_on_every_batch_once_after_it_resumes(lab: Lab, tmp_
     bodies = random_batches(5, groups=GROUPS, group_size=GROUP_SIZE, seed=3)
     expected = lab.run("at_once", bodies, 5)
     with lab.trainer("killed", bodies, 5, **OVERLAP) as trainer:
-        trainer.start_api()
         for step in range(3):
-            trainer.train_on(trainer.fetch_rollouts())
+            trainer.train_on(trainer.source.fetch())
             if step == 0:
                 trainer.save_checkpoint()
-        trainer.prepare(trainer.fetch_rollouts())
+        trainer._prepare(trainer.source.fetch())
     assert _journalled(tmp_path / "killed") == [f"batch_00000{n}.json" for n in (2, 3, 4)]
     assert_same(lab.run("killed", bodies[4:], 5, **OVERLAP), expected)
 

@@ -64,12 +64,11 @@ def test_batches_that_no_checkpoint_covers_are_trained_first(lab: Lab, tmp_path:
     bodies = random_batches(4, groups=GROUPS, group_size=GROUP_SIZE, seed=1)
     expected = lab.run("at_once", bodies, 4)
     with lab.trainer("crashed", bodies, 4) as trainer:  # gone after step 3 and the fetch of batch 4, saved at step 1
-        trainer.start_api()
         for step in range(3):
-            trainer.train_on(trainer.fetch_rollouts())
+            trainer.train_on(trainer.source.fetch())
             if step == 0:
                 trainer.save_checkpoint()
-        trainer.fetch_rollouts()
+        trainer.source.fetch()
     journal = sorted(p.name for p in (tmp_path / "crashed" / "journal").glob("batch_0?????.json"))
     assert journal == ["batch_000002.json", "batch_000003.json", "batch_000004.json"]
     # The API has nothing any more: the journal alone carries the run to its end.

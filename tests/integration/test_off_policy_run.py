@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.lab import Quiet
 from support.mini_environment import MiniEnvironment
 from support.runs import metrics_of
 from support.serving import eventually
@@ -20,7 +19,6 @@ from support.tiny_model import build_tiny_model
 from support.trajectory_server import free_port
 
 from atropos_verl import AtroposTrainer
-from atropos_verl.backends.local.fit import resume_if_asked
 from atropos_verl.errors import WeightSyncError
 from atropos_verl.server.serving import TrajectoryServer
 from atropos_verl.types import StepReport
@@ -123,7 +121,7 @@ def test_an_environment_that_edits_is_reported_and_trained_without_versions(
 ) -> None:
     environment = {"edit": lambda ids: [*ids[:2], (ids[2] + 1) % 250, *ids[3:]]}
     with (
-        caplog.at_level(logging.WARNING, logger="atropos_verl.training.off_policy_book"),
+        caplog.at_level(logging.WARNING, logger="atropos_verl.training.staleness"),
         running(model_path, tmp_path, steps=2, environment=environment) as (trainer, env),
     ):
         lines = fit(trainer, env)
@@ -132,7 +130,7 @@ def test_an_environment_that_edits_is_reported_and_trained_without_versions(
         assert line["off_policy/staleness_mean"] is None
         assert line["off_policy/groups_of_unknown_version"] == GROUPS
         assert "off_policy/ratio_mean" not in line or math.isnan(line["off_policy/ratio_mean"])
-    messages = [r.getMessage() for r in caplog.records if r.name == "atropos_verl.training.off_policy_book"]
+    messages = [r.getMessage() for r in caplog.records if r.name == "atropos_verl.training.staleness"]
     assert 1 <= len(messages) <= 2  # one per environment (two threads register one each), and no more
     assert "First difference at token 6" in messages[0]
 
@@ -188,12 +186,12 @@ def test_a_restarted_run_knows_who_wrote_what_was_queued(model_path: Path, tmp_p
                 raise WeightSyncError("as after kill -9: nothing is saved")
 
         with running(model_path, tmp_path, steps=12, environment=environment, **settings) as (trainer, env):
-            resume_if_asked(trainer, Quiet())
+            trainer.resume_from_checkpoint()
             with pytest.raises(WeightSyncError):
                 trainer.fit(on_step=die)
         dead = dict(env.versions)  # now that the environment is done: its last group came after the trainer's end
         with running(model_path, tmp_path, steps=12, environment=environment, **settings) as (trainer, env):
-            resume_if_asked(trainer, Quiet())
+            trainer.resume_from_checkpoint()
             assert trainer.step == 3
             env.versions.update({row: (min(first, 3), min(last, 3)) for row, (first, last) in dead.items()})
             lines = fit(trainer, env)

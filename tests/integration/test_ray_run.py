@@ -76,8 +76,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
 def local(story: Story, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The local backend's steps on the same batches, from the same weights."""
     from atropos_verl import AtroposTrainer
-    from atropos_verl.backends.local.rollout_data import RolloutData
     from atropos_verl.protocol.wire import decode_batch
+    from atropos_verl.training.batch_source import RolloutData
 
     config = {
         "run_dir": str(tmp_path_factory.mktemp("local")),

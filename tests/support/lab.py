@@ -11,12 +11,10 @@ from typing import Any
 import torch
 
 from atropos_verl import AtroposTrainer
-from atropos_verl.backends.local.fit import resume_if_asked
-from atropos_verl.types import StepReport
 from support.runs import checkpointed_step
 from support.scripted_api import scripted_api
 
-__all__ = ["BATCH_SIZE", "GROUPS", "GROUP_SIZE", "MAX_TOKEN_LEN", "Lab", "Quiet", "assert_same", "saved", "state_of"]
+__all__ = ["BATCH_SIZE", "GROUPS", "GROUP_SIZE", "MAX_TOKEN_LEN", "Lab", "assert_same", "saved", "state_of"]
 
 GROUPS, GROUP_SIZE = 2, 4
 BATCH_SIZE = GROUPS * GROUP_SIZE
@@ -52,7 +50,7 @@ class Lab:
                 "atropos": {"api_url": api.url, "timeout": 20, "rollout_timeout": 20, **settings.get("atropos", {})},
             }
             with AtroposTrainer.from_config(values) as trainer:
-                resume_if_asked(trainer, Quiet())
+                trainer.resume_from_checkpoint()
                 yield trainer
 
     def run(self, name: str, bodies: list[bytes], steps: int, **settings: Any) -> dict[str, Any]:
@@ -60,19 +58,6 @@ class Lab:
         with self.trainer(name, bodies, steps, **settings) as trainer:
             trainer.fit()
             return state_of(trainer)
-
-
-class Quiet:
-    """``Progress`` of a run that nobody watches."""
-
-    def phase(self, name: str) -> None:
-        """Not shown."""
-
-    def note(self, message: str) -> None:
-        """Not shown."""
-
-    def step(self, report: StepReport) -> None:
-        """Not shown."""
 
 
 def state_of(trainer: AtroposTrainer) -> dict[str, Any]:

@@ -28,7 +28,6 @@ def test_the_root_exports_exactly_this() -> None:
         "SampleReport",
         "SampleSettings",
         "ScoredGroup",
-        "TrainingBatch",
         "TrainingSample",
         "__version__",
         "build_samples",

@@ -23,7 +23,7 @@ from atropos_verl.storage import write_atomic
 from atropos_verl.training.advantages import RunningMoments
 from atropos_verl.training.step import RunTotals
 
-__all__ = ["RunState", "find_checkpoint", "finish_checkpoint"]
+__all__ = ["RunState", "find_checkpoint", "finish_checkpoint", "saved_step"]
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _STATE = "atropos.json"
@@ -49,22 +49,19 @@ class RunState:
         except OSError as error:
             raise CheckpointError(f"cannot write the checkpoint {directory}: {error}") from error
 
-    @classmethod
-    def load(cls, directory: Path) -> RunState:
+    def restore(self, directory: Path) -> None:
         """Reads ``directory/atropos.json``. Raises ``CheckpointError`` when it is missing or damaged."""
-        state = cls()
         try:
             saved: dict[str, Any] = json.loads((directory / _STATE).read_text())
-            state.step, state.policy_version = int(saved["step"]), int(saved["policy_version"])
-            state.moments.load_state_dict(saved["moments"])
-            state.totals.load(saved["totals"])
-            state.held_out.update(saved.get("held_out") or {})
+            self.step, self.policy_version = int(saved["step"]), int(saved["policy_version"])
+            self.moments.load_state_dict(saved["moments"])
+            self.totals.load(saved["totals"])
+            self.held_out.update(saved.get("held_out") or {})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"cannot read {directory / _STATE}: {error}; a checkpoint of verl alone does not say which batches "
                 "were trained. Choose another checkpoint directory, or disable resuming"
             ) from error
-        return state
 
 
 def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
@@ -89,6 +86,15 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
     if not (directory / _STATE).is_file():
         raise CheckpointError(f"{tracker} points at {directory}, which is not there; resume=disable starts afresh")
     return directory
+
+
+def saved_step(run_dir: Path, resume: str) -> int:
+    """The step that a run goes on from; 0 for a fresh start. Raises as ``find_checkpoint`` and ``RunState.restore``."""
+    state = RunState()
+    directory = find_checkpoint(run_dir, resume)
+    if directory is not None:
+        state.restore(directory)
+    return state.step
 
 
 def finish_checkpoint(directory: Path, step: int, keep: int | None) -> None:

@@ -1,10 +1,11 @@
-"""Where refused groups go: one JSON file each, with the reason and the group exactly as it came."""
+"""Refused groups are kept in one JSON file each, with the reason and the group exactly as it came."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,13 @@ from atropos_verl.types import QuarantinedGroup, ScoredGroup
 
 __all__ = ["QuarantineEntry", "QuarantineStore", "parse_quarantine_file"]
 
+logger = logging.getLogger(__name__)
+
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class _File(msgspec.Struct, kw_only=True):
-    """The file. The group is under exactly one of the last three names.
+    """The content of a file. The group is under exactly one of the last three names.
 
     ``group``: its JSON, byte for byte. ``raw``: text that is not JSON (NaN, cut short). ``raw_base64``: not even text.
     """
@@ -38,7 +41,7 @@ class _File(msgspec.Struct, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuarantineEntry:
-    """What a quarantine file says."""
+    """The content of a quarantine file."""
 
     reason: str
     group_id: str
@@ -56,7 +59,7 @@ class QuarantineStore:
         self.directory = directory
 
     def put(self, refused: QuarantinedGroup) -> Path:
-        """Write ``DIRECTORY/GROUP_ID.json``, atomically.
+        """Writes ``DIRECTORY/GROUP_ID.json``, atomically, and says so in the log.
 
         Raises:
             OSError: it cannot be written.
@@ -77,6 +80,7 @@ class QuarantineStore:
         path = self.directory / f"{group_id}.json"
         # Not durable: a hostile environment can fill thousands of these a minute, and a lost one does no harm.
         write_atomic(path, msgspec.json.encode(content) + b"\n")
+        logger.warning("group quarantined: %s (%s)", refused.reason, path)
         return path
 
 

@@ -25,6 +25,7 @@ from atropos_verl.training.advantages import (
     finish_advantages,
     group_advantages,
 )
+from atropos_verl.training.staleness import stated_version
 from atropos_verl.types import (
     NO_LOGPROB,
     NOT_TRAINED,
@@ -204,12 +205,7 @@ def _policy_version(group: ScoredGroup, i: int, trained: IntArray | None) -> int
     known = np.zeros(0) if trained is None else trained[trained != UNKNOWN_VERSION]
     if known.size:
         return int(known.min())
-    own = {} if group.overrides is None else group.overrides[i]
-    for source in (own, group.generation_params or {}):
-        version = source.get("policy_version")
-        if isinstance(version, int) and not isinstance(version, bool):
-            return version
-    return None
+    return stated_version(group, i)
 
 
 def _unknown_keys(group: ScoredGroup) -> Iterable[str]:

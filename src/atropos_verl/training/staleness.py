@@ -1,44 +1,276 @@
-"""What is known about the policy that wrote a batch, put into its groups; and how old that policy is.
+"""Which policy wrote a batch: what the ledger knows is put into its groups, and groups that are too old are left out.
 
-Everything here happens before ``build_samples``: tokens that are taken out of training are masked, groups that are too
-old are left out, and neither takes part in the statistics of the batch.
+One batch::
+
+    matches = provenance.look_up_and_keep(groups, journal, entry)     # when it arrives
+    applied = provenance.apply(groups, matches, policy_version)       # before build_samples; the version to be updated
+    …
+    provenance.consumed(matches)                                      # trained on, and the journal says so
+    …
+    matches = provenance.recall(groups, journal, entry)               # after a restart: fetched by the process before
+
+All of it happens before ``build_samples``: tokens that are taken out of training are masked, groups that are too old
+are left out, and neither takes part in the statistics of the batch.
 """
 
 from __future__ import annotations
 
+import io
+import logging
+import time
+import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from atropos_verl.protocol.schema import sampling_temperature, stated_temperature
+from atropos_verl.config.schema import OffPolicyConfig
+from atropos_verl.protocol.journal import BatchJournal, JournalEntry
+from atropos_verl.protocol.schema import find_defect, sampling_temperature, stated_temperature
+from atropos_verl.provenance.attribution import SequenceQuery, look_up
+from atropos_verl.provenance.ledger import Ledger
+from atropos_verl.provenance.throttle import StalenessThrottle
 from atropos_verl.types import (
     MIN_LOGPROB,
     NO_LOGPROB,
     NOT_TRAINED,
     UNKNOWN_VERSION,
+    Difference,
     FloatArray,
+    SampleSettings,
     ScoredGroup,
     SequenceMatch,
     TrainingSample,
 )
 
 __all__ = [
-    "LOGPROB_MISMATCH",
+    "Applied",
+    "BatchMatches",
+    "BatchProvenance",
     "LookUpFigures",
+    "decode_matches",
+    "encode_matches",
     "group_version",
     "is_too_old",
-    "merge_matches",
+    "make_throttle",
     "staleness_metrics",
+    "stated_version",
     "versions_behind",
 ]
+
+logger = logging.getLogger(__name__)
+
+BatchMatches = list[list[SequenceMatch | None]]
+"""[groups][sequences]; None where nothing was looked up."""
 
 LOGPROB_MISMATCH = 1e-3
 """Nats: an environment's logprob that is further from the ledger's is not the one it was sent."""
 _OLDEST_BUCKET = 8
 """Staleness from here on is counted together."""
+_BESIDE_BATCH = "ledger.npz"
+_EXAMPLE_INTERVAL = 60.0
+"""Seconds between two examples of one environment in the log."""
+_CONTEXT_TOKENS = 12
+_MAX_ID = 1 << 31
+
+
+def make_throttle(
+    config: OffPolicyConfig, ledger: Ledger, batch_size: int, batches_per_version: int = 1
+) -> StalenessThrottle | None:
+    """The throttle that ``off_policy.on_stale=wait`` asks for; None with ``drop``.
+
+    Args:
+        batch_size: sequences of one batch of the API.
+        batches_per_version: batches that are trained on between two policy versions.
+    """
+    if config.max_staleness is None or config.on_stale == "drop":
+        return None
+    return StalenessThrottle(ledger, batch_size, config.max_staleness, batches_per_version=batches_per_version)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Applied:
+    """A batch with the ledger's knowledge in its groups."""
+
+    groups: list[ScoredGroup]
+    """The groups to train on."""
+    kept: list[int]
+    """Index of each of them in the batch."""
+    stale_groups: int
+    """Groups left out because of ``off_policy.max_staleness``."""
+    figures: dict[str, float | int | None]
+
+
+class BatchProvenance:
+    """Looks the batches of one run up in the gateway's ledger.
+
+    Args:
+        ledger: None: only what environments say is known.
+        decode: token ids → text, for examples in the log.
+
+    ``resumed_at`` is the policy version at which this process went on with a run; None: it began it.
+    """
+
+    def __init__(
+        self,
+        config: OffPolicyConfig,
+        ledger: Ledger | None,
+        settings: SampleSettings,
+        decode: Callable[[list[int]], str] = str,
+    ) -> None:
+        self.config = config
+        self.ledger = ledger
+        self.settings = settings
+        self.resumed_at: int | None = None
+        self._decode = decode
+        self._last_example: dict[int | None, float] = {}
+
+    def look_up(self, groups: Sequence[ScoredGroup]) -> BatchMatches:
+        """Attributes every sequence of every sound group. Call it once per batch, as soon as it arrives."""
+        if self.ledger is None:
+            return [[None] * len(group) for group in groups]
+        where: list[tuple[int, int]] = []
+        queries: list[SequenceQuery] = []
+        for g, group in enumerate(groups):
+            if find_defect(group, self.settings.vocab_size) is None:
+                for i in range(len(group)):
+                    if group.token_ids[i].max() < _MAX_ID:
+                        where.append((g, i))
+                        queries.append(_query(group, g, i))
+        matches: BatchMatches = [[None] * len(group) for group in groups]
+        for (g, i), match in zip(where, look_up(self.ledger, queries), strict=True):
+            matches[g][i] = match
+            if match.difference is not None:
+                self._show(groups[g], i, match, match.difference)
+        return matches
+
+    def look_up_and_keep(
+        self, groups: Sequence[ScoredGroup], journal: BatchJournal, entry: JournalEntry
+    ) -> BatchMatches:
+        """Calls ``look_up`` and keeps the result beside the journalled batch. Raises ``CheckpointError``."""
+        matches = self.look_up(groups)
+        journal.attach(entry, _BESIDE_BATCH, encode_matches(matches))
+        return matches
+
+    def recall(self, groups: Sequence[ScoredGroup], journal: BatchJournal, entry: JournalEntry) -> BatchMatches:
+        """Reads what was kept beside a journalled batch; where nothing was, looks the batch up now.
+
+        Versions above ``resumed_at`` name weights that were lost: they become ``resumed_at``, for every later process
+        as well (see ``SpanRecord.versions``). Raises ``CheckpointError`` when that cannot be written.
+        """
+        content = journal.attachment(entry, _BESIDE_BATCH)
+        matches = None if content is None else decode_matches(content, groups)
+        if matches is None:
+            return self.look_up_and_keep(groups, journal, entry)
+        known = set() if self.ledger is None else self.ledger.used_before(_records(matches))
+        now = _as_of_now(matches, self.resumed_at, known)
+        if now is not None:
+            journal.attach(entry, _BESIDE_BATCH, encode_matches(now))
+        return matches if now is None else now
+
+    def consumed(self, matches: BatchMatches) -> None:
+        """Tells the ledger that the journal holds the end of a batch: no process will look it up again."""
+        if self.ledger is not None:
+            self.ledger.consumed(_records(matches))
+
+    def apply(self, groups: Sequence[ScoredGroup], matches: BatchMatches, policy_version: int) -> Applied:
+        """Puts the matches into the groups, and leaves out groups that are too old.
+
+        Args:
+            policy_version: version of the weights that the step is about to update.
+        """
+        figures = LookUpFigures()
+        fresh: list[ScoredGroup] = []
+        kept: list[int] = []
+        bound = self.config.max_staleness
+        for index, (group, found) in enumerate(zip(groups, matches, strict=True)):
+            if any(match is not None for match in found):
+                group = _merge_matches(group, found, figures, self.config.unmatched, self.settings.default_temperature)
+            if bound is None or group.defect is not None or not is_too_old(group_version(group), policy_version, bound):
+                fresh.append(group)
+                kept.append(index)
+        stale = len(groups) - len(fresh)
+        if figures.temperature_mismatches:
+            logger.warning(
+                "%d sequences of this batch name another temperature than their environment asked the gateway for; "
+                "the trainer computes with the one they name",
+                figures.temperature_mismatches,
+            )
+        return Applied(
+            groups=fresh,
+            kept=kept,
+            stale_groups=stale,
+            figures={**figures.metrics(), "off_policy/dropped_stale_groups": stale},
+        )
+
+    def all_stale(self, groups: Sequence[ScoredGroup], matches: BatchMatches, policy_version: int) -> bool:
+        """True when a batch has groups and ``apply`` would leave every one of them out."""
+        if self.config.max_staleness is None or not groups:
+            return False
+        return not self.apply(groups, matches, policy_version).groups
+
+    def _show(self, group: ScoredGroup, i: int, match: SequenceMatch, difference: Difference) -> None:
+        now = time.monotonic()
+        if now - self._last_example.get(group.env_id, -_EXAMPLE_INTERVAL) < _EXAMPLE_INTERVAL:
+            return
+        self._last_example[group.env_id] = now
+        name = "an environment" if group.env_id is None else f"environment {group.env_id}"
+        handling = {"use": "trained on without a policy version", "drop": "not trained on"}[self.config.unmatched]
+        logger.warning(
+            "%s posts other tokens than the policy generated: group %s, sequence %d, %d of %d trained spans. %s. "
+            "Unmatched tokens are %s (off_policy.unmatched=%s); docs/off-policy.md says more",
+            name,
+            group.group_id,
+            i,
+            match.unmatched_spans,
+            match.spans,
+            self._describe(group.token_ids[i].tolist(), difference),
+            handling,
+            self.config.unmatched,
+        )
+
+    def _describe(self, tokens: list[int], difference: Difference) -> str:
+        if difference.nothing_similar:
+            return "Nothing similar is in the ledger: it was generated elsewhere, or so long ago that it was removed"
+        at = difference.position
+        before = self._decode(tokens[max(0, at - _CONTEXT_TOKENS) : at])
+        where = "in the prompt, " if difference.in_prompt else ""
+        return (
+            f"First difference {where}at token {at}, after {before!r}: written {self._token(difference.written)}, "
+            f"posted {self._token(difference.posted)}"
+        )
+
+    def _token(self, token: int | None) -> str:
+        return "nothing more" if token is None else f"{token} {self._decode([token])!r}"
+
+
+def _records(matches: BatchMatches) -> list[int]:
+    return [order for row in matches for match in row if match is not None for order in match.records]
+
+
+def _as_of_now(matches: BatchMatches, newest: int | None, known: Set[int]) -> BatchMatches | None:
+    """Lowers versions above ``newest`` and removes records that are not ``known``; None: there was nothing to do."""
+    changed = False
+    result: BatchMatches = []
+    for row in matches:
+        result.append([])
+        for match in row:
+            if match is not None:
+                versions = match.versions if newest is None else np.minimum(match.versions, newest)
+                records = tuple(order for order in match.records if order in known)
+                changed |= records != match.records or not np.array_equal(versions, match.versions)
+                match = replace(match, versions=versions, records=records)
+            result[-1].append(match)
+    return result if changed else None
+
+
+def _query(group: ScoredGroup, g: int, i: int) -> SequenceQuery:
+    mask = group.masks[i] != NOT_TRAINED
+    mask[0] = False  # nothing predicts it, so it is never trained
+    sent = None if group.inference_logprobs is None else group.inference_logprobs[i]
+    return SequenceQuery(token_ids=group.token_ids[i], loss_mask=mask, logprobs=sent, group=g, env_id=group.env_id)
 
 
 @dataclass(slots=True)
@@ -80,26 +312,25 @@ class LookUpFigures:
         return found
 
 
-def merge_matches(
+def _merge_matches(
     group: ScoredGroup,
     matches: Sequence[SequenceMatch | None],
     figures: LookUpFigures,
-    *,
-    unmatched: str = "use",
-    default_temperature: float = 1.0,
+    unmatched: str,
+    default_temperature: float,
 ) -> ScoredGroup:
-    """``group`` with what the ledger knows: token versions, logprobs, temperature.
+    """Puts the ledger's token versions, logprobs and temperature into a sound ``group``; counts into ``figures``.
 
     The ledger's logprobs win over the environment's; both are compared. The ledger's temperature fills in where the
     environment names none. Tokens that were not found keep what the environment sent, or, with ``unmatched="drop"``,
     are not trained on.
-
-    Args:
-        group: one without a defect.
-        matches: [G]; None where the sequence was not looked up.
-        figures: counts are added.
     """
-    masks, logprobs, overrides = list(group.masks), _rows(group.inference_logprobs, group), _overrides(group)
+    size = len(group)
+    masks = list(group.masks)
+    logprobs: list[FloatArray | None] = (
+        [None] * size if group.inference_logprobs is None else list(group.inference_logprobs)
+    )
+    overrides = list(group.overrides or [{} for _ in range(size)])
     for i, match in enumerate(matches):
         if match is None:
             continue
@@ -147,14 +378,6 @@ def _merged_logprobs(sent: FloatArray | None, match: SequenceMatch, figures: Loo
     return np.where(known, own, sent)
 
 
-def _rows(rows: Sequence[FloatArray | None] | None, group: ScoredGroup) -> list[FloatArray | None]:
-    return [None] * len(group) if rows is None else list(rows)
-
-
-def _overrides(group: ScoredGroup) -> list[dict[str, Any]]:
-    return [{} for _ in range(len(group))] if group.overrides is None else list(group.overrides)
-
-
 # ---------------------------------------------------------------------- staleness
 
 
@@ -167,20 +390,20 @@ def versions_behind(version: int, policy_version: int) -> int:
 
 
 def is_too_old(version: int | None, policy_version: int, bound: int | None) -> bool:
-    """Whether a group of ``version`` is beyond ``off_policy.max_staleness`` (``bound``). Unknown is not old."""
+    """True when ``version`` is beyond ``off_policy.max_staleness`` (``bound``). An unknown version is not old."""
     return bound is not None and version is not None and versions_behind(version, policy_version) > bound
 
 
 def group_version(group: ScoredGroup) -> int | None:
-    """Oldest policy version that wrote a trained token of the group; None: nobody knows.
+    """The oldest policy version that wrote a trained token of the group; None: unknown.
 
-    From ``token_versions``; a sequence of which nothing is known counts with the version that its environment states.
+    A sequence without known ``token_versions`` counts with the version that its environment states.
     """
     found: list[int] = []
     for i in range(len(group)):
         row = None if group.token_versions is None else group.token_versions[i]
         known = np.zeros(0) if row is None else row[row != UNKNOWN_VERSION]
-        stated = _stated_version(group, i)
+        stated = stated_version(group, i)
         if known.size:
             found.append(int(known.min()))
         elif stated is not None:
@@ -188,10 +411,9 @@ def group_version(group: ScoredGroup) -> int | None:
     return min(found) if found else None
 
 
-def _stated_version(group: ScoredGroup, i: int) -> int | None:
-    own: Mapping[str, Any] = {}
-    if group.overrides is not None and i < len(group.overrides):
-        own = group.overrides[i]
+def stated_version(group: ScoredGroup, i: int) -> int | None:
+    """The policy version that the environment names for sequence ``i``, if it is an integer."""
+    own = group.overrides[i] if group.overrides is not None and i < len(group.overrides) else {}
     for source in (own, group.generation_params or {}):
         version = source.get("policy_version")
         if isinstance(version, int) and not isinstance(version, bool):
@@ -200,7 +422,7 @@ def _stated_version(group: ScoredGroup, i: int) -> int | None:
 
 
 def staleness_metrics(samples: Sequence[TrainingSample], policy_version: int) -> dict[str, float | int | None]:
-    """How many optimiser steps older the policy that wrote a batch is than the one that is updated with it.
+    """Counts how many optimiser steps the policy that wrote a batch is behind the one that the batch updates.
 
     A group is as stale as its oldest trained token. Versions above ``policy_version`` (of steps that were lost with a
     process and are taken again) count as 0.
@@ -225,7 +447,7 @@ def staleness_metrics(samples: Sequence[TrainingSample], policy_version: int) ->
         trained = sample.token_versions[sample.loss_mask]
         known = trained[trained != UNKNOWN_VERSION]
         unknown_tokens += int(trained.size - known.size)
-        ages, counts = np.unique(_age(policy_version - known), return_counts=True)
+        ages, counts = np.unique(np.clip(policy_version - known, 0, _OLDEST_BUCKET), return_counts=True)
         tokens.update(dict(zip(ages.tolist(), counts.tolist(), strict=True)))
     exact = [versions_behind(version, policy_version) for version in oldest.values() if version is not None]
     groups = Counter(min(age, _OLDEST_BUCKET) for age in exact)
@@ -240,5 +462,68 @@ def staleness_metrics(samples: Sequence[TrainingSample], policy_version: int) ->
     return metrics
 
 
-def _age(ages: Any) -> Any:
-    return np.clip(ages, 0, _OLDEST_BUCKET)
+# ---------------------------------------------------------------------- beside the journal
+
+
+def encode_matches(matches: BatchMatches) -> bytes:
+    """Writes a file (numpy's npz) that ``decode_matches`` reads. Differences are not kept."""
+    flat = [match for group in matches for match in group]
+    found = [match for match in flat if match is not None]
+    columns: dict[str, Any] = {
+        "groups": np.array([len(group) for group in matches], dtype=np.int64),
+        "tokens": np.array([-1 if m is None else len(m.found) for m in flat], dtype=np.int64),
+        "temperature": np.array([np.nan if m.temperature is None else m.temperature for m in found]),
+        "counts": np.array(
+            [[m.spans, m.unmatched_spans, m.unmatched_tokens, m.ambiguous_spans] for m in found], dtype=np.int64
+        ).reshape(-1, 4),
+        "holds": np.array([len(m.records) for m in found], dtype=np.int64),
+        "records": np.array([order for m in found for order in m.records], dtype=np.int64),
+        "found": np.concatenate([np.zeros(0, dtype=np.bool_), *(m.found for m in found)]),
+        "versions": np.concatenate([np.zeros(0, dtype=np.int64), *(m.versions for m in found)]),
+        "logprobs": np.concatenate([np.zeros(0), *(m.logprobs for m in found)]).astype(np.float32),
+    }
+    file = io.BytesIO()
+    np.savez_compressed(file, **columns)
+    return file.getvalue()
+
+
+def decode_matches(content: bytes, groups: Sequence[ScoredGroup]) -> BatchMatches | None:
+    """Reads what ``encode_matches`` wrote for these groups; None when it is not that (a torn file, other groups)."""
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            columns = {name: file[name] for name in file.files}
+        lengths = columns["tokens"].tolist()
+        expected = [len(ids) for group in groups for ids in group.token_ids]
+        same = columns["groups"].tolist() == [len(group) for group in groups]
+        if not same or any(n not in (-1, e) for n, e in zip(lengths, expected, strict=True)):
+            raise ValueError("it belongs to another batch")
+        ends = np.cumsum([length for length in lengths if length >= 0])[:-1]
+        rows = zip(
+            *(np.split(columns[name], ends) for name in ("found", "versions", "logprobs")),
+            np.split(columns["records"], np.cumsum(columns["holds"])[:-1]),
+            columns["temperature"].tolist(),
+            columns["counts"].tolist(),
+            strict=False,  # np.split of nothing gives one part
+        )
+        flat = (_match(*next(rows)) if length >= 0 else None for length in lengths)
+        return [[next(flat) for _ in group.token_ids] for group in groups]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        logger.warning("what the ledger knew about a journalled batch cannot be read: %s", error)
+        return None
+
+
+def _match(
+    found: Any, versions: Any, logprobs: Any, records: Any, temperature: float, counts: list[int]
+) -> SequenceMatch:
+    spans, unmatched_spans, unmatched_tokens, ambiguous = counts
+    return SequenceMatch(
+        found=found,
+        versions=versions,
+        logprobs=logprobs.astype(np.float64),
+        temperature=None if np.isnan(temperature) else temperature,
+        spans=spans,
+        unmatched_spans=unmatched_spans,
+        unmatched_tokens=unmatched_tokens,
+        ambiguous_spans=ambiguous,
+        records=tuple(records.tolist()),
+    )

@@ -25,7 +25,7 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from atropos_verl.training.losses import linear_token_logprobs
+from atropos_verl.training.losses.lm_head import linear_token_logprobs
 from atropos_verl.verl_plugin.shims import without_pinned_offload
 
 __all__ = ["ATTENTION", "SelectiveHeadEngine", "can_pack", "install_packed_attention", "packs_exactly"]

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from atropos_verl.training.losses import (
+from atropos_verl.training.losses import lm_head
+from atropos_verl.training.losses.importance import summarise_importance
+from atropos_verl.training.losses.lm_head import linear_token_logprobs
+from atropos_verl.training.losses.policy import (
     advantage_weighted_sft_loss,
     clipped_ratio_loss,
     compute_advantage_weighted_sft_loss,
-    linear_token_logprobs,
-    lm_head,
-    summarise_importance,
     token_logprobs_from_logits,
 )
 

@@ -407,9 +407,9 @@ def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
         build(group(), **changes)
 
 
-def test_the_data_package_does_not_import_torch() -> None:
+def test_batches_come_without_torch() -> None:
     code = (
-        "import sys, atropos_verl.training.samples, atropos_verl.protocol.wire\n"
+        "import sys, atropos_verl.training.batch_source\n"
         "found = [m for m in ('torch', 'verl', 'ray') if m in sys.modules]\n"
         "sys.exit(f'imported {found}' if found else 0)"
     )

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from atropos_verl.config.composition import load_config, train_help
 from atropos_verl.config.schema import RunConfig
@@ -26,11 +26,11 @@ from atropos_verl.launch.exit_codes import exit_code_of
 from atropos_verl.launch.startup import gateway_listener, is_rank_zero
 
 if TYPE_CHECKING:
-    from atropos_verl.backends.local.intake import Intake
     from atropos_verl.backends.local.trainer import AtroposTrainer
     from atropos_verl.launch.evaluation import LaunchedEvaluations
     from atropos_verl.launch.services import LocalServices
     from atropos_verl.report.console import ProgressReporter
+    from atropos_verl.training.batch_source import BatchSource
 
 __all__ = ["main"]
 
@@ -122,7 +122,6 @@ class _Run:
         self.config = config
         self.run_dir = config.resolve_run_dir()
         self.started = time.monotonic()
-        self.held_out: dict[str, float | None] = {}
 
     def execute(self) -> int:
         from atropos_verl.report.console import ProgressReporter
@@ -146,9 +145,9 @@ class _Run:
 
     def _check_what_it_needs(self) -> Path:
         """Everything that can be known to be wrong before a file is made, a process started or torch imported."""
-        from atropos_verl.backends.local.checkpoint import find_checkpoint
         from atropos_verl.config.model_checks import check_vocabulary
         from atropos_verl.launch.plan import env_script
+        from atropos_verl.training.checkpoint_state import find_checkpoint
 
         model_path = self.config.resolve_model_path()
         check_vocabulary(self.config, model_path)
@@ -192,30 +191,30 @@ class _Run:
         return LaunchedEvaluations(path, self.run_dir, timeout=settings.timeout, note=progress.note)
 
     def _with_services(self, services: LocalServices, listener: socket.socket, progress: ProgressReporter) -> int:
-        from atropos_verl.backends.local.intake import Intake
+        from atropos_verl.training.batch_source import BatchSource
 
         progress.phase("starting the trajectory API")
         url = services.start_api()
         config = self.config.model_copy(update={"atropos": self.config.atropos.model_copy(update={"api_url": url})})
         with ExitStack() as stack:
-            intake = stack.enter_context(Intake(config, self.run_dir))
+            source = stack.enter_context(BatchSource(config, self.run_dir))
             # Before torch is imported: the environment, which waits for it, then starts beside that import.
             progress.phase("registering at the trajectory API")
             step = self._saved_step()
-            intake.resume(step)
-            intake.register(step, config.batch_size)
+            source.resume(step)
+            source.register(step, config.batch_size)
             progress.phase("starting the environment")
             services.start_environment()
             if self._evaluates_before():
                 services.start_evaluation("before")
-            trainer = self._build_trainer(config, intake, listener, progress)
+            trainer = self._build_trainer(config, source, listener, progress)
             stack.callback(trainer.close)
             # Before the trainer: what an environment has asked for would otherwise be waited for.
             stack.callback(services.stop)
             return self._train(trainer, services, progress, services)
 
     def _build_trainer(
-        self, config: RunConfig, intake: Intake | None, listener: socket.socket, progress: ProgressReporter
+        self, config: RunConfig, source: BatchSource | None, listener: socket.socket, progress: ProgressReporter
     ) -> AtroposTrainer:
         progress.phase("loading the policy (verl)")
         with paused_collection():
@@ -223,13 +222,12 @@ class _Run:
             from atropos_verl.backends.local.worker import import_verl
 
             import_verl(config)
-        return AtroposTrainer(config, run_dir=self.run_dir, intake=intake, gateway_listener=listener)
+        return AtroposTrainer(config, run_dir=self.run_dir, source=source, gateway_listener=listener)
 
     def _saved_step(self) -> int:
-        from atropos_verl.backends.local.checkpoint import find_checkpoint, saved_state
+        from atropos_verl.training.checkpoint_state import saved_step
 
-        directory = find_checkpoint(self.run_dir, self.config.resume)
-        return 0 if directory is None else int(saved_state(directory)["step"])
+        return saved_step(self.run_dir, self.config.resume)
 
     def _train(
         self,
@@ -238,42 +236,28 @@ class _Run:
         progress: ProgressReporter,
         evaluations: LocalServices | LaunchedEvaluations | None,
     ) -> int:
-        from atropos_verl.backends.local.fit import resume_if_asked
+        from atropos_verl.training.step import HeldOut, write_summary
         from atropos_verl.verl_plugin.tracking import make_tracker
 
-        state = resume_if_asked(trainer, progress)
-        self.held_out.update(state.get("held_out", {}))
+        trainer.resume_from_checkpoint(progress)
+        held_out = HeldOut(evaluations, progress, trainer.state.held_out)
         result = trainer.fit(
             progress=progress,
             check_services=None if services is None else services.check,
-            before_first_step=lambda: self._finish("before", evaluations, progress),
+            before_first_step=lambda: held_out.finish("before"),
             on_step=make_tracker(self.config, self.run_dir),
-            checkpoint_extra=lambda: {"held_out": self.held_out},
         )
-        if evaluations is not None and self.config.eval.after:
-            progress.phase("evaluating on held-out tasks")
-            evaluations.start_evaluation("after")
-            self._finish("after", evaluations, progress)
-        self._summarise(trainer, result, progress)
+        if self.config.eval.after:
+            held_out.start("after")
+            held_out.finish("after")
+        seconds = time.monotonic() - self.started
+        progress.summary(write_summary(self.run_dir, result, held_out=held_out.scores, seconds=seconds))
         return 0
 
     def _evaluates_before(self) -> bool:
-        from atropos_verl.backends.local.checkpoint import find_checkpoint
+        from atropos_verl.training.checkpoint_state import find_checkpoint
 
         return self.config.eval.before and find_checkpoint(self.run_dir, self.config.resume) is None
-
-    def _finish(
-        self, label: str, evaluations: LocalServices | LaunchedEvaluations | None, progress: ProgressReporter
-    ) -> None:
-        from atropos_verl.training.step import held_out_score
-
-        if evaluations is None or not evaluations.has_evaluation(label):
-            return
-        if label == "before":
-            progress.phase("evaluating on held-out tasks before training")
-        score = self.held_out[label] = held_out_score(evaluations.finish_evaluation(label))
-        told = "unknown" if score is None else f"{score:.3f}"
-        progress.note(f"held-out mean reward {label} training: {told}")
 
     def _prepare_run_dir(self) -> None:
         from atropos_verl.storage import write_atomic
@@ -292,35 +276,3 @@ class _Run:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         _log_to(handler)
         logging.getLogger("atropos_verl").setLevel(logging.INFO)
-
-    def _summarise(self, trainer: AtroposTrainer, result: dict[str, Any], progress: ProgressReporter) -> None:
-        from atropos_verl.training.metrics_log import write_summary
-
-        totals = trainer.totals
-        rewards: list[float] = result["rewards"]
-        few = max(1, min(5, len(rewards) // 2))
-        summary: dict[str, Any] = {
-            "steps": trainer.step,
-            "policy_version": trainer.policy_version,
-            "reward_first": sum(rewards[:few]) / few if rewards else None,
-            "reward_last": sum(rewards[-few:]) / few if rewards else None,
-            "reward_window": few,
-            "rewards": rewards,
-            "mode": self.config.mode,
-            "idle_share": result["idle_share"],
-            "held_out_before": self.held_out.get("before"),
-            "held_out_after": self.held_out.get("after"),
-            "weights_synced": trainer.sharding_manager.syncs,
-            "groups_used": totals.groups_used,
-            "groups_quarantined": totals.groups_quarantined,
-            "sequences_trained": totals.sequences_trained,
-            "sequences_dropped_overlong": totals.sequences_dropped_overlong,
-            "tokens_trained": totals.tokens_trained,
-            "steps_without_data": totals.steps_without_data,
-            "batches_lost_at_api": totals.batches_lost_at_api,
-            "batches_stale": totals.batches_stale,
-            "seconds": time.monotonic() - self.started,
-            "run_dir": str(self.run_dir),
-        }
-        write_summary(self.run_dir / "summary.json", summary)
-        progress.summary(summary)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from atropos_verl.config.schema import LossConfig
-from atropos_verl.training.losses import advantage_weighted_sft_loss, clipped_ratio_loss, summarise_importance
-from atropos_verl.training.losses.importance import LARGEST
+from atropos_verl.training.losses.importance import LARGEST, summarise_importance
+from atropos_verl.training.losses.policy import advantage_weighted_sft_loss, clipped_ratio_loss
 from atropos_verl.types import LossOutput
 
 __all__ = ["LossFunction"]

@@ -1,14 +1,17 @@
 """``AtroposTrainer``: one optimiser step at a time, on rollouts that came through a trajectory API.
 
-``rl_training_step(prompts)`` lets the trainer itself sample and score rollouts; ``fit()`` trains on whatever the
-environments behind the API send. Both do, in this order::
+``rl_training_step(prompts)`` lets the trainer itself sample and score rollouts; ``fit()`` trains on the batches of the
+environments behind the API. Both do, in this order::
 
     rollout (gate open, engine holds the newest weights) → batch → samples → optimiser step → weight sync → ack
+
+This class joins the parts; nothing below it imports it. Batches come from ``training.batch_source``.
 """
 
 from __future__ import annotations
 
 import logging
+import resource
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,26 +23,21 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from atropos_verl.backends.local.in_hand import InHand
-from atropos_verl.backends.local.intake import Intake
 from atropos_verl.backends.local.interrupts import held_interrupts
-from atropos_verl.backends.local.rollout_data import RolloutData, RunTotals, step_report
-from atropos_verl.backends.local.stack import LocalStack, padded_rows
+from atropos_verl.backends.local.stack import LocalStack
 from atropos_verl.config.schema import RunConfig, apply_environment
-from atropos_verl.errors import ConfigError, DataError
+from atropos_verl.errors import CheckpointError, ConfigError, DataError, TrainingDivergedError, WeightSyncError
 from atropos_verl.protocol.client import AtroposClient
-from atropos_verl.training.advantages import RunningMoments
-from atropos_verl.training.off_policy_book import OffPolicyBook
-from atropos_verl.training.quarantine import QuarantineStore
-from atropos_verl.training.rollout_flow import RolloutFlow
+from atropos_verl.training.batch_source import BatchSource, RolloutData
+from atropos_verl.training.checkpoint_state import RunState, find_checkpoint, finish_checkpoint
 from atropos_verl.training.samples import build_samples, sample_settings
-from atropos_verl.training.staleness import staleness_metrics
-from atropos_verl.types import SampleReport, ScoredGroup, StepReport
+from atropos_verl.training.selfplay import RewardFunction, SelfPlay
+from atropos_verl.training.staleness import BatchProvenance, staleness_metrics
+from atropos_verl.training.step import LoggedProgress, Progress, RunTotals, StepLog, outcome, step_report
+from atropos_verl.types import SampleReport, ScoredGroup, StepReport, TrainingSample
 
 if TYPE_CHECKING:
     import torch
-
-    from atropos_verl.backends.local.selfplay import RewardFunction
 
 __all__ = ["AtroposTrainer", "RolloutData", "RunTotals"]
 
@@ -55,8 +53,8 @@ class AtroposTrainer:
         config: the run's settings.
         reward_fn: for ``rl_training_step``: ``(prompts, completions) -> scores``, flat lists of equal length.
         client: an ``AtroposClient`` to use instead of one made from the configuration.
-        intake: client, journal and registration, where the run has them already; the trainer closes it.
-        gateway_listener: a socket that listens already, where the gateway is to serve.
+        source: the batch source of a run that has registered already; the trainer closes it.
+        gateway_listener: a socket that listens already, for the gateway.
     """
 
     def __init__(
@@ -66,36 +64,31 @@ class AtroposTrainer:
         reward_fn: RewardFunction | None = None,
         client: AtroposClient | None = None,
         run_dir: Path | None = None,
-        intake: Intake | None = None,
+        source: BatchSource | None = None,
         gateway_listener: socket.socket | None = None,
     ) -> None:
         self.config = config
         self.reward_fn = reward_fn
         self.run_dir = run_dir or config.resolve_run_dir()
         self.model_path = config.resolve_model_path()
-        self.intake = intake or Intake(config, self.run_dir, client)
-        self.client = self.intake.client
-        self.moments = RunningMoments()
-        self.totals = RunTotals()
-        self.step = 0
+        self.source = source or BatchSource(config, self.run_dir, client)
+        self.client = self.source.client
+        self.state = RunState()
         self.updating = False
-        """The weights have changed, or may have, and ``step`` does not say so yet: not a state to be saved."""
-        self.journal = self.intake.journal
-        self.batches = self.intake.batches
-        self.quarantine = QuarantineStore(self.run_dir / "quarantine")
-        self.stack = LocalStack.build(config, self.model_path, gateway_listener=gateway_listener)
-        self.flow = RolloutFlow(self.stack.throttle, self.client, config.group_size)
-        self._rollouts: ExitStack | None = None
-        self._self_play: Any = None
+        """The weights have changed, or may have, and ``step`` does not say so yet: this state must not be saved."""
+        self.stack = LocalStack.build(config, self.model_path, self.state, gateway_listener=gateway_listener)
         self.settings = sample_settings(config, self.stack.vocab_size)
-        self.off_policy = OffPolicyBook(config.off_policy, self.stack.ledger, self.settings, self.tokenizer.decode)
-        self.in_hand = InHand(self.batches, self.off_policy, self.quarantine, self.flow)
+        self.provenance = BatchProvenance(config.off_policy, self.stack.ledger, self.settings, self.tokenizer.decode)
+        self.source.attach(self.provenance, self.stack.throttle, self.state.totals)
+        self._rollouts: ExitStack | None = None
+        self._self_play: SelfPlay | None = None
+        self._saved_at = 0
 
     @classmethod
     def from_config(
         cls, config: Mapping[str, Any], *, reward_fn: RewardFunction | None = None, **extra: Any
     ) -> AtroposTrainer:
-        """Build from a plain dictionary with the recipe's keys (see ``design.md`` and ``config.describe``).
+        """Builds a trainer from a plain dictionary with the recipe's keys (see ``config.schema.describe``).
 
         ``ATROPOS_API_URL`` and ``ATROPOS_TIMEOUT`` override the dictionary's values. The API is not contacted yet.
 
@@ -114,15 +107,34 @@ class AtroposTrainer:
         self.close()
 
     def close(self) -> None:
-        """End the rollout phase, the gateway, the engine and the connection. Safe to call twice."""
+        """Ends the rollout phase, the gateway, the engine and the connection. Safe to call twice."""
         try:
             self.close_rollouts()
         finally:
             self.stack.close()
-            self.flow.close()
-            self.intake.close()
+            self.source.close()
 
     # ------------------------------------------------------------------ parts
+
+    @property
+    def step(self) -> int:
+        """Batches that were trained on since the run began, resumes included."""
+        return self.state.step
+
+    @property
+    def policy_version(self) -> int:
+        """Optimiser steps taken since the run began, resumes included."""
+        return self.state.policy_version
+
+    @property
+    def moments(self) -> Any:
+        """The run's statistics for ``advantage_normalization=global``."""
+        return self.state.moments
+
+    @property
+    def totals(self) -> RunTotals:
+        """Counters of the run."""
+        return self.state.totals
 
     @property
     def sharding_manager(self) -> Any:
@@ -144,13 +156,8 @@ class AtroposTrainer:
         """Base URL for environments (without ``/v1``)."""
         return self.config.gateway.advertise_url or self.stack.gateway.url
 
-    @property
-    def policy_version(self) -> int:
-        """Optimiser steps taken since the run began, resumes included."""
-        return self.stack.policy.policy_version
-
     def open_rollouts(self) -> None:
-        """Enter the rollout phase: memory back, newest weights in, canary, gate open. No-op when open.
+        """Enters the rollout phase: memory back, newest weights in, canary, gate open. No-op when open.
 
         With ``mode=overlap`` it lasts to the end of the run, and ``serve_newest`` swaps weights within it.
         """
@@ -160,19 +167,15 @@ class AtroposTrainer:
             self._rollouts = stack
 
     def serve_newest(self) -> None:
-        """The engine holds the newest weights and serves them, whatever it did before."""
+        """Makes the engine hold the newest weights and serve them, whatever it did before."""
         sync = self.sharding_manager.last_sync
         if self._rollouts is None:
             self.open_rollouts()
         elif self.config.is_overlapped and (sync is None or sync.policy_version != self.policy_version):
             self.sharding_manager.swap()
 
-    def _end_rollout_phase(self) -> None:
-        if not self.config.is_overlapped:
-            self.close_rollouts()
-
     def close_rollouts(self) -> None:
-        """Leave the rollout phase: gate shut at a token boundary, engine memory released. No-op when closed."""
+        """Leaves the rollout phase: gate shut at a token boundary, engine memory released. No-op when closed."""
         if self._rollouts is not None:
             stack, self._rollouts = self._rollouts, None
             stack.close()
@@ -194,94 +197,65 @@ class AtroposTrainer:
         try:
             rollout_data = self.rollout_phase(prompts)
         finally:
-            self._end_rollout_phase()
+            if not self.config.is_overlapped:
+                self.close_rollouts()
         report = self.train_on(rollout_data, started)
         if self.config.save_freq > 0 and self.step % self.config.save_freq == 0:
             self.save_checkpoint()
         elif self.config.save_freq <= 0:
-            self.batches.discard_through(self.step)
+            self.source.batches.discard_through(self.step)
         return report
 
-    def save_checkpoint(self) -> Path:
-        """Write ``run_dir/checkpoints/global_step_N`` now; see ``local.checkpoint``. Raises ``CheckpointError``."""
-        from atropos_verl.backends.local.checkpoint import save_checkpoint
-
-        return save_checkpoint(self)
-
     def rollout_phase(self, prompts: Sequence[Any]) -> RolloutData:
-        """Sample, score, submit to the trajectory API and fetch a batch back. Opens the rollout phase if needed."""
+        """Samples, scores, submits to the trajectory API, fetches a batch back. Opens the rollout phase if needed."""
         if self.reward_fn is None:
             raise ConfigError("rl_training_step needs a reward_fn(prompts, completions); environments use fit()")
-        from atropos_verl.backends.local.selfplay import SelfPlay
-
         self.open_rollouts()
         if self._self_play is None:
-            self._self_play = SelfPlay(self, self.reward_fn)
+            self._self_play = SelfPlay(
+                self.config,
+                self.engine,
+                self.tokenizer,
+                self.client,
+                self.stack.ledger,
+                self.reward_fn,
+                register_trainer=lambda batch_size: self.source.register(self.step, batch_size),
+            )
         started = time.perf_counter()
         self._self_play.submit(prompts)
-        data = self.fetch_rollouts()
+        data = self.source.fetch()
         data.timings["rollout"] = time.perf_counter() - started
         return data
 
-    def fetch_rollouts(
-        self, max_wait_time: float | None = None, should_stop: Callable[[], None] | None = None
-    ) -> RolloutData:
-        """The next batch of the API, journalled to the run directory before anything else happens to it.
-
-        Raises:
-            AtroposTimeoutError: no batch within ``max_wait_time`` (default ``batch_max_wait_time``) seconds.
-        """
-        early = self.in_hand.next()
-        return early or self.in_hand.decode(self.batches.fetch(max_wait_time, should_stop, {"after_step": self.step}))
-
-    def start_api(self) -> None:
-        """One GET /batch: an upstream API lets environments register only after it. A batch it returns is kept."""
-        self.intake.poll(self.step)
-        self.take_polled()
-
-    def take_polled(self) -> None:
-        """What the API answered to the first GET /batch, which may have come before this trainer, is trained on."""
-        self.in_hand.take(self.intake.take_polled())
-
     def compute_advantages_from_atropos(self, rollout_data: RolloutData | Sequence[ScoredGroup]) -> torch.Tensor:
-        """Advantages [B, L] (right-padded with 0) of the batch's B trainable sequences.
+        """Advantages [B, L] float32 (right-padded with 0) of the batch's B trainable sequences.
 
-        Group baseline, token-level overrides, normalisation, clipping: see ``data.advantages``. Bad groups are
+        Group baseline, token-level overrides, normalisation, clipping: see ``training.advantages``. Bad groups are
         written to ``run_dir/quarantine`` with the reason. The samples are kept in ``rollout_data.report``.
         """
+        import torch
+
         data = rollout_data if isinstance(rollout_data, RolloutData) else RolloutData(list(rollout_data))
-        return padded_rows(self._make_samples(data).samples)
-
-    def prepare(self, rollout_data: RolloutData) -> None:
-        """Make a batch's samples ahead of its step, from any thread. Left to the step where they depend on the batches
-        trained before it ("global" statistics, a bound on staleness)."""
-        if self.settings.normalization != "global" and self.config.off_policy.max_staleness is None:
-            self._make_samples(rollout_data)
-
-    def discard_if_stale(self, data: RolloutData) -> bool:
-        """True when every group is older than ``off_policy.max_staleness``: the batch is done with, without a step."""
-        matches = self.off_policy.look_up(data.groups) if data.matches is None else data.matches
-        if not self.off_policy.all_stale(data.groups, matches, self.policy_version):
-            return False
-        logger.warning("every group of a batch is older than off_policy.max_staleness; it is not trained on")
-        self.totals.batches_stale += 1
-        if data.entry is not None:
-            self.batches.trained(data.entry, self.step)
-            self.off_policy.consumed(matches)
-            self.batches.ack(data.entry)
-        self.flow.done()
-        return True
+        samples = self._make_samples(data).samples
+        rows = torch.zeros(len(samples), max((len(sample) for sample in samples), default=0))
+        for row, sample in zip(rows, samples, strict=True):
+            row[: len(sample)] = torch.from_numpy(sample.advantages)
+        return rows
 
     def _make_samples(self, data: RolloutData) -> SampleReport:
-        matches = self.off_policy.look_up(data.groups) if data.matches is None else data.matches
-        applied = self.off_policy.apply(data.groups, matches, self.policy_version)
+        matches = self.provenance.look_up(data.groups) if data.matches is None else data.matches
+        applied = self.provenance.apply(data.groups, matches, self.policy_version)
         data.off_policy = applied.figures
-        report = build_samples(applied.groups, self.settings, running=self.moments)
-        for bad in report.quarantined:
-            path = self.quarantine.put(bad)
-            logger.warning("group quarantined: %s (%s)", bad.reason, path)
-        data.report = report
-        return report
+        data.report = build_samples(applied.groups, self.settings, running=self.moments)
+        for bad in data.report.quarantined:
+            self.source.quarantine.put(bad)
+        return data.report
+
+    def _prepare(self, data: RolloutData) -> None:
+        """Makes a batch's samples ahead of its step, in the source's thread. Left to the step where they depend on the
+        batches trained before it ("global" statistics, a bound on staleness)."""
+        if self.settings.normalization != "global" and self.config.off_policy.max_staleness is None:
+            self._make_samples(data)
 
     def training_phase(self, rollout_data: RolloutData, advantages: torch.Tensor) -> dict[str, float]:
         """The optimiser step. Returns its figures (``loss``, ``grad_norm``, ``lr``, ``tokens`` and the loss's own).
@@ -293,29 +267,28 @@ class AtroposTrainer:
             DataError: the shapes do not belong together, or an advantage is not finite.
             TrainingDivergedError: the loss or the gradient norm is not finite.
         """
-        if rollout_data.report is None:
-            self.compute_advantages_from_atropos(rollout_data)
-        assert rollout_data.report is not None
-        samples = rollout_data.report.samples
+        samples = (rollout_data.report or self._make_samples(rollout_data)).samples
         values = advantages.detach().cpu().numpy().astype(np.float64)
         if values.shape[0] != len(samples) or any(values.shape[1] < len(s) for s in samples):
             raise DataError(f"advantages {values.shape} do not fit {len(samples)} samples")
         if not np.isfinite(values).all():
             row, column = np.argwhere(~np.isfinite(values))[0]
             raise DataError(f"advantages[{row}][{column}] = {values[row, column]} is not finite")
-        samples = [replace(s, advantages=values[i, : len(s)] * s.loss_mask) for i, s in enumerate(samples)]
+        return self._update(
+            rollout_data, [replace(s, advantages=values[i, : len(s)] * s.loss_mask) for i, s in enumerate(samples)]
+        )
+
+    def _update(self, data: RolloutData, samples: list[TrainingSample]) -> dict[str, float]:
         tokens = sum(int(s.loss_mask.sum()) for s in samples)
         if tokens == 0:
-            self.totals.steps_without_data += 1
             logger.warning("the batch holds no token that can be trained; no optimiser step")
             return {"loss": 0.0, "tokens": 0.0}
-        self._end_rollout_phase()
+        if not self.config.is_overlapped:
+            self.close_rollouts()
         self.updating = True
-        rollout_data.off_policy |= staleness_metrics(samples, self.policy_version)
+        data.off_policy |= staleness_metrics(samples, self.policy_version)
         output = self.stack.worker.train(samples)
-        self.stack.policy.policy_version += 1
-        self.totals.sequences_trained += len(samples)
-        self.totals.tokens_trained += tokens
+        self.state.policy_version += 1
         figures = {"loss": output.loss, "grad_norm": output.grad_norm, "lr": output.lr, "tokens": float(tokens)}
         return {**figures, **output.metrics}
 
@@ -332,7 +305,7 @@ class AtroposTrainer:
             The loss [], with a graph to the policy's parameters. It has no lower bound for negative advantages; the
             clipped-ratio loss is ``use_advantage_weighting=false``.
         """
-        from atropos_verl.training.losses import compute_advantage_weighted_sft_loss
+        from atropos_verl.training.losses.policy import compute_advantage_weighted_sft_loss
 
         logits = self.stack.worker.forward_logits(input_ids)
         return compute_advantage_weighted_sft_loss(
@@ -342,47 +315,230 @@ class AtroposTrainer:
     # ------------------------------------------------------------------ a whole step
 
     def train_on(self, rollout_data: RolloutData, started: float | None = None) -> StepReport:
-        """Advantages, optimiser step, weight sync, ack: everything after a batch is in hand.
+        """Advantages, optimiser step, weight sync, ack: everything after a batch was fetched.
 
         Args:
             started: ``time.perf_counter()`` at the beginning of the step, for ``timing/step``.
         """
         begin = time.perf_counter()
-        started = begin if started is None else started
         with held_interrupts():
-            return self._whole_step(rollout_data, begin, started)
+            return self._whole_step(rollout_data, begin, begin if started is None else started)
 
-    def _whole_step(self, rollout_data: RolloutData, begin: float, started: float) -> StepReport:
-        report = rollout_data.report
+    def _whole_step(self, data: RolloutData, begin: float, started: float) -> StepReport:
         moments = self.moments.state_dict()
-        # Computed before by the caller? Then not again: "global" statistics would count the batch twice.
         try:
-            advantages = padded_rows(report.samples) if report else self.compute_advantages_from_atropos(rollout_data)
-            figures = self.training_phase(rollout_data, advantages)
+            # Computed before by the caller? Then not again: "global" statistics would count the batch twice.
+            report = data.report or self._make_samples(data)
+            figures = self._update(data, report.samples)
         except BaseException:
             self.moments.load_state_dict(moments)  # the batch counts when it is trained on, which is yet to come
             raise
         trained = time.perf_counter()
-        self.step += 1
-        if rollout_data.entry is not None:
-            self.batches.trained(rollout_data.entry, self.step)
-        self.off_policy.consumed(rollout_data.matches or [])
+        self.state.step += 1
+        self.source.trained(data, self.step)
+        counts = {
+            "groups": report.groups,
+            "sequences": len(report.samples),
+            "quarantined": len(report.quarantined),
+            "dropped_overlong": report.dropped_overlong,
+            "truncated": report.truncated,
+            "trained_tokens": int(figures.pop("tokens")),
+        }
+        self.totals.count({**counts, "stale": int(data.off_policy["off_policy/dropped_stale_groups"] or 0)})
         self.updating = False
         self.serve_newest()
-        self.flow.done()
+        self.source.done()
         synced = time.perf_counter()
-        if rollout_data.entry is not None:
-            self.batches.ack(rollout_data.entry)
-        assert rollout_data.report is not None
-        self.totals.count(rollout_data.report)
-        seconds = {"train": trained - begin, "sync": synced - trained, "step": synced - started}
+        self.source.ack(data)
+        seconds = {
+            # How long the trainer waited for this batch; how long the API was asked for it; how long it was in the
+            # making beside the step before (mode=overlap).
+            **{name: data.timings.get(name, 0.0) for name in ("rollout", "wait", "prefetch")},
+            "train": trained - begin,
+            "sync": synced - trained,
+            "step": synced - started,
+        }
+        return self._report(data, report, counts, seconds, figures)
+
+    def _report(
+        self,
+        data: RolloutData,
+        report: SampleReport,
+        counts: Mapping[str, int],
+        seconds: Mapping[str, float],
+        figures: dict[str, float],
+    ) -> StepReport:
+        env_ids = {group.env_id for group in data.groups if group.env_id is not None}
+        trained = [np.abs(s.advantages[s.loss_mask]) for s in report.samples]
         sync = self.sharding_manager.last_sync
-        return step_report(self.step, self.policy_version, rollout_data, figures, seconds, sync)
+        return step_report(
+            self.step,
+            self.policy_version,
+            figures.pop("loss"),
+            scores=report.scores,
+            environments={env_id: [s.score for s in report.samples if s.env_id == env_id] for env_id in env_ids},
+            counts=counts,
+            seconds=seconds,
+            figures={
+                "advantage/mean_abs": float(np.concatenate(trained).mean()) if counts["trained_tokens"] else None,
+                "sync/seconds": sync.seconds,
+                "sync/paused_seconds": sync.paused_seconds,
+                "sync/bytes": sync.bytes_copied,
+                "sync/canary_max_abs_logprob_diff": sync.canary_max_abs_logprob_diff,
+                "perf/idle_share": seconds["rollout"] / seconds["step"] if seconds["step"] > 0 else 0.0,
+                "perf/peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                **data.off_policy,
+                **{key if "/" in key else f"actor/{key}": value for key, value in figures.items()},
+            },
+        )
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save_checkpoint(self) -> Path:
+        """Writes ``run_dir/checkpoints/global_step_N`` now; older ones beyond ``trainer.max_ckpt_to_keep`` go.
+
+        Raises:
+            CheckpointError: the directory cannot be written (it names the path and the cause). The checkpoint before
+                stays the newest one.
+        """
+        directory = self.run_dir / "checkpoints" / f"global_step_{self.step}"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self.stack.worker.save_checkpoint(directory / "actor", self.step)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            raise CheckpointError(f"cannot write the checkpoint {directory}: {error}") from error
+        self.state.save(directory, model_path=str(self.model_path))
+        finish_checkpoint(directory, self.step, self.config.trainer.max_ckpt_to_keep)
+        self.source.batches.discard_through(self.step)
+        self._saved_at = self.step
+        return directory
+
+    def resume_from_checkpoint(self, progress: Progress | None = None) -> None:
+        """Loads the checkpoint that ``resume`` means, with the ledger, and puts the batches that it does not cover in
+        front of those that the API delivers next."""
+        note = (progress or LoggedProgress()).note
+        directory = find_checkpoint(self.run_dir, self.config.resume)
+        if directory is not None:
+            self.state.restore(directory)
+            self.stack.worker.load_checkpoint(directory / "actor")
+            note(f"resumed from {directory} at step {self.step}, policy version {self.policy_version}")
+        resumes = self.config.resume != "disable"
+        self.provenance.resumed_at = self.policy_version if resumes else None
+        known = self.stack.ledger.persist(self.run_dir / "ledger", self.provenance.resumed_at)
+        if known:
+            note(f"{known} completions of before the interruption are known: their groups may still come")
+        pending = self.source.resume(self.step)
+        if pending:
+            note(f"{pending} batches fetched before the interruption are trained first")
 
     # ------------------------------------------------------------------ environment-driven training
 
-    def fit(self, **arguments: Any) -> dict[str, Any]:
-        """Train on what environments send until ``steps`` are done. See ``local.fit.fit``; returns the summary."""
-        from atropos_verl.backends.local.fit import fit
+    def fit(
+        self,
+        *,
+        progress: Progress | None = None,
+        check_services: Callable[[], None] | None = None,
+        before_first_step: Callable[[], None] | None = None,
+        on_step: Callable[[StepReport], None] | None = None,
+    ) -> dict[str, Any]:
+        """Trains on the batches of environments, from the current step to ``config.steps``.
 
-        return fit(self, **arguments)
+        The trainer is left with the rollout phase open (newest weights served), so that an evaluation can follow.
+        With ``mode=overlap`` the next batch is fetched while one is trained on; one that was fetched and not trained
+        on, because the run ended, stays in the journal.
+
+        Args:
+            check_services: called while waiting; raises when a process of the run has died.
+            before_first_step: called once, with the policy being served, before the first optimiser step.
+            on_step: called with every step's report, for trackers.
+
+        Returns:
+            What ``summary.json`` says of the training.
+
+        Raises:
+            AtroposAPIError, ServiceError, EngineStoppedError, WeightSyncError, TrainingDivergedError, CheckpointError.
+            Whatever ends the run, what was trained since the last checkpoint is saved first if that is possible.
+        """
+        source, config, progress = self.source, self.config, progress or LoggedProgress()
+        source.note = progress.note
+        log = StepLog(self.run_dir, self.step)
+        self._saved_at = self.step
+        if not source.is_registered:
+            progress.phase("registering at the trajectory API")
+            source.register(self.step, config.batch_size)
+        self.open_rollouts()
+        if before_first_step is not None:
+            before_first_step()
+
+        def check() -> None:
+            self.engine.check_alive()
+            if check_services is not None:
+                check_services()
+
+        try:
+            source.start(
+                check,
+                starts_environment=check_services is not None,
+                prepare=self._prepare if config.is_overlapped else None,
+            )
+            while self.step < config.steps:
+                self._next_step(progress, log, on_step)
+            source.stop(give_back=True)
+        except BaseException as error:
+            try:
+                self._save_what_was_trained(error)
+            finally:
+                source.stop(give_back=False)  # last: it waits for a request that an API which hangs may never answer
+            raise
+        return outcome(
+            self.step,
+            self.policy_version,
+            log.rewards,
+            self.totals,
+            mode=config.mode,
+            idle_share=log.idle_share,
+            weights_synced=self.sharding_manager.syncs,
+        )
+
+    def _next_step(self, progress: Progress, log: StepLog, on_step: Callable[[StepReport], None] | None) -> None:
+        config, started = self.config, time.perf_counter()
+        progress.phase("rollout: waiting for a batch")
+        data = self.source.take(more=self.step + 1 < config.steps)
+        with held_interrupts():
+            if self.source.discard_if_stale(data, self.policy_version):
+                return
+        data.timings["rollout"] = time.perf_counter() - started
+        with held_interrupts():
+            report = self.train_on(data, started)
+            log.append(report)
+        progress.step(report)
+        if on_step is not None:
+            on_step(report)
+        if config.save_freq > 0 and (self.step % config.save_freq == 0 or self.step == config.steps):
+            progress.phase(f"saving checkpoint {self.step}")
+            with held_interrupts():
+                self.save_checkpoint()
+        elif config.save_freq <= 0:
+            self.source.batches.discard_through(self.step)  # no checkpoint will ever cover it
+
+    def _save_what_was_trained(self, error: BaseException) -> None:
+        unusable = (CheckpointError, TrainingDivergedError, WeightSyncError)
+        saved_at = self._saved_at
+        if self.config.save_freq <= 0 or self.step == saved_at or isinstance(error, unusable):
+            return
+        if self.updating:
+            error.add_note(
+                f"(in the middle of an optimiser step: the weights are not those of step {self.step} any more, and "
+                f"nothing after step {saved_at} is saved; the journal holds the batches, resume=auto trains on them "
+                "again)"
+            )
+            return
+        try:
+            with held_interrupts(deliver=False):
+                directory = self.save_checkpoint()
+        except CheckpointError as second:
+            error.add_note(f"(and the trained steps since {saved_at} could not be saved: {second})")
+        else:
+            error.add_note(
+                f"(steps up to {self.step} are saved in {directory}; the same command with resume=auto goes on)"
+            )

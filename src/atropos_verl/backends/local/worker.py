@@ -25,10 +25,9 @@ from atropos_verl import verl_plugin
 from atropos_verl.backends.local.objective import LossFunction
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import CheckpointError, TrainingDivergedError
-from atropos_verl.training.batching import split_for_ranks
 from atropos_verl.types import FloatArray, TrainingSample
 
-__all__ = ["PolicyWorker", "TrainOutput", "import_verl", "resolve_device"]
+__all__ = ["PolicyWorker", "TrainOutput", "import_verl", "resolve_device", "split_for_ranks"]
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +190,7 @@ class PolicyWorker:
     def _local_compute_logprobs(self, samples: list[TrainingSample]) -> list[FloatArray]:
         from verl.utils import tensordict_utils as tu
 
-        shares = self._shares(samples)
+        shares = split_for_ranks(samples, self.world_size)
         data = self._to_tensordict([samples[i] for i in shares[self.rank]], None)
         tu.assign_non_tensor(data, compute_loss=False)
         output = self._worker.infer_batch(data)
@@ -230,12 +229,8 @@ class PolicyWorker:
 
     # ------------------------------------------------------------------ data
 
-    def _shares(self, samples: list[TrainingSample]) -> list[list[int]]:
-        position = {id(sample): index for index, sample in enumerate(samples)}
-        return [[position[id(s)] for s in part] for part in split_for_ranks(samples, self.world_size)]
-
     def _local_data(self, samples: list[TrainingSample], old: list[FloatArray] | None) -> Any:
-        share = self._shares(samples)[self.rank]
+        share = split_for_ranks(samples, self.world_size)[self.rank]
         return self._to_tensordict([samples[i] for i in share], None if old is None else [old[i] for i in share])
 
     def _to_tensordict(self, samples: list[TrainingSample], old: list[FloatArray] | None) -> Any:
@@ -353,6 +348,25 @@ def _filler() -> TrainingSample:
     return TrainingSample(
         token_ids=np.zeros(2, dtype=np.int64), loss_mask=np.zeros(2, dtype=np.bool_), advantages=np.zeros(2)
     )
+
+
+def split_for_ranks(samples: Sequence[TrainingSample], world_size: int) -> list[list[int]]:
+    """Shares ``samples`` out over ``world_size`` ranks so that each gets about the same number of tokens.
+
+    Longest first, each to the rank with the fewest tokens so far (then the fewest samples, then the lowest number): the
+    heaviest rank carries at most 4/3 of the best possible (Graham 1969). Depends on the lengths only, so every rank
+    computes the same shares. Within a rank the order of ``samples`` is kept. A rank's share may be empty.
+
+    Returns:
+        Indices of the samples, rank by rank.
+    """
+    loads = [(0, 0, rank) for rank in range(world_size)]
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    for index in sorted(range(len(samples)), key=lambda i: (-len(samples[i]), i)):
+        tokens, count, rank = min(loads)
+        loads[rank] = (tokens + len(samples[index]), count + 1, rank)
+        shares[rank].append(index)
+    return [sorted(share) for share in shares]
 
 
 def _mini_batches(count: int, epochs: int, mini_batches: int, seed: int) -> Iterator[list[int]]:

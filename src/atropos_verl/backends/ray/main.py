@@ -250,22 +250,10 @@ class _Command:
         progress.note(f"held-out mean reward {label} training: {told}")
 
     def _summarise(self, outcome: dict[str, Any], progress: ProgressReporter) -> None:
-        from atropos_verl.training.metrics_log import write_summary
+        from atropos_verl.training.step import write_summary
 
-        rewards = outcome["rewards"]
-        few = max(1, min(5, len(rewards) // 2))
-        summary = {
-            **outcome,
-            "reward_first": sum(rewards[:few]) / few if rewards else None,
-            "reward_last": sum(rewards[-few:]) / few if rewards else None,
-            "reward_window": few,
-            "held_out_before": self.held_out.get("before"),
-            "held_out_after": self.held_out.get("after"),
-            "seconds": time.monotonic() - self.started,
-            "run_dir": str(self.run.run_dir),
-        }
-        write_summary(self.run.run_dir / "summary.json", summary)
-        progress.summary(summary)
+        seconds = time.monotonic() - self.started
+        progress.summary(write_summary(self.run.run_dir, outcome, held_out=self.held_out, seconds=seconds))
 
 
 def _has_checkpoint(config: Any) -> bool:

@@ -267,7 +267,7 @@ class _Training:
         self.phase("rollout: waiting for a batch")
         stopped = ""
         if trainer.global_steps < trainer.total_training_steps:
-            self.flow.watch()
+            self.source.start(None, starts_environment=not self.run.is_attached)
             try:
                 trainer.fit(manager)
             except StopRequestedError as error:
@@ -278,7 +278,7 @@ class _Training:
                 self.put("saved", saved)
                 raise
             finally:
-                self.flow.close()  # an evaluation may follow, which nobody may hold back
+                self.source.stop(give_back=False)  # an evaluation may follow, whose prompts must not wait
         self.put("trained", stopped)
         self.wait_for_flag("end")
         return self._summary(stopped)
@@ -291,7 +291,7 @@ class _Training:
     def _start_gateway(self, llm_client: Any) -> None:
         from atropos_verl.backends.ray.gateway import start_gateway
         from atropos_verl.provenance.ledger import Ledger
-        from atropos_verl.training.rollout_flow import make_throttle
+        from atropos_verl.training.staleness import make_throttle
 
         self.phase("starting the inference gateway")
         settings = self.run.settings.gateway
@@ -316,51 +316,23 @@ class _Training:
     def _start_feed(self) -> Any:
         from atropos_verl.backends.ray.feed import TrajectoryFeed
         from atropos_verl.backends.ray.trainer import TransferQueueStore
-        from atropos_verl.protocol.client import make_client, register_trainer
-        from atropos_verl.protocol.journal import BatchJournal
-        from atropos_verl.protocol.leases import LeasedBatches
-        from atropos_verl.training.off_policy_book import OffPolicyBook
-        from atropos_verl.training.quarantine import QuarantineStore
-        from atropos_verl.training.rollout_flow import RolloutFlow
+        from atropos_verl.training.batch_source import BatchSource
+        from atropos_verl.training.staleness import BatchProvenance
 
         run, trainer = self.run, self.trainer
-        assert run.settings.api_url is not None
-        client = make_client(run.run, run.settings.api_url)
-        self.stack.callback(client.close)
-        batches = LeasedBatches(client, BatchJournal(run.run_dir / "journal"))
-        self.stack.callback(batches.close)
-        pending = [] if self._resumed_at is None else batches.resume(self._resumed_at)
-        self.flow = RolloutFlow(self.throttle, client, run.run.group_size)
-        self.stack.callback(self.flow.close)
+        self.source = source = BatchSource(run.run, run.run_dir)
+        self.stack.callback(source.close)
         settings = self._feed_settings()
-        book = OffPolicyBook(run.settings.off_policy, self.ledger, settings.samples, trainer.tokenizer.decode)
-        book.resumed_at = self._resumed_at
-        feed = TrajectoryFeed(
-            settings,
-            batches,
-            QuarantineStore(run.run_dir / "quarantine"),
-            TransferQueueStore(),
-            book,
-            served_version=lambda: trainer.served_version,
-            flow=self.flow,
-        )
-        feed.replay(pending)
+        provenance = BatchProvenance(run.settings.off_policy, self.ledger, settings.samples, trainer.tokenizer.decode)
+        provenance.resumed_at = self._resumed_at
+        source.attach(provenance, self.throttle, trainer.state.totals)
+        pending = source.resume(trainer.global_steps)
         if pending:
-            self.note(f"{len(pending)} batches fetched before the interruption are trained first")
-
-        def first_poll() -> None:
-            held = batches.poll({"after_step": trainer.global_steps})
-            if held is not None:
-                feed.replay([held])
-
+            self.note(f"{pending} batches fetched before the interruption are trained first")
         self.phase("registering at the trajectory API")
-        register_trainer(
-            client,
-            run.run,
-            run.run.batch_size,
-            starting_step=trainer.global_steps,
-            checkpoint_dir=trainer.checkpoint_root,
-            first_poll=first_poll,
+        source.register(trainer.global_steps, run.run.batch_size, trainer.checkpoint_root)
+        feed = TrajectoryFeed(
+            settings, source, TransferQueueStore(), provenance, served_version=lambda: trainer.served_version
         )
         feed.start()
         self.stack.callback(feed.stop)
@@ -372,16 +344,13 @@ class _Training:
         from atropos_verl.backends.ray.gateway import embedding_rows
         from atropos_verl.training.samples import sample_settings
 
-        run, settings = self.run.run, self.run.settings
+        run = self.run.run
         correction = self.config.algorithm.rollout_correction
         return FeedSettings(
             samples=sample_settings(run, embedding_rows(self.config.actor_rollout_ref.model)),
             batch_size=run.batch_size,
             temperature=run.temperature,
             needs_logprobs=bool(correction.rollout_is or correction.rollout_rs or correction.bypass_mode),
-            first_batch_timeout=settings.rollout_timeout if self.run.is_attached else settings.env.startup_timeout,
-            rollout_timeout=settings.rollout_timeout,
-            max_wait_time=settings.batch_max_wait_time,
         )
 
     def _report(self, report: StepReport) -> None:

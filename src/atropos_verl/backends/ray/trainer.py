@@ -1,4 +1,4 @@
-"""verl's V1 trainers, thin: rollouts come from the trajectory feed, advantages from ``data/``, weights through
+"""verl's V1 trainers, thin: rollouts come from the trajectory feed, advantages from ``training/``, weights through
 ``AtroposShardingManager``.
 
 ==================  ======================================================  ====================================
@@ -35,11 +35,9 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from atropos_verl.backends.ray.advantages import finish_batch
-from atropos_verl.backends.ray.feed import TrajectoryFeed
+from atropos_verl.backends.ray.feed import Slot, TrajectoryFeed
 from atropos_verl.backends.ray.gateway import ClusterGateway
-from atropos_verl.backends.ray.step_batches import Slot
-from atropos_verl.backends.ray.transfer import ADVANTAGES, Rows
+from atropos_verl.backends.ray.transfer import ADVANTAGES, Rows, finish_batch
 from atropos_verl.backends.ray.workers import worker_class
 from atropos_verl.config.verl_keys import ClusterRun, parameter_sync_step, read_run
 from atropos_verl.errors import TrainingDivergedError
@@ -232,7 +230,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
             partition_id=batch.partition_id,
             select_fields=["response_mask", "advantages", ADVANTAGES],
         )
-        advantages = finish_batch(
+        advantages, figures = finish_batch(
             values,
             batch.keys,
             batch.tags,
@@ -241,14 +239,14 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
             clipping=run.advantage_clipping,
             running=self.state.moments,
         )
-        metrics.update(advantages.metrics)
-        fields = TensorDict({"advantages": advantages.nested, "returns": advantages.nested}, batch_size=len(batch))
+        metrics.update(figures)
+        fields = TensorDict({"advantages": advantages, "returns": advantages}, batch_size=len(batch))
         return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
 
     @property
     def _baseline_from_data(self) -> bool:
-        """The group baseline is that of ``data.advantages``, as in the local backend. A reward that verl changed (KL
-        in reward), and its other estimators, are verl's to weigh."""
+        """The group baseline is that of ``training.advantages``, as in the local backend. verl weighs a reward that it
+        changed (KL in reward), and computes its other estimators."""
         algorithm = self.config.algorithm
         return str(algorithm.adv_estimator) in ("grpo", "rloo", "plain") and not algorithm.use_kl_in_reward
 
@@ -345,7 +343,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         if self.global_steps:
             folder = self.config.trainer.resume_from_path if self.config.trainer.resume_mode == "resume_path" else None
             directory = Path(folder) if folder else self.checkpoint_root / f"global_step_{self.global_steps}"
-            self.state = RunState.load(directory)
+            self.state.restore(directory)
 
 
 class _ColocatedTrainer(_AtroposTrainer):

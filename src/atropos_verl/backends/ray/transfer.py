@@ -10,6 +10,10 @@ sequences are ``{uid}_{i}_0``. The field ``uid`` of a row is its *group*, which 
 
 Of a sequence, everything before the first trained token is the prompt, the rest the response, with the real mask: tool
 and environment tokens between two turns are 0 in it.
+
+Later the advantages of a step replace verl's (``finish_batch``). verl's estimators see scores and masks; token-level
+advantages of the environment, forced zeros, normalisation over the trained tokens of the step and clipping are done
+here, by ``training.advantages``, the code of the local backend.
 """
 
 from __future__ import annotations
@@ -21,22 +25,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from atropos_verl.training.advantages import SequenceAdvantage
+from atropos_verl.training.advantages import RunningMoments, SequenceAdvantage, finish_advantages
 from atropos_verl.types import UNKNOWN_VERSION, TrainingSample
 
 __all__ = [
     "ADVANTAGES",
-    "Row",
     "Rows",
     "Versions",
-    "advantage_field",
+    "finish_batch",
     "has_rollout_logprobs",
     "make_rows",
     "versions_of",
 ]
 
 ADVANTAGES = "atropos_advantages"
-"""Field: float64 [R], the advantages before normalising, from ``data.advantages``."""
+"""Field: float64 [R], the advantages before normalising, from ``training.advantages``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +175,64 @@ def _rollout_logprobs(sample: TrainingSample) -> torch.Tensor:
     return torch.from_numpy(np.nan_to_num(sample.rollout_logprobs, nan=0.0).astype(np.float32))
 
 
-def advantage_field(values: Sequence[np.ndarray[Any, Any]], response_masks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Nested float32 [B, R_b]: final advantages row by row, 0 where the mask is."""
-    rows = [
-        torch.from_numpy(np.asarray(row, dtype=np.float32))[: mask.numel()] * mask.to(torch.float32)
-        for row, mask in zip(values, response_masks, strict=True)
-    ]
-    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+def finish_batch(
+    values: Any,
+    keys: Sequence[str],
+    tags: Sequence[dict[str, Any]],
+    *,
+    from_data: bool,
+    normalization: str,
+    clipping: tuple[float, float] | None,
+    running: RunningMoments,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Final advantages of a step, and figures about them.
+
+    Args:
+        values: nested fields ``response_mask``, ``advantages`` (verl's), ``atropos_advantages``.
+        keys, tags: of the rows, as ``transfer.make_rows`` made them; padding is tagged ``is_padding``.
+        from_data: the baseline is that of ``training.group_advantages``; otherwise verl's, unless the environment sent
+            token-level advantages. (verl gives a group of one its raw score; here it gets 0.)
+        running: statistics of the run for ``global``; merged with this batch.
+
+    Returns:
+        Nested [B, R_b] float32, in the order of the rows; 0 where the mask is, and in rows of padding.
+    """
+    masks = list(values["response_mask"].unbind())
+    verls = list(values["advantages"].unbind())
+    ours = list(values[ADVANTAGES].unbind())
+    # verl sorts rows by length; the order of the batch makes sums, and so advantages, those of the local backend.
+    order = sorted((i for i, tag in enumerate(tags) if not tag.get("is_padding")), key=lambda i: _position(keys[i]))
+    sequences = []
+    for i in order:
+        tag, mask = tags[i], masks[i].bool().numpy()
+        base = (ours[i] if from_data or tag["advantage_replaced"] else verls[i]).numpy().astype(np.float64)
+        if not from_data and not tag["advantage_replaced"] and tag["group_size"] < 2:
+            base = np.zeros_like(base)
+        sequences.append(SequenceAdvantage(base, mask, bool(tag["advantage_to_zero"]), bool(tag["advantage_replaced"])))
+    finished = finish_advantages(sequences, normalization, clipping, running)
+    rows: list[np.ndarray[Any, Any]] = [np.zeros(mask.numel()) for mask in masks]
+    for i, row in zip(order, finished, strict=True):
+        rows[i] = row
+    nested = torch.nested.as_nested_tensor(
+        [
+            torch.from_numpy(np.asarray(row, dtype=np.float32))[: mask.numel()] * mask.to(torch.float32)
+            for row, mask in zip(rows, masks, strict=True)
+        ],
+        layout=torch.jagged,
+    )
+    return nested, _metrics(sequences, finished)
+
+
+def _position(key: str) -> tuple[str, int]:
+    slot, index, _ = key.rsplit("_", 2)
+    return slot, int(index)
+
+
+def _metrics(sequences: Sequence[SequenceAdvantage], finished: Sequence[np.ndarray[Any, Any]]) -> dict[str, float]:
+    trained = [np.abs(row[s.loss_mask]) for s, row in zip(sequences, finished, strict=True)]
+    joined = np.concatenate(trained) if trained else np.zeros(0)
+    return {
+        "advantage/mean_abs": float(joined.mean()) if joined.size else 0.0,
+        "advantage/replaced_sequences": float(sum(s.replaced for s in sequences)),
+        "advantage/zeroed_sequences": float(sum(s.zero for s in sequences)),
+    }

@@ -19,7 +19,7 @@ from verl.trainer.ppo.core_algos import register_policy_loss as _register_policy
 from verl.utils.device import get_device_name
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
-from atropos_verl.training.losses import advantage_weighted_sft_loss as _local_loss
+from atropos_verl.training.losses.policy import advantage_weighted_sft_loss as _local_loss
 from atropos_verl.verl_plugin import engines  # noqa: F401  registers
 from atropos_verl.verl_plugin.shims import init_cpu_process_group, own_copies
 

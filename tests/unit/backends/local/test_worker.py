@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.samples import random_samples
 from support.tiny_model import build_tiny_model
 
-from atropos_verl.backends.local.worker import PolicyWorker, _verl_prints_to_log
+from atropos_verl.backends.local.worker import PolicyWorker, _verl_prints_to_log, split_for_ranks
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import CheckpointError
 from atropos_verl.types import TrainingSample
@@ -219,3 +221,26 @@ def test_what_catches_verls_prints_outlives_a_change_of_stdout() -> None:
         writer = weakref.ref(sys.stdout)
         sys.stdout = before  # as pytest's live log does while it writes
         assert writer() is not None
+
+
+def _of_length(length: int) -> TrainingSample:
+    zeros = np.zeros(length)
+    return TrainingSample(token_ids=zeros.astype(np.int64), loss_mask=zeros.astype(bool), advantages=zeros)
+
+
+def test_shares_of_ranks_by_hand() -> None:
+    # Longest first: 9 → rank 0, 7 → rank 1, 6 → rank 1 (7 < 9) = 13, 5 → rank 0 = 14, 2 → rank 1 = 15.
+    assert split_for_ranks([_of_length(n) for n in (5, 9, 2, 7, 6)], 2) == [[0, 1], [2, 3, 4]]
+    assert split_for_ranks([_of_length(3)], 3) == [[0], [], []]
+
+
+@given(st.lists(st.integers(1, 60), max_size=30), st.integers(1, 6))
+def test_every_sample_goes_to_one_rank_and_the_ranks_are_balanced(lengths: list[int], world_size: int) -> None:
+    samples = [_of_length(n) for n in lengths]
+    shares = split_for_ranks(samples, world_size)
+    assert len(shares) == world_size
+    assert sorted(i for share in shares for i in share) == list(range(len(samples)))
+    loads = [sum(lengths[i] for i in share) for share in shares]
+    # Greedy: the heaviest rank was the lightest when it got its last sample.
+    assert max(loads) - min(loads) <= max(lengths, default=0)
+    assert split_for_ranks(samples, world_size) == shares

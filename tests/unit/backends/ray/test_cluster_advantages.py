@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from atropos_verl.backends.ray.advantages import finish_batch
-from atropos_verl.backends.ray.transfer import ADVANTAGES, Versions, make_rows
+from atropos_verl.backends.ray.transfer import ADVANTAGES, Versions, finish_batch, make_rows
 from atropos_verl.protocol.wire import decode_batch
 from atropos_verl.training.advantages import RunningMoments
 from atropos_verl.training.samples import build_samples, collect_samples
@@ -76,10 +75,10 @@ def test_they_equal_the_local_backends_exactly(normalization: str, clipping: tup
         settings = SampleSettings(normalization=normalization, clipping=clipping)
         expected = build_samples(decode_batch(body), settings, running=theirs).samples
         values, keys, tags = stored(body, shuffle=seed)
-        finished = finish_batch(
+        finished, _ = finish_batch(
             values, keys, tags, from_data=True, normalization=normalization, clipping=clipping, running=ours
         )
-        found = by_index(finished.nested, keys)
+        found = by_index(finished, keys)
         assert len(found) == len(expected) > 8
         for index, sample in enumerate(expected):
             start = int(np.argmax(sample.loss_mask))
@@ -90,21 +89,23 @@ def test_they_equal_the_local_backends_exactly(normalization: str, clipping: tup
 
 def test_rows_of_padding_are_zero_and_in_no_statistic() -> None:
     body = batch(1)
-    without = finish_batch(*stored(body, padding=0), from_data=True, normalization="batch", clipping=None, running=None)
+    without, _ = finish_batch(
+        *stored(body, padding=0), from_data=True, normalization="batch", clipping=None, running=None
+    )
     values, keys, tags = stored(body, padding=5)
-    finished = finish_batch(values, keys, tags, from_data=True, normalization="batch", clipping=None, running=None)
-    rows = finished.nested.unbind()
+    finished, _ = finish_batch(values, keys, tags, from_data=True, normalization="batch", clipping=None, running=None)
+    rows = finished.unbind()
     assert all(float(row.abs().sum()) == 0.0 for row in rows[-5:])
-    assert all(torch.equal(a, b) for a, b in zip(rows[:-5], without.nested.unbind(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(rows[:-5], without.unbind(), strict=True))
 
 
 def test_verls_own_estimate_is_kept_but_for_what_the_environment_says() -> None:
     """KL in reward, or another estimator of verl: its advantages, with overrides, zeros and groups of one put right."""
     values, keys, tags = stored(batch(2), padding=0)
-    finished = finish_batch(values, keys, tags, from_data=False, normalization="none", clipping=None, running=None)
+    finished, _ = finish_batch(values, keys, tags, from_data=False, normalization="none", clipping=None, running=None)
     kinds = set()
     for row, mask, own, tag in zip(
-        finished.nested.unbind(), values["response_mask"].unbind(), values[ADVANTAGES].unbind(), tags, strict=True
+        finished.unbind(), values["response_mask"].unbind(), values[ADVANTAGES].unbind(), tags, strict=True
     ):
         if tag["advantage_to_zero"] or (tag["group_size"] == 1 and not tag["advantage_replaced"]):
             want, kind = torch.zeros(mask.numel()), "zero"

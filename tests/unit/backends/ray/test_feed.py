@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.serving import eventually
 
 from atropos_verl.backends.ray.feed import FeedSettings, TrajectoryFeed
 from atropos_verl.backends.ray.transfer import Rows
-from atropos_verl.config.schema import OffPolicyConfig
-from atropos_verl.errors import AtroposConnectionError, AtroposTimeoutError
+from atropos_verl.config.schema import OffPolicyConfig, RunConfig
+from atropos_verl.errors import AtroposConnectionError
 from atropos_verl.protocol.journal import BatchJournal, JournalEntry
 from atropos_verl.protocol.leases import HeldBatch
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
-from atropos_verl.training.off_policy_book import OffPolicyBook
-from atropos_verl.training.quarantine import QuarantineStore
-from atropos_verl.training.rollout_flow import RolloutFlow
+from atropos_verl.training.batch_source import BatchSource
+from atropos_verl.training.staleness import BatchProvenance
+from atropos_verl.training.step import RunTotals
 from atropos_verl.types import SampleSettings
 
 WAIT = 10.0
@@ -41,17 +41,19 @@ class Batches:
         self.bodies = list(bodies)
         self.calls: list[tuple[str, Any]] = []
         self.failure: Exception | None = None
+        self.asked = threading.Event()
 
     def fetch(self, max_wait_time: float, should_stop: Any, meta: Any = None) -> HeldBatch:
-        for _ in range(int(20 * WAIT)):
+        self.asked.set()
+        while not self.bodies:
             should_stop()
             if self.failure is not None:
                 raise self.failure
-            if self.bodies:
-                body = json.dumps({"batch": self.bodies.pop(0)}).encode()
-                return HeldBatch(body, self.journal.record(body))
-            time.sleep(0.05)
-        raise AtroposTimeoutError("no batch")
+        body = json.dumps({"batch": self.bodies.pop(0)}).encode()
+        return HeldBatch(body, self.journal.record(body))
+
+    def resume(self, after_step: int) -> list[HeldBatch]:
+        return [HeldBatch(self.journal.read(entry), entry) for entry in self.journal.pending(after_step)]
 
     def trained(self, entry: JournalEntry, step: int) -> JournalEntry:
         self.calls.append(("trained", (entry.sequence, step)))
@@ -96,33 +98,21 @@ class Store:
 class World:
     def __init__(self, tmp_path: Path, bodies: Sequence[list[dict[str, Any]]], **settings: Any) -> None:
         self.batches, self.store, self.served = Batches(tmp_path / "journal", bodies), Store(), 0
-        values = {
-            "samples": SampleSettings(vocab_size=100, max_token_len=16),
-            "batch_size": 8,
-            "temperature": 1.0,
-            "needs_logprobs": False,
-            "first_batch_timeout": WAIT,
-            "rollout_timeout": WAIT,
-            "max_wait_time": 1.0,
-        }
-        staleness = settings.pop("max_staleness", None)
-        self.resumed_at = settings.pop("resumed_at", None)
+        samples = SampleSettings(vocab_size=100, max_token_len=16)
+        off_policy = OffPolicyConfig(max_staleness=settings.pop("max_staleness", None))
+        provenance = BatchProvenance(off_policy, None, samples)
+        provenance.resumed_at = settings.pop("resumed_at", None)
+        config = RunConfig.from_mapping({"batch_size": 8, "group_size": 4, "atropos": {"api_url": "http://unused"}})
+        self.source = BatchSource(config, tmp_path)
+        self.source.batches = self.batches  # type: ignore[assignment]
         self.throttle = StalenessThrottle(Ledger(), 8, 1)
-        chosen = FeedSettings(**{**values, **settings})
+        self.source.attach(provenance, self.throttle, RunTotals())
+        if provenance.resumed_at is not None:
+            self.source.resume(provenance.resumed_at)
+        values = {"samples": samples, "batch_size": 8, "temperature": 1.0, "needs_logprobs": False, **settings}
         self.feed = TrajectoryFeed(
-            chosen,
-            self.batches,  # type: ignore[arg-type]
-            QuarantineStore(tmp_path / "quarantine"),
-            self.store,
-            self.book(staleness, chosen.samples),
-            served_version=lambda: self.served,
-            flow=RolloutFlow(self.throttle, None, 4),
+            FeedSettings(**values), self.source, self.store, provenance, served_version=lambda: self.served
         )
-
-    def book(self, staleness: int | None, samples: SampleSettings) -> OffPolicyBook:
-        made = OffPolicyBook(OffPolicyConfig(max_staleness=staleness), None, samples)
-        made.resumed_at = self.resumed_at
-        return made
 
     def filled(self, uid: str, step: int = 1) -> Rows:
         self.feed.request(uid, step)
@@ -246,8 +236,6 @@ def test_a_resumed_run_takes_the_groups_that_its_checkpoint_does_not_hold(
     bodies = [*world.batches.bodies, [group(7, **of(3)), group(8, **of(3))]]
     after = World(tmp_path, bodies, max_staleness=4, resumed_at=checkpoint)
     after.served = checkpoint
-    pending = after.batches.journal.pending(checkpoint)
-    after.feed.replay([HeldBatch(after.batches.journal.read(entry), entry) for entry in pending])
     after.feed.start()
     expected = _AFTER[steps, checkpoint]
     seen = [sorted(set(firsts(after.filled(f"r{number}")))) for number in range(len(expected))]
@@ -287,13 +275,10 @@ def test_rollout_correction_needs_logprobs(made: Any, tmp_path: Path) -> None:
 
 
 def test_what_an_earlier_run_left_comes_first(made: Any, tmp_path: Path) -> None:
-    world = World(tmp_path, [[group(2)]])
-    body = json.dumps({"batch": [group(1)]}).encode()
-    world.feed.replay([HeldBatch(body, world.batches.journal.record(body))])
-    world.feed.start()
+    BatchJournal(tmp_path / "journal").record(json.dumps({"batch": [group(1)]}).encode())
+    world = made([[group(2)]], resumed_at=0)
     assert firsts(world.filled("a")) == [1] * 4
     assert firsts(world.filled("b")) == [2] * 4
-    world.feed.stop()
 
 
 def test_untrained_batches_go_back_when_it_stops(made: Any) -> None:
@@ -328,9 +313,7 @@ def test_a_failure_is_kept_for_the_trainer(made: Any) -> None:
     world = made([])
     world.batches.failure = AtroposConnectionError("the API is gone", "http://x")
     world.feed.request("a", 1)
-    deadline = time.monotonic() + WAIT
-    while world.feed.failure is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    eventually(lambda: world.feed.failure is not None, "the feed to end", timeout=WAIT)
     with pytest.raises(AtroposConnectionError, match="the API is gone"):
         world.feed.check()
 
@@ -338,8 +321,7 @@ def test_a_failure_is_kept_for_the_trainer(made: Any) -> None:
 def test_it_stops_while_it_waits(made: Any) -> None:
     world = made([])
     world.feed.request("a", 1)
-    time.sleep(0.1)
-    started = time.monotonic()
+    assert world.batches.asked.wait(WAIT)
     world.feed.stop()
-    assert time.monotonic() - started < 5
+    assert not [thread for thread in threading.enumerate() if thread.name == "trajectory-feed"]
     assert world.feed.failure is None

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
 
-from atropos_verl.backends.local.cores import share_cores
+from atropos_verl.backends.local.stack import share_cores
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.engine.runner import WORTH_SEVERAL_THREADS, engine_threads, multiply_adds_per_layer
 
@@ -48,8 +48,7 @@ def test_cores_are_shared_when_both_sides_compute_at_once(
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     else:
         monkeypatch.setenv("OMP_NUM_THREADS", omp)
-    threads = share_cores(RunConfig.from_mapping(settings), device, LARGE, cores)
-    assert (threads.engine, threads.trainer) == expected
+    assert share_cores(RunConfig.from_mapping(settings), device, LARGE, cores) == expected
 
 
 @pytest.mark.parametrize(
@@ -74,8 +73,7 @@ def test_the_engine_of_a_small_model_gets_one_thread(
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     else:
         monkeypatch.setenv("OMP_NUM_THREADS", omp)
-    threads = share_cores(RunConfig.from_mapping(settings), device, SMALL, 8)
-    assert (threads.engine, threads.trainer) == expected
+    assert share_cores(RunConfig.from_mapping(settings), device, SMALL, 8) == expected
 
 
 def test_work_is_counted_from_the_matrices_of_a_real_model() -> None:

@@ -13,9 +13,14 @@ import pytest
 from atropos_verl.config.schema import OffPolicyConfig
 from atropos_verl.protocol.journal import BatchJournal
 from atropos_verl.provenance.ledger import Ledger
-from atropos_verl.training.off_policy_book import OffPolicyBook, decode_matches, encode_matches
 from atropos_verl.training.samples import build_samples
-from atropos_verl.training.staleness import group_version, staleness_metrics
+from atropos_verl.training.staleness import (
+    BatchProvenance,
+    decode_matches,
+    encode_matches,
+    group_version,
+    staleness_metrics,
+)
 from atropos_verl.types import UNKNOWN_VERSION, Generation, SampleSettings, ScoredGroup
 
 PROMPT = [5, 6, 7]
@@ -56,20 +61,20 @@ def ledger_of(
     return ledger
 
 
-def book(ledger: Ledger | None, **settings: Any) -> OffPolicyBook:
-    return OffPolicyBook(
+def provenance_of(ledger: Ledger | None, **settings: Any) -> BatchProvenance:
+    return BatchProvenance(
         OffPolicyConfig(**settings), ledger, SampleSettings(vocab_size=100), lambda ids: f"<{','.join(map(str, ids))}>"
     )
 
 
-def samples(the_book: OffPolicyBook, *groups: ScoredGroup, version: int = 9) -> tuple[list[Any], dict[str, Any]]:
-    applied = the_book.apply(list(groups), the_book.look_up(groups), version)
-    return build_samples(applied.groups, the_book.settings).samples, applied.figures
+def samples(provenance: BatchProvenance, *groups: ScoredGroup, version: int = 9) -> tuple[list[Any], dict[str, Any]]:
+    applied = provenance.apply(list(groups), provenance.look_up(groups), version)
+    return build_samples(applied.groups, provenance.settings).samples, applied.figures
 
 
 def test_versions_and_logprobs_reach_the_samples_of_an_environment_that_sends_neither() -> None:
-    the_book = book(ledger_of(([1, 2], 3), ([1, 4], 7)))
-    (first, second), figures = samples(the_book, group([1, 2], [1, 4]))
+    provenance = provenance_of(ledger_of(([1, 2], 3), ([1, 4], 7)))
+    (first, second), figures = samples(provenance, group([1, 2], [1, 4]))
     assert (first.policy_version, second.policy_version) == (3, 7)
     assert first.token_versions.tolist() == [U, U, U, 3, 3]
     np.testing.assert_array_equal(first.rollout_logprobs, [np.nan, np.nan, np.nan, -1, -1.125])
@@ -78,17 +83,17 @@ def test_versions_and_logprobs_reach_the_samples_of_an_environment_that_sends_ne
 
 
 def test_the_temperature_of_the_request_is_used_where_the_environment_names_none() -> None:
-    the_book = book(ledger_of(([1, 2], 0), ([1, 4], 0), temperature=0.7))
-    found, figures = samples(the_book, group([1, 2], [1, 4]))
+    provenance = provenance_of(ledger_of(([1, 2], 0), ([1, 4], 0), temperature=0.7))
+    found, figures = samples(provenance, group([1, 2], [1, 4]))
     assert [s.temperature for s in found] == [0.7, 0.7] and figures["data/temperature_mismatches"] == 0
-    found, figures = samples(the_book, group([1, 2], [1, 4], generation_params={"temperature": 0.5}))
+    found, figures = samples(provenance, group([1, 2], [1, 4], generation_params={"temperature": 0.5}))
     assert [s.temperature for s in found] == [0.5, 0.5] and figures["data/temperature_mismatches"] == 2
 
 
 def test_logprobs_that_the_environment_sent_are_compared_and_replaced() -> None:
-    the_book = book(ledger_of(([1, 2], 0), ([1, 4], 0)))
+    provenance = provenance_of(ledger_of(([1, 2], 0), ([1, 4], 0)))
     sent = (np.array([1.0, 1, 1, -1.0, -1.125]), np.array([1.0, 1, 1, -1.5, 1.0]))
-    found, figures = samples(the_book, group([1, 2], [1, 4], inference_logprobs=sent))
+    found, figures = samples(provenance, group([1, 2], [1, 4], inference_logprobs=sent))
     assert figures["data/logprob_mismatch"] == pytest.approx(1 / 3)  # one of three that were sent
     assert figures["data/logprob_mismatch_max"] == 0.5
     assert found[1].rollout_logprobs[3:].tolist() == [-1.0, -1.125]
@@ -98,39 +103,39 @@ def test_unmatched_tokens_are_used_or_dropped() -> None:
     """9 was appended by the environment."""
     ledger = ledger_of(([1, 2], 3))
     sent = (np.array([1.0, 1, 1, 1, 1, -0.25]),)
-    (used,), figures = samples(book(ledger), group([1, 2, 9], inference_logprobs=sent))
+    (used,), figures = samples(provenance_of(ledger), group([1, 2, 9], inference_logprobs=sent))
     assert used.loss_mask.tolist() == [False] * 3 + [True] * 3 and used.token_versions.tolist()[3:] == [3, 3, U]
     assert used.rollout_logprobs[3:].tolist() == [-1, -1.125, -0.25]
     assert figures["data/unmatched_span_rate"] == 1.0 and figures["data/unmatched_token_rate"] == pytest.approx(1 / 3)
     assert figures["off_policy/dropped_unmatched_tokens"] == 0
-    (dropped,), figures = samples(book(ledger, unmatched="drop"), group([1, 2, 9]))
+    (dropped,), figures = samples(provenance_of(ledger, unmatched="drop"), group([1, 2, 9]))
     assert dropped.loss_mask.tolist() == [False] * 3 + [True, True, False]
     assert figures["off_policy/dropped_unmatched_tokens"] == 1
 
 
 def test_bad_groups_are_left_to_quarantine() -> None:
     bad = replace(group([1, 2]), masks=(np.array([1, 2]),))
-    the_book = book(ledger_of(([1, 2], 0)))
-    applied = the_book.apply([bad, group([1, 2])], the_book.look_up([bad, group([1, 2])]), 0)
-    report = build_samples(applied.groups, the_book.settings)
+    provenance = provenance_of(ledger_of(([1, 2], 0)))
+    applied = provenance.apply([bad, group([1, 2])], provenance.look_up([bad, group([1, 2])]), 0)
+    report = build_samples(applied.groups, provenance.settings)
     assert len(report.quarantined) == 1 and len(report.samples) == 1
 
 
 def test_old_groups_are_left_out_and_unknown_ones_are_not() -> None:
-    the_book = book(ledger_of(([1, 2], 3), ([1, 4], 5), ([2, 2], 6)), max_staleness=2)
+    provenance = provenance_of(ledger_of(([1, 2], 3), ([1, 4], 5), ([2, 2], 6)), max_staleness=2)
     groups = [group([1, 2], [2, 2], name="old"), group([1, 4], name="fresh"), group([50, 51], name="unknown")]
-    applied = the_book.apply(groups, the_book.look_up(groups), 7)
+    applied = provenance.apply(groups, provenance.look_up(groups), 7)
     assert [g.group_id for g in applied.groups] == ["fresh", "unknown"]
     assert (applied.stale_groups, applied.figures["off_policy/dropped_stale_groups"]) == (1, 1)
     assert [group_version(g) for g in applied.groups] == [5, None]
     stated = group([50, 51], generation_params={"policy_version": 1})  # nobody wrote that here; it says so itself
-    assert the_book.apply([stated], the_book.look_up([stated]), 7).stale_groups == 1
+    assert provenance.apply([stated], provenance.look_up([stated]), 7).stale_groups == 1
 
 
 def test_staleness_by_hand() -> None:
-    the_book = book(ledger_of(([1, 2], 3), ([1, 4], 7), ([2, 2], 7), ([3, 3, 3], 0)))
+    provenance = provenance_of(ledger_of(([1, 2], 3), ([1, 4], 7), ([2, 2], 7), ([3, 3, 3], 0)))
     made = {"a": ([1, 2], [1, 4]), "b": ([2, 2],), "c": ([3, 3, 3],), "d": ([8],)}
-    found, _ = samples(the_book, *(group(*completions, name=name) for name, completions in made.items()))
+    found, _ = samples(provenance, *(group(*completions, name=name) for name, completions in made.items()))
     metrics = staleness_metrics(found, 7)
     assert metrics["off_policy/staleness_mean"] == pytest.approx((4 + 0 + 7) / 3)
     assert metrics["off_policy/staleness_max"] == 7
@@ -150,13 +155,13 @@ def test_staleness_by_hand() -> None:
 
 
 def test_an_example_of_edited_text_is_logged_once_a_minute_per_environment(caplog: pytest.LogCaptureFixture) -> None:
-    the_book = book(ledger_of(([1, 2, 3], 0)))
+    provenance = provenance_of(ledger_of(([1, 2, 3], 0)))
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            the_book.look_up([group([1, 60, 3]), group([70], env_id=1)])
+            provenance.look_up([group([1, 60, 3]), group([70], env_id=1)])
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
-    assert messages[0].startswith("environment 0 posts text that the policy did not write as posted: group g, seq")
+    assert messages[0].startswith("environment 0 posts other tokens than the policy generated: group g, seq")
     assert "First difference at token 4, after '<5,6,7,1>': written 2 '<2>', posted 60 '<60>'" in messages[0]
     assert "environment 1" in messages[1]
 
@@ -165,10 +170,10 @@ def test_versions_survive_a_restart_beside_the_journal(tmp_path: Path) -> None:
     groups = [group([1, 2], [1, 4]), replace(group([1]), defect="broken"), group([50, 51])]
     journal = BatchJournal(tmp_path)
     entry = journal.record(b"{}")
-    before = book(ledger_of(([1, 2], 3), ([1, 4], 7))).look_up_and_keep(groups, journal, entry)
+    before = provenance_of(ledger_of(([1, 2], 3), ([1, 4], 7))).look_up_and_keep(groups, journal, entry)
     again = BatchJournal(tmp_path)
     [pending] = again.pending(0)
-    after = book(Ledger()).recall(groups, again, pending)  # a new process has a new ledger
+    after = provenance_of(Ledger()).recall(groups, again, pending)  # a new process has a new ledger
     for old_row, new_row in zip(before, after, strict=True):
         for old, new in zip(old_row, new_row, strict=True):
             assert (old is None) == (new is None)
@@ -188,17 +193,17 @@ def test_a_journalled_batch_of_lost_weights_counts_as_of_the_checkpoint(tmp_path
     groups = [group([1, 2], [1, 4])]
     journal = BatchJournal(tmp_path)
     entry = journal.record(b"{}")
-    [before] = book(ledger_of(([1, 2], 5), ([1, 4], 9))).look_up_and_keep(groups, journal, entry)
+    [before] = provenance_of(ledger_of(([1, 2], 5), ([1, 4], 9))).look_up_and_keep(groups, journal, entry)
     for resumed_at in (6, 8):
-        the_book = book(Ledger(), max_staleness=2)
-        the_book.resumed_at = resumed_at
-        matches = the_book.recall(groups, journal, entry)
+        provenance = provenance_of(Ledger(), max_staleness=2)
+        provenance.resumed_at = resumed_at
+        matches = provenance.recall(groups, journal, entry)
         [found] = matches
         assert [match.versions[3:].tolist() for match in found if match] == [[5, 5], [6, 6]]
         np.testing.assert_array_equal([m.logprobs for m in found if m], [m.logprobs for m in before if m])
-        samples_of = build_samples(the_book.apply(groups, matches, 7).groups, the_book.settings).samples
+        samples_of = build_samples(provenance.apply(groups, matches, 7).groups, provenance.settings).samples
         assert staleness_metrics(samples_of, 7)["off_policy/staleness_max"] == 2
-        assert the_book.apply(groups, matches, 8).stale_groups == 1
+        assert provenance.apply(groups, matches, 8).stale_groups == 1
 
 
 def test_a_batch_that_was_trained_on_leaves_its_records_over_a_restart(tmp_path: Path) -> None:
@@ -206,14 +211,14 @@ def test_a_batch_that_was_trained_on_leaves_its_records_over_a_restart(tmp_path:
     journal, groups = BatchJournal(tmp_path / "journal"), [group([1, 2])]
     entry = journal.record(b"{}")
 
-    def next_process(resumed_at: int | None, version: int) -> OffPolicyBook:
+    def next_process(resumed_at: int | None, version: int) -> BatchProvenance:
         ledger = ledger_of(([1, 2], version), kept_in=tmp_path / "ledger", resumed_at=resumed_at)
-        return book(ledger)
+        return provenance_of(ledger)
 
     first = next_process(None, 3)
     first.look_up_and_keep(groups, journal, entry)
     first.ledger.close()  # type: ignore[union-attr]
-    second = book(ledger_of(kept_in=tmp_path / "ledger", resumed_at=3))
+    second = provenance_of(ledger_of(kept_in=tmp_path / "ledger", resumed_at=3))
     second.consumed(second.recall(groups, journal, entry))
     second.ledger.close()  # type: ignore[union-attr]
     third = next_process(4, 5)
@@ -223,7 +228,7 @@ def test_a_batch_that_was_trained_on_leaves_its_records_over_a_restart(tmp_path:
 
 def test_what_was_kept_is_refused_when_torn_or_of_another_batch() -> None:
     groups = [group([1, 2])]
-    content = encode_matches(book(ledger_of(([1, 2], 3))).look_up(groups))
+    content = encode_matches(provenance_of(ledger_of(([1, 2], 3))).look_up(groups))
     assert decode_matches(content, groups) is not None
     assert decode_matches(content[: len(content) // 2], groups) is None
     assert decode_matches(b"", groups) is None

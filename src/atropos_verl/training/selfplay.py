@@ -2,80 +2,98 @@
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposProtocolError, ConfigError
-from atropos_verl.protocol.client import EnvRegistration
+from atropos_verl.protocol.client import AtroposClient, EnvRegistration
 from atropos_verl.protocol.wire import encode_group
+from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.types import Generation, GenerationRequest
 
-if TYPE_CHECKING:
-    from atropos_verl.backends.local.trainer import AtroposTrainer
-
 __all__ = ["RewardFunction", "SelfPlay"]
-
-logger = logging.getLogger(__name__)
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 """``(prompts, completions) -> scores``: three lists of equal length, one entry per sampled sequence."""
 
 
-class SelfPlay:
-    """The trainer as its own environment. Registers trainer and environment at the API on first use."""
+class Generator(Protocol):
+    """The engine that samples."""
 
-    def __init__(self, trainer: AtroposTrainer, reward_fn: RewardFunction) -> None:
-        self.trainer = trainer
+    def generate(self, requests: list[GenerationRequest]) -> list[list[Generation]]: ...
+
+
+class SelfPlay:
+    """The trainer as its own environment. Registers trainer and environment at the API on first use.
+
+    Args:
+        ledger: every completion is recorded in it, as the gateway would.
+        register_trainer: registers the trainer with that many sequences per batch, unless that is done.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Generator,
+        tokenizer: Any,
+        client: AtroposClient,
+        ledger: Ledger,
+        reward_fn: RewardFunction,
+        register_trainer: Callable[[int], None],
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.client = client
+        self.ledger = ledger
         self.reward_fn = reward_fn
+        self._register_trainer = register_trainer
         self._env_id: int | None = None
         self._batch_size = 0
 
     def submit(self, prompts: Sequence[Any]) -> int:
-        """Sample ``group_size`` completions of each prompt, score them, post the groups. Returns the groups posted.
+        """Samples ``group_size`` completions of each prompt, scores them, posts the groups. Returns the groups posted.
 
         Raises:
             ConfigError: no prompts, or their number does not fill the registered batch size.
         """
         if len(prompts) == 0:
             raise ConfigError("rl_training_step was given no prompts")
-        trainer, config = self.trainer, self.trainer.config
+        size = self.config.group_size
         texts, ids = zip(*(self._as_tokens(prompt) for prompt in prompts), strict=True)
-        self._register(len(prompts) * config.group_size)
+        self._register(len(prompts) * size)
         requests = [
             GenerationRequest(
                 prompt_token_ids=tuple(tokens),
-                n=config.group_size,
-                max_tokens=config.max_response_length,
-                temperature=config.temperature,
+                n=size,
+                max_tokens=self.config.max_response_length,
+                temperature=self.config.temperature,
             )
             for tokens in ids
         ]
-        generations = trainer.engine.generate(requests)
-        for request, made in zip(requests, generations, strict=True):
-            trainer.stack.ledger.record(request.prompt_token_ids, made, request.temperature)
-        decode = trainer.tokenizer.decode
-        answers = [[decode(g.token_ids, skip_special_tokens=True) for g in group] for group in generations]
-        flat_prompts = [text for text in texts for _ in range(config.group_size)]
-        scores = [float(s) for s in self.reward_fn(flat_prompts, [a for group in answers for a in group])]
-        if len(scores) != len(flat_prompts):
-            raise ConfigError(f"reward_fn returned {len(scores)} scores for {len(flat_prompts)} completions")
-        size = config.group_size
+        groups = self.engine.generate(requests)
+        for request, group in zip(requests, groups, strict=True):
+            self.ledger.record(request.prompt_token_ids, group, request.temperature)
+        answers = [self.tokenizer.decode(g.token_ids, skip_special_tokens=True) for group in groups for g in group]
+        scores = [float(s) for s in self.reward_fn([text for text in texts for _ in range(size)], answers)]
+        if len(scores) != len(answers):
+            raise ConfigError(f"reward_fn returned {len(scores)} scores for {len(answers)} completions")
         bodies = [
             self._encode(tokens, group, scores[i * size : (i + 1) * size])
-            for i, (tokens, group) in enumerate(zip(ids, generations, strict=True))
+            for i, (tokens, group) in enumerate(zip(ids, groups, strict=True))
         ]
         # An upstream API would ignore the key, and take a repeated post twice.
-        key = uuid.uuid4().hex if "idempotency" in trainer.client.features else None
-        trainer.client.post_scored_data_list(bodies, idempotency_key=key)
+        key = uuid.uuid4().hex if "idempotency" in self.client.features else None
+        self.client.post_scored_data_list(bodies, idempotency_key=key)
         return len(bodies)
 
     def _as_tokens(self, prompt: Any) -> tuple[str, list[int]]:
         if isinstance(prompt, str):
-            return prompt, list(self.trainer.tokenizer.encode(prompt, add_special_tokens=False))
+            return prompt, list(self.tokenizer.encode(prompt, add_special_tokens=False))
         tokens = [int(token) for token in prompt]
-        return str(self.trainer.tokenizer.decode(tokens)), tokens
+        return str(self.tokenizer.decode(tokens)), tokens
 
     def _encode(self, prompt: list[int], group: list[Generation], scores: list[float]) -> bytes:
         hidden = len(prompt)
@@ -85,7 +103,7 @@ class SelfPlay:
             scores=scores,
             inference_logprobs=[[1.0] * hidden + list(g.logprobs) for g in group],
             generation_params={
-                "temperature": self.trainer.config.temperature,
+                "temperature": self.config.temperature,
                 "policy_version": min(g.policy_version_first for g in group),
             },
             env_id=self._env_id,
@@ -99,26 +117,15 @@ class SelfPlay:
                     "give a multiple, or it never delivers the rest"
                 )
             return
-        trainer, config = self.trainer, self.trainer.config
-        register_trainer(trainer, batch_size)
-        answer = trainer.client.register_env(
+        self._register_trainer(batch_size)
+        answer = self.client.register_env(
             EnvRegistration(
-                max_token_length=config.max_token_len,
+                max_token_length=self.config.max_token_len,
                 desired_name="trainer_rollouts",
                 weight=1.0,
-                group_size=config.group_size,
+                group_size=self.config.group_size,
             )
         )
         if answer.env_id is None:
-            raise AtroposProtocolError("the API did not accept the trainer's own environment", trainer.client.api_url)
+            raise AtroposProtocolError("the API did not accept the trainer's own environment", self.client.api_url)
         self._env_id, self._batch_size = answer.env_id, batch_size
-
-
-def register_trainer(trainer: AtroposTrainer, batch_size: int) -> None:
-    """Register at the API with the trainer's values (see ``api.registration``), unless that is done.
-
-    Raises:
-        AtroposProtocolError: the API keeps the values of an earlier registration.
-    """
-    trainer.intake.register(trainer.step, batch_size)
-    trainer.take_polled()

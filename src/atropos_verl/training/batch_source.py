@@ -1,0 +1,492 @@
+"""``BatchSource``: the one way of batches from the trajectory API to an optimiser step, for both backends.
+
+::
+
+    GET /batch ──▶ journal ──▶ decode ──▶ ledger look-up ──▶ hand over ──▶ samples ──▶ step ──▶ trained ──▶ sync ──▶ ack
+       ▲             │           │          (kept beside        │          (the backend; with prefetch the source's
+       │             │           ▼           the journal)       │           thread makes them ahead)
+     retry           │       quarantine                         │
+     of 500          └── a resumed run takes what no ───────────┘
+                         checkpoint covers from here
+
+Durable writes of one batch, in this order:
+
+1. ``journal/batch_N.meta.json`` (with the lease), then ``batch_N.json``: the answer of the API, before it is decoded.
+2. ``batch_N.ledger.npz``: which policy version wrote which token.
+3. ``batch_N.meta.json`` again: the step that consumed the batch (``trained``). From here the step can be repeated.
+4. The lease is acked (``ack``), after the new weights are served.
+5. A checkpoint of that step, after which the journal forgets the batch (``discard_through``).
+
+The backends differ in who computes the step: ``backends.local`` takes one batch a step (``take``), ``backends.ray``
+fills slots of TransferQueue with one batch or several (``next``). Retries, time limits, leases, quarantine, the
+throttle's counts and what happens after a crash are the same (see ``protocol.leases`` for the crash table).
+
+This module imports no torch, so a run can register before the policy is loaded. An environment of atroposlib may
+register only after the trainer, and then sleeps for 5 s before it asks for a first completion (0.4.0,
+``env_manager``): both pass while torch and verl are imported. Requests that it sends before the gateway answers wait
+in the gateway's socket, which listens from then on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, Self, TypeVar
+
+import numpy as np
+
+from atropos_verl.config.schema import RunConfig
+from atropos_verl.errors import (
+    AtroposAPIError,
+    AtroposHTTPStatusError,
+    AtroposProtocolError,
+    AtroposTimeoutError,
+    ConfigError,
+)
+from atropos_verl.protocol.client import AtroposClient, make_client, register_trainer
+from atropos_verl.protocol.journal import BatchJournal, JournalEntry
+from atropos_verl.protocol.leases import HeldBatch, LeasedBatches
+from atropos_verl.protocol.schema import validated
+from atropos_verl.protocol.wire import decode_batch
+from atropos_verl.provenance.throttle import StalenessThrottle
+from atropos_verl.training.quarantine import QuarantineStore
+from atropos_verl.training.staleness import BatchMatches, BatchProvenance
+from atropos_verl.training.step import RunTotals
+from atropos_verl.types import QuarantinedGroup, SampleReport, ScoredGroup
+
+__all__ = ["BatchSource", "Prefetcher", "RolloutData"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_MOST_LOST_BATCHES = 5
+"""Answers of 500 to GET /batch in a row after which the API is taken to be broken."""
+_QUEUE_POLL_SECONDS = 0.1
+_CHECK_SECONDS = 0.5
+"""Between two looks at the run's services while a batch lies ready."""
+_END_SECONDS = 40.0
+"""For a request under way to be answered when the prefetcher closes: a batch may be in the answer."""
+
+Check = Callable[[], None]
+"""Called while waiting; ends the wait by raising."""
+
+
+@dataclass
+class RolloutData:
+    """One batch on its way to the optimiser."""
+
+    groups: list[ScoredGroup]
+    entry: JournalEntry | None = None
+    """The journalled batch, until the step is durable."""
+    matches: BatchMatches | None = None
+    """The ledger's knowledge of each sequence; None: not looked up."""
+    off_policy: dict[str, float | int | None] = field(default_factory=dict)
+    """Figures of look-up and staleness, filled when the samples are made and when they are trained on."""
+    report: SampleReport | None = None
+    """Filled by ``compute_advantages_from_atropos``."""
+    timings: dict[str, float] = field(default_factory=dict)
+    """Seconds: ``rollout``, ``wait``, ``decode``, ``look_up``, ``prefetch``."""
+
+
+class BatchSource:
+    """The batches of one run, from registration to ack.
+
+    A run calls ``resume`` and ``register``, then ``attach`` once the policy is loaded, and then takes batches. One
+    thread fetches; ``trained``, ``ack`` and ``done`` may be called from another.
+
+    Args:
+        client: used instead of one made from the configuration.
+
+    Raises:
+        ConfigError: neither a client nor ``atropos.api_url`` is given.
+    """
+
+    def __init__(self, config: RunConfig, run_dir: Path, client: AtroposClient | None = None) -> None:
+        if client is None and config.atropos.api_url is None:
+            raise ConfigError("no trajectory API: set it, or run recipe/atropos/main_atropos.py", "atropos.api_url")
+        self.config = config
+        self.run_dir = run_dir
+        self.client = client or make_client(config, str(config.atropos.api_url))
+        self.journal = BatchJournal(run_dir / "journal")
+        self.batches = LeasedBatches(self.client, self.journal)
+        self.quarantine = QuarantineStore(run_dir / "quarantine")
+        self.note: Callable[[str], None] = lambda message: logger.info("%s", message)
+        """Tells the user what the source is waiting for."""
+        self.is_registered = False
+        self._step = 0
+        self._early: deque[HeldBatch | RolloutData] = deque()
+        """Batches that come before those that the API delivers next."""
+        self._resumed: int | None = None
+        self._provenance: BatchProvenance | None = None
+        self._throttle: StalenessThrottle | None = None
+        self._totals = RunTotals()
+        self._prefetcher: Prefetcher[RolloutData] | None = None
+        self._check: Check | None = None
+        self._first_limit = config.atropos.rollout_timeout
+        self._has_batch = False
+        self._queue_watch: threading.Thread | None = None
+        self._unwatch = threading.Event()
+
+    # ------------------------------------------------------------------ before the policy is loaded
+
+    def resume(self, step: int) -> int:
+        """Puts the batches of an earlier process that a run at ``step`` trains on first in front; returns how many.
+
+        The second call does nothing and returns the same.
+
+        Raises:
+            AtroposAPIError, CheckpointError: see ``LeasedBatches.resume``.
+        """
+        if self._resumed is None:
+            owed = self.batches.resume(step) if self.config.resume != "disable" else []
+            self._early.extend(owed)
+            self._resumed, self._step = len(owed), step
+        return self._resumed
+
+    def register(self, step: int, batch_size: int, checkpoint_dir: Path | None = None) -> None:
+        """Registers the trainer, which is at ``step``, unless that is done. Call ``resume`` before.
+
+        Raises:
+            AtroposAPIError: see ``protocol.client.register_trainer``.
+        """
+        if self.is_registered:
+            return
+        self._step = step
+        register_trainer(
+            self.client,
+            self.config,
+            batch_size,
+            starting_step=step,
+            checkpoint_dir=checkpoint_dir or self.run_dir / "checkpoints",
+            first_poll=self._poll,
+        )
+        self.is_registered = True
+
+    def _poll(self) -> None:
+        """One GET /batch: an upstream API lets environments register only after it. A batch it returns is kept."""
+        held = self.batches.poll({"after_step": self._step})
+        if held is not None:
+            self._early.append(held)
+            self._count_fetched()
+
+    def attach(self, provenance: BatchProvenance, throttle: StalenessThrottle | None, totals: RunTotals) -> None:
+        """Gives the source what comes with the policy; batches can be decoded from now on.
+
+        Args:
+            throttle: None: no prompt is ever held back.
+            totals: lost and stale batches are counted in it.
+        """
+        self._provenance, self._throttle, self._totals = provenance, throttle, totals
+        for _ in self._early:
+            self._count_fetched()
+
+    # ------------------------------------------------------------------ batches
+
+    def start(
+        self,
+        check: Check | None,
+        *,
+        starts_environment: bool = False,
+        prepare: Callable[[RolloutData], None] | None = None,
+    ) -> None:
+        """Training begins: ``take`` may be called, and prompts may be held back.
+
+        Args:
+            check: called while waiting; raises when a process of the run has died.
+            starts_environment: the environment was started by this run. It has to import, register and roll out, so
+                the first batch may take ``env.startup_timeout``; an environment that never works is found soon.
+            prepare: prefetch one batch, and call this for it in the source's thread. None: no prefetch.
+        """
+        self._check = check
+        if starts_environment and not self._has_batch:
+            self._first_limit = self.config.env.startup_timeout
+        if prepare is not None:
+            self._prefetcher = Prefetcher(lambda stop: self._fetch_ahead(stop, prepare), check=check)
+        self._watch_queue()
+
+    def take(self, *, more: bool) -> RolloutData:
+        """The next batch. ``more``: another one will be wanted after it. Raises as ``next``."""
+        if self._prefetcher is None:
+            return self.next(self._check)
+        data = self._prefetcher.take()
+        if more:
+            self._prefetcher.start()
+        return data
+
+    def _fetch_ahead(self, stop: Check, prepare: Callable[[RolloutData], None]) -> RolloutData:
+        started = time.perf_counter()
+        data = self.next(stop)
+        prepare(data)
+        data.timings["prefetch"] = time.perf_counter() - started
+        return data
+
+    def next(self, check: Check | None = None) -> RolloutData:
+        """Waits for the next batch, with as many requests as it takes.
+
+        Raises:
+            AtroposTimeoutError: no batch within ``env.startup_timeout`` or ``atropos.rollout_timeout``.
+            AtroposAPIError: the API failed, or lost more than five batches in a row.
+        """
+        limit = self.config.atropos.rollout_timeout if self._has_batch else self._first_limit
+        deadline = time.monotonic() + limit
+        lost = 0
+        while True:
+            remaining = deadline - time.monotonic()
+            try:
+                data = self.fetch(min(self.config.batch_max_wait_time, max(remaining, 0.1)), check)
+                self._has_batch = True
+                return data
+            except AtroposTimeoutError as error:
+                if time.monotonic() >= deadline:
+                    raise
+                self.note(error.reason)
+            except AtroposHTTPStatusError as error:
+                # Upstream encodes a batch after taking it off its queue: one NaN score in it gives 500, and the batch
+                # is gone. The next one may be fine, so the run goes on, and says what was lost.
+                lost += 1
+                if error.status_code != 500 or lost > _MOST_LOST_BATCHES or time.monotonic() >= deadline:
+                    raise
+                self._totals.batches_lost_at_api += 1
+                self.note(f"{error.reason}: the API lost a batch (an upstream API does, on a NaN score); going on")
+            except AtroposAPIError:
+                # The API we started may have died this moment: then its own log is the better explanation.
+                if check is not None:
+                    time.sleep(0.5)
+                    check()
+                raise
+
+    def fetch(self, max_wait_time: float | None = None, should_stop: Check | None = None) -> RolloutData:
+        """The next batch, in one request. It is journalled before anything else happens to it.
+
+        Args:
+            max_wait_time: seconds; None: ``batch_max_wait_time``.
+
+        Raises:
+            AtroposTimeoutError: no batch in time.
+            AtroposProtocolError: the API's answer is not a batch. A journalled one of that kind is quarantined.
+        """
+        while self._early:
+            first = self._early.popleft()
+            if isinstance(first, RolloutData):
+                return first
+            try:
+                return self._decode(first)
+            except AtroposProtocolError as error:
+                # It ended the run that fetched it; without this it would end every resume as well.
+                self._give_up(first, error)
+        held = self.batches.fetch(max_wait_time, should_stop, {"after_step": self._step})
+        self._count_fetched()
+        return self._decode(held)
+
+    def _decode(self, held: HeldBatch) -> RolloutData:
+        assert self._provenance is not None, "attach comes first"
+        started = time.perf_counter()
+        groups = validated(decode_batch(held.body), self._provenance.settings.vocab_size)
+        decoded = time.perf_counter()
+        matches = self._provenance.recall(groups, self.journal, held.entry)
+        timings = {"decode": decoded - started, "look_up": time.perf_counter() - decoded, "wait": held.waited}
+        return RolloutData(groups, held.entry, matches=matches, timings=timings)
+
+    def _give_up(self, held: HeldBatch, error: AtroposProtocolError) -> None:
+        name = held.entry.path.stem
+        group = ScoredGroup(token_ids=(), masks=(), scores=np.zeros(0), group_id=name, raw=held.body)
+        logger.warning("journalled batch %s is not a batch: %s", held.entry.path, error.reason)
+        self.quarantine.put(QuarantinedGroup(group=group, reason=error.reason))
+        self.batches.trained(held.entry, self._step)
+        self.done()
+
+    def discard_if_stale(self, data: RolloutData, policy_version: int) -> bool:
+        """True when every group is older than ``off_policy.max_staleness``: the batch is over, without a step."""
+        assert self._provenance is not None, "attach comes first"
+        matches = self._provenance.look_up(data.groups) if data.matches is None else data.matches
+        if not self._provenance.all_stale(data.groups, matches, policy_version):
+            return False
+        logger.warning("every group of a batch is older than off_policy.max_staleness; it is not trained on")
+        self._totals.batches_stale += 1
+        self.trained(data, self._step)
+        self.ack(data)
+        self.done()
+        return True
+
+    def trained(self, data: RolloutData, step: int) -> None:
+        """Notes durably that ``step`` consumed the batch; ``ack`` follows when the new weights are served."""
+        self._step = step
+        if data.entry is not None:
+            self.batches.trained(data.entry, step)
+        if self._provenance is not None:
+            self._provenance.consumed(data.matches or [])
+
+    def ack(self, data: RolloutData) -> None:
+        """Tells the API that it may forget the batch. See ``LeasedBatches.ack``."""
+        if data.entry is not None:
+            self.batches.ack(data.entry)
+
+    def stop(self, *, give_back: bool) -> None:
+        """Training is over, or has failed: ends the prefetch, and holds no prompt back any more. Idempotent.
+
+        A batch that was fetched and not trained on is the next one to be taken; the journal holds it.
+
+        Args:
+            give_back: untrained batches go back to an API that can take them (with leases).
+        """
+        if self._prefetcher is not None:
+            self._early.extendleft(self._prefetcher.close())
+            self._prefetcher = None
+        if give_back:
+            self.give_back()
+        self._unwatch_queue()
+
+    def give_back(self) -> None:
+        """Untrained batches go back to an API that can take them (with leases)."""
+        while self._early:
+            first = self._early.popleft()
+            if first.entry is not None:
+                self.batches.release(first.entry)
+            self.done()
+
+    def close(self) -> None:
+        """Stops renewing leases, then closes the connection. Idempotent."""
+        self._unwatch_queue()
+        self.batches.close()
+        self.client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ the throttle's counts
+
+    def _count_fetched(self) -> None:
+        if self._throttle is not None:
+            self._throttle.batch_fetched()
+
+    def done(self) -> None:
+        """Tells the throttle that a batch was trained on and the new weights are served, or that it was given up."""
+        if self._throttle is not None:
+            self._throttle.batch_done()
+
+    def _watch_queue(self) -> None:
+        if self._throttle is not None and self._queue_watch is None:
+            self._throttle.active = True
+            self._unwatch.clear()
+            self._queue_watch = threading.Thread(target=self._report_queue, name="atropos-verl-queue", daemon=True)
+            self._queue_watch.start()
+
+    def _unwatch_queue(self) -> None:
+        if self._throttle is not None:
+            self._throttle.active = False
+        self._unwatch.set()
+        if self._queue_watch is not None:
+            self._queue_watch.join()
+            self._queue_watch = None
+
+    def _report_queue(self) -> None:
+        assert self._throttle is not None
+        while not self._unwatch.wait(_QUEUE_POLL_SECONDS):
+            try:
+                self._throttle.queue_is(self.client.status().queue_size * self.config.group_size)
+            except AtroposAPIError as error:  # the thread that fetches batches reports it
+                logger.info("the queue of the API is not known now: %s", error.reason)
+
+
+class _ClosedError(Exception):
+    """Ends a wait for a batch that nobody will take."""
+
+
+class Prefetcher(Generic[T]):
+    """Fetches the next batch in a thread while the trainer trains on this one.
+
+    ::
+
+        IDLE ──start──▶ FETCHING ──▶ READY ──take──▶ IDLE
+                           │           │
+                           └── error ──┴──▶ FAILED: take raises it, now and ever after
+
+    At most one batch is held: a batch that waits longer only grows stale. While it lies READY the run's services are
+    still looked after, so that an environment that dies during a long optimiser step is known when that step ends.
+    ``start``, ``take`` and ``close`` are called from one thread, the trainer's.
+
+    Args:
+        fetch: returns the next batch, prepared. It calls its argument often while it waits; that raises when nobody
+            wants the batch any more, or when ``check`` does.
+        check: raises when a process of the run has died.
+    """
+
+    def __init__(self, fetch: Callable[[Check], T], *, check: Check | None = None) -> None:
+        self._fetch = fetch
+        self._check = check
+        self._thread: threading.Thread | None = None
+        self._came = threading.Event()
+        """The thread has a batch, or has failed."""
+        self._unwanted = threading.Event()
+        """The batch was taken, or the prefetcher is closed."""
+        self._ready: list[T] = []
+        self._failure: BaseException | None = None
+        self._closed = False
+
+    def start(self) -> None:
+        """Begins to fetch a batch, unless one is under way or ready."""
+        if self._thread is None and not self._closed:
+            self._came.clear()
+            self._unwanted.clear()
+            self._thread = threading.Thread(target=self._run, name="atropos-verl-prefetch", daemon=True)
+            self._thread.start()
+
+    def take(self) -> T:
+        """Waits for the batch under way, which is begun now if there is none.
+
+        Raises:
+            Whatever ``fetch`` or ``check`` raised, also while a batch is ready.
+        """
+        self.start()
+        self._came.wait()
+        if self._failure is None:
+            self._unwanted.set()
+            assert self._thread is not None
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            raise self._failure
+        return self._ready.pop()
+
+    def close(self) -> list[T]:
+        """Ends the thread. Returns the batch that was fetched and not taken, if any. Idempotent.
+
+        A request that was sent is waited for, since a batch may be in its answer; a second Ctrl-C ends that wait.
+        """
+        self._closed = True
+        self._unwanted.set()
+        if self._thread is not None:
+            self._thread.join(_END_SECONDS)
+            if self._thread.is_alive():
+                logger.warning("a request for a batch is still without an answer; a batch in it is lost")
+            self._thread = None
+        left, self._ready = self._ready, []
+        return left
+
+    def _run(self) -> None:
+        try:
+            self._ready.append(self._fetch(self._stop_or_check))
+            self._came.set()
+            while not self._unwanted.wait(_CHECK_SECONDS):
+                if self._check is not None:
+                    self._check()
+        except _ClosedError:
+            return
+        except BaseException as error:  # noqa: BLE001 - the end of a thread: `take` raises it in the trainer's
+            self._failure = error
+            self._came.set()
+
+    def _stop_or_check(self) -> None:
+        if self._closed:
+            raise _ClosedError
+        if self._check is not None:
+            self._check()

@@ -1,0 +1,309 @@
+"""The batch source: registration, the order of what is taken, retries, prefetch, and what goes back at the end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import http_faults
+from support.http_faults import FaultServer
+from support.scripted_api import random_batches, scripted_api
+from support.serving import eventually
+
+from atropos_verl.config.schema import RunConfig
+from atropos_verl.errors import AtroposHTTPStatusError, AtroposProtocolError, AtroposTimeoutError, ConfigError
+from atropos_verl.protocol.wire import decode_batch
+from atropos_verl.provenance.ledger import Ledger
+from atropos_verl.provenance.throttle import StalenessThrottle
+from atropos_verl.training.batch_source import BatchSource, Prefetcher, RolloutData
+from atropos_verl.training.staleness import BatchProvenance
+from atropos_verl.training.step import RunTotals
+from atropos_verl.types import SampleSettings
+
+_MAX_TOKEN_LEN = 16
+NOWHERE = "http://127.0.0.1:9"
+"""Nobody answers there."""
+
+
+def _config(url: str | None, **settings: object) -> RunConfig:
+    values = {"batch_size": 8, "group_size": 4, "data": {"max_token_len": _MAX_TOKEN_LEN}, "max_response_length": 8}
+    quick = {"batch_retry_delay": 0.01, "batch_max_wait_time": 0.1}
+    return RunConfig.from_mapping({**values, **quick, "atropos": {"api_url": url}, **settings})
+
+
+@contextmanager
+def api_of(bodies: list[bytes], batch_size: int = 8) -> Iterator[FaultServer]:
+    with scripted_api(bodies, batch_size=batch_size, max_token_len=_MAX_TOKEN_LEN) as api:
+        yield api
+
+
+def attached(source: BatchSource, max_staleness: int | None = None) -> tuple[RunTotals, StalenessThrottle]:
+    totals, throttle = RunTotals(), StalenessThrottle(Ledger(), 8, 1)
+    config = source.config.off_policy.model_copy(update={"max_staleness": max_staleness})
+    source.attach(BatchProvenance(config, None, SampleSettings(vocab_size=256)), throttle, totals)
+    return totals, throttle
+
+
+def ids(data: RolloutData) -> list[str]:
+    return [group.group_id for group in data.groups]
+
+
+def ids_of(body: bytes) -> list[str]:
+    return [group.group_id for group in decode_batch(body)]
+
+
+# ---------------------------------------------------------------------- before the policy is loaded
+
+
+def test_it_registers_once_with_the_step_it_goes_on_from(tmp_path: Path) -> None:
+    with api_of([]) as api, BatchSource(_config(api.url), tmp_path) as source:
+        for _ in range(2):
+            source.register(3, 8)
+        assert source.is_registered
+        sent = api.last("/register").json()
+        assert api.count("/register") == 1
+        assert (sent["starting_step"], sent["batch_size"]) == (3, 8)
+        assert sent["max_token_len"] == _MAX_TOKEN_LEN + 1  # of atroposlib, exclusive
+
+
+def test_a_batch_of_the_first_poll_is_journalled_and_comes_first_also_after_a_restart(tmp_path: Path) -> None:
+    first, second = random_batches(2, groups=2, group_size=4)
+    with api_of([]) as api, BatchSource(_config(api.url), tmp_path) as source:
+        api.script("/batch", http_faults.answer(first), http_faults.answer(second))
+        source.register(0, 8)
+        assert [path.name for path in (tmp_path / "journal").glob("batch_??????.json")] == ["batch_000001.json"]
+        _, throttle = attached(source)
+        assert throttle.expected_staleness == 1
+        assert ids(source.fetch()) == ids_of(first)
+        assert ids(source.fetch()) == ids_of(second)
+    with BatchSource(_config(NOWHERE), tmp_path) as later:  # the API is not asked: an upstream one lends nothing
+        assert later.resume(0) == later.resume(0) == 2
+        attached(later)
+        assert [ids(later.fetch()) for _ in range(2)] == [ids_of(first), ids_of(second)]
+    with BatchSource(_config(NOWHERE, resume="disable"), tmp_path) as fresh:
+        assert fresh.resume(0) == 0
+
+
+def test_a_journalled_batch_that_is_none_is_quarantined_and_does_not_end_the_resumed_run(tmp_path: Path) -> None:
+    [good] = random_batches(1, groups=2, group_size=4)
+    with BatchSource(_config(NOWHERE), tmp_path) as source:
+        source.journal.record(b'{"batch": 7}')
+        source.journal.record(good)
+        assert source.resume(3) == 2
+        attached(source)
+        assert ids(source.fetch()) == ids_of(good)
+        assert [entry.sequence for entry in source.journal.pending(3)] == [2]
+    assert [path.name for path in (tmp_path / "quarantine").iterdir()] == ["batch_000001.json"]
+
+
+def test_an_api_that_keeps_other_values_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    with api_of([], batch_size=64) as api, BatchSource(_config(api.url), tmp_path) as source:
+        with pytest.raises(AtroposProtocolError, match=r"keeps an earlier registration .batch_size 64"):
+            source.register(0, 8)
+        assert not source.is_registered
+
+
+def test_without_an_api_the_key_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"atropos\.api_url"):
+        BatchSource(_config(None), tmp_path)
+
+
+# ---------------------------------------------------------------------- waiting for a batch
+
+
+def test_lost_batches_are_counted_and_the_next_one_is_taken(tmp_path: Path) -> None:
+    [body] = random_batches(1, groups=2, group_size=4)
+    with api_of([]) as api, BatchSource(_config(api.url), tmp_path) as source:
+        lost = http_faults.answer({"detail": "NaN"}, status=500)
+        api.script("/batch", lost, lost, http_faults.answer(body))
+        totals, _ = attached(source)
+        notes: list[str] = []
+        source.note = notes.append
+        assert ids(source.next()) == ids_of(body)
+        assert totals.batches_lost_at_api == 2 == sum("the API lost a batch" in note for note in notes)
+
+
+def test_an_api_that_loses_every_batch_is_given_up(tmp_path: Path) -> None:
+    with api_of([]) as api, BatchSource(_config(api.url), tmp_path) as source:
+        api.script("/batch", http_faults.answer({"detail": "NaN"}, status=500))
+        totals, _ = attached(source)
+        with pytest.raises(AtroposHTTPStatusError):
+            source.next()
+        assert totals.batches_lost_at_api == 5
+
+
+@pytest.mark.parametrize(("starts_environment", "limit"), [(True, "startup_timeout"), (False, "rollout_timeout")])
+def test_the_first_batch_has_the_time_of_an_environment_that_starts(
+    tmp_path: Path, starts_environment: bool, limit: str
+) -> None:
+    patience: dict[str, Any] = {"startup_timeout": 600.0, "rollout_timeout": 600.0, limit: 0.01}
+    with api_of([]) as api:
+        atropos = {"api_url": api.url, "rollout_timeout": patience["rollout_timeout"]}
+        config = _config(None, atropos=atropos, env={"startup_timeout": patience["startup_timeout"]})
+        with BatchSource(config, tmp_path) as source:
+            attached(source)
+            source.start(None, starts_environment=starts_environment)
+            with pytest.raises(AtroposTimeoutError):
+                source.take(more=True)
+            source.stop(give_back=False)
+
+
+def test_a_batch_of_nothing_but_stale_groups_is_over_without_a_step(tmp_path: Path) -> None:
+    [body] = random_batches(1, groups=2, group_size=4)
+    with BatchSource(_config(NOWHERE), tmp_path) as source:
+        source.journal.record(body)
+        source.resume(2)
+        totals, throttle = attached(source, max_staleness=0)
+        data = source.fetch()
+        assert not source.discard_if_stale(data, 5), "unknown versions are not old"
+        for group in data.groups:
+            group.generation_params["policy_version"] = 4  # type: ignore[index]
+        assert source.discard_if_stale(data, 5)
+        assert (totals.batches_stale, throttle.expected_staleness) == (1, 0)
+        assert source.journal.pending(2) == []
+
+
+def test_a_batch_ahead_is_prepared_in_a_thread_and_goes_back_at_the_end(tmp_path: Path) -> None:
+    bodies = random_batches(3, groups=2, group_size=4)
+    prepared: list[list[str]] = []
+
+    def prepare(data: RolloutData) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        prepared.append(ids(data))
+
+    with api_of(bodies) as api, BatchSource(_config(api.url), tmp_path) as source:
+        source.register(0, 8)
+        _, throttle = attached(source)
+        source.start(None, prepare=prepare)
+        first = source.take(more=True)
+        assert ids(first) == ids_of(bodies[0])
+        assert first.timings["prefetch"] >= first.timings["decode"]
+        eventually(lambda: len(prepared) == 2, "the second batch, while the first one trains")
+        assert throttle.active
+        source.stop(give_back=False)
+        assert not throttle.active
+        source.start(None)
+        second = source.take(more=True)
+        assert (ids(first), ids(second)) == (ids_of(bodies[0]), ids_of(bodies[1])), "what was ahead is the next one"
+        source.trained(second, 1)
+        source.done()
+        source.stop(give_back=True)
+        assert throttle.expected_staleness == 1, "the first batch is not done"
+
+
+# ---------------------------------------------------------------------- prefetching
+
+
+class _Batches:
+    """Numbers 1, 2, 3, …; each waits until it is allowed, calling its ``check`` meanwhile."""
+
+    def __init__(self, allowed: int = 0) -> None:
+        self.events: list[str] = []
+        self.allowed = allowed
+        self.fetched = 0
+        self.changed = threading.Condition()
+
+    def allow(self, number: int) -> None:
+        with self.changed:
+            self.allowed = number
+            self.changed.notify_all()
+
+    def __call__(self, check: Callable[[], None]) -> int:
+        number = self.fetched + 1
+        self.events.append(f"fetch {number}")
+        with self.changed:
+            while number > self.allowed:
+                check()
+                self.changed.wait(0.01)
+        self.fetched = number
+        self.events.append(f"have {number}")
+        return number
+
+
+def _prefetch_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "atropos-verl-prefetch"]
+
+
+def test_the_next_batch_is_fetched_while_this_one_is_in_use_and_no_further() -> None:
+    batches = _Batches(allowed=10)
+    prefetcher = Prefetcher(batches)
+    for step in (1, 2, 3):
+        assert prefetcher.take() == step
+        batches.events.append(f"train {step}")
+        if step < 3:
+            prefetcher.start()
+            prefetcher.start()  # one is under way already
+            eventually(lambda: f"have {step + 1}" in batches.events, "the next batch to come while this one trains")  # noqa: B023
+        batches.events.append(f"trained {step}")
+    assert prefetcher.close() == []
+    assert batches.events == [
+        *("fetch 1", "have 1", "train 1", "fetch 2", "have 2", "trained 1"),
+        *("train 2", "fetch 3", "have 3", "trained 2", "train 3", "trained 3"),
+    ]
+    assert _prefetch_threads() == []
+
+
+def test_taking_waits_for_the_batch_that_is_under_way() -> None:
+    batches = _Batches()
+    prefetcher = Prefetcher(batches)
+    prefetcher.start()
+    threading.Timer(0.01, batches.allow, [1]).start()
+    assert prefetcher.take() == 1
+    assert batches.events == ["fetch 1", "have 1"]
+    prefetcher.close()
+
+
+def test_an_error_of_the_thread_is_raised_where_the_batch_is_taken() -> None:
+    def broken(check: Callable[[], None]) -> int:
+        raise ConnectionError("batch is gone")
+
+    prefetcher = Prefetcher(broken)
+    for _ in range(2):
+        with pytest.raises(ConnectionError, match="batch is gone"):
+            prefetcher.take()
+    assert prefetcher.close() == []
+    assert _prefetch_threads() == []
+
+
+def test_a_service_that_dies_while_a_batch_lies_ready_ends_the_run_and_the_batch_is_kept() -> None:
+    dead = threading.Event()
+
+    def check() -> None:
+        if dead.is_set():
+            raise ChildProcessError("environment died")
+
+    batches = _Batches(allowed=1)
+    prefetcher = Prefetcher(batches, check=check)
+    prefetcher.start()
+    eventually(lambda: "have 1" in batches.events, "the batch")
+    dead.set()
+    eventually(lambda: not _prefetch_threads(), "the thread to notice", timeout=10.0)
+    with pytest.raises(ChildProcessError, match="environment died"):
+        prefetcher.take()
+    assert prefetcher.close() == [1]
+
+
+def test_closing_ends_a_wait_and_hands_back_what_came() -> None:
+    waiting = Prefetcher(_Batches())
+    waiting.start()
+    assert waiting.close() == []
+    waiting.start()  # nothing after the end
+    assert waiting.close() == []
+
+    asked, answered = threading.Event(), threading.Event()
+
+    def answer_under_way(check: Callable[[], None]) -> int:
+        asked.set()
+        assert answered.wait(10.0)  # the API has sent it; stopping now would lose it
+        return 7
+
+    late = Prefetcher(answer_under_way)
+    late.start()
+    assert asked.wait(10.0)
+    threading.Timer(0.01, answered.set).start()
+    assert late.close() == [7]
+    assert _prefetch_threads() == []

@@ -1,0 +1,201 @@
+"""metrics.jsonl and summary.json, read back with the standard library; totals, idle share, held-out scores."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from atropos_verl.training.step import (
+    HeldOut,
+    LoggedProgress,
+    MetricsLog,
+    RunTotals,
+    StepLog,
+    outcome,
+    reward_window,
+    step_report,
+    write_summary,
+)
+from atropos_verl.types import StepReport
+
+
+def report(step: int, loss: float = 0.25, **metrics: float | int | None) -> StepReport:
+    return StepReport(step=step, policy_version=step + 100, loss=loss, metrics=metrics)
+
+
+def test_one_object_per_step_at_top_level(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "run" / "metrics.jsonl")
+    log.append(StepReport(step=1, policy_version=2, loss=0.1, metrics={"reward/mean": 0.5, "data/groups": 8}))
+    log.append(StepReport(step=2, policy_version=3, loss=-0.2, metrics={"reward/mean": None}))
+    lines = log.path.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "policy_version": 2, "loss": 0.1, "reward/mean": 0.5, "data/groups": 8},
+        {"step": 2, "policy_version": 3, "loss": -0.2, "reward/mean": None},
+    ]
+
+
+def test_what_is_not_finite_is_null_and_named_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    with caplog.at_level(logging.WARNING):
+        log.append(report(7, loss=math.nan, a=math.inf, b=1.5, c=np.float32("nan"), d=np.int64(3)))
+    assert json.loads(log.path.read_text()) == {
+        "step": 7, "policy_version": 107, "loss": None, "a": None, "b": 1.5, "c": None, "d": 3,
+    }  # fmt: skip
+    assert caplog.messages == [f"step 7: a = inf, c = nan, loss = nan; written as null to {log.path}"]
+
+
+def test_a_metric_may_not_take_the_name_of_a_field(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="metric 'loss' has the name of a field"):
+        log.append(StepReport(step=1, policy_version=1, loss=0.0, metrics={"loss": 1.0}))
+    assert not log.path.exists()
+
+
+def test_resuming_removes_later_steps_and_the_line_cut_short(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3, 4):
+        log.append(report(step))
+    before = log.path.read_text().splitlines()
+    with log.path.open("a") as file:
+        file.write('{"step": 2, "policy_ver')
+    log.truncate_after(2)
+    assert log.path.read_text() == f"{before[0]}\n{before[1]}\n"
+    log.append(report(3, loss=9.0))
+    assert [json.loads(line)["loss"] for line in log.path.read_text().splitlines()] == [0.25, 0.25, 9.0]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    log.truncate_after(0)
+    assert log.path.read_text() == ""
+
+
+def test_a_file_without_later_steps_is_not_touched(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.truncate_after(5)
+    assert not log.path.exists()
+    log.append(report(1))
+    inode = log.path.stat().st_ino
+    log.truncate_after(1)
+    assert log.path.stat().st_ino == inode
+
+
+def test_summary_is_json_with_null_for_what_is_not_finite(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    path.write_text("old")
+    found = write_summary(
+        tmp_path, {"deep": {"x": (1, -math.inf)}, "n": np.int64(4)}, held_out={"after": math.nan}, seconds=2.5
+    )
+    assert json.loads(path.read_text()) == {
+        "deep": {"x": [1, None]}, "n": 4, "held_out_before": None, "held_out_after": None, "seconds": 2.5,
+        "run_dir": str(tmp_path),
+    }  # fmt: skip
+    assert found["run_dir"] == str(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_summary_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    write_summary(tmp_path, {"steps": 1}, held_out={}, seconds=0.0)
+    with pytest.raises(TypeError, match=r"object <object object at .* cannot be written as JSON"):
+        write_summary(tmp_path, {"steps": object()}, held_out={}, seconds=0.0)
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 1
+    with pytest.raises(FileNotFoundError):
+        write_summary(tmp_path / "gone", {}, held_out={}, seconds=0.0)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "first", "last", "window"),
+    [
+        ([], None, None, 1),
+        ([0.5], 0.5, 0.5, 1),
+        ([0.0, 1.0, 1.0, 2.0], 0.5, 1.5, 2),
+        ([float(n) for n in range(20)], 2.0, 17.0, 5),
+    ],
+)
+def test_the_first_and_the_last_steps_do_not_overlap(
+    rewards: list[float], first: float | None, last: float | None, window: int
+) -> None:
+    assert reward_window(rewards) == {"reward_first": first, "reward_last": last, "reward_window": window}
+
+
+def test_a_step_by_hand_and_the_totals_it_adds_to() -> None:
+    counts = {"groups": 2, "sequences": 3, "quarantined": 1, "dropped_overlong": 1, "trained_tokens": 12}
+    found = step_report(
+        4,
+        5,
+        0.25,
+        scores=np.array([1.0, 0.0]),
+        environments={3: [1.0], 1: []},
+        counts=counts,
+        seconds={"rollout": 1.0, "step": 6.0},
+        figures={"sync/seconds": None, "data/groups": 99},
+    )
+    assert (found.step, found.policy_version, found.loss) == (4, 5, 0.25)
+    assert found.metrics == {
+        "reward/mean": 0.5, "reward/std": 0.5, "data/groups": 2, "data/sequences": 3, "data/quarantined": 1,
+        "data/dropped_overlong": 1, "data/trained_tokens": 12, "timing/rollout": 1.0, "timing/step": 6.0,
+        "perf/trained_tokens_per_second": 2.0, "env/3/sequences": 1, "env/3/reward": 1.0, "env/1/sequences": 0,
+        "env/1/reward": None, "sync/seconds": None,
+    }  # fmt: skip
+    totals = RunTotals()
+    totals.count(counts)
+    totals.count({**counts, "stale": 1, "trained_tokens": 0})
+    assert (totals.groups_used, totals.groups_quarantined, totals.groups_stale) == (4, 2, 1)
+    assert (totals.sequences_trained, totals.tokens_trained, totals.steps_without_data) == (3, 12, 1)
+    again = RunTotals()
+    again.load({**vars(totals), "a_counter_of_another_version": 1})
+    assert again == totals
+    assert outcome(4, 5, [1.0], totals, mode="sync")["groups_used"] == 4
+
+
+def test_the_idle_share_weighs_steps_by_their_length_and_leaves_the_first_out(tmp_path: Path) -> None:
+    log = StepLog(tmp_path, 0)
+    assert log.idle_share is None
+    for step, (waited, total) in enumerate([(50.0, 51.0), (1.0, 2.0), (0.0, 6.0)], start=1):
+        log.append(report(step, **{"reward/mean": 0.5, "timing/rollout": waited, "timing/step": total}))
+    assert log.idle_share == 1.0 / 8.0
+    assert log.rewards == [0.5] * 3
+    assert StepLog(tmp_path, 2).rewards == [0.5] * 2
+
+
+class _Evaluations:
+    """Answers each evaluation that was started."""
+
+    def __init__(self, **metrics: dict[str, object]) -> None:
+        self.metrics = metrics
+        self.started: list[str] = []
+
+    def start_evaluation(self, label: str) -> None:
+        self.started.append(label)
+
+    def has_evaluation(self, label: str) -> bool:
+        return label in self.started
+
+    def finish_evaluation(self, label: str) -> dict[str, object]:
+        return self.metrics[label]
+
+
+def test_held_out_scores_of_what_was_started() -> None:
+    evaluations = _Evaluations(before={"eval/mean_reward": 0.25, "other": 9}, after={"text": "no number"})
+    scores: dict[str, float | None] = {}
+    held_out = HeldOut(evaluations, LoggedProgress(), scores)
+    held_out.finish("before")
+    assert scores == {}
+    for label in ("before", "after"):
+        held_out.start(label)
+        held_out.finish(label)
+    assert scores == {"before": 0.25, "after": None}
+    nobody = HeldOut(None, LoggedProgress(), {})
+    nobody.start("after")
+    nobody.finish("after")
+    assert nobody.scores == {}
+
+
+def test_rewards_of_a_run_are_those_of_every_process_of_it(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    assert log.rewards() == []
+    for step, reward in ((1, 0.25), (2, None), (3, 1.0)):
+        log.append(report(step, **{"reward/mean": reward}))
+    assert MetricsLog(log.path).rewards() == [0.25, 1.0]
