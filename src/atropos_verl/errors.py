@@ -46,6 +46,7 @@ __all__ = [
     "ServiceError",
     "StorageDamagedError",
     "StorageError",
+    "StorageInUseError",
     "StorageWriteError",
     "TrainingDivergedError",
     "UnsupportedFieldError",
@@ -168,6 +169,10 @@ class StorageWriteError(StorageError):
 
 class StorageDamagedError(StorageError):
     """The file cannot be used: it is damaged, is something else, or another process holds it."""
+
+
+class StorageInUseError(StorageDamagedError):
+    """Another process holds the file."""
 
 
 class ServiceError(AtroposVerlError):

@@ -32,7 +32,7 @@ from typing import Final, TypeAlias
 
 import xxhash
 
-from atropos_verl.errors import StorageDamagedError, StorageWriteError
+from atropos_verl.errors import StorageDamagedError, StorageInUseError, StorageWriteError
 
 __all__ = ["Change", "Key", "RecordStore", "network_file_system", "sync_directory", "write_atomic"]
 
@@ -142,7 +142,8 @@ class RecordStore:
         fsync: a write is done when it is on the disk. Otherwise it survives the process, but not a power failure.
 
     Raises:
-        StorageDamagedError: another process uses the directory, or the file is no store of this version.
+        StorageInUseError: another process uses the directory.
+        StorageDamagedError: the file is no store of this version.
         StorageWriteError: the file cannot be made.
     """
 
@@ -234,7 +235,7 @@ class RecordStore:
         except OSError as error:
             holder = os.read(lock, 200).decode(errors="replace").strip() or "unknown"
             os.close(lock)
-            raise StorageDamagedError(
+            raise StorageInUseError(
                 f"data directory {directory} is in use by another process ({holder}); end it, or choose another one"
             ) from error
         os.ftruncate(lock, 0)

@@ -151,8 +151,7 @@ class GatewayService:
                 self.metrics.generated_tokens += len(generation.token_ids)
                 _refuse_aborted(generation.finish_reason)
             self.metrics.prompt_tokens += len(request.prompt_token_ids)
-            if self.ledger is not None:
-                self.ledger.record(request.prompt_token_ids, generations, request.temperature)
+        await self._record(zip(requests, results, strict=True))
         return results
 
     async def _generate_all(self, requests: Sequence[GenerationRequest]) -> list[list[Generation]]:
@@ -176,20 +175,24 @@ class GatewayService:
                     seen.append(delta)
                     running -= delta.finish_reason is not None
                     if not running:
-                        self._write_down(request, seen)
+                        await self._record([(request, joined_deltas(seen, request.n))])
                     yield delta
             finally:
                 # A client that goes away may do so between two deltas: only closing tells the engine then.
                 close = getattr(deltas, "aclose", None)
                 if close is not None:
                     await close()
-                if running:  # a reader who left may use what it got
-                    self._write_down(request, seen)
+                if running and self.ledger is not None:  # a reader who left may use what it got
+                    self.ledger.record(request.prompt_token_ids, joined_deltas(seen, request.n), request.temperature)
         self.metrics.prompt_tokens += len(request.prompt_token_ids)
 
-    def _write_down(self, request: GenerationRequest, seen: Sequence[GenerationDelta]) -> None:
+    async def _record(self, answers: Iterable[tuple[GenerationRequest, list[Generation]]]) -> None:
+        """Record completions before the client sees them, so that no death of this process makes them unknown."""
         if self.ledger is not None:
-            self.ledger.record(request.prompt_token_ids, joined_deltas(seen, request.n), request.temperature)
+            recorded = [self.ledger.record(r.prompt_token_ids, made, r.temperature) for r, made in answers]
+            for future in recorded:
+                if future is not None:
+                    await asyncio.wrap_future(future)
 
     @asynccontextmanager
     async def _admitted(self, requests: Sequence[GenerationRequest]) -> AsyncIterator[None]:

@@ -21,8 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from atropos_verl.provenance.ledger import Ledger
-from atropos_verl.provenance.ledger_records import Piece, SpanRecord
+from atropos_verl.provenance.ledger import Ledger, Piece, SpanRecord
 from atropos_verl.types import MIN_LOGPROB, UNKNOWN_VERSION, Difference, FloatArray, IntArray, SequenceMatch
 
 __all__ = ["SequenceQuery", "look_up", "trained_spans"]

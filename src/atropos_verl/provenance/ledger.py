@@ -19,35 +19,126 @@ whole batches and chooses among identical completions.
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from atropos_verl.provenance.ledger_log import LedgerLog, Logged, LoggedRequest, LoggedUse, open_log
-from atropos_verl.provenance.ledger_records import (
-    ID_BYTES,
-    IDS,
-    OVERHEAD_BYTES,
-    Piece,
-    Prompt,
-    Resume,
-    Runs,
-    SpanRecord,
-    note_branches,
+from atropos_verl.provenance.ledger_store import (
+    Contents,
+    LedgerStore,
+    Row,
+    StoredPrompt,
+    StoredResume,
+    StoredSpan,
+    StoredState,
+    StoredUses,
 )
-from atropos_verl.provenance.prefix_hashes import MASK, prefix_hashes
 from atropos_verl.types import UNKNOWN_VERSION, Generation
 
-__all__ = ["Ledger", "LedgerStats", "Piece", "SpanRecord"]
+__all__ = ["Ledger", "LedgerStats", "Piece", "SpanRecord", "prefix_hashes"]
 
+IDS = np.dtype("<i4")
+ID_BYTES = IDS.itemsize
+LOGPROBS = np.dtype("<f4")
+OVERHEAD_BYTES = 700
+"""Python objects of one record beside its arrays, measured with tracemalloc (about 650 bytes)."""
+Runs: TypeAlias = tuple[tuple[int, int], ...]
+"""(policy version, tokens it wrote), in order."""
+_MASK = (1 << 64) - 1
+"""Sums of hashes are taken modulo 2^64."""
+_TOKEN_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+_POSITION_FACTOR = np.uint64(0xD1B54A32D192ED03)
+_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_S27, _S30, _S31 = np.uint64(27), np.uint64(30), np.uint64(31)
 _MOST_COMPARED = 4096
 """Completions of one prompt that are compared one by one, newest first, where the exact index finds none."""
 _MOST_ALIKE = 256
 """Records with the same ids, prompt and completion: a policy that has settled writes them by the thousand."""
+
+
+@dataclass(slots=True, eq=False)
+class Prompt:
+    """The ids that completions came after; shared by all completions of the same prompt."""
+
+    key: int
+    ids: bytes
+    spans: OrderedDict[int, SpanRecord]
+
+    @property
+    def length(self) -> int:
+        return len(self.ids) // ID_BYTES
+
+
+@dataclass(slots=True, eq=False)
+class SpanRecord:
+    """One completion: what the engine wrote after a prompt in one go."""
+
+    order: int
+    """Counts the records of this ledger, in the order in which they ended."""
+    request: int
+    """Completions of one request share it."""
+    prompt: Prompt
+    ids: bytes
+    """Token ids, int32."""
+    logprobs: NDArray[np.float32]
+    runs: Runs
+    """(policy version, tokens it wrote), in order."""
+    temperature: float
+    end_key: int
+    uses: int = 0
+    """How many looked-up sequences are known to hold it."""
+    consumed: int = 0
+    """How many trained sequences are known to hold it."""
+    branch: tuple[int, int] | None = None
+    """(restart, policy version): that restart went on at a version before some of ``runs``; the weights that these
+    name were lost, and other ones have their numbers now."""
+
+    @property
+    def length(self) -> int:
+        return len(self.ids) // ID_BYTES
+
+    @property
+    def start(self) -> int:
+        """Its first token's position in a sequence that holds it."""
+        return self.prompt.length
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.ids) + self.logprobs.nbytes + OVERHEAD_BYTES
+
+    @property
+    def policies(self) -> tuple[Runs, tuple[int, int] | None]:
+        """Equal for records that the same weights wrote, token by token."""
+        return self.runs, self.branch
+
+    def written_by(self) -> NDArray[np.int64]:
+        """Policy version of each token, as the process that wrote it counted."""
+        return np.repeat([v for v, _ in self.runs], [n for _, n in self.runs]).astype(np.int64)
+
+    def versions(self) -> NDArray[np.int64]:
+        """Policy version of each token. Lost weights count as the ones that they were trained from and that a later
+        process went on with: their age grows with every step since, and no weights of now are taken for them."""
+        written = self.written_by()
+        return written if self.branch is None else np.minimum(written, self.branch[1])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """Tokens ``[start, stop)`` of a looked-up sequence, and the records that hold exactly these tokens there.
+
+    No candidate: nobody knows who wrote them.
+    """
+
+    start: int
+    stop: int
+    candidates: tuple[SpanRecord, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +179,11 @@ class Ledger:
         self._evicted = 0
         self._restored = 0
         self._restored_orders = 0
-        self._log: LedgerLog | None = None
+        self._resumes = 0
+        self._store: LedgerStore | None = None
+        self._closing: list[LedgerStore] = []
+        self._deleted: list[tuple[str, int]] = []
+        """Rows of the store that the next write deletes: of what was forgotten since the last one."""
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -109,15 +204,20 @@ class Ledger:
 
     def record(
         self, prompt_token_ids: Sequence[int], generations: Iterable[Generation], temperature: float = 1.0
-    ) -> None:
-        """Write down the completions of one request. Call it before the client can see them.
+    ) -> Future[None] | None:
+        """Record the completions of one request. Call it before the client can see them.
 
-        ``temperature``: the logprobs are of this distribution; 0 (greedy) counts as 1, as engines report it.
+        Args:
+            temperature: the logprobs are of this distribution; 0 (greedy) counts as 1, as engines report it.
+
+        Returns:
+            A future that is done, and never raises, when the death of this process cannot lose the records any more.
+            None: nothing is kept over a restart.
         """
         prompt = np.asarray(prompt_token_ids, dtype=IDS)
         made = [(np.asarray(g.token_ids, dtype=IDS), g) for g in generations if g.token_ids]
         if not made:
-            return
+            return None
         key = int(prefix_hashes(prompt)[-1])
         temperature = temperature if temperature > 0 else 1.0
         with self._lock:
@@ -125,12 +225,28 @@ class Ledger:
             before = self._prompts.get(key)
             node = self._node(key, prompt.tobytes())
             records = [self._make(node, ids, generation, temperature) for ids, generation in made]
-            if self._log is not None:
-                self._log.request(self._requests, key, node.ids, temperature, records, new_prompt=node is not before)
             for record in records:
                 self._add(record)
                 self._recorded_tokens += record.length
             self._shrink()
+            rows: list[tuple[str, Row]] = []
+            if self._prompts.get(key) is not before:
+                rows.append(("prompts", StoredPrompt(key, node.ids)))
+            rows += [("spans", _stored(record)) for record in records if record.order in self._spans]
+            return self._write(rows)
+
+    def _write(self, rows: Sequence[tuple[str, Row]]) -> Future[None] | None:
+        deleted, self._deleted = self._deleted, []
+        if self._store is None:
+            return None
+        held = StoredState(
+            orders=self._orders,
+            requests=self._requests,
+            prompts=len(self._prompts),
+            spans=len(self._spans),
+            resumes=self._resumes,
+        )
+        return self._store.write([*rows, ("state", held)], deleted)
 
     def _node(self, key: int, ids: bytes) -> Prompt:
         node = self._prompts.get(key)
@@ -153,7 +269,7 @@ class Ledger:
             logprobs=_logprobs(generation),
             runs=_runs(generation),
             temperature=temperature,
-            end_key=(node.key + int(prefix_hashes(ids, offset=node.length)[-1])) & MASK,
+            end_key=(node.key + int(prefix_hashes(ids, offset=node.length)[-1])) & _MASK,
         )
 
     def _add(self, record: SpanRecord) -> None:
@@ -171,11 +287,13 @@ class Ledger:
 
     def _forget(self, record: SpanRecord) -> None:
         del self._spans[record.order]
+        self._deleted += ("spans", record.order), ("uses", record.order)
         node = record.prompt
         del node.spans[record.order]
         self._bytes -= record.nbytes
         if not node.spans:
             del self._prompts[node.key]
+            self._deleted.append(("prompts", node.key))
             self._bytes -= len(node.ids) + OVERHEAD_BYTES
         alike = self._by_end[record.end_key]
         del alike[record.order]
@@ -189,7 +307,7 @@ class Ledger:
         """Keep what is recorded from here on in ``directory`` as well, for the process that resumes this run.
 
         Args:
-            directory: of the run; its files take ``max_bytes`` at most.
+            directory: of the run; it holds what the ledger holds.
             resumed_at: this process resumes a run at this policy version: what is there is taken in. None: it begins
                 one, and what is there is removed.
 
@@ -197,50 +315,64 @@ class Ledger:
             Completions taken in. A damaged file is none: the log names it, and nothing is taken in.
         """
         with self._lock:
-            if self._orders or self._log is not None:
+            if self._orders or self._store is not None:
                 raise ValueError("persist comes before the first record")
-            self._log, found = open_log(directory, self.max_bytes, keep=resumed_at is not None)
-            self._restore(found, resumed_at)
-            if self._log is not None:
-                last = self._restored_orders
-                self._log.begin(None if resumed_at is None else Resume(resumed_at, last))
+            self._store, found = LedgerStore.open(directory, keep=resumed_at is not None, give_up=self._give_up)
+            rows: list[tuple[str, Row]] = []
+            if resumed_at is not None:
+                resume = StoredResume(len(found.resumes), resumed_at, found.state.orders)
+                found.resumes.append(resume)
+                rows.append(("resumes", resume))
+            self._resumes = len(found.resumes)
+            self._restore(found)
+            self._write(rows)
             return self._restored
 
-    def _restore(self, found: Sequence[Logged], resumed_at: int | None) -> None:
-        resumes = [entry for entry in found if isinstance(entry, Resume)]
-        for entry in found:
-            if isinstance(entry, LoggedRequest):
-                node = self._node(entry.prompt_key, entry.prompt_ids)
-                for span in entry.spans:
-                    self._orders, self._requests = span.order, entry.request
-                    read = (span.ids, span.logprobs, span.runs, entry.temperature, span.end_key)
-                    self._add(SpanRecord(span.order, entry.request, node, *read))
-                self._shrink()
-            elif isinstance(entry, LoggedUse):
-                self._note_used(entry.orders)
+    def _restore(self, found: Contents) -> None:
+        for span in found.spans:
+            node = self._node(span.prompt, found.prompts[span.prompt].ids)
+            logprobs = np.frombuffer(span.logprobs, dtype=LOGPROBS)
+            read = (span.ids, logprobs, span.runs, span.temperature, span.end_key)
+            self._add(SpanRecord(span.key, span.request, node, *read))
+            self._shrink()
+        for uses in found.uses:
+            if uses.key in self._spans:
+                self._spans[uses.key].uses = self._spans[uses.key].consumed = uses.count
+        self._orders, self._requests = found.state.orders, found.state.requests
         self._restored_orders = self._orders
-        if resumed_at is not None:
-            resumes.append(Resume(resumed_at, self._orders))
-        note_branches(self._spans.values(), resumes)
+        _note_branches(self._spans.values(), found.resumes)
         self._restored, self._evicted = len(self._spans), 0
 
     def consumed(self, orders: Sequence[int]) -> None:
         """A batch that holds the records of these numbers was trained on: nobody will ask for it again."""
         with self._lock:
-            if self._log is not None and orders:
-                self._log.used(orders)
+            records = [self._spans[order] for order in orders if order in self._spans]
+            for record in records:
+                record.consumed += 1
+            if records:
+                self._write([("uses", StoredUses(record.order, record.consumed)) for record in records])
 
     def _note_used(self, orders: Iterable[int]) -> None:
         for order in orders:
             if order in self._spans:
                 self._spans[order].uses += 1
 
-    def close(self) -> None:
-        """Let go of the log's directory. Idempotent."""
+    def _give_up(self) -> None:
         with self._lock:
-            if self._log is not None:
-                self._log.close()
-                self._log = None
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._store is not None:
+            self._closing.append(self._store)
+            self._store = None
+
+    def close(self) -> None:
+        """Finish the writes that wait, and let go of the directory. Idempotent."""
+        with self._lock:
+            self._let_go()
+            closing, self._closing = self._closing, []
+        for store in closing:  # without the lock, which the store's thread may wait for
+            store.close()
 
     # -- the trainer's side ------------------------------------------------------------------------------------------
 
@@ -344,6 +476,55 @@ class Ledger:
         return next((start + 1 + i for i, key in enumerate(keys) if key in self._prompts), stop)
 
 
+def prefix_hashes(token_ids: NDArray[np.int32], offset: int = 0) -> NDArray[np.uint64]:
+    """64-bit hashes of all prefixes: entry p is that of the first p tokens, ``[T + 1]``.
+
+    The sum, modulo 2^64, of a well mixed value of each (token, position) pair (splitmix64's finaliser, Steele et al.
+    2014), so that all prefixes come from one cumulative sum, and that of a prompt plus that of what follows it
+    (``offset`` = length of the prompt) is that of both.
+    """
+    count = len(token_ids)
+    mixed = token_ids.astype(np.uint64) * _TOKEN_FACTOR
+    mixed += np.arange(offset + 1, offset + count + 1, dtype=np.uint64) * _POSITION_FACTOR
+    mixed ^= mixed >> _S30
+    mixed *= _MIX_1
+    mixed ^= mixed >> _S27
+    mixed *= _MIX_2
+    mixed ^= mixed >> _S31
+    hashes = np.zeros(count + 1, dtype=np.uint64)
+    np.cumsum(mixed, out=hashes[1:])
+    return hashes
+
+
+def _note_branches(records: Iterable[SpanRecord], resumes: Sequence[StoredResume]) -> None:
+    """Mark the records that name weights which a restart lost.
+
+    Args:
+        resumes: in the order in which they happened.
+    """
+    lasts = [resume.last_order for resume in resumes]
+    lowest = [min(resume.policy_version for resume in resumes[number:]) for number in range(len(resumes))]
+    for record in records:
+        outlived = bisect_left(lasts, record.order)
+        newest = max(version for version, _ in record.runs)
+        if outlived < len(resumes) and newest > lowest[outlived]:
+            restart = next(n for n in range(outlived, len(resumes)) if newest > resumes[n].policy_version)
+            record.branch = (restart, lowest[outlived])
+
+
+def _stored(record: SpanRecord) -> StoredSpan:
+    return StoredSpan(
+        key=record.order,
+        request=record.request,
+        prompt=record.prompt.key,
+        ids=record.ids,
+        logprobs=record.logprobs.tobytes(),
+        runs=record.runs,
+        temperature=record.temperature,
+        end_key=record.end_key,
+    )
+
+
 def _runs(generation: Generation) -> Runs:
     """Version runs of a completion; what is not known in the middle is said to be unknown."""
     count = len(generation.token_ids)
@@ -361,8 +542,8 @@ def _runs(generation: Generation) -> Runs:
 def _logprobs(generation: Generation) -> NDArray[np.float32]:
     """float32; NaN where the engine reports none."""
     if len(generation.logprobs) != len(generation.token_ids):
-        return np.full(len(generation.token_ids), np.nan, dtype=np.float32)
-    return np.asarray(generation.logprobs, dtype=np.float32)
+        return np.full(len(generation.token_ids), np.nan, dtype=LOGPROBS)
+    return np.asarray(generation.logprobs, dtype=LOGPROBS)
 
 
 def _holds(record: SpanRecord, sequence: bytes, stop: int) -> bool:

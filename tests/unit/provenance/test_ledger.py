@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from atropos_verl.provenance.attribution import SequenceQuery, look_up, trained_spans
-from atropos_verl.provenance.ledger import Ledger
-from atropos_verl.provenance.prefix_hashes import prefix_hashes
+from atropos_verl.provenance.ledger import Ledger, prefix_hashes
 from atropos_verl.types import UNKNOWN_VERSION, Generation, SequenceMatch
 
 PROMPT = (5, 6, 7)

@@ -1,0 +1,228 @@
+"""``LedgerStore``: the ledger's records on disk, so that the process that resumes a run still knows who wrote what.
+
+``run_dir/ledger/ledger.sqlite`` is a ``RecordStore``. It holds what the ledger holds in memory: a record that the
+ledger forgets is deleted here, too.
+
+======= ============ ==========================================================================================
+table   key          value
+======= ============ ==========================================================================================
+prompts hash         token ids of a prompt
+spans   order        one completion: ids, logprobs, version runs
+uses    order        how many trained sequences hold the completion
+resumes number       a process went on at this policy version
+state   0            how many rows the other tables must hold
+======= ============ ==========================================================================================
+
+Half a ledger is worse than none: of two alike completions it might know only the wrong one. So a store that is damaged,
+or that cannot be written any more, is given up as a whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from atropos_verl.errors import StorageDamagedError, StorageError, StorageInUseError
+from atropos_verl.storage import Change, RecordStore
+
+__all__ = ["Contents", "LedgerStore", "StoredPrompt", "StoredResume", "StoredSpan", "StoredState", "StoredUses"]
+
+logger = logging.getLogger(__name__)
+
+_TABLES = dict.fromkeys(("prompts", "spans", "uses", "resumes", "state"), int)
+
+
+class StoredPrompt(msgspec.Struct, array_like=True, frozen=True):
+    """Token ids (int32) that completions came after, and their hash."""
+
+    key: int
+    ids: bytes
+
+
+class StoredSpan(msgspec.Struct, array_like=True, frozen=True):
+    """One completion. Fields as in ``SpanRecord``."""
+
+    key: int
+    """Its order."""
+    request: int
+    prompt: int
+    """Hash of the prompt."""
+    ids: bytes
+    logprobs: bytes
+    runs: tuple[tuple[int, int], ...]
+    temperature: float
+    end_key: int
+
+
+class StoredUses(msgspec.Struct, array_like=True, frozen=True):
+    """How many trained sequences hold the completion of this order."""
+
+    key: int
+    count: int
+
+
+class StoredResume(msgspec.Struct, array_like=True, frozen=True):
+    """A process went on at ``policy_version``; records up to ``last_order`` are of processes before it."""
+
+    key: int
+    policy_version: int
+    last_order: int
+
+
+class StoredState(msgspec.Struct, array_like=True, frozen=True):
+    """What the newest write left."""
+
+    key: int = 0
+    orders: int = 0
+    requests: int = 0
+    prompts: int = 0
+    spans: int = 0
+    resumes: int = 0
+
+
+Row = StoredPrompt | StoredSpan | StoredUses | StoredResume | StoredState
+T = TypeVar("T", StoredPrompt, StoredSpan, StoredUses, StoredResume, StoredState)
+
+
+class Contents(msgspec.Struct):
+    """What a store held when it was opened."""
+
+    prompts: dict[int, StoredPrompt] = {}
+    spans: list[StoredSpan] = []
+    uses: list[StoredUses] = []
+    resumes: list[StoredResume] = []
+    state: StoredState = StoredState()
+
+
+class LedgerStore:
+    """Opened by ``open``. Writes go to the store's own thread.
+
+    Args:
+        give_up: called once, from any thread, when a write has failed.
+    """
+
+    def __init__(self, store: RecordStore, give_up: Callable[[], None]) -> None:
+        self._store = store
+        self._give_up = give_up
+        self._failing = threading.Lock()
+        self._failed = False
+
+    @classmethod
+    def open(cls, directory: Path, *, keep: bool, give_up: Callable[[], None]) -> tuple[LedgerStore | None, Contents]:
+        """Open the store of a run, and read what earlier processes left there.
+
+        Args:
+            keep: False: a new run; what is there is removed.
+
+        Returns:
+            The store, or None with a warning when the directory cannot be used; and what it held: nothing, with a
+            warning that names the file, where any of it is damaged.
+        """
+        path = directory / "ledger.sqlite"
+        store: RecordStore | None = None
+        found: Contents | None = None
+        try:
+            try:
+                store = RecordStore(path, _TABLES, owner="ledger")
+                if keep:
+                    _refuse_earlier_format(directory)
+                    found = _read(store)
+            except StorageInUseError:
+                raise
+            except StorageDamagedError as error:
+                logger.warning(
+                    "%s. The ledger begins empty: who wrote what was generated before this start is not known", error
+                )
+            if store is None or found is None:
+                if store is not None:
+                    store.close()
+                _remove(directory)
+                store = RecordStore(path, _TABLES, owner="ledger")
+        except (StorageError, OSError) as error:
+            logger.warning("the ledger will not survive a restart of this run: %s", error)
+            return None, Contents()
+        return cls(store, give_up), found or Contents()
+
+    def write(self, rows: Sequence[tuple[str, Row]], deleted: Sequence[tuple[str, int]] = ()) -> Future[None]:
+        """Delete and then store rows, all or none. The future is done when that is so, and never raises."""
+        changes: list[Change] = [(table, _signed(key), None) for table, key in deleted]
+        changes += [(table, _signed(row.key), msgspec.msgpack.encode(row)) for table, row in rows]
+        done: Future[None] = Future()
+
+        def written(future: Future[None]) -> None:
+            error = future.exception()
+            if error is not None:
+                self._fail(error)
+            done.set_result(None)
+
+        self._store.write(changes).add_done_callback(written)
+        return done
+
+    def close(self) -> None:
+        """Finish the writes that wait. Idempotent."""
+        self._store.close()
+
+    def _fail(self, error: BaseException) -> None:
+        with self._failing:
+            if self._failed:
+                return
+            self._failed = True
+        logger.warning(
+            "%s: %s. After a restart nobody will know who wrote what was generated up to then",
+            self._store.path.parent,
+            error,
+        )
+        _remove(self._store.path.parent)  # the open connection goes on with files that have no name
+        self._give_up()
+
+
+def _remove(directory: Path) -> None:
+    for file in [*directory.glob("ledger.sqlite*"), *directory.glob("segment-*.log")]:
+        file.unlink(missing_ok=True)
+
+
+def _refuse_earlier_format(directory: Path) -> None:
+    if any(directory.glob("segment-*.log")):
+        raise StorageDamagedError(f"{directory} holds the ledger of an earlier version of this program, segment-*.log")
+
+
+def _signed(key: int) -> int:
+    """A 64-bit hash as the signed integer that SQLite can hold."""
+    return key - (1 << 64) if key >= 1 << 63 else key
+
+
+def _read(store: RecordStore) -> Contents:
+    """Raises ``StorageDamagedError`` when a row is damaged or missing."""
+    states = _rows(store, "state", StoredState)
+    found = Contents(
+        prompts={prompt.key: prompt for prompt in _rows(store, "prompts", StoredPrompt)},
+        spans=_rows(store, "spans", StoredSpan),
+        uses=_rows(store, "uses", StoredUses),
+        resumes=_rows(store, "resumes", StoredResume),
+        state=states[0] if states else StoredState(),
+    )
+    held = (len(found.prompts), len(found.spans), len(found.resumes))
+    whole = held == (found.state.prompts, found.state.spans, found.state.resumes)
+    if store.damaged or not whole or any(span.prompt not in found.prompts for span in found.spans):
+        raise StorageDamagedError(f"{store.path} is damaged: rows are missing, or are not what was written")
+    return found
+
+
+def _rows(store: RecordStore, table: str, kind: type[T]) -> list[T]:
+    decoder = msgspec.msgpack.Decoder(kind)
+    rows = []
+    for key, value in store.read(table):
+        try:
+            row = decoder.decode(value)
+        except msgspec.MsgspecError as error:
+            raise StorageDamagedError(f"{store.path} holds a row that is not one of a ledger ({error})") from error
+        if _signed(row.key) != key:
+            raise StorageDamagedError(f"{store.path} is damaged: row {row.key} of {table} has the key {key}")
+        rows.append(row)
+    return rows
