@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from support.serving import eventually
@@ -63,7 +64,7 @@ def test_step_waits_for_resume_and_then_runs() -> None:
 
     with ThreadPoolExecutor(1) as pool:
         step = pool.submit(engine)
-        assert not entered.wait(0.05)
+        assert not entered.is_set()
         gate.resume()
         assert step.result(5.0) is True
     assert gate.steps_running == 0
@@ -128,7 +129,7 @@ async def test_requests_wait_while_paused_and_never_fail() -> None:
             admitted.append(number)
 
     clients = [asyncio.create_task(client(number)) for number in range(50)]
-    await asyncio.sleep(0.02)
+    await _until(lambda: gate.waiting == 50)
     assert (admitted, gate.waiting, gate.in_flight) == ([], 50, 0)
     gate.resume()
     await asyncio.wait_for(asyncio.gather(*clients), 5.0)
@@ -143,11 +144,17 @@ async def test_request_timeout_and_cancellation_leave_nothing_behind() -> None:
         async with gate.request(timeout=0.01):
             pytest.fail("a paused gate admitted a request")
     waiting = asyncio.create_task(_hold(gate, asyncio.Event()))
-    await asyncio.sleep(0.01)
+    await _until(lambda: gate.waiting == 1)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert (gate.waiting, gate.in_flight) == (0, 0)
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(15.0):
+        while not condition():
+            await asyncio.sleep(0)
 
 
 async def _hold(gate: RequestGate, leave: asyncio.Event) -> None:
@@ -159,9 +166,7 @@ async def test_pause_does_not_wait_for_requests_but_drain_does() -> None:
     gate = RequestGate()
     leave = asyncio.Event()
     holders = [asyncio.create_task(_hold(gate, leave)) for _ in range(3)]
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
-    assert gate.in_flight == 3
+    await _until(lambda: gate.in_flight == 3)
     gate.pause(timeout=1.0)  # returns: no step is running
     assert gate.state is GateState.PAUSED
 
@@ -169,11 +174,9 @@ async def test_pause_does_not_wait_for_requests_but_drain_does() -> None:
         await asyncio.to_thread(gate.drain, 0.01)
     draining = asyncio.create_task(asyncio.to_thread(gate.drain, 10.0))
     late = asyncio.create_task(_hold(gate, leave))
-    await asyncio.sleep(0.02)
-    assert gate.state is GateState.DRAINING
+    await _until(lambda: gate.state is GateState.DRAINING and gate.waiting == 1)
     with gate.step(timeout=1.0) as may_run:  # those in flight may still be decoded
         assert may_run
-    assert gate.waiting == 1
     leave.set()
     await asyncio.wait_for(draining, 5.0)
     assert (gate.state, gate.in_flight, gate.waiting) == (GateState.PAUSED, 0, 1)
@@ -205,7 +208,7 @@ async def test_close_fails_waiting_requests_and_ends_steps() -> None:
     gate = RequestGate()
     gate.pause(timeout=1.0)
     waiting = asyncio.create_task(_hold(gate, asyncio.Event()))
-    await asyncio.sleep(0.01)
+    await _until(lambda: gate.waiting == 1)
     gate.close()
     gate.close()
     with pytest.raises(EngineStoppedError, match="closed"):
@@ -217,15 +220,17 @@ async def test_close_fails_waiting_requests_and_ends_steps() -> None:
             call()
 
 
-def test_paused_seconds_count_the_time_the_gate_was_shut() -> None:
+def test_paused_seconds_count_the_time_the_gate_was_shut(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("atropos_verl.engine.gate.time", SimpleNamespace(monotonic=lambda: now))
     gate = RequestGate()
     assert gate.paused_seconds == 0.0
-    started = time.monotonic()
     gate.pause(timeout=1.0)
-    time.sleep(0.05)
-    during = gate.paused_seconds
+    now = 103.0
+    assert gate.paused_seconds == 3.0
     gate.resume()
-    after, elapsed = gate.paused_seconds, time.monotonic() - started
-    assert 0.05 <= during <= after <= elapsed
-    time.sleep(0.02)
-    assert gate.paused_seconds == after
+    now = 110.0
+    assert gate.paused_seconds == 3.0
+    gate.pause(timeout=1.0)
+    now = 110.5
+    assert gate.paused_seconds == 3.5
