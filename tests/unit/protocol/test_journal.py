@@ -92,8 +92,8 @@ def test_what_a_killed_process_left_half_written_is_removed_and_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, entries = record_all(tmp_path)
-    (tmp_path / "batch_000004.json.tmp").write_bytes(b'{"batch":[{"tok')
-    (tmp_path / "batch_000003.meta.json.tmp").write_bytes(b"{")
+    (tmp_path / ".batch_000004.json.0123abcd.tmp").write_bytes(b'{"batch":[{"tok')
+    (tmp_path / "batch_000003.meta.json.tmp").write_bytes(b"{")  # by a version before
     (tmp_path / "batch_000002.meta.json").unlink()  # killed between the batch and its note
     (tmp_path / "batch_000009.meta.json").write_bytes(b"{}")  # killed between deleting a batch and its note
     with caplog.at_level(logging.WARNING, logger="atropos_verl"):
@@ -104,7 +104,7 @@ def test_what_a_killed_process_left_half_written_is_removed_and_said(
         "batch_000003.meta.json",
     ]  # fmt: skip
     assert [r.getMessage().split(" ")[0] for r in caplog.records] == [
-        str(tmp_path / "batch_000003.meta.json.tmp"), str(tmp_path / "batch_000004.json.tmp"),
+        str(tmp_path / ".batch_000004.json.0123abcd.tmp"), str(tmp_path / "batch_000003.meta.json.tmp"),
     ]  # fmt: skip
     assert BatchJournal(tmp_path).read(entries[1]) == BODIES[1]
 
@@ -187,12 +187,12 @@ journal.assign(entry, 1) if sys.argv[3] == "assign" else journal.record(b"x" * 5
 """
 
 
-@pytest.mark.parametrize(("call", "limit", "torn"), [("record", 100, "batch_000002.json.tmp"),
-                                                     ("assign", 10, "batch_000001.meta.json.tmp")])  # fmt: skip
+@pytest.mark.parametrize(("call", "limit", "torn"), [("record", 100, ".batch_000002.json.*.tmp"),
+                                                     ("assign", 10, ".batch_000001.meta.json.*.tmp")])  # fmt: skip
 def test_killed_in_the_middle_of_a_write(tmp_path: Path, call: str, limit: int, torn: str) -> None:
     command = [sys.executable, "-c", _KILLED_WHILE_WRITING, str(tmp_path), str(limit), call]
     assert subprocess.run(command, timeout=60, check=False).returncode == -signal.SIGXFSZ
-    assert (tmp_path / torn).stat().st_size == limit
+    assert [path.stat().st_size for path in tmp_path.glob(torn)] == [limit]
     journal = BatchJournal(tmp_path)
     (entry,) = journal.pending(0)
     assert (entry.sequence, entry.step, journal.read(entry)) == (1, None, b"first")
@@ -237,5 +237,5 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path, lines: int) 
         assert journal.read(entry) == bytes([sequence % 256]) * (200_000 + sequence)
         if sequence in assigned:
             assert entry.step == sequence
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not [*tmp_path.glob("*.tmp"), *tmp_path.glob(".*.tmp")]
     assert all(json.loads(path.read_bytes()) for path in tmp_path.glob("*.meta.json"))
