@@ -39,11 +39,11 @@ def test_a_resumed_run_finds_its_groups_and_not_its_dead_environments(
     hello = EnvRegistration(max_token_length=64, desired_name="env", group_size=4)
     with api(tmp_path) as client:
         register(client)
-        assert client.register_env(hello).env_id == 0
+        assert client.register_env(hello) == 0
         client.post_scored_data_list([group_bytes(1, env_id=0)])
     with api(tmp_path) as client:
         assert client.status().queue_size == 1
-        assert client.register_env(hello).env_id == 1
+        assert client.register_env(hello) == 1
         seen = httpx.get(f"{client.api_url}/status-env", params={"env_id": 1}).json()
         assert seen["env_weight"] == 1.0, "the one before took half of it"
     with api(tmp_path, resume="disable") as client:

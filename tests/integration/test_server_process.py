@@ -46,8 +46,7 @@ def test_our_client_leases_packed_batches_and_acks_them(server: TrajectoryServer
         client.check()
         client.register(TRAINER)
         assert client.poll_batch() is None
-        joined = client.register_env(EnvRegistration(max_token_length=64, desired_name="words", group_size=4))
-        assert joined.env_id == 0
+        assert client.register_env(EnvRegistration(max_token_length=64, desired_name="words", group_size=4)) == 0
         client.post_scored_data_list([group_bytes(1, 4, 0)], idempotency_key="one")
         client.post_scored_data_list([group_bytes(1, 4, 0)], idempotency_key="one")
         assert client.post_scored_data_list([group_bytes(2, 4, 0), group_bytes(3, 4, 0)]) == 0

@@ -25,7 +25,6 @@ from atropos_verl.protocol.client import (
     ApiStatus,
     AtroposClient,
     EnvRegistration,
-    EnvRegistrationResult,
     TrainerRegistration,
 )
 from atropos_verl.protocol.wire import decode_batch
@@ -70,8 +69,7 @@ def test_before_anybody_registers(tmp_path: Path) -> None:
         client.check()
         assert client.status() == ApiStatus(current_step=0, queue_size=0)
         assert client.info() == ApiInfo(batch_size=-1, max_token_len=-1)
-        assert client.register_env(ENVIRONMENT) == EnvRegistrationResult(status="wait for trainer to start")
-        assert client.register_env(ENVIRONMENT).waiting
+        assert client.register_env(ENVIRONMENT) is None
         with pytest.raises(AtroposProtocolError, match="status 'error': Trainer not registered"):
             client.get_batch()
         fresh.kill()
@@ -90,27 +88,16 @@ def test_registration_carries_real_values(client: AtroposClient) -> None:
 
 def test_an_environment_waits_for_the_first_get_batch(client: AtroposClient) -> None:
     client.register(registration(starting_step=7))
-    assert client.register_env(ENVIRONMENT).waiting
+    assert client.register_env(ENVIRONMENT) is None
     assert client.poll_batch() is None
-    first, second = client.register_env(ENVIRONMENT), client.register_env(ENVIRONMENT)
-    assert first == EnvRegistrationResult(
-        status="success",
-        env_id=0,
-        wandb_name="spelling_0",
-        checkpoint_dir="/checkpoints",
-        starting_step=7,
-        checkpoint_interval=5,
-        num_steps=10,
-    )
-    assert not first.waiting
-    assert (second.env_id, second.wandb_name) == (1, "spelling_1")
+    assert [client.register_env(ENVIRONMENT) for _ in range(2)] == [0, 1]
 
 
 def started(client: AtroposClient, environments: int = 1) -> list[int]:
     client.register(registration())
     assert client.poll_batch() is None
     results = [client.register_env(ENVIRONMENT) for _ in range(environments)]
-    return [result.env_id for result in results if result.env_id is not None]
+    return [env_id for env_id in results if env_id is not None]
 
 
 def test_groups_come_back_as_a_batch(client: AtroposClient) -> None:

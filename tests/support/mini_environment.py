@@ -84,9 +84,9 @@ class MiniEnvironment:
             max_token_length=64, desired_name=f"mini{number}", weight=1.0, group_size=self._group_size
         )
         while not self._stop.is_set():
-            answer = api.register_env(wish)
-            if answer.env_id is not None:
-                return answer.env_id
+            env_id = api.register_env(wish)
+            if env_id is not None:
+                return env_id
             time.sleep(0.05)
         return None
 

@@ -52,7 +52,6 @@ __all__ = [
     "ApiStatus",
     "AtroposClient",
     "EnvRegistration",
-    "EnvRegistrationResult",
     "FetchedBatch",
     "TrainerRegistration",
     "make_client",
@@ -123,24 +122,6 @@ class EnvRegistration:
     group_size: int
     min_batch_allocation: float | None = None
     """Least share of each batch, 0 to 1; None: no minimum."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EnvRegistrationResult:
-    """Answer of ``/register-env``. While ``waiting``, no trainer has asked for a batch yet: try again in a second."""
-
-    status: str
-    env_id: int | None = None
-    """None while waiting."""
-    wandb_name: str | None = None
-    checkpoint_dir: str | None = None
-    starting_step: int | None = None
-    checkpoint_interval: int | None = None
-    num_steps: int | None = None
-
-    @property
-    def waiting(self) -> bool:
-        return self.env_id is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,16 +263,16 @@ class AtroposClient:
         self.features = frozenset(map(str, fields.get("features") or ()))
         return str(fields["uuid"])
 
-    def register_env(self, registration: EnvRegistration) -> EnvRegistrationResult:
-        """Register an environment. The result is ``waiting`` until a trainer has registered and asked for a batch."""
+    def register_env(self, registration: EnvRegistration) -> int | None:
+        """Register an environment. Returns its ``env_id``; None until a trainer has registered and asked for a batch
+        (try again in a second)."""
         call = self._call("POST", "/register-env", asdict(registration))
         fields = self._ask(call, repeatable=False)
         if fields.get("status") == "success":
-            integers(call, fields, "env_id")
-        elif not str(fields.get("status", "")).startswith("wait"):
+            return integers(call, fields, "env_id")[0]
+        if not str(fields.get("status", "")).startswith("wait"):
             raise not_atropos(call, f"{call.name} gave the status {fields.get('status')!r}")
-        known = {name: fields[name] for name in EnvRegistrationResult.__dataclass_fields__ if name in fields}
-        return EnvRegistrationResult(**known)
+        return None
 
     def disconnect_env(self, env_id: int) -> None:
         """Take an environment out of the weighting.

@@ -118,7 +118,7 @@ class SelfPlay:
                 )
             return
         self._register_trainer(batch_size)
-        answer = self.client.register_env(
+        env_id = self.client.register_env(
             EnvRegistration(
                 max_token_length=self.config.max_token_len,
                 desired_name="trainer_rollouts",
@@ -126,6 +126,6 @@ class SelfPlay:
                 group_size=self.config.group_size,
             )
         )
-        if answer.env_id is None:
+        if env_id is None:
             raise AtroposProtocolError("the API did not accept the trainer's own environment", self.client.api_url)
-        self._env_id, self._batch_size = answer.env_id, batch_size
+        self._env_id, self._batch_size = env_id, batch_size
