@@ -150,9 +150,7 @@ def _simulator() -> Any:
     except ModuleNotFoundError as error:
         if error.name not in ("simulate", "simulate.main"):
             raise
-        sys.stderr.write(
-            "no simulator here: it is part of a checkout (tools/simulate/), not of the wheel\n"
-        )
+        sys.stderr.write("no simulator here: it is part of a checkout (tools/simulate/), not of the wheel\n")
         raise SystemExit(2) from None
 
 

@@ -10,7 +10,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -51,14 +51,14 @@ _DEFAULTS = SampleSettings()
 def build_samples(
     groups: Iterable[ScoredGroup], settings: SampleSettings = _DEFAULTS, *, running: RunningMoments | None = None
 ) -> SampleReport:
-    """Turn the groups of one global batch into samples, in the order of groups and sequences.
+    """Turns the groups of one global batch into samples, in the order of groups and sequences.
 
     Masks: ``-100`` is not trained, wherever it stands; position 0 never is, since nothing predicts it. Rollout
     logprobs: 1.0 becomes NaN, and a sequence without any value has None. Temperature: ``overrides[i]`` >
     ``generation_params`` > ``group_overrides`` > ``settings.default_temperature``; 0 (greedy) becomes 1, whose
     logprobs engines report for greedy tokens. ``policy_version``: the oldest of ``token_versions`` among the trained
     tokens, else from ``overrides[i]`` or ``generation_params`` where it is an integer. Advantages: see
-    ``data.advantages``; an overlong sequence counts in its group's baseline, and not in the batch's statistics. A
+    ``training.advantages``; an overlong sequence counts in its group's baseline, and not in the batch's statistics. A
     sequence without a trained token is a sample that adds nothing.
 
     Args:
@@ -69,11 +69,11 @@ def build_samples(
         UnsupportedFieldError: a sound group carries a field that is not used and not in ``settings.ignore_fields``.
         DataError: a bad group with ``on_bad_group="error"``, or a long sequence with ``overlong="error"``.
     """
-    collected = _collect_all(groups, settings)
+    report, sequences = collect_samples(groups, settings)
     if settings.normalization == "global" and running is None:
         running = RunningMoments()
-    advantages = finish_advantages(collected.advantages, settings.normalization, settings.clipping, running)
-    return collected.report(advantages)
+    advantages = finish_advantages(sequences, settings.normalization, settings.clipping, running)
+    return replace(report, samples=[replace(s, advantages=a) for s, a in zip(report.samples, advantages, strict=True)])
 
 
 def collect_samples(
@@ -81,95 +81,76 @@ def collect_samples(
 ) -> tuple[SampleReport, list[SequenceAdvantage]]:
     """``build_samples`` up to the steps that need the whole global batch: normalising, clipping, forced zeros.
 
-    For a backend whose batch meets in one place only later; ``finish_advantages`` does the rest there.
+    A backend whose batch meets in one place only later calls ``finish_advantages`` there.
 
     Returns:
         The report, whose samples hold the advantages so far, and what ``finish_advantages`` needs, sample by sample.
 
     Raises as ``build_samples``.
     """
-    collected = _collect_all(groups, settings)
-    unfinished = [np.where(entry.loss_mask, entry.values, 0.0) for entry in collected.advantages]
-    return collected.report(unfinished), collected.advantages
-
-
-def _collect_all(groups: Iterable[ScoredGroup], settings: SampleSettings) -> _Collected:
     _check_settings(settings)
-    collected = _Collected()
+    samples: list[TrainingSample] = []
+    sequences: list[SequenceAdvantage] = []
+    quarantined: list[QuarantinedGroup] = []
+    used: list[ScoredGroup] = []
     for group in groups:
         reason = find_defect(group, settings.vocab_size)
         if reason is None:
             check_supported(group, settings.ignore_fields)
-            _collect(group, settings, collected)
+            used.append(group)
+            _collect(group, settings, samples, sequences)
         elif settings.on_bad_group == "error":
             raise DataError(reason)
         else:
-            collected.quarantined.append(QuarantinedGroup(group=group, reason=reason))
-    collected.log(settings)
-    return collected
-
-
-@dataclass(slots=True)
-class _Collected:
-    """What was found so far. ``samples`` and ``advantages`` belong together, entry by entry."""
-
-    samples: list[TrainingSample] = field(default_factory=list)
-    advantages: list[SequenceAdvantage] = field(default_factory=list)
-    quarantined: list[QuarantinedGroup] = field(default_factory=list)
-    scores: list[FloatArray] = field(default_factory=list)
-    groups: int = 0
-    dropped_overlong: int = 0
-    unknown_keys: Counter[str] = field(default_factory=Counter)
-
-    def report(self, advantages: list[FloatArray]) -> SampleReport:
-        return SampleReport(
-            samples=[replace(s, advantages=a) for s, a in zip(self.samples, advantages, strict=True)],
-            quarantined=self.quarantined,
-            dropped_overlong=self.dropped_overlong,
-            truncated=sum(sample.truncated for sample in self.samples),
-            groups=self.groups,
-            scores=np.concatenate(self.scores) if self.scores else np.zeros(0),
+            quarantined.append(QuarantinedGroup(group=group, reason=reason))
+    unknown = Counter(key for group in used for key in _unknown_keys(group))
+    for key, count in sorted(unknown.items()):
+        logger.warning("%s is not known to this trainer and has no effect (%d times in this batch)", key, count)
+    dropped = sum(len(group) for group in used) - len(samples)
+    if dropped:
+        limit = settings.max_token_len
+        logger.warning(
+            "%d sequences longer than %s tokens are left out of training (data.overlong=drop)", dropped, limit
         )
+    report = SampleReport(
+        samples=samples,
+        quarantined=quarantined,
+        dropped_overlong=dropped,
+        truncated=sum(sample.truncated for sample in samples),
+        groups=len(used),
+        scores=np.concatenate([group.scores for group in used]) if used else np.zeros(0),
+    )
+    return report, sequences
 
-    def log(self, settings: SampleSettings) -> None:
-        for key, count in sorted(self.unknown_keys.items()):
-            logger.warning("%s is not known to this trainer and has no effect (%d times in this batch)", key, count)
-        if self.dropped_overlong:
-            logger.warning(
-                "%d sequences longer than %s tokens are left out of training (data.overlong=drop)",
-                self.dropped_overlong,
-                settings.max_token_len,
-            )
 
-
-def _collect(group: ScoredGroup, settings: SampleSettings, into: _Collected) -> None:
-    into.groups += 1
-    into.scores.append(group.scores)
-    into.unknown_keys.update(_unknown_keys(group))
+def _collect(
+    group: ScoredGroup, settings: SampleSettings, samples: list[TrainingSample], sequences: list[SequenceAdvantage]
+) -> None:
     baseline = group_advantages(group.scores, settings.estimator, norm_by_std=settings.norm_adv_by_std_in_grpo)
     limit = settings.max_token_len
     for i, tokens in enumerate(group.token_ids):
-        length = int(tokens.shape[0])
-        overlong = limit is not None and length > limit
-        if overlong and settings.overlong == "drop":
-            into.dropped_overlong += 1
-            continue
-        if overlong and settings.overlong == "error":
-            raise DataError(
-                f"tokens[{i}] of group {group.group_id}: {length} tokens, more than max_token_len = {limit}; raise "
-                "data.max_token_len, lower the environment's limit, or set data.overlong to drop or truncate"
-            )
-        end = limit if overlong and limit is not None else length
-        sample = _sample(group, i, end, settings.default_temperature, truncated=overlong)
+        end, overlong = len(tokens), False
+        if limit is not None and end > limit:
+            if settings.overlong == "drop":
+                continue
+            if settings.overlong == "error":
+                raise DataError(
+                    f"tokens[{i}] of group {group.group_id}: {end} tokens, more than max_token_len = {limit}; raise "
+                    "data.max_token_len, lower the environment's limit, or set data.overlong to drop or truncate"
+                )
+            end, overlong = limit, True
         own = None if group.advantages is None else group.advantages[i]
         zero = group.overrides is not None and bool(group.overrides[i].get("set_advantage_to_zero"))
         values = np.full(end, baseline[i]) if own is None else own[:end]
-        into.samples.append(sample)
-        into.advantages.append(SequenceAdvantage(values, sample.loss_mask, zero, own is not None))
+        sample = _sample(group, i, end, values, settings.default_temperature, truncated=overlong)
+        samples.append(sample)
+        sequences.append(SequenceAdvantage(values, sample.loss_mask, zero, own is not None))
 
 
-def _sample(group: ScoredGroup, i: int, end: int, default_temperature: float, *, truncated: bool) -> TrainingSample:
-    """Sequence ``i`` up to token ``end``, its advantages not yet known."""
+def _sample(
+    group: ScoredGroup, i: int, end: int, advantages: FloatArray, default_temperature: float, *, truncated: bool
+) -> TrainingSample:
+    """Sequence ``i`` up to token ``end``."""
     loss_mask = group.masks[i][:end] != NOT_TRAINED
     loss_mask[0] = False  # nothing predicts the first token
     versions = None if group.token_versions is None else group.token_versions[i]
@@ -177,7 +158,7 @@ def _sample(group: ScoredGroup, i: int, end: int, default_temperature: float, *,
     return TrainingSample(
         token_ids=group.token_ids[i][:end],
         loss_mask=loss_mask,
-        advantages=_NOT_YET,
+        advantages=np.where(loss_mask, advantages, 0.0),
         rollout_logprobs=_rollout_logprobs(group, i, end),
         temperature=sampling_temperature(group, i, default_temperature),
         score=float(group.scores[i]),
@@ -212,9 +193,6 @@ def _unknown_keys(group: ScoredGroup) -> Iterable[str]:
     for entry in group.overrides or ():
         yield from (f"overrides[].{key}" for key in entry if key not in _KNOWN_OVERRIDES)
     yield from (f"group_overrides.{key}" for key in group.group_overrides or () if key not in _KNOWN_GROUP_OVERRIDES)
-
-
-_NOT_YET: FloatArray = np.zeros(0)
 
 
 # ---------------------------------------------------------------------- settings

@@ -19,7 +19,6 @@ __all__ = [
     "Evaluations",
     "HeldOut",
     "LoggedProgress",
-    "MetricsLog",
     "Progress",
     "RunTotals",
     "StepLog",
@@ -136,18 +135,36 @@ class RunTotals:
 # ---------------------------------------------------------------------- metrics.jsonl
 
 
-class MetricsLog:
-    """Appends steps to a file of JSON lines.
+class StepLog:
+    """``metrics.jsonl`` of a run that goes on at ``step``, with its rewards and the trainer's idle share.
 
     Each line is ``{"step": 3, "policy_version": 3, "loss": 0.25, "reward/mean": 0.5, …}`` and reaches the operating
     system before ``append`` returns, so it survives a ``kill -9``. A number that is not finite is written as null.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, run_dir: Path, step: int) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        self._truncate_after(step)
+        lines = map(json.loads, self.path.read_text(encoding="utf-8").splitlines()) if self.path.exists() else ()
+        self.rewards: list[float] = [r for line in lines if isinstance(r := line.get("reward/mean"), float)]
+        """``reward/mean`` of every step so far that has one, earlier processes' included."""
+        self._steps = 0
+        self._waited = self._total = 0.0
+
+    def _truncate_after(self, step: int) -> None:
+        """Removes, atomically, the lines of later steps, which will be taken again, and lines that were cut short."""
+        try:
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return
+        kept = [line for line in lines if _is_step_up_to(line, step)]
+        if len(kept) < len(lines):
+            removed = len(lines) - len(kept)
+            logger.info("%s: %d of %d lines are after step %d and removed", self.path, removed, len(lines), step)
+            write_atomic(self.path, "".join(f"{line}\n" for line in kept), durable=True)
 
     def append(self, report: StepReport) -> None:
-        """Writes one line.
+        """Writes the step's line.
 
         Raises:
             ValueError: a metric is called ``step``, ``policy_version`` or ``loss``.
@@ -166,52 +183,13 @@ class MetricsLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
-
-    def rewards(self) -> list[float]:
-        """``reward/mean`` of every step so far that has one, earlier processes' included."""
-        if not self.path.exists():
-            return []
-        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-        return [line["reward/mean"] for line in lines if isinstance(line.get("reward/mean"), float)]
-
-    def truncate_after(self, step: int) -> None:
-        """Removes the lines of steps above ``step`` (0: all), and lines that are no step, such as one cut short.
-
-        A run that resumes takes those steps again. The change is atomic.
-        """
-        try:
-            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        except FileNotFoundError:
-            return
-        kept = [line for line in lines if _is_step_up_to(line, step)]
-        if len(kept) == len(lines):
-            return
-        logger.info(
-            "%s: %d of %d lines are after step %d and removed", self.path, len(lines) - len(kept), len(lines), step
-        )
-        write_atomic(self.path, "".join(f"{line}\n" for line in kept), durable=True)
-
-
-class StepLog:
-    """``metrics.jsonl`` of a run that goes on at ``step``, with its rewards and the trainer's idle share."""
-
-    def __init__(self, run_dir: Path, step: int) -> None:
-        self._log = MetricsLog(run_dir / "metrics.jsonl")
-        self._log.truncate_after(step)
-        self.rewards = self._log.rewards()
-        self._steps = 0
-        self._waited = self._total = 0.0
-
-    def append(self, report: StepReport) -> None:
-        """Writes the step's line. Raises as ``MetricsLog.append``."""
-        self._log.append(report)
-        reward = report.metrics["reward/mean"]
+        reward = report.metrics.get("reward/mean")
         if reward is not None:
             self.rewards.append(reward)
         self._steps += 1
         if self._steps > 1:  # the first step waited for the environment to start
-            self._waited += report.metrics["timing/rollout"] or 0.0
-            self._total += report.metrics["timing/step"] or 0.0
+            self._waited += report.metrics.get("timing/rollout") or 0.0
+            self._total += report.metrics.get("timing/step") or 0.0
 
     @property
     def idle_share(self) -> float | None:

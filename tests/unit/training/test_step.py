@@ -13,7 +13,6 @@ import pytest
 from atropos_verl.training.step import (
     HeldOut,
     LoggedProgress,
-    MetricsLog,
     RunTotals,
     StepLog,
     outcome,
@@ -29,7 +28,7 @@ def report(step: int, loss: float = 0.25, **metrics: float | int | None) -> Step
 
 
 def test_one_object_per_step_at_top_level(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "run" / "metrics.jsonl")
+    log = StepLog(tmp_path / "run", 0)
     log.append(StepReport(step=1, policy_version=2, loss=0.1, metrics={"reward/mean": 0.5, "data/groups": 8}))
     log.append(StepReport(step=2, policy_version=3, loss=-0.2, metrics={"reward/mean": None}))
     lines = log.path.read_text().splitlines()
@@ -40,7 +39,7 @@ def test_one_object_per_step_at_top_level(tmp_path: Path) -> None:
 
 
 def test_what_is_not_finite_is_null_and_named_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log = StepLog(tmp_path, 0)
     with caplog.at_level(logging.WARNING):
         log.append(report(7, loss=math.nan, a=math.inf, b=1.5, c=np.float32("nan"), d=np.int64(3)))
     assert json.loads(log.path.read_text()) == {
@@ -50,35 +49,34 @@ def test_what_is_not_finite_is_null_and_named_in_the_log(tmp_path: Path, caplog:
 
 
 def test_a_metric_may_not_take_the_name_of_a_field(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log = StepLog(tmp_path, 0)
     with pytest.raises(ValueError, match="metric 'loss' has the name of a field"):
         log.append(StepReport(step=1, policy_version=1, loss=0.0, metrics={"loss": 1.0}))
     assert not log.path.exists()
 
 
 def test_resuming_removes_later_steps_and_the_line_cut_short(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log = StepLog(tmp_path, 0)
     for step in (1, 2, 3, 4):
         log.append(report(step))
     before = log.path.read_text().splitlines()
     with log.path.open("a") as file:
         file.write('{"step": 2, "policy_ver')
-    log.truncate_after(2)
+    log = StepLog(tmp_path, 2)
     assert log.path.read_text() == f"{before[0]}\n{before[1]}\n"
     log.append(report(3, loss=9.0))
     assert [json.loads(line)["loss"] for line in log.path.read_text().splitlines()] == [0.25, 0.25, 9.0]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-    log.truncate_after(0)
+    StepLog(tmp_path, 0)
     assert log.path.read_text() == ""
 
 
 def test_a_file_without_later_steps_is_not_touched(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl")
-    log.truncate_after(5)
+    log = StepLog(tmp_path, 5)
     assert not log.path.exists()
     log.append(report(1))
     inode = log.path.stat().st_ino
-    log.truncate_after(1)
+    StepLog(tmp_path, 1)
     assert log.path.stat().st_ino == inode
 
 
@@ -194,8 +192,8 @@ def test_held_out_scores_of_what_was_started() -> None:
 
 
 def test_rewards_of_a_run_are_those_of_every_process_of_it(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl")
-    assert log.rewards() == []
+    log = StepLog(tmp_path, 0)
+    assert log.rewards == []
     for step, reward in ((1, 0.25), (2, None), (3, 1.0)):
         log.append(report(step, **{"reward/mean": reward}))
-    assert MetricsLog(log.path).rewards() == [0.25, 1.0]
+    assert log.rewards == StepLog(tmp_path, 3).rewards == [0.25, 1.0]

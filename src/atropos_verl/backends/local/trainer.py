@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -76,7 +75,9 @@ class AtroposTrainer:
         self.state = RunState()
         self.updating = False
         """The weights have changed, or may have, and ``step`` does not say so yet: this state must not be saved."""
-        self.stack = LocalStack.build(config, self.model_path, self.state, gateway_listener=gateway_listener)
+        self.moments, self.totals = self.state.moments, self.state.totals
+        self.stack = stack = LocalStack.build(config, self.model_path, self.state, gateway_listener=gateway_listener)
+        self.engine, self.tokenizer, self.sharding_manager = stack.engine, stack.tokenizer, stack.sharding_manager
         self.settings = sample_settings(config, self.stack.vocab_size)
         self.provenance = BatchProvenance(config.off_policy, self.stack.ledger, self.settings, self.tokenizer.decode)
         self.source.attach(self.provenance, self.stack.throttle, self.state.totals)
@@ -101,9 +102,7 @@ class AtroposTrainer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -123,33 +122,8 @@ class AtroposTrainer:
 
     @property
     def policy_version(self) -> int:
-        """Optimiser steps taken since the run began, resumes included."""
+        """Optimiser steps since the run began; a batch without a trained token is a step without one."""
         return self.state.policy_version
-
-    @property
-    def moments(self) -> Any:
-        """The run's statistics for ``advantage_normalization=global``."""
-        return self.state.moments
-
-    @property
-    def totals(self) -> RunTotals:
-        """Counters of the run."""
-        return self.state.totals
-
-    @property
-    def sharding_manager(self) -> Any:
-        """The ``AtroposShardingManager`` of this run."""
-        return self.stack.sharding_manager
-
-    @property
-    def engine(self) -> Any:
-        """The embedded inference engine."""
-        return self.stack.engine
-
-    @property
-    def tokenizer(self) -> Any:
-        """The policy's tokenizer."""
-        return self.stack.tokenizer
 
     @property
     def gateway_url(self) -> str:

@@ -8,15 +8,15 @@ that of the whole batch whatever the number of ranks.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,7 +42,6 @@ class TrainOutput:
     loss: float
     grad_norm: float
     lr: float
-    num_loss_tokens: int
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -97,13 +96,11 @@ class PolicyWorker:
         Raises:
             TrainingDivergedError: loss or gradient norm is not finite; the weights are unchanged by that step.
         """
-        output: TrainOutput = self._call("train", list(samples))
-        return output
+        return cast(TrainOutput, self._call("train", list(samples)))
 
     def compute_logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
         """Logprobs [T] of each sample's trained tokens under the current policy at its temperature; 0 elsewhere."""
-        result: list[FloatArray] = self._call("compute_logprobs", list(samples))
-        return result
+        return cast(list[FloatArray], self._call("compute_logprobs", list(samples)))
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Full (gathered) weights by Hugging Face name. Consume all of it: other ranks take part in each gather."""
@@ -165,9 +162,10 @@ class PolicyWorker:
         return outputs[0] if len(outputs) == 1 else _average(outputs)
 
     def _update(self, samples: list[TrainingSample], old: list[FloatArray] | None, *, last: bool) -> TrainOutput:
-        data = self._local_data(samples, old)
         from verl.utils import tensordict_utils as tu
 
+        share = split_for_ranks(samples, self.world_size)[self.rank]
+        data = self._to_tensordict([samples[i] for i in share], None if old is None else [old[i] for i in share])
         tu.assign_non_tensor(data, update_lr_scheduler=last)
         self.loss_function.start()
         output = self._worker.train_batch(data)
@@ -183,7 +181,6 @@ class PolicyWorker:
             loss=loss,
             grad_norm=grad_norm,
             lr=float(metrics.get("lr", self.config.optim.lr)),
-            num_loss_tokens=sum(int(sample.loss_mask.sum()) for sample in samples),
             metrics=self.loss_function.finish(),
         )
 
@@ -229,22 +226,14 @@ class PolicyWorker:
 
     # ------------------------------------------------------------------ data
 
-    def _local_data(self, samples: list[TrainingSample], old: list[FloatArray] | None) -> Any:
-        share = split_for_ranks(samples, self.world_size)[self.rank]
-        return self._to_tensordict([samples[i] for i in share], None if old is None else [old[i] for i in share])
-
     def _to_tensordict(self, samples: list[TrainingSample], old: list[FloatArray] | None) -> Any:
         from verl.utils import tensordict_utils as tu
         from verl.utils.dataset.dataset_utils import DatasetPadMode
 
         if not samples:  # a rank without samples still has to take part in every collective
             samples, old = [_filler()], None
-        nested = _nested_columns(samples, old)
         return tu.get_tensordict(
-            tensor_dict={
-                **nested,
-                "temperature": torch.tensor([s.temperature for s in samples], dtype=torch.float32),
-            },
+            tensor_dict=_columns(samples, old),
             non_tensor_dict={
                 "pad_mode": DatasetPadMode.NO_PADDING,
                 "use_remove_padding": False,
@@ -324,7 +313,9 @@ def _build_worker(config: RunConfig, model_path: Path) -> Any:
     )
 
 
-def _nested_columns(samples: list[TrainingSample], old: list[FloatArray] | None) -> dict[str, torch.Tensor]:
+def _columns(samples: list[TrainingSample], old: list[FloatArray] | None) -> dict[str, torch.Tensor]:
+    """The columns that verl's engine and our losses read: jagged [B, T_b], and ``temperature`` [B]."""
+
     def jagged(rows: list[Any], dtype: torch.dtype) -> torch.Tensor:
         return torch.nested.as_nested_tensor([torch.as_tensor(r).to(dtype) for r in rows], layout=torch.jagged)
 
@@ -333,12 +324,12 @@ def _nested_columns(samples: list[TrainingSample], old: list[FloatArray] | None)
         "position_ids": jagged([np.arange(len(s)) for s in samples], torch.int64),
         "loss_mask": jagged([s.loss_mask for s in samples], torch.int64),
         "advantages": jagged([s.advantages for s in samples], torch.float32),
+        "temperature": torch.tensor([s.temperature for s in samples], dtype=torch.float32),
     }
     if old is not None:
         columns["old_logprobs"] = jagged(old, torch.float32)
     if any(s.rollout_logprobs is not None for s in samples):
-        missing = np.float64("nan")
-        rows = [np.full(len(s), missing) if s.rollout_logprobs is None else s.rollout_logprobs for s in samples]
+        rows = [np.full(len(s), np.nan) if s.rollout_logprobs is None else s.rollout_logprobs for s in samples]
         columns["rollout_logprobs"] = jagged(rows, torch.float32)
     return columns
 
@@ -386,35 +377,27 @@ def _average(outputs: list[TrainOutput]) -> TrainOutput:
         loss=float(np.mean([o.loss for o in outputs])),
         grad_norm=float(np.mean([o.grad_norm for o in outputs])),
         lr=outputs[-1].lr,
-        num_loss_tokens=sum(o.num_loss_tokens for o in outputs),
         metrics={key: float(np.mean([o.metrics[key] for o in outputs if key in o.metrics])) for key in sorted(keys)},
     )
 
 
+class _LogWriter(io.TextIOBase):
+    def write(self, text: str) -> int:
+        if text.strip():
+            logger.info("verl: %s", text.strip())
+        return len(text)
+
+
 @contextlib.contextmanager
 def _verl_prints_to_log() -> Iterator[None]:
-    """verl 0.9.1 prints while it builds and saves; send that to our log, not into the live table."""
-
-    class _Writer:
-        def write(self, text: str) -> int:
-            if text.strip():
-                logger.info("verl: %s", text.strip())
-            return len(text)
-
-        def flush(self) -> None:
-            """Nothing is buffered."""
-
+    """verl 0.9.1 prints while it builds and saves; that goes to our log, not into the live table."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     # Held here: print() only borrows sys.stdout, and a log handler that changes it meanwhile (pytest's live log does)
     # would free the writer under print's hands.
-    writer = _Writer()
-    saved, sys.stdout = sys.stdout, writer
-    try:
-        with warnings.catch_warnings():
-            # One warning for each engine whose package is not installed; none of them is asked for.
-            warnings.filterwarnings("ignore", message=".* engine is not available")
-            yield
-    finally:
-        sys.stdout = saved
+    writer = _LogWriter()
+    with contextlib.redirect_stdout(writer), warnings.catch_warnings():
+        # One warning for each engine whose package is not installed; none of them is asked for.
+        warnings.filterwarnings("ignore", message=".* engine is not available")
+        yield
