@@ -9,10 +9,8 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
-import numpy as np
 
 from atropos_verl.errors import DataError
 from atropos_verl.storage import write_atomic
@@ -123,17 +121,10 @@ def _encodable(text: str) -> str:
 
 def _encode(group: ScoredGroup) -> bytes:
     """JSON of a group that did not come over the wire. Bad values are kept: NaN stays NaN."""
-    fields: dict[str, Any] = {
-        "tokens": [row.tolist() for row in group.token_ids],
-        "masks": [row.tolist() for row in group.masks],
-        "scores": np.asarray(group.scores).tolist(),
-    }
-    for name in ("advantages", "inference_logprobs", "ref_logprobs"):
-        rows = getattr(group, name)
-        if rows is not None:
-            fields[name] = [[] if row is None else row.tolist() for row in rows]
-    for name in ("overrides", "group_overrides", "generation_params", "messages", "env_id"):
-        value = getattr(group, name)
-        if value is not None:
-            fields[name] = list(value) if isinstance(value, tuple) else value
-    return json.dumps(fields, default=repr).encode()
+    names = ("masks", "scores", "advantages", "inference_logprobs", "ref_logprobs", "overrides", "group_overrides")
+    fields = {"tokens": group.token_ids, **{name: getattr(group, name) for name in names}}
+    fields |= {name: getattr(group, name) for name in ("generation_params", "messages", "env_id")}
+    present = {name: value for name, value in fields.items() if value is not None}
+    return json.dumps(
+        present, default=lambda value: value.tolist() if hasattr(value, "tolist") else repr(value)
+    ).encode()

@@ -47,14 +47,13 @@ logger = logging.getLogger(__name__)
 
 
 class WeightSource(Protocol):
-    """The trainer's side."""
+    """The trainer's side. ``policy_version`` grows by one with every optimiser step; ``named_tensors`` are the full
+    weights by Hugging Face name."""
 
     @property
-    def policy_version(self) -> int:
-        """Grows by one with every optimiser step."""
+    def policy_version(self) -> int: ...
 
-    def named_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
-        """Full weights by Hugging Face name."""
+    def named_tensors(self) -> Iterable[tuple[str, torch.Tensor]]: ...
 
 
 class SyncableEngine(Protocol):
@@ -69,17 +68,16 @@ class SyncableEngine(Protocol):
 
 
 class SwappableEngine(Protocol):
-    """An engine with two buffers of weights: one generates, the other takes the next weights."""
+    """An engine with two buffers of weights. Staging copies new weights into the idle one while generation goes on, and
+    returns the bytes copied; swapping, at a token boundary, makes it the one that generates."""
 
-    def stage_weights_from_tensor(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
-        """Copy new weights into the idle buffer while generation goes on; returns bytes copied."""
+    def stage_weights_from_tensor(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int: ...
 
-    def swap_weights(self, policy_version: int) -> Any:
-        """At a token boundary: generate from the staged weights from now on."""
+    def swap_weights(self, policy_version: int) -> Any: ...
 
 
 class PausableGate(Protocol):
-    """What stands between requests and the engine."""
+    """Stands between requests and the engine."""
 
     def pause(self, timeout: float) -> Any: ...
 
@@ -168,8 +166,7 @@ class AtroposShardingManager:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            if self.gate is not None:
-                self.gate.pause(self.pause_timeout)
+            self._pause()
             self.engine.release_memory_occupation()
         except Exception as error:
             if exc is None:
@@ -178,7 +175,7 @@ class AtroposShardingManager:
             exc.add_note(f"(leaving the rollout phase failed as well: {error!r})")
 
     def swap(self) -> SyncReport:
-        """Within the rollout phase: put the source's weights in while generation goes on; pause only to change over.
+        """Puts the source's weights into the open rollout phase; generation pauses only for the change of buffers.
 
         Requests are not drained: sequences in flight continue under the new weights.
 
@@ -199,7 +196,10 @@ class AtroposShardingManager:
             paused = time.perf_counter()
             engine.swap_weights(policy_version=version)
         except BaseException:
-            self._shut_after_failed_swap()
+            try:
+                self._pause()
+            except Exception:  # the failure that brought us here is the news
+                logger.exception("the gate could not be shut after a failed weight swap")
             raise
         if self.gate is not None:
             self.gate.resume()
@@ -210,26 +210,16 @@ class AtroposShardingManager:
         if self.gate is not None:
             self.gate.pause(self.pause_timeout)
 
-    def _shut_after_failed_swap(self) -> None:
-        try:
-            self._pause()
-        except Exception:  # the failure that brought us here is the news
-            logger.exception("the gate could not be shut after a failed weight swap")
-
     def sync(self) -> SyncReport:
-        """Copy the source's weights into the engine and check the canary. The gate must be closed.
+        """Copies the source's weights into the engine and checks the canary. The gate must be closed.
 
         Raises:
             WeightSyncError: a tensor does not fit, or the canary found a difference.
         """
         version = self.source.policy_version
         started = time.perf_counter()
-        if self._takes_version:
-            copied = self.engine.update_weights_from_tensor(  # type: ignore[call-arg]
-                self.source.named_tensors(), policy_version=version
-            )
-        else:
-            copied = self.engine.update_weights_from_tensor(self.source.named_tensors())
+        versioned = {"policy_version": version} if self._takes_version else {}
+        copied = self.engine.update_weights_from_tensor(self.source.named_tensors(), **versioned)
         seconds = time.perf_counter() - started
         difference = None if self.canary is None else self.canary.check()
         return self._note(version, seconds, copied, difference, None)

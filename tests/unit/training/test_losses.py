@@ -15,7 +15,6 @@ from atropos_verl.training.losses.policy import (
     advantage_weighted_sft_loss,
     clipped_ratio_loss,
     compute_advantage_weighted_sft_loss,
-    token_logprobs_from_logits,
 )
 
 NAN = float("nan")
@@ -24,29 +23,6 @@ NAN = float("nan")
 def softmax_logprob(logits: list[float], index: int) -> float:
     """In plain Python, so that it shares nothing with torch."""
     return logits[index] - math.log(sum(math.exp(value) for value in logits))
-
-
-# ---------------------------------------------------------------------- logprobs from logits
-
-
-def test_token_t_is_predicted_from_position_t_minus_1() -> None:
-    logits = torch.tensor([[[1.0, 2.0, 3.0], [0.5, 0.0, -0.5], [9.0, 9.0, 9.0]]])
-    found = token_logprobs_from_logits(logits, torch.tensor([[0, 2, 1]]))
-    expected = [0.0, softmax_logprob([1, 2, 3], 2), softmax_logprob([0.5, 0.0, -0.5], 1)]
-    assert found[0].tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_temperature_divides_the_logits_per_sequence() -> None:
-    logits = torch.tensor([[[1.0, 3.0], [0.0, 0.0]], [[1.0, 3.0], [0.0, 0.0]]])
-    found = token_logprobs_from_logits(logits, torch.tensor([[0, 1], [0, 1]]), torch.tensor([0.5, 2.0]))
-    assert found[:, 1].tolist() == pytest.approx([softmax_logprob([2, 6], 1), softmax_logprob([0.5, 1.5], 1)], abs=1e-6)
-    alone = token_logprobs_from_logits(logits, torch.tensor([[0, 1], [0, 1]]), 0.5)
-    assert alone[1, 1].item() == pytest.approx(softmax_logprob([2, 6], 1), abs=1e-6)
-
-
-def test_logits_of_another_shape_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(1, 3, 2\) do not fit input_ids \(1, 2\)"):
-        token_logprobs_from_logits(torch.zeros(1, 3, 2), torch.zeros(1, 2, dtype=torch.int64))
 
 
 # ---------------------------------------------------------------------- advantage-weighted loss

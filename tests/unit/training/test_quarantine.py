@@ -73,7 +73,7 @@ def test_a_group_that_never_was_bytes_is_written_from_its_arrays(tmp_path: Path)
     )
     path = QuarantineStore(tmp_path).put(QuarantinedGroup(group=group, reason="scores[0] = nan: must be finite"))
     raw = (
-        '{"tokens": [[5, 6]], "masks": [[-100, 6]], "scores": [NaN], "advantages": [[]], '
+        '{"tokens": [[5, 6]], "masks": [[-100, 6]], "scores": [NaN], "advantages": [null], '
         '"overrides": [{"temperature": 2}]}'
     )
     assert path == tmp_path / f"{hashlib.sha256(raw.encode()).hexdigest()[:16]}.json"

@@ -345,6 +345,7 @@ class AtroposTrainer:
         env_ids = {group.env_id for group in data.groups if group.env_id is not None}
         trained = [np.abs(s.advantages[s.loss_mask]) for s in report.samples]
         sync = self.sharding_manager.last_sync
+        assert sync is not None, "the newest weights are served"
         return step_report(
             self.step,
             self.policy_version,

@@ -18,33 +18,7 @@ __all__ = [
     "advantage_weighted_sft_loss",
     "clipped_ratio_loss",
     "compute_advantage_weighted_sft_loss",
-    "token_logprobs_from_logits",
 ]
-
-
-def token_logprobs_from_logits(
-    logits: torch.Tensor, input_ids: torch.Tensor, temperature: float | torch.Tensor = 1.0
-) -> torch.Tensor:
-    """Logprob of each token given those before it.
-
-    Args:
-        logits: [B, L, V] as a causal model gives them: entry t predicts token t + 1.
-        input_ids: [B, L] int64.
-        temperature: above 0; one number, or [B].
-
-    Returns:
-        [B, L] in float32 (float64 for float64 logits): entry t is the logprob of token t predicted from position
-        t - 1, entry 0 is 0.
-    """
-    if logits.shape[:2] != input_ids.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} do not fit input_ids {tuple(input_ids.shape)}")
-    logits = _at_least_float32(logits[:, :-1])
-    if isinstance(temperature, torch.Tensor):
-        logits = logits / temperature.to(logits).reshape(-1, 1, 1)
-    elif temperature != 1.0:
-        logits = logits / temperature
-    chosen = logits.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
-    return torch.nn.functional.pad(chosen - logits.logsumexp(-1), (1, 0))
 
 
 def advantage_weighted_sft_loss(
