@@ -83,7 +83,7 @@ def write_atomic(path: Path, data: bytes | str, *, private: bool = False, durabl
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
-        with open(handle, "wb") as file:
+        with os.fdopen(handle, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             if durable:
                 file.flush()

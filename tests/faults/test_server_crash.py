@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from support.trajectory_server import ServerProcess, group, registration
 
-from atropos_verl.server import ServerSettings
+from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.store import Store
 
 logger = logging.getLogger(__name__)
@@ -151,8 +151,8 @@ def test_kill_9_loses_nothing_and_acks_nothing_twice(tmp_path: Path) -> None:
 def check_books(load: Load, data: Path) -> None:
     """Every accepted group was acked once, or is still there once."""
     store = Store(ServerSettings(data_dir=data))
-    held = [json.loads(stored.raw)["tokens"][0][0] for stored in store.state.groups.values()]
-    store.persistence.close()
+    held = [json.loads(stored.raw)["tokens"][0][0] for stored in store.groups.values()]
+    store.close()
     accepted = sorted(identity for own in load.accepted for identity in own)
     acked = sorted(identity for batch in load.acked for identity in batch)
     logger.info("%s", {"accepted": len(accepted), "acked": len(acked), "held": len(held), "acks": load.outcomes})

@@ -20,7 +20,7 @@ from support.trajectory_server import free_port
 
 from atropos_verl import AtroposTrainer
 from atropos_verl.errors import WeightSyncError
-from atropos_verl.server.serving import TrajectoryServer
+from atropos_verl.server.main import TrajectoryServer
 from atropos_verl.types import StepReport
 
 logger = logging.getLogger(__name__)

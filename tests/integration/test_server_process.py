@@ -22,8 +22,8 @@ from support.trajectory_server import ServerProcess, group, group_bytes, registr
 from atropos_verl.errors import AtroposHTTPStatusError, ConfigError, ServiceError
 from atropos_verl.protocol.client import AtroposClient, EnvRegistration, TrainerRegistration
 from atropos_verl.protocol.wire import decode_batch
-from atropos_verl.server import ServerSettings, TrajectoryServer
-from atropos_verl.server.serving import check_bind
+from atropos_verl.server.main import TrajectoryServer, check_bind
+from atropos_verl.server.settings import ServerSettings
 
 TRAINER = TrainerRegistration(**registration(8))
 
@@ -59,7 +59,7 @@ def test_our_client_leases_packed_batches_and_acks_them(server: TrajectoryServer
         client.ack(batch.lease_id)
         client.ack(batch.lease_id)
         assert (client.status().current_step, client.status().queue_size) == (1, 1)
-        assert server.app is not None and server.app.store.state.totals["acks"] == 1
+        assert server.app is not None and server.app.store.totals["acks"] == 1
 
 
 def test_our_client_takes_json_too(server: TrajectoryServer) -> None:
@@ -174,7 +174,7 @@ def read_answer(connection: socket.socket) -> bytes:
 
 def state_of(server: TrajectoryServer) -> Any:
     assert server.app is not None
-    return server.app.store.state
+    return server.app.store
 
 
 def fill(server: TrajectoryServer, sequences: int, length: int = 3) -> None:
@@ -278,7 +278,7 @@ def test_environments_and_trainer_carry_on_over_a_restart(tmp_path: Path, how: s
 
 def test_it_starts_without_torch_verl_or_transformers(tmp_path: Path) -> None:
     code = (
-        "import sys, atropos_verl.server as s; "
+        "import sys, atropos_verl.server.main as s; "
         "s.TrajectoryServer().start(); "
         "print(sorted({'torch', 'verl', 'transformers', 'ray', 'atroposlib', 'fastapi'} & set(sys.modules)))"
     )
@@ -311,8 +311,16 @@ def test_a_public_address_needs_a_token(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "atropos_verl.cli", "serve-api", "--host", "0.0.0.0", "--port", "0"]
     environment = {name: value for name, value in os.environ.items() if name != "ATROPOS_API_TOKEN"}
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False)
-    assert ran.returncode == 1
+    assert ran.returncode == 2
     assert "give --token" in ran.stderr
+
+
+def test_a_directory_of_an_earlier_version_is_a_configuration_error(tmp_path: Path) -> None:
+    (tmp_path / "segment-000001.log").write_bytes(b"ATRLOG1\n")
+    command = [sys.executable, "-m", "atropos_verl.cli", "serve-api", "--port", "0", "--data-dir", str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 2
+    assert "finish the run with the version that wrote them, or delete the directory" in ran.stderr
 
 
 def test_a_taken_port_and_a_used_directory_are_said(tmp_path: Path, server: TrajectoryServer) -> None:

@@ -12,7 +12,7 @@ from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig
 
 from atropos_verl.assets import demo_model_path
 from atropos_verl.protocol.client import AtroposClient, TrainerRegistration
-from atropos_verl.server.serving import TrajectoryServer
+from atropos_verl.server.main import TrajectoryServer
 
 GROUP, BATCH, AHEAD = 8, 32, 2
 """Sequences of a group, groups of a batch, batches ahead."""

@@ -1,4 +1,4 @@
-"""Which waiting groups make the next batch. Pure: a view of the queue in, a choice out.
+"""The queue of waiting groups, the choice of those that make the next batch, and the record of what was handed out.
 
 A batch is a set of whole groups. In order of preference:
 
@@ -20,15 +20,38 @@ more than the batch are scaled down (upstream's rule).
 from __future__ import annotations
 
 import heapq
+import json
+import logging
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import Protocol
 
-from atropos_verl.server.subset import oldest_subset, reachable, representable
+from atropos_verl.protocol.wire_model import StoredGroup
 
-__all__ = ["BATCH_FILLS", "MAX_PASSED_OVER", "BatchPolicy", "Candidate", "QueueView", "choose_batch"]
+__all__ = [
+    "ARRIVALS_FILE",
+    "BATCH_FILLS",
+    "MAX_PASSED_OVER",
+    "ArrivalLog",
+    "BatchPolicy",
+    "Candidate",
+    "GroupQueue",
+    "QueueView",
+    "choose_batch",
+    "oldest_subset",
+    "reachable",
+    "representable",
+    "suffix_sums",
+]
 
+logger = logging.getLogger(__name__)
+
+ARRIVALS_FILE = "arrivals.jsonl"
+_SIZES_REMEMBERED = 64
+"""Groups of each environment whose sizes tell what may still come."""
 BATCH_FILLS = ("auto", "exact", "at_most", "at_least")
 MAX_PASSED_OVER = 4
 """Batches that may hold younger groups before a group is forced into the next one."""
@@ -306,3 +329,173 @@ def _bits(bits: int) -> Iterator[int]:
     while bits:
         yield _lowest_bit(bits)
         bits &= bits - 1
+
+
+# --- subsets that add up: 0/1 knapsack over group sizes, exact, on Python integers used as bit sets ------------------
+#
+# Bit ``s`` of a set is 1 when ``s`` sequences can be made of some of the groups. A group of size ``g`` adds
+# ``set << g``. For a batch of B sequences and n candidate groups that costs n shifts of B bits.
+
+
+def suffix_sums(sizes: Sequence[int], limit: int) -> list[int]:
+    """``result[i]``: the sums up to ``limit`` that the groups ``i..n-1`` can make; ``result[n] == 1`` (only 0)."""
+    mask = (1 << (limit + 1)) - 1
+    sums = [1] * (len(sizes) + 1)
+    for index in range(len(sizes) - 1, -1, -1):
+        below = sums[index + 1]
+        sums[index] = (below | below << sizes[index]) & mask if sizes[index] <= limit else below
+    return sums
+
+
+def reachable(sizes: Sequence[int], limit: int) -> int:
+    """The sums up to ``limit`` that some of the groups can make, as a bit set."""
+    return suffix_sums(sizes, limit)[0]
+
+
+def oldest_subset(sizes: Sequence[int], target: int, sums: list[int] | None = None) -> list[int] | None:
+    """Indices of groups that make exactly ``target``, or None. ``sizes`` is in order of age, the oldest first.
+
+    Of all such subsets it is the one that holds the oldest groups: the first index that two subsets do not share is in
+    this one. ``[3, 1, 4]`` and 5 give ``[1, 2]``; ``[2, 2, 4, 2]`` and 4 give ``[0, 1]``.
+    """
+    if sums is None:
+        sums = suffix_sums(sizes, target)
+    if not sums[0] >> target & 1:
+        return None
+    chosen = []
+    left = target
+    for index, size in enumerate(sizes):
+        if left == 0:
+            break
+        if size <= left and sums[index + 1] >> (left - size) & 1:
+            chosen.append(index)
+            left -= size
+    return chosen
+
+
+def representable(sizes: Sequence[int], target: int) -> bool:
+    """Whether ``target`` is a sum of any number of groups of these sizes: whether waiting for more can help."""
+    mask = (1 << (target + 1)) - 1
+    sums = 1
+    for size in set(sizes):
+        if not 0 < size <= target:
+            continue
+        step = size
+        while step <= target:  # doubling: after k rounds, up to 2^k groups of this size
+            sums |= sums << step & mask
+            step *= 2
+    return bool(sums >> target & 1)
+
+
+# --- the queue -------------------------------------------------------------------------------------------------------
+
+
+class GroupQueue:
+    """Not thread-safe: it belongs to the event loop."""
+
+    def __init__(self) -> None:
+        self.classes: dict[tuple[int | None, int], deque[StoredGroup]] = {}
+        self.groups = 0
+        self.sequences = 0
+        self.last_arrival = 0.0
+        self._in_classes = 0
+        self._by_env: Counter[int | None] = Counter()
+        self._by_size: Counter[int] = Counter()
+        self._recent: dict[int | None, deque[int]] = {}
+
+    def add(self, group: StoredGroup) -> None:
+        """A group that just arrived (``seq`` above all others)."""
+        self.classes.setdefault((group.env_id, group.size), deque()).append(group)
+        self._recent.setdefault(group.env_id, deque(maxlen=_SIZES_REMEMBERED)).append(group.size)
+        self.last_arrival = group.arrived
+        self._in_classes += group.size
+        self.count([group], 1)
+
+    def restore(self, groups: Iterable[StoredGroup]) -> None:
+        """Groups that come back, each to its old place."""
+        touched: dict[tuple[int | None, int], deque[StoredGroup]] = {}
+        for group in groups:
+            key = (group.env_id, group.size)
+            touched[key] = self.classes.setdefault(key, deque())
+            touched[key].append(group)
+            self._in_classes += group.size
+            self.count([group], 1)
+        for key, members in touched.items():
+            self.classes[key] = deque(sorted(members, key=lambda group: group.seq))
+
+    def take(self, chosen: Sequence[StoredGroup]) -> list[StoredGroup]:
+        """Remove the groups of a batch. Returns the older ones that it left behind, the first of each class."""
+        gone = {group.seq for group in chosen}
+        for key in {(group.env_id, group.size) for group in chosen}:
+            members = self.classes[key]
+            while members and members[0].seq in gone:
+                gone.discard(members.popleft().seq)
+            if any(group.seq in gone for group in chosen if (group.env_id, group.size) == key):
+                members = self.classes[key] = deque(group for group in members if group.seq not in gone)
+            if not members:
+                del self.classes[key]
+        self._in_classes -= sum(group.size for group in chosen)
+        self.count(chosen, -1)
+        newest = max(group.seq for group in chosen)
+        passed_over = [members[0] for members in self.classes.values() if members[0].seq < newest]
+        for group in passed_over:
+            group.passed_over += 1
+        return passed_over
+
+    def count(self, groups: Iterable[StoredGroup], sign: int) -> None:
+        """Count groups as waiting (1) or not (-1) that lie elsewhere: those of returned batches."""
+        for group in groups:
+            self.groups += sign
+            self.sequences += sign * group.size
+            self._by_env[group.env_id] += sign * group.size
+            self._by_size[group.size] += sign
+            if not self._by_size[group.size]:
+                del self._by_size[group.size]
+
+    def waiting_sequences(self) -> int:
+        """Sequences in the deques: without those that are only counted (``count``)."""
+        return self._in_classes
+
+    def env_sequences(self) -> Mapping[int | None, int]:
+        """Sequences waiting, by environment (None: posted without one)."""
+        return self._by_env
+
+    def largest_group(self) -> int:
+        return max(self._by_size, default=1)
+
+    def oldest(self) -> StoredGroup | None:
+        heads = [members[0] for members in self.classes.values()]
+        return min(heads, key=lambda group: group.seq, default=None)
+
+    def sizes_of(self, env_id: int | None) -> frozenset[int]:
+        """Sizes of this environment's latest groups."""
+        return frozenset(self._recent.get(env_id, ()))
+
+
+# --- the record ------------------------------------------------------------------------------------------------------
+
+
+class ArrivalLog:
+    """Appends to ``arrivals.jsonl``, which ``atropos-verl simulate --arrivals`` replays. One line a batch::
+
+        {"step": 3, "at": 1764034.2181, "groups": [[1764031.4092, 0, 8, 181], …]}
+
+    ``at``: the batch was handed out. A group is [arrival, environment (null: unnamed), sequences, tokens]. Times are
+    seconds since the epoch. A disk that refuses is reported once, and no batch fails for it.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        self.path = data_dir / ARRIVALS_FILE
+        self._failed = False
+
+    def add(self, step: int, at: float, groups: Iterable[StoredGroup]) -> None:
+        """Note the batch of ``step`` (from 1), handed out ``at``."""
+        if self._failed:
+            return
+        rows = [[round(group.arrived, 4), group.env_id, group.size, group.tokens] for group in groups]
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "at": round(at, 4), "groups": rows}, separators=(",", ":")) + "\n")
+        except OSError as error:
+            self._failed = True
+            logger.warning("cannot write %s: %s; arrivals are not recorded any more", self.path, error.strerror)

@@ -19,7 +19,7 @@ class ServerSettings:
     """Checked at construction; ``ConfigError`` names the field."""
 
     data_dir: Path | None = None
-    """Where the log lies. None: memory only, a restart forgets everything."""
+    """Directory of the store. None: memory only, a restart forgets everything."""
     fsync: bool = False
     """Wait for the disk before each 200: a power cut loses nothing either. Without: safe against process death."""
     token: str | None = None
@@ -59,8 +59,6 @@ class ServerSettings:
     delivery_grace: float = 60.0
     """Seconds after which a batch sent without a lease counts as delivered when its connection is still open."""
 
-    segment_bytes: int = 64 * 2**20
-    """Size at which the log begins a new file."""
     compression: str = "auto"
     """``auto``: compress answers, except to this machine; ``always``, ``never``."""
 
@@ -69,7 +67,7 @@ class ServerSettings:
             value = getattr(self, field.name)
             if isinstance(value, int | float) and not isinstance(value, bool) and (value < 0 or math.isnan(value)):
                 raise ConfigError(f"{value} must not be negative", field.name)
-        for name in ("max_body_bytes", "max_inflated_bytes", "max_queue_groups", "max_queue_bytes", "segment_bytes"):
+        for name in ("max_body_bytes", "max_inflated_bytes", "max_queue_groups", "max_queue_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{getattr(self, name)} must be at least 1", name)
         for name in ("body_timeout", "env_timeout", "max_lease"):

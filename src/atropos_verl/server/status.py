@@ -1,40 +1,66 @@
-"""What ``/status``, ``/status-env`` and the live page report: figures from counts, in time that does not grow with the
-queue."""
+"""Figures of the API: ``/status``, ``/status-env``, ``/metrics`` and the live page.
+
+All come from counts, in time that does not grow with the queue.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from atropos_verl.protocol.wire_model import Environment
 from atropos_verl.server.store import Store
 
-__all__ = ["env_status", "environments", "status"]
+__all__ = ["Counters", "Glimpse", "Metrics", "env_status", "environments", "status"]
 
 _MIN_ENV_WEIGHT = 0.01
 """Upstream's: no environment is starved completely."""
+_SERIES_SECONDS = 120
+_GLIMPSES = 6
+_TOTALS = {
+    "groups": "Groups accepted",
+    "sequences": "Sequences accepted",
+    "tokens": "Tokens accepted",
+    "duplicates": "Groups that came twice and were stored once",
+    "batches": "Batches formed",
+    "acks": "Batches acked or delivered",
+    "returns": "Batches that came back",
+}
+_ENV_FIGURES = {
+    "env_groups": ("counter", "Groups accepted from the environment.", "groups"),
+    "env_sequences": ("counter", "Sequences accepted from the environment.", "sequences"),
+    "env_refused": ("counter", "Groups refused from the environment.", "refused"),
+    "env_duplicates": ("counter", "Groups the environment sent twice.", "duplicates"),
+    "env_queue_sequences": ("gauge", "Sequences of the environment that wait.", "waiting_sequences"),
+    "env_heard_seconds": ("gauge", "Seconds since the environment was heard of.", "heard_seconds_ago"),
+}
 
 
 def status(store: Store) -> dict[str, Any]:
     """Upstream's two fields, then ours. ``queue_size`` is in groups, and counts batches that came back."""
-    state, now = store.state, store.now()
-    oldest = state.queue.oldest()
-    leases = [batch for batch in state.outstanding.values() if batch.deadline is not None]
+    oldest = store.queue.oldest()
     return {
-        "current_step": state.step,
-        "queue_size": state.queue.groups,
-        "queue_sequences": state.queue.sequences,
-        "queue_tokens": state.held_tokens,
-        "queue_bytes": state.held_bytes,
-        "oldest_age_seconds": None if oldest is None else round(max(0.0, now - oldest.arrived), 3),
-        "open_leases": len(leases),
-        "returned_batches": len(state.returned),
-        "environments": len(state.environments),
-        "environments_alive": len(store.batches.alive()),
-        "trainer_registered": state.registration is not None,
+        "current_step": store.step,
+        "queue_size": store.queue.groups,
+        "queue_sequences": store.queue.sequences,
+        "queue_tokens": store.held_tokens,
+        "queue_bytes": store.held_bytes,
+        "oldest_age_seconds": None if oldest is None else round(max(0.0, store.now() - oldest.arrived), 3),
+        "open_leases": sum(batch.deadline is not None for batch in store.outstanding.values()),
+        "returned_batches": len(store.returned),
+        "environments": len(store.environments),
+        "environments_alive": len(store.alive()),
+        "trainer_registered": store.registration is not None,
         "nearly_full": store.nearly_full(),
-        "durable": store.persistence.durable,
-        "totals": dict(state.totals),
+        "durable": store.durable,
+        "totals": dict(store.totals),
     }
 
 
@@ -45,24 +71,22 @@ def env_status(store: Store, environment: Environment) -> dict[str, Any]:
     sequences, and those of the others beyond their minimum shares. When the server is nearly full,
     ``unallocated_fraction`` is 0: an unmodified environment then starts no more rollouts, and does not end either.
     """
-    state = store.state
-    alive = store.batches.alive()
+    alive = store.alive()
     minimums = {other.env_id: other.min_batch_allocation for other in alive if other.min_batch_allocation is not None}
     total = sum(other.max_context_len * other.weight for other in alive)
     weight = environment.max_context_len * environment.weight / total if total > 0 else 0.0
-    batch_size = 0 if state.registration is None else state.registration.batch_size
-    largest = state.queue.largest_group()
-    own = state.queue.env_sequences().get(environment.env_id, 0)
+    batch_size = 0 if store.registration is None else store.registration.batch_size
+    largest = store.queue.largest_group()
+    own = store.queue.env_sequences().get(environment.env_id, 0)
     others = 0
-    for env_id, waiting in state.queue.env_sequences().items():
+    for env_id, waiting in store.queue.env_sequences().items():
         if env_id != environment.env_id and waiting > 0:
             reserved = 0 if env_id is None else int(batch_size * minimums.get(env_id, 0.0))
             others += max(0, math.ceil(waiting / largest) * largest - reserved)
-    free = 0.0 if store.nearly_full() else 1.0 - min(sum(minimums.values()), 1.0)
     return {
-        "current_step": state.step,
+        "current_step": store.step,
         "queue_size": (own + others) // environment.group_size,
-        "unallocated_fraction": free,
+        "unallocated_fraction": 0.0 if store.nearly_full() else 1.0 - min(sum(minimums.values()), 1.0),
         "self_queue_size": own // environment.group_size,
         "max_group_size": largest,
         "env_weight": max(_MIN_ENV_WEIGHT, min(weight, 1.0)),
@@ -70,9 +94,9 @@ def env_status(store: Store, environment: Environment) -> dict[str, Any]:
 
 
 def environments(store: Store) -> list[dict[str, Any]]:
-    """One row per environment, for the live page."""
-    now, waiting = store.now(), store.state.queue.env_sequences()
-    alive = {environment.env_id for environment in store.batches.alive()}
+    """One row per environment, for the live page and the metrics."""
+    now, waiting = store.now(), store.queue.env_sequences()
+    alive = {environment.env_id for environment in store.alive()}
     return [
         {
             "env_id": environment.env_id,
@@ -88,5 +112,100 @@ def environments(store: Store) -> list[dict[str, Any]]:
             "duplicates": environment.duplicates,
             "refused": environment.refused,
         }
-        for environment in store.state.environments
+        for environment in store.environments
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Glimpse:
+    """The part of an accepted group that the live page shows."""
+
+    at: float
+    env_id: int | None
+    scores: list[float]
+    lengths: list[int]
+    """Tokens per sequence."""
+    text: str
+    """The last message, when there is one, else the first token ids."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since this process started."""
+
+    started_at: float
+    requests: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """(path, HTTP status) → requests."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Reason → groups or requests refused."""
+    bytes_in: int = 0
+    """Inflated bytes of accepted posts."""
+    bytes_out: int = 0
+    """Bytes of batches sent."""
+    glimpses: deque[Glimpse] = field(default_factory=lambda: deque(maxlen=_GLIMPSES))
+    series: deque[tuple[int, int, int, int]] = field(default_factory=lambda: deque(maxlen=_SERIES_SECONDS))
+    """(second, groups, tokens, batches) of each second in which anything happened."""
+
+    def happened(self, now: float, *, groups: int = 0, tokens: int = 0, batches: int = 0) -> None:
+        second = int(now)
+        if self.series and self.series[-1][0] == second:
+            _, before_groups, before_tokens, before_batches = self.series.pop()
+            groups, tokens, batches = groups + before_groups, tokens + before_tokens, batches + before_batches
+        self.series.append((second, groups, tokens, batches))
+
+    def per_second(self, now: float, window: int = 60) -> dict[str, float]:
+        """Means over the last ``window`` seconds (fewer when the server is younger)."""
+        seconds = max(1.0, min(window, now - self.started_at))
+        rows = [row for row in self.series if row[0] > now - window]
+        names = ("groups", "tokens", "batches")
+        return {name: round(sum(row[i + 1] for row in rows) / seconds, 3) for i, name in enumerate(names)}
+
+
+class Metrics(Collector):
+    """``/metrics`` of one server. Names follow Prometheus' conventions: base units, ``_total`` for counters."""
+
+    def __init__(self, store: Store, counters: Counters) -> None:
+        self._store = store
+        self._counters = counters
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def render(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        store, figures = self._store, status(self._store)
+        gauges = {
+            "queue_groups": ("Groups that wait for a batch.", store.queue.groups),
+            "queue_sequences": ("Sequences that wait for a batch.", store.queue.sequences),
+            "held_tokens": ("Tokens held, batches that are out included.", store.held_tokens),
+            "held_bytes": ("Bytes of groups held in memory.", store.held_bytes),
+            "oldest_group_age_seconds": ("Age of the oldest waiting group.", figures["oldest_age_seconds"] or 0),
+            "open_leases": ("Batches handed out under a lease.", figures["open_leases"]),
+            "returned_batches": ("Batches that came back and wait to be handed out again.", len(store.returned)),
+            "step": ("Batches handed out, plus the trainer's starting step.", store.step),
+            "environments_alive": ("Environments heard of lately.", figures["environments_alive"]),
+            "log_bytes": ("Bytes of the store on disk.", store.disk_bytes),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(f"atropos_{name}", text, value=value)
+        for name, text in _TOTALS.items():
+            yield CounterMetricFamily(f"atropos_{name}", f"{text}, over restarts.", value=store.totals[name])
+        refused = CounterMetricFamily("atropos_refused", "Posts refused.", labels=["reason"])
+        for reason, count in self._counters.refused.items():
+            refused.add_metric([reason], count)
+        yield refused
+        requests = CounterMetricFamily("atropos_requests", "HTTP requests.", labels=["path", "status"])
+        for (path, code), count in self._counters.requests.items():
+            requests.add_metric([path, str(code)], count)
+        yield requests
+        yield CounterMetricFamily("atropos_received_bytes", "Bytes of accepted posts.", value=self._counters.bytes_in)
+        yield CounterMetricFamily("atropos_sent_bytes", "Bytes of batches sent.", value=self._counters.bytes_out)
+        rows = environments(store)
+        for name, (kind, text, column) in _ENV_FIGURES.items():
+            family = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
+            metric = family(f"atropos_{name}", text, labels=["env_id", "name"])
+            for row in rows:
+                metric.add_metric([str(row["env_id"]), row["name"]], row[column])
+            yield metric

@@ -12,7 +12,7 @@ So, for each environment::
 
 It has done with an answer when it closes the connection (atroposlib opens one for each request) or uses it again. That
 is a few turns of its event loop before it takes the group off its list, or acts on the figures, hence ``SETTLING``.
-Nobody waits much longer than ``PATIENCE`` seconds: then it is as if there were no fence.
+Nobody waits much longer than ``PATIENCE`` seconds: then it is as if there were no barrier.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 from atropos_verl.server.delivery import Connection
 
-__all__ = ["PATIENCE", "StatusFence"]
+__all__ = ["PATIENCE", "SETTLING", "StatusBarrier"]
 
 PATIENCE = 0.25
 """Seconds. atroposlib takes a few milliseconds, more where its processor is busy."""
@@ -31,79 +31,66 @@ SETTLING = 0.02
 """Seconds from the end of a connection until the environment has acted on what it read there."""
 
 
-class _Sides:
-    """Of one environment: answers that it has not done with yet."""
-
-    def __init__(self) -> None:
-        self.posts = _Open()
-        self.statuses = _Open()
-
-
-class _Open:
-    """A number of things that are open, and a wait until none is."""
+class _Unread:
+    """Answers of one kind that an environment has not done with yet, and a wait until there are none."""
 
     def __init__(self) -> None:
         self._count = 0
-        self._closed_at = float("-inf")
+        self._read_at = float("-inf")
         self._none = asyncio.Event()
         self._none.set()
 
-    def add(self) -> Callable[[], None]:
-        """One more. Returns what closes it; to close it again does nothing."""
+    def add(self) -> Callable[[bool], None]:
+        """One more. Returns what ends it; to end it again does nothing."""
         self._count += 1
         self._none.clear()
-        closed = False
+        ended = False
 
-        def close() -> None:
-            nonlocal closed
-            if not closed:
-                closed = True
+        def end(_: bool = True) -> None:
+            nonlocal ended
+            if not ended:
+                ended = True
                 self._count -= 1
-                self._closed_at = asyncio.get_running_loop().time()
+                self._read_at = asyncio.get_running_loop().time()
                 if not self._count:
                     self._none.set()
 
-        return close
+        return end
 
-    async def all_closed(self) -> None:
+    async def all_read(self) -> None:
         if self._count:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._none.wait(), PATIENCE)
-        settling = self._closed_at + SETTLING - asyncio.get_running_loop().time()
+        settling = self._read_at + SETTLING - asyncio.get_running_loop().time()
         if settling > 0:
             await asyncio.sleep(settling)
 
 
-class StatusFence:
+class StatusBarrier:
     """Belongs to the event loop. A connection of None (a server that does not tell of them) passes at once."""
 
     def __init__(self) -> None:
-        self._sides: dict[int, _Sides] = {}
+        self._posts: dict[int, _Unread] = {}
+        self._statuses: dict[int, _Unread] = {}
 
     async def before_accept(self, env_id: int | None) -> None:
         """A group of this environment waits here before it is accepted."""
-        if env_id in self._sides:
-            await self._sides[env_id].statuses.all_closed()
+        if env_id in self._statuses:
+            await self._statuses[env_id].all_read()
 
     def accepted(self, env_id: int | None, connection: Connection | None) -> None:
         """Its post is answered now."""
         if env_id is not None and connection is not None and not connection.lost:
-            _until_done(self._of(env_id).posts.add(), connection)
+            end = self._posts.setdefault(env_id, _Unread()).add()
+            connection.when_done(end)
+            asyncio.get_running_loop().call_later(PATIENCE, end, True)
 
     async def before_status(self, env_id: int, connection: Connection | None) -> None:
         """Its question waits here; from now on its posts do, until it has the answer."""
         if connection is None or connection.lost:
             return
-        sides = self._of(env_id)
-        close = sides.statuses.add()
-        connection.when_done(close)
-        await sides.posts.all_closed()
-        asyncio.get_running_loop().call_later(PATIENCE, close)
-
-    def _of(self, env_id: int) -> _Sides:
-        return self._sides.setdefault(env_id, _Sides())
-
-
-def _until_done(close: Callable[[], None], connection: Connection) -> None:
-    connection.when_done(close)
-    asyncio.get_running_loop().call_later(PATIENCE, close)
+        end = self._statuses.setdefault(env_id, _Unread()).add()
+        connection.when_done(end)
+        if env_id in self._posts:
+            await self._posts[env_id].all_read()
+        asyncio.get_running_loop().call_later(PATIENCE, end, True)

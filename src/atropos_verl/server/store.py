@@ -1,24 +1,69 @@
-"""``Store``: who is registered, and which groups are taken. What happens to batches: ``batches.py``."""
+"""``Store``: registrations, environments, groups and batches of the trajectory API.
+
+All of it is in memory. With a data directory every change is also handed to ``store.sqlite``, and an answer waits until
+its change is stored (``synced``). When the disk refuses a change, memory is read from the file again: what was not
+stored has not happened, and its senders get an error.
+
+A batch, from the moment it is formed::
+
+    queue ──hand out──▶ outstanding ──ack in time──────────────────────▶ closed (its groups are dropped)
+                          │    ▲   └──response delivered (no lease)────▶ closed
+             lease ends, or    └──────handed out again (same step)──┐
+             not delivered ──▶ returned ────────────────────────────┘
+                                   └──late ack (nobody has it yet)─────▶ closed
+"""
 
 from __future__ import annotations
 
+import asyncio
+import bisect
 import logging
 import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from atropos_verl.errors import AtroposVerlError
+import msgspec
+
+from atropos_verl.errors import AtroposVerlError, ConfigError, StorageDamagedError, StorageWriteError
 from atropos_verl.protocol.schema import CheckedGroup, Refusal
-from atropos_verl.protocol.wire_model import Environment, EnvRegistration, Registration
-from atropos_verl.server.batcher import BATCH_FILLS
-from atropos_verl.server.batches import BatchDesk, ConflictError
-from atropos_verl.server.events import Accepted, EnvDisconnected, EnvRegistered, GroupMeta, Registered, Reset
-from atropos_verl.server.persistence import Persistence
+from atropos_verl.protocol.wire_model import Batch, Environment, EnvRegistration, Registration, StoredGroup
+from atropos_verl.server.batcher import (
+    BATCH_FILLS,
+    ArrivalLog,
+    BatchPolicy,
+    Candidate,
+    GroupQueue,
+    QueueView,
+    choose_batch,
+)
 from atropos_verl.server.settings import ServerSettings
-from atropos_verl.server.state import State
+from atropos_verl.storage import Key, RecordStore
 
-__all__ = ["QueueFullError", "Store"]
+__all__ = ["STORE_FILE", "ConflictError", "QueueFullError", "Store", "UnknownLeaseError"]
 
 logger = logging.getLogger(__name__)
+
+STORE_FILE = "store.sqlite"
+_TABLES: dict[str, type[int] | type[str]] = {
+    "state": str,
+    "environments": int,
+    "groups": int,
+    "bodies": int,
+    "batches": str,
+    "leases": str,
+    "keys": str,
+    "recent": str,
+}
+_REMEMBERED_LEASES = 65_536
+_REMEMBERED_KEYS = 100_000
+_EARLIER_LEASES = 8
+_REFUSED_SECONDS = 1.0
+"""After a refused write, further posts are refused for this long without a try."""
 
 
 class QueueFullError(AtroposVerlError):
@@ -29,6 +74,38 @@ class QueueFullError(AtroposVerlError):
         self.retry_after = retry_after
 
 
+class ConflictError(AtroposVerlError):
+    """The request contradicts what has happened meanwhile (HTTP 409)."""
+
+
+class UnknownLeaseError(AtroposVerlError):
+    """There never was such a lease, or the server was reset (HTTP 404)."""
+
+
+class _State(msgspec.Struct, kw_only=True):
+    """The one row of the table ``state``."""
+
+    next_seq: int
+    step: int
+    started: bool
+    registration: Registration | None
+    totals: dict[str, int]
+    environments: int
+    """How many rows that table has."""
+
+
+class _GroupRow(msgspec.Struct, array_like=True):
+    """A group without its body, in the table ``groups``."""
+
+    env_id: int | None
+    size: int
+    tokens: int
+    arrived: float
+    digest: bytes
+    suffix: bytes
+    passed_over: int
+
+
 class Store:
     """Belongs to the event loop. ``now``: seconds since the epoch, for tests."""
 
@@ -36,21 +113,225 @@ class Store:
         """Open the data directory, if there is one, and go on where the last process ended.
 
         Raises:
-            LogDamagedError, LogWriteError: the data directory cannot be used.
+            ConfigError: the directory was written by a version before the store.
+            StorageDamagedError, StorageWriteError: the directory cannot be used.
         """
         self.settings = settings
         self.now = now
-        self.persistence = Persistence(settings, now)
-        self.batches = BatchDesk(self.persistence)
-        self.trainer_heard = now() if self.state.registration is not None else 0.0
         self.wants_packed = False
         """The trainer takes the packed wire: groups are packed when they come."""
+        self.trainer_heard = 0.0
+        self._registered_at = 0.0
+        self._minimum_missed: float | None = None
+        self._number = 0
+        self._changes: dict[tuple[str, Key], bytes | None] = {}
+        self._written: Future[None] | None = None
+        self._refused: tuple[float, StorageWriteError] | None = None
+        self._records: RecordStore | None = None
+        self._arrivals: ArrivalLog | None = None
+        self.totals: Counter[str] = Counter()
+        """Since the data directory was made: groups, sequences, tokens, duplicates, batches, acks, returns."""
+        self.next_seq = 0
+        """Number of the next group. It never starts again, so a number means one group."""
+        self._clear()
+        if settings.data_dir is not None:
+            _refuse_old_format(settings.data_dir)
+            path = settings.data_dir / STORE_FILE
+            self._records = RecordStore(path, _TABLES, owner="trajectory API", fsync=settings.fsync)
+            try:
+                self._load(self._records, None)
+            except BaseException:
+                self._records.close()
+                raise
+            self._arrivals = ArrivalLog(settings.data_dir)
+            self._after_restart()
+
+    def _clear(self) -> None:
+        self.step = 0
+        self.started = False
+        self.registration: Registration | None = None
+        self.environments: list[Environment] = []
+        self.groups: dict[int, StoredGroup] = {}
+        """Every group that is not acked: waiting, handed out, returned."""
+        self.queue = GroupQueue()
+        self.outstanding: dict[str, Batch] = {}
+        """Handed out, by lease id."""
+        self.returned: list[Batch] = []
+        """Came back: the next to be handed out, the lowest step first."""
+        self.leases: OrderedDict[str, str] = OrderedDict()
+        """Ended leases → ``closed`` (acked or delivered) or ``superseded`` (handed out again under another lease)."""
+        self.keys: OrderedDict[str, tuple[bytes, bytes]] = OrderedDict()
+        """Idempotency-Key → (digest of the request, reply)."""
+        self.recent: OrderedDict[str, float] = OrderedDict()
+        """Environment and digest → when the group came."""
+        self.held_bytes = self.held_tokens = self.packed_bytes = 0
+        """``packed_bytes``: those of ``held_bytes`` that are binary forms."""
+        self.latest: StoredGroup | None = None
+
+    # --- the file ----------------------------------------------------------------------------------------------------
 
     @property
-    def state(self) -> State:
-        return self.persistence.state
+    def durable(self) -> bool:
+        return self._records is not None
 
-    # --- who is there ------------------------------------------------------------------------------------------------
+    @property
+    def disk_bytes(self) -> int:
+        return 0 if self._records is None else self._records.size
+
+    async def synced(self) -> None:
+        """Return when every change so far is stored.
+
+        Raises:
+            StorageWriteError: the disk refused one. None of those that were not stored has happened.
+        """
+        if self._written is None:
+            return
+        try:
+            await asyncio.wrap_future(self._written)
+        except StorageWriteError as error:
+            self._undo(error)
+            raise
+
+    def close(self) -> None:
+        """Finish the writes, and let go of the directory. Idempotent."""
+        if self._records is not None:
+            self._records.close()
+
+    def _save(self, table: str, key: Key, value: Any) -> None:
+        """Note a row for the next ``_commit``. None deletes it."""
+        if self._records is not None:
+            encoded = value if value is None or isinstance(value, bytes) else msgspec.json.encode(value)
+            self._changes[table, key] = encoded
+
+    def _save_group(self, group: StoredGroup) -> None:
+        row = _GroupRow(
+            group.env_id, group.size, group.tokens, group.arrived, group.digest, group.suffix, group.passed_over
+        )
+        self._save("groups", group.seq, row)
+
+    def _save_batch(self, batch: Batch, *, out: bool) -> None:
+        self._save("batches", batch.lease_id, (self._next_number(), batch, out))
+
+    def _commit(self) -> None:
+        if self._records is None:
+            return
+        state = _State(
+            next_seq=self.next_seq,
+            step=self.step,
+            started=self.started,
+            registration=self.registration,
+            totals=self.totals,
+            environments=len(self.environments),
+        )
+        self._save("state", "state", state)
+        changes, self._changes = self._changes, {}
+        self._written = self._records.write([(table, key, value) for (table, key), value in changes.items()])
+
+    def _undo(self, error: StorageWriteError) -> None:
+        """Memory becomes what the file holds. All writes that one refusal made fail raise the same error: the first of
+        their callers to hear of it does this."""
+        if self._records is None or (self._refused is not None and self._refused[1] is error):
+            return
+        self._refused = (self.now(), error)
+        self._records.recover()
+        self._changes.clear()
+        self._written = None
+        before = self.groups
+        heard = [environment.heard_at for environment in self.environments]
+        self._load(self._records, before)
+        for environment, at in zip(self.environments, heard, strict=False):
+            environment.heard_at = at
+        logger.error("%s", error)
+
+    def _load(self, records: RecordStore, known: Mapping[int, StoredGroup] | None) -> None:
+        """Become what ``records`` holds. ``known``: groups whose bodies need not be read."""
+        self._clear()
+        rows = {table: dict(records.read(table)) for table in _TABLES if table != "bodies"}
+        try:
+            self._read_state(rows, records.path)
+            self._read_groups(rows["groups"], records, known)
+            self._read_batches(rows["batches"])
+            leases = sorted(
+                (*msgspec.json.decode(value, type=tuple[int, str]), str(key)) for key, value in rows["leases"].items()
+            )
+            self.leases = OrderedDict((key, how) for _, how, key in leases)
+            keys = sorted(
+                (*msgspec.json.decode(value, type=tuple[int, bytes, bytes]), str(key))
+                for key, value in rows["keys"].items()
+            )
+            self.keys = OrderedDict((key, (digest, reply)) for _, digest, reply, key in keys)
+            self._number = max([self._number, *(row[0] for row in leases[-1:]), *(row[0] for row in keys[-1:])])
+            recent = [(msgspec.json.decode(value, type=float), str(key)) for key, value in rows["recent"].items()]
+            self.recent = OrderedDict((key, at) for at, key in sorted(recent))
+        except msgspec.DecodeError as error:
+            text = f"{records.path} holds a row that this version cannot read: {error}; use the version that wrote it"
+            raise StorageDamagedError(f"{text}, or move the file away to start anew") from error
+
+    def _read_state(self, rows: Mapping[str, dict[Key, bytes]], path: Path) -> None:
+        row = rows["state"].get("state")
+        state = None if row is None else msgspec.json.decode(row, type=_State)
+        environments = [msgspec.json.decode(value, type=Environment) for value in rows["environments"].values()]
+        if (state is None and rows["groups"]) or len(environments) != (0 if state is None else state.environments):
+            text = f"{path} lacks rows without which it cannot be used (table 'state' or 'environments')"
+            raise StorageDamagedError(f"{text}; restore it from a backup, or move it away to start anew")
+        self.environments = environments
+        self.next_seq, self.totals = 0, Counter()
+        if state is not None:
+            self.next_seq, self.step, self.started = state.next_seq, state.step, state.started
+            self.registration, self.totals = state.registration, Counter(state.totals)
+
+    def _read_groups(
+        self, rows: Mapping[Key, bytes], records: RecordStore, known: Mapping[int, StoredGroup] | None
+    ) -> None:
+        metas = {int(seq): msgspec.json.decode(value, type=_GroupRow) for seq, value in rows.items()}
+        if known is None:
+            bodies: Iterable[tuple[Key, bytes | None]] = records.read("bodies")
+        else:
+            bodies = [(seq, known[seq].raw if seq in known else records.get("bodies", seq)) for seq in metas]
+        for key, raw in bodies:
+            seq = int(key)
+            meta = metas.pop(seq, None)
+            if meta is None or raw is None:
+                self._save("bodies", seq, None)
+                continue
+            group = StoredGroup(seq, meta.env_id, meta.size, meta.tokens, meta.arrived, meta.digest, raw, meta.suffix)
+            group.passed_over = meta.passed_over
+            self.groups[seq] = self.latest = group
+            self._count_held(group, 1)
+        for seq in metas:
+            logger.error("group %d is lost: its body is damaged or missing", seq)
+            self._save("groups", seq, None)
+
+    def _read_batches(self, rows: Mapping[Key, bytes]) -> None:
+        away: set[int] = set()
+        saved = [msgspec.json.decode(value, type=tuple[int, Batch, bool]) for value in rows.values()]
+        for number, batch, out in sorted(saved, key=lambda row: row[0]):
+            self._number = max(self._number, number)
+            batch.seqs = [seq for seq in batch.seqs if seq in self.groups]
+            away.update(batch.seqs)
+            if out:
+                self.outstanding[batch.lease_id] = batch
+            else:
+                bisect.insort(self.returned, batch, key=lambda other: other.step)
+        for group in self.groups.values():
+            if group.seq not in away:
+                self.queue.add(group)
+        for batch in self.returned:
+            self.queue.count(self.members(batch), 1)
+
+    def _after_restart(self) -> None:
+        """Nobody is blamed for the time the server was away, and responses it may not have finished come back."""
+        now = self.now()
+        self.trainer_heard = now if self.registration is not None else 0.0
+        for environment in self.environments:
+            environment.heard_at = now
+        for batch in [batch for batch in self.outstanding.values() if batch.deadline is None]:
+            self.take_back(batch.lease_id, "the server was restarted")
+        if self.registration is not None or self.groups:
+            waiting, away = self.queue.groups, len(self.outstanding)
+            logger.info("resumed at step %d: %d groups waiting, %d leases open", self.step, waiting, away)
+
+    # --- trainer and environments ------------------------------------------------------------------------------------
 
     def register(self, registration: Registration) -> str:
         """Register a trainer. Returns ``new``, ``resumed`` (the same run again: its new settings hold) or ``shared``.
@@ -62,11 +343,10 @@ class Store:
         if registration.batch_fill not in BATCH_FILLS:
             message = f"batch_fill = {registration.batch_fill!r} must be one of {', '.join(BATCH_FILLS)}"
             raise Refusal("value", message, "batch_fill", value=registration.batch_fill)
-        current = self.state.registration
-        kind = "new"
+        current = self.registration
         if current is not None and self.trainer_active():
             if self.settings.second_trainer == "share":
-                self.trainer_heard = self.now()
+                self.hear_trainer()
                 return "shared"
             if not registration.same_run(current):
                 ago = self.now() - self.trainer_heard
@@ -75,27 +355,36 @@ class Store:
                     f"{ago:.0f} s ago; wait until it is silent for {self.settings.trainer_timeout:g} s and its leases "
                     "have ended, reset the server (/reset_data), or start it with --second-trainer share"
                 )
-        if current is not None and registration.same_run(current):
-            kind = "resumed"
-        self.persistence.commit(Registered(registration, self.now(), kind == "resumed"))
-        self.trainer_heard = self.now()
-        self.batches.trainer_registered()
+        kind = "resumed" if current is not None and registration.same_run(current) else "new"
+        self.registration = registration
+        self.step = registration.starting_step
+        if current is not None:
+            # Batches that were formed for other settings fall apart into their groups, each to its old place.
+            for batch in self.returned:
+                members = self.members(batch)
+                self.queue.count(members, -1)
+                self.queue.restore(members)
+                self._end_lease(batch.lease_id, "superseded")
+            self.returned = []
+        self._commit()
+        self.hear_trainer()
+        self._registered_at = self.now()
         logger.info("trainer registered (%s): %d sequences per batch", kind, registration.batch_size)
         return kind
 
     def trainer_active(self) -> bool:
         if self.now() - self.trainer_heard < self.settings.trainer_timeout:
             return True
-        return any(batch.deadline is not None for batch in self.state.outstanding.values())
+        return any(batch.deadline is not None for batch in self.outstanding.values())
 
     def register_env(self, request: EnvRegistration) -> Environment | None:
         """Register an environment; None while no trainer has asked for a batch."""
-        if not self.state.started or self.state.registration is None:
+        if not self.started or self.registration is None:
             return None
         name = request.desired_name or "env"
-        namesakes = sum(other.desired_name == name for other in self.state.environments)
+        namesakes = sum(other.desired_name == name for other in self.environments)
         environment = Environment(
-            env_id=len(self.state.environments),
+            env_id=len(self.environments),
             real_name=f"{name}_{namesakes}",
             desired_name=name,
             max_context_len=request.max_token_length,
@@ -104,29 +393,56 @@ class Store:
             min_batch_allocation=request.min_batch_allocation,
             heard_at=self.now(),
         )
-        self.persistence.commit(EnvRegistered(environment))
+        self.environments.append(environment)
+        self._save("environments", environment.env_id, environment)
+        self._commit()
         logger.info("environment %d registered: %s", environment.env_id, environment.real_name)
         return environment
 
     def disconnect_env(self, env_id: int) -> bool:
         """False when there is no such environment."""
-        if not 0 <= env_id < len(self.state.environments):
-            return False
-        if self.state.environments[env_id].connected:
-            self.persistence.commit(EnvDisconnected(env_id))
+        environment = self.environment(env_id)
+        if environment is not None and environment.connected:
+            environment.connected = False
+            self._save("environments", env_id, environment)
+            self._commit()
             logger.info("environment %d disconnected", env_id)
-        return True
+        return environment is not None
+
+    def environment(self, env_id: int | None) -> Environment | None:
+        """None when none has this number."""
+        known = env_id is not None and 0 <= env_id < len(self.environments)
+        return self.environments[env_id] if known and env_id is not None else None
 
     def hear_trainer(self) -> None:
         self.trainer_heard = self.now()
 
     def hear_env(self, env_id: int | None) -> None:
-        if env_id is not None and 0 <= env_id < len(self.state.environments):
-            self.state.environments[env_id].heard_at = self.now()
+        environment = self.environment(env_id)
+        if environment is not None:
+            environment.heard_at = self.now()
+
+    def alive(self) -> list[Environment]:
+        """Environments that are connected and were heard of lately."""
+        now, timeout = self.now(), self.settings.env_timeout
+        return [environment for environment in self.environments if environment.alive(now, timeout)]
 
     def reset(self) -> None:
         """Forget registrations, environments, groups, batches and keys."""
-        self.persistence.commit(Reset(self.now()))
+        tables: dict[str, Iterable[Key]] = {
+            "environments": range(len(self.environments)),
+            "groups": self.groups,
+            "bodies": self.groups,
+            "batches": [*self.outstanding, *(batch.lease_id for batch in self.returned)],
+            "leases": self.leases,
+            "keys": self.keys,
+            "recent": self.recent,
+        }
+        for table, keys in tables.items():
+            for key in keys:
+                self._save(table, key, None)
+        self._clear()
+        self._commit()
         self.trainer_heard = 0.0
         self.wants_packed = False
         logger.warning("reset: everything was forgotten")
@@ -136,52 +452,82 @@ class Store:
     def accept(
         self, groups: Sequence[CheckedGroup], reply: Callable[[int], bytes], key: str | None = None, digest: bytes = b""
     ) -> bytes:
-        """Store the groups of one POST, all or none, and return what is to be answered.
+        """Take the groups of one POST, all or none, and return what is to be answered.
 
         Args:
-            reply: makes the answer from the number of duplicates, after the groups are queued.
+            reply: makes the answer from the number of duplicates, before the groups are queued.
             key: Idempotency-Key; ``digest`` is that of the request it came with.
 
         Raises:
             Refusal: the key was used for another request.
             QueueFullError: the queue is full.
+            StorageWriteError: the disk refused a write a moment ago.
         """
-        known = self.state.keys.get(key) if key is not None else None
+        known = self.keys.get(key) if key is not None else None
         if known is not None:
             if known[0] != digest:
                 raise Refusal("idempotency", f"Idempotency-Key {key!r} was used for another body", value=key)
             return known[1]
+        if self._refused is not None and self.now() - self._refused[0] < _REFUSED_SECONDS:
+            raise self._refused[1]
         fresh = [group for group in groups if not self._is_duplicate(group)]
         self._check_room(fresh)
-        now = self.now()
-        metas = [
-            GroupMeta(self.state.next_seq + i, g.env_id, g.size, g.tokens, now, g.digest, suffix=g.suffix)
-            for i, g in enumerate(fresh)
-        ]
         duplicates = len(groups) - len(fresh)
         answer = reply(duplicates)
-        self.persistence.commit(Accepted(metas, [group.raw for group in fresh], key, digest, answer, duplicates))
+        for group in fresh:
+            self._add(group)
+        for env_id in {group.env_id for group in groups}:
+            if (environment := self.environment(env_id)) is not None:
+                self._save("environments", environment.env_id, environment)
+        self.totals["duplicates"] += duplicates
+        if key is not None:
+            self.keys[key] = (digest, answer)
+            self._save("keys", key, (self._next_number(), digest, answer))
+            self._forget_oldest("keys", self.keys, _REMEMBERED_KEYS)
+        self._commit()
         return answer
+
+    def _add(self, checked: CheckedGroup) -> None:
+        now, seq = self.now(), self.next_seq
+        group = StoredGroup(
+            seq, checked.env_id, checked.size, checked.tokens, now, checked.digest, checked.raw, checked.suffix
+        )
+        self.next_seq = seq + 1
+        self.groups[seq] = self.latest = group
+        self.queue.add(group)
+        self._count_held(group, 1)
+        self._save("bodies", seq, group.raw)
+        self._save_group(group)
+        environment = self.environment(group.env_id)
+        if environment is not None:
+            environment.groups += 1
+            environment.sequences += group.size
+        if group.env_id is not None:
+            mark = f"{group.env_id} {group.digest.hex()}"
+            self.recent[mark] = now
+            self.recent.move_to_end(mark)
+            self._save("recent", mark, now)
+        for name, value in (("groups", 1), ("sequences", group.size), ("tokens", group.tokens)):
+            self.totals[name] += value
 
     def replied(self, key: str | None, digest: bytes) -> bytes | None:
         """The answer that was given to this very request before; lets it be answered without decoding it."""
-        known = self.state.keys.get(key) if key is not None else None
+        known = self.keys.get(key) if key is not None else None
         return known[1] if known is not None and known[0] == digest else None
 
     def _is_duplicate(self, group: CheckedGroup) -> bool:
-        window, recent = self.settings.dedupe_window, self.state.recent
-        if window == 0:
+        window, now = self.settings.dedupe_window, self.now()
+        while self.recent and now - next(iter(self.recent.values())) > window:
+            self._save("recent", self.recent.popitem(last=False)[0], None)
+        environment = self.environment(group.env_id)
+        if window == 0 or environment is None or f"{group.env_id} {group.digest.hex()}" not in self.recent:
             return False
-        while recent and self.now() - next(iter(recent.values())) > window:
-            recent.popitem(last=False)
-        if group.env_id is None or (group.env_id, group.digest) not in recent:
-            return False
-        self.state.environments[group.env_id].duplicates += 1
-        logger.info("environment %d sent a group again: stored once", group.env_id)
+        environment.duplicates += 1
+        logger.info("environment %d sent a group again: stored once", environment.env_id)
         return True
 
     def _check_room(self, groups: Sequence[CheckedGroup]) -> None:
-        waiting, held = self.state.queue.groups, self.state.held_bytes
+        waiting, held = self.queue.groups, self.held_bytes
         size = sum(len(group.raw) for group in groups)
         if groups and waiting + len(groups) > self.settings.max_queue_groups:
             bound = self.settings.max_queue_groups
@@ -192,8 +538,241 @@ class Store:
 
     def nearly_full(self) -> bool:
         """Beyond the soft limit: environments are told to pause."""
-        settings, state = self.settings, self.state
+        settings = self.settings
         return (
-            state.queue.groups >= settings.soft_limit * settings.max_queue_groups
-            or state.held_bytes >= settings.soft_limit * settings.max_queue_bytes
+            self.queue.groups >= settings.soft_limit * settings.max_queue_groups
+            or self.held_bytes >= settings.soft_limit * settings.max_queue_bytes
+        )
+
+    def keep_packed(self, group: StoredGroup, packed: bytes) -> None:
+        """Keep the binary form of a group in memory."""
+        self._count_held(group, -1)
+        group.packed = packed
+        self._count_held(group, 1)
+
+    def members(self, batch: Batch) -> list[StoredGroup]:
+        return [self.groups[seq] for seq in batch.seqs]
+
+    def _count_held(self, group: StoredGroup, sign: int) -> None:
+        self.held_bytes += sign * group.held_bytes
+        self.packed_bytes += sign * (len(group.packed) if group.packed is not None else 0)
+        self.held_tokens += sign * group.tokens
+
+    # --- batches: at most one holder of each, at any time ------------------------------------------------------------
+
+    def next_batch(self, lease_seconds: float | None) -> Batch | None:
+        """Hand out the next batch, or None. The step advances, but for a batch that came back.
+
+        ``lease_seconds`` None: the batch is out until ``delivered`` or ``take_back``.
+        """
+        now = self.now()
+        if not self.started:
+            self.started = True
+            self._commit()
+        self.expire()
+        lease_id = uuid.uuid4().hex
+        deadline = None if lease_seconds is None else now + lease_seconds
+        if self.returned:
+            old = self.returned.pop(0)
+            earlier = [*old.earlier, old.lease_id][-_EARLIER_LEASES:]
+            batch = Batch(lease_id, old.step, old.seqs, deadline, old.deliveries + 1, earlier)
+            self.queue.count(self.members(old), -1)
+            self._end_lease(old.lease_id, "superseded")
+        else:
+            chosen = self._choose()
+            if chosen is None:
+                return None
+            self.step += 1
+            batch = Batch(lease_id, self.step, [group.seq for group in chosen], deadline)
+            for group in self.queue.take(self.members(batch)):
+                self._save_group(group)
+            self.totals["batches"] += 1
+            if self._arrivals is not None:
+                self._arrivals.add(batch.step, now, self.members(batch))
+        self.outstanding[lease_id] = batch
+        self._save_batch(batch, out=True)
+        self._commit()
+        return batch
+
+    def ack(self, lease_id: str) -> str:
+        """The batch was trained on. Returns ``acked``, ``already`` (a repeated ack) or ``late`` (after the lease
+        ended, but before anybody else got the batch).
+
+        Raises:
+            ConflictError: somebody else has the batch by now.
+            UnknownLeaseError: no such lease.
+        """
+        self.expire()
+        if self.leases.get(lease_id) == "closed":
+            return "already"
+        if lease_id in self.outstanding:
+            self.delivered(lease_id)
+            return "acked"
+        for batch in self.returned:
+            if batch.lease_id == lease_id:
+                self.returned.remove(batch)
+                self.queue.count(self.members(batch), -1)
+                self._drop(batch)
+                logger.warning("lease %s was acked after it had ended; nobody else had it, so it counts", lease_id)
+                return "late"
+        raise self._gone(lease_id)
+
+    def renew(self, lease_id: str, seconds: float) -> float:
+        """The lease ends ``seconds`` from now. Returns its deadline (seconds since the epoch).
+
+        Raises:
+            ConflictError: it has ended.
+            UnknownLeaseError: no such lease.
+        """
+        self.expire()
+        if lease_id not in self.outstanding:
+            raise self._gone(lease_id)
+        batch = self.outstanding[lease_id]
+        batch.deadline = self.now() + seconds
+        self._save_batch(batch, out=True)
+        self._commit()
+        return batch.deadline
+
+    def release(self, lease_id: str) -> None:
+        """The holder does not want the batch: it is the next to be handed out.
+
+        Raises:
+            ConflictError: the lease has ended.
+            UnknownLeaseError: no such lease.
+        """
+        self.expire()
+        if lease_id not in self.outstanding:
+            raise self._gone(lease_id)
+        self.take_back(lease_id, "released")
+
+    def delivered(self, lease_id: str) -> None:
+        """The batch has arrived. Its groups are dropped. Does nothing when it is not out any more."""
+        batch = self.outstanding.pop(lease_id, None)
+        if batch is not None:
+            self._drop(batch)
+
+    def take_back(self, lease_id: str, reason: str) -> None:
+        """Return a batch to the front of the queue. Does nothing when it is not out any more."""
+        batch = self.outstanding.pop(lease_id, None)
+        if batch is None:
+            return
+        bisect.insort(self.returned, batch, key=lambda other: other.step)
+        self.queue.count(self.members(batch), 1)
+        self.totals["returns"] += 1
+        self._save_batch(batch, out=False)
+        self._commit()
+        logger.warning("batch of step %d returned to the queue: %s", batch.step, reason)
+
+    def expire(self) -> None:
+        """Return the batches whose lease has ended."""
+        now = self.now()
+        for batch in list(self.outstanding.values()):
+            if batch.deadline is not None and batch.deadline <= now:
+                self.take_back(batch.lease_id, "its lease ended without an ack")
+
+    def _drop(self, batch: Batch) -> None:
+        for group in self.members(batch):
+            del self.groups[group.seq]
+            self._count_held(group, -1)
+            self._save("groups", group.seq, None)
+            self._save("bodies", group.seq, None)
+        self.totals["acks"] += 1
+        self._end_lease(batch.lease_id, "closed")
+        self._commit()
+
+    def _end_lease(self, lease_id: str, how: str) -> None:
+        self._save("batches", lease_id, None)
+        self.leases[lease_id] = how
+        self._save("leases", lease_id, (self._next_number(), how))
+        self._forget_oldest("leases", self.leases, _REMEMBERED_LEASES)
+
+    def _next_number(self) -> int:
+        """Rows of leases, keys and batches are read again in the order of their numbers."""
+        self._number += 1
+        return self._number
+
+    def _forget_oldest(self, table: str, entries: OrderedDict[str, Any], limit: int) -> None:
+        while len(entries) > limit:
+            self._save(table, entries.popitem(last=False)[0], None)
+
+    def _gone(self, lease_id: str) -> ConflictError | UnknownLeaseError:
+        how = self.leases.get(lease_id)
+        if how == "closed":
+            return ConflictError(f"lease {lease_id} was acked")
+        if how == "superseded":
+            return ConflictError(f"lease {lease_id} ended, and its batch was handed out again: drop what came of it")
+        if any(batch.lease_id == lease_id for batch in self.returned):
+            return ConflictError(f"lease {lease_id} has ended")
+        return UnknownLeaseError(f"no lease {lease_id!r}; was the server reset?")
+
+    # --- which groups ------------------------------------------------------------------------------------------------
+
+    def _choose(self) -> Sequence[Candidate] | None:
+        registration = self.registration
+        if registration is None:
+            return None
+        now = self.now()
+        policy = BatchPolicy(
+            batch_size=registration.batch_size,
+            fill=registration.batch_fill,
+            fill_wait=registration.batch_fill_wait,
+            tail_wait=registration.batch_tail_wait,
+        )
+        view = self._view(registration)
+        chosen = choose_batch(view, policy, now)
+        if chosen is not None or not view.minimums:
+            self._minimum_missed = None
+            return chosen
+        without = choose_batch(replace(view, minimums={}), policy, now)
+        if without is None:
+            return None
+        if self._minimum_missed is None:
+            self._minimum_missed = now
+        waited = now - self._minimum_missed
+        if waited < registration.min_allocation_wait:
+            return None
+        logger.warning("a batch goes without the minimum of environments %s (%.0f s)", sorted(view.minimums), waited)
+        return without
+
+    def _view(self, registration: Registration) -> QueueView:
+        queue, alive = self.queue, self.alive()
+        sizes: set[int] = set()
+        for environment in alive:
+            sizes |= queue.sizes_of(environment.env_id) or {environment.group_size}
+        if self.now() - queue.last_arrival < self.settings.env_timeout:
+            sizes |= queue.sizes_of(None)
+        if sizes:
+            sizes |= {size for _, size in queue.classes}
+        minimums = {
+            environment.env_id: int(registration.batch_size * environment.min_batch_allocation)
+            for environment in alive
+            if environment.min_batch_allocation is not None
+        }
+        return QueueView(
+            classes=queue.classes,
+            total=queue.waiting_sequences(),
+            last_arrival=queue.last_arrival,
+            sizes_seen=frozenset(sizes),
+            minimums={env_id: minimum for env_id, minimum in minimums.items() if minimum > 0},
+            anyone_sending=self._anyone_sending(alive),
+        )
+
+    def _anyone_sending(self, alive: Sequence[Environment]) -> bool:
+        """Some environment is alive, or is expected: those of an interrupted run have disconnected, and new ones cannot
+        register before the trainer has asked for a batch."""
+        if alive or not self.environments:
+            return bool(alive)
+        came_since = max(environment.heard_at for environment in self.environments) > self._registered_at
+        return not came_since and self.now() - self._registered_at < self.settings.env_timeout
+
+
+def _refuse_old_format(directory: Path) -> None:
+    files = list(directory.glob("segment-*.log"))
+    if files:
+        size = sum(path.stat().st_size for path in files)
+        raise ConfigError(
+            f"{directory} holds {len(files)} log file(s) of an earlier version ({size} bytes, segment-*.log), which "
+            "this version cannot read; finish the run with the version that wrote them, or delete the directory and "
+            "lose the groups that wait in it",
+            "data_dir",
         )

@@ -19,7 +19,8 @@ from atropos_verl.errors import AtroposConnectionError, AtroposTimeoutError
 from atropos_verl.protocol.client import AtroposClient, TrainerRegistration
 from atropos_verl.protocol.journal import BatchJournal
 from atropos_verl.protocol.leases import HeldBatch, LeasedBatches
-from atropos_verl.server import ServerSettings, TrajectoryServer
+from atropos_verl.server.main import TrajectoryServer
+from atropos_verl.server.settings import ServerSettings
 
 LEASE = 0.4
 """Seconds; short, so that a test can outlive it."""
@@ -111,7 +112,7 @@ def test_steps_are_acked_once_each_and_nothing_comes_again(server: TrajectorySer
         assert rest_of(run) == []
         assert run.batches.discard_through(2) == 2
     assert server.app is not None
-    assert server.app.store.state.totals["acks"] == 2
+    assert server.app.store.totals["acks"] == 2
 
 
 @pytest.mark.parametrize("outlive", [False, True], ids=["lease runs", "lease ended"])

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable
 
 from atropos_verl.server.delivery import Connection
-from atropos_verl.server.status_barrier import PATIENCE, SETTLING, StatusFence
+from atropos_verl.server.status_barrier import PATIENCE, SETTLING, StatusBarrier
 
 
 async def _waits(action: Awaitable[None]) -> asyncio.Task[None]:
@@ -18,7 +18,7 @@ async def _waits(action: Awaitable[None]) -> asyncio.Task[None]:
 
 def test_a_status_waits_until_the_answers_to_posts_were_read_and_holds_further_posts_back() -> None:
     async def scenario() -> None:
-        fence, posts, asking = StatusFence(), [Connection(), Connection()], Connection()
+        fence, posts, asking = StatusBarrier(), [Connection(), Connection()], Connection()
         for connection in posts:
             await fence.before_accept(0)  # nobody has asked: at once
             fence.accepted(0, connection)
@@ -42,7 +42,7 @@ def test_a_status_waits_until_the_answers_to_posts_were_read_and_holds_further_p
 
 def test_what_waited_goes_on_a_moment_after_the_connection_ended() -> None:
     async def scenario() -> list[float]:
-        loop, fence, waited = asyncio.get_running_loop(), StatusFence(), []
+        loop, fence, waited = asyncio.get_running_loop(), StatusBarrier(), []
         post, asking = Connection(), Connection()
         fence.accepted(0, post)
         post.done()
@@ -64,7 +64,7 @@ def test_what_waited_goes_on_a_moment_after_the_connection_ended() -> None:
 
 def test_nobody_waits_for_long_for_a_client_that_keeps_its_connection() -> None:
     async def scenario() -> tuple[float, float]:
-        loop, fence = asyncio.get_running_loop(), StatusFence()
+        loop, fence = asyncio.get_running_loop(), StatusBarrier()
         begin = loop.time()
         fence.accepted(0, Connection())
         await fence.before_status(0, Connection())
@@ -81,7 +81,7 @@ def test_nobody_waits_for_long_for_a_client_that_keeps_its_connection() -> None:
 
 def test_a_connection_that_is_lost_or_unknown_is_waited_for_by_nobody() -> None:
     async def scenario() -> None:
-        fence, lost = StatusFence(), Connection()
+        fence, lost = StatusBarrier(), Connection()
         lost.lost = True
         fence.accepted(0, lost)
         fence.accepted(0, None)

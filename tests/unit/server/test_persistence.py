@@ -7,7 +7,10 @@ import contextlib
 import os
 import random
 import resource
+import shutil
 import signal
+import sqlite3
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,12 @@ import msgspec
 import pytest
 from support.trajectory_server import Clock, group_bytes, registration
 
+from atropos_verl.errors import ConfigError, StorageDamagedError, StorageWriteError
 from atropos_verl.protocol.schema import check_group
 from atropos_verl.protocol.wire_model import EnvRegistration, Registration
-from atropos_verl.segment_log import LogDamagedError, LogWriteError, SegmentLog
-from atropos_verl.server import ServerSettings
-from atropos_verl.server.batches import ConflictError, UnknownLeaseError
-from atropos_verl.server.store import Store
+from atropos_verl.server.settings import ServerSettings
+from atropos_verl.server.store import STORE_FILE, ConflictError, Store, UnknownLeaseError
+from atropos_verl.storage import RecordStore
 
 
 def opened(directory: Path, clock: Clock | None = None, **settings: Any) -> Store:
@@ -28,50 +31,50 @@ def opened(directory: Path, clock: Clock | None = None, **settings: Any) -> Stor
 
 
 def post(store: Store, number: int, size: int = 4, env_id: int | None = None, key: str | None = None) -> None:
-    checked = check_group(group_bytes(number, size, env_id), environments=len(store.state.environments))
+    checked = check_group(group_bytes(number, size, env_id), environments=len(store.environments))
     store.accept([checked], lambda _: b"{}", key, checked.digest)
 
 
 def content(store: Store) -> dict[str, Any]:
     """Everything that must survive, bodies and queue included."""
-    state = store.state
-    saved = msgspec.to_builtins(state.snapshot())
-    for environment in saved["environments"]:
+    environments = msgspec.to_builtins(store.environments)
+    for environment in environments:
         environment.pop("heard_at")
-    # Older ones are forgotten when somebody looks.
-    saved["recent"] = [entry for entry in saved["recent"] if entry[2] > store.now() - store.settings.dedupe_window]
     return {
-        **saved,
-        "bodies": {seq: group.raw for seq, group in state.groups.items()},
-        "classes": {str(key): [group.seq for group in members] for key, members in state.queue.classes.items()},
-        "waiting": (state.queue.groups, state.queue.sequences, state.queue.waiting_sequences()),
-        "held": (state.held_bytes, state.held_tokens),
-        "deadlines": {lease: batch.deadline for lease, batch in state.outstanding.items()},
+        "counters": (store.next_seq, store.step, store.started, store.registration, dict(store.totals)),
+        "environments": environments,
+        "groups": {seq: replace(group, packed=None) for seq, group in store.groups.items()},
+        "batches": (store.outstanding, store.returned),
+        "remembered": (list(store.leases.items()), list(store.keys.items())),
+        # Older ones are forgotten when somebody looks.
+        "recent": {key for key, at in store.recent.items() if at > store.now() - store.settings.dedupe_window},
+        "classes": {str(key): [group.seq for group in members] for key, members in store.queue.classes.items()},
+        "waiting": (store.queue.groups, store.queue.sequences, store.queue.waiting_sequences()),
+        "held": (store.held_bytes, store.held_tokens),
     }
 
 
 def one_thing(store: Store, rng: random.Random, clock: Clock, leases: list[str], number: int) -> None:
     """A random command; what it refuses is part of the game."""
-    state = store.state
     clock.pass_(rng.random() * 3)
     match rng.randrange(12):
         case 0 | 1 | 2 | 3 | 4:
-            env_id = rng.choice([None, *range(len(state.environments))])
+            env_id = rng.choice([None, *range(len(store.environments))])
             post(store, number, rng.randint(1, 6), env_id, rng.choice([None, f"key{number}"]))
         case 5 | 6:
-            batch = store.batches.next_batch(rng.choice([2.0, 20.0]))
+            batch = store.next_batch(rng.choice([2.0, 20.0]))
             if batch is not None:
                 leases.append(batch.lease_id)
         case 7 | 8 if leases:
             with contextlib.suppress(ConflictError, UnknownLeaseError):
-                store.batches.ack(rng.choice(leases))
+                store.ack(rng.choice(leases))
         case 9 if leases:
-            store.batches.take_back(rng.choice(leases), "test")
+            store.take_back(rng.choice(leases), "test")
         case 10:
-            if state.started and len(state.environments) < 3:
+            if store.started and len(store.environments) < 3:
                 store.register_env(EnvRegistration(max_token_length=64, group_size=4))
-            elif state.environments:
-                store.disconnect_env(rng.randrange(len(state.environments)))
+            elif store.environments:
+                store.disconnect_env(rng.randrange(len(store.environments)))
         case 11 if rng.random() < 0.2:
             store.register(Registration(**registration(rng.choice([6, 8]), starting_step=rng.randrange(5))))
 
@@ -80,7 +83,7 @@ def one_thing(store: Store, rng: random.Random, clock: Clock, leases: list[str],
 def test_a_restart_at_any_moment_finds_the_same_state(tmp_path: Path, seed: int) -> None:
     rng, clock = random.Random(seed), Clock()
     leases: list[str] = []
-    store = opened(tmp_path, clock, segment_bytes=4000)
+    store = opened(tmp_path, clock)
     store.register(Registration(**registration(8)))
     number = 0
     for _ in range(15):
@@ -88,151 +91,171 @@ def test_a_restart_at_any_moment_finds_the_same_state(tmp_path: Path, seed: int)
             number += 1
             one_thing(store, rng, clock, leases, number)
         before = content(store)
-        store.persistence.close()
-        store = opened(tmp_path, clock, segment_bytes=4000)
+        store.close()
+        store = opened(tmp_path, clock)
         assert content(store) == before
-    store.persistence.close()
+    store.close()
 
 
 def test_a_response_that_was_under_way_comes_back_after_a_restart(tmp_path: Path) -> None:
     store = opened(tmp_path)
     store.register(Registration(**registration(8)))
     post(store, 0), post(store, 1), post(store, 2), post(store, 3)
-    unleased, leased = store.batches.next_batch(None), store.batches.next_batch(60.0)
+    unleased, leased = store.next_batch(None), store.next_batch(60.0)
     assert unleased is not None and leased is not None
-    store.persistence.close()
+    store.close()
     store = opened(tmp_path)
-    again = store.batches.next_batch(60.0)
+    again = store.next_batch(60.0)
     assert again is not None
     assert (again.seqs, again.step, again.deliveries) == (unleased.seqs, 1, 2)
-    assert store.batches.ack(leased.lease_id) == "acked"
-    store.persistence.close()
+    assert store.ack(leased.lease_id) == "acked"
+    store.close()
 
 
-def test_what_was_acked_leaves_the_disk(tmp_path: Path) -> None:
-    store = opened(tmp_path, segment_bytes=20_000)
-    store.register(Registration(**registration(8)))
-    for number in range(400):
-        post(store, number)
-        batch = store.batches.next_batch(60.0)
-        if batch is not None:
-            store.batches.ack(batch.lease_id)
-    files = sorted(path.name for path in tmp_path.glob("segment-*.log"))
-    assert len(files) == 1
-    assert store.persistence.log_bytes < 50_000
-    store.persistence.close()
-
-
-def test_a_group_that_waits_for_long_does_not_keep_old_files(tmp_path: Path) -> None:
-    store = opened(tmp_path, segment_bytes=20_000)
+def test_what_was_acked_leaves_the_disk_and_a_group_that_waits_stays(tmp_path: Path) -> None:
+    store = opened(tmp_path)
     store.register(Registration(**registration(8, batch_fill="exact")))
     post(store, 9999, 3)  # never fits
     for number in range(400):
         post(store, number)
-        batch = store.batches.next_batch(60.0)
+        batch = store.next_batch(60.0)
         if batch is not None:
-            store.batches.ack(batch.lease_id)
-    assert len(list(tmp_path.glob("segment-*.log"))) <= 2
-    store.persistence.close()
+            store.ack(batch.lease_id)
+    store.close()
+    with sqlite3.connect(tmp_path / STORE_FILE) as db:
+        assert [db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("groups", "bodies")] == [1, 1]
     store = opened(tmp_path)
-    assert [group.size for group in store.state.groups.values()] == [3]
-    assert store.state.groups[0].raw.startswith(b'{"tokens": [[9999,')
-    store.persistence.close()
+    assert [group.size for group in store.groups.values()] == [3]
+    assert store.groups[0].raw.startswith(b'{"tokens": [[9999,')
+    store.close()
 
 
-@pytest.mark.parametrize("cut", [1, 5, 8, 40])
-def test_a_torn_write_is_cut_off(tmp_path: Path, cut: int) -> None:
-    store = opened(tmp_path)
+async def test_a_torn_write_is_gone_and_its_number_is_given_again(tmp_path: Path) -> None:
+    (tmp_path / "live").mkdir()
+    store = opened(tmp_path / "live")
     store.register(Registration(**registration(8)))
     post(store, 0)
+    await store.synced()
     before = content(store)
     post(store, 1)
-    store.persistence.close()
-    last = max(tmp_path.glob("segment-*.log"))
-    with last.open("r+b") as file:
-        file.truncate(last.stat().st_size - cut)
-    store = opened(tmp_path)
+    await store.synced()
+    shutil.copytree(tmp_path / "live", tmp_path / "copy")  # as a process that died leaves it
+    store.close()
+    wal = tmp_path / "copy" / f"{STORE_FILE}-wal"
+    os.truncate(wal, wal.stat().st_size - 40)
+    store = opened(tmp_path / "copy")
     assert content(store) == before
     post(store, 2)
-    assert sorted(store.state.groups) == [0, 1]
-    store.persistence.close()
-    store = opened(tmp_path)
-    assert sorted(store.state.groups) == [0, 1]
-    store.persistence.close()
+    assert sorted(store.groups) == [0, 1]
+    store.close()
 
 
-def test_damage_in_the_middle_is_an_error_that_names_the_place(tmp_path: Path) -> None:
+def damage(directory: Path, table: str, value: bytes) -> None:
+    with sqlite3.connect(directory / STORE_FILE) as db:
+        db.execute(f"UPDATE {table} SET value = ? WHERE key = (SELECT min(key) FROM {table})", (value,))
+
+
+def test_a_damaged_group_is_named_and_the_others_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = opened(tmp_path)
     store.register(Registration(**registration(8)))
-    post(store, 0), post(store, 1)
-    store.persistence.close()
-    last = max(tmp_path.glob("segment-*.log"))
-    data = bytearray(last.read_bytes())
-    data[data.index(b'{"tokens": [[0,') + 3] ^= 1
-    last.write_bytes(data)
-    with pytest.raises(LogDamagedError, match=r"segment-\d+\.log is damaged at byte \d+ of \d+; restore it"):
+    for number in range(5):
+        post(store, number)
+    batch = store.next_batch(1e6)
+    assert batch is not None and batch.seqs == [0, 1]
+    store.close()
+    damage(tmp_path, "bodies", b"{}")
+    store = opened(tmp_path)
+    assert "row 0 of table bodies is damaged" in caplog.text and "group 0 is lost" in caplog.text
+    assert sorted(store.groups) == [1, 2, 3, 4] and store.outstanding[batch.lease_id].seqs == [1]
+    assert store.ack(batch.lease_id) == "acked"
+    assert store.held_bytes == sum(len(group.raw) for group in store.groups.values())
+    store.close()
+    caplog.clear()
+    opened(tmp_path).close()
+    assert "damaged" not in caplog.text
+
+
+@pytest.mark.parametrize("table", ["state", "environments"])
+def test_damage_that_nothing_makes_up_for_refuses_the_start_again_and_again(tmp_path: Path, table: str) -> None:
+    store = opened(tmp_path)
+    store.register(Registration(**registration(8)))
+    store.next_batch(60.0)
+    for _ in range(2):
+        store.register_env(EnvRegistration(max_token_length=64, group_size=4))
+    post(store, 0)
+    store.close()
+    damage(tmp_path, table, b"{}")
+    for _ in range(2):
+        with pytest.raises(StorageDamagedError, match="lacks rows without which it cannot be used"):
+            opened(tmp_path)
+
+
+def test_a_row_of_another_version_is_an_error_that_says_so(tmp_path: Path) -> None:
+    opened(tmp_path).close()
+    records = RecordStore(tmp_path / STORE_FILE, {}, owner="test")
+    records.write([("batches", "lease", b'["later version"]')]).result()
+    records.close()
+    with pytest.raises(StorageDamagedError, match="holds a row that this version cannot read"):
         opened(tmp_path)
 
 
 def test_two_servers_cannot_share_a_directory(tmp_path: Path) -> None:
     store = opened(tmp_path)
-    with pytest.raises(LogDamagedError, match="is in use by another process"):
+    with pytest.raises(StorageDamagedError, match=r"is in use by another process \(trajectory API, pid \d+\)"):
         opened(tmp_path)
-    store.persistence.close()
-    opened(tmp_path).persistence.close()
+    store.close()
+    opened(tmp_path).close()
 
 
-def test_a_file_of_something_else_is_not_touched(tmp_path: Path) -> None:
-    (tmp_path / "segment-000001.log").write_bytes(b"somebody's own log file\n")
-    with pytest.raises(LogDamagedError, match="is not a log of this server; move it away"):
+def test_a_directory_of_an_earlier_version_is_refused_and_not_touched(tmp_path: Path) -> None:
+    for number in (1, 2):
+        (tmp_path / f"segment-00000{number}.log").write_bytes(b"ATRLOG1\n" + b"x" * 92)
+    with pytest.raises(ConfigError, match=r"2 log file\(s\) of an earlier version \(200 bytes, segment-\*.log\)"):
         opened(tmp_path)
-    assert (tmp_path / "segment-000001.log").read_bytes() == b"somebody's own log file\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["segment-000001.log", "segment-000002.log"]
 
 
 def test_a_full_disk_refuses_the_group_and_keeps_the_rest(tmp_path: Path) -> None:
-    """RLIMIT_FSIZE stands for the full disk: a write stops in the middle, and the next one fails."""
+    """RLIMIT_FSIZE stands for the full disk: a write stops in the middle."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            code = _fill_up(tmp_path)
+            code = asyncio.run(_fill_up(tmp_path))
         finally:
             os._exit(code)
     _, result = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(result) == 0
     store = opened(tmp_path)
-    assert len(store.state.groups) == store.state.next_seq > 3
-    store.persistence.close()
+    assert sorted(store.groups) == [0, 1]
+    store.close()
 
 
-def _fill_up(directory: Path) -> int:
+async def _fill_up(directory: Path) -> int:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-    store = opened(directory)
+    clock = Clock()
+    store = opened(directory, clock)
     store.register(Registration(**registration(8)))
-    for number in range(100):
-        count = len(store.state.groups)
+    post(store, 0)
+    await store.synced()
+    before = content(store)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
+    for large in (100_000, 100_000, 4):  # two posts that wait for the same write; a third in the second after it
         try:
-            post(store, number)
-        except LogWriteError as error:
-            return 0 if "free some space" in str(error) and len(store.state.groups) == count else 2
-    return 3
-
-
-async def test_with_fsync_waiting_callers_share_a_sync(tmp_path: Path) -> None:
-    log = SegmentLog(tmp_path, fsync=True)
-    list(log.read())
-    log.rotate(b"snapshot")
-    for number in range(20):
-        log.append(b"record %d" % number)
-    await asyncio.gather(*(log.sync() for _ in range(20)))
-    log.append(b"last")
-    await log.sync()
-    log.close()
-    log = SegmentLog(tmp_path)
-    assert [bytes(payload) for _, payload in log.read()] == [
-        b"snapshot",
-        *(b"record %d" % number for number in range(20)),
-        b"last",
-    ]
-    log.close()
+            post(store, 1, large)
+        except StorageWriteError:
+            if large != 4:
+                return 2
+    refused = await asyncio.gather(store.synced(), store.synced(), return_exceptions=True)
+    if not all(isinstance(error, StorageWriteError) and "free some space" in str(error) for error in refused):
+        return 3
+    if content(store) != before:
+        return 4
+    with contextlib.suppress(StorageWriteError):
+        post(store, 1)
+        return 5  # refused without a try
+    clock.pass_(2.0)
+    post(store, 1)
+    await store.synced()
+    store.close()
+    return 0

@@ -19,7 +19,8 @@ from support.trajectory_server import Clock, group, registration
 
 from atropos_verl.protocol.packed import MEDIA_TYPE
 from atropos_verl.protocol.wire import decode_batch
-from atropos_verl.server import ServerSettings, TrajectoryApi, create_app
+from atropos_verl.server.app import TrajectoryApi, create_app
+from atropos_verl.server.settings import ServerSettings
 
 HELLO = {"max_token_length": 64, "desired_name": "words", "weight": 1.0, "group_size": 4}
 
@@ -225,7 +226,7 @@ async def test_full_means_429_with_retry_after() -> None:
         answer = await api.post("/scored_data", json=group(2))
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
         assert "max_queue_groups is 1" in answer.json()["detail"]
-        assert 'atropos_refused_total{reason="queue_full"} 1' in (await api.get("/metrics")).text
+        assert 'atropos_refused_total{reason="queue_full"} 1.0' in (await api.get("/metrics")).text
 
 
 # --- bodies ----------------------------------------------------------------------------------------------------------
@@ -326,7 +327,7 @@ async def test_a_token_is_demanded_on_every_data_route() -> None:
     async with client_of(app) as api:
         assert (await api.get("/")).status_code == 200
         assert (await api.get("/health")).json() == {"status": "ok"}
-        for method, path in [*app._routes.table, ("GET", "/batch")]:
+        for method, path in app.routes:
             if path not in ("/", "/health"):
                 answer = await api.request(method, path, json={})
                 assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer"), path
@@ -384,17 +385,17 @@ async def test_metrics_by_value(api: httpx.AsyncClient) -> None:
     await api.post("/scored_data", json={**group(1, 4, env_id=env_id), "scores": []})
     lines = (await api.get("/metrics")).text.splitlines()
     expected = [
-        "atropos_queue_groups 1",
-        "atropos_queue_sequences 4",
-        "atropos_held_tokens 12",
-        "atropos_groups_total 1",
-        "atropos_duplicates_total 1",
-        "atropos_environments_alive 1",
-        'atropos_refused_total{reason="length"} 1',
-        'atropos_env_groups_total{env_id="0",name="words_0"} 1',
-        'atropos_env_refused_total{env_id="0",name="words_0"} 1',
-        'atropos_env_duplicates_total{env_id="0",name="words_0"} 1',
-        'atropos_requests_total{path="/scored_data",status="422"} 1',
+        "atropos_queue_groups 1.0",
+        "atropos_queue_sequences 4.0",
+        "atropos_held_tokens 12.0",
+        "atropos_groups_total 1.0",
+        "atropos_duplicates_total 1.0",
+        "atropos_environments_alive 1.0",
+        'atropos_refused_total{reason="length"} 1.0',
+        'atropos_env_groups_total{env_id="0",name="words_0"} 1.0',
+        'atropos_env_refused_total{env_id="0",name="words_0"} 1.0',
+        'atropos_env_duplicates_total{env_id="0",name="words_0"} 1.0',
+        'atropos_requests_total{path="/scored_data",status="422"} 1.0',
         "# TYPE atropos_batches_total counter",
     ]
     assert [line for line in expected if line not in lines] == []
@@ -417,7 +418,7 @@ async def test_the_page_and_its_data(api: httpx.AsyncClient) -> None:
 
 # --- anything at all -------------------------------------------------------------------------------------------------
 
-ROUTES = [(m, p) for m, p in create_app(ServerSettings())._routes.table] + [("GET", "/batch"), ("GET", "/x")]
+ROUTES = [*create_app(ServerSettings()).routes, ("GET", "/x"), ("HEAD", "/batch")]
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
@@ -486,14 +487,14 @@ def test_never_a_500_never_a_hang_always_consistent(requests: list[Any]) -> None
 
 
 def check_consistent(app: TrajectoryApi) -> None:
-    state = app.store.state
-    out = [seq for batch in state.outstanding.values() for seq in batch.seqs]
-    back = [seq for batch in state.returned for seq in batch.seqs]
-    waiting = [group.seq for members in state.queue.classes.values() for group in members]
-    assert sorted(out + back + waiting) == sorted(state.groups)
-    assert state.queue.groups == len(waiting) + len(back)
-    assert state.queue.sequences == sum(state.groups[seq].size for seq in waiting + back)
-    assert state.held_bytes == sum(group.held_bytes for group in state.groups.values())
+    store = app.store
+    out = [seq for batch in store.outstanding.values() for seq in batch.seqs]
+    back = [seq for batch in store.returned for seq in batch.seqs]
+    waiting = [group.seq for members in store.queue.classes.values() for group in members]
+    assert sorted(out + back + waiting) == sorted(store.groups)
+    assert store.queue.groups == len(waiting) + len(back)
+    assert store.queue.sequences == sum(store.groups[seq].size for seq in waiting + back)
+    assert store.held_bytes == sum(group.held_bytes for group in store.groups.values())
 
 
 # --- who waits for whom ----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from support.trajectory_server import Clock, group_bytes, registration
 
 from atropos_verl.protocol.schema import check_group
 from atropos_verl.protocol.wire_model import EnvRegistration, Registration
-from atropos_verl.server import ServerSettings
+from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.store import Store
 
 GROUPS = 400
@@ -52,15 +52,15 @@ def test_every_group_is_handed_out_exactly_once(name: str, pattern: str) -> None
     case, clock = CASES[name], Clock()
     store = Store(ServerSettings(max_queue_groups=GROUPS), now=clock)
     store.register(Registration(**registration(case.batch_size)))
-    assert store.batches.next_batch(60.0) is None
+    assert store.next_batch(60.0) is None
     environment = EnvRegistration(max_token_length=64, group_size=case.declared, desired_name="mix")
     assert store.register_env(environment) is not None
     got: list[list[int]] = []
 
     def take_all() -> None:
-        while (batch := store.batches.next_batch(60.0)) is not None:
+        while (batch := store.next_batch(60.0)) is not None:
             got.append(list(batch.seqs))
-            assert store.batches.ack(batch.lease_id) == "acked"
+            assert store.ack(batch.lease_id) == "acked"
 
     for number in range(GROUPS):
         raw = group_bytes(number, case.size(number), env_id=0)
@@ -76,8 +76,8 @@ def test_every_group_is_handed_out_exactly_once(name: str, pattern: str) -> None
     take_all()
     handed = [seq for batch in got for seq in batch]
     assert sorted(handed) == list(range(GROUPS))
-    assert store.state.queue.groups == 0
-    assert store.state.step == len(got)
+    assert store.queue.groups == 0
+    assert store.step == len(got)
 
 
 def len_of(case: Case) -> Callable[[list[int]], int]:
@@ -90,11 +90,11 @@ def test_the_step_advances_by_one_per_batch_and_the_oldest_go_first() -> None:
     store.register(Registration(**registration(8)))
     for number in range(50):
         store.accept([check_group(group_bytes(number))], lambda _: b"{}")
-    first = store.batches.next_batch(60.0)
+    first = store.next_batch(60.0)
     assert first is not None
     assert (first.seqs, first.step) == ([0, 1], 1)
-    assert store.state.step == 1
-    assert store.state.queue.groups == 48
-    second = store.batches.next_batch(60.0)
+    assert store.step == 1
+    assert store.queue.groups == 48
+    second = store.next_batch(60.0)
     assert second is not None
     assert (second.seqs, second.step) == ([2, 3], 2)

@@ -10,21 +10,21 @@ from support.trajectory_server import Clock, group_bytes, registration
 
 from atropos_verl.protocol.schema import Refusal, check_group
 from atropos_verl.protocol.wire_model import EnvRegistration, Registration
-from atropos_verl.server import ServerSettings, status
-from atropos_verl.server.batches import ConflictError, UnknownLeaseError
-from atropos_verl.server.store import QueueFullError, Store
+from atropos_verl.server import status
+from atropos_verl.server.settings import ServerSettings
+from atropos_verl.server.store import ConflictError, QueueFullError, Store, UnknownLeaseError
 
 
 def store_with(batch_size: int = 8, clock: Clock | None = None, **settings: Any) -> Store:
     store = Store(ServerSettings(**settings), now=clock or Clock())
     store.register(Registration(**registration(batch_size)))
-    store.batches.next_batch(None)
+    store.next_batch(None)
     return store
 
 
 def post(store: Store, number: int, size: int = 4, env_id: int | None = None, key: str | None = None) -> bytes:
     raw = group_bytes(number, size, env_id)
-    checked = check_group(raw, environments=len(store.state.environments))
+    checked = check_group(raw, environments=len(store.environments))
     return store.accept([checked], lambda duplicates: json.dumps({"duplicates": duplicates}).encode(), key, raw[:16])
 
 
@@ -39,73 +39,73 @@ def test_a_lease_that_ends_returns_the_batch_to_its_old_place_and_step() -> None
     store = store_with(clock=clock)
     for number in range(4):
         post(store, number)
-    first = store.batches.next_batch(10.0)
+    first = store.next_batch(10.0)
     assert first is not None and (first.seqs, first.step) == ([0, 1], 1)
     clock.pass_(9.9)
-    second = store.batches.next_batch(10.0)
+    second = store.next_batch(10.0)
     assert second is not None and (second.seqs, second.step) == ([2, 3], 2)
     clock.pass_(0.2)
-    again = store.batches.next_batch(10.0)
+    again = store.next_batch(10.0)
     assert again is not None
     assert (again.seqs, again.step, again.deliveries) == ([0, 1], 1, 2)
     assert again.lease_id != first.lease_id
-    assert store.state.step == 2
+    assert store.step == 2
     with pytest.raises(ConflictError, match="handed out again"):
-        store.batches.ack(first.lease_id)
-    assert store.batches.ack(again.lease_id) == "acked"
-    assert store.batches.ack(again.lease_id) == "already"
-    assert store.batches.ack(second.lease_id) == "acked"
-    assert store.state.groups == {}
-    assert store.state.held_bytes == 0
+        store.ack(first.lease_id)
+    assert store.ack(again.lease_id) == "acked"
+    assert store.ack(again.lease_id) == "already"
+    assert store.ack(second.lease_id) == "acked"
+    assert store.groups == {}
+    assert store.held_bytes == 0
 
 
 def test_a_late_ack_counts_while_nobody_else_has_the_batch() -> None:
     clock = Clock()
     store = store_with(clock=clock)
     post(store, 0), post(store, 1)
-    batch = store.batches.next_batch(10.0)
+    batch = store.next_batch(10.0)
     assert batch is not None
     clock.pass_(11.0)
     assert status.status(store)["queue_size"] == 0
-    assert store.batches.ack(batch.lease_id) == "late"
-    assert store.batches.next_batch(10.0) is None
-    assert store.batches.ack(batch.lease_id) == "already"
+    assert store.ack(batch.lease_id) == "late"
+    assert store.next_batch(10.0) is None
+    assert store.ack(batch.lease_id) == "already"
     with pytest.raises(UnknownLeaseError):
-        store.batches.ack("0" * 32)
+        store.ack("0" * 32)
 
 
 def test_a_lease_can_be_renewed_and_released() -> None:
     clock = Clock()
     store = store_with(clock=clock)
     post(store, 0), post(store, 1)
-    batch = store.batches.next_batch(10.0)
+    batch = store.next_batch(10.0)
     assert batch is not None
     clock.pass_(9.0)
-    assert store.batches.renew(batch.lease_id, 100.0) == clock.time + 100.0
+    assert store.renew(batch.lease_id, 100.0) == clock.time + 100.0
     clock.pass_(99.0)
-    assert store.batches.next_batch(10.0) is None
-    store.batches.release(batch.lease_id)
+    assert store.next_batch(10.0) is None
+    store.release(batch.lease_id)
     assert status.status(store)["queue_size"] == 2
     with pytest.raises(ConflictError):
-        store.batches.renew(batch.lease_id, 10.0)
+        store.renew(batch.lease_id, 10.0)
 
 
 def test_returned_batches_count_as_waiting() -> None:
     store = store_with()
     post(store, 0), post(store, 1), post(store, 2)
-    batch = store.batches.next_batch(10.0)
+    batch = store.next_batch(10.0)
     assert batch is not None
-    assert store.state.queue.groups == 1
-    store.batches.take_back(batch.lease_id, "test")
-    assert (store.state.queue.groups, store.state.queue.sequences) == (3, 12)
-    assert store.state.queue.waiting_sequences() == 4
+    assert store.queue.groups == 1
+    store.take_back(batch.lease_id, "test")
+    assert (store.queue.groups, store.queue.sequences) == (3, 12)
+    assert store.queue.waiting_sequences() == 4
 
 
 def test_an_idempotency_key_stores_once_and_repeats_the_answer() -> None:
     store = store_with()
     first = post(store, 0, key="k")
     assert post(store, 0, key="k") == first
-    assert store.state.queue.groups == 1
+    assert store.queue.groups == 1
     with pytest.raises(Refusal, match="was used for another body"):
         store.accept([], lambda _: b"", "k", b"other")
 
@@ -121,9 +121,9 @@ def test_the_same_group_of_one_environment_within_the_window_is_stored_once() ->
     assert json.loads(post(store, 5)) == {"duplicates": 0}
     clock.pass_(60.1)
     assert json.loads(post(store, 5, env_id=one)) == {"duplicates": 0}
-    assert store.state.queue.groups == 5
-    assert store.state.totals["duplicates"] == 1
-    assert store.state.environments[one].duplicates == 1
+    assert store.queue.groups == 5
+    assert store.totals["duplicates"] == 1
+    assert store.environments[one].duplicates == 1
 
 
 def test_the_queue_is_bounded_by_groups_and_by_bytes() -> None:
@@ -146,14 +146,14 @@ def test_a_trainer_of_another_run_waits_until_the_first_has_gone() -> None:
     with pytest.raises(ConflictError, match="run 'project'/'group' is registered and was heard 0 s ago"):
         store.register(other)
     post(store, 0), post(store, 1)
-    batch = store.batches.next_batch(1000.0)
+    batch = store.next_batch(1000.0)
     assert batch is not None
     clock.pass_(61.0)
     with pytest.raises(ConflictError):  # it holds a lease
         store.register(other)
-    store.batches.ack(batch.lease_id)
+    store.ack(batch.lease_id)
     assert store.register(other) == "new"
-    assert store.state.registration is not None and store.state.registration.batch_size == 16
+    assert store.registration is not None and store.registration.batch_size == 16
 
 
 def test_the_same_run_registers_again_with_new_settings() -> None:
@@ -161,22 +161,22 @@ def test_the_same_run_registers_again_with_new_settings() -> None:
     store = store_with(8)
     for number in range(4):
         post(store, number)
-    batch = store.batches.next_batch(100.0)
+    batch = store.next_batch(100.0)
     assert batch is not None
-    store.batches.release(batch.lease_id)
+    store.release(batch.lease_id)
     assert store.register(Registration(**registration(12, starting_step=7))) == "resumed"
-    assert store.state.step == 7
-    bigger = store.batches.next_batch(100.0)
+    assert store.step == 7
+    bigger = store.next_batch(100.0)
     assert bigger is not None
     assert (bigger.seqs, bigger.step) == ([0, 1, 2], 8)
     with pytest.raises(ConflictError):
-        store.batches.ack(batch.lease_id)
+        store.ack(batch.lease_id)
 
 
 def test_a_second_trainer_shares_when_the_server_says_so() -> None:
     store = store_with(8, second_trainer="share")
     assert store.register(Registration(**registration(16, wandb_group="other"))) == "shared"
-    assert store.state.registration is not None and store.state.registration.batch_size == 8
+    assert store.registration is not None and store.registration.batch_size == 8
 
 
 def test_an_unknown_fill_policy_is_refused_by_name() -> None:
@@ -190,16 +190,16 @@ def test_an_environment_that_has_gone_blocks_nobody() -> None:
     store = store_with(clock=clock, env_timeout=120.0)
     quiet, busy = join(store, min_batch_allocation=0.5), join(store)
     post(store, 0, env_id=busy), post(store, 1, env_id=busy)
-    assert store.batches.next_batch(10.0) is None
-    weights = [status.env_status(store, environment)["env_weight"] for environment in store.state.environments]
+    assert store.next_batch(10.0) is None
+    weights = [status.env_status(store, environment)["env_weight"] for environment in store.environments]
     assert weights == [0.5, 0.5]
     clock.pass_(120.0)
     store.hear_env(busy)
-    assert status.env_status(store, store.state.environments[busy])["env_weight"] == 1.0
-    assert store.batches.next_batch(10.0) is not None
+    assert status.env_status(store, store.environments[busy])["env_weight"] == 1.0
+    assert store.next_batch(10.0) is not None
     assert [e["state"] for e in status.environments(store)] == ["gone", "alive"]
     store.hear_env(quiet)
-    assert status.env_status(store, store.state.environments[busy])["env_weight"] == 0.5
+    assert status.env_status(store, store.environments[busy])["env_weight"] == 0.5
 
 
 def test_a_resumed_trainer_gets_no_part_of_a_batch_before_its_environments_could_come_back() -> None:
@@ -211,11 +211,11 @@ def test_a_resumed_trainer_gets_no_part_of_a_batch_before_its_environments_could
     clock.pass_(600.0)
     store.register(Registration(**registration(8)))
     for _ in range(2):
-        assert store.batches.next_batch(10.0) is None, "an environment registers after this question, not before"
+        assert store.next_batch(10.0) is None, "an environment registers after this question, not before"
         clock.pass_(59.0)
     again = join(store)
     post(store, 1, env_id=again)
-    batch = store.batches.next_batch(10.0)
+    batch = store.next_batch(10.0)
     assert batch is not None and batch.seqs == [0, 1]
 
 
@@ -228,16 +228,16 @@ def test_what_is_left_is_handed_out_when_no_environment_comes_back() -> None:
     clock.pass_(600.0)
     store.register(Registration(**registration(8)))
     clock.pass_(119.0)
-    assert store.batches.next_batch(10.0) is None
+    assert store.next_batch(10.0) is None
     clock.pass_(1.0)
-    batch = store.batches.next_batch(10.0)
+    batch = store.next_batch(10.0)
     assert batch is not None and batch.seqs == [0]
     # One that came and went tells that there is nobody else to wait for.
     env_id = join(store)
     post(store, 1, env_id=env_id)
     store.disconnect_env(env_id)
     clock.pass_(5.0)
-    batch = store.batches.next_batch(10.0)
+    batch = store.next_batch(10.0)
     assert batch is not None and batch.seqs == [1]
 
 
@@ -247,18 +247,18 @@ def test_a_minimum_share_is_waited_for_and_then_waived() -> None:
     store.register(Registration(**registration(8, min_allocation_wait=30.0)))
     slow, busy = join(store, min_batch_allocation=0.25), join(store)
     post(store, 0, env_id=busy), post(store, 1, env_id=busy)
-    assert store.batches.next_batch(10.0) is None
+    assert store.next_batch(10.0) is None
     clock.pass_(29.0)
     store.hear_env(slow), store.hear_env(busy)
-    assert store.batches.next_batch(10.0) is None
+    assert store.next_batch(10.0) is None
     post(store, 2, env_id=slow)
-    with_share = store.batches.next_batch(1000.0)
+    with_share = store.next_batch(1000.0)
     assert with_share is not None and with_share.seqs == [0, 2]
     post(store, 3, env_id=busy)
-    assert store.batches.next_batch(10.0) is None
+    assert store.next_batch(10.0) is None
     clock.pass_(30.0)
     store.hear_env(slow)
-    without = store.batches.next_batch(10.0)
+    without = store.next_batch(10.0)
     assert without is not None and without.seqs == [1, 3]
 
 
@@ -270,7 +270,7 @@ def test_status_env_by_hand() -> None:
         post(store, number, 2, env_id=small)
     for number in range(3):
         post(store, 10 + number, 4, env_id=large)
-    assert status.env_status(store, store.state.environments[small]) == {
+    assert status.env_status(store, store.environments[small]) == {
         "current_step": 0,
         # Own 6, and of the other's 12 (3 packs of 4) those beyond its minimum int(16 * 0.25) = 4: 14 // 2.
         "queue_size": 7,
@@ -280,7 +280,7 @@ def test_status_env_by_hand() -> None:
         "env_weight": 0.25,
     }
     # Own 12, and the other's 6 count as 2 packs of 4: 20 // 4.
-    assert status.env_status(store, store.state.environments[large])["queue_size"] == 5
+    assert status.env_status(store, store.environments[large])["queue_size"] == 5
 
 
 def test_a_nearly_full_server_tells_environments_to_pause() -> None:
@@ -288,9 +288,9 @@ def test_a_nearly_full_server_tells_environments_to_pause() -> None:
     env_id = join(store)
     for number in range(7):
         post(store, number, env_id=env_id)
-    assert status.env_status(store, store.state.environments[env_id])["unallocated_fraction"] == 1.0
+    assert status.env_status(store, store.environments[env_id])["unallocated_fraction"] == 1.0
     post(store, 7, env_id=env_id)
-    told = status.env_status(store, store.state.environments[env_id])
+    told = status.env_status(store, store.environments[env_id])
     assert (told["unallocated_fraction"], told["queue_size"]) == (0.0, 8)
 
 
@@ -298,15 +298,15 @@ def test_reset_forgets_and_goes_on() -> None:
     store = store_with()
     join(store)
     post(store, 0), post(store, 1)
-    batch = store.batches.next_batch(10.0)
+    batch = store.next_batch(10.0)
     assert batch is not None
     store.reset()
     assert status.status(store)["queue_size"] == 0
-    assert (store.state.step, store.state.environments, store.state.registration) == (0, [], None)
+    assert (store.step, store.environments, store.registration) == (0, [], None)
     with pytest.raises(UnknownLeaseError, match="was the server reset"):
-        store.batches.ack(batch.lease_id)
+        store.ack(batch.lease_id)
     assert store.register(Registration(**registration(4))) == "new"
     post(store, 9)
-    again = store.batches.next_batch(10.0)
+    again = store.next_batch(10.0)
     assert again is not None
-    assert json.loads(store.state.members(again)[0].raw)["tokens"][0][0] == 9
+    assert json.loads(store.members(again)[0].raw)["tokens"][0][0] == 9

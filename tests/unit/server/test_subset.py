@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atropos_verl.server.subset import oldest_subset, reachable, representable
+from atropos_verl.server.batcher import oldest_subset, reachable, representable
 
 # Sizes, target and expected indices of the 12 cases of atroposlib/tests/test_utils/test_heterogeneous_packing.py.
 UPSTREAM = [
