@@ -1,6 +1,6 @@
 """The run itself: environments, trajectory API, engine and trainer as events on a virtual clock.
 
-The choice of a batch is ``server.batcher.choose_batch`` on a ``server.queue.GroupQueue``; what is too old is decided by
+The choice of a batch is ``server.batcher.choose_batch`` on a ``server.batcher.GroupQueue``; what is too old is decided by
 ``data.off_policy``; what waits for what by ``schedule``. All three are what the real processes run. The rest is a
 model: how long things take (``Workload``), the engine as a queue (``Generation``), and environments as atroposlib's
 loop runs them (``Environment``).
