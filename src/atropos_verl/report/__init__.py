@@ -1,1 +1,1 @@
-"""What a run leaves behind and shows: metrics, summary, quarantine, the terminal, and ``inspect``."""
+"""Shows runs: the terminal, ``inspect``, ``report`` with its page, and the screen of a launch."""

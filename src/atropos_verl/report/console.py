@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from rich.console import Console, Group, RenderableType
@@ -22,14 +21,13 @@ from rich.text import Text
 from atropos_verl.report.format import count, decimal, duration, seconds, sparkline
 from atropos_verl.types import StepReport
 
-__all__ = ["LiveScreen", "ProgressReporter", "summary_rows"]
+__all__ = ["CURVE_WIDTH", "LiveScreen", "ProgressReporter", "summary_rows"]
 
+CURVE_WIDTH = 60
 _RECENT_STEPS = 8
 """Rows of the live table."""
 _ETA_STEPS = 20
 """Steps whose median time the estimate rests on."""
-_CURVE_WIDTH = 60
-_FRAMES_PER_SECOND = 2
 
 
 class LiveScreen:
@@ -40,31 +38,23 @@ class LiveScreen:
 
     def __init__(self, console: Console | None) -> None:
         self._console = console or Console()
+        self._is_terminal = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._ascii_only = not self._console.encoding.lower().startswith("utf")
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
         if self._is_terminal:
-            self._live = Live(get_renderable=self._frame, console=self._console, refresh_per_second=_FRAMES_PER_SECOND)
+            self._live = Live(get_renderable=self._frame, console=self._console, refresh_per_second=2)
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop_live()
 
     def _stop_live(self) -> None:
         if self._live is not None:
             live, self._live = self._live, None
             live.stop()
-
-    @property
-    def _is_terminal(self) -> bool:
-        return self._console.is_terminal and not self._console.is_dumb_terminal
-
-    @property
-    def _ascii_only(self) -> bool:
-        return not self._console.encoding.lower().startswith("utf")
 
     def _print(self, text: str) -> None:
         if self._ascii_only:
@@ -96,23 +86,21 @@ _COLUMNS = (
     _Column("stale", "stale {}", 5, 7),
     _Column("weights", "weights v{}", 7, 1),
 )
-_GAP = 1
 
 
 class ProgressReporter(LiveScreen):
     """Shows a run while it goes on. ``with ProgressReporter(total_steps) as progress: …``.
 
-    On a terminal: one live table. Without ``with``, on a dumb terminal, in a pipe or a file: plain lines without
-    escape sequences. ``NO_COLOR`` and ``TERM`` are obeyed (by rich).
+    Without ``with``, on a dumb terminal, in a pipe or a file: plain lines without escape sequences. ``NO_COLOR`` and
+    ``TERM`` are obeyed (by rich).
+
+    Args:
+        total_steps: the step at which the run ends.
+        console: the output; default: standard output.
+        quiet: nothing but the summary is shown.
     """
 
     def __init__(self, total_steps: int, console: Console | None = None, quiet: bool = False) -> None:
-        """
-        Args:
-            total_steps: the step at which the run ends.
-            console: where to write; default: standard output.
-            quiet: nothing but the summary.
-        """
         super().__init__(console)
         self.total_steps = total_steps
         self.quiet = quiet
@@ -133,11 +121,12 @@ class ProgressReporter(LiveScreen):
         self._phase, self._phase_since = name, time.monotonic()
         if self._live is None and name not in self._phases_said:
             self._phases_said.add(name)
-            self._line(f"{name} ...")
+            self.note(f"{name} ...")
 
     def note(self, message: str) -> None:
         """Says something that stays on the screen."""
-        self._line(message)
+        if not self.quiet:
+            self._print(message)
 
     def step(self, report: StepReport) -> None:
         """Shows a finished optimiser step."""
@@ -149,7 +138,7 @@ class ProgressReporter(LiveScreen):
             self._step_seconds.append(took)
         if self._live is None:
             cells = zip(_COLUMNS, self._cells(report), strict=True)
-            self._line("  ".join([*(c.plain.format(cell) for c, cell in cells), f"eta {duration(self.eta())}"]))
+            self.note("  ".join([*(c.plain.format(cell) for c, cell in cells), f"eta {duration(self.eta())}"]))
 
     def eta(self) -> float | None:
         """Returns the seconds to the last step, by the median of the newest steps; None before the first."""
@@ -171,15 +160,14 @@ class ProgressReporter(LiveScreen):
             self._print("training finished")
             for label, value in rows:
                 self._print(f"  {label:<11} {value}")
-        for label, path in _where(summary.get("run_dir")):
-            # Not in the panel, which would break a long path: it is to be copied.
-            self._print(f"  {label:<11} {path}")
-
-    def _line(self, text: str) -> None:
-        if not self.quiet:
-            self._print(text)
-
-    # ------------------------------------------------------------------ the live table
+        if summary.get("run_dir") is None:
+            return
+        # Not in the panel, which would break a long path: it is to be copied.
+        root = Path(summary["run_dir"])
+        self._print(f"  {'run':<11} {root}")
+        for name in ("metrics.jsonl", "summary.json", "checkpoints", "logs", "quarantine"):
+            if (root / name).exists():
+                self._print(f"  {name.split('.')[0]:<11} {root / name}")
 
     def _cells(self, report: StepReport) -> list[str]:
         figures = report.metrics
@@ -196,9 +184,9 @@ class ProgressReporter(LiveScreen):
     def _frame(self) -> RenderableType:
         parts: list[RenderableType] = []
         if self._recent:
-            parts.append(self._table())
-            curve = sparkline(self._rewards, min(_CURVE_WIDTH, self._console.width - 20), ascii_only=self._ascii_only)
-            parts.append(Text(f"reward {curve} {decimal(self._rewards[-1])}", no_wrap=True, overflow="crop"))
+            curve = sparkline(self._rewards, min(CURVE_WIDTH, self._console.width - 20), ascii_only=self._ascii_only)
+            reward = Text(f"reward {curve} {decimal(self._rewards[-1])}", no_wrap=True, overflow="crop")
+            parts += [self._table(), reward]
         head = Table.grid(padding=(0, 1))
         head.add_row(
             ProgressBar(total=max(self.total_steps, 1), completed=self._done, width=20),
@@ -210,17 +198,16 @@ class ProgressReporter(LiveScreen):
         return Group(*parts, head, now)
 
     def _table(self) -> Table:
-        room = self._console.width
-        order = sorted(_COLUMNS, key=lambda column: column.first_to_go)
-        while len(order) > 1 and sum(column.width + _GAP for column in order) > room:
-            order.pop()
-        table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
+        shown = sorted(_COLUMNS, key=lambda column: column.first_to_go)
+        while len(shown) > 1 and sum(column.width + 1 for column in shown) > self._console.width:
+            shown.pop()
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
         for column in _COLUMNS:
-            if column in order:
+            if column in shown:
                 table.add_column(column.name, justify="right", width=column.width, no_wrap=True)
         for report in list(self._recent):  # a copy: the refreshing thread draws while the run appends
             cells = zip(_COLUMNS, self._cells(report), strict=True)
-            table.add_row(*(cell for column, cell in cells if column in order))
+            table.add_row(*(cell for column, cell in cells if column in shown))
         return table
 
 
@@ -234,7 +221,7 @@ def summary_rows(summary: Mapping[str, Any], *, ascii_only: bool) -> list[tuple[
         meaning = f"  (means of the first and last {window} steps)" if window and window > 1 else ""
         rows.append(("reward", f"{decimal(get('reward_first'))} {arrow} {decimal(get('reward_last'))}{meaning}"))
     if get("rewards"):
-        rows.append(("", sparkline(get("rewards") or (), _CURVE_WIDTH, ascii_only=ascii_only)))
+        rows.append(("", sparkline(get("rewards") or (), CURVE_WIDTH, ascii_only=ascii_only)))
     if get("held_out_before") is not None or get("held_out_after") is not None:
         rows.append(("held-out", f"{decimal(get('held_out_before'))} {arrow} {decimal(get('held_out_after'))}"))
     lines = (
@@ -253,12 +240,3 @@ def summary_rows(summary: Mapping[str, Any], *, ascii_only: bool) -> list[tuple[
     if get("seconds") is not None:
         rows.append(("time", duration(get("seconds"))))
     return rows
-
-
-def _where(run_dir: str | Path | None) -> list[tuple[str, Path]]:
-    """Lists the run directory and the parts of it that exist, by label and path."""
-    if run_dir is None:
-        return []
-    root = Path(run_dir)
-    names = ("metrics.jsonl", "summary.json", "checkpoints", "logs", "quarantine")
-    return [("run", root), *((name.split(".")[0], root / name) for name in names if (root / name).exists())]

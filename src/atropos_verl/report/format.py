@@ -1,4 +1,4 @@
-"""Numbers and curves for people."""
+"""Formats numbers and curves for people."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ _NONE = "-"
 
 
 def decimal(value: float | None, digits: int = 3) -> str:
-    """``0.412``; tiny and huge values as ``1.2e-05``; no value ``-``.
-
-    Example: 0.4118 → ``0.412``, 0.00001234 → ``1.2e-05``, -3.0 → ``-3.000``, NaN → ``nan``.
-    """
+    """Formats 0.4118 as ``0.412``, tiny and huge values as ``1.2e-05``, no value as ``-``, NaN as ``nan``."""
     if value is None:
         return _NONE
     if value == 0 or 10**-digits <= abs(value) < 1e4 or not math.isfinite(value):
@@ -26,7 +23,7 @@ def decimal(value: float | None, digits: int = 3) -> str:
 
 
 def count(value: float | None) -> str:
-    """``1,234``; from a hundred thousand on ``123k``, ``1.2M``, ``3.4G``."""
+    """Formats a count as ``1,234``; from a hundred thousand on as ``123k``, ``1.2M``, ``3.4G``."""
     if value is None or not math.isfinite(value):
         return _NONE
     for unit, size in (("G", 1e9), ("M", 1e6)):
@@ -36,14 +33,14 @@ def count(value: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """``0.41``, ``12.3``, ``1234``: seconds in at most five characters."""
+    """Formats seconds in at most five characters: ``0.41``, ``12.3``, ``1234``."""
     if value is None or not math.isfinite(value):
         return _NONE
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
 def duration(value: float | None) -> str:
-    """``4.2s``, ``59s``, ``1m 05s``, ``3h 07m``, ``2d 04h``."""
+    """Formats seconds as ``4.2s``, ``59s``, ``1m 05s``, ``3h 07m``, ``2d 04h``."""
     if value is None or not math.isfinite(value):
         return _NONE
     if value < 9.95:
@@ -61,14 +58,15 @@ def duration(value: float | None) -> str:
 
 
 def sparkline(values: Sequence[float | None], width: int = 60, *, ascii_only: bool = False) -> str:
-    """A curve of one character per value, lowest to highest; more than ``width`` values are averaged in buckets.
+    """Draws a curve of one character per value; more than ``width`` values are averaged in buckets.
 
-    Values that are None or not finite leave no mark of their own: a bucket without any is a space.
-
-    Example: ``[0, .5, 1]`` → ``▁▅█``; equal values give the middle block.
+    Example: ``[0, .5, 1]`` → ``▁▅█``; equal values give the middle block. A bucket of nothing but None and values that
+    are not finite is a space.
     """
     blocks = _ASCII_BLOCKS if ascii_only else _BLOCKS
-    means = [_mean(bucket) for bucket in _buckets(values, width)]
+    number = min(len(values), width)
+    edges = [len(values) * i // number for i in range(number + 1)] if number else []
+    means = [_mean(values[start:end]) for start, end in itertools.pairwise(edges)]
     known = [mean for mean in means if mean is not None]
     if not known:
         return ""
@@ -77,12 +75,6 @@ def sparkline(values: Sequence[float | None], width: int = 60, *, ascii_only: bo
     return "".join(
         " " if mean is None else blocks[round((mean - low) / span * top) if span > 0 else top // 2] for mean in means
     )
-
-
-def _buckets(values: Sequence[float | None], width: int) -> list[Sequence[float | None]]:
-    number = min(len(values), width)
-    edges = [len(values) * i // number for i in range(number + 1)] if number else [0]
-    return [values[start:end] for start, end in itertools.pairwise(edges)]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from atropos_verl.errors import ConfigError
-from atropos_verl.report.console import LiveScreen
+from atropos_verl.report.console import CURVE_WIDTH, LiveScreen
 from atropos_verl.report.format import count, decimal, duration, seconds, sparkline
 
 __all__ = ["LaunchView", "attach", "step_line"]
@@ -26,7 +26,6 @@ __all__ = ["LaunchView", "attach", "step_line"]
 _NOTES = 8
 _STALE_SECONDS = 10.0
 """A launcher writes its state twice a second."""
-_CURVE_WIDTH = 60
 _LIVING = ("waiting", "starting", "running", "restarting")
 _STYLES = {"running": "green", "ended": "green", "failed": "bold red", "restarting": "yellow", "starting": "cyan"}
 
@@ -76,7 +75,7 @@ def render_state(state: Mapping[str, Any], *, width: int = 100, notes: int = 0) 
         # The line above has the policy version too; on a narrow screen it is the one to spare.
         line = line if len(line) <= width else line.rsplit("  ", 1)[0]
         parts.append(Text(line, no_wrap=True, overflow="ellipsis"))
-        curve = sparkline(state.get("rewards") or (), min(_CURVE_WIDTH, max(10, width - 20)))
+        curve = sparkline(state.get("rewards") or (), min(CURVE_WIDTH, max(10, width - 20)))
         parts.append(Text(f"reward {curve}", no_wrap=True, overflow="crop"))
     silent = state.get("seconds_since_step")
     since = "" if silent is None else f", last step {duration(silent)} ago"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -25,7 +26,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 10, 24
 _COLOURS = ("#2f6fdb", "#d9642c", "#2a9d50", "#9a4fc4", "#b8860b", "#c2385a", "#1797a6", "#777777")
 _MOST_POINTS = 1000
 """A long run is averaged to this many points per curve: more cannot be seen, and would make a page of megabytes."""
-# What a reader looks for first, and what belongs into one picture. The other metrics follow by themselves.
+# Metrics that a reader looks for first, and that belong into one picture. The others follow, one chart each.
 _CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("reward", ("reward/mean",)),
     ("loss", ("loss",)),
@@ -43,7 +44,7 @@ class _Chart(NamedTuple):
 
 
 def render_page(runs: Sequence[RunData]) -> str:
-    """The page of ``runs`` (at least one). Several runs share every chart, one curve each."""
+    """Renders the page of ``runs`` (at least one). Several runs share every chart, one curve each."""
     environment = Environment(
         loader=PackageLoader("atropos_verl.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -95,7 +96,7 @@ def _is_environment_reward(key: str) -> bool:
 
 
 def _distinct_names(runs: Sequence[RunData]) -> list[str]:
-    """Directory names; whole paths where two are equal."""
+    """Returns directory names; whole paths where two are equal."""
     names = [run.name for run in runs]
     return names if len(set(names)) == len(names) else [str(Path(run.run_dir).absolute()) for run in runs]
 
@@ -104,7 +105,7 @@ def _distinct_names(runs: Sequence[RunData]) -> list[str]:
 
 
 def line_chart(series: Mapping[str, Points]) -> str:
-    """One ``<svg>`` with a curve per name, ``(step, value)`` each, and a legend where there are several.
+    """Draws one ``<svg>`` with a curve of ``(step, value)`` per name, and a legend where there are several.
 
     Returns "" when there is nothing to draw. Values must be finite.
     """
@@ -131,7 +132,7 @@ def line_chart(series: Mapping[str, Points]) -> str:
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Two to ``most + 1`` round values that enclose ``[low, high]``.
+    """Returns two to ``most + 1`` round values that enclose ``[low, high]``.
 
     Example: ``ticks(0.23, 0.97)`` → ``[0.2, 0.4, 0.6, 0.8, 1.0]``.
     """
@@ -150,11 +151,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 def _thinned(points: Points) -> list[tuple[float, float]]:
     size = math.ceil(len(points) / _MOST_POINTS)
     buckets = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(_mean([x for x, _ in bucket]), _mean([y for _, y in bucket])) for bucket in buckets]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return [(statistics.fmean(x for x, _ in bucket), statistics.fmean(y for _, y in bucket)) for bucket in buckets]
 
 
 def _grid(y: float, value: float) -> str:

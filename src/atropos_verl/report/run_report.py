@@ -6,6 +6,8 @@ A run directory is only read, whether the run is over, going on, or dead.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -32,13 +34,13 @@ _MOST_REASONS = 50
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunData:
-    """One run. Everything but ``run_dir`` and ``steps`` may be missing: the run has not come that far."""
+    """One run. Everything but ``run_dir`` and ``steps`` may be missing when the run has not come that far."""
 
     run_dir: Path
     steps: list[dict[str, Any]]
     """Lines of ``metrics.jsonl``, ascending by step, without the last one where it is cut short."""
     summary: dict[str, Any]
-    """``summary.json``; of a run that has not finished, what the metrics say."""
+    """``summary.json``; of a run that has not finished, the figures so far by its metrics."""
     is_finished: bool
     config: dict[str, Any] | None
     samples: dict[str, list[dict[str, Any]]]
@@ -52,17 +54,16 @@ class RunData:
         return self.run_dir.name
 
     def series(self, key: str) -> list[tuple[int, float]]:
-        """(step, value) of a metric, where it has a number."""
+        """Lists ``(step, value)`` of a metric where it is a number."""
         return [(line["step"], float(line[key])) for line in self.steps if _is_number(line.get(key))]
 
     def metric_names(self) -> list[str]:
-        """Every metric that is a number in some step, sorted."""
-        names = {key for line in self.steps for key, value in line.items() if _is_number(value)}
-        return sorted(names - {"step"})
+        """Lists every metric that is a number in some step, sorted."""
+        return sorted({key for line in self.steps for key in line if _is_number(line[key])} - {"step"})
 
 
 def load_run(run_dir: Path) -> RunData:
-    """Read a run directory.
+    """Reads a run directory.
 
     Raises:
         ConfigError: it is no run directory, has no step yet, or one of its files cannot be read; names the file.
@@ -133,21 +134,12 @@ def _held_out(directory: Path) -> float | None:
 
 
 def _samples(directory: Path) -> list[dict[str, Any]]:
-    path = directory / "samples.jsonl"
-    if not path.is_file():
-        return []
     found: list[dict[str, Any]] = []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                value = json.loads(line)
-            except ValueError:
-                break
-            if isinstance(value, dict):
-                found.append(value)
-            if len(found) == _MOST_SAMPLES:
-                break
-    return found
+    path = directory / "samples.jsonl"
+    with contextlib.suppress(FileNotFoundError, ValueError), path.open(encoding="utf-8", errors="replace") as file:
+        for line in itertools.islice(file, _MOST_SAMPLES):
+            found.append(json.loads(line))  # noqa: PERF401 - a line cut short ends the list and keeps what it has
+    return [sample for sample in found if isinstance(sample, dict)]
 
 
 def _reason(path: Path) -> str:
@@ -158,10 +150,10 @@ def _reason(path: Path) -> str:
 
 
 def _json_object(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
     if not isinstance(value, dict):
@@ -177,13 +169,13 @@ def _is_number(value: Any) -> bool:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Adds the command's arguments."""
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="run directory; several: compared")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page that opens without internet")
 
 
 def run(options: argparse.Namespace, console: Console | None = None) -> int:
-    """Show the runs. Returns the exit code.
+    """Shows the runs. Returns the exit code.
 
     Raises:
         ConfigError: a directory is no run directory, or the page cannot be written.
@@ -213,7 +205,7 @@ def _show_one(data: RunData, console: Console) -> None:
     for label, text in summary_rows(data.summary, ascii_only=ascii_only):
         table.add_row(label, text)
     console.print(table)
-    phases = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    phases = _plain_table()
     for name in ("seconds per step", "median", "largest", "sum"):
         phases.add_column(name, justify="left" if name == "seconds per step" else "right")
     for phase in _PHASES:
@@ -227,8 +219,12 @@ def _show_one(data: RunData, console: Console) -> None:
         console.print(f"... and {data.quarantined_total - 5} more in {data.run_dir / 'quarantine'}", markup=False)
 
 
+def _plain_table() -> Table:
+    return Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+
+
 def _compare(runs: Sequence[RunData], console: Console) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    table = _plain_table()
     table.add_column("run", overflow="fold")
     for name in ("steps", "reward first", "last", "held-out before", "after", "s/step", "tok/s", "tokens", "time"):
         table.add_column(name, justify="right")

@@ -1,4 +1,4 @@
-"""Where ``inspect`` takes groups from: a file, a directory, or a trajectory API."""
+"""Reads the groups for ``inspect``: from a file, a directory, or a trajectory API."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def is_url(source: str) -> bool:
 
 
 def read_path(path: Path) -> list[FoundGroup]:
-    """Groups of a file; of a directory, those of its ``*.json`` and ``*.jsonl`` files by name.
+    """Reads the groups of a file; of a directory, those of its ``*.json`` and ``*.jsonl`` files by name.
 
     Raises:
         ConfigError: there is no such file, or it cannot be read.
@@ -57,10 +57,10 @@ def read_path(path: Path) -> list[FoundGroup]:
 
 
 def load_groups(content: bytes, name: str, prefix: str = "") -> list[FoundGroup]:
-    """Groups in the content of a file.
+    """Reads the groups in the content of a file.
 
-    Known: the body of ``GET /batch``; one ``ScoredData`` object; a list of them (``POST /scored_data_list``); one
-    object per line (what an environment's ``process`` writes); a quarantine file.
+    Known formats: the body of ``GET /batch``; one ``ScoredData`` object; a list of them (``POST /scored_data_list``);
+    one object per line (what an environment's ``process`` writes); a quarantine file.
 
     Args:
         name: of the file, for messages.
@@ -100,7 +100,7 @@ def read_url(
     timeout: float = 30.0,
     token: str | None = None,
 ) -> list[FoundGroup]:
-    """What a trajectory API shows: its latest example, or the next batch.
+    """Asks a trajectory API for its latest example, or for the next batch.
 
     Args:
         url: of the API, or of its ``/latest_example`` or ``/batch``.
@@ -140,7 +140,7 @@ def read_url(
 
 @contextlib.contextmanager
 def _new_file(path: Path | None) -> Iterator[BinaryIO | None]:
-    """``path`` opened for writing; removed again when nothing was written."""
+    """Opens ``path`` for writing; removes it again when nothing was written."""
     if path is None:
         yield None
         return
