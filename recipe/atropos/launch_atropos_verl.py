@@ -9,7 +9,7 @@ python recipe/atropos/launch_atropos_verl.py --help                # every key
 
 import sys
 
-from atropos_verl.launch.launcher import main
+from atropos_verl.launch.launch import main
 
 if __name__ == "__main__":
     sys.exit(main(config_name="local_demo"))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["main", "train"]
+__all__ = ["main"]
 
 _TRAIN_HELP = "train a policy on an Atropos environment; key=value settings as in verl (train --help lists them)"
 _SERVE_HELP = "serve the trajectory API that environments post to and a trainer fetches batches from"
@@ -26,9 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code. 0: done; 1: it failed; 2: the command is wrong; 130: Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["train"]:
+        from atropos_verl.launch.train import main as train
+
         return train(words[1:])  # all its words are its own, --help included
     if words[:1] == ["launch"]:
-        from atropos_verl.launch.launcher import main as launch
+        from atropos_verl.launch.launch import main as launch
 
         return launch(words[1:])
     options = _parser(words).parse_args(words)
@@ -46,28 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "simulate":
         return int(_simulator().run(options))
     return _inspect(options)
-
-
-def train(words: Sequence[str], config_dir: Path | None = None, config_name: str | None = None) -> int:
-    """The training command of either backend: ``backend=local`` (the default) or ``backend=ray``.
-
-    Args:
-        words: ``key=value`` words and options.
-        config_dir, config_name: YAML of the local backend; the Ray backend has a default of its own in that directory.
-    """
-    chosen = [word.partition("=")[2] for word in words if word.startswith("backend=")]
-    others = [word for word in words if not word.startswith("backend=")]
-    backend = chosen[-1] if chosen else "local"
-    if backend == "local":
-        from atropos_verl.backends.local.main import main as train_here
-
-        return train_here(others, config_dir, config_name)
-    if backend == "ray":
-        from atropos_verl.backends.ray.main import main as train_on_ray
-
-        return train_on_ray(others, config_dir)
-    sys.stderr.write(f"CONFIGURATION ERROR: backend: {backend!r} is neither local nor ray\n")
-    return 2
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
@@ -108,7 +88,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
 def _doctor(options: argparse.Namespace) -> int:
     from atropos_verl.launch.doctor import run
-    from atropos_verl.launch.launcher import load_subject
+    from atropos_verl.launch.launch import load_subject
 
     return run(options, load_subject)
 

@@ -16,7 +16,7 @@ from atropos_verl.errors import ServiceError
 if TYPE_CHECKING:
     import uvicorn
 
-__all__ = ["ServerThread", "bracketed", "listen", "uvicorn_config"]
+__all__ = ["ServerThread", "bracketed", "listen", "reachable", "uvicorn_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class ServerThread:
         """``http://host:port`` without a path, to be called from this machine. Raises ``ServiceError`` before start."""
         if not self._was_started:
             raise ServiceError(f"{self._service}: not started; call start() first", self._service)
-        return f"http://{bracketed(_reachable(self._host))}:{self._port}"
+        return f"http://{bracketed(reachable(self._host))}:{self._port}"
 
     @property
     def is_running(self) -> bool:
@@ -172,7 +172,7 @@ class ServerThread:
             time.sleep(_PROBE_INTERVAL)
 
     def _probe(self) -> bool:
-        connection = http.client.HTTPConnection(_reachable(self._host), self._port, timeout=_PROBE_TIMEOUT)
+        connection = http.client.HTTPConnection(reachable(self._host), self._port, timeout=_PROBE_TIMEOUT)
         try:
             connection.request("GET", "/health")
             return connection.getresponse().status == 200
@@ -221,6 +221,6 @@ def bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
-def _reachable(host: str) -> str:
+def reachable(host: str) -> str:
     """An address of this machine for a wildcard one."""
     return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host.strip("[]"), host.strip("[]"))

@@ -18,7 +18,10 @@ from typing import Any
 
 import psutil
 import pytest
+from support.http_faults import wait_for
 from support.launches import LAUNCH, SMALL_LAUNCH, LaunchRun
+
+from atropos_verl.launch.probes import request_json
 
 FREEZE_SECONDS = float(os.environ.get("ATROPOS_VERL_FREEZE_SECONDS", "20"))
 STALL_AFTER = 3.0
@@ -235,7 +238,7 @@ def test_nothing_survives_a_killed_launcher(tmp_path: Path) -> None:
         run.wait_for_trained(1)
         run.wait_until(lambda: "has children" in run.log("parent.1"), "grandchildren", 20.0)
         children = psutil.Process(run.popen.pid).children(recursive=True)
-        assert len(children) >= 10, "four services, four watchers, two grandchildren"
+        assert len(children) >= 10, "four services, four orphan reapers, two grandchildren"
         run.popen.kill()
         run.popen.wait(timeout=10.0)
         run.assert_nothing_left(within=10.0)
@@ -331,10 +334,8 @@ def test_a_plan_can_be_started_by_hand(tmp_path: Path) -> None:
     environment = {**os.environ, **entry["env"], "PYTHONPATH": str(LAUNCH.parents[2] / "src")}
     process = subprocess.Popen(entry["command"], cwd=entry["cwd"], env=environment, stderr=subprocess.DEVNULL)
     try:
-        from atropos_verl.launch.readiness import http_probe, wait_until_ready
-
         url = json.loads(path.read_text())["api_url"]
-        wait_until_ready(lambda: http_probe(f"{url}/status"), name="the API by hand", timeout=30.0)
+        wait_for(lambda: request_json(f"{url}/status") is not None, "the API by hand", 30.0)
     finally:
         process.terminate()
         process.wait(timeout=20.0)

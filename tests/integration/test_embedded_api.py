@@ -11,17 +11,21 @@ import httpx
 import pytest
 from support.trajectory_server import group_bytes, registration
 
+from atropos_verl.assets import demo_model_path
 from atropos_verl.config.schema import RunConfig
-from atropos_verl.launch.services import LocalServices
+from atropos_verl.launch.train import TrainingServices
 from atropos_verl.protocol.client import AtroposClient, EnvRegistration, TrainerRegistration
+from atropos_verl.report.console import ProgressReporter
 
 
 @contextmanager
 def api(run_dir: Path, **settings: Any) -> Iterator[AtroposClient]:
     """A client of the API that a run in ``run_dir`` starts, as an environment is one: without a token."""
-    services = LocalServices(RunConfig.from_mapping(settings), run_dir, run_dir)
+    config = RunConfig.from_mapping({"run_dir": str(run_dir), **settings})
+    services = TrainingServices(config, demo_model_path(), gateway_port=9)
     try:
-        with AtroposClient(services.start_api()) as client:
+        url = services.start_api(ProgressReporter(total_steps=1, quiet=True)).atropos.api_url
+        with AtroposClient(str(url)) as client:
             yield client
     finally:
         services.stop()

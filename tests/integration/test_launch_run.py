@@ -68,7 +68,14 @@ def test_no_key_shows_in_the_process_list(observed: Observed) -> None:
     gateway_key = observed.settings("trainer.yaml")["gateway"]["api_key"]
     assert len(gateway_key) >= 24
     seen = "\n".join(observed.commands.values())
-    for program in ("launch_atropos_verl.py", "serve-api", "spell_backward.py serve", "evaluate", " train ", "watcher"):
+    for program in (
+        "launch_atropos_verl.py",
+        "serve-api",
+        "spell_backward.py serve",
+        "evaluate",
+        " train ",
+        "orphan_reaper",
+    ):
         assert program in seen
     assert gateway_key not in seen
     assert TOKEN not in seen

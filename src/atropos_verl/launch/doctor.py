@@ -34,7 +34,7 @@ from atropos_verl.config.model_checks import Finding, check_model, finding, weig
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposAPIError, AtroposHTTPStatusError, ConfigError
 from atropos_verl.launch.environments import interpreter, program_of
-from atropos_verl.launch.readiness import try_to_listen
+from atropos_verl.launch.probes import try_to_listen
 
 __all__ = ["Subject", "add_arguments", "examine", "run"]
 

@@ -1,30 +1,43 @@
-"""Environments → commands: each one's command line adapted to the run, its share of the batch, its copies."""
+"""Environments → commands: each one's command line adapted to the run, its share of the batch, its copies, its keys.
+
+Atropos takes its settings from arguments, which every user of the machine can read in ``ps``, or from the YAML file of
+``--config`` (it looks at no environment variable: the openai client's ``OPENAI_API_KEY`` serves chat only, not
+``/generate``). So the gateway's key goes into a file that only its owner can read. The API's token goes there too, as
+the password in the API's URL: Atropos cannot send a bearer token, but its HTTP client (aiohttp) makes HTTP Basic
+authentication of a URL's password, and our API takes that.
+"""
 
 from __future__ import annotations
 
+import ast
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import yaml
 
 from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
-from atropos_verl.launch.allocation import allocate, check_groups
-from atropos_verl.launch.env_lint import bare_server_config
-from atropos_verl.launch.keys import PrivateArguments, option_value, private_arguments, user_arguments
-from atropos_verl.launch.plan import demo_env_script
 from atropos_verl.launch.process import ServiceSpec
 
 __all__ = [
     "CHILD_ENV",
-    "EnvironmentPlan",
-    "PlannedEnvironment",
+    "PrivateArguments",
     "Site",
+    "allocate",
+    "bare_server_config",
+    "demo_env_script",
     "evaluation_spec",
     "interpreter",
+    "option_value",
     "plan_environments",
+    "private_arguments",
     "program_of",
+    "user_arguments",
 ]
 
 CHILD_ENV: Mapping[str, str] = {
@@ -32,35 +45,39 @@ CHILD_ENV: Mapping[str, str] = {
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",  # environments do not compute; their thread pools would take the trainer's cores
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedEnvironment:
-    """One process of an environment."""
-
-    environment: str
-    settings: EnvironmentConfig
-    spec: ServiceSpec
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EnvironmentPlan:
-    services: tuple[PlannedEnvironment, ...]
-    warnings: tuple[str, ...]
+_REPOSITORY = Path(__file__).resolve().parents[3]
+"""The source checkout, where there is one."""
+_KEY_OPTION = "--openai.api_key"
+_URL_OPTION = "--env.rollout_server_url"
+_NAME_OPTION = "--env.wandb_name"
+_FILE_OPTION = "--config"
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """Where an environment finds the rest of the run."""
+    """The rest of the run, as an environment finds it."""
 
     run_dir: Path
     model_path: Path
     api_url: str
     gateway_url: str
+    of_training: bool = False
+    """The one environment of ``main_atropos.py``: its keys are those of ``env``, and its files need no name."""
+
+    def key(self, name: str, setting: str) -> str:
+        """The dotted key of an environment's setting."""
+        return f"env.{setting}" if self.of_training else f"environments.{name}.{setting}"
+
+    def log(self, process: str) -> Path:
+        """The log of a process's first start."""
+        return self.run_dir / "logs" / (f"{process}.log" if self.of_training else f"{process}.1.log")
 
 
-def plan_environments(config: RunConfig, launch: LaunchConfig, *, site: Site, own_api: bool) -> EnvironmentPlan:
-    """The processes of all chosen environments.
+def plan_environments(
+    config: RunConfig, launch: LaunchConfig, *, site: Site, own_api: bool
+) -> tuple[list[ServiceSpec], list[str]]:
+    """The processes of all chosen environments, and warnings.
 
     Args:
         own_api: the API is started here; if not, it may be upstream's.
@@ -72,23 +89,22 @@ def plan_environments(config: RunConfig, launch: LaunchConfig, *, site: Site, ow
     if not chosen:
         raise ConfigError("no environment to start; name some, or leave environments out of only", "environments")
     embedded = own_api and config.atropos.server == "embedded"
-    warnings = list(check_groups(config, launch, embedded=embedded))
+    warnings = _check_groups(config, launch, embedded=embedded)
     allocations, notes = allocate(config, launch, embedded=embedded)
     warnings += notes
     if config.atropos.token and not embedded:
         warnings.append(_TOKEN)
-    services: list[PlannedEnvironment] = []
+    services: list[ServiceSpec] = []
     for name, settings in chosen.items():
-        warnings += _trap_warnings(name, program_of(name, settings), settings)
+        warnings += _server_warnings(name, settings)
         for copy in range(1, settings.copies + 1):
             process = name if copy == 1 else f"{name}-{copy}"
-            spec = _serve_spec(config, name, settings, process, allocations[name], site)
-            services.append(PlannedEnvironment(environment=name, settings=settings, spec=spec))
-    names = [service.spec.name for service in services]
+            services.append(_serve_spec(config, name, settings, process, allocations[name], site))
+    names = [service.name for service in services]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"two processes would be called {twice[0]}; rename an environment", "environments")
-    return EnvironmentPlan(services=tuple(services), warnings=tuple(warnings))
+    return services, warnings
 
 
 _TOKEN = (
@@ -101,12 +117,7 @@ _TOKEN = (
 
 
 def _serve_spec(
-    config: RunConfig,
-    name: str,
-    settings: EnvironmentConfig,
-    process: str,
-    allocation: float | None,
-    site: Site,
+    config: RunConfig, name: str, settings: EnvironmentConfig, process: str, allocation: float | None, site: Site
 ) -> ServiceSpec:
     ours = {
         **_arguments(config, settings, process, site),
@@ -117,58 +128,101 @@ def _serve_spec(
     }
     if allocation is not None:
         ours["--env.min_batch_allocation"] = repr(allocation)
-    private = _private(config, name, settings, site, process, api_url=site.api_url)
     token = {"ATROPOS_API_TOKEN": config.atropos.token} if config.atropos.token else {}
-    return _spec(name, settings, site, process, ("serve", *_merged(ours, settings, private)), private, token)
+    return _spec(
+        config,
+        name,
+        settings,
+        site,
+        process,
+        verb="serve",
+        ours=ours,
+        api_url=site.api_url,
+        env=token,
+        kind="environment",
+        restarts=settings.max_restarts if settings.restart == "always" else 0,
+        startup_timeout=settings.startup_timeout,
+        registers_as=option_value(settings.args, _NAME_OPTION) or ours[_NAME_OPTION],
+    )
 
 
 def evaluation_spec(
     config: RunConfig, name: str, settings: EnvironmentConfig, *, site: Site, label: str
 ) -> tuple[ServiceSpec, Path]:
     """``ENV evaluate`` of one environment, and the file it writes its metrics to."""
-    directory = site.run_dir / "eval" / label / name
-    process = f"evaluate_{label}.{name}"
+    directory = site.run_dir / "eval" / label
+    process = f"evaluate_{label}"
+    if not site.of_training:
+        directory, process = directory / name, f"{process}.{name}"
     ours = {**_arguments(config, settings, name, site), "--env.data_dir_to_save_evals": str(directory)}
-    private = _private(config, name, settings, site, process)
-    words = ("evaluate", *_merged(ours, settings, private))
-    return _spec(name, settings, site, process, words, private, {}), directory / "metrics.json"
+    spec = _spec(config, name, settings, site, process, verb="evaluate", ours=ours, api_url=None, env={})
+    return spec, directory / "metrics.json"
 
 
 def _spec(
+    config: RunConfig,
     name: str,
     settings: EnvironmentConfig,
     site: Site,
     process: str,
-    words: tuple[str, ...],
-    private: PrivateArguments,
-    variables: Mapping[str, str],
+    *,
+    verb: str,
+    ours: Mapping[str, str],
+    api_url: str | None,
+    env: Mapping[str, str],
+    **policy: Any,
 ) -> ServiceSpec:
-    return ServiceSpec(
-        name=process,
-        command=(interpreter(settings.python, f"environments.{name}.python"), *program_of(name, settings), *words),
-        env={**CHILD_ENV, **variables, **settings.env},
-        cwd=_directory(name, settings, site.run_dir),
-        log_path=site.run_dir / "logs" / f"{process}.1.log",
-        files=private.files,
-    )
-
-
-def _private(
-    config: RunConfig, name: str, settings: EnvironmentConfig, site: Site, process: str, api_url: str | None = None
-) -> PrivateArguments:
-    return private_arguments(
+    cwd = site.run_dir
+    if settings.cwd is not None:
+        cwd = Path(settings.cwd).expanduser().absolute()
+        if not cwd.is_dir():
+            raise ConfigError(f"{cwd} is not a directory", site.key(name, "cwd"))
+    private = private_arguments(
         api_key=config.gateway.api_key,
         api_url=api_url,
         token=config.atropos.token,
         args=settings.args,
         omit=settings.omit,
         file=site.run_dir / "launch" / f"{process}.yaml",
-        cwd=_directory(name, settings, site.run_dir),
-        key=f"environments.{name}.args",
+        cwd=cwd,
+        key=site.key(name, "args"),
+    )
+    words = [verb]
+    for option, value in ours.items():
+        if option not in settings.omit and option not in settings.args and option_value(settings.args, option) is None:
+            words += [option, value]
+    return ServiceSpec(
+        name=process,
+        command=(
+            interpreter(settings.python, site.key(name, "python")),
+            *program_of(name, settings),
+            *words,
+            *private.words,
+            *user_arguments(settings.args, private),
+        ),
+        env={**CHILD_ENV, **env, **settings.env},
+        cwd=cwd,
+        log_path=site.log(process),
+        files=private.files,
+        **policy,
     )
 
 
-# ---------------------------------------------------------------------- the command line
+def _arguments(config: RunConfig, settings: EnvironmentConfig, process: str, site: Site) -> dict[str, str]:
+    """The arguments of both ``serve`` and ``evaluate``, without addresses and keys that are secret."""
+    tokenizer = config.model.tokenizer_path or str(site.model_path)
+    return {
+        "--env.group_size": str(settings.group_size or config.group_size),
+        "--env.max_token_length": str(config.max_token_len),
+        "--env.tokenizer_name": tokenizer,
+        "--env.use_wandb": "false",
+        # Without a name /register-env is refused with 422; this one is how the API tells the processes apart.
+        _NAME_OPTION: Path(program_of("", settings)[-1]).stem if site.of_training else process,
+        "--openai.base_url": f"{site.gateway_url}/v1",
+        "--openai.model_name": str(site.model_path),
+        "--openai.tokenizer_name": tokenizer,
+        "--openai.server_type": settings.server_type,
+    }
 
 
 def program_of(name: str, settings: EnvironmentConfig) -> tuple[str, ...]:
@@ -178,8 +232,7 @@ def program_of(name: str, settings: EnvironmentConfig) -> tuple[str, ...]:
     if settings.script is None:
         return (str(demo_env_script()),)
     given = Path(settings.script).expanduser()
-    repository = Path(__file__).resolve().parents[3]
-    places = [given.absolute()] if given.is_absolute() else [given.absolute(), repository / given]
+    places = [given.absolute()] if given.is_absolute() else [given.absolute(), _REPOSITORY / given]
     for place in places:
         if place.is_file():
             return (str(place),)
@@ -187,52 +240,12 @@ def program_of(name: str, settings: EnvironmentConfig) -> tuple[str, ...]:
     raise ConfigError(f"there is no {looked}", f"environments.{name}.script")
 
 
-def _directory(name: str, settings: EnvironmentConfig, run_dir: Path) -> Path:
-    if settings.cwd is None:
-        return run_dir
-    path = Path(settings.cwd).expanduser().absolute()
-    if not path.is_dir():
-        raise ConfigError(f"{path} is not a directory", f"environments.{name}.cwd")
-    return path
-
-
-def _arguments(config: RunConfig, settings: EnvironmentConfig, process: str, site: Site) -> dict[str, str]:
-    """What ``serve`` and ``evaluate`` both are given, without addresses and keys that are secret."""
-    tokenizer = config.model.tokenizer_path or str(site.model_path)
-    return {
-        "--env.group_size": str(settings.group_size or config.group_size),
-        "--env.max_token_length": str(config.max_token_len),
-        "--env.tokenizer_name": tokenizer,
-        "--env.use_wandb": "false",
-        # Without a name /register-env is refused with 422; this one is how the API tells the processes apart.
-        "--env.wandb_name": process,
-        "--openai.base_url": f"{site.gateway_url}/v1",
-        "--openai.model_name": str(site.model_path),
-        "--openai.tokenizer_name": tokenizer,
-        "--openai.server_type": settings.server_type,
-    }
-
-
-def _merged(ours: Mapping[str, str], settings: EnvironmentConfig, private: PrivateArguments) -> tuple[str, ...]:
-    """Our arguments but for those that the user omits or gives, then the private ones, then the user's."""
-    kept = [
-        (key, value)
-        for key, value in ours.items()
-        if key not in settings.omit and option_value(settings.args, key) is None and key not in settings.args
-    ]
-    return (*(word for pair in kept for word in pair), *private.words, *user_arguments(settings.args, private))
-
-
-def _trap_warnings(name: str, program: tuple[str, ...], settings: EnvironmentConfig) -> list[str]:
-    if program[0] == "-m":
-        return []
-    where = bare_server_config(Path(program[0]))
-    if where is None:
-        return []
-    return [
-        f"environments.{name}: {program[0]}, line {where}: config_init returns a bare APIServerConfig. Atropos then "
-        "ignores --openai.base_url and talks to localhost:9004-9007; return a list, [APIServerConfig(...)]"
-    ]
+def demo_env_script() -> Path:
+    """The demo environment in a source checkout. Raises ``ConfigError`` where there is none."""
+    script = _REPOSITORY / "examples" / "environments" / "spell_backward.py"
+    if not script.is_file():
+        raise ConfigError(f"the demo environment is not at {script} (no source checkout?); give your own", "env.script")
+    return script
 
 
 def interpreter(python: str | None, key: str) -> str:
@@ -251,3 +264,241 @@ def interpreter(python: str | None, key: str) -> str:
         raise ConfigError(f"{path} does not exist; give an interpreter or a virtual environment", key)
     # Not resolved: a virtual environment's python is a link, and is what it is by its own path.
     return str(path.absolute())
+
+
+# ---------------------------------------------------------------------- keys
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateArguments:
+    """Words for an environment's command line, and the private files that must exist when it starts."""
+
+    words: tuple[str, ...] = ()
+    files: Mapping[Path, str] = field(default_factory=dict)
+
+
+def private_arguments(
+    *,
+    api_key: str | None,
+    api_url: str | None,
+    token: str | None,
+    args: Sequence[str],
+    omit: Sequence[str],
+    file: Path,
+    cwd: Path,
+    key: str,
+) -> PrivateArguments:
+    """Gateway key and API address for one environment.
+
+    Args:
+        api_key: of the gateway; None: it has none.
+        api_url: of the API; None: it is not told (``evaluate`` needs none).
+        token: of the API.
+        args: the user's own arguments, which win. A ``--config`` among them is read: ours holds its content too.
+        omit: arguments of ours to leave out; ``--config``: an Atropos that does not know it gets keys as arguments.
+        file: path of the private file.
+        cwd: the environment's working directory, which a relative ``--config`` starts from.
+        key: dotted name of the setting that ``args`` is, for the message.
+
+    Raises:
+        ConfigError: the user's ``--config`` cannot be read.
+    """
+
+    def is_ours(option: str) -> bool:
+        return option not in omit and option_value(args, option) is None
+
+    # The openai client refuses to start without a key.
+    wanted = {_KEY_OPTION: api_key or "none"} if is_ours(_KEY_OPTION) else {}
+    secret = {_KEY_OPTION} if api_key else set()
+    if api_url is not None and is_ours(_URL_OPTION):
+        wanted[_URL_OPTION] = _with_password(api_url, token) if token else api_url
+        secret |= {_URL_OPTION} if token else set()
+    given = option_value(args, _FILE_OPTION)
+    settings = {} if given is None or _FILE_OPTION in omit else _read(cwd / Path(given).expanduser(), key)
+    servers = settings.get("openai") or {}
+    if isinstance(servers, list) and len(servers) > 1:
+        secret -= {_KEY_OPTION}
+        wanted.pop(_KEY_OPTION, None)  # several servers of the user's own: Atropos takes no argument beside them
+    if _FILE_OPTION in omit:
+        secret = set()
+    words = [word for option, value in wanted.items() if option not in secret for word in (option, value)]
+    private = {option: value for option, value in wanted.items() if option in secret}
+    if not private:
+        return PrivateArguments(tuple(words))
+    if _KEY_OPTION in private:
+        server = servers[0] if isinstance(servers, list) and servers else servers
+        settings["openai"] = {**(server or {}), "api_key": private[_KEY_OPTION]}
+    if _URL_OPTION in private:
+        settings["env"] = {**(settings.get("env") or {}), "rollout_server_url": private[_URL_OPTION]}
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    return PrivateArguments((*words, _FILE_OPTION, str(file)), {file: text})
+
+
+def option_value(args: Sequence[str], option: str) -> str | None:
+    """The value of ``option`` in ``--option value`` or ``--option=value`` form; None: it is not given."""
+    for index, word in enumerate(args):
+        if word.startswith(f"{option}="):
+            return word.split("=", 1)[1]
+        if word == option and index + 1 < len(args):
+            return args[index + 1]
+    return None
+
+
+def user_arguments(args: Sequence[str], private: PrivateArguments) -> tuple[str, ...]:
+    """``args`` without a ``--config`` that the private file has taken in."""
+    if not private.files:
+        return tuple(args)
+    kept: list[str] = []
+    words = iter(args)
+    for word in words:
+        if word == _FILE_OPTION:
+            next(words, None)
+        elif not word.startswith(f"{_FILE_OPTION}="):
+            kept.append(word)
+    return tuple(kept)
+
+
+def _with_password(url: str, token: str) -> str:
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=f"atropos:{quote(token, safe='')}@{host}").geturl()
+
+
+def _read(path: Path, key: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path} (--config): {error}", key) from error
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path} (--config) is not a mapping", key)
+    return dict(content)
+
+
+# ---------------------------------------------------------------------- shares of the batch
+
+
+def allocate(config: RunConfig, launch: LaunchConfig, *, embedded: bool) -> tuple[dict[str, float | None], list[str]]:
+    """``--env.min_batch_allocation`` of one process of each environment, and warnings.
+
+    Atropos itself uses weights only to bound concurrent requests (512 times the share, which seldom binds), so a
+    weight alone moves nothing. A least share of every batch does. Where weights differ, each environment therefore
+    gets its share of what explicit allocations leave, rounded down to whole groups; what rounding leaves is filled
+    with the oldest groups.
+    """
+    chosen = launch.chosen
+    total = sum(settings.min_batch_allocation or 0.0 for settings in chosen.values())
+    if total > 1 + _ROUNDING:
+        raise ConfigError(f"min_batch_allocation of all environments adds up to {total:g}, above 1", "environments")
+    result = {name: _per_copy(config, settings.min_batch_allocation, settings) for name, settings in chosen.items()}
+    free = {name: settings for name, settings in chosen.items() if settings.min_batch_allocation is None}
+    weights = sum(settings.weight for settings in free.values())
+    uneven = len({settings.weight / settings.copies for settings in chosen.values()}) > 1
+    warnings: list[str] = []
+    if len(chosen) < 2 or not uneven or weights <= 0 or not free:
+        return result, warnings
+    if not embedded:  # upstream stops delivering when an environment with an allocation dies: only where asked for
+        return result, [_WEIGHTS_ONLY]
+    for name, settings in free.items():
+        result[name] = _per_copy(config, (1 - total) * settings.weight / weights, settings)
+        if result[name] is None and settings.weight > 0:
+            warnings.append(
+                f"environments.{name}: its share of a batch of {config.batch_size} is less than one group of "
+                f"{_group_size(config, settings)}; it gets what the others leave. A larger batch_size holds the share"
+            )
+    return result, warnings
+
+
+_WEIGHTS_ONLY = (
+    "weights are handed to the environments, but this API uses them for concurrency only: shares of the trained "
+    "sequences will not follow them. Set min_batch_allocation of each environment, or use the embedded API"
+)
+
+
+def _per_copy(config: RunConfig, share: float | None, settings: EnvironmentConfig) -> float | None:
+    """``share`` of the batch in whole groups, divided over the copies; None: less than one group each."""
+    if share is None:
+        return None
+    group = _group_size(config, settings)
+    groups = int(share * config.batch_size / settings.copies / group + _ROUNDING)
+    # The API takes int(batch_size * allocation): a hair more, so that 1/3 of 24 is 8 and not 7.
+    return None if groups == 0 else min(1.0, round(groups * group / config.batch_size + _ROUNDING, 12))
+
+
+def _group_size(config: RunConfig, settings: EnvironmentConfig) -> int:
+    given = option_value(settings.args, "--env.group_size")
+    if given is not None and given.isdigit() and int(given) > 0:
+        return int(given)
+    return settings.group_size or config.group_size
+
+
+def _check_groups(config: RunConfig, launch: LaunchConfig, *, embedded: bool) -> list[str]:
+    """Warnings. Raises ``ConfigError`` where no batch can be filled exactly."""
+    sizes = {name: _group_size(config, settings) for name, settings in launch.chosen.items()}
+    largest = max(sizes.values())
+    for name, size in sizes.items():
+        key = f"environments.{name}.group_size"
+        if size > config.batch_size:
+            raise ConfigError(f"{size} is above batch_size {config.batch_size}: no batch would hold a group", key)
+        if config.batch_size % size or largest % size:
+            message = (
+                f"groups of {size} do not fill a batch of {config.batch_size} exactly beside groups of {largest}: "
+                "batch_size must be a multiple of each group size, and the largest of every other"
+            )
+            if not embedded:
+                raise ConfigError(f"{message}; an upstream API would never deliver a batch", key)
+            return [f"{key}: {message}; some batches will be smaller"]
+    return []
+
+
+# ---------------------------------------------------------------------- a static look at an environment
+
+
+def _server_warnings(name: str, settings: EnvironmentConfig) -> list[str]:
+    program = program_of(name, settings)
+    where = None if program[0] == "-m" else bare_server_config(Path(program[0]))
+    if where is None:
+        return []
+    return [
+        f"environments.{name}: {program[0]}, line {where}: config_init returns a bare APIServerConfig. Atropos then "
+        "ignores --openai.base_url and talks to localhost:9004-9007; return a list, [APIServerConfig(...)]"
+    ]
+
+
+def bare_server_config(script: Path) -> int | None:
+    """The line of ``script`` where a ``config_init`` returns a bare ``APIServerConfig``; None: none was found.
+
+    That mistake costs most time: Atropos then ignores ``--openai.base_url`` and asks localhost:9004-9007 for ever.
+    Nothing is imported or run: environments need packages that this interpreter may not have. Followed are literal
+    tuples and names assigned in the same function. A file that is no Python gives None: it fails soon enough by itself.
+    """
+    try:
+        tree = ast.parse(script.read_bytes(), str(script))
+    except (OSError, SyntaxError, ValueError):
+        return None
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) and function.name == "config_init":
+            for line in _bare_returns(function):
+                return line
+    return None
+
+
+def _bare_returns(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[int]:
+    assigned: dict[str, ast.expr] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if isinstance(target, ast.Name):
+                    assigned[target.id] = node.value
+
+    def followed(value: ast.expr) -> ast.expr:
+        return assigned.get(value.id, value) if isinstance(value, ast.Name) else value
+
+    for node in ast.walk(function):
+        if not isinstance(node, ast.Return) or node.value is None:
+            continue
+        value = followed(node.value)
+        if isinstance(value, ast.Tuple) and len(value.elts) == 2:
+            server = followed(value.elts[1])
+            called = server.func if isinstance(server, ast.Call) else None
+            if (called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")) == "APIServerConfig":
+                yield node.lineno

@@ -1,123 +1,301 @@
-"""Configuration → the commands of a run's processes. Pure: starts nothing, so a plan can be shown and tested."""
+"""Configuration → everything that a run starts, as data: pure, so a plan can be printed, tested and run by hand."""
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
+import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from atropos_verl.config.schema import RunConfig
+from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig, check_keys
+from atropos_verl.config.schema import EnvConfig, EvalConfig, RunConfig
 from atropos_verl.errors import ConfigError
-from atropos_verl.launch.keys import private_arguments, user_arguments
+from atropos_verl.launch.environments import CHILD_ENV, Site, demo_env_script, interpreter, plan_environments
+from atropos_verl.launch.evaluation import PlannedEvaluation, evaluations_text, plan_evaluations
 from atropos_verl.launch.process import ServiceSpec
+from atropos_verl.storage import write_atomic
 
-__all__ = ["api_data_dir", "api_spec", "demo_env_script", "env_script", "env_spec", "evaluate_spec"]
+__all__ = [
+    "DISK_FULL_BYTES",
+    "Addresses",
+    "LaunchPlan",
+    "TrainerProgram",
+    "make_plan",
+    "one_environment",
+    "prepare_run_dir",
+    "trainer_settings_path",
+    "trainer_settings_text",
+]
 
-_CHILD_ENV = {
-    "PYTHONUNBUFFERED": "1",  # logs are read while the process runs, and after it was killed
-    "TOKENIZERS_PARALLELISM": "false",
-    "OMP_NUM_THREADS": "1",  # environments do not compute; their thread pools would take the trainer's cores
-}
+DISK_FULL_BYTES = 1 << 20
+"""With less than this free, a service that died has died of it."""
 
 
-def api_spec(run_dir: Path, host: str, port: int, server: str = "upstream") -> ServiceSpec:
-    """The trajectory API: ``upstream`` is atroposlib's, ``embedded`` ours, which keeps its state in ``run_dir/api``."""
-    env = _CHILD_ENV
-    module: tuple[str, ...] = ("atroposlib.cli.run_api",)
-    if server == "embedded":
-        module = ("atropos_verl.cli", "serve-api", "--data-dir", str(api_data_dir(run_dir)))
-        # For this run alone, on this machine: a token meant for another API would only lock the environment out.
-        env = {**_CHILD_ENV, "ATROPOS_API_TOKEN": ""}
-    command = (sys.executable, "-m", *module, "--host", host, "--port", str(port))
-    return ServiceSpec(
-        name="trajectory_api", command=command, env=env, cwd=run_dir, log_path=_log(run_dir, "trajectory_api")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Addresses:
+    """The URLs at which the parts of a run reach each other."""
+
+    api_url: str
+    gateway_url: str
+    """As environments reach it, without ``/v1``."""
+    probe_url: str | None
+    """As the supervisor reaches it; None: this launch has nothing to do with a gateway."""
+    gateway_port: int
+    """The trainer binds it; 0 when the trainer is elsewhere."""
+    own_api: bool
+    """The API is started here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerProgram:
+    """The words that the trainer's interpreter is given."""
+
+    words: tuple[str, ...]
+    restart_words: tuple[str, ...]
+    """Added when it is started again: go on from the newest checkpoint, whatever the first start was told."""
+    settings_file: bool = True
+    """It reads ``trainer_settings_path``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchPlan:
+    """A whole launch."""
+
+    run_dir: Path
+    config: RunConfig
+    """Of the trainer, addresses and keys filled in."""
+    launch: LaunchConfig
+    addresses: Addresses
+    services: tuple[ServiceSpec, ...]
+    """In the order of starting."""
+    evaluations: dict[str, list[PlannedEvaluation]]
+    """Label (before, after) → the processes of that held-out evaluation."""
+    warnings: tuple[str, ...] = ()
+    model_name: str = ""
+    settings_file: bool = True
+    """The trainer reads ``trainer_settings_path``."""
+    trains_here: bool = False
+    """The trainer runs in the process of the supervisor."""
+
+    def describe(self) -> dict[str, Any]:
+        """The content of ``plan.json``: every command with its directory and the variables it is given."""
+        return {
+            "run_dir": str(self.run_dir),
+            "api_url": self.addresses.api_url,
+            "gateway_url": self.addresses.gateway_url,
+            "steps": self.config.steps,
+            "services": {
+                spec.name: {
+                    "kind": spec.kind,
+                    "command": list(spec.command),
+                    "env": dict(spec.env),
+                    "cwd": str(spec.cwd),
+                    "log": str(spec.log_path),
+                    "restarts": spec.restarts,
+                    "startup_timeout": spec.startup_timeout,
+                    "shell": shlex.join(["env", *(f"{key}={value}" for key, value in spec.env.items()), *spec.command]),
+                }
+                for spec in self.services
+            },
+            "warnings": list(self.warnings),
+        }
+
+    def text(self) -> str:
+        """The output of ``--dry-run``: the commands as one would type them, keys left out."""
+        lines = [f"run directory      {self.run_dir}", f"trajectory API     {self.addresses.api_url}"]
+        lines.append(f"inference gateway  {self.addresses.gateway_url}")
+        for spec in self.services:
+            variables = " ".join(f"{key}={shlex.quote(value)}" for key, value in spec.env.items())
+            lines += ["", f"{spec.name} ({spec.kind}; restarts: {spec.restarts}, log {spec.log_path})"]
+            lines.append(f"  cd {shlex.quote(str(spec.cwd))} && {variables} {shlex.join(spec.command)}")
+        text = "\n".join(lines)
+        for secret in (self.config.gateway.api_key, self.config.atropos.token):
+            text = text.replace(secret, "***") if secret and len(secret) > 3 else text
+        return "\n".join([text, "", *(f"warning: {warning}" for warning in self.warnings)]).rstrip()
+
+
+def make_plan(
+    config: RunConfig,
+    launch: LaunchConfig,
+    *,
+    model_path: Path,
+    addresses: Addresses,
+    program: Callable[[RunConfig], TrainerProgram] | None = None,
+    trains_here: bool = False,
+) -> LaunchPlan:
+    """The services of a run.
+
+    Args:
+        config: with ``run_dir``, ``atropos.api_url``, ``gateway.port`` and ``gateway.api_key`` as they will be.
+        program: the trainer's command for the final configuration; None: the local backend's.
+        trains_here: the trainer runs in this process, with ``one_environment``.
+
+    Raises:
+        ConfigError: an environment's script does not exist; group sizes or allocations do not fit the batch size.
+    """
+    run_dir = config.resolve_run_dir()
+    site = Site(
+        run_dir=run_dir,
+        model_path=model_path,
+        api_url=addresses.api_url,
+        gateway_url=addresses.gateway_url,
+        of_training=trains_here,
+    )
+    evaluations = plan_evaluations(config, launch, site)
+    if evaluations and not trains_here:
+        file = str(_evaluations_path(run_dir))
+        config = config.model_copy(update={"eval": config.eval.model_copy(update={"commands_file": file})})
+    warnings = [] if trains_here else check_keys(config, launch, own_api=addresses.own_api)
+    services: list[ServiceSpec] = []
+    if addresses.own_api:
+        services.append(_api(launch, config, site))
+    if launch.starts("environments"):
+        environments, notes = plan_environments(config, launch, site=site, own_api=addresses.own_api)
+        services += environments
+        warnings += notes
+    if launch.starts("trainer") and not trains_here:
+        services.append(_trainer(launch, config, site, program(config) if program else _local_program(launch, run_dir)))
+    return LaunchPlan(
+        run_dir=run_dir,
+        config=config,
+        launch=launch,
+        addresses=addresses,
+        services=tuple(services),
+        evaluations=evaluations,
+        warnings=tuple(warnings),
+        model_name=str(model_path),
+        settings_file=program is None,
+        trains_here=trains_here,
     )
 
 
-def api_data_dir(run_dir: Path) -> Path:
-    """Where the embedded API of a run keeps its state."""
-    return run_dir / "api"
+def one_environment(config: RunConfig) -> LaunchConfig:
+    """The launch of ``main_atropos.py``: the environment that the section ``env`` describes.
 
-
-def demo_env_script() -> Path:
-    """The demo environment in a source checkout. Raises ``ConfigError`` where there is none."""
-    script = Path(__file__).resolve().parents[3] / "examples" / "environments" / "spell_backward.py"
-    if not script.is_file():
-        raise ConfigError(f"the demo environment is not at {script} (no source checkout?); give your own", "env.script")
-    return script
-
-
-def env_script(config: RunConfig) -> Path:
-    """The environment to run. Raises ``ConfigError`` when it does not exist."""
-    if config.env.script is None:
-        return demo_env_script()
-    script = Path(config.env.script).expanduser().absolute()
+    Raises:
+        ConfigError: its script does not exist.
+    """
+    env = config.env
+    script = demo_env_script() if env.script is None else Path(env.script).expanduser().absolute()
     if not script.is_file():
         raise ConfigError(f"{script} does not exist", "env.script")
-    return script
-
-
-def env_spec(config: RunConfig, run_dir: Path, model_path: Path, *, api_url: str, gateway_url: str) -> ServiceSpec:
-    """``ENV serve``, pointed at this run's API and gateway."""
-    arguments = (
-        "serve",
-        *_common_arguments(config, model_path, gateway_url),
-        *("--env.rollout_server_url", api_url),
-        *("--env.total_steps", str(10 * config.steps + 1000)),  # the trainer ends the run, not the environment
-        *("--env.max_batches_offpolicy", str(config.max_batches_offpolicy)),
+    seed = ("--env.seed", str(config.seed)) if env.script is None else ()
+    environment = EnvironmentConfig(
+        script=str(script), python=env.python, args=(*seed, *env.args), startup_timeout=env.startup_timeout
     )
-    return _environment(config, run_dir, "environment", arguments)
+    launch = LaunchConfig(environments={"environment": environment})
+    if config.atropos.server == "upstream":
+        # Upstream's API comes back knowing nobody, and this process cannot start its trainer anew.
+        launch = launch.model_copy(update={"api": launch.api.model_copy(update={"on_death": "stop"})})
+    return launch
 
 
-def evaluate_spec(
-    config: RunConfig, run_dir: Path, model_path: Path, *, gateway_url: str, label: str
-) -> tuple[ServiceSpec, Path]:
-    """``ENV evaluate`` on held-out tasks, and the file it writes its metrics to."""
-    directory = run_dir / "eval" / label
-    arguments = (
-        "evaluate",
-        *_common_arguments(config, model_path, gateway_url),
-        *("--env.data_dir_to_save_evals", str(directory)),
-    )
-    return _environment(config, run_dir, f"evaluate_{label}", arguments), directory / "metrics.json"
-
-
-def _common_arguments(config: RunConfig, model_path: Path, gateway_url: str) -> tuple[str, ...]:
-    tokenizer = config.model.tokenizer_path or str(model_path)
-    return (
-        *("--env.group_size", str(config.group_size)),
-        *("--env.max_token_length", str(config.max_token_len)),
-        *("--env.tokenizer_name", tokenizer),
-        *("--env.use_wandb", "false"),
-        # Without a name /register-env is refused with 422: atroposlib sends null where the API wants a string.
-        *("--env.wandb_name", env_script(config).stem),
-        *("--openai.base_url", f"{gateway_url}/v1"),
-        *("--openai.model_name", str(model_path)),
-        *("--openai.tokenizer_name", tokenizer),
-        *("--openai.server_type", "vllm"),
-    )
-
-
-def _environment(config: RunConfig, run_dir: Path, name: str, arguments: tuple[str, ...]) -> ServiceSpec:
-    script = env_script(config)
-    slurm = ("--slurm", "false") if arguments[0] == "serve" else ()
-    extra = ("--env.seed", str(config.seed)) if config.env.script is None else ()
-    private = private_arguments(
-        api_key=config.gateway.api_key,
-        args=config.env.args,
-        file=run_dir / "launch" / f"{name}.yaml",
-        cwd=run_dir,
-        key="env.args",
-    )
-    words = (*arguments, *slurm, *extra, *private.words, *user_arguments(config.env.args, private))
+def _api(launch: LaunchConfig, config: RunConfig, site: Site) -> ServiceSpec:
+    settings = launch.api
+    port = site.api_url.rsplit(":", 1)[1]
+    module: tuple[str, ...] = ("atroposlib.cli.run_api",)
+    more: tuple[str, ...] = ()
+    env: dict[str, str] = {}
+    if config.atropos.server == "embedded":
+        data_dir = Path(settings.data_dir).expanduser().absolute() if settings.data_dir else site.run_dir / "api"
+        module, more = ("atropos_verl.cli", "serve-api"), ("--data-dir", str(data_dir), *settings.args)
+        # Empty where this API has none: a token meant for another API would only lock the environments out.
+        env = {**_import_path(), "ATROPOS_API_TOKEN": config.atropos.token or ""}
     return ServiceSpec(
-        name=name,
-        command=(config.env.python or sys.executable, str(script), *words),
-        env=_CHILD_ENV,
-        cwd=run_dir,
-        log_path=_log(run_dir, name),
-        files=private.files,
+        name="trajectory_api",
+        command=(sys.executable, "-m", *module, "--host", settings.host, "--port", port, *more),
+        env={**CHILD_ENV, **env},
+        cwd=site.run_dir,
+        log_path=site.log("trajectory_api"),
+        kind="api",
+        restarts=settings.max_restarts if settings.on_death == "restart" else 0,
+        startup_timeout=settings.startup_timeout,
     )
 
 
-def _log(run_dir: Path, name: str) -> Path:
-    return run_dir / "logs" / f"{name}.log"
+def _local_program(launch: LaunchConfig, run_dir: Path) -> TrainerProgram:
+    file = trainer_settings_path(run_dir)
+    module = ("-m", "atropos_verl.cli", "train", "--config-dir", str(file.parent), "--config-name", file.stem)
+    nproc = launch.trainer_process.nproc
+    ranks = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}") if nproc > 1 else ()
+    return TrainerProgram(words=(*ranks, *module), restart_words=("resume=auto",))
+
+
+def _trainer(launch: LaunchConfig, config: RunConfig, site: Site, program: TrainerProgram) -> ServiceSpec:
+    settings = launch.trainer_process
+    # The trainer lets these variables win over its file; what the launch decided must hold.
+    variables = {
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "ATROPOS_API_URL": site.api_url,
+        "ATROPOS_TIMEOUT": f"{config.atropos.timeout:g}",
+        "ATROPOS_API_TOKEN": config.atropos.token,
+        "ATROPOS_GATEWAY_KEY": config.gateway.api_key,
+    }
+    given = {name: value for name, value in variables.items() if value}
+    return ServiceSpec(
+        name="trainer",
+        command=(interpreter(settings.python, "trainer_process.python"), *program.words),
+        env={**given, **_import_path(), **settings.env},
+        cwd=site.run_dir,
+        log_path=site.log("trainer"),
+        kind="trainer",
+        restarts=settings.max_restarts if settings.on_death == "restart" else 0,
+        startup_timeout=settings.startup_timeout,
+        restart_words=program.restart_words,
+    )
+
+
+def _import_path() -> dict[str, str]:
+    """PYTHONPATH with its entries made absolute: the children run in another directory."""
+    entries = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    if all(Path(entry).is_absolute() for entry in entries):
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(str(Path(entry).absolute()) for entry in entries)}
+
+
+# ---------------------------------------------------------------------- the run directory
+
+
+def trainer_settings_path(run_dir: Path) -> Path:
+    """The file with every setting of the trainer. Keys are in it, so it is private (0600)."""
+    return run_dir / "launch" / "trainer.yaml"
+
+
+def _evaluations_path(run_dir: Path) -> Path:
+    return run_dir / "launch" / "evaluations.json"
+
+
+def trainer_settings_text(config: RunConfig) -> str:
+    """The content of ``trainer_settings_path``: JSON, which YAML is a superset of."""
+    values = config.model_dump(mode="json")
+    values["env"] = EnvConfig().model_dump(mode="json")  # environments are the launch's
+    if config.eval.commands_file is None:
+        values["eval"] = EvalConfig().model_dump(mode="json")
+    return json.dumps(values, indent=1) + "\n"
+
+
+def prepare_run_dir(plan: LaunchPlan) -> None:
+    """Make the run directory, ``plan.json`` and the trainer's settings (0600: keys are in them).
+
+    Raises:
+        ConfigError: it cannot be written, or its disk is full.
+    """
+    run_dir = plan.run_dir
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        (run_dir / "launch").mkdir(exist_ok=True)
+        write_atomic(run_dir / "plan.json", json.dumps(plan.describe(), indent=1) + "\n", private=True)
+        if plan.settings_file:
+            write_atomic(trainer_settings_path(run_dir), trainer_settings_text(plan.config), private=True)
+        if plan.evaluations:
+            write_atomic(_evaluations_path(run_dir), evaluations_text(plan.evaluations), private=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {run_dir}: {error.strerror or error}", "run_dir") from error
+    if (free := shutil.disk_usage(run_dir).free) < DISK_FULL_BYTES:
+        raise ConfigError(f"the disk of {run_dir} is full ({free} bytes free)", "run_dir")

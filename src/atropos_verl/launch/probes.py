@@ -1,18 +1,32 @@
-"""What a launcher asks of a running system: the API's status, the gateway's health and counters, one generation."""
+"""A look at a running system from outside: ports, the API's status, the gateway's health, new lines of the metrics."""
 
 from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
+import socket
 import threading
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-__all__ = ["Poller", "Seen", "connected_entries", "disconnect_environment", "environments_of", "request_json"]
+__all__ = [
+    "Poller",
+    "Seen",
+    "StepTail",
+    "connected_entries",
+    "disconnect_environment",
+    "environments_of",
+    "free_port",
+    "request_json",
+    "try_to_listen",
+]
 
 _PROBE_SECONDS = 2.0
 _GENERATION_SECONDS = 10.0
@@ -20,6 +34,29 @@ _INTERVAL = 0.5
 _PREFIX = "atropos_verl_gateway_"
 _REFUSED = re.compile(r'requests_total\{.*status="4(?!99)\d\d"')
 """Answers that are the client's fault; 499 is a client that went away."""
+_KEPT_STEPS = 8
+_KEPT_REWARDS = 400
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that nothing listens on. Free at this moment only: bind it soon.
+
+    Raises:
+        OSError: ``host`` is no address of this machine.
+    """
+    family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def try_to_listen(host: str, port: int) -> None:
+    """Raises ``OSError`` when ``host``:``port`` cannot be listened on at this moment."""
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+        probe.listen()
 
 
 def request_json(
@@ -67,9 +104,11 @@ class Seen:
 
 
 class Poller:
-    """Asks API and gateway every half second from a thread of its own, so that a frozen one blocks nobody.
+    """Asks API and gateway every half second from threads of its own, so that a frozen one blocks nobody.
 
-    ``api_url``, ``gateway_url``: None: is not asked. ``stop()`` ends the thread within the probes' timeout.
+    Args:
+        api_url, gateway_url: None: is not asked.
+        generates: one generation is asked of a gateway that is up; otherwise its health is believed.
     """
 
     def __init__(
@@ -80,18 +119,20 @@ class Poller:
         api_token: str | None = None,
         gateway_key: str | None = None,
         model_name: str = "",
+        generates: bool = True,
     ) -> None:
         self._api_url = api_url
         self._gateway_url = gateway_url
         self._api_token = api_token
         self._gateway_key = gateway_key
         self._model_name = model_name
+        self._generates = generates
         self._seen = Seen()
         self._ended = threading.Event()
         self._rated: tuple[float, float, float] | None = None
         self._threads = [
             threading.Thread(target=self._loop, args=(ask,), name=f"poll-{name}", daemon=True)
-            for name, ask, url in (("api", self._ask_api, api_url), ("gateway", self._ask_gateway, gateway_url))
+            for name, ask, url in (("api", self.ask_api, api_url), ("gateway", self._ask_gateway, gateway_url))
             if url is not None
         ]
         self._lock = threading.Lock()
@@ -108,7 +149,7 @@ class Poller:
         """Ends the asking, with one last look at the API. Waits for no thread (they are daemons and hold nothing)."""
         self._ended.set()
         if self._api_url is not None and self._seen.api is not None:
-            self._ask_api()
+            self.ask_api()
 
     def expect_new_gateway(self) -> None:
         """The trainer is started anew: what was seen of the one before does not count."""
@@ -120,11 +161,12 @@ class Poller:
         with self._lock:
             self._seen = replace(self._seen, api=None, api_at=0.0)
 
-    def _loop(self, ask: Any) -> None:
+    def _loop(self, ask: Callable[[], object]) -> None:
         while not self._ended.wait(_INTERVAL):
             ask()
 
-    def _ask_api(self) -> None:
+    def ask_api(self) -> bool:
+        """Ask for the API's status now; whether it answered."""
         status = request_json(f"{self._api_url}/status", token=self._api_token)
         good = isinstance(status, dict) and "current_step" in status
         if good and isinstance(status.get("environments"), int):  # ours: the number here, one row each there
@@ -134,6 +176,7 @@ class Poller:
         with self._lock:
             now = time.monotonic()
             self._seen = replace(self._seen, api=status, api_at=now) if good else replace(self._seen, api=None)
+        return good
 
     def _ask_gateway(self) -> None:
         health = request_json(f"{self._gateway_url}/health")
@@ -160,7 +203,9 @@ class Poller:
     def _generate(self) -> None:
         body = {"model": self._model_name, "prompt": "a", "max_tokens": 1, "temperature": 1.0}
         url = f"{self._gateway_url}/v1/completions"
-        answer = request_json(url, token=self._gateway_key, body=body, timeout=_GENERATION_SECONDS)
+        answer: Any = {"choices": True}
+        if self._generates:
+            answer = request_json(url, token=self._gateway_key, body=body, timeout=_GENERATION_SECONDS)
         if isinstance(answer, dict) and answer.get("choices"):
             with self._lock:
                 self._seen = replace(self._seen, generated_at=time.monotonic())
@@ -195,7 +240,7 @@ def _counters(text: str) -> dict[str, float]:
 
 
 def environments_of(status: Mapping[str, Any] | None) -> list[Mapping[str, Any]] | None:
-    """What the API says of each environment; None where it (upstream's) says nothing of them."""
+    """The API's row of each environment; None where it (upstream's) says nothing of them."""
     listed = (status or {}).get("environments")
     return [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else None
 
@@ -216,3 +261,68 @@ def disconnect_environment(api_url: str, env_id: int, token: str | None) -> bool
     """Tell the API that an environment is gone: a dead one keeps its weight and its allocation. True: it knows."""
     answer = request_json(f"{api_url}/disconnect-env", token=token, body={"env_id": env_id})
     return isinstance(answer, dict) and answer.get("status") == "success"
+
+
+class StepTail:
+    """Reads the new lines of ``metrics.jsonl`` at each ``poll``.
+
+    A resumed run replaces the file by one without the steps that it will take again: that one is read anew, and only
+    what goes beyond the last step is news.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self.path = path
+        self.recent: deque[dict[str, Any]] = deque(maxlen=_KEPT_STEPS)
+        self.rewards: deque[float | None] = deque(maxlen=_KEPT_REWARDS)
+        self.last_at: float | None = None
+        """``clock()`` when the last new line was seen; None: none yet."""
+        self._clock = clock
+        self._file: tuple[int, int] | None = None
+        self._position = 0
+        self._rest = b""
+        self._old = path.exists()
+
+    @property
+    def step(self) -> int:
+        """The newest step, 0 before the first."""
+        return int(self.recent[-1]["step"]) if self.recent else 0
+
+    def poll(self) -> list[dict[str, Any]]:
+        """Steps taken since the last call (those that were there before the first call are not)."""
+        before = self.step
+        try:
+            with self.path.open("rb") as file:
+                replaced = self._open(os.fstat(file.fileno()))
+                file.seek(self._position)
+                content = file.read()
+        except OSError:
+            return []
+        self._position += len(content)
+        *lines, self._rest = (self._rest + content).split(b"\n")
+        found = [line for line in map(_step, lines) if line is not None]
+        self.recent.extend(found)
+        self.rewards.extend(line.get("reward/mean") for line in found)
+        if self._old:
+            self._old = False
+            return []
+        fresh = [line for line in found if line["step"] > before] if replaced else found
+        if fresh:
+            self.last_at = self._clock()
+        return fresh
+
+    def _open(self, status: os.stat_result) -> bool:
+        key = (status.st_dev, status.st_ino)
+        if key == self._file and status.st_size >= self._position:
+            return False
+        self._file, self._position, self._rest = key, 0, b""
+        self.recent.clear()
+        self.rewards.clear()
+        return True
+
+
+def _step(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None

@@ -1,4 +1,4 @@
-"""One child process and its descendants: started with a log, watched, ended without leaving anything behind."""
+"""Runs one child process with its descendants: a log, its exit status, an end that leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import Literal
 
 import psutil
 
 from atropos_verl.errors import ServiceError
-from atropos_verl.launch import orphan_reaper as watcher
+from atropos_verl.launch import orphan_reaper
 from atropos_verl.storage import write_atomic
 
-__all__ = ["ManagedProcess", "ProcessSet", "ServiceSpec", "describe_exit"]
+__all__ = ["GRACE_SECONDS", "ManagedProcess", "ServiceSpec", "describe_exit", "stop_all"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceSpec:
-    """A command to run as a service."""
+    """A command to run as a service, and when to start it again."""
 
     name: str
     command: tuple[str, ...]
@@ -48,13 +47,22 @@ class ServiceSpec:
     """Added to this process's environment."""
     cwd: Path
     log_path: Path
-    """stdout and stderr are appended to it; its directory is made."""
+    """stdout and stderr are appended to it; its directory is made. A supervisor numbers ``NAME.1.log``."""
     files: Mapping[Path, str] = field(default_factory=dict)
-    """Written before each start, readable by the owner only: keys that shall not stand in the command."""
+    """Written before each start, readable by the owner only: for keys, which must not show in the process list."""
+    kind: Literal["api", "trainer", "environment", "evaluation"] = "evaluation"
+    restarts: int = 0
+    """How often in a row it may be started again."""
+    startup_timeout: float = 60.0
+    """Seconds."""
+    restart_words: tuple[str, ...] = ()
+    """Added to its command from the second start on."""
+    registers_as: str = ""
+    """The name under which an environment registers at the trajectory API."""
 
 
 def describe_exit(returncode: int) -> str:
-    """``exited with code 3``, ``was killed by SIGKILL``: the end of a process in words."""
+    """Says how a process ended: ``exited with code 3``, ``was killed by SIGKILL``."""
     if returncode >= 0:
         return f"exited with code {returncode}"
     try:
@@ -69,15 +77,15 @@ class ManagedProcess:
     """A service: a child in a session of its own, together with everything it starts.
 
     States: new → ``start()`` → running → (dies, or ``stop()``) → ended; ``returncode`` is then set. When this process
-    dies without ``stop()``, even by ``kill -9``, or drops this object, a watcher ends the service (see
-    ``launch.watcher``). Not thread-safe: use it from one thread.
+    dies without ``stop()``, even by ``kill -9``, or drops this object, the orphan reaper ends the service (see
+    ``launch.orphan_reaper``). Not thread-safe: use it from one thread at a time.
     """
 
     def __init__(self, spec: ServiceSpec) -> None:
         self.spec = spec
         self._token = secrets.token_hex(16)
         self._process: subprocess.Popen[bytes] | None = None
-        self._watcher: subprocess.Popen[bytes] | None = None
+        self._reaper: subprocess.Popen[bytes] | None = None
         self._log_start = 0
 
     @property
@@ -99,8 +107,8 @@ class ManagedProcess:
         if self._process is not None:
             raise ServiceError(f"{self.spec.name} was already started", self.spec.name)
         try:
-            # First the watcher: from the first moment of its life the service carries the token it looks for.
-            self._start_watcher()
+            # First the reaper: from the first moment of its life the service carries the token it looks for.
+            self._start_reaper()
             self.spec.log_path.parent.mkdir(parents=True, exist_ok=True)
             for path, content in self.spec.files.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,18 +121,18 @@ class ManagedProcess:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     cwd=self.spec.cwd,
-                    env={**os.environ, **self.spec.env, watcher.TOKEN_VARIABLE: self._token},
+                    env={**os.environ, **self.spec.env, orphan_reaper.TOKEN_VARIABLE: self._token},
                     start_new_session=True,
                 )
         except OSError as error:
-            self._release_watcher()
+            self._release_reaper()
             where = f" {error.filename}" if error.filename else ""
             raise ServiceError(
                 f"cannot start {self.spec.name}: {error.strerror}:{where} (command {self.spec.command[0]}, "
                 f"directory {self.spec.cwd})",
                 self.spec.name,
             ) from error
-        self._tell_watcher(f"pgid {self._process.pid}\n")
+        self._tell_reaper(f"pgid {self._process.pid}\n")
         logger.info("%s started with pid %d, log %s", self.spec.name, self._process.pid, self.spec.log_path)
 
     def is_running(self) -> bool:
@@ -162,23 +170,23 @@ class ManagedProcess:
 
     def stop(self, grace: float = GRACE_SECONDS) -> None:
         """SIGTERM to it and all it started, up to ``grace`` seconds, SIGKILL, reap. Safe at any time, and again."""
-        _stop_together([self], grace)
+        stop_all([self], grace)
 
     # ------------------------------------------------------------------ the steps of stopping
 
     def _terminate(self) -> None:
         if self._process is not None and self._process.returncode is None:
-            watcher.signal_service(self._process.pid, self._token, signal.SIGTERM)
+            orphan_reaper.signal_service(self._process.pid, self._token, signal.SIGTERM)
 
     def _has_ended(self) -> bool:
         """The leader has, and no descendant is left."""
         if self._process is None or self._process.returncode is not None:
             return True
-        return self._leader_has_ended() and not _members(self._process.pid) and not watcher.carriers(self._token)
+        return self._leader_has_ended() and not _members(self._process.pid) and not orphan_reaper.carriers(self._token)
 
     def _kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
-            watcher.signal_service(self._process.pid, self._token, signal.SIGKILL)
+            orphan_reaper.signal_service(self._process.pid, self._token, signal.SIGKILL)
 
     def _reap(self) -> None:
         """Kill what is left, then collect the exit status: in this order, the group's id cannot have been reused."""
@@ -189,7 +197,7 @@ class ManagedProcess:
             except subprocess.TimeoutExpired:
                 logger.error("%s (pid %d) does not end after SIGKILL", self.spec.name, self._process.pid)
                 return
-        self._release_watcher()
+        self._release_reaper()
 
     def _leader_has_ended(self) -> bool:
         assert self._process is not None
@@ -200,13 +208,21 @@ class ManagedProcess:
         except ChildProcessError:  # somebody else reaped it
             return self._process.poll() is not None
 
-    # ------------------------------------------------------------------ the watcher
+    # ------------------------------------------------------------------ the orphan reaper
 
-    def _start_watcher(self) -> None:
+    def _start_reaper(self) -> None:
         # Without the token that we ourselves may carry: who ends us by it must not end what cleans up after us.
-        environment = {name: value for name, value in os.environ.items() if name != watcher.TOKEN_VARIABLE}
-        self._watcher = subprocess.Popen(
-            [sys.executable, "-I", "-S", watcher.__file__, self._token, str(os.getpid()), str(_ORPHAN_GRACE_SECONDS)],
+        environment = {name: value for name, value in os.environ.items() if name != orphan_reaper.TOKEN_VARIABLE}
+        self._reaper = subprocess.Popen(
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                orphan_reaper.__file__,
+                self._token,
+                str(os.getpid()),
+                str(_ORPHAN_GRACE_SECONDS),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -214,80 +230,40 @@ class ManagedProcess:
             start_new_session=True,  # a Ctrl-C in the terminal is not for it
         )
 
-    def _tell_watcher(self, line: str) -> None:
-        assert self._watcher is not None
-        assert self._watcher.stdin is not None
+    def _tell_reaper(self, line: str) -> None:
+        assert self._reaper is not None
+        assert self._reaper.stdin is not None
         try:
-            self._watcher.stdin.write(line.encode())
-            self._watcher.stdin.flush()
+            self._reaper.stdin.write(line.encode())
+            self._reaper.stdin.flush()
         except OSError as error:
-            logger.warning("the watcher of %s is gone (%s): it would survive a kill -9", self.spec.name, error)
+            logger.warning("the orphan reaper of %s is gone (%s): it would survive a kill -9", self.spec.name, error)
 
-    def _release_watcher(self) -> None:
-        if self._watcher is None:
+    def _release_reaper(self) -> None:
+        if self._reaper is None:
             return
-        self._tell_watcher("done\n")
-        assert self._watcher.stdin is not None
+        self._tell_reaper("done\n")
+        assert self._reaper.stdin is not None
         with contextlib.suppress(OSError):  # closing flushes once more into a pipe that may be broken
-            self._watcher.stdin.close()
+            self._reaper.stdin.close()
         try:
-            self._watcher.wait(timeout=_KILL_SECONDS)
+            self._reaper.wait(timeout=_KILL_SECONDS)
         except subprocess.TimeoutExpired:
-            self._watcher.kill()
-            self._watcher.wait(timeout=_KILL_SECONDS)
-        self._watcher = None
+            self._reaper.kill()
+            self._reaper.wait(timeout=_KILL_SECONDS)
+        self._reaper = None
 
 
-class ProcessSet:
-    """Several services that live and end together. As a context manager it ends them on the way out."""
+def stop_all(processes: Sequence[ManagedProcess], grace: float = GRACE_SECONDS) -> None:
+    """End all of them in this order; they share one wait of ``grace`` seconds. Safe at any time, and again.
 
-    def __init__(self) -> None:
-        self._processes: list[ManagedProcess] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.stop_all()
-
-    def start(self, spec: ServiceSpec) -> ManagedProcess:
-        """Add a service and start it. Raises ``ServiceError`` as ``ManagedProcess.start``."""
-        process = ManagedProcess(spec)
-        self.add(process)
-        process.start()
-        return process
-
-    def add(self, process: ManagedProcess) -> None:
-        """Take over a process, started or not. Raises ``ValueError`` when a service of that name is in the set."""
-        if any(known.spec.name == process.spec.name for known in self._processes):
-            raise ValueError(f"a service named {process.spec.name!r} is already in the set")
-        self._processes.append(process)
-
-    def check_all(self) -> None:
-        """Raise ``ServiceError`` for the first service, in order of starting, that has died."""
-        for process in self._processes:
-            process.check()
-
-    def pids(self) -> dict[str, int]:
-        """Name → process id of every service that was started and not yet reaped."""
-        return {p.spec.name: p.pid for p in self._processes if p.pid is not None and p.returncode is None}
-
-    def stop_all(self, grace: float = GRACE_SECONDS) -> None:
-        """End all, last started first; they share one wait of ``grace`` seconds. Safe at any time, and again.
-
-        A ``KeyboardInterrupt`` while waiting means "now": the rest is killed at once, then it goes on up.
-        """
-        _stop_together(self._processes[::-1], grace)
-
-
-def _stop_together(processes: list[ManagedProcess], grace: float) -> None:
+    A ``KeyboardInterrupt`` while waiting means "now": the rest is killed at once, and it is raised.
+    """
     try:
         for process in processes:
             process._terminate()
         _wait(lambda: all(process._has_ended() for process in processes), grace)
-    finally:  # also when Ctrl-C ends the wait
+    finally:
         for process in processes:
             process._kill()
         for process in processes:

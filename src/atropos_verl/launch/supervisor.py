@@ -1,42 +1,195 @@
 """Starts the services of a plan in order, watches them, restarts them, and ends them all.
 
-One loop, a tick every fifth of a second, nothing in it waits; what asks over HTTP is the ``Poller``'s thread.
+One loop, a tick every fifth of a second; nothing in it waits, and the HTTP requests are the ``Poller``'s. It runs in
+the main thread of a launch, or in a thread beside the trainer.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
+from atropos_verl.config.schema import SuperviseConfig
 from atropos_verl.errors import ServiceError
 from atropos_verl.launch.diagnosis import diagnose
 from atropos_verl.launch.evaluation import EvaluationWatch
-from atropos_verl.launch.probes import Poller, connected_entries, disconnect_environment, environments_of
-from atropos_verl.launch.process import ProcessSet
-from atropos_verl.launch.progress import StepTail
-from atropos_verl.launch.rundir import DISK_FULL_BYTES, compose_state, write_state
-from atropos_verl.launch.service_state import WatchedService
-from atropos_verl.launch.spec import LaunchPlan
+from atropos_verl.launch.plan import DISK_FULL_BYTES, LaunchPlan
+from atropos_verl.launch.probes import Poller, StepTail, connected_entries, disconnect_environment, environments_of
+from atropos_verl.launch.process import GRACE_SECONDS, ManagedProcess, ServiceSpec, describe_exit, stop_all
+from atropos_verl.storage import write_atomic
 
-__all__ = ["Supervisor", "View"]
+__all__ = ["Supervisor", "View", "WatchedService"]
 
 logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.2
 _STATE_SECONDS = 0.5
+_API_POLL_SECONDS = 0.05
 _AFTERMATH_SECONDS = 20.0
 """Seconds after an absence of the API in which others' deaths are its fault."""
 _KEPT_NOTES = 30
 _TRAINER_CONFIG_ERROR = 2
+_EXCUSED = 4
+"""Times ``max_restarts`` after which deaths that others caused count as well."""
+
+
+class WatchedService:
+    """One service over all its lives. States::
+
+        waiting ── start() ──► starting ── is_ready() ──► running
+           ▲                      │ dies                     │ dies
+           │  backoff over        ▼                          ▼
+           └────────────────── restarting ◄──────────────────┘
+                                  │ too often
+                                  ▼
+        ended (exit 0)         failed              stopped (by us)
+
+    The log of the Nth start is ``logs/NAME.N.log`` where the first one's is ``logs/NAME.1.log``.
+    """
+
+    def __init__(self, spec: ServiceSpec, policy: SuperviseConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self.spec = spec
+        self.state = "waiting"
+        self.detail = ""
+        self.starts = 0
+        self.deaths = 0
+        self.returncode: int | None = None
+        self.started_at = 0.0
+        """``clock()`` of the last start, seconds."""
+        self.process: ManagedProcess | None = None
+        self._policy = policy
+        self._clock = clock
+        self._streak = 0
+        self._due = 0.0
+        # A run that is resumed keeps the logs of the launch before.
+        self._earlier_logs = 0
+        while self._has_numbered_logs and self._log_path(self._earlier_logs + 1).exists():
+            self._earlier_logs += 1
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def is_alive(self) -> bool:
+        """A process of it exists."""
+        return self.state in ("starting", "running")
+
+    @property
+    def has_future(self) -> bool:
+        """It lives, or will be started (again)."""
+        return self.state in ("waiting", "starting", "running", "restarting")
+
+    @property
+    def is_due(self) -> bool:
+        return self.state == "waiting" or (self.state == "restarting" and self._clock() >= self._due)
+
+    def start(self) -> None:
+        """Start it (again). Raises ``ServiceError`` as ``ManagedProcess``."""
+        self.starts += 1
+        words = self.spec.restart_words if self.starts > 1 else ()
+        log = self._log_path(self.starts + self._earlier_logs)
+        spec = replace(self.spec, command=(*self.spec.command, *words), log_path=log)
+        self.process = ManagedProcess(spec)
+        self.state, self.detail = "starting", ""
+        self.started_at = self._clock()
+        self.process.start()
+
+    def set_ready(self) -> None:
+        if self.state == "starting":
+            self.state = "running"
+
+    def has_died(self) -> bool:
+        """Whether it has died since the last call; ``returncode`` is then set. Call ``plan_restart`` next."""
+        if not self.is_alive or self.process is None or self.process.is_running():
+            return False
+        self.returncode = self.process.returncode
+        self.deaths += 1
+        self.state = "failed"
+        self.detail = self.death()
+        return True
+
+    def death(self) -> str:
+        """Says how its last life ended."""
+        return "" if self.returncode is None else describe_exit(self.returncode)
+
+    def plan_restart(self, *, excused: bool = False) -> float | None:
+        """After a death: seconds until the next start; None: it was restarted too often, and is given up.
+
+        Args:
+            excused: another service caused it; does not count (within reason).
+        """
+        if self._clock() - self.started_at >= self._policy.healthy_after:
+            self._streak = 0
+        if not excused or self.deaths > _EXCUSED * (self.spec.restarts + 1):
+            self._streak += 1
+        if self.spec.restarts == 0 or self._streak > self.spec.restarts:
+            self.state = "failed"
+            return None
+        delay: float = min(self._policy.backoff * 2.0 ** max(0, self._streak - 1), self._policy.max_backoff)
+        self._due = self._clock() + delay
+        self.state = "restarting"
+        return delay
+
+    def start_anew(self) -> None:
+        """It is to be started as soon as it may; no death of it is counted. Its process must have been ended."""
+        if self.is_alive or self.state == "restarting":
+            self.state, self.detail = "waiting", ""
+
+    def fail(self, why: str) -> None:
+        """Give it up: end its process and do not start it again."""
+        self.stop()
+        self.state, self.detail = "failed", why
+
+    def stop(self, grace: float = GRACE_SECONDS) -> None:
+        """End its process, if there is one."""
+        if self.process is not None:
+            self.process.stop(grace)
+        if self.has_future:
+            self.state = "stopped"
+
+    def log_tail(self, lines: int = 12) -> str:
+        """The last lines of its newest log."""
+        return "" if self.process is None else self.process.log_tail(lines)
+
+    def error(self, message: str) -> ServiceError:
+        """``message`` with the last lines of its log."""
+        return ServiceError(message, self.name, self.returncode, self.log_tail())
+
+    def describe(self) -> dict[str, Any]:
+        """For the state file."""
+        alive = self.is_alive and self.process is not None
+        return {
+            "name": self.name,
+            "kind": self.spec.kind,
+            "state": self.state,
+            "pid": self.process.pid if alive and self.process else None,
+            "restarts": max(0, self.starts - 1),
+            "seconds": round(self._clock() - self.started_at, 1) if alive else None,
+            "detail": self.detail,
+            "log": str(self.process.spec.log_path) if self.process else None,
+        }
+
+    @property
+    def _has_numbered_logs(self) -> bool:
+        return self.spec.log_path.suffixes[-2:] == [".1", ".log"]
+
+    def _log_path(self, number: int) -> Path:
+        path = self.spec.log_path
+        return path.with_name(f"{self.name}.{number}.log") if self._has_numbered_logs else path
 
 
 class View(Protocol):
-    """Where a launch is shown."""
+    """The terminal of a launch."""
 
     def note(self, text: str) -> None: ...
 
@@ -46,16 +199,19 @@ class View(Protocol):
 
 
 class Supervisor:
-    """``run()`` is the whole life of a launch; ``interrupt()`` may come from a signal handler."""
+    """The life of a launch.
+
+    A launch calls ``run()``, and ``interrupt()`` from its signal handlers. A process that trains itself calls
+    ``start_api()``, ``start()``, ``check()`` while it waits for batches, and ``stop()``.
+    """
 
     def __init__(self, plan: LaunchPlan, view: View, clock: Callable[[], float] = time.monotonic) -> None:
         self.plan = plan
         self.view = view
-        supervise = plan.config.supervise
-        self.services = [WatchedService(service, supervise, clock) for service in plan.services]
+        self.services = [WatchedService(spec, plan.config.supervise, clock) for spec in plan.services]
         self._api = self._one("api")
         self._trainer = self._one("trainer")
-        self._environments = [watched for watched in self.services if watched.service.kind == "environment"]
+        self._environments = [watched for watched in self.services if watched.spec.kind == "environment"]
         config = plan.config
         self._poller = Poller(
             plan.addresses.api_url,
@@ -63,6 +219,7 @@ class Supervisor:
             api_token=config.atropos.token,
             gateway_key=config.gateway.api_key,
             model_name=plan.model_name,
+            generates=not plan.trains_here,
         )
         self._evaluations = EvaluationWatch(plan.run_dir)
         self._steps = StepTail(plan.run_dir / "metrics.jsonl", clock)
@@ -78,6 +235,8 @@ class Supervisor:
         self._state_at = 0.0
         self._state_writable = True
         self._ending = ""
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
 
     # ------------------------------------------------------------------ the life of a launch
 
@@ -88,8 +247,7 @@ class Supervisor:
             ServiceError: a service that the run cannot do without is gone for good. All others are ended then.
             KeyboardInterrupt: a second interrupt; everything was killed.
         """
-        for warning in self.plan.warnings:
-            self._note(f"warning: {warning}")
+        self._warn()
         self._poller.start()
         try:
             while True:
@@ -110,15 +268,61 @@ class Supervisor:
             raise KeyboardInterrupt
         self._wake.set()
 
+    # ------------------------------------------------------------------ beside a trainer of this process
+
+    def start_api(self) -> None:
+        """Start the trajectory API and wait until it answers. Raises ``ServiceError`` when it does not."""
+        assert self._api is not None
+        self._warn()
+        self._start(self._api)
+        assert self._api.process is not None
+        while not self._poller.ask_api():
+            self._api.process.check()
+            self._check_api_is_in_time(self._api)
+            time.sleep(_API_POLL_SECONDS)
+        self._advance()
+
+    def start(self) -> None:
+        """Start the environments, then watch everything from a thread."""
+        self._tick()
+        self._poller.start()
+        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what ended the watching: a service that the run cannot do without is gone for good."""
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """End the watching, then every service. Safe at any time, and again."""
+        self._wake.set()
+        try:
+            if self._thread is not None:
+                self._thread.join()
+        finally:
+            self._end()
+
+    def _watch(self) -> None:
+        try:
+            while not self._wake.wait(_TICK_SECONDS):
+                self._tick()
+        except BaseException as error:  # noqa: BLE001 - raised by check(), in the trainer's thread
+            logger.error("the supervisor gives up: %s", error)
+            self._failure = error
+
+    # ------------------------------------------------------------------ one look at everything
+
+    def _warn(self) -> None:
+        for warning in self.plan.warnings:
+            self._note(f"warning: {warning}")
+
     def _tick(self) -> int | None:
         if self._interrupts:
             self._note("stopping: the trainer writes its checkpoint (interrupt again to end at once)")
             return 130
-        for line in self._steps.poll():
-            self.view.step(line, self.state())
-        for text in self._evaluations.poll():
-            self._note(text)
-        code = self._bury()
+        self._show_news()
+        code = self._handle_deaths()
         if code is not None:
             return code
         self._advance()
@@ -128,6 +332,12 @@ class Supervisor:
             self._publish()
         return None
 
+    def _show_news(self) -> None:
+        for line in self._steps.poll():
+            self.view.step(line, self.state())
+        for text in self._evaluations.poll():
+            self._inform(text)
+
     def _end(self) -> None:
         """Trainer first, which may take its time for a checkpoint, then all others together."""
         try:
@@ -135,19 +345,18 @@ class Supervisor:
                 self._trainer.stop(self.plan.launch.trainer_process.stop_grace)
             self._poller.stop()
         finally:
-            remaining = ProcessSet()
-            for watched in self.services:
-                if watched.process is not None and watched.process.returncode is None:
-                    remaining.add(watched.process)
-            remaining.stop_all(0.0 if self._interrupts > 1 else 5.0)
+            stop_all(self._processes(self.services)[::-1], 0.0 if self._interrupts > 1 else GRACE_SECONDS)
             for watched in self.services:
                 if watched.has_future:
                     watched.state = "stopped"
-            for line in self._steps.poll():
-                self.view.step(line, self.state())
-            for text in self._evaluations.poll():
-                self._note(text)
+            self._show_news()
             self._publish()
+
+    @staticmethod
+    def _processes(services: list[WatchedService]) -> list[ManagedProcess]:
+        """Those that were started and have not ended."""
+        found = (watched.process for watched in services)
+        return [process for process in found if process is not None and process.returncode is None]
 
     # ------------------------------------------------------------------ starting
 
@@ -166,20 +375,15 @@ class Supervisor:
         again = watched.starts > 0
         if watched is self._api:
             self._poller.expect_new_api()
-        extra: tuple[str, ...] = ()
         if watched is self._trainer:
             self._poller.expect_new_gateway()
             self._said -= {"gateway", "generation"}
-            extra = watched.service.restart_words if again else ()
-        watched.start(extra)
-        self._note(
-            f"{'restarting' if again else 'starting'} {watched.name} (log {watched.process.spec.log_path})"
-            if watched.process
-            else watched.name
-        )
+        watched.start()
+        assert watched.process is not None
+        self._inform(f"{'restarting' if again else 'starting'} {watched.name} (log {watched.process.spec.log_path})")
 
     def _api_answers(self) -> bool:
-        if self._api is not None and not self._api.lives:
+        if self._api is not None and not self._api.is_alive:
             return False
         return self._poller.seen.api is not None
 
@@ -191,16 +395,28 @@ class Supervisor:
         if self._api is not None and self._api.state == "starting":
             if seen.api is not None:
                 self._api.set_ready()
+                if "api" not in self._said:
+                    self._forget_earlier_environments()
                 self._say("api", f"trajectory API ready at {self.plan.addresses.api_url}")
-            elif now - self._api.started_at > self._api.service.startup_timeout:
-                raise self._api.error(_late(self._api, "/status does not answer"))
+            else:
+                self._check_api_is_in_time(self._api)
         never_seen = self._api is None and not seen.api_at
         if never_seen and now - self._started > self.plan.launch.api.startup_timeout:
             raise ServiceError(f"no trajectory API answers at {self.plan.addresses.api_url}", "trajectory_api")
         self._advance_trainer(now)
-        if self._trainer is None or seen.generated_at:
+        if seen.generated_at or not (self._trainer or self.plan.trains_here):
             for watched in self._environments:
                 self._advance_environment(watched, now)
+
+    def _check_api_is_in_time(self, api: WatchedService) -> None:
+        if self._clock() - api.started_at > api.spec.startup_timeout:
+            raise api.error(_late(api, "/status does not answer"))
+
+    def _forget_earlier_environments(self) -> None:
+        """Those that a resumed API remembers ended with the run before; until they are missed, the new ones would be
+        given a share beside them."""
+        if self._environments:
+            self._disconnect(environments_of(self._poller.seen.api) or [])
 
     def _advance_trainer(self, now: float) -> None:
         trainer, seen = self._trainer, self._poller.seen
@@ -226,7 +442,7 @@ class Supervisor:
             self._say(f"registered {watched.name} {watched.starts}", f"environment {watched.name} takes part")
             return
         since = max(watched.started_at, self._poller.seen.generated_at)
-        if now - since <= watched.service.startup_timeout:
+        if now - since <= watched.spec.startup_timeout:
             return
         why = _late(watched, "it has not registered at the API")
         tail = watched.log_tail()
@@ -238,7 +454,7 @@ class Supervisor:
     def _is_registered(self, watched: WatchedService) -> bool:
         api = self._poller.seen.api
         if environments_of(api) is not None:
-            return bool(connected_entries(api, watched.name))
+            return bool(connected_entries(api, watched.spec.registers_as))
         # Upstream's API does not say who is there; groups of anybody are the only sign of life.
         return bool(api and (api.get("queue_size") or self._has_trained_since(watched.started_at)))
 
@@ -247,8 +463,8 @@ class Supervisor:
 
     # ------------------------------------------------------------------ deaths
 
-    def _bury(self) -> int | None:
-        """See who has died and decide what follows. Returns an exit code when the run is over."""
+    def _handle_deaths(self) -> int | None:
+        """Decide what follows from each death. Returns an exit code when the run is over."""
         for watched in self.services:
             if not watched.has_died():
                 continue
@@ -259,8 +475,9 @@ class Supervisor:
                 if watched.returncode == _TRAINER_CONFIG_ERROR:
                     self._note(f"the trainer refuses its configuration\n{watched.log_tail()}")
                     return 2
-            if watched.service.kind == "environment":
-                self._disconnect(watched)
+            if watched.spec.kind == "environment":
+                # A dead environment would keep its share of every batch at the API until that gives it up.
+                self._disconnect(connected_entries(self._poller.seen.api, watched.spec.registers_as))
             self._check_disk(watched)
             if watched is self._api and self.plan.config.atropos.server == "upstream":
                 self._forget(watched)
@@ -284,7 +501,7 @@ class Supervisor:
             return
         count = f" for the {_ordinal(watched.deaths)} time" if watched.deaths > 1 else ""
         message = f"{watched.name} {watched.death()}{count}"
-        if watched.service.kind != "environment":
+        if watched.spec.kind != "environment":
             raise watched.error(f"{message}; its policy allows no further restart (max_restarts, on_death)")
         if not any(other.has_future for other in self._environments):
             raise watched.error(f"{message} and is given up; no environment is left")
@@ -293,13 +510,9 @@ class Supervisor:
     def _forget(self, api: WatchedService) -> None:
         """Upstream's API comes back knowing nobody, and groups that reach it before the trainer registers brick it for
         good: so those that it knew end before it is restarted, and are started again when it answers."""
-        if api.service.restarts:
+        if api.spec.restarts:
             self._note("upstream's API forgets everything when it dies: trainer and environments start anew")
-        known = ProcessSet()
-        for watched in self._environments:
-            if watched.lives and watched.process is not None:
-                known.add(watched.process)
-        known.stop_all()
+        stop_all(self._processes(self._environments)[::-1])
         for watched in self._environments:
             watched.start_anew()
         if self._trainer is not None:
@@ -307,9 +520,8 @@ class Supervisor:
                 self._trainer.process.stop(self.plan.launch.trainer_process.stop_grace)
             self._trainer.start_anew()
 
-    def _disconnect(self, watched: WatchedService) -> None:
-        """A dead environment would keep its share of every batch at the API until that gives it up."""
-        for item in connected_entries(self._poller.seen.api, watched.name):
+    def _disconnect(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        for item in entries:
             if isinstance(item.get("env_id"), int):
                 disconnect_environment(self.plan.addresses.api_url, item["env_id"], self.plan.config.atropos.token)
 
@@ -327,10 +539,14 @@ class Supervisor:
     # ------------------------------------------------------------------ stalls, state
 
     def _watch_for_stall(self) -> None:
-        if self._trainer is None or self._trainer.state != "running":
+        if self.plan.trains_here:
+            if not self._poller.seen.generated_at:
+                return
+        elif self._trainer is None or self._trainer.state != "running":
             return
         now, limit = self._clock(), self.plan.config.supervise.stall_after
-        since = max(self._poller.seen.generated_at, self._trainer.started_at, self._steps.last_at or 0.0)
+        started = self._started if self._trainer is None else self._trainer.started_at
+        since = max(self._poller.seen.generated_at, started, self._steps.last_at or 0.0)
         if self._evaluations.running:
             since = now
         if since > self._stall_since:
@@ -340,33 +556,60 @@ class Supervisor:
             self._note(diagnose(self.state(), now - since))
 
     def state(self) -> dict[str, Any]:
-        """What is shown, and written to ``run_dir/state.json`` for ``attach``."""
-        return compose_state(
-            self.plan,
-            services=[watched.describe() for watched in self.services],
-            seen=self._poller.seen,
-            steps=self._steps,
-            notes=self._notes,
-            ending=self._ending,
-            seconds=self._clock() - self._started,
-            clock=self._clock,
-        )
+        """The state that a view shows, ``attach`` reads from ``run_dir/state.json`` and a diagnosis rests on."""
+        seen, steps, now = self._poller.seen, self._steps, self._clock()
+        services = [watched.describe() for watched in self.services]
+        if self.plan.trains_here:
+            trainer = {"name": "trainer", "kind": "trainer", "state": "running", "pid": os.getpid(), "restarts": 0}
+            services.append(trainer)
+        return {
+            "time": time.time(),
+            "pid": os.getpid(),
+            "run_dir": str(self.plan.run_dir),
+            "seconds": round(now - self._started, 1),
+            "steps": self.plan.config.steps,
+            "batch_size": self.plan.config.batch_size,
+            "services": services,
+            "api_url": self.plan.addresses.api_url,
+            "gateway_url": self.plan.addresses.gateway_url,
+            "api": seen.api,
+            "gateway": seen.gateway,
+            "rates": {"tokens_per_second": seen.tokens_per_second, "requests_per_second": seen.requests_per_second},
+            "refused": int((seen.counters or {}).get("refused_total", 0)),
+            "step": steps.step,
+            "recent": list(steps.recent),
+            "rewards": list(steps.rewards),
+            "seconds_since_step": None if steps.last_at is None else round(now - steps.last_at, 1),
+            "notes": list(self._notes),
+            "ending": self._ending,
+        }
 
     def _publish(self) -> None:
+        """Show the state, and replace ``state.json``: a reader sees the old one or the new one."""
         self._state_at = self._clock()
+        if self.plan.trains_here:  # the trainer shows its run itself
+            return
         state = self.state()
         self.view.update(state)
+        path = self.plan.run_dir / "state.json"
         try:
-            write_state(self.plan.run_dir, state)
+            write_atomic(path, json.dumps(state, default=str), private=True)
             self._state_writable = True
         except OSError as error:
             if self._state_writable:
-                self._note(f"cannot write {self.plan.run_dir}/state.json: {error.strerror or error}")
+                self._note(f"cannot write {path}: {error.strerror or error}")
             self._state_writable = False
 
     def _say(self, key: str, text: str) -> None:
         if key not in self._said:
             self._said.add(key)
+            self._inform(text)
+
+    def _inform(self, text: str) -> None:
+        """Note what goes as it should. A trainer of this process says that itself."""
+        if self.plan.trains_here:
+            logger.info("%s", text)
+        else:
             self._note(text)
 
     def _note(self, text: str) -> None:
@@ -375,11 +618,11 @@ class Supervisor:
         self.view.note(text)
 
     def _one(self, kind: str) -> WatchedService | None:
-        return next((watched for watched in self.services if watched.service.kind == kind), None)
+        return next((watched for watched in self.services if watched.spec.kind == kind), None)
 
 
 def _late(watched: WatchedService, what: str) -> str:
-    return f"{watched.name} was not ready {watched.service.startup_timeout:g} s after its start: {what}"
+    return f"{watched.name} was not ready {watched.spec.startup_timeout:g} s after its start: {what}"
 
 
 def _indented(text: str) -> str:

@@ -14,9 +14,8 @@ from atropos_verl.config.composition import SHIPPED, load_launch
 from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig, describe_launch, unused_when_attached
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
-from atropos_verl.launch.launcher import build_plan, main
-from atropos_verl.launch.launcher_ray import backend_of
-from atropos_verl.launch.spec import trainer_settings_text
+from atropos_verl.launch.launch import backend_of, build_plan, main
+from atropos_verl.launch.plan import trainer_settings_text
 
 CONFIGS = SHIPPED
 LAUNCH_FILES = sorted(  # those of Ray: test_launch_ray.py
@@ -75,7 +74,7 @@ def test_production_reads_its_addresses_from_the_environment(monkeypatch: pytest
 
 def test_a_launch_imports_neither_torch_nor_verl() -> None:
     code = (
-        "import sys; from atropos_verl.launch.launcher import main; "
+        "import sys; from atropos_verl.launch.launch import main; "
         "code = main(['--dry-run']); print(sorted({'torch', 'verl', 'transformers', 'ray'} & set(sys.modules)), code)"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
@@ -170,7 +169,7 @@ def test_keys_are_made_and_handed_over(tmp_path: Path) -> None:
     assert config.gateway.api_key != again.gateway.api_key
     plan = build_plan(config, launch)
     config = plan.config
-    commands = {service.name: service.spec for service in plan.services}
+    commands = {service.name: service for service in plan.services}
     tokens = {name: spec.env.get("ATROPOS_API_TOKEN") for name, spec in commands.items()}
     assert config.atropos.token is not None
     assert tokens == dict.fromkeys(("trajectory_api", "demo", "trainer"), config.atropos.token)
@@ -194,8 +193,7 @@ def test_the_api_is_chosen_by_the_key_that_main_atropos_reads(tmp_path: Path) ->
         (["atropos.server=upstream"], "atroposlib.cli.run_api"),
     ):
         plan = build_plan(*load_launch([*words, f"run_dir={tmp_path}"], CONFIGS, "local_demo"))
-        (api,) = plan.of_kind("api")
-        assert api.spec.command[2] == module
+        assert plan.services[0].command[2] == module
 
 
 def test_keys_of_an_api_that_is_not_started_are_named(tmp_path: Path) -> None:

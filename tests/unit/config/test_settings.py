@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from atropos_verl.backends.local.main import main
 from atropos_verl.config.composition import SHIPPED, load_config, train_help
 from atropos_verl.errors import ConfigError
+from atropos_verl.launch.train import main
 
 RECIPE = SHIPPED
 

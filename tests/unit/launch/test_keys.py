@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from atropos_verl.errors import ConfigError
-from atropos_verl.launch.keys import PrivateArguments, option_value, private_arguments, user_arguments
+from atropos_verl.launch.environments import PrivateArguments, option_value, private_arguments, user_arguments
 
 
 def private(tmp_path: Path, *args: str, **changes: Any) -> PrivateArguments:

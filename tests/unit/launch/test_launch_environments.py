@@ -11,14 +11,14 @@ import yaml
 from atropos_verl.config.launch_schema import LaunchConfig
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
-from atropos_verl.launch.allocation import allocate
-from atropos_verl.launch.env_lint import bare_server_config
-from atropos_verl.launch.environments import EnvironmentPlan, Site, interpreter, plan_environments
+from atropos_verl.launch.environments import Site, allocate, bare_server_config, interpreter, plan_environments
+from atropos_verl.launch.process import ServiceSpec
 
 SITE = Site(run_dir=Path("/run"), model_path=Path("/model"), api_url="http://a:8000", gateway_url="http://g:9004")
 
 
-def plan(environments: dict[str, Any], *, own_api: bool = True, **settings: Any) -> EnvironmentPlan:
+def plan(environments: dict[str, Any], *, own_api: bool = True, **settings: Any) -> tuple[list[ServiceSpec], list[str]]:
+    """The services and the warnings."""
     base = {"batch_size": 64, "group_size": 8, "gateway": {"api_key": "k"}, "atropos": {"server": "embedded"}}
     config = RunConfig.from_mapping({**base, **settings})
     return plan_environments(
@@ -46,8 +46,8 @@ def sequences(environments: dict[str, Any], batch_size: int = 64, **settings: An
 
 
 def test_the_command_is_adapted_to_the_run() -> None:
-    (planned,) = plan({"demo": {}}, max_response_length=16, data={"max_prompt_length": 48}, steps=10).services
-    assert options(planned.spec.command) == {
+    (planned,) = plan({"demo": {}}, max_response_length=16, data={"max_prompt_length": 48}, steps=10)[0]
+    assert options(planned.command) == {
         "--env.rollout_server_url": "http://a:8000",
         "--env.group_size": "8",
         "--env.max_token_length": "64",
@@ -64,15 +64,15 @@ def test_the_command_is_adapted_to_the_run() -> None:
         "--slurm": "false",
         "--config": "/run/launch/demo.yaml",
     }
-    assert {str(path): yaml.safe_load(text) for path, text in planned.spec.files.items()} == {
+    assert {str(path): yaml.safe_load(text) for path, text in planned.files.items()} == {
         "/run/launch/demo.yaml": {"openai": {"api_key": "k"}}
     }
 
 
 def test_arguments_of_the_user_win_and_omitted_ones_go() -> None:
     settings = {"args": ["--env.max_token_length=99", "--env.group_size", 4], "omit": ["--openai.tokenizer_name"]}
-    (planned,) = plan({"demo": settings}).services
-    words = planned.spec.command
+    (planned,) = plan({"demo": settings})[0]
+    words = planned.command
     assert words[-3:] == ("--env.max_token_length=99", "--env.group_size", "4")
     assert words.count("--env.group_size") == 1
     assert "--env.max_token_length" not in words
@@ -80,12 +80,12 @@ def test_arguments_of_the_user_win_and_omitted_ones_go() -> None:
 
 
 def test_copies_have_their_own_names_and_divide_the_weight() -> None:
-    services = plan({"demo": {"copies": 2, "weight": 3, "env": {"SEED": 1}}}).services
-    assert [item.spec.name for item in services] == ["demo", "demo-2"]
-    assert [options(item.spec.command)["--env.inference_weight"] for item in services] == ["1.5", "1.5"]
-    assert [options(item.spec.command)["--env.wandb_name"] for item in services] == ["demo", "demo-2"]
-    assert [item.spec.log_path for item in services] == [Path("/run/logs/demo.1.log"), Path("/run/logs/demo-2.1.log")]
-    assert services[0].spec.env["SEED"] == "1"
+    services = plan({"demo": {"copies": 2, "weight": 3, "env": {"SEED": 1}}})[0]
+    assert [item.name for item in services] == ["demo", "demo-2"]
+    assert [options(item.command)["--env.inference_weight"] for item in services] == ["1.5", "1.5"]
+    assert [options(item.command)["--env.wandb_name"] for item in services] == ["demo", "demo-2"]
+    assert [item.log_path for item in services] == [Path("/run/logs/demo.1.log"), Path("/run/logs/demo-2.1.log")]
+    assert services[0].env["SEED"] == "1"
 
 
 def test_two_processes_of_one_name_are_refused() -> None:
@@ -121,13 +121,13 @@ def test_equal_weights_need_no_shares() -> None:
 def test_a_share_below_one_group_is_said() -> None:
     made = plan({"a": {"weight": 9}, "b": {"weight": 1}}, batch_size=64)
     assert sequences({"a": {"weight": 9}, "b": {"weight": 1}}) == {"a": 56, "b": 0}
-    assert "environments.b: its share of a batch of 64 is less than one group of 8" in made.warnings[0]
+    assert "environments.b: its share of a batch of 64 is less than one group of 8" in made[1][0]
 
 
 def test_another_api_gets_weights_only_and_a_warning() -> None:
     made = plan({"a": {"weight": 3}, "b": {"weight": 1}}, own_api=False)
-    assert ["--env.min_batch_allocation" in item.spec.command for item in made.services] == [False, False]
-    assert "shares of the trained sequences will not follow them" in made.warnings[0]
+    assert ["--env.min_batch_allocation" in item.command for item in made[0]] == [False, False]
+    assert "shares of the trained sequences will not follow them" in made[1][0]
 
 
 def test_shares_above_the_whole_are_refused() -> None:
@@ -139,7 +139,7 @@ def test_group_sizes_that_upstream_would_stall_on() -> None:
     mixed = {"a": {"group_size": 4}, "b": {"group_size": 6}}
     with pytest.raises(ConfigError, match="an upstream API would never deliver a batch"):
         plan(mixed, batch_size=24, own_api=False)
-    assert "some batches will be smaller" in plan(mixed, batch_size=24).warnings[0]
+    assert "some batches will be smaller" in plan(mixed, batch_size=24)[1][0]
 
 
 def test_a_virtual_environment_is_an_interpreter(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_the_trap_is_seen(tmp_path: Path, before: str, value: str, line: int | N
 def test_the_trap_is_warned_of_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "env.py"
     path.write_text(BARE.format(before="c = 1", value="c, APIServerConfig()"))
-    (warning,) = plan({"mine": {"script": str(path)}}).warnings
+    (warning,) = plan({"mine": {"script": str(path)}})[1]
     assert warning.startswith(f"environments.mine: {path}, line 6: config_init returns a bare APIServerConfig")
 
 

@@ -12,9 +12,9 @@ from atropos_verl.assets import demo_model_path
 from atropos_verl.config.composition import SHIPPED, load_launch
 from atropos_verl.config.verl_keys import compose_run, read_run
 from atropos_verl.errors import ConfigError
-from atropos_verl.launch.launcher import build_plan, main
-from atropos_verl.launch.launcher_ray import backend_of, is_launch_key, load_ray_launch
-from atropos_verl.launch.spec import LaunchPlan
+from atropos_verl.launch.launch import backend_of, build_plan, is_launch_key, load_ray_launch, main
+from atropos_verl.launch.plan import LaunchPlan
+from atropos_verl.launch.process import ServiceSpec
 
 CONFIGS = SHIPPED
 RAY_FILES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if backend_of([], CONFIGS, path.stem) == "ray")
@@ -31,17 +31,22 @@ def ray_plan(tmp_path: Path, *words: str, config_dir: Path = CONFIGS, name: str 
     return build_plan(ray.config, ray.launch, ray)
 
 
+def of_kind(plan: LaunchPlan, kind: str) -> ServiceSpec:
+    (found,) = (service for service in plan.services if service.kind == kind)
+    return found
+
+
 def test_the_trainer_is_told_what_the_launch_decided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its command, composed as the trainer composes it, means the same run."""
     words = ["trainer.total_training_steps=7", "environments.demo.weight=2", "supervise.stall_after=9"]
     plan = ray_plan(tmp_path, *words, "actor_rollout_ref.rollout.n=4", "backend=ray")
-    (trainer,) = plan.of_kind("trainer")
-    command = list(trainer.spec.command)
-    assert command[1:3] == ["-m", "atropos_verl.backends.ray"]
+    trainer = of_kind(plan, "trainer")
+    command = list(trainer.command)
+    assert command[1:5] == ["-m", "atropos_verl.cli", "train", "backend=ray"]
     at = command.index("--config-name") + 2
     assert command[at - 4 : at] == ["--config-dir", str(CONFIGS), "--config-name", "ray_cpu_demo"]
     assert not any(is_launch_key(word) for word in command[at:])
-    for name, value in trainer.spec.env.items():
+    for name, value in trainer.env.items():
         monkeypatch.setenv(name, value)
     run = read_run(compose_run(command[at:], CONFIGS, "ray_cpu_demo"))
     assert run.run.steps == plan.config.steps == 7
@@ -58,8 +63,8 @@ def test_the_trainer_is_told_what_the_launch_decided(tmp_path: Path, monkeypatch
 
 def test_environments_are_given_the_runs_sizes(tmp_path: Path) -> None:
     plan = ray_plan(tmp_path, "environments.demo.args=[--env.seed,3]")
-    (environment,) = plan.of_kind("environment")
-    words = environment.spec.command
+    environment = of_kind(plan, "environment")
+    words = environment.command
     for option, value in (("--env.group_size", "8"), ("--env.max_token_length", "64"), ("--env.seed", "3")):
         assert words[words.index(option) + 1] == value
 
@@ -116,7 +121,7 @@ def test_a_launch_for_the_network_gets_a_key(tmp_path: Path) -> None:
     plan = ray_plan(tmp_path, "atropos.gateway.host=0.0.0.0", "api.host=0.0.0.0")
     assert plan.config.gateway.api_key
     assert plan.config.atropos.token
-    assert {service.spec.env.get("ATROPOS_API_TOKEN") for service in plan.services} == {plan.config.atropos.token}
+    assert {service.env.get("ATROPOS_API_TOKEN") for service in plan.services} == {plan.config.atropos.token}
 
 
 def test_relative_paths_mean_what_they_mean_where_the_launcher_was_started(
@@ -128,7 +133,7 @@ def test_relative_paths_mean_what_they_mean_where_the_launcher_was_started(
     shutil.copytree(demo_model_path(), tmp_path / "models" / "mine")
     monkeypatch.chdir(tmp_path)
     plan = ray_plan(tmp_path, "actor_rollout_ref.model.path=models/mine")
-    assert f"actor_rollout_ref.model.path={tmp_path}/models/mine" in plan.of_kind("trainer")[0].spec.command
+    assert f"actor_rollout_ref.model.path={tmp_path}/models/mine" in of_kind(plan, "trainer").command
     config, launch = load_launch(["model.path=models/mine", "model.tokenizer_path=models/mine"], CONFIGS, "local_demo")
     local = build_plan(config, launch).config.model
     assert (local.path, local.tokenizer_path) == (f"{tmp_path}/models/mine", f"{tmp_path}/models/mine")
@@ -136,7 +141,7 @@ def test_relative_paths_mean_what_they_mean_where_the_launcher_was_started(
 
 def test_a_ray_launch_imports_neither_torch_nor_ray() -> None:
     code = (
-        "import sys; from atropos_verl.launch.launcher import main; code = main(['backend=ray', '--dry-run']); "
+        "import sys; from atropos_verl.launch.launch import main; code = main(['backend=ray', '--dry-run']); "
         "print(sorted({'torch', 'verl', 'transformers', 'ray'} & set(sys.modules)), code)"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

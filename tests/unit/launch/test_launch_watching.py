@@ -16,11 +16,9 @@ from support.serving import eventually
 from atropos_verl.config.schema import SuperviseConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.diagnosis import diagnose
-from atropos_verl.launch.probes import connected_entries
+from atropos_verl.launch.probes import StepTail
 from atropos_verl.launch.process import ServiceSpec
-from atropos_verl.launch.progress import StepTail
-from atropos_verl.launch.service_state import WatchedService
-from atropos_verl.launch.spec import Service
+from atropos_verl.launch.supervisor import WatchedService
 from atropos_verl.report.launch_view import LaunchView, attach, step_line
 
 
@@ -34,10 +32,13 @@ class Clock:
 
 def watched(tmp_path: Path, clock: Clock, *, code: str, restarts: int = 3) -> WatchedService:
     spec = ServiceSpec(
-        name="words", command=(sys.executable, "-S", "-c", code), cwd=tmp_path, log_path=tmp_path / "words.1.log"
+        name="words",
+        command=(sys.executable, "-S", "-c", code),
+        cwd=tmp_path,
+        log_path=tmp_path / "words.1.log",
+        restarts=restarts,
     )
-    service = Service(kind="environment", spec=spec, restarts=restarts, startup_timeout=1.0, environment="words")
-    return WatchedService(service, SuperviseConfig(backoff=1.0, max_backoff=3.0, healthy_after=50.0), clock)
+    return WatchedService(spec, SuperviseConfig(backoff=1.0, max_backoff=3.0, healthy_after=50.0), clock)
 
 
 def die(service: WatchedService) -> None:
@@ -216,18 +217,6 @@ def test_the_gateways_counters_are_read() -> None:
 def test_an_upstream_api_says_less_and_is_quoted_no_further() -> None:
     text = diagnose(state(api={"current_step": 3, "queue_size": 1}), 30.0)
     assert "  environments: this API does not say who sent what" in text
-
-
-def test_entries_of_a_process_are_found_by_its_name_alone() -> None:
-    rows = [
-        {"env_id": 0, "name": "words_0", "state": "disconnected"},
-        {"env_id": 1, "name": "words_1", "state": "alive"},
-        {"env_id": 2, "name": "words-2_0", "state": "alive"},
-        {"env_id": 3, "name": "words_short_0", "state": "alive"},
-    ]
-    assert [row["env_id"] for row in connected_entries({"environments": rows}, "words")] == [1]
-    assert [row["env_id"] for row in connected_entries({"environments": rows}, "words-2")] == [2]
-    assert connected_entries({"current_step": 1}, "words") == []
 
 
 def shown(directory: Path, content: dict[str, Any], width: int = 80) -> tuple[int, str]:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from atropos_verl.errors import ServiceError
-from atropos_verl.launch.process import ManagedProcess, ProcessSet, ServiceSpec, describe_exit
+from atropos_verl.launch.process import ManagedProcess, ServiceSpec, describe_exit, stop_all
 
 PATIENCE = 20.0
 
@@ -211,16 +211,20 @@ def test_starting_twice_is_refused(tmp_path: Path) -> None:
 OWNER = """
     import sys, time
     from pathlib import Path
-    from atropos_verl.launch.process import ProcessSet, ServiceSpec
+    from atropos_verl.launch.process import ManagedProcess, ServiceSpec, stop_all
 
     directory = Path(sys.argv[1])
     script = "sleep 1000 & echo $! >{name}.grandchild; setsid sh -c 'echo $$ >{name}.stray; exec sleep 1000' & wait"
-    services = ProcessSet()
+    services = []
+
+    def start(name, script):
+        log, command = directory / f"{name}.log", ("sh", "-c", script)
+        services.append(ManagedProcess(ServiceSpec(name=name, command=command, cwd=directory, log_path=log)))
+        services[-1].start()
+
     for name in ("api", "env"):
-        services.start(ServiceSpec(
-            name=name, command=("sh", "-c", script.format(name=name)), cwd=directory, log_path=directory / f"{name}.log"
-        ))
-    (directory / "pids").write_text(" ".join(str(pid) for pid in services.pids().values()))
+        start(name, script.format(name=name))
+    (directory / "pids").write_text(" ".join(str(service.pid) for service in services))
     (directory / "ready").write_text("1\\n")
     while not (directory / "go").exists():
         time.sleep(0.01)
@@ -243,11 +247,11 @@ def run_owner(tmp_path: Path, body: str) -> tuple[subprocess.Popen[bytes], list[
 
 def test_kill_9_of_the_owner_takes_everything_along(tmp_path: Path) -> None:
     owner, pids = run_owner(tmp_path, "time.sleep(1000)")
-    watchers = [child.pid for child in psutil.Process(owner.pid).children() if child.pid not in pids]
-    assert len(watchers) == 2
+    reapers = [child.pid for child in psutil.Process(owner.pid).children() if child.pid not in pids]
+    assert len(reapers) == 2
     owner.kill()
     owner.wait(timeout=PATIENCE)
-    wait_for(lambda: not any(alive(pid) for pid in [*pids, *watchers]), "the end of every process")
+    wait_for(lambda: not any(alive(pid) for pid in [*pids, *reapers]), "the end of every process")
 
 
 def test_an_owner_that_forgets_to_stop_leaves_nothing_either(tmp_path: Path) -> None:
@@ -257,7 +261,7 @@ def test_an_owner_that_forgets_to_stop_leaves_nothing_either(tmp_path: Path) -> 
 
 
 def test_an_owner_that_has_forked_still_takes_everything_along(tmp_path: Path) -> None:
-    # A forked copy of the owner holds the watchers' pipes open: they must look at the owner, not only at the pipe.
+    # A forked copy of the owner holds the reapers' pipes open: they must look at the owner, not only at the pipe.
     body = "import os; fork = os.fork(); fork and (directory / 'fork').write_text(f'{fork}\\n'); time.sleep(1000)"
     owner, pids = run_owner(tmp_path, body)
     fork = read_pid(tmp_path / "fork")
@@ -273,25 +277,6 @@ def test_an_owner_that_has_forked_still_takes_everything_along(tmp_path: Path) -
 # ---------------------------------------------------------------------- several services
 
 
-def test_a_set_names_pids_and_the_service_that_died(tmp_path: Path) -> None:
-    with ProcessSet() as services:
-        first = services.start(shell(tmp_path, "exec sleep 1000", "first"))
-        second = services.start(shell(tmp_path, "echo out of tasks; exec sleep 1000", "second"))
-        assert services.pids() == {"first": first.pid, "second": second.pid}
-        services.check_all()
-        with pytest.raises(ValueError, match="a service named 'first' is already in the set"):
-            services.start(shell(tmp_path, "true", "first"))
-        wait_for(lambda: second.log_tail() == "out of tasks", "the log")
-        assert second.pid is not None
-        os.kill(second.pid, signal.SIGSEGV)
-        wait_for(lambda: not second.is_running(), "the end")
-        with pytest.raises(ServiceError, match=r"second \(pid \d+\) was killed by SIGSEGV"):
-            services.check_all()
-        assert services.pids() == {"first": first.pid}
-    assert services.pids() == {}
-    assert first.returncode == -signal.SIGTERM
-
-
 class Recorded(ManagedProcess):
     """Notes when it is asked to end."""
 
@@ -302,49 +287,39 @@ class Recorded(ManagedProcess):
         super()._terminate()
 
 
-def test_stop_all_asks_the_last_started_first_and_waits_for_all_together(tmp_path: Path) -> None:
+def test_stop_all_asks_in_order_and_waits_for_all_together(tmp_path: Path) -> None:
     # On SIGTERM each waits for the others' SIGTERM: waiting for one before asking the next would end in SIGKILL.
     script = (
         "all() { [ -e a.term ] && [ -e b.term ] && [ -e c.term ]; }; "
         "trap 'echo once >>$0.term; until all; do sleep 0.02; done; exit 0' TERM; "
         "echo 1 >$0.up; while true; do sleep 0.02; done"
     )
-    services = ProcessSet()
     processes = []
     for name in ("a", "b", "c"):
         command = ("sh", "-c", script, name)
         spec = ServiceSpec(name=name, command=command, cwd=tmp_path, log_path=tmp_path / f"{name}.log")
         process = Recorded(spec)
-        services.add(process)
         process.start()
         processes.append(process)
         read_pid(tmp_path / f"{name}.up")
-    services.stop_all(grace=PATIENCE)
+    stop_all(processes[::-1], grace=PATIENCE)
     assert Recorded.asked == ["c", "b", "a"]
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert [(tmp_path / f"{name}.term").read_text() for name in "abc"] == ["once\n"] * 3
-    assert services.pids() == {}
-    services.stop_all()
-
-
-def test_an_exception_in_the_body_ends_the_services_and_passes(tmp_path: Path) -> None:
-    with pytest.raises(KeyError, match="mine"), ProcessSet() as services:
-        process = services.start(shell(tmp_path, "exec sleep 1000"))
-        raise KeyError("mine")
-    assert process.returncode == -signal.SIGTERM
+    stop_all(processes)
 
 
 DEAF = """
 import os, signal, threading
 script = "trap '' TERM; echo $$ >deaf; while true; do sleep 0.1; done"
-services.start(ServiceSpec(name="deaf", command=("sh", "-c", script), cwd=directory, log_path=directory / "deaf.log"))
+start("deaf", script)
 while not (directory / "deaf").is_file():
     time.sleep(0.01)
 threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 try:
-    services.stop_all(grace=900)
+    stop_all(services, grace=900)
 except KeyboardInterrupt:
-    (directory / "result").write_text(f"interrupted {services.pids()}")
+    (directory / "result").write_text(f"interrupted {[service.returncode for service in services]}")
 """
 
 
@@ -352,5 +327,5 @@ def test_ctrl_c_while_stopping_kills_the_rest_at_once(tmp_path: Path) -> None:
     owner, pids = run_owner(tmp_path, DEAF)
     deaf = read_pid(tmp_path / "deaf")
     assert owner.wait(timeout=PATIENCE) == 0
-    assert (tmp_path / "result").read_text() == "interrupted {}"
+    assert (tmp_path / "result").read_text() == "interrupted [-15, -15, -9]"
     assert not any(alive(pid) for pid in [*pids, deaf])

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from support.http_faults import wait_for
 
 from atropos_verl.errors import AtroposAPIError, AtroposConnectionError, AtroposProtocolError, ConfigError, DataError
+from atropos_verl.launch.probes import free_port, request_json
 from atropos_verl.launch.process import ManagedProcess, ServiceSpec
-from atropos_verl.launch.readiness import free_port, http_probe, wait_until_ready
 from atropos_verl.protocol.client import AtroposClient, TrainerRegistration
 from atropos_verl.protocol.wire import encode_group
 from atropos_verl.report.sources import is_url, load_groups, read_path, read_url
@@ -201,7 +202,7 @@ def test_the_real_trajectory_api(tmp_path: Path) -> None:
     process = ManagedProcess(ServiceSpec(name="api", command=command, cwd=tmp_path, log_path=tmp_path / "api.log"))
     process.start()
     try:
-        wait_until_ready(lambda: http_probe(f"{url}/status"), name="api", timeout=60, process=process)
+        wait_for(lambda: request_json(f"{url}/status") is not None, "the API", 60.0)
         assert read_url(url) == []
         with AtroposClient(url) as client:
             client.register(

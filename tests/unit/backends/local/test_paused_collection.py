@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from atropos_verl.backends.local.main import paused_collection
+from atropos_verl.backends.local.run import paused_collection
 
 
 def test_nothing_is_collected_meanwhile_and_nothing_of_it_later() -> None:

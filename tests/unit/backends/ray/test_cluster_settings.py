@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from atropos_verl.backends.ray.main import main, validate_with_verl
+from atropos_verl.backends.ray.run import validate_with_verl
 from atropos_verl.config.composition import SHIPPED
 from atropos_verl.config.launch_schema import note_of_unused_keys
 from atropos_verl.config.verl_keys import complete_config, compose_config, read_run, with_environment
 from atropos_verl.errors import ConfigError
+from atropos_verl.launch.train import main
 
 CONFIG_DIR = SHIPPED
 SHIPPED = ["atropos_ray", *sorted(path.stem for path in CONFIG_DIR.glob("ray_*.yaml"))]
@@ -98,16 +99,16 @@ def test_keys_that_an_attached_run_does_not_use_are_those_that_somebody_set() ->
 
 
 def test_configuration_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["steps=3"], CONFIG_DIR, "ray_cpu_demo") == 2
+    assert main(["backend=ray", "steps=3"]) == 2
     assert "CONFIGURATION ERROR: steps" in capsys.readouterr().err
 
 
 def test_cfg_prints_everything_and_help_names_the_block(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--cfg"], CONFIG_DIR, "ray_cpu_demo") == 0
+    assert main(["backend=ray", "--cfg"]) == 0
     printed = capsys.readouterr().out
     assert "loss_mode: advantage_weighted_sft" in printed
     assert "max_staleness: 0" in printed
-    assert main(["--help"], CONFIG_DIR, "ray_cpu_demo") == 0
+    assert main(["backend=ray", "--help"]) == 0
     assert "atropos.off_policy.max_staleness" in capsys.readouterr().out
 
 

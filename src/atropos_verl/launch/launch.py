@@ -1,4 +1,7 @@
-"""``launch``: configuration → plan → supervisor → exit code. Imports neither torch nor verl.
+"""The launch command: settings, plan, supervisor, exit code. Imports neither torch nor verl.
+
+With ``backend=ray`` the trainer is ``train backend=ray``, attached to the API of the launch, so every key of verl's
+ppo_trainer is set under its own name; words and sections that belong to ``LaunchConfig`` are taken out.
 
 Exit codes: 0 done; 1 the run failed; 2 the configuration is wrong; 130 Ctrl-C.
 """
@@ -8,32 +11,36 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import secrets
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from atropos_verl.config.composition import SHIPPED, load_launch
 from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig, describe_launch
+from atropos_verl.config.model_checks import check_vocabulary
 from atropos_verl.config.schema import ModelConfig, RunConfig
+from atropos_verl.config.verl_keys import RAY_DEFAULT, compose_run, read_run
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
-from atropos_verl.launch.readiness import free_port, try_to_listen
-from atropos_verl.launch.rundir import prepare_run_dir
-from atropos_verl.launch.spec import Addresses, LaunchPlan, make_plan
+from atropos_verl.http_thread import bracketed, reachable
+from atropos_verl.launch.plan import Addresses, LaunchPlan, TrainerProgram, make_plan, prepare_run_dir
+from atropos_verl.launch.probes import free_port, try_to_listen
 from atropos_verl.launch.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from atropos_verl.launch.doctor import Subject
-    from atropos_verl.launch.launcher_ray import RayLaunch
 
-__all__ = ["build_plan", "load_subject", "main"]
+__all__ = ["RayLaunch", "backend_of", "build_plan", "is_launch_key", "load_ray_launch", "load_subject", "main"]
 
 logger = logging.getLogger(__name__)
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_PLAIN = re.compile(r"[A-Za-z0-9_./:@%+-]*")
 
 
 def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, config_name: str | None = None) -> int:
@@ -49,7 +56,7 @@ def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, conf
     parser.add_argument("--config-dir", type=Path, default=config_dir or SHIPPED)
     options, overrides = parser.parse_known_args(words)
     if options.help:
-        sys.stdout.write(help_text(options.config_dir) + "\n")
+        sys.stdout.write(_help(options.config_dir) + "\n")
         return 0
     try:
         config, launch, ray = _load(overrides, options.config_dir, options.config_name, config_name)
@@ -70,29 +77,19 @@ def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, conf
 
 
 def _load(
-    words: Sequence[str], config_dir: Path | None, config_name: str | None, default_name: str | None
+    words: Sequence[str], config_dir: Path, config_name: str | None, default_name: str | None
 ) -> tuple[RunConfig, LaunchConfig, RayLaunch | None]:
-    from atropos_verl.launch.launcher_ray import backend_of, load_ray_launch
-
     backend = backend_of(words, config_dir, config_name)
     if backend not in ("local", "ray"):
         raise ConfigError(f"{backend!r} is neither local nor ray", "backend")
     if backend == "local":
         return (*load_launch(words, config_dir, config_name or default_name), None)
-    ray = load_ray_launch(words, config_dir or SHIPPED, config_name)
+    ray = load_ray_launch(words, config_dir, config_name)
     return ray.config, ray.launch, ray
 
 
-def _with_token(config: RunConfig, launch: LaunchConfig) -> RunConfig:
-    """With a token for an API that listens beyond this machine."""
-    public = launch.starts("api") and launch.api.host not in _LOOPBACK and "--insecure" not in launch.api.args
-    if not public or config.atropos.api_url is not None or config.atropos.token:
-        return config
-    return config.model_copy(update={"atropos": config.atropos.model_copy(update={"token": secrets.token_hex(24)})})
-
-
 def load_subject(words: Sequence[str], config_dir: Path | None, config_name: str | None) -> Subject:
-    """What ``doctor`` looks at: the keys of ``train`` and of ``launch``. Raises ``ConfigError``."""
+    """The settings that ``doctor`` looks at: the keys of ``train`` and of ``launch``. Raises ``ConfigError``."""
     from atropos_verl.launch.doctor import Subject
 
     default = "local_demo" if config_dir in (None, SHIPPED) else None
@@ -103,14 +100,15 @@ def load_subject(words: Sequence[str], config_dir: Path | None, config_name: str
     return Subject(config=config, launch=launch, backend=launch.backend, verl=ray.verl if ray is not None else {})
 
 
+# ---------------------------------------------------------------------- settings → plan
+
+
 def build_plan(config: RunConfig, launch: LaunchConfig, ray: RayLaunch | None = None) -> LaunchPlan:
     """Choose ports, hand addresses and keys over, and list what is started. Starts nothing.
 
     Raises:
         ConfigError: parts that are not started here have no URL; a fixed port is taken; see ``make_plan``.
     """
-    from atropos_verl.config.model_checks import check_vocabulary
-
     config = _with_token(config, launch)
     model_path = config.resolve_model_path()
     check_vocabulary(config, model_path)
@@ -118,34 +116,37 @@ def build_plan(config: RunConfig, launch: LaunchConfig, ray: RayLaunch | None = 
     if config.atropos.api_url is None and not launch.starts("api"):
         raise ConfigError("give the URL of the API that runs elsewhere (or ATROPOS_API_URL)", "atropos.api_url")
     api_port = _port(launch.api.host, launch.api.port, "api.port") if own_api else 0
-    api_url = config.atropos.api_url or f"http://{_reachable(launch.api.host)}:{api_port}"
+    api_url = config.atropos.api_url or _url(launch.api.host, api_port)
     gateway_port, probe_url = 0, config.gateway.advertise_url
     if launch.starts("trainer"):
         gateway_port = _port(config.gateway.host, config.gateway.port, "gateway.port")
-        probe_url = f"http://{_reachable(config.gateway.host)}:{gateway_port}"
+        probe_url = _url(config.gateway.host, gateway_port)
     elif launch.starts("environments") and not config.gateway.advertise_url:
         raise ConfigError("give the URL of the gateway that runs elsewhere", "gateway.advertise_url")
     gateway_url = (config.gateway.advertise_url or probe_url or "").rstrip("/")
     if gateway_url.endswith("/v1"):
         raise ConfigError(f"{gateway_url}: leave the /v1 out", "gateway.advertise_url")
-    run_dir = config.resolve_run_dir()
     filled = config.model_copy(
         update={
-            "run_dir": str(run_dir),
+            "run_dir": str(config.resolve_run_dir()),
             "model": _absolute(config, model_path),
             "atropos": config.atropos.model_copy(update={"api_url": api_url}),
             "gateway": config.gateway.model_copy(update={"port": gateway_port, "advertise_url": gateway_url or None}),
         }
     )
     addresses = Addresses(
-        api_url=api_url,
-        gateway_url=gateway_url,
-        probe_url=probe_url,
-        gateway_port=gateway_port,
-        own_api=own_api,
+        api_url=api_url, gateway_url=gateway_url, probe_url=probe_url, gateway_port=gateway_port, own_api=own_api
     )
     program = None if ray is None else lambda final: ray.program(final, model_path)
-    return make_plan(filled, launch, run_dir=run_dir, model_path=model_path, addresses=addresses, program=program)
+    return make_plan(filled, launch, model_path=model_path, addresses=addresses, program=program)
+
+
+def _with_token(config: RunConfig, launch: LaunchConfig) -> RunConfig:
+    """With a token for an API that listens beyond this machine."""
+    public = launch.starts("api") and launch.api.host not in _LOOPBACK and "--insecure" not in launch.api.args
+    if not public or config.atropos.api_url is not None or config.atropos.token:
+        return config
+    return config.model_copy(update={"atropos": config.atropos.model_copy(update={"token": secrets.token_hex(24)})})
 
 
 def _absolute(config: RunConfig, model_path: Path) -> ModelConfig:
@@ -170,9 +171,116 @@ def _port(host: str, port: int, key: str) -> int:
     return port
 
 
-def _reachable(host: str) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{host}]" if ":" in host else host
+def _url(host: str, port: int) -> str:
+    return f"http://{bracketed(reachable(host))}:{port}"
+
+
+# ---------------------------------------------------------------------- backend=ray
+
+
+@dataclass(frozen=True, slots=True)
+class RayLaunch:
+    """The settings of a command line with ``backend=ray``."""
+
+    config: RunConfig
+    """The run in the local backend's keys, for environments, API and supervisor."""
+    launch: LaunchConfig
+    verl: dict[str, Any]
+    """Every composed key, verl's own among them."""
+    config_dir: Path
+    config_name: str
+    words: tuple[str, ...]
+    """Those of the trainer."""
+
+    def program(self, config: RunConfig, model_path: Path) -> TrainerProgram:
+        """The trainer's command for ``config`` (addresses filled in), relative paths made absolute."""
+        settings = {
+            "run_dir": config.run_dir,
+            "actor_rollout_ref.model.path": str(model_path),
+            "atropos.gateway.port": config.gateway.port,
+            "atropos.gateway.advertise_url": config.gateway.advertise_url,
+            "atropos.eval.commands_file": config.eval.commands_file,
+        }
+        own = tuple(f"{key}={_quoted(value)}" for key, value in settings.items() if value is not None)
+        given = tuple(word for word in self.words if word.split("=", 1)[0].lstrip("+") not in settings)
+        place = ("--config-dir", str(self.config_dir.absolute()), "--config-name", self.config_name)
+        return TrainerProgram(
+            words=("-m", "atropos_verl.cli", "train", "backend=ray", *place, *given, *own),
+            restart_words=("trainer.resume_mode=auto",),
+        )
+
+
+def is_launch_key(word: str) -> bool:
+    """Whether a ``key=value`` word belongs to the launch; the others are the trainer's."""
+    return re.split(r"[.=@]", word.lstrip("+~"), maxsplit=1)[0] in LaunchConfig.model_fields
+
+
+def backend_of(words: Sequence[str], config_dir: Path | None, config_name: str | None) -> str:
+    """``local`` or ``ray``: as a word says, else the file or one that it builds on, else local."""
+    for word in reversed(words):
+        if word.startswith("backend="):
+            return word.partition("=")[2]
+    return _backend_in(config_dir, config_name) or "local"
+
+
+def load_ray_launch(words: Sequence[str], config_dir: Path, config_name: str | None) -> RayLaunch:
+    """Compose and validate.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    from omegaconf import OmegaConf, open_dict
+    from omegaconf.errors import OmegaConfBaseException
+
+    name = config_name or RAY_DEFAULT
+    own = tuple(word for word in words if not is_launch_key(word))
+    # A file need not have the launch's sections, so its words may add what it lacks.
+    of_launch = [f"++{word.lstrip('+')}" for word in words if is_launch_key(word) and not word.startswith("backend=")]
+    try:
+        composed = compose_run([*own, *of_launch], config_dir, name)
+        values = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(" ".join(str(error).split()), str(getattr(error, "full_key", "") or name)) from None
+    assert isinstance(values, dict)
+    verl = {str(key): value for key, value in values.items()}
+    sections = {key: verl.pop(key) for key in LaunchConfig.model_fields if key in verl}
+    launch = LaunchConfig.from_mapping({**sections, "backend": "ray"})
+    if launch.trainer_process.nproc > 1:
+        raise ConfigError("Ray places the workers: trainer.n_gpus_per_node, trainer.nnodes", "trainer_process.nproc")
+    if launch.starts("trainer") and not composed.atropos.gateway.get("api_key"):
+        with open_dict(composed):
+            composed.atropos.gateway.api_key = secrets.token_hex(24)
+    return RayLaunch(read_run(composed).run, launch, verl, config_dir, name, own)
+
+
+def _backend_in(config_dir: Path | None, config_name: str | None, depth: int = 8) -> str | None:
+    import yaml
+
+    if config_dir is None or config_name is None or depth == 0:
+        return None
+    try:
+        content = yaml.safe_load((config_dir / f"{config_name.removesuffix('.yaml')}.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        return None  # composing it gives the better message
+    if not isinstance(content, dict):
+        return None
+    if content.get("backend"):
+        return str(content["backend"])
+    below = [item for item in content.get("defaults") or () if isinstance(item, str) and item != "_self_"]
+    found = (_backend_in(config_dir, item, depth - 1) for item in reversed(below))
+    return next((backend for backend in found if backend), None)
+
+
+def _quoted(value: object) -> str:
+    """As Hydra's grammar reads it back."""
+    text = str(value)
+    if _PLAIN.fullmatch(text):
+        return text
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+# ---------------------------------------------------------------------- plan → run
 
 
 def _supervise(plan: LaunchPlan) -> int:
@@ -234,36 +342,37 @@ def _attach(words: Sequence[str]) -> int:
         return 0
 
 
-def help_text(config_dir: Path | None) -> str:
-    """What ``--help`` prints: usage, the ready-made configurations, every key of a launch."""
-    program = "python recipe/atropos/launch_atropos_verl.py"
+_HELP = """\
+usage: {program} [--config-name NAME] [--config-dir DIR] [--dry-run] [--cfg] [key=value ...]
+       {program} attach RUN_DIR [--once]
+
+Start and watch everything of a run: trajectory API, trainer with its inference gateway, environments.
+
+  -h, --help           this text
+  --config-name NAME   {names}
+  --config-dir DIR     another config directory
+  --dry-run            print the commands and stop
+  --cfg                print the composed configuration and stop
+
+examples:
+  {program}
+  {program} steps=100 environments.demo.copies=2 run_dir=runs/mine
+  {program} --config-name two_environments envs=[words]
+  {program} --config-name remote_api atropos.api_url=http://host:8000
+  {program} backend=ray trainer.total_training_steps=100   (verl's own keys; docs/launcher.md)
+  {program} 'only=[environments]' atropos.api_url=http://a:8000 gateway.advertise_url=http://b:9004
+
+keys of a launch (default); those of the trainer: python recipe/atropos/main_atropos.py --help
+"""
+
+
+def _help(config_dir: Path) -> str:
     rows = [
         (name, "null" if default is None else json.dumps(default, default=list), text)
         for name, default, text in describe_launch()
     ]
     width = max(len(name) for name, *_ in rows)
-    names = sorted(path.stem for path in config_dir.glob("*.yaml")) if config_dir is not None else []
-    lines = [
-        f"usage: {program} [--config-name NAME] [--config-dir DIR] [--dry-run] [--cfg] [key=value ...]",
-        f"       {program} attach RUN_DIR [--once]",
-        "",
-        "Start and watch everything of a run: trajectory API, trainer with its inference gateway, environments.",
-        "",
-        "  -h, --help           this text",
-        f"  --config-name NAME   one of: {', '.join(names)}" if names else "  --config-name NAME   a YAML file's name",
-        "  --config-dir DIR     another config directory",
-        "  --dry-run            print the commands and stop",
-        "  --cfg                print the composed configuration and stop",
-        "",
-        "examples:",
-        f"  {program}",
-        f"  {program} steps=100 environments.demo.copies=2 run_dir=runs/mine",
-        f"  {program} --config-name two_environments envs=[words]",
-        f"  {program} --config-name remote_api atropos.api_url=http://host:8000",
-        f"  {program} backend=ray trainer.total_training_steps=100   (verl's own keys; docs/launcher.md)",
-        f"  {program} 'only=[environments]' atropos.api_url=http://a:8000 gateway.advertise_url=http://b:9004",
-        "",
-        "keys of a launch (default); those of the trainer: python recipe/atropos/main_atropos.py --help",
-    ]
-    lines += [f"  {name:<{width}}  {text} ({default})" for name, default, text in rows]
-    return "\n".join(lines)
+    files = ", ".join(sorted(path.stem for path in config_dir.glob("*.yaml")))
+    names = f"one of: {files}" if files else "a YAML file's name"
+    text = _HELP.format(program="python recipe/atropos/launch_atropos_verl.py", names=names)
+    return text + "\n".join(f"  {name:<{width}}  {text} ({default})" for name, default, text in rows)

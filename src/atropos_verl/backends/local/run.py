@@ -1,0 +1,116 @@
+"""One training run in this process: register, start the environment, load the policy, train, evaluate.
+
+The processes around it belong to the caller, who hands in callables. Nothing here imports torch before ``run``.
+"""
+
+from __future__ import annotations
+
+import gc
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from atropos_verl.config.schema import RunConfig
+from atropos_verl.training.batch_source import BatchSource
+from atropos_verl.training.checkpoint_state import saved_step
+from atropos_verl.training.step import Evaluations, HeldOut, Progress
+from atropos_verl.verl_plugin.tracking import make_tracker
+
+__all__ = ["paused_collection", "run", "serve_rank"]
+
+
+def run(
+    config: RunConfig,
+    *,
+    listener: socket.socket,
+    progress: Progress,
+    evaluations: Evaluations | None,
+    start_environment: Callable[[], None] | None = None,
+    check_services: Callable[[], None] | None = None,
+    stop_services: Callable[[], None] | None = None,
+) -> tuple[dict[str, Any], dict[str, float | None]]:
+    """Train until ``config.steps``.
+
+    Args:
+        config: with ``run_dir`` and ``atropos.api_url``.
+        listener: the socket of the gateway; it listens already.
+        evaluations: the one before training has been started, or is by ``start_environment``.
+        start_environment: called once the trainer is registered. None: environments run elsewhere.
+        check_services: called while waiting; raises when the run cannot go on.
+        stop_services: called before the engine ends: requests of an environment would otherwise be waited for.
+
+    Returns:
+        The outcome for ``summary.json``, and the held-out scores by label.
+    """
+    run_dir = config.resolve_run_dir()
+    with ExitStack() as stack:
+        source = stack.enter_context(BatchSource(config, run_dir))
+        if start_environment is not None:
+            # Before torch is imported. An environment of atroposlib may register only after the trainer, and sleeps for
+            # 5 s before it asks for a first completion (0.4.0, env_manager): both pass beside that import.
+            progress.phase("registering at the trajectory API")
+            step = saved_step(run_dir, config.resume)
+            source.resume(step)
+            source.register(step, config.batch_size)
+            start_environment()
+        progress.phase("loading the policy (verl)")
+        with paused_collection():
+            from atropos_verl.backends.local.trainer import AtroposTrainer
+            from atropos_verl.backends.local.worker import import_verl
+
+            import_verl(config)
+        trainer = AtroposTrainer(config, run_dir=run_dir, source=source, gateway_listener=listener)
+        stack.callback(trainer.close)
+        if stop_services is not None:
+            stack.callback(stop_services)
+        else:
+            progress.note(f"environments are to use the gateway at {trainer.gateway_url}/v1 (server_type vllm)")
+        trainer.resume_from_checkpoint(progress)
+        held_out = HeldOut(evaluations, progress, trainer.state.held_out)
+        outcome = trainer.fit(
+            progress=progress,
+            check_services=check_services,
+            before_first_step=lambda: held_out.finish("before"),
+            on_step=make_tracker(config, run_dir),
+        )
+        if config.eval.after:
+            held_out.start("after")
+            held_out.finish("after")
+        return outcome, held_out.scores
+
+
+def serve_rank(config: RunConfig) -> None:
+    """Serve rank 0 of torchrun until the run ends."""
+    with paused_collection():
+        from atropos_verl.backends.local.worker import PolicyWorker, import_verl
+
+        import_verl(config)
+    # Until the ranks have met, a signal ends this one at once: nothing here is worth saving.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    worker = PolicyWorker(config, config.resolve_model_path())
+    # From now on rank 0 decides: a Ctrl-C reaches every rank, and rank 0 needs this one to save what was trained. When
+    # rank 0 dies without a word the connection breaks, and serve() raises.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    worker.serve()
+
+
+@contextmanager
+def paused_collection() -> Iterator[None]:
+    """For imports that last: no collection meanwhile, and what was made is never looked through afterwards.
+
+    torch, verl and transformers make more than a million objects that live as long as the process. Looking through
+    them again and again is a quarter of the time their import takes, and most of the time that the interpreter needs
+    to end. Where the collector is off already, nothing changes.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

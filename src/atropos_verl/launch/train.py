@@ -1,0 +1,398 @@
+"""The training command: settings, the processes around the trainer, the trainer in this process, summary, exit code.
+
+Without ``atropos.api_url`` it is a launch with one environment: the same services, supervisor, restarts and diagnosis.
+
+Exit codes: 0 done; 1 the run failed (API, a service, diverged, …); 2 the configuration is wrong; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from atropos_verl.config.composition import load_config, train_help
+from atropos_verl.config.launch_schema import note_of_unused_keys
+from atropos_verl.config.model_checks import check_vocabulary
+from atropos_verl.config.schema import RunConfig
+from atropos_verl.errors import AtroposVerlError, ConfigError
+from atropos_verl.http_thread import listen
+from atropos_verl.launch.evaluation import EvaluationProcesses, read_evaluations
+from atropos_verl.launch.plan import Addresses, LaunchPlan, make_plan, one_environment
+from atropos_verl.launch.probes import free_port
+from atropos_verl.launch.supervisor import Supervisor
+from atropos_verl.storage import write_atomic
+
+if TYPE_CHECKING:
+    from atropos_verl.config.verl_keys import ClusterRun
+    from atropos_verl.report.console import ProgressReporter
+
+__all__ = ["TrainingServices", "exit_code_of", "main"]
+
+logger = logging.getLogger(__name__)
+
+_HOST = "127.0.0.1"
+_PROGRAM = "python recipe/atropos/main_atropos.py"
+
+
+def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, config_name: str | None = None) -> int:
+    """Train with ``backend=local`` (the default) or ``backend=ray``; returns the exit code.
+
+    Args:
+        argv: ``key=value`` words and options.
+        config_dir: directory of YAML files; None: those of the package.
+        config_name: the file of the local backend; the Ray backend has a default of its own.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    backend = next((word.partition("=")[2] for word in reversed(words) if word.startswith("backend=")), "local")
+    if backend not in ("local", "ray"):
+        sys.stderr.write(f"CONFIGURATION ERROR: backend: {backend!r} is neither local nor ray\n")
+        return 2
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--cfg", action="store_true")
+    parser.add_argument("--config-name", default=config_name if backend == "local" else None)
+    parser.add_argument("--config-dir", type=Path, default=config_dir)
+    options, overrides = parser.parse_known_args([word for word in words if not word.startswith("backend=")])
+    return (_local if backend == "local" else _ray)(options, overrides)
+
+
+def _local(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    if options.help:
+        sys.stdout.write(train_help(_PROGRAM) + "\n")
+        return 0
+    try:
+        config = load_config(overrides, options.config_dir, options.config_name)
+    except ConfigError as error:
+        return _refuse(error)
+    if options.cfg:
+        sys.stdout.write(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
+        return 0
+    # Threads that wait for work sleep instead of spinning: with an environment on the other core a training step of
+    # the demo took 5 s spinning and 0.4 s sleeping. Read by the OpenMP runtime when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    is_rank_zero = int(os.environ.get("RANK", "0")) == 0  # set by torchrun
+    return exit_code_of(lambda: _train_locally(config) if is_rank_zero else _serve_rank(config))
+
+
+def _ray(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from atropos_verl.config.verl_keys import compose_run, ray_help, read_run
+
+    if options.help:
+        sys.stdout.write(ray_help())
+        return 0
+    try:
+        composed = compose_run(overrides, options.config_dir, options.config_name)
+        run = read_run(composed)
+    except ConfigError as error:
+        return _refuse(error)
+    if options.cfg:
+        from omegaconf import OmegaConf
+
+        sys.stdout.write(OmegaConf.to_yaml(composed, resolve=True))
+        return 0
+    return exit_code_of(lambda: _train_on_ray(run))
+
+
+# ---------------------------------------------------------------------- exit codes
+
+
+def exit_code_of(run: Callable[[], int]) -> int:
+    """Run a command's body; an exception becomes a message on standard error and an exit code.
+
+    From here on a plain ``kill`` ends the process as Ctrl-C does: every ``finally`` runs, and so the children end.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return run()
+    except KeyboardInterrupt as error:
+        _say("interrupted", error)
+        return 130
+    except ConfigError as error:
+        _say(f"CONFIGURATION ERROR: {error}", error)
+        return 2
+    except (AtroposVerlError, OSError) as error:
+        logger.error("the run failed", exc_info=error)
+        _say(str(error), error)
+        return 1
+
+
+def _refuse(error: ConfigError) -> int:
+    sys.stderr.write(f"CONFIGURATION ERROR: {error}\n")
+    return 2
+
+
+def _say(text: str, error: BaseException) -> None:
+    notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
+    sys.stderr.write(f"\n{text}{notes}\n")
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    del signum, frame
+    raise KeyboardInterrupt
+
+
+# ---------------------------------------------------------------------- the processes around the trainer
+
+
+class TrainingServices:
+    """Trajectory API, environment and held-out evaluations of a trainer in this process.
+
+    With ``atropos.api_url`` they are somebody else's: the API is only contacted, and evaluations are those that a
+    launch has planned. Otherwise a supervisor starts and restarts them.
+
+    Args:
+        gateway_port: of the trainer's gateway.
+        is_resumed: the run goes on from a checkpoint, so nothing is evaluated before it.
+        prefix: the backend puts it before its keys.
+
+    Raises:
+        ConfigError: the environment cannot be started.
+    """
+
+    def __init__(
+        self, config: RunConfig, model_path: Path, gateway_port: int, *, is_resumed: bool = False, prefix: str = ""
+    ) -> None:
+        self.config = config
+        self.run_dir = config.resolve_run_dir()
+        self.evaluations: EvaluationProcesses | None = None
+        self._evaluates_before = config.eval.before and not is_resumed
+        self._prefix = prefix
+        self._supervisor: Supervisor | None = None
+        self._plan: LaunchPlan | None = None
+        if not config.is_attached:
+            launch = one_environment(config)
+            config = config.model_copy(update={"atropos": config.atropos.model_copy(update={"token": None})})
+            probe_url = f"http://{_HOST}:{gateway_port}"
+            addresses = Addresses(
+                api_url=f"http://{_HOST}:{free_port(_HOST)}",
+                gateway_url=config.gateway.advertise_url or probe_url,
+                probe_url=probe_url,
+                gateway_port=gateway_port,
+                own_api=True,
+            )
+            self._plan = make_plan(config, launch, model_path=model_path, addresses=addresses, trains_here=True)
+
+    def start_api(self, progress: ProgressReporter) -> RunConfig:
+        """Start the trajectory API, or make sure that the user's answers. Returns the settings with its URL.
+
+        Raises:
+            AtroposAPIError: the user's API does not work.
+            ServiceError: the API does not start.
+        """
+        self._progress = progress
+        if self._plan is None:
+            self._contact_api(progress)
+            return self.config
+        progress.phase("starting the trajectory API")
+        data_dir = self.run_dir / "api"
+        if self.config.resume == "disable" and data_dir.is_dir():
+            logger.info("resume=disable: the state of an earlier API in %s is removed", data_dir)
+            shutil.rmtree(data_dir)
+        self._supervisor = Supervisor(self._plan, _NotesOnly(progress.note))
+        self._supervisor.start_api()
+        self.evaluations = EvaluationProcesses(
+            self._plan.evaluations,
+            self.run_dir,
+            timeout=self.config.eval.timeout,
+            note=progress.note,
+            check=self._supervisor.check,
+        )
+        api = self.config.atropos.model_copy(update={"api_url": self._plan.addresses.api_url})
+        return self.config.model_copy(update={"atropos": api})
+
+    def _contact_api(self, progress: ProgressReporter) -> None:
+        from atropos_verl.protocol.client import make_client
+
+        url, settings = str(self.config.atropos.api_url), self.config.eval
+        # First of all, and before torch is imported: is there an API at all?
+        with make_client(self.config, url) as client:
+            progress.phase(f"contacting the trajectory API at {url}")
+            client.check()
+        if settings.commands_file is not None:
+            plan = read_evaluations(Path(settings.commands_file))
+            self.evaluations = EvaluationProcesses(plan, self.run_dir, timeout=settings.timeout, note=progress.note)
+        if note := note_of_unused_keys(self.config, self._prefix):
+            progress.note(note)
+        self._evaluate_before()
+
+    def start_environment(self) -> None:
+        """Start the environment, which waits by itself for gateway and trainer, and the evaluation before training."""
+        assert self._supervisor is not None
+        self._progress.phase("starting the environment")
+        self._supervisor.start()
+        self._evaluate_before()
+
+    def _evaluate_before(self) -> None:
+        if self.evaluations is not None and self._evaluates_before:
+            self.evaluations.start_evaluation("before")
+
+    @property
+    def callables(self) -> dict[str, Callable[[], None]]:
+        """The arguments of a backend that reach these processes; {} where they are somebody else's."""
+        if self._supervisor is None:
+            return {}
+        return {
+            "start_environment": self.start_environment,
+            "check_services": self._supervisor.check,
+            "stop_services": self.stop,
+        }
+
+    def stop(self) -> None:
+        """End every process of the run. Safe at any time, and again."""
+        if self.evaluations is not None:
+            self.evaluations.stop()
+        if self._supervisor is not None:
+            self._supervisor.stop()
+
+
+class _NotesOnly:
+    """The view of a supervisor whose trainer shows the run."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self.note = note
+
+    def step(self, line: Mapping[str, Any], state: Mapping[str, Any]) -> None: ...
+
+    def update(self, state: Mapping[str, Any]) -> None: ...
+
+
+# ---------------------------------------------------------------------- the two backends
+
+
+def _train_locally(config: RunConfig) -> int:
+    from atropos_verl.backends.local.run import run
+    from atropos_verl.report.console import ProgressReporter
+    from atropos_verl.training.checkpoint_state import find_checkpoint, saved_step
+
+    started = time.monotonic()
+    run_dir = config.resolve_run_dir()
+    config = config.model_copy(update={"run_dir": str(run_dir)})
+    # Everything that can be known to be wrong is, before a file is made, a process started or torch imported.
+    model_path = config.resolve_model_path()
+    check_vocabulary(config, model_path)
+    is_resumed = find_checkpoint(run_dir, config.resume) is not None
+    if not config.is_attached:
+        one_environment(config)
+    # The gateway comes up only when the policy is loaded. A port that is taken shall not cost that wait, and an
+    # environment that asks for something before is not refused: it waits in this socket.
+    advice = "Set gateway.port to a free port, or to 0 to take any."
+    with ExitStack() as stack:
+        listener = listen(config.gateway.host, config.gateway.port, "inference gateway", advice)
+        stack.callback(listener.close)
+        services = TrainingServices(config, model_path, listener.getsockname()[1], is_resumed=is_resumed)
+        if config.resume == "disable":
+            _check_unused(run_dir, "resume=auto")
+        text = json.dumps(config.model_dump(mode="json"), indent=2)
+        _prepare_run_dir(run_dir, "config.json", text)
+        _log_to_file(run_dir / "logs" / "trainer.log")
+        progress = stack.enter_context(ProgressReporter(total_steps=config.steps))
+        if (step := saved_step(run_dir, config.resume)) >= config.steps:
+            progress.note(f"{run_dir} is complete at step {step}; raise steps= or choose another run_dir")
+            return 0
+        stack.callback(services.stop)
+        config = services.start_api(progress)
+        outcome, held_out = run(
+            config, listener=listener, progress=progress, evaluations=services.evaluations, **services.callables
+        )
+        _summarise(run_dir, outcome, held_out, started, progress)
+    return 0
+
+
+def _serve_rank(config: RunConfig) -> int:
+    """A rank of torchrun other than the first."""
+    from atropos_verl.backends.local.run import serve_rank
+
+    # What all ranks say is in rank 0's log already; on the terminal only what goes wrong here.
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)  # libraries give their own loggers lower levels
+    _log_to(handler)
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)
+    serve_rank(config)
+    return 0
+
+
+def _train_on_ray(run: ClusterRun) -> int:
+    from omegaconf import OmegaConf, open_dict
+
+    from atropos_verl.report.console import ProgressReporter
+
+    started = time.monotonic()
+    config, verl, run_dir = run.run, run.verl, run.run_dir
+    model_path = config.resolve_model_path()
+    check_vocabulary(config, model_path, "actor_rollout_ref.")
+    gateway_port = config.gateway.port or free_port(_HOST)
+    tracker = Path(str(verl.trainer.default_local_dir)) / "latest_checkpointed_iteration.txt"
+    is_resumed = config.resume != "disable" and tracker.is_file()
+    services = TrainingServices(config, model_path, gateway_port, is_resumed=is_resumed, prefix="atropos.")
+    if config.resume == "disable":
+        _check_unused(run_dir, "trainer.resume_mode=auto")
+    _prepare_run_dir(run_dir, "config.yaml", OmegaConf.to_yaml(verl, resolve=True))
+
+    from atropos_verl.backends.ray.run import run_on_ray, validate_with_verl
+
+    validate_with_verl(verl)
+    _log_to_file(run_dir / "logs" / "command.log")
+    with ExitStack() as stack:
+        progress = stack.enter_context(ProgressReporter(total_steps=config.steps))
+        stack.callback(services.stop)
+        api_url = services.start_api(progress).atropos.api_url
+        check = services.callables.get("check_services")
+        if not run.is_attached:
+            services.start_environment()
+            with open_dict(verl):
+                verl.atropos.api_url = api_url
+                verl.atropos.gateway = {**run.settings.gateway.model_dump(), "port": gateway_port}
+        outcome, held_out = run_on_ray(run, progress=progress, evaluations=services.evaluations, check_services=check)
+        _summarise(run_dir, outcome, held_out, started, progress)
+    return 0
+
+
+def _check_unused(run_dir: Path, advice: str) -> None:
+    if (run_dir / "metrics.jsonl").exists():
+        raise ConfigError(f"{run_dir} already holds a run; choose another, or {advice}", "run_dir")
+
+
+def _prepare_run_dir(run_dir: Path, name: str, settings: str) -> None:
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        write_atomic(run_dir / name, settings, private=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {run_dir}: {error.strerror}", "run_dir") from error
+
+
+def _log_to_file(path: Path) -> None:
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    _log_to(handler)
+    logging.getLogger("atropos_verl").setLevel(logging.INFO)
+
+
+def _log_to(handler: logging.Handler) -> None:
+    # The only handler of the root logger: verl's basicConfig then adds none that writes into the live table.
+    logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)
+    # torch writes this one deprecation of its own past every handler, onto the terminal.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+
+
+def _summarise(
+    run_dir: Path,
+    outcome: Mapping[str, Any],
+    held_out: Mapping[str, float | None],
+    started: float,
+    progress: ProgressReporter,
+) -> None:
+    from atropos_verl.training.step import write_summary
+
+    progress.summary(write_summary(run_dir, outcome, held_out=held_out, seconds=time.monotonic() - started))

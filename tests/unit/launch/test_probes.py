@@ -1,0 +1,89 @@
+"""Ports and requests against real sockets; the gateway's counters; the entries of a process at the API."""
+
+from __future__ import annotations
+
+import http.server
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from atropos_verl.launch.probes import connected_entries, free_port, request_json
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """/200, /404, /503 answer with that status; /text is no JSON; /garbage breaks the protocol; /hang never answers."""
+
+    release = threading.Event()
+
+    def do_GET(self) -> None:
+        if self.path == "/hang":
+            self.release.wait(30)
+        elif self.path == "/garbage":
+            self.wfile.write(b"SSH-2.0-OpenSSH\r\n")
+        else:
+            body = b"plain" if self.path == "/text" else b'{"a": 1}'
+            self.send_response(200 if self.path == "/text" else int(self.path[1:]))
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    Answers.release.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_free_port_can_be_bound(host: str) -> None:
+    port = free_port(host)
+    with socket.create_server((host, port)):
+        assert 1024 <= port <= 65535
+
+
+def test_a_foreign_address_has_no_free_port() -> None:
+    with pytest.raises(OSError, match="assign requested address"):
+        free_port("192.0.2.1")
+
+
+@pytest.mark.parametrize(
+    ("path", "answer"),
+    [("200", {"a": 1}), ("text", "plain"), ("404", None), ("503", None), ("garbage", None), ("hang", None)],
+)
+def test_only_2xx_is_an_answer(url: str, path: str, answer: Any) -> None:
+    assert request_json(f"{url}/{path}", timeout=0.5) == answer
+
+
+def test_nobody_there_and_no_such_host_are_no_answer() -> None:
+    assert request_json(f"http://127.0.0.1:{free_port()}/", timeout=0.5) is None
+    assert request_json("http://no-such-host.invalid/", timeout=0.5) is None
+
+
+def test_a_proxy_of_the_environment_is_not_asked(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert request_json(f"{url}/200", timeout=10) == {"a": 1}
+
+
+def test_entries_of_a_process_are_found_by_its_name_alone() -> None:
+    rows = [
+        {"env_id": 0, "name": "words_0", "state": "disconnected"},
+        {"env_id": 1, "name": "words_1", "state": "alive"},
+        {"env_id": 2, "name": "words-2_0", "state": "alive"},
+        {"env_id": 3, "name": "words_short_0", "state": "alive"},
+    ]
+    assert [row["env_id"] for row in connected_entries({"environments": rows}, "words")] == [1]
+    assert [row["env_id"] for row in connected_entries({"environments": rows}, "words-2")] == [2]
+    assert connected_entries({"current_step": 1}, "words") == []
