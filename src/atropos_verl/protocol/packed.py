@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import msgspec
@@ -105,8 +106,8 @@ def pack_group(group: CheckedGroup) -> bytes:
         put("masks", "i4", marks, len(marks))
     put("scores", "f8", float_row(fields.scores), len(fields.scores))
     for name in EXTRAS:
-        rows = getattr(fields, name)
-        if isinstance(rows, list) and any(rows):
+        rows = fields.rows(name)
+        if any(rows):
             found = [len(row) if row else 0 for row in rows]
             if found != lengths:
                 put(f"{name}.lengths", "u4", np.array(found, np.uint32), len(found))
@@ -209,17 +210,10 @@ def _array(data: memoryview, kind: str, offset: int, count: int) -> NDArray[Any]
 
 
 def _rows(values: NDArray[Any], lengths: Sequence[int]) -> tuple[NDArray[Any], ...]:
-    ends = list(_ends(lengths))
+    ends = list(accumulate(lengths))
     if ends and ends[-1] != len(values):
         raise ValueError(f"{len(values)} values for {ends[-1]} tokens")
     return tuple([values[end - length : end] for end, length in zip(ends, lengths, strict=True)])
-
-
-def _ends(lengths: Sequence[int]) -> Iterable[int]:
-    end = 0
-    for length in lengths:
-        end += length
-        yield end
 
 
 def _float_rows(

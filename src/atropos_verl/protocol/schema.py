@@ -89,6 +89,11 @@ class ScoredData(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     distill_token_ids: _Free = msgspec.UNSET
     distill_logprobs: _Free = msgspec.UNSET
 
+    def rows(self, name: str) -> list[list[float] | None]:
+        """The rows of one of ``EXTRAS``, None for an absent one; none for an absent field."""
+        found = getattr(self, name)
+        return [row or None for row in found] if isinstance(found, list) else []
+
     def free(self) -> dict[str, Any]:
         """The ``FREE_FIELDS`` that were sent."""
         return {name: value for name in FREE_FIELDS if (value := getattr(self, name)) is not msgspec.UNSET}
@@ -111,29 +116,24 @@ _EXPECTED: dict[str, tuple[str, ...]] = {
 """What stands in a field, in its entries, and in theirs."""
 
 
+@dataclass(eq=False)
 class Refusal(Exception):  # noqa: N818 - a verdict on the sender's data, not an error of this program
-    """Says why a group is refused. ``reason`` is a short code for the counters."""
+    """Says why a group is refused."""
 
-    def __init__(
-        self,
-        reason: str,
-        message: str,
-        field: str = "",
-        sequence: int | None = None,
-        index: int | None = None,
-        value: Any = None,
-    ) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.message = message
-        self.field = field
-        self.sequence = sequence
-        self.index = index
-        self.value = value
-        self.group: int | None = None
-        """Index in a posted list."""
-        self.env_id: int | None = None
-        """The sender, when that could be read."""
+    reason: str
+    """A short code for the counters."""
+    message: str
+    field: str = ""
+    sequence: int | None = None
+    index: int | None = None
+    value: Any = None
+    group: int | None = None
+    """Index in a posted list."""
+    env_id: int | None = None
+    """The sender, when that could be read."""
+
+    def __str__(self) -> str:
+        return self.message
 
     def as_fields(self) -> dict[str, Any]:
         """FastAPI's shape of a 422, and the parts by name."""
@@ -194,12 +194,15 @@ def check_group(
     try:
         fields = _decoder(vocab_size).decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raw, fields, unknown = _read_again(raw)
+        try:
+            raw, fields, unknown = _read_again(raw)
+        except RecursionError:
+            raise Refusal("malformed_json", TOO_DEEP) from None
         in_range = False
     env_id = fields.env_id if isinstance(fields.env_id, int) else None
     strict = strict or env_id is not None
     try:
-        extras = {name: _row_list(getattr(fields, name)) for name in EXTRAS} if strict else {}
+        extras = {name: fields.rows(name) for name in EXTRAS} if strict else {}
         if strict and isinstance(fields.overrides, list):
             extras["overrides"] = fields.overrides
         _check_lengths(fields.tokens, fields.masks, fields.scores, {name: row for name, row in extras.items() if row})
@@ -281,10 +284,11 @@ def _read_again(raw: bytes) -> tuple[bytes, ScoredData, tuple[str, ...]]:
     constants: list[str] = []
     found = parse_object(raw, constants)
     has_changed = [_make_integers(found.get(name)) for name in ("tokens", "masks")]
-    fields = to_fields(_without_surrogates(found))
+    # A lone surrogate, which neither UTF-8 nor msgspec can hold, becomes a question mark.
+    fields = to_fields(json.loads(json.dumps(found, ensure_ascii=False).encode("utf-8", "replace")))
     _check_floats(np.array(fields.scores), "scores", None, sys.float_info.max)
     for name in EXTRAS:
-        for sequence, row in enumerate(_row_list(getattr(fields, name))):
+        for sequence, row in enumerate(fields.rows(name)):
             _check_floats(np.array(row or ()), name, sequence, sys.float_info.max)
     if constants:
         raise Refusal("not_finite", f"group: {constants[0]} is not JSON; a trainer could not read the batch")
@@ -296,6 +300,7 @@ def parse_object(raw: bytes, constants: list[str] | None = None) -> dict[str, An
 
     Raises:
         Refusal: it is no JSON object.
+        RecursionError: it is nested too deeply.
     """
 
     def constant(name: str) -> float:
@@ -307,8 +312,6 @@ def parse_object(raw: bytes, constants: list[str] | None = None) -> dict[str, An
         found = json.loads(raw, parse_constant=constant)
     except UnicodeDecodeError as error:
         raise Refusal("encoding", f"group: not UTF-8 (byte {error.start})") from None
-    except RecursionError:
-        raise Refusal("malformed_json", TOO_DEEP) from None
     except ValueError as error:  # also an integer of more than 4300 digits
         raise Refusal("malformed_json", f"group: not JSON ({_cut(str(error))})") from None
     if not isinstance(found, dict):
@@ -324,8 +327,6 @@ def to_fields(found: Mapping[str, Any]) -> ScoredData:
     known = {name: value for name, value in found.items() if name in FIELD_NAMES}
     try:
         return msgspec.convert(known, ScoredData)
-    except RecursionError:
-        raise Refusal("malformed_json", TOO_DEEP) from None
     except msgspec.ValidationError as error:
         message = str(error)
     # msgspec says: Expected `int`, got `str` - at `$.tokens[0][1]`
@@ -357,16 +358,6 @@ def _make_integers(rows: Any) -> bool:
                 row[index] = int(value)
                 changed = True
     return changed
-
-
-def _without_surrogates(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if isinstance(value, list):
-        return value if value and isinstance(value[0], int | float) else [_without_surrogates(entry) for entry in value]
-    if isinstance(value, dict):
-        return {_without_surrogates(key): _without_surrogates(entry) for key, entry in value.items()}
-    return value
 
 
 # --- fields as arrays ------------------------------------------------------------------------------------------------
@@ -417,11 +408,6 @@ def _is_empty(value: Any) -> bool:
     if isinstance(value, list):
         return all(_is_empty(entry) for entry in value)
     return value is None or value == {}
-
-
-def _row_list(rows: Any) -> list[list[float] | None]:
-    """The rows of an extra; an absent one (None, ``{}``) is None, of an absent field there are none."""
-    return [row or None for row in rows] if isinstance(rows, list) else []
 
 
 # --- the trainer's side ----------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ never takes the good ones with it: it comes back with ``defect`` set, and ``buil
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -21,6 +20,7 @@ from atropos_verl.errors import AtroposProtocolError, DataError
 from atropos_verl.protocol import packed
 from atropos_verl.protocol.schema import (
     EXTRAS,
+    FIELD_NAMES,
     TOO_DEEP,
     Refusal,
     ScoredData,
@@ -35,8 +35,8 @@ from atropos_verl.types import NO_LOGPROB, FloatArray, ScoredGroup
 
 __all__ = ["decode_batch", "decode_group", "encode_group"]
 
-IntRows: TypeAlias = Sequence[Sequence[int] | NDArray[np.integer[Any]]]
-FloatRows: TypeAlias = Sequence[Sequence[float] | NDArray[np.floating[Any]] | None]
+Row: TypeAlias = Sequence[Any] | NDArray[Any]
+Rows: TypeAlias = Sequence[Sequence[Any] | NDArray[Any]]
 
 _STRINGS_AND_BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]', re.DOTALL)
 
@@ -94,7 +94,7 @@ def decode_group(raw: bytes) -> ScoredGroup:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             found = parse_object(raw)
             fields, unknown = to_fields(found), unknown_fields(found)
-        extras: dict[str, Any] = {name: _rows(getattr(fields, name)) for name in EXTRAS}
+        extras: dict[str, Any] = {name: _rows(fields.rows(name)) for name in EXTRAS}
         return ScoredGroup(
             token_ids=tuple([int_row(row, "q", "tokens", i) for i, row in enumerate(fields.tokens)]),
             masks=tuple([int_row(row, "q", "masks", i) for i, row in enumerate(fields.masks)]),
@@ -113,62 +113,41 @@ def decode_group(raw: bytes) -> ScoredGroup:
     return ScoredGroup(token_ids=(), masks=(), scores=np.zeros(0), group_id=group_id, defect=defect, raw=raw)
 
 
-def encode_group(
-    *,
-    tokens: IntRows,
-    masks: IntRows,
-    scores: Sequence[float] | NDArray[np.floating[Any]],
-    advantages: FloatRows | None = None,
-    ref_logprobs: FloatRows | None = None,
-    messages: Any = None,
-    generation_params: Mapping[str, Any] | None = None,
-    inference_logprobs: FloatRows | None = None,
-    overrides: Sequence[Mapping[str, Any] | None] | None = None,
-    group_overrides: Mapping[str, Any] | None = None,
-    images: Any = None,
-    env_id: int | None = None,
-    distill_token_ids: Any = None,
-    distill_logprobs: Any = None,
-) -> bytes:
-    """The JSON body of ``POST /scored_data``. Fields that are None are left out.
+def encode_group(*, tokens: Rows, masks: Rows, scores: Row, **optional: Any) -> bytes:
+    """The JSON body of ``POST /scored_data``.
 
     Args:
         tokens, masks: [G][T_g] lists or integer arrays; a mask entry is -100 (not trained) or the token id.
         scores: [G].
-        advantages, ref_logprobs, inference_logprobs: [G][T_g]; a row that is None is sent as ``[]``. NaN in
-            ``inference_logprobs`` is sent as 1.0, upstream's "no value".
+        optional: other fields of ``ScoredData``, those that are None left out. ``advantages``, ``ref_logprobs`` and
+            ``inference_logprobs`` are [G][T_g]; a row that is None is sent as ``[]``. NaN in ``inference_logprobs`` is
+            sent as 1.0, upstream's "no value". An entry of ``overrides`` that is None is sent as ``{}``.
 
     Raises:
-        DataError: a value that JSON cannot carry (NaN or infinity), named by field, sequence and index; or lists
-            whose lengths differ.
+        DataError: a value that JSON cannot carry (NaN or infinity), named by field, sequence and index; lists whose
+            lengths differ; or a field that ``ScoredData`` has not.
     """
-    for name, length in (("masks", len(masks)), ("scores", len(scores))):
-        if length != len(tokens):
-            raise DataError(f"{name} has {length} entries, but tokens has {len(tokens)}")
-    fields: dict[str, Any] = {
-        "tokens": [_plain(row) for row in tokens],
-        "masks": [_plain(row) for row in masks],
-        "scores": _finite(_plain(scores), "scores"),
-        "advantages": _float_rows(advantages, "advantages"),
-        "ref_logprobs": _float_rows(ref_logprobs, "ref_logprobs"),
-        "messages": messages,
-        "generation_params": generation_params,
-        "inference_logprobs": _float_rows(inference_logprobs, "inference_logprobs", missing=NO_LOGPROB),
-        "overrides": None if overrides is None else [dict(entry or {}) for entry in overrides],
-        "group_overrides": group_overrides,
-        "images": images,
-        "env_id": env_id,
-        "distill_token_ids": distill_token_ids,
-        "distill_logprobs": distill_logprobs,
-    }
-    present = {name: value for name, value in fields.items() if value is not None}
-    return msgspec.json.encode(present, enc_hook=_encode_numpy)
+    fields: dict[str, Any] = {"tokens": tokens, "masks": masks, "scores": _finite(scores, "scores")}
+    for name in ("masks", "scores"):
+        if len(fields[name]) != len(tokens):
+            raise DataError(f"{name} has {len(fields[name])} entries, but tokens has {len(tokens)}")
+    for name, value in optional.items():
+        if name not in FIELD_NAMES:
+            raise DataError(f"{name} is no field of ScoredData")
+        if value is None:
+            continue
+        if name in EXTRAS:
+            missing = NO_LOGPROB if name == "inference_logprobs" else None
+            value = [_finite([] if row is None else row, f"{name}[{i}]", missing) for i, row in enumerate(value)]
+        elif name == "overrides":
+            value = [entry or {} for entry in value]
+        fields[name] = value
+    return msgspec.json.encode(fields, enc_hook=_encode_numpy)
 
 
-def _rows(rows: Any) -> tuple[FloatArray | None, ...] | None:
+def _rows(rows: list[list[float] | None]) -> tuple[FloatArray | None, ...] | None:
     """The rows of an extra; None when all of them are absent."""
-    found = tuple([float_row(row) if row else None for row in rows]) if isinstance(rows, list) else ()
-    return found if any(row is not None for row in found) else None
+    return tuple([float_row(row) if row else None for row in rows]) if any(rows) else None
 
 
 # --- a body with a group that the typed decoder cannot skip ----------------------------------------------------------
@@ -240,36 +219,24 @@ def _scalars(gap: bytes) -> list[bytes]:
 # --- encoding --------------------------------------------------------------------------------------------------------
 
 
-def _plain(row: Any) -> list[Any]:
-    return row.tolist() if isinstance(row, np.ndarray) else list(row)
-
-
-def _float_rows(rows: FloatRows | None, field: str, missing: float | None = None) -> list[list[float]] | None:
-    if rows is None:
-        return None
-    return [[] if row is None else _finite(_plain(row), f"{field}[{i}]", missing) for i, row in enumerate(rows)]
-
-
-def _finite(values: list[float], where: str, missing: float | None = None) -> list[float]:
-    """``values``, NaN replaced by ``missing`` when that is given; any other non-finite value raises."""
-    # isfinite per value would double the time; the sum of finite values is finite, or the slow way decides.
-    if math.isfinite(sum(values)):
-        return values
-    found = []
-    for index, value in enumerate(values):
-        if missing is not None and math.isnan(value):
-            value = missing
-        elif not math.isfinite(value):
-            raise DataError(f"{where}[{index}] = {value!r} is not finite; JSON and the trajectory API cannot carry it")
-        found.append(value)
+def _finite(row: Row, where: str, missing: float | None = None) -> list[float]:
+    """``row`` as a list, NaN replaced by ``missing`` when that is given; any other non-finite value raises."""
+    values = np.array(row, np.float64)
+    if missing is not None:
+        values[np.isnan(values)] = missing
+    bad = ~np.isfinite(values)
+    if bad.any():
+        index = int(np.argmax(bad))
+        raise DataError(
+            f"{where}[{index}] = {values[index]} is not finite; JSON and the trajectory API cannot carry it"
+        )
+    found: list[float] = values.tolist()
     return found
 
 
 def _encode_numpy(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
-    if isinstance(value, np.generic):
-        return value.item()
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"cannot send {type(value).__name__} in a scored group")
