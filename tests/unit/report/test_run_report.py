@@ -13,8 +13,7 @@ import pytest
 
 from atropos_verl.cli import main
 from atropos_verl.errors import ConfigError
-from atropos_verl.report.run_page import line_chart, render_page, ticks
-from atropos_verl.report.run_report import load_run
+from atropos_verl.report.run_report import line_chart, load_run, render_page, ticks
 
 
 def step(number: int, reward: float | None, **metrics: Any) -> dict[str, Any]:
