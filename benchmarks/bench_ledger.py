@@ -1,8 +1,9 @@
-"""The ledger's hot paths: writing down what was generated (also with its store on disk), looking a batch up, restarting.
+"""The ledger's hot paths: recording what was generated (also with its store on disk), looking a batch up, restarting.
 
-Baselines, in the same run and interleaved: for writing, ``tuple`` → list of (id, logprob, version) per token in plain
+Baselines, in the same run and interleaved: for recording, ``tuple`` → list of (id, logprob, version) per token in plain
 Python under a dictionary of the prompt; for looking up, comparing each sequence with every remembered one of its prompt
-token by token. The store's floor is one ``write`` of the same bytes. ``stored`` ends when the store's thread has written. Prints medians and ratios as JSON.
+token by token. The store's floor is one ``write`` of the same bytes; ``stored`` ends when its thread has written.
+Prints medians and ratios as JSON.
 """
 
 from __future__ import annotations

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,20 +30,19 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """Counters since the engine started, and what it holds now."""
+    """Counters since the engine started, and what it holds now.
+
+    ``running`` and ``waiting`` count sequences, in a KV slot and without one. ``requests`` counts those accepted, of
+    which some were ``finished`` with all their completions, cancelled (``aborted``), or ended with an error
+    (``failed``).
+    """
 
     running: int
-    """Sequences in a KV slot."""
     waiting: int
-    """Sequences that wait for a slot."""
     requests: int
-    """Requests accepted."""
     finished: int
-    """Requests answered with all their completions."""
     aborted: int
-    """Requests cancelled before they ended."""
     failed: int
-    """Requests that ended with an error."""
     prompt_tokens: int
     """Tokens prefilled, those after an eviction included; a prompt shared by n completions counts once."""
     generated_tokens: int
@@ -175,7 +173,6 @@ class Ticket:
         self.future.set_running_or_notify_cancel()
         self.cancelled = False
         self.prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
-        self._resolve_lock = threading.Lock()
         room = limits.max_context_len - len(request.prompt_token_ids)
         stop_ids = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else limits.eos_token_ids)
         stops = StopStrings(tokenizer, request.stop, pieces) if request.stop else None
@@ -229,14 +226,14 @@ class Ticket:
         return self._resolve(None, error)
 
     def _resolve(self, generations: list[Generation] | None, error: BaseException | None) -> bool:
-        with self._resolve_lock:
-            if self.future.done():
-                return False
+        try:
             if error is not None:
                 self.future.set_exception(error)
             else:
                 self.future.set_result(generations or [])
-            return True
+        except InvalidStateError:  # another thread was first
+            return False
+        return True
 
 
 def validate(request: GenerationRequest, limits: EngineLimits) -> None:
@@ -255,26 +252,18 @@ def validate(request: GenerationRequest, limits: EngineLimits) -> None:
         raise GenerationRequestError(
             f"prompt_token_ids[{index}] is {token}, outside the vocabulary [0, {limits.vocab_size})", "prompt_token_ids"
         )
-    rules: list[tuple[str, Any, bool, str]] = [
-        ("n", request.n, request.n >= 1, "at least 1"),
-        ("max_tokens", request.max_tokens, request.max_tokens is None or request.max_tokens >= 1, "at least 1"),
-        ("temperature", request.temperature, 0.0 <= request.temperature < math.inf, "0 (greedy) or more"),
-        ("top_p", request.top_p, 0.0 < request.top_p <= 1.0, "in (0, 1]"),
-        ("top_k", request.top_k, request.top_k >= -1, "-1 or 0 (off), or more"),
-        ("min_p", request.min_p, 0.0 <= request.min_p <= 1.0, "in [0, 1]"),
-        (
-            "stop",
-            request.stop,
-            not isinstance(request.stop, str) and all(isinstance(s, str) and s for s in request.stop),
-            "a tuple of strings, without empty strings",
-        ),
-        (
-            "prompt_logprobs",
-            request.prompt_logprobs,
-            request.prompt_logprobs is None or 0 <= request.prompt_logprobs <= limits.vocab_size,
-            f"in [0, {limits.vocab_size}]",
-        ),
+    strings = not isinstance(request.stop, str) and all(isinstance(s, str) and s for s in request.stop)
+    alternatives = 0 if request.prompt_logprobs is None else request.prompt_logprobs
+    rules = [
+        ("n", request.n >= 1, "at least 1"),
+        ("max_tokens", request.max_tokens is None or request.max_tokens >= 1, "at least 1"),
+        ("temperature", 0.0 <= request.temperature < math.inf, "0 (greedy) or more"),
+        ("top_p", 0.0 < request.top_p <= 1.0, "in (0, 1]"),
+        ("top_k", request.top_k >= -1, "-1 or 0 (off), or more"),
+        ("min_p", 0.0 <= request.min_p <= 1.0, "in [0, 1]"),
+        ("stop", strings, "a tuple of strings, without empty strings"),
+        ("prompt_logprobs", 0 <= alternatives <= limits.vocab_size, f"in [0, {limits.vocab_size}]"),
     ]
-    for name, value, holds, wanted in rules:
+    for name, holds, wanted in rules:
         if not holds:
-            raise GenerationRequestError(f"{name} must be {wanted}, not {value!r}", name)
+            raise GenerationRequestError(f"{name} must be {wanted}, not {getattr(request, name)!r}", name)

@@ -5,7 +5,7 @@ Shapes: ``U`` distinct prompts, ``P`` longest of them, ``n`` running sequences, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -117,9 +117,8 @@ class ModelRunner:
     def logprobs(self, token_ids: Sequence[int], temperature: float) -> list[float]:
         """Logprobs of tokens 1 .. T-1 of one sequence under ``temperature`` (already > 0)."""
         result: list[float] = []
-        for start, logp in self._sequence_logprobs(token_ids, temperature):
-            targets = torch.tensor(token_ids[start + 1 : start + 1 + logp.shape[0]], device=logp.device)
-            result += logp[: targets.shape[0]].gather(-1, targets.unsqueeze(-1)).squeeze(-1).tolist()
+        for targets, logp in self._sequence_logprobs(token_ids, temperature):
+            result += logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1).tolist()
         return result
 
     @torch.inference_mode()
@@ -128,17 +127,17 @@ class ModelRunner:
     ) -> tuple[dict[int, float] | None, ...]:
         """[P] per position {token: logprob} of the ``best`` alternatives and the token itself; position 0 None."""
         result: list[dict[int, float] | None] = [None]
-        for start, logp in self._sequence_logprobs(token_ids, temperature):
-            targets = torch.tensor(token_ids[start + 1 : start + 1 + logp.shape[0]], device=logp.device)
-            logp = logp[: targets.shape[0]]
+        for targets, logp in self._sequence_logprobs(token_ids, temperature):
             own = logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1).tolist()
             values, ids = (part.tolist() for part in logp.topk(best, dim=-1))
             for token, value, top_ids, top_values in zip(targets.tolist(), own, ids, values, strict=True):
                 result.append({token: value} | dict(zip(top_ids, top_values, strict=True)))
         return tuple(result)
 
-    def _sequence_logprobs(self, token_ids: Sequence[int], temperature: float) -> Any:
-        """Yield (start, [C, V] log_softmax(logits / temperature)) chunk by chunk; bounded memory for long prompts."""
+    def _sequence_logprobs(
+        self, token_ids: Sequence[int], temperature: float
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Tokens 1 .. T-1 [C], and [C, V] log_softmax(logits / temperature), chunk by chunk: memory is bounded."""
         from transformers import DynamicCache
 
         if not token_ids:
@@ -154,7 +153,8 @@ class ModelRunner:
             ids = torch.tensor(token_ids[start : start + chunk], device=self.device).unsqueeze(0)
             positions = torch.arange(start, start + ids.shape[1], device=self.device).unsqueeze(0)
             out = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
-            yield start, torch.log_softmax(out.logits[0].float() / temperature, dim=-1)
+            targets = torch.tensor(token_ids[start + 1 : start + 1 + chunk], device=self.device, dtype=torch.int64)
+            yield targets, torch.log_softmax(out.logits[0, : len(targets)].float() / temperature, dim=-1)
 
     def _forward(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, keep: int | torch.Tensor

@@ -157,7 +157,8 @@ def _draw_filtered(logprobs: torch.Tensor, draws: torch.Tensor, rows: SamplingRo
     times as likely as the best one.
     """
     vocab_size = logprobs.shape[-1]
-    if vocab_size > 4 * _PARTIAL_SORT_WIDTH:
+    whole = vocab_size <= 4 * _PARTIAL_SORT_WIDTH
+    if not whole:
         values, ids = logprobs.topk(_PARTIAL_SORT_WIDTH, dim=-1)
         probs = values.double().exp()
         enough = (rows.top_k <= _PARTIAL_SORT_WIDTH) | (
@@ -167,10 +168,8 @@ def _draw_filtered(logprobs: torch.Tensor, draws: torch.Tensor, rows: SamplingRo
                 | (probs[:, -1:] < rows.min_p * probs[:, :1])
             )
         )
-        if not bool(enough.all()):
-            values, ids = logprobs.sort(dim=-1, descending=True, stable=True)
-            probs = values.double().exp()
-    else:
+        whole = not bool(enough.all())
+    if whole:
         values, ids = logprobs.sort(dim=-1, descending=True, stable=True)
         probs = values.double().exp()
     width = probs.shape[-1]

@@ -2,10 +2,10 @@
 
 ::
 
-    GenerationRequest ──submit──▶ Ticket with n sequences ──▶ WaitQueue ──admit──▶ a KV slot ──finish──▶ Generation
-                                                                 ▲                   │
-                                                                 └──── evicted ──────┘
-                                                   (new weights, or memory released: tokens are kept)
+    GenerationRequest ──submit──▶ Ticket with n sequences ──▶ queue ────admit──▶ a KV slot ──finish──▶ Generation
+                                                               ▲                   │
+                                                               └──── evicted ──────┘
+                                                 (new weights, or memory released: tokens are kept)
 
     wait for work ─▶ gate.step() ─▶ boundary.step() ─▶ drop aborted ─▶ prefill newcomers ─▶ decode one token each
 
@@ -22,7 +22,7 @@ import logging
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,53 +43,28 @@ _MAX_FAILED_STEPS = 3
 """Failed steps in a row after which the engine is given up."""
 
 
-class WaitQueue:
-    """Sequences without a slot, first come first served. Evicted ones go to the front, in their old order."""
+def take_prefill(
+    waiting: deque[RunningSequence], slots: int, max_tokens: int, max_logits: int
+) -> list[RunningSequence]:
+    """Take the sequences of one prefill from the queue, in order. A context that is in it already costs nothing.
 
-    def __init__(self) -> None:
-        self._queue: deque[RunningSequence] = deque()
-        self._next_ordinal = 0
-
-    def __len__(self) -> int:
-        return len(self._queue)
-
-    def push(self, sequences: Iterable[RunningSequence]) -> None:
-        for sequence in sequences:
-            sequence.ordinal = self._next_ordinal
-            self._next_ordinal += 1
-            self._queue.append(sequence)
-
-    def push_evicted(self, sequences: Iterable[RunningSequence]) -> None:
-        # Whatever runs arrived before whatever waits, so the front is its place.
-        self._queue.extendleft(sorted(sequences, key=lambda sequence: sequence.ordinal, reverse=True))
-
-    def take(self, slots: int, max_tokens: int, max_logits: int) -> list[RunningSequence]:
-        """The next sequences of one prefill, in order. The first always fits; a context seen already costs nothing.
-
-        Args:
-            slots: sequences at most.
-            max_tokens: distinct contexts times the longest of them, at most.
-            max_logits: distinct contexts times distinct lengths (the positions for which a padded prefill computes
-                logits), at most.
-        """
-        taken: list[RunningSequence] = []
-        contexts: set[tuple[int, ...]] = set()
-        while self._queue and len(taken) < slots:
-            grown = contexts | {self._queue[0].context()}
-            lengths = {len(context) for context in grown}
-            too_large = len(grown) * max(lengths) > max_tokens or len(grown) * len(lengths) > max_logits
-            if len(grown) > max(1, len(contexts)) and too_large:
-                break
-            contexts = grown
-            taken.append(self._queue.popleft())
-        return taken
-
-    def remove_finished(self) -> None:
-        """Drop sequences that ended while they waited (aborted)."""
-        self._queue = deque(sequence for sequence in self._queue if sequence.finish_reason is None)
-
-    def clear(self) -> None:
-        self._queue.clear()
+    Args:
+        slots: sequences at most.
+        max_tokens: distinct contexts times the longest of them, at most; a longer context goes alone.
+        max_logits: distinct contexts times distinct lengths (the positions for which a padded prefill computes
+            logits), at most.
+    """
+    taken: list[RunningSequence] = []
+    contexts: set[tuple[int, ...]] = set()
+    while waiting and len(taken) < slots:
+        grown = contexts | {waiting[0].context()}
+        lengths = {len(context) for context in grown}
+        too_large = len(grown) * max(lengths) > max_tokens or len(grown) * len(lengths) > max_logits
+        if len(grown) > max(1, len(contexts)) and too_large:
+            break
+        contexts = grown
+        taken.append(waiting.popleft())
+    return taken
 
 
 class ContinuousBatch:
@@ -120,7 +95,11 @@ class ContinuousBatch:
         """
         self.participants = list(newcomers)
         for ticket in {sequence.ticket for sequence in newcomers}:
-            self._compute_prompt_logprobs(ticket)
+            if (best := ticket.request.prompt_logprobs) is not None and ticket.prompt_logprobs is None:
+                temperature = effective_temperature(ticket.request.temperature)
+                ticket.prompt_logprobs = self._runner.prompt_logprobs(
+                    ticket.request.prompt_token_ids, best, temperature
+                )
         prompts: dict[tuple[int, ...], int] = {}
         picks = [prompts.setdefault(sequence.context(), len(prompts)) for sequence in newcomers]
         # The first sequence of each distinct context takes the slot it is computed in; the others get copies behind.
@@ -180,13 +159,6 @@ class ContinuousBatch:
             self._runner.device,
         )
 
-    def _compute_prompt_logprobs(self, ticket: Ticket) -> None:
-        request = ticket.request
-        if request.prompt_logprobs is not None and ticket.prompt_logprobs is None:
-            ticket.prompt_logprobs = self._runner.prompt_logprobs(
-                request.prompt_token_ids, request.prompt_logprobs, effective_temperature(request.temperature)
-            )
-
     def _sample_and_push(
         self, sequences: Sequence[RunningSequence], logits: torch.Tensor, rows: SamplingRows, policy_version: int
     ) -> list[RunningSequence]:
@@ -240,7 +212,9 @@ class Scheduler:
         self._exclusive_lock = threading.Lock()
         self._condition = threading.Condition()
         # Guarded by the condition:
-        self._waiting = WaitQueue()
+        self._waiting: deque[RunningSequence] = deque()
+        """First come first served."""
+        self._arrived = 0
         self._tickets: set[Ticket] = set()
         self._aborting: list[Ticket] = []
         self._stopped: EngineStoppedError | None = None
@@ -275,7 +249,10 @@ class Scheduler:
                 seed=request.seed if request.seed is not None else self._random.getrandbits(64),
                 pieces=self._pieces,
             )
-            self._waiting.push(ticket.sequences)
+            for sequence in ticket.sequences:
+                sequence.ordinal = self._arrived
+                self._arrived += 1
+            self._waiting += ticket.sequences
             self._tickets.add(ticket)
             self._requests += 1
             self._condition.notify_all()
@@ -324,7 +301,8 @@ class Scheduler:
         evicted = self._batch.evict()
         self._evictions += len(evicted)
         with self._condition:
-            self._waiting.push_evicted(evicted)
+            # What runs arrived before what waits, so the front is its place.
+            self._waiting.extendleft(sorted(evicted, key=lambda sequence: sequence.ordinal, reverse=True))
 
     def stop(self, timeout: float) -> None:
         """End the thread, failing every request; ``TimeoutError`` when a step still runs after ``timeout`` seconds."""
@@ -371,7 +349,8 @@ class Scheduler:
             torch.set_num_threads(self._num_threads)
         try:
             while self._stopped is None:
-                self._wait_for_work()
+                with self._condition:
+                    self._condition.wait_for(self._has_work, timeout=5.0)
                 with self._gate.step(timeout=1.0, stop=self._interrupted) as may_run, self._boundary.step(1.0) as free:
                     if free and self._stopped is None:
                         self._guarded_step(may_run)
@@ -384,11 +363,7 @@ class Scheduler:
         return self._stopped is not None or bool(self._aborting)
 
     def _has_work(self) -> bool:
-        return self._interrupted() or (self._runner.weights.ready and bool(self._batch.running or len(self._waiting)))
-
-    def _wait_for_work(self) -> None:
-        with self._condition:
-            self._condition.wait_for(self._has_work, timeout=5.0)
+        return self._interrupted() or (self._runner.weights.ready and bool(self._batch.running or self._waiting))
 
     def _guarded_step(self, may_run: bool) -> None:
         """One iteration. A failure ends the sequences that took part in it, and the engine goes on."""
@@ -402,8 +377,8 @@ class Scheduler:
     def _step(self) -> bool:
         """Let newcomers in, then one token for everyone. False when there was nothing to do."""
         with self._condition:
-            newcomers = self._waiting.take(
-                self._batch.free_slots, self._max_prefill_tokens, self._runner.max_prefill_logits
+            newcomers = take_prefill(
+                self._waiting, self._batch.free_slots, self._max_prefill_tokens, self._runner.max_prefill_logits
             )
         if newcomers:
             self._finish(self._batch.prefill(newcomers, self.policy_version))
@@ -430,8 +405,11 @@ class Scheduler:
                 if ticket in self._tickets:
                     self._tickets.remove(ticket)
                     self._aborted += ticket.abort()
-            self._waiting.remove_finished()
+            self._drop_finished()
         self._batch.compact()
+
+    def _drop_finished(self) -> None:
+        self._waiting = deque(sequence for sequence in self._waiting if sequence.finish_reason is None)
 
     def _fail_step(self, error: Exception) -> None:
         """The sequences of the failed forward get the error; the others are prefilled again."""
@@ -447,7 +425,7 @@ class Scheduler:
                 self._failed += ticket.fail(reason)
         self.evict()
         with self._condition:
-            self._waiting.remove_finished()
+            self._drop_finished()
         self._runner.cache.clear()
         if self._failed_steps >= _MAX_FAILED_STEPS:
             stopped = EngineStoppedError(f"the engine gave up after {self._failed_steps} failed steps: {error}")

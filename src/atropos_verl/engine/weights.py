@@ -95,24 +95,20 @@ class WeightStore:
 
     def release(self) -> None:
         """Give the storage of every parameter back. Idempotent."""
-        self._set_storage(lambda parameter: torch.empty((0,), dtype=parameter.dtype, device=parameter.device))
+        self._set_storage(lambda parameter: torch.Size((0,)))
         self.resident = self.ready = False
 
     def allocate(self) -> None:
         """Take storage again, its content undefined until ``update``. Nothing to do when it was never released."""
         if not self.resident:
-            self._set_storage(
-                lambda parameter: torch.empty(
-                    self._shapes[id(parameter)], dtype=parameter.dtype, device=parameter.device
-                )
-            )
+            self._set_storage(lambda parameter: self._shapes[id(parameter)])
             self.resident = True
 
-    def _set_storage(self, storage_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def _set_storage(self, shape_of: Callable[[torch.Tensor], torch.Size]) -> None:
         # inference_mode(False): a tensor made inside inference mode could not be written to by anyone else later.
         with torch.inference_mode(False), torch.no_grad():
             for parameter in self._unique():
-                parameter.data = storage_of(parameter)
+                parameter.data = torch.empty(shape_of(parameter), dtype=parameter.dtype, device=parameter.device)
 
     def _unique(self) -> list[torch.Tensor]:
         return list({id(parameter): parameter for parameter in self._parameters.values()}.values())

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import msgspec
@@ -28,26 +29,14 @@ _DEFAULT_COMPLETION_TOKENS = 16
 """``max_tokens`` of /v1/completions when absent: the documented default of that API, in vLLM too."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Call:
-    """A parsed request of either endpoint."""
+@dataclass(slots=True)
+class _StreamedChoice:
+    """A completion that is being written."""
 
-    chat: bool
-    requests: tuple[GenerationRequest, ...]
-    """One per prompt."""
-    sampling: Sampling
-    logprobs: bool
-    return_token_ids: bool
-    tokens_as_ids: bool
-    """Show tokens as ``token_id:123`` in logprobs (for tokens that are no valid UTF-8)."""
-    stream: bool
-    include_usage: bool
-    envelope: dict[str, Any]
-    """id, object, created, model of the answer."""
-
-    @property
-    def prompt_tokens(self) -> int:
-        return sum(len(request.prompt_token_ids) for request in self.requests)
+    text: StreamText
+    offset: int = 0
+    """Characters of the tokens sent so far, for ``text_offset``."""
+    started: bool = False
 
 
 async def chat_completions(service: GatewayService, fields: Fields) -> bytes | AsyncGenerator[bytes, None]:
@@ -55,9 +44,8 @@ async def chat_completions(service: GatewayService, fields: Fields) -> bytes | A
     sampling = parse_sampling(fields, max_tokens_names=("max_completion_tokens", "max_tokens"), max_tokens_default=None)
     logprobs = fields.boolean("logprobs", False)
     _refuse_alternatives(fields, "top_logprobs", maximum=0)
-    prompt = _chat_prompt(service, fields)
-    call = _finish_parsing(service, fields, sampling, chat=True, logprobs=logprobs, prompts=[prompt], param="messages")
-    return _stream_answer(service, call) if call.stream else await _whole_answer(service, call)
+    call = _Call(service, fields, sampling, [_chat_prompt(service, fields)], chat=True, logprobs=logprobs)
+    return call.stream() if call.streamed else await call.whole()
 
 
 async def completions(service: GatewayService, fields: Fields) -> bytes | AsyncGenerator[bytes, None]:
@@ -67,55 +55,174 @@ async def completions(service: GatewayService, fields: Fields) -> bytes | AsyncG
     if _refuse_alternatives(fields, "logprobs", maximum=1):
         text = "/v1/completions: logprobs=1 returns the sampled token's logprob only, no alternative"
         service.warn_once("completions logprobs=1", text)
-    prompts = _completion_prompts(service, fields)
-    call = _finish_parsing(service, fields, sampling, chat=False, logprobs=logprobs, prompts=prompts, param="prompt")
-    return _stream_answer(service, call) if call.stream else await _whole_answer(service, call)
+    call = _Call(service, fields, sampling, _completion_prompts(service, fields), chat=False, logprobs=logprobs)
+    return call.stream() if call.streamed else await call.whole()
 
 
-def _finish_parsing(
-    service: GatewayService,
-    fields: Fields,
-    sampling: Sampling,
-    *,
-    chat: bool,
-    logprobs: bool,
-    prompts: Sequence[tuple[int, ...]],
-    param: str,
-) -> _Call:
-    service.check_model(fields)
-    request_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-    fields.ignore("request_id")
-    stream = fields.boolean("stream", False)
-    options = fields.child("stream_options")
-    if stream and len(prompts) != 1:
-        raise fields.error("stream", f"one prompt at a time can be streamed, not {len(prompts)}", "unsupported_field")
-    call = _Call(
-        chat=chat,
-        requests=tuple(
+class _Call:
+    """A request of either endpoint, and its answer. The constructor reads the fields that both endpoints share."""
+
+    def __init__(
+        self,
+        service: GatewayService,
+        fields: Fields,
+        sampling: Sampling,
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        chat: bool,
+        logprobs: bool,
+    ) -> None:
+        self.service = service
+        self.sampling = sampling
+        self.chat = chat
+        self.logprobs = logprobs
+        self.streamed = fields.boolean("stream", False)
+        self.return_token_ids = fields.boolean("return_token_ids", False)
+        self.tokens_as_ids = fields.boolean("return_tokens_as_token_ids", False)
+        """Show tokens as ``token_id:123`` in logprobs (for tokens that are no valid UTF-8)."""
+        options = fields.child("stream_options")
+        self.include_usage = options.boolean("include_usage", False)
+        options.ignore("continuous_usage_stats", "include_obfuscation")
+        fields.ignore("request_id")
+        service.check_model(fields)
+        if self.streamed and len(prompts) != 1:
+            message = f"one prompt at a time can be streamed, not {len(prompts)}"
+            raise fields.error("stream", message, "unsupported_field")
+        request_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.requests = [
             sampling.to_request(
                 prompt,
                 max_context_len=service.engine.max_context_len,
-                param=param,
+                param="messages" if chat else "prompt",
                 request_id=f"{request_id}-{index}",
             )
             for index, prompt in enumerate(prompts)
-        ),
-        sampling=sampling,
-        logprobs=logprobs,
-        return_token_ids=fields.boolean("return_token_ids", False),
-        tokens_as_ids=fields.boolean("return_tokens_as_token_ids", False),
-        stream=stream,
-        include_usage=options.boolean("include_usage", False),
-        envelope={
+        ]
+        kind = "chat.completion.chunk" if self.streamed else "chat.completion"
+        self.envelope = {
             "id": request_id,
-            "object": ("chat.completion.chunk" if stream else "chat.completion") if chat else "text_completion",
+            "object": kind if chat else "text_completion",
             "created": int(time.time()),
             "model": service.model_name,
-        },
-    )
-    options.ignore("continuous_usage_stats", "include_obfuscation")
-    service.report_unread("/v1/chat/completions" if chat else "/v1/completions", fields, options)
-    return call
+        }
+        service.report_unread("/v1/chat/completions" if chat else "/v1/completions", fields, options)
+
+    # -- the whole answer --------------------------------------------------------------------------------------------
+
+    async def whole(self) -> bytes:
+        """Generate, and encode the whole answer: choices in prompt order, ``n`` per prompt."""
+        results = await self.service.generate(self.requests)
+        pairs = [(r, g) for r, generations in zip(self.requests, results, strict=True) for g in generations]
+        everything = [generation for _, generation in pairs]
+        answer = {
+            **self.envelope,
+            "choices": [self._choice(index, *pair) for index, pair in enumerate(pairs)],
+            "usage": self._usage(sum(len(g.token_ids) for g in everything)),
+            **policy_fields(everything),
+        }
+        if self.chat and self.return_token_ids:
+            answer["prompt_token_ids"] = self.requests[0].prompt_token_ids
+        return msgspec.json.encode(answer)
+
+    def _choice(self, index: int, request: GenerationRequest, generation: Generation) -> dict[str, Any]:
+        codec, sampling = self.service.codec, self.sampling
+        text, matched = codec.completion_text(generation.token_ids, generation.finish_reason, sampling)
+        stop_token = codec.stop_token(generation.token_ids, generation.finish_reason, sampling)
+        choice: dict[str, Any] = {
+            "index": index,
+            **({"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}),
+            "logprobs": self._logprobs(generation.token_ids, generation.logprobs),
+            "finish_reason": generation.finish_reason,
+            # vLLM: the stop string or the stop token id the client asked for; null at the end-of-sequence token
+            "stop_reason": stop_token if stop_token in sampling.template.stop_token_ids else matched,
+        }
+        if self.return_token_ids:
+            choice["token_ids"] = generation.token_ids
+            if not self.chat:
+                choice["prompt_token_ids"] = request.prompt_token_ids
+        return choice
+
+    def _usage(self, completion_tokens: int) -> dict[str, int]:
+        prompt_tokens = sum(len(request.prompt_token_ids) for request in self.requests)
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        }
+
+    def _logprobs(
+        self, token_ids: Sequence[int], logprobs: Sequence[float], first_offset: int = 0
+    ) -> dict[str, Any] | None:
+        """None: not asked for. Chat: an entry per token. Completions: parallel lists, ``text_offset`` in characters."""
+        if not self.logprobs:
+            return None
+        names = (
+            [f"token_id:{t}" for t in token_ids] if self.tokens_as_ids else self.service.codec.token_texts(token_ids)
+        )
+        values = finite_logprobs(logprobs)
+        pairs = list(zip(names, values, strict=True))
+        if self.chat:
+            return {
+                "content": [
+                    {"token": name, "logprob": value, "bytes": list(name.encode()), "top_logprobs": []}
+                    for name, value in pairs
+                ]
+            }
+        ends = list(accumulate(map(len, names), initial=first_offset))
+        return {
+            "text_offset": ends[:-1],
+            "tokens": names,
+            "token_logprobs": values,
+            "top_logprobs": [{name: value} for name, value in pairs],
+        }
+
+    # -- server-sent events: one ``data: {...}`` line per piece, then ``data: [DONE]`` -------------------------------
+
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        """The events of a call with one prompt. Closing the generator frees the slots."""
+        [request] = self.requests
+        choices = [_StreamedChoice(StreamText(self.service.codec, self.sampling)) for _ in range(request.n)]
+        completion_tokens = 0
+        async with aclosing(self.service.stream(request)) as deltas:
+            async for delta in deltas:
+                completion_tokens += len(delta.token_ids)
+                for chunk in self._chunks(choices[delta.index], delta):
+                    yield _event(chunk)
+        if self.include_usage:
+            yield _event({**self.envelope, "choices": [], "usage": self._usage(completion_tokens)})
+        yield b"data: [DONE]\n\n"
+
+    def _chunks(self, choice: _StreamedChoice, delta: GenerationDelta) -> Iterator[dict[str, Any]]:
+        """The chunks for one delta: the chat API announces the role before the first text."""
+        first, choice.started = not choice.started, True
+        envelope = {**self.envelope, **({"usage": None} if self.include_usage else {})}
+        if first and self.chat:
+            role = {"index": delta.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
+            head: dict[str, Any] = {**envelope, "choices": [{**role, "finish_reason": None}]}
+            if self.return_token_ids:
+                head["prompt_token_ids"] = self.requests[0].prompt_token_ids
+            yield head
+        text = choice.text.push(delta.token_ids, delta.finish_reason)
+        if not delta.token_ids and not text and delta.finish_reason is None:
+            return
+        logprobs = self._logprobs(delta.token_ids, delta.logprobs, choice.offset)
+        if logprobs is not None and not self.chat:
+            choice.offset += sum(map(len, logprobs["tokens"]))
+        piece: dict[str, Any] = {
+            "index": delta.index,
+            **({"delta": {"content": text}} if self.chat else {"text": text}),
+            "logprobs": logprobs,
+            "finish_reason": delta.finish_reason,
+        }
+        if self.return_token_ids:
+            piece["token_ids"] = delta.token_ids
+            if first and not self.chat:
+                piece["prompt_token_ids"] = self.requests[0].prompt_token_ids
+        yield {**envelope, "choices": [piece], "policy_version": self.service.engine.policy_version}
+
+
+def _event(chunk: dict[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
 
 
 def _refuse_alternatives(fields: Fields, name: str, *, maximum: int) -> int:
@@ -179,165 +286,3 @@ def _completion_prompts(service: GatewayService, fields: Fields) -> list[tuple[i
         else fields.check_token_ids("prompt", item)
         for item in items
     ]
-
-
-# The whole answer ---------------------------------------------------------------------------------------------------
-
-
-async def _whole_answer(service: GatewayService, call: _Call) -> bytes:
-    """Generate, and encode the whole answer: choices in prompt order, ``n`` per prompt."""
-    results = await service.generate(call.requests)
-    choices: list[dict[str, Any]] = []
-    for request, generations in zip(call.requests, results, strict=True):
-        for generation in generations:
-            choices.append(_choice(service, call, len(choices), request, generation))
-    everything = [generation for generations in results for generation in generations]
-    answer = {
-        **call.envelope,
-        "choices": choices,
-        "usage": _usage(call.prompt_tokens, sum(len(g.token_ids) for g in everything)),
-        **policy_fields(everything),
-    }
-    if call.chat and call.return_token_ids:
-        answer["prompt_token_ids"] = call.requests[0].prompt_token_ids
-    return msgspec.json.encode(answer)
-
-
-def _choice(
-    service: GatewayService, call: _Call, index: int, request: GenerationRequest, generation: Generation
-) -> dict[str, Any]:
-    text, matched = service.codec.completion_text(generation.token_ids, generation.finish_reason, call.sampling)
-    stop_token = service.codec.stop_token(generation.token_ids, generation.finish_reason, call.sampling)
-    choice: dict[str, Any] = {"index": index}
-    if call.chat:
-        choice["message"] = {"role": "assistant", "content": text}
-    else:
-        choice["text"] = text
-    choice["logprobs"] = None
-    if call.logprobs:
-        build = _chat_logprobs if call.chat else _completion_logprobs
-        choice["logprobs"] = build(service, call, generation.token_ids, generation.logprobs)
-    choice["finish_reason"] = generation.finish_reason
-    # vLLM: the stop string or the stop token id the client asked for; null at the end-of-sequence token
-    choice["stop_reason"] = stop_token if stop_token in call.sampling.template.stop_token_ids else matched
-    if call.return_token_ids:
-        choice["token_ids"] = generation.token_ids
-        if not call.chat:
-            choice["prompt_token_ids"] = request.prompt_token_ids
-    return choice
-
-
-def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
-
-
-def _names(service: GatewayService, call: _Call, token_ids: Sequence[int]) -> list[str]:
-    if call.tokens_as_ids:
-        return [f"token_id:{token_id}" for token_id in token_ids]
-    return service.codec.token_texts(token_ids)
-
-
-def _chat_logprobs(
-    service: GatewayService, call: _Call, token_ids: Sequence[int], logprobs: Sequence[float]
-) -> dict[str, Any]:
-    """The chat API's shape: one entry per token, ``top_logprobs`` empty (none was asked for)."""
-    names = _names(service, call, token_ids)
-    return {
-        "content": [
-            {"token": name, "logprob": logprob, "bytes": list(name.encode()), "top_logprobs": []}
-            for name, logprob in zip(names, finite_logprobs(logprobs), strict=True)
-        ]
-    }
-
-
-def _completion_logprobs(
-    service: GatewayService,
-    call: _Call,
-    token_ids: Sequence[int],
-    logprobs: Sequence[float],
-    first_offset: int = 0,
-) -> dict[str, Any]:
-    """The completions API's shape: parallel lists; ``text_offset`` counts characters from ``first_offset``."""
-    names = _names(service, call, token_ids)
-    values = finite_logprobs(logprobs)
-    offsets, position = [], first_offset
-    for name in names:
-        offsets.append(position)
-        position += len(name)
-    return {
-        "text_offset": offsets,
-        "tokens": names,
-        "token_logprobs": values,
-        "top_logprobs": [{name: value} for name, value in zip(names, values, strict=True)],
-    }
-
-
-# Server-sent events: one ``data: {...}`` line per piece, then ``data: [DONE]`` ------------------------------------
-
-
-@dataclass(slots=True)
-class _StreamedChoice:
-    """A completion that is being written."""
-
-    text: StreamText
-    offset: int = 0
-    """Characters of the tokens sent so far, for ``text_offset``."""
-    started: bool = False
-
-
-async def _stream_answer(service: GatewayService, call: _Call) -> AsyncGenerator[bytes, None]:
-    """The events of a call with one prompt. Closing the generator frees the slots."""
-    request = call.requests[0]
-    choices = [_StreamedChoice(StreamText(service.codec, call.sampling)) for _ in range(request.n)]
-    completion_tokens = 0
-    async with aclosing(service.stream(request)) as deltas:
-        async for delta in deltas:
-            completion_tokens += len(delta.token_ids)
-            for chunk in _chunks(service, call, choices[delta.index], delta):
-                yield _event(chunk)
-    if call.include_usage:
-        yield _event({**call.envelope, "choices": [], "usage": _usage(call.prompt_tokens, completion_tokens)})
-    yield b"data: [DONE]\n\n"
-
-
-def _chunks(
-    service: GatewayService, call: _Call, choice: _StreamedChoice, delta: GenerationDelta
-) -> Iterator[dict[str, Any]]:
-    """The chunks for one delta: the chat API announces the role before the first text."""
-    first, choice.started = not choice.started, True
-    extra: dict[str, Any] = {"usage": None} if call.include_usage else {}
-    if first and call.chat:
-        role = {"index": delta.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
-        head: dict[str, Any] = {**call.envelope, **extra, "choices": [{**role, "finish_reason": None}]}
-        if call.return_token_ids:
-            head["prompt_token_ids"] = call.requests[0].prompt_token_ids
-        yield head
-    text = choice.text.push(delta.token_ids, delta.finish_reason)
-    if not delta.token_ids and not text and delta.finish_reason is None:
-        return
-    piece: dict[str, Any] = {"index": delta.index}
-    if call.chat:
-        piece["delta"] = {"content": text}
-    else:
-        piece["text"] = text
-    piece["logprobs"] = None
-    if call.logprobs and call.chat:
-        piece["logprobs"] = _chat_logprobs(service, call, delta.token_ids, delta.logprobs)
-    elif call.logprobs:
-        lists = _completion_logprobs(service, call, delta.token_ids, delta.logprobs, choice.offset)
-        choice.offset += sum(len(token) for token in lists["tokens"])
-        piece["logprobs"] = lists
-    piece["finish_reason"] = delta.finish_reason
-    if call.return_token_ids:
-        piece["token_ids"] = delta.token_ids
-        if first and not call.chat:
-            piece["prompt_token_ids"] = call.requests[0].prompt_token_ids
-    yield {**call.envelope, **extra, "choices": [piece], "policy_version": service.engine.policy_version}
-
-
-def _event(chunk: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(chunk) + b"\n\n"

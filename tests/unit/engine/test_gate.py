@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -129,7 +128,7 @@ async def test_requests_wait_while_paused_and_never_fail() -> None:
             admitted.append(number)
 
     clients = [asyncio.create_task(client(number)) for number in range(50)]
-    await _until(lambda: gate.waiting == 50)
+    await asyncio.to_thread(eventually, lambda: gate.waiting == 50, "it")
     assert (admitted, gate.waiting, gate.in_flight) == ([], 50, 0)
     gate.resume()
     await asyncio.wait_for(asyncio.gather(*clients), 5.0)
@@ -144,17 +143,11 @@ async def test_request_timeout_and_cancellation_leave_nothing_behind() -> None:
         async with gate.request(timeout=0.01):
             pytest.fail("a paused gate admitted a request")
     waiting = asyncio.create_task(_hold(gate, asyncio.Event()))
-    await _until(lambda: gate.waiting == 1)
+    await asyncio.to_thread(eventually, lambda: gate.waiting == 1, "it")
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert (gate.waiting, gate.in_flight) == (0, 0)
-
-
-async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(15.0):
-        while not condition():
-            await asyncio.sleep(0)
 
 
 async def _hold(gate: RequestGate, leave: asyncio.Event) -> None:
@@ -166,7 +159,7 @@ async def test_pause_does_not_wait_for_requests_but_drain_does() -> None:
     gate = RequestGate()
     leave = asyncio.Event()
     holders = [asyncio.create_task(_hold(gate, leave)) for _ in range(3)]
-    await _until(lambda: gate.in_flight == 3)
+    await asyncio.to_thread(eventually, lambda: gate.in_flight == 3, "it")
     gate.pause(timeout=1.0)  # returns: no step is running
     assert gate.state is GateState.PAUSED
 
@@ -174,7 +167,7 @@ async def test_pause_does_not_wait_for_requests_but_drain_does() -> None:
         await asyncio.to_thread(gate.drain, 0.01)
     draining = asyncio.create_task(asyncio.to_thread(gate.drain, 10.0))
     late = asyncio.create_task(_hold(gate, leave))
-    await _until(lambda: gate.state is GateState.DRAINING and gate.waiting == 1)
+    await asyncio.to_thread(eventually, lambda: gate.state is GateState.DRAINING and gate.waiting == 1, "it")
     with gate.step(timeout=1.0) as may_run:  # those in flight may still be decoded
         assert may_run
     leave.set()
@@ -208,7 +201,7 @@ async def test_close_fails_waiting_requests_and_ends_steps() -> None:
     gate = RequestGate()
     gate.pause(timeout=1.0)
     waiting = asyncio.create_task(_hold(gate, asyncio.Event()))
-    await _until(lambda: gate.waiting == 1)
+    await asyncio.to_thread(eventually, lambda: gate.waiting == 1, "it")
     gate.close()
     gate.close()
     with pytest.raises(EngineStoppedError, match="closed"):
