@@ -88,11 +88,6 @@ class RequestGate:
         return self._waiting
 
     @property
-    def steps_running(self) -> int:
-        """Engine steps inside ``step()`` now (0 or 1 for an engine with one thread)."""
-        return self._steps
-
-    @property
     def paused_seconds(self) -> float:
         """Seconds this gate was not open, in all, the present pause included."""
         with self._condition:
