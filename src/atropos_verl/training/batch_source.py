@@ -79,19 +79,19 @@ Check = Callable[[], None]
 
 @dataclass
 class RolloutData:
-    """One batch on its way to the optimiser."""
+    """One batch on its way to the optimiser.
+
+    ``entry`` is the journalled batch, ``matches`` the ledger's knowledge of each sequence (None: not looked up),
+    ``off_policy`` the figures of look-up and staleness, ``report`` the samples once they are made, ``timings`` seconds
+    (``rollout``, ``wait``, ``decode``, ``look_up``, ``prefetch``).
+    """
 
     groups: list[ScoredGroup]
     entry: JournalEntry | None = None
-    """The journalled batch, until the step is durable."""
     matches: BatchMatches | None = None
-    """The ledger's knowledge of each sequence; None: not looked up."""
     off_policy: dict[str, float | int | None] = field(default_factory=dict)
-    """Figures of look-up and staleness, filled when the samples are made and when they are trained on."""
     report: SampleReport | None = None
-    """Filled by ``compute_advantages_from_atropos``."""
     timings: dict[str, float] = field(default_factory=dict)
-    """Seconds: ``rollout``, ``wait``, ``decode``, ``look_up``, ``prefetch``."""
 
 
 class BatchSource:
@@ -138,10 +138,7 @@ class BatchSource:
     def resume(self, step: int) -> int:
         """Puts the batches of an earlier process that a run at ``step`` trains on first in front; returns how many.
 
-        The second call does nothing and returns the same.
-
-        Raises:
-            AtroposAPIError, CheckpointError: see ``LeasedBatches.resume``.
+        The second call does nothing. Raises as ``LeasedBatches.resume``.
         """
         if self._resumed is None:
             owed = self.batches.resume(step) if self.config.resume != "disable" else []
@@ -150,11 +147,8 @@ class BatchSource:
         return self._resumed
 
     def register(self, step: int, batch_size: int, checkpoint_dir: Path | None = None) -> None:
-        """Registers the trainer, which is at ``step``, unless that is done. Call ``resume`` before.
-
-        Raises:
-            AtroposAPIError: see ``protocol.client.register_trainer``.
-        """
+        """Registers the trainer, which is at ``step``, unless that is done. Call ``resume`` before. Raises as
+        ``protocol.client.register_trainer``."""
         if self.is_registered:
             return
         self._step = step
@@ -178,9 +172,7 @@ class BatchSource:
     def attach(self, provenance: BatchProvenance, throttle: StalenessThrottle | None, totals: RunTotals) -> None:
         """Gives the source what comes with the policy; batches can be decoded from now on.
 
-        Args:
-            throttle: None: no prompt is ever held back.
-            totals: lost and stale batches are counted in it.
+        Lost and stale batches are counted in ``totals``. Without a throttle no prompt is ever held back.
         """
         self._provenance, self._throttle, self._totals = provenance, throttle, totals
         for _ in self._early:
@@ -230,7 +222,7 @@ class BatchSource:
         """Waits for the next batch, with as many requests as it takes.
 
         Raises:
-            AtroposTimeoutError: no batch within ``env.startup_timeout`` or ``atropos.rollout_timeout``.
+            AtroposTimeoutError: none came within ``env.startup_timeout`` or ``atropos.rollout_timeout``.
             AtroposAPIError: the API failed, or lost more than five batches in a row.
         """
         limit = self.config.atropos.rollout_timeout if self._has_batch else self._first_limit
@@ -262,10 +254,7 @@ class BatchSource:
                 raise
 
     def fetch(self, max_wait_time: float | None = None, should_stop: Check | None = None) -> RolloutData:
-        """The next batch, in one request. It is journalled before anything else happens to it.
-
-        Args:
-            max_wait_time: seconds; None: ``batch_max_wait_time``.
+        """The next batch, in one request of ``max_wait_time`` seconds (None: ``batch_max_wait_time``).
 
         Raises:
             AtroposTimeoutError: no batch in time.
@@ -323,17 +312,14 @@ class BatchSource:
             self._provenance.consumed(data.matches or [])
 
     def ack(self, data: RolloutData) -> None:
-        """Tells the API that it may forget the batch. See ``LeasedBatches.ack``."""
+        """Lets the API forget the batch. See ``LeasedBatches.ack``."""
         if data.entry is not None:
             self.batches.ack(data.entry)
 
     def stop(self, *, give_back: bool) -> None:
         """Training is over, or has failed: ends the prefetch, and holds no prompt back any more. Idempotent.
 
-        A batch that was fetched and not trained on is the next one to be taken; the journal holds it.
-
-        Args:
-            give_back: untrained batches go back to an API that can take them (with leases).
+        A batch that was fetched and not trained on is the next one to be taken, unless ``give_back`` is asked for.
         """
         if self._prefetcher is not None:
             self._early.extendleft(self._prefetcher.close())
@@ -410,14 +396,10 @@ class Prefetcher(Generic[T]):
                            │           │
                            └── error ──┴──▶ FAILED: take raises it, now and ever after
 
-    At most one batch is held: a batch that waits longer only grows stale. While it lies READY the run's services are
-    still looked after, so that an environment that dies during a long optimiser step is known when that step ends.
+    At most one batch is held: a batch that waits longer only grows stale. While it lies READY ``check`` is still
+    called, so that an environment that dies during a long optimiser step is known when that step ends. ``fetch`` calls
+    its argument often while it waits; that raises when nobody wants the batch any more, or when ``check`` does.
     ``start``, ``take`` and ``close`` are called from one thread, the trainer's.
-
-    Args:
-        fetch: returns the next batch, prepared. It calls its argument often while it waits; that raises when nobody
-            wants the batch any more, or when ``check`` does.
-        check: raises when a process of the run has died.
     """
 
     def __init__(self, fetch: Callable[[Check], T], *, check: Check | None = None) -> None:
@@ -441,11 +423,8 @@ class Prefetcher(Generic[T]):
             self._thread.start()
 
     def take(self) -> T:
-        """Waits for the batch under way, which is begun now if there is none.
-
-        Raises:
-            Whatever ``fetch`` or ``check`` raised, also while a batch is ready.
-        """
+        """Waits for the batch under way, which is begun now if there is none. Raises what ``fetch`` or ``check``
+        raised, also while a batch is ready."""
         self.start()
         self._came.wait()
         if self._failure is None:

@@ -275,24 +275,23 @@ def _query(group: ScoredGroup, g: int, i: int) -> SequenceQuery:
 
 @dataclass(slots=True)
 class LookUpFigures:
-    """Counts of one batch's look-up."""
+    """Counts of one batch's look-up: trained spans by env_id, and trained tokens.
+
+    ``dropped_tokens`` are unmatched ones taken out of training. ``compared_tokens`` are matched ones whose logprob the
+    environment sent as well, ``largest_difference`` is in nats. ``temperature_mismatches`` are sequences whose
+    environment names another temperature than it asked the gateway for.
+    """
 
     spans: Counter[int | None] = field(default_factory=Counter)
-    """env_id → trained spans."""
     unmatched_spans: Counter[int | None] = field(default_factory=Counter)
+    ambiguous_spans: int = 0
     tokens: int = 0
-    """Trained."""
     unmatched_tokens: int = 0
     dropped_tokens: int = 0
-    """Of these, taken out of training."""
-    ambiguous_spans: int = 0
     compared_tokens: int = 0
-    """Matched tokens whose logprob the environment sent as well."""
     mismatched_tokens: int = 0
     largest_difference: float = 0.0
-    """Nats."""
     temperature_mismatches: int = 0
-    """Sequences whose environment names another temperature than it asked the gateway for."""
 
     def metrics(self) -> dict[str, float | int | None]:
         """For ``metrics.jsonl``. Rates are None where nothing was looked up."""
@@ -424,8 +423,7 @@ def stated_version(group: ScoredGroup, i: int) -> int | None:
 def staleness_metrics(samples: Sequence[TrainingSample], policy_version: int) -> dict[str, float | int | None]:
     """Counts how many optimiser steps the policy that wrote a batch is behind the one that the batch updates.
 
-    A group is as stale as its oldest trained token. Versions above ``policy_version`` (of steps that were lost with a
-    process and are taken again) count as 0.
+    A group is as stale as its oldest trained token.
 
     Args:
         policy_version: before the update.

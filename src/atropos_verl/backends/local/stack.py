@@ -165,9 +165,8 @@ def _build_canary(config: RunConfig, worker: PolicyWorker, engine: TransformersE
 def share_cores(config: RunConfig, device: str, model: Any, cores: int | None = None) -> tuple[int | None, int | None]:
     """Torch threads of engine and trainer; None: torch's default.
 
-    On a CPU, unless the settings or ``OMP_NUM_THREADS`` say otherwise, ``mode=overlap`` gives each half the cores.
-
-    The engine of a model so small that a second thread only costs time gets one (``inference.threads``).
+    On a CPU, unless the settings or ``OMP_NUM_THREADS`` say otherwise, ``mode=overlap`` gives each half the cores. The
+    engine of a model so small that a second thread only costs time gets one (``engine.runner.engine_threads``).
 
     Two pools that each expect every core wait for each other at every barrier: on two cores a training step beside a
     generating engine took 1.2 s with two threads each, 0.7 s with one.

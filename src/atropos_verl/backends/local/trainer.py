@@ -15,7 +15,6 @@ import resource
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -81,7 +80,7 @@ class AtroposTrainer:
         self.settings = sample_settings(config, self.stack.vocab_size)
         self.provenance = BatchProvenance(config.off_policy, self.stack.ledger, self.settings, self.tokenizer.decode)
         self.source.attach(self.provenance, self.stack.throttle, self.state.totals)
-        self._rollouts: ExitStack | None = None
+        self._is_open = False
         self._self_play: SelfPlay | None = None
         self._saved_at = 0
 
@@ -135,24 +134,23 @@ class AtroposTrainer:
 
         With ``mode=overlap`` it lasts to the end of the run, and ``serve_newest`` swaps weights within it.
         """
-        if self._rollouts is None:
-            stack = ExitStack()
-            stack.enter_context(self.stack.sharding_manager)
-            self._rollouts = stack
+        if not self._is_open:
+            self.sharding_manager.__enter__()
+            self._is_open = True
 
     def serve_newest(self) -> None:
         """Makes the engine hold the newest weights and serve them, whatever it did before."""
         sync = self.sharding_manager.last_sync
-        if self._rollouts is None:
+        if not self._is_open:
             self.open_rollouts()
         elif self.config.is_overlapped and (sync is None or sync.policy_version != self.policy_version):
             self.sharding_manager.swap()
 
     def close_rollouts(self) -> None:
         """Leaves the rollout phase: gate shut at a token boundary, engine memory released. No-op when closed."""
-        if self._rollouts is not None:
-            stack, self._rollouts = self._rollouts, None
-            stack.close()
+        if self._is_open:
+            self._is_open = False
+            self.sharding_manager.__exit__(None, None, None)
 
     # ------------------------------------------------------------------ the step, in its named phases
 
@@ -181,7 +179,7 @@ class AtroposTrainer:
         return report
 
     def rollout_phase(self, prompts: Sequence[Any]) -> RolloutData:
-        """Samples, scores, submits to the trajectory API, fetches a batch back. Opens the rollout phase if needed."""
+        """Samples, scores, submits to the trajectory API and fetches a batch back."""
         if self.reward_fn is None:
             raise ConfigError("rl_training_step needs a reward_fn(prompts, completions); environments use fit()")
         self.open_rollouts()
@@ -234,8 +232,8 @@ class AtroposTrainer:
     def training_phase(self, rollout_data: RolloutData, advantages: torch.Tensor) -> dict[str, float]:
         """The optimiser step. Returns its figures (``loss``, ``grad_norm``, ``lr``, ``tokens`` and the loss's own).
 
-        ``advantages`` [B, L] is what is trained with, also where it differs from what was computed.
-        A batch without a trained token makes no step and returns loss 0.
+        It trains with ``advantages`` [B, L], also where they differ from those that were computed. A batch without a
+        trained token makes no step and returns loss 0.
 
         Raises:
             DataError: the shapes do not belong together, or an advantage is not finite.

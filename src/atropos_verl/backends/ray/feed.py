@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from atropos_verl.backends.ray.transfer import Rows, has_rollout_logprobs, make_rows, versions_of
+from atropos_verl.backends.ray.transfer import Row, has_rollout_logprobs, make_rows
 from atropos_verl.errors import DataError
 from atropos_verl.protocol.journal import JournalEntry
 from atropos_verl.training.advantages import SequenceAdvantage
@@ -40,7 +40,7 @@ class SlotStore(Protocol):
 
     def running(self, uid: str) -> None: ...
 
-    def put(self, uid: str, rows: Rows) -> None: ...
+    def put(self, uid: str, rows: Sequence[Row]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,16 +303,16 @@ class TrajectoryFeed:
             slot.uid,
             found.samples,
             found.advantages,
-            [versions_of(sample, served) for sample in found.samples],
+            served=served,
             global_steps=slot.global_steps,
             group_sizes={member.group.group_id: len(member.group) for member, _ in found.groups},
         )
         slot.counts.update(
             groups=len(found.groups),
             carried=len(self._carried),
-            sequences=len(rows.rows),
-            untrained=rows.untrained,
-            trained_tokens=rows.trained_tokens,
+            sequences=len(rows),
+            untrained=len(found.samples) - len(rows),
+            trained_tokens=sum(int(sample.loss_mask.sum()) for sample in found.samples),
         )
         self.store.put(slot.uid, rows)
 

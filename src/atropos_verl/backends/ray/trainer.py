@@ -18,7 +18,7 @@ import math
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from atropos_verl.backends.ray.feed import Slot, TrajectoryFeed
 from atropos_verl.backends.ray.gateway import ClusterGateway
-from atropos_verl.backends.ray.transfer import ADVANTAGES, Rows, finish_batch
+from atropos_verl.backends.ray.transfer import ADVANTAGES, Row, finish_batch
 from atropos_verl.backends.ray.workers import worker_class
 from atropos_verl.config.verl_keys import ClusterRun, parameter_sync_step, read_run
 from atropos_verl.errors import TrainingDivergedError
@@ -534,10 +534,10 @@ class TransferQueueStore:
     def running(self, uid: str) -> None:
         tq.kv_put(key=uid, partition_id=_PARTITION, tag={"status": "running"})
 
-    def put(self, uid: str, rows: Rows) -> None:
-        tq.kv_batch_put(
-            keys=rows.keys, fields=list_of_dict_to_tensordict(rows.fields), tags=rows.tags, partition_id=_PARTITION
-        )
+    def put(self, uid: str, rows: Sequence[Row]) -> None:
+        fields = list_of_dict_to_tensordict([row.fields for row in rows])
+        tags = [row.tag for row in rows]
+        tq.kv_batch_put(keys=[row.key for row in rows], fields=fields, tags=tags, partition_id=_PARTITION)
         tq.kv_put(key=uid, partition_id=_PARTITION, tag={"status": "finished"})
 
 

@@ -19,7 +19,7 @@ here, by ``training.advantages``, the code of the local backend.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,24 +30,14 @@ from atropos_verl.types import UNKNOWN_VERSION, TrainingSample
 
 __all__ = [
     "ADVANTAGES",
-    "Rows",
-    "Versions",
+    "Row",
     "finish_batch",
     "has_rollout_logprobs",
     "make_rows",
-    "versions_of",
 ]
 
 ADVANTAGES = "atropos_advantages"
 """Field: float64 [R], the advantages before normalising, from ``training.advantages``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Versions:
-    """Oldest and newest policy version that wrote the trained tokens of a sequence."""
-
-    first: int
-    last: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,61 +49,35 @@ class Row:
     tag: dict[str, Any]
 
 
-@dataclass(slots=True)
-class Rows:
-    """The rows of one slot, and what was left out."""
-
-    rows: list[Row] = field(default_factory=list)
-    untrained: int = 0
-    """Sequences without a trained token: they would add nothing."""
-    trained_tokens: int = 0
-
-    @property
-    def keys(self) -> list[str]:
-        return [row.key for row in self.rows]
-
-    @property
-    def tags(self) -> list[dict[str, Any]]:
-        return [row.tag for row in self.rows]
-
-    @property
-    def fields(self) -> list[dict[str, Any]]:
-        return [row.fields for row in self.rows]
-
-
 def make_rows(
     slot: str,
     samples: Sequence[TrainingSample],
     advantages: Sequence[SequenceAdvantage],
-    versions: Sequence[Versions],
     *,
+    served: int,
     global_steps: int,
     group_sizes: dict[str, int],
-) -> Rows:
-    """The rows of a batch.
+) -> list[Row]:
+    """The rows of a batch. Sequences without a trained token add nothing and are left out.
 
     Args:
         slot: uid of the slot; holds no underscore.
-        samples, advantages, versions: of the same length, sequence by sequence.
+        samples, advantages: of the same length, sequence by sequence.
+        served: the policy version that is served now, for sequences of unknown version (verl needs a number).
         global_steps: training step that asked for this batch.
         group_sizes: sequences that each group was scored with, overlong ones included, by group id.
     """
-    found = Rows()
-    for index, (sample, advantage, version) in enumerate(zip(samples, advantages, versions, strict=True)):
-        trained = int(sample.loss_mask.sum())
-        if not trained:
-            found.untrained += 1
-            continue
-        found.trained_tokens += trained
-        found.rows.append(
-            _row(f"{slot}_{index}_0", sample, advantage, version, global_steps, group_sizes[sample.group_id])
-        )
-    return found
+    return [
+        _row(f"{slot}_{index}_0", sample, advantage, served, global_steps, group_sizes[sample.group_id])
+        for index, (sample, advantage) in enumerate(zip(samples, advantages, strict=True))
+        if sample.loss_mask.any()
+    ]
 
 
 def _row(
-    key: str, sample: TrainingSample, advantage: SequenceAdvantage, version: Versions, step: int, group_size: int
+    key: str, sample: TrainingSample, advantage: SequenceAdvantage, served: int, step: int, group_size: int
 ) -> Row:
+    oldest, newest = _versions(sample, served)
     start = int(np.argmax(sample.loss_mask))  # above 0: position 0 is never trained
     token_ids = torch.from_numpy(np.ascontiguousarray(sample.token_ids, dtype=np.int64))
     mask = torch.from_numpy(sample.loss_mask.astype(np.int64))
@@ -143,8 +107,8 @@ def _row(
         "response_len": length - start,
         "seq_len": length,
         "global_steps": step,
-        "min_global_steps": version.first,
-        "max_global_steps": version.last,
+        "min_global_steps": oldest,
+        "max_global_steps": newest,
         "group_size": group_size,
         "advantage_to_zero": advantage.zero,
         "advantage_replaced": advantage.replaced,
@@ -158,14 +122,14 @@ def has_rollout_logprobs(sample: TrainingSample) -> bool:
     return sample.rollout_logprobs is not None and not np.isnan(sample.rollout_logprobs[sample.loss_mask]).any()
 
 
-def versions_of(sample: TrainingSample, served: int) -> Versions:
-    """Oldest and newest policy of a sequence's trained tokens; ``served`` where nobody knows (verl needs a number)."""
+def _versions(sample: TrainingSample, served: int) -> tuple[int, int]:
+    """Oldest and newest policy version that wrote the trained tokens."""
     row = sample.token_versions
     written = np.zeros(0) if row is None else row[sample.loss_mask & (row != UNKNOWN_VERSION)]
     if written.size:
-        return Versions(int(written.min()), int(written.max()))
+        return int(written.min()), int(written.max())
     stated = served if sample.policy_version is None else sample.policy_version
-    return Versions(stated, stated)
+    return stated, stated
 
 
 def _rollout_logprobs(sample: TrainingSample) -> torch.Tensor:

@@ -58,11 +58,7 @@ def linear_token_logprobs(
     Returns:
         [N] float32 (float64 for float64 input). Gradients for hidden, weight and bias, in their own dtypes, as far as
         they require any. A half-precision weight's gradient is rounded once per ``keep_bytes`` of rows.
-
-    Raises:
-        ValueError: shapes that do not fit, a label outside [0, V), or ``keep_bytes`` below 1.
     """
-    _check(hidden, weight, labels, bias, keep_bytes)
     hidden, weight = _one_dtype(hidden, weight)
     scale = _row_temperature(temperature, hidden)
     accumulate = _accumulate_dtype(hidden)
@@ -263,23 +259,3 @@ def _product_dtype(hidden: torch.Tensor) -> torch.dtype:
     if hidden.dtype == torch.bfloat16 and any(probe() for probe in probes if probe is not None):
         return hidden.dtype
     return torch.float32
-
-
-def _check(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    bias: torch.Tensor | None,
-    keep_bytes: int | None,
-) -> None:
-    shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}"
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"{shapes}: expected [N, H], [V, H] and [N]")
-    if labels.shape != hidden.shape[:1]:
-        raise ValueError(f"{shapes}: one label per row is needed")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}")
-    if keep_bytes is not None and keep_bytes < 1:
-        raise ValueError(f"keep_bytes = {keep_bytes}: must be at least 1")
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < weight.shape[0]:
-        raise ValueError(f"labels [{labels.min()}, {labels.max()}] reach outside the vocabulary [0, {weight.shape[0]})")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from atropos_verl.backends.ray.transfer import ADVANTAGES, Versions, finish_batch, make_rows
+from atropos_verl.backends.ray.transfer import ADVANTAGES, finish_batch, make_rows
 from atropos_verl.protocol.wire import decode_batch
 from atropos_verl.training.advantages import RunningMoments
 from atropos_verl.training.samples import build_samples, collect_samples
@@ -41,10 +41,10 @@ def stored(body: bytes, shuffle: int = 0, padding: int = 2) -> tuple[dict[str, A
         "slot",
         report.samples,
         advantages,
-        [Versions(0, 0)] * len(report.samples),
+        served=0,
         global_steps=1,
         group_sizes={group.group_id: len(group) for group in groups},
-    ).rows
+    )
     order = np.random.default_rng(shuffle).permutation(len(rows))
     rows = [rows[i] for i in order]
     masks = [row.fields["response_mask"] for row in rows] + [torch.zeros(1, dtype=torch.int64)] * padding

@@ -12,7 +12,7 @@ import pytest
 from support.serving import eventually
 
 from atropos_verl.backends.ray.feed import FeedSettings, TrajectoryFeed
-from atropos_verl.backends.ray.transfer import Rows
+from atropos_verl.backends.ray.transfer import Row
 from atropos_verl.config.schema import OffPolicyConfig, RunConfig
 from atropos_verl.errors import AtroposConnectionError
 from atropos_verl.protocol.journal import BatchJournal, JournalEntry
@@ -77,19 +77,19 @@ class Batches:
 class Store:
     def __init__(self) -> None:
         self.status: dict[str, str] = {}
-        self.rows: dict[str, Rows] = {}
+        self.rows: dict[str, list[Row]] = {}
         self.changed = threading.Condition()
 
     def running(self, uid: str) -> None:
         self.status[uid] = "running"
 
-    def put(self, uid: str, rows: Rows) -> None:
+    def put(self, uid: str, rows: list[Row]) -> None:
         with self.changed:
             self.rows[uid] = rows
             self.status[uid] = "finished"
             self.changed.notify_all()
 
-    def wait(self, uid: str) -> Rows:
+    def wait(self, uid: str) -> list[Row]:
         with self.changed:
             assert self.changed.wait_for(lambda: uid in self.rows, WAIT), f"slot {uid} was not filled"
         return self.rows[uid]
@@ -114,7 +114,7 @@ class World:
             FeedSettings(**values), self.source, self.store, provenance, served_version=lambda: self.served
         )
 
-    def filled(self, uid: str, step: int = 1) -> Rows:
+    def filled(self, uid: str, step: int = 1) -> list[Row]:
         self.feed.request(uid, step)
         return self.store.wait(uid)
 
@@ -133,8 +133,8 @@ def made(tmp_path: Path) -> Iterator[Any]:
         world.feed.stop()
 
 
-def firsts(rows: Rows) -> list[int]:
-    return [int(row.fields["input_ids"][0]) for row in rows.rows]
+def firsts(rows: list[Row]) -> list[int]:
+    return [int(row.fields["input_ids"][0]) for row in rows]
 
 
 def test_one_slot_is_one_batch_and_it_is_acked_after_the_step(made: Any) -> None:
@@ -181,7 +181,7 @@ def test_stale_groups_are_left_out_and_the_slot_filled_from_the_next_batch(made:
     assert firsts(rows) == [2] * 4 + [3] * 4
     counts = world.feed.slots["a"].counts
     assert (counts["stale"], counts["carried"], counts["groups"]) == (1, 1, 2)
-    assert {row.tag["min_global_steps"] for row in rows.rows} == {3}
+    assert {row.tag["min_global_steps"] for row in rows} == {3}
     world.feed.acknowledge(world.feed.trained(["a"], 4))
     world.feed.stop()
     assert world.batches.named("ack") == [1, 2], "both batches that the slot was made of"

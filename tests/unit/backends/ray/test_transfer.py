@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from atropos_verl.backends.ray.transfer import ADVANTAGES, Versions, make_rows, versions_of
+from atropos_verl.backends.ray.transfer import ADVANTAGES, Row, make_rows
 from atropos_verl.protocol.wire import decode_batch
 from atropos_verl.training.samples import collect_samples
-from atropos_verl.types import UNKNOWN_VERSION, SampleSettings
+from atropos_verl.types import UNKNOWN_VERSION
 
 # Two turns of the policy with a tool's answer (30 31) between them; the second sequence has one turn.
 GROUP = {
@@ -25,12 +25,13 @@ GROUP = {
 }
 
 
-def rows_of(group: dict[str, object], versions: list[Versions] | None = None, **settings: object) -> list[object]:
+def rows_of(group: dict[str, object], **known: object) -> list[Row]:
+    """``known``: what is known of each sample besides."""
     groups = decode_batch(json.dumps({"batch": [group]}).encode())
-    report, advantages = collect_samples(groups, SampleSettings(**settings))
-    known = versions or [Versions(3, 4)] * len(report.samples)
+    report, advantages = collect_samples(groups)
+    samples = [replace(sample, **known) for sample in report.samples]
     sizes = {g.group_id: len(g) for g in groups}
-    return make_rows("slot", report.samples, advantages, known, global_steps=7, group_sizes=sizes).rows
+    return make_rows("slot", samples, advantages, served=7, global_steps=7, group_sizes=sizes)
 
 
 def test_a_multi_turn_sequence_keeps_its_mask_and_everything_is_aligned() -> None:
@@ -65,11 +66,9 @@ def test_token_level_advantages_reach_the_row_as_posted() -> None:
 
 
 def test_tags_say_what_verl_and_we_need() -> None:
-    first, second = rows_of(GROUP, [Versions(3, 5), Versions(4, 4)])
-    assert first.tag | {"min_global_steps": 3, "max_global_steps": 5} == first.tag
+    first, _ = rows_of(GROUP)
     assert (first.tag["prompt_len"], first.tag["response_len"], first.tag["seq_len"]) == (2, 5, 7)
     assert first.tag["global_steps"] == 7
-    assert (second.tag["min_global_steps"], second.tag["max_global_steps"]) == (4, 4)
     assert first.tag["group_size"] == 2
     assert first.tag["rollout_log_probs"]
 
@@ -82,22 +81,21 @@ def test_missing_logprobs_are_said() -> None:
     assert second.tag["rollout_log_probs"]
 
 
-def test_a_sequence_without_a_trained_token_is_left_out_and_counted() -> None:
-    group = {"tokens": [[5, 6, 10], [5, 6, 11]], "masks": [[-100, -100, 10], [-100] * 3], "scores": [1.0, 0.0]}
-    groups = decode_batch(json.dumps({"batch": [group]}).encode())
-    report, advantages = collect_samples(groups)
-    rows = make_rows(
-        "s", report.samples, advantages, [Versions(0, 0)] * 2, global_steps=1, group_sizes={groups[0].group_id: 2}
-    )
-    assert [row.key for row in rows.rows] == ["s_0_0"]
-    assert (rows.untrained, rows.trained_tokens) == (1, 1)
+def test_a_sequence_without_a_trained_token_is_left_out() -> None:
+    group = {"tokens": [[5, 6, 10], [5, 6, 11]], "masks": [[-100] * 3, [-100, -100, 11]], "scores": [1.0, 0.0]}
+    assert [row.key for row in rows_of(group)] == ["slot_1_0"]
 
 
-def test_versions_are_those_of_the_trained_tokens_else_stated_else_served() -> None:
-    (sample, other), _ = (lambda found: (found[0].samples, found[1]))(
-        collect_samples(decode_batch(json.dumps({"batch": [GROUP]}).encode()))
-    )
-    written = replace(sample, token_versions=np.array([9, 9, 2, 3, 9, 9, UNKNOWN_VERSION]), policy_version=2)
-    assert versions_of(written, served=7) == Versions(2, 3)
-    assert versions_of(replace(other, policy_version=4), served=7) == Versions(4, 4)
-    assert versions_of(other, served=7) == Versions(7, 7)
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({"token_versions": np.array([9, 9, 2, 3, 9, 9, UNKNOWN_VERSION]), "policy_version": 2}, (2, 3)),
+        ({"policy_version": 4}, (4, 4)),
+        ({}, (7, 7)),
+    ],
+)
+def test_versions_are_those_of_the_trained_tokens_else_stated_else_served(
+    known: dict[str, object], expected: tuple[int, int]
+) -> None:
+    row = rows_of({name: rows[:1] for name, rows in GROUP.items()}, **known)[0]
+    assert (row.tag["min_global_steps"], row.tag["max_global_steps"]) == expected
