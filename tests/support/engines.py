@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from atropos_verl.engine.embedded import TransformersEngine
+from atropos_verl.engine.gate import RequestGate
 from atropos_verl.types import Generation, GenerationRequest
+from support.serving import eventually
 from support.tiny_model import build_tiny_tokenizer
 
 __all__ = [
@@ -111,6 +113,15 @@ class StepCounter:
         self.go_on = threading.Event()
         self.fail_with: Exception | None = None
         model.forward = self._counted
+
+    def go_on_once_shut(self, gate: RequestGate) -> None:
+        """Let the step that is held end when somebody waits for ``gate``."""
+
+        def wait() -> None:
+            eventually(lambda: not gate.is_open, "the gate to be shut")
+            self.go_on.set()
+
+        threading.Thread(target=wait, daemon=True).start()
 
     def _counted(self, **kwargs: Any) -> Any:
         if kwargs["input_ids"].shape[1] == 1:
