@@ -12,7 +12,7 @@ import contextlib
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,7 +28,7 @@ from atropos_verl.errors import StorageWriteError
 from atropos_verl.protocol.schema import Refusal
 from atropos_verl.server.bodies import BodyError, choose_encoding, compressor
 from atropos_verl.server.delivery import BatchDelivery, Connections
-from atropos_verl.server.routes import Routes
+from atropos_verl.server.routes import Handler, Routes
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.status import Counters
 from atropos_verl.server.store import ConflictError, QueueFullError, Store, UnknownLeaseError
@@ -41,8 +41,6 @@ _TICK_SECONDS = 1.0
 _OPEN_PATHS = frozenset({"/", "/health"})
 """Hold no data: the name of the API, and an empty page that asks for the token."""
 _CLIENT_GONE = 499
-
-Handler = Callable[[Request], Awaitable[Response]]
 
 
 def create_app(settings: ServerSettings | None = None, now: Callable[[], float] = time.time) -> TrajectoryApi:

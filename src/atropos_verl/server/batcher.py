@@ -27,7 +27,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
 
 from atropos_verl.protocol.wire_model import StoredGroup
 
@@ -37,14 +36,12 @@ __all__ = [
     "MAX_PASSED_OVER",
     "ArrivalLog",
     "BatchPolicy",
-    "Candidate",
     "GroupQueue",
     "QueueView",
     "choose_batch",
     "oldest_subset",
     "reachable",
     "representable",
-    "suffix_sums",
 ]
 
 logger = logging.getLogger(__name__)
@@ -55,26 +52,6 @@ _SIZES_REMEMBERED = 64
 BATCH_FILLS = ("auto", "exact", "at_most", "at_least")
 MAX_PASSED_OVER = 4
 """Batches that may hold younger groups before a group is forced into the next one."""
-
-
-class Candidate(Protocol):
-    """A waiting group."""
-
-    @property
-    def seq(self) -> int:
-        """Order of arrival."""
-
-    @property
-    def size(self) -> int:
-        """Sequences."""
-
-    @property
-    def arrived(self) -> float:
-        """Seconds since the epoch."""
-
-    @property
-    def passed_over(self) -> int:
-        """Batches that hold younger groups than this one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +71,7 @@ class BatchPolicy:
 class QueueView:
     """The queue as classes of groups with the same environment and size, each in order of arrival."""
 
-    classes: Mapping[tuple[int | None, int], Iterable[Candidate]]
+    classes: Mapping[tuple[int | None, int], Iterable[StoredGroup]]
     """(env_id, size) → groups; the iterables are read from the front, and only as far as needed."""
     total: int
     """Sequences waiting."""
@@ -108,7 +85,7 @@ class QueueView:
     """Some environment is alive, or one is expected."""
 
 
-def choose_batch(view: QueueView, policy: BatchPolicy, now: float) -> list[Candidate] | None:
+def choose_batch(view: QueueView, policy: BatchPolicy, now: float) -> list[StoredGroup] | None:
     """The groups of the next batch in order of arrival, or None when it is better (or necessary) to wait."""
     if view.total == 0 or policy.batch_size < 1:
         return None
@@ -135,9 +112,9 @@ def choose_batch(view: QueueView, policy: BatchPolicy, now: float) -> list[Candi
     return None if subset is None else [groups[i] for i in subset]
 
 
-def _prefix(view: QueueView, batch_size: int) -> list[Candidate] | None:
+def _prefix(view: QueueView, batch_size: int) -> list[StoredGroup] | None:
     """The oldest groups when they add up exactly: the common case, in time proportional to the batch."""
-    taken: list[Candidate] = []
+    taken: list[StoredGroup] = []
     total = 0
     for group in _in_order(view):
         taken.append(group)
@@ -147,17 +124,17 @@ def _prefix(view: QueueView, batch_size: int) -> list[Candidate] | None:
     return None
 
 
-def _in_order(view: QueueView) -> Iterator[Candidate]:
+def _in_order(view: QueueView) -> Iterator[StoredGroup]:
     return heapq.merge(*view.classes.values(), key=_by_age)
 
 
-def _by_age(group: Candidate) -> int:
+def _by_age(group: StoredGroup) -> int:
     return group.seq
 
 
-def _candidates(classes: Mapping[tuple[int | None, int], Iterable[Candidate]], limit: int) -> list[Candidate]:
+def _candidates(classes: Mapping[tuple[int | None, int], Iterable[StoredGroup]], limit: int) -> list[StoredGroup]:
     """Every group that can matter, oldest first: of each class the first ``limit // size`` (more do not fit)."""
-    found: list[Candidate] = []
+    found: list[StoredGroup] = []
     for (_, size), groups in classes.items():
         found.extend(islice(groups, -(-limit // size)))
     found.sort(key=_by_age)
@@ -211,7 +188,7 @@ def _lowest_bit(bits: int) -> int:
     return (bits & -bits).bit_length() - 1
 
 
-def _forced(view: QueueView, policy: BatchPolicy, oldest: Candidate) -> list[Candidate]:
+def _forced(view: QueueView, policy: BatchPolicy, oldest: StoredGroup) -> list[StoredGroup]:
     """The best batch that holds ``oldest``, left behind too often: exact, else the closest the policy allows."""
     others = [group for group in _candidates(view.classes, policy.batch_size) if group.seq != oldest.seq]
     sizes = [group.size for group in others]
@@ -223,7 +200,7 @@ def _forced(view: QueueView, policy: BatchPolicy, oldest: Candidate) -> list[Can
     return [oldest, *(others[i] for i in oldest_subset(sizes, target) or ())]
 
 
-def _with_minimums(view: QueueView, policy: BatchPolicy, now: float) -> list[Candidate] | None:
+def _with_minimums(view: QueueView, policy: BatchPolicy, now: float) -> list[StoredGroup] | None:
     """A batch in which each environment with a minimum has its share; None when one has too little queued."""
     pools = _pools(view, policy)
     limit = policy.batch_size + max((group.size for pool in pools for group in pool.groups), default=0)
@@ -253,7 +230,7 @@ def _in_vain(sums: int, policy: BatchPolicy) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Pool:
-    groups: list[Candidate]
+    groups: list[StoredGroup]
     minimum: int
     waiting: int
     """Sequences queued (as far as they can matter)."""
@@ -311,9 +288,9 @@ def _fair_shares(view: QueueView, pools: list[_Pool], batch_size: int) -> list[i
 
 def _shared_out(
     pools: list[_Pool], makes: list[int], ends: list[int], target: int, shares: list[int]
-) -> list[Candidate]:
+) -> list[StoredGroup]:
     """Groups of each pool for ``target`` sequences, each pool as near as possible to its share by age."""
-    chosen: list[Candidate] = []
+    chosen: list[StoredGroup] = []
     left = target
     for index, pool in enumerate(pools):
         fits = [part for part in _bits(makes[index]) if part <= left and ends[index + 1] >> (left - part) & 1]
@@ -337,7 +314,7 @@ def _bits(bits: int) -> Iterator[int]:
 # ``set << g``. For a batch of B sequences and n candidate groups that costs n shifts of B bits.
 
 
-def suffix_sums(sizes: Sequence[int], limit: int) -> list[int]:
+def _suffix_sums(sizes: Sequence[int], limit: int) -> list[int]:
     """``result[i]``: the sums up to ``limit`` that the groups ``i..n-1`` can make; ``result[n] == 1`` (only 0)."""
     mask = (1 << (limit + 1)) - 1
     sums = [1] * (len(sizes) + 1)
@@ -349,17 +326,16 @@ def suffix_sums(sizes: Sequence[int], limit: int) -> list[int]:
 
 def reachable(sizes: Sequence[int], limit: int) -> int:
     """The sums up to ``limit`` that some of the groups can make, as a bit set."""
-    return suffix_sums(sizes, limit)[0]
+    return _suffix_sums(sizes, limit)[0]
 
 
-def oldest_subset(sizes: Sequence[int], target: int, sums: list[int] | None = None) -> list[int] | None:
+def oldest_subset(sizes: Sequence[int], target: int) -> list[int] | None:
     """Indices of groups that make exactly ``target``, or None. ``sizes`` is in order of age, the oldest first.
 
     Of all such subsets it is the one that holds the oldest groups: the first index that two subsets do not share is in
     this one. ``[3, 1, 4]`` and 5 give ``[1, 2]``; ``[2, 2, 4, 2]`` and 4 give ``[0, 1]``.
     """
-    if sums is None:
-        sums = suffix_sums(sizes, target)
+    sums = _suffix_sums(sizes, target)
     if not sums[0] >> target & 1:
         return None
     chosen = []

@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -201,20 +201,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _settings(options: argparse.Namespace) -> ServerSettings:
+    same = {field.name: getattr(options, field.name) for field in fields(ServerSettings) if field.name in options}
     return ServerSettings(
-        data_dir=options.data_dir,
-        fsync=options.fsync,
-        token=options.token or os.environ.get("ATROPOS_API_TOKEN") or None,
+        **{**same, "token": options.token or os.environ.get("ATROPOS_API_TOKEN") or None},
         allow_get_reset=not options.no_get_reset,
         cors_origins=tuple(options.cors_origin),
         allowed_hosts=tuple(options.allowed_host),
-        max_body_bytes=options.max_body_bytes,
-        max_inflated_bytes=options.max_inflated_bytes,
-        max_queue_groups=options.max_queue_groups,
-        max_queue_bytes=options.max_queue_bytes,
-        env_timeout=options.env_timeout,
-        second_trainer=options.second_trainer,
-        dedupe_window=options.dedupe_window,
-        compression=options.compression,
-        strict=options.strict,
     )

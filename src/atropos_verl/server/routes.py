@@ -30,7 +30,9 @@ from atropos_verl.server.status import Counters, Glimpse, Metrics, env_status, e
 from atropos_verl.server.status_barrier import StatusBarrier
 from atropos_verl.server.store import Store
 
-__all__ = ["Routes"]
+__all__ = ["Handler", "Routes"]
+
+Handler = Callable[[Request], Awaitable[Response]]
 
 _PACKED_SHARE = 0.2
 """Bytes of packed groups kept ahead of need, over those received. (A packed group has about a third of its JSON.)"""
@@ -38,20 +40,8 @@ FEATURES = ("batch_fill", "idempotency", "leases", "packed")
 """What a client may use beyond upstream's protocol; told at ``/register``."""
 _SHOWN_TEXT = 400
 _SHOWN_ROWS = 16
-_NO_EXAMPLE: dict[str, list[object]] = {
-    name: []
-    for name in (
-        "tokens",
-        "masks",
-        "scores",
-        "advantages",
-        "ref_logprobs",
-        "generation_params",
-        "inference_logprobs",
-        "messages",
-        "images",
-    )
-}
+_EXAMPLE = "tokens masks scores advantages ref_logprobs generation_params inference_logprobs messages images"
+_NO_EXAMPLE: dict[str, list[object]] = {name: [] for name in _EXAMPLE.split()}
 """Upstream's answer while nothing came."""
 
 
@@ -65,9 +55,10 @@ class Routes:
         self._metrics = Metrics(store, counters)
         self._barrier = StatusBarrier()
 
-    def table(self) -> list[tuple[str, str, Callable[[Request], Awaitable[Response]]]]:
+    def table(self) -> list[tuple[str, str, Handler]]:
+        """(method, path, handler)."""
         get, post = "GET", "POST"
-        rows: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
+        rows: list[tuple[str, str, Handler]] = [
             (get, "/", self.root),
             (get, "/health", self.health),
             (post, "/register", self.register),

@@ -36,7 +36,6 @@ from atropos_verl.server.batcher import (
     BATCH_FILLS,
     ArrivalLog,
     BatchPolicy,
-    Candidate,
     GroupQueue,
     QueueView,
     choose_batch,
@@ -707,7 +706,7 @@ class Store:
 
     # --- which groups ------------------------------------------------------------------------------------------------
 
-    def _choose(self) -> Sequence[Candidate] | None:
+    def _choose(self) -> Sequence[StoredGroup] | None:
         registration = self.registration
         if registration is None:
             return None
