@@ -48,24 +48,8 @@ _PAGE_BYTES: Final = 32 * 2**10
 _CHECKPOINT_BYTES: Final = 64 * 2**20
 _IDLE_CHECKPOINT_BYTES: Final = 8 * 2**20
 _IDLE_SECONDS: Final = 0.25
-_NETWORK_TYPES: Final = frozenset(
-    [
-        "9p",
-        "afs",
-        "beegfs",
-        "ceph",
-        "cifs",
-        "fuse.ceph",
-        "fuse.glusterfs",
-        "fuse.sshfs",
-        "glusterfs",
-        "gpfs",
-        "lustre",
-        "nfs",
-        "nfs4",
-        "smb3",
-        "smbfs",
-    ]
+_NETWORK_TYPES: Final = (
+    "9p afs beegfs ceph cifs fuse.ceph fuse.glusterfs fuse.sshfs glusterfs gpfs lustre nfs nfs4 smb3 smbfs"
 )
 
 
@@ -122,7 +106,7 @@ def network_file_system(path: Path, mounts: str | None = None) -> str | None:
         point = Path(before.split()[4].replace("\\040", " "))
         if resolved.is_relative_to(point) and len(point.parts) >= longest:
             longest, kind = len(point.parts), after.split()[0]
-    return kind if kind in _NETWORK_TYPES else None
+    return kind if kind in _NETWORK_TYPES.split() else None
 
 
 @dataclass(slots=True)
@@ -142,9 +126,7 @@ class RecordStore:
         fsync: a write is done when it is on the disk. Otherwise it survives the process, but not a power failure.
 
     Raises:
-        StorageInUseError: another process uses the directory.
-        StorageDamagedError: the file is no store of this version.
-        StorageWriteError: the file cannot be made.
+        StorageError: another process uses the directory, the file is no store of this version, or it cannot be made.
     """
 
     def __init__(self, path: Path, tables: Mapping[str, type[int] | type[str]], *, owner: str, fsync: bool = False):

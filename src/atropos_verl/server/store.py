@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -46,6 +46,8 @@ from atropos_verl.storage import Key, RecordStore
 __all__ = ["STORE_FILE", "ConflictError", "QueueFullError", "Store", "UnknownLeaseError"]
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 STORE_FILE = "store.sqlite"
 _TABLES: dict[str, type[int] | type[str]] = {
@@ -91,18 +93,6 @@ class _State(msgspec.Struct, kw_only=True):
     totals: dict[str, int]
     environments: int
     """How many rows that table has."""
-
-
-class _GroupRow(msgspec.Struct, array_like=True):
-    """A group without its body, in the table ``groups``."""
-
-    env_id: int | None
-    size: int
-    tokens: int
-    arrived: float
-    digest: bytes
-    suffix: bytes
-    passed_over: int
 
 
 class Store:
@@ -203,10 +193,7 @@ class Store:
             self._changes[table, key] = encoded
 
     def _save_group(self, group: StoredGroup) -> None:
-        row = _GroupRow(
-            group.env_id, group.size, group.tokens, group.arrived, group.digest, group.suffix, group.passed_over
-        )
-        self._save("groups", group.seq, row)
+        self._save("groups", group.seq, replace(group, raw=b"", packed=None))
 
     def _save_batch(self, batch: Batch, *, out: bool) -> None:
         self._save("batches", batch.lease_id, (self._next_number(), batch, out))
@@ -249,22 +236,17 @@ class Store:
         try:
             self._read_state(rows, records.path)
             self._read_groups(rows["groups"], records, known)
-            self._read_batches(rows["batches"])
-            leases = sorted(
-                (*msgspec.json.decode(value, type=tuple[int, str]), str(key)) for key, value in rows["leases"].items()
-            )
-            self.leases = OrderedDict((key, how) for _, how, key in leases)
-            keys = sorted(
-                (*msgspec.json.decode(value, type=tuple[int, bytes, bytes]), str(key))
-                for key, value in rows["keys"].items()
-            )
-            self.keys = OrderedDict((key, (digest, reply)) for _, digest, reply, key in keys)
-            self._number = max([self._number, *(row[0] for row in leases[-1:]), *(row[0] for row in keys[-1:])])
-            recent = [(msgspec.json.decode(value, type=float), str(key)) for key, value in rows["recent"].items()]
-            self.recent = OrderedDict((key, at) for at, key in sorted(recent))
+            batches = _in_order(rows["batches"], tuple[int, Batch, bool])
+            leases, keys = _in_order(rows["leases"], tuple[int, str]), _in_order(rows["keys"], tuple[int, bytes, bytes])
+            recent = _in_order(rows["recent"], tuple[float])
         except msgspec.DecodeError as error:
             text = f"{records.path} holds a row that this version cannot read: {error}; use the version that wrote it"
             raise StorageDamagedError(f"{text}, or move the file away to start anew") from error
+        self._read_batches([(batch, out) for _, (_, batch, out) in batches])
+        self.leases = OrderedDict((key, how) for key, (_, how) in leases)
+        self.keys = OrderedDict((key, (digest, reply)) for key, (_, digest, reply) in keys)
+        self.recent = OrderedDict((key, at) for key, (at,) in recent)
+        self._number = max((rows[-1][1][0] for rows in (batches, leases, keys) if rows), default=0)
 
     def _read_state(self, rows: Mapping[str, dict[Key, bytes]], path: Path) -> None:
         row = rows["state"].get("state")
@@ -282,30 +264,26 @@ class Store:
     def _read_groups(
         self, rows: Mapping[Key, bytes], records: RecordStore, known: Mapping[int, StoredGroup] | None
     ) -> None:
-        metas = {int(seq): msgspec.json.decode(value, type=_GroupRow) for seq, value in rows.items()}
+        groups = {int(seq): msgspec.json.decode(value, type=StoredGroup) for seq, value in rows.items()}
         if known is None:
             bodies: Iterable[tuple[Key, bytes | None]] = records.read("bodies")
         else:
-            bodies = [(seq, known[seq].raw if seq in known else records.get("bodies", seq)) for seq in metas]
+            bodies = [(seq, known[seq].raw if seq in known else records.get("bodies", seq)) for seq in groups]
         for key, raw in bodies:
-            seq = int(key)
-            meta = metas.pop(seq, None)
-            if meta is None or raw is None:
-                self._save("bodies", seq, None)
+            group = groups.pop(int(key), None)
+            if group is None or raw is None:
+                self._save("bodies", key, None)
                 continue
-            group = StoredGroup(seq, meta.env_id, meta.size, meta.tokens, meta.arrived, meta.digest, raw, meta.suffix)
-            group.passed_over = meta.passed_over
-            self.groups[seq] = self.latest = group
+            group.raw = raw
+            self.groups[group.seq] = self.latest = group
             self._count_held(group, 1)
-        for seq in metas:
+        for seq in groups:
             logger.error("group %d is lost: its body is damaged or missing", seq)
             self._save("groups", seq, None)
 
-    def _read_batches(self, rows: Mapping[Key, bytes]) -> None:
+    def _read_batches(self, batches: Iterable[tuple[Batch, bool]]) -> None:
         away: set[int] = set()
-        saved = [msgspec.json.decode(value, type=tuple[int, Batch, bool]) for value in rows.values()]
-        for number, batch, out in sorted(saved, key=lambda row: row[0]):
-            self._number = max(self._number, number)
+        for batch, out in batches:
             batch.seqs = [seq for seq in batch.seqs if seq in self.groups]
             away.update(batch.seqs)
             if out:
@@ -410,8 +388,9 @@ class Store:
 
     def environment(self, env_id: int | None) -> Environment | None:
         """None when none has this number."""
-        known = env_id is not None and 0 <= env_id < len(self.environments)
-        return self.environments[env_id] if known and env_id is not None else None
+        if env_id is None or not 0 <= env_id < len(self.environments):
+            return None
+        return self.environments[env_id]
 
     def hear_trainer(self) -> None:
         self.trainer_heard = self.now()
@@ -505,7 +484,7 @@ class Store:
             mark = f"{group.env_id} {group.digest.hex()}"
             self.recent[mark] = now
             self.recent.move_to_end(mark)
-            self._save("recent", mark, now)
+            self._save("recent", mark, (now,))
         for name, value in (("groups", 1), ("sequences", group.size), ("tokens", group.tokens)):
             self.totals[name] += value
 
@@ -617,12 +596,7 @@ class Store:
         raise self._gone(lease_id)
 
     def renew(self, lease_id: str, seconds: float) -> float:
-        """The lease ends ``seconds`` from now. Returns its deadline (seconds since the epoch).
-
-        Raises:
-            ConflictError: it has ended.
-            UnknownLeaseError: no such lease.
-        """
+        """The lease ends ``seconds`` from now. Returns its deadline in seconds since the epoch. Raises as ``release``."""
         self.expire()
         if lease_id not in self.outstanding:
             raise self._gone(lease_id)
@@ -763,6 +737,13 @@ class Store:
             return bool(alive)
         came_since = max(environment.heard_at for environment in self.environments) > self._registered_at
         return not came_since and self.now() - self._registered_at < self.settings.env_timeout
+
+
+def _in_order(rows: Mapping[Key, bytes], kind: type[_T]) -> list[tuple[str, _T]]:
+    """(key, row) of each, in the order of the numbers that the rows begin with."""
+    decoder = msgspec.json.Decoder(kind)
+    found: list[Any] = [(str(key), decoder.decode(value)) for key, value in rows.items()]
+    return sorted(found, key=lambda entry: entry[1][0])
 
 
 def _refuse_old_format(directory: Path) -> None:

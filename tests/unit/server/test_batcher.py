@@ -1,13 +1,24 @@
-"""The choice of a batch: upstream's cases for minimum shares, and each rule of the policy by example."""
+"""The choice of a batch: exact sums of group sizes, each rule of the policy by example, and upstream's own cases."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from atropos_verl.server.batcher import MAX_PASSED_OVER, BatchPolicy, QueueView, choose_batch
+from atropos_verl.server.batcher import (
+    MAX_PASSED_OVER,
+    BatchPolicy,
+    QueueView,
+    choose_batch,
+    oldest_subset,
+    reachable,
+    representable,
+)
 
 
 @dataclass
@@ -40,61 +51,42 @@ def chosen(groups: list[Waiting], batch_size: int, now: float = 0.0, fill: str =
     return None if batch is None else [group.seq for group in batch]
 
 
-def test_the_oldest_groups_when_they_fit() -> None:
-    assert chosen(sizes(4, 4, 4, 4), 8) == [0, 1]
+SEEN = frozenset
 
 
-def test_the_oldest_exact_fit_when_the_first_do_not() -> None:
-    assert chosen(sizes(6, 4, 4, 2), 8) == [0, 3]
-    assert chosen(sizes(6, 4, 4), 8) == [1, 2]
-
-
-def test_less_than_a_batch_waits_while_somebody_sends() -> None:
-    assert chosen(sizes(4), 8, now=1e6) is None
-    assert chosen([], 8) is None
-
-
-def test_the_rest_is_handed_out_when_nobody_can_send_more() -> None:
-    assert chosen(sizes(4), 8, now=4.9, anyone_sending=False) is None
-    assert chosen(sizes(4), 8, now=5.0, anyone_sending=False) == [0]
+@pytest.mark.parametrize(
+    ("found", "batch_size", "options", "expected"),
+    [
+        pytest.param((4, 4, 4, 4), 8, {}, [0, 1], id="the oldest when they fit"),
+        pytest.param((6, 4, 4, 2), 8, {}, [0, 3], id="the oldest exact fit"),
+        pytest.param((6, 4, 4), 8, {}, [1, 2], id="an exact fit without the oldest"),
+        pytest.param((4,), 8, {"now": 1e6}, None, id="less than a batch waits while somebody sends"),
+        pytest.param((), 8, {}, None, id="nothing"),
+        pytest.param((4,), 8, {"now": 4.9, "anyone_sending": False}, None, id="the rest waits a while"),
+        pytest.param((4,), 8, {"now": 5.0, "anyone_sending": False}, [0], id="the rest when nobody can send more"),
+        pytest.param((3, 3, 3), 8, {}, [0, 1], id="no waiting when no mix of 3 fits"),
+        pytest.param((6, 6, 6), 16, {}, [0, 1], id="no waiting when no mix of 6 fits"),
+        pytest.param((3, 3, 3), 8, {"now": 4.9, "sizes_seen": SEEN({3, 5})}, None, id="a size that fits may come"),
+        pytest.param((3, 3, 3), 8, {"now": 5.0, "sizes_seen": SEEN({3, 5})}, [0, 1], id="but did not"),
+        pytest.param((3, 3, 3, 3), 8, {"fill": "at_least"}, [0, 1, 2], id="at_least: the smallest above"),
+        pytest.param((3, 5, 7), 8, {"fill": "at_least"}, [0, 1], id="at_least: exact"),
+        pytest.param((6, 6, 5), 8, {"fill": "at_least"}, [0, 2], id="at_least: the smallest above, not the oldest"),
+        pytest.param((3, 3), 8, {"fill": "at_least", "now": 1e6}, None, id="at_least: too few"),
+        pytest.param((3, 5, 3), 7, {"fill": "at_most", "sizes_seen": SEEN({1})}, [0, 2], id="at_most: at once"),
+        pytest.param((3, 3, 3), 8, {"fill": "at_most", "sizes_seen": SEEN({1})}, [0, 1], id="at_most: the fullest"),
+        pytest.param((3, 3, 3), 8, {"fill": "exact", "now": 1e6}, None, id="exact: nothing else"),
+        pytest.param((16, 4, 4), 8, {"fill": "exact"}, [1, 2], id="exact: without what is too large"),
+        pytest.param((16, 4, 4), 8, {}, [0], id="a group larger than a batch is a batch"),
+    ],
+)
+def test_the_rules_by_example(found: tuple[int, ...], batch_size: int, options: Any, expected: Any) -> None:
+    assert chosen(sizes(*found), batch_size, **options) == expected
 
 
 def test_the_rest_is_handed_out_after_the_trainers_own_wait() -> None:
     policy = BatchPolicy(batch_size=8, tail_wait=30.0)
     assert choose_batch(view(sizes(4)), policy, 29.0) is None
     assert [group.seq for group in choose_batch(view(sizes(4)), policy, 30.0) or ()] == [0]
-
-
-def test_no_waiting_when_no_mix_of_sizes_can_fit() -> None:
-    assert chosen(sizes(3, 3, 3), 8) == [0, 1]
-    assert chosen(sizes(6, 6, 6), 16) == [0, 1]
-
-
-def test_waiting_when_a_size_that_fits_may_come() -> None:
-    groups = sizes(3, 3, 3)
-    assert chosen(groups, 8, now=4.9, sizes_seen=frozenset({3, 5})) is None
-    assert chosen(groups, 8, now=5.0, sizes_seen=frozenset({3, 5})) == [0, 1]
-
-
-def test_at_least_takes_the_smallest_batch_above() -> None:
-    assert chosen(sizes(3, 3, 3, 3), 8, fill="at_least") == [0, 1, 2]
-    assert chosen(sizes(3, 5, 7), 8, fill="at_least") == [0, 1]
-    assert chosen(sizes(6, 6, 5), 8, fill="at_least") == [0, 2]
-    assert chosen(sizes(3, 3), 8, fill="at_least", now=1e6) is None
-
-
-def test_at_most_takes_the_fullest_batch_below_at_once() -> None:
-    assert chosen(sizes(3, 5, 3), 7, fill="at_most", sizes_seen=frozenset({1})) == [0, 2]
-    assert chosen(sizes(3, 3, 3), 8, fill="at_most", sizes_seen=frozenset({1})) == [0, 1]
-
-
-def test_exact_never_gives_anything_else() -> None:
-    assert chosen(sizes(3, 3, 3), 8, fill="exact", now=1e6) is None
-    assert chosen(sizes(16, 4, 4), 8, fill="exact") == [1, 2]
-
-
-def test_a_group_larger_than_a_batch_is_a_batch() -> None:
-    assert chosen(sizes(16, 4, 4), 8) == [0]
 
 
 def test_a_group_left_behind_is_forced_in() -> None:
@@ -186,3 +178,74 @@ def test_where_upstream_stalls_on_packs_a_batch_is_formed() -> None:
     assert sum(counts.values()) == 16
     assert counts[0] >= 1
     assert counts[3] >= 8
+
+
+# --- exact sums ------------------------------------------------------------------------------------------------------
+
+# Sizes, target and expected indices of the 12 cases of atroposlib/tests/test_utils/test_heterogeneous_packing.py.
+UPSTREAM = [
+    ([1, 2, 1], 4, [0, 1, 2]),
+    ([2, 2, 4], 4, [0, 1]),
+    ([3, 1, 4], 5, [1, 2]),
+    ([2, 4], 3, None),
+    ([], 4, None),
+    ([4], 4, [0]),
+    ([2, 2, 2, 2], 8, [0, 1, 2, 3]),
+    ([1, 2, 1, 4, 2], 8, [0, 1, 2, 3]),
+    ([16, 8, 8], 32, [0, 1, 2]),
+    ([2, 2, 4, 2, 2], 4, [0, 1]),
+    ([2, 4, 2, 1], 6, [0, 1]),
+    ([1] * 16, 8, list(range(8))),
+]
+
+
+@pytest.mark.parametrize(("sizes", "target", "expected"), UPSTREAM)
+def test_upstreams_packing_cases(sizes: list[int], target: int, expected: list[int] | None) -> None:
+    assert oldest_subset(sizes, target) == expected
+
+
+@given(st.lists(st.integers(1, 9), max_size=9), st.integers(1, 24))
+def test_it_is_the_oldest_of_all_subsets_that_fit(sizes: list[int], target: int) -> None:
+    fitting = [
+        list(subset)
+        for count in range(1, len(sizes) + 1)
+        for subset in combinations(range(len(sizes)), count)
+        if sum(sizes[i] for i in subset) == target
+    ]
+    # Lists compare like ages: the first index in which they differ decides.
+    assert oldest_subset(sizes, target) == min(fitting, default=None)
+
+
+def test_reachable_is_a_set_of_bits() -> None:
+    assert reachable([2, 3], 10) == (1 << 0 | 1 << 2 | 1 << 3 | 1 << 5)
+    assert reachable([2, 3], 4) == (1 << 0 | 1 << 2 | 1 << 3)
+    assert reachable([], 4) == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "target", "possible"),
+    [
+        ((3,), 8, False),
+        ((3,), 12, True),
+        ((6,), 16, False),
+        ((4,), 10, False),
+        ((4, 6), 10, True),
+        ((4, 6), 7, False),
+        ((16,), 8, False),
+        ((), 8, False),
+        ((1,), 4096, True),
+        ((5, 7), 23, False),
+        ((5, 7), 24, True),
+    ],
+)
+def test_whether_waiting_can_help(sizes: tuple[int, ...], target: int, possible: bool) -> None:
+    assert representable(sizes, target) is possible
+
+
+@given(st.lists(st.integers(1, 12), max_size=4), st.integers(1, 60))
+def test_representable_against_counting_up(sizes: list[int], target: int) -> None:
+    made = {0}
+    for total in range(1, target + 1):
+        if any(total - size in made for size in sizes):
+            made.add(total)
+    assert representable(sizes, target) is (target in made)

@@ -1,0 +1,88 @@
+"""Who waits for whom between ``/status-env`` and the posts of one environment."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+
+import pytest
+
+from atropos_verl.server import status_barrier
+from atropos_verl.server.delivery import Connection
+from atropos_verl.server.status_barrier import StatusBarrier
+
+LONG = 1000.0
+"""Seconds: a test that waited for them would not end."""
+
+
+async def waiting(action: Awaitable[None]) -> asyncio.Task[None]:
+    task = asyncio.ensure_future(action)
+    await turns()
+    return task
+
+
+async def turns() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status_barrier, "PATIENCE", LONG)
+    monkeypatch.setattr(status_barrier, "SETTLING", 0.0)
+
+
+async def test_a_status_waits_until_the_answers_to_posts_were_read_and_holds_further_posts_back() -> None:
+    barrier, posts, asking = StatusBarrier(), [Connection(), Connection()], Connection()
+    for connection in posts:
+        await barrier.before_accept(0)  # nobody has asked: at once
+        barrier.accepted(0, connection)
+    status = await waiting(barrier.before_status(0, asking))
+    further = await waiting(barrier.before_accept(0))
+    posts[0].done()
+    await turns()
+    assert not status.done()
+    posts[1].done()
+    await status  # it is answered now
+    assert not further.done()
+    await barrier.before_accept(1)  # another environment
+    asking.done()  # the answer was read
+    await further
+    await barrier.before_accept(0)
+
+
+async def test_what_waited_goes_on_a_moment_after_the_connection_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status_barrier, "SETTLING", LONG)
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    barrier, post, asking = StatusBarrier(), Connection(), Connection()
+    barrier.accepted(0, post)
+    post.done()
+    await barrier.before_status(0, asking)  # atroposlib may still count the group of this post
+    asking.done()
+    await barrier.before_accept(0)  # and may not have used the figures yet
+    assert len(slept) == 2 and all(0 < seconds <= LONG for seconds in slept)
+
+
+async def test_nobody_waits_for_ever_for_a_client_that_keeps_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status_barrier, "PATIENCE", 0.01)
+    barrier = StatusBarrier()
+    barrier.accepted(0, Connection())
+    await barrier.before_status(0, Connection())
+    await barrier.before_accept(0)
+    await barrier.before_status(0, None)
+
+
+async def test_a_connection_that_is_lost_or_unknown_is_waited_for_by_nobody() -> None:
+    barrier, lost = StatusBarrier(), Connection()
+    lost.lost = True
+    barrier.accepted(0, lost)
+    barrier.accepted(0, None)
+    barrier.accepted(None, Connection())
+    await barrier.before_status(0, lost)
+    await barrier.before_accept(0)
+    await barrier.before_accept(None)
