@@ -83,7 +83,7 @@ class SpanRecord:
     order: int
     """Counts the records of this ledger, in the order in which they ended."""
     request: int
-    """Completions of one request share it."""
+    """Completions of one request share it: the order of the first."""
     prompt: Prompt
     ids: bytes
     """Token ids, int32."""
@@ -174,14 +174,12 @@ class Ledger:
         self._spans: OrderedDict[int, SpanRecord] = OrderedDict()
         self._bytes = 0
         self._orders = 0
-        self._requests = 0
         self._recorded_tokens = 0
         self._evicted = 0
         self._restored = 0
         self._restored_orders = 0
         self._resumes = 0
         self._store: LedgerStore | None = None
-        self._closing: list[LedgerStore] = []
         self._deleted: list[tuple[str, int]] = []
         """Rows of the store that the next write deletes: of what was forgotten since the last one."""
 
@@ -221,10 +219,9 @@ class Ledger:
         key = int(prefix_hashes(prompt)[-1])
         temperature = temperature if temperature > 0 else 1.0
         with self._lock:
-            self._requests += 1
-            before = self._prompts.get(key)
+            before, request = self._prompts.get(key), self._orders + 1
             node = self._node(key, prompt.tobytes())
-            records = [self._make(node, ids, generation, temperature) for ids, generation in made]
+            records = [self._make(node, request, ids, generation, temperature) for ids, generation in made]
             for record in records:
                 self._add(record)
                 self._recorded_tokens += record.length
@@ -239,13 +236,7 @@ class Ledger:
         deleted, self._deleted = self._deleted, []
         if self._store is None:
             return None
-        held = StoredState(
-            orders=self._orders,
-            requests=self._requests,
-            prompts=len(self._prompts),
-            spans=len(self._spans),
-            resumes=self._resumes,
-        )
+        held = StoredState(0, self._orders, len(self._prompts), len(self._spans), self._resumes)
         return self._store.write([*rows, ("state", held)], deleted)
 
     def _node(self, key: int, ids: bytes) -> Prompt:
@@ -259,11 +250,13 @@ class Ledger:
             self._bytes += len(ids) + OVERHEAD_BYTES
         return node
 
-    def _make(self, node: Prompt, ids: NDArray[np.int32], generation: Generation, temperature: float) -> SpanRecord:
+    def _make(
+        self, node: Prompt, request: int, ids: NDArray[np.int32], generation: Generation, temperature: float
+    ) -> SpanRecord:
         self._orders += 1
         return SpanRecord(
             order=self._orders,
-            request=self._requests,
+            request=request,
             prompt=node,
             ids=ids.tobytes(),
             logprobs=_logprobs(generation),
@@ -317,7 +310,7 @@ class Ledger:
         with self._lock:
             if self._orders or self._store is not None:
                 raise ValueError("persist comes before the first record")
-            self._store, found = LedgerStore.open(directory, keep=resumed_at is not None, give_up=self._give_up)
+            self._store, found = LedgerStore.open(directory, keep=resumed_at is not None)
             rows: list[tuple[str, Row]] = []
             if resumed_at is not None:
                 resume = StoredResume(len(found.resumes), resumed_at, found.state.orders)
@@ -338,8 +331,7 @@ class Ledger:
         for uses in found.uses:
             if uses.key in self._spans:
                 self._spans[uses.key].uses = self._spans[uses.key].consumed = uses.count
-        self._orders, self._requests = found.state.orders, found.state.requests
-        self._restored_orders = self._orders
+        self._orders = self._restored_orders = found.state.orders
         _note_branches(self._spans.values(), found.resumes)
         self._restored, self._evicted = len(self._spans), 0
 
@@ -357,21 +349,11 @@ class Ledger:
             if order in self._spans:
                 self._spans[order].uses += 1
 
-    def _give_up(self) -> None:
-        with self._lock:
-            self._let_go()
-
-    def _let_go(self) -> None:
-        if self._store is not None:
-            self._closing.append(self._store)
-            self._store = None
-
     def close(self) -> None:
         """Finish the writes that wait, and let go of the directory. Idempotent."""
         with self._lock:
-            self._let_go()
-            closing, self._closing = self._closing, []
-        for store in closing:  # without the lock, which the store's thread may wait for
+            store, self._store = self._store, None
+        if store is not None:
             store.close()
 
     # -- the trainer's side ------------------------------------------------------------------------------------------

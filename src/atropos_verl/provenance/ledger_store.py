@@ -20,8 +20,7 @@ or that cannot be written any more, is given up as a whole.
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
@@ -39,20 +38,18 @@ _TABLES = dict.fromkeys(("prompts", "spans", "uses", "resumes", "state"), int)
 
 
 class StoredPrompt(msgspec.Struct, array_like=True, frozen=True):
-    """Token ids (int32) that completions came after, and their hash."""
+    """Token ids that completions came after; the key is their hash."""
 
     key: int
     ids: bytes
 
 
 class StoredSpan(msgspec.Struct, array_like=True, frozen=True):
-    """One completion. Fields as in ``SpanRecord``."""
+    """One completion, as ``SpanRecord`` describes it; the key is its order."""
 
     key: int
-    """Its order."""
     request: int
     prompt: int
-    """Hash of the prompt."""
     ids: bytes
     logprobs: bytes
     runs: tuple[tuple[int, int], ...]
@@ -76,11 +73,10 @@ class StoredResume(msgspec.Struct, array_like=True, frozen=True):
 
 
 class StoredState(msgspec.Struct, array_like=True, frozen=True):
-    """What the newest write left."""
+    """The newest order, and how many rows the tables must hold."""
 
     key: int = 0
     orders: int = 0
-    requests: int = 0
     prompts: int = 0
     spans: int = 0
     resumes: int = 0
@@ -101,20 +97,14 @@ class Contents(msgspec.Struct):
 
 
 class LedgerStore:
-    """Opened by ``open``. Writes go to the store's own thread.
+    """Made by ``open``. Writes go to the thread of the ``RecordStore``."""
 
-    Args:
-        give_up: called once, from any thread, when a write has failed.
-    """
-
-    def __init__(self, store: RecordStore, give_up: Callable[[], None]) -> None:
+    def __init__(self, store: RecordStore) -> None:
         self._store = store
-        self._give_up = give_up
-        self._failing = threading.Lock()
         self._failed = False
 
     @classmethod
-    def open(cls, directory: Path, *, keep: bool, give_up: Callable[[], None]) -> tuple[LedgerStore | None, Contents]:
+    def open(cls, directory: Path, *, keep: bool) -> tuple[LedgerStore | None, Contents]:
         """Open the store of a run, and read what earlier processes left there.
 
         Args:
@@ -124,41 +114,35 @@ class LedgerStore:
             The store, or None with a warning when the directory cannot be used; and what it held: nothing, with a
             warning that names the file, where any of it is damaged.
         """
-        path = directory / "ledger.sqlite"
-        store: RecordStore | None = None
-        found: Contents | None = None
         try:
-            try:
-                store = RecordStore(path, _TABLES, owner="ledger")
-                if keep:
-                    _refuse_earlier_format(directory)
-                    found = _read(store)
-            except StorageInUseError:
-                raise
-            except StorageDamagedError as error:
-                logger.warning(
-                    "%s. The ledger begins empty: who wrote what was generated before this start is not known", error
-                )
-            if store is None or found is None:
-                if store is not None:
-                    store.close()
-                _remove(directory)
-                store = RecordStore(path, _TABLES, owner="ledger")
+            if keep:
+                try:
+                    store, found = _read_store(directory)
+                    return cls(store), found
+                except StorageInUseError:
+                    raise
+                except StorageDamagedError as error:
+                    text = "%s. The ledger begins empty: who wrote what was generated before this start is not known"
+                    logger.warning(text, error)
+            return cls(_empty_store(directory)), Contents()
         except (StorageError, OSError) as error:
             logger.warning("the ledger will not survive a restart of this run: %s", error)
             return None, Contents()
-        return cls(store, give_up), found or Contents()
 
-    def write(self, rows: Sequence[tuple[str, Row]], deleted: Sequence[tuple[str, int]] = ()) -> Future[None]:
-        """Delete and then store rows, all or none. The future is done when that is so, and never raises."""
+    def write(self, rows: Sequence[tuple[str, Row]], deleted: Sequence[tuple[str, int]] = ()) -> Future[None] | None:
+        """Delete and then store rows, all or none. The future is done when that is so, and never raises.
+
+        None: an earlier write has failed, and nothing is stored any more.
+        """
+        if self._failed:
+            return None
         changes: list[Change] = [(table, _signed(key), None) for table, key in deleted]
         changes += [(table, _signed(row.key), msgspec.msgpack.encode(row)) for table, row in rows]
         done: Future[None] = Future()
 
         def written(future: Future[None]) -> None:
-            error = future.exception()
-            if error is not None:
-                self._fail(error)
+            if (error := future.exception()) is not None:
+                self._give_up(error)
             done.set_result(None)
 
         self._store.write(changes).add_done_callback(written)
@@ -168,18 +152,30 @@ class LedgerStore:
         """Finish the writes that wait. Idempotent."""
         self._store.close()
 
-    def _fail(self, error: BaseException) -> None:
-        with self._failing:
-            if self._failed:
-                return
+    def _give_up(self, error: BaseException) -> None:
+        """Called by the store's thread."""
+        if not self._failed:
             self._failed = True
-        logger.warning(
-            "%s: %s. After a restart nobody will know who wrote what was generated up to then",
-            self._store.path.parent,
-            error,
-        )
-        _remove(self._store.path.parent)  # the open connection goes on with files that have no name
-        self._give_up()
+            directory = self._store.path.parent
+            text = "%s: %s. After a restart nobody will know who wrote what was generated up to then"
+            logger.warning(text, directory, error)
+            _remove(directory)  # the open connection goes on with files that have no name
+
+
+def _open_store(directory: Path) -> RecordStore:
+    return RecordStore(directory / "ledger.sqlite", _TABLES, owner="ledger")
+
+
+def _empty_store(directory: Path) -> RecordStore:
+    """Remove what is there, unless another process uses it: ``StorageInUseError``."""
+    try:
+        _open_store(directory).close()
+    except StorageInUseError:
+        raise
+    except StorageDamagedError:
+        pass  # which is what it is removed for
+    _remove(directory)
+    return _open_store(directory)
 
 
 def _remove(directory: Path) -> None:
@@ -187,31 +183,33 @@ def _remove(directory: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _refuse_earlier_format(directory: Path) -> None:
-    if any(directory.glob("segment-*.log")):
-        raise StorageDamagedError(f"{directory} holds the ledger of an earlier version of this program, segment-*.log")
-
-
 def _signed(key: int) -> int:
     """A 64-bit hash as the signed integer that SQLite can hold."""
     return key - (1 << 64) if key >= 1 << 63 else key
 
 
-def _read(store: RecordStore) -> Contents:
+def _read_store(directory: Path) -> tuple[RecordStore, Contents]:
     """Raises ``StorageDamagedError`` when a row is damaged or missing."""
-    states = _rows(store, "state", StoredState)
-    found = Contents(
-        prompts={prompt.key: prompt for prompt in _rows(store, "prompts", StoredPrompt)},
-        spans=_rows(store, "spans", StoredSpan),
-        uses=_rows(store, "uses", StoredUses),
-        resumes=_rows(store, "resumes", StoredResume),
-        state=states[0] if states else StoredState(),
-    )
-    held = (len(found.prompts), len(found.spans), len(found.resumes))
-    whole = held == (found.state.prompts, found.state.spans, found.state.resumes)
-    if store.damaged or not whole or any(span.prompt not in found.prompts for span in found.spans):
-        raise StorageDamagedError(f"{store.path} is damaged: rows are missing, or are not what was written")
-    return found
+    store = _open_store(directory)
+    try:
+        if any(directory.glob("segment-*.log")):
+            raise StorageDamagedError(f"{directory} holds the ledger of an earlier version, in files segment-*.log")
+        states = _rows(store, "state", StoredState)
+        found = Contents(
+            prompts={prompt.key: prompt for prompt in _rows(store, "prompts", StoredPrompt)},
+            spans=_rows(store, "spans", StoredSpan),
+            uses=_rows(store, "uses", StoredUses),
+            resumes=_rows(store, "resumes", StoredResume),
+            state=states[0] if states else StoredState(),
+        )
+        held = (len(found.prompts), len(found.spans), len(found.resumes))
+        whole = held == (found.state.prompts, found.state.spans, found.state.resumes)
+        if store.damaged or not whole or any(span.prompt not in found.prompts for span in found.spans):
+            raise StorageDamagedError(f"{store.path} is damaged: rows are missing, or are not what was written")
+    except BaseException:
+        store.close()
+        raise
+    return store, found
 
 
 def _rows(store: RecordStore, table: str, kind: type[T]) -> list[T]:
