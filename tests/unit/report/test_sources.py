@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import http.server
 import json
-import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from support.http_faults import wait_for
+from support.http_faults import FaultServer, answer, refused_url
+from support.trajectory_server import registration
+from support.upstream_api import upstream_api
 
 from atropos_verl.errors import AtroposAPIError, AtroposConnectionError, AtroposProtocolError, ConfigError, DataError
-from atropos_verl.launch.probes import free_port, request_json
-from atropos_verl.launch.process import ManagedProcess, ServiceSpec
 from atropos_verl.protocol.client import AtroposClient, TrainerRegistration
 from atropos_verl.protocol.wire import encode_group
 from atropos_verl.report.sources import is_url, load_groups, read_path, read_url
@@ -105,124 +101,85 @@ def test_what_is_a_url() -> None:
 # ---------------------------------------------------------------------- trajectory APIs
 
 
-@dataclass
-class FakeApi:
-    """Answers with what the test puts here; notes what it was asked."""
-
-    latest: bytes = G1
-    batch: bytes = b'{"batch": [' + G1 + b"]}"
-    requests: list[str] = field(default_factory=list)
-    token: str | None = None
-    url: str = ""
+@pytest.fixture
+def server() -> Iterator[FaultServer]:
+    with FaultServer() as server:
+        server.script("/prefix/status", answer({"current_step": 4, "queue_size": 0}))
+        server.script("/prefix/info", answer({"batch_size": 8, "max_token_len": 64}))
+        server.script("/prefix/latest_example", answer(G1))
+        server.script("/prefix/batch", answer(b'{"batch": [' + G1 + b"]}"))
+        yield server
 
 
 @pytest.fixture
-def api() -> Iterator[FakeApi]:
-    state = FakeApi()
+def url(server: FaultServer) -> str:
+    return f"{server.url}/prefix"
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            state.requests.append(self.path)
-            state.token = self.headers.get("Authorization")
-            answers = {
-                "/prefix/status": b'{"current_step": 4, "queue_size": 0}',
-                "/prefix/info": b'{"batch_size": 8, "max_token_len": 64}',
-                "/prefix/latest_example": state.latest,
-                "/prefix/batch": state.batch,
-            }
-            body = answers.get(self.path)
-            self.send_response(404 if body is None else 200)
-            self.end_headers()
-            self.wfile.write(body or b"")
 
-        def log_message(self, format: str, *args: object) -> None:
-            """Quiet."""
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    state.url = f"http://127.0.0.1:{server.server_port}/prefix"
-    yield state
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def asked(server: FaultServer) -> list[str]:
+    return [request.path for request in server.requests]
 
 
 @pytest.mark.parametrize("end", ["", "/", "/latest_example"])
-def test_an_api_is_asked_for_its_latest_example_and_nothing_destructive(api: FakeApi, end: str) -> None:
-    (found,) = read_url(api.url + end, token="secret")
+def test_an_api_is_asked_for_its_latest_example_and_nothing_destructive(
+    server: FaultServer, url: str, end: str
+) -> None:
+    (found,) = read_url(url + end, token="secret")
     assert (found.origin, found.group.token_ids[0].tolist()) == ("latest example", [5, 6])
-    assert api.requests == ["/prefix/status", "/prefix/info", "/prefix/latest_example"]
-    assert api.token == "Bearer secret"
+    assert asked(server) == ["/prefix/status", "/prefix/info", "/prefix/latest_example"]
+    assert server.requests[-1].headers["authorization"] == "Bearer secret"
 
 
-def test_an_api_that_has_nothing_yet(api: FakeApi) -> None:
-    api.latest = b'{"tokens":[],"masks":[],"scores":[],"advantages":[],"images":[]}'
-    assert read_url(api.url) == []
-    api.batch = b'{"batch": null}'
-    assert read_url(api.url, take_batch=True) == []
+def test_an_api_that_has_nothing_yet(server: FaultServer, url: str) -> None:
+    empty = {"tokens": [], "masks": [], "scores": [], "advantages": [], "images": []}
+    server.script("/prefix/latest_example", answer(empty))
+    assert read_url(url) == []
+    server.script("/prefix/batch", answer({"batch": None}))
+    assert read_url(url, take_batch=True) == []
 
 
-def test_a_batch_is_taken_only_when_told_to(api: FakeApi) -> None:
+def test_a_batch_is_taken_only_when_told_to(server: FaultServer, url: str) -> None:
     with pytest.raises(ConfigError, match="add --take-batch"):
-        read_url(f"{api.url}/batch")
-    assert api.requests == []
-    (found,) = read_url(f"{api.url}/batch", take_batch=True)
+        read_url(f"{url}/batch")
+    assert asked(server) == []
+    (found,) = read_url(f"{url}/batch", take_batch=True)
     assert found.group.scores.tolist() == [1.0]
-    assert api.requests == ["/prefix/batch"]
+    assert asked(server) == ["/prefix/batch"]
 
 
-def test_a_taken_batch_is_saved_before_it_is_decoded(api: FakeApi, tmp_path: Path) -> None:
-    api.batch = b'{"status": "error", "batch": ["kept all the same"]}'
+def test_a_taken_batch_is_saved_before_it_is_decoded(server: FaultServer, url: str, tmp_path: Path) -> None:
     saved = tmp_path / "batch.json"
+    server.script("/prefix/batch", answer({"status": "error", "batch": ["kept all the same"]}))
     with pytest.raises(AtroposProtocolError):
-        read_url(api.url, take_batch=True, save=saved)
+        read_url(url, take_batch=True, save=saved)
     assert not saved.exists()  # the client itself refused it
-    api.batch = b'{"batch": ["' + b"x" * 5000 + b'"], "status": "error"}'
+    body = b'{"batch": ["' + b"x" * 5000 + b'"], "status": "error"}'
+    server.script("/prefix/batch", answer(body))
     with pytest.raises(AtroposProtocolError):
-        read_url(api.url, take_batch=True, save=saved)
-    assert saved.read_bytes() == api.batch
-    api.requests.clear()
+        read_url(url, take_batch=True, save=saved)
+    assert saved.read_bytes() == body
+    server.requests.clear()
     with pytest.raises(ConfigError, match=f"--save: {saved}: File exists"):
-        read_url(api.url, take_batch=True, save=saved)
-    assert api.requests == []
+        read_url(url, take_batch=True, save=saved)
+    assert asked(server) == []
 
 
-def test_no_api_there(api: FakeApi) -> None:
-    with pytest.raises(AtroposConnectionError, match="ensure server is running"):
-        read_url(f"http://127.0.0.1:{free_port()}", timeout=1.0)
+def test_no_api_there(server: FaultServer) -> None:
+    with refused_url() as refused, pytest.raises(AtroposConnectionError, match="ensure server is running"):
+        read_url(refused, timeout=1.0)
     with pytest.raises(AtroposAPIError, match="HTTP 404"):
-        read_url(api.url.removesuffix("/prefix"))
+        read_url(server.url)
 
 
 def test_the_real_trajectory_api(tmp_path: Path) -> None:
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = (sys.executable, "-m", "atroposlib.cli.run_api", "--host", "127.0.0.1", "--port", str(port))
-    process = ManagedProcess(ServiceSpec(name="api", command=command, cwd=tmp_path, log_path=tmp_path / "api.log"))
-    process.start()
-    try:
-        wait_for(lambda: request_json(f"{url}/status") is not None, "the API", 60.0)
-        assert read_url(url) == []
-        with AtroposClient(url) as client:
-            client.register(
-                TrainerRegistration(
-                    wandb_group="g",
-                    wandb_project="p",
-                    batch_size=1,
-                    max_token_len=64,
-                    checkpoint_dir=str(tmp_path),
-                    save_checkpoint_interval=0,
-                    starting_step=0,
-                    num_steps=5,
-                )
-            )
+    with upstream_api(tmp_path) as api:
+        assert read_url(api.url) == []
+        with AtroposClient(api.url) as client:
+            client.register(TrainerRegistration(**registration(batch_size=1)))
             client.post_scored_data_list([encode_group(tokens=[[5, 6]], masks=[[-100, 6]], scores=[0.5])])
         for _ in range(2):  # looking takes nothing away
-            (found,) = read_url(url)
+            (found,) = read_url(api.url)
             assert (found.origin, found.group.scores.tolist()) == ("latest example", [0.5])
-        (found,) = read_url(url, take_batch=True)
+        (found,) = read_url(api.url, take_batch=True)
         assert (found.origin, found.group.token_ids[0].tolist()) == ("group 0", [5, 6])
-        assert read_url(url, take_batch=True) == []
-    finally:
-        process.stop()
+        assert read_url(api.url, take_batch=True) == []
