@@ -8,15 +8,16 @@ that of the whole batch whatever the number of ranks.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from atropos_verl.types import FloatArray, TrainingSample
 __all__ = ["PolicyWorker", "TrainOutput", "import_verl", "resolve_device", "split_for_ranks"]
 
 logger = logging.getLogger(__name__)
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _COLLECTIVE_TIMEOUT = timedelta(hours=24)
 """Other ranks wait in a broadcast while rank 0 waits for rollouts; that may take hours and is not a fault."""
@@ -67,11 +70,20 @@ def resolve_device(requested: str) -> str:
     return requested
 
 
-class PolicyWorker:
-    """Owns the trained policy: forward, backward, optimiser, checkpoints, and the weights for the engine.
+def _on_every_rank(method: F) -> F:
+    """Marks a method that rank 0 calls: the other ranks, which sit in ``serve()``, make the same call."""
 
-    ``policy_version`` counts optimiser steps since the start of the run (kept across resume by the trainer).
-    """
+    @functools.wraps(method)
+    def call(self: PolicyWorker, *arguments: Any) -> Any:
+        if self.rank == 0:
+            self._broadcast(method.__name__, arguments)
+        return method(self, *arguments)
+
+    return cast(F, call)
+
+
+class PolicyWorker:
+    """Owns the trained policy: forward, backward, optimiser, checkpoints, and the weights for the engine."""
 
     def __init__(self, config: RunConfig, model_path: Path) -> None:
         self.config = config
@@ -88,78 +100,83 @@ class PolicyWorker:
             self._worker.set_loss_fn(self.loss_function)
             self._worker.reset()
 
-    # ------------------------------------------------------------------ calls of rank 0
-
-    def train(self, samples: Sequence[TrainingSample]) -> TrainOutput:
-        """One pass over ``samples`` (all ranks' together): one optimiser step, or several for the GRPO loss.
-
-        Raises:
-            TrainingDivergedError: loss or gradient norm is not finite; the weights are unchanged by that step.
-        """
-        return cast(TrainOutput, self._call("train", list(samples)))
-
-    def compute_logprobs(self, samples: Sequence[TrainingSample]) -> list[FloatArray]:
-        """Logprobs [T] of each sample's trained tokens under the current policy at its temperature; 0 elsewhere."""
-        return cast(list[FloatArray], self._call("compute_logprobs", list(samples)))
-
-    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Full (gathered) weights by Hugging Face name. Consume all of it: other ranks take part in each gather."""
-        self._broadcast("named_tensors", ())
-        yield from self._local_named_tensors()
-
-    def save_checkpoint(self, directory: Path, step: int) -> None:
-        """verl's checkpoint layout (model, optimizer, extra state per rank) into ``directory``."""
-        self._call("save_checkpoint", directory, step)
-
-    def load_checkpoint(self, directory: Path) -> None:
-        """Restore what ``save_checkpoint`` wrote. Raises ``CheckpointError``."""
-        self._call("load_checkpoint", directory)
-
     def close(self) -> None:
-        """Release the other ranks from ``serve()``. Safe to call twice."""
+        """Releases the other ranks from ``serve()``. Safe to call twice."""
         if not self._closed:
             self._closed = True
             try:
-                self._broadcast("stop", ())
+                self._broadcast("close", ())
             except RuntimeError as error:  # torch's word for a broken connection
                 logger.warning("the other ranks are gone already: %s", error)
 
     def serve(self) -> None:
-        """Ranks above 0: run what rank 0 asks for until it closes."""
+        """Ranks above 0 run what rank 0 runs, until it closes."""
         while True:
             message: list[Any] = [None]
             torch.distributed.broadcast_object_list(message, src=0, device=torch.device("cpu"))
             name, arguments = message[0]
-            if name == "stop":
+            if name == "close":
                 return
-            if name == "named_tensors":
-                for _ in self._local_named_tensors():
+            result = getattr(self, name)(*arguments)
+            if isinstance(result, Iterator):
+                for _ in result:
                     pass
-                continue
-            getattr(self, f"_local_{name}")(*arguments)
-
-    def _call(self, name: str, *arguments: Any) -> Any:
-        self._broadcast(name, arguments)
-        return getattr(self, f"_local_{name}")(*arguments)
 
     def _broadcast(self, name: str, arguments: tuple[Any, ...]) -> None:
         if self.world_size > 1:
             torch.distributed.broadcast_object_list([(name, arguments)], src=0, device=torch.device("cpu"))
 
-    # ------------------------------------------------------------------ the same on every rank
+    # ------------------------------------------------------------------ calls of rank 0
 
-    def _local_train(self, samples: list[TrainingSample]) -> TrainOutput:
+    @_on_every_rank
+    def train(self, samples: list[TrainingSample]) -> TrainOutput:
+        """One pass over ``samples`` (all ranks' together): one optimiser step, or several for the GRPO loss.
+
+        Raises:
+            TrainingDivergedError: loss or gradient norm is not finite; the weights are unchanged by that step.
+        """
         old_logprobs: list[FloatArray] | None = None
         loss = self.config.loss
         updates = loss.ppo_epochs * loss.ppo_mini_batches
         if self.loss_function.kind == "grpo" and updates > 1:
-            old_logprobs = self._local_compute_logprobs(samples)
+            old_logprobs = self._logprobs(samples)
         outputs: list[TrainOutput] = []
         for chunk in _mini_batches(len(samples), loss.ppo_epochs, loss.ppo_mini_batches, self.config.seed):
             part = [samples[i] for i in chunk]
             old = None if old_logprobs is None else [old_logprobs[i] for i in chunk]
             outputs.append(self._update(part, old, last=len(outputs) == updates - 1))
         return outputs[0] if len(outputs) == 1 else _average(outputs)
+
+    @_on_every_rank
+    def compute_logprobs(self, samples: list[TrainingSample]) -> list[FloatArray]:
+        """Logprobs [T] of each sample's trained tokens under the current policy at its temperature; 0 elsewhere."""
+        return self._logprobs(samples)
+
+    @_on_every_rank
+    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full (gathered) weights by Hugging Face name. Consume all of it: other ranks take part in each gather."""
+        tensors, _ = self._worker.engine.get_per_tensor_param()
+        return ((name, tensor.detach()) for name, tensor in tensors)
+
+    @_on_every_rank
+    def save_checkpoint(self, directory: Path, step: int) -> None:
+        """Writes verl's checkpoint layout (model, optimizer, extra state per rank) into ``directory``."""
+        with _verl_prints_to_log():
+            self._worker.save_checkpoint(str(directory), global_step=step)
+
+    @_on_every_rank
+    def load_checkpoint(self, directory: Path) -> None:
+        """Restores what ``save_checkpoint`` wrote. Raises ``CheckpointError``."""
+        expected = directory / f"model_world_size_{self.world_size}_rank_{self.rank}.pt"
+        if not expected.exists():
+            raise CheckpointError(
+                f"{expected} does not exist; the checkpoint was written by another number of ranks "
+                f"(found {sorted(p.name for p in directory.glob('model_world_size_*'))})"
+            )
+        with _verl_prints_to_log():
+            self._worker.load_checkpoint(str(directory))
+
+    # ------------------------------------------------------------------ the same on every rank
 
     def _update(self, samples: list[TrainingSample], old: list[FloatArray] | None, *, last: bool) -> TrainOutput:
         from verl.utils import tensordict_utils as tu
@@ -184,7 +201,7 @@ class PolicyWorker:
             metrics=self.loss_function.finish(),
         )
 
-    def _local_compute_logprobs(self, samples: list[TrainingSample]) -> list[FloatArray]:
+    def _logprobs(self, samples: list[TrainingSample]) -> list[FloatArray]:
         from verl.utils import tensordict_utils as tu
 
         shares = split_for_ranks(samples, self.world_size)
@@ -204,25 +221,6 @@ class PolicyWorker:
             torch.distributed.all_gather_object(everyone, mine)
         found = dict(pair for part in everyone for pair in part)
         return [found[i] for i in range(len(samples))]
-
-    def _local_named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        tensors, _ = self._worker.engine.get_per_tensor_param()
-        for name, tensor in tensors:
-            yield name, tensor.detach()
-
-    def _local_save_checkpoint(self, directory: Path, step: int) -> None:
-        with _verl_prints_to_log():
-            self._worker.save_checkpoint(str(directory), global_step=step)
-
-    def _local_load_checkpoint(self, directory: Path) -> None:
-        expected = directory / f"model_world_size_{self.world_size}_rank_{self.rank}.pt"
-        if not expected.exists():
-            raise CheckpointError(
-                f"{expected} does not exist; the checkpoint was written by another number of ranks "
-                f"(found {sorted(p.name for p in directory.glob('model_world_size_*'))})"
-            )
-        with _verl_prints_to_log():
-            self._worker.load_checkpoint(str(directory))
 
     # ------------------------------------------------------------------ data
 
