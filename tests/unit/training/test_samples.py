@@ -1,4 +1,4 @@
-"""The data lines of design.md's "Semantics that were got wrong elsewhere", with values worked out by hand."""
+"""From scored groups to samples, with values worked out by hand."""
 
 from __future__ import annotations
 
@@ -127,33 +127,15 @@ def test_order_token_level_then_normalise_then_clip() -> None:
 
 
 @pytest.mark.parametrize("normalization", ["none", "batch", "global"])
-def test_set_advantage_to_zero_changes_nobody_else(normalization: str) -> None:
-    zeroed = build(
-        group(overrides=[{"set_advantage_to_zero": True}, {"set_advantage_to_zero": False}]),
-        group(scores=[0.0, 2.0]),
-        normalization=normalization,
-    )
-    plain = build(group(), group(scores=[0.0, 2.0]), normalization=normalization)
+@pytest.mark.parametrize("own", [[], [1.0, 2.0, 3.0]], ids=["baseline", "token-level"])
+def test_set_advantage_to_zero_changes_nobody_else(normalization: str, own: list[float]) -> None:
+    overrides = [{"set_advantage_to_zero": True}, {"set_advantage_to_zero": False}]
+    both = [group(advantages=[own, []]), group(scores=[0.0, 2.0])]
+    zeroed = build({**both[0], "overrides": overrides}, both[1], normalization=normalization)
+    plain = build(*both, normalization=normalization)
     assert advantages(zeroed)[0] == [0.0, 0.0, 0.0]
     assert advantages(zeroed)[1:] == advantages(plain)[1:]
     assert zeroed.samples[0].loss_mask.tolist() == [False, False, True]
-
-
-def test_zeroing_wins_over_token_level_advantages() -> None:
-    report = build(group(advantages=[[1.0, 1.0, 1.0], []], overrides=[{"set_advantage_to_zero": True}, None]))
-    assert advantages(report)[0] == [0.0, 0.0, 0.0]
-
-
-@pytest.mark.parametrize("estimator", ["grpo", "rloo"])
-def test_group_of_one_and_equal_scores_are_zero(estimator: str) -> None:
-    alone = group(tokens=[[1, 2]], masks=[[1, 2]], scores=[7.0])
-    equal = group(scores=[0.3, 0.3])
-    report = build(alone, equal, estimator=estimator)
-    assert [a for row in advantages(report) for a in row] == [0.0] * (2 + 3 + 4)
-
-
-def test_grpo_without_std() -> None:
-    assert advantages(build(group(), norm_adv_by_std_in_grpo=False))[0] == [0.0, 0.0, 0.5]
 
 
 def test_global_statistics_run_on_and_are_not_touched_by_a_failed_batch() -> None:
@@ -211,12 +193,6 @@ def test_overlong_is_dropped_counted_logged_and_counts_in_the_baseline(caplog: p
     assert "1 sequences longer than 3 tokens are left out of training" in caplog.text
 
 
-def test_overlong_tokens_are_not_in_the_statistics() -> None:
-    # Plain: trained values 1 (kept, one token); 0, 0 are dropped. A single value whitens to 0.
-    report = build(group(), max_token_len=3, estimator="plain", normalization="batch")
-    assert advantages(report) == [[0.0, 0.0, 0.0]]
-
-
 def test_overlong_truncated() -> None:
     report = build(
         group(inference_logprobs=[[], [1.0, 1.0, -0.5, -9.0]], advantages=[[], [0.0, 0.0, 2.0, 5.0]]),
@@ -247,33 +223,20 @@ def test_overlong_error_and_the_exact_bound() -> None:
     [
         ({"tokens": [], "masks": [], "scores": []}, "tokens: the group is empty"),
         ({"tokens": [[5, 6, 7], []], "masks": [MASKS[0], []]}, "tokens[1]: the sequence is empty"),
-        ({"masks": MASKS[:1]}, "masks: 1 entries, but tokens has 2"),
-        ({"scores": [1.0]}, "scores: 1 entries, but tokens has 2"),
         ({"scores": [1.0, 0.0, 2.0]}, "scores: 3 entries, but tokens has 2"),
         ({"advantages": [[0.0, 0.0, 1.0]]}, "advantages: 1 entries, but tokens has 2"),
-        ({"inference_logprobs": [[-1.0] * 3]}, "inference_logprobs: 1 entries"),
-        ({"overrides": [{"temperature": 1.0}]}, "overrides: 1 entries"),
         ({"masks": [[-100, 7], MASKS[1]]}, "masks[0]: 2 entries, but tokens[0] has 3"),
-        ({"advantages": [[], [1.0]]}, "advantages[1]: 1 entries, but tokens[1] has 4"),
         ({"inference_logprobs": [[-1.0] * 4, []]}, "inference_logprobs[0]: 4 entries, but tokens[0] has 3"),
         ({"scores": [0.0, NAN]}, "scores[1] = nan: must be finite"),
-        ({"scores": [INF, 0.0]}, "scores[0] = inf: must be finite"),
         ({"scores": [1e31, 0.0]}, "scores[0] = 1e+31: beyond ±1e+30"),
         ({"advantages": [[], [0.0, 0.0, NAN, 1.0]]}, "advantages[1][2] = nan: must be finite"),
         ({"inference_logprobs": [[1.0, -INF, -1.0], []]}, "inference_logprobs[0][1] = -inf: must be finite"),
         ({"inference_logprobs": [[1.0, 1.0, 0.5], []]}, "inference_logprobs[0][2] = 0.5: a logprob is at most 0"),
-        ({"tokens": [[5, -6, 7], TOKENS[1]]}, "tokens[0][1] = -6: outside the vocabulary [0, 9)"),
         ({"tokens": [TOKENS[0], [5, 6, 9, 2]]}, "tokens[1][2] = 9: outside the vocabulary [0, 9)"),
-        ({"tokens": [TOKENS[0], [5, 6, 2**40, 2]]}, "tokens[1][2] = 1099511627776: outside the vocabulary"),
         ({"masks": [[-100, -100, 6], MASKS[1]]}, "masks[0][2] = 6: must be -100 (not trained) or the token id 7"),
         ({"masks": [[0, 0, 1], [0, 0, 1, 1]]}, "masks[0][0] = 0: must be -100 (not trained) or the token id 5; a 0/1"),
-        ({"masks": [[-1, -100, 7], MASKS[1]]}, "masks[0][0] = -1: must be -100"),
         ({"tokens": [[5, 6.0, 7], TOKENS[1]]}, "tokens[0][1] = 6.0: expected an integer token id"),
         ({"scores": ["1", 0.0]}, 'scores[0] = "1": expected a number'),
-        (
-            {"generation_params": {"temperature": -1}},
-            "generation_params.temperature = -1: must be finite and at least 0",
-        ),
         ({"generation_params": {"temperature": "0.7"}}, "generation_params.temperature = '0.7': must be a number"),
         ({"group_overrides": {"temperature": NAN}}, "group_overrides.temperature = nan: must be finite"),
         ({"overrides": [{}, {"temperature": True}]}, "overrides[1].temperature = True: must be a number"),
@@ -367,12 +330,6 @@ def test_fields_that_are_not_used_are_refused_by_name_unless_ignored(field: str,
 
 def test_a_bad_group_is_quarantined_before_its_fields_are_looked_at() -> None:
     assert build(group(scores=[NAN, 1.0], images=["a"])).quarantined[0].reason == "scores[0] = nan: must be finite"
-
-
-def test_harmless_fields() -> None:
-    messages = [[{"role": "user", "content": "hi"}]] * 2
-    report = build(group(messages=messages, generation_params={"top_p": 0.9}, group_overrides={"group_size": 2}))
-    assert report.groups == 1
 
 
 def test_unknown_override_keys_are_logged_once_per_key(caplog: pytest.LogCaptureFixture) -> None:

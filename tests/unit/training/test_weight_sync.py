@@ -51,9 +51,9 @@ class _VersionedRecorder(_Recorder):
     version = -1
 
     def update_weights_from_tensor(  # type: ignore[override]
-        self, named_tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int | None = None
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int
     ) -> int:
-        self.version = -1 if policy_version is None else policy_version
+        self.version = policy_version
         return super().update_weights_from_tensor(named_tensors)
 
 
@@ -129,14 +129,6 @@ def test_the_gate_stays_shut_when_the_canary_fails() -> None:
     assert parts.calls == ["resume_memory", "update"]
 
 
-def test_canary_figure() -> None:
-    parts = _Recorder()
-    canary = Canary(trainer_logprobs=lambda: [-1.0, -2.0], engine_logprobs=lambda: [-1.25, -2.125], threshold=0.3)
-    with _manager(parts, canary=canary) as manager:
-        assert manager.last_sync is not None
-        assert manager.last_sync.canary_max_abs_logprob_diff == 0.25
-
-
 @pytest.mark.parametrize("engine", [[-1.0], [], [float("nan"), -2.0]])
 def test_a_canary_that_cannot_be_compared_fails(engine: list[float]) -> None:
     canary = Canary(trainer_logprobs=lambda: [-1.0, -2.0], engine_logprobs=lambda: engine, threshold=10.0)
@@ -167,9 +159,11 @@ def test_a_swap_copies_and_checks_while_the_gate_is_open() -> None:
         return [-1.0]
 
     canary = Canary(
-        trainer_logprobs=lambda: [-1.0], engine_logprobs=lambda: [-1.0], staged_logprobs=staged, threshold=0.1
+        trainer_logprobs=lambda: [-1.0], engine_logprobs=lambda: [-1.25], staged_logprobs=staged, threshold=0.3
     )
     with _manager(parts, canary=canary) as manager:
+        assert manager.last_sync is not None
+        assert manager.last_sync.canary_max_abs_logprob_diff == 0.25
         parts.calls.clear()
         parts.policy_version = 4
         report = manager.swap()
