@@ -11,7 +11,6 @@ import httpx
 import pytest
 from support.trajectory_server import group_bytes, registration
 
-from atropos_verl.assets import demo_model_path
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.launch.train import TrainingServices
 from atropos_verl.protocol.client import AtroposClient, EnvRegistration, TrainerRegistration
@@ -22,7 +21,7 @@ from atropos_verl.report.console import ProgressReporter
 def api(run_dir: Path, **settings: Any) -> Iterator[AtroposClient]:
     """A client of the API that a run in ``run_dir`` starts, as an environment is one: without a token."""
     config = RunConfig.from_mapping({"run_dir": str(run_dir), **settings})
-    services = TrainingServices(config, demo_model_path(), gateway_port=9)
+    services = TrainingServices(config, gateway_port=9)
     try:
         url = services.start_api(ProgressReporter(total_steps=1, quiet=True)).atropos.api_url
         with AtroposClient(str(url)) as client:

@@ -27,7 +27,6 @@ from atropos_verl.launch.process import ServiceSpec
 __all__ = [
     "CHILD_ENV",
     "PrivateArguments",
-    "Site",
     "allocate",
     "bare_server_config",
     "demo_env_script",
@@ -54,33 +53,16 @@ _FILE_OPTION = "--config"
 _ROUNDING = 1e-9
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
-    """The rest of the run, as an environment finds it."""
-
-    run_dir: Path
-    model_path: Path
-    api_url: str
-    gateway_url: str
-    of_training: bool = False
-    """The one environment of ``main_atropos.py``: its keys are those of ``env``, and its files need no name."""
-
-    def key(self, name: str, setting: str) -> str:
-        """The dotted key of an environment's setting."""
-        return f"env.{setting}" if self.of_training else f"environments.{name}.{setting}"
-
-    def log(self, process: str) -> Path:
-        """The log of a process's first start."""
-        return self.run_dir / "logs" / (f"{process}.log" if self.of_training else f"{process}.1.log")
-
-
 def plan_environments(
-    config: RunConfig, launch: LaunchConfig, *, site: Site, own_api: bool
+    config: RunConfig, launch: LaunchConfig, *, own_api: bool, of_training: bool = False
 ) -> tuple[list[ServiceSpec], list[str]]:
     """The processes of all chosen environments, and warnings.
 
     Args:
+        config: with ``run_dir``, ``atropos.api_url`` and ``gateway.advertise_url``.
         own_api: the API is started here; if not, it may be upstream's.
+        of_training: the one environment of ``main_atropos.py``: its keys are those of ``env``, and its files need no
+            name.
 
     Raises:
         ConfigError: none is left; a script does not exist; group sizes or allocations do not fit the batch size.
@@ -99,7 +81,7 @@ def plan_environments(
         warnings += _server_warnings(name, settings)
         for copy in range(1, settings.copies + 1):
             process = name if copy == 1 else f"{name}-{copy}"
-            services.append(_serve_spec(config, name, settings, process, allocations[name], site))
+            services.append(_serve_spec(config, name, settings, process, allocations[name], of_training))
     names = [service.name for service in services]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -117,15 +99,22 @@ _TOKEN = (
 
 
 def _serve_spec(
-    config: RunConfig, name: str, settings: EnvironmentConfig, process: str, allocation: float | None, site: Site
+    config: RunConfig,
+    name: str,
+    settings: EnvironmentConfig,
+    process: str,
+    allocation: float | None,
+    of_training: bool,
 ) -> ServiceSpec:
     ours = {
-        **_arguments(config, settings, process, site),
+        **_arguments(config, settings, process),
         "--env.total_steps": str(10 * config.steps + 1000),  # the trainer ends the run, not the environment
         "--env.max_batches_offpolicy": str(settings.max_batches_offpolicy or config.max_batches_offpolicy),
         "--env.inference_weight": f"{settings.weight / settings.copies:g}",
         "--slurm": "false",
     }
+    if of_training:
+        ours[_NAME_OPTION] = Path(program_of(name, settings)[-1]).stem
     if allocation is not None:
         ours["--env.min_batch_allocation"] = repr(allocation)
     token = {"ATROPOS_API_TOKEN": config.atropos.token} if config.atropos.token else {}
@@ -133,11 +122,11 @@ def _serve_spec(
         config,
         name,
         settings,
-        site,
         process,
+        of_training,
         verb="serve",
         ours=ours,
-        api_url=site.api_url,
+        api_url=config.atropos.api_url,
         env=token,
         kind="environment",
         restarts=settings.max_restarts if settings.restart == "always" else 0,
@@ -147,15 +136,15 @@ def _serve_spec(
 
 
 def evaluation_spec(
-    config: RunConfig, name: str, settings: EnvironmentConfig, *, site: Site, label: str
+    config: RunConfig, name: str, settings: EnvironmentConfig, *, label: str, of_training: bool
 ) -> tuple[ServiceSpec, Path]:
     """``ENV evaluate`` of one environment, and the file it writes its metrics to."""
-    directory = site.run_dir / "eval" / label
+    directory = config.resolve_run_dir() / "eval" / label
     process = f"evaluate_{label}"
-    if not site.of_training:
+    if not of_training:
         directory, process = directory / name, f"{process}.{name}"
-    ours = {**_arguments(config, settings, name, site), "--env.data_dir_to_save_evals": str(directory)}
-    spec = _spec(config, name, settings, site, process, verb="evaluate", ours=ours, api_url=None, env={})
+    ours = {**_arguments(config, settings, name), "--env.data_dir_to_save_evals": str(directory)}
+    spec = _spec(config, name, settings, process, of_training, verb="evaluate", ours=ours, api_url=None, env={})
     return spec, directory / "metrics.json"
 
 
@@ -163,8 +152,8 @@ def _spec(
     config: RunConfig,
     name: str,
     settings: EnvironmentConfig,
-    site: Site,
     process: str,
+    of_training: bool,
     *,
     verb: str,
     ours: Mapping[str, str],
@@ -172,20 +161,21 @@ def _spec(
     env: Mapping[str, str],
     **policy: Any,
 ) -> ServiceSpec:
-    cwd = site.run_dir
+    cwd = run_dir = config.resolve_run_dir()
+    section = "env" if of_training else f"environments.{name}"
     if settings.cwd is not None:
         cwd = Path(settings.cwd).expanduser().absolute()
         if not cwd.is_dir():
-            raise ConfigError(f"{cwd} is not a directory", site.key(name, "cwd"))
+            raise ConfigError(f"{cwd} is not a directory", f"{section}.cwd")
     private = private_arguments(
         api_key=config.gateway.api_key,
         api_url=api_url,
         token=config.atropos.token,
         args=settings.args,
         omit=settings.omit,
-        file=site.run_dir / "launch" / f"{process}.yaml",
+        file=run_dir / "launch" / f"{process}.yaml",
         cwd=cwd,
-        key=site.key(name, "args"),
+        key=f"{section}.args",
     )
     words = [verb]
     for option, value in ours.items():
@@ -194,7 +184,7 @@ def _spec(
     return ServiceSpec(
         name=process,
         command=(
-            interpreter(settings.python, site.key(name, "python")),
+            interpreter(settings.python, f"{section}.python"),
             *program_of(name, settings),
             *words,
             *private.words,
@@ -202,24 +192,25 @@ def _spec(
         ),
         env={**CHILD_ENV, **env, **settings.env},
         cwd=cwd,
-        log_path=site.log(process),
+        log_path=run_dir / "logs" / (f"{process}.log" if of_training else f"{process}.1.log"),
         files=private.files,
         **policy,
     )
 
 
-def _arguments(config: RunConfig, settings: EnvironmentConfig, process: str, site: Site) -> dict[str, str]:
+def _arguments(config: RunConfig, settings: EnvironmentConfig, process: str) -> dict[str, str]:
     """The arguments of both ``serve`` and ``evaluate``, without addresses and keys that are secret."""
-    tokenizer = config.model.tokenizer_path or str(site.model_path)
+    model = str(config.resolve_model_path())
+    tokenizer = config.model.tokenizer_path or model
     return {
         "--env.group_size": str(settings.group_size or config.group_size),
         "--env.max_token_length": str(config.max_token_len),
         "--env.tokenizer_name": tokenizer,
         "--env.use_wandb": "false",
         # Without a name /register-env is refused with 422; this one is how the API tells the processes apart.
-        _NAME_OPTION: Path(program_of("", settings)[-1]).stem if site.of_training else process,
-        "--openai.base_url": f"{site.gateway_url}/v1",
-        "--openai.model_name": str(site.model_path),
+        _NAME_OPTION: process,
+        "--openai.base_url": f"{config.gateway.advertise_url}/v1",
+        "--openai.model_name": model,
         "--openai.tokenizer_name": tokenizer,
         "--openai.server_type": settings.server_type,
     }

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from atropos_verl.config.launch_schema import LaunchConfig
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
-from atropos_verl.launch.environments import Site, evaluation_spec
+from atropos_verl.launch.environments import evaluation_spec
 from atropos_verl.launch.process import ManagedProcess, ServiceSpec, stop_all
 from atropos_verl.storage import write_atomic
 
@@ -48,7 +50,9 @@ class PlannedEvaluation:
     """The file that the environment writes its metrics to."""
 
 
-def plan_evaluations(config: RunConfig, launch: LaunchConfig, site: Site) -> dict[str, list[PlannedEvaluation]]:
+def plan_evaluations(
+    config: RunConfig, launch: LaunchConfig, *, of_training: bool
+) -> dict[str, list[PlannedEvaluation]]:
     """Label (before, after) → evaluations. Empty: there is nothing to evaluate, or nobody to do it."""
     chosen = {name: settings for name, settings in launch.chosen.items() if settings.evaluate}
     if not (launch.starts("trainer") and launch.starts("environments") and chosen):
@@ -56,7 +60,9 @@ def plan_evaluations(config: RunConfig, launch: LaunchConfig, site: Site) -> dic
     wanted = {"before": config.eval.before, "after": config.eval.after}
     return {
         label: [
-            PlannedEvaluation(name, settings.weight, *evaluation_spec(config, name, settings, site=site, label=label))
+            PlannedEvaluation(
+                name, settings.weight, *evaluation_spec(config, name, settings, label=label, of_training=of_training)
+            )
             for name, settings in chosen.items()
         ]
         for label in wanted
@@ -64,47 +70,20 @@ def plan_evaluations(config: RunConfig, launch: LaunchConfig, site: Site) -> dic
     }
 
 
+_PLAN = TypeAdapter(dict[str, list[PlannedEvaluation]])
+
+
 def evaluations_text(plan: Mapping[str, list[PlannedEvaluation]]) -> str:
     """The content of ``evaluations.json``."""
-    content = {
-        label: [
-            {
-                "environment": item.environment,
-                "weight": item.weight,
-                "command": list(item.spec.command),
-                "env": dict(item.spec.env),
-                "cwd": str(item.spec.cwd),
-                "log": str(item.spec.log_path),
-                "files": {str(path): text for path, text in item.spec.files.items()},
-                "result": str(item.result),
-            }
-            for item in items
-        ]
-        for label, items in plan.items()
-    }
-    return json.dumps(content, indent=1) + "\n"
+    return _PLAN.dump_json(dict(plan), indent=1).decode() + "\n"
 
 
 def read_evaluations(path: Path) -> dict[str, list[PlannedEvaluation]]:
     """The plan in ``evaluations.json``. Raises ``ConfigError`` when it cannot be read."""
     try:
-        content = json.loads(path.read_text())
-        return {label: [_planned(item) for item in items] for label, items in content.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return _PLAN.validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}", "eval.commands_file") from error
-
-
-def _planned(item: Mapping[str, Any]) -> PlannedEvaluation:
-    log = Path(item["log"])
-    spec = ServiceSpec(
-        name=log.name.removesuffix(".1.log"),
-        command=tuple(item["command"]),
-        env=item["env"],
-        cwd=Path(item["cwd"]),
-        log_path=log,
-        files={Path(path): text for path, text in item["files"].items()},
-    )
-    return PlannedEvaluation(item["environment"], float(item["weight"]), spec, Path(item["result"]))
 
 
 class EvaluationProcesses:

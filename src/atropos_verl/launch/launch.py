@@ -28,7 +28,7 @@ from atropos_verl.config.schema import ModelConfig, RunConfig
 from atropos_verl.config.verl_keys import RAY_DEFAULT, compose_run, read_run
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.http_thread import bracketed, reachable
-from atropos_verl.launch.plan import Addresses, LaunchPlan, TrainerProgram, make_plan, prepare_run_dir
+from atropos_verl.launch.plan import LaunchPlan, make_plan, prepare_run_dir
 from atropos_verl.launch.probes import free_port, try_to_listen
 from atropos_verl.launch.supervisor import Supervisor
 
@@ -134,11 +134,8 @@ def build_plan(config: RunConfig, launch: LaunchConfig, ray: RayLaunch | None = 
             "gateway": config.gateway.model_copy(update={"port": gateway_port, "advertise_url": gateway_url or None}),
         }
     )
-    addresses = Addresses(
-        api_url=api_url, gateway_url=gateway_url, probe_url=probe_url, gateway_port=gateway_port, own_api=own_api
-    )
-    program = None if ray is None else lambda final: ray.program(final, model_path)
-    return make_plan(filled, launch, model_path=model_path, addresses=addresses, program=program)
+    ray_words = None if ray is None else ray.trainer_words
+    return make_plan(filled, launch, own_api=own_api, probe_url=probe_url, ray_words=ray_words)
 
 
 def _with_token(config: RunConfig, launch: LaunchConfig) -> RunConfig:
@@ -192,11 +189,11 @@ class RayLaunch:
     words: tuple[str, ...]
     """Those of the trainer."""
 
-    def program(self, config: RunConfig, model_path: Path) -> TrainerProgram:
-        """The trainer's command for ``config`` (addresses filled in), relative paths made absolute."""
+    def trainer_words(self, config: RunConfig) -> tuple[str, ...]:
+        """The words of the trainer's command for ``config`` (addresses filled in), relative paths made absolute."""
         settings = {
             "run_dir": config.run_dir,
-            "actor_rollout_ref.model.path": str(model_path),
+            "actor_rollout_ref.model.path": str(config.resolve_model_path()),
             "atropos.gateway.port": config.gateway.port,
             "atropos.gateway.advertise_url": config.gateway.advertise_url,
             "atropos.eval.commands_file": config.eval.commands_file,
@@ -204,10 +201,7 @@ class RayLaunch:
         own = tuple(f"{key}={_quoted(value)}" for key, value in settings.items() if value is not None)
         given = tuple(word for word in self.words if word.split("=", 1)[0].lstrip("+") not in settings)
         place = ("--config-dir", str(self.config_dir.absolute()), "--config-name", self.config_name)
-        return TrainerProgram(
-            words=("-m", "atropos_verl.cli", "train", "backend=ray", *place, *given, *own),
-            restart_words=("trainer.resume_mode=auto",),
-        )
+        return ("backend=ray", *place, *given, *own)
 
 
 def is_launch_key(word: str) -> bool:

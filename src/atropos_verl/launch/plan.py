@@ -15,16 +15,14 @@ from typing import Any
 from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig, check_keys
 from atropos_verl.config.schema import EnvConfig, EvalConfig, RunConfig
 from atropos_verl.errors import ConfigError
-from atropos_verl.launch.environments import CHILD_ENV, Site, demo_env_script, interpreter, plan_environments
+from atropos_verl.launch.environments import CHILD_ENV, demo_env_script, interpreter, plan_environments
 from atropos_verl.launch.evaluation import PlannedEvaluation, evaluations_text, plan_evaluations
 from atropos_verl.launch.process import ServiceSpec
 from atropos_verl.storage import write_atomic
 
 __all__ = [
     "DISK_FULL_BYTES",
-    "Addresses",
     "LaunchPlan",
-    "TrainerProgram",
     "make_plan",
     "one_environment",
     "prepare_run_dir",
@@ -37,57 +35,38 @@ DISK_FULL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Addresses:
-    """The URLs at which the parts of a run reach each other."""
-
-    api_url: str
-    gateway_url: str
-    """As environments reach it, without ``/v1``."""
-    probe_url: str | None
-    """As the supervisor reaches it; None: this launch has nothing to do with a gateway."""
-    gateway_port: int
-    """The trainer binds it; 0 when the trainer is elsewhere."""
-    own_api: bool
-    """The API is started here."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainerProgram:
-    """The words that the trainer's interpreter is given."""
-
-    words: tuple[str, ...]
-    restart_words: tuple[str, ...]
-    """Added when it is started again: go on from the newest checkpoint, whatever the first start was told."""
-    settings_file: bool = True
-    """It reads ``trainer_settings_path``."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchPlan:
     """A whole launch."""
 
     run_dir: Path
     config: RunConfig
-    """Of the trainer, addresses and keys filled in."""
+    """Of the trainer. ``run_dir``, ``atropos.api_url``, ``gateway.port``, ``gateway.advertise_url`` (the gateway as
+    environments reach it, without ``/v1``) and keys are filled in."""
     launch: LaunchConfig
-    addresses: Addresses
+    probe_url: str | None
+    """The gateway as the supervisor reaches it; None: this launch has nothing to do with a gateway."""
     services: tuple[ServiceSpec, ...]
     """In the order of starting."""
     evaluations: dict[str, list[PlannedEvaluation]]
     """Label (before, after) → the processes of that held-out evaluation."""
     warnings: tuple[str, ...] = ()
-    model_name: str = ""
-    settings_file: bool = True
-    """The trainer reads ``trainer_settings_path``."""
     trains_here: bool = False
     """The trainer runs in the process of the supervisor."""
+
+    @property
+    def api_url(self) -> str:
+        return str(self.config.atropos.api_url)
+
+    @property
+    def gateway_url(self) -> str:
+        return self.config.gateway.advertise_url or ""
 
     def describe(self) -> dict[str, Any]:
         """The content of ``plan.json``: every command with its directory and the variables it is given."""
         return {
             "run_dir": str(self.run_dir),
-            "api_url": self.addresses.api_url,
-            "gateway_url": self.addresses.gateway_url,
+            "api_url": self.api_url,
+            "gateway_url": self.gateway_url,
             "steps": self.config.steps,
             "services": {
                 spec.name: {
@@ -107,8 +86,8 @@ class LaunchPlan:
 
     def text(self) -> str:
         """The output of ``--dry-run``: the commands as one would type them, keys left out."""
-        lines = [f"run directory      {self.run_dir}", f"trajectory API     {self.addresses.api_url}"]
-        lines.append(f"inference gateway  {self.addresses.gateway_url}")
+        lines = [f"run directory      {self.run_dir}", f"trajectory API     {self.api_url}"]
+        lines.append(f"inference gateway  {self.gateway_url}")
         for spec in self.services:
             variables = " ".join(f"{key}={shlex.quote(value)}" for key, value in spec.env.items())
             lines += ["", f"{spec.name} ({spec.kind}; restarts: {spec.restarts}, log {spec.log_path})"]
@@ -123,53 +102,46 @@ def make_plan(
     config: RunConfig,
     launch: LaunchConfig,
     *,
-    model_path: Path,
-    addresses: Addresses,
-    program: Callable[[RunConfig], TrainerProgram] | None = None,
+    own_api: bool,
+    probe_url: str | None,
+    ray_words: Callable[[RunConfig], tuple[str, ...]] | None = None,
     trains_here: bool = False,
 ) -> LaunchPlan:
     """The services of a run.
 
     Args:
-        config: with ``run_dir``, ``atropos.api_url``, ``gateway.port`` and ``gateway.api_key`` as they will be.
-        program: the trainer's command for the final configuration; None: the local backend's.
+        config: see ``LaunchPlan.config``.
+        own_api: the API is started here.
+        probe_url: see ``LaunchPlan``.
+        ray_words: the words of the trainer's command for the final configuration, with ``backend=ray``.
         trains_here: the trainer runs in this process, with ``one_environment``.
 
     Raises:
         ConfigError: an environment's script does not exist; group sizes or allocations do not fit the batch size.
     """
     run_dir = config.resolve_run_dir()
-    site = Site(
-        run_dir=run_dir,
-        model_path=model_path,
-        api_url=addresses.api_url,
-        gateway_url=addresses.gateway_url,
-        of_training=trains_here,
-    )
-    evaluations = plan_evaluations(config, launch, site)
+    evaluations = plan_evaluations(config, launch, of_training=trains_here)
     if evaluations and not trains_here:
         file = str(_evaluations_path(run_dir))
         config = config.model_copy(update={"eval": config.eval.model_copy(update={"commands_file": file})})
-    warnings = [] if trains_here else check_keys(config, launch, own_api=addresses.own_api)
+    warnings = [] if trains_here else check_keys(config, launch, own_api=own_api)
     services: list[ServiceSpec] = []
-    if addresses.own_api:
-        services.append(_api(launch, config, site))
+    if own_api:
+        services.append(_api(launch, config, run_dir, "trajectory_api.log" if trains_here else "trajectory_api.1.log"))
     if launch.starts("environments"):
-        environments, notes = plan_environments(config, launch, site=site, own_api=addresses.own_api)
+        environments, notes = plan_environments(config, launch, own_api=own_api, of_training=trains_here)
         services += environments
         warnings += notes
     if launch.starts("trainer") and not trains_here:
-        services.append(_trainer(launch, config, site, program(config) if program else _local_program(launch, run_dir)))
+        services.append(_trainer(launch, config, run_dir, ray_words(config) if ray_words else None))
     return LaunchPlan(
         run_dir=run_dir,
         config=config,
         launch=launch,
-        addresses=addresses,
+        probe_url=probe_url,
         services=tuple(services),
         evaluations=evaluations,
         warnings=tuple(warnings),
-        model_name=str(model_path),
-        settings_file=program is None,
         trains_here=trains_here,
     )
 
@@ -195,14 +167,14 @@ def one_environment(config: RunConfig) -> LaunchConfig:
     return launch
 
 
-def _api(launch: LaunchConfig, config: RunConfig, site: Site) -> ServiceSpec:
+def _api(launch: LaunchConfig, config: RunConfig, run_dir: Path, log: str) -> ServiceSpec:
     settings = launch.api
-    port = site.api_url.rsplit(":", 1)[1]
+    port = str(config.atropos.api_url).rsplit(":", 1)[1]
     module: tuple[str, ...] = ("atroposlib.cli.run_api",)
     more: tuple[str, ...] = ()
     env: dict[str, str] = {}
     if config.atropos.server == "embedded":
-        data_dir = Path(settings.data_dir).expanduser().absolute() if settings.data_dir else site.run_dir / "api"
+        data_dir = Path(settings.data_dir).expanduser().absolute() if settings.data_dir else run_dir / "api"
         module, more = ("atropos_verl.cli", "serve-api"), ("--data-dir", str(data_dir), *settings.args)
         # Empty where this API has none: a token meant for another API would only lock the environments out.
         env = {**_import_path(), "ATROPOS_API_TOKEN": config.atropos.token or ""}
@@ -210,29 +182,25 @@ def _api(launch: LaunchConfig, config: RunConfig, site: Site) -> ServiceSpec:
         name="trajectory_api",
         command=(sys.executable, "-m", *module, "--host", settings.host, "--port", port, *more),
         env={**CHILD_ENV, **env},
-        cwd=site.run_dir,
-        log_path=site.log("trajectory_api"),
+        cwd=run_dir,
+        log_path=run_dir / "logs" / log,
         kind="api",
         restarts=settings.max_restarts if settings.on_death == "restart" else 0,
         startup_timeout=settings.startup_timeout,
     )
 
 
-def _local_program(launch: LaunchConfig, run_dir: Path) -> TrainerProgram:
+def _trainer(launch: LaunchConfig, config: RunConfig, run_dir: Path, ray_words: tuple[str, ...] | None) -> ServiceSpec:
     file = trainer_settings_path(run_dir)
-    module = ("-m", "atropos_verl.cli", "train", "--config-dir", str(file.parent), "--config-name", file.stem)
+    words = ray_words or ("--config-dir", str(file.parent), "--config-name", file.stem)
     nproc = launch.trainer_process.nproc
     ranks = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}") if nproc > 1 else ()
-    return TrainerProgram(words=(*ranks, *module), restart_words=("resume=auto",))
-
-
-def _trainer(launch: LaunchConfig, config: RunConfig, site: Site, program: TrainerProgram) -> ServiceSpec:
     settings = launch.trainer_process
     # The trainer lets these variables win over its file; what the launch decided must hold.
     variables = {
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "ATROPOS_API_URL": site.api_url,
+        "ATROPOS_API_URL": config.atropos.api_url,
         "ATROPOS_TIMEOUT": f"{config.atropos.timeout:g}",
         "ATROPOS_API_TOKEN": config.atropos.token,
         "ATROPOS_GATEWAY_KEY": config.gateway.api_key,
@@ -240,14 +208,20 @@ def _trainer(launch: LaunchConfig, config: RunConfig, site: Site, program: Train
     given = {name: value for name, value in variables.items() if value}
     return ServiceSpec(
         name="trainer",
-        command=(interpreter(settings.python, "trainer_process.python"), *program.words),
+        command=(
+            interpreter(settings.python, "trainer_process.python"),
+            *ranks,
+            *("-m", "atropos_verl.cli", "train"),
+            *words,
+        ),
         env={**given, **_import_path(), **settings.env},
-        cwd=site.run_dir,
-        log_path=site.log("trainer"),
+        cwd=run_dir,
+        log_path=run_dir / "logs" / "trainer.1.log",
         kind="trainer",
         restarts=settings.max_restarts if settings.on_death == "restart" else 0,
         startup_timeout=settings.startup_timeout,
-        restart_words=program.restart_words,
+        # It goes on from the newest checkpoint, whatever the first start was told.
+        restart_words=("trainer.resume_mode=auto" if ray_words else "resume=auto",),
     )
 
 
@@ -291,7 +265,7 @@ def prepare_run_dir(plan: LaunchPlan) -> None:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         (run_dir / "launch").mkdir(exist_ok=True)
         write_atomic(run_dir / "plan.json", json.dumps(plan.describe(), indent=1) + "\n", private=True)
-        if plan.settings_file:
+        if plan.launch.backend == "local":
             write_atomic(trainer_settings_path(run_dir), trainer_settings_text(plan.config), private=True)
         if plan.evaluations:
             write_atomic(_evaluations_path(run_dir), evaluations_text(plan.evaluations), private=True)

@@ -214,11 +214,11 @@ class Supervisor:
         self._environments = [watched for watched in self.services if watched.spec.kind == "environment"]
         config = plan.config
         self._poller = Poller(
-            plan.addresses.api_url,
-            plan.addresses.probe_url,
+            plan.api_url,
+            plan.probe_url,
             api_token=config.atropos.token,
             gateway_key=config.gateway.api_key,
-            model_name=plan.model_name,
+            model_name=str(config.resolve_model_path()),
             generates=not plan.trains_here,
         )
         self._evaluations = EvaluationWatch(plan.run_dir)
@@ -397,12 +397,12 @@ class Supervisor:
                 self._api.set_ready()
                 if "api" not in self._said:
                     self._forget_earlier_environments()
-                self._say("api", f"trajectory API ready at {self.plan.addresses.api_url}")
+                self._say("api", f"trajectory API ready at {self.plan.api_url}")
             else:
                 self._check_api_is_in_time(self._api)
         never_seen = self._api is None and not seen.api_at
         if never_seen and now - self._started > self.plan.launch.api.startup_timeout:
-            raise ServiceError(f"no trajectory API answers at {self.plan.addresses.api_url}", "trajectory_api")
+            raise ServiceError(f"no trajectory API answers at {self.plan.api_url}", "trajectory_api")
         self._advance_trainer(now)
         if seen.generated_at or not (self._trainer or self.plan.trains_here):
             for watched in self._environments:
@@ -424,13 +424,13 @@ class Supervisor:
             return
         settings = self.plan.launch.trainer_process
         if seen.gateway_at and "gateway" not in self._said:
-            self._say("gateway", f"inference gateway ready at {self.plan.addresses.gateway_url}")
+            self._say("gateway", f"inference gateway ready at {self.plan.gateway_url}")
         if seen.generated_at or self._has_trained_since(trainer.started_at):
             trainer.set_ready()
             self._say("generation", "the policy answers: first generation done")
         elif not seen.gateway_at:
             if now - trainer.started_at > settings.startup_timeout:
-                raise trainer.error(_late(trainer, f"no gateway at {self.plan.addresses.gateway_url}"))
+                raise trainer.error(_late(trainer, f"no gateway at {self.plan.gateway_url}"))
         elif now - trainer.started_at > settings.startup_timeout + settings.generation_timeout:
             raise trainer.error(_late(trainer, "the gateway is up but generates nothing"))
 
@@ -523,7 +523,7 @@ class Supervisor:
     def _disconnect(self, entries: Sequence[Mapping[str, Any]]) -> None:
         for item in entries:
             if isinstance(item.get("env_id"), int):
-                disconnect_environment(self.plan.addresses.api_url, item["env_id"], self.plan.config.atropos.token)
+                disconnect_environment(self.plan.api_url, item["env_id"], self.plan.config.atropos.token)
 
     def _check_disk(self, watched: WatchedService) -> None:
         try:
@@ -570,8 +570,8 @@ class Supervisor:
             "steps": self.plan.config.steps,
             "batch_size": self.plan.config.batch_size,
             "services": services,
-            "api_url": self.plan.addresses.api_url,
-            "gateway_url": self.plan.addresses.gateway_url,
+            "api_url": self.plan.api_url,
+            "gateway_url": self.plan.gateway_url,
             "api": seen.api,
             "gateway": seen.gateway,
             "rates": {"tokens_per_second": seen.tokens_per_second, "requests_per_second": seen.requests_per_second},

@@ -28,7 +28,7 @@ from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposVerlError, ConfigError
 from atropos_verl.http_thread import listen
 from atropos_verl.launch.evaluation import EvaluationProcesses, read_evaluations
-from atropos_verl.launch.plan import Addresses, LaunchPlan, make_plan, one_environment
+from atropos_verl.launch.plan import LaunchPlan, make_plan, one_environment
 from atropos_verl.launch.probes import free_port
 from atropos_verl.launch.supervisor import Supervisor
 from atropos_verl.storage import write_atomic
@@ -160,9 +160,7 @@ class TrainingServices:
         ConfigError: the environment cannot be started.
     """
 
-    def __init__(
-        self, config: RunConfig, model_path: Path, gateway_port: int, *, is_resumed: bool = False, prefix: str = ""
-    ) -> None:
+    def __init__(self, config: RunConfig, gateway_port: int, *, is_resumed: bool = False, prefix: str = "") -> None:
         self.config = config
         self.run_dir = config.resolve_run_dir()
         self.evaluations: EvaluationProcesses | None = None
@@ -171,17 +169,17 @@ class TrainingServices:
         self._supervisor: Supervisor | None = None
         self._plan: LaunchPlan | None = None
         if not config.is_attached:
-            launch = one_environment(config)
-            config = config.model_copy(update={"atropos": config.atropos.model_copy(update={"token": None})})
             probe_url = f"http://{_HOST}:{gateway_port}"
-            addresses = Addresses(
-                api_url=f"http://{_HOST}:{free_port(_HOST)}",
-                gateway_url=config.gateway.advertise_url or probe_url,
-                probe_url=probe_url,
-                gateway_port=gateway_port,
-                own_api=True,
+            api = {"api_url": f"http://{_HOST}:{free_port(_HOST)}", "token": None}
+            gateway = {"advertise_url": config.gateway.advertise_url or probe_url}
+            filled = config.model_copy(
+                update={
+                    "atropos": config.atropos.model_copy(update=api),
+                    "gateway": config.gateway.model_copy(update=gateway),
+                }
             )
-            self._plan = make_plan(config, launch, model_path=model_path, addresses=addresses, trains_here=True)
+            launch = one_environment(config)
+            self._plan = make_plan(filled, launch, own_api=True, probe_url=probe_url, trains_here=True)
 
     def start_api(self, progress: ProgressReporter) -> RunConfig:
         """Start the trajectory API, or make sure that the user's answers. Returns the settings with its URL.
@@ -208,7 +206,7 @@ class TrainingServices:
             note=progress.note,
             check=self._supervisor.check,
         )
-        api = self.config.atropos.model_copy(update={"api_url": self._plan.addresses.api_url})
+        api = self.config.atropos.model_copy(update={"api_url": self._plan.api_url})
         return self.config.model_copy(update={"atropos": api})
 
     def _contact_api(self, progress: ProgressReporter) -> None:
@@ -279,8 +277,7 @@ def _train_locally(config: RunConfig) -> int:
     run_dir = config.resolve_run_dir()
     config = config.model_copy(update={"run_dir": str(run_dir)})
     # Everything that can be known to be wrong is, before a file is made, a process started or torch imported.
-    model_path = config.resolve_model_path()
-    check_vocabulary(config, model_path)
+    check_vocabulary(config, config.resolve_model_path())
     is_resumed = find_checkpoint(run_dir, config.resume) is not None
     if not config.is_attached:
         one_environment(config)
@@ -290,7 +287,7 @@ def _train_locally(config: RunConfig) -> int:
     with ExitStack() as stack:
         listener = listen(config.gateway.host, config.gateway.port, "inference gateway", advice)
         stack.callback(listener.close)
-        services = TrainingServices(config, model_path, listener.getsockname()[1], is_resumed=is_resumed)
+        services = TrainingServices(config, listener.getsockname()[1], is_resumed=is_resumed)
         if config.resume == "disable":
             _check_unused(run_dir, "resume=auto")
         text = json.dumps(config.model_dump(mode="json"), indent=2)
@@ -329,12 +326,11 @@ def _train_on_ray(run: ClusterRun) -> int:
 
     started = time.monotonic()
     config, verl, run_dir = run.run, run.verl, run.run_dir
-    model_path = config.resolve_model_path()
-    check_vocabulary(config, model_path, "actor_rollout_ref.")
+    check_vocabulary(config, config.resolve_model_path(), "actor_rollout_ref.")
     gateway_port = config.gateway.port or free_port(_HOST)
     tracker = Path(str(verl.trainer.default_local_dir)) / "latest_checkpointed_iteration.txt"
     is_resumed = config.resume != "disable" and tracker.is_file()
-    services = TrainingServices(config, model_path, gateway_port, is_resumed=is_resumed, prefix="atropos.")
+    services = TrainingServices(config, gateway_port, is_resumed=is_resumed, prefix="atropos.")
     if config.resume == "disable":
         _check_unused(run_dir, "trainer.resume_mode=auto")
     _prepare_run_dir(run_dir, "config.yaml", OmegaConf.to_yaml(verl, resolve=True))

@@ -176,7 +176,7 @@ def test_keys_are_made_and_handed_over(tmp_path: Path) -> None:
     (text,) = commands["demo"].files.values()
     private = yaml.safe_load(text)
     assert private["openai"] == {"api_key": config.gateway.api_key}
-    port = plan.addresses.api_url.rsplit(":", 1)[1]
+    port = plan.api_url.rsplit(":", 1)[1]
     assert private["env"] == {"rollout_server_url": f"http://atropos:{config.atropos.token}@127.0.0.1:{port}"}
     assert commands["trainer"].env["ATROPOS_GATEWAY_KEY"] == config.gateway.api_key
     for word in (word for spec in commands.values() for word in spec.command):

@@ -8,22 +8,27 @@ from typing import Any
 import pytest
 import yaml
 
+from atropos_verl.assets import demo_model_path
 from atropos_verl.config.launch_schema import LaunchConfig
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
-from atropos_verl.launch.environments import Site, allocate, bare_server_config, interpreter, plan_environments
+from atropos_verl.launch.environments import allocate, bare_server_config, interpreter, plan_environments
 from atropos_verl.launch.process import ServiceSpec
 
-SITE = Site(run_dir=Path("/run"), model_path=Path("/model"), api_url="http://a:8000", gateway_url="http://g:9004")
+MODEL = demo_model_path()
 
 
 def plan(environments: dict[str, Any], *, own_api: bool = True, **settings: Any) -> tuple[list[ServiceSpec], list[str]]:
     """The services and the warnings."""
-    base = {"batch_size": 64, "group_size": 8, "gateway": {"api_key": "k"}, "atropos": {"server": "embedded"}}
+    base = {
+        "run_dir": "/run",
+        "batch_size": 64,
+        "group_size": 8,
+        "gateway": {"api_key": "k", "advertise_url": "http://g:9004"},
+        "atropos": {"server": "embedded", "api_url": "http://a:8000"},
+    }
     config = RunConfig.from_mapping({**base, **settings})
-    return plan_environments(
-        config, LaunchConfig.from_mapping({"environments": environments}), site=SITE, own_api=own_api
-    )
+    return plan_environments(config, LaunchConfig.from_mapping({"environments": environments}), own_api=own_api)
 
 
 def options(command: tuple[str, ...]) -> dict[str, str]:
@@ -51,15 +56,15 @@ def test_the_command_is_adapted_to_the_run() -> None:
         "--env.rollout_server_url": "http://a:8000",
         "--env.group_size": "8",
         "--env.max_token_length": "64",
-        "--env.tokenizer_name": "/model",
+        "--env.tokenizer_name": str(MODEL),
         "--env.use_wandb": "false",
         "--env.wandb_name": "demo",
         "--env.total_steps": "1100",
         "--env.max_batches_offpolicy": "1",
         "--env.inference_weight": "1",
         "--openai.base_url": "http://g:9004/v1",
-        "--openai.model_name": "/model",
-        "--openai.tokenizer_name": "/model",
+        "--openai.model_name": str(MODEL),
+        "--openai.tokenizer_name": str(MODEL),
         "--openai.server_type": "vllm",
         "--slurm": "false",
         "--config": "/run/launch/demo.yaml",

@@ -52,8 +52,8 @@ def test_the_trainer_is_told_what_the_launch_decided(tmp_path: Path, monkeypatch
     assert run.run.steps == plan.config.steps == 7
     assert (run.run.batch_size, run.run.group_size) == (32, 4)
     assert run.run_dir == plan.run_dir == tmp_path / "a run"
-    assert run.settings.api_url == plan.addresses.api_url
-    assert run.settings.gateway.port == plan.addresses.gateway_port
+    assert run.settings.api_url == plan.api_url
+    assert run.settings.gateway.port == plan.config.gateway.port
     assert run.settings.gateway.api_key == plan.config.gateway.api_key
     assert len(str(plan.config.gateway.api_key)) == 48
     assert run.settings.eval.commands_file == str(tmp_path / "a run" / "launch" / "evaluations.json")
