@@ -292,9 +292,8 @@ class BatchSource:
 
     def discard_if_stale(self, data: RolloutData, policy_version: int) -> bool:
         """True when every group is older than ``off_policy.max_staleness``: the batch is over, without a step."""
-        assert self._provenance is not None, "attach comes first"
-        matches = self._provenance.look_up(data.groups) if data.matches is None else data.matches
-        if not self._provenance.all_stale(data.groups, matches, policy_version):
+        assert self._provenance is not None and data.matches is not None, "attach and fetch come first"
+        if not self._provenance.all_stale(data.groups, data.matches, policy_version):
             return False
         logger.warning("every group of a batch is older than off_policy.max_staleness; it is not trained on")
         self._totals.batches_stale += 1

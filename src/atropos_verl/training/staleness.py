@@ -2,12 +2,10 @@
 
 One batch::
 
-    matches = provenance.look_up_and_keep(groups, journal, entry)     # when it arrives
-    applied = provenance.apply(groups, matches, policy_version)       # before build_samples; the version to be updated
+    matches = provenance.recall(groups, journal, entry)           # looked up, or kept by the process before a restart
+    applied = provenance.apply(groups, matches, policy_version)   # before build_samples; the version to be updated
     …
-    provenance.consumed(matches)                                      # trained on, and the journal says so
-    …
-    matches = provenance.recall(groups, journal, entry)               # after a restart: fetched by the process before
+    provenance.consumed(matches)                                  # trained on, and the journal says so
 
 All of it happens before ``build_samples``: tokens that are taken out of training are masked, groups that are too old
 are left out, and neither takes part in the statistics of the batch.
@@ -146,16 +144,8 @@ class BatchProvenance:
                 self._show(groups[g], i, match, match.difference)
         return matches
 
-    def look_up_and_keep(
-        self, groups: Sequence[ScoredGroup], journal: BatchJournal, entry: JournalEntry
-    ) -> BatchMatches:
-        """Calls ``look_up`` and keeps the result beside the journalled batch. Raises ``CheckpointError``."""
-        matches = self.look_up(groups)
-        journal.attach(entry, _BESIDE_BATCH, encode_matches(matches))
-        return matches
-
     def recall(self, groups: Sequence[ScoredGroup], journal: BatchJournal, entry: JournalEntry) -> BatchMatches:
-        """Reads what was kept beside a journalled batch; where nothing was, looks the batch up now.
+        """Reads what was kept beside a journalled batch; where nothing was, looks the batch up now and keeps that.
 
         Versions above ``resumed_at`` name weights that were lost: they become ``resumed_at``, for every later process
         as well (see ``SpanRecord.versions``). Raises ``CheckpointError`` when that cannot be written.
@@ -163,7 +153,9 @@ class BatchProvenance:
         content = journal.attachment(entry, _BESIDE_BATCH)
         matches = None if content is None else decode_matches(content, groups)
         if matches is None:
-            return self.look_up_and_keep(groups, journal, entry)
+            matches = self.look_up(groups)
+            journal.attach(entry, _BESIDE_BATCH, encode_matches(matches))
+            return matches
         known = set() if self.ledger is None else self.ledger.used_before(_records(matches))
         now = _as_of_now(matches, self.resumed_at, known)
         if now is not None:

@@ -130,8 +130,7 @@ class AtroposShardingManager:
     """Context manager around the rollout phase: newest weights in, gate open; gate shut, memory released.
 
     Args:
-        engine: anything with the three methods of ``SyncableEngine``.
-        source: where the weights come from; they are copied on every enter.
+        source: gives the weights, which are copied on every enter.
         gate: paused on exit, resumed on enter; None when the engine pauses by itself.
         canary: checked after every sync, before the gate opens.
         pause_timeout: seconds to wait for the token boundary.

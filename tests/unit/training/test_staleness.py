@@ -170,7 +170,7 @@ def test_versions_survive_a_restart_beside_the_journal(tmp_path: Path) -> None:
     groups = [group([1, 2], [1, 4]), replace(group([1]), defect="broken"), group([50, 51])]
     journal = BatchJournal(tmp_path)
     entry = journal.record(b"{}")
-    before = provenance_of(ledger_of(([1, 2], 3), ([1, 4], 7))).look_up_and_keep(groups, journal, entry)
+    before = provenance_of(ledger_of(([1, 2], 3), ([1, 4], 7))).recall(groups, journal, entry)
     again = BatchJournal(tmp_path)
     [pending] = again.pending(0)
     after = provenance_of(Ledger()).recall(groups, again, pending)  # a new process has a new ledger
@@ -193,7 +193,7 @@ def test_a_journalled_batch_of_lost_weights_counts_as_of_the_checkpoint(tmp_path
     groups = [group([1, 2], [1, 4])]
     journal = BatchJournal(tmp_path)
     entry = journal.record(b"{}")
-    [before] = provenance_of(ledger_of(([1, 2], 5), ([1, 4], 9))).look_up_and_keep(groups, journal, entry)
+    [before] = provenance_of(ledger_of(([1, 2], 5), ([1, 4], 9))).recall(groups, journal, entry)
     for resumed_at in (6, 8):
         provenance = provenance_of(Ledger(), max_staleness=2)
         provenance.resumed_at = resumed_at
@@ -216,7 +216,7 @@ def test_a_batch_that_was_trained_on_leaves_its_records_over_a_restart(tmp_path:
         return provenance_of(ledger)
 
     first = next_process(None, 3)
-    first.look_up_and_keep(groups, journal, entry)
+    first.recall(groups, journal, entry)
     first.ledger.close()  # type: ignore[union-attr]
     second = provenance_of(ledger_of(kept_in=tmp_path / "ledger", resumed_at=3))
     second.consumed(second.recall(groups, journal, entry))

@@ -48,9 +48,8 @@ class AtroposTrainer:
     Use it as a context manager, or call ``close()``: it owns an engine thread, a gateway port and temporary state.
 
     Args:
-        config: the run's settings.
         reward_fn: for ``rl_training_step``: ``(prompts, completions) -> scores``, flat lists of equal length.
-        client: an ``AtroposClient`` to use instead of one made from the configuration.
+        client: used instead of one made from the configuration.
         source: the batch source of a run that has registered already; the trainer closes it.
         gateway_listener: a socket that listens already, for the gateway.
     """
@@ -267,15 +266,10 @@ class AtroposTrainer:
     def compute_advantage_weighted_sft_loss(
         self, input_ids: torch.Tensor, advantages: torch.Tensor, loss_mask: torch.Tensor
     ) -> torch.Tensor:
-        """``sum(-logprob · advantage · mask) / sum(mask)`` of a right-padded batch under the current policy.
+        """``sum(-logprob · advantage · mask) / sum(mask)`` of a right-padded batch [B, L] under the current policy.
 
-        Args:
-            input_ids: [B, L]; advantages: [B, L]; loss_mask: [B, L]. Token t is predicted from t - 1; position 0 is
-                never trained.
-
-        Returns:
-            The loss [], with a graph to the policy's parameters. It has no lower bound for negative advantages; the
-            clipped-ratio loss is ``use_advantage_weighting=false``.
+        Token t is predicted from t - 1; position 0 is never trained. The loss [] has a graph to the policy's
+        parameters, and no lower bound for negative advantages (``use_advantage_weighting=false`` has one).
         """
         from atropos_verl.training.losses.policy import compute_advantage_weighted_sft_loss
 
@@ -370,9 +364,7 @@ class AtroposTrainer:
     def save_checkpoint(self) -> Path:
         """Writes ``run_dir/checkpoints/global_step_N`` now; older ones beyond ``trainer.max_ckpt_to_keep`` go.
 
-        Raises:
-            CheckpointError: the directory cannot be written (it names the path and the cause). The checkpoint before
-                stays the newest one.
+        Raises ``CheckpointError``, with path and cause; the checkpoint before then stays the newest one.
         """
         directory = self.run_dir / "checkpoints" / f"global_step_{self.step}"
         try:
@@ -417,20 +409,18 @@ class AtroposTrainer:
         """Trains on the batches of environments, from the current step to ``config.steps``.
 
         The trainer is left with the rollout phase open (newest weights served), so that an evaluation can follow.
-        With ``mode=overlap`` the next batch is fetched while one is trained on; one that was fetched and not trained
-        on, because the run ended, stays in the journal.
 
         Args:
             check_services: called while waiting; raises when a process of the run has died.
-            before_first_step: called once, with the policy being served, before the first optimiser step.
+            before_first_step: called once, with the policy being served.
             on_step: called with every step's report, for trackers.
 
         Returns:
-            What ``summary.json`` says of the training.
+            The trainer's part of ``summary.json``.
 
         Raises:
-            AtroposAPIError, ServiceError, EngineStoppedError, WeightSyncError, TrainingDivergedError, CheckpointError.
-            Whatever ends the run, what was trained since the last checkpoint is saved first if that is possible.
+            AtroposAPIError, ServiceError, EngineStoppedError, WeightSyncError, TrainingDivergedError, CheckpointError:
+                after the steps since the last checkpoint were saved, if that is possible.
         """
         source, config, progress = self.source, self.config, progress or LoggedProgress()
         source.note = progress.note

@@ -35,8 +35,7 @@ def advantage_weighted_sft_loss(
     """``sum(-logprob · advantage · w · mask) / sum(mask)``, with w = 1 unless ``tis_cap`` is given.
 
     No lower bound: with a negative advantage the loss falls without end as the token's probability goes to 0, so a long
-    run on much negative data can diverge. ``advantage_clipping`` bounds the weights, not the loss; the clipped-ratio
-    loss, which is bounded, is one config key away: ``loss.type=grpo``.
+    run on much negative data can diverge. The clipped-ratio loss (``loss.type=grpo``) is bounded.
 
     Args:
         logprobs: [...] with a graph; entry t is the logprob of token t.
