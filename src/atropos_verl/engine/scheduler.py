@@ -56,13 +56,14 @@ def take_prefill(
     """
     taken: list[RunningSequence] = []
     contexts: set[tuple[int, ...]] = set()
+    lengths: set[int] = set()
     while waiting and len(taken) < slots:
-        grown = contexts | {waiting[0].context()}
-        lengths = {len(context) for context in grown}
-        too_large = len(grown) * max(lengths) > max_tokens or len(grown) * len(lengths) > max_logits
-        if len(grown) > max(1, len(contexts)) and too_large:
-            break
-        contexts = grown
+        if (context := waiting[0].context()) not in contexts:
+            rows, grown = len(contexts) + 1, lengths | {len(context)}
+            if rows > 1 and (rows * max(grown) > max_tokens or rows * len(grown) > max_logits):
+                break
+            contexts.add(context)
+            lengths = grown
         taken.append(waiting.popleft())
     return taken
 
