@@ -1,1 +1,1 @@
-"""Inference: the engine protocol, the request gate, the embedded engine and the HTTP gateway environments call."""
+"""The engine protocol, the request gate, and the embedded engine."""

@@ -1,4 +1,4 @@
-"""``RequestGate``: what stands between requests and an engine whose weights are being swapped.
+"""``RequestGate`` holds requests and engine steps back while weights are swapped.
 
 State machine::
 
@@ -44,7 +44,7 @@ __all__ = ["GateState", "RequestGate"]
 
 
 class GateState(Enum):
-    """Where the gate stands; see the module's state machine."""
+    """The states of the module's state machine."""
 
     OPEN = "open"
     PAUSING = "pausing"

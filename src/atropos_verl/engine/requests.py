@@ -20,7 +20,7 @@ DeltaSink = Callable[[GenerationDelta], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
-    """What a request is checked against."""
+    """The limits a request is checked against."""
 
     max_context_len: int
     """Prompt plus completion, tokens."""

@@ -53,7 +53,7 @@ _HARMLESS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to sample, and how to show the text."""
+    """The sampling parameters of a request, and the form its text takes."""
 
     template: GenerationRequest
     """A request without a prompt; ``max_tokens`` None: what the context still holds."""

@@ -1,4 +1,4 @@
-"""What every endpoint needs: the engine behind its gate, the tokenizer, the counters."""
+"""The part all endpoints share: the engine behind its gate, the tokenizer, the counters."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class GatewayMetrics(Collector):
                 ("ledger_spans", "Completions that the ledger holds.", ledger.spans),
                 ("ledger_prompts", "Different prompts of these.", ledger.prompts),
                 ("ledger_bytes", "Memory of the ledger in bytes.", ledger.bytes),
-                ("ledger_recorded_spans_total", "Completions written down.", ledger.recorded_spans),
+                ("ledger_recorded_spans_total", "Completions recorded.", ledger.recorded_spans),
                 ("ledger_recorded_tokens_total", "Tokens of these.", ledger.recorded_tokens),
                 ("ledger_restored_spans", "Completions of before a restart.", ledger.restored_spans),
                 ("ledger_evicted_spans_total", "Completions forgotten again.", ledger.evicted_spans),
@@ -163,7 +163,7 @@ class GatewayService:
         return [task.result() for task in tasks]
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
-        """The same for one request, token by token. Closing the generator frees its slots."""
+        """``generate`` for one request, token by token. Closing the generator frees its slots."""
         async with self._admitted([request]):
             deltas = self.engine.astream(request)
             seen: list[GenerationDelta] = []

@@ -128,7 +128,7 @@ class StreamText:
         self._context, self._window = self._window, len(self._ids)
 
     def _limit(self) -> int:
-        """How many characters of the stable text may be shown."""
+        """The number of characters of the stable text that may be shown."""
         tail = self._stable[self._sent :]  # no stop string begins in what was shown: it would have been held back
         shown, matched = cut_at_stop(tail, self._sampling.template.stop, include_stop=False)
         end = len(shown)

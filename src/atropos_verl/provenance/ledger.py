@@ -1,7 +1,7 @@
-"""``Ledger``: which policy version wrote which token, and with what logprob, for everything this gateway generated.
+"""``Ledger`` knows which policy version generated which token, and with what logprob, for all this gateway generated.
 
-Environments do not say which weights answered them, and many send no logprobs. The gateway knows both, so it writes
-down every completion under the token ids it came after, and a scored sequence is looked up by its own token ids::
+Environments do not say which weights answered them, and many send no logprobs. The gateway knows both. It records
+every completion under the token ids it came after, and a scored sequence is looked up by its own token ids::
 
     prompt [5 6] ── request ──▶ [8 2] at v3         recorded: after "5 6" came "8 2"
     scored sequence  5 6 8 2 7 7 4 2                trained tokens: 8 2 and 4 2
@@ -93,9 +93,9 @@ class SpanRecord:
     temperature: float
     end_key: int
     uses: int = 0
-    """How many looked-up sequences are known to hold it."""
+    """Looked-up sequences that are known to hold it."""
     consumed: int = 0
-    """How many trained sequences are known to hold it."""
+    """Trained sequences that are known to hold it."""
     branch: tuple[int, int] | None = None
     """(restart, policy version): that restart went on at a version before some of ``runs``; the weights that these
     name were lost, and other ones have their numbers now."""
@@ -123,8 +123,8 @@ class SpanRecord:
         return np.repeat([v for v, _ in self.runs], [n for _, n in self.runs]).astype(np.int64)
 
     def versions(self) -> NDArray[np.int64]:
-        """Policy version of each token. Lost weights count as the ones that they were trained from and that a later
-        process went on with: their age grows with every step since, and no weights of now are taken for them."""
+        """Policy version of each token. Lost weights count as those of the checkpoint that a later process went on
+        with: their staleness grows with every step since, and no newer weights are mistaken for them."""
         written = self.written_by()
         return written if self.branch is None else np.minimum(written, self.branch[1])
 
@@ -133,7 +133,7 @@ class SpanRecord:
 class Piece:
     """Tokens ``[start, stop)`` of a looked-up sequence, and the records that hold exactly these tokens there.
 
-    No candidate: nobody knows who wrote them.
+    No candidate: it is unknown which weights wrote them.
     """
 
     start: int
@@ -143,7 +143,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LedgerStats:
-    """What a ledger holds now, and what it did since it was made."""
+    """The contents of a ledger now, and its counters since it was made."""
 
     spans: int
     prompts: int
@@ -152,7 +152,7 @@ class LedgerStats:
     recorded_tokens: int
     evicted_spans: int
     restored_spans: int = 0
-    """Of processes before this one."""
+    """Records of processes before this one."""
 
 
 class Ledger:
@@ -336,7 +336,7 @@ class Ledger:
         self._restored, self._evicted = len(self._spans), 0
 
     def consumed(self, orders: Sequence[int]) -> None:
-        """A batch that holds the records of these numbers was trained on: nobody will ask for it again."""
+        """Note that a batch with the records of these numbers was trained on: they are not looked up again."""
         with self._lock:
             records = [self._spans[order] for order in orders if order in self._spans]
             for record in records:
@@ -373,7 +373,7 @@ class Ledger:
             return [list(self._pieces(sequence, hashes, start, stop)) for start, stop in spans]
 
     def continues(self, token_ids: Sequence[int]) -> bool:
-        """Whether a prompt begins with a prompt and the completion that followed it: the next turn of an episode."""
+        """True when a prompt begins with a prompt and the completion that followed it: the next turn of an episode."""
         ids = np.asarray(token_ids, dtype=IDS)
         sequence = ids.tobytes()
         keys = prefix_hashes(ids).tolist()
@@ -393,7 +393,7 @@ class Ledger:
                     self._spans.move_to_end(record.order)
 
     def used_before(self, orders: Iterable[int]) -> set[int]:
-        """The same for records by number, as a process before this one noted them. Returns those that are here."""
+        """``used`` for records by number, as an earlier process noted them. Returns those the ledger holds."""
         with self._lock:
             known = [order for order in orders if order in self._spans]
             self._note_used(known)
@@ -529,7 +529,7 @@ def _logprobs(generation: Generation) -> NDArray[np.float32]:
 
 
 def _holds(record: SpanRecord, sequence: bytes, stop: int) -> bool:
-    """Whether ``sequence`` is prompt and completion of ``record``, as far as position ``stop``."""
+    """True when ``sequence`` is prompt and completion of ``record``, as far as position ``stop``."""
     start = len(record.prompt.ids)
     end = stop * ID_BYTES
     return sequence[start:end] == record.ids[: end - start] and sequence.startswith(record.prompt.ids)

@@ -1,4 +1,4 @@
-"""``LedgerStore``: the ledger's records on disk, so that the process that resumes a run still knows who wrote what.
+"""``LedgerStore`` keeps the ledger's records on disk, for the process that resumes the run.
 
 ``run_dir/ledger/ledger.sqlite`` is a ``RecordStore``. It holds what the ledger holds in memory: a record that the
 ledger forgets is deleted here, too.
@@ -8,9 +8,9 @@ table   key          value
 ======= ============ ==========================================================================================
 prompts hash         token ids of a prompt
 spans   order        one completion: ids, logprobs, version runs
-uses    order        how many trained sequences hold the completion
+uses    order        number of trained sequences that hold the completion
 resumes number       a process went on at this policy version
-state   0            how many rows the other tables must hold
+state   0            number of rows the other tables must hold
 ======= ============ ==========================================================================================
 
 Half a ledger is worse than none: of two alike completions it might know only the wrong one. So a store that is damaged,
@@ -58,7 +58,7 @@ class StoredSpan(msgspec.Struct, array_like=True, frozen=True):
 
 
 class StoredUses(msgspec.Struct, array_like=True, frozen=True):
-    """How many trained sequences hold the completion of this order."""
+    """The number of trained sequences that hold the completion of this order."""
 
     key: int
     count: int
@@ -87,7 +87,7 @@ T = TypeVar("T", StoredPrompt, StoredSpan, StoredUses, StoredResume, StoredState
 
 
 class Contents(msgspec.Struct):
-    """What a store held when it was opened."""
+    """The rows of a store when it was opened."""
 
     prompts: dict[int, StoredPrompt] = {}
     spans: list[StoredSpan] = []
@@ -122,7 +122,7 @@ class LedgerStore:
                 except StorageInUseError:
                     raise
                 except StorageDamagedError as error:
-                    text = "%s. The ledger begins empty: who wrote what was generated before this start is not known"
+                    text = "%s. The ledger begins empty: the policy versions of tokens generated before this start are unknown"
                     logger.warning(text, error)
             return cls(_empty_store(directory)), Contents()
         except (StorageError, OSError) as error:
@@ -157,7 +157,7 @@ class LedgerStore:
         if not self._failed:
             self._failed = True
             directory = self._store.path.parent
-            text = "%s: %s. After a restart nobody will know who wrote what was generated up to then"
+            text = "%s: %s. After a restart the policy versions of tokens generated up to then are unknown"
             logger.warning(text, directory, error)
             _remove(directory)  # the open connection goes on with files that have no name
 

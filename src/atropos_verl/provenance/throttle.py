@@ -1,8 +1,8 @@
-"""``StalenessThrottle``: holds new prompts back that would be too old by the time they are trained on.
+"""``StalenessThrottle`` holds new prompts back that would be too old by the time they are trained on.
 
 A sequence that begins now is trained on after everything that is ahead of it, one batch per policy version::
 
-    staleness = batches in hand + (sequences queued at the API + sequences under way) // batch_size
+    staleness = fetched batches + (sequences queued at the API + sequences under way) // batch_size
 
 so a new prompt waits while that exceeds ``off_policy.max_staleness``. This is the bound of AReaL (arXiv 2505.24298: no
 more than (version + η + 1) · batch_size sequences are ever begun) in terms of what shows from outside. Environments
@@ -63,19 +63,19 @@ class StalenessThrottle:
         self._clock = clock
         self._lock = threading.Lock()
         self._queued = 0
-        self._in_hand = 0
+        self._fetched = 0
         self._generating = 0
         self._finished: deque[tuple[float, int]] = deque()
         self._delays: deque[float] = deque(maxlen=_DELAYS)
         self.active = False
-        """Nothing is held while False: before and after training, when evaluations ask and nobody takes batches."""
+        """Nothing is held while False: before and after training, when evaluations ask and no batch is taken."""
         self.held = 0
         """Requests that had to wait so far."""
 
     # -- the trainer's side ------------------------------------------------------------------------------------------
 
     def queue_is(self, sequences: int) -> None:
-        """What the API has queued now, in sequences: those that are new there are under way no more."""
+        """Note the sequences that the API has queued now: those that are new there are under way no more."""
         with self._lock:
             arrived = sequences - self._queued
             self._queued = sequences
@@ -87,21 +87,21 @@ class StalenessThrottle:
                 arrived -= count
 
     def batch_fetched(self) -> None:
-        """A batch left the queue and is in hand: being trained on, or waiting for that."""
+        """A batch left the queue. It is trained on, or waits for that."""
         with self._lock:
-            self._in_hand += 1
+            self._fetched += 1
             self._queued = max(0, self._queued - self._batch_size)
 
     def batch_done(self) -> None:
         """It was trained on, and the engine has the new weights; or it was given up."""
         with self._lock:
-            self._in_hand = max(0, self._in_hand - 1)
+            self._fetched = max(0, self._fetched - 1)
 
     # -- the gateway's side ------------------------------------------------------------------------------------------
 
     @property
     def expected_staleness(self) -> int:
-        """Of a sequence that begins now."""
+        """The staleness a sequence that begins now will have."""
         with self._lock:
             return self._expected()
 
@@ -141,5 +141,5 @@ class StalenessThrottle:
         while self._finished and self._finished[0][0] < horizon:
             self._finished.popleft()
         under_way = self._generating + sum(count for _, count in self._finished)
-        ahead = self._in_hand + (self._queued + under_way) // self._batch_size
+        ahead = self._fetched + (self._queued + under_way) // self._batch_size
         return ahead // self._batches_per_version

@@ -250,7 +250,7 @@ def _fill_up(directory: Path) -> int:
             if recorded is not None:
                 recorded.result()
         known = all(one(ledger, PROMPT, [number, 2]).unmatched_spans == 0 for number in range(200))
-    said = [message for message in messages if "After a restart nobody will know" in message]
+    said = [message for message in messages if "After a restart the policy versions" in message]
     return 0 if known and len(said) == 1 and str(directory) in said[0] else 2
 
 
