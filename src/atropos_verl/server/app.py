@@ -27,7 +27,7 @@ from starlette.types import Message, Receive, Scope, Send
 from atropos_verl.errors import StorageWriteError
 from atropos_verl.protocol.schema import Refusal
 from atropos_verl.server.bodies import BodyError, choose_encoding, compressor
-from atropos_verl.server.delivery import BatchDelivery, Connections
+from atropos_verl.server.delivery import BatchResponse, Connections
 from atropos_verl.server.routes import Handler, Routes
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.status import Counters
@@ -60,18 +60,13 @@ class TrajectoryApi:
         self.counters = Counters(started_at=store.now())
         self.connections = Connections()
         """Fed by ``delivery.protocol_class``."""
-        routes = Routes(store, self.counters, self.connections)
-        batch = BatchDelivery(store, self.counters, self.connections)
-        self.routes: list[tuple[str, str]] = []
-        """(method, path)."""
-        table: list[tuple[str, str, Handler]] = [*routes.table(), ("GET", "/batch", batch)]
-        handlers: dict[str, dict[str, Handler]] = {}
-        for method, path, handler in table:
-            handlers.setdefault(path, {})[method] = handler
-            self.routes.append((method, path))
+        self.handlers: dict[str, dict[str, Handler]] = {}
+        """By path and method."""
+        for method, path, handler in Routes(store, self.counters, self.connections).table():
+            self.handlers.setdefault(path, {})[method] = handler
         failures = (Refusal, BodyError, QueueFullError, ConflictError, UnknownLeaseError, StorageWriteError)
         self._app = Starlette(
-            routes=[self._route(path, by_method) for path, by_method in handlers.items()],
+            routes=[self._route(path, by_method) for path, by_method in self.handlers.items()],
             exception_handlers=dict.fromkeys([*failures, HTTPException, ClientDisconnect], self._failed),
             lifespan=self._lifespan,
         )
@@ -89,7 +84,7 @@ class TrajectoryApi:
         if connection is not None:
             connection.done()
         allowed_origin = self._cors_headers(request)
-        path = scope["path"] if any(scope["path"] == path for _, path in self.routes) else "other"
+        path = scope["path"] if scope["path"] in self.handlers else "other"
 
         async def send_counted(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -106,7 +101,9 @@ class TrajectoryApi:
     def _route(self, path: str, by_method: dict[str, Handler]) -> Route:
         async def endpoint(request: Request) -> Response:
             response = await by_method[request.method](request)
-            encoding = choose_encoding(self.store.settings.compression, request, len(getattr(response, "body", b"")))
+            if isinstance(response, BatchResponse):
+                return response
+            encoding = choose_encoding(self.store.settings.compression, request, len(response.body))
             if encoding is not None:
                 made = compressor(encoding)
                 response.body = made.compress(bytes(response.body)) + made.flush()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import ipaddress
 import json
 import logging
@@ -30,13 +29,6 @@ _SERVICE = "trajectory API"
 _ADVICE = "Choose another --port."
 _GRACEFUL_SHUTDOWN = 10
 """Seconds that running requests are given at the end."""
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
-"""Of ``mallopt(3)``."""
-_LARGEST_FROM_HEAP = 32 * 2**20
-"""The most that glibc takes."""
-_KEPT_BYTES = 256 * 2**20
-"""A few batches of long sequences: each is freed as a whole, and another comes in its place."""
-_HEAP_STEP = 4 * 2**20
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -97,7 +89,6 @@ def serve(settings: ServerSettings, host: str = "127.0.0.1", port: int = 8000, *
     import uvicorn
 
     settings = check_bind(host, settings, insecure=insecure)
-    _keep_freed_memory()
     listener = listen(host, port, _SERVICE, _ADVICE)
     app = create_app(settings)
     where = f"http://{bracketed(host)}:{listener.getsockname()[1]}"
@@ -134,16 +125,6 @@ class TrajectoryServer(ServerThread):
     def on_end(self) -> None:
         if self.app is not None:
             self.app.close()
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed for what comes next: given back to the system and fetched again, the pages of a long
-    body took a tenth of its POST. For a process of its own; does nothing under another C library."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST_FROM_HEAP)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-        mallopt(_M_TOP_PAD, _HEAP_STEP)
 
 
 def _options(app: TrajectoryApi) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Handlers of the paths: decode, call the store, answer. HTTP itself is in ``app.py``, batches in ``delivery.py``."""
+"""Handlers of the paths: decode, call the store, answer. HTTP itself is in ``app.py``."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
@@ -14,7 +15,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from atropos_verl.protocol.packed import pack_group
+from atropos_verl.protocol.packed import MEDIA_TYPE, pack_group
 from atropos_verl.protocol.schema import CheckedGroup, Refusal, check_group, split_list
 from atropos_verl.protocol.wire_model import (
     AckRequest,
@@ -24,13 +25,23 @@ from atropos_verl.protocol.wire_model import (
     Registration,
     StoredGroup,
 )
-from atropos_verl.server.bodies import decoded, idempotency, lease_seconds, read_body
-from atropos_verl.server.delivery import Connections
+from atropos_verl.server.bodies import (
+    choose_encoding,
+    decoded,
+    idempotency,
+    json_parts,
+    lease_seconds,
+    packed_parts,
+    read_body,
+)
+from atropos_verl.server.delivery import BatchResponse, Connection, Connections
 from atropos_verl.server.status import Counters, Glimpse, Metrics, env_status, environments, status
 from atropos_verl.server.status_barrier import StatusBarrier
 from atropos_verl.server.store import Store
 
 __all__ = ["Handler", "Routes"]
+
+logger = logging.getLogger(__name__)
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -38,6 +49,8 @@ _PACKED_SHARE = 0.2
 """Bytes of packed groups kept ahead of need, over those received. (A packed group has about a third of its JSON.)"""
 FEATURES = ("batch_fill", "idempotency", "leases", "packed")
 """What a client may use beyond upstream's protocol; told at ``/register``."""
+_JSON = "application/json"
+_NOT_REGISTERED = {"status": "error", "message": "Trainer not registered. Call /register first.", "batch": []}
 _SHOWN_TEXT = 400
 _SHOWN_ROWS = 16
 _EXAMPLE = "tokens masks scores advantages ref_logprobs generation_params inference_logprobs messages images"
@@ -46,7 +59,7 @@ _NO_EXAMPLE: dict[str, list[object]] = {name: [] for name in _EXAMPLE.split()}
 
 
 class Routes:
-    """Handlers of all paths but ``GET /batch``."""
+    """The handlers, with what they share."""
 
     def __init__(self, store: Store, counters: Counters, connections: Connections) -> None:
         self._store = store
@@ -72,6 +85,7 @@ class Routes:
             (get, "/status-env", self.status_env),
             (get, "/latest_example", self.latest_example),
             (post, "/reset_data", self.reset_data),
+            (get, "/batch", self.batch),
             (post, "/batch/ack", self.ack),
             (post, "/batch/renew", self.renew),
             (post, "/batch/release", self.release),
@@ -81,6 +95,9 @@ class Routes:
         if self._store.settings.allow_get_reset:
             rows.append((get, "/reset_data", self.reset_data))
         return rows
+
+    def _connection(self, request: Request) -> Connection | None:
+        return self._connections.get(request.scope.get("client"))
 
     async def _body(self, request: Request) -> bytes:
         return await read_body(request, self._store.settings)
@@ -174,10 +191,10 @@ class Routes:
                 if group.env_id is not None:
                     self._known_env(group.env_id)  # a reset meanwhile has made it unknown
             answer = self._accept(groups, key, digest, reply)
-            self._barrier.accepted(env_id, self._connections.get(request.scope.get("client")))
+            self._barrier.accepted(env_id, self._connection(request))
             groups.clear()  # freed after the answer, not with this frame
         await self._store.synced()
-        return Response(answer, media_type="application/json")
+        return Response(answer, media_type=_JSON)
 
     def _known_env(self, env_id: int) -> Environment:
         environment = self._store.environment(env_id)
@@ -280,9 +297,51 @@ class Routes:
         latest = self._store.latest
         if latest is None:
             return _json(_NO_EXAMPLE)
-        return Response(b"".join(latest.json_parts()), media_type="application/json")
+        return Response(b"".join(latest.json_parts()), media_type=_JSON)
 
-    # --- batches that are out ----------------------------------------------------------------------------------------
+    # --- batches -----------------------------------------------------------------------------------------------------
+
+    async def batch(self, request: Request) -> Response:
+        store = self._store
+        lease = request.headers.get("x-atropos-lease")
+        seconds = None if lease is None else lease_seconds(lease, store.settings.max_lease, "X-Atropos-Lease")
+        wants_packed = MEDIA_TYPE in request.headers.get("accept", "")
+        if store.registration is None:
+            return _json(_NOT_REGISTERED)
+        store.hear_trainer()
+        store.wants_packed = store.wants_packed or wants_packed
+        batch = store.next_batch(seconds)
+        await store.synced()
+        if batch is None:
+            return _json({"batch": None})
+        members = store.members(batch)
+        tokens = sum(group.tokens for group in members)
+        self._counters.happened(store.now(), batches=1)
+        logger.info(
+            "batch of step %d: %d groups, %d sequences, %d tokens%s",
+            batch.step,
+            len(members),
+            sum(group.size for group in members),
+            tokens,
+            "" if batch.deliveries == 1 else f" (delivery number {batch.deliveries})",
+            extra={
+                "event": "batch",
+                "step": batch.step,
+                "groups": len(members),
+                "tokens": tokens,
+                "lease": batch.lease_id,
+            },
+        )
+        parts = packed_parts(members) if wants_packed else json_parts(members)
+        return BatchResponse(
+            batch,
+            parts,
+            MEDIA_TYPE if wants_packed else _JSON,
+            store=store,
+            counters=self._counters,
+            connection=self._connection(request),
+            encoding=choose_encoding(store.settings.compression, request, sum(map(len, parts))),
+        )
 
     async def ack(self, request: Request) -> Response:
         lease_id = decoded(await self._body(request), AckRequest).lease_id
@@ -325,7 +384,7 @@ class Routes:
         env_id = int(asked) if not body and asked.lstrip("-").isdigit() else decoded(body, EnvIdentifier).env_id
         self._known_env(env_id)
         self._store.hear_env(env_id)
-        await self._barrier.before_status(env_id, self._connections.get(request.scope.get("client")))
+        await self._barrier.before_status(env_id, self._connection(request))
         self._store.expire()
         return _json(env_status(self._store, self._known_env(env_id)))
 
@@ -350,7 +409,7 @@ class Routes:
 
 
 def _json(fields: Any) -> Response:
-    return Response(msgspec.json.encode(fields), media_type="application/json")
+    return Response(msgspec.json.encode(fields), media_type=_JSON)
 
 
 @cache

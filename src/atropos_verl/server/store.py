@@ -596,7 +596,7 @@ class Store:
         raise self._gone(lease_id)
 
     def renew(self, lease_id: str, seconds: float) -> float:
-        """The lease ends ``seconds`` from now. Returns its deadline in seconds since the epoch. Raises as ``release``."""
+        """Lease ends ``seconds`` from now. Returns its deadline in seconds since the epoch. Raises as ``release``."""
         self.expire()
         if lease_id not in self.outstanding:
             raise self._gone(lease_id)
