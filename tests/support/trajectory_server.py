@@ -13,7 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Clock", "ServerProcess", "free_port", "group", "group_bytes", "registration"]
+from atropos_verl.protocol.schema import check_group
+from atropos_verl.server.store import Store
+
+__all__ = ["Clock", "ServerProcess", "free_port", "group", "group_bytes", "post", "registration"]
 
 
 class Clock:
@@ -52,6 +55,15 @@ def registration(batch_size: int = 8, **fields: Any) -> dict[str, Any]:
         "num_steps": 1000,
     }
     return {**made, **fields}
+
+
+def post(store: Store, number: int, size: int = 4, env_id: int | None = None, key: str | None = None) -> dict[str, Any]:
+    """Post ``group(number, …)`` to a store; returns the answer: how many duplicates it was."""
+    raw = group_bytes(number, size, env_id)
+    checked = check_group(raw, environments=len(store.environments))
+    answer = store.accept([checked], lambda duplicates: b'{"duplicates": %d}' % duplicates, key, checked.digest)
+    found: dict[str, Any] = json.loads(answer)
+    return found
 
 
 def free_port() -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import logging
 import os
 import random
 import resource
@@ -16,11 +18,11 @@ from typing import Any
 
 import msgspec
 import pytest
-from support.trajectory_server import Clock, group_bytes, registration
+from support.trajectory_server import Clock, post, registration
 
 from atropos_verl.errors import ConfigError, StorageDamagedError, StorageWriteError
-from atropos_verl.protocol.schema import check_group
 from atropos_verl.protocol.wire_model import EnvRegistration, Registration
+from atropos_verl.server.batcher import ARRIVALS_FILE
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.store import STORE_FILE, ConflictError, Store, UnknownLeaseError
 from atropos_verl.storage import RecordStore
@@ -28,11 +30,6 @@ from atropos_verl.storage import RecordStore
 
 def opened(directory: Path, clock: Clock | None = None, **settings: Any) -> Store:
     return Store(ServerSettings(data_dir=directory, **settings), now=clock or Clock())
-
-
-def post(store: Store, number: int, size: int = 4, env_id: int | None = None, key: str | None = None) -> None:
-    checked = check_group(group_bytes(number, size, env_id), environments=len(store.environments))
-    store.accept([checked], lambda _: b"{}", key, checked.digest)
 
 
 def content(store: Store) -> dict[str, Any]:
@@ -259,3 +256,58 @@ async def _fill_up(directory: Path) -> int:
     await store.synced()
     store.close()
     return 0
+
+
+# --- the record of arrivals ------------------------------------------------------------------------------------------
+
+
+def test_each_batch_is_one_line_with_the_times_of_its_groups_also_across_a_restart(tmp_path: Path) -> None:
+    clock = Clock()
+    store = opened(tmp_path, clock)
+    store.register(Registration(**registration(8)))
+    assert store.next_batch(60.0) is None
+    assert not (tmp_path / ARRIVALS_FILE).exists()  # nothing was handed out
+    store.register_env(EnvRegistration(max_token_length=64, desired_name="env", weight=1.0, group_size=4))
+    for number, env_id in enumerate([0, None, 0, 0]):
+        clock.pass_(0.25)
+        post(store, number, env_id=env_id)
+    clock.pass_(1.0)
+    first = store.next_batch(60.0)
+    assert first is not None
+    store.release(first.lease_id)
+    assert store.next_batch(60.0) is not None  # the same batch again: it came only once
+    store.close()
+    again = opened(tmp_path, clock)
+    clock.pass_(1.0)
+    assert again.next_batch(60.0) is not None
+    again.close()
+    lines = [json.loads(line) for line in (tmp_path / ARRIVALS_FILE).read_text().splitlines()]
+    assert lines == [
+        {"step": 1, "at": 1_000_002.0, "groups": [[1_000_000.25, 0, 4, 12], [1_000_000.5, None, 4, 12]]},
+        {"step": 2, "at": 1_000_003.0, "groups": [[1_000_000.75, 0, 4, 12], [1_000_001.0, 0, 4, 12]]},
+    ]
+
+
+def test_a_record_that_cannot_be_written_is_reported_once_and_stops_no_batch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = opened(tmp_path)
+    (tmp_path / ARRIVALS_FILE).mkdir()
+    store.register(Registration(**registration(4)))
+    store.next_batch(60.0)
+    for number in range(3):
+        post(store, number, env_id=None)
+    with caplog.at_level(logging.WARNING):
+        assert [store.next_batch(60.0) is None for _ in range(3)] == [False, False, False]
+    store.close()
+    assert [record.message.count(ARRIVALS_FILE) for record in caplog.records] == [1]
+
+
+def test_a_server_in_memory_keeps_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = Store(ServerSettings())
+    store.register(Registration(**registration(4)))
+    store.next_batch(None)
+    post(store, 1, env_id=None)
+    assert store.next_batch(None) is not None
+    assert list(tmp_path.iterdir()) == []

@@ -19,6 +19,7 @@ from support.trajectory_server import Clock, group, registration
 
 from atropos_verl.protocol.packed import MEDIA_TYPE
 from atropos_verl.protocol.wire import decode_batch
+from atropos_verl.server import status_barrier
 from atropos_verl.server.app import TrajectoryApi, create_app
 from atropos_verl.server.settings import ServerSettings
 
@@ -504,7 +505,15 @@ def check_consistent(app: TrajectoryApi) -> None:
 # --- who waits for whom ----------------------------------------------------------------------------------------------
 
 
-async def test_a_reset_while_a_status_and_a_post_wait_for_each_other_refuses_both() -> None:
+async def turns() -> None:
+    for _ in range(100):
+        await asyncio.sleep(0)
+
+
+async def test_a_reset_while_a_status_and_a_post_wait_for_each_other_refuses_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(status_barrier, "PATIENCE", 1000.0)
     app = create_app(ServerSettings(), now=Clock())
     ports = {"post": 11, "status": 12, "late": 13}
     for port in ports.values():
@@ -519,14 +528,16 @@ async def test_a_reset_while_a_status_and_a_post_wait_for_each_other_refuses_bot
         assert (await post.post("/scored_data", json=group(1, 4, env_id))).status_code == 200
         # Its answer was not read yet (its connection is idle), so the status waits, and further posts wait for that.
         status = asyncio.create_task(ask.request("GET", "/status-env", json={"env_id": env_id}))
-        await asyncio.sleep(0.02)
+        await turns()
         further = asyncio.create_task(late.post("/scored_data", json=group(2, 4, env_id)))
-        await asyncio.sleep(0.02)
+        await turns()
         assert not status.done() and not further.done()
         async with client_of(app) as other:
             assert (await other.get("/reset_data")).status_code == 200
         app.connections.lost(("127.0.0.1", ports["post"]), None)
-        answers = await asyncio.wait_for(asyncio.gather(status, further), 10.0)
+        answers = [await status]
+        app.connections.lost(("127.0.0.1", ports["status"]), None)
+        answers.append(await further)
         assert [answer.status_code for answer in answers] == [422, 422]
         assert all("POST /register-env first" in answer.text for answer in answers)
         async with client_of(app) as other:

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from support.trajectory_server import Clock, group_bytes, registration
+from support.trajectory_server import Clock, post, registration
 
-from atropos_verl.protocol.schema import check_group
 from atropos_verl.protocol.wire_model import EnvRegistration, Registration
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.store import Store
@@ -63,8 +62,7 @@ def test_every_group_is_handed_out_exactly_once(name: str, pattern: str) -> None
             assert store.ack(batch.lease_id) == "acked"
 
     for number in range(GROUPS):
-        raw = group_bytes(number, case.size(number), env_id=0)
-        store.accept([check_group(raw, environments=1)], lambda _: b"{}")
+        post(store, number, case.size(number), env_id=0)
         clock.pass_(0.01)
         store.hear_env(0)
         if pattern == "one by one":
@@ -89,7 +87,7 @@ def test_the_step_advances_by_one_per_batch_and_the_oldest_go_first() -> None:
     store = Store(ServerSettings())
     store.register(Registration(**registration(8)))
     for number in range(50):
-        store.accept([check_group(group_bytes(number))], lambda _: b"{}")
+        post(store, number)
     first = store.next_batch(60.0)
     assert first is not None
     assert (first.seqs, first.step) == ([0, 1], 1)

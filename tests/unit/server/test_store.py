@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from support.trajectory_server import Clock, group_bytes, registration
+from support.trajectory_server import Clock, group_bytes, post, registration
 
 from atropos_verl.protocol.schema import Refusal, check_group
 from atropos_verl.protocol.wire_model import EnvRegistration, Registration
@@ -20,12 +20,6 @@ def store_with(batch_size: int = 8, clock: Clock | None = None, **settings: Any)
     store.register(Registration(**registration(batch_size)))
     store.next_batch(None)
     return store
-
-
-def post(store: Store, number: int, size: int = 4, env_id: int | None = None, key: str | None = None) -> bytes:
-    raw = group_bytes(number, size, env_id)
-    checked = check_group(raw, environments=len(store.environments))
-    return store.accept([checked], lambda duplicates: json.dumps({"duplicates": duplicates}).encode(), key, raw[:16])
 
 
 def join(store: Store, **fields: Any) -> int:
@@ -114,13 +108,13 @@ def test_the_same_group_of_one_environment_within_the_window_is_stored_once() ->
     clock = Clock()
     store = store_with(clock=clock, dedupe_window=60.0)
     one, two = join(store), join(store)
-    assert json.loads(post(store, 5, env_id=one)) == {"duplicates": 0}
-    assert json.loads(post(store, 5, env_id=one)) == {"duplicates": 1}
-    assert json.loads(post(store, 5, env_id=two)) == {"duplicates": 0}
-    assert json.loads(post(store, 5)) == {"duplicates": 0}
-    assert json.loads(post(store, 5)) == {"duplicates": 0}
+    assert post(store, 5, env_id=one) == {"duplicates": 0}
+    assert post(store, 5, env_id=one) == {"duplicates": 1}
+    assert post(store, 5, env_id=two) == {"duplicates": 0}
+    assert post(store, 5) == {"duplicates": 0}
+    assert post(store, 5) == {"duplicates": 0}
     clock.pass_(60.1)
-    assert json.loads(post(store, 5, env_id=one)) == {"duplicates": 0}
+    assert post(store, 5, env_id=one) == {"duplicates": 0}
     assert store.queue.groups == 5
     assert store.totals["duplicates"] == 1
     assert store.environments[one].duplicates == 1

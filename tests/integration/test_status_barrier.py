@@ -118,5 +118,5 @@ def test_no_group_is_given_up_because_another_one_is_counted_twice() -> None:
         client.poll_batch()  # environments may register
         env = asyncio.run(_run(server.url, client))
         client.close()
-    # Without the fence it is one in every second burst. One: this machine may stop a process for longer than PATIENCE.
+    # Without it, one in every second burst. One is allowed: this machine may stop a process for longer than PATIENCE.
     assert env.given_up <= 1
