@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,32 +74,20 @@ def test_our_client_shows_why_a_group_is_refused(server: TrajectoryServer) -> No
         client.post_scored_data_list([json.dumps({**group(1), "scores": [1.0]}).encode()])
 
 
-def test_a_large_batch_arrives_whole_in_both_wires(server: TrajectoryServer) -> None:
-    tokens = [[i * 7 % 50_000 for i in range(4096)] for _ in range(16)]
-    body = json.dumps({"tokens": tokens, "masks": tokens, "scores": [0.5] * 16}).encode()
-    with AtroposClient(server.url) as packed, AtroposClient(server.url, packed=False) as plain:
-        packed.register(TrainerRegistration(**registration(64)))
-        for client in (packed, plain):
-            for _ in range(4):
-                client.post_scored_data_list([body])
-            found = decode_batch(client.get_batch().body)
-            assert [row.tolist() for row in found[3].token_ids] == tokens
-
-
-@pytest.mark.parametrize("encoding", ["zstd", "gzip"])
-def test_a_large_batch_arrives_whole_when_compressed(encoding: str) -> None:
+@pytest.mark.parametrize("encoding", ["zstd", "gzip", None])
+def test_a_large_batch_arrives_whole_in_both_wires(encoding: str | None) -> None:
     tokens = [[i * 7 % 50_000 for i in range(4096)] for _ in range(16)]
     body = json.dumps({"tokens": tokens, "masks": tokens, "scores": [0.5] * 16}).encode()
     with (
         TrajectoryServer(ServerSettings(compression="always")) as server,
-        httpx.Client(base_url=server.url, timeout=60.0, headers={"Accept-Encoding": encoding}) as client,
+        httpx.Client(base_url=server.url, timeout=60.0, headers={"Accept-Encoding": encoding or "identity"}) as client,
     ):
         client.post("/register", json=registration(64))
         for _ in range(4):
             client.post("/scored_data", content=body)
         for accept in ("application/json", "application/vnd.atropos+packed"):
             answer = client.get("/batch", headers={"Accept": accept, "X-Atropos-Lease": "60"})
-            assert answer.headers["content-encoding"] == encoding
+            assert answer.headers.get("content-encoding") == encoding
             found = decode_batch(answer.content)
             assert [row.tolist() for row in found[3].token_ids] == tokens
             client.post("/batch/release", json={"lease_id": answer.headers["X-Atropos-Lease-Id"]})
@@ -109,35 +96,12 @@ def test_a_large_batch_arrives_whole_when_compressed(encoding: str) -> None:
 # --- long bodies -----------------------------------------------------------------------------------------------------
 
 
-def test_long_bodies_at_once_come_whole(server: TrajectoryServer) -> None:
-    """More of them than there are buffers to receive into, and one longer than a buffer."""
-    sizes = [60_000] * 12 + [700_000]
-    bodies = []
-    for number, size in enumerate(sizes):
-        row = [number, *range(1, size)]
-        bodies.append(json.dumps({"tokens": [row], "masks": [row], "scores": [1.0]}).encode())
-    assert len(bodies[-1]) > 8 * 2**20
-    with httpx.Client(base_url=server.url, timeout=60.0) as client, ThreadPoolExecutor(len(bodies)) as threads:
-        client.post("/register", json=registration(len(bodies)))
-        taken = list(threads.map(lambda body: client.post("/scored_data", content=body), bodies))
-        assert [answer.status_code for answer in taken] == [200] * len(bodies)
-        batch = client.get("/batch").json()["batch"]
-    assert sorted((group["tokens"][0][0], len(group["tokens"][0])) for group in batch) == list(enumerate(sizes))
-
-
-def test_a_body_may_come_slowly_but_not_fall_silent() -> None:
-    body = group_bytes(1) + b" " * 200_000
-    head = b"POST /scored_data HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
-    with TrajectoryServer(ServerSettings(body_timeout=1.5)) as server:
+def test_a_sender_that_falls_silent_is_told() -> None:
+    with TrajectoryServer(ServerSettings(body_timeout=0.2)) as server:
         port = int(server.url.rpartition(":")[2])
-        with socket.create_connection(("127.0.0.1", port), timeout=30.0) as slow:
-            slow.sendall(head)
-            for start in range(0, len(body), 40_000):  # 3 seconds in all
-                slow.sendall(body[start : start + 40_000])
-                time.sleep(0.5)
-            assert slow.recv(1000).startswith(b"HTTP/1.1 200")
         with socket.create_connection(("127.0.0.1", port), timeout=30.0) as silent:
-            silent.sendall(head + body[:100_000])
+            head = b"POST /scored_data HTTP/1.1\r\nHost: localhost\r\nContent-Length: 200000\r\n\r\n"
+            silent.sendall(head + b" " * 100_000)
             assert silent.recv(1000).startswith(b"HTTP/1.1 408")
 
 
