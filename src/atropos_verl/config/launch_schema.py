@@ -33,18 +33,6 @@ from atropos_verl.config.schema import (
 )
 from atropos_verl.errors import ConfigError
 
-__all__ = [
-    "MOVED",
-    "ApiProcessConfig",
-    "EnvironmentConfig",
-    "LaunchConfig",
-    "TrainerProcessConfig",
-    "check_keys",
-    "describe_launch",
-    "note_of_unused_keys",
-    "unused_when_attached",
-]
-
 MOVED = {"api.server": "is atropos.server now, which main_atropos.py reads too (embedded or upstream)"}
 """Keys of earlier versions, and what to write instead."""
 

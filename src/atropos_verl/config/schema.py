@@ -18,30 +18,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from atropos_verl.errors import ConfigError
 
-__all__ = [
-    "AlgorithmConfig",
-    "AtroposConfig",
-    "DataConfig",
-    "EnvConfig",
-    "EvalConfig",
-    "GatewayConfig",
-    "InferenceConfig",
-    "LossConfig",
-    "ModelConfig",
-    "OffPolicyConfig",
-    "OptimConfig",
-    "OverlapConfig",
-    "RunConfig",
-    "Section",
-    "SuperviseConfig",
-    "SyncConfig",
-    "TrainerConfig",
-    "apply_environment",
-    "as_config_error",
-    "describe",
-    "parse_clipping",
-]
-
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]

@@ -35,19 +35,6 @@ from atropos_verl.config.schema import (
 )
 from atropos_verl.errors import ConfigError
 
-__all__ = [
-    "RAY_DEFAULT",
-    "ClusterRun",
-    "ClusterSettings",
-    "complete_config",
-    "compose_config",
-    "compose_run",
-    "parameter_sync_step",
-    "ray_help",
-    "read_run",
-    "with_environment",
-]
-
 RAY_DEFAULT = "ray_cpu_demo"
 """The file that is composed where none is named."""
 

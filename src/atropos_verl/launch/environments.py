@@ -24,21 +24,6 @@ from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.process import ServiceSpec
 
-__all__ = [
-    "CHILD_ENV",
-    "PrivateArguments",
-    "allocate",
-    "bare_server_config",
-    "demo_env_script",
-    "evaluation_spec",
-    "interpreter",
-    "option_value",
-    "plan_environments",
-    "private_arguments",
-    "program_of",
-    "user_arguments",
-]
-
 CHILD_ENV: Mapping[str, str] = {
     "PYTHONUNBUFFERED": "1",  # logs are read while the process runs, and after it was killed
     "TOKENIZERS_PARALLELISM": "false",
@@ -75,7 +60,11 @@ def plan_environments(
     allocations, notes = allocate(config, launch, embedded=embedded)
     warnings += notes
     if config.atropos.token and not embedded:
-        warnings.append(_TOKEN)
+        warnings.append(
+            "environments send the API's token as the password of HTTP Basic authentication, which is all that "
+            "Atropos's client can do: our API takes it, one that demands a bearer token refuses them "
+            "(401 in their logs)"
+        )
     services: list[ServiceSpec] = []
     for name, settings in chosen.items():
         warnings += _server_warnings(name, settings)
@@ -87,12 +76,6 @@ def plan_environments(
     if twice:
         raise ConfigError(f"two processes would be called {twice[0]}; rename an environment", "environments")
     return services, warnings
-
-
-_TOKEN = (
-    "environments send the API's token as the password of HTTP Basic authentication, which is all that Atropos's "
-    "client can do: our API takes it, one that demands a bearer token refuses them (401 in their logs)"
-)
 
 
 # ---------------------------------------------------------------------- the processes
@@ -167,16 +150,8 @@ def _spec(
         cwd = Path(settings.cwd).expanduser().absolute()
         if not cwd.is_dir():
             raise ConfigError(f"{cwd} is not a directory", f"{section}.cwd")
-    private = private_arguments(
-        api_key=config.gateway.api_key,
-        api_url=api_url,
-        token=config.atropos.token,
-        args=settings.args,
-        omit=settings.omit,
-        file=run_dir / "launch" / f"{process}.yaml",
-        cwd=cwd,
-        key=f"{section}.args",
-    )
+    file = run_dir / "launch" / f"{process}.yaml"
+    private = private_arguments(config, settings, api_url=api_url, file=file, cwd=cwd, key=f"{section}.args")
     words = [verb]
     for option, value in ours.items():
         if option not in settings.omit and option not in settings.args and option_value(settings.args, option) is None:
@@ -269,31 +244,23 @@ class PrivateArguments:
 
 
 def private_arguments(
-    *,
-    api_key: str | None,
-    api_url: str | None,
-    token: str | None,
-    args: Sequence[str],
-    omit: Sequence[str],
-    file: Path,
-    cwd: Path,
-    key: str,
+    config: RunConfig, settings: EnvironmentConfig, *, api_url: str | None, file: Path, cwd: Path, key: str
 ) -> PrivateArguments:
-    """Gateway key and API address for one environment.
+    """Gateway key and API address for one environment. The user's own arguments win.
+
+    A ``--config`` of the user's is read, and our file holds its content too; with ``--config`` among ``omit``, an
+    Atropos that does not know it gets keys as arguments.
 
     Args:
-        api_key: of the gateway; None: it has none.
-        api_url: of the API; None: it is not told (``evaluate`` needs none).
-        token: of the API.
-        args: the user's own arguments, which win. A ``--config`` among them is read: ours holds its content too.
-        omit: arguments of ours to leave out; ``--config``: an Atropos that does not know it gets keys as arguments.
+        api_url: None: the environment is not told (``evaluate`` needs none).
         file: path of the private file.
         cwd: the environment's working directory, which a relative ``--config`` starts from.
-        key: dotted name of the setting that ``args`` is, for the message.
+        key: dotted name of the setting that holds the user's arguments, for the message.
 
     Raises:
         ConfigError: the user's ``--config`` cannot be read.
     """
+    args, omit, api_key, token = settings.args, settings.omit, config.gateway.api_key, config.atropos.token
 
     def is_ours(option: str) -> bool:
         return option not in omit and option_value(args, option) is None
@@ -305,8 +272,8 @@ def private_arguments(
         wanted[_URL_OPTION] = _with_password(api_url, token) if token else api_url
         secret |= {_URL_OPTION} if token else set()
     given = option_value(args, _FILE_OPTION)
-    settings = {} if given is None or _FILE_OPTION in omit else _read(cwd / Path(given).expanduser(), key)
-    servers = settings.get("openai") or {}
+    content = {} if given is None or _FILE_OPTION in omit else _read(cwd / Path(given).expanduser(), key)
+    servers = content.get("openai") or {}
     if isinstance(servers, list) and len(servers) > 1:
         secret -= {_KEY_OPTION}
         wanted.pop(_KEY_OPTION, None)  # several servers of the user's own: Atropos takes no argument beside them
@@ -318,10 +285,10 @@ def private_arguments(
         return PrivateArguments(tuple(words))
     if _KEY_OPTION in private:
         server = servers[0] if isinstance(servers, list) and servers else servers
-        settings["openai"] = {**(server or {}), "api_key": private[_KEY_OPTION]}
+        content["openai"] = {**(server or {}), "api_key": private[_KEY_OPTION]}
     if _URL_OPTION in private:
-        settings["env"] = {**(settings.get("env") or {}), "rollout_server_url": private[_URL_OPTION]}
-    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        content["env"] = {**(content.get("env") or {}), "rollout_server_url": private[_URL_OPTION]}
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     return PrivateArguments((*words, _FILE_OPTION, str(file)), {file: text})
 
 
@@ -388,7 +355,11 @@ def allocate(config: RunConfig, launch: LaunchConfig, *, embedded: bool) -> tupl
     if len(chosen) < 2 or not uneven or weights <= 0 or not free:
         return result, warnings
     if not embedded:  # upstream stops delivering when an environment with an allocation dies: only where asked for
-        return result, [_WEIGHTS_ONLY]
+        return result, [
+            "weights are handed to the environments, but this API uses them for concurrency only: shares of the "
+            "trained sequences will not follow them. Set min_batch_allocation of each environment, or use the embedded "
+            "API"
+        ]
     for name, settings in free.items():
         result[name] = _per_copy(config, (1 - total) * settings.weight / weights, settings)
         if result[name] is None and settings.weight > 0:
@@ -397,12 +368,6 @@ def allocate(config: RunConfig, launch: LaunchConfig, *, embedded: bool) -> tupl
                 f"{_group_size(config, settings)}; it gets what the others leave. A larger batch_size holds the share"
             )
     return result, warnings
-
-
-_WEIGHTS_ONLY = (
-    "weights are handed to the environments, but this API uses them for concurrency only: shares of the trained "
-    "sequences will not follow them. Set min_batch_allocation of each environment, or use the embedded API"
-)
 
 
 def _per_copy(config: RunConfig, share: float | None, settings: EnvironmentConfig) -> float | None:

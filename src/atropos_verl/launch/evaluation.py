@@ -25,15 +25,6 @@ from atropos_verl.launch.environments import evaluation_spec
 from atropos_verl.launch.process import ManagedProcess, ServiceSpec, stop_all
 from atropos_verl.storage import write_atomic
 
-__all__ = [
-    "EvaluationProcesses",
-    "EvaluationWatch",
-    "PlannedEvaluation",
-    "evaluations_text",
-    "plan_evaluations",
-    "read_evaluations",
-]
-
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05

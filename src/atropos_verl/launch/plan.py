@@ -20,16 +20,6 @@ from atropos_verl.launch.evaluation import PlannedEvaluation, evaluations_text, 
 from atropos_verl.launch.process import ServiceSpec
 from atropos_verl.storage import write_atomic
 
-__all__ = [
-    "DISK_FULL_BYTES",
-    "LaunchPlan",
-    "make_plan",
-    "one_environment",
-    "prepare_run_dir",
-    "trainer_settings_path",
-    "trainer_settings_text",
-]
-
 DISK_FULL_BYTES = 1 << 20
 """With less than this free, a service that died has died of it."""
 

@@ -10,30 +10,16 @@ import socket
 import threading
 import time
 import urllib.request
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "Poller",
-    "Seen",
-    "StepTail",
-    "connected_entries",
-    "disconnect_environment",
-    "environments_of",
-    "free_port",
-    "request_json",
-    "try_to_listen",
-]
-
 _PROBE_SECONDS = 2.0
 _GENERATION_SECONDS = 10.0
 _INTERVAL = 0.5
 _PREFIX = "atropos_verl_gateway_"
-_REFUSED = re.compile(r'requests_total\{.*status="4(?!99)\d\d"')
-"""Answers that are the client's fault; 499 is a client that went away."""
 _KEPT_STEPS = 8
 _KEPT_REWARDS = 400
 
@@ -224,18 +210,15 @@ class Poller:
 
 def _counters(text: str) -> dict[str, float]:
     """Prometheus text → name without our prefix → value, labels summed up; ``refused_total``: answers of 400 to 498."""
-    found: dict[str, float] = {}
-    for line in text.splitlines():
-        if line.startswith("#") or not line.startswith(_PREFIX):
-            continue
-        full_name, _, value = line.rpartition(" ")
-        name = full_name.split("{", 1)[0].removeprefix(_PREFIX)
-        try:
-            found[name] = found.get(name, 0.0) + float(value)
-            if _REFUSED.search(full_name):
-                found["refused_total"] = found.get("refused_total", 0.0) + float(value)
-        except ValueError:
-            continue
+    from prometheus_client.parser import text_string_to_metric_families
+
+    found: defaultdict[str, float] = defaultdict(float)
+    for sample in (sample for family in text_string_to_metric_families(text) for sample in family.samples):
+        name = sample.name.removeprefix(_PREFIX)
+        found[name] += sample.value
+        # These are the client's fault; 499 is a client that went away.
+        if name == "requests_total" and 400 <= int(sample.labels.get("status", 0)) < 499:
+            found["refused_total"] += sample.value
     return found
 
 

@@ -8,13 +8,19 @@ from typing import Any
 import pytest
 import yaml
 
+from atropos_verl.config.launch_schema import EnvironmentConfig
+from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.environments import PrivateArguments, option_value, private_arguments, user_arguments
 
 
-def private(tmp_path: Path, *args: str, **changes: Any) -> PrivateArguments:
-    settings = {"api_key": "k3y", "api_url": "http://a:8000/x", "token": None, "omit": ()} | changes
-    return private_arguments(**settings, args=args, file=tmp_path / "f.yaml", cwd=tmp_path, key="environments.e.args")
+def private(tmp_path: Path, *args: str, api_url: str | None = "http://a:8000/x", **changes: Any) -> PrivateArguments:
+    config = RunConfig.from_mapping(
+        {"gateway": {"api_key": changes.get("api_key", "k3y")}, "atropos": {"token": changes.get("token")}}
+    )
+    settings = EnvironmentConfig(args=args, omit=changes.get("omit", ()))
+    file = tmp_path / "f.yaml"
+    return private_arguments(config, settings, api_url=api_url, file=file, cwd=tmp_path, key="environments.e.args")
 
 
 def content(made: PrivateArguments) -> Any:
