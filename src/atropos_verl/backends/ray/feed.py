@@ -25,9 +25,9 @@ from atropos_verl.training.advantages import SequenceAdvantage
 from atropos_verl.training.batch_source import BatchSource, RolloutData
 from atropos_verl.training.samples import collect_samples
 from atropos_verl.training.staleness import BatchProvenance, staleness_metrics
-from atropos_verl.types import QuarantinedGroup, SampleSettings, ScoredGroup, SequenceMatch, TrainingSample
+from atropos_verl.types import QuarantinedGroup, ScoredGroup, SequenceMatch, TrainingSample
 
-__all__ = ["FeedSettings", "Slot", "SlotStore", "TrajectoryFeed"]
+__all__ = ["Slot", "SlotStore", "TrajectoryFeed"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,19 +41,6 @@ class SlotStore(Protocol):
     def running(self, uid: str) -> None: ...
 
     def put(self, uid: str, rows: Sequence[Row]) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeedSettings:
-    """The run's settings that decide what fills a slot."""
-
-    samples: SampleSettings
-    batch_size: int
-    """Sequences that a full batch holds."""
-    temperature: float
-    """verl computes logprobs of a step at one temperature: ``rollout.temperature``."""
-    needs_logprobs: bool
-    """Rollout correction is on: a group without ``inference_logprobs`` cannot be trained on."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,25 +106,30 @@ class TrajectoryFeed:
     """Fills slots in the order in which they were asked for.
 
     Args:
-        source: registered, with its provenance attached.
+        source: registered, with ``provenance`` attached.
         store: takes the rows.
         served_version: the policy version that is being served now.
+        needs_logprobs: rollout correction is on: a group without ``inference_logprobs`` cannot be trained on.
     """
 
     def __init__(
         self,
-        settings: FeedSettings,
         source: BatchSource,
         store: SlotStore,
         provenance: BatchProvenance,
         *,
         served_version: Callable[[], int],
+        needs_logprobs: bool = False,
     ) -> None:
-        self.settings = settings
         self.source = source
         self.store = store
         self.provenance = provenance
         self.served_version = served_version
+        self.needs_logprobs = needs_logprobs
+        self.batch_size = source.config.batch_size
+        """Sequences that a full slot holds."""
+        self.temperature = source.config.temperature
+        """verl computes logprobs of a step at one temperature: ``rollout.temperature``."""
         self.failure: BaseException | None = None
         self.slots: dict[str, Slot] = {}
         self._carried: list[Member] = []
@@ -147,7 +139,6 @@ class TrajectoryFeed:
         self._lock = threading.Lock()
         """Held where ``slots``, ``_carried`` and ``_parts`` are read or changed together."""
         self._wanted: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
-        self._settled: queue.SimpleQueue[tuple[list[JournalEntry], int]] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trajectory-feed", daemon=True)
 
@@ -194,11 +185,12 @@ class TrajectoryFeed:
 
     def acknowledge(self, slots: Sequence[Slot], covered_step: int = 0) -> None:
         """Lets the API forget these batches, and the journal those that steps up to ``covered_step`` consumed (a
-        checkpoint holds their effect). Done by the feed's thread, which owns the connection."""
-        for _ in slots:
+        checkpoint holds their effect)."""
+        for slot in slots:
             self.source.done()
-        self._settled.put(([entry for slot in slots for entry in slot.entries], covered_step))
-        self._wanted.put(None)
+            for entry in slot.entries:
+                self.source.batches.ack(entry)
+        self.source.batches.discard_through(covered_step)
 
     def evicted(self, uids: set[str]) -> None:
         """Settles slots that verl dropped as too old: nobody will train on them, and the API need not keep them."""
@@ -225,7 +217,6 @@ class TrajectoryFeed:
         try:
             while not self._stopping.is_set():
                 slot = self._wanted.get()
-                self._settle()
                 if slot is not None and not self._stopping.is_set():
                     self._fill(slot)
         except _StoppedError:
@@ -234,15 +225,7 @@ class TrajectoryFeed:
             self.failure = error
             logger.exception("the trajectory feed has ended")
             return
-        self._settle()
         self._give_back()
-
-    def _settle(self) -> None:
-        while not self._settled.empty():
-            entries, covered_step = self._settled.get()
-            for entry in entries:
-                self.source.batches.ack(entry)
-            self.source.batches.discard_through(covered_step)
 
     def _give_back(self) -> None:
         with self._lock:
@@ -260,7 +243,6 @@ class TrajectoryFeed:
     def _while_waiting(self) -> None:
         if self._stopping.is_set():
             raise _StoppedError
-        self._settle()
 
     def _fill(self, slot: Slot) -> None:
         self.store.running(slot.uid)
@@ -272,7 +254,7 @@ class TrajectoryFeed:
             slot.entries = _entries_of(members)
         self._collect(members, slot, found)
         batches = 0
-        while found.sequences < self.settings.batch_size:
+        while found.sequences < self.batch_size:
             if batches:
                 self.source.done()  # several batches make one slot, which the throttle counts as one
             data = self.source.next(self._while_waiting)
@@ -285,7 +267,7 @@ class TrajectoryFeed:
             if self.provenance.config.max_staleness is None and trained and not members:
                 break  # the API's batches are whole; a smaller one is trained as it is
         with self._lock:
-            self._carried = found.remove_above(self.settings.batch_size)
+            self._carried = found.remove_above(self.batch_size)
             later = {id(member) for member in self._carried}
             slot.members = [member for member in slot.members if id(member) not in later]
         slot.wait_seconds = time.monotonic() - started
@@ -342,7 +324,7 @@ class TrajectoryFeed:
         applied = self.provenance.apply(groups, matches, self.served_version())
         if members:
             slot.off_policy |= applied.figures
-        report, advantages = collect_samples(applied.groups, self.settings.samples)
+        report, advantages = collect_samples(applied.groups, self.provenance.settings)
         refused = list(report.quarantined)
         bad = {found.group.group_id for found in refused}
         for group, place in zip(applied.groups, applied.kept, strict=True):
@@ -357,7 +339,7 @@ class TrajectoryFeed:
                 into.sequences += len(group)
                 into.samples += samples
                 into.advantages += [advantages[i] for i in rows]
-            elif self.settings.samples.on_bad_group == "error":
+            elif self.provenance.settings.on_bad_group == "error":
                 raise DataError(reason)
             else:
                 bad.add(group.group_id)
@@ -373,12 +355,12 @@ class TrajectoryFeed:
 
     def _refuses(self, samples: Sequence[TrainingSample]) -> str | None:
         for sample in samples:
-            if sample.temperature != self.settings.temperature:
+            if sample.temperature != self.temperature:
                 return (
                     f"group {sample.group_id} was sampled at temperature {sample.temperature:g}, but verl computes "
-                    f"logprobs at actor_rollout_ref.rollout.temperature={self.settings.temperature:g}; make them equal"
+                    f"logprobs at actor_rollout_ref.rollout.temperature={self.temperature:g}; make them equal"
                 )
-            if self.settings.needs_logprobs and not has_rollout_logprobs(sample):
+            if self.needs_logprobs and not has_rollout_logprobs(sample):
                 return (
                     f"group {sample.group_id} has no inference_logprobs for every trained token, which "
                     "algorithm.rollout_correction needs; switch it off, or have the environment send them"

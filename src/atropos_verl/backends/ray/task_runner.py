@@ -315,15 +315,17 @@ class _Training:
 
     def _start_feed(self) -> Any:
         from atropos_verl.backends.ray.feed import TrajectoryFeed
+        from atropos_verl.backends.ray.gateway import embedding_rows
         from atropos_verl.backends.ray.trainer import TransferQueueStore
         from atropos_verl.training.batch_source import BatchSource
+        from atropos_verl.training.samples import sample_settings
         from atropos_verl.training.staleness import BatchProvenance
 
         run, trainer = self.run, self.trainer
         self.source = source = BatchSource(run.run, run.run_dir)
         self.stack.callback(source.close)
-        settings = self._feed_settings()
-        provenance = BatchProvenance(run.settings.off_policy, self.ledger, settings.samples, trainer.tokenizer.decode)
+        settings = sample_settings(run.run, embedding_rows(self.config.actor_rollout_ref.model))
+        provenance = BatchProvenance(run.settings.off_policy, self.ledger, settings, trainer.tokenizer.decode)
         provenance.resumed_at = self._resumed_at
         source.attach(provenance, self.throttle, trainer.state.totals)
         pending = source.resume(trainer.global_steps)
@@ -331,27 +333,18 @@ class _Training:
             self.note(f"{pending} batches fetched before the interruption are trained first")
         self.phase("registering at the trajectory API")
         source.register(trainer.global_steps, run.run.batch_size, trainer.checkpoint_root)
+        correction = self.config.algorithm.rollout_correction
         feed = TrajectoryFeed(
-            settings, source, TransferQueueStore(), provenance, served_version=lambda: trainer.served_version
+            source,
+            TransferQueueStore(),
+            provenance,
+            served_version=lambda: trainer.served_version,
+            needs_logprobs=bool(correction.rollout_is or correction.rollout_rs or correction.bypass_mode),
         )
         feed.start()
         self.stack.callback(feed.stop)
         trainer.attach(feed, self.gateway)
         return feed
-
-    def _feed_settings(self) -> Any:
-        from atropos_verl.backends.ray.feed import FeedSettings
-        from atropos_verl.backends.ray.gateway import embedding_rows
-        from atropos_verl.training.samples import sample_settings
-
-        run = self.run.run
-        correction = self.config.algorithm.rollout_correction
-        return FeedSettings(
-            samples=sample_settings(run, embedding_rows(self.config.actor_rollout_ref.model)),
-            batch_size=run.batch_size,
-            temperature=run.temperature,
-            needs_logprobs=bool(correction.rollout_is or correction.rollout_rs or correction.bypass_mode),
-        )
 
     def _report(self, report: StepReport) -> None:
         self.log.append(report)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.serving import eventually
 
-from atropos_verl.backends.ray.feed import FeedSettings, TrajectoryFeed
+from atropos_verl.backends.ray.feed import TrajectoryFeed
 from atropos_verl.backends.ray.transfer import Row
 from atropos_verl.config.schema import OffPolicyConfig, RunConfig
 from atropos_verl.errors import AtroposConnectionError
@@ -109,10 +109,7 @@ class World:
         self.source.attach(provenance, self.throttle, RunTotals())
         if provenance.resumed_at is not None:
             self.source.resume(provenance.resumed_at)
-        values = {"samples": samples, "batch_size": 8, "temperature": 1.0, "needs_logprobs": False, **settings}
-        self.feed = TrajectoryFeed(
-            FeedSettings(**values), self.source, self.store, provenance, served_version=lambda: self.served
-        )
+        self.feed = TrajectoryFeed(self.source, self.store, provenance, served_version=lambda: self.served, **settings)
 
     def filled(self, uid: str, step: int = 1) -> list[Row]:
         self.feed.request(uid, step)
@@ -148,9 +145,9 @@ def test_one_slot_is_one_batch_and_it_is_acked_after_the_step(made: Any) -> None
     assert slots[0].scores == [0.0, 1.0, 2.0, 3.0] * 2
     assert world.batches.named("ack") == []
     world.feed.acknowledge(slots, covered_step=4)
-    assert firsts(world.filled("b")) == [3] * 4 + [4] * 4
     assert world.batches.named("ack") == [1]
     assert world.batches.named("discard") == [4]
+    assert firsts(world.filled("b")) == [3] * 4 + [4] * 4
 
 
 def test_a_bad_group_is_quarantined_and_the_rest_is_trained(made: Any, tmp_path: Path) -> None:
