@@ -142,7 +142,8 @@ class BatchSource:
         """
         if self._resumed is None:
             owed = self.batches.resume(step) if self.config.resume != "disable" else []
-            self._early.extend(owed)
+            for held in owed:
+                self._keep_first(held)
             self._resumed, self._step = len(owed), step
         return self._resumed
 
@@ -166,8 +167,11 @@ class BatchSource:
         """One GET /batch: an upstream API lets environments register only after it. A batch it returns is kept."""
         held = self.batches.poll({"after_step": self._step})
         if held is not None:
-            self._early.append(held)
-            self._count_fetched()
+            self._keep_first(held)
+
+    def _keep_first(self, held: HeldBatch) -> None:
+        self._early.append(held)
+        self._count_fetched()
 
     def attach(self, provenance: BatchProvenance, throttle: StalenessThrottle | None, totals: RunTotals) -> None:
         """Gives the source what comes with the policy; batches can be decoded from now on.

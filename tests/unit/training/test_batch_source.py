@@ -93,9 +93,11 @@ def test_a_journalled_batch_that_is_none_is_quarantined_and_does_not_end_the_res
     with BatchSource(_config(NOWHERE), tmp_path) as source:
         source.journal.record(b'{"batch": 7}')
         source.journal.record(good)
+        _, throttle = attached(source)
         assert source.resume(3) == 2
-        attached(source)
+        assert throttle.expected_staleness == 2
         assert ids(source.fetch()) == ids_of(good)
+        assert throttle.expected_staleness == 1
         assert [entry.sequence for entry in source.journal.pending(3)] == [2]
     assert [path.name for path in (tmp_path / "quarantine").iterdir()] == ["batch_000001.json"]
 
