@@ -1,4 +1,4 @@
-"""How many torch threads should the engine have? One decode step of models of several sizes, with one thread and more.
+"""Compares numbers of torch threads for the engine: one decode step of models of several sizes.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/bench_engine_threads.py [--hidden 64 128 256 512 1024] [--rows 64 8 1]
 

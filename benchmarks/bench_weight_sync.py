@@ -131,7 +131,7 @@ def _at_rest(make: Callable[[], Any], source: dict[str, Any], rounds: int, size:
 
 
 class _Forwards:
-    """When the model's forward passes began and ended."""
+    """Times at which the model's forward passes began and ended."""
 
     def __init__(self, model: Any) -> None:
         self._forward = model.forward

@@ -44,7 +44,7 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
 UNKNOWN_VERSION = -2
-"""Nobody knows which weights wrote this token. (-1 is a version: the weights an engine starts with.)"""
+"""The policy version of a token is not known. (-1 is a version: the weights an engine starts with.)"""
 NOT_TRAINED = -100
 """Mask entry of a token that is not trained."""
 NO_LOGPROB = 1.0
@@ -102,7 +102,7 @@ class Generation:
     policy_version_last: int
     """Policy version that sampled the last token; differs when weights were swapped in between."""
     policy_version_runs: tuple[tuple[int, int], ...] = ()
-    """Which version sampled each token, run-length encoded: ``(policy version, tokens)``, the counts adding up to all
+    """Version that sampled each token, run-length encoded: ``(policy version, tokens)``, the counts adding up to all
     tokens. Empty: the engine only knows first and last."""
     prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
     """[P] per prompt position {token_id: logprob}; position 0 is None (nothing predicts it)."""
@@ -113,7 +113,7 @@ class GenerationDelta:
     """New tokens of one completion while it is being generated (streaming)."""
 
     index: int
-    """Which of the n completions."""
+    """Number of the completion among the n."""
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason | None = None
@@ -172,23 +172,23 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """Where a sequence turns away from the most similar thing that was generated."""
+    """The place where a sequence turns away from the most similar completion."""
 
     position: int
-    """Of the first differing token in the sequence."""
+    """Index of the first differing token in the sequence."""
     written: int | None
     """Token id that the gateway has there; None: its record ends before."""
     posted: int | None
     """Token id that the environment sent; None: its sequence ends there."""
     in_prompt: bool
-    """The difference lies in what the completion came after."""
+    """The difference lies in the prompt of the completion."""
     nothing_similar: bool = False
     """Not even the first token is known: generated elsewhere, before a restart, or forgotten."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceMatch:
-    """What the ledger of the gateway knows about one sequence.
+    """The gateway's ledger on one sequence.
 
     Example: prompt ``[5, 6]``, the policy wrote 8 at version 3, the environment appended 2 and trains on both::
 
@@ -202,7 +202,7 @@ class SequenceMatch:
     logprobs: FloatArray
     """[T] logprob under that policy at ``temperature``; NaN where not known and where not trained."""
     temperature: float | None = None
-    """That all its spans were sampled with; None: none was found, or they differ."""
+    """Temperature of all its spans; None: none was found, or they differ."""
     spans: int = 0
     """Trained spans."""
     unmatched_spans: int = 0
@@ -260,7 +260,7 @@ class QuarantinedGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleSettings:
-    """How groups become samples. Defaults are those of ``design.md``."""
+    """Settings by which groups become samples."""
 
     vocab_size: int | None = None
     """Ids outside ``[0, vocab_size)`` quarantine the group. None: only negative ids do."""
@@ -284,7 +284,7 @@ class SampleSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleReport:
-    """What became of a batch of groups."""
+    """The samples of a batch of groups, and the groups and sequences that were left out."""
 
     samples: list[TrainingSample] = field(default_factory=list)
     quarantined: list[QuarantinedGroup] = field(default_factory=list)

@@ -45,7 +45,7 @@ class Answer:
 
 
 class Load:
-    """What the clients know. Each thread only adds to its own lists."""
+    """The clients' record. Each thread only adds to its own lists."""
 
     def __init__(self, port: int) -> None:
         self.port = port

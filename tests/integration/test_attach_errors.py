@@ -1,4 +1,4 @@
-"""What a user sees when ``atropos.api_url`` is not a working trajectory API, or a setting is wrong. Nothing may start.
+"""Messages for an ``atropos.api_url`` that is not a working trajectory API, and for wrong settings. Nothing may start.
 
 torch takes seconds to import, so in these runs it cannot be imported at all: who tries gets another message.
 """

@@ -16,7 +16,7 @@ TOKEN = "a-token-of-the-trajectory-api"
 
 
 class Observed:
-    """What was seen of the processes while the run went on."""
+    """Observations of the processes while the run went on."""
 
     def __init__(self, run: LaunchRun) -> None:
         self.run = run

@@ -1,4 +1,4 @@
-"""What clients are sent over real HTTP, by every dialect, is what the ledger knows: token, version, logprob."""
+"""The ledger knows what clients are sent over real HTTP, by every dialect: token, version, logprob."""
 
 from __future__ import annotations
 

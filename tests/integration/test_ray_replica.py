@@ -276,7 +276,7 @@ def test_a_standalone_replica_gets_the_weights_through_the_object_store(cluster:
 def _policies(
     model: Path, weights: dict[int, dict[str, Any]], prompt: list[int], tokens: list[int], logprobs: list[float]
 ) -> list[int]:
-    """Which of these policies each token's logprob is of: a plain model with its weights gives the same.
+    """Finds the policy that each token's logprob is of: a plain model with its weights gives the same.
 
     Fails when none does, or when an older policy follows a newer one.
     """

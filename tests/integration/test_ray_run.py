@@ -29,7 +29,7 @@ RUN_TIMEOUT = 240.0
 
 
 class Story:
-    """What was seen: the run until Ctrl-C after two steps, the run that went on, and the API at the end."""
+    """Observations: the run until Ctrl-C after two steps, the run that went on, and the API at the end."""
 
     def __init__(self, directory: Path) -> None:
         self.run_dir = directory / "run"

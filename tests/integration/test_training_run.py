@@ -84,7 +84,7 @@ def environment_command(api: UpstreamApi, gateway: str) -> list[str]:
 
 
 def abandoned(gateway: str) -> int:
-    """How many requests to /v1/completions, which only our client calls, ended because the client went away."""
+    """Counts requests to /v1/completions, which only our client calls, that ended because the client went away."""
     text = httpx.get(f"{gateway}/metrics", timeout=10.0, trust_env=False).text
     found = re.search(r'requests_total\{endpoint="/v1/completions",status="499"\} (\d+)', text)
     return int(found.group(1)) if found else 0
@@ -92,7 +92,7 @@ def abandoned(gateway: str) -> int:
 
 @dataclass
 class Attached:
-    """What one attached run did while its gateway's client was killed and malformed groups were posted."""
+    """One attached run, whose gateway's client is killed and to which malformed groups are posted."""
 
     run_dir: Path
     code: int

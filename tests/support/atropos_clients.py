@@ -12,7 +12,7 @@ __all__ = ["HI", "HI_PROMPT", "managed_server", "server_manager"]
 
 HI = [{"role": "user", "content": "hi"}]
 HI_PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-"""What the tiny tokenizer's template makes of ``HI``."""
+"""The tiny tokenizer's template applied to ``HI``."""
 
 
 @asynccontextmanager

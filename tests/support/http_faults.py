@@ -198,7 +198,7 @@ class FaultServer:
         self._listener.close()
 
     def script(self, path: str, *behaviours: Behaviour) -> None:
-        """What happens to the first, second, … request of ``path``; the last behaviour repeats."""
+        """Sets the behaviour for the first, second, … request of ``path``; the last one repeats."""
         with self._lock:
             self._scripts[path] = list(behaviours)
             self._used[path] = 0

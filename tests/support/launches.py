@@ -48,7 +48,7 @@ class LaunchRun(TrainingRun):
         return json.loads(path.read_text()) if path.exists() else {}
 
     def service(self, name: str) -> dict[str, Any]:
-        """What the launcher says of one service; {} before it says anything."""
+        """Reads the launcher's state of one service; {} before it says anything."""
         return next((entry for entry in self.state().get("services", []) if entry["name"] == name), {})
 
     def pid_of(self, name: str) -> int:

@@ -117,7 +117,7 @@ def worker_class(base: type | None = None) -> type:
 
         @register(dispatch_mode=Dispatch.ONE_TO_ALL)
         def last_transfer(self) -> Any:
-            """What the last weight update moved."""
+            """Returns what the last weight update moved."""
             return self.rollout.last_transfer
 
     return ProbedWorker

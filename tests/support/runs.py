@@ -184,7 +184,7 @@ class TrainingRun:
 
     @property
     def processes_seen(self) -> int:
-        """How many different processes this run had while it was watched."""
+        """Counts the different processes that this run had while it was watched."""
         return len(self._seen)
 
     def _note_processes(self) -> None:

@@ -1,4 +1,4 @@
-"""How an environment and its engine behave, from one run with ``mode=sync``: a model of other runs with the same ones.
+"""Measures an environment and its engine in one run with ``mode=sync``: a model of other runs with the same two.
 
 In a sync run all groups of a batch begin together, when the gate opens. With ``start`` the moment from which the
 trainer waits, and arrivals a_1 ≤ a_2 ≤ … of a batch::
@@ -37,7 +37,7 @@ _TOKENS_PER_SECOND = 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What was found. Seconds."""
+    """The measurements. Seconds."""
 
     generation_seconds: float
     """Of a group, when a whole batch is generated together."""
@@ -119,7 +119,7 @@ _OPTION = "--generation-from"
 
 
 def _together(times: Sequence[float], latency: float) -> Sequence[float]:
-    """Those that came before the first pause that is long for a batch: half the latency, and at least half a second."""
+    """Takes those before the first pause that is long for a batch: half the latency, at least half a second."""
     long = max(latency / 2, 0.5)
     for count, (before, after) in enumerate(pairwise(times), start=1):
         if after - before > long:

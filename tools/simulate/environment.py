@@ -29,7 +29,7 @@ __all__ = ["Environment", "World"]
 
 
 class World(Protocol):
-    """What an environment meets."""
+    """The parts of a run that an environment talks to."""
 
     now: float
 
@@ -85,7 +85,7 @@ class Environment:
         self._post_seconds, self._answer_seconds = post_seconds, answer_seconds
         self.workers: dict[Group, None] = {}
         self._running: dict[Group, None] = {}
-        """Those of them that are not being posted, oldest first."""
+        """Lists those of them that are not being posted, oldest first."""
         self._busy_until = 0.0
         self._look_is_due = False
 

@@ -53,7 +53,7 @@ class Generation:
         self.tokens = 0.0
 
     def next_time(self) -> float:
-        """When the next sequence is finished, if nothing else happens; infinity: never."""
+        """Time at which the next sequence is finished, if nothing else happens; infinity: never."""
         self._drop_cancelled()
         if self.paused or not self._ends:
             return math.inf

@@ -27,7 +27,7 @@ class TrajectoryQueue:
 
     @property
     def groups(self) -> int:
-        """That wait."""
+        """Groups that wait."""
         return self._queue.groups
 
     @property
@@ -53,7 +53,7 @@ class TrajectoryQueue:
         )
 
     def next_batch(self, now: float) -> list[Group] | None:
-        """What GET /batch answers."""
+        """Answers GET /batch."""
         queue = self._queue
         view = QueueView(
             classes=queue.classes,

@@ -29,9 +29,9 @@ class Recording:
     other: tuple[float, ...]
     """Of a step beside waiting, training and sync."""
     rollout: tuple[float, ...]
-    """That the trainer waited for its batch, until it was ready to be trained on."""
+    """Seconds that the trainer waited for its batch, until it was ready to be trained on."""
     waited: tuple[float, ...]
-    """That the API was asked for it, until it was handed out."""
+    """Seconds that the API was asked for it, until it was sent."""
     whole: tuple[float, ...]
     """Of a step."""
     groups: tuple[int, ...]

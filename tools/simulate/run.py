@@ -1,7 +1,7 @@
 """The run itself: environments, trajectory API, engine and trainer as events on a virtual clock.
 
-The choice of a batch is ``server.batcher.choose_batch`` on a ``server.batcher.GroupQueue``; what is too old is decided by
-``data.off_policy``; what waits for what by ``schedule``. All three are what the real processes run. The rest is a
+The choice of a batch is ``server.batcher.choose_batch`` on a ``server.batcher.GroupQueue``; ``training.staleness``
+decides which groups are too old, and ``schedule`` what waits for what. All three are the code of a real run. The rest is a
 model: how long things take (``Workload``), the engine as a queue (``Generation``), and environments as atroposlib's
 loop runs them (``Environment``).
 """
@@ -154,7 +154,7 @@ class Run:
     # -- for the trainer ---------------------------------------------------------------------------------------------
 
     def next_batch(self) -> list[Group] | None:
-        """What GET /batch answers."""
+        """Answers GET /batch."""
         batch = self.queue.next_batch(self.now)
         if batch is not None:
             self.wake_environments()

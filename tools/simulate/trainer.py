@@ -18,7 +18,7 @@ __all__ = ["Trainer", "World"]
 
 
 class Engine(Protocol):
-    """What makes the groups."""
+    """The generation of groups."""
 
     version: int
     """Of the weights that are served."""
@@ -32,7 +32,7 @@ class Engine(Protocol):
 
 
 class World(Protocol):
-    """What the trainer meets."""
+    """The parts of a run that the trainer talks to."""
 
     now: float
     workload: Workload
@@ -50,7 +50,7 @@ class World(Protocol):
         """Call ``action`` in ``delay`` seconds."""
 
     def next_batch(self) -> list[Group] | None:
-        """What GET /batch answers."""
+        """Answers GET /batch."""
 
 
 @dataclass(slots=True)

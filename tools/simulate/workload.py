@@ -1,4 +1,4 @@
-"""What is simulated: how long things take, and the rules of one configuration."""
+"""The simulated run: durations, and the rules of one configuration."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ __all__ = ["demo_model_path"]
 
 
 def demo_model_path() -> Path:
-    """Directory of the demo model (Hugging Face layout, float32, with its tokenizer).
+    """Returns the directory of the demo model (Hugging Face layout, float32, with its tokenizer).
 
     Raises ``FileNotFoundError`` when the installation lacks it; nothing is downloaded.
     """

@@ -1,1 +1,1 @@
-"""Which policy version wrote which token: ledger, attribution, throttle."""
+"""Provenance: ledger and attribution find the policy version that wrote each token; the throttle bounds staleness."""

@@ -122,7 +122,9 @@ class LedgerStore:
                 except StorageInUseError:
                     raise
                 except StorageDamagedError as error:
-                    text = "%s. The ledger begins empty: the policy versions of tokens generated before this start are unknown"
+                    text = (
+                        "%s. The ledger begins empty: policy versions of tokens generated before this start are unknown"
+                    )
                     logger.warning(text, error)
             return cls(_empty_store(directory)), Contents()
         except (StorageError, OSError) as error:

@@ -30,7 +30,7 @@ class FoundGroup:
     origin: str
     """For people: ``group 0``, ``line 3``, ``1f2e3d.json``."""
     recorded_reason: str | None = None
-    """Why a run refused it, when it comes from a quarantine file."""
+    """The run's reason for refusing it, when it comes from a quarantine file."""
 
 
 def is_url(source: str) -> bool:

@@ -31,7 +31,7 @@ _STATE = "atropos.json"
 
 @dataclass
 class RunState:
-    """What a resumed run needs besides verl's own state."""
+    """State that a resumed run needs besides verl's own."""
 
     step: int = 0
     policy_version: int = 0

@@ -220,7 +220,7 @@ def _check_settings(settings: SampleSettings) -> None:
 
 
 def sample_settings(config: RunConfig, vocab_size: int | None) -> SampleSettings:
-    """How a run's configuration wants groups to become samples."""
+    """Takes from a run's configuration the settings by which groups become samples."""
     return SampleSettings(
         vocab_size=vocab_size,
         max_token_len=config.max_token_len,

@@ -1,4 +1,4 @@
-"""Which policy wrote a batch: what the ledger knows is put into its groups, and groups that are too old are left out.
+"""Staleness: puts the ledger's versions and logprobs into the groups of a batch, and leaves out old groups.
 
 One batch::
 

@@ -94,7 +94,7 @@ class SyncReport:
     canary_max_abs_logprob_diff: float | None
     """None when no canary is set."""
     paused_seconds: float | None = None
-    """How long a swap held generation; None: not a swap, nothing was being generated."""
+    """Seconds for which a swap held generation; None: not a swap, nothing was being generated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What verl needs to run where we run it: a CPU platform, engines, trackers. Registrations only, failing loudly.
+"""Registers with verl what it lacks: a CPU platform, engines, rollout names. A registration that fails raises.
 
 ``activate(device)`` prepares the environment variables verl reads at import; call it before the first verl import.
 """
@@ -15,7 +15,7 @@ _PLATFORMS = {"cpu": "cpu", "cuda": "nvidia"}
 
 
 def activate(device: str) -> None:
-    """Make verl use ``device`` (``"cpu"`` or ``"cuda"``) in this process and in its children.
+    """Makes verl use ``device`` (``"cpu"`` or ``"cuda"``) in this process and in its children.
 
     verl loads ``VERL_USE_EXTERNAL_MODULES`` when it is imported, and picks its platform from ``VERL_PLATFORM`` when it
     first needs it. (Plugins found by entry point fail silently in verl 0.9.1; those named by this variable raise.)
@@ -46,7 +46,7 @@ def activate(device: str) -> None:
 
 
 def ray_environment(device: str) -> dict[str, str]:
-    """Variables that every process of a Ray run needs, the driver included (before its first verl import).
+    """Returns the variables that every process of a Ray run needs, the driver included (before its first verl import).
 
     Put them into ``os.environ`` of the driver and into Ray's ``runtime_env``. ``device``: ``"cpu"`` or ``"cuda"``.
     """

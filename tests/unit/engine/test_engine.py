@@ -1,4 +1,4 @@
-"""What the embedded engine generates, against plain forward passes of the same model."""
+"""The embedded engine's output, against plain forward passes of the same model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all endpoints share: key, errors, health, metrics, pauses, and clients that go away."""
+"""All endpoints share key, errors, health, metrics, pauses, and the end of requests whose client goes away."""
 
 from __future__ import annotations
 

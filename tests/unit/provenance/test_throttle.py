@@ -1,4 +1,4 @@
-"""Who may begin and who has to wait, by hand: batches of 8 sequences."""
+"""The throttle by hand: batches of 8 sequences begin or wait."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def ask(limit: StalenessThrottle, *prompts: tuple[int, ...], n: int = 4, m
 
 
 async def begins(limit: StalenessThrottle, *prompts: tuple[int, ...], n: int = 4, max_tokens: int = 16) -> bool:
-    """Whether this may begin at once; it then ends at once."""
+    """True when this may begin at once; it then ends at once."""
     asking = asyncio.create_task(ask(limit, *prompts, n=n, max_tokens=max_tokens))
     await turns()
     begun = asking.done()

@@ -1,4 +1,4 @@
-"""What a run shows, as text: captured from real rich consoles, compared with lines written by hand."""
+"""The text that a run shows: captured from real rich consoles, compared with lines written by hand."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def run_in_terminal(columns: int, *arguments: str, **environment: str) -> str:
 
 
 def last_frame(text: str) -> list[str]:
-    """What remains on the screen: the text after the last clearing of a line, without escapes."""
+    """Takes what remains on the screen: the text after the last clearing of a line, without escapes."""
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text.rsplit("\x1b[2K", 1)[1]).splitlines()
 
 

@@ -40,7 +40,7 @@ def advantages(report: SampleReport) -> list[list[float]]:
 
 
 def reason(bad: dict[str, Any], **changes: Any) -> str:
-    """Why ``bad`` was quarantined; the good group beside it must not be touched."""
+    """Returns the reason for which ``bad`` was quarantined; the good group beside it must not be touched."""
     report = build(group(), bad, group(), **changes)
     assert report.groups == 2
     assert [a for row in advantages(report) for a in row] == pytest.approx([0, 0, A, 0, 0, -A, -A] * 2)

@@ -1,4 +1,4 @@
-"""What verl learns from the plugin, in processes of their own, and the name of vLLM's CPU build."""
+"""The plugin's registrations in verl, in processes of their own, and the name of vLLM's CPU build."""
 
 from __future__ import annotations
 

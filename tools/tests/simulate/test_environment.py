@@ -24,7 +24,7 @@ GROUP, SLEEP, START = 8, 0.1, 5.0
 
 @dataclass(frozen=True)
 class Script:
-    """What happens to an environment. Seconds; none are multiples of a look's, so that no two things coincide."""
+    """The events of an environment. Seconds; none are multiples of a look's, so that no two events coincide."""
 
     workers: int
     full: int
@@ -33,7 +33,7 @@ class Script:
     seconds: list[float]
     """Of generation and scoring of the groups, in the order in which they are begun; from the first again."""
     takes: list[float]
-    """When a batch is taken, if there is one."""
+    """Times at which a batch is taken, if there is one."""
     end: float
     answer: float = 0.0
     """From a group's arrival in the queue until its environment has the answer."""
@@ -43,7 +43,7 @@ class Script:
 class Seen:
     begun: list[float] = field(default_factory=list)
     given_up: list[tuple[float, int]] = field(default_factory=list)
-    """When, and which: the number of the group in the order in which they were begun."""
+    """Time and number of the group, in the order in which they were begun."""
     arrived: list[tuple[float, int]] = field(default_factory=list)
 
 

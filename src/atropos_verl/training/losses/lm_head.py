@@ -248,7 +248,7 @@ def _one_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor
 
 
 def _product_dtype(hidden: torch.Tensor) -> torch.dtype:
-    """What to multiply in: the input's dtype, but float32 for half precision on a CPU that only emulates it.
+    """Chooses the dtype to multiply in: the input's, but float32 for half precision on a CPU that only emulates it.
 
     Measured on two cores without such instructions: a bf16 product takes four times as long as a float32 one.
     """
