@@ -162,7 +162,7 @@ class LaunchConfig(Section):
         return {name: self.environments[name] for name in self.envs}
 
     def starts(self, part: str) -> bool:
-        """Whether ``only`` leaves ``part``: ``api``, ``trainer`` or ``environments``."""
+        """True when ``only`` leaves ``part``: ``api``, ``trainer`` or ``environments``."""
         return self.only is None or part in self.only
 
 

@@ -89,7 +89,7 @@ class OptimConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    """How scores become advantages."""
+    """From scores to advantages."""
 
     adv_estimator: Literal["grpo", "rloo", "plain"] = Field(
         "grpo", description="baseline within the group; plain: the raw score"
@@ -120,7 +120,7 @@ class LossConfig(Section):
 
 
 class DataConfig(Section):
-    """What happens to groups before they are trained on."""
+    """The treatment of groups before they are trained on."""
 
     max_prompt_length: PositiveInt = Field(64, description="tokens of a prompt at most")
     max_token_len: PositiveInt | None = Field(
@@ -251,7 +251,7 @@ class TrainerConfig(Section):
 
 
 class SuperviseConfig(Section):
-    """How the processes of a run are watched and restarted."""
+    """Watching and restarting the processes of a run."""
 
     stall_after: PositiveFloat = Field(120.0, description="seconds without a batch before the diagnosis is printed")
     backoff: PositiveFloat = Field(1.0, description="seconds before the first restart; doubles with each")

@@ -60,7 +60,7 @@ _LOCAL_NAMES = {
 
 
 class ClusterDataConfig(Section):
-    """What happens to groups before they are trained on."""
+    """The treatment of groups before they are trained on."""
 
     max_token_len: PositiveInt | None = Field(
         None, description="tokens of a sequence at most; null: data.max_prompt_length + data.max_response_length"

@@ -1,4 +1,4 @@
-"""Why does nothing come? The facts of a stalled run and what to check, in plain words. Pure: a state in, text out."""
+"""Explains a run that gets no batches: the facts, and what to check. Pure: a state in, text out."""
 
 from __future__ import annotations
 
@@ -13,12 +13,8 @@ __all__ = ["diagnose"]
 def diagnose(state: Mapping[str, Any], silent: float) -> str:
     """The diagnosis of a run that has had no batch for ``silent`` seconds.
 
-    Args:
-        state: what the launcher writes to ``run_dir/state.json``.
-
-    Returns:
-        Lines: the services, the environments as the API sees them, the queue, the gateway, then what to check, the
-        likeliest cause first.
+    It lists the services, the environments as the API sees them, the queue, the gateway, then what to check, the
+    likeliest cause first. ``state`` is the content of ``state.json``.
     """
     lines = [f"no batch for {silent:.0f} s; the run goes on waiting. What is known:"]
     for service in state.get("services", []):

@@ -205,7 +205,7 @@ class RayLaunch:
 
 
 def is_launch_key(word: str) -> bool:
-    """Whether a ``key=value`` word belongs to the launch; the others are the trainer's."""
+    """True for a ``key=value`` word of the launch; the others are the trainer's."""
     return re.split(r"[.=@]", word.lstrip("+~"), maxsplit=1)[0] in LaunchConfig.model_fields
 
 

@@ -136,7 +136,7 @@ class ManagedProcess:
         logger.info("%s started with pid %d, log %s", self.spec.name, self._process.pid, self.spec.log_path)
 
     def is_running(self) -> bool:
-        """Whether it lives. When it has died, what it had started is killed, and ``returncode`` is set."""
+        """True while it lives. When it has died, its descendants are killed, and ``returncode`` is set."""
         if self._process is None or self._process.returncode is not None:
             return False
         if not self._leader_has_ended():

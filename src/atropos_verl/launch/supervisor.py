@@ -109,7 +109,7 @@ class WatchedService:
             self.state = "running"
 
     def has_died(self) -> bool:
-        """Whether it has died since the last call; ``returncode`` is then set. Call ``plan_restart`` next."""
+        """True when it has died since the last call; ``returncode`` is then set. Call ``plan_restart`` next."""
         if not self.is_alive or self.process is None or self.process.is_running():
             return False
         self.returncode = self.process.returncode
@@ -354,7 +354,7 @@ class Supervisor:
 
     @staticmethod
     def _processes(services: list[WatchedService]) -> list[ManagedProcess]:
-        """Those that were started and have not ended."""
+        """The processes that were started and have not ended."""
         found = (watched.process for watched in services)
         return [process for process in found if process is not None and process.returncode is None]
 
@@ -413,8 +413,8 @@ class Supervisor:
             raise api.error(_late(api, "/status does not answer"))
 
     def _forget_earlier_environments(self) -> None:
-        """Those that a resumed API remembers ended with the run before; until they are missed, the new ones would be
-        given a share beside them."""
+        """Disconnect the environments that a resumed API remembers: they ended with the run before, and until the API
+        misses them the new ones would be given a share beside them."""
         if self._environments:
             self._disconnect(environments_of(self._poller.seen.api) or [])
 
@@ -485,7 +485,7 @@ class Supervisor:
         return None
 
     def _api_is_to_blame(self) -> bool:
-        """Whether the API went away just now: environments end when it does, and the trainer may."""
+        """True when the API went away just now: environments end when it does, and the trainer may."""
         if "api" not in self._said:
             return False
         gone = not self._api_answers() or (self._api is not None and self._api.state != "running")

@@ -1,4 +1,4 @@
-"""The settings of a launch: what is refused, and that every shipped file composes into a plan."""
+"""Settings of a launch → plan, for both backends: refused words, shipped files, commands, keys."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from pathlib import Path
 import pytest
 import yaml
 
+from atropos_verl.assets import demo_model_path
 from atropos_verl.config.composition import SHIPPED, load_launch
 from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig, describe_launch, unused_when_attached
 from atropos_verl.config.schema import RunConfig
+from atropos_verl.config.verl_keys import compose_run, read_run
 from atropos_verl.errors import ConfigError
-from atropos_verl.launch.launch import backend_of, build_plan, main
-from atropos_verl.launch.plan import trainer_settings_text
+from atropos_verl.launch.launch import backend_of, build_plan, is_launch_key, load_ray_launch, main
+from atropos_verl.launch.plan import LaunchPlan, trainer_settings_text
+from atropos_verl.launch.process import ServiceSpec
 
-CONFIGS = SHIPPED
 LAUNCH_FILES = sorted(  # those of Ray: test_launch_ray.py
     path.stem
-    for path in CONFIGS.glob("*.yaml")
-    if path.stem != "atropos" and backend_of([], CONFIGS, path.stem) == "local"
+    for path in SHIPPED.glob("*.yaml")
+    if path.stem != "atropos" and backend_of([], SHIPPED, path.stem) == "local"
 )
 
 
@@ -54,18 +56,18 @@ def test_every_shipped_file_becomes_a_plan(name: str, tmp_path: Path, monkeypatc
         "two_environments": ["trajectory_api", "words", "short_words", "trainer"],
     }
     words = [f"run_dir={tmp_path}", *(["gateway.port=0"] if name == "production" else [])]
-    plan = build_plan(*load_launch(words, CONFIGS, name))
+    plan = build_plan(*load_launch(words, SHIPPED, name))
     assert [service.name for service in plan.services] == expected[name]
 
 
 def test_production_reads_its_addresses_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="ATROPOS_API_URL"):
-        load_launch([], CONFIGS, "production")
+        load_launch([], SHIPPED, "production")
     monkeypatch.setenv("ATROPOS_API_URL", "http://api.example:8000")
     monkeypatch.setenv("ATROPOS_TIMEOUT", "7.5")
     monkeypatch.setenv("ATROPOS_API_TOKEN", "a-token")
     monkeypatch.setenv("ATROPOS_GATEWAY_URL", "http://trainer-0:9004")
-    config, _ = load_launch([], CONFIGS, "production")
+    config, _ = load_launch([], SHIPPED, "production")
     assert (config.atropos.api_url, config.atropos.timeout) == ("http://api.example:8000", 7.5)
     assert (config.atropos.token, config.gateway.advertise_url) == ("a-token", "http://trainer-0:9004")
     assert config.gateway.api_key is not None, "a gateway for the network gets a key"
@@ -83,7 +85,7 @@ def test_a_launch_imports_neither_torch_nor_verl() -> None:
 
 def test_the_words_of_the_command_line_reach_both_halves() -> None:
     words = ["steps=7", "environments.demo.weight=2.5", "environments.demo.env={A: 1, B: true}", "supervise.backoff=3"]
-    config, launch = load_launch(words, CONFIGS, "local_demo")
+    config, launch = load_launch(words, SHIPPED, "local_demo")
     assert config.steps == 7
     assert launch.environments["demo"].weight == 2.5
     assert launch.environments["demo"].env == {"A": "1", "B": "true"}
@@ -106,7 +108,7 @@ def test_the_words_of_the_command_line_reach_both_halves() -> None:
 )
 def test_a_wrong_word_is_refused_by_name(word: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_launch([word], CONFIGS, "local_demo")
+        load_launch([word], SHIPPED, "local_demo")
     assert message in str(caught.value)
 
 
@@ -137,14 +139,14 @@ def test_a_wrong_word_is_refused_by_name(word: str, message: str) -> None:
 def test_what_cannot_work_is_refused_before_anything_starts(
     words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*words, f"run_dir={tmp_path / 'run'}"], CONFIGS, "local_demo") == 2
+    assert main([*words, f"run_dir={tmp_path / 'run'}"], SHIPPED, "local_demo") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 def test_the_dry_run_shows_commands_and_no_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--dry-run", f"run_dir={tmp_path / 'run'}", "gateway.api_key=very-secret-key"]
-    assert main(words, CONFIGS, "local_demo") == 0
+    assert main(words, SHIPPED, "local_demo") == 0
     text = capsys.readouterr().out
     assert "very-secret-key" not in text
     assert "--config " in text
@@ -154,7 +156,7 @@ def test_the_dry_run_shows_commands_and_no_keys(tmp_path: Path, capsys: pytest.C
 
 
 def test_help_names_every_key_and_every_file(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"], CONFIGS, "local_demo") == 0
+    assert main(["--help"], SHIPPED, "local_demo") == 0
     text = capsys.readouterr().out
     for name, *_ in describe_launch():
         assert f"  {name} " in text
@@ -164,8 +166,8 @@ def test_help_names_every_key_and_every_file(capsys: pytest.CaptureFixture[str])
 
 def test_keys_are_made_and_handed_over(tmp_path: Path) -> None:
     words = ["api.host=0.0.0.0", f"run_dir={tmp_path}"]
-    config, launch = load_launch(words, CONFIGS, "local_demo")
-    again, _ = load_launch(words, CONFIGS, "local_demo")
+    config, launch = load_launch(words, SHIPPED, "local_demo")
+    again, _ = load_launch(words, SHIPPED, "local_demo")
     assert config.gateway.api_key != again.gateway.api_key
     plan = build_plan(config, launch)
     config = plan.config
@@ -192,13 +194,13 @@ def test_the_api_is_chosen_by_the_key_that_main_atropos_reads(tmp_path: Path) ->
         (["atropos.server=embedded"], "atropos_verl.cli"),
         (["atropos.server=upstream"], "atroposlib.cli.run_api"),
     ):
-        plan = build_plan(*load_launch([*words, f"run_dir={tmp_path}"], CONFIGS, "local_demo"))
+        plan = build_plan(*load_launch([*words, f"run_dir={tmp_path}"], SHIPPED, "local_demo"))
         assert plan.services[0].command[2] == module
 
 
 def test_keys_of_an_api_that_is_not_started_are_named(tmp_path: Path) -> None:
     words = ["atropos.api_url=http://a:8000", "api.port=8001", f"run_dir={tmp_path}"]
-    plan = build_plan(*load_launch(words, CONFIGS, "local_demo"))
+    plan = build_plan(*load_launch(words, SHIPPED, "local_demo"))
     assert "api.port: not used, since atropos.api_url names an API that runs already" in plan.warnings
 
 
@@ -206,20 +208,20 @@ def test_a_trainer_attached_to_an_api_names_the_keys_it_does_not_use(tmp_path: P
     config = RunConfig.from_mapping({"env": {"script": "x.py"}, "eval": {"before": False, "timeout": 9}})
     assert unused_when_attached(config) == ["env.script", "eval.timeout"]
     words = ["env.max_batches_offpolicy=2", "eval.before=false", "eval.after=false", f"run_dir={tmp_path}"]
-    plan = build_plan(*load_launch(words, CONFIGS, "local_demo"))
+    plan = build_plan(*load_launch(words, SHIPPED, "local_demo"))
     of_trainer = RunConfig.from_mapping(json.loads(trainer_settings_text(plan.config)))
     assert unused_when_attached(of_trainer) == [], "what the launcher has used is no news to its trainer"
 
 
 def test_the_gateway_key_comes_from_the_process_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATROPOS_GATEWAY_KEY", "from-the-environment")
-    assert load_launch([], CONFIGS, "local_demo")[0].gateway.api_key == "from-the-environment"
-    assert load_launch(["gateway.api_key=word"], CONFIGS, "local_demo")[0].gateway.api_key == "word"
+    assert load_launch([], SHIPPED, "local_demo")[0].gateway.api_key == "from-the-environment"
+    assert load_launch(["gateway.api_key=word"], SHIPPED, "local_demo")[0].gateway.api_key == "word"
 
 
 @pytest.mark.parametrize("word", ["api.host=127.0.0.1", "api.host=0.0.0.0 api.args=[--insecure]"])
 def test_an_api_without_a_token_where_none_is_needed_or_wanted(word: str) -> None:
-    plan = build_plan(*load_launch(word.split(), CONFIGS, "local_demo"))
+    plan = build_plan(*load_launch(word.split(), SHIPPED, "local_demo"))
     assert plan.config.atropos.token is None
 
 
@@ -227,3 +229,131 @@ def test_without_environments_there_is_the_demo() -> None:
     assert LaunchConfig.from_mapping({"environments": {}}).environments == {"demo": EnvironmentConfig()}
     values = {"environments": {"a": {"weight": 2}, "b": None}}
     assert LaunchConfig.from_mapping(values).environments == {"a": EnvironmentConfig(weight=2)}
+
+
+# ---------------------------------------------------------------------- backend=ray
+
+
+RAY_FILES = sorted(path.stem for path in SHIPPED.glob("*.yaml") if backend_of([], SHIPPED, path.stem) == "ray")
+
+
+def ray_plan(tmp_path: Path, *words: str, config_dir: Path = SHIPPED, name: str | None = None) -> LaunchPlan:
+    ray = load_ray_launch([*words, f"run_dir={tmp_path}/a run"], config_dir, name)
+    return build_plan(ray.config, ray.launch, ray)
+
+
+def of_kind(plan: LaunchPlan, kind: str) -> ServiceSpec:
+    (found,) = (service for service in plan.services if service.kind == kind)
+    return found
+
+
+def test_the_trainer_is_told_what_the_launch_decided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its command, composed as the trainer composes it, means the same run."""
+    words = ["trainer.total_training_steps=7", "environments.demo.weight=2", "supervise.stall_after=9"]
+    plan = ray_plan(tmp_path, *words, "actor_rollout_ref.rollout.n=4", "backend=ray")
+    trainer = of_kind(plan, "trainer")
+    command = list(trainer.command)
+    assert command[1:5] == ["-m", "atropos_verl.cli", "train", "backend=ray"]
+    at = command.index("--config-name") + 2
+    assert command[at - 4 : at] == ["--config-dir", str(SHIPPED), "--config-name", "ray_cpu_demo"]
+    assert not any(is_launch_key(word) for word in command[at:])
+    for name, value in trainer.env.items():
+        monkeypatch.setenv(name, value)
+    run = read_run(compose_run(command[at:], SHIPPED, "ray_cpu_demo"))
+    assert run.run.steps == plan.config.steps == 7
+    assert (run.run.batch_size, run.run.group_size) == (32, 4)
+    assert run.run_dir == plan.run_dir == tmp_path / "a run"
+    assert run.settings.api_url == plan.api_url
+    assert run.settings.gateway.port == plan.config.gateway.port
+    assert run.settings.gateway.api_key == plan.config.gateway.api_key
+    assert len(str(plan.config.gateway.api_key)) == 48
+    assert run.settings.eval.commands_file == str(tmp_path / "a run" / "launch" / "evaluations.json")
+    assert trainer.restart_words == ("trainer.resume_mode=auto",)
+    assert plan.config.supervise.stall_after == 9
+
+
+def test_environments_are_given_the_runs_sizes(tmp_path: Path) -> None:
+    plan = ray_plan(tmp_path, "environments.demo.args=[--env.seed,3]")
+    environment = of_kind(plan, "environment")
+    words = environment.command
+    for option, value in (("--env.group_size", "8"), ("--env.max_token_length", "64"), ("--env.seed", "3")):
+        assert words[words.index(option) + 1] == value
+
+
+def test_a_file_may_hold_both(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [ray_cpu_demo, _self_]\n"
+        "trainer: {total_training_steps: 3}\n"
+        "environments: {words: {script: examples/environments/spell_backward.py, weight: 3}}\n"
+    )
+    for name in ("ray_cpu_demo", "atropos_ray"):
+        (tmp_path / f"{name}.yaml").write_bytes((SHIPPED / f"{name}.yaml").read_bytes())
+    assert backend_of([], tmp_path, "mine") == "ray"
+    plan = ray_plan(tmp_path, config_dir=tmp_path, name="mine")
+    assert (plan.config.steps, [service.name for service in plan.services]) == (
+        3,
+        ["trajectory_api", "words", "trainer"],
+    )
+
+
+@pytest.mark.parametrize("name", RAY_FILES)
+def test_every_shipped_file_of_ray_becomes_a_plan(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "ray_two_nodes":
+        with pytest.raises(ConfigError, match="ATROPOS_GATEWAY_KEY"):
+            ray_plan(tmp_path, name=name)
+        monkeypatch.setenv("ATROPOS_GATEWAY_KEY", 48 * "k")
+    plan = ray_plan(tmp_path, f"actor_rollout_ref.model.path={demo_model_path()}", name=name)
+    assert [service.name for service in plan.services] == ["trajectory_api", "demo", "trainer"]
+
+
+def test_the_backend_is_the_words_then_the_files() -> None:
+    assert backend_of([], SHIPPED, None) == "local"
+    assert backend_of([], SHIPPED, "local_demo") == "local"
+    assert backend_of([], SHIPPED, "ray_cpu_demo") == "ray"
+    assert backend_of(["backend=local"], SHIPPED, "ray_cpu_demo") == "local"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("steps=3", "steps: a key of the local backend; with backend=ray it is trainer.total_training_steps"),
+        ("trainer_process.nproc=2", "trainer_process.nproc: Ray places the workers"),
+        ("environments.demo.weigth=2", "environments.demo.weigth: unknown key"),
+        ("trainer.total_trainig_steps=2", "did you mean trainer.total_training_steps?"),
+        ("backend=slurm", "backend: 'slurm' is neither local nor ray"),
+    ],
+)
+def test_a_wrong_word_for_ray_is_refused_by_name(word: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*([] if "backend" in word else ["backend=ray"]), word, "--dry-run"], SHIPPED, "local_demo") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_launch_for_the_network_gets_a_key(tmp_path: Path) -> None:
+    plan = ray_plan(tmp_path, "atropos.gateway.host=0.0.0.0", "api.host=0.0.0.0")
+    assert plan.config.gateway.api_key
+    assert plan.config.atropos.token
+    assert {service.env.get("ATROPOS_API_TOKEN") for service in plan.services} == {plan.config.atropos.token}
+
+
+def test_relative_paths_mean_what_they_mean_where_the_launcher_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer runs in the run directory."""
+    import shutil
+
+    shutil.copytree(demo_model_path(), tmp_path / "models" / "mine")
+    monkeypatch.chdir(tmp_path)
+    plan = ray_plan(tmp_path, "actor_rollout_ref.model.path=models/mine")
+    assert f"actor_rollout_ref.model.path={tmp_path}/models/mine" in of_kind(plan, "trainer").command
+    config, launch = load_launch(["model.path=models/mine", "model.tokenizer_path=models/mine"], SHIPPED, "local_demo")
+    local = build_plan(config, launch).config.model
+    assert (local.path, local.tokenizer_path) == (f"{tmp_path}/models/mine", f"{tmp_path}/models/mine")
+
+
+def test_a_ray_launch_imports_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys; from atropos_verl.launch.launch import main; code = main(['backend=ray', '--dry-run']); "
+        "print(sorted({'torch', 'verl', 'transformers', 'ray'} & set(sys.modules)), code)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert answer.stdout.splitlines()[-1] == "[] 0"
