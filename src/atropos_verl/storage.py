@@ -10,6 +10,7 @@ the power fails     With ``fsync`` the same holds. Without, the newest changes m
 the disk is full    The change fails with ``StorageWriteError`` and is not stored, nor is any change after it until
                     ``recover`` is called.
 a value is damaged  The row is named and moved to the table ``damaged`` at the next start.
+the WAL is damaged  The next start says so and keeps a copy: SQLite drops all changes from the damaged one on.
 a network disk      A warning says what still holds.
 =================== ===============================================================================================
 """
@@ -22,6 +23,7 @@ import logging
 import os
 import queue
 import secrets
+import shutil
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -226,6 +228,8 @@ class RecordStore:
 
     def _open(self, tables: Mapping[str, type[int] | type[str]], fsync: bool) -> sqlite3.Connection:
         network = network_file_system(self.path.parent)
+        wal = self.path.with_name(f"{self.path.name}-wal")
+        last_commit = _last_commit(wal)
         try:
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
             # Autocommit: transactions begin and end where this class says so.
@@ -248,6 +252,16 @@ class RecordStore:
             db.execute(f"PRAGMA synchronous = {'FULL' if fsync else 'NORMAL'}")
             db.execute("PRAGMA wal_autocheckpoint = 0")
             db.execute(f"PRAGMA journal_size_limit = {_CHECKPOINT_BYTES}")
+            frames = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1]
+            if last_commit > frames:
+                kept = Path(shutil.copyfile(wal, f"{wal}.damaged"))
+                logger.error(
+                    "%s is damaged after frame %d: the changes up to frame %d are lost; %s is a copy of it",
+                    wal,
+                    frames,
+                    last_commit,
+                    kept,
+                )
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, _VERSION):
                 raise StorageDamagedError(f"{self.path} is of version {version}; this program reads {_VERSION}")
@@ -345,6 +359,22 @@ class RecordStore:
             self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         except sqlite3.Error as error:
             logger.warning("%s: its WAL stays as long as it is: %s", self.path, error)
+
+
+def _last_commit(wal: Path) -> int:
+    """The last frame of a WAL that ends a transaction and has another frame behind it, or 0. (One that has none may be
+    a torn write.) See "WAL File Format" at sqlite.org: header of 32 bytes, frames of 24 bytes and a page."""
+    last = commit = number = 0
+    with contextlib.suppress(FileNotFoundError), wal.open("rb") as file:
+        header = file.read(32)
+        page_bytes, salts = int.from_bytes(header[8:12]), header[16:24]
+        while len(frame := file.read(24)) == 24:
+            number += 1
+            if frame[8:16] == salts:  # others are left from before the WAL began anew
+                last = commit
+                commit = number if any(frame[4:8]) else commit
+            file.seek(page_bytes, os.SEEK_CUR)
+    return last
 
 
 def _checksum(value: bytes) -> int:

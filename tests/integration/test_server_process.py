@@ -8,7 +8,6 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -306,6 +305,4 @@ def test_rebinding_a_foreign_name_to_this_machine_does_not_help(server: Trajecto
 def test_it_stops_while_a_client_sits_on_a_connection(server: TrajectoryServer) -> None:
     with raw_get(server, "/status") as connection:
         read_answer(connection)
-        started = time.monotonic()
-        server.stop(timeout=10.0)
-        assert time.monotonic() - started < 10.0
+        server.stop(timeout=10.0)  # raises when it does not end

@@ -82,7 +82,9 @@ def test_what_is_written_is_there_after_a_restart_in_the_order_of_keys(tmp_path:
         store.write([("bodies", 4, b"4")]).result()
 
 
-def test_a_torn_write_is_gone_and_what_came_before_it_is_there(tmp_path: Path) -> None:
+def test_a_torn_write_is_gone_and_what_came_before_it_is_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "live").mkdir()
     store = opened(tmp_path / "live")
     store.write([("bodies", 1, b"whole")]).result()
@@ -94,6 +96,25 @@ def test_a_torn_write_is_gone_and_what_came_before_it_is_there(tmp_path: Path) -
     store = opened(tmp_path / "copy")
     assert rows(store) == {1: b"whole"}
     store.close()
+    assert not caplog.records
+
+
+def test_a_damaged_wal_is_named_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "live").mkdir()
+    store = opened(tmp_path / "live")
+    for number in range(4):
+        store.write([("bodies", number, b"body %d" % number * 10_000)]).result()
+    shutil.copytree(tmp_path / "live", tmp_path / "copy")
+    store.close()
+    wal = tmp_path / "copy" / "store.sqlite-wal"
+    data = bytearray(wal.read_bytes())
+    data[data.index(b"body 2") + 103] ^= 1
+    wal.write_bytes(data)
+    store = opened(tmp_path / "copy")
+    assert [key for key, _ in store.read("bodies")] == [0, 1]
+    store.close()
+    assert "store.sqlite-wal is damaged after frame" in caplog.text
+    assert wal.with_name(f"{wal.name}.damaged").read_bytes() == bytes(data)
 
 
 def test_a_damaged_row_is_named_and_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
