@@ -82,12 +82,13 @@ def create_app(
 ) -> Starlette:
     """The HTTP surface that Atropos environments call.
 
-    ``tokenizer``: a Hugging Face tokenizer with the model's chat template. ``gate``: admits requests and makes them
-    wait while weights are swapped. ``ledger``: is told of every completion before the client sees the end of it.
-    ``throttle``: makes new prompts wait that would be trained on too late.
-    ``api_key``: bearer key required on every route but /health (None or "": no key). ``request_timeout``: seconds a
-    request may take in all, waiting included (None: no bound); then HTTP 504.
-    Raises nothing at construction.
+    Args:
+        tokenizer: a Hugging Face tokenizer with the model's chat template.
+        gate: admits requests and makes them wait while weights are swapped.
+        ledger: is told of every completion before the client sees the end of it.
+        throttle: makes new prompts wait that would be trained on too late.
+        api_key: bearer key required on every route but /health (None or "": no key).
+        request_timeout: seconds a request may take in all, waiting included (None: no bound); then HTTP 504.
     """
     service = GatewayService(engine, tokenizer, gate=gate, ledger=ledger, throttle=throttle, model_name=model_name)
     started = int(time.time())
@@ -145,10 +146,8 @@ def create_app(
         service.warn_once(f"route {request.url.path[:200]}", "a client calls %s", what)
         return _error_response(ApiError(status, what))
 
-    middleware = [Middleware(_CollapseLeadingSlashes)]
-    if api_key:
-        middleware.append(Middleware(_BearerKey, key=api_key, service=service))
-    return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: routing_error})
+    entrance = Middleware(_Entrance, key=api_key, service=service)
+    return Starlette(routes=routes, middleware=[entrance], exception_handlers={HTTPException: routing_error})
 
 
 def _json_response(data: Any) -> Response:
@@ -160,38 +159,30 @@ def _error_response(error: ApiError) -> Response:
     return Response(error.body(), status_code=error.status, media_type=_JSON, headers=headers)
 
 
-class _CollapseLeadingSlashes:
-    """``//generate`` → ``/generate``: what Atropos clients make of a base_url that ends in ``/v1/``.
+class _Entrance:
+    """Every request comes through it: collapses leading slashes of the path, and refuses who has no key.
 
-    They would otherwise wait for a healthy server for ever, without a word.
+    ``//generate`` is what Atropos clients make of a base_url that ends in ``/v1/``: they would otherwise wait for a
+    healthy server for ever. /health needs no key: supervisors probe it before they know any.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("//"):
-            # leading ones only: a model's name in /v1/models/{name} may be an absolute path
-            scope = {**scope, "path": "/" + scope["path"].lstrip("/")}
-        await self._app(scope, receive, send)
-
-
-class _BearerKey:
-    """Refuses every request without the key, but for /health (supervisors probe it before they know any key)."""
-
-    def __init__(self, app: ASGIApp, key: str, service: GatewayService) -> None:
+    def __init__(self, app: ASGIApp, key: str | None, service: GatewayService) -> None:
         self._app = app
         self._service = service
-        self._expected = f"Bearer {key}".encode()
+        self._expected = f"Bearer {key}".encode() if key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/health":
+        if scope["type"] == "http":
+            if scope["path"].startswith("//"):
+                # leading ones only: a model's name in /v1/models/{name} may be an absolute path
+                scope = {**scope, "path": "/" + scope["path"].lstrip("/")}
             given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            if not hmac.compare_digest(given, self._expected):  # constant time: no guessing byte by byte
-                message = "missing or wrong API key; send 'Authorization: Bearer KEY' (gateway.api_key)"
-                self._service.warn_once("key", "a client was refused at %s: %s", scope["path"], message)
-                await _error_response(ApiError(401, message, code="invalid_api_key"))(scope, receive, send)
-                return
+            if self._expected is not None and scope["path"] != "/health":
+                if not hmac.compare_digest(given, self._expected):  # constant time: no guessing byte by byte
+                    message = "missing or wrong API key; send 'Authorization: Bearer KEY' (gateway.api_key)"
+                    self._service.warn_once("key", "a client was refused at %s: %s", scope["path"], message)
+                    await _error_response(ApiError(401, message, code="invalid_api_key"))(scope, receive, send)
+                    return
         await self._app(scope, receive, send)
 
 

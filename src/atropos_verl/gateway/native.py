@@ -161,13 +161,11 @@ async def _generate_sglang(service: GatewayService, fields: Fields) -> bytes:
     ]
     service.report_unread("/generate", fields, params)
     results = await service.generate(requests)
-    answers: list[dict[str, Any]] = []
-    for request, generations in zip(requests, results, strict=True):
-        for generation in generations:
-            answer = _sglang_answer(service, sampling, request, generation)
-            if with_logprobs:
-                answer["meta_info"].update(_sglang_logprobs(service, request, generation, start, with_texts))
-            answers.append(answer)
+    answers = [
+        _sglang_answer(service, sampling, request, generation, start if with_logprobs else None, with_texts)
+        for request, generations in zip(requests, results, strict=True)
+        for generation in generations
+    ]
     return msgspec.json.encode(answers if batched or sampling.template.n > 1 else answers[0])
 
 
@@ -190,50 +188,46 @@ def _sglang_prompts(service: GatewayService, fields: Fields) -> tuple[list[tuple
 
 
 def _sglang_answer(
-    service: GatewayService, sampling: Sampling, request: GenerationRequest, generation: Generation
+    service: GatewayService,
+    sampling: Sampling,
+    request: GenerationRequest,
+    generation: Generation,
+    start: int | None,
+    with_texts: bool,
 ) -> dict[str, Any]:
-    text, matched = service.codec.completion_text(generation.token_ids, generation.finish_reason, sampling)
+    """``start``: prompt position from which prompt logprobs are wanted (-1: none); None: no logprobs at all."""
+    codec = service.codec
+    text, matched = codec.completion_text(generation.token_ids, generation.finish_reason, sampling)
     reason: dict[str, Any] = {"type": generation.finish_reason}
     if generation.finish_reason == "length":
         reason["length"] = len(generation.token_ids)
     else:
-        stop_token = service.codec.stop_token(generation.token_ids, generation.finish_reason, sampling)
+        stop_token = codec.stop_token(generation.token_ids, generation.finish_reason, sampling)
         reason["matched"] = matched if stop_token is None else stop_token
-    return {
-        "text": text,
-        "output_ids": generation.token_ids,
-        "meta_info": {
-            "id": request.request_id,
-            "finish_reason": reason,
-            "prompt_tokens": len(request.prompt_token_ids),
-            "completion_tokens": len(generation.token_ids),
-            "cached_tokens": 0,
-            "weight_version": str(generation.policy_version_last),
-            "policy_version": generation.policy_version_first,
-            "policy_versions": [generation.policy_version_first, generation.policy_version_last],
-        },
+    meta: dict[str, Any] = {
+        "id": request.request_id,
+        "finish_reason": reason,
+        "prompt_tokens": len(request.prompt_token_ids),
+        "completion_tokens": len(generation.token_ids),
+        "cached_tokens": 0,
+        "weight_version": str(generation.policy_version_last),
+        "policy_version": generation.policy_version_first,
+        "policy_versions": [generation.policy_version_first, generation.policy_version_last],
     }
 
-
-def _sglang_logprobs(
-    service: GatewayService, request: GenerationRequest, generation: Generation, start: int, with_texts: bool
-) -> dict[str, Any]:
-    """``[logprob, token id, text or null]`` per token; of the prompt from position ``start`` (-1: none of it)."""
-
     def rows(token_ids: Sequence[int], logprobs: Sequence[float | None]) -> list[tuple[float | None, int, str | None]]:
-        texts = service.codec.token_texts(token_ids) if with_texts else [None] * len(token_ids)
+        """``[logprob, token id, text or null]`` per token."""
+        texts = codec.token_texts(token_ids) if with_texts else [None] * len(token_ids)
         return list(zip(logprobs, token_ids, texts, strict=True))
 
-    output = rows(generation.token_ids, finite_logprobs(generation.logprobs))
-    prompt_rows: list[tuple[float | None, int, str | None]] = []
-    if start >= 0:
-        entries = _require_prompt_logprobs(request, generation)
-        values = [
-            None if entry is None else finite_logprobs([entry[token_id]])[0]
-            for token_id, entry in zip(request.prompt_token_ids, entries, strict=True)
-        ]
-        prompt_rows = rows(request.prompt_token_ids[start:], values[start:])
-    return {"output_token_logprobs": output, "input_token_logprobs": prompt_rows}
+    if start is not None:
+        meta["output_token_logprobs"] = rows(generation.token_ids, finite_logprobs(generation.logprobs))
+        meta["input_token_logprobs"] = []
+        if start >= 0:
+            entries = zip(request.prompt_token_ids, _require_prompt_logprobs(request, generation), strict=True)
+            values = [None if entry is None else finite_logprobs([entry[token]])[0] for token, entry in entries]
+            meta["input_token_logprobs"] = rows(request.prompt_token_ids[start:], values[start:])
+    return {"text": text, "output_ids": generation.token_ids, "meta_info": meta}
 
 
 # trl ----------------------------------------------------------------------------------------------------------------
