@@ -150,18 +150,9 @@ def test_extreme_ratios_stay_finite_and_nothing_known_is_no_figure() -> None:
     assert not [name for name in summarise_importance(nothing.metrics) if "off_policy" in name]
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"cap": 0.0}, "must be above 0"),
-        ({"cap": NAN}, "must be above 0"),
-        ({"level": "group"}, "none of token, sequence"),
-        ({"level": "sequence"}, "sequence_ids"),
-    ],
-)
-def test_wrong_settings_are_named(settings: dict[str, object], message: str) -> None:
+def test_a_packed_batch_needs_sequence_ids_and_shapes_must_fit() -> None:
     values = torch.zeros(4)
-    with pytest.raises(ValueError, match=message):
-        importance_weights(values, values, values == 0, **settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sequence_ids"):
+        importance_weights(values, values, values == 0, level="sequence")
     with pytest.raises(ValueError, match="shape"):
         importance_weights(values, values[:2], values == 0)

@@ -19,9 +19,8 @@ from collections.abc import Mapping
 
 import torch
 
-__all__ = ["IMPORTANCE_LEVELS", "LOG_RATIO_BOUND", "importance_figures", "importance_weights", "summarise_importance"]
+__all__ = ["LOG_RATIO_BOUND", "importance_figures", "importance_weights", "summarise_importance"]
 
-IMPORTANCE_LEVELS = ("token", "sequence")
 LOG_RATIO_BOUND = 20.0
 """exp is taken of log ratios within ±20 only (verl's bound): beyond, float32 gradients are not usable."""
 PREFIX = "importance/"
@@ -43,20 +42,17 @@ def importance_weights(
     Args:
         old: [...] the trainer's logprobs before the update. rollout: [...] of the policy that sampled; NaN = no value.
         mask: [...] bool, trained.
+        level: ``token`` or ``sequence``.
         cap: above 0.
         sequence_ids: [...] int64, needed for ``level="sequence"`` of packed [N] tensors; [B, L] has its rows.
 
     Raises:
-        ValueError: shapes differ, an unknown level, a cap that is not above 0, or missing ``sequence_ids``.
+        ValueError: shapes differ, or ``sequence_ids`` are missing.
     """
-    if not cap > 0:
-        raise ValueError(f"tis_cap = {cap}: must be above 0")
     log_ratio, known = _log_ratio(old, rollout, mask)
     applies = known
     if level == "sequence":
         log_ratio, applies = _per_sequence(log_ratio, known, mask, sequence_ids)
-    elif level != "token":
-        raise ValueError(f"importance {level!r} is none of {', '.join(IMPORTANCE_LEVELS)}")
     weights = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
     truncated = applies & (weights > cap)
     # Where nothing is known the weight is 1, also with a cap below 1.
