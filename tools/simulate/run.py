@@ -1,8 +1,8 @@
 """The run itself: environments, trajectory API, engine and trainer as events on a virtual clock.
 
-The choice of a batch is ``server.batcher.choose_batch`` on a ``server.batcher.GroupQueue``; ``training.staleness``
-decides which groups are too old, and ``schedule`` what waits for what. All three are the code of a real run. The rest is a
-model: how long things take (``Workload``), the engine as a queue (``Generation``), and environments as atroposlib's
+The choice of a batch (``server.batcher.choose_batch`` on a ``server.batcher.GroupQueue``) and the rule of which groups
+are too old (``training.staleness``) are the code of a real run. The rest is a model: what waits for what
+(``schedule``), durations (``Workload``), the engine as a queue (``Generation``), and environments as atroposlib's
 loop runs them (``Environment``).
 """
 
