@@ -88,6 +88,8 @@ def test_it_is_a_session_of_its_own(tmp_path: Path) -> None:
         assert process.pid is not None
         assert os.getsid(process.pid) == process.pid != os.getsid(0)
         assert os.getpgid(process.pid) == process.pid
+        with pytest.raises(ServiceError, match="svc was already started"):
+            process.start()
     finally:
         process.stop()
     assert process.returncode == -signal.SIGTERM
@@ -127,34 +129,17 @@ def test_exit_status_in_words(code: int, words: str) -> None:
     assert describe_exit(code) == words
 
 
-def test_a_service_that_exits_by_itself_has_died_too(tmp_path: Path) -> None:
-    process = ManagedProcess(shell(tmp_path, "echo no such model; exit 3"))
+@pytest.mark.parametrize("prefix", ["", "setsid "], ids=["in the group", "out of it"])
+def test_stop_ends_descendants(tmp_path: Path, prefix: str) -> None:
+    process = ManagedProcess(shell(tmp_path, f"{prefix}sh -c 'echo $$ >descendant; exec sleep 1000' & wait"))
     process.start()
-    wait_for(lambda: not process.is_running(), "the end")
-    with pytest.raises(ServiceError, match=r"svc \(pid \d+\) exited with code 3; its log is") as caught:
-        process.check()
-    assert caught.value.log_tail == "no such model"
-
-
-def test_stop_ends_grandchildren(tmp_path: Path) -> None:
-    process = ManagedProcess(shell(tmp_path, "sleep 1000 & echo $! >grandchild; wait"))
-    process.start()
-    grandchild = read_pid(tmp_path / "grandchild")
-    assert alive(grandchild)
+    descendant = read_pid(tmp_path / "descendant")
+    assert (os.getpgid(descendant) == process.pid) == (prefix == "")
     process.stop()
-    assert not alive(grandchild)
+    assert not alive(descendant)
     assert process.returncode == -signal.SIGTERM
     process.stop()  # again: nothing to do
     assert process.returncode == -signal.SIGTERM
-
-
-def test_stop_ends_a_descendant_that_left_the_group(tmp_path: Path) -> None:
-    process = ManagedProcess(shell(tmp_path, "setsid sh -c 'echo $$ >stray; exec sleep 1000' & wait"))
-    process.start()
-    stray = read_pid(tmp_path / "stray")
-    assert os.getsid(stray) == stray != process.pid
-    process.stop()
-    assert not alive(stray)
 
 
 def test_a_service_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
@@ -196,20 +181,10 @@ def test_what_cannot_be_started_is_named(tmp_path: Path) -> None:
         ManagedProcess(spec).start()
 
 
-def test_starting_twice_is_refused(tmp_path: Path) -> None:
-    process = ManagedProcess(shell(tmp_path, "exec sleep 1000"))
-    process.start()
-    try:
-        with pytest.raises(ServiceError, match="svc was already started"):
-            process.start()
-    finally:
-        process.stop()
-
-
 # ---------------------------------------------------------------------- nobody survives the owner
 
 OWNER = """
-    import sys, time
+    import sys, threading, time
     from pathlib import Path
     from atropos_verl.launch.process import ManagedProcess, ServiceSpec, stop_all
 
@@ -246,7 +221,7 @@ def run_owner(tmp_path: Path, body: str) -> tuple[subprocess.Popen[bytes], list[
 
 
 def test_kill_9_of_the_owner_takes_everything_along(tmp_path: Path) -> None:
-    owner, pids = run_owner(tmp_path, "time.sleep(1000)")
+    owner, pids = run_owner(tmp_path, "threading.Event().wait()")
     reapers = [child.pid for child in psutil.Process(owner.pid).children() if child.pid not in pids]
     assert len(reapers) == 2
     owner.kill()
@@ -272,9 +247,6 @@ def test_an_owner_that_has_forked_still_takes_everything_along(tmp_path: Path) -
         assert alive(fork)
     finally:
         os.kill(fork, signal.SIGKILL)
-
-
-# ---------------------------------------------------------------------- several services
 
 
 class Recorded(ManagedProcess):
