@@ -103,35 +103,31 @@ _WORDS = (
     "atropos.off_policy.max_staleness=null",
     "atropos.eval.before=false",
     "atropos.eval.after=false",
+    "supervise.backoff=0.2",
 )
 
 
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("services") / "run"
-
-
 @pytest.mark.slow
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize("service", ["environment", "trajectory_api"])
-def test_a_service_of_a_run_on_ray_is_killed(service: str, run_dir: Path) -> None:
-    """In one run directory: the second run goes on from what the first one saved."""
-    before = checkpointed_step(run_dir)
+@pytest.mark.timeout(500)
+def test_killed_services_of_a_run_on_ray_are_restarted(tmp_path: Path) -> None:
+    """It is stopped then, and the second run goes on from what the first one saved."""
+    run_dir = tmp_path / "run"
     with TrainingRun(_WORDS, run_dir=run_dir) as run:
-        run.wait_for_step(before + 2, 240.0)
-        if before:
-            assert f"resumed at step {before}" in run.stdout
-        victim = run.process_of(service)
-        victim.kill()
-        assert run.wait(120.0) == 1
+        run.wait_for_step(2, 240.0)
+        for service in ("environment", "trajectory_api"):
+            run.process_of(service).kill()
+            run.wait_for_output(f"{service} was killed by SIGKILL")
+            run.wait_for_step(metrics_of(run_dir)[-1]["step"] + 2)
+        run.interrupt(signal.SIGTERM)
+        assert run.wait(120.0) == 130
         run.assert_nothing_left(within=30.0)
-        said = run.stderr
-    assert f"{service} (pid {victim.pid}) was killed by SIGKILL" in said
-    assert f"its log is {run_dir}/logs/{service}.log" in said
-    assert "Traceback" not in said
+        assert run.stdout.count("restarting it in 0.2 s") == 2
+        assert "Traceback" not in run.stderr
+        saved = checkpointed_step(run_dir)
+        assert f"steps up to {saved} are saved in {run_dir}/checkpoints" in run.stdout
+    with TrainingRun([*_WORDS, f"trainer.total_training_steps={saved + 2}"], run_dir=run_dir) as run:
+        assert run.wait(240.0) == 0, run.stderr
+        assert f"resumed at step {saved}" in run.stdout
     lines = metrics_of(run_dir)
-    saved = checkpointed_step(run_dir)
-    assert saved == lines[-1]["step"] >= before + 2
-    assert f"steps up to {saved} are saved in {run_dir}/checkpoints" in run.stdout
-    assert [line["step"] for line in lines] == list(range(1, saved + 1))
+    assert [line["step"] for line in lines] == list(range(1, saved + 3))
     assert all(line["data/unmatched_span_rate"] == 0.0 for line in lines), "also of groups from before the restart"
