@@ -109,15 +109,11 @@ class RunningMoments:
         return whitened
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: plain numbers that JSON can carry exactly."""
+        """Plain numbers that JSON carries exactly, for a checkpoint."""
         return {"count": self.count, "mean": self.mean, "m2": self.m2}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` gave.
-
-        Raises:
-            CheckpointError: a key is missing, or a value cannot be a count, mean or sum of squares.
-        """
+        """Restores what ``state_dict`` gave. Raises ``CheckpointError`` when it cannot be that."""
         try:
             count, mean, m2 = int(state["count"]), float(state["mean"]), float(state["m2"])
         except (KeyError, TypeError, ValueError) as error:
@@ -129,16 +125,16 @@ class RunningMoments:
 
 @dataclass(frozen=True, slots=True)
 class SequenceAdvantage:
-    """One sequence before normalisation."""
+    """One sequence before normalisation: ``values`` [T], trained where ``loss_mask`` [T].
+
+    ``zero``: the environment set ``set_advantage_to_zero``. ``replaced``: ``values`` are the environment's token-level
+    advantages, not the group's baseline.
+    """
 
     values: FloatArray
-    """[T] group baseline, or the environment's token-level advantages."""
     loss_mask: NDArray[np.bool_]
-    """[T]"""
     zero: bool = False
-    """``overrides[i].set_advantage_to_zero``."""
     replaced: bool = False
-    """``values`` are the environment's token-level advantages, not the group's baseline."""
 
 
 def finish_advantages(
@@ -147,13 +143,12 @@ def finish_advantages(
     clipping: tuple[float, float] | None = None,
     running: RunningMoments | None = None,
 ) -> list[FloatArray]:
-    """Normalise over the trained tokens of all ``sequences`` together, clip, and force zeros.
+    """Normalises over the trained tokens of all ``sequences`` together, clips, and forces zeros.
 
     Args:
         normalization: ``batch``: ``(a - mean) / (std + 1e-8)`` over the trained tokens of this (global) batch, sample
-            standard deviation. ``global``: the same with the statistics of ``running``, after this batch was merged
-            into it.
-        running: needed for ``global``; changed.
+            standard deviation. ``global``: the same with the statistics of ``running``, which this batch is merged
+            into first.
 
     Returns:
         One float64 [T] per sequence; 0 where ``loss_mask`` is False and all over a sequence with ``zero``.

@@ -39,12 +39,11 @@ class _File(msgspec.Struct, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuarantineEntry:
-    """The content of a quarantine file."""
+    """The content of a quarantine file; ``raw`` is the group as it came."""
 
     reason: str
     group_id: str
     raw: bytes
-    """The group as it came."""
 
 
 class QuarantineStore:

@@ -90,14 +90,14 @@ def make_throttle(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Applied:
-    """A batch with the ledger's knowledge in its groups."""
+    """The groups of a batch to train on, with the ledger's knowledge in them, and the index of each in the batch.
+
+    ``stale_groups`` were left out because of ``off_policy.max_staleness``.
+    """
 
     groups: list[ScoredGroup]
-    """The groups to train on."""
     kept: list[int]
-    """Index of each of them in the batch."""
     stale_groups: int
-    """Groups left out because of ``off_policy.max_staleness``."""
     figures: dict[str, float | int | None]
 
 

@@ -213,9 +213,8 @@ class Evaluations(Protocol):
 class HeldOut:
     """The mean reward on held-out tasks before and after training.
 
-    Args:
-        evaluations: None: there is nobody to evaluate.
-        scores: label (before, after) → score; changed. A checkpoint keeps it (``RunState.held_out``).
+    ``scores``: label (before, after) → score; a checkpoint keeps it (``RunState.held_out``). Without ``evaluations``
+    there is nobody to evaluate.
     """
 
     def __init__(self, evaluations: Evaluations | None, progress: Progress, scores: dict[str, float | None]) -> None:
@@ -280,12 +279,7 @@ def write_summary(
 ) -> dict[str, Any]:
     """Writes ``run_dir/summary.json`` as indented JSON, atomically, and returns its content.
 
-    Numbers that are not finite become null, paths become text.
-
-    Args:
-        outcome: see the function of that name.
-        held_out: ``HeldOut.scores``.
-        seconds: duration of the run.
+    Numbers that are not finite become null, paths become text. ``held_out`` are ``HeldOut.scores``.
 
     Raises:
         TypeError: a value that JSON cannot carry.

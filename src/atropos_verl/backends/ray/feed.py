@@ -45,15 +45,12 @@ class SlotStore(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Member:
-    """One group of a batch, as it came."""
+    """One group of a batch, as it came: its batch, its index in that, and the ledger's matches of its sequences."""
 
     entry: JournalEntry
-    """The batch."""
     index: int
-    """The group's index in it."""
     group: ScoredGroup
     matches: list[SequenceMatch | None]
-    """The ledger's knowledge of its sequences."""
 
 
 @dataclass

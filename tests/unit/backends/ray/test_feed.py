@@ -150,11 +150,21 @@ def test_one_slot_is_one_batch_and_it_is_acked_after_the_step(made: Any) -> None
     assert firsts(world.filled("b")) == [3] * 4 + [4] * 4
 
 
-def test_a_bad_group_is_quarantined_and_the_rest_is_trained(made: Any, tmp_path: Path) -> None:
-    world = made([[group(1), {**group(2), "scores": [0.0, 1.0, 2.0, float("nan")]}]])
-    rows = world.filled("a")
-    assert firsts(rows) == [1] * 4
-    assert len(list((tmp_path / "quarantine").glob("*.json"))) == 1
+@pytest.mark.parametrize(
+    ("bad", "good", "settings", "reason"),
+    [
+        ({"scores": [0.0, 1.0, 2.0, float("nan")]}, {}, {}, "scores[3] = nan"),
+        ({"generation_params": {"temperature": 0.5}}, {}, {}, "rollout.temperature"),
+        ({}, {"inference_logprobs": [[1.0, -1.0, -1.0]] * 4}, {"needs_logprobs": True}, "inference_logprobs"),
+    ],
+)
+def test_a_bad_group_is_quarantined_with_its_reason_and_the_rest_is_trained(
+    made: Any, tmp_path: Path, bad: dict[str, Any], good: dict[str, Any], settings: dict[str, Any], reason: str
+) -> None:
+    world = made([[group(1, **good), group(2, **bad)]], **settings)
+    assert firsts(world.filled("a")) == [1] * 4
+    (path,) = (tmp_path / "quarantine").glob("*.json")
+    assert reason in path.read_text()
     assert world.feed.slots["a"].counts["quarantined"] == 1
 
 
@@ -256,21 +266,6 @@ def test_the_throttle_counts_filled_slots(made: Any) -> None:
     assert world.throttle.expected_staleness == 0
 
 
-def test_another_temperature_than_verls_is_refused_by_name(made: Any, tmp_path: Path) -> None:
-    world = made([[group(1, generation_params={"temperature": 0.5}), group(2)]])
-    assert firsts(world.filled("a")) == [2] * 4
-    (path,) = (tmp_path / "quarantine").glob("*.json")
-    assert "rollout.temperature" in path.read_text()
-
-
-def test_rollout_correction_needs_logprobs(made: Any, tmp_path: Path) -> None:
-    logprobs = [[1.0, -1.0, -1.0]] * 4
-    world = made([[group(1), group(2, inference_logprobs=logprobs)]], needs_logprobs=True)
-    assert firsts(world.filled("a")) == [2] * 4
-    (path,) = (tmp_path / "quarantine").glob("*.json")
-    assert "inference_logprobs" in path.read_text()
-
-
 def test_what_an_earlier_run_left_comes_first(made: Any, tmp_path: Path) -> None:
     BatchJournal(tmp_path / "journal").record(json.dumps({"batch": [group(1)]}).encode())
     world = made([[group(2)]], resumed_at=0)
@@ -278,23 +273,15 @@ def test_what_an_earlier_run_left_comes_first(made: Any, tmp_path: Path) -> None
     assert firsts(world.filled("b")) == [2] * 4
 
 
-def test_untrained_batches_go_back_when_it_stops(made: Any) -> None:
-    world = made([[group(1)], [group(2)]])
-    world.filled("a")
-    world.filled("b")
-    world.feed.acknowledge(world.feed.trained(["a"], 1))
+def test_untrained_batches_go_back_when_it_stops_and_trained_ones_do_not(made: Any) -> None:
+    world = made([[group(1)], [group(2)], [group(3)]])
+    for uid in ("acked", "trained", "untrained"):
+        world.filled(uid)
+    world.feed.acknowledge(world.feed.trained(["acked"], 1))
+    world.feed.trained(["trained"], 2)
     world.feed.stop()
-    assert world.batches.named("release") == [2]
+    assert world.batches.named("release") == [3]
     assert world.batches.named("ack") == [1]
-
-
-def test_a_trained_batch_that_is_not_acked_yet_does_not_go_back(made: Any) -> None:
-    world = made([[group(1)]])
-    world.filled("a")
-    world.feed.trained(["a"], 1)
-    world.feed.stop()
-    assert world.batches.named("release") == []
-    assert world.batches.named("ack") == []
 
 
 def test_a_slot_that_verl_evicts_is_acked_and_not_trained(made: Any) -> None:
