@@ -105,7 +105,9 @@ def choose_batch(view: QueueView, policy: BatchPolicy, now: float) -> list[Store
     exact = oldest_subset(sizes, policy.batch_size)
     if exact is not None:
         return [groups[i] for i in exact]
-    target = _fallback_target(view, policy, now, _sums(sizes, policy))
+    # For at_least the sum may exceed the batch by less than the largest group.
+    sums = reachable(sizes, policy.batch_size + max(sizes, default=0))
+    target = _fallback_target(view, policy, now, sums)
     if target is None:
         return None
     subset = oldest_subset(sizes, target)
@@ -139,11 +141,6 @@ def _candidates(classes: Mapping[tuple[int | None, int], Iterable[StoredGroup]],
         found.extend(islice(groups, -(-limit // size)))
     found.sort(key=_by_age)
     return found
-
-
-def _sums(sizes: Sequence[int], policy: BatchPolicy) -> int:
-    # For at_least the sum may exceed the batch by less than the largest group.
-    return reachable(sizes, policy.batch_size + max(sizes, default=0))
 
 
 def _fallback_target(view: QueueView, policy: BatchPolicy, now: float, sums: int) -> int | None:
@@ -206,7 +203,7 @@ def _with_minimums(view: QueueView, policy: BatchPolicy, now: float) -> list[Sto
     limit = policy.batch_size + max((group.size for pool in pools for group in pool.groups), default=0)
     if any(pool.waiting < pool.minimum for pool in pools):
         return None
-    makes = [_at_least(reachable([g.size for g in pool.groups], limit), pool.minimum) for pool in pools]
+    makes = [reachable([group.size for group in pool.groups], limit) >> pool.minimum << pool.minimum for pool in pools]
     # ends[i]: the totals that pools i.. can make together, each with its minimum.
     ends = [1]
     for bits in reversed(makes):
@@ -218,14 +215,11 @@ def _with_minimums(view: QueueView, policy: BatchPolicy, now: float) -> list[Sto
         target = _fallback_target(view, policy, now, ends[0])
     if target is not None:
         return _shared_out(pools, makes, ends, target, _fair_shares(view, pools, policy.batch_size))
-    if view.total >= policy.batch_size and _in_vain(ends[0], policy):
+    fits = ends[0] & ((1 << (policy.batch_size + 1)) - 1)
+    if view.total >= policy.batch_size and policy.fill != "exact" and not fits:
         # The minimums cannot be met without exceeding the batch, however long one waits.
         return choose_batch(replace(view, minimums={}), policy, now)
     return None
-
-
-def _in_vain(sums: int, policy: BatchPolicy) -> bool:
-    return policy.fill != "exact" and not sums & ((1 << (policy.batch_size + 1)) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,19 +250,13 @@ def _scaled(minimums: Mapping[int, int], batch_size: int) -> dict[int, int]:
     return {env_id: max(1, minimum * batch_size // total) for env_id, minimum in minimums.items() if minimum > 0}
 
 
-def _at_least(bits: int, minimum: int) -> int:
-    return bits >> minimum << minimum
-
-
 def _added(first: int, second: int, limit: int) -> int:
     """The sums of one element of each set."""
     if first.bit_count() > second.bit_count():
         first, second = second, first
     result = 0
-    while first:
-        low = _lowest_bit(first)
-        result |= second << low
-        first &= first - 1
+    for bit in _bits(first):
+        result |= second << bit
     return result & ((1 << (limit + 1)) - 1)
 
 

@@ -51,14 +51,8 @@ _T = TypeVar("_T")
 
 STORE_FILE = "store.sqlite"
 _TABLES: dict[str, type[int] | type[str]] = {
-    "state": str,
-    "environments": int,
-    "groups": int,
-    "bodies": int,
-    "batches": str,
-    "leases": str,
-    "keys": str,
-    "recent": str,
+    **dict.fromkeys(("environments", "groups", "bodies"), int),
+    **dict.fromkeys(("state", "batches", "leases", "keys", "recent"), str),
 }
 _REMEMBERED_LEASES = 65_536
 _REMEMBERED_KEYS = 100_000
@@ -505,14 +499,12 @@ class Store:
         return True
 
     def _check_room(self, groups: Sequence[CheckedGroup]) -> None:
-        waiting, held = self.queue.groups, self.held_bytes
-        size = sum(len(group.raw) for group in groups)
-        if groups and waiting + len(groups) > self.settings.max_queue_groups:
-            bound = self.settings.max_queue_groups
-            raise QueueFullError(f"the queue is full: {waiting} groups wait, max_queue_groups is {bound}")
-        if groups and held + size > self.settings.max_queue_bytes:
-            bound = self.settings.max_queue_bytes
-            raise QueueFullError(f"the queue is full: {held} bytes are held, max_queue_bytes is {bound}")
+        waiting, most = self.queue.groups, self.settings.max_queue_groups
+        if groups and waiting + len(groups) > most:
+            raise QueueFullError(f"the queue is full: {waiting} groups wait, max_queue_groups is {most}")
+        held, most = self.held_bytes, self.settings.max_queue_bytes
+        if groups and held + sum(len(group.raw) for group in groups) > most:
+            raise QueueFullError(f"the queue is full: {held} bytes are held, max_queue_bytes is {most}")
 
     def nearly_full(self) -> bool:
         """Beyond the soft limit: environments are told to pause."""
@@ -574,11 +566,7 @@ class Store:
 
     def ack(self, lease_id: str) -> str:
         """The batch was trained on. Returns ``acked``, ``already`` (a repeated ack) or ``late`` (after the lease
-        ended, but before anybody else got the batch).
-
-        Raises:
-            ConflictError: somebody else has the batch by now.
-            UnknownLeaseError: no such lease.
+        ended, but before anybody else got the batch). Raises as ``release``.
         """
         self.expire()
         if self.leases.get(lease_id) == "closed":
@@ -610,7 +598,7 @@ class Store:
         """The holder does not want the batch: it is the next to be handed out.
 
         Raises:
-            ConflictError: the lease has ended.
+            ConflictError: the lease has ended, or somebody else has the batch.
             UnknownLeaseError: no such lease.
         """
         self.expire()
