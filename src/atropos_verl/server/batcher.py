@@ -56,7 +56,7 @@ MAX_PASSED_OVER = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPolicy:
-    """What the trainer asked for at ``/register``."""
+    """The wishes of the trainer, from ``/register``."""
 
     batch_size: int
     """Sequences."""
@@ -144,7 +144,7 @@ def _candidates(classes: Mapping[tuple[int | None, int], Iterable[StoredGroup]],
 
 
 def _fallback_target(view: QueueView, policy: BatchPolicy, now: float, sums: int) -> int | None:
-    """How many sequences the closest batch has; None: wait."""
+    """Sequences of the closest batch. None: wait."""
     batch_size = policy.batch_size
     above = sums >> batch_size
     if view.total >= batch_size:
@@ -162,7 +162,7 @@ def _fallback_target(view: QueueView, policy: BatchPolicy, now: float, sums: int
 
 
 def _waited(view: QueueView, policy: BatchPolicy, now: float) -> bool:
-    """Whether a batch's worth of sequences has waited long enough, or waiting is in vain."""
+    """True when a batch's worth of sequences has waited long enough, or no group that fits can come."""
     if not representable(tuple(view.sizes_seen), policy.batch_size):
         return True
     total = 0
@@ -174,7 +174,7 @@ def _waited(view: QueueView, policy: BatchPolicy, now: float) -> bool:
 
 
 def _tail_due(view: QueueView, policy: BatchPolicy, now: float) -> bool:
-    """Whether less than a batch is handed out: nobody can send more, or the trainer does not want to wait longer."""
+    """True when less than a batch is handed out: nobody can send more, or the trainer has waited long enough."""
     quiet = now - view.last_arrival
     if policy.tail_wait is not None and quiet >= policy.tail_wait:
         return True
@@ -261,7 +261,7 @@ def _added(first: int, second: int, limit: int) -> int:
 
 
 def _fair_shares(view: QueueView, pools: list[_Pool], batch_size: int) -> list[int]:
-    """How many sequences of each pool are among the ``batch_size`` oldest."""
+    """The sequences of each pool among the ``batch_size`` oldest."""
     home = {group.seq: index for index, pool in enumerate(pools) for group in pool.groups}
     shares = [0] * len(pools)
     total = 0
@@ -338,7 +338,7 @@ def oldest_subset(sizes: Sequence[int], target: int) -> list[int] | None:
 
 
 def representable(sizes: Sequence[int], target: int) -> bool:
-    """Whether ``target`` is a sum of any number of groups of these sizes: whether waiting for more can help."""
+    """True when any number of groups of these sizes can make ``target``, so that waiting for more can help."""
     mask = (1 << (target + 1)) - 1
     sums = 1
     for size in set(sizes):
@@ -407,7 +407,7 @@ class GroupQueue:
         return passed_over
 
     def count(self, groups: Iterable[StoredGroup], sign: int) -> None:
-        """Count groups as waiting (1) or not (-1) that lie elsewhere: those of returned batches."""
+        """Count groups that are not in the deques, those of returned batches, as waiting (1) or not (-1)."""
         for group in groups:
             self.groups += sign
             self.sequences += sign * group.size

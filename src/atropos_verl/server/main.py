@@ -51,7 +51,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address to bind to is reached from this machine only."""
+    """True when an address to bind to is reached from this machine only."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     return host == "localhost"
@@ -64,11 +64,9 @@ def check_bind(host: str, settings: ServerSettings, *, insecure: bool = False) -
         ConfigError: a public address without a token.
     """
     if is_loopback(host):
-        if settings.token is None and not settings.allowed_hosts:
-            return replace(settings, allowed_hosts=(*_LOOPBACK_NAMES, host))
-        if settings.token is None:
-            return replace(settings, allowed_hosts=(*_LOOPBACK_NAMES, host, *settings.allowed_hosts))
-        return settings
+        if settings.token is not None:
+            return settings
+        return replace(settings, allowed_hosts=(*_LOOPBACK_NAMES, host, *settings.allowed_hosts))
     if settings.token is None and not insecure:
         raise ConfigError(
             f"{host} is reached from other machines: give --token (or ATROPOS_API_TOKEN), "

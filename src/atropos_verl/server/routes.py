@@ -48,7 +48,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 _PACKED_SHARE = 0.2
 """Bytes of packed groups kept ahead of need, over those received. (A packed group has about a third of its JSON.)"""
 FEATURES = ("batch_fill", "idempotency", "leases", "packed")
-"""What a client may use beyond upstream's protocol; told at ``/register``."""
+"""Features beyond upstream's protocol; a client learns them at ``/register``."""
 _JSON = "application/json"
 _NOT_REGISTERED = {"status": "error", "message": "Trainer not registered. Call /register first.", "batch": []}
 _SHOWN_TEXT = 400
@@ -282,7 +282,7 @@ class Routes:
 
     def _odd_sequences(self, group: CheckedGroup, is_new: bool) -> int | None:
         """Upstream's ``buffer_size``: sequences of this environment that wait in groups of another size than it
-        registered with. Here such groups lie in the queue like all others. None: the group has the usual size."""
+        registered with. Here such groups wait like all others. None: the group has the usual size."""
         environment = self._store.environment(group.env_id)
         if environment is None or group.size == environment.group_size:
             return None

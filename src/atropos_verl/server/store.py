@@ -86,7 +86,7 @@ class _State(msgspec.Struct, kw_only=True):
     registration: Registration | None
     totals: dict[str, int]
     environments: int
-    """How many rows that table has."""
+    """Rows of that table."""
 
 
 class Store:
@@ -291,7 +291,7 @@ class Store:
             self.queue.count(self.members(batch), 1)
 
     def _after_restart(self) -> None:
-        """Nobody is blamed for the time the server was away, and responses it may not have finished come back."""
+        """Environments count as just heard, and batches whose responses may not be finished come back."""
         now = self.now()
         self.trainer_heard = now if self.registration is not None else 0.0
         for environment in self.environments:

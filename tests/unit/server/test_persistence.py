@@ -1,4 +1,4 @@
-"""What a restart finds: the same state after any sequence of events, through rotations, torn writes and full disks."""
+"""A restart finds the same state after any sequence of commands; torn writes, damage and full disks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who waits for whom between ``/status-env`` and the posts of one environment."""
+"""``/status-env`` and the posts of one environment wait for each other."""
 
 from __future__ import annotations
 
