@@ -177,12 +177,12 @@ class _Entrance:
                 # leading ones only: a model's name in /v1/models/{name} may be an absolute path
                 scope = {**scope, "path": "/" + scope["path"].lstrip("/")}
             given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            if self._expected is not None and scope["path"] != "/health":
-                if not hmac.compare_digest(given, self._expected):  # constant time: no guessing byte by byte
-                    message = "missing or wrong API key; send 'Authorization: Bearer KEY' (gateway.api_key)"
-                    self._service.warn_once("key", "a client was refused at %s: %s", scope["path"], message)
-                    await _error_response(ApiError(401, message, code="invalid_api_key"))(scope, receive, send)
-                    return
+            expected = given if self._expected is None or scope["path"] == "/health" else self._expected
+            if not hmac.compare_digest(given, expected):  # constant time: no guessing byte by byte
+                message = "missing or wrong API key; send 'Authorization: Bearer KEY' (gateway.api_key)"
+                self._service.warn_once("key", "a client was refused at %s: %s", scope["path"], message)
+                await _error_response(ApiError(401, message, code="invalid_api_key"))(scope, receive, send)
+                return
         await self._app(scope, receive, send)
 
 
