@@ -196,6 +196,8 @@ def _read_store(directory: Path) -> tuple[RecordStore, Contents]:
     try:
         if any(directory.glob("segment-*.log")):
             raise StorageDamagedError(f"{directory} holds the ledger of an earlier version, in files segment-*.log")
+        if store.path.with_name(f"{store.path.name}-wal.damaged").exists():
+            raise StorageDamagedError(f"{store.path}-wal was damaged: the newest records are lost")
         states = _rows(store, "state", StoredState)
         found = Contents(
             prompts={prompt.key: prompt for prompt in _rows(store, "prompts", StoredPrompt)},

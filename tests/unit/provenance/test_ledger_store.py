@@ -65,12 +65,13 @@ def test_a_restarted_ledger_answers_as_the_one_before(tmp_path: Path) -> None:
             same(found, expected)
 
 
-def test_kill_9_loses_nothing_that_was_recorded(tmp_path: Path) -> None:
+def killed(directory: Path) -> None:
+    """A process that records 50 completions, [n, 8] of version 3, and is killed after the last one is safe."""
     ready, told = os.pipe()
     child = os.fork()
     if child == 0:
         ledger = Ledger()
-        ledger.persist(tmp_path)
+        ledger.persist(directory)
         for number in range(50):
             recorded = ledger.record(PROMPT, [wrote([number, 8], 3)])
             assert recorded is not None
@@ -83,10 +84,27 @@ def test_kill_9_loses_nothing_that_was_recorded(tmp_path: Path) -> None:
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     os.close(ready), os.close(told)
+
+
+def test_kill_9_loses_nothing_that_was_recorded(tmp_path: Path) -> None:
+    killed(tmp_path)
     with process(tmp_path, 3) as after:
         for number in range(50):
             match = one(after, PROMPT, [number, 8])
             assert versions(match)[3:] == [3, 3] and match.logprobs[3:].tolist() == [-1.0, -1.125]
+
+
+def test_a_damaged_write_ahead_log_is_named_and_nothing_is_taken_in(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    killed(tmp_path)
+    path = tmp_path / "ledger.sqlite-wal"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    with process(tmp_path, 3) as after:
+        assert len(after) == 0
+    assert f"{path} was damaged" in caplog.text and "The ledger begins empty" in caplog.text
 
 
 def test_a_damaged_byte_is_named_and_nothing_is_taken_in(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
