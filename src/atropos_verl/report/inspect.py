@@ -37,7 +37,7 @@ from atropos_verl.report.format import decimal
 from atropos_verl.report.sources import FoundGroup, is_url, read_path, read_url
 from atropos_verl.training.advantages import ESTIMATORS, NORMALIZATIONS
 from atropos_verl.training.samples import build_samples
-from atropos_verl.types import FloatArray, SampleSettings, ScoredGroup, TrainingSample
+from atropos_verl.types import NOT_TRAINED, FloatArray, SampleSettings, ScoredGroup, TrainingSample
 
 __all__ = ["add_arguments", "inspect_groups", "run"]
 
@@ -238,10 +238,7 @@ def inspect_groups(
             sample = next(samples) if reason is None and excluded is None else None
             if detailed is not None and number >= detailed:
                 continue
-            if sample is not None:
-                sequences.append(_trained_sequence(sample, policy_version, decoder, with_tokens))
-            else:
-                sequences.append(_untrained_sequence(group, i, excluded, decoder, with_tokens))
+            sequences.append(_sequence(group, i, sample, excluded, policy_version, decoder, with_tokens))
         views.append(
             {
                 "origin": item.origin,
@@ -272,47 +269,41 @@ def _refusal(group: ScoredGroup, settings: SampleSettings) -> tuple[str | None, 
     return (report.quarantined[0].reason if report.quarantined else None), False
 
 
-def _trained_sequence(
-    sample: TrainingSample, current: int | None, decoder: _Decoder | None, with_tokens: bool
+def _sequence(
+    group: ScoredGroup,
+    i: int,
+    sample: TrainingSample | None,
+    excluded: str | None,
+    current: int | None,
+    decoder: _Decoder | None,
+    with_tokens: bool,
 ) -> dict[str, Any]:
-    trained, logprobs, version = sample.loss_mask, sample.rollout_logprobs, sample.policy_version
-    ids, marks = sample.token_ids.tolist(), trained.tolist()
-    return {
-        "index": sample.sequence_index,
-        "length": len(sample),
-        "trained_tokens": int(trained.sum()),
-        "score": sample.score,
-        "advantage": _spread(sample.advantages[trained]),
-        "logprob": None if logprobs is None else _spread(logprobs[trained & ~np.isnan(logprobs)]),
-        "temperature": sample.temperature,
-        "policy_version": version,
-        "staleness": None if version is None or current is None else current - version,
-        "truncated": sample.truncated,
-        "excluded": None,
-        "pieces": _pieces(ids, marks, decoder),
-        "tokens": _tokens(ids, marks, sample.advantages, logprobs, decoder) if with_tokens else None,
-    }
-
-
-def _untrained_sequence(
-    group: ScoredGroup, i: int, excluded: str | None, decoder: _Decoder | None, with_tokens: bool
-) -> dict[str, Any]:
-    """Describes a sequence as far as it can be shown: its arrays need not fit each other."""
-    ids = group.token_ids[i].tolist()
-    masks = group.masks[i].tolist() if i < len(group.masks) else []
-    marks = [0 < position < len(masks) and masks[position] != -100 for position in range(len(ids))]
+    """Describes a sequence; without a sample as far as it can be shown, since its arrays need not fit each other."""
+    ids = (group.token_ids[i] if sample is None else sample.token_ids).tolist()
     score = float(group.scores[i]) if i < group.scores.shape[0] else math.nan
-    unknown = ("advantage", "logprob", "temperature", "policy_version", "staleness")
+    advantages = logprobs = version = None
+    if sample is not None:
+        advantages, logprobs, version = sample.advantages, sample.rollout_logprobs, sample.policy_version
+        trained = sample.loss_mask
+    else:
+        trained = np.zeros(len(ids), dtype=bool)
+        if i < len(group.masks):
+            marks = group.masks[i][: len(ids)] != NOT_TRAINED
+            trained[1 : len(marks)] = marks[1:]  # nothing predicts the first token
     return {
         "index": i,
         "length": len(ids),
-        "trained_tokens": sum(marks),
+        "trained_tokens": int(trained.sum()),
         "score": score if math.isfinite(score) else None,
-        **dict.fromkeys(unknown),
-        "truncated": False,
+        "advantage": None if advantages is None else _spread(advantages[trained]),
+        "logprob": None if logprobs is None else _spread(logprobs[trained & ~np.isnan(logprobs)]),
+        "temperature": None if sample is None else sample.temperature,
+        "policy_version": version,
+        "staleness": None if version is None or current is None else current - version,
+        "truncated": sample is not None and sample.truncated,
         "excluded": excluded,
-        "pieces": _pieces(ids, marks, decoder),
-        "tokens": _tokens(ids, marks, None, None, decoder) if with_tokens else None,
+        "pieces": _pieces(ids, trained.tolist(), decoder),
+        "tokens": _tokens(ids, trained.tolist(), advantages, logprobs, decoder) if with_tokens else None,
     }
 
 

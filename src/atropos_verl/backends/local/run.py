@@ -6,17 +6,19 @@ The processes around it belong to the caller, who hands in callables. Nothing he
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.training.batch_source import BatchSource
 from atropos_verl.training.checkpoint_state import saved_step
 from atropos_verl.training.step import Evaluations, HeldOut, Progress
-from atropos_verl.verl_plugin.tracking import make_tracker
+from atropos_verl.types import StepReport
 
 __all__ = ["paused_collection", "run", "serve_rank"]
 
@@ -73,12 +75,39 @@ def run(
             progress=progress,
             check_services=check_services,
             before_first_step=lambda: held_out.finish("before"),
-            on_step=make_tracker(config, run_dir),
+            on_step=_make_tracker(config, run_dir),
         )
         if config.eval.after:
             held_out.start("after")
             held_out.finish("after")
         return outcome, held_out.scores
+
+
+def _make_tracker(config: RunConfig, run_dir: Path) -> Callable[[StepReport], None] | None:
+    """Makes a function that sends a step's figures to verl's ``trainer.logger``; None when that list is empty.
+
+    tensorboard, wandb and the other loggers that verl knows write below ``run_dir``.
+    """
+    if not config.trainer.logger:
+        return None
+    # verl's backends write below the working directory unless told otherwise.
+    os.environ.setdefault("TENSORBOARD_DIR", str(run_dir / "tensorboard"))
+    os.environ.setdefault("WANDB_DIR", str(run_dir))
+    os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(run_dir / "verl_tracking.jsonl"))
+    from verl.utils.tracking import Tracking
+
+    tracking = Tracking(
+        project_name=config.trainer.project_name,
+        experiment_name=config.trainer.experiment_name,
+        default_backend=list(config.trainer.logger),
+        config=config.model_dump(mode="json"),
+    )
+
+    def send(report: StepReport) -> None:
+        figures = {"loss": report.loss, "policy_version": report.policy_version, **report.metrics}
+        tracking.log(data={k: v for k, v in figures.items() if v is not None}, step=report.step)
+
+    return send
 
 
 def serve_rank(config: RunConfig) -> None:

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import logging
 import resource
+import signal
 import socket
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from atropos_verl.backends.local.interrupts import held_interrupts
 from atropos_verl.backends.local.stack import LocalStack
 from atropos_verl.config.schema import RunConfig, apply_environment
 from atropos_verl.errors import CheckpointError, ConfigError, DataError, TrainingDivergedError, WeightSyncError
@@ -40,6 +43,9 @@ if TYPE_CHECKING:
 __all__ = ["AtroposTrainer", "RolloutData", "RunTotals"]
 
 logger = logging.getLogger(__name__)
+
+_ONE_INTERRUPT_SECONDS = 1.0
+"""Signals this close together are one: torchrun passes on to its workers the Ctrl-C that they got from the terminal."""
 
 
 class AtroposTrainer:
@@ -505,3 +511,44 @@ class AtroposTrainer:
             error.add_note(
                 f"(steps up to {self.step} are saved in {directory}; the same command with resume=auto goes on)"
             )
+
+
+@contextmanager
+def held_interrupts(*, deliver: bool = True) -> Iterator[None]:
+    """Delivers SIGINT and SIGTERM when the block ends, when a step is whole; a second one, over a second later, at once.
+
+    An exception of the block goes up as it is, and the signal is dropped: the run is ending anyway, and its cause is
+    the better explanation. Blocks may be nested. Outside the main thread, where Python delivers no signal, nothing
+    is done.
+
+    Args:
+        deliver: False drops the first signal altogether: for the last things that a run does before it ends anyway.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: dict[int, Any] = {}
+    first: list[tuple[int, float]] = []
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        before.clear()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if not first:
+            logger.info("%s: finishing what must be whole first; again to stop at once", signal.Signals(number).name)
+            first.append((number, time.monotonic()))
+        elif time.monotonic() - first[0][1] > _ONE_INTERRUPT_SECONDS:
+            restore()
+            signal.raise_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not None:  # None: not set by Python, so it could not be put back
+            before[number] = signal.signal(number, note)
+    try:
+        yield
+    finally:
+        restore()
+    if first and deliver:
+        signal.raise_signal(first[0][0])
