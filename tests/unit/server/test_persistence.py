@@ -41,7 +41,7 @@ def content(store: Store) -> dict[str, Any]:
         "counters": (store.next_seq, store.step, store.started, store.registration, dict(store.totals)),
         "environments": environments,
         "groups": {seq: replace(group, packed=None) for seq, group in store.groups.items()},
-        "batches": (store.outstanding, store.returned),
+        "batches": (dict(store.outstanding), list(store.returned)),
         "remembered": (list(store.leases.items()), list(store.keys.items())),
         # Older ones are forgotten when somebody looks.
         "recent": {key for key, at in store.recent.items() if at > store.now() - store.settings.dedupe_window},
@@ -311,3 +311,35 @@ def test_a_server_in_memory_keeps_no_record(tmp_path: Path, monkeypatch: pytest.
     post(store, 1, env_id=None)
     assert store.next_batch(None) is not None
     assert list(tmp_path.iterdir()) == []
+
+
+# --- a disk that refuses ---------------------------------------------------------------------------------------------
+
+
+async def test_a_refused_ack_has_not_happened_and_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(tmp_path)
+    store.register(Registration(**registration(8)))
+    store.next_batch(60.0)
+    assert store.register_env(EnvRegistration(max_token_length=64, group_size=4)) is not None
+    post(store, 0, env_id=0), post(store, 1, env_id=0), post(store, 2, env_id=0)
+    batch = store.next_batch(60.0)
+    assert batch is not None
+    await store.synced()
+    before = content(store)
+    error = StorageWriteError("no space")
+    with monkeypatch.context() as disk:
+        disk.setattr(RecordStore, "_commit", lambda self, changes: error)
+        assert store.ack(batch.lease_id) == "acked"
+        post(store, 3)
+        with pytest.raises(StorageWriteError, match="no space"):
+            await store.synced()
+    assert content(store) == before and store.groups[0].raw.startswith(b'{"tokens": [[0,')
+    assert [environment.heard_at for environment in store.environments] == [store.now()]
+    assert store.ack(batch.lease_id) == "acked"
+    await store.synced()
+    store.close()
+    store = opened(tmp_path)
+    assert sorted(store.groups) == [2]
+    store.close()

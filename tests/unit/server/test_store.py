@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from support.trajectory_server import Clock, group_bytes, post, registration
 
+from atropos_verl.errors import ConfigError
 from atropos_verl.protocol.schema import Refusal, check_group
 from atropos_verl.protocol.wire_model import EnvRegistration, Registration
 from atropos_verl.server import status
@@ -304,3 +305,20 @@ def test_reset_forgets_and_goes_on() -> None:
     again = store.next_batch(10.0)
     assert again is not None
     assert json.loads(store.members(again)[0].raw)["tokens"][0][0] == 9
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "why"),
+    [
+        ("dedupe_window", -1.0, "must not be negative"),
+        ("max_queue_groups", 0, "at least 1"),
+        ("env_timeout", 0.0, "above 0"),
+        ("soft_limit", 1.5, "at most 1"),
+        ("second_trainer", "maybe", "one of refuse, share"),
+        ("compression", "best", "one of auto, always, never"),
+        ("token", "", "printable ASCII"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(field: str, value: Any, why: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field}: .*{why}"):
+        ServerSettings(**{field: value})
