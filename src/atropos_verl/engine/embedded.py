@@ -101,7 +101,6 @@ class TransformersEngine:
             num_threads=num_threads,
             seed=seed,
         )
-        self._scheduler.start()
 
     @classmethod
     def from_pretrained(

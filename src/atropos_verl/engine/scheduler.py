@@ -225,10 +225,8 @@ class Scheduler:
         self._batch = ContinuousBatch(runner, max_running)
         self._evictions = self._failed_steps = 0
         self._thread = threading.Thread(target=self._run, name="atropos-verl-engine", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread. It is ended at interpreter exit if nobody did before: killed inside torch it may crash."""
         self._thread.start()
+        # Ended at interpreter exit if nobody did before: killed inside torch it may crash.
         atexit.register(self.stop, 10.0)
 
     # -- the callers' side -------------------------------------------------------------------------------------------
