@@ -26,7 +26,7 @@ from typing import IO
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TRAINER_IMPORTS = (
-    "from atropos_verl.backends.local.main import paused_collection\n"
+    "from atropos_verl.backends.local.run import paused_collection\n"
     "with paused_collection():\n"
     "    from atropos_verl import verl_plugin; verl_plugin.activate('cpu')\n"
     "    import torch; from verl.workers.engine_workers import TrainingWorker"

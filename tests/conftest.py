@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-# As the training command does (local/main.py): spinning OpenMP threads of two test processes on two cores made a
+# As the training command does (launch/train.py): spinning OpenMP threads of two test processes on two cores made a
 # training step ten times slower. Before anything imports torch; child processes inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

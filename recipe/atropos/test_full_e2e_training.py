@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see local/main.py
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see launch/train.py
 
 from support.end_to_end import EndToEnd
 
