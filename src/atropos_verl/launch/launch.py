@@ -27,8 +27,7 @@ from atropos_verl.config.model_checks import check_vocabulary
 from atropos_verl.config.schema import ModelConfig, RunConfig
 from atropos_verl.config.verl_keys import RAY_DEFAULT, compose_run, read_run
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
-from atropos_verl.http_thread import bracketed, reachable
-from atropos_verl.launch.plan import LaunchPlan, make_plan, prepare_run_dir
+from atropos_verl.launch.plan import LaunchPlan, make_plan, prepare_run_dir, url_of
 from atropos_verl.launch.probes import free_port, try_to_listen
 from atropos_verl.launch.supervisor import Supervisor
 
@@ -116,11 +115,11 @@ def build_plan(config: RunConfig, launch: LaunchConfig, ray: RayLaunch | None = 
     if config.atropos.api_url is None and not launch.starts("api"):
         raise ConfigError("give the URL of the API that runs elsewhere (or ATROPOS_API_URL)", "atropos.api_url")
     api_port = _port(launch.api.host, launch.api.port, "api.port") if own_api else 0
-    api_url = config.atropos.api_url or _url(launch.api.host, api_port)
+    api_url = config.atropos.api_url or url_of(launch.api.host, api_port)
     gateway_port, probe_url = 0, config.gateway.advertise_url
     if launch.starts("trainer"):
         gateway_port = _port(config.gateway.host, config.gateway.port, "gateway.port")
-        probe_url = _url(config.gateway.host, gateway_port)
+        probe_url = url_of(config.gateway.host, gateway_port)
     elif launch.starts("environments") and not config.gateway.advertise_url:
         raise ConfigError("give the URL of the gateway that runs elsewhere", "gateway.advertise_url")
     gateway_url = (config.gateway.advertise_url or probe_url or "").rstrip("/")
@@ -166,10 +165,6 @@ def _port(host: str, port: int, key: str) -> int:
             f"cannot listen on {host}:{port}: {error.strerror or error}; choose a free port, or 0 for any", key
         ) from error
     return port
-
-
-def _url(host: str, port: int) -> str:
-    return f"http://{bracketed(reachable(host))}:{port}"
 
 
 # ---------------------------------------------------------------------- backend=ray

@@ -15,6 +15,7 @@ from typing import Any
 from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig, check_keys
 from atropos_verl.config.schema import EnvConfig, EvalConfig, RunConfig
 from atropos_verl.errors import ConfigError
+from atropos_verl.http_thread import bracketed, reachable
 from atropos_verl.launch.environments import CHILD_ENV, demo_env_script, interpreter, plan_environments
 from atropos_verl.launch.evaluation import PlannedEvaluation, evaluations_text, plan_evaluations
 from atropos_verl.launch.process import ServiceSpec
@@ -221,6 +222,11 @@ def _import_path() -> dict[str, str]:
     if all(Path(entry).is_absolute() for entry in entries):
         return {}
     return {"PYTHONPATH": os.pathsep.join(str(Path(entry).absolute()) for entry in entries)}
+
+
+def url_of(host: str, port: int) -> str:
+    """The URL at which this machine reaches what listens on ``host``:``port``."""
+    return f"http://{bracketed(reachable(host))}:{port}"
 
 
 # ---------------------------------------------------------------------- the run directory

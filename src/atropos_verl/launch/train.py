@@ -28,7 +28,7 @@ from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposVerlError, ConfigError
 from atropos_verl.http_thread import listen
 from atropos_verl.launch.evaluation import EvaluationProcesses, read_evaluations
-from atropos_verl.launch.plan import LaunchPlan, make_plan, one_environment
+from atropos_verl.launch.plan import LaunchPlan, make_plan, one_environment, url_of
 from atropos_verl.launch.probes import free_port
 from atropos_verl.launch.supervisor import Supervisor
 from atropos_verl.storage import write_atomic
@@ -169,8 +169,8 @@ class TrainingServices:
         self._supervisor: Supervisor | None = None
         self._plan: LaunchPlan | None = None
         if not config.is_attached:
-            probe_url = f"http://{_HOST}:{gateway_port}"
-            api = {"api_url": f"http://{_HOST}:{free_port(_HOST)}", "token": None}
+            probe_url = url_of(config.gateway.host, gateway_port)
+            api = {"api_url": url_of(_HOST, free_port(_HOST)), "token": None}
             gateway = {"advertise_url": config.gateway.advertise_url or probe_url}
             filled = config.model_copy(
                 update={
