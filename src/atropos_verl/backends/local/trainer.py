@@ -376,8 +376,10 @@ class AtroposTrainer:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self.stack.worker.save_checkpoint(directory / "actor", self.step)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            raise CheckpointError(f"cannot write the checkpoint {directory}: {error}") from error
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError, often without the word
+            free = shutil.disk_usage(self.run_dir).free / 1e6
+            hint = f"{free:.1f} MB are free there; is the disk full?"
+            raise CheckpointError(f"cannot write the checkpoint {directory}: {error} ({hint})") from error
         self.state.save(directory, model_path=str(self.model_path))
         finish_checkpoint(directory, self.step, self.config.trainer.max_ckpt_to_keep)
         self.source.batches.discard_through(self.step)
