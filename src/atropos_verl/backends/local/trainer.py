@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import resource
+import shutil
 import signal
 import socket
 import threading
@@ -376,7 +377,7 @@ class AtroposTrainer:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self.stack.worker.save_checkpoint(directory / "actor", self.step)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError, often without the word
+        except (OSError, RuntimeError) as error:  # torch.save: a full disk, often unnamed
             free = shutil.disk_usage(self.run_dir).free / 1e6
             hint = f"{free:.1f} MB are free there; is the disk full?"
             raise CheckpointError(f"cannot write the checkpoint {directory}: {error} ({hint})") from error
