@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["MalformedGroup", "good_group", "malformed_cases", "malformed_groups", "poison_groups"]
+__all__ = ["MalformedGroup", "good_group", "malformed_cases", "poison_groups"]
 
 Group = dict[str, Any]
 NOT_TRAINED = -100
@@ -63,14 +63,6 @@ def malformed_cases(
         _KINDS[kind](group, rng, vocab_size)
         cases.append(MalformedGroup(kind, group))
     return cases
-
-
-def malformed_groups(
-    seed: int, count: int, *, group_size: int = 4, vocab_size: int = VOCAB_SIZE, same_size: bool = False
-) -> list[Group]:
-    """The groups of ``malformed_cases``, without their kinds."""
-    cases = malformed_cases(seed, count, group_size=group_size, vocab_size=vocab_size, same_size=same_size)
-    return [case.group for case in cases]
 
 
 def poison_groups(seed: int = 0) -> list[bytes]:

@@ -9,53 +9,33 @@ import pickle
 import pytest
 
 from atropos_verl import errors
-from atropos_verl.errors import (
-    AtroposAPIError,
-    AtroposConnectionError,
-    AtroposHTTPStatusError,
-    AtroposProtocolError,
-    AtroposTimeoutError,
-    AtroposVerlError,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    EngineError,
-    EngineStoppedError,
-    GenerationRequestError,
-    ServiceError,
-    StorageDamagedError,
-    StorageError,
-    StorageWriteError,
-    TrainingDivergedError,
-    UnsupportedFieldError,
-    WeightSyncError,
-)
 
 URL = "http://localhost:9001"
-SAMPLES: list[tuple[AtroposVerlError, dict[str, object]]] = [
-    (AtroposVerlError("base"), {}),
-    (ConfigError("must be positive", "optim.lr"), {"key": "optim.lr"}),
-    (AtroposAPIError("reason", URL), {"reason": "reason", "base_url": URL}),
-    (AtroposConnectionError("refused", URL), {"reason": "refused", "base_url": URL}),
-    (AtroposTimeoutError("no answer", URL), {"reason": "no answer", "base_url": URL}),
+SAMPLES: list[tuple[errors.AtroposVerlError, dict[str, object]]] = [
+    (errors.AtroposVerlError("base"), {}),
+    (errors.ConfigError("must be positive", "optim.lr"), {"key": "optim.lr"}),
+    (errors.AtroposAPIError("reason", URL), {"reason": "reason", "base_url": URL}),
+    (errors.AtroposConnectionError("refused", URL), {"reason": "refused", "base_url": URL}),
+    (errors.AtroposTimeoutError("no answer", URL), {"reason": "no answer", "base_url": URL}),
     (
-        AtroposHTTPStatusError("HTTP 503", URL, 503, "busy"),
+        errors.AtroposHTTPStatusError("HTTP 503", URL, 503, "busy"),
         {"reason": "HTTP 503", "base_url": URL, "status_code": 503, "body": "busy"},
     ),
-    (AtroposProtocolError("not Atropos", URL), {"reason": "not Atropos", "base_url": URL}),
-    (DataError("scores[1] = nan"), {}),
-    (UnsupportedFieldError("images"), {}),
-    (EngineError("failed"), {}),
-    (GenerationRequestError("too long", "max_tokens"), {"param": "max_tokens"}),
-    (EngineStoppedError("closed"), {}),
-    (WeightSyncError("canary"), {}),
-    (TrainingDivergedError("loss = nan"), {}),
-    (CheckpointError("disk full"), {}),
-    (StorageError("cannot be read"), {}),
-    (StorageWriteError("disk full"), {}),
-    (StorageDamagedError("in use"), {}),
+    (errors.AtroposProtocolError("not Atropos", URL), {"reason": "not Atropos", "base_url": URL}),
+    (errors.DataError("scores[1] = nan"), {}),
+    (errors.UnsupportedFieldError("images"), {}),
+    (errors.EngineError("failed"), {}),
+    (errors.GenerationRequestError("too long", "max_tokens"), {"param": "max_tokens"}),
+    (errors.EngineStoppedError("closed"), {}),
+    (errors.WeightSyncError("canary"), {}),
+    (errors.TrainingDivergedError("loss = nan"), {}),
+    (errors.CheckpointError("disk full"), {}),
+    (errors.StorageError("cannot be read"), {}),
+    (errors.StorageWriteError("disk full"), {}),
+    (errors.StorageDamagedError("torn"), {}),
+    (errors.StorageInUseError("in use"), {}),
     (
-        ServiceError("environment died", "environment", -9, "last line"),
+        errors.ServiceError("environment died", "environment", -9, "last line"),
         {"service": "environment", "returncode": -9, "log_tail": "last line"},
     ),
 ]
@@ -70,7 +50,7 @@ def test_every_class_of_the_tree_is_tried_here_and_exported() -> None:
 @pytest.mark.parametrize(("error", "attributes"), SAMPLES, ids=IDS)
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickle_keeps_class_message_and_attributes(
-    error: AtroposVerlError, attributes: dict[str, object], protocol: int
+    error: errors.AtroposVerlError, attributes: dict[str, object], protocol: int
 ) -> None:
     restored = pickle.loads(pickle.dumps(error, protocol))
     assert type(restored) is type(error)
@@ -80,7 +60,7 @@ def test_pickle_keeps_class_message_and_attributes(
 
 
 @pytest.mark.parametrize(("error", "attributes"), SAMPLES, ids=IDS)
-def test_a_note_and_a_copy_survive(error: AtroposVerlError, attributes: dict[str, object]) -> None:
+def test_a_note_and_a_copy_survive(error: errors.AtroposVerlError, attributes: dict[str, object]) -> None:
     noted = copy.copy(error)
     noted.add_note("saved up to step 7")
     restored = pickle.loads(pickle.dumps(noted))
@@ -91,30 +71,30 @@ def test_a_note_and_a_copy_survive(error: AtroposVerlError, attributes: dict[str
 @pytest.mark.parametrize(
     ("kind", "parents"),
     [
-        (ConfigError, (ValueError,)),
-        (AtroposConnectionError, (AtroposAPIError, ConnectionError)),
-        (AtroposTimeoutError, (AtroposAPIError, TimeoutError)),
-        (AtroposHTTPStatusError, (AtroposAPIError,)),
-        (AtroposProtocolError, (AtroposAPIError, ValueError)),
-        (DataError, (ValueError,)),
-        (UnsupportedFieldError, (DataError,)),
-        (GenerationRequestError, (EngineError, ValueError)),
-        (EngineStoppedError, (EngineError,)),
+        (errors.ConfigError, (ValueError,)),
+        (errors.AtroposConnectionError, (errors.AtroposAPIError, ConnectionError)),
+        (errors.AtroposTimeoutError, (errors.AtroposAPIError, TimeoutError)),
+        (errors.AtroposHTTPStatusError, (errors.AtroposAPIError,)),
+        (errors.AtroposProtocolError, (errors.AtroposAPIError, ValueError)),
+        (errors.DataError, (ValueError,)),
+        (errors.UnsupportedFieldError, (errors.DataError,)),
+        (errors.GenerationRequestError, (errors.EngineError, ValueError)),
+        (errors.EngineStoppedError, (errors.EngineError,)),
     ],
 )
 def test_the_builtin_family_of_an_error_catches_it(kind: type[Exception], parents: tuple[type[Exception], ...]) -> None:
-    assert issubclass(kind, AtroposVerlError)
+    assert issubclass(kind, errors.AtroposVerlError)
     for parent in parents:
         assert issubclass(kind, parent)
 
 
 def test_messages() -> None:
-    assert str(ConfigError("must be positive", "optim.lr")) == "optim.lr: must be positive"
-    assert str(ConfigError("nothing fits")) == "nothing fits"
-    assert str(AtroposAPIError("gone")) == "ATROPOS API ERROR: gone"
-    assert str(AtroposConnectionError("gone", URL)) == (
+    assert str(errors.ConfigError("must be positive", "optim.lr")) == "optim.lr: must be positive"
+    assert str(errors.ConfigError("nothing fits")) == "nothing fits"
+    assert str(errors.AtroposAPIError("gone")) == "ATROPOS API ERROR: gone"
+    assert str(errors.AtroposConnectionError("gone", URL)) == (
         "ATROPOS API ERROR: gone\n\nEnsure that:\n1. Atropos server is running on http://localhost:9001\n"
         "2. The API endpoints are accessible\n3. Network connectivity is available"
     )
-    assert str(ServiceError("died")) == "died"
-    assert str(ServiceError("died", "env", 1, "boom")) == "died\n--- last lines of env ---\nboom"
+    assert str(errors.ServiceError("died")) == "died"
+    assert str(errors.ServiceError("died", "env", 1, "boom")) == "died\n--- last lines of env ---\nboom"

@@ -518,7 +518,7 @@ class AtroposTrainer:
 
 @contextmanager
 def held_interrupts(*, deliver: bool = True) -> Iterator[None]:
-    """Delivers SIGINT and SIGTERM when the block ends, when a step is whole; a second one, over a second later, at once.
+    """Delivers SIGINT and SIGTERM when the block ends, after a whole step; a second one, over a second later, at once.
 
     An exception of the block goes up as it is, and the signal is dropped: the run is ending anyway, and its cause is
     the better explanation. Blocks may be nested. Outside the main thread, where Python delivers no signal, nothing
