@@ -21,10 +21,7 @@ The backends differ in who computes the step: ``backends.local`` takes one batch
 fills slots of TransferQueue with one batch or several (``next``). Retries, time limits, leases, quarantine, the
 throttle's counts and what happens after a crash are the same (see ``protocol.leases`` for the crash table).
 
-This module imports no torch, so a run can register before the policy is loaded. An environment of atroposlib may
-register only after the trainer, and then sleeps for 5 s before it asks for a first completion (0.4.0,
-``env_manager``): both pass while torch and verl are imported. Requests that it sends before the gateway answers wait
-in the gateway's socket, which listens from then on.
+This module imports no torch, so a run can register before the policy is loaded (see ``backends.local.run``).
 """
 
 from __future__ import annotations
