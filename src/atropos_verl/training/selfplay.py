@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from atropos_verl.config.schema import RunConfig
+from atropos_verl.engine.protocol import InferenceEngine
 from atropos_verl.errors import AtroposProtocolError, ConfigError
 from atropos_verl.protocol.client import AtroposClient, EnvRegistration
 from atropos_verl.protocol.wire import encode_group
@@ -17,12 +18,6 @@ __all__ = ["RewardFunction", "SelfPlay"]
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 """``(prompts, completions) -> scores``: three lists of equal length, one entry per sampled sequence."""
-
-
-class Generator(Protocol):
-    """The engine that samples."""
-
-    def generate(self, requests: list[GenerationRequest]) -> list[list[Generation]]: ...
 
 
 class SelfPlay:
@@ -36,7 +31,7 @@ class SelfPlay:
     def __init__(
         self,
         config: RunConfig,
-        engine: Generator,
+        engine: InferenceEngine,
         tokenizer: Any,
         client: AtroposClient,
         ledger: Ledger,

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from atropos_verl.errors import WeightSyncError
 
@@ -37,7 +37,6 @@ __all__ = [
     "AtroposShardingManager",
     "Canary",
     "PausableGate",
-    "SwappableEngine",
     "SyncReport",
     "SyncableEngine",
     "WeightSource",
@@ -58,22 +57,14 @@ class WeightSource(Protocol):
 
 class SyncableEngine(Protocol):
     """The engine's side: SGLang's and verl's three verbs. ``update_weights_from_tensor`` may also take
-    ``policy_version=`` and may return the bytes it copied."""
+    ``policy_version=`` and may return the bytes it copied. For ``swap`` an engine has a second buffer of weights:
+    ``stage_weights_from_tensor`` fills the idle one while generation goes on, ``swap_weights`` changes over."""
 
     def update_weights_from_tensor(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Any: ...
 
     def resume_memory_occupation(self) -> Any: ...
 
     def release_memory_occupation(self) -> Any: ...
-
-
-class SwappableEngine(Protocol):
-    """An engine with two buffers of weights. Staging copies new weights into the idle one while generation goes on, and
-    returns the bytes copied; swapping, at a token boundary, makes it the one that generates."""
-
-    def stage_weights_from_tensor(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int: ...
-
-    def swap_weights(self, policy_version: int) -> Any: ...
 
 
 class PausableGate(Protocol):
@@ -186,7 +177,7 @@ class AtroposShardingManager:
         try:
             if not hasattr(self.engine, "swap_weights"):
                 raise WeightSyncError(f"{type(self.engine).__name__} has no second buffer for weights; use mode=sync")
-            engine = cast("SwappableEngine", self.engine)
+            engine: Any = self.engine
             started = time.perf_counter()
             copied = engine.stage_weights_from_tensor(self.source.named_tensors())
             seconds = time.perf_counter() - started
