@@ -268,26 +268,6 @@ async def test_bodies_are_bounded_before_and_after_inflating() -> None:
         assert answer.status_code == 413 and "max_inflated_bytes" in answer.json()["detail"]
 
 
-async def test_a_sender_that_falls_silent_is_given_up() -> None:
-    app = create_app(ServerSettings(body_timeout=0.05))
-    sent: list[dict[str, Any]] = []
-    messages = iter([{"type": "http.request", "body": b"{", "more_body": True}])
-
-    async def receive() -> Any:
-        try:
-            return next(messages)
-        except StopIteration:
-            return await asyncio.get_running_loop().create_future()
-
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message)
-
-    scope = {"type": "http", "method": "POST", "path": "/scored_data", "headers": [], "client": None}
-    await asyncio.wait_for(app(scope, receive, send), timeout=10.0)
-    assert sent[0]["status"] == 408
-    assert b"body_timeout" in sent[1]["body"]
-
-
 @pytest.mark.parametrize(
     ("address", "accept", "policy", "encoding"),
     [
