@@ -16,7 +16,7 @@ from atropos_verl.errors import ServiceError
 if TYPE_CHECKING:
     import uvicorn
 
-__all__ = ["ServerThread", "bracketed", "listen", "reachable", "uvicorn_config"]
+__all__ = ["ServerThread", "bracketed", "disconnected", "listen", "reachable", "uvicorn_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +180,12 @@ class ServerThread:
             return False
         finally:
             connection.close()
+
+
+async def disconnected(receive: Any) -> None:
+    """Returns when the client of an ASGI request goes away (or when its response is complete)."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def uvicorn_config(app: Any, **options: Any) -> uvicorn.Config:

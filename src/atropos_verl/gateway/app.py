@@ -33,7 +33,7 @@ from atropos_verl.gateway.fields import ApiError, Fields, parse_body, to_api_err
 from atropos_verl.gateway.native import generate, generate_trl
 from atropos_verl.gateway.openai import chat_completions, completions
 from atropos_verl.gateway.service import GatewayService
-from atropos_verl.http_thread import ServerThread
+from atropos_verl.http_thread import ServerThread, disconnected
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
 
@@ -211,7 +211,7 @@ class _Endpoint:
 
     async def _serve_while_connected(self, body: bytes, receive: Receive, reply: _Reply) -> None:
         work = asyncio.create_task(self._serve(body, reply))
-        gone = asyncio.create_task(_disconnected(receive))
+        gone = asyncio.create_task(disconnected(receive))
         try:
             await asyncio.wait({work, gone}, timeout=self._request_timeout, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
@@ -266,12 +266,6 @@ async def _read_body(request: Request) -> bytes:
         if len(body) > _MAX_BODY_BYTES:
             raise ApiError(413, f"the body is larger than {_MAX_BODY_BYTES} bytes; send fewer prompts per request")
     return bytes(body)
-
-
-async def _disconnected(receive: Receive) -> None:
-    """Returns when the client has closed the connection."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 class _Reply:

@@ -19,6 +19,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from atropos_verl.http_thread import disconnected
 from atropos_verl.protocol.wire_model import Batch
 from atropos_verl.server.bodies import compressor
 from atropos_verl.server.status import Counters
@@ -123,7 +124,7 @@ class BatchResponse(Response):
         self.raw_headers = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gone = asyncio.create_task(_disconnected(receive))
+        gone = asyncio.create_task(disconnected(receive))
         arrived = False
         try:
             await self._send_parts(send, gone)
@@ -166,9 +167,3 @@ class BatchResponse(Response):
         else:
             connection.when_done(read)
             asyncio.get_running_loop().call_later(store.settings.delivery_grace, read)
-
-
-async def _disconnected(receive: Receive) -> None:
-    """Returns when the client goes away (or when the response is complete)."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
