@@ -98,7 +98,7 @@ class AlgorithmConfig(Section):
 
 
 class LossConfig(Section):
-    """Which loss, and the settings of the clipped-ratio one (verl's names and defaults)."""
+    """The loss, and the settings of the clipped-ratio one (verl's names and defaults)."""
 
     type: Literal["advantage_weighted_sft", "grpo"] | None = Field(
         None, description="null: as use_advantage_weighting says"

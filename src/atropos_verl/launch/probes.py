@@ -82,7 +82,7 @@ class Seen:
     """``/health``; None: does not answer now."""
     gateway_at: float = 0.0
     generated_at: float = 0.0
-    """When the first generation through the gateway succeeded, since the trainer's last start."""
+    """Time of the first generation through the gateway that succeeded, since the trainer's last start."""
     counters: Mapping[str, float] | None = None
     """The gateway's counters by name, labels summed up."""
     tokens_per_second: float | None = None

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 GRACE_SECONDS = 5.0
 """Between SIGTERM and SIGKILL."""
 _KILL_SECONDS = 5.0
-"""How long the kernel gets to end a process after SIGKILL (it may hang in a device or network file system)."""
+"""Time that the kernel gets to end a process after SIGKILL (it may hang in a device or network file system)."""
 _ORPHAN_GRACE_SECONDS = 3.0
 _POLL_SECONDS = 0.02
 _TAIL_BYTES = 65536
@@ -52,7 +52,7 @@ class ServiceSpec:
     """Written before each start, readable by the owner only: for keys, which must not show in the process list."""
     kind: Literal["api", "trainer", "environment", "evaluation"] = "evaluation"
     restarts: int = 0
-    """How often in a row it may be started again."""
+    """The most restarts in a row."""
     startup_timeout: float = 60.0
     """Seconds."""
     restart_words: tuple[str, ...] = ()

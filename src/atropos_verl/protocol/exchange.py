@@ -321,7 +321,7 @@ def integers(call: Call, fields: Mapping[str, Any], *names: str) -> list[int]:
 
 
 def holds_batch(call: Call, answer: Answer) -> bool:
-    """Whether the answer to ``GET /batch`` is a batch; False: there is none yet.
+    """True when the answer to ``GET /batch`` is a batch; False: there is none yet.
 
     Raises:
         AtroposProtocolError: it is neither, or is cut off.

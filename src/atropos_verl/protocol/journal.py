@@ -116,7 +116,7 @@ class BatchJournal:
         return self._select(lambda entry: entry.is_owed)
 
     def pending(self, after_step: int) -> list[JournalEntry]:
-        """What a run that resumes at ``after_step`` is to train on first, in the order fetched: batches that no step
+        """Lists what a run that resumes at ``after_step`` trains on first, in the order fetched: batches that no step
         up to ``after_step`` consumed (later steps did, and were lost with the process, or none did)."""
         return self._select(lambda entry: entry.step is None or entry.step > after_step)
 

@@ -79,7 +79,7 @@ class LeasedBatches:
         self.client = client
         self.journal = journal
         self.outcomes: Counter[str] = Counter()
-        """How acks ended: ``acked``, ``already``, ``late``, ``lost`` (somebody else has it), ``forgotten``."""
+        """Counts how acks ended: ``acked``, ``already``, ``late``, ``lost`` (somebody else has it), ``forgotten``."""
         self._owed: dict[int, JournalEntry] = {}
         """By number in the journal: trained, and the ack did not get through."""
         self._keeper = _LeaseKeeper(client)
@@ -157,7 +157,7 @@ class LeasedBatches:
         self.journal.drop(entry)
 
     def resume(self, after_step: int) -> list[HeldBatch]:
-        """What a run that goes on at ``after_step`` is to train on first, in the order it was fetched.
+        """Lists what a run that goes on at ``after_step`` trains on first, in the order it was fetched.
 
         Every lease that an earlier process left is settled before this returns. Call it before registering: a
         registration with other settings takes returned batches apart.

@@ -121,7 +121,7 @@ def pack_group(group: CheckedGroup) -> bytes:
 
 
 def _fits(fields: ScoredData) -> bool:
-    """Whether a reader of the arrays and ``rest`` finds what a reader of the JSON does."""
+    """True when a reader of the arrays and ``rest`` finds what a reader of the JSON does."""
     try:
         free_fields(fields.free())
     except Refusal:

@@ -113,7 +113,7 @@ _EXPECTED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(EXTRAS, ("a list", "a list", "a number")),
     "env_id": ("an integer or null",),
 }
-"""What stands in a field, in its entries, and in theirs."""
+"""Types of a field, of its entries, and of theirs."""
 
 
 @dataclass(eq=False)

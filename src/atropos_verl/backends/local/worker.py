@@ -40,7 +40,7 @@ _COLLECTIVE_TIMEOUT = timedelta(hours=24)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainOutput:
-    """What one batch did. ``loss`` is over the global batch, before the update."""
+    """The result of one batch. ``loss`` is over the global batch, before the update."""
 
     loss: float
     grad_norm: float

@@ -394,7 +394,7 @@ def _default_threads(device: str, model: Any, rows: int) -> int | None:
 def to_request(
     prompt_ids: Sequence[int], params: dict[str, Any], config: Any, max_context_len: int, request_id: str
 ) -> GenerationRequest:
-    """What verl's server gets → a request. ``config`` is verl's ``RolloutConfig``.
+    """Turns the arguments of verl's server into a request. ``config`` is verl's ``RolloutConfig``.
 
     Without ``max_tokens``: verl's default, ``response_length`` at most and ``prompt_length + response_length`` in all.
 
@@ -457,7 +457,7 @@ class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
         self.replica_rank = rank // world_size if replica_rank == -1 else replica_rank
         self.is_leader_rank = rank % world_size == 0
         self.last_transfer: TransferReport | None = None
-        """What the last update moved; None on ranks that send nothing."""
+        """Figures of the last weight update; None on ranks that send nothing."""
         self._server: Any = None
 
     @property

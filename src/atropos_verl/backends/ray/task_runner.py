@@ -133,7 +133,7 @@ class RaySession:
         return self._done.is_set()
 
     def take_events(self) -> list[tuple[str, Any]]:
-        """What the task runner said since the last call."""
+        """Returns the task runner's messages since the last call."""
         events: list[tuple[str, Any]] = ray.get(self._mailbox.take.remote())
         for kind, content in events:
             if kind == "result":

@@ -68,7 +68,7 @@ class StopRequestedError(Exception):
 
 
 class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
-    """What the three modes share. ``attach`` gives it feed and gateway after ``init`` and before ``fit``."""
+    """Base of the three modes. ``attach`` gives it feed and gateway after ``init`` and before ``fit``."""
 
     drains = False
     """Requests in flight end before the engine sleeps (no sequence is written by two policies)."""

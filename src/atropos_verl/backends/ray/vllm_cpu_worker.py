@@ -1,4 +1,4 @@
-"""What verl adds to vLLM's worker process, made to work on a CPU. Imported by vLLM in that process."""
+"""verl's extension of vLLM's worker process, made to work on a CPU. vLLM imports it in that process."""
 
 from __future__ import annotations
 
