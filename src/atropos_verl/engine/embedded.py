@@ -21,7 +21,7 @@ from typing import Any, Self
 import torch
 
 from atropos_verl.engine.gate import RequestGate
-from atropos_verl.engine.requests import EngineLimits, EngineStats, Ticket, validate
+from atropos_verl.engine.requests import EngineLimits, EngineStats, Ticket, eos_token_ids, validate
 from atropos_verl.engine.runner import ModelRunner, check_supported
 from atropos_verl.engine.sampling import effective_temperature
 from atropos_verl.engine.scheduler import Scheduler
@@ -85,7 +85,7 @@ class TransformersEngine:
         self._limits = EngineLimits(
             max_context_len=context,
             vocab_size=self._runner.vocab_size,
-            eos_token_ids=_eos_token_ids(self.model, tokenizer),
+            eos_token_ids=eos_token_ids(getattr(model, "generation_config", None), model.config, tokenizer),
         )
         self._release_weights = release_weights
         self._keep_kv = keep_kv
@@ -334,13 +334,3 @@ def _context_len(config: Any, wanted: int | None) -> int:
     if context < 2:
         raise EngineError(f"max_context_len is {context}: it must hold a prompt token and a new one")
     return context
-
-
-def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """End-of-sequence ids of generation config, model config and tokenizer together."""
-    found: set[int] = set()
-    for holder in (getattr(model, "generation_config", None), model.config, tokenizer):
-        value = getattr(holder, "eos_token_id", None)
-        if value is not None:
-            found.update(value if isinstance(value, (list, tuple)) else [value])
-    return frozenset(int(token) for token in found)

@@ -13,7 +13,7 @@ from atropos_verl.engine.sampling import stream_key
 from atropos_verl.errors import GenerationRequestError
 from atropos_verl.types import FinishReason, Generation, GenerationDelta, GenerationRequest
 
-__all__ = ["EngineLimits", "EngineStats", "RunningSequence", "StopStrings", "Ticket", "validate"]
+__all__ = ["EngineLimits", "EngineStats", "RunningSequence", "StopStrings", "Ticket", "eos_token_ids", "validate"]
 
 DeltaSink = Callable[[GenerationDelta], None]
 
@@ -26,6 +26,15 @@ class EngineLimits:
     """Prompt plus completion, tokens."""
     vocab_size: int
     eos_token_ids: frozenset[int]
+
+    def new_tokens(self, request: GenerationRequest) -> int:
+        """New tokens of one completion, at most."""
+        room = self.max_context_len - len(request.prompt_token_ids)
+        return room if request.max_tokens is None else min(request.max_tokens, room)
+
+    def stop_token_ids(self, request: GenerationRequest) -> frozenset[int]:
+        """Tokens that end a completion."""
+        return frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else self.eos_token_ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,16 +182,14 @@ class Ticket:
         self.future.set_running_or_notify_cancel()
         self.cancelled = False
         self.prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
-        room = limits.max_context_len - len(request.prompt_token_ids)
-        stop_ids = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else limits.eos_token_ids)
         stops = StopStrings(tokenizer, request.stop, pieces) if request.stop else None
         self.sequences = [
             RunningSequence(
                 ticket=self,
                 index=index,
                 key=stream_key(seed, index),
-                max_new_tokens=room if request.max_tokens is None else min(request.max_tokens, room),
-                stop_token_ids=stop_ids,
+                max_new_tokens=limits.new_tokens(request),
+                stop_token_ids=limits.stop_token_ids(request),
                 stop_strings=stops,
             )
             for index in range(request.n)
@@ -234,6 +241,16 @@ class Ticket:
         except InvalidStateError:  # another thread was first
             return False
         return True
+
+
+def eos_token_ids(*holders: Any) -> frozenset[int]:
+    """End-of-sequence ids that configurations and tokenizers name, together."""
+    found: set[int] = set()
+    for holder in holders:
+        value = getattr(holder, "eos_token_id", None)
+        if value is not None:
+            found.update(value if isinstance(value, (list, tuple)) else [value])
+    return frozenset(int(token) for token in found)
 
 
 def validate(request: GenerationRequest, limits: EngineLimits) -> None:

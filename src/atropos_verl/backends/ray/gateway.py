@@ -26,11 +26,12 @@ from typing import Any, Self
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
+from verl.utils.model import get_generation_config
 from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
 from atropos_verl.engine.gate import RequestGate
-from atropos_verl.engine.requests import EngineLimits, StopStrings, validate
+from atropos_verl.engine.requests import EngineLimits, StopStrings, eos_token_ids, validate
 from atropos_verl.errors import AtroposVerlError, EngineError, EngineStoppedError, GenerationRequestError
 from atropos_verl.gateway.app import GatewayServer, create_app
 from atropos_verl.provenance.ledger import Ledger
@@ -101,7 +102,7 @@ def start_gateway(
         tokenizer,
         max_context_len=int(rollout.max_model_len or rollout.prompt_length + rollout.response_length),
         vocab_size=max(len(tokenizer), embedding_rows(model)),
-        eos_token_ids=_eos_token_ids(model.path, tokenizer),
+        eos_token_ids=eos_token_ids(get_generation_config(model.path), tokenizer),
     )
     gate = RequestGate()
     app = create_app(
@@ -130,18 +131,6 @@ def embedding_rows(model: Any) -> int:
         model.get("hf_config_path") or model.path, trust_remote_code=model.get("trust_remote_code", False)
     )
     return int(config.get_text_config(decoder=True).vocab_size)
-
-
-def _eos_token_ids(path: str, tokenizer: Any) -> set[int]:
-    """End-of-sequence ids of the model's generation config and of the tokenizer."""
-    from verl.utils.model import get_generation_config
-
-    found: set[int] = set()
-    for holder in (get_generation_config(path), tokenizer):
-        value = getattr(holder, "eos_token_id", None)
-        if value is not None:
-            found.update(value if isinstance(value, (list, tuple)) else [value])
-    return found
 
 
 class ReplicaEngine:
@@ -275,8 +264,7 @@ class _Answer:
     @property
     def budget(self) -> int:
         """New tokens at most, over all attempts."""
-        room = self.limits.max_context_len - len(self.request.prompt_token_ids)
-        return room if self.request.max_tokens is None else min(self.request.max_tokens, room)
+        return self.limits.new_tokens(self.request)
 
     def take(self, output: Any) -> None:
         """Add what one attempt returned. Raises ``EngineError`` when tokens came without their logprobs."""
@@ -315,8 +303,7 @@ class _Answer:
             return "stop" if said == "stop" else "length"
         if len(self.tokens) < self.budget or not self.tokens:
             return "stop"
-        ends = set(self.request.stop_token_ids) | (set() if self.request.ignore_eos else self.limits.eos_token_ids)
-        if self.tokens[-1] in ends:
+        if self.tokens[-1] in self.limits.stop_token_ids(self.request):
             return "stop"
         if self.request.stop and StopStrings(self.tokenizer, self.request.stop, self.pieces).completed_by(self.tokens):
             return "stop"
