@@ -280,7 +280,7 @@ def _supervise(plan: LaunchPlan) -> int:
     logging.getLogger().addHandler(handler)
     logging.getLogger("atropos_verl").setLevel(logging.INFO)
     with LaunchView() as view:
-        supervisor = Supervisor(plan, view)
+        supervisor = Supervisor(plan, view.note, view)
 
         def on_signal(signum: int, frame: FrameType | None) -> None:
             del signum, frame

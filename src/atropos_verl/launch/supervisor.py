@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from atropos_verl.config.schema import SuperviseConfig
 from atropos_verl.errors import ServiceError
@@ -27,7 +27,10 @@ from atropos_verl.launch.probes import Poller, StepTail, connected_entries, disc
 from atropos_verl.launch.process import GRACE_SECONDS, ManagedProcess, ServiceSpec, describe_exit, stop_all
 from atropos_verl.storage import write_atomic
 
-__all__ = ["Supervisor", "View", "WatchedService"]
+if TYPE_CHECKING:
+    from atropos_verl.report.launch_view import LaunchView
+
+__all__ = ["Supervisor", "WatchedService"]
 
 logger = logging.getLogger(__name__)
 
@@ -188,27 +191,22 @@ class WatchedService:
         return path.with_name(f"{self.name}.{number}.log") if self._has_numbered_logs else path
 
 
-class View(Protocol):
-    """The terminal of a launch."""
-
-    def note(self, text: str) -> None: ...
-
-    def step(self, line: Mapping[str, Any], state: Mapping[str, Any]) -> None: ...
-
-    def update(self, state: Mapping[str, Any]) -> None: ...
-
-
 class Supervisor:
     """The life of a launch.
 
     A launch calls ``run()``, and ``interrupt()`` from its signal handlers. A process that trains itself calls
     ``start_api()``, ``start()``, ``check()`` while it waits for batches, and ``stop()``.
+
+    Args:
+        tell: called with notes for the user.
+        view: shows steps and state of a launch; None: the trainer of this process shows them.
     """
 
-    def __init__(self, plan: LaunchPlan, view: View, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, plan: LaunchPlan, tell: Callable[[str], None], view: LaunchView | None = None) -> None:
         self.plan = plan
-        self.view = view
-        self.services = [WatchedService(spec, plan.config.supervise, clock) for spec in plan.services]
+        self._tell = tell
+        self._view = view
+        self.services = [WatchedService(spec, plan.config.supervise) for spec in plan.services]
         self._api = self._one("api")
         self._trainer = self._one("trainer")
         self._environments = [watched for watched in self.services if watched.spec.kind == "environment"]
@@ -222,12 +220,11 @@ class Supervisor:
             generates=not plan.trains_here,
         )
         self._evaluations = EvaluationWatch(plan.run_dir)
-        self._steps = StepTail(plan.run_dir / "metrics.jsonl", clock)
-        self._clock = clock
+        self._steps = StepTail(plan.run_dir / "metrics.jsonl")
         self._interrupts = 0
         self._wake = threading.Event()
         self._notes: deque[str] = deque(maxlen=_KEPT_NOTES)
-        self._started = clock()
+        self._started = time.monotonic()
         self._api_lost_at = 0.0
         self._said: set[str] = set()
         self._stall_since = 0.0
@@ -328,13 +325,14 @@ class Supervisor:
         self._advance()
         self._start_due()
         self._watch_for_stall()
-        if self._clock() - self._state_at >= _STATE_SECONDS:
+        if time.monotonic() - self._state_at >= _STATE_SECONDS:
             self._publish()
         return None
 
     def _show_news(self) -> None:
         for line in self._steps.poll():
-            self.view.step(line, self.state())
+            if self._view is not None:
+                self._view.step(line, self.state())
         for text in self._evaluations.poll():
             self._inform(text)
 
@@ -363,7 +361,7 @@ class Supervisor:
     def _start_due(self) -> None:
         if not self._api_answers():
             if "api" in self._said:
-                self._api_lost_at = self._clock()
+                self._api_lost_at = time.monotonic()
             if self._api is not None and self._api.is_due:
                 self._start(self._api)
             return
@@ -391,7 +389,7 @@ class Supervisor:
 
     def _advance(self) -> None:
         """Move services from starting to running by what the probes saw; fail what takes too long."""
-        seen, now = self._poller.seen, self._clock()
+        seen, now = self._poller.seen, time.monotonic()
         if self._api is not None and self._api.state == "starting":
             if seen.api is not None:
                 self._api.set_ready()
@@ -409,7 +407,7 @@ class Supervisor:
                 self._advance_environment(watched, now)
 
     def _check_api_is_in_time(self, api: WatchedService) -> None:
-        if self._clock() - api.started_at > api.spec.startup_timeout:
+        if time.monotonic() - api.started_at > api.spec.startup_timeout:
             raise api.error(_late(api, "/status does not answer"))
 
     def _forget_earlier_environments(self) -> None:
@@ -489,7 +487,7 @@ class Supervisor:
         if "api" not in self._said:
             return False
         gone = not self._api_answers() or (self._api is not None and self._api.state != "running")
-        return gone or (self._api_lost_at > 0 and self._clock() - self._api_lost_at < _AFTERMATH_SECONDS)
+        return gone or (self._api_lost_at > 0 and time.monotonic() - self._api_lost_at < _AFTERMATH_SECONDS)
 
     def _plan_restart(self, watched: WatchedService, *, excused: bool) -> None:
         tail = watched.log_tail(6)
@@ -544,7 +542,7 @@ class Supervisor:
                 return
         elif self._trainer is None or self._trainer.state != "running":
             return
-        now, limit = self._clock(), self.plan.config.supervise.stall_after
+        now, limit = time.monotonic(), self.plan.config.supervise.stall_after
         started = self._started if self._trainer is None else self._trainer.started_at
         since = max(self._poller.seen.generated_at, started, self._steps.last_at or 0.0)
         if self._evaluations.running:
@@ -557,7 +555,7 @@ class Supervisor:
 
     def state(self) -> dict[str, Any]:
         """The state that a view shows, ``attach`` reads from ``run_dir/state.json`` and a diagnosis rests on."""
-        seen, steps, now = self._poller.seen, self._steps, self._clock()
+        seen, steps, now = self._poller.seen, self._steps, time.monotonic()
         services = [watched.describe() for watched in self.services]
         if self.plan.trains_here:
             trainer = {"name": "trainer", "kind": "trainer", "state": "running", "pid": os.getpid(), "restarts": 0}
@@ -586,11 +584,11 @@ class Supervisor:
 
     def _publish(self) -> None:
         """Show the state, and replace ``state.json``: a reader sees the old one or the new one."""
-        self._state_at = self._clock()
-        if self.plan.trains_here:  # the trainer shows its run itself
+        self._state_at = time.monotonic()
+        if self._view is None:
             return
         state = self.state()
-        self.view.update(state)
+        self._view.update(state)
         path = self.plan.run_dir / "state.json"
         try:
             write_atomic(path, json.dumps(state, default=str), private=True)
@@ -615,7 +613,7 @@ class Supervisor:
     def _note(self, text: str) -> None:
         self._notes.append(text)
         logger.info("%s", text)
-        self.view.note(text)
+        self._tell(text)
 
     def _one(self, kind: str) -> WatchedService | None:
         return next((watched for watched in self.services if watched.spec.kind == kind), None)

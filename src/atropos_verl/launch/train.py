@@ -15,11 +15,11 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from atropos_verl.config.composition import load_config, train_help
 from atropos_verl.config.launch_schema import note_of_unused_keys
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from atropos_verl.config.verl_keys import ClusterRun
     from atropos_verl.report.console import ProgressReporter
 
-__all__ = ["TrainingServices", "exit_code_of", "main"]
+__all__ = ["TrainingServices", "main"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,17 +64,20 @@ def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, conf
     parser.add_argument("--config-name", default=config_name if backend == "local" else None)
     parser.add_argument("--config-dir", type=Path, default=config_dir)
     options, overrides = parser.parse_known_args([word for word in words if not word.startswith("backend=")])
-    return (_local if backend == "local" else _ray)(options, overrides)
+    try:
+        if backend == "ray":
+            return _ray_command(options, overrides)
+        return _local_command(options, overrides)
+    except ConfigError as error:
+        sys.stderr.write(f"CONFIGURATION ERROR: {error}\n")
+        return 2
 
 
-def _local(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+def _local_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if options.help:
         sys.stdout.write(train_help(_PROGRAM) + "\n")
         return 0
-    try:
-        config = load_config(overrides, options.config_dir, options.config_name)
-    except ConfigError as error:
-        return _refuse(error)
+    config = load_config(overrides, options.config_dir, options.config_name)
     if options.cfg:
         sys.stdout.write(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
         return 0
@@ -82,64 +85,46 @@ def _local(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     # the demo took 5 s spinning and 0.4 s sleeping. Read by the OpenMP runtime when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     is_rank_zero = int(os.environ.get("RANK", "0")) == 0  # set by torchrun
-    return exit_code_of(lambda: _train_locally(config) if is_rank_zero else _serve_rank(config))
+    return _exit_code_of(lambda: _train_locally(config) if is_rank_zero else _serve_rank(config))
 
 
-def _ray(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+def _ray_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from atropos_verl.config.verl_keys import compose_run, ray_help, read_run
 
     if options.help:
         sys.stdout.write(ray_help())
         return 0
-    try:
-        composed = compose_run(overrides, options.config_dir, options.config_name)
-        run = read_run(composed)
-    except ConfigError as error:
-        return _refuse(error)
+    run = read_run(compose_run(overrides, options.config_dir, options.config_name))
     if options.cfg:
         from omegaconf import OmegaConf
 
-        sys.stdout.write(OmegaConf.to_yaml(composed, resolve=True))
+        sys.stdout.write(OmegaConf.to_yaml(run.verl, resolve=True))
         return 0
-    return exit_code_of(lambda: _train_on_ray(run))
+    return _exit_code_of(lambda: _train_on_ray(run))
 
 
-# ---------------------------------------------------------------------- exit codes
-
-
-def exit_code_of(run: Callable[[], int]) -> int:
+def _exit_code_of(run: Callable[[], int]) -> int:
     """Run a command's body; an exception becomes a message on standard error and an exit code.
 
     From here on a plain ``kill`` ends the process as Ctrl-C does: every ``finally`` runs, and so the children end.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         return run()
-    except KeyboardInterrupt as error:
-        _say("interrupted", error)
-        return 130
-    except ConfigError as error:
-        _say(f"CONFIGURATION ERROR: {error}", error)
-        return 2
-    except (AtroposVerlError, OSError) as error:
-        logger.error("the run failed", exc_info=error)
-        _say(str(error), error)
-        return 1
-
-
-def _refuse(error: ConfigError) -> int:
-    sys.stderr.write(f"CONFIGURATION ERROR: {error}\n")
-    return 2
-
-
-def _say(text: str, error: BaseException) -> None:
-    notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
-    sys.stderr.write(f"\n{text}{notes}\n")
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    del signum, frame
-    raise KeyboardInterrupt
+    except (KeyboardInterrupt, AtroposVerlError, OSError) as error:
+        code, text = 1, str(error)
+        if isinstance(error, KeyboardInterrupt):
+            code, text = 130, "interrupted"
+        elif isinstance(error, ConfigError):
+            code, text = 2, f"CONFIGURATION ERROR: {error}"
+        else:
+            logger.error("the run failed", exc_info=error)
+        sys.stderr.write("\n" + "\n".join([text, *getattr(error, "__notes__", [])]) + "\n")
+        return code
 
 
 # ---------------------------------------------------------------------- the processes around the trainer
@@ -197,7 +182,7 @@ class TrainingServices:
         if self.config.resume == "disable" and data_dir.is_dir():
             logger.info("resume=disable: the state of an earlier API in %s is removed", data_dir)
             shutil.rmtree(data_dir)
-        self._supervisor = Supervisor(self._plan, _NotesOnly(progress.note))
+        self._supervisor = Supervisor(self._plan, progress.note)
         self._supervisor.start_api()
         self.evaluations = EvaluationProcesses(
             self._plan.evaluations,
@@ -254,17 +239,6 @@ class TrainingServices:
             self._supervisor.stop()
 
 
-class _NotesOnly:
-    """The view of a supervisor whose trainer shows the run."""
-
-    def __init__(self, note: Callable[[str], None]) -> None:
-        self.note = note
-
-    def step(self, line: Mapping[str, Any], state: Mapping[str, Any]) -> None: ...
-
-    def update(self, state: Mapping[str, Any]) -> None: ...
-
-
 # ---------------------------------------------------------------------- the two backends
 
 
@@ -272,6 +246,7 @@ def _train_locally(config: RunConfig) -> int:
     from atropos_verl.backends.local.run import run
     from atropos_verl.report.console import ProgressReporter
     from atropos_verl.training.checkpoint_state import find_checkpoint, saved_step
+    from atropos_verl.training.step import write_summary
 
     started = time.monotonic()
     run_dir = config.resolve_run_dir()
@@ -288,11 +263,8 @@ def _train_locally(config: RunConfig) -> int:
         listener = listen(config.gateway.host, config.gateway.port, "inference gateway", advice)
         stack.callback(listener.close)
         services = TrainingServices(config, listener.getsockname()[1], is_resumed=is_resumed)
-        if config.resume == "disable":
-            _check_unused(run_dir, "resume=auto")
         text = json.dumps(config.model_dump(mode="json"), indent=2)
-        _prepare_run_dir(run_dir, "config.json", text)
-        _log_to_file(run_dir / "logs" / "trainer.log")
+        _prepare_run_dir(config, "config.json", text, log="trainer.log", advice="resume=auto")
         progress = stack.enter_context(ProgressReporter(total_steps=config.steps))
         if (step := saved_step(run_dir, config.resume)) >= config.steps:
             progress.note(f"{run_dir} is complete at step {step}; raise steps= or choose another run_dir")
@@ -302,7 +274,7 @@ def _train_locally(config: RunConfig) -> int:
         outcome, held_out = run(
             config, listener=listener, progress=progress, evaluations=services.evaluations, **services.callables
         )
-        _summarise(run_dir, outcome, held_out, started, progress)
+        progress.summary(write_summary(run_dir, outcome, held_out=held_out, seconds=time.monotonic() - started))
     return 0
 
 
@@ -323,6 +295,7 @@ def _train_on_ray(run: ClusterRun) -> int:
     from omegaconf import OmegaConf, open_dict
 
     from atropos_verl.report.console import ProgressReporter
+    from atropos_verl.training.step import write_summary
 
     started = time.monotonic()
     config, verl, run_dir = run.run, run.verl, run.run_dir
@@ -331,14 +304,12 @@ def _train_on_ray(run: ClusterRun) -> int:
     tracker = Path(str(verl.trainer.default_local_dir)) / "latest_checkpointed_iteration.txt"
     is_resumed = config.resume != "disable" and tracker.is_file()
     services = TrainingServices(config, gateway_port, is_resumed=is_resumed, prefix="atropos.")
-    if config.resume == "disable":
-        _check_unused(run_dir, "trainer.resume_mode=auto")
-    _prepare_run_dir(run_dir, "config.yaml", OmegaConf.to_yaml(verl, resolve=True))
+    text = OmegaConf.to_yaml(verl, resolve=True)
+    _prepare_run_dir(config, "config.yaml", text, log="command.log", advice="trainer.resume_mode=auto")
 
     from atropos_verl.backends.ray.run import run_on_ray, validate_with_verl
 
     validate_with_verl(verl)
-    _log_to_file(run_dir / "logs" / "command.log")
     with ExitStack() as stack:
         progress = stack.enter_context(ProgressReporter(total_steps=config.steps))
         stack.callback(services.stop)
@@ -350,25 +321,20 @@ def _train_on_ray(run: ClusterRun) -> int:
                 verl.atropos.api_url = api_url
                 verl.atropos.gateway = {**run.settings.gateway.model_dump(), "port": gateway_port}
         outcome, held_out = run_on_ray(run, progress=progress, evaluations=services.evaluations, check_services=check)
-        _summarise(run_dir, outcome, held_out, started, progress)
+        progress.summary(write_summary(run_dir, outcome, held_out=held_out, seconds=time.monotonic() - started))
     return 0
 
 
-def _check_unused(run_dir: Path, advice: str) -> None:
-    if (run_dir / "metrics.jsonl").exists():
+def _prepare_run_dir(config: RunConfig, name: str, settings: str, *, log: str, advice: str) -> None:
+    run_dir = config.resolve_run_dir()
+    if config.resume == "disable" and (run_dir / "metrics.jsonl").exists():
         raise ConfigError(f"{run_dir} already holds a run; choose another, or {advice}", "run_dir")
-
-
-def _prepare_run_dir(run_dir: Path, name: str, settings: str) -> None:
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         write_atomic(run_dir / name, settings, private=True)
     except OSError as error:
         raise ConfigError(f"cannot write to {run_dir}: {error.strerror}", "run_dir") from error
-
-
-def _log_to_file(path: Path) -> None:
-    handler = logging.FileHandler(path)
+    handler = logging.FileHandler(run_dir / "logs" / log)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     _log_to(handler)
     logging.getLogger("atropos_verl").setLevel(logging.INFO)
@@ -380,15 +346,3 @@ def _log_to(handler: logging.Handler) -> None:
     logging.captureWarnings(True)
     # torch writes this one deprecation of its own past every handler, onto the terminal.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
-
-
-def _summarise(
-    run_dir: Path,
-    outcome: Mapping[str, Any],
-    held_out: Mapping[str, float | None],
-    started: float,
-    progress: ProgressReporter,
-) -> None:
-    from atropos_verl.training.step import write_summary
-
-    progress.summary(write_summary(run_dir, outcome, held_out=held_out, seconds=time.monotonic() - started))
