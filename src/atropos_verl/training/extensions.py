@@ -1,0 +1,202 @@
+"""Functions of the user, named by a key: ``package.module:function``.
+
+============================ ===================================== =======================================
+key                          called as                             returns
+============================ ===================================== =======================================
+``loss.path``                ``f(logprobs, advantages, loss_mask,  ``(loss, metrics)``: a tensor [] and
+                             num_loss_tokens, *, old_logprobs,     numbers by name
+                             rollout_logprobs, sequence_ids)``
+``algorithm.advantage_path`` ``f(scores, group)``                  G advantages, or G rows of T_i
+``data.filter_path``         ``f(groups)``                         one bool per group: whether it is kept
+``reward.path``              ``f(prompts, completions)``           one score per completion
+============================ ===================================== =======================================
+
+``docs/extensions.md`` gives shapes, dtypes and units; ``examples/extensions/`` one module each. The module is looked for
+on PYTHONPATH and in the directory in which the command was started; its processes, which run elsewhere, learn of that
+directory from ``ATROPOS_VERL_LAUNCH_DIRECTORY``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from atropos_verl.config.schema import RunConfig
+from atropos_verl.errors import ConfigError
+from atropos_verl.types import NOT_TRAINED, FloatArray, LossOutput, ScoredGroup
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "LAUNCH_DIRECTORY",
+    "check_extensions",
+    "load_advantage",
+    "load_filter",
+    "load_function",
+    "load_loss",
+    "load_rescoring",
+]
+
+LAUNCH_DIRECTORY = "ATROPOS_VERL_LAUNCH_DIRECTORY"
+
+_ARGUMENTS = {
+    "loss.path": (
+        ("logprobs", "advantages", "loss_mask", "num_loss_tokens"),
+        ("old_logprobs", "rollout_logprobs", "sequence_ids"),
+    ),
+    "algorithm.advantage_path": (("scores", "group"), ()),
+    "data.filter_path": (("groups",), ()),
+    "reward.path": (("prompts", "completions"), ()),
+}
+"""Key → the positional arguments and the keyword arguments that its function is called with."""
+
+
+def check_extensions(config: RunConfig, prefix: str = "") -> None:
+    """Load every function that ``config`` names, before anything slow starts.
+
+    Args:
+        prefix: ``atropos.`` where the keys are in that block (the Ray backend).
+
+    Raises:
+        ConfigError: names the key and what is wrong with its function.
+    """
+    for key in _ARGUMENTS:
+        section, name = key.split(".")
+        path = getattr(getattr(config, section), name)
+        if path is not None:
+            try:
+                load_function(key, path)
+            except ConfigError as error:
+                raise ConfigError(str(error).removeprefix(f"{key}: "), prefix + key) from error
+
+
+def load_function(key: str, path: str) -> Callable[..., Any]:
+    """The function that ``path`` names.
+
+    Raises:
+        ConfigError: it cannot be imported, is no function, or does not take the arguments of ``key``.
+    """
+    module_name, _, name = path.partition(":")
+    if not module_name or not name:
+        raise ConfigError(f"{path!r} is not of the form package.module:function", key)
+    directory = os.environ.setdefault(LAUNCH_DIRECTORY, os.getcwd())
+    if directory not in sys.path:
+        sys.path.append(directory)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        where = f"it is looked for in {directory} and on PYTHONPATH"
+        raise ConfigError(f"cannot import {module_name}: {error}; {where}", key) from error
+    except Exception as error:
+        raise ConfigError(f"importing {module_name} raised {type(error).__name__}: {error}", key) from error
+    try:
+        for part in name.split("."):
+            found = getattr(found, part)
+    except AttributeError:
+        raise ConfigError(f"{module_name} has no {name!r}", key) from None
+    if not callable(found):
+        raise ConfigError(f"{path} is a {type(found).__name__}, not a function", key)
+    _check_arguments(key, path, found)
+    function: Callable[..., Any] = found
+    return function
+
+
+def _check_arguments(key: str, path: str, function: Callable[..., Any]) -> None:
+    positional, keywords = _ARGUMENTS[key]
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a builtin does not say what it takes
+        return
+    try:
+        signature.bind(*positional, **dict.fromkeys(keywords))
+    except TypeError as error:
+        call = ", ".join([*positional, *(f"{name}=…" for name in keywords)])
+        raise ConfigError(f"{path}{signature} cannot be called as f({call}): {error}", key) from None
+
+
+# ---------------------------------------------------------------------- one wrapper per key, which checks the result
+
+
+def load_loss(path: str) -> Callable[..., LossOutput]:
+    """``loss.path`` as a function with the arguments of ``_ARGUMENTS`` that returns a ``LossOutput``."""
+    key, function = "loss.path", load_function("loss.path", path)
+
+    def loss(logprobs: torch.Tensor, *arguments: Any, **keywords: Any) -> LossOutput:
+        import torch
+
+        result = function(logprobs, *arguments, **keywords)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise ConfigError(f"{path} returned a {type(result).__name__}, not (loss, metrics)", key)
+        value, metrics = result
+        if not isinstance(value, torch.Tensor) or value.dim() != 0:
+            shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ConfigError(f"{path} returned a loss of {shape}, not a tensor without dimensions", key)
+        if not value.requires_grad:  # a constant: its gradient is 0, and verl needs a graph
+            value = value.to(logprobs) + torch.zeros_like(logprobs).mul(logprobs.nan_to_num()).sum()
+        return LossOutput(loss=value, metrics={name: float(number) for name, number in dict(metrics).items()})
+
+    return loss
+
+
+def load_advantage(path: str) -> Callable[[ScoredGroup], list[FloatArray]]:
+    """``algorithm.advantage_path`` as a function that returns float64 [T_i] for each sequence of a group."""
+    key, function = "algorithm.advantage_path", load_function("algorithm.advantage_path", path)
+
+    def advantages(group: ScoredGroup) -> list[FloatArray]:
+        lengths = [len(tokens) for tokens in group.token_ids]
+        result = list(function(group.scores, group))
+        if len(result) != len(lengths):
+            raise ConfigError(f"{path} returned {len(result)} advantages for a group of {len(lengths)}", key)
+        rows: list[FloatArray] = []
+        for i, (value, length) in enumerate(zip(result, lengths, strict=True)):
+            row = np.asarray(value, dtype=np.float64)
+            if row.shape not in ((), (length,)):
+                raise ConfigError(f"{path} returned shape {row.shape} for sequence {i} of {length} tokens", key)
+            if not np.isfinite(row).all():
+                raise ConfigError(f"{path} returned an advantage that is not finite for sequence {i}", key)
+            rows.append(np.broadcast_to(row, (length,)))
+        return rows
+
+    return advantages
+
+
+def load_filter(path: str) -> Callable[[Sequence[ScoredGroup]], list[bool]]:
+    """``data.filter_path`` as a function that says of each group whether it is kept."""
+    key, function = "data.filter_path", load_function("data.filter_path", path)
+
+    def keeps(groups: Sequence[ScoredGroup]) -> list[bool]:
+        result = [bool(kept) for kept in function(list(groups))]
+        if len(result) != len(groups):
+            raise ConfigError(f"{path} returned {len(result)} values for {len(groups)} groups", key)
+        return result
+
+    return keeps
+
+
+def load_rescoring(path: str, decode: Callable[..., str]) -> Callable[[ScoredGroup], ScoredGroup]:
+    """``reward.path`` as a function that gives a group new scores.
+
+    Args:
+        decode: the tokenizer's. The prompt of a sequence ends at its first trained token.
+    """
+    key, function = "reward.path", load_function("reward.path", path)
+
+    def rescored(group: ScoredGroup) -> ScoredGroup:
+        starts = [int(np.argmax(mask != NOT_TRAINED)) if (mask != NOT_TRAINED).any() else len(mask) for mask in group.masks]
+        pairs = list(zip(group.token_ids, starts, strict=True))
+        prompts = [decode(tokens[:start].tolist()) for tokens, start in pairs]
+        completions = [decode(tokens[start:].tolist(), skip_special_tokens=True) for tokens, start in pairs]
+        scores = np.asarray(list(function(prompts, completions)), dtype=np.float64)
+        if scores.shape != (len(pairs),) or not np.isfinite(scores).all():
+            raise ConfigError(f"{path} returned {scores!r}, not {len(pairs)} finite scores", key)
+        return replace(group, scores=scores)
+
+    return rescored
