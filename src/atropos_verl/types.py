@@ -10,6 +10,7 @@ Shape legend: ``G`` sequences in a group, ``T`` tokens of one sequence (``T_g`` 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -280,6 +281,10 @@ class SampleSettings:
     """verl's name: divide the GRPO advantage by the group's standard deviation."""
     ignore_fields: tuple[str, ...] = ()
     """ScoredData fields that this trainer does not use and the user agreed to ignore (``data.ignore_fields``)."""
+    advantage: Callable[[ScoredGroup], list[FloatArray]] | None = None
+    """The user's function in the place of the estimator (``algorithm.advantage_path``): float64 [T] per sequence."""
+    keeps: Callable[[Sequence[ScoredGroup]], list[bool]] | None = None
+    """The user's function that says which groups are trained on (``data.filter_path``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,6 +293,8 @@ class SampleReport:
 
     samples: list[TrainingSample] = field(default_factory=list)
     quarantined: list[QuarantinedGroup] = field(default_factory=list)
+    filtered: list[ScoredGroup] = field(default_factory=list)
+    """Sound groups that ``SampleSettings.keeps`` left out."""
     dropped_overlong: int = 0
     """Sequences longer than ``max_token_len`` that were left out of training."""
     truncated: int = 0

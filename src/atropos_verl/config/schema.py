@@ -95,6 +95,7 @@ class AlgorithmConfig(Section):
         "grpo", description="baseline within the group; plain: the raw score"
     )
     norm_adv_by_std_in_grpo: bool = Field(True, description="divide by the group's standard deviation")
+    advantage_path: str | None = Field(None, description="your package.module:function instead: docs/extensions.md")
 
 
 class LossConfig(Section):
@@ -103,6 +104,7 @@ class LossConfig(Section):
     type: Literal["advantage_weighted_sft", "grpo"] | None = Field(
         None, description="null: as use_advantage_weighting says"
     )
+    path: str | None = Field(None, description="your package.module:function instead: docs/extensions.md")
     clip_ratio_low: NonNegative = Field(0.2, description="grpo: lower clip of the ratio")
     clip_ratio_high: NonNegative = Field(0.2, description="grpo: upper clip of the ratio")
     clip_ratio_c: float = Field(3.0, gt=1, description="grpo: dual clip for negative advantages")
@@ -130,6 +132,13 @@ class DataConfig(Section):
     on_bad_group: Literal["quarantine", "error"] = Field("quarantine", description="groups that are not valid")
     ignore_fields: tuple[str, ...] = Field((), description="ScoredData fields to ignore that this trainer cannot use")
     default_temperature: PositiveFloat = Field(1.0, description="where a group does not say its own")
+    filter_path: str | None = Field(None, description="your package.module:function that leaves groups out")
+
+
+class RewardConfig(Section):
+    """The score of a rollout, where the environment's is not the one to train on."""
+
+    path: str | None = Field(None, description="your package.module:function that scores: docs/extensions.md")
 
 
 class OffPolicyConfig(Section):
@@ -290,6 +299,7 @@ class RunConfig(Section):
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     data: DataConfig = Field(default_factory=DataConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
     off_policy: OffPolicyConfig = Field(default_factory=OffPolicyConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     inference: InferenceConfig = Field(default_factory=InferenceConfig)
@@ -326,7 +336,13 @@ class RunConfig(Section):
                 f"data.max_token_len ({self.data.max_token_len}) leaves no room for a prompt beside "
                 f"max_response_length ({self.max_response_length})"
             )
-        if self.loss_type != "grpo" and (self.loss.ppo_epochs > 1 or self.loss.ppo_mini_batches > 1):
+        if self.loss.path is not None and (self.loss.type is not None or weighted is not None):
+            raise ValueError("loss.path is the loss; leave loss.type and use_advantage_weighting null beside it")
+        if (
+            self.loss.path is None
+            and self.loss_type != "grpo"
+            and (self.loss.ppo_epochs > 1 or self.loss.ppo_mini_batches > 1)
+        ):
             raise ValueError("loss.ppo_epochs and loss.ppo_mini_batches above 1 need loss.type=grpo (its ratio)")
         if self.gateway.api_key is None and self.gateway.host not in ("127.0.0.1", "localhost", "::1"):
             raise ValueError(

@@ -25,6 +25,7 @@ from atropos_verl.config.schema import (
     OffPolicyConfig,
     PositiveFloat,
     PositiveInt,
+    RewardConfig,
     RunConfig,
     Section,
     SuperviseConfig,
@@ -53,6 +54,10 @@ _LOCAL_NAMES = {
     "use_advantage_weighting": "actor_rollout_ref.actor.policy_loss.loss_mode=advantage_weighted_sft",
     "advantage_normalization": "atropos.advantage_normalization",
     "advantage_clipping": "atropos.advantage_clipping",
+    "loss.path": "atropos.loss.path",
+    "algorithm.advantage_path": "atropos.algorithm.advantage_path",
+    "data.filter_path": "atropos.data.filter_path",
+    "reward.path": "atropos.reward.path",
     "eval.before": "atropos.eval.before",
     "eval.after": "atropos.eval.after",
 }
@@ -68,6 +73,19 @@ class ClusterDataConfig(Section):
     overlong: Literal["drop", "truncate", "error"] = Field("drop", description="sequences longer than that")
     on_bad_group: Literal["quarantine", "error"] = Field("quarantine", description="groups that are not valid")
     ignore_fields: tuple[str, ...] = Field((), description="ScoredData fields to ignore that this trainer cannot use")
+    filter_path: str | None = Field(None, description="your package.module:function that leaves groups out")
+
+
+class ClusterLossConfig(Section):
+    """The user's loss; verl's are ``actor_rollout_ref.actor.policy_loss.loss_mode``."""
+
+    path: str | None = Field(None, description="your package.module:function as the loss: docs/extensions.md")
+
+
+class ClusterAlgorithmConfig(Section):
+    """The user's advantages; verl's are ``algorithm.adv_estimator``."""
+
+    advantage_path: str | None = Field(None, description="your package.module:function instead: docs/extensions.md")
 
 
 class ClusterSettings(AtroposConfig):
@@ -76,7 +94,10 @@ class ClusterSettings(AtroposConfig):
     env: EnvConfig = Field(default_factory=EnvConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    loss: ClusterLossConfig = Field(default_factory=ClusterLossConfig)
+    algorithm: ClusterAlgorithmConfig = Field(default_factory=ClusterAlgorithmConfig)
     data: ClusterDataConfig = Field(default_factory=ClusterDataConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
     seed: int = Field(0, ge=0, description="seed of the environment")
     advantage_normalization: Literal["none", "batch", "global"] = Field("none", description="over trained tokens")
     advantage_clipping: tuple[float, float] | None = Field(None, description="[low, high] or null")
@@ -169,8 +190,12 @@ def complete_config(config: Any) -> None:
     Replicas of their own, weights through Ray's object store, and a mini-batch per local update. Values that were set
     otherwise are kept.
     """
-    from omegaconf import open_dict
+    from omegaconf import OmegaConf, open_dict
 
+    if (path := OmegaConf.select(config, "atropos.loss.path")) is not None:
+        with open_dict(config):
+            # Every training worker registers the function under this name: see backends.ray.workers.
+            config.actor_rollout_ref.actor.policy_loss.loss_mode = path
     if config.trainer.v1.trainer_mode != "separate_async":
         return
     actor_rollout, data = config.actor_rollout_ref, config.data
@@ -206,6 +231,14 @@ def read_run(config: Any) -> ClusterRun:
     except ValidationError as error:
         raise as_config_error(error, prefix="atropos.") from None
     _check_verl_keys(config)
+    algorithm = config.algorithm
+    if settings.algorithm.advantage_path and (
+        str(algorithm.adv_estimator) not in ("grpo", "rloo", "plain") or algorithm.use_kl_in_reward
+    ):
+        raise ConfigError(
+            "verl would compute the advantages; set algorithm.adv_estimator=grpo and algorithm.use_kl_in_reward=false",
+            "atropos.algorithm.advantage_path",
+        )
     return ClusterRun(config, settings, _as_run_config(config, settings))
 
 
@@ -261,7 +294,10 @@ def _as_run_config(config: Any, settings: ClusterSettings) -> RunConfig:
         "algorithm": {
             "adv_estimator": _data_estimator(config),
             "norm_adv_by_std_in_grpo": config.algorithm.norm_adv_by_std_in_grpo,
+            "advantage_path": settings.algorithm.advantage_path,
         },
+        "loss": {"path": settings.loss.path},
+        "reward": {"path": settings.reward.path},
         "off_policy": settings.off_policy.model_dump(),
         "gateway": settings.gateway.model_dump(),
         "env": settings.env.model_dump(),

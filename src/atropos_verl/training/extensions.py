@@ -11,9 +11,9 @@ key                          called as                             returns
 ``reward.path``              ``f(prompts, completions)``           one score per completion
 ============================ ===================================== =======================================
 
-``docs/extensions.md`` gives shapes, dtypes and units; ``examples/extensions/`` one module each. The module is looked for
-on PYTHONPATH and in the directory in which the command was started; its processes, which run elsewhere, learn of that
-directory from ``ATROPOS_VERL_LAUNCH_DIRECTORY``.
+``docs/extensions.md`` gives shapes, dtypes and units; ``examples/extensions/`` has one module each. The module is
+looked for on PYTHONPATH and in the directory in which the command was started. The processes of the run, which work in
+other directories, know it from ``ATROPOS_VERL_LAUNCH_DIRECTORY``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,7 +88,7 @@ def load_function(key: str, path: str) -> Callable[..., Any]:
     module_name, _, name = path.partition(":")
     if not module_name or not name:
         raise ConfigError(f"{path!r} is not of the form package.module:function", key)
-    directory = os.environ.setdefault(LAUNCH_DIRECTORY, os.getcwd())
+    directory = os.environ.setdefault(LAUNCH_DIRECTORY, str(Path.cwd()))
     if directory not in sys.path:
         sys.path.append(directory)
     try:
@@ -190,7 +191,9 @@ def load_rescoring(path: str, decode: Callable[..., str]) -> Callable[[ScoredGro
     key, function = "reward.path", load_function("reward.path", path)
 
     def rescored(group: ScoredGroup) -> ScoredGroup:
-        starts = [int(np.argmax(mask != NOT_TRAINED)) if (mask != NOT_TRAINED).any() else len(mask) for mask in group.masks]
+        starts = [
+            int(np.argmax(mask != NOT_TRAINED)) if (mask != NOT_TRAINED).any() else len(mask) for mask in group.masks
+        ]
         pairs = list(zip(group.token_ids, starts, strict=True))
         prompts = [decode(tokens[:start].tolist()) for tokens, start in pairs]
         completions = [decode(tokens[start:].tolist(), skip_special_tokens=True) for tokens, start in pairs]

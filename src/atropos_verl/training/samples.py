@@ -25,6 +25,7 @@ from atropos_verl.training.advantages import (
     finish_advantages,
     group_advantages,
 )
+from atropos_verl.training.extensions import load_advantage, load_filter
 from atropos_verl.training.staleness import stated_version
 from atropos_verl.types import (
     NO_LOGPROB,
@@ -92,17 +93,23 @@ def collect_samples(
     samples: list[TrainingSample] = []
     sequences: list[SequenceAdvantage] = []
     quarantined: list[QuarantinedGroup] = []
-    used: list[ScoredGroup] = []
+    sound: list[ScoredGroup] = []
     for group in groups:
         reason = find_defect(group, settings.vocab_size)
         if reason is None:
             check_supported(group, settings.ignore_fields)
-            used.append(group)
-            _collect(group, settings, samples, sequences)
+            sound.append(group)
         elif settings.on_bad_group == "error":
             raise DataError(reason)
         else:
             quarantined.append(QuarantinedGroup(group=group, reason=reason))
+    kept = settings.keeps(sound) if settings.keeps is not None and sound else [True] * len(sound)
+    used = [group for group, keep in zip(sound, kept, strict=True) if keep]
+    if len(used) < len(sound):
+        filtered = len(sound) - len(used)
+        logger.info("%d of %d groups are left out by data.filter_path", filtered, len(sound))
+    for group in used:
+        _collect(group, settings, samples, sequences)
     unknown = Counter(key for group in used for key in _unknown_keys(group))
     for key, count in sorted(unknown.items()):
         logger.warning("%s is not known to this trainer and has no effect (%d times in this batch)", key, count)
@@ -115,6 +122,7 @@ def collect_samples(
     report = SampleReport(
         samples=samples,
         quarantined=quarantined,
+        filtered=[group for group, keep in zip(sound, kept, strict=True) if not keep],
         dropped_overlong=dropped,
         truncated=sum(sample.truncated for sample in samples),
         groups=len(used),
@@ -126,7 +134,12 @@ def collect_samples(
 def _collect(
     group: ScoredGroup, settings: SampleSettings, samples: list[TrainingSample], sequences: list[SequenceAdvantage]
 ) -> None:
-    baseline = group_advantages(group.scores, settings.estimator, norm_by_std=settings.norm_adv_by_std_in_grpo)
+    rows: Sequence[FloatArray]
+    if settings.advantage is not None:
+        rows = settings.advantage(group)
+    else:
+        baseline = group_advantages(group.scores, settings.estimator, norm_by_std=settings.norm_adv_by_std_in_grpo)
+        rows = [np.full(len(tokens), value) for tokens, value in zip(group.token_ids, baseline, strict=True)]
     limit = settings.max_token_len
     for i, tokens in enumerate(group.token_ids):
         end, overlong = len(tokens), False
@@ -141,7 +154,7 @@ def _collect(
             end, overlong = limit, True
         own = None if group.advantages is None else group.advantages[i]
         zero = group.overrides is not None and bool(group.overrides[i].get("set_advantage_to_zero"))
-        values = np.full(end, baseline[i]) if own is None else own[:end]
+        values = (rows[i] if own is None else own)[:end]
         sample = _sample(group, i, end, values, settings.default_temperature, truncated=overlong)
         samples.append(sample)
         sequences.append(SequenceAdvantage(values, sample.loss_mask, zero, own is not None))
@@ -232,4 +245,6 @@ def sample_settings(config: RunConfig, vocab_size: int | None) -> SampleSettings
         default_temperature=config.data.default_temperature,
         norm_adv_by_std_in_grpo=config.algorithm.norm_adv_by_std_in_grpo,
         ignore_fields=config.data.ignore_fields,
+        advantage=None if config.algorithm.advantage_path is None else load_advantage(config.algorithm.advantage_path),
+        keeps=None if config.data.filter_path is None else load_filter(config.data.filter_path),
     )

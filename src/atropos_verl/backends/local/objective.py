@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from atropos_verl.config.schema import LossConfig
+from atropos_verl.training.extensions import load_loss
 from atropos_verl.training.losses.importance import LARGEST, summarise_importance
 from atropos_verl.training.losses.policy import advantage_weighted_sft_loss, clipped_ratio_loss
 from atropos_verl.types import LossOutput
@@ -21,12 +22,14 @@ __all__ = ["LossFunction"]
 class LossFunction:
     """``(model_output, data, dp_group) -> (loss, metrics)`` as verl's engine wants it.
 
-    ``kind`` is ``advantage_weighted_sft`` or ``grpo``. Metrics are gathered between ``start()`` and ``finish()``
-    rather than through verl's return value, whose lists are joined over ranks and micro-batches without weights.
+    ``kind`` is ``advantage_weighted_sft``, ``grpo``, or ``path`` (the user's function, ``loss.path``). Metrics are
+    gathered between ``start()`` and ``finish()`` rather than through verl's return value, whose lists are joined over
+    ranks and micro-batches without weights.
     """
 
     def __init__(self, kind: str, config: LossConfig, importance: str | None = None, cap: float = 2.0) -> None:
-        self.kind = kind
+        self.kind = kind if config.path is None else "path"
+        self._user_loss = None if config.path is None else load_loss(config.path)
         self.config = config
         self._importance = importance
         self._cap = cap
@@ -68,13 +71,16 @@ class LossFunction:
                 torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff()
             ),
         }
+        old = data["old_logprobs"].values() if "old_logprobs" in columns else None
+        if self._user_loss is not None:
+            known = {name: rollout[name] for name in ("rollout_logprobs", "sequence_ids")}
+            return self._user_loss(logprobs, advantages, mask, num_loss_tokens, old_logprobs=old, **known)
         if self.kind == "advantage_weighted_sft":
             return advantage_weighted_sft_loss(logprobs, advantages, mask, num_loss_tokens=num_loss_tokens, **rollout)
-        old = data["old_logprobs"].values() if "old_logprobs" in columns else logprobs.detach()
         config = self.config
         return clipped_ratio_loss(
             logprobs,
-            old,
+            logprobs.detach() if old is None else old,
             advantages,
             mask,
             clip_ratio_low=config.clip_ratio_low,

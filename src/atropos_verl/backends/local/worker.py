@@ -138,7 +138,7 @@ class PolicyWorker:
         old_logprobs: list[FloatArray] | None = None
         loss = self.config.loss
         updates = loss.ppo_epochs * loss.ppo_mini_batches
-        if self.loss_function.kind == "grpo" and updates > 1:
+        if self.loss_function.kind != "advantage_weighted_sft" and updates > 1:
             old_logprobs = self._logprobs(samples)
         outputs: list[TrainOutput] = []
         for chunk in _mini_batches(len(samples), loss.ppo_epochs, loss.ppo_mini_batches, self.config.seed):

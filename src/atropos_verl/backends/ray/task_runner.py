@@ -20,6 +20,7 @@ import ray
 
 from atropos_verl.config.verl_keys import ClusterRun, parameter_sync_step, read_run
 from atropos_verl.errors import AtroposVerlError, ServiceError
+from atropos_verl.training.extensions import LAUNCH_DIRECTORY
 from atropos_verl.types import StepReport
 
 __all__ = ["AtroposTaskRunner", "RaySession", "set_environment"]
@@ -173,6 +174,8 @@ def set_environment(device: str) -> dict[str, str]:
     }
     environment = {name: os.environ.get(name, value) for name, value in environment.items()}
     environment |= ray_environment(device)
+    if LAUNCH_DIRECTORY in os.environ:
+        environment[LAUNCH_DIRECTORY] = os.environ[LAUNCH_DIRECTORY]
     os.environ.update(environment)
     return environment
 

@@ -19,6 +19,7 @@ from verl.trainer.ppo.core_algos import register_policy_loss as _register_policy
 from verl.utils.device import get_device_name
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
+from atropos_verl.training.extensions import load_loss
 from atropos_verl.training.losses.policy import advantage_weighted_sft_loss as _local_loss
 from atropos_verl.verl_plugin import engines  # noqa: F401  registers
 from atropos_verl.verl_plugin.shims import init_cpu_process_group, own_copies
@@ -29,6 +30,7 @@ __all__ = [
     "AtroposTrainingWorker",
     "advantage_weighted_sft",
     "plain",
+    "register_user_loss",
     "worker_class",
 ]
 
@@ -47,6 +49,7 @@ class AtroposActorRolloutRefWorker(ActorRolloutRefWorker):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         init_cpu_process_group()
         super().__init__(*args, **kwargs)
+        register_user_loss(self.config)
 
 
 class AtroposDetachActorWorker(DetachActorWorker):  # type: ignore[misc]
@@ -55,6 +58,7 @@ class AtroposDetachActorWorker(DetachActorWorker):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         init_cpu_process_group()
         super().__init__(*args, **kwargs)
+        register_user_loss(self.config)
 
     @property
     def copy_handler(self) -> Any:
@@ -114,6 +118,48 @@ def advantage_weighted_sft(
         return output.loss * batch.get("dp_size", 1), {f"actor/{k}": v for k, v in output.metrics.items()}
     loss = agg_loss(loss_mat=-log_prob * weighted, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **batch)
     return loss, {}
+
+
+def register_user_loss(config: Any) -> None:
+    """Register the function of ``atropos.loss.path``, which ``complete_config`` has made the ``loss_mode``.
+
+    Rows of padding and response tokens that are not trained are in its arguments, with ``loss_mask`` False. Importance
+    weights of rollout correction are multiplied into its advantages; ``rollout_logprobs`` is None, since verl does not
+    hand them to a loss.
+
+    Args:
+        config: verl's ``actor_rollout_ref``.
+    """
+    path = str(config.actor.policy_loss.loss_mode)
+    if ":" not in path or path in POLICY_LOSS_REGISTRY:
+        return
+    user_loss = load_loss(path)
+
+    def policy_loss(
+        old_log_prob: torch.Tensor,
+        log_prob: torch.Tensor,
+        advantages: torch.Tensor,
+        response_mask: torch.Tensor,
+        loss_agg_mode: str = "token-mean",
+        config: Any = None,
+        rollout_is_weights: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        del loss_agg_mode
+        batch, mask = dict(config.global_batch_info), response_mask.reshape(-1).bool()
+        weighted = advantages if rollout_is_weights is None else advantages * rollout_is_weights
+        tokens = batch.get("batch_num_tokens")
+        output = user_loss(
+            log_prob.reshape(-1),
+            weighted.reshape(-1),
+            mask,
+            int(mask.sum() if tokens is None else tokens),
+            old_logprobs=old_log_prob.reshape(-1),
+            rollout_logprobs=None,
+            sequence_ids=torch.arange(len(log_prob), device=log_prob.device).repeat_interleave(log_prob.shape[1]),
+        )
+        return output.loss * batch.get("dp_size", 1), {f"actor/{name}": v for name, v in output.metrics.items()}
+
+    _register_policy_loss(path)(policy_loss)
 
 
 def plain(
