@@ -1,7 +1,7 @@
 """A loss for ``loss.path``: advantage-weighted, with a floor under the logprobs of bad answers.
 
-The advantage-weighted loss has no lower bound: it can push a token with a negative advantage to probability 0. Here such
-a token stops being pushed once its logprob is below ``FLOOR``.
+The advantage-weighted loss has no lower bound: it can push a token with a negative advantage to probability 0. Here
+such a token stops being pushed once its logprob is below ``FLOOR``.
 """
 
 import torch

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from atropos_verl.config.composition import SHIPPED, load_launch
 from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig, describe_launch
 from atropos_verl.config.model_checks import check_vocabulary
+from atropos_verl.training.extensions import check_extensions
 from atropos_verl.config.schema import ModelConfig, RunConfig
 from atropos_verl.config.verl_keys import RAY_DEFAULT, compose_run, read_run
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
@@ -108,9 +109,13 @@ def build_plan(config: RunConfig, launch: LaunchConfig, ray: RayLaunch | None = 
     Raises:
         ConfigError: parts that are not started here have no URL; a fixed port is taken; see ``make_plan``.
     """
+<<<<<<< HEAD:src/atropos_verl/launch/launch.py
+=======
+>>>>>>> 41e2d5b (Doors: loss.path, algorithm.advantage_path, data.filter_path and reward.path name a user's function, in both backends):src/atropos_verl/launch/launcher.py
     config = _with_token(config, launch)
     model_path = config.resolve_model_path()
     check_vocabulary(config, model_path)
+    check_extensions(config, "atropos." if ray is not None else "")
     own_api = config.atropos.api_url is None and launch.starts("api")
     if config.atropos.api_url is None and not launch.starts("api"):
         raise ConfigError("give the URL of the API that runs elsewhere (or ATROPOS_API_URL)", "atropos.api_url")

@@ -32,6 +32,7 @@ from atropos_verl.launch.plan import LaunchPlan, make_plan, one_environment, url
 from atropos_verl.launch.probes import free_port
 from atropos_verl.launch.supervisor import Supervisor
 from atropos_verl.storage import write_atomic
+from atropos_verl.training.extensions import check_extensions
 
 if TYPE_CHECKING:
     from atropos_verl.config.verl_keys import ClusterRun
@@ -253,6 +254,7 @@ def _train_locally(config: RunConfig) -> int:
     config = config.model_copy(update={"run_dir": str(run_dir)})
     # Everything that can be known to be wrong is, before a file is made, a process started or torch imported.
     check_vocabulary(config, config.resolve_model_path())
+    check_extensions(config)
     is_resumed = find_checkpoint(run_dir, config.resume) is not None
     if not config.is_attached:
         one_environment(config)
@@ -300,6 +302,7 @@ def _train_on_ray(run: ClusterRun) -> int:
     started = time.monotonic()
     config, verl, run_dir = run.run, run.verl, run.run_dir
     check_vocabulary(config, config.resolve_model_path(), "actor_rollout_ref.")
+    check_extensions(config, "atropos.")
     gateway_port = config.gateway.port or free_port(_HOST)
     tracker = Path(str(verl.trainer.default_local_dir)) / "latest_checkpointed_iteration.txt"
     is_resumed = config.resume != "disable" and tracker.is_file()

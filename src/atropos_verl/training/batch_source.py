@@ -51,6 +51,7 @@ from atropos_verl.protocol.leases import HeldBatch, LeasedBatches
 from atropos_verl.protocol.schema import validated
 from atropos_verl.protocol.wire import decode_batch
 from atropos_verl.provenance.throttle import StalenessThrottle
+from atropos_verl.training.extensions import load_rescoring
 from atropos_verl.training.quarantine import QuarantineStore
 from atropos_verl.training.staleness import BatchMatches, BatchProvenance
 from atropos_verl.training.step import RunTotals
@@ -125,6 +126,7 @@ class BatchSource:
         self._totals = RunTotals()
         self._prefetcher: Prefetcher[RolloutData] | None = None
         self._check: Check | None = None
+        self._rescored: Callable[[ScoredGroup], ScoredGroup] | None = None
         self._first_limit = config.atropos.rollout_timeout
         self._has_batch = False
         self._queue_watch: threading.Thread | None = None
@@ -188,7 +190,7 @@ class BatchSource:
         starts_environment: bool = False,
         prepare: Callable[[RolloutData], None] | None = None,
     ) -> None:
-        """Training begins: ``take`` may be called, and prompts may be held back.
+        """Training begins: ``take`` may be called, prompts may be held back, and ``reward.path`` scores what comes.
 
         Args:
             check: called while waiting; raises when a process of the run has died.
@@ -197,6 +199,9 @@ class BatchSource:
             prepare: prefetch one batch, and call this for it in the source's thread. None: no prefetch.
         """
         self._check = check
+        if self.config.reward.path is not None:
+            assert self._provenance is not None, "attach comes first"
+            self._rescored = load_rescoring(self.config.reward.path, self._provenance.decode)
         if starts_environment and not self._has_batch:
             self._first_limit = self.config.env.startup_timeout
         if prepare is not None:
@@ -278,6 +283,8 @@ class BatchSource:
         assert self._provenance is not None, "attach comes first"
         started = time.perf_counter()
         groups = validated(decode_batch(held.body), self._provenance.settings.vocab_size)
+        if self._rescored is not None:
+            groups = [self._rescored(group) if group.defect is None else group for group in groups]
         decoded = time.perf_counter()
         matches = self._provenance.recall(groups, self.journal, held.entry)
         timings = {"decode": decoded - started, "look_up": time.perf_counter() - decoded, "wait": held.waited}

@@ -116,13 +116,13 @@ class BatchProvenance:
         config: OffPolicyConfig,
         ledger: Ledger | None,
         settings: SampleSettings,
-        decode: Callable[[list[int]], str] = str,
+        decode: Callable[..., str] = str,
     ) -> None:
         self.config = config
         self.ledger = ledger
         self.settings = settings
         self.resumed_at: int | None = None
-        self._decode = decode
+        self.decode = decode
         self._last_example: dict[int | None, float] = {}
 
     def look_up(self, groups: Sequence[ScoredGroup]) -> BatchMatches:
@@ -227,7 +227,7 @@ class BatchProvenance:
         if difference.nothing_similar:
             return "Nothing similar is in the ledger: it was generated elsewhere, or so long ago that it was removed"
         at = difference.position
-        before = self._decode(tokens[max(0, at - _CONTEXT_TOKENS) : at])
+        before = self.decode(tokens[max(0, at - _CONTEXT_TOKENS) : at])
         where = "in the prompt, " if difference.in_prompt else ""
         return (
             f"First difference {where}at token {at}, after {before!r}: written {self._token(difference.written)}, "
@@ -235,7 +235,7 @@ class BatchProvenance:
         )
 
     def _token(self, token: int | None) -> str:
-        return "nothing more" if token is None else f"{token} {self._decode([token])!r}"
+        return "nothing more" if token is None else f"{token} {self.decode([token])!r}"
 
 
 def _records(matches: BatchMatches) -> list[int]:

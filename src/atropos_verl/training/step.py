@@ -103,6 +103,8 @@ class RunTotals:
 
     groups_used: int = 0
     groups_quarantined: int = 0
+    groups_filtered: int = 0
+    """Left out by ``data.filter_path``."""
     groups_stale: int = 0
     """Left out: older than ``off_policy.max_staleness``."""
     sequences_trained: int = 0
@@ -118,6 +120,7 @@ class RunTotals:
         """Adds the ``counts`` of one step (see ``step_report``)."""
         self.groups_used += counts.get("groups", 0)
         self.groups_quarantined += counts.get("quarantined", 0)
+        self.groups_filtered += counts.get("filtered", 0)
         self.groups_stale += counts.get("stale", 0)
         self.sequences_dropped_overlong += counts.get("dropped_overlong", 0)
         if counts["trained_tokens"]:

@@ -32,6 +32,7 @@ from atropos_verl.errors import CheckpointError, ConfigError, DataError, Trainin
 from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.training.batch_source import BatchSource, RolloutData
 from atropos_verl.training.checkpoint_state import RunState, find_checkpoint, finish_checkpoint
+from atropos_verl.training.extensions import check_extensions, load_function
 from atropos_verl.training.samples import build_samples, sample_settings
 from atropos_verl.training.selfplay import RewardFunction, SelfPlay
 from atropos_verl.training.staleness import BatchProvenance, staleness_metrics
@@ -56,6 +57,7 @@ class AtroposTrainer:
 
     Args:
         reward_fn: for ``rl_training_step``: ``(prompts, completions) -> scores``, flat lists of equal length.
+            ``reward.path`` may name it instead.
         client: used instead of one made from the configuration.
         source: the batch source of a run that has registered already; the trainer closes it.
         gateway_listener: a socket that listens already, for the gateway.
@@ -71,6 +73,11 @@ class AtroposTrainer:
         source: BatchSource | None = None,
         gateway_listener: socket.socket | None = None,
     ) -> None:
+        check_extensions(config)
+        if config.reward.path is not None:
+            if reward_fn is not None:
+                raise ConfigError("a reward_fn was given as well; give one of the two", "reward.path")
+            reward_fn = load_function("reward.path", config.reward.path)
         self.config = config
         self.reward_fn = reward_fn
         self.run_dir = run_dir or config.resolve_run_dir()
@@ -313,6 +320,7 @@ class AtroposTrainer:
             "groups": report.groups,
             "sequences": len(report.samples),
             "quarantined": len(report.quarantined),
+            "filtered": len(report.filtered),
             "dropped_overlong": report.dropped_overlong,
             "truncated": report.truncated,
             "trained_tokens": int(figures.pop("tokens")),

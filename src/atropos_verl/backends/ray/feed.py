@@ -66,8 +66,8 @@ class Slot:
     scores: list[float] = field(default_factory=list)
     env_scores: dict[int, list[float]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
-    """groups, sequences, quarantined, dropped_overlong, truncated, stale, carried (to the next slot), untrained,
-    trained_tokens."""
+    """groups, sequences, quarantined, filtered, dropped_overlong, truncated, stale, carried (to the next slot),
+    untrained, trained_tokens."""
     off_policy: dict[str, float | int | None] = field(default_factory=dict)
     """Figures of the ledger's look-up, and of staleness."""
     wait_seconds: float = 0.0
@@ -324,8 +324,9 @@ class TrajectoryFeed:
         report, advantages = collect_samples(applied.groups, self.provenance.settings)
         refused = list(report.quarantined)
         bad = {found.group.group_id for found in refused}
+        filtered = {group.group_id for group in report.filtered}
         for group, place in zip(applied.groups, applied.kept, strict=True):
-            if group.group_id in bad:
+            if group.group_id in bad or group.group_id in filtered:
                 continue
             rows = [i for i, sample in enumerate(report.samples) if sample.group_id == group.group_id]
             samples = [report.samples[i] for i in rows]
@@ -346,6 +347,7 @@ class TrajectoryFeed:
         slot.counts.update(
             stale=applied.stale_groups,
             quarantined=len(bad),
+            filtered=len(report.filtered),
             dropped_overlong=report.dropped_overlong,
             truncated=report.truncated,
         )

@@ -1,0 +1,122 @@
+"""A user's four functions in whole steps of the local backend: what they return is what is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.lab import GROUP_SIZE, GROUPS, Lab, state_of
+from support.runs import TrainingRun, metrics_of
+from support.scripted_api import batch_of
+from support.tiny_model import build_tiny_model
+from support.trajectory_server import ServerProcess, group
+
+from atropos_verl.errors import ConfigError
+
+ME = __name__
+PLAIN = {"advantage_normalization": "none", "sync": {"canary": False}}
+seen: list[int] = []
+
+
+def constant(logprobs: Any, *_: Any, **__: Any) -> Any:
+    return logprobs.new_tensor(2.5), {}
+
+
+def zero(scores: Any, group: Any) -> Any:
+    return np.zeros(len(scores))
+
+
+def every_other(groups: Any) -> Any:
+    """The first of each batch."""
+    return [i % 2 == 0 for i in range(len(groups))]
+
+
+def numbered(prompts: list[str], completions: list[str]) -> list[float]:
+    """0, 1, 2, …: no environment's scores."""
+    seen.append(len(completions))
+    return [float(i) for i in range(len(completions))]
+
+
+def batches(count: int) -> list[bytes]:
+    """Without advantages of the environment, which would replace those of a function."""
+    return [batch_of([group(2 * batch + i, GROUP_SIZE) for i in range(GROUPS)]) for batch in range(count)]
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def lab(model_path: Path, tmp_path: Path) -> Lab:
+    return Lab(model_path, tmp_path)
+
+
+def unchanged(lab: Lab, **settings: Any) -> bool:
+    """Whether a step leaves the weights as they were."""
+    with lab.trainer("run", batches(1), 1, **PLAIN, **settings) as trainer:
+        before = state_of(trainer)["weights"]
+        trainer.fit()
+        after = state_of(trainer)["weights"]
+    return all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_constant_loss_is_the_loss_and_changes_nothing(lab: Lab) -> None:
+    assert unchanged(lab, loss={"path": f"{ME}:constant"})
+    [line] = metrics_of(lab.root / "run")
+    assert (line["loss"], line["actor/grad_norm"]) == (2.5, 0.0)
+
+
+def test_advantages_of_0_change_nothing(lab: Lab) -> None:
+    assert unchanged(lab, algorithm={"advantage_path": f"{ME}:zero"})
+    [line] = metrics_of(lab.root / "run")
+    assert (line["loss"], line["advantage/mean_abs"]) == (0.0, 0.0)
+    assert not unchanged(Lab(lab.model_path, lab.root / "ours"))
+
+
+def test_groups_that_are_left_out_are_counted(lab: Lab) -> None:
+    settings = {"data": {"max_token_len": 16, "filter_path": f"{ME}:every_other"}}
+    with lab.trainer("run", batches(2), 2, **settings) as trainer:
+        summary = trainer.fit()
+    assert [line["data/filtered"] for line in metrics_of(lab.root / "run")] == [GROUPS // 2] * 2
+    assert (summary["groups_used"], summary["groups_filtered"]) == (GROUPS, GROUPS)
+
+
+def test_the_users_scores_replace_the_environments(lab: Lab) -> None:
+    with lab.trainer("run", batches(1), 1, reward={"path": f"{ME}:numbered"}) as trainer:
+        trainer.fit()
+    [line] = metrics_of(lab.root / "run")
+    assert line["reward/mean"] == sum(range(GROUP_SIZE)) / GROUP_SIZE
+
+
+def test_rl_training_step_asks_the_function_once_for_each_completion(model_path: Path, tmp_path: Path) -> None:
+    from atropos_verl import AtroposTrainer
+
+    seen.clear()
+    with ServerProcess(tmp_path) as server:
+        config = {
+            "atropos": {"api_url": server.url},
+            "model": {"path": str(model_path)},
+            "run_dir": str(tmp_path / "run"),
+            "group_size": 4,
+            "max_response_length": 4,
+            "reward": {"path": f"{ME}:numbered"},
+            **PLAIN,
+        }
+        with pytest.raises(ConfigError, match="reward_fn was given as well"):
+            AtroposTrainer.from_config(config, reward_fn=numbered)
+        with AtroposTrainer.from_config(config) as trainer:
+            report = trainer.rl_training_step(["ab", "cd"])
+    assert seen == [8]
+    assert report.metrics["reward/mean"] == 3.5
+
+
+def test_a_path_that_names_nothing_ends_the_command_before_anything_starts(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with TrainingRun(["data.filter_path=no_such_module:keep"], run_dir=run_dir) as run:
+        assert run.wait(60.0) == 2
+    assert "data.filter_path: cannot import no_such_module" in run.stderr
+    assert not (run_dir / "logs").exists()
