@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any
 from atropos_verl.config.composition import SHIPPED, load_launch
 from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig, describe_launch
 from atropos_verl.config.model_checks import check_vocabulary
-from atropos_verl.training.extensions import check_extensions
 from atropos_verl.config.schema import ModelConfig, RunConfig
 from atropos_verl.config.verl_keys import RAY_DEFAULT, compose_run, read_run
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.launch.plan import LaunchPlan, make_plan, prepare_run_dir, url_of
 from atropos_verl.launch.probes import free_port, try_to_listen
 from atropos_verl.launch.supervisor import Supervisor
+from atropos_verl.training.extensions import check_extensions
 
 if TYPE_CHECKING:
     from atropos_verl.launch.doctor import Subject
@@ -109,9 +109,6 @@ def build_plan(config: RunConfig, launch: LaunchConfig, ray: RayLaunch | None = 
     Raises:
         ConfigError: parts that are not started here have no URL; a fixed port is taken; see ``make_plan``.
     """
-<<<<<<< HEAD:src/atropos_verl/launch/launch.py
-=======
->>>>>>> 41e2d5b (Doors: loss.path, algorithm.advantage_path, data.filter_path and reward.path name a user's function, in both backends):src/atropos_verl/launch/launcher.py
     config = _with_token(config, launch)
     model_path = config.resolve_model_path()
     check_vocabulary(config, model_path)
