@@ -21,7 +21,7 @@ from rich.text import Text
 from atropos_verl.report.format import count, decimal, duration, seconds, sparkline
 from atropos_verl.types import StepReport
 
-__all__ = ["CURVE_WIDTH", "LiveScreen", "ProgressReporter", "summary_rows"]
+__all__ = ["CURVE_WIDTH", "LiveScreen", "ProgressReporter", "step_line", "summary_rows"]
 
 CURVE_WIDTH = 60
 _RECENT_STEPS = 8
@@ -88,6 +88,28 @@ _COLUMNS = (
 )
 
 
+def step_line(line: Mapping[str, Any], steps: int, *, without: tuple[str, ...] = ()) -> str:
+    """Formats a line of ``metrics.jsonl`` as ``step 3/40  reward 0.512  loss -0.0312  …``, some columns left out."""
+    cells = zip(_COLUMNS, _cells(line, steps), strict=True)
+    return "  ".join(column.plain.format(cell) for column, cell in cells if column.name not in without)
+
+
+def _cells(line: Mapping[str, Any], steps: int) -> list[str]:
+    return [
+        f"{line.get('step')}/{steps}",
+        decimal(line.get("reward/mean")),
+        decimal(line.get("loss"), 4),
+        count(line.get("perf/trained_tokens_per_second")),
+        *(seconds(line.get(f"timing/{phase}")) for phase in ("rollout", "train", "sync", "wait")),
+        decimal(line.get("off_policy/staleness_mean"), 1),
+        str(line.get("policy_version")),
+    ]
+
+
+def _line(report: StepReport) -> dict[str, Any]:
+    return {**report.metrics, "step": report.step, "loss": report.loss, "policy_version": report.policy_version}
+
+
 class ProgressReporter(LiveScreen):
     """Shows a run while it goes on. ``with ProgressReporter(total_steps) as progress: …``.
 
@@ -137,8 +159,7 @@ class ProgressReporter(LiveScreen):
         if took is not None and math.isfinite(took):
             self._step_seconds.append(took)
         if self._live is None:
-            cells = zip(_COLUMNS, self._cells(report), strict=True)
-            self.note("  ".join([*(c.plain.format(cell) for c, cell in cells), f"eta {duration(self.eta())}"]))
+            self.note(f"{step_line(_line(report), self.total_steps)}  eta {duration(self.eta())}")
 
     def eta(self) -> float | None:
         """Returns the seconds to the last step, by the median of the newest steps; None before the first."""
@@ -169,18 +190,6 @@ class ProgressReporter(LiveScreen):
             if (root / name).exists():
                 self._print(f"  {name.split('.')[0]:<11} {root / name}")
 
-    def _cells(self, report: StepReport) -> list[str]:
-        figures = report.metrics
-        return [
-            f"{report.step}/{self.total_steps}",
-            decimal(figures.get("reward/mean")),
-            decimal(report.loss, 4),
-            count(figures.get("perf/trained_tokens_per_second")),
-            *(seconds(figures.get(f"timing/{phase}")) for phase in ("rollout", "train", "sync", "wait")),
-            decimal(figures.get("off_policy/staleness_mean"), 1),
-            str(report.policy_version),
-        ]
-
     def _frame(self) -> RenderableType:
         parts: list[RenderableType] = []
         if self._recent:
@@ -206,8 +215,8 @@ class ProgressReporter(LiveScreen):
             if column in shown:
                 table.add_column(column.name, justify="right", width=column.width, no_wrap=True)
         for report in list(self._recent):  # a copy: the refreshing thread draws while the run appends
-            cells = zip(_COLUMNS, self._cells(report), strict=True)
-            table.add_row(*(cell for column, cell in cells if column in shown))
+            cells = _cells(_line(report), self.total_steps)
+            table.add_row(*(cell for column, cell in zip(_COLUMNS, cells, strict=True) if column in shown))
         return table
 
 

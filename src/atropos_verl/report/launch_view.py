@@ -18,10 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from atropos_verl.errors import ConfigError
-from atropos_verl.report.console import CURVE_WIDTH, LiveScreen
-from atropos_verl.report.format import count, decimal, duration, seconds, sparkline
+from atropos_verl.report.console import CURVE_WIDTH, LiveScreen, step_line
+from atropos_verl.report.format import count, duration, sparkline
 
-__all__ = ["LaunchView", "attach", "step_line"]
+__all__ = ["LaunchView", "attach"]
 
 _NOTES = 8
 _STALE_SECONDS = 10.0
@@ -48,7 +48,7 @@ class LaunchView(LiveScreen):
         """Shows a trained step, which is a line of ``metrics.jsonl``."""
         self._state = state
         if self._live is None:
-            self._print(step_line(line, int(state.get("steps", 0))))
+            self._print(_step_line(line, state))
 
     def update(self, state: Mapping[str, Any]) -> None:
         self._state = state
@@ -57,21 +57,11 @@ class LaunchView(LiveScreen):
         return render_state(self._state, width=self._console.width) if self._state else Text("starting …")
 
 
-def step_line(line: Mapping[str, Any], steps: int) -> str:
-    """``step 3/40  reward 0.512  loss -0.0312  500 tok/s  rollout 0.17s  train 0.40s  sync 0.06s  weights v3``."""
-    return (
-        f"step {line.get('step')}/{steps}  reward {decimal(line.get('reward/mean'))}  "
-        f"loss {decimal(line.get('loss'), 4)}  {count(line.get('perf/trained_tokens_per_second'))} tok/s  "
-        f"rollout {seconds(line.get('timing/rollout'))}s  train {seconds(line.get('timing/train'))}s  "
-        f"sync {seconds(line.get('timing/sync'))}s  weights v{line.get('policy_version')}"
-    )
-
-
 def render_state(state: Mapping[str, Any], *, width: int = 100, notes: int = 0) -> RenderableType:
     """Draws the screen for one state, with the newest ``notes`` notes below."""
     parts: list[RenderableType] = [_services(state), Text(_flow(state), no_wrap=True, overflow="ellipsis")]
     if recent := state.get("recent"):
-        line = step_line(recent[-1], int(state.get("steps", 0)))
+        line = _step_line(recent[-1], state)
         # The line above has the policy version too; on a narrow screen it is the one to spare.
         line = line if len(line) <= width else line.rsplit("  ", 1)[0]
         parts.append(Text(line, no_wrap=True, overflow="ellipsis"))
@@ -83,6 +73,10 @@ def render_state(state: Mapping[str, Any], *, width: int = 100, notes: int = 0) 
     kept = list(state.get("notes") or ())[-notes:] if notes else []
     parts += [Text(note.splitlines()[0], style="dim", no_wrap=True, overflow="ellipsis") for note in kept if note]
     return Group(*parts)
+
+
+def _step_line(line: Mapping[str, Any], state: Mapping[str, Any]) -> str:
+    return step_line(line, int(state.get("steps", 0)), without=("wait", "stale"))
 
 
 def _services(state: Mapping[str, Any]) -> Table:
