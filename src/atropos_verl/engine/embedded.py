@@ -313,10 +313,7 @@ class TransformersEngine:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def close(self, timeout: float = 60.0) -> None:
-        """Stop the thread; waiting requests get ``EngineStoppedError``. Idempotent.
-
-        Raises ``TimeoutError`` when a step still runs after ``timeout`` seconds.
-        """
+        """Stop the thread; waiting requests get ``EngineStoppedError``. Idempotent. Raises ``TimeoutError``."""
         self._scheduler.stop(timeout)
 
     def __enter__(self) -> Self:

@@ -25,8 +25,9 @@ Two users share one gate. An engine that can stop between tokens runs each step 
 ``async with gate.request()``; ``drain`` waits for them, for engines that cannot stop between tokens.
 
 ``pause``, ``drain`` and ``resume`` are idempotent and not counted: one ``resume`` opens the gate however often it was
-paused. After a ``TimeoutError`` the gate stays shut (nothing may run on half-swapped weights): call ``resume`` to open
-it, or ``pause`` / ``drain`` again.
+paused. ``pause`` and ``drain`` raise ``EngineError`` when another thread changed the gate meanwhile, and ``TimeoutError``
+naming what still runs. The gate then stays shut (nothing may run on half-swapped weights): call ``resume`` to open it,
+or ``pause`` / ``drain`` again. After ``close`` every call raises ``EngineStoppedError``.
 """
 
 from __future__ import annotations
@@ -99,15 +100,7 @@ class RequestGate:
     def pause(self, timeout: float = 60.0) -> None:
         """Hold new steps and requests back, and return once no step is running: a token boundary.
 
-        Requests in flight are not waited for; they stay where they are until ``resume``.
-
-        Args:
-            timeout: seconds to wait for the running step.
-
-        Raises:
-            TimeoutError: a step still ran after ``timeout``; the gate stays shut.
-            EngineError: another thread resumed the gate meanwhile.
-            EngineStoppedError: the gate was closed.
+        Requests in flight are not waited for; they stay where they are until ``resume``. ``timeout``: seconds.
         """
         with self._condition:
             if self._state is GateState.PAUSED:
@@ -118,13 +111,7 @@ class RequestGate:
     def drain(self, timeout: float = 600.0) -> None:
         """Hold new requests back, let those in flight end, and return once none is left; then it is paused.
 
-        Args:
-            timeout: seconds to wait for the requests in flight.
-
-        Raises:
-            TimeoutError: naming how many are still in flight; the gate stays shut to new requests.
-            EngineError: another thread paused or resumed the gate meanwhile.
-            EngineStoppedError: the gate was closed.
+        ``timeout``: seconds to wait for the requests in flight.
         """
         with self._condition:
             if self._state is GateState.PAUSED and self._in_flight == 0:
@@ -188,12 +175,7 @@ class RequestGate:
     async def request(self, timeout: float = 1200.0) -> AsyncIterator[None]:  # noqa: ASYNC109 - see _admit
         """Count one request in flight. While the gate is shut the request waits; it does not fail because of a pause.
 
-        Args:
-            timeout: seconds to wait for admission at most (default: the time-out of Atropos clients).
-
-        Raises:
-            TimeoutError: the gate stayed shut for ``timeout``.
-            EngineStoppedError: the gate was closed.
+        Raises ``TimeoutError`` when the gate stayed shut for ``timeout`` seconds (default: that of Atropos clients).
         """
         await self._admit(timeout)
         try:

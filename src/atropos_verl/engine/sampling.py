@@ -76,9 +76,8 @@ class SamplingRows:
     top_k: torch.Tensor
     """[F, 1] int64, the vocabulary size where off."""
     top_p: torch.Tensor
-    """[F, 1] float64."""
     min_p: torch.Tensor
-    """[F, 1] float64."""
+    """Both [F, 1] float64."""
 
     @classmethod
     def build(
