@@ -25,9 +25,9 @@ Two users share one gate. An engine that can stop between tokens runs each step 
 ``async with gate.request()``; ``drain`` waits for them, for engines that cannot stop between tokens.
 
 ``pause``, ``drain`` and ``resume`` are idempotent and not counted: one ``resume`` opens the gate however often it was
-paused. ``pause`` and ``drain`` raise ``EngineError`` when another thread changed the gate meanwhile, and ``TimeoutError``
-naming what still runs. The gate then stays shut (nothing may run on half-swapped weights): call ``resume`` to open it,
-or ``pause`` / ``drain`` again. After ``close`` every call raises ``EngineStoppedError``.
+paused. ``pause`` and ``drain`` raise ``EngineError`` when another thread changed the gate meanwhile, and
+``TimeoutError`` naming what still runs. The gate then stays shut (nothing may run on half-swapped weights): call
+``resume`` to open it, or ``pause`` / ``drain`` again. After ``close`` every call raises ``EngineStoppedError``.
 """
 
 from __future__ import annotations

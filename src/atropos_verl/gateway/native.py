@@ -55,13 +55,8 @@ async def _generate_vllm(service: GatewayService, fields: Fields) -> bytes:
     prompt_text, prompt_ids, prompt_fields = _vllm_prompt(service, fields)
     service.check_model(fields)
     fields.ignore("request_id")
-    request = sampling.to_request(
-        prompt_ids,
-        max_context_len=service.engine.max_context_len,
-        param="prompt",
-        request_id=f"generate-{uuid.uuid4().hex}",
-        prompt_logprobs=prompt_logprobs,
-    )
+    name = f"generate-{uuid.uuid4().hex}"
+    [request] = service.requests(sampling, [prompt_ids], param="prompt", name=name, prompt_logprobs=prompt_logprobs)
     service.report_unread("/generate", fields, *prompt_fields)
     generations = (await service.generate([request]))[0]
     codec = service.codec
@@ -149,16 +144,13 @@ async def _generate_sglang(service: GatewayService, fields: Fields) -> bytes:
     fields.ignore("logprob_start_len", "rid", "log_metrics", "bootstrap_host", "bootstrap_port", "bootstrap_room")
     prompts, batched = _sglang_prompts(service, fields)
     service.check_model(fields)
-    requests = [
-        sampling.to_request(
-            prompt,
-            max_context_len=service.engine.max_context_len,
-            param="input_ids" if "input_ids" in fields else "text",
-            request_id=uuid.uuid4().hex,
-            prompt_logprobs=0 if start >= 0 else None,
-        )
-        for prompt in prompts
-    ]
+    requests = service.requests(
+        sampling,
+        prompts,
+        param="input_ids" if "input_ids" in fields else "text",
+        name=uuid.uuid4().hex,
+        prompt_logprobs=0 if start >= 0 else None,
+    )
     service.report_unread("/generate", fields, params)
     results = await service.generate(requests)
     answers = [
@@ -241,17 +233,10 @@ async def generate_trl(service: GatewayService, fields: Fields) -> bytes:
     sampling = parse_sampling(fields, max_tokens_names=_MAX_TOKENS_NAMES, max_tokens_default=_VLLM_DEFAULT_TOKENS)
     fields.require_neutral({"images": ([],), "generation_kwargs": ({},), "logprobs": (0,)})
     fields.ignore("model")
-    requests = [
-        sampling.to_request(
-            service.codec.encode(prompt, add_special_tokens=True),
-            max_context_len=service.engine.max_context_len,
-            param="prompts",
-            request_id=f"trl-{uuid.uuid4().hex}",
-        )
-        for prompt in fields.strings("prompts")
-    ]
-    if not requests:
+    prompts = [service.codec.encode(prompt, add_special_tokens=True) for prompt in fields.strings("prompts")]
+    if not prompts:
         raise fields.error("prompts", "expected at least one prompt")
+    requests = service.requests(sampling, prompts, param="prompts", name=f"trl-{uuid.uuid4().hex}")
     service.report_unread("/generate/", fields)
     results = await service.generate(requests)
     everything = [generation for generations in results for generation in generations]

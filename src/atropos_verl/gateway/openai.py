@@ -89,15 +89,8 @@ class _Call:
             message = f"one prompt at a time can be streamed, not {len(prompts)}"
             raise fields.error("stream", message, "unsupported_field")
         request_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self.requests = [
-            sampling.to_request(
-                prompt,
-                max_context_len=service.engine.max_context_len,
-                param="messages" if chat else "prompt",
-                request_id=f"{request_id}-{index}",
-            )
-            for index, prompt in enumerate(prompts)
-        ]
+        param = "messages" if chat else "prompt"
+        self.requests = service.requests(sampling, prompts, param=param, name=request_id)
         kind = "chat.completion.chunk" if self.streamed else "chat.completion"
         self.envelope = {
             "id": request_id,

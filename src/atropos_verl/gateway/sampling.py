@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from atropos_verl.gateway.fields import ApiError, Fields
+from atropos_verl.gateway.fields import Fields
 from atropos_verl.types import GenerationRequest
 
 __all__ = ["MAX_N", "Sampling", "parse_sampling"]
@@ -60,40 +60,6 @@ class Sampling:
     skip_special_tokens: bool
     include_stop: bool
     """Keep the stop string (or stop token) in the text. Token ids always keep it."""
-
-    def to_request(
-        self,
-        prompt_token_ids: tuple[int, ...],
-        *,
-        max_context_len: int,
-        param: str,
-        request_id: str,
-        prompt_logprobs: int | None = None,
-    ) -> GenerationRequest:
-        """The engine's request for one prompt; ``max_tokens`` is cut to the rest of the context.
-
-        Raises ``ApiError`` 400 when the prompt is empty, or leaves no room for one new token.
-        """
-        length = len(prompt_token_ids)
-        if length == 0:
-            raise ApiError(400, f"{param}: the prompt has no token; send at least one", param=param)
-        room = max_context_len - length
-        if room < 1:
-            raise ApiError(
-                400,
-                f"This model's maximum context length is {max_context_len} tokens, but the prompt has {length} tokens "
-                f"and at least 1 must be left for the completion. Shorten the prompt ({param}).",
-                param=param,
-                code="context_length_exceeded",
-            )
-        wanted = self.template.max_tokens
-        return replace(
-            self.template,
-            prompt_token_ids=prompt_token_ids,
-            max_tokens=room if wanted is None else min(wanted, room),
-            prompt_logprobs=prompt_logprobs,
-            request_id=request_id,
-        )
 
 
 def parse_sampling(fields: Fields, *, max_tokens_names: tuple[str, ...], max_tokens_default: int | None) -> Sampling:

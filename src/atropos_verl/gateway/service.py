@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -19,6 +20,7 @@ from atropos_verl.engine.gate import RequestGate
 from atropos_verl.engine.protocol import GenerationEngine
 from atropos_verl.errors import EngineError
 from atropos_verl.gateway.fields import ApiError, Fields
+from atropos_verl.gateway.sampling import Sampling
 from atropos_verl.gateway.text import TextCodec
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
@@ -132,6 +134,43 @@ class GatewayService:
             shown = name[:200]
             text = "a client asks for model %r; this gateway serves %r only and answers with that"
             self.warn_once(f"model {shown}", text, shown, self.model_name)
+
+    def requests(
+        self,
+        sampling: Sampling,
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        param: str,
+        name: str,
+        prompt_logprobs: int | None = None,
+    ) -> list[GenerationRequest]:
+        """The engine's requests, called ``name``-0, …; ``max_tokens`` is cut to the rest of the context.
+
+        Raises ``ApiError`` 400 naming ``param`` when a prompt is empty, or leaves no room for one new token.
+        """
+        template, context = sampling.template, self.engine.max_context_len
+        made = []
+        for index, prompt in enumerate(prompts):
+            if not prompt:
+                raise ApiError(400, f"{param}: the prompt has no token; send at least one", param=param)
+            room = context - len(prompt)
+            if room < 1:
+                raise ApiError(
+                    400,
+                    f"This model's maximum context length is {context} tokens, but the prompt has {len(prompt)} tokens "
+                    f"and at least 1 must be left for the completion. Shorten the prompt ({param}).",
+                    param=param,
+                    code="context_length_exceeded",
+                )
+            request = replace(
+                template,
+                prompt_token_ids=prompt,
+                max_tokens=room if template.max_tokens is None else min(template.max_tokens, room),
+                prompt_logprobs=prompt_logprobs,
+                request_id=f"{name}-{index}",
+            )
+            made.append(request)
+        return made
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Generation]]:
         """``requests[i].n`` completions of each request. Cancelling frees every slot they hold.
