@@ -50,6 +50,8 @@ _PAGE_BYTES: Final = 32 * 2**10
 _CHECKPOINT_BYTES: Final = 64 * 2**20
 _IDLE_CHECKPOINT_BYTES: Final = 8 * 2**20
 _IDLE_SECONDS: Final = 0.25
+_FREE_PAGES: Final = 1024
+"""Pages that the database may hold unused. More are given back when there is nothing else to do."""
 _NETWORK_TYPES: Final = (
     "9p afs beegfs ceph cifs fuse.ceph fuse.glusterfs fuse.sshfs glusterfs gpfs lustre nfs nfs4 smb3 smbfs"
 )
@@ -237,7 +239,9 @@ class RecordStore:
         except (OSError, sqlite3.Error) as error:
             raise StorageWriteError(f"cannot open {self.path}: {error}") from error
         try:
-            db.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
+            if not self.path.stat().st_size:
+                db.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
+                db.execute("PRAGMA auto_vacuum = INCREMENTAL")
             if network is not None:
                 # WAL needs shared memory unless one process holds the file alone.
                 db.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -265,6 +269,7 @@ class RecordStore:
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, _VERSION):
                 raise StorageDamagedError(f"{self.path} is of version {version}; this program reads {_VERSION}")
+            db.execute("BEGIN IMMEDIATE")
             db.execute(f"PRAGMA user_version = {_VERSION}")
             for name, kind in tables.items():
                 key = "key INTEGER PRIMARY KEY" if kind is int else "key TEXT PRIMARY KEY"
@@ -272,6 +277,7 @@ class RecordStore:
                 columns = f"{key}, value BLOB NOT NULL, checksum INTEGER NOT NULL"
                 db.execute(f"CREATE TABLE IF NOT EXISTS {name} ({columns}){rest}")
             db.execute("CREATE TABLE IF NOT EXISTS damaged (source TEXT, key, value BLOB, checksum INTEGER)")
+            db.execute("COMMIT")
         except sqlite3.DatabaseError as error:
             db.close()
             raise self._write_error(error) if _is_full(error) else self._unreadable(error) from error
@@ -316,7 +322,7 @@ class RecordStore:
                 closing = True
             self._process(group)
             if self._unmoved_bytes > (_CHECKPOINT_BYTES if group else _IDLE_CHECKPOINT_BYTES):
-                self._move_wal()
+                self._move_wal(shrink=not group)
 
     def _process(self, group: list[_Job]) -> None:
         changes = [change for job in group for change in job.changes]
@@ -352,11 +358,14 @@ class RecordStore:
         advice = f"; free some space in {self.path.parent}" if _is_full(error) else ""
         return StorageWriteError(f"cannot write {self.path}: {error}{advice}")
 
-    def _move_wal(self) -> None:
+    def _move_wal(self, *, shrink: bool) -> None:
         """Copy the WAL into the database, so that the next write begins the WAL anew."""
         self._unmoved_bytes = 0
         try:
             self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            if shrink and self._db.execute("PRAGMA freelist_count").fetchone()[0] > _FREE_PAGES:
+                self._db.executescript(f"PRAGMA incremental_vacuum({_FREE_PAGES})")
+                self._unmoved_bytes = _IDLE_CHECKPOINT_BYTES + 1  # again at the next occasion
         except sqlite3.Error as error:
             logger.warning("%s: its WAL stays as long as it is: %s", self.path, error)
 

@@ -13,6 +13,7 @@ from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
+from support.serving import eventually
 
 from atropos_verl.errors import StorageDamagedError, StorageWriteError
 from atropos_verl.storage import RecordStore, network_file_system, write_atomic
@@ -232,4 +233,16 @@ def test_the_wal_is_moved_into_the_database(tmp_path: Path, monkeypatch: pytest.
         store.write([("bodies", number, b"x" * 50_000), ("bodies", number - 1, None)]).result()
     assert store.size < 2_000_000
     assert [key for key, _ in store.read("bodies")] == [59]
+    store.close()
+
+
+def test_a_store_that_was_emptied_gives_its_room_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("_FREE_PAGES", 4), ("_IDLE_SECONDS", 0.001), ("_IDLE_CHECKPOINT_BYTES", 0)):
+        monkeypatch.setattr(f"atropos_verl.storage.{name}", value)
+    store = opened(tmp_path)
+    store.write([("bodies", number, b"x" * 100_000) for number in range(40)]).result()
+    eventually(lambda: (tmp_path / "store.sqlite").stat().st_size > 4_000_000, "the WAL is moved")
+    store.write([("bodies", number, None) for number in range(39)]).result()
+    eventually(lambda: (tmp_path / "store.sqlite").stat().st_size < 500_000, "the database is short again")
+    assert [key for key, _ in store.read("bodies")] == [39]
     store.close()

@@ -236,7 +236,7 @@ async def _fill_up(directory: Path) -> int:
     post(store, 0)
     await store.synced()
     before = content(store)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**21, resource.RLIM_INFINITY))
     for large in (100_000, 100_000, 4):  # two posts that wait for the same write; a third in the second after it
         try:
             post(store, 1, large)
