@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from atropos_verl.config.schema import RunConfig
+
 _PROBE_SECONDS = 2.0
 _GENERATION_SECONDS = 10.0
 _INTERVAL = 0.5
@@ -93,33 +95,25 @@ class Poller:
     """Asks API and gateway every half second from threads of its own, so that a frozen one blocks nobody.
 
     Args:
-        api_url, gateway_url: None: is not asked.
+        config: with ``atropos.api_url``.
+        gateway_url: None: there is no gateway to ask.
         generates: one generation is asked of a gateway that is up; otherwise its health is believed.
     """
 
-    def __init__(
-        self,
-        api_url: str | None,
-        gateway_url: str | None,
-        *,
-        api_token: str | None = None,
-        gateway_key: str | None = None,
-        model_name: str = "",
-        generates: bool = True,
-    ) -> None:
-        self._api_url = api_url
+    def __init__(self, config: RunConfig, gateway_url: str | None, *, generates: bool = True) -> None:
+        self._api_url = config.atropos.api_url
+        self._api_token = config.atropos.token
         self._gateway_url = gateway_url
-        self._api_token = api_token
-        self._gateway_key = gateway_key
-        self._model_name = model_name
+        self._gateway_key = config.gateway.api_key
+        self._model_name = str(config.resolve_model_path())
         self._generates = generates
         self._seen = Seen()
         self._ended = threading.Event()
         self._rated: tuple[float, float, float] | None = None
+        asked = {"api": self.ask_api} | ({"gateway": self._ask_gateway} if gateway_url else {})
         self._threads = [
             threading.Thread(target=self._loop, args=(ask,), name=f"poll-{name}", daemon=True)
-            for name, ask, url in (("api", self.ask_api, api_url), ("gateway", self._ask_gateway, gateway_url))
-            if url is not None
+            for name, ask in asked.items()
         ]
         self._lock = threading.Lock()
 
@@ -134,7 +128,7 @@ class Poller:
     def stop(self) -> None:
         """Ends the asking, with one last look at the API. Waits for no thread (they are daemons and hold nothing)."""
         self._ended.set()
-        if self._api_url is not None and self._seen.api is not None:
+        if self._seen.api is not None:
             self.ask_api()
 
     def expect_new_gateway(self) -> None:

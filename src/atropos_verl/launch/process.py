@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
@@ -11,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -113,7 +112,8 @@ class ManagedProcess:
             for path, content in self.spec.files.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(path, content, private=True)
-            with open(self.spec.log_path, "ab", opener=_private) as log:
+            # Atropos prints its whole configuration, the gateway's key included.
+            with open(self.spec.log_path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
                 self._log_start = log.tell()
                 self._process = subprocess.Popen(
                     self.spec.command,
@@ -174,9 +174,9 @@ class ManagedProcess:
 
     # ------------------------------------------------------------------ the steps of stopping
 
-    def _terminate(self) -> None:
+    def _signal(self, signum: int) -> None:
         if self._process is not None and self._process.returncode is None:
-            orphan_reaper.signal_service(self._process.pid, self._token, signal.SIGTERM)
+            orphan_reaper.signal_service(self._process.pid, self._token, signum)
 
     def _has_ended(self) -> bool:
         """The leader has, and no descendant is left."""
@@ -184,13 +184,9 @@ class ManagedProcess:
             return True
         return self._leader_has_ended() and not _members(self._process.pid) and not orphan_reaper.carriers(self._token)
 
-    def _kill(self) -> None:
-        if self._process is not None and self._process.returncode is None:
-            orphan_reaper.signal_service(self._process.pid, self._token, signal.SIGKILL)
-
     def _reap(self) -> None:
         """Kill what is left, then collect the exit status: in this order, the group's id cannot have been reused."""
-        self._kill()
+        self._signal(signal.SIGKILL)
         if self._process is not None:
             try:
                 self._process.wait(timeout=_KILL_SECONDS)
@@ -213,16 +209,10 @@ class ManagedProcess:
     def _start_reaper(self) -> None:
         # Without the token that we ourselves may carry: who ends us by it must not end what cleans up after us.
         environment = {name: value for name, value in os.environ.items() if name != orphan_reaper.TOKEN_VARIABLE}
+        arguments = (self._token, str(os.getpid()), str(_ORPHAN_GRACE_SECONDS))
         self._reaper = subprocess.Popen(
-            [
-                sys.executable,
-                "-I",
-                "-S",
-                orphan_reaper.__file__,
-                self._token,
-                str(os.getpid()),
-                str(_ORPHAN_GRACE_SECONDS),
-            ],
+            [sys.executable, "-I", "-S", orphan_reaper.__file__, *arguments],
+            bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -235,7 +225,6 @@ class ManagedProcess:
         assert self._reaper.stdin is not None
         try:
             self._reaper.stdin.write(line.encode())
-            self._reaper.stdin.flush()
         except OSError as error:
             logger.warning("the orphan reaper of %s is gone (%s): it would survive a kill -9", self.spec.name, error)
 
@@ -244,8 +233,7 @@ class ManagedProcess:
             return
         self._tell_reaper("done\n")
         assert self._reaper.stdin is not None
-        with contextlib.suppress(OSError):  # closing flushes once more into a pipe that may be broken
-            self._reaper.stdin.close()
+        self._reaper.stdin.close()
         try:
             self._reaper.wait(timeout=_KILL_SECONDS)
         except subprocess.TimeoutExpired:
@@ -261,24 +249,15 @@ def stop_all(processes: Sequence[ManagedProcess], grace: float = GRACE_SECONDS) 
     """
     try:
         for process in processes:
-            process._terminate()
-        _wait(lambda: all(process._has_ended() for process in processes), grace)
+            process._signal(signal.SIGTERM)
+        deadline = time.monotonic() + grace
+        while not all(process._has_ended() for process in processes) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
     finally:
         for process in processes:
-            process._kill()
+            process._signal(signal.SIGKILL)
         for process in processes:
             process._reap()
-
-
-def _private(name: str, flags: int) -> int:
-    # Atropos prints its whole configuration, the gateway's key included.
-    return os.open(name, flags, 0o600)
-
-
-def _wait(condition: Callable[[], bool], timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(_POLL_SECONDS)
 
 
 def _members(pgid: int) -> list[int]:

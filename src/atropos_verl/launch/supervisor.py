@@ -210,15 +210,7 @@ class Supervisor:
         self._api = self._one("api")
         self._trainer = self._one("trainer")
         self._environments = [watched for watched in self.services if watched.spec.kind == "environment"]
-        config = plan.config
-        self._poller = Poller(
-            plan.api_url,
-            plan.probe_url,
-            api_token=config.atropos.token,
-            gateway_key=config.gateway.api_key,
-            model_name=str(config.resolve_model_path()),
-            generates=not plan.trains_here,
-        )
+        self._poller = Poller(plan.config, plan.probe_url, generates=not plan.trains_here)
         self._evaluations = EvaluationWatch(plan.run_dir)
         self._steps = StepTail(plan.run_dir / "metrics.jsonl")
         self._interrupts = 0

@@ -254,9 +254,10 @@ class Recorded(ManagedProcess):
 
     asked: ClassVar[list[str]] = []
 
-    def _terminate(self) -> None:
-        self.asked.append(self.spec.name)
-        super()._terminate()
+    def _signal(self, signum: int) -> None:
+        if signum == signal.SIGTERM:
+            self.asked.append(self.spec.name)
+        super()._signal(signum)
 
 
 def test_stop_all_asks_in_order_and_waits_for_all_together(tmp_path: Path) -> None:
