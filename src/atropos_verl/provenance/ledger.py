@@ -35,7 +35,6 @@ from atropos_verl.provenance.ledger_store import (
     LedgerStore,
     Row,
     StoredPrompt,
-    StoredResume,
     StoredSpan,
     StoredState,
     StoredUses,
@@ -178,7 +177,7 @@ class Ledger:
         self._evicted = 0
         self._restored = 0
         self._restored_orders = 0
-        self._resumes = 0
+        self._resumes: list[tuple[int, int]] = []
         self._store: LedgerStore | None = None
         self._deleted: list[tuple[str, int]] = []
         """Rows of the store that the next write deletes: of what was forgotten since the last one."""
@@ -236,7 +235,7 @@ class Ledger:
         deleted, self._deleted = self._deleted, []
         if self._store is None:
             return None
-        held = StoredState(0, self._orders, len(self._prompts), len(self._spans), self._resumes)
+        held = StoredState(0, self._orders, len(self._prompts), len(self._spans), tuple(self._resumes))
         return self._store.write([*rows, ("state", held)], deleted)
 
     def _node(self, key: int, ids: bytes) -> Prompt:
@@ -311,14 +310,12 @@ class Ledger:
             if self._orders or self._store is not None:
                 raise ValueError("persist comes before the first record")
             self._store, found = LedgerStore.open(directory, keep=resumed_at is not None)
-            rows: list[tuple[str, Row]] = []
+            oldest = min((span.key for span in found.spans), default=found.state.orders)
+            self._resumes = [resume for resume in found.state.resumes if resume[1] >= oldest]
             if resumed_at is not None:
-                resume = StoredResume(len(found.resumes), resumed_at, found.state.orders)
-                found.resumes.append(resume)
-                rows.append(("resumes", resume))
-            self._resumes = len(found.resumes)
+                self._resumes.append((resumed_at, found.state.orders))
             self._restore(found)
-            self._write(rows)
+            self._write([])
             return self._restored
 
     def _restore(self, found: Contents) -> None:
@@ -332,7 +329,7 @@ class Ledger:
             if uses.key in self._spans:
                 self._spans[uses.key].uses = self._spans[uses.key].consumed = uses.count
         self._orders = self._restored_orders = found.state.orders
-        _note_branches(self._spans.values(), found.resumes)
+        _note_branches(self._spans.values(), self._resumes)
         self._restored, self._evicted = len(self._spans), 0
 
     def consumed(self, orders: Sequence[int]) -> None:
@@ -478,19 +475,19 @@ def prefix_hashes(token_ids: NDArray[np.int32], offset: int = 0) -> NDArray[np.u
     return hashes
 
 
-def _note_branches(records: Iterable[SpanRecord], resumes: Sequence[StoredResume]) -> None:
+def _note_branches(records: Iterable[SpanRecord], resumes: Sequence[tuple[int, int]]) -> None:
     """Mark the records that name weights which a restart lost.
 
     Args:
-        resumes: in the order in which they happened.
+        resumes: (policy version, newest order before it), in the order in which they happened.
     """
-    lasts = [resume.last_order for resume in resumes]
-    lowest = [min(resume.policy_version for resume in resumes[number:]) for number in range(len(resumes))]
+    lasts = [last for _, last in resumes]
+    lowest = [min(version for version, _ in resumes[number:]) for number in range(len(resumes))]
     for record in records:
         outlived = bisect_left(lasts, record.order)
         newest = max(version for version, _ in record.runs)
         if outlived < len(resumes) and newest > lowest[outlived]:
-            restart = next(n for n in range(outlived, len(resumes)) if newest > resumes[n].policy_version)
+            restart = next(n for n in range(outlived, len(resumes)) if newest > resumes[n][0])
             record.branch = (restart, lowest[outlived])
 
 

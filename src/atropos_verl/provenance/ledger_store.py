@@ -3,15 +3,14 @@
 ``run_dir/ledger/ledger.sqlite`` is a ``RecordStore``. It holds what the ledger holds in memory: a record that the
 ledger forgets is deleted here, too.
 
-======= ============ ==========================================================================================
-table   key          value
-======= ============ ==========================================================================================
-prompts hash         token ids of a prompt
-spans   order        one completion: ids, logprobs, version runs
-uses    order        number of trained sequences that hold the completion
-resumes number       a process went on at this policy version
-state   0            number of rows the other tables must hold
-======= ============ ==========================================================================================
+======= ===== ==================================================================
+table   key   value
+======= ===== ==================================================================
+prompts hash  token ids of a prompt
+spans   order one completion: ids, logprobs, version runs
+uses    order number of trained sequences that hold the completion
+state   0     number of rows the other tables must hold; when the run was resumed
+======= ===== ==================================================================
 
 Half a ledger is worse than none: of two alike completions it might know only the wrong one. So a store that is damaged,
 or that cannot be written any more, is given up as a whole.
@@ -30,11 +29,11 @@ import msgspec
 from atropos_verl.errors import StorageDamagedError, StorageError, StorageInUseError
 from atropos_verl.storage import Change, RecordStore
 
-__all__ = ["Contents", "LedgerStore", "StoredPrompt", "StoredResume", "StoredSpan", "StoredState", "StoredUses"]
+__all__ = ["Contents", "LedgerStore", "StoredPrompt", "StoredSpan", "StoredState", "StoredUses"]
 
 logger = logging.getLogger(__name__)
 
-_TABLES = dict.fromkeys(("prompts", "spans", "uses", "resumes", "state"), int)
+_TABLES = dict.fromkeys(("prompts", "spans", "uses", "state"), int)
 
 
 class StoredPrompt(msgspec.Struct, array_like=True, frozen=True):
@@ -64,26 +63,19 @@ class StoredUses(msgspec.Struct, array_like=True, frozen=True):
     count: int
 
 
-class StoredResume(msgspec.Struct, array_like=True, frozen=True):
-    """A process went on at ``policy_version``; records up to ``last_order`` are of processes before it."""
-
-    key: int
-    policy_version: int
-    last_order: int
-
-
 class StoredState(msgspec.Struct, array_like=True, frozen=True):
-    """The newest order, and how many rows the tables must hold."""
+    """The newest order, the number of rows the tables must hold, and the processes that resumed the run."""
 
     key: int = 0
     orders: int = 0
     prompts: int = 0
     spans: int = 0
-    resumes: int = 0
+    resumes: tuple[tuple[int, int], ...] = ()
+    """(policy version it went on at, newest order before it), oldest first."""
 
 
-Row = StoredPrompt | StoredSpan | StoredUses | StoredResume | StoredState
-T = TypeVar("T", StoredPrompt, StoredSpan, StoredUses, StoredResume, StoredState)
+Row = StoredPrompt | StoredSpan | StoredUses | StoredState
+T = TypeVar("T", StoredPrompt, StoredSpan, StoredUses, StoredState)
 
 
 class Contents(msgspec.Struct):
@@ -92,7 +84,6 @@ class Contents(msgspec.Struct):
     prompts: dict[int, StoredPrompt] = {}
     spans: list[StoredSpan] = []
     uses: list[StoredUses] = []
-    resumes: list[StoredResume] = []
     state: StoredState = StoredState()
 
 
@@ -141,6 +132,7 @@ class LedgerStore:
         changes: list[Change] = [(table, _signed(key), None) for table, key in deleted]
         changes += [(table, _signed(row.key), msgspec.msgpack.encode(row)) for table, row in rows]
         done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # a client that goes away while it waits does not cancel it
 
         def written(future: Future[None]) -> None:
             if (error := future.exception()) is not None:
@@ -203,11 +195,9 @@ def _read_store(directory: Path) -> tuple[RecordStore, Contents]:
             prompts={prompt.key: prompt for prompt in _rows(store, "prompts", StoredPrompt)},
             spans=_rows(store, "spans", StoredSpan),
             uses=_rows(store, "uses", StoredUses),
-            resumes=_rows(store, "resumes", StoredResume),
             state=states[0] if states else StoredState(),
         )
-        held = (len(found.prompts), len(found.spans), len(found.resumes))
-        whole = held == (found.state.prompts, found.state.spans, found.state.resumes)
+        whole = (len(found.prompts), len(found.spans)) == (found.state.prompts, found.state.spans)
         if store.damaged or not whole or any(span.prompt not in found.prompts for span in found.spans):
             raise StorageDamagedError(f"{store.path} is damaged: rows are missing, or are not what was written")
     except BaseException:

@@ -205,7 +205,7 @@ def test_what_is_forgotten_is_deleted_on_disk(tmp_path: Path) -> None:
             prompt = [number // 8, *range(100)]
             recorded = ledger.record(prompt, [wrote([number, *range(40)], number)])
             if number % 1000 == 999:
-                assert recorded is not None
+                assert recorded is not None and not recorded.cancel()
                 recorded.result()
                 with sqlite3.connect(tmp_path / "ledger.sqlite") as reader:
                     sizes.append(reader.execute("SELECT count(*), sum(length(value)) FROM spans").fetchone())
