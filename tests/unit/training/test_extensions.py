@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from atropos_verl.backends.local.objective import LossFunction
+from atropos_verl.backends.local.worker import LossFunction
 from atropos_verl.config.schema import LossConfig, RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.protocol.wire import decode_batch

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from atropos_verl.training.losses.importance import importance_weights, summarise_importance
-from atropos_verl.training.losses.policy import advantage_weighted_sft_loss, clipped_ratio_loss
+from atropos_verl.training.losses.policy import (
+    advantage_weighted_sft_loss,
+    clipped_ratio_loss,
+    importance_weights,
+    summarise_importance,
+)
 
 NAN = float("nan")
 

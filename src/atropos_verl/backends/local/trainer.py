@@ -79,6 +79,7 @@ class AtroposTrainer:
                 raise ConfigError("a reward_fn was given as well; give one of the two", "reward.path")
             reward_fn = load_function("reward.path", config.reward.path)
         self.config = config
+        self._overlapped = config.is_overlapped
         self.reward_fn = reward_fn
         self.run_dir = run_dir or config.resolve_run_dir()
         self.model_path = config.resolve_model_path()
@@ -156,7 +157,7 @@ class AtroposTrainer:
         sync = self.sharding_manager.last_sync
         if not self._is_open:
             self.open_rollouts()
-        elif self.config.is_overlapped and (sync is None or sync.policy_version != self.policy_version):
+        elif self._overlapped and (sync is None or sync.policy_version != self.policy_version):
             self.sharding_manager.swap()
 
     def close_rollouts(self) -> None:
@@ -182,7 +183,7 @@ class AtroposTrainer:
         try:
             rollout_data = self.rollout_phase(prompts)
         finally:
-            if not self.config.is_overlapped:
+            if not self._overlapped:
                 self.close_rollouts()
         report = self.train_on(rollout_data, started)
         if self.config.save_freq > 0 and self.step % self.config.save_freq == 0:
@@ -268,7 +269,7 @@ class AtroposTrainer:
         if tokens == 0:
             logger.warning("the batch holds no token that can be trained; no optimiser step")
             return {"loss": 0.0, "tokens": 0.0}
-        if not self.config.is_overlapped:
+        if not self._overlapped:
             self.close_rollouts()
         self.updating = True
         data.off_policy |= staleness_metrics(samples, self.policy_version)
@@ -459,7 +460,7 @@ class AtroposTrainer:
             source.start(
                 check,
                 starts_environment=check_services is not None,
-                prepare=self._prepare if config.is_overlapped else None,
+                prepare=self._prepare if self._overlapped else None,
             )
             while self.step < config.steps:
                 self._next_step(progress, log, on_step)

@@ -22,8 +22,7 @@ from support.tiny_model import build_tiny_model
 from atropos_verl.backends.local.worker import PolicyWorker, _verl_prints_to_log, split_for_ranks
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import CheckpointError
-from atropos_verl.training.losses.importance import summarise_importance
-from atropos_verl.training.losses.policy import advantage_weighted_sft_loss, clipped_ratio_loss
+from atropos_verl.training.losses.policy import advantage_weighted_sft_loss, clipped_ratio_loss, summarise_importance
 from atropos_verl.types import TrainingSample
 
 LR = 1e-2
