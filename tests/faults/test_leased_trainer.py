@@ -22,7 +22,8 @@ from support import light_trainer
 from support.trajectory_server import ServerProcess, group_bytes, registration
 
 from atropos_verl.errors import AtroposAPIError
-from atropos_verl.protocol.client import AtroposClient, TrainerRegistration
+from atropos_verl.protocol.client import AtroposClient
+from atropos_verl.protocol.messages import TrainerRegistration
 
 ROUNDS = int(os.environ.get("ATROPOS_KILL_ROUNDS", "12"))
 pytestmark = pytest.mark.slow

@@ -11,7 +11,8 @@ import pytest
 from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig
 
 from atropos_verl.assets import demo_model_path
-from atropos_verl.protocol.client import AtroposClient, TrainerRegistration
+from atropos_verl.protocol.client import AtroposClient
+from atropos_verl.protocol.messages import TrainerRegistration
 from atropos_verl.server.main import TrajectoryServer
 
 GROUP, BATCH, AHEAD = 8, 32, 2

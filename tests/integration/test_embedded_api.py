@@ -13,7 +13,8 @@ from support.trajectory_server import group_bytes, registration
 
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.launch.train import TrainingServices
-from atropos_verl.protocol.client import AtroposClient, EnvRegistration, TrainerRegistration
+from atropos_verl.protocol.client import AtroposClient
+from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
 from atropos_verl.report.console import ProgressReporter
 
 

@@ -18,7 +18,8 @@ from support.serving import eventually
 from support.trajectory_server import ServerProcess, group, group_bytes, registration
 
 from atropos_verl.errors import AtroposHTTPStatusError, ConfigError, ServiceError
-from atropos_verl.protocol.client import AtroposClient, EnvRegistration, TrainerRegistration
+from atropos_verl.protocol.client import AtroposClient
+from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
 from atropos_verl.protocol.wire import decode_batch
 from atropos_verl.server.main import TrajectoryServer, check_bind
 from atropos_verl.server.settings import ServerSettings

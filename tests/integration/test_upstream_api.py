@@ -20,13 +20,8 @@ from atropos_verl.errors import (
     AtroposProtocolError,
     AtroposTimeoutError,
 )
-from atropos_verl.protocol.client import (
-    ApiInfo,
-    ApiStatus,
-    AtroposClient,
-    EnvRegistration,
-    TrainerRegistration,
-)
+from atropos_verl.protocol.client import ApiInfo, ApiStatus, AtroposClient
+from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
 from atropos_verl.protocol.wire import decode_batch
 from atropos_verl.training.samples import build_samples
 from atropos_verl.types import SampleSettings

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from atropos_verl.errors import AtroposAPIError, AtroposTimeoutError
-from atropos_verl.protocol.client import AtroposClient, TrainerRegistration
+from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.journal import BatchJournal
 from atropos_verl.protocol.leases import HeldBatch, LeasedBatches
+from atropos_verl.protocol.messages import TrainerRegistration
 
 SAVE_EVERY = 3
 

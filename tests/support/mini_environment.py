@@ -13,7 +13,8 @@ from typing import Any, Self
 
 import httpx
 
-from atropos_verl.protocol.client import AtroposClient, EnvRegistration
+from atropos_verl.protocol.client import AtroposClient
+from atropos_verl.protocol.messages import EnvRegistration
 from atropos_verl.protocol.wire import encode_group
 
 __all__ = ["MiniEnvironment"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from atropos_verl.protocol.wire_model import StoredGroup
-from atropos_verl.server.batcher import BatchPolicy, GroupQueue, QueueView, choose_batch
+from atropos_verl.server.batcher import BatchPolicy, GroupQueue, QueueView, StoredGroup, choose_batch
 from simulate.generation import Group
 
 __all__ = ["TrajectoryQueue"]

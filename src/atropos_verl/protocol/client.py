@@ -17,19 +17,19 @@ an API with leases; a POST with an idempotency key
 from __future__ import annotations
 
 import ipaddress
-import json
 import math
 import re
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import msgspec
 
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposAPIError, AtroposProtocolError, AtroposTimeoutError, ConfigError
@@ -45,15 +45,14 @@ from atropos_verl.protocol.exchange import (
     not_atropos,
     pause,
 )
+from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
 from atropos_verl.protocol.packed import MEDIA_TYPE
 
 __all__ = [
     "ApiInfo",
     "ApiStatus",
     "AtroposClient",
-    "EnvRegistration",
     "FetchedBatch",
-    "TrainerRegistration",
     "make_client",
     "register_trainer",
 ]
@@ -85,43 +84,6 @@ class ApiInfo:
     """Sequences per batch."""
     max_token_len: int
     """Exclusive: environments drop sequences of this many tokens or more."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainerRegistration:
-    """Body of ``/register``."""
-
-    wandb_group: str
-    wandb_project: str
-    batch_size: int
-    """Sequences (not groups) per batch."""
-    max_token_len: int
-    """Exclusive: an environment drops a group when any of its sequences has this many tokens or more."""
-    checkpoint_dir: str
-    save_checkpoint_interval: int
-    """Steps; 0 or less: none are saved."""
-    starting_step: int
-    """The step that the run goes on from; 0 for a new one."""
-    num_steps: int
-    """Steps of the whole run; environments end by themselves beyond it."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "max_token_len"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{getattr(self, name)} must be at least 1", name)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EnvRegistration:
-    """Body of ``/register-env``."""
-
-    max_token_length: int
-    desired_name: str
-    weight: float = 1.0
-    """Share of the rollouts, relative to the other environments."""
-    group_size: int
-    min_batch_allocation: float | None = None
-    """Least share of each batch, 0 to 1; None: no minimum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +218,7 @@ class AtroposClient:
         Upstream ignores every field of a second registration: compare ``info()`` with what you sent. It lets
         environments register only after a ``GET /batch``.
         """
-        call = self._call("POST", "/register", asdict(registration))
+        call = self._call("POST", "/register", registration)
         fields = self._ask(call, repeatable=False)
         if fields.get("uuid") is None:
             raise not_atropos(call, f"{call.name} gave no uuid")
@@ -266,7 +228,7 @@ class AtroposClient:
     def register_env(self, registration: EnvRegistration) -> int | None:
         """Register an environment. Returns its ``env_id``; None until a trainer has registered and asked for a batch
         (try again in a second)."""
-        call = self._call("POST", "/register-env", asdict(registration))
+        call = self._call("POST", "/register-env", registration)
         fields = self._ask(call, repeatable=False)
         if fields.get("status") == "success":
             return integers(call, fields, "env_id")[0]
@@ -385,11 +347,11 @@ class AtroposClient:
         self,
         method: str,
         endpoint: str,
-        content: bytes | Mapping[str, Any] | None = None,
+        content: bytes | Mapping[str, Any] | msgspec.Struct | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Call:
-        if isinstance(content, Mapping):
-            content = json.dumps(content, allow_nan=False).encode()
+        if content is not None and not isinstance(content, bytes):
+            content = msgspec.json.encode(content)
         sent = {**(headers or {}), **({} if content is None else {"content-type": "application/json"})}
         return Call(method, f"{self._base}{endpoint}", endpoint, self.api_url, self.timeout, content, sent)
 

@@ -28,8 +28,6 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from atropos_verl.protocol.wire_model import StoredGroup
-
 __all__ = [
     "ARRIVALS_FILE",
     "BATCH_FILLS",
@@ -38,6 +36,7 @@ __all__ = [
     "BatchPolicy",
     "GroupQueue",
     "QueueView",
+    "StoredGroup",
     "choose_batch",
     "oldest_subset",
     "reachable",
@@ -52,6 +51,35 @@ _SIZES_REMEMBERED = 64
 BATCH_FILLS = ("auto", "exact", "at_most", "at_least")
 MAX_PASSED_OVER = 4
 """Batches that may hold younger groups before a group is forced into the next one."""
+
+
+@dataclass(slots=True)
+class StoredGroup:
+    """An accepted group."""
+
+    seq: int
+    env_id: int | None
+    size: int
+    """Sequences."""
+    tokens: int
+    arrived: float
+    digest: bytes
+    """XXH3-128 of its JSON with every key."""
+    raw: bytes
+    """Its JSON as received."""
+    suffix: bytes = b""
+    """Replaces the closing brace of ``raw`` so that every key is there (upstream's trainers read them all)."""
+    packed: bytes | None = None
+    """Its binary form; None until somebody wants it."""
+    passed_over: int = 0
+
+    def json_parts(self) -> list[bytes | memoryview]:
+        """Its JSON with every key, in pieces: it may be long, and copying it takes time."""
+        return [memoryview(self.raw)[:-1], self.suffix] if self.suffix else [self.raw]
+
+    @property
+    def held_bytes(self) -> int:
+        return len(self.raw) + (len(self.packed) if self.packed is not None else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

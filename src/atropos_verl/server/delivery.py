@@ -20,10 +20,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from atropos_verl.http_thread import disconnected
-from atropos_verl.protocol.wire_model import Batch
 from atropos_verl.server.bodies import compressor
 from atropos_verl.server.status import Counters
-from atropos_verl.server.store import Store
+from atropos_verl.server.store import Batch, Store
 
 __all__ = ["BatchResponse", "Connection", "Connections", "protocol_class"]
 

@@ -15,16 +15,10 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from atropos_verl.protocol.messages import AckRequest, EnvIdentifier, EnvRegistration, TrainerRegistration
 from atropos_verl.protocol.packed import MEDIA_TYPE, pack_group
 from atropos_verl.protocol.schema import CheckedGroup, Refusal, check_group, split_list
-from atropos_verl.protocol.wire_model import (
-    AckRequest,
-    EnvIdentifier,
-    Environment,
-    EnvRegistration,
-    Registration,
-    StoredGroup,
-)
+from atropos_verl.server.batcher import StoredGroup
 from atropos_verl.server.bodies import (
     choose_encoding,
     decoded,
@@ -37,7 +31,7 @@ from atropos_verl.server.bodies import (
 from atropos_verl.server.delivery import BatchResponse, Connection, Connections
 from atropos_verl.server.status import Counters, Glimpse, Metrics, env_status, environments, status
 from atropos_verl.server.status_barrier import StatusBarrier
-from atropos_verl.server.store import Store
+from atropos_verl.server.store import Environment, Store
 
 __all__ = ["Handler", "Routes"]
 
@@ -105,7 +99,7 @@ class Routes:
     # --- trainer and environments ------------------------------------------------------------------------------------
 
     async def register(self, request: Request) -> Response:
-        kind = self._store.register(decoded(await self._body(request), Registration))
+        kind = self._store.register(decoded(await self._body(request), TrainerRegistration))
         await self._store.synced()
         current = self._store.registration
         assert current is not None

@@ -15,8 +15,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from atropos_verl.protocol.wire_model import Environment
-from atropos_verl.server.store import Store
+from atropos_verl.server.store import Environment, Store
 
 __all__ = ["Counters", "Glimpse", "Metrics", "env_status", "environments", "status"]
 

@@ -23,27 +23,28 @@ import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
 from atropos_verl.errors import AtroposVerlError, ConfigError, StorageDamagedError, StorageWriteError
+from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
 from atropos_verl.protocol.schema import CheckedGroup, Refusal
-from atropos_verl.protocol.wire_model import Batch, Environment, EnvRegistration, Registration, StoredGroup
 from atropos_verl.server.batcher import (
     BATCH_FILLS,
     ArrivalLog,
     BatchPolicy,
     GroupQueue,
     QueueView,
+    StoredGroup,
     choose_batch,
 )
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.storage import Key, RecordStore
 
-__all__ = ["STORE_FILE", "ConflictError", "QueueFullError", "Store", "UnknownLeaseError"]
+__all__ = ["STORE_FILE", "Batch", "ConflictError", "Environment", "QueueFullError", "Store", "UnknownLeaseError"]
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +78,49 @@ class UnknownLeaseError(AtroposVerlError):
     """There never was such a lease, or the server was reset (HTTP 404)."""
 
 
+class Environment(msgspec.Struct, kw_only=True):
+    """A registered environment. ``env_id`` is its index."""
+
+    env_id: int
+    real_name: str
+    desired_name: str
+    max_context_len: int
+    weight: float
+    group_size: int
+    min_batch_allocation: float | None
+    connected: bool = True
+    heard_at: float = 0.0
+    """Seconds since the epoch; not in the log: after a restart every environment counts as just heard."""
+    groups: int = 0
+    sequences: int = 0
+    duplicates: int = 0
+    refused: int = 0
+
+    def alive(self, now: float, timeout: float) -> bool:
+        return self.connected and now - self.heard_at < timeout
+
+
+@dataclass(slots=True)
+class Batch:
+    """Groups handed out together, until they are acked, confirmed or returned."""
+
+    lease_id: str
+    step: int
+    seqs: list[int]
+    deadline: float | None
+    """Seconds since the epoch; None: handed out without a lease, waiting for the response to arrive."""
+    deliveries: int = 1
+    earlier: list[str] = field(default_factory=list)
+    """The latest leases under which it was out before, told to whoever gets it: one of them may have been its own."""
+
+
 class _State(msgspec.Struct, kw_only=True):
     """The one row of the table ``state``."""
 
     next_seq: int
     step: int
     started: bool
-    registration: Registration | None
+    registration: TrainerRegistration | None
     totals: dict[str, int]
     environments: int
     """Rows of that table."""
@@ -132,7 +169,7 @@ class Store:
     def _clear(self) -> None:
         self.step = 0
         self.started = False
-        self.registration: Registration | None = None
+        self.registration: TrainerRegistration | None = None
         self.environments: list[Environment] = []
         self.groups: dict[int, StoredGroup] = {}
         """Every group that is not acked: waiting, handed out, returned."""
@@ -304,7 +341,7 @@ class Store:
 
     # --- trainer and environments ------------------------------------------------------------------------------------
 
-    def register(self, registration: Registration) -> str:
+    def register(self, registration: TrainerRegistration) -> str:
         """Register a trainer. Returns ``new``, ``resumed`` (the same run again: its new settings hold) or ``shared``.
 
         Raises:
@@ -695,7 +732,7 @@ class Store:
         logger.warning("a batch goes without the minimum of environments %s (%.0f s)", sorted(view.minimums), waited)
         return without
 
-    def _view(self, registration: Registration) -> QueueView:
+    def _view(self, registration: TrainerRegistration) -> QueueView:
         queue, alive = self.queue, self.alive()
         sizes: set[int] = set()
         for environment in alive:

@@ -9,7 +9,8 @@ from typing import Any
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.engine.protocol import InferenceEngine
 from atropos_verl.errors import AtroposProtocolError, ConfigError
-from atropos_verl.protocol.client import AtroposClient, EnvRegistration
+from atropos_verl.protocol.client import AtroposClient
+from atropos_verl.protocol.messages import EnvRegistration
 from atropos_verl.protocol.wire import encode_group
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.types import Generation, GenerationRequest

@@ -29,8 +29,9 @@ from atropos_verl.errors import (
     AtroposTimeoutError,
     ServiceError,
 )
-from atropos_verl.protocol.client import AtroposClient, EnvRegistration, TrainerRegistration
+from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.exchange import RetryPolicy
+from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
 
 STATUS = {"current_step": 3, "queue_size": 2}
 INFO = {"batch_size": 8, "max_token_len": 65}

@@ -16,9 +16,10 @@ from support.scripted_api import random_batches, scripted_api
 from support.trajectory_server import group_bytes
 
 from atropos_verl.errors import AtroposConnectionError, AtroposTimeoutError
-from atropos_verl.protocol.client import AtroposClient, TrainerRegistration
+from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.journal import BatchJournal
 from atropos_verl.protocol.leases import HeldBatch, LeasedBatches
+from atropos_verl.protocol.messages import TrainerRegistration
 from atropos_verl.server.main import TrajectoryServer
 from atropos_verl.server.settings import ServerSettings
 

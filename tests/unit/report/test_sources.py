@@ -12,7 +12,8 @@ from support.trajectory_server import registration
 from support.upstream_api import upstream_api
 
 from atropos_verl.errors import AtroposAPIError, AtroposConnectionError, AtroposProtocolError, ConfigError, DataError
-from atropos_verl.protocol.client import AtroposClient, TrainerRegistration
+from atropos_verl.protocol.client import AtroposClient
+from atropos_verl.protocol.messages import TrainerRegistration
 from atropos_verl.protocol.wire import encode_group
 from atropos_verl.report.sources import is_url, load_groups, read_path, read_url
 

@@ -21,7 +21,7 @@ import pytest
 from support.trajectory_server import Clock, post, registration
 
 from atropos_verl.errors import ConfigError, StorageDamagedError, StorageWriteError
-from atropos_verl.protocol.wire_model import EnvRegistration, Registration
+from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
 from atropos_verl.server.batcher import ARRIVALS_FILE
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.store import STORE_FILE, ConflictError, Store, UnknownLeaseError
@@ -73,7 +73,7 @@ def one_thing(store: Store, rng: random.Random, clock: Clock, leases: list[str],
             elif store.environments:
                 store.disconnect_env(rng.randrange(len(store.environments)))
         case 11 if rng.random() < 0.2:
-            store.register(Registration(**registration(rng.choice([6, 8]), starting_step=rng.randrange(5))))
+            store.register(TrainerRegistration(**registration(rng.choice([6, 8]), starting_step=rng.randrange(5))))
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -81,7 +81,7 @@ def test_a_restart_at_any_moment_finds_the_same_state(tmp_path: Path, seed: int)
     rng, clock = random.Random(seed), Clock()
     leases: list[str] = []
     store = opened(tmp_path, clock)
-    store.register(Registration(**registration(8)))
+    store.register(TrainerRegistration(**registration(8)))
     number = 0
     for _ in range(15):
         for _ in range(rng.randint(1, 25)):
@@ -96,7 +96,7 @@ def test_a_restart_at_any_moment_finds_the_same_state(tmp_path: Path, seed: int)
 
 def test_a_response_that_was_under_way_comes_back_after_a_restart(tmp_path: Path) -> None:
     store = opened(tmp_path)
-    store.register(Registration(**registration(8)))
+    store.register(TrainerRegistration(**registration(8)))
     post(store, 0), post(store, 1), post(store, 2), post(store, 3)
     unleased, leased = store.next_batch(None), store.next_batch(60.0)
     assert unleased is not None and leased is not None
@@ -111,7 +111,7 @@ def test_a_response_that_was_under_way_comes_back_after_a_restart(tmp_path: Path
 
 def test_what_was_acked_leaves_the_disk_and_a_group_that_waits_stays(tmp_path: Path) -> None:
     store = opened(tmp_path)
-    store.register(Registration(**registration(8, batch_fill="exact")))
+    store.register(TrainerRegistration(**registration(8, batch_fill="exact")))
     post(store, 9999, 3)  # never fits
     for number in range(400):
         post(store, number)
@@ -130,7 +130,7 @@ def test_what_was_acked_leaves_the_disk_and_a_group_that_waits_stays(tmp_path: P
 async def test_a_torn_write_is_gone_and_its_number_is_given_again(tmp_path: Path) -> None:
     (tmp_path / "live").mkdir()
     store = opened(tmp_path / "live")
-    store.register(Registration(**registration(8)))
+    store.register(TrainerRegistration(**registration(8)))
     post(store, 0)
     await store.synced()
     before = content(store)
@@ -154,7 +154,7 @@ def damage(directory: Path, table: str, value: bytes) -> None:
 
 def test_a_damaged_group_is_named_and_the_others_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = opened(tmp_path)
-    store.register(Registration(**registration(8)))
+    store.register(TrainerRegistration(**registration(8)))
     for number in range(5):
         post(store, number)
     batch = store.next_batch(1e6)
@@ -175,7 +175,7 @@ def test_a_damaged_group_is_named_and_the_others_go_on(tmp_path: Path, caplog: p
 @pytest.mark.parametrize("table", ["state", "environments"])
 def test_damage_that_nothing_makes_up_for_refuses_the_start_again_and_again(tmp_path: Path, table: str) -> None:
     store = opened(tmp_path)
-    store.register(Registration(**registration(8)))
+    store.register(TrainerRegistration(**registration(8)))
     store.next_batch(60.0)
     for _ in range(2):
         store.register_env(EnvRegistration(max_token_length=64, group_size=4))
@@ -232,7 +232,7 @@ async def _fill_up(directory: Path) -> int:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     clock = Clock()
     store = opened(directory, clock)
-    store.register(Registration(**registration(8)))
+    store.register(TrainerRegistration(**registration(8)))
     post(store, 0)
     await store.synced()
     before = content(store)
@@ -264,7 +264,7 @@ async def _fill_up(directory: Path) -> int:
 def test_each_batch_is_one_line_with_the_times_of_its_groups_also_across_a_restart(tmp_path: Path) -> None:
     clock = Clock()
     store = opened(tmp_path, clock)
-    store.register(Registration(**registration(8)))
+    store.register(TrainerRegistration(**registration(8)))
     assert store.next_batch(60.0) is None
     assert not (tmp_path / ARRIVALS_FILE).exists()  # nothing was handed out
     store.register_env(EnvRegistration(max_token_length=64, desired_name="env", weight=1.0, group_size=4))
@@ -293,7 +293,7 @@ def test_a_record_that_cannot_be_written_is_reported_once_and_stops_no_batch(
 ) -> None:
     store = opened(tmp_path)
     (tmp_path / ARRIVALS_FILE).mkdir()
-    store.register(Registration(**registration(4)))
+    store.register(TrainerRegistration(**registration(4)))
     store.next_batch(60.0)
     for number in range(3):
         post(store, number, env_id=None)
@@ -306,7 +306,7 @@ def test_a_record_that_cannot_be_written_is_reported_once_and_stops_no_batch(
 def test_a_server_in_memory_keeps_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     store = Store(ServerSettings())
-    store.register(Registration(**registration(4)))
+    store.register(TrainerRegistration(**registration(4)))
     store.next_batch(None)
     post(store, 1, env_id=None)
     assert store.next_batch(None) is not None
@@ -320,7 +320,7 @@ async def test_a_refused_ack_has_not_happened_and_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = opened(tmp_path)
-    store.register(Registration(**registration(8)))
+    store.register(TrainerRegistration(**registration(8)))
     store.next_batch(60.0)
     assert store.register_env(EnvRegistration(max_token_length=64, group_size=4)) is not None
     post(store, 0, env_id=0), post(store, 1, env_id=0), post(store, 2, env_id=0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 from support.trajectory_server import Clock, post, registration
 
-from atropos_verl.protocol.wire_model import EnvRegistration, Registration
+from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.store import Store
 
@@ -50,7 +50,7 @@ CASES = {
 def test_every_group_is_handed_out_exactly_once(name: str, pattern: str) -> None:
     case, clock = CASES[name], Clock()
     store = Store(ServerSettings(max_queue_groups=GROUPS), now=clock)
-    store.register(Registration(**registration(case.batch_size)))
+    store.register(TrainerRegistration(**registration(case.batch_size)))
     assert store.next_batch(60.0) is None
     environment = EnvRegistration(max_token_length=64, group_size=case.declared, desired_name="mix")
     assert store.register_env(environment) is not None
@@ -85,7 +85,7 @@ def len_of(case: Case) -> Callable[[list[int]], int]:
 def test_the_step_advances_by_one_per_batch_and_the_oldest_go_first() -> None:
     """Upstream advances by 25 at the first GET /batch here, and hands out the newest batch first."""
     store = Store(ServerSettings())
-    store.register(Registration(**registration(8)))
+    store.register(TrainerRegistration(**registration(8)))
     for number in range(50):
         post(store, number)
     first = store.next_batch(60.0)

@@ -9,8 +9,8 @@ import pytest
 from support.trajectory_server import Clock, group_bytes, post, registration
 
 from atropos_verl.errors import ConfigError
+from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
 from atropos_verl.protocol.schema import Refusal, check_group
-from atropos_verl.protocol.wire_model import EnvRegistration, Registration
 from atropos_verl.server import status
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.store import ConflictError, QueueFullError, Store, UnknownLeaseError
@@ -18,7 +18,7 @@ from atropos_verl.server.store import ConflictError, QueueFullError, Store, Unkn
 
 def store_with(batch_size: int = 8, clock: Clock | None = None, **settings: Any) -> Store:
     store = Store(ServerSettings(**settings), now=clock or Clock())
-    store.register(Registration(**registration(batch_size)))
+    store.register(TrainerRegistration(**registration(batch_size)))
     store.next_batch(None)
     return store
 
@@ -137,7 +137,7 @@ def test_the_queue_is_bounded_by_groups_and_by_bytes() -> None:
 def test_a_trainer_of_another_run_waits_until_the_first_has_gone() -> None:
     clock = Clock()
     store = store_with(clock=clock, trainer_timeout=60.0)
-    other = Registration(**registration(16, wandb_group="other"))
+    other = TrainerRegistration(**registration(16, wandb_group="other"))
     with pytest.raises(ConflictError, match="run 'project'/'group' is registered and was heard 0 s ago"):
         store.register(other)
     post(store, 0), post(store, 1)
@@ -159,7 +159,7 @@ def test_the_same_run_registers_again_with_new_settings() -> None:
     batch = store.next_batch(100.0)
     assert batch is not None
     store.release(batch.lease_id)
-    assert store.register(Registration(**registration(12, starting_step=7))) == "resumed"
+    assert store.register(TrainerRegistration(**registration(12, starting_step=7))) == "resumed"
     assert store.step == 7
     bigger = store.next_batch(100.0)
     assert bigger is not None
@@ -170,14 +170,14 @@ def test_the_same_run_registers_again_with_new_settings() -> None:
 
 def test_a_second_trainer_shares_when_the_server_says_so() -> None:
     store = store_with(8, second_trainer="share")
-    assert store.register(Registration(**registration(16, wandb_group="other"))) == "shared"
+    assert store.register(TrainerRegistration(**registration(16, wandb_group="other"))) == "shared"
     assert store.registration is not None and store.registration.batch_size == 8
 
 
 def test_an_unknown_fill_policy_is_refused_by_name() -> None:
     store = Store(ServerSettings())
     with pytest.raises(Refusal, match="batch_fill = 'most' must be one of auto, exact, at_most, at_least"):
-        store.register(Registration(**registration(8, batch_fill="most")))
+        store.register(TrainerRegistration(**registration(8, batch_fill="most")))
 
 
 def test_an_environment_that_has_gone_blocks_nobody() -> None:
@@ -204,7 +204,7 @@ def test_a_resumed_trainer_gets_no_part_of_a_batch_before_its_environments_could
     post(store, 0, env_id=env_id)
     store.disconnect_env(env_id)  # the run was interrupted
     clock.pass_(600.0)
-    store.register(Registration(**registration(8)))
+    store.register(TrainerRegistration(**registration(8)))
     for _ in range(2):
         assert store.next_batch(10.0) is None, "an environment registers after this question, not before"
         clock.pass_(59.0)
@@ -221,7 +221,7 @@ def test_what_is_left_is_handed_out_when_no_environment_comes_back() -> None:
     post(store, 0, env_id=env_id)
     store.disconnect_env(env_id)
     clock.pass_(600.0)
-    store.register(Registration(**registration(8)))
+    store.register(TrainerRegistration(**registration(8)))
     clock.pass_(119.0)
     assert store.next_batch(10.0) is None
     clock.pass_(1.0)
@@ -239,7 +239,7 @@ def test_what_is_left_is_handed_out_when_no_environment_comes_back() -> None:
 def test_a_minimum_share_is_waited_for_and_then_waived() -> None:
     clock = Clock()
     store = store_with(clock=clock)
-    store.register(Registration(**registration(8, min_allocation_wait=30.0)))
+    store.register(TrainerRegistration(**registration(8, min_allocation_wait=30.0)))
     slow, busy = join(store, min_batch_allocation=0.25), join(store)
     post(store, 0, env_id=busy), post(store, 1, env_id=busy)
     assert store.next_batch(10.0) is None
@@ -300,7 +300,7 @@ def test_reset_forgets_and_goes_on() -> None:
     assert (store.step, store.environments, store.registration) == (0, [], None)
     with pytest.raises(UnknownLeaseError, match="was the server reset"):
         store.ack(batch.lease_id)
-    assert store.register(Registration(**registration(4))) == "new"
+    assert store.register(TrainerRegistration(**registration(4))) == "new"
     post(store, 9)
     again = store.next_batch(10.0)
     assert again is not None
