@@ -231,6 +231,7 @@ async def test_health_checks_of_atropos_hold_during_a_weight_sync(
         await asyncio.to_thread(gate.pause, 5.0)
         try:
             waiting = asyncio.create_task(manager.tokens_and_logprobs_completion(prompt="ab", n=1, max_tokens=16))
+            await asyncio.to_thread(eventually, lambda: gate.waiting == 1, "the request to wait at the gate")
             await asyncio.sleep(1.5)  # more than one round of its health check
             assert manager.servers[0].server_healthy and not waiting.done() and gate.waiting == 1
         finally:

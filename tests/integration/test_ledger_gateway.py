@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import openai
 import pytest
 from support.atropos_clients import HI, HI_PROMPT, managed_server
 from support.fake_engine import FakeEngine, logprob_of, text_reply
-from support.serving import serving
+from support.serving import eventually, serving
 
 from atropos_verl.provenance.attribution import SequenceQuery, look_up
 from atropos_verl.provenance.ledger import Ledger
@@ -95,10 +94,7 @@ def test_a_stream_that_its_reader_left_is_known_as_far_as_it_went(
         stream = session.completions.create(model="m", prompt="left", max_tokens=300, stream=True)
         pieces = [next(iter(stream)).choices[0].text for _ in range(4)]
         stream.close()
-    for _ in range(500):
-        if ledger.stats().recorded_spans > recorded:
-            break
-        asyncio.run(asyncio.sleep(0.01))
+    eventually(lambda: ledger.stats().recorded_spans > recorded, "what was read to be recorded")
     read = tokenizer.encode("".join(pieces))
     assert len(read) >= 4
     match = find(ledger, tokenizer.encode("left"), read)
