@@ -138,14 +138,21 @@ def test_colocate_async_with_kl_rollout_correction_and_verls_validation(tmp_path
     assert validated == [2, 4]
 
 
-def test_separate_async(tmp_path: Path) -> None:
+def test_separate_async_with_a_users_functions(tmp_path: Path) -> None:
+    """They reach the processes that use them: the task runner, and every training worker."""
     metrics = finished(
         tmp_path / "run",
         "trainer.v1.trainer_mode=separate_async",
         "trainer.v1.separate_async.parameter_sync_step=2",
         "atropos.off_policy.max_staleness=null",
         "trainer.total_training_steps=3",
+        "atropos.loss.path=support.user_functions:constant_loss",
+        "atropos.algorithm.advantage_path=support.user_functions:zero_sum",
+        "atropos.reward.path=support.user_functions:numbered",
     )
     assert [line["step"] for line in metrics] == [1, 2, 3]
     assert all(line["data/sequences"] == 16 for line in metrics), "two batches of 8, one per local update"
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["weights_synced"] == 4
+    for line in metrics:
+        assert (line["actor/grad_norm"], line["actor/of_the_user"]) == (0.0, 7.0)
+        assert (line["reward/mean"], line["advantage/mean_abs"]) == (1.5, 1.0)
