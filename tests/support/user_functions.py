@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["constant_loss", "first_two", "numbered", "zero_sum"]
+__all__ = ["constant_loss", "numbered", "zero_sum"]
 
 
 def constant_loss(logprobs: Any, *_: Any, **__: Any) -> Any:
@@ -13,10 +13,6 @@ def constant_loss(logprobs: Any, *_: Any, **__: Any) -> Any:
 
 def zero_sum(scores: Any, group: Any) -> Any:
     return [score - 1.5 for score in scores]
-
-
-def first_two(groups: Any) -> Any:
-    return [i < 2 for i in range(len(groups))]
 
 
 def numbered(prompts: list[str], completions: list[str]) -> list[float]:

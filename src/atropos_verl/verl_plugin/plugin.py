@@ -32,7 +32,7 @@ ROLLOUTS = {
     ),
     "vllm_cpu": (
         "atropos_verl.backends.ray.vllm_cpu.VLLMCpuReplica",
-        "atropos_verl.backends.ray.vllm_cpu.VLLMCpuServerAdapter",
+        "verl.workers.rollout.vllm_rollout.ServerAdapter",
     ),
 }
 """Rollout name: (replica class, server adapter class of the training workers)."""

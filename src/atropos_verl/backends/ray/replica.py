@@ -144,14 +144,17 @@ class TransformersServer:
             )
         lora = self.model_config.lora_rank > 0 or self.model_config.lora_adapter_path is not None
         lora = lora and not self.model_config.lora.get("merge", False)
+        # Ray starts actors with one OpenMP thread; engine and trainer take turns, so each may use all cores.
+        cores = min(os.cpu_count() or 1, 16)
         max_running = settings.pop("max_running", min(self.config.max_num_seqs, _DEFAULT_MAX_RUNNING))
+        threads = engine_threads(model.config, max_running, cores) if device == "cpu" else None
         engine = TransformersEngine(
             model,
             self.model_config.tokenizer,
             max_running=max_running,
             max_context_len=self.config.max_model_len or self.config.prompt_length + self.config.response_length,
             device=device,
-            num_threads=settings.pop("num_threads", _default_threads(device, model.config, max_running)),
+            num_threads=settings.pop("num_threads", threads),
             seed=settings.pop("seed", self.replica_rank + self.config.seed),
             # With an adapter the base weights stay here: the trainer never sends them again.
             release_weights=self.rollout_mode is RolloutMode.HYBRID and not lora,
@@ -260,20 +263,10 @@ class TransformersServer:
             else:
                 self._engine.gate.resume()
 
-    async def clear_kv_cache(self) -> None:
-        """Nothing to do: no cache is kept between requests, and new weights drop that of the running ones."""
+    async def _nothing(self, **_: Any) -> None:
+        """No cache is kept between requests, new weights drop that of the running ones, and there is no profiler."""
 
-    async def release_kv_cache(self) -> None:
-        """Nothing to do: see ``clear_kv_cache``."""
-
-    async def resume_kv_cache(self) -> None:
-        """Nothing to do: see ``clear_kv_cache``."""
-
-    async def start_profile(self, **_: Any) -> None:
-        """The embedded engine has no profiler."""
-
-    async def stop_profile(self) -> None:
-        """The embedded engine has no profiler."""
+    clear_kv_cache = release_kv_cache = resume_kv_cache = start_profile = stop_profile = _nothing
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
@@ -384,11 +377,6 @@ def _node_and_devices(_: Any) -> tuple[str, str]:
     if get_device_name() == "cpu":
         return context.get_node_id(), ""
     return context.get_node_id(), ",".join(context.get_accelerator_ids()[get_resource_name()])
-
-
-def _default_threads(device: str, model: Any, rows: int) -> int | None:
-    """Ray starts actors with one OpenMP thread; the engine and the trainer take turns, so each may use all cores."""
-    return engine_threads(model, rows, min(os.cpu_count() or 1, 16)) if device == "cpu" else None
 
 
 def to_request(

@@ -82,7 +82,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         self.on_stop: Callable[[], bool] = lambda: False
         self._slots: list[Slot] = []
         self._counts: Counter[str] = Counter()
-        self._untold: list[Slot] = []
+        self._unacknowledged: list[Slot] = []
         self._covered_step = 0
         """A checkpoint holds the effect of every batch up to this step."""
         self._whole_step = 0
@@ -90,7 +90,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         self._is_updating = False
         self._next_stop_look = 0.0
         self._step_started = time.perf_counter()
-        self._grad_norm = self._loss = 0.0
+        self._loss = 0.0
         super().__init__(config)
         phase = _RolloutPhase(self)
         self.sharding_manager = AtroposShardingManager(phase, phase, gate=phase, pause_timeout=_DRAIN_SECONDS)
@@ -198,12 +198,12 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         batch = super().step(metrics, timing_raw)
         assert self.feed is not None
         uids = {key.split("_")[0] for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding")}
-        self._slots = self._untold = self.feed.trained(sorted(uids), self.global_steps)
-        self._grad_norm = float(metrics.get("actor/grad_norm", 0.0))
+        self._slots = self._unacknowledged = self.feed.trained(sorted(uids), self.global_steps)
+        grad_norm = float(metrics.get("actor/grad_norm", 0.0))
         self._loss = float(metrics.get("actor/loss", metrics.get("actor/pg_loss", 0.0)))
-        if not (math.isfinite(self._loss) and math.isfinite(self._grad_norm)):
+        if not (math.isfinite(self._loss) and math.isfinite(grad_norm)):
             raise TrainingDivergedError(
-                f"step {self.global_steps}: loss {self._loss}, gradient norm {self._grad_norm}; lower "
+                f"step {self.global_steps}: loss {self._loss}, gradient norm {grad_norm}; lower "
                 "actor_rollout_ref.actor.optim.lr, or bound advantages with atropos.advantage_clipping"
             )
         self._counts = Counter()
@@ -255,8 +255,8 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
     ) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, **arguments)
         assert self.feed is not None
-        self.feed.acknowledge(self._untold, self._covered_step)
-        self._untold = []
+        self.feed.acknowledge(self._unacknowledged, self._covered_step)
+        self._unacknowledged = []
         self.on_report(self._step_report(metrics, timing_raw))
         self._whole_step, self._is_updating = self.global_steps, False
         self._stop_if_asked()

@@ -13,12 +13,11 @@ import dataclasses
 from typing import Any
 
 import ray
-from verl.workers.rollout.vllm_rollout import ServerAdapter
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
 from atropos_verl.backends.ray.weight_transfer import standalone_worker
 
-__all__ = ["VLLMCpuHttpServer", "VLLMCpuReplica", "VLLMCpuServerAdapter"]
+__all__ = ["VLLMCpuHttpServer", "VLLMCpuReplica"]
 
 _KV_CACHE_BYTES = 256 << 20
 """vLLM would take a share of the machine's memory that was not meant for it; more is a setting away."""
@@ -52,7 +51,3 @@ class VLLMCpuReplica(vLLMReplica):  # type: ignore[misc]
     def get_ray_class_with_init_args(self) -> Any:
         """The worker of a standalone replica; ours can take weights from Ray's object store."""
         return standalone_worker(self)
-
-
-class VLLMCpuServerAdapter(ServerAdapter):  # type: ignore[misc]
-    """verl's adapter: weights go through shared memory."""

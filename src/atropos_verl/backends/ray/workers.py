@@ -35,30 +35,26 @@ __all__ = [
 ]
 
 
-class AtroposTrainingWorker(TrainingWorker):  # type: ignore[misc]
+class _PreparedWorker:
+    """Mixin: prepares verl's process group on a CPU, and registers the user's loss where the worker is an actor."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        init_cpu_process_group()
+        super().__init__(*args, **kwargs)
+        if "actor" in getattr(self, "role", ""):
+            register_user_loss(self.config)  # type: ignore[attr-defined]
+
+
+class AtroposTrainingWorker(_PreparedWorker, TrainingWorker):  # type: ignore[misc]
     """verl's ``TrainingWorker`` (the critic)."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        init_cpu_process_group()
-        super().__init__(*args, **kwargs)
 
-
-class AtroposActorRolloutRefWorker(ActorRolloutRefWorker):  # type: ignore[misc]
+class AtroposActorRolloutRefWorker(_PreparedWorker, ActorRolloutRefWorker):  # type: ignore[misc]
     """verl's ``ActorRolloutRefWorker``: sync and colocate_async."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        init_cpu_process_group()
-        super().__init__(*args, **kwargs)
-        register_user_loss(self.config)
 
-
-class AtroposDetachActorWorker(DetachActorWorker):  # type: ignore[misc]
+class AtroposDetachActorWorker(_PreparedWorker, DetachActorWorker):  # type: ignore[misc]
     """verl's ``DetachActorWorker``: separate_async."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        init_cpu_process_group()
-        super().__init__(*args, **kwargs)
-        register_user_loss(self.config)
 
     @property
     def copy_handler(self) -> Any:
@@ -75,13 +71,7 @@ _CLASSES = {
 
 
 def worker_class(verl_class: type) -> type:
-    """Ours for one of verl's worker classes. Raises ``KeyError`` naming a class that has none.
-
-    For a trainer's ``_init_resource_pool_mgr``, whose ``role_worker_mapping`` holds Ray classes::
-
-        for role, remote in self.role_worker_mapping.items():
-            self.role_worker_mapping[role] = ray.remote(worker_class(remote.__ray_metadata__.modified_class))
-    """
+    """Ours for one of verl's worker classes. Raises ``KeyError`` naming a class that has none."""
     for known, ours in _CLASSES.items():
         # Ray wraps the class it is given in a subclass of the same name.
         if verl_class is known or (verl_class.__name__ == known.__name__ and issubclass(verl_class, known)):
