@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
 import pytest
 from support.tiny_model import build_tiny_tokenizer
+from verl.workers.rollout.replica import TokenOutput
 
 from atropos_verl.backends.ray.gateway import ReplicaEngine, to_sampling_params
 from atropos_verl.engine.protocol import GenerationEngine
@@ -16,14 +18,6 @@ from atropos_verl.errors import EngineError, GenerationRequestError
 from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
 
 _EOS = 258
-
-
-@dataclass
-class _Output:
-    token_ids: list[int]
-    log_probs: list[float] | None
-    stop_reason: str
-    extra_fields: dict[str, Any]
 
 
 @dataclass
@@ -38,30 +32,36 @@ class _Replica:
     abort_at: list[int] = field(default_factory=list)
     turned_away: int = 0
     says_reason: bool = True
+    change: Callable[[Any], None] = lambda output: None
+    """Applied to every answer before it is returned."""
     calls: list[dict[str, Any]] = field(default_factory=list)
     prompt_len: int = 3
 
-    async def generate(self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any]) -> _Output:
+    async def generate(self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any]) -> TokenOutput:
         self.calls.append({"request_id": request_id, "prompt_ids": list(prompt_ids), **sampling_params})
         await asyncio.sleep(0)
         if self.turned_away:
             self.turned_away -= 1
-            return _Output([], None, "aborted", {"global_steps": 0, "min_global_steps": 0, "max_global_steps": 0})
+            nothing = {"global_steps": 0, "min_global_steps": 0, "max_global_steps": 0}
+            return TokenOutput(token_ids=[], log_probs=None, stop_reason="aborted", extra_fields=nothing)
         done = len(prompt_ids) - self.prompt_len
         version = 10 * sum(at <= done for at in self.abort_at)
         limit = min(len(self.script), done + sampling_params["max_tokens"])
         cut = next((at for at in self.abort_at if done < at < limit), None)
         end = limit if cut is None else cut
         extra: dict[str, Any] = {"min_global_steps": version, "max_global_steps": version, "global_steps": version}
+        extra["asked"] = sampling_params.get("prompt_logprobs")
         reason = "stop" if end == len(self.script) else "length"
         if self.says_reason and cut is None:
             extra["finish_reason"] = reason
-        return _Output(
-            self.script[done:end],
-            [-(position + version / 1000) for position in range(done, end)],
-            "completed" if cut is None else "aborted",
-            extra,
+        output = TokenOutput(
+            token_ids=self.script[done:end],
+            log_probs=[-(position + version / 1000) for position in range(done, end)],
+            stop_reason="completed" if cut is None else "aborted",
+            extra_fields=extra,
         )
+        self.change(output)
+        return output
 
 
 def _engine(replica: Any, **settings: Any) -> ReplicaEngine:
@@ -127,12 +127,7 @@ async def test_finish_reason_is_known_whether_or_not_the_replica_says_it(
 
 
 async def test_an_abort_at_the_very_last_token_allowed_ends_with_length() -> None:
-    class AbortsAtTheEnd(_Replica):
-        async def generate(self, *args: Any, **kwargs: Any) -> _Output:
-            output = await super().generate(*args, **kwargs)
-            return _Output(output.token_ids, output.log_probs, "aborted", output.extra_fields)
-
-    replica = AbortsAtTheEnd(list(range(30)))
+    replica = _Replica(list(range(30)), change=lambda output: setattr(output, "stop_reason", "aborted"))
     answer = await _one(_engine(replica), max_tokens=5)
     assert answer.finish_reason == "length" and len(answer.token_ids) == 5 and len(replica.calls) == 1
 
@@ -181,27 +176,20 @@ async def test_streaming_hands_over_attempt_by_attempt_and_ends_each_completion_
 async def test_a_replica_that_knows_only_first_and_last_policy_is_not_credited_with_more(
     tokens: int, runs: tuple[tuple[int, int], ...]
 ) -> None:
-    class Spans(_Replica):
-        async def generate(self, *args: Any, **kwargs: Any) -> _Output:
-            output = await super().generate(*args, **kwargs)
-            output.extra_fields |= {"min_global_steps": 3, "max_global_steps": 4}
-            return output
-
-    answer = await _one(_engine(Spans([7] * tokens)))
+    spans = {"min_global_steps": 3, "max_global_steps": 4}
+    answer = await _one(_engine(_Replica([7] * tokens, change=lambda output: output.extra_fields.update(spans))))
     assert (answer.policy_version_first, answer.policy_version_last) == (3 if tokens > 1 else 4, 4)
     assert answer.policy_version_runs == runs
 
 
-class _Failing(_Replica):
-    async def generate(self, request_id: str, **kwargs: Any) -> _Output:
-        if len(self.calls) == 1:
-            raise EngineError("the replica broke")
-        return await super().generate(request_id, **kwargs)
-
-
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_failure_ends_the_request_with_its_cause_and_cancels_the_rest(stream: bool) -> None:
-    engine = _engine(_Failing([5] * 30, [10, 20]))
+    def break_the_second(_: Any) -> None:
+        if len(replica.calls) == 2:
+            raise EngineError("the replica broke")
+
+    replica = _Replica([5] * 30, [10, 20], change=break_the_second)
+    engine = _engine(replica)
     with pytest.raises(EngineError, match="the replica broke"):
         if stream:
             _ = [delta async for delta in engine.astream(_request(n=2))]
@@ -211,19 +199,19 @@ async def test_a_failure_ends_the_request_with_its_cause_and_cancels_the_rest(st
 
 
 async def test_cancelling_reaches_the_client() -> None:
-    cancelled = asyncio.Event()
+    asked, cancelled = asyncio.Event(), asyncio.Event()
 
     class Hangs:
-        async def generate(self, request_id: str, **_: Any) -> _Output:
+        async def generate(self, request_id: str, **_: Any) -> Any:
+            asked.set()
             try:
-                await asyncio.sleep(60)
+                await asyncio.Event().wait()
             except asyncio.CancelledError:
                 cancelled.set()
                 raise
-            raise AssertionError
 
     task = asyncio.ensure_future(_engine(Hangs()).agenerate(_request()))
-    await asyncio.sleep(0.01)
+    await asked.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -231,13 +219,8 @@ async def test_cancelling_reaches_the_client() -> None:
 
 
 async def test_missing_logprobs_are_an_error_not_a_gap() -> None:
-    class Silent(_Replica):
-        async def generate(self, *args: Any, **kwargs: Any) -> _Output:
-            output = await super().generate(*args, **kwargs)
-            return _Output(output.token_ids, None, output.stop_reason, output.extra_fields)
-
     with pytest.raises(EngineError, match="2 tokens with 0 logprobs"):
-        await _one(_engine(Silent([5, _EOS])))
+        await _one(_engine(_Replica([5, _EOS], change=lambda output: setattr(output, "log_probs", None))))
 
 
 async def test_a_prompt_that_does_not_fit_is_refused_before_it_is_sent() -> None:
@@ -248,16 +231,13 @@ async def test_a_prompt_that_does_not_fit_is_refused_before_it_is_sent() -> None
 
 
 async def test_prompt_logprobs_hold_the_prompts_own_token_beside_the_best() -> None:
-    class Scores(_Replica):
-        async def generate(self, request_id: str, **kwargs: Any) -> _Output:
-            output = await super().generate(request_id, **kwargs)
-            k = kwargs["sampling_params"]["prompt_logprobs"]
-            rows = [[2], [3], [0]] if k == 0 else [[9, 8], [3, 9], [0, 0]]
-            values = [[-5.0], [-0.5], [0.0]] if k == 0 else [[-1.0, -2.0], [-0.5, -3.0], [0.0, 0.0]]
-            output.extra_fields |= {"prompt_ids": rows, "prompt_logprobs": values}
-            return output
+    def score(output: Any) -> None:
+        own = output.extra_fields["asked"] == 0
+        rows = [[2], [3], [0]] if own else [[9, 8], [3, 9], [0, 0]]
+        values = [[-5.0], [-0.5], [0.0]] if own else [[-1.0, -2.0], [-0.5, -3.0], [0.0, 0.0]]
+        output.extra_fields |= {"prompt_ids": rows, "prompt_logprobs": values}
 
-    engine = _engine(Scores([_EOS]))
+    engine = _engine(_Replica([_EOS], change=score))
     generation = await _one(engine, prompt_logprobs=2)
     assert generation.prompt_logprobs == (None, {2: -5.0, 9: -1.0, 8: -2.0}, {3: -0.5, 9: -3.0})
     generation = await _one(engine, prompt_logprobs=0)
