@@ -24,9 +24,10 @@ NonNegative = Annotated[float, Field(ge=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
-def parse_clipping(value: Any) -> Any:
-    """``None`` and ``[low, high]`` are the two forms; OmegaConf hands lists over as lists."""
-    return tuple(value) if isinstance(value, list) else value
+# OmegaConf hands the pair over as a list.
+Clipping = Annotated[
+    tuple[float, float] | None, BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+]
 
 
 class Section(BaseModel):
@@ -88,23 +89,33 @@ class OptimConfig(Section):
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="cosine: last learning rate over the first")
 
 
-class AlgorithmConfig(Section):
+class OwnAlgorithmConfig(Section):
+    """The user's advantages."""
+
+    advantage_path: str | None = Field(None, description="your package.module:function instead: docs/extensions.md")
+
+
+class AlgorithmConfig(OwnAlgorithmConfig):
     """From scores to advantages."""
 
     adv_estimator: Literal["grpo", "rloo", "plain"] = Field(
         "grpo", description="baseline within the group; plain: the raw score"
     )
     norm_adv_by_std_in_grpo: bool = Field(True, description="divide by the group's standard deviation")
-    advantage_path: str | None = Field(None, description="your package.module:function instead: docs/extensions.md")
 
 
-class LossConfig(Section):
+class OwnLossConfig(Section):
+    """The user's loss."""
+
+    path: str | None = Field(None, description="your package.module:function instead: docs/extensions.md")
+
+
+class LossConfig(OwnLossConfig):
     """The loss, and the settings of the clipped-ratio one (verl's names and defaults)."""
 
     type: Literal["advantage_weighted_sft", "grpo"] | None = Field(
         None, description="null: as use_advantage_weighting says"
     )
-    path: str | None = Field(None, description="your package.module:function instead: docs/extensions.md")
     clip_ratio_low: NonNegative = Field(0.2, description="grpo: lower clip of the ratio")
     clip_ratio_high: NonNegative = Field(0.2, description="grpo: upper clip of the ratio")
     clip_ratio_c: float = Field(3.0, gt=1, description="grpo: dual clip for negative advantages")
@@ -121,18 +132,23 @@ class LossConfig(Section):
         return values
 
 
-class DataConfig(Section):
+class GroupsConfig(Section):
     """The treatment of groups before they are trained on."""
 
-    max_prompt_length: PositiveInt = Field(64, description="tokens of a prompt at most")
     max_token_len: PositiveInt | None = Field(
         None, description="tokens of a sequence at most; null: max_prompt_length + max_response_length"
     )
     overlong: Literal["drop", "truncate", "error"] = Field("drop", description="sequences longer than that")
     on_bad_group: Literal["quarantine", "error"] = Field("quarantine", description="groups that are not valid")
     ignore_fields: tuple[str, ...] = Field((), description="ScoredData fields to ignore that this trainer cannot use")
-    default_temperature: PositiveFloat = Field(1.0, description="where a group does not say its own")
     filter_path: str | None = Field(None, description="your package.module:function that leaves groups out")
+
+
+class DataConfig(GroupsConfig):
+    """The same, and what a group need not say itself."""
+
+    max_prompt_length: PositiveInt = Field(64, description="tokens of a prompt at most")
+    default_temperature: PositiveFloat = Field(1.0, description="where a group does not say its own")
 
 
 class RewardConfig(Section):
@@ -287,9 +303,7 @@ class RunConfig(Section):
         None, description="true: advantage-weighted loss; false: GRPO's clipped ratio; null: as loss.type, else true"
     )
     advantage_normalization: Literal["none", "batch", "global"] = Field("none", description="over trained tokens")
-    advantage_clipping: Annotated[tuple[float, float] | None, BeforeValidator(parse_clipping)] = Field(
-        None, description="[low, high] or null"
-    )
+    advantage_clipping: Clipping = Field(None, description="[low, high] or null")
     batch_retry_attempts: PositiveInt = Field(8, description="quick tries of one wait for a batch")
     batch_retry_delay: PositiveFloat = Field(0.3, description="seconds before the second try; grows by 1.5")
     batch_max_wait_time: PositiveFloat = Field(12.0, description="seconds; bound on one whole wait for a batch")

@@ -9,30 +9,32 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from atropos_verl.config.composition import SHIPPED, compose_with_hydra, key_of, keys_of
 from atropos_verl.config.schema import (
     AtroposConfig,
+    Clipping,
     EnvConfig,
     EvalConfig,
     GatewayConfig,
+    GroupsConfig,
     OffPolicyConfig,
+    OwnAlgorithmConfig,
+    OwnLossConfig,
     PositiveFloat,
     PositiveInt,
     RewardConfig,
     RunConfig,
-    Section,
     SuperviseConfig,
     apply_environment,
     as_config_error,
     describe,
-    parse_clipping,
 )
 from atropos_verl.errors import ConfigError
 
@@ -64,55 +66,24 @@ _LOCAL_NAMES = {
 """Keys of the local backend, and where verl or the ``atropos`` block keeps them."""
 
 
-class ClusterDataConfig(Section):
-    """The treatment of groups before they are trained on."""
-
-    max_token_len: PositiveInt | None = Field(
-        None, description="tokens of a sequence at most; null: data.max_prompt_length + data.max_response_length"
-    )
-    overlong: Literal["drop", "truncate", "error"] = Field("drop", description="sequences longer than that")
-    on_bad_group: Literal["quarantine", "error"] = Field("quarantine", description="groups that are not valid")
-    ignore_fields: tuple[str, ...] = Field((), description="ScoredData fields to ignore that this trainer cannot use")
-    filter_path: str | None = Field(None, description="your package.module:function that leaves groups out")
-
-
-class ClusterLossConfig(Section):
-    """The user's loss; verl's are ``actor_rollout_ref.actor.policy_loss.loss_mode``."""
-
-    path: str | None = Field(None, description="your package.module:function as the loss: docs/extensions.md")
-
-
-class ClusterAlgorithmConfig(Section):
-    """The user's advantages; verl's are ``algorithm.adv_estimator``."""
-
-    advantage_path: str | None = Field(None, description="your package.module:function instead: docs/extensions.md")
-
-
 class ClusterSettings(AtroposConfig):
     """The block ``atropos``: the trajectory API, the environment, the gateway, and what is done to groups."""
 
     env: EnvConfig = Field(default_factory=EnvConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
-    loss: ClusterLossConfig = Field(default_factory=ClusterLossConfig)
-    algorithm: ClusterAlgorithmConfig = Field(default_factory=ClusterAlgorithmConfig)
-    data: ClusterDataConfig = Field(default_factory=ClusterDataConfig)
+    loss: OwnLossConfig = Field(default_factory=OwnLossConfig)
+    algorithm: OwnAlgorithmConfig = Field(default_factory=OwnAlgorithmConfig)
+    data: GroupsConfig = Field(default_factory=GroupsConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)
     seed: int = Field(0, ge=0, description="seed of the environment")
     advantage_normalization: Literal["none", "batch", "global"] = Field("none", description="over trained tokens")
-    advantage_clipping: tuple[float, float] | None = Field(None, description="[low, high] or null")
+    advantage_clipping: Clipping = Field(None, description="[low, high] or null")
     off_policy: OffPolicyConfig = Field(default_factory=OffPolicyConfig)
     poll_interval: PositiveFloat = Field(0.05, description="seconds between two looks for a finished batch")
     batch_retry_attempts: PositiveInt = Field(8, description="quick tries of one wait for a batch")
     batch_retry_delay: PositiveFloat = Field(0.3, description="seconds before the second try; grows by 1.5")
     batch_max_wait_time: PositiveFloat = Field(12.0, description="seconds; bound on one whole wait for a batch")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _clipping_as_tuple(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and "advantage_clipping" in values:
-            return {**values, "advantage_clipping": parse_clipping(values["advantage_clipping"])}
-        return values
 
 
 @dataclass(frozen=True)
@@ -265,10 +236,12 @@ def _as_run_config(config: Any, settings: ClusterSettings) -> RunConfig:
 
     rollout, data = config.actor_rollout_ref.rollout, config.data
     own = set(AtroposConfig.model_fields)
+    block = settings.model_dump()
     n_updates = parameter_sync_step(config)
     values = {
+        # The keys that both backends share, and then verl's.
+        **{name: value for name, value in block.items() if name in RunConfig.model_fields},
         "steps": config.trainer.total_training_steps,
-        "seed": settings.seed,
         "run_dir": str(config.run_dir),
         "batch_size": data.train_batch_size // n_updates * rollout.n,
         "group_size": rollout.n,
@@ -276,12 +249,7 @@ def _as_run_config(config: Any, settings: ClusterSettings) -> RunConfig:
         "resume": "disable" if config.trainer.resume_mode == "disable" else "auto",
         "max_response_length": data.max_response_length,
         "temperature": rollout.temperature,
-        "advantage_normalization": settings.advantage_normalization,
-        "advantage_clipping": settings.advantage_clipping,
-        "batch_retry_attempts": settings.batch_retry_attempts,
-        "batch_retry_delay": settings.batch_retry_delay,
-        "batch_max_wait_time": settings.batch_max_wait_time,
-        "atropos": {name: value for name, value in settings.model_dump().items() if name in own},
+        "atropos": {name: value for name, value in block.items() if name in own},
         "model": {
             "path": config.actor_rollout_ref.model.path,
             "tokenizer_path": config.actor_rollout_ref.model.tokenizer_path,
@@ -289,19 +257,13 @@ def _as_run_config(config: Any, settings: ClusterSettings) -> RunConfig:
         "data": {
             "max_prompt_length": data.max_prompt_length,
             "default_temperature": rollout.temperature,
-            **settings.data.model_dump(),
+            **block["data"],
         },
         "algorithm": {
             "adv_estimator": _data_estimator(config),
             "norm_adv_by_std_in_grpo": config.algorithm.norm_adv_by_std_in_grpo,
-            "advantage_path": settings.algorithm.advantage_path,
+            **block["algorithm"],
         },
-        "loss": {"path": settings.loss.path},
-        "reward": {"path": settings.reward.path},
-        "off_policy": settings.off_policy.model_dump(),
-        "gateway": settings.gateway.model_dump(),
-        "env": settings.env.model_dump(),
-        "eval": settings.eval.model_dump(),
         "supervise": OmegaConf.to_container(config.supervise) if "supervise" in config else {},
         "trainer": {
             "device": config.trainer.device if config.trainer.device in ("cpu", "cuda") else "auto",
