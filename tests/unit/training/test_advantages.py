@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,22 +70,15 @@ def test_the_same_as_verl() -> None:
     np.testing.assert_allclose(plain, centred[:, 0].numpy(), rtol=1e-9, atol=1e-12)
 
 
-@given(SCORES, st.sampled_from(["grpo", "rloo"]))
-def test_advantages_of_a_group_sum_to_zero_and_keep_the_order(scores: list[float], estimator: str) -> None:
+@given(SCORES, st.sampled_from(["grpo", "rloo"]), st.randoms())
+def test_advantages_of_a_group_sum_to_zero_whatever_its_order(scores: list[float], estimator: str, random: Any) -> None:
     found = group_advantages(np.array(scores), estimator)
     assert np.isfinite(found).all()
     assert abs(found.sum()) <= 1e-6 * max(1.0, np.abs(found).sum())
-    for i, j in zip(range(len(scores)), range(1, len(scores)), strict=False):
-        assert (scores[i] <= scores[j]) <= (found[i] <= found[j] + 1e-9)
-
-
-@given(SCORES, st.sampled_from(["grpo", "rloo", "plain"]), st.randoms())
-def test_permuting_the_sequences_permutes_the_advantages(scores: list[float], estimator: str, random: object) -> None:
     order = list(range(len(scores)))
-    random.shuffle(order)  # type: ignore[attr-defined]
-    straight = group_advantages(np.array(scores), estimator)
-    permuted = group_advantages(np.array([scores[i] for i in order]), estimator)
-    np.testing.assert_allclose(permuted, straight[order], rtol=1e-6, atol=1e-9)
+    random.shuffle(order)
+    permuted = group_advantages(np.array(scores)[order], estimator)
+    np.testing.assert_allclose(permuted, found[order], rtol=1e-6, atol=1e-9)
 
 
 # ---------------------------------------------------------------------- normalise, clip, zero

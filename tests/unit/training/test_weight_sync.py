@@ -61,48 +61,32 @@ def _manager(parts: _Recorder, **arguments: Any) -> AtroposShardingManager:
     return AtroposShardingManager(parts, parts, gate=parts, **arguments)
 
 
-def test_order_of_calls() -> None:
-    parts = _Recorder()
-    with _manager(parts) as manager:
-        parts.calls.append("body")
-        assert parts.weights == {"w": 3.0}
-    assert parts.calls == ["resume_memory", "update", "open", "body", "pause", "release_memory"]
-    assert manager.last_sync is not None
-    assert manager.last_sync.policy_version == 3
-    assert manager.last_sync.bytes_copied == 4
-    assert manager.last_sync.canary_max_abs_logprob_diff is None
-
-
-def test_an_engine_that_takes_a_version_gets_it() -> None:
-    parts = _VersionedRecorder()
-    with _manager(parts):
-        assert parts.version == 3
-
-
-def test_the_newest_weights_are_copied_on_every_enter() -> None:
-    parts = _Recorder()
+@pytest.mark.parametrize("parts", [_Recorder(), _VersionedRecorder()], ids=["plain", "takes a version"])
+def test_every_enter_copies_the_newest_weights_before_the_gate_opens(parts: _Recorder) -> None:
     manager = _manager(parts)
-    with manager:
-        pass
-    parts.policy_version = 4
-    with manager:
-        assert parts.weights == {"w": 4.0}
+    for version in (3, 4):
+        parts.policy_version = version
+        parts.calls.clear()
+        with manager:
+            parts.calls.append("body")
+            assert parts.weights == {"w": float(version)}
+        assert parts.calls == ["resume_memory", "update", "open", "body", "pause", "release_memory"]
+        assert manager.last_sync is not None
+        assert (manager.last_sync.policy_version, manager.last_sync.bytes_copied) == (version, 4)
+        assert manager.last_sync.canary_max_abs_logprob_diff is None
+        assert getattr(parts, "version", version) == version
     assert manager.syncs == 2
 
 
-def test_the_exception_of_the_body_is_never_masked() -> None:
+@pytest.mark.parametrize("fail_on", ["pause", "release_memory"])
+def test_a_failure_on_exit_is_raised_and_never_masks_the_exception_of_the_body(fail_on: str) -> None:
     parts = _Recorder()
-    parts.fail_on = "pause"
+    parts.fail_on = fail_on
+    with pytest.raises(RuntimeError, match=f"{fail_on} failed"), _manager(parts):
+        pass
     with pytest.raises(KeyError, match="body") as caught, _manager(parts):
         raise KeyError("body")
-    assert "leaving the rollout phase failed as well: RuntimeError('pause failed')" in caught.value.__notes__[0]
-
-
-def test_a_failure_on_exit_alone_is_raised() -> None:
-    parts = _Recorder()
-    parts.fail_on = "release_memory"
-    with pytest.raises(RuntimeError, match="release_memory failed"), _manager(parts):
-        pass
+    assert f"leaving the rollout phase failed as well: RuntimeError('{fail_on} failed')" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize("stage", ["resume_memory", "update"])
@@ -116,24 +100,6 @@ def test_entering_again_after_a_failure_works(stage: str) -> None:
     parts.fail_on = ""
     with manager:
         assert parts.calls[-1] == "open"
-
-
-def test_the_gate_stays_shut_when_the_canary_fails() -> None:
-    parts = _Recorder()
-    canary = Canary(trainer_logprobs=lambda: [-1.0, -2.0], engine_logprobs=lambda: [-1.0, -2.5], threshold=0.1)
-    with (
-        pytest.raises(WeightSyncError, match=r"up to 0.5 \(sync.canary_threshold=0.1\)"),
-        _manager(parts, canary=canary),
-    ):
-        pytest.fail("the body must not run")
-    assert parts.calls == ["resume_memory", "update"]
-
-
-@pytest.mark.parametrize("engine", [[-1.0], [], [float("nan"), -2.0]])
-def test_a_canary_that_cannot_be_compared_fails(engine: list[float]) -> None:
-    canary = Canary(trainer_logprobs=lambda: [-1.0, -2.0], engine_logprobs=lambda: engine, threshold=10.0)
-    with pytest.raises(WeightSyncError):
-        canary.check()
 
 
 class _TwoBuffers(_Recorder):
@@ -210,3 +176,20 @@ def test_an_engine_with_one_buffer_cannot_swap() -> None:
     parts = _Recorder()
     with _manager(parts) as manager, pytest.raises(WeightSyncError, match="has no second buffer for weights"):
         manager.swap()
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ([-1.0, -2.5], r"up to 0.5 \(sync.canary_threshold=0.1\)"),
+        ([float("nan"), -2.0], "up to inf"),
+        ([-1.0], "engine 1"),
+        ([], "engine 0"),
+    ],
+)
+def test_the_gate_stays_shut_when_the_canary_fails(engine: list[float], message: str) -> None:
+    parts = _Recorder()
+    canary = Canary(trainer_logprobs=lambda: [-1.0, -2.0], engine_logprobs=lambda: engine, threshold=0.1)
+    with pytest.raises(WeightSyncError, match=message), _manager(parts, canary=canary):
+        pytest.fail("the body must not run")
+    assert parts.calls == ["resume_memory", "update"]
