@@ -60,8 +60,8 @@ class EnvironmentConfig(Section):
     script: str | None = Field(None, description="path of an Atropos environment; null and no module: the demo's")
     module: str | None = Field(None, description="started with python -m instead of a script")
     python: str | None = Field(None, description="its interpreter, or a virtual environment; null: the launcher's")
-    args: Words = Field((), description='further arguments, e.g. ["--env.some_key","3"]; they win over ours')
-    omit: Words = Field((), description='arguments of ours it does not know, e.g. ["--env.min_batch_allocation"]')
+    args: Words = Field((), description='further arguments, e.g. ["--env.some_key","3"]; they come last and win')
+    omit: Words = Field((), description='arguments of the launcher to leave out, e.g. ["--env.min_batch_allocation"]')
     weight: NonNegative = Field(1.0, description="its share of the trained sequences is weight / sum of all weights")
     min_batch_allocation: float | None = Field(None, gt=0, le=1, description="least share of every batch")
     group_size: PositiveInt | None = Field(None, description="sequences per prompt; null: the run's")
@@ -69,8 +69,8 @@ class EnvironmentConfig(Section):
     server_type: Literal["openai", "vllm", "sglang", "trl"] = Field("vllm", description="dialect it uses")
     copies: PositiveInt = Field(1, description="processes of it; they divide its weight")
     restart: Literal["always", "never"] = Field("always", description="when it dies")
-    max_restarts: int = Field(5, ge=0, description="then it is given up, and the run goes on with the others")
-    startup_timeout: PositiveFloat = Field(120.0, description="seconds, from policy served to its first sign of life")
+    max_restarts: int = Field(5, ge=0, description="restarts in a row; then the run goes on without it")
+    startup_timeout: PositiveFloat = Field(120.0, description="seconds from the first generation to its registration")
     evaluate: bool = Field(True, description="takes part in held-out evaluation (eval.before, eval.after)")
     env: Variables = Field(default_factory=dict, description="environment variables")
     cwd: str | None = Field(None, description="its working directory; null: the run directory")
@@ -87,11 +87,11 @@ class ApiProcessConfig(Section):
 
     host: str = Field("127.0.0.1", description="address to bind")
     port: Port = Field(0, description="0: any free port")
-    data_dir: str | None = Field(None, description="where its log lies (embedded); null: run_dir/api")
+    data_dir: str | None = Field(None, description="directory of its data (embedded); null: run_dir/api")
     args: Words = Field((), description="further arguments of serve-api (embedded)")
     startup_timeout: PositiveFloat = Field(60.0, description="seconds until /status must answer")
     on_death: Literal["restart", "stop"] = Field("restart", description="stop: end the run, non-zero")
-    max_restarts: int = Field(5, ge=0, description="then the run ends, non-zero")
+    max_restarts: int = Field(5, ge=0, description="restarts in a row; then the run ends, non-zero")
 
 
 class TrainerProcessConfig(Section):
@@ -101,9 +101,9 @@ class TrainerProcessConfig(Section):
     nproc: PositiveInt = Field(1, description="above 1: data-parallel ranks, under torchrun")
     env: Variables = Field(default_factory=dict, description="environment variables")
     on_death: Literal["restart", "stop"] = Field("restart", description="restart: and resume from the checkpoint")
-    max_restarts: int = Field(3, ge=0, description="then the run ends, non-zero")
+    max_restarts: int = Field(3, ge=0, description="restarts in a row; then the run ends, non-zero")
     startup_timeout: PositiveFloat = Field(300.0, description="seconds until the gateway must answer")
-    generation_timeout: PositiveFloat = Field(120.0, description="seconds from there to the first generation")
+    generation_timeout: PositiveFloat = Field(120.0, description="seconds from then to the first generation")
     stop_grace: PositiveFloat = Field(60.0, description="seconds to write its checkpoint when the run is stopped")
 
 
@@ -120,7 +120,7 @@ class LaunchConfig(Section):
     )
     envs: tuple[str, ...] | None = Field(None, description="names of environments to start; null: all")
     only: tuple[Literal["api", "trainer", "environments"], ...] | None = Field(
-        None, description="parts to start here; null: all that is not given by URL"
+        None, description="parts to start here; null: all without a URL"
     )
 
     @classmethod

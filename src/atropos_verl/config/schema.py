@@ -52,7 +52,7 @@ class AtroposConfig(Section):
         description="seconds after which the API takes a batch back from a trainer that is gone (a living one renews); "
         "null: no leases; upstream's API has none",
     )
-    rollout_timeout: PositiveFloat = Field(600.0, description="seconds without any batch before the run is given up")
+    rollout_timeout: PositiveFloat = Field(600.0, description="seconds without a batch after which the run ends")
     reset: bool = Field(False, description="GET /reset_data before registering (forgets what an earlier run left)")
 
     @model_validator(mode="after")
@@ -138,8 +138,8 @@ class GroupsConfig(Section):
     max_token_len: PositiveInt | None = Field(
         None, description="tokens of a sequence at most; null: max_prompt_length + max_response_length"
     )
-    overlong: Literal["drop", "truncate", "error"] = Field("drop", description="sequences longer than that")
-    on_bad_group: Literal["quarantine", "error"] = Field("quarantine", description="groups that are not valid")
+    overlong: Literal["drop", "truncate", "error"] = Field("drop", description="what to do with longer sequences")
+    on_bad_group: Literal["quarantine", "error"] = Field("quarantine", description="what to do with invalid groups")
     ignore_fields: tuple[str, ...] = Field((), description="ScoredData fields to ignore that this trainer cannot use")
     filter_path: str | None = Field(None, description="your package.module:function that leaves groups out")
 
@@ -148,7 +148,7 @@ class DataConfig(GroupsConfig):
     """The same, and what a group need not say itself."""
 
     max_prompt_length: PositiveInt = Field(64, description="tokens of a prompt at most")
-    default_temperature: PositiveFloat = Field(1.0, description="where a group does not say its own")
+    default_temperature: PositiveFloat = Field(1.0, description="temperature of groups that name none")
 
 
 class RewardConfig(Section):
@@ -161,16 +161,18 @@ class OffPolicyConfig(Section):
     """Rollouts of an older policy than the one that is trained: what is known about them, and what is done."""
 
     ledger_bytes: PositiveInt = Field(
-        256 << 20, description="bytes of the ledger (which policy version wrote which token); the oldest go first"
+        256 << 20,
+        description="bytes of the ledger (which policy version wrote which token); the least recently used go first",
     )
     unmatched: Literal["use", "drop"] = Field(
-        "use", description="trained tokens that the gateway did not generate as posted; drop: they are not trained"
+        "use", description="trained tokens that the gateway did not generate; drop: they are not trained"
     )
     max_staleness: int | None = Field(
-        None, ge=0, description="policy versions a group may be older than the weights it updates; null: no bound"
+        None, ge=0, description="largest staleness of a group, in policy versions; null: no bound"
     )
     on_stale: Literal["drop", "wait"] = Field(
-        "drop", description="wait: new prompts are held back that would get too old; what does nevertheless is dropped"
+        "drop",
+        description="wait: hold new prompts back that would become too stale; drop what becomes too stale all the same",
     )
     importance: Literal["auto", "token", "sequence"] | None = Field(
         "auto",
@@ -182,7 +184,7 @@ class OffPolicyConfig(Section):
     @model_validator(mode="after")
     def _needs_a_bound(self) -> Self:
         if self.on_stale == "wait" and self.max_staleness is None:
-            raise ValueError("on_stale=wait waits for nothing without a bound; set off_policy.max_staleness")
+            raise ValueError("on_stale=wait needs a bound; set off_policy.max_staleness")
         return self
 
 
@@ -192,7 +194,7 @@ class GatewayConfig(Section):
     host: str = Field("127.0.0.1", description="address to bind")
     port: Port = Field(0, description="0: any free port")
     api_key: str | None = Field(None, description="bearer key that environments must send")
-    advertise_url: str | None = Field(None, description="URL environments reach it at, where it differs")
+    advertise_url: str | None = Field(None, description="URL at which environments reach it, if another")
 
 
 class InferenceConfig(Section):
@@ -200,7 +202,7 @@ class InferenceConfig(Section):
 
     max_running: PositiveInt = Field(64, description="sequences generated at the same time")
     max_context_len: PositiveInt | None = Field(None, description="tokens; null: the sequence bound of the data")
-    release_weights: bool = Field(True, description="free the engine's weights too while the trainer trains")
+    release_weights: bool = Field(True, description="free the engine's weights, too, while the trainer trains")
     num_threads: PositiveInt | None = Field(
         None,
         description="torch threads of the engine; null: on a CPU 1 for a small model, else torch's (overlap: half)",
@@ -228,7 +230,7 @@ class EnvConfig(Section):
     max_batches_offpolicy: PositiveInt | None = Field(
         None, description="batches it may queue ahead; null: 1 (as on-policy as can be), with mode=overlap 2"
     )
-    startup_timeout: PositiveFloat = Field(180.0, description="seconds until its first batch must have come")
+    startup_timeout: PositiveFloat = Field(180.0, description="seconds until its first batch")
 
 
 class EvalConfig(Section):
@@ -269,10 +271,12 @@ class TrainerConfig(Section):
     )
     strategy: Literal["fsdp2", "fsdp"] = Field("fsdp2", description="verl engine")
     max_token_len_per_gpu: PositiveInt = Field(16384, description="tokens of one micro-batch at most")
-    logger: tuple[str, ...] = Field((), description="verl trackers: tensorboard, wandb, … (metrics.jsonl is always)")
+    logger: tuple[str, ...] = Field(
+        (), description="verl trackers: tensorboard, wandb, … (metrics.jsonl is always written)"
+    )
     project_name: str = Field("atropos_verl", description="name for trackers and wandb_project at the API")
     experiment_name: str = Field("demo", description="name for trackers and wandb_group at the API")
-    max_ckpt_to_keep: PositiveInt | None = Field(2, description="older checkpoints are removed; null: keep all")
+    max_ckpt_to_keep: PositiveInt | None = Field(2, description="checkpoints to keep; null: all")
 
 
 class SuperviseConfig(Section):
@@ -280,19 +284,21 @@ class SuperviseConfig(Section):
 
     stall_after: PositiveFloat = Field(120.0, description="seconds without a batch before the diagnosis is printed")
     backoff: PositiveFloat = Field(1.0, description="seconds before the first restart; doubles with each")
-    max_backoff: PositiveFloat = Field(30.0, description="seconds before a restart at most")
-    healthy_after: PositiveFloat = Field(300.0, description="seconds alive after which restarts are forgiven")
+    max_backoff: PositiveFloat = Field(30.0, description="largest number of seconds before a restart")
+    healthy_after: PositiveFloat = Field(
+        300.0, description="seconds of life after which the count of restarts begins again"
+    )
 
 
 class RunConfig(Section):
     """One training run."""
 
     mode: Literal["sync", "overlap"] = Field(
-        "sync", description="overlap: environments go on, and the next batch is fetched, while the trainer trains"
+        "sync", description="overlap: environments generate, and the next batch is fetched, while the trainer trains"
     )
     steps: PositiveInt = Field(60, description="optimiser steps (batches) of the whole run")
     seed: int = Field(0, ge=0, description="seed of sampling, of the environment and of the trainer")
-    run_dir: str | None = Field(None, description="where everything of the run lies; null: runs/NAME-DATE-TIME")
+    run_dir: str | None = Field(None, description="directory of the run; null: runs/NAME-DATE-TIME")
     batch_size: PositiveInt = Field(64, description="sequences per step")
     group_size: PositiveInt = Field(8, description="sequences per prompt")
     save_freq: int = Field(20, ge=-1, description="checkpoint every N steps and at the end; -1: never")

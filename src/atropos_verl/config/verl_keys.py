@@ -80,7 +80,7 @@ class ClusterSettings(AtroposConfig):
     advantage_normalization: Literal["none", "batch", "global"] = Field("none", description="over trained tokens")
     advantage_clipping: Clipping = Field(None, description="[low, high] or null")
     off_policy: OffPolicyConfig = Field(default_factory=OffPolicyConfig)
-    poll_interval: PositiveFloat = Field(0.05, description="seconds between two looks for a finished batch")
+    poll_interval: PositiveFloat = Field(0.05, description="seconds between two polls for a finished batch")
     batch_retry_attempts: PositiveInt = Field(8, description="quick tries of one wait for a batch")
     batch_retry_delay: PositiveFloat = Field(0.3, description="seconds before the second try; grows by 1.5")
     batch_max_wait_time: PositiveFloat = Field(12.0, description="seconds; bound on one whole wait for a batch")
@@ -296,7 +296,7 @@ def _check_verl_keys(config: Any) -> None:
     if not trainer.use_v1:
         raise ConfigError("the integration is built on verl's V1 trainer; leave it true", "trainer.use_v1")
     if not trainer.total_training_steps:
-        raise ConfigError("say how many steps to train; there is no dataset to count", "trainer.total_training_steps")
+        raise ConfigError("set the number of steps; there is no dataset to count", "trainer.total_training_steps")
     if algorithm.filter_groups.enable:
         raise ConfigError(
             "verl filters prompts that it dispatched; here environments choose them. Let the environment leave groups "
