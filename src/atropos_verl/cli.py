@@ -16,10 +16,10 @@ __all__ = ["main"]
 _TRAIN_HELP = "train a policy on an Atropos environment; key=value settings as in verl (train --help lists them)"
 _SERVE_HELP = "serve the trajectory API that environments post to and a trainer fetches batches from"
 _LAUNCH_HELP = "start and watch everything of a run: API, trainer, environments (launch --help lists the settings)"
-_DOCTOR_HELP = "say what this machine can run and what is missing, before anything slow starts"
+_DOCTOR_HELP = "check a machine and a configuration before a run"
 _SIMULATE_HELP = "predict throughput, idle shares and staleness of a configuration, on a virtual clock"
 _INSPECT_HELP = "show what the trainer would see in a batch, groups, a quarantine file, or at an API"
-_REPORT_HELP = "show what came of a run, or compare several; --html FILE writes a page with every curve"
+_REPORT_HELP = "show the result of a run, or compare several; --html FILE writes a page with every curve"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

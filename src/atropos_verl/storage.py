@@ -367,7 +367,7 @@ class RecordStore:
                 self._db.executescript(f"PRAGMA incremental_vacuum({_FREE_PAGES})")
                 self._unmoved_bytes = _IDLE_CHECKPOINT_BYTES + 1  # again at the next occasion
         except sqlite3.Error as error:
-            logger.warning("%s: its WAL stays as long as it is: %s", self.path, error)
+            logger.warning("%s: its WAL is not shortened: %s", self.path, error)
 
 
 def _last_commit(wal: Path) -> int:

@@ -218,7 +218,7 @@ class TransformersEngine:
 
         Raises:
             GenerationRequestError: an id outside the vocabulary, a sequence longer than the context, a bad temperature.
-            EngineError: the engine holds no usable weights.
+            EngineError: the engine has no usable weights.
         """
         if len(token_ids) > self.max_context_len:
             raise GenerationRequestError(
@@ -228,7 +228,7 @@ class TransformersEngine:
             raise GenerationRequestError(f"temperature must be 0 or more, not {temperature!r}", "temperature")
         with self._exclusive("compute_logprobs"):
             if not self.weights_ready:
-                raise EngineError("the engine holds no usable weights: call update_weights_from_tensor() first")
+                raise EngineError("the engine has no usable weights: call update_weights_from_tensor() first")
             return self._runner.logprobs(token_ids, effective_temperature(temperature))
 
     def update_weights_from_tensor(

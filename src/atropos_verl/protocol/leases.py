@@ -169,7 +169,7 @@ class LeasedBatches:
         for entry in self.journal.owed():
             is_covered = entry.step is not None and entry.step <= after_step
             if self._verdict(entry) == "lost" and not is_covered:
-                logger.warning("%s: the API has handed this batch out again; it is not trained on here", entry.path)
+                logger.warning("%s: the API gave this batch to another trainer; it is not trained on here", entry.path)
                 self.journal.drop(entry)
             else:
                 self.journal.note_acked(entry)

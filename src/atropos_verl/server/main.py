@@ -70,7 +70,7 @@ def check_bind(host: str, settings: ServerSettings, *, insecure: bool = False) -
     if settings.token is None and not insecure:
         raise ConfigError(
             f"{host} is reached from other machines: give --token (or ATROPOS_API_TOKEN), "
-            "or --insecure when the network itself keeps strangers out",
+            "or --insecure if only trusted machines reach it",
             "host",
         )
     return settings
@@ -93,7 +93,7 @@ def serve(settings: ServerSettings, host: str = "127.0.0.1", port: int = 8000, *
     kept = f"kept in {settings.data_dir}" if settings.data_dir else "IN MEMORY ONLY: a restart forgets everything"
     logger.info("serving at %s, data %s", where, kept, extra={"event": "serving", "url": where})
     if settings.token is None and not is_loopback(host):
-        logger.warning("%s has no token: whoever reaches this address can read and write", where)
+        logger.warning("%s has no token: everybody who reaches this address can read and write", where)
     server = uvicorn.Server(uvicorn_config(app, **_options(app)))
     # uvicorn handles both signals, and raises the one it got again once it has shut down: nothing is left to do then.
     signal.signal(signal.SIGTERM, lambda number, frame: None)

@@ -698,7 +698,7 @@ class Store:
         if how == "closed":
             return ConflictError(f"lease {lease_id} was acked")
         if how == "superseded":
-            return ConflictError(f"lease {lease_id} ended, and its batch was handed out again: drop what came of it")
+            return ConflictError(f"lease {lease_id} ended, and its batch was handed out again: discard your copy")
         if any(batch.lease_id == lease_id for batch in self.returned):
             return ConflictError(f"lease {lease_id} has ended")
         return UnknownLeaseError(f"no lease {lease_id!r}; was the server reset?")
@@ -729,7 +729,7 @@ class Store:
         waited = now - self._minimum_missed
         if waited < registration.min_allocation_wait:
             return None
-        logger.warning("a batch goes without the minimum of environments %s (%.0f s)", sorted(view.minimums), waited)
+        logger.warning("a batch is made without the share of environments %s (%.0f s)", sorted(view.minimums), waited)
         return without
 
     def _view(self, registration: TrainerRegistration) -> QueueView:

@@ -303,7 +303,7 @@ class BatchSource:
         assert self._provenance is not None and data.matches is not None, "attach and fetch come first"
         if not self._provenance.all_stale(data.groups, data.matches, policy_version):
             return False
-        logger.warning("every group of a batch is older than off_policy.max_staleness; it is not trained on")
+        logger.warning("every group of a batch exceeds off_policy.max_staleness; the batch is not trained on")
         self._totals.batches_stale += 1
         self.trained(data, self._step)
         self.ack(data)

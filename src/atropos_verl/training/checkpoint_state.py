@@ -84,7 +84,7 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
         return None
     directory = tracker.parent / f"global_step_{tracker.read_text().strip()}"
     if not (directory / _STATE).is_file():
-        raise CheckpointError(f"{tracker} points at {directory}, which is not there; resume=disable starts afresh")
+        raise CheckpointError(f"{tracker} points at {directory}, which does not exist; resume=disable starts a new run")
     return directory
 
 

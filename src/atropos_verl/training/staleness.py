@@ -186,7 +186,7 @@ class BatchProvenance:
         stale = len(groups) - len(fresh)
         if figures.temperature_mismatches:
             logger.warning(
-                "%d sequences of this batch name another temperature than their environment asked the gateway for; "
+                "%d sequences of this batch name another temperature than their environment asked for; "
                 "the trainer computes with the one they name",
                 figures.temperature_mismatches,
             )

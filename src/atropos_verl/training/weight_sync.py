@@ -161,7 +161,7 @@ class AtroposShardingManager:
         except Exception as error:
             if exc is None:
                 raise
-            logger.exception("leaving the rollout phase failed while %s was on its way", type(exc).__name__)
+            logger.exception("leaving the rollout phase failed after %s", type(exc).__name__)
             exc.add_note(f"(leaving the rollout phase failed as well: {error!r})")
 
     def swap(self) -> SyncReport:

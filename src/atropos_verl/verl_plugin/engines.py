@@ -109,7 +109,7 @@ class SelectiveHeadEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             self._probed = True
             self._packs = packs_exactly(self.module, micro_batch["input_ids"].device, self.module.config.vocab_size)
             if not self._packs:
-                logger.warning("%s is trained with padding: it does not keep joined sequences apart", type(self.module))
+                logger.warning("%s is trained with padding: it mixes joined sequences", type(self.module))
         return self._packs
 
     def prepare_model_inputs(self, micro_batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -51,7 +51,7 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
         RunState().restore(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("7")
-    with pytest.raises(CheckpointError, match="global_step_7, which is not there"):
+    with pytest.raises(CheckpointError, match="global_step_7, which does not exist"):
         find_checkpoint(tmp_path, "auto")
 
 

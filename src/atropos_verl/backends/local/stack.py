@@ -152,7 +152,7 @@ def _build_canary(config: RunConfig, worker: PolicyWorker, engine: TransformersE
         try:
             return list(engine.compute_logprobs(ids))
         except EngineError as error:
-            raise WeightSyncError(f"after the weight sync the engine cannot be asked for logprobs: {error}") from error
+            raise WeightSyncError(f"after the weight sync the engine gives no logprobs: {error}") from error
 
     return Canary(
         trainer_logprobs=trainer_logprobs,

@@ -267,7 +267,7 @@ class AtroposTrainer:
     def _update(self, data: RolloutData, samples: list[TrainingSample]) -> dict[str, float]:
         tokens = sum(int(s.loss_mask.sum()) for s in samples)
         if tokens == 0:
-            logger.warning("the batch holds no token that can be trained; no optimiser step")
+            logger.warning("the batch has no token to train on; no optimiser step")
             return {"loss": 0.0, "tokens": 0.0}
         if not self._overlapped:
             self.close_rollouts()
@@ -549,7 +549,7 @@ def held_interrupts(*, deliver: bool = True) -> Iterator[None]:
 
     def note(number: int, frame: FrameType | None) -> None:
         if not first:
-            logger.info("%s: finishing what must be whole first; again to stop at once", signal.Signals(number).name)
+            logger.info("%s: finishing the current step; interrupt again to stop at once", signal.Signals(number).name)
             first.append((number, time.monotonic()))
         elif time.monotonic() - first[0][1] > _ONE_INTERRUPT_SECONDS:
             restore()

@@ -195,7 +195,7 @@ class TrajectoryFeed:
             slots = [self.slots.pop(uid) for uid in uids if uid in self.slots]
             for slot in slots:
                 logger.warning(
-                    "a batch of %d sequences is left out: older than trainer.v1.sampler.max_off_policy_threshold",
+                    "a batch of %d sequences is left out: too stale (trainer.v1.sampler.max_off_policy_threshold)",
                     slot.counts["sequences"],
                 )
                 self._note_consumed([slot], slot.global_steps)

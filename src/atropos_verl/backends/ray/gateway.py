@@ -418,7 +418,7 @@ class AttemptClient(LLMServerClient):  # type: ignore[misc]
                 if _NO_SERVER not in str(error):
                     raise
             if not waited:
-                logger.info("no rollout replica is in the load balancer; %s waits for one", request_id)
+                logger.info("no rollout replica is available; %s waits for one", request_id)
                 waited = True
             await asyncio.sleep(_NO_SERVER_RETRY)
 

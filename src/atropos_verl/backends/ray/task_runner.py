@@ -158,7 +158,7 @@ class RaySession:
         log = self.run.run_dir / "logs"
         raise ServiceError(
             f"verl's task runner failed: {last}\n"
-            f"the whole traceback is in {log / 'command.log'}; what went before it in {log / 'task_runner.log'}",
+            f"the whole traceback is in {log / 'command.log'}; earlier output in {log / 'task_runner.log'}",
             "task runner",
         ) from error
 
