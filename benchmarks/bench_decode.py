@@ -3,7 +3,7 @@
     python benchmarks/bench_decode.py [--sequences 256] [--max-tokens 4096] [--group-size 8] [--repeats 7]
 
 All sides run in one process, in turn, on the same bytes, and their tensors are compared first. ``ours_binary`` is the
-packed wire of our own API (``protocol.packed``) to packed tensors. The floor of JSON is ``msgspec_decode``: msgspec's
+packed wire of our own API (``protocol.wire``) to packed tensors. The floor of JSON is ``msgspec_decode``: msgspec's
 untyped decode of the body, which leaves lists of Python numbers. Prints JSON: median processor seconds, ratios, and the
 peak of the traced memory (tracemalloc: Python objects and numpy arrays) of a separate run.
 """
@@ -23,9 +23,8 @@ import numpy as np
 import torch
 
 from atropos_verl import SampleSettings, TrainingSample, build_samples, decode_batch
-from atropos_verl.protocol.packed import decode_packed, join_packed, pack_group
 from atropos_verl.protocol.schema import check_group
-from atropos_verl.protocol.wire import decode_group
+from atropos_verl.protocol.wire import decode_packed, join_packed, pack_group
 
 VOCABULARY = 151_936
 KEYS = ("ids", "mask", "adv", "lp")
@@ -97,7 +96,7 @@ def ours_packed(body: bytes) -> dict[str, torch.Tensor]:
 
 
 def ours_binary(body: bytes) -> dict[str, torch.Tensor]:
-    groups = decode_packed(body, decode_group)
+    groups = decode_packed(body)
     return packed(build_samples(groups, SampleSettings(vocab_size=VOCABULARY)).samples)
 
 

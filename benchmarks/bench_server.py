@@ -28,8 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from atropos_verl.protocol.packed import MEDIA_TYPE
-from atropos_verl.protocol.wire import decode_batch
+from atropos_verl.protocol.wire import MEDIA_TYPE, decode_batch
 
 GROUP_SIZE = 4
 READY_TIMEOUT = 90.0

@@ -46,7 +46,7 @@ from atropos_verl.protocol.exchange import (
     pause,
 )
 from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
-from atropos_verl.protocol.packed import MEDIA_TYPE
+from atropos_verl.protocol.wire import MEDIA_TYPE
 
 __all__ = [
     "ApiInfo",
@@ -138,7 +138,7 @@ class AtroposClient:
             max_wait_time: seconds that ``get_batch`` waits for a batch.
             lease_seconds: ask for batches that come back to the API unless they are acked or renewed in so many
                 seconds (an API without leases ignores it).
-            packed: offer to take batches as arrays (``protocol/packed.py``); other APIs send JSON.
+            packed: offer to take batches as arrays (``protocol/wire.py``); other APIs send JSON.
             transport: replaces the network, for tests.
             trust_env: use proxies from the environment; None: for every host but this machine.
 

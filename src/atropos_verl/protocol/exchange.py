@@ -22,7 +22,7 @@ from atropos_verl.errors import (
     AtroposProtocolError,
     AtroposTimeoutError,
 )
-from atropos_verl.protocol.packed import MAGIC
+from atropos_verl.protocol.wire import MAGIC
 
 __all__ = [
     "Answer",

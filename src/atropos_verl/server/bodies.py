@@ -20,8 +20,8 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 
 from atropos_verl.errors import AtroposVerlError
-from atropos_verl.protocol.packed import join_packed, pack_group
 from atropos_verl.protocol.schema import Refusal, check_group
+from atropos_verl.protocol.wire import join_packed, pack_group
 from atropos_verl.server.batcher import StoredGroup
 from atropos_verl.server.settings import ServerSettings
 

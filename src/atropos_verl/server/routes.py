@@ -16,8 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from atropos_verl.protocol.messages import AckRequest, EnvIdentifier, EnvRegistration, TrainerRegistration
-from atropos_verl.protocol.packed import MEDIA_TYPE, pack_group
 from atropos_verl.protocol.schema import CheckedGroup, Refusal, check_group, split_list
+from atropos_verl.protocol.wire import MEDIA_TYPE, pack_group
 from atropos_verl.server.batcher import StoredGroup
 from atropos_verl.server.bodies import (
     choose_encoding,

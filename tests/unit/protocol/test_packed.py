@@ -14,9 +14,8 @@ from support.malformed import good_group, malformed_cases
 from support.trajectory_server import group
 
 from atropos_verl.errors import AtroposProtocolError
-from atropos_verl.protocol.packed import MAGIC, join_packed, pack_group
 from atropos_verl.protocol.schema import Refusal, check_group
-from atropos_verl.protocol.wire import decode_batch, decode_group
+from atropos_verl.protocol.wire import MAGIC, decode_batch, decode_group, join_packed, pack_group
 from atropos_verl.types import ScoredGroup
 
 

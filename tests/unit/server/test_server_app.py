@@ -17,8 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.trajectory_server import Clock, group, registration
 
-from atropos_verl.protocol.packed import MEDIA_TYPE
-from atropos_verl.protocol.wire import decode_batch
+from atropos_verl.protocol.wire import MEDIA_TYPE, decode_batch
 from atropos_verl.server import status_barrier
 from atropos_verl.server.app import TrajectoryApi, create_app
 from atropos_verl.server.settings import ServerSettings
