@@ -6,7 +6,6 @@ Precedence, weakest first: schema defaults, the YAML file, environment variables
 from __future__ import annotations
 
 import difflib
-import json
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from atropos_verl.config.launch_schema import MOVED, LaunchConfig, describe_launch
-from atropos_verl.config.schema import RunConfig, apply_environment, describe
+from atropos_verl.config.schema import RunConfig, apply_environment, describe, help_rows
 from atropos_verl.errors import ConfigError
 
 __all__ = ["SHIPPED", "compose_with_hydra", "key_of", "keys_of", "load_config", "load_launch", "train_help"]
@@ -185,7 +184,4 @@ keys (default):
 
 def train_help(program: str) -> str:
     """The text of ``--help``: usage, examples, every key with its default and meaning."""
-    rows = [(name, "null" if default is None else json.dumps(default), text) for name, default, text in describe()]
-    width = max(len(name) for name, *_ in rows)
-    lines = [f"  {name:<{width}}  {text} ({default})" for name, default, text in rows]
-    return _TRAIN_HELP.format(program=program) + "\n".join(lines)
+    return _TRAIN_HELP.format(program=program) + help_rows(describe())

@@ -7,9 +7,10 @@ neither torch nor verl, so a typo is reported before anything slow starts.
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -488,3 +489,9 @@ def describe(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[tuple
         else:
             rows.append((f"{prefix}{name}", info.get_default(call_default_factory=True), info.description or ""))
     return rows
+
+
+def help_rows(rows: Sequence[tuple[str, Any, str]]) -> str:
+    """The rows of ``describe`` as lines of ``--help``, with values as YAML has them."""
+    width = max(len(name) for name, *_ in rows)
+    return "".join(f"  {name:<{width}}  {text} ({json.dumps(default, default=list)})\n" for name, default, text in rows)

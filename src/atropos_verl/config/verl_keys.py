@@ -35,6 +35,7 @@ from atropos_verl.config.schema import (
     apply_environment,
     as_config_error,
     describe,
+    help_rows,
 )
 from atropos_verl.errors import ConfigError
 
@@ -390,6 +391,4 @@ keys of the block atropos, and supervise (default); verl's are in its documentat
 
 def ray_help() -> str:
     """The text of ``--help`` with ``backend=ray``."""
-    rows = [*describe(ClusterSettings, "atropos."), *describe(SuperviseConfig, "supervise.")]
-    width = max(len(name) for name, *_ in rows)
-    return _HELP + "".join(f"  {name:<{width}}  {text} ({default})\n" for name, default, text in rows)
+    return _HELP + help_rows([*describe(ClusterSettings, "atropos."), *describe(SuperviseConfig, "supervise.")])

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from atropos_verl.config.composition import SHIPPED, load_launch
 from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig, describe_launch
 from atropos_verl.config.model_checks import check_vocabulary
-from atropos_verl.config.schema import ModelConfig, RunConfig
+from atropos_verl.config.schema import ModelConfig, RunConfig, help_rows
 from atropos_verl.config.verl_keys import RAY_DEFAULT, compose_run, read_run
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.launch.plan import LaunchPlan, make_plan, prepare_run_dir, url_of
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, conf
     parser.add_argument("--config-dir", type=Path, default=config_dir or SHIPPED)
     options, overrides = parser.parse_known_args(words)
     if options.help:
-        sys.stdout.write(_help(options.config_dir) + "\n")
+        sys.stdout.write(_help(options.config_dir))
         return 0
     try:
         config, launch, ray = _load(overrides, options.config_dir, options.config_name, config_name)
@@ -358,12 +358,7 @@ keys of a launch (default); those of the trainer: python recipe/atropos/main_atr
 
 
 def _help(config_dir: Path) -> str:
-    rows = [
-        (name, "null" if default is None else json.dumps(default, default=list), text)
-        for name, default, text in describe_launch()
-    ]
-    width = max(len(name) for name, *_ in rows)
     files = ", ".join(sorted(path.stem for path in config_dir.glob("*.yaml")))
     names = f"one of: {files}" if files else "a YAML file's name"
     text = _HELP.format(program="python recipe/atropos/launch_atropos_verl.py", names=names)
-    return text + "\n".join(f"  {name:<{width}}  {text} ({default})" for name, default, text in rows)
+    return text + help_rows(describe_launch())

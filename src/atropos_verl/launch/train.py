@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, conf
 
 def _local_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if options.help:
-        sys.stdout.write(train_help(_PROGRAM) + "\n")
+        sys.stdout.write(train_help(_PROGRAM))
         return 0
     config = load_config(overrides, options.config_dir, options.config_name)
     if options.cfg:
