@@ -11,10 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["MalformedGroup", "good_group", "malformed_cases", "poison_groups"]
+import numpy as np
+
+from atropos_verl.types import NOT_TRAINED, ScoredGroup
+
+__all__ = ["MalformedGroup", "comparable", "good_group", "malformed_cases", "poison_groups"]
 
 Group = dict[str, Any]
-NOT_TRAINED = -100
 VOCAB_SIZE = 256
 """Ids of good tokens are below this; give it to the validation."""
 
@@ -26,6 +29,17 @@ class MalformedGroup:
 
     def encode(self) -> bytes:
         return json.dumps(self.group).encode()
+
+
+def comparable(group: ScoredGroup) -> str:
+    """Every field of a decoded group as text, because NaN and arrays do not compare."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return value.dtype.str, value.tolist()
+        return [plain(entry) for entry in value] if isinstance(value, tuple) else value
+
+    return repr({name: plain(getattr(group, name)) for name in ScoredGroup.__slots__})
 
 
 def good_group(rng: random.Random, *, group_size: int = 4, vocab_size: int = VOCAB_SIZE) -> Group:

@@ -149,35 +149,23 @@ def test_https_to_a_server_that_speaks_http(fault_server: FaultServer) -> None:
 @pytest.mark.parametrize(
     ("status", "body", "said"),
     [
-        (401, b"", "HTTP 401 - check atropos.token"),
-        (403, b"", "HTTP 403 - check atropos.token"),
-        (404, b"not here", "HTTP 404 - is the path prefix right?"),
-        (405, b"", "HTTP 405 - is the path prefix right?"),
-        (422, b'{"detail":"tokens"}', 'HTTP 422: {"detail":"tokens"}'),
-        (500, b"Internal Server Error", "HTTP 500: Internal Server Error"),
-        (502, b"", "HTTP 502: empty answer"),
+        (301, b"", ", a redirect to https://example.invalid/status - set atropos.api_url to the final address"),
+        (401, b"", " - check atropos.token"),
+        (403, b"", " - check atropos.token"),
+        (404, b"not here", " - is the path prefix right?"),
+        (405, b"", " - is the path prefix right?"),
+        (422, b'{"detail":"tokens"}', ': {"detail":"tokens"}'),
+        (500, b"Internal Server Error", ": Internal Server Error"),
+        (500, b"x" * 10_000, ": " + "x" * 500),
+        (502, b"", ": empty answer"),
     ],
 )
 def test_http_errors(fault_server: FaultServer, status: int, body: bytes, said: str) -> None:
-    fault_server.script("/status", error(status, body))
+    fault_server.script("/status", error(status, body, {"location": "https://example.invalid/status"}))
     failure = failure_of_check(quick(fault_server.url))
     assert isinstance(failure, AtroposHTTPStatusError)
-    assert failure.reason == f"Atropos API at {fault_server.url} answered GET /status with {said}"
-    assert (failure.status_code, failure.body) == (status, body.decode())
-
-
-def test_a_long_error_page_is_shown_by_its_beginning(fault_server: FaultServer) -> None:
-    fault_server.script("/status", error(500, b"x" * 10_000))
-    failure = failure_of_check(quick(fault_server.url))
-    assert failure.reason.endswith("HTTP 500: " + "x" * 500)
-
-
-def test_a_redirect_is_not_followed(fault_server: FaultServer) -> None:
-    fault_server.script("/status", error(301, b"", {"location": "https://api.example.invalid/status"}))
-    failure = failure_of_check(quick(fault_server.url))
-    assert isinstance(failure, AtroposHTTPStatusError)
-    assert "HTTP 301, a redirect to https://api.example.invalid/status" in failure.reason
-    assert "atropos.api_url" in failure.reason
+    assert failure.reason == f"Atropos API at {fault_server.url} answered GET /status with HTTP {status}{said}"
+    assert (failure.status_code, failure.body) == (status, body.decode()[:500])
 
 
 def test_a_500_for_a_batch_says_what_upstream_does_with_nan(fault_server: FaultServer) -> None:

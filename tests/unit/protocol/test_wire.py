@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.malformed import comparable
 
 from atropos_verl.errors import AtroposProtocolError, DataError
 from atropos_verl.protocol import wire
@@ -290,17 +291,6 @@ def test_what_json_cannot_carry_is_refused(changes: dict[str, Any], message: str
 # ---------------------------------------------------------------------- both readers agree, nothing crashes
 
 
-def as_plain(group: ScoredGroup) -> Any:
-    """A ScoredGroup as something that can be compared, NaN included."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, np.ndarray):
-            return value.tolist()
-        return [plain(entry) for entry in value] if isinstance(value, tuple) else value
-
-    return repr({name: plain(getattr(group, name)) for name in ScoredGroup.__slots__})
-
-
 JSON_VALUE = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
@@ -329,7 +319,7 @@ def test_fast_and_tolerant_reader_agree(value: dict[str, Any]) -> None:
     found = decode_group(raw)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wire, "_DECODE_GROUP", msgspec.json.Decoder(int))  # refuses every group
-        assert as_plain(found) == as_plain(decode_group(raw))
+        assert comparable(found) == comparable(decode_group(raw))
 
 
 @settings(max_examples=200, deadline=None)
