@@ -68,7 +68,7 @@ class ClusterGateway(GatewayServer):
         self.gate = gate
 
     def release(self, policy_version: int) -> None:
-        """The replicas hold the weights of step ``policy_version`` and generate again: let requests through."""
+        """Let requests through: the replicas hold the weights of step ``policy_version`` and generate again."""
         self.engine.policy_version = policy_version
         self.gate.resume()
 
@@ -198,7 +198,7 @@ class ReplicaEngine:
         return tuple(next(iter(row.values())) for row in rows if row is not None)
 
     def astream(self, request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
-        """See ``GenerationEngine``. verl's replicas answer whole: a delta is what one attempt made."""
+        """See ``GenerationEngine``. verl's replicas answer whole, so one delta holds the tokens of one attempt."""
         validate(request, self._limits)
         return self._stream(request)
 
@@ -222,7 +222,7 @@ class ReplicaEngine:
     async def _complete(
         self, request: GenerationRequest, index: int, deltas: asyncio.Queue[GenerationDelta | None] | None
     ) -> _Answer:
-        """One completion, over as many attempts as it takes."""
+        """Generate one completion, over as many attempts as it takes."""
         answer = _Answer(request, self._limits, self._tokenizer, self._pieces)
         # A name of its own for each: the load balancer spreads names, and keeps a name at its replica.
         name = f"{request.request_id or uuid.uuid4().hex}-{index}"
@@ -257,7 +257,7 @@ class _Answer:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int | None] = field(default_factory=list)
-    """Which policy sampled each token; None where the replica only knows the first and the last."""
+    """The policy that sampled each token; None where the replica only knows the first and the last."""
     finish_reason: FinishReason | None = None
     prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
 
@@ -298,7 +298,7 @@ class _Answer:
         return False
 
     def _reason(self, said: str | None) -> FinishReason:
-        """The replica's word, or what its tokens tell: verl's vLLM server says "completed" to both."""
+        """The replica's reason, or one found from its tokens: verl's vLLM server says "completed" for both."""
         if said in ("stop", "length"):
             return "stop" if said == "stop" else "length"
         if len(self.tokens) < self.budget or not self.tokens:
@@ -310,7 +310,7 @@ class _Answer:
         return "length"
 
     def deltas(self, index: int, since: int) -> Iterator[GenerationDelta]:
-        """What is new after ``since`` tokens: one delta per policy, the last with the finish reason."""
+        """The tokens after the first ``since``: one delta per policy, the last with the finish reason."""
         start = since
         for version, run in groupby(self.versions[since:]):
             end = start + len(list(run))
@@ -326,7 +326,7 @@ class _Answer:
             yield GenerationDelta(index=index, token_ids=(), logprobs=(), finish_reason=self.finish_reason)
 
     def result(self, own: Sequence[float] = ()) -> Generation:
-        """The whole. ``own`` [P-1]: logprobs of the prompt's own tokens, put beside their alternatives."""
+        """The whole completion. ``own`` [P-1]: logprobs of the prompt's own tokens, put beside their alternatives."""
         assert self.finish_reason is not None
         if self.request.prompt_logprobs is not None and self.prompt_logprobs is None:
             raise EngineError("the replica returned no prompt_logprobs; this kind of replica does not have them")
@@ -348,7 +348,7 @@ class _Answer:
 
 
 def _versions(tokens: int, extra: dict[str, Any]) -> list[int | None]:
-    """Which policy sampled each of an attempt's ``tokens``, as far as the replica says (-1: before any update)."""
+    """The policy that sampled each of an attempt's ``tokens``, as far as the replica says (-1: before any update)."""
     if runs := extra.get("policy_version_runs"):
         return [version for version, count in runs for _ in range(count)]
     first, last = (
@@ -366,17 +366,17 @@ def _prompt_logprobs(extra: dict[str, Any]) -> tuple[dict[int, float] | None, ..
 
 
 class AttemptClient(LLMServerClient):  # type: ignore[misc]
-    """``generate`` is one call of one replica, chosen by verl's load balancer."""
+    """Calls one replica once per ``generate``; verl's load balancer chooses it."""
 
     @classmethod
     def of(cls, client: LLMServerClient) -> Self:
-        """The same replicas as ``client``."""
+        """A client of the same replicas as ``client``."""
         return cls(config=client.config, load_balancer_handle=client._load_balancer)
 
     async def generate(
         self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any], **kwargs: Any
     ) -> TokenOutput:
-        """What the replica made before it was done or aborted. Cancelling frees the replica's slot.
+        """Return the tokens that the replica made before it was done or aborted. Cancelling frees its slot.
 
         Raises:
             GenerationRequestError: the replica refuses the request.
@@ -424,7 +424,7 @@ class AttemptClient(LLMServerClient):  # type: ignore[misc]
 
 
 def _as_ours(cause: BaseException | None) -> Exception:
-    """A replica's error as one that the gateway knows."""
+    """Turn a replica's error into one that the gateway knows."""
     if isinstance(cause, AtroposVerlError):
         return cause
     if isinstance(cause, ValueError):  # what vLLM and verl's servers raise for a request they cannot serve
@@ -433,7 +433,7 @@ def _as_ours(cause: BaseException | None) -> Exception:
 
 
 def to_sampling_params(request: GenerationRequest, max_tokens: int, *, index: int, generated: int) -> dict[str, Any]:
-    """What verl's client gets for completion ``index`` of ``request`` after ``generated`` tokens of it.
+    """verl's parameters for completion ``index`` of ``request`` after ``generated`` tokens of it.
 
     Only what differs from vLLM's defaults is named: SGLang does not know every word. Logprobs are always asked for.
     """

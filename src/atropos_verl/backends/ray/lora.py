@@ -48,7 +48,7 @@ class LoraMerger:
         return tuple(self._base)
 
     def set_base(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Base weights from the trainer (``rollout.load_format=dummy``); ``.base_layer`` is taken out of the names."""
+        """Take base weights from the trainer (``load_format=dummy``); ``.base_layer`` is removed from the names."""
         for name, tensor in tensors:
             plain = name.replace(".base_layer.", ".")
             if plain in self._base:
@@ -58,7 +58,7 @@ class LoraMerger:
     def merge(
         self, adapter: Iterable[tuple[str, torch.Tensor]], peft_config: Mapping[str, Any]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter of the engine: merged where the adapter changes it, itself where not.
+        """Yield every parameter of the engine: merged where the adapter changes it, itself where not.
 
         Computed in float32 and rounded once to the engine's dtype.
 

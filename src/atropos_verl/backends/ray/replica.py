@@ -180,7 +180,7 @@ class TransformersServer:
         audio_data: Any = None,
         **_: Any,
     ) -> TokenOutput:
-        """One completion. Raises ``GenerationRequestError`` naming the parameter, or ``EngineError``."""
+        """Generate one completion. Raises ``GenerationRequestError`` naming the parameter, or ``EngineError``."""
         if any(data is not None for data in (image_data, video_data, audio_data)):
             raise EngineError("rollout.name=transformers generates from text only; this request has images or sound")
         key = f"{request_id}-{uuid.uuid4().hex}"
@@ -233,7 +233,7 @@ class TransformersServer:
         return {"aborted_count": len(running), "request_ids": list(running)}
 
     async def resume_generation(self) -> None:
-        """The opposite of ``abort_all_requests``."""
+        """Go on after ``abort_all_requests``."""
         self._aborted = self._rejecting = False
         await self._apply_gate()
 
@@ -246,7 +246,7 @@ class TransformersServer:
         await asyncio.to_thread(self._engine.release_memory_occupation)
 
     async def wake_up(self, tags: list[str] | None = None) -> None:
-        """Take memory again (``weights``) and go on (``kv_cache``); None: both."""
+        """Take memory again (``weights``), and go on (``kv_cache``); None does both."""
         if self.rollout_mode is RolloutMode.STANDALONE:
             return
         if tags is None or "weights" in tags:
@@ -273,7 +273,7 @@ class TransformersServer:
     async def receive_weights(
         self, update_id: str, index: int, bucket: WeightBucket, last: bool, settings: dict[str, Any]
     ) -> int | None:
-        """One bucket of an update (``cluster.weight_transfer``); the last one returns the bytes copied.
+        """Take one bucket of an update (``weight_transfer``); the last one returns the bytes copied.
 
         ``settings``: ``global_steps`` (None: the version stays), ``peft_config`` (the tensors are an adapter's),
         ``base_sync`` (they are the base weights of a model with adapters).
@@ -308,17 +308,17 @@ class TransformersServer:
         return self._engine.update_weights_from_tensor(tensors, policy_version=version)
 
     async def set_global_steps(self, global_steps: int) -> None:
-        """verl's name for the policy version; an update sets it as well."""
+        """Set the policy version under verl's name; an update sets it as well."""
         self.global_steps = global_steps
 
     # -- what it says ------------------------------------------------------------------------------------------------
 
     async def compute_logprobs(self, token_ids: list[int], temperature: float = 1.0) -> list[float]:
-        """Logprobs [T-1] of tokens 1.. of a sequence, under the weights it holds: what a canary compares."""
+        """Logprobs [T-1] of tokens 1.. of a sequence under its present weights, for a canary."""
         return await asyncio.to_thread(self._engine.compute_logprobs, token_ids, temperature)
 
     async def get_stats(self) -> dict[str, Any]:
-        """Counters of the engine, policy version and whether it may generate."""
+        """Return the engine's counters, the policy version, and whether it may generate."""
         stats = self._engine.stats()
         return {name: getattr(stats, name) for name in stats.__slots__} | {
             "policy_version": self._engine.policy_version,
@@ -328,7 +328,7 @@ class TransformersServer:
 
 
 class TransformersReplica(RolloutReplica):  # type: ignore[misc]
-    """One server per training worker: the embedded engine does not split a model over devices."""
+    """Starts one server per training worker: the embedded engine does not split a model over devices."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -372,7 +372,7 @@ class TransformersReplica(RolloutReplica):  # type: ignore[misc]
 
 
 def _node_and_devices(_: Any) -> tuple[str, str]:
-    """Runs in the worker: where it is, and its devices ("" on CPU)."""
+    """Runs in the worker: returns its node and its devices ("" on CPU)."""
     context = ray.get_runtime_context()
     if get_device_name() == "cpu":
         return context.get_node_id(), ""
@@ -509,7 +509,7 @@ class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
 
 
 def _plain(peft_config: dict[str, Any]) -> dict[str, Any]:
-    """Without peft's own classes: the server needs numbers and strings only."""
+    """Leave peft's own classes out: the server needs numbers and strings only."""
     simple = (bool, int, float, str, type(None))
     return {
         key: value if isinstance(value, simple) else dict(value) if isinstance(value, dict) else list(value)

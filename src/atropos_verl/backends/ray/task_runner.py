@@ -43,7 +43,7 @@ class _Mailbox:
         self._events.append((kind, content))
 
     def take(self) -> list[tuple[str, Any]]:
-        """Every event since the last call."""
+        """Return every event since the last call."""
         events, self._events = self._events, []
         return events
 
@@ -110,7 +110,7 @@ class RaySession:
             self._thread.join(10.0)
 
     def start_runner(self) -> None:
-        """verl's ``run_ppo`` with our task runner, in a thread of its own: the main thread keeps Ctrl-C."""
+        """Call verl's ``run_ppo`` with our task runner in a thread of its own: the main thread keeps Ctrl-C."""
         from verl.trainer.main_ppo import run_ppo
 
         def run() -> None:
@@ -130,7 +130,7 @@ class RaySession:
 
     @property
     def has_ended(self) -> bool:
-        """The task runner has returned or failed."""
+        """True when the task runner has returned or failed."""
         return self._done.is_set()
 
     def take_events(self) -> list[tuple[str, Any]]:
@@ -145,7 +145,7 @@ class RaySession:
         ray.get(self._mailbox.raise_flag.remote(name))
 
     def result(self, explain: Callable[[BaseException], BaseException]) -> dict[str, Any]:
-        """The run's figures. Raises what ended the task runner, as ``explain`` sees it."""
+        """Return the run's figures, or raise what ended the task runner, as ``explain`` sees it."""
         if self._error is None:
             return self._result
         error = self._error
@@ -164,7 +164,7 @@ class RaySession:
 
 
 def set_environment(device: str) -> dict[str, str]:
-    """Variables of every process of the run, this one included. Before its first import of verl."""
+    """Set and return the variables of every process of the run. Call it before the first import of verl."""
     from atropos_verl.verl_plugin import ray_environment
 
     environment = {
@@ -181,7 +181,7 @@ def set_environment(device: str) -> dict[str, str]:
 
 
 def _accelerators(config: Any) -> int:
-    """Placement bundles that verl will ask for: the trainer's, and those of replicas of their own."""
+    """Count the placement bundles that verl asks for: the trainer's, and those of standalone replicas."""
     trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
     own = rollout.nnodes * rollout.n_gpus_per_node if trainer.v1.trainer_mode == "separate_async" else 0
     return int(trainer.nnodes * trainer.n_gpus_per_node + own)
@@ -191,7 +191,7 @@ def _accelerators(config: Any) -> int:
 
 
 class AtroposTaskRunner:
-    """``run(config)`` is what verl's ``run_ppo`` calls. One instance runs once."""
+    """The actor on which verl's ``run_ppo`` calls ``run``. One instance runs once."""
 
     def run(self, config: Any) -> None:
         """Train to the end. What fails is raised to the caller of ``run_ppo``."""

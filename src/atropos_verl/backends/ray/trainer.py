@@ -96,7 +96,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         self.sharding_manager = AtroposShardingManager(phase, phase, gate=phase, pause_timeout=_DRAIN_SECONDS)
 
     def attach(self, feed: TrajectoryFeed, gateway: ClusterGateway) -> None:
-        """After ``init``, before ``fit``. The gateway has been open since it was started: the weights are there."""
+        """Call it after ``init`` and before ``fit``. The gateway is open from its start: the weights are there."""
         self.feed, self.gateway = feed, gateway
         self._whole_step = self._covered_step = self.global_steps
         gateway.release(self.policy_version)
@@ -111,7 +111,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
 
     @property
     def served_version(self) -> int:
-        """Of the weights that the replicas hold now; behind ``policy_version`` between an update and its sync."""
+        """The version of the weights in the replicas; behind ``policy_version`` between an update and its sync."""
         last = self.sharding_manager.last_sync
         return self.policy_version if last is None else int(last.policy_version)
 
@@ -122,11 +122,11 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         raise NotImplementedError
 
     def open_rollouts(self) -> None:
-        """Newest weights into the replicas, then the gate opens."""
+        """Put the newest weights into the replicas, then open the gate."""
         self.sharding_manager.__enter__()
 
     def close_rollouts(self) -> None:
-        """Gate shut; the replicas sleep."""
+        """Shut the gate; the replicas sleep."""
         self.sharding_manager.__exit__(None, None, None)
 
     # ------------------------------------------------------------------ verl's construction
@@ -262,7 +262,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         self._stop_if_asked()
 
     def _step_report(self, metrics: Mapping[str, Any], timing: Mapping[str, float]) -> StepReport:
-        """The figures that every backend has, then verl's own under verl's names. ``timing``: verl's, in seconds."""
+        """Join the figures of every backend with verl's own under verl's names. ``timing``: verl's, in seconds."""
         environments: dict[int, list[float]] = {}
         figures: dict[str, float | int | None] = {
             name: number for name, value in metrics.items() if (number := _number(value)) is not None
@@ -305,7 +305,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
             self._stop_if_asked()
 
     def save_what_was_trained(self) -> str:
-        """After ``fit`` was ended: a checkpoint of the last whole step, where none is. Says what is saved."""
+        """Save the last whole step after ``fit`` was ended, unless that is done. Returns a note for the user."""
         if int(self.config.trainer.save_freq) <= 0 or not self._whole_step:
             return ""
         if self._is_updating or self.local_trigger_step:
@@ -360,7 +360,7 @@ class _ColocatedTrainer(_AtroposTrainer):
 
 
 class AtroposSyncTrainer(_ColocatedTrainer, PPOTrainerSync):  # type: ignore[misc]
-    """Rollout, then training, then rollout."""
+    """Rollout and training take turns."""
 
     drains = True
 
@@ -451,7 +451,7 @@ class _RolloutPhase:
 
 
 def _number(value: Any) -> float | int | None:
-    """A figure of verl's as a number; None where it is none (a flag, a text, an array)."""
+    """Turn a figure of verl's into a number; None where it is none (a flag, a text, an array)."""
     if isinstance(value, bool):
         return None
     if hasattr(value, "item") and getattr(value, "size", 1) in (1, ()):
@@ -473,7 +473,7 @@ class _NoPrompts:
 
 
 def _validation_loader(config: Any, tokenizer: Any, processor: Any) -> tuple[Any, Any]:
-    """verl's validation set and loader from ``data.val_files``; two ``_NoPrompts`` where none is given."""
+    """Make verl's validation set and loader from ``data.val_files``; two ``_NoPrompts`` where none is given."""
     from torchdata.stateful_dataloader import StatefulDataLoader
     from verl.trainer.ppo.utils import create_rl_dataset
     from verl.utils.dataset.rl_dataset import collate_fn
@@ -496,7 +496,7 @@ def _validation_loader(config: Any, tokenizer: Any, processor: Any) -> tuple[Any
 
 
 class _Watching:
-    """Mixin: ``check`` runs between two looks, ``on_evicted`` hears of slots that verl dropped as too old."""
+    """Mixin: calls ``check`` between two looks, and ``on_evicted`` with the slots that verl dropped as too old."""
 
     check: Callable[[], None]
     on_evicted: Callable[[set[str]], None]
@@ -529,7 +529,7 @@ class AtroposReplayBufferAsync(_Watching, ReplayBufferAsync):  # type: ignore[mi
 
 
 class TransferQueueStore:
-    """Slots in TransferQueue. ``tq.init`` must have been called in this process."""
+    """Writes slots to TransferQueue. ``tq.init`` must have been called in this process."""
 
     def running(self, uid: str) -> None:
         tq.kv_put(key=uid, partition_id=_PARTITION, tag={"status": "running"})
@@ -542,7 +542,7 @@ class TransferQueueStore:
 
 
 class AtroposAgentLoopManager:
-    """``actor_rollout_ref.rollout.agent.agent_loop_manager_class``. The feed is given by the task runner."""
+    """verl's agent-loop manager, whose trajectories come from the feed. verl's own validation goes to verl's own."""
 
     feed: TrajectoryFeed | None = None
 
@@ -557,7 +557,7 @@ class AtroposAgentLoopManager:
         return cls(config, **clients)
 
     def generate_sequences(self, prompts: TensorDict) -> None:
-        """Ask for what ``prompts`` stand for; returns at once. verl's contract."""
+        """Ask the feed for the slots that ``prompts`` name; returns at once."""
         # Not get(): that gives the wrapped value, which has no truth.
         is_validation = prompts["validate"] if "validate" in prompts else False  # noqa: SIM401
         if is_validation:

@@ -86,7 +86,7 @@ class WeightBucket:
         return sum(array.nbytes for array in self.data)
 
     def unpack(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Views of the bytes, not to be written to (the store is read-only)."""
+        """Yield views of the bytes, which must not be written to (the store is read-only)."""
         for name, dtype, shape, array in zip(self.names, self.dtypes, self.shapes, self.data, strict=True):
             if array.nbytes == 0:
                 yield name, torch.empty(shape, dtype=dtype)
@@ -96,7 +96,7 @@ class WeightBucket:
 
 
 def _writable_view(array: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The same memory, called writable so that torch takes it without a warning. Nobody writes to it."""
+    """Call the same memory writable, so that torch takes it without a warning. Nobody writes to it."""
 
     interface = dict(array.__array_interface__)
     interface["data"] = (interface["data"][0], False)
@@ -189,7 +189,7 @@ class BucketStream:
             self._turn.notify_all()
 
     async def fail(self, error: Exception) -> None:
-        """The reader gets ``error`` instead of the next bucket."""
+        """Give the reader ``error`` instead of the next bucket."""
         async with self._turn:
             self._failure = error
             self._turn.notify_all()
@@ -212,7 +212,7 @@ class BucketStream:
             return part
 
     async def parts(self) -> AsyncIterator[Part]:
-        """Every bucket, as it was put."""
+        """Yield every bucket as it was put."""
         last = False
         while not last:
             part = await self.next_part()
@@ -220,7 +220,7 @@ class BucketStream:
             yield part
 
     async def __aiter__(self) -> AsyncIterator[tuple[str, torch.Tensor]]:
-        """Every tensor of every bucket, read from the object store."""
+        """Yield every tensor of every bucket, read from the object store."""
         async for _, item, _ in self.parts():
             bucket = item if isinstance(item, WeightBucket) else await item
             for pair in bucket.unpack():
@@ -297,7 +297,7 @@ class RayObjectStoreCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         self._stream: BucketStream | None = None
 
     def prepare(self) -> Any:
-        """A receiver names its actor, and is ready for buckets from now on."""
+        """Return the actor of a receiver, which is ready for buckets from now on."""
         if not self.is_receiver:
             return None
         self._stream = BucketStream(_TIMEOUT)
@@ -335,7 +335,7 @@ class RayObjectStoreCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         return {"weight_sync/bytes": float(report.nbytes)}
 
     def receive_weights(self, global_steps: int | None = None) -> BucketStream:
-        """The stream of an update. Our adapter passes its references on; others iterate over its tensors."""
+        """Return the stream of an update. Our adapter passes its references on; others iterate over its tensors."""
         del global_steps
         if self._stream is None:
             raise WeightSyncError("weights arrived at a replica that was not prepared for an update")

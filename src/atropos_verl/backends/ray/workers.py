@@ -71,7 +71,7 @@ _CLASSES = {
 
 
 def worker_class(verl_class: type) -> type:
-    """Ours for one of verl's worker classes. Raises ``KeyError`` naming a class that has none."""
+    """Find our class for one of verl's worker classes. Raises ``KeyError`` naming a class that has none."""
     for known, ours in _CLASSES.items():
         # Ray wraps the class it is given in a subclass of the same name.
         if verl_class is known or (verl_class.__name__ == known.__name__ and issubclass(verl_class, known)):
@@ -155,7 +155,7 @@ def register_user_loss(config: Any) -> None:
 def plain(
     token_level_rewards: torch.Tensor, response_mask: torch.Tensor, config: Any = None, **_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The raw score as the advantage of every response token [B, R]."""
+    """Use the raw score as the advantage of every response token [B, R]."""
     del config
     values = token_level_rewards.sum(dim=-1, keepdim=True) * response_mask
     return values, values
