@@ -26,8 +26,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from atropos_verl.errors import StorageWriteError
 from atropos_verl.protocol.schema import Refusal
-from atropos_verl.server.bodies import BodyError, choose_encoding, compressor
-from atropos_verl.server.delivery import BatchResponse, Connections
+from atropos_verl.server.bodies import BatchResponse, BodyError, Connections, choose_encoding, compressor
 from atropos_verl.server.routes import Handler, Routes
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.status import Counters

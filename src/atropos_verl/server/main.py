@@ -18,7 +18,7 @@ from typing import Any
 from atropos_verl.errors import AtroposVerlError, ConfigError
 from atropos_verl.http_thread import ServerThread, bracketed, listen, uvicorn_config
 from atropos_verl.server.app import TrajectoryApi, create_app
-from atropos_verl.server.delivery import protocol_class
+from atropos_verl.server.bodies import protocol_class
 from atropos_verl.server.settings import COMPRESSIONS, SECOND_TRAINER, ServerSettings
 
 __all__ = ["JsonFormatter", "TrajectoryServer", "add_arguments", "check_bind", "is_loopback", "run", "serve"]

@@ -20,6 +20,9 @@ from atropos_verl.protocol.schema import CheckedGroup, Refusal, check_group, spl
 from atropos_verl.protocol.wire import MEDIA_TYPE, pack_group
 from atropos_verl.server.batcher import StoredGroup
 from atropos_verl.server.bodies import (
+    BatchResponse,
+    Connection,
+    Connections,
     choose_encoding,
     decoded,
     idempotency,
@@ -28,7 +31,6 @@ from atropos_verl.server.bodies import (
     packed_parts,
     read_body,
 )
-from atropos_verl.server.delivery import BatchResponse, Connection, Connections
 from atropos_verl.server.status import Counters, Glimpse, Metrics, env_status, environments, status
 from atropos_verl.server.status_barrier import StatusBarrier
 from atropos_verl.server.store import Environment, Store

@@ -21,7 +21,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-from atropos_verl.server.delivery import Connection
+from atropos_verl.server.bodies import Connection
 
 __all__ = ["PATIENCE", "SETTLING", "StatusBarrier"]
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable
 import pytest
 
 from atropos_verl.server import status_barrier
-from atropos_verl.server.delivery import Connection
+from atropos_verl.server.bodies import Connection
 from atropos_verl.server.status_barrier import StatusBarrier
 
 LONG = 1000.0
