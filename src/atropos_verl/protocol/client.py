@@ -72,8 +72,6 @@ class ApiStatus:
     """Batches the API has formed, plus the ``starting_step`` of the registration."""
     queue_size: int
     """Groups that are in no batch yet."""
-    environments: int = 0
-    """Registered so far, those that are gone included; 0 from an upstream API, which does not tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +86,10 @@ class ApiInfo:
 
 @dataclass(frozen=True, slots=True)
 class FetchedBatch:
-    """A batch, and what it took to get it."""
+    """A batch, and its lease."""
 
     body: bytes
     """The answer of ``GET /batch``, decompressed and not decoded: ``decode_batch`` does that."""
-    attempts: int
-    """Times ``GET /batch`` was answered, the last one with a batch."""
-    waited: float
-    """Seconds."""
     lease_id: str | None = None
     """To be given to ``ack`` once the optimiser step is durable; None at an upstream API, which has no leases."""
     earlier_lease_ids: tuple[str, ...] = ()
@@ -197,10 +191,7 @@ class AtroposClient:
 
     def status(self) -> ApiStatus:
         call = self._call("GET", "/status")
-        fields = self._ask(call)
-        environments = fields.get("environments")
-        step, queue_size = integers(call, fields, "current_step", "queue_size")
-        return ApiStatus(step, queue_size, environments if isinstance(environments, int) else 0)
+        return ApiStatus(*integers(call, self._ask(call), "current_step", "queue_size"))
 
     def info(self) -> ApiInfo:
         call = self._call("GET", "/info")
@@ -235,17 +226,6 @@ class AtroposClient:
         if not str(fields.get("status", "")).startswith("wait"):
             raise not_atropos(call, f"{call.name} gave the status {fields.get('status')!r}")
         return None
-
-    def disconnect_env(self, env_id: int) -> None:
-        """Take an environment out of the weighting.
-
-        Raises:
-            ConfigError: ``env_id`` is negative (upstream would disconnect another environment, counted from the end).
-            AtroposProtocolError: the API does not know it.
-        """
-        if env_id < 0:
-            raise ConfigError(f"{env_id} must not be negative", "env_id")
-        self._ask(self._call("POST", "/disconnect-env", {"env_id": env_id}), repeatable=False)
 
     def reset_data(self) -> None:
         """Destructive: the API forgets registrations, environments, queue and batches."""
@@ -286,9 +266,7 @@ class AtroposClient:
         Raises:
             AtroposAPIError: says, when the request was sent, that the batch may be lost.
         """
-        started = time.monotonic()
-        found = self._fetch(self.timeout, None)
-        return None if found is None else self._fetched(found, 1, time.monotonic() - started)
+        return self._fetch(self.timeout)
 
     def get_batch(
         self, max_wait_time: float | None = None, should_stop: Callable[[], None] | None = None
@@ -313,9 +291,9 @@ class AtroposClient:
             left = limit - (time.monotonic() - started)
             found = self._fetch(min(self.timeout, max(left, _LAST_CONNECT_SECONDS)), should_stop)
             attempts += 1
-            waited = time.monotonic() - started
             if found is not None:
-                return self._fetched(found, attempts, waited)
+                return found
+            waited = time.monotonic() - started
             if waited >= limit:
                 raise AtroposTimeoutError(self._why_no_batch(waited, attempts), self.api_url)
             interval = max(self.retry.interval(attempts - 1), _MIN_POLL_SECONDS)
@@ -376,17 +354,15 @@ class AtroposClient:
             should_stop=should_stop,
         )
 
-    def _fetch(self, seconds: float, should_stop: Callable[[], None] | None) -> Answer | None:
+    def _fetch(self, seconds: float, should_stop: Callable[[], None] | None = None) -> FetchedBatch | None:
         call = self._call("GET", "/batch", headers=self._batch_headers)
         answer = self._send(call, repeatable=self.leased, seconds=seconds, should_stop=should_stop)
-        self.leased = self.leased or (self.lease_seconds is not None and _LEASE_ID in answer.headers)
-        return answer if holds_batch(call, answer) else None
-
-    def _fetched(self, answer: Answer, attempts: int, waited: float) -> FetchedBatch:
-        if self.lease_seconds is None:
-            return FetchedBatch(answer.body, attempts, waited)
-        earlier = tuple(filter(None, answer.headers.get(_EARLIER_LEASE_IDS, "").split(",")))
-        return FetchedBatch(answer.body, attempts, waited, answer.headers.get(_LEASE_ID), earlier)
+        lease_id = None if self.lease_seconds is None else answer.headers.get(_LEASE_ID)
+        self.leased = self.leased or lease_id is not None
+        if not holds_batch(call, answer):
+            return None
+        earlier = answer.headers.get(_EARLIER_LEASE_IDS, "") if lease_id is not None else ""
+        return FetchedBatch(answer.body, lease_id, tuple(filter(None, earlier.split(","))))
 
     def _why_no_batch(self, waited: float, attempts: int) -> str:
         try:

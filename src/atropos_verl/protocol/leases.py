@@ -30,9 +30,10 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from atropos_verl.errors import AtroposAPIError, AtroposHTTPStatusError
@@ -106,11 +107,13 @@ class LeasedBatches:
         """
         while True:
             self._settle_debts()
+            started = time.monotonic()
             fetched = self.client.get_batch(max_wait_time=max_wait_time, should_stop=should_stop)
+            waited = time.monotonic() - started
             with self._lock:
                 held = self._keep(fetched, meta)
             if held is not None:
-                return held
+                return replace(held, waited=waited)
 
     def poll(self, meta: Mapping[str, Any] | None = None) -> HeldBatch | None:
         """One ``GET /batch``: None when there is no batch. Raises as ``fetch``."""
@@ -197,7 +200,7 @@ class LeasedBatches:
         entry = self.journal.record(fetched.body, meta, fetched.lease_id)
         if fetched.lease_id is not None:
             self._keeper.keep(fetched.lease_id)
-        return HeldBatch(fetched.body, entry, fetched.waited)
+        return HeldBatch(fetched.body, entry)
 
     def _settle_debts(self) -> None:
         with self._lock:

@@ -54,7 +54,6 @@ UNSAFE: dict[str, Callable[[AtroposClient], object]] = {
     "/register-env": lambda client: client.register_env(
         EnvRegistration(max_token_length=64, desired_name="e", group_size=4)
     ),
-    "/disconnect-env": lambda client: client.disconnect_env(0),
     "/reset_data": lambda client: client.reset_data(),
     "/scored_data_list": lambda client: client.post_scored_data_list([GROUP]),
     "/batch": lambda client: client.get_batch(),
@@ -206,8 +205,7 @@ def test_the_first_repetition_is_logged_at_info_and_later_ones_as_warnings(
 def test_null_and_empty_batches_are_waited_for(fault_server: FaultServer, client: AtroposClient) -> None:
     fault_server.script("/batch", answer({"batch": None}), answer({"batch": []}), answer(BATCH))
     fetched = client.get_batch()
-    assert (fetched.body, fetched.attempts, fetched.lease_id) == (BATCH, 3, None)
-    assert fetched.waited >= 0.01 + 0.015  # the first two intervals
+    assert (fetched.body, fetched.lease_id) == (BATCH, None)
     assert fault_server.count("/batch") == 3
 
 
