@@ -238,6 +238,7 @@ def _as_run_config(config: Any, settings: ClusterSettings) -> RunConfig:
     rollout, data = config.actor_rollout_ref.rollout, config.data
     own = set(AtroposConfig.model_fields)
     block = settings.model_dump()
+    estimator = str(config.algorithm.adv_estimator)
     n_updates = parameter_sync_step(config)
     values = {
         # The keys that both backends share, and then verl's.
@@ -261,7 +262,8 @@ def _as_run_config(config: Any, settings: ClusterSettings) -> RunConfig:
             **block["data"],
         },
         "algorithm": {
-            "adv_estimator": _data_estimator(config),
+            # A placeholder for verl's other estimators, which verl computes.
+            "adv_estimator": estimator if estimator in ("grpo", "rloo", "plain") else "plain",
             "norm_adv_by_std_in_grpo": config.algorithm.norm_adv_by_std_in_grpo,
             **block["algorithm"],
         },
@@ -273,12 +275,6 @@ def _as_run_config(config: Any, settings: ClusterSettings) -> RunConfig:
         },
     }
     return RunConfig.from_mapping(values)
-
-
-def _data_estimator(config: Any) -> str:
-    """Our estimator of that name; for verl's others a placeholder, since verl computes those."""
-    name = str(config.algorithm.adv_estimator)
-    return name if name in ("grpo", "rloo", "plain") else "plain"
 
 
 def parameter_sync_step(config: Any) -> int:

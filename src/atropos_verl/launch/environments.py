@@ -67,7 +67,12 @@ def plan_environments(
         )
     services: list[ServiceSpec] = []
     for name, settings in chosen.items():
-        warnings += _server_warnings(name, settings)
+        program = program_of(name, settings)
+        if program[0] != "-m" and (line := bare_server_config(Path(program[0]))) is not None:
+            warnings.append(
+                f"environments.{name}: {program[0]}, line {line}: config_init returns a bare APIServerConfig. Atropos "
+                "then ignores --openai.base_url and talks to localhost:9004-9007; return a list, [APIServerConfig(...)]"
+            )
         for copy in range(1, settings.copies + 1):
             process = name if copy == 1 else f"{name}-{copy}"
             services.append(_serve_spec(config, name, settings, process, allocations[name], of_training))
@@ -269,8 +274,12 @@ def private_arguments(
     wanted = {_KEY_OPTION: api_key or "none"} if is_ours(_KEY_OPTION) else {}
     secret = {_KEY_OPTION} if api_key else set()
     if api_url is not None and is_ours(_URL_OPTION):
-        wanted[_URL_OPTION] = _with_password(api_url, token) if token else api_url
-        secret |= {_URL_OPTION} if token else set()
+        wanted[_URL_OPTION] = api_url
+        if token:
+            parts = urlsplit(api_url)
+            netloc = f"atropos:{quote(token, safe='')}@{parts.netloc.rpartition('@')[2]}"
+            wanted[_URL_OPTION] = parts._replace(netloc=netloc).geturl()
+            secret.add(_URL_OPTION)
     given = option_value(args, _FILE_OPTION)
     content = {} if given is None or _FILE_OPTION in omit else _read(cwd / Path(given).expanduser(), key)
     servers = content.get("openai") or {}
@@ -314,12 +323,6 @@ def user_arguments(args: Sequence[str], private: PrivateArguments) -> tuple[str,
         elif not word.startswith(f"{_FILE_OPTION}="):
             kept.append(word)
     return tuple(kept)
-
-
-def _with_password(url: str, token: str) -> str:
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return parts._replace(netloc=f"atropos:{quote(token, safe='')}@{host}").geturl()
 
 
 def _read(path: Path, key: str) -> dict[str, Any]:
@@ -407,17 +410,6 @@ def _check_groups(config: RunConfig, launch: LaunchConfig, *, embedded: bool) ->
 
 
 # ---------------------------------------------------------------------- a static look at an environment
-
-
-def _server_warnings(name: str, settings: EnvironmentConfig) -> list[str]:
-    program = program_of(name, settings)
-    where = None if program[0] == "-m" else bare_server_config(Path(program[0]))
-    if where is None:
-        return []
-    return [
-        f"environments.{name}: {program[0]}, line {where}: config_init returns a bare APIServerConfig. Atropos then "
-        "ignores --openai.base_url and talks to localhost:9004-9007; return a list, [APIServerConfig(...)]"
-    ]
 
 
 def bare_server_config(script: Path) -> int | None:
