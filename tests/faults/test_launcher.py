@@ -18,8 +18,8 @@ from typing import Any
 
 import psutil
 import pytest
-from support.http_faults import wait_for
 from support.launches import LAUNCH, SMALL_LAUNCH, LaunchRun
+from support.serving import eventually
 
 from atropos_verl.launch.probes import request_json
 
@@ -323,7 +323,7 @@ def test_a_plan_can_be_started_by_hand(tmp_path: Path) -> None:
     process = subprocess.Popen(entry["command"], cwd=entry["cwd"], env=environment, stderr=subprocess.DEVNULL)
     try:
         url = json.loads(path.read_text())["api_url"]
-        wait_for(lambda: request_json(f"{url}/status") is not None, "the API by hand", 30.0)
+        eventually(lambda: request_json(f"{url}/status") is not None, "the API by hand", 30.0)
     finally:
         process.terminate()
         process.wait(timeout=20.0)

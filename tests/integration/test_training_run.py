@@ -18,9 +18,9 @@ from typing import Any
 
 import httpx
 import pytest
-from support.http_faults import wait_for
 from support.malformed import MalformedGroup, malformed_cases
 from support.runs import REPOSITORY, SMALL, TrainingRun, checkpointed_step, metrics_of
+from support.serving import eventually
 from support.upstream_api import UpstreamApi, upstream_api
 
 from atropos_verl.protocol.client import AtroposClient
@@ -124,10 +124,10 @@ def attached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attached]:
         command = [sys.executable, "-c", _CLIENT, gateway]
         client = stack.enter_context(process(command, directory / "client.log"))
         run.wait_for_step(1)
-        wait_for(lambda: (directory / "client.log").read_text().count("answered") >= 8, "answers to the client", 60.0)
+        eventually(lambda: (directory / "client.log").read_text().count("answered") >= 8, "answers to the client", 60.0)
         client.kill()
         killed_at_step = run.metrics()[-1]["step"]
-        wait_for(lambda: abandoned(gateway) > 0, "a request of the killed client given up", 60.0)
+        eventually(lambda: abandoned(gateway) > 0, "a request of the killed client given up", 60.0)
         given_up = abandoned(gateway)
         run.wait_for_step(2)
         with AtroposClient(api.url, timeout=60.0) as poster:

@@ -18,7 +18,6 @@ import ssl
 import struct
 import subprocess
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -41,9 +40,7 @@ __all__ = [
     "reset_before_answer",
     "reset_mid_body",
     "silent",
-    "slow",
     "truncated",
-    "wait_for",
 ]
 
 _TLS_HANDSHAKE = b"\x16"
@@ -111,14 +108,6 @@ def error(status: int, body: bytes = b"no luck", headers: Mapping[str, str] | No
 
 def html_page() -> Behaviour:
     return answer(b"<!doctype html><html><body>Welcome</body></html>", headers={"content-type": "text/html"})
-
-
-def slow(seconds: float, then: Behaviour) -> Behaviour:
-    def behave(link: Link) -> None:
-        link.wait(seconds)
-        then(link)
-
-    return behave
 
 
 def silent() -> Behaviour:
@@ -303,11 +292,3 @@ def make_certificate(directory: Path, name: str = "127.0.0.1") -> tuple[Path, Pa
     except FileNotFoundError:
         return None
     return certificate, key
-
-
-def wait_for(condition: Callable[[], bool], what: str, timeout: float = 20.0) -> None:
-    """Poll until ``condition()``; fails naming ``what`` after ``timeout`` seconds."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
-        time.sleep(0.01)

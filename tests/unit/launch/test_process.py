@@ -7,25 +7,17 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
 import psutil
 import pytest
+from support.serving import eventually
 
 from atropos_verl.errors import ServiceError
 from atropos_verl.launch.process import ManagedProcess, ServiceSpec, describe_exit, stop_all
 
 PATIENCE = 20.0
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {PATIENCE} s"
-        time.sleep(0.02)
 
 
 def alive(pid: int) -> bool:
@@ -46,7 +38,7 @@ def shell(directory: Path, script: str, name: str = "svc", env: dict[str, str] |
 
 
 def read_pid(path: Path) -> int:
-    wait_for(lambda: path.is_file() and path.read_text().endswith("\n"), f"pid in {path}")
+    eventually(lambda: path.is_file() and path.read_text().endswith("\n"), f"pid in {path}")
     return int(path.read_text())
 
 
@@ -57,7 +49,7 @@ def test_output_environment_directory_and_stdin_of_a_service(tmp_path: Path) -> 
     assert not process.is_running()
     process.check()  # not started: nothing has died
     process.start()
-    wait_for(lambda: not process.is_running(), "the end")
+    eventually(lambda: not process.is_running(), "the end")
     assert process.returncode == 0
     log = tmp_path / "logs" / "svc.log"
     assert log.read_text() == f"to stdout blue\nto stderr\n{tmp_path}\n0\n"
@@ -68,7 +60,7 @@ def test_the_log_is_appended_and_the_tail_is_of_this_start_only(tmp_path: Path) 
     for word in ("first", "second"):
         process = ManagedProcess(shell(tmp_path, f"echo {word}"))
         process.start()
-        wait_for(lambda process=process: not process.is_running(), "the end")
+        eventually(lambda process=process: not process.is_running(), "the end")
     assert (tmp_path / "logs" / "svc.log").read_text() == "first\nsecond\n"
     assert process.log_tail() == "second"
 
@@ -77,7 +69,7 @@ def test_the_tail_has_no_terminal_escapes_and_no_endless_line(tmp_path: Path) ->
     script = "printf '\\033[31mred\\033[0m\\007\\n'; head -c 700 /dev/zero | tr '\\0' x; echo; printf '\\377\\n'"
     process = ManagedProcess(shell(tmp_path, script))
     process.start()
-    wait_for(lambda: not process.is_running(), "the end")
+    eventually(lambda: not process.is_running(), "the end")
     assert process.log_tail() == "red\n" + "x" * 500 + "…\n\ufffd"
 
 
@@ -99,11 +91,11 @@ def test_check_says_signal_and_last_lines_after_kill_9(tmp_path: Path) -> None:
     process = ManagedProcess(shell(tmp_path, "for i in $(seq 1 30); do echo line $i; done; exec sleep 1000"))
     process.start()
     log = tmp_path / "logs" / "svc.log"
-    wait_for(lambda: "line 30\n" in log.read_text(), "the log")
+    eventually(lambda: "line 30\n" in log.read_text(), "the log")
     process.check()
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
-    wait_for(lambda: not process.is_running(), "the end")
+    eventually(lambda: not process.is_running(), "the end")
     with pytest.raises(ServiceError) as caught:
         process.check()
     error = caught.value
@@ -167,8 +159,8 @@ def test_when_the_leader_dies_what_it_started_is_killed_at_once(tmp_path: Path) 
     process = ManagedProcess(shell(tmp_path, "sleep 1000 & echo $! >grandchild; exit 5"))
     process.start()
     grandchild = read_pid(tmp_path / "grandchild")
-    wait_for(lambda: not process.is_running(), "the end")
-    wait_for(lambda: not alive(grandchild), "the grandchild's end")
+    eventually(lambda: not process.is_running(), "the end")
+    eventually(lambda: not alive(grandchild), "the grandchild's end")
     assert process.returncode == 5
 
 
@@ -226,13 +218,13 @@ def test_kill_9_of_the_owner_takes_everything_along(tmp_path: Path) -> None:
     assert len(reapers) == 2
     owner.kill()
     owner.wait(timeout=PATIENCE)
-    wait_for(lambda: not any(alive(pid) for pid in [*pids, *reapers]), "the end of every process")
+    eventually(lambda: not any(alive(pid) for pid in [*pids, *reapers]), "the end of every process")
 
 
 def test_an_owner_that_forgets_to_stop_leaves_nothing_either(tmp_path: Path) -> None:
     owner, pids = run_owner(tmp_path, "sys.exit(0)")
     assert owner.wait(timeout=PATIENCE) == 0
-    wait_for(lambda: not any(alive(pid) for pid in pids), "the end of every process")
+    eventually(lambda: not any(alive(pid) for pid in pids), "the end of every process")
 
 
 def test_an_owner_that_has_forked_still_takes_everything_along(tmp_path: Path) -> None:
@@ -243,7 +235,7 @@ def test_an_owner_that_has_forked_still_takes_everything_along(tmp_path: Path) -
     try:
         owner.kill()
         owner.wait(timeout=PATIENCE)
-        wait_for(lambda: not any(alive(pid) for pid in pids), "the end of every process")
+        eventually(lambda: not any(alive(pid) for pid in pids), "the end of every process")
         assert alive(fork)
     finally:
         os.kill(fork, signal.SIGKILL)

@@ -21,6 +21,7 @@ from support.http_faults import (
     silent,
     truncated,
 )
+from support.serving import eventually
 
 from atropos_verl.errors import (
     AtroposConnectionError,
@@ -125,7 +126,7 @@ def test_a_silent_api_is_not_asked_a_second_time_for_what_must_not_happen_twice(
         pytest.raises(AtroposTimeoutError, match=r"no answer to (GET|POST) /\S+ within 0\.3 s"),
     ):
         UNSAFE[path](client)
-    assert fault_server.count(path) == 1
+    eventually(lambda: fault_server.count(path) == 1, "the server to have read the request")
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_all_tries_together_end_within_the_timeout(fault_server: FaultServer, fa
     ):
         client.status()
     assert caught.value.base_url == fault_server.url
-    assert 1 <= fault_server.count("/status") <= 3
+    assert fault_server.count("/status") <= 3
 
 
 def test_a_refused_connection_ends_within_the_timeout_however_many_tries_are_allowed() -> None:
@@ -221,14 +222,14 @@ def test_polling_goes_on_after_the_quick_tries_until_max_wait_time(fault_server:
     fault_server.script("/batch", answer({"batch": None}))
     fault_server.script("/status", answer({"current_step": 7, "queue_size": 5}))
     with (
-        AtroposClient(fault_server.url, retry_attempts=2, retry_delay=0.02, max_wait_time=0.5) as client,
+        AtroposClient(fault_server.url, retry_attempts=1, retry_delay=0.02, max_wait_time=1.0) as client,
         pytest.raises(AtroposTimeoutError) as caught,
     ):
         client.get_batch()
     reason = caught.value.reason
-    assert fault_server.count("/batch") > 2
+    assert fault_server.count("/batch") > 1
     assert f"({fault_server.count('/batch')} tries)" in reason
-    assert f"no batch from Atropos API at {fault_server.url} in 0." in reason
+    assert f"no batch from Atropos API at {fault_server.url} in " in reason
     assert "at step 7 with 5 groups in its queue" in reason
     assert "Is an environment running" in reason
     assert "batch size" in reason
@@ -271,9 +272,9 @@ def test_should_stop_is_asked_while_the_connection_is_refused() -> None:
 
 def test_a_batch_that_keeps_arriving_is_not_cut_off(fault_server: FaultServer) -> None:
     body = b'{"batch":[' + GROUP + b" " * 5000 + b"]}"
-    fault_server.script("/batch", drip_body(body, pieces=8, interval=0.2))
-    with AtroposClient(fault_server.url, timeout=0.6) as client:
-        found = client.poll_batch()  # took 1.4 s in all, never 0.6 s without a byte
+    fault_server.script("/batch", drip_body(body, pieces=6, interval=0.5))
+    with AtroposClient(fault_server.url, timeout=2.0) as client:
+        found = client.poll_batch()  # takes 2.5 s in all, with a byte every half second
     assert found is not None and found.body == body
 
 
