@@ -70,7 +70,7 @@ class RaySession:
     def __enter__(self) -> Self:
         config = self.run.verl
         variables = set_environment(str(config.trainer.device))
-        from omegaconf import OmegaConf, open_dict
+        from omegaconf import OmegaConf
         from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
         asked = OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True)
@@ -97,8 +97,6 @@ class RaySession:
             ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING, **settings)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ServiceError(f"Ray: {error}", "ray") from error
-        with open_dict(config):
-            config.transfer_queue.enable = True
         self._mailbox = ray.remote(num_cpus=0)(_Mailbox).options(name=_MAILBOX).remote()
         return self
 
