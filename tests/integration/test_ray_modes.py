@@ -147,7 +147,7 @@ def test_separate_async_with_a_users_functions(tmp_path: Path) -> None:
         "atropos.off_policy.max_staleness=null",
         "trainer.total_training_steps=3",
         "atropos.loss.path=support.user_functions:constant_loss",
-        "atropos.algorithm.advantage_path=support.user_functions:zero_sum",
+        "atropos.algorithm.advantage_path=support.user_functions:two_or_minus_two",
         "atropos.reward.path=support.user_functions:numbered",
     )
     assert [line["step"] for line in metrics] == [1, 2, 3]
@@ -155,4 +155,4 @@ def test_separate_async_with_a_users_functions(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["weights_synced"] == 4
     for line in metrics:
         assert (line["actor/grad_norm"], line["actor/of_the_user"]) == (0.0, 7.0)
-        assert (line["reward/mean"], line["advantage/mean_abs"]) == (1.5, 1.0)
+        assert (line["reward/mean"], line["advantage/mean_abs"]) == (1.5, 2.0)

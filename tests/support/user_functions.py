@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["constant_loss", "numbered", "zero_sum"]
+__all__ = ["constant_loss", "numbered", "two_or_minus_two"]
 
 
 def constant_loss(logprobs: Any, *_: Any, **__: Any) -> Any:
     return logprobs.new_tensor(2.5), {"of_the_user": 7.0}
 
 
-def zero_sum(scores: Any, group: Any) -> Any:
-    return [score - 1.5 for score in scores]
+def two_or_minus_two(scores: Any, group: Any) -> Any:
+    return [2.0 if score > 1.5 else -2.0 for score in scores]
 
 
 def numbered(prompts: list[str], completions: list[str]) -> list[float]:
