@@ -12,7 +12,6 @@ import time
 import urllib.request
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,26 +72,10 @@ def request_json(
         return content.decode("utf-8", "replace")
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """The newest answers. Times are ``time.monotonic()`` seconds of the last answer, 0.0: none yet."""
-
-    api: Mapping[str, Any] | None = None
-    """``/status``; None: does not answer now."""
-    api_at: float = 0.0
-    gateway: Mapping[str, Any] | None = None
-    """``/health``; None: does not answer now."""
-    gateway_at: float = 0.0
-    generated_at: float = 0.0
-    """Time of the first generation through the gateway that succeeded, since the trainer's last start."""
-    counters: Mapping[str, float] | None = None
-    """The gateway's counters by name, labels summed up."""
-    tokens_per_second: float | None = None
-    requests_per_second: float | None = None
-
-
 class Poller:
     """Asks API and gateway every half second from threads of its own, so that a frozen one blocks nobody.
+
+    The newest answers are its attributes. Times are ``time.monotonic()`` seconds of the last answer, 0.0: none yet.
 
     Args:
         config: with ``atropos.api_url``.
@@ -107,7 +90,18 @@ class Poller:
         self._gateway_key = config.gateway.api_key
         self._model_name = str(config.resolve_model_path())
         self._generates = generates
-        self._seen = Seen()
+        self.api: Mapping[str, Any] | None = None
+        """``/status``; None: does not answer now."""
+        self.api_at = 0.0
+        self.gateway: Mapping[str, Any] | None = None
+        """``/health``; None: does not answer now."""
+        self.gateway_at = 0.0
+        self.generated_at = 0.0
+        """Time of the first generation through the gateway that succeeded, since the trainer's last start."""
+        self.counters: Mapping[str, float] | None = None
+        """The gateway's counters by name, labels summed up."""
+        self.tokens_per_second: float | None = None
+        self.requests_per_second: float | None = None
         self._ended = threading.Event()
         self._rated: tuple[float, float, float] | None = None
         asked = {"api": self.ask_api} | ({"gateway": self._ask_gateway} if gateway_url else {})
@@ -115,11 +109,6 @@ class Poller:
             threading.Thread(target=self._loop, args=(ask,), name=f"poll-{name}", daemon=True)
             for name, ask in asked.items()
         ]
-        self._lock = threading.Lock()
-
-    @property
-    def seen(self) -> Seen:
-        return self._seen
 
     def start(self) -> None:
         for thread in self._threads:
@@ -128,18 +117,16 @@ class Poller:
     def stop(self) -> None:
         """Ends the asking, with one last look at the API. Waits for no thread (they are daemons and hold nothing)."""
         self._ended.set()
-        if self._seen.api is not None:
+        if self.api is not None:
             self.ask_api()
 
     def expect_new_gateway(self) -> None:
         """The trainer is started anew: what was seen of the one before does not count."""
-        with self._lock:
-            self._seen = replace(self._seen, gateway=None, gateway_at=0.0, generated_at=0.0, counters=None)
-            self._rated = None
+        self.gateway, self.gateway_at, self.generated_at, self.counters = None, 0.0, 0.0, None
+        self._rated = None
 
     def expect_new_api(self) -> None:
-        with self._lock:
-            self._seen = replace(self._seen, api=None, api_at=0.0)
+        self.api, self.api_at = None, 0.0
 
     def _loop(self, ask: Callable[[], object]) -> None:
         while not self._ended.wait(_INTERVAL):
@@ -153,53 +140,40 @@ class Poller:
             page = request_json(f"{self._api_url}/page-data", token=self._api_token)
             rows = page.get("environments") if isinstance(page, dict) else None
             status = {**status, "environments": rows}
-        with self._lock:
-            now = time.monotonic()
-            self._seen = replace(self._seen, api=status, api_at=now) if good else replace(self._seen, api=None)
+        self.api = status if good else None
+        if good:
+            self.api_at = time.monotonic()
         return good
 
     def _ask_gateway(self) -> None:
         health = request_json(f"{self._gateway_url}/health")
         if not isinstance(health, dict):
-            with self._lock:
-                self._seen = replace(self._seen, gateway=None, tokens_per_second=None, requests_per_second=None)
+            self.gateway = self.tokens_per_second = self.requests_per_second = None
             return
+        self.gateway, self.gateway_at = health, time.monotonic()
         text = request_json(f"{self._gateway_url}/metrics", token=self._gateway_key)
-        counters = _counters(text) if isinstance(text, str) else None
-        now = time.monotonic()
-        tokens, requests = self._rates(counters, now)
-        with self._lock:
-            self._seen = replace(
-                self._seen,
-                gateway=health,
-                gateway_at=now,
-                counters=counters,
-                tokens_per_second=tokens,
-                requests_per_second=requests,
-            )
-        if not self._seen.generated_at and not health.get("paused") and health.get("policy_version", -1) >= 0:
-            self._generate()
+        self._count(_counters(text) if isinstance(text, str) else None)
+        if not self.generated_at and not health.get("paused") and health.get("policy_version", -1) >= 0:
+            body = {"model": self._model_name, "prompt": "a", "max_tokens": 1, "temperature": 1.0}
+            url = f"{self._gateway_url}/v1/completions"
+            answer: Any = {"choices": True}
+            if self._generates:
+                answer = request_json(url, token=self._gateway_key, body=body, timeout=_GENERATION_SECONDS)
+            if isinstance(answer, dict) and answer.get("choices"):
+                self.generated_at = time.monotonic()
 
-    def _generate(self) -> None:
-        body = {"model": self._model_name, "prompt": "a", "max_tokens": 1, "temperature": 1.0}
-        url = f"{self._gateway_url}/v1/completions"
-        answer: Any = {"choices": True}
-        if self._generates:
-            answer = request_json(url, token=self._gateway_key, body=body, timeout=_GENERATION_SECONDS)
-        if isinstance(answer, dict) and answer.get("choices"):
-            with self._lock:
-                self._seen = replace(self._seen, generated_at=time.monotonic())
-
-    def _rates(self, counters: Mapping[str, float] | None, now: float) -> tuple[float | None, float | None]:
+    def _count(self, counters: Mapping[str, float] | None) -> None:
+        """Takes the gateway's counters, and the rates of tokens and requests since the last ones."""
+        self.counters = counters
+        self.tokens_per_second = self.requests_per_second = None
         if counters is None:
-            return None, None
-        tokens = counters.get("generated_tokens_total", 0.0)
-        requests = counters.get("requests_total", 0.0)
-        before, self._rated = self._rated, (now, tokens, requests)
-        if before is None or now <= before[0]:
-            return None, None
-        seconds = now - before[0]
-        return max(0.0, tokens - before[1]) / seconds, max(0.0, requests - before[2]) / seconds
+            return
+        now = (time.monotonic(), counters.get("generated_tokens_total", 0.0), counters.get("requests_total", 0.0))
+        before, self._rated = self._rated, now
+        if before is not None and now[0] > before[0]:
+            seconds = now[0] - before[0]
+            self.tokens_per_second = max(0.0, now[1] - before[1]) / seconds
+            self.requests_per_second = max(0.0, now[2] - before[2]) / seconds
 
 
 def _counters(text: str) -> dict[str, float]:

@@ -375,13 +375,13 @@ class Supervisor:
     def _api_answers(self) -> bool:
         if self._api is not None and not self._api.is_alive:
             return False
-        return self._poller.seen.api is not None
+        return self._poller.api is not None
 
     # ------------------------------------------------------------------ readiness
 
     def _advance(self) -> None:
         """Move services from starting to running by what the probes saw; fail what takes too long."""
-        seen, now = self._poller.seen, time.monotonic()
+        seen, now = self._poller, time.monotonic()
         if self._api is not None and self._api.state == "starting":
             if seen.api is not None:
                 self._api.set_ready()
@@ -406,10 +406,10 @@ class Supervisor:
         """Disconnect the environments that a resumed API remembers: they ended with the run before, and until the API
         misses them the new ones would be given a share beside them."""
         if self._environments:
-            self._disconnect(environments_of(self._poller.seen.api) or [])
+            self._disconnect(environments_of(self._poller.api) or [])
 
     def _advance_trainer(self, now: float) -> None:
-        trainer, seen = self._trainer, self._poller.seen
+        trainer, seen = self._trainer, self._poller
         if trainer is None or trainer.state != "starting":
             return
         settings = self.plan.launch.trainer_process
@@ -431,7 +431,7 @@ class Supervisor:
             watched.set_ready()
             self._say(f"registered {watched.name} {watched.starts}", f"environment {watched.name} takes part")
             return
-        since = max(watched.started_at, self._poller.seen.generated_at)
+        since = max(watched.started_at, self._poller.generated_at)
         if now - since <= watched.spec.startup_timeout:
             return
         why = _late(watched, "it has not registered at the API")
@@ -442,7 +442,7 @@ class Supervisor:
         self._note(f"{why}; the run goes on with the others\n{tail}")
 
     def _is_registered(self, watched: WatchedService) -> bool:
-        api = self._poller.seen.api
+        api = self._poller.api
         if environments_of(api) is not None:
             return bool(connected_entries(api, watched.spec.registers_as))
         # Upstream's API does not say who is there; groups of anybody are the only sign of life.
@@ -467,7 +467,7 @@ class Supervisor:
                     return 2
             if watched.spec.kind == "environment":
                 # A dead environment would keep its share of every batch at the API until that gives it up.
-                self._disconnect(connected_entries(self._poller.seen.api, watched.spec.registers_as))
+                self._disconnect(connected_entries(self._poller.api, watched.spec.registers_as))
             self._check_disk(watched)
             if watched is self._api and self.plan.config.atropos.server == "upstream":
                 self._forget(watched)
@@ -530,13 +530,13 @@ class Supervisor:
 
     def _watch_for_stall(self) -> None:
         if self.plan.trains_here:
-            if not self._poller.seen.generated_at:
+            if not self._poller.generated_at:
                 return
         elif self._trainer is None or self._trainer.state != "running":
             return
         now, limit = time.monotonic(), self.plan.config.supervise.stall_after
         started = self._started if self._trainer is None else self._trainer.started_at
-        since = max(self._poller.seen.generated_at, started, self._steps.last_at or 0.0)
+        since = max(self._poller.generated_at, started, self._steps.last_at or 0.0)
         if self._evaluations.running:
             since = now
         if since > self._stall_since:
@@ -547,7 +547,7 @@ class Supervisor:
 
     def state(self) -> dict[str, Any]:
         """The state that a view shows, ``attach`` reads from ``run_dir/state.json`` and a diagnosis rests on."""
-        seen, steps, now = self._poller.seen, self._steps, time.monotonic()
+        seen, steps, now = self._poller, self._steps, time.monotonic()
         services = [watched.describe() for watched in self.services]
         if self.plan.trains_here:
             trainer = {"name": "trainer", "kind": "trainer", "state": "running", "pid": os.getpid(), "restarts": 0}
