@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,54 +21,48 @@ from atropos_verl.launch.launch import backend_of, build_plan, is_launch_key, lo
 from atropos_verl.launch.plan import LaunchPlan, trainer_settings_text
 from atropos_verl.launch.process import ServiceSpec
 
-LAUNCH_FILES = sorted(  # those of Ray: test_launch_ray.py
-    path.stem
-    for path in SHIPPED.glob("*.yaml")
-    if path.stem != "atropos" and backend_of([], SHIPPED, path.stem) == "local"
-)
+PLANNED = {
+    "local_demo": ["trajectory_api", "demo", "trainer"],
+    "multi_gpu": ["trajectory_api", "words", "trainer"],
+    "one_gpu": ["trajectory_api", "words", "trainer"],
+    "production": ["trainer"],
+    "remote_api": ["demo", "trainer"],
+    "two_environments": ["trajectory_api", "words", "short_words", "trainer"],
+}
+"""The shipped files of a local launch, and the processes of each."""
 
 
 @pytest.fixture(autouse=True)
 def _no_api_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (
-        "ATROPOS_API_URL",
-        "ATROPOS_TIMEOUT",
-        "ATROPOS_API_TOKEN",
-        "ATROPOS_GATEWAY_URL",
-        "ATROPOS_GATEWAY_KEY",
-    ):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("ATROPOS_")]:
+        monkeypatch.delenv(name)
 
 
-def test_the_shipped_files_are_those_that_the_documentation_names() -> None:
-    assert LAUNCH_FILES == ["local_demo", "multi_gpu", "one_gpu", "production", "remote_api", "two_environments"]
+def plan_of(*words: str, name: str = "local_demo") -> LaunchPlan:
+    return build_plan(*load_launch(words, config_name=name))
 
 
-@pytest.mark.parametrize("name", LAUNCH_FILES)
+def test_every_shipped_file_is_known() -> None:
+    files = {path.stem for path in SHIPPED.glob("*.yaml") if backend_of([], SHIPPED, path.stem) == "local"}
+    assert files == {"atropos", *PLANNED}
+
+
+@pytest.mark.parametrize("name", PLANNED)
 def test_every_shipped_file_becomes_a_plan(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "production":
         monkeypatch.setenv("ATROPOS_API_URL", "http://api.example:8000")
-    expected = {
-        "local_demo": ["trajectory_api", "demo", "trainer"],
-        "multi_gpu": ["trajectory_api", "words", "trainer"],
-        "one_gpu": ["trajectory_api", "words", "trainer"],
-        "production": ["trainer"],
-        "remote_api": ["demo", "trainer"],
-        "two_environments": ["trajectory_api", "words", "short_words", "trainer"],
-    }
     words = [f"run_dir={tmp_path}", *(["gateway.port=0"] if name == "production" else [])]
-    plan = build_plan(*load_launch(words, SHIPPED, name))
-    assert [service.name for service in plan.services] == expected[name]
+    assert [service.name for service in plan_of(*words, name=name).services] == PLANNED[name]
 
 
 def test_production_reads_its_addresses_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="ATROPOS_API_URL"):
-        load_launch([], SHIPPED, "production")
+        load_launch([], config_name="production")
     monkeypatch.setenv("ATROPOS_API_URL", "http://api.example:8000")
     monkeypatch.setenv("ATROPOS_TIMEOUT", "7.5")
     monkeypatch.setenv("ATROPOS_API_TOKEN", "a-token")
     monkeypatch.setenv("ATROPOS_GATEWAY_URL", "http://trainer-0:9004")
-    config, _ = load_launch([], SHIPPED, "production")
+    config, _ = load_launch([], config_name="production")
     assert (config.atropos.api_url, config.atropos.timeout) == ("http://api.example:8000", 7.5)
     assert (config.atropos.token, config.gateway.advertise_url) == ("a-token", "http://trainer-0:9004")
     assert config.gateway.api_key is not None, "a gateway for the network gets a key"
@@ -85,7 +80,7 @@ def test_a_launch_imports_neither_torch_nor_verl() -> None:
 
 def test_the_words_of_the_command_line_reach_both_halves() -> None:
     words = ["steps=7", "environments.demo.weight=2.5", "environments.demo.env={A: 1, B: true}", "supervise.backoff=3"]
-    config, launch = load_launch(words, SHIPPED, "local_demo")
+    config, launch = load_launch(words, config_name="local_demo")
     assert config.steps == 7
     assert launch.environments["demo"].weight == 2.5
     assert launch.environments["demo"].env == {"A": "1", "B": "true"}
@@ -108,7 +103,7 @@ def test_the_words_of_the_command_line_reach_both_halves() -> None:
 )
 def test_a_wrong_word_is_refused_by_name(word: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_launch([word], SHIPPED, "local_demo")
+        load_launch([word], config_name="local_demo")
     assert message in str(caught.value)
 
 
@@ -139,14 +134,14 @@ def test_a_wrong_word_is_refused_by_name(word: str, message: str) -> None:
 def test_what_cannot_work_is_refused_before_anything_starts(
     words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*words, f"run_dir={tmp_path / 'run'}"], SHIPPED, "local_demo") == 2
+    assert main([*words, f"run_dir={tmp_path / 'run'}"], config_name="local_demo") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 def test_the_dry_run_shows_commands_and_no_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--dry-run", f"run_dir={tmp_path / 'run'}", "gateway.api_key=very-secret-key"]
-    assert main(words, SHIPPED, "local_demo") == 0
+    assert main(words, config_name="local_demo") == 0
     text = capsys.readouterr().out
     assert "very-secret-key" not in text
     assert "--config " in text
@@ -156,18 +151,18 @@ def test_the_dry_run_shows_commands_and_no_keys(tmp_path: Path, capsys: pytest.C
 
 
 def test_help_names_every_key_and_every_file(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"], SHIPPED, "local_demo") == 0
+    assert main(["--help"], config_name="local_demo") == 0
     text = capsys.readouterr().out
     for name, *_ in describe_launch():
         assert f"  {name} " in text
-    for name in LAUNCH_FILES:
+    for name in PLANNED:
         assert name in text
 
 
 def test_keys_are_made_and_handed_over(tmp_path: Path) -> None:
     words = ["api.host=0.0.0.0", f"run_dir={tmp_path}"]
-    config, launch = load_launch(words, SHIPPED, "local_demo")
-    again, _ = load_launch(words, SHIPPED, "local_demo")
+    config, launch = load_launch(words, config_name="local_demo")
+    again, _ = load_launch(words, config_name="local_demo")
     assert config.gateway.api_key != again.gateway.api_key
     plan = build_plan(config, launch)
     config = plan.config
@@ -194,13 +189,13 @@ def test_the_api_is_chosen_by_the_key_that_main_atropos_reads(tmp_path: Path) ->
         (["atropos.server=embedded"], "atropos_verl.cli"),
         (["atropos.server=upstream"], "atroposlib.cli.run_api"),
     ):
-        plan = build_plan(*load_launch([*words, f"run_dir={tmp_path}"], SHIPPED, "local_demo"))
+        plan = plan_of(*words, f"run_dir={tmp_path}")
         assert plan.services[0].command[2] == module
 
 
 def test_keys_of_an_api_that_is_not_started_are_named(tmp_path: Path) -> None:
     words = ["atropos.api_url=http://a:8000", "api.port=8001", f"run_dir={tmp_path}"]
-    plan = build_plan(*load_launch(words, SHIPPED, "local_demo"))
+    plan = plan_of(*words)
     assert "api.port: not used, since atropos.api_url names an API that runs already" in plan.warnings
 
 
@@ -208,20 +203,20 @@ def test_a_trainer_attached_to_an_api_names_the_keys_it_does_not_use(tmp_path: P
     config = RunConfig.from_mapping({"env": {"script": "x.py"}, "eval": {"before": False, "timeout": 9}})
     assert unused_when_attached(config) == ["env.script", "eval.timeout"]
     words = ["env.max_batches_offpolicy=2", "eval.before=false", "eval.after=false", f"run_dir={tmp_path}"]
-    plan = build_plan(*load_launch(words, SHIPPED, "local_demo"))
+    plan = plan_of(*words)
     of_trainer = RunConfig.from_mapping(json.loads(trainer_settings_text(plan.config)))
     assert unused_when_attached(of_trainer) == [], "what the launcher has used is no news to its trainer"
 
 
 def test_the_gateway_key_comes_from_the_process_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATROPOS_GATEWAY_KEY", "from-the-environment")
-    assert load_launch([], SHIPPED, "local_demo")[0].gateway.api_key == "from-the-environment"
-    assert load_launch(["gateway.api_key=word"], SHIPPED, "local_demo")[0].gateway.api_key == "word"
+    assert load_launch([], config_name="local_demo")[0].gateway.api_key == "from-the-environment"
+    assert load_launch(["gateway.api_key=word"], config_name="local_demo")[0].gateway.api_key == "word"
 
 
 @pytest.mark.parametrize("word", ["api.host=127.0.0.1", "api.host=0.0.0.0 api.args=[--insecure]"])
 def test_an_api_without_a_token_where_none_is_needed_or_wanted(word: str) -> None:
-    plan = build_plan(*load_launch(word.split(), SHIPPED, "local_demo"))
+    plan = plan_of(*word.split())
     assert plan.config.atropos.token is None
 
 
@@ -324,7 +319,7 @@ def test_the_backend_is_the_words_then_the_files() -> None:
     ],
 )
 def test_a_wrong_word_for_ray_is_refused_by_name(word: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*([] if "backend" in word else ["backend=ray"]), word, "--dry-run"], SHIPPED, "local_demo") == 2
+    assert main([*([] if "backend" in word else ["backend=ray"]), word, "--dry-run"], config_name="local_demo") == 2
     assert message in capsys.readouterr().err
 
 
@@ -345,7 +340,9 @@ def test_relative_paths_mean_what_they_mean_where_the_launcher_was_started(
     monkeypatch.chdir(tmp_path)
     plan = ray_plan(tmp_path, "actor_rollout_ref.model.path=models/mine")
     assert f"actor_rollout_ref.model.path={tmp_path}/models/mine" in of_kind(plan, "trainer").command
-    config, launch = load_launch(["model.path=models/mine", "model.tokenizer_path=models/mine"], SHIPPED, "local_demo")
+    config, launch = load_launch(
+        ["model.path=models/mine", "model.tokenizer_path=models/mine"], config_name="local_demo"
+    )
     local = build_plan(config, launch).config.model
     assert (local.path, local.tokenizer_path) == (f"{tmp_path}/models/mine", f"{tmp_path}/models/mine")
 
