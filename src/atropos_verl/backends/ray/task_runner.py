@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -93,10 +94,13 @@ class RaySession:
                 settings.pop(name, None)  # the cluster's own; Ray refuses them when attaching
         # Ray says with every cluster of its own that it is protected by a token, which is as it should be.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+        terminate = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING, **settings)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ServiceError(f"Ray: {error}", "ray") from error
+        # Ray takes SIGTERM over and exits at once; the step on its way is to be saved.
+        signal.signal(signal.SIGTERM, terminate)
         self._mailbox = ray.remote(num_cpus=0)(_Mailbox).options(name=_MAILBOX).remote()
         return self
 
