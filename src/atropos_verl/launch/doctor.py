@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -29,11 +29,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from atropos_verl.config.composition import SHIPPED
 from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig
 from atropos_verl.config.model_checks import Finding, check_model, finding, weight_bytes
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposAPIError, AtroposHTTPStatusError, ConfigError
 from atropos_verl.launch.environments import interpreter, program_of
+from atropos_verl.launch.launch import load_settings
 from atropos_verl.launch.probes import try_to_listen
 
 __all__ = ["Subject", "add_arguments", "examine", "run"]
@@ -76,14 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def run(options: argparse.Namespace, load: Callable[[Sequence[str], Path | None, str | None], Subject]) -> int:
-    """Returns 0: everything is there; 1: something is missing.
-
-    Args:
-        load: builds the subject from words, config directory and config name; raises ``ConfigError``.
-    """
+def run(options: argparse.Namespace) -> int:
+    """Returns 0: everything is there; 1: something is missing."""
     try:
-        findings = examine(load(options.words, options.config_dir, options.config_name))
+        findings = examine(load_subject(options.words, options.config_dir, options.config_name))
     except ConfigError as error:
         todo = "correct it; --help of train and launch"
         findings = [finding("configuration", error.key or "file", str(error), missing=todo)]
@@ -94,6 +92,16 @@ def run(options: argparse.Namespace, load: Callable[[Sequence[str], Path | None,
     else:
         _show(findings, Console())
     return 0 if is_ready else 1
+
+
+def load_subject(words: Sequence[str], config_dir: Path | None, config_name: str | None) -> Subject:
+    """The settings that ``doctor`` looks at: the keys of ``train`` and of ``launch``. Raises ``ConfigError``."""
+    default = "local_demo" if config_dir in (None, SHIPPED) else None
+    config, launch, ray = load_settings(words, config_dir or SHIPPED, config_name, default)
+    if config.env.script is not None or config.env.python is not None:  # main_atropos.py's one environment
+        one = EnvironmentConfig(script=config.env.script, python=config.env.python, args=config.env.args)
+        launch = launch.model_copy(update={"environments": {"environment": one}, "envs": None})
+    return Subject(config=config, launch=launch, backend=launch.backend, verl=ray.verl if ray is not None else {})
 
 
 def examine(subject: Subject) -> list[Finding]:

@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from atropos_verl.config.composition import SHIPPED, load_launch
-from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig, describe_launch
+from atropos_verl.config.launch_schema import LaunchConfig, describe_launch
 from atropos_verl.config.model_checks import check_vocabulary
 from atropos_verl.config.schema import ModelConfig, RunConfig, help_rows
 from atropos_verl.config.verl_keys import RAY_DEFAULT, compose_run, read_run
@@ -32,10 +32,7 @@ from atropos_verl.launch.probes import free_port, try_to_listen
 from atropos_verl.launch.supervisor import Supervisor
 from atropos_verl.training.extensions import check_extensions
 
-if TYPE_CHECKING:
-    from atropos_verl.launch.doctor import Subject
-
-__all__ = ["RayLaunch", "backend_of", "build_plan", "is_launch_key", "load_ray_launch", "load_subject", "main"]
+__all__ = ["RayLaunch", "backend_of", "build_plan", "is_launch_key", "load_ray_launch", "load_settings", "main"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +56,7 @@ def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, conf
         sys.stdout.write(_help(options.config_dir))
         return 0
     try:
-        config, launch, ray = _load(overrides, options.config_dir, options.config_name, config_name)
+        config, launch, ray = load_settings(overrides, options.config_dir, options.config_name, config_name)
         if options.cfg:
             settings = ray.verl if ray is not None else config.model_dump(mode="json")
             values = {**settings, **launch.model_dump(mode="json")}
@@ -76,9 +73,10 @@ def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, conf
     return _supervise(plan)
 
 
-def _load(
+def load_settings(
     words: Sequence[str], config_dir: Path, config_name: str | None, default_name: str | None
 ) -> tuple[RunConfig, LaunchConfig, RayLaunch | None]:
+    """Compose and validate the settings of a launch with either backend. Raises ``ConfigError``."""
     backend = backend_of(words, config_dir, config_name)
     if backend not in ("local", "ray"):
         raise ConfigError(f"{backend!r} is neither local nor ray", "backend")
@@ -86,18 +84,6 @@ def _load(
         return (*load_launch(words, config_dir, config_name or default_name), None)
     ray = load_ray_launch(words, config_dir, config_name)
     return ray.config, ray.launch, ray
-
-
-def load_subject(words: Sequence[str], config_dir: Path | None, config_name: str | None) -> Subject:
-    """The settings that ``doctor`` looks at: the keys of ``train`` and of ``launch``. Raises ``ConfigError``."""
-    from atropos_verl.launch.doctor import Subject
-
-    default = "local_demo" if config_dir in (None, SHIPPED) else None
-    config, launch, ray = _load(words, config_dir or SHIPPED, config_name, default)
-    if config.env.script is not None or config.env.python is not None:  # main_atropos.py's one environment
-        one = EnvironmentConfig(script=config.env.script, python=config.env.python, args=config.env.args)
-        launch = launch.model_copy(update={"environments": {"environment": one}, "envs": None})
-    return Subject(config=config, launch=launch, backend=launch.backend, verl=ray.verl if ray is not None else {})
 
 
 # ---------------------------------------------------------------------- settings → plan
