@@ -378,8 +378,8 @@ def int_row(row: list[int], typecode: Literal["i", "q"], field: str, sequence: i
 
 
 def float_row(row: list[float]) -> FloatArray:
-    """[T]; as fast as ``int_row``."""
-    return np.frombuffer(array("d", row), np.float64) if row else np.zeros(0)
+    """[T]. ``fromiter`` takes two thirds of the time of ``np.array``."""
+    return np.fromiter(row, np.float64, len(row))
 
 
 def free_fields(found: Mapping[str, Any]) -> dict[str, Any]:
