@@ -1,7 +1,7 @@
 """The run itself: environments, trajectory API, engine and trainer as events on a virtual clock.
 
 The choice of a batch (``server.batcher.choose_batch`` on a ``server.batcher.GroupQueue``) and the rule of which groups
-are too old (``training.staleness``) are the code of a real run. The rest is a model: what waits for what
+are too stale (``training.staleness``) are the code of a real run. The rest is a model: what waits for what
 (``schedule``), durations (``Workload``), the engine as a queue (``Generation``), and environments as atroposlib's
 loop runs them (``Environment``).
 """

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from atropos_verl.protocol.exchange import RetryPolicy
-from atropos_verl.training.staleness import is_too_old, versions_behind
+from atropos_verl.training.staleness import is_stale, versions_behind
 from simulate.generation import Group
 from simulate.outcome import Outcome
 from simulate.schedule import Schedule
@@ -142,7 +142,7 @@ class Trainer:
             return
         bound = self.world.layout.max_staleness
         batch = self._ready.pop()
-        kept = [group for group in batch if not is_too_old(group.version, self.version, bound)]
+        kept = [group for group in batch if not is_stale(group.version, self.version, bound)]
         self._dropped += len(batch) - len(kept)
         if not kept:
             self._stale_batches += 1

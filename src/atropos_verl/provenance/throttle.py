@@ -1,4 +1,4 @@
-"""``StalenessThrottle`` holds new prompts back that would be too old by the time they are trained on.
+"""``StalenessThrottle`` holds new prompts back that would be too stale by the time they are trained on.
 
 A sequence that begins now is trained on after everything that is ahead of it, one batch per policy version::
 

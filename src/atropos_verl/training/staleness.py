@@ -7,7 +7,7 @@ One batch::
     …
     provenance.consumed(matches)                                  # trained on, and the journal says so
 
-All of it happens before ``build_samples``: tokens that are taken out of training are masked, groups that are too old
+All of it happens before ``build_samples``: tokens that are taken out of training are masked, groups that are too stale
 are left out, and neither takes part in the statistics of the batch.
 """
 
@@ -51,7 +51,7 @@ __all__ = [
     "decode_matches",
     "encode_matches",
     "group_version",
-    "is_too_old",
+    "is_stale",
     "make_throttle",
     "staleness_metrics",
     "stated_version",
@@ -168,7 +168,7 @@ class BatchProvenance:
             self.ledger.consumed(_records(matches))
 
     def apply(self, groups: Sequence[ScoredGroup], matches: BatchMatches, policy_version: int) -> Applied:
-        """Puts the matches into the groups, and leaves out groups that are too old.
+        """Puts the matches into the groups, and leaves out groups that are too stale.
 
         Args:
             policy_version: version of the weights that the step is about to update.
@@ -180,7 +180,7 @@ class BatchProvenance:
         for index, (group, found) in enumerate(zip(groups, matches, strict=True)):
             if any(match is not None for match in found):
                 group = _merge_matches(group, found, figures, self.config.unmatched, self.settings.default_temperature)
-            if bound is None or group.defect is not None or not is_too_old(group_version(group), policy_version, bound):
+            if bound is None or group.defect is not None or not is_stale(group_version(group), policy_version, bound):
                 fresh.append(group)
                 kept.append(index)
         stale = len(groups) - len(fresh)
@@ -380,7 +380,7 @@ def versions_behind(version: int, policy_version: int) -> int:
     return max(policy_version - version, 0)
 
 
-def is_too_old(version: int | None, policy_version: int, bound: int | None) -> bool:
+def is_stale(version: int | None, policy_version: int, bound: int | None) -> bool:
     """True when ``version`` is beyond ``off_policy.max_staleness`` (``bound``). An unknown version is not old."""
     return bound is not None and version is not None and versions_behind(version, policy_version) > bound
 
@@ -437,18 +437,18 @@ def staleness_metrics(samples: Sequence[TrainingSample], policy_version: int) ->
         trained = sample.token_versions[sample.loss_mask]
         known = trained[trained != UNKNOWN_VERSION]
         unknown_tokens += int(trained.size - known.size)
-        ages, counts = np.unique(np.clip(policy_version - known, 0, _OLDEST_BUCKET), return_counts=True)
-        tokens.update(dict(zip(ages.tolist(), counts.tolist(), strict=True)))
+        staleness, counts = np.unique(np.clip(policy_version - known, 0, _OLDEST_BUCKET), return_counts=True)
+        tokens.update(dict(zip(staleness.tolist(), counts.tolist(), strict=True)))
     exact = [versions_behind(version, policy_version) for version in oldest.values() if version is not None]
-    groups = Counter(min(age, _OLDEST_BUCKET) for age in exact)
+    groups = Counter(min(bucket, _OLDEST_BUCKET) for bucket in exact)
     metrics: dict[str, float | int | None] = {
         "off_policy/staleness_mean": sum(exact) / len(exact) if exact else None,
         "off_policy/staleness_max": max(exact) if exact else None,
         "off_policy/groups_of_unknown_version": len(oldest) - len(exact),
         "off_policy/tokens_of_unknown_version": unknown_tokens,
     }
-    metrics |= {f"off_policy/groups_at_staleness/{age}": count for age, count in sorted(groups.items())}
-    metrics |= {f"off_policy/tokens_at_staleness/{age}": count for age, count in sorted(tokens.items())}
+    metrics |= {f"off_policy/groups_at_staleness/{bucket}": count for bucket, count in sorted(groups.items())}
+    metrics |= {f"off_policy/tokens_at_staleness/{bucket}": count for bucket, count in sorted(tokens.items())}
     return metrics
 
 

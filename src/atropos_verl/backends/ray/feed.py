@@ -1,7 +1,7 @@
 """``TrajectoryFeed``: batches of the batch source → TransferQueue, slot by slot.
 
 It runs in a thread of the task runner. The trainer asks for slots; each is filled with one batch of the API, or with
-several where groups were too old to be trained on (``off_policy.max_staleness``). Groups above the size of a slot wait
+several where groups were too stale to train on (``off_policy.max_staleness``). Groups above the size of a slot wait
 for the next one. A batch is acked when the trainer says that a step consumed it, or part of it: the consumed groups,
 and the step of each, are kept beside the journalled batch (``batch_N.parts.json``) until all of it is consumed.
 """
@@ -190,7 +190,7 @@ class TrajectoryFeed:
         self.source.batches.discard_through(covered_step)
 
     def evicted(self, uids: set[str]) -> None:
-        """Settles slots that verl dropped as too old: nobody will train on them, and the API need not keep them."""
+        """Settles slots that verl dropped as too stale: nobody will train on them, and the API need not keep them."""
         with self._lock:
             slots = [self.slots.pop(uid) for uid in uids if uid in self.slots]
             for slot in slots:

@@ -496,7 +496,7 @@ def _validation_loader(config: Any, tokenizer: Any, processor: Any) -> tuple[Any
 
 
 class _Watching:
-    """Mixin: calls ``check`` between two looks, and ``on_evicted`` with the slots that verl dropped as too old."""
+    """Mixin: calls ``check`` between two looks, and ``on_evicted`` with the slots that verl dropped as too stale."""
 
     check: Callable[[], None]
     on_evicted: Callable[[set[str]], None]
@@ -525,7 +525,7 @@ class AtroposReplayBuffer(_Watching, ReplayBuffer):  # type: ignore[misc]
 
 
 class AtroposReplayBufferAsync(_Watching, ReplayBufferAsync):  # type: ignore[misc]
-    """Sampling with prefetched batches and a bound on their age."""
+    """Sampling with prefetched batches and a bound on their staleness."""
 
 
 class TransferQueueStore:
