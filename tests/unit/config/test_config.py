@@ -176,8 +176,9 @@ def test_the_demo() -> None:
 
 def test_overrides_reach_nested_keys_lists_and_open_sections() -> None:
     words = ["optim.lr=0.1", "advantage_clipping=[-2,2]", "atropos.headers.X-Key=abc", "model.override_config.eps=1e-3"]
+    words.append("supervise.stall_after=9")
     config = load_config(words, None, "atropos")
-    assert config.optim.lr == 0.1
+    assert (config.optim.lr, config.supervise.stall_after) == (0.1, 9.0)
     assert config.advantage_clipping == (-2.0, 2.0)
     assert config.atropos.headers == {"X-Key": "abc"}
     assert config.model.override_config == {"eps": 1e-3}

@@ -22,6 +22,7 @@ from atropos_verl.launch.environments import (
     private_arguments,
     user_arguments,
 )
+from atropos_verl.launch.plan import make_plan, one_environment
 from atropos_verl.launch.process import ServiceSpec
 
 MODEL = demo_model_path()
@@ -81,6 +82,24 @@ def test_the_command_is_adapted_to_the_run() -> None:
     assert {str(path): yaml.safe_load(text) for path, text in planned.files.items()} == {
         "/run/launch/demo.yaml": {"openai": {"api_key": "k"}}
     }
+
+
+def test_the_one_environment_of_training_keeps_its_file_names_and_registers_by_its_script(tmp_path: Path) -> None:
+    """``main_atropos.py``: the demo is given the run's seed."""
+    config = RunConfig.from_mapping({"run_dir": str(tmp_path), "seed": 7, "atropos": {"api_url": "http://a:8000"}})
+    made = make_plan(config, one_environment(config), own_api=True, probe_url=None, trains_here=True)
+    api, environment = made.services
+    assert (api.name, environment.name) == ("trajectory_api", "environment")
+    assert [spec.log_path.name for spec in made.services] == ["trajectory_api.log", "environment.log"]
+    assert environment.registers_as == options(environment.command)["--env.wandb_name"] == "spell_backward"
+    assert options(environment.command)["--env.seed"] == "7"
+    assert (environment.startup_timeout, environment.restarts) == (180.0, 5)
+    assert made.evaluations["before"][0].result == tmp_path / "eval" / "before" / "metrics.json"
+
+
+def test_an_upstream_api_is_not_restarted_beside_a_trainer_that_cannot_start_anew() -> None:
+    config = RunConfig.from_mapping({"atropos": {"server": "upstream"}})
+    assert one_environment(config).api.on_death == "stop"
 
 
 def test_arguments_of_the_user_win_and_omitted_ones_go() -> None:
