@@ -185,13 +185,14 @@ class TrainingServices:
             shutil.rmtree(data_dir)
         self._supervisor = Supervisor(self._plan, progress.note)
         self._supervisor.start_api()
-        self.evaluations = EvaluationProcesses(
-            self._plan.evaluations,
-            self.run_dir,
-            timeout=self.config.eval.timeout,
-            note=progress.note,
-            check=self._supervisor.check,
-        )
+        if self._plan.evaluations:
+            self.evaluations = EvaluationProcesses(
+                self._plan.evaluations,
+                self.run_dir,
+                timeout=self.config.eval.timeout,
+                note=progress.note,
+                check=self._supervisor.check,
+            )
         api = self.config.atropos.model_copy(update={"api_url": self._plan.api_url})
         return self.config.model_copy(update={"atropos": api})
 
