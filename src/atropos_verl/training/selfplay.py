@@ -13,7 +13,7 @@ from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.messages import EnvRegistration
 from atropos_verl.protocol.wire import encode_group
 from atropos_verl.provenance.ledger import Ledger
-from atropos_verl.types import Generation, GenerationRequest
+from atropos_verl.types import NO_LOGPROB, NOT_TRAINED, Generation, GenerationRequest
 
 __all__ = ["RewardFunction", "SelfPlay"]
 
@@ -95,9 +95,9 @@ class SelfPlay:
         hidden = len(prompt)
         return encode_group(
             tokens=[[*prompt, *g.token_ids] for g in group],
-            masks=[[-100] * hidden + list(g.token_ids) for g in group],
+            masks=[[NOT_TRAINED] * hidden + list(g.token_ids) for g in group],
             scores=scores,
-            inference_logprobs=[[1.0] * hidden + list(g.logprobs) for g in group],
+            inference_logprobs=[[NO_LOGPROB] * hidden + list(g.logprobs) for g in group],
             generation_params={
                 "temperature": self.config.temperature,
                 "policy_version": min(g.policy_version_first for g in group),
