@@ -1,4 +1,4 @@
-"""When the groups of a recorded run came: ``arrivals.jsonl`` of the trajectory API (``server/arrivals.py``)."""
+"""Reads when the groups of a recorded run came: ``arrivals.jsonl`` of the trajectory API (``server/batcher.py``)."""
 
 from __future__ import annotations
 

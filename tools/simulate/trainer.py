@@ -103,7 +103,7 @@ class Trainer:
 
     @property
     def is_waiting(self) -> bool:
-        """For a batch, and none is in hand."""
+        """It waits for a batch."""
         return self._waiting_since is not None and not self._ready
 
     def begin(self) -> None:

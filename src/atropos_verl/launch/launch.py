@@ -170,7 +170,7 @@ class RayLaunch:
     config_dir: Path
     config_name: str
     words: tuple[str, ...]
-    """Those of the trainer."""
+    """Settings of the trainer."""
 
     def trainer_words(self, config: RunConfig) -> tuple[str, ...]:
         """The words of the trainer's command for ``config`` (addresses filled in), relative paths made absolute."""

@@ -150,7 +150,7 @@ class AtroposClient:
         self.leased = False
         """The API has given out a leased batch: a failed ``GET /batch`` loses nothing there, and is tried again."""
         self.features: frozenset[str] = frozenset()
-        """What the API can do beyond upstream's, known after ``register``: ``idempotency``, ``leases``, …"""
+        """Features of the API beyond upstream's, known after ``register``: ``idempotency``, ``leases``, …"""
         self._batch_headers = {"Accept": f"{MEDIA_TYPE}, application/json"} if packed else {}
         if lease_seconds is not None:
             _at_least(lease_seconds, "atropos.lease_seconds", 0.0, exclusive=True)
