@@ -28,21 +28,21 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeAlias
 
+import psutil
 import xxhash
 
 from atropos_verl.errors import StorageDamagedError, StorageInUseError, StorageWriteError
-
-__all__ = ["Change", "Key", "RecordStore", "network_file_system", "sync_directory", "write_atomic"]
 
 logger = logging.getLogger(__name__)
 
 Key: TypeAlias = int | str
 Change: TypeAlias = tuple[str, Key, bytes | None]
 """Table, key, and the new value. None deletes the row."""
+_Job: TypeAlias = tuple[Sequence[Change] | None, Future[None]]
+"""Changes to store (None: accept changes again), and what is told when that is done."""
 
 _VERSION: Final = 1
 _PAGE_BYTES: Final = 32 * 2**10
@@ -78,46 +78,22 @@ def write_atomic(path: Path, data: bytes | str, *, private: bool = False, durabl
                 os.fsync(file.fileno())
         temporary.replace(path)
         if durable:
-            sync_directory(path.parent)
+            directory = os.open(path.parent, os.O_RDONLY)  # waits until the new name is on the disk, too
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
 
 
-def sync_directory(directory: Path) -> None:
-    """Wait until the names in ``directory`` are on the disk. Raises ``OSError``."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def network_file_system(path: Path, mounts: str | None = None) -> str | None:
-    """The type of the network file system that holds ``path``, or None on a local disk.
-
-    ``mounts``: the text of ``/proc/self/mountinfo``, for tests.
-    """
-    if mounts is None:
-        try:
-            mounts = Path("/proc/self/mountinfo").read_text()
-        except OSError:
-            return None
-    resolved, longest, kind = path.resolve(), -1, ""
-    for line in mounts.splitlines():
-        before, _, after = line.partition(" - ")
-        point = Path(before.split()[4].replace("\\040", " "))
-        if resolved.is_relative_to(point) and len(point.parts) >= longest:
-            longest, kind = len(point.parts), after.split()[0]
-    return kind if kind in _NETWORK_TYPES.split() else None
-
-
-@dataclass(slots=True)
-class _Job:
-    changes: Sequence[Change]
-    recovers: bool = False
-    done: Future[None] = field(default_factory=Future)
+def network_file_system(path: Path) -> str | None:
+    """The type of the network file system that holds ``path``, or None on a local disk."""
+    mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
+    holder = next((parent for parent in (path.resolve() / "_").parents if parent in mounts), None)
+    return mounts[holder] if holder is not None and mounts[holder] in _NETWORK_TYPES.split() else None
 
 
 class RecordStore:
@@ -139,6 +115,7 @@ class RecordStore:
         """Rows that ``read`` has moved aside: table and key."""
         self._owner = owner
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        """None: the store is closed."""
         self._failure: StorageWriteError | None = None
         self._unmoved_bytes = 0
         self._closed = False
@@ -173,7 +150,14 @@ class RecordStore:
                 else:
                     bad.append(key)
             for key in bad:
-                self._set_aside(table, key)
+                self.damaged.append((table, key))
+                logger.error(
+                    "%s: row %r of table %s is damaged; it was moved to the table 'damaged'", self.path, key, table
+                )
+                with self._db:
+                    self._db.execute("BEGIN IMMEDIATE")
+                    self._db.execute(f"INSERT INTO damaged SELECT '{table}', * FROM {table} WHERE key = ?", (key,))
+                    self._db.execute(f"DELETE FROM {table} WHERE key = ?", (key,))
         except sqlite3.DatabaseError as error:
             raise self._unreadable(error) from error
 
@@ -188,11 +172,11 @@ class RecordStore:
         The future raises ``StorageWriteError`` when the disk refuses, or when an earlier write was refused since the
         last ``recover``.
         """
-        return self._submit(_Job(changes))
+        return self._submit(changes)
 
     def recover(self) -> None:
         """Wait for the writes so far, then accept writes again after one was refused."""
-        self._submit(_Job((), recovers=True)).result()
+        self._submit(None).result()
 
     def close(self) -> None:
         """Finish the writes that wait, and let go of the directory. Idempotent."""
@@ -201,10 +185,7 @@ class RecordStore:
         self._closed = True
         self._jobs.put(None)
         self._thread.join()
-        try:
-            self._db.close()
-        except sqlite3.Error as error:
-            logger.warning("closing %s: %s", self.path, error)
+        self._db.close()
         os.close(self._lock)
 
     # --- opening -----------------------------------------------------------------------------------------------------
@@ -269,30 +250,20 @@ class RecordStore:
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, _VERSION):
                 raise StorageDamagedError(f"{self.path} is of version {version}; this program reads {_VERSION}")
-            db.execute("BEGIN IMMEDIATE")
-            db.execute(f"PRAGMA user_version = {_VERSION}")
-            for name, kind in tables.items():
-                key = "key INTEGER PRIMARY KEY" if kind is int else "key TEXT PRIMARY KEY"
-                rest = "" if kind is int else " WITHOUT ROWID"
-                columns = f"{key}, value BLOB NOT NULL, checksum INTEGER NOT NULL"
-                db.execute(f"CREATE TABLE IF NOT EXISTS {name} ({columns}){rest}")
-            db.execute("CREATE TABLE IF NOT EXISTS damaged (source TEXT, key, value BLOB, checksum INTEGER)")
-            db.execute("COMMIT")
-        except sqlite3.DatabaseError as error:
+            with db:
+                db.execute("BEGIN IMMEDIATE")
+                db.execute(f"PRAGMA user_version = {_VERSION}")
+                for name, kind in tables.items():
+                    key, rest = ("INTEGER", "") if kind is int else ("TEXT", " WITHOUT ROWID")
+                    columns = f"key {key} PRIMARY KEY, value BLOB NOT NULL, checksum INTEGER NOT NULL"
+                    db.execute(f"CREATE TABLE IF NOT EXISTS {name} ({columns}){rest}")
+                db.execute("CREATE TABLE IF NOT EXISTS damaged (source TEXT, key, value BLOB, checksum INTEGER)")
+        except BaseException as error:
             db.close()
-            raise self._write_error(error) if _is_full(error) else self._unreadable(error) from error
-        except BaseException:
-            db.close()
+            if isinstance(error, sqlite3.DatabaseError):
+                raise self._write_error(error) if _is_full(error) else self._unreadable(error) from error
             raise
         return db
-
-    def _set_aside(self, table: str, key: Key) -> None:
-        self.damaged.append((table, key))
-        logger.error("%s: row %r of table %s is damaged; it was moved to the table 'damaged'", self.path, key, table)
-        self._db.execute("BEGIN IMMEDIATE")
-        self._db.execute(f"INSERT INTO damaged SELECT '{table}', * FROM {table} WHERE key = ?", (key,))
-        self._db.execute(f"DELETE FROM {table} WHERE key = ?", (key,))
-        self._db.execute("COMMIT")
 
     def _unreadable(self, error: sqlite3.Error) -> StorageDamagedError:
         return StorageDamagedError(
@@ -302,13 +273,14 @@ class RecordStore:
 
     # --- the writer thread -------------------------------------------------------------------------------------------
 
-    def _submit(self, job: _Job) -> Future[None]:
-        job.done.set_running_or_notify_cancel()  # a caller that is cancelled does not undo a write
+    def _submit(self, changes: Sequence[Change] | None) -> Future[None]:
+        done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # a caller that is cancelled does not undo a write
         if self._closed:
-            job.done.set_exception(StorageWriteError(f"{self.path} is closed"))
+            done.set_exception(StorageWriteError(f"{self.path} is closed"))
         else:
-            self._jobs.put(job)
-        return job.done
+            self._jobs.put((changes, done))
+        return done
 
     def _run(self) -> None:
         closing = False
@@ -325,32 +297,29 @@ class RecordStore:
                 self._move_wal(shrink=not group)
 
     def _process(self, group: list[_Job]) -> None:
-        changes = [change for job in group for change in job.changes]
-        together = self._failure is None and (not changes or self._commit(changes) is None)
-        for job in group:  # one by one, where that failed: those before the one that fails are stored
-            if job.recovers:
+        together = [change for changes, _ in group for change in changes or ()]
+        stored = self._failure is None and (not together or self._commit(together) is None)
+        for changes, done in group:  # one by one, where that failed: those before the one that fails are stored
+            if changes is None:
                 self._failure = None
-            elif not together and self._failure is None:
-                self._failure = self._commit(job.changes)
+            elif not stored and self._failure is None:
+                self._failure = self._commit(changes)
             if self._failure is None:
-                job.done.set_result(None)
+                done.set_result(None)
             else:
-                job.done.set_exception(self._failure)
+                done.set_exception(self._failure)
 
     def _commit(self, changes: Sequence[Change]) -> StorageWriteError | None:
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            for table, key, value in changes:
-                if value is None:
-                    self._db.execute(f"DELETE FROM {table} WHERE key = ?", (key,))
-                else:
-                    self._db.execute(f"REPLACE INTO {table} VALUES (?, ?, ?)", (key, value, _checksum(value)))
-                self._unmoved_bytes += len(value or b"") + _PAGE_BYTES
-            self._db.execute("COMMIT")
+            with self._db:
+                self._db.execute("BEGIN IMMEDIATE")
+                for table, key, value in changes:
+                    if value is None:
+                        self._db.execute(f"DELETE FROM {table} WHERE key = ?", (key,))
+                    else:
+                        self._db.execute(f"REPLACE INTO {table} VALUES (?, ?, ?)", (key, value, _checksum(value)))
+                    self._unmoved_bytes += len(value or b"") + _PAGE_BYTES
         except Exception as error:  # noqa: BLE001 - the thread's boundary: the futures carry it to the callers
-            with contextlib.suppress(sqlite3.Error):
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
             return self._write_error(error)
         return None
 

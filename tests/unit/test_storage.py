@@ -11,7 +11,9 @@ import sqlite3
 import stat
 from concurrent.futures import wait
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from support.serving import eventually
 
@@ -49,18 +51,16 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-MOUNTS = """\
-22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/root rw
-31 22 0:40 / /mnt/my\\040share rw - nfs4 server:/export rw
-32 31 0:41 / /mnt/my\\040share/local rw - xfs /dev/sdb rw
-"""
-
-
 @pytest.mark.parametrize(
     ("path", "kind"), [("/home", None), ("/mnt/my share/run", "nfs4"), ("/mnt/my share/local/run", None)]
 )
-def test_a_network_file_system_is_known_by_its_mount(path: str, kind: str | None) -> None:
-    assert network_file_system(Path(path), MOUNTS) == kind
+def test_a_network_file_system_is_known_by_its_mount(
+    monkeypatch: pytest.MonkeyPatch, path: str, kind: str | None
+) -> None:
+    mounts = [("/", "ext4"), ("/mnt/my share", "nfs4"), ("/mnt/my share/local", "xfs")]
+    found = [SimpleNamespace(mountpoint=point, fstype=fstype) for point, fstype in mounts]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: found)
+    assert network_file_system(Path(path)) == kind
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
