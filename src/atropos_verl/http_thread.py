@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import logging
 import socket
 import threading
 import time
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from atropos_verl.errors import ServiceError
 
 if TYPE_CHECKING:
     import uvicorn
-
-__all__ = ["ServerThread", "bracketed", "disconnected", "listen", "reachable", "uvicorn_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -102,15 +100,13 @@ class ServerThread:
             listener = listen(self._host, self._port, self._service, self._advice)
         try:
             app = self.make_app()
-            config = uvicorn_config(app, **self._options)
+            self._server = server = uvicorn.Server(uvicorn_config(app, **self._options))
         except BaseException:
             listener.close()
             raise
         self._port, self._was_started, self._failure = int(listener.getsockname()[1]), True, None
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(
-            target=self._serve, args=(self._server, listener), name=self._service.replace(" ", "-"), daemon=True
-        )
+        name = self._service.replace(" ", "-")
+        self._thread = threading.Thread(target=self._serve, args=(server, listener), name=name, daemon=True)
         self._thread.start()
         try:
             self._wait_until_serving(timeout)
@@ -143,9 +139,7 @@ class ServerThread:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def _serve(self, server: uvicorn.Server, listener: socket.socket) -> None:
@@ -164,22 +158,16 @@ class ServerThread:
             if not self.is_running:
                 text = f"{self._service}: failed to start: {self._failure!r}"
                 raise ServiceError(text, self._service) from self._failure
-            if self._probe():
-                return
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                connection = http.client.HTTPConnection(reachable(self._host), self._port, timeout=_PROBE_TIMEOUT)
+                with contextlib.closing(connection):
+                    connection.request("GET", "/health")
+                    if connection.getresponse().status == 200:
+                        return
             if time.monotonic() > deadline:
                 text = f"{self._service}: no answer from {self.url}/health within {timeout} s of starting"
                 raise ServiceError(f"{text} (start timeout)", self._service)
             time.sleep(_PROBE_INTERVAL)
-
-    def _probe(self) -> bool:
-        connection = http.client.HTTPConnection(reachable(self._host), self._port, timeout=_PROBE_TIMEOUT)
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            connection.close()
 
 
 async def disconnected(receive: Any) -> None:
@@ -192,22 +180,22 @@ def uvicorn_config(app: Any, **options: Any) -> uvicorn.Config:
     """uvicorn's settings that every server of this project shares."""
     import uvicorn
 
-    shared: dict[str, Any] = {
-        "log_config": None,  # uvicorn's loggers propagate to the application's logging like everybody else's
-        "log_level": "warning",
-        "access_log": False,
-        "timeout_keep_alive": _KEEP_ALIVE_TIMEOUT,
-        "backlog": _BACKLOG,
-        "ws": "none",
-    }
-    return uvicorn.Config(app, **{**shared, **options})
+    return uvicorn.Config(
+        app,
+        log_config=None,  # uvicorn's loggers propagate to the application's logging like everybody else's
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=_KEEP_ALIVE_TIMEOUT,
+        backlog=_BACKLOG,
+        ws="none",
+        **options,
+    )
 
 
 def listen(host: str, port: int, service: str, advice: str) -> socket.socket:
     """A listening socket: a second process learns here, and not later, that the port is taken.
 
-    Raises:
-        ServiceError: names address, cause and ``advice``.
+    Raises ``ServiceError`` with address, cause and ``advice``.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)

@@ -1,4 +1,4 @@
-"""``create_app``: the trajectory API as an ASGI application: who may call, routing, and errors as answers.
+"""``TrajectoryApi``: the trajectory API as an ASGI application: who may call, the paths, and errors as answers.
 
 A server on the loopback without a token is still reachable by every web page the user has open. Such requests name
 their site in ``Origin``, or (DNS rebinding) in ``Host``. Both are checked before anything else.
@@ -10,9 +10,12 @@ import asyncio
 import base64
 import contextlib
 import hmac
+import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,44 +28,85 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from atropos_verl.errors import StorageWriteError
-from atropos_verl.protocol.schema import Refusal
-from atropos_verl.server.bodies import BatchResponse, BodyError, Connections, choose_encoding, compressor
-from atropos_verl.server.routes import Handler, Routes
+from atropos_verl.protocol.messages import AckRequest, EnvIdentifier, EnvRegistration, TrainerRegistration
+from atropos_verl.protocol.schema import CheckedGroup, Refusal, check_group, split_list
+from atropos_verl.protocol.wire import MEDIA_TYPE, pack_group
+from atropos_verl.server.batcher import StoredGroup
+from atropos_verl.server.bodies import (
+    BatchResponse,
+    BodyError,
+    Connection,
+    choose_encoding,
+    compressor,
+    decoded,
+    idempotency,
+    json_parts,
+    lease_seconds,
+    packed_parts,
+    read_body,
+)
 from atropos_verl.server.settings import ServerSettings
-from atropos_verl.server.status import Counters
-from atropos_verl.server.store import ConflictError, QueueFullError, Store, UnknownLeaseError
-
-__all__ = ["TrajectoryApi", "create_app"]
+from atropos_verl.server.status import Counters, Metrics, env_status, environments, status
+from atropos_verl.server.status_barrier import StatusBarrier
+from atropos_verl.server.store import ConflictError, Environment, QueueFullError, Store, UnknownLeaseError
 
 logger = logging.getLogger(__name__)
 
+Handler = Callable[[Request], Awaitable[Response]]
+
+FEATURES = ("batch_fill", "idempotency", "leases", "packed")
+"""Features beyond upstream's protocol; a client learns them at ``/register``."""
 _TICK_SECONDS = 1.0
 _OPEN_PATHS = frozenset({"/", "/health"})
 """Hold no data: the name of the API, and an empty page that asks for the token."""
 _CLIENT_GONE = 499
+_PACKED_SHARE = 0.2
+"""Bytes of packed groups kept ahead of need, over those received. (A packed group has about a third of its JSON.)"""
+_NOT_REGISTERED = {"status": "error", "message": "Trainer not registered. Call /register first.", "batch": []}
+_SHOWN_TEXT = 400
+_SHOWN_ROWS = 16
+_EXAMPLE = "tokens masks scores advantages ref_logprobs generation_params inference_logprobs messages images"
 
 
-def create_app(settings: ServerSettings | None = None, now: Callable[[], float] = time.time) -> TrajectoryApi:
-    """The API over a store that is opened here. ``now``: seconds since the epoch, for tests.
+class TrajectoryApi:
+    """An ASGI application over a store that it opens. ``now``: seconds since the epoch, for tests. ``close`` it.
 
     Raises:
         ConfigError, StorageDamagedError, StorageWriteError: the data directory cannot be used.
     """
-    return TrajectoryApi(Store(settings or ServerSettings(), now))
 
-
-class TrajectoryApi:
-    """An ASGI application. ``close`` it when no server with lifespan support does."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.counters = Counters(started_at=store.now())
-        self.connections = Connections()
-        """Fed by ``delivery.protocol_class``."""
-        self.handlers: dict[str, dict[str, Handler]] = {}
-        """By path and method."""
-        for method, path, handler in Routes(store, self.counters, self.connections).table():
-            self.handlers.setdefault(path, {})[method] = handler
+    def __init__(self, settings: ServerSettings | None = None, now: Callable[[], float] = time.time) -> None:
+        self.store = Store(settings or ServerSettings(), now)
+        self.counters = Counters(started_at=now())
+        self.connections: dict[Any, Connection] = {}
+        """By the client's address; fed by ``bodies.protocol_class``. Empty under a server that tells nothing."""
+        self._metrics = Metrics(self.store, self.counters)
+        self._barrier = StatusBarrier()
+        self._page = Path(__file__).with_name("page.html").read_bytes()
+        reset: dict[str, Handler] = {"POST": self.reset_data}
+        if self.store.settings.allow_get_reset:
+            reset["GET"] = self.reset_data
+        self.handlers: dict[str, dict[str, Handler]] = {
+            "/": {"GET": self.root},
+            "/health": {"GET": self.health},
+            "/register": {"POST": self.register},
+            "/register-env": {"POST": self.register_env},
+            "/disconnect-env": {"POST": self.disconnect_env},
+            "/wandb_info": {"GET": self.wandb_info},
+            "/info": {"GET": self.info},
+            "/scored_data": {"POST": self.scored_data},
+            "/scored_data_list": {"POST": self.scored_data_list},
+            "/status": {"GET": self.status},
+            "/status-env": {"GET": self.status_env},
+            "/latest_example": {"GET": self.latest_example},
+            "/reset_data": reset,
+            "/batch": {"GET": self.batch},
+            "/batch/ack": {"POST": self.ack},
+            "/batch/renew": {"POST": self.renew},
+            "/batch/release": {"POST": self.release},
+            "/metrics": {"GET": self.metrics},
+            "/page-data": {"GET": self.page_data},
+        }
         failures = (Refusal, BodyError, QueueFullError, ConflictError, UnknownLeaseError, StorageWriteError)
         self._app = Starlette(
             routes=[self._route(path, by_method) for path, by_method in self.handlers.items()],
@@ -74,12 +118,14 @@ class TrajectoryApi:
     def close(self) -> None:
         self.store.close()
 
+    # --- every request -----------------------------------------------------------------------------------------------
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         request = Request(scope, receive)
-        connection = self.connections.get(scope.get("client"))
+        connection = self._connection(request)
         if connection is not None:
             connection.done()
         allowed_origin = self._cors_headers(request)
@@ -100,6 +146,8 @@ class TrajectoryApi:
     def _route(self, path: str, by_method: dict[str, Handler]) -> Route:
         async def endpoint(request: Request) -> Response:
             response = await by_method[request.method](request)
+            if request.method == "POST" or path in ("/batch", "/reset_data"):
+                await self.store.synced()
             if isinstance(response, BatchResponse):
                 return response
             encoding = choose_encoding(self.store.settings.compression, request, len(response.body))
@@ -115,6 +163,12 @@ class TrajectoryApi:
         route.methods = set(by_method)  # without HEAD, which would hand a batch out
         return route
 
+    async def _body(self, request: Request) -> bytes:
+        return await read_body(request, self.store.settings)
+
+    def _connection(self, request: Request) -> Connection | None:
+        return self.connections.get(request.scope.get("client"))
+
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         ticker = asyncio.create_task(self._tick())
@@ -122,7 +176,6 @@ class TrajectoryApi:
         ticker.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await ticker
-        self.close()
 
     async def _tick(self) -> None:
         """Leases end on time, also when nobody asks."""
@@ -133,42 +186,43 @@ class TrajectoryApi:
                 await self.store.synced()
 
     async def _failed(self, request: Request, error: Exception) -> Response:
-        path, detail = request.scope["path"], str(error)
+        detail, headers = str(error), {}
+        if isinstance(error, Refusal | BodyError):
+            self.counters.refused[error.reason] += 1
+            about = {"event": "refused", "reason": error.reason}
+            logger.warning("%s refused: %s", request.scope["path"], error, extra=about)
         match error:
             case Refusal():
-                self.counters.refused[error.reason] += 1
-                logger.warning("%s refused: %s", path, error, extra={"event": "refused", "reason": error.reason})
                 return _json(error.as_fields(), 422)
             case BodyError():
-                self.counters.refused[error.reason] += 1
-                logger.warning("%s refused: %s", path, error)
                 # The rest of the body is not read: the connection cannot be used again.
-                return _json({"detail": detail}, error.status, {"connection": "close"})
+                status_code, headers = error.status, {"connection": "close"}
             case QueueFullError():
                 self.counters.refused["queue_full"] += 1
-                return _json({"detail": detail}, 429, {"retry-after": str(max(1, round(error.retry_after)))})
-            case ConflictError():
-                return _json({"detail": detail, "message": detail}, 409)
-            case UnknownLeaseError():
-                return _json({"detail": detail, "message": detail}, 404)
+                status_code, headers = 429, {"retry-after": "1"}
+            case ConflictError() | UnknownLeaseError():
+                status_code = 409 if isinstance(error, ConflictError) else 404
+                return _json({"detail": detail, "message": detail}, status_code)
             case HTTPException():
-                return _json({"detail": error.detail}, error.status_code, dict(error.headers or {}))
+                detail, status_code, headers = error.detail, error.status_code, dict(error.headers or {})
             case ClientDisconnect():
                 return Response(status_code=_CLIENT_GONE)
             case _:
-                return _json({"detail": detail}, 507)
-
-    # --- who may call ------------------------------------------------------------------------------------------------
+                status_code = 507
+        return _json({"detail": detail}, status_code, headers)
 
     def _refused(self, request: Request) -> Response | None:
         """The answer to a request that is not allowed, else None."""
         settings, headers = self.store.settings, request.headers
         host, origin = headers.get("host", ""), headers.get("origin", "")
+        forbidden = None
         if settings.allowed_hosts and _hostname(host) not in settings.allowed_hosts:
-            return self._forbidden(f"host {host!r} is not allowed; start the server with --allowed-host to add it")
-        own_page = bool(host) and origin.partition("://")[2] == host
-        if origin and not own_page and not self._is_allowed(origin):
-            return self._forbidden(f"origin {origin!r} is not allowed; start the server with --cors-origin to add it")
+            forbidden = f"host {host!r} is not allowed; start the server with --allowed-host to add it"
+        elif origin and not (host and origin.partition("://")[2] == host) and not self._is_allowed(origin):
+            forbidden = f"origin {origin!r} is not allowed; start the server with --cors-origin to add it"
+        if forbidden is not None:
+            self.counters.refused["forbidden"] += 1
+            return _json({"detail": forbidden}, 403)
         if settings.token is None or request.scope["path"] in _OPEN_PATHS:
             return None
         sent = _sent_token(headers.get("authorization", "").encode("latin-1"))
@@ -177,10 +231,6 @@ class TrajectoryApi:
         self.counters.refused["unauthorized"] += 1
         detail = "this server demands its token: send 'Authorization: Bearer TOKEN'"
         return _json({"detail": detail}, 401, {"www-authenticate": "Bearer"})
-
-    def _forbidden(self, detail: str) -> Response:
-        self.counters.refused["forbidden"] += 1
-        return _json({"detail": detail}, 403)
 
     def _is_allowed(self, origin: str) -> bool:
         return "*" in self.store.settings.cors_origins or origin in self.store.settings.cors_origins
@@ -198,9 +248,272 @@ class TrajectoryApi:
             (b"vary", b"Origin"),
         ]
 
+    # --- trainer and environments ------------------------------------------------------------------------------------
 
-def _json(fields: Any, status: int, headers: dict[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(fields), status, headers, "application/json")
+    async def register(self, request: Request) -> Response:
+        kind = self.store.register(decoded(await self._body(request), TrainerRegistration))
+        current = self.store.registration
+        assert current is not None
+        return _json(
+            {
+                # Upstream gives 128 bits; 63 are read by every JSON parser.
+                "uuid": uuid.uuid4().int >> 65,
+                "registration": kind,
+                "batch_size": current.batch_size,
+                "max_token_len": current.max_token_len,
+                "current_step": self.store.step,
+                "features": FEATURES,
+            }
+        )
+
+    async def register_env(self, request: Request) -> Response:
+        environment = self.store.register_env(decoded(await self._body(request), EnvRegistration))
+        registration = self.store.registration
+        if environment is None or registration is None:
+            return _json({"status": "wait for trainer to start"})
+        return _json(
+            {
+                "status": "success",
+                "env_id": environment.env_id,
+                "wandb_name": environment.real_name,
+                "checkpoint_dir": registration.checkpoint_dir,
+                "starting_step": self.store.step,
+                "checkpoint_interval": registration.save_checkpoint_interval,
+                "num_steps": registration.num_steps,
+            }
+        )
+
+    async def disconnect_env(self, request: Request) -> Response:
+        env_id = decoded(await self._body(request), EnvIdentifier).env_id
+        if not self.store.disconnect_env(env_id):
+            return _json({"status": "failure", "error": f"env_id {env_id} is not a registered environment"})
+        return _json({"status": "success"})
+
+    async def wandb_info(self, request: Request) -> Response:
+        registration = self.store.registration
+        group = None if registration is None else registration.wandb_group
+        return _json({"group": group, "project": None if registration is None else registration.wandb_project})
+
+    async def info(self, request: Request) -> Response:
+        registration = self.store.registration
+        if registration is None:
+            return _json({"batch_size": -1, "max_token_len": -1})
+        return _json({"batch_size": registration.batch_size, "max_token_len": registration.max_token_len})
+
+    async def reset_data(self, request: Request) -> Response:
+        self.store.reset()
+        return Response("Reset successful", media_type="text/plain")
+
+    # --- groups ------------------------------------------------------------------------------------------------------
+
+    async def scored_data(self, request: Request) -> Response:
+        return await self._take(request, is_list=False)
+
+    async def scored_data_list(self, request: Request) -> Response:
+        return await self._take(request, is_list=True)
+
+    async def _take(self, request: Request, *, is_list: bool) -> Response:
+        store, counters = self.store, self.counters
+        body = await self._body(request)
+        key, digest = idempotency(request, body)
+        answer = store.replied(key, digest)
+        if answer is not None:
+            return Response(answer, media_type="application/json")
+        if is_list:
+            groups = [self._checked(raw, index) for index, raw in enumerate(split_list(body))]
+        else:
+            groups = [self._checked(body, None)]
+        env_id = groups[0].env_id if groups else None
+        await self._barrier.before_accept(env_id)
+        for group in groups:
+            if group.env_id is not None:
+                self._known_env(group.env_id)  # a reset meanwhile has made it unknown
+        first = store.next_seq
+        answer = store.accept(groups, lambda duplicates: self._reply(groups, duplicates, is_list), key, digest)
+        for group in groups:
+            store.hear_env(group.env_id)
+        by_digest = {group.digest: group for group in groups}
+        for seq in range(first, store.next_seq):
+            stored = store.groups[seq]
+            checked = by_digest[stored.digest]
+            # After the answer, which its sender need not wait for: packing, and freeing some 50,000 numbers.
+            asyncio.get_running_loop().call_soon(self._answered, stored, checked)
+            counters.bytes_in += len(checked.raw)
+            counters.happened(store.now(), groups=1, tokens=checked.tokens)
+            counters.glimpses.append(_glimpse(checked, store.now()))
+        self._barrier.accepted(env_id, self._connection(request))
+        return Response(answer, media_type="application/json")
+
+    def _known_env(self, env_id: int) -> Environment:
+        environment = self.store.environment(env_id)
+        if environment is None:
+            text = f"env_id = {env_id} is not a registered environment; POST /register-env first"
+            raise Refusal("unknown_env", text, "env_id", value=env_id)
+        return environment
+
+    def _checked(self, raw: bytes, index: int | None) -> CheckedGroup:
+        store, trainer = self.store, self.store.registration
+        vocab_size = None if trainer is None else trainer.vocab_size
+        try:
+            group = check_group(
+                raw, vocab_size=vocab_size, environments=len(store.environments), strict=store.settings.strict
+            )
+            if trainer is not None and trainer.batch_fill == "exact" and group.size > trainer.batch_size:
+                # It could never be handed out.
+                text = f"tokens has {group.size} sequences, but a batch has {trainer.batch_size} and batch_fill is"
+                raise Refusal("too_large", f"{text} 'exact'", "tokens", value=group.size, env_id=group.env_id)
+        except Refusal as refusal:
+            refusal.group = index
+            environment = store.environment(refusal.env_id)
+            if environment is not None:
+                environment.refused += 1
+            raise
+        return group
+
+    def _answered(self, stored: StoredGroup, checked: CheckedGroup) -> None:
+        """Pack ahead of need while that takes little beside what was received. Holds the last reference to the
+        decoded group."""
+        store = self.store
+        room = _PACKED_SHARE * (store.held_bytes - store.packed_bytes) - store.packed_bytes
+        wanted = store.wants_packed and room > 0
+        if wanted and store.groups.get(stored.seq) is stored and stored.packed is None:
+            store.keep_packed(stored, pack_group(checked))
+
+    def _reply(self, groups: Sequence[CheckedGroup], duplicates: int, is_list: bool) -> bytes:
+        """Upstream's answer to a POST, made before the groups are queued."""
+        is_new = is_list or not duplicates
+        buffered = [size for group in groups if (size := self._odd_sequences(group, is_new)) is not None]
+        fields: dict[str, Any] = {"status": "received"}
+        if is_list:
+            fields["groups_processed"] = len(groups)
+            if buffered:
+                fields |= {"buffered": len(buffered), "last_buffer_size": buffered[-1]}
+        elif buffered:
+            fields = {"status": "buffered", "buffer_size": buffered[0]}
+        if duplicates:
+            fields |= {"duplicates": duplicates} if is_list else {"duplicate": True}
+        return msgspec.json.encode(fields)
+
+    def _odd_sequences(self, group: CheckedGroup, is_new: bool) -> int | None:
+        """Upstream's ``buffer_size``: sequences of this environment that wait in groups of another size than it
+        registered with. Here such groups wait like all others. None: the group has the usual size."""
+        environment = self.store.environment(group.env_id)
+        if environment is None or group.size == environment.group_size:
+            return None
+        waiting = sum(
+            size * len(members)
+            for (env_id, size), members in self.store.queue.classes.items()
+            if env_id == group.env_id and size != environment.group_size
+        )
+        return waiting + (group.size if is_new else 0)
+
+    async def latest_example(self, request: Request) -> Response:
+        latest = self.store.latest
+        if latest is None:  # upstream's answer while nothing came
+            return _json({name: [] for name in _EXAMPLE.split()})
+        return Response(b"".join(latest.json_parts()), media_type="application/json")
+
+    # --- batches -----------------------------------------------------------------------------------------------------
+
+    async def batch(self, request: Request) -> Response:
+        store = self.store
+        lease = request.headers.get("x-atropos-lease")
+        seconds = None if lease is None else lease_seconds(lease, store.settings.max_lease, "X-Atropos-Lease")
+        wants_packed = MEDIA_TYPE in request.headers.get("accept", "")
+        if store.registration is None:
+            return _json(_NOT_REGISTERED)
+        store.hear_trainer()
+        store.wants_packed = store.wants_packed or wants_packed
+        batch = store.next_batch(seconds)
+        if batch is None:
+            return _json({"batch": None})
+        members = store.members(batch)
+        tokens = sum(group.tokens for group in members)
+        self.counters.happened(store.now(), batches=1)
+        about = {"event": "batch", "step": batch.step, "groups": len(members), "tokens": tokens}
+        logger.info(
+            "batch of step %d: %d groups, %d sequences, %d tokens%s",
+            batch.step,
+            len(members),
+            sum(group.size for group in members),
+            tokens,
+            "" if batch.deliveries == 1 else f" (delivery number {batch.deliveries})",
+            extra={**about, "lease": batch.lease_id},
+        )
+        parts = packed_parts(members) if wants_packed else json_parts(members)
+        return BatchResponse(
+            batch,
+            parts,
+            MEDIA_TYPE if wants_packed else "application/json",
+            store=store,
+            counters=self.counters,
+            connection=self._connection(request),
+            encoding=choose_encoding(store.settings.compression, request, sum(map(len, parts))),
+        )
+
+    async def ack(self, request: Request) -> Response:
+        lease_id = decoded(await self._body(request), AckRequest).lease_id
+        outcome = self.store.ack(lease_id)
+        self.store.hear_trainer()
+        return _json({"status": "success", "ack": outcome, "lease_id": lease_id})
+
+    async def renew(self, request: Request) -> Response:
+        asked = decoded(await self._body(request), AckRequest)
+        seconds = lease_seconds(asked.seconds, self.store.settings.max_lease, "seconds")
+        deadline = self.store.renew(asked.lease_id, seconds)
+        self.store.hear_trainer()
+        return _json({"status": "success", "lease_id": asked.lease_id, "deadline": deadline})
+
+    async def release(self, request: Request) -> Response:
+        lease_id = decoded(await self._body(request), AckRequest).lease_id
+        self.store.release(lease_id)
+        return _json({"status": "success", "lease_id": lease_id})
+
+    # --- figures -----------------------------------------------------------------------------------------------------
+
+    async def root(self, request: Request) -> Response:
+        if "text/html" in request.headers.get("accept", ""):
+            return Response(self._page, media_type="text/html")
+        return _json({"message": "AtroposLib API"})
+
+    async def health(self, request: Request) -> Response:
+        return _json({"status": "ok"})
+
+    async def status(self, request: Request) -> Response:
+        self.store.expire()
+        return _json(status(self.store))
+
+    async def status_env(self, request: Request) -> Response:
+        body, asked = await self._body(request), request.query_params.get("env_id", "")
+        env_id = int(asked) if not body and asked.lstrip("-").isdigit() else decoded(body, EnvIdentifier).env_id
+        self._known_env(env_id)
+        self.store.hear_env(env_id)
+        await self._barrier.before_status(env_id, self._connection(request))
+        self.store.expire()
+        return _json(env_status(self.store, self._known_env(env_id)))
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def page_data(self, request: Request) -> Response:
+        store, now = self.store, self.store.now()
+        store.expire()
+        return _json(
+            {
+                "status": status(store),
+                "environments": environments(store),
+                "per_second": self.counters.per_second(now),
+                "series": [[row[0] - int(now), *row[1:]] for row in self.counters.series],
+                "latest": list(self.counters.glimpses),
+                "now": now,
+                "registration": store.registration,
+                "refused": dict(self.counters.refused),
+            }
+        )
+
+
+def _json(fields: Any, status_code: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(fields), status_code, headers, "application/json")
 
 
 def _sent_token(header: bytes) -> bytes:
@@ -222,3 +535,17 @@ def _hostname(host: str) -> str:
         return (urlsplit(f"//{host}").hostname or "").lower()
     except ValueError:  # "[" without "]"
         return ""
+
+
+def _glimpse(group: CheckedGroup, now: float) -> dict[str, Any]:
+    """The part of an accepted group that the live page shows: its last message, else its first token ids."""
+    text = f"token ids {group.fields.tokens[0][:24]}"
+    messages = group.fields.messages
+    if isinstance(messages, list) and messages and isinstance(messages[0], list) and messages[0]:
+        last = messages[0][-1]
+        content = last.get("content")
+        said = content if isinstance(content, str) else json.dumps(content)
+        text = f"{last.get('role')}: {said}"
+    lengths = [len(row) for row in group.fields.tokens[:_SHOWN_ROWS]]
+    scores = group.fields.scores[:_SHOWN_ROWS]
+    return {"at": now, "env_id": group.env_id, "scores": scores, "lengths": lengths, "text": text[:_SHOWN_TEXT]}

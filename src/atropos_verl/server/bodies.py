@@ -23,10 +23,10 @@ import importlib.util
 import ipaddress
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -39,25 +39,10 @@ from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.status import Counters
 from atropos_verl.server.store import Batch, Store
 
-__all__ = [
-    "BatchResponse",
-    "BodyError",
-    "Connection",
-    "Connections",
-    "choose_encoding",
-    "compressor",
-    "decoded",
-    "idempotency",
-    "json_parts",
-    "lease_seconds",
-    "packed_parts",
-    "protocol_class",
-    "read_body",
-]
-
 _T = TypeVar("_T")
 Address = tuple[str, int]
 _GZIP = 16 + zlib.MAX_WBITS
+_GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 _IN_THREAD = 256 * 2**10
 """Compressed bytes from which inflating is left to a thread (zlib lets the event loop run meanwhile)."""
 _MAX_KEY = 255
@@ -87,67 +72,53 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
             gzip), 400 (not the encoding it says).
         ClientDisconnect: the client is gone.
     """
-    announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > settings.max_body_bytes:
-        raise _too_long("body", settings.max_body_bytes, "max_body_bytes")
-    body = await _receive_all(request, settings)
     encoding = request.headers.get("content-encoding", "").strip().lower()
+    announced = request.headers.get("content-length", "")
+    parts: list[bytes] = []
+    length = int(announced) if announced.isdigit() else 0
+    _check_length(length, settings.max_body_bytes, "body", "max_body_bytes")
+    length, loop = 0, asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(settings.body_timeout) as silence:
+            async for part in request.stream():
+                length += len(part)
+                _check_length(length, settings.max_body_bytes, "body", "max_body_bytes")
+                parts.append(part)
+                silence.reschedule(loop.time() + settings.body_timeout)
+    except TimeoutError:
+        text = f"no data for {settings.body_timeout:g} s (body_timeout), {length} bytes came"
+        raise BodyError(408, "body_timeout", text) from None
+    body = parts[0] if len(parts) == 1 else b"".join(parts)
     if encoding in ("", "identity"):
-        if len(body) > settings.max_inflated_bytes:
-            raise _too_long("body", settings.max_inflated_bytes, "max_inflated_bytes")
+        _check_length(length, settings.max_inflated_bytes, "body", "max_inflated_bytes")
         return body
     if encoding not in ("gzip", "x-gzip", "deflate"):
         raise BodyError(415, "encoding", f"content-encoding {encoding!r} is not supported; send gzip, or none")
-    bits = zlib.MAX_WBITS if encoding == "deflate" else _GZIP
-    if len(body) < _IN_THREAD:
-        return _inflate(body, bits, settings.max_inflated_bytes)
-    return await asyncio.to_thread(_inflate, body, bits, settings.max_inflated_bytes)
+    if length < _IN_THREAD:
+        return _inflate(body, settings.max_inflated_bytes)
+    return await asyncio.to_thread(_inflate, body, settings.max_inflated_bytes)
 
 
-async def _receive_all(request: Request, settings: ServerSettings) -> bytes:
-    parts: list[bytes] = []
-    length = 0
-    while True:
+def _check_length(length: int, limit: int, what: str, name: str) -> None:
+    if length > limit:
+        raise BodyError(413, "too_long", f"the {what} is longer than {limit} bytes ({name})")
+
+
+def _inflate(body: bytes, limit: int) -> bytes:
+    """All members of a gzip (or zlib) body. Stops at ``limit`` bytes, however much more there is."""
+    inflated = b""
+    while body:
+        inflater = zlib.decompressobj(_GZIP_OR_ZLIB)
         try:
-            async with asyncio.timeout(settings.body_timeout):
-                message = await request.receive()
-        except TimeoutError:
-            text = f"no data for {settings.body_timeout:g} s (body_timeout), {length} bytes came"
-            raise BodyError(408, "body_timeout", text) from None
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        part = message.get("body", b"")
-        length += len(part)
-        if length > settings.max_body_bytes:
-            raise _too_long("body", settings.max_body_bytes, "max_body_bytes")
-        parts.append(part)
-        if not message.get("more_body", False):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _inflate(body: bytes, bits: int, limit: int) -> bytes:
-    """All members of a gzip body. Stops at ``limit`` bytes, however much more there is."""
-    parts: list[bytes] = []
-    length = 0
-    rest = body
-    while rest:
-        inflater = zlib.decompressobj(bits)
-        try:
-            part = inflater.decompress(rest, limit + 1 - length)
+            part = inflater.decompress(body, limit + 1 - len(inflated))
         except zlib.error as error:
             raise BodyError(400, "encoding", f"Invalid gzip payload: {error}") from None
-        length += len(part)
-        if length > limit or inflater.unconsumed_tail:
-            raise _too_long("inflated body", limit, "max_inflated_bytes")
+        inflated = inflated + part if inflated else part
+        _check_length(len(inflated), limit, "inflated body", "max_inflated_bytes")
         if not inflater.eof:
             raise BodyError(400, "encoding", "Invalid gzip payload: it is cut off")
-        parts.append(part)
-        rest = inflater.unused_data.lstrip(b"\0")  # padding after the last member is allowed
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _too_long(what: str, limit: int, name: str) -> BodyError:
-    return BodyError(413, "too_long", f"the {what} is longer than {limit} bytes ({name})")
+        body = inflater.unused_data.lstrip(b"\0")  # padding after the last member is allowed
+    return inflated
 
 
 def decoded(body: bytes, kind: type[_T]) -> _T:
@@ -220,44 +191,34 @@ def _gathered(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
 # --- compression -----------------------------------------------------------------------------------------------------
 
 
-class _Compressor(Protocol):
-    def compress(self, data: bytes, /) -> bytes: ...
-
-    def flush(self) -> bytes: ...
-
-
 def choose_encoding(policy: str, request: Request, length: int) -> str | None:
     """``"zstd"``, ``"gzip"`` or None, by what the client accepts and what pays."""
-    here = request.client.host if request.client else None
-    if policy == "never" or length < _MIN_COMPRESSED or (policy == "auto" and _is_loopback(here)):
+    here = is_loopback(request.client.host if request.client else "")
+    if policy == "never" or length < _MIN_COMPRESSED or (policy == "auto" and here):
         return None
-    accepted = _accepted(request.headers.get("accept-encoding", ""))
+    accepted = set()
+    for part in request.headers.get("accept-encoding", "").lower().split(","):
+        name, _, weight = part.strip().partition(";")
+        if weight.replace(" ", "").rstrip("0") not in ("q=", "q=0."):
+            accepted.add(name.strip())
     if "zstd" in accepted and importlib.util.find_spec("zstandard") is not None:
         return "zstd"
     return "gzip" if accepted & {"gzip", "x-gzip", "*"} else None
 
 
-def compressor(encoding: str) -> _Compressor:
-    if encoding == "zstd":
-        made: _Compressor = importlib.import_module("zstandard").ZstdCompressor(level=1).compressobj()
-        return made
-    return zlib.compressobj(1, zlib.DEFLATED, _GZIP)
-
-
-def _accepted(header: str) -> set[str]:
-    found = set()
-    for part in header.lower().split(","):
-        name, _, weight = part.strip().partition(";")
-        if weight.replace(" ", "").rstrip("0") not in ("q=", "q=0."):
-            found.add(name.strip())
-    return found
-
-
-def _is_loopback(client: str | None) -> bool:
+def is_loopback(host: str) -> bool:
+    """True when an address is reached from this machine only."""
     try:
-        return client is not None and ipaddress.ip_address(client).is_loopback
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
-        return False
+        return host == "localhost"
+
+
+def compressor(encoding: str) -> Any:
+    """An object with ``compress(data)`` and ``flush()``."""
+    if encoding == "zstd":
+        return importlib.import_module("zstandard").ZstdCompressor(level=1).compressobj()
+    return zlib.compressobj(1, zlib.DEFLATED, _GZIP)
 
 
 # --- delivery ---------------------------------------------------------------------------------------------------------
@@ -265,8 +226,6 @@ def _is_loopback(client: str | None) -> bool:
 
 class Connection:
     """One client connection."""
-
-    __slots__ = ("_when_done", "lost", "reset")
 
     def __init__(self) -> None:
         self.lost = False
@@ -284,29 +243,13 @@ class Connection:
         for action in actions:
             action(read)
 
-
-class Connections:
-    """The open connections by client address (``scope["client"]``), fed by ``protocol_class``."""
-
-    def __init__(self) -> None:
-        self._open: dict[Address, Connection] = {}
-
-    def get(self, client: Any) -> Connection | None:
-        """None under another server, which tells nothing."""
-        return self._open.get((client[0], client[1])) if client else None
-
-    def made(self, client: Address) -> None:
-        self._open[client] = Connection()
-
-    def lost(self, client: Address, error: Exception | None) -> None:
-        connection = self._open.pop(client, None)
-        if connection is not None:
-            connection.lost, connection.reset = True, error is not None
-            connection.done(read=error is None)
+    def end(self, error: Exception | None) -> None:
+        self.lost, self.reset = True, error is not None
+        self.done(read=error is None)
 
 
-def protocol_class(connections: Connections) -> type[Any]:
-    """uvicorn's HTTP protocol, which also reports how each connection ended."""
+def protocol_class(connections: dict[Any, Connection]) -> type[Any]:
+    """uvicorn's HTTP protocol, which also keeps ``connections``: the open ones by the client's address."""
     from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
     base: Any = AutoHTTPProtocol
@@ -314,13 +257,11 @@ def protocol_class(connections: Connections) -> type[Any]:
     class ReportingProtocol(base):  # type: ignore[misc]
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            if self.client is not None:
-                connections.made((self.client[0], self.client[1]))
+            connections[self.client] = Connection()
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
-            if self.client is not None:
-                connections.lost((self.client[0], self.client[1]), exc)
+            connections.pop(self.client).end(exc)
 
     return ReportingProtocol
 
@@ -360,27 +301,23 @@ class BatchResponse(Response):
         gone = asyncio.create_task(disconnected(receive))
         arrived = False
         try:
-            await self._send_parts(send, gone)
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            made = None if self._encoding is None else compressor(self._encoding)
+            for part in [*self._parts, b""]:
+                if gone.done():
+                    break
+                if made is not None:
+                    # In a thread: zlib and zstd let the event loop run meanwhile.
+                    part = await (asyncio.to_thread(made.compress, part) if part else asyncio.to_thread(made.flush))
+                if part:
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+                    self._counters.bytes_out += len(part)
             arrived = not (gone.done() if self._connection is None else self._connection.lost)
             if arrived:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             gone.cancel()
             self._settle(arrived)
-
-    async def _send_parts(self, send: Send, gone: asyncio.Task[None]) -> None:
-        """Everything but the end of the response. Stops when the client is gone."""
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        made = None if self._encoding is None else compressor(self._encoding)
-        for part in [*self._parts, b""]:
-            if gone.done():
-                break
-            if made is not None:
-                # In a thread: zlib and zstd let the event loop run meanwhile.
-                part = await (asyncio.to_thread(made.compress, part) if part else asyncio.to_thread(made.flush))
-            if part:
-                await send({"type": "http.response.body", "body": part, "more_body": True})
-                self._counters.bytes_out += len(part)
 
     def _settle(self, arrived: bool) -> None:
         store, lease_id, connection = self._store, self._batch.lease_id, self._connection

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import ipaddress
 import json
 import logging
 import os
@@ -17,11 +15,9 @@ from typing import Any
 
 from atropos_verl.errors import AtroposVerlError, ConfigError
 from atropos_verl.http_thread import ServerThread, bracketed, listen, uvicorn_config
-from atropos_verl.server.app import TrajectoryApi, create_app
-from atropos_verl.server.bodies import protocol_class
+from atropos_verl.server.app import TrajectoryApi
+from atropos_verl.server.bodies import is_loopback, protocol_class
 from atropos_verl.server.settings import COMPRESSIONS, SECOND_TRAINER, ServerSettings
-
-__all__ = ["JsonFormatter", "TrajectoryServer", "add_arguments", "check_bind", "is_loopback", "run", "serve"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +44,6 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
         return json.dumps(fields, default=str)
-
-
-def is_loopback(host: str) -> bool:
-    """True when an address to bind to is reached from this machine only."""
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    return host == "localhost"
 
 
 def check_bind(host: str, settings: ServerSettings, *, insecure: bool = False) -> ServerSettings:
@@ -88,7 +77,7 @@ def serve(settings: ServerSettings, host: str = "127.0.0.1", port: int = 8000, *
 
     settings = check_bind(host, settings, insecure=insecure)
     listener = listen(host, port, _SERVICE, _ADVICE)
-    app = create_app(settings)
+    app = TrajectoryApi(settings)
     where = f"http://{bracketed(host)}:{listener.getsockname()[1]}"
     kept = f"kept in {settings.data_dir}" if settings.data_dir else "IN MEMORY ONLY: a restart forgets everything"
     logger.info("serving at %s, data %s", where, kept, extra={"event": "serving", "url": where})
@@ -116,7 +105,7 @@ class TrajectoryServer(ServerThread):
 
     def make_app(self) -> TrajectoryApi:
         """Opens the data directory. Raises ``StorageError`` or ``ConfigError`` when it cannot be used."""
-        self.app = create_app(self._settings)
+        self.app = TrajectoryApi(self._settings)
         self._options = _options(self.app)
         return self.app
 
@@ -142,8 +131,7 @@ def _options(app: TrajectoryApi) -> dict[str, Any]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``serve-api``. Defaults are those of ``ServerSettings``."""
-    known = ServerSettings()
-    add = parser.add_argument
+    known, add = ServerSettings(), parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     add("--port", type=int, default=8000, help="port; 0 takes a free one (default: 8000)")
     add("--data-dir", type=Path, help="keep everything here, so that a restart loses nothing (default: in memory)")

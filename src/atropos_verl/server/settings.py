@@ -8,8 +8,6 @@ from pathlib import Path
 
 from atropos_verl.errors import ConfigError
 
-__all__ = ["COMPRESSIONS", "SECOND_TRAINER", "ServerSettings"]
-
 SECOND_TRAINER = ("refuse", "share")
 COMPRESSIONS = ("auto", "always", "never")
 

@@ -17,8 +17,6 @@ from prometheus_client.registry import Collector
 
 from atropos_verl.server.store import Environment, Store
 
-__all__ = ["Counters", "Glimpse", "Metrics", "env_status", "environments", "status"]
-
 _MIN_ENV_WEIGHT = 0.01
 """Upstream's: no environment is starved completely."""
 _SERIES_SECONDS = 120
@@ -32,6 +30,7 @@ _TOTALS = {
     "acks": "Batches acked or delivered",
     "returns": "Batches that came back",
 }
+_SHOWN_AS_THEY_ARE = "env_id group_size weight min_batch_allocation groups sequences duplicates refused"
 _ENV_FIGURES = {
     "env_groups": ("counter", "Groups accepted from the environment.", "groups"),
     "env_sequences": ("counter", "Sequences accepted from the environment.", "sequences"),
@@ -98,34 +97,14 @@ def environments(store: Store) -> list[dict[str, Any]]:
     alive = {environment.env_id for environment in store.alive()}
     return [
         {
-            "env_id": environment.env_id,
+            **{name: getattr(environment, name) for name in _SHOWN_AS_THEY_ARE.split()},
             "name": environment.real_name,
             "state": "alive" if environment.env_id in alive else "gone" if environment.connected else "disconnected",
             "heard_seconds_ago": round(max(0.0, now - environment.heard_at), 1),
-            "group_size": environment.group_size,
-            "weight": environment.weight,
-            "min_batch_allocation": environment.min_batch_allocation,
             "waiting_sequences": waiting.get(environment.env_id, 0),
-            "groups": environment.groups,
-            "sequences": environment.sequences,
-            "duplicates": environment.duplicates,
-            "refused": environment.refused,
         }
         for environment in store.environments
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class Glimpse:
-    """The part of an accepted group that the live page shows."""
-
-    at: float
-    env_id: int | None
-    scores: list[float]
-    lengths: list[int]
-    """Tokens per sequence."""
-    text: str
-    """The last message, when there is one, else the first token ids."""
 
 
 @dataclass(slots=True)
@@ -141,16 +120,16 @@ class Counters:
     """Inflated bytes of accepted posts."""
     bytes_out: int = 0
     """Bytes of batches sent."""
-    glimpses: deque[Glimpse] = field(default_factory=lambda: deque(maxlen=_GLIMPSES))
+    glimpses: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_GLIMPSES))
+    """The latest groups, for the live page."""
     series: deque[tuple[int, int, int, int]] = field(default_factory=lambda: deque(maxlen=_SERIES_SECONDS))
     """(second, groups, tokens, batches) of each second in which anything happened."""
 
     def happened(self, now: float, *, groups: int = 0, tokens: int = 0, batches: int = 0) -> None:
-        second = int(now)
+        second, before = int(now), (0, 0, 0)
         if self.series and self.series[-1][0] == second:
-            _, before_groups, before_tokens, before_batches = self.series.pop()
-            groups, tokens, batches = groups + before_groups, tokens + before_tokens, batches + before_batches
-        self.series.append((second, groups, tokens, batches))
+            before = self.series.pop()[1:]
+        self.series.append((second, groups + before[0], tokens + before[1], batches + before[2]))
 
     def per_second(self, now: float, window: int = 60) -> dict[str, float]:
         """Means over the last ``window`` seconds (fewer when the server is younger)."""

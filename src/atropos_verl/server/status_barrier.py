@@ -23,8 +23,6 @@ from collections.abc import Callable
 
 from atropos_verl.server.bodies import Connection
 
-__all__ = ["PATIENCE", "SETTLING", "StatusBarrier"]
-
 PATIENCE = 0.25
 """Seconds. atroposlib takes a few milliseconds, more where its processor is busy."""
 SETTLING = 0.02
@@ -35,30 +33,28 @@ class _Unread:
     """Answers of one kind that an environment has not done with yet, and a wait until there are none."""
 
     def __init__(self) -> None:
-        self._count = 0
+        self._answers: set[object] = set()
         self._read_at = float("-inf")
         self._none = asyncio.Event()
-        self._none.set()
 
-    def add(self) -> Callable[[bool], None]:
-        """One more. Returns what ends it; to end it again does nothing."""
-        self._count += 1
+    def add(self, connection: Connection) -> Callable[[], None]:
+        """One more, on ``connection``. Returns what ends it, too; to end it again does nothing."""
+        answer = object()
+        self._answers.add(answer)
         self._none.clear()
-        ended = False
 
-        def end(_: bool = True) -> None:
-            nonlocal ended
-            if not ended:
-                ended = True
-                self._count -= 1
+        def end() -> None:
+            if answer in self._answers:
+                self._answers.remove(answer)
                 self._read_at = asyncio.get_running_loop().time()
-                if not self._count:
+                if not self._answers:
                     self._none.set()
 
+        connection.when_done(lambda _: end())
         return end
 
     async def all_read(self) -> None:
-        if self._count:
+        if self._answers:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._none.wait(), PATIENCE)
         settling = self._read_at + SETTLING - asyncio.get_running_loop().time()
@@ -81,16 +77,14 @@ class StatusBarrier:
     def accepted(self, env_id: int | None, connection: Connection | None) -> None:
         """Its post is answered now."""
         if env_id is not None and connection is not None and not connection.lost:
-            end = self._posts.setdefault(env_id, _Unread()).add()
-            connection.when_done(end)
-            asyncio.get_running_loop().call_later(PATIENCE, end, True)
+            end = self._posts.setdefault(env_id, _Unread()).add(connection)
+            asyncio.get_running_loop().call_later(PATIENCE, end)
 
     async def before_status(self, env_id: int, connection: Connection | None) -> None:
         """Its question waits here; from now on its posts do, until it has the answer."""
         if connection is None or connection.lost:
             return
-        end = self._statuses.setdefault(env_id, _Unread()).add()
-        connection.when_done(end)
+        end = self._statuses.setdefault(env_id, _Unread()).add(connection)
         if env_id in self._posts:
             await self._posts[env_id].all_read()
-        asyncio.get_running_loop().call_later(PATIENCE, end, True)
+        asyncio.get_running_loop().call_later(PATIENCE, end)

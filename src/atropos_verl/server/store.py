@@ -44,8 +44,6 @@ from atropos_verl.server.batcher import (
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.storage import Key, RecordStore
 
-__all__ = ["STORE_FILE", "Batch", "ConflictError", "Environment", "QueueFullError", "Store", "UnknownLeaseError"]
-
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")

@@ -19,7 +19,8 @@ from support.trajectory_server import Clock, group, registration
 
 from atropos_verl.protocol.wire import MEDIA_TYPE, decode_batch
 from atropos_verl.server import status_barrier
-from atropos_verl.server.app import TrajectoryApi, create_app
+from atropos_verl.server.app import TrajectoryApi
+from atropos_verl.server.bodies import Connection
 from atropos_verl.server.settings import ServerSettings
 
 HELLO = {"max_token_length": 64, "desired_name": "words", "weight": 1.0, "group_size": 4}
@@ -36,7 +37,7 @@ def routes_of(app: TrajectoryApi) -> list[tuple[str, str]]:
 
 @pytest.fixture
 async def api() -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(create_app(ServerSettings(), now=Clock())) as client:
+    async with client_of(TrajectoryApi(ServerSettings(), now=Clock())) as client:
         yield client
 
 
@@ -224,7 +225,7 @@ async def test_the_packed_wire_is_negotiated(api: httpx.AsyncClient) -> None:
 
 
 async def test_full_means_429_with_retry_after() -> None:
-    async with client_of(create_app(ServerSettings(max_queue_groups=1))) as api:
+    async with client_of(TrajectoryApi(ServerSettings(max_queue_groups=1))) as api:
         await started(api)
         await api.post("/scored_data", json=group(1))
         answer = await api.post("/scored_data", json=group(2))
@@ -252,7 +253,7 @@ async def test_compressed_bodies(api: httpx.AsyncClient) -> None:
 
 async def test_bodies_are_bounded_before_and_after_inflating() -> None:
     limits = ServerSettings(max_body_bytes=20_000, max_inflated_bytes=100_000)
-    async with client_of(create_app(limits)) as api:
+    async with client_of(TrajectoryApi(limits)) as api:
         too_long = await api.post("/scored_data", content=b" " * 20_001)
         assert too_long.status_code == 413 and "max_body_bytes" in too_long.json()["detail"]
 
@@ -283,7 +284,7 @@ async def test_bodies_are_bounded_before_and_after_inflating() -> None:
 async def test_answers_are_compressed_where_it_pays(
     address: str, accept: str, policy: str, encoding: str | None
 ) -> None:
-    async with client_of(create_app(ServerSettings(compression=policy)), address) as api:
+    async with client_of(TrajectoryApi(ServerSettings(compression=policy)), address) as api:
         await started(api)
         await api.post("/scored_data", json=group(1, 200))
         answer = await api.get("/batch", headers={"Accept-Encoding": accept})
@@ -296,7 +297,7 @@ async def test_answers_are_compressed_where_it_pays(
 
 async def test_without_the_zstandard_package_gzip_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    async with client_of(create_app(ServerSettings(compression="always"))) as api:
+    async with client_of(TrajectoryApi(ServerSettings(compression="always"))) as api:
         await started(api)
         await api.post("/scored_data", json=group(1, 200))
         latest = await api.get("/latest_example", headers={"Accept-Encoding": "gzip, zstd"})
@@ -307,7 +308,7 @@ async def test_without_the_zstandard_package_gzip_is_sent(monkeypatch: pytest.Mo
 
 
 async def test_a_token_is_demanded_on_every_data_route() -> None:
-    app = create_app(ServerSettings(token="secret"))
+    app = TrajectoryApi(ServerSettings(token="secret"))
     async with client_of(app) as api:
         assert (await api.get("/")).status_code == 200
         assert (await api.get("/health")).json() == {"status": "ok"}
@@ -334,12 +335,12 @@ async def test_pages_of_other_sites_are_kept_out(api: httpx.AsyncClient) -> None
 
 
 async def test_allowed_origins_and_hosts() -> None:
-    async with client_of(create_app(ServerSettings(cors_origins=("http://a.example",)))) as api:
+    async with client_of(TrajectoryApi(ServerSettings(cors_origins=("http://a.example",)))) as api:
         answer = await api.get("/status", headers={"Origin": "http://a.example"})
         assert answer.headers["access-control-allow-origin"] == "http://a.example"
         assert (await api.options("/status", headers={"Origin": "http://a.example"})).status_code == 204
         assert (await api.get("/status", headers={"Origin": "http://b.example"})).status_code == 403
-    async with client_of(create_app(ServerSettings(allowed_hosts=("localhost", "::1")))) as api:
+    async with client_of(TrajectoryApi(ServerSettings(allowed_hosts=("localhost", "::1")))) as api:
         assert (await api.get("/status")).status_code == 200
         assert (await api.get("/status", headers={"Host": "[::1]:8000"})).status_code == 200
         for host in ("evil.example", "evil.example:8000", "", "[", "localhost.evil.example"):
@@ -347,7 +348,7 @@ async def test_allowed_origins_and_hosts() -> None:
 
 
 async def test_the_destructive_get_can_be_switched_off() -> None:
-    async with client_of(create_app(ServerSettings(allow_get_reset=False))) as api:
+    async with client_of(TrajectoryApi(ServerSettings(allow_get_reset=False))) as api:
         answer = await api.get("/reset_data")
         assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
         assert (await api.post("/reset_data")).status_code == 200
@@ -402,7 +403,7 @@ async def test_the_page_and_its_data(api: httpx.AsyncClient) -> None:
 
 # --- anything at all -------------------------------------------------------------------------------------------------
 
-ROUTES = [*routes_of(create_app(ServerSettings())), ("GET", "/x"), ("HEAD", "/batch")]
+ROUTES = [*routes_of(TrajectoryApi(ServerSettings())), ("GET", "/x"), ("HEAD", "/batch")]
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
@@ -457,7 +458,7 @@ def mangled(draw: st.DrawFn) -> Any:
 def test_never_a_500_never_a_hang_always_consistent(requests: list[Any]) -> None:
     async def run() -> None:
         clock = Clock()
-        app = create_app(ServerSettings(env_timeout=5.0, trainer_timeout=5.0), now=clock)
+        app = TrajectoryApi(ServerSettings(env_timeout=5.0, trainer_timeout=5.0), now=clock)
         async with client_of(app) as client:
             for (method, path), body, headers in requests:
                 content = body if isinstance(body, bytes) else json.dumps(body).encode("utf-8", "replace")
@@ -493,10 +494,10 @@ async def test_a_reset_while_a_status_and_a_post_wait_for_each_other_refuses_bot
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(status_barrier, "PATIENCE", 1000.0)
-    app = create_app(ServerSettings(), now=Clock())
+    app = TrajectoryApi(ServerSettings(), now=Clock())
     ports = {"post": 11, "status": 12, "late": 13}
     for port in ports.values():
-        app.connections.made(("127.0.0.1", port))
+        app.connections["127.0.0.1", port] = Connection()
 
     def from_port(name: str) -> httpx.AsyncClient:
         transport = httpx.ASGITransport(app=app, client=("127.0.0.1", ports[name]))  # type: ignore[arg-type]
@@ -513,9 +514,9 @@ async def test_a_reset_while_a_status_and_a_post_wait_for_each_other_refuses_bot
         assert not status.done() and not further.done()
         async with client_of(app) as other:
             assert (await other.get("/reset_data")).status_code == 200
-        app.connections.lost(("127.0.0.1", ports["post"]), None)
+        app.connections["127.0.0.1", ports["post"]].end(None)
         answers = [await status]
-        app.connections.lost(("127.0.0.1", ports["status"]), None)
+        app.connections["127.0.0.1", ports["status"]].end(None)
         answers.append(await further)
         assert [answer.status_code for answer in answers] == [422, 422]
         assert all("POST /register-env first" in answer.text for answer in answers)
