@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pty
@@ -174,20 +175,20 @@ def run_in_terminal(columns: int, *arguments: str, **environment: str) -> str:
     leader, follower = pty.openpty()
     env = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns), "LINES": "24", **environment}
     command = [sys.executable, "-c", textwrap.dedent(RUN), *arguments]
-    process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=env)
-    os.close(follower)
-    text = b""
-    while True:
-        try:
-            piece = os.read(leader, 65536)
-        except OSError:  # Linux's end of file on a terminal
-            break
-        if not piece:
-            break
-        text += piece
-    os.close(leader)
-    process.wait(timeout=20)
+    with subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=env) as process:
+        os.close(follower)
+        text = b""
+        with contextlib.suppress(OSError):  # Linux's end of file on a terminal
+            while piece := os.read(leader, 65536):
+                text += piece
+        os.close(leader)
+        process.wait(timeout=20)
     return text.decode().replace("\r\n", "\n")
+
+
+@pytest.fixture(scope="module")
+def at_80_columns() -> str:
+    return run_in_terminal(80)
 
 
 def last_frame(text: str) -> list[str]:
@@ -195,10 +196,9 @@ def last_frame(text: str) -> list[str]:
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text.rsplit("\x1b[2K", 1)[1]).splitlines()
 
 
-def test_live_table_in_80_columns() -> None:
-    text = run_in_terminal(80)
-    assert "printed by someone else\n" in text
-    frame = last_frame(text)
+def test_live_table_in_80_columns(at_80_columns: str) -> None:
+    assert "printed by someone else\n" in at_80_columns
+    frame = last_frame(at_80_columns)
     assert " ".join(frame[0].split()) == "step reward loss tok/s rollout train sync wait stale weights"
     assert frame[1].split() == ["5/12", "0.417", "0.5000", "-", "-", "0.50", "-", "-", "-", "105"]
     assert frame[8].split() == ["12/12", "1.000", "0.5000", "-", "-", "0.50", "-", "-", "-", "112"]
@@ -221,8 +221,8 @@ def test_an_error_leaves_the_last_table_and_the_cursor_behind() -> None:
     assert text.rindex("\x1b[?25h") < text.index("the API died")
 
 
-def test_no_color_is_obeyed() -> None:
-    assert re.search(r"\x1b\[[0-9;]*3[0-9]m|\x1b\[9[0-9]m", run_in_terminal(80))
+def test_no_color_is_obeyed(at_80_columns: str) -> None:
+    assert re.search(r"\x1b\[[0-9;]*3[0-9]m|\x1b\[9[0-9]m", at_80_columns)
     assert not re.search(r"\x1b\[([0-9]+;)*(3[0-9]|4[0-9]|9[0-9])m", run_in_terminal(80, NO_COLOR="1"))
 
 
