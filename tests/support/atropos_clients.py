@@ -8,8 +8,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["HI", "HI_PROMPT", "managed_server", "server_manager"]
-
 HI = [{"role": "user", "content": "hi"}]
 HI_PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 """The tiny tokenizer's template applied to ``HI``."""

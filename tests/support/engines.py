@@ -15,18 +15,6 @@ from atropos_verl.types import Generation, GenerationRequest
 from support.serving import eventually
 from support.tiny_model import build_tiny_tokenizer
 
-__all__ = [
-    "StepCounter",
-    "engine_of",
-    "greedy_oracle",
-    "logprob_oracle",
-    "named",
-    "one",
-    "prompts",
-    "request",
-    "tiny_causal_lm",
-]
-
 
 def tiny_causal_lm(
     *, seed: int = 0, family: str = "qwen2", dtype: torch.dtype = torch.float32, **overrides: Any

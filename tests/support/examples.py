@@ -7,8 +7,6 @@ from importlib import util
 from pathlib import Path
 from types import ModuleType
 
-__all__ = ["EXAMPLES", "load_example"]
-
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 

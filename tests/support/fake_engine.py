@@ -10,8 +10,6 @@ from typing import Any
 from atropos_verl.errors import EngineStoppedError
 from atropos_verl.types import FinishReason, Generation, GenerationDelta, GenerationRequest
 
-__all__ = ["FakeEngine", "Reply", "counting_reply", "logprob_of", "text_reply"]
-
 Reply = Callable[[GenerationRequest, int], Sequence[int]]
 """(request, completion index) → the tokens the engine would write if nothing cut it; then it stops."""
 

@@ -24,25 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "Behaviour",
-    "FaultServer",
-    "Received",
-    "answer",
-    "close_before_answer",
-    "drip_body",
-    "error",
-    "garbage",
-    "html_page",
-    "late_server",
-    "make_certificate",
-    "refused_url",
-    "reset_before_answer",
-    "reset_mid_body",
-    "silent",
-    "truncated",
-]
-
 _TLS_HANDSHAKE = b"\x16"
 _REASONS = {200: "OK", 401: "Unauthorized", 404: "Not Found", 422: "Unprocessable Entity"}
 

@@ -14,8 +14,6 @@ from atropos_verl import AtroposTrainer
 from support.runs import checkpointed_step
 from support.scripted_api import scripted_api
 
-__all__ = ["BATCH_SIZE", "GROUPS", "GROUP_SIZE", "MAX_TOKEN_LEN", "Lab", "assert_same", "saved", "state_of"]
-
 GROUPS, GROUP_SIZE = 2, 4
 BATCH_SIZE = GROUPS * GROUP_SIZE
 MAX_TOKEN_LEN = 16

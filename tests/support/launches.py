@@ -18,8 +18,6 @@ from typing import Any
 
 from support.runs import REPOSITORY, TrainingRun
 
-__all__ = ["LAUNCH", "SMALL_LAUNCH", "LaunchRun"]
-
 LAUNCH = REPOSITORY / "recipe" / "atropos" / "launch_atropos_verl.py"
 
 SMALL_LAUNCH = ("batch_size=16", "group_size=4", "supervise.backoff=0.2", "eval.before=false", "eval.after=false")

@@ -15,8 +15,6 @@ import numpy as np
 
 from atropos_verl.types import NOT_TRAINED, ScoredGroup
 
-__all__ = ["MalformedGroup", "comparable", "good_group", "malformed_cases", "poison_groups"]
-
 Group = dict[str, Any]
 VOCAB_SIZE = 256
 """Ids of good tokens are below this; give it to the validation."""

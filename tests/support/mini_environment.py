@@ -17,8 +17,6 @@ from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.messages import EnvRegistration
 from atropos_verl.protocol.wire import encode_group
 
-__all__ = ["MiniEnvironment"]
-
 
 class MiniEnvironment:
     """Works until it is left (``with``). Waits for a trainer to register first.

@@ -13,8 +13,6 @@ import torch
 
 from atropos_verl import verl_plugin
 
-__all__ = ["Cluster", "compose", "ray_session", "started_cluster"]
-
 _TESTS = Path(__file__).resolve().parents[1]
 
 

@@ -9,8 +9,6 @@ import numpy as np
 from atropos_verl.assets import demo_model_path
 from atropos_verl.protocol.wire import encode_group
 
-__all__ = ["GROUP_SIZE", "recorded_batches"]
-
 GROUP_SIZE = 4
 
 

@@ -27,8 +27,6 @@ from typing import Any, Self
 
 import psutil
 
-__all__ = ["MAIN", "REPOSITORY", "SMALL", "TrainingRun", "checkpointed_step", "metrics_of"]
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAIN = REPOSITORY / "recipe" / "atropos" / "main_atropos.py"
 

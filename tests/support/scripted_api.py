@@ -12,8 +12,6 @@ from support import http_faults
 from support.http_faults import FaultServer
 from support.malformed import good_group
 
-__all__ = ["batch_of", "random_batches", "scripted_api"]
-
 
 @contextmanager
 def scripted_api(bodies: Sequence[bytes], *, batch_size: int, max_token_len: int) -> Iterator[FaultServer]:

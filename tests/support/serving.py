@@ -11,8 +11,6 @@ import httpx
 
 from atropos_verl.gateway.app import GatewayServer, create_app
 
-__all__ = ["eventually", "serving"]
-
 
 @contextmanager
 def serving(engine: Any, tokenizer: Any, *, model_name: str = "tiny", **options: Any) -> Iterator[httpx.Client]:

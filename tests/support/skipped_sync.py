@@ -10,8 +10,6 @@ from typing import Any
 
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 
-__all__ = ["LAST_SYNC", "SkipSyncs"]
-
 LAST_SYNC = 3
 """The last step whose weights reach the replicas."""
 

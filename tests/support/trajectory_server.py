@@ -16,8 +16,6 @@ from typing import Any
 from atropos_verl.protocol.schema import check_group
 from atropos_verl.server.store import Store
 
-__all__ = ["Clock", "ServerProcess", "free_port", "group", "group_bytes", "post", "registration"]
-
 
 class Clock:
     """Seconds since the epoch, moved by the test."""

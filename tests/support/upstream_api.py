@@ -14,8 +14,6 @@ from pathlib import Path
 
 import httpx
 
-__all__ = ["UpstreamApi", "upstream_api"]
-
 
 @dataclass(frozen=True)
 class UpstreamApi:

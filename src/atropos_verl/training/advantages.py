@@ -17,17 +17,6 @@ from numpy.typing import NDArray
 from atropos_verl.errors import CheckpointError
 from atropos_verl.types import FloatArray
 
-__all__ = [
-    "ESTIMATORS",
-    "GRPO_EPSILON",
-    "NORMALIZATIONS",
-    "WHITENING_EPSILON",
-    "RunningMoments",
-    "SequenceAdvantage",
-    "finish_advantages",
-    "group_advantages",
-]
-
 ESTIMATORS = ("grpo", "rloo", "plain")
 NORMALIZATIONS = ("none", "batch", "global")
 GRPO_EPSILON = 1e-6

@@ -57,8 +57,6 @@ from atropos_verl.training.staleness import BatchMatches, BatchProvenance
 from atropos_verl.training.step import RunTotals
 from atropos_verl.types import QuarantinedGroup, SampleReport, ScoredGroup
 
-__all__ = ["BatchSource", "Prefetcher", "RolloutData"]
-
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")

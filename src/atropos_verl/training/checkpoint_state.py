@@ -23,8 +23,6 @@ from atropos_verl.storage import write_atomic
 from atropos_verl.training.advantages import RunningMoments
 from atropos_verl.training.step import RunTotals
 
-__all__ = ["RunState", "find_checkpoint", "finish_checkpoint", "saved_step"]
-
 _TRACKER = "latest_checkpointed_iteration.txt"
 _STATE = "atropos.json"
 

@@ -36,16 +36,6 @@ from atropos_verl.types import NOT_TRAINED, FloatArray, LossOutput, ScoredGroup
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "LAUNCH_DIRECTORY",
-    "check_extensions",
-    "load_advantage",
-    "load_filter",
-    "load_function",
-    "load_loss",
-    "load_rescoring",
-]
-
 LAUNCH_DIRECTORY = "ATROPOS_VERL_LAUNCH_DIRECTORY"
 
 _ARGUMENTS = {

@@ -16,8 +16,6 @@ from atropos_verl.errors import DataError
 from atropos_verl.storage import write_atomic
 from atropos_verl.types import QuarantinedGroup, ScoredGroup
 
-__all__ = ["QuarantineEntry", "QuarantineStore", "parse_quarantine_file"]
-
 logger = logging.getLogger(__name__)
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")

@@ -40,8 +40,6 @@ from atropos_verl.types import (
     TrainingSample,
 )
 
-__all__ = ["build_samples", "collect_samples", "sample_settings"]
-
 logger = logging.getLogger(__name__)
 
 _KNOWN_OVERRIDES = frozenset({"set_advantage_to_zero", "temperature", "policy_version"})

@@ -15,8 +15,6 @@ from atropos_verl.protocol.wire import encode_group
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.types import NO_LOGPROB, NOT_TRAINED, Generation, GenerationRequest
 
-__all__ = ["RewardFunction", "SelfPlay"]
-
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 """``(prompts, completions) -> scores``: three lists of equal length, one entry per sampled sequence."""
 

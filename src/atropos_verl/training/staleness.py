@@ -43,21 +43,6 @@ from atropos_verl.types import (
     TrainingSample,
 )
 
-__all__ = [
-    "Applied",
-    "BatchMatches",
-    "BatchProvenance",
-    "LookUpFigures",
-    "decode_matches",
-    "encode_matches",
-    "group_version",
-    "is_stale",
-    "make_throttle",
-    "staleness_metrics",
-    "stated_version",
-    "versions_behind",
-]
-
 logger = logging.getLogger(__name__)
 
 BatchMatches = list[list[SequenceMatch | None]]

@@ -15,20 +15,6 @@ import numpy as np
 from atropos_verl.storage import write_atomic
 from atropos_verl.types import FloatArray, StepReport
 
-__all__ = [
-    "Evaluations",
-    "HeldOut",
-    "LoggedProgress",
-    "Progress",
-    "RunTotals",
-    "StepLog",
-    "held_out_score",
-    "outcome",
-    "reward_window",
-    "step_report",
-    "write_summary",
-]
-
 logger = logging.getLogger(__name__)
 
 _OWN_KEYS = ("step", "policy_version", "loss")

@@ -33,15 +33,6 @@ from atropos_verl.errors import WeightSyncError
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "AtroposShardingManager",
-    "Canary",
-    "PausableGate",
-    "SyncReport",
-    "SyncableEngine",
-    "WeightSource",
-]
-
 logger = logging.getLogger(__name__)
 
 

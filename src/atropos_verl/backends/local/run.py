@@ -20,8 +20,6 @@ from atropos_verl.training.checkpoint_state import saved_step
 from atropos_verl.training.step import Evaluations, HeldOut, Progress
 from atropos_verl.types import StepReport
 
-__all__ = ["paused_collection", "run", "serve_rank"]
-
 
 def run(
     config: RunConfig,

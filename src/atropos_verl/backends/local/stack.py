@@ -28,8 +28,6 @@ from atropos_verl.types import TrainingSample
 if TYPE_CHECKING:
     from atropos_verl.engine.embedded import TransformersEngine
 
-__all__ = ["LocalStack", "share_cores"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -36,13 +36,11 @@ from atropos_verl.training.extensions import check_extensions, load_function
 from atropos_verl.training.samples import build_samples, sample_settings
 from atropos_verl.training.selfplay import RewardFunction, SelfPlay
 from atropos_verl.training.staleness import BatchProvenance, staleness_metrics
-from atropos_verl.training.step import LoggedProgress, Progress, RunTotals, StepLog, outcome, step_report
+from atropos_verl.training.step import LoggedProgress, Progress, StepLog, outcome, step_report
 from atropos_verl.types import SampleReport, ScoredGroup, StepReport, TrainingSample
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["AtroposTrainer", "RolloutData", "RunTotals"]
 
 logger = logging.getLogger(__name__)
 

@@ -34,8 +34,6 @@ from atropos_verl.training.losses.policy import (
 )
 from atropos_verl.types import FloatArray, LossOutput, TrainingSample
 
-__all__ = ["LossFunction", "PolicyWorker", "TrainOutput", "import_verl", "resolve_device", "split_for_ranks"]
-
 logger = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -27,8 +27,6 @@ from atropos_verl.training.samples import collect_samples
 from atropos_verl.training.staleness import BatchProvenance, staleness_metrics
 from atropos_verl.types import QuarantinedGroup, ScoredGroup, SequenceMatch, TrainingSample
 
-__all__ = ["Slot", "SlotStore", "TrajectoryFeed"]
-
 logger = logging.getLogger(__name__)
 
 _PARTS = "parts.json"

@@ -28,14 +28,6 @@ import torch
 from atropos_verl.training.advantages import RunningMoments, SequenceAdvantage, finish_advantages
 from atropos_verl.types import UNKNOWN_VERSION, TrainingSample
 
-__all__ = [
-    "ADVANTAGES",
-    "Row",
-    "finish_batch",
-    "has_rollout_logprobs",
-    "make_rows",
-]
-
 ADVANTAGES = "atropos_advantages"
 """Field: float64 [R], the advantages before normalising, from ``training.advantages``."""
 

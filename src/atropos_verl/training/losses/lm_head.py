@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-__all__ = ["linear_token_logprobs"]
-
 DIRECT_BYTES = 32 * 2**20
 """Up to this size of [N, V] the plain formula is used: it is faster, and its memory does not matter."""
 KEEP_BYTES = {torch.float64: 2**31, torch.float32: 2**31, torch.bfloat16: 2**30, torch.float16: 2**30}

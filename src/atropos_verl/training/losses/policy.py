@@ -28,14 +28,6 @@ import torch
 
 from atropos_verl.types import LossOutput
 
-__all__ = [
-    "advantage_weighted_sft_loss",
-    "clipped_ratio_loss",
-    "compute_advantage_weighted_sft_loss",
-    "importance_weights",
-    "summarise_importance",
-]
-
 LOG_RATIO_BOUND = 20.0
 """exp is taken of log ratios within ±20 only (verl's bound): beyond, float32 gradients are not usable."""
 PREFIX = "importance/"
