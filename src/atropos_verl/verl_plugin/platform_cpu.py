@@ -54,11 +54,15 @@ _DEVICE_MODULE = _build_device_module()
 
 @PlatformRegistry.register("cpu")
 class PlatformCPU(PlatformBase):  # type: ignore[misc]
-    """One CPU device, gloo for communication. Methods and words are verl's."""
+    """One CPU device, gloo for communication."""
 
     device_name = "cpu"
     vendor_name = "cpu"
     device_module = _DEVICE_MODULE
+
+    # verl calls these for their effect on an accelerator; a CPU has no device to set, no cache and no profiler.
+    set_device = synchronize = set_allocator_settings = empty_cache = _nothing
+    profiler_start = profiler_stop = cudart = _nothing
 
     def is_available(self) -> bool:
         return True
@@ -70,23 +74,10 @@ class PlatformCPU(PlatformBase):  # type: ignore[misc]
     def device_count(self) -> int:
         return 1
 
-    def set_device(self, device_index: int) -> None:
-        del device_index
-
-    def synchronize(self, device_index: int | None = None) -> None:
-        del device_index
-
     def manual_seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 
-    def manual_seed_all(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
-    def set_allocator_settings(self, settings: str) -> None:
-        del settings
-
-    def empty_cache(self) -> None:
-        """The CPU allocator has no cache to empty."""
+    manual_seed_all = manual_seed
 
     def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
         del device_index
@@ -103,12 +94,6 @@ class PlatformCPU(PlatformBase):  # type: ignore[misc]
         del msg
         yield
 
-    def profiler_start(self) -> None:
-        """There is no device profiler on CPU."""
-
-    def profiler_stop(self) -> None:
-        """There is no device profiler on CPU."""
-
     def ray_resource_name(self) -> str:
         # verl's resource check knows GPU and NPU only; ``ray.init(num_gpus=N)`` makes them logical.
         return "GPU"
@@ -118,6 +103,3 @@ class PlatformCPU(PlatformBase):  # type: ignore[misc]
 
     def is_ipc_supported(self) -> bool:
         return False
-
-    def cudart(self) -> None:
-        return None
