@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import Any
 
 from atropos_verl.errors import EngineStoppedError
@@ -77,7 +77,7 @@ class FakeEngine:
                 assert delta.policy_version is not None
                 versions[delta.index].append(delta.policy_version)
         finally:
-            await stream.aclose()  # type: ignore[attr-defined]
+            await stream.aclose()
         return [
             Generation(
                 token_ids=tuple(t for d in deltas for t in d.token_ids),
@@ -91,7 +91,7 @@ class FakeEngine:
             for deltas, seen in zip(parts, versions, strict=True)
         ]
 
-    async def astream(self, request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
+    async def astream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         self.requests.append(request)
         self.started.append(request.request_id)
         self.active.add(request.request_id)

@@ -1,7 +1,17 @@
 """The embedded inference engine: continuous batching over any Hugging Face causal language model, in this process.
 
-``requests`` has what is asked for, ``scheduler`` the queue and the thread, ``runner`` the forwards, ``kv_cache`` the
-cache, ``sampling`` the draws, ``weights`` the tensors.
+::
+
+    GenerationRequest ──submit──▶ Ticket with n sequences ──▶ queue ────admit──▶ a KV slot ──finish──▶ Generation
+                                                               ▲                   │
+                                                               └──── evicted ──────┘
+                                                 (new weights, or memory released: tokens are kept)
+
+    wait for work ─▶ gate.step() ─▶ boundary.step() ─▶ drop aborted ─▶ prefill newcomers ─▶ decode one token each
+
+One thread owns the model. ``gate`` is the trainer's: paused, requests keep their tokens and nothing runs. ``boundary``
+is the engine's own: whoever uses the model from outside (weight updates, memory, logprobs) pauses it for that long, so
+each stands at a token boundary whether or not the trainer paused the gate.
 
 transformers ships a continuous-batching manager. It is not used because it seeds per process rather than per request,
 takes logprobs after top-p, keeps no policy version and cannot stop at a token boundary; on a CPU it also warms up for
@@ -11,24 +21,33 @@ takes logprobs after top-p, keeps no policy version and cannot stop at a token b
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import copy
+import logging
+import random
+import threading
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
 from atropos_verl.engine.gate import RequestGate
-from atropos_verl.engine.requests import EngineLimits, EngineStats, Ticket, eos_token_ids, validate
+from atropos_verl.engine.requests import EngineLimits, EngineStats, RunningSequence, Ticket, eos_token_ids, validate
 from atropos_verl.engine.runner import ModelRunner, check_supported
 from atropos_verl.engine.sampling import effective_temperature
-from atropos_verl.engine.scheduler import Scheduler
-from atropos_verl.errors import EngineError, GenerationRequestError, WeightSyncError
+from atropos_verl.engine.scheduler import ContinuousBatch, take_prefill
+from atropos_verl.errors import EngineError, EngineStoppedError, GenerationRequestError, WeightSyncError
 from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
 
-__all__ = ["TransformersEngine"]
+logger = logging.getLogger(__name__)
+
+_MAX_FAILED_STEPS = 3
+"""Failed steps in a row after which the engine is given up."""
 
 
 class TransformersEngine:
@@ -76,31 +95,46 @@ class TransformersEngine:
     ) -> None:
         if max_running < 1:
             raise EngineError(f"max_running is {max_running}: give at least one KV slot")
-        context = _context_len(model.config, max_context_len)
-        check_supported(model.config, context)
+        self.max_context_len = _context_len(model.config, max_context_len)
+        check_supported(model.config, self.max_context_len)
         self.model = model.to(device=device, dtype=dtype) if dtype is not None else model.to(device=device)
         self.tokenizer = tokenizer
         self.gate = gate if gate is not None else RequestGate()
-        self._runner = ModelRunner(self.model, max_context_len=context)
-        self._limits = EngineLimits(
-            max_context_len=context,
-            vocab_size=self._runner.vocab_size,
-            eos_token_ids=eos_token_ids(getattr(model, "generation_config", None), model.config, tokenizer),
-        )
         self._release_weights = release_weights
         self._keep_kv = keep_kv
+        self._max_prefill_tokens = max_prefill_tokens
+        self._num_threads = num_threads
         self._wait_timeout = wait_timeout
+        self._runner = ModelRunner(self.model, max_context_len=self.max_context_len)
         self._staged: ModelRunner | None = None
-        self._scheduler = Scheduler(
-            self._runner,
-            self.gate,
-            limits=self._limits,
-            tokenizer=tokenizer,
-            max_running=max_running,
-            max_prefill_tokens=max_prefill_tokens,
-            num_threads=num_threads,
-            seed=seed,
+        self.vocab_size = self._runner.vocab_size
+        self._limits = EngineLimits(
+            max_context_len=self.max_context_len,
+            vocab_size=self.vocab_size,
+            eos_token_ids=eos_token_ids(getattr(model, "generation_config", None), model.config, tokenizer),
         )
+        self._random = random.Random(seed)
+        self._pieces: dict[int, str] = {}  # text of single tokens, shared by all stop-string checks
+        self._boundary = RequestGate()
+        self._exclusive_lock = threading.Lock()
+        self._counts = EngineStats()
+        self._condition = threading.Condition()
+        # Guarded by the condition:
+        self._waiting: deque[RunningSequence] = deque()
+        """First come first served."""
+        self._arrived = 0
+        self._tickets: set[Ticket] = set()
+        self._aborting: list[Ticket] = []
+        self._stopped: EngineStoppedError | None = None
+        # Touched at a token boundary only:
+        self.policy_version = -1
+        """Version of the weights it holds; -1 before the first update from a trainer."""
+        self._batch = ContinuousBatch(self._runner, max_running, self._counts)
+        self._failed_steps = 0
+        self._thread = threading.Thread(target=self._run, name="atropos-verl-engine", daemon=True)
+        self._thread.start()
+        # Ended at interpreter exit if nobody did before: killed inside torch it may crash.
+        atexit.register(self.close, 10.0)
 
     @classmethod
     def from_pretrained(
@@ -119,23 +153,6 @@ class TransformersEngine:
         )
         return cls(model, tokenizer, **settings)
 
-    # -- what it is --------------------------------------------------------------------------------------------------
-
-    @property
-    def policy_version(self) -> int:
-        """Version of the weights it holds; -1 before the first update from a trainer."""
-        return self._scheduler.policy_version
-
-    @property
-    def max_context_len(self) -> int:
-        """Prompt plus completion, in tokens, at most."""
-        return self._limits.max_context_len
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids are below it."""
-        return self._limits.vocab_size
-
     @property
     def weights_ready(self) -> bool:
         """False from ``release_memory_occupation`` (or an update that failed half-way) to the next full update."""
@@ -143,13 +160,16 @@ class TransformersEngine:
 
     def stats(self) -> EngineStats:
         """Counters since the start, and what it holds now."""
-        return self._scheduler.stats()
+        with self._condition:
+            return replace(
+                self._counts,
+                running=len(self._batch.running),
+                waiting=len(self._waiting),
+                kv_bytes=self._runner.cache.nbytes,
+                weight_bytes=self._runner.weights.nbytes,
+            )
 
     # -- generation --------------------------------------------------------------------------------------------------
-
-    def check_alive(self) -> None:
-        """Raise ``EngineStoppedError`` with the first cause when the engine is gone."""
-        self._scheduler.refuse_stopped()
 
     async def agenerate(self, request: GenerationRequest) -> list[Generation]:
         """See ``InferenceEngine``. A request stopped by ``abort`` returns what it had, finish "abort".
@@ -157,20 +177,20 @@ class TransformersEngine:
         Raises ``EngineError`` when a step failed, besides the errors of the protocol.
         """
         validate(request, self._limits)
-        pending = self._scheduler.submit(request)
+        ticket = self._submit(request)
         try:
-            return await asyncio.wrap_future(pending.future)
+            return await asyncio.wrap_future(ticket.future)
         except asyncio.CancelledError:
-            self._scheduler.cancel([pending])
+            self._cancel([ticket])
             raise
 
-    def astream(self, request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
+    def astream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """See ``InferenceEngine``. A bad request raises here; generation starts when the first delta is asked for."""
         self.check_alive()
         validate(request, self._limits)
         return self._stream(request)
 
-    async def _stream(self, request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
+    async def _stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[GenerationDelta | None] = asyncio.Queue()
 
@@ -179,14 +199,14 @@ class TransformersEngine:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(queue.put_nowait, delta)
 
-        pending = self._scheduler.submit(request, put)
-        pending.future.add_done_callback(lambda _: put(None))
+        ticket = self._submit(request, put)
+        ticket.future.add_done_callback(lambda _: put(None))
         try:
             while (delta := await queue.get()) is not None:
                 yield delta
-            pending.future.result(timeout=0)  # raises what ended the request
+            ticket.future.result(timeout=0)  # raises what ended the request
         finally:
-            self._scheduler.cancel([pending])
+            self._cancel([ticket])
 
     def generate(self, requests: Sequence[GenerationRequest], timeout: float = 3600.0) -> list[list[Generation]]:
         """See ``InferenceEngine``. Raises ``TimeoutError`` when the whole list took longer than ``timeout`` seconds."""
@@ -196,20 +216,56 @@ class TransformersEngine:
         submitted: list[Ticket] = []
         try:
             for request in requests:
-                submitted.append(self._scheduler.submit(request))  # noqa: PERF401 - those submitted before a failure count
-            return [pending.future.result(timeout=max(0.0, deadline - time.monotonic())) for pending in submitted]
+                submitted.append(self._submit(request))  # noqa: PERF401 - those submitted before a failure count
+            return [ticket.future.result(timeout=max(0.0, deadline - time.monotonic())) for ticket in submitted]
         except TimeoutError as error:
-            done = sum(pending.future.done() for pending in submitted)
+            done = sum(ticket.future.done() for ticket in submitted)
             raise TimeoutError(
                 f"generate: {done} of {len(submitted)} requests were done after {timeout:g} s "
                 f"(gate {self.gate.state.value}, weights {'ready' if self.weights_ready else 'not ready'})"
             ) from error
         finally:
-            self._scheduler.cancel(submitted)
+            self._cancel(submitted)
 
     def abort(self, request_id: str) -> bool:
         """End the requests with this ``request_id``: they return what they have, finish "abort". False: none has it."""
-        return self._scheduler.cancel_id(request_id) > 0
+        with self._condition:
+            found = [ticket for ticket in self._tickets if ticket.request.request_id == request_id]
+        return self._cancel(found) > 0
+
+    def check_alive(self) -> None:
+        """Raise ``EngineStoppedError`` with the first cause when the engine is gone."""
+        if self._stopped is not None:
+            raise EngineStoppedError(str(self._stopped)) from self._stopped.__cause__
+
+    def _submit(self, request: GenerationRequest, on_delta: Callable[[GenerationDelta], None] | None = None) -> Ticket:
+        """Queue a validated request. ``on_delta`` is called in the engine's thread and must not block."""
+        with self._condition:
+            self.check_alive()
+            seed = request.seed if request.seed is not None else self._random.getrandbits(64)
+            ticket = Ticket(
+                request, on_delta, limits=self._limits, tokenizer=self.tokenizer, seed=seed, pieces=self._pieces
+            )
+            for sequence in ticket.sequences:
+                sequence.ordinal = self._arrived
+                self._arrived += 1
+            self._waiting += ticket.sequences
+            self._tickets.add(ticket)
+            self._counts.requests += 1
+            self._condition.notify_all()
+        return ticket
+
+    def _cancel(self, tickets: Sequence[Ticket]) -> int:
+        """Drop these at the next token boundary; returns how many were still on their way."""
+        with self._condition:
+            live = [ticket for ticket in tickets if ticket in self._tickets and not ticket.cancelled]
+            for ticket in live:
+                ticket.cancelled = True
+            self._aborting += live
+            self._condition.notify_all()
+        if live:
+            self.gate.wake()
+        return len(live)
 
     # -- weights, memory, logprobs: at a token boundary, in the caller's thread --------------------------------------
 
@@ -240,9 +296,9 @@ class TransformersEngine:
         After a failure half-way the weights are a mixture, and nothing is generated until an update succeeds.
         """
         with self._exclusive("update_weights_from_tensor"):
-            self._scheduler.evict()
+            self._evict()
             copied = self._runner.weights.update(named_tensors)
-            self._set_version(policy_version)
+            self.policy_version = self.policy_version + 1 if policy_version is None else policy_version
             return copied
 
     def stage_weights_from_tensor(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
@@ -265,10 +321,9 @@ class TransformersEngine:
 
         Raises ``EngineError`` when none are staged.
         """
-        if self._staged is None:
-            raise EngineError("no weights are staged: call stage_weights_from_tensor() first")
-        if not self._staged.weights.ready:
-            raise EngineError("no complete weights are staged: call stage_weights_from_tensor() first")
+        if self._staged is None or not self._staged.weights.ready:
+            what = "weights" if self._staged is None else "complete weights"
+            raise EngineError(f"no {what} are staged: call stage_weights_from_tensor() first")
         return self._staged.logprobs(token_ids, effective_temperature(temperature))
 
     def swap_weights(self, policy_version: int | None = None) -> None:
@@ -281,21 +336,14 @@ class TransformersEngine:
         with self._exclusive("swap_weights"):
             self._runner.weights.exchange(self._staged.weights)
             if not self._keep_kv:
-                self._scheduler.evict()
-            self._set_version(policy_version)
-
-    def _set_version(self, policy_version: int | None) -> None:
-        scheduler = self._scheduler
-        scheduler.policy_version = scheduler.policy_version + 1 if policy_version is None else policy_version
-
-    def _exclusive(self, what: str) -> contextlib.AbstractContextManager[None]:
-        return self._scheduler.exclusive(what, self._wait_timeout)
+                self._evict()
+            self.policy_version = self.policy_version + 1 if policy_version is None else policy_version
 
     def release_memory_occupation(self) -> None:
         """See ``InferenceEngine``. Idempotent."""
         self._staged = None
         with self._exclusive("release_memory_occupation"):
-            self._scheduler.evict()
+            self._evict()
             self._runner.cache.clear()
             if self._release_weights:
                 self._runner.weights.release()
@@ -310,17 +358,156 @@ class TransformersEngine:
         with self._exclusive("resume_memory_occupation"):
             self._runner.weights.allocate()
 
+    @contextlib.contextmanager
+    def _exclusive(self, what: str) -> Iterator[None]:
+        """Hold the loop at a token boundary and keep other callers out, waiting ``wait_timeout`` seconds for each.
+
+        Raises ``TimeoutError`` naming ``what``, or ``EngineStoppedError``.
+        """
+        timeout = self._wait_timeout
+        if not self._exclusive_lock.acquire(timeout=timeout):
+            raise TimeoutError(f"{what}: waited {timeout:g} s for another caller that uses the model")
+        try:
+            self.check_alive()
+            try:
+                self._boundary.pause(timeout)
+                yield
+            finally:
+                self._boundary.resume()
+        finally:
+            self._exclusive_lock.release()
+            with self._condition:
+                self._condition.notify_all()  # what the loop waits for may have changed
+
+    def _evict(self) -> None:
+        """At a token boundary: send every running sequence back to the front of the queue, with its tokens."""
+        evicted = self._batch.evict()
+        self._counts.evictions += len(evicted)
+        with self._condition:
+            # What runs arrived before what waits, so the front is its place.
+            self._waiting.extendleft(sorted(evicted, key=lambda sequence: sequence.ordinal, reverse=True))
+
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def close(self, timeout: float = 60.0) -> None:
-        """Stop the thread; waiting requests get ``EngineStoppedError``. Idempotent. Raises ``TimeoutError``."""
-        self._scheduler.stop(timeout)
+        """End the thread; waiting requests get ``EngineStoppedError``. Idempotent.
+
+        Raises ``TimeoutError`` when a step still runs after ``timeout`` seconds.
+        """
+        atexit.unregister(self.close)
+        self._fail_all(EngineStoppedError("the engine was closed"))
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+            if self._thread.is_alive():
+                raise TimeoutError(f"the engine's thread did not end within {timeout:g} s: a step is still running")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def _fail_all(self, error: EngineStoppedError) -> None:
+        with self._condition:
+            if self._stopped is None:
+                self._stopped = error
+            tickets = list(self._tickets)
+            self._tickets.clear()
+            self._waiting.clear()
+            self._counts.failed += len(tickets)
+            self._condition.notify_all()
+        for ticket in tickets:
+            ticket.fail(error)
+        self.gate.wake()
+
+    # -- the thread --------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        if self._num_threads is not None:
+            torch.set_num_threads(self._num_threads)
+        try:
+            while self._stopped is None:
+                with self._condition:
+                    self._condition.wait_for(self._has_work, timeout=5.0)
+                with self.gate.step(timeout=1.0, stop=self._interrupted) as may_run, self._boundary.step(1.0) as free:
+                    if free and self._stopped is None:
+                        self._guarded_step(may_run)
+        finally:
+            # Whatever ended the thread, nobody may wait for it for ever.
+            self._fail_all(EngineStoppedError("the engine's thread ended unexpectedly; the log has the reason"))
+            self._batch.evict()
+
+    def _interrupted(self) -> bool:
+        return self._stopped is not None or bool(self._aborting)
+
+    def _has_work(self) -> bool:
+        return self._interrupted() or (self.weights_ready and bool(self._batch.running or self._waiting))
+
+    def _guarded_step(self, may_run: bool) -> None:
+        """One iteration. A failure ends the sequences that took part in it, and the engine goes on."""
+        try:
+            self._drop_aborted()
+            if may_run and self.weights_ready and self._step():
+                self._failed_steps = 0
+        except Exception as error:  # noqa: BLE001 - the thread's boundary: the requests get the error
+            self._fail_step(error)
+
+    def _step(self) -> bool:
+        """Let newcomers in, then one token for everyone. False when there was nothing to do."""
+        with self._condition:
+            newcomers = take_prefill(
+                self._waiting, self._batch.free_slots, self._max_prefill_tokens, self._runner.max_prefill_logits
+            )
+        if newcomers:
+            self._finish(self._batch.prefill(newcomers, self.policy_version))
+        if self._batch.running:
+            self._finish(self._batch.decode(self.policy_version))
+            return True
+        return bool(newcomers)
+
+    def _finish(self, ended: list[RunningSequence]) -> None:
+        if ended:
+            with self._condition:
+                # Those that end together are answered in the order they came.
+                for ticket in dict.fromkeys(s.ticket for s in sorted(ended, key=lambda s: s.ordinal)):
+                    if ticket.resolve_if_done():
+                        self._tickets.discard(ticket)
+                        self._counts.finished += 1
+
+    def _drop_aborted(self) -> None:
+        if not self._aborting:
+            return
+        with self._condition:
+            aborting, self._aborting = self._aborting, []
+            for ticket in aborting:
+                if ticket in self._tickets:
+                    self._tickets.remove(ticket)
+                    self._counts.aborted += ticket.abort()
+            self._drop_finished()
+        self._batch.compact()
+
+    def _drop_finished(self) -> None:
+        self._waiting = deque(sequence for sequence in self._waiting if sequence.finish_reason is None)
+
+    def _fail_step(self, error: Exception) -> None:
+        """The sequences of the failed forward get the error; the others are prefilled again."""
+        self._failed_steps += 1
+        logger.exception("an engine step failed (%d in a row)", self._failed_steps)
+        reason = EngineError(f"the engine failed while generating: {type(error).__name__}: {error}")
+        reason.__cause__ = error
+        victims = {sequence.ticket for sequence in self._batch.participants}
+        self._batch.participants = []
+        with self._condition:
+            self._tickets -= victims
+            for ticket in victims:
+                self._counts.failed += ticket.fail(reason)
+            self._evict()
+            self._drop_finished()
+        self._runner.cache.clear()
+        if self._failed_steps >= _MAX_FAILED_STEPS:
+            stopped = EngineStoppedError(f"the engine gave up after {self._failed_steps} failed steps: {error}")
+            stopped.__cause__ = error
+            self._fail_all(stopped)
 
 
 def _context_len(config: Any, wanted: int | None) -> int:

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
-
-__all__ = ["SLOT_ATTENTION", "SlotCache", "register_slot_attention", "slot_attention"]
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 SLOT_ATTENTION = "atropos_slots"
 
@@ -30,8 +29,8 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self._keys: list[torch.Tensor] = []
-        self._values: list[torch.Tensor] = []
+        self._buffers: list[torch.Tensor] = []
+        """Keys of layer 0, its values, keys of layer 1, …"""
         self._rows = 0
         self._capacity = 0
         self._prefill_base: int | None = None
@@ -42,7 +41,7 @@ class SlotCache(Cache):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes held by all buffers."""
-        return sum(buffer.nbytes for buffer in (*self._keys, *self._values))
+        return sum(buffer.nbytes for buffer in self._buffers)
 
     def reserve(self, rows: int, tokens: int, max_tokens: int) -> None:
         """Make room for ``rows`` rows of ``tokens`` positions; grows geometrically, never beyond ``max_tokens``."""
@@ -52,18 +51,19 @@ class SlotCache(Cache):  # type: ignore[misc]
             grown = max(tokens, self._capacity + self._capacity // 2)
             rounded = -(-grown // _CAPACITY_STEP) * _CAPACITY_STEP
             self._capacity = max(tokens, min(rounded, max_tokens))
-        for buffers in (self._keys, self._values):
-            for layer, old in enumerate(buffers):
-                if old.shape[0] < self._rows or old.shape[2] < self._capacity:
-                    # One layer at a time, so that only one layer is held twice.
-                    new = old.new_zeros((self._rows, old.shape[1], self._capacity, old.shape[3]))
-                    new[: old.shape[0], :, : old.shape[2]] = old
-                    buffers[layer] = new
+        for number, old in enumerate(self._buffers):
+            if old.shape[0] < self._rows or old.shape[2] < self._capacity:
+                # One at a time, so that only one is held twice.
+                new = self._zeros(old)
+                new[: old.shape[0], :, : old.shape[2]] = old
+                self._buffers[number] = new
+
+    def _zeros(self, like: torch.Tensor) -> torch.Tensor:
+        return like.new_zeros((self._rows, like.shape[1], self._capacity, like.shape[3]))
 
     def clear(self) -> None:
         """Give the memory back. Every slot loses its content."""
-        self._keys.clear()
-        self._values.clear()
+        self._buffers.clear()
         self._rows = self._capacity = 0
         self._row_index = self._lengths = None
 
@@ -87,10 +87,9 @@ class SlotCache(Cache):  # type: ignore[misc]
     @torch.inference_mode()
     def copy_rows(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         """Copy the first ``length`` positions of slots ``sources`` to slots ``targets`` (disjoint sets)."""
-        for buffers in (self._keys, self._values):
-            for buffer in buffers:
-                src = torch.tensor(sources, device=buffer.device)
-                buffer[torch.tensor(targets, device=buffer.device), :, :length] = buffer[src, :, :length]
+        for buffer in self._buffers:
+            src = torch.tensor(sources, device=buffer.device)
+            buffer[torch.tensor(targets, device=buffer.device), :, :length] = buffer[src, :, :length]
 
     # -- what the model calls ----------------------------------------------------------------------------------------
 
@@ -98,10 +97,9 @@ class SlotCache(Cache):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new keys and values [U or n, kv_heads, P or 1, head_dim]; return those to attend to."""
-        while len(self._keys) <= layer_idx:
-            for buffers, states in ((self._keys, key_states), (self._values, value_states)):
-                buffers.append(states.new_zeros((self._rows, states.shape[1], self._capacity, states.shape[3])))
-        keys, values = self._keys[layer_idx], self._values[layer_idx]
+        while len(self._buffers) <= 2 * layer_idx:
+            self._buffers += self._zeros(key_states), self._zeros(value_states)
+        keys, values = self._buffers[2 * layer_idx : 2 * layer_idx + 2]
         if self._prefill_base is not None:
             # A prompt attends to itself only. What padding writes lies beyond the row's length: masked, overwritten.
             base, rows, width = self._prefill_base, key_states.shape[0], key_states.shape[2]
@@ -121,16 +119,6 @@ class SlotCache(Cache):  # type: ignore[misc]
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """(key length, key offset) of the mask the model builds itself when none is passed."""
         return (query_length if self._prefill_base is not None else self._width), 0
-
-
-def register_slot_attention() -> str:
-    """Make ``slot_attention`` known to transformers, with sdpa's masks; returns its name. Idempotent."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(SLOT_ATTENTION, slot_attention)
-    AttentionMaskInterface.register(SLOT_ATTENTION, sdpa_mask)
-    return SLOT_ATTENTION
 
 
 def slot_attention(
@@ -154,8 +142,6 @@ def slot_attention(
     kv_heads = key.shape[1]
     shared_mask = attention_mask is None or (attention_mask.ndim == 4 and attention_mask.shape[1] == 1)
     if queries != 1 or not shared_mask:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
         output: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -6,15 +6,13 @@ The verbs are SGLang's and verl's own: ``generate``, ``update_weights_from_tenso
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["GenerationEngine", "InferenceEngine"]
 
 
 @runtime_checkable
@@ -35,7 +33,7 @@ class GenerationEngine(Protocol):
         Raises ``GenerationRequestError`` (bad request) or ``EngineStoppedError`` (engine closed).
         """
 
-    def astream(self, request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
+    def astream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """The same, token by token. Closing the iterator frees the slots."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -12,10 +13,6 @@ from typing import Any
 from atropos_verl.engine.sampling import stream_key
 from atropos_verl.errors import GenerationRequestError
 from atropos_verl.types import FinishReason, Generation, GenerationDelta, GenerationRequest
-
-__all__ = ["EngineLimits", "EngineStats", "RunningSequence", "StopStrings", "Ticket", "eos_token_ids", "validate"]
-
-DeltaSink = Callable[[GenerationDelta], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +34,7 @@ class EngineLimits:
         return frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else self.eos_token_ids)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class EngineStats:
     """Counters since the engine started, and what it holds now.
 
@@ -46,19 +43,19 @@ class EngineStats:
     (``failed``).
     """
 
-    running: int
-    waiting: int
-    requests: int
-    finished: int
-    aborted: int
-    failed: int
-    prompt_tokens: int
+    running: int = 0
+    waiting: int = 0
+    requests: int = 0
+    finished: int = 0
+    aborted: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
     """Tokens prefilled, those after an eviction included; a prompt shared by n completions counts once."""
-    generated_tokens: int
-    evictions: int
+    generated_tokens: int = 0
+    evictions: int = 0
     """Sequences that lost their KV to new weights or released memory and were prefilled again."""
-    kv_bytes: int
-    weight_bytes: int
+    kv_bytes: int = 0
+    weight_bytes: int = 0
 
 
 class StopStrings:
@@ -168,7 +165,7 @@ class Ticket:
     def __init__(
         self,
         request: GenerationRequest,
-        on_delta: DeltaSink | None,
+        on_delta: Callable[[GenerationDelta], None] | None,
         *,
         limits: EngineLimits,
         tokenizer: Any,
@@ -199,21 +196,22 @@ class Ticket:
         """Hand the completions over when all have ended. True when this call did."""
         if any(sequence.finish_reason is None for sequence in self.sequences):
             return False
-        return self._resolve(
-            [
-                Generation(
-                    token_ids=tuple(sequence.tokens),
-                    logprobs=tuple(sequence.logprobs),
-                    finish_reason=sequence.finish_reason or "abort",
-                    policy_version_first=sequence.version_runs[0][0] if sequence.version_runs else -1,
-                    policy_version_last=sequence.version_runs[-1][0] if sequence.version_runs else -1,
-                    policy_version_runs=tuple(sequence.version_runs),
-                    prompt_logprobs=self.prompt_logprobs,
-                )
-                for sequence in self.sequences
-            ],
-            None,
-        )
+        generations = [
+            Generation(
+                token_ids=tuple(sequence.tokens),
+                logprobs=tuple(sequence.logprobs),
+                finish_reason=sequence.finish_reason or "abort",
+                policy_version_first=sequence.version_runs[0][0] if sequence.version_runs else -1,
+                policy_version_last=sequence.version_runs[-1][0] if sequence.version_runs else -1,
+                policy_version_runs=tuple(sequence.version_runs),
+                prompt_logprobs=self.prompt_logprobs,
+            )
+            for sequence in self.sequences
+        ]
+        with contextlib.suppress(InvalidStateError):  # another thread was first
+            self.future.set_result(generations)
+            return True
+        return False
 
     def abort(self) -> bool:
         """End every unfinished sequence with "abort" and hand over what there is. True when this call ended it."""
@@ -230,17 +228,10 @@ class Ticket:
         """End the request with an error. True when this call ended it."""
         for sequence in self.sequences:
             sequence.finish_reason = sequence.finish_reason or "abort"
-        return self._resolve(None, error)
-
-    def _resolve(self, generations: list[Generation] | None, error: BaseException | None) -> bool:
-        try:
-            if error is not None:
-                self.future.set_exception(error)
-            else:
-                self.future.set_result(generations or [])
-        except InvalidStateError:  # another thread was first
-            return False
-        return True
+        with contextlib.suppress(InvalidStateError):
+            self.future.set_exception(error)
+            return True
+        return False
 
 
 def eos_token_ids(*holders: Any) -> frozenset[int]:

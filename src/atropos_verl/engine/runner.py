@@ -9,20 +9,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import sdpa_mask
 
-from atropos_verl.engine.kv_cache import SlotCache, register_slot_attention
+from atropos_verl.engine.kv_cache import SLOT_ATTENTION, SlotCache, slot_attention
 from atropos_verl.engine.weights import WeightStore
 from atropos_verl.errors import EngineError, GenerationRequestError
-
-__all__ = ["WORTH_SEVERAL_THREADS", "ModelRunner", "check_supported", "engine_threads", "multiply_adds_per_layer"]
 
 WORTH_SEVERAL_THREADS = 40_000_000
 """Multiply-adds per layer of a decode step below which one thread is faster (``benchmarks/bench_engine_threads.py``).
 
 A layer is some ten small parallel regions, each of which wakes the threads and waits for the last of them: with threads
 that sleep while they wait, about 0.45 ms per layer. A second thread has to save more than that."""
-
-PromptLogprobs = tuple[dict[int, float] | None, ...]
 
 _LOGITS_BYTES = 256 * 2**20
 """Most float32 logits held at once, bytes."""
@@ -49,16 +47,6 @@ def check_supported(config: Any, max_context_len: int) -> None:
         )
 
 
-def _choose_attention(model: Any) -> None:
-    """Attention that takes a 4-D mask, which is how rows of different lengths share one forward."""
-    if model.config._attn_implementation == "eager":
-        return  # chosen by the user, or by an architecture that needs it
-    if getattr(model, "_supports_attention_backend", False):
-        model.set_attn_implementation(register_slot_attention())
-    elif model.config._attn_implementation != "sdpa":
-        model.set_attn_implementation("sdpa")
-
-
 class ModelRunner:
     """A causal language model with its weights and a slot cache. Not thread-safe."""
 
@@ -69,7 +57,13 @@ class ModelRunner:
         self.weights = WeightStore(model)
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
         self.device = torch.device(model.device)
-        _choose_attention(model)
+        # Attention must take a 4-D mask, which is how rows of different lengths share one forward. "eager" does, and
+        # was chosen by the user, or by an architecture that needs it.
+        if model.config._attn_implementation != "eager":
+            AttentionInterface.register(SLOT_ATTENTION, slot_attention)
+            AttentionMaskInterface.register(SLOT_ATTENTION, sdpa_mask)
+            slots = getattr(model, "_supports_attention_backend", False)
+            model.set_attn_implementation(SLOT_ATTENTION if slots else "sdpa")
         model.eval()
 
     @property
@@ -138,8 +132,6 @@ class ModelRunner:
         self, token_ids: Sequence[int], temperature: float
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Tokens 1 .. T-1 [C], and [C, V] log_softmax(logits / temperature), chunk by chunk: memory is bounded."""
-        from transformers import DynamicCache
-
         if not token_ids:
             raise GenerationRequestError("token_ids is empty: give at least one token", "token_ids")
         outside = next(((i, t) for i, t in enumerate(token_ids) if not 0 <= t < self.vocab_size), None)
@@ -159,14 +151,13 @@ class ModelRunner:
     def _forward(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, keep: int | torch.Tensor
     ) -> torch.Tensor:
-        keep = keep.to(self.device) if isinstance(keep, torch.Tensor) else keep
         out = self.model(
             input_ids=ids.to(self.device),
             attention_mask=mask,
             position_ids=positions.to(self.device),
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=keep,
+            logits_to_keep=keep.to(self.device) if isinstance(keep, torch.Tensor) else keep,
         )
         logits: torch.Tensor = out.logits
         return logits
@@ -176,10 +167,7 @@ def multiply_adds_per_layer(config: Any, rows: int) -> int:
     """Multiply-adds of the matrix products of a decode step of ``rows`` sequences, over the number of layers.
 
     Attention over the cached keys is left out: it reads memory, for which a second thread does little. Of a mixture of
-    experts those of one token are counted.
-
-    Args:
-        config: of a Hugging Face causal language model.
+    experts those of one token are counted. ``config``: of a Hugging Face causal language model.
     """
     text = config.get_text_config(decoder=True)
     hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)

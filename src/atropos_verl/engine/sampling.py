@@ -12,18 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from atropos_verl.types import GREEDY_BELOW
-
-if TYPE_CHECKING:
-    from atropos_verl.types import GenerationRequest
-
-__all__ = ["SamplingRows", "effective_temperature", "sample", "stream_key", "uniforms"]
+from atropos_verl.types import GREEDY_BELOW, GenerationRequest
 
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from atropos_verl.errors import WeightSyncError
 
-__all__ = ["WeightStore"]
-
 
 class WeightStore:
     """Parameters of a model by Hugging Face name; tied ones are one tensor under several names.
-
-    Persistent buffers may be given or left out in an update.
 
     ``ready`` says whether their content may be used. It is False after memory was released (until a full update), and
     after an update that failed half-way: the weights are then a mixture of two policies.
@@ -29,19 +25,16 @@ class WeightStore:
             for name, tensor in model.state_dict(keep_vars=True).items()
             if isinstance(tensor, torch.Tensor) and id(tensor) not in known
         }
-        # Tied weights are one parameter with several names; the first name stands for it in messages.
-        self._first_name: dict[int, str] = {}
-        self._shapes: dict[int, torch.Size] = {}
-        for name, parameter in self._parameters.items():
-            self._first_name.setdefault(id(parameter), name)
-            self._shapes[id(parameter)] = parameter.shape
+        # Of a tied parameter the first name stands for it in messages.
+        self._unique = dict(model.named_parameters())
+        self._shapes = {name: parameter.shape for name, parameter in self._unique.items()}
         self.ready = True
         self.resident = True
 
     @property
     def nbytes(self) -> int:
         """Bytes of parameter storage held now."""
-        return sum(parameter.nbytes for parameter in self._unique())
+        return sum(parameter.nbytes for parameter in self._unique.values())
 
     def update(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
         """Copy new values into every parameter; returns bytes copied.
@@ -86,32 +79,27 @@ class WeightStore:
                 "weights cannot be swapped: an update failed half-way, is missing, or was swapped in already"
             )
         with torch.inference_mode(False), torch.no_grad():
-            for mine, theirs in zip(self._unique(), other._unique(), strict=True):
+            tensors = (store._unique | store._buffers for store in (self, other))
+            for mine, theirs in zip(*(part.values() for part in tensors), strict=True):
                 mine.data, theirs.data = theirs.data, mine.data
-            for name, buffer in self._buffers.items():
-                there = other._buffers[name]
-                buffer.data, there.data = there.data, buffer.data
         other.ready = False
 
     def release(self) -> None:
         """Give the storage of every parameter back. Idempotent."""
-        self._set_storage(lambda parameter: torch.Size((0,)))
+        self._set_storage(dict.fromkeys(self._shapes, torch.Size((0,))))
         self.resident = self.ready = False
 
     def allocate(self) -> None:
         """Take storage again, its content undefined until ``update``. Nothing to do when it was never released."""
         if not self.resident:
-            self._set_storage(lambda parameter: self._shapes[id(parameter)])
+            self._set_storage(self._shapes)
             self.resident = True
 
-    def _set_storage(self, shape_of: Callable[[torch.Tensor], torch.Size]) -> None:
+    def _set_storage(self, shapes: Mapping[str, torch.Size]) -> None:
         # inference_mode(False): a tensor made inside inference mode could not be written to by anyone else later.
         with torch.inference_mode(False), torch.no_grad():
-            for parameter in self._unique():
-                parameter.data = torch.empty(shape_of(parameter), dtype=parameter.dtype, device=parameter.device)
-
-    def _unique(self) -> list[torch.Tensor]:
-        return list({id(parameter): parameter for parameter in self._parameters.values()}.values())
+            for name, parameter in self._unique.items():
+                parameter.data = torch.empty(shapes[name], dtype=parameter.dtype, device=parameter.device)
 
     def _check(self, name: str, tensor: torch.Tensor, given: set[str]) -> torch.Tensor:
         parameter = self._parameters.get(name)
@@ -132,8 +120,8 @@ class WeightStore:
 
     def _check_complete(self, given: set[str]) -> None:
         covered = {id(self._parameters[name]) for name in given if name in self._parameters}
-        missing = [name for key, name in self._first_name.items() if key not in covered]
+        missing = [name for name, parameter in self._unique.items() if id(parameter) not in covered]
         if missing:
             raise WeightSyncError(
-                f"weight update: {len(missing)} of {len(self._first_name)} tensors are missing, first {missing[0]!r}"
+                f"weight update: {len(missing)} of {len(self._unique)} tensors are missing, first {missing[0]!r}"
             )

@@ -37,8 +37,6 @@ from atropos_verl.http_thread import ServerThread, disconnected
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
 
-__all__ = ["GatewayServer", "create_app"]
-
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[GatewayService, Fields], Awaitable[bytes | AsyncGenerator[bytes, None]]]
@@ -54,19 +52,12 @@ _METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class GatewayServer(ServerThread):
-    """``host``: interface to listen on, the loopback unless told otherwise. ``port`` 0 takes a free one.
-    ``listener``: a socket that listens there already."""
+    """Listens on the loopback unless told otherwise; ``port`` 0 takes a free one, ``listener`` listens already."""
 
     def __init__(self, app: Any, host: str = "127.0.0.1", port: int = 0, listener: socket.socket | None = None) -> None:
-        super().__init__(
-            app,
-            service="inference gateway",
-            advice="Set gateway.port to a free port, or to 0 to take any.",
-            host=host,
-            port=port,
-            listener=listener,
-            lifespan="off",
-        )
+        advice = "Set gateway.port to a free port, or to 0 to take any."
+        where: dict[str, Any] = {"host": host, "port": port, "listener": listener}
+        super().__init__(app, service="inference gateway", advice=advice, lifespan="off", **where)
 
 
 def create_app(
@@ -106,9 +97,9 @@ def create_app(
     async def health(_: Request) -> Response:
         return _json_response(
             {
-                "status": "paused" if service.paused else "ok",
+                "status": "ok" if service.gate.is_open else "paused",
                 "policy_version": engine.policy_version,
-                "paused": service.paused,
+                "paused": not service.gate.is_open,
                 "in_flight": service.metrics.in_flight,
             }
         )
@@ -210,29 +201,27 @@ class _Endpoint:
             metrics.requests[self._path, reply.status] += 1
 
     async def _serve_while_connected(self, body: bytes, receive: Receive, reply: _Reply) -> None:
+        """Raises ``ClientDisconnect``, or ``ApiError`` 504."""
         work = asyncio.create_task(self._serve(body, reply))
         gone = asyncio.create_task(disconnected(receive))
         try:
             await asyncio.wait({work, gone}, timeout=self._request_timeout, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
-                work.result()
-                return
+                return work.result()
             left = gone.done()
-            await self._cancel(work)
+            work.cancel()
+            await asyncio.wait({work}, timeout=_CANCEL_TIMEOUT)
+            if not work.done():
+                text = "%s: the engine still holds a cancelled request after %.0f s"
+                logger.warning(text, self._path, _CANCEL_TIMEOUT)
             if left:
-                reply.status = _CLIENT_GONE
-            elif not work.done() or work.cancelled():
+                raise ClientDisconnect
+            if not work.done() or work.cancelled():
                 message = f"not finished within {self._request_timeout} s, the request_timeout of this gateway"
-                await reply.fail(ApiError(504, message, code="timeout"))
+                raise ApiError(504, message, code="timeout")
         finally:
             gone.cancel()
             work.cancel()  # also when the server itself is being stopped
-
-    async def _cancel(self, work: asyncio.Task[None]) -> None:
-        work.cancel()
-        await asyncio.wait({work}, timeout=_CANCEL_TIMEOUT)
-        if not work.done():
-            logger.warning("%s: the engine still holds a cancelled request after %.0f s", self._path, _CANCEL_TIMEOUT)
 
     async def _serve(self, body: bytes, reply: _Reply) -> None:
         try:
@@ -244,19 +233,15 @@ class _Endpoint:
                 async for event in answer:
                     await reply.write(event, more=True, media_type="text/event-stream; charset=utf-8")
             await reply.write(b"")
-        except Exception as error:  # noqa: BLE001 - the process boundary: every fault becomes an HTTP answer
-            answer_error = to_api_error(error)
-            self._log(answer_error, error)
-            await reply.fail(answer_error)
-
-    def _log(self, answer: ApiError, cause: Exception) -> None:
-        """Every fault of ours; a refusal once per kind, since Atropos clients show its status only, not its reason."""
-        if answer.status >= 500:
-            # 503 and 504 say all there is to say; a traceback is of use where something broke
-            logger.error("%s: %s", self._path, answer.message, exc_info=cause if answer.status == 500 else None)
-        else:
-            key = f"refused {self._path} {answer.param} {answer.code}"
-            self._service.warn_once(key, "%s: a client was refused: %s", self._path, answer.message)
+        except Exception as error:
+            refusal = to_api_error(error)
+            if refusal.status >= 500:
+                # 503 and 504 say all there is to say; a traceback is of use where something broke
+                logger.error("%s: %s", self._path, refusal.message, exc_info=error if refusal.status == 500 else None)
+            else:  # once per kind: Atropos clients show its status only, not its reason
+                key = f"refused {self._path} {refusal.param} {refusal.code}"
+                self._service.warn_once(key, "%s: a client was refused: %s", self._path, refusal.message)
+            await reply.fail(refusal)
 
 
 async def _read_body(request: Request) -> bytes:
@@ -289,8 +274,7 @@ class _Reply:
 
     async def fail(self, error: ApiError) -> None:
         """The error as the answer, or as the last event of a stream that has begun."""
-        if self._finished:
-            return
-        body = b"data: " + error.body() + b"\n\n" if self._started else error.body()
-        self.status = error.status
-        await self.write(body, status=error.status)
+        if not self._finished:
+            body = b"data: " + error.body() + b"\n\n" if self._started else error.body()
+            self.status = error.status
+            await self.write(body, status=error.status)

@@ -1,5 +1,7 @@
 """Reads a JSON body field by field, typed and bounded, and answers what cannot be served with an ``ApiError``.
 
+``parse_sampling`` reads the sampling parameters, which all dialects share.
+
 Every reader marks its field as seen. ``Fields.unread`` names what nobody asked for, so that a field this gateway does
 not know is at least logged; fields that would change the sampled distribution are refused instead
 (``require_neutral``). JSON null means absent, as in the APIs that are imitated here.
@@ -9,15 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
 
 from atropos_verl.errors import EngineError, EngineStoppedError, GenerationRequestError
-
-__all__ = ["ApiError", "Fields", "parse_body", "to_api_error"]
+from atropos_verl.types import GenerationRequest
 
 T = TypeVar("T")
+D = TypeVar("D", int, None)
 
 _TYPE_OF_STATUS = {
     400: "invalid_request_error",
@@ -29,6 +32,34 @@ _TYPE_OF_STATUS = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
+
+_MAX_N = 1024
+"""Completions of one prompt in one request, at most: a typing error should not queue a million sequences."""
+
+_TOP_K_OFF = 1 << 30
+"""SGLang's own "no top-k"."""
+
+# Field → values that change nothing. Everything here would change the distribution that is sampled from (or what the
+# answer means), and the engine does not do it: training on such tokens with our logprobs would be wrong in silence.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("repetition_penalty", "length_penalty", "typical_p"), (1,)),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_tokens", "min_new_tokens"), (0,)),
+    **dict.fromkeys(("use_beam_search", "early_stopping", "echo"), (False,)),
+    **dict.fromkeys(("bad_words", "allowed_token_ids", "logits_processors", "guided_choice"), ([],)),
+    **dict.fromkeys(("image_data", "video_data", "audio_data"), ([],)),
+    **dict.fromkeys(("logit_bias", "custom_params", "structured_outputs", "multi_modal_data"), ({},)),
+    **dict.fromkeys(("mm_processor_kwargs", "session_params"), ({},)),
+    **dict.fromkeys(("guided_regex", "guided_grammar", "guided_decoding_regex", "regex", "ebnf", "suffix"), ("",)),
+    **dict.fromkeys(("custom_logit_processor", "guided_json", "structural_tag", "json_schema"), ()),
+    **dict.fromkeys(("prompt_embeds", "input_embeds", "lora_path"), ()),
+    "no_repeat_ngram_size": (0,),
+    "response_format": ({"type": "text"}, {}),
+    "truncate_prompt_tokens": (-1,),
+}
+
+# Fields of OpenAI's APIs, and of vLLM's and SGLang's, that change neither tokens, logprobs nor text here.
+_HARMLESS_OPENAI = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "background")
+_HARMLESS_NATIVE = ("cache_salt", "priority", "spaces_between_special_tokens", "guided_decoding_backend")
 
 
 class ApiError(Exception):
@@ -109,20 +140,15 @@ class Fields:
         """A 400 about field ``name`` (to be raised by the caller)."""
         return ApiError(400, f"{self._prefix}{name}: {message}", param=self._prefix + name, code=code)
 
-    def integer(self, name: str, default: int, *, minimum: int | None = None, maximum: int | None = None) -> int:
-        value = self.optional_integer(name, minimum=minimum, maximum=maximum)
-        return default if value is None else value
-
-    def optional_integer(self, name: str, *, minimum: int | None = None, maximum: int | None = None) -> int | None:
+    def integer(self, name: str, default: D, *, minimum: int | None = None, maximum: int | None = None) -> int | D:
         value = self.raw(name)
         if value is None:
-            return None
+            return default
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # some clients send 16.0 for 16
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.error(name, f"expected an integer, got {_show(value)}")
-        if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
-            raise self.error(name, f"{value} is out of range, allowed: {_interval(minimum, maximum)}")
+        self._check_range(name, value, minimum, maximum)
         return value
 
     def number(self, name: str, default: float, *, minimum: float | None = None, maximum: float | None = None) -> float:
@@ -131,9 +157,13 @@ class Fields:
             return default
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
             raise self.error(name, f"expected a finite number, got {_show(value)}")
-        if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
-            raise self.error(name, f"{value} is out of range, allowed: {_interval(minimum, maximum)}")
+        self._check_range(name, value, minimum, maximum)
         return float(value)
+
+    def _check_range(self, name: str, value: float, minimum: float | None, maximum: float | None) -> None:
+        if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
+            allowed = f"at least {minimum}" if maximum is None else f"{minimum} to {maximum}"
+            raise self.error(name, f"{value} is out of range, allowed: {allowed}")
 
     def boolean(self, name: str, default: bool) -> bool:
         return self._typed(name, default, "true or false")
@@ -218,9 +248,50 @@ def _show(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _interval(minimum: float | None, maximum: float | None) -> str:
-    if maximum is None:
-        return f"at least {minimum}"
-    if minimum is None:
-        return f"at most {maximum}"
-    return f"{minimum} to {maximum}"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """The sampling parameters of a request, and the form its text takes."""
+
+    template: GenerationRequest
+    """A request without a prompt; ``max_tokens`` None: what the context still holds."""
+    skip_special_tokens: bool
+    include_stop: bool
+    """Keep the stop string (or stop token) in the text. Token ids always keep it."""
+
+
+def parse_sampling(fields: Fields, *, max_tokens_names: tuple[str, ...], max_tokens_default: int | None) -> Sampling:
+    """Read the shared sampling fields.
+
+    ``max_tokens_names``: the dialect's names of the bound on new tokens, the first one given wins.
+    ``max_tokens_default``: the dialect's own default (None: rest of the context). Raises ``ApiError`` 400.
+    """
+    bounds = [fields.integer(name, None, minimum=1) for name in max_tokens_names]
+    given = [bound for bound in bounds if bound is not None]
+    n = fields.integer("n", 1, minimum=1, maximum=_MAX_N)
+    best_of = fields.integer("best_of", None)
+    if best_of is not None and best_of != n:
+        raise fields.error("best_of", f"not supported ({best_of}); leave it out or send n ({n})", "unsupported_field")
+    fields.require_neutral(_REFUSED)
+    fields.ignore("parallel_tool_calls", *_HARMLESS_OPENAI, *_HARMLESS_NATIVE)
+    top_p = fields.number("top_p", 1.0, minimum=0.0, maximum=1.0)
+    if top_p == 0.0:
+        raise fields.error("top_p", "0.0 is out of range, allowed: above 0 and at most 1")
+    top_k = fields.integer("top_k", -1, minimum=-1)
+    template = GenerationRequest(
+        prompt_token_ids=(),
+        n=n,
+        max_tokens=given[0] if given else max_tokens_default,
+        temperature=fields.number("temperature", 1.0, minimum=0.0),
+        top_p=top_p,
+        top_k=-1 if top_k == 0 or top_k >= _TOP_K_OFF else top_k,
+        min_p=fields.number("min_p", 0.0, minimum=0.0, maximum=1.0),
+        stop=fields.strings("stop"),
+        stop_token_ids=fields.token_ids("stop_token_ids"),
+        ignore_eos=fields.boolean("ignore_eos", False),
+        seed=fields.integer("seed", None, minimum=-(1 << 63), maximum=(1 << 63) - 1),
+    )
+    return Sampling(
+        template=template,
+        skip_special_tokens=fields.boolean("skip_special_tokens", True),
+        include_stop=fields.boolean("include_stop_str_in_output", False) or fields.boolean("no_stop_trim", False),
+    )

@@ -12,12 +12,9 @@ from typing import Any
 
 import msgspec
 
-from atropos_verl.gateway.fields import ApiError, Fields
-from atropos_verl.gateway.sampling import Sampling, parse_sampling
+from atropos_verl.gateway.fields import ApiError, Fields, Sampling, parse_sampling
 from atropos_verl.gateway.service import GatewayService, finite_logprobs, policy_fields
 from atropos_verl.types import Generation, GenerationRequest
-
-__all__ = ["generate", "generate_trl"]
 
 _MAX_TOKENS_NAMES = ("max_tokens", "max_completion_tokens", "max_new_tokens")
 _VLLM_DEFAULT_TOKENS = 16
@@ -51,7 +48,7 @@ async def _generate_vllm(service: GatewayService, fields: Fields) -> bytes:
     with_logprobs = "logprobs" in fields
     if fields.integer("logprobs", 0, minimum=0, maximum=1):
         service.warn_once("generate logprobs=1", "/generate: logprobs=1 returns the sampled token only, as logprobs=0")
-    prompt_logprobs = fields.optional_integer("prompt_logprobs", minimum=0, maximum=_MAX_PROMPT_LOGPROBS)
+    prompt_logprobs = fields.integer("prompt_logprobs", None, minimum=0, maximum=_MAX_PROMPT_LOGPROBS)
     prompt_text, prompt_ids, prompt_fields = _vllm_prompt(service, fields)
     service.check_model(fields)
     fields.ignore("request_id")

@@ -17,13 +17,10 @@ from typing import Any
 
 import msgspec
 
-from atropos_verl.gateway.fields import Fields
-from atropos_verl.gateway.sampling import Sampling, parse_sampling
+from atropos_verl.gateway.fields import Fields, Sampling, parse_sampling
 from atropos_verl.gateway.service import GatewayService, finite_logprobs, policy_fields
 from atropos_verl.gateway.text import StreamText
 from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
-
-__all__ = ["chat_completions", "completions"]
 
 _DEFAULT_COMPLETION_TOKENS = 16
 """``max_tokens`` of /v1/completions when absent: the documented default of that API, in vLLM too."""

@@ -7,9 +7,10 @@ import logging
 import math
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import replace
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
@@ -19,14 +20,11 @@ from prometheus_client.registry import Collector
 from atropos_verl.engine.gate import RequestGate
 from atropos_verl.engine.protocol import GenerationEngine
 from atropos_verl.errors import EngineError
-from atropos_verl.gateway.fields import ApiError, Fields
-from atropos_verl.gateway.sampling import Sampling
+from atropos_verl.gateway.fields import ApiError, Fields, Sampling
 from atropos_verl.gateway.text import TextCodec
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
 from atropos_verl.types import MIN_LOGPROB, UNKNOWN_VERSION, Generation, GenerationDelta, GenerationRequest
-
-__all__ = ["GatewayService", "finite_logprobs", "joined_deltas", "policy_fields"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +63,8 @@ class GatewayMetrics(Collector):
             ("prompt_tokens_total", "Prompt tokens of served requests.", self.prompt_tokens),
             ("generated_tokens_total", "Tokens generated for clients.", self.generated_tokens),
             ("policy_version", "Version of the weights the engine holds; -1 before the first.", version),
-            ("paused", "1 while new requests wait for a weight sync.", service.paused),
-            ("paused_seconds_total", "Seconds spent paused for weight syncs.", service.paused_seconds),
+            ("paused", "1 while new requests wait for a weight sync.", not service.gate.is_open),
+            ("paused_seconds_total", "Seconds spent paused for weight syncs.", service.gate.paused_seconds),
         ]
         if service.ledger is not None:
             ledger = service.ledger.stats()
@@ -101,18 +99,10 @@ class GatewayService:
         self.ledger = ledger
         self.throttle = throttle
         self.codec = TextCodec(tokenizer)
-        self.gate = gate
+        self.gate = gate if gate is not None else RequestGate()
         self.model_name = model_name
         self.metrics = GatewayMetrics(self)
         self._warned: set[str] = set()
-
-    @property
-    def paused(self) -> bool:
-        return self.gate is not None and not self.gate.is_open
-
-    @property
-    def paused_seconds(self) -> float:
-        return 0.0 if self.gate is None else self.gate.paused_seconds
 
     def warn_once(self, key: str, message: str, *args: object) -> None:
         """Log ``message`` at WARNING the first time ``key`` occurs."""
@@ -179,10 +169,12 @@ class GatewayService:
         was aborted (half a completion must not be taken for a whole one).
         """
         async with self._admitted(requests):
-            if len(requests) == 1:
-                results = [await self.engine.agenerate(requests[0])]
-            else:
-                results = await self._generate_all(requests)
+            try:
+                async with asyncio.TaskGroup() as group:  # the first failure cancels the others and frees their slots
+                    tasks = [group.create_task(self.engine.agenerate(request)) for request in requests]
+            except BaseExceptionGroup as errors:
+                raise errors.exceptions[0] from errors
+        results = [task.result() for task in tasks]
         for request, generations in zip(requests, results, strict=True):
             if len(generations) != request.n:
                 raise EngineError(f"{request.request_id}: {len(generations)} completions instead of n = {request.n}")
@@ -193,36 +185,25 @@ class GatewayService:
         await self._record(zip(requests, results, strict=True))
         return results
 
-    async def _generate_all(self, requests: Sequence[GenerationRequest]) -> list[list[Generation]]:
-        try:
-            async with asyncio.TaskGroup() as group:  # the first failure cancels the others and frees their slots
-                tasks = [group.create_task(self.engine.agenerate(request)) for request in requests]
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from errors
-        return [task.result() for task in tasks]
-
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """``generate`` for one request, token by token. Closing the generator frees its slots."""
         async with self._admitted([request]):
-            deltas = self.engine.astream(request)
-            seen: list[GenerationDelta] = []
+            seen: list[list[GenerationDelta]] = [[] for _ in range(request.n)]
             running = request.n
             try:
-                async for delta in deltas:
-                    self.metrics.generated_tokens += len(delta.token_ids)
-                    _refuse_aborted(delta.finish_reason)
-                    seen.append(delta)
-                    running -= delta.finish_reason is not None
-                    if not running:
-                        await self._record([(request, joined_deltas(seen, request.n))])
-                    yield delta
-            finally:
                 # A client that goes away may do so between two deltas: only closing tells the engine then.
-                close = getattr(deltas, "aclose", None)
-                if close is not None:
-                    await close()
+                async with aclosing(self.engine.astream(request)) as deltas:
+                    async for delta in deltas:
+                        self.metrics.generated_tokens += len(delta.token_ids)
+                        _refuse_aborted(delta.finish_reason)
+                        seen[delta.index].append(delta)
+                        running -= delta.finish_reason is not None
+                        if not running:
+                            await self._record([(request, _joined(seen))])
+                        yield delta
+            finally:
                 if running and self.ledger is not None:  # a reader who left may use what it got
-                    self.ledger.record(request.prompt_token_ids, joined_deltas(seen, request.n), request.temperature)
+                    self.ledger.record(request.prompt_token_ids, _joined(seen), request.temperature)
         self.metrics.prompt_tokens += len(request.prompt_token_ids)
 
     async def _record(self, answers: Iterable[tuple[GenerationRequest, list[Generation]]]) -> None:
@@ -235,35 +216,27 @@ class GatewayService:
 
     @asynccontextmanager
     async def _admitted(self, requests: Sequence[GenerationRequest]) -> AsyncIterator[None]:
-        async with AsyncExitStack() as stack:
-            if self.throttle is not None:
-                await stack.enter_async_context(self.throttle.admitted(requests))
-            if self.gate is not None:
-                await stack.enter_async_context(self.gate.request())
+        throttled = nullcontext() if self.throttle is None else self.throttle.admitted(requests)
+        async with throttled, self.gate.request():
             yield
 
 
-def joined_deltas(deltas: Sequence[GenerationDelta], n: int) -> list[Generation]:
-    """The n completions that a stream consisted of. A version that a delta does not name is ``UNKNOWN_VERSION``."""
+def _joined(seen: Sequence[Sequence[GenerationDelta]]) -> list[Generation]:
+    """What a stream wrote of each completion. A version that a delta does not name is ``UNKNOWN_VERSION``."""
     joined: list[Generation] = []
-    for index in range(n):
-        parts = [delta for delta in deltas if delta.index == index]
-        versions = [
-            UNKNOWN_VERSION if delta.policy_version is None else delta.policy_version
-            for delta in parts
-            for _ in delta.token_ids
-        ]
-        runs = tuple((version, len(list(run))) for version, run in groupby(versions))
-        joined.append(
-            Generation(
-                token_ids=tuple(token for delta in parts for token in delta.token_ids),
-                logprobs=tuple(value for delta in parts for value in delta.logprobs),
-                finish_reason=(parts[-1].finish_reason if parts else None) or "abort",
-                policy_version_first=versions[0] if versions else UNKNOWN_VERSION,
-                policy_version_last=versions[-1] if versions else UNKNOWN_VERSION,
-                policy_version_runs=runs,
+    for deltas in seen:
+        named = ((UNKNOWN_VERSION if d.policy_version is None else d.policy_version, d) for d in deltas if d.token_ids)
+        runs = [(v, sum(len(d.token_ids) for _, d in run)) for v, run in groupby(named, key=itemgetter(0))]
+        if runs:
+            generation = Generation(
+                token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+                logprobs=tuple(value for delta in deltas for value in delta.logprobs),
+                finish_reason=deltas[-1].finish_reason or "abort",
+                policy_version_first=runs[0][0],
+                policy_version_last=runs[-1][0],
+                policy_version_runs=tuple(runs),
             )
-        )
+            joined.append(generation)
     return joined
 
 

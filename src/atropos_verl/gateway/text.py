@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from atropos_verl.gateway.fields import ApiError
-from atropos_verl.gateway.sampling import Sampling
+from atropos_verl.gateway.fields import ApiError, Sampling
 from atropos_verl.types import FinishReason
-
-__all__ = ["StreamText", "TextCodec", "cut_at_stop"]
 
 _REPLACEMENT = "\ufffd"
 _MAX_PENDING_TOKENS = 64

@@ -16,15 +16,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from atropos_verl.provenance.ledger import Ledger, Piece, SpanRecord
 from atropos_verl.types import MIN_LOGPROB, UNKNOWN_VERSION, Difference, FloatArray, IntArray, SequenceMatch
-
-__all__ = ["SequenceQuery", "look_up", "trained_spans"]
 
 _MOST_EXPLAINED = 512
 """Newest records that a sequence is compared with, to say where it differs."""
@@ -56,18 +54,20 @@ def look_up(ledger: Ledger, queries: Sequence[SequenceQuery]) -> list[SequenceMa
     spans = [trained_spans(query.loss_mask) for query in queries]
     found = [ledger.find(query.token_ids, where) for query, where in zip(queries, spans, strict=True)]
     chooser = _Chooser(queries, found)
-    chosen = chooser.choose_all()
+    picks: dict[int, _Picks] = {}
+    # Those with logprobs first: what they take is certain, and leaves less to the others.
+    for index in sorted(range(len(queries)), key=lambda i: queries[i].logprobs is None):
+        picks[index] = chooser.choose(index)
     ledger.used(record for records in chooser.certain for record in records)
     explained: set[int | None] = set()
     matches = []
-    for query, pieces, picks, certain in zip(queries, found, chosen, chooser.certain, strict=True):
+    for index, (query, pieces) in enumerate(zip(queries, found, strict=True)):
         lost = next((p for span in pieces for p in span if not p.candidates), None)
         difference = None
         if lost is not None and query.env_id not in explained:
             explained.add(query.env_id)
             difference = _explain(ledger, query.token_ids, lost)
-        match = _match(query, pieces, picks, difference)
-        matches.append(replace(match, records=tuple(record.order for record in certain)))
+        matches.append(_match(query, pieces, picks[index], chooser.certain[index], difference))
     return matches
 
 
@@ -86,15 +86,8 @@ class _Chooser:
         self.certain: list[list[SpanRecord]] = [[] for _ in queries]
         """For each sequence, the records that it is known to hold."""
 
-    def choose_all(self) -> list[_Picks]:
-        """One entry per query."""
-        picks: dict[int, _Picks] = {}
-        # Those with logprobs first: what they take is certain, and leaves less to the others.
-        for index in sorted(range(len(self._queries)), key=lambda i: self._queries[i].logprobs is None):
-            picks[index] = self._choose(index)
-        return [picks[index] for index in range(len(self._queries))]
-
-    def _choose(self, index: int) -> _Picks:
+    def choose(self, index: int) -> _Picks:
+        """The records that each piece of a sequence may be."""
         query, picks = self._queries[index], _Picks()
         before: int | None = None
         for piece in reversed(self._pieces[index]):
@@ -111,10 +104,14 @@ class _Chooser:
         sent = None if query.logprobs is None else query.logprobs[piece.start : piece.stop].astype(np.float32)
         whole = self._whole[query.group, piece.candidates[0].prompt.key]
 
+        def as_sent(record: SpanRecord) -> NDArray[np.float32]:
+            """The logprobs as the gateway sent them to the environment."""
+            return np.maximum(record.logprobs[_inside(record, piece)], np.float32(MIN_LOGPROB))
+
         def evidence(record: SpanRecord) -> tuple[bool, bool, int, bool]:
             return (
                 before is not None and record.order >= before,
-                sent is not None and not np.array_equal(sent, _sent_logprobs(record, piece)),
+                sent is not None and not np.array_equal(sent, as_sent(record)),
                 record.uses + self._uses[record.order],
                 record.request not in whole,
             )
@@ -145,14 +142,12 @@ class _Chooser:
         return result
 
 
-def _sent_logprobs(record: SpanRecord, piece: Piece) -> NDArray[np.float32]:
-    """The record's logprobs of the piece's tokens, as the gateway sent them to the environment."""
-    offset = piece.start - record.start
-    return np.maximum(record.logprobs[offset : offset + piece.stop - piece.start], np.float32(MIN_LOGPROB))
-
-
 def _match(
-    query: SequenceQuery, spans: list[list[Piece]], picks: _Picks, difference: Difference | None
+    query: SequenceQuery,
+    spans: list[list[Piece]],
+    picks: _Picks,
+    certain: list[SpanRecord],
+    difference: Difference | None,
 ) -> SequenceMatch:
     versions = np.full(len(query.token_ids), UNKNOWN_VERSION, dtype=np.int64)
     logprobs = np.full(len(query.token_ids), np.nan)
@@ -160,7 +155,7 @@ def _match(
     temperatures: set[float] = set()
     lost_tokens = 0
     ambiguous: set[int] = set()
-    for number, piece in ((number, piece) for number, span in enumerate(spans) for piece in span):
+    for number, piece in [(number, piece) for number, span in enumerate(spans) for piece in span]:
         records = picks.get(piece.start, [])
         if not records:
             lost_tokens += piece.stop - piece.start
@@ -188,6 +183,7 @@ def _match(
         unmatched_tokens=lost_tokens,
         ambiguous_spans=len(ambiguous),
         difference=difference,
+        records=tuple(record.order for record in certain),
     )
 
 

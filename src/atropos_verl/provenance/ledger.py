@@ -30,18 +30,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from atropos_verl.provenance.ledger_store import (
-    Contents,
-    LedgerStore,
-    Row,
-    StoredPrompt,
-    StoredSpan,
-    StoredState,
-    StoredUses,
-)
+from atropos_verl.provenance.ledger_store import LedgerStore, Row, StoredPrompt, StoredSpan, StoredState, StoredUses
 from atropos_verl.types import UNKNOWN_VERSION, Generation
-
-__all__ = ["Ledger", "LedgerStats", "Piece", "SpanRecord", "prefix_hashes"]
 
 IDS = np.dtype("<i4")
 ID_BYTES = IDS.itemsize
@@ -50,8 +40,6 @@ OVERHEAD_BYTES = 700
 """Python objects of one record beside its arrays, measured with tracemalloc (about 650 bytes)."""
 Runs: TypeAlias = tuple[tuple[int, int], ...]
 """(policy version, tokens it wrote), in order."""
-_MASK = (1 << 64) - 1
-"""Sums of hashes are taken modulo 2^64."""
 _TOKEN_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _POSITION_FACTOR = np.uint64(0xD1B54A32D192ED03)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -220,15 +208,20 @@ class Ledger:
         with self._lock:
             before, request = self._prompts.get(key), self._orders + 1
             node = self._node(key, prompt.tobytes())
-            records = [self._make(node, request, ids, generation, temperature) for ids, generation in made]
-            for record in records:
-                self._add(record)
-                self._recorded_tokens += record.length
+            for ids, generation in made:
+                self._orders += 1
+                end_key = (key + int(prefix_hashes(ids, offset=len(prompt))[-1])) % (1 << 64)
+                read = (ids.tobytes(), _logprobs(generation), _runs(generation), temperature, end_key)
+                self._add(SpanRecord(self._orders, request, node, *read))
+                self._recorded_tokens += len(ids)
             self._shrink()
             rows: list[tuple[str, Row]] = []
             if self._prompts.get(key) is not before:
                 rows.append(("prompts", StoredPrompt(key, node.ids)))
-            rows += [("spans", _stored(record)) for record in records if record.order in self._spans]
+            for order in range(request, self._orders + 1):
+                if (r := self._spans.get(order)) is not None:
+                    values = (r.ids, r.logprobs.tobytes(), r.runs, r.temperature, r.end_key)
+                    rows.append(("spans", StoredSpan(r.order, r.request, key, *values)))
             return self._write(rows)
 
     def _write(self, rows: Sequence[tuple[str, Row]]) -> Future[None] | None:
@@ -248,21 +241,6 @@ class Ledger:
             node = self._prompts[key] = Prompt(key, ids, OrderedDict())
             self._bytes += len(ids) + OVERHEAD_BYTES
         return node
-
-    def _make(
-        self, node: Prompt, request: int, ids: NDArray[np.int32], generation: Generation, temperature: float
-    ) -> SpanRecord:
-        self._orders += 1
-        return SpanRecord(
-            order=self._orders,
-            request=request,
-            prompt=node,
-            ids=ids.tobytes(),
-            logprobs=_logprobs(generation),
-            runs=_runs(generation),
-            temperature=temperature,
-            end_key=(node.key + int(prefix_hashes(ids, offset=node.length)[-1])) & _MASK,
-        )
 
     def _add(self, record: SpanRecord) -> None:
         self._spans[record.order] = record
@@ -314,23 +292,20 @@ class Ledger:
             self._resumes = [resume for resume in found.state.resumes if resume[1] >= oldest]
             if resumed_at is not None:
                 self._resumes.append((resumed_at, found.state.orders))
-            self._restore(found)
+            for span in found.spans:
+                node = self._node(span.prompt, found.prompts[span.prompt].ids)
+                logprobs = np.frombuffer(span.logprobs, dtype=LOGPROBS)
+                read = (span.ids, logprobs, span.runs, span.temperature, span.end_key)
+                self._add(SpanRecord(span.key, span.request, node, *read))
+                self._shrink()
+            for uses in found.uses:
+                if uses.key in self._spans:
+                    self._spans[uses.key].uses = self._spans[uses.key].consumed = uses.count
+            self._orders = self._restored_orders = found.state.orders
+            _note_branches(self._spans.values(), self._resumes)
+            self._restored, self._evicted = len(self._spans), 0
             self._write([])
             return self._restored
-
-    def _restore(self, found: Contents) -> None:
-        for span in found.spans:
-            node = self._node(span.prompt, found.prompts[span.prompt].ids)
-            logprobs = np.frombuffer(span.logprobs, dtype=LOGPROBS)
-            read = (span.ids, logprobs, span.runs, span.temperature, span.end_key)
-            self._add(SpanRecord(span.key, span.request, node, *read))
-            self._shrink()
-        for uses in found.uses:
-            if uses.key in self._spans:
-                self._spans[uses.key].uses = self._spans[uses.key].consumed = uses.count
-        self._orders = self._restored_orders = found.state.orders
-        _note_branches(self._spans.values(), self._resumes)
-        self._restored, self._evicted = len(self._spans), 0
 
     def consumed(self, orders: Sequence[int]) -> None:
         """Note that a batch with the records of these numbers was trained on: they are not looked up again."""
@@ -340,11 +315,6 @@ class Ledger:
                 record.consumed += 1
             if records:
                 self._write([("uses", StoredUses(record.order, record.consumed)) for record in records])
-
-    def _note_used(self, orders: Iterable[int]) -> None:
-        for order in orders:
-            if order in self._spans:
-                self._spans[order].uses += 1
 
     def close(self) -> None:
         """Finish the writes that wait, and let go of the directory. Idempotent."""
@@ -393,7 +363,8 @@ class Ledger:
         """``used`` for records by number, as an earlier process noted them. Returns those the ledger holds."""
         with self._lock:
             known = [order for order in orders if order in self._spans]
-            self._note_used(known)
+            for order in known:
+                self._spans[order].uses += 1
         return set(known)
 
     def newest(self, count: int) -> list[SpanRecord]:
@@ -404,22 +375,18 @@ class Ledger:
     def _pieces(self, sequence: bytes, hashes: NDArray[np.uint64], start: int, stop: int) -> Iterator[Piece]:
         position = start
         while position < stop:
-            records, end = self._exact(sequence, hashes, position, stop), stop
+            alike = self._by_end.get(int(hashes[stop]), {}).values()
+            exact = (r for r in alike if (r.start, r.start + r.length) == (position, stop))
+            records, end = [record for record in exact if _holds(record, sequence, stop)], stop
             if not records:
                 records, end = self._after_prompt(sequence, hashes, position, stop)
             if not records:
                 records, end = self._begun_before(sequence, hashes, position, stop)
-            if not records:
-                end = self._next_known(hashes, position, stop)
+            if not records:  # up to where the next completion may begin
+                keys = enumerate(hashes[position + 1 : stop].tolist(), position + 1)
+                end = next((where for where, key in keys if key in self._prompts), stop)
             yield Piece(position, end, tuple(records))
             position = end
-
-    def _exact(self, sequence: bytes, hashes: NDArray[np.uint64], start: int, stop: int) -> list[SpanRecord]:
-        """Completions that begin at ``start`` and end at ``stop``."""
-        found = self._by_end.get(int(hashes[stop]), {})
-        return [
-            r for r in found.values() if r.start == start and r.start + r.length == stop and _holds(r, sequence, stop)
-        ]
 
     def _after_prompt(
         self, sequence: bytes, hashes: NDArray[np.uint64], start: int, stop: int
@@ -448,11 +415,6 @@ class Ledger:
                 if reaching:
                     return reaching, min(stop, reaching[0].start + reaching[0].length)
         return [], start
-
-    def _next_known(self, hashes: NDArray[np.uint64], start: int, stop: int) -> int:
-        """The next position in the span at which a completion may begin."""
-        keys = hashes[start + 1 : stop].tolist()
-        return next((start + 1 + i for i, key in enumerate(keys) if key in self._prompts), stop)
 
 
 def prefix_hashes(token_ids: NDArray[np.int32], offset: int = 0) -> NDArray[np.uint64]:
@@ -489,19 +451,6 @@ def _note_branches(records: Iterable[SpanRecord], resumes: Sequence[tuple[int, i
         if outlived < len(resumes) and newest > lowest[outlived]:
             restart = next(n for n in range(outlived, len(resumes)) if newest > resumes[n][0])
             record.branch = (restart, lowest[outlived])
-
-
-def _stored(record: SpanRecord) -> StoredSpan:
-    return StoredSpan(
-        key=record.order,
-        request=record.request,
-        prompt=record.prompt.key,
-        ids=record.ids,
-        logprobs=record.logprobs.tobytes(),
-        runs=record.runs,
-        temperature=record.temperature,
-        end_key=record.end_key,
-    )
 
 
 def _runs(generation: Generation) -> Runs:

@@ -29,10 +29,10 @@ import msgspec
 from atropos_verl.errors import StorageDamagedError, StorageError, StorageInUseError
 from atropos_verl.storage import Change, RecordStore
 
-__all__ = ["Contents", "LedgerStore", "StoredPrompt", "StoredSpan", "StoredState", "StoredUses"]
-
 logger = logging.getLogger(__name__)
 
+_EARLIER = "segment-*.log"
+"""Files of version 0.1.0. They cannot be read here, and are kept in ``earlier/``."""
 _TABLES = dict.fromkeys(("prompts", "spans", "uses", "state"), int)
 
 
@@ -93,6 +93,8 @@ class LedgerStore:
     def __init__(self, store: RecordStore) -> None:
         self._store = store
         self._failed = False
+        self.close = store.close
+        """Finish the writes that wait. Idempotent."""
 
     @classmethod
     def open(cls, directory: Path, *, keep: bool) -> tuple[LedgerStore | None, Contents]:
@@ -110,13 +112,11 @@ class LedgerStore:
                 try:
                     store, found = _read_store(directory)
                     return cls(store), found
-                except StorageInUseError:
-                    raise
                 except StorageDamagedError as error:
-                    text = (
-                        "%s. The ledger begins empty: policy versions of tokens generated before this start are unknown"
-                    )
-                    logger.warning(text, error)
+                    if isinstance(error, StorageInUseError):
+                        raise
+                    text = "The ledger begins empty: policy versions of tokens generated before this start are unknown"
+                    logger.warning("%s. %s", error, text)
             return cls(_empty_store(directory)), Contents()
         except (StorageError, OSError) as error:
             logger.warning("the ledger will not survive a restart of this run: %s", error)
@@ -135,25 +135,18 @@ class LedgerStore:
         done.set_running_or_notify_cancel()  # a client that goes away while it waits does not cancel it
 
         def written(future: Future[None]) -> None:
-            if (error := future.exception()) is not None:
-                self._give_up(error)
+            """Called by the store's thread."""
+            error = future.exception()
+            if error is not None and not self._failed:
+                self._failed = True
+                directory = self._store.path.parent
+                text = "%s: %s. After a restart the policy versions of tokens generated up to then are unknown"
+                logger.warning(text, directory, error)
+                _remove(directory)  # the open connection goes on with files that have no name
             done.set_result(None)
 
         self._store.write(changes).add_done_callback(written)
         return done
-
-    def close(self) -> None:
-        """Finish the writes that wait. Idempotent."""
-        self._store.close()
-
-    def _give_up(self, error: BaseException) -> None:
-        """Called by the store's thread."""
-        if not self._failed:
-            self._failed = True
-            directory = self._store.path.parent
-            text = "%s: %s. After a restart the policy versions of tokens generated up to then are unknown"
-            logger.warning(text, directory, error)
-            _remove(directory)  # the open connection goes on with files that have no name
 
 
 def _open_store(directory: Path) -> RecordStore:
@@ -164,16 +157,19 @@ def _empty_store(directory: Path) -> RecordStore:
     """Remove what is there, unless another process uses it: ``StorageInUseError``."""
     try:
         _open_store(directory).close()
-    except StorageInUseError:
-        raise
-    except StorageDamagedError:
-        pass  # which is what it is removed for
+    except StorageDamagedError as error:  # which is what it is removed for
+        if isinstance(error, StorageInUseError):
+            raise
     _remove(directory)
+    earlier = directory / "earlier"
+    for file in directory.glob(_EARLIER):
+        earlier.mkdir(exist_ok=True)
+        file.replace(earlier / file.name)
     return _open_store(directory)
 
 
 def _remove(directory: Path) -> None:
-    for file in [*directory.glob("ledger.sqlite*"), *directory.glob("segment-*.log")]:
+    for file in directory.glob("ledger.sqlite*"):
         file.unlink(missing_ok=True)
 
 
@@ -183,11 +179,12 @@ def _signed(key: int) -> int:
 
 
 def _read_store(directory: Path) -> tuple[RecordStore, Contents]:
-    """Raises ``StorageDamagedError`` when a row is damaged or missing."""
+    """Raises ``StorageDamagedError`` when a row is damaged or missing, ``StorageInUseError``."""
     store = _open_store(directory)
     try:
-        if any(directory.glob("segment-*.log")):
-            raise StorageDamagedError(f"{directory} holds the ledger of an earlier version, in files segment-*.log")
+        if any(directory.glob(_EARLIER)):
+            kept = f"in files {_EARLIER}, which are kept in {directory / 'earlier'}"
+            raise StorageDamagedError(f"{directory} holds the ledger of an earlier version, {kept}")
         if store.path.with_name(f"{store.path.name}-wal.damaged").exists():
             raise StorageDamagedError(f"{store.path}-wal was damaged: the newest records are lost")
         states = _rows(store, "state", StoredState)

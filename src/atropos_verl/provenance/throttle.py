@@ -25,8 +25,6 @@ from contextlib import asynccontextmanager
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.types import GenerationRequest
 
-__all__ = ["StalenessThrottle"]
-
 _POLL_SECONDS = 0.02
 _PROBE_TOKENS = 1
 """Requests for so few tokens are health checks: they pass."""

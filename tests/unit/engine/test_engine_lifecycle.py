@@ -43,7 +43,7 @@ def test_more_sequences_than_slots_are_served_in_order_of_arrival() -> None:
     with engine_of(engine_model, max_running=2) as engine:
         tickets = []
         for index, prompt in enumerate(given):
-            ticket = engine._scheduler.submit(request(prompt, max_tokens=6, temperature=0.0, ignore_eos=True))
+            ticket = engine._submit(request(prompt, max_tokens=6, temperature=0.0, ignore_eos=True))
             ticket.future.add_done_callback(lambda _, index=index: finished.append(index))
             tickets.append(ticket)
         assert counter.held.wait(10.0)
@@ -136,7 +136,7 @@ async def test_closing_a_stream_frees_its_slots() -> None:
     with engine_of(tiny_causal_lm()) as engine:
         stream = engine.astream(request((1, 2, 3), n=2, max_tokens=480, ignore_eos=True))
         seen = [await anext(stream) for _ in range(6)]
-        await stream.aclose()  # type: ignore[attr-defined]
+        await stream.aclose()
         await asyncio.to_thread(eventually, lambda: engine.stats().running == 0, "the slots to be freed")
         assert len(seen) == 6
         assert engine.stats().aborted == 1
@@ -190,7 +190,7 @@ async def test_an_engine_that_fails_every_step_is_given_up_and_says_why() -> Non
         for _ in range(3):
             with pytest.raises(EngineError, match="device lost"):
                 await asyncio.wait_for(engine.agenerate(request((1,), max_tokens=5, ignore_eos=True)), 30.0)
-        await asyncio.to_thread(engine._scheduler._thread.join, 10.0)
+        await asyncio.to_thread(engine._thread.join, 10.0)
         with pytest.raises(EngineStoppedError, match="gave up after 3 failed steps: device lost"):
             await engine.agenerate(request((1,)))
         with pytest.raises(EngineStoppedError, match="device lost"):
@@ -227,7 +227,7 @@ async def test_close_fails_what_runs_and_what_waits_and_ends_the_thread(paused: 
     for task in tasks:
         with pytest.raises(EngineStoppedError, match="the engine was closed"):
             await asyncio.wait_for(task, 10.0)
-    assert not engine._scheduler._thread.is_alive()
+    assert not engine._thread.is_alive()
     with pytest.raises(EngineStoppedError, match="closed"):
         await engine.agenerate(request((1,)))
     assert engine.stats().failed == 3
@@ -264,7 +264,7 @@ from support.engines import request, tiny_causal_lm
 from support.tiny_model import build_tiny_tokenizer
 from atropos_verl.engine.embedded import TransformersEngine
 engine = TransformersEngine(tiny_causal_lm(), build_tiny_tokenizer())
-engine._scheduler.submit(request((1, 2), n=8, max_tokens=500, ignore_eos=True))
+engine._submit(request((1, 2), n=8, max_tokens=500, ignore_eos=True))
 print("main ends")
 """
     paths = [str(Path(__file__).parents[2]), *sys.path]

@@ -86,7 +86,7 @@ def test_a_seeded_request_survives_an_eviction_with_the_same_tokens() -> None:
         counter.hold_at = counter.steps + 6
         running = pool.submit(engine.generate, [wanted])
         assert counter.held.wait(10.0)
-        counter.go_on_once_shut(engine._scheduler._boundary)
+        counter.go_on_once_shut(engine._boundary)
         engine.update_weights_from_tensor(named(model))  # the same weights; the gate was not even paused
         [disturbed] = running.result(30.0)
         assert engine.stats().evictions == 2
@@ -269,7 +269,7 @@ def test_sequences_in_flight_go_on_under_the_swapped_weights(keep_kv: bool) -> N
         tokens = given[1] + (9, 8)
         assert engine.compute_staged_logprobs(tokens) == pytest.approx(logprob_oracle(new, tokens), abs=1e-5)
         assert engine.policy_version == 3
-        counter.go_on_once_shut(engine._scheduler._boundary)
+        counter.go_on_once_shut(engine._boundary)
         engine.swap_weights(policy_version=4)
         answers = answering.result(60.0)
         assert engine.policy_version == 4

@@ -11,7 +11,7 @@ import pytest
 from support.serving import eventually
 
 from atropos_verl.engine.gate import GateState, RequestGate
-from atropos_verl.errors import EngineError, EngineStoppedError
+from atropos_verl.errors import EngineError
 
 
 def test_states_of_pause_and_resume() -> None:
@@ -194,22 +194,6 @@ async def test_several_event_loops_are_woken() -> None:
         gate.resume()
         names = [client.result(5.0) for client in clients]
     assert len(set(names)) == 3
-
-
-async def test_close_fails_waiting_requests_and_ends_steps() -> None:
-    gate = RequestGate()
-    gate.pause(timeout=1.0)
-    waiting = asyncio.create_task(_hold(gate, asyncio.Event()))
-    await asyncio.to_thread(eventually, lambda: gate.waiting == 1, "it")
-    gate.close()
-    gate.close()
-    with pytest.raises(EngineStoppedError, match="closed"):
-        await asyncio.wait_for(waiting, 5.0)
-    with gate.step(timeout=10.0) as may_run:
-        assert not may_run
-    for call in (gate.resume, gate.pause, gate.drain):
-        with pytest.raises(EngineStoppedError):
-            call()
 
 
 def test_paused_seconds_count_the_time_the_gate_was_shut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,7 @@ import random
 import pytest
 from support.tiny_model import build_tiny_tokenizer
 
-from atropos_verl.gateway.fields import Fields
-from atropos_verl.gateway.sampling import Sampling, parse_sampling
+from atropos_verl.gateway.fields import Fields, Sampling, parse_sampling
 from atropos_verl.gateway.text import StreamText, TextCodec, cut_at_stop
 
 EOS = 258

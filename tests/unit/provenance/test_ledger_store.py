@@ -133,12 +133,19 @@ def test_a_damaged_byte_is_named_and_nothing_is_taken_in(tmp_path: Path, caplog:
     assert empty > len(used) / 14
 
 
-def test_a_ledger_of_the_earlier_format_is_named_and_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("resumed_at", [3, None])
+def test_a_ledger_of_the_earlier_format_is_named_once_and_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, resumed_at: int | None
+) -> None:
     (tmp_path / "segment-000001.log").write_bytes(b"ATRLDG1\n")
-    with process(tmp_path, 3) as ledger:
+    with process(tmp_path, resumed_at) as ledger:
         assert len(ledger) == 0
         ledger.record(PROMPT, [wrote([5], 1)])
-    assert "earlier version" in caplog.text and "The ledger begins empty" in caplog.text
+    assert (tmp_path / "earlier" / "segment-000001.log").read_bytes() == b"ATRLDG1\n"
+    assert not list(tmp_path.glob("segment-*"))
+    if resumed_at is not None:  # a new run has nothing to do with them
+        assert f"earlier version, in files segment-*.log, which are kept in {tmp_path / 'earlier'}" in caplog.text
+        assert "The ledger begins empty" in caplog.text
     caplog.clear()
     with process(tmp_path, 3) as after:
         assert len(after) == 1

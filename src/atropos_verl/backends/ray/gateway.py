@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Self
@@ -197,12 +197,12 @@ class ReplicaEngine:
         assert rows is not None
         return tuple(next(iter(row.values())) for row in rows if row is not None)
 
-    def astream(self, request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
+    def astream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """See ``GenerationEngine``. verl's replicas answer whole, so one delta holds the tokens of one attempt."""
         validate(request, self._limits)
         return self._stream(request)
 
-    async def _stream(self, request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
+    async def _stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         queue: asyncio.Queue[GenerationDelta | None] = asyncio.Queue()
         tasks = [asyncio.ensure_future(self._complete(request, index, queue)) for index in range(request.n)]
         ended = asyncio.ensure_future(asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION))
