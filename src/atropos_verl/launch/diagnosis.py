@@ -7,8 +7,6 @@ from typing import Any
 
 from atropos_verl.launch.probes import environments_of
 
-__all__ = ["diagnose"]
-
 
 def diagnose(state: Mapping[str, Any], silent: float) -> str:
     """The diagnosis of a run that has had no batch for ``silent`` seconds.

@@ -38,8 +38,6 @@ from atropos_verl.launch.environments import interpreter, program_of
 from atropos_verl.launch.launch import load_settings
 from atropos_verl.launch.probes import try_to_listen
 
-__all__ = ["Subject", "add_arguments", "examine", "run"]
-
 _SECTIONS = ("configuration", "software", "machine", "placement", "model", "network", "environments")
 """In the order of showing."""
 _STYLES = {"ok": "green", "warning": "yellow", "missing": "bold red"}

@@ -32,8 +32,6 @@ from atropos_verl.launch.probes import free_port, try_to_listen
 from atropos_verl.launch.supervisor import Supervisor
 from atropos_verl.training.extensions import check_extensions
 
-__all__ = ["RayLaunch", "backend_of", "build_plan", "is_launch_key", "load_ray_launch", "load_settings", "main"]
-
 logger = logging.getLogger(__name__)
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")

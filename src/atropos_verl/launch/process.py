@@ -21,8 +21,6 @@ from atropos_verl.errors import ServiceError
 from atropos_verl.launch import orphan_reaper
 from atropos_verl.storage import write_atomic
 
-__all__ = ["GRACE_SECONDS", "ManagedProcess", "ServiceSpec", "describe_exit", "stop_all"]
-
 logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 5.0

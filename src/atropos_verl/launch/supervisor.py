@@ -30,8 +30,6 @@ from atropos_verl.storage import write_atomic
 if TYPE_CHECKING:
     from atropos_verl.report.launch_view import LaunchView
 
-__all__ = ["Supervisor", "WatchedService"]
-
 logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.2

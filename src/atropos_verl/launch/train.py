@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from atropos_verl.config.verl_keys import ClusterRun
     from atropos_verl.report.console import ProgressReporter
 
-__all__ = ["TrainingServices", "main"]
-
 logger = logging.getLogger(__name__)
 
 _HOST = "127.0.0.1"

@@ -16,8 +16,6 @@ from atropos_verl.config.verl_keys import ClusterRun
 from atropos_verl.errors import ConfigError, ServiceError
 from atropos_verl.training.step import Evaluations, HeldOut, Progress
 
-__all__ = ["run_on_ray", "validate_with_verl"]
-
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 300.0
 """After Ctrl-C: the step on its way, and a checkpoint, are given this long."""
