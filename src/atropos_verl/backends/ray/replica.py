@@ -23,6 +23,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -32,7 +33,6 @@ from verl.utils.device import get_device_name, get_resource_name
 from verl.workers.config import HFModelConfig
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutMode, RolloutReplica, TokenOutput
-from verl.workers.rollout.utils import ensure_async_iterator
 
 from atropos_verl.backends.ray.lora import LoraMerger
 from atropos_verl.backends.ray.weight_transfer import (
@@ -432,38 +432,29 @@ def _prompt_logprob_fields(entries: tuple[dict[int, float] | None, ...], k: int)
 
 
 class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
-    """One per training worker (or per ``CheckpointEngineWorker``); the replica's leader rank talks to the server."""
+    """Connects a training worker (or a ``CheckpointEngineWorker``) with its replica, which runs on one device."""
+
+    is_leader_rank = True
+    """verl asks for it: the one rank of a replica talks to its server."""
 
     def __init__(self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int = -1, **_: Any) -> None:
         super().__init__(config, model_config, device_mesh)
-        rank = int(os.environ["RANK"])
-        world_size = (
-            self.config.tensor_model_parallel_size
-            * self.config.data_parallel_size
-            * self.config.pipeline_model_parallel_size
-        )
-        self.replica_rank = rank // world_size if replica_rank == -1 else replica_rank
-        self.is_leader_rank = rank % world_size == 0
+        self.replica_rank = int(os.environ["RANK"]) if replica_rank == -1 else replica_rank
         self.last_transfer: TransferReport | None = None
-        """Figures of the last weight update; None on ranks that send nothing."""
-        self._server: Any = None
+        """Figures of the last weight update."""
 
-    @property
+    @cached_property
     def server(self) -> Any:
         """The replica's actor, which is started after this adapter."""
-        if self._server is None:
-            self._server = ray.get_actor(f"{self.config.name}_server_{self.replica_rank}_0")
-        return self._server
+        return ray.get_actor(f"{self.config.name}_server_{self.replica_rank}_0")
 
     async def resume(self, tags: list[str]) -> None:
         """Take memory again: ``weights`` before an update, ``kv_cache`` after it (generation goes on then)."""
-        if self.is_leader_rank:
-            await self.server.wake_up.remote(tags=tags)
+        await self.server.wake_up.remote(tags=tags)
 
     async def release(self) -> None:
         """Stop at a token boundary and give memory back."""
-        if self.is_leader_rank:
-            await self.server.sleep.remote()
+        await self.server.sleep.remote()
 
     @torch.no_grad()
     async def update_weights(
@@ -477,15 +468,10 @@ class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
     ) -> None:
         """Send ``weights`` (or, with ``peft_config``, an adapter's) into the replica as policy ``global_steps``.
 
-        Every rank consumes ``weights``: gathering a sharded tensor is a collective.
         Raises ``WeightSyncError`` naming what does not fit.
         """
         if wire_format != "named_tensors":
             raise NotImplementedError(f"rollout.name={self.config.name} takes named tensors, not {wire_format!r}")
-        if not self.is_leader_rank:
-            async for _name, _tensor in ensure_async_iterator(weights):
-                pass
-            return
         started = time.perf_counter()
         settings = {
             "global_steps": global_steps,

@@ -261,13 +261,13 @@ class _Training:
         self.log = StepLog(self.run.run_dir, trainer.global_steps)
         trainer.on_report = self._report
         trainer.on_stop = lambda: self.has_flag("stop")
-        manager = AtroposAgentLoopManager.create(
-            config=self.config,
+        manager = AtroposAgentLoopManager(
+            self.config,
+            self.feed,
             llm_client=llm_client,
             teacher_client=trainer.get_teacher_client(),
             reward_loop_worker_handles=trainer.get_reward_handles(),
         )
-        manager.feed = self.feed
         self.wait_for_flag("train", self.feed.check)
         self.phase("rollout: waiting for a batch")
         stopped = ""

@@ -542,19 +542,17 @@ class TransferQueueStore:
 
 
 class AtroposAgentLoopManager:
-    """verl's agent-loop manager, whose trajectories come from the feed. verl's own validation goes to verl's own."""
+    """verl's agent-loop manager, whose trajectories come from the feed. verl's own validation goes to verl's own.
 
-    feed: TrajectoryFeed | None = None
+    Args:
+        clients: verl's: ``llm_client``, ``teacher_client``, ``reward_loop_worker_handles``.
+    """
 
-    def __init__(self, config: Any, **clients: Any) -> None:
+    def __init__(self, config: Any, feed: TrajectoryFeed, **clients: Any) -> None:
         self.config = config
+        self._feed = feed
         self._clients = clients
         self._validation: Any = None
-
-    @classmethod
-    def create(cls, config: Any, **clients: Any) -> AtroposAgentLoopManager:
-        """verl's constructor: ``config``, ``llm_client``, ``teacher_client``, ``reward_loop_worker_handles``."""
-        return cls(config, **clients)
 
     def generate_sequences(self, prompts: TensorDict) -> None:
         """Ask the feed for the slots that ``prompts`` name; returns at once."""
@@ -563,11 +561,9 @@ class AtroposAgentLoopManager:
         if is_validation:
             self._validate(prompts)
             return
-        if self.feed is None:
-            raise RuntimeError("no trajectory feed: AtroposAgentLoopManager runs in atropos_verl's task runner only")
         step = int(prompts["global_steps"])
         for uid in prompts["uid"]:
-            self.feed.request(str(uid), step)
+            self._feed.request(str(uid), step)
 
     def _validate(self, prompts: TensorDict) -> None:
         if self._validation is None:

@@ -28,9 +28,10 @@ def prompts(**extra: Any) -> Any:
 
 
 def manager() -> tuple[AtroposAgentLoopManager, Recorder, Recorder]:
-    made = AtroposAgentLoopManager.create(config=SimpleNamespace(), llm_client=None)
-    made.feed, made._validation = Recorder(), Recorder()  # type: ignore[assignment]
-    return made, made.feed, made._validation  # type: ignore[return-value]
+    feed, validation = Recorder(), Recorder()
+    made = AtroposAgentLoopManager(SimpleNamespace(), feed, llm_client=None)  # type: ignore[arg-type]
+    made._validation = validation
+    return made, feed, validation
 
 
 def test_slots_of_training_go_to_the_feed() -> None:
@@ -51,9 +52,3 @@ def test_prompts_of_validation_go_to_verls_manager(wrap: bool) -> None:
     made.generate_sequences(batch)
     assert validation.calls == [["a", "b"]]
     assert feed.calls == []
-
-
-def test_outside_the_task_runner_it_says_so() -> None:
-    made = AtroposAgentLoopManager.create(config=SimpleNamespace(), llm_client=None)
-    with pytest.raises(RuntimeError, match="task runner"):
-        made.generate_sequences(prompts())
