@@ -285,4 +285,5 @@ def test_the_other_examples() -> None:
     report = build(group((0.5, 0.45)), group(), data={"filter_path": "spread_filter:keep"})
     assert (report.groups, len(report.filtered)) == (1, 1)
     reward = extensions.load_function("reward.path", "spelling_reward:score")
-    assert reward(["spell: cat", "spell: cat"], ["tac", "tc"]) == [1.0, pytest.approx(1 / 3)]
+    prompt = "Spell this word backward (example: sun -> nus): cat<|im_end|>\n<|im_start|>assistant\n"
+    assert reward([prompt, prompt], ["tac", "tc"]) == [1.0, pytest.approx(1 / 3)]
