@@ -1,71 +1,14 @@
 """Every error this package raises on purpose, as one tree.
 
-::
-
-    AtroposVerlError
-    ├── ConfigError (ValueError)              a setting is unknown, of the wrong type, or contradicts another
-    ├── AtroposAPIError                       the trajectory API; str() tells the user what to do
-    │   ├── AtroposConnectionError (ConnectionError)   refused, DNS, TLS, unreachable, reset
-    │   ├── AtroposTimeoutError (TimeoutError)         no answer, or no batch, in time
-    │   ├── AtroposHTTPStatusError                     4xx or 5xx
-    │   └── AtroposProtocolError (ValueError)          not an Atropos API, or an answer that breaks its contract
-    ├── DataError (ValueError)                a group of trajectories cannot be trained on
-    │   └── UnsupportedFieldError             a ScoredData field this trainer does not use, refused by name
-    ├── EngineError                           inference
-    │   ├── GenerationRequestError (ValueError)        the request itself is wrong (HTTP 400)
-    │   └── EngineStoppedError                         the engine is gone (HTTP 503)
-    ├── WeightSyncError                       the engine does not hold the trainer's weights (canary)
-    ├── TrainingDivergedError                 a loss or gradient that is not finite
-    ├── CheckpointError                       a checkpoint that cannot be written or read
-    ├── StorageError                          records that must survive the process
-    │   ├── StorageWriteError                          the disk refused: nothing was stored
-    │   └── StorageDamagedError                        the file cannot be used: damaged, or another process holds it
-    └── ServiceError                          a process of the run died or never became ready
-
-Every class can be pickled with its attributes (they cross process boundaries under Ray): attributes are set by
-``__init__`` from positional arguments and restored by ``__reduce__``.
+Every class can be pickled with its attributes (they cross process boundaries under Ray): ``__init__`` takes the message
+first and has defaults for all else, so that ``Exception`` rebuilds the error from its message and its attributes.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-__all__ = [
-    "AtroposAPIError",
-    "AtroposConnectionError",
-    "AtroposHTTPStatusError",
-    "AtroposProtocolError",
-    "AtroposTimeoutError",
-    "AtroposVerlError",
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "EngineError",
-    "EngineStoppedError",
-    "GenerationRequestError",
-    "ServiceError",
-    "StorageDamagedError",
-    "StorageError",
-    "StorageInUseError",
-    "StorageWriteError",
-    "TrainingDivergedError",
-    "UnsupportedFieldError",
-    "WeightSyncError",
-]
-
-
-def _rebuild(cls: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> BaseException:
-    error = cls.__new__(cls)
-    error.args = args
-    error.__dict__.update(state)
-    return error
-
 
 class AtroposVerlError(Exception):
     """Base of every error this package raises on purpose."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.args, dict(self.__dict__))
 
 
 class ConfigError(AtroposVerlError, ValueError):

@@ -20,27 +20,6 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "GREEDY_BELOW",
-    "MIN_LOGPROB",
-    "NOT_TRAINED",
-    "NO_LOGPROB",
-    "UNKNOWN_VERSION",
-    "Difference",
-    "FinishReason",
-    "Generation",
-    "GenerationDelta",
-    "GenerationRequest",
-    "LossOutput",
-    "QuarantinedGroup",
-    "SampleReport",
-    "SampleSettings",
-    "ScoredGroup",
-    "SequenceMatch",
-    "StepReport",
-    "TrainingSample",
-]
-
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 

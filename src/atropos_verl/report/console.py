@@ -21,8 +21,6 @@ from rich.text import Text
 from atropos_verl.report.format import count, decimal, duration, seconds, sparkline
 from atropos_verl.types import StepReport
 
-__all__ = ["CURVE_WIDTH", "LiveScreen", "ProgressReporter", "step_line", "summary_rows"]
-
 CURVE_WIDTH = 60
 _RECENT_STEPS = 8
 """Rows of the live table."""

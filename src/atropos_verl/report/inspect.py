@@ -39,8 +39,6 @@ from atropos_verl.training.advantages import ESTIMATORS, NORMALIZATIONS
 from atropos_verl.training.samples import build_samples
 from atropos_verl.types import NOT_TRAINED, FloatArray, SampleSettings, ScoredGroup, TrainingSample
 
-__all__ = ["add_arguments", "inspect_groups", "run"]
-
 _SOURCE_HELP = (
     "a saved GET /batch body (run_dir/journal/*.json), JSON lines of groups (ENV process), a quarantine file or "
     "directory, or the URL of a trajectory API (shows its latest example)"

@@ -21,8 +21,6 @@ from atropos_verl.errors import ConfigError
 from atropos_verl.report.console import CURVE_WIDTH, LiveScreen, step_line
 from atropos_verl.report.format import count, duration, sparkline
 
-__all__ = ["LaunchView", "attach"]
-
 _NOTES = 8
 _STALE_SECONDS = 10.0
 """A launcher writes its state twice a second."""

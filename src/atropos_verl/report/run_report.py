@@ -27,8 +27,6 @@ from atropos_verl.storage import write_atomic
 from atropos_verl.training.quarantine import parse_quarantine_file
 from atropos_verl.training.step import reward_window
 
-__all__ = ["RunData", "add_arguments", "line_chart", "load_run", "render_page", "run", "ticks"]
-
 _PHASES = ("rollout", "wait", "train", "sync", "step")
 _MOST_SAMPLES = 50
 _MOST_REASONS = 50

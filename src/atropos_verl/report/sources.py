@@ -15,8 +15,6 @@ from atropos_verl.protocol.wire import decode_batch, decode_group
 from atropos_verl.training.quarantine import parse_quarantine_file
 from atropos_verl.types import ScoredGroup
 
-__all__ = ["FoundGroup", "is_url", "load_groups", "read_path", "read_url"]
-
 _BATCH_BODY = re.compile(rb'\s*\{\s*"batch"\s*:')
 _GROUP_FIELDS = ("tokens", "masks", "scores")
 _QUARANTINE_BODY = re.compile(rb'\s*\{\s*"reason"\s*:')

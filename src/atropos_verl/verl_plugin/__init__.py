@@ -9,9 +9,13 @@ import importlib
 import os
 import sys
 
-__all__ = ["activate", "ray_environment"]
-
 _PLATFORMS = {"cpu": "cpu", "cuda": "nvidia"}
+
+
+def _with_module(module: str) -> str:
+    """Returns ``VERL_USE_EXTERNAL_MODULES`` with ``module`` in it, once."""
+    modules = [name for name in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",") if name]
+    return ",".join(dict.fromkeys([*modules, module]))
 
 
 def activate(device: str) -> None:
@@ -37,9 +41,8 @@ def activate(device: str) -> None:
             )
         if device == "cpu":
             importlib.import_module(module)
-    modules = [name for name in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",") if name]
-    if device == "cpu" and module not in modules:
-        os.environ["VERL_USE_EXTERNAL_MODULES"] = ",".join([*modules, module])
+    if device == "cpu":
+        os.environ["VERL_USE_EXTERNAL_MODULES"] = _with_module(module)
     # Nothing here may be fetched from a hub behind the user's back, and Ray must not phone home.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -50,11 +53,9 @@ def ray_environment(device: str) -> dict[str, str]:
 
     Put them into ``os.environ`` of the driver and into Ray's ``runtime_env``. ``device``: ``"cpu"`` or ``"cuda"``.
     """
-    module = "atropos_verl.verl_plugin.plugin"
-    modules = [name for name in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",") if name]
     variables = {
         "VERL_PLATFORM": _PLATFORMS[device],
-        "VERL_USE_EXTERNAL_MODULES": ",".join([*modules, *([] if module in modules else [module])]),
+        "VERL_USE_EXTERNAL_MODULES": _with_module("atropos_verl.verl_plugin.plugin"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -28,8 +28,6 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from atropos_verl.training.losses.lm_head import linear_token_logprobs
 from atropos_verl.verl_plugin.shims import without_pinned_offload
 
-__all__ = ["ATTENTION", "SelectiveHeadEngine", "can_pack", "install_packed_attention", "packs_exactly"]
-
 logger = logging.getLogger(__name__)
 
 ATTENTION = "atropos_packed_sdpa"

