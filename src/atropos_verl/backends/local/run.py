@@ -31,18 +31,14 @@ def run(
     check_services: Callable[[], None] | None = None,
     stop_services: Callable[[], None] | None = None,
 ) -> tuple[dict[str, Any], dict[str, float | None]]:
-    """Train until ``config.steps``.
+    """Trains until ``config.steps``; returns the outcome for ``summary.json``, and the held-out scores by label.
 
     Args:
-        config: with ``run_dir`` and ``atropos.api_url``.
         listener: the socket of the gateway; it listens already.
         evaluations: the one before training has been started, or is by ``start_environment``.
         start_environment: called once the trainer is registered. None: environments run elsewhere.
         check_services: called while waiting; raises when the run cannot go on.
         stop_services: called before the engine ends: requests of an environment would otherwise be waited for.
-
-    Returns:
-        The outcome for ``summary.json``, and the held-out scores by label.
     """
     run_dir = config.resolve_run_dir()
     with ExitStack() as stack:
@@ -82,10 +78,7 @@ def run(
 
 
 def _make_tracker(config: RunConfig, run_dir: Path) -> Callable[[StepReport], None] | None:
-    """Makes a function that sends a step's figures to verl's ``trainer.logger``; None when that list is empty.
-
-    tensorboard, wandb and the other loggers that verl knows write below ``run_dir``.
-    """
+    """Makes a function that sends a step's figures to verl's ``trainer.logger``; None when that list is empty."""
     if not config.trainer.logger:
         return None
     # verl's backends write below the working directory unless told otherwise.
@@ -126,11 +119,10 @@ def serve_rank(config: RunConfig) -> None:
 
 @contextmanager
 def paused_collection() -> Iterator[None]:
-    """For imports that last: no collection meanwhile, and what was made is never looked through afterwards.
+    """Switches the collector off for long imports, and afterwards hides from it what they made.
 
     torch, verl and transformers make more than a million objects that live as long as the process. Looking through
-    them again and again is a quarter of the time their import takes, and most of the time that the interpreter needs
-    to end. Where the collector is off already, nothing changes.
+    them is a quarter of the time their import takes, and most of the time that the interpreter needs to end.
     """
     if not gc.isenabled():
         yield

@@ -55,20 +55,16 @@ class LocalStack:
     throttle: StalenessThrottle | None
     tokenizer: Any
     sharding_manager: AtroposShardingManager
-    vocab_size: int
 
     @classmethod
     def build(
-        cls,
-        config: RunConfig,
-        model_path: Path,
-        state: RunState,
-        *,
-        gateway_listener: socket.socket | None = None,
+        cls, config: RunConfig, model_path: Path, state: RunState, *, gateway_listener: socket.socket | None = None
     ) -> LocalStack:
         """Loads model and tokenizer, builds engine and worker, starts the gateway (gate closed, no weights yet)."""
         import torch
         from transformers import AutoConfig, AutoTokenizer
+
+        from atropos_verl.engine.embedded import TransformersEngine
 
         with ExitStack() as built:  # what was made before something failed is ended
             gate = RequestGate()
@@ -78,7 +74,19 @@ class LocalStack:
             worker = PolicyWorker(config, model_path)
             built.callback(worker.close)
             tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer_path or str(model_path))
-            engine = _make_engine(config, model_path, gate, device, threads)
+            engine = TransformersEngine.from_pretrained(
+                model_path,
+                gate=gate,
+                # The trainer computes in this dtype whatever the checkpoint holds; logprobs must be of the same policy.
+                dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.compute_dtype],
+                device=device,
+                max_running=config.inference.max_running,
+                max_context_len=config.inference.max_context_len or config.max_token_len,
+                release_weights=config.inference.release_weights,
+                keep_kv=config.overlap.kv_after_swap == "keep",
+                seed=config.seed,
+                num_threads=threads,
+            )
             built.callback(engine.close)
             if trainer_threads is not None:
                 torch.set_num_threads(trainer_threads)  # of this thread, the trainer's
@@ -101,7 +109,7 @@ class LocalStack:
             canary = _build_canary(config, worker, engine, tokenizer) if config.sync.canary else None
             manager = AtroposShardingManager(engine, _VersionedPolicy(worker, state), gate=gate, canary=canary)
             built.pop_all()
-        return cls(worker, engine, gate, gateway, ledger, throttle, tokenizer, manager, engine.vocab_size)
+        return cls(worker, engine, gate, gateway, ledger, throttle, tokenizer, manager)
 
     def close(self) -> None:
         """Stops gateway, engine and worker. Safe to call twice."""
@@ -111,28 +119,6 @@ class LocalStack:
             stack.callback(self.gateway.stop, timeout=10.0)
             # First: who waits at a shut gate is told at once, and the gateway has nobody left to wait for.
             stack.callback(self.engine.close)
-
-
-def _make_engine(
-    config: RunConfig, model_path: Path, gate: RequestGate, device: str, num_threads: int | None
-) -> TransformersEngine:
-    import torch
-
-    from atropos_verl.engine.embedded import TransformersEngine
-
-    return TransformersEngine.from_pretrained(
-        model_path,
-        gate=gate,
-        # The trainer computes in this dtype whatever the checkpoint holds; logprobs must be of the same policy.
-        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.compute_dtype],
-        device=device,
-        max_running=config.inference.max_running,
-        max_context_len=config.inference.max_context_len or config.max_token_len,
-        release_weights=config.inference.release_weights,
-        keep_kv=config.overlap.kv_after_swap == "keep",
-        seed=config.seed,
-        num_threads=num_threads,
-    )
 
 
 def _build_canary(config: RunConfig, worker: PolicyWorker, engine: TransformersEngine, tokenizer: Any) -> Canary:
@@ -165,13 +151,10 @@ def share_cores(config: RunConfig, device: str, model: Any, cores: int | None = 
 
     On a CPU, unless the settings or ``OMP_NUM_THREADS`` say otherwise, ``mode=overlap`` gives each half the cores. The
     engine of a model so small that a second thread only costs time gets one (``engine.runner.engine_threads``).
-
     Two pools that each expect every core wait for each other at every barrier: on two cores a training step beside a
     generating engine took 1.2 s with two threads each, 0.7 s with one.
 
-    Args:
-        model: the Hugging Face configuration of the policy.
-        cores: of this process; None: those it may run on.
+    ``model`` is the policy's Hugging Face configuration, ``cores`` None: those that this process may run on.
     """
     engine, trainer = config.inference.num_threads, config.trainer.num_threads
     if device == "cpu" and not os.environ.get("OMP_NUM_THREADS"):

@@ -48,10 +48,46 @@ _ONE_INTERRUPT_SECONDS = 1.0
 """Signals this close together are one: torchrun passes on to its workers the Ctrl-C that they got from the terminal."""
 
 
-class AtroposTrainer:
-    """Trains a policy in verl on rollouts that went through an Atropos trajectory API.
+@contextmanager
+def held_interrupts(*, deliver: bool = True) -> Iterator[None]:
+    """Delivers SIGINT and SIGTERM when the block ends, after a whole step; a second one, over a second later, at once.
 
-    Use it as a context manager, or call ``close()``: it owns an engine thread, a gateway port and temporary state.
+    An exception of the block goes up as it is, and the signal is dropped: the run is ending anyway, and its cause is
+    the better explanation. ``deliver=False`` drops the first signal altogether. Blocks may be nested. Outside the main
+    thread, where Python delivers no signal, nothing is done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: dict[int, Any] = {}
+    first: list[tuple[int, float]] = []
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        before.clear()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if not first:
+            logger.info("%s: finishing the current step; interrupt again to stop at once", signal.Signals(number).name)
+            first.append((number, time.monotonic()))
+        elif time.monotonic() - first[0][1] > _ONE_INTERRUPT_SECONDS:
+            restore()
+            signal.raise_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not None:  # None: not set by Python, so it could not be put back
+            before[number] = signal.signal(number, note)
+    try:
+        yield
+    finally:
+        restore()
+    if first and deliver:
+        signal.raise_signal(first[0][0])
+
+
+class AtroposTrainer:
+    """Trains a policy in verl on rollouts that went through an Atropos trajectory API. Close it after use.
 
     Args:
         reward_fn: for ``rl_training_step``: ``(prompts, completions) -> scores``, flat lists of equal length.
@@ -89,7 +125,7 @@ class AtroposTrainer:
         self.moments, self.totals = self.state.moments, self.state.totals
         self.stack = stack = LocalStack.build(config, self.model_path, self.state, gateway_listener=gateway_listener)
         self.engine, self.tokenizer, self.sharding_manager = stack.engine, stack.tokenizer, stack.sharding_manager
-        self.settings = sample_settings(config, self.stack.vocab_size)
+        self.settings = sample_settings(config, self.engine.vocab_size)
         self.provenance = BatchProvenance(config.off_policy, self.stack.ledger, self.settings, self.tokenizer.decode)
         self.source.attach(self.provenance, self.stack.throttle, self.state.totals)
         self._is_open = False
@@ -103,12 +139,9 @@ class AtroposTrainer:
         """Builds a trainer from a plain dictionary with the recipe's keys (see ``config.schema.describe``).
 
         ``ATROPOS_API_URL`` and ``ATROPOS_TIMEOUT`` override the dictionary's values. The API is not contacted yet.
-
-        Raises:
-            ConfigError: names the key that is unknown, of the wrong type or contradictory.
+        Raises ``ConfigError``, which names a key that is unknown, of the wrong type or contradictory.
         """
-        values = apply_environment(dict(config))
-        return cls(RunConfig.from_mapping(values), reward_fn=reward_fn, **extra)
+        return cls(RunConfig.from_mapping(apply_environment(dict(config))), reward_fn=reward_fn, **extra)
 
     def __enter__(self) -> Self:
         return self
@@ -123,8 +156,6 @@ class AtroposTrainer:
         finally:
             self.stack.close()
             self.source.close()
-
-    # ------------------------------------------------------------------ parts
 
     @property
     def step(self) -> int:
@@ -169,12 +200,8 @@ class AtroposTrainer:
     def rl_training_step(self, prompts: Sequence[Any]) -> StepReport:
         """One complete step on rollouts that this trainer samples for ``prompts`` and scores with ``reward_fn``.
 
-        Args:
-            prompts: P prompts, each a string or a sequence of token ids. Each is sampled ``group_size`` times.
-
-        Raises:
-            ConfigError: no ``reward_fn`` was given.
-            AtroposAPIError: the trajectory API failed.
+        Each of the P prompts, a string or a sequence of token ids, is sampled ``group_size`` times. Raises
+        ``ConfigError`` without a ``reward_fn``, and ``AtroposAPIError``.
         """
         started = time.perf_counter()
         self.open_rollouts()
@@ -184,10 +211,8 @@ class AtroposTrainer:
             if not self._overlapped:
                 self.close_rollouts()
         report = self.train_on(rollout_data, started)
-        if self.config.save_freq > 0 and self.step % self.config.save_freq == 0:
+        if self._is_checkpoint_due():
             self.save_checkpoint()
-        elif self.config.save_freq <= 0:
-            self.source.batches.discard_through(self.step)
         return report
 
     def rollout_phase(self, prompts: Sequence[Any]) -> RolloutData:
@@ -214,8 +239,7 @@ class AtroposTrainer:
     def compute_advantages_from_atropos(self, rollout_data: RolloutData | Sequence[ScoredGroup]) -> torch.Tensor:
         """Advantages [B, L] float32 (right-padded with 0) of the batch's B trainable sequences.
 
-        Group baseline, token-level overrides, normalisation, clipping: see ``training.advantages``. Bad groups are
-        written to ``run_dir/quarantine`` with the reason. The samples are kept in ``rollout_data.report``.
+        Bad groups are written to ``run_dir/quarantine``. The samples are kept in ``rollout_data.report``.
         """
         import torch
 
@@ -236,20 +260,15 @@ class AtroposTrainer:
         return data.report
 
     def _prepare(self, data: RolloutData) -> None:
-        """Makes a batch's samples ahead of its step, in the source's thread. Left to the step where they depend on the
-        batches trained before it ("global" statistics, a bound on staleness)."""
+        """Makes a batch's samples in the source's thread, unless they depend on the batches trained before it."""
         if self.settings.normalization != "global" and self.config.off_policy.max_staleness is None:
             self._make_samples(data)
 
     def training_phase(self, rollout_data: RolloutData, advantages: torch.Tensor) -> dict[str, float]:
-        """The optimiser step. Returns its figures (``loss``, ``grad_norm``, ``lr``, ``tokens`` and the loss's own).
+        """The optimiser step with ``advantages`` [B, L]; a batch without a trained token makes none and has loss 0.
 
-        It trains with ``advantages`` [B, L], also where they differ from those that were computed. A batch without a
-        trained token makes no step and returns loss 0.
-
-        Raises:
-            DataError: the shapes do not belong together, or an advantage is not finite.
-            TrainingDivergedError: the loss or the gradient norm is not finite.
+        Returns ``loss``, ``grad_norm``, ``lr``, ``tokens`` and the loss's own figures. Raises ``DataError`` when the
+        shapes do not fit or an advantage is not finite, and ``TrainingDivergedError``.
         """
         samples = (rollout_data.report or self._make_samples(rollout_data)).samples
         values = advantages.detach().cpu().numpy().astype(np.float64)
@@ -258,9 +277,8 @@ class AtroposTrainer:
         if not np.isfinite(values).all():
             row, column = np.argwhere(~np.isfinite(values))[0]
             raise DataError(f"advantages[{row}][{column}] = {values[row, column]} is not finite")
-        return self._update(
-            rollout_data, [replace(s, advantages=values[i, : len(s)] * s.loss_mask) for i, s in enumerate(samples)]
-        )
+        samples = [replace(s, advantages=row[: len(s)] * s.loss_mask) for s, row in zip(samples, values, strict=True)]
+        return self._update(rollout_data, samples)
 
     def _update(self, data: RolloutData, samples: list[TrainingSample]) -> dict[str, float]:
         tokens = sum(int(s.loss_mask.sum()) for s in samples)
@@ -281,8 +299,7 @@ class AtroposTrainer:
     ) -> torch.Tensor:
         """``sum(-logprob · advantage · mask) / sum(mask)`` of a right-padded batch [B, L] under the current policy.
 
-        Token t is predicted from t - 1; position 0 is never trained. The loss [] has a graph to the policy's
-        parameters, and no lower bound for negative advantages (``use_advantage_weighting=false`` has one).
+        Token t is predicted from t - 1; position 0 is never trained. The loss [] has a graph to the parameters.
         """
         from atropos_verl.training.losses.policy import compute_advantage_weighted_sft_loss
 
@@ -293,17 +310,13 @@ class AtroposTrainer:
 
     # ------------------------------------------------------------------ a whole step
 
+    @held_interrupts()
     def train_on(self, rollout_data: RolloutData, started: float | None = None) -> StepReport:
         """Advantages, optimiser step, weight sync, ack: everything after a batch was fetched.
 
-        Args:
-            started: ``time.perf_counter()`` at the beginning of the step, for ``timing/step``.
+        ``started`` is ``time.perf_counter()`` at the beginning of the step, for ``timing/step``.
         """
-        begin = time.perf_counter()
-        with held_interrupts():
-            return self._whole_step(rollout_data, begin, begin if started is None else started)
-
-    def _whole_step(self, data: RolloutData, begin: float, started: float) -> StepReport:
+        data, begin = rollout_data, time.perf_counter()
         moments = self.moments.state_dict()
         try:
             # Computed before by the caller? Then not again: "global" statistics would count the batch twice.
@@ -336,20 +349,10 @@ class AtroposTrainer:
             **{name: data.timings.get(name, 0.0) for name in ("rollout", "wait", "prefetch")},
             "train": trained - begin,
             "sync": synced - trained,
-            "step": synced - started,
+            "step": synced - (begin if started is None else started),
         }
-        return self._report(data, report, counts, seconds, figures)
-
-    def _report(
-        self,
-        data: RolloutData,
-        report: SampleReport,
-        counts: Mapping[str, int],
-        seconds: Mapping[str, float],
-        figures: dict[str, float],
-    ) -> StepReport:
         env_ids = {group.env_id for group in data.groups if group.env_id is not None}
-        trained = [np.abs(s.advantages[s.loss_mask]) for s in report.samples]
+        advantages = [np.abs(s.advantages[s.loss_mask]) for s in report.samples]
         sync = self.sharding_manager.last_sync
         assert sync is not None, "the newest weights are served"
         return step_report(
@@ -361,7 +364,7 @@ class AtroposTrainer:
             counts=counts,
             seconds=seconds,
             figures={
-                "advantage/mean_abs": float(np.concatenate(trained).mean()) if counts["trained_tokens"] else None,
+                "advantage/mean_abs": float(np.concatenate(advantages).mean()) if counts["trained_tokens"] else None,
                 "sync/seconds": sync.seconds,
                 "sync/paused_seconds": sync.paused_seconds,
                 "sync/bytes": sync.bytes_copied,
@@ -378,7 +381,7 @@ class AtroposTrainer:
     def save_checkpoint(self) -> Path:
         """Writes ``run_dir/checkpoints/global_step_N`` now; older ones beyond ``trainer.max_ckpt_to_keep`` go.
 
-        Raises ``CheckpointError``, with path and cause; the checkpoint before then stays the newest one.
+        Raises ``CheckpointError``; the checkpoint before then stays the newest one.
         """
         directory = self.run_dir / "checkpoints" / f"global_step_{self.step}"
         try:
@@ -422,21 +425,15 @@ class AtroposTrainer:
         before_first_step: Callable[[], None] | None = None,
         on_step: Callable[[StepReport], None] | None = None,
     ) -> dict[str, Any]:
-        """Trains on the batches of environments, from the current step to ``config.steps``.
+        """Trains on the batches of environments up to step ``config.steps``; returns its part of ``summary.json``.
 
-        The trainer is left with the rollout phase open (newest weights served), so that an evaluation can follow.
+        The rollout phase stays open (newest weights served), so that an evaluation can follow. What ends the run is
+        raised after the steps since the last checkpoint were saved, if that is possible.
 
         Args:
             check_services: called while waiting; raises when a process of the run has died.
             before_first_step: called once, with the policy being served.
             on_step: called with every step's report, for trackers.
-
-        Returns:
-            The trainer's part of ``summary.json``.
-
-        Raises:
-            AtroposAPIError, ServiceError, EngineStoppedError, WeightSyncError, TrainingDivergedError, CheckpointError:
-                after the steps since the last checkpoint were saved, if that is possible.
         """
         source, config, progress = self.source, self.config, progress or LoggedProgress()
         source.note = progress.note
@@ -455,11 +452,8 @@ class AtroposTrainer:
                 check_services()
 
         try:
-            source.start(
-                check,
-                starts_environment=check_services is not None,
-                prepare=self._prepare if self._overlapped else None,
-            )
+            prepare = self._prepare if self._overlapped else None
+            source.start(check, starts_environment=check_services is not None, prepare=prepare)
             while self.step < config.steps:
                 self._next_step(progress, log, on_step)
             source.stop(give_back=True)
@@ -493,17 +487,21 @@ class AtroposTrainer:
         progress.step(report)
         if on_step is not None:
             on_step(report)
-        if config.save_freq > 0 and (self.step % config.save_freq == 0 or self.step == config.steps):
+        if self._is_checkpoint_due(last=config.steps):
             progress.phase(f"saving checkpoint {self.step}")
             with held_interrupts():
                 self.save_checkpoint()
-        elif config.save_freq <= 0:
+
+    def _is_checkpoint_due(self, last: int | None = None) -> bool:
+        if self.config.save_freq <= 0:
             self.source.batches.discard_through(self.step)  # no checkpoint will ever cover it
+            return False
+        return self.step % self.config.save_freq == 0 or self.step == last
 
     def _save_what_was_trained(self, error: BaseException) -> None:
-        unusable = (CheckpointError, TrainingDivergedError, WeightSyncError)
+        unusable = isinstance(error, CheckpointError | TrainingDivergedError | WeightSyncError)
         saved_at = self._saved_at
-        if self.config.save_freq <= 0 or self.step == saved_at or isinstance(error, unusable):
+        if self.config.save_freq <= 0 or self.step == saved_at or unusable:
             return
         if self.updating:
             error.add_note(
@@ -521,44 +519,3 @@ class AtroposTrainer:
             error.add_note(
                 f"(steps up to {self.step} are saved in {directory}; the same command with resume=auto goes on)"
             )
-
-
-@contextmanager
-def held_interrupts(*, deliver: bool = True) -> Iterator[None]:
-    """Delivers SIGINT and SIGTERM when the block ends, after a whole step; a second one, over a second later, at once.
-
-    An exception of the block goes up as it is, and the signal is dropped: the run is ending anyway, and its cause is
-    the better explanation. Blocks may be nested. Outside the main thread, where Python delivers no signal, nothing
-    is done.
-
-    Args:
-        deliver: False drops the first signal altogether: for the last things that a run does before it ends anyway.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before: dict[int, Any] = {}
-    first: list[tuple[int, float]] = []
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        before.clear()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if not first:
-            logger.info("%s: finishing the current step; interrupt again to stop at once", signal.Signals(number).name)
-            first.append((number, time.monotonic()))
-        elif time.monotonic() - first[0][1] > _ONE_INTERRUPT_SECONDS:
-            restore()
-            signal.raise_signal(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not None:  # None: not set by Python, so it could not be put back
-            before[number] = signal.signal(number, note)
-    try:
-        yield
-    finally:
-        restore()
-    if first and deliver:
-        signal.raise_signal(first[0][0])

@@ -14,7 +14,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -42,21 +42,20 @@ _COLLECTIVE_TIMEOUT = timedelta(hours=24)
 """Other ranks wait in a broadcast while rank 0 waits for rollouts; that may take hours and is not a fault."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class TrainOutput:
     """The result of one batch. ``loss`` is over the global batch, before the update."""
 
     loss: float
     grad_norm: float
     lr: float
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float]
 
 
 def import_verl(config: RunConfig) -> str:
-    """Import what the worker needs of verl, for ``trainer.device``; returns the device. Takes seconds, once.
+    """Imports what the worker needs of verl, for ``trainer.device``; returns the device. Takes seconds, once.
 
-    Raises:
-        RuntimeError: verl has already picked another device in this process.
+    Raises ``RuntimeError`` when verl has already picked another device in this process.
     """
     device = resolve_device(config.trainer.device)
     verl_plugin.activate(device)
@@ -198,12 +197,8 @@ class PolicyWorker:
                 f"loss {loss} or gradient norm {grad_norm} is not finite; the update was not applied. "
                 "Lower optim.lr, or bound advantages with advantage_clipping"
             )
-        return TrainOutput(
-            loss=loss,
-            grad_norm=grad_norm,
-            lr=float(metrics.get("lr", self.config.optim.lr)),
-            metrics=self.loss_function.finish(),
-        )
+        lr = float(metrics.get("lr", self.config.optim.lr))
+        return TrainOutput(loss, grad_norm, lr, self.loss_function.finish())
 
     def _logprobs(self, samples: list[TrainingSample]) -> list[FloatArray]:
         from verl.utils import tensordict_utils as tu
@@ -212,28 +207,26 @@ class PolicyWorker:
         data = self._to_tensordict([samples[i] for i in shares[self.rank]], None)
         tu.assign_non_tensor(data, compute_loss=False)
         output = self._worker.infer_batch(data)
-        mine: list[tuple[int, FloatArray]] = []
         # A rank without samples of its own (the canary is one sample for all ranks) computed a filler.
         rows = output["log_probs"].unbind()[: len(shares[self.rank])]
+        mine: dict[int, FloatArray] = {}
         for index, row in zip(shares[self.rank], rows, strict=True):
-            values = np.zeros(len(samples[index]))
-            values[1:] = row[:-1].to(torch.float64).cpu().numpy()  # verl: entry t is the logprob of token t + 1
-            mine.append((index, values))
+            values = row[:-1].to(torch.float64).cpu().numpy()  # verl: entry t is the logprob of token t + 1
+            mine[index] = np.concatenate([[0.0], values])
         everyone: list[Any] = [mine]
         if self.world_size > 1:
             everyone = [None] * self.world_size
             torch.distributed.all_gather_object(everyone, mine)
-        found = dict(pair for part in everyone for pair in part)
+        found = {index: values for part in everyone for index, values in part.items()}
         return [found[i] for i in range(len(samples))]
-
-    # ------------------------------------------------------------------ data
 
     def _to_tensordict(self, samples: list[TrainingSample], old: list[FloatArray] | None) -> Any:
         from verl.utils import tensordict_utils as tu
         from verl.utils.dataset.dataset_utils import DatasetPadMode
 
         if not samples:  # a rank without samples still has to take part in every collective
-            samples, old = [_filler()], None
+            ids, untrained = np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.bool_)
+            samples, old = [TrainingSample(token_ids=ids, loss_mask=untrained, advantages=np.zeros(2))], None
         return tu.get_tensordict(
             tensor_dict=_columns(samples, old),
             non_tensor_dict={
@@ -255,20 +248,17 @@ class PolicyWorker:
             return
         # verl's own call builds "cpu:gloo,cpu:gloo", which torch refuses; verl skips it when a group exists.
         backend = "cpu:gloo" if self.device == "cpu" else "cpu:gloo,cuda:nccl"
-        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1")):
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        for name, value in alone.items():
             os.environ.setdefault(name, value)
         os.environ.setdefault("RAY_LOCAL_WORLD_SIZE", os.environ["LOCAL_WORLD_SIZE"])
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "0")
         if self.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        if os.environ["WORLD_SIZE"] == "1":
-            # A store in memory: one rank needs no port.
-            torch.distributed.init_process_group(
-                backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=_COLLECTIVE_TIMEOUT
-            )
-        else:
-            torch.distributed.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT)
+        store: dict[str, Any] = {}
+        if os.environ["WORLD_SIZE"] == "1":  # a store in memory: one rank needs no port
+            store = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+        torch.distributed.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT, **store)
 
 
 def _build_worker(config: RunConfig, model_path: Path) -> Any:
@@ -336,22 +326,12 @@ def _columns(samples: list[TrainingSample], old: list[FloatArray] | None) -> dic
     return columns
 
 
-def _filler() -> TrainingSample:
-    """Two tokens that are not trained."""
-    return TrainingSample(
-        token_ids=np.zeros(2, dtype=np.int64), loss_mask=np.zeros(2, dtype=np.bool_), advantages=np.zeros(2)
-    )
-
-
 def split_for_ranks(samples: Sequence[TrainingSample], world_size: int) -> list[list[int]]:
-    """Shares ``samples`` out over ``world_size`` ranks so that each gets about the same number of tokens.
+    """Shares ``samples`` out over ranks so that each gets about the same number of tokens: indices, rank by rank.
 
     Longest first, each to the rank with the fewest tokens so far (then the fewest samples, then the lowest number): the
     heaviest rank carries at most 4/3 of the best possible (Graham 1969). Depends on the lengths only, so every rank
     computes the same shares. Within a rank the order of ``samples`` is kept. A rank's share may be empty.
-
-    Returns:
-        Indices of the samples, rank by rank.
     """
     loads = [(0, 0, rank) for rank in range(world_size)]
     shares: list[list[int]] = [[] for _ in range(world_size)]
@@ -362,24 +342,22 @@ def split_for_ranks(samples: Sequence[TrainingSample], world_size: int) -> list[
     return [sorted(share) for share in shares]
 
 
-def _mini_batches(count: int, epochs: int, mini_batches: int, seed: int) -> Iterator[list[int]]:
+def _mini_batches(count: int, epochs: int, mini_batches: int, seed: int) -> list[list[int]]:
     """Index lists, ``epochs * mini_batches`` of them, the same on every rank; one batch is left in its order."""
     if epochs == mini_batches == 1:
-        yield list(range(count))
-        return
+        return [list(range(count))]
     rng = np.random.default_rng(seed)
-    for _ in range(epochs):
-        for part in np.array_split(rng.permutation(count), mini_batches):
-            yield part.tolist()
+    shuffled = [np.array_split(rng.permutation(count), mini_batches) for _ in range(epochs)]
+    return [part.tolist() for parts in shuffled for part in parts]
 
 
 def _average(outputs: list[TrainOutput]) -> TrainOutput:
     keys = {key for output in outputs for key in output.metrics}
     return TrainOutput(
-        loss=float(np.mean([o.loss for o in outputs])),
-        grad_norm=float(np.mean([o.grad_norm for o in outputs])),
-        lr=outputs[-1].lr,
-        metrics={key: float(np.mean([o.metrics[key] for o in outputs if key in o.metrics])) for key in sorted(keys)},
+        float(np.mean([o.loss for o in outputs])),
+        float(np.mean([o.grad_norm for o in outputs])),
+        outputs[-1].lr,
+        {key: float(np.mean([o.metrics[key] for o in outputs if key in o.metrics])) for key in sorted(keys)},
     )
 
 
@@ -429,7 +407,7 @@ class LossFunction:
         self._weight = self._largest = 0.0
 
     def start(self) -> None:
-        """Forget the metrics of the batch before."""
+        """Forgets the metrics of the batch before."""
         self._sums, self._weight, self._largest = {}, 0.0, 0.0
 
     def finish(self) -> dict[str, float]:
@@ -454,21 +432,18 @@ class LossFunction:
     def _loss(self, logprobs: torch.Tensor, data: Any, mask: torch.Tensor, num_loss_tokens: int) -> LossOutput:
         advantages = data["advantages"].values()
         columns = set(data.keys())
+        rollout, old = (
+            data[name].values() if name in columns else None for name in ("rollout_logprobs", "old_logprobs")
+        )
         offsets = data["input_ids"].offsets()
-        rollout: dict[str, Any] = {
-            "rollout_logprobs": data["rollout_logprobs"].values() if "rollout_logprobs" in columns else None,
-            "tis_cap": self._cap if self._importance else None,
-            "importance": self._importance or "token",
-            "sequence_ids": torch.repeat_interleave(
-                torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff()
-            ),
-        }
-        old = data["old_logprobs"].values() if "old_logprobs" in columns else None
+        sequence_ids = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
+        known = {"rollout_logprobs": rollout, "sequence_ids": sequence_ids}
         if self._user_loss is not None:
-            known = {name: rollout[name] for name in ("rollout_logprobs", "sequence_ids")}
             return self._user_loss(logprobs, advantages, mask, num_loss_tokens, old_logprobs=old, **known)
+        cap = self._cap if self._importance else None
+        rollout_keywords: dict[str, Any] = {**known, "tis_cap": cap, "importance": self._importance or "token"}
         if self.kind == "advantage_weighted_sft":
-            return advantage_weighted_sft_loss(logprobs, advantages, mask, num_loss_tokens=num_loss_tokens, **rollout)
+            return advantage_weighted_sft_loss(logprobs, advantages, mask, num_loss_tokens, **rollout_keywords)
         config = self.config
         return clipped_ratio_loss(
             logprobs,
@@ -479,7 +454,7 @@ class LossFunction:
             clip_ratio_high=config.clip_ratio_high,
             clip_ratio_c=config.clip_ratio_c,
             num_loss_tokens=num_loss_tokens,
-            **rollout,
+            **rollout_keywords,
         )
 
 
