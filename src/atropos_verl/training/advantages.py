@@ -8,7 +8,7 @@ moved it away.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -60,8 +60,6 @@ class RunningMoments:
 
     The merge is Chan, Golub and LeVeque's (1979) parallel form of Welford's update: exact in real numbers, whatever the
     order and size of the batches, and stable where a running sum of squares cancels.
-
-    Example: ``update([1, 3])`` then ``update([5])``: count 3, mean 3, m2 8, std 2.
     """
 
     count: int = 0
@@ -70,7 +68,7 @@ class RunningMoments:
     """Sum of (value - mean)²."""
 
     def update(self, values: FloatArray) -> None:
-        """Merge ``values`` [N], all finite, in. N = 0 changes nothing."""
+        """Merges ``values`` [N], all finite, in. N = 0 changes nothing."""
         added = int(values.size)
         if not added:
             return
@@ -99,7 +97,7 @@ class RunningMoments:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers that JSON carries exactly, for a checkpoint."""
-        return {"count": self.count, "mean": self.mean, "m2": self.m2}
+        return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what ``state_dict`` gave. Raises ``CheckpointError`` when it cannot be that."""
@@ -142,28 +140,15 @@ def finish_advantages(
     Returns:
         One float64 [T] per sequence; 0 where ``loss_mask`` is False and all over a sequence with ``zero``.
     """
-    moments = None
-    if normalization == "batch":
-        moments = RunningMoments()
-    elif normalization == "global":
-        if running is None:
-            raise ValueError("normalization 'global' needs the run's RunningMoments")
-        moments = running
+    if normalization == "global" and running is None:
+        raise ValueError("normalization 'global' needs the run's RunningMoments")
+    moments = {"none": None, "batch": RunningMoments(), "global": running}[normalization]
     if moments is not None and sequences:
         moments.update(np.concatenate([s.values[s.loss_mask] for s in sequences]))
-    return [_finish(sequence, moments, clipping) for sequence in sequences]
-
-
-def _finish(
-    sequence: SequenceAdvantage, moments: RunningMoments | None, clipping: tuple[float, float] | None
-) -> FloatArray:
-    found = np.zeros(sequence.values.shape[0])
-    if sequence.zero:
-        return found
-    values = sequence.values[sequence.loss_mask]
-    if moments is not None:
-        values = moments.whiten(values)
-    if clipping is not None:
-        values = np.clip(values, clipping[0], clipping[1])
-    found[sequence.loss_mask] = values
-    return found
+    finished = [np.zeros(sequence.values.shape[0]) for sequence in sequences]
+    for sequence, row in zip(sequences, finished, strict=True):
+        if not sequence.zero:
+            values = sequence.values[sequence.loss_mask]
+            values = values if moments is None else moments.whiten(values)
+            row[sequence.loss_mask] = values if clipping is None else np.clip(values, *clipping)
+    return finished

@@ -17,11 +17,9 @@ Durable writes of one batch, in this order:
 4. The lease is acked (``ack``), after the new weights are served.
 5. A checkpoint of that step, after which the journal forgets the batch (``discard_through``).
 
-The backends differ in who computes the step: ``backends.local`` takes one batch a step (``take``), ``backends.ray``
-fills slots of TransferQueue with one batch or several (``next``). Retries, time limits, leases, quarantine, the
-throttle's counts and what happens after a crash are the same (see ``protocol.leases`` for the crash table).
-
-This module imports no torch, so a run can register before the policy is loaded (see ``backends.local.run``).
+``backends.local`` takes one batch a step (``take``), ``backends.ray`` fills slots of TransferQueue with one batch or
+several (``next``). ``protocol.leases`` has the crash table. This module imports no torch, so a run can register before
+the policy is loaded.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, Self, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -94,13 +92,8 @@ class BatchSource:
     """The batches of one run, from registration to ack.
 
     A run calls ``resume`` and ``register``, then ``attach`` once the policy is loaded, and then takes batches. One
-    thread fetches; ``trained``, ``ack`` and ``done`` may be called from another.
-
-    Args:
-        client: used instead of one made from the configuration.
-
-    Raises:
-        ConfigError: neither a client nor ``atropos.api_url`` is given.
+    thread fetches; ``trained``, ``ack`` and ``done`` may be called from another. Raises ``ConfigError`` without
+    ``client`` and ``atropos.api_url``.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, client: AtroposClient | None = None) -> None:
@@ -130,8 +123,6 @@ class BatchSource:
         self._queue_watch: threading.Thread | None = None
         self._unwatch = threading.Event()
 
-    # ------------------------------------------------------------------ before the policy is loaded
-
     def resume(self, step: int) -> int:
         """Puts the batches of an earlier process that a run at ``step`` trains on first in front; returns how many.
 
@@ -139,8 +130,7 @@ class BatchSource:
         """
         if self._resumed is None:
             owed = self.batches.resume(step) if self.config.resume != "disable" else []
-            for held in owed:
-                self._keep_first(held)
+            self._keep_first(*owed)
             self._resumed, self._step = len(owed), step
         return self._resumed
 
@@ -166,9 +156,9 @@ class BatchSource:
         if held is not None:
             self._keep_first(held)
 
-    def _keep_first(self, held: HeldBatch) -> None:
-        self._early.append(held)
-        self._count_fetched()
+    def _keep_first(self, *held: HeldBatch) -> None:
+        self._early.extend(held)
+        self._count_fetched(len(held))
 
     def attach(self, provenance: BatchProvenance, throttle: StalenessThrottle | None, totals: RunTotals) -> None:
         """Gives the source what comes with the policy; batches can be decoded from now on.
@@ -176,10 +166,7 @@ class BatchSource:
         Lost and stale batches are counted in ``totals``. Without a throttle no prompt is ever held back.
         """
         self._provenance, self._throttle, self._totals = provenance, throttle, totals
-        for _ in self._early:
-            self._count_fetched()
-
-    # ------------------------------------------------------------------ batches
+        self._count_fetched(len(self._early))
 
     def start(
         self,
@@ -192,8 +179,7 @@ class BatchSource:
 
         Args:
             check: called while waiting; raises when a process of the run has died.
-            starts_environment: the environment was started by this run. It has to import, register and roll out, so
-                the first batch may take ``env.startup_timeout``; an environment that never works is found soon.
+            starts_environment: this run started the environment, so the first batch may take ``env.startup_timeout``.
             prepare: prefetch one batch, and call this for it in the source's thread. None: no prefetch.
         """
         self._check = check
@@ -204,7 +190,13 @@ class BatchSource:
             self._first_limit = self.config.env.startup_timeout
         if prepare is not None:
             self._prefetcher = Prefetcher(lambda stop: self._fetch_ahead(stop, prepare), check=check)
-        self._watch_queue()
+        if self._throttle is not None and self._queue_watch is None:
+            self._throttle.active = True
+            self._unwatch.clear()
+            self._queue_watch = threading.Thread(
+                target=self._report_queue, args=(self._throttle,), name="atropos-verl-queue", daemon=True
+            )
+            self._queue_watch.start()
 
     def take(self, *, more: bool) -> RolloutData:
         """The next batch. ``more``: another one will be wanted after it. Raises as ``next``."""
@@ -272,7 +264,12 @@ class BatchSource:
                 return self._decode(first)
             except AtroposProtocolError as error:
                 # It ended the run that fetched it; without this it would end every resume as well.
-                self._give_up(first, error)
+                logger.warning("journalled batch %s is not a batch: %s", first.entry.path, error.reason)
+                name = first.entry.path.stem
+                group = ScoredGroup(token_ids=(), masks=(), scores=np.zeros(0), group_id=name, raw=first.body)
+                self.quarantine.put(QuarantinedGroup(group=group, reason=error.reason))
+                self.batches.trained(first.entry, self._step)
+                self.done()
         held = self.batches.fetch(max_wait_time, should_stop, {"after_step": self._step})
         self._count_fetched()
         return self._decode(held)
@@ -287,14 +284,6 @@ class BatchSource:
         matches = self._provenance.recall(groups, self.journal, held.entry)
         timings = {"decode": decoded - started, "look_up": time.perf_counter() - decoded, "wait": held.waited}
         return RolloutData(groups, held.entry, matches=matches, timings=timings)
-
-    def _give_up(self, held: HeldBatch, error: AtroposProtocolError) -> None:
-        name = held.entry.path.stem
-        group = ScoredGroup(token_ids=(), masks=(), scores=np.zeros(0), group_id=name, raw=held.body)
-        logger.warning("journalled batch %s is not a batch: %s", held.entry.path, error.reason)
-        self.quarantine.put(QuarantinedGroup(group=group, reason=error.reason))
-        self.batches.trained(held.entry, self._step)
-        self.done()
 
     def discard_if_stale(self, data: RolloutData, policy_version: int) -> bool:
         """True when every group is older than ``off_policy.max_staleness``: the batch is over, without a step."""
@@ -347,29 +336,15 @@ class BatchSource:
         self.batches.close()
         self.client.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    # ------------------------------------------------------------------ the throttle's counts
-
-    def _count_fetched(self) -> None:
-        if self._throttle is not None:
-            self._throttle.batch_fetched()
+    def _count_fetched(self, batches: int = 1) -> None:
+        for _ in range(batches):
+            if self._throttle is not None:
+                self._throttle.batch_fetched()
 
     def done(self) -> None:
         """Tells the throttle that a batch was trained on and the new weights are served, or that it was given up."""
         if self._throttle is not None:
             self._throttle.batch_done()
-
-    def _watch_queue(self) -> None:
-        if self._throttle is not None and self._queue_watch is None:
-            self._throttle.active = True
-            self._unwatch.clear()
-            self._queue_watch = threading.Thread(target=self._report_queue, name="atropos-verl-queue", daemon=True)
-            self._queue_watch.start()
 
     def _unwatch_queue(self) -> None:
         if self._throttle is not None:
@@ -379,11 +354,10 @@ class BatchSource:
             self._queue_watch.join()
             self._queue_watch = None
 
-    def _report_queue(self) -> None:
-        assert self._throttle is not None
+    def _report_queue(self, throttle: StalenessThrottle) -> None:
         while not self._unwatch.wait(_QUEUE_POLL_SECONDS):
             try:
-                self._throttle.queue_is(self.client.status().queue_size * self.config.group_size)
+                throttle.queue_is(self.client.status().queue_size * self.config.group_size)
             except AtroposAPIError as error:  # the thread that fetches batches reports it
                 logger.info("the queue of the API is not known now: %s", error.reason)
 
@@ -395,13 +369,7 @@ class _ClosedError(Exception):
 class Prefetcher(Generic[T]):
     """Fetches the next batch in a thread while the trainer trains on this one.
 
-    ::
-
-        IDLE ──start──▶ FETCHING ──▶ READY ──take──▶ IDLE
-                           │           │
-                           └── error ──┴──▶ FAILED: take raises it, now and ever after
-
-    At most one batch is held: a batch that waits longer only grows stale. While it lies READY ``check`` is still
+    At most one batch is held: a batch that waits longer only grows stale. While it lies ready ``check`` is still
     called, so that an environment that dies during a long optimiser step is known when that step ends. ``fetch`` calls
     its argument often while it waits; that raises when nobody wants the batch any more, or when ``check`` does.
     ``start``, ``take`` and ``close`` are called from one thread, the trainer's.
@@ -432,13 +400,12 @@ class Prefetcher(Generic[T]):
         raised, also while a batch is ready."""
         self.start()
         self._came.wait()
-        if self._failure is None:
-            self._unwanted.set()
-            assert self._thread is not None
+        self._unwanted.set()
+        if self._thread is not None:
             self._thread.join()
-            self._thread = None
         if self._failure is not None:
             raise self._failure
+        self._thread = None
         return self._ready.pop()
 
     def close(self) -> list[T]:

@@ -63,11 +63,7 @@ class RunState:
 
 
 def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint that ``resume`` means, or None for a fresh start.
-
-    Raises:
-        ConfigError: ``resume`` names something that is not a checkpoint.
-    """
+    """The checkpoint that ``resume`` means, or None for a fresh start. Raises ``ConfigError`` when it is none."""
     if resume == "disable":
         return None
     if resume != "auto":
@@ -98,8 +94,7 @@ def saved_step(run_dir: Path, resume: str) -> int:
 def finish_checkpoint(directory: Path, step: int, keep: int | None) -> None:
     """Declares ``directory`` the newest checkpoint and removes those beyond the newest ``keep`` (None: none).
 
-    Raises:
-        CheckpointError: it cannot be written. The checkpoint before stays the newest one.
+    Raises ``CheckpointError`` when it cannot be written; the checkpoint before stays the newest one.
     """
     root = directory.parent
     try:

@@ -51,13 +51,9 @@ _ARGUMENTS = {
 
 
 def check_extensions(config: RunConfig, prefix: str = "") -> None:
-    """Load every function that ``config`` names, before anything slow starts.
+    """Loads every function that ``config`` names, before anything slow starts. Raises as ``load_function``.
 
-    Args:
-        prefix: ``atropos.`` where the keys are in that block (the Ray backend).
-
-    Raises:
-        ConfigError: names the key and what is wrong with its function.
+    ``prefix`` is ``atropos.`` where the keys are in that block (the Ray backend).
     """
     for key in _ARGUMENTS:
         section, name = key.split(".")
@@ -70,11 +66,8 @@ def check_extensions(config: RunConfig, prefix: str = "") -> None:
 
 
 def load_function(key: str, path: str) -> Callable[..., Any]:
-    """The function that ``path`` names.
-
-    Raises:
-        ConfigError: it cannot be imported, is no function, or does not take the arguments of ``key``.
-    """
+    """The function that ``path`` names. Raises ``ConfigError`` when it cannot be imported, is no function, or does
+    not take the arguments of ``key``."""
     module_name, _, name = path.partition(":")
     if not module_name or not name:
         raise ConfigError(f"{path!r} is not of the form package.module:function", key)
@@ -95,25 +88,18 @@ def load_function(key: str, path: str) -> Callable[..., Any]:
         raise ConfigError(f"{module_name} has no {name!r}", key) from None
     if not callable(found):
         raise ConfigError(f"{path} is a {type(found).__name__}, not a function", key)
-    _check_arguments(key, path, found)
     function: Callable[..., Any] = found
-    return function
-
-
-def _check_arguments(key: str, path: str, function: Callable[..., Any]) -> None:
     positional, keywords = _ARGUMENTS[key]
     try:
         signature = inspect.signature(function)
     except ValueError:  # a builtin does not say what it takes
-        return
+        return function
     try:
         signature.bind(*positional, **dict.fromkeys(keywords))
     except TypeError as error:
         call = ", ".join([*positional, *(f"{name}=…" for name in keywords)])
         raise ConfigError(f"{path}{signature} cannot be called as f({call}): {error}", key) from None
-
-
-# ---------------------------------------------------------------------- one wrapper per key, which checks the result
+    return function
 
 
 def load_loss(path: str) -> Callable[..., LossOutput]:
@@ -173,17 +159,14 @@ def load_filter(path: str) -> Callable[[Sequence[ScoredGroup]], list[bool]]:
 
 
 def load_rescoring(path: str, decode: Callable[..., str]) -> Callable[[ScoredGroup], ScoredGroup]:
-    """``reward.path`` as a function that gives a group new scores.
+    """``reward.path`` as a function that gives a group new scores; ``decode`` is the tokenizer's.
 
-    Args:
-        decode: the tokenizer's. The prompt of a sequence ends at its first trained token.
+    The prompt of a sequence ends at its first trained token.
     """
     key, function = "reward.path", load_function("reward.path", path)
 
     def rescored(group: ScoredGroup) -> ScoredGroup:
-        starts = [
-            int(np.argmax(mask != NOT_TRAINED)) if (mask != NOT_TRAINED).any() else len(mask) for mask in group.masks
-        ]
+        starts = [int(np.argmax(np.append(mask != NOT_TRAINED, True))) for mask in group.masks]
         pairs = list(zip(group.token_ids, starts, strict=True))
         prompts = [decode(tokens[:start].tolist()) for tokens, start in pairs]
         completions = [decode(tokens[start:].tolist(), skip_special_tokens=True) for tokens, start in pairs]

@@ -9,6 +9,7 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -35,8 +36,7 @@ class _File(msgspec.Struct, kw_only=True):
     raw_base64: str | msgspec.UnsetType = msgspec.UNSET
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuarantineEntry:
+class QuarantineEntry(NamedTuple):
     """The content of a quarantine file; ``raw`` is the group as it came."""
 
     reason: str
@@ -44,29 +44,28 @@ class QuarantineEntry:
     raw: bytes
 
 
+@dataclass(frozen=True)
 class QuarantineStore:
     """Writes refused groups to a directory, which it makes at the first one.
 
     The name is the group's id, a hash of its content: the same group refused again, or replayed, is one file.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    directory: Path
 
     def put(self, refused: QuarantinedGroup) -> Path:
-        """Writes ``DIRECTORY/GROUP_ID.json``, atomically, and says so in the log.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Writes ``DIRECTORY/GROUP_ID.json``, atomically, and says so in the log. Raises ``OSError``."""
         raw = refused.group.raw or _encode(refused.group)
         group_id = refused.group.group_id
         if not _SAFE_NAME.fullmatch(group_id):
             group_id = hashlib.sha256(raw).hexdigest()[:16]
-        content = _File(reason=_encodable(refused.reason), group_id=group_id, env_id=refused.group.env_id)
-        if _is_json(raw):
+        # A reason may quote lone surrogates of the group, which JSON cannot carry.
+        reason = refused.reason.encode("utf-8", "backslashreplace").decode()
+        content = _File(reason=reason, group_id=group_id, env_id=refused.group.env_id)
+        try:
+            msgspec.json.decode(raw)
             content.group = msgspec.Raw(raw)
-        else:
+        except (msgspec.DecodeError, RecursionError):
             try:
                 content.raw = raw.decode()
             except UnicodeDecodeError:
@@ -80,11 +79,7 @@ class QuarantineStore:
 
 
 def parse_quarantine_file(content: bytes) -> QuarantineEntry:
-    """The inverse of ``put``.
-
-    Raises:
-        DataError: not such a file.
-    """
+    """The inverse of ``put``. Raises ``DataError`` when it is no such file."""
     try:
         found = msgspec.json.decode(content, type=_File)
     except (msgspec.DecodeError, RecursionError) as error:
@@ -101,19 +96,6 @@ def parse_quarantine_file(content: bytes) -> QuarantineEntry:
     else:
         raise DataError("not a quarantine file: it has none of group, raw, raw_base64")
     return QuarantineEntry(reason=found.reason, group_id=found.group_id, raw=raw)
-
-
-def _is_json(raw: bytes) -> bool:
-    try:
-        msgspec.json.decode(raw)
-    except (msgspec.DecodeError, RecursionError):
-        return False
-    return True
-
-
-def _encodable(text: str) -> str:
-    """Without lone surrogates, which a reason may quote from the group."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _encode(group: ScoredGroup) -> bytes:

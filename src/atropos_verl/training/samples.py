@@ -32,7 +32,6 @@ from atropos_verl.types import (
     NOT_TRAINED,
     UNKNOWN_VERSION,
     FloatArray,
-    IntArray,
     QuarantinedGroup,
     SampleReport,
     SampleSettings,
@@ -45,6 +44,12 @@ logger = logging.getLogger(__name__)
 _KNOWN_OVERRIDES = frozenset({"set_advantage_to_zero", "temperature", "policy_version"})
 _KNOWN_GROUP_OVERRIDES = frozenset({"group_size", "temperature"})
 _DEFAULTS = SampleSettings()
+_CHOICES = {
+    "estimator": ESTIMATORS,
+    "normalization": NORMALIZATIONS,
+    "overlong": ("drop", "truncate", "error"),
+    "on_bad_group": ("quarantine", "error"),
+}
 
 
 def build_samples(
@@ -78,14 +83,10 @@ def build_samples(
 def collect_samples(
     groups: Iterable[ScoredGroup], settings: SampleSettings = _DEFAULTS
 ) -> tuple[SampleReport, list[SequenceAdvantage]]:
-    """``build_samples`` up to the steps that need the whole global batch: normalising, clipping, forced zeros.
+    """``build_samples`` without normalising, clipping and forced zeros, which need the whole global batch.
 
-    A backend whose batch meets in one place only later calls ``finish_advantages`` there.
-
-    Returns:
-        The report, whose samples hold the advantages so far, and what ``finish_advantages`` needs, sample by sample.
-
-    Raises as ``build_samples``.
+    Returns the report, whose samples hold the advantages so far, and what ``finish_advantages`` needs, sample by
+    sample. Raises as ``build_samples``.
     """
     _check_settings(settings)
     samples: list[TrainingSample] = []
@@ -103,9 +104,9 @@ def collect_samples(
             quarantined.append(QuarantinedGroup(group=group, reason=reason))
     kept = settings.keeps(sound) if settings.keeps is not None and sound else [True] * len(sound)
     used = [group for group, keep in zip(sound, kept, strict=True) if keep]
-    if len(used) < len(sound):
-        filtered = len(sound) - len(used)
-        logger.info("%d of %d groups are left out by data.filter_path", filtered, len(sound))
+    filtered = [group for group, keep in zip(sound, kept, strict=True) if not keep]
+    if filtered:
+        logger.info("%d of %d groups are left out by data.filter_path", len(filtered), len(sound))
     for group in used:
         _collect(group, settings, samples, sequences)
     unknown = Counter(key for group in used for key in _unknown_keys(group))
@@ -113,14 +114,12 @@ def collect_samples(
         logger.warning("%s is not known to this trainer and has no effect (%d times in this batch)", key, count)
     dropped = sum(len(group) for group in used) - len(samples)
     if dropped:
-        limit = settings.max_token_len
-        logger.warning(
-            "%d sequences longer than %s tokens are left out of training (data.overlong=drop)", dropped, limit
-        )
+        message = "%d sequences longer than %s tokens are left out of training (data.overlong=drop)"
+        logger.warning(message, dropped, settings.max_token_len)
     report = SampleReport(
         samples=samples,
         quarantined=quarantined,
-        filtered=[group for group, keep in zip(sound, kept, strict=True) if not keep],
+        filtered=filtered,
         dropped_overlong=dropped,
         truncated=sum(sample.truncated for sample in samples),
         groups=len(used),
@@ -164,40 +163,27 @@ def _sample(
     """Sequence ``i`` up to token ``end``."""
     loss_mask = group.masks[i][:end] != NOT_TRAINED
     loss_mask[0] = False  # nothing predicts the first token
+    sent = None if group.inference_logprobs is None else group.inference_logprobs[i]
+    rollout_logprobs = None
+    if sent is not None and (sent[:end] != NO_LOGPROB).any():
+        rollout_logprobs = np.where(sent[:end] != NO_LOGPROB, np.minimum(sent[:end], 0.0), np.nan)
     versions = None if group.token_versions is None else group.token_versions[i]
     versions = None if versions is None else versions[:end]
+    trained = np.zeros(0) if versions is None else versions[loss_mask & (versions != UNKNOWN_VERSION)]
     return TrainingSample(
         token_ids=group.token_ids[i][:end],
         loss_mask=loss_mask,
         advantages=np.where(loss_mask, advantages, 0.0),
-        rollout_logprobs=_rollout_logprobs(group, i, end),
+        rollout_logprobs=rollout_logprobs,
         temperature=sampling_temperature(group, i, default_temperature),
         score=float(group.scores[i]),
         group_id=group.group_id,
         sequence_index=i,
         env_id=group.env_id,
-        policy_version=_policy_version(group, i, None if versions is None else versions[loss_mask]),
+        policy_version=int(trained.min()) if trained.size else stated_version(group, i),
         token_versions=versions,
         truncated=truncated,
     )
-
-
-def _rollout_logprobs(group: ScoredGroup, i: int, end: int) -> FloatArray | None:
-    row = None if group.inference_logprobs is None else group.inference_logprobs[i]
-    if row is None:
-        return None
-    row = row[:end]
-    known = row != NO_LOGPROB
-    if not known.any():
-        return None
-    return np.where(known, np.minimum(row, 0.0), np.nan)
-
-
-def _policy_version(group: ScoredGroup, i: int, trained: IntArray | None) -> int | None:
-    known = np.zeros(0) if trained is None else trained[trained != UNKNOWN_VERSION]
-    if known.size:
-        return int(known.min())
-    return stated_version(group, i)
 
 
 def _unknown_keys(group: ScoredGroup) -> Iterable[str]:
@@ -206,20 +192,12 @@ def _unknown_keys(group: ScoredGroup) -> Iterable[str]:
     yield from (f"group_overrides.{key}" for key in group.group_overrides or () if key not in _KNOWN_GROUP_OVERRIDES)
 
 
-# ---------------------------------------------------------------------- settings
-
-
 def _check_settings(settings: SampleSettings) -> None:
-    choices: tuple[tuple[str, str, Sequence[str]], ...] = (
-        ("estimator", settings.estimator, ESTIMATORS),
-        ("normalization", settings.normalization, NORMALIZATIONS),
-        ("overlong", settings.overlong, ("drop", "truncate", "error")),
-        ("on_bad_group", settings.on_bad_group, ("quarantine", "error")),
-    )
-    for key, value, allowed in choices:
-        if value not in allowed:
-            raise ConfigError(f"{value!r} is none of {', '.join(allowed)}", key)
-    for key, limit in (("vocab_size", settings.vocab_size), ("max_token_len", settings.max_token_len)):
+    for key, allowed in _CHOICES.items():
+        if getattr(settings, key) not in allowed:
+            raise ConfigError(f"{getattr(settings, key)!r} is none of {', '.join(allowed)}", key)
+    for key in ("vocab_size", "max_token_len"):
+        limit = getattr(settings, key)
         if limit is not None and limit < 1:
             raise ConfigError(f"{limit} must be at least 1", key)
     if not (math.isfinite(settings.default_temperature) and settings.default_temperature >= 0):

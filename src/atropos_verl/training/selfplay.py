@@ -22,9 +22,8 @@ RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 class SelfPlay:
     """The trainer as its own environment. Registers trainer and environment at the API on first use.
 
-    Args:
-        ledger: every completion is recorded in it, as the gateway would.
-        register_trainer: registers the trainer with that many sequences per batch, unless that is done.
+    Every completion is recorded in ``ledger``, as the gateway would. ``register_trainer`` registers the trainer with
+    that many sequences per batch, unless that is done.
     """
 
     def __init__(
@@ -48,10 +47,9 @@ class SelfPlay:
         self._batch_size = 0
 
     def submit(self, prompts: Sequence[Any]) -> int:
-        """Samples ``group_size`` completions of each prompt, scores them, posts the groups. Returns the groups posted.
+        """Samples ``group_size`` completions of each prompt, scores them, posts the groups; returns their number.
 
-        Raises:
-            ConfigError: no prompts, or their number does not fill the registered batch size.
+        Raises ``ConfigError`` without prompts, or when their number does not fill the registered batch size.
         """
         if len(prompts) == 0:
             raise ConfigError("rl_training_step was given no prompts")
@@ -112,13 +110,9 @@ class SelfPlay:
                 )
             return
         self._register_trainer(batch_size)
+        longest, size = self.config.max_token_len, self.config.group_size
         env_id = self.client.register_env(
-            EnvRegistration(
-                max_token_length=self.config.max_token_len,
-                desired_name="trainer_rollouts",
-                weight=1.0,
-                group_size=self.config.group_size,
-            )
+            EnvRegistration(max_token_length=longest, desired_name="trainer_rollouts", weight=1.0, group_size=size)
         )
         if env_id is None:
             raise AtroposProtocolError("the API did not accept the trainer's own environment", self.client.api_url)

@@ -20,7 +20,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,19 +62,13 @@ _MAX_ID = 1 << 31
 def make_throttle(
     config: OffPolicyConfig, ledger: Ledger, batch_size: int, batches_per_version: int = 1
 ) -> StalenessThrottle | None:
-    """The throttle that ``off_policy.on_stale=wait`` asks for; None with ``drop``.
-
-    Args:
-        batch_size: sequences of one batch of the API.
-        batches_per_version: batches that are trained on between two policy versions.
-    """
+    """The throttle that ``off_policy.on_stale=wait`` asks for; None with ``drop``. ``batch_size`` is in sequences."""
     if config.max_staleness is None or config.on_stale == "drop":
         return None
     return StalenessThrottle(ledger, batch_size, config.max_staleness, batches_per_version=batches_per_version)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Applied:
+class Applied(NamedTuple):
     """The groups of a batch to train on, with the ledger's knowledge in them, and the index of each in the batch.
 
     ``stale_groups`` were left out because of ``off_policy.max_staleness``.
@@ -114,14 +108,14 @@ class BatchProvenance:
         """Attributes every sequence of every sound group. Call it once per batch, as soon as it arrives."""
         if self.ledger is None:
             return [[None] * len(group) for group in groups]
-        where: list[tuple[int, int]] = []
-        queries: list[SequenceQuery] = []
-        for g, group in enumerate(groups):
-            if find_defect(group, self.settings.vocab_size) is None:
-                for i in range(len(group)):
-                    if group.token_ids[i].max() < _MAX_ID:
-                        where.append((g, i))
-                        queries.append(_query(group, g, i))
+        where = [
+            (g, i)
+            for g, group in enumerate(groups)
+            if find_defect(group, self.settings.vocab_size) is None
+            for i in range(len(group))
+            if group.token_ids[i].max() < _MAX_ID
+        ]
+        queries = [_query(groups[g], g, i) for g, i in where]
         matches: BatchMatches = [[None] * len(group) for group in groups]
         for (g, i), match in zip(where, look_up(self.ledger, queries), strict=True):
             matches[g][i] = match
@@ -153,11 +147,8 @@ class BatchProvenance:
             self.ledger.consumed(_records(matches))
 
     def apply(self, groups: Sequence[ScoredGroup], matches: BatchMatches, policy_version: int) -> Applied:
-        """Puts the matches into the groups, and leaves out groups that are too stale.
-
-        Args:
-            policy_version: version of the weights that the step is about to update.
-        """
+        """Puts the matches into the groups, and leaves out groups too stale for a step that updates the weights of
+        ``policy_version``."""
         figures = LookUpFigures()
         fresh: list[ScoredGroup] = []
         kept: list[int] = []
@@ -168,19 +159,14 @@ class BatchProvenance:
             if bound is None or group.defect is not None or not is_stale(group_version(group), policy_version, bound):
                 fresh.append(group)
                 kept.append(index)
-        stale = len(groups) - len(fresh)
         if figures.temperature_mismatches:
             logger.warning(
                 "%d sequences of this batch name another temperature than their environment asked for; "
                 "the trainer computes with the one they name",
                 figures.temperature_mismatches,
             )
-        return Applied(
-            groups=fresh,
-            kept=kept,
-            stale_groups=stale,
-            figures={**figures.metrics(), "off_policy/dropped_stale_groups": stale},
-        )
+        stale = len(groups) - len(fresh)
+        return Applied(fresh, kept, stale, {**figures.metrics(), "off_policy/dropped_stale_groups": stale})
 
     def all_stale(self, groups: Sequence[ScoredGroup], matches: BatchMatches, policy_version: int) -> bool:
         """True when a batch has groups and ``apply`` would leave every one of them out."""
@@ -209,18 +195,18 @@ class BatchProvenance:
         )
 
     def _describe(self, tokens: list[int], difference: Difference) -> str:
+        def named(token: int | None) -> str:
+            return "nothing more" if token is None else f"{token} {self.decode([token])!r}"
+
         if difference.nothing_similar:
             return "Nothing similar is in the ledger: it was generated elsewhere, or so long ago that it was removed"
         at = difference.position
         before = self.decode(tokens[max(0, at - _CONTEXT_TOKENS) : at])
         where = "in the prompt, " if difference.in_prompt else ""
         return (
-            f"First difference {where}at token {at}, after {before!r}: written {self._token(difference.written)}, "
-            f"posted {self._token(difference.posted)}"
+            f"First difference {where}at token {at}, after {before!r}: written {named(difference.written)}, "
+            f"posted {named(difference.posted)}"
         )
-
-    def _token(self, token: int | None) -> str:
-        return "nothing more" if token is None else f"{token} {self.decode([token])!r}"
 
 
 def _records(matches: BatchMatches) -> list[int]:
@@ -303,9 +289,7 @@ def _merge_matches(
     """
     size = len(group)
     masks = list(group.masks)
-    logprobs: list[FloatArray | None] = (
-        [None] * size if group.inference_logprobs is None else list(group.inference_logprobs)
-    )
+    logprobs: list[FloatArray | None] = list(group.inference_logprobs or [None] * size)
     overrides = list(group.overrides or [{} for _ in range(size)])
     for i, match in enumerate(matches):
         if match is None:
@@ -313,7 +297,11 @@ def _merge_matches(
         trained = masks[i] != NOT_TRAINED
         trained[:1] = False
         lost = trained & ~match.found
-        _count(figures, group.env_id, match, int(trained.sum()))
+        figures.spans[group.env_id] += match.spans
+        figures.unmatched_spans[group.env_id] += match.unmatched_spans
+        figures.tokens += int(trained.sum())
+        figures.unmatched_tokens += match.unmatched_tokens
+        figures.ambiguous_spans += match.ambiguous_spans
         if unmatched == "drop" and lost.any():
             masks[i] = np.where(lost, NOT_TRAINED, masks[i])
             figures.dropped_tokens += int(lost.sum())
@@ -330,14 +318,6 @@ def _merge_matches(
         overrides=tuple(overrides) if any(overrides) else group.overrides,
         token_versions=tuple(None if match is None else match.versions for match in matches),
     )
-
-
-def _count(figures: LookUpFigures, env_id: int | None, match: SequenceMatch, tokens: int) -> None:
-    figures.spans[env_id] += match.spans
-    figures.unmatched_spans[env_id] += match.unmatched_spans
-    figures.tokens += tokens
-    figures.unmatched_tokens += match.unmatched_tokens
-    figures.ambiguous_spans += match.ambiguous_spans
 
 
 def _merged_logprobs(sent: FloatArray | None, match: SequenceMatch, figures: LookUpFigures) -> FloatArray | None:
@@ -358,11 +338,8 @@ def _merged_logprobs(sent: FloatArray | None, match: SequenceMatch, figures: Loo
 
 
 def versions_behind(version: int, policy_version: int) -> int:
-    """Optimiser steps between the weights that wrote a group and those that it updates.
-
-    A version above ``policy_version`` (of steps that were lost with a process and are taken again) counts as 0.
-    """
-    return max(policy_version - version, 0)
+    """Optimiser steps between the weights that wrote a group and those that it updates."""
+    return max(policy_version - version, 0)  # a version above it is of steps that were lost and are taken again
 
 
 def is_stale(version: int | None, policy_version: int, bound: int | None) -> bool:
@@ -400,15 +377,8 @@ def stated_version(group: ScoredGroup, i: int) -> int | None:
 def staleness_metrics(samples: Sequence[TrainingSample], policy_version: int) -> dict[str, float | int | None]:
     """Counts how many optimiser steps the policy that wrote a batch is behind the one that the batch updates.
 
-    A group is as stale as its oldest trained token.
-
-    Args:
-        policy_version: before the update.
-
-    Returns:
-        ``off_policy/staleness_mean`` and ``_max`` over groups (None where no version is known),
-        ``off_policy/groups_of_unknown_version``, and the histograms ``off_policy/groups_at_staleness/N`` and
-        ``off_policy/tokens_at_staleness/N``, N up to 8, which stands for 8 and more.
+    A group is as stale as its oldest trained token. ``policy_version`` is that before the update. In the histograms
+    ``off_policy/{groups,tokens}_at_staleness/N`` 8 stands for 8 and more.
     """
     oldest: dict[str, int | None] = {}
     tokens: Counter[int] = Counter()
@@ -480,25 +450,22 @@ def decode_matches(content: bytes, groups: Sequence[ScoredGroup]) -> BatchMatche
             columns["counts"].tolist(),
             strict=False,  # np.split of nothing gives one part
         )
-        flat = (_match(*next(rows)) if length >= 0 else None for length in lengths)
+        found = (
+            SequenceMatch(
+                found=places,
+                versions=versions,
+                logprobs=logprobs.astype(np.float64),
+                temperature=None if np.isnan(temperature) else temperature,
+                spans=counts[0],
+                unmatched_spans=counts[1],
+                unmatched_tokens=counts[2],
+                ambiguous_spans=counts[3],
+                records=tuple(records.tolist()),
+            )
+            for places, versions, logprobs, records, temperature, counts in rows
+        )
+        flat = (next(found) if length >= 0 else None for length in lengths)
         return [[next(flat) for _ in group.token_ids] for group in groups]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         logger.warning("what the ledger knew about a journalled batch cannot be read: %s", error)
         return None
-
-
-def _match(
-    found: Any, versions: Any, logprobs: Any, records: Any, temperature: float, counts: list[int]
-) -> SequenceMatch:
-    spans, unmatched_spans, unmatched_tokens, ambiguous = counts
-    return SequenceMatch(
-        found=found,
-        versions=versions,
-        logprobs=logprobs.astype(np.float64),
-        temperature=None if np.isnan(temperature) else temperature,
-        spans=spans,
-        unmatched_spans=unmatched_spans,
-        unmatched_tokens=unmatched_tokens,
-        ambiguous_spans=ambiguous,
-        records=tuple(records.tolist()),
-    )

@@ -17,7 +17,6 @@ from atropos_verl.types import FloatArray, StepReport
 
 logger = logging.getLogger(__name__)
 
-_OWN_KEYS = ("step", "policy_version", "loss")
 _LARGEST_WINDOW = 5
 
 Figure = float | int | None
@@ -39,8 +38,7 @@ class LoggedProgress:
     def phase(self, name: str) -> None:
         logger.info("%s", name)
 
-    def note(self, message: str) -> None:
-        logger.info("%s", message)
+    note = phase
 
     def step(self, report: StepReport) -> None:
         logger.info("step %d: loss %.4g, reward %s", report.step, report.loss, report.metrics["reward/mean"])
@@ -133,36 +131,26 @@ class StepLog:
 
     def __init__(self, run_dir: Path, step: int) -> None:
         self.path = run_dir / "metrics.jsonl"
-        self._truncate_after(step)
-        lines = map(json.loads, self.path.read_text(encoding="utf-8").splitlines()) if self.path.exists() else ()
-        self.rewards: list[float] = [r for line in lines if isinstance(r := line.get("reward/mean"), float)]
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
+        # Later steps will be taken again; a line that was cut short is of no use.
+        kept = [(line, value) for line in lines if (value := _step_up_to(line, step)) is not None]
+        if len(kept) < len(lines):
+            removed = len(lines) - len(kept)
+            logger.info("%s: %d of %d lines are after step %d and removed", self.path, removed, len(lines), step)
+            write_atomic(self.path, "".join(f"{line}\n" for line, _ in kept), durable=True)
+        self.rewards: list[float] = [r for _, value in kept if isinstance(r := value.get("reward/mean"), float)]
         """``reward/mean`` of every step so far that has one, earlier processes' included."""
         self._steps = 0
         self._waited = self._total = 0.0
 
-    def _truncate_after(self, step: int) -> None:
-        """Removes, atomically, the lines of later steps, which will be taken again, and lines that were cut short."""
-        try:
-            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        except FileNotFoundError:
-            return
-        kept = [line for line in lines if _is_step_up_to(line, step)]
-        if len(kept) < len(lines):
-            removed = len(lines) - len(kept)
-            logger.info("%s: %d of %d lines are after step %d and removed", self.path, removed, len(lines), step)
-            write_atomic(self.path, "".join(f"{line}\n" for line in kept), durable=True)
-
     def append(self, report: StepReport) -> None:
-        """Writes the step's line.
-
-        Raises:
-            ValueError: a metric is called ``step``, ``policy_version`` or ``loss``.
-            OSError: it cannot be written.
-        """
-        clash = [key for key in _OWN_KEYS if key in report.metrics]
+        """Writes the step's line. Raises ``ValueError`` when a metric is called ``step``, ``policy_version`` or
+        ``loss``, and ``OSError``."""
+        own = {"step": report.step, "policy_version": report.policy_version, "loss": report.loss}
+        clash = [key for key in own if key in report.metrics]
         if clash:
             raise ValueError(f"metric {clash[0]!r} has the name of a field of StepReport; choose another name")
-        line = {"step": report.step, "policy_version": report.policy_version, "loss": report.loss, **report.metrics}
+        line = {**own, **report.metrics}
         finite = _finite(line)
         lost = sorted(key for key, value in line.items() if value is not None and finite[key] is None)
         if lost:
@@ -202,8 +190,7 @@ class Evaluations(Protocol):
 class HeldOut:
     """The mean reward on held-out tasks before and after training.
 
-    ``scores``: label (before, after) → score; a checkpoint keeps it (``RunState.held_out``). Without ``evaluations``
-    there is nobody to evaluate.
+    ``scores``: label (before, after) → score; a checkpoint keeps it (``RunState.held_out``).
     """
 
     def __init__(self, evaluations: Evaluations | None, progress: Progress, scores: dict[str, float | None]) -> None:
@@ -268,11 +255,8 @@ def write_summary(
 ) -> dict[str, Any]:
     """Writes ``run_dir/summary.json`` as indented JSON, atomically, and returns its content.
 
-    Numbers that are not finite become null, paths become text. ``held_out`` are ``HeldOut.scores``.
-
-    Raises:
-        TypeError: a value that JSON cannot carry.
-        OSError: it cannot be written.
+    Numbers that are not finite become null, paths become text. ``held_out`` are ``HeldOut.scores``. Raises
+    ``TypeError`` for a value that JSON cannot carry, and ``OSError``.
     """
     summary = {
         **outcome,
@@ -285,12 +269,13 @@ def write_summary(
     return {**summary, "run_dir": str(run_dir)}
 
 
-def _is_step_up_to(line: str, step: int) -> bool:
+def _step_up_to(line: str, step: int) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
     except ValueError:
-        return False
-    return isinstance(value, dict) and isinstance(value.get("step"), int) and value["step"] <= step
+        return None
+    is_step = isinstance(value, dict) and isinstance(value.get("step"), int)
+    return value if is_step and value["step"] <= step else None
 
 
 def _finite(value: Any) -> Any:

@@ -37,8 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class WeightSource(Protocol):
-    """The trainer's side. ``policy_version`` grows by one with every optimiser step; ``named_tensors`` are the full
-    weights by Hugging Face name."""
+    """The trainer's side; ``named_tensors`` are the full weights by Hugging Face name."""
 
     @property
     def policy_version(self) -> int: ...
@@ -112,9 +111,7 @@ class AtroposShardingManager:
     """Context manager around the rollout phase: newest weights in, gate open; gate shut, memory released.
 
     Args:
-        source: gives the weights, which are copied on every enter.
         gate: paused on exit, resumed on enter; None when the engine pauses by itself.
-        canary: checked after every sync, before the gate opens.
         pause_timeout: seconds to wait for the token boundary.
     """
 
@@ -156,9 +153,7 @@ class AtroposShardingManager:
             exc.add_note(f"(leaving the rollout phase failed as well: {error!r})")
 
     def swap(self) -> SyncReport:
-        """Puts the source's weights into the open rollout phase; generation pauses only for the change of buffers.
-
-        Requests are not drained: sequences in flight continue under the new weights.
+        """Puts the source's weights into the open rollout phase; sequences in flight continue under them.
 
         Raises:
             WeightSyncError: a tensor does not fit, the canary found a difference, or the engine has one buffer only.
@@ -194,8 +189,7 @@ class AtroposShardingManager:
     def sync(self) -> SyncReport:
         """Copies the source's weights into the engine and checks the canary. The gate must be closed.
 
-        Raises:
-            WeightSyncError: a tensor does not fit, or the canary found a difference.
+        Raises ``WeightSyncError`` when a tensor does not fit, or the canary found a difference.
         """
         version = self.source.policy_version
         started = time.perf_counter()

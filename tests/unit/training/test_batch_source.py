@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def ids_of(body: bytes) -> list[str]:
 
 
 def test_it_registers_once_with_the_step_it_goes_on_from(tmp_path: Path) -> None:
-    with api_of([]) as api, BatchSource(_config(api.url), tmp_path) as source:
+    with api_of([]) as api, closing(BatchSource(_config(api.url), tmp_path)) as source:
         for _ in range(2):
             source.register(3, 8)
         assert source.is_registered
@@ -72,7 +72,7 @@ def test_it_registers_once_with_the_step_it_goes_on_from(tmp_path: Path) -> None
 
 def test_a_batch_of_the_first_poll_is_journalled_and_comes_first_also_after_a_restart(tmp_path: Path) -> None:
     first, second = random_batches(2, groups=2, group_size=4)
-    with api_of([]) as api, BatchSource(_config(api.url), tmp_path) as source:
+    with api_of([]) as api, closing(BatchSource(_config(api.url), tmp_path)) as source:
         api.script("/batch", http_faults.answer(first), http_faults.answer(second))
         source.register(0, 8)
         assert [path.name for path in (tmp_path / "journal").glob("batch_??????.json")] == ["batch_000001.json"]
@@ -80,17 +80,19 @@ def test_a_batch_of_the_first_poll_is_journalled_and_comes_first_also_after_a_re
         assert throttle.expected_staleness == 1
         assert ids(source.fetch()) == ids_of(first)
         assert ids(source.fetch()) == ids_of(second)
-    with BatchSource(_config(NOWHERE), tmp_path) as later:  # the API is not asked: an upstream one lends nothing
+    with closing(
+        BatchSource(_config(NOWHERE), tmp_path)
+    ) as later:  # the API is not asked: an upstream one lends nothing
         assert later.resume(0) == later.resume(0) == 2
         attached(later)
         assert [ids(later.fetch()) for _ in range(2)] == [ids_of(first), ids_of(second)]
-    with BatchSource(_config(NOWHERE, resume="disable"), tmp_path) as fresh:
+    with closing(BatchSource(_config(NOWHERE, resume="disable"), tmp_path)) as fresh:
         assert fresh.resume(0) == 0
 
 
 def test_a_journalled_batch_that_is_none_is_quarantined_and_does_not_end_the_resumed_run(tmp_path: Path) -> None:
     [good] = random_batches(1, groups=2, group_size=4)
-    with BatchSource(_config(NOWHERE), tmp_path) as source:
+    with closing(BatchSource(_config(NOWHERE), tmp_path)) as source:
         source.journal.record(b'{"batch": 7}')
         source.journal.record(good)
         _, throttle = attached(source)
@@ -103,7 +105,7 @@ def test_a_journalled_batch_that_is_none_is_quarantined_and_does_not_end_the_res
 
 
 def test_an_api_that_keeps_other_values_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    with api_of([], batch_size=64) as api, BatchSource(_config(api.url), tmp_path) as source:
+    with api_of([], batch_size=64) as api, closing(BatchSource(_config(api.url), tmp_path)) as source:
         with pytest.raises(AtroposProtocolError, match=r"keeps an earlier registration .batch_size 64"):
             source.register(0, 8)
         assert not source.is_registered
@@ -119,7 +121,7 @@ def test_without_an_api_the_key_is_named(tmp_path: Path) -> None:
 
 def test_lost_batches_are_counted_and_the_next_one_is_taken(tmp_path: Path) -> None:
     [body] = random_batches(1, groups=2, group_size=4)
-    with api_of([]) as api, BatchSource(_config(api.url), tmp_path) as source:
+    with api_of([]) as api, closing(BatchSource(_config(api.url), tmp_path)) as source:
         lost = http_faults.answer({"detail": "NaN"}, status=500)
         api.script("/batch", lost, lost, http_faults.answer(body))
         totals, _ = attached(source)
@@ -130,7 +132,7 @@ def test_lost_batches_are_counted_and_the_next_one_is_taken(tmp_path: Path) -> N
 
 
 def test_an_api_that_loses_every_batch_is_given_up(tmp_path: Path) -> None:
-    with api_of([]) as api, BatchSource(_config(api.url), tmp_path) as source:
+    with api_of([]) as api, closing(BatchSource(_config(api.url), tmp_path)) as source:
         api.script("/batch", http_faults.answer({"detail": "NaN"}, status=500))
         totals, _ = attached(source)
         with pytest.raises(AtroposHTTPStatusError):
@@ -146,7 +148,7 @@ def test_the_first_batch_has_the_time_of_an_environment_that_starts(
     with api_of([]) as api:
         atropos = {"api_url": api.url, "rollout_timeout": patience["rollout_timeout"]}
         config = _config(None, atropos=atropos, env={"startup_timeout": patience["startup_timeout"]})
-        with BatchSource(config, tmp_path) as source:
+        with closing(BatchSource(config, tmp_path)) as source:
             attached(source)
             source.start(None, starts_environment=starts_environment)
             with pytest.raises(AtroposTimeoutError):
@@ -156,7 +158,7 @@ def test_the_first_batch_has_the_time_of_an_environment_that_starts(
 
 def test_a_batch_of_nothing_but_stale_groups_is_over_without_a_step(tmp_path: Path) -> None:
     [body] = random_batches(1, groups=2, group_size=4)
-    with BatchSource(_config(NOWHERE), tmp_path) as source:
+    with closing(BatchSource(_config(NOWHERE), tmp_path)) as source:
         source.journal.record(body)
         source.resume(2)
         totals, throttle = attached(source, max_staleness=0)
@@ -177,7 +179,7 @@ def test_a_batch_ahead_is_prepared_in_a_thread_and_goes_back_at_the_end(tmp_path
         assert threading.current_thread() is not threading.main_thread()
         prepared.append(ids(data))
 
-    with api_of(bodies) as api, BatchSource(_config(api.url), tmp_path) as source:
+    with api_of(bodies) as api, closing(BatchSource(_config(api.url), tmp_path)) as source:
         source.register(0, 8)
         _, throttle = attached(source)
         source.start(None, prepare=prepare)

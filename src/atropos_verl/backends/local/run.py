@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def run(
     """
     run_dir = config.resolve_run_dir()
     with ExitStack() as stack:
-        source = stack.enter_context(BatchSource(config, run_dir))
+        source = stack.enter_context(closing(BatchSource(config, run_dir)))
         if start_environment is not None:
             # Before torch is imported. An environment of atroposlib may register only after the trainer, and sleeps for
             # 5 s before it asks for a first completion (0.4.0, env_manager): both pass beside that import.

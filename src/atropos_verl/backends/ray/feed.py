@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from atropos_verl.backends.ray.transfer import Row, has_rollout_logprobs, make_r
 from atropos_verl.errors import DataError
 from atropos_verl.protocol.journal import JournalEntry
 from atropos_verl.training.advantages import SequenceAdvantage
-from atropos_verl.training.batch_source import BatchSource, RolloutData
+from atropos_verl.training.batch_source import BatchSource
 from atropos_verl.training.samples import collect_samples
 from atropos_verl.training.staleness import BatchProvenance, staleness_metrics
 from atropos_verl.types import QuarantinedGroup, ScoredGroup, SequenceMatch, TrainingSample
@@ -100,11 +100,7 @@ class _Collected:
 class TrajectoryFeed:
     """Fills slots in the order in which they were asked for.
 
-    Args:
-        source: registered, with ``provenance`` attached.
-        store: takes the rows.
-        served_version: the policy version that is being served now.
-        needs_logprobs: rollout correction is on: a group without ``inference_logprobs`` cannot be trained on.
+    ``needs_logprobs``: rollout correction is on, so a group without ``inference_logprobs`` cannot be trained on.
     """
 
     def __init__(
@@ -137,11 +133,9 @@ class TrajectoryFeed:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trajectory-feed", daemon=True)
 
-    # ------------------------------------------------------------------ the trainer's side
+        self.start = self._thread.start
 
-    def start(self) -> None:
-        """Starts the thread."""
-        self._thread.start()
+    # ------------------------------------------------------------------ the trainer's side
 
     def request(self, uid: str, global_steps: int) -> None:
         """Asks for a slot to be filled; returns at once."""
@@ -246,7 +240,7 @@ class TrajectoryFeed:
         with self._lock:
             self.slots[slot.uid] = slot
             members, self._carried = self._carried, []
-            slot.entries = _entries_of(members)
+            slot.entries = list({member.entry.sequence: member.entry for member in members}.values())
         self._collect(members, slot, found)
         batches = 0
         while found.sequences < self.batch_size:
@@ -257,7 +251,10 @@ class TrajectoryFeed:
             assert data.entry is not None
             with self._lock:
                 slot.entries.append(data.entry)
-            self._collect(self._members(data, data.entry), slot, found)
+            consumed = self._consumed_before(data.entry)
+            pairs = enumerate(zip(data.groups, data.matches or [], strict=True))
+            fresh = [Member(data.entry, i, group, row) for i, (group, row) in pairs if i not in consumed]
+            self._collect(fresh, slot, found)
             trained = any(sample.loss_mask.any() for sample in found.samples)
             if self.provenance.config.max_staleness is None and trained and not members:
                 break  # the API's batches are whole; a smaller one is trained as it is
@@ -266,9 +263,6 @@ class TrajectoryFeed:
             later = {id(member) for member in self._carried}
             slot.members = [member for member in slot.members if id(member) not in later]
         slot.wait_seconds = time.monotonic() - started
-        self._put(slot, found)
-
-    def _put(self, slot: Slot, found: _Collected) -> None:
         served = self.served_version()
         slot.off_policy |= staleness_metrics(found.samples, served)
         for member, _ in found.groups:
@@ -276,13 +270,9 @@ class TrajectoryFeed:
             slot.scores += scores
             if member.group.env_id is not None:
                 slot.env_scores.setdefault(member.group.env_id, []).extend(scores)
+        sizes = {member.group.group_id: len(member.group) for member, _ in found.groups}
         rows = make_rows(
-            slot.uid,
-            found.samples,
-            found.advantages,
-            served=served,
-            global_steps=slot.global_steps,
-            group_sizes={member.group.group_id: len(member.group) for member, _ in found.groups},
+            slot.uid, found.samples, found.advantages, served=served, global_steps=slot.global_steps, group_sizes=sizes
         )
         slot.counts.update(
             groups=len(found.groups),
@@ -292,11 +282,6 @@ class TrajectoryFeed:
             trained_tokens=sum(int(sample.loss_mask.sum()) for sample in found.samples),
         )
         self.store.put(slot.uid, rows)
-
-    def _members(self, data: RolloutData, entry: JournalEntry) -> list[Member]:
-        consumed = self._consumed_before(entry)
-        pairs = zip(data.groups, data.matches or [], strict=True)
-        return [Member(entry, i, group, row) for i, (group, row) in enumerate(pairs) if i not in consumed]
 
     def _consumed_before(self, entry: JournalEntry) -> dict[int, int]:
         """Groups of a replayed batch whose effect the checkpoint holds: index → step."""
@@ -363,10 +348,6 @@ class TrajectoryFeed:
                     "algorithm.rollout_correction needs; switch it off, or have the environment send them"
                 )
         return None
-
-
-def _entries_of(members: Iterable[Member]) -> list[JournalEntry]:
-    return list({member.entry.sequence: member.entry for member in members}.values())
 
 
 class _StoppedError(Exception):

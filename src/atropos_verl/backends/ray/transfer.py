@@ -19,8 +19,7 @@ here, by ``training.advantages``, the code of the local backend.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +31,7 @@ ADVANTAGES = "atropos_advantages"
 """Field: float64 [R], the advantages before normalising, from ``training.advantages``."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One sequence as verl stores it."""
 
     key: str
@@ -54,7 +52,6 @@ def make_rows(
 
     Args:
         slot: uid of the slot; holds no underscore.
-        samples, advantages: of the same length, sequence by sequence.
         served: the policy version that is served now, for sequences of unknown version (verl needs a number).
         global_steps: training step that asked for this batch.
         group_sizes: sequences that each group was scored with, overlong ones included, by group id.
@@ -74,6 +71,8 @@ def _row(
     token_ids = torch.from_numpy(np.ascontiguousarray(sample.token_ids, dtype=np.int64))
     mask = torch.from_numpy(sample.loss_mask.astype(np.int64))
     length = len(sample)
+    # 0 where there is no value: such rows are tagged.
+    sent = np.zeros(length) if sample.rollout_logprobs is None else np.nan_to_num(sample.rollout_logprobs, nan=0.0)
     rewards = torch.zeros(length - start, dtype=torch.float32)
     rewards[-1] = sample.score
     turns = int(np.count_nonzero(np.diff(sample.loss_mask.astype(np.int8)) == 1))
@@ -86,7 +85,7 @@ def _row(
         "loss_mask": mask,
         "input_ids": token_ids,
         "position_ids": torch.arange(length),
-        "rollout_log_probs": _rollout_logprobs(sample)[start:],
+        "rollout_log_probs": torch.from_numpy(sent[start:].astype(np.float32)),
         "rm_scores": rewards,
         ADVANTAGES: torch.from_numpy(np.array(advantage.values[start:length], dtype=np.float64)),
         "num_turns": 2 * turns,
@@ -124,13 +123,6 @@ def _versions(sample: TrainingSample, served: int) -> tuple[int, int]:
     return stated, stated
 
 
-def _rollout_logprobs(sample: TrainingSample) -> torch.Tensor:
-    """[T] float32; 0 where there is no value (such rows are tagged)."""
-    if sample.rollout_logprobs is None:
-        return torch.zeros(len(sample))
-    return torch.from_numpy(np.nan_to_num(sample.rollout_logprobs, nan=0.0).astype(np.float32))
-
-
 def finish_batch(
     values: Any,
     keys: Sequence[str],
@@ -156,8 +148,13 @@ def finish_batch(
     masks = list(values["response_mask"].unbind())
     verls = list(values["advantages"].unbind())
     ours = list(values[ADVANTAGES].unbind())
+
+    def position(i: int) -> tuple[str, int]:
+        slot, index, _ = keys[i].rsplit("_", 2)
+        return slot, int(index)
+
     # verl sorts rows by length; the order of the batch makes sums, and so advantages, those of the local backend.
-    order = sorted((i for i, tag in enumerate(tags) if not tag.get("is_padding")), key=lambda i: _position(keys[i]))
+    order = sorted((i for i, tag in enumerate(tags) if not tag.get("is_padding")), key=position)
     sequences = []
     for i in order:
         tag, mask = tags[i], masks[i].bool().numpy()
@@ -166,28 +163,12 @@ def finish_batch(
             base = np.zeros_like(base)
         sequences.append(SequenceAdvantage(base, mask, bool(tag["advantage_to_zero"]), bool(tag["advantage_replaced"])))
     finished = finish_advantages(sequences, normalization, clipping, running)
-    rows: list[np.ndarray[Any, Any]] = [np.zeros(mask.numel()) for mask in masks]
+    rows = [torch.zeros(mask.numel()) for mask in masks]
     for i, row in zip(order, finished, strict=True):
-        rows[i] = row
-    nested = torch.nested.as_nested_tensor(
-        [
-            torch.from_numpy(np.asarray(row, dtype=np.float32))[: mask.numel()] * mask.to(torch.float32)
-            for row, mask in zip(rows, masks, strict=True)
-        ],
-        layout=torch.jagged,
-    )
-    return nested, _metrics(sequences, finished)
-
-
-def _position(key: str) -> tuple[str, int]:
-    slot, index, _ = key.rsplit("_", 2)
-    return slot, int(index)
-
-
-def _metrics(sequences: Sequence[SequenceAdvantage], finished: Sequence[np.ndarray[Any, Any]]) -> dict[str, float]:
+        rows[i] = torch.from_numpy(row.astype(np.float32))  # 0 already where the mask is
     trained = [np.abs(row[s.loss_mask]) for s, row in zip(sequences, finished, strict=True)]
     joined = np.concatenate(trained) if trained else np.zeros(0)
-    return {
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged), {
         "advantage/mean_abs": float(joined.mean()) if joined.size else 0.0,
         "advantage/replaced_sequences": float(sum(s.replaced for s in sequences)),
         "advantage/zeroed_sequences": float(sum(s.zero for s in sequences)),

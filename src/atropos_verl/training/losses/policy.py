@@ -74,12 +74,9 @@ def advantage_weighted_sft_loss(
     weights = _masked(advantages.detach().to(logprobs), mask)
     figures = {"logprob_mean": logprobs.detach(), "advantage_mean": weights}
     if rollout_logprobs is not None:
-        importances, measured = _importance(
-            logprobs.detach(), rollout_logprobs, mask, importance, tis_cap, sequence_ids
-        )
+        importances, measured = _importance(logprobs, rollout_logprobs, mask, importance, tis_cap, sequence_ids)
         figures |= measured
-        if importances is not None:
-            weights = weights * importances
+        weights = weights * importances
     loss = -(logprobs * weights).sum() / _denominator(mask, num_loss_tokens)
     return LossOutput(loss=loss, metrics=_means(figures, mask))
 
@@ -175,28 +172,12 @@ def clipped_ratio_loss(
     if rollout_logprobs is not None:
         weights, measured = _importance(old, rollout_logprobs, mask, importance, tis_cap, sequence_ids)
         figures |= measured
-        if weights is not None:
-            losses = losses * weights
+        losses = losses * weights
     loss = _masked(losses, mask).sum() / _denominator(mask, num_loss_tokens)
     return LossOutput(loss=loss, metrics=_means(figures, mask))
 
 
 # ---------------------------------------------------------------------- parts
-
-
-def _importance(
-    old: torch.Tensor,
-    rollout: torch.Tensor,
-    mask: torch.Tensor,
-    level: str,
-    cap: float | None,
-    sequence_ids: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-    """Weights [...] (None without a cap), and figures for ``_means``."""
-    if cap is None:
-        return None, importance_figures(old, rollout, mask)
-    weights = importance_weights(old, rollout, mask, level=level, cap=cap, sequence_ids=sequence_ids)
-    return weights[0], importance_figures(old, rollout, mask, weights)
 
 
 def _trained(loss_mask: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
@@ -226,13 +207,8 @@ def _denominator(mask: torch.Tensor, num_loss_tokens: int | float | torch.Tensor
 def _means(figures: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, float]:
     """Mean of each over the trained tokens (0 without any), fetched from the device in one go. ``LARGEST`` stays."""
     count = mask.sum().clamp(min=1)
-    values = torch.stack(
-        [
-            value.detach() if name == LARGEST else _masked(value.detach(), mask).sum() / count
-            for name, value in figures.items()
-        ]
-    ).tolist()
-    return dict(zip(figures, values, strict=True))
+    means = {k: v.detach() if k == LARGEST else _masked(v.detach(), mask).sum() / count for k, v in figures.items()}
+    return dict(zip(figures, torch.stack(list(means.values())).tolist(), strict=True))
 
 
 def _at_least_float32(values: torch.Tensor) -> torch.Tensor:
@@ -273,13 +249,15 @@ def importance_weights(
     return torch.where(applies, weights.clamp(max=cap), torch.ones_like(weights)), truncated
 
 
-def importance_figures(
+def _importance(
     old: torch.Tensor,
     rollout: torch.Tensor,
     mask: torch.Tensor,
-    weights: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> dict[str, torch.Tensor]:
-    """Per-token figures [...] whose means over trained tokens ``summarise_importance`` reads; and one maximum, []."""
+    level: str,
+    cap: float | None,
+    sequence_ids: torch.Tensor | None,
+) -> tuple[torch.Tensor | float, dict[str, torch.Tensor]]:
+    """Weights [...] (1 without a cap), and figures for ``_means``: per token [...], and one maximum []."""
     log_ratio, known = _log_ratio(old, rollout, mask)
     bounded = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     ratio = bounded.exp()
@@ -289,13 +267,14 @@ def importance_figures(
         "ratio": torch.where(known, ratio, zero),
         "kl_k1": -log_ratio,
         "kl_k3": torch.where(known, ratio - 1 - bounded, zero),
+        "log_ratio_max_abs": log_ratio.abs().max() if log_ratio.numel() else log_ratio.new_zeros(()),
     }
-    if weights is not None:
-        applied = torch.where(known, weights[0], zero)
-        truncated = (weights[1] & known).to(ratio)
-        figures |= {"weight": applied, "weight_squared": applied.square(), "clipped": truncated}
-    found = {f"{PREFIX}{name}": value for name, value in figures.items()}
-    return {**found, LARGEST: log_ratio.abs().max() if log_ratio.numel() else log_ratio.new_zeros(())}
+    weights: torch.Tensor | float = 1.0
+    if cap is not None:
+        weights, truncated = importance_weights(old, rollout, mask, level=level, cap=cap, sequence_ids=sequence_ids)
+        applied = torch.where(known, weights, zero)
+        figures |= {"weight": applied, "weight_squared": applied.square(), "clipped": (truncated & known).to(ratio)}
+    return weights, {f"{PREFIX}{name}": value for name, value in figures.items()}
 
 
 def summarise_importance(means: Mapping[str, float]) -> dict[str, float]:
@@ -316,17 +295,14 @@ def summarise_importance(means: Mapping[str, float]) -> dict[str, float]:
     known = own.get("known", 0.0)
     if not known:
         return rest
-    rest["off_policy/known_logprob_share"] = known
-    rest["off_policy/ratio_mean"] = own["ratio"] / known
-    rest["off_policy/kl_k1"] = own["kl_k1"] / known
-    rest["off_policy/kl_k3"] = own["kl_k3"] / known
-    rest["off_policy/log_ratio_max_abs"] = own["log_ratio_max_abs"]
+    found = {"known_logprob_share": known, "log_ratio_max_abs": own["log_ratio_max_abs"]}
+    means_of = {"ratio_mean": "ratio", "kl_k1": "kl_k1", "kl_k3": "kl_k3"}
     if "weight" in own:
-        rest["off_policy/weight_mean"] = own["weight"] / known
-        rest["off_policy/clipped_share"] = own["clipped"] / known
+        means_of |= {"weight_mean": "weight", "clipped_share": "clipped"}
         squared = own["weight_squared"] / known
-        rest["off_policy/effective_sample_size"] = rest["off_policy/weight_mean"] ** 2 / squared if squared else 0.0
-    return rest
+        found["effective_sample_size"] = (own["weight"] / known) ** 2 / squared if squared else 0.0
+    found |= {name: own[of] / known for name, of in means_of.items()}
+    return rest | {f"off_policy/{name}": value for name, value in found.items()}
 
 
 def _log_ratio(old: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
