@@ -54,8 +54,8 @@ class EnvRegistration(msgspec.Struct, kw_only=True):
     group_size: _Positive
     desired_name: str | None = None
     """atroposlib sends null when no wandb name is set."""
-    weight: Annotated[float, msgspec.Meta(ge=0)] | None = None
-    """Share of the rollouts, relative to the other environments; None: 1."""
+    weight: Annotated[float, msgspec.Meta(ge=0)] | None = 1.0
+    """Share of the rollouts, relative to the other environments; None: 1. Upstream takes no null here."""
     min_batch_allocation: Annotated[float, msgspec.Meta(ge=0)] | None = None
     """Least share of each batch, 0 to 1; None: no minimum."""
 
