@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 
 from atropos_verl.engine.embedded import TransformersEngine
@@ -14,6 +13,22 @@ from atropos_verl.engine.gate import RequestGate
 from atropos_verl.types import Generation, GenerationRequest
 from support.serving import eventually
 from support.tiny_model import build_tiny_tokenizer
+
+TINY: dict[str, Any] = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "pad_token_id": 256,
+    "bos_token_id": 256,
+    "eos_token_id": 258,
+}
+"""A model over the 259 ids of the byte tokenizer, in the words of Hugging Face."""
+GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 
 
 def tiny_causal_lm(
@@ -25,31 +40,16 @@ def tiny_causal_lm(
     """
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-    settings: dict[str, Any] = {
-        "vocab_size": 259,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.15,
-        "pad_token_id": 256,
-        "bos_token_id": 256,
-        "eos_token_id": 258,
-        "tie_word_embeddings": family == "qwen2",
-    } | overrides
+    settings = TINY | {"tie_word_embeddings": family == "qwen2"} | overrides
     config = {"qwen2": Qwen2Config, "llama": LlamaConfig}[family](**settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-@contextmanager
-def engine_of(model: Any, **settings: Any) -> Iterator[TransformersEngine]:
-    """An engine over ``model`` (which it owns from then on), closed at the end."""
-    with TransformersEngine(model, build_tiny_tokenizer(), **settings) as engine:
-        yield engine
+def engine_of(model: Any, **settings: Any) -> TransformersEngine:
+    """An engine over ``model``, which it owns from then on. Close it: it is a context manager."""
+    return TransformersEngine(model, build_tiny_tokenizer(), **settings)
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[tuple[int, ...]]:
@@ -66,6 +66,13 @@ def one(engine: TransformersEngine, prompt: tuple[int, ...], **settings: Any) ->
     """The single completion of a prompt."""
     [[generation]] = engine.generate([request(prompt, **settings)], timeout=60.0)
     return generation
+
+
+def check_greedy(engine: TransformersEngine, model: Any, prompt: tuple[int, ...], steps: int) -> Generation:
+    """The greedy completion of ``engine``, which is the one of plain forwards of ``model``."""
+    answer = one(engine, prompt, max_tokens=steps, **GREEDY)
+    assert list(answer.token_ids) == greedy_oracle(model, prompt, steps)
+    return answer
 
 
 def greedy_oracle(model: Any, prompt: tuple[int, ...], steps: int) -> list[int]:
@@ -85,6 +92,11 @@ def logprob_oracle(model: Any, tokens: tuple[int, ...], temperature: float = 1.0
     return [float(logp[i, token]) for i, token in enumerate(tokens[1:])]
 
 
+def check_logprobs(model: Any, prompt: tuple[int, ...], answer: Generation, temperature: float = 1.0) -> None:
+    expected = logprob_oracle(model, prompt + answer.token_ids, temperature)[len(prompt) - 1 :]
+    assert list(answer.logprobs) == pytest.approx(expected, abs=1e-4)
+
+
 def named(model: Any) -> list[tuple[str, torch.Tensor]]:
     """A model's weights as a trainer hands them over."""
     return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
@@ -93,10 +105,11 @@ def named(model: Any) -> list[tuple[str, torch.Tensor]]:
 class StepCounter:
     """Counts decode steps of a model and can hold it before one: the tests' handle on "mid-generation"."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, hold_at: int | None = None) -> None:
+        self.model = model
         self._forward = model.forward
         self.steps = 0
-        self.hold_at: int | None = None
+        self.hold_at = hold_at
         self.held = threading.Event()
         self.go_on = threading.Event()
         self.fail_with: Exception | None = None

@@ -1,13 +1,13 @@
-"""A hand-written ``InferenceEngine`` whose every token, logprob and version can be worked out by hand."""
+"""A hand-written ``GenerationEngine`` whose every token, logprob and version can be worked out by hand."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from typing import Any
 
-from atropos_verl.errors import EngineStoppedError
 from atropos_verl.types import FinishReason, Generation, GenerationDelta, GenerationRequest
 
 Reply = Callable[[GenerationRequest, int], Sequence[int]]
@@ -59,7 +59,6 @@ class FakeEngine:
         self.abort_all = False
         self.logprob: Callable[[int, int], float] = logprob_of
         self._paused = False
-        self._closed = False
 
     def pause(self) -> None:
         self._paused = True
@@ -69,15 +68,10 @@ class FakeEngine:
 
     async def agenerate(self, request: GenerationRequest) -> list[Generation]:
         parts: list[list[GenerationDelta]] = [[] for _ in range(request.n)]
-        versions: list[list[int]] = [[] for _ in range(request.n)]
-        stream = self.astream(request)
-        try:
+        async with aclosing(self.astream(request)) as stream:
             async for delta in stream:
                 parts[delta.index].append(delta)
-                assert delta.policy_version is not None
-                versions[delta.index].append(delta.policy_version)
-        finally:
-            await stream.aclose()
+        versions = [[delta.policy_version or 0 for delta in deltas] for deltas in parts]
         return [
             Generation(
                 token_ids=tuple(t for d in deltas for t in d.token_ids),
@@ -117,10 +111,8 @@ class FakeEngine:
 
     async def _turn(self, position: int) -> None:
         await asyncio.sleep(self.token_delay)
-        while self._paused and not self._closed:  # noqa: ASYNC110 - pause() is called from other threads
+        while self._paused:  # noqa: ASYNC110 - pause() is called from other threads
             await asyncio.sleep(_POLL)
-        if self._closed:
-            raise EngineStoppedError("closed")
         if self.fail_with is not None and position >= self.fail_after:
             raise self.fail_with
 
@@ -129,11 +121,8 @@ class FakeEngine:
         if self.abort_all:
             return tokens[:1], "abort"
         limit = request.max_tokens
-        if limit is not None and len(tokens) >= limit and self.reply is counting_reply:
-            return tokens[:limit], "length"
-        if limit is not None and len(tokens) > limit:
-            return tokens[:limit], "length"
-        return tokens, "stop"
+        cut = limit is not None and (len(tokens) > limit or self.reply is counting_reply)
+        return (tokens[:limit], "length") if cut else (tokens, "stop")
 
     def _prompt_logprobs(self, request: GenerationRequest) -> tuple[dict[int, float] | None, ...] | None:
         """Position p: the token itself at ``-p``, and k alternatives: ids 1000.. at ``-p - 0.5``, ``-p + 0.5``, ..."""
@@ -144,28 +133,3 @@ class FakeEngine:
             others = {1000 + i: -p + 0.5 * (-1) ** (i + 1) for i in range(request.prompt_logprobs)}
             entries.append({**others, token_id: float(-p)})
         return tuple(entries)
-
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Generation]]:
-        async def everything() -> list[list[Generation]]:
-            return [await self.agenerate(request) for request in requests]
-
-        return asyncio.run(everything())
-
-    def compute_logprobs(self, token_ids: Sequence[int], temperature: float = 1.0) -> list[float]:
-        return [-p / temperature for p in range(1, len(token_ids))]
-
-    def update_weights_from_tensor(
-        self, named_tensors: Iterable[tuple[str, Any]], policy_version: int | None = None
-    ) -> int:
-        size = sum(tensor.nbytes for _, tensor in named_tensors)
-        self.policy_version = self.policy_version + 1 if policy_version is None else policy_version
-        return size
-
-    def resume_memory_occupation(self) -> None:
-        self.resume()
-
-    def release_memory_occupation(self) -> None:
-        self.pause()
-
-    def close(self) -> None:
-        self._closed = True

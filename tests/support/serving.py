@@ -24,6 +24,22 @@ def serving(engine: Any, tokenizer: Any, *, model_name: str = "tiny", **options:
         server.stop(timeout=10.0)
 
 
+def post(client: httpx.Client, path: str, **body: Any) -> Any:
+    """The answer to ``body``, which is served."""
+    response = client.post(path, json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def refused(client: httpx.Client, path: str, **body: Any) -> dict[str, Any]:
+    """The error of a ``body`` that the client is to blame for."""
+    response = client.post(path, json=body)
+    assert response.status_code == 400, response.text
+    error: dict[str, Any] = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    return error
+
+
 def eventually(condition: Callable[[], bool], what: str, timeout: float = 15.0) -> None:
     """Wait until ``condition()`` holds; fails naming ``what`` after ``timeout`` seconds."""
     deadline = time.monotonic() + timeout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -42,38 +42,31 @@ def build_tiny_model(
     layers: int = 2,
     heads: int = 2,
     kv_heads: int | None = None,
-    intermediate: int | None = None,
-    vocab_size: int | None = None,
     max_position_embeddings: int = 2048,
-    tie_word_embeddings: bool = True,
-    dtype: Any = None,
-    seed: int = 0,
 ) -> Path:
     """Write a randomly initialised Qwen2 and its tokenizer to ``path`` (a Hugging Face model directory) and return it.
 
-    ``vocab_size`` pads the embedding beyond the tokenizer's 259 ids. ``seed`` fixes the weights; the global torch
-    generator is left as it was. Defaults: 2 layers of 64, about 0.1 M parameters, built in well under a second.
+    The weights are always the same; the global torch generator is left as it was. About 0.1 M parameters.
     """
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    target = Path(path)
-    tokenizer = build_tiny_tokenizer(target)
+    tokenizer = build_tiny_tokenizer(path)
     config = Qwen2Config(
-        vocab_size=max(len(tokenizer), vocab_size or 0),
+        vocab_size=len(tokenizer),
         hidden_size=hidden,
-        intermediate_size=intermediate or 2 * hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads or max(1, heads // 2),
         max_position_embeddings=max_position_embeddings,
-        tie_word_embeddings=tie_word_embeddings,
+        tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
-    model.save_pretrained(str(target))
-    return target
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(str(path))
+    return Path(path)

@@ -38,7 +38,7 @@ import torch
 
 from atropos_verl.engine.gate import RequestGate
 from atropos_verl.engine.requests import EngineLimits, EngineStats, RunningSequence, Ticket, eos_token_ids, validate
-from atropos_verl.engine.runner import ModelRunner, check_supported
+from atropos_verl.engine.runner import ModelRunner, context_len
 from atropos_verl.engine.sampling import effective_temperature
 from atropos_verl.engine.scheduler import ContinuousBatch, take_prefill
 from atropos_verl.errors import EngineError, EngineStoppedError, GenerationRequestError, WeightSyncError
@@ -73,7 +73,7 @@ class TransformersEngine:
         wait_timeout: seconds ``compute_logprobs`` and the weight and memory calls wait for a token boundary.
 
     Raises:
-        EngineError: an architecture it cannot run exactly (``check_supported``), or limits that leave no room.
+        EngineError: an architecture it cannot run exactly (``context_len``), or limits that leave no room.
     """
 
     def __init__(
@@ -95,8 +95,7 @@ class TransformersEngine:
     ) -> None:
         if max_running < 1:
             raise EngineError(f"max_running is {max_running}: give at least one KV slot")
-        self.max_context_len = _context_len(model.config, max_context_len)
-        check_supported(model.config, self.max_context_len)
+        self.max_context_len = context_len(model.config, max_context_len)
         self.model = model.to(device=device, dtype=dtype) if dtype is not None else model.to(device=device)
         self.tokenizer = tokenizer
         self.gate = gate if gate is not None else RequestGate()
@@ -508,13 +507,3 @@ class TransformersEngine:
             stopped = EngineStoppedError(f"the engine gave up after {self._failed_steps} failed steps: {error}")
             stopped.__cause__ = error
             self._fail_all(stopped)
-
-
-def _context_len(config: Any, wanted: int | None) -> int:
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if wanted is None and positions is None:
-        raise EngineError(f"{config.model_type} names no max_position_embeddings: give max_context_len")
-    context = int(min(value for value in (wanted, positions) if value is not None))
-    if context < 2:
-        raise EngineError(f"max_context_len is {context}: it must hold a prompt token and a new one")
-    return context

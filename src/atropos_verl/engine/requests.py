@@ -102,9 +102,6 @@ class RunningSequence:
     index: int
     key: int
     """Random stream of this completion."""
-    max_new_tokens: int
-    stop_token_ids: frozenset[int]
-    stop_strings: StopStrings | None
     ordinal: int = 0
     """Place in the order of arrival."""
     tokens: list[int] = field(default_factory=list)
@@ -124,29 +121,26 @@ class RunningSequence:
 
     def push(self, token: int, logprob: float, policy_version: int) -> bool:
         """Append one sampled token. True when it was the last one."""
-        runs = self.version_runs
+        ticket, runs = self.ticket, self.version_runs
         if runs and runs[-1][0] == policy_version:
             runs[-1] = (policy_version, runs[-1][1] + 1)
         else:
             runs.append((policy_version, 1))
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        if token in self.stop_token_ids or (
-            self.stop_strings is not None and self.stop_strings.completed_by(self.tokens)
-        ):
+        if token in ticket.stop_token_ids or (ticket.stops is not None and ticket.stops.completed_by(self.tokens)):
             self.finish_reason = "stop"
-        elif len(self.tokens) >= self.max_new_tokens:
+        elif len(self.tokens) >= ticket.max_new_tokens:
             self.finish_reason = "length"
-        if self.ticket.on_delta is not None:
-            self.ticket.on_delta(
-                GenerationDelta(
-                    index=self.index,
-                    token_ids=(token,),
-                    logprobs=(logprob,),
-                    finish_reason=self.finish_reason,
-                    policy_version=policy_version,
-                )
+        if ticket.on_delta is not None:
+            delta = GenerationDelta(
+                index=self.index,
+                token_ids=(token,),
+                logprobs=(logprob,),
+                finish_reason=self.finish_reason,
+                policy_version=policy_version,
             )
+            ticket.on_delta(delta)
         return self.finish_reason is not None
 
 
@@ -179,18 +173,10 @@ class Ticket:
         self.future.set_running_or_notify_cancel()
         self.cancelled = False
         self.prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
-        stops = StopStrings(tokenizer, request.stop, pieces) if request.stop else None
-        self.sequences = [
-            RunningSequence(
-                ticket=self,
-                index=index,
-                key=stream_key(seed, index),
-                max_new_tokens=limits.new_tokens(request),
-                stop_token_ids=limits.stop_token_ids(request),
-                stop_strings=stops,
-            )
-            for index in range(request.n)
-        ]
+        self.max_new_tokens = limits.new_tokens(request)
+        self.stop_token_ids = limits.stop_token_ids(request)
+        self.stops = StopStrings(tokenizer, request.stop, pieces) if request.stop else None
+        self.sequences = [RunningSequence(self, index, stream_key(seed, index)) for index in range(request.n)]
 
     def resolve_if_done(self) -> bool:
         """Hand the completions over when all have ended. True when this call did."""
@@ -219,9 +205,8 @@ class Ticket:
             if sequence.finish_reason is None:
                 sequence.finish_reason = "abort"
                 if self.on_delta is not None:
-                    self.on_delta(
-                        GenerationDelta(index=sequence.index, token_ids=(), logprobs=(), finish_reason="abort")
-                    )
+                    end = GenerationDelta(index=sequence.index, token_ids=(), logprobs=(), finish_reason="abort")
+                    self.on_delta(end)
         return self.resolve_if_done()
 
     def fail(self, error: BaseException) -> bool:
@@ -236,12 +221,9 @@ class Ticket:
 
 def eos_token_ids(*holders: Any) -> frozenset[int]:
     """End-of-sequence ids that configurations and tokenizers name, together."""
-    found: set[int] = set()
-    for holder in holders:
-        value = getattr(holder, "eos_token_id", None)
-        if value is not None:
-            found.update(value if isinstance(value, (list, tuple)) else [value])
-    return frozenset(int(token) for token in found)
+    named = [getattr(holder, "eos_token_id", None) for holder in holders]
+    several = [value if isinstance(value, (list, tuple)) else [value] for value in named if value is not None]
+    return frozenset(int(token) for values in several for token in values)
 
 
 def validate(request: GenerationRequest, limits: EngineLimits) -> None:

@@ -26,12 +26,19 @@ _LOGITS_BYTES = 256 * 2**20
 """Most float32 logits held at once, bytes."""
 
 
-def check_supported(config: Any, max_context_len: int) -> None:
-    """Raise ``EngineError`` for an architecture whose cache the slots cannot hold.
+def context_len(config: Any, wanted: int | None) -> int:
+    """Prompt plus completion in tokens, at most: ``wanted``, and what the model can.
 
+    Raises ``EngineError`` when that is no room, and for an architecture whose cache the slots cannot hold.
     Sliding-window layers are exact as long as the context is no longer than the window.
     """
     text = config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None)
+    if wanted is None and positions is None:
+        raise EngineError(f"{config.model_type} names no max_position_embeddings: give max_context_len")
+    context = int(min(value for value in (wanted, positions) if value is not None))
+    if context < 2:
+        raise EngineError(f"max_context_len is {context}: it must hold a prompt token and a new one")
     if getattr(config, "is_encoder_decoder", False):
         raise EngineError(f"{config.model_type}: encoder-decoder models are not supported by the embedded engine")
     kinds = set(getattr(text, "layer_types", None) or ())
@@ -40,11 +47,12 @@ def check_supported(config: Any, max_context_len: int) -> None:
         raise EngineError(f"{config.model_type}: layers of type {unknown} are not supported by the embedded engine")
     window = getattr(text, "sliding_window", None)
     slides = "sliding_attention" in kinds or (not kinds and getattr(text, "use_sliding_window", True))
-    if window is not None and slides and max_context_len > window:
+    if window is not None and slides and context > window:
         raise EngineError(
             f"{config.model_type} attends within a sliding window of {window} tokens; the embedded engine is exact up "
-            f"to that: set inference.max_context_len <= {window} (it is {max_context_len})"
+            f"to that: set inference.max_context_len <= {window} (it is {context})"
         )
+    return context
 
 
 class ModelRunner:

@@ -48,7 +48,6 @@ _MAX_BODY_BYTES = 64 << 20
 _ROUTES_HINT = "chat and completions are under /v1; /generate, /health and /metrics are not"
 _CLIENT_GONE = 499
 _JSON = "application/json"
-_METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class GatewayServer(ServerThread):
@@ -95,14 +94,13 @@ def create_app(
         }
 
     async def health(_: Request) -> Response:
-        return _json_response(
-            {
-                "status": "ok" if service.gate.is_open else "paused",
-                "policy_version": engine.policy_version,
-                "paused": not service.gate.is_open,
-                "in_flight": service.metrics.in_flight,
-            }
-        )
+        state = {
+            "status": "ok" if service.gate.is_open else "paused",
+            "policy_version": engine.policy_version,
+            "paused": not service.gate.is_open,
+            "in_flight": service.metrics.in_flight,
+        }
+        return _json_response(state)
 
     async def models(_: Request) -> Response:
         return _json_response({"object": "list", "data": [model_card()]})
@@ -114,21 +112,18 @@ def create_app(
         return _json_response(model_card())
 
     async def metrics(_: Request) -> Response:
-        return Response(service.metrics.render(), media_type=_METRICS)
+        return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    def post(path: str, handler: Handler) -> Route:
-        return Route(path, _Endpoint(service, path, handler, request_timeout), methods=["POST"])
-
-    routes = [
-        Route("/health", health, methods=["GET"]),
-        Route("/v1/models", models, methods=["GET"]),
-        Route("/v1/models/{name:path}", model, methods=["GET"]),
-        Route("/metrics", metrics, methods=["GET"]),
-        post("/v1/chat/completions", chat_completions),
-        post("/v1/completions", completions),
-        post("/generate", generate),
-        post("/generate/", generate_trl),
-    ]
+    gets = {"/health": health, "/v1/models": models, "/v1/models/{name:path}": model, "/metrics": metrics}
+    posts: dict[str, Handler] = {
+        "/v1/chat/completions": chat_completions,
+        "/v1/completions": completions,
+        "/generate": generate,
+        "/generate/": generate_trl,
+    }
+    routes = [Route(path, handler, methods=["GET"]) for path, handler in gets.items()]
+    for path, handler in posts.items():
+        routes.append(Route(path, _Endpoint(service, path, handler, request_timeout), methods=["POST"]))
 
     async def routing_error(request: Request, error: Exception) -> Response:
         """404 and 405 in the error format of everything else, and in our log: Atropos clients swallow theirs."""

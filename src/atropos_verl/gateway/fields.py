@@ -19,9 +19,10 @@ import msgspec
 from atropos_verl.errors import EngineError, EngineStoppedError, GenerationRequestError
 from atropos_verl.types import GenerationRequest
 
-T = TypeVar("T")
+T = TypeVar("T", bool, str, dict[str, Any])
 D = TypeVar("D", int, None)
 
+_EXPECTED = {bool: "true or false", str: "a string", dict: "an object"}
 _TYPE_OF_STATUS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -109,12 +110,9 @@ def to_api_error(error: Exception) -> ApiError:
 def parse_body(body: bytes) -> Fields:
     """Decode a request body. Raises ``ApiError`` 400 when it is not a JSON object."""
     try:
-        data = msgspec.json.decode(body)
+        return Fields(msgspec.json.decode(body, type=dict[str, Any]))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ApiError(400, f"the body must be a JSON object, not {_kind(data)}")
-    return Fields(data)
+        raise ApiError(400, f"the body is not a JSON object: {error}") from error
 
 
 class Fields:
@@ -165,26 +163,18 @@ class Fields:
             allowed = f"at least {minimum}" if maximum is None else f"{minimum} to {maximum}"
             raise self.error(name, f"{value} is out of range, allowed: {allowed}")
 
-    def boolean(self, name: str, default: bool) -> bool:
-        return self._typed(name, default, "true or false")
-
-    def string(self, name: str, default: str = "") -> str:
-        return self._typed(name, default, "a string")
-
-    def mapping(self, name: str) -> dict[str, Any]:
-        return self._typed(name, {}, "an object")
-
-    def _typed(self, name: str, default: T, expected: str) -> T:
+    def get(self, name: str, default: T) -> T:
+        """A boolean, a string or an object, as ``default`` is."""
         value = self.raw(name)
         if value is None:
             return default
         if not isinstance(value, type(default)):
-            raise self.error(name, f"expected {expected}, got {_show(value)}")
+            raise self.error(name, f"expected {_EXPECTED[type(default)]}, got {_show(value)}")
         return value
 
     def child(self, name: str) -> Fields:
         """The object under ``name`` (empty when absent), with its own record of what was read."""
-        return Fields(self.mapping(name), prefix=f"{self._prefix}{name}.")
+        return Fields(self.get(name, dict[str, Any]()), prefix=f"{self._prefix}{name}.")
 
     def strings(self, name: str) -> tuple[str, ...]:
         """A string or a list of strings, none of them empty."""
@@ -237,11 +227,6 @@ class Fields:
         ]
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
 def _show(value: Any) -> str:
     """The value for an error message, cut at 80 characters."""
     text = msgspec.json.encode(value).decode()
@@ -287,11 +272,11 @@ def parse_sampling(fields: Fields, *, max_tokens_names: tuple[str, ...], max_tok
         min_p=fields.number("min_p", 0.0, minimum=0.0, maximum=1.0),
         stop=fields.strings("stop"),
         stop_token_ids=fields.token_ids("stop_token_ids"),
-        ignore_eos=fields.boolean("ignore_eos", False),
+        ignore_eos=fields.get("ignore_eos", False),
         seed=fields.integer("seed", None, minimum=-(1 << 63), maximum=(1 << 63) - 1),
     )
     return Sampling(
         template=template,
-        skip_special_tokens=fields.boolean("skip_special_tokens", True),
-        include_stop=fields.boolean("include_stop_str_in_output", False) or fields.boolean("no_stop_trim", False),
+        skip_special_tokens=fields.get("skip_special_tokens", True),
+        include_stop=fields.get("include_stop_str_in_output", False) or fields.get("no_stop_trim", False),
     )

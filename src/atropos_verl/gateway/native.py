@@ -7,7 +7,8 @@ Atropos asks for tokens and logprobs through these. vLLM and SGLang share the pa
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import msgspec
@@ -77,7 +78,7 @@ async def _generate_vllm(service: GatewayService, fields: Fields) -> bytes:
 
 def _vllm_prompt(service: GatewayService, fields: Fields) -> tuple[str | None, tuple[int, ...], tuple[Fields, ...]]:
     """(text as sent or None, token ids, the nested object if there was one)."""
-    add_special = fields.boolean("add_special_tokens", True)
+    add_special = fields.get("add_special_tokens", True)
     prompt = fields.raw("prompt")
     if prompt is not None and "prompt_token_ids" in fields:
         raise fields.error("prompt_token_ids", "send either prompt or prompt_token_ids, not both")
@@ -92,7 +93,7 @@ def _vllm_prompt(service: GatewayService, fields: Fields) -> tuple[str | None, t
     if "prompt_token_ids" in nested:
         nested.ignore("prompt")
         return None, nested.token_ids("prompt_token_ids"), (nested,)
-    text = nested.string("prompt")
+    text = nested.get("prompt", "")
     return text, service.codec.encode(text, add_special_tokens=add_special), (nested,)
 
 
@@ -102,25 +103,18 @@ def _prompt_logprobs(request: GenerationRequest, generation: Generation) -> list
     The prompt's own token comes first, then the alternatives from likely to unlikely: readers of vLLM take the first
     entry for the token itself.
     """
-    entries = _require_prompt_logprobs(request, generation)
+    entries = generation.prompt_logprobs
+    if entries is None or len(entries) != len(request.prompt_token_ids):
+        raise ApiError(500, "the inference engine returned no prompt logprobs", code="engine_error")
     ordered: list[dict[int, float] | None] = []
     for token_id, entry in zip(request.prompt_token_ids, entries, strict=True):
         if entry is None:
             ordered.append(None)
-            continue
-        rest = sorted((item for item in entry.items() if item[0] != token_id), key=lambda item: -item[1])
-        items = [(token_id, entry[token_id]), *rest]
-        ordered.append(dict(zip((t for t, _ in items), finite_logprobs(v for _, v in items), strict=True)))
+        else:
+            best_first = dict(sorted(entry.items(), key=itemgetter(1), reverse=True))
+            own_first = {token_id: entry[token_id], **best_first}
+            ordered.append(dict(zip(own_first, finite_logprobs(own_first.values()), strict=True)))
     return ordered
-
-
-def _require_prompt_logprobs(
-    request: GenerationRequest, generation: Generation
-) -> tuple[Mapping[int, float] | None, ...]:
-    entries = generation.prompt_logprobs
-    if entries is None or len(entries) != len(request.prompt_token_ids):
-        raise ApiError(500, "the inference engine returned no prompt logprobs", code="engine_error")
-    return entries
 
 
 # SGLang -------------------------------------------------------------------------------------------------------------
@@ -135,8 +129,8 @@ async def _generate_sglang(service: GatewayService, fields: Fields) -> bytes:
     )
     fields.require_neutral({"stream": (False,), "return_hidden_states": (False,), "top_logprobs_num": (0,)})
     fields.require_neutral({"token_ids_logprob": ([],), "image_data": ([],), "input_embeds": (), "lora_path": ()})
-    with_logprobs = fields.boolean("return_logprob", False)
-    with_texts = fields.boolean("return_text_in_logprobs", False)
+    with_logprobs = fields.get("return_logprob", False)
+    with_texts = fields.get("return_text_in_logprobs", False)
     start = fields.integer("logprob_start_len", -1, minimum=-1) if with_logprobs else -1
     fields.ignore("logprob_start_len", "rid", "log_metrics", "bootstrap_host", "bootstrap_port", "bootstrap_room")
     prompts, batched = _sglang_prompts(service, fields)
@@ -213,8 +207,8 @@ def _sglang_answer(
         meta["output_token_logprobs"] = rows(generation.token_ids, finite_logprobs(generation.logprobs))
         meta["input_token_logprobs"] = []
         if start >= 0:
-            entries = zip(request.prompt_token_ids, _require_prompt_logprobs(request, generation), strict=True)
-            values = [None if entry is None else finite_logprobs([entry[token]])[0] for token, entry in entries]
+            entries = _prompt_logprobs(request, generation)
+            values = [None if entry is None else next(iter(entry.values())) for entry in entries]
             meta["input_token_logprobs"] = rows(request.prompt_token_ids[start:], values[start:])
     return {"text": text, "output_ids": generation.token_ids, "meta_info": meta}
 

@@ -39,7 +39,7 @@ class _StreamedChoice:
 async def chat_completions(service: GatewayService, fields: Fields) -> bytes | AsyncGenerator[bytes, None]:
     """One conversation, ``n`` answers. Raises ``ApiError`` 400."""
     sampling = parse_sampling(fields, max_tokens_names=("max_completion_tokens", "max_tokens"), max_tokens_default=None)
-    logprobs = fields.boolean("logprobs", False)
+    logprobs = fields.get("logprobs", False)
     _refuse_alternatives(fields, "top_logprobs", maximum=0)
     call = _Call(service, fields, sampling, [_chat_prompt(service, fields)], chat=True, logprobs=logprobs)
     return call.stream() if call.streamed else await call.whole()
@@ -73,12 +73,12 @@ class _Call:
         self.sampling = sampling
         self.chat = chat
         self.logprobs = logprobs
-        self.streamed = fields.boolean("stream", False)
-        self.return_token_ids = fields.boolean("return_token_ids", False)
-        self.tokens_as_ids = fields.boolean("return_tokens_as_token_ids", False)
+        self.streamed = fields.get("stream", False)
+        self.return_token_ids = fields.get("return_token_ids", False)
+        self.tokens_as_ids = fields.get("return_tokens_as_token_ids", False)
         """Show tokens as ``token_id:123`` in logprobs (for tokens that are no valid UTF-8)."""
         options = fields.child("stream_options")
-        self.include_usage = options.boolean("include_usage", False)
+        self.include_usage = options.get("include_usage", False)
         options.ignore("continuous_usage_stats", "include_obfuscation")
         fields.ignore("request_id")
         service.check_model(fields)
@@ -146,18 +146,13 @@ class _Call:
         """None: not asked for. Chat: an entry per token. Completions: parallel lists, ``text_offset`` in characters."""
         if not self.logprobs:
             return None
-        names = (
-            [f"token_id:{t}" for t in token_ids] if self.tokens_as_ids else self.service.codec.token_texts(token_ids)
-        )
+        as_text = self.service.codec.token_texts
+        names = [f"token_id:{t}" for t in token_ids] if self.tokens_as_ids else as_text(token_ids)
         values = finite_logprobs(logprobs)
         pairs = list(zip(names, values, strict=True))
         if self.chat:
-            return {
-                "content": [
-                    {"token": name, "logprob": value, "bytes": list(name.encode()), "top_logprobs": []}
-                    for name, value in pairs
-                ]
-            }
+            tokens = [{"token": name, "logprob": value, "bytes": list(name.encode())} for name, value in pairs]
+            return {"content": [{**token, "top_logprobs": []} for token in tokens]}
         ends = list(accumulate(map(len, names), initial=first_offset))
         return {
             "text_offset": ends[:-1],
@@ -177,9 +172,10 @@ class _Call:
             async for delta in deltas:
                 completion_tokens += len(delta.token_ids)
                 for chunk in self._chunks(choices[delta.index], delta):
-                    yield _event(chunk)
+                    yield b"data: " + msgspec.json.encode(chunk) + b"\n\n"
         if self.include_usage:
-            yield _event({**self.envelope, "choices": [], "usage": self._usage(completion_tokens)})
+            last = {**self.envelope, "choices": [], "usage": self._usage(completion_tokens)}
+            yield b"data: " + msgspec.json.encode(last) + b"\n\n"
         yield b"data: [DONE]\n\n"
 
     def _chunks(self, choice: _StreamedChoice, delta: GenerationDelta) -> Iterator[dict[str, Any]]:
@@ -211,10 +207,6 @@ class _Call:
         yield {**envelope, "choices": [piece], "policy_version": self.service.engine.policy_version}
 
 
-def _event(chunk: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
-
-
 def _refuse_alternatives(fields: Fields, name: str, *, maximum: int) -> int:
     """The engine reports the sampled token's logprob only; asking for alternatives is refused by name."""
     count = fields.integer(name, 0, minimum=0)
@@ -230,18 +222,18 @@ def _chat_prompt(service: GatewayService, fields: Fields) -> tuple[int, ...]:
         raise fields.error("messages", "expected a non-empty list of messages")
     fields.require_neutral({"functions": ([],), "function_call": ("none",), "tool_choice": ("none", "auto")})
     fields.require_neutral({"modalities": (["text"],), "audio": (), "continue_final_message": (False,)})
-    options = dict(fields.mapping("chat_template_kwargs"))
+    options = dict(fields.get("chat_template_kwargs", dict[str, Any]()))
     tools = fields.raw("tools")
     if tools:
         options["tools"] = tools
     if "chat_template" in fields:
-        options["chat_template"] = fields.string("chat_template")
-    options["add_generation_prompt"] = fields.boolean("add_generation_prompt", True)
+        options["chat_template"] = fields.get("chat_template", "")
+    options["add_generation_prompt"] = fields.get("add_generation_prompt", True)
     for reserved in ("tokenize", "return_dict", "return_tensors", "continue_final_message", "conversation"):
         if reserved in options:
             raise fields.error("chat_template_kwargs", f"{reserved} cannot be set by a client")
     text = service.codec.render_chat([_message(fields, i, m) for i, m in enumerate(messages)], **options)
-    return service.codec.encode(text, add_special_tokens=fields.boolean("add_special_tokens", False))
+    return service.codec.encode(text, add_special_tokens=fields.get("add_special_tokens", False))
 
 
 def _message(fields: Fields, index: int, message: Any) -> dict[str, Any]:
@@ -252,9 +244,8 @@ def _message(fields: Fields, index: int, message: Any) -> dict[str, Any]:
     if isinstance(content, list):
         texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
         if len(texts) != len(content) or not all(isinstance(text, str) for text in texts):
-            raise fields.error(
-                "messages", f"item {index}: only parts of type 'text' are supported", "unsupported_field"
-            )
+            message = f"item {index}: only parts of type 'text' are supported"
+            raise fields.error("messages", message, "unsupported_field")
         content = "".join(str(text) for text in texts)
     if content is not None and not isinstance(content, str):
         raise fields.error("messages", f"item {index}: 'content' must be a string or a list of text parts")
@@ -264,7 +255,7 @@ def _message(fields: Fields, index: int, message: Any) -> dict[str, Any]:
 def _completion_prompts(service: GatewayService, fields: Fields) -> list[tuple[int, ...]]:
     """Every form of ``prompt``: str, list of str, token ids, list of token ids."""
     prompt = fields.raw("prompt")
-    add_special = fields.boolean("add_special_tokens", True)
+    add_special = fields.get("add_special_tokens", True)
     if prompt is None or prompt == []:
         raise fields.error("prompt", "missing; send a text, a list of texts, token ids, or a list of token ids")
     if isinstance(prompt, list) and type(prompt[0]) is int:

@@ -119,7 +119,7 @@ class GatewayService:
 
     def check_model(self, fields: Fields) -> None:
         """Any model name is served (environments often send a tokenizer path); another one is logged once."""
-        name = fields.string("model", self.model_name)
+        name = fields.get("model", self.model_name)
         if name != self.model_name:
             shown = name[:200]
             text = "a client asks for model %r; this gateway serves %r only and answers with that"
@@ -145,13 +145,11 @@ class GatewayService:
                 raise ApiError(400, f"{param}: the prompt has no token; send at least one", param=param)
             room = context - len(prompt)
             if room < 1:
-                raise ApiError(
-                    400,
+                message = (
                     f"This model's maximum context length is {context} tokens, but the prompt has {len(prompt)} tokens "
-                    f"and at least 1 must be left for the completion. Shorten the prompt ({param}).",
-                    param=param,
-                    code="context_length_exceeded",
+                    f"and at least 1 must be left for the completion. Shorten the prompt ({param})."
                 )
+                raise ApiError(400, message, param=param, code="context_length_exceeded")
             request = replace(
                 template,
                 prompt_token_ids=prompt,

@@ -50,15 +50,11 @@ class TextCodec:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
-    def token_text(self, token_id: int) -> str:
-        """One token alone, special tokens shown (a byte of an unfinished character shows as U+FFFD)."""
-        text = self._token_texts.get(token_id)
-        if text is None:
-            text = self._token_texts[token_id] = self.decode([token_id], skip_special_tokens=False)
-        return text
-
     def token_texts(self, token_ids: Iterable[int]) -> list[str]:
-        return [self.token_text(token_id) for token_id in token_ids]
+        """Each token alone, special tokens shown (a byte of an unfinished character shows as U+FFFD)."""
+        known, ids = self._token_texts, list(token_ids)
+        known.update((i, self.decode([i], skip_special_tokens=False)) for i in ids if i not in known)
+        return [known[token_id] for token_id in ids]
 
     def stop_token(
         self, token_ids: Sequence[int], finish_reason: FinishReason | None, sampling: Sampling

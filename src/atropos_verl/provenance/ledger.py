@@ -23,14 +23,14 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from atropos_verl.provenance.ledger_store import LedgerStore, Row, StoredPrompt, StoredSpan, StoredState, StoredUses
+from atropos_verl.provenance.ledger_store import LedgerStore, Row, StoredSpan, StoredState
 from atropos_verl.types import UNKNOWN_VERSION, Generation
 
 IDS = np.dtype("<i4")
@@ -128,16 +128,16 @@ class Piece:
     candidates: tuple[SpanRecord, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class LedgerStats:
     """The contents of a ledger now, and its counters since it was made."""
 
-    spans: int
-    prompts: int
-    bytes: int
-    recorded_spans: int
-    recorded_tokens: int
-    evicted_spans: int
+    spans: int = 0
+    prompts: int = 0
+    bytes: int = 0
+    recorded_spans: int = 0
+    recorded_tokens: int = 0
+    evicted_spans: int = 0
     restored_spans: int = 0
     """Records of processes before this one."""
 
@@ -159,12 +159,8 @@ class Ledger:
         self._prompts: dict[int, Prompt] = {}
         self._by_end: dict[int, dict[int, SpanRecord]] = {}
         self._spans: OrderedDict[int, SpanRecord] = OrderedDict()
-        self._bytes = 0
+        self._counts = LedgerStats()
         self._orders = 0
-        self._recorded_tokens = 0
-        self._evicted = 0
-        self._restored = 0
-        self._restored_orders = 0
         self._resumes: list[tuple[int, int]] = []
         self._store: LedgerStore | None = None
         self._deleted: list[tuple[str, int]] = []
@@ -175,15 +171,7 @@ class Ledger:
 
     def stats(self) -> LedgerStats:
         with self._lock:
-            return LedgerStats(
-                spans=len(self._spans),
-                prompts=len(self._prompts),
-                bytes=self._bytes,
-                recorded_spans=self._orders - self._restored_orders,
-                recorded_tokens=self._recorded_tokens,
-                evicted_spans=self._evicted,
-                restored_spans=self._restored,
-            )
+            return replace(self._counts, spans=len(self._spans), prompts=len(self._prompts))
 
     # -- the gateway's side ------------------------------------------------------------------------------------------
 
@@ -200,7 +188,7 @@ class Ledger:
             None: nothing is kept over a restart.
         """
         prompt = np.asarray(prompt_token_ids, dtype=IDS)
-        made = [(np.asarray(g.token_ids, dtype=IDS), g) for g in generations if g.token_ids]
+        made = [(np.asarray(g.token_ids, dtype=IDS), _logprobs(g), _runs(g)) for g in generations if g.token_ids]
         if not made:
             return None
         key = int(prefix_hashes(prompt)[-1])
@@ -208,28 +196,28 @@ class Ledger:
         with self._lock:
             before, request = self._prompts.get(key), self._orders + 1
             node = self._node(key, prompt.tobytes())
-            for ids, generation in made:
+            for ids, logprobs, runs in made:
                 self._orders += 1
                 end_key = (key + int(prefix_hashes(ids, offset=len(prompt))[-1])) % (1 << 64)
-                read = (ids.tobytes(), _logprobs(generation), _runs(generation), temperature, end_key)
-                self._add(SpanRecord(self._orders, request, node, *read))
-                self._recorded_tokens += len(ids)
+                self._add(SpanRecord(self._orders, request, node, ids.tobytes(), logprobs, runs, temperature, end_key))
+                self._counts.recorded_spans += 1
+                self._counts.recorded_tokens += len(ids)
             self._shrink()
-            rows: list[tuple[str, Row]] = []
+            rows: list[Row] = []
             if self._prompts.get(key) is not before:
-                rows.append(("prompts", StoredPrompt(key, node.ids)))
+                rows.append(("prompts", key, (key, node.ids)))
             for order in range(request, self._orders + 1):
                 if (r := self._spans.get(order)) is not None:
                     values = (r.ids, r.logprobs.tobytes(), r.runs, r.temperature, r.end_key)
-                    rows.append(("spans", StoredSpan(r.order, r.request, key, *values)))
+                    rows.append(("spans", order, StoredSpan(order, request, key, *values)))
             return self._write(rows)
 
-    def _write(self, rows: Sequence[tuple[str, Row]]) -> Future[None] | None:
+    def _write(self, rows: Sequence[Row]) -> Future[None] | None:
         deleted, self._deleted = self._deleted, []
         if self._store is None:
             return None
         held = StoredState(0, self._orders, len(self._prompts), len(self._spans), tuple(self._resumes))
-        return self._store.write([*rows, ("state", held)], deleted)
+        return self._store.write([*rows, ("state", 0, held)], deleted)
 
     def _node(self, key: int, ids: bytes) -> Prompt:
         node = self._prompts.get(key)
@@ -239,20 +227,20 @@ class Ledger:
             node = None
         if node is None:
             node = self._prompts[key] = Prompt(key, ids, OrderedDict())
-            self._bytes += len(ids) + OVERHEAD_BYTES
+            self._counts.bytes += len(ids) + OVERHEAD_BYTES
         return node
 
     def _add(self, record: SpanRecord) -> None:
         self._spans[record.order] = record
         record.prompt.spans[record.order] = record
-        self._bytes += record.nbytes
+        self._counts.bytes += record.nbytes
         alike = self._by_end.setdefault(record.end_key, {})
         alike[record.order] = record
         if len(alike) > _MOST_ALIKE:
             self._forget(next(iter(alike.values())))
 
     def _shrink(self) -> None:
-        while self._spans and (self._bytes > self.max_bytes or len(self._spans) > self.max_spans):
+        while self._spans and (self._counts.bytes > self.max_bytes or len(self._spans) > self.max_spans):
             self._forget(next(iter(self._spans.values())))
 
     def _forget(self, record: SpanRecord) -> None:
@@ -260,16 +248,16 @@ class Ledger:
         self._deleted += ("spans", record.order), ("uses", record.order)
         node = record.prompt
         del node.spans[record.order]
-        self._bytes -= record.nbytes
+        self._counts.bytes -= record.nbytes
         if not node.spans:
             del self._prompts[node.key]
             self._deleted.append(("prompts", node.key))
-            self._bytes -= len(node.ids) + OVERHEAD_BYTES
+            self._counts.bytes -= len(node.ids) + OVERHEAD_BYTES
         alike = self._by_end[record.end_key]
         del alike[record.order]
         if not alike:
             del self._by_end[record.end_key]
-        self._evicted += 1
+        self._counts.evicted_spans += 1
 
     # -- over a restart ----------------------------------------------------------------------------------------------
 
@@ -293,19 +281,19 @@ class Ledger:
             if resumed_at is not None:
                 self._resumes.append((resumed_at, found.state.orders))
             for span in found.spans:
-                node = self._node(span.prompt, found.prompts[span.prompt].ids)
+                node = self._node(span.prompt, found.prompts[span.prompt])
                 logprobs = np.frombuffer(span.logprobs, dtype=LOGPROBS)
                 read = (span.ids, logprobs, span.runs, span.temperature, span.end_key)
                 self._add(SpanRecord(span.key, span.request, node, *read))
                 self._shrink()
-            for uses in found.uses:
-                if uses.key in self._spans:
-                    self._spans[uses.key].uses = self._spans[uses.key].consumed = uses.count
-            self._orders = self._restored_orders = found.state.orders
+            for order, count in found.uses.items():
+                if order in self._spans:
+                    self._spans[order].uses = self._spans[order].consumed = count
+            self._orders = found.state.orders
             _note_branches(self._spans.values(), self._resumes)
-            self._restored, self._evicted = len(self._spans), 0
+            self._counts.restored_spans, self._counts.evicted_spans = len(self._spans), 0
             self._write([])
-            return self._restored
+            return len(self._spans)
 
     def consumed(self, orders: Sequence[int]) -> None:
         """Note that a batch with the records of these numbers was trained on: they are not looked up again."""
@@ -314,7 +302,7 @@ class Ledger:
             for record in records:
                 record.consumed += 1
             if records:
-                self._write([("uses", StoredUses(record.order, record.consumed)) for record in records])
+                self._write([("uses", record.order, (record.order, record.consumed)) for record in records])
 
     def close(self) -> None:
         """Finish the writes that wait, and let go of the directory. Idempotent."""

@@ -22,7 +22,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -34,13 +34,6 @@ logger = logging.getLogger(__name__)
 _EARLIER = "segment-*.log"
 """Files of version 0.1.0. They cannot be read here, and are kept in ``earlier/``."""
 _TABLES = dict.fromkeys(("prompts", "spans", "uses", "state"), int)
-
-
-class StoredPrompt(msgspec.Struct, array_like=True, frozen=True):
-    """Token ids that completions came after; the key is their hash."""
-
-    key: int
-    ids: bytes
 
 
 class StoredSpan(msgspec.Struct, array_like=True, frozen=True):
@@ -56,13 +49,6 @@ class StoredSpan(msgspec.Struct, array_like=True, frozen=True):
     end_key: int
 
 
-class StoredUses(msgspec.Struct, array_like=True, frozen=True):
-    """The number of trained sequences that hold the completion of this order."""
-
-    key: int
-    count: int
-
-
 class StoredState(msgspec.Struct, array_like=True, frozen=True):
     """The newest order, the number of rows the tables must hold, and the processes that resumed the run."""
 
@@ -74,16 +60,19 @@ class StoredState(msgspec.Struct, array_like=True, frozen=True):
     """(policy version it went on at, newest order before it), oldest first."""
 
 
-Row = StoredPrompt | StoredSpan | StoredUses | StoredState
-T = TypeVar("T", StoredPrompt, StoredSpan, StoredUses, StoredState)
+Row = tuple[str, int, Any]
+"""Table, key, and a value that holds the key as well: a tuple, or one of the structures above."""
+T = TypeVar("T")
 
 
 class Contents(msgspec.Struct):
     """The rows of a store when it was opened."""
 
-    prompts: dict[int, StoredPrompt] = {}
+    prompts: dict[int, bytes] = {}
+    """Hash → token ids that completions came after."""
     spans: list[StoredSpan] = []
-    uses: list[StoredUses] = []
+    uses: dict[int, int] = {}
+    """Order of a completion → trained sequences that hold it."""
     state: StoredState = StoredState()
 
 
@@ -122,7 +111,7 @@ class LedgerStore:
             logger.warning("the ledger will not survive a restart of this run: %s", error)
             return None, Contents()
 
-    def write(self, rows: Sequence[tuple[str, Row]], deleted: Sequence[tuple[str, int]] = ()) -> Future[None] | None:
+    def write(self, rows: Sequence[Row], deleted: Sequence[tuple[str, int]] = ()) -> Future[None] | None:
         """Delete and then store rows, all or none. The future is done when that is so, and never raises.
 
         None: an earlier write has failed, and nothing is stored any more.
@@ -130,7 +119,7 @@ class LedgerStore:
         if self._failed:
             return None
         changes: list[Change] = [(table, _signed(key), None) for table, key in deleted]
-        changes += [(table, _signed(row.key), msgspec.msgpack.encode(row)) for table, row in rows]
+        changes += [(table, _signed(key), msgspec.msgpack.encode(value)) for table, key, value in rows]
         done: Future[None] = Future()
         done.set_running_or_notify_cancel()  # a client that goes away while it waits does not cancel it
 
@@ -187,12 +176,11 @@ def _read_store(directory: Path) -> tuple[RecordStore, Contents]:
             raise StorageDamagedError(f"{directory} holds the ledger of an earlier version, {kept}")
         if store.path.with_name(f"{store.path.name}-wal.damaged").exists():
             raise StorageDamagedError(f"{store.path}-wal was damaged: the newest records are lost")
-        states = _rows(store, "state", StoredState)
         found = Contents(
-            prompts={prompt.key: prompt for prompt in _rows(store, "prompts", StoredPrompt)},
+            prompts=dict(_rows(store, "prompts", tuple[int, bytes])),
             spans=_rows(store, "spans", StoredSpan),
-            uses=_rows(store, "uses", StoredUses),
-            state=states[0] if states else StoredState(),
+            uses=dict(_rows(store, "uses", tuple[int, int])),
+            state=(_rows(store, "state", StoredState) or [StoredState()])[0],
         )
         whole = (len(found.prompts), len(found.spans)) == (found.state.prompts, found.state.spans)
         if store.damaged or not whole or any(span.prompt not in found.prompts for span in found.spans):
@@ -208,10 +196,11 @@ def _rows(store: RecordStore, table: str, kind: type[T]) -> list[T]:
     rows = []
     for key, value in store.read(table):
         try:
-            row = decoder.decode(value)
+            row: Any = decoder.decode(value)
         except msgspec.MsgspecError as error:
             raise StorageDamagedError(f"{store.path} holds a row that is not one of a ledger ({error})") from error
-        if _signed(row.key) != key:
-            raise StorageDamagedError(f"{store.path} is damaged: row {row.key} of {table} has the key {key}")
+        named = row[0] if isinstance(row, tuple) else row.key
+        if _signed(named) != key:
+            raise StorageDamagedError(f"{store.path} is damaged: row {named} of {table} has the key {key}")
         rows.append(row)
     return rows

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from support.engines import (
+    GREEDY,
+    check_greedy,
+    check_logprobs,
     engine_of,
     greedy_oracle,
     logprob_oracle,
@@ -22,14 +26,9 @@ from support.engines import (
 from atropos_verl.engine.embedded import TransformersEngine
 from atropos_verl.engine.protocol import InferenceEngine
 from atropos_verl.errors import EngineError, GenerationRequestError
-from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
+from atropos_verl.types import GenerationDelta, GenerationRequest
 
 EOS = 258
-
-
-def check_logprobs(model: Any, prompt: tuple[int, ...], generation: Generation, temperature: float = 1.0) -> None:
-    expected = logprob_oracle(model, prompt + generation.token_ids, temperature)[len(prompt) - 1 :]
-    assert list(generation.logprobs) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
@@ -38,7 +37,7 @@ def test_greedy_tokens_and_logprobs_equal_plain_forwards_for_ragged_prompts(fami
     ragged = prompts(1, 2, 7, 31, 32, 33, 90)
     with engine_of(copy.deepcopy(model)) as engine:
         assert isinstance(engine, InferenceEngine)
-        answers = engine.generate([request(p, max_tokens=24, temperature=0.0, ignore_eos=True) for p in ragged])
+        answers = engine.generate([request(p, max_tokens=24, **GREEDY) for p in ragged])
     for prompt, [answer] in zip(ragged, answers, strict=True):
         assert list(answer.token_ids) == greedy_oracle(model, prompt, 24)
         assert answer.finish_reason == "length"
@@ -85,16 +84,12 @@ def test_a_seeded_request_gives_the_same_tokens_alone_and_among_thirty_others() 
     with engine_of(model, max_running=16) as engine:
         [alone] = engine.generate([wanted])
         crowded = engine.generate([*noise[:15], wanted, *noise[15:]])[15]
-        [other_seed] = engine.generate([GenerationRequest(**{**_fields(wanted), "seed": 43})])
+        [other_seed] = engine.generate([replace(wanted, seed=43)])
     assert [g.token_ids for g in alone] == [g.token_ids for g in crowded]
     for a, b in zip(alone, crowded, strict=True):
         assert list(a.logprobs) == pytest.approx(list(b.logprobs), abs=1e-5)
     assert len({g.token_ids for g in alone}) == 3  # completions of one request differ
     assert {g.token_ids for g in alone}.isdisjoint({g.token_ids for g in other_seed})
-
-
-def _fields(value: GenerationRequest) -> dict[str, Any]:
-    return {name: getattr(value, name) for name in value.__dataclass_fields__}
 
 
 def test_engine_seed_decides_requests_without_a_seed() -> None:
@@ -124,15 +119,8 @@ def test_sampled_first_tokens_follow_the_models_distribution() -> None:
     assert statistic < freedom + 5 * (2 * freedom) ** 0.5
 
 
-def test_a_prompt_given_as_a_list_is_as_good_as_a_tuple() -> None:
-    [prompt] = prompts(9)
-    with engine_of(tiny_causal_lm()) as engine:
-        from_list = one(engine, list(prompt), n=1, max_tokens=5, seed=1)  # type: ignore[arg-type]
-        assert from_list == one(engine, prompt, max_tokens=5, seed=1)
-
-
-def test_n_completions_share_one_prefill() -> None:
-    [first, second] = prompts(40, 40, seed=3)
+def test_n_completions_share_one_prefill_and_a_prompt_may_be_a_list() -> None:
+    [first, second, third] = prompts(40, 40, 9, seed=3)
     with engine_of(tiny_causal_lm()) as engine:
         engine.generate([request(first, n=8, max_tokens=2, ignore_eos=True)])
         assert engine.stats().prompt_tokens == 40
@@ -140,6 +128,8 @@ def test_n_completions_share_one_prefill() -> None:
         engine.generate([request(second, n=8, max_tokens=2, ignore_eos=True)] * 2)
         # two requests: one prefill when both arrived before the step, two when the first was already admitted
         assert engine.stats().prompt_tokens in (80, 120)
+        from_list = one(engine, list(third), n=1, max_tokens=5, seed=1)  # type: ignore[arg-type]
+        assert from_list == one(engine, third, max_tokens=5, seed=1)
 
 
 def test_end_of_sequence_stops_unless_ignored_and_is_part_of_the_tokens() -> None:
@@ -152,9 +142,9 @@ def test_end_of_sequence_stops_unless_ignored_and_is_part_of_the_tokens() -> Non
     with engine_of(model) as engine:
         stopped = one(engine, prompt, max_tokens=20, temperature=0.0)
         assert (list(stopped.token_ids), stopped.finish_reason) == (tokens[:cut], "stop")
-        ignored = one(engine, prompt, max_tokens=20, temperature=0.0, ignore_eos=True)
+        ignored = one(engine, prompt, max_tokens=20, **GREEDY)
         assert (list(ignored.token_ids), ignored.finish_reason) == (tokens, "length")
-        other = one(engine, prompt, max_tokens=20, temperature=0.0, ignore_eos=True, stop_token_ids=(tokens[3],))
+        other = one(engine, prompt, max_tokens=20, **GREEDY, stop_token_ids=(tokens[3],))
         assert list(other.token_ids) == tokens[: tokens.index(tokens[3]) + 1]
         assert other.finish_reason == "stop"
 
@@ -163,24 +153,18 @@ def scripted_model(text: bytes) -> Any:
     """A model that, greedily, spells ``text`` from any prompt of one token: position decides the token."""
     model = tiny_causal_lm(num_hidden_layers=1)
 
-    class Scripted(torch.nn.Module):
-        def __init__(self, inner: torch.nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
+    inner = model.forward
 
-        def forward(self, **kwargs: Any) -> Any:
-            out = self.inner(**kwargs)
-            positions = kwargs["position_ids"]
-            keep = kwargs["logits_to_keep"]
-            kept = positions[:, -keep:] if isinstance(keep, int) else positions[:, keep]
-            out.logits = torch.full_like(out.logits, -30.0)
-            for row in range(kept.shape[0]):
-                for column in range(kept.shape[1]):
-                    out.logits[row, column, BYTE_TO_ID[text[min(int(kept[row, column]), len(text) - 1)]]] = 30.0
-            return out
+    def scripted(**kwargs: Any) -> Any:
+        out = inner(**kwargs)
+        positions, keep = kwargs["position_ids"], kwargs["logits_to_keep"]
+        kept = positions[:, -keep:] if isinstance(keep, int) else positions[:, keep]
+        out.logits = torch.full_like(out.logits, -30.0)
+        for row, column in torch.cartesian_prod(torch.arange(kept.shape[0]), torch.arange(kept.shape[1])).tolist():
+            out.logits[row, column, BYTE_TO_ID[text[min(int(kept[row, column]), len(text) - 1)]]] = 30.0
+        return out
 
-    inner_forward = Scripted(copy.deepcopy(model))
-    model.forward = lambda **kwargs: inner_forward(**kwargs)
+    model.forward = scripted
     return model
 
 
@@ -213,18 +197,18 @@ def test_stop_strings_are_found_across_token_borders_and_their_tokens_kept(
     text: str, stop: tuple[str, ...], kept: str
 ) -> None:
     with engine_of(scripted_model((text + "........").encode())) as engine:
-        answer = one(engine, (0,), max_tokens=40, temperature=0.0, ignore_eos=True, stop=stop)
+        answer = one(engine, (0,), max_tokens=40, **GREEDY, stop=stop)
         assert engine.tokenizer.decode(list(answer.token_ids)) == kept
         assert answer.finish_reason == "stop"
         assert len(answer.token_ids) == len(kept.encode())
-        free = one(engine, (0,), max_tokens=len(text.encode()), temperature=0.0, ignore_eos=True, stop=("nowhere",))
+        free = one(engine, (0,), max_tokens=len(text.encode()), **GREEDY, stop=("nowhere",))
         assert (engine.tokenizer.decode(list(free.token_ids)), free.finish_reason) == (text, "length")
 
 
 def test_the_prompt_is_no_place_for_a_stop_string() -> None:
     with engine_of(scripted_model(b"bc" * 20)) as engine:
         prompt = (BYTE_TO_ID[ord("a")],)
-        answer = one(engine, prompt, max_tokens=6, temperature=0.0, ignore_eos=True, stop=("ab",))
+        answer = one(engine, prompt, max_tokens=6, **GREEDY, stop=("ab",))
     assert (len(answer.token_ids), answer.finish_reason) == (6, "length")
 
 
@@ -234,7 +218,7 @@ def test_context_limit_ends_a_sequence_with_length() -> None:
     with engine_of(copy.deepcopy(model), max_context_len=32) as engine:
         assert engine.max_context_len == 32
         for max_tokens in (None, 500):
-            answer = one(engine, prompt, max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+            answer = one(engine, prompt, max_tokens=max_tokens, **GREEDY)
             assert list(answer.token_ids) == greedy_oracle(model, prompt, 12)
             assert answer.finish_reason == "length"
 
@@ -330,26 +314,25 @@ async def test_bad_requests_name_the_parameter_the_value_and_the_limit(
 def test_architectures_it_cannot_run_exactly_are_refused() -> None:
     sliding = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
     too_long = r"sliding window of 64 tokens.*max_context_len <= 64 \(it is 512\)"
-    with pytest.raises(EngineError, match=too_long), engine_of(tiny_causal_lm(**sliding)):
-        pytest.fail("a context beyond the window was accepted")
+    with pytest.raises(EngineError, match=too_long):
+        engine_of(tiny_causal_lm(**sliding))
     model = tiny_causal_lm(**sliding)
     [prompt] = prompts(30)
     with engine_of(copy.deepcopy(model), max_context_len=64) as engine:  # within the window it is exact
-        answer = one(engine, prompt, max_tokens=30, temperature=0.0, ignore_eos=True)
-    assert list(answer.token_ids) == greedy_oracle(model, prompt, 30)
-    with pytest.raises(EngineError, match="max_running is 0"), engine_of(tiny_causal_lm(), max_running=0):
-        pytest.fail("no slot was accepted")
-    with pytest.raises(EngineError, match="max_context_len is 1"), engine_of(tiny_causal_lm(), max_context_len=1):
-        pytest.fail("a context of one token was accepted")
+        check_greedy(engine, model, prompt, 30)
+    for setting, value in (("max_running", 0), ("max_context_len", 1)):
+        with pytest.raises(EngineError, match=f"{setting} is {value}"):
+            engine_of(tiny_causal_lm(), **{setting: value})
 
 
 def test_compute_logprobs_refuses_bad_input_by_name() -> None:
+    bad: list[tuple[list[int], float, str]] = [
+        ([1, 300], 1.0, r"token_ids\[1\] is 300"),
+        ([1] * 9, 1.0, "has 9 tokens; the context holds 8"),
+        ([], 1.0, "token_ids is empty"),
+        ([1, 2], -1.0, "temperature"),
+    ]
     with engine_of(tiny_causal_lm(), max_context_len=8) as engine:
-        with pytest.raises(GenerationRequestError, match=r"token_ids\[1\] is 300"):
-            engine.compute_logprobs([1, 300])
-        with pytest.raises(GenerationRequestError, match="has 9 tokens; the context holds 8"):
-            engine.compute_logprobs([1] * 9)
-        with pytest.raises(GenerationRequestError, match="token_ids is empty"):
-            engine.compute_logprobs([])
-        with pytest.raises(GenerationRequestError, match="temperature"):
-            engine.compute_logprobs([1, 2], -1.0)
+        for tokens, temperature, message in bad:
+            with pytest.raises(GenerationRequestError, match=message):
+                engine.compute_logprobs(tokens, temperature)

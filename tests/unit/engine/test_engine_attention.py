@@ -7,24 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.engines import engine_of, greedy_oracle, logprob_oracle, prompts, request
+from support.engines import GREEDY, TINY, check_logprobs, engine_of, greedy_oracle, prompts, request
 
 from atropos_verl.engine.kv_cache import SLOT_ATTENTION, SlotCache, slot_attention
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 259,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.15,
-    "pad_token_id": 256,
-    "bos_token_id": 256,
-    "eos_token_id": 258,
-}
 
 
 @pytest.mark.parametrize("shared_mask", [True, False])
@@ -72,15 +57,15 @@ def test_greedy_generation_on_other_architectures(family: str, extra: dict[str, 
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(SMALL | extra))).eval()
+        config = AutoConfig.for_model(family, **(TINY | {"head_dim": 8, "max_position_embeddings": 128} | extra))
+        model = AutoModelForCausalLM.from_config(config).eval()
     given = prompts(1, 9, 30)
     with engine_of(copy.deepcopy(model), max_running=2) as engine:
         assert engine.model.config._attn_implementation == attention
-        answers = engine.generate([request(p, max_tokens=10, temperature=0.0, ignore_eos=True) for p in given])
+        answers = engine.generate([request(p, max_tokens=10, **GREEDY) for p in given])
     for prompt, [answer] in zip(given, answers, strict=True):
         assert list(answer.token_ids) == greedy_oracle(model, prompt, 10)
-        expected = logprob_oracle(model, prompt + answer.token_ids)[len(prompt) - 1 :]
-        assert list(answer.logprobs) == pytest.approx(expected, abs=1e-4)
+        check_logprobs(model, prompt, answer)
 
 
 def test_slot_cache_keeps_rows_through_growth_and_copies() -> None:

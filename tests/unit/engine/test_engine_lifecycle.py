@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 from support.engines import (
+    GREEDY,
     StepCounter,
+    check_greedy,
     engine_of,
     greedy_oracle,
     logprob_oracle,
@@ -35,15 +37,13 @@ from atropos_verl.errors import EngineError, EngineStoppedError
 
 def test_more_sequences_than_slots_are_served_in_order_of_arrival() -> None:
     model = tiny_causal_lm()
-    lengths = [4 + i for i in range(10)]
-    given = prompts(*lengths)
+    given = prompts(*range(4, 14))
     finished: list[int] = []
-    counter = StepCounter(engine_model := copy.deepcopy(model))
-    counter.hold_at = 0
-    with engine_of(engine_model, max_running=2) as engine:
+    counter = StepCounter(copy.deepcopy(model), hold_at=0)
+    with engine_of(counter.model, max_running=2) as engine:
         tickets = []
         for index, prompt in enumerate(given):
-            ticket = engine._submit(request(prompt, max_tokens=6, temperature=0.0, ignore_eos=True))
+            ticket = engine._submit(request(prompt, max_tokens=6, **GREEDY))
             ticket.future.add_done_callback(lambda _, index=index: finished.append(index))
             tickets.append(ticket)
         assert counter.held.wait(10.0)
@@ -71,9 +71,7 @@ def test_sequences_that_join_and_leave_do_not_disturb_the_others() -> None:
     given = prompts(*[1 + (17 * i) % 140 for i in range(24)])
     steps = [1 + (23 * i) % 60 for i in range(24)]
     with engine_of(copy.deepcopy(model), max_running=5, max_prefill_tokens=200) as engine:
-        answers = engine.generate(
-            [request(p, max_tokens=k, temperature=0.0, ignore_eos=True) for p, k in zip(given, steps, strict=True)]
-        )
+        answers = engine.generate([request(p, max_tokens=k, **GREEDY) for p, k in zip(given, steps, strict=True)])
         assert (engine.stats().finished, engine.stats().generated_tokens) == (24, sum(steps))
     for prompt, count, [answer] in zip(given, steps, answers, strict=True):
         assert list(answer.token_ids) == greedy_oracle(model, prompt, count)
@@ -86,7 +84,7 @@ def test_many_threads_and_event_loops_at_once() -> None:
 
         def from_own_loop(prompt: tuple[int, ...]) -> tuple[int, ...]:
             async def client() -> tuple[int, ...]:
-                [answer] = await engine.agenerate(request(prompt, max_tokens=7, temperature=0.0, ignore_eos=True))
+                [answer] = await engine.agenerate(request(prompt, max_tokens=7, **GREEDY))
                 return answer.token_ids
 
             return asyncio.run(client())
@@ -101,12 +99,11 @@ def test_many_threads_and_event_loops_at_once() -> None:
 
 async def test_cancelling_the_task_frees_the_slots() -> None:
     model = tiny_causal_lm()
-    counter = StepCounter(engine_model := copy.deepcopy(model))
-    counter.hold_at = 3
+    counter = StepCounter(copy.deepcopy(model), hold_at=3)
     [long, short] = prompts(5, 9)
-    with engine_of(engine_model, max_running=4) as engine:
+    with engine_of(counter.model, max_running=4) as engine:
         task = asyncio.create_task(engine.agenerate(request(long, n=4, max_tokens=400, ignore_eos=True)))
-        waiting = asyncio.create_task(engine.agenerate(request(short, max_tokens=6, temperature=0.0, ignore_eos=True)))
+        waiting = asyncio.create_task(engine.agenerate(request(short, max_tokens=6, **GREEDY)))
         assert await asyncio.to_thread(counter.held.wait, 10.0)
         assert (engine.stats().running, engine.stats().waiting) == (4, 1)
         task.cancel()
@@ -145,14 +142,11 @@ async def test_closing_a_stream_frees_its_slots() -> None:
 
 async def test_abort_by_id_returns_what_there_is() -> None:
     model = tiny_causal_lm()
-    counter = StepCounter(engine_model := copy.deepcopy(model))
-    counter.hold_at = 4
+    counter = StepCounter(copy.deepcopy(model), hold_at=4)
     [prompt] = prompts(5)
-    with engine_of(engine_model) as engine:
+    with engine_of(counter.model) as engine:
         assert engine.abort("job-1") is False
-        task = asyncio.create_task(
-            engine.agenerate(request(prompt, max_tokens=100, temperature=0.0, ignore_eos=True, request_id="job-1"))
-        )
+        task = asyncio.create_task(engine.agenerate(request(prompt, max_tokens=100, **GREEDY, request_id="job-1")))
         assert await asyncio.to_thread(counter.held.wait, 10.0)
         assert engine.abort("job-1") is True
         assert engine.abort("job-1") is False
@@ -168,25 +162,22 @@ async def test_abort_by_id_returns_what_there_is() -> None:
 
 async def test_a_failed_step_fails_its_requests_with_the_cause_and_the_engine_goes_on() -> None:
     model = tiny_causal_lm()
-    counter = StepCounter(engine_model := copy.deepcopy(model))
+    counter = StepCounter(copy.deepcopy(model))
     [prompt] = prompts(5)
-    with engine_of(engine_model) as engine:
+    with engine_of(counter.model) as engine:
         counter.fail_with = MemoryError("no room for the KV cache")
         with pytest.raises(EngineError, match="MemoryError: no room for the KV cache") as caught:
             await asyncio.wait_for(engine.agenerate(request(prompt, n=2, max_tokens=5, ignore_eos=True)), 30.0)
         assert isinstance(caught.value.__cause__, MemoryError)
         counter.fail_with = None
-        [answer] = await asyncio.wait_for(
-            engine.agenerate(request(prompt, max_tokens=5, temperature=0.0, ignore_eos=True)), 30.0
-        )
+        await asyncio.to_thread(check_greedy, engine, model, prompt, 5)
         assert engine.stats().failed == 1
-    assert list(answer.token_ids) == greedy_oracle(model, prompt, 5)
 
 
 async def test_an_engine_that_fails_every_step_is_given_up_and_says_why() -> None:
-    counter = StepCounter(model := tiny_causal_lm())
+    counter = StepCounter(tiny_causal_lm())
     counter.fail_with = RuntimeError("device lost")
-    with engine_of(model) as engine:
+    with engine_of(counter.model) as engine:
         for _ in range(3):
             with pytest.raises(EngineError, match="device lost"):
                 await asyncio.wait_for(engine.agenerate(request((1,), max_tokens=5, ignore_eos=True)), 30.0)
@@ -210,8 +201,7 @@ async def test_weights_with_nan_fail_the_request_and_good_ones_repair_the_engine
         with pytest.raises(EngineError, match="policy version 2 hold NaN or infinity"):
             await asyncio.wait_for(engine.agenerate(request(prompt, n=3, max_tokens=4)), 30.0)
         engine.update_weights_from_tensor(named(good), policy_version=3)
-        [answer] = await engine.agenerate(request(prompt, max_tokens=6, temperature=0.0, ignore_eos=True))
-    assert list(answer.token_ids) == greedy_oracle(good, prompt, 6)
+        await asyncio.to_thread(check_greedy, engine, good, prompt, 6)
 
 
 @pytest.mark.parametrize("paused", [False, True])
@@ -252,9 +242,8 @@ def test_from_pretrained_loads_what_was_saved(tmp_path: Any) -> None:
     reference = AutoModelForCausalLM.from_pretrained(str(path))
     [prompt] = prompts(6)
     with TransformersEngine.from_pretrained(path, max_context_len=40, num_threads=1, max_running=2) as engine:
-        answer = one(engine, prompt, max_tokens=6, temperature=0.0, ignore_eos=True)
+        check_greedy(engine, reference, prompt, 6)
         assert engine.max_context_len == 40
-    assert list(answer.token_ids) == greedy_oracle(reference, prompt, 6)
 
 
 def test_an_engine_nobody_closed_does_not_disturb_the_end_of_the_process() -> None:

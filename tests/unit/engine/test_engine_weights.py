@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from support.engines import (
+    GREEDY,
     StepCounter,
+    check_greedy,
     engine_of,
     greedy_oracle,
     logprob_oracle,
@@ -32,13 +34,12 @@ def test_weights_swapped_in_mid_generation(release: bool) -> None:
     """Tokens before the swap are the old policy's, tokens after it the new one's given those before."""
     old, new = tiny_causal_lm(seed=1), tiny_causal_lm(seed=2)
     given = prompts(5, 12, 30)
-    counter = StepCounter(engine_model := copy.deepcopy(old))
-    counter.hold_at = 7  # the eighth decode step is held
+    counter = StepCounter(copy.deepcopy(old), hold_at=7)  # the eighth decode step is held
     gate = RequestGate()
     gate.pause(timeout=10.0)
-    with engine_of(engine_model, gate=gate) as engine, ThreadPoolExecutor(1) as pool:
+    with engine_of(counter.model, gate=gate) as engine, ThreadPoolExecutor(1) as pool:
         engine.update_weights_from_tensor(named(old), policy_version=3)
-        wanted = [request(p, max_tokens=20, temperature=0.0, ignore_eos=True) for p in given]
+        wanted = [request(p, max_tokens=20, **GREEDY) for p in given]
         answering = pool.submit(engine.generate, wanted)
         eventually(lambda: engine.stats().waiting == 3, "the requests to arrive, so that they start together")
         gate.resume()
@@ -80,8 +81,8 @@ def test_a_seeded_request_survives_an_eviction_with_the_same_tokens() -> None:
     model = tiny_causal_lm()
     [prompt] = prompts(10)
     wanted = request(prompt, n=2, max_tokens=20, temperature=1.1, seed=9, ignore_eos=True)
-    counter = StepCounter(engine_model := copy.deepcopy(model))
-    with engine_of(engine_model) as engine, ThreadPoolExecutor(1) as pool:
+    counter = StepCounter(copy.deepcopy(model))
+    with engine_of(counter.model) as engine, ThreadPoolExecutor(1) as pool:
         [undisturbed] = engine.generate([wanted])
         counter.hold_at = counter.steps + 6
         running = pool.submit(engine.generate, [wanted])
@@ -102,7 +103,7 @@ def test_requests_that_arrive_while_paused_wait_and_are_served() -> None:
     with engine_of(copy.deepcopy(model), gate=gate) as engine, ThreadPoolExecutor(3) as pool:
         for _ in range(3):
             gate.pause(timeout=10.0)
-            waiting = [pool.submit(one, engine, p, max_tokens=5, temperature=0.0, ignore_eos=True) for p in given]
+            waiting = [pool.submit(one, engine, p, max_tokens=5, **GREEDY) for p in given]
             eventually(lambda: engine.stats().waiting == 3, "three sequences to wait")
             assert engine.stats().running == 0
             gate.resume()
@@ -119,7 +120,7 @@ def test_released_weights_are_not_used_until_new_ones_are_in() -> None:
         engine.release_memory_occupation()
         engine.release_memory_occupation()  # idempotent
         assert engine.stats().weight_bytes == 0
-        waiting = pool.submit(one, engine, prompt, max_tokens=5, temperature=0.0, ignore_eos=True)
+        waiting = pool.submit(one, engine, prompt, max_tokens=5, **GREEDY)
         eventually(lambda: engine.stats().waiting == 1, "the request to wait")
         with pytest.raises(WeightSyncError, match="resume_memory_occupation"):
             engine.update_weights_from_tensor(named(model))
@@ -149,8 +150,7 @@ def test_release_can_keep_the_weights() -> None:
         assert engine.stats().kv_bytes == 0
         assert engine.weights_ready
         engine.resume_memory_occupation()
-        again = one(engine, prompt, max_tokens=5, temperature=0.0, ignore_eos=True)
-    assert list(again.token_ids) == greedy_oracle(model, prompt, 5)
+        check_greedy(engine, model, prompt, 5)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])  # tied and untied embeddings
@@ -219,15 +219,13 @@ def test_wrong_weights_are_refused_by_name_and_leave_the_version(
             engine.update_weights_from_tensor(_break(state, how), policy_version=5)
         # A list is checked before anything is copied: the old weights still serve.
         assert engine.policy_version == 4
-        assert list(one(engine, prompt, max_tokens=4, temperature=0.0, ignore_eos=True).token_ids) == greedy_oracle(
-            model, prompt, 4
-        )
+        check_greedy(engine, model, prompt, 4)
         # An iterator may fail half-way: the mixture is never used.
         with pytest.raises(WeightSyncError, match=message):
             engine.update_weights_from_tensor(iter(_break(state, how)), policy_version=5)
         assert engine.policy_version == 4
         assert engine.weights_ready == (how == "nothing")
-        waiting = pool.submit(one, engine, prompt, max_tokens=4, temperature=0.0, ignore_eos=True)
+        waiting = pool.submit(one, engine, prompt, max_tokens=4, **GREEDY)
         engine.update_weights_from_tensor(iter(state), policy_version=6)
         answer = waiting.result(30.0)
         if how != "nothing":
@@ -259,9 +257,8 @@ def test_sequences_in_flight_go_on_under_the_swapped_weights(keep_kv: bool) -> N
     with engine_of(engine_model, keep_kv=keep_kv) as engine, ThreadPoolExecutor(1) as pool:
         engine.update_weights_from_tensor(named(old), policy_version=3)
         engine.stage_weights_from_tensor(named(new))
-        counter = StepCounter(engine_model)
-        counter.hold_at = 7  # the eighth decode step is held: generation is under way
-        wanted = [request(p, max_tokens=20, temperature=0.0, ignore_eos=True) for p in given]
+        counter = StepCounter(engine_model, hold_at=7)  # the eighth decode step is held: generation is under way
+        wanted = [request(p, max_tokens=20, **GREEDY) for p in given]
         answering = pool.submit(engine.generate, wanted)
         assert counter.held.wait(10.0)
         # In the middle of a decode step: the idle buffer can be filled and looked at, the serving one is untouched.

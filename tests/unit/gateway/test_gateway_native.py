@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 from support.fake_engine import FakeEngine, text_reply
+from support.serving import post, refused
 from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.types import GenerationRequest
@@ -21,16 +22,7 @@ def engine(served: tuple[FakeEngine, httpx.Client]) -> FakeEngine:
 
 
 def generate(client: httpx.Client, **body: Any) -> Any:
-    response = client.post("/generate", json=body)
-    assert response.status_code == 200, response.text
-    return response.json()
-
-
-def refused(client: httpx.Client, path: str, **body: Any) -> dict[str, Any]:
-    response = client.post(path, json=body)
-    assert response.status_code == 400, response.text
-    error: dict[str, Any] = response.json()["error"]
-    return error
+    return post(client, "/generate", **body)
 
 
 def test_vllm_answer(client: httpx.Client, engine: FakeEngine) -> None:
@@ -53,23 +45,15 @@ def test_vllm_answer(client: httpx.Client, engine: FakeEngine) -> None:
 
 
 def test_vllm_parameters_and_prompt_forms(client: httpx.Client, engine: FakeEngine) -> None:
+    same = {"temperature": 0.7, "top_p": 0.8, "top_k": 5, "min_p": 0.1, "seed": 2}
     prompts = ("ab", [64, 65], {"prompt": "ab"}, {"prompt_token_ids": [64, 65]})
     for prompt in prompts:
-        answer = generate(client, prompt=prompt, temperature=0.7, top_p=0.8, top_k=5, min_p=0.1, seed=2, stop=["q"])
+        answer = generate(client, prompt=prompt, stop=["q"], **same)
         assert answer["prompt"] == "ab" and "logprobs" not in answer and "prompt_logprobs" not in answer
     generate(client, prompt_token_ids=[64, 65], max_new_tokens=4)
     for sent in engine.requests[:4]:
-        assert sent == GenerationRequest(
-            prompt_token_ids=(64, 65),
-            max_tokens=16,
-            temperature=0.7,
-            top_p=0.8,
-            top_k=5,
-            min_p=0.1,
-            seed=2,
-            stop=("q",),
-            request_id=sent.request_id,
-        )
+        rest = {"max_tokens": 16, "stop": ("q",), "request_id": sent.request_id, **same}
+        assert sent == GenerationRequest(prompt_token_ids=(64, 65), **rest)  # type: ignore[arg-type]
     assert engine.requests[4].max_tokens == 4
 
 
@@ -123,14 +107,11 @@ def test_sglang_lists_texts_and_input_logprobs(client: httpx.Client, engine: Fak
     batch = generate(client, input_ids=[[64], [70]], sampling_params={"max_new_tokens": 1})
     assert [a["output_ids"] for a in batch] == [[65], [71]]
     assert "output_token_logprobs" not in batch[0]["meta_info"]
-    scored = generate(
-        client, input_ids=[5, 6, 7], sampling_params={"max_new_tokens": 1}, return_logprob=True, logprob_start_len=0
-    )
-    assert scored["meta_info"]["input_token_logprobs"] == [[None, 5, None], [-1.0, 6, None], [-2.0, 7, None]]
-    tail = generate(
-        client, input_ids=[5, 6, 7], sampling_params={"max_new_tokens": 1}, return_logprob=True, logprob_start_len=2
-    )
-    assert tail["meta_info"]["input_token_logprobs"] == [[-2.0, 7, None]]
+    scored = [[None, 5, None], [-1.0, 6, None], [-2.0, 7, None]]
+    for start in (0, 2):
+        asked = {"sampling_params": {"max_new_tokens": 1}, "return_logprob": True, "logprob_start_len": start}
+        answer = generate(client, input_ids=[5, 6, 7], **asked)
+        assert answer["meta_info"]["input_token_logprobs"] == scored[start:]
     generate(client, text="ab")
     assert engine.requests[-1].max_tokens == 128  # SGLang's default
 
@@ -147,65 +128,42 @@ def test_sglang_says_what_matched(client: httpx.Client, engine: FakeEngine) -> N
 
 
 def test_trl_answer(client: httpx.Client, engine: FakeEngine) -> None:
-    response = client.post(
-        "/generate/",
-        json={
-            "prompts": ["a", "x"],
-            "n": 2,
-            "repetition_penalty": 1.0,
-            "temperature": 0.9,
-            "top_p": 1.0,
-            "top_k": -1,
-            "min_p": 0.0,
-            "max_tokens": 2,
-        },
-    )
-    assert response.status_code == 200
-    answer = response.json()
+    settings = {"repetition_penalty": 1.0, "temperature": 0.9, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
+    answer = post(client, "/generate/", prompts=["a", "x"], n=2, max_tokens=2, **settings)
     assert answer["completion_ids"] == [[65, 66], [66, 67], [88, 89], [89, 90]]  # a = 64, x = 87
     assert answer["prompt_ids"] == [[64], [87]]
     assert answer["logprobs"][0] == [-0.125, -0.25]
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "param"),
+    ("param", "body"),
     [
-        ("/generate", {}, "prompt"),
-        ("/generate", {"prompt": "a", "input_ids": [1]}, "prompt"),
-        ("/generate", {"prompt": "a", "prompt_token_ids": [1]}, "prompt_token_ids"),
-        ("/generate", {"prompt": ""}, "prompt"),
-        ("/generate", {"prompt": {"prompt_token_ids": ["a"]}}, "prompt.prompt_token_ids"),
-        (
-            "/generate",
-            {"prompt": {"prompt_token_ids": [1], "multi_modal_data": {"image": "x"}}},
-            "prompt.multi_modal_data",
-        ),
-        ("/generate", {"prompt": "a", "stream": True}, "stream"),
-        ("/generate", {"prompt": "a", "logprobs": 3}, "logprobs"),
-        ("/generate", {"prompt": "a", "use_beam_search": True}, "use_beam_search"),
-        ("/generate", {"input_ids": [1], "stream": True}, "stream"),
-        ("/generate", {"input_ids": [1], "text": "a"}, "input_ids"),
-        ("/generate", {"input_ids": [], "sampling_params": {}}, "input_ids"),
-        ("/generate", {"sampling_params": {}}, "input_ids"),
-        ("/generate", {"input_ids": [1], "sampling_params": [{}]}, "sampling_params"),
-        ("/generate", {"input_ids": [1], "sampling_params": {"top_p": 7}}, "sampling_params.top_p"),
-        (
-            "/generate",
-            {"input_ids": [1], "sampling_params": {"frequency_penalty": 1}},
-            "sampling_params.frequency_penalty",
-        ),
-        ("/generate", {"input_ids": [1], "top_logprobs_num": 2}, "top_logprobs_num"),
-        ("/generate/", {"prompt": "a"}, "prompts"),
-        ("/generate/", {"prompts": []}, "prompts"),
-        ("/generate/", {"prompts": ["a"], "repetition_penalty": 1.1}, "repetition_penalty"),
-        ("/generate/", {"prompts": ["a"], "guided_decoding_regex": "a+"}, "guided_decoding_regex"),
+        ("prompt", {}),
+        ("prompt", {"prompt": "a", "input_ids": [1]}),
+        ("prompt_token_ids", {"prompt": "a", "prompt_token_ids": [1]}),
+        ("prompt", {"prompt": ""}),
+        ("prompt.prompt_token_ids", {"prompt": {"prompt_token_ids": ["a"]}}),
+        ("prompt.multi_modal_data", {"prompt": {"prompt_token_ids": [1], "multi_modal_data": {"image": "x"}}}),
+        ("stream", {"prompt": "a", "stream": True}),
+        ("logprobs", {"prompt": "a", "logprobs": 3}),
+        ("use_beam_search", {"prompt": "a", "use_beam_search": True}),
+        ("stream", {"input_ids": [1], "stream": True}),
+        ("input_ids", {"input_ids": [1], "text": "a"}),
+        ("input_ids", {"input_ids": [], "sampling_params": {}}),
+        ("input_ids", {"sampling_params": {}}),
+        ("sampling_params", {"input_ids": [1], "sampling_params": [{}]}),
+        ("sampling_params.top_p", {"input_ids": [1], "sampling_params": {"top_p": 7}}),
+        ("sampling_params.frequency_penalty", {"input_ids": [1], "sampling_params": {"frequency_penalty": 1}}),
+        ("top_logprobs_num", {"input_ids": [1], "top_logprobs_num": 2}),
+        ("trl prompts", {"prompt": "a"}),
+        ("trl prompts", {"prompts": []}),
+        ("trl repetition_penalty", {"prompts": ["a"], "repetition_penalty": 1.1}),
+        ("trl guided_decoding_regex", {"prompts": ["a"], "guided_decoding_regex": "a+"}),
     ],
 )
-def test_refusals_name_the_field(
-    client: httpx.Client, engine: FakeEngine, path: str, body: dict[str, Any], param: str
-) -> None:
-    error = refused(client, path, **body)
-    assert error["param"] == param
+def test_refusals_name_the_field(client: httpx.Client, engine: FakeEngine, param: str, body: dict[str, Any]) -> None:
+    path = "/generate/" if param.startswith("trl ") else "/generate"
+    assert refused(client, path, **body)["param"] == param.removeprefix("trl ")
     assert engine.requests == []
 
 

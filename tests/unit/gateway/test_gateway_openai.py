@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from support.fake_engine import FakeEngine, text_reply
+from support.serving import post, refused
 from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.types import GenerationRequest
@@ -23,20 +24,6 @@ HI_IDS = TOKENIZER.encode("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant
 def engine(served: tuple[FakeEngine, httpx.Client]) -> FakeEngine:
     served[0].reset(text_reply(TOKENIZER, "yes<|im_end|>", "no<|im_end|>"))
     return served[0]
-
-
-def post(client: httpx.Client, path: str, **body: Any) -> dict[str, Any]:
-    response = client.post(path, json=body)
-    assert response.status_code == 200, response.text
-    return response.json()
-
-
-def refused(client: httpx.Client, path: str, **body: Any) -> dict[str, Any]:
-    response = client.post(path, json=body)
-    assert response.status_code == 400, response.text
-    error: dict[str, Any] = response.json()["error"]
-    assert error["type"] == "invalid_request_error"
-    return error
 
 
 def events(client: httpx.Client, path: str, **body: Any) -> list[Any]:
@@ -55,11 +42,8 @@ def test_chat_answer_has_every_field(client: httpx.Client, engine: FakeEngine) -
     assert answer["id"].startswith("chatcmpl-")
     assert answer["prompt_token_ids"] == HI_IDS
     # "yes" + eos = 4 tokens, "no" + eos = 3
-    assert answer["usage"] == {
-        "prompt_tokens": len(HI_IDS),
-        "completion_tokens": 7,
-        "total_tokens": len(HI_IDS) + 7,
-    }
+    usage = {"prompt_tokens": len(HI_IDS), "completion_tokens": 7, "total_tokens": len(HI_IDS) + 7}
+    assert answer["usage"] == usage
     assert answer["policy_version"] == 7 and answer["policy_versions"] == [[7, 7], [7, 7]]
     first, second = answer["choices"]
     assert (first["index"], second["index"]) == (0, 1)
@@ -68,45 +52,16 @@ def test_chat_answer_has_every_field(client: httpx.Client, engine: FakeEngine) -
     assert first["finish_reason"] == "stop"
     assert first["token_ids"] == [88, 68, 82, 258]
     assert first["logprobs"]["content"][0] == {"token": "y", "logprob": -0.125, "bytes": [121], "top_logprobs": []}
-    assert [entry["logprob"] for entry in second["logprobs"]["content"]] == [
-        -0.125 - 1 / 1024,
-        -0.25 - 1 / 1024,
-        -0.375 - 1 / 1024,
-    ]
+    assert [entry["logprob"] for entry in second["logprobs"]["content"]] == [-(k / 8) - 1 / 1024 for k in (1, 2, 3)]
 
 
 def test_chat_passes_every_sampling_parameter(client: httpx.Client, engine: FakeEngine) -> None:
-    post(
-        client,
-        "/v1/chat/completions",
-        messages=HI,
-        n=3,
-        max_completion_tokens=5,
-        max_tokens=99,
-        temperature=0.5,
-        top_p=0.9,
-        top_k=40,
-        min_p=0.05,
-        stop="END",
-        stop_token_ids=[3, 4],
-        seed=11,
-        ignore_eos=True,
-    )
-    (sent,) = engine.requests
-    assert sent == GenerationRequest(
-        prompt_token_ids=tuple(HI_IDS),
-        n=3,
-        max_tokens=5,
-        temperature=0.5,
-        top_p=0.9,
-        top_k=40,
-        min_p=0.05,
-        stop=("END",),
-        stop_token_ids=(3, 4),
-        seed=11,
-        ignore_eos=True,
-        request_id=sent.request_id,
-    )
+    same = {"n": 3, "temperature": 0.5, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "seed": 11, "ignore_eos": True}
+    body = {"max_completion_tokens": 5, "max_tokens": 99, "stop": "END", "stop_token_ids": [3, 4], **same}
+    post(client, "/v1/chat/completions", messages=HI, **body)
+    [sent] = engine.requests
+    expected = {"max_tokens": 5, "stop": ("END",), "stop_token_ids": (3, 4), "request_id": sent.request_id, **same}
+    assert sent == GenerationRequest(prompt_token_ids=tuple(HI_IDS), **expected)  # type: ignore[arg-type]
 
 
 def test_defaults_are_those_of_the_apis(client: httpx.Client, engine: FakeEngine) -> None:
@@ -121,16 +76,10 @@ def test_defaults_are_those_of_the_apis(client: httpx.Client, engine: FakeEngine
 
 def test_chat_content_parts_tools_and_template_options(client: httpx.Client, engine: FakeEngine) -> None:
     template = "{{ messages[0].content }}|{{ tools[0].function.name }}|{{ mood }}|{{ add_generation_prompt }}"
-    post(
-        client,
-        "/v1/chat/completions",
-        messages=[{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
-        tools=[{"type": "function", "function": {"name": "f"}}],
-        tool_choice="auto",
-        chat_template=template,
-        chat_template_kwargs={"mood": "calm"},
-        add_generation_prompt=False,
-    )
+    parts = [{"type": "text", "text": text} for text in "ab"]
+    tools = {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"}
+    options = {"chat_template": template, "chat_template_kwargs": {"mood": "calm"}, "add_generation_prompt": False}
+    post(client, "/v1/chat/completions", messages=[{"role": "user", "content": parts}], **tools, **options)
     assert engine.requests[0].prompt_token_ids == tuple(TOKENIZER.encode("ab|f|calm|False"))
 
 
@@ -188,14 +137,11 @@ def test_version_of_the_first_token_is_reported_when_weights_change_midway(
 ) -> None:
     engine.policy_version = 4
 
-    def reply(request: GenerationRequest, index: int) -> list[int]:
-        return [64, 65, 66]
-
     def logprob(index: int, position: int) -> float:
         engine.policy_version = 4 + position
         return -1.0
 
-    engine.reply, engine.logprob = reply, logprob
+    engine.reply, engine.logprob = lambda request, index: [64, 65, 66], logprob
     answer = post(client, "/v1/completions", prompt="a")
     assert answer["policy_version"] == 4 and answer["policy_versions"] == [[4, 6]]
 
@@ -211,15 +157,8 @@ def test_infinite_logprob_is_sent_as_vllm_does_and_nan_is_an_error(client: httpx
 
 
 def test_chat_stream(client: httpx.Client) -> None:
-    chunks = events(
-        client,
-        "/v1/chat/completions",
-        messages=HI,
-        n=2,
-        logprobs=True,
-        stream_options={"include_usage": True},
-        return_token_ids=True,
-    )
+    options = {"stream_options": {"include_usage": True}, "return_token_ids": True, "logprobs": True}
+    chunks = events(client, "/v1/chat/completions", messages=HI, n=2, **options)
     *pieces, last = chunks
     assert last["choices"] == []
     assert last["usage"] == {"prompt_tokens": len(HI_IDS), "completion_tokens": 7, "total_tokens": len(HI_IDS) + 7}
@@ -255,86 +194,57 @@ def test_error_inside_a_stream_is_its_last_event(client: httpx.Client, engine: F
     assert "[DONE]" not in response.text
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("repetition_penalty", 1.1),
-        ("frequency_penalty", 0.5),
-        ("presence_penalty", -1),
-        ("logit_bias", {"5": 10}),
-        ("best_of", 4),
-        ("min_tokens", 3),
-        ("guided_json", {"type": "object"}),
-        ("response_format", {"type": "json_object"}),
-        ("echo", True),
-        ("suffix", "x"),
-        ("temperature", -0.1),
-        ("temperature", "hot"),
-        ("top_p", 0),
-        ("top_p", 1.5),
-        ("top_k", -2),
-        ("min_p", 2),
-        ("n", 0),
-        ("n", 1.5),
-        ("n", True),
-        ("max_tokens", 0),
-        ("stop", [""]),
-        ("stop", 5),
-        ("stop_token_ids", [1, -1]),
-        ("seed", "x"),
-        ("stream", "yes"),
-        ("logprobs", 5),
-        ("prompt", []),
-        ("prompt", [[]]),
-        ("prompt", [1, "a"]),
-        ("prompt", {"a": 1}),
-        ("stream_options", 3),
-    ],
-)
+REFUSED: dict[str, list[Any]] = {
+    "repetition_penalty": [1.1],
+    "frequency_penalty": [0.5],
+    "presence_penalty": [-1],
+    "logit_bias": [{"5": 10}],
+    "best_of": [4],
+    "min_tokens": [3],
+    "guided_json": [{"type": "object"}],
+    "response_format": [{"type": "json_object"}],
+    "echo": [True],
+    "suffix": ["x"],
+    "temperature": [-0.1, "hot"],
+    "top_p": [0, 1.5],
+    "top_k": [-2],
+    "min_p": [2],
+    "n": [0, 1.5, True],
+    "max_tokens": [0],
+    "stop": [[""], 5],
+    "stop_token_ids": [[1, -1]],
+    "seed": ["x"],
+    "stream": ["yes"],
+    "logprobs": [5],
+    "prompt": [[], [[]], [1, "a"], {"a": 1}],
+    "stream_options": [3],
+}
+CHAT_REFUSED: dict[str, list[Any]] = {
+    "top_logprobs": [5],
+    "messages": [[], ["hi"], *([{"role": "user", "content": bad}] for bad in (3, [{"type": "image_url"}]))],
+    "tool_choice": ["required"],
+    "functions": [[{"name": "f"}]],
+    "chat_template_kwargs": [{"tokenize": True}],
+    "continue_final_message": [True],
+}
+
+
+@pytest.mark.parametrize("field", [*REFUSED, *(f"chat {field}" for field in CHAT_REFUSED)])
 def test_refusals_name_the_field_and_never_reach_the_engine(
-    client: httpx.Client, engine: FakeEngine, field: str, value: object
+    client: httpx.Client, engine: FakeEngine, field: str
 ) -> None:
-    error = refused(client, "/v1/completions", **{"prompt": "a", field: value})
-    assert error["param"] == field
-    assert field in error["message"]
+    chat, name = field.startswith("chat "), field.removeprefix("chat ")
+    path, whole = ("/v1/chat/completions", {"messages": HI}) if chat else ("/v1/completions", {"prompt": "a"})
+    for value in (CHAT_REFUSED if chat else REFUSED)[name]:
+        error = refused(client, path, **{**whole, name: value})
+        assert error["param"] == name and name in error["message"], value
     assert engine.requests == []
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("top_logprobs", 5),
-        ("messages", []),
-        ("messages", ["hi"]),
-        ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
-        ("messages", [{"role": "user", "content": 3}]),
-        ("tool_choice", "required"),
-        ("functions", [{"name": "f"}]),
-        ("chat_template_kwargs", {"tokenize": True}),
-        ("continue_final_message", True),
-    ],
-)
-def test_chat_refusals(client: httpx.Client, field: str, value: object) -> None:
-    error = refused(client, "/v1/chat/completions", **{"messages": HI, field: value})
-    assert error["param"] == field
-
-
 def test_neutral_values_of_unsupported_fields_pass(client: httpx.Client, engine: FakeEngine) -> None:
-    post(
-        client,
-        "/v1/chat/completions",
-        messages=HI,
-        repetition_penalty=1.0,
-        frequency_penalty=0,
-        presence_penalty=0.0,
-        logit_bias={},
-        best_of=1,
-        response_format={"type": "text"},
-        guided_json=None,
-        top_logprobs=0,
-        tools=None,
-        user="me",
-    )
+    neutral = {"repetition_penalty": 1.0, "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}}
+    neutral |= {"best_of": 1, "response_format": {"type": "text"}, "guided_json": None, "tools": None, "user": "me"}
+    post(client, "/v1/chat/completions", messages=HI, top_logprobs=0, **neutral)
     assert len(engine.requests) == 1
 
 
