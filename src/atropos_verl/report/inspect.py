@@ -1,6 +1,6 @@
 """``atropos-verl inspect``: shows what the trainer would see in groups: samples, advantages and refusals.
 
-``inspect_groups`` returns a JSON-able structure, which ``--json`` prints and ``_Renderer`` shows. Its keys, in order:
+``_inspect_groups`` returns a JSON-able structure, which ``--json`` prints and ``_Renderer`` shows. Its keys, in order:
 
 - inspection: ``groups``, ``sequences`` and ``trained_tokens`` (that would be trained), ``mean_score`` (of every
   sequence of the groups that are used), ``refused``, ``dropped_overlong``
@@ -17,25 +17,27 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from atropos_verl.errors import AtroposAPIError, ConfigError, DataError, UnsupportedFieldError
+from atropos_verl.errors import AtroposAPIError, AtroposProtocolError, ConfigError, DataError, UnsupportedFieldError
+from atropos_verl.protocol.wire import decode_batch, decode_group
 from atropos_verl.report.format import decimal
-from atropos_verl.report.sources import FoundGroup, is_url, read_path, read_url
 from atropos_verl.training.advantages import ESTIMATORS, NORMALIZATIONS
+from atropos_verl.training.quarantine import parse_quarantine_file
 from atropos_verl.training.samples import build_samples
 from atropos_verl.types import NOT_TRAINED, FloatArray, SampleSettings, ScoredGroup, TrainingSample
 
@@ -47,6 +49,9 @@ _DEFAULT_LIMIT = 8
 _MOST_REFUSALS = 20
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Characters by which a trajectory could write to the terminal what is not in it."""
+_BATCH_BODY = re.compile(rb'\s*\{\s*"batch"\s*:')
+_GROUP_FIELDS = ("tokens", "masks", "scores")
+_QUARANTINE_BODY = re.compile(rb'\s*\{\s*"reason"\s*:')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,10 +79,21 @@ def run(options: argparse.Namespace, console: Console | None = None) -> int:
     console = console or Console()
     try:
         found = _read(options)
+        vocab_size = options.vocab_size
+        if vocab_size is None and options.tokenizer is not None:
+            vocab_size = _model_vocab_size(Path(options.tokenizer).expanduser())
+        settings = SampleSettings(
+            vocab_size=vocab_size,
+            max_token_len=options.max_token_len,
+            estimator=options.estimator,
+            normalization=options.normalization,
+            clipping=options.clipping and tuple(options.clipping),
+            ignore_fields=tuple(options.ignore_field),
+        )
         limit = options.limit if options.limit is not None or options.json else _DEFAULT_LIMIT
-        inspection = inspect_groups(
+        inspection = _inspect_groups(
             found,
-            _settings(options),
+            settings,
             decoder=_decoder(options.tokenizer, found),
             policy_version=options.policy_version,
             detailed=limit or None,
@@ -103,32 +119,15 @@ def _positive(text: str) -> float:
 def _read(options: argparse.Namespace) -> list[FoundGroup]:
     if options.limit is not None and options.limit < 0:
         raise ConfigError(f"{options.limit} must not be negative", "--limit")
-    if not is_url(options.source):
-        for option, given in (("--take-batch", options.take_batch), ("--save", options.save is not None)):
-            if given:
-                raise ConfigError(f"is for a URL; {options.source} is not one", option)
-        return read_path(Path(options.source))
-    return read_url(
-        options.source,
-        take_batch=options.take_batch,
-        save=options.save,
-        timeout=options.timeout,
-        token=os.environ.get("ATROPOS_API_TOKEN"),
-    )
-
-
-def _settings(options: argparse.Namespace) -> SampleSettings:
-    vocab_size = options.vocab_size
-    if vocab_size is None and options.tokenizer is not None:
-        vocab_size = _model_vocab_size(Path(options.tokenizer).expanduser())
-    return SampleSettings(
-        vocab_size=vocab_size,
-        max_token_len=options.max_token_len,
-        estimator=options.estimator,
-        normalization=options.normalization,
-        clipping=None if options.clipping is None else (options.clipping[0], options.clipping[1]),
-        ignore_fields=tuple(options.ignore_field),
-    )
+    token = os.environ.get("ATROPOS_API_TOKEN")
+    if options.source.startswith(("http://", "https://")):
+        return read_url(
+            options.source, take_batch=options.take_batch, save=options.save, timeout=options.timeout, token=token
+        )
+    for option, given in (("--take-batch", options.take_batch), ("--save", options.save is not None)):
+        if given:
+            raise ConfigError(f"is for a URL; {options.source} is not one", option)
+    return read_path(Path(options.source))
 
 
 def _model_vocab_size(directory: Path) -> int | None:
@@ -138,6 +137,153 @@ def _model_vocab_size(directory: Path) -> int | None:
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return size if isinstance(size, int) else None
+
+
+# ---------------------------------------------------------------------- the groups
+
+
+@dataclass(frozen=True, slots=True)
+class FoundGroup:
+    """A group and where it was found."""
+
+    group: ScoredGroup
+    origin: str
+    """For people: ``group 0``, ``line 3``, ``1f2e3d.json``."""
+    recorded_reason: str | None = None
+    """The run's reason for refusing it, when it comes from a quarantine file."""
+
+
+def read_path(path: Path) -> list[FoundGroup]:
+    """Reads the groups of a file; of a directory, those of its ``*.json`` and ``*.jsonl`` files by name.
+
+    Raises:
+        ConfigError: there is no such file, or it cannot be read.
+        DataError: its content is none of the formats, see ``load_groups``.
+    """
+    try:
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl"))
+            files = [file for file in files if not file.name.endswith(".meta.json")]  # notes of a batch journal
+            if not files:
+                raise ConfigError(f"{path}: the directory holds no .json or .jsonl file")
+            return [found for file in files for found in load_groups(file.read_bytes(), str(file), prefix=file.name)]
+        return load_groups(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
+
+
+def load_groups(content: bytes, name: str, prefix: str = "") -> list[FoundGroup]:
+    """Reads the groups in the content of a file.
+
+    Known formats: the body of ``GET /batch``; one ``ScoredData`` object; a list of them (``POST /scored_data_list``);
+    one object per line (what an environment's ``process`` writes); a quarantine file.
+
+    Args:
+        name: of the file, for messages.
+        prefix: put before every origin, for one file of several.
+
+    Raises:
+        DataError: none of these. A single bad group in a list is not an error: it has a ``defect``.
+    """
+    if not content.strip():
+        raise DataError(f"{name} is empty")
+    try:
+        if _QUARANTINE_BODY.match(content):
+            entry = parse_quarantine_file(content)
+            return [FoundGroup(decode_group(entry.raw), prefix or "quarantined group", entry.reason)]
+        if content.lstrip().startswith(b"["):
+            return _batch(b'{"batch":' + content + b"}", prefix)
+        if _BATCH_BODY.match(content):
+            return _batch(content, prefix)
+        try:
+            value = json.loads(content)
+        except (ValueError, RecursionError):
+            return _lines(content, prefix)
+        if isinstance(value, dict) and "batch" in value:
+            return _batch(content, prefix)
+    except AtroposProtocolError as error:
+        raise DataError(f"{name}: {error.reason}") from error
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
+    if not isinstance(value, dict) or not any(field in value for field in _GROUP_FIELDS):
+        raise DataError(f"{name}: neither a batch, a group nor a quarantine file; it begins {content[:80]!r}")
+    return [FoundGroup(decode_group(content.strip()), prefix or "group 0")]
+
+
+def _batch(body: bytes, prefix: str = "") -> list[FoundGroup]:
+    return [FoundGroup(group, f"{prefix} group {i}".strip()) for i, group in enumerate(decode_batch(body))]
+
+
+def _lines(content: bytes, prefix: str) -> list[FoundGroup]:
+    lines = [(number, line.strip()) for number, line in enumerate(content.split(b"\n"), start=1) if line.strip()]
+    found = [FoundGroup(decode_group(line), f"{prefix} line {number}".strip()) for number, line in lines]
+    if all(item.group.defect is not None for item in found) and b'"tokens"' not in content:
+        raise DataError(f"neither JSON nor JSON lines ({found[0].origin}: {found[0].group.defect})")
+    return found
+
+
+def read_url(
+    url: str,
+    *,
+    take_batch: bool = False,
+    save: Path | None = None,
+    timeout: float = 30.0,
+    token: str | None = None,
+) -> list[FoundGroup]:
+    """Asks a trajectory API for its latest example, or for the next batch.
+
+    Args:
+        url: of the API, or of its ``/latest_example`` or ``/batch``.
+        take_batch: ``GET /batch``. Destructive: no trainer will see that batch.
+        save: a new file for the body, made before anything is asked and written before anything is decoded.
+        timeout: seconds.
+        token: bearer token.
+
+    Returns:
+        The groups; none: the API has nothing yet.
+
+    Raises:
+        AtroposAPIError: no connection, no answer in time, an HTTP error, not an Atropos API.
+        ConfigError: the URL is wrong, or is that of ``/batch`` without ``take_batch``; ``save`` exists already, or
+            cannot be made.
+    """
+    from atropos_verl.protocol.client import AtroposClient
+
+    base = url.rstrip("/").removesuffix("/latest_example")
+    if base.endswith("/batch") and not take_batch:
+        raise ConfigError(f"GET {url} takes the batch away from the trainer; if that is meant, add --take-batch")
+    with _new_file(save) as file, AtroposClient(base.removesuffix("/batch"), timeout=timeout, token=token) as client:
+        if take_batch:
+            fetched = client.poll_batch()
+            body = b'{"batch":null}' if fetched is None else fetched.body
+        else:
+            client.check()
+            body = client.latest_example()
+        if file is not None:
+            file.write(body)
+    if take_batch:
+        return _batch(body)
+    group = decode_group(body)
+    empty = group.defect is None and len(group) == 0
+    return [] if empty else [FoundGroup(group, "latest example")]
+
+
+@contextlib.contextmanager
+def _new_file(path: Path | None) -> Iterator[BinaryIO | None]:
+    """Opens ``path`` for writing; removes it again when nothing was written."""
+    if path is None:
+        yield None
+        return
+    try:
+        file = path.open("xb")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}", "--save") from error
+    try:
+        with file:
+            yield file
+    finally:
+        if path.stat().st_size == 0:
+            path.unlink()
 
 
 # ---------------------------------------------------------------------- tokenizers
@@ -196,14 +342,14 @@ def _load_decoder(name: str) -> _Decoder:
 # ---------------------------------------------------------------------- the inspection
 
 
-def inspect_groups(
+def _inspect_groups(
     found: Sequence[FoundGroup],
     settings: SampleSettings,
     *,
-    decoder: _Decoder | None = None,
-    policy_version: int | None = None,
-    detailed: int | None = None,
-    with_tokens: bool = False,
+    decoder: _Decoder | None,
+    policy_version: int | None,
+    detailed: int | None,
+    with_tokens: bool,
 ) -> dict[str, Any]:
     """Does what the trainer does with one global batch, and keeps what it would throw away.
 
@@ -216,9 +362,6 @@ def inspect_groups(
     Raises:
         ConfigError: a setting is unknown or out of range.
     """
-    # Nothing may end the inspection: what would end a run is shown.
-    overlong = "drop" if settings.overlong == "error" else settings.overlong
-    settings = replace(settings, on_bad_group="quarantine", overlong=overlong)
     refusals = [_refusal(item.group, settings) for item in found]
     used = [item.group for item, (reason, _) in zip(found, refusals, strict=True) if reason is None]
     report = build_samples(used, settings)
@@ -226,17 +369,14 @@ def inspect_groups(
     views = []
     for number, (item, (reason, stops_run)) in enumerate(zip(found, refusals, strict=True)):
         group, sequences = item.group, []
-        for i in range(len(group)):
-            length = group.token_ids[i].shape[0]
-            limit = settings.max_token_len if settings.overlong == "drop" else None
-            excluded = None
-            if reason is None and limit is not None and length > limit:
-                excluded = f"{length} tokens, more than max_token_len = {limit}"
+        for i, ids in enumerate(group.token_ids):
+            excluded, limit = None, settings.max_token_len
+            if reason is None and limit is not None and len(ids) > limit:
+                excluded = f"{len(ids)} tokens, more than max_token_len = {limit}"
             # Samples come in the order of groups and sequences, those left out missing.
             sample = next(samples) if reason is None and excluded is None else None
-            if detailed is not None and number >= detailed:
-                continue
-            sequences.append(_sequence(group, i, sample, excluded, policy_version, decoder, with_tokens))
+            if detailed is None or number < detailed:
+                sequences.append(_sequence(group, i, sample, excluded, policy_version, decoder, with_tokens))
         views.append(
             {
                 "origin": item.origin,
@@ -277,55 +417,51 @@ def _sequence(
     with_tokens: bool,
 ) -> dict[str, Any]:
     """Describes a sequence; without a sample as far as it can be shown, since its arrays need not fit each other."""
-    ids = (group.token_ids[i] if sample is None else sample.token_ids).tolist()
-    score = float(group.scores[i]) if i < group.scores.shape[0] else math.nan
-    advantages = logprobs = version = None
+    ids = group.token_ids[i].tolist()
+    score = float(group.scores[i]) if i < len(group.scores) else math.nan
+    advantages = logprobs = np.full(len(ids), np.nan)
+    trained, version = np.zeros(len(ids), dtype=bool), None
     if sample is not None:
-        advantages, logprobs, version = sample.advantages, sample.rollout_logprobs, sample.policy_version
-        trained = sample.loss_mask
-    else:
-        trained = np.zeros(len(ids), dtype=bool)
-        if i < len(group.masks):
-            marks = group.masks[i][: len(ids)] != NOT_TRAINED
-            trained[1 : len(marks)] = marks[1:]  # nothing predicts the first token
+        trained, advantages, version = sample.loss_mask, sample.advantages, sample.policy_version
+        if sample.rollout_logprobs is not None:
+            logprobs = sample.rollout_logprobs
+    elif i < len(group.masks):
+        marks = group.masks[i][: len(ids)] != NOT_TRAINED
+        trained[1 : len(marks)] = marks[1:]  # nothing predicts the first token
+    tokens = [
+        {
+            "position": position,
+            "id": token,
+            "text": decoder.decode([token]) if decoder is not None and decoder.knows([token]) else "",
+            "trained": bool(trained[position]),
+            "advantage": _number(advantages[position]) if trained[position] else None,
+            "logprob": _number(logprobs[position]),
+        }
+        for position, token in enumerate(ids if with_tokens else ())
+    ]
     return {
         "index": i,
         "length": len(ids),
         "trained_tokens": int(trained.sum()),
         "score": score if math.isfinite(score) else None,
-        "advantage": None if advantages is None else _spread(advantages[trained]),
-        "logprob": None if logprobs is None else _spread(logprobs[trained & ~np.isnan(logprobs)]),
+        "advantage": _spread(advantages[trained]),
+        "logprob": _spread(logprobs[trained]),
         "temperature": None if sample is None else sample.temperature,
         "policy_version": version,
         "staleness": None if version is None or current is None else current - version,
         "truncated": sample is not None and sample.truncated,
         "excluded": excluded,
         "pieces": _pieces(ids, trained.tolist(), decoder),
-        "tokens": _tokens(ids, trained.tolist(), advantages, logprobs, decoder) if with_tokens else None,
+        "tokens": tokens if with_tokens else None,
     }
 
 
-def _tokens(
-    ids: list[int],
-    marks: list[bool],
-    advantages: FloatArray | None,
-    logprobs: FloatArray | None,
-    decoder: _Decoder | None,
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "position": position,
-            "id": token,
-            "text": decoder.decode([token]) if decoder is not None and decoder.knows([token]) else "",
-            "trained": trained,
-            "advantage": float(advantages[position]) if advantages is not None and trained else None,
-            "logprob": None if logprobs is None or np.isnan(logprobs[position]) else float(logprobs[position]),
-        }
-        for position, (token, trained) in enumerate(zip(ids, marks, strict=True))
-    ]
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def _spread(values: FloatArray) -> dict[str, Any] | None:
+    values = values[~np.isnan(values)]
     if not values.size:
         return None
     return {"mean": float(values.mean()), "min": float(values.min()), "max": float(values.max()), "count": values.size}

@@ -15,7 +15,7 @@ from atropos_verl.errors import AtroposAPIError, AtroposConnectionError, Atropos
 from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.messages import TrainerRegistration
 from atropos_verl.protocol.wire import encode_group
-from atropos_verl.report.sources import is_url, load_groups, read_path, read_url
+from atropos_verl.report.inspect import load_groups, read_path, read_url
 
 G1 = b'{"tokens": [[5, 6]], "masks": [[-100, 6]], "scores": [1.0]}'
 G2 = b'{"tokens": [[7, 8]], "masks": [[-100, 8]], "scores": [2.0]}'
@@ -91,12 +91,6 @@ def test_a_directory_is_read_file_by_file(tmp_path: Path) -> None:
         ("b.json", "why", [2.0]),
         ("batch_000001.json group 0", None, [2.0]),
     ]
-
-
-def test_what_is_a_url() -> None:
-    assert is_url("http://h:1/api")
-    assert is_url("https://h")
-    assert not is_url("runs/http/batch.json")
 
 
 # ---------------------------------------------------------------------- trajectory APIs
