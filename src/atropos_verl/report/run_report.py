@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -198,7 +199,8 @@ def run(options: argparse.Namespace, console: Console | None = None) -> int:
 def _show_one(data: RunData, console: Console) -> None:
     ascii_only = not console.encoding.lower().startswith("utf")
     state = "finished" if data.is_finished else "not finished: figures so far"
-    console.print(f"{data.run_dir} ({state})", markup=False, highlight=False, soft_wrap=True)
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    say(f"{data.run_dir} ({state})")
     table = Table.grid(padding=(0, 2))
     for label, text in summary_rows(data.summary, ascii_only=ascii_only):
         table.add_row(label, text)
@@ -212,7 +214,7 @@ def _show_one(data: RunData, console: Console) -> None:
             phases.add_row(phase, seconds(statistics.median(values)), seconds(max(values)), duration(sum(values)))
     console.print(phases)
     for name, reason in data.quarantined[:5]:
-        console.print(f"refused: quarantine/{name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+        say(f"refused: quarantine/{name}: {reason}")
     if data.quarantined_total > 5:
         console.print(f"... and {data.quarantined_total - 5} more in {data.run_dir / 'quarantine'}", markup=False)
 
@@ -263,11 +265,6 @@ _CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-class _Chart(NamedTuple):
-    title: str
-    svg: str
-
-
 def render_page(runs: Sequence[RunData]) -> str:
     """Renders the page of ``runs`` (at least one). Several runs share every chart, one curve each."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -275,57 +272,32 @@ def render_page(runs: Sequence[RunData]) -> str:
     environment = Environment(
         loader=PackageLoader("atropos_verl.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    names = _distinct_names(runs)
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.run_dir.absolute()) for run in runs]
+    named = dict(zip(names, runs, strict=True))
+    keys = sorted({key for run in runs for key in run.metric_names()})
+    charts = [(title, _chart(named, of_chart)) for title, of_chart in _CHARTS]
+    environments = [key for key in keys if key.startswith("env/") and key.endswith("/reward")]
+    if len(environments) > 1:
+        charts.insert(1, ("reward per environment", _chart(named, environments)))
+    shown = {"policy_version", *itertools.chain(*(of_chart for _, of_chart in _CHARTS))}
     return environment.get_template("run_page.html.j2").render(
-        runs=[
-            {
-                "name": name,
-                "path": str(run.run_dir),
-                "is_finished": run.is_finished,
-                "rows": [(label, text) for label, text in summary_rows(run.summary, ascii_only=False) if label],
-                "samples": run.samples,
-                "quarantined": run.quarantined,
-                "quarantined_total": run.quarantined_total,
-                "config": json.dumps(run.config, indent=2) if run.config is not None else None,
-            }
-            for name, run in zip(names, runs, strict=True)
-        ],
-        charts=_curated(names, runs),
-        more=_others(names, runs),
+        runs=named,
+        rows={name: summary_rows(run.summary, ascii_only=False) for name, run in named.items()},
+        charts=[(title, svg) for title, svg in charts if svg],
+        more=[(key, svg) for key in keys if key not in shown and (svg := _chart(named, [key]))],
+        as_json=json.dumps,
     )
 
 
-def _curated(names: Sequence[str], runs: Sequence[RunData]) -> list[_Chart]:
-    charts = [_chart(title, names, runs, keys) for title, keys in _CHARTS]
-    environments = sorted({key for run in runs for key in run.metric_names() if _is_environment_reward(key)})
-    if len(environments) > 1:
-        charts.insert(1, _chart("reward per environment", names, runs, environments))
-    return [chart for chart in charts if chart.svg]
-
-
-def _others(names: Sequence[str], runs: Sequence[RunData]) -> list[_Chart]:
-    shown = {key for _, keys in _CHARTS for key in keys} | {"policy_version"}
-    keys = sorted({key for run in runs for key in run.metric_names()} - shown)
-    return [chart for key in keys if (chart := _chart(key, names, runs, [key])).svg]
-
-
-def _chart(title: str, names: Sequence[str], runs: Sequence[RunData], keys: Sequence[str]) -> _Chart:
+def _chart(runs: Mapping[str, RunData], keys: Sequence[str]) -> str:
     series = {}
-    for name, run in zip(names, runs, strict=True):
+    for name, run in runs.items():
         for key in keys:
             label = " ".join(part for part in (name if len(runs) > 1 else "", key if len(keys) > 1 else "") if part)
             series[label or key] = run.series(key)
-    return _Chart(title, line_chart(series))
-
-
-def _is_environment_reward(key: str) -> bool:
-    return key.startswith("env/") and key.endswith("/reward")
-
-
-def _distinct_names(runs: Sequence[RunData]) -> list[str]:
-    """Returns directory names; whole paths where two are equal."""
-    names = [run.name for run in runs]
-    return names if len(set(names)) == len(names) else [str(Path(run.run_dir).absolute()) for run in runs]
+    return line_chart(series)
 
 
 # ---------------------------------------------------------------------- charts
@@ -336,11 +308,10 @@ def line_chart(series: Mapping[str, Points]) -> str:
 
     Returns "" when there is nothing to draw. Values must be finite.
     """
-    drawn = {name: _thinned(points) for name, points in series.items() if points}
+    drawn = [(name, _thinned(points)) for name, points in series.items() if points]
     if not drawn:
         return ""
-    xs = [x for points in drawn.values() for x, _ in points]
-    ys = [y for points in drawn.values() for _, y in points]
+    xs, ys = zip(*itertools.chain(*(points for _, points in drawn)), strict=True)
     marks = ticks(min(ys), max(ys))
     low, high = marks[0], marks[-1]
     first, last = min(xs), max(xs)
@@ -352,10 +323,12 @@ def line_chart(series: Mapping[str, Points]) -> str:
 
     parts = [_grid(place(first, y)[1], y) for y in marks]
     parts += [_step_label(place(x, low)[0], x) for x in sorted({first, last})]
-    for index, points in enumerate(drawn.values()):
-        parts.append(_curve([place(x, y) for x, y in points], _COLOURS[index % len(_COLOURS)]))
+    legend = ""
+    for (name, points), colour in zip(drawn, itertools.cycle(_COLOURS), strict=False):
+        parts.append(_curve([place(x, y) for x, y in points], colour))
+        legend += f'<span><i style="background:{colour}"></i>{escape(name)}</span>'
     svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
-    return svg + (_legend(list(drawn)) if len(drawn) > 1 else "")
+    return svg + (f'<div class="legend">{legend}</div>' if len(drawn) > 1 else "")
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -400,11 +373,3 @@ def _curve(points: Sequence[tuple[float, float]], colour: str) -> str:
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>'
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6" stroke-linejoin="round"/>'
-
-
-def _legend(names: Sequence[str]) -> str:
-    items = (
-        f'<span><i style="background:{_COLOURS[index % len(_COLOURS)]}"></i>{escape(name)}</span>'
-        for index, name in enumerate(names)
-    )
-    return f'<div class="legend">{"".join(items)}</div>'
