@@ -73,12 +73,7 @@ Check = Callable[[], None]
 
 @dataclass
 class RolloutData:
-    """One batch on its way to the optimiser.
-
-    ``entry`` is the journalled batch, ``matches`` the ledger's knowledge of each sequence (None: not looked up),
-    ``off_policy`` the figures of look-up and staleness, ``report`` the samples once they are made, ``timings`` seconds
-    (``rollout``, ``wait``, ``decode``, ``look_up``, ``prefetch``).
-    """
+    """One batch on its way to the optimiser. ``matches`` None: not looked up yet. ``timings`` are in seconds."""
 
     groups: list[ScoredGroup]
     entry: JournalEntry | None = None

@@ -1,14 +1,8 @@
 """Staleness: puts the ledger's versions and logprobs into the groups of a batch, and leaves out old groups.
 
-One batch::
-
-    matches = provenance.recall(groups, journal, entry)           # looked up, or kept by the process before a restart
-    applied = provenance.apply(groups, matches, policy_version)   # before build_samples; the version to be updated
-    …
-    provenance.consumed(matches)                                  # trained on, and the journal says so
-
-All of it happens before ``build_samples``: tokens that are taken out of training are masked, groups that are too stale
-are left out, and neither takes part in the statistics of the batch.
+A batch is looked up (``recall``), then ``apply`` puts the matches in before ``build_samples``, then ``consumed`` says
+that it was trained on. Tokens that are taken out of training are masked, groups that are too stale are left out, and
+neither takes part in the statistics of the batch.
 """
 
 from __future__ import annotations
@@ -81,13 +75,10 @@ class Applied(NamedTuple):
 
 
 class BatchProvenance:
-    """Looks the batches of one run up in the gateway's ledger.
+    """Looks the batches of one run up in the gateway's ledger; without one only what environments say is known.
 
-    Args:
-        ledger: None: only what environments say is known.
-        decode: token ids → text, for examples in the log.
-
-    ``resumed_at`` is the policy version at which this process went on with a run; None: it began it.
+    ``decode`` (token ids → text) is for examples in the log. ``resumed_at`` is the policy version at which this process
+    went on with a run; None: it began it.
     """
 
     def __init__(
@@ -240,9 +231,7 @@ def _query(group: ScoredGroup, g: int, i: int) -> SequenceQuery:
 class LookUpFigures:
     """Counts of one batch's look-up: trained spans by env_id, and trained tokens.
 
-    ``dropped_tokens`` are unmatched ones taken out of training. ``compared_tokens`` are matched ones whose logprob the
-    environment sent as well, ``largest_difference`` is in nats. ``temperature_mismatches`` are sequences whose
-    environment names another temperature than it asked the gateway for.
+    ``compared_tokens`` are matched ones whose logprob the environment sent as well, ``largest_difference`` is in nats.
     """
 
     spans: Counter[int | None] = field(default_factory=Counter)
@@ -352,16 +341,12 @@ def group_version(group: ScoredGroup) -> int | None:
 
     A sequence without known ``token_versions`` counts with the version that its environment states.
     """
-    found: list[int] = []
+    found = []
     for i in range(len(group)):
         row = None if group.token_versions is None else group.token_versions[i]
         known = np.zeros(0) if row is None else row[row != UNKNOWN_VERSION]
-        stated = stated_version(group, i)
-        if known.size:
-            found.append(int(known.min()))
-        elif stated is not None:
-            found.append(stated)
-    return min(found) if found else None
+        found.append(int(known.min()) if known.size else stated_version(group, i))
+    return min((version for version in found if version is not None), default=None)
 
 
 def stated_version(group: ScoredGroup, i: int) -> int | None:

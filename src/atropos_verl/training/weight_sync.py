@@ -10,11 +10,9 @@ While rollouts go on beside training, ``swap`` puts newer weights into the open 
     SERVING ──swap──▶ stage_weights_from_tensor → canary (of the staged weights) → gate.pause → swap_weights
                       → gate.resume ──▶ SERVING
 
-Everything up to the pause happens while the engine generates; between pause and resume it only changes buffers. No
-token is sampled from weights that the canary has not seen. When a swap fails the gate is shut.
-
-If any step of *enter* fails the gate stays closed and the error is raised; entering again starts over. *Exit* never
-masks the exception of the body: a failure while leaving is then logged and attached to it as a note.
+Everything up to the pause happens while the engine generates. No token is sampled from weights that the canary has not
+seen. When *enter* or a swap fails the gate stays shut; entering again starts over. *Exit* never masks the exception of
+the body: a failure while leaving is then logged and attached to it as a note.
 """
 
 from __future__ import annotations
@@ -46,9 +44,10 @@ class WeightSource(Protocol):
 
 
 class SyncableEngine(Protocol):
-    """The engine's side: SGLang's and verl's three verbs. ``update_weights_from_tensor`` may also take
-    ``policy_version=`` and may return the bytes it copied. For ``swap`` an engine has a second buffer of weights:
-    ``stage_weights_from_tensor`` fills the idle one while generation goes on, ``swap_weights`` changes over."""
+    """The engine's side. ``update_weights_from_tensor`` may also take ``policy_version=`` and return the bytes copied.
+
+    For ``swap`` an engine has a second buffer: ``stage_weights_from_tensor`` fills it, ``swap_weights`` changes over.
+    """
 
     def update_weights_from_tensor(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Any: ...
 

@@ -151,11 +151,6 @@ class PolicyWorker:
         return outputs[0] if len(outputs) == 1 else _average(outputs)
 
     @_on_every_rank
-    def compute_logprobs(self, samples: list[TrainingSample]) -> list[FloatArray]:
-        """Logprobs [T] of each sample's trained tokens under the current policy at its temperature; 0 elsewhere."""
-        return self._logprobs(samples)
-
-    @_on_every_rank
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Full (gathered) weights by Hugging Face name. Consume all of it: other ranks take part in each gather."""
         tensors, _ = self._worker.engine.get_per_tensor_param()
@@ -179,8 +174,6 @@ class PolicyWorker:
         with _verl_prints_to_log():
             self._worker.load_checkpoint(str(directory))
 
-    # ------------------------------------------------------------------ the same on every rank
-
     def _update(self, samples: list[TrainingSample], old: list[FloatArray] | None, *, last: bool) -> TrainOutput:
         from verl.utils import tensordict_utils as tu
 
@@ -201,6 +194,7 @@ class PolicyWorker:
         return TrainOutput(loss, grad_norm, lr, self.loss_function.finish())
 
     def _logprobs(self, samples: list[TrainingSample]) -> list[FloatArray]:
+        """Logprobs [T] of each sample's trained tokens under the current policy at its temperature; 0 elsewhere."""
         from verl.utils import tensordict_utils as tu
 
         shares = split_for_ranks(samples, self.world_size)
@@ -219,6 +213,8 @@ class PolicyWorker:
             torch.distributed.all_gather_object(everyone, mine)
         found = {index: values for part in everyone for index, values in part.items()}
         return [found[i] for i in range(len(samples))]
+
+    compute_logprobs = _on_every_rank(_logprobs)
 
     def _to_tensordict(self, samples: list[TrainingSample], old: list[FloatArray] | None) -> Any:
         from verl.utils import tensordict_utils as tu

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from atropos_verl.backends.ray.transfer import Row, has_rollout_logprobs, make_rows
 from atropos_verl.errors import DataError
@@ -71,30 +71,17 @@ class Slot:
     wait_seconds: float = 0.0
 
 
-@dataclass
-class _Collected:
-    """Groups of one slot so far, with their samples."""
+class _Collected(NamedTuple):
+    """One group of a slot, with its samples."""
 
-    samples: list[TrainingSample] = field(default_factory=list)
-    advantages: list[SequenceAdvantage] = field(default_factory=list)
-    groups: list[tuple[Member, int]] = field(default_factory=list)
-    """Each with the number of its samples."""
-    sequences: int = 0
-    """As the environments sent them, overlong ones included."""
+    member: Member
+    samples: list[TrainingSample]
+    advantages: list[SequenceAdvantage]
 
-    def remove_above(self, batch_size: int) -> list[Member]:
-        """Removes whole groups above ``batch_size`` sequences, of which verl would make a second optimiser step.
 
-        Returns them in order, for the next slot.
-        """
-        left: list[Member] = []
-        while self.sequences > batch_size and len(self.groups) > 1:
-            member, count = self.groups.pop()
-            self.sequences -= len(member.group)
-            keep = len(self.samples) - count
-            del self.samples[keep:], self.advantages[keep:]
-            left.insert(0, member)
-        return left
+def _sequences(found: Sequence[_Collected]) -> int:
+    """Counts them as the environments sent them, overlong ones included."""
+    return sum(len(one.member.group) for one in found)
 
 
 class TrajectoryFeed:
@@ -132,10 +119,7 @@ class TrajectoryFeed:
         self._wanted: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trajectory-feed", daemon=True)
-
         self.start = self._thread.start
-
-    # ------------------------------------------------------------------ the trainer's side
 
     def request(self, uid: str, global_steps: int) -> None:
         """Asks for a slot to be filled; returns at once."""
@@ -200,8 +184,6 @@ class TrajectoryFeed:
         if self._thread.is_alive():
             self._thread.join(timeout)
 
-    # ------------------------------------------------------------------ the thread
-
     def _run(self) -> None:
         try:
             while not self._stopping.is_set():
@@ -236,14 +218,14 @@ class TrajectoryFeed:
     def _fill(self, slot: Slot) -> None:
         self.store.running(slot.uid)
         started = time.monotonic()
-        found = _Collected()
+        found: list[_Collected] = []
         with self._lock:
             self.slots[slot.uid] = slot
             members, self._carried = self._carried, []
             slot.entries = list({member.entry.sequence: member.entry for member in members}.values())
         self._collect(members, slot, found)
         batches = 0
-        while found.sequences < self.batch_size:
+        while _sequences(found) < self.batch_size:
             if batches:
                 self.source.done()  # several batches make one slot, which the throttle counts as one
             data = self.source.next(self._while_waiting)
@@ -255,31 +237,35 @@ class TrajectoryFeed:
             pairs = enumerate(zip(data.groups, data.matches or [], strict=True))
             fresh = [Member(data.entry, i, group, row) for i, (group, row) in pairs if i not in consumed]
             self._collect(fresh, slot, found)
-            trained = any(sample.loss_mask.any() for sample in found.samples)
+            trained = any(sample.loss_mask.any() for one in found for sample in one.samples)
             if self.provenance.config.max_staleness is None and trained and not members:
                 break  # the API's batches are whole; a smaller one is trained as it is
         with self._lock:
-            self._carried = found.remove_above(self.batch_size)
+            # Of whole groups above the size verl would make a second optimiser step: they wait for the next slot.
+            while _sequences(found) > self.batch_size and len(found) > 1:
+                self._carried.insert(0, found.pop().member)
             later = {id(member) for member in self._carried}
             slot.members = [member for member in slot.members if id(member) not in later]
         slot.wait_seconds = time.monotonic() - started
         served = self.served_version()
-        slot.off_policy |= staleness_metrics(found.samples, served)
-        for member, _ in found.groups:
+        samples = [sample for one in found for sample in one.samples]
+        slot.off_policy |= staleness_metrics(samples, served)
+        for member, _, _ in found:
             scores = [float(score) for score in member.group.scores]
             slot.scores += scores
             if member.group.env_id is not None:
                 slot.env_scores.setdefault(member.group.env_id, []).extend(scores)
-        sizes = {member.group.group_id: len(member.group) for member, _ in found.groups}
+        sizes = {one.member.group.group_id: len(one.member.group) for one in found}
+        advantages = [advantage for one in found for advantage in one.advantages]
         rows = make_rows(
-            slot.uid, found.samples, found.advantages, served=served, global_steps=slot.global_steps, group_sizes=sizes
+            slot.uid, samples, advantages, served=served, global_steps=slot.global_steps, group_sizes=sizes
         )
         slot.counts.update(
-            groups=len(found.groups),
+            groups=len(found),
             carried=len(self._carried),
             sequences=len(rows),
-            untrained=len(found.samples) - len(rows),
-            trained_tokens=sum(int(sample.loss_mask.sum()) for sample in found.samples),
+            untrained=len(samples) - len(rows),
+            trained_tokens=sum(int(sample.loss_mask.sum()) for sample in samples),
         )
         self.store.put(slot.uid, rows)
 
@@ -297,7 +283,7 @@ class TrajectoryFeed:
                 self._parts[entry.sequence] = dict(covered)
         return covered
 
-    def _collect(self, members: Sequence[Member], slot: Slot, into: _Collected) -> None:
+    def _collect(self, members: Sequence[Member], slot: Slot, into: list[_Collected]) -> None:
         """Makes samples of groups, all of one batch or left over from one."""
         slot.members += members
         groups, matches = [m.group for m in members], [m.matches for m in members]
@@ -316,10 +302,7 @@ class TrajectoryFeed:
             reason = self._refuses(samples)
             if reason is None:
                 # The samples are of the group as the ledger completed it, the member is the group as it came.
-                into.groups.append((members[place], len(samples)))
-                into.sequences += len(group)
-                into.samples += samples
-                into.advantages += [advantages[i] for i in rows]
+                into.append(_Collected(members[place], samples, [advantages[i] for i in rows]))
             elif self.provenance.settings.on_bad_group == "error":
                 raise DataError(reason)
             else:

@@ -11,9 +11,8 @@ sequences are ``{uid}_{i}_0``. The field ``uid`` of a row is its *group*, which 
 Of a sequence, everything before the first trained token is the prompt, the rest the response, with the real mask: tool
 and environment tokens between two turns are 0 in it.
 
-Later the advantages of a step replace verl's (``finish_batch``). verl's estimators see scores and masks; token-level
-advantages of the environment, forced zeros, normalisation over the trained tokens of the step and clipping are done
-here, by ``training.advantages``, the code of the local backend.
+Later the advantages of a step replace verl's (``finish_batch``): verl's estimators know no token-level advantages of
+the environment, forced zeros, normalisation over the trained tokens of the step, or clipping.
 """
 
 from __future__ import annotations
@@ -66,7 +65,11 @@ def make_rows(
 def _row(
     key: str, sample: TrainingSample, advantage: SequenceAdvantage, served: int, step: int, group_size: int
 ) -> Row:
-    oldest, newest = _versions(sample, served)
+    # Oldest and newest version that wrote a trained token.
+    versions = sample.token_versions
+    known = np.zeros(0) if versions is None else versions[sample.loss_mask & (versions != UNKNOWN_VERSION)]
+    stated = served if sample.policy_version is None else sample.policy_version
+    oldest, newest = (int(known.min()), int(known.max())) if known.size else (stated, stated)
     start = int(np.argmax(sample.loss_mask))  # above 0: position 0 is never trained
     token_ids = torch.from_numpy(np.ascontiguousarray(sample.token_ids, dtype=np.int64))
     mask = torch.from_numpy(sample.loss_mask.astype(np.int64))
@@ -111,16 +114,6 @@ def _row(
 def has_rollout_logprobs(sample: TrainingSample) -> bool:
     """True when every trained token carries the logprob it was sampled with."""
     return sample.rollout_logprobs is not None and not np.isnan(sample.rollout_logprobs[sample.loss_mask]).any()
-
-
-def _versions(sample: TrainingSample, served: int) -> tuple[int, int]:
-    """Oldest and newest policy version that wrote the trained tokens."""
-    row = sample.token_versions
-    written = np.zeros(0) if row is None else row[sample.loss_mask & (row != UNKNOWN_VERSION)]
-    if written.size:
-        return int(written.min()), int(written.max())
-    stated = served if sample.policy_version is None else sample.policy_version
-    return stated, stated
 
 
 def finish_batch(

@@ -63,28 +63,15 @@ def linear_token_logprobs(
     rows, vocabulary = labels.shape[0], weight.shape[0]
     with torch.autocast(hidden.device.type, enabled=False):  # it would undo the choice of dtype made here
         if keep_bytes is None and rows * vocabulary * accumulate.itemsize <= DIRECT_BYTES:
-            return _direct(hidden, weight, labels, scale, bias, accumulate)
+            product = _product_dtype(hidden)
+            logits = (hidden.to(product) @ weight.to(product).t()).to(accumulate)
+            logits = logits if bias is None else logits + bias.to(accumulate)
+            logits = logits if scale is None else logits / scale[:, None]
+            return logits.gather(1, labels[:, None]).squeeze(1) - logits.logsumexp(1)
         logprobs: torch.Tensor = _KeptLogprobs.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
             hidden, weight, labels, scale, bias, keep_bytes or KEEP_BYTES[hidden.dtype]
         )
         return logprobs
-
-
-def _direct(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    accumulate: torch.dtype,
-) -> torch.Tensor:
-    product = _product_dtype(hidden)
-    logits = (hidden.to(product) @ weight.to(product).t()).to(accumulate)
-    if bias is not None:
-        logits = logits + bias.to(accumulate)
-    if scale is not None:
-        logits = logits / scale[:, None]
-    return logits.gather(1, labels[:, None]).squeeze(1) - logits.logsumexp(1)
 
 
 class _KeptLogprobs(torch.autograd.Function):
@@ -160,9 +147,6 @@ class _KeptLogprobs(torch.autograd.Function):
         )
 
 
-# ---------------------------------------------------------------------- parts
-
-
 def _difference(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -231,8 +215,7 @@ def _row_temperature(temperature: float | torch.Tensor, hidden: torch.Tensor) ->
         if temperature == 1.0:
             return None
         temperature = torch.tensor(temperature, dtype=torch.float64)
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return temperature.detach().to(device=hidden.device, dtype=dtype).expand(hidden.shape[0])
+    return temperature.detach().to(hidden.device, _accumulate_dtype(hidden)).expand(hidden.shape[0])
 
 
 def _one_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -52,22 +52,19 @@ def advantage_weighted_sft_loss(
     run on much negative data can diverge. The clipped-ratio loss (``loss.type=grpo``) is bounded.
 
     Args:
-        logprobs: [...] with a graph; entry t is the logprob of token t.
-        advantages: [...].
+        logprobs, advantages: [...]; entry t is of token t. The logprobs have a graph.
         loss_mask: [...]; not 0 = trained. In ``[B, L]`` column 0 is never trained, whatever the mask says. A packed
             [N] mask must itself leave out the first token of each sequence (``build_samples`` does).
         num_loss_tokens: the denominator, trained tokens of the global batch. None: those of this mask.
-        rollout_logprobs: [...] of the policy that sampled; NaN = no value. With them the ``importance/*`` means are
-            measured.
+        rollout_logprobs: [...] of the policy that sampled; NaN = no value. They also give the ``importance/*`` means.
         tis_cap: cap of the truncated importance weights w of trainer (these logprobs, without gradient) over rollout
             policy; None: w = 1. importance, sequence_ids: see ``importance_weights``.
 
     Returns:
-        ``loss`` [] float32 or float64. No trained token: exactly 0, with a graph whose gradients are 0.
-        ``metrics``: means over this call's trained tokens.
+        ``loss`` [] float32 or float64; exactly 0, with gradients of 0, without a trained token. ``metrics``: means
+        over this call's trained tokens.
 
-    Raises:
-        ValueError: the shapes differ.
+    Raises ``ValueError`` when the shapes differ.
     """
     mask = _trained(loss_mask, logprobs, advantages)
     logprobs = _masked(_at_least_float32(logprobs), mask)
@@ -92,10 +89,7 @@ def compute_advantage_weighted_sft_loss(
     """``advantage_weighted_sft_loss`` from a causal model's logits [B, L, V]: token t is predicted from t - 1.
 
     Only rows that predict a trained token are touched, so logits elsewhere may be anything, and their gradient is 0.
-
-    Args:
-        input_ids, advantages, loss_mask: [B, L]; position 0 is never trained.
-        temperature: the sampling temperature, one number or [B].
+    The others are [B, L]; position 0 is never trained. ``temperature`` is one number or [B].
     """
     if logits.shape[:2] != input_ids.shape:
         raise ValueError(f"logits {tuple(logits.shape)} do not fit input_ids {tuple(input_ids.shape)}")
@@ -140,17 +134,14 @@ def clipped_ratio_loss(
     weights and for an engine whose logprobs are not the trainer's; 1 where ``rollout_logprobs`` or ``tis_cap`` is None.
 
     Args:
-        logprobs: [...] with a graph. old_logprobs: [...] of the policy before this batch's updates.
-        advantages, loss_mask, num_loss_tokens: as ``advantage_weighted_sft_loss``.
-        rollout_logprobs: [...] of the engine that sampled; NaN = no value.
+        old_logprobs: [...] of the policy before this batch's updates. The others: as ``advantage_weighted_sft_loss``.
 
     Returns:
         ``metrics``, means over this call's trained tokens: ``ratio_mean``, ``clip_fraction`` (clipped above or below),
         ``clip_fraction_dual``, ``approx_kl`` (Schulman's k3, ``r - 1 - log r``, of old to new); with rollout logprobs
         also ``importance/*``.
 
-    Raises:
-        ValueError: the shapes differ.
+    Raises ``ValueError`` when the shapes differ.
     """
     mask = _trained(loss_mask, logprobs, old_logprobs, advantages)
     logprobs = _masked(_at_least_float32(logprobs), mask)
@@ -175,9 +166,6 @@ def clipped_ratio_loss(
         losses = losses * weights
     loss = _masked(losses, mask).sum() / _denominator(mask, num_loss_tokens)
     return LossOutput(loss=loss, metrics=_means(figures, mask))
-
-
-# ---------------------------------------------------------------------- parts
 
 
 def _trained(loss_mask: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
@@ -215,9 +203,6 @@ def _at_least_float32(values: torch.Tensor) -> torch.Tensor:
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
-# ---------------------------------------------------------------------- importance weights
-
-
 def importance_weights(
     old: torch.Tensor,
     rollout: torch.Tensor,
@@ -232,12 +217,10 @@ def importance_weights(
     Args:
         old: [...] the trainer's logprobs before the update. rollout: [...] of the policy that sampled; NaN = no value.
         mask: [...] bool, trained.
-        level: ``token`` or ``sequence``.
+        level: ``token`` or ``sequence``; packed [N] tensors need ``sequence_ids`` [N] int64 for the latter.
         cap: above 0.
-        sequence_ids: [...] int64, needed for ``level="sequence"`` of packed [N] tensors; [B, L] has its rows.
 
-    Raises:
-        ValueError: shapes differ, or ``sequence_ids`` are missing.
+    Raises ``ValueError`` when shapes differ, or ``sequence_ids`` are missing.
     """
     log_ratio, known = _log_ratio(old, rollout, mask)
     applies = known
@@ -278,17 +261,13 @@ def _importance(
 
 
 def summarise_importance(means: Mapping[str, float]) -> dict[str, float]:
-    """Means over trained tokens → the figures that are reported.
+    """Means over trained tokens → the figures that are reported; those of other names are left as they are.
 
-    Returns:
-        What is not of this module unchanged, and, where any rollout logprob is known, over those tokens:
-        ``off_policy/ratio_mean`` (of the untruncated token ratios; 1 in expectation under the rollout policy),
-        ``off_policy/kl_k1`` and ``off_policy/kl_k3``: estimates of KL(rollout ‖ trainer) from the rollout policy's
-        samples, Schulman's ("Approximating KL divergence", 2020) k1 = -log r, unbiased and of high variance, and
-        k3 = r - 1 - log r, unbiased and never negative. ``off_policy/log_ratio_max_abs``,
-        ``off_policy/known_logprob_share`` (of the trained tokens), and with weights ``off_policy/weight_mean``,
-        ``off_policy/clipped_share`` and ``off_policy/effective_sample_size`` = mean(w)² / mean(w²), in (0, 1] (Kish
-        1965, over the number of tokens).
+    The figures are over the tokens whose rollout logprob is known, ``off_policy/known_logprob_share`` of the trained
+    ones. ``ratio_mean`` is of the untruncated token ratios, 1 in expectation under the rollout policy. ``kl_k1`` and
+    ``kl_k3`` estimate KL(rollout ‖ trainer) from the rollout policy's samples (Schulman, "Approximating KL divergence",
+    2020): k1 = -log r, unbiased and of high variance, k3 = r - 1 - log r, unbiased and never negative.
+    ``effective_sample_size`` is mean(w)² / mean(w²), in (0, 1] (Kish 1965, over the number of tokens).
     """
     rest = {name: value for name, value in means.items() if not name.startswith(PREFIX)}
     own = {name.removeprefix(PREFIX): value for name, value in means.items() if name.startswith(PREFIX)}
