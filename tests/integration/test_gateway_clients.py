@@ -41,6 +41,12 @@ def url(served: tuple[FakeEngine, RequestGate, str], engine: FakeEngine) -> str:
     return served[2]
 
 
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
 def logprobs(index: int, count: int) -> list[float]:
     return [logprob_of(index, position) for position in range(count)]
 
@@ -48,86 +54,83 @@ def logprobs(index: int, count: int) -> list[float]:
 # the openai package -------------------------------------------------------------------------------------------------
 
 
-def test_openai_chat(url: str, model_dir: Path, tokenizer: Any) -> None:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
-        answer = client.chat.completions.create(
-            model=str(model_dir),
-            messages=HI,  # type: ignore[arg-type]
-            n=2,
-            max_tokens=8,
-            temperature=0.5,
-            logprobs=True,
-            top_logprobs=0,
-            extra_body={"return_token_ids": True, "top_k": 3},
-        )
-        assert [choice.message.content for choice in answer.choices] == ["yes", "no"]
-        assert [choice.finish_reason for choice in answer.choices] == ["stop", "stop"]
-        assert answer.choices[1].logprobs is not None and answer.choices[1].logprobs.content is not None
-        assert [entry.logprob for entry in answer.choices[1].logprobs.content] == logprobs(1, 3)
-        assert [entry.token for entry in answer.choices[1].logprobs.content] == ["n", "o", "<|im_end|>"]
-        assert answer.usage is not None
-        prompt = tokenizer.encode(HI_PROMPT, add_special_tokens=False)
-        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(prompt), 7)
-        assert answer.model_extra is not None and answer.model_extra["prompt_token_ids"] == prompt
-        assert answer.choices[0].model_extra is not None and answer.choices[0].model_extra["token_ids"] == YES
+def test_openai_chat(client: openai.OpenAI, model_dir: Path, tokenizer: Any) -> None:
+    answer = client.chat.completions.create(
+        model=str(model_dir),
+        messages=HI,  # type: ignore[arg-type]
+        n=2,
+        max_tokens=8,
+        temperature=0.5,
+        logprobs=True,
+        top_logprobs=0,
+        extra_body={"return_token_ids": True, "top_k": 3},
+    )
+    assert [choice.message.content for choice in answer.choices] == ["yes", "no"]
+    assert [choice.finish_reason for choice in answer.choices] == ["stop", "stop"]
+    assert answer.choices[1].logprobs is not None and answer.choices[1].logprobs.content is not None
+    assert [entry.logprob for entry in answer.choices[1].logprobs.content] == logprobs(1, 3)
+    assert [entry.token for entry in answer.choices[1].logprobs.content] == ["n", "o", "<|im_end|>"]
+    assert answer.usage is not None
+    prompt = tokenizer.encode(HI_PROMPT, add_special_tokens=False)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(prompt), 7)
+    assert answer.model_extra is not None and answer.model_extra["prompt_token_ids"] == prompt
+    assert answer.choices[0].model_extra is not None and answer.choices[0].model_extra["token_ids"] == YES
 
 
-def test_openai_streams(url: str, model_dir: Path) -> None:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
-        texts, reasons, usage = ["", ""], ["", ""], None
-        for chunk in client.chat.completions.create(
-            model=str(model_dir),
-            messages=HI,  # type: ignore[arg-type]
-            n=2,
-            stream=True,
-            stream_options={"include_usage": True},
-        ):
-            usage = chunk.usage or usage
-            for choice in chunk.choices:
-                texts[choice.index] += choice.delta.content or ""
-                reasons[choice.index] += choice.finish_reason or ""
-        assert (texts, reasons) == (["yes", "no"], ["stop", "stop"])
-        assert usage is not None and usage.completion_tokens == 7
-        pieces = client.completions.create(model=str(model_dir), prompt="a", stream=True, logprobs=0)
-        text = "".join(piece.choices[0].text for piece in pieces)
-        assert text == "yes"
+def test_openai_streams(client: openai.OpenAI, model_dir: Path) -> None:
+    texts, reasons, usage = ["", ""], ["", ""], None
+    for chunk in client.chat.completions.create(
+        model=str(model_dir),
+        messages=HI,  # type: ignore[arg-type]
+        n=2,
+        stream=True,
+        stream_options={"include_usage": True},
+    ):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            reasons[choice.index] += choice.finish_reason or ""
+    assert (texts, reasons) == (["yes", "no"], ["stop", "stop"])
+    assert usage is not None and usage.completion_tokens == 7
+    pieces = client.completions.create(model=str(model_dir), prompt="a", stream=True, logprobs=0)
+    text = "".join(piece.choices[0].text for piece in pieces)
+    assert text == "yes"
 
 
-def test_openai_completions_and_models(url: str, model_dir: Path) -> None:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
-        answer = client.completions.create(model=str(model_dir), prompt=[[64], [65, 66]], n=2, logprobs=1)
-        assert [choice.text for choice in answer.choices] == ["yes", "no", "yes", "no"]
-        assert answer.choices[3].logprobs is not None
-        assert answer.choices[3].logprobs.token_logprobs == logprobs(1, 3)
-        assert [model.id for model in client.models.list()] == [str(model_dir)]
-        assert client.models.retrieve(str(model_dir)).owned_by == "atropos-verl"
+def test_openai_completions_and_models(client: openai.OpenAI, model_dir: Path) -> None:
+    answer = client.completions.create(model=str(model_dir), prompt=[[64], [65, 66]], n=2, logprobs=1)
+    assert [choice.text for choice in answer.choices] == ["yes", "no", "yes", "no"]
+    assert answer.choices[3].logprobs is not None
+    assert answer.choices[3].logprobs.token_logprobs == logprobs(1, 3)
+    assert [model.id for model in client.models.list()] == [str(model_dir)]
+    assert client.models.retrieve(str(model_dir)).owned_by == "atropos-verl"
 
 
-def test_openai_errors_arrive_as_the_packages_own_exceptions(url: str, engine: FakeEngine) -> None:
+def test_openai_errors_arrive_as_the_packages_own_exceptions(
+    client: openai.OpenAI, url: str, engine: FakeEngine
+) -> None:
     stranger = openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0)
     with stranger, pytest.raises(openai.AuthenticationError, match="API key"):
         stranger.completions.create(model="m", prompt="a")
-    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
-        with pytest.raises(openai.BadRequestError) as caught:
-            client.completions.create(model="m", prompt="a" * 600)
-        assert caught.value.code == "context_length_exceeded" and caught.value.param == "prompt"
-        with pytest.raises(openai.BadRequestError, match="presence_penalty"):
-            client.completions.create(model="m", prompt="a", presence_penalty=1.0)
-        with pytest.raises(openai.NotFoundError):
-            client.embeddings.create(model="m", input="a")
-        engine.fail_with = RuntimeError("boom")
-        with pytest.raises(openai.InternalServerError):
-            client.completions.create(model="m", prompt="a")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="m", prompt="a" * 600)
+    assert caught.value.code == "context_length_exceeded" and caught.value.param == "prompt"
+    with pytest.raises(openai.BadRequestError, match="presence_penalty"):
+        client.completions.create(model="m", prompt="a", presence_penalty=1.0)
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model="m", input="a")
+    engine.fail_with = RuntimeError("boom")
+    with pytest.raises(openai.InternalServerError):
+        client.completions.create(model="m", prompt="a")
 
 
-def test_openai_client_that_leaves_a_stream_frees_the_slot(url: str, engine: FakeEngine) -> None:
+def test_openai_client_that_leaves_a_stream_frees_the_slot(client: openai.OpenAI, engine: FakeEngine) -> None:
     engine.reset(token_delay=0.02)
-    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
-        stream = client.completions.create(model="m", prompt="a", max_tokens=500, stream=True)
-        assert next(iter(stream)).choices[0].text == "b"
-        stream.close()
-        eventually(lambda: len(engine.cancelled) == 1 and not engine.active, "the slot to be free")
-        assert engine.finished == []
+    stream = client.completions.create(model="m", prompt="a", max_tokens=500, stream=True)
+    assert next(iter(stream)).choices[0].text == "b"
+    stream.close()
+    eventually(lambda: len(engine.cancelled) == 1 and not engine.active, "the slot to be free")
+    assert engine.finished == []
 
 
 # atroposlib's servers -----------------------------------------------------------------------------------------------

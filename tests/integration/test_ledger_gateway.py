@@ -37,6 +37,16 @@ def served(tokenizer: Any) -> Iterator[tuple[SwappingEngine, Ledger, httpx.Clien
 
 
 @pytest.fixture
+def ledger(served: tuple[SwappingEngine, Ledger, httpx.Client]) -> Ledger:
+    return served[1]
+
+
+@pytest.fixture
+def client(served: tuple[SwappingEngine, Ledger, httpx.Client]) -> httpx.Client:
+    return served[2]
+
+
+@pytest.fixture
 def engine(served: tuple[SwappingEngine, Ledger, httpx.Client], tokenizer: Any) -> SwappingEngine:
     served[0].reset(text_reply(tokenizer, "yes<|im_end|>", "no<|im_end|>"))
     served[0].base += 10  # another oracle for every test
@@ -61,9 +71,8 @@ def check(match: SequenceMatch, start: int, count: int, base: int, index: int) -
     "dialect", ["chat", "completions", "vllm", "sglang", "trl", "chat stream", "completions stream"]
 )
 def test_every_dialect_is_written_down(
-    served: tuple[SwappingEngine, Ledger, httpx.Client], engine: SwappingEngine, tokenizer: Any, dialect: str
+    ledger: Ledger, client: httpx.Client, engine: SwappingEngine, tokenizer: Any, dialect: str
 ) -> None:
-    _, ledger, client = served
     prompt, shared = tokenizer.encode("ab"), {"n": 2, "temperature": 0.7}
     path, body = {
         "chat": ("/v1/chat/completions", {"messages": HI, **shared}),
@@ -85,9 +94,8 @@ def test_every_dialect_is_written_down(
 
 
 def test_a_stream_that_its_reader_left_is_known_as_far_as_it_went(
-    served: tuple[SwappingEngine, Ledger, httpx.Client], engine: SwappingEngine, tokenizer: Any
+    ledger: Ledger, client: httpx.Client, engine: SwappingEngine, tokenizer: Any
 ) -> None:
-    _, ledger, client = served
     engine.reset(text_reply(tokenizer, "x" * 300), token_delay=0.005)
     recorded = ledger.stats().recorded_spans
     with openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0) as session:
@@ -101,10 +109,7 @@ def test_a_stream_that_its_reader_left_is_known_as_far_as_it_went(
     check(match, 4, len(read), engine.base, 0)
 
 
-def test_figures_are_in_the_gateways_metrics(
-    served: tuple[SwappingEngine, Ledger, httpx.Client], engine: SwappingEngine
-) -> None:
-    _, ledger, client = served
+def test_figures_are_in_the_gateways_metrics(ledger: Ledger, client: httpx.Client, engine: SwappingEngine) -> None:
     client.post("/v1/completions", json={"prompt": "figures", "n": 2})
     text = client.get("/metrics").text
     stats = ledger.stats()
@@ -127,13 +132,8 @@ def as_query(node: Any, group: int = 0, *, with_logprobs: bool = False) -> Seque
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 async def test_every_span_of_a_managed_conversation_is_matched(
-    kind: str,
-    served: tuple[SwappingEngine, Ledger, httpx.Client],
-    engine: SwappingEngine,
-    model_dir: Path,
-    tokenizer: Any,
+    kind: str, ledger: Ledger, client: httpx.Client, engine: SwappingEngine, model_dir: Path, tokenizer: Any
 ) -> None:
-    _, ledger, client = served
     async with managed_server(kind, str(client.base_url).rstrip("/"), model_dir, tokenizer) as managed:
         messages: list[dict[str, str]] = [*HI]
         for _ in range(3):
@@ -150,10 +150,9 @@ async def test_every_span_of_a_managed_conversation_is_matched(
 
 
 async def test_a_group_of_identical_prompts_is_matched_one_to_one(
-    served: tuple[SwappingEngine, Ledger, httpx.Client], engine: SwappingEngine, model_dir: Path, tokenizer: Any
+    ledger: Ledger, client: httpx.Client, engine: SwappingEngine, model_dir: Path, tokenizer: Any
 ) -> None:
     """n = 12, which atroposlib splits into 8 and 4: six times "yes", six times "no"; another group asks the same."""
-    _, ledger, client = served
     groups = []
     for _ in range(2):
         base = engine.base
@@ -171,11 +170,10 @@ async def test_a_group_of_identical_prompts_is_matched_one_to_one(
             assert match.versions[query.loss_mask].tolist() == [base + k // 2 for k in range(3)]
 
 
-async def test_an_environment_that_tokenizes_anew_is_reported_and_not_mistaken(
-    served: tuple[SwappingEngine, Ledger, httpx.Client], engine: SwappingEngine, tokenizer: Any
+def test_an_environment_that_tokenizes_anew_is_reported_and_not_mistaken(
+    ledger: Ledger, client: httpx.Client, engine: SwappingEngine, tokenizer: Any
 ) -> None:
     """It asks by chat, gets text, and posts the text in capitals (and, once, with a template of its own)."""
-    _, ledger, client = served
     message = {"role": "user", "content": "anew"}
     answer = client.post("/v1/chat/completions", json={"messages": [message], "n": 1}).json()
     text = answer["choices"][0]["message"]["content"]

@@ -19,13 +19,10 @@ if TYPE_CHECKING:
 class GenerationEngine(Protocol):
     """Generates from the newest weights it has. Safe to call from several threads and loops."""
 
-    @property
-    def policy_version(self) -> int:
-        """Version of the weights it holds; -1 before the first update from a trainer."""
-
-    @property
-    def max_context_len(self) -> int:
-        """Prompt plus completion, in tokens, at most."""
+    policy_version: int
+    """Version of the weights it holds; -1 before the first update from a trainer."""
+    max_context_len: int
+    """Prompt plus completion, in tokens, at most."""
 
     async def agenerate(self, request: GenerationRequest) -> list[Generation]:
         """``request.n`` completions. Cancelling the awaiting task frees the request's slots.

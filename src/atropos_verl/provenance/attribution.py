@@ -14,7 +14,7 @@ counts as ambiguous, and nothing is guessed.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -106,7 +106,7 @@ class _Chooser:
 
         def as_sent(record: SpanRecord) -> NDArray[np.float32]:
             """The logprobs as the gateway sent them to the environment."""
-            return np.maximum(record.logprobs[_inside(record, piece)], np.float32(MIN_LOGPROB))
+            return np.maximum(record.logprobs[record.inside(piece)], np.float32(MIN_LOGPROB))
 
         def evidence(record: SpanRecord) -> tuple[bool, bool, int, bool]:
             return (
@@ -122,24 +122,21 @@ class _Chooser:
 
     def _whole_requests(self) -> dict[tuple[int, int], set[int]]:
         """(group, prompt) → requests that wrote every piece (of two or more) that follows this prompt in the group."""
-        wanted: dict[tuple[int, int], Counter[tuple[int, int]]] = {}
+        wanted: defaultdict[tuple[int, int], Counter[tuple[int, int]]] = defaultdict(Counter)
         offered: dict[tuple[int, int], dict[tuple[int, int], Counter[int]]] = {}
         for query, pieces in zip(self._queries, self._pieces, strict=True):
             for piece in pieces:
                 first = piece.candidates[0]
                 key = (query.group, first.prompt.key)
                 content = (piece.stop, first.end_key)
-                wanted.setdefault(key, Counter())[content] += 1
+                wanted[key][content] += 1
                 offered.setdefault(key, {}).setdefault(content, Counter(r.request for r in piece.candidates))
-        result: dict[tuple[int, int], set[int]] = {}
+        whole: dict[tuple[int, int], set[int]] = {key: set() for key in wanted}
         for key, contents in wanted.items():
-            requests = set.intersection(*(set(offered[key][content]) for content in contents))
-            result[key] = {
-                request
-                for request in requests
-                if contents.total() > 1 and all(offered[key][c][request] >= n for c, n in contents.items())
-            }
-        return result
+            for request in next(iter(offered[key].values())):
+                if contents.total() > 1 and all(offered[key][c][request] >= n for c, n in contents.items()):
+                    whole[key].add(request)
+        return whole
 
 
 def _match(
@@ -163,13 +160,15 @@ def _match(
         part = slice(piece.start, piece.stop)
         known[part] = True
         first = records[0]
-        versions[part], logprobs[part] = _of_piece(first, piece)
+        versions[part], logprobs[part] = first.versions(piece), first.logprobs[first.inside(piece)]
         for other in records[1:]:
-            other_versions, other_logprobs = _of_piece(other, piece)
-            differ = _weights_differ(first, other, piece)
+            other_weights = first.written_by(piece) != other.written_by(piece)
+            if first.branch != other.branch:
+                other_weights[:] = True
             # Of the same weights two logprobs differ by rounding at most (by what else was in the engine's batch).
-            logprobs[part][differ & (logprobs[part] != other_logprobs)] = np.nan
-            versions[part][versions[part] != other_versions] = UNKNOWN_VERSION
+            unequal = logprobs[part] != other.logprobs[other.inside(piece)]
+            logprobs[part][other_weights & unequal] = np.nan
+            versions[part][versions[part] != other.versions(piece)] = UNKNOWN_VERSION
         if any(other.policies != first.policies for other in records[1:]):
             ambiguous.add(number)
         temperatures.update(record.temperature for record in records)
@@ -185,23 +184,6 @@ def _match(
         difference=difference,
         records=tuple(record.order for record in certain),
     )
-
-
-def _weights_differ(one: SpanRecord, other: SpanRecord, piece: Piece) -> NDArray[np.bool_]:
-    """[tokens of the piece] which of its tokens the two records have from different weights."""
-    if one.branch != other.branch:
-        return np.ones(piece.stop - piece.start, dtype=np.bool_)
-    return np.not_equal(one.written_by()[_inside(one, piece)], other.written_by()[_inside(other, piece)])
-
-
-def _inside(record: SpanRecord, piece: Piece) -> slice:
-    return slice(piece.start - record.start, piece.stop - record.start)
-
-
-def _of_piece(record: SpanRecord, piece: Piece) -> tuple[IntArray, FloatArray]:
-    """Versions and logprobs of the piece's tokens according to one record."""
-    part = _inside(record, piece)
-    return record.versions()[part], record.logprobs[part].astype(np.float64)
 
 
 def _explain(ledger: Ledger, token_ids: IntArray, piece: Piece) -> Difference:

@@ -105,14 +105,18 @@ class SpanRecord:
         """Equal for records that the same weights wrote, token by token."""
         return self.runs, self.branch
 
-    def written_by(self) -> NDArray[np.int64]:
-        """Policy version of each token, as the process that wrote it counted."""
-        return np.repeat([v for v, _ in self.runs], [n for _, n in self.runs]).astype(np.int64)
+    def inside(self, piece: Piece) -> slice:
+        """The tokens of ``piece`` among its own."""
+        return slice(piece.start - self.start, piece.stop - self.start)
 
-    def versions(self) -> NDArray[np.int64]:
+    def written_by(self, piece: Piece) -> NDArray[np.int64]:
+        """Policy version of each token of ``piece``, as the process that wrote it counted."""
+        return np.repeat([v for v, _ in self.runs], [n for _, n in self.runs]).astype(np.int64)[self.inside(piece)]
+
+    def versions(self, piece: Piece) -> NDArray[np.int64]:
         """Policy version of each token. Lost weights count as those of the checkpoint that a later process went on
         with: their staleness grows with every step since, and no newer weights are mistaken for them."""
-        written = self.written_by()
+        written = self.written_by(piece)
         return written if self.branch is None else np.minimum(written, self.branch[1])
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -45,6 +45,13 @@ def versions(match: SequenceMatch) -> list[int]:
     return [int(v) for v in match.versions]
 
 
+def holding(prompt: Sequence[int], *made: Generation) -> Ledger:
+    """A ledger with the completions of one request."""
+    ledger = Ledger()
+    ledger.record(prompt, made)
+    return ledger
+
+
 def one(ledger: Ledger, *parts: Sequence[int]) -> SequenceMatch:
     [match] = look_up(ledger, [query(*parts)])
     return match
@@ -64,8 +71,7 @@ def test_versions_and_logprobs_of_a_single_turn() -> None:
 
 
 def test_versions_inside_a_span_that_weights_were_swapped_in() -> None:
-    ledger = Ledger()
-    ledger.record(PROMPT, [wrote([1, 2, 3, 4], runs=((2, 1), (3, 2), (5, 1)))])
+    ledger = holding(PROMPT, wrote([1, 2, 3, 4], runs=((2, 1), (3, 2), (5, 1))))
     assert versions(one(ledger, PROMPT, [1, 2, 3, 4]))[3:] == [2, 3, 3, 5]
     # an engine that knows first and last only: the middle is unknown, and not guessed
     both = Generation(
@@ -87,8 +93,7 @@ def test_turns_with_environment_tokens_between() -> None:
 
 
 def test_a_generation_that_was_continued_without_tokens_between() -> None:
-    ledger = Ledger()
-    ledger.record(PROMPT, [wrote([1, 2], 0)])
+    ledger = holding(PROMPT, wrote([1, 2], 0))
     ledger.record((*PROMPT, 1, 2), [wrote([3, 4, 5], 1)])
     match = one(ledger, PROMPT, [1, 2, 3, 4, 5])
     assert versions(match)[3:] == [0, 0, 1, 1, 1]
@@ -106,8 +111,7 @@ def test_a_generation_that_was_continued_without_tokens_between() -> None:
     ],
 )
 def test_parts_of_a_completion_are_found(parts: tuple[Sequence[int], ...], known: list[int]) -> None:
-    ledger = Ledger()
-    ledger.record(PROMPT, [wrote([1, 2, 3, 4, 5], 7)])
+    ledger = holding(PROMPT, wrote([1, 2, 3, 4, 5], 7))
     match = one(ledger, *parts)
     mask = query(*parts).loss_mask
     assert match.versions[mask].tolist() == known and match.unmatched_spans == 0
@@ -126,8 +130,7 @@ def test_parts_of_a_completion_are_found(parts: tuple[Sequence[int], ...], known
 def test_edited_text_is_unknown_and_the_first_difference_is_named(
     prompt: tuple[int, ...], trained: list[int], position: int, written: int, posted: int, in_prompt: bool
 ) -> None:
-    ledger = Ledger()
-    ledger.record(PROMPT, [wrote([1, 2, 3, 4], 7)])
+    ledger = holding(PROMPT, wrote([1, 2, 3, 4], 7))
     match = one(ledger, prompt, trained)
     assert versions(match) == [U] * 7 and np.isnan(match.logprobs).all()
     assert (match.spans, match.unmatched_spans, match.unmatched_tokens) == (1, 1, 4)
@@ -137,8 +140,7 @@ def test_edited_text_is_unknown_and_the_first_difference_is_named(
 
 
 def test_tokens_the_environment_appends_are_unknown_and_the_rest_is_not() -> None:
-    ledger = Ledger()
-    ledger.record(PROMPT, [wrote([1, 2], 7)])
+    ledger = holding(PROMPT, wrote([1, 2], 7))
     match = one(ledger, PROMPT, [1, 2, 50])
     assert versions(match)[3:] == [7, 7, U]
     assert (match.unmatched_spans, match.unmatched_tokens) == (1, 1)
@@ -147,8 +149,7 @@ def test_tokens_the_environment_appends_are_unknown_and_the_rest_is_not() -> Non
 
 
 def test_a_turn_after_an_edited_turn_is_found() -> None:
-    ledger = Ledger()
-    ledger.record(PROMPT, [wrote([1, 2], 0)])
+    ledger = holding(PROMPT, wrote([1, 2], 0))
     ledger.record((*PROMPT, 60, 2, 70), [wrote([3, 4], 1)])  # the environment edited 1 into 60 and asked again
     match = one(ledger, PROMPT, [60, 2], [70], [3, 4])
     assert versions(match) == [U, U, U, U, U, U, 1, 1]
@@ -159,10 +160,7 @@ def test_nothing_is_known_of_what_was_generated_elsewhere() -> None:
     match = one(Ledger(), PROMPT, [1, 2])
     assert versions(match) == [U] * 5 and match.unmatched_spans == 1
     assert match.difference is not None and match.difference.nothing_similar
-
-
-def test_a_sequence_without_trained_tokens_has_no_span() -> None:
-    match = one(Ledger(), PROMPT)
+    match = one(Ledger(), PROMPT)  # without trained tokens there is no span
     assert (match.spans, match.unmatched_spans, match.difference) == (0, 0, None)
     assert trained_spans(np.array([False, True, True, False, True])) == [(1, 3), (4, 5)]
 
@@ -171,16 +169,14 @@ def test_a_sequence_without_trained_tokens_has_no_span() -> None:
 
 
 def test_n_identical_completions_of_one_version_are_no_question() -> None:
-    ledger = Ledger()
-    ledger.record(PROMPT, [wrote([1, 2], 3)] * 3)
+    ledger = holding(PROMPT, *[wrote([1, 2], 3)] * 3)
     matches = look_up(ledger, [query(PROMPT, [1, 2]) for _ in range(3)])
     assert [versions(m)[3:] for m in matches] == [[3, 3]] * 3
     assert [m.ambiguous_spans for m in matches] == [0] * 3
 
 
 def test_each_record_is_used_once() -> None:
-    ledger = Ledger()
-    ledger.record(PROMPT, [wrote([1, 2], 3)])
+    ledger = holding(PROMPT, wrote([1, 2], 3))
     assert versions(one(ledger, PROMPT, [1, 2]))[3:] == [3, 3]
     ledger.record(PROMPT, [wrote([1, 2], 4)])
     assert versions(one(ledger, PROMPT, [1, 2]))[3:] == [4, 4]
@@ -216,8 +212,7 @@ def test_logprobs_that_were_sent_along_tell_identical_completions_apart() -> Non
 
 def test_the_rest_of_a_group_tells_identical_completions_apart() -> None:
     """An old request was dropped by the environment; a new one gave three equal completions and one of its own."""
-    ledger = Ledger()
-    ledger.record(PROMPT, [wrote([1, 2], 0)] * 4)
+    ledger = holding(PROMPT, *[wrote([1, 2], 0)] * 4)
     ledger.record(PROMPT, [wrote([1, 2], 5)] * 3 + [wrote([1, 3], 5)])
     matches = look_up(ledger, [query(PROMPT, [1, 2]) for _ in range(3)] + [query(PROMPT, [1, 3])])
     assert [int(m.versions[3]) for m in matches] == [5] * 4
@@ -226,8 +221,7 @@ def test_the_rest_of_a_group_tells_identical_completions_apart() -> None:
 
 def test_what_nothing_tells_apart_is_unknown_and_not_guessed() -> None:
     """The same ids at versions 0 and 5, and one sequence that says nothing of which it is."""
-    ledger = Ledger()
-    ledger.record(PROMPT, [wrote([1, 2, 3], runs=((0, 2), (5, 1)))])
+    ledger = holding(PROMPT, wrote([1, 2, 3], runs=((0, 2), (5, 1))))
     ledger.record(PROMPT, [wrote([1, 2, 3], 5)])
     match = one(ledger, PROMPT, [1, 2, 3])
     assert versions(match)[3:] == [U, U, 5]  # of the last token both say the same
@@ -237,8 +231,7 @@ def test_what_nothing_tells_apart_is_unknown_and_not_guessed() -> None:
 
 
 def test_a_turn_was_written_before_the_turns_after_it() -> None:
-    ledger = Ledger()
-    ledger.record(PROMPT, [wrote([1], 0)])
+    ledger = holding(PROMPT, wrote([1], 0))
     ledger.record((*PROMPT, 1, 70), [wrote([2], 0)])
     ledger.record(PROMPT, [wrote([1], 4)])  # newer, and in no way part of that sequence
     [match] = look_up(ledger, [query(PROMPT, [1], [70], [2])])
@@ -278,11 +271,8 @@ def test_bytes_are_bounded_and_none_is_left_when_all_is_forgotten() -> None:
 def test_a_prompt_that_only_shares_the_hash_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from atropos_verl.provenance import ledger as module
 
-    monkeypatch.setattr(
-        module, "prefix_hashes", lambda ids, offset=0: np.zeros(len(ids) + 1, dtype=np.uint64)
-    )  # everything collides
-    ledger = Ledger()
-    ledger.record((5, 6), [wrote([1, 2], 0)])
+    monkeypatch.setattr(module, "prefix_hashes", lambda ids, offset=0: np.zeros(len(ids) + 1, dtype=np.uint64))
+    ledger = holding((5, 6), wrote([1, 2], 0))
     assert versions(one(ledger, (7, 8), [1, 2])) == [U] * 4
     ledger.record((7, 8), [wrote([1, 2], 1)])
     assert versions(one(ledger, (5, 6), [1, 2])) == [U] * 4  # forgotten for the newer one
@@ -329,18 +319,12 @@ def test_against_a_list_of_everything_that_was_written() -> None:
 
 def test_threads_record_and_look_up_at_the_same_time() -> None:
     ledger = Ledger(max_spans=500)
-    wrong: list[str] = []
 
     def work(name: int) -> None:
         for i in range(300):
             ledger.record((name, i), [wrote([i % 50, name], i)])
-            match = one(ledger, (name, i), [i % 50, name])
-            if versions(match)[2:] != [i, i]:
-                wrong.append(f"{name} {i}: {versions(match)}")
+            assert versions(one(ledger, (name, i), [i % 50, name]))[2:] == [i, i]
 
-    threads = [threading.Thread(target=work, args=(name,)) for name in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong and len(ledger) == 500
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert len(ledger) == 500

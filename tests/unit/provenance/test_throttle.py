@@ -12,19 +12,11 @@ from atropos_verl.provenance.throttle import StalenessThrottle
 from atropos_verl.types import Generation
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def throttle(bound: int, ledger: Ledger | None = None) -> tuple[StalenessThrottle, Clock]:
-    clock = Clock()
-    made = StalenessThrottle(ledger or Ledger(), 8, bound, clock=clock)
+def throttle(bound: int, ledger: Ledger | None = None, now: list[float] | None = None) -> StalenessThrottle:
+    """``now``: its last entry is the time."""
+    made = StalenessThrottle(ledger or Ledger(), 8, bound, clock=lambda: (now or [0.0])[-1])
     made.active = True
-    return made, clock
+    return made
 
 
 async def ask(limit: StalenessThrottle, *prompts: tuple[int, ...], n: int = 4, max_tokens: int = 16) -> None:
@@ -49,7 +41,7 @@ async def turns() -> None:
 
 
 async def test_one_batch_and_no_more_may_be_under_way_with_bound_zero() -> None:
-    limit, _ = throttle(0)
+    limit = throttle(0)
     assert await begins(limit) and await begins(limit)  # 8 sequences were generated and are expected in the queue
     assert limit.expected_staleness == 1 and not await begins(limit)
     limit.queue_is(8)  # they are there
@@ -61,7 +53,7 @@ async def test_one_batch_and_no_more_may_be_under_way_with_bound_zero() -> None:
 
 
 async def test_nothing_is_held_while_nobody_trains() -> None:
-    limit, _ = throttle(0)
+    limit = throttle(0)
     limit.queue_is(80)
     assert not await begins(limit)
     limit.active = False  # an evaluation after the last step
@@ -69,25 +61,26 @@ async def test_nothing_is_held_while_nobody_trains() -> None:
 
 
 async def test_a_bound_of_two_lets_two_more_batches_begin() -> None:
-    limit, _ = throttle(2)
+    limit = throttle(2)
     started = [await begins(limit) for _ in range(7)]
     assert started == [True] * 6 + [False]
 
 
 async def test_what_the_environment_dropped_is_not_waited_for_longer_than_usual() -> None:
-    limit, clock = throttle(0)
+    now = [0.0]
+    limit = throttle(0, now=now)
     assert await begins(limit)
-    clock.now = 1.0
+    now.append(1.0)
     limit.queue_is(4)  # the first group took one second to be scored
     assert await begins(limit)
-    clock.now = 2.9
+    now.append(2.9)
     assert not await begins(limit)
-    clock.now = 3.1  # twice as long as the first one
+    now.append(3.1)  # twice as long as the first one
     assert await begins(limit)
 
 
 async def test_prompts_of_one_request_are_counted_together() -> None:
-    limit, _ = throttle(0)
+    limit = throttle(0)
     assert await begins(limit, (1,), (2,), (3,))  # 12 at once: one that waited for itself would wait for ever
     assert not await begins(limit)
 
@@ -98,7 +91,7 @@ async def test_next_turns_and_health_checks_are_not_held() -> None:
         token_ids=(3,), logprobs=(-1.0,), finish_reason="stop", policy_version_first=0, policy_version_last=0
     )
     ledger.record((1, 2), [generation])
-    limit, _ = throttle(0, ledger)
+    limit = throttle(0, ledger)
     limit.batch_fetched()
     assert not await begins(limit, (1, 2)) and not await begins(limit, (1, 2, 4))
     assert await begins(limit, (1, 2, 3)) and await begins(limit, (1, 2, 3, 70, 71))
@@ -107,7 +100,7 @@ async def test_next_turns_and_health_checks_are_not_held() -> None:
 
 
 async def test_whoever_waits_goes_on_when_there_is_room_and_leaves_nothing_when_cancelled() -> None:
-    limit, _ = throttle(0)
+    limit = throttle(0)
     limit.batch_fetched()
     waiting = asyncio.create_task(ask(limit))
     leaving = asyncio.create_task(ask(limit))

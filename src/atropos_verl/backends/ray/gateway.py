@@ -155,6 +155,7 @@ class ReplicaEngine:
     ) -> None:
         self._client = client
         self._tokenizer = tokenizer
+        self.max_context_len = max_context_len
         self._limits = EngineLimits(
             max_context_len=max_context_len, vocab_size=vocab_size, eos_token_ids=frozenset(eos_token_ids)
         )
@@ -163,10 +164,6 @@ class ReplicaEngine:
         """Newest trainer step seen in an answer or set after a weight update; -1 before."""
         self.continued = 0
         """Answers that went on after an abort, in all."""
-
-    @property
-    def max_context_len(self) -> int:
-        return self._limits.max_context_len
 
     async def agenerate(self, request: GenerationRequest) -> list[Generation]:
         """See ``GenerationEngine``. Aborts are invisible: no ``Generation`` ends with "abort"."""
