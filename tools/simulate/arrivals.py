@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atropos_verl.errors import ConfigError
-from atropos_verl.server.batcher import ARRIVALS_FILE
+from atropos_verl.server.store import ARRIVALS_FILE
 
 __all__ = ["Arrival", "HandedBatch", "read_arrivals"]
 

@@ -56,7 +56,7 @@ class TrajectoryQueue:
         queue = self._queue
         view = QueueView(
             classes=queue.classes,
-            total=queue.waiting_sequences(),
+            total=queue.in_classes,
             last_arrival=queue.last_arrival,
             sizes_seen=self._sizes,
         )

@@ -52,7 +52,8 @@ from atropos_verl.server.store import ConflictError, Environment, QueueFullError
 
 logger = logging.getLogger(__name__)
 
-Handler = Callable[[Request], Awaitable[Response]]
+Handler = Callable[[Request], Awaitable[Response | dict[str, Any]]]
+"""What is no ``Response`` is sent as JSON."""
 
 FEATURES = ("batch_fill", "idempotency", "leases", "packed")
 """Features beyond upstream's protocol; a client learns them at ``/register``."""
@@ -145,7 +146,8 @@ class TrajectoryApi:
 
     def _route(self, path: str, by_method: dict[str, Handler]) -> Route:
         async def endpoint(request: Request) -> Response:
-            response = await by_method[request.method](request)
+            answer = await by_method[request.method](request)
+            response = answer if isinstance(answer, Response) else _json(answer)
             if request.method == "POST" or path in ("/batch", "/reset_data"):
                 await self.store.synced()
             if isinstance(response, BatchResponse):
@@ -250,55 +252,51 @@ class TrajectoryApi:
 
     # --- trainer and environments ------------------------------------------------------------------------------------
 
-    async def register(self, request: Request) -> Response:
+    async def register(self, request: Request) -> dict[str, Any]:
         kind = self.store.register(decoded(await self._body(request), TrainerRegistration))
         current = self.store.registration
         assert current is not None
-        return _json(
-            {
-                # Upstream gives 128 bits; 63 are read by every JSON parser.
-                "uuid": uuid.uuid4().int >> 65,
-                "registration": kind,
-                "batch_size": current.batch_size,
-                "max_token_len": current.max_token_len,
-                "current_step": self.store.step,
-                "features": FEATURES,
-            }
-        )
+        return {
+            # Upstream gives 128 bits; 63 are read by every JSON parser.
+            "uuid": uuid.uuid4().int >> 65,
+            "registration": kind,
+            "batch_size": current.batch_size,
+            "max_token_len": current.max_token_len,
+            "current_step": self.store.step,
+            "features": FEATURES,
+        }
 
-    async def register_env(self, request: Request) -> Response:
+    async def register_env(self, request: Request) -> dict[str, Any]:
         environment = self.store.register_env(decoded(await self._body(request), EnvRegistration))
         registration = self.store.registration
         if environment is None or registration is None:
-            return _json({"status": "wait for trainer to start"})
-        return _json(
-            {
-                "status": "success",
-                "env_id": environment.env_id,
-                "wandb_name": environment.real_name,
-                "checkpoint_dir": registration.checkpoint_dir,
-                "starting_step": self.store.step,
-                "checkpoint_interval": registration.save_checkpoint_interval,
-                "num_steps": registration.num_steps,
-            }
-        )
+            return {"status": "wait for trainer to start"}
+        return {
+            "status": "success",
+            "env_id": environment.env_id,
+            "wandb_name": environment.real_name,
+            "checkpoint_dir": registration.checkpoint_dir,
+            "starting_step": self.store.step,
+            "checkpoint_interval": registration.save_checkpoint_interval,
+            "num_steps": registration.num_steps,
+        }
 
-    async def disconnect_env(self, request: Request) -> Response:
+    async def disconnect_env(self, request: Request) -> dict[str, Any]:
         env_id = decoded(await self._body(request), EnvIdentifier).env_id
         if not self.store.disconnect_env(env_id):
-            return _json({"status": "failure", "error": f"env_id {env_id} is not a registered environment"})
-        return _json({"status": "success"})
+            return {"status": "failure", "error": f"env_id {env_id} is not a registered environment"}
+        return {"status": "success"}
 
-    async def wandb_info(self, request: Request) -> Response:
+    async def wandb_info(self, request: Request) -> dict[str, Any]:
         registration = self.store.registration
         group = None if registration is None else registration.wandb_group
-        return _json({"group": group, "project": None if registration is None else registration.wandb_project})
+        return {"group": group, "project": None if registration is None else registration.wandb_project}
 
-    async def info(self, request: Request) -> Response:
+    async def info(self, request: Request) -> dict[str, Any]:
         registration = self.store.registration
         if registration is None:
-            return _json({"batch_size": -1, "max_token_len": -1})
-        return _json({"batch_size": registration.batch_size, "max_token_len": registration.max_token_len})
+            return {"batch_size": -1, "max_token_len": -1}
+        return {"batch_size": registration.batch_size, "max_token_len": registration.max_token_len}
 
     async def reset_data(self, request: Request) -> Response:
         self.store.reset()
@@ -407,109 +405,95 @@ class TrajectoryApi:
         )
         return waiting + (group.size if is_new else 0)
 
-    async def latest_example(self, request: Request) -> Response:
+    async def latest_example(self, request: Request) -> Response | dict[str, Any]:
         latest = self.store.latest
         if latest is None:  # upstream's answer while nothing came
-            return _json({name: [] for name in _EXAMPLE.split()})
+            return {name: [] for name in _EXAMPLE.split()}
         return Response(b"".join(latest.json_parts()), media_type="application/json")
 
     # --- batches -----------------------------------------------------------------------------------------------------
 
-    async def batch(self, request: Request) -> Response:
+    async def batch(self, request: Request) -> Response | dict[str, Any]:
         store = self.store
         lease = request.headers.get("x-atropos-lease")
         seconds = None if lease is None else lease_seconds(lease, store.settings.max_lease, "X-Atropos-Lease")
         wants_packed = MEDIA_TYPE in request.headers.get("accept", "")
         if store.registration is None:
-            return _json(_NOT_REGISTERED)
+            return _NOT_REGISTERED
         store.hear_trainer()
         store.wants_packed = store.wants_packed or wants_packed
         batch = store.next_batch(seconds)
         if batch is None:
-            return _json({"batch": None})
+            return {"batch": None}
         members = store.members(batch)
         tokens = sum(group.tokens for group in members)
         self.counters.happened(store.now(), batches=1)
+        text = f"batch of step {batch.step}: {len(members)} groups, {sum(group.size for group in members)} sequences"
+        again = "" if batch.deliveries == 1 else f" (delivery number {batch.deliveries})"
         about = {"event": "batch", "step": batch.step, "groups": len(members), "tokens": tokens}
-        logger.info(
-            "batch of step %d: %d groups, %d sequences, %d tokens%s",
-            batch.step,
-            len(members),
-            sum(group.size for group in members),
-            tokens,
-            "" if batch.deliveries == 1 else f" (delivery number {batch.deliveries})",
-            extra={**about, "lease": batch.lease_id},
-        )
+        logger.info("%s, %d tokens%s", text, tokens, again, extra={**about, "lease": batch.lease_id})
         parts = packed_parts(members) if wants_packed else json_parts(members)
-        return BatchResponse(
-            batch,
-            parts,
-            MEDIA_TYPE if wants_packed else "application/json",
-            store=store,
-            counters=self.counters,
-            connection=self._connection(request),
-            encoding=choose_encoding(store.settings.compression, request, sum(map(len, parts))),
-        )
+        media_type = MEDIA_TYPE if wants_packed else "application/json"
+        encoding = choose_encoding(store.settings.compression, request, sum(map(len, parts)))
+        return BatchResponse(batch, parts, media_type, encoding, store, self.counters, self._connection(request))
 
-    async def ack(self, request: Request) -> Response:
+    async def ack(self, request: Request) -> dict[str, Any]:
         lease_id = decoded(await self._body(request), AckRequest).lease_id
         outcome = self.store.ack(lease_id)
         self.store.hear_trainer()
-        return _json({"status": "success", "ack": outcome, "lease_id": lease_id})
+        return {"status": "success", "ack": outcome, "lease_id": lease_id}
 
-    async def renew(self, request: Request) -> Response:
+    async def renew(self, request: Request) -> dict[str, Any]:
         asked = decoded(await self._body(request), AckRequest)
         seconds = lease_seconds(asked.seconds, self.store.settings.max_lease, "seconds")
         deadline = self.store.renew(asked.lease_id, seconds)
         self.store.hear_trainer()
-        return _json({"status": "success", "lease_id": asked.lease_id, "deadline": deadline})
+        return {"status": "success", "lease_id": asked.lease_id, "deadline": deadline}
 
-    async def release(self, request: Request) -> Response:
+    async def release(self, request: Request) -> dict[str, Any]:
         lease_id = decoded(await self._body(request), AckRequest).lease_id
         self.store.release(lease_id)
-        return _json({"status": "success", "lease_id": lease_id})
+        return {"status": "success", "lease_id": lease_id}
 
     # --- figures -----------------------------------------------------------------------------------------------------
 
-    async def root(self, request: Request) -> Response:
+    async def root(self, request: Request) -> Response | dict[str, Any]:
         if "text/html" in request.headers.get("accept", ""):
             return Response(self._page, media_type="text/html")
-        return _json({"message": "AtroposLib API"})
+        return {"message": "AtroposLib API"}
 
-    async def health(self, request: Request) -> Response:
-        return _json({"status": "ok"})
+    async def health(self, request: Request) -> dict[str, Any]:
+        return {"status": "ok"}
 
-    async def status(self, request: Request) -> Response:
+    async def status(self, request: Request) -> dict[str, Any]:
         self.store.expire()
-        return _json(status(self.store))
+        return status(self.store)
 
-    async def status_env(self, request: Request) -> Response:
+    async def status_env(self, request: Request) -> dict[str, Any]:
         body, asked = await self._body(request), request.query_params.get("env_id", "")
         env_id = int(asked) if not body and asked.lstrip("-").isdigit() else decoded(body, EnvIdentifier).env_id
         self._known_env(env_id)
         self.store.hear_env(env_id)
         await self._barrier.before_status(env_id, self._connection(request))
         self.store.expire()
-        return _json(env_status(self.store, self._known_env(env_id)))
+        return env_status(self.store, self._known_env(env_id))
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def page_data(self, request: Request) -> Response:
+    async def page_data(self, request: Request) -> dict[str, Any]:
         store, now = self.store, self.store.now()
         store.expire()
-        return _json(
-            {
-                "status": status(store),
-                "environments": environments(store),
-                "per_second": self.counters.per_second(now),
-                "series": [[row[0] - int(now), *row[1:]] for row in self.counters.series],
-                "latest": list(self.counters.glimpses),
-                "now": now,
-                "registration": store.registration,
-                "refused": dict(self.counters.refused),
-            }
-        )
+        return {
+            "status": status(store),
+            "environments": environments(store),
+            "per_second": self.counters.per_second(now),
+            "series": [[row[0] - int(now), *row[1:]] for row in self.counters.series],
+            "latest": list(self.counters.glimpses),
+            "now": now,
+            "registration": store.registration,
+            "refused": dict(self.counters.refused),
+        }
 
 
 def _json(fields: Any, status_code: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -1,4 +1,4 @@
-"""The queue of waiting groups, the choice of those that make the next batch, and the record of what was handed out.
+"""The queue of waiting groups, and the choice of those that make the next batch.
 
 A batch is a set of whole groups. In order of preference:
 
@@ -19,33 +19,13 @@ more than the batch are scaled down (upstream's rule).
 
 from __future__ import annotations
 
+import bisect
 import heapq
-import json
-import logging
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 
-__all__ = [
-    "ARRIVALS_FILE",
-    "BATCH_FILLS",
-    "MAX_PASSED_OVER",
-    "ArrivalLog",
-    "BatchPolicy",
-    "GroupQueue",
-    "QueueView",
-    "StoredGroup",
-    "choose_batch",
-    "oldest_subset",
-    "reachable",
-    "representable",
-]
-
-logger = logging.getLogger(__name__)
-
-ARRIVALS_FILE = "arrivals.jsonl"
 _SIZES_REMEMBERED = 64
 """Groups of each environment whose sizes tell what may still come."""
 BATCH_FILLS = ("auto", "exact", "at_most", "at_least")
@@ -79,7 +59,7 @@ class StoredGroup:
 
     @property
     def held_bytes(self) -> int:
-        return len(self.raw) + (len(self.packed) if self.packed is not None else 0)
+        return len(self.raw) + len(self.packed or b"")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,105 +92,96 @@ class QueueView:
     anyone_sending: bool = True
     """Some environment is alive, or one is expected."""
 
+    def in_order(self) -> Iterator[StoredGroup]:
+        return heapq.merge(*self.classes.values(), key=_by_age)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """The groups that can matter of an environment with a minimum, or of everybody else."""
+
+    groups: list[StoredGroup]
+    minimum: int
+    """Sequences."""
+    makes: int
+    """The sums from ``minimum`` on that some of the groups make, as a bit set."""
+
 
 def choose_batch(view: QueueView, policy: BatchPolicy, now: float) -> list[StoredGroup] | None:
     """The groups of the next batch in order of arrival, or None when it is better (or necessary) to wait."""
-    if view.total == 0 or policy.batch_size < 1:
+    batch_size = policy.batch_size
+    if view.total == 0 or batch_size < 1:
         return None
-    oldest = next(_in_order(view))
-    if oldest.size > policy.batch_size:
-        if policy.fill != "exact":
-            return [oldest]
-    elif oldest.passed_over >= MAX_PASSED_OVER and policy.fill != "exact":
+    oldest = next(view.in_order())
+    if policy.fill != "exact" and oldest.size > batch_size:
+        return [oldest]
+    if policy.fill != "exact" and oldest.passed_over >= MAX_PASSED_OVER:
         return _forced(view, policy, oldest)
-    if view.minimums:
-        return _with_minimums(view, policy, now)
-    prefix = _prefix(view, policy.batch_size)
-    if prefix is not None:
-        return prefix
-    groups = _candidates(view.classes, policy.batch_size)
-    sizes = [group.size for group in groups]
-    exact = oldest_subset(sizes, policy.batch_size)
-    if exact is not None:
-        return [groups[i] for i in exact]
-    # For at_least the sum may exceed the batch by less than the largest group.
-    sums = reachable(sizes, policy.batch_size + max(sizes, default=0))
-    target = _fallback_target(view, policy, now, sums)
-    if target is None:
+    head = _head(view, batch_size)
+    if not view.minimums and sum(group.size for group in head) == batch_size:
+        return head  # the common case, in time proportional to the batch
+    # The sum may exceed the batch by less than the largest group (``at_least``).
+    limit = batch_size + max(size for _, size in view.classes)
+    pools = _pools(view, batch_size, limit)
+    if any(not pool.makes for pool in pools):
         return None
-    subset = oldest_subset(sizes, target)
-    return None if subset is None else [groups[i] for i in subset]
-
-
-def _prefix(view: QueueView, batch_size: int) -> list[StoredGroup] | None:
-    """The oldest groups when they add up exactly: the common case, in time proportional to the batch."""
-    taken: list[StoredGroup] = []
-    total = 0
-    for group in _in_order(view):
-        taken.append(group)
-        total += group.size
-        if total >= batch_size:
-            return taken if total == batch_size else None
+    # ends[i]: the totals that pools i.. can make together, each with its minimum.
+    ends = [1]
+    for pool in reversed(pools):
+        ends.append(_added(ends[-1], pool.makes, limit))
+    ends.reverse()
+    target = batch_size if ends[0] >> batch_size & 1 else _fallback_target(view, policy, now, head, ends[0])
+    if target is not None:
+        return _shared_out(pools, ends, target, head)
+    if view.minimums and view.total >= batch_size and policy.fill != "exact" and _highest(ends[0], batch_size) < 0:
+        # The minimums cannot be met without exceeding the batch, however long one waits.
+        return choose_batch(replace(view, minimums={}), policy, now)
     return None
 
 
-def _in_order(view: QueueView) -> Iterator[StoredGroup]:
-    return heapq.merge(*view.classes.values(), key=_by_age)
+def _head(view: QueueView, batch_size: int) -> list[StoredGroup]:
+    """The oldest groups, until they are at least a batch."""
+    taken: list[StoredGroup] = []
+    total = 0
+    for group in view.in_order():
+        if total >= batch_size:
+            break
+        taken.append(group)
+        total += group.size
+    return taken
+
+
+def _candidates(classes: Mapping[tuple[int | None, int], Iterable[StoredGroup]], limit: int) -> list[StoredGroup]:
+    """Every group that can matter, oldest first: of each class the first ``limit // size`` (more do not fit)."""
+    found = [group for (_, size), groups in classes.items() for group in islice(groups, -(-limit // size))]
+    return sorted(found, key=_by_age)
 
 
 def _by_age(group: StoredGroup) -> int:
     return group.seq
 
 
-def _candidates(classes: Mapping[tuple[int | None, int], Iterable[StoredGroup]], limit: int) -> list[StoredGroup]:
-    """Every group that can matter, oldest first: of each class the first ``limit // size`` (more do not fit)."""
-    found: list[StoredGroup] = []
-    for (_, size), groups in classes.items():
-        found.extend(islice(groups, -(-limit // size)))
-    found.sort(key=_by_age)
-    return found
-
-
-def _fallback_target(view: QueueView, policy: BatchPolicy, now: float, sums: int) -> int | None:
-    """Sequences of the closest batch. None: wait."""
+def _fallback_target(
+    view: QueueView, policy: BatchPolicy, now: float, head: Sequence[StoredGroup], sums: int
+) -> int | None:
+    """Sequences of the closest batch of those in ``sums``. None: wait."""
     batch_size = policy.batch_size
-    above = sums >> batch_size
-    if view.total >= batch_size:
-        if policy.fill == "at_least" and above:
-            return batch_size + _lowest_bit(above)
-        if policy.fill == "exact":
-            return None
-        if policy.fill == "auto" and not _waited(view, policy, now):
-            return None
-    elif policy.fill == "exact" or not _tail_due(view, policy, now):
+    if policy.fill == "exact":
         return None
-    below = sums & ((1 << (batch_size + 1)) - 1)
-    highest = below.bit_length() - 1
+    if view.total < batch_size:
+        quiet = now - view.last_arrival
+        trainer_waited = policy.tail_wait is not None and quiet >= policy.tail_wait
+        if not trainer_waited and (view.anyone_sending or quiet < policy.fill_wait):
+            return None
+    elif policy.fill == "at_least" and sums >> batch_size:
+        return batch_size + _lowest(sums >> batch_size)
+    elif policy.fill == "auto":
+        # ``head`` is a batch's worth of sequences: its last group came when there were enough.
+        may_fit = representable(tuple(view.sizes_seen), batch_size)
+        if may_fit and now - head[-1].arrived < policy.fill_wait:
+            return None
+    highest = _highest(sums, batch_size)
     return highest if highest > 0 else None
-
-
-def _waited(view: QueueView, policy: BatchPolicy, now: float) -> bool:
-    """True when a batch's worth of sequences has waited long enough, or no group that fits can come."""
-    if not representable(tuple(view.sizes_seen), policy.batch_size):
-        return True
-    total = 0
-    for group in _in_order(view):
-        total += group.size
-        if total >= policy.batch_size:
-            return now - group.arrived >= policy.fill_wait
-    return False
-
-
-def _tail_due(view: QueueView, policy: BatchPolicy, now: float) -> bool:
-    """True when less than a batch is handed out: nobody can send more, or the trainer has waited long enough."""
-    quiet = now - view.last_arrival
-    if policy.tail_wait is not None and quiet >= policy.tail_wait:
-        return True
-    return not view.anyone_sending and quiet >= policy.fill_wait
-
-
-def _lowest_bit(bits: int) -> int:
-    return (bits & -bits).bit_length() - 1
 
 
 def _forced(view: QueueView, policy: BatchPolicy, oldest: StoredGroup) -> list[StoredGroup]:
@@ -219,63 +190,70 @@ def _forced(view: QueueView, policy: BatchPolicy, oldest: StoredGroup) -> list[S
     sizes = [group.size for group in others]
     room = policy.batch_size - oldest.size
     sums = reachable(sizes, room + max(sizes, default=0))
-    target = (sums & ((1 << (room + 1)) - 1)).bit_length() - 1
+    target = _highest(sums, room)
     if target != room and policy.fill == "at_least" and sums >> room:
-        target = room + _lowest_bit(sums >> room)
+        target = room + _lowest(sums >> room)
     return [oldest, *(others[i] for i in oldest_subset(sizes, target) or ())]
 
 
-def _with_minimums(view: QueueView, policy: BatchPolicy, now: float) -> list[StoredGroup] | None:
-    """A batch in which each environment with a minimum has its share; None when one has too little queued."""
-    pools = _pools(view, policy)
-    limit = policy.batch_size + max((group.size for pool in pools for group in pool.groups), default=0)
-    if any(pool.waiting < pool.minimum for pool in pools):
-        return None
-    makes = [reachable([group.size for group in pool.groups], limit) >> pool.minimum << pool.minimum for pool in pools]
-    # ends[i]: the totals that pools i.. can make together, each with its minimum.
-    ends = [1]
-    for bits in reversed(makes):
-        ends.append(_added(ends[-1], bits, limit))
-    ends.reverse()
-    if ends[0] >> policy.batch_size & 1:
-        target: int | None = policy.batch_size
-    else:
-        target = _fallback_target(view, policy, now, ends[0])
-    if target is not None:
-        return _shared_out(pools, makes, ends, target, _fair_shares(view, pools, policy.batch_size))
-    fits = ends[0] & ((1 << (policy.batch_size + 1)) - 1)
-    if view.total >= policy.batch_size and policy.fill != "exact" and not fits:
-        # The minimums cannot be met without exceeding the batch, however long one waits.
-        return choose_batch(replace(view, minimums={}), policy, now)
-    return None
-
-
-@dataclass(frozen=True, slots=True)
-class _Pool:
-    groups: list[StoredGroup]
-    minimum: int
-    waiting: int
-    """Sequences queued (as far as they can matter)."""
-
-
-def _pools(view: QueueView, policy: BatchPolicy) -> list[_Pool]:
-    """One pool per environment with a minimum, and one of everybody else's groups."""
-    wanted = _scaled(view.minimums, policy.batch_size)
+def _pools(view: QueueView, batch_size: int, limit: int) -> list[_Pool]:
+    """One pool per environment with a minimum, and one of everybody else's groups. Minimums that do not fit the batch
+    together become the same share of it each, at least one sequence."""
+    total = sum(view.minimums.values())
+    minimums: dict[int | None, int] = {env_id: least for env_id, least in view.minimums.items() if least > 0}
+    if total > batch_size:
+        minimums = {env_id: max(1, least * batch_size // total) for env_id, least in minimums.items()}
+    classes: dict[int | None, dict[tuple[int | None, int], Iterable[StoredGroup]]] = {
+        owner: {} for owner in (*minimums, None)
+    }
+    for key, groups in view.classes.items():
+        classes[key[0] if key[0] in minimums else None][key] = groups
     pools = []
-    for env_id, minimum in wanted.items():
-        groups = _candidates({k: v for k, v in view.classes.items() if k[0] == env_id}, policy.batch_size)
-        pools.append(_Pool(groups, minimum, sum(group.size for group in groups)))
-    rest = _candidates({k: v for k, v in view.classes.items() if k[0] not in wanted}, policy.batch_size)
-    pools.append(_Pool(rest, 0, sum(group.size for group in rest)))
+    for owner, owned in classes.items():
+        candidates, least = _candidates(owned, batch_size), minimums.get(owner, 0)
+        makes = reachable([group.size for group in candidates], limit) >> least << least
+        pools.append(_Pool(candidates, least, makes))
     return pools
 
 
-def _scaled(minimums: Mapping[int, int], batch_size: int) -> dict[int, int]:
-    """Minimums that fit the batch together: all of them, or the same share of each, at least one sequence."""
-    total = sum(minimums.values())
-    if total <= batch_size:
-        return {env_id: minimum for env_id, minimum in minimums.items() if minimum > 0}
-    return {env_id: max(1, minimum * batch_size // total) for env_id, minimum in minimums.items() if minimum > 0}
+def _shared_out(
+    pools: Sequence[_Pool], ends: Sequence[int], target: int, head: Sequence[StoredGroup]
+) -> list[StoredGroup]:
+    """Groups of each pool for ``target`` sequences, each pool as near as possible to its share of the oldest."""
+    shares = {group.seq: group.size for group in head}
+    chosen: list[StoredGroup] = []
+    for pool, rest in zip(pools, ends[1:], strict=True):
+        share = sum(shares.get(group.seq, 0) for group in pool.groups)
+        fits = [part for part in _bits(pool.makes) if part <= target and rest >> (target - part) & 1]
+        part = min(fits, key=lambda part: (abs(part - share), part))
+        chosen.extend(pool.groups[i] for i in oldest_subset([group.size for group in pool.groups], part) or ())
+        target -= part
+    return sorted(chosen, key=_by_age)
+
+
+# --- sums of group sizes: 0/1 knapsack, exact, on Python integers used as bit sets -----------------------------------
+#
+# Bit ``s`` of a set is 1 when ``s`` sequences can be made of some of the groups. A group of size ``g`` adds
+# ``set << g``. For a batch of B sequences and n candidate groups that costs n shifts of B bits.
+
+
+def _bits(bits: int) -> Iterator[int]:
+    while bits:
+        yield _lowest(bits)
+        bits &= bits - 1
+
+
+def _lowest(bits: int) -> int:
+    return (bits & -bits).bit_length() - 1
+
+
+def _highest(bits: int, limit: int) -> int:
+    """The highest element up to ``limit``; -1: none."""
+    return _up_to(bits, limit).bit_length() - 1
+
+
+def _up_to(bits: int, limit: int) -> int:
+    return bits & ((1 << (limit + 1)) - 1)
 
 
 def _added(first: int, second: int, limit: int) -> int:
@@ -285,58 +263,15 @@ def _added(first: int, second: int, limit: int) -> int:
     result = 0
     for bit in _bits(first):
         result |= second << bit
-    return result & ((1 << (limit + 1)) - 1)
-
-
-def _fair_shares(view: QueueView, pools: list[_Pool], batch_size: int) -> list[int]:
-    """The sequences of each pool among the ``batch_size`` oldest."""
-    home = {group.seq: index for index, pool in enumerate(pools) for group in pool.groups}
-    shares = [0] * len(pools)
-    total = 0
-    for group in _in_order(view):
-        if total >= batch_size:
-            break
-        total += group.size
-        if group.seq in home:
-            shares[home[group.seq]] += group.size
-    return shares
-
-
-def _shared_out(
-    pools: list[_Pool], makes: list[int], ends: list[int], target: int, shares: list[int]
-) -> list[StoredGroup]:
-    """Groups of each pool for ``target`` sequences, each pool as near as possible to its share by age."""
-    chosen: list[StoredGroup] = []
-    left = target
-    for index, pool in enumerate(pools):
-        fits = [part for part in _bits(makes[index]) if part <= left and ends[index + 1] >> (left - part) & 1]
-        _, part = min((abs(part - shares[index]), part) for part in fits)
-        sizes = [group.size for group in pool.groups]
-        chosen.extend(pool.groups[i] for i in oldest_subset(sizes, part) or ())
-        left -= part
-    chosen.sort(key=_by_age)
-    return chosen
-
-
-def _bits(bits: int) -> Iterator[int]:
-    while bits:
-        yield _lowest_bit(bits)
-        bits &= bits - 1
-
-
-# --- subsets that add up: 0/1 knapsack over group sizes, exact, on Python integers used as bit sets ------------------
-#
-# Bit ``s`` of a set is 1 when ``s`` sequences can be made of some of the groups. A group of size ``g`` adds
-# ``set << g``. For a batch of B sequences and n candidate groups that costs n shifts of B bits.
+    return _up_to(result, limit)
 
 
 def _suffix_sums(sizes: Sequence[int], limit: int) -> list[int]:
     """``result[i]``: the sums up to ``limit`` that the groups ``i..n-1`` can make; ``result[n] == 1`` (only 0)."""
-    mask = (1 << (limit + 1)) - 1
     sums = [1] * (len(sizes) + 1)
     for index in range(len(sizes) - 1, -1, -1):
         below = sums[index + 1]
-        sums[index] = (below | below << sizes[index]) & mask if sizes[index] <= limit else below
+        sums[index] = _up_to(below | below << sizes[index], limit) if sizes[index] <= limit else below
     return sums
 
 
@@ -367,14 +302,11 @@ def oldest_subset(sizes: Sequence[int], target: int) -> list[int] | None:
 
 def representable(sizes: Sequence[int], target: int) -> bool:
     """True when any number of groups of these sizes can make ``target``, so that waiting for more can help."""
-    mask = (1 << (target + 1)) - 1
     sums = 1
     for size in set(sizes):
-        if not 0 < size <= target:
-            continue
         step = size
-        while step <= target:  # doubling: after k rounds, up to 2^k groups of this size
-            sums |= sums << step & mask
+        while 0 < step <= target:  # doubling: after k rounds, up to 2^k groups of this size
+            sums |= _up_to(sums << step, target)
             step *= 2
     return bool(sums >> target & 1)
 
@@ -389,44 +321,35 @@ class GroupQueue:
         self.classes: dict[tuple[int | None, int], deque[StoredGroup]] = {}
         self.groups = 0
         self.sequences = 0
+        self.in_classes = 0
+        """Sequences in ``classes``: without those that are only counted (``count``)."""
+        self.by_env: Counter[int | None] = Counter()
+        """Sequences waiting, by environment (None: posted without one)."""
         self.last_arrival = 0.0
-        self._in_classes = 0
-        self._by_env: Counter[int | None] = Counter()
         self._by_size: Counter[int] = Counter()
         self._recent: dict[int | None, deque[int]] = {}
 
     def add(self, group: StoredGroup) -> None:
         """A group that just arrived (``seq`` above all others)."""
-        self.classes.setdefault((group.env_id, group.size), deque()).append(group)
         self._recent.setdefault(group.env_id, deque(maxlen=_SIZES_REMEMBERED)).append(group.size)
         self.last_arrival = group.arrived
-        self._in_classes += group.size
-        self.count([group], 1)
+        self.restore([group])
 
     def restore(self, groups: Iterable[StoredGroup]) -> None:
         """Groups that come back, each to its old place."""
-        touched: dict[tuple[int | None, int], deque[StoredGroup]] = {}
         for group in groups:
-            key = (group.env_id, group.size)
-            touched[key] = self.classes.setdefault(key, deque())
-            touched[key].append(group)
-            self._in_classes += group.size
+            bisect.insort(self.classes.setdefault((group.env_id, group.size), deque()), group, key=_by_age)
+            self.in_classes += group.size
             self.count([group], 1)
-        for key, members in touched.items():
-            self.classes[key] = deque(sorted(members, key=lambda group: group.seq))
 
     def take(self, chosen: Sequence[StoredGroup]) -> list[StoredGroup]:
         """Remove the groups of a batch. Returns the older ones that it left behind, the first of each class."""
-        gone = {group.seq for group in chosen}
-        for key in {(group.env_id, group.size) for group in chosen}:
-            members = self.classes[key]
-            while members and members[0].seq in gone:
-                gone.discard(members.popleft().seq)
-            if any(group.seq in gone for group in chosen if (group.env_id, group.size) == key):
-                members = self.classes[key] = deque(group for group in members if group.seq not in gone)
-            if not members:
+        for group in chosen:
+            key = (group.env_id, group.size)
+            self.classes[key].remove(group)  # near the front: see ``_candidates``
+            if not self.classes[key]:
                 del self.classes[key]
-        self._in_classes -= sum(group.size for group in chosen)
+        self.in_classes -= sum(group.size for group in chosen)
         self.count(chosen, -1)
         newest = max(group.seq for group in chosen)
         passed_over = [members[0] for members in self.classes.values() if members[0].seq < newest]
@@ -439,55 +362,17 @@ class GroupQueue:
         for group in groups:
             self.groups += sign
             self.sequences += sign * group.size
-            self._by_env[group.env_id] += sign * group.size
+            self.by_env[group.env_id] += sign * group.size
             self._by_size[group.size] += sign
             if not self._by_size[group.size]:
                 del self._by_size[group.size]
-
-    def waiting_sequences(self) -> int:
-        """Sequences in the deques: without those that are only counted (``count``)."""
-        return self._in_classes
-
-    def env_sequences(self) -> Mapping[int | None, int]:
-        """Sequences waiting, by environment (None: posted without one)."""
-        return self._by_env
 
     def largest_group(self) -> int:
         return max(self._by_size, default=1)
 
     def oldest(self) -> StoredGroup | None:
-        heads = [members[0] for members in self.classes.values()]
-        return min(heads, key=lambda group: group.seq, default=None)
+        return min((members[0] for members in self.classes.values()), key=_by_age, default=None)
 
     def sizes_of(self, env_id: int | None) -> frozenset[int]:
         """Sizes of this environment's latest groups."""
         return frozenset(self._recent.get(env_id, ()))
-
-
-# --- the record ------------------------------------------------------------------------------------------------------
-
-
-class ArrivalLog:
-    """Appends to ``arrivals.jsonl``, which ``atropos-verl simulate --arrivals`` replays. One line a batch::
-
-        {"step": 3, "at": 1764034.2181, "groups": [[1764031.4092, 0, 8, 181], …]}
-
-    ``at``: the batch was handed out. A group is [arrival, environment (null: unnamed), sequences, tokens]. Times are
-    seconds since the epoch. A disk that refuses is reported once, and no batch fails for it.
-    """
-
-    def __init__(self, data_dir: Path) -> None:
-        self.path = data_dir / ARRIVALS_FILE
-        self._failed = False
-
-    def add(self, step: int, at: float, groups: Iterable[StoredGroup]) -> None:
-        """Note the batch of ``step`` (from 1), handed out ``at``."""
-        if self._failed:
-            return
-        rows = [[round(group.arrived, 4), group.env_id, group.size, group.tokens] for group in groups]
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "at": round(at, 4), "groups": rows}, separators=(",", ":")) + "\n")
-        except OSError as error:
-            self._failed = True
-            logger.warning("cannot write %s: %s; arrivals are not recorded any more", self.path, error.strerror)

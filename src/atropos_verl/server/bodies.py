@@ -31,7 +31,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from atropos_verl.errors import AtroposVerlError
-from atropos_verl.http_thread import disconnected
 from atropos_verl.protocol.schema import Refusal, check_group
 from atropos_verl.protocol.wire import join_packed, pack_group
 from atropos_verl.server.batcher import StoredGroup
@@ -274,11 +273,10 @@ class BatchResponse(Response):
         batch: Batch,
         parts: list[bytes],
         media_type: str,
-        *,
+        encoding: str | None,
         store: Store,
         counters: Counters,
         connection: Connection | None,
-        encoding: str | None,
     ) -> None:
         self._batch, self._parts, self._encoding = batch, parts, encoding
         self._store, self._counters, self._connection = store, counters, connection
@@ -298,25 +296,23 @@ class BatchResponse(Response):
         self.raw_headers = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gone = asyncio.create_task(disconnected(receive))
-        arrived = False
+        arrived, connection = False, self._connection
+        made = None if self._encoding is None else compressor(self._encoding)
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            made = None if self._encoding is None else compressor(self._encoding)
             for part in [*self._parts, b""]:
-                if gone.done():
-                    break
+                if connection is not None and connection.lost:
+                    return
                 if made is not None:
                     # In a thread: zlib and zstd let the event loop run meanwhile.
                     part = await (asyncio.to_thread(made.compress, part) if part else asyncio.to_thread(made.flush))
                 if part:
                     await send({"type": "http.response.body", "body": part, "more_body": True})
                     self._counters.bytes_out += len(part)
-            arrived = not (gone.done() if self._connection is None else self._connection.lost)
+            arrived = connection is None or not connection.lost
             if arrived:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            gone.cancel()
             self._settle(arrived)
 
     def _settle(self, arrived: bool) -> None:

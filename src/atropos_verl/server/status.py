@@ -32,12 +32,12 @@ _TOTALS = {
 }
 _SHOWN_AS_THEY_ARE = "env_id group_size weight min_batch_allocation groups sequences duplicates refused"
 _ENV_FIGURES = {
-    "env_groups": ("counter", "Groups accepted from the environment.", "groups"),
-    "env_sequences": ("counter", "Sequences accepted from the environment.", "sequences"),
-    "env_refused": ("counter", "Groups refused from the environment.", "refused"),
-    "env_duplicates": ("counter", "Groups the environment sent twice.", "duplicates"),
-    "env_queue_sequences": ("gauge", "Sequences of the environment that wait.", "waiting_sequences"),
-    "env_heard_seconds": ("gauge", "Seconds since the environment was heard of.", "heard_seconds_ago"),
+    "env_groups": (CounterMetricFamily, "Groups accepted from the environment.", "groups"),
+    "env_sequences": (CounterMetricFamily, "Sequences accepted from the environment.", "sequences"),
+    "env_refused": (CounterMetricFamily, "Groups refused from the environment.", "refused"),
+    "env_duplicates": (CounterMetricFamily, "Groups the environment sent twice.", "duplicates"),
+    "env_queue_sequences": (GaugeMetricFamily, "Sequences of the environment that wait.", "waiting_sequences"),
+    "env_heard_seconds": (GaugeMetricFamily, "Seconds since the environment was heard of.", "heard_seconds_ago"),
 }
 
 
@@ -57,7 +57,7 @@ def status(store: Store) -> dict[str, Any]:
         "environments_alive": len(store.alive()),
         "trainer_registered": store.registration is not None,
         "nearly_full": store.nearly_full(),
-        "durable": store.durable,
+        "durable": store.settings.data_dir is not None,
         "totals": dict(store.totals),
     }
 
@@ -75,9 +75,9 @@ def env_status(store: Store, environment: Environment) -> dict[str, Any]:
     weight = environment.max_context_len * environment.weight / total if total > 0 else 0.0
     batch_size = 0 if store.registration is None else store.registration.batch_size
     largest = store.queue.largest_group()
-    own = store.queue.env_sequences().get(environment.env_id, 0)
+    own = store.queue.by_env.get(environment.env_id, 0)
     others = 0
-    for env_id, waiting in store.queue.env_sequences().items():
+    for env_id, waiting in store.queue.by_env.items():
         if env_id != environment.env_id and waiting > 0:
             reserved = 0 if env_id is None else int(batch_size * minimums.get(env_id, 0.0))
             others += max(0, math.ceil(waiting / largest) * largest - reserved)
@@ -93,7 +93,7 @@ def env_status(store: Store, environment: Environment) -> dict[str, Any]:
 
 def environments(store: Store) -> list[dict[str, Any]]:
     """One row per environment, for the live page and the metrics."""
-    now, waiting = store.now(), store.queue.env_sequences()
+    now, waiting = store.now(), store.queue.by_env
     alive = {environment.env_id for environment in store.alive()}
     return [
         {
@@ -170,20 +170,20 @@ class Metrics(Collector):
             yield GaugeMetricFamily(f"atropos_{name}", text, value=value)
         for name, text in _TOTALS.items():
             yield CounterMetricFamily(f"atropos_{name}", f"{text}, over restarts.", value=store.totals[name])
-        refused = CounterMetricFamily("atropos_refused", "Posts refused.", labels=["reason"])
-        for reason, count in self._counters.refused.items():
-            refused.add_metric([reason], count)
-        yield refused
-        requests = CounterMetricFamily("atropos_requests", "HTTP requests.", labels=["path", "status"])
-        for (path, code), count in self._counters.requests.items():
-            requests.add_metric([path, str(code)], count)
-        yield requests
+        refused = [([reason], count) for reason, count in self._counters.refused.items()]
+        requests = [([path, str(code)], count) for (path, code), count in self._counters.requests.items()]
+        yield _labelled(CounterMetricFamily, "refused", "Posts refused.", ["reason"], refused)
+        yield _labelled(CounterMetricFamily, "requests", "HTTP requests.", ["path", "status"], requests)
         yield CounterMetricFamily("atropos_received_bytes", "Bytes of accepted posts.", value=self._counters.bytes_in)
         yield CounterMetricFamily("atropos_sent_bytes", "Bytes of batches sent.", value=self._counters.bytes_out)
         rows = environments(store)
-        for name, (kind, text, column) in _ENV_FIGURES.items():
-            family = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
-            metric = family(f"atropos_{name}", text, labels=["env_id", "name"])
-            for row in rows:
-                metric.add_metric([str(row["env_id"]), row["name"]], row[column])
-            yield metric
+        for name, (family, text, column) in _ENV_FIGURES.items():
+            values = [([str(row["env_id"]), row["name"]], row[column]) for row in rows]
+            yield _labelled(family, name, text, ["env_id", "name"], values)
+
+
+def _labelled(family: Any, name: str, text: str, labels: list[str], values: list[tuple[list[str], int]]) -> Metric:
+    metric: Any = family(f"atropos_{name}", text, labels=labels)
+    for value in values:
+        metric.add_metric(*value)
+    return metric

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import itertools
+import json
 import logging
 import time
 import uuid
@@ -34,7 +36,6 @@ from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
 from atropos_verl.protocol.schema import CheckedGroup, Refusal
 from atropos_verl.server.batcher import (
     BATCH_FILLS,
-    ArrivalLog,
     BatchPolicy,
     GroupQueue,
     QueueView,
@@ -49,6 +50,12 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 STORE_FILE = "store.sqlite"
+ARRIVALS_FILE = "arrivals.jsonl"
+"""``atropos-verl simulate --arrivals`` replays it. One line a batch; a group is [arrival, environment (null: unnamed),
+sequences, tokens]. Times are seconds since the epoch::
+
+    {"step": 3, "at": 1764034.2181, "groups": [[1764031.4092, 0, 8, 181], …]}
+"""
 _TABLES: dict[str, type[int] | type[str]] = {
     **dict.fromkeys(("environments", "groups", "bodies"), int),
     **dict.fromkeys(("state", "batches", "leases", "keys", "recent"), str),
@@ -61,11 +68,7 @@ _REFUSED_SECONDS = 1.0
 
 
 class QueueFullError(AtroposVerlError):
-    """No room for the groups; ``retry_after`` is in seconds."""
-
-    def __init__(self, message: str, retry_after: float = 1.0) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
+    """There is no room for the groups (HTTP 429)."""
 
 
 class ConflictError(AtroposVerlError):
@@ -94,9 +97,6 @@ class Environment(msgspec.Struct, kw_only=True):
     duplicates: int = 0
     refused: int = 0
 
-    def alive(self, now: float, timeout: float) -> bool:
-        return self.connected and now - self.heard_at < timeout
-
 
 @dataclass(slots=True)
 class Batch:
@@ -115,12 +115,12 @@ class Batch:
 class _State(msgspec.Struct, kw_only=True):
     """The one row of the table ``state``."""
 
-    next_seq: int
-    step: int
-    started: bool
-    registration: TrainerRegistration | None
-    totals: dict[str, int]
-    environments: int
+    next_seq: int = 0
+    step: int = 0
+    started: bool = False
+    registration: TrainerRegistration | None = None
+    totals: dict[str, int] = {}
+    environments: int = 0
     """Rows of that table."""
 
 
@@ -141,12 +141,14 @@ class Store:
         self.trainer_heard = 0.0
         self._registered_at = 0.0
         self._minimum_missed: float | None = None
-        self._number = 0
         self._changes: dict[tuple[str, Key], bytes | None] = {}
         self._written: Future[None] | None = None
         self._refused: tuple[float, StorageWriteError] | None = None
         self._records: RecordStore | None = None
-        self._arrivals: ArrivalLog | None = None
+        self._arrivals = None if settings.data_dir is None else settings.data_dir / ARRIVALS_FILE
+        """None: they are not recorded (any more)."""
+        self._numbers = itertools.count(1)
+        """Rows of leases, keys and batches are read again in the order of their numbers."""
         self.totals: Counter[str] = Counter()
         """Since the data directory was made: groups, sequences, tokens, duplicates, batches, acks, returns."""
         self.next_seq = 0
@@ -161,7 +163,6 @@ class Store:
             except BaseException:
                 self._records.close()
                 raise
-            self._arrivals = ArrivalLog(settings.data_dir)
             self._after_restart()
 
     def _clear(self) -> None:
@@ -187,10 +188,6 @@ class Store:
         self.latest: StoredGroup | None = None
 
     # --- the file ----------------------------------------------------------------------------------------------------
-
-    @property
-    def durable(self) -> bool:
-        return self._records is not None
 
     @property
     def disk_bytes(self) -> int:
@@ -225,20 +222,13 @@ class Store:
         self._save("groups", group.seq, replace(group, raw=b"", packed=None))
 
     def _save_batch(self, batch: Batch, *, out: bool) -> None:
-        self._save("batches", batch.lease_id, (self._next_number(), batch, out))
+        self._save("batches", batch.lease_id, (next(self._numbers), batch, out))
 
     def _commit(self) -> None:
         if self._records is None:
             return
-        state = _State(
-            next_seq=self.next_seq,
-            step=self.step,
-            started=self.started,
-            registration=self.registration,
-            totals=self.totals,
-            environments=len(self.environments),
-        )
-        self._save("state", "state", state)
+        same = {name: getattr(self, name) for name in ("next_seq", "step", "started", "registration", "totals")}
+        self._save("state", "state", _State(**same, environments=len(self.environments)))
         changes, self._changes = self._changes, {}
         self._written = self._records.write([(table, key, value) for (table, key), value in changes.items()])
 
@@ -263,67 +253,58 @@ class Store:
         self._clear()
         rows = {table: dict(records.read(table)) for table in _TABLES if table != "bodies"}
         try:
-            self._read_state(rows, records.path)
-            self._read_groups(rows["groups"], records, known)
+            state = msgspec.json.decode(rows["state"].get("state", b"{}"), type=_State)
+            environments = [msgspec.json.decode(value, type=Environment) for value in rows["environments"].values()]
+            groups = [msgspec.json.decode(value, type=StoredGroup) for value in rows["groups"].values()]
             batches = _in_order(rows["batches"], tuple[int, Batch, bool])
             leases, keys = _in_order(rows["leases"], tuple[int, str]), _in_order(rows["keys"], tuple[int, bytes, bytes])
             recent = _in_order(rows["recent"], tuple[float])
         except msgspec.DecodeError as error:
             text = f"{records.path} holds a row that this version cannot read: {error}; use the version that wrote it"
             raise StorageDamagedError(f"{text}, or move the file away to start anew") from error
-        self._read_batches([(batch, out) for _, (_, batch, out) in batches])
+        if (groups and not rows["state"]) or len(environments) != state.environments:
+            text = f"{records.path} lacks rows without which it cannot be used (table 'state' or 'environments')"
+            raise StorageDamagedError(f"{text}; restore it from a backup, or move it away to start anew")
+        self.environments, self.registration, self.totals = environments, state.registration, Counter(state.totals)
+        self.next_seq, self.step, self.started = state.next_seq, state.step, state.started
         self.leases = OrderedDict((key, how) for key, (_, how) in leases)
         self.keys = OrderedDict((key, (digest, reply)) for key, (_, digest, reply) in keys)
         self.recent = OrderedDict((key, at) for key, (at,) in recent)
-        self._number = max((rows[-1][1][0] for rows in (batches, leases, keys) if rows), default=0)
+        newest = [numbered[-1][1][0] for numbered in (batches, leases, keys) if numbered]
+        self._numbers = itertools.count(1 + max(newest, default=0))
+        self._load_groups(groups, records, known)
+        for _, (_, batch, out) in batches:
+            batch.seqs = [seq for seq in batch.seqs if seq in self.groups]
+            if out:
+                self.outstanding[batch.lease_id] = batch
+            else:
+                bisect.insort(self.returned, batch, key=lambda other: other.step)
+        away = {seq for batch in (*self.outstanding.values(), *self.returned) for seq in batch.seqs}
+        for group in self.groups.values():
+            if group.seq not in away:
+                self.queue.add(group)
+        for batch in self.returned:
+            self.queue.count(self.members(batch), 1)
 
-    def _read_state(self, rows: Mapping[str, dict[Key, bytes]], path: Path) -> None:
-        row = rows["state"].get("state")
-        state = None if row is None else msgspec.json.decode(row, type=_State)
-        environments = [msgspec.json.decode(value, type=Environment) for value in rows["environments"].values()]
-        if (state is None and rows["groups"]) or len(environments) != (0 if state is None else state.environments):
-            text = f"{path} lacks rows without which it cannot be used (table 'state' or 'environments')"
-            raise StorageDamagedError(f"{text}; restore it from a backup, or move it away to start anew")
-        self.environments = environments
-        self.next_seq, self.totals = 0, Counter()
-        if state is not None:
-            self.next_seq, self.step, self.started = state.next_seq, state.step, state.started
-            self.registration, self.totals = state.registration, Counter(state.totals)
-
-    def _read_groups(
-        self, rows: Mapping[Key, bytes], records: RecordStore, known: Mapping[int, StoredGroup] | None
+    def _load_groups(
+        self, groups: Iterable[StoredGroup], records: RecordStore, known: Mapping[int, StoredGroup] | None
     ) -> None:
-        groups = {int(seq): msgspec.json.decode(value, type=StoredGroup) for seq, value in rows.items()}
+        lost = {group.seq: group for group in groups}
         if known is None:
             bodies: Iterable[tuple[Key, bytes | None]] = records.read("bodies")
         else:
-            bodies = [(seq, known[seq].raw if seq in known else records.get("bodies", seq)) for seq in groups]
+            bodies = [(seq, known[seq].raw if seq in known else records.get("bodies", seq)) for seq in lost]
         for key, raw in bodies:
-            group = groups.pop(int(key), None)
+            group = lost.pop(int(key), None)
             if group is None or raw is None:
                 self._save("bodies", key, None)
                 continue
             group.raw = raw
             self.groups[group.seq] = self.latest = group
             self._count_held(group, 1)
-        for seq in groups:
+        for seq in lost:
             logger.error("group %d is lost: its body is damaged or missing", seq)
             self._save("groups", seq, None)
-
-    def _read_batches(self, batches: Iterable[tuple[Batch, bool]]) -> None:
-        away: set[int] = set()
-        for batch, out in batches:
-            batch.seqs = [seq for seq in batch.seqs if seq in self.groups]
-            away.update(batch.seqs)
-            if out:
-                self.outstanding[batch.lease_id] = batch
-            else:
-                bisect.insort(self.returned, batch, key=lambda other: other.step)
-        for group in self.groups.values():
-            if group.seq not in away:
-                self.queue.add(group)
-        for batch in self.returned:
-            self.queue.count(self.members(batch), 1)
 
     def _after_restart(self) -> None:
         """Environments count as just heard, and batches whose responses may not be finished come back."""
@@ -350,16 +331,18 @@ class Store:
             message = f"batch_fill = {registration.batch_fill!r} must be one of {', '.join(BATCH_FILLS)}"
             raise Refusal("value", message, "batch_fill", value=registration.batch_fill)
         current = self.registration
-        if current is not None and self.trainer_active():
+        silent = self.now() - self.trainer_heard
+        leased = any(batch.deadline is not None for batch in self.outstanding.values())
+        if current is not None and (leased or silent < self.settings.trainer_timeout):
             if self.settings.second_trainer == "share":
                 self.hear_trainer()
                 return "shared"
             if not registration.same_run(current):
-                ago = self.now() - self.trainer_heard
+                run = f"{current.wandb_project!r}/{current.wandb_group!r}"
                 raise ConflictError(
-                    f"the trainer of run {current.wandb_project!r}/{current.wandb_group!r} is registered and was heard "
-                    f"{ago:.0f} s ago; wait until it is silent for {self.settings.trainer_timeout:g} s and its leases "
-                    "have ended, reset the server (/reset_data), or start it with --second-trainer share"
+                    f"the trainer of run {run} is registered and was heard {silent:.0f} s ago; wait until it is silent "
+                    f"for {self.settings.trainer_timeout:g} s and its leases have ended, reset the server "
+                    "(/reset_data), or start it with --second-trainer share"
                 )
         kind = "resumed" if current is not None and registration.same_run(current) else "new"
         self.registration = registration
@@ -377,11 +360,6 @@ class Store:
         self._registered_at = self.now()
         logger.info("trainer registered (%s): %d sequences per batch", kind, registration.batch_size)
         return kind
-
-    def trainer_active(self) -> bool:
-        if self.now() - self.trainer_heard < self.settings.trainer_timeout:
-            return True
-        return any(batch.deadline is not None for batch in self.outstanding.values())
 
     def register_env(self, request: EnvRegistration) -> Environment | None:
         """Register an environment; None while no trainer has asked for a batch."""
@@ -431,23 +409,21 @@ class Store:
 
     def alive(self) -> list[Environment]:
         """Environments that are connected and were heard of lately."""
-        now, timeout = self.now(), self.settings.env_timeout
-        return [environment for environment in self.environments if environment.alive(now, timeout)]
+        since = self.now() - self.settings.env_timeout
+        return [
+            environment for environment in self.environments if environment.connected and environment.heard_at > since
+        ]
 
     def reset(self) -> None:
         """Forget registrations, environments, groups, batches and keys."""
-        tables: dict[str, Iterable[Key]] = {
+        rows: dict[str, Iterable[Key]] = {
             "environments": range(len(self.environments)),
-            "groups": self.groups,
-            "bodies": self.groups,
+            **dict.fromkeys(("groups", "bodies"), self.groups),
             "batches": [*self.outstanding, *(batch.lease_id for batch in self.returned)],
-            "leases": self.leases,
-            "keys": self.keys,
-            "recent": self.recent,
+            **{name: getattr(self, name) for name in ("leases", "keys", "recent")},
         }
-        for table, keys in tables.items():
-            for key in keys:
-                self._save(table, key, None)
+        for table, key in ((table, key) for table, keys in rows.items() for key in keys):
+            self._save(table, key, None)
         self._clear()
         self._commit()
         self.trainer_heard = 0.0
@@ -470,15 +446,18 @@ class Store:
             QueueFullError: the queue is full.
             StorageWriteError: the disk refused a write a moment ago.
         """
-        known = self.keys.get(key) if key is not None else None
+        known = self.replied(key, digest)
         if known is not None:
-            if known[0] != digest:
-                raise Refusal("idempotency", f"Idempotency-Key {key!r} was used for another body", value=key)
-            return known[1]
+            return known
         if self._refused is not None and self.now() - self._refused[0] < _REFUSED_SECONDS:
             raise self._refused[1]
         fresh = [group for group in groups if not self._is_duplicate(group)]
-        self._check_room(fresh)
+        waiting, most = self.queue.groups, self.settings.max_queue_groups
+        if fresh and waiting + len(fresh) > most:
+            raise QueueFullError(f"the queue is full: {waiting} groups wait, max_queue_groups is {most}")
+        held, most = self.held_bytes, self.settings.max_queue_bytes
+        if fresh and held + sum(len(group.raw) for group in fresh) > most:
+            raise QueueFullError(f"the queue is full: {held} bytes are held, max_queue_bytes is {most}")
         duplicates = len(groups) - len(fresh)
         answer = reply(duplicates)
         for group in fresh:
@@ -489,7 +468,7 @@ class Store:
         self.totals["duplicates"] += duplicates
         if key is not None:
             self.keys[key] = (digest, answer)
-            self._save("keys", key, (self._next_number(), digest, answer))
+            self._save("keys", key, (next(self._numbers), digest, answer))
             self._forget_oldest("keys", self.keys, _REMEMBERED_KEYS)
         self._commit()
         return answer
@@ -518,9 +497,12 @@ class Store:
             self.totals[name] += value
 
     def replied(self, key: str | None, digest: bytes) -> bytes | None:
-        """The answer that was given to this very request before; lets it be answered without decoding it."""
+        """The answer that was given to this very request before, else None. Raises ``Refusal`` where the key was used
+        for another request."""
         known = self.keys.get(key) if key is not None else None
-        return known[1] if known is not None and known[0] == digest else None
+        if known is not None and known[0] != digest:
+            raise Refusal("idempotency", f"Idempotency-Key {key!r} was used for another body", value=key)
+        return None if known is None else known[1]
 
     def _is_duplicate(self, group: CheckedGroup) -> bool:
         window, now = self.settings.dedupe_window, self.now()
@@ -533,21 +515,11 @@ class Store:
         logger.info("environment %d sent a group again: stored once", environment.env_id)
         return True
 
-    def _check_room(self, groups: Sequence[CheckedGroup]) -> None:
-        waiting, most = self.queue.groups, self.settings.max_queue_groups
-        if groups and waiting + len(groups) > most:
-            raise QueueFullError(f"the queue is full: {waiting} groups wait, max_queue_groups is {most}")
-        held, most = self.held_bytes, self.settings.max_queue_bytes
-        if groups and held + sum(len(group.raw) for group in groups) > most:
-            raise QueueFullError(f"the queue is full: {held} bytes are held, max_queue_bytes is {most}")
-
     def nearly_full(self) -> bool:
         """Beyond the soft limit: environments are told to pause."""
         settings = self.settings
-        return (
-            self.queue.groups >= settings.soft_limit * settings.max_queue_groups
-            or self.held_bytes >= settings.soft_limit * settings.max_queue_bytes
-        )
+        full = max(self.queue.groups / settings.max_queue_groups, self.held_bytes / settings.max_queue_bytes)
+        return full >= settings.soft_limit
 
     def keep_packed(self, group: StoredGroup, packed: bytes) -> None:
         """Keep the binary form of a group in memory."""
@@ -592,12 +564,26 @@ class Store:
             for group in self.queue.take(self.members(batch)):
                 self._save_group(group)
             self.totals["batches"] += 1
-            if self._arrivals is not None:
-                self._arrivals.add(batch.step, now, self.members(batch))
+            self._record_arrivals(batch.step, now, chosen)
         self.outstanding[lease_id] = batch
         self._save_batch(batch, out=True)
         self._commit()
         return batch
+
+    def _record_arrivals(self, step: int, now: float, groups: Iterable[StoredGroup]) -> None:
+        """A disk that refuses is reported once, and no batch fails for it."""
+        if self._arrivals is None:
+            return
+        rows = [[round(group.arrived, 4), group.env_id, group.size, group.tokens] for group in groups]
+        try:
+            with self._arrivals.open("a", encoding="utf-8") as file:
+                file.write(
+                    json.dumps({"step": step, "at": round(now, 4), "groups": rows}, separators=(",", ":")) + "\n"
+                )
+        except OSError as error:
+            why = error.strerror
+            logger.warning("cannot write %s: %s; arrivals are not recorded any more", self._arrivals, why)
+            self._arrivals = None
 
     def ack(self, lease_id: str) -> str:
         """The batch was trained on. Returns ``acked``, ``already`` (a repeated ack) or ``late`` (after the lease
@@ -606,24 +592,19 @@ class Store:
         self.expire()
         if self.leases.get(lease_id) == "closed":
             return "already"
-        if lease_id in self.outstanding:
-            self.delivered(lease_id)
+        late = next((batch for batch in self.returned if batch.lease_id == lease_id), None)
+        if late is None:
+            self.delivered(self._held(lease_id).lease_id)
             return "acked"
-        for batch in self.returned:
-            if batch.lease_id == lease_id:
-                self.returned.remove(batch)
-                self.queue.count(self.members(batch), -1)
-                self._drop(batch)
-                logger.warning("lease %s was acked after it had ended; nobody else had it, so it counts", lease_id)
-                return "late"
-        raise self._gone(lease_id)
+        self.returned.remove(late)
+        self.queue.count(self.members(late), -1)
+        self._drop(late)
+        logger.warning("lease %s was acked after it had ended; nobody else had it, so it counts", lease_id)
+        return "late"
 
     def renew(self, lease_id: str, seconds: float) -> float:
         """Lease ends ``seconds`` from now. Returns its deadline in seconds since the epoch. Raises as ``release``."""
-        self.expire()
-        if lease_id not in self.outstanding:
-            raise self._gone(lease_id)
-        batch = self.outstanding[lease_id]
+        batch = self._held(lease_id)
         batch.deadline = self.now() + seconds
         self._save_batch(batch, out=True)
         self._commit()
@@ -636,10 +617,7 @@ class Store:
             ConflictError: the lease has ended, or somebody else has the batch.
             UnknownLeaseError: no such lease.
         """
-        self.expire()
-        if lease_id not in self.outstanding:
-            raise self._gone(lease_id)
-        self.take_back(lease_id, "released")
+        self.take_back(self._held(lease_id).lease_id, "released")
 
     def delivered(self, lease_id: str) -> None:
         """The batch has arrived. Its groups are dropped. Does nothing when it is not out any more."""
@@ -679,42 +657,40 @@ class Store:
     def _end_lease(self, lease_id: str, how: str) -> None:
         self._save("batches", lease_id, None)
         self.leases[lease_id] = how
-        self._save("leases", lease_id, (self._next_number(), how))
+        self._save("leases", lease_id, (next(self._numbers), how))
         self._forget_oldest("leases", self.leases, _REMEMBERED_LEASES)
-
-    def _next_number(self) -> int:
-        """Rows of leases, keys and batches are read again in the order of their numbers."""
-        self._number += 1
-        return self._number
 
     def _forget_oldest(self, table: str, entries: OrderedDict[str, Any], limit: int) -> None:
         while len(entries) > limit:
             self._save(table, entries.popitem(last=False)[0], None)
 
-    def _gone(self, lease_id: str) -> ConflictError | UnknownLeaseError:
+    def _held(self, lease_id: str) -> Batch:
+        """The batch that is out under this lease. Raises as ``release``."""
+        self.expire()
+        if lease_id in self.outstanding:
+            return self.outstanding[lease_id]
         how = self.leases.get(lease_id)
         if how == "closed":
-            return ConflictError(f"lease {lease_id} was acked")
+            raise ConflictError(f"lease {lease_id} was acked")
         if how == "superseded":
-            return ConflictError(f"lease {lease_id} ended, and its batch was handed out again: discard your copy")
+            raise ConflictError(f"lease {lease_id} ended, and its batch was handed out again: discard your copy")
         if any(batch.lease_id == lease_id for batch in self.returned):
-            return ConflictError(f"lease {lease_id} has ended")
-        return UnknownLeaseError(f"no lease {lease_id!r}; was the server reset?")
+            raise ConflictError(f"lease {lease_id} has ended")
+        raise UnknownLeaseError(f"no lease {lease_id!r}; was the server reset?")
 
     # --- which groups ------------------------------------------------------------------------------------------------
 
     def _choose(self) -> Sequence[StoredGroup] | None:
-        registration = self.registration
-        if registration is None:
+        trainer, now = self.registration, self.now()
+        if trainer is None:
             return None
-        now = self.now()
         policy = BatchPolicy(
-            batch_size=registration.batch_size,
-            fill=registration.batch_fill,
-            fill_wait=registration.batch_fill_wait,
-            tail_wait=registration.batch_tail_wait,
+            batch_size=trainer.batch_size,
+            fill=trainer.batch_fill,
+            fill_wait=trainer.batch_fill_wait,
+            tail_wait=trainer.batch_tail_wait,
         )
-        view = self._view(registration)
+        view = self._view(trainer.batch_size)
         chosen = choose_batch(view, policy, now)
         if chosen is not None or not view.minimums:
             self._minimum_missed = None
@@ -722,44 +698,35 @@ class Store:
         without = choose_batch(replace(view, minimums={}), policy, now)
         if without is None:
             return None
-        if self._minimum_missed is None:
-            self._minimum_missed = now
+        self._minimum_missed = now if self._minimum_missed is None else self._minimum_missed
         waited = now - self._minimum_missed
-        if waited < registration.min_allocation_wait:
+        if waited < trainer.min_allocation_wait:
             return None
         logger.warning("a batch is made without the share of environments %s (%.0f s)", sorted(view.minimums), waited)
         return without
 
-    def _view(self, registration: TrainerRegistration) -> QueueView:
-        queue, alive = self.queue, self.alive()
+    def _view(self, batch_size: int) -> QueueView:
+        now, queue, alive, timeout = self.now(), self.queue, self.alive(), self.settings.env_timeout
         sizes: set[int] = set()
         for environment in alive:
             sizes |= queue.sizes_of(environment.env_id) or {environment.group_size}
-        if self.now() - queue.last_arrival < self.settings.env_timeout:
+        if now - queue.last_arrival < timeout:
             sizes |= queue.sizes_of(None)
         if sizes:
             sizes |= {size for _, size in queue.classes}
-        minimums = {
-            environment.env_id: int(registration.batch_size * environment.min_batch_allocation)
-            for environment in alive
-            if environment.min_batch_allocation is not None
-        }
+        minimums = {other.env_id: int(batch_size * (other.min_batch_allocation or 0)) for other in alive}
+        # Those of an interrupted run have disconnected, and new ones cannot register before the trainer has asked for a
+        # batch: they are expected for a while.
+        last_heard = max((environment.heard_at for environment in self.environments), default=now)
+        expected = last_heard <= self._registered_at and now - self._registered_at < timeout
         return QueueView(
             classes=queue.classes,
-            total=queue.waiting_sequences(),
+            total=queue.in_classes,
             last_arrival=queue.last_arrival,
             sizes_seen=frozenset(sizes),
             minimums={env_id: minimum for env_id, minimum in minimums.items() if minimum > 0},
-            anyone_sending=self._anyone_sending(alive),
+            anyone_sending=bool(alive) or (bool(self.environments) and expected),
         )
-
-    def _anyone_sending(self, alive: Sequence[Environment]) -> bool:
-        """Some environment is alive, or is expected: those of an interrupted run have disconnected, and new ones cannot
-        register before the trainer has asked for a batch."""
-        if alive or not self.environments:
-            return bool(alive)
-        came_since = max(environment.heard_at for environment in self.environments) > self._registered_at
-        return not came_since and self.now() - self._registered_at < self.settings.env_timeout
 
 
 def _in_order(rows: Mapping[Key, bytes], kind: type[_T]) -> list[tuple[str, _T]]:

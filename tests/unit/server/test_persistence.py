@@ -22,9 +22,8 @@ from support.trajectory_server import Clock, post, registration
 
 from atropos_verl.errors import ConfigError, StorageDamagedError, StorageWriteError
 from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
-from atropos_verl.server.batcher import ARRIVALS_FILE
 from atropos_verl.server.settings import ServerSettings
-from atropos_verl.server.store import STORE_FILE, ConflictError, Store, UnknownLeaseError
+from atropos_verl.server.store import ARRIVALS_FILE, STORE_FILE, ConflictError, Store, UnknownLeaseError
 from atropos_verl.storage import RecordStore
 
 
@@ -46,7 +45,7 @@ def content(store: Store) -> dict[str, Any]:
         # Older ones are forgotten when somebody looks.
         "recent": {key for key, at in store.recent.items() if at > store.now() - store.settings.dedupe_window},
         "classes": {str(key): [group.seq for group in members] for key, members in store.queue.classes.items()},
-        "waiting": (store.queue.groups, store.queue.sequences, store.queue.waiting_sequences()),
+        "waiting": (store.queue.groups, store.queue.sequences, store.queue.in_classes),
         "held": (store.held_bytes, store.held_tokens),
     }
 

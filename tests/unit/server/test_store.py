@@ -93,7 +93,7 @@ def test_returned_batches_count_as_waiting() -> None:
     assert store.queue.groups == 1
     store.take_back(batch.lease_id, "test")
     assert (store.queue.groups, store.queue.sequences) == (3, 12)
-    assert store.queue.waiting_sequences() == 4
+    assert store.queue.in_classes == 4
 
 
 def test_an_idempotency_key_stores_once_and_repeats_the_answer() -> None:
