@@ -23,7 +23,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_threa
 
 import pytest
 from support.http_faults import FaultServer
-from support.upstream_api import UpstreamApi, upstream_api
+from support.trajectory_server import UpstreamApi
 
 
 @pytest.fixture
@@ -36,5 +36,5 @@ def fault_server() -> Iterator[FaultServer]:
 @pytest.fixture(scope="session")
 def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpstreamApi]:
     """The real trajectory API, one process for the whole session: start a test with ``reset_data``."""
-    with upstream_api(tmp_path_factory.mktemp("upstream")) as api:
+    with UpstreamApi(tmp_path_factory.mktemp("upstream")) as api:
         yield api

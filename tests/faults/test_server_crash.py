@@ -6,7 +6,6 @@ acked twice.
 
 from __future__ import annotations
 
-import http.client
 import itertools
 import json
 import logging
@@ -14,10 +13,10 @@ import os
 import random
 import threading
 import time
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
+import httpx
 import pytest
 from support.trajectory_server import ServerProcess, group, registration
 
@@ -32,48 +31,30 @@ WAIT = 60.0
 """Seconds within which a request must get through once the server is left alone."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    status: int
-    lease_id: str | None
-    body: bytes
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.body)
-        return found
-
-
 class Load:
     """The clients' record. Each thread only adds to its own lists."""
 
-    def __init__(self, port: int) -> None:
-        self.port = port
+    def __init__(self, url: str) -> None:
+        self.url = url
         self.stop = threading.Event()
         self.accepted: list[list[int]] = [[] for _ in range(ENVIRONMENTS)]
         self.acked: list[list[int]] = []
-        self.outcomes: dict[str, int] = {}
+        self.outcomes: Counter[str] = Counter()
         self.failures: list[BaseException] = []
 
-    def persist(self, method: str, path: str, fields: object = None, **headers: str) -> Answer:
+    def persist(self, method: str, path: str, fields: object = None, **headers: str) -> httpx.Response:
         """Send until it is answered, whatever happens to the server; 5xx would be a failure of the test."""
         deadline = time.monotonic() + WAIT
-        body = None if fields is None else json.dumps(fields)
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
         while True:
             try:
-                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10.0)
-                try:
-                    connection.request(method, path, body, sent)
-                    response = connection.getresponse()
-                    answer = Answer(response.status, response.getheader("x-atropos-lease-id"), response.read())
-                finally:
-                    connection.close()
-                assert answer.status < 500, answer.body
-                return answer
-            except (OSError, http.client.HTTPException):
+                answer = httpx.request(method, f"{self.url}{path}", json=fields, headers=sent, timeout=10.0)
+            except httpx.HTTPError:
                 assert time.monotonic() < deadline, f"{method} {path} did not get through in {WAIT} s"
                 time.sleep(0.02)
+            else:
+                assert answer.status_code < 500, answer.text
+                return answer
 
     def environment(self, number: int) -> None:
         rng = random.Random(number)
@@ -83,7 +64,7 @@ class Load:
             identity = number * 1_000_000 + count
             posted = group(identity, rng.choice([2, 4, 4, 6]), env_id=number, images=["x" * rng.randrange(3000)])
             answer = self.persist("POST", "/scored_data", posted, Idempotency_Key=f"group {identity}")
-            assert answer.status == 200, answer.body
+            assert answer.status_code == 200, answer.text
             self.accepted[number].append(identity)
             time.sleep(rng.random() * 0.02)
 
@@ -92,7 +73,7 @@ class Load:
         while not self.stop.is_set():
             lease = rng.choice([0.3, 30.0, 30.0, 30.0])
             answer = self.persist("GET", "/batch", X_Atropos_Lease=str(lease))
-            batch = answer.fields["batch"]
+            batch = answer.json()["batch"]
             if batch is None:
                 time.sleep(0.01)
                 continue
@@ -100,13 +81,13 @@ class Load:
                 time.sleep(rng.random() * 0.6)
                 if rng.random() < 0.3:
                     continue
-            acked = self.persist("POST", "/batch/ack", {"lease_id": answer.lease_id})
-            outcome = str(acked.fields.get("ack", acked.status))
-            self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
-            if acked.status == 200:
+            acked = self.persist("POST", "/batch/ack", {"lease_id": answer.headers["x-atropos-lease-id"]})
+            outcome = str(acked.json().get("ack", acked.status_code))
+            self.outcomes[outcome] += 1
+            if acked.status_code == 200:
                 self.acked.append([made["tokens"][0][0] for made in batch])
             else:
-                assert acked.status == 409, acked.body
+                assert acked.status_code == 409, acked.text
 
     def run(self, target: object, *arguments: object) -> threading.Thread:
         def guarded() -> None:
@@ -126,7 +107,7 @@ def test_kill_9_loses_nothing_and_acks_nothing_twice(tmp_path: Path) -> None:
     data = tmp_path / "data"
     rng = random.Random(7)
     with ServerProcess(tmp_path, "--data-dir", str(data)) as server:
-        load = Load(server.port)
+        load = Load(server.url)
         load.persist("POST", "/register", registration(16))
         load.persist("GET", "/batch")
         for _ in range(ENVIRONMENTS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import socket
@@ -31,6 +32,13 @@ TRAINER = TrainerRegistration(**registration(8))
 def server() -> Iterator[TrajectoryServer]:
     with TrajectoryServer() as running:
         yield running
+
+
+def connected(server: TrajectoryServer, said: str) -> socket.socket:
+    port = int(server.url.rpartition(":")[2])
+    connection = socket.create_connection(("127.0.0.1", port), timeout=30.0)
+    connection.sendall(said.encode())
+    return connection
 
 
 def first_ids(body: bytes) -> list[int]:
@@ -69,6 +77,10 @@ def test_our_client_takes_json_too(server: TrajectoryServer) -> None:
         assert batch is not None and json.loads(batch.body)["batch"][0]["tokens"] == group(5, 8)["tokens"]
 
 
+def test_a_foreign_name_bound_to_this_machine_is_refused(server: TrajectoryServer) -> None:
+    assert httpx.get(f"{server.url}/status", headers={"Host": "evil.example"}).status_code == 403
+
+
 def test_our_client_shows_why_a_group_is_refused(server: TrajectoryServer) -> None:
     with AtroposClient(server.url) as client, pytest.raises(AtroposHTTPStatusError, match=r"scores: 1 entries"):
         client.post_scored_data_list([json.dumps({**group(1), "scores": [1.0]}).encode()])
@@ -96,44 +108,24 @@ def test_a_large_batch_arrives_whole_in_both_wires(encoding: str | None) -> None
 # --- long bodies -----------------------------------------------------------------------------------------------------
 
 
-def test_a_sender_that_falls_silent_is_told() -> None:
-    with TrajectoryServer(ServerSettings(body_timeout=0.2)) as server:
-        port = int(server.url.rpartition(":")[2])
-        with socket.create_connection(("127.0.0.1", port), timeout=30.0) as silent:
-            head = b"POST /scored_data HTTP/1.1\r\nHost: localhost\r\nContent-Length: 200000\r\n\r\n"
-            silent.sendall(head + b" " * 100_000)
-            assert silent.recv(1000).startswith(b"HTTP/1.1 408")
-
-
-def test_a_body_that_is_too_long_is_refused_before_it_is_there() -> None:
-    with TrajectoryServer(ServerSettings(max_body_bytes=100_000)) as server:
-        port = int(server.url.rpartition(":")[2])
-        with socket.create_connection(("127.0.0.1", port), timeout=30.0) as long:
-            head = b"POST /scored_data HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100001\r\n\r\n"
-            long.sendall(head + b" " * 50_000)
-            assert long.recv(1000).startswith(b"HTTP/1.1 413")
+@pytest.mark.parametrize(("bound", "status"), [({"body_timeout": 0.2}, 408), ({"max_body_bytes": 100_000}, 413)])
+def test_a_sender_that_falls_silent_or_announces_too_much_is_told(bound: Any, status: int) -> None:
+    head = "POST /scored_data HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100001\r\n\r\n"
+    with TrajectoryServer(ServerSettings(**bound)) as server, connected(server, head + " " * 50_000) as connection:
+        assert connection.recv(1000).startswith(f"HTTP/1.1 {status}".encode())
 
 
 # --- responses that do not arrive ------------------------------------------------------------------------------------
 
 
 def raw_get(server: TrajectoryServer, path: str = "/batch") -> socket.socket:
-    port = int(server.url.rpartition(":")[2])
-    connection = socket.create_connection(("127.0.0.1", port), timeout=20.0)
-    connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-    return connection
+    return connected(server, f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n")
 
 
 def read_answer(connection: socket.socket) -> bytes:
-    """One response with a content-length."""
-    received = b""
-    while b"\r\n\r\n" not in received:
-        received += connection.recv(65536)
-    head, _, body = received.partition(b"\r\n\r\n")
-    length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
-    while len(body) < length:
-        body += connection.recv(65536)
-    return body
+    response = http.client.HTTPResponse(connection)
+    response.begin()
+    return response.read()
 
 
 def state_of(server: TrajectoryServer) -> Any:
@@ -190,25 +182,22 @@ def test_a_batch_counts_as_delivered_once_the_connection_closes_or_is_used_again
 def test_a_quiet_connection_counts_as_delivered_after_the_grace() -> None:
     with TrajectoryServer(ServerSettings(delivery_grace=0.1)) as server:
         fill(server, 8)
-        connection = raw_get(server)
-        read_answer(connection)
-        eventually(lambda: not state_of(server).groups, "delivered")
-        connection.close()
+        with raw_get(server) as connection:
+            read_answer(connection)
+            eventually(lambda: not state_of(server).groups, "delivered")
 
 
-def test_a_lease_ends_without_anybody_asking() -> None:
-    with TrajectoryServer() as server:
-        fill(server, 8)
-        httpx.get(f"{server.url}/batch", headers={"X-Atropos-Lease": "0.2"})
-        eventually(lambda: len(state_of(server).returned) == 1, "the lease has ended")
+def test_a_lease_ends_without_anybody_asking(server: TrajectoryServer) -> None:
+    fill(server, 8)
+    httpx.get(f"{server.url}/batch", headers={"X-Atropos-Lease": "0.2"})
+    eventually(lambda: len(state_of(server).returned) == 1, "the lease has ended")
 
 
 # --- restarts --------------------------------------------------------------------------------------------------------
 
 
 def seen_by_environment(url: str) -> list[dict[str, object]]:
-    paths = ("status-env?env_id=0", "wandb_info")
-    return [httpx.get(f"{url}/{path}").json() for path in paths]
+    return [httpx.get(f"{url}/{path}").json() for path in ("status-env?env_id=0", "wandb_info")]
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
@@ -265,26 +254,30 @@ def test_token_from_the_environment_and_json_logs(tmp_path: Path, monkeypatch: p
     assert (batch["step"], batch["groups"], batch["tokens"], batch["level"]) == (1, 1, 24, "INFO")
 
 
-def test_a_public_address_needs_a_token(tmp_path: Path) -> None:
+def test_a_public_address_needs_a_token() -> None:
     for host in ("0.0.0.0", "::", "192.168.1.1", "example.org"):
         with pytest.raises(ConfigError, match="is reached from other machines: give --token"):
             check_bind(host, ServerSettings())
         assert check_bind(host, ServerSettings(token="x")).allowed_hosts == ()
         assert check_bind(host, ServerSettings(), insecure=True).allowed_hosts == ()
     assert "localhost" in check_bind("127.0.0.1", ServerSettings()).allowed_hosts
-    command = [sys.executable, "-m", "atropos_verl.cli", "serve-api", "--host", "0.0.0.0", "--port", "0"]
-    environment = {name: value for name, value in os.environ.items() if name != "ATROPOS_API_TOKEN"}
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False)
-    assert ran.returncode == 2
-    assert "give --token" in ran.stderr
 
 
-def test_a_directory_of_an_earlier_version_is_a_configuration_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--host", "0.0.0.0"], "give --token"),
+        (["--data-dir", "."], "finish the run with the version that wrote them, or delete the directory"),
+    ],
+)
+def test_a_configuration_that_cannot_be_served_ends_with_2(tmp_path: Path, options: list[str], said: str) -> None:
     (tmp_path / "segment-000001.log").write_bytes(b"ATRLOG1\n")
-    command = [sys.executable, "-m", "atropos_verl.cli", "serve-api", "--port", "0", "--data-dir", str(tmp_path)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert ran.returncode == 2
-    assert "finish the run with the version that wrote them, or delete the directory" in ran.stderr
+    command = [sys.executable, "-m", "atropos_verl.cli", "serve-api", "--port", "0", *options]
+    environment = {name: value for name, value in os.environ.items() if name != "ATROPOS_API_TOKEN"}
+    ran = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env=environment, cwd=tmp_path, check=False
+    )
+    assert ran.returncode == 2 and said in ran.stderr
 
 
 def test_a_taken_port_and_a_used_directory_are_said(tmp_path: Path, server: TrajectoryServer) -> None:
@@ -296,11 +289,6 @@ def test_a_taken_port_and_a_used_directory_are_said(tmp_path: Path, server: Traj
         pytest.raises(Exception, match="is in use by another process"),
     ):
         TrajectoryServer(ServerSettings(data_dir=tmp_path)).start()
-
-
-def test_rebinding_a_foreign_name_to_this_machine_does_not_help(server: TrajectoryServer) -> None:
-    answer = httpx.get(f"{server.url}/status", headers={"Host": "evil.example"})
-    assert answer.status_code == 403
 
 
 def test_it_stops_while_a_client_sits_on_a_connection(server: TrajectoryServer) -> None:

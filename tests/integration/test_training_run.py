@@ -21,7 +21,7 @@ import pytest
 from support.malformed import MalformedGroup, malformed_cases
 from support.runs import REPOSITORY, SMALL, TrainingRun, checkpointed_step, metrics_of
 from support.serving import eventually
-from support.upstream_api import UpstreamApi, upstream_api
+from support.trajectory_server import UpstreamApi
 
 from atropos_verl.protocol.client import AtroposClient
 
@@ -114,7 +114,7 @@ def attached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attached]:
     vocab_size = json.loads((DEMO_MODEL / "config.json").read_text())["vocab_size"]
     cases = malformed_cases(11, MALFORMED, group_size=GROUP_SIZE, vocab_size=vocab_size, same_size=True)
     with contextlib.ExitStack() as stack:
-        api = stack.enter_context(upstream_api(directory))
+        api = stack.enter_context(UpstreamApi(directory))
         words = [f"atropos.api_url={api.url}", f"steps={STEPS}", *SMALL]
         words += [f"batch_size={BATCH_SIZE}", f"group_size={GROUP_SIZE}"]
         run = stack.enter_context(TrainingRun(words, run_dir=directory / "run"))

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 from support.http_faults import Behaviour, FaultServer, Link
 from support.malformed import VOCAB_SIZE, good_group, malformed_cases, poison_groups
-from support.upstream_api import UpstreamApi, upstream_api
+from support.trajectory_server import UpstreamApi
 
 from atropos_verl.errors import (
     AtroposConnectionError,
@@ -60,7 +60,7 @@ def client(upstream: UpstreamApi) -> Iterator[AtroposClient]:
 
 
 def test_before_anybody_registers(tmp_path: Path) -> None:
-    with upstream_api(tmp_path) as fresh, AtroposClient(fresh.url, timeout=20.0, retry_delay=0.02) as client:
+    with UpstreamApi(tmp_path) as fresh, AtroposClient(fresh.url, timeout=20.0, retry_delay=0.02) as client:
         client.check()
         assert client.status() == ApiStatus(current_step=0, queue_size=0)
         assert client.info() == ApiInfo(batch_size=-1, max_token_len=-1)

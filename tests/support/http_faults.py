@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import http.client
 import json
 import socket
 import ssl
@@ -25,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 _TLS_HANDSHAKE = b"\x16"
-_REASONS = {200: "OK", 401: "Unauthorized", 404: "Not Found", 422: "Unprocessable Entity"}
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Received:
         return json.loads(self.body)
 
 
+@dataclass
 class Link:
     """The connection a behaviour answers on."""
 
-    def __init__(self, connection: socket.socket, closing: threading.Event) -> None:
-        self.connection = connection
-        self.closing = closing
+    connection: socket.socket
+    closing: threading.Event
 
     def send(self, data: bytes) -> None:
         self.connection.sendall(data)
@@ -66,7 +66,7 @@ Behaviour = Callable[[Link], None]
 
 
 def _head(status: int, length: int | None, headers: Mapping[str, str] | None = None) -> bytes:
-    lines = [f"HTTP/1.1 {status} {_REASONS.get(status, 'Status')}", "connection: close"]
+    lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Status')}", "connection: close"]
     lines += [] if length is None else [f"content-length: {length}"]
     lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
@@ -216,20 +216,12 @@ class FaultServer:
 
 
 def _read_request(connection: socket.socket) -> Received | None:
-    data = b""
-    while b"\r\n\r\n" not in data:
-        chunk = connection.recv(65536)
-        if not chunk:
-            return None
-        data += chunk
-    head, body = data.split(b"\r\n\r\n", 1)
-    first, *lines = head.decode("latin-1").split("\r\n")
-    headers = {name.strip().lower(): value.strip() for name, value in (line.split(":", 1) for line in lines)}
-    while len(body) < int(headers.get("content-length", "0")):
-        chunk = connection.recv(65536)
-        if not chunk:
-            return None
-        body += chunk
+    with connection.makefile("rb") as stream:
+        first = stream.readline().decode("latin-1")
+        headers = {name.lower(): value for name, value in http.client.parse_headers(stream).items()} if first else {}
+        body = stream.read(length := int(headers.get("content-length", "0")))
+    if not first or len(body) < length:
+        return None
     method, path, _ = first.split(" ", 2)
     return Received(method, path, headers, body)
 

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+import httpx
 
 from atropos_verl.protocol.schema import check_group
-from atropos_verl.server.store import Store
+from atropos_verl.server.store import Batch, Store
 
 
 class Clock:
     """Seconds since the epoch, moved by the test."""
 
-    def __init__(self, start: float = 1_000_000.0) -> None:
-        self.time = start
+    def __init__(self) -> None:
+        self.time = 1_000_000.0
 
     def __call__(self) -> float:
         return self.time
@@ -64,6 +64,13 @@ def post(store: Store, number: int, size: int = 4, env_id: int | None = None, ke
     return found
 
 
+def take(store: Store, lease: float | None = 60.0) -> Batch:
+    """The next batch, which there must be."""
+    batch = store.next_batch(lease)
+    assert batch is not None
+    return batch
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -73,57 +80,54 @@ def free_port() -> int:
 class ServerProcess:
     """``atropos-verl serve-api`` as a subprocess on a port of its own, which survives restarts."""
 
+    module: tuple[str, ...] = ("atropos_verl.cli", "serve-api")
+    ready_path = "/health"
+
     def __init__(self, directory: Path, *options: str, port: int | None = None) -> None:
         self.directory = directory
         self.options = options
         self.port = free_port() if port is None else port
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = directory / f"server_{self.port}.log"
-        self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, ready_timeout: float = 30.0) -> None:
-        command = [sys.executable, "-m", "atropos_verl.cli", "serve-api", "--port", str(self.port), *self.options]
+    def start(self) -> None:
+        command = [sys.executable, "-m", *self.module, "--port", str(self.port), *self.options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                command, cwd=self.directory, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
-            )
-        deadline = time.monotonic() + ready_timeout
-        while True:
-            if self._answers():
-                return
+            self.process = subprocess.Popen(command, cwd=self.directory, env=environment, stdout=log, stderr=log)
+        deadline = time.monotonic() + 90.0
+        while not self._answers():
             log_text = self.log_path.read_text(errors="replace")[-2000:]
             assert self.process.poll() is None, f"the server exited with {self.process.returncode}:\n{log_text}"
-            assert time.monotonic() < deadline, f"not ready after {ready_timeout} s:\n{log_text}"
+            assert time.monotonic() < deadline, f"not ready after 90 s:\n{log_text}"
             time.sleep(0.01)
 
     def _answers(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2.0)
         try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
+            return httpx.get(f"{self.url}{self.ready_path}", trust_env=False, timeout=2.0).status_code == 200
+        except httpx.HTTPError:
             return False
-        finally:
-            connection.close()
 
     def kill(self) -> None:
         """SIGKILL, as a crash would."""
-        assert self.process is not None
         self.process.kill()
         self.process.wait(timeout=10.0)
 
     def stop(self) -> int:
         """SIGTERM; returns the exit code."""
-        assert self.process is not None
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+        self.process.terminate()
         return self.process.wait(timeout=15.0)
 
-    def __enter__(self) -> ServerProcess:
+    def __enter__(self) -> Self:
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.kill()
-            self.process.wait(timeout=10.0)
+        self.kill()
+
+
+class UpstreamApi(ServerProcess):
+    """The real trajectory API of atroposlib."""
+
+    module = ("atroposlib.cli.run_api", "--host", "127.0.0.1")
+    ready_path = "/status"

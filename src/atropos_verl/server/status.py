@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,8 +182,8 @@ class Metrics(Collector):
             yield _labelled(family, name, text, ["env_id", "name"], values)
 
 
-def _labelled(family: Any, name: str, text: str, labels: list[str], values: list[tuple[list[str], int]]) -> Metric:
-    metric: Any = family(f"atropos_{name}", text, labels=labels)
+def _labelled(family: type[Any], name: str, text: str, labels: list[str], values: Iterable[tuple[Any, int]]) -> Any:
+    metric = family(f"atropos_{name}", text, labels=labels)
     for value in values:
         metric.add_metric(*value)
     return metric

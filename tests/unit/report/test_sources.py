@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.http_faults import FaultServer, answer, refused_url
-from support.trajectory_server import registration
-from support.upstream_api import upstream_api
+from support.trajectory_server import UpstreamApi, registration
 
 from atropos_verl.errors import AtroposAPIError, AtroposConnectionError, AtroposProtocolError, ConfigError, DataError
 from atropos_verl.protocol.client import AtroposClient
@@ -167,7 +166,7 @@ def test_no_api_there(server: FaultServer) -> None:
 
 
 def test_the_real_trajectory_api(tmp_path: Path) -> None:
-    with upstream_api(tmp_path) as api:
+    with UpstreamApi(tmp_path) as api:
         assert read_url(api.url) == []
         with AtroposClient(api.url) as client:
             client.register(TrainerRegistration(**registration(batch_size=1)))
