@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from atropos_verl.server.batcher import (
@@ -116,68 +117,54 @@ def test_each_pool_gets_its_share_by_age() -> None:
 # --- the cases of atroposlib/tests/test_utils/test_min_batch_allocation.py -------------------------------------------
 
 
-def env(env_id: int, minimum: float | None, connected: bool = True) -> tuple[int, float | None, bool]:
-    return env_id, minimum, connected
-
-
-def upstream_case(queue: list[tuple[int, int]], batch_size: int, envs: list[tuple[int, float | None, bool]]) -> Any:
-    """``queue``: (env_id, size). Returns env_id → sequences in the batch, or None."""
+def upstream_case(queue: list[tuple[int, int]], batch_size: int, shares: dict[int, float]) -> Any:
+    """``queue``: (env_id, size). ``shares``: those of connected environments. Returns env_id → sequences in the batch,
+    or None."""
     groups = [Waiting(seq, size, env_id) for seq, (env_id, size) in enumerate(queue)]
-    minimums = {env_id: int(batch_size * share) for env_id, share, connected in envs if connected and share is not None}
-    minimums = {env_id: least for env_id, least in minimums.items() if least > 0}
-    batch = choose_batch(view(groups, minimums=minimums), BatchPolicy(batch_size=batch_size, fill="exact"), 0.0)
+    minimums = {env_id: least for env_id, share in shares.items() if (least := int(batch_size * share)) > 0}
+    batch = chosen(groups, batch_size, fill="exact", minimums=minimums)
     if batch is None:
         return None
-    counts: dict[int, int] = {}
-    for group in batch:
-        env_id = groups[group.seq].env_id
-        assert env_id is not None
-        counts[env_id] = counts.get(env_id, 0) + group.size
+    counts: Counter[int | None] = Counter()
+    for seq in batch:
+        counts[groups[seq].env_id] += groups[seq].size
     return counts
 
 
 CASES = {
-    "basic": ([(0, 2), (1, 2), (0, 2), (1, 2)], 8, [env(0, 0.25), env(1, 0.5)], {0: 4, 1: 4}),
-    "no minimums": ([(0, 1), (1, 1), (0, 1), (1, 1)], 4, [env(0, None), env(1, None)], {0: 2, 1: 2}),
-    "conflicting minimums": ([(0, 2), (1, 2)], 4, [env(0, 0.7), env(1, 0.6)], {0: 2, 1: 2}),
-    "an environment has nothing": ([(0, 2), (0, 2)], 4, [env(0, 0.3), env(1, 0.5)], None),
-    "disconnected": ([(0, 1), (1, 1)], 2, [env(0, 0.25), env(1, 0.75, False)], {0: 1, 1: 1}),
-    "empty": ([], 4, [env(0, 0.5)], None),
-    "too few": ([(0, 1)], 4, [env(0, 0.5)], None),
-    "three ones and a four": ([(0, 1)] * 3 + [(1, 4)], 4, [env(0, 0.25), env(1, None)], None),
-    "three twos and an eight": ([(0, 2)] * 3 + [(1, 8)], 8, [env(0, 0.25), env(1, None)], None),
-    "first in first out": ([(0, 1)] * 8, 4, [env(0, None)], {0: 4}),
-    "exact boundary": ([(0, 2), (0, 2), (1, 2), (1, 2)], 8, [env(0, 0.5), env(1, 0.5)], {0: 4, 1: 4}),
-    "zero minimum": ([(0, 1), (1, 1)], 2, [env(0, 0.0), env(1, 0.5)], {0: 1, 1: 1}),
-    "minimum below one sequence": ([(0, 1), (0, 1)], 2, [env(0, 0.5), env(1, None), env(2, 0.3)], {0: 2}),
-    "more than everything": ([(0, 1)] * 8, 4, [env(0, 1.5)], {0: 4}),
-    "mixed": (
-        [(0, 2)] * 4 + [(1, 2)] * 2 + [(2, 2)] * 2,
-        16,
-        [env(0, 0.4), env(1, 0.2), env(2, None)],
-        {0: 8, 1: 4, 2: 4},
-    ),
-    "dominated": ([(1, 1)] * 100, 10, [env(0, 0.5), env(1, 0.3)], None),
-    "dominated, no minimum": ([(1, 1)] * 100, 10, [env(0, None), env(1, 0.3)], {1: 10}),
-    "mixed sizes": ([(0, 1), (0, 1), (1, 1)], 7, [env(0, 0.5), env(1, 0.25)], None),
-    "several packs": ([(0, 1)] * 16 + [(1, 1)] * 2, 16, [env(0, 0.75), env(1, None)], {0: 16}),
+    "basic": ([(0, 2), (1, 2), (0, 2), (1, 2)], 8, {0: 0.25, 1: 0.5}, {0: 4, 1: 4}),
+    "no minimums": ([(0, 1), (1, 1), (0, 1), (1, 1)], 4, {}, {0: 2, 1: 2}),
+    "conflicting minimums": ([(0, 2), (1, 2)], 4, {0: 0.7, 1: 0.6}, {0: 2, 1: 2}),
+    "an environment has nothing": ([(0, 2), (0, 2)], 4, {0: 0.3, 1: 0.5}, None),
+    "disconnected": ([(0, 1), (1, 1)], 2, {0: 0.25}, {0: 1, 1: 1}),
+    "empty": ([], 4, {0: 0.5}, None),
+    "too few": ([(0, 1)], 4, {0: 0.5}, None),
+    "three ones and a four": ([(0, 1)] * 3 + [(1, 4)], 4, {0: 0.25}, None),
+    "three twos and an eight": ([(0, 2)] * 3 + [(1, 8)], 8, {0: 0.25}, None),
+    "first in first out": ([(0, 1)] * 8, 4, {}, {0: 4}),
+    "exact boundary": ([(0, 2), (0, 2), (1, 2), (1, 2)], 8, {0: 0.5, 1: 0.5}, {0: 4, 1: 4}),
+    "zero minimum": ([(0, 1), (1, 1)], 2, {0: 0.0, 1: 0.5}, {0: 1, 1: 1}),
+    "minimum below one sequence": ([(0, 1), (0, 1)], 2, {0: 0.5, 2: 0.3}, {0: 2}),
+    "more than everything": ([(0, 1)] * 8, 4, {0: 1.5}, {0: 4}),
+    "mixed": ([(0, 2)] * 4 + [(1, 2)] * 2 + [(2, 2)] * 2, 16, {0: 0.4, 1: 0.2}, {0: 8, 1: 4, 2: 4}),
+    "dominated": ([(1, 1)] * 100, 10, {0: 0.5, 1: 0.3}, None),
+    "dominated, no minimum": ([(1, 1)] * 100, 10, {1: 0.3}, {1: 10}),
+    "mixed sizes": ([(0, 1), (0, 1), (1, 1)], 7, {0: 0.5, 1: 0.25}, None),
+    "several packs": ([(0, 1)] * 16 + [(1, 1)] * 2, 16, {0: 0.75}, {0: 16}),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_upstreams_minimum_cases(name: str) -> None:
-    queue, batch_size, envs, expected = CASES[name]
-    assert upstream_case(queue, batch_size, envs) == expected
+    queue, batch_size, shares, expected = CASES[name]
+    assert upstream_case(queue, batch_size, shares) == expected
 
 
 def test_where_upstream_stalls_on_packs_a_batch_is_formed() -> None:
     """Upstream gives None here, since one group of 2 of environment 0 makes no pack of 8. The minimums can be met."""
     queue = [(0, 2), (6, 2), (6, 2), (6, 2)] + [(2, 4)] * 5 + [(3, 8)] * 3
-    counts = upstream_case(queue, 16, [env(0, 0.1), env(3, 0.5)])
-    assert counts is not None
-    assert sum(counts.values()) == 16
-    assert counts[0] >= 1
-    assert counts[3] >= 8
+    counts = upstream_case(queue, 16, {0: 0.1, 3: 0.5})
+    assert sum(counts.values()) == 16 and counts[0] >= 1 and counts[3] >= 8
 
 
 # --- exact sums ------------------------------------------------------------------------------------------------------
@@ -222,26 +209,9 @@ def test_reachable_is_a_set_of_bits() -> None:
     assert reachable([], 4) == 1
 
 
-@pytest.mark.parametrize(
-    ("sizes", "target", "possible"),
-    [
-        ((3,), 8, False),
-        ((3,), 12, True),
-        ((6,), 16, False),
-        ((4,), 10, False),
-        ((4, 6), 10, True),
-        ((4, 6), 7, False),
-        ((16,), 8, False),
-        ((), 8, False),
-        ((1,), 4096, True),
-        ((5, 7), 23, False),
-        ((5, 7), 24, True),
-    ],
-)
-def test_whether_waiting_can_help(sizes: tuple[int, ...], target: int, possible: bool) -> None:
-    assert representable(sizes, target) is possible
-
-
+@example([1], 4096)
+@example([16], 8)
+@example([5, 7], 23)
 @given(st.lists(st.integers(1, 12), max_size=4), st.integers(1, 60))
 def test_representable_against_counting_up(sizes: list[int], target: int) -> None:
     made = {0}

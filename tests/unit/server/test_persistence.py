@@ -9,7 +9,6 @@ import logging
 import os
 import random
 import resource
-import shutil
 import signal
 import sqlite3
 from dataclasses import replace
@@ -18,7 +17,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from support.trajectory_server import Clock, post, registration
+from support.trajectory_server import Clock, post, registration, take
 
 from atropos_verl.errors import ConfigError, StorageDamagedError, StorageWriteError
 from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
@@ -27,8 +26,14 @@ from atropos_verl.server.store import ARRIVALS_FILE, STORE_FILE, ConflictError, 
 from atropos_verl.storage import RecordStore
 
 
-def opened(directory: Path, clock: Clock | None = None, **settings: Any) -> Store:
-    return Store(ServerSettings(data_dir=directory, **settings), now=clock or Clock())
+def opened(directory: Path, clock: Clock | None = None) -> Store:
+    return Store(ServerSettings(data_dir=directory), now=clock or Clock())
+
+
+def started(directory: Path, batch_size: int = 8, clock: Clock | None = None) -> Store:
+    store = opened(directory, clock)
+    store.register(TrainerRegistration(**registration(batch_size)))
+    return store
 
 
 def content(store: Store) -> dict[str, Any]:
@@ -79,8 +84,7 @@ def one_thing(store: Store, rng: random.Random, clock: Clock, leases: list[str],
 def test_a_restart_at_any_moment_finds_the_same_state(tmp_path: Path, seed: int) -> None:
     rng, clock = random.Random(seed), Clock()
     leases: list[str] = []
-    store = opened(tmp_path, clock)
-    store.register(TrainerRegistration(**registration(8)))
+    store = started(tmp_path, 8, clock)
     number = 0
     for _ in range(15):
         for _ in range(rng.randint(1, 25)):
@@ -94,15 +98,13 @@ def test_a_restart_at_any_moment_finds_the_same_state(tmp_path: Path, seed: int)
 
 
 def test_a_response_that_was_under_way_comes_back_after_a_restart(tmp_path: Path) -> None:
-    store = opened(tmp_path)
-    store.register(TrainerRegistration(**registration(8)))
+    store = started(tmp_path)
     post(store, 0), post(store, 1), post(store, 2), post(store, 3)
     unleased, leased = store.next_batch(None), store.next_batch(60.0)
     assert unleased is not None and leased is not None
     store.close()
     store = opened(tmp_path)
-    again = store.next_batch(60.0)
-    assert again is not None
+    again = take(store)
     assert (again.seqs, again.step, again.deliveries) == (unleased.seqs, 1, 2)
     assert store.ack(leased.lease_id) == "acked"
     store.close()
@@ -126,38 +128,17 @@ def test_what_was_acked_leaves_the_disk_and_a_group_that_waits_stays(tmp_path: P
     store.close()
 
 
-async def test_a_torn_write_is_gone_and_its_number_is_given_again(tmp_path: Path) -> None:
-    (tmp_path / "live").mkdir()
-    store = opened(tmp_path / "live")
-    store.register(TrainerRegistration(**registration(8)))
-    post(store, 0)
-    await store.synced()
-    before = content(store)
-    post(store, 1)
-    await store.synced()
-    shutil.copytree(tmp_path / "live", tmp_path / "copy")  # as a process that died leaves it
-    store.close()
-    wal = tmp_path / "copy" / f"{STORE_FILE}-wal"
-    os.truncate(wal, wal.stat().st_size - 40)
-    store = opened(tmp_path / "copy")
-    assert content(store) == before
-    post(store, 2)
-    assert sorted(store.groups) == [0, 1]
-    store.close()
-
-
 def damage(directory: Path, table: str, value: bytes) -> None:
     with sqlite3.connect(directory / STORE_FILE) as db:
         db.execute(f"UPDATE {table} SET value = ? WHERE key = (SELECT min(key) FROM {table})", (value,))
 
 
 def test_a_damaged_group_is_named_and_the_others_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store = opened(tmp_path)
-    store.register(TrainerRegistration(**registration(8)))
+    store = started(tmp_path)
     for number in range(5):
         post(store, number)
-    batch = store.next_batch(1e6)
-    assert batch is not None and batch.seqs == [0, 1]
+    batch = take(store, 1e6)
+    assert batch.seqs == [0, 1]
     store.close()
     damage(tmp_path, "bodies", b"{}")
     store = opened(tmp_path)
@@ -173,8 +154,7 @@ def test_a_damaged_group_is_named_and_the_others_go_on(tmp_path: Path, caplog: p
 
 @pytest.mark.parametrize("table", ["state", "environments"])
 def test_damage_that_nothing_makes_up_for_refuses_the_start_again_and_again(tmp_path: Path, table: str) -> None:
-    store = opened(tmp_path)
-    store.register(TrainerRegistration(**registration(8)))
+    store = started(tmp_path)
     store.next_batch(60.0)
     for _ in range(2):
         store.register_env(EnvRegistration(max_token_length=64, group_size=4))
@@ -193,14 +173,6 @@ def test_a_row_of_another_version_is_an_error_that_says_so(tmp_path: Path) -> No
     records.close()
     with pytest.raises(StorageDamagedError, match="holds a row that this version cannot read"):
         opened(tmp_path)
-
-
-def test_two_servers_cannot_share_a_directory(tmp_path: Path) -> None:
-    store = opened(tmp_path)
-    with pytest.raises(StorageDamagedError, match=r"is in use by another process \(trajectory API, pid \d+\)"):
-        opened(tmp_path)
-    store.close()
-    opened(tmp_path).close()
 
 
 def test_a_directory_of_an_earlier_version_is_refused_and_not_touched(tmp_path: Path) -> None:
@@ -230,8 +202,7 @@ def test_a_full_disk_refuses_the_group_and_keeps_the_rest(tmp_path: Path) -> Non
 async def _fill_up(directory: Path) -> int:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     clock = Clock()
-    store = opened(directory, clock)
-    store.register(TrainerRegistration(**registration(8)))
+    store = started(directory, 8, clock)
     post(store, 0)
     await store.synced()
     before = content(store)
@@ -262,8 +233,7 @@ async def _fill_up(directory: Path) -> int:
 
 def test_each_batch_is_one_line_with_the_times_of_its_groups_also_across_a_restart(tmp_path: Path) -> None:
     clock = Clock()
-    store = opened(tmp_path, clock)
-    store.register(TrainerRegistration(**registration(8)))
+    store = started(tmp_path, 8, clock)
     assert store.next_batch(60.0) is None
     assert not (tmp_path / ARRIVALS_FILE).exists()  # nothing was handed out
     store.register_env(EnvRegistration(max_token_length=64, desired_name="env", weight=1.0, group_size=4))
@@ -271,8 +241,7 @@ def test_each_batch_is_one_line_with_the_times_of_its_groups_also_across_a_resta
         clock.pass_(0.25)
         post(store, number, env_id=env_id)
     clock.pass_(1.0)
-    first = store.next_batch(60.0)
-    assert first is not None
+    first = take(store)
     store.release(first.lease_id)
     assert store.next_batch(60.0) is not None  # the same batch again: it came only once
     store.close()
@@ -318,13 +287,11 @@ def test_a_server_in_memory_keeps_no_record(tmp_path: Path, monkeypatch: pytest.
 async def test_a_refused_ack_has_not_happened_and_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = opened(tmp_path)
-    store.register(TrainerRegistration(**registration(8)))
+    store = started(tmp_path)
     store.next_batch(60.0)
     assert store.register_env(EnvRegistration(max_token_length=64, group_size=4)) is not None
     post(store, 0, env_id=0), post(store, 1, env_id=0), post(store, 2, env_id=0)
-    batch = store.next_batch(60.0)
-    assert batch is not None
+    batch = take(store)
     await store.synced()
     before = content(store)
     error = StorageWriteError("no space")

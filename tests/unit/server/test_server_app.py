@@ -26,9 +26,17 @@ from atropos_verl.server.settings import ServerSettings
 HELLO = {"max_token_length": 64, "desired_name": "words", "weight": 1.0, "group_size": 4}
 
 
-def client_of(app: TrajectoryApi, address: str = "127.0.0.1", **options: Any) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(app=app, client=(address, 5))  # type: ignore[arg-type]
-    return httpx.AsyncClient(transport=transport, base_url="http://localhost", **options)
+def client_of(app: TrajectoryApi, address: str = "127.0.0.1", port: int = 5) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app=app, client=(address, port))  # type: ignore[arg-type]
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost")
+
+
+async def get(client: httpx.AsyncClient, path: str, **options: Any) -> Any:
+    return (await client.get(path, **options)).json()
+
+
+async def post(client: httpx.AsyncClient, path: str, body: Any) -> Any:
+    return (await client.post(path, json=body)).json()
 
 
 def routes_of(app: TrajectoryApi) -> list[tuple[str, str]]:
@@ -54,33 +62,33 @@ async def started(client: httpx.AsyncClient, batch_size: int = 8, **fields: Any)
 
 
 async def test_before_anybody_registered(api: httpx.AsyncClient) -> None:
-    assert (await api.get("/")).json() == {"message": "AtroposLib API"}
-    assert (await api.get("/info")).json() == {"batch_size": -1, "max_token_len": -1}
-    assert (await api.get("/wandb_info")).json() == {"group": None, "project": None}
-    status = (await api.get("/status")).json()
+    assert await get(api, "/") == {"message": "AtroposLib API"}
+    assert await get(api, "/info") == {"batch_size": -1, "max_token_len": -1}
+    assert await get(api, "/wandb_info") == {"group": None, "project": None}
+    status = await get(api, "/status")
     assert (status["current_step"], status["queue_size"]) == (0, 0)
-    batch = (await api.get("/batch")).json()
+    batch = await get(api, "/batch")
     assert batch == {"status": "error", "message": "Trainer not registered. Call /register first.", "batch": []}
-    latest = (await api.get("/latest_example")).json()
+    latest = await get(api, "/latest_example")
     assert latest["tokens"] == [] and latest["images"] == []
-    assert (await api.post("/register-env", json=HELLO)).json() == {"status": "wait for trainer to start"}
+    assert await post(api, "/register-env", HELLO) == {"status": "wait for trainer to start"}
 
 
 async def test_an_early_group_does_not_brick_it(api: httpx.AsyncClient) -> None:
-    assert (await api.post("/scored_data", json=group(1, 8))).json() == {"status": "received"}
-    answer = (await api.post("/register", json=registration(8, starting_step=3))).json()
+    assert await post(api, "/scored_data", group(1, 8)) == {"status": "received"}
+    answer = await post(api, "/register", registration(8, starting_step=3))
     assert isinstance(answer["uuid"], int) and answer["uuid"] < 2**63
-    assert (await api.get("/info")).json() == {"batch_size": 8, "max_token_len": 64}
-    batch = (await api.get("/batch")).json()["batch"]
+    assert await get(api, "/info") == {"batch_size": 8, "max_token_len": 64}
+    batch = (await get(api, "/batch"))["batch"]
     assert [made["tokens"][0][0] for made in batch] == [1]
-    assert (await api.get("/status")).json()["current_step"] == 4
+    assert (await get(api, "/status"))["current_step"] == 4
 
 
 async def test_an_environment_registers_once_the_trainer_asked_for_a_batch(api: httpx.AsyncClient) -> None:
     await api.post("/register", json=registration(8, starting_step=2))
-    assert (await api.post("/register-env", json=HELLO)).json()["status"] == "wait for trainer to start"
-    assert (await api.get("/batch")).json() == {"batch": None}
-    assert (await api.post("/register-env", json=HELLO)).json() == {
+    assert (await post(api, "/register-env", HELLO))["status"] == "wait for trainer to start"
+    assert await get(api, "/batch") == {"batch": None}
+    assert await post(api, "/register-env", HELLO) == {
         "status": "success",
         "env_id": 0,
         "wandb_name": "words_0",
@@ -89,18 +97,18 @@ async def test_an_environment_registers_once_the_trainer_asked_for_a_batch(api: 
         "checkpoint_interval": 5,
         "num_steps": 1000,
     }
-    second = (await api.post("/register-env", json={**HELLO, "desired_name": None})).json()
+    second = await post(api, "/register-env", {**HELLO, "desired_name": None})
     assert (second["env_id"], second["wandb_name"]) == (1, "env_0")
-    assert (await api.post("/register-env", json=HELLO)).json()["wandb_name"] == "words_1"
-    assert (await api.post("/disconnect-env", json={"env_id": 1})).json() == {"status": "success"}
+    assert (await post(api, "/register-env", HELLO))["wandb_name"] == "words_1"
+    assert await post(api, "/disconnect-env", {"env_id": 1}) == {"status": "success"}
     for env_id in (-1, 3):
-        assert (await api.post("/disconnect-env", json={"env_id": env_id})).json()["status"] == "failure"
+        assert (await post(api, "/disconnect-env", {"env_id": env_id}))["status"] == "failure"
 
 
 async def test_a_batch_has_every_key_that_upstreams_trainers_read(api: httpx.AsyncClient) -> None:
     await started(api, 4)
     await api.post("/scored_data", json=group(1, 4, env_id=0))
-    (made,) = (await api.get("/batch")).json()["batch"]
+    (made,) = (await get(api, "/batch"))["batch"]
     assert made["tokens"] == group(1, 4)["tokens"]
     expected = "advantages ref_logprobs messages generation_params inference_logprobs overrides group_overrides images"
     assert all(made[name] is None for name in expected.split())
@@ -108,11 +116,10 @@ async def test_a_batch_has_every_key_that_upstreams_trainers_read(api: httpx.Asy
 
 async def test_odd_sizes_are_called_buffered_as_upstream_does(api: httpx.AsyncClient) -> None:
     await started(api)
-    post = "/scored_data"
-    assert (await api.post(post, json=group(1, 4, env_id=0))).json() == {"status": "received"}
-    assert (await api.post(post, json=group(2, 3, env_id=0))).json() == {"status": "buffered", "buffer_size": 3}
+    assert await post(api, "/scored_data", group(1, 4, env_id=0)) == {"status": "received"}
+    assert await post(api, "/scored_data", group(2, 3, env_id=0)) == {"status": "buffered", "buffer_size": 3}
     many = [group(3, 3, env_id=0), group(4, 4, env_id=0)]
-    assert (await api.post("/scored_data_list", json=many)).json() == {
+    assert await post(api, "/scored_data_list", many) == {
         "status": "received",
         "groups_processed": 2,
         "buffered": 1,
@@ -142,11 +149,11 @@ async def test_reset(api: httpx.AsyncClient) -> None:
     env_id = await started(api)
     await api.post("/scored_data", json=group(1, 8))
     assert (await api.get("/reset_data")).text == "Reset successful"
-    assert (await api.get("/info")).json()["batch_size"] == -1
-    assert (await api.get("/batch")).json()["status"] == "error"
+    assert (await get(api, "/info"))["batch_size"] == -1
+    assert (await get(api, "/batch"))["status"] == "error"
     assert (await api.request("GET", "/status-env", json={"env_id": env_id})).status_code == 422
     await started(api)
-    assert (await api.get("/batch")).json() == {"batch": None}
+    assert await get(api, "/batch") == {"batch": None}
 
 
 # --- ours ------------------------------------------------------------------------------------------------------------
@@ -158,11 +165,11 @@ async def test_lease_and_ack(api: httpx.AsyncClient) -> None:
     answer = await api.get("/batch", headers={"X-Atropos-Lease": "60"})
     lease = answer.headers["x-atropos-lease-id"]
     assert (answer.headers["x-atropos-step"], answer.headers["x-atropos-delivery"]) == ("1", "1")
-    assert (await api.get("/status")).json()["open_leases"] == 1
-    assert (await api.post("/batch/renew", json={"lease_id": lease, "seconds": 5})).json()["status"] == "success"
-    assert (await api.post("/batch/release", json={"lease_id": lease})).json()["status"] == "success"
-    assert (await api.post("/batch/ack", json={"lease_id": lease})).json()["ack"] == "late"
-    assert (await api.post("/batch/ack", json={"lease_id": lease})).json()["ack"] == "already"
+    assert (await get(api, "/status"))["open_leases"] == 1
+    assert (await post(api, "/batch/renew", {"lease_id": lease, "seconds": 5}))["status"] == "success"
+    assert (await post(api, "/batch/release", {"lease_id": lease}))["status"] == "success"
+    assert (await post(api, "/batch/ack", {"lease_id": lease}))["ack"] == "late"
+    assert (await post(api, "/batch/ack", {"lease_id": lease}))["ack"] == "already"
     unknown = await api.post("/batch/ack", json={"lease_id": "?"})
     assert unknown.status_code == 404 and "was the server reset" in unknown.json()["detail"]
     for seconds in ("0", "-1", "nan", "soon", "1e9"):
@@ -176,8 +183,8 @@ async def test_idempotency_over_http(api: httpx.AsyncClient) -> None:
     assert [answer.json() for answer in answers] == [{"status": "received", "groups_processed": 2}] * 3
     other = await api.post("/scored_data", json=body[0], headers={"Idempotency-Key": "a"})
     assert other.status_code == 422
-    assert (await api.post("/scored_data", json=body[0])).json() == {"status": "received", "duplicate": True}
-    assert (await api.get("/status")).json()["queue_size"] == 2
+    assert await post(api, "/scored_data", body[0]) == {"status": "received", "duplicate": True}
+    assert (await get(api, "/status"))["queue_size"] == 2
     assert (await api.post("/scored_data", json=group(3), headers={"Idempotency-Key": "k" * 256})).status_code == 422
 
 
@@ -188,16 +195,16 @@ async def test_a_list_is_taken_whole_or_not_at_all(api: httpx.AsyncClient) -> No
     assert answer.status_code == 422
     assert answer.json()["detail"][0]["loc"] == ["body", 1, "scores"]
     assert answer.json()["group"] == 1
-    assert (await api.get("/status")).json()["queue_size"] == 0
+    assert (await get(api, "/status"))["queue_size"] == 0
 
 
 async def test_the_registered_vocabulary_and_exact_batches_are_checked_at_the_door(api: httpx.AsyncClient) -> None:
     await started(api, 8, vocab_size=150, batch_fill="exact")
     good = await api.post("/scored_data", json=group(1, 8))
     assert good.status_code == 200
-    bad = (await api.post("/scored_data", json={**group(1, 1), "tokens": [[150, 7, 100]]})).json()
+    bad = await post(api, "/scored_data", {**group(1, 1), "tokens": [[150, 7, 100]]})
     assert (bad["field"], bad["sequence"], bad["index"], bad["value"]) == ("tokens", 0, 0, 150)
-    assert (await api.post("/scored_data", json=group(1, 9))).json()["reason"] == "too_large"
+    assert (await post(api, "/scored_data", group(1, 9)))["reason"] == "too_large"
 
 
 async def test_a_second_trainer_is_told(api: httpx.AsyncClient) -> None:
@@ -205,7 +212,7 @@ async def test_a_second_trainer_is_told(api: httpx.AsyncClient) -> None:
     answer = await api.post("/register", json=registration(8, wandb_group="other"))
     assert answer.status_code == 409
     assert "--second-trainer share" in answer.json()["detail"]
-    assert (await api.post("/register", json=registration(12))).json()["registration"] == "resumed"
+    assert (await post(api, "/register", registration(12)))["registration"] == "resumed"
 
 
 async def test_the_packed_wire_is_negotiated(api: httpx.AsyncClient) -> None:
@@ -248,7 +255,7 @@ async def test_compressed_bodies(api: httpx.AsyncClient) -> None:
         answer = await api.post("/scored_data", content=body, headers={"Content-Encoding": "gzip"})
         assert answer.status_code in (400, 422)
     assert (await api.post("/scored_data", content=raw, headers={"Content-Encoding": "br"})).status_code == 415
-    assert (await api.get("/status")).json()["queue_size"] == 3
+    assert (await get(api, "/status"))["queue_size"] == 3
 
 
 async def test_bodies_are_bounded_before_and_after_inflating() -> None:
@@ -271,6 +278,7 @@ async def test_bodies_are_bounded_before_and_after_inflating() -> None:
 @pytest.mark.parametrize(
     ("address", "accept", "policy", "encoding"),
     [
+        ("127.0.0.1", "gzip, zstd", "no package", "gzip"),
         ("10.0.0.1", "gzip, deflate", "auto", "gzip"),
         ("10.0.0.1", "gzip;q=0, identity", "auto", None),
         ("127.0.0.1", "gzip, deflate", "auto", None),
@@ -282,26 +290,21 @@ async def test_bodies_are_bounded_before_and_after_inflating() -> None:
     ],
 )
 async def test_answers_are_compressed_where_it_pays(
-    address: str, accept: str, policy: str, encoding: str | None
+    monkeypatch: pytest.MonkeyPatch, address: str, accept: str, policy: str, encoding: str | None
 ) -> None:
+    if policy == "no package":
+        policy = "always"
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     async with client_of(TrajectoryApi(ServerSettings(compression=policy)), address) as api:
+        api.headers["Accept-Encoding"] = accept
         await started(api)
         await api.post("/scored_data", json=group(1, 200))
-        answer = await api.get("/batch", headers={"Accept-Encoding": accept})
+        answer = await api.get("/batch")
         assert answer.headers.get("content-encoding") == encoding
         assert answer.json()["batch"][0]["tokens"] == group(1, 200)["tokens"]
-        assert "content-encoding" not in (await api.get("/info", headers={"Accept-Encoding": accept})).headers
-        latest = await api.get("/latest_example", headers={"Accept-Encoding": accept})
+        assert "content-encoding" not in (await api.get("/info")).headers
+        latest = await api.get("/latest_example")
         assert (latest.headers.get("content-encoding"), len(latest.json()["scores"])) == (encoding, 200)
-
-
-async def test_without_the_zstandard_package_gzip_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    async with client_of(TrajectoryApi(ServerSettings(compression="always"))) as api:
-        await started(api)
-        await api.post("/scored_data", json=group(1, 200))
-        latest = await api.get("/latest_example", headers={"Accept-Encoding": "gzip, zstd"})
-        assert (latest.headers.get("content-encoding"), len(latest.json()["scores"])) == ("gzip", 200)
 
 
 # --- who may call ----------------------------------------------------------------------------------------------------
@@ -311,7 +314,7 @@ async def test_a_token_is_demanded_on_every_data_route() -> None:
     app = TrajectoryApi(ServerSettings(token="secret"))
     async with client_of(app) as api:
         assert (await api.get("/")).status_code == 200
-        assert (await api.get("/health")).json() == {"status": "ok"}
+        assert await get(api, "/health") == {"status": "ok"}
         for method, path in routes_of(app):
             if path not in ("/", "/health"):
                 answer = await api.request(method, path, json={})
@@ -347,17 +350,12 @@ async def test_allowed_origins_and_hosts() -> None:
             assert (await api.get("/status", headers={"Host": host})).status_code == 403
 
 
-async def test_the_destructive_get_can_be_switched_off() -> None:
+async def test_unknown_paths_and_methods_and_the_destructive_get_that_can_be_switched_off() -> None:
     async with client_of(TrajectoryApi(ServerSettings(allow_get_reset=False))) as api:
-        answer = await api.get("/reset_data")
-        assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+        answers = [await api.get("/reset_data"), await api.delete("/batch")]
+        assert [(answer.status_code, answer.headers["allow"]) for answer in answers] == [(405, "POST"), (405, "GET")]
         assert (await api.post("/reset_data")).status_code == 200
-
-
-async def test_unknown_paths_and_methods(api: httpx.AsyncClient) -> None:
-    assert (await api.get("/nothing")).status_code == 404
-    answer = await api.delete("/batch")
-    assert (answer.status_code, answer.headers["allow"]) == (405, "GET")
+        assert (await api.get("/nothing")).status_code == 404
 
 
 # --- seen ------------------------------------------------------------------------------------------------------------
@@ -393,7 +391,7 @@ async def test_the_page_and_its_data(api: httpx.AsyncClient) -> None:
     env_id = await started(api)
     said = [[{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "<b>4</b>"}]] * 4
     await api.post("/scored_data", json=group(1, 4, env_id=env_id, messages=said))
-    data = (await api.get("/page-data")).json()
+    data = await get(api, "/page-data")
     assert data["status"]["queue_size"] == 1
     assert data["environments"][0]["state"] == "alive"
     assert data["latest"][0]["text"] == "assistant: <b>4</b>"
@@ -495,17 +493,10 @@ async def test_a_reset_while_a_status_and_a_post_wait_for_each_other_refuses_bot
 ) -> None:
     monkeypatch.setattr(status_barrier, "PATIENCE", 1000.0)
     app = TrajectoryApi(ServerSettings(), now=Clock())
-    ports = {"post": 11, "status": 12, "late": 13}
-    for port in ports.values():
-        app.connections["127.0.0.1", port] = Connection()
-
-    def from_port(name: str) -> httpx.AsyncClient:
-        transport = httpx.ASGITransport(app=app, client=("127.0.0.1", ports[name]))  # type: ignore[arg-type]
-        return httpx.AsyncClient(transport=transport, base_url="http://localhost")
-
-    async with from_port("post") as post, from_port("status") as ask, from_port("late") as late:
-        env_id = await started(post)
-        assert (await post.post("/scored_data", json=group(1, 4, env_id))).status_code == 200
+    posting, asking, _ = (app.connections.setdefault(("127.0.0.1", port), Connection()) for port in (11, 12, 13))
+    async with client_of(app, port=11) as first, client_of(app, port=12) as ask, client_of(app, port=13) as late:
+        env_id = await started(first)
+        assert (await first.post("/scored_data", json=group(1, 4, env_id))).status_code == 200
         # Its answer was not read yet (its connection is idle), so the status waits, and further posts wait for that.
         status = asyncio.create_task(ask.request("GET", "/status-env", json={"env_id": env_id}))
         await turns()
@@ -514,9 +505,9 @@ async def test_a_reset_while_a_status_and_a_post_wait_for_each_other_refuses_bot
         assert not status.done() and not further.done()
         async with client_of(app) as other:
             assert (await other.get("/reset_data")).status_code == 200
-        app.connections["127.0.0.1", ports["post"]].end(None)
+        posting.end(None)
         answers = [await status]
-        app.connections["127.0.0.1", ports["status"]].end(None)
+        asking.end(None)
         answers.append(await further)
         assert [answer.status_code for answer in answers] == [422, 422]
         assert all("POST /register-env first" in answer.text for answer in answers)

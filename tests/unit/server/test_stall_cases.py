@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from support.trajectory_server import Clock, post, registration
+from support.trajectory_server import Clock, post, registration, take
 
 from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
 from atropos_verl.server.settings import ServerSettings
@@ -88,11 +88,9 @@ def test_the_step_advances_by_one_per_batch_and_the_oldest_go_first() -> None:
     store.register(TrainerRegistration(**registration(8)))
     for number in range(50):
         post(store, number)
-    first = store.next_batch(60.0)
-    assert first is not None
+    first = take(store)
     assert (first.seqs, first.step) == ([0, 1], 1)
     assert store.step == 1
     assert store.queue.groups == 48
-    second = store.next_batch(60.0)
-    assert second is not None
+    second = take(store)
     assert (second.seqs, second.step) == ([2, 3], 2)

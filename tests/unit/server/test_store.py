@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from support.trajectory_server import Clock, group_bytes, post, registration
+from support.trajectory_server import Clock, group_bytes, post, registration, take
 
 from atropos_verl.errors import ConfigError
 from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
@@ -16,11 +16,12 @@ from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.store import ConflictError, QueueFullError, Store, UnknownLeaseError
 
 
-def store_with(batch_size: int = 8, clock: Clock | None = None, **settings: Any) -> Store:
-    store = Store(ServerSettings(**settings), now=clock or Clock())
+def store_with(batch_size: int = 8, **settings: Any) -> tuple[Store, Clock]:
+    clock = Clock()
+    store = Store(ServerSettings(**settings), now=clock)
     store.register(TrainerRegistration(**registration(batch_size)))
     store.next_batch(None)
-    return store
+    return store, clock
 
 
 def join(store: Store, **fields: Any) -> int:
@@ -30,18 +31,16 @@ def join(store: Store, **fields: Any) -> int:
 
 
 def test_a_lease_that_ends_returns_the_batch_to_its_old_place_and_step() -> None:
-    clock = Clock()
-    store = store_with(clock=clock)
+    store, clock = store_with()
     for number in range(4):
         post(store, number)
-    first = store.next_batch(10.0)
-    assert first is not None and (first.seqs, first.step) == ([0, 1], 1)
+    first = take(store, 10.0)
+    assert (first.seqs, first.step) == ([0, 1], 1)
     clock.pass_(9.9)
-    second = store.next_batch(10.0)
-    assert second is not None and (second.seqs, second.step) == ([2, 3], 2)
+    second = take(store, 10.0)
+    assert (second.seqs, second.step) == ([2, 3], 2)
     clock.pass_(0.2)
-    again = store.next_batch(10.0)
-    assert again is not None
+    again = take(store, 10.0)
     assert (again.seqs, again.step, again.deliveries) == ([0, 1], 1, 2)
     assert again.lease_id != first.lease_id
     assert store.step == 2
@@ -55,11 +54,9 @@ def test_a_lease_that_ends_returns_the_batch_to_its_old_place_and_step() -> None
 
 
 def test_a_late_ack_counts_while_nobody_else_has_the_batch() -> None:
-    clock = Clock()
-    store = store_with(clock=clock)
+    store, clock = store_with()
     post(store, 0), post(store, 1)
-    batch = store.next_batch(10.0)
-    assert batch is not None
+    batch = take(store, 10.0)
     clock.pass_(11.0)
     assert status.status(store)["queue_size"] == 0
     assert store.ack(batch.lease_id) == "late"
@@ -70,11 +67,9 @@ def test_a_late_ack_counts_while_nobody_else_has_the_batch() -> None:
 
 
 def test_a_lease_can_be_renewed_and_released() -> None:
-    clock = Clock()
-    store = store_with(clock=clock)
+    store, clock = store_with()
     post(store, 0), post(store, 1)
-    batch = store.next_batch(10.0)
-    assert batch is not None
+    batch = take(store, 10.0)
     clock.pass_(9.0)
     assert store.renew(batch.lease_id, 100.0) == clock.time + 100.0
     clock.pass_(99.0)
@@ -86,10 +81,9 @@ def test_a_lease_can_be_renewed_and_released() -> None:
 
 
 def test_returned_batches_count_as_waiting() -> None:
-    store = store_with()
+    store, _ = store_with()
     post(store, 0), post(store, 1), post(store, 2)
-    batch = store.next_batch(10.0)
-    assert batch is not None
+    batch = take(store, 10.0)
     assert store.queue.groups == 1
     store.take_back(batch.lease_id, "test")
     assert (store.queue.groups, store.queue.sequences) == (3, 12)
@@ -97,7 +91,7 @@ def test_returned_batches_count_as_waiting() -> None:
 
 
 def test_an_idempotency_key_stores_once_and_repeats_the_answer() -> None:
-    store = store_with()
+    store, _ = store_with()
     first = post(store, 0, key="k")
     assert post(store, 0, key="k") == first
     assert store.queue.groups == 1
@@ -106,8 +100,7 @@ def test_an_idempotency_key_stores_once_and_repeats_the_answer() -> None:
 
 
 def test_the_same_group_of_one_environment_within_the_window_is_stored_once() -> None:
-    clock = Clock()
-    store = store_with(clock=clock, dedupe_window=60.0)
+    store, clock = store_with(dedupe_window=60.0)
     one, two = join(store), join(store)
     assert post(store, 5, env_id=one) == {"duplicates": 0}
     assert post(store, 5, env_id=one) == {"duplicates": 1}
@@ -122,12 +115,12 @@ def test_the_same_group_of_one_environment_within_the_window_is_stored_once() ->
 
 
 def test_the_queue_is_bounded_by_groups_and_by_bytes() -> None:
-    store = store_with(max_queue_groups=2)
+    store, _ = store_with(max_queue_groups=2)
     post(store, 0), post(store, 1)
     with pytest.raises(QueueFullError, match="2 groups wait, max_queue_groups is 2"):
         post(store, 2)
     size = len(check_group(group_bytes(0)).raw)
-    store = store_with(max_queue_bytes=2 * size)
+    store, _ = store_with(max_queue_bytes=2 * size)
     post(store, 0), post(store, 1)
     assert store.nearly_full()
     with pytest.raises(QueueFullError, match=f"{2 * size} bytes are held"):
@@ -135,14 +128,12 @@ def test_the_queue_is_bounded_by_groups_and_by_bytes() -> None:
 
 
 def test_a_trainer_of_another_run_waits_until_the_first_has_gone() -> None:
-    clock = Clock()
-    store = store_with(clock=clock, trainer_timeout=60.0)
+    store, clock = store_with(trainer_timeout=60.0)
     other = TrainerRegistration(**registration(16, wandb_group="other"))
     with pytest.raises(ConflictError, match="run 'project'/'group' is registered and was heard 0 s ago"):
         store.register(other)
     post(store, 0), post(store, 1)
-    batch = store.next_batch(1000.0)
-    assert batch is not None
+    batch = take(store, 1000.0)
     clock.pass_(61.0)
     with pytest.raises(ConflictError):  # it holds a lease
         store.register(other)
@@ -153,36 +144,29 @@ def test_a_trainer_of_another_run_waits_until_the_first_has_gone() -> None:
 
 def test_the_same_run_registers_again_with_new_settings() -> None:
     """Upstream ignores every field of a second registration."""
-    store = store_with(8)
+    store, _ = store_with(8)
     for number in range(4):
         post(store, number)
-    batch = store.next_batch(100.0)
-    assert batch is not None
+    batch = take(store, 100.0)
     store.release(batch.lease_id)
     assert store.register(TrainerRegistration(**registration(12, starting_step=7))) == "resumed"
     assert store.step == 7
-    bigger = store.next_batch(100.0)
-    assert bigger is not None
+    bigger = take(store, 100.0)
     assert (bigger.seqs, bigger.step) == ([0, 1, 2], 8)
     with pytest.raises(ConflictError):
         store.ack(batch.lease_id)
 
 
 def test_a_second_trainer_shares_when_the_server_says_so() -> None:
-    store = store_with(8, second_trainer="share")
+    store, _ = store_with(8, second_trainer="share")
     assert store.register(TrainerRegistration(**registration(16, wandb_group="other"))) == "shared"
     assert store.registration is not None and store.registration.batch_size == 8
-
-
-def test_an_unknown_fill_policy_is_refused_by_name() -> None:
-    store = Store(ServerSettings())
     with pytest.raises(Refusal, match="batch_fill = 'most' must be one of auto, exact, at_most, at_least"):
         store.register(TrainerRegistration(**registration(8, batch_fill="most")))
 
 
 def test_an_environment_that_has_gone_blocks_nobody() -> None:
-    clock = Clock()
-    store = store_with(clock=clock, env_timeout=120.0)
+    store, clock = store_with(env_timeout=120.0)
     quiet, busy = join(store, min_batch_allocation=0.5), join(store)
     post(store, 0, env_id=busy), post(store, 1, env_id=busy)
     assert store.next_batch(10.0) is None
@@ -197,9 +181,9 @@ def test_an_environment_that_has_gone_blocks_nobody() -> None:
     assert status.env_status(store, store.environments[busy])["env_weight"] == 0.5
 
 
-def test_a_resumed_trainer_gets_no_part_of_a_batch_before_its_environments_could_come_back() -> None:
-    clock = Clock()
-    store = store_with(clock=clock, env_timeout=120.0)
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_resumed_trainer_gets_no_part_of_a_batch_before_its_environments_could_come_back(comes_back: bool) -> None:
+    store, clock = store_with(env_timeout=120.0)
     env_id = join(store)
     post(store, 0, env_id=env_id)
     store.disconnect_env(env_id)  # the run was interrupted
@@ -208,37 +192,22 @@ def test_a_resumed_trainer_gets_no_part_of_a_batch_before_its_environments_could
     for _ in range(2):
         assert store.next_batch(10.0) is None, "an environment registers after this question, not before"
         clock.pass_(59.0)
-    again = join(store)
-    post(store, 1, env_id=again)
-    batch = store.next_batch(10.0)
-    assert batch is not None and batch.seqs == [0, 1]
-
-
-def test_what_is_left_is_handed_out_when_no_environment_comes_back() -> None:
-    clock = Clock()
-    store = store_with(clock=clock, env_timeout=120.0)
-    env_id = join(store)
-    post(store, 0, env_id=env_id)
-    store.disconnect_env(env_id)
-    clock.pass_(600.0)
-    store.register(TrainerRegistration(**registration(8)))
-    clock.pass_(119.0)
-    assert store.next_batch(10.0) is None
-    clock.pass_(1.0)
-    batch = store.next_batch(10.0)
-    assert batch is not None and batch.seqs == [0]
+    if comes_back:
+        post(store, 1, env_id=join(store))
+        assert take(store).seqs == [0, 1]
+        return
+    clock.pass_(2.0)
+    assert take(store).seqs == [0]
     # One that came and went tells that there is nobody else to wait for.
     env_id = join(store)
     post(store, 1, env_id=env_id)
     store.disconnect_env(env_id)
     clock.pass_(5.0)
-    batch = store.next_batch(10.0)
-    assert batch is not None and batch.seqs == [1]
+    assert take(store).seqs == [1]
 
 
 def test_a_minimum_share_is_waited_for_and_then_waived() -> None:
-    clock = Clock()
-    store = store_with(clock=clock)
+    store, clock = store_with()
     store.register(TrainerRegistration(**registration(8, min_allocation_wait=30.0)))
     slow, busy = join(store, min_batch_allocation=0.25), join(store)
     post(store, 0, env_id=busy), post(store, 1, env_id=busy)
@@ -247,18 +216,18 @@ def test_a_minimum_share_is_waited_for_and_then_waived() -> None:
     store.hear_env(slow), store.hear_env(busy)
     assert store.next_batch(10.0) is None
     post(store, 2, env_id=slow)
-    with_share = store.next_batch(1000.0)
-    assert with_share is not None and with_share.seqs == [0, 2]
+    with_share = take(store, 1000.0)
+    assert with_share.seqs == [0, 2]
     post(store, 3, env_id=busy)
     assert store.next_batch(10.0) is None
     clock.pass_(30.0)
     store.hear_env(slow)
-    without = store.next_batch(10.0)
-    assert without is not None and without.seqs == [1, 3]
+    without = take(store, 10.0)
+    assert without.seqs == [1, 3]
 
 
 def test_status_env_by_hand() -> None:
-    store = store_with(16)
+    store, _ = store_with(16)
     small = join(store, group_size=2, max_token_length=100, weight=1.0)
     large = join(store, group_size=4, max_token_length=100, weight=3.0, min_batch_allocation=0.25)
     for number in range(3):
@@ -279,7 +248,7 @@ def test_status_env_by_hand() -> None:
 
 
 def test_a_nearly_full_server_tells_environments_to_pause() -> None:
-    store = store_with(max_queue_groups=10, soft_limit=0.8)
+    store, _ = store_with(max_queue_groups=10, soft_limit=0.8)
     env_id = join(store)
     for number in range(7):
         post(store, number, env_id=env_id)
@@ -290,11 +259,10 @@ def test_a_nearly_full_server_tells_environments_to_pause() -> None:
 
 
 def test_reset_forgets_and_goes_on() -> None:
-    store = store_with()
+    store, _ = store_with()
     join(store)
     post(store, 0), post(store, 1)
-    batch = store.next_batch(10.0)
-    assert batch is not None
+    batch = take(store, 10.0)
     store.reset()
     assert status.status(store)["queue_size"] == 0
     assert (store.step, store.environments, store.registration) == (0, [], None)
@@ -302,8 +270,7 @@ def test_reset_forgets_and_goes_on() -> None:
         store.ack(batch.lease_id)
     assert store.register(TrainerRegistration(**registration(4))) == "new"
     post(store, 9)
-    again = store.next_batch(10.0)
-    assert again is not None
+    again = take(store, 10.0)
     assert json.loads(store.members(again)[0].raw)["tokens"][0][0] == 9
 
 
