@@ -54,13 +54,9 @@ class ServerThread:
         listener: socket.socket | None = None,
         **options: Any,
     ) -> None:
-        self._app = app
-        self._service = service
-        self._advice = advice
-        self._host = host
-        self._port = port
-        self._listener = listener
-        self._options = options
+        self._app, self._options = app, options
+        self._service, self._advice = service, advice
+        self._host, self._port, self._listener = host, port, listener
         self._was_started = False
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
@@ -87,9 +83,8 @@ class ServerThread:
     def start(self, timeout: float = 10.0) -> str:
         """Listen, and return ``url`` once GET /health answers 200. Starting a running server returns its url.
 
-        Raises:
-            ServiceError: the port is taken (with ``advice``), the application fails to start, or it does not answer
-                within ``timeout`` seconds.
+        Raises ``ServiceError`` when the port is taken, or when the application fails to start or does not answer within
+        ``timeout`` seconds.
         """
         import uvicorn
 

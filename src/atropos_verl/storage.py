@@ -64,8 +64,7 @@ def write_atomic(path: Path, data: bytes | str, *, private: bool = False, durabl
         private: only the owner can read the file (mode 0600).
         durable: return after the file is on the disk.
 
-    Raises:
-        OSError: the disk is full, or the directory is missing or not writable. The old file stays.
+    Raises ``OSError`` when the disk is full, or the directory is missing or not writable. The old file stays.
     """
     # A rename is atomic only within one file system. Hence no tempfile, which may be on another one.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -151,9 +150,8 @@ class RecordStore:
                     bad.append(key)
             for key in bad:
                 self.damaged.append((table, key))
-                logger.error(
-                    "%s: row %r of table %s is damaged; it was moved to the table 'damaged'", self.path, key, table
-                )
+                why = "is damaged; it was moved to the table 'damaged'"
+                logger.error("%s: row %r of table %s %s", self.path, key, table, why)
                 with self._db:
                     self._db.execute("BEGIN IMMEDIATE")
                     self._db.execute(f"INSERT INTO damaged SELECT '{table}', * FROM {table} WHERE key = ?", (key,))
@@ -226,13 +224,11 @@ class RecordStore:
             if network is not None:
                 # WAL needs shared memory unless one process holds the file alone.
                 db.execute("PRAGMA locking_mode = EXCLUSIVE")
-                logger.warning(
-                    "%s is on a network file system (%s): the death of this process loses nothing, but the death of "
-                    "this machine or of the network may damage the file, and a second machine may not see the lock. "
-                    "Move the directory to a local disk",
-                    self.path,
-                    network,
+                text = (
+                    "the death of this process loses nothing, but the death of this machine or of the network may "
+                    "damage the file, and a second machine may not see the lock. Move the directory to a local disk"
                 )
+                logger.warning("%s is on a network file system (%s): %s", self.path, network, text)
             db.execute("PRAGMA journal_mode = WAL")
             db.execute(f"PRAGMA synchronous = {'FULL' if fsync else 'NORMAL'}")
             db.execute("PRAGMA wal_autocheckpoint = 0")
@@ -240,13 +236,8 @@ class RecordStore:
             frames = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1]
             if last_commit > frames:
                 kept = Path(shutil.copyfile(wal, f"{wal}.damaged"))
-                logger.error(
-                    "%s is damaged after frame %d: the changes up to frame %d are lost; %s is a copy of it",
-                    wal,
-                    frames,
-                    last_commit,
-                    kept,
-                )
+                lost = f"the changes up to frame {last_commit} are lost; {kept} is a copy of it"
+                logger.error("%s is damaged after frame %d: %s", wal, frames, lost)
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, _VERSION):
                 raise StorageDamagedError(f"{self.path} is of version {version}; this program reads {_VERSION}")

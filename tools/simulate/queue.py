@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from atropos_verl.server.batcher import BatchPolicy, GroupQueue, QueueView, StoredGroup, choose_batch
+from atropos_verl.protocol.messages import BatchPolicy
+from atropos_verl.server.batcher import GroupQueue, QueueView, StoredGroup, choose_batch
 from simulate.generation import Group
 
 __all__ = ["TrajectoryQueue"]

@@ -12,13 +12,24 @@ _Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
 
-class TrainerRegistration(msgspec.Struct, kw_only=True, omit_defaults=True):
+class BatchPolicy(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Which groups make a batch: the wishes of the trainer."""
+
+    batch_size: _Positive
+    """Sequences (not groups) per batch."""
+    batch_fill: str = "auto"
+    """``auto`` | ``exact`` | ``at_most`` | ``at_least``."""
+    batch_fill_wait: _Seconds = 5.0
+    """Seconds that a batch's worth of sequences may wait for an exact fit (``auto``)."""
+    batch_tail_wait: _Seconds | None = None
+    """Seconds without a new group after which less than a batch is handed out. None: only when nobody is sending."""
+
+
+class TrainerRegistration(BatchPolicy, kw_only=True, omit_defaults=True):
     """Body of ``POST /register``: upstream's eight fields, then ours."""
 
     wandb_group: str
     wandb_project: str
-    batch_size: _Positive
-    """Sequences (not groups) per batch."""
     max_token_len: int
     """Exclusive: an environment drops a group when any of its sequences has this many tokens or more."""
     checkpoint_dir: str
@@ -28,12 +39,6 @@ class TrainerRegistration(msgspec.Struct, kw_only=True, omit_defaults=True):
     """The step that the run goes on from; 0 for a new one."""
     num_steps: int
     """Steps of the whole run; environments end by themselves beyond it."""
-    batch_fill: str = "auto"
-    """``auto`` | ``exact`` | ``at_most`` | ``at_least``."""
-    batch_fill_wait: _Seconds = 5.0
-    """Seconds that a batch's worth of sequences may wait for an exact fit (``auto``)."""
-    batch_tail_wait: _Seconds | None = None
-    """Seconds without a new group after which less than a batch is handed out. None: only when nobody is sending."""
     min_allocation_wait: _Seconds = 300.0
     """Seconds that a batch waits for an environment's minimum share before it goes without."""
     vocab_size: _Positive | None = None

@@ -7,7 +7,7 @@ A batch is a set of whole groups. In order of preference:
    ``at_least`` (the smallest above), ``exact`` (none), or ``auto``: ``at_most``, once waiting cannot help any more.
 
 Waiting cannot help when no mix of the sizes seen makes the batch size, when the sequences of a whole batch have waited
-``fill_wait`` seconds, or when less than a batch is left and no environment is there to send more.
+``batch_fill_wait`` seconds, or when less than a batch is left and no environment is there to send more.
 
 A group that was left behind by ``MAX_PASSED_OVER`` batches is in the next one (not under ``exact``), so an odd size
 grows stale by a few steps, not for ever (minimums are waived for that batch). A group larger than a batch is a batch
@@ -25,6 +25,8 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+
+from atropos_verl.protocol.messages import BatchPolicy
 
 _SIZES_REMEMBERED = 64
 """Groups of each environment whose sizes tell what may still come."""
@@ -60,19 +62,6 @@ class StoredGroup:
     @property
     def held_bytes(self) -> int:
         return len(self.raw) + len(self.packed or b"")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchPolicy:
-    """The wishes of the trainer, from ``/register``."""
-
-    batch_size: int
-    """Sequences."""
-    fill: str = "auto"
-    fill_wait: float = 5.0
-    """Seconds that a whole batch's worth of sequences may wait for an exact fit."""
-    tail_wait: float | None = None
-    """Seconds without a new group after which less than a batch is handed out; None: only when nobody can send more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,9 +102,9 @@ def choose_batch(view: QueueView, policy: BatchPolicy, now: float) -> list[Store
     if view.total == 0 or batch_size < 1:
         return None
     oldest = next(view.in_order())
-    if policy.fill != "exact" and oldest.size > batch_size:
+    if policy.batch_fill != "exact" and oldest.size > batch_size:
         return [oldest]
-    if policy.fill != "exact" and oldest.passed_over >= MAX_PASSED_OVER:
+    if policy.batch_fill != "exact" and oldest.passed_over >= MAX_PASSED_OVER:
         return _forced(view, policy, oldest)
     head = _head(view, batch_size)
     if not view.minimums and sum(group.size for group in head) == batch_size:
@@ -133,7 +122,12 @@ def choose_batch(view: QueueView, policy: BatchPolicy, now: float) -> list[Store
     target = batch_size if ends[0] >> batch_size & 1 else _fallback_target(view, policy, now, head, ends[0])
     if target is not None:
         return _shared_out(pools, ends, target, head)
-    if view.minimums and view.total >= batch_size and policy.fill != "exact" and _highest(ends[0], batch_size) < 0:
+    if (
+        view.minimums
+        and view.total >= batch_size
+        and policy.batch_fill != "exact"
+        and _highest(ends[0], batch_size) < 0
+    ):
         # The minimums cannot be met without exceeding the batch, however long one waits.
         return choose_batch(replace(view, minimums={}), policy, now)
     return None
@@ -166,19 +160,19 @@ def _fallback_target(
 ) -> int | None:
     """Sequences of the closest batch of those in ``sums``. None: wait."""
     batch_size = policy.batch_size
-    if policy.fill == "exact":
+    if policy.batch_fill == "exact":
         return None
     if view.total < batch_size:
         quiet = now - view.last_arrival
-        trainer_waited = policy.tail_wait is not None and quiet >= policy.tail_wait
-        if not trainer_waited and (view.anyone_sending or quiet < policy.fill_wait):
+        trainer_waited = policy.batch_tail_wait is not None and quiet >= policy.batch_tail_wait
+        if not trainer_waited and (view.anyone_sending or quiet < policy.batch_fill_wait):
             return None
-    elif policy.fill == "at_least" and sums >> batch_size:
+    elif policy.batch_fill == "at_least" and sums >> batch_size:
         return batch_size + _lowest(sums >> batch_size)
-    elif policy.fill == "auto":
+    elif policy.batch_fill == "auto":
         # ``head`` is a batch's worth of sequences: its last group came when there were enough.
         may_fit = representable(tuple(view.sizes_seen), batch_size)
-        if may_fit and now - head[-1].arrived < policy.fill_wait:
+        if may_fit and now - head[-1].arrived < policy.batch_fill_wait:
             return None
     highest = _highest(sums, batch_size)
     return highest if highest > 0 else None
@@ -191,7 +185,7 @@ def _forced(view: QueueView, policy: BatchPolicy, oldest: StoredGroup) -> list[S
     room = policy.batch_size - oldest.size
     sums = reachable(sizes, room + max(sizes, default=0))
     target = _highest(sums, room)
-    if target != room and policy.fill == "at_least" and sums >> room:
+    if target != room and policy.batch_fill == "at_least" and sums >> room:
         target = room + _lowest(sums >> room)
     return [oldest, *(others[i] for i in oldest_subset(sizes, target) or ())]
 

@@ -280,11 +280,8 @@ class BatchResponse(Response):
     ) -> None:
         self._batch, self._parts, self._encoding = batch, parts, encoding
         self._store, self._counters, self._connection = store, counters, connection
-        headers = {
-            "content-type": media_type,
-            "x-atropos-step": str(batch.step),
-            "x-atropos-delivery": str(batch.deliveries),
-        }
+        headers = {"content-type": media_type, "x-atropos-step": str(batch.step)}
+        headers["x-atropos-delivery"] = str(batch.deliveries)
         if batch.deadline is not None:
             headers["x-atropos-lease-id"] = batch.lease_id
             if batch.earlier:

@@ -34,13 +34,9 @@ class JsonFormatter(logging.Formatter):
     _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = {
-            "time": round(record.created, 3),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        fields.update({name: value for name, value in record.__dict__.items() if name not in self._STANDARD})
+        fields = {"time": round(record.created, 3), "level": record.levelname, "logger": record.name}
+        fields["message"] = record.getMessage()
+        fields |= {name: value for name, value in record.__dict__.items() if name not in self._STANDARD}
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
         return json.dumps(fields, default=str)
@@ -57,11 +53,8 @@ def check_bind(host: str, settings: ServerSettings, *, insecure: bool = False) -
             return settings
         return replace(settings, allowed_hosts=(*_LOOPBACK_NAMES, host, *settings.allowed_hosts))
     if settings.token is None and not insecure:
-        raise ConfigError(
-            f"{host} is reached from other machines: give --token (or ATROPOS_API_TOKEN), "
-            "or --insecure if only trusted machines reach it",
-            "host",
-        )
+        text = f"{host} is reached from other machines: give --token (or ATROPOS_API_TOKEN), or --insecure if only"
+        raise ConfigError(f"{text} trusted machines reach it", "host")
     return settings
 
 

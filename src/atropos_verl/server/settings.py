@@ -65,17 +65,14 @@ class ServerSettings:
             value = getattr(self, field.name)
             if isinstance(value, int | float) and not isinstance(value, bool) and (value < 0 or math.isnan(value)):
                 raise ConfigError(f"{value} must not be negative", field.name)
-        for name in ("max_body_bytes", "max_inflated_bytes", "max_queue_groups", "max_queue_bytes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{getattr(self, name)} must be at least 1", name)
-        for name in ("body_timeout", "env_timeout", "max_lease"):
-            if getattr(self, name) == 0:
-                raise ConfigError("0 must be a number of seconds above 0", name)
+            if value == 0 and field.name.startswith("max_") and isinstance(value, int):
+                raise ConfigError("0 must be at least 1", field.name)
+            if value == 0 and field.name in ("body_timeout", "env_timeout", "max_lease"):
+                raise ConfigError("0 must be a number of seconds above 0", field.name)
         if not 0 < self.soft_limit <= 1:
             raise ConfigError(f"{self.soft_limit} must be above 0 and at most 1", "soft_limit")
-        if self.second_trainer not in SECOND_TRAINER:
-            raise ConfigError(f"{self.second_trainer!r} must be one of {', '.join(SECOND_TRAINER)}", "second_trainer")
-        if self.compression not in COMPRESSIONS:
-            raise ConfigError(f"{self.compression!r} must be one of {', '.join(COMPRESSIONS)}", "compression")
+        for name, known in (("second_trainer", SECOND_TRAINER), ("compression", COMPRESSIONS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{getattr(self, name)!r} must be one of {', '.join(known)}", name)
         if self.token is not None and not (self.token and self.token.isascii() and self.token.isprintable()):
             raise ConfigError("must be printable ASCII and not empty", "token")

@@ -34,14 +34,7 @@ import msgspec
 from atropos_verl.errors import AtroposVerlError, ConfigError, StorageDamagedError, StorageWriteError
 from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
 from atropos_verl.protocol.schema import CheckedGroup, Refusal
-from atropos_verl.server.batcher import (
-    BATCH_FILLS,
-    BatchPolicy,
-    GroupQueue,
-    QueueView,
-    StoredGroup,
-    choose_batch,
-)
+from atropos_verl.server.batcher import BATCH_FILLS, GroupQueue, QueueView, StoredGroup, choose_batch
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.storage import Key, RecordStore
 
@@ -684,18 +677,12 @@ class Store:
         trainer, now = self.registration, self.now()
         if trainer is None:
             return None
-        policy = BatchPolicy(
-            batch_size=trainer.batch_size,
-            fill=trainer.batch_fill,
-            fill_wait=trainer.batch_fill_wait,
-            tail_wait=trainer.batch_tail_wait,
-        )
         view = self._view(trainer.batch_size)
-        chosen = choose_batch(view, policy, now)
+        chosen = choose_batch(view, trainer, now)
         if chosen is not None or not view.minimums:
             self._minimum_missed = None
             return chosen
-        without = choose_batch(replace(view, minimums={}), policy, now)
+        without = choose_batch(replace(view, minimums={}), trainer, now)
         if without is None:
             return None
         self._minimum_missed = now if self._minimum_missed is None else self._minimum_missed

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from atropos_verl.protocol.messages import BatchPolicy
 from atropos_verl.server.batcher import (
     MAX_PASSED_OVER,
-    BatchPolicy,
     QueueView,
     choose_batch,
     oldest_subset,
@@ -48,7 +48,7 @@ def sizes(*found: int, env_id: int | None = None) -> list[Waiting]:
 
 
 def chosen(groups: list[Waiting], batch_size: int, now: float = 0.0, fill: str = "auto", **fields: Any) -> Any:
-    batch = choose_batch(view(groups, **fields), BatchPolicy(batch_size=batch_size, fill=fill), now)
+    batch = choose_batch(view(groups, **fields), BatchPolicy(batch_size=batch_size, batch_fill=fill), now)
     return None if batch is None else [group.seq for group in batch]
 
 
@@ -85,7 +85,7 @@ def test_the_rules_by_example(found: tuple[int, ...], batch_size: int, options: 
 
 
 def test_the_rest_is_handed_out_after_the_trainers_own_wait() -> None:
-    policy = BatchPolicy(batch_size=8, tail_wait=30.0)
+    policy = BatchPolicy(batch_size=8, batch_tail_wait=30.0)
     assert choose_batch(view(sizes(4)), policy, 29.0) is None
     assert [group.seq for group in choose_batch(view(sizes(4)), policy, 30.0) or ()] == [0]
 
