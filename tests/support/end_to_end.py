@@ -28,7 +28,7 @@ from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.types import StepReport
 from support import http_faults
 from support.http_faults import Behaviour, FaultServer, refused_url
-from support.upstream_api import upstream_api
+from support.trajectory_server import UpstreamApi
 
 STEPS = 5
 GROUP_SIZE = 4
@@ -62,7 +62,7 @@ class EndToEnd:
         with ExitStack() as stack:
             self.run_dir = Path(tempfile.mkdtemp(prefix="atropos-verl-e2e-"))
             stack.callback(shutil.rmtree, self.run_dir, ignore_errors=True)
-            self.api = stack.enter_context(upstream_api(self.run_dir))
+            self.api = stack.enter_context(UpstreamApi(self.run_dir))
             config = {
                 "atropos": {"api_url": self.api.url, "timeout": 30},
                 "use_advantage_weighting": True,
