@@ -46,11 +46,10 @@ def check_model(config: RunConfig, model_path: Path) -> list[Finding]:
     findings += [_compare_vocabulary(settings, tokenizer_dir), *_check_tokenizer(tokenizer_dir)]
     context = settings.get("max_position_embeddings")
     if isinstance(context, int):
-        fits = config.max_token_len <= context
-        todo = "" if fits else "lower data.max_prompt_length, max_response_length or data.max_token_len"
-        text = f"{context} positions, sequences of up to {config.max_token_len} tokens"
-        if not fits:
+        text, todo = f"{context} positions, sequences of up to {config.max_token_len} tokens", ""
+        if config.max_token_len > context:
             text = f"sequences of up to {config.max_token_len} tokens, the model has {context} positions"
+            todo = "lower data.max_prompt_length, max_response_length or data.max_token_len"
         findings.append(finding(_SECTION, "context", text, missing=todo))
     return findings
 
@@ -58,9 +57,7 @@ def check_model(config: RunConfig, model_path: Path) -> list[Finding]:
 def check_vocabulary(config: RunConfig, model_path: Path, prefix: str = "") -> None:
     """Raises ``ConfigError`` when the tokenizer has ids that the model has no embedding for.
 
-    It is cheap enough for the start of every run. Without it the failure is an index error in the embedding, after
-    the model was loaded, or (on a GPU) a device assert that names nothing.
-
+    Without this the failure is an index error in the embedding, or (on a GPU) a device assert that names nothing.
     ``prefix`` is what the backend has before its keys.
     """
     settings, problem = _read(model_path / "config.json")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import json
 import os
 import resource
@@ -17,10 +18,10 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 from packaging.requirements import Requirement
@@ -43,29 +44,6 @@ _SECTIONS = ("configuration", "software", "machine", "placement", "model", "netw
 _STYLES = {"ok": "green", "warning": "yellow", "missing": "bold red"}
 
 
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """The configuration that is checked."""
-
-    config: RunConfig
-    launch: LaunchConfig
-    backend: str = "local"
-    verl: Mapping[str, Any] = field(default_factory=dict)
-    """verl's own settings, with ``backend=ray``."""
-
-    @property
-    def device(self) -> str:
-        if self.backend == "ray":
-            return str(_section(self.verl, "trainer").get("device") or "cuda")
-        return self.config.trainer.device
-
-    @property
-    def ranks(self) -> int:
-        if self.backend == "ray":
-            return int(_section(self.verl, "trainer").get("n_gpus_per_node") or 1)
-        return self.launch.trainer_process.nproc
-
-
 # ---------------------------------------------------------------------- the command
 
 
@@ -78,8 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Returns 0: everything is there; 1: something is missing."""
+    directory: Path = options.config_dir or SHIPPED
+    default = "local_demo" if directory == SHIPPED else None
     try:
-        findings = examine(load_subject(options.words, options.config_dir, options.config_name))
+        config, launch, ray = load_settings(options.words, directory, options.config_name, default)
+        findings = _examine(config, launch, ray.verl if ray is not None else {})
     except ConfigError as error:
         todo = "correct it; --help of train and launch"
         findings = [finding("configuration", error.key or "file", str(error), missing=todo)]
@@ -92,43 +73,39 @@ def run(options: argparse.Namespace) -> int:
     return 0 if is_ready else 1
 
 
-def load_subject(words: Sequence[str], config_dir: Path | None, config_name: str | None) -> Subject:
-    """The settings that ``doctor`` looks at: the keys of ``train`` and of ``launch``. Raises ``ConfigError``."""
-    default = "local_demo" if config_dir in (None, SHIPPED) else None
-    config, launch, ray = load_settings(words, config_dir or SHIPPED, config_name, default)
-    if config.env.script is not None or config.env.python is not None:  # main_atropos.py's one environment
-        one = EnvironmentConfig(script=config.env.script, python=config.env.python, args=config.env.args)
-        launch = launch.model_copy(update={"environments": {"environment": one}, "envs": None})
-    return Subject(config=config, launch=launch, backend=launch.backend, verl=ray.verl if ray is not None else {})
+def _examine(config: RunConfig, launch: LaunchConfig, verl: Mapping[str, Any]) -> list[Finding]:
+    """Runs every check that applies; the slow ones (subprocesses, HTTP) at the same time.
 
-
-def examine(subject: Subject) -> list[Finding]:
-    """Runs every check that applies; the slow ones (subprocesses, HTTP) at the same time."""
-    config, launch = subject.config, subject.launch
-    on_ray = subject.backend == "ray"
+    ``verl``: verl's own settings, with ``backend=ray``.
+    """
+    chosen, env = launch.chosen, config.env
+    if env.script is not None or env.python is not None:  # main_atropos.py's one environment
+        chosen = {"environment": EnvironmentConfig(script=env.script, python=env.python, args=env.args)}
+    on_ray, trainer = launch.backend == "ray", _section(verl, "trainer")
+    device = str(trainer.get("device") or "cuda") if on_ray else config.trainer.device
+    ranks = int(trainer.get("n_gpus_per_node") or 1) if on_ray else launch.trainer_process.nproc
     with ThreadPoolExecutor(max_workers=8) as pool:
         listing = pool.submit(list_gpus)
         environments = [
             pool.submit(_check_configured_environment, name, settings)
-            for name, settings in (launch.chosen if launch.starts("environments") else {}).items()
+            for name, settings in (chosen if launch.starts("environments") else {}).items()
         ]
-        api = pool.submit(_check_own_or_given_api, subject)
-        findings = [check_python(), *check_packages(requirements_of(), backend=subject.backend)]
-        rollout = _section(subject.verl, "actor_rollout_ref", "rollout").get("name")
-        compiles = on_ray and subject.device == "cpu" and rollout == "vllm"
-        findings.append(check_compiler(needed_for="vLLM on a CPU" if compiles else ""))
+        api = pool.submit(_check_own_or_given_api, config, launch)
+        findings = [check_python(), *check_packages(requirements_of(), backend=launch.backend)]
+        rollout = _section(verl, "actor_rollout_ref", "rollout").get("name")
+        compiles = on_ray and device == "cpu" and rollout == "vllm"
+        findings.append(_check_compiler(needed_for="vLLM on a CPU" if compiles else ""))
         gpus = listing.result()
-        findings += [*check_machine(), check_gpus(gpus, device=subject.device, needed=subject.ranks), check_limits()]
-        asked = _section(subject.verl, "ray_kwargs", "ray_init").get("object_store_memory")
+        findings += [*_check_machine(), check_gpus(gpus, device=device, needed=ranks), check_limits()]
+        asked = _section(verl, "ray_kwargs", "ray_init").get("object_store_memory")
         findings.append(check_shared_memory(object_store=asked, ray=on_ray))
         findings += _check_model_and_disk(config)
         if launch.starts("trainer"):
             findings.append(check_port("gateway.port", config.gateway.host, config.gateway.port))
         findings.append(api.result())
         if on_ray:
-            findings += check_placement(subject.verl, gpus=len(gpus or ()), cores=_cores())
-        for future in environments:
-            findings += future.result()
+            findings += check_placement(verl, gpus=len(gpus or ()), cores=_cores())
+        findings += [future.result() for future in environments]
     return sorted(findings, key=lambda found: _SECTIONS.index(found.section))
 
 
@@ -138,12 +115,10 @@ def _show(findings: Sequence[Finding], console: Console) -> None:
     table.add_column("")
     table.add_column("checked", no_wrap=True)
     table.add_column("found", overflow="fold")
-    section = ""
-    for found in findings:
-        if found.section != section:
-            section = found.section
-            table.add_row("", Text(section, style="bold"), "")
-        table.add_row(Text(found.status, style=_STYLES[found.status]), Text(f"  {found.name}"), Text(found.found))
+    for section, group in itertools.groupby(findings, key=lambda found: found.section):
+        table.add_row("", Text(section, style="bold"), "")
+        for found in group:
+            table.add_row(Text(found.status, style=_STYLES[found.status]), Text(f"  {found.name}"), Text(found.found))
     console.print(table)
     todo = [found for found in findings if found.status != "ok"]
     for found in sorted(todo, key=lambda found: found.status != "missing"):
@@ -203,7 +178,7 @@ def check_packages(requirements: Iterable[Requirement], *, backend: str = "local
     return findings
 
 
-def check_compiler(*, needed_for: str = "") -> Finding:
+def _check_compiler(*, needed_for: str = "") -> Finding:
     """Looks for a C++ compiler: torch.compile and vLLM's CPU backend call one."""
     names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
     path = next((path for name in names if name and (path := shutil.which(name))), None)
@@ -222,7 +197,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check_machine() -> list[Finding]:
+def _check_machine() -> list[Finding]:
     memory = psutil.virtual_memory()
     text = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB available"
     few = "trainer and environment share it: the demo takes minutes" if _cores() < 2 else ""
@@ -233,8 +208,7 @@ def check_machine() -> list[Finding]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
+class Gpu(NamedTuple):
     name: str
     free_bytes: int
 
@@ -280,11 +254,12 @@ def check_gpus(gpus: list[Gpu] | None, *, device: str, needed: int) -> Finding:
 def check_limits(soft: int | None = None) -> Finding:
     """Checks ``ulimit -n``: every request of an environment, and every process of Ray, is a file."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if soft is None else soft
-    unlimited = soft == resource.RLIM_INFINITY
-    todo = f"up to 512 requests are open at a time, Ray wants more: ulimit -n {_OPEN_FILES * 16}"
-    enough = unlimited or soft >= _OPEN_FILES
-    text = "unlimited" if unlimited else str(soft)
-    return finding("machine", "open files (ulimit -n)", text, warning="" if enough else todo)
+    text, todo = str(soft), ""
+    if soft == resource.RLIM_INFINITY:
+        text = "unlimited"
+    elif soft < _OPEN_FILES:
+        todo = f"up to 512 requests are open at a time, Ray wants more: ulimit -n {_OPEN_FILES * 16}"
+    return finding("machine", "open files (ulimit -n)", text, warning=todo)
 
 
 def check_shared_memory(*, object_store: int | None = None, ray: bool = False) -> Finding:
@@ -328,18 +303,16 @@ def check_disk(run_dir: Path, *, model_bytes: int, checkpoints: int | None) -> l
 
 
 def _check_model_and_disk(config: RunConfig) -> list[Finding]:
-    findings: list[Finding] = []
     size = 0
     try:
         model_path = config.resolve_model_path()
-    except (ConfigError, FileNotFoundError) as error:
-        todo = "set model.path to a Hugging Face directory"
-        findings.append(finding("model", "path", str(error), missing=todo))
-    else:
-        findings += check_model(config, model_path)
+        findings = check_model(config, model_path)
         size = weight_bytes(model_path) if config.save_freq > 0 else 0
-    kept = config.trainer.max_ckpt_to_keep
-    return [*findings, *check_disk(config.resolve_run_dir(), model_bytes=size, checkpoints=kept)]
+    except (ConfigError, FileNotFoundError) as error:
+        findings = [finding("model", "path", str(error), missing="set model.path to a Hugging Face directory")]
+    return findings + check_disk(
+        config.resolve_run_dir(), model_bytes=size, checkpoints=config.trainer.max_ckpt_to_keep
+    )
 
 
 # ---------------------------------------------------------------------- placement on Ray
@@ -453,14 +426,12 @@ def check_api(url: str, token: str | None, *, timeout: float = 3.0) -> Finding:
     )
 
 
-def _check_own_or_given_api(subject: Subject) -> Finding:
-    config, api = subject.config.atropos, subject.launch.api
-    if config.api_url is not None:
-        return check_api(config.api_url, config.token)
-    if not subject.launch.starts("api"):
-        text = "no URL, and only= leaves it out"
-        return finding("network", "trajectory API", text, missing="set atropos.api_url")
-    return check_port("api.port", api.host, api.port)
+def _check_own_or_given_api(config: RunConfig, launch: LaunchConfig) -> Finding:
+    if config.atropos.api_url is not None:
+        return check_api(config.atropos.api_url, config.atropos.token)
+    if launch.starts("api"):
+        return check_port("api.port", launch.api.host, launch.api.port)
+    return finding("network", "trajectory API", "no URL, and only= leaves it out", missing="set atropos.api_url")
 
 
 # ---------------------------------------------------------------------- environments
@@ -489,15 +460,14 @@ print(json.dumps({
 """Runs in the environment's interpreter: directory of the script, modules → what is there."""
 
 
-def _check_configured_environment(name: str, settings: EnvironmentConfig) -> list[Finding]:
+def _check_configured_environment(name: str, settings: EnvironmentConfig) -> Finding:
     try:
         python = interpreter(settings.python, f"environments.{name}.python")
         program = program_of(name, settings)
     except ConfigError as error:
-        return [finding("environments", name, str(error), missing="correct the path")]
+        return finding("environments", name, str(error), missing="correct the path")
     script = None if program[0] == "-m" else Path(program[0])
-    variables = {**os.environ, **settings.env}
-    return [check_environment(name, python, script, module=settings.module, variables=variables)]
+    return check_environment(name, python, script, module=settings.module, variables={**os.environ, **settings.env})
 
 
 def check_environment(
@@ -550,10 +520,11 @@ def imported_modules(source: bytes, script: Path) -> list[str]:
 
     Imports inside functions and under ``try`` may be optional and are not counted. Raises ``SyntaxError``.
     """
-    found: dict[str, None] = {}
+    names = []
     for node in ast.parse(source, str(script)).body:
         if isinstance(node, ast.Import):
-            found.update(dict.fromkeys(alias.name.split(".")[0] for alias in node.names))
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found[node.module.split(".")[0]] = None
-    return [name for name in found if name not in sys.stdlib_module_names and name != "__future__"]
+            names.append(node.module)
+    modules = dict.fromkeys(name.split(".")[0] for name in names)
+    return [name for name in modules if name not in sys.stdlib_module_names]

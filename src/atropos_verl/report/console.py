@@ -34,7 +34,7 @@ class LiveScreen:
     Subclasses draw it in ``_frame``. What others print meanwhile appears above it: rich redirects stdout and stderr.
     """
 
-    def __init__(self, console: Console | None) -> None:
+    def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console()
         self._is_terminal = self._console.is_terminal and not self._console.is_dumb_terminal
         self._ascii_only = not self._console.encoding.lower().startswith("utf")
@@ -104,10 +104,6 @@ def _cells(line: Mapping[str, Any], steps: int) -> list[str]:
     ]
 
 
-def _line(report: StepReport) -> dict[str, Any]:
-    return {**report.metrics, "step": report.step, "loss": report.loss, "policy_version": report.policy_version}
-
-
 class ProgressReporter(LiveScreen):
     """Shows a run while it goes on. ``with ProgressReporter(total_steps) as progress: …``.
 
@@ -124,7 +120,7 @@ class ProgressReporter(LiveScreen):
         super().__init__(console)
         self.total_steps = total_steps
         self.quiet = quiet
-        self._recent: deque[StepReport] = deque(maxlen=_RECENT_STEPS)
+        self._recent: deque[list[str]] = deque(maxlen=_RECENT_STEPS)
         self._step_seconds: deque[float] = deque(maxlen=_ETA_STEPS)
         self._rewards: list[float | None] = []
         self._done = 0
@@ -151,13 +147,14 @@ class ProgressReporter(LiveScreen):
     def step(self, report: StepReport) -> None:
         """Shows a finished optimiser step."""
         self._done = report.step
-        self._recent.append(report)
+        line = {**report.metrics, "step": report.step, "loss": report.loss, "policy_version": report.policy_version}
+        self._recent.append(_cells(line, self.total_steps))
         self._rewards.append(report.metrics.get("reward/mean"))
         took = report.metrics.get("timing/step")
         if took is not None and math.isfinite(took):
             self._step_seconds.append(took)
         if self._live is None:
-            self.note(f"{step_line(_line(report), self.total_steps)}  eta {duration(self.eta())}")
+            self.note(f"{step_line(line, self.total_steps)}  eta {duration(self.eta())}")
 
     def eta(self) -> float | None:
         """Returns the seconds to the last step, by the median of the newest steps; None before the first."""
@@ -193,7 +190,7 @@ class ProgressReporter(LiveScreen):
         if self._recent:
             curve = sparkline(self._rewards, min(CURVE_WIDTH, self._console.width - 20), ascii_only=self._ascii_only)
             reward = Text(f"reward {curve} {decimal(self._rewards[-1])}", no_wrap=True, overflow="crop")
-            parts += [self._table(), reward]
+            parts = [self._table(), reward]
         head = Table.grid(padding=(0, 1))
         head.add_row(
             ProgressBar(total=max(self.total_steps, 1), completed=self._done, width=20),
@@ -212,8 +209,7 @@ class ProgressReporter(LiveScreen):
         for column in _COLUMNS:
             if column in shown:
                 table.add_column(column.name, justify="right", width=column.width, no_wrap=True)
-        for report in list(self._recent):  # a copy: the refreshing thread draws while the run appends
-            cells = _cells(_line(report), self.total_steps)
+        for cells in list(self._recent):  # a copy: the refreshing thread draws while the run appends
             table.add_row(*(cell for column, cell in zip(_COLUMNS, cells, strict=True) if column in shown))
         return table
 
@@ -236,12 +232,12 @@ def summary_rows(summary: Mapping[str, Any], *, ascii_only: bool) -> list[tuple[
         ("groups", (("used ", "groups_used"), ("dropped ", "groups_dropped"), ("quarantined ", "groups_quarantined"))),
         ("sequences", (("trained ", "sequences_trained"), ("dropped as overlong ", "sequences_dropped_overlong"))),
         ("tokens", (("trained ", "tokens_trained"),)),
-        ("no data", (("steps ", "steps_without_data"),)),
     )
     for label, fields in lines:
-        found = [f"{words}{get(key):,}" for words, key in fields if get(key) is not None]
-        if found and not (label == "no data" and not get("steps_without_data")):
+        if found := [f"{words}{get(key):,}" for words, key in fields if get(key) is not None]:
             rows.append((label, ", ".join(found)))
+    if get("steps_without_data"):
+        rows.append(("no data", f"steps {get('steps_without_data'):,}"))
     if get("idle_share") is not None:
         rows.append(("trainer", f"idle {get('idle_share'):.0%} of the time (mode={get('mode')})"))
     if get("seconds") is not None:

@@ -34,9 +34,7 @@ class LaunchView(LiveScreen):
     On a terminal the state is one live table and notes scroll above it; elsewhere notes and steps are plain lines.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
-        super().__init__(console)
-        self._state: Mapping[str, Any] = {}
+    _state: Mapping[str, Any] | None = None
 
     def note(self, text: str) -> None:
         """Shows a text that stays on the screen."""
@@ -52,10 +50,10 @@ class LaunchView(LiveScreen):
         self._state = state
 
     def _frame(self) -> RenderableType:
-        return render_state(self._state, width=self._console.width) if self._state else Text("starting …")
+        return _render_state(self._state, width=self._console.width) if self._state else Text("starting …")
 
 
-def render_state(state: Mapping[str, Any], *, width: int = 100, notes: int = 0) -> RenderableType:
+def _render_state(state: Mapping[str, Any], *, width: int, notes: int = 0) -> RenderableType:
     """Draws the screen for one state, with the newest ``notes`` notes below."""
     parts: list[RenderableType] = [_services(state), Text(_flow(state), no_wrap=True, overflow="ellipsis")]
     if recent := state.get("recent"):
@@ -84,9 +82,8 @@ def _services(state: Mapping[str, Any]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold", expand=True)
     table.add_column("service", no_wrap=True, min_width=min(max(longest, 7), 24))
     table.add_column("state", no_wrap=True, min_width=10)
-    table.add_column("pid", justify="right", no_wrap=True, min_width=7)
-    table.add_column("up", justify="right", no_wrap=True, min_width=7)
-    table.add_column("restarts", justify="right", no_wrap=True, min_width=8)
+    for name, least in (("pid", 7), ("up", 7), ("restarts", 8)):
+        table.add_column(name, justify="right", no_wrap=True, min_width=least)
     table.add_column("", no_wrap=True, overflow="ellipsis", ratio=1)
     for service in services:
         word = str(service.get("state"))
@@ -96,7 +93,7 @@ def _services(state: Mapping[str, Any]) -> Table:
             str(service.get("pid") or "-"),
             duration(service.get("seconds")),
             str(service.get("restarts", 0)),
-            Text(str(service.get("detail") or "").splitlines()[0] if service.get("detail") else ""),
+            Text(str(service.get("detail") or "").partition("\n")[0]),
         )
     return table
 
@@ -149,23 +146,15 @@ def attach(run_dir: Path, *, console: Console | None = None, once: bool = False,
     console = console or Console()
     state = _read_state(run_dir)
     if once or not console.is_terminal:
-        console.print(render_state(state, width=console.width, notes=_NOTES))
-        return _verdict(state, console)
-    with Live(console=console, refresh_per_second=4) as live:
-        while True:
-            live.update(render_state(state, width=console.width, notes=_NOTES))
-            if _is_over(state) or _age(state) > _STALE_SECONDS:
-                break
-            time.sleep(interval)
-            state = _read_state(run_dir)
-    return _verdict(state, console)
-
-
-def _is_over(state: dict[str, Any]) -> bool:
-    return all(service.get("state") in ("ended", "stopped", "failed") for service in state.get("services", []))
-
-
-def _verdict(state: dict[str, Any], console: Console) -> int:
+        console.print(_render_state(state, width=console.width, notes=_NOTES))
+    else:
+        with Live(console=console, refresh_per_second=4) as live:
+            while True:
+                live.update(_render_state(state, width=console.width, notes=_NOTES))
+                if _is_over(state) or _age(state) > _STALE_SECONDS:
+                    break
+                time.sleep(interval)
+                state = _read_state(run_dir)
     if _is_over(state):
         console.print(state.get("ending") or "the launch has ended", markup=False, highlight=False)
         return 0
@@ -174,6 +163,10 @@ def _verdict(state: dict[str, Any], console: Console) -> int:
         console.print(text, markup=False, highlight=False)
         return 1
     return 0
+
+
+def _is_over(state: Mapping[str, Any]) -> bool:
+    return all(service.get("state") in ("ended", "stopped", "failed") for service in state.get("services", []))
 
 
 def _age(state: Mapping[str, Any]) -> float:
