@@ -16,6 +16,7 @@ import numpy as np
 from atropos_verl.types import NOT_TRAINED, ScoredGroup
 
 Group = dict[str, Any]
+Spoil = Callable[[Group, random.Random, int], object]
 VOCAB_SIZE = 256
 """Ids of good tokens are below this; give it to the validation."""
 
@@ -91,12 +92,7 @@ def poison_groups(seed: int = 0) -> list[bytes]:
     return poisoned
 
 
-def _row(group: Group, field: str, rng: random.Random) -> list[Any]:
-    rows: list[list[Any]] = group[field]
-    return rng.choice(rows)
-
-
-def _set_token(value: Callable[[random.Random, int], int]) -> Callable[[Group, random.Random, int], None]:
+def _set_token(value: Callable[[random.Random, int], int]) -> Spoil:
     def spoil(group: Group, rng: random.Random, vocab_size: int) -> None:
         i = rng.randrange(len(group["tokens"]))
         bad = value(rng, vocab_size)
@@ -108,39 +104,33 @@ def _set_token(value: Callable[[random.Random, int], int]) -> Callable[[Group, r
     return spoil
 
 
-def _shorten(field: str) -> Callable[[Group, random.Random, int], None]:
-    def spoil(group: Group, rng: random.Random, vocab_size: int) -> None:
-        _row(group, field, rng).pop()
-
-    return spoil
+def _in_a_row(field: str, change: Callable[[list[Any], random.Random], object]) -> Spoil:
+    """``change`` gets one of the rows of ``field``."""
+    return lambda group, rng, vocab_size: change(rng.choice(group[field]), rng)
 
 
-def _lengthen(field: str, value: float) -> Callable[[Group, random.Random, int], None]:
-    def spoil(group: Group, rng: random.Random, vocab_size: int) -> None:
-        _row(group, field, rng).append(value)
-
-    return spoil
+def _in_all(field: str, change: Callable[[list[Any], random.Random], object]) -> Spoil:
+    return lambda group, rng, vocab_size: change(group[field], rng)
 
 
-def _one_row_less(field: str) -> Callable[[Group, random.Random, int], None]:
-    def spoil(group: Group, rng: random.Random, vocab_size: int) -> None:
-        group[field].pop(rng.randrange(len(group[field])))
-
-    return spoil
+def _one_less(rows: list[Any], rng: random.Random) -> None:
+    rows.pop(rng.randrange(len(rows)))
 
 
-def _one_row_more(field: str) -> Callable[[Group, random.Random, int], None]:
-    def spoil(group: Group, rng: random.Random, vocab_size: int) -> None:
-        group[field].append(group[field][0])
-
-    return spoil
+def _one_more(rows: list[Any], rng: random.Random) -> None:
+    rows.append(rows[0])
 
 
-def _set(field: str, value: Any) -> Callable[[Group, random.Random, int], None]:
-    def spoil(group: Group, rng: random.Random, vocab_size: int) -> None:
-        group[field] = value
+def _last(row: list[Any], rng: random.Random) -> None:
+    row.pop()
 
-    return spoil
+
+def _huge(row: list[Any], rng: random.Random) -> None:
+    row[rng.randrange(len(row))] = rng.choice([1e300, -1e300])
+
+
+def _set(field: str, value: Any) -> Spoil:
+    return lambda group, rng, vocab_size: group.update({field: value})
 
 
 def _no_group(group: Group, rng: random.Random, vocab_size: int) -> None:
@@ -163,64 +153,52 @@ def _zero_one_masks(group: Group, rng: random.Random, vocab_size: int) -> None:
     group["masks"] = [[0 if entry == NOT_TRAINED else 1 for entry in row] for row in group["masks"]]
 
 
-def _negative_mask(group: Group, rng: random.Random, vocab_size: int) -> None:
-    _row(group, "masks", rng)[0] = rng.choice([-1, -99, -101])
+def _entry(at: int, values: list[float]) -> Callable[[list[Any], random.Random], object]:
+    def change(row: list[Any], rng: random.Random) -> None:
+        row[at] = rng.choice(values)
+
+    return change
 
 
-def _positive_logprob(group: Group, rng: random.Random, vocab_size: int) -> None:
-    _row(group, "inference_logprobs", rng)[-1] = rng.choice([0.5, 2.0, 13.0])
-
-
-def _huge(field: str) -> Callable[[Group, random.Random, int], None]:
-    def spoil(group: Group, rng: random.Random, vocab_size: int) -> None:
-        row = group[field] if field == "scores" else _row(group, field, rng)
-        row[rng.randrange(len(row))] = rng.choice([1e300, -1e300])
-
-    return spoil
-
-
-def _override(key: str, value: Any) -> Callable[[Group, random.Random, int], None]:
-    def spoil(group: Group, rng: random.Random, vocab_size: int) -> None:
-        rng.choice(group["overrides"])[key] = value
-
-    return spoil
+def _override(key: str, value: Any) -> Spoil:
+    return _in_a_row("overrides", lambda entry, rng: entry.update({key: value}))  # type: ignore[attr-defined]
 
 
 _CHANGE_SIZE = {"no sequence", "tokens: a sequence less", "tokens: a sequence more"}
 
-_KINDS: dict[str, Callable[[Group, random.Random, int], None]] = {
+_KINDS: dict[str, Spoil] = {
     "no sequence": _no_group,
-    "tokens: a sequence less": _one_row_less("tokens"),
-    "tokens: a sequence more": _one_row_more("tokens"),
+    "tokens: a sequence less": _in_all("tokens", _one_less),
+    "tokens: a sequence more": _in_all("tokens", _one_more),
     "empty sequence": _empty_sequence,
     "id negative": _set_token(lambda rng, vocab_size: rng.choice([-1, -5, -100, -(2**31)])),
     "id 2**40": _set_token(lambda rng, vocab_size: 2**40),
     "id beyond 64 bits": _set_token(lambda rng, vocab_size: 2**70),
     "id outside the vocabulary": _set_token(lambda rng, vocab_size: vocab_size + rng.randrange(1000)),
-    "masks: a token less": _shorten("masks"),
-    "masks: a token more": _lengthen("masks", NOT_TRAINED),
-    "masks: a sequence less": _one_row_less("masks"),
-    "masks: a sequence more": _one_row_more("masks"),
+    "masks: a token less": _in_a_row("masks", _last),
+    "masks: a token more": _in_a_row("masks", lambda row, rng: row.append(NOT_TRAINED)),
+    "masks: a sequence less": _in_all("masks", _one_less),
+    "masks: a sequence more": _in_all("masks", _one_more),
     "masks: another token's id": _mask_of_other_token,
     "masks: zeros and ones": _zero_one_masks,
-    "masks: negative": _negative_mask,
-    "scores: one less": _one_row_less("scores"),
-    "scores: one more": _one_row_more("scores"),
+    "masks: negative": _in_a_row("masks", _entry(0, [-1, -99, -101])),
+    "scores: one less": _in_all("scores", _one_less),
+    "scores: one more": _in_all("scores", _one_more),
     "scores: none": _set("scores", []),
-    "scores: beyond float32": _huge("scores"),
-    "advantages: a token less": _shorten("advantages"),
-    "advantages: a token more": _lengthen("advantages", 0.0),
-    "advantages: a sequence less": _one_row_less("advantages"),
-    "advantages: a sequence more": _one_row_more("advantages"),
-    "advantages: beyond float32": _huge("advantages"),
-    "logprobs: a token less": _shorten("inference_logprobs"),
-    "logprobs: a token more": _lengthen("inference_logprobs", -0.5),
-    "logprobs: a sequence less": _one_row_less("inference_logprobs"),
-    "logprobs: a sequence more": _one_row_more("inference_logprobs"),
-    "logprobs: positive": _positive_logprob,
-    "logprobs: beyond float32": _huge("inference_logprobs"),
-    "overrides: one less": _one_row_less("overrides"),
-    "overrides: one more": _one_row_more("overrides"),
+    "scores: beyond float32": _in_all("scores", _huge),
+    "advantages: a token less": _in_a_row("advantages", _last),
+    "advantages: a token more": _in_a_row("advantages", lambda row, rng: row.append(0.0)),
+    "advantages: a sequence less": _in_all("advantages", _one_less),
+    "advantages: a sequence more": _in_all("advantages", _one_more),
+    "advantages: beyond float32": _in_a_row("advantages", _huge),
+    "logprobs: a token less": _in_a_row("inference_logprobs", _last),
+    "logprobs: a token more": _in_a_row("inference_logprobs", lambda row, rng: row.append(-0.5)),
+    "logprobs: a sequence less": _in_all("inference_logprobs", _one_less),
+    "logprobs: a sequence more": _in_all("inference_logprobs", _one_more),
+    "logprobs: positive": _in_a_row("inference_logprobs", _entry(-1, [0.5, 2.0, 13.0])),
+    "logprobs: beyond float32": _in_a_row("inference_logprobs", _huge),
+    "overrides: one less": _in_all("overrides", _one_less),
+    "overrides: one more": _in_all("overrides", _one_more),
     "overrides: set_advantage_to_zero is text": _override("set_advantage_to_zero", "yes"),
     "overrides: temperature is text": _override("temperature", "hot"),
     "overrides: temperature negative": _override("temperature", -1.0),

@@ -43,11 +43,8 @@ _COMMANDS = {
 class TrainingRun:
     """One run. Leaving the ``with`` block kills whatever of it is left, whether the test passed or not.
 
-    Args:
-        words: ``key=value`` words of the command line.
-        run_dir: passed as ``run_dir=`` unless None.
-        launcher: what stands between the interpreter and the script, such as torchrun's module and options.
-        env: added to the environment; the variables that the run itself reads are not inherited.
+    ``launcher`` stands between the interpreter and the script, such as torchrun's module and options. ``env`` is added
+    to the environment; the variables that the run itself reads are not inherited.
     """
 
     def __init__(
@@ -91,21 +88,18 @@ class TrainingRun:
         self.popen.kill()
         self.popen.wait(timeout=20.0)
 
-    # ------------------------------------------------------------------ what it said
-
     @property
     def stdout(self) -> str:
-        return self._file("out").read_text(errors="replace")
+        return _text(self._file("out"))
 
     @property
     def stderr(self) -> str:
-        return self._file("err").read_text(errors="replace")
+        return _text(self._file("err"))
 
     def log(self, name: str) -> str:
         """The log of one of its processes, ``""`` when there is none yet."""
         assert self.run_dir is not None
-        path = self.run_dir / "logs" / f"{name}.log"
-        return path.read_text(errors="replace") if path.exists() else ""
+        return _text(self.run_dir / "logs" / f"{name}.log")
 
     def metrics(self) -> list[dict[str, Any]]:
         assert self.run_dir is not None
@@ -135,11 +129,7 @@ class TrainingRun:
 
     def wait(self, timeout: float = 60.0) -> int:
         """Its exit code. Fails the test when it does not end within ``timeout`` seconds."""
-        deadline = time.monotonic() + timeout
-        while self.popen.poll() is None:
-            self._note_processes()
-            assert time.monotonic() < deadline, f"it did not end within {timeout:g} s\n{self._said()}"
-            time.sleep(0.05)
+        self.wait_until(lambda: self.popen.poll() is not None, "its end", timeout)
         return self.popen.returncode
 
     # ------------------------------------------------------------------ its processes
@@ -212,16 +202,17 @@ def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
     def refuse(text: str) -> float:
         raise AssertionError(f"{text} in metrics.jsonl")
 
-    path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    lines = _text(run_dir / "metrics.jsonl").splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
 def checkpointed_step(run_dir: Path) -> int:
     """The step of the newest checkpoint, 0 when there is none."""
-    tracker = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
-    return int(tracker.read_text()) if tracker.exists() else 0
+    return int(_text(run_dir / "checkpoints" / "latest_checkpointed_iteration.txt") or 0)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
 
 
 def _python_path() -> str:

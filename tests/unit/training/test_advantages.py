@@ -25,23 +25,21 @@ def one(values: list[float], mask: list[int] | None = None, *, zero: bool = Fals
 # ---------------------------------------------------------------------- group baseline
 
 
-def test_grpo_by_hand() -> None:
-    # Mean 0.5; squared deviations 4 · 0.25 = 1, over 3: std 0.57735. 0.5 / (0.57735027 + 1e-6) = 0.86602390.
-    assert group_advantages(np.array([1.0, 0.0, 0.0, 1.0])).tolist() == pytest.approx(
-        [0.8660239, -0.8660239, -0.8660239, 0.8660239], abs=1e-7
-    )
-    # Scores 1, 2, 6: mean 3, squares 4 + 1 + 9 = 14, over 2: std sqrt(7) = 2.6457513.
-    assert group_advantages(np.array([1.0, 2.0, 6.0])).tolist() == pytest.approx(
-        [-0.7559286, -0.3779643, 1.1338931], abs=1e-6
-    )
-
-
-def test_grpo_without_std_and_rloo_and_plain_by_hand() -> None:
-    scores = np.array([1.0, 2.0, 6.0])
-    assert group_advantages(scores, norm_by_std=False).tolist() == [-2.0, -1.0, 3.0]
-    # Minus the mean of the others: 1 - 4, 2 - 3.5, 6 - 1.5.
-    assert group_advantages(scores, "rloo").tolist() == pytest.approx([-3.0, -1.5, 4.5])
-    assert group_advantages(scores, "plain").tolist() == [1.0, 2.0, 6.0]
+@pytest.mark.parametrize(
+    ("scores", "settings", "expected"),
+    [
+        # Mean 0.5; squared deviations 4 · 0.25 = 1, over 3: std 0.57735. 0.5 / (0.57735027 + 1e-6) = 0.86602390.
+        ([1.0, 0.0, 0.0, 1.0], {}, [0.8660239, -0.8660239, -0.8660239, 0.8660239]),
+        # Mean 3, squares 4 + 1 + 9 = 14, over 2: std sqrt(7) = 2.6457513.
+        ([1.0, 2.0, 6.0], {}, [-0.7559286, -0.3779643, 1.1338931]),
+        ([1.0, 2.0, 6.0], {"norm_by_std": False}, [-2.0, -1.0, 3.0]),
+        # Minus the mean of the others: 1 - 4, 2 - 3.5, 6 - 1.5.
+        ([1.0, 2.0, 6.0], {"estimator": "rloo"}, [-3.0, -1.5, 4.5]),
+        ([1.0, 2.0, 6.0], {"estimator": "plain"}, [1.0, 2.0, 6.0]),
+    ],
+)
+def test_baselines_by_hand(scores: list[float], settings: dict[str, Any], expected: list[float]) -> None:
+    assert group_advantages(np.array(scores), **settings).tolist() == pytest.approx(expected, abs=5e-7)
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "rloo"])
@@ -60,14 +58,14 @@ def test_the_same_as_verl() -> None:
     index = np.concatenate([np.full(len(g), i) for i, g in enumerate(groups)])
     rewards = torch.from_numpy(np.concatenate(groups))[:, None]
     mask = torch.ones_like(rewards)
-    grpo, _ = core.compute_grpo_outcome_advantage(rewards.clone(), mask, index)
-    centred, _ = core.compute_grpo_outcome_advantage(rewards.clone(), mask, index, norm_adv_by_std_in_grpo=False)
-    rloo, _ = core.compute_rloo_outcome_advantage(rewards.clone(), mask, index)
-    ours = [np.concatenate([group_advantages(g, e) for g in groups]) for e in ("grpo", "rloo")]
-    np.testing.assert_allclose(ours[0], grpo[:, 0].numpy(), rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(ours[1], rloo[:, 0].numpy(), rtol=1e-9, atol=1e-12)
-    plain = np.concatenate([group_advantages(g, norm_by_std=False) for g in groups])
-    np.testing.assert_allclose(plain, centred[:, 0].numpy(), rtol=1e-9, atol=1e-12)
+    for theirs, options, own in (
+        (core.compute_grpo_outcome_advantage, {}, {}),
+        (core.compute_grpo_outcome_advantage, {"norm_adv_by_std_in_grpo": False}, {"norm_by_std": False}),
+        (core.compute_rloo_outcome_advantage, {}, {"estimator": "rloo"}),
+    ):
+        expected, _ = theirs(rewards.clone(), mask, index, **options)
+        found = np.concatenate([group_advantages(group, **own) for group in groups])
+        np.testing.assert_allclose(found, expected[:, 0].numpy(), rtol=1e-9, atol=1e-12)
 
 
 @given(SCORES, st.sampled_from(["grpo", "rloo"]), st.randoms())

@@ -48,19 +48,27 @@ def attached(source: BatchSource, max_staleness: int | None = None) -> tuple[Run
     return totals, throttle
 
 
-def ids(data: RolloutData) -> list[str]:
-    return [group.group_id for group in data.groups]
+def ids(data: RolloutData | bytes) -> list[str]:
+    groups = decode_batch(data) if isinstance(data, bytes) else data.groups
+    return [group.group_id for group in groups]
 
 
-def ids_of(body: bytes) -> list[str]:
-    return [group.group_id for group in decode_batch(body)]
+@contextmanager
+def source_of(api: FaultServer | str, directory: Path, **settings: object) -> Iterator[BatchSource]:
+    url = api if isinstance(api, str) else api.url
+    with closing(BatchSource(_config(url, **settings), directory)) as source:
+        yield source
+
+
+LOST = http_faults.answer({"detail": "NaN"}, status=500)
+[BODY] = random_batches(1, groups=2, group_size=4)
 
 
 # ---------------------------------------------------------------------- before the policy is loaded
 
 
 def test_it_registers_once_with_the_step_it_goes_on_from(tmp_path: Path) -> None:
-    with api_of([]) as api, closing(BatchSource(_config(api.url), tmp_path)) as source:
+    with api_of([]) as api, source_of(api, tmp_path) as source:
         for _ in range(2):
             source.register(3, 8)
         assert source.is_registered
@@ -72,40 +80,37 @@ def test_it_registers_once_with_the_step_it_goes_on_from(tmp_path: Path) -> None
 
 def test_a_batch_of_the_first_poll_is_journalled_and_comes_first_also_after_a_restart(tmp_path: Path) -> None:
     first, second = random_batches(2, groups=2, group_size=4)
-    with api_of([]) as api, closing(BatchSource(_config(api.url), tmp_path)) as source:
+    with api_of([]) as api, source_of(api, tmp_path) as source:
         api.script("/batch", http_faults.answer(first), http_faults.answer(second))
         source.register(0, 8)
         assert [path.name for path in (tmp_path / "journal").glob("batch_??????.json")] == ["batch_000001.json"]
         _, throttle = attached(source)
         assert throttle.expected_staleness == 1
-        assert ids(source.fetch()) == ids_of(first)
-        assert ids(source.fetch()) == ids_of(second)
-    with closing(
-        BatchSource(_config(NOWHERE), tmp_path)
-    ) as later:  # the API is not asked: an upstream one lends nothing
+        assert ids(source.fetch()) == ids(first)
+        assert ids(source.fetch()) == ids(second)
+    with source_of(NOWHERE, tmp_path) as later:  # the API is not asked: an upstream one lends nothing
         assert later.resume(0) == later.resume(0) == 2
         attached(later)
-        assert [ids(later.fetch()) for _ in range(2)] == [ids_of(first), ids_of(second)]
-    with closing(BatchSource(_config(NOWHERE, resume="disable"), tmp_path)) as fresh:
+        assert [ids(later.fetch()) for _ in range(2)] == [ids(first), ids(second)]
+    with source_of(NOWHERE, tmp_path, resume="disable") as fresh:
         assert fresh.resume(0) == 0
 
 
 def test_a_journalled_batch_that_is_none_is_quarantined_and_does_not_end_the_resumed_run(tmp_path: Path) -> None:
-    [good] = random_batches(1, groups=2, group_size=4)
-    with closing(BatchSource(_config(NOWHERE), tmp_path)) as source:
+    with source_of(NOWHERE, tmp_path) as source:
         source.journal.record(b'{"batch": 7}')
-        source.journal.record(good)
+        source.journal.record(BODY)
         _, throttle = attached(source)
         assert source.resume(3) == 2
         assert throttle.expected_staleness == 2
-        assert ids(source.fetch()) == ids_of(good)
+        assert ids(source.fetch()) == ids(BODY)
         assert throttle.expected_staleness == 1
         assert [entry.sequence for entry in source.journal.pending(3)] == [2]
     assert [path.name for path in (tmp_path / "quarantine").iterdir()] == ["batch_000001.json"]
 
 
 def test_an_api_that_keeps_other_values_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    with api_of([], batch_size=64) as api, closing(BatchSource(_config(api.url), tmp_path)) as source:
+    with api_of([], batch_size=64) as api, source_of(api, tmp_path) as source:
         with pytest.raises(AtroposProtocolError, match=r"keeps an earlier registration .batch_size 64"):
             source.register(0, 8)
         assert not source.is_registered
@@ -120,20 +125,18 @@ def test_without_an_api_the_key_is_named(tmp_path: Path) -> None:
 
 
 def test_lost_batches_are_counted_and_the_next_one_is_taken(tmp_path: Path) -> None:
-    [body] = random_batches(1, groups=2, group_size=4)
-    with api_of([]) as api, closing(BatchSource(_config(api.url), tmp_path)) as source:
-        lost = http_faults.answer({"detail": "NaN"}, status=500)
-        api.script("/batch", lost, lost, http_faults.answer(body))
+    with api_of([]) as api, source_of(api, tmp_path) as source:
+        api.script("/batch", LOST, LOST, http_faults.answer(BODY))
         totals, _ = attached(source)
         notes: list[str] = []
         source.note = notes.append
-        assert ids(source.next()) == ids_of(body)
+        assert ids(source.next()) == ids(BODY)
         assert totals.batches_lost_at_api == 2 == sum("the API lost a batch" in note for note in notes)
 
 
 def test_an_api_that_loses_every_batch_is_given_up(tmp_path: Path) -> None:
-    with api_of([]) as api, closing(BatchSource(_config(api.url), tmp_path)) as source:
-        api.script("/batch", http_faults.answer({"detail": "NaN"}, status=500))
+    with api_of([]) as api, source_of(api, tmp_path) as source:
+        api.script("/batch", LOST)
         totals, _ = attached(source)
         with pytest.raises(AtroposHTTPStatusError):
             source.next()
@@ -157,9 +160,8 @@ def test_the_first_batch_has_the_time_of_an_environment_that_starts(
 
 
 def test_a_batch_of_nothing_but_stale_groups_is_over_without_a_step(tmp_path: Path) -> None:
-    [body] = random_batches(1, groups=2, group_size=4)
-    with closing(BatchSource(_config(NOWHERE), tmp_path)) as source:
-        source.journal.record(body)
+    with source_of(NOWHERE, tmp_path) as source:
+        source.journal.record(BODY)
         source.resume(2)
         totals, throttle = attached(source, max_staleness=0)
         data = source.fetch()
@@ -179,12 +181,12 @@ def test_a_batch_ahead_is_prepared_in_a_thread_and_goes_back_at_the_end(tmp_path
         assert threading.current_thread() is not threading.main_thread()
         prepared.append(ids(data))
 
-    with api_of(bodies) as api, closing(BatchSource(_config(api.url), tmp_path)) as source:
+    with api_of(bodies) as api, source_of(api, tmp_path) as source:
         source.register(0, 8)
         _, throttle = attached(source)
         source.start(None, prepare=prepare)
         first = source.take(more=True)
-        assert ids(first) == ids_of(bodies[0])
+        assert ids(first) == ids(bodies[0])
         assert first.timings["prefetch"] >= first.timings["decode"]
         eventually(lambda: len(prepared) == 2, "the second batch, while the first one trains")
         assert throttle.active
@@ -192,7 +194,7 @@ def test_a_batch_ahead_is_prepared_in_a_thread_and_goes_back_at_the_end(tmp_path
         assert not throttle.active
         source.start(None)
         second = source.take(more=True)
-        assert (ids(first), ids(second)) == (ids_of(bodies[0]), ids_of(bodies[1])), "what was ahead is the next one"
+        assert (ids(first), ids(second)) == (ids(bodies[0]), ids(bodies[1])), "what was ahead is the next one"
         source.trained(second, 1)
         source.done()
         source.stop(give_back=True)

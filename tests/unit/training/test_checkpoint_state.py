@@ -26,7 +26,6 @@ def test_what_was_saved_is_restored_to_the_last_bit(tmp_path: Path) -> None:
     expected = _saved(tmp_path, 4)
     found = RunState()
     directory = find_checkpoint(tmp_path, "auto")
-    assert directory is not None
     found.restore(directory)
     assert found == expected
     assert saved_step(tmp_path, "auto") == saved_step(tmp_path, str(directory)) == 4

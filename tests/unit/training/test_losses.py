@@ -37,7 +37,6 @@ def test_advantage_weighted_loss_by_hand() -> None:
     assert output.loss.item() == pytest.approx(0.5 / 3)
     output.loss.backward()
     # d/d logprob = -advantage / 3 where trained, else 0.
-    assert logprobs.grad is not None
     assert logprobs.grad.tolist() == [pytest.approx([0, -2 / 3, 1 / 3]), pytest.approx([0, -1 / 3, 0])]
     assert output.metrics["logprob_mean"] == pytest.approx((-1 - 2 - 0.5) / 3)
     assert output.metrics["advantage_mean"] == pytest.approx(2 / 3)
@@ -74,7 +73,6 @@ def test_no_trained_token_gives_exactly_zero_and_a_graph(given: int | torch.Tens
     output = advantage_weighted_sft_loss(logprobs, torch.full((1, 3), NAN), torch.zeros(1, 3), given)
     assert output.loss.item() == 0.0
     output.loss.backward()
-    assert logprobs.grad is not None
     assert logprobs.grad.tolist() == [[0.0, 0.0, 0.0]]
     assert output.metrics == {"logprob_mean": 0.0, "advantage_mean": 0.0}
 
@@ -85,7 +83,6 @@ def test_nan_at_masked_positions_does_not_leak_and_at_trained_ones_does() -> Non
     loss = advantage_weighted_sft_loss(logprobs, advantages, torch.tensor([[0, 1, 0]])).loss
     loss.backward()
     assert loss.item() == 2.0
-    assert logprobs.grad is not None
     assert logprobs.grad.tolist() == [[0.0, -2.0, 0.0]]
     assert math.isnan(advantage_weighted_sft_loss(logprobs, advantages, torch.tensor([[0, 1, 1]])).loss.item())
 
@@ -130,7 +127,6 @@ def test_the_pure_form_ignores_nan_logits_that_predict_no_trained_token() -> Non
     )
     loss.backward()
     assert loss.item() == pytest.approx(2 * math.log(2))
-    assert logits.grad is not None
     # d(-2·logprob of token 1) / d logits = 2·(softmax - onehot) = [1, -1].
     assert logits.grad[0].tolist() == [pytest.approx([1.0, -1.0]), [0.0, 0.0], [0.0, 0.0]]
 
@@ -169,7 +165,6 @@ def test_clipped_ratio_by_hand(ratio: float, advantage: float, expected: float) 
     output.loss.backward()
     clipped = expected != pytest.approx(-advantage * ratio)
     # Without clipping d(-A·r)/d logprob = -A·r; clipped: 0.
-    assert new.grad is not None
     assert new.grad[0].tolist() == pytest.approx([0.0, 0.0 if clipped else -advantage * ratio])
     dual = ratio == 5.0
     assert output.metrics["clip_fraction_dual"] == float(dual)
@@ -200,7 +195,6 @@ def test_extreme_log_ratios_stay_finite() -> None:
     output = clipped_ratio_loss(new, torch.tensor([[0.0, -500.0]]), torch.full((1, 2), -1.0), torch.ones(1, 2))
     output.loss.backward()
     assert output.loss.item() == 3.0
-    assert new.grad is not None
     assert new.grad.isfinite().all()
 
 
@@ -209,7 +203,6 @@ def test_clipped_ratio_without_a_trained_token() -> None:
     output = clipped_ratio_loss(logprobs, logprobs, logprobs, torch.zeros(1, 2), rollout_logprobs=logprobs, tis_cap=2.0)
     output.loss.backward()
     assert output.loss.item() == 0.0
-    assert logprobs.grad is not None
     assert logprobs.grad.tolist() == [[0.0, 0.0]]
 
 
@@ -235,6 +228,11 @@ def head_case(dtype: torch.dtype, rows: int = 7, vocabulary: int = 11) -> dict[s
         "temperature": torch.rand(rows, generator=generator) + 0.5,
         "grad": torch.randn(rows, generator=generator, dtype=torch.float64),
     }
+
+
+def head_of(case: dict[str, torch.Tensor], keep_bytes: int | None) -> torch.Tensor:
+    names = ("hidden", "weight", "labels", "temperature", "bias")
+    return linear_token_logprobs(*(case[name] for name in names), keep_bytes)
 
 
 def head_reference(case: dict[str, torch.Tensor]) -> tuple[np.ndarray, ...]:
@@ -266,9 +264,7 @@ def test_the_head_against_float64(
     else:
         request.getfixturevalue("tiny_tiles")
     case = head_case(dtype)
-    found = linear_token_logprobs(
-        case["hidden"], case["weight"], case["labels"], case["temperature"], case["bias"], keep_bytes
-    )
+    found = head_of(case, keep_bytes)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     (found * case["grad"].to(found)).sum().backward()
     expected = head_reference(case)
@@ -278,7 +274,6 @@ def test_the_head_against_float64(
         expected,
         strict=True,
     ):
-        assert value is not None
         if name != "logprobs":
             assert value.dtype == dtype
         np.testing.assert_allclose(
@@ -300,7 +295,7 @@ def test_gradcheck_of_the_tiled_head() -> None:
 def test_a_second_backward_through_a_retained_graph_gives_the_same_gradients() -> None:
     case = head_case(torch.float64)
     inputs = [case["hidden"], case["weight"], case["bias"]]
-    logprobs = linear_token_logprobs(inputs[0], inputs[1], case["labels"], case["temperature"], inputs[2], 300)
+    logprobs = head_of(case, 300)
     first = torch.autograd.grad(logprobs, inputs, case["grad"], retain_graph=True)
     second = torch.autograd.grad(logprobs, inputs, case["grad"])
     for once, again in zip(first, second, strict=True):
@@ -312,16 +307,13 @@ def test_a_second_backward_through_a_retained_graph_gives_the_same_gradients() -
 def test_frozen_inputs_get_no_gradient_and_leave_the_others_right(frozen: str) -> None:
     case = head_case(torch.float64)
     case[frozen].requires_grad_(False)
-    found = linear_token_logprobs(
-        case["hidden"], case["weight"], case["labels"], case["temperature"], case["bias"], 300
-    )
+    found = head_of(case, 300)
     (found * case["grad"]).sum().backward()
     for name, reference in zip(("hidden", "weight", "bias"), head_reference(case)[1:], strict=True):
         gradient = case[name].grad
         if name == frozen:
             assert gradient is None
         else:
-            assert gradient is not None
             np.testing.assert_allclose(gradient.numpy(), reference, rtol=1e-10, atol=1e-12)
 
 
@@ -342,23 +334,17 @@ def test_no_row_gives_an_empty_result_with_a_graph() -> None:
         found = linear_token_logprobs(hidden, weight, torch.zeros(0, dtype=torch.int64), keep_bytes=keep_bytes)
         assert found.shape == (0,)
         found.sum().backward()
-        assert weight.grad is not None
         assert weight.grad.abs().sum().item() == 0.0
 
 
-def test_a_weight_in_another_dtype_is_multiplied_in_the_wider_one() -> None:
+def test_the_wider_dtype_is_chosen_or_that_of_autocast_as_for_a_linear_layer() -> None:
     case = head_case(torch.float32)
-    expected = linear_token_logprobs(case["hidden"].bfloat16().float(), case["weight"], case["labels"])
-    found = linear_token_logprobs(case["hidden"].bfloat16(), case["weight"], case["labels"])
-    assert found.tolist() == expected.tolist()
-
-
-def test_autocast_chooses_the_dtype_as_for_a_linear_layer() -> None:
-    case = head_case(torch.float32)
+    hidden, weight, labels = case["hidden"], case["weight"], case["labels"]
+    found = linear_token_logprobs(hidden.bfloat16(), weight, labels)
+    assert found.tolist() == linear_token_logprobs(hidden.bfloat16().float(), weight, labels).tolist()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = linear_token_logprobs(case["hidden"], case["weight"], case["labels"])
-    expected = linear_token_logprobs(case["hidden"].bfloat16(), case["weight"].bfloat16(), case["labels"])
-    assert found.tolist() == expected.tolist()
+        found = linear_token_logprobs(hidden, weight, labels)
+    assert found.tolist() == linear_token_logprobs(hidden.bfloat16(), weight.bfloat16(), labels).tolist()
 
 
 def test_the_same_loss_through_the_head_and_through_logits() -> None:
@@ -376,6 +362,4 @@ def test_the_same_loss_through_the_head_and_through_logits() -> None:
     by_logits.backward()
     by_rows.backward()
     assert by_rows.item() == pytest.approx(by_logits.item(), rel=1e-12)
-    assert first.grad is not None
-    assert second.grad is not None
     torch.testing.assert_close(second.grad, first.grad, rtol=1e-10, atol=1e-12)

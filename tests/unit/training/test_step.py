@@ -6,6 +6,8 @@ import json
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,12 +31,11 @@ def report(step: int, loss: float = 0.25, **metrics: float | int | None) -> Step
 
 def test_one_object_per_step_at_top_level(tmp_path: Path) -> None:
     log = StepLog(tmp_path / "run", 0)
-    log.append(StepReport(step=1, policy_version=2, loss=0.1, metrics={"reward/mean": 0.5, "data/groups": 8}))
-    log.append(StepReport(step=2, policy_version=3, loss=-0.2, metrics={"reward/mean": None}))
-    lines = log.path.read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"step": 1, "policy_version": 2, "loss": 0.1, "reward/mean": 0.5, "data/groups": 8},
-        {"step": 2, "policy_version": 3, "loss": -0.2, "reward/mean": None},
+    log.append(report(1, **{"reward/mean": 0.5, "data/groups": 8}))
+    log.append(report(2, loss=-0.2, **{"reward/mean": None}))
+    assert [json.loads(line) for line in log.path.read_text().splitlines()] == [
+        {"step": 1, "policy_version": 101, "loss": 0.25, "reward/mean": 0.5, "data/groups": 8},
+        {"step": 2, "policy_version": 102, "loss": -0.2, "reward/mean": None},
     ]
 
 
@@ -155,28 +156,14 @@ def test_the_idle_share_weighs_steps_by_their_length_and_leaves_the_first_out(tm
         log.append(report(step, **{"reward/mean": 0.5, "timing/rollout": waited, "timing/step": total}))
     assert log.idle_share == 1.0 / 8.0
     assert log.rewards == [0.5] * 3
-    assert StepLog(tmp_path, 2).rewards == [0.5] * 2
-
-
-class _Evaluations:
-    """Answers each evaluation that was started."""
-
-    def __init__(self, **metrics: dict[str, object]) -> None:
-        self.metrics = metrics
-        self.started: list[str] = []
-
-    def start_evaluation(self, label: str) -> None:
-        self.started.append(label)
-
-    def has_evaluation(self, label: str) -> bool:
-        return label in self.started
-
-    def finish_evaluation(self, label: str) -> dict[str, object]:
-        return self.metrics[label]
 
 
 def test_held_out_scores_of_what_was_started() -> None:
-    evaluations = _Evaluations(before={"eval/mean_reward": 0.25, "other": 9}, after={"text": "no number"})
+    started: list[str] = []
+    metrics = {"before": {"eval/mean_reward": 0.25, "other": 9}, "after": {"text": "no number"}}
+    evaluations: Any = SimpleNamespace(
+        start_evaluation=started.append, has_evaluation=started.__contains__, finish_evaluation=metrics.__getitem__
+    )
     scores: dict[str, float | None] = {}
     held_out = HeldOut(evaluations, LoggedProgress(), scores)
     held_out.finish("before")

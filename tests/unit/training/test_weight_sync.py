@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partialmethod
 from typing import Any
 
 import pytest
@@ -29,22 +30,17 @@ class _Recorder:
     def named_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
         yield "w", torch.tensor(float(self.policy_version))
 
-    def resume_memory_occupation(self) -> None:
-        self._note("resume_memory")
-
-    def release_memory_occupation(self) -> None:
-        self._note("release_memory")
-
     def update_weights_from_tensor(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
         self._note("update")
         self.weights = {name: float(tensor) for name, tensor in named_tensors}
         return 4 * len(self.weights)
 
+    resume_memory_occupation = partialmethod(_note, "resume_memory")
+    release_memory_occupation = partialmethod(_note, "release_memory")
+    resume = partialmethod(_note, "open")
+
     def pause(self, timeout: float) -> None:
         self._note("pause")
-
-    def resume(self) -> None:
-        self._note("open")
 
 
 class _VersionedRecorder(_Recorder):
@@ -57,8 +53,14 @@ class _VersionedRecorder(_Recorder):
         return super().update_weights_from_tensor(named_tensors)
 
 
-def _manager(parts: _Recorder, **arguments: Any) -> AtroposShardingManager:
-    return AtroposShardingManager(parts, parts, gate=parts, **arguments)
+def _manager(parts: _Recorder, canary: Canary | None = None) -> AtroposShardingManager:
+    return AtroposShardingManager(parts, parts, gate=parts, canary=canary)
+
+
+def _canary(engine: list[float], trainer: list[float], staged: Any = None, threshold: float = 0.1) -> Canary:
+    return Canary(
+        trainer_logprobs=lambda: trainer, engine_logprobs=lambda: engine, staged_logprobs=staged, threshold=threshold
+    )
 
 
 @pytest.mark.parametrize("parts", [_Recorder(), _VersionedRecorder()], ids=["plain", "takes a version"])
@@ -71,7 +73,6 @@ def test_every_enter_copies_the_newest_weights_before_the_gate_opens(parts: _Rec
             parts.calls.append("body")
             assert parts.weights == {"w": float(version)}
         assert parts.calls == ["resume_memory", "update", "open", "body", "pause", "release_memory"]
-        assert manager.last_sync is not None
         assert (manager.last_sync.policy_version, manager.last_sync.bytes_copied) == (version, 4)
         assert manager.last_sync.canary_max_abs_logprob_diff is None
         assert getattr(parts, "version", version) == version
@@ -124,11 +125,7 @@ def test_a_swap_copies_and_checks_while_the_gate_is_open() -> None:
         parts.calls.append("canary of the staged weights")
         return [-1.0]
 
-    canary = Canary(
-        trainer_logprobs=lambda: [-1.0], engine_logprobs=lambda: [-1.25], staged_logprobs=staged, threshold=0.3
-    )
-    with _manager(parts, canary=canary) as manager:
-        assert manager.last_sync is not None
+    with _manager(parts, _canary([-1.25], [-1.0], staged, threshold=0.3)) as manager:
         assert manager.last_sync.canary_max_abs_logprob_diff == 0.25
         parts.calls.clear()
         parts.policy_version = 4
@@ -137,20 +134,13 @@ def test_a_swap_copies_and_checks_while_the_gate_is_open() -> None:
         assert parts.weights == {"w": 4.0}
     assert (report.policy_version, report.bytes_copied, report.canary_max_abs_logprob_diff) == (4, 4, 0.0)
     assert report is manager.last_sync
-    assert report.paused_seconds is not None
     assert 0.0 <= report.paused_seconds <= report.seconds
     assert manager.syncs == 2
 
 
 def test_weights_that_the_canary_refuses_are_never_served() -> None:
     parts = _TwoBuffers()
-    canary = Canary(
-        trainer_logprobs=lambda: [-1.0],
-        engine_logprobs=lambda: [-1.0],
-        staged_logprobs=lambda: [-1.5],
-        threshold=0.1,
-    )
-    with _manager(parts, canary=canary) as manager:
+    with _manager(parts, _canary([-1.0], [-1.0], lambda: [-1.5])) as manager:
         parts.calls.clear()
         parts.policy_version = 4
         with pytest.raises(WeightSyncError, match=r"up to 0.5"):
@@ -189,7 +179,6 @@ def test_an_engine_with_one_buffer_cannot_swap() -> None:
 )
 def test_the_gate_stays_shut_when_the_canary_fails(engine: list[float], message: str) -> None:
     parts = _Recorder()
-    canary = Canary(trainer_logprobs=lambda: [-1.0, -2.0], engine_logprobs=lambda: engine, threshold=0.1)
-    with pytest.raises(WeightSyncError, match=message), _manager(parts, canary=canary):
+    with pytest.raises(WeightSyncError, match=message), _manager(parts, _canary(engine, [-1.0, -2.0])):
         pytest.fail("the body must not run")
     assert parts.calls == ["resume_memory", "update"]

@@ -22,58 +22,35 @@ LARGE, SMALL = _model(1024), _model(128)
 
 
 @pytest.mark.parametrize(
-    ("settings", "device", "omp", "cores", "expected"),
+    ("model", "settings", "device", "omp", "cores", "expected"),
     [
-        ({}, "cpu", None, 8, (None, None)),
-        ({"mode": "overlap"}, "cpu", None, 8, (4, 4)),
-        ({"mode": "overlap"}, "cpu", None, 2, (1, 1)),
-        ({"mode": "overlap"}, "cpu", None, 1, (1, 1)),
-        ({"mode": "overlap"}, "cpu", None, 3, (1, 2)),
-        ({"mode": "overlap"}, "cuda", None, 8, (None, None)),
-        ({"mode": "overlap"}, "cpu", "1", 8, (None, None)),
-        ({"mode": "overlap", "inference": {"num_threads": 6}}, "cpu", None, 8, (6, 2)),
-        ({"mode": "overlap", "trainer": {"num_threads": 7}}, "cpu", None, 8, (4, 7)),
-        ({"inference": {"num_threads": 6}}, "cpu", None, 8, (6, None)),
+        # Both sides compute at once: they share the cores.
+        (LARGE, {}, "cpu", None, 8, (None, None)),
+        (LARGE, {"mode": "overlap"}, "cpu", None, 8, (4, 4)),
+        (LARGE, {"mode": "overlap"}, "cpu", None, 2, (1, 1)),
+        (LARGE, {"mode": "overlap"}, "cpu", None, 1, (1, 1)),
+        (LARGE, {"mode": "overlap"}, "cpu", None, 3, (1, 2)),
+        (LARGE, {"mode": "overlap"}, "cuda", None, 8, (None, None)),
+        (LARGE, {"mode": "overlap"}, "cpu", "1", 8, (None, None)),
+        (LARGE, {"mode": "overlap", "inference": {"num_threads": 6}}, "cpu", None, 8, (6, 2)),
+        (LARGE, {"mode": "overlap", "trainer": {"num_threads": 7}}, "cpu", None, 8, (4, 7)),
+        (LARGE, {"inference": {"num_threads": 6}}, "cpu", None, 8, (6, None)),
+        # The engine of a small model gets one thread.
+        (SMALL, {}, "cpu", None, 8, (1, None)),
+        (SMALL, {"mode": "overlap"}, "cpu", None, 8, (1, 7)),
+        (SMALL, {"inference": {"num_threads": 3}}, "cpu", None, 8, (3, None)),
+        (SMALL, {"inference": {"max_running": 1024}}, "cpu", None, 8, (None, None)),  # enough sequences, enough work
+        (SMALL, {}, "cuda", None, 8, (None, None)),
+        (SMALL, {}, "cpu", "2", 8, (None, None)),
     ],
 )
-def test_cores_are_shared_when_both_sides_compute_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-    settings: dict[str, Any],
-    device: str,
-    omp: str | None,
-    cores: int,
-    expected: tuple[int | None, int | None],
+def test_threads_of_engine_and_trainer(
+    monkeypatch: pytest.MonkeyPatch, model: Any, settings: Any, device: str, omp: str | None, cores: int, expected: Any
 ) -> None:
-    if omp is None:
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    else:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", omp)
-    assert share_cores(RunConfig.from_mapping(settings), device, LARGE, cores) == expected
-
-
-@pytest.mark.parametrize(
-    ("settings", "device", "omp", "expected"),
-    [
-        ({}, "cpu", None, (1, None)),
-        ({"mode": "overlap"}, "cpu", None, (1, 7)),
-        ({"inference": {"num_threads": 3}}, "cpu", None, (3, None)),
-        ({"inference": {"max_running": 1024}}, "cpu", None, (None, None)),  # enough sequences make enough work
-        ({}, "cuda", None, (None, None)),
-        ({}, "cpu", "2", (None, None)),
-    ],
-)
-def test_the_engine_of_a_small_model_gets_one_thread(
-    monkeypatch: pytest.MonkeyPatch,
-    settings: dict[str, Any],
-    device: str,
-    omp: str | None,
-    expected: tuple[int | None, int | None],
-) -> None:
-    if omp is None:
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    else:
-        monkeypatch.setenv("OMP_NUM_THREADS", omp)
-    assert share_cores(RunConfig.from_mapping(settings), device, SMALL, 8) == expected
+    assert share_cores(RunConfig.from_mapping(settings), device, model, cores) == expected
 
 
 def test_work_is_counted_from_the_matrices_of_a_real_model() -> None:
