@@ -14,6 +14,7 @@ from support.malformed import comparable
 
 from atropos_verl.errors import AtroposProtocolError, DataError
 from atropos_verl.protocol import wire
+from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
 from atropos_verl.protocol.schema import FIELD_NAMES
 from atropos_verl.protocol.wire import decode_batch, decode_group, encode_group
 from atropos_verl.types import ScoredGroup
@@ -271,6 +272,19 @@ def test_upstream_accepts_what_is_encoded() -> None:
     parsed = ScoredData.model_validate_json(raw).model_dump()
     assert parsed == json.loads(raw)
     assert set(parsed) == set(ScoredData.model_fields)
+
+
+def test_upstream_accepts_the_registrations() -> None:
+    from atroposlib.api.server import RegisterEnv, Registration
+
+    trainer = TrainerRegistration(
+        wandb_group="g", wandb_project="p", batch_size=8, max_token_len=65, checkpoint_dir="/c",
+        save_checkpoint_interval=5, starting_step=0, num_steps=10,
+    )  # fmt: skip
+    sent = msgspec.json.encode(trainer)
+    assert Registration.model_validate_json(sent).model_dump() == json.loads(sent)
+    sent = msgspec.json.encode(EnvRegistration(max_token_length=64, desired_name="e", group_size=4))
+    assert RegisterEnv.model_validate_json(sent).model_dump() == json.loads(sent)
 
 
 @pytest.mark.parametrize(
