@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from support.serving import eventually, serving
 from support.tiny_model import build_tiny_model
 
 from atropos_verl.engine.embedded import TransformersEngine
-from atropos_verl.engine.gate import RequestGate
 
 MAX_RUNNING = 16
 
@@ -32,18 +30,16 @@ def reference(model_dir: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64).eval()
 
 
-Served = tuple[TransformersEngine, RequestGate, httpx.Client]
+Served = tuple[TransformersEngine, httpx.Client]
 
 
 @pytest.fixture(scope="module")
 def served(model_dir: Path) -> Iterator[Served]:
-    from transformers import AutoTokenizer
-
-    gate = RequestGate()
-    with TransformersEngine.from_pretrained(model_dir, gate=gate, max_running=MAX_RUNNING) as engine:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        with serving(engine, tokenizer, gate=gate) as client:
-            yield engine, gate, client
+    with (
+        TransformersEngine.from_pretrained(model_dir, max_running=MAX_RUNNING) as engine,
+        serving(engine, engine.tokenizer, gate=engine.gate) as client,
+    ):
+        yield engine, client
 
 
 def expected_logprobs(model: Any, prompt: list[int], completion: list[int], temperature: float) -> list[float]:
@@ -55,7 +51,7 @@ def expected_logprobs(model: Any, prompt: list[int], completion: list[int], temp
 
 @pytest.mark.parametrize("dialect", ["vllm", "sglang", "openai"])
 def test_logprobs_over_http_are_those_of_the_weights(served: Served, reference: Any, dialect: str) -> None:
-    client, prompt, shared = served[2], [64, 65, 66], {"temperature": 0.7, "top_p": 0.9, "n": 2, "seed": 3}
+    client, prompt, shared = served[1], [64, 65, 66], {"temperature": 0.7, "top_p": 0.9, "n": 2, "seed": 3}
     if dialect == "vllm":
         body = {"prompt": {"prompt_token_ids": prompt}, "logprobs": 0, "max_tokens": 12, **shared}
         answer = client.post("/generate", json=body).json()
@@ -80,7 +76,7 @@ def test_logprobs_over_http_are_those_of_the_weights(served: Served, reference: 
 def test_prompt_logprobs_over_http(served: Served, reference: Any) -> None:
     prompt = [64, 70, 80, 90]
     body = {"prompt": {"prompt_token_ids": prompt}, "prompt_logprobs": 2, "max_tokens": 1, "temperature": 0.0}
-    entries = served[2].post("/generate", json=body).json()["prompt_logprobs"]
+    entries = served[1].post("/generate", json=body).json()["prompt_logprobs"]
     assert entries[0] is None and len(entries) == 4
     own = [next(iter(entry.items())) for entry in entries[1:]]
     assert [int(token) for token, _ in own] == prompt[1:]
@@ -88,7 +84,7 @@ def test_prompt_logprobs_over_http(served: Served, reference: Any) -> None:
 
 
 def test_hang_up_frees_the_engines_slots(served: Served) -> None:
-    engine, _, client = served
+    engine, client = served
     aborted = engine.stats().aborted
     with (
         pytest.raises(httpx.ReadTimeout),
@@ -97,30 +93,3 @@ def test_hang_up_frees_the_engines_slots(served: Served) -> None:
         impatient.post("/generate", json={"prompt": [1], "n": MAX_RUNNING, "max_tokens": 250, "ignore_eos": True})
     eventually(lambda: engine.stats().running == 0 and engine.stats().waiting == 0, "the slots to be free")
     assert engine.stats().aborted > aborted
-
-
-def test_no_request_fails_while_weights_are_swapped(served: Served, model_dir: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    engine, gate, client = served
-    weights = AutoModelForCausalLM.from_pretrained(model_dir).state_dict()
-
-    async def sync_and_ask() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=client.base_url, timeout=60.0) as session:
-            body = {"prompt": [5, 6], "max_tokens": 30, "n": 2, "ignore_eos": True, "logprobs": 0}
-            asked = [asyncio.create_task(session.post("/generate", json=body)) for _ in range(32)]
-            for version in (1, 2, 3):
-                await asyncio.sleep(0.05)
-                await asyncio.to_thread(gate.pause, 30.0)
-                await asyncio.to_thread(engine.update_weights_from_tensor, weights.items(), version)
-                assert (await session.get("/health")).json()["policy_version"] == version
-                gate.resume()
-            return await asyncio.gather(*asked)
-
-    answers = asyncio.run(sync_and_ask())
-    assert [answer.status_code for answer in answers] == [200] * 32
-    for answer in answers:
-        assert [len(tokens) for tokens in answer.json()["token_ids"]] == [30, 30]
-        for first, last in answer.json()["policy_versions"]:
-            assert -1 <= first <= last <= 3
-    assert engine.policy_version == 3 and gate.in_flight == 0

@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -31,7 +32,7 @@ from atropos_verl.engine.gate import RequestGate
 from atropos_verl.engine.protocol import GenerationEngine
 from atropos_verl.gateway.fields import ApiError, Fields, parse_body, to_api_error
 from atropos_verl.gateway.native import generate, generate_trl
-from atropos_verl.gateway.openai import chat_completions, completions
+from atropos_verl.gateway.openai import completions
 from atropos_verl.gateway.service import GatewayService
 from atropos_verl.http_thread import ServerThread, disconnected
 from atropos_verl.provenance.ledger import Ledger
@@ -116,8 +117,8 @@ def create_app(
 
     gets = {"/health": health, "/v1/models": models, "/v1/models/{name:path}": model, "/metrics": metrics}
     posts: dict[str, Handler] = {
-        "/v1/chat/completions": chat_completions,
-        "/v1/completions": completions,
+        "/v1/chat/completions": partial(completions, chat=True),
+        "/v1/completions": partial(completions, chat=False),
         "/generate": generate,
         "/generate/": generate_trl,
     }

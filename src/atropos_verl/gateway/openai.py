@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from atropos_verl.gateway.fields import Fields, Sampling, parse_sampling
+from atropos_verl.gateway.fields import Fields, parse_sampling
 from atropos_verl.gateway.service import GatewayService, finite_logprobs, policy_fields
 from atropos_verl.gateway.text import StreamText
 from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
@@ -36,43 +36,32 @@ class _StreamedChoice:
     started: bool = False
 
 
-async def chat_completions(service: GatewayService, fields: Fields) -> bytes | AsyncGenerator[bytes, None]:
-    """One conversation, ``n`` answers. Raises ``ApiError`` 400."""
-    sampling = parse_sampling(fields, max_tokens_names=("max_completion_tokens", "max_tokens"), max_tokens_default=None)
-    logprobs = fields.get("logprobs", False)
-    _refuse_alternatives(fields, "top_logprobs", maximum=0)
-    call = _Call(service, fields, sampling, [_chat_prompt(service, fields)], chat=True, logprobs=logprobs)
-    return call.stream() if call.streamed else await call.whole()
-
-
-async def completions(service: GatewayService, fields: Fields) -> bytes | AsyncGenerator[bytes, None]:
-    """One or several prompts (texts or token ids), ``n`` completions of each, in prompt order. 400 on a bad body."""
-    sampling = parse_sampling(fields, max_tokens_names=("max_tokens",), max_tokens_default=_DEFAULT_COMPLETION_TOKENS)
-    logprobs = "logprobs" in fields
-    if _refuse_alternatives(fields, "logprobs", maximum=1):
-        text = "/v1/completions: logprobs=1 returns the sampled token's logprob only, no alternative"
-        service.warn_once("completions logprobs=1", text)
-    call = _Call(service, fields, sampling, _completion_prompts(service, fields), chat=False, logprobs=logprobs)
+async def completions(service: GatewayService, fields: Fields, *, chat: bool) -> bytes | AsyncGenerator[bytes, None]:
+    """``n`` answers to one conversation (chat), or to each of several prompts. Raises ``ApiError`` 400."""
+    call = _Call(service, fields, chat=chat)
     return call.stream() if call.streamed else await call.whole()
 
 
 class _Call:
-    """A request of either endpoint, and its answer. The constructor reads the fields that both endpoints share."""
+    """A request of either endpoint, and its answer. The constructor reads the fields."""
 
-    def __init__(
-        self,
-        service: GatewayService,
-        fields: Fields,
-        sampling: Sampling,
-        prompts: Sequence[tuple[int, ...]],
-        *,
-        chat: bool,
-        logprobs: bool,
-    ) -> None:
+    def __init__(self, service: GatewayService, fields: Fields, *, chat: bool) -> None:
         self.service = service
-        self.sampling = sampling
         self.chat = chat
-        self.logprobs = logprobs
+        if chat:
+            names: tuple[str, ...] = ("max_completion_tokens", "max_tokens")
+            self.sampling = parse_sampling(fields, max_tokens_names=names, max_tokens_default=None)
+            self.logprobs = fields.get("logprobs", False)
+            _refuse_alternatives(fields, "top_logprobs", maximum=0)
+            prompts = [_chat_prompt(service, fields)]
+        else:
+            names, default = ("max_tokens",), _DEFAULT_COMPLETION_TOKENS
+            self.sampling = parse_sampling(fields, max_tokens_names=names, max_tokens_default=default)
+            self.logprobs = "logprobs" in fields
+            if _refuse_alternatives(fields, "logprobs", maximum=1):
+                text = "/v1/completions: logprobs=1 returns the sampled token's logprob only, no alternative"
+                service.warn_once("completions logprobs=1", text)
+            prompts = _completion_prompts(service, fields)
         self.streamed = fields.get("stream", False)
         self.return_token_ids = fields.get("return_token_ids", False)
         self.tokens_as_ids = fields.get("return_tokens_as_token_ids", False)
@@ -87,7 +76,7 @@ class _Call:
             raise fields.error("stream", message, "unsupported_field")
         request_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         param = "messages" if chat else "prompt"
-        self.requests = service.requests(sampling, prompts, param=param, name=request_id)
+        self.requests = service.requests(self.sampling, prompts, param=param, name=request_id)
         kind = "chat.completion.chunk" if self.streamed else "chat.completion"
         self.envelope = {
             "id": request_id,

@@ -28,7 +28,8 @@ from atropos_verl.types import GenerationRequest
 _POLL_SECONDS = 0.02
 _PROBE_TOKENS = 1
 """Requests for so few tokens are health checks: they pass."""
-_LEAST_LINGER = 0.25
+_LEAST_LINGER, _MOST_LINGER = 0.25, 5.0
+"""Seconds after which a completion that has not shown up in the queue is not expected any more."""
 _DELAYS = 32
 """Newest delays between a completion and its place in the queue that the next ones are judged by."""
 
@@ -41,7 +42,6 @@ class StalenessThrottle:
         batch_size: sequences that one optimiser step consumes.
         max_staleness: policy versions.
         batches_per_version: batches that are trained on between two policy versions.
-        linger: seconds after which a completion that has not shown up in the queue is not expected any more, at most.
     """
 
     def __init__(
@@ -49,7 +49,6 @@ class StalenessThrottle:
         ledger: Ledger,
         batch_size: int,
         max_staleness: int,
-        linger: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
         batches_per_version: int = 1,
     ) -> None:
@@ -57,9 +56,8 @@ class StalenessThrottle:
         self._batch_size = batch_size
         self._bound = max_staleness
         self._batches_per_version = batches_per_version
-        self._linger = linger
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._queued = 0
         self._fetched = 0
         self._generating = 0
@@ -101,7 +99,13 @@ class StalenessThrottle:
     def expected_staleness(self) -> int:
         """The staleness a sequence that begins now will have."""
         with self._lock:
-            return self._expected()
+            usual = max(_LEAST_LINGER, 2 * max(self._delays)) if self._delays else _MOST_LINGER
+            horizon = self._clock() - min(usual, _MOST_LINGER)
+            while self._finished and self._finished[0][0] < horizon:
+                self._finished.popleft()
+            under_way = self._generating + sum(count for _, count in self._finished)
+            ahead = self._fetched + (self._queued + under_way) // self._batch_size
+            return ahead // self._batches_per_version
 
     @asynccontextmanager
     async def admitted(self, requests: Sequence[GenerationRequest]) -> AsyncIterator[None]:
@@ -128,16 +132,7 @@ class StalenessThrottle:
 
     def _begin(self, n: int) -> bool:
         with self._lock:
-            if self.active and self._expected() > self._bound:
+            if self.active and self.expected_staleness > self._bound:
                 return False
             self._generating += n
             return True
-
-    def _expected(self) -> int:
-        usual = max(_LEAST_LINGER, 2 * max(self._delays)) if self._delays else self._linger
-        horizon = self._clock() - min(usual, self._linger)
-        while self._finished and self._finished[0][0] < horizon:
-            self._finished.popleft()
-        under_way = self._generating + sum(count for _, count in self._finished)
-        ahead = self._fetched + (self._queued + under_way) // self._batch_size
-        return ahead // self._batches_per_version
