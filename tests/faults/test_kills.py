@@ -101,7 +101,9 @@ def test_an_environment_that_cannot_start_is_tried_again_and_ends_the_run(tmp_pa
         assert run.wait(timeout=90) == 1
         run.assert_nothing_left()
         assert run.stdout.count("environment exited with code 1; restarting it in ") == 5
-        assert "environment exited with code 1 for the 6th time and is given up; no environment is left" in run.stderr
+        assert (
+            "environment exited with code 1 for the second time and is given up; no environment is left" in run.stderr
+        )
         assert run.stderr.rstrip().endswith("ImportError: no fancy_dependency here")
     assert checkpointed_step(tmp_path / "run") == 0
 

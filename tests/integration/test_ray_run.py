@@ -132,7 +132,7 @@ def test_the_bad_group_was_quarantined_by_place_and_value(story: Story) -> None:
 
 def test_advantages_are_the_local_backends_exactly(story: Story, local: list[dict[str, Any]]) -> None:
     # To the last bit but one: verl multiplies a figure by the number of rows and divides again. The values themselves
-    # are compared bit by bit in tests/unit/backends/ray/test_cluster_advantages.py.
+    # are compared bit by bit in tests/unit/backends/ray/test_ray_advantages.py.
     for line, step in zip(story.metrics, local, strict=True):
         assert line["advantage/mean_abs"] == pytest.approx(step["advantage/mean_abs"], rel=1e-14)
     for line, step in zip(story.metrics, local, strict=True):

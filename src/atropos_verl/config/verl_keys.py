@@ -67,7 +67,7 @@ _LOCAL_NAMES = {
 """Keys of the local backend, and where verl or the ``atropos`` block keeps them."""
 
 
-class ClusterSettings(AtroposConfig):
+class RaySettings(AtroposConfig):
     """The block ``atropos``: the trajectory API, the environment, the gateway, and what is done to groups."""
 
     env: EnvConfig = Field(default_factory=EnvConfig)
@@ -88,12 +88,12 @@ class ClusterSettings(AtroposConfig):
 
 
 @dataclass(frozen=True)
-class ClusterRun:
+class RayRun:
     """One run: verl's configuration, our block, and the same settings as the local backend's services read them."""
 
     verl: Any
     """The composed ``DictConfig``, verl's keys and ``atropos``, ``run_dir``, ``backend``."""
-    settings: ClusterSettings
+    settings: RaySettings
     run: RunConfig
 
     @property
@@ -184,7 +184,7 @@ def complete_config(config: Any) -> None:
                 actor_rollout.hybrid_engine = False
 
 
-def read_run(config: Any) -> ClusterRun:
+def read_run(config: Any) -> RayRun:
     """Validate a composed configuration: the ``atropos`` block, and what it needs of verl's keys.
 
     Raises:
@@ -199,7 +199,7 @@ def read_run(config: Any) -> ClusterRun:
         raise ConfigError(" ".join(str(error).split()), "atropos") from None
     assert isinstance(block, dict)
     try:
-        settings = ClusterSettings.model_validate({str(key): value for key, value in block.items()})
+        settings = RaySettings.model_validate({str(key): value for key, value in block.items()})
     except ValidationError as error:
         raise as_config_error(error, prefix="atropos.") from None
     _check_verl_keys(config)
@@ -211,7 +211,7 @@ def read_run(config: Any) -> ClusterRun:
             "verl would compute the advantages; set algorithm.adv_estimator=grpo and algorithm.use_kl_in_reward=false",
             "atropos.algorithm.advantage_path",
         )
-    return ClusterRun(config, settings, _as_run_config(config, settings))
+    return RayRun(config, settings, _as_run_config(config, settings))
 
 
 def with_environment(config: Any, overrides: Sequence[str]) -> None:
@@ -231,7 +231,7 @@ def with_environment(config: Any, overrides: Sequence[str]) -> None:
             config.atropos.gateway = values["gateway"]
 
 
-def _as_run_config(config: Any, settings: ClusterSettings) -> RunConfig:
+def _as_run_config(config: Any, settings: RaySettings) -> RunConfig:
     """The same run in the local backend's words, for the services and the data pipeline that both share."""
     from omegaconf import OmegaConf
 
@@ -387,4 +387,4 @@ keys of the block atropos, and supervise (default); verl's are in its documentat
 
 def ray_help() -> str:
     """The text of ``--help`` with ``backend=ray``."""
-    return _HELP + help_rows([*describe(ClusterSettings, "atropos."), *describe(SuperviseConfig, "supervise.")])
+    return _HELP + help_rows([*describe(RaySettings, "atropos."), *describe(SuperviseConfig, "supervise.")])

@@ -71,6 +71,10 @@ class WatchedService:
         self._clock = clock
         self._streak = 0
         self._due = 0.0
+        self._was_ready = False
+        self._last_error: int | None = None
+        self.cannot_start = False
+        """It exited with the same error twice in a row, and never was ready."""
         # A run that is resumed keeps the logs of the launch before.
         self._earlier_logs = 0
         while self._has_numbered_logs and self._log_path(self._earlier_logs + 1).exists():
@@ -107,7 +111,7 @@ class WatchedService:
 
     def set_ready(self) -> None:
         if self.state == "starting":
-            self.state = "running"
+            self.state, self._was_ready = "running", True
 
     def has_died(self) -> bool:
         """True when it has died since the last call; ``returncode`` is then set. Call ``plan_restart`` next."""
@@ -124,16 +128,19 @@ class WatchedService:
         return "" if self.returncode is None else describe_exit(self.returncode)
 
     def plan_restart(self, *, excused: bool = False) -> float | None:
-        """After a death: seconds until the next start; None: it was restarted too often, and is given up.
+        """After a death: seconds until the next start; None: it is given up, restarted too often or unable to start.
 
         Args:
             excused: another service caused it; does not count (within reason).
         """
         if self._clock() - self.started_at >= self._policy.healthy_after:
-            self._streak = 0
+            self._streak, self._last_error = 0, None
+        error = self.returncode if self.returncode and self.returncode > 0 and not excused else None
+        self.cannot_start = error is not None and error == self._last_error and not self._was_ready
+        self._last_error = error
         if not excused or self.deaths > _EXCUSED * (self.spec.restarts + 1):
             self._streak += 1
-        if self.spec.restarts == 0 or self._streak > self.spec.restarts:
+        if self.spec.restarts == 0 or self._streak > self.spec.restarts or self.cannot_start:
             self.state = "failed"
             return None
         delay: float = min(self._policy.backoff * 2.0 ** max(0, self._streak - 1), self._policy.max_backoff)
@@ -490,7 +497,8 @@ class Supervisor:
         count = f" for the {_ordinal(watched.deaths)} time" if watched.deaths > 1 else ""
         message = f"{watched.name} {watched.death()}{count}"
         if watched.spec.kind != "environment":
-            raise watched.error(f"{message}; its policy allows no further restart (max_restarts, on_death)")
+            limit = "its policy allows no further restart (max_restarts, on_death)"
+            raise watched.error(f"{message}; {'it cannot start' if watched.cannot_start else limit}")
         if not any(other.has_future for other in self._environments):
             raise watched.error(f"{message} and is given up; no environment is left")
         self._note(f"{message} and is given up; the run goes on with the others\n{_indented(tail)}")

@@ -35,7 +35,7 @@ from atropos_verl.storage import write_atomic
 from atropos_verl.training.extensions import check_extensions
 
 if TYPE_CHECKING:
-    from atropos_verl.config.verl_keys import ClusterRun
+    from atropos_verl.config.verl_keys import RayRun
     from atropos_verl.report.console import ProgressReporter
 
 logger = logging.getLogger(__name__)
@@ -292,7 +292,7 @@ def _serve_rank(config: RunConfig) -> int:
     return 0
 
 
-def _train_on_ray(run: ClusterRun) -> int:
+def _train_on_ray(run: RayRun) -> int:
     from omegaconf import OmegaConf, open_dict
 
     from atropos_verl.report.console import ProgressReporter

@@ -41,8 +41,10 @@ def watched(tmp_path: Path, clock: Clock, *, code: str, restarts: int = 3) -> Wa
     return WatchedService(spec, SuperviseConfig(backoff=1.0, max_backoff=3.0, healthy_after=50.0), clock)
 
 
-def die(service: WatchedService) -> None:
+def die(service: WatchedService, *, ready: bool = True) -> None:
     service.start()
+    if ready:
+        service.set_ready()
     eventually(service.has_died, "the process has died")
 
 
@@ -74,6 +76,28 @@ def test_a_long_life_forgives_and_excused_deaths_do_not_count(tmp_path: Path) ->
     assert service.plan_restart(excused=True) == 1.0
     die(service)
     assert service.plan_restart() is None
+
+
+@pytest.mark.parametrize(
+    ("codes", "delays"),
+    [
+        ((3, 3), [1.0, None]),
+        ((3, 4, 4), [1.0, 2.0, None]),
+        ((0, 0, 0, 0), [1.0, 2.0, 3.0, None]),
+    ],
+)
+def test_a_script_that_cannot_start_is_given_up_at_once(
+    tmp_path: Path, codes: tuple[int, ...], delays: list[float | None]
+) -> None:
+    clock = Clock()
+    service = watched(tmp_path, clock, code="raise SystemExit(int(open('code').read()))")
+    found = []
+    for code in codes:
+        (tmp_path / "code").write_text(str(code))
+        die(service, ready=False)
+        found.append(service.plan_restart())
+    assert found == delays
+    assert service.cannot_start == (codes[-1] != 0)
 
 
 def test_never_restarted_means_never(tmp_path: Path) -> None:

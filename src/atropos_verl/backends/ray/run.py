@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from atropos_verl.config.verl_keys import ClusterRun
+from atropos_verl.config.verl_keys import RayRun
 from atropos_verl.errors import ConfigError, ServiceError
 from atropos_verl.training.step import Evaluations, HeldOut, Progress
 
@@ -40,7 +40,7 @@ def validate_with_verl(config: Any) -> None:
 
 
 def run_on_ray(
-    run: ClusterRun,
+    run: RayRun,
     *,
     progress: Progress,
     evaluations: Evaluations | None,
@@ -70,7 +70,7 @@ class _Driver:
 
     def __init__(
         self,
-        run: ClusterRun,
+        run: RayRun,
         session: Any,
         progress: Progress,
         evaluations: Evaluations | None,

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import ray
 
-from atropos_verl.config.verl_keys import ClusterRun, parameter_sync_step, read_run
+from atropos_verl.config.verl_keys import RayRun, parameter_sync_step, read_run
 from atropos_verl.errors import AtroposVerlError, ServiceError
 from atropos_verl.training.extensions import LAUNCH_DIRECTORY
 from atropos_verl.types import StepReport
@@ -61,7 +61,7 @@ class _Mailbox:
 class RaySession:
     """Context manager. Leaving it ends every actor of the run, and Ray itself where this session started it."""
 
-    def __init__(self, run: ClusterRun) -> None:
+    def __init__(self, run: RayRun) -> None:
         self.run = run
         self._thread: threading.Thread | None = None
         self._done = threading.Event()
@@ -220,7 +220,7 @@ class AtroposTaskRunner:
 class _Training:
     """Runs inside the task runner. What is started registers its end on ``stack``, in order."""
 
-    def __init__(self, run: ClusterRun, config: Any, stack: ExitStack) -> None:
+    def __init__(self, run: RayRun, config: Any, stack: ExitStack) -> None:
         self.run, self.config, self.stack = run, config, stack
         self._mailbox = ray.get_actor(_MAILBOX)
 

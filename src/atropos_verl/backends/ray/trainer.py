@@ -39,7 +39,7 @@ from atropos_verl.backends.ray.feed import Slot, TrajectoryFeed
 from atropos_verl.backends.ray.gateway import ClusterGateway
 from atropos_verl.backends.ray.transfer import ADVANTAGES, Row, finish_batch
 from atropos_verl.backends.ray.workers import worker_class
-from atropos_verl.config.verl_keys import ClusterRun, parameter_sync_step, read_run
+from atropos_verl.config.verl_keys import RayRun, parameter_sync_step, read_run
 from atropos_verl.errors import TrainingDivergedError
 from atropos_verl.training.checkpoint_state import RunState
 from atropos_verl.training.step import step_report
@@ -74,7 +74,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
     """Requests in flight end before the engine sleeps (no sequence is written by two policies)."""
 
     def __init__(self, config: Any) -> None:
-        self.atropos: ClusterRun = read_run(config)
+        self.atropos: RayRun = read_run(config)
         self.feed: TrajectoryFeed | None = None
         self.gateway: ClusterGateway | None = None
         self.state = RunState()
