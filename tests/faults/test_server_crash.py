@@ -35,7 +35,7 @@ class Load:
     """The clients' record. Each thread only adds to its own lists."""
 
     def __init__(self, url: str) -> None:
-        self.url = url
+        self.client = httpx.Client(base_url=url, timeout=10.0, limits=httpx.Limits(max_keepalive_connections=0))
         self.stop = threading.Event()
         self.accepted: list[list[int]] = [[] for _ in range(ENVIRONMENTS)]
         self.acked: list[list[int]] = []
@@ -48,7 +48,7 @@ class Load:
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
         while True:
             try:
-                answer = httpx.request(method, f"{self.url}{path}", json=fields, headers=sent, timeout=10.0)
+                answer = self.client.request(method, path, json=fields, headers=sent)
             except httpx.HTTPError:
                 assert time.monotonic() < deadline, f"{method} {path} did not get through in {WAIT} s"
                 time.sleep(0.02)
