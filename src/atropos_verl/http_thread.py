@@ -29,17 +29,13 @@ _BACKLOG = 2048
 class ServerThread:
     """uvicorn in its own thread and event loop, for an application that answers ``GET /health``.
 
-    Signal handlers stay the main thread's. Also a context manager (start / stop). A server can be started again after
-    ``stop``, on the same port.
+    Also a context manager (start / stop). It can be started again after ``stop``, on the same port.
 
     Args:
         app: the application; a subclass may make one for each start instead (``make_app``).
-        service: its name in messages.
-        advice: what to do when the port is taken.
-        host: interface to listen on.
+        service: its name in messages; ``advice``: what to do when the port is taken.
         port: 0 takes a free one.
-        listener: a socket that listens there already, for the first start: who connects before waits in it. The
-            server closes it.
+        listener: listens there already, for the first start: who connects before waits in it. The server closes it.
         options: for ``uvicorn.Config``.
     """
 

@@ -138,11 +138,9 @@ class TrajectoryApi:
                 self.counters.requests[path, message["status"]] += 1
             await send(message)
 
-        if scope["method"] == "OPTIONS" and allowed_origin:
-            refused: Response | None = Response(status_code=204)
-        else:
-            refused = self._refused(request)
-        await (refused or self._app)(scope, receive, send_counted)
+        preflight = scope["method"] == "OPTIONS" and allowed_origin
+        answer = Response(status_code=204) if preflight else self._refused(request)
+        await (answer or self._app)(scope, receive, send_counted)
 
     def _route(self, path: str, by_method: dict[str, Handler]) -> Route:
         async def endpoint(request: Request) -> Response:
@@ -288,15 +286,13 @@ class TrajectoryApi:
         return {"status": "success"}
 
     async def wandb_info(self, request: Request) -> dict[str, Any]:
-        registration = self.store.registration
-        group = None if registration is None else registration.wandb_group
-        return {"group": group, "project": None if registration is None else registration.wandb_project}
+        trainer = self.store.registration
+        return {"group": trainer and trainer.wandb_group, "project": trainer and trainer.wandb_project}
 
     async def info(self, request: Request) -> dict[str, Any]:
-        registration = self.store.registration
-        if registration is None:
-            return {"batch_size": -1, "max_token_len": -1}
-        return {"batch_size": registration.batch_size, "max_token_len": registration.max_token_len}
+        trainer = self.store.registration
+        sizes = (-1, -1) if trainer is None else (trainer.batch_size, trainer.max_token_len)
+        return dict(zip(("batch_size", "max_token_len"), sizes, strict=True))
 
     async def reset_data(self, request: Request) -> Response:
         self.store.reset()

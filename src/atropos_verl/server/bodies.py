@@ -39,7 +39,6 @@ from atropos_verl.server.status import Counters
 from atropos_verl.server.store import Batch, Store
 
 _T = TypeVar("_T")
-Address = tuple[str, int]
 _GZIP = 16 + zlib.MAX_WBITS
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 _IN_THREAD = 256 * 2**10
@@ -56,8 +55,7 @@ class BodyError(AtroposVerlError):
 
     def __init__(self, status: int, reason: str, message: str) -> None:
         super().__init__(message)
-        self.status = status
-        self.reason = reason
+        self.status, self.reason = status, reason
 
 
 # --- requests --------------------------------------------------------------------------------------------------------

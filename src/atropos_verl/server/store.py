@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import bisect
 import itertools
-import json
 import logging
 import time
 import uuid
@@ -123,9 +122,7 @@ class Store:
     def __init__(self, settings: ServerSettings, now: Callable[[], float] = time.time) -> None:
         """Open the data directory, if there is one, and go on where the last process ended.
 
-        Raises:
-            ConfigError: the directory was written by a version before the store.
-            StorageDamagedError, StorageWriteError: the directory cannot be used.
+        Raises ``ConfigError`` where an earlier version wrote the directory, ``StorageError`` where it cannot be used.
         """
         self.settings = settings
         self.now = now
@@ -189,8 +186,7 @@ class Store:
     async def synced(self) -> None:
         """Return when every change so far is stored.
 
-        Raises:
-            StorageWriteError: the disk refused one. None of those that were not stored has happened.
+        Raises ``StorageWriteError`` when the disk refused one. None of those that were not stored has happened.
         """
         if self._written is None:
             return
@@ -230,13 +226,11 @@ class Store:
         their callers to hear of it does this."""
         if self._records is None or (self._refused is not None and self._refused[1] is error):
             return
-        self._refused = (self.now(), error)
+        self._refused, self._written = (self.now(), error), None
         self._records.recover()
         self._changes.clear()
-        self._written = None
-        before = self.groups
         heard = [environment.heard_at for environment in self.environments]
-        self._load(self._records, before)
+        self._load(self._records, self.groups)
         for environment, at in zip(self.environments, heard, strict=False):
             environment.heard_at = at
         logger.error("%s", error)
@@ -301,10 +295,9 @@ class Store:
 
     def _after_restart(self) -> None:
         """Environments count as just heard, and batches whose responses may not be finished come back."""
-        now = self.now()
-        self.trainer_heard = now if self.registration is not None else 0.0
+        self.trainer_heard = self.now() if self.registration is not None else 0.0
         for environment in self.environments:
-            environment.heard_at = now
+            environment.heard_at = self.now()
         for batch in [batch for batch in self.outstanding.values() if batch.deadline is None]:
             self.take_back(batch.lease_id, "the server was restarted")
         if self.registration is not None or self.groups:
@@ -403,9 +396,7 @@ class Store:
     def alive(self) -> list[Environment]:
         """Environments that are connected and were heard of lately."""
         since = self.now() - self.settings.env_timeout
-        return [
-            environment for environment in self.environments if environment.connected and environment.heard_at > since
-        ]
+        return [other for other in self.environments if other.connected and other.heard_at > since]
 
     def reset(self) -> None:
         """Forget registrations, environments, groups, batches and keys."""
@@ -430,9 +421,8 @@ class Store:
     ) -> bytes:
         """Take the groups of one POST, all or none, and return what is to be answered.
 
-        Args:
-            reply: makes the answer from the number of duplicates, before the groups are queued.
-            key: Idempotency-Key; ``digest`` is that of the request it came with.
+        ``reply`` makes the answer from the number of duplicates, before the groups are queued. ``key``:
+        Idempotency-Key; ``digest`` is that of the request it came with.
 
         Raises:
             Refusal: the key was used for another request.
@@ -486,12 +476,10 @@ class Store:
             self.recent[mark] = now
             self.recent.move_to_end(mark)
             self._save("recent", mark, (now,))
-        for name, value in (("groups", 1), ("sequences", group.size), ("tokens", group.tokens)):
-            self.totals[name] += value
+        self.totals.update(groups=1, sequences=group.size, tokens=group.tokens)
 
     def replied(self, key: str | None, digest: bytes) -> bytes | None:
-        """The answer that was given to this very request before, else None. Raises ``Refusal`` where the key was used
-        for another request."""
+        """The answer that was given to this request before, else None. Raises as ``accept`` (``Refusal``)."""
         known = self.keys.get(key) if key is not None else None
         if known is not None and known[0] != digest:
             raise Refusal("idempotency", f"Idempotency-Key {key!r} was used for another body", value=key)
@@ -531,10 +519,8 @@ class Store:
     # --- batches: at most one holder of each, at any time ------------------------------------------------------------
 
     def next_batch(self, lease_seconds: float | None) -> Batch | None:
-        """Hand out the next batch, or None. The step advances, but for a batch that came back.
-
-        ``lease_seconds`` None: the batch is out until ``delivered`` or ``take_back``.
-        """
+        """Hand out the next batch, or None. The step advances, but for a batch that came back. Without a lease
+        (``lease_seconds`` None) it is out until ``delivered`` or ``take_back``."""
         now = self.now()
         if not self.started:
             self.started = True
@@ -569,13 +555,11 @@ class Store:
             return
         rows = [[round(group.arrived, 4), group.env_id, group.size, group.tokens] for group in groups]
         try:
-            with self._arrivals.open("a", encoding="utf-8") as file:
-                file.write(
-                    json.dumps({"step": step, "at": round(now, 4), "groups": rows}, separators=(",", ":")) + "\n"
-                )
+            with self._arrivals.open("ab") as file:
+                file.write(msgspec.json.encode({"step": step, "at": round(now, 4), "groups": rows}) + b"\n")
         except OSError as error:
-            why = error.strerror
-            logger.warning("cannot write %s: %s; arrivals are not recorded any more", self._arrivals, why)
+            text = "cannot write %s: %s; arrivals are not recorded any more"
+            logger.warning(text, self._arrivals, error.strerror)
             self._arrivals = None
 
     def ack(self, lease_id: str) -> str:
@@ -606,9 +590,7 @@ class Store:
     def release(self, lease_id: str) -> None:
         """The holder does not want the batch: it is the next to be handed out.
 
-        Raises:
-            ConflictError: the lease has ended, or somebody else has the batch.
-            UnknownLeaseError: no such lease.
+        Raises ``ConflictError`` (the lease has ended, or somebody else has the batch) or ``UnknownLeaseError``.
         """
         self.take_back(self._held(lease_id).lease_id, "released")
 
