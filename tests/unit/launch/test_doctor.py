@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -22,22 +23,7 @@ from atropos_verl.cli import main
 from atropos_verl.config.model_checks import Finding, check_model, check_vocabulary, tokenizer_size
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
-from atropos_verl.launch.doctor import (
-    Gpu,
-    check_api,
-    check_disk,
-    check_environment,
-    check_gpus,
-    check_limits,
-    check_packages,
-    check_placement,
-    check_port,
-    check_python,
-    check_shared_memory,
-    imported_modules,
-    list_gpus,
-    requirements_of,
-)
+from atropos_verl.launch import doctor
 
 GIB = 1 << 30
 
@@ -46,6 +32,13 @@ GIB = 1 << 30
 def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("ATROPOS_")]:
         monkeypatch.delenv(name)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[int]:
+    """A port of this machine that is taken, and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        yield taken.getsockname()[1]
 
 
 def by_name(findings: list[Finding]) -> dict[str, Finding]:
@@ -79,21 +72,19 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_packages_are_compared_with_the_requirements(text: str, backend: str, status: str, found: str) -> None:
-    (finding,) = check_packages([Requirement(text)], backend=backend)
+    (finding,) = doctor.check_packages([Requirement(text)], backend=backend)
     assert (finding.status, finding.found) == (status, found)
 
 
 def test_our_own_metadata_names_the_pins() -> None:
-    found = {requirement.name: str(requirement.specifier) for requirement in requirements_of()}
+    found = {requirement.name: str(requirement.specifier) for requirement in doctor.requirements_of()}
     assert (found["verl"], found["atroposlib"]) == ("==0.9.1", "==0.4.0")
     assert "pytest" not in found, "extras are not demanded"
 
 
-@pytest.mark.parametrize(
-    ("version", "status"), [((3, 10), "missing"), ((3, 11), "ok"), ((3, 12), "ok"), ((3, 13), "missing")]
-)
-def test_python(version: tuple[int, int], status: str) -> None:
-    assert check_python(version).status == status
+def test_python() -> None:
+    found = [doctor.check_python((3, minor)).status for minor in (10, 11, 12, 13)]
+    assert found == ["missing", "ok", "ok", "missing"]
 
 
 # ---------------------------------------------------------------------- machine
@@ -105,52 +96,55 @@ def test_gpus_are_those_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Monkey
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    gpus = list_gpus()
-    assert gpus == [Gpu("NVIDIA H100", 80000 << 20), Gpu("NVIDIA H100", 1 << 30)]
-    assert check_gpus(gpus, device="cuda", needed=2).status == "ok"
-    assert "least free memory 1 GiB" in check_gpus(gpus, device="cuda", needed=2).found
-    assert check_gpus(gpus, device="auto", needed=8).status == "missing"
+    gpus = doctor.list_gpus()
+    assert gpus == [doctor.Gpu("NVIDIA H100", 80000 << 20), doctor.Gpu("NVIDIA H100", 1 << 30)]
+    assert doctor.check_gpus(gpus, device="cuda", needed=2).status == "ok"
+    assert "least free memory 1 GiB" in doctor.check_gpus(gpus, device="cuda", needed=2).found
+    assert doctor.check_gpus(gpus, device="auto", needed=8).status == "missing"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert list_gpus() == gpus[1:]
-    lacking = check_gpus(list_gpus(), device="cuda", needed=8)
+    assert doctor.list_gpus() == gpus[1:]
+    lacking = doctor.check_gpus(doctor.list_gpus(), device="cuda", needed=8)
     assert (lacking.status, lacking.found.endswith("the configuration needs 8")) == ("missing", True)
     smi.write_text("#!/bin/sh\necho 'driver mismatch' >&2\nexit 9\n")
-    assert list_gpus() is None
+    assert doctor.list_gpus() is None
 
 
 def test_without_gpus_only_cuda_is_missing() -> None:
-    found = [check_gpus(None, device=device, needed=1).status for device in ("cuda", "auto", "cpu")]
+    found = [doctor.check_gpus(None, device=device, needed=1).status for device in ("cuda", "auto", "cpu")]
     assert found == ["missing", "ok", "ok"]
 
 
 def test_limits_and_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [check_limits(soft).status for soft in (256, 4096)] == ["warning", "ok"]
+    assert [doctor.check_limits(soft).status for soft in (256, 4096)] == ["warning", "ok"]
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=64 << 20))
-    assert check_shared_memory().status == "warning", "64 MB, a container's default"
-    assert check_shared_memory(ray=True, object_store=300_000_000).status == "missing"
+    assert doctor.check_shared_memory().status == "warning", "64 MB, a container's default"
+    assert doctor.check_shared_memory(ray=True, object_store=300_000_000).status == "missing"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=8 * GIB))
-    assert check_shared_memory(ray=True).status == "ok"
+    assert doctor.check_shared_memory(ray=True).status == "ok"
+
+
+def disk(path: Path, **given: int) -> dict[str, Finding]:
+    return by_name(doctor.check_disk(path, **{"model_bytes": 0, "checkpoints": 1, **given}))
 
 
 def test_a_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
     """By its mount, since root may write whatever its mode says; no file is left behind where it can."""
-    assert by_name(check_disk(tmp_path / "a" / "b", model_bytes=0, checkpoints=1))["run directory"].status == "ok"
+    assert disk(tmp_path / "a" / "b")["run directory"].status == "ok"
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
-    found = by_name(check_disk(tmp_path / "file" / "run", model_bytes=0, checkpoints=1))["run directory"]
+    found = disk(tmp_path / "file" / "run")["run directory"]
     assert (found.status, found.found) == ("missing", f"{tmp_path / 'file'} is a file")
-    found = by_name(check_disk(Path("/proc/run"), model_bytes=0, checkpoints=1))["run directory"]
-    assert found.status == "missing"
-    assert found.found.startswith("cannot write to /proc: ")
+    found = disk(Path("/proc/run"))["run directory"]
+    assert (found.status, found.found.startswith("cannot write to /proc: ")) == ("missing", True)
 
 
 def test_a_disk_that_does_not_take_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100 * GIB))
     # 8 GiB of weights: a checkpoint is 24, and two kept plus one being written are 72
-    assert by_name(check_disk(tmp_path, model_bytes=8 * GIB, checkpoints=2))["disk"].status == "ok"
-    assert by_name(check_disk(tmp_path, model_bytes=8 * GIB, checkpoints=4))["disk"].status == "missing"
+    found = [disk(tmp_path, model_bytes=8 * GIB, checkpoints=kept)["disk"].status for kept in (2, 4)]
+    assert found == ["ok", "missing"]
 
 
 # ---------------------------------------------------------------------- model
@@ -220,65 +214,65 @@ def test_files_context_and_class_are_looked_at(model_dir: Path) -> None:
 
 
 def test_a_taken_port() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        found = check_port("gateway.port", "127.0.0.1", port)
+    with listening() as port:
+        found = doctor.check_port("gateway.port", "127.0.0.1", port)
         assert (found.status, found.todo) == ("missing", "set gateway.port to a free port, or to 0 for any")
         assert f"127.0.0.1:{port}: Address already in use" in found.found
-        assert check_api(f"http://127.0.0.1:{port}", None, timeout=0.3).status == "missing", "listens, never answers"
-    assert check_port("gateway.port", "127.0.0.1", port).status == "ok"
-    refused = check_api(f"http://127.0.0.1:{port}", None)
+        silent = doctor.check_api(f"http://127.0.0.1:{port}", None, timeout=0.3)
+        assert silent.status == "missing", "it listens and never answers"
+    assert doctor.check_port("gateway.port", "127.0.0.1", port).status == "ok"
+    refused = doctor.check_api(f"http://127.0.0.1:{port}", None)
     assert (refused.status, "does not answer" in refused.found) == ("missing", True)
 
 
 def test_an_api_with_a_token(tmp_path: Path) -> None:
     with ServerProcess(tmp_path, "--token", "right") as server:
-        assert check_api(server.url, "right").status == "ok"
-        assert "401, the token was refused" in check_api(server.url, "wrong").found
-        assert "401, it demands a token" in check_api(server.url, None).found
+        assert doctor.check_api(server.url, "right").status == "ok"
+        assert "401, the token was refused" in doctor.check_api(server.url, "wrong").found
+        assert "401, it demands a token" in doctor.check_api(server.url, None).found
 
 
 # ---------------------------------------------------------------------- environments
 
 
-def environment(tmp_path: Path, text: str, python: str = sys.executable) -> Finding:
+def environment(tmp_path: Path, text: str, python: str = sys.executable) -> tuple[str, str]:
+    (tmp_path / "beside.py").write_text("")
     script = tmp_path / "env.py"
     script.write_text(text)
-    return check_environment("mine", python, script)
+    found = doctor.check_environment("mine", python, script)
+    return found.status, f"{found.found}; {found.todo}"
 
 
 def test_imports_that_count_are_those_of_loading() -> None:
     source = b"import os, a.b\nfrom c.d import e\nfrom . import f\nfrom __future__ import annotations\n"
     source += b"try:\n    import g\nexcept ImportError:\n    g = None\ndef h():\n    import i\n"
-    assert imported_modules(source, Path("x.py")) == ["a", "c"]
+    assert doctor.imported_modules(source, Path("x.py")) == ["a", "c"]
 
 
-def test_an_environment_whose_imports_are_not_there(tmp_path: Path) -> None:
-    assert environment(tmp_path, "import atroposlib, json").status == "ok"
-    (tmp_path / "beside.py").write_text("")
-    assert environment(tmp_path, "import atroposlib, beside").status == "ok", "modules beside the script"
-    found = environment(tmp_path, "import atroposlib\nimport no_such_module_xyz.part")
-    assert found.status == "missing"
-    assert "the script imports no_such_module_xyz, which" in found.found
-    found = environment(tmp_path, "def broken(:\n")
-    assert (found.status, "line 1" in found.found) == ("missing", True)
+@pytest.mark.parametrize(
+    ("text", "status", "words"),
+    [
+        ("import atroposlib, json", "ok", "atroposlib 0.4.0"),
+        ("import atroposlib, beside", "ok", "atroposlib 0.4.0"),
+        ("import atroposlib, no_such_module.part", "missing", "the script imports no_such_module, which"),
+        ("def broken(:\n", "missing", "line 1"),
+        ("from atroposlib.utils import tokenize_for_trainer", "missing", "needs transformers 4"),
+    ],
+    ids=["installed", "beside the script", "not there", "broken", "transformers 5"],
+)
+def test_what_a_script_imports_must_be_there(tmp_path: Path, text: str, status: str, words: str) -> None:
+    found = environment(tmp_path, text)
+    assert (found[0], words in found[1]) == (status, True), found
 
 
 def test_an_interpreter_without_atroposlib(tmp_path: Path) -> None:
     bare = tmp_path / "python"
     bare.write_text(f'#!/bin/sh\nexec {Path(sys.executable).resolve()} -I -S "$@"\n')
     bare.chmod(0o755)
-    found = environment(tmp_path, "import atroposlib", python=str(bare))
-    assert (found.status, found.todo) == ("missing", f"{bare} -m pip install atroposlib==0.4.0")
-    found = environment(tmp_path, "import atroposlib", python=str(tmp_path / "nowhere"))
-    assert (found.status, "cannot be used" in found.found) == ("missing", True)
-
-
-def test_tokenize_for_trainer_needs_transformers_4(tmp_path: Path) -> None:
-    found = environment(tmp_path, "from atroposlib.utils.tokenize_for_trainer import tokenize_for_trainer")
-    assert (found.status, "transformers 5" in found.found) == ("missing", True)
+    status, text = environment(tmp_path, "import atroposlib", python=str(bare))
+    assert (status, text.endswith(f"; {bare} -m pip install atroposlib==0.4.0")) == ("missing", True)
+    status, text = environment(tmp_path, "import atroposlib", python=str(tmp_path / "nowhere"))
+    assert (status, "cannot be used" in text) == ("missing", True)
 
 
 # ---------------------------------------------------------------------- placement
@@ -292,7 +286,7 @@ def placed(gpus: int = 8, cores: int = 64, **changes: Any) -> dict[str, str]:
         "ray_kwargs": {"ray_init": {"address": None}},
     }
     settings = {name: {**value, **changes.get(name, {})} for name, value in settings.items()}
-    return {finding.name: finding.status for finding in check_placement(settings, gpus=gpus, cores=cores)}
+    return {finding.name: finding.status for finding in doctor.check_placement(settings, gpus=gpus, cores=cores)}
 
 
 def test_placement_groups_that_ray_would_wait_for_for_ever() -> None:
@@ -332,21 +326,13 @@ def test_every_process_asks_for_three_cpus() -> None:
 # ---------------------------------------------------------------------- the command
 
 
-@pytest.fixture
-def taken_port() -> Iterator[int]:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        yield taken.getsockname()[1]
-
-
-def doctor(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
+def run_doctor(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
     code = main(["doctor", "--json", *words])
     return code, json.loads(capsys.readouterr().out)
 
 
 def test_the_demo_can_be_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, answer = doctor(f"run_dir={tmp_path / 'run'}", capsys=capsys)
+    code, answer = run_doctor(f"run_dir={tmp_path / 'run'}", capsys=capsys)
     wrong = [finding for finding in answer["findings"] if finding["status"] == "missing"]
     assert (code, answer["ok"], wrong) == (0, True, [])
     assert {finding["section"] for finding in answer["findings"]} == {
@@ -355,12 +341,11 @@ def test_the_demo_can_be_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert not (tmp_path / "run").exists()
 
 
-def test_everything_that_is_wrong_is_named_at_once(
-    tmp_path: Path, taken_port: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = [f"gateway.port={taken_port}", "model.path=/nowhere", "run_dir=/proc/run"]
-    words += ["environments.demo.python=/nowhere", "trainer.device=cuda", "trainer_process.nproc=64"]
-    code, answer = doctor(*words, capsys=capsys)
+def test_everything_that_is_wrong_is_named_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model.path=/nowhere", "run_dir=/proc/run", "environments.demo.python=/nowhere"]
+    words += ["trainer.device=cuda", "trainer_process.nproc=64"]
+    with listening() as port:
+        code, answer = run_doctor(f"gateway.port={port}", *words, capsys=capsys)
     assert code == 1
     wrong = {finding["name"] for finding in answer["findings"] if finding["status"] == "missing"}
     assert wrong == {"GPUs", "gateway.port", "path", "run directory", "demo"}
@@ -368,7 +353,7 @@ def test_everything_that_is_wrong_is_named_at_once(
 
 
 def test_a_wrong_key_is_a_finding_too(capsys: pytest.CaptureFixture[str]) -> None:
-    code, answer = doctor("optim.lrr=1", capsys=capsys)
+    code, answer = run_doctor("optim.lrr=1", capsys=capsys)
     assert code == 1
     assert [finding["name"] for finding in answer["findings"]] == ["optim.lrr"]
 
