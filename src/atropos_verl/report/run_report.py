@@ -50,10 +50,6 @@ class RunData:
     """(file name, reason) of refused groups, the first of them."""
     quarantined_total: int
 
-    @property
-    def name(self) -> str:
-        return self.run_dir.name
-
     def series(self, key: str) -> list[tuple[int, float]]:
         """Lists ``(step, value)`` of a metric where it is a number."""
         return [(line["step"], float(line[key])) for line in self.steps if _is_number(line.get(key))]
@@ -135,11 +131,10 @@ def _held_out(directory: Path) -> float | None:
 
 
 def _samples(directory: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+    found: list[Any] = []
     path = directory / "samples.jsonl"
     with contextlib.suppress(FileNotFoundError, ValueError), path.open(encoding="utf-8", errors="replace") as file:
-        for line in itertools.islice(file, _MOST_SAMPLES):
-            found.append(json.loads(line))  # noqa: PERF401 - a line cut short ends the list and keeps what it has
+        found.extend(map(json.loads, itertools.islice(file, _MOST_SAMPLES)))  # a line cut short ends the list
     return [sample for sample in found if isinstance(sample, dict)]
 
 
@@ -233,7 +228,7 @@ def _compare(runs: Sequence[RunData], console: Console) -> None:
         step_seconds = [value for _, value in data.series("timing/step")]
         speed = [value for _, value in data.series("perf/trained_tokens_per_second")]
         table.add_row(
-            data.name + ("" if data.is_finished else " (not finished)"),
+            data.run_dir.name + ("" if data.is_finished else " (not finished)"),
             count(get("steps")),
             *(decimal(get(key)) for key in ("reward_first", "reward_last", "held_out_before", "held_out_after")),
             seconds(statistics.median(step_seconds)) if step_seconds else "-",
@@ -272,7 +267,7 @@ def render_page(runs: Sequence[RunData]) -> str:
     environment = Environment(
         loader=PackageLoader("atropos_verl.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    names = [run.name for run in runs]
+    names = [run.run_dir.name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.run_dir.absolute()) for run in runs]
     named = dict(zip(names, runs, strict=True))

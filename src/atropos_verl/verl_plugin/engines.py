@@ -16,9 +16,9 @@ Import this module after ``verl_plugin.activate``; importing it registers the en
 
 from __future__ import annotations
 
+import itertools
 import logging
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from verl.utils import tensordict_utils as tu
@@ -38,8 +38,7 @@ _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling",
 """Config keys of architectures that change the logits after the head; those take verl's own path."""
 
 
-@dataclass
-class _HeadRequest:
+class _HeadRequest(NamedTuple):
     """The tokens whose logprobs the head computes in the next forward."""
 
     rows: torch.Tensor
@@ -136,10 +135,8 @@ class SelectiveHeadEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         self, output: Any, output_args: dict[str, Any], micro_batch: Any, logits_processor_func: Any
     ) -> dict[str, Any]:
         if self._head_request is None:
-            result: dict[str, Any] = super().prepare_model_outputs(
-                output, output_args, micro_batch, logits_processor_func
-            )
-            return result
+            arguments = (output, output_args, micro_batch, logits_processor_func)
+            return super().prepare_model_outputs(*arguments)  # type: ignore[no-any-return]
         self._head_request = None
         values = output.logits.squeeze(-1)  # [B, L], or [1, tokens] of a packed row
         input_ids = micro_batch["input_ids"]
@@ -159,8 +156,8 @@ def _head_request(input_ids: Any, loss_mask: Any, temperature: torch.Tensor, row
         row_length: L of the padded [B, L] that the model is given; None: it is given one packed row.
     """
     ids, offsets = input_ids.values(), input_ids.offsets()
-    trained = _over_sequences(loss_mask, offsets)
-    trained = trained.index_fill(0, offsets[:-1], False)  # nothing predicts the first token of a sequence
+    # Nothing predicts the first token of a sequence.
+    trained = _over_sequences(loss_mask, offsets).index_fill(0, offsets[:-1], False)
     tokens = torch.nonzero(trained).squeeze(1)
     batch = torch.searchsorted(offsets, tokens, right=True) - 1
     rows = tokens - 1 if row_length is None else batch * row_length + (tokens - offsets[batch]) - 1
@@ -171,8 +168,7 @@ def _over_sequences(loss_mask: Any, offsets: torch.Tensor) -> torch.Tensor:
     """[tokens] bool. verl's V1 trainer (and every row that it pads a batch with) has masks of the response only, which
     is the end of the sequence."""
     if torch.equal(loss_mask.offsets(), offsets):
-        whole: torch.Tensor = loss_mask.values().bool()
-        return whole
+        return loss_mask.values().bool()  # type: ignore[no-any-return]
     rows = zip(loss_mask.unbind(), offsets.diff().tolist(), strict=True)
     return torch.cat([torch.nn.functional.pad(row.bool(), (length - row.numel(), 0)) for row, length in rows])
 
@@ -208,7 +204,7 @@ def packs_exactly(model: Any, device: torch.device, vocabulary: int) -> bool:
     model.eval()
     ids = torch.arange(1, sum(_PROBE_LENGTHS) + 1, device=device)[None] % vocabulary
     positions = torch.cat([torch.arange(n, device=device) for n in _PROBE_LENGTHS])[None]
-    borders = torch.tensor([0, *torch.tensor(_PROBE_LENGTHS).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    borders = torch.tensor([0, *itertools.accumulate(_PROBE_LENGTHS)], dtype=torch.int32, device=device)
     try:
         with torch.no_grad():
             joined = model(input_ids=ids, position_ids=positions, cu_seq_lens_q=borders, use_cache=False).logits[0]
@@ -240,10 +236,8 @@ def _attention(
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
     if cu_seq_lens_q is None:
-        plain: tuple[torch.Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
-        )
-        return plain
+        rest = (attention_mask, dropout, scaling, is_causal)
+        return sdpa_attention_forward(module, query, key, value, *rest, **kwargs)  # type: ignore[no-any-return]
     groups = query.shape[1] // key.shape[1]
     # Repeated once for the whole row: sdpa's own way to share heads has no fast kernel on a CPU.
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
@@ -264,5 +258,4 @@ def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any)
 
     if attention_mask is None:
         return None
-    mask: torch.Tensor | None = sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
-    return mask
+    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)  # type: ignore[no-any-return]

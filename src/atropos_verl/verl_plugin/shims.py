@@ -130,13 +130,8 @@ def without_pinned_offload(engine_config: Any) -> Iterator[None]:
         engine_config.forward_only = forward_only
 
 
-class _NotThreadCount(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "target_num_threads" not in record.getMessage()
-
-
 def quiet_transfer_queue() -> None:
     """Filter the warning out of every logger that TransferQueue has made so far."""
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("transfer_queue"):
-            logging.getLogger(name).addFilter(_NotThreadCount())
+            logging.getLogger(name).addFilter(lambda record: "target_num_threads" not in record.getMessage())
