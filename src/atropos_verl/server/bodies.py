@@ -258,7 +258,8 @@ def protocol_class(connections: dict[Any, Connection]) -> type[Any]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
-            connections.pop(self.client).end(exc)
+            if (connection := connections.pop(self.client, None)) is not None:
+                connection.end(exc)
 
     return ReportingProtocol
 
@@ -304,7 +305,8 @@ class BatchResponse(Response):
                 if part:
                     await send({"type": "http.response.body", "body": part, "more_body": True})
                     self._counters.bytes_out += len(part)
-            arrived = connection is None or not connection.lost
+            lost = await Request(scope, receive).is_disconnected() if connection is None else connection.lost
+            arrived = not lost
             if arrived:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:

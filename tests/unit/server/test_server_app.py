@@ -231,6 +231,22 @@ async def test_the_packed_wire_is_negotiated(api: httpx.AsyncClient) -> None:
     assert decode_batch(third.content)[0].token_ids[0].tolist() == [4, 7, 100]
 
 
+async def test_a_batch_whose_client_has_gone_before_the_answer_comes_back() -> None:
+    app = TrajectoryApi(ServerSettings(), now=Clock())
+    async with client_of(app) as api:
+        await started(api)
+        await api.post("/scored_data", json=group(1, 8))
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: object) -> None:
+        pass
+
+    await app({"type": "http", "method": "GET", "path": "/batch", "headers": []}, receive, send)
+    assert len(app.store.returned) == 1 and not app.store.outstanding
+
+
 async def test_full_means_429_with_retry_after() -> None:
     async with client_of(TrajectoryApi(ServerSettings(max_queue_groups=1))) as api:
         await started(api)
