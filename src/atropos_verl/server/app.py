@@ -70,7 +70,7 @@ _EXAMPLE = "tokens masks scores advantages ref_logprobs generation_params infere
 
 
 class TrajectoryApi:
-    """An ASGI application over a store that it opens. ``now``: seconds since the epoch, for tests. ``close`` it.
+    """An ASGI application over a store that it opens. ``now``: seconds since the epoch, for tests. Close the store.
 
     Raises:
         ConfigError, StorageDamagedError, StorageWriteError: the data directory cannot be used.
@@ -115,9 +115,6 @@ class TrajectoryApi:
             lifespan=self._lifespan,
         )
         self._app.router.redirect_slashes = False
-
-    def close(self) -> None:
-        self.store.close()
 
     # --- every request -----------------------------------------------------------------------------------------------
 

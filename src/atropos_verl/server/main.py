@@ -84,7 +84,7 @@ def serve(settings: ServerSettings, host: str = "127.0.0.1", port: int = 8000, *
     except KeyboardInterrupt:
         logger.debug("interrupted")
     finally:
-        app.close()
+        app.store.close()
     logger.info("stopped", extra={"event": "stopped"})
 
 
@@ -104,7 +104,7 @@ class TrajectoryServer(ServerThread):
 
     def on_end(self) -> None:
         if self.app is not None:
-            self.app.close()
+            self.app.store.close()
 
 
 def _options(app: TrajectoryApi) -> dict[str, Any]:

@@ -90,15 +90,6 @@ def test_returned_batches_count_as_waiting() -> None:
     assert store.queue.in_classes == 4
 
 
-def test_an_idempotency_key_stores_once_and_repeats_the_answer() -> None:
-    store, _ = store_with()
-    first = post(store, 0, key="k")
-    assert post(store, 0, key="k") == first
-    assert store.queue.groups == 1
-    with pytest.raises(Refusal, match="was used for another body"):
-        store.accept([], lambda _: b"", "k", b"other")
-
-
 def test_the_same_group_of_one_environment_within_the_window_is_stored_once() -> None:
     store, clock = store_with(dedupe_window=60.0)
     one, two = join(store), join(store)
