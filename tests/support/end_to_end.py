@@ -138,10 +138,8 @@ class EndToEnd:
                 assert len(group) == GROUP_SIZE
                 for ids, mask, logprobs in zip(group.token_ids, group.masks, group.inference_logprobs, strict=True):
                     trained = mask != -100
-                    assert np.array_equal(ids[trained], mask[trained])
-                    assert not trained[0]
-                    assert (logprobs[trained] <= 0).all()
-                    assert (logprobs[~trained] == 1.0).all()
+                    assert np.array_equal(ids[trained], mask[trained]) and not trained[0]
+                    assert (logprobs[trained] <= 0).all() and (logprobs[~trained] == 1.0).all()
         return f"{STEPS * len(WORDS)} groups submitted and fetched back, token-exact"
 
     def check_advantages_and_normalisation(self) -> str:
@@ -170,8 +168,7 @@ class EndToEnd:
         return f"outputs changed in every step and match the trainer's within {worst:.1e}"
 
     def check_complete_loop(self) -> str:
-        assert [report.policy_version for report in self.reports] == list(range(1, STEPS + 1))
-        assert [report.step for report in self.reports] == list(range(1, STEPS + 1))
+        assert [(r.step, r.policy_version) for r in self.reports] == [(n, n) for n in range(1, STEPS + 1)]
         assert all(np.isfinite(report.loss) for report in self.reports)
         rewards = [report.metrics["reward/mean"] for report in self.reports]
         assert self.trainer.totals.groups_used == STEPS * len(WORDS)
@@ -179,8 +176,7 @@ class EndToEnd:
 
     def check_memory_released_in_training(self) -> str:
         for figure in self.figures:
-            assert figure["released"].kv_bytes == 0
-            assert figure["released"].weight_bytes == 0
+            assert figure["released"].kv_bytes == figure["released"].weight_bytes == 0
             assert figure["serving"].weight_bytes > 1_000_000
         megabytes = self.figures[0]["serving"].weight_bytes / 1e6
         return f"{megabytes:.1f} MB of engine weights and all KV freed while training"
@@ -205,9 +201,8 @@ class EndToEnd:
         return f"server down, {', '.join(name for name, *_ in _FAULTS)}: each named; 503 twice, then 200: retried"
 
     def check_performance(self) -> str:
-        step = float(np.median([report.metrics["timing/step"] or 0.0 for report in self.reports]))
-        rate = float(np.median([report.metrics["perf/trained_tokens_per_second"] or 0.0 for report in self.reports]))
-        sync = float(np.median([report.metrics["sync/seconds"] or 0.0 for report in self.reports]))
+        keys = ("timing/step", "perf/trained_tokens_per_second", "sync/seconds")
+        step, rate, sync = (float(np.median([r.metrics[key] or 0.0 for r in self.reports])) for key in keys)
         assert step > 0 and rate > 0 and sync > 0
         return f"median step {step:.2f} s, {rate:.0f} trained tokens/s, weight sync {sync * 1e3:.1f} ms"
 

@@ -1,19 +1,8 @@
 """Functions of the user, named by a key: ``package.module:function``.
 
-============================ ===================================== =======================================
-key                          called as                             returns
-============================ ===================================== =======================================
-``loss.path``                ``f(logprobs, advantages, loss_mask,  ``(loss, metrics)``: a tensor [] and
-                             num_loss_tokens, *, old_logprobs,     numbers by name
-                             rollout_logprobs, sequence_ids)``
-``algorithm.advantage_path`` ``f(scores, group)``                  G advantages, or G rows of T_i
-``data.filter_path``         ``f(groups)``                         one bool per group: whether it is kept
-``reward.path``              ``f(prompts, completions)``           one score per completion
-============================ ===================================== =======================================
-
-``docs/extensions.md`` gives shapes, dtypes and units; ``examples/extensions/`` has one module each. The module is
-looked for on PYTHONPATH and in the directory in which the command was started. The processes of the run, which work in
-other directories, know it from ``ATROPOS_VERL_LAUNCH_DIRECTORY``.
+``docs/extensions.md`` gives arguments, results, shapes, dtypes and units; ``examples/extensions/`` has one module each.
+The module is looked for on PYTHONPATH and in the directory in which the command was started, which the processes of the
+run, which work in other directories, know from ``ATROPOS_VERL_LAUNCH_DIRECTORY``.
 """
 
 from __future__ import annotations

@@ -24,8 +24,7 @@ def _saved(root: Path, step: int, keep: int | None = None) -> RunState:
 def test_what_was_saved_is_restored_to_the_last_bit(tmp_path: Path) -> None:
     assert saved_step(tmp_path, "auto") == 0
     expected = _saved(tmp_path, 4)
-    found = RunState()
-    directory = find_checkpoint(tmp_path, "auto")
+    found, directory = RunState(), find_checkpoint(tmp_path, "auto")
     found.restore(directory)
     assert found == expected
     assert saved_step(tmp_path, "auto") == saved_step(tmp_path, str(directory)) == 4

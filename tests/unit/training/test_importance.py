@@ -58,11 +58,8 @@ def tensors(c: dict[str, np.ndarray], dtype: torch.dtype = torch.float64) -> dic
 def test_weights(level: str, cap: float, packed: bool) -> None:
     c = case()
     t = tensors(c)
-    args = [t["logprobs"], t["rollout"], t["mask"]]
-    ids = None
-    if packed:
-        args = [value.flatten() for value in args]
-        ids = torch.arange(5).repeat_interleave(9)
+    args = [t[name].flatten() if packed else t[name] for name in ("logprobs", "rollout", "mask")]
+    ids = torch.arange(5).repeat_interleave(9) if packed else None
     weights, truncated = importance_weights(*args, level=level, cap=cap, sequence_ids=ids)
     expected = weights_by_hand(c, level, cap)
     np.testing.assert_allclose(weights.view(5, 9).numpy(), expected, rtol=1e-12)

@@ -61,10 +61,9 @@ def test_micro_batches_with_the_global_count_add_up_to_the_loss_of_the_batch() -
         for i in range(4)
     ]
     reference = -sum(float(logprobs[i, t] * advantages[i, t]) for i in range(4) for t in range(6) if mask[i, t]) / count
-    assert whole.item() == pytest.approx(reference, rel=1e-12)
-    assert sum(part.item() for part in parts) == pytest.approx(reference, rel=1e-12)
     tensor_count = advantage_weighted_sft_loss(logprobs, advantages, mask, torch.tensor(count)).loss
-    assert tensor_count.item() == pytest.approx(reference, rel=1e-12)
+    for found in (whole, sum(parts), tensor_count):
+        assert float(found) == pytest.approx(reference, rel=1e-12)
 
 
 @pytest.mark.parametrize("given", [None, 0, torch.tensor(0)])
@@ -112,12 +111,9 @@ def test_the_pure_form_equals_the_formula_from_logits() -> None:
                 total -= softmax_logprob([value / 0.7 for value in logits[b, t - 1]], int(ids[b, t])) * advantages[b, t]
                 count += 1
     tensors = [torch.from_numpy(x) for x in (logits, ids, advantages, mask)]
-    found = compute_advantage_weighted_sft_loss(*tensors, temperature=0.7)
-    assert found.item() == pytest.approx(total / count, rel=1e-12)
-    per_sequence = compute_advantage_weighted_sft_loss(
-        *tensors, temperature=torch.tensor([0.7, 0.7], dtype=torch.float64)
-    )
-    assert per_sequence.item() == pytest.approx(total / count, rel=1e-12)
+    for temperature in (0.7, torch.tensor([0.7, 0.7], dtype=torch.float64)):
+        found = compute_advantage_weighted_sft_loss(*tensors, temperature=temperature)
+        assert found.item() == pytest.approx(total / count, rel=1e-12)
 
 
 def test_the_pure_form_ignores_nan_logits_that_predict_no_trained_token() -> None:
@@ -268,14 +264,9 @@ def test_the_head_against_float64(
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     (found * case["grad"].to(found)).sum().backward()
     expected = head_reference(case)
-    for name, value, reference in zip(
-        ("logprobs", "hidden", "weight", "bias"),
-        (found.detach(), case["hidden"].grad, case["weight"].grad, case["bias"].grad),
-        expected,
-        strict=True,
-    ):
-        if name != "logprobs":
-            assert value.dtype == dtype
+    gradients = [case[name].grad for name in ("hidden", "weight", "bias")]
+    assert {gradient.dtype for gradient in gradients} == {dtype}
+    for value, reference in zip((found.detach(), *gradients), expected, strict=True):
         np.testing.assert_allclose(
             value.to(torch.float64).numpy(), reference, rtol=tolerance, atol=tolerance * np.abs(reference).max()
         )

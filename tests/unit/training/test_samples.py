@@ -80,21 +80,21 @@ def test_a_sequence_with_nothing_trained_is_a_sample_that_adds_nothing() -> None
 # ---------------------------------------------------------------------- 3: inference logprobs
 
 
-def test_one_point_zero_is_no_value() -> None:
-    first, second = build(group(inference_logprobs=[[1.0, 1.0, -0.5], [1.0, 1.0, -0.25, 0.0]])).samples
-    np.testing.assert_array_equal(first.rollout_logprobs, [NAN, NAN, -0.5])
-    np.testing.assert_array_equal(second.rollout_logprobs, [NAN, NAN, -0.25, 0.0])
+@pytest.mark.parametrize(
+    ("sent", "expected"),
+    [
+        ([[1.0, 1.0, -0.5], [1.0, 1.0, -0.25, 0.0]], [[NAN, NAN, -0.5], [NAN, NAN, -0.25, 0.0]]),  # 1.0 is no value
+        ([[], [1.0, 1.0, 5e-7, -2.0]], [None, [NAN, NAN, 0.0, -2.0]]),  # of one sequence only, and rounding above zero
+    ],
+)
+def test_logprobs(sent: Any, expected: Any) -> None:
+    for sample, row in zip(build(group(inference_logprobs=sent)).samples, expected, strict=True):
+        np.testing.assert_array_equal(sample.rollout_logprobs, row)
 
 
 @pytest.mark.parametrize("absent", [None, [], {}, [[], []], [None, {}], [[1.0] * 3, [1.0] * 4]])
 def test_absent_logprobs(absent: Any) -> None:
     assert [s.rollout_logprobs for s in build(group(inference_logprobs=absent)).samples] == [None, None]
-
-
-def test_logprobs_of_one_sequence_only_and_rounding_above_zero() -> None:
-    first, second = build(group(inference_logprobs=[[], [1.0, 1.0, 5e-7, -2.0]])).samples
-    assert first.rollout_logprobs is None
-    np.testing.assert_array_equal(second.rollout_logprobs, [NAN, NAN, 0.0, -2.0])
 
 
 # ---------------------------------------------------------------------- 4: advantages

@@ -115,6 +115,9 @@ class World:
         self.feed.request(uid, step)
         return self.store.wait(uid)
 
+    def train(self, uids: str, step: int, covered: int = 0) -> None:
+        self.feed.acknowledge(self.feed.trained(uids.split(), step), covered)
+
 
 @pytest.fixture
 def made(tmp_path: Path) -> Iterator[Any]:
@@ -132,6 +135,15 @@ def made(tmp_path: Path) -> Iterator[Any]:
 
 def firsts(rows: list[Row]) -> list[int]:
     return [int(row.fields["input_ids"][0]) for row in rows]
+
+
+def of(version: int) -> dict[str, Any]:
+    return {"generation_params": {"policy_version": version}}
+
+
+def three_batches() -> list[list[dict[str, Any]]]:
+    """The first group is too old for version 3 and a bound of 1."""
+    return [[group(2 * n + 1, **of(1 if n == 0 else 3)), group(2 * n + 2, **of(3))] for n in range(3)]
 
 
 def test_one_slot_is_one_batch_and_it_is_acked_after_the_step(made: Any) -> None:
@@ -172,13 +184,9 @@ def test_a_batch_with_nothing_to_train_on_is_followed_by_the_next(made: Any) -> 
     masked = {**group(1), "masks": [[-100] * 3] * 4}
     world = made([[masked], [group(2)]])
     assert firsts(world.filled("a")) == [2] * 4
-    world.feed.acknowledge(world.feed.trained(["a"], 1))
+    world.train("a", 1)
     world.feed.stop()
     assert world.batches.named("ack") == [1, 2]
-
-
-def of(version: int) -> dict[str, Any]:
-    return {"generation_params": {"policy_version": version}}
 
 
 def test_stale_groups_are_left_out_and_the_slot_filled_from_the_next_batch(made: Any) -> None:
@@ -189,29 +197,24 @@ def test_stale_groups_are_left_out_and_the_slot_filled_from_the_next_batch(made:
     counts = world.feed.slots["a"].counts
     assert (counts["stale"], counts["carried"], counts["groups"]) == (1, 1, 2)
     assert {row.tag["min_global_steps"] for row in rows} == {3}
-    world.feed.acknowledge(world.feed.trained(["a"], 4))
+    world.train("a", 4)
     world.feed.stop()
     assert world.batches.named("ack") == [1, 2], "both batches that the slot was made of"
     assert world.batches.named("trained") == [(1, 4)] and world.batches.named("release") == []
-
-
-def three_batches() -> list[list[dict[str, Any]]]:
-    """The first group is too old for version 3 and a bound of 1."""
-    return [[group(2 * n + 1, **of(1 if n == 0 else 3)), group(2 * n + 2, **of(3))] for n in range(3)]
 
 
 def test_what_is_above_the_size_of_a_slot_is_trained_on_in_the_next(made: Any) -> None:
     world = made(three_batches(), max_staleness=1)
     world.served = 3
     assert firsts(world.filled("a")) == [2] * 4 + [3] * 4
-    world.feed.acknowledge(world.feed.trained(["a"], 4))
+    world.train("a", 4)
     world.served = 4
     assert firsts(world.filled("b")) == [4] * 4 + [5] * 4
     counts = world.feed.slots["b"].counts
     assert (counts["stale"], counts["carried"], counts["groups"]) == (0, 1, 2)
     assert world.feed.slots["b"].scores == [0.0, 1.0, 2.0, 3.0] * 2
     assert world.batches.named("trained") == [(1, 4)], "the second batch is not done with"
-    world.feed.acknowledge(world.feed.trained(["b"], 5))
+    world.train("b", 5)
     world.feed.stop()
     assert world.batches.named("trained") == [(1, 4), (2, 5)]
     assert world.batches.named("release") == [], "of the third, a part is trained on"
@@ -237,7 +240,7 @@ def test_a_resumed_run_takes_the_groups_that_its_checkpoint_does_not_hold(
     world.feed.start()
     for step in range(4, 4 + steps):
         world.filled(f"s{step}")
-        world.feed.acknowledge(world.feed.trained([f"s{step}"], step))
+        world.train(f"s{step}", step)
     world.feed.stop()
     assert world.batches.named("release") == []
     bodies = [*world.batches.bodies, [group(7, **of(3)), group(8, **of(3))]]
@@ -247,7 +250,7 @@ def test_a_resumed_run_takes_the_groups_that_its_checkpoint_does_not_hold(
     expected = _AFTER[steps, checkpoint]
     seen = [sorted(set(firsts(after.filled(f"r{number}")))) for number in range(len(expected))]
     for number in range(len(expected)):
-        after.feed.acknowledge(after.feed.trained([f"r{number}"], checkpoint + 1 + number), checkpoint + 1 + number)
+        after.train(f"r{number}", checkpoint + 1 + number, checkpoint + 1 + number)
     after.feed.stop()
     assert seen == expected
     left = [entry.sequence for entry in after.batches.journal.pending(checkpoint + len(expected))]
@@ -259,10 +262,9 @@ def test_the_throttle_counts_filled_slots(made: Any) -> None:
     world.served = 3
     world.filled("a")
     assert world.throttle.expected_staleness == 1, "what begins now is trained on after that slot"
-    world.feed.request("b", 5)
-    world.store.wait("b")
+    world.filled("b", 5)
     assert world.throttle.expected_staleness == 2
-    world.feed.acknowledge(world.feed.trained(["a", "b"], 4))
+    world.train("a b", 4)
     assert world.throttle.expected_staleness == 0
 
 
@@ -277,7 +279,7 @@ def test_untrained_batches_go_back_when_it_stops_and_trained_ones_do_not(made: A
     world = made([[group(1)], [group(2)], [group(3)]])
     for uid in ("acked", "trained", "untrained"):
         world.filled(uid)
-    world.feed.acknowledge(world.feed.trained(["acked"], 1))
+    world.train("acked", 1)
     world.feed.trained(["trained"], 2)
     world.feed.stop()
     assert world.batches.named("release") == [3]
@@ -289,8 +291,7 @@ def test_a_slot_that_verl_evicts_is_acked_and_not_trained(made: Any) -> None:
     world.filled("a", step=3)
     world.feed.evicted({"a", "unknown"})
     world.feed.stop()
-    assert world.batches.named("ack") == [1]
-    assert world.batches.named("release") == []
+    assert (world.batches.named("ack"), world.batches.named("release")) == ([1], [])
 
 
 def test_a_failure_is_kept_for_the_trainer(made: Any) -> None:
