@@ -1,4 +1,4 @@
-"""``inspect`` on files written by hand: the text shown and the figures are worked out here, not by the code.
+"""``inspect`` on files written by hand and on real servers: text and figures are worked out here, not by the code.
 
 Ids of the demo model's tokenizer: a = 64, b = 65, c = 66, newline = 198, <|im_end|> = 258.
 """
@@ -9,14 +9,22 @@ import argparse
 import io
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from support.http_faults import FaultServer, answer, refused_url
+from support.trajectory_server import UpstreamApi, registration
 
 from atropos_verl.assets import demo_model_path
+from atropos_verl.errors import AtroposAPIError, AtroposConnectionError, AtroposProtocolError, ConfigError, DataError
+from atropos_verl.protocol.client import AtroposClient
+from atropos_verl.protocol.messages import TrainerRegistration
+from atropos_verl.protocol.wire import encode_group
 from atropos_verl.report import inspect as inspection_command
+from atropos_verl.report.inspect import load_groups, read_path, read_url
 
 A, B, C, NEWLINE, END = 64, 65, 66, 198, 258
 
@@ -31,12 +39,13 @@ GROUP: dict[str, Any] = {
 }
 
 
-def inspect(source: object, *words: str, terminal: bool = False) -> tuple[int, str]:
+def inspect(source: object, *words: str, terminal: bool = False, encoding: str = "utf-8") -> tuple[int, str]:
     parser = argparse.ArgumentParser()
     inspection_command.add_arguments(parser)
-    out = io.StringIO()
-    console = Console(file=out, width=80, force_terminal=terminal, _environ={"TERM": "xterm"})
-    return inspection_command.run(parser.parse_args([str(source), *words]), console), out.getvalue()
+    raw = io.BytesIO()
+    with io.TextIOWrapper(raw, encoding=encoding, write_through=True) as file:
+        console = Console(file=file, width=80, force_terminal=terminal, _environ={"TERM": "xterm"})
+        return inspection_command.run(parser.parse_args([str(source), *words]), console), raw.getvalue().decode()
 
 
 def write(path: Path, content: object) -> Path:
@@ -216,10 +225,166 @@ def test_an_encoding_that_lacks_a_character_gets_an_escape(tmp_path: Path) -> No
     path = write(tmp_path / "group.json", group)
     shown = re.search(r"    a\[\[(.)\]\]\n", inspect(path)[1])
     assert shown
-    raw = io.BytesIO()
-    parser = argparse.ArgumentParser()
-    inspection_command.add_arguments(parser)
-    with io.TextIOWrapper(raw, encoding="ascii", write_through=True) as file:
-        assert inspection_command.run(parser.parse_args([str(path)]), Console(file=file, width=80)) == 0
-        text = raw.getvalue().decode()
+    _, text = inspect(path, encoding="ascii")
     assert f"    a[[\\x{ord(shown[1]):02x}]]\n" in text
+
+
+# ---------------------------------------------------------------------- formats of files
+
+G1 = b'{"tokens": [[5, 6]], "masks": [[-100, 6]], "scores": [1.0]}'
+G2 = b'{"tokens": [[7, 8]], "masks": [[-100, 8]], "scores": [2.0]}'
+NAN = b'{"tokens": [[7, 8]], "masks": [[-100, 8]], "scores": [NaN]}'
+
+
+def shown(content: bytes) -> list[tuple[str, list[float], str | None]]:
+    return [(f.origin, f.group.scores.tolist(), f.group.defect) for f in load_groups(content, "FILE")]
+
+
+BOTH = [("group 0", [1.0], None), ("group 1", [2.0], None)]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'{"batch": [' + G1 + b", " + G2 + b"]}", BOTH),
+        (b'\n{ "batch":[' + G1 + b"," + G2 + b"]}\n", BOTH),
+        (b'{"lease_id": "x", "batch": [' + G1 + b", " + G2 + b"]}", BOTH),
+        (b"[" + G1 + b"," + G2 + b"]", BOTH),
+        (G1, BOTH[:1]),
+        (json.dumps(json.loads(G1), indent=2).encode(), BOTH[:1]),
+        (b'{"batch": null}', []),
+    ],
+)
+def test_batches_lists_and_single_groups(content: bytes, expected: list[object]) -> None:
+    assert shown(content) == expected
+
+
+def test_lines_keep_their_numbers_and_a_bad_line_does_not_hide_the_rest() -> None:
+    found = shown(G1 + b"\n\n{oops\n" + G2 + b"\r\n")
+    assert [origin for origin, *_ in found] == ["line 1", "line 3", "line 4"]
+    assert [scores for _, scores, _ in found] == [[1.0], [], [2.0]]
+    assert str(found[1][2]).startswith("group: not JSON")
+
+
+@pytest.mark.parametrize("content", [NAN, NAN.replace(b", ", b",\n"), b"[" + NAN + b"]", b'{"batch":[' + NAN + b"]}"])
+def test_nan_is_read_as_python_writes_it(content: bytes) -> None:
+    (found,) = load_groups(content, "FILE")
+    assert str(found.group.scores.tolist()) == "[nan]"
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b" \n", "FILE is empty"),
+        (b"<html>", r"FILE: neither JSON nor JSON lines \(line 1: group: not JSON"),
+        (b"3", "FILE: neither a batch, a group nor a quarantine file; it begins b'3'"),
+        (b'{"batch": [', "FILE: the answer to GET /batch is not JSON"),
+        (b'{"batch": 3}', "FILE: the answer to GET /batch is not an object with a list"),
+        (b'{"reason": "x"}', "FILE: not a quarantine file"),
+    ],
+)
+def test_other_content_is_refused_by_name(content: bytes, fault: str) -> None:
+    with pytest.raises(DataError, match=fault):
+        load_groups(content, "FILE")
+
+
+def test_a_directory_is_read_file_by_file(tmp_path: Path) -> None:
+    (tmp_path / "b.json").write_bytes(b'{"reason": "why", "group_id": "b", "group": ' + G2 + b"}")
+    (tmp_path / "a.jsonl").write_bytes(G1 + b"\n" + G1)
+    (tmp_path / "batch_000001.json").write_bytes(b'{"batch":[' + G2 + b"]}")
+    (tmp_path / "batch_000001.meta.json").write_text("{}")
+    (tmp_path / "note.txt").write_text("no")
+    found = read_path(tmp_path)
+    assert [(f.origin, f.recorded_reason, f.group.scores.tolist()) for f in found] == [
+        ("a.jsonl line 1", None, [1.0]),
+        ("a.jsonl line 2", None, [1.0]),
+        ("b.json", "why", [2.0]),
+        ("batch_000001.json group 0", None, [2.0]),
+    ]
+
+
+# ---------------------------------------------------------------------- trajectory APIs
+
+
+@pytest.fixture
+def server() -> Iterator[FaultServer]:
+    with FaultServer() as server:
+        server.script("/prefix/status", answer({"current_step": 4, "queue_size": 0}))
+        server.script("/prefix/info", answer({"batch_size": 8, "max_token_len": 64}))
+        server.script("/prefix/latest_example", answer(G1))
+        server.script("/prefix/batch", answer(b'{"batch": [' + G1 + b"]}"))
+        yield server
+
+
+@pytest.fixture
+def url(server: FaultServer) -> str:
+    return f"{server.url}/prefix"
+
+
+def asked(server: FaultServer) -> list[str]:
+    return [request.path for request in server.requests]
+
+
+@pytest.mark.parametrize("end", ["", "/", "/latest_example"])
+def test_an_api_is_asked_for_its_latest_example_and_nothing_destructive(
+    server: FaultServer, url: str, end: str
+) -> None:
+    (found,) = read_url(url + end, token="secret")
+    assert (found.origin, found.group.token_ids[0].tolist()) == ("latest example", [5, 6])
+    assert asked(server) == ["/prefix/status", "/prefix/info", "/prefix/latest_example"]
+    assert server.requests[-1].headers["authorization"] == "Bearer secret"
+
+
+def test_an_api_that_has_nothing_yet(server: FaultServer, url: str) -> None:
+    empty = {"tokens": [], "masks": [], "scores": [], "advantages": [], "images": []}
+    server.script("/prefix/latest_example", answer(empty))
+    assert read_url(url) == []
+    server.script("/prefix/batch", answer({"batch": None}))
+    assert read_url(url, take_batch=True) == []
+
+
+def test_a_batch_is_taken_only_when_told_to(server: FaultServer, url: str) -> None:
+    with pytest.raises(ConfigError, match="add --take-batch"):
+        read_url(f"{url}/batch")
+    assert asked(server) == []
+    (found,) = read_url(f"{url}/batch", take_batch=True)
+    assert found.group.scores.tolist() == [1.0]
+    assert asked(server) == ["/prefix/batch"]
+
+
+def test_a_taken_batch_is_saved_before_it_is_decoded(server: FaultServer, url: str, tmp_path: Path) -> None:
+    saved = tmp_path / "batch.json"
+    server.script("/prefix/batch", answer({"status": "error", "batch": ["kept all the same"]}))
+    with pytest.raises(AtroposProtocolError):
+        read_url(url, take_batch=True, save=saved)
+    assert not saved.exists()  # the client itself refused it
+    body = b'{"batch": ["' + b"x" * 5000 + b'"], "status": "error"}'
+    server.script("/prefix/batch", answer(body))
+    with pytest.raises(AtroposProtocolError):
+        read_url(url, take_batch=True, save=saved)
+    assert saved.read_bytes() == body
+    server.requests.clear()
+    with pytest.raises(ConfigError, match=f"--save: {saved}: File exists"):
+        read_url(url, take_batch=True, save=saved)
+    assert asked(server) == []
+
+
+def test_no_api_there(server: FaultServer) -> None:
+    with refused_url() as refused, pytest.raises(AtroposConnectionError, match="ensure server is running"):
+        read_url(refused, timeout=1.0)
+    with pytest.raises(AtroposAPIError, match="HTTP 404"):
+        read_url(server.url)
+
+
+def test_the_real_trajectory_api(tmp_path: Path) -> None:
+    with UpstreamApi(tmp_path) as api:
+        assert read_url(api.url) == []
+        with AtroposClient(api.url) as client:
+            client.register(TrainerRegistration(**registration(batch_size=1)))
+            client.post_scored_data_list([encode_group(tokens=[[5, 6]], masks=[[-100, 6]], scores=[0.5])])
+        for _ in range(2):  # looking takes nothing away
+            (found,) = read_url(api.url)
+            assert (found.origin, found.group.scores.tolist()) == ("latest example", [0.5])
+        (found,) = read_url(api.url, take_batch=True)
+        assert (found.origin, found.group.token_ids[0].tolist()) == ("group 0", [5, 6])
+        assert read_url(api.url, take_batch=True) == []
