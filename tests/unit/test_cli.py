@@ -18,12 +18,9 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_version() -> None:
+def test_version_and_help() -> None:
     done = run("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"atropos-verl {__version__}\n", "")
-
-
-def test_help_names_the_commands() -> None:
     done = run("--help")
     assert done.returncode == 0
     assert done.stdout.startswith("usage: atropos-verl [-h] [--version] COMMAND ...\n")

@@ -7,22 +7,24 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 from support.examples import EXAMPLES, load_example
 
 from atropos_verl.assets import demo_model_path
+from atropos_verl.http_thread import ServerThread
 
 SCRIPT = EXAMPLES / "environments" / "spell_backward.py"
 EOS = 258
-PROCESS_TIMEOUT = 120.0  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +32,13 @@ def env_module() -> ModuleType:
     return load_example("environments/spell_backward.py")
 
 
-class VllmServer(ThreadingHTTPServer):
+class VllmServer:
     """Speaks ``/health`` and vLLM's ``/generate``; completion i is ``answers[i]`` spelled in the demo's byte tokens.
 
     ``None`` as an answer stands for the right one. The logprob of output position t is -(t + 1) / 4.
     """
 
-    request_queue_size = 512
-    daemon_threads = True
+    url: str
 
     def __init__(self, answers: list[str | None]) -> None:
         from transformers import AutoTokenizer
@@ -45,11 +46,6 @@ class VllmServer(ThreadingHTTPServer):
         self.answers = answers
         self.tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
         self.requests: list[dict[str, Any]] = []
-        super().__init__(("127.0.0.1", 0), _Handler)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def reply(self, request: dict[str, Any]) -> dict[str, Any]:
         self.requests.append(request)
@@ -64,36 +60,20 @@ class VllmServer(ThreadingHTTPServer):
         return {"logprobs": logprobs, "finish_reasons": reasons}
 
 
-class _Handler(BaseHTTPRequestHandler):
-    server: VllmServer
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-    def _send(self, body: dict[str, Any]) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_GET(self) -> None:
-        self._send({})
-
-    def do_POST(self) -> None:
-        assert self.path == "/generate"
-        self._send(self.server.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
-
-
 @pytest.fixture
 def server() -> Iterator[VllmServer]:
-    with VllmServer([None, "zz"]) as running:
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
-        thread.start()
-        yield running
-        running.shutdown()
-        thread.join(timeout=10)
+    vllm = VllmServer([None, "zz"])
+
+    async def health(_: Request) -> JSONResponse:
+        return JSONResponse({})
+
+    async def generate(request: Request) -> JSONResponse:
+        return JSONResponse(vllm.reply(await request.json()))
+
+    app = Starlette(routes=[Route("/health", health), Route("/generate", generate, methods=["POST"])])
+    with ServerThread(app, service="vLLM", advice="", host="127.0.0.1", port=0) as thread:
+        vllm.url = f"{thread.url}/v1"
+        yield vllm
 
 
 def make_env(module: ModuleType, url: str = "http://127.0.0.1:9/v1", **settings: Any) -> Any:
@@ -184,17 +164,14 @@ async def test_settings_without_a_task_are_refused(
 async def test_a_group_is_token_exact(env_module: ModuleType, server: VllmServer) -> None:
     env = make_env(env_module, server.url, group_size=4, temperature=0.7, latency=0.2)
     await env.setup()
-    task = {
-        "question": "Spell this word backward (example: sun -> nus): cat",
-        "answer": "tac",
-        "metadata": {"word": "cat"},
-    }
+    question = "Spell this word backward (example: sun -> nus): cat"
+    task = {"question": question, "answer": "tac", "metadata": {"word": "cat"}}
     started = time.monotonic()
     group, backlog = await env.collect_trajectories(task)
     assert time.monotonic() - started >= 0.2, "scoring takes --env.latency"
 
     encode = server.tokenizer.encode
-    prompt = encode(f"<|im_start|>user\n{task['question']}<|im_end|>\n<|im_start|>assistant\n")
+    prompt = encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
     right, wrong = [*encode("tac"), EOS], [*encode("zz"), EOS]
     hidden = [-100] * len(prompt)
     assert backlog == []
@@ -220,12 +197,7 @@ async def test_evaluate_scores_every_held_out_word(
     env = make_env(env_module, server.url, eval_words=10, eval_samples=4, data_dir_to_save_evals=str(tmp_path))
     await env.setup()
     metrics = await env.evaluate()
-    assert metrics == {
-        "eval/mean_reward": 0.25,
-        "eval/exact_match": 0.25,
-        "eval/words": 10.0,
-        "eval/sequences": 40.0,
-    }
+    assert metrics == {"eval/mean_reward": 0.25, "eval/exact_match": 0.25, "eval/words": 10.0, "eval/sequences": 40.0}
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written["results"]["all"] == metrics
     assert written["config_general"]["generation_parameters"] == {"max_new_tokens": 8, "temperature": 1.0, "n": 4}
@@ -249,14 +221,8 @@ def test_evaluate_command_runs_without_torch(server: VllmServer, tmp_path: Path)
     command += ["--openai.tokenizer_name", str(demo_model_path()), "--env.tokenizer_name", str(demo_model_path())]
     command += ["--env.use_wandb", "false", "--env.eval_words", "3", "--env.eval_samples", "2", "--env.seed", "7"]
     command += ["--env.data_dir_to_save_evals", str(tmp_path / "evals")]
-    result = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": str(tmp_path), "WANDB_MODE": "disabled"},
-        capture_output=True,
-        text=True,
-        timeout=PROCESS_TIMEOUT,
-        check=False,
-    )
+    variables = {**os.environ, "PYTHONPATH": str(tmp_path), "WANDB_MODE": "disabled"}
+    result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     results = json.loads((tmp_path / "evals" / "metrics.json").read_text())["results"]["all"]
     assert results == {"eval/mean_reward": 0.5, "eval/exact_match": 0.5, "eval/words": 3.0, "eval/sequences": 6.0}
