@@ -147,8 +147,7 @@ class BatchSource:
 
     def _poll(self) -> None:
         """One GET /batch: an upstream API lets environments register only after it. A batch it returns is kept."""
-        held = self.batches.poll({"after_step": self._step})
-        if held is not None:
+        if held := self.batches.poll({"after_step": self._step}):
             self._keep_first(held)
 
     def _keep_first(self, *held: HeldBatch) -> None:
@@ -283,7 +282,9 @@ class BatchSource:
     def discard_if_stale(self, data: RolloutData, policy_version: int) -> bool:
         """True when every group is older than ``off_policy.max_staleness``: the batch is over, without a step."""
         assert self._provenance is not None and data.matches is not None, "attach and fetch come first"
-        if not self._provenance.all_stale(data.groups, data.matches, policy_version):
+        if self._provenance.config.max_staleness is None or not data.groups:
+            return False
+        if self._provenance.apply(data.groups, data.matches, policy_version).groups:
             return False
         logger.warning("every group of a batch exceeds off_policy.max_staleness; the batch is not trained on")
         self._totals.batches_stale += 1

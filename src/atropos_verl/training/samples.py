@@ -107,9 +107,13 @@ def collect_samples(
     filtered = [group for group, keep in zip(sound, kept, strict=True) if not keep]
     if filtered:
         logger.info("%d of %d groups are left out by data.filter_path", len(filtered), len(sound))
+    unknown: Counter[str] = Counter()
     for group in used:
         _collect(group, settings, samples, sequences)
-    unknown = Counter(key for group in used for key in _unknown_keys(group))
+        for entry in group.overrides or ():
+            unknown.update(f"overrides[].{key}" for key in entry if key not in _KNOWN_OVERRIDES)
+        keys = group.group_overrides or ()
+        unknown.update(f"group_overrides.{key}" for key in keys if key not in _KNOWN_GROUP_OVERRIDES)
     for key, count in sorted(unknown.items()):
         logger.warning("%s is not known to this trainer and has no effect (%d times in this batch)", key, count)
     dropped = sum(len(group) for group in used) - len(samples)
@@ -184,12 +188,6 @@ def _sample(
         token_versions=versions,
         truncated=truncated,
     )
-
-
-def _unknown_keys(group: ScoredGroup) -> Iterable[str]:
-    for entry in group.overrides or ():
-        yield from (f"overrides[].{key}" for key in entry if key not in _KNOWN_OVERRIDES)
-    yield from (f"group_overrides.{key}" for key in group.group_overrides or () if key not in _KNOWN_GROUP_OVERRIDES)
 
 
 def _check_settings(settings: SampleSettings) -> None:

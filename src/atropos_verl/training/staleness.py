@@ -159,12 +159,6 @@ class BatchProvenance:
         stale = len(groups) - len(fresh)
         return Applied(fresh, kept, stale, {**figures.metrics(), "off_policy/dropped_stale_groups": stale})
 
-    def all_stale(self, groups: Sequence[ScoredGroup], matches: BatchMatches, policy_version: int) -> bool:
-        """True when a batch has groups and ``apply`` would leave every one of them out."""
-        if self.config.max_staleness is None or not groups:
-            return False
-        return not self.apply(groups, matches, policy_version).groups
-
     def _show(self, group: ScoredGroup, i: int, match: SequenceMatch, difference: Difference) -> None:
         now = time.monotonic()
         if now - self._last_example.get(group.env_id, -_EXAMPLE_INTERVAL) < _EXAMPLE_INTERVAL:

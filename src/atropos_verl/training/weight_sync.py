@@ -109,9 +109,7 @@ class Canary:
 class AtroposShardingManager:
     """Context manager around the rollout phase: newest weights in, gate open; gate shut, memory released.
 
-    Args:
-        gate: paused on exit, resumed on enter; None when the engine pauses by itself.
-        pause_timeout: seconds to wait for the token boundary.
+    ``gate`` is None when the engine pauses by itself. ``pause_timeout`` are seconds to wait for the token boundary.
     """
 
     def __init__(

@@ -398,8 +398,7 @@ class AtroposTrainer:
         return directory
 
     def resume_from_checkpoint(self, progress: Progress | None = None) -> None:
-        """Loads the checkpoint that ``resume`` means, with the ledger, and puts the batches that it does not cover in
-        front of those that the API delivers next."""
+        """Loads the checkpoint that ``resume`` means, with the ledger; batches that it does not cover come first."""
         note = (progress or LoggedProgress()).note
         directory = find_checkpoint(self.run_dir, self.config.resume)
         if directory is not None:
