@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
+from prometheus_client import generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -472,7 +473,7 @@ class TrajectoryApi:
         return env_status(self.store, self._known_env(env_id))
 
     async def metrics(self, request: Request) -> Response:
-        return Response(self._metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(generate_latest(self._metrics), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def page_data(self, request: Request) -> dict[str, Any]:
         store, now = self.store, self.store.now()

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -143,14 +142,7 @@ class Metrics(Collector):
     """``/metrics`` of one server. Names follow Prometheus' conventions: base units, ``_total`` for counters."""
 
     def __init__(self, store: Store, counters: Counters) -> None:
-        self._store = store
-        self._counters = counters
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
-
-    def render(self) -> bytes:
-        """In Prometheus' text format."""
-        return generate_latest(self._registry)
+        self._store, self._counters = store, counters
 
     def collect(self) -> Iterator[Metric]:
         store, figures = self._store, status(self._store)
