@@ -59,7 +59,7 @@ class QuarantineStore:
         group_id = refused.group.group_id
         if not _SAFE_NAME.fullmatch(group_id):
             group_id = hashlib.sha256(raw).hexdigest()[:16]
-        # A reason may quote lone surrogates of the group, which JSON cannot carry.
+        # A reason may quote lone surrogates of the group, which neither JSON nor the log can carry.
         reason = refused.reason.encode("utf-8", "backslashreplace").decode()
         content = _File(reason=reason, group_id=group_id, env_id=refused.group.env_id)
         try:
@@ -74,7 +74,7 @@ class QuarantineStore:
         path = self.directory / f"{group_id}.json"
         # Not durable: a hostile environment can fill thousands of these a minute, and a lost one does no harm.
         write_atomic(path, msgspec.json.encode(content) + b"\n")
-        logger.warning("group quarantined: %s (%s)", refused.reason, path)
+        logger.warning("group quarantined: %s (%s)", reason, path)
         return path
 
 

@@ -199,7 +199,8 @@ def test_nesting_without_end_stays_with_its_group() -> None:
 
 
 def test_lone_surrogates_and_broken_utf8() -> None:
-    assert only(messages="\ud800").messages == "\ud800"
+    lone = only(messages="\ud800").messages
+    assert isinstance(lone, str) and lone.encode("utf-8", "surrogatepass") == b"\xed\xa0\x80"
     broken = json.dumps(GROUP).encode()[:-1] + b', "messages": "\xff"}'
     first, second = decode_batch(b'{"batch": [' + broken + b"," + json.dumps(GROUP).encode() + b"]}")
     assert first.defect == "group: not UTF-8 (byte 119)"
