@@ -12,7 +12,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -74,126 +74,92 @@ def plan_environments(
                 "then ignores --openai.base_url and talks to localhost:9004-9007; return a list, [APIServerConfig(...)]"
             )
         for copy in range(1, settings.copies + 1):
-            process = name if copy == 1 else f"{name}-{copy}"
-            services.append(_serve_spec(config, name, settings, process, allocations[name], of_training))
-    names = [service.name for service in services]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
+            allocation = allocations[name]
+            services.append(
+                environment_spec(config, name, settings, of_training=of_training, copy=copy, allocation=allocation)
+            )
+    names = sorted(service.name for service in services)
+    if twice := [name for name, other in pairwise(names) if name == other]:
         raise ConfigError(f"two processes would be called {twice[0]}; rename an environment", "environments")
     return services, warnings
 
 
-# ---------------------------------------------------------------------- the processes
-
-
-def _serve_spec(
+def environment_spec(
     config: RunConfig,
     name: str,
     settings: EnvironmentConfig,
-    process: str,
-    allocation: float | None,
-    of_training: bool,
-) -> ServiceSpec:
-    ours = {
-        **_arguments(config, settings, process),
-        "--env.total_steps": str(10 * config.steps + 1000),  # the trainer ends the run, not the environment
-        "--env.max_batches_offpolicy": str(settings.max_batches_offpolicy or config.max_batches_offpolicy),
-        "--env.inference_weight": f"{settings.weight / settings.copies:g}",
-        "--slurm": "false",
-    }
-    if of_training:
-        ours[_NAME_OPTION] = Path(program_of(name, settings)[-1]).stem
-    if allocation is not None:
-        ours["--env.min_batch_allocation"] = repr(allocation)
-    token = {"ATROPOS_API_TOKEN": config.atropos.token} if config.atropos.token else {}
-    return _spec(
-        config,
-        name,
-        settings,
-        process,
-        of_training,
-        verb="serve",
-        ours=ours,
-        api_url=config.atropos.api_url,
-        env=token,
-        kind="environment",
-        restarts=settings.max_restarts if settings.restart == "always" else 0,
-        startup_timeout=settings.startup_timeout,
-        registers_as=option_value(settings.args, _NAME_OPTION) or ours[_NAME_OPTION],
-    )
-
-
-def evaluation_spec(
-    config: RunConfig, name: str, settings: EnvironmentConfig, *, label: str, of_training: bool
-) -> tuple[ServiceSpec, Path]:
-    """``ENV evaluate`` of one environment, and the file it writes its metrics to."""
-    directory = config.resolve_run_dir() / "eval" / label
-    process = f"evaluate_{label}"
-    if not of_training:
-        directory, process = directory / name, f"{process}.{name}"
-    ours = {**_arguments(config, settings, name), "--env.data_dir_to_save_evals": str(directory)}
-    spec = _spec(config, name, settings, process, of_training, verb="evaluate", ours=ours, api_url=None, env={})
-    return spec, directory / "metrics.json"
-
-
-def _spec(
-    config: RunConfig,
-    name: str,
-    settings: EnvironmentConfig,
-    process: str,
-    of_training: bool,
     *,
-    verb: str,
-    ours: Mapping[str, str],
-    api_url: str | None,
-    env: Mapping[str, str],
-    **policy: Any,
+    of_training: bool,
+    copy: int = 1,
+    allocation: float | None = None,
+    evaluation: str | None = None,
 ) -> ServiceSpec:
+    """``ENV serve``, or, with the label of an ``evaluation`` (before, after), ``ENV evaluate``."""
     cwd = run_dir = config.resolve_run_dir()
     section = "env" if of_training else f"environments.{name}"
     if settings.cwd is not None:
         cwd = Path(settings.cwd).expanduser().absolute()
         if not cwd.is_dir():
             raise ConfigError(f"{cwd} is not a directory", f"{section}.cwd")
-    file = run_dir / "launch" / f"{process}.yaml"
-    private = private_arguments(config, settings, api_url=api_url, file=file, cwd=cwd, key=f"{section}.args")
-    words = [verb]
-    for option, value in ours.items():
-        if option not in settings.omit and option not in settings.args and option_value(settings.args, option) is None:
-            words += [option, value]
-    return ServiceSpec(
-        name=process,
-        command=(
-            interpreter(settings.python, f"{section}.python"),
-            *program_of(name, settings),
-            *words,
-            *private.words,
-            *user_arguments(settings.args, private),
-        ),
-        env={**CHILD_ENV, **env, **settings.env},
-        cwd=cwd,
-        log_path=run_dir / "logs" / (f"{process}.log" if of_training else f"{process}.1.log"),
-        files=private.files,
-        **policy,
-    )
-
-
-def _arguments(config: RunConfig, settings: EnvironmentConfig, process: str) -> dict[str, str]:
-    """The arguments of both ``serve`` and ``evaluate``, without addresses and keys that are secret."""
+    process = name if copy == 1 else f"{name}-{copy}"
+    program = program_of(name, settings)
     model = str(config.resolve_model_path())
     tokenizer = config.model.tokenizer_path or model
-    return {
+    ours = {
         "--env.group_size": str(settings.group_size or config.group_size),
         "--env.max_token_length": str(config.max_token_len),
         "--env.tokenizer_name": tokenizer,
         "--env.use_wandb": "false",
         # Without a name /register-env is refused with 422; this one is how the API tells the processes apart.
-        _NAME_OPTION: process,
+        _NAME_OPTION: Path(program[-1]).stem if of_training and evaluation is None else process,
         "--openai.base_url": f"{config.gateway.advertise_url}/v1",
         "--openai.model_name": model,
         "--openai.tokenizer_name": tokenizer,
         "--openai.server_type": settings.server_type,
     }
+    env = dict(CHILD_ENV)
+    policy: dict[str, Any] = {}
+    if evaluation is not None:
+        process = f"evaluate_{evaluation}" if of_training else f"evaluate_{evaluation}.{name}"
+        ours["--env.data_dir_to_save_evals"] = str(evaluation_directory(config, name, evaluation, of_training))
+    else:
+        ours |= {
+            "--env.total_steps": str(10 * config.steps + 1000),  # the trainer ends the run, not the environment
+            "--env.max_batches_offpolicy": str(settings.max_batches_offpolicy or config.max_batches_offpolicy),
+            "--env.inference_weight": f"{settings.weight / settings.copies:g}",
+            "--slurm": "false",
+        }
+        if allocation is not None:
+            ours["--env.min_batch_allocation"] = repr(allocation)
+        if config.atropos.token:
+            env["ATROPOS_API_TOKEN"] = config.atropos.token
+        policy = {
+            "kind": "environment",
+            "restarts": settings.max_restarts if settings.restart == "always" else 0,
+            "startup_timeout": settings.startup_timeout,
+            "registers_as": option_value(settings.args, _NAME_OPTION) or ours[_NAME_OPTION],
+        }
+    file, api_url = run_dir / "launch" / f"{process}.yaml", config.atropos.api_url if evaluation is None else None
+    last, files = last_words(config, settings, api_url=api_url, file=file, cwd=cwd, key=f"{section}.args")
+    words = ["serve" if evaluation is None else "evaluate"]
+    for option, value in ours.items():
+        if option not in settings.omit and option not in settings.args and option_value(settings.args, option) is None:
+            words += [option, value]
+    return ServiceSpec(
+        name=process,
+        command=(interpreter(settings.python, f"{section}.python"), *program, *words, *last),
+        env={**env, **settings.env},
+        cwd=cwd,
+        log_path=run_dir / "logs" / (f"{process}.log" if of_training else f"{process}.1.log"),
+        files=files,
+        **policy,
+    )
+
+
+def evaluation_directory(config: RunConfig, name: str, label: str, of_training: bool) -> Path:
+    """The directory to which ``ENV evaluate`` writes ``metrics.json``."""
+    directory = config.resolve_run_dir() / "eval" / label
+    return directory if of_training else directory / name
 
 
 def program_of(name: str, settings: EnvironmentConfig) -> tuple[str, ...]:
@@ -240,18 +206,11 @@ def interpreter(python: str | None, key: str) -> str:
 # ---------------------------------------------------------------------- keys
 
 
-@dataclass(frozen=True, slots=True)
-class PrivateArguments:
-    """Words for an environment's command line, and the private files that must exist when it starts."""
-
-    words: tuple[str, ...] = ()
-    files: Mapping[Path, str] = field(default_factory=dict)
-
-
-def private_arguments(
+def last_words(
     config: RunConfig, settings: EnvironmentConfig, *, api_url: str | None, file: Path, cwd: Path, key: str
-) -> PrivateArguments:
-    """Gateway key and API address for one environment. The user's own arguments win.
+) -> tuple[tuple[str, ...], dict[Path, str]]:
+    """Gateway key and API address for one environment, then the user's own arguments, which win; and the private files
+    that must exist when it starts.
 
     A ``--config`` of the user's is read, and our file holds its content too; with ``--config`` among ``omit``, an
     Atropos that does not know it gets keys as arguments.
@@ -266,14 +225,9 @@ def private_arguments(
         ConfigError: the user's ``--config`` cannot be read.
     """
     args, omit, api_key, token = settings.args, settings.omit, config.gateway.api_key, config.atropos.token
-
-    def is_ours(option: str) -> bool:
-        return option not in omit and option_value(args, option) is None
-
     # The openai client refuses to start without a key.
-    wanted = {_KEY_OPTION: api_key or "none"} if is_ours(_KEY_OPTION) else {}
-    secret = {_KEY_OPTION} if api_key else set()
-    if api_url is not None and is_ours(_URL_OPTION):
+    wanted, secret = {_KEY_OPTION: api_key or "none"}, {_KEY_OPTION} if api_key else set()
+    if api_url is not None:
         wanted[_URL_OPTION] = api_url
         if token:
             parts = urlsplit(api_url)
@@ -284,21 +238,28 @@ def private_arguments(
     content = {} if given is None or _FILE_OPTION in omit else _read(cwd / Path(given).expanduser(), key)
     servers = content.get("openai") or {}
     if isinstance(servers, list) and len(servers) > 1:
-        secret -= {_KEY_OPTION}
-        wanted.pop(_KEY_OPTION, None)  # several servers of the user's own: Atropos takes no argument beside them
+        del wanted[_KEY_OPTION]  # several servers of the user's own: Atropos takes no argument beside them
     if _FILE_OPTION in omit:
         secret = set()
+    wanted = {name: value for name, value in wanted.items() if name not in omit and option_value(args, name) is None}
     words = [word for option, value in wanted.items() if option not in secret for word in (option, value)]
     private = {option: value for option, value in wanted.items() if option in secret}
     if not private:
-        return PrivateArguments(tuple(words))
+        return (*words, *args), {}
     if _KEY_OPTION in private:
         server = servers[0] if isinstance(servers, list) and servers else servers
         content["openai"] = {**(server or {}), "api_key": private[_KEY_OPTION]}
     if _URL_OPTION in private:
         content["env"] = {**(content.get("env") or {}), "rollout_server_url": private[_URL_OPTION]}
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    return PrivateArguments((*words, _FILE_OPTION, str(file)), {file: text})
+    # Our file has taken in the user's.
+    kept, rest = [], iter(args)
+    for word in rest:
+        if word == _FILE_OPTION:
+            next(rest, None)
+        elif not word.startswith(f"{_FILE_OPTION}="):
+            kept.append(word)
+    return (*words, _FILE_OPTION, str(file), *kept), {file: text}
 
 
 def option_value(args: Sequence[str], option: str) -> str | None:
@@ -309,20 +270,6 @@ def option_value(args: Sequence[str], option: str) -> str | None:
         if word == option and index + 1 < len(args):
             return args[index + 1]
     return None
-
-
-def user_arguments(args: Sequence[str], private: PrivateArguments) -> tuple[str, ...]:
-    """``args`` without a ``--config`` that the private file has taken in."""
-    if not private.files:
-        return tuple(args)
-    kept: list[str] = []
-    words = iter(args)
-    for word in words:
-        if word == _FILE_OPTION:
-            next(words, None)
-        elif not word.startswith(f"{_FILE_OPTION}="):
-            kept.append(word)
-    return tuple(kept)
 
 
 def _read(path: Path, key: str) -> dict[str, Any]:
@@ -384,10 +331,8 @@ def _per_copy(config: RunConfig, share: float | None, settings: EnvironmentConfi
 
 
 def _group_size(config: RunConfig, settings: EnvironmentConfig) -> int:
-    given = option_value(settings.args, "--env.group_size")
-    if given is not None and given.isdigit() and int(given) > 0:
-        return int(given)
-    return settings.group_size or config.group_size
+    given = option_value(settings.args, "--env.group_size") or ""
+    return (int(given) if given.isdigit() else 0) or settings.group_size or config.group_size
 
 
 def _check_groups(config: RunConfig, launch: LaunchConfig, *, embedded: bool) -> list[str]:
@@ -425,28 +370,25 @@ def bare_server_config(script: Path) -> int | None:
         return None
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) and function.name == "config_init":
-            for line in _bare_returns(function):
-                return line
+            return next(_bare_returns(list(ast.walk(function))), None)
     return None
 
 
-def _bare_returns(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[int]:
-    assigned: dict[str, ast.expr] = {}
-    for node in ast.walk(function):
-        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                if isinstance(target, ast.Name):
-                    assigned[target.id] = node.value
+def _bare_returns(nodes: Sequence[ast.AST]) -> Iterator[int]:
+    assigned: dict[str, ast.expr | None] = {}
+    for node in nodes:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            assigned |= {target.id: node.value for target in targets if isinstance(target, ast.Name)}
 
-    def followed(value: ast.expr) -> ast.expr:
+    def followed(value: ast.expr | None) -> ast.expr | None:
         return assigned.get(value.id, value) if isinstance(value, ast.Name) else value
 
-    for node in ast.walk(function):
-        if not isinstance(node, ast.Return) or node.value is None:
+    for node in nodes:
+        if not isinstance(node, ast.Return):
             continue
         value = followed(node.value)
         if isinstance(value, ast.Tuple) and len(value.elts) == 2:
             server = followed(value.elts[1])
-            called = server.func if isinstance(server, ast.Call) else None
-            if (called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")) == "APIServerConfig":
+            if isinstance(server, ast.Call) and ast.unparse(server.func).split(".")[-1] == "APIServerConfig":
                 yield node.lineno

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 from atropos_verl.config.launch_schema import LaunchConfig
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
-from atropos_verl.launch.environments import evaluation_spec
+from atropos_verl.launch.environments import environment_spec, evaluation_directory
 from atropos_verl.launch.process import ManagedProcess, ServiceSpec, stop_all
 from atropos_verl.storage import write_atomic
 
@@ -49,30 +49,23 @@ def plan_evaluations(
     if not (launch.starts("trainer") and launch.starts("environments") and chosen):
         return {}
     wanted = {"before": config.eval.before, "after": config.eval.after}
-    return {
-        label: [
-            PlannedEvaluation(
-                name, settings.weight, *evaluation_spec(config, name, settings, label=label, of_training=of_training)
-            )
-            for name, settings in chosen.items()
-        ]
-        for label in wanted
-        if wanted[label]
-    }
+    plan: dict[str, list[PlannedEvaluation]] = {label: [] for label in wanted if wanted[label]}
+    for label, planned in plan.items():
+        for name, settings in chosen.items():
+            spec = environment_spec(config, name, settings, of_training=of_training, evaluation=label)
+            result = evaluation_directory(config, name, label, of_training) / "metrics.json"
+            planned.append(PlannedEvaluation(name, settings.weight, spec, result))
+    return plan
 
 
-_PLAN = TypeAdapter(dict[str, list[PlannedEvaluation]])
-
-
-def evaluations_text(plan: Mapping[str, list[PlannedEvaluation]]) -> str:
-    """The content of ``evaluations.json``."""
-    return _PLAN.dump_json(dict(plan), indent=1).decode() + "\n"
+EVALUATIONS = TypeAdapter(dict[str, list[PlannedEvaluation]])
+"""The content of ``evaluations.json``."""
 
 
 def read_evaluations(path: Path) -> dict[str, list[PlannedEvaluation]]:
     """The plan in ``evaluations.json``. Raises ``ConfigError`` when it cannot be read."""
     try:
-        return _PLAN.validate_json(path.read_bytes())
+        return EVALUATIONS.validate_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}", "eval.commands_file") from error
 
@@ -128,11 +121,10 @@ class EvaluationProcesses:
                     self._check()
                 time.sleep(_POLL_SECONDS)
             scores = {planned.environment: self._score(planned, process) for planned, process in started}
+            self._scores[label] = scores
         finally:
             stop_all([process for _, process in started])
             self._report(None)
-        self._scores[label] = scores
-        self._report(None)
         known = [
             (planned.weight, score) for planned, _ in started if (score := scores[planned.environment]) is not None
         ]

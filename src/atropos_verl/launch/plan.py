@@ -17,7 +17,7 @@ from atropos_verl.config.schema import EnvConfig, EvalConfig, RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.http_thread import bracketed, reachable
 from atropos_verl.launch.environments import CHILD_ENV, demo_env_script, interpreter, plan_environments
-from atropos_verl.launch.evaluation import PlannedEvaluation, evaluations_text, plan_evaluations
+from atropos_verl.launch.evaluation import EVALUATIONS, PlannedEvaluation, plan_evaluations
 from atropos_verl.launch.process import ServiceSpec
 from atropos_verl.storage import write_atomic
 
@@ -264,7 +264,7 @@ def prepare_run_dir(plan: LaunchPlan) -> None:
         if plan.launch.backend == "local":
             write_atomic(trainer_settings_path(run_dir), trainer_settings_text(plan.config), private=True)
         if plan.evaluations:
-            write_atomic(_evaluations_path(run_dir), evaluations_text(plan.evaluations), private=True)
+            write_atomic(_evaluations_path(run_dir), EVALUATIONS.dump_json(plan.evaluations, indent=1), private=True)
     except OSError as error:
         raise ConfigError(f"cannot write to {run_dir}: {error.strerror or error}", "run_dir") from error
     if (free := shutil.disk_usage(run_dir).free) < DISK_FULL_BYTES:

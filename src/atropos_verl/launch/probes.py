@@ -53,13 +53,10 @@ def request_json(
 
     Proxy settings of the environment are not used for the parts of a run.
     """
-    headers = {"Accept": "application/json"}
+    headers = {"Accept": "application/json", "Content-Type": "application/json"}
     if token:
         headers["Authorization"] = f"Bearer {token}"
-    data = None
-    if body is not None:
-        data = json.dumps(body).encode()
-        headers["Content-Type"] = "application/json"
+    data = None if body is None else json.dumps(body).encode()
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(urllib.request.Request(url, data=data, headers=headers), timeout=timeout) as answer:
@@ -98,8 +95,8 @@ class Poller:
         self.gateway_at = 0.0
         self.generated_at = 0.0
         """Time of the first generation through the gateway that succeeded, since the trainer's last start."""
-        self.counters: Mapping[str, float] | None = None
-        """The gateway's counters by name, labels summed up."""
+        self.refused = 0
+        """Requests that the gateway has answered with 400 to 498."""
         self.tokens_per_second: float | None = None
         self.requests_per_second: float | None = None
         self._ended = threading.Event()
@@ -122,11 +119,8 @@ class Poller:
 
     def expect_new_gateway(self) -> None:
         """The trainer is started anew: what was seen of the one before does not count."""
-        self.gateway, self.gateway_at, self.generated_at, self.counters = None, 0.0, 0.0, None
+        self.gateway, self.gateway_at, self.generated_at, self.refused = None, 0.0, 0.0, 0
         self._rated = None
-
-    def expect_new_api(self) -> None:
-        self.api, self.api_at = None, 0.0
 
     def _loop(self, ask: Callable[[], object]) -> None:
         while not self._ended.wait(_INTERVAL):
@@ -152,28 +146,27 @@ class Poller:
             return
         self.gateway, self.gateway_at = health, time.monotonic()
         text = request_json(f"{self._gateway_url}/metrics", token=self._gateway_key)
-        self._count(_counters(text) if isinstance(text, str) else None)
+        self._count(_counters(text) if isinstance(text, str) else {})
         if not self.generated_at and not health.get("paused") and health.get("policy_version", -1) >= 0:
             body = {"model": self._model_name, "prompt": "a", "max_tokens": 1, "temperature": 1.0}
             url = f"{self._gateway_url}/v1/completions"
-            answer: Any = {"choices": True}
             if self._generates:
                 answer = request_json(url, token=self._gateway_key, body=body, timeout=_GENERATION_SECONDS)
-            if isinstance(answer, dict) and answer.get("choices"):
-                self.generated_at = time.monotonic()
+                if not isinstance(answer, dict) or not answer.get("choices"):
+                    return
+            self.generated_at = time.monotonic()
 
-    def _count(self, counters: Mapping[str, float] | None) -> None:
+    def _count(self, counters: Mapping[str, float]) -> None:
         """Takes the gateway's counters, and the rates of tokens and requests since the last ones."""
-        self.counters = counters
+        self.refused = int(counters.get("refused_total", 0))
         self.tokens_per_second = self.requests_per_second = None
-        if counters is None:
+        if not counters:
             return
         now = (time.monotonic(), counters.get("generated_tokens_total", 0.0), counters.get("requests_total", 0.0))
         before, self._rated = self._rated, now
-        if before is not None and now[0] > before[0]:
-            seconds = now[0] - before[0]
-            self.tokens_per_second = max(0.0, now[1] - before[1]) / seconds
-            self.requests_per_second = max(0.0, now[2] - before[2]) / seconds
+        if before is not None:
+            seconds, tokens, requests = (new - old for new, old in zip(now, before, strict=True))
+            self.tokens_per_second, self.requests_per_second = max(0.0, tokens) / seconds, max(0.0, requests) / seconds
 
 
 def _counters(text: str) -> dict[str, float]:
@@ -208,12 +201,6 @@ def connected_entries(status: Mapping[str, Any] | None, name: str) -> list[Mappi
     ]
 
 
-def disconnect_environment(api_url: str, env_id: int, token: str | None) -> bool:
-    """Tell the API that an environment is gone: a dead one keeps its weight and its allocation. True: it knows."""
-    answer = request_json(f"{api_url}/disconnect-env", token=token, body={"env_id": env_id})
-    return isinstance(answer, dict) and answer.get("status") == "success"
-
-
 class StepTail:
     """Reads the new lines of ``metrics.jsonl`` at each ``poll``.
 
@@ -231,7 +218,7 @@ class StepTail:
         self._file: tuple[int, int] | None = None
         self._position = 0
         self._rest = b""
-        self._old = path.exists()
+        self._is_first = path.exists()
 
     @property
     def step(self) -> int:
@@ -243,7 +230,12 @@ class StepTail:
         before = self.step
         try:
             with self.path.open("rb") as file:
-                replaced = self._open(os.fstat(file.fileno()))
+                status = os.fstat(file.fileno())
+                key = (status.st_dev, status.st_ino)
+                if replaced := key != self._file or status.st_size < self._position:
+                    self._file, self._position, self._rest = key, 0, b""
+                    self.recent.clear()
+                    self.rewards.clear()
                 file.seek(self._position)
                 content = file.read()
         except OSError:
@@ -253,22 +245,13 @@ class StepTail:
         found = [line for line in map(_step, lines) if line is not None]
         self.recent.extend(found)
         self.rewards.extend(line.get("reward/mean") for line in found)
-        if self._old:
-            self._old = False
+        if self._is_first:
+            self._is_first = False
             return []
-        fresh = [line for line in found if line["step"] > before] if replaced else found
+        fresh = [line for line in found if not replaced or line["step"] > before]
         if fresh:
             self.last_at = self._clock()
         return fresh
-
-    def _open(self, status: os.stat_result) -> bool:
-        key = (status.st_dev, status.st_ino)
-        if key == self._file and status.st_size >= self._position:
-            return False
-        self._file, self._position, self._rest = key, 0, b""
-        self.recent.clear()
-        self.rewards.clear()
-        return True
 
 
 def _step(text: bytes) -> dict[str, Any] | None:

@@ -137,10 +137,9 @@ class ManagedProcess:
         """True while it lives. When it has died, its descendants are killed, and ``returncode`` is set."""
         if self._process is None or self._process.returncode is not None:
             return False
-        if not self._leader_has_ended():
-            return True
-        self._reap()
-        return False
+        if has_ended := self._leader_has_ended():
+            self._reap()
+        return not has_ended
 
     def check(self) -> None:
         """Raise ``ServiceError`` (exit status in words, last log lines) if it has died. Nothing before ``start()``."""
@@ -195,8 +194,6 @@ class ManagedProcess:
 
     def _leader_has_ended(self) -> bool:
         assert self._process is not None
-        if not hasattr(os, "waitid"):  # macOS before Python 3.13
-            return self._process.poll() is not None
         try:
             return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         except ChildProcessError:  # somebody else reaped it
@@ -205,8 +202,6 @@ class ManagedProcess:
     # ------------------------------------------------------------------ the orphan reaper
 
     def _start_reaper(self) -> None:
-        # Without the token that we ourselves may carry: who ends us by it must not end what cleans up after us.
-        environment = {name: value for name, value in os.environ.items() if name != orphan_reaper.TOKEN_VARIABLE}
         arguments = (self._token, str(os.getpid()), str(_ORPHAN_GRACE_SECONDS))
         self._reaper = subprocess.Popen(
             [sys.executable, "-I", "-S", orphan_reaper.__file__, *arguments],
@@ -214,7 +209,8 @@ class ManagedProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env=environment,
+            # Without the token that we ourselves may carry: who ends us by it must not end what cleans up after us.
+            env={name: value for name, value in os.environ.items() if name != orphan_reaper.TOKEN_VARIABLE},
             start_new_session=True,  # a Ctrl-C in the terminal is not for it
         )
 

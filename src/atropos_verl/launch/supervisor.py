@@ -23,7 +23,7 @@ from atropos_verl.errors import ServiceError
 from atropos_verl.launch.diagnosis import diagnose
 from atropos_verl.launch.evaluation import EvaluationWatch
 from atropos_verl.launch.plan import DISK_FULL_BYTES, LaunchPlan
-from atropos_verl.launch.probes import Poller, StepTail, connected_entries, disconnect_environment, environments_of
+from atropos_verl.launch.probes import Poller, StepTail, connected_entries, environments_of, request_json
 from atropos_verl.launch.process import GRACE_SECONDS, ManagedProcess, ServiceSpec, describe_exit, stop_all
 from atropos_verl.storage import write_atomic
 
@@ -44,15 +44,8 @@ _EXCUSED = 4
 
 
 class WatchedService:
-    """One service over all its lives. States::
-
-        waiting ── start() ──► starting ── is_ready() ──► running
-           ▲                      │ dies                     │ dies
-           │  backoff over        ▼                          ▼
-           └────────────────── restarting ◄──────────────────┘
-                                  │ too often
-                                  ▼
-        ended (exit 0)         failed              stopped (by us)
+    """One service over all its lives: waiting, starting, running, after a death restarting; at the end failed (given
+    up), ended (exit 0) or stopped (by us).
 
     The log of the Nth start is ``logs/NAME.N.log`` where the first one's is ``logs/NAME.1.log``.
     """
@@ -76,9 +69,10 @@ class WatchedService:
         self.cannot_start = False
         """It exited with the same error twice in a row, and never was ready."""
         # A run that is resumed keeps the logs of the launch before.
-        self._earlier_logs = 0
-        while self._has_numbered_logs and self._log_path(self._earlier_logs + 1).exists():
-            self._earlier_logs += 1
+        self._has_numbered_logs = spec.log_path.suffixes[-2:] == [".1", ".log"]
+        self._logs = 0
+        while self._has_numbered_logs and self._log_path(self._logs + 1).exists():
+            self._logs += 1
 
     @property
     def name(self) -> str:
@@ -101,10 +95,10 @@ class WatchedService:
     def start(self) -> None:
         """Start it (again). Raises ``ServiceError`` as ``ManagedProcess``."""
         self.starts += 1
+        self._logs += 1
         words = self.spec.restart_words if self.starts > 1 else ()
-        log = self._log_path(self.starts + self._earlier_logs)
-        spec = replace(self.spec, command=(*self.spec.command, *words), log_path=log)
-        self.process = ManagedProcess(spec)
+        command = (*self.spec.command, *words)
+        self.process = ManagedProcess(replace(self.spec, command=command, log_path=self._log_path(self._logs)))
         self.state, self.detail = "starting", ""
         self.started_at = self._clock()
         self.process.start()
@@ -155,15 +149,9 @@ class WatchedService:
 
     def fail(self, why: str) -> None:
         """Give it up: end its process and do not start it again."""
-        self.stop()
-        self.state, self.detail = "failed", why
-
-    def stop(self, grace: float = GRACE_SECONDS) -> None:
-        """End its process, if there is one."""
         if self.process is not None:
-            self.process.stop(grace)
-        if self.has_future:
-            self.state = "stopped"
+            self.process.stop()
+        self.state, self.detail = "failed", why
 
     def log_tail(self, lines: int = 12) -> str:
         """The last lines of its newest log."""
@@ -187,10 +175,6 @@ class WatchedService:
             "log": str(self.process.spec.log_path) if self.process else None,
         }
 
-    @property
-    def _has_numbered_logs(self) -> bool:
-        return self.spec.log_path.suffixes[-2:] == [".1", ".log"]
-
     def _log_path(self, number: int) -> Path:
         path = self.spec.log_path
         return path.with_name(f"{self.name}.{number}.log") if self._has_numbered_logs else path
@@ -212,8 +196,9 @@ class Supervisor:
         self._tell = tell
         self._view = view
         self.services = [WatchedService(spec, plan.config.supervise) for spec in plan.services]
-        self._api = self._one("api")
-        self._trainer = self._one("trainer")
+        by_kind = {watched.spec.kind: watched for watched in self.services}
+        self._api, self._trainer = by_kind.get("api"), by_kind.get("trainer")
+        self._trainers = [self._trainer] if self._trainer is not None else []
         self._environments = [watched for watched in self.services if watched.spec.kind == "environment"]
         self._poller = Poller(plan.config, plan.probe_url, generates=not plan.trains_here)
         self._evaluations = EvaluationWatch(plan.run_dir)
@@ -244,11 +229,9 @@ class Supervisor:
         self._warn()
         self._poller.start()
         try:
-            while True:
-                code = self._tick()
-                if code is not None:
-                    return code
+            while (code := self._tick()) is None:
                 self._wake.wait(_TICK_SECONDS)
+            return code
         except ServiceError as error:
             self._ending = str(error)
             raise
@@ -316,8 +299,7 @@ class Supervisor:
             self._note("stopping: the trainer writes its checkpoint (interrupt again to end at once)")
             return 130
         self._show_news()
-        code = self._handle_deaths()
-        if code is not None:
+        if (code := self._handle_deaths()) is not None:
             return code
         self._advance()
         self._start_due()
@@ -336,22 +318,19 @@ class Supervisor:
     def _end(self) -> None:
         """Trainer first, which may take its time for a checkpoint, then all others together."""
         try:
-            if self._trainer is not None:
-                self._trainer.stop(self.plan.launch.trainer_process.stop_grace)
+            self._stop_trainer()
             self._poller.stop()
         finally:
-            stop_all(self._processes(self.services)[::-1], 0.0 if self._interrupts > 1 else GRACE_SECONDS)
+            _stop(self.services, 0.0 if self._interrupts > 1 else GRACE_SECONDS)
             for watched in self.services:
                 if watched.has_future:
                     watched.state = "stopped"
             self._show_news()
             self._publish()
 
-    @staticmethod
-    def _processes(services: list[WatchedService]) -> list[ManagedProcess]:
-        """The processes that were started and have not ended."""
-        found = (watched.process for watched in services)
-        return [process for process in found if process is not None and process.returncode is None]
+    def _stop_trainer(self) -> None:
+        if self._trainer is not None and self._trainer.process is not None:
+            self._trainer.process.stop(self.plan.launch.trainer_process.stop_grace)
 
     # ------------------------------------------------------------------ starting
 
@@ -362,14 +341,14 @@ class Supervisor:
             if self._api is not None and self._api.is_due:
                 self._start(self._api)
             return
-        for watched in (*self._environments, *([self._trainer] if self._trainer else [])):
+        for watched in (*self._environments, *self._trainers):
             if watched.is_due:
                 self._start(watched)
 
     def _start(self, watched: WatchedService) -> None:
         again = watched.starts > 0
         if watched is self._api:
-            self._poller.expect_new_api()
+            self._poller.api = None
         if watched is self._trainer:
             self._poller.expect_new_gateway()
             self._said -= {"gateway", "generation"}
@@ -390,8 +369,10 @@ class Supervisor:
         if self._api is not None and self._api.state == "starting":
             if seen.api is not None:
                 self._api.set_ready()
-                if "api" not in self._said:
-                    self._forget_earlier_environments()
+                if "api" not in self._said and self._environments:
+                    # A resumed API remembers environments, which ended with the run before. Until it misses them the
+                    # new ones would be given a share beside them.
+                    self._disconnect(environments_of(seen.api) or [])
                 self._say("api", f"trajectory API ready at {self.plan.api_url}")
             else:
                 self._check_api_is_in_time(self._api)
@@ -406,12 +387,6 @@ class Supervisor:
     def _check_api_is_in_time(self, api: WatchedService) -> None:
         if time.monotonic() - api.started_at > api.spec.startup_timeout:
             raise api.error(_late(api, "/status does not answer"))
-
-    def _forget_earlier_environments(self) -> None:
-        """Disconnect the environments that a resumed API remembers: they ended with the run before, and until the API
-        misses them the new ones would be given a share beside them."""
-        if self._environments:
-            self._disconnect(environments_of(self._poller.api) or [])
 
     def _advance_trainer(self, now: float) -> None:
         trainer, seen = self._trainer, self._poller
@@ -508,18 +483,17 @@ class Supervisor:
         good: so those that it knew end before it is restarted, and are started again when it answers."""
         if api.spec.restarts:
             self._note("upstream's API forgets everything when it dies: trainer and environments start anew")
-        stop_all(self._processes(self._environments)[::-1])
-        for watched in self._environments:
+        _stop(self._environments)
+        self._stop_trainer()
+        for watched in (*self._environments, *self._trainers):
             watched.start_anew()
-        if self._trainer is not None:
-            if self._trainer.process is not None:
-                self._trainer.process.stop(self.plan.launch.trainer_process.stop_grace)
-            self._trainer.start_anew()
 
     def _disconnect(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Tell the API that environments are gone: a dead one keeps its weight and its allocation."""
         for item in entries:
             if isinstance(item.get("env_id"), int):
-                disconnect_environment(self.plan.api_url, item["env_id"], self.plan.config.atropos.token)
+                url, token = f"{self.plan.api_url}/disconnect-env", self.plan.config.atropos.token
+                request_json(url, token=token, body={"env_id": item["env_id"]})
 
     def _check_disk(self, watched: WatchedService) -> None:
         try:
@@ -571,7 +545,7 @@ class Supervisor:
             "api": seen.api,
             "gateway": seen.gateway,
             "rates": {"tokens_per_second": seen.tokens_per_second, "requests_per_second": seen.requests_per_second},
-            "refused": int((seen.counters or {}).get("refused_total", 0)),
+            "refused": seen.refused,
             "step": steps.step,
             "recent": list(steps.recent),
             "rewards": list(steps.rewards),
@@ -613,8 +587,10 @@ class Supervisor:
         logger.info("%s", text)
         self._tell(text)
 
-    def _one(self, kind: str) -> WatchedService | None:
-        return next((watched for watched in self.services if watched.spec.kind == kind), None)
+
+def _stop(services: Sequence[WatchedService], grace: float = GRACE_SECONDS) -> None:
+    """End their processes, the last first."""
+    stop_all([watched.process for watched in services[::-1] if watched.process is not None], grace)
 
 
 def _late(watched: WatchedService, what: str) -> str:

@@ -13,14 +13,12 @@ from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.environments import (
-    PrivateArguments,
     allocate,
     bare_server_config,
     interpreter,
+    last_words,
     option_value,
     plan_environments,
-    private_arguments,
-    user_arguments,
 )
 from atropos_verl.launch.plan import make_plan, one_environment
 from atropos_verl.launch.process import ServiceSpec
@@ -52,12 +50,6 @@ def options(command: tuple[str, ...]) -> dict[str, str]:
 def shares(environments: dict[str, Any], *, embedded: bool = True, **settings: Any) -> dict[str, float | None]:
     config = RunConfig.from_mapping({"batch_size": 64, "group_size": 8, **settings})
     return allocate(config, LaunchConfig.from_mapping({"environments": environments}), embedded=embedded)[0]
-
-
-def sequences(environments: dict[str, Any], batch_size: int = 64, **settings: Any) -> dict[str, int]:
-    """What a trajectory API makes of the shares: ``int(batch_size * share)``."""
-    found = shares(environments, batch_size=batch_size, **settings)
-    return {name: int(batch_size * (share or 0.0)) for name, share in found.items()}
 
 
 def test_the_command_is_adapted_to_the_run() -> None:
@@ -121,29 +113,38 @@ def test_copies_have_their_own_names_and_divide_the_weight() -> None:
     assert services[0].env["SEED"] == "1"
 
 
-def test_two_processes_of_one_name_are_refused() -> None:
-    with pytest.raises(ConfigError, match="two processes would be called demo-2"):
-        plan({"demo": {"copies": 2}, "demo-2": {}})
+@pytest.mark.parametrize(
+    ("environments", "message"),
+    [
+        ({"demo": {"copies": 2}, "demo-2": {}}, "two processes would be called demo-2"),
+        ({"a": {"min_batch_allocation": 0.6}, "b": {"min_batch_allocation": 0.6}}, r"adds up to 1\.2, above 1"),
+    ],
+)
+def test_environments_that_do_not_fit_together_are_refused(environments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(environments)
 
 
-def test_weights_become_shares_of_every_batch() -> None:
-    assert sequences({"a": {"weight": 3}, "b": {"weight": 1}}) == {"a": 48, "b": 16}
-    assert sequences({"a": {"weight": 2}, "b": {"weight": 1}}, batch_size=24) == {"a": 16, "b": 8}
-
-
-def test_shares_are_whole_groups_of_each_environment() -> None:
-    # 2/3 and 1/3 of 64 are 42.7 and 21.3: five and two groups of 8; the rest is filled by age
-    assert sequences({"a": {"weight": 2}, "b": {"weight": 1}}) == {"a": 40, "b": 16}
-    assert sequences({"a": {"weight": 3, "group_size": 16}, "b": {"weight": 1, "group_size": 4}}) == {"a": 48, "b": 16}
-
-
-def test_explicit_shares_stand_and_the_others_divide_the_rest() -> None:
-    settings = {"a": {"weight": 3}, "b": {"weight": 1}, "c": {"min_batch_allocation": 0.5}}
-    assert sequences(settings) == {"a": 24, "b": 8, "c": 32}
-
-
-def test_copies_divide_the_share() -> None:
-    assert sequences({"a": {"weight": 3, "copies": 2}, "b": {"weight": 1}}) == {"a": 24, "b": 16}
+@pytest.mark.parametrize(
+    ("environments", "batch_size", "expected"),
+    [
+        ({"a": {"weight": 3}, "b": {"weight": 1}}, 64, {"a": 48, "b": 16}),
+        ({"a": {"weight": 2}, "b": {"weight": 1}}, 24, {"a": 16, "b": 8}),
+        # Whole groups: 2/3 and 1/3 of 64 are five and two groups of 8; the rest is filled by age.
+        ({"a": {"weight": 2}, "b": {"weight": 1}}, 64, {"a": 40, "b": 16}),
+        ({"a": {"weight": 3, "group_size": 16}, "b": {"weight": 1, "group_size": 4}}, 64, {"a": 48, "b": 16}),
+        # Explicit shares stand, and the others divide the rest; copies divide the share.
+        ({"a": {"weight": 3}, "b": {"weight": 1}, "c": {"min_batch_allocation": 0.5}}, 64, {"a": 24, "b": 8, "c": 32}),
+        ({"a": {"weight": 3, "copies": 2}, "b": {"weight": 1}}, 64, {"a": 24, "b": 16}),
+        ({"a": {"weight": 9}, "b": {"weight": 1}}, 64, {"a": 56, "b": 0}),
+    ],
+)
+def test_weights_become_shares_of_every_batch(
+    environments: dict[str, Any], batch_size: int, expected: dict[str, int]
+) -> None:
+    """A trajectory API makes ``int(batch_size * share)`` of a share."""
+    found = shares(environments, batch_size=batch_size)
+    assert {name: int(batch_size * (share or 0.0)) for name, share in found.items()} == expected
 
 
 def test_equal_weights_need_no_shares() -> None:
@@ -153,7 +154,6 @@ def test_equal_weights_need_no_shares() -> None:
 
 def test_a_share_below_one_group_is_said() -> None:
     made = plan({"a": {"weight": 9}, "b": {"weight": 1}}, batch_size=64)
-    assert sequences({"a": {"weight": 9}, "b": {"weight": 1}}) == {"a": 56, "b": 0}
     assert "environments.b: its share of a batch of 64 is less than one group of 8" in made[1][0]
 
 
@@ -161,11 +161,6 @@ def test_another_api_gets_weights_only_and_a_warning() -> None:
     made = plan({"a": {"weight": 3}, "b": {"weight": 1}}, own_api=False)
     assert ["--env.min_batch_allocation" in item.command for item in made[0]] == [False, False]
     assert "shares of the trained sequences will not follow them" in made[1][0]
-
-
-def test_shares_above_the_whole_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"adds up to 1\.2, above 1"):
-        plan({"a": {"min_batch_allocation": 0.6}, "b": {"min_batch_allocation": 0.6}})
 
 
 def test_group_sizes_that_upstream_would_stall_on() -> None:
@@ -227,66 +222,59 @@ def test_the_trap_needs_no_import_and_no_valid_file(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- keys
 
 
-def private(tmp_path: Path, *args: str, api_url: str | None = "http://a:8000/x", **changes: Any) -> PrivateArguments:
-    config = RunConfig.from_mapping(
-        {"gateway": {"api_key": changes.get("api_key", "k3y")}, "atropos": {"token": changes.get("token")}}
-    )
-    settings = EnvironmentConfig(args=args, omit=changes.get("omit", ()))
-    file = tmp_path / "f.yaml"
-    return private_arguments(config, settings, api_url=api_url, file=file, cwd=tmp_path, key="environments.e.args")
+def private(
+    tmp_path: Path, *args: str, api_url: str | None = "http://a:8000/x", omit: tuple[str, ...] = (), **changes: Any
+) -> tuple[list[str], Any]:
+    """The last words of the command, and the content of the private file (its path is ``FILE``)."""
+    gateway, atropos = {"api_key": changes.get("api_key", "k3y")}, {"token": changes.get("token")}
+    config = RunConfig.from_mapping({"gateway": gateway, "atropos": atropos})
+    settings, file = EnvironmentConfig(args=args, omit=omit), Path("FILE")
+    words, files = last_words(config, settings, api_url=api_url, file=file, cwd=tmp_path, key="environments.e.args")
+    return list(words), yaml.safe_load(files[file]) if files else None
 
 
-def content(made: PrivateArguments) -> Any:
-    (text,) = made.files.values()
-    return yaml.safe_load(text)
+URL = ["--env.rollout_server_url", "http://a:8000/x"]
+KEY_IN_FILE = {"openai": {"api_key": "k3y"}}
 
 
-def test_the_key_is_in_the_file_and_the_open_address_on_the_command_line(tmp_path: Path) -> None:
-    made = private(tmp_path)
-    assert made.words == ("--env.rollout_server_url", "http://a:8000/x", "--config", str(tmp_path / "f.yaml"))
-    assert content(made) == {"openai": {"api_key": "k3y"}}
-
-
-def test_a_token_makes_the_address_private(tmp_path: Path) -> None:
-    made = private(tmp_path, token="a b/c")
-    assert made.words == ("--config", str(tmp_path / "f.yaml"))
-    assert content(made)["env"] == {"rollout_server_url": "http://atropos:a%20b%2Fc@a:8000/x"}
+@pytest.mark.parametrize(
+    ("args", "changes", "words", "content"),
+    [
+        # The key is in the file, the open address on the command line; a token makes the address private.
+        ([], {}, [*URL, "--config", "FILE"], KEY_IN_FILE),
+        (
+            [],
+            {"token": "a b/c"},
+            ["--config", "FILE"],
+            {**KEY_IN_FILE, "env": {"rollout_server_url": "http://atropos:a%20b%2Fc@a:8000/x"}},
+        ),
+        # What the user gives wins, and what he omits goes.
+        (["--openai.api_key=mine", "--env.rollout_server_url", "u"], {}, [], None),
+        ([], {"omit": ("--openai.api_key",)}, URL, None),
+        # An Atropos without --config gets arguments; a gateway without a key needs no file.
+        ([], {"api_url": None, "omit": ("--config",)}, ["--openai.api_key", "k3y"], None),
+        ([], {"api_url": None, "api_key": None}, ["--openai.api_key", "none"], None),
+    ],
+)
+def test_keys_are_private_and_the_user_wins(
+    tmp_path: Path, args: list[str], changes: dict[str, Any], words: list[str], content: Any
+) -> None:
+    assert private(tmp_path, *args, **changes) == ([*words, *args], content)
 
 
 @pytest.mark.parametrize("form", [["--config", "mine.yaml"], ["--config=mine.yaml"]])
 def test_the_users_file_is_taken_in(tmp_path: Path, form: list[str]) -> None:
     settings = {"env": {"lr": 1e-5, "name": "x"}, "openai": [{"timeout": 3, "api_key": "old"}], "slurm": True}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
-    made = private(tmp_path, *form, "--env.x", "1")
-    assert content(made) == {
-        "env": {"lr": 1e-5, "name": "x"},
-        "openai": {"timeout": 3, "api_key": "k3y"},
-        "slurm": True,
-    }
-    assert user_arguments((*form, "--env.x", "1"), made) == ("--env.x", "1")
+    words, content = private(tmp_path, *form, "--env.x", "1")
+    assert words == [*URL, "--config", "FILE", "--env.x", "1"]
+    assert content == {**settings, "openai": {"timeout": 3, "api_key": "k3y"}}
 
 
 def test_several_servers_of_the_users_own_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("openai: [{base_url: a}, {base_url: b}]")
     args = ("--config", "mine.yaml")
-    made = private(tmp_path, *args)
-    assert made.words == ("--env.rollout_server_url", "http://a:8000/x")
-    assert user_arguments(args, made) == args
-
-
-def test_what_the_user_gives_wins_and_what_he_omits_goes(tmp_path: Path) -> None:
-    assert private(tmp_path, "--openai.api_key=mine", "--env.rollout_server_url", "u") == PrivateArguments()
-    omitted = private(tmp_path, omit=("--openai.api_key",))
-    assert omitted == PrivateArguments(("--env.rollout_server_url", "http://a:8000/x"))
-
-
-def test_an_atropos_without_the_file_option_gets_arguments(tmp_path: Path) -> None:
-    made = private(tmp_path, api_url=None, omit=("--config",))
-    assert made == PrivateArguments(("--openai.api_key", "k3y"))
-
-
-def test_a_gateway_without_a_key_needs_no_file(tmp_path: Path) -> None:
-    assert private(tmp_path, api_key=None, api_url=None) == PrivateArguments(("--openai.api_key", "none"))
+    assert private(tmp_path, *args) == ([*URL, *args], None)
 
 
 @pytest.mark.parametrize(("text", "message"), [(None, "No such file"), ("a: [", "cannot read"), ("7", "not a mapping")])
