@@ -44,14 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     words = list(sys.argv[1:] if argv is None else argv)
     # All words of these two are their own, --help included.
-    if words[:1] == ["train"]:
-        from atropos_verl.launch.train import main as train
-
-        return train(words[1:])
-    if words[:1] == ["launch"]:
-        from atropos_verl.launch.launch import main as launch
-
-        return launch(words[1:])
+    if words[:1] in (["train"], ["launch"]):
+        return int(importlib.import_module(f"atropos_verl.launch.{words[0]}").main(words[1:]))
     parser = argparse.ArgumentParser(
         prog="atropos-verl", description="Train language models with verl on Atropos RL environments."
     )

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from atropos_verl.config.launch_schema import MOVED, LaunchConfig, describe_launch
 from atropos_verl.config.schema import RunConfig, apply_environment, describe, help_rows
 from atropos_verl.errors import ConfigError
@@ -34,8 +32,8 @@ def load_config(overrides: Sequence[str], config_dir: Path | None = None, config
     Raises:
         ConfigError: names the key.
     """
-    values = _compose(overrides, config_dir, config_name or "atropos_schema", {})
-    return RunConfig.from_mapping(apply_environment(values, command_line_keys=keys_of(overrides)))
+    values = _compose(overrides, config_dir, config_name or "atropos_schema")
+    return RunConfig.from_mapping(apply_environment(values, command_line_keys=set(map(key_of, overrides))))
 
 
 def load_launch(
@@ -54,12 +52,12 @@ def load_launch(
         config_dir,
         config_name or "launch_schema",
         # Without environments: files name their own, and composing merges mappings.
-        {"launch_schema": {**_defaults(RunConfig()), **_defaults(LaunchConfig()), "environments": {}}},
+        LaunchConfig().model_dump(mode="json") | {"environments": {}},
         extra_keys=[*(name for name, *_ in describe_launch()), "environments"],
         open_sections=("environments", "trainer_process.env"),
     )
     launch = LaunchConfig.from_mapping({key: values.pop(key) for key in LaunchConfig.model_fields if key in values})
-    values = apply_environment(values, command_line_keys=keys_of(overrides))
+    values = apply_environment(values, command_line_keys=set(map(key_of, overrides)))
     gateway = dict(values.get("gateway") or {})
     if launch.starts("trainer") and not gateway.get("api_key"):
         # Hex: one base64 key in 64 begins with "-", which an environment takes for an option and exits.
@@ -72,11 +70,6 @@ def key_of(word: str) -> str:
     return word.split("=", 1)[0].lstrip("+~")
 
 
-def keys_of(words: Sequence[str]) -> frozenset[str]:
-    """The dotted keys of ``key=value`` words."""
-    return frozenset(map(key_of, words))
-
-
 def compose_with_hydra(config_dir: Path, config_name: str, words: Sequence[str]) -> Any:
     """The ``DictConfig`` of one file and ``key=value`` words. Raises what Hydra and OmegaConf raise."""
     from hydra import compose, initialize_config_dir
@@ -87,15 +80,11 @@ def compose_with_hydra(config_dir: Path, config_name: str, words: Sequence[str])
         return compose(config_name=config_name, overrides=list(words))
 
 
-def _defaults(settings: BaseModel) -> dict[str, Any]:
-    return settings.model_dump(mode="json")
-
-
 def _compose(
     overrides: Sequence[str],
     config_dir: Path | None,
     config_name: str,
-    schemas: Mapping[str, Mapping[str, Any]],
+    of_launch: Mapping[str, Any] | None = None,
     *,
     extra_keys: Sequence[str] = (),
     open_sections: Sequence[str] = (),
@@ -103,7 +92,7 @@ def _compose(
     """A plain mapping, not yet validated.
 
     Args:
-        schemas: further defaults that files can name, beside ``atropos_schema``.
+        of_launch: defaults that files can name as ``launch_schema``, beside those of ``atropos_schema``.
         extra_keys: dotted keys that the command line may set beside those of ``RunConfig``.
         open_sections: sections in which it may set any key.
 
@@ -111,6 +100,7 @@ def _compose(
         ConfigError: an unknown key, or a file that cannot be composed.
     """
     from hydra.core.config_store import ConfigStore
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -118,12 +108,22 @@ def _compose(
     known = [*(name for name, *_ in describe()), *extra_keys]
     sections = tuple(f"{section}." for section in (*_OPEN_SECTIONS, *open_sections))
     for word in overrides:
-        _check_override(word, known, sections)
+        key = check_form(word, "--help lists all keys")
+        if key not in known and not key.startswith(sections):
+            raise ConfigError(f"unknown key{did_you_mean(key, known)} (--help lists all keys)", key)
     # Hydra wants ++ before a key that is added; users should not have to write it.
     words = [f"++{word}" if word.startswith(sections) else word for word in overrides]
-    _check_syntax(words)
-    for name, node in {"atropos_schema": _defaults(RunConfig()), **schemas}.items():
-        ConfigStore.instance().store(name=name, node=dict(node))
+    parser = OverridesParser.create()
+    for word in words:
+        # Composing would say where in a word Hydra stumbled, but not in which word.
+        try:
+            parser.parse_override(word)
+        except HydraException as error:
+            raise ConfigError(f"{word!r} cannot be read: {str(error).splitlines()[0]}") from None
+    defaults = RunConfig().model_dump(mode="json")
+    ConfigStore.instance().store(name="atropos_schema", node=defaults)
+    if of_launch is not None:
+        ConfigStore.instance().store(name="launch_schema", node={**defaults, **of_launch})
     try:
         composed = compose_with_hydra(config_dir or SHIPPED, config_name, words)
         plain = OmegaConf.to_container(composed, resolve=True)
@@ -133,27 +133,17 @@ def _compose(
     return {str(key): value for key, value in plain.items()}
 
 
-def _check_override(word: str, known: Sequence[str], sections: tuple[str, ...]) -> None:
-    key = key_of(word)
+def check_form(word: str, advice: str) -> str:
+    """The dotted key of ``word``. Raises ``ConfigError``, with ``advice``, when it is not of the form ``key=value``."""
     if "=" not in word and not word.startswith("~"):
-        raise ConfigError(f"{word!r} is not of the form key=value; --help lists all keys")
-    if key not in known and not key.startswith(sections):
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"unknown key{hint} (--help lists all keys)", key)
+        raise ConfigError(f"{word!r} is not of the form key=value; {advice}")
+    return key_of(word)
 
 
-def _check_syntax(words: list[str]) -> None:
-    """Hydra's parser says where in a word it stumbled, but not in which word."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parser = OverridesParser.create()
-    for word in words:
-        try:
-            parser.parse_override(word)
-        except HydraException as error:
-            raise ConfigError(f"{word!r} cannot be read: {str(error).splitlines()[0]}") from None
+def did_you_mean(key: str, known: Sequence[str]) -> str:
+    """The nearest key that exists, as the end of a message."""
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 _TRAIN_HELP = """\

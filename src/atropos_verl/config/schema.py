@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -18,6 +18,13 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from atropos_verl.errors import ConfigError
+
+_VARIABLES = {
+    "ATROPOS_API_URL": ("atropos", "api_url"),
+    "ATROPOS_TIMEOUT": ("atropos", "timeout"),
+    "ATROPOS_API_TOKEN": ("atropos", "token"),
+    "ATROPOS_GATEWAY_KEY": ("gateway", "api_key"),
+}
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -339,6 +346,11 @@ class RunConfig(Section):
         except ValidationError as error:
             raise as_config_error(error) from None
 
+    def with_values(self, **sections: Mapping[str, Any]) -> RunConfig:
+        """The same with other values in some sections: section → key → value."""
+        update = {name: getattr(self, name).model_copy(update=values) for name, values in sections.items()}
+        return self.model_copy(update=update)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.batch_size % self.group_size:
@@ -359,11 +371,8 @@ class RunConfig(Section):
             )
         if self.loss.path is not None and (self.loss.type is not None or weighted is not None):
             raise ValueError("loss.path is the loss; leave loss.type and use_advantage_weighting null beside it")
-        if (
-            self.loss.path is None
-            and self.loss_type != "grpo"
-            and (self.loss.ppo_epochs > 1 or self.loss.ppo_mini_batches > 1)
-        ):
+        is_repeated = self.loss.ppo_epochs > 1 or self.loss.ppo_mini_batches > 1
+        if is_repeated and self.loss.path is None and self.loss_type != "grpo":
             raise ValueError("loss.ppo_epochs and loss.ppo_mini_batches above 1 need loss.type=grpo (its ratio)")
         if self.gateway.api_key is None and self.gateway.host not in ("127.0.0.1", "localhost", "::1"):
             raise ValueError(
@@ -429,8 +438,7 @@ class RunConfig(Section):
 
 def as_config_error(error: ValidationError, prefix: str = "") -> ConfigError:
     """pydantic's error with every wrong key by its dotted name (below ``prefix``, which ends in a dot)."""
-    lines = []
-    first = ""
+    lines, first = [], ""
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "constrained-")))
         key = f"{prefix}{key}".rstrip(".")
@@ -449,21 +457,14 @@ def as_config_error(error: ValidationError, prefix: str = "") -> ConfigError:
 
 
 def apply_environment(
-    values: dict[str, Any], environ: Mapping[str, str] | None = None, command_line_keys: frozenset[str] = frozenset()
+    values: dict[str, Any], environ: Mapping[str, str] = os.environ, command_line_keys: Set[str] = frozenset()
 ) -> dict[str, Any]:
     """Put ``ATROPOS_API_URL``, ``ATROPOS_TIMEOUT``, ``ATROPOS_API_TOKEN`` and ``ATROPOS_GATEWAY_KEY`` over the file's.
 
     Keys that the command line set (``command_line_keys``, dotted) win over the environment.
     """
-    environ = os.environ if environ is None else environ
-    names = {
-        "ATROPOS_API_URL": ("atropos", "api_url"),
-        "ATROPOS_TIMEOUT": ("atropos", "timeout"),
-        "ATROPOS_API_TOKEN": ("atropos", "token"),
-        "ATROPOS_GATEWAY_KEY": ("gateway", "api_key"),
-    }
     result = {**values, "atropos": dict(values.get("atropos") or {})}
-    for variable, (section, key) in names.items():
+    for variable, (section, key) in _VARIABLES.items():
         value = environ.get(variable, "").strip()
         if not value or f"{section}.{key}" in command_line_keys:
             continue

@@ -6,17 +6,16 @@ The files are Hydra files over verl's ``ppo_trainer``, so every setting of verl 
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from atropos_verl.config.composition import SHIPPED, compose_with_hydra, key_of, keys_of
+from atropos_verl.config.composition import SHIPPED, check_form, compose_with_hydra, did_you_mean, key_of
 from atropos_verl.config.schema import (
     AtroposConfig,
     Clipping,
@@ -145,7 +144,9 @@ def compose_config(overrides: Sequence[str], config_dir: Path, config_name: str)
 
     words = [word for word in overrides if not word.startswith("backend=")]
     for word in words:
-        _check_local_name(word)
+        if (key := key_of(word)) in _LOCAL_NAMES:
+            raise ConfigError(f"a key of the local backend; with backend=ray it is {_LOCAL_NAMES[key]}", key)
+        check_form(word, "--cfg shows all keys")
     # verl's own package directory, found without importing verl (which imports torch).
     search_path = f"hydra.searchpath=[file://{_verl_config_dir()}]"
     # The files need not spell out every key of these blocks; the schema refuses what it does not know.
@@ -194,12 +195,9 @@ def read_run(config: Any) -> RayRun:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        block = OmegaConf.to_container(config.atropos, resolve=True)
+        settings = RaySettings.model_validate(OmegaConf.to_container(config.atropos, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError(" ".join(str(error).split()), "atropos") from None
-    assert isinstance(block, dict)
-    try:
-        settings = RaySettings.model_validate({str(key): value for key, value in block.items()})
     except ValidationError as error:
         raise as_config_error(error, prefix="atropos.") from None
     _check_verl_keys(config)
@@ -218,7 +216,7 @@ def with_environment(config: Any, overrides: Sequence[str]) -> None:
     """Put ``ATROPOS_API_URL`` and its like over the file's values, under the command line's."""
     from omegaconf import OmegaConf, open_dict
 
-    keys = keys_of(overrides)
+    keys = set(map(key_of, overrides))
     block = OmegaConf.to_container(config.atropos, resolve=True)
     of_gateway = {key.removeprefix("atropos.") for key in keys if key.startswith("atropos.gateway.")}
     sections = {"atropos": block, "gateway": block.get("gateway")}
@@ -235,27 +233,22 @@ def _as_run_config(config: Any, settings: RaySettings) -> RunConfig:
     """The same run in the local backend's words, for the services and the data pipeline that both share."""
     from omegaconf import OmegaConf
 
-    rollout, data = config.actor_rollout_ref.rollout, config.data
-    own = set(AtroposConfig.model_fields)
+    rollout, data, model = config.actor_rollout_ref.rollout, config.data, config.actor_rollout_ref.model
     block = settings.model_dump()
     estimator = str(config.algorithm.adv_estimator)
-    n_updates = parameter_sync_step(config)
     values = {
         # The keys that both backends share, and then verl's.
         **{name: value for name, value in block.items() if name in RunConfig.model_fields},
         "steps": config.trainer.total_training_steps,
         "run_dir": str(config.run_dir),
-        "batch_size": data.train_batch_size // n_updates * rollout.n,
+        "batch_size": data.train_batch_size // parameter_sync_step(config) * rollout.n,
         "group_size": rollout.n,
         "save_freq": max(config.trainer.save_freq, -1),
         "resume": "disable" if config.trainer.resume_mode == "disable" else "auto",
         "max_response_length": data.max_response_length,
         "temperature": rollout.temperature,
-        "atropos": {name: value for name, value in block.items() if name in own},
-        "model": {
-            "path": config.actor_rollout_ref.model.path,
-            "tokenizer_path": config.actor_rollout_ref.model.tokenizer_path,
-        },
+        "atropos": {name: value for name, value in block.items() if name in AtroposConfig.model_fields},
+        "model": {"path": model.path, "tokenizer_path": model.tokenizer_path},
         "data": {
             "max_prompt_length": data.max_prompt_length,
             "default_temperature": rollout.temperature,
@@ -286,10 +279,8 @@ def parameter_sync_step(config: Any) -> int:
 
 def _check_verl_keys(config: Any) -> None:
     trainer, algorithm = config.trainer, config.algorithm
-    if trainer.v1.trainer_mode not in ("sync", "colocate_async", "separate_async"):
-        raise ConfigError(
-            f"{trainer.v1.trainer_mode!r} is none of sync, colocate_async, separate_async", "trainer.v1.trainer_mode"
-        )
+    if (mode := trainer.v1.trainer_mode) not in ("sync", "colocate_async", "separate_async"):
+        raise ConfigError(f"{mode!r} is none of sync, colocate_async, separate_async", "trainer.v1.trainer_mode")
     if not trainer.use_v1:
         raise ConfigError("the integration is built on verl's V1 trainer; leave it true", "trainer.use_v1")
     if not trainer.total_training_steps:
@@ -306,21 +297,13 @@ def _check_verl_keys(config: Any) -> None:
         raise ConfigError("environments score their own rollouts; use an environment", "reward.reward_model.enable")
     if config.distillation.get("enabled"):
         raise ConfigError("verl's teachers see no Atropos rollouts yet; set it to false", "distillation.enabled")
-    validates = trainer.val_before_train or trainer.val_only or trainer.test_freq > 0
-    if validates and not config.data.val_files:
-        raise ConfigError(
-            "verl's validation needs a prompt file (parquet); or val_before_train=False", "data.val_files"
-        )
-    if validates and config.reward.num_workers < 1:
+    if not (trainer.val_before_train or trainer.val_only or trainer.test_freq > 0):
+        return
+    if not config.data.val_files:
+        text = "verl's validation needs a prompt file (parquet); or val_before_train=False"
+        raise ConfigError(text, "data.val_files")
+    if config.reward.num_workers < 1:
         raise ConfigError("validation by verl needs at least one reward worker", "reward.num_workers")
-
-
-def _check_local_name(word: str) -> None:
-    key = key_of(word)
-    if key in _LOCAL_NAMES:
-        raise ConfigError(f"a key of the local backend; with backend=ray it is {_LOCAL_NAMES[key]}", key)
-    if "=" not in word and not word.startswith("~"):
-        raise ConfigError(f"{word!r} is not of the form key=value; --cfg shows all keys")
 
 
 def _named(error: Exception, words: Sequence[str], config_dir: Path, config_name: str) -> ConfigError:
@@ -329,26 +312,19 @@ def _named(error: Exception, words: Sequence[str], config_dir: Path, config_name
     for word in words:
         key = key_of(word)
         if any(f"'{key}'" in line for line in lines):
-            near = difflib.get_close_matches(key, _known_keys(config_dir, config_name), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(key, list(_known_keys(compose_config([], config_dir, config_name))))
             return ConfigError(f"unknown key{hint} (--cfg shows all keys; +{key}=… adds one of verl's own)", key)
     return ConfigError(" ".join(lines))
 
 
-def _known_keys(config_dir: Path, config_name: str) -> list[str]:
+def _known_keys(node: Any, prefix: str = "") -> Iterator[str]:
     from omegaconf import DictConfig
 
-    found: list[str] = []
-
-    def walk(node: Any, prefix: str) -> None:
-        for name in node:
-            child = node._get_node(name)
-            found.append(f"{prefix}{name}")
-            if isinstance(child, DictConfig) and not child._is_none():
-                walk(child, f"{prefix}{name}.")
-
-    walk(compose_config([], config_dir, config_name), "")
-    return found
+    for name in node:
+        yield f"{prefix}{name}"
+        child = node._get_node(name)
+        if isinstance(child, DictConfig) and not child._is_none():
+            yield from _known_keys(child, f"{prefix}{name}.")
 
 
 def _verl_config_dir() -> Path:

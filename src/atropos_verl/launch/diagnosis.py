@@ -30,29 +30,22 @@ def _api_lines(state: Mapping[str, Any]) -> list[str]:
     api = state.get("api")
     if not api:
         return ["  trajectory API: does not answer"]
-    lines = [f"  trajectory API: step {api.get('current_step')}, {api.get('queue_size')} groups in the queue"]
-    leases = api.get("open_leases")
-    if leases is not None:
-        lines[0] += f", {leases} leased"
+    leased = "" if api.get("open_leases") is None else f", {api['open_leases']} leased"
+    lines = [f"  trajectory API: step {api.get('current_step')}, {api.get('queue_size')} groups in the queue{leased}"]
     listed = environments_of(api)
     if listed is None:
-        lines.append("  environments: this API does not say who sent what")
-        return lines
-    here = [item for item in listed if item.get("state") != "disconnected"]
-    if not here:
-        lines.append("  environments: none is registered")
-    lines += [_environment_line(item) for item in here]
-    return lines
-
-
-def _environment_line(item: Mapping[str, Any]) -> str:
-    share = item.get("min_batch_allocation")
-    least = "" if share is None else f", least share {share:.2f}"
-    return (
-        f"  environment {item.get('name') or item.get('env_id')}: {item.get('state', 'registered')}, heard "
-        f"{item.get('heard_seconds_ago', '?')} s ago, {item.get('groups', '?')} groups sent, "
-        f"{item.get('waiting_sequences', '?')} sequences waiting, {item.get('refused', 0)} refused{least}"
-    )
+        return [*lines, "  environments: this API does not say who sent what"]
+    for item in listed:
+        if item.get("state") == "disconnected":
+            continue
+        share = item.get("min_batch_allocation")
+        least = "" if share is None else f", least share {share:.2f}"
+        lines.append(
+            f"  environment {item.get('name') or item.get('env_id')}: {item.get('state', 'registered')}, heard "
+            f"{item.get('heard_seconds_ago', '?')} s ago, {item.get('groups', '?')} groups sent, "
+            f"{item.get('waiting_sequences', '?')} sequences waiting, {item.get('refused', 0)} refused{least}"
+        )
+    return lines if len(lines) > 1 else [*lines, "  environments: none is registered"]
 
 
 def _gateway_lines(state: Mapping[str, Any]) -> list[str]:

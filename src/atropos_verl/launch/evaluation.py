@@ -9,7 +9,6 @@ to ``run_dir/eval/progress.json``.
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from atropos_verl.launch.environments import environment_spec, evaluation_direct
 from atropos_verl.launch.process import ManagedProcess, ServiceSpec, stop_all
 from atropos_verl.storage import write_atomic
 
-logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
 
@@ -85,8 +83,8 @@ class EvaluationProcesses:
         run_dir: Path,
         *,
         timeout: float,
-        note: Callable[[str], None] = logger.warning,
-        check: Callable[[], None] | None = None,
+        note: Callable[[str], None],
+        check: Callable[[], None],
     ) -> None:
         self._plan = plan
         self._timeout = timeout
@@ -117,8 +115,7 @@ class EvaluationProcesses:
         deadline = time.monotonic() + self._timeout
         try:
             while any(process.is_running() for _, process in started) and time.monotonic() < deadline:
-                if self._check is not None:
-                    self._check()
+                self._check()
                 time.sleep(_POLL_SECONDS)
             scores = {planned.environment: self._score(planned, process) for planned, process in started}
             self._scores[label] = scores

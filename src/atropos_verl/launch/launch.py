@@ -18,13 +18,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from atropos_verl.config.composition import SHIPPED, load_launch
 from atropos_verl.config.launch_schema import LaunchConfig, describe_launch
 from atropos_verl.config.model_checks import check_vocabulary
-from atropos_verl.config.schema import ModelConfig, RunConfig, help_rows
+from atropos_verl.config.schema import RunConfig, help_rows
 from atropos_verl.config.verl_keys import RAY_DEFAULT, compose_run, read_run
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.launch.plan import LaunchPlan, make_plan, prepare_run_dir, url_of
@@ -93,7 +92,6 @@ def build_plan(config: RunConfig, launch: LaunchConfig, ray: RayLaunch | None = 
     Raises:
         ConfigError: parts that are not started here have no URL; a fixed port is taken; see ``make_plan``.
     """
-    config = _with_token(config, launch)
     model_path = config.resolve_model_path()
     check_vocabulary(config, model_path)
     check_extensions(config, "atropos." if ray is not None else "")
@@ -101,7 +99,9 @@ def build_plan(config: RunConfig, launch: LaunchConfig, ray: RayLaunch | None = 
     if config.atropos.api_url is None and not launch.starts("api"):
         raise ConfigError("give the URL of the API that runs elsewhere (or ATROPOS_API_URL)", "atropos.api_url")
     api_port = _port(launch.api.host, launch.api.port, "api.port") if own_api else 0
-    api_url = config.atropos.api_url or url_of(launch.api.host, api_port)
+    api_url, token = config.atropos.api_url or url_of(launch.api.host, api_port), config.atropos.token
+    if own_api and launch.api.host not in _LOOPBACK and "--insecure" not in launch.api.args:
+        token = token or secrets.token_hex(24)  # the API listens beyond this machine
     gateway_port, probe_url = 0, config.gateway.advertise_url
     if launch.starts("trainer"):
         gateway_port = _port(config.gateway.host, config.gateway.port, "gateway.port")
@@ -111,33 +111,17 @@ def build_plan(config: RunConfig, launch: LaunchConfig, ray: RayLaunch | None = 
     gateway_url = (config.gateway.advertise_url or probe_url or "").rstrip("/")
     if gateway_url.endswith("/v1"):
         raise ConfigError(f"{gateway_url}: leave the /v1 out", "gateway.advertise_url")
-    filled = config.model_copy(
-        update={
-            "run_dir": str(config.resolve_run_dir()),
-            "model": _absolute(config, model_path),
-            "atropos": config.atropos.model_copy(update={"api_url": api_url}),
-            "gateway": config.gateway.model_copy(update={"port": gateway_port, "advertise_url": gateway_url or None}),
-        }
-    )
-    ray_words = None if ray is None else ray.trainer_words
-    return make_plan(filled, launch, own_api=own_api, probe_url=probe_url, ray_words=ray_words)
-
-
-def _with_token(config: RunConfig, launch: LaunchConfig) -> RunConfig:
-    """With a token for an API that listens beyond this machine."""
-    public = launch.starts("api") and launch.api.host not in _LOOPBACK and "--insecure" not in launch.api.args
-    if not public or config.atropos.api_url is not None or config.atropos.token:
-        return config
-    return config.model_copy(update={"atropos": config.atropos.model_copy(update={"token": secrets.token_hex(24)})})
-
-
-def _absolute(config: RunConfig, model_path: Path) -> ModelConfig:
-    """The trainer runs in the run directory, where a relative path would mean something else."""
+    # The trainer runs in the run directory, where a relative path would mean something else.
     tokenizer = config.model.tokenizer_path
     if tokenizer is not None and Path(tokenizer).expanduser().is_dir():
         tokenizer = str(Path(tokenizer).expanduser().absolute())
-    path = None if config.model.path is None else str(model_path)
-    return config.model.model_copy(update={"path": path, "tokenizer_path": tokenizer})
+    filled = config.model_copy(update={"run_dir": str(config.resolve_run_dir())}).with_values(
+        model={"path": None if config.model.path is None else str(model_path), "tokenizer_path": tokenizer},
+        atropos={"api_url": api_url, "token": token},
+        gateway={"port": gateway_port, "advertise_url": gateway_url or None},
+    )
+    ray_words = None if ray is None else ray.trainer_words
+    return make_plan(filled, launch, own_api=own_api, probe_url=probe_url, ray_words=ray_words)
 
 
 def _port(host: str, port: int, key: str) -> int:
@@ -190,12 +174,10 @@ def is_launch_key(word: str) -> bool:
     return re.split(r"[.=@]", word.lstrip("+~"), maxsplit=1)[0] in LaunchConfig.model_fields
 
 
-def backend_of(words: Sequence[str], config_dir: Path | None, config_name: str | None) -> str:
+def backend_of(words: Sequence[str], config_dir: Path, config_name: str | None) -> str:
     """``local`` or ``ray``: as a word says, else the file or one that it builds on, else local."""
-    for word in reversed(words):
-        if word.startswith("backend="):
-            return word.partition("=")[2]
-    return _backend_in(config_dir, config_name) or "local"
+    of_words = (word.partition("=")[2] for word in reversed(words) if word.startswith("backend="))
+    return next(of_words, None) or (_backend_in(config_dir, config_name) if config_name else None) or "local"
 
 
 def load_ray_launch(words: Sequence[str], config_dir: Path, config_name: str | None) -> RayLaunch:
@@ -228,16 +210,14 @@ def load_ray_launch(words: Sequence[str], config_dir: Path, config_name: str | N
     return RayLaunch(read_run(composed).run, launch, verl, config_dir, name, own)
 
 
-def _backend_in(config_dir: Path | None, config_name: str | None, depth: int = 8) -> str | None:
+def _backend_in(config_dir: Path, config_name: str, depth: int = 8) -> str | None:
     import yaml
 
-    if config_dir is None or config_name is None or depth == 0:
-        return None
     try:
         content = yaml.safe_load((config_dir / f"{config_name.removesuffix('.yaml')}.yaml").read_text())
     except (OSError, yaml.YAMLError):
         return None  # composing it gives the better message
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or depth == 0:
         return None
     if content.get("backend"):
         return str(content["backend"])
@@ -249,10 +229,8 @@ def _backend_in(config_dir: Path | None, config_name: str | None, depth: int = 8
 def _quoted(value: object) -> str:
     """As Hydra's grammar reads it back."""
     text = str(value)
-    if _PLAIN.fullmatch(text):
-        return text
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+    return text if _PLAIN.fullmatch(text) else f"'{escaped}'"
 
 
 # ---------------------------------------------------------------------- plan → run
@@ -268,12 +246,8 @@ def _supervise(plan: LaunchPlan) -> int:
     with LaunchView() as view:
         supervisor = Supervisor(plan, view.note, view)
 
-        def on_signal(signum: int, frame: FrameType | None) -> None:
-            del signum, frame
-            supervisor.interrupt()
-
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signum, on_signal)
+            signal.signal(signum, lambda *_: supervisor.interrupt())
         try:
             code = supervisor.run()
         except KeyboardInterrupt:

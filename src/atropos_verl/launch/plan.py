@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig, check_keys
+from atropos_verl.config.launch_schema import ApiProcessConfig, EnvironmentConfig, LaunchConfig, check_keys
 from atropos_verl.config.schema import EnvConfig, EvalConfig, RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.http_thread import bracketed, reachable
@@ -21,6 +21,8 @@ from atropos_verl.launch.evaluation import EVALUATIONS, PlannedEvaluation, plan_
 from atropos_verl.launch.process import ServiceSpec
 from atropos_verl.storage import write_atomic
 
+_TRAINER_SETTINGS = Path("launch", "trainer.yaml")
+_EVALUATIONS = Path("launch", "evaluations.json")
 DISK_FULL_BYTES = 1 << 20
 """With less than this free, a service that died has died of it."""
 
@@ -77,8 +79,11 @@ class LaunchPlan:
 
     def text(self) -> str:
         """The output of ``--dry-run``: the commands as one would type them, keys left out."""
-        lines = [f"run directory      {self.run_dir}", f"trajectory API     {self.api_url}"]
-        lines.append(f"inference gateway  {self.gateway_url}")
+        lines = [
+            f"run directory      {self.run_dir}",
+            f"trajectory API     {self.api_url}",
+            f"inference gateway  {self.gateway_url}",
+        ]
         for spec in self.services:
             variables = " ".join(f"{key}={shlex.quote(value)}" for key, value in spec.env.items())
             lines += ["", f"{spec.name} ({spec.kind}; restarts: {spec.restarts}, log {spec.log_path})"]
@@ -113,8 +118,7 @@ def make_plan(
     run_dir = config.resolve_run_dir()
     evaluations = plan_evaluations(config, launch, of_training=trains_here)
     if evaluations and not trains_here:
-        file = str(_evaluations_path(run_dir))
-        config = config.model_copy(update={"eval": config.eval.model_copy(update={"commands_file": file})})
+        config = config.with_values(eval={"commands_file": str(run_dir / _EVALUATIONS)})
     warnings = [] if trains_here else check_keys(config, launch, own_api=own_api)
     services: list[ServiceSpec] = []
     if own_api:
@@ -151,11 +155,9 @@ def one_environment(config: RunConfig) -> LaunchConfig:
     environment = EnvironmentConfig(
         script=str(script), python=env.python, args=(*seed, *env.args), startup_timeout=env.startup_timeout
     )
-    launch = LaunchConfig(environments={"environment": environment})
-    if config.atropos.server == "upstream":
-        # Upstream's API comes back knowing nobody, and this process cannot start its trainer anew.
-        launch = launch.model_copy(update={"api": launch.api.model_copy(update={"on_death": "stop"})})
-    return launch
+    # Upstream's API comes back knowing nobody, and this process cannot start its trainer anew.
+    api = ApiProcessConfig(on_death="stop" if config.atropos.server == "upstream" else "restart")
+    return LaunchConfig(environments={"environment": environment}, api=api)
 
 
 def _api(launch: LaunchConfig, config: RunConfig, run_dir: Path, log: str) -> ServiceSpec:
@@ -182,11 +184,11 @@ def _api(launch: LaunchConfig, config: RunConfig, run_dir: Path, log: str) -> Se
 
 
 def _trainer(launch: LaunchConfig, config: RunConfig, run_dir: Path, ray_words: tuple[str, ...] | None) -> ServiceSpec:
-    file = trainer_settings_path(run_dir)
+    file, settings = run_dir / _TRAINER_SETTINGS, launch.trainer_process
     words = ray_words or ("--config-dir", str(file.parent), "--config-name", file.stem)
-    nproc = launch.trainer_process.nproc
-    ranks = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}") if nproc > 1 else ()
-    settings = launch.trainer_process
+    ranks: tuple[str, ...] = ()
+    if settings.nproc > 1:
+        ranks = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={settings.nproc}")
     # The trainer lets these variables win over its file; what the launch decided must hold.
     variables = {
         "PYTHONUNBUFFERED": "1",
@@ -200,10 +202,8 @@ def _trainer(launch: LaunchConfig, config: RunConfig, run_dir: Path, ray_words: 
     return ServiceSpec(
         name="trainer",
         command=(
-            interpreter(settings.python, "trainer_process.python"),
-            *ranks,
-            *("-m", "atropos_verl.cli", "train"),
-            *words,
+            *(interpreter(settings.python, "trainer_process.python"), *ranks),
+            *("-m", "atropos_verl.cli", "train", *words),
         ),
         env={**given, **_import_path(), **settings.env},
         cwd=run_dir,
@@ -232,17 +232,8 @@ def url_of(host: str, port: int) -> str:
 # ---------------------------------------------------------------------- the run directory
 
 
-def trainer_settings_path(run_dir: Path) -> Path:
-    """The file with every setting of the trainer. Keys are in it, so it is private (0600)."""
-    return run_dir / "launch" / "trainer.yaml"
-
-
-def _evaluations_path(run_dir: Path) -> Path:
-    return run_dir / "launch" / "evaluations.json"
-
-
 def trainer_settings_text(config: RunConfig) -> str:
-    """The content of ``trainer_settings_path``: JSON, which YAML is a superset of."""
+    """The content of ``launch/trainer.yaml``: JSON, which YAML is a superset of."""
     values = config.model_dump(mode="json")
     values["env"] = EnvConfig().model_dump(mode="json")  # environments are the launch's
     if config.eval.commands_file is None:
@@ -262,9 +253,9 @@ def prepare_run_dir(plan: LaunchPlan) -> None:
         (run_dir / "launch").mkdir(exist_ok=True)
         write_atomic(run_dir / "plan.json", json.dumps(plan.describe(), indent=1) + "\n", private=True)
         if plan.launch.backend == "local":
-            write_atomic(trainer_settings_path(run_dir), trainer_settings_text(plan.config), private=True)
+            write_atomic(run_dir / _TRAINER_SETTINGS, trainer_settings_text(plan.config), private=True)
         if plan.evaluations:
-            write_atomic(_evaluations_path(run_dir), EVALUATIONS.dump_json(plan.evaluations, indent=1), private=True)
+            write_atomic(run_dir / _EVALUATIONS, EVALUATIONS.dump_json(plan.evaluations, indent=1), private=True)
     except OSError as error:
         raise ConfigError(f"cannot write to {run_dir}: {error.strerror or error}", "run_dir") from error
     if (free := shutil.disk_usage(run_dir).free) < DISK_FULL_BYTES:

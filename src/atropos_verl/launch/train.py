@@ -27,7 +27,7 @@ from atropos_verl.config.model_checks import check_vocabulary
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposVerlError, ConfigError
 from atropos_verl.http_thread import listen
-from atropos_verl.launch.evaluation import EvaluationProcesses, read_evaluations
+from atropos_verl.launch.evaluation import EvaluationProcesses, PlannedEvaluation, read_evaluations
 from atropos_verl.launch.plan import LaunchPlan, make_plan, one_environment, url_of
 from atropos_verl.launch.probes import free_port
 from atropos_verl.launch.supervisor import Supervisor
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _HOST = "127.0.0.1"
-_PROGRAM = "python recipe/atropos/main_atropos.py"
 
 
 def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, config_name: str | None = None) -> int:
@@ -74,7 +73,7 @@ def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, conf
 
 def _local_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if options.help:
-        sys.stdout.write(train_help(_PROGRAM))
+        sys.stdout.write(train_help("python recipe/atropos/main_atropos.py"))
         return 0
     config = load_config(overrides, options.config_dir, options.config_name)
     if options.cfg:
@@ -153,17 +152,11 @@ class TrainingServices:
         self._supervisor: Supervisor | None = None
         self._plan: LaunchPlan | None = None
         if not config.is_attached:
-            probe_url = url_of(config.gateway.host, gateway_port)
+            url = url_of(config.gateway.host, gateway_port)
             api = {"api_url": url_of(_HOST, free_port(_HOST)), "token": None}
-            gateway = {"advertise_url": config.gateway.advertise_url or probe_url}
-            filled = config.model_copy(
-                update={
-                    "atropos": config.atropos.model_copy(update=api),
-                    "gateway": config.gateway.model_copy(update=gateway),
-                }
-            )
-            launch = one_environment(config)
-            self._plan = make_plan(filled, launch, own_api=True, probe_url=probe_url, trains_here=True)
+            gateway = {"advertise_url": config.gateway.advertise_url or url}
+            filled = config.with_values(atropos=api, gateway=gateway)
+            self._plan = make_plan(filled, one_environment(config), own_api=True, probe_url=url, trains_here=True)
 
     def start_api(self, progress: ProgressReporter) -> RunConfig:
         """Start the trajectory API, or make sure that the user's answers. Returns the settings with its URL.
@@ -184,15 +177,8 @@ class TrainingServices:
         self._supervisor = Supervisor(self._plan, progress.note)
         self._supervisor.start_api()
         if self._plan.evaluations:
-            self.evaluations = EvaluationProcesses(
-                self._plan.evaluations,
-                self.run_dir,
-                timeout=self.config.eval.timeout,
-                note=progress.note,
-                check=self._supervisor.check,
-            )
-        api = self.config.atropos.model_copy(update={"api_url": self._plan.api_url})
-        return self.config.model_copy(update={"atropos": api})
+            self._plan_evaluations(self._plan.evaluations)
+        return self.config.with_values(atropos={"api_url": self._plan.api_url})
 
     def _contact_api(self, progress: ProgressReporter) -> None:
         from atropos_verl.protocol.client import make_client
@@ -203,11 +189,14 @@ class TrainingServices:
             progress.phase(f"contacting the trajectory API at {url}")
             client.check()
         if settings.commands_file is not None:
-            plan = read_evaluations(Path(settings.commands_file))
-            self.evaluations = EvaluationProcesses(plan, self.run_dir, timeout=settings.timeout, note=progress.note)
+            self._plan_evaluations(read_evaluations(Path(settings.commands_file)))
         if note := note_of_unused_keys(self.config, self._prefix):
             progress.note(note)
         self._evaluate_before()
+
+    def _plan_evaluations(self, plan: dict[str, list[PlannedEvaluation]]) -> None:
+        note, timeout = self._progress.note, self.config.eval.timeout
+        self.evaluations = EvaluationProcesses(plan, self.run_dir, timeout=timeout, note=note, check=self.check)
 
     def start_environment(self) -> None:
         """Start the environment, which waits by itself for gateway and trainer, and the evaluation before training."""
@@ -220,16 +209,10 @@ class TrainingServices:
         if self.evaluations is not None and self._evaluates_before:
             self.evaluations.start_evaluation("before")
 
-    @property
-    def callables(self) -> dict[str, Callable[[], None]]:
-        """The arguments of a backend that reach these processes; {} where they are somebody else's."""
-        if self._supervisor is None:
-            return {}
-        return {
-            "start_environment": self.start_environment,
-            "check_services": self._supervisor.check,
-            "stop_services": self.stop,
-        }
+    def check(self) -> None:
+        """Raise what ends the run: a service that it cannot do without is gone for good."""
+        if self._supervisor is not None:
+            self._supervisor.check()
 
     def stop(self) -> None:
         """End every process of the run. Safe at any time, and again."""
@@ -271,9 +254,15 @@ def _train_locally(config: RunConfig) -> int:
             progress.note(f"{run_dir} is complete at step {step}; raise steps= or choose another run_dir")
             return 0
         stack.callback(services.stop)
-        config = services.start_api(progress)
+        attached = services.start_api(progress)
         outcome, held_out = run(
-            config, listener=listener, progress=progress, evaluations=services.evaluations, **services.callables
+            attached,
+            listener=listener,
+            progress=progress,
+            evaluations=services.evaluations,
+            start_environment=None if config.is_attached else services.start_environment,
+            check_services=services.check,
+            stop_services=services.stop,
         )
         progress.summary(write_summary(run_dir, outcome, held_out=held_out, seconds=time.monotonic() - started))
     return 0
@@ -316,13 +305,14 @@ def _train_on_ray(run: RayRun) -> int:
         progress = stack.enter_context(ProgressReporter(total_steps=config.steps))
         stack.callback(services.stop)
         api_url = services.start_api(progress).atropos.api_url
-        check = services.callables.get("check_services")
         if not run.is_attached:
             services.start_environment()
             with open_dict(verl):
                 verl.atropos.api_url = api_url
                 verl.atropos.gateway = {**run.settings.gateway.model_dump(), "port": gateway_port}
-        outcome, held_out = run_on_ray(run, progress=progress, evaluations=services.evaluations, check_services=check)
+        outcome, held_out = run_on_ray(
+            run, progress=progress, evaluations=services.evaluations, check_services=services.check
+        )
         progress.summary(write_summary(run_dir, outcome, held_out=held_out, seconds=time.monotonic() - started))
     return 0
 

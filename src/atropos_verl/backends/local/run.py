@@ -27,9 +27,9 @@ def run(
     listener: socket.socket,
     progress: Progress,
     evaluations: Evaluations | None,
-    start_environment: Callable[[], None] | None = None,
-    check_services: Callable[[], None] | None = None,
-    stop_services: Callable[[], None] | None = None,
+    start_environment: Callable[[], None] | None,
+    check_services: Callable[[], None],
+    stop_services: Callable[[], None],
 ) -> tuple[dict[str, Any], dict[str, float | None]]:
     """Trains until ``config.steps``; returns the outcome for ``summary.json``, and the held-out scores by label.
 
@@ -59,9 +59,8 @@ def run(
             import_verl(config)
         trainer = AtroposTrainer(config, run_dir=run_dir, source=source, gateway_listener=listener)
         stack.callback(trainer.close)
-        if stop_services is not None:
-            stack.callback(stop_services)
-        else:
+        stack.callback(stop_services)
+        if start_environment is None:
             progress.note(f"environments are to use the gateway at {trainer.gateway_url}/v1 (server_type vllm)")
         trainer.resume_from_checkpoint(progress)
         held_out = HeldOut(evaluations, progress, trainer.state.held_out)

@@ -44,7 +44,7 @@ def run_on_ray(
     *,
     progress: Progress,
     evaluations: Evaluations | None,
-    check_services: Callable[[], None] | None = None,
+    check_services: Callable[[], None],
 ) -> tuple[dict[str, Any], dict[str, float | None]]:
     """Train until ``trainer.total_training_steps``.
 
@@ -59,10 +59,10 @@ def run_on_ray(
     from atropos_verl.backends.ray.task_runner import RaySession
 
     progress.phase("starting Ray")
+    held_out = HeldOut(evaluations, progress, {})
     with RaySession(run) as session:
         session.start_runner()
-        driver = _Driver(run, session, progress, evaluations, check_services)
-        return driver.train(), driver.held_out.scores
+        return _Driver(run, session, progress, held_out, check_services).train(), held_out.scores
 
 
 class _Driver:
@@ -73,34 +73,26 @@ class _Driver:
         run: RayRun,
         session: Any,
         progress: Progress,
-        evaluations: Evaluations | None,
-        check_services: Callable[[], None] | None,
+        held_out: HeldOut,
+        check_services: Callable[[], None],
     ) -> None:
-        self._run = run
-        self._session = session
-        self._progress = progress
-        self._check_services = check_services or (lambda: None)
+        self._run, self._session = run, session
+        self._progress, self._held_out = progress, held_out
+        self._check_services = check_services
         self._steps_seen = 0
         self._stop_deadline: float | None = None
-        self.held_out = HeldOut(evaluations, progress, {})
 
     def train(self) -> dict[str, Any]:
         """Wait for the end. Raises what ended the run, once the step on its way is saved."""
-        ended_by: BaseException | None = None
-        while True:
-            try:
-                outcome = self._watch()
-                break
-            except (KeyboardInterrupt, ServiceError) as error:
-                if not self._steps_seen or ended_by is not None or self._session.has_ended:
-                    raise
-                ended_by = error
+        try:
+            return self._watch()
+        except (KeyboardInterrupt, ServiceError):
+            if self._steps_seen and not self._session.has_ended:
                 self._progress.note("ending: the step on its way is finished and saved (Ctrl-C: at once)")
                 self._stop_deadline = time.monotonic() + _STOP_SECONDS
                 self._session.raise_flag("stop")
-        if ended_by is not None:
-            raise ended_by
-        return outcome
+                self._watch()
+            raise
 
     def _watch(self) -> dict[str, Any]:
         """Until the task runner has ended. Raises what ended it, or the service that died."""
@@ -137,11 +129,11 @@ class _Driver:
         elif kind == "gateway":
             if self._run.is_attached:
                 self._progress.note(f"environments are to use the gateway at {content}/v1 (server_type vllm)")
-            self.held_out.finish("before")
+            self._held_out.finish("before")
             self._session.raise_flag("train")
         elif kind == "trained":
             if not content and self._run.settings.eval.after:
-                self.held_out.start("after")
-                self.held_out.finish("after")
+                self._held_out.start("after")
+                self._held_out.finish("after")
             self._progress.phase("ending")
             self._session.raise_flag("end")
