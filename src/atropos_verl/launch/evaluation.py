@@ -24,7 +24,6 @@ from atropos_verl.launch.environments import environment_spec, evaluation_direct
 from atropos_verl.launch.process import ManagedProcess, ServiceSpec, stop_all
 from atropos_verl.storage import write_atomic
 
-
 _POLL_SECONDS = 0.05
 
 
