@@ -54,20 +54,23 @@ def test_the_error_names_the_key(values: dict[str, object], key: str, words: str
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "message"),
     [
-        ({"batch_size": 10, "group_size": 4}, "batch_size (10) must be a multiple of group_size (4)"),
+        ({"batch_size": 10, "group_size": 4}, r"batch_size \(10\) must be a multiple of group_size \(4\)"),
         ({"advantage_clipping": [3.0, -3.0]}, "advantage_clipping"),
         ({"use_advantage_weighting": True, "loss": {"type": "grpo"}}, "contradicts loss.type=grpo"),
-        ({"data": {"max_token_len": 32}, "max_response_length": 32}, "data.max_token_len (32)"),
+        ({"data": {"max_token_len": 32}, "max_response_length": 32}, r"data.max_token_len \(32\)"),
         ({"loss": {"ppo_epochs": 2}}, "loss.ppo_epochs"),
         ({"gateway": {"host": "0.0.0.0"}}, "gateway.api_key"),
+        ({"loss": {"tis_cap": 2.0}}, "off_policy.importance_cap"),
+        ({"off_policy": {"on_stale": "wait"}}, "set off_policy.max_staleness"),
+        ({"off_policy": {"max_staleness": -1}}, "greater than or equal to 0"),
+        ({"inference": {"placement": "process"}}, r"^inference\.placement: .*remove this key"),
     ],
 )
-def test_contradictions_are_named(values: dict[str, object], words: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_settings_that_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         RunConfig.from_mapping(values)
-    assert words in str(caught.value)
 
 
 def test_several_errors_are_all_named() -> None:
@@ -144,20 +147,6 @@ def test_default_run_dir_is_below_runs(tmp_path: Path, monkeypatch: pytest.Monke
 )
 def test_importance_weights_are_on_where_rollouts_may_be_old(values: dict[str, object], level: str | None) -> None:
     assert RunConfig.from_mapping(values).importance == level
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"loss": {"tis_cap": 2.0}}, "off_policy.importance_cap"),
-        ({"off_policy": {"on_stale": "wait"}}, "set off_policy.max_staleness"),
-        ({"off_policy": {"max_staleness": -1}}, "greater than or equal to 0"),
-        ({"inference": {"placement": "process"}}, r"^inference\.placement: .*remove this key"),
-    ],
-)
-def test_settings_that_are_refused(values: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        RunConfig.from_mapping(values)
 
 
 def test_the_placement_of_earlier_configurations_is_accepted_where_it_changes_nothing() -> None:

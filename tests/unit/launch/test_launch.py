@@ -69,10 +69,11 @@ def test_production_reads_its_addresses_from_the_environment(monkeypatch: pytest
     assert len(config.gateway.api_key) >= 24
 
 
-def test_a_launch_imports_neither_torch_nor_verl() -> None:
+@pytest.mark.parametrize("words", [["--dry-run"], ["backend=ray", "--dry-run"]])
+def test_a_launch_imports_neither_torch_nor_verl_nor_ray(words: list[str]) -> None:
     code = (
-        "import sys; from atropos_verl.launch.launch import main; "
-        "code = main(['--dry-run']); print(sorted({'torch', 'verl', 'transformers', 'ray'} & set(sys.modules)), code)"
+        f"import sys; from atropos_verl.launch.launch import main; code = main({words}); "
+        "print(sorted({'torch', 'verl', 'transformers', 'ray'} & set(sys.modules)), code)"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert answer.stdout.splitlines()[-1] == "[] 0"
@@ -182,20 +183,15 @@ def test_keys_are_made_and_handed_over(tmp_path: Path) -> None:
     assert config.atropos.token not in plan.text()
 
 
-def test_the_api_is_chosen_by_the_key_that_main_atropos_reads(tmp_path: Path) -> None:
-    """``api.server`` chose it once, and ``atropos.server`` was passed over in silence."""
-    for words, module in (
-        ([], "atropos_verl.cli"),
-        (["atropos.server=embedded"], "atropos_verl.cli"),
-        (["atropos.server=upstream"], "atroposlib.cli.run_api"),
-    ):
-        plan = plan_of(*words, f"run_dir={tmp_path}")
-        assert plan.services[0].command[2] == module
+@pytest.mark.parametrize(
+    ("server", "module"), [("embedded", "atropos_verl.cli"), ("upstream", "atroposlib.cli.run_api")]
+)
+def test_the_api_is_chosen_by_the_key_that_main_atropos_reads(tmp_path: Path, server: str, module: str) -> None:
+    assert plan_of(f"atropos.server={server}", f"run_dir={tmp_path}").services[0].command[2] == module
 
 
 def test_keys_of_an_api_that_is_not_started_are_named(tmp_path: Path) -> None:
-    words = ["atropos.api_url=http://a:8000", "api.port=8001", f"run_dir={tmp_path}"]
-    plan = plan_of(*words)
+    plan = plan_of("atropos.api_url=http://a:8000", "api.port=8001", f"run_dir={tmp_path}")
     assert "api.port: not used, since atropos.api_url names an API that runs already" in plan.warnings
 
 
@@ -216,8 +212,7 @@ def test_the_gateway_key_comes_from_the_process_environment(monkeypatch: pytest.
 
 @pytest.mark.parametrize("word", ["api.host=127.0.0.1", "api.host=0.0.0.0 api.args=[--insecure]"])
 def test_an_api_without_a_token_where_none_is_needed_or_wanted(word: str) -> None:
-    plan = plan_of(*word.split())
-    assert plan.config.atropos.token is None
+    assert plan_of(*word.split()).config.atropos.token is None
 
 
 def test_without_environments_there_is_the_demo() -> None:
@@ -244,8 +239,11 @@ def of_kind(plan: LaunchPlan, kind: str) -> ServiceSpec:
 
 def test_the_trainer_is_told_what_the_launch_decided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its command, composed as the trainer composes it, means the same run."""
-    words = ["trainer.total_training_steps=7", "environments.demo.weight=2", "supervise.stall_after=9"]
+    words = ["trainer.total_training_steps=7", "environments.demo.args=[--env.seed,3]", "supervise.stall_after=9"]
     plan = ray_plan(tmp_path, *words, "actor_rollout_ref.rollout.n=4", "backend=ray")
+    of_environment = of_kind(plan, "environment").command
+    for option, value in (("--env.group_size", "4"), ("--env.max_token_length", "64"), ("--env.seed", "3")):
+        assert of_environment[of_environment.index(option) + 1] == value
     trainer = of_kind(plan, "trainer")
     command = list(trainer.command)
     assert command[1:5] == ["-m", "atropos_verl.cli", "train", "backend=ray"]
@@ -265,14 +263,6 @@ def test_the_trainer_is_told_what_the_launch_decided(tmp_path: Path, monkeypatch
     assert run.settings.eval.commands_file == str(tmp_path / "a run" / "launch" / "evaluations.json")
     assert trainer.restart_words == ("trainer.resume_mode=auto",)
     assert plan.config.supervise.stall_after == 9
-
-
-def test_environments_are_given_the_runs_sizes(tmp_path: Path) -> None:
-    plan = ray_plan(tmp_path, "environments.demo.args=[--env.seed,3]")
-    environment = of_kind(plan, "environment")
-    words = environment.command
-    for option, value in (("--env.group_size", "8"), ("--env.max_token_length", "64"), ("--env.seed", "3")):
-        assert words[words.index(option) + 1] == value
 
 
 def test_a_file_may_hold_both(tmp_path: Path) -> None:
@@ -345,12 +335,3 @@ def test_relative_paths_mean_what_they_mean_where_the_launcher_was_started(
     )
     local = build_plan(config, launch).config.model
     assert (local.path, local.tokenizer_path) == (f"{tmp_path}/models/mine", f"{tmp_path}/models/mine")
-
-
-def test_a_ray_launch_imports_neither_torch_nor_ray() -> None:
-    code = (
-        "import sys; from atropos_verl.launch.launch import main; code = main(['backend=ray', '--dry-run']); "
-        "print(sorted({'torch', 'verl', 'transformers', 'ray'} & set(sys.modules)), code)"
-    )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert answer.stdout.splitlines()[-1] == "[] 0"

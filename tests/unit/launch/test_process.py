@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -27,14 +28,21 @@ def alive(pid: int) -> bool:
         return False
 
 
-def shell(directory: Path, script: str, name: str = "svc", env: dict[str, str] | None = None) -> ServiceSpec:
-    return ServiceSpec(
-        name=name,
-        command=("sh", "-c", script),
-        env=env or {},
-        cwd=directory,
-        log_path=directory / "logs" / f"{name}.log",
-    )
+def shell(directory: Path, script: str, **changes: Any) -> ServiceSpec:
+    log = directory / "logs" / "svc.log"
+    return replace(ServiceSpec(name="svc", command=("sh", "-c", script), cwd=directory, log_path=log), **changes)
+
+
+def started(directory: Path, script: str) -> ManagedProcess:
+    process = ManagedProcess(shell(directory, script))
+    process.start()
+    return process
+
+
+def ended(directory: Path, script: str) -> ManagedProcess:
+    process = started(directory, script)
+    eventually(lambda: not process.is_running(), "the end")
+    return process
 
 
 def read_pid(path: Path) -> int:
@@ -58,24 +66,18 @@ def test_output_environment_directory_and_stdin_of_a_service(tmp_path: Path) -> 
 
 def test_the_log_is_appended_and_the_tail_is_of_this_start_only(tmp_path: Path) -> None:
     for word in ("first", "second"):
-        process = ManagedProcess(shell(tmp_path, f"echo {word}"))
-        process.start()
-        eventually(lambda process=process: not process.is_running(), "the end")
+        process = ended(tmp_path, f"echo {word}")
     assert (tmp_path / "logs" / "svc.log").read_text() == "first\nsecond\n"
     assert process.log_tail() == "second"
 
 
 def test_the_tail_has_no_terminal_escapes_and_no_endless_line(tmp_path: Path) -> None:
     script = "printf '\\033[31mred\\033[0m\\007\\n'; head -c 700 /dev/zero | tr '\\0' x; echo; printf '\\377\\n'"
-    process = ManagedProcess(shell(tmp_path, script))
-    process.start()
-    eventually(lambda: not process.is_running(), "the end")
-    assert process.log_tail() == "red\n" + "x" * 500 + "…\n\ufffd"
+    assert ended(tmp_path, script).log_tail() == "red\n" + "x" * 500 + "…\n\ufffd"
 
 
 def test_it_is_a_session_of_its_own(tmp_path: Path) -> None:
-    process = ManagedProcess(shell(tmp_path, "sleep 1000"))
-    process.start()
+    process = started(tmp_path, "sleep 1000")
     try:
         assert process.pid is not None
         assert os.getsid(process.pid) == process.pid != os.getsid(0)
@@ -88,8 +90,7 @@ def test_it_is_a_session_of_its_own(tmp_path: Path) -> None:
 
 
 def test_check_says_signal_and_last_lines_after_kill_9(tmp_path: Path) -> None:
-    process = ManagedProcess(shell(tmp_path, "for i in $(seq 1 30); do echo line $i; done; exec sleep 1000"))
-    process.start()
+    process = started(tmp_path, "for i in $(seq 1 30); do echo line $i; done; exec sleep 1000")
     log = tmp_path / "logs" / "svc.log"
     eventually(lambda: "line 30\n" in log.read_text(), "the log")
     process.check()
@@ -123,8 +124,7 @@ def test_exit_status_in_words(code: int, words: str) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "setsid "], ids=["in the group", "out of it"])
 def test_stop_ends_descendants(tmp_path: Path, prefix: str) -> None:
-    process = ManagedProcess(shell(tmp_path, f"{prefix}sh -c 'echo $$ >descendant; exec sleep 1000' & wait"))
-    process.start()
+    process = started(tmp_path, f"{prefix}sh -c 'echo $$ >descendant; exec sleep 1000' & wait")
     descendant = read_pid(tmp_path / "descendant")
     assert (os.getpgid(descendant) == process.pid) == (prefix == "")
     process.stop()
@@ -136,8 +136,7 @@ def test_stop_ends_descendants(tmp_path: Path, prefix: str) -> None:
 
 def test_a_service_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
     script = "trap '' TERM; sleep 1000 & echo $! >grandchild; while true; do wait; done"
-    process = ManagedProcess(shell(tmp_path, script))
-    process.start()
+    process = started(tmp_path, script)
     grandchild = read_pid(tmp_path / "grandchild")  # inherits the ignored SIGTERM
     process.stop(grace=0.3)
     assert process.returncode == -signal.SIGKILL
@@ -145,10 +144,7 @@ def test_a_service_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path
 
 
 def test_sigterm_leaves_time_to_clean_up(tmp_path: Path) -> None:
-    process = ManagedProcess(
-        shell(tmp_path, "trap 'sleep 0.3; echo saved >state; exit 0' TERM; echo 1 >up; sleep 1000 & wait")
-    )
-    process.start()
+    process = started(tmp_path, "trap 'sleep 0.3; echo saved >state; exit 0' TERM; echo 1 >up; sleep 1000 & wait")
     read_pid(tmp_path / "up")
     process.stop(grace=PATIENCE)
     assert (tmp_path / "state").read_text() == "saved\n"
@@ -156,21 +152,19 @@ def test_sigterm_leaves_time_to_clean_up(tmp_path: Path) -> None:
 
 
 def test_when_the_leader_dies_what_it_started_is_killed_at_once(tmp_path: Path) -> None:
-    process = ManagedProcess(shell(tmp_path, "sleep 1000 & echo $! >grandchild; exit 5"))
-    process.start()
+    process = ended(tmp_path, "sleep 1000 & echo $! >grandchild; exit 5")
     grandchild = read_pid(tmp_path / "grandchild")
-    eventually(lambda: not process.is_running(), "the end")
     eventually(lambda: not alive(grandchild), "the grandchild's end")
     assert process.returncode == 5
 
 
-def test_what_cannot_be_started_is_named(tmp_path: Path) -> None:
-    spec = ServiceSpec(name="env", command=("/no/such/python", "x"), cwd=tmp_path, log_path=tmp_path / "log")
-    with pytest.raises(ServiceError, match=r"cannot start env: No such file or directory: /no/such/python \(command"):
-        ManagedProcess(spec).start()
-    spec = ServiceSpec(name="env", command=("true",), cwd=tmp_path / "gone", log_path=tmp_path / "log")
-    with pytest.raises(ServiceError, match=rf"cannot start env: No such file or directory: {tmp_path}/gone"):
-        ManagedProcess(spec).start()
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"command": ("/no/such/python", "x")}, "/no/such/python"), ({"cwd": Path("/gone")}, "/gone")],
+)
+def test_what_cannot_be_started_is_named(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ServiceError, match=rf"cannot start svc: No such file or directory: {named} \(command"):
+        ManagedProcess(shell(tmp_path, "true", **changes)).start()
 
 
 # ---------------------------------------------------------------------- nobody survives the owner
@@ -212,33 +206,28 @@ def run_owner(tmp_path: Path, body: str) -> tuple[subprocess.Popen[bytes], list[
     return owner, pids
 
 
-def test_kill_9_of_the_owner_takes_everything_along(tmp_path: Path) -> None:
-    owner, pids = run_owner(tmp_path, "threading.Event().wait()")
-    reapers = [child.pid for child in psutil.Process(owner.pid).children() if child.pid not in pids]
-    assert len(reapers) == 2
-    owner.kill()
-    owner.wait(timeout=PATIENCE)
-    eventually(lambda: not any(alive(pid) for pid in [*pids, *reapers]), "the end of every process")
-
-
-def test_an_owner_that_forgets_to_stop_leaves_nothing_either(tmp_path: Path) -> None:
+def test_an_owner_that_forgets_to_stop_leaves_nothing(tmp_path: Path) -> None:
     owner, pids = run_owner(tmp_path, "sys.exit(0)")
     assert owner.wait(timeout=PATIENCE) == 0
     eventually(lambda: not any(alive(pid) for pid in pids), "the end of every process")
 
 
-def test_an_owner_that_has_forked_still_takes_everything_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize("forks", [False, True], ids=["alone", "forked"])
+def test_kill_9_of_the_owner_takes_everything_along(tmp_path: Path, forks: bool) -> None:
     # A forked copy of the owner holds the reapers' pipes open: they must look at the owner, not only at the pipe.
     body = "import os; fork = os.fork(); fork and (directory / 'fork').write_text(f'{fork}\\n'); time.sleep(1000)"
-    owner, pids = run_owner(tmp_path, body)
-    fork = read_pid(tmp_path / "fork")
+    owner, pids = run_owner(tmp_path, body if forks else "threading.Event().wait()")
+    fork = [read_pid(tmp_path / "fork")] if forks else []
     try:
+        reapers = [child.pid for child in psutil.Process(owner.pid).children() if child.pid not in [*pids, *fork]]
+        assert len(reapers) == 2
         owner.kill()
         owner.wait(timeout=PATIENCE)
-        eventually(lambda: not any(alive(pid) for pid in pids), "the end of every process")
-        assert alive(fork)
+        eventually(lambda: not any(alive(pid) for pid in [*pids, *reapers]), "the end of every process")
+        assert all(alive(pid) for pid in fork)
     finally:
-        os.kill(fork, signal.SIGKILL)
+        for pid in fork:
+            os.kill(pid, signal.SIGKILL)
 
 
 class Recorded(ManagedProcess):
@@ -259,14 +248,12 @@ def test_stop_all_asks_in_order_and_waits_for_all_together(tmp_path: Path) -> No
         "trap 'echo once >>$0.term; until all; do sleep 0.02; done; exit 0' TERM; "
         "echo 1 >$0.up; while true; do sleep 0.02; done"
     )
-    processes = []
-    for name in ("a", "b", "c"):
-        command = ("sh", "-c", script, name)
-        spec = ServiceSpec(name=name, command=command, cwd=tmp_path, log_path=tmp_path / f"{name}.log")
-        process = Recorded(spec)
+    processes = [
+        Recorded(shell(tmp_path, script, name=name, command=("sh", "-c", script, name))) for name in ("a", "b", "c")
+    ]
+    for process in processes:
         process.start()
-        processes.append(process)
-        read_pid(tmp_path / f"{name}.up")
+        read_pid(tmp_path / f"{process.spec.name}.up")
     stop_all(processes[::-1], grace=PATIENCE)
     assert Recorded.asked == ["c", "b", "a"]
     assert [process.returncode for process in processes] == [0, 0, 0]
