@@ -217,16 +217,12 @@ def test_overlong_error_and_the_exact_bound() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"tokens": [], "masks": [], "scores": []}, "tokens: the group is empty"),
-        ({"tokens": [[5, 6, 7], []], "masks": [MASKS[0], []]}, "tokens[1]: the sequence is empty"),
         ({"advantages": [[0.0, 0.0, 1.0]]}, "advantages: 1 entries, but tokens has 2"),
         ({"inference_logprobs": [[-1.0] * 4, []]}, "inference_logprobs[0]: 4 entries, but tokens[0] has 3"),
-        ({"scores": [0.0, NAN]}, "scores[1] = nan: must be finite"),
         ({"scores": [1e31, 0.0]}, "scores[0] = 1e+31: beyond ±1e+30"),
         ({"advantages": [[], [0.0, 0.0, NAN, 1.0]]}, "advantages[1][2] = nan: must be finite"),
         ({"inference_logprobs": [[1.0, -INF, -1.0], []]}, "inference_logprobs[0][1] = -inf: must be finite"),
         ({"inference_logprobs": [[1.0, 1.0, 0.5], []]}, "inference_logprobs[0][2] = 0.5: a logprob is at most 0"),
-        ({"tokens": [TOKENS[0], [5, 6, 9, 2]]}, "tokens[1][2] = 9: outside the vocabulary [0, 9)"),
         ({"masks": [[-100, -100, 6], MASKS[1]]}, "masks[0][2] = 6: must be -100 (not trained) or the token id 7"),
         ({"masks": [[0, 0, 1], [0, 0, 1, 1]]}, "masks[0][0] = 0: must be -100 (not trained) or the token id 5; a 0/1"),
         ({"tokens": [[5, 6.0, 7], TOKENS[1]]}, "tokens[0][1] = 6.0: expected an integer token id"),
