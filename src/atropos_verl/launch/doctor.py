@@ -269,15 +269,11 @@ def check_shared_memory(*, object_store: int | None = None, ray: bool = False) -
     except OSError:
         return finding("machine", "shared memory", "there is no /dev/shm")
     needed = (object_store or _SHARED_MEMORY) if ray else 0
-    lacking = f"Ray's object store takes {needed / 1e9:.2f} GB there: docker --shm-size=8g, or a smaller one"
-    little = "docker run --shm-size=2g: torch passes tensors through it"
-    return finding(
-        "machine",
-        "shared memory",
-        f"{free / 1e9:.2f} GB free in /dev/shm",
-        missing=lacking if free < needed else "",
-        warning=little if free < _SHARED_MEMORY // 4 else "",
-    )
+    text, lacking = f"{free / 1e9:.2f} GB free in /dev/shm", ""
+    little = "docker run --shm-size=2g: torch passes tensors through it" if free < _SHARED_MEMORY // 4 else ""
+    if free < needed:
+        lacking = f"Ray's object store takes {needed / 1e9:.2f} GB there: docker --shm-size=8g, or a smaller one"
+    return finding("machine", "shared memory", text, missing=lacking, warning=little)
 
 
 def check_disk(run_dir: Path, *, model_bytes: int, checkpoints: int | None) -> list[Finding]:
@@ -419,11 +415,11 @@ def check_api(url: str, token: str | None, *, timeout: float = 3.0) -> Finding:
     except AtroposAPIError as error:
         todo = "start it, or correct atropos.api_url"
         return finding("network", name, f"{url} does not answer as an Atropos API: {error.reason}", missing=todo)
-    queued = f"{status.queue_size} groups queued" if status.queue_size else "queue empty"
-    todo = "an earlier run's groups would be trained first; atropos.reset=true forgets them"
-    return finding(
-        "network", name, f"{url}: step {status.current_step}, {queued}", warning=todo if status.queue_size else ""
-    )
+    queued, todo = "queue empty", ""
+    if status.queue_size:
+        queued = f"{status.queue_size} groups queued"
+        todo = "an earlier run's groups would be trained first; atropos.reset=true forgets them"
+    return finding("network", name, f"{url}: step {status.current_step}, {queued}", warning=todo)
 
 
 def _check_own_or_given_api(config: RunConfig, launch: LaunchConfig) -> Finding:
@@ -441,10 +437,7 @@ _LOOK = """
 import importlib.util, json, sys
 from importlib import metadata
 def version(name):
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    return next((found.version for found in metadata.distributions(name=name)), None)
 def there(name):
     try:
         return importlib.util.find_spec(name) is not None
@@ -495,9 +488,9 @@ def check_environment(
     except SyntaxError as error:
         return finding("environments", name, f"{script}, line {error.lineno}: {error.msg}", missing="mend the script")
     except (OSError, subprocess.TimeoutExpired, ValueError) as error:
-        broken, why = (
-            (error.filename, error.strerror) if isinstance(error, OSError) else (python, "it prints no answer")
-        )
+        broken, why = python, "it prints no answer"
+        if isinstance(error, OSError):
+            broken, why = error.filename, error.strerror or str(error)
         todo = f"set environments.{name}.{'python' if broken == python else 'script'}"
         return finding("environments", name, f"{broken} cannot be used: {why}", missing=todo)
     atroposlib, transformers = seen["versions"]["atroposlib"], seen["versions"]["transformers"] or "none"

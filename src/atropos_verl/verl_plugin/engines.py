@@ -1,15 +1,12 @@
 """verl's FSDP engine without padding on any device, and with an LM head for trained tokens only.
 
 verl's engine runs the LM head on every position and keeps [tokens, vocabulary] logits for the backward. Most positions
-of an Atropos batch are prompt or tool tokens whose logits nobody reads. Here the head is called on the rows that
-predict a trained token (``losses.linear_token_logprobs``), and returns one logprob per position.
+of an Atropos batch are prompt or tool tokens, so here the head is called on the rows that predict a trained token only.
 
-verl trains without padding through flash attention's variable-length kernels, which are CUDA's; else it pads the
-sequences of a micro-batch to the longest. Here they are joined end to end with torch's own attention (``sdpa``) too.
-Everything in a transformer but attention works on one token at a time, so a row of joined sequences only needs an
-attention that does not look across their borders: one call of ``sdpa`` per sequence. No padding token is computed, and
-the square of attention is that of each sequence, not of the row. transformers hands the borders through as
-``cu_seq_lens_q``, the name its flash attention uses. A probe at the first batch shows if the model computes the same.
+verl trains without padding through flash attention's kernels, which are CUDA's. Here sequences are joined end to end
+with torch's own attention (``sdpa``) too: all else in a transformer works on one token at a time, so one call of
+``sdpa`` per sequence is enough. transformers hands the borders through as ``cu_seq_lens_q``, the name its flash
+attention uses. A probe at the first batch shows if the model computes the same.
 
 Import this module after ``verl_plugin.activate``; importing it registers the engines in this process.
 """
