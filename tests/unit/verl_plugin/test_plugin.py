@@ -1,4 +1,4 @@
-"""The plugin's registrations in verl, in processes of their own, and the name of vLLM's CPU build."""
+"""Platform and registrations in verl, in processes of their own (verl keeps its choice), and vLLM's CPU build."""
 
 from __future__ import annotations
 
@@ -12,18 +12,27 @@ import pytest
 
 from atropos_verl.verl_plugin import ray_environment, shims
 
+_PLATFORM = "from verl.utils.device import get_device_name; print(get_device_name())"
+
 
 def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     plain = {k: v for k, v in os.environ.items() if not k.startswith("VERL_")}
     command = [sys.executable, "-W", "ignore", "-c", code]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-        env=plain | ray_environment("cpu") | environment,
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, env=plain | environment)
+
+
+@pytest.mark.parametrize("first", ["", "import verl.utils.tensordict_utils; "], ids=["verl later", "verl first"])
+def test_cpu_is_chosen_whether_or_not_verl_is_there(first: str) -> None:
+    done = _run(f"{first}from atropos_verl import verl_plugin; verl_plugin.activate('cpu'); {_PLATFORM}")
+    assert done.stdout.split() == ["cpu"], done.stderr[-2000:]
+
+
+def test_a_choice_made_before_is_refused_by_name() -> None:
+    done = _run(
+        f"{_PLATFORM}; from atropos_verl import verl_plugin; verl_plugin.activate('cpu')", VERL_PLATFORM="nvidia"
     )
+    assert done.returncode == 1
+    assert "verl has already picked 'cuda'" in done.stderr
 
 
 def test_with_its_environment_verl_knows_platform_and_rollouts_before_anyone_asks() -> None:
@@ -34,7 +43,7 @@ def test_with_its_environment_verl_knows_platform_and_rollouts_before_anyone_ask
         "print(get_device_name(), get_rollout_replica_class('transformers').__name__,"
         " get_rollout_class('transformers').__name__)"
     )
-    done = _run(code)
+    done = _run(code, **ray_environment("cpu"))
     assert done.stdout.split()[-3:] == ["cpu", "TransformersReplica", "TransformersServerAdapter"], done.stderr[-2000:]
 
 
