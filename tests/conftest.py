@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 # As the training command does (launch/train.py): spinning OpenMP threads of two test processes on two cores made a
 # training step ten times slower. Before anything imports torch; child processes inherit it.
@@ -25,6 +27,9 @@ import pytest
 from support.http_faults import FaultServer
 from support.trajectory_server import UpstreamApi
 
+if TYPE_CHECKING:
+    from support.lab import Lab
+
 
 @pytest.fixture
 def fault_server() -> Iterator[FaultServer]:
@@ -38,3 +43,19 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpstreamApi]:
     """The real trajectory API, one process for the whole session: start a test with ``reset_data``."""
     with UpstreamApi(tmp_path_factory.mktemp("upstream")) as api:
         yield api
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with random weights and its tokenizer, to be read only."""
+    from support.tiny_model import build_tiny_model
+
+    return build_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def lab(model_path: Path, tmp_path: Path) -> Lab:
+    """Makes trainers in this process on batches that the test writes."""
+    from support.lab import Lab
+
+    return Lab(model_path, tmp_path)

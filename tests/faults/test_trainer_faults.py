@@ -1,4 +1,7 @@
-"""The trainer in this process, on batches that the test wrote: interrupted, resumed, lied to. Compared bit by bit."""
+"""The trainer in this process, on batches that the test wrote, with and without overlap: interrupted, resumed, lied to.
+
+Weights are compared bit by bit: what is trained does not depend on the mode, nor on when the run was interrupted.
+"""
 
 from __future__ import annotations
 
@@ -6,46 +9,103 @@ import json
 import os
 import random
 import signal
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 import torch
-from support.lab import GROUP_SIZE, GROUPS, Lab, assert_same, saved
+from support.lab import GROUP_SIZE, Lab, assert_same, batches, saved
 from support.malformed import good_group
-from support.runs import checkpointed_step, metrics_of
-from support.scripted_api import batch_of, random_batches
-from support.tiny_model import build_tiny_model
+from support.runs import checkpointed_step, journalled, metrics_of
+from support.scripted_api import batch_of
+from support.serving import eventually
 
-from atropos_verl.errors import AtroposConnectionError, AtroposTimeoutError, TrainingDivergedError, WeightSyncError
+from atropos_verl.errors import (
+    AtroposConnectionError,
+    AtroposTimeoutError,
+    ServiceError,
+    TrainingDivergedError,
+    WeightSyncError,
+)
 from atropos_verl.types import StepReport
 
+SYNC: dict[str, Any] = {}
+OVERLAP: dict[str, Any] = {"mode": "overlap", "off_policy": {"importance": None}}
+"""Importance weights would be on: the same training needs the same loss."""
+in_both_modes = pytest.mark.parametrize("mode", [SYNC, OVERLAP], ids=["sync", "overlap"])
 
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("model"))
+
+def threads_of_the_trainer() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name in ("atropos-verl-prefetch", "atropos-verl-engine")]
 
 
-@pytest.fixture
-def lab(model_path: Path, tmp_path: Path) -> Lab:
-    return Lab(model_path, tmp_path)
+def wait_for_batch(run_dir: Path, number: int) -> None:
+    """Until the batch of step ``number`` is journalled: it was fetched ahead."""
+    eventually(lambda: f"batch_{number:06}.json" in journalled(run_dir), f"batch {number} to be journalled")
+
+
+@pytest.fixture(autouse=True)
+def _sigterm_interrupts() -> Iterator[None]:
+    """As in the training command."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+# ---------------------------------------------------------------------- modes
+
+
+@pytest.mark.parametrize("normalization", ["global", "batch"])
+def test_the_same_batches_give_the_same_weights_in_both_modes(lab: Lab, tmp_path: Path, normalization: str) -> None:
+    bodies = batches(6, seed=0)
+    settings = {"advantage_normalization": normalization}
+    expected = lab.run("sync", bodies, 6, **settings)
+    assert_same(lab.run("overlap", bodies, 6, **settings, **OVERLAP), expected)
+    assert threads_of_the_trainer() == []
+    for mode in ("sync", "overlap"):
+        lines = metrics_of(tmp_path / mode)
+        assert [line["policy_version"] for line in lines] == [1, 2, 3, 4, 5, 6]
+        assert all(0.0 <= line["perf/idle_share"] <= 1.0 for line in lines)
+        # A swap pauses; a sync into a released engine has nothing to pause.
+        assert all((line["sync/paused_seconds"] is None) == (mode == "sync") for line in lines)
+        assert max(line["sync/canary_max_abs_logprob_diff"] for line in lines) < 1e-4
+
+
+def test_the_gate_stays_open_while_the_trainer_trains_and_the_next_batch_comes_meanwhile(lab: Lab) -> None:
+    seen: list[tuple[bool, bool]] = []
+    with lab.trainer("open", batches(3, seed=1), 3, **OVERLAP) as trainer:
+        train = trainer.stack.worker.train
+
+        def watched(samples: Any) -> Any:
+            if trainer.step < 2:
+                wait_for_batch(trainer.run_dir, trainer.step + 2)
+            seen.append((trainer.stack.gate.is_open, trainer.engine.weights_ready))
+            return train(samples)
+
+        trainer.stack.worker.train = watched  # type: ignore[method-assign]
+        trainer.fit()
+        assert trainer.engine.policy_version == 3
+        assert trainer.sharding_manager.syncs == 4
+    assert seen == [(True, True)] * 3
 
 
 # ---------------------------------------------------------------------- resume
 
 
 def test_ten_steps_resume_ten_steps_is_twenty_steps(lab: Lab, tmp_path: Path) -> None:
-    bodies = random_batches(20, groups=GROUPS, group_size=GROUP_SIZE)
+    bodies = batches(20, seed=0)
     at_once = lab.run("at_once", bodies, 20)
     assert at_once["step"] == at_once["policy_version"] == 20
     # Each trained token of the 20 batches was seen once by the running statistics.
-    trained = sum(
-        sum(entry != -100 for row in group["masks"] for entry in row)
-        for body in bodies
-        for group in json.loads(body)["batch"]
-    )
+    groups = [group for body in bodies for group in json.loads(body)["batch"]]
+    trained = sum(entry != -100 for group in groups for row in group["masks"] for entry in row)
     assert at_once["moments"]["count"] == at_once["tokens_trained"] == trained
 
     first = lab.run("parts", bodies[:10], 10)
@@ -56,67 +116,49 @@ def test_ten_steps_resume_ten_steps_is_twenty_steps(lab: Lab, tmp_path: Path) ->
     actor = tmp_path / "parts" / "checkpoints" / "global_step_20" / "actor"
     optimiser = torch.load(actor / "optim_world_size_1_rank_0.pt", weights_only=False)
     assert {int(state["step"]) for state in optimiser["state"].values()} == {20}
-    assert [line["step"] for line in metrics_of(tmp_path / "parts")] == list(range(1, 21))
-    assert [line["policy_version"] for line in metrics_of(tmp_path / "parts")] == list(range(1, 21))
+    lines = metrics_of(tmp_path / "parts")
+    assert [(line["step"], line["policy_version"]) for line in lines] == [(n, n) for n in range(1, 21)]
 
 
-def test_batches_that_no_checkpoint_covers_are_trained_first(lab: Lab, tmp_path: Path) -> None:
-    bodies = random_batches(4, groups=GROUPS, group_size=GROUP_SIZE, seed=1)
+@in_both_modes
+def test_batches_that_no_checkpoint_covers_are_trained_first(lab: Lab, tmp_path: Path, mode: dict[str, Any]) -> None:
+    """As after kill -9: step 3 is done and saved nowhere, batch 4 is fetched, the checkpoint is of step 1."""
+    bodies = batches(4, seed=1)
     expected = lab.run("at_once", bodies, 4)
-    with lab.trainer("crashed", bodies, 4) as trainer:  # gone after step 3 and the fetch of batch 4, saved at step 1
+    with lab.trainer("killed", bodies, 4, **mode) as trainer:
         for step in range(3):
             trainer.train_on(trainer.source.fetch())
             if step == 0:
                 trainer.save_checkpoint()
         trainer.source.fetch()
-    journal = sorted(p.name for p in (tmp_path / "crashed" / "journal").glob("batch_0?????.json"))
-    assert journal == ["batch_000002.json", "batch_000003.json", "batch_000004.json"]
+    assert journalled(tmp_path / "killed") == [f"batch_00000{n}.json" for n in (2, 3, 4)]
     # The API has nothing any more: the journal alone carries the run to its end.
-    assert_same(lab.run("crashed", [], 4), expected)
-    assert list((tmp_path / "crashed" / "journal").glob("batch_*.json")) == []
+    assert_same(lab.run("killed", [], 4, **mode), expected)
+    assert journalled(tmp_path / "killed") == []
 
 
-# ---------------------------------------------------------------------- interrupted in the middle of an update
+# ---------------------------------------------------------------------- interrupted
 
 
-class _Interrupting:
-    """A policy worker that is hit by a signal in the middle of update ``at``."""
+def hit_update(trainer: Any, number: int, hit: Callable[[], None]) -> None:
+    """Call ``hit`` in the middle of update ``number``: the weights have changed, nobody has counted the step yet."""
+    train, calls = trainer.stack.worker.train, iter(range(1, 100))
 
-    def __init__(self, worker: Any, at: int, hit: Callable[[], None]) -> None:
-        self._worker = worker
-        self._left = at
-        self._hit = hit
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._worker, name)
-
-    def train(self, samples: Any) -> Any:
-        self._left -= 1
-        output = self._worker.train(samples)
-        if self._left == 0:  # the weights have changed; nobody has counted the step yet
-            self._hit()
+    def watched(samples: Any) -> Any:
+        output = train(samples)
+        if next(calls) == number:
+            hit()
         return output
 
-
-def _raise_interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-@pytest.fixture
-def sigterm_interrupts() -> Iterator[None]:
-    """As in the training command."""
-    before = signal.signal(signal.SIGTERM, _raise_interrupt)
-    yield
-    signal.signal(signal.SIGTERM, before)
+    trainer.stack.worker.train = watched
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.usefixtures("sigterm_interrupts")
 def test_a_signal_in_the_middle_of_an_update_leaves_a_whole_step(lab: Lab, tmp_path: Path, signum: int) -> None:
-    bodies = random_batches(4, groups=GROUPS, group_size=GROUP_SIZE, seed=2)
+    bodies = batches(4, seed=2)
     expected = lab.run("at_once", bodies, 4)
     with lab.trainer("hit", bodies, 4) as trainer:
-        trainer.stack.worker = _Interrupting(trainer.stack.worker, 2, lambda: os.kill(os.getpid(), signum))
+        hit_update(trainer, 2, lambda: os.kill(os.getpid(), signum))
         with pytest.raises(KeyboardInterrupt) as caught:
             trainer.fit()
     directory = tmp_path / "hit"
@@ -126,15 +168,34 @@ def test_a_signal_in_the_middle_of_an_update_leaves_a_whole_step(lab: Lab, tmp_p
     assert_same(lab.run("hit", bodies[2:], 4), expected)
 
 
-@pytest.mark.usefixtures("sigterm_interrupts")
+def test_a_signal_between_steps_keeps_the_batch_that_was_fetched_ahead(lab: Lab, tmp_path: Path) -> None:
+    bodies = batches(5, seed=2)
+    expected = lab.run("at_once", bodies, 5)
+    directory = tmp_path / "hit"
+
+    def hit(report: StepReport) -> None:
+        if report.step == 2:
+            wait_for_batch(directory, 3)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with lab.trainer("hit", bodies, 5, **OVERLAP) as trainer, pytest.raises(KeyboardInterrupt) as caught:
+        trainer.fit(on_step=hit)
+    assert threads_of_the_trainer() == []
+    assert "steps up to 2 are saved in" in "".join(caught.value.__notes__)
+    assert saved(directory)["step"] == 2
+    assert journalled(directory) == ["batch_000003.json"]
+    assert_same(lab.run("hit", bodies[3:], 5, **OVERLAP), expected)
+    assert journalled(directory) == []
+
+
 def test_an_update_that_breaks_off_is_not_saved(lab: Lab, tmp_path: Path) -> None:
     def out_of_memory() -> None:
         raise MemoryError("no more")
 
-    bodies = random_batches(4, groups=GROUPS, group_size=GROUP_SIZE, seed=3)
+    bodies = batches(4, seed=3)
     expected = lab.run("at_once", bodies, 4)
     with lab.trainer("broken", bodies, 4, save_freq=2) as trainer:
-        trainer.stack.worker = _Interrupting(trainer.stack.worker, 4, out_of_memory)
+        hit_update(trainer, 4, out_of_memory)
         with pytest.raises(MemoryError) as caught:
             trainer.fit()
     # Step 3 is whole, but it exists only in weights that step 4 has already changed.
@@ -143,37 +204,56 @@ def test_an_update_that_breaks_off_is_not_saved(lab: Lab, tmp_path: Path) -> Non
     assert_same(lab.run("broken", [], 4, save_freq=2), expected)
 
 
+def test_a_service_that_dies_during_a_step_ends_the_run_after_it(lab: Lab, tmp_path: Path) -> None:
+    dead = threading.Event()
+
+    def check() -> None:
+        if dead.is_set():
+            raise ServiceError("environment died", "environment", -9, "")
+
+    with lab.trainer("widow", batches(4, seed=4), 4, **OVERLAP) as trainer:
+
+        def die() -> None:
+            wait_for_batch(trainer.run_dir, 3)
+            dead.set()
+            eventually(
+                lambda: "atropos-verl-prefetch" not in threads_of_the_trainer(),
+                "the prefetching thread to notice while the trainer trains",
+            )
+
+        hit_update(trainer, 2, die)
+        with pytest.raises(ServiceError, match="environment died") as caught:
+            trainer.fit(check_services=check)
+    assert "steps up to 2 are saved in" in "".join(caught.value.__notes__)
+    assert journalled(tmp_path / "widow") == ["batch_000003.json"]
+
+
 # ---------------------------------------------------------------------- wrong weights, wrong data
 
 
-class _Stale:
-    """An engine that is given the weights of the first sync again and again, as when a sync is skipped."""
+@pytest.mark.parametrize("fault", ["old weights", "no weights", "old weights staged"])
+def test_a_skipped_weight_sync_stops_the_run(lab: Lab, tmp_path: Path, fault: str) -> None:
+    """The engine is given the weights of the first sync again and again, or says that it took some."""
+    first: list[tuple[str, torch.Tensor]] = []
+    overlapped = fault == "old weights staged"
+    with lab.trainer("stale", batches(3, seed=4), 3, **(OVERLAP if overlapped else SYNC)) as trainer:
+        method = "stage_weights_from_tensor" if overlapped else "update_weights_from_tensor"
+        update = getattr(trainer.engine, method)
 
-    def __init__(self, engine: Any, *, drop: bool) -> None:
-        self._engine = engine
-        self._first: list[tuple[str, torch.Tensor]] = []
-        self._drop = drop
+        def stale(named_tensors: Any, **version: int) -> Any:
+            new = [(name, tensor.clone()) for name, tensor in named_tensors]
+            if not first:
+                first.extend(new)
+            elif fault == "no weights":
+                return 0
+            return update(first, **version)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def update_weights_from_tensor(self, named_tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int) -> Any:
-        new = [(name, tensor.clone()) for name, tensor in named_tensors]
-        if not self._first:
-            self._first = new
-        elif self._drop:
-            return 0
-        return self._engine.update_weights_from_tensor(self._first, policy_version=policy_version)
-
-
-@pytest.mark.parametrize("drop", [False, True], ids=["old weights", "no weights"])
-def test_a_skipped_weight_sync_stops_the_run(lab: Lab, tmp_path: Path, drop: bool) -> None:
-    bodies = random_batches(3, groups=GROUPS, group_size=GROUP_SIZE, seed=4)
-    with lab.trainer("stale", bodies, 3) as trainer:
-        trainer.stack.sharding_manager.engine = _Stale(trainer.stack.engine, drop=drop)
+        setattr(trainer.engine, method, stale)
         with pytest.raises(WeightSyncError):
             trainer.fit()
-        assert trainer.step == 1, "it must not go on with rollouts of another policy"
+        # It must not go on with rollouts of another policy. The first sync of an overlapped run stages nothing.
+        assert trainer.step == (2 if overlapped else 1)
+        assert trainer.engine.policy_version <= 1
         assert not trainer.stack.gate.is_open, "nobody may be served by the wrong weights"
     assert checkpointed_step(tmp_path / "stale") == 0
 
@@ -202,7 +282,7 @@ def test_literal_nans_in_a_batch_are_quarantined_and_the_rest_is_trained(lab: La
 
 
 def test_a_run_that_diverges_stops_and_does_not_save_what_is_ruined(lab: Lab, tmp_path: Path) -> None:
-    bodies = random_batches(4, groups=GROUPS, group_size=GROUP_SIZE, seed=6)
+    bodies = batches(4, seed=6)
     ruinous = {"optim": {"lr": 1e30}, "sync": {"canary": False}}
     with (
         lab.trainer("diverged", bodies, 4, **ruinous) as trainer,
@@ -213,7 +293,7 @@ def test_a_run_that_diverges_stops_and_does_not_save_what_is_ruined(lab: Lab, tm
 
 
 def test_an_api_without_batches_ends_the_run_and_saves_it(lab: Lab, tmp_path: Path) -> None:
-    bodies = random_batches(2, groups=GROUPS, group_size=GROUP_SIZE, seed=7)
+    bodies = batches(2, seed=7)
     patience = {"atropos": {"rollout_timeout": 0.5}, "batch_max_wait_time": 0.2}
     with (
         lab.trainer("starved", bodies, 9, **patience) as trainer,
@@ -232,7 +312,7 @@ def test_an_environment_of_ours_that_sends_nothing_is_given_up_after_its_startup
 
 
 def test_an_api_that_goes_away_ends_the_run_and_saves_it(lab: Lab, tmp_path: Path) -> None:
-    bodies = random_batches(4, groups=GROUPS, group_size=GROUP_SIZE, seed=8)
+    bodies = batches(4, seed=8)
 
     def leave_after_step_2(report: StepReport) -> None:
         if report.step == 2:

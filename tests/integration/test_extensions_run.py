@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 from support.lab import GROUP_SIZE, GROUPS, Lab, state_of
-from support.runs import TrainingRun, metrics_of
+from support.runs import metrics_of
 from support.scripted_api import batch_of
-from support.tiny_model import build_tiny_model
 from support.trajectory_server import ServerProcess, group
 
 from atropos_verl.errors import ConfigError
@@ -43,16 +42,6 @@ def numbered(prompts: list[str], completions: list[str]) -> list[float]:
 def batches(count: int) -> list[bytes]:
     """Without advantages of the environment, which would replace those of a function."""
     return [batch_of([group(2 * batch + i, GROUP_SIZE) for i in range(GROUPS)]) for batch in range(count)]
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def lab(model_path: Path, tmp_path: Path) -> Lab:
-    return Lab(model_path, tmp_path)
 
 
 def unchanged(lab: Lab, **settings: Any) -> bool:
@@ -112,11 +101,3 @@ def test_rl_training_step_asks_the_function_once_for_each_completion(model_path:
             report = trainer.rl_training_step(["ab", "cd"])
     assert seen == [8]
     assert report.metrics["reward/mean"] == 3.5
-
-
-def test_a_path_that_names_nothing_ends_the_command_before_anything_starts(tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    with TrainingRun(["data.filter_path=no_such_module:keep"], run_dir=run_dir) as run:
-        assert run.wait(60.0) == 2
-    assert "data.filter_path: cannot import no_such_module" in run.stderr
-    assert not (run_dir / "logs").exists()

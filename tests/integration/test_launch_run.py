@@ -7,39 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
-from support.launches import SMALL_LAUNCH, LaunchRun
+from support.runs import SMALL, LaunchRun, summary_of
 
 TOKEN = "a-token-of-the-trajectory-api"
 
 
 class Observed:
-    """Observations of the processes while the run went on."""
+    """A launch, and the command line of every process that it had."""
 
-    def __init__(self, run: LaunchRun) -> None:
-        self.run = run
-        self.commands: dict[int, str] = {}
-        assert run.run_dir is not None
-        self.run_dir = run.run_dir
+    def __init__(self, run: LaunchRun, run_dir: Path) -> None:
+        self.run, self.run_dir = run, run_dir
+        self.commands: set[str] = set()
 
     def look(self) -> bool:
-        for process in self._processes():
-            try:
-                raw = Path(f"/proc/{process.pid}/cmdline").read_bytes()
-            except OSError:  # gone meanwhile
-                continue
-            if raw:
-                self.commands[process.pid] = raw.replace(b"\0", b" ").decode()
+        self.commands.update(self.run.living())
         return self.run.popen.poll() is not None
-
-    def _processes(self) -> list[psutil.Process]:
-        try:
-            launcher = psutil.Process(self.run.popen.pid)
-            return [launcher, *launcher.children(recursive=True)]
-        except psutil.NoSuchProcess:  # it has ended and was waited for
-            return []
 
     def settings(self, name: str) -> Any:
         return yaml.safe_load((self.run_dir / "launch" / name).read_text())
@@ -50,33 +34,26 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
     run_dir = tmp_path_factory.mktemp("launch") / "run"
     broken = run_dir.parent / "no_evaluation.py"
     broken.write_text("import sys, time\nif 'evaluate' in sys.argv:\n    sys.exit(7)\ntime.sleep(1000)\n")
-    words = [*SMALL_LAUNCH, "eval.before=true", "eval.after=true", "steps=3", "save_freq=2"]
+    words = [*SMALL, "eval.before=true", "eval.after=true", "steps=3", "save_freq=2"]
     words += [f"environments.other={{script: {broken}, startup_timeout: 1000}}"]
     with LaunchRun(words, run_dir=run_dir, env={"ATROPOS_API_TOKEN": TOKEN}) as run:
-        observed = Observed(run)
-        run.wait_until(observed.look, "the end of the run", 150.0)
-        run.assert_nothing_left()
+        observed = Observed(run, run_dir)
+        run.wait_until(observed.look, "the end of the run")
+        run.must_end(0)
         yield observed
 
 
 def test_an_unmodified_environment_works_with_a_protected_api(observed: Observed) -> None:
-    assert observed.run.popen.returncode == 0, observed.run.stdout + observed.run.stderr
     assert [line["step"] for line in observed.run.metrics()] == [1, 2, 3]
 
 
 def test_no_key_shows_in_the_process_list(observed: Observed) -> None:
     gateway_key = observed.settings("trainer.yaml")["gateway"]["api_key"]
     assert len(gateway_key) >= 24
-    seen = "\n".join(observed.commands.values())
-    for program in (
-        "launch_atropos_verl.py",
-        "serve-api",
-        "spell_backward.py serve",
-        "evaluate",
-        " train ",
-        "orphan_reaper",
-    ):
+    seen = "\n".join(observed.commands)
+    for program in ("launch_atropos_verl.py", "serve-api", "spell_backward.py serve", "evaluate", " train "):
         assert program in seen
+    assert "orphan_reaper" in seen
     assert gateway_key not in seen
     assert TOKEN not in seen
 
@@ -93,7 +70,7 @@ def test_files_with_keys_are_private(observed: Observed) -> None:
 def test_the_policy_is_evaluated_before_and_after(observed: Observed) -> None:
     progress = json.loads((observed.run_dir / "eval" / "progress.json").read_text())
     assert progress["running"] is None
-    summary = json.loads((observed.run_dir / "summary.json").read_text())
+    summary = summary_of(observed.run_dir)
     for label in ("before", "after"):
         metrics = json.loads((observed.run_dir / "eval" / label / "demo" / "metrics.json").read_text())
         score = metrics["results"]["all"]["eval/mean_reward"]

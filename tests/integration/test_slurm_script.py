@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
-from support.launches import SMALL_LAUNCH, LaunchRun
-from support.runs import REPOSITORY
+from support.runs import REPOSITORY, SMALL, LaunchRun, checkpointed_step
+from support.trajectory_server import free_port
 
 SCRIPT = REPOSITORY / "recipe" / "atropos" / "slurm" / "train.sh"
 NODES = ("127.0.0.1", "127.0.0.2")
@@ -26,16 +23,6 @@ exec "$@"
 """
 
 
-def free_ports(count: int) -> list[int]:
-    with_sockets = [socket.socket() for _ in range(count)]
-    for each in with_sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in with_sockets]
-    for each in with_sockets:
-        each.close()
-    return ports
-
-
 class Job(LaunchRun):
     """The script as sbatch would start it, in the repository."""
 
@@ -45,7 +32,6 @@ class Job(LaunchRun):
         for name, text in (("scontrol", _SCONTROL), ("srun", _SRUN)):
             (stand_ins / name).write_text(text)
             (stand_ins / name).chmod(0o755)
-        api_port, gateway_port = free_ports(2)
         self.job_dir = directory / "job"
         env = {
             "PATH": f"{stand_ins}:{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -56,35 +42,24 @@ class Job(LaunchRun):
             "RUN": str(self.job_dir),
             "TRAIN_CONFIG": "local_demo",
             "ENV_CONFIG": "local_demo",
-            "API_PORT": str(api_port),
-            "GATEWAY_PORT": str(gateway_port),
+            "API_PORT": str(free_port()),
+            "GATEWAY_PORT": str(free_port()),
         }
         super().__init__(words, run_dir=self.job_dir / "train", env=env, cwd=directory)
         self.command = ["bash", str(SCRIPT), *words]
         self.srun_log = directory / "srun.log"
 
-    def commands(self) -> str:
-        found = []
-        for process in psutil.Process(self.popen.pid).children(recursive=True):
-            try:
-                found.append(" ".join(process.cmdline()))
-            except psutil.NoSuchProcess:
-                continue
-        return "\n".join(found)
-
 
 @pytest.mark.slow
 def test_a_job_of_two_nodes_trains_and_saves_when_its_time_is_up(tmp_path: Path) -> None:
-    words = [*SMALL_LAUNCH, "steps=1000", "save_freq=1000"]
+    words = [*SMALL, "steps=1000", "save_freq=1000"]
     with Job(words, tmp_path) as job:
         job.wait_for_trained(2)
         keys = [(job.job_dir / name).read_text() for name in ("gateway_key", "api_token")]
-        commands = job.commands()
+        commands = "\n".join(job.living())
         job.popen.send_signal(signal.SIGTERM)
-        assert job.wait(90.0) == 130, job.stdout + job.stderr
-        job.assert_nothing_left()
-        saved = int((job.job_dir / "train" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
-        assert saved == job.trained() >= 2
+        job.must_end(130)
+        assert checkpointed_step(job.job_dir / "train") == job.trained() >= 2
         started = {line.split(" ")[0]: line for line in job.srun_log.read_text().splitlines()}
     assert sorted(started) == list(NODES)
     assert "only=[api,trainer]" in started["127.0.0.1"]
@@ -98,11 +73,5 @@ def test_a_job_of_two_nodes_trains_and_saves_when_its_time_is_up(tmp_path: Path)
 
 def test_a_job_of_one_node_is_refused(tmp_path: Path) -> None:
     with Job([], tmp_path, nodes=NODES[:1]) as job:
-        assert job.popen.wait(timeout=20.0) == 2
+        job.must_end(2)
         assert "this job has one node; give it two" in job.stderr
-
-
-def test_the_documentation_names_the_script() -> None:
-    checked = subprocess.run(["bash", "-n", str(SCRIPT)], capture_output=True, text=True, check=False)
-    assert (checked.returncode, checked.stderr) == (0, "")
-    assert "recipe/atropos/slurm/train.sh" in (REPOSITORY / "docs" / "launcher.md").read_text()

@@ -12,7 +12,7 @@ import torch
 
 from atropos_verl import AtroposTrainer
 from support.runs import checkpointed_step
-from support.scripted_api import scripted_api
+from support.scripted_api import random_batches, scripted_api
 
 GROUPS, GROUP_SIZE = 2, 4
 BATCH_SIZE = GROUPS * GROUP_SIZE
@@ -56,6 +56,11 @@ class Lab:
         with self.trainer(name, bodies, steps, **settings) as trainer:
             trainer.fit()
             return state_of(trainer)
+
+
+def batches(count: int, seed: int) -> list[bytes]:
+    """``count`` batches of good groups, as many as a step of the lab takes."""
+    return random_batches(count, groups=GROUPS, group_size=GROUP_SIZE, seed=seed)
 
 
 def state_of(trainer: AtroposTrainer) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A trainer without a model: it "trains" by noting group numbers, and checkpoints them every few steps.
 
-``python light_trainer.py URL RUN_DIR LEASE_SECONDS``. What a run ends up with is ``RUN_DIR/checkpoint.json``: the
-state of its last checkpoint, as the weights of a real one would be. It stops when ``RUN_DIR/stop`` exists and
+``python -m support.light_trainer URL RUN_DIR LEASE_SECONDS``. What a run ends up with is ``RUN_DIR/checkpoint.json``:
+the state of its last checkpoint, as the weights of a real one would be. It stops when ``RUN_DIR/stop`` exists and
 nothing is left.
 """
 
@@ -17,6 +17,7 @@ from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.journal import BatchJournal
 from atropos_verl.protocol.leases import HeldBatch, LeasedBatches
 from atropos_verl.protocol.messages import TrainerRegistration
+from support.trajectory_server import registration
 
 SAVE_EVERY = 3
 
@@ -36,18 +37,7 @@ class LightTrainer:
 
     def run(self) -> None:
         replayed = self.batches.resume(self.step)
-        self.client.register(
-            TrainerRegistration(
-                wandb_group="group",
-                wandb_project="project",
-                batch_size=8,
-                max_token_len=64,
-                checkpoint_dir="/checkpoints",
-                save_checkpoint_interval=SAVE_EVERY,
-                starting_step=self.step,
-                num_steps=10**6,
-            )
-        )
+        self.client.register(TrainerRegistration(**registration(starting_step=self.step, num_steps=10**6)))
         for held in replayed:
             self.train(held)
         while True:

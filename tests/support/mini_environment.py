@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -34,18 +33,16 @@ class MiniEnvironment:
         gateway_url: str,
         *,
         group_size: int = 4,
-        workers: int = 2,
-        max_tokens: int = 6,
         latency: float = 0.0,
         ahead: int = 4,
         edit: Callable[[list[int]], list[int]] | None = None,
         logprobs: bool = False,
     ) -> None:
         self._api_url, self._gateway_url = api_url, gateway_url
-        self._group_size, self._max_tokens, self._latency, self._ahead = group_size, max_tokens, latency, ahead
+        self._group_size, self._latency, self._ahead = group_size, latency, ahead
         self._edit, self._logprobs = edit, logprobs
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._work, args=(n,), daemon=True) for n in range(workers)]
+        self._threads = [threading.Thread(target=self._work, args=(n,), daemon=True) for n in range(2)]
         self._lock = threading.Lock()
         self.versions: dict[tuple[int, ...], tuple[int, int]] = {}
         """Sequence as posted → versions of its first and last generated token, as the gateway's answer says."""
@@ -64,34 +61,26 @@ class MiniEnvironment:
     def _work(self, number: int) -> None:
         try:
             with AtroposClient(self._api_url, timeout=30.0) as api, httpx.Client(timeout=60.0) as gateway:
-                env_id = self._register(api, number)
+                wish = EnvRegistration(
+                    max_token_length=64, desired_name=f"mini{number}", weight=1.0, group_size=self._group_size
+                )
+                while (env_id := api.register_env(wish)) is None and not self._stop.wait(0.05):
+                    pass
                 rng = random.Random(number)
-                while env_id is not None and not self._stop.is_set():
+                while not self._stop.is_set():
                     if api.status().queue_size >= self._ahead:
-                        time.sleep(0.005)
+                        self._stop.wait(0.005)
                         continue
                     group = self._group(gateway, rng)
-                    if self._latency:
-                        self._stop.wait(self._latency)
+                    self._stop.wait(self._latency)
                     api.post_scored_data_list([encode_group(**group, env_id=env_id)])
         except BaseException as error:  # noqa: BLE001 - a thread's end: the test looks at it
             if not self._stop.is_set():
                 self.failures.append(error)
 
-    def _register(self, api: AtroposClient, number: int) -> int | None:
-        wish = EnvRegistration(
-            max_token_length=64, desired_name=f"mini{number}", weight=1.0, group_size=self._group_size
-        )
-        while not self._stop.is_set():
-            env_id = api.register_env(wish)
-            if env_id is not None:
-                return env_id
-            time.sleep(0.05)
-        return None
-
     def _group(self, gateway: httpx.Client, rng: random.Random) -> dict[str, Any]:
         prompt = [rng.randrange(1, 250) for _ in range(4)]
-        body = {"prompt": {"prompt_token_ids": prompt}, "n": self._group_size, "max_tokens": self._max_tokens}
+        body = {"prompt": {"prompt_token_ids": prompt}, "n": self._group_size, "max_tokens": 6}
         answer = gateway.post(f"{self._gateway_url}/generate", json={**body, "logprobs": 0, "ignore_eos": True})
         assert answer.status_code == 200, answer.text
         told = answer.json()

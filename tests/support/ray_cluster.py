@@ -17,7 +17,7 @@ _TESTS = Path(__file__).resolve().parents[1]
 
 
 @contextmanager
-def ray_session(num_gpus: int = 4) -> Iterator[None]:
+def ray_session() -> Iterator[None]:
     """A Ray of its own for this process; logical GPUs only. Nothing of it is left afterwards."""
     environment = verl_plugin.ray_environment("cpu") | {
         "VERL_LOGGING_LEVEL": "WARN",
@@ -33,7 +33,7 @@ def ray_session(num_gpus: int = 4) -> Iterator[None]:
 
     ray.init(
         num_cpus=8,
-        num_gpus=num_gpus,
+        num_gpus=4,
         include_dashboard=False,
         object_store_memory=200 << 20,
         runtime_env={"env_vars": environment},
@@ -82,13 +82,13 @@ def compose(model: Path, *overrides: str) -> Any:
         return hydra_compose("ppo_trainer", [*settings, *overrides])
 
 
-def worker_class(base: type | None = None) -> type:
+def worker_class() -> type:
     """Our training worker, with two methods for tests: change the policy, and say what it thinks of a sequence."""
     from verl.single_controller.base.decorator import Dispatch, register
 
     from atropos_verl.backends.ray.workers import AtroposActorRolloutRefWorker
 
-    class ProbedWorker(base or AtroposActorRolloutRefWorker):  # type: ignore[misc]
+    class ProbedWorker(AtroposActorRolloutRefWorker):  # type: ignore[misc]
         @register(dispatch_mode=Dispatch.ONE_TO_ALL)
         def nudge(self, seed: int, scale: float) -> int:
             """Add noise to every trained parameter, as an optimiser step would; returns how many."""
@@ -162,6 +162,12 @@ class Cluster:
             time.sleep(0.1)
         for group in self._pool.get_placement_groups():
             ray.util.remove_placement_group(group)
+
+    def step(self, step: int, scale: float = 0.05) -> None:
+        """As verl's synchronous trainer ends a step: the replicas sleep, the policy changes, they get its weights."""
+        self.checkpoints.sleep_replicas()
+        self.workers.nudge(step, scale)
+        self.checkpoints.update_weights(step)
 
     def canary(self, token_ids: list[int]) -> float:
         """Largest difference of a logprob between trainer and replica."""

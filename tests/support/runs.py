@@ -1,12 +1,11 @@
-"""Training runs as users start them: ``main_atropos.py`` in a process of its own, watched from outside.
+"""Training runs and launches as users start them: a script in a process of its own, watched from outside.
 
 ::
 
     with TrainingRun(["steps=1000", *SMALL], run_dir=tmp_path / "run") as run:
         run.wait_for_step(3)
         run.process_of("environment").kill()
-        assert run.wait() == 1
-        run.assert_nothing_left()
+        run.must_end(1)
 
 Every process of a run inherits a mark in its environment, so that those whose parent died are found as well.
 """
@@ -29,8 +28,11 @@ import psutil
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAIN = REPOSITORY / "recipe" / "atropos" / "main_atropos.py"
+LAUNCH = REPOSITORY / "recipe" / "atropos" / "launch_atropos_verl.py"
+LIMIT = 400.0
+"""Seconds after which a wait fails the test; nothing that works comes near it."""
 
-SMALL = ("batch_size=16", "group_size=4", "eval.before=false", "eval.after=false")
+SMALL = ("batch_size=16", "group_size=4", "supervise.backoff=0.2", "eval.before=false", "eval.after=false")
 """Steps of about 0.3 s on two cores."""
 
 _MARK = "ATROPOS_VERL_TEST_RUN"
@@ -105,9 +107,14 @@ class TrainingRun:
         assert self.run_dir is not None
         return metrics_of(self.run_dir)
 
-    # ------------------------------------------------------------------ waiting, each with its limit in seconds
+    def trained(self) -> int:
+        """The newest trained step."""
+        lines = self.metrics()
+        return int(lines[-1]["step"]) if lines else 0
 
-    def wait_until(self, condition: Callable[[], bool], what: str, timeout: float) -> None:
+    # ------------------------------------------------------------------ waiting
+
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = LIMIT) -> None:
         """Poll; a run that ends first, or takes longer, fails the test with all that it said."""
         deadline = time.monotonic() + timeout
         while True:
@@ -120,17 +127,27 @@ class TrainingRun:
             assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}\n{self._said()}"
             time.sleep(0.05)
 
-    def wait_for_step(self, step: int, timeout: float = 120.0) -> None:
+    def wait_for_step(self, step: int) -> None:
         """Until this process has written the line of ``step`` (lines that an earlier run left are older than it)."""
-        self.wait_until(lambda: f"\nstep {step}/" in f"\n{self.stdout}", f"step {step}", timeout)
+        self.wait_until(lambda: f"\nstep {step}/" in f"\n{self.stdout}", f"step {step}")
 
-    def wait_for_output(self, text: str, timeout: float = 120.0) -> None:
-        self.wait_until(lambda: text in self.stdout, f"the output {text!r}", timeout)
+    def wait_for_trained(self, step: int) -> None:
+        """Until ``step`` is in ``metrics.jsonl``, whoever trained it."""
+        self.wait_until(lambda: self.trained() >= step, f"step {step} in metrics.jsonl")
 
-    def wait(self, timeout: float = 60.0) -> int:
-        """Its exit code. Fails the test when it does not end within ``timeout`` seconds."""
-        self.wait_until(lambda: self.popen.poll() is not None, "its end", timeout)
-        return self.popen.returncode
+    def wait_for_more(self, steps: int) -> None:
+        """Until ``steps`` more steps than now are trained."""
+        self.wait_for_trained(self.trained() + steps)
+
+    def wait_for_output(self, text: str, since: int = 0) -> None:
+        """Until ``text`` is in the standard output, after its first ``since`` characters."""
+        self.wait_until(lambda: text in self.stdout[since:], f"the output {text!r}")
+
+    def must_end(self, code: int) -> None:
+        """Wait for its end with this exit code; no process of it may be left."""
+        self.wait_until(lambda: self.popen.poll() is not None, "its end")
+        assert self.popen.returncode == code, self._said()
+        self.assert_nothing_left()
 
     # ------------------------------------------------------------------ its processes
 
@@ -143,13 +160,9 @@ class TrainingRun:
                     return process
         raise AssertionError(f"no process of {service}\n{self._said()}")
 
-    def interrupt(self, signum: signal.Signals) -> None:
-        """To the trainer alone, as ``kill`` does."""
-        self.popen.send_signal(signum)
-
-    def interrupt_group(self, signum: signal.Signals) -> None:
-        """To its whole process group, as a Ctrl-C in a terminal does."""
-        os.killpg(self.popen.pid, signum)
+    def ctrl_c(self) -> None:
+        """SIGINT to the whole process group, as a terminal sends it."""
+        os.killpg(self.popen.pid, signal.SIGINT)
 
     def living(self) -> list[str]:
         """Every process of the run that is alive, in words."""
@@ -158,17 +171,15 @@ class TrainingRun:
         for process in found.values():
             with contextlib.suppress(psutil.NoSuchProcess):
                 if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                    alive.append(f"{process.pid}: {' '.join(process.cmdline())[:160]}")
+                    alive.append(f"{process.pid}: {' '.join(process.cmdline())}")
         return alive
 
-    def assert_nothing_left(self, within: float = 10.0) -> None:
-        """No process of this run is alive, by pid; ``within`` seconds for what ends by itself. None was overlooked:
-        at least the trainer was seen."""
-        deadline = time.monotonic() + within
+    def assert_nothing_left(self) -> None:
+        """Wait until no process of this run is alive, by pid."""
+        deadline = time.monotonic() + 60.0
         while (alive := self.living()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert not alive, f"{within:g} s after the end of the run these are alive:\n" + "\n".join(alive)
-        assert self.popen.poll() is not None
+        assert not alive, "after the end of the run these are alive:\n" + "\n".join(alive)
 
     @property
     def processes_seen(self) -> int:
@@ -196,6 +207,42 @@ class TrainingRun:
         return f"--- stdout\n{self.stdout[-3000:]}\n--- stderr\n{self.stderr[-3000:]}"
 
 
+class LaunchRun(TrainingRun):
+    """One launch: what ``TrainingRun`` offers, and a look into ``state.json``.
+
+    Args:
+        prefix: a command that starts the launcher.
+    """
+
+    def __init__(self, words: Sequence[str], *, run_dir: Path, prefix: Sequence[str] = (), **options: Any) -> None:
+        super().__init__(words, run_dir=run_dir, **options)
+        self.command = [*prefix, sys.executable, str(LAUNCH), *words, f"run_dir={run_dir}"]
+
+    def state(self) -> dict[str, Any]:
+        """The newest ``state.json``; {} before the first."""
+        assert self.run_dir is not None
+        path = self.run_dir / "state.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def service(self, name: str) -> dict[str, Any]:
+        """Reads the launcher's state of one service; {} before it says anything."""
+        return next((entry for entry in self.state().get("services", []) if entry["name"] == name), {})
+
+    def send(self, name: str, signum: signal.Signals) -> None:
+        """Send a signal to the living process of a service."""
+        self.wait_until(lambda: bool(self.service(name).get("pid")), f"a process of {name}")
+        os.kill(int(self.service(name)["pid"]), signum)
+
+    def kill_and_wait_for_restart(self, name: str) -> None:
+        """SIGKILL a service, and wait until its successor runs."""
+        before = self.service(name).get("restarts", 0)
+        self.send(name, signal.SIGKILL)
+        self.wait_until(
+            lambda: self.service(name).get("restarts", 0) > before and self.service(name)["state"] == "running",
+            f"a restart of {name}",
+        )
+
+
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``; a number that is not finite is not JSON and fails here."""
 
@@ -204,6 +251,16 @@ def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
 
     lines = _text(run_dir / "metrics.jsonl").splitlines()
     return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def summary_of(run_dir: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+    return summary
+
+
+def journalled(run_dir: Path) -> list[str]:
+    """Names of the batches that were fetched and that no checkpoint covers."""
+    return sorted(path.name for path in (run_dir / "journal").glob("batch_0?????.json"))
 
 
 def checkpointed_step(run_dir: Path) -> int:

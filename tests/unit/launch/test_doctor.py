@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
-from support.launches import LAUNCH
+from support.runs import LAUNCH
 from support.trajectory_server import ServerProcess
 
 from atropos_verl.assets import demo_model_path
