@@ -82,7 +82,7 @@ def test_a_killed_service_is_restarted_and_the_run_goes_on(run_dir: Path) -> Non
         assert_saved(run, run_dir, before)
 
 
-def test_an_environment_that_cannot_start_is_tried_again_and_ends_the_run(tmp_path: Path) -> None:
+def test_an_environment_that_cannot_start_twice_ends_the_run(tmp_path: Path) -> None:
     script = tmp_path / "my_env.py"
     script.write_text("raise ImportError('no fancy_dependency here')\n")
     with TrainingRun([f"env.script={script}", "supervise.backoff=0.1"], run_dir=tmp_path / "run") as run:

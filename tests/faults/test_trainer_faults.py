@@ -304,13 +304,6 @@ def test_an_api_without_batches_ends_the_run_and_saves_it(lab: Lab, tmp_path: Pa
     assert saved(tmp_path / "starved")["step"] == 2
 
 
-def test_an_environment_of_ours_that_sends_nothing_is_given_up_after_its_startup_timeout(lab: Lab) -> None:
-    patience = {"env": {"startup_timeout": 0.5}, "batch_max_wait_time": 0.2}  # rollout_timeout stays at 600 s
-    with lab.trainer("silent", [], 9, **patience) as trainer, pytest.raises(AtroposTimeoutError):
-        trainer.fit(check_services=lambda: None)
-    assert trainer.step == 0
-
-
 def test_an_api_that_goes_away_ends_the_run_and_saves_it(lab: Lab, tmp_path: Path) -> None:
     bodies = batches(4, seed=8)
 
