@@ -260,11 +260,9 @@ def test_a_skipped_weight_sync_stops_the_run(lab: Lab, tmp_path: Path, fault: st
 
 def test_literal_nans_in_a_batch_are_quarantined_and_the_rest_is_trained(lab: Lab, tmp_path: Path) -> None:
     rng = random.Random(5)
-    poisoned = good_group(rng, group_size=GROUP_SIZE)
+    poisoned, hot, good = (good_group(rng, group_size=GROUP_SIZE) for _ in range(3))
     poisoned["scores"][1] = float("nan")
-    hot = good_group(rng, group_size=GROUP_SIZE)
     hot["advantages"][2][0] = float("inf")
-    good = good_group(rng, group_size=GROUP_SIZE)
     bodies = [batch_of([poisoned, good]), batch_of([good, hot])]
     assert b"NaN" in bodies[0]
     assert b"Infinity" in bodies[1]
@@ -275,10 +273,7 @@ def test_literal_nans_in_a_batch_are_quarantined_and_the_rest_is_trained(lab: La
     assert state["tokens_trained"] == 2 * trained
     assert [line["data/quarantined"] for line in metrics_of(tmp_path / "nan")] == [1, 1]
     reasons = [json.loads(p.read_text())["reason"] for p in sorted((tmp_path / "nan" / "quarantine").glob("*.json"))]
-    assert sorted(reasons) == [
-        "advantages[2][0] = inf: must be finite",
-        "scores[1] = nan: must be finite",
-    ]
+    assert sorted(reasons) == ["advantages[2][0] = inf: must be finite", "scores[1] = nan: must be finite"]
 
 
 def test_a_run_that_diverges_stops_and_does_not_save_what_is_ruined(lab: Lab, tmp_path: Path) -> None:

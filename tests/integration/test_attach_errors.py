@@ -56,16 +56,6 @@ def test_a_broken_api_is_one_message_and_exit_code_1(
             assert "Traceback" in run.log("trainer")
 
 
-def test_the_environment_variables_give_url_and_timeout(
-    tmp_path: Path, without_torch: dict[str, str], fault_server: FaultServer
-) -> None:
-    fault_server.script("/status", http_faults.silent())
-    variables = {**without_torch, "ATROPOS_API_URL": fault_server.url, "ATROPOS_TIMEOUT": "1"}
-    with TrainingRun([], run_dir=tmp_path / "run", env=variables) as run:
-        run.must_end(1)
-        assert f"Atropos API at {fault_server.url} - no answer to GET /status within 1 s" in run.stderr
-
-
 # What tests/unit/config/test_config.py cannot see: the whole line, and what is checked after the settings are read.
 CONFIGURATION_ERRORS = {
     "unknown key": (["optim.lrr=3"], "optim.lrr: unknown key; did you mean optim.lr? (--help lists all keys)"),

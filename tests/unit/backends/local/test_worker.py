@@ -17,7 +17,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.samples import random_samples
-from support.tiny_model import build_tiny_model
 from transformers import AutoModelForCausalLM
 
 from atropos_verl.backends.local.worker import PolicyWorker, _verl_prints_to_log, split_for_ranks
@@ -27,13 +26,6 @@ from atropos_verl.training.losses.policy import advantage_weighted_sft_loss, cli
 from atropos_verl.types import TrainingSample
 
 LR = 1e-2
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    build_tiny_model(path)
-    return path
 
 
 def _worker(model_path: Path, **values: Any) -> PolicyWorker:
