@@ -56,9 +56,7 @@ def test_what_is_not_json_is_kept_too(tmp_path: Path, raw: bytes, key: str, stor
     assert parse_quarantine_file(path.read_bytes()).raw == raw
 
 
-def test_a_reason_that_quotes_a_lone_surrogate_can_be_written(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_reason_that_quotes_a_lone_surrogate_can_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = put(tmp_path, b"{}", "overrides[0].temperature = '\ud800': must be a number")
     escaped = r"overrides[0].temperature = '\ud800': must be a number"
     # A comparison that fails with a lone surrogate in its text ends a parallel test run.
