@@ -41,6 +41,7 @@ _COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code. 0: done; 1: it failed; 2: the command is wrong; 130: Ctrl-C."""
     from atropos_verl import __version__
+    from atropos_verl.errors import ConfigError
 
     words = list(sys.argv[1:] if argv is None else argv)
     # All words of these two are their own, --help included.
@@ -63,12 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if module is None:
         parser.print_help()
         return 2
-    return _run(module, options)
-
-
-def _run(module: Any, options: argparse.Namespace) -> int:
-    from atropos_verl.errors import ConfigError
-
     if options.command == "inspect":
         # What the pipeline logs about the groups is shown in place, once.
         logging.basicConfig(level=logging.ERROR)

@@ -27,7 +27,7 @@ from atropos_verl.config.schema import RunConfig, help_rows
 from atropos_verl.config.verl_keys import RAY_DEFAULT, compose_run, read_run
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.launch.plan import LaunchPlan, make_plan, prepare_run_dir, url_of
-from atropos_verl.launch.probes import free_port, try_to_listen
+from atropos_verl.launch.probes import try_to_listen
 from atropos_verl.launch.supervisor import Supervisor
 from atropos_verl.training.extensions import check_extensions
 
@@ -125,16 +125,13 @@ def build_plan(config: RunConfig, launch: LaunchConfig, ray: RayLaunch | None = 
 
 
 def _port(host: str, port: int, key: str) -> int:
-    """A free port, or ``port`` if it is free. Raises ``ConfigError`` naming ``key`` when it is taken."""
-    if port == 0:
-        return free_port(host)
+    """``port``, or a free one for 0. Raises ``ConfigError`` naming ``key`` when it is taken."""
     try:
-        try_to_listen(host, port)
+        return try_to_listen(host, port)
     except OSError as error:
         raise ConfigError(
             f"cannot listen on {host}:{port}: {error.strerror or error}; choose a free port, or 0 for any", key
         ) from error
-    return port
 
 
 # ---------------------------------------------------------------------- backend=ray

@@ -31,19 +31,17 @@ def free_port(host: str = "127.0.0.1") -> int:
     Raises:
         OSError: ``host`` is no address of this machine.
     """
-    family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    return try_to_listen(host, 0)
 
 
-def try_to_listen(host: str, port: int) -> None:
-    """Raises ``OSError`` when ``host``:``port`` cannot be listened on at this moment."""
+def try_to_listen(host: str, port: int) -> int:
+    """The port, or a free one for 0. Raises ``OSError`` when it cannot be listened on at this moment."""
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))
         probe.listen()
+        return int(probe.getsockname()[1])
 
 
 def request_json(

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from atropos_verl.config.composition import load_config, train_help
@@ -107,10 +106,7 @@ def _exit_code_of(run: Callable[[], int]) -> int:
     From here on a plain ``kill`` ends the process as Ctrl-C does: every ``finally`` runs, and so the children end.
     """
 
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return run()
     except (KeyboardInterrupt, AtroposVerlError, OSError) as error:

@@ -244,12 +244,6 @@ def test_attach_shows_services_queue_gateway_and_reward_on_a_narrow_terminal(tmp
     assert all(len(row) <= 80 for row in rows)
 
 
-def test_a_run_that_ended_is_not_said_to_be_silent(tmp_path: Path) -> None:
-    ended = [{**service, "state": "ended"} for service in state()["services"]]
-    _, text = shown(tmp_path, state(services=ended, gateway=None))
-    assert "queue 2 groups  |  all ended" in text
-
-
 STEP_LINE = "step 3/40  reward 0.300  loss 0.5000  - tok/s  rollout -s  train -s  sync -s  weights v3"
 
 
@@ -260,14 +254,21 @@ def test_a_step_line_that_is_too_long_spares_the_policy_version(tmp_path: Path) 
     assert text.splitlines()[4].rstrip() == STEP_LINE.rsplit("  ", 1)[0]
 
 
-def test_attach_tells_a_killed_launcher_from_one_that_ended(tmp_path: Path) -> None:
-    code, text = shown(tmp_path, state(time=time.time() - 60))
-    assert code == 1
-    assert "the launcher (pid 11) has written nothing for 60 s: it was killed" in text
-    ended = [{**service, "state": "stopped"} for service in state()["services"]]
-    code, text = shown(tmp_path, state(time=time.time() - 60, services=ended, ending="the disk is full"))
-    assert code == 0
-    assert "the disk is full" in text
+@pytest.mark.parametrize(
+    ("service_state", "changes", "code", "said"),
+    [
+        ("running", {}, 1, "the launcher (pid 11) has written nothing for 60 s: it was killed"),
+        ("stopped", {"ending": "the disk is full"}, 0, "the disk is full"),
+        ("ended", {"gateway": None}, 0, "queue 2 groups  |  all ended"),
+    ],
+)
+def test_attach_tells_a_killed_launcher_from_one_that_ended(
+    tmp_path: Path, service_state: str, changes: dict[str, Any], code: int, said: str
+) -> None:
+    services = [{**service, "state": service_state} for service in state()["services"]]
+    found, text = shown(tmp_path, state(time=time.time() - 60, services=services, **changes))
+    assert found == code
+    assert said in text
 
 
 def test_attach_to_nothing_says_what_is_missing(tmp_path: Path) -> None:
