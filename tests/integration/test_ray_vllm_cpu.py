@@ -30,10 +30,12 @@ _VLLM = [
 def _difference(cluster: Cluster) -> float:
     """Largest difference between the trainer's logprobs and those that vLLM gives for a prompt."""
     from atropos_verl.backends.ray.gateway import AttemptClient, ReplicaEngine
+    from atropos_verl.engine.requests import EngineLimits
     from atropos_verl.types import GenerationRequest
 
     client = AttemptClient.of(cluster.servers.get_client())
-    engine = ReplicaEngine(client, build_tiny_tokenizer(), max_context_len=256, vocab_size=259, eos_token_ids={258})
+    limits = EngineLimits(max_context_len=256, vocab_size=259, eos_token_ids=frozenset({258}))
+    engine = ReplicaEngine(client, build_tiny_tokenizer(), limits)
     [trainer] = cluster.workers.trainer_logprobs(_TOKENS)
     request = GenerationRequest(prompt_token_ids=tuple(_TOKENS), max_tokens=1, prompt_logprobs=0)
     [generation] = asyncio.run(engine.agenerate(request))

@@ -20,13 +20,13 @@ class SkipSyncs(CheckpointCallback):  # type: ignore[misc]
     def __init__(self, config: Any) -> None:
         from atropos_verl.backends.ray.trainer import AtroposSyncTrainer
 
-        sync = AtroposSyncTrainer._verl_sync
+        sync = AtroposSyncTrainer.update_weights_from_tensor
 
-        def sync_or_not(trainer: Any) -> None:
+        def sync_or_not(trainer: Any, tensors: Any) -> None:
             if trainer.global_steps <= LAST_SYNC:
-                sync(trainer)
+                sync(trainer, tensors)
 
-        AtroposSyncTrainer._verl_sync = sync_or_not  # type: ignore[method-assign]
+        AtroposSyncTrainer.update_weights_from_tensor = sync_or_not  # type: ignore[method-assign]
 
 
 def constant_loss(logprobs: Any, *_: Any, **__: Any) -> Any:

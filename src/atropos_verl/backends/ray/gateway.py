@@ -7,8 +7,7 @@
                         RequestGate         └── aborted: go on from its tokens ◀──┘
 
 A replica returns a request early when it is aborted for a weight update. The answer is then continued from the tokens
-it has, with their logprobs, at whichever replica is free: the environment sees one answer that took longer. It says
-which policies (trainer steps) made its first and its last token.
+it has, with their logprobs, at whichever replica is free: the environment sees one answer that took longer.
 
 verl's ``FullyAsyncLLMServerClient`` hides aborts: it waits a second, goes on, and reports one policy version per
 attempt. ``AttemptClient`` returns each attempt with its own versions.
@@ -19,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Self
@@ -37,15 +36,6 @@ from atropos_verl.gateway.app import GatewayServer, create_app
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
 from atropos_verl.types import UNKNOWN_VERSION, FinishReason, Generation, GenerationDelta, GenerationRequest
-
-__all__ = [
-    "AttemptClient",
-    "ClusterGateway",
-    "ReplicaEngine",
-    "embedding_rows",
-    "start_gateway",
-    "to_sampling_params",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -97,13 +87,12 @@ def start_gateway(
     """
     settings = llm_client.config.actor_rollout_ref
     rollout, model = settings.rollout, settings.model
-    engine = ReplicaEngine(
-        AttemptClient.of(llm_client),
-        tokenizer,
+    limits = EngineLimits(
         max_context_len=int(rollout.max_model_len or rollout.prompt_length + rollout.response_length),
         vocab_size=max(len(tokenizer), embedding_rows(model)),
-        eos_token_ids=eos_token_ids(get_generation_config(model.path), tokenizer),
+        eos_token_ids=frozenset(eos_token_ids(get_generation_config(model.path), tokenizer)),
     )
+    engine = ReplicaEngine(AttemptClient.of(llm_client), tokenizer, limits)
     gate = RequestGate()
     app = create_app(
         engine,
@@ -139,26 +128,15 @@ class ReplicaEngine:
     Args:
         client: one attempt per call (``AttemptClient``).
         tokenizer: finds stop strings that an abort cut in two.
-        max_context_len: prompt plus completion in tokens, at most what the replicas hold.
-        vocab_size: ids outside are refused here.
-        eos_token_ids: tells "stop" from "length" where a replica does not say.
+        limits: ``max_context_len`` is at most what the replicas hold; ``eos_token_ids`` tells "stop" from "length"
+            where a replica does not say.
     """
 
-    def __init__(
-        self,
-        client: Any,
-        tokenizer: Any,
-        *,
-        max_context_len: int,
-        vocab_size: int,
-        eos_token_ids: Collection[int] = (),
-    ) -> None:
+    def __init__(self, client: Any, tokenizer: Any, limits: EngineLimits) -> None:
         self._client = client
         self._tokenizer = tokenizer
-        self.max_context_len = max_context_len
-        self._limits = EngineLimits(
-            max_context_len=max_context_len, vocab_size=vocab_size, eos_token_ids=frozenset(eos_token_ids)
-        )
+        self._limits = limits
+        self.max_context_len = limits.max_context_len
         self._pieces: dict[int, str] = {}
         self.policy_version = -1
         """Newest trainer step seen in an answer or set after a weight update; -1 before."""
@@ -220,7 +198,8 @@ class ReplicaEngine:
         self, request: GenerationRequest, index: int, deltas: asyncio.Queue[GenerationDelta | None] | None
     ) -> _Answer:
         """Generate one completion, over as many attempts as it takes."""
-        answer = _Answer(request, self._limits, self._tokenizer, self._pieces)
+        stops = StopStrings(self._tokenizer, request.stop, self._pieces) if request.stop else None
+        answer = _Answer(request, self._limits, stops)
         # A name of its own for each: the load balancer spreads names, and keeps a name at its replica.
         name = f"{request.request_id or uuid.uuid4().hex}-{index}"
         wait, longest = _TURNED_AWAY_WAIT
@@ -249,8 +228,7 @@ class _Answer:
 
     request: GenerationRequest
     limits: EngineLimits
-    tokenizer: Any
-    pieces: dict[int, str]
+    stops: StopStrings | None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int | None] = field(default_factory=list)
@@ -274,7 +252,9 @@ class _Answer:
         extra = output.extra_fields
         self.versions += _versions(len(output.token_ids), extra)
         if self.prompt_logprobs is None and self.request.prompt_logprobs is not None and "prompt_ids" in extra:
-            self.prompt_logprobs = _prompt_logprobs(extra)
+            # verl's layout: row t is about prompt token t+1, and the last row is padding.
+            rows = zip(extra["prompt_ids"][:-1], extra["prompt_logprobs"][:-1], strict=True)
+            self.prompt_logprobs = (None, *(dict(zip(ids, values, strict=True)) for ids, values in rows))
         if joint and self._stop_across(joint):
             self.finish_reason = "stop"
         elif output.stop_reason not in _ABORTED:
@@ -284,12 +264,11 @@ class _Answer:
 
     def _stop_across(self, joint: int) -> bool:
         """True when a stop string began before the abort and ends after it: the replica saw only its second part."""
-        if not self.request.stop:
+        if self.stops is None:
             return False
-        stops = StopStrings(self.tokenizer, self.request.stop, self.pieces)
         longest = max(len(stop.encode()) for stop in self.request.stop)
         for end in range(joint + 1, min(len(self.tokens), joint + longest) + 1):
-            if stops.completed_by(self.tokens[:end]):
+            if self.stops.completed_by(self.tokens[:end]):
                 del self.tokens[end:], self.logprobs[end:], self.versions[end:]
                 return True
         return False
@@ -302,9 +281,7 @@ class _Answer:
             return "stop"
         if self.tokens[-1] in self.limits.stop_token_ids(self.request):
             return "stop"
-        if self.request.stop and StopStrings(self.tokenizer, self.request.stop, self.pieces).completed_by(self.tokens):
-            return "stop"
-        return "length"
+        return "stop" if self.stops is not None and self.stops.completed_by(self.tokens) else "length"
 
     def deltas(self, index: int, since: int) -> Iterator[GenerationDelta]:
         """The tokens after the first ``since``: one delta per policy, the last with the finish reason."""
@@ -348,18 +325,11 @@ def _versions(tokens: int, extra: dict[str, Any]) -> list[int | None]:
     """The policy that sampled each of an attempt's ``tokens``, as far as the replica says (-1: before any update)."""
     if runs := extra.get("policy_version_runs"):
         return [version for version, count in runs for _ in range(count)]
-    first, last = (
-        -1 if steps is None else int(steps) for steps in (extra["min_global_steps"], extra["max_global_steps"])
-    )
+    steps = (extra["min_global_steps"], extra["max_global_steps"])
+    first, last = (-1 if step is None else int(step) for step in steps)
     if tokens < 2:
         return [last] * tokens
     return [first, *([first if first == last else None] * (tokens - 2)), last]
-
-
-def _prompt_logprobs(extra: dict[str, Any]) -> tuple[dict[int, float] | None, ...]:
-    """[P] ``{token: logprob}`` from verl's layout: row t is about token t+1, and the last row is padding."""
-    rows = zip(extra["prompt_ids"][:-1], extra["prompt_logprobs"][:-1], strict=True)
-    return (None, *(dict(zip(ids, values, strict=True)) for ids, values in rows))
 
 
 class AttemptClient(LLMServerClient):  # type: ignore[misc]
@@ -393,7 +363,12 @@ class AttemptClient(LLMServerClient):  # type: ignore[misc]
             ray.cancel(reference)
             raise
         except RayTaskError as error:
-            raise _as_ours(error.cause) from error
+            cause = error.cause
+            if isinstance(cause, AtroposVerlError):
+                raise cause from error
+            if isinstance(cause, ValueError):  # what vLLM and verl's servers raise for a request they cannot serve
+                raise GenerationRequestError(str(cause)) from error
+            raise EngineError(f"the rollout replica failed: {type(cause).__name__}: {cause}") from error
         except (RayActorError, TaskCancelledError) as error:
             raise EngineStoppedError(f"the rollout replica {server_id} is gone: {error}") from error
         finally:
@@ -416,17 +391,8 @@ class AttemptClient(LLMServerClient):  # type: ignore[misc]
                     raise
             if not waited:
                 logger.info("no rollout replica is available; %s waits for one", request_id)
-                waited = True
+            waited = True
             await asyncio.sleep(_NO_SERVER_RETRY)
-
-
-def _as_ours(cause: BaseException | None) -> Exception:
-    """Turn a replica's error into one that the gateway knows."""
-    if isinstance(cause, AtroposVerlError):
-        return cause
-    if isinstance(cause, ValueError):  # what vLLM and verl's servers raise for a request they cannot serve
-        return GenerationRequestError(str(cause))
-    return EngineError(f"the rollout replica failed: {type(cause).__name__}: {cause}")
 
 
 def to_sampling_params(request: GenerationRequest, max_tokens: int, *, index: int, generated: int) -> dict[str, Any]:
@@ -440,16 +406,14 @@ def to_sampling_params(request: GenerationRequest, max_tokens: int, *, index: in
         "top_p": request.top_p,
         "logprobs": True,
     }
-    if request.top_k > 0:
-        params["top_k"] = request.top_k
-    if request.min_p > 0:
-        params["min_p"] = request.min_p
-    if request.stop:
-        params["stop"] = list(request.stop)
-    if request.stop_token_ids:
-        params["stop_token_ids"] = list(request.stop_token_ids)
-    if request.ignore_eos:
-        params["ignore_eos"] = True
+    optional = {
+        "top_k": max(request.top_k, 0),
+        "min_p": request.min_p,
+        "stop": list(request.stop),
+        "stop_token_ids": list(request.stop_token_ids),
+        "ignore_eos": request.ignore_eos,
+    }
+    params |= {name: value for name, value in optional.items() if value}
     if request.seed is not None:
         # Another stream per completion, and after an abort: the same numbers again would repeat the same draws.
         params["seed"] = (request.seed + 0x9E3779B1 * index + 0x85EBCA6B * generated) % (1 << 31)

@@ -16,17 +16,11 @@ import torch
 
 from atropos_verl.errors import WeightSyncError
 
-__all__ = ["LoraMerger"]
-
 _PREFIX = "base_model.model."
-_UNSUPPORTED = {
-    "use_dora": (None, False),
-    "fan_in_fan_out": (None, False),
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("use_dora", "fan_in_fan_out"), (None, False)),
     "bias": (None, "none"),
-    "alpha_pattern": (None, {}),
-    "rank_pattern": (None, {}),
-    "target_parameters": (None, [], ()),
-    "modules_to_save": (None, [], ()),
+    **dict.fromkeys(("alpha_pattern", "rank_pattern", "target_parameters", "modules_to_save"), (None, {}, [], ())),
 }
 """peft settings whose values other than these would change the merged weights in ways not implemented here."""
 
@@ -66,7 +60,12 @@ class LoraMerger:
             WeightSyncError: naming a peft setting, a tensor that is no LoRA factor, a factor without its other half,
                 or a weight that the engine does not have or that has another shape.
         """
-        _refuse_unsupported(peft_config)
+        for key, neutral in _UNSUPPORTED.items():
+            if peft_config.get(key) not in neutral:
+                raise WeightSyncError(
+                    f"the adapter's {key}={peft_config[key]!r} is not supported by the 'transformers' replica; set "
+                    "actor_rollout_ref.model.lora.merge=True to send merged weights instead"
+                )
         merged = dict(self._merged_weights(_pairs(adapter), peft_config))
         # An earlier adapter may have changed a weight that this one leaves alone.
         for name, base in self._base.items():
@@ -90,10 +89,12 @@ class LoraMerger:
                     f"the adapter of {name!r} has factors {tuple(up.shape)} and {tuple(down.shape)}; the weight is "
                     f"{tuple(parameter.shape)}"
                 )
-            base = self._base.get(name)
-            if base is None:
-                base = self._base[name] = parameter.detach().clone()
-            delta = (up.to(base.device) @ down.to(base.device)).mul_(_scaling(peft_config, down.shape[0]))
+            if name not in self._base:
+                self._base[name] = parameter.detach().clone()
+            base, rank = self._base[name], down.shape[0]
+            scaling = float(peft_config.get("lora_alpha") or rank)
+            scaling /= rank**0.5 if peft_config.get("use_rslora") else rank
+            delta = (up.to(base.device) @ down.to(base.device)).mul_(scaling)
             yield name, delta.add_(base.float()).to(base.dtype)
 
 
@@ -109,18 +110,3 @@ def _pairs(adapter: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, t
     if not pairs:
         raise WeightSyncError("the trainer sent an adapter without any tensor")
     return pairs
-
-
-def _scaling(peft_config: Mapping[str, Any], rank: int) -> float:
-    alpha = float(peft_config.get("lora_alpha") or rank)
-    return alpha / (rank**0.5 if peft_config.get("use_rslora") else rank)
-
-
-def _refuse_unsupported(peft_config: Mapping[str, Any]) -> None:
-    for key, neutral in _UNSUPPORTED.items():
-        value = peft_config.get(key)
-        if value not in neutral:
-            raise WeightSyncError(
-                f"the adapter's {key}={value!r} is not supported by the 'transformers' replica; set "
-                "actor_rollout_ref.model.lora.merge=True to send merged weights instead"
-            )

@@ -48,8 +48,6 @@ from atropos_verl.errors import ConfigError, EngineError, GenerationRequestError
 from atropos_verl.gateway.app import GatewayServer, create_app
 from atropos_verl.types import Generation, GenerationRequest
 
-__all__ = ["TransformersReplica", "TransformersServer", "TransformersServerAdapter", "to_request"]
-
 logger = logging.getLogger(__name__)
 
 _PAUSE_TIMEOUT = 120.0
@@ -59,28 +57,23 @@ _DEFAULT_MAX_RUNNING = 256
 
 _SAME_NAME = ("temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", "prompt_logprobs")
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1, None),
-    "best_of": (1, None),
-    "repetition_penalty": (1, None),
-    "presence_penalty": (0, None),
-    "frequency_penalty": (0, None),
-    "min_tokens": (0, None),
-    "min_new_tokens": (0, None),
-    "logit_bias": (None, {}),
-    "bad_words": (None, [], ()),
-    "extra_args": (None, {}),
+    **dict.fromkeys(("n", "best_of", "repetition_penalty"), (1,)),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_tokens", "min_new_tokens"), (0,)),
+    **dict.fromkeys(("logit_bias", "bad_words", "extra_args"), ({}, [], ())),
 }
-"""Parameters the embedded engine does not have, and the values at which they change nothing."""
-_TEXT_ONLY = {
-    "logprobs",
-    "skip_special_tokens",
-    "spaces_between_special_tokens",
-    "include_stop_str_in_output",
-    "no_stop_trim",
-    "detokenize",
-    "output_kind",
-    "response_length",
-}
+"""Parameters the embedded engine does not have, and the values at which, like None, they change nothing."""
+_TEXT_ONLY = set(
+    [
+        "logprobs",
+        "skip_special_tokens",
+        "spaces_between_special_tokens",
+        "include_stop_str_in_output",
+        "no_stop_trim",
+        "detokenize",
+        "output_kind",
+        "response_length",
+    ]
+)
 """Parameters about the form of the answer, which is tokens here."""
 
 
@@ -93,7 +86,7 @@ class TransformersServer:
     """
 
     def __init__(
-        self, config: Any, model_config: Any, rollout_mode: RolloutMode, replica_rank: int, visible_devices: str = ""
+        self, config: Any, model_config: Any, rollout_mode: RolloutMode, replica_rank: int, visible_devices: str
     ) -> None:
         if visible_devices:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices
@@ -128,29 +121,25 @@ class TransformersServer:
     def _build_engine(self) -> TransformersEngine:
         from transformers import AutoModelForCausalLM
 
+        model_config = self.model_config
         settings = dict((self.config.engine_kwargs or {}).get("transformers", None) or {})
-        dtype = getattr(torch, self.config.dtype)
         device = get_device_name()
+        form = {"dtype": getattr(torch, self.config.dtype), "attn_implementation": "sdpa"}
         if self.config.load_format == "dummy":
-            model = AutoModelForCausalLM.from_config(
-                self.model_config.hf_config, dtype=dtype, attn_implementation="sdpa"
-            )
+            model = AutoModelForCausalLM.from_config(model_config.hf_config, **form)
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                self.model_config.local_path,
-                dtype=dtype,
-                attn_implementation="sdpa",
-                trust_remote_code=self.model_config.trust_remote_code,
+                model_config.local_path, trust_remote_code=model_config.trust_remote_code, **form
             )
-        lora = self.model_config.lora_rank > 0 or self.model_config.lora_adapter_path is not None
-        lora = lora and not self.model_config.lora.get("merge", False)
+        lora = model_config.lora_rank > 0 or model_config.lora_adapter_path is not None
+        lora = lora and not model_config.lora.get("merge", False)
         # Ray starts actors with one OpenMP thread; engine and trainer take turns, so each may use all cores.
         cores = min(os.cpu_count() or 1, 16)
         max_running = settings.pop("max_running", min(self.config.max_num_seqs, _DEFAULT_MAX_RUNNING))
         threads = engine_threads(model.config, max_running, cores) if device == "cpu" else None
         engine = TransformersEngine(
             model,
-            self.model_config.tokenizer,
+            model_config.tokenizer,
             max_running=max_running,
             max_context_len=self.config.max_model_len or self.config.prompt_length + self.config.response_length,
             device=device,
@@ -185,19 +174,17 @@ class TransformersServer:
             raise EngineError("rollout.name=transformers generates from text only; this request has images or sound")
         key = f"{request_id}-{uuid.uuid4().hex}"
         request = to_request(prompt_ids, sampling_params, self.config, self._engine.max_context_len, key)
-        if self._rejecting:
-            return self._output([], sampling_params)
-        task = self._running[key] = asyncio.ensure_future(self._engine.agenerate(request))
-        try:
-            return self._output(await task, sampling_params)
-        finally:
-            del self._running[key]
-
-    def _output(self, generations: list[Generation], sampling_params: dict[str, Any]) -> TokenOutput:
-        generation = generations[0] if generations else None
-        if generation is None or not generation.token_ids:
+        generations: list[Generation] = []
+        if not self._rejecting:
+            task = self._running[key] = asyncio.ensure_future(self._engine.agenerate(request))
+            try:
+                generations = await task
+            finally:
+                del self._running[key]
+        if not generations or not generations[0].token_ids:
             nothing = {"global_steps": self.global_steps, "finish_reason": "abort"}
             return TokenOutput(token_ids=[], log_probs=None, stop_reason="aborted", extra_fields=nothing)
+        [generation] = generations
         extra: dict[str, Any] = {
             "global_steps": generation.policy_version_last,
             "min_global_steps": generation.policy_version_first,
@@ -281,12 +268,11 @@ class TransformersServer:
         self._settings = settings
         self._received_bytes += bucket.nbytes
         copied: int | None = await self._receiver.receive(update_id, index, bucket, last)
-        if last:
-            if settings["global_steps"] is not None:
-                self.global_steps = settings["global_steps"]
-            if not settings["base_sync"]:  # base weights alone are not the policy
-                self._has_weights = True
-                await self._apply_gate()
+        if last and settings["global_steps"] is not None:
+            self.global_steps = settings["global_steps"]
+        if last and not settings["base_sync"]:  # base weights alone are not the policy
+            self._has_weights = True
+            await self._apply_gate()
         return copied
 
     def _apply_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> int:
@@ -299,11 +285,10 @@ class TransformersServer:
                 "verl 0.9.1 sends its adapter to colocated replicas only; set actor_rollout_ref.model.lora.merge=True",
                 "actor_rollout_ref.model.lora.merge",
             )
-        if self._lora is not None:
-            if self._settings["base_sync"]:
-                tensors = self._lora.set_base(tensors)
-            else:  # merged before the engine stops for the copy
-                tensors = iter(list(self._lora.merge(tensors, peft_config or {})))
+        if self._lora is not None and self._settings["base_sync"]:
+            tensors = self._lora.set_base(tensors)
+        elif self._lora is not None:  # merged before the engine stops for the copy
+            tensors = iter(list(self._lora.merge(tensors, peft_config or {})))
         version = self._engine.policy_version if steps is None else steps
         return self._engine.update_weights_from_tensor(tensors, policy_version=version)
 
@@ -339,30 +324,17 @@ class TransformersReplica(RolloutReplica):  # type: ignore[misc]
                 "actor_rollout_ref.rollout.tensor_model_parallel_size",
             )
 
-    def _server_name(self) -> str:
-        role = "reward_" if self.is_reward_model else "teacher_" if self.is_teacher_model else ""
-        return f"{self.config.name}_server_{role}{self.replica_rank}_0{self.name_suffix}"
-
     async def launch_servers(self) -> None:
         node_id, devices = await self.workers[0].__ray_call__.remote(_node_and_devices)
-        environment = {"OMP_WAIT_POLICY": "PASSIVE"}
-        server = (
-            ray.remote(TransformersServer)
-            .options(
-                name=self._server_name(),
-                num_cpus=0,
-                max_concurrency=self.max_concurrency,
-                scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id, soft=False),
-                runtime_env={"env_vars": environment},
-            )
-            .remote(
-                config=self.config,
-                model_config=self.model_config,
-                rollout_mode=self.rollout_mode,
-                replica_rank=self.replica_rank,
-                visible_devices=devices,
-            )
+        role = "reward_" if self.is_reward_model else "teacher_" if self.is_teacher_model else ""
+        actor = ray.remote(TransformersServer).options(
+            name=f"{self.config.name}_server_{role}{self.replica_rank}_0{self.name_suffix}",
+            num_cpus=0,
+            max_concurrency=self.max_concurrency,
+            scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id, soft=False),
+            runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
         )
+        server = actor.remote(self.config, self.model_config, self.rollout_mode, self.replica_rank, devices)
         self.servers = [server]
         self._server_handle = server
         self._server_address = await server.launch_server.remote()
@@ -374,9 +346,8 @@ class TransformersReplica(RolloutReplica):  # type: ignore[misc]
 def _node_and_devices(_: Any) -> tuple[str, str]:
     """Runs in the worker: returns its node and its devices ("" on CPU)."""
     context = ray.get_runtime_context()
-    if get_device_name() == "cpu":
-        return context.get_node_id(), ""
-    return context.get_node_id(), ",".join(context.get_accelerator_ids()[get_resource_name()])
+    devices = [] if get_device_name() == "cpu" else context.get_accelerator_ids()[get_resource_name()]
+    return context.get_node_id(), ",".join(devices)
 
 
 def to_request(
@@ -390,23 +361,19 @@ def to_request(
     """
     params = dict(params)
     prompt = tuple(int(token) for token in prompt_ids)
-    max_tokens = params.pop("max_tokens", None)
-    max_new_tokens = params.pop("max_new_tokens", None)
-    wanted = max_tokens if max_tokens is not None else max_new_tokens
-    if wanted is None:
-        wanted = min(config.response_length, config.prompt_length + config.response_length - len(prompt))
-    wanted = max(1, min(int(wanted), max_context_len - len(prompt)))
+    default = min(config.response_length, config.prompt_length + config.response_length - len(prompt))
+    given = (params.pop("max_tokens", None), params.pop("max_new_tokens", None), default)
+    wanted = next(int(value) for value in given if value is not None)
     settings = {name: params.pop(name) for name in _SAME_NAME if params.get(name) is not None}
     settings.setdefault("ignore_eos", bool(config.ignore_eos))
     stop = params.pop("stop", None) or ()
     stop_ids = params.pop("stop_token_ids", None) or ()
     for name, value in params.items():
-        if name in _TEXT_ONLY or value is None or (name in _NEUTRAL and value in _NEUTRAL[name]):
-            continue
-        raise GenerationRequestError(f"{name}={value!r} is not supported by rollout.name=transformers", name)
+        if value is not None and name not in _TEXT_ONLY and value not in _NEUTRAL.get(name, ()):
+            raise GenerationRequestError(f"{name}={value!r} is not supported by rollout.name=transformers", name)
     return GenerationRequest(
         prompt_token_ids=prompt,
-        max_tokens=wanted,
+        max_tokens=max(1, min(wanted, max_context_len - len(prompt))),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         stop_token_ids=tuple(stop_ids),
         request_id=request_id,
@@ -419,16 +386,13 @@ def _prompt_logprob_fields(entries: tuple[dict[int, float] | None, ...], k: int)
 
     Entry t is about prompt token t+1, from likely to unlikely; the last one is padding. k = 0: the token itself.
     """
-    ids: list[list[int]] = []
-    logprobs: list[list[float]] = []
-    for entry in entries[1:]:
-        assert entry is not None
-        best = sorted(entry.items(), key=lambda item: -item[1])[: max(k, 1)]
-        ids.append([token for token, _ in best])
-        logprobs.append([value for _, value in best])
-    ids.append([0] * max(k, 1))
-    logprobs.append([0.0] * max(k, 1))
-    return {"prompt_ids": ids, "prompt_logprobs": logprobs}
+    k = max(k, 1)
+    best = [sorted((entry or {}).items(), key=lambda item: -item[1])[:k] for entry in entries[1:]]
+    best.append([(0, 0.0)] * k)
+    return {
+        "prompt_ids": [[token for token, _ in row] for row in best],
+        "prompt_logprobs": [[value for _, value in row] for row in best],
+    }
 
 
 class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
@@ -496,9 +460,6 @@ class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
 
 def _plain(peft_config: dict[str, Any]) -> dict[str, Any]:
     """Leave peft's own classes out: the server needs numbers and strings only."""
-    simple = (bool, int, float, str, type(None))
-    return {
-        key: value if isinstance(value, simple) else dict(value) if isinstance(value, dict) else list(value)
-        for key, value in peft_config.items()
-        if isinstance(value, (*simple, dict, list, tuple, set))
-    }
+    kinds = (bool, int, float, str, type(None), dict, list, tuple, set)
+    plain = {key: value for key, value in peft_config.items() if isinstance(value, kinds)}
+    return {key: list(value) if isinstance(value, set) else value for key, value in plain.items()}

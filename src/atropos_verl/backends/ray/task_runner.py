@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,8 +22,6 @@ from atropos_verl.config.verl_keys import RayRun, parameter_sync_step, read_run
 from atropos_verl.errors import AtroposVerlError, ServiceError
 from atropos_verl.training.extensions import LAUNCH_DIRECTORY
 from atropos_verl.types import StepReport
-
-__all__ = ["AtroposTaskRunner", "RaySession", "set_environment"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +60,12 @@ class RaySession:
 
     def __init__(self, run: RayRun) -> None:
         self.run = run
-        self._thread: threading.Thread | None = None
+        # Not the main thread, which keeps Ctrl-C.
+        self._thread = threading.Thread(target=self._run, name="run-ppo", daemon=True)
+        self.start_runner = self._thread.start
         self._done = threading.Event()
+        self.poll = self._done.wait
+        """Wait at most so many seconds for the task runner; True when it has ended."""
         self._error: BaseException | None = None
         self._result: dict[str, Any] = {}
 
@@ -74,21 +75,18 @@ class RaySession:
         from omegaconf import OmegaConf
         from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
-        asked = OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True)
-        assert isinstance(asked, dict)
-        settings: dict[str, Any] = {str(key): value for key, value in asked.items() if value is not None}
+        settings = _given(config.ray_kwargs.ray_init)
         environment = get_ppo_ray_runtime_env(config)
-        environment.setdefault("env_vars", {})["TRANSFER_QUEUE_ENABLE"] = "1"
-        environment["env_vars"].update(variables)
-        own = settings.pop("runtime_env", None) or {}
-        environment = OmegaConf.to_container(OmegaConf.merge(environment, own))
-        assert isinstance(environment, dict)
-        environment = {key: value for key, value in environment.items() if value is not None}
+        environment.setdefault("env_vars", {}).update({"TRANSFER_QUEUE_ENABLE": "1"} | variables)
+        environment = _given(OmegaConf.merge(environment, settings.pop("runtime_env", {})), resolve=False)
         if "address" not in settings:
             # A cluster of its own, also where RAY_ADDRESS points at one. CPU "GPUs" are counted, not there.
             settings["address"] = "local"
             if config.trainer.device == "cpu":
-                settings.setdefault("num_gpus", _accelerators(config))
+                # The placement bundles that verl asks for: the trainer's, and those of standalone replicas.
+                trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
+                own = rollout.nnodes * rollout.n_gpus_per_node if self.run.mode == "separate_async" else 0
+                settings.setdefault("num_gpus", int(trainer.nnodes * trainer.n_gpus_per_node + own))
         else:
             for name in ("num_cpus", "num_gpus", "object_store_memory", "include_dashboard"):
                 settings.pop(name, None)  # the cluster's own; Ray refuses them when attaching
@@ -108,27 +106,19 @@ class RaySession:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         ray.shutdown()
-        if self._thread is not None:
+        if self._thread.ident is not None:
             self._thread.join(10.0)
 
-    def start_runner(self) -> None:
-        """Call verl's ``run_ppo`` with our task runner in a thread of its own: the main thread keeps Ctrl-C."""
-        from verl.trainer.main_ppo import run_ppo
+    def _run(self) -> None:
+        """Call verl's ``run_ppo`` with our task runner."""
+        try:
+            from verl.trainer.main_ppo import run_ppo
 
-        def run() -> None:
-            try:
-                run_ppo(self.run.verl, ray.remote(num_cpus=1)(AtroposTaskRunner))
-            except BaseException as error:  # noqa: BLE001 - raised in the main thread, by result()
-                self._error = error
-            finally:
-                self._done.set()
-
-        self._thread = threading.Thread(target=run, name="run-ppo", daemon=True)
-        self._thread.start()
-
-    def poll(self, seconds: float) -> bool:
-        """Wait at most that long for the task runner; True when it has ended."""
-        return self._done.wait(seconds)
+            run_ppo(self.run.verl, ray.remote(num_cpus=1)(AtroposTaskRunner))
+        except BaseException as error:  # noqa: BLE001 - raised in the main thread, by result()
+            self._error = error
+        finally:
+            self._done.set()
 
     @property
     def has_ended(self) -> bool:
@@ -148,9 +138,9 @@ class RaySession:
 
     def result(self, explain: Callable[[BaseException], BaseException]) -> dict[str, Any]:
         """Return the run's figures, or raise what ended the task runner, as ``explain`` sees it."""
-        if self._error is None:
-            return self._result
         error = self._error
+        if error is None:
+            return self._result
         cause = getattr(error, "cause", None)
         logger.error("the task runner failed: %s", error)
         best = explain(cause if isinstance(cause, AtroposVerlError) else error)
@@ -182,11 +172,13 @@ def set_environment(device: str) -> dict[str, str]:
     return environment
 
 
-def _accelerators(config: Any) -> int:
-    """Count the placement bundles that verl asks for: the trainer's, and those of standalone replicas."""
-    trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
-    own = rollout.nnodes * rollout.n_gpus_per_node if trainer.v1.trainer_mode == "separate_async" else 0
-    return int(trainer.nnodes * trainer.n_gpus_per_node + own)
+def _given(config: Any, resolve: bool = True) -> dict[str, Any]:
+    """The entries of a configuration that are not None, as plain values."""
+    from omegaconf import OmegaConf
+
+    plain = OmegaConf.to_container(config, resolve=resolve)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items() if value is not None}
 
 
 # -------------------------------------------------------------------------------------------------- the task runner
@@ -197,8 +189,16 @@ class AtroposTaskRunner:
 
     def run(self, config: Any) -> None:
         """Train to the end. What fails is raised to the caller of ``run_ppo``."""
-        run = read_run(config)
-        _log_to_file(run.run_dir)
+        self.cluster = run = read_run(config)
+        directory = run.run_dir / "logs"
+        directory.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(directory / "task_runner.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger().addHandler(handler)
+        logging.getLogger("atropos_verl").setLevel(logging.INFO)
+        os.environ.setdefault("TENSORBOARD_DIR", str(run.run_dir / "tensorboard"))
+        os.environ.setdefault("WANDB_DIR", str(run.run_dir))
+        os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(run.run_dir / "verl_tracking.jsonl"))
         import transfer_queue as tq
         from omegaconf import OmegaConf, open_dict
 
@@ -208,76 +208,60 @@ class AtroposTaskRunner:
         with open_dict(config):
             config.transfer_queue.enable = True
         OmegaConf.resolve(config)
-        with ExitStack() as stack:
-            training = _Training(run, config, stack)
-            training.phase("starting verl: workers, replicas, TransferQueue")
-            tq.init(config.transfer_queue)
-            stack.callback(tq.close)
-            # run_ppo returns nothing; the figures of the run go the way of the events.
-            training.put("result", training.train())
-
-
-class _Training:
-    """Runs inside the task runner. What is started registers its end on ``stack``, in order."""
-
-    def __init__(self, run: RayRun, config: Any, stack: ExitStack) -> None:
-        self.run, self.config, self.stack = run, config, stack
+        self.config = config
         self._mailbox = ray.get_actor(_MAILBOX)
+        with ExitStack() as self.stack:  # what is started registers its end here, in order
+            self.put("phase", "starting verl: workers, replicas, TransferQueue")
+            tq.init(config.transfer_queue)
+            self.stack.callback(tq.close)
+            # run_ppo returns nothing; the figures of the run go the way of the events.
+            self.put("result", self.train())
 
     def put(self, kind: str, content: Any) -> None:
         """Send the command an event, without waiting for an answer."""
         self._mailbox.put.remote(kind, content)
 
-    def phase(self, name: str) -> None:
-        """Tell the command what the run does now."""
-        self.put("phase", name)
-
-    def note(self, message: str) -> None:
-        self.put("note", message)
-
     def has_flag(self, name: str) -> bool:
         return bool(ray.get(self._mailbox.has_flag.remote(name)))
-
-    def wait_for_flag(self, name: str, check: Callable[[], None] = lambda: None) -> None:
-        """Wait until the command raised the flag; ``check`` raises when waiting has become pointless."""
-        while not self.has_flag(name):
-            check()
-            time.sleep(_WAIT_INTERVAL)
 
     def train(self) -> dict[str, Any]:
         from atropos_verl.backends.ray.trainer import MODES, AtroposAgentLoopManager, StopRequestedError
         from atropos_verl.errors import AtroposAPIError, CheckpointError, DataError
-        from atropos_verl.training.step import StepLog
+        from atropos_verl.training.step import StepLog, outcome
 
-        self.phase("loading the policy (verl)")
-        self.trainer = trainer = MODES[self.run.mode](config=self.config)
+        self.put("phase", "loading the policy (verl)")
+        self.trainer = trainer = MODES[self.cluster.mode](config=self.config)
         trainer.init()
-        self.stack.callback(self._finish_tracking)
+        self.stack.callback(lambda: getattr(trainer, "logger", None) and trainer.logger.finish(exit_code=0))
+        # The policy version that this process goes on at; None: nothing that an earlier one left is to be used.
+        self._resumed_at = None if self.config.trainer.resume_mode == "disable" else int(trainer.global_steps)
         if trainer.global_steps:
-            self.note(f"resumed at step {trainer.global_steps} from {trainer.checkpoint_root}")
+            self.put("note", f"resumed at step {trainer.global_steps} from {trainer.checkpoint_root}")
         llm_client = trainer.get_llm_client()
         self._start_gateway(llm_client)
-        self.feed = self._start_feed()
-        self.log = StepLog(self.run.run_dir, trainer.global_steps)
+        feed = self._start_feed()
+        self.log = StepLog(self.cluster.run_dir, trainer.global_steps)
         trainer.on_report = self._report
         trainer.on_stop = lambda: self.has_flag("stop")
         manager = AtroposAgentLoopManager(
             self.config,
-            self.feed,
+            feed,
             llm_client=llm_client,
             teacher_client=trainer.get_teacher_client(),
             reward_loop_worker_handles=trainer.get_reward_handles(),
         )
-        self.wait_for_flag("train", self.feed.check)
-        self.phase("rollout: waiting for a batch")
+        while not self.has_flag("train"):
+            feed.check()
+            time.sleep(_WAIT_INTERVAL)
+        self.put("phase", "rollout: waiting for a batch")
         stopped = ""
         if trainer.global_steps < trainer.total_training_steps:
-            self.source.start(None, starts_environment=not self.run.is_attached)
+            self.source.start(None, starts_environment=not self.cluster.is_attached)
             try:
                 trainer.fit(manager)
             except StopRequestedError as error:
                 stopped = str(error)
-                self.note(trainer.save_what_was_trained() or stopped)
+                self.put("note", trainer.save_what_was_trained() or stopped)
             except (AtroposAPIError, CheckpointError, DataError):
                 saved = trainer.save_what_was_trained()
                 self.put("saved", saved)
@@ -285,27 +269,24 @@ class _Training:
             finally:
                 self.source.stop(give_back=False)  # an evaluation may follow, whose prompts must not wait
         self.put("trained", stopped)
-        self.wait_for_flag("end")
-        return self._summary(stopped)
-
-    @property
-    def _resumed_at(self) -> int | None:
-        """The policy version that this process goes on at; None: nothing that an earlier one left is to be used."""
-        return None if self.config.trainer.resume_mode == "disable" else int(self.trainer.global_steps)
+        while not self.has_flag("end"):
+            time.sleep(_WAIT_INTERVAL)
+        syncs, step = trainer.sharding_manager.syncs, trainer.served_version
+        return outcome(step, step, self.log.rewards, trainer.state.totals, weights_synced=syncs, stopped=stopped)
 
     def _start_gateway(self, llm_client: Any) -> None:
         from atropos_verl.backends.ray.gateway import start_gateway
         from atropos_verl.provenance.ledger import Ledger
         from atropos_verl.training.staleness import make_throttle
 
-        self.phase("starting the inference gateway")
-        settings = self.run.settings.gateway
-        self.ledger = Ledger(self.run.settings.off_policy.ledger_bytes)
+        self.put("phase", "starting the inference gateway")
+        settings = self.cluster.settings.gateway
+        self.ledger = Ledger(self.cluster.settings.off_policy.ledger_bytes)
         self.stack.callback(self.ledger.close)
-        if known := self.ledger.persist(self.run.run_dir / "ledger", self._resumed_at):
-            self.note(f"{known} completions of before the interruption are known: their groups may still come")
-        batch_size, batches = self.run.run.batch_size, parameter_sync_step(self.config)
-        self.throttle = make_throttle(self.run.settings.off_policy, self.ledger, batch_size, batches)
+        if known := self.ledger.persist(self.cluster.run_dir / "ledger", self._resumed_at):
+            self.put("note", f"{known} completions of before the interruption are known: their groups may still come")
+        batch_size, batches = self.cluster.run.batch_size, parameter_sync_step(self.config)
+        self.throttle = make_throttle(self.cluster.settings.off_policy, self.ledger, batch_size, batches)
         self.gateway = start_gateway(
             llm_client,
             self.trainer.tokenizer,
@@ -326,17 +307,16 @@ class _Training:
         from atropos_verl.training.samples import sample_settings
         from atropos_verl.training.staleness import BatchProvenance
 
-        run, trainer = self.run, self.trainer
+        run, trainer = self.cluster, self.trainer
         self.source = source = BatchSource(run.run, run.run_dir)
         self.stack.callback(source.close)
         settings = sample_settings(run.run, embedding_rows(self.config.actor_rollout_ref.model))
         provenance = BatchProvenance(run.settings.off_policy, self.ledger, settings, trainer.tokenizer.decode)
         provenance.resumed_at = self._resumed_at
         source.attach(provenance, self.throttle, trainer.state.totals)
-        pending = source.resume(trainer.global_steps)
-        if pending:
-            self.note(f"{pending} batches fetched before the interruption are trained first")
-        self.phase("registering at the trajectory API")
+        if pending := source.resume(trainer.global_steps):
+            self.put("note", f"{pending} batches fetched before the interruption are trained first")
+        self.put("phase", "registering at the trajectory API")
         source.register(trainer.global_steps, run.run.batch_size, trainer.checkpoint_root)
         correction = self.config.algorithm.rollout_correction
         feed = TrajectoryFeed(
@@ -354,27 +334,3 @@ class _Training:
     def _report(self, report: StepReport) -> None:
         self.log.append(report)
         self.put("step", report)
-
-    def _summary(self, stopped: str) -> dict[str, Any]:
-        from atropos_verl.training.step import outcome
-
-        manager, totals = self.trainer.sharding_manager, self.trainer.state.totals
-        step = manager.last_sync.policy_version if manager.last_sync else self.trainer.global_steps
-        return outcome(step, step, self.log.rewards, totals, weights_synced=manager.syncs, stopped=stopped)
-
-    def _finish_tracking(self) -> None:
-        tracking = getattr(self.trainer, "logger", None)
-        if tracking is not None:
-            tracking.finish(exit_code=0)
-
-
-def _log_to_file(run_dir: Path) -> None:
-    directory = run_dir / "logs"
-    directory.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(directory / "task_runner.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
-    logging.getLogger("atropos_verl").setLevel(logging.INFO)
-    os.environ.setdefault("TENSORBOARD_DIR", str(run_dir / "tensorboard"))
-    os.environ.setdefault("WANDB_DIR", str(run_dir))
-    os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(run_dir / "verl_tracking.jsonl"))

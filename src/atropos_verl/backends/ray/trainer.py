@@ -17,7 +17,7 @@ import logging
 import math
 import time
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import ray
 import transfer_queue as tq
+from omegaconf import open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
@@ -38,23 +39,13 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from atropos_verl.backends.ray.feed import Slot, TrajectoryFeed
 from atropos_verl.backends.ray.gateway import ClusterGateway
 from atropos_verl.backends.ray.transfer import ADVANTAGES, Row, finish_batch
-from atropos_verl.backends.ray.workers import worker_class
+from atropos_verl.backends.ray.workers import WORKERS
 from atropos_verl.config.verl_keys import RayRun, parameter_sync_step, read_run
 from atropos_verl.errors import TrainingDivergedError
 from atropos_verl.training.checkpoint_state import RunState
 from atropos_verl.training.step import step_report
 from atropos_verl.training.weight_sync import AtroposShardingManager
 from atropos_verl.types import StepReport
-
-__all__ = [
-    "MODES",
-    "AtroposAgentLoopManager",
-    "AtroposColocateAsyncTrainer",
-    "AtroposSeparateAsyncTrainer",
-    "AtroposSyncTrainer",
-    "StopRequestedError",
-    "TransferQueueStore",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +73,6 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         self.on_stop: Callable[[], bool] = lambda: False
         self._slots: list[Slot] = []
         self._counts: Counter[str] = Counter()
-        self._unacknowledged: list[Slot] = []
         self._covered_step = 0
         """A checkpoint holds the effect of every batch up to this step."""
         self._whole_step = 0
@@ -92,8 +82,8 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         self._step_started = time.perf_counter()
         self._loss = 0.0
         super().__init__(config)
-        phase = _RolloutPhase(self)
-        self.sharding_manager = AtroposShardingManager(phase, phase, gate=phase, pause_timeout=_DRAIN_SECONDS)
+        # verl's own hooks move the tensors between its workers and its replicas; nothing passes through this process.
+        self.sharding_manager = AtroposShardingManager(self, self, gate=self, pause_timeout=_DRAIN_SECONDS)
 
     def attach(self, feed: TrajectoryFeed, gateway: ClusterGateway) -> None:
         """Call it after ``init`` and before ``fit``. The gateway is open from its start: the weights are there."""
@@ -115,19 +105,37 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         last = self.sharding_manager.last_sync
         return self.policy_version if last is None else int(last.policy_version)
 
-    def _verl_sync(self) -> None:
+    def named_tensors(self) -> Iterable[tuple[str, Any]]:
+        return ()
+
+    def resume_memory_occupation(self) -> None:
+        """Part of verl's weight update."""
+
+    def release_memory_occupation(self) -> None:
+        """The replicas of ``separate_async`` keep their memory: they are not the trainer's."""
+
+    def update_weights_from_tensor(self, named_tensors: Iterable[tuple[str, Any]]) -> None:
         raise NotImplementedError
 
-    def _verl_release(self) -> None:
-        raise NotImplementedError
+    def pause(self, timeout: float) -> None:
+        """Shut the gate. Replicas of vLLM and SGLang cannot hold a request while they sleep: it ends first."""
+        if self.gateway is not None:
+            gate = self.gateway.gate
+            gate.drain(timeout) if self.drains else gate.pause(timeout)
 
-    def open_rollouts(self) -> None:
+    def resume(self) -> None:
+        if self.gateway is not None:
+            self.gateway.release(self.policy_version)
+
+    def _open_rollouts(self) -> None:
         """Put the newest weights into the replicas, then open the gate."""
         self.sharding_manager.__enter__()
 
-    def close_rollouts(self) -> None:
+    def _close_rollouts(self) -> None:
         """Shut the gate; the replicas sleep."""
         self.sharding_manager.__exit__(None, None, None)
+
+    on_init_end = _open_rollouts
 
     # ------------------------------------------------------------------ verl's construction
 
@@ -138,21 +146,18 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         self.val_dataset, self.val_dataloader = _validation_loader(config, self.tokenizer, self.processor)
         self.total_training_steps = int(config.trainer.total_training_steps)
         self.steps_per_epoch = max(self.total_training_steps, 1)
-        from omegaconf import open_dict
-
+        updates = self.total_training_steps * self.parameter_sync_step
         with open_dict(config):
             # fit() ends by step; with one epoch of exactly that many, verl's epoch count does not end it before.
             config.trainer.total_epochs = max(int(config.trainer.total_epochs), 2)
-            config.actor_rollout_ref.actor.optim.total_training_steps = (
-                self.total_training_steps * self.parameter_sync_step
-            )
+            config.actor_rollout_ref.actor.optim.total_training_steps = updates
             if self.use_critic:
-                config.critic.optim.total_training_steps = self.total_training_steps * self.parameter_sync_step
+                config.critic.optim.total_training_steps = updates
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
         for role, remote in self.role_worker_mapping.items():
-            self.role_worker_mapping[role] = ray.remote(worker_class(remote.__ray_metadata__.modified_class))
+            self.role_worker_mapping[role] = ray.remote(WORKERS[remote.__ray_metadata__.modified_class.__name__])
 
     def _build_replay_buffer(self) -> Any:
         sampler = self.config.trainer.v1.sampler
@@ -198,7 +203,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         batch = super().step(metrics, timing_raw)
         assert self.feed is not None
         uids = {key.split("_")[0] for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding")}
-        self._slots = self._unacknowledged = self.feed.trained(sorted(uids), self.global_steps)
+        self._slots = self.feed.trained(sorted(uids), self.global_steps)
         grad_norm = float(metrics.get("actor/grad_norm", 0.0))
         self._loss = float(metrics.get("actor/loss", metrics.get("actor/pg_loss", 0.0)))
         if not (math.isfinite(self._loss) and math.isfinite(grad_norm)):
@@ -224,17 +229,17 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         batch = super()._compute_advantage(batch, metrics)
-        run = self.atropos.run
-        values = tq.kv_batch_get(
-            keys=batch.keys,
-            partition_id=batch.partition_id,
-            select_fields=["response_mask", "advantages", ADVANTAGES],
-        )
+        run, algorithm = self.atropos.run, self.config.algorithm
+        wanted = ["response_mask", "advantages", ADVANTAGES]
+        values = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=wanted)
+        # The group baseline is that of training.advantages, as in the local backend. verl weighs a reward that it
+        # changed (KL in reward), and computes its other estimators.
+        ours = str(algorithm.adv_estimator) in ("grpo", "rloo", "plain") and not algorithm.use_kl_in_reward
         advantages, figures = finish_batch(
             values,
             batch.keys,
             batch.tags,
-            from_data=self._baseline_from_data,
+            from_data=ours,
             normalization=run.advantage_normalization,
             clipping=run.advantage_clipping,
             running=self.state.moments,
@@ -243,34 +248,26 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         fields = TensorDict({"advantages": advantages, "returns": advantages}, batch_size=len(batch))
         return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
 
-    @property
-    def _baseline_from_data(self) -> bool:
-        """The group baseline is that of ``training.advantages``, as in the local backend. verl weighs a reward that it
-        changed (KL in reward), and computes its other estimators."""
-        algorithm = self.config.algorithm
-        return str(algorithm.adv_estimator) in ("grpo", "rloo", "plain") and not algorithm.use_kl_in_reward
-
     def _compute_metrics(
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], **arguments: Any
     ) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, **arguments)
         assert self.feed is not None
-        self.feed.acknowledge(self._unacknowledged, self._covered_step)
-        self._unacknowledged = []
+        self.feed.acknowledge(self._slots, self._covered_step)
         self.on_report(self._step_report(metrics, timing_raw))
         self._whole_step, self._is_updating = self.global_steps, False
         self._stop_if_asked()
 
     def _step_report(self, metrics: Mapping[str, Any], timing: Mapping[str, float]) -> StepReport:
         """Join the figures of every backend with verl's own under verl's names. ``timing``: verl's, in seconds."""
-        environments: dict[int, list[float]] = {}
+        environments: defaultdict[int, list[float]] = defaultdict(list)
         figures: dict[str, float | int | None] = {
             name: number for name, value in metrics.items() if (number := _number(value)) is not None
         }
         for slot in self._slots:
             figures |= slot.off_policy
             for env_id, scores in slot.env_scores.items():
-                environments.setdefault(env_id, []).extend(scores)
+                environments[env_id] += scores
         sync = self.sharding_manager.last_sync
         sync_seconds = None if sync is None else sync.seconds
         training = ("old_log_prob", "ref", "values", "adv", "update_actor")
@@ -292,6 +289,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         )
 
     def _stop_if_asked(self) -> None:
+        self._next_stop_look = time.monotonic() + _STOP_LOOK_SECONDS
         if self._whole_step < self.total_training_steps and self.on_stop():
             raise StopRequestedError(f"stopped after step {self._whole_step}")
 
@@ -299,9 +297,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         """Runs between two looks for a finished batch."""
         assert self.feed is not None
         self.feed.check()
-        now = time.monotonic()
-        if now > self._next_stop_look:
-            self._next_stop_look = now + _STOP_LOOK_SECONDS
+        if time.monotonic() > self._next_stop_look:
             self._stop_if_asked()
 
     def save_what_was_trained(self) -> str:
@@ -349,37 +345,28 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
 class _ColocatedTrainer(_AtroposTrainer):
     """Trainer and replicas share their devices: the rollout phase ends for training and begins again after it."""
 
-    def on_init_end(self) -> None:
-        self.open_rollouts()
+    on_sample_end = _AtroposTrainer._close_rollouts
+    on_step_end = _AtroposTrainer._open_rollouts
 
-    def on_sample_end(self) -> None:
-        self.close_rollouts()
-
-    def on_step_end(self) -> None:
-        self.open_rollouts()
+    def update_weights_from_tensor(self, named_tensors: Iterable[tuple[str, Any]]) -> None:
+        self.checkpoint_manager.update_weights(self.global_steps)
 
 
 class AtroposSyncTrainer(_ColocatedTrainer, PPOTrainerSync):  # type: ignore[misc]
     """Rollout and training take turns."""
 
     drains = True
-
-    def _verl_sync(self) -> None:
-        self.checkpoint_manager.update_weights(self.global_steps)
-
-    def _verl_release(self) -> None:
-        PPOTrainerSync.on_sample_end(self)
+    release_memory_occupation = PPOTrainerSync.on_sample_end
 
 
 class AtroposColocateAsyncTrainer(_ColocatedTrainer, PPOTrainerColocateAsync):  # type: ignore[misc]
     """The next batch is already on its way; generation is cut for training and continued after."""
 
-    def _verl_sync(self) -> None:
-        self.checkpoint_manager.update_weights(self.global_steps)
-        self.checkpoint_manager.resume_generation_replicas()
+    release_memory_occupation = PPOTrainerColocateAsync.on_sample_end
 
-    def _verl_release(self) -> None:
-        PPOTrainerColocateAsync.on_sample_end(self)
+    def update_weights_from_tensor(self, named_tensors: Iterable[tuple[str, Any]]) -> None:
+        super().update_weights_from_tensor(named_tensors)
+        self.checkpoint_manager.resume_generation_replicas()
 
 
 class AtroposSeparateAsyncTrainer(_AtroposTrainer, PPOTrainerSeparateAsync):  # type: ignore[misc]
@@ -387,19 +374,13 @@ class AtroposSeparateAsyncTrainer(_AtroposTrainer, PPOTrainerSeparateAsync):  # 
 
     _verl_hook = PPOTrainerSeparateAsync.on_init_end
 
-    def _verl_sync(self) -> None:
+    def update_weights_from_tensor(self, named_tensors: Iterable[tuple[str, Any]]) -> None:
         self._verl_hook()
-
-    def _verl_release(self) -> None:
-        """The replicas keep their memory: they are not the trainer's."""
-
-    def on_init_end(self) -> None:
-        self.open_rollouts()
 
     def on_step_end(self) -> None:
         self._verl_hook = lambda: PPOTrainerSeparateAsync.on_step_end(self)
-        self.close_rollouts()
-        self.open_rollouts()
+        self._close_rollouts()
+        self._open_rollouts()
 
 
 MODES: dict[str, type[_AtroposTrainer]] = {
@@ -411,43 +392,6 @@ MODES: dict[str, type[_AtroposTrainer]] = {
 
 
 # ---------------------------------------------------------------------------------- what verl's trainer is built from
-
-
-class _RolloutPhase:
-    """verl's replicas and our gateway's gate, as ``AtroposShardingManager`` asks for them.
-
-    verl's own hooks move the tensors between its workers and its replicas; nothing passes through this process.
-    """
-
-    def __init__(self, trainer: _AtroposTrainer) -> None:
-        self._trainer = trainer
-
-    @property
-    def policy_version(self) -> int:
-        return self._trainer.policy_version
-
-    def named_tensors(self) -> Iterable[tuple[str, Any]]:
-        return ()
-
-    def update_weights_from_tensor(self, named_tensors: Iterable[tuple[str, Any]]) -> None:
-        del named_tensors
-        self._trainer._verl_sync()
-
-    def resume_memory_occupation(self) -> None:
-        """Part of verl's weight update."""
-
-    def release_memory_occupation(self) -> None:
-        self._trainer._verl_release()
-
-    def pause(self, timeout: float) -> None:
-        """Shut the gate. Replicas of vLLM and SGLang cannot hold a request while they sleep: it ends first."""
-        if self._trainer.gateway is not None:
-            gate = self._trainer.gateway.gate
-            gate.drain(timeout) if self._trainer.drains else gate.pause(timeout)
-
-    def resume(self) -> None:
-        if self._trainer.gateway is not None:
-            self._trainer.gateway.release(self._trainer.policy_version)
 
 
 def _number(value: Any) -> float | int | None:
@@ -558,14 +502,10 @@ class AtroposAgentLoopManager:
         """Ask the feed for the slots that ``prompts`` name; returns at once."""
         # Not get(): that gives the wrapped value, which has no truth.
         is_validation = prompts["validate"] if "validate" in prompts else False  # noqa: SIM401
-        if is_validation:
-            self._validate(prompts)
+        if not is_validation:
+            for uid in prompts["uid"]:
+                self._feed.request(str(uid), int(prompts["global_steps"]))
             return
-        step = int(prompts["global_steps"])
-        for uid in prompts["uid"]:
-            self._feed.request(str(uid), step)
-
-    def _validate(self, prompts: TensorDict) -> None:
         if self._validation is None:
             from verl.trainer.ppo.v1 import AgentLoopManagerTQ
 

@@ -17,8 +17,6 @@ from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, 
 
 from atropos_verl.backends.ray.weight_transfer import standalone_worker
 
-__all__ = ["VLLMCpuHttpServer", "VLLMCpuReplica"]
-
 _KV_CACHE_BYTES = 256 << 20
 """vLLM would take a share of the machine's memory that was not meant for it; more is a setting away."""
 

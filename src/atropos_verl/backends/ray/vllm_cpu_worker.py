@@ -8,8 +8,6 @@ from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
 from atropos_verl.verl_plugin.shims import keep_linear_weights
 
-__all__ = ["VLLMCpuWorkerExtension"]
-
 
 class VLLMCpuWorkerExtension(vLLMColocateWorkerExtension):  # type: ignore[misc]
     """verl's extension; its ``__new__`` runs before the model is loaded."""

@@ -6,8 +6,7 @@
     tensors ─▶ WeightBucket ──object store (shared memory)──▶ WeightReceiver ─▶ engine.update_weights_from_tensor(...)
               one copy                                        zero-copy view     one copy
 
-One call per bucket, two on their way at a time: the engine copies one while the next is gathered. Within a host the
-store is shared memory; between hosts Ray moves each bucket once.
+One call per bucket, two on their way at a time: the engine copies one while the next is gathered.
 
 A replica that shares the worker's devices gets its buckets from the worker itself. A standalone replica gets them
 through a checkpoint engine. verl ships those over NCCL, NIXL and the like; the one here needs Ray alone::
@@ -27,7 +26,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -37,25 +36,12 @@ from verl.workers.rollout.utils import ensure_async_iterator
 
 from atropos_verl.errors import WeightSyncError
 
-__all__ = [
-    "AtroposCheckpointEngineWorker",
-    "BucketStream",
-    "RayObjectStoreCheckpointEngine",
-    "TransferReport",
-    "WeightBucket",
-    "WeightReceiver",
-    "iter_buckets",
-    "send_weights",
-    "standalone_worker",
-]
-
 logger = logging.getLogger(__name__)
 
 _IN_FLIGHT = 2
 _TIMEOUT = 300.0
 """Seconds a receiver waits for the next bucket."""
 
-NamedTensors = Iterable[tuple[str, torch.Tensor]]
 Part = tuple[int, Any, bool]
 """Index of a bucket, the bucket or a reference to it, and whether it is the last of its update."""
 
@@ -64,51 +50,42 @@ Part = tuple[int, Any, bool]
 class WeightBucket:
     """Some tensors as numpy bytes: Ray stores those out of band, without pickling their content."""
 
-    names: list[str]
-    dtypes: list[torch.dtype]
-    shapes: list[tuple[int, ...]]
-    data: list[np.ndarray[Any, np.dtype[np.uint8]]]
-    """Flat bytes of each tensor."""
+    tensors: list[tuple[str, torch.dtype, torch.Size, np.ndarray[Any, np.dtype[np.uint8]]]]
+    """Name, dtype, shape and flat bytes of each."""
 
     @classmethod
-    def pack(cls, tensors: NamedTensors) -> WeightBucket:
-        bucket = cls([], [], [], [])
+    def pack(cls, tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightBucket:
+        bucket = cls([])
         for name, tensor in tensors:
             flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-            bucket.names.append(name)
-            bucket.dtypes.append(tensor.dtype)
-            bucket.shapes.append(tuple(tensor.shape))
-            bucket.data.append(flat.numpy())
+            bucket.tensors.append((name, tensor.dtype, tensor.shape, flat.numpy()))
         return bucket
 
     @property
+    def names(self) -> list[str]:
+        return [name for name, *_ in self.tensors]
+
+    @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.data)
+        return sum(array.nbytes for *_, array in self.tensors)
 
     def unpack(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield views of the bytes, which must not be written to (the store is read-only)."""
-        for name, dtype, shape, array in zip(self.names, self.dtypes, self.shapes, self.data, strict=True):
+        for name, dtype, shape, array in self.tensors:
             if array.nbytes == 0:
                 yield name, torch.empty(shape, dtype=dtype)
                 continue
-            array = array if array.flags.writeable else _writable_view(array)
+            if not array.flags.writeable:
+                # Call the same memory writable, so that torch takes it without a warning; ``owner`` keeps it alive.
+                interface = array.__array_interface__ | {"data": (array.__array_interface__["data"][0], False)}
+                array = np.asarray(SimpleNamespace(__array_interface__=interface, owner=array))
             yield name, torch.from_numpy(array).view(dtype).reshape(shape)
-
-
-def _writable_view(array: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Call the same memory writable, so that torch takes it without a warning. Nobody writes to it."""
-
-    interface = dict(array.__array_interface__)
-    interface["data"] = (interface["data"][0], False)
-    # The holder keeps ``array``, and with it the memory, alive.
-    return np.asarray(SimpleNamespace(__array_interface__=interface, owner=array))
 
 
 # ---------------------------------------------------------------------------------------------------- the sender's side
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TransferReport:
+class TransferReport(NamedTuple):
     """The tensors of one update, in order, and their size."""
 
     names: tuple[str, ...]
@@ -151,17 +128,22 @@ async def send_weights(
     pending: list[Awaitable[Any]] = []
     nbytes = count = 0
     buckets = weights.parts() if isinstance(weights, BucketStream) else iter_buckets(weights, bucket_bytes)
-    async for index, bucket, last in buckets:
-        if isinstance(bucket, WeightBucket):
-            names += bucket.names
-            nbytes += bucket.nbytes
-        while len(pending) >= _IN_FLIGHT:
+    try:
+        async for index, bucket, last in buckets:
+            if isinstance(bucket, WeightBucket):
+                names += bucket.names
+                nbytes += bucket.nbytes
+            while len(pending) >= _IN_FLIGHT:
+                await pending.pop(0)
+            pending.append(receive(update_id, index, bucket, last))
+            count += 1
+        while pending:
             await pending.pop(0)
-        pending.append(receive(update_id, index, bucket, last))
-        count += 1
-    for call in pending:
-        await call
-    return TransferReport(names=tuple(names), nbytes=nbytes, buckets=count)
+    except Exception:
+        # The other calls fail as well, and asyncio logs an exception that nobody has looked at.
+        await asyncio.gather(*pending, return_exceptions=True)
+        raise
+    return TransferReport(tuple(names), nbytes, count)
 
 
 # -------------------------------------------------------------------------------------------------- the receiver's side
@@ -174,7 +156,7 @@ class BucketStream:
         timeout: seconds to wait for the next bucket; ``WeightSyncError`` then.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float = _TIMEOUT) -> None:
         self._timeout = timeout
         self._turn = asyncio.Condition()
         self._held: Part | None = None
@@ -221,9 +203,8 @@ class BucketStream:
 
     async def __aiter__(self) -> AsyncIterator[tuple[str, torch.Tensor]]:
         """Yield every tensor of every bucket, read from the object store."""
-        async for _, item, _ in self.parts():
-            bucket = item if isinstance(item, WeightBucket) else await item
-            for pair in bucket.unpack():
+        async for _, reference, _ in self.parts():
+            for pair in (await reference).unpack():
                 yield pair
 
 
@@ -239,7 +220,7 @@ class WeightReceiver:
         self._apply = apply
         self._timeout = timeout
         self._update_id = ""
-        self._stream = BucketStream(timeout)
+        self._stream: BucketStream
         self._done: asyncio.Future[Any] | None = None
         self._lock = asyncio.Lock()
 
@@ -256,8 +237,7 @@ class WeightReceiver:
         # The engine may refuse a tensor while more are on their way: then nobody reads the stream any more.
         put = asyncio.ensure_future(stream.put(index, bucket, last))
         await asyncio.wait({put, done}, return_when=asyncio.FIRST_COMPLETED)
-        if not put.done():
-            put.cancel()
+        put.cancel()
         if last or done.done():
             return await asyncio.shield(done)
         return None
@@ -291,16 +271,15 @@ class RayObjectStoreCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
 
     def __init__(self, bucket_size: int, is_master: bool | None = None) -> None:
         self.bucket_size = bucket_size
-        self.is_receiver = is_master is None
-        self.is_master = bool(is_master)
+        self.is_master = is_master
         self._receivers: list[Any] = []
         self._stream: BucketStream | None = None
 
     def prepare(self) -> Any:
         """Return the actor of a receiver, which is ready for buckets from now on."""
-        if not self.is_receiver:
+        if self.is_master is not None:
             return None
-        self._stream = BucketStream(_TIMEOUT)
+        self._stream = BucketStream()
         return ray.get_runtime_context().current_actor
 
     @classmethod
@@ -311,7 +290,7 @@ class RayObjectStoreCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         return {"receivers": [receivers] * trainer_world_size}, {"receivers": [[]] * rollout_world_size}
 
     def init_process_group(self, receivers: list[Any]) -> None:
-        self._receivers = receivers if self.is_master else []
+        self._receivers = receivers
 
     def finalize(self) -> None:
         self._receivers = []

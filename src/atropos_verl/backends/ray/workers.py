@@ -24,16 +24,6 @@ from atropos_verl.training.losses.policy import advantage_weighted_sft_loss as _
 from atropos_verl.verl_plugin import engines  # noqa: F401  registers
 from atropos_verl.verl_plugin.shims import init_cpu_process_group, own_copies
 
-__all__ = [
-    "AtroposActorRolloutRefWorker",
-    "AtroposDetachActorWorker",
-    "AtroposTrainingWorker",
-    "advantage_weighted_sft",
-    "plain",
-    "register_user_loss",
-    "worker_class",
-]
-
 
 class _PreparedWorker:
     """Mixin: prepares verl's process group on a CPU, and registers the user's loss where the worker is an actor."""
@@ -46,15 +36,15 @@ class _PreparedWorker:
 
 
 class AtroposTrainingWorker(_PreparedWorker, TrainingWorker):  # type: ignore[misc]
-    """verl's ``TrainingWorker`` (the critic)."""
+    """Trains the critic."""
 
 
 class AtroposActorRolloutRefWorker(_PreparedWorker, ActorRolloutRefWorker):  # type: ignore[misc]
-    """verl's ``ActorRolloutRefWorker``: sync and colocate_async."""
+    """Trains the policy of sync and colocate_async."""
 
 
 class AtroposDetachActorWorker(_PreparedWorker, DetachActorWorker):  # type: ignore[misc]
-    """verl's ``DetachActorWorker``: separate_async."""
+    """Trains the policy of separate_async."""
 
     @property
     def copy_handler(self) -> Any:
@@ -63,20 +53,12 @@ class AtroposDetachActorWorker(_PreparedWorker, DetachActorWorker):  # type: ign
         return own_copies(save) if get_device_name() == "cpu" else save
 
 
-_CLASSES = {
-    TrainingWorker: AtroposTrainingWorker,
-    ActorRolloutRefWorker: AtroposActorRolloutRefWorker,
-    DetachActorWorker: AtroposDetachActorWorker,
+WORKERS = {
+    "TrainingWorker": AtroposTrainingWorker,
+    "ActorRolloutRefWorker": AtroposActorRolloutRefWorker,
+    "DetachActorWorker": AtroposDetachActorWorker,
 }
-
-
-def worker_class(verl_class: type) -> type:
-    """Find our class for one of verl's worker classes. Raises ``KeyError`` naming a class that has none."""
-    for known, ours in _CLASSES.items():
-        # Ray wraps the class it is given in a subclass of the same name.
-        if verl_class is known or (verl_class.__name__ == known.__name__ and issubclass(verl_class, known)):
-            return ours
-    raise KeyError(f"no worker for {verl_class.__name__}; known: {', '.join(cls.__name__ for cls in _CLASSES)}")
+"""verl's class, by name since Ray wraps the class it is given in a subclass of the same name → ours."""
 
 
 def advantage_weighted_sft(

@@ -14,6 +14,7 @@ from verl.workers.rollout.replica import TokenOutput
 
 from atropos_verl.backends.ray.gateway import ReplicaEngine, to_sampling_params
 from atropos_verl.engine.protocol import GenerationEngine
+from atropos_verl.engine.requests import EngineLimits
 from atropos_verl.errors import EngineError, GenerationRequestError
 from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
 
@@ -64,9 +65,9 @@ class _Replica:
         return output
 
 
-def _engine(replica: Any, **settings: Any) -> ReplicaEngine:
-    settings = {"max_context_len": 64, "vocab_size": 259, "eos_token_ids": {_EOS}} | settings
-    return ReplicaEngine(replica, build_tiny_tokenizer(), **settings)
+def _engine(replica: Any) -> ReplicaEngine:
+    limits = EngineLimits(max_context_len=64, vocab_size=259, eos_token_ids=frozenset({_EOS}))
+    return ReplicaEngine(replica, build_tiny_tokenizer(), limits)
 
 
 def _request(**settings: Any) -> GenerationRequest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import pickle
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -33,6 +34,10 @@ def _collect(tensors: Iterator[tuple[str, torch.Tensor]]) -> list[tuple[str, tor
     return [(name, tensor.clone()) for name, tensor in tensors]
 
 
+async def _buckets(limit: int) -> list[Any]:
+    return [item async for item in iter_buckets(_TENSORS, limit)]
+
+
 def _assert_same(got: list[tuple[str, torch.Tensor]], want: list[tuple[str, torch.Tensor]]) -> None:
     assert [name for name, _ in got] == [name for name, _ in want]
     for (name, a), (_, b) in zip(got, want, strict=True):
@@ -48,9 +53,9 @@ def test_a_bucket_is_read_from_read_only_memory_without_a_copy_or_a_warning() ->
     assert len(body) < 2000  # the content travels out of band
     memory = [memoryview(bytes(buffer.raw())) for buffer in buffers]
     arrived = pickle.loads(body, buffers=memory)
-    assert not any(array.flags.writeable for array in arrived.data if array.nbytes)
+    assert not any(array.flags.writeable for *_, array in arrived.tensors if array.nbytes)
     _assert_same(list(arrived.unpack()), _TENSORS)
-    for (name, tensor), array in zip(arrived.unpack(), arrived.data, strict=True):
+    for (name, tensor), (*_, array) in zip(arrived.unpack(), arrived.tensors, strict=True):
         if array.nbytes:
             assert tensor.data_ptr() == array.__array_interface__["data"][0], name
 
@@ -60,7 +65,7 @@ def test_a_bucket_is_read_from_read_only_memory_without_a_copy_or_a_warning() ->
     [(1, [1, 1, 1, 1, 1, 1]), (150, [4, 1, 1]), (1 << 20, [6])],
 )
 async def test_buckets_are_as_large_as_allowed_and_a_larger_tensor_goes_alone(limit: int, sizes: list[int]) -> None:
-    buckets = [item async for item in iter_buckets(_TENSORS, limit)]
+    buckets = await _buckets(limit)
     assert [len(bucket.names) for _, bucket, _ in buckets] == sizes
     assert [index for index, _, _ in buckets] == list(range(len(sizes)))
     assert [last for *_, last in buckets] == [False] * (len(sizes) - 1) + [True]
@@ -77,7 +82,7 @@ async def test_an_update_arrives_whole_and_in_order(limit: int) -> None:
 
 
 async def test_buckets_that_overtake_each_other_are_applied_in_order() -> None:
-    buckets = [item async for item in iter_buckets(_TENSORS, 1)]
+    buckets = await _buckets(1)
     receiver = WeightReceiver(_collect)
     calls = [receiver.receive("u", *part) for part in reversed(buckets)]
     *_, last = await asyncio.gather(*reversed([asyncio.ensure_future(call) for call in calls]))
@@ -85,6 +90,9 @@ async def test_buckets_that_overtake_each_other_are_applied_in_order() -> None:
 
 
 async def test_a_refused_tensor_ends_the_update_at_the_sender_and_the_next_update_works() -> None:
+    unseen: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
+
     def refuse(tensors: Iterator[tuple[str, torch.Tensor]]) -> int:
         for name, _ in tensors:
             if name == "scalar" and refusing:
@@ -99,12 +107,10 @@ async def test_a_refused_tensor_ends_the_update_at_the_sender_and_the_next_updat
 
     with pytest.raises(WeightSyncError, match="no tensor 'scalar'"):
         await send_weights(receive, _TENSORS, 1)
+    gc.collect()
+    assert unseen == []  # a call that nobody waited for would be reported when it is collected
     refusing = False
     await send_weights(receive, _TENSORS, 1)
-
-
-async def _buckets(limit: int) -> list[Any]:
-    return [item async for item in iter_buckets(_TENSORS, limit)]
 
 
 async def test_a_sender_that_dies_is_named_after_the_timeout_and_gives_way_to_the_next_update() -> None:
