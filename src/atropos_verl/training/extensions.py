@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +46,7 @@ def check_extensions(config: RunConfig, prefix: str = "") -> None:
     ``prefix`` is ``atropos.`` where the keys are in that block (the Ray backend).
     """
     for key in _ARGUMENTS:
-        section, name = key.split(".")
-        path = getattr(getattr(config, section), name)
+        path = attrgetter(key)(config)
         if path is not None:
             try:
                 load_function(key, path)
@@ -64,20 +64,18 @@ def load_function(key: str, path: str) -> Callable[..., Any]:
     if directory not in sys.path:
         sys.path.append(directory)
     try:
-        found: Any = importlib.import_module(module_name)
+        module = importlib.import_module(module_name)
     except ImportError as error:
         where = f"it is looked for in {directory} and on PYTHONPATH"
         raise ConfigError(f"cannot import {module_name}: {error}; {where}", key) from error
     except Exception as error:
         raise ConfigError(f"importing {module_name} raised {type(error).__name__}: {error}", key) from error
     try:
-        for part in name.split("."):
-            found = getattr(found, part)
+        function: Callable[..., Any] = attrgetter(name)(module)
     except AttributeError:
         raise ConfigError(f"{module_name} has no {name!r}", key) from None
-    if not callable(found):
-        raise ConfigError(f"{path} is a {type(found).__name__}, not a function", key)
-    function: Callable[..., Any] = found
+    if not callable(function):
+        raise ConfigError(f"{path} is a {type(function).__name__}, not a function", key)
     positional, keywords = _ARGUMENTS[key]
     try:
         signature = inspect.signature(function)
@@ -93,7 +91,7 @@ def load_function(key: str, path: str) -> Callable[..., Any]:
 
 def load_loss(path: str) -> Callable[..., LossOutput]:
     """``loss.path`` as a function with the arguments of ``_ARGUMENTS`` that returns a ``LossOutput``."""
-    key, function = "loss.path", load_function("loss.path", path)
+    function = load_function(key := "loss.path", path)
 
     def loss(logprobs: torch.Tensor, *arguments: Any, **keywords: Any) -> LossOutput:
         import torch
@@ -114,29 +112,26 @@ def load_loss(path: str) -> Callable[..., LossOutput]:
 
 def load_advantage(path: str) -> Callable[[ScoredGroup], list[FloatArray]]:
     """``algorithm.advantage_path`` as a function that returns float64 [T_i] for each sequence of a group."""
-    key, function = "algorithm.advantage_path", load_function("algorithm.advantage_path", path)
+    function = load_function(key := "algorithm.advantage_path", path)
 
     def advantages(group: ScoredGroup) -> list[FloatArray]:
         lengths = [len(tokens) for tokens in group.token_ids]
-        result = list(function(group.scores, group))
-        if len(result) != len(lengths):
-            raise ConfigError(f"{path} returned {len(result)} advantages for a group of {len(lengths)}", key)
-        rows: list[FloatArray] = []
-        for i, (value, length) in enumerate(zip(result, lengths, strict=True)):
-            row = np.asarray(value, dtype=np.float64)
+        rows = [np.asarray(value, dtype=np.float64) for value in function(group.scores, group)]
+        if len(rows) != len(lengths):
+            raise ConfigError(f"{path} returned {len(rows)} advantages for a group of {len(lengths)}", key)
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             if row.shape not in ((), (length,)):
                 raise ConfigError(f"{path} returned shape {row.shape} for sequence {i} of {length} tokens", key)
             if not np.isfinite(row).all():
                 raise ConfigError(f"{path} returned an advantage that is not finite for sequence {i}", key)
-            rows.append(np.broadcast_to(row, (length,)))
-        return rows
+        return [np.broadcast_to(row, (length,)) for row, length in zip(rows, lengths, strict=True)]
 
     return advantages
 
 
 def load_filter(path: str) -> Callable[[Sequence[ScoredGroup]], list[bool]]:
     """``data.filter_path`` as a function that says of each group whether it is kept."""
-    key, function = "data.filter_path", load_function("data.filter_path", path)
+    function = load_function(key := "data.filter_path", path)
 
     def keeps(groups: Sequence[ScoredGroup]) -> list[bool]:
         result = [bool(kept) for kept in function(list(groups))]
@@ -152,7 +147,7 @@ def load_rescoring(path: str, decode: Callable[..., str]) -> Callable[[ScoredGro
 
     The prompt of a sequence ends at its first trained token.
     """
-    key, function = "reward.path", load_function("reward.path", path)
+    function = load_function(key := "reward.path", path)
 
     def rescored(group: ScoredGroup) -> ScoredGroup:
         starts = [int(np.argmax(np.append(mask != NOT_TRAINED, True))) for mask in group.masks]

@@ -66,27 +66,18 @@ def test_base_weights_from_the_trainer_lose_their_wrapper_and_are_what_the_next_
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"),
-    [({"use_dora": True}, "use_dora=True"), ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern")],
-)
-def test_settings_that_would_change_the_formula_are_refused_by_name(settings: dict[str, Any], named: str) -> None:
-    _, adapter, config = _adapted(0, **settings)
-    with pytest.raises(WeightSyncError, match=named):
-        list(LoraMerger(_parameters(tiny_causal_lm())).merge(adapter.items(), config))
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
+    ("settings", "change", "named"),
     [
-        (lambda a: {k: v for k, v in a.items() if not k.endswith("layers.0.self_attn.q_proj.lora_B.weight")}, "q_proj"),
-        (lambda a: {k.replace("layers.1", "layers.7"): v for k, v in a.items()}, r"layers\.7"),
-        (lambda a: {k: v[:, :-1] if "lora_A" in k else v for k, v in a.items()}, "factors"),
-        (lambda a: {"base_model.model.lm_head.weight": torch.zeros(2)}, "not a LoRA factor"),
-        (lambda a: {}, "without any tensor"),
+        ({"use_dora": True}, dict, "use_dora=True"),
+        ({"alpha_pattern": {"q_proj": 3}}, dict, "alpha_pattern"),
+        ({}, lambda a: {k: v for k, v in a.items() if not k.endswith("layers.0.self_attn.q_proj.lora_B.weight")}, "q_"),
+        ({}, lambda a: {k.replace("layers.1", "layers.7"): v for k, v in a.items()}, r"layers\.7"),
+        ({}, lambda a: {k: v[:, :-1] if "lora_A" in k else v for k, v in a.items()}, "factors"),
+        ({}, lambda a: {"base_model.model.lm_head.weight": torch.zeros(2)}, "not a LoRA factor"),
+        ({}, lambda a: {}, "without any tensor"),
     ],
-    ids=["half", "unknown module", "shape", "no factor", "empty"],
 )
-def test_adapters_that_do_not_fit_are_refused_by_name(change: Any, named: str) -> None:
-    _, adapter, config = _adapted(0)
+def test_settings_and_adapters_that_do_not_fit_are_refused_by_name(settings: Any, change: Any, named: str) -> None:
+    _, adapter, config = _adapted(0, **settings)
     with pytest.raises(WeightSyncError, match=named):
         list(LoraMerger(_parameters(tiny_causal_lm())).merge(change(adapter).items(), config))

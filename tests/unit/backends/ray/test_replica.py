@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,39 +53,21 @@ def test_neutral_values_pass_and_others_are_refused_by_name() -> None:
             _request(**{name: value})
 
 
-class LateEngine:
-    """Knows a request only some time after it was handed over, like an engine whose task has not started yet."""
-
-    def __init__(self) -> None:
-        self.gate = RequestGate()
-        self.known: dict[str, asyncio.Event] = {}
-        self.asked = asyncio.Event()
-
-    async def request(self, key: str) -> list[object]:
-        for _ in range(3):  # not found by the first calls of abort
-            self.asked.clear()
-            await self.asked.wait()
-        self.known[key] = asyncio.Event()
-        await self.known[key].wait()
-        return []
-
-    def abort(self, key: str) -> bool:
-        self.asked.set()
-        if key in self.known:
-            self.known[key].set()
-        return key in self.known
-
-
 async def test_a_request_that_had_not_reached_the_engine_is_aborted_as_well() -> None:
+    asked: Counter[str] = Counter()
+
+    def abort(key: str) -> None:
+        asked[key] += 1
+        if asked[key] == 3:  # the engine did not know the request before
+            server._running[key].set_result([])
+
     server = object.__new__(TransformersServer)  # the actor without a model
-    engine = LateEngine()
-    server._engine = engine
-    server._asleep = server._aborted = server._rejecting = False
+    server._engine = SimpleNamespace(gate=RequestGate(), abort=abort)
+    server._asleep = False
     server._gate_lock = asyncio.Lock()
     server._has_weights = True
-    server.config = SimpleNamespace()
-    server._running = {key: asyncio.ensure_future(engine.request(key)) for key in ("a", "b")}
+    server._running = {key: asyncio.get_running_loop().create_future() for key in ("a", "b")}
     answer = await asyncio.wait_for(server.abort_all_requests(), timeout=60.0)
     assert answer["aborted_count"] == 2
-    assert all(task.done() for task in server._running.values())
-    assert not engine.gate.is_open
+    assert asked == {"a": 3, "b": 3}
+    assert not server._engine.gate.is_open

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -12,43 +13,18 @@ from verl.utils import tensordict_utils as tu
 from atropos_verl.backends.ray.trainer import AtroposAgentLoopManager
 
 
-class Recorder:
-    def __init__(self) -> None:
-        self.calls: list[Any] = []
-
-    def request(self, uid: str, step: int) -> None:
-        self.calls.append((uid, step))
-
-    def generate_sequences(self, prompts: Any) -> None:
-        self.calls.append(list(prompts["uid"]))
-
-
-def prompts(**extra: Any) -> Any:
-    return tu.get_tensordict({"uid": np.array(["a", "b"], dtype=object)}, {"global_steps": 7, **extra})
-
-
-def manager() -> tuple[AtroposAgentLoopManager, Recorder, Recorder]:
-    feed, validation = Recorder(), Recorder()
-    made = AtroposAgentLoopManager(SimpleNamespace(), feed, llm_client=None)  # type: ignore[arg-type]
-    made._validation = validation
-    return made, feed, validation
-
-
-def test_slots_of_training_go_to_the_feed() -> None:
-    made, feed, validation = manager()
-    made.generate_sequences(prompts())
-    assert feed.calls == [("a", 7), ("b", 7)]
-    assert validation.calls == []
-
-
+@pytest.mark.parametrize("extra", [{}, {"validate": True}])
 @pytest.mark.parametrize("wrap", [True, False])
-def test_prompts_of_validation_go_to_verls_manager(wrap: bool) -> None:
-    made, feed, validation = manager()
-    batch = prompts()
-    if wrap:
-        tu.assign_non_tensor_data(batch, "validate", True)  # as verl's trainer does
-    else:
-        batch = prompts(validate=True)
-    made.generate_sequences(batch)
-    assert validation.calls == [["a", "b"]]
-    assert feed.calls == []
+def test_slots_of_training_go_to_the_feed_and_prompts_of_validation_to_verls_manager(
+    extra: dict[str, Any], wrap: bool
+) -> None:
+    feed, validation = Mock(), Mock()
+    manager = AtroposAgentLoopManager(SimpleNamespace(), feed, llm_client=None)
+    manager._validation = validation
+    uids = {"uid": np.array(["a", "b"], dtype=object)}
+    prompts = tu.get_tensordict(uids, {"global_steps": 7, **({} if wrap else extra)})
+    for name, value in (extra if wrap else {}).items():
+        tu.assign_non_tensor_data(prompts, name, value)  # as verl's trainer does
+    manager.generate_sequences(prompts)
+    assert feed.request.mock_calls == ([] if extra else [call("a", 7), call("b", 7)])
+    assert validation.generate_sequences.mock_calls == ([call(prompts)] if extra else [])

@@ -102,11 +102,16 @@ async def test_a_refused_tensor_ends_the_update_at_the_sender_and_the_next_updat
     refusing = True
     receiver = WeightReceiver(refuse)
 
+    calls: list[Any] = []
+
     def receive(*part: Any) -> Any:
-        return asyncio.ensure_future(receiver.receive(*part))
+        calls.append(asyncio.ensure_future(receiver.receive(*part)))
+        return calls[-1]
 
     with pytest.raises(WeightSyncError, match="no tensor 'scalar'"):
         await send_weights(receive, _TENSORS, 1)
+    await asyncio.wait(calls)
+    calls.clear()
     gc.collect()
     assert unseen == []  # a call that nobody waited for would be reported when it is collected
     refusing = False
