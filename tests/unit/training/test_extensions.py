@@ -45,10 +45,6 @@ def mean_loss(logprobs: Any, advantages: Any, loss_mask: Any, num_loss_tokens: i
     return (logprobs * advantages * loss_mask).sum() / num_loss_tokens, {"sequences": int(given["sequence_ids"].max())}
 
 
-def nothing(scores: Any, group: ScoredGroup) -> Any:
-    return [0.0] * len(group)
-
-
 def by_token(scores: Any, group: ScoredGroup) -> Any:
     return [np.arange(len(tokens)) * score for tokens, score in zip(group.token_ids, scores, strict=True)]
 
@@ -62,16 +58,7 @@ def by_length(prompts: list[str], completions: list[str]) -> list[float]:
     return [float(len(completion)) for completion in completions]
 
 
-def one_argument(x: Any) -> Any:
-    return x
-
-
-class Wrong:
-    loss = staticmethod(lambda *_, **__: 3.0)
-    advantage = staticmethod(lambda *_: [1.0])
-    infinite = staticmethod(lambda *_: [math.inf, 0.0])
-    keep = staticmethod(lambda *_: [])
-    reward = staticmethod(lambda *_: [1.0])
+def one_argument(x: Any) -> Any: ...
 
 
 def decode(tokens: list[int], skip_special_tokens: bool = False) -> str:
@@ -104,7 +91,7 @@ def build(*entries: dict[str, Any], **config: Any) -> SampleReport:
         ("broken_module:f", "importing broken_module raised ZeroDivisionError"),
         (f"{ME}:no_such_function", "has no 'no_such_function'"),
         (f"{ME}:ME", "is a str, not a function"),
-        (f"{ME}:Wrong.no", "has no 'Wrong.no'"),
+        (f"{ME}:one_argument.no", "has no 'one_argument.no'"),
     ],
 )
 def test_a_path_that_names_no_function_is_refused_by_its_key(key: str, path: str, said: str, tmp_path: Path) -> None:
@@ -147,36 +134,36 @@ def test_loss_path_stands_alone() -> None:
 
 def micro_batch() -> tuple[dict[str, Any], dict[str, Any]]:
     """Sequences of 3 and 4 tokens as verl's engine gives them: entry t of its logprobs is of token t + 1."""
-    nested = lambda *rows: torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)  # noqa: E731
     values = torch.tensor([-0.1, -0.2, 0.0, -0.3, -0.4, -0.5, 0.0], requires_grad=True)
-    data = {
-        "input_ids": nested(torch.tensor([5, 6, 7]), torch.tensor([5, 6, 8, 2])),
-        "loss_mask": nested(torch.tensor([0, 0, 1]), torch.tensor([0, 0, 1, 1])),
-        "advantages": nested(torch.tensor([0.0, 0.0, 2.0]), torch.tensor([0.0, 0.0, -1.0, -1.0])),
-        "batch_num_tokens": 3,
-        "dp_size": 1,
+    rows = {
+        "input_ids": ([5, 6, 7], [5, 6, 8, 2]),
+        "loss_mask": ([0, 0, 1], [0, 0, 1, 1]),
+        "advantages": ([0.0, 0.0, 2.0], [0.0, 0.0, -1.0, -1.0]),
     }
+    data: dict[str, Any] = {"batch_num_tokens": 3, "dp_size": 1}
+    for name, values_of in rows.items():
+        data[name] = torch.nested.as_nested_tensor([torch.tensor(row) for row in values_of], layout=torch.jagged)
     return {"log_probs": SimpleNamespace(values=lambda: values), "leaf": values}, data
 
 
-def test_a_users_loss_is_the_loss_and_its_gradient() -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "gradient", "figure"),
+    [  # (2·(-0.2) - (-0.4) - (-0.5)) / 3
+        ("mean_loss", 0.5 / 3, [0, 2 / 3, 0, 0, -1 / 3, -1 / 3, 0], {"sequences": 1.0}),
+        ("constant_loss", 2.5, [0] * 7, {"tokens": 3.0}),
+    ],
+)
+def test_a_users_loss_is_the_loss_and_its_gradient(
+    name: str, value: float, gradient: list[float], figure: dict[str, float]
+) -> None:
     output, data = micro_batch()
-    function = LossFunction("advantage_weighted_sft", LossConfig(path=f"{ME}:mean_loss"))
+    function = LossFunction("advantage_weighted_sft", LossConfig(path=f"{ME}:{name}"))
     function.start()
     loss, _ = function(output, data)
     loss.backward()
-    # (2·(-0.2) - (-0.4) - (-0.5)) / 3
-    assert float(loss.detach()) == pytest.approx(0.5 / 3)
-    assert output["leaf"].grad.tolist() == pytest.approx([0, 2 / 3, 0, 0, -1 / 3, -1 / 3, 0])
-    assert function.finish()["sequences"] == 1.0
-
-
-def test_a_constant_loss_has_that_value_and_no_gradient() -> None:
-    output, data = micro_batch()
-    loss, _ = LossFunction("grpo", LossConfig(path=f"{ME}:constant_loss"))(output, data)
-    loss.backward()
-    assert float(loss.detach()) == 2.5
-    assert output["leaf"].grad.tolist() == [0.0] * 7
+    assert float(loss.detach()) == pytest.approx(value)
+    assert output["leaf"].grad.tolist() == pytest.approx(gradient)
+    assert function.finish().items() >= figure.items()
 
 
 def test_under_ray_the_users_loss_is_registered_with_verl_and_decides() -> None:
@@ -203,11 +190,6 @@ def test_under_ray_the_users_loss_is_registered_with_verl_and_decides() -> None:
     assert metrics == {"actor/sequences": 1.0}
 
 
-def test_a_loss_that_is_no_pair_of_tensor_and_figures_is_refused() -> None:
-    with pytest.raises(ConfigError, match="returned a float, not"):
-        extensions.load_loss(f"{ME}:Wrong.loss")(torch.zeros(2))
-
-
 # ---------------------------------------------------------------------- advantages, filter, reward
 
 
@@ -215,12 +197,12 @@ def test_a_users_advantages_replace_the_estimator_and_those_of_the_environment_r
     def rows(report: SampleReport) -> list[list[float]]:
         return [sample.advantages.tolist() for sample in report.samples]
 
-    algorithm = {"advantage_path": f"{ME}:by_token"}
-    assert rows(build(group((3.0, 2.0)), algorithm=algorithm)) == [[0, 0, 6.0], [0, 0, 4.0, 6.0]]
+    algorithm, scores = {"advantage_path": f"{ME}:by_token"}, (3.0, 2.0)
+    assert rows(build(group(scores), algorithm=algorithm)) == [[0, 0, 6.0], [0, 0, 4.0, 6.0]]
     own = [[9.0] * 3, None]
-    assert rows(build(group((3.0, 2.0), advantages=own), algorithm=algorithm)) == [[0, 0, 9.0], [0, 0, 4.0, 6.0]]
-    assert rows(build(group(), algorithm={"advantage_path": f"{ME}:nothing"})) == [[0] * 3, [0] * 4]
-    clipped = build(group((3.0, 2.0)), algorithm=algorithm, advantage_clipping=[-1.0, 5.0])
+    assert rows(build(group(scores, advantages=own), algorithm=algorithm)) == [[0, 0, 9.0], [0, 0, 4.0, 6.0]]
+    assert rows(build(group((0.0, 0.0)), algorithm=algorithm)) == [[0] * 3, [0] * 4]
+    clipped = build(group(scores), algorithm=algorithm, advantage_clipping=[-1.0, 5.0])
     assert rows(clipped) == [[0, 0, 5.0], [0, 0, 4.0, 5.0]]
 
 
@@ -243,19 +225,25 @@ def test_a_users_reward_scores_the_text_after_the_prompt() -> None:
 
 
 @pytest.mark.parametrize(
-    ("load", "name", "said"),
+    ("load", "wrong", "said"),
     [
-        (extensions.load_advantage, "advantage", "1 advantages for a group of 2"),
-        (extensions.load_advantage, "infinite", "not finite for sequence 0"),
-        (extensions.load_filter, "keep", "0 values for 1 groups"),
-        (lambda path: extensions.load_rescoring(path, decode), "reward", "not 2 finite scores"),
+        (extensions.load_loss, 3.0, "returned a float, not"),
+        (extensions.load_loss, (torch.zeros(2), {}), r"a loss of \(2,\), not a tensor without dimensions"),
+        (extensions.load_advantage, [1.0], "1 advantages for a group of 2"),
+        (extensions.load_advantage, [[1.0, 2.0], 0.0], r"shape \(2,\) for sequence 0 of 3 tokens"),
+        (extensions.load_advantage, [math.inf, 0.0], "not finite for sequence 0"),
+        (extensions.load_filter, [True], "1 values for 0 groups"),
+        (lambda path: extensions.load_rescoring(path, decode), [1.0], "not 2 finite scores"),
     ],
 )
-def test_a_result_that_does_not_fit_is_refused_by_path_and_size(load: Any, name: str, said: str) -> None:
+def test_a_result_that_does_not_fit_is_refused_by_path_and_size(
+    load: Any, wrong: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     [scored] = groups(group())
-    call = load(f"{ME}:Wrong.{name}")
+    monkeypatch.setattr(sys.modules[ME], "wrong", lambda *_, **__: wrong, raising=False)
+    call = load(f"{ME}:wrong")
     with pytest.raises(ConfigError, match=said):
-        call([scored] if name == "keep" else scored)
+        call([] if load is extensions.load_filter else scored)
 
 
 # ---------------------------------------------------------------------- the examples of docs/extensions.md
