@@ -62,18 +62,16 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("logit_bias", "bad_words", "extra_args"), ({}, [], ())),
 }
 """Parameters the embedded engine does not have, and the values at which, like None, they change nothing."""
-_TEXT_ONLY = set(
-    [
-        "logprobs",
-        "skip_special_tokens",
-        "spaces_between_special_tokens",
-        "include_stop_str_in_output",
-        "no_stop_trim",
-        "detokenize",
-        "output_kind",
-        "response_length",
-    ]
-)
+_TEXT_ONLY = {
+    "logprobs",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+    "no_stop_trim",
+    "detokenize",
+    "output_kind",
+    "response_length",
+}
 """Parameters about the form of the answer, which is tokens here."""
 
 
