@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from atropos_verl.protocol.exchange import RetryPolicy
+from atropos_verl.protocol.exchange import retry_interval
 from atropos_verl.training.staleness import is_stale, versions_behind
 from simulate.generation import Group
 from simulate.outcome import Outcome
@@ -93,8 +93,6 @@ class Trainer:
         self._fetching = False
         self._waiting_since: float | None = None
         self._dropped = self._stale_batches = 0
-        workload = world.workload
-        self._polls = RetryPolicy(workload.poll_attempts, workload.poll_delay)
 
     @property
     def step(self) -> int:
@@ -124,7 +122,9 @@ class Trainer:
             left = world.workload.poll_seconds - (world.now - since)
             if left <= 1e-9:  # ``batch_max_wait_time`` is over: the next wait begins at once, with quick polls
                 attempt, since, left = 0, world.now, world.workload.poll_seconds
-            delay = max(min(self._polls.interval(attempt), left), 1e-3)
+            workload = self.world.workload
+            interval = retry_interval(attempt, workload.poll_attempts, workload.poll_delay)
+            delay = max(min(interval, left), 1e-3)
             world.at(delay, lambda: self._poll(attempt + 1, since))
             return
         if world.workload.take_seconds > 0:

@@ -17,14 +17,15 @@ an API with leases; a POST with an idempotency key
 from __future__ import annotations
 
 import ipaddress
+import logging
 import math
+import random
 import re
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -34,29 +35,23 @@ import msgspec
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposAPIError, AtroposProtocolError, AtroposTimeoutError, ConfigError
 from atropos_verl.protocol.exchange import (
-    Answer,
     Call,
     ExchangeError,
-    RetryPolicy,
     answered_object,
     exchange,
     holds_batch,
     integers,
     not_atropos,
     pause,
+    retry_interval,
 )
 from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
 from atropos_verl.protocol.wire import MEDIA_TYPE
 
-__all__ = [
-    "ApiInfo",
-    "ApiStatus",
-    "AtroposClient",
-    "FetchedBatch",
-    "make_client",
-    "register_trainer",
-]
+logger = logging.getLogger(__name__)
 
+_JITTER = 0.1
+_TRIES_PER_TIMEOUT = 3
 _MIN_POLL_SECONDS = 0.01
 _LAST_CONNECT_SECONDS = 1.0
 _LAST_STATUS_SECONDS = 5.0
@@ -144,8 +139,8 @@ class AtroposClient:
         """As configured, a password left out."""
         self.timeout = _at_least(timeout, "atropos.timeout", 0.0, exclusive=True)
         self.max_wait_time = _at_least(max_wait_time, "batch_max_wait_time", 0.0)
-        _at_least(retry_attempts, "batch_retry_attempts", 1)
-        self.retry = RetryPolicy(int(retry_attempts), _at_least(retry_delay, "batch_retry_delay", 0.0))
+        self.retry_attempts = int(_at_least(retry_attempts, "batch_retry_attempts", 1))
+        self.retry_delay = _at_least(retry_delay, "batch_retry_delay", 0.0)
         self.lease_seconds = lease_seconds
         self.leased = False
         """The API has given out a leased batch: a failed ``GET /batch`` loses nothing there, and is tried again."""
@@ -169,9 +164,7 @@ class AtroposClient:
     def __enter__(self) -> AtroposClient:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -180,12 +173,7 @@ class AtroposClient:
     # --- what the API says about itself ------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Verify that an Atropos trajectory API answers at this URL.
-
-        Raises:
-            AtroposAPIError: no connection, no answer in time, or an HTTP error.
-            AtroposProtocolError: something else answers.
-        """
+        """Raises ``AtroposAPIError`` when no Atropos trajectory API answers at this URL."""
         self.status()
         self.info()
 
@@ -199,7 +187,7 @@ class AtroposClient:
 
     def latest_example(self) -> bytes:
         """The JSON of the group that came last; its lists are empty while there is none."""
-        return self._send(self._call("GET", "/latest_example"), repeatable=True).body
+        return self._send(self._call("GET", "/latest_example"))[0]
 
     # --- registration ------------------------------------------------------------------------------------------------
 
@@ -296,7 +284,7 @@ class AtroposClient:
             waited = time.monotonic() - started
             if waited >= limit:
                 raise AtroposTimeoutError(self._why_no_batch(waited, attempts), self.api_url)
-            interval = max(self.retry.interval(attempts - 1), _MIN_POLL_SECONDS)
+            interval = max(retry_interval(attempts - 1, self.retry_attempts, self.retry_delay), _MIN_POLL_SECONDS)
             pause(min(interval, limit - waited), should_stop)
 
     def ack(self, lease_id: str | None) -> str:
@@ -336,38 +324,57 @@ class AtroposClient:
     def _ask(
         self, call: Call, *, repeatable: bool = True, should_stop: Callable[[], None] | None = None
     ) -> dict[str, Any]:
-        return answered_object(call, self._send(call, repeatable=repeatable, should_stop=should_stop))
+        return answered_object(call, self._send(call, repeatable=repeatable, should_stop=should_stop)[0])
 
     def _send(
         self,
         call: Call,
         *,
-        repeatable: bool,
+        repeatable: bool = True,
         seconds: float | None = None,
         should_stop: Callable[[], None] | None = None,
-    ) -> Answer:
-        return self.retry.call(
-            lambda left: exchange(self._http, call, left),
-            name=call.name,
-            repeatable=repeatable,
-            seconds=self.timeout if seconds is None else seconds,
-            should_stop=should_stop,
-        )
+    ) -> tuple[bytes, httpx.Headers]:
+        """Body and headers of the answer to ``call``, tried again as the table above says.
+
+        No try begins after ``seconds`` (None: ``timeout``). A ``repeatable`` call spends at most a third of them on one
+        try, so that a lost packet does not cost it all; any other is tried again only while nothing was sent.
+
+        Raises:
+            AtroposAPIError: the failure of the last try.
+            Whatever ``should_stop`` raises, called between tries.
+        """
+        seconds = self.timeout if seconds is None else seconds
+        deadline = time.monotonic() + seconds
+        longest = seconds / min(_TRIES_PER_TIMEOUT, self.retry_attempts) if repeatable else seconds
+        attempt = 0
+        while True:
+            try:
+                return exchange(self._http, call, max(1e-3, min(longest, deadline - time.monotonic())))
+            except ExchangeError as failure:
+                wait = retry_interval(attempt, self.retry_attempts, self.retry_delay)
+                wait += random.uniform(0.0, _JITTER * self.retry_delay)
+                attempt += 1
+                is_over = attempt >= self.retry_attempts or time.monotonic() + wait >= deadline
+                if is_over or not failure.transient or (failure.sent and not repeatable):
+                    raise failure.error from failure.__cause__
+                level = logging.INFO if attempt == 1 else logging.WARNING
+                logger.log(level, "%s: try %d failed (%s); again in %.2f s", call.name, attempt, failure, wait)
+            pause(wait, should_stop)
 
     def _fetch(self, seconds: float, should_stop: Callable[[], None] | None = None) -> FetchedBatch | None:
         call = self._call("GET", "/batch", headers=self._batch_headers)
-        answer = self._send(call, repeatable=self.leased, seconds=seconds, should_stop=should_stop)
-        lease_id = None if self.lease_seconds is None else answer.headers.get(_LEASE_ID)
+        body, headers = self._send(call, repeatable=self.leased, seconds=seconds, should_stop=should_stop)
+        lease_id = None if self.lease_seconds is None else headers.get(_LEASE_ID)
         self.leased = self.leased or lease_id is not None
-        if not holds_batch(call, answer):
+        if not holds_batch(call, body):
             return None
-        earlier = answer.headers.get(_EARLIER_LEASE_IDS, "") if lease_id is not None else ""
-        return FetchedBatch(answer.body, lease_id, tuple(filter(None, earlier.split(","))))
+        earlier = headers.get(_EARLIER_LEASE_IDS, "") if lease_id is not None else ""
+        return FetchedBatch(body, lease_id, tuple(filter(None, earlier.split(","))))
 
     def _why_no_batch(self, waited: float, attempts: int) -> str:
         try:
             call = self._call("GET", "/status")
-            fields = answered_object(call, exchange(self._http, call, min(self.timeout, _LAST_STATUS_SECONDS)))
+            fields = answered_object(call, exchange(self._http, call, min(self.timeout, _LAST_STATUS_SECONDS))[0])
             state = f"it is at step {fields.get('current_step')} with {fields.get('queue_size')} groups in its queue"
         except (ExchangeError, AtroposAPIError):
             state = "its /status does not answer either"

@@ -1,17 +1,15 @@
-"""One request to a trajectory API: bounded in time, tried again, its failures translated into ``errors``."""
+"""One request to a trajectory API: bounded in time, its failures translated into ``errors``."""
 
 from __future__ import annotations
 
 import errno
 import json
-import logging
-import random
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 
@@ -24,29 +22,10 @@ from atropos_verl.errors import (
 )
 from atropos_verl.protocol.wire import MAGIC
 
-__all__ = [
-    "Answer",
-    "Call",
-    "ExchangeError",
-    "RetryPolicy",
-    "answered_object",
-    "exchange",
-    "holds_batch",
-    "integers",
-    "not_atropos",
-    "pause",
-]
-
-logger = logging.getLogger(__name__)
-
 SMALL_ANSWER_BYTES = 16 * 2**20
 """No answer but a batch is ever this long; a server that sends more is something else."""
 TRANSFER_FACTOR = 10
 """A batch that keeps arriving may take this many time-outs: cutting it off loses it at the API for ever."""
-GROWTH = 1.5
-"""Each interval between tries is this many times the one before."""
-_JITTER = 0.1
-_TRIES_PER_TIMEOUT = 3
 _SLICE_SECONDS = 0.25
 _BODY_WITHOUT_BATCH = 4096
 """Bytes. Answers without a batch are shorter; longer ones are left to ``decode_batch``, after they were journalled."""
@@ -61,53 +40,10 @@ _NOTHING_SENT = (
 )
 _UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
 
-T = TypeVar("T")
 
-
-@dataclass(frozen=True, slots=True)
-class RetryPolicy:
-    """``attempts`` quick tries; the interval after try i (from 0) is ``delay * 1.5**i`` seconds."""
-
-    attempts: int
-    delay: float
-
-    def interval(self, attempt: int) -> float:
-        """Seconds to wait after try ``attempt`` (from 0); after the last quick try it no longer grows."""
-        return float(self.delay * GROWTH ** min(attempt, self.attempts - 1))
-
-    def call(
-        self,
-        try_once: Callable[[float], T],
-        *,
-        name: str,
-        repeatable: bool,
-        seconds: float,
-        should_stop: Callable[[], None] | None = None,
-    ) -> T:
-        """The result of ``try_once(seconds_left)``, which raises ``ExchangeError``.
-
-        No try begins after ``seconds``. A ``repeatable`` call spends at most a third of them on one try, so that a
-        lost packet does not cost it all; any other is tried again only while nothing was sent.
-
-        Raises:
-            AtroposAPIError: the failure of the last try.
-            Whatever ``should_stop`` raises, called between tries.
-        """
-        deadline = time.monotonic() + seconds
-        longest = seconds / min(_TRIES_PER_TIMEOUT, self.attempts) if repeatable else seconds
-        attempt = 0
-        while True:
-            try:
-                return try_once(max(1e-3, min(longest, deadline - time.monotonic())))
-            except ExchangeError as failure:
-                wait = self.interval(attempt) + random.uniform(0.0, _JITTER * self.delay)
-                attempt += 1
-                is_over = attempt >= self.attempts or time.monotonic() + wait >= deadline
-                if is_over or not failure.transient or (failure.sent and not repeatable):
-                    raise failure.error from failure.__cause__
-                level = logging.INFO if attempt == 1 else logging.WARNING
-                logger.log(level, "%s: try %d failed (%s); again in %.2f s", name, attempt, failure, wait)
-            pause(wait, should_stop)
+def retry_interval(attempt: int, attempts: int, delay: float) -> float:
+    """Seconds to wait after try ``attempt`` (from 0): ``delay * 1.5**attempt``, as far as ``attempts``."""
+    return float(delay * 1.5 ** min(attempt, attempts - 1))
 
 
 def pause(seconds: float, should_stop: Callable[[], None] | None) -> None:
@@ -147,13 +83,10 @@ class Call:
         """The answer is a batch, which the API has forgotten: of any length, and not cut off while it arrives."""
         return self.endpoint == "/batch"
 
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A successful (2xx) answer; ``body`` is decompressed."""
-
-    headers: httpx.Headers
-    body: bytes
+    @property
+    def loss(self) -> str:
+        """Ends the message about a request that may have reached the API."""
+        return "; the batch may be lost: the API takes it from its queue before it sends it" if self.is_batch else ""
 
 
 class ExchangeError(Exception):
@@ -168,15 +101,15 @@ class ExchangeError(Exception):
         """The same request may succeed later."""
 
 
-def exchange(client: httpx.Client, call: Call, seconds: float) -> Answer:
-    """Send ``call`` once. Every failure of the network is translated here and only here.
+def exchange(client: httpx.Client, call: Call, seconds: float) -> tuple[bytes, httpx.Headers]:
+    """Send ``call`` once. Returns the decompressed body of a 2xx answer and its headers.
 
     ``seconds`` bounds connecting, each silence of the server, and the answer as a whole. For a batch each silence has
     ``call.timeout``, and the whole transfer ten times as much. Not bounded: the look-up of a host name, which has the
     time-out of the system's resolver, and a server that never ends its headers but sends some of them now and then.
 
     Raises:
-        ExchangeError: with the translated error; also for an answer that is not 2xx.
+        ExchangeError: with the translated error, whatever failed; also for an answer that is not 2xx.
     """
     silence = call.timeout if call.is_batch else seconds
     end = time.monotonic() + seconds
@@ -208,7 +141,7 @@ def exchange(client: httpx.Client, call: Call, seconds: float) -> Answer:
     if not response.is_success:
         transient = response.status_code == 429 or response.status_code >= 500
         raise ExchangeError(_status_error(call, response, body), sent=True, transient=transient)
-    return Answer(response.headers, body)
+    return body, response.headers
 
 
 def _translated(call: Call, error: Exception, seconds: float, *, is_answering: bool) -> ExchangeError:
@@ -222,7 +155,7 @@ def _translated(call: Call, error: Exception, seconds: float, *, is_answering: b
         else:
             reason = f"Atropos API at {call.base_url} - no answer to {call.name} within {call.timeout:g} s"
         if sent:
-            reason += _what_is_lost(call)
+            reason += call.loss
         return ExchangeError(AtroposTimeoutError(reason, call.base_url), sent=sent, transient=True)
     if not sent:
         why, transient = _why_no_connection(call, error)
@@ -236,14 +169,15 @@ def _translated(call: Call, error: Exception, seconds: float, *, is_answering: b
         return ExchangeError(not_atropos(call, detail), sent=True, transient=False)
     where = f"while reading the answer to {call.name}" if is_answering else f"before an answer to {call.name}"
     how = "closed" if isinstance(error, httpx.RemoteProtocolError) else "reset"
-    reason = f"Atropos API at {call.base_url} - connection {how} {where}{_what_is_lost(call)}"
+    reason = f"Atropos API at {call.base_url} - connection {how} {where}{call.loss}"
     return ExchangeError(AtroposConnectionError(reason, call.base_url), sent=True, transient=True)
 
 
 def _why_no_connection(call: Call, error: Exception) -> tuple[str, bool]:
     """The reason, and whether the same request may succeed later."""
     host = httpx.URL(call.url).host
-    for cause in _causes(error):
+    cause: BaseException | None = error
+    while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
             hint = "set atropos.ca_file if the API has a certificate of its own"
             return f"TLS handshake failed: certificate of {host!r} not accepted ({cause.verify_message}); {hint}", False
@@ -257,16 +191,10 @@ def _why_no_connection(call: Call, error: Exception) -> tuple[str, bool]:
             return f"network unreachable ({cause.strerror})", True
         if isinstance(cause, ConnectionResetError | ConnectionAbortedError | BrokenPipeError):
             return "connection reset while connecting", True
+        cause = cause.__cause__ or cause.__context__
     if isinstance(error, httpx.ProxyError):
         return f"the proxy refused ({error})", False
     return str(error) or type(error).__name__, isinstance(error, httpx.ConnectError)
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
 
 
 def _status_error(call: Call, response: httpx.Response, body: bytes) -> AtroposHTTPStatusError:
@@ -293,18 +221,14 @@ def not_atropos(call: Call, detail: str) -> AtroposProtocolError:
     )
 
 
-def _what_is_lost(call: Call) -> str:
-    return "; the batch may be lost: the API takes it from its queue before it sends it" if call.is_batch else ""
-
-
-def answered_object(call: Call, answer: Answer) -> dict[str, Any]:
+def answered_object(call: Call, body: bytes) -> dict[str, Any]:
     """The answer's JSON object. Raises ``AtroposProtocolError`` for anything else, and for a status of failure."""
     try:
-        fields = json.loads(answer.body)
+        fields = json.loads(body)
     except (ValueError, RecursionError):
-        raise not_atropos(call, f"{call.name} gave {answer.body[:120]!r}, which is not JSON") from None
+        raise not_atropos(call, f"{call.name} gave {body[:120]!r}, which is not JSON") from None
     if not isinstance(fields, dict):
-        raise not_atropos(call, f"{call.name} gave {answer.body[:120]!r}, which is not a JSON object")
+        raise not_atropos(call, f"{call.name} gave {body[:120]!r}, which is not a JSON object")
     if fields.get("status") in ("error", "failure"):
         why = fields.get("message") or fields.get("error") or fields.get("detail") or "no explanation"
         reason = f"Atropos API at {call.base_url} answered {call.name} with status {fields['status']!r}: {why}"
@@ -320,23 +244,22 @@ def integers(call: Call, fields: Mapping[str, Any], *names: str) -> list[int]:
     return [fields[name] for name in names]
 
 
-def holds_batch(call: Call, answer: Answer) -> bool:
+def holds_batch(call: Call, body: bytes) -> bool:
     """True when the answer to ``GET /batch`` is a batch; False: there is none yet.
 
     Raises:
         AtroposProtocolError: it is neither, or is cut off.
     """
-    body = answer.body
     if body.startswith(MAGIC):  # complete: its length was announced, or it was sent in chunks with an end
         return True
     if not body[:64].lstrip().startswith(b"{"):
         raise not_atropos(call, f"{call.name} gave {body[:120]!r}, which is not a JSON object")
     if not body[-64:].rstrip().endswith(b"}"):
         reason = f"Atropos API at {call.base_url} - the answer to {call.name} is cut off after {len(body)} bytes"
-        raise AtroposProtocolError(reason + _what_is_lost(call), call.base_url)
+        raise AtroposProtocolError(reason + call.loss, call.base_url)
     if len(body) > _BODY_WITHOUT_BATCH:
         return True
-    fields = answered_object(call, answer)
+    fields = answered_object(call, body)
     if "batch" not in fields:
         raise not_atropos(call, f"{call.name} gave {body[:120]!r}, which has no 'batch'")
     return bool(fields["batch"])

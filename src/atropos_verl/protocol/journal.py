@@ -28,8 +28,6 @@ from typing import Any
 from atropos_verl.errors import CheckpointError
 from atropos_verl.storage import write_atomic
 
-__all__ = ["BatchJournal", "JournalEntry"]
-
 logger = logging.getLogger(__name__)
 
 _BATCH = re.compile(r"batch_(\d{6,})\.json")
@@ -121,9 +119,11 @@ class BatchJournal:
         return self._select(lambda entry: entry.step is None or entry.step > after_step)
 
     def drop(self, entry: JournalEntry) -> None:
-        """Delete a batch that somebody else holds."""
+        """Delete a batch that nobody needs from here."""
+        # The batch first: without its note it would count as not trained on.
         with self._lock:
-            self._delete(entry)
+            for path in (entry.path, *self.directory.glob(f"{entry.path.stem}.*")):
+                self._remove(path)
 
     def discard_through(self, step: int) -> int:
         """Delete the batches that steps up to and including ``step`` consumed, a durable checkpoint holding their
@@ -131,7 +131,7 @@ class BatchJournal:
         with self._lock:
             done = self._select(lambda entry: entry.step is not None and entry.step <= step and not entry.is_owed)
             for entry in done:
-                self._delete(entry)
+                self.drop(entry)
         return len(done)
 
     def read(self, entry: JournalEntry) -> bytes:
@@ -194,16 +194,9 @@ class BatchJournal:
 
     def _read_entry(self, path: Path) -> JournalEntry:
         note = _load_meta(path)
-        match = _BATCH.fullmatch(path.name)
-        assert match is not None
-        return JournalEntry(
-            int(match.group(1)),
-            path,
-            note.get("meta") or {},
-            note.get("step"),
-            lease_id=note.get("lease_id"),
-            acked=note.get("acked") is True,
-        )
+        sequence = int(path.stem.removeprefix("batch_"))
+        lease_id, acked = note.get("lease_id"), note.get("acked") is True
+        return JournalEntry(sequence, path, note.get("meta") or {}, note.get("step"), lease_id, acked)
 
     def _change(self, entry: JournalEntry, *, durable: bool = True, **changes: Any) -> JournalEntry:
         """Write the note with ``changes``. Raises ``CheckpointError`` for a batch that is not in the journal."""
@@ -229,12 +222,6 @@ class BatchJournal:
                 f"cannot write the journalled batch {path} ({len(content)} bytes): {error.strerror}; "
                 "free some space, or choose another run_dir"
             ) from error
-
-    def _delete(self, entry: JournalEntry) -> None:
-        # The batch first: without its note it would count as not trained on.
-        self._remove(entry.path)
-        for beside in self.directory.glob(f"{entry.path.stem}.*"):
-            self._remove(beside)
 
     def _remove(self, path: Path) -> None:
         try:

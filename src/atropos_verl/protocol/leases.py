@@ -40,8 +40,6 @@ from atropos_verl.errors import AtroposAPIError, AtroposHTTPStatusError
 from atropos_verl.protocol.client import AtroposClient, FetchedBatch
 from atropos_verl.protocol.journal import BatchJournal, JournalEntry
 
-__all__ = ["HeldBatch", "LeasedBatches"]
-
 logger = logging.getLogger(__name__)
 
 _RENEWALS_PER_LEASE = 3
@@ -93,16 +91,10 @@ class LeasedBatches:
         should_stop: Callable[[], None] | None = None,
         meta: Mapping[str, Any] | None = None,
     ) -> HeldBatch:
-        """The next batch of the API, in the journal before anything else happens to it.
-
-        Args:
-            max_wait_time: seconds; None: the client's.
-            should_stop: called while waiting; what it raises ends the wait.
-            meta: notes for the journal.
+        """The next batch of the API, in the journal (with the notes ``meta``) before anything else happens to it.
 
         Raises:
-            AtroposTimeoutError: no batch in time.
-            AtroposAPIError: the API failed, or does not take an ack that it is owed.
+            AtroposAPIError: as ``AtroposClient.get_batch``; or the API does not take an ack that it is owed.
             CheckpointError: the journal cannot be written.
         """
         while True:
@@ -160,10 +152,8 @@ class LeasedBatches:
         self.journal.drop(entry)
 
     def resume(self, after_step: int) -> list[HeldBatch]:
-        """Lists what a run that goes on at ``after_step`` trains on first, in the order it was fetched.
-
-        Every lease that an earlier process left is settled before this returns. Call it before registering: a
-        registration with other settings takes returned batches apart.
+        """Settle the leases that an earlier process left, and list what a run that goes on at ``after_step`` trains on
+        first, in the order fetched. Call it before registering: other settings take returned batches apart.
 
         Raises:
             AtroposAPIError: the API cannot be asked.

@@ -6,8 +6,6 @@ from typing import Annotated
 
 import msgspec
 
-__all__ = ["AckRequest", "EnvIdentifier", "EnvRegistration", "TrainerRegistration"]
-
 _Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
@@ -45,10 +43,8 @@ class TrainerRegistration(BatchPolicy, kw_only=True, omit_defaults=True):
     """Token ids must be below it. None: only negative ids are refused."""
 
     def same_run(self, other: TrainerRegistration) -> bool:
-        return (self.wandb_group, self.wandb_project, self.checkpoint_dir) == (
-            other.wandb_group,
-            other.wandb_project,
-            other.checkpoint_dir,
+        return all(
+            getattr(self, name) == getattr(other, name) for name in ("wandb_group", "wandb_project", "checkpoint_dir")
         )
 
 

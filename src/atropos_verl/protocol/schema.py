@@ -31,29 +31,6 @@ from numpy.typing import NDArray
 from atropos_verl.errors import UnsupportedFieldError
 from atropos_verl.types import GREEDY_BELOW, NO_LOGPROB, NOT_TRAINED, FloatArray, IntArray, ScoredGroup
 
-__all__ = [
-    "EXTRAS",
-    "FIELD_NAMES",
-    "FREE_FIELDS",
-    "TOO_DEEP",
-    "CheckedGroup",
-    "Refusal",
-    "ScoredData",
-    "check_group",
-    "check_supported",
-    "find_defect",
-    "float_row",
-    "free_fields",
-    "int_row",
-    "parse_object",
-    "sampling_temperature",
-    "split_list",
-    "stated_temperature",
-    "to_fields",
-    "unknown_fields",
-    "validated",
-]
-
 TOO_DEEP = "group: nested too deeply to be read"
 LOGPROB_TOLERANCE = 1e-6
 """Engines that round in float32 report logprobs a hair above 0; those are read as 0."""
@@ -232,7 +209,7 @@ def split_list(body: bytes) -> list[bytes]:
         Refusal: it is not a JSON list.
     """
     try:
-        return [bytes(part) for part in _DECODE_LIST.decode(body)]
+        return [bytes(part) for part in msgspec.json.decode(body, type=list[msgspec.Raw])]
     except (msgspec.DecodeError, RecursionError) as error:
         why = error
     try:
@@ -483,7 +460,7 @@ def _check_ids(tokens: NDArray[Any], sequence: int, vocab_size: int | None) -> N
         bad |= tokens >= vocab_size
     if not bad.any():
         return
-    index = _first(bad)
+    index = int(np.argmax(bad))
     problem = "a token id is never negative"
     if vocab_size is not None:
         problem = f"outside the vocabulary [0, {vocab_size}); does the environment use the trained model's tokenizer?"
@@ -495,7 +472,7 @@ def _check_masks(masks: IntArray, tokens: IntArray, i: int) -> None:
     bad = (masks != NOT_TRAINED) & (masks != tokens)
     if not bad.any():
         return
-    t = _first(bad)
+    t = int(np.argmax(bad))
     hint = ""
     if ((masks == 0) | (masks == 1)).all():
         hint = "; a 0/1 mask is not Atropos's format, put the token id where the token is trained and -100 elsewhere"
@@ -507,7 +484,7 @@ def _check_floats(row: FloatArray, field: str, sequence: int | None, limit: floa
     fits = np.abs(row) <= limit  # False for NaN too
     if fits.all():
         return
-    t = _first(~fits)
+    t = int(np.argmax(~fits))
     problem = f"beyond ±{limit:g}, which float32 cannot be trained with" if math.isfinite(row[t]) else "must be finite"
     place, index = (f"{field}[{t}]", None) if sequence is None else (f"{field}[{sequence}][{t}]", t)
     sequence = t if sequence is None else sequence
@@ -518,7 +495,7 @@ def _check_logprobs(row: FloatArray, i: int) -> None:
     bad = (row > LOGPROB_TOLERANCE) & (row != NO_LOGPROB)
     if not bad.any():
         return
-    t = _first(bad)
+    t = int(np.argmax(bad))
     problem = f"a logprob is at most 0 ({NO_LOGPROB} means no value); are these probabilities?"
     place = f"inference_logprobs[{i}][{t}] = {row[t]}"
     raise Refusal("logprob", f"{place}: {problem}", "inference_logprobs", i, t, float(row[t]))
@@ -605,10 +582,3 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, int | float):
         return value if abs(value) < 2**63 and math.isfinite(value) else str(value)
     return str(value)[:100].encode("utf-8", "replace").decode()
-
-
-def _first(bad: NDArray[np.bool_]) -> int:
-    return int(np.argmax(bad))
-
-
-_DECODE_LIST = msgspec.json.Decoder(list[msgspec.Raw])

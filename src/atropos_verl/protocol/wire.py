@@ -59,17 +59,6 @@ from atropos_verl.protocol.schema import (
 )
 from atropos_verl.types import NO_LOGPROB, NOT_TRAINED, FloatArray, IntArray, ScoredGroup
 
-__all__ = [
-    "MAGIC",
-    "MEDIA_TYPE",
-    "decode_batch",
-    "decode_group",
-    "decode_packed",
-    "encode_group",
-    "join_packed",
-    "pack_group",
-]
-
 MEDIA_TYPE = "application/vnd.atropos+packed"
 MAGIC = b"ATRPACK1"
 
@@ -84,7 +73,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 Row: TypeAlias = Sequence[Any] | NDArray[Any]
-Rows: TypeAlias = Sequence[Sequence[Any] | NDArray[Any]]
+Rows: TypeAlias = Sequence[Row]
 
 _STRINGS_AND_BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]', re.DOTALL)
 
@@ -152,7 +141,11 @@ def decode_group(raw: bytes) -> ScoredGroup:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             found = parse_object(raw)
             fields, unknown = to_fields(found), unknown_fields(found)
-        extras: dict[str, Any] = {name: _rows(fields.rows(name)) for name in EXTRAS}
+        extras: dict[str, Any] = {}
+        for name in EXTRAS:
+            rows = fields.rows(name)
+            if any(rows):
+                extras[name] = tuple([float_row(row) if row else None for row in rows])
         return ScoredGroup(
             token_ids=tuple([int_row(row, "q", "tokens", i) for i, row in enumerate(fields.tokens)]),
             masks=tuple([int_row(row, "q", "masks", i) for i, row in enumerate(fields.masks)]),
@@ -201,11 +194,6 @@ def encode_group(*, tokens: Rows, masks: Rows, scores: Row, **optional: Any) -> 
             value = [entry or {} for entry in value]
         fields[name] = value
     return msgspec.json.encode(fields, enc_hook=_encode_numpy)
-
-
-def _rows(rows: list[list[float] | None]) -> tuple[FloatArray | None, ...] | None:
-    """The rows of an extra; None when all of them are absent."""
-    return tuple([float_row(row) if row else None for row in rows]) if any(rows) else None
 
 
 # --- a body with a group that the typed decoder cannot skip ----------------------------------------------------------
@@ -306,7 +294,12 @@ def _encode_numpy(value: Any) -> Any:
 def pack_group(group: CheckedGroup) -> bytes:
     """Encodes one group for the packed wire."""
     fields = group.fields
-    if group.unknown or not _fits(fields):
+    try:
+        free_fields(fields.free())
+        is_packable = not group.unknown
+    except Refusal:  # a reader of the arrays and ``rest`` would not find what a reader of the JSON does
+        is_packable = False
+    if not is_packable:
         raw = group.complete()
         return _blob(_Header(json=True), [raw, b" " * (-len(raw) % 8)])
     blobs: list[bytes] = []
@@ -346,15 +339,6 @@ def pack_group(group: CheckedGroup) -> bytes:
             put(name, "f4" if exact else "f8", short if exact else values, len(values))
     rest = {name: value for name, value in fields.free().items() if value}
     return _blob(_Header(group.digest.hex()[:16], group.env_id, lengths, arrays, rest), blobs)
-
-
-def _fits(fields: ScoredData) -> bool:
-    """True when a reader of the arrays and ``rest`` finds what a reader of the JSON does."""
-    try:
-        free_fields(fields.free())
-    except Refusal:
-        return False
-    return True
 
 
 def _blob(header: _Header, blobs: list[bytes]) -> bytes:
@@ -405,10 +389,12 @@ def _decode_packed_group(part: memoryview) -> ScoredGroup:
     data = part[_U32.size + head_length :]
     if header.json:
         return decode_group(bytes(data).rstrip(b" "))
-    fields = {name: _array(data, kind, offset, count) for name, kind, offset, count in header.arrays}
-    packed_masks = any(name == "masks" and kind == "m1" for name, kind, _, _ in header.arrays)
+    fields: dict[str, NDArray[Any]] = {
+        name: np.frombuffer(data, _DTYPES[kind], -(-count // 8) if kind == "m1" else count, offset)
+        for name, kind, offset, count in header.arrays
+    }
     ids = fields["tokens"].astype(np.int64)
-    if packed_masks:
+    if fields["masks"].dtype == _DTYPES["m1"]:
         trained = np.unpackbits(fields["masks"], count=len(ids)).view(np.bool_)
         marks: IntArray = np.where(trained, ids, NOT_TRAINED)
     else:
@@ -423,12 +409,6 @@ def _decode_packed_group(part: memoryview) -> ScoredGroup:
         env_id=header.env_id,
         group_id=header.group_id,
     )
-
-
-def _array(data: memoryview, kind: str, offset: int, count: int) -> NDArray[Any]:
-    stored = -(-count // 8) if kind == "m1" else count
-    found: NDArray[Any] = np.frombuffer(data, _DTYPES[kind], stored, offset)
-    return found
 
 
 def _cut(values: NDArray[Any], lengths: Sequence[int]) -> tuple[NDArray[Any], ...]:

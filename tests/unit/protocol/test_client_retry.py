@@ -31,7 +31,7 @@ from atropos_verl.errors import (
     ServiceError,
 )
 from atropos_verl.protocol.client import AtroposClient
-from atropos_verl.protocol.exchange import RetryPolicy
+from atropos_verl.protocol.exchange import retry_interval
 from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
 
 STATUS = {"current_step": 3, "queue_size": 2}
@@ -183,9 +183,10 @@ def test_a_refused_connection_ends_within_the_timeout_however_many_tries_are_all
 
 
 def test_the_interval_grows_by_half_and_stays_after_the_quick_tries() -> None:
-    policy = RetryPolicy(attempts=4, delay=0.2)
     # 0.2, 0.2*1.5, 0.2*2.25, 0.2*3.375, and no further
-    assert [policy.interval(i) for i in range(6)] == pytest.approx([0.2, 0.3, 0.45, 0.675, 0.675, 0.675])
+    assert [retry_interval(i, attempts=4, delay=0.2) for i in range(6)] == pytest.approx(
+        [0.2, 0.3, 0.45, 0.675, 0.675, 0.675]
+    )
 
 
 def test_the_first_repetition_is_logged_at_info_and_later_ones_as_warnings(
@@ -194,7 +195,7 @@ def test_the_first_repetition_is_logged_at_info_and_later_ones_as_warnings(
     caplog.set_level(logging.INFO, logger="atropos_verl")
     fault_server.script("/status", error(503), error(503), error(503), answer(STATUS))
     client.status()
-    records = [record for record in caplog.records if record.name == "atropos_verl.protocol.exchange"]
+    records = [record for record in caplog.records if record.name == "atropos_verl.protocol.client"]
     assert [record.levelno for record in records] == [logging.INFO, logging.WARNING, logging.WARNING]
     assert "GET /status: try 1 failed" in records[0].getMessage()
     assert "HTTP 503" in records[0].getMessage()
