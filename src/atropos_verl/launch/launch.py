@@ -37,7 +37,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PLAIN = re.compile(r"[A-Za-z0-9_./:@%+-]*")
 
 
-def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, config_name: str | None = None) -> int:
+def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> int:
     """Run the launch command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["attach"]:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, conf
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--cfg", action="store_true")
     parser.add_argument("--config-name")
-    parser.add_argument("--config-dir", type=Path, default=config_dir or SHIPPED)
+    parser.add_argument("--config-dir", type=Path, default=SHIPPED)
     options, overrides = parser.parse_known_args(words)
     if options.help:
         sys.stdout.write(_help(options.config_dir))

@@ -42,12 +42,11 @@ logger = logging.getLogger(__name__)
 _HOST = "127.0.0.1"
 
 
-def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, config_name: str | None = None) -> int:
+def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> int:
     """Train with ``backend=local`` (the default) or ``backend=ray``; returns the exit code.
 
     Args:
         argv: ``key=value`` words and options.
-        config_dir: directory of YAML files; None: those of the package.
         config_name: the file of the local backend; the Ray backend has a default of its own.
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None, config_dir: Path | None = None, conf
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--cfg", action="store_true")
     parser.add_argument("--config-name", default=config_name if backend == "local" else None)
-    parser.add_argument("--config-dir", type=Path, default=config_dir)
+    parser.add_argument("--config-dir", type=Path)
     options, overrides = parser.parse_known_args([word for word in words if not word.startswith("backend=")])
     try:
         if backend == "ray":
@@ -105,7 +104,6 @@ def _exit_code_of(run: Callable[[], int]) -> int:
 
     From here on a plain ``kill`` ends the process as Ctrl-C does: every ``finally`` runs, and so the children end.
     """
-
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return run()

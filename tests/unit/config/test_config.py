@@ -207,7 +207,7 @@ def test_help_names_every_key_and_its_default(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_configuration_error_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["stepz=3"], None, "atropos") == 2
+    assert main(["stepz=3"], "atropos") == 2
     assert (
         capsys.readouterr().err
         == "CONFIGURATION ERROR: stepz: unknown key; did you mean steps? (--help lists all keys)\n"

@@ -43,8 +43,7 @@ def plan_of(*words: str, name: str = "local_demo") -> LaunchPlan:
 
 
 def test_every_shipped_file_is_known() -> None:
-    files = {path.stem for path in SHIPPED.glob("*.yaml") if backend_of([], SHIPPED, path.stem) == "local"}
-    assert files == {"atropos", *PLANNED}
+    assert {path.stem for path in SHIPPED.glob("*.yaml")} == {"atropos", *PLANNED, *RAY_FILES}
 
 
 @pytest.mark.parametrize("name", PLANNED)
@@ -275,10 +274,8 @@ def test_a_file_may_hold_both(tmp_path: Path) -> None:
         (tmp_path / f"{name}.yaml").write_bytes((SHIPPED / f"{name}.yaml").read_bytes())
     assert backend_of([], tmp_path, "mine") == "ray"
     plan = ray_plan(tmp_path, config_dir=tmp_path, name="mine")
-    assert (plan.config.steps, [service.name for service in plan.services]) == (
-        3,
-        ["trajectory_api", "words", "trainer"],
-    )
+    assert plan.config.steps == 3
+    assert [service.name for service in plan.services] == ["trajectory_api", "words", "trainer"]
 
 
 @pytest.mark.parametrize("name", RAY_FILES)
@@ -292,9 +289,7 @@ def test_every_shipped_file_of_ray_becomes_a_plan(name: str, tmp_path: Path, mon
 
 
 def test_the_backend_is_the_words_then_the_files() -> None:
-    assert backend_of([], SHIPPED, None) == "local"
-    assert backend_of([], SHIPPED, "local_demo") == "local"
-    assert backend_of([], SHIPPED, "ray_cpu_demo") == "ray"
+    assert [backend_of([], SHIPPED, name) for name in (None, "local_demo", "ray_cpu_demo")] == ["local", "local", "ray"]
     assert backend_of(["backend=local"], SHIPPED, "ray_cpu_demo") == "local"
 
 
