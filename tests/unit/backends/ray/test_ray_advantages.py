@@ -37,33 +37,18 @@ def stored(body: bytes, shuffle: int = 0, padding: int = 2) -> tuple[dict[str, A
     """Rows as they come back from TransferQueue: in another order, with verl's padding."""
     groups = decode_batch(body)
     report, advantages = collect_samples(groups)
-    rows = make_rows(
-        "slot",
-        report.samples,
-        advantages,
-        served=0,
-        global_steps=1,
-        group_sizes={group.group_id: len(group) for group in groups},
-    )
-    order = np.random.default_rng(shuffle).permutation(len(rows))
-    rows = [rows[i] for i in order]
+    sizes = {group.group_id: len(group) for group in groups}
+    rows = make_rows("slot", report.samples, advantages, served=0, global_steps=1, group_sizes=sizes)
+    rows = [rows[i] for i in np.random.default_rng(shuffle).permutation(len(rows))]
     masks = [row.fields["response_mask"] for row in rows] + [torch.zeros(1, dtype=torch.int64)] * padding
     # verl copies the fields of the first row into padding, our own at their full length.
     own = [row.fields[ADVANTAGES] for row in rows] + [rows[0].fields[ADVANTAGES]] * padding
     verls = [torch.full((mask.numel(),), 7.0) for mask in masks]
-    values = {
-        "response_mask": torch.nested.as_nested_tensor(masks, layout=torch.jagged),
-        "advantages": torch.nested.as_nested_tensor(verls, layout=torch.jagged),
-        ADVANTAGES: torch.nested.as_nested_tensor(own, layout=torch.jagged),
-    }
+    columns = {"response_mask": masks, "advantages": verls, ADVANTAGES: own}
+    values = {name: torch.nested.as_nested_tensor(column, layout=torch.jagged) for name, column in columns.items()}
     keys = [row.key for row in rows] + [f"pad_{i}_0" for i in range(padding)]
     tags = [row.tag for row in rows] + [{**rows[0].tag, "is_padding": True}] * padding
     return values, keys, tags
-
-
-def by_index(nested: torch.Tensor, keys: list[str]) -> dict[int, torch.Tensor]:
-    rows = zip(keys, nested.unbind(), strict=True)
-    return {int(key.rsplit("_", 2)[1]): row for key, row in rows if not key.startswith("pad")}
 
 
 @pytest.mark.parametrize("normalization", ["none", "batch", "global"])
@@ -78,7 +63,8 @@ def test_they_equal_the_local_backends_exactly(normalization: str, clipping: tup
         finished, _ = finish_batch(
             values, keys, tags, from_data=True, normalization=normalization, clipping=clipping, running=ours
         )
-        found = by_index(finished, keys)
+        rows = zip(keys, finished.unbind(), strict=True)
+        found = {int(key.rsplit("_", 2)[1]): row for key, row in rows if not key.startswith("pad")}
         assert len(found) == len(expected) > 8
         for index, sample in enumerate(expected):
             start = int(np.argmax(sample.loss_mask))
@@ -87,13 +73,9 @@ def test_they_equal_the_local_backends_exactly(normalization: str, clipping: tup
     assert ours.state_dict() == theirs.state_dict()
 
 
-def test_rows_of_padding_are_zero_and_in_no_statistic() -> None:
-    body = batch(1)
-    without, _ = finish_batch(
-        *stored(body, padding=0), from_data=True, normalization="batch", clipping=None, running=None
-    )
-    values, keys, tags = stored(body, padding=5)
-    finished, _ = finish_batch(values, keys, tags, from_data=True, normalization="batch", clipping=None, running=None)
+def test_columnof_padding_are_zero_and_in_no_statistic() -> None:
+    settings: dict[str, Any] = {"from_data": True, "normalization": "batch", "clipping": None, "running": None}
+    (without, _), (finished, _) = (finish_batch(*stored(batch(1), padding=n), **settings) for n in (0, 5))
     rows = finished.unbind()
     assert all(float(row.abs().sum()) == 0.0 for row in rows[-5:])
     assert all(torch.equal(a, b) for a, b in zip(rows[:-5], without.unbind(), strict=True))
@@ -104,9 +86,8 @@ def test_verls_own_estimate_is_kept_but_for_what_the_environment_says() -> None:
     values, keys, tags = stored(batch(2), padding=0)
     finished, _ = finish_batch(values, keys, tags, from_data=False, normalization="none", clipping=None, running=None)
     kinds = set()
-    for row, mask, own, tag in zip(
-        finished.unbind(), values["response_mask"].unbind(), values[ADVANTAGES].unbind(), tags, strict=True
-    ):
+    columns = (nested.unbind() for nested in (finished, values["response_mask"], values[ADVANTAGES]))
+    for row, mask, own, tag in zip(*columns, tags, strict=True):
         if tag["advantage_to_zero"] or (tag["group_size"] == 1 and not tag["advantage_replaced"]):
             want, kind = torch.zeros(mask.numel()), "zero"
         elif tag["advantage_replaced"]:

@@ -60,32 +60,26 @@ def test_a_bucket_is_read_from_read_only_memory_without_a_copy_or_a_warning() ->
             assert tensor.data_ptr() == array.__array_interface__["data"][0], name
 
 
-@pytest.mark.parametrize(
-    ("limit", "sizes"),
-    [(1, [1, 1, 1, 1, 1, 1]), (150, [4, 1, 1]), (1 << 20, [6])],
-)
-async def test_buckets_are_as_large_as_allowed_and_a_larger_tensor_goes_alone(limit: int, sizes: list[int]) -> None:
-    buckets = await _buckets(limit)
-    assert [len(bucket.names) for _, bucket, _ in buckets] == sizes
-    assert [index for index, _, _ in buckets] == list(range(len(sizes)))
-    assert [last for *_, last in buckets] == [False] * (len(sizes) - 1) + [True]
+@pytest.mark.parametrize(("limit", "sizes"), [(1, [1, 1, 1, 1, 1, 1]), (150, [4, 1, 1]), (1 << 20, [6])])
+async def test_an_update_arrives_whole_in_buckets_as_large_as_allowed(limit: int, sizes: list[int]) -> None:
+    calls: list[Any] = []
 
+    def receive(update_id: str, *part: Any) -> Any:
+        calls.append((part, asyncio.ensure_future(receiver.receive(update_id, *part))))
+        return calls[-1][1]
 
-@pytest.mark.parametrize("limit", [1, 150, 1 << 20])
-async def test_an_update_arrives_whole_and_in_order(limit: int) -> None:
-    got: list[tuple[str, torch.Tensor]] = []
-    receiver = WeightReceiver(lambda tensors: got.extend(_collect(tensors)) or len(got))
-    report = await send_weights(lambda *part: asyncio.ensure_future(receiver.receive(*part)), _TENSORS, limit)
-    _assert_same(got, _TENSORS)
-    assert report.names == tuple(name for name, _ in _TENSORS)
-    assert report.nbytes == sum(t.nbytes for _, t in _TENSORS)
+    receiver = WeightReceiver(_collect)
+    report = await send_weights(receive, _TENSORS, limit)
+    _assert_same(await calls[-1][1], _TENSORS)
+    last = len(sizes) - 1
+    found = [(index, len(bucket.names), is_last) for (index, bucket, is_last), _ in calls]
+    assert found == [(index, size, index == last) for index, size in enumerate(sizes)]
+    assert report == (tuple(name for name, _ in _TENSORS), sum(t.nbytes for _, t in _TENSORS), len(sizes))
 
 
 async def test_buckets_that_overtake_each_other_are_applied_in_order() -> None:
-    buckets = await _buckets(1)
     receiver = WeightReceiver(_collect)
-    calls = [receiver.receive("u", *part) for part in reversed(buckets)]
-    *_, last = await asyncio.gather(*reversed([asyncio.ensure_future(call) for call in calls]))
+    last, *_ = await asyncio.gather(*(receiver.receive("u", *part) for part in reversed(await _buckets(1))))
     _assert_same(last, _TENSORS)
 
 
@@ -101,7 +95,6 @@ async def test_a_refused_tensor_ends_the_update_at_the_sender_and_the_next_updat
 
     refusing = True
     receiver = WeightReceiver(refuse)
-
     calls: list[Any] = []
 
     def receive(*part: Any) -> Any:
