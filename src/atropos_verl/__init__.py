@@ -24,7 +24,7 @@ _HOMES = {
     "decode_batch": "protocol.wire",
 }
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = sorted([*_HOMES, "__version__"])
 
 
