@@ -34,19 +34,15 @@ class LoraMerger:
 
     def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
         self._parameters = dict(parameters)
-        self._base: dict[str, torch.Tensor] = {}
-
-    @property
-    def adapted(self) -> tuple[str, ...]:
-        """Names of the weights that an adapter has changed so far."""
-        return tuple(self._base)
+        self.base: dict[str, torch.Tensor] = {}
+        """The weights that an adapter has changed so far, without it."""
 
     def set_base(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Take base weights from the trainer (``load_format=dummy``); ``.base_layer`` is removed from the names."""
         for name, tensor in tensors:
             plain = name.replace(".base_layer.", ".")
-            if plain in self._base:
-                self._base[plain] = tensor.detach().clone()
+            if plain in self.base:
+                self.base[plain] = tensor.detach().clone()
             yield plain, tensor
 
     def merge(
@@ -66,17 +62,9 @@ class LoraMerger:
                     f"the adapter's {key}={peft_config[key]!r} is not supported by the 'transformers' replica; set "
                     "actor_rollout_ref.model.lora.merge=True to send merged weights instead"
                 )
-        merged = dict(self._merged_weights(_pairs(adapter), peft_config))
         # An earlier adapter may have changed a weight that this one leaves alone.
-        for name, base in self._base.items():
-            merged.setdefault(name, base)
-        for name, parameter in self._parameters.items():
-            yield name, merged.get(name, parameter)
-
-    def _merged_weights(
-        self, pairs: Mapping[str, dict[str, torch.Tensor]], peft_config: Mapping[str, Any]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        for module, factors in pairs.items():
+        merged = dict(self.base)
+        for module, factors in _pairs(adapter).items():
             name = f"{module}.weight"
             parameter = self._parameters.get(name)
             if parameter is None:
@@ -89,13 +77,15 @@ class LoraMerger:
                     f"the adapter of {name!r} has factors {tuple(up.shape)} and {tuple(down.shape)}; the weight is "
                     f"{tuple(parameter.shape)}"
                 )
-            if name not in self._base:
-                self._base[name] = parameter.detach().clone()
-            base, rank = self._base[name], down.shape[0]
+            if name not in self.base:
+                self.base[name] = parameter.detach().clone()
+            base, rank = self.base[name], down.shape[0]
             scaling = float(peft_config.get("lora_alpha") or rank)
             scaling /= rank**0.5 if peft_config.get("use_rslora") else rank
             delta = (up.to(base.device) @ down.to(base.device)).mul_(scaling)
-            yield name, delta.add_(base.float()).to(base.dtype)
+            merged[name] = delta.add_(base.float()).to(base.dtype)
+        for name, parameter in self._parameters.items():
+            yield name, merged.get(name, parameter)
 
 
 def _pairs(adapter: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:

@@ -333,8 +333,7 @@ class TransformersReplica(RolloutReplica):  # type: ignore[misc]
             runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
         )
         server = actor.remote(self.config, self.model_config, self.rollout_mode, self.replica_rank, devices)
-        self.servers = [server]
-        self._server_handle = server
+        self.servers, self._server_handle = [server], server
         self._server_address = await server.launch_server.remote()
 
     def get_ray_class_with_init_args(self) -> Any:
@@ -440,20 +439,14 @@ class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
             "peft_config": None if peft_config is None else _plain(peft_config),
             "base_sync": peft_config is not None and not base_sync_done,
         }
-        self.last_transfer = await send_weights(
+        self.last_transfer = names, nbytes, buckets = await send_weights(
             lambda *part: self.server.receive_weights.remote(*part, settings),
             weights,
             self.config.checkpoint_engine.update_weights_bucket_megabytes << 20,
         )
-        logger.info(
-            "weights of step %s into replica %d: %d tensors, %.1f MB in %d bucket(s), %.3f s",
-            global_steps,
-            self.replica_rank,
-            len(self.last_transfer.names),
-            self.last_transfer.nbytes / 1e6,
-            self.last_transfer.buckets,
-            time.perf_counter() - started,
-        )
+        text = "weights of step %s into replica %d: %d tensors, %.1f MB in %d bucket(s), %.3f s"
+        seconds = time.perf_counter() - started
+        logger.info(text, global_steps, self.replica_rank, len(names), nbytes / 1e6, buckets, seconds)
 
 
 def _plain(peft_config: dict[str, Any]) -> dict[str, Any]:

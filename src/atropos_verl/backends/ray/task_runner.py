@@ -164,10 +164,8 @@ def set_environment(device: str) -> dict[str, str]:
         "VERL_LOGGING_LEVEL": "WARN",  # below it, verl 0.9.1's logger.info(..., flush=True) raises (separate_async)
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
-    environment = {name: os.environ.get(name, value) for name, value in environment.items()}
-    environment |= ray_environment(device)
-    if LAUNCH_DIRECTORY in os.environ:
-        environment[LAUNCH_DIRECTORY] = os.environ[LAUNCH_DIRECTORY]
+    given = {name: os.environ[name] for name in (*environment, LAUNCH_DIRECTORY) if name in os.environ}
+    environment |= given | ray_environment(device)
     os.environ.update(environment)
     return environment
 

@@ -45,7 +45,7 @@ def test_merged_weights_equal_those_of_peft(settings: dict[str, Any]) -> None:
         for name, tensor in merged.items():
             torch.testing.assert_close(tensor, want[name], rtol=0, atol=1e-6)
         changed = {name for name in merged if not torch.equal(merged[name], base[name])}
-        assert changed == set(merger.adapted) and changed
+        assert changed == set(merger.base) and changed
         with torch.no_grad():
             for name, tensor in merged.items():
                 _parameters(engine)[name].copy_(tensor)
