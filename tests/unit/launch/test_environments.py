@@ -199,20 +199,20 @@ class Env(BaseEnv):
         ("config = 1", "make()", None),
     ],
 )
-def test_the_trap_is_seen(tmp_path: Path, before: str, value: str, line: int | None) -> None:
+def test_a_bare_server_configuration_is_seen(tmp_path: Path, before: str, value: str, line: int | None) -> None:
     path = tmp_path / "env.py"
     path.write_text(BARE.format(before=before, value=value))
     assert bare_server_config(path) == line
 
 
-def test_the_trap_is_warned_of_with_its_line(tmp_path: Path) -> None:
+def test_a_bare_server_configuration_is_warned_of_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "env.py"
     path.write_text(BARE.format(before="c = 1", value="c, APIServerConfig()"))
     (warning,) = plan({"mine": {"script": str(path)}})[1]
     assert warning.startswith(f"environments.mine: {path}, line 6: config_init returns a bare APIServerConfig")
 
 
-def test_the_trap_needs_no_import_and_no_valid_file(tmp_path: Path) -> None:
+def test_the_look_at_a_script_needs_no_valid_file(tmp_path: Path) -> None:
     path = tmp_path / "env.py"
     path.write_text("def config_init(:")
     assert bare_server_config(path) is None
