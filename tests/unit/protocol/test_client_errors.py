@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 from pathlib import Path
@@ -39,19 +40,18 @@ def quick(url: str, **options: object) -> AtroposClient:
     return AtroposClient(url, **{"timeout": 5.0, "retry_attempts": 2, "retry_delay": 0.01, **options})  # type: ignore[arg-type]
 
 
-def failure_of_check(client: AtroposClient) -> AtroposAPIError:
-    with client, pytest.raises(AtroposAPIError) as caught:
+def reason_of_failure(client: AtroposClient, kind: type[AtroposAPIError] = AtroposConnectionError) -> str:
+    with client, pytest.raises(kind) as caught:
         client.check()
     assert caught.value.base_url == client.api_url
-    return caught.value
+    return caught.value.reason
 
 
 def test_refused_gives_the_whole_message_as_the_issue_words_it() -> None:
-    with refused_url() as url:
-        failure = failure_of_check(quick(url))
-    assert isinstance(failure, AtroposConnectionError)
-    assert isinstance(failure, ConnectionError)
-    assert str(failure) == (
+    with refused_url() as url, quick(url) as client, pytest.raises(AtroposConnectionError) as caught:
+        client.check()
+    assert isinstance(caught.value, ConnectionError)
+    assert str(caught.value) == (
         f"ATROPOS API ERROR: Cannot connect to Atropos API at {url} - ensure server is running\n"
         "\n"
         "Ensure that:\n"
@@ -62,9 +62,7 @@ def test_refused_gives_the_whole_message_as_the_issue_words_it() -> None:
 
 
 def test_a_name_that_cannot_be_resolved() -> None:
-    failure = failure_of_check(quick("http://no-such-host.invalid:9001"))
-    assert isinstance(failure, AtroposConnectionError)
-    assert failure.reason == (
+    assert reason_of_failure(quick("http://no-such-host.invalid:9001")) == (
         "Cannot connect to Atropos API at http://no-such-host.invalid:9001 - "
         "host name 'no-such-host.invalid' cannot be resolved (DNS)"
     )
@@ -75,31 +73,22 @@ def test_an_unreachable_network(number: int) -> None:
     def unreachable(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("no route") from OSError(number, "No route to host")
 
-    failure = failure_of_check(quick("http://10.0.0.1", transport=httpx.MockTransport(unreachable)))
-    assert isinstance(failure, AtroposConnectionError)
-    assert failure.reason == (
-        "Cannot connect to Atropos API at http://10.0.0.1 - network unreachable (No route to host)"
-    )
+    reason = reason_of_failure(quick("http://10.0.0.1", transport=httpx.MockTransport(unreachable)))
+    assert reason == "Cannot connect to Atropos API at http://10.0.0.1 - network unreachable (No route to host)"
 
 
 def test_a_connection_that_is_never_accepted() -> None:
-    with socket.socket() as listener:
+    with socket.socket() as listener, contextlib.ExitStack() as fillers:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
-        address = listener.getsockname()
-        # A full backlog: Linux then drops further connection requests without an answer.
-        fillers = [socket.socket() for _ in range(4)]
-        for filler in fillers:
+        for _ in range(4):  # a full backlog: Linux then drops further connection requests without an answer
+            filler = fillers.enter_context(socket.socket())
             filler.setblocking(False)
-            filler.connect_ex(address)
-        failure = failure_of_check(quick(f"http://127.0.0.1:{address[1]}", timeout=0.5))
-        for filler in fillers:
-            filler.close()
-    assert isinstance(failure, AtroposTimeoutError)
-    assert isinstance(failure, TimeoutError)
-    assert failure.reason == (
-        f"Cannot connect to Atropos API at http://127.0.0.1:{address[1]} - no answer within 0.5 s"
-    )
+            filler.connect_ex(listener.getsockname())
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        reason = reason_of_failure(quick(url, timeout=0.5), AtroposTimeoutError)
+    assert issubclass(AtroposTimeoutError, TimeoutError)
+    assert reason == f"Cannot connect to Atropos API at {url} - no answer within 0.5 s"
 
 
 @pytest.fixture(scope="module")
@@ -112,15 +101,14 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_a_certificate_that_is_not_trusted_is_refused_at_once(certificate: tuple[Path, Path]) -> None:
     with FaultServer(tls=certificate) as server:
-        failure = failure_of_check(quick(server.url))
+        reason = reason_of_failure(quick(server.url))
         assert server.connections == 1  # waiting does not make a certificate better
         assert server.requests == []
-    assert isinstance(failure, AtroposConnectionError)
-    assert failure.reason.startswith(
+    assert reason.startswith(
         f"Cannot connect to Atropos API at {server.url} - TLS handshake failed: certificate of '127.0.0.1' not accepted"
     )
-    assert "self-signed certificate" in failure.reason
-    assert "atropos.ca_file" in failure.reason
+    assert "self-signed certificate" in reason
+    assert "atropos.ca_file" in reason
 
 
 def test_a_certificate_file_makes_it_trusted(certificate: tuple[Path, Path]) -> None:
@@ -134,16 +122,15 @@ def test_a_certificate_of_another_host(tmp_path: Path) -> None:
     if made is None:
         pytest.skip("there is no openssl program to make a certificate with")
     with FaultServer(tls=made) as server:
-        failure = failure_of_check(quick(server.url, verify=str(made[0])))
-    assert "TLS handshake failed: certificate of '127.0.0.1' not accepted" in failure.reason
-    assert "mismatch" in failure.reason
+        reason = reason_of_failure(quick(server.url, verify=str(made[0])))
+    assert "TLS handshake failed: certificate of '127.0.0.1' not accepted" in reason
+    assert "mismatch" in reason
 
 
 def test_https_to_a_server_that_speaks_http(fault_server: FaultServer) -> None:
-    failure = failure_of_check(quick(fault_server.url.replace("http:", "https:")))
-    assert isinstance(failure, AtroposConnectionError)
-    assert "TLS handshake failed" in failure.reason
-    assert failure.reason.endswith("is it an http:// API?")
+    reason = reason_of_failure(quick(fault_server.url.replace("http:", "https:")))
+    assert "TLS handshake failed" in reason
+    assert reason.endswith("is it an http:// API?")
 
 
 @pytest.mark.parametrize(
@@ -162,8 +149,9 @@ def test_https_to_a_server_that_speaks_http(fault_server: FaultServer) -> None:
 )
 def test_http_errors(fault_server: FaultServer, status: int, body: bytes, said: str) -> None:
     fault_server.script("/status", error(status, body, {"location": "https://example.invalid/status"}))
-    failure = failure_of_check(quick(fault_server.url))
-    assert isinstance(failure, AtroposHTTPStatusError)
+    with quick(fault_server.url) as client, pytest.raises(AtroposHTTPStatusError) as caught:
+        client.check()
+    failure = caught.value
     assert failure.reason == f"Atropos API at {fault_server.url} answered GET /status with HTTP {status}{said}"
     assert (failure.status_code, failure.body) == (status, body.decode()[:500])
 
@@ -188,9 +176,8 @@ def test_a_500_for_a_batch_says_what_upstream_does_with_nan(fault_server: FaultS
 )
 def test_a_connection_that_breaks(fault_server: FaultServer, behaviour: object, said: str) -> None:
     fault_server.script("/status", behaviour)  # type: ignore[arg-type]
-    failure = failure_of_check(quick(fault_server.url))
-    assert isinstance(failure, AtroposConnectionError)
-    assert failure.reason == f"Atropos API at {fault_server.url} - {said}"
+    reason = reason_of_failure(quick(fault_server.url))
+    assert reason == f"Atropos API at {fault_server.url} - {said}"
 
 
 @pytest.mark.parametrize(
@@ -210,21 +197,17 @@ def test_a_connection_that_breaks(fault_server: FaultServer, behaviour: object, 
 )
 def test_something_else_answers(fault_server: FaultServer, behaviour: object, detail: str) -> None:
     fault_server.script("/status", behaviour)  # type: ignore[arg-type]
-    failure = failure_of_check(quick(fault_server.url))
-    assert isinstance(failure, AtroposProtocolError)
-    assert failure.reason.startswith(
-        f"The server at {fault_server.url} answers, but is not an Atropos trajectory API: "
-    )
-    assert detail in failure.reason
+    reason = reason_of_failure(quick(fault_server.url), AtroposProtocolError)
+    assert reason.startswith(f"The server at {fault_server.url} answers, but is not an Atropos trajectory API: ")
+    assert detail in reason
     assert fault_server.count("/status") == 1
 
 
 def test_status_alone_does_not_make_an_atropos_api(fault_server: FaultServer) -> None:
     fault_server.script("/status", answer(STATUS))
     fault_server.script("/info", answer({"name": "another service"}))
-    failure = failure_of_check(quick(fault_server.url))
-    assert isinstance(failure, AtroposProtocolError)
-    assert "GET /info gave no integer 'batch_size'" in failure.reason
+    reason = reason_of_failure(quick(fault_server.url), AtroposProtocolError)
+    assert "GET /info gave no integer 'batch_size'" in reason
 
 
 def test_an_answer_to_batch_that_is_no_batch(fault_server: FaultServer) -> None:
@@ -306,14 +289,18 @@ def test_token_and_headers_go_with_every_request(fault_server: FaultServer) -> N
     assert fault_server.last("/scored_data_list").headers["content-type"] == "application/json"
 
 
+def use_proxy(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, url)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def test_no_proxy_stands_between_this_machine_and_itself(
     fault_server: FaultServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with refused_url() as proxy:
-        monkeypatch.setenv("HTTP_PROXY", proxy)
-        monkeypatch.setenv("http_proxy", proxy)
-        monkeypatch.delenv("no_proxy", raising=False)
-        monkeypatch.delenv("NO_PROXY", raising=False)
+        use_proxy(monkeypatch, proxy)
         fault_server.script("/status", answer(STATUS))
         with quick(fault_server.url) as client:
             assert client.status().queue_size == 0
@@ -324,9 +311,7 @@ def test_no_proxy_stands_between_this_machine_and_itself(
 
 
 def test_a_proxy_is_used_for_other_hosts(fault_server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("http_proxy", fault_server.url)
-    monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.delenv("NO_PROXY", raising=False)
+    use_proxy(monkeypatch, fault_server.url)
     fault_server.script("http://api.example.invalid/status", answer(STATUS))
     with quick("http://api.example.invalid") as client:
         assert client.status().queue_size == 0

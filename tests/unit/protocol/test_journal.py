@@ -147,12 +147,14 @@ def test_a_directory_that_cannot_be_created_is_named(tmp_path: Path) -> None:
         BatchJournal(tmp_path / "file" / "journal").record(b"{}")
 
 
-_FULL_DISK = """
-import resource, sys
+_JOURNAL = """
+import resource, signal, sys
 from pathlib import Path
 from atropos_verl.protocol.journal import BatchJournal
 from atropos_verl.errors import CheckpointError
 journal = BatchJournal(Path(sys.argv[1]))
+"""
+_FULL_DISK = """
 journal.record(b"fits")
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # writes beyond 100 bytes of a file now fail, as on a full disk
 try:
@@ -163,10 +165,8 @@ except CheckpointError as error:
 
 
 def test_a_full_disk_names_the_file_and_leaves_the_journal_whole(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout == (
+    command = [sys.executable, "-c", _JOURNAL + _FULL_DISK, str(tmp_path)]
+    assert subprocess.check_output(command, text=True, timeout=60) == (
         f"cannot write the journalled batch {tmp_path / 'batch_000002.json'} (5000 bytes): File too large; "
         "free some space, or choose another run_dir"
     )
@@ -176,10 +176,6 @@ def test_a_full_disk_names_the_file_and_leaves_the_journal_whole(tmp_path: Path)
 
 
 _KILLED_WHILE_WRITING = """
-import resource, signal, sys
-from pathlib import Path
-from atropos_verl.protocol.journal import BatchJournal
-journal = BatchJournal(Path(sys.argv[1]))
 entry = journal.record(b"first")
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel now kills the process at byte LIMIT of a file
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
@@ -190,7 +186,7 @@ journal.assign(entry, 1) if sys.argv[3] == "assign" else journal.record(b"x" * 5
 @pytest.mark.parametrize(("call", "limit", "torn"), [("record", 100, ".batch_000002.json.*.tmp"),
                                                      ("assign", 10, ".batch_000001.meta.json.*.tmp")])  # fmt: skip
 def test_killed_in_the_middle_of_a_write(tmp_path: Path, call: str, limit: int, torn: str) -> None:
-    command = [sys.executable, "-c", _KILLED_WHILE_WRITING, str(tmp_path), str(limit), call]
+    command = [sys.executable, "-c", _JOURNAL + _KILLED_WHILE_WRITING, str(tmp_path), str(limit), call]
     assert subprocess.run(command, timeout=60, check=False).returncode == -signal.SIGXFSZ
     assert [path.stat().st_size for path in tmp_path.glob(torn)] == [limit]
     journal = BatchJournal(tmp_path)
@@ -201,18 +197,12 @@ def test_killed_in_the_middle_of_a_write(tmp_path: Path, call: str, limit: int, 
 
 
 _WRITER = """
-import sys
-from pathlib import Path
-from atropos_verl.protocol.journal import BatchJournal
-journal = BatchJournal(Path(sys.argv[1]))
 for step in range(1, 100_000):
     entry = journal.record(bytes([step % 256]) * (200_000 + step), {"after_step": step - 1})
-    sys.stdout.write(f"recorded {step}\\n")
-    sys.stdout.flush()
+    print("recorded", step, flush=True)
     if step % 2:
         journal.assign(entry, step)
-        sys.stdout.write(f"assigned {step}\\n")
-        sys.stdout.flush()
+        print("assigned", step, flush=True)
     if step % 10 == 0:
         journal.discard_through(step - 5)
 """
@@ -220,7 +210,8 @@ for step in range(1, 100_000):
 
 @pytest.mark.parametrize("lines", [3, 8, 21, 34])
 def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path, lines: int) -> None:
-    writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", _JOURNAL + _WRITER, str(tmp_path)]
+    writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert writer.stdout is not None
     said = [writer.stdout.readline().split() for _ in range(lines)]
     os.kill(writer.pid, signal.SIGKILL)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.scripted_api import random_batches, scripted_api
@@ -59,36 +61,32 @@ def move_on(server: TrajectoryServer, seconds: float) -> float:
     return clock.now
 
 
+@dataclass
 class Run:
     """A trainer's process: a client and its leased batches over one run directory."""
 
-    def __init__(self, url: str, directory: Path, lease: float | None = LEASE) -> None:
-        self.client = AtroposClient(
-            url, timeout=5.0, retry_delay=0.01, max_wait_time=5.0, lease_seconds=lease, packed=False
-        )
-        self.batches = LeasedBatches(self.client, BatchJournal(directory / "journal"))
+    client: AtroposClient
+    batches: LeasedBatches
 
-    def die(self) -> None:
-        self.batches.close()
-        self.client.close()
+    def register(self, *groups: int) -> None:
+        """Registers, and posts groups with these numbers as environments would."""
+        self.client.register(TrainerRegistration(**registration(4)))
+        self.offer(*groups)
+
+    def offer(self, *groups: int) -> None:
+        for number in groups:
+            self.client.post_scored_data_list([group_bytes(number)])
 
 
 @contextmanager
-def run_of(server: TrajectoryServer, tmp_path: Path, name: str = "run") -> Iterator[Run]:
-    run = Run(server.url, tmp_path / name)
-    try:
-        yield run
-    finally:
-        run.die()
-
-
-def register(run: Run) -> None:
-    run.client.register(TrainerRegistration(**registration(4)))
-
-
-def offer(run: Run, *numbers: int) -> None:
-    for number in numbers:
-        run.client.post_scored_data_list([group_bytes(number)])
+def run_of(api: Any, tmp_path: Path, name: str = "run", lease: float = LEASE) -> Iterator[Run]:
+    options: dict[str, Any] = {"timeout": 5.0, "retry_delay": 0.01, "max_wait_time": 5.0, "packed": False}
+    journal = BatchJournal(tmp_path / name / "journal")
+    with (
+        AtroposClient(api.url, lease_seconds=lease, **options) as client,
+        closing(LeasedBatches(client, journal)) as batches,
+    ):
+        yield Run(client, batches)
 
 
 def number_of(held: HeldBatch) -> int:
@@ -110,8 +108,7 @@ def rest_of(run: Run) -> list[int]:
 
 def test_steps_are_acked_once_each_and_nothing_comes_again(server: TrajectoryServer, tmp_path: Path) -> None:
     with run_of(server, tmp_path) as run:
-        register(run)
-        offer(run, 1, 2)
+        run.register(1, 2)
         for step in (1, 2):
             held = run.batches.fetch()
             assert number_of(held) == step
@@ -130,8 +127,7 @@ def test_killed_anywhere_every_batch_is_trained_once(
 ) -> None:
     """Batch 1 is trained and covered by a checkpoint (step 1); the process dies somewhere around batch 2."""
     with run_of(server, tmp_path) as first:
-        register(first)
-        offer(first, 1, 2, 3)
+        first.register(1, 2, 3)
         held = first.batches.fetch()
         first.batches.trained(held.entry, 1)
         first.batches.ack(held.entry)
@@ -150,7 +146,7 @@ def test_killed_anywhere_every_batch_is_trained_once(
             assert second.client.status().queue_size == 2
         checkpoint = 2 if point == "covered" else 1
         replayed = second.batches.resume(checkpoint)
-        register(second)
+        second.register()
         trained = [number_of(held) for held in replayed]
         for held in replayed:
             second.batches.trained(held.entry, 2)
@@ -165,8 +161,7 @@ def test_killed_anywhere_every_batch_is_trained_once(
 
 def test_a_batch_that_another_trainer_got_is_dropped_on_resume(server: TrajectoryServer, tmp_path: Path) -> None:
     with run_of(server, tmp_path, "dead") as dead:
-        register(dead)
-        offer(dead, 1)
+        dead.register(1)
         dead.batches.fetch()
     with run_of(server, tmp_path, "other") as other:
         move_on(server, LEASE + 1)
@@ -181,13 +176,12 @@ def test_a_batch_that_another_trainer_got_is_dropped_on_resume(server: Trajector
 def test_a_trained_batch_that_comes_again_is_acked_and_not_taken(server: TrajectoryServer, tmp_path: Path) -> None:
     """A process that was suspended for longer than its lease holds two batches, and asks for a third."""
     with run_of(server, tmp_path) as run:
-        register(run)
-        offer(run, 1, 2)
+        run.register(1, 2)
         first, second = run.batches.fetch(), run.batches.fetch()
         run.batches.close()  # nobody renews
         run.batches.trained(first.entry, 1)
         move_on(server, LEASE + 1)
-        offer(run, 3)
+        run.offer(3)
         assert number_of(run.batches.fetch()) == 3
         assert run.batches.ack(second.entry) == "acked", "under its new lease"
         run.batches.trained(second.entry, 2)
@@ -196,25 +190,22 @@ def test_a_trained_batch_that_comes_again_is_acked_and_not_taken(server: Traject
 
 def test_a_lease_is_renewed_while_its_holder_lives(server: TrajectoryServer, tmp_path: Path) -> None:
     short = 0.3
-    run = Run(server.url, tmp_path / "run", lease=short)
-    register(run)
-    offer(run, 1)
-    held = run.batches.fetch()
-    for _ in range(4):  # in all more than twice the lease
-        now = move_on(server, 0.2)
-        (batch,) = store_of(server).outstanding.values()
-        eventually(lambda: batch.deadline == now + short, "the lease to be renewed")  # noqa: B023
-    assert run.client.status().queue_size == 0
-    assert run.batches.ack(held.entry) == "acked"
-    run.die()
+    with run_of(server, tmp_path, lease=short) as run:
+        run.register(1)
+        held = run.batches.fetch()
+        for _ in range(4):  # in all more than twice the lease
+            now = move_on(server, 0.2)
+            (batch,) = store_of(server).outstanding.values()
+            eventually(lambda: batch.deadline == now + short, "the lease to be renewed")  # noqa: B023
+        assert run.client.status().queue_size == 0
+        assert run.batches.ack(held.entry) == "acked"
 
 
 def test_an_ack_that_does_not_get_through_is_made_good_before_the_next_fetch(
     server: TrajectoryServer, tmp_path: Path
 ) -> None:
     with run_of(server, tmp_path) as run:
-        register(run)
-        offer(run, 1, 2)
+        run.register(1, 2)
         held = run.batches.fetch()
         run.batches.trained(held.entry, 1)
         server.stop()
@@ -229,8 +220,7 @@ def test_an_ack_that_does_not_get_through_is_made_good_before_the_next_fetch(
 
 def test_an_api_that_forgot_everything_leaves_the_journal_as_the_only_copy(tmp_path: Path) -> None:
     with TrajectoryServer() as api, run_of(api, tmp_path) as run:
-        register(run)
-        offer(run, 1)
+        run.register(1)
         run.batches.fetch()
         store_of(api).reset()
         with run_of(api, tmp_path) as resumed:
@@ -240,8 +230,7 @@ def test_an_api_that_forgot_everything_leaves_the_journal_as_the_only_copy(tmp_p
 
 def test_what_is_not_trained_is_given_back(server: TrajectoryServer, tmp_path: Path) -> None:
     with run_of(server, tmp_path) as run:
-        register(run)
-        offer(run, 1, 2)
+        run.register(1, 2)
         held = run.batches.fetch()
         run.batches.release(held.entry)
         assert BatchJournal(tmp_path / "run" / "journal").pending(0) == []
@@ -251,18 +240,16 @@ def test_what_is_not_trained_is_given_back(server: TrajectoryServer, tmp_path: P
 def test_an_upstream_api_knows_no_leases_and_the_journal_keeps_its_batches(tmp_path: Path) -> None:
     bodies = random_batches(2, groups=2, group_size=4)
     with scripted_api(bodies, batch_size=8, max_token_len=64) as api:
-        run = Run(api.url, tmp_path / "run")
-        register(run)
-        assert run.client.features == frozenset()
-        held = run.batches.fetch()
-        assert held.entry.lease_id is None
-        run.batches.trained(held.entry, 1)
-        assert run.batches.ack(held.entry) == "none"
-        second = run.batches.fetch()
-        run.batches.release(second.entry)  # cannot be: it exists nowhere else
-        run.die()
-        resumed = Run(api.url, tmp_path / "run")
-        assert [held.body for held in resumed.batches.resume(1)] == [second.body]
-        with pytest.raises(AtroposTimeoutError):
-            resumed.batches.fetch(max_wait_time=0.1)
-        resumed.die()
+        with run_of(api, tmp_path) as run:
+            run.register()
+            assert run.client.features == frozenset()
+            held = run.batches.fetch()
+            assert held.entry.lease_id is None
+            run.batches.trained(held.entry, 1)
+            assert run.batches.ack(held.entry) == "none"
+            second = run.batches.fetch()
+            run.batches.release(second.entry)  # cannot be: it exists nowhere else
+        with run_of(api, tmp_path) as resumed:
+            assert [held.body for held in resumed.batches.resume(1)] == [second.body]
+            with pytest.raises(AtroposTimeoutError):
+                resumed.batches.fetch(max_wait_time=0.1)
