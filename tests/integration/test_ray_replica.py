@@ -91,27 +91,6 @@ def test_the_replica_has_the_trainers_weights_after_an_update_and_not_before(clu
     cluster.checkpoints.update_weights(3)
 
 
-async def test_requests_wait_out_sleep_and_go_on_under_the_new_policy(cluster: Cluster) -> None:
-    client = cluster.servers.get_client()
-    requests = [
-        asyncio.ensure_future(client.generate(f"r{i}", prompt_ids=_TOKENS[: 5 + i], sampling_params=dict(_PARAMS)))
-        for i in range(6)
-    ]
-    await _generated(cluster, 60)
-    await cluster.checkpoints.sleep_replicas()
-    before = (await cluster.server.get_stats.remote())["generated_tokens"]
-    late = asyncio.ensure_future(client.generate("late", prompt_ids=_TOKENS[:4], sampling_params=dict(_PARAMS)))
-    await asyncio.sleep(0.3)
-    assert (await cluster.server.get_stats.remote())["generated_tokens"] == before
-    await asyncio.to_thread(cluster.workers.nudge, 4, 0.05)
-    await asyncio.to_thread(cluster.checkpoints.update_weights, 4)
-    for output in await asyncio.wait_for(asyncio.gather(*requests), 60):
-        assert len(output.token_ids) == len(output.log_probs) == 192
-        assert (output.extra_fields["min_global_steps"], output.extra_fields["max_global_steps"]) == (3, 4)
-    output = await asyncio.wait_for(late, 60)
-    assert output.extra_fields["min_global_steps"] == 4
-
-
 async def test_abort_hands_back_what_there_is_with_logprobs_of_the_policy_that_made_it(cluster: Cluster) -> None:
     from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient
 
@@ -130,11 +109,11 @@ async def test_abort_hands_back_what_there_is_with_logprobs_of_the_policy_that_m
     turned_away = await asyncio.wait_for(client.generate("c", prompt_ids=prompt, sampling_params=dict(_PARAMS)), 30)
     assert turned_away.token_ids == [] and turned_away.stop_reason == "aborted"
 
-    await asyncio.to_thread(cluster.step, 5)
+    await asyncio.to_thread(cluster.step, 4)
     await cluster.checkpoints.resume_generation_replicas()
     whole = await asyncio.wait_for(continued, 60)
     assert len(whole.token_ids) == len(whole.log_probs) == 192
-    assert (whole.extra_fields["min_global_steps"], whole.extra_fields["max_global_steps"]) == (4, 5)
+    assert (whole.extra_fields["min_global_steps"], whole.extra_fields["max_global_steps"]) == (3, 4)
 
 
 def test_a_bad_request_is_named_and_the_replica_lives_on(cluster: Cluster) -> None:
@@ -246,9 +225,7 @@ def test_a_standalone_replica_gets_the_weights_through_the_object_store(cluster:
         cluster.workers.nudge(step, 0.05)
         metrics = manager.update_weights(step)
         assert metrics["weight_sync/bytes"] > 0
-        [trainer] = cluster.workers.trainer_logprobs(_TOKENS)
-        engine = ray.get(replica.server_handle.compute_logprobs.remote(_TOKENS))
-        assert engine == pytest.approx(trainer, abs=1e-5)
+        assert cluster.canary(_TOKENS, replica.server_handle) < 1e-5
         stats = ray.get(replica.server_handle.get_stats.remote())
         assert (stats["policy_version"], stats["gate"]) == (step, "open")
     for actor in (replica.server_handle, *replica.workers):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from atropos_verl import verl_plugin
+from support.serving import eventually
 
 _TESTS = Path(__file__).resolve().parents[1]
 
@@ -156,10 +156,8 @@ class Cluster:
 
         for actor in (*self.workers.workers, *(r.server_handle for r in self.servers.get_replicas())):
             ray.kill(actor)
-        for _ in range(300):  # verl finds its actors by name, so the next cluster needs the same names
-            if not any("_server_" in name for name in ray.util.list_named_actors()):
-                break
-            time.sleep(0.1)
+        # verl finds its actors by name, so the next cluster needs the same names.
+        eventually(lambda: not any("_server_" in name for name in ray.util.list_named_actors()), "free names", 60.0)
         for group in self._pool.get_placement_groups():
             ray.util.remove_placement_group(group)
 
@@ -169,12 +167,12 @@ class Cluster:
         self.workers.nudge(step, scale)
         self.checkpoints.update_weights(step)
 
-    def canary(self, token_ids: list[int]) -> float:
-        """Largest difference of a logprob between trainer and replica."""
+    def canary(self, token_ids: list[int], server: Any = None) -> float:
+        """Largest difference of a logprob between trainer and replica (None: the first)."""
         import ray
 
         [trainer] = self.workers.trainer_logprobs(token_ids)
-        engine = ray.get(self.server.compute_logprobs.remote(token_ids))
+        engine = ray.get((server or self.server).compute_logprobs.remote(token_ids))
         return max(abs(a - b) for a, b in zip(trainer, engine, strict=True))
 
 

@@ -36,10 +36,7 @@ SMALL = ("batch_size=16", "group_size=4", "supervise.backoff=0.2", "eval.before=
 """Steps of about 0.3 s on two cores."""
 
 _MARK = "ATROPOS_VERL_TEST_RUN"
-_COMMANDS = {
-    "trajectory_api": ("atropos_verl.cli serve-api", "atroposlib.cli.run_api"),
-    "environment": ("spell_backward.py",),
-}
+_COMMANDS = {"trajectory_api": "atropos_verl.cli serve-api", "environment": "spell_backward.py"}
 
 
 class TrainingRun:
@@ -155,8 +152,7 @@ class TrainingRun:
         """The living process of ``trajectory_api`` or ``environment``: the one that leads its session."""
         for process in self._marked():
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                command = " ".join(process.cmdline())
-                if any(part in command for part in _COMMANDS[service]) and os.getsid(process.pid) == process.pid:
+                if _COMMANDS[service] in " ".join(process.cmdline()) and os.getsid(process.pid) == process.pid:
                     return process
         raise AssertionError(f"no process of {service}\n{self._said()}")
 
