@@ -16,7 +16,6 @@ from atropos_verl.errors import (
     AtroposConnectionError,
     AtroposHTTPStatusError,
     AtroposProtocolError,
-    AtroposTimeoutError,
 )
 from atropos_verl.protocol.client import ApiInfo, ApiStatus, AtroposClient
 from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
@@ -128,13 +127,6 @@ def test_a_group_the_api_refuses(client: AtroposClient) -> None:
     with pytest.raises(AtroposHTTPStatusError):
         client.post_scored_data_list([group(1), b"{}"])
     assert client.status().queue_size == 0
-
-
-def test_waiting_for_a_batch_that_never_comes(client: AtroposClient) -> None:
-    started(client)
-    client.post_scored_data_list([group(1)])
-    with pytest.raises(AtroposTimeoutError, match=r"at step 0 with 1 groups in its queue. Is an environment running"):
-        client.get_batch(max_wait_time=0.3)
 
 
 def test_reset_forgets_everything(client: AtroposClient) -> None:
