@@ -111,7 +111,7 @@ def test_killed_services_and_a_killed_trainer_on_ray_are_restarted_and_the_run_c
             run.wait_for_more(1)
         run.send("trainer", signal.SIGKILL)
         run.must_end(0)
-        assert run.service("trainer")["restarts"] == 1
+        assert run.service("trainer")["restarts"] >= 1, "it may also end with its API"
         lines = run.metrics()
         assert [line["step"] for line in lines] == [line["policy_version"] for line in lines]
         assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
