@@ -152,15 +152,19 @@ def test_equal_weights_need_no_shares() -> None:
     assert shares({"a": {"weight": 3}}) == {"a": None}
 
 
-def test_a_share_below_one_group_is_said() -> None:
-    made = plan({"a": {"weight": 9}, "b": {"weight": 1}}, batch_size=64)
-    assert "environments.b: its share of a batch of 64 is less than one group of 8" in made[1][0]
-
-
-def test_another_api_gets_weights_only_and_a_warning() -> None:
-    made = plan({"a": {"weight": 3}, "b": {"weight": 1}}, own_api=False)
-    assert ["--env.min_batch_allocation" in item.command for item in made[0]] == [False, False]
-    assert "shares of the trained sequences will not follow them" in made[1][0]
+@pytest.mark.parametrize(
+    ("weight", "own_api", "has_share", "warning"),
+    [
+        (9, True, [True, False], "environments.b: its share of a batch of 64 is less than one group of 8"),
+        (3, False, [False, False], "shares of the trained sequences will not follow them"),
+    ],
+)
+def test_weights_that_make_no_share_are_warned_of(
+    weight: int, own_api: bool, has_share: list[bool], warning: str
+) -> None:
+    services, warnings = plan({"a": {"weight": weight}, "b": {"weight": 1}}, own_api=own_api)
+    assert ["--env.min_batch_allocation" in item.command for item in services] == has_share
+    assert warning in warnings[0]
 
 
 def test_group_sizes_that_upstream_would_stall_on() -> None:
