@@ -159,10 +159,10 @@ class BatchJournal:
         try:
             return path.read_bytes()
         except FileNotFoundError:
-            return None
+            pass
         except OSError as error:
             logger.warning("%s cannot be read: %s", path, error)
-            return None
+        return None
 
     def _select(self, wanted: Callable[[JournalEntry], bool]) -> list[JournalEntry]:
         with self._lock:
