@@ -155,13 +155,6 @@ def test_a_batch_that_nobody_reads_comes_back(server: TrajectoryServer, length: 
     assert state_of(server).step == 1
 
 
-def test_a_client_that_stops_reading_and_leaves_gets_it_again(server: TrajectoryServer) -> None:
-    fill(server, 64, 40_000)
-    with httpx.stream("GET", f"{server.url}/batch", timeout=20.0) as response:
-        assert len(next(response.iter_raw())) > 0  # then its own time-out strikes
-    eventually(lambda: len(state_of(server).returned) == 1, "the batch is back")
-
-
 def test_a_batch_counts_as_delivered_once_the_connection_closes_or_is_used_again(server: TrajectoryServer) -> None:
     fill(server, 8)
     connection = raw_get(server)

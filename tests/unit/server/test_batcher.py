@@ -17,7 +17,6 @@ from atropos_verl.server.batcher import (
     QueueView,
     choose_batch,
     oldest_subset,
-    reachable,
     representable,
 )
 
@@ -169,28 +168,8 @@ def test_where_upstream_stalls_on_packs_a_batch_is_formed() -> None:
 
 # --- exact sums ------------------------------------------------------------------------------------------------------
 
-# Sizes, target and expected indices of the 12 cases of atroposlib/tests/test_utils/test_heterogeneous_packing.py.
-UPSTREAM = [
-    ([1, 2, 1], 4, [0, 1, 2]),
-    ([2, 2, 4], 4, [0, 1]),
-    ([3, 1, 4], 5, [1, 2]),
-    ([2, 4], 3, None),
-    ([], 4, None),
-    ([4], 4, [0]),
-    ([2, 2, 2, 2], 8, [0, 1, 2, 3]),
-    ([1, 2, 1, 4, 2], 8, [0, 1, 2, 3]),
-    ([16, 8, 8], 32, [0, 1, 2]),
-    ([2, 2, 4, 2, 2], 4, [0, 1]),
-    ([2, 4, 2, 1], 6, [0, 1]),
-    ([1] * 16, 8, list(range(8))),
-]
 
-
-@pytest.mark.parametrize(("sizes", "target", "expected"), UPSTREAM)
-def test_upstreams_packing_cases(sizes: list[int], target: int, expected: list[int] | None) -> None:
-    assert oldest_subset(sizes, target) == expected
-
-
+@example([16, 8, 8], 32)
 @given(st.lists(st.integers(1, 9), max_size=9), st.integers(1, 24))
 def test_it_is_the_oldest_of_all_subsets_that_fit(sizes: list[int], target: int) -> None:
     fitting = [
@@ -201,12 +180,6 @@ def test_it_is_the_oldest_of_all_subsets_that_fit(sizes: list[int], target: int)
     ]
     # Lists compare like ages: the first index in which they differ decides.
     assert oldest_subset(sizes, target) == min(fitting, default=None)
-
-
-def test_reachable_is_a_set_of_bits() -> None:
-    assert reachable([2, 3], 10) == (1 << 0 | 1 << 2 | 1 << 3 | 1 << 5)
-    assert reachable([2, 3], 4) == (1 << 0 | 1 << 2 | 1 << 3)
-    assert reachable([], 4) == 1
 
 
 @example([1], 4096)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from support.trajectory_server import Clock, post, registration, take
+from support.trajectory_server import Clock, post, registration
 
 from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
 from atropos_verl.server.settings import ServerSettings
@@ -80,17 +80,3 @@ def test_every_group_is_handed_out_exactly_once(name: str, pattern: str) -> None
 
 def len_of(case: Case) -> Callable[[list[int]], int]:
     return lambda seqs: sum(case.size(seq) for seq in seqs)
-
-
-def test_the_step_advances_by_one_per_batch_and_the_oldest_go_first() -> None:
-    """Upstream advances by 25 at the first GET /batch here, and hands out the newest batch first."""
-    store = Store(ServerSettings())
-    store.register(TrainerRegistration(**registration(8)))
-    for number in range(50):
-        post(store, number)
-    first = take(store)
-    assert (first.seqs, first.step) == ([0, 1], 1)
-    assert store.step == 1
-    assert store.queue.groups == 48
-    second = take(store)
-    assert (second.seqs, second.step) == ([2, 3], 2)
