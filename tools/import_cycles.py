@@ -25,8 +25,6 @@ from pathlib import Path
 
 import grimp
 
-__all__ = ["find_cycles", "main", "named_by_strings"]
-
 
 def find_cycles(package: str) -> list[str]:
     """Cycles of the package, one line per import with its place in the source. No two of them share an import.

@@ -31,9 +31,6 @@ def rows(store: RecordStore) -> dict[object, bytes]:
     return {key: value for table in TABLES for key, value in store.read(table)}
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("durable", [False, True])
 def test_a_file_is_replaced_whole(tmp_path: Path, durable: bool) -> None:
     path = tmp_path / "file"
@@ -61,9 +58,6 @@ def test_a_network_file_system_is_known_by_its_mount(
     found = [SimpleNamespace(mountpoint=point, fstype=fstype) for point, fstype in mounts]
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: found)
     assert network_file_system(Path(path)) == kind
-
-
-# --- records ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fsync", [False, True])

@@ -9,8 +9,6 @@ from pathlib import Path
 from atropos_verl.errors import ConfigError
 from atropos_verl.server.store import ARRIVALS_FILE
 
-__all__ = ["Arrival", "HandedBatch", "read_arrivals"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:

@@ -28,8 +28,6 @@ from simulate.arrivals import HandedBatch
 from simulate.recording import Recording
 from simulate.workload import Layout, Workload
 
-__all__ = ["Calibration", "calibrate"]
-
 _MIN_STEPS = 5
 _TOKENS_PER_SECOND = 1e6
 """Of each sequence: tokens are only a measure of time here. No sequence has less than one."""

@@ -25,8 +25,6 @@ from typing import Protocol
 
 from simulate.generation import Group
 
-__all__ = ["Environment", "World"]
-
 
 class World(Protocol):
     """The parts of a run that an environment talks to."""

@@ -8,8 +8,6 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-__all__ = ["Generation", "Group"]
-
 
 @dataclass(slots=True, eq=False)
 class Group:

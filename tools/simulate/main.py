@@ -19,8 +19,6 @@ from simulate.replay import recorded_groups, recorded_times, replay
 from simulate.run import simulate
 from simulate.workload import Layout, Workload
 
-__all__ = ["add_arguments", "run"]
-
 _STEPS = 200
 _BATCH_SIZE = 1024
 _NUMBERS: tuple[tuple[str, type, float, str], ...] = (

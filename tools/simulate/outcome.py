@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Outcome", "averaged", "table"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:

@@ -6,8 +6,6 @@ from atropos_verl.protocol.messages import BatchPolicy
 from atropos_verl.server.batcher import GroupQueue, QueueView, StoredGroup, choose_batch
 from simulate.generation import Group
 
-__all__ = ["TrajectoryQueue"]
-
 
 class TrajectoryQueue:
     """Groups wait here until they are part of a batch.

@@ -13,8 +13,6 @@ import numpy as np
 from atropos_verl.errors import ConfigError
 from simulate.workload import Workload
 
-__all__ = ["SKIPPED_STEPS", "Recording", "read_recording"]
-
 SKIPPED_STEPS = 3
 """At the beginning of a run: environments start, caches are cold, and the queue is empty."""
 _STALENESS = "off_policy/groups_at_staleness/"

@@ -28,8 +28,6 @@ from simulate.schedule import schedule_of
 from simulate.trainer import Trainer
 from simulate.workload import Layout, StepTimes, Workload
 
-__all__ = ["RecordedGroup", "recorded_groups", "recorded_times", "replay"]
-
 _OPTION = "--arrivals"
 _WAITED = 0.1
 """Seconds from which the trainer counts as having waited for a batch."""

@@ -23,8 +23,6 @@ from simulate.schedule import schedule_of
 from simulate.trainer import Trainer
 from simulate.workload import Layout, StepTimes, Workload
 
-__all__ = ["simulate"]
-
 _MOST_EVENTS_WITHOUT_PROGRESS = 100_000
 """Polls and looks at the queue during which no sequence was finished and no step begun."""
 

@@ -14,8 +14,6 @@ from simulate.outcome import Outcome
 from simulate.schedule import Schedule
 from simulate.workload import Layout, StepTimes, Workload
 
-__all__ = ["Trainer", "World"]
-
 
 class Engine(Protocol):
     """The generation of groups."""

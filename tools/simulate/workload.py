@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Layout", "StepTimes", "Workload"]
-
-
 StepTimes = Callable[[int, float], tuple[float, float, float]]
 """(number of the step, from 0; its trained tokens) → seconds of training, of weight sync, and of everything else."""
 

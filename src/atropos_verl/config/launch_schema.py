@@ -172,9 +172,6 @@ def describe_launch() -> list[tuple[str, Any, str]]:
     return rows + describe(SuperviseConfig, "supervise.") + describe(EnvironmentConfig, "environments.NAME.")
 
 
-# ---------------------------------------------------------------------- keys that a run does not use
-
-
 def unused_when_attached(config: RunConfig) -> list[str]:
     """Keys that are set and have no effect on a trainer whose API and environments run elsewhere.
 

@@ -44,9 +44,6 @@ _SECTIONS = ("configuration", "software", "machine", "placement", "model", "netw
 _STYLES = {"ok": "green", "warning": "yellow", "missing": "bold red"}
 
 
-# ---------------------------------------------------------------------- the command
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="*", metavar="key=value", help="settings, as for train and launch")
     parser.add_argument("--config-name", help="a file of the configuration directory (default: the demo)")
@@ -130,8 +127,6 @@ def _show(findings: Sequence[Finding], console: Console) -> None:
     console.print(Text(f"\n{verdict}: {counts}"))
 
 
-# ---------------------------------------------------------------------- software
-
 _SHOWN = ("verl", "atroposlib", "torch", "transformers", "tensordict", "transferqueue")
 """Always listed; others only when something is wrong with them."""
 
@@ -186,8 +181,6 @@ def _check_compiler(*, needed_for: str = "") -> Finding:
     none = "none" if needed_for else "none (needed by torch.compile and by vLLM on a CPU only)"
     return finding("software", "C++ compiler", path or none, missing=todo)
 
-
-# ---------------------------------------------------------------------- machine
 
 _OPEN_FILES = 4096
 _SHARED_MEMORY = 1 << 30
@@ -311,8 +304,6 @@ def _check_model_and_disk(config: RunConfig) -> list[Finding]:
     )
 
 
-# ---------------------------------------------------------------------- placement on Ray
-
 _CPUS_PER_WORKER = 3
 """Every process's bundle asks for so many (verl 0.9.1, ``ResourcePoolManager.max_colocate_count``)."""
 
@@ -383,9 +374,6 @@ def _section(settings: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
     return node if isinstance(node, Mapping) else {}
 
 
-# ---------------------------------------------------------------------- network
-
-
 def check_port(name: str, host: str, port: int) -> Finding:
     """Checks whether ``host``:``port`` can be listened on now; 0 is any free port."""
     if port == 0:
@@ -429,8 +417,6 @@ def _check_own_or_given_api(config: RunConfig, launch: LaunchConfig) -> Finding:
         return check_port("api.port", launch.api.host, launch.api.port)
     return finding("network", "trajectory API", "no URL, and only= leaves it out", missing="set atropos.api_url")
 
-
-# ---------------------------------------------------------------------- environments
 
 _ATROPOSLIB = "0.4.0"
 _LOOK = """

@@ -139,9 +139,6 @@ def _model_vocab_size(directory: Path) -> int | None:
     return size if isinstance(size, int) else None
 
 
-# ---------------------------------------------------------------------- the groups
-
-
 @dataclass(frozen=True, slots=True)
 class FoundGroup:
     """A group and where it was found."""
@@ -286,9 +283,6 @@ def _new_file(path: Path | None) -> Iterator[BinaryIO | None]:
             path.unlink()
 
 
-# ---------------------------------------------------------------------- tokenizers
-
-
 @dataclass(frozen=True, slots=True)
 class _Decoder:
     vocab_size: int
@@ -337,9 +331,6 @@ def _load_decoder(name: str) -> _Decoder:
         if type(error) is not Exception:  # the tokenizers package raises a bare Exception for a file it cannot read
             raise
         raise ConfigError(f"{file} is not a tokenizer file: {error}", "--tokenizer") from error
-
-
-# ---------------------------------------------------------------------- the inspection
 
 
 def _inspect_groups(
@@ -481,9 +472,6 @@ def _text(ids: list[int], start: int, end: int, decoder: _Decoder | None) -> str
     before = decoder.decode(ids[:start]) if start else ""
     text = decoder.decode(ids[:end])
     return text[len(before) :] if text.startswith(before) else decoder.decode(ids[start:end])
-
-
-# ---------------------------------------------------------------------- on the terminal
 
 
 def _plain(console: Console, text: str) -> None:

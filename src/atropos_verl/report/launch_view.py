@@ -112,9 +112,6 @@ def _flow(state: Mapping[str, Any]) -> str:
     )
 
 
-# ---------------------------------------------------------------------- attach
-
-
 def _read_state(run_dir: Path) -> dict[str, Any]:
     """Reads the newest state of a launch.
 

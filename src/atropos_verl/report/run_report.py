@@ -161,9 +161,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-# ---------------------------------------------------------------------- the command
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="run directory; several: compared")
@@ -239,8 +236,6 @@ def _compare(runs: Sequence[RunData], console: Console) -> None:
     console.print(table)
 
 
-# ---------------------------------------------------------------------- the page
-
 Points = Sequence[tuple[int, float]]
 
 _WIDTH, _HEIGHT = 520, 200
@@ -293,9 +288,6 @@ def _chart(runs: Mapping[str, RunData], keys: Sequence[str]) -> str:
             label = " ".join(part for part in (name if len(runs) > 1 else "", key if len(keys) > 1 else "") if part)
             series[label or key] = run.series(key)
     return line_chart(series)
-
-
-# ---------------------------------------------------------------------- charts
 
 
 def line_chart(series: Mapping[str, Points]) -> str:

@@ -145,9 +145,6 @@ def test_the_placement_of_earlier_configurations_is_accepted_where_it_changes_no
     assert RunConfig.from_mapping({"inference": {"placement": "thread"}}).inference.placement == "thread"
 
 
-# ---------------------------------------------------------------------- command line and YAML
-
-
 def test_the_demo() -> None:
     config = load_config([], None, "atropos")
     assert (config.steps, config.batch_size, config.group_size, config.optim.lr) == (40, 64, 8, 2e-4)

@@ -45,9 +45,6 @@ def by_name(findings: list[Finding]) -> dict[str, Finding]:
     return {finding.name: finding for finding in findings}
 
 
-# ---------------------------------------------------------------------- software
-
-
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Distributions that are found before those installed."""
@@ -85,9 +82,6 @@ def test_our_own_metadata_names_the_pins() -> None:
 def test_python() -> None:
     found = [doctor.check_python((3, minor)).status for minor in (10, 11, 12, 13)]
     assert found == ["missing", "ok", "ok", "missing"]
-
-
-# ---------------------------------------------------------------------- machine
 
 
 def test_gpus_are_those_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,9 +139,6 @@ def test_a_disk_that_does_not_take_the_checkpoints(tmp_path: Path, monkeypatch: 
     # 8 GiB of weights: a checkpoint is 24, and two kept plus one being written are 72
     found = [disk(tmp_path, model_bytes=8 * GIB, checkpoints=kept)["disk"].status for kept in (2, 4)]
     assert found == ["ok", "missing"]
-
-
-# ---------------------------------------------------------------------- model
 
 
 @pytest.fixture
@@ -210,9 +201,6 @@ def test_files_context_and_class_are_looked_at(model_dir: Path) -> None:
     assert found["chat template"][0] == "warning"
 
 
-# ---------------------------------------------------------------------- network
-
-
 def test_a_taken_port() -> None:
     with listening() as port:
         found = doctor.check_port("gateway.port", "127.0.0.1", port)
@@ -230,9 +218,6 @@ def test_an_api_with_a_token(tmp_path: Path) -> None:
         assert doctor.check_api(server.url, "right").status == "ok"
         assert "401, the token was refused" in doctor.check_api(server.url, "wrong").found
         assert "401, it demands a token" in doctor.check_api(server.url, None).found
-
-
-# ---------------------------------------------------------------------- environments
 
 
 def environment(tmp_path: Path, text: str, python: str = sys.executable) -> tuple[str, str]:
@@ -273,9 +258,6 @@ def test_an_interpreter_without_atroposlib(tmp_path: Path) -> None:
     assert (status, text.endswith(f"; {bare} -m pip install atroposlib==0.4.0")) == ("missing", True)
     status, text = environment(tmp_path, "import atroposlib", python=str(tmp_path / "nowhere"))
     assert (status, "cannot be used" in text) == ("missing", True)
-
-
-# ---------------------------------------------------------------------- placement
 
 
 def placed(gpus: int = 8, cores: int = 64, **changes: Any) -> dict[str, str]:
@@ -321,9 +303,6 @@ def test_every_process_asks_for_three_cpus() -> None:
     rollout = {"rollout": {"nnodes": 1, "n_gpus_per_node": 4, "tensor_model_parallel_size": 2, "n": 8}}
     found = placed(gpus=8, cores=27, trainer=separate, actor_rollout_ref=rollout)
     assert (found["GPUs"], found["CPUs"]) == ("missing", "missing")
-
-
-# ---------------------------------------------------------------------- the command
 
 
 def run_doctor(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:

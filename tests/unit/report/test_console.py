@@ -150,8 +150,6 @@ def test_terminal_summary_is_a_panel_within_80_columns() -> None:
     assert len({len(line) for line in lines}) == 1
 
 
-# ---------------------------------------------------------------------- a real terminal
-
 RUN = """
     import sys
     from atropos_verl.report.console import ProgressReporter

@@ -229,8 +229,6 @@ def test_an_encoding_that_lacks_a_character_gets_an_escape(tmp_path: Path) -> No
     assert f"    a[[\\x{ord(shown[1]):02x}]]\n" in text
 
 
-# ---------------------------------------------------------------------- formats of files
-
 G1 = b'{"tokens": [[5, 6]], "masks": [[-100, 6]], "scores": [1.0]}'
 G2 = b'{"tokens": [[7, 8]], "masks": [[-100, 8]], "scores": [2.0]}'
 NAN = b'{"tokens": [[7, 8]], "masks": [[-100, 8]], "scores": [NaN]}'
@@ -301,9 +299,6 @@ def test_a_directory_is_read_file_by_file(tmp_path: Path) -> None:
         ("b.json", "why", [2.0]),
         ("batch_000001.json group 0", None, [2.0]),
     ]
-
-
-# ---------------------------------------------------------------------- trajectory APIs
 
 
 @pytest.fixture

@@ -47,9 +47,6 @@ class Seen:
     arrived: list[tuple[float, int]] = field(default_factory=list)
 
 
-# ---------------------------------------------------------------------------------------------- atroposlib's own class
-
-
 class _Clock(selectors.SelectSelector):
     """Nobody waits: the time that would be waited for has passed."""
 
@@ -157,9 +154,6 @@ def real(script: Script) -> Seen:
         [(when - START, number) for when, number in found.given_up],
         [(when - START, number) for when, number in found.arrived],
     )
-
-
-# ----------------------------------------------------------------------------------------------------------- the model
 
 
 class _World:

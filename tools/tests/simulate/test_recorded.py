@@ -67,9 +67,6 @@ def test_seeds_give_a_mean_and_every_single_figure(capsys: pytest.CaptureFixture
     assert alone["trainer_idle_share"] == pytest.approx(shares[3], abs=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------- what is read
-
-
 def _sync_run(directory: Path, late: Sequence[int] = ()) -> Path:
     """8 steps of 4 groups: 1.5 s of generation, 3 s of latency, one posted every 10 ms; the last of step ``late`` comes
     4.5 s after the others. The trainer asks for 5 s, or 9.5 s, and needs another 0.1 s."""

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from simulate import Layout, Outcome, Workload, simulate
+from simulate.outcome import Outcome
 from simulate.recording import read_recording
+from simulate.run import simulate
+from simulate.workload import Layout, Workload
 
 from atropos_verl.cli import main
 from atropos_verl.errors import ConfigError
