@@ -98,23 +98,6 @@ def test_one_token_and_equal_tokens_normalise_to_zero(normalization: str) -> Non
     assert nothing[0].tolist() == [0.0, 0.0]
 
 
-def test_global_normalisation_uses_the_run_so_far_with_this_batch_in_it() -> None:
-    running = RunningMoments()
-    first = finish_advantages([one([1.0, 3.0])], "global", running=running)
-    # Mean 2, std sqrt(2).
-    assert first[0].tolist() == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2)])
-    second = finish_advantages([one([8.0])], "global", running=running)
-    # All of 1, 3, 8: mean 4, std sqrt(13).
-    assert second[0].tolist() == pytest.approx([4 / math.sqrt(13)])
-    assert (running.count, running.mean, running.m2) == (3, pytest.approx(4.0), pytest.approx(26.0))
-
-
-def test_clipping_comes_after_normalisation() -> None:
-    # Whitened ±1/sqrt(2) = ±0.7071, then clipped to [-0.5, 0.6]; raw values are far outside and do not matter.
-    found = finish_advantages([one([100.0, 300.0])], "batch", (-0.5, 0.6))
-    assert found[0].tolist() == [-0.5, 0.6]
-
-
 def test_zeroed_and_masked_stay_exactly_zero_even_where_the_clipping_range_excludes_zero() -> None:
     found = finish_advantages([one([1.0, 3.0], zero=True), one([1.0, 3.0], [0, 1])], "none", (2.0, 5.0))
     assert [row.tolist() for row in found] == [[0.0, 0.0], [0.0, 3.0]]

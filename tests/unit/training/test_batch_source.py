@@ -253,16 +253,6 @@ def test_the_next_batch_is_fetched_while_this_one_is_in_use_and_no_further() -> 
     assert _prefetch_threads() == []
 
 
-def test_taking_waits_for_the_batch_that_is_under_way() -> None:
-    batches = _Batches()
-    prefetcher = Prefetcher(batches)
-    prefetcher.start()
-    threading.Timer(0.01, batches.allow, [1]).start()
-    assert prefetcher.take() == 1
-    assert batches.events == ["fetch 1", "have 1"]
-    prefetcher.close()
-
-
 def test_an_error_of_the_thread_is_raised_where_the_batch_is_taken() -> None:
     def broken(check: Callable[[], None]) -> int:
         raise ConnectionError("batch is gone")

@@ -54,20 +54,14 @@ def reason(bad: dict[str, Any], **changes: Any) -> str:
 # ---------------------------------------------------------------------- 1, 2: masks and the causal shift
 
 
-def test_tool_tokens_between_two_trained_spans_are_not_trained() -> None:
+def test_neither_position_0_nor_tool_tokens_between_two_trained_spans_are_trained() -> None:
     tokens = [[1, 2, 3, 4, 5, 6]]
-    masks = [[-100, 2, -100, -100, 5, 6]]
+    masks = [[1, 2, -100, -100, 5, 6]]
     (sample,) = build(group(tokens=tokens, masks=masks, scores=[3.0]), estimator="plain").samples
     assert sample.loss_mask.tolist() == [False, True, False, False, True, True]
     assert sample.advantages.tolist() == [0.0, 3.0, 0.0, 0.0, 3.0, 3.0]
     assert sample.token_ids.tolist() == tokens[0]
     assert (sample.token_ids.dtype, sample.loss_mask.dtype, sample.advantages.dtype) == (np.int64, bool, np.float64)
-
-
-def test_position_0_is_never_trained() -> None:
-    (sample,) = build(group(tokens=[[4, 5]], masks=[[4, 5]], scores=[2.0]), estimator="plain").samples
-    assert sample.loss_mask.tolist() == [False, True]
-    assert sample.advantages.tolist() == [0.0, 2.0]
 
 
 def test_a_sequence_with_nothing_trained_is_a_sample_that_adds_nothing() -> None:

@@ -1,13 +1,16 @@
-"""Threads of engine and trainer."""
+"""Threads of engine and trainer, and the garbage collector, which rests while libraries are imported."""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
 
+from atropos_verl.backends.local.run import paused_collection
 from atropos_verl.backends.local.stack import share_cores
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.engine.runner import WORTH_SEVERAL_THREADS, engine_threads, multiply_adds_per_layer
@@ -72,3 +75,35 @@ def test_the_threshold_divides_one_thread_from_the_default() -> None:
     assert engine_threads(SMALL, rows, 8) == 8
     assert engine_threads(SMALL, rows - 1, 8) == 1
     assert engine_threads(SMALL, rows, None) is None
+
+
+@pytest.fixture
+def _collector_as_before() -> Iterator[None]:
+    yield
+    gc.enable()
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("_collector_as_before")
+def test_nothing_is_collected_meanwhile_and_nothing_of_it_later() -> None:
+    before = gc.get_freeze_count()
+    with paused_collection():
+        with paused_collection():
+            assert not gc.isenabled()
+        assert not gc.isenabled()  # the inner block is not the one that ends it
+        kept = [[] for _ in range(1000)]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() >= before + len(kept)
+
+
+@pytest.mark.usefixtures("_collector_as_before")
+def test_a_failed_import_leaves_the_collector_on_and_one_that_was_off_stays_off() -> None:
+    with pytest.raises(ImportError), paused_collection():
+        raise ImportError("no such library")
+    assert gc.isenabled()
+    gc.unfreeze()
+    gc.disable()
+    with paused_collection():
+        pass
+    assert not gc.isenabled()
+    assert gc.get_freeze_count() == 0
