@@ -124,15 +124,6 @@ def test_openai_errors_arrive_as_the_packages_own_exceptions(
         client.completions.create(model="m", prompt="a")
 
 
-def test_openai_client_that_leaves_a_stream_frees_the_slot(client: openai.OpenAI, engine: FakeEngine) -> None:
-    engine.reset(token_delay=0.02)
-    stream = client.completions.create(model="m", prompt="a", max_tokens=500, stream=True)
-    assert next(iter(stream)).choices[0].text == "b"
-    stream.close()
-    eventually(lambda: len(engine.cancelled) == 1 and not engine.active, "the slot to be free")
-    assert engine.finished == []
-
-
 # atroposlib's servers -----------------------------------------------------------------------------------------------
 
 
@@ -176,22 +167,6 @@ async def test_managed_server_masks_and_logprobs_over_two_turns(
         tuple(first_prompt),
         tuple(first_prompt + YES + between),
     ]
-
-
-async def test_managed_server_group_of_twelve_is_split_and_kept_apart(
-    url: str, model_dir: Path, engine: FakeEngine, tokenizer: Any
-) -> None:
-    async with managed_server("vllm", url, model_dir, tokenizer, api_key=KEY) as managed:
-        answer = await managed.chat_completion(messages=HI, n=12, max_tokens=3)
-        nodes = managed.get_state()["nodes"]
-    assert len(answer.choices) == len(nodes) == 12
-    prompt = tokenizer.encode(HI_PROMPT)
-    completions = [node.tokens[len(prompt) :] for node in nodes]
-    assert sorted(map(tuple, completions)) == sorted([tuple(YES[:3])] * 6 + [tuple(NO)] * 6)
-    for node in nodes:
-        count = len(node.tokens) - len(prompt)
-        assert node.masked_tokens == [-100] * len(prompt) + node.tokens[len(prompt) :]
-        assert node.logprobs[len(prompt) :] in ([logprob_of(index, p) for p in range(count)] for index in range(12))
 
 
 async def test_prompt_logprobs_through_the_vllm_client(url: str, model_dir: Path) -> None:

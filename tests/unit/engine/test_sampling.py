@@ -83,14 +83,15 @@ def test_greedy_takes_the_best_and_reports_the_logprob_at_temperature_one() -> N
 @pytest.mark.parametrize("vocab_size", [257, 6000])
 def test_candidate_sets_equal_those_of_transformers_warpers(vocab_size: int) -> None:
     """6000 ids take the path that sorts only the best 1024 where those are enough."""
-    from transformers import (
-        LogitsProcessorList,
-        MinPLogitsWarper,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
+    import transformers
+    from transformers import LogitsProcessorList
 
+    kinds = {
+        "temperature": transformers.TemperatureLogitsWarper,
+        "top_k": transformers.TopKLogitsWarper,
+        "top_p": transformers.TopPLogitsWarper,
+        "min_p": transformers.MinPLogitsWarper,
+    }
     logits = torch.randn((1, vocab_size), generator=torch.Generator().manual_seed(1), dtype=torch.float32) * 1.5
     cases: list[dict[str, Any]] = [
         {"temperature": 0.8, "top_p": 0.5},
@@ -105,13 +106,7 @@ def test_candidate_sets_equal_those_of_transformers_warpers(vocab_size: int) -> 
     for case in cases:
         if case.get("top_k", 0) >= vocab_size:
             continue  # off: such rows are drawn in the order of the vocabulary, not of probability
-        warpers = LogitsProcessorList([TemperatureLogitsWarper(case.get("temperature", 1.0))])
-        if "top_k" in case:
-            warpers.append(TopKLogitsWarper(case["top_k"]))
-        if "top_p" in case:
-            warpers.append(TopPLogitsWarper(case["top_p"]))
-        if "min_p" in case:
-            warpers.append(MinPLogitsWarper(case["min_p"]))
+        warpers = LogitsProcessorList([kind(case[name]) for name, kind in kinds.items() if name in case])
         expected = torch.softmax(warpers(torch.zeros((1, 1), dtype=torch.int64), logits.clone())[0].double(), -1)
         tokens, _ = draw(logits[0], rows=300, **case)
         assert bool((expected[tokens] > 0).all()), case
