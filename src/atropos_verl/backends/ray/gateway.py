@@ -73,16 +73,9 @@ def start_gateway(
     ledger: Ledger | None = None,
     throttle: StalenessThrottle | None = None,
 ) -> ClusterGateway:
-    """Serve the environments' dialects over verl's replicas, from a thread of its own.
+    """Serve the environments' dialects over the replicas of verl's ``LLMServerClient``, from a thread of its own.
 
-    Args:
-        llm_client: verl's ``LLMServerClient`` (any kind); its ``config`` names model and lengths.
-        tokenizer: the model's, with its chat template.
-        host, port: where to listen; port 0 takes a free one.
-        api_key: bearer key; None: no key.
-        ledger: is told which policy wrote which token of every answer.
-        throttle: holds new prompts back (``off_policy.on_stale=wait``).
-
+    Port 0 takes a free one. The ledger is told which policy wrote which token of every answer.
     Raises ``ServiceError`` when the port is taken or the server does not start.
     """
     settings = llm_client.config.actor_rollout_ref
@@ -123,13 +116,10 @@ def embedding_rows(model: Any) -> int:
 
 
 class ReplicaEngine:
-    """``GenerationEngine`` over a client of verl's replicas. Safe to call from several threads and loops.
+    """``GenerationEngine`` over an ``AttemptClient`` of verl's replicas. Safe to call from several threads and loops.
 
-    Args:
-        client: one attempt per call (``AttemptClient``).
-        tokenizer: finds stop strings that an abort cut in two.
-        limits: ``max_context_len`` is at most what the replicas hold; ``eos_token_ids`` tells "stop" from "length"
-            where a replica does not say.
+    The tokenizer finds stop strings that an abort cut in two. ``limits.eos_token_ids`` tells "stop" from "length"
+    where a replica does not say.
     """
 
     def __init__(self, client: Any, tokenizer: Any, limits: EngineLimits) -> None:

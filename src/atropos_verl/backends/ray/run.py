@@ -10,6 +10,7 @@ import io
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from atropos_verl.config.verl_keys import RayRun
@@ -65,75 +66,70 @@ def run_on_ray(
         return _Driver(run, session, progress, held_out, check_services).train(), held_out.scores
 
 
+@dataclass
 class _Driver:
     """Watches the task runner, and answers what it asks."""
 
-    def __init__(
-        self,
-        run: RayRun,
-        session: Any,
-        progress: Progress,
-        held_out: HeldOut,
-        check_services: Callable[[], None],
-    ) -> None:
-        self._run, self._session = run, session
-        self._progress, self._held_out = progress, held_out
-        self._check_services = check_services
-        self._steps_seen = 0
-        self._stop_deadline: float | None = None
+    run: RayRun
+    session: Any
+    progress: Progress
+    held_out: HeldOut
+    check_services: Callable[[], None]
+    steps_seen: int = 0
+    stop_deadline: float | None = None
 
     def train(self) -> dict[str, Any]:
         """Wait for the end. Raises what ended the run, once the step on its way is saved."""
         try:
             return self._watch()
         except (KeyboardInterrupt, ServiceError):
-            if self._steps_seen and not self._session.has_ended:
-                self._progress.note("ending: the step on its way is finished and saved (Ctrl-C: at once)")
-                self._stop_deadline = time.monotonic() + _STOP_SECONDS
-                self._session.raise_flag("stop")
+            if self.steps_seen and not self.session.has_ended:
+                self.progress.note("ending: the step on its way is finished and saved (Ctrl-C: at once)")
+                self.stop_deadline = time.monotonic() + _STOP_SECONDS
+                self.session.raise_flag("stop")
                 self._watch()
             raise
 
     def _watch(self) -> dict[str, Any]:
         """Until the task runner has ended. Raises what ended it, or the service that died."""
         while True:
-            finished = self._session.poll(_POLL_SECONDS)
-            for kind, content in self._session.take_events():
+            finished = self.session.poll(_POLL_SECONDS)
+            for kind, content in self.session.take_events():
                 self._handle(kind, content)
             if finished:
-                result: dict[str, Any] = self._session.result(self._explain)
+                result: dict[str, Any] = self.session.result(self._explain)
                 return result
-            if self._stop_deadline is None:
-                self._check_services()
-            elif time.monotonic() > self._stop_deadline:
+            if self.stop_deadline is None:
+                self.check_services()
+            elif time.monotonic() > self.stop_deadline:
                 raise KeyboardInterrupt
 
     def _explain(self, error: BaseException) -> BaseException:
         """A service that is gone for good explains a failure better than the failures it caused."""
         time.sleep(0.5)
         try:
-            self._check_services()
+            self.check_services()
         except ServiceError as cause:
             return cause
         return error
 
     def _handle(self, kind: str, content: Any) -> None:
         if kind == "phase":
-            self._progress.phase(content)
+            self.progress.phase(content)
         elif kind in ("note", "saved"):
-            self._progress.note(content)
+            self.progress.note(content)
         elif kind == "step":
-            self._steps_seen += 1
-            self._progress.step(content)
-            self._progress.phase("rollout: waiting for a batch")
+            self.steps_seen += 1
+            self.progress.step(content)
+            self.progress.phase("rollout: waiting for a batch")
         elif kind == "gateway":
-            if self._run.is_attached:
-                self._progress.note(f"environments are to use the gateway at {content}/v1 (server_type vllm)")
-            self._held_out.finish("before")
-            self._session.raise_flag("train")
+            if self.run.is_attached:
+                self.progress.note(f"environments are to use the gateway at {content}/v1 (server_type vllm)")
+            self.held_out.finish("before")
+            self.session.raise_flag("train")
         elif kind == "trained":
-            if not content and self._run.settings.eval.after:
-                self._held_out.start("after")
-                self._held_out.finish("after")
-            self._progress.phase("ending")
-            self._session.raise_flag("end")
+            if not content and self.run.settings.eval.after:
+                self.held_out.start("after")
+                self.held_out.finish("after")
+            self.progress.phase("ending")
+            self.session.raise_flag("end")

@@ -18,6 +18,7 @@ class VLLMCpuWorkerExtension(vLLMColocateWorkerExtension):  # type: ignore[misc]
         return worker
 
     def _update_weights(self, weights: list[tuple[str, Any]], peft_config: Any, base_sync_done: bool) -> Any:
-        # Copies: see verl_plugin.shims.
+        # verl copies out of its shared bucket by ``to(device)``, on a CPU no copy: a tensor that is kept (an adapter's)
+        # would keep the bucket from being closed. Remove when verl clones.
         copies = [(name, tensor.clone()) for name, tensor in weights]
         return super()._update_weights(copies, peft_config=peft_config, base_sync_done=base_sync_done)

@@ -268,30 +268,15 @@ def test_the_throttle_counts_filled_slots(made: Any) -> None:
     assert world.throttle.expected_staleness == 0
 
 
-def test_what_an_earlier_run_left_comes_first(made: Any, tmp_path: Path) -> None:
-    BatchJournal(tmp_path / "journal").record(json.dumps({"batch": [group(1)]}).encode())
-    world = made([[group(2)]], resumed_at=0)
-    assert firsts(world.filled("a")) == [1] * 4
-    assert firsts(world.filled("b")) == [2] * 4
-
-
-def test_untrained_batches_go_back_when_it_stops_and_trained_ones_do_not(made: Any) -> None:
-    world = made([[group(1)], [group(2)], [group(3)]])
-    for uid in ("acked", "trained", "untrained"):
+def test_untrained_batches_go_back_when_it_stops_and_trained_or_evicted_ones_do_not(made: Any) -> None:
+    world = made([[group(1)], [group(2)], [group(3)], [group(4)]])
+    for uid in ("acked", "trained", "evicted", "untrained"):
         world.filled(uid)
     world.train("acked", 1)
     world.feed.trained(["trained"], 2)
+    world.feed.evicted({"evicted", "unknown"})
     world.feed.stop()
-    assert world.batches.named("release") == [3]
-    assert world.batches.named("ack") == [1]
-
-
-def test_a_slot_that_verl_evicts_is_acked_and_not_trained(made: Any) -> None:
-    world = made([[group(1)]])
-    world.filled("a", step=3)
-    world.feed.evicted({"a", "unknown"})
-    world.feed.stop()
-    assert (world.batches.named("ack"), world.batches.named("release")) == ([1], [])
+    assert (world.batches.named("ack"), world.batches.named("release")) == ([1, 3], [4])
 
 
 def test_a_failure_is_kept_for_the_trainer(made: Any) -> None:

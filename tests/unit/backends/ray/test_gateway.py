@@ -13,7 +13,7 @@ import pytest
 from support.tiny_model import build_tiny_tokenizer
 from verl.workers.rollout.replica import TokenOutput
 
-from atropos_verl.backends.ray.gateway import ReplicaEngine, to_sampling_params
+from atropos_verl.backends.ray.gateway import ReplicaEngine
 from atropos_verl.engine.protocol import GenerationEngine
 from atropos_verl.engine.requests import EngineLimits
 from atropos_verl.errors import EngineError, GenerationRequestError
@@ -75,10 +75,6 @@ def _request(**settings: Any) -> GenerationRequest:
     return GenerationRequest(**({"prompt_token_ids": (1, 2, 3), "max_tokens": 40} | settings))
 
 
-def _tokens(text: str) -> list[int]:
-    return list(build_tiny_tokenizer()(text).input_ids)
-
-
 async def _one(engine: ReplicaEngine, **settings: Any) -> Generation:
     [generation] = await engine.agenerate(_request(**settings))
     return generation
@@ -134,7 +130,7 @@ async def test_an_abort_at_the_very_last_token_allowed_ends_with_length() -> Non
 async def test_a_stop_string_cut_in_two_by_an_abort_still_stops(cut: int) -> None:
     # A replica sees the tokens of its own attempt only, so this one never finds the string itself.
     text = "abc</answer>xyz and more"
-    replica = _Replica(_tokens(text), [cut])
+    replica = _Replica(list(build_tiny_tokenizer()(text).input_ids), [cut])
     answer = await _one(_engine(replica), stop=("</answer>",))
     if 3 <= cut < 12:
         assert build_tiny_tokenizer().decode(answer.token_ids) == "abc</answer>"
@@ -230,9 +226,3 @@ async def test_prompt_logprobs_hold_the_prompts_own_token_beside_the_best() -> N
     assert generation.prompt_logprobs == (None, {2: -5.0, 9: -1.0, 8: -2.0}, {3: -0.5, 9: -3.0})
     generation = await _one(engine, prompt_logprobs=0)
     assert generation.prompt_logprobs == (None, {2: -5.0}, {3: -0.5})
-
-
-def test_completions_and_continuations_of_a_seeded_request_draw_different_numbers() -> None:
-    request = GenerationRequest(prompt_token_ids=(1,), seed=11)
-    seeds = {to_sampling_params(request, 9, index=i, generated=g)["seed"] for i in range(8) for g in range(8)}
-    assert len(seeds) == 64

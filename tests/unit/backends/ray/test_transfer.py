@@ -50,6 +50,8 @@ def test_a_multi_turn_sequence_keeps_its_mask_and_everything_is_aligned() -> Non
     assert fields["num_turns"] == 4
     assert second.fields["num_turns"] == 2
     assert fields["uid"] == second.fields["uid"], "verl's estimators group by this field"
+    expected = {"prompt_len": 2, "response_len": 5, "seq_len": 7, "global_steps": 7, "group_size": 2}
+    assert {**expected, "rollout_log_probs": True}.items() <= first.tag.items()
 
 
 def test_token_level_advantages_reach_the_row_as_posted() -> None:
@@ -65,18 +67,10 @@ def test_token_level_advantages_reach_the_row_as_posted() -> None:
     assert second.fields[ADVANTAGES].tolist() == pytest.approx([-0.5 / (0.5**0.5 + 1e-6)], rel=1e-12)
 
 
-def test_tags_say_what_verl_and_we_need() -> None:
-    first, _ = rows_of(GROUP)
-    expected = {"prompt_len": 2, "response_len": 5, "seq_len": 7, "global_steps": 7, "group_size": 2}
-    assert {**expected, "rollout_log_probs": True}.items() <= first.tag.items()
-
-
 def test_missing_logprobs_are_said() -> None:
-    group = {**GROUP, "inference_logprobs": [[1.0] * 7, [1.0, 1.0, -2.0]]}
-    first, second = rows_of(group)
-    assert not first.tag["rollout_log_probs"]
+    first, second = rows_of({**GROUP, "inference_logprobs": [[1.0] * 7, [1.0, 1.0, -2.0]]})
+    assert (first.tag["rollout_log_probs"], second.tag["rollout_log_probs"]) == (False, True)
     assert first.fields["rollout_log_probs"].tolist() == [0.0] * 5
-    assert second.tag["rollout_log_probs"]
 
 
 def test_a_sequence_without_a_trained_token_is_left_out() -> None:
