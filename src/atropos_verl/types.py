@@ -40,10 +40,7 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One prompt and how to sample from it.
-
-    Raises nothing itself; the engine validates against its limits and raises ``GenerationRequestError``.
-    """
+    """One prompt and how to sample from it. The engine checks it, and raises ``GenerationRequestError``."""
 
     prompt_token_ids: tuple[int, ...]
     n: int = 1

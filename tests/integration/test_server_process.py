@@ -48,27 +48,6 @@ def first_ids(body: bytes) -> list[int]:
 # --- our client ------------------------------------------------------------------------------------------------------
 
 
-def test_our_client_leases_packed_batches_and_acks_them(server: TrajectoryServer) -> None:
-    with AtroposClient(server.url, lease_seconds=60.0) as client:
-        client.check()
-        client.register(TRAINER)
-        assert client.poll_batch() is None
-        assert client.register_env(EnvRegistration(max_token_length=64, desired_name="words", group_size=4)) == 0
-        client.post_scored_data_list([group_bytes(1, 4, 0)], idempotency_key="one")
-        client.post_scored_data_list([group_bytes(1, 4, 0)], idempotency_key="one")
-        assert client.post_scored_data_list([group_bytes(2, 4, 0), group_bytes(3, 4, 0)]) == 0
-        status = httpx.get(f"{server.url}/status-env", params={"env_id": 0}).json()
-        assert (status["queue_size"], status["self_queue_size"], status["env_weight"]) == (3, 3, 1.0)
-        batch = client.get_batch(max_wait_time=5.0)
-        assert batch.body.startswith(b"ATRPACK1")
-        assert first_ids(batch.body) == [1, 2]
-        assert batch.lease_id is not None
-        client.ack(batch.lease_id)
-        client.ack(batch.lease_id)
-        assert (client.status().current_step, client.status().queue_size) == (1, 1)
-        assert server.app is not None and server.app.store.totals["acks"] == 1
-
-
 def test_our_client_takes_json_too(server: TrajectoryServer) -> None:
     with AtroposClient(server.url, packed=False) as client:
         client.register(TRAINER)
@@ -197,12 +176,14 @@ def seen_by_environment(url: str) -> list[dict[str, object]]:
 def test_environments_and_trainer_carry_on_over_a_restart(tmp_path: Path, how: str) -> None:
     with ServerProcess(tmp_path, "--data-dir", str(tmp_path / "data"), "--fsync") as server:
         with AtroposClient(server.url, lease_seconds=60.0) as client:
+            client.check()
             client.register(TRAINER)
-            client.poll_batch()
-            client.register_env(EnvRegistration(max_token_length=64, desired_name="words", group_size=4))
+            assert client.poll_batch() is None
+            assert client.register_env(EnvRegistration(max_token_length=64, desired_name="words", group_size=4)) == 0
             for number in range(5):
                 client.post_scored_data_list([group_bytes(number, 4, 0)], idempotency_key=f"key {number}")
             leased = client.get_batch()
+            assert leased.body.startswith(b"ATRPACK1") and leased.lease_id is not None
             before = client.status(), client.info(), seen_by_environment(server.url)
         if how == "kill":
             server.kill()
@@ -212,6 +193,7 @@ def test_environments_and_trainer_carry_on_over_a_restart(tmp_path: Path, how: s
         with AtroposClient(server.url, lease_seconds=60.0) as client:
             assert (client.status(), client.info(), seen_by_environment(server.url)) == before
             client.post_scored_data_list([group_bytes(4, 4, 0)], idempotency_key="key 4")
+            client.ack(leased.lease_id)
             client.ack(leased.lease_id)
             batch = client.get_batch()
             assert first_ids(batch.body) == [2, 3]

@@ -15,6 +15,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,13 +38,12 @@ from atropos_verl.server.bodies import (
     BatchResponse,
     BodyError,
     Connection,
+    batch_parts,
     choose_encoding,
     compressor,
     decoded,
     idempotency,
-    json_parts,
     lease_seconds,
-    packed_parts,
     read_body,
 )
 from atropos_verl.server.settings import ServerSettings
@@ -96,8 +96,8 @@ class TrajectoryApi:
             "/disconnect-env": {"POST": self.disconnect_env},
             "/wandb_info": {"GET": self.wandb_info},
             "/info": {"GET": self.info},
-            "/scored_data": {"POST": self.scored_data},
-            "/scored_data_list": {"POST": self.scored_data_list},
+            "/scored_data": {"POST": partial(self._take, is_list=False)},
+            "/scored_data_list": {"POST": partial(self._take, is_list=True)},
             "/status": {"GET": self.status},
             "/status-env": {"GET": self.status_env},
             "/latest_example": {"GET": self.latest_example},
@@ -298,12 +298,6 @@ class TrajectoryApi:
 
     # --- groups ------------------------------------------------------------------------------------------------------
 
-    async def scored_data(self, request: Request) -> Response:
-        return await self._take(request, is_list=False)
-
-    async def scored_data_list(self, request: Request) -> Response:
-        return await self._take(request, is_list=True)
-
     async def _take(self, request: Request, *, is_list: bool) -> Response:
         store, counters = self.store, self.counters
         body = await self._body(request)
@@ -426,7 +420,7 @@ class TrajectoryApi:
         again = "" if batch.deliveries == 1 else f" (delivery number {batch.deliveries})"
         about = {"event": "batch", "step": batch.step, "groups": len(members), "tokens": tokens}
         logger.info("%s, %d tokens%s", text, tokens, again, extra={**about, "lease": batch.lease_id})
-        parts = packed_parts(members) if wants_packed else json_parts(members)
+        parts = batch_parts(members, packed=wants_packed)
         media_type = MEDIA_TYPE if wants_packed else "application/json"
         encoding = choose_encoding(store.settings.compression, request, sum(map(len, parts)))
         return BatchResponse(batch, parts, media_type, encoding, store, self.counters, self._connection(request))

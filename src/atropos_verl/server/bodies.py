@@ -22,7 +22,7 @@ import importlib
 import importlib.util
 import ipaddress
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import msgspec
@@ -155,34 +155,27 @@ def idempotency(request: Request, body: bytes) -> tuple[str | None, bytes]:
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
-def json_parts(groups: Iterable[StoredGroup]) -> list[bytes]:
-    """``{"batch": [...]}`` from the groups as received, in pieces that are sent one after the other."""
+def batch_parts(groups: Iterable[StoredGroup], *, packed: bool) -> list[bytes]:
+    """A batch in the packed wire, or as ``{"batch": [...]}`` with the groups as received, in the pieces that are sent.
+
+    What was not packed ahead is packed now, and not kept.
+    """
     pieces: list[bytes | memoryview] = [b'{"batch":[']
-    for index, group in enumerate(groups):
-        if index:
-            pieces.append(b",")
-        pieces += group.json_parts()
-    pieces.append(b"]}")
-    return list(_gathered(pieces))
-
-
-def packed_parts(groups: Iterable[StoredGroup]) -> list[bytes]:
-    """The same batch in the packed wire; what was not packed ahead is packed now, and not kept."""
-    blobs = [pack_group(check_group(group.raw)) if group.packed is None else group.packed for group in groups]
-    return list(_gathered(join_packed(blobs)))
-
-
-def _gathered(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
-    waiting: list[bytes | memoryview] = []
-    length = 0
-    for piece in pieces:
-        waiting.append(piece)
+    if packed:
+        blobs = [pack_group(check_group(group.raw)) if group.packed is None else group.packed for group in groups]
+        pieces = [*join_packed(blobs)]
+    else:
+        for index, group in enumerate(groups):
+            pieces += [b",", *group.json_parts()] if index else group.json_parts()
+        pieces.append(b"]}")
+    parts: list[bytes] = []
+    start = length = 0
+    for end, piece in enumerate(pieces, 1):
         length += len(piece)
-        if length >= _CHUNK:
-            yield b"".join(waiting)
-            waiting, length = [], 0
-    if waiting:
-        yield b"".join(waiting)
+        if length >= _CHUNK or end == len(pieces):
+            parts.append(b"".join(pieces[start:end]))
+            start, length = end, 0
+    return parts
 
 
 # --- compression -----------------------------------------------------------------------------------------------------

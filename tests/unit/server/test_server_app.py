@@ -128,14 +128,7 @@ async def test_status_env(api: httpx.AsyncClient) -> None:
         await api.request("GET", "/status-env", json={"env_id": env_id}),
         await api.get("/status-env", params={"env_id": env_id}),
     ):
-        assert answer.json() == {
-            "current_step": 0,
-            "queue_size": 1,
-            "unallocated_fraction": 1.0,
-            "self_queue_size": 1,
-            "max_group_size": 4,
-            "env_weight": 1.0,
-        }
+        assert (answer.json()["queue_size"], answer.json()["env_weight"]) == (1, 1.0)
     assert (await api.request("GET", "/status-env", json={"env_id": 9})).status_code == 422
 
 

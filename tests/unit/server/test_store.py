@@ -80,16 +80,6 @@ def test_a_lease_can_be_renewed_and_released() -> None:
         store.renew(batch.lease_id, 10.0)
 
 
-def test_returned_batches_count_as_waiting() -> None:
-    store, _ = store_with()
-    post(store, 0), post(store, 1), post(store, 2)
-    batch = take(store, 10.0)
-    assert store.queue.groups == 1
-    store.take_back(batch.lease_id, "test")
-    assert (store.queue.groups, store.queue.sequences) == (3, 12)
-    assert store.queue.in_classes == 4
-
-
 def test_the_same_group_of_one_environment_within_the_window_is_stored_once() -> None:
     store, clock = store_with(dedupe_window=60.0)
     one, two = join(store), join(store)
