@@ -56,15 +56,6 @@ def test_more_sequences_than_slots_are_served_in_order_of_arrival() -> None:
         assert list(answer.token_ids) == greedy_oracle(model, prompt, 6)
 
 
-def test_one_request_with_more_completions_than_slots() -> None:
-    [prompt] = prompts(7)
-    wanted = request(prompt, n=11, max_tokens=8, seed=1, ignore_eos=True)
-    with engine_of(tiny_causal_lm(), max_running=3) as narrow, engine_of(tiny_causal_lm(), max_running=64) as wide:
-        [few_slots], [many_slots] = narrow.generate([wanted]), wide.generate([wanted])
-    assert [g.token_ids for g in few_slots] == [g.token_ids for g in many_slots]
-    assert len({g.token_ids for g in few_slots}) == 11
-
-
 def test_sequences_that_join_and_leave_do_not_disturb_the_others() -> None:
     """Lengths from 1 to 60 through 5 slots: every compaction and every growth of the cache is crossed."""
     model = tiny_causal_lm()

@@ -64,12 +64,6 @@ def test_vllm_prompt_logprobs_put_the_prompts_own_token_first(client: httpx.Clie
     assert '"prompt_logprobs":[null,{"6":-1.0,"1001":-0.5,"1000":-1.5},{"7":-2.0,"1001":-1.5,"1000":-2.5}]' in raw.text
 
 
-def test_vllm_answer_survives_64_bits_of_a_logprob(client: httpx.Client, engine: FakeEngine) -> None:
-    value = -0.12345678901234567
-    engine.logprob = lambda index, position: value
-    assert generate(client, prompt=[1], logprobs=0, max_tokens=1)["logprobs"] == [[[{"2": value}]]]
-
-
 def test_sglang_answer(client: httpx.Client, engine: FakeEngine) -> None:
     engine.policy_version = 5
     answer = generate(
