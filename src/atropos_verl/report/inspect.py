@@ -186,8 +186,8 @@ def load_groups(content: bytes, name: str, prefix: str = "") -> list[FoundGroup]
         raise DataError(f"{name} is empty")
     try:
         if _QUARANTINE_BODY.match(content):
-            entry = parse_quarantine_file(content)
-            return [FoundGroup(decode_group(entry.raw), prefix or "quarantined group", entry.reason)]
+            reason, raw = parse_quarantine_file(content)
+            return [FoundGroup(decode_group(raw), prefix or "quarantined group", reason)]
         if content.lstrip().startswith(b"["):
             return _batch(b'{"batch":' + content + b"}", prefix)
         if _BATCH_BODY.match(content):

@@ -140,7 +140,7 @@ def _samples(directory: Path) -> list[dict[str, Any]]:
 
 def _reason(path: Path) -> str:
     try:
-        return parse_quarantine_file(path.read_bytes()).reason
+        return parse_quarantine_file(path.read_bytes())[0]
     except (DataError, OSError) as error:
         return str(error)
 

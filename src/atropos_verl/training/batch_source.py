@@ -1,14 +1,5 @@
 """``BatchSource``: the one way of batches from the trajectory API to an optimiser step, for both backends.
 
-::
-
-    GET /batch ──▶ journal ──▶ decode ──▶ ledger look-up ──▶ hand over ──▶ samples ──▶ step ──▶ trained ──▶ sync ──▶ ack
-       ▲             │           │          (kept beside        │          (the backend; with prefetch the source's
-       │             │           ▼           the journal)       │           thread makes them ahead)
-     retry           │       quarantine                         │
-     of 500          └── a resumed run takes what no ───────────┘
-                         checkpoint covers from here
-
 Durable writes of one batch, in this order:
 
 1. ``journal/batch_N.meta.json`` (with the lease), then ``batch_N.json``: the answer of the API, before it is decoded.

@@ -9,7 +9,6 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
@@ -34,14 +33,6 @@ class _File(msgspec.Struct, kw_only=True):
     group: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     raw: str | msgspec.UnsetType = msgspec.UNSET
     raw_base64: str | msgspec.UnsetType = msgspec.UNSET
-
-
-class QuarantineEntry(NamedTuple):
-    """The content of a quarantine file; ``raw`` is the group as it came."""
-
-    reason: str
-    group_id: str
-    raw: bytes
 
 
 @dataclass(frozen=True)
@@ -78,8 +69,8 @@ class QuarantineStore:
         return path
 
 
-def parse_quarantine_file(content: bytes) -> QuarantineEntry:
-    """The inverse of ``put``. Raises ``DataError`` when it is no such file."""
+def parse_quarantine_file(content: bytes) -> tuple[str, bytes]:
+    """Returns the reason, and the group as it came. Raises ``DataError`` when it is no quarantine file."""
     try:
         found = msgspec.json.decode(content, type=_File)
     except (msgspec.DecodeError, RecursionError) as error:
@@ -95,7 +86,7 @@ def parse_quarantine_file(content: bytes) -> QuarantineEntry:
             raise DataError(f"not a quarantine file: raw_base64 is not base64 ({error})") from error
     else:
         raise DataError("not a quarantine file: it has none of group, raw, raw_base64")
-    return QuarantineEntry(reason=found.reason, group_id=found.group_id, raw=raw)
+    return found.reason, raw
 
 
 def _encode(group: ScoredGroup) -> bytes:

@@ -46,8 +46,8 @@ class SelfPlay:
         self._env_id: int | None = None
         self._batch_size = 0
 
-    def submit(self, prompts: Sequence[Any]) -> int:
-        """Samples ``group_size`` completions of each prompt, scores them, posts the groups; returns their number.
+    def submit(self, prompts: Sequence[Any]) -> None:
+        """Samples ``group_size`` completions of each prompt, scores them, and posts the groups.
 
         Raises ``ConfigError`` without prompts, or when their number does not fill the registered batch size.
         """
@@ -79,7 +79,6 @@ class SelfPlay:
         # An upstream API would ignore the key, and take a repeated post twice.
         key = uuid.uuid4().hex if "idempotency" in self.client.features else None
         self.client.post_scored_data_list(bodies, idempotency_key=key)
-        return len(bodies)
 
     def _as_tokens(self, prompt: Any) -> tuple[str, list[int]]:
         if isinstance(prompt, str):

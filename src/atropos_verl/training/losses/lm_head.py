@@ -189,16 +189,12 @@ def _difference(
 
 def _add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, fresh: bool = False) -> None:
     """``into += left @ right``, in whatever dtype ``into`` has. ``fresh``: ``into`` holds nothing yet."""
-    if into.dtype != left.dtype:
-        product = left @ right
-        if fresh:
-            into.copy_(product)
-        else:
-            into.add_(product)
+    if into.dtype == left.dtype:
+        into.addmm_(left, right, beta=0 if fresh else 1)
     elif fresh:
-        torch.mm(left, right, out=into)
+        into.copy_(left @ right)
     else:
-        into.addmm_(left, right)
+        into.add_(left @ right)
 
 
 def _rows(values: torch.Tensor | None, start: int, end: int) -> torch.Tensor | None:
