@@ -120,9 +120,9 @@ def truncated(body: bytes, after: int, *, promise_length: bool) -> Behaviour:
     return lambda link: link.send(_head(200, len(body) if promise_length else None) + body[:after])
 
 
-def garbage(data: bytes = b"\x00\x01SSH-2.0-something\r\n\r\n") -> Behaviour:
+def garbage() -> Behaviour:
     """Bytes that are not HTTP."""
-    return lambda link: link.send(data)
+    return lambda link: link.send(b"\x00\x01SSH-2.0-something\r\n\r\n")
 
 
 def drip_body(body: bytes, pieces: int, interval: float) -> Behaviour:

@@ -51,17 +51,6 @@ def test_nothing_heavy_is_imported_to_help(words: list[str]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_train_takes_its_words_itself() -> None:
-    done = run("train", "--help")
-    assert done.returncode == 0
-    assert "key=value" in done.stdout
-    done = run("train", "stepz=3")
-    assert done.returncode == 2
-    assert done.stderr.startswith("CONFIGURATION ERROR: ")
-    assert "stepz" in done.stderr
-    assert "did you mean steps?" in done.stderr
-
-
 def test_inspect_a_file(tmp_path: Path) -> None:
     path = tmp_path / "groups.jsonl"
     path.write_text('{"tokens": [[64, 65]], "masks": [[-100, 65]], "scores": [0.5], "overrides": [{"odd": 1}]}\n')
@@ -70,21 +59,6 @@ def test_inspect_a_file(tmp_path: Path) -> None:
     assert "    a[[b]]\n" in done.stdout
     assert done.stdout.endswith("trained tokens: 1; mean score: 0.500\n")
     assert json.loads(run("inspect", str(path), "--json").stdout)["mean_score"] == 0.5
-
-
-def test_inspect_what_is_not_there(tmp_path: Path) -> None:
-    done = run("inspect", str(tmp_path / "none.json"))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"atropos-verl inspect: {tmp_path}/none.json: No such file or directory\n"
-
-
-def test_inspect_an_api_that_is_not_there() -> None:
-    done = run("inspect", "http://127.0.0.1:1", "--timeout", "1")
-    assert done.returncode == 1
-    assert done.stderr.startswith(
-        "atropos-verl inspect: ATROPOS API ERROR: Cannot connect to Atropos API at http://127.0.0.1:1 - "
-    )
-    assert "1. Atropos server is running on http://127.0.0.1:1\n" in done.stderr
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:

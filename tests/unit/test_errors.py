@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import pickle
 
@@ -37,14 +36,6 @@ def test_pickle_keeps_class_message_and_attributes(
     assert str(restored) == str(error)
     assert restored.args == error.args
     assert vars(restored) == attributes
-
-
-@pytest.mark.parametrize(("error", "attributes"), SAMPLES, ids=IDS)
-def test_a_note_and_a_copy_survive(error: errors.AtroposVerlError, attributes: dict[str, object]) -> None:
-    noted = copy.copy(error)
-    noted.add_note("saved up to step 7")
-    assert pickle.loads(pickle.dumps(noted)).__notes__ == ["saved up to step 7"]
-    assert vars(error) == attributes  # the original has no note
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,7 @@ def test_quarantine_shows_what_the_run_said_and_what_is_said_now(tmp_path: Path)
         (["{good}", "--save", "x"], 2, "--save: is for a URL"),
         (["{good}", "--limit", "-1"], 2, "--limit: -1 must not be negative"),
         (["{good}", "--clipping", "3", "-3"], 2, "clipping: [3.0, -3.0] is not a range"),
+        (["http://127.0.0.1:1", "--timeout", "1"], 1, "ATROPOS API ERROR: Cannot connect to Atropos API at http://127"),
         (["http://127.0.0.1:1/batch"], 2, "takes the batch away from the trainer; if that is meant, add --take-batch"),
     ],
 )
