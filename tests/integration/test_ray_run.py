@@ -161,20 +161,20 @@ def test_the_resumed_run_takes_the_remaining_steps(story: Story) -> None:
     assert summary["reward_first"] == pytest.approx(sum(summary["rewards"][:2]) / 2)
 
 
-def test_every_batch_was_trained_once_and_nothing_is_left_to_train(story: Story) -> None:
+def test_every_batch_was_trained_once_but_for_the_bad_group_which_is_quarantined(
+    story: Story,
+) -> None:
     assert journalled(story.run_dir) == []
     state = json.loads((story.run_dir / "checkpoints" / f"global_step_{STEPS}" / "atropos.json").read_text())
     assert state["totals"]["groups_used"] == STEPS * GROUPS - 1
     assert state["totals"]["groups_quarantined"] == 1
 
-
-def test_the_bad_group_was_quarantined_by_place_and_value(story: Story) -> None:
     (path,) = (story.run_dir / "quarantine").glob("*.json")
     assert "tokens[2]" in path.read_text()
     assert [line["data/quarantined"] for line in story.metrics] == [0, 1, 0, 0]
 
 
-def test_advantages_are_the_local_backends_exactly(story: Story, local: list[dict[str, Any]]) -> None:
+def test_advantages_loss_and_gradient_norm_are_the_local_backends(story: Story, local: list[dict[str, Any]]) -> None:
     # To the last bit but one: verl multiplies a figure by the number of rows and divides again. The values themselves
     # are compared bit by bit in tests/unit/backends/ray/test_ray_advantages.py.
     for line, step in zip(story.metrics, local, strict=True):
@@ -182,14 +182,10 @@ def test_advantages_are_the_local_backends_exactly(story: Story, local: list[dic
         assert line["data/trained_tokens"] == step["data/trained_tokens"]
         # Over the trained tokens of the loss itself, inside verl's worker: what was posted is what is optimised.
         assert line["actor/advantage_mean"] == pytest.approx(step["actor/advantage_mean"], rel=1e-5, abs=1e-7)
-    assert [line["advantage/replaced_sequences"] for line in story.metrics] == [2.0] * STEPS
-    assert [line["advantage/zeroed_sequences"] for line in story.metrics] == [1.0] * STEPS
-
-
-def test_loss_and_gradient_norm_are_the_local_backends(story: Story, local: list[dict[str, Any]]) -> None:
-    for line, step in zip(story.metrics, local, strict=True):
         assert line["loss"] == pytest.approx(step["loss"], rel=1e-4), line["step"]
         assert line["actor/grad_norm"] == pytest.approx(step["actor/grad_norm"], rel=1e-4), line["step"]
+    assert [line["advantage/replaced_sequences"] for line in story.metrics] == [2.0] * STEPS
+    assert [line["advantage/zeroed_sequences"] for line in story.metrics] == [1.0] * STEPS
 
 
 def test_the_engine_that_wrote_the_first_batch_had_the_trainers_weights(story: Story) -> None:

@@ -53,7 +53,6 @@ def compose(model: Path, *overrides: str) -> Any:
     settings = [
         "trainer.device=cpu",
         "trainer.n_gpus_per_node=1",
-        "trainer.nnodes=1",
         "algorithm.adv_estimator=grpo",
         "data.train_batch_size=4",
         "data.max_prompt_length=64",
@@ -68,7 +67,6 @@ def compose(model: Path, *overrides: str) -> Any:
         "actor_rollout_ref.actor.use_torch_compile=False",
         "actor_rollout_ref.actor.fsdp_config.use_torch_compile=False",
         "actor_rollout_ref.actor.fsdp_config.dtype=float32",
-        "actor_rollout_ref.actor.fsdp_config.model_dtype=fp32",
         "+actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32",
         "actor_rollout_ref.rollout.name=transformers",
         "actor_rollout_ref.rollout.dtype=float32",
@@ -162,7 +160,7 @@ class Cluster:
             ray.util.remove_placement_group(group)
 
     def step(self, step: int, scale: float = 0.05) -> None:
-        """As verl's synchronous trainer ends a step: the replicas sleep, the policy changes, they get its weights."""
+        """As verl's synchronous trainer ends a step."""
         self.checkpoints.sleep_replicas()
         self.workers.nudge(step, scale)
         self.checkpoints.update_weights(step)

@@ -33,6 +33,7 @@ _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.0
 """Of the largest logit. A model that looks across a border is off by the size of its logits."""
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap")
 """Config keys of architectures that change the logits after the head; those take verl's own path."""
+_NEED_LOGITS = ("calculate_entropy", "calculate_sum_pi_squared", "distillation_use_topk")
 
 
 class _HeadRequest(NamedTuple):
@@ -91,10 +92,6 @@ class SelectiveHeadEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         head.forward = forward  # type: ignore[method-assign,assignment]
         return True
 
-    def _wants_selective(self, micro_batch: Any) -> bool:
-        needs_logits = ("calculate_entropy", "calculate_sum_pi_squared", "distillation_use_topk")
-        return self._selective and not any(tu.get_non_tensor_data(micro_batch, key, False) for key in needs_logits)
-
     def _joins(self, micro_batch: Any) -> bool:
         """True when this micro-batch is joined here (and not padded, and not left to flash attention)."""
         if not self._packs or tu.get_non_tensor_data(micro_batch, "use_remove_padding", False):
@@ -116,7 +113,8 @@ class SelectiveHeadEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         self._head_request = None
         packed = bool(tu.get_non_tensor_data(micro_batch, "use_remove_padding", False))
         whole = not output_args.get("pad_size") and not self.use_ulysses_sp
-        if self._wants_selective(micro_batch) and whole:
+        needs_logits = any(tu.get_non_tensor_data(micro_batch, key, False) for key in _NEED_LOGITS)
+        if self._selective and not needs_logits and whole:
             temperature = micro_batch["temperature"]
             if not isinstance(temperature, torch.Tensor):
                 temperature = torch.full((len(micro_batch),), float(temperature))

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any, Self
 
 import ray
@@ -102,9 +101,7 @@ class RaySession:
         self._mailbox = ray.remote(num_cpus=0)(_Mailbox).options(name=_MAILBOX).remote()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         ray.shutdown()
         if self._thread.ident is not None:
             self._thread.join(10.0)
