@@ -176,7 +176,7 @@ def test_every_batch_was_trained_once_but_for_the_bad_group_which_is_quarantined
 
 def test_advantages_loss_and_gradient_norm_are_the_local_backends(story: Story, local: list[dict[str, Any]]) -> None:
     # To the last bit but one: verl multiplies a figure by the number of rows and divides again. The values themselves
-    # are compared bit by bit in tests/unit/backends/ray/test_ray_advantages.py.
+    # are compared bit by bit in tests/unit/backends/ray/test_transfer.py.
     for line, step in zip(story.metrics, local, strict=True):
         assert line["advantage/mean_abs"] == pytest.approx(step["advantage/mean_abs"], rel=1e-14)
         assert line["data/trained_tokens"] == step["data/trained_tokens"]

@@ -220,7 +220,6 @@ def test_overlong_error_and_the_exact_bound() -> None:
         ({"masks": [[-100, -100, 6], MASKS[1]]}, "masks[0][2] = 6: must be -100 (not trained) or the token id 7"),
         ({"masks": [[0, 0, 1], [0, 0, 1, 1]]}, "masks[0][0] = 0: must be -100 (not trained) or the token id 5; a 0/1"),
         ({"tokens": [[5, 6.0, 7], TOKENS[1]]}, "tokens[0][1] = 6.0: expected an integer token id"),
-        ({"scores": ["1", 0.0]}, 'scores[0] = "1": expected a number'),
         ({"group_overrides": {"temperature": NAN}}, "group_overrides.temperature = nan: must be finite"),
         ({"overrides": [{}, {"temperature": True}]}, "overrides[1].temperature = True: must be a number"),
         ({"overrides": [{"set_advantage_to_zero": 1}, {}]}, "overrides[0].set_advantage_to_zero = 1: must be true or"),

@@ -37,6 +37,7 @@ def test_one_object_per_step_at_top_level(tmp_path: Path) -> None:
         {"step": 1, "policy_version": 101, "loss": 0.25, "reward/mean": 0.5, "data/groups": 8},
         {"step": 2, "policy_version": 102, "loss": -0.2, "reward/mean": None},
     ]
+    assert log.rewards == [0.5]
 
 
 def test_what_is_not_finite_is_null_and_named_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -59,16 +60,17 @@ def test_a_metric_may_not_take_the_name_of_a_field(tmp_path: Path) -> None:
 def test_resuming_removes_later_steps_and_the_line_cut_short(tmp_path: Path) -> None:
     log = StepLog(tmp_path, 0)
     for step in (1, 2, 3, 4):
-        log.append(report(step))
+        log.append(report(step, **{"reward/mean": step / 4}))
     before = log.path.read_text().splitlines()
     with log.path.open("a") as file:
         file.write('{"step": 2, "policy_ver')
     log = StepLog(tmp_path, 2)
+    assert log.rewards == [0.25, 0.5], "those of every process of the run"
     assert log.path.read_text() == f"{before[0]}\n{before[1]}\n"
     log.append(report(3, loss=9.0))
     assert [json.loads(line)["loss"] for line in log.path.read_text().splitlines()] == [0.25, 0.25, 9.0]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-    StepLog(tmp_path, 0)
+    assert StepLog(tmp_path, 0).rewards == []
     assert log.path.read_text() == ""
 
 
@@ -176,11 +178,3 @@ def test_held_out_scores_of_what_was_started() -> None:
     nobody.start("after")
     nobody.finish("after")
     assert nobody.scores == {}
-
-
-def test_rewards_of_a_run_are_those_of_every_process_of_it(tmp_path: Path) -> None:
-    log = StepLog(tmp_path, 0)
-    assert log.rewards == []
-    for step, reward in ((1, 0.25), (2, None), (3, 1.0)):
-        log.append(report(step, **{"reward/mean": reward}))
-    assert log.rewards == StepLog(tmp_path, 3).rewards == [0.25, 1.0]
