@@ -248,12 +248,9 @@ def finite_logprobs(values: Iterable[float]) -> list[float]:
 
     Raises ``EngineError`` for NaN: the weights or the engine are broken, and no client should train on it.
     """
-    result = list(values)
-    for index, value in enumerate(result):
-        if math.isnan(value):
-            raise EngineError(f"the logprob of generated token {index} is NaN; are the weights finite?")
-        if value < MIN_LOGPROB:
-            result[index] = MIN_LOGPROB
+    result = [max(value, MIN_LOGPROB) for value in values]  # NaN stays NaN
+    if (index := next((i for i, value in enumerate(result) if math.isnan(value)), None)) is not None:
+        raise EngineError(f"the logprob of generated token {index} is NaN; are the weights finite?")
     return result
 
 

@@ -22,6 +22,7 @@ from support.engines import (
     request,
     tiny_causal_lm,
 )
+from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.engine.embedded import TransformersEngine
 from atropos_verl.engine.protocol import InferenceEngine
@@ -29,6 +30,7 @@ from atropos_verl.errors import EngineError, GenerationRequestError
 from atropos_verl.types import GenerationDelta, GenerationRequest
 
 EOS = 258
+TOKENIZER = build_tiny_tokenizer()
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
@@ -149,10 +151,9 @@ def test_end_of_sequence_stops_unless_ignored_and_is_part_of_the_tokens() -> Non
         assert other.finish_reason == "stop"
 
 
-def scripted_model(text: bytes) -> Any:
+def scripted_model(text: str) -> Any:
     """A model that, greedily, spells ``text`` from any prompt of one token: position decides the token."""
-    model = tiny_causal_lm(num_hidden_layers=1)
-
+    model, ids = tiny_causal_lm(num_hidden_layers=1), TOKENIZER.encode(text, add_special_tokens=False)
     inner = model.forward
 
     def scripted(**kwargs: Any) -> Any:
@@ -161,25 +162,11 @@ def scripted_model(text: bytes) -> Any:
         kept = positions[:, -keep:] if isinstance(keep, int) else positions[:, keep]
         out.logits = torch.full_like(out.logits, -30.0)
         for row, column in torch.cartesian_prod(torch.arange(kept.shape[0]), torch.arange(kept.shape[1])).tolist():
-            out.logits[row, column, BYTE_TO_ID[text[min(int(kept[row, column]), len(text) - 1)]]] = 30.0
+            out.logits[row, column, ids[min(int(kept[row, column]), len(ids) - 1)]] = 30.0
         return out
 
     model.forward = scripted
     return model
-
-
-def _byte_ids() -> dict[int, int]:
-    from support.tiny_model import build_tiny_tokenizer
-
-    tokenizer = build_tiny_tokenizer()
-    plain = {byte: tokenizer.encode(chr(byte), add_special_tokens=False)[0] for byte in range(128)}
-    for character in "é€😀":
-        encoded = character.encode()
-        plain |= dict(zip(encoded, tokenizer.encode(character, add_special_tokens=False), strict=True))
-    return plain
-
-
-BYTE_TO_ID = _byte_ids()
 
 
 @pytest.mark.parametrize(
@@ -196,7 +183,7 @@ BYTE_TO_ID = _byte_ids()
 def test_stop_strings_are_found_across_token_borders_and_their_tokens_kept(
     text: str, stop: tuple[str, ...], kept: str
 ) -> None:
-    with engine_of(scripted_model((text + "........").encode())) as engine:
+    with engine_of(scripted_model(text + "........")) as engine:
         answer = one(engine, (0,), max_tokens=40, **GREEDY, stop=stop)
         assert engine.tokenizer.decode(list(answer.token_ids)) == kept
         assert answer.finish_reason == "stop"
@@ -206,8 +193,8 @@ def test_stop_strings_are_found_across_token_borders_and_their_tokens_kept(
 
 
 def test_the_prompt_is_no_place_for_a_stop_string() -> None:
-    with engine_of(scripted_model(b"bc" * 20)) as engine:
-        prompt = (BYTE_TO_ID[ord("a")],)
+    with engine_of(scripted_model("bc" * 20)) as engine:
+        prompt = tuple(TOKENIZER.encode("a", add_special_tokens=False))
         answer = one(engine, prompt, max_tokens=6, **GREEDY, stop=("ab",))
     assert (len(answer.token_ids), answer.finish_reason) == (6, "length")
 

@@ -136,6 +136,8 @@ def test_trl_answer(client: httpx.Client, engine: FakeEngine) -> None:
         ("prompt", {"prompt": "a", "input_ids": [1]}),
         ("prompt_token_ids", {"prompt": "a", "prompt_token_ids": [1]}),
         ("prompt", {"prompt": ""}),
+        ("prompt", {"prompt": [1] * 512}),
+        ("input_ids", {"input_ids": [1] * 512}),
         ("prompt.prompt_token_ids", {"prompt": {"prompt_token_ids": ["a"]}}),
         ("prompt.multi_modal_data", {"prompt": {"prompt_token_ids": [1], "multi_modal_data": {"image": "x"}}}),
         ("stream", {"prompt": "a", "stream": True}),
@@ -159,12 +161,3 @@ def test_refusals_name_the_field(client: httpx.Client, engine: FakeEngine, param
     path = "/generate/" if param.startswith("trl ") else "/generate"
     assert refused(client, path, **body)["param"] == param.removeprefix("trl ")
     assert engine.requests == []
-
-
-def test_too_long_prompts(client: httpx.Client, engine: FakeEngine) -> None:
-    engine.max_context_len = 4
-    for body in ({"prompt": [1, 2, 3, 4]}, {"input_ids": [1, 2, 3, 4]}):
-        error = refused(client, "/generate", **body)
-        assert error["code"] == "context_length_exceeded"
-        assert "maximum context length is 4 tokens, but the prompt has 4 tokens" in error["message"]
-    assert generate(client, prompt=[1, 2, 3])["token_ids"] == [[4]]  # one token fits

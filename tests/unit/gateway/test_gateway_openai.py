@@ -126,6 +126,8 @@ def test_length_is_cut_to_the_rest_of_the_context(client: httpx.Client, engine: 
     answer = post(client, "/v1/completions", prompt="a" * 7, max_tokens=50)
     assert engine.requests[0].max_tokens == 3
     assert answer["choices"][0]["text"] == "aaa" and answer["choices"][0]["finish_reason"] == "length"
+    post(client, "/v1/completions", prompt="a" * 9)
+    assert engine.requests[1].max_tokens == 1
     error = refused(client, "/v1/completions", prompt="a" * 10)
     assert error["code"] == "context_length_exceeded" and error["param"] == "prompt"
     assert "maximum context length is 10 tokens" in error["message"] and "10 tokens" in error["message"]

@@ -81,17 +81,6 @@ def test_versions_inside_a_span_that_weights_were_swapped_in() -> None:
     assert versions(one(ledger, PROMPT, [9, 9, 9, 9]))[3:] == [1, U, U, 4]
 
 
-def test_turns_with_environment_tokens_between() -> None:
-    ledger = Ledger()
-    first, second = [8, 9], [4, 2, 2]
-    ledger.record(PROMPT, [wrote(first, 0, logprob=-1)])
-    ledger.record((*PROMPT, *first, 70, 71), [wrote(second, 1, logprob=-2)])
-    match = one(ledger, PROMPT, first, [70, 71], second, [99])
-    assert versions(match) == [U, U, U, 0, 0, U, U, 1, 1, 1, U]
-    assert match.logprobs[7:10].tolist() == [-2.0, -2.125, -2.25]
-    assert (match.spans, match.unmatched_spans) == (2, 0)
-
-
 def test_a_generation_that_was_continued_without_tokens_between() -> None:
     ledger = holding(PROMPT, wrote([1, 2], 0))
     ledger.record((*PROMPT, 1, 2), [wrote([3, 4, 5], 1)])
@@ -200,14 +189,6 @@ def test_what_is_certain_leaves_less_to_the_others_of_a_batch() -> None:
         ledger.record(PROMPT, [wrote([1, 2], version, logprob=-1 - version)])
     silent, exact = look_up(ledger, [query(PROMPT, [1, 2]), query(PROMPT, [1, 2], logprobs=[-4.0, -4.125])])
     assert versions(exact)[3:] == [3, 3] and versions(silent)[3:] == [8, 8]
-
-
-def test_logprobs_that_were_sent_along_tell_identical_completions_apart() -> None:
-    ledger = Ledger()
-    for version in (0, 1, 2):
-        ledger.record(PROMPT, [wrote([1, 2], version, logprob=-1 - version / 7)])
-    [match] = look_up(ledger, [query(PROMPT, [1, 2], logprobs=[-1 - 1 / 7, -1 - 1 / 7 - 0.125])])
-    assert versions(match)[3:] == [1, 1] and match.ambiguous_spans == 0
 
 
 def test_the_rest_of_a_group_tells_identical_completions_apart() -> None:
