@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -69,6 +70,12 @@ def take(store: Store, lease: float | None = 60.0) -> Batch:
     batch = store.next_batch(lease)
     assert batch is not None
     return batch
+
+
+async def turns() -> None:
+    """Turns of the event loop, no time: what could go on has gone on."""
+    for _ in range(100):
+        await asyncio.sleep(0)
 
 
 def free_port() -> int:

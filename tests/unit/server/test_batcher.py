@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -15,23 +14,19 @@ from atropos_verl.protocol.messages import BatchPolicy
 from atropos_verl.server.batcher import (
     MAX_PASSED_OVER,
     QueueView,
+    StoredGroup,
     choose_batch,
     oldest_subset,
     representable,
 )
 
 
-@dataclass
-class Waiting:
-    seq: int
-    size: int
-    env_id: int | None = None
-    arrived: float = 0.0
-    passed_over: int = 0
+def waiting(seq: int, size: int, env_id: int | None = None) -> StoredGroup:
+    return StoredGroup(seq, env_id, size, tokens=0, arrived=0.0, digest=b"", raw=b"")
 
 
-def view(groups: list[Waiting], **fields: Any) -> QueueView:
-    classes: dict[tuple[int | None, int], list[Waiting]] = {}
+def view(groups: list[StoredGroup], **fields: Any) -> QueueView:
+    classes: dict[tuple[int | None, int], list[StoredGroup]] = {}
     for group in groups:
         classes.setdefault((group.env_id, group.size), []).append(group)
     made: dict[str, Any] = {
@@ -42,11 +37,11 @@ def view(groups: list[Waiting], **fields: Any) -> QueueView:
     return QueueView(classes=classes, **{**made, **fields})
 
 
-def sizes(*found: int, env_id: int | None = None) -> list[Waiting]:
-    return [Waiting(seq, size, env_id) for seq, size in enumerate(found)]
+def sizes(*found: int, env_id: int | None = None) -> list[StoredGroup]:
+    return [waiting(seq, size, env_id) for seq, size in enumerate(found)]
 
 
-def chosen(groups: list[Waiting], batch_size: int, now: float = 0.0, fill: str = "auto", **fields: Any) -> Any:
+def chosen(groups: list[StoredGroup], batch_size: int, now: float = 0.0, fill: str = "auto", **fields: Any) -> Any:
     batch = choose_batch(view(groups, **fields), BatchPolicy(batch_size=batch_size, batch_fill=fill), now)
     return None if batch is None else [group.seq for group in batch]
 
@@ -97,19 +92,19 @@ def test_a_group_left_behind_is_forced_in() -> None:
     assert chosen(groups, 8) == [0]
     assert chosen(groups, 8, fill="at_least") == [0, 1]
     assert chosen(groups, 8, fill="exact") == [1, 2]
-    assert chosen([*groups, Waiting(3, 2)], 8) == [0, 3]
+    assert chosen([*groups, waiting(3, 2)], 8) == [0, 3]
 
 
 def test_minimums_that_cannot_fit_together_do_not_stall() -> None:
-    groups = [Waiting(0, 6, 0), Waiting(1, 6, 1), Waiting(2, 6, 0)]
+    groups = [waiting(0, 6, 0), waiting(1, 6, 1), waiting(2, 6, 0)]
     batch = chosen(groups, 8, now=10.0, minimums={0: 4, 1: 4})
     assert batch is not None and len(batch) == 1
 
 
 def test_each_pool_gets_its_share_by_age() -> None:
     # Of the 8 oldest sequences 6 are of environment 0: it is not cut down to its minimum of 2.
-    groups = [Waiting(i, 1, 0) for i in range(6)] + [Waiting(6, 1, 1), Waiting(7, 1, 1)]
-    groups += [Waiting(8 + i, 1, 1) for i in range(8)]
+    groups = [waiting(i, 1, 0) for i in range(6)] + [waiting(6, 1, 1), waiting(7, 1, 1)]
+    groups += [waiting(8 + i, 1, 1) for i in range(8)]
     assert chosen(groups, 8, minimums={0: 2, 1: 2}) == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
@@ -119,7 +114,7 @@ def test_each_pool_gets_its_share_by_age() -> None:
 def upstream_case(queue: list[tuple[int, int]], batch_size: int, shares: dict[int, float]) -> Any:
     """``queue``: (env_id, size). ``shares``: those of connected environments. Returns env_id → sequences in the batch,
     or None."""
-    groups = [Waiting(seq, size, env_id) for seq, (env_id, size) in enumerate(queue)]
+    groups = [waiting(seq, size, env_id) for seq, (env_id, size) in enumerate(queue)]
     minimums = {env_id: least for env_id, share in shares.items() if (least := int(batch_size * share)) > 0}
     batch = chosen(groups, batch_size, fill="exact", minimums=minimums)
     if batch is None:

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.trajectory_server import Clock, group, registration
+from support.trajectory_server import Clock, group, registration, turns
 
 from atropos_verl.protocol.wire import MEDIA_TYPE, decode_batch
 from atropos_verl.server import status_barrier
@@ -483,11 +483,6 @@ def check_consistent(app: TrajectoryApi) -> None:
 
 
 # --- who waits for whom ----------------------------------------------------------------------------------------------
-
-
-async def turns() -> None:
-    for _ in range(100):
-        await asyncio.sleep(0)
 
 
 async def test_a_reset_while_a_status_and_a_post_wait_for_each_other_refuses_both(

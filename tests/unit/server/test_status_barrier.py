@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable
 
 import pytest
+from support.trajectory_server import turns
 
 from atropos_verl.server import status_barrier
 from atropos_verl.server.bodies import Connection
@@ -19,11 +20,6 @@ async def waiting(action: Awaitable[None]) -> asyncio.Task[None]:
     task = asyncio.ensure_future(action)
     await turns()
     return task
-
-
-async def turns() -> None:
-    for _ in range(10):
-        await asyncio.sleep(0)
 
 
 @pytest.fixture(autouse=True)
