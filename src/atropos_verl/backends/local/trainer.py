@@ -4,8 +4,6 @@
 environments behind the API. Both do, in this order::
 
     rollout (gate open, engine holds the newest weights) → batch → samples → optimiser step → weight sync → ack
-
-This class joins the parts; nothing below it imports it. Batches come from ``training.batch_source``.
 """
 
 from __future__ import annotations
