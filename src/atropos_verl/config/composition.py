@@ -22,15 +22,9 @@ _OPEN_SECTIONS = ("atropos.headers", "model.override_config")
 
 
 def load_config(overrides: Sequence[str], config_dir: Path | None = None, config_name: str | None = None) -> RunConfig:
-    """Compose and validate the settings of a training run.
+    """Compose and validate the settings of a training run. Raises ``ConfigError``, which names the key.
 
-    Args:
-        overrides: Hydra's ``key=value`` words.
-        config_dir: directory of YAML files; None: those of the package.
-        config_name: the file; None: the schema's defaults.
-
-    Raises:
-        ConfigError: names the key.
+    Without ``config_dir`` the YAML files are those of the package; without ``config_name`` the schema's defaults hold.
     """
     values = _compose(overrides, config_dir, config_name or "atropos_schema")
     return RunConfig.from_mapping(apply_environment(values, command_line_keys=set(map(key_of, overrides))))
@@ -39,11 +33,7 @@ def load_config(overrides: Sequence[str], config_dir: Path | None = None, config
 def load_launch(
     overrides: Sequence[str], config_dir: Path | None = None, config_name: str | None = None
 ) -> tuple[RunConfig, LaunchConfig]:
-    """Compose and validate both halves of a launch. The gateway gets a key if it has none.
-
-    Raises:
-        ConfigError: names the key.
-    """
+    """Compose and validate both halves of a launch, as ``load_config``. The gateway gets a key if it has none."""
     for word in overrides:
         if (key := key_of(word)) in MOVED:
             raise ConfigError(MOVED[key], key)
@@ -89,15 +79,10 @@ def _compose(
     extra_keys: Sequence[str] = (),
     open_sections: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """A plain mapping, not yet validated.
+    """A plain mapping, not yet validated. Raises ``ConfigError``: an unknown key, or a file that cannot be composed.
 
-    Args:
-        of_launch: defaults that files can name as ``launch_schema``, beside those of ``atropos_schema``.
-        extra_keys: dotted keys that the command line may set beside those of ``RunConfig``.
-        open_sections: sections in which it may set any key.
-
-    Raises:
-        ConfigError: an unknown key, or a file that cannot be composed.
+    Files can name the defaults ``of_launch`` as ``launch_schema``. The command line may set ``extra_keys`` beside those
+    of ``RunConfig``, and any key in ``open_sections``.
     """
     from hydra.core.config_store import ConfigStore
     from hydra.core.override_parser.overrides_parser import OverridesParser

@@ -1,13 +1,6 @@
 """The settings of a launch beside those of its trainer: processes, restarts, environments.
 
-A launch file holds the keys of ``RunConfig`` at its top level and these sections next to them::
-
-    steps: 40                      # RunConfig
-    optim: {lr: 2e-4}              # RunConfig
-    environments:                  # LaunchConfig, from here on
-      words: {script: examples/environments/spell_backward.py, weight: 3}
-      short: {script: examples/environments/short_words.py, weight: 1}
-    trainer_process: {nproc: 2}
+A launch file holds the keys of ``RunConfig`` at its top level and these sections next to them.
 """
 
 from __future__ import annotations
@@ -172,21 +165,16 @@ def describe_launch() -> list[tuple[str, Any, str]]:
     return rows + describe(SuperviseConfig, "supervise.") + describe(EnvironmentConfig, "environments.NAME.")
 
 
-def unused_when_attached(config: RunConfig) -> list[str]:
-    """Keys that are set and have no effect on a trainer whose API and environments run elsewhere.
+def note_of_unused_keys(config: RunConfig, prefix: str = "") -> str:
+    """Names the keys that are set and without effect on a trainer whose API and environments run elsewhere, or "".
 
-    An evaluation that is switched off is not among them.
+    An evaluation that is switched off is not among them. The backend puts ``prefix`` before its keys.
     """
     names = [f"env.{name}" for name in _changed(config.env, EnvConfig())]
     if config.eval.commands_file is None:
         changed = _changed(config.eval, EvalConfig())
         names += [f"eval.{name}" for name in changed if getattr(config.eval, name) is not False]
-    return names
-
-
-def note_of_unused_keys(config: RunConfig, prefix: str = "") -> str:
-    """The same as a sentence for the user, or "". The backend puts ``prefix`` before its keys."""
-    unused = ", ".join(f"{prefix}{name}" for name in unused_when_attached(config))
+    unused = ", ".join(f"{prefix}{name}" for name in names)
     return unused and f"{unused}: not used, since atropos.api_url says that environments run elsewhere"
 
 

@@ -1,8 +1,7 @@
 """Every setting of a run: typed, frozen, validated at construction, explained under each field.
 
-The YAML files under ``config/shipped`` are Hydra files over this schema. ``RunConfig.from_mapping`` is the one way in,
-from YAML, from the command line and from the plain dictionaries of ``AtroposTrainer.from_config``. This module imports
-neither torch nor verl, so a typo is reported before anything slow starts.
+``RunConfig.from_mapping`` is the one way in. This module imports neither torch nor verl, so a typo is reported before
+anything slow starts.
 """
 
 from __future__ import annotations
@@ -478,10 +477,7 @@ def apply_environment(
 
 
 def describe(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[tuple[str, Any, str]]:
-    """Every key as ``(dotted name, default, meaning)``, in the order of the schema, for ``--help``.
-
-    Names start with ``prefix``, which ends in a dot.
-    """
+    """Every key as ``(prefix + dotted name, default, meaning)``, in the order of the schema, for ``--help``."""
     rows: list[tuple[str, Any, str]] = []
     for name, info in model.model_fields.items():
         annotation = info.annotation

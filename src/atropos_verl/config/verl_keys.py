@@ -111,11 +111,7 @@ class RayRun:
 
 
 def compose_run(overrides: Sequence[str], config_dir: Path | None = None, config_name: str | None = None) -> Any:
-    """The whole configuration with environment variables, the run directory and the model's path filled in.
-
-    Args:
-        config_dir, config_name: the file; None: the package's directory, ``ray_cpu_demo``.
-    """
+    """The whole configuration with environment variables, the run directory and the model's path filled in."""
     from omegaconf import open_dict
 
     config = compose_config(overrides, config_dir or SHIPPED, config_name or RAY_DEFAULT)
@@ -136,8 +132,7 @@ def compose_run(overrides: Sequence[str], config_dir: Path | None = None, config
 def compose_config(overrides: Sequence[str], config_dir: Path, config_name: str) -> Any:
     """Compose a Hydra file over verl's ``ppo_trainer`` with ``key=value`` words. Imports no torch.
 
-    Raises:
-        ConfigError: names the key that does not exist, or the word that cannot be read.
+    Raises ``ConfigError``, which names the key that does not exist, or the word that cannot be read.
     """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -186,11 +181,7 @@ def complete_config(config: Any) -> None:
 
 
 def read_run(config: Any) -> RayRun:
-    """Validate a composed configuration: the ``atropos`` block, and what it needs of verl's keys.
-
-    Raises:
-        ConfigError: names every key that is wrong.
-    """
+    """Validate the ``atropos`` block and what it needs of verl's keys. Raises ``ConfigError`` naming what is wrong."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

@@ -71,10 +71,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _examine(config: RunConfig, launch: LaunchConfig, verl: Mapping[str, Any]) -> list[Finding]:
-    """Runs every check that applies; the slow ones (subprocesses, HTTP) at the same time.
-
-    ``verl``: verl's own settings, with ``backend=ray``.
-    """
+    """Runs every check that applies; the slow ones at the same time. ``verl``: its own settings, on Ray."""
     chosen, env = launch.chosen, config.env
     if env.script is not None or env.python is not None:  # main_atropos.py's one environment
         chosen = {"environment": EnvironmentConfig(script=env.script, python=env.python, args=env.args)}
@@ -222,12 +219,7 @@ def list_gpus() -> list[Gpu] | None:
 
 
 def check_gpus(gpus: list[Gpu] | None, *, device: str, needed: int) -> Finding:
-    """Compares the GPUs with the processes that the run places on them.
-
-    Args:
-        device: ``auto``, ``cpu`` or ``cuda``.
-        needed: GPUs of this machine that the configuration asks for; with ``auto`` none are needed.
-    """
+    """Compares the GPUs with the ``needed`` processes on this machine; ``device``: ``auto``, ``cpu`` or ``cuda``."""
     count, text, todo = len(gpus or ()), "no nvidia-smi" if gpus is None else "none", ""
     if gpus:
         smallest = min(gpu.free_bytes for gpu in gpus)
@@ -313,10 +305,7 @@ def check_placement(settings: Mapping[str, Any], *, gpus: int, cores: int) -> li
 
     verl itself compares GPUs, after a minute of imports. Nobody compares CPUs: Ray waits for ever, without a message,
     for what no node has. Of a run that attaches to a cluster (``ray_kwargs.ray_init.address``) only the divisions are
-    checked.
-
-    Args:
-        gpus, cores: of this machine.
+    checked. ``gpus`` and ``cores`` are those of this machine.
     """
     trainer, init = _section(settings, "trainer"), _section(settings, "ray_kwargs", "ray_init")
     nodes, per_node = int(trainer.get("nnodes") or 1), int(trainer.get("n_gpus_per_node") or 1)
@@ -457,12 +446,7 @@ def check_environment(
     module: str | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> Finding:
-    """Checks what ``python`` would find when it runs ``script`` (or ``module``). The script itself is not run.
-
-    Args:
-        name: of the environment.
-        variables: its process environment; None: ours.
-    """
+    """Checks what ``python`` would find when it runs ``script`` (or ``module``). The script itself is not run."""
     modules, source, todo, warning = [module.split(".")[0]] if module else [], b"", "", ""
     try:
         if script is not None:

@@ -108,12 +108,7 @@ class ProgressReporter(LiveScreen):
     """Shows a run while it goes on. ``with ProgressReporter(total_steps) as progress: …``.
 
     Without ``with``, on a dumb terminal, in a pipe or a file: plain lines without escape sequences. ``NO_COLOR`` and
-    ``TERM`` are obeyed (by rich).
-
-    Args:
-        total_steps: the step at which the run ends.
-        console: the output; default: standard output.
-        quiet: nothing but the summary is shown.
+    ``TERM`` are obeyed (by rich). ``quiet``: nothing but the summary is shown.
     """
 
     def __init__(self, total_steps: int, console: Console | None = None, quiet: bool = False) -> None:

@@ -58,8 +58,7 @@ def duration(value: float | None) -> str:
 def sparkline(values: Sequence[float | None], width: int = 60, *, ascii_only: bool = False) -> str:
     """Draws a curve of one character per value; more than ``width`` values are averaged in buckets.
 
-    Example: ``[0, .5, 1]`` → ``▁▅█``; equal values give the middle block. A bucket of nothing but None and values that
-    are not finite is a space.
+    A bucket of nothing but None and values that are not finite is a space.
     """
     blocks = _ASCII_BLOCKS if ascii_only else _BLOCKS
     number = min(len(values), width)

@@ -55,7 +55,6 @@ _QUARANTINE_BODY = re.compile(rb'\s*\{\s*"reason"\s*:')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the subcommand."""
     add = parser.add_argument
     add("source", metavar="FILE|DIR|URL", help=_SOURCE_HELP)
     add("--take-batch", action="store_true", help="with a URL: GET /batch. The trainer will never see that batch")
@@ -153,9 +152,7 @@ class FoundGroup:
 def read_path(path: Path) -> list[FoundGroup]:
     """Reads the groups of a file; of a directory, those of its ``*.json`` and ``*.jsonl`` files by name.
 
-    Raises:
-        ConfigError: there is no such file, or it cannot be read.
-        DataError: its content is none of the formats, see ``load_groups``.
+    Raises ``ConfigError`` for a file that cannot be read, and what ``load_groups`` raises.
     """
     try:
         if path.is_dir():
@@ -173,14 +170,10 @@ def load_groups(content: bytes, name: str, prefix: str = "") -> list[FoundGroup]
     """Reads the groups in the content of a file.
 
     Known formats: the body of ``GET /batch``; one ``ScoredData`` object; a list of them (``POST /scored_data_list``);
-    one object per line (what an environment's ``process`` writes); a quarantine file.
+    one object per line (what an environment's ``process`` writes); a quarantine file. Messages name the file
+    ``name``; ``prefix`` is put before every origin.
 
-    Args:
-        name: of the file, for messages.
-        prefix: put before every origin, for one file of several.
-
-    Raises:
-        DataError: none of these. A single bad group in a list is not an error: it has a ``defect``.
+    Raises ``DataError`` for any other content. A single bad group in a list is not an error: it has a ``defect``.
     """
     if not content.strip():
         raise DataError(f"{name} is empty")
@@ -227,22 +220,17 @@ def read_url(
     timeout: float = 30.0,
     token: str | None = None,
 ) -> list[FoundGroup]:
-    """Asks a trajectory API for its latest example, or for the next batch.
+    """Asks a trajectory API for its latest example, or for the next batch; no groups: it has nothing yet.
 
     Args:
         url: of the API, or of its ``/latest_example`` or ``/batch``.
         take_batch: ``GET /batch``. Destructive: no trainer will see that batch.
         save: a new file for the body, made before anything is asked and written before anything is decoded.
         timeout: seconds.
-        token: bearer token.
-
-    Returns:
-        The groups; none: the API has nothing yet.
 
     Raises:
-        AtroposAPIError: no connection, no answer in time, an HTTP error, not an Atropos API.
-        ConfigError: the URL is wrong, or is that of ``/batch`` without ``take_batch``; ``save`` exists already, or
-            cannot be made.
+        AtroposAPIError: the API gave no usable answer.
+        ConfigError: the URL is wrong, or needs ``take_batch``; ``save`` exists already, or cannot be made.
     """
     from atropos_verl.protocol.client import AtroposClient
 
@@ -307,11 +295,7 @@ def _decoder(name: str | None, found: list[FoundGroup]) -> _Decoder | None:
 
 
 def _load_decoder(name: str) -> _Decoder:
-    """Loads a tokenizer: a directory or ``tokenizer.json`` on disk, or a name that transformers can find.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Loads a directory or ``tokenizer.json``, or a name that transformers can find. Raises ``ConfigError``."""
     path = Path(name).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
@@ -342,16 +326,9 @@ def _inspect_groups(
     detailed: int | None,
     with_tokens: bool,
 ) -> dict[str, Any]:
-    """Does what the trainer does with one global batch, and keeps what it would throw away.
+    """Does what the trainer does with one global batch, and keeps what it would throw away. Raises ``ConfigError``.
 
-    Args:
-        decoder: for text; without it, or for ids that it does not know, pieces are the ids.
-        policy_version: the current one, for staleness.
-        detailed: how many groups to describe with their sequences, from the first; None: all.
-        with_tokens: describe every token.
-
-    Raises:
-        ConfigError: a setting is unknown or out of range.
+    The first ``detailed`` groups (None: all) are described with their sequences. ``policy_version`` is the current one.
     """
     refusals = [_refusal(item.group, settings) for item in found]
     used = [item.group for item, (reason, _) in zip(found, refusals, strict=True) if reason is None]

@@ -113,11 +113,7 @@ def _flow(state: Mapping[str, Any]) -> str:
 
 
 def _read_state(run_dir: Path) -> dict[str, Any]:
-    """Reads the newest state of a launch.
-
-    Raises:
-        ConfigError: ``run_dir`` holds none (it names what is missing).
-    """
+    """Reads the newest state of a launch. Raises ``ConfigError`` when ``run_dir`` holds none."""
     path = run_dir / "state.json"
     try:
         state = json.loads(path.read_text())
@@ -133,12 +129,8 @@ def _read_state(run_dir: Path) -> dict[str, Any]:
 def attach(run_dir: Path, *, console: Console | None = None, once: bool = False, interval: float = 0.5) -> int:
     """Shows the launch in ``run_dir`` until it ends; Ctrl-C ends the watching only.
 
-    Args:
-        once: show it once. Where standard output is no terminal, it is always shown once.
-        interval: seconds between looks.
-
-    Returns:
-        0; 1 when the launcher is gone without having ended its run in order.
+    Where standard output is no terminal, it is always shown once. ``interval``: seconds between looks. Returns 0; 1
+    when the launcher is gone without having ended its run in order.
     """
     console = console or Console()
     state = _read_state(run_dir)

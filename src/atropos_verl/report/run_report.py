@@ -60,11 +60,7 @@ class RunData:
 
 
 def load_run(run_dir: Path) -> RunData:
-    """Reads a run directory.
-
-    Raises:
-        ConfigError: it is no run directory, has no step yet, or one of its files cannot be read; names the file.
-    """
+    """Reads a run directory. Raises ``ConfigError``, which names the file, when one is missing or cannot be read."""
     path = run_dir / "metrics.jsonl"
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -162,17 +158,12 @@ def _is_number(value: Any) -> bool:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="run directory; several: compared")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page that opens without internet")
 
 
 def run(options: argparse.Namespace, console: Console | None = None) -> int:
-    """Shows the runs. Returns the exit code.
-
-    Raises:
-        ConfigError: a directory is no run directory, or the page cannot be written.
-    """
+    """Shows the runs. Raises ``ConfigError`` when one cannot be read, or the page cannot be written."""
     console = console or Console()
     runs = [load_run(directory) for directory in options.run_dirs]
     if len(runs) == 1:
@@ -319,10 +310,7 @@ def line_chart(series: Mapping[str, Points]) -> str:
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Returns two to ``most + 1`` round values that enclose ``[low, high]``.
-
-    Example: ``ticks(0.23, 0.97)`` → ``[0.2, 0.4, 0.6, 0.8, 1.0]``.
-    """
+    """Returns two to ``most + 1`` round values that enclose ``[low, high]``."""
     if low == high == 0:  # counts of what never happened
         return [0.0, 1.0]
     if high <= low:  # a constant: it is drawn in the middle

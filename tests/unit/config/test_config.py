@@ -20,6 +20,7 @@ RECIPE_DICT = {
     "batch_retry_attempts": 8,
     "batch_retry_delay": 0.3,
     "batch_max_wait_time": 12.0,
+    "inference": {"placement": "thread"},  # of earlier configurations; it changes nothing
 }
 
 
@@ -33,27 +34,15 @@ def test_the_dictionary_of_the_recipe_is_accepted_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "key", "words"),
-    [
-        ({"stepz": 1}, "stepz", "unknown key"),
-        ({"optim": {"lrr": 1}}, "optim.lrr", "unknown key"),
-        ({"optim": {"lr": "fast"}}, "optim.lr", "'fast'"),
-        ({"steps": 0}, "steps", "greater than 0"),
-        ({"advantage_normalization": "bach"}, "advantage_normalization", "'bach'"),
-        ({"atropos": {"api_url": "localhost:9001"}}, "atropos", "not an http"),
-        ({"atropos": {"timeout": float("inf")}}, "atropos.timeout", "finite"),
-    ],
-)
-def test_the_error_names_the_key(values: dict[str, object], key: str, words: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        RunConfig.from_mapping(values)
-    assert caught.value.key == key
-    assert words in str(caught.value)
-
-
-@pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"stepz": 1}, "^stepz: unknown key"),
+        ({"optim": {"lrr": 1}}, r"^optim\.lrr: unknown key"),
+        ({"optim": {"lr": "fast"}}, r"^optim\.lr: .*'fast'"),
+        ({"steps": 0}, "^steps: .*greater than 0"),
+        ({"advantage_normalization": "bach"}, "^advantage_normalization: .*'bach'"),
+        ({"atropos": {"api_url": "localhost:9001"}}, "^atropos: .*not an http"),
+        ({"atropos": {"timeout": float("inf")}}, r"^atropos\.timeout: .*finite"),
         ({"batch_size": 10, "group_size": 4}, r"batch_size \(10\) must be a multiple of group_size \(4\)"),
         ({"advantage_clipping": [3.0, -3.0]}, "advantage_clipping"),
         ({"use_advantage_weighting": True, "loss": {"type": "grpo"}}, "contradicts loss.type=grpo"),
@@ -74,8 +63,8 @@ def test_settings_that_are_refused(values: dict[str, object], message: str) -> N
 def test_several_errors_are_all_named() -> None:
     with pytest.raises(ConfigError) as caught:
         RunConfig.from_mapping({"steps": 0, "optim": {"lr": "x"}})
-    assert "steps" in str(caught.value)
-    assert "optim.lr" in str(caught.value)
+    assert caught.value.key == "steps"
+    assert "steps: " in str(caught.value) and "optim.lr: " in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -141,10 +130,6 @@ def test_importance_weights_are_on_where_rollouts_may_be_old(values: dict[str, o
     assert RunConfig.from_mapping(values).importance == level
 
 
-def test_the_placement_of_earlier_configurations_is_accepted_where_it_changes_nothing() -> None:
-    assert RunConfig.from_mapping({"inference": {"placement": "thread"}}).inference.placement == "thread"
-
-
 def test_the_demo() -> None:
     config = load_config([], None, "atropos")
     assert (config.steps, config.batch_size, config.group_size, config.optim.lr) == (40, 64, 8, 2e-4)
@@ -175,9 +160,6 @@ def test_a_bad_word_is_named(word: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config([word], None, "atropos")
     assert message in str(caught.value)
-
-
-def test_a_missing_yaml_is_named() -> None:
     with pytest.raises(ConfigError, match="no_such_file"):
         load_config([], None, "no_such_file")
 
@@ -205,7 +187,5 @@ def test_help_names_every_key_and_its_default(capsys: pytest.CaptureFixture[str]
 
 def test_a_configuration_error_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stepz=3"], "atropos") == 2
-    assert (
-        capsys.readouterr().err
-        == "CONFIGURATION ERROR: stepz: unknown key; did you mean steps? (--help lists all keys)\n"
-    )
+    text = "CONFIGURATION ERROR: stepz: unknown key; did you mean steps? (--help lists all keys)\n"
+    assert capsys.readouterr().err == text

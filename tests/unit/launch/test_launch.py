@@ -13,7 +13,7 @@ import yaml
 
 from atropos_verl.assets import demo_model_path
 from atropos_verl.config.composition import SHIPPED, load_launch
-from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig, describe_launch, unused_when_attached
+from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig, describe_launch, note_of_unused_keys
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.config.verl_keys import compose_run, read_run
 from atropos_verl.errors import ConfigError
@@ -196,11 +196,11 @@ def test_keys_of_an_api_that_is_not_started_are_named(tmp_path: Path) -> None:
 
 def test_a_trainer_attached_to_an_api_names_the_keys_it_does_not_use(tmp_path: Path) -> None:
     config = RunConfig.from_mapping({"env": {"script": "x.py"}, "eval": {"before": False, "timeout": 9}})
-    assert unused_when_attached(config) == ["env.script", "eval.timeout"]
+    assert note_of_unused_keys(config).startswith("env.script, eval.timeout: not used")
     words = ["env.max_batches_offpolicy=2", "eval.before=false", "eval.after=false", f"run_dir={tmp_path}"]
     plan = plan_of(*words)
     of_trainer = RunConfig.from_mapping(json.loads(trainer_settings_text(plan.config)))
-    assert unused_when_attached(of_trainer) == [], "what the launcher has used is no news to its trainer"
+    assert note_of_unused_keys(of_trainer) == "", "what the launcher has used is no news to its trainer"
 
 
 def test_the_gateway_key_comes_from_the_process_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import heapq
 import itertools
 import logging
 import selectors
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -198,6 +198,11 @@ class _World:
         self.queue.append(self.numbers[group])
         self.seen.arrived.append((self.now, self.numbers[group]))
 
+    def run(self) -> None:
+        while self.events and self.events[0][0] < self.script.end:
+            self.now, _, action = heapq.heappop(self.events)
+            action()
+
     def take(self) -> None:
         if len(self.queue) >= self.script.batch:
             del self.queue[: self.script.batch]
@@ -210,9 +215,7 @@ def modelled(script: Script) -> Seen:
         world.at(take, world.take)
     world.at(0.0, world.environment._look)  # atroposlib's first look is at its beginning
     world.environment._look_is_due = True
-    while world.events and world.events[0][0] < script.end:
-        world.now, _, action = heapq.heappop(world.events)
-        action()
+    world.run()
     return world.seen
 
 
@@ -240,11 +243,7 @@ SCRIPTS = {
 }
 
 
-@pytest.fixture(params=SCRIPTS, ids=lambda name: name.replace(" ", "-"))
-def script(request: pytest.FixtureRequest) -> Iterator[Script]:
-    yield SCRIPTS[request.param]
-
-
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=[name.replace(" ", "-") for name in SCRIPTS])
 def test_it_begins_gives_up_and_posts_what_atroposlib_does(script: Script) -> None:
     expected, found = real(script), modelled(script)
     assert found.begun == pytest.approx(expected.begun, abs=1e-6)
@@ -262,7 +261,5 @@ def test_an_environment_posts_one_group_at_a_time() -> None:
     world = _World(script)
     world.environment._post_seconds = 0.2
     world.environment.wake()
-    while world.events and world.events[0][0] < script.end:
-        world.now, _, action = heapq.heappop(world.events)
-        action()
+    world.run()
     assert [when - world.seen.begun[0] for when, _ in world.seen.arrived] == pytest.approx([1.2, 1.4, 1.6, 1.8])

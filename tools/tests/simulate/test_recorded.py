@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from simulate.arrivals import Arrival, HandedBatch, read_arrivals
+from simulate.arrivals import Arrival, read_arrivals
 from simulate.calibrate import calibrate
 from simulate.recording import read_recording
 
@@ -121,7 +121,6 @@ def test_arrivals_are_read_from_a_run_a_data_directory_or_a_file_and_a_torn_line
     with file.open("a") as end:
         end.write('{"step": 9, "at": 12')
     assert read_arrivals(file, option="--x") == whole
-    assert isinstance(whole[0], HandedBatch)
 
 
 @pytest.mark.parametrize(

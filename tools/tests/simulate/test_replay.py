@@ -103,14 +103,7 @@ def test_what_cannot_be_replayed_is_refused_by_name(
     assert said in capsys.readouterr().err
 
 
-def test_a_run_without_a_record_of_arrivals_is_refused_with_the_reason(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (run / "arrivals.jsonl").unlink()
-    assert main(["simulate", "--arrivals", str(run)]) == 2
-    error = capsys.readouterr().err
-    assert "no record of arrivals" in error
-    assert "--arrivals" in error
+def test_arrivals_of_another_run_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = json.dumps({"step": 5, "at": 1.0, "groups": [[0.5, 0, 4, 400]]})
     (run / "arrivals.jsonl").write_text(text + "\n")
     assert main(["simulate", "--arrivals", str(run)]) == 2
