@@ -1,12 +1,4 @@
-"""A real HTTP server whose misbehaviour is scripted per path, so that nothing of the client has to be patched.
-
-::
-
-    with FaultServer() as server:
-        server.script("/status", error(503), error(503), answer({"current_step": 0, "queue_size": 0}))
-        ...                                  # the last behaviour of a script repeats
-        assert server.count("/status") == 3
-"""
+"""A real HTTP server whose misbehaviour is scripted per path, so that nothing of the client has to be patched."""
 
 from __future__ import annotations
 

@@ -25,12 +25,14 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from operator import attrgetter
 
 from atropos_verl.protocol.messages import BatchPolicy
 
 _SIZES_REMEMBERED = 64
 """Groups of each environment whose sizes tell what may still come."""
 BATCH_FILLS = ("auto", "exact", "at_most", "at_least")
+_by_age = attrgetter("seq")
 MAX_PASSED_OVER = 4
 """Batches that may hold younger groups before a group is forced into the next one."""
 
@@ -151,10 +153,6 @@ def _candidates(classes: Mapping[tuple[int | None, int], Iterable[StoredGroup]],
     return sorted(found, key=_by_age)
 
 
-def _by_age(group: StoredGroup) -> int:
-    return group.seq
-
-
 def _fallback_target(
     view: QueueView, policy: BatchPolicy, now: float, head: Sequence[StoredGroup], sums: int
 ) -> int | None:
@@ -183,7 +181,7 @@ def _forced(view: QueueView, policy: BatchPolicy, oldest: StoredGroup) -> list[S
     others = [group for group in _candidates(view.classes, policy.batch_size) if group.seq != oldest.seq]
     sizes = [group.size for group in others]
     room = policy.batch_size - oldest.size
-    sums = reachable(sizes, room + max(sizes, default=0))
+    sums = _suffix_sums(sizes, room + max(sizes, default=0))[0]
     target = _highest(sums, room)
     if target != room and policy.batch_fill == "at_least" and sums >> room:
         target = room + _lowest(sums >> room)
@@ -205,7 +203,7 @@ def _pools(view: QueueView, batch_size: int, limit: int) -> list[_Pool]:
     pools = []
     for owner, owned in classes.items():
         candidates, least = _candidates(owned, batch_size), minimums.get(owner, 0)
-        makes = reachable([group.size for group in candidates], limit) >> least << least
+        makes = _suffix_sums([group.size for group in candidates], limit)[0] >> least << least
         pools.append(_Pool(candidates, least, makes))
     return pools
 
@@ -267,11 +265,6 @@ def _suffix_sums(sizes: Sequence[int], limit: int) -> list[int]:
         below = sums[index + 1]
         sums[index] = _up_to(below | below << sizes[index], limit) if sizes[index] <= limit else below
     return sums
-
-
-def reachable(sizes: Sequence[int], limit: int) -> int:
-    """The sums up to ``limit`` that some of the groups can make, as a bit set."""
-    return _suffix_sums(sizes, limit)[0]
 
 
 def oldest_subset(sizes: Sequence[int], target: int) -> list[int] | None:
