@@ -168,9 +168,6 @@ def _over_sequences(loss_mask: Any, offsets: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.nn.functional.pad(row.bool(), (length - row.numel(), 0)) for row, length in rows])
 
 
-# ---------------------------------------------------------------------- packed attention
-
-
 def can_pack(config: Any) -> bool:
     """True when a model of this transformers config attends to everything before a token, through ``sdpa``."""
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])

@@ -104,8 +104,6 @@ class TransformersServer:
         self._lora: LoraMerger | None = None
         self._http: GatewayServer | None = None
 
-    # -- start -------------------------------------------------------------------------------------------------------
-
     async def launch_server(self) -> str:
         """Load the model, start engine and HTTP server; returns its ``host:port``."""
         self._engine = await asyncio.to_thread(self._build_engine)
@@ -155,8 +153,6 @@ class TransformersServer:
             self._lora = LoraMerger(dict(engine.model.named_parameters(remove_duplicate=False)))
         return engine
 
-    # -- generation --------------------------------------------------------------------------------------------------
-
     async def generate(
         self,
         prompt_ids: list[int],
@@ -198,8 +194,6 @@ class TransformersServer:
             stop_reason="aborted" if generation.finish_reason == "abort" else "completed",
             extra_fields=extra,
         )
-
-    # -- stop and go -------------------------------------------------------------------------------------------------
 
     async def abort_all_requests(self, reset_prefix_cache: bool = True, reject_request: bool = False) -> dict[str, Any]:
         """Stop generating; requests of ``generate`` return what they have. Until ``resume_generation``."""
@@ -253,8 +247,6 @@ class TransformersServer:
 
     clear_kv_cache = release_kv_cache = resume_kv_cache = start_profile = stop_profile = _nothing
 
-    # -- weights -----------------------------------------------------------------------------------------------------
-
     async def receive_weights(
         self, update_id: str, index: int, bucket: WeightBucket, last: bool, settings: dict[str, Any]
     ) -> int | None:
@@ -293,8 +285,6 @@ class TransformersServer:
     async def set_global_steps(self, global_steps: int) -> None:
         """Set the policy version under verl's name; an update sets it as well."""
         self.global_steps = global_steps
-
-    # -- what it says ------------------------------------------------------------------------------------------------
 
     async def compute_logprobs(self, token_ids: list[int], temperature: float = 1.0) -> list[float]:
         """Logprobs [T-1] of tokens 1.. of a sequence under its present weights, for a canary."""

@@ -51,9 +51,6 @@ class _Mailbox:
         return name in self._flags
 
 
-# ----------------------------------------------------------------------------------------------------- the command
-
-
 class RaySession:
     """Context manager. Leaving it ends every actor of the run, and Ray itself where this session started it."""
 
@@ -174,9 +171,6 @@ def _given(config: Any, resolve: bool = True) -> dict[str, Any]:
     plain = OmegaConf.to_container(config, resolve=resolve)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items() if value is not None}
-
-
-# -------------------------------------------------------------------------------------------------- the task runner
 
 
 class AtroposTaskRunner:

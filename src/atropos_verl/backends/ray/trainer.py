@@ -92,8 +92,6 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         gateway.release(self.policy_version)
         self.replay_buffer.watch(self._check_while_waiting, feed.evicted, self.atropos.settings.poll_interval)
 
-    # ------------------------------------------------------------------ weights
-
     @property
     def policy_version(self) -> int:
         """Weights after step N are version N (verl's ``global_steps``)."""
@@ -137,8 +135,6 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
 
     on_init_end = _open_rollouts
 
-    # ------------------------------------------------------------------ verl's construction
-
     def _init_dataloader(self) -> None:
         config = self.config
         self.train_dataset = self.train_dataloader = _NoPrompts()
@@ -171,8 +167,6 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
             refill_fn=self._add_prompts_to_generate,
         )
 
-    # ------------------------------------------------------------------ slots instead of prompts
-
     def _add_prompts_to_generate(self, num_prompts: int) -> int:
         """Ask the feed for ``num_prompts`` slots: batches of the API (see ``transfer.py``)."""
         batch = tu.get_tensordict(
@@ -191,8 +185,6 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         slots = math.ceil(num_warmup_batches * parameter_sync_step(self.config))
         if slots > 0:
             self._add_prompts_to_generate(slots)
-
-    # ------------------------------------------------------------------ the step
 
     def on_step_begin(self) -> None:
         self._step_started = time.perf_counter()
@@ -315,8 +307,6 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         self._is_updating = True
         return super()._update_actor(batch, metrics)
 
-    # ------------------------------------------------------------------ checkpoints
-
     @property
     def checkpoint_root(self) -> Path:
         return Path(str(self.config.trainer.default_local_dir)).absolute()
@@ -389,9 +379,6 @@ MODES: dict[str, type[_AtroposTrainer]] = {
     "separate_async": AtroposSeparateAsyncTrainer,
 }
 """``trainer.v1.trainer_mode`` → trainer."""
-
-
-# ---------------------------------------------------------------------------------- what verl's trainer is built from
 
 
 def _number(value: Any) -> float | int | None:

@@ -82,9 +82,6 @@ class WeightBucket:
             yield name, torch.from_numpy(array).view(dtype).reshape(shape)
 
 
-# ---------------------------------------------------------------------------------------------------- the sender's side
-
-
 class TransferReport(NamedTuple):
     """The tensors of one update, in order, and their size."""
 
@@ -144,9 +141,6 @@ async def send_weights(
         await asyncio.gather(*pending, return_exceptions=True)
         raise
     return TransferReport(tuple(names), nbytes, count)
-
-
-# -------------------------------------------------------------------------------------------------- the receiver's side
 
 
 class BucketStream:
@@ -260,9 +254,6 @@ class WeightReceiver:
                 yield from bucket.unpack()
 
         self._done = asyncio.ensure_future(asyncio.to_thread(lambda: self._apply(tensors())))
-
-
-# ------------------------------------------------------------------------------------------------- standalone replicas
 
 
 @CheckpointEngineRegistry.register("ray_object_store")

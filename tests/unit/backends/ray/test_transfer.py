@@ -59,19 +59,6 @@ def test_a_multi_turn_sequence_keeps_its_mask_and_everything_is_aligned() -> Non
     assert {**expected, "rollout_log_probs": True}.items() <= first.tag.items()
 
 
-def test_token_level_advantages_reach_the_row_as_posted() -> None:
-    first, second = rows_of(GROUP)
-    trained = first.fields["response_mask"].bool()
-    assert first.fields[ADVANTAGES].dtype == torch.float64
-    assert first.fields[ADVANTAGES][trained].tolist() == [0.5, -0.5, 2.0]
-    assert [(row.tag["advantage_replaced"], row.tag["advantage_to_zero"]) for row in (first, second)] == [
-        (True, False),
-        (False, True),
-    ]
-    # Not zeroed yet: its value still counts in the statistics of the batch.
-    assert second.fields[ADVANTAGES].tolist() == pytest.approx([-0.5 / (0.5**0.5 + 1e-6)], rel=1e-12)
-
-
 def test_missing_logprobs_are_said() -> None:
     first, second = rows_of({**GROUP, "inference_logprobs": [[1.0] * 7, [1.0, 1.0, -2.0]]})
     assert (first.tag["rollout_log_probs"], second.tag["rollout_log_probs"]) == (False, True)
