@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,34 +11,26 @@ import torch
 from support.engines import logprob_oracle
 from support.serving import serving
 from support.tiny_model import build_tiny_model
+from transformers import AutoModelForCausalLM
 
 from atropos_verl.engine.embedded import TransformersEngine
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("tiny"), max_position_embeddings=256)
-
-
-@pytest.fixture(scope="module")
-def reference(model_dir: Path) -> Any:
-    """The same weights in float64, outside the engine."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64).eval()
-
-
-@pytest.fixture(scope="module")
-def client(model_dir: Path) -> Iterator[httpx.Client]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, Any]]:
+    """A client of the gateway, and the engine's weights in float64, outside the engine."""
+    path = build_tiny_model(tmp_path_factory.mktemp("tiny"), max_position_embeddings=256)
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
     with (
-        TransformersEngine.from_pretrained(model_dir) as engine,
+        TransformersEngine.from_pretrained(path) as engine,
         serving(engine, engine.tokenizer, gate=engine.gate) as client,
     ):
-        yield client
+        yield client, reference
 
 
 @pytest.mark.parametrize("dialect", ["vllm", "sglang", "openai"])
-def test_logprobs_over_http_are_those_of_the_weights(client: httpx.Client, reference: Any, dialect: str) -> None:
+def test_logprobs_over_http_are_those_of_the_weights(served: tuple[httpx.Client, Any], dialect: str) -> None:
+    client, reference = served
     prompt, shared = [64, 65, 66], {"temperature": 0.7, "top_p": 0.9, "n": 2, "seed": 3}
     if dialect == "vllm":
         body = {"prompt": {"prompt_token_ids": prompt}, "logprobs": 0, "max_tokens": 12, **shared}

@@ -46,6 +46,8 @@ from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
+_WAIT_TIMEOUT = 300.0
+"""Seconds that weight, memory and logprob calls wait for another such call, and for a token boundary."""
 _MAX_FAILED_STEPS = 3
 """Failed steps in a row after which the engine is given up."""
 
@@ -70,7 +72,6 @@ class TransformersEngine:
         seed: of requests without a seed of their own.
         max_prefill_tokens: padded prompt tokens of one prefill at most (a longer prompt goes alone), which bounds how
             long a newcomer delays the sequences that are running.
-        wait_timeout: seconds ``compute_logprobs`` and the weight and memory calls wait for a token boundary.
 
     Raises:
         EngineError: an architecture it cannot run exactly (``context_len``), or limits that leave no room.
@@ -91,7 +92,6 @@ class TransformersEngine:
         keep_kv: bool = False,
         seed: int = 0,
         max_prefill_tokens: int = 8192,
-        wait_timeout: float = 300.0,
     ) -> None:
         if max_running < 1:
             raise EngineError(f"max_running is {max_running}: give at least one KV slot")
@@ -103,7 +103,6 @@ class TransformersEngine:
         self._keep_kv = keep_kv
         self._max_prefill_tokens = max_prefill_tokens
         self._num_threads = num_threads
-        self._wait_timeout = wait_timeout
         self._runner = ModelRunner(self.model, max_context_len=self.max_context_len)
         self._staged: ModelRunner | None = None
         self.vocab_size = self._runner.vocab_size
@@ -359,17 +358,16 @@ class TransformersEngine:
 
     @contextlib.contextmanager
     def _exclusive(self, what: str) -> Iterator[None]:
-        """Hold the loop at a token boundary and keep other callers out, waiting ``wait_timeout`` seconds for each.
+        """Hold the loop at a token boundary and keep other callers out.
 
         Raises ``TimeoutError`` naming ``what``, or ``EngineStoppedError``.
         """
-        timeout = self._wait_timeout
-        if not self._exclusive_lock.acquire(timeout=timeout):
-            raise TimeoutError(f"{what}: waited {timeout:g} s for another caller that uses the model")
+        if not self._exclusive_lock.acquire(timeout=_WAIT_TIMEOUT):
+            raise TimeoutError(f"{what}: waited {_WAIT_TIMEOUT:g} s for another caller that uses the model")
         try:
             self.check_alive()
             try:
-                self._boundary.pause(timeout)
+                self._boundary.pause(_WAIT_TIMEOUT)
                 yield
             finally:
                 self._boundary.resume()
