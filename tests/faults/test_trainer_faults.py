@@ -59,9 +59,6 @@ def _sigterm_interrupts() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-# ---------------------------------------------------------------------- modes
-
-
 @pytest.mark.parametrize("normalization", ["global", "batch"])
 def test_the_same_batches_give_the_same_weights_in_both_modes(lab: Lab, tmp_path: Path, normalization: str) -> None:
     bodies = batches(6, seed=0)
@@ -94,9 +91,6 @@ def test_the_gate_stays_open_while_the_trainer_trains_and_the_next_batch_comes_m
         assert trainer.engine.policy_version == 3
         assert trainer.sharding_manager.syncs == 4
     assert seen == [(True, True)] * 3
-
-
-# ---------------------------------------------------------------------- resume
 
 
 def test_ten_steps_resume_ten_steps_is_twenty_steps(lab: Lab, tmp_path: Path) -> None:
@@ -135,9 +129,6 @@ def test_batches_that_no_checkpoint_covers_are_trained_first(lab: Lab, tmp_path:
     # The API has nothing any more: the journal alone carries the run to its end.
     assert_same(lab.run("killed", [], 4, **mode), expected)
     assert journalled(tmp_path / "killed") == []
-
-
-# ---------------------------------------------------------------------- interrupted
 
 
 def hit_update(trainer: Any, number: int, hit: Callable[[], None]) -> None:
@@ -226,9 +217,6 @@ def test_a_service_that_dies_during_a_step_ends_the_run_after_it(lab: Lab, tmp_p
             trainer.fit(check_services=check)
     assert "steps up to 2 are saved in" in "".join(caught.value.__notes__)
     assert journalled(tmp_path / "widow") == ["batch_000003.json"]
-
-
-# ---------------------------------------------------------------------- wrong weights, wrong data
 
 
 @pytest.mark.parametrize("fault", ["old weights", "no weights", "old weights staged"])

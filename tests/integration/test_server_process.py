@@ -45,9 +45,6 @@ def first_ids(body: bytes) -> list[int]:
     return [int(found.token_ids[0][0]) for found in decode_batch(body)]
 
 
-# --- our client ------------------------------------------------------------------------------------------------------
-
-
 def test_our_client_takes_json_too(server: TrajectoryServer) -> None:
     with AtroposClient(server.url, packed=False) as client:
         client.register(TRAINER)
@@ -84,17 +81,11 @@ def test_a_large_batch_arrives_whole_in_both_wires(encoding: str | None) -> None
             client.post("/batch/release", json={"lease_id": answer.headers["X-Atropos-Lease-Id"]})
 
 
-# --- long bodies -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("bound", "status"), [({"body_timeout": 0.2}, 408), ({"max_body_bytes": 100_000}, 413)])
 def test_a_sender_that_falls_silent_or_announces_too_much_is_told(bound: Any, status: int) -> None:
     head = "POST /scored_data HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100001\r\n\r\n"
     with TrajectoryServer(ServerSettings(**bound)) as server, connected(server, head + " " * 50_000) as connection:
         assert connection.recv(1000).startswith(f"HTTP/1.1 {status}".encode())
-
-
-# --- responses that do not arrive ------------------------------------------------------------------------------------
 
 
 def raw_get(server: TrajectoryServer, path: str = "/batch") -> socket.socket:
@@ -165,9 +156,6 @@ def test_a_lease_ends_without_anybody_asking(server: TrajectoryServer) -> None:
     eventually(lambda: len(state_of(server).returned) == 1, "the lease has ended")
 
 
-# --- restarts --------------------------------------------------------------------------------------------------------
-
-
 def seen_by_environment(url: str) -> list[dict[str, object]]:
     return [httpx.get(f"{url}/{path}").json() for path in ("status-env?env_id=0", "wandb_info")]
 
@@ -199,9 +187,6 @@ def test_environments_and_trainer_carry_on_over_a_restart(tmp_path: Path, how: s
             assert first_ids(batch.body) == [2, 3]
             client.ack(batch.lease_id)
             assert (client.status().current_step, client.status().queue_size) == (2, 1)
-
-
-# --- the command line ------------------------------------------------------------------------------------------------
 
 
 def test_it_starts_without_torch_verl_or_transformers(tmp_path: Path) -> None:

@@ -203,9 +203,6 @@ def interpreter(python: str | None, key: str) -> str:
     return str(path.absolute())
 
 
-# ---------------------------------------------------------------------- keys
-
-
 def last_words(
     config: RunConfig, settings: EnvironmentConfig, *, api_url: str | None, file: Path, cwd: Path, key: str
 ) -> tuple[tuple[str, ...], dict[Path, str]]:
@@ -282,9 +279,6 @@ def _read(path: Path, key: str) -> dict[str, Any]:
     return dict(content)
 
 
-# ---------------------------------------------------------------------- shares of the batch
-
-
 def allocate(config: RunConfig, launch: LaunchConfig, *, embedded: bool) -> tuple[dict[str, float | None], list[str]]:
     """``--env.min_batch_allocation`` of one process of each environment, and warnings.
 
@@ -352,9 +346,6 @@ def _check_groups(config: RunConfig, launch: LaunchConfig, *, embedded: bool) ->
                 raise ConfigError(f"{message}; an upstream API would never deliver a batch", key)
             return [f"{key}: {message}; some batches will be smaller"]
     return []
-
-
-# ---------------------------------------------------------------------- a static look at an environment
 
 
 def bare_server_config(script: Path) -> int | None:

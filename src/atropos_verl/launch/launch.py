@@ -83,9 +83,6 @@ def load_settings(
     return ray.config, ray.launch, ray
 
 
-# ---------------------------------------------------------------------- settings → plan
-
-
 def build_plan(config: RunConfig, launch: LaunchConfig, ray: RayLaunch | None = None) -> LaunchPlan:
     """Choose ports, hand addresses and keys over, and list what is started. Starts nothing.
 
@@ -132,9 +129,6 @@ def _port(host: str, port: int, key: str) -> int:
         raise ConfigError(
             f"cannot listen on {host}:{port}: {error.strerror or error}; choose a free port, or 0 for any", key
         ) from error
-
-
-# ---------------------------------------------------------------------- backend=ray
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,9 +222,6 @@ def _quoted(value: object) -> str:
     text = str(value)
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return text if _PLAIN.fullmatch(text) else f"'{escaped}'"
-
-
-# ---------------------------------------------------------------------- plan → run
 
 
 def _supervise(plan: LaunchPlan) -> int:

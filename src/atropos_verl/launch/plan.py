@@ -229,9 +229,6 @@ def url_of(host: str, port: int) -> str:
     return f"http://{bracketed(reachable(host))}:{port}"
 
 
-# ---------------------------------------------------------------------- the run directory
-
-
 def trainer_settings_text(config: RunConfig) -> str:
     """The content of ``launch/trainer.yaml``: JSON, which YAML is a superset of."""
     values = config.model_dump(mode="json")

@@ -119,9 +119,6 @@ def _exit_code_of(run: Callable[[], int]) -> int:
         return code
 
 
-# ---------------------------------------------------------------------- the processes around the trainer
-
-
 class TrainingServices:
     """Trajectory API, environment and held-out evaluations of a trainer in this process.
 
@@ -214,9 +211,6 @@ class TrainingServices:
             self.evaluations.stop()
         if self._supervisor is not None:
             self._supervisor.stop()
-
-
-# ---------------------------------------------------------------------- the two backends
 
 
 def _train_locally(config: RunConfig) -> int:

@@ -385,9 +385,6 @@ class AtroposClient:
         )
 
 
-# --- a run's client and its registration -----------------------------------------------------------------------------
-
-
 def make_client(config: RunConfig, api_url: str) -> AtroposClient:
     """The client that a run's settings ask for, for the API at ``api_url``."""
     atropos = config.atropos
@@ -443,9 +440,6 @@ def register_trainer(
             "restart it, or set atropos.reset=true to clear it",
             client.api_url,
         )
-
-
-# --- settings: each error names one as the user wrote it -------------------------------------------------------------
 
 
 def _at_least(value: float, key: str, least: float, *, exclusive: bool = False) -> float:

@@ -58,9 +58,6 @@ def pause(seconds: float, should_stop: Callable[[], None] | None) -> None:
         time.sleep(min(left, _SLICE_SECONDS) if should_stop is not None else left)
 
 
-# --- one request and its answer --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Call:
     method: str

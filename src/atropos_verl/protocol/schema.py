@@ -125,9 +125,6 @@ class Refusal(Exception):  # noqa: N818 - a verdict on the sender's data, not an
         }
 
 
-# --- the server's side -----------------------------------------------------------------------------------------------
-
-
 @dataclass(slots=True)
 class CheckedGroup:
     """A group that may be stored."""
@@ -253,9 +250,6 @@ def _check_messages(messages: Any) -> None:
                 raise Refusal("message", text, "messages", sequence, index, message)
 
 
-# --- reading again with Python's json --------------------------------------------------------------------------------
-
-
 def _read_again(raw: bytes) -> tuple[bytes, ScoredData, tuple[str, ...]]:
     """The JSON to store, its fields, and the names of unknown ones. Raises ``Refusal`` with the place."""
     constants: list[str] = []
@@ -337,9 +331,6 @@ def _make_integers(rows: Any) -> bool:
     return changed
 
 
-# --- fields as arrays ------------------------------------------------------------------------------------------------
-
-
 def int_row(row: list[int], typecode: Literal["i", "q"], field: str, sequence: int) -> NDArray[Any]:
     """Integers as an array of 32 (``i``) or 64 bits (``q``). ``array`` reads a list faster than numpy (20 ns a token,
     35), and checks the range. Raises ``Refusal`` for what does not fit."""
@@ -385,9 +376,6 @@ def _is_empty(value: Any) -> bool:
     if isinstance(value, list):
         return all(_is_empty(entry) for entry in value)
     return value is None or value == {}
-
-
-# --- the trainer's side ----------------------------------------------------------------------------------------------
 
 
 def validated(groups: Iterable[ScoredGroup], vocab_size: int | None) -> list[ScoredGroup]:
@@ -558,9 +546,6 @@ def _temperatures(group: ScoredGroup, i: int) -> Iterator[tuple[str, Any]]:
     yield f"overrides[{i}].temperature", own.get("temperature")
     yield "generation_params.temperature", (group.generation_params or {}).get("temperature")
     yield "group_overrides.temperature", (group.group_overrides or {}).get("temperature")
-
-
-# --- values in reasons -----------------------------------------------------------------------------------------------
 
 
 def _show(value: Any) -> str:

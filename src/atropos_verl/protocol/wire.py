@@ -196,9 +196,6 @@ def encode_group(*, tokens: Rows, masks: Rows, scores: Row, **optional: Any) -> 
     return msgspec.json.encode(fields, enc_hook=_encode_numpy)
 
 
-# --- a body with a group that the typed decoder cannot skip ----------------------------------------------------------
-
-
 def _split_batch(body: bytes) -> _Envelope:
     """Cut ``{"batch": [...], ...}`` at its brackets, whatever stands between them.
 
@@ -262,9 +259,6 @@ def _scalars(gap: bytes) -> list[bytes]:
     return [piece.strip() for piece in gap.split(b",") if piece.strip()]
 
 
-# --- encoding --------------------------------------------------------------------------------------------------------
-
-
 def _finite(row: Row, where: str, missing: float | None = None) -> list[float]:
     """``row`` as a list, NaN replaced by ``missing`` when that is given; any other non-finite value raises."""
     values = np.array(row, np.float64)
@@ -286,9 +280,6 @@ def _encode_numpy(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"cannot send {type(value).__name__} in a scored group")
-
-
-# --- the packed wire --------------------------------------------------------------------------------------------------
 
 
 def pack_group(group: CheckedGroup) -> bytes:

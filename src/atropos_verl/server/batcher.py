@@ -223,8 +223,7 @@ def _shared_out(
     return sorted(chosen, key=_by_age)
 
 
-# --- sums of group sizes: 0/1 knapsack, exact, on Python integers used as bit sets -----------------------------------
-#
+# Sums of group sizes: a 0/1 knapsack, exact, on Python integers used as bit sets.
 # Bit ``s`` of a set is 1 when ``s`` sequences can be made of some of the groups. A group of size ``g`` adds
 # ``set << g``. For a batch of B sequences and n candidate groups that costs n shifts of B bits.
 
@@ -296,9 +295,6 @@ def representable(sizes: Sequence[int], target: int) -> bool:
             sums |= _up_to(sums << step, target)
             step *= 2
     return bool(sums >> target & 1)
-
-
-# --- the queue -------------------------------------------------------------------------------------------------------
 
 
 class GroupQueue:

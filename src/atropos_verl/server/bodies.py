@@ -58,9 +58,6 @@ class BodyError(AtroposVerlError):
         self.status, self.reason = status, reason
 
 
-# --- requests --------------------------------------------------------------------------------------------------------
-
-
 async def read_body(request: Request, settings: ServerSettings) -> bytes:
     """The whole body, decompressed.
 
@@ -152,9 +149,6 @@ def idempotency(request: Request, body: bytes) -> tuple[str | None, bytes]:
     return key, hashlib.sha256(request.scope["path"].encode() + b"\n" + body).digest()[:16]
 
 
-# --- batches ---------------------------------------------------------------------------------------------------------
-
-
 def batch_parts(groups: Iterable[StoredGroup], *, packed: bool) -> list[bytes]:
     """A batch in the packed wire, or as ``{"batch": [...]}`` with the groups as received, in the pieces that are sent.
 
@@ -176,9 +170,6 @@ def batch_parts(groups: Iterable[StoredGroup], *, packed: bool) -> list[bytes]:
             parts.append(b"".join(pieces[start:end]))
             start, length = end, 0
     return parts
-
-
-# --- compression -----------------------------------------------------------------------------------------------------
 
 
 def choose_encoding(policy: str, request: Request, length: int) -> str | None:
@@ -209,9 +200,6 @@ def compressor(encoding: str) -> Any:
     if encoding == "zstd":
         return importlib.import_module("zstandard").ZstdCompressor(level=1).compressobj()
     return zlib.compressobj(1, zlib.DEFLATED, _GZIP)
-
-
-# --- delivery ---------------------------------------------------------------------------------------------------------
 
 
 class Connection:

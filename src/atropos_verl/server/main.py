@@ -119,9 +119,6 @@ def _options(app: TrajectoryApi) -> dict[str, Any]:
     }
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``serve-api``. Defaults are those of ``ServerSettings``."""
     known, add = ServerSettings(), parser.add_argument

@@ -317,9 +317,6 @@ def _merged_logprobs(sent: FloatArray | None, match: SequenceMatch, figures: Loo
     return np.where(known, own, sent)
 
 
-# ---------------------------------------------------------------------- staleness
-
-
 def versions_behind(version: int, policy_version: int) -> int:
     """Optimiser steps between the weights that wrote a group and those that it updates."""
     return max(policy_version - version, 0)  # a version above it is of steps that were lost and are taken again
@@ -384,9 +381,6 @@ def staleness_metrics(samples: Sequence[TrainingSample], policy_version: int) ->
     metrics |= {f"off_policy/groups_at_staleness/{bucket}": count for bucket, count in sorted(groups.items())}
     metrics |= {f"off_policy/tokens_at_staleness/{bucket}": count for bucket, count in sorted(tokens.items())}
     return metrics
-
-
-# ---------------------------------------------------------------------- beside the journal
 
 
 def encode_matches(matches: BatchMatches) -> bytes:

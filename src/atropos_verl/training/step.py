@@ -44,9 +44,6 @@ class LoggedProgress:
         logger.info("step %d: loss %.4g, reward %s", report.step, report.loss, report.metrics["reward/mean"])
 
 
-# ---------------------------------------------------------------------- one step
-
-
 def step_report(
     step: int,
     policy_version: int,
@@ -119,9 +116,6 @@ class RunTotals:
             setattr(self, known.name, int(saved.get(known.name, 0)))
 
 
-# ---------------------------------------------------------------------- metrics.jsonl
-
-
 class StepLog:
     """``metrics.jsonl`` of a run that goes on at ``step``, with its rewards and the trainer's idle share.
 
@@ -174,9 +168,6 @@ class StepLog:
         return self._waited / self._total if self._total > 0 else None
 
 
-# ---------------------------------------------------------------------- held-out evaluation
-
-
 class Evaluations(Protocol):
     """The processes of held-out evaluation, which the launch hands in."""
 
@@ -220,9 +211,6 @@ def held_out_score(metrics: Mapping[str, Any]) -> float | None:
             return float(metrics[key])
     numbers = [value for value in metrics.values() if isinstance(value, int | float) and not isinstance(value, bool)]
     return float(numbers[0]) if numbers else None
-
-
-# ---------------------------------------------------------------------- summary.json
 
 
 def reward_window(rewards: Sequence[float]) -> dict[str, Any]:

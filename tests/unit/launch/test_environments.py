@@ -223,9 +223,6 @@ def test_the_look_at_a_script_needs_no_valid_file(tmp_path: Path) -> None:
     assert bare_server_config(tmp_path / "nothing.py") is None
 
 
-# ---------------------------------------------------------------------- keys
-
-
 def private(
     tmp_path: Path, *args: str, api_url: str | None = "http://a:8000/x", omit: tuple[str, ...] = (), **changes: Any
 ) -> tuple[list[str], Any]:

@@ -220,9 +220,6 @@ def test_without_environments_there_is_the_demo() -> None:
     assert LaunchConfig.from_mapping(values).environments == {"a": EnvironmentConfig(weight=2)}
 
 
-# ---------------------------------------------------------------------- backend=ray
-
-
 RAY_FILES = sorted(path.stem for path in SHIPPED.glob("*.yaml") if backend_of([], SHIPPED, path.stem) == "ray")
 
 

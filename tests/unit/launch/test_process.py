@@ -159,8 +159,6 @@ def test_what_cannot_be_started_is_named(tmp_path: Path, changes: dict[str, Any]
         ManagedProcess(shell(tmp_path, "true", **changes)).start()
 
 
-# ---------------------------------------------------------------------- nobody survives the owner
-
 OWNER = """
     import sys, threading, time
     from pathlib import Path

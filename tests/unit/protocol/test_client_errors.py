@@ -218,9 +218,6 @@ def test_an_answer_to_batch_that_is_no_batch(fault_server: FaultServer) -> None:
                 client.get_batch()
 
 
-# --- settings --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "url",
     ["", "localhost:9001", "ftp://host", "http://", "http://:9001", "http://host:99999", "http://host:port",

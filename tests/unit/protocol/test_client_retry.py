@@ -203,9 +203,6 @@ def test_the_first_repetition_is_logged_at_info_and_later_ones_as_warnings(
     assert "HTTP 503" in records[0].getMessage()
 
 
-# --- waiting for a batch ---------------------------------------------------------------------------------------------
-
-
 def test_null_and_empty_batches_are_waited_for_and_a_poll_asks_once(
     fault_server: FaultServer, client: AtroposClient
 ) -> None:

@@ -108,12 +108,10 @@ def test_each_pool_gets_its_share_by_age() -> None:
     assert chosen(groups, 8, minimums={0: 2, 1: 2}) == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
-# --- the cases of atroposlib/tests/test_utils/test_min_batch_allocation.py -------------------------------------------
-
-
 def upstream_case(queue: list[tuple[int, int]], batch_size: int, shares: dict[int, float]) -> Any:
-    """``queue``: (env_id, size). ``shares``: those of connected environments. Returns env_id → sequences in the batch,
-    or None."""
+    """A case of atroposlib/tests/test_utils/test_min_batch_allocation.py: env_id → sequences in the batch, or None.
+
+    ``queue``: (env_id, size). ``shares``: those of connected environments."""
     groups = [waiting(seq, size, env_id) for seq, (env_id, size) in enumerate(queue)]
     minimums = {env_id: least for env_id, share in shares.items() if (least := int(batch_size * share)) > 0}
     batch = chosen(groups, batch_size, fill="exact", minimums=minimums)
@@ -159,9 +157,6 @@ def test_where_upstream_stalls_on_packs_a_batch_is_formed() -> None:
     queue = [(0, 2), (6, 2), (6, 2), (6, 2)] + [(2, 4)] * 5 + [(3, 8)] * 3
     counts = upstream_case(queue, 16, {0: 0.1, 3: 0.5})
     assert sum(counts.values()) == 16 and counts[0] >= 1 and counts[3] >= 8
-
-
-# --- exact sums ------------------------------------------------------------------------------------------------------
 
 
 @example([16, 8, 8], 32)

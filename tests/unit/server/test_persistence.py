@@ -180,9 +180,6 @@ def test_a_directory_of_an_earlier_version_is_refused_and_not_touched(tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["segment-000001.log", "segment-000002.log"]
 
 
-# --- the record of arrivals ------------------------------------------------------------------------------------------
-
-
 def test_each_batch_is_one_line_with_the_times_of_its_groups_also_across_a_restart(tmp_path: Path) -> None:
     clock = Clock()
     store = started(tmp_path, 8, clock)
@@ -231,9 +228,6 @@ def test_a_server_in_memory_keeps_no_record(tmp_path: Path, monkeypatch: pytest.
     post(store, 1, env_id=None)
     assert store.next_batch(None) is not None
     assert list(tmp_path.iterdir()) == []
-
-
-# --- a disk that refuses ---------------------------------------------------------------------------------------------
 
 
 async def test_a_refused_ack_has_not_happened_and_can_be_repeated(

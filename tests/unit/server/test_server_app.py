@@ -58,9 +58,6 @@ async def started(client: httpx.AsyncClient, batch_size: int = 8, **fields: Any)
     return int(answer["env_id"])
 
 
-# --- upstream's contract ---------------------------------------------------------------------------------------------
-
-
 async def test_before_anybody_registered(api: httpx.AsyncClient) -> None:
     assert await get(api, "/") == {"message": "AtroposLib API"}
     assert await get(api, "/info") == {"batch_size": -1, "max_token_len": -1}
@@ -138,9 +135,6 @@ async def test_reset(api: httpx.AsyncClient) -> None:
     assert (await api.get("/reset_data")).text == "Reset successful"
     assert (await get(api, "/batch"))["status"] == "error"
     assert (await api.request("GET", "/status-env", json={"env_id": env_id})).status_code == 422
-
-
-# --- ours ------------------------------------------------------------------------------------------------------------
 
 
 async def test_lease_and_ack(api: httpx.AsyncClient) -> None:
@@ -241,9 +235,6 @@ async def test_full_means_429_with_retry_after() -> None:
         assert 'atropos_refused_total{reason="queue_full"} 1.0' in (await api.get("/metrics")).text
 
 
-# --- bodies ----------------------------------------------------------------------------------------------------------
-
-
 async def test_compressed_bodies(api: httpx.AsyncClient) -> None:
     raw = json.dumps(group(1, 8)).encode()
     half = len(raw) // 2
@@ -307,9 +298,6 @@ async def test_answers_are_compressed_where_it_pays(
         assert (latest.headers.get("content-encoding"), len(latest.json()["scores"])) == (encoding, 200)
 
 
-# --- who may call ----------------------------------------------------------------------------------------------------
-
-
 async def test_a_token_is_demanded_on_every_data_route() -> None:
     app = TrajectoryApi(ServerSettings(token="secret"))
     async with client_of(app) as api:
@@ -358,9 +346,6 @@ async def test_unknown_paths_and_methods_and_the_destructive_get_that_can_be_swi
         assert (await api.get("/nothing")).status_code == 404
 
 
-# --- seen ------------------------------------------------------------------------------------------------------------
-
-
 async def test_metrics_by_value(api: httpx.AsyncClient) -> None:
     env_id = await started(api)
     await api.post("/scored_data", json=group(1, 4, env_id=env_id))
@@ -398,8 +383,6 @@ async def test_the_page_and_its_data(api: httpx.AsyncClient) -> None:
     assert data["latest"][0]["scores"] == [0.0, 1.0, 2.0, 3.0]
     assert data["series"] == [[0, 1, 12, 0]]
 
-
-# --- anything at all -------------------------------------------------------------------------------------------------
 
 ROUTES = [*routes_of(TrajectoryApi(ServerSettings())), ("GET", "/x"), ("HEAD", "/batch")]
 JSON_VALUES = st.recursive(
@@ -477,9 +460,6 @@ def check_consistent(app: TrajectoryApi) -> None:
     assert store.queue.groups == len(waiting) + len(back)
     assert store.queue.sequences == sum(store.groups[seq].size for seq in waiting + back)
     assert store.held_bytes == sum(group.held_bytes for group in store.groups.values())
-
-
-# --- who waits for whom ----------------------------------------------------------------------------------------------
 
 
 async def test_a_reset_while_a_status_and_a_post_wait_for_each_other_refuses_both(

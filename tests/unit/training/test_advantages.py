@@ -22,9 +22,6 @@ def one(values: list[float], mask: list[int] | None = None, *, zero: bool = Fals
     return SequenceAdvantage(np.array(values), trained, zero)
 
 
-# ---------------------------------------------------------------------- group baseline
-
-
 @pytest.mark.parametrize(
     ("scores", "settings", "expected"),
     [
@@ -79,9 +76,6 @@ def test_advantages_of_a_group_sum_to_zero_whatever_its_order(scores: list[float
     np.testing.assert_allclose(permuted, found[order], rtol=1e-6, atol=1e-9)
 
 
-# ---------------------------------------------------------------------- normalise, clip, zero
-
-
 def test_batch_normalisation_is_over_trained_tokens_by_hand() -> None:
     # Trained values 1, 3, 8 (the 99s are masked): mean 4, squares 9 + 1 + 16 = 26, over 2: std sqrt(13) = 3.6055513.
     found = finish_advantages([one([99.0, 1.0, 3.0], [0, 1, 1]), one([99.0, 8.0], [0, 1])], "batch")
@@ -123,9 +117,6 @@ def test_zeroing_one_sequence_never_changes_the_others(
 def test_global_needs_moments() -> None:
     with pytest.raises(ValueError, match="RunningMoments"):
         finish_advantages([one([1.0])], "global")
-
-
-# ---------------------------------------------------------------------- running moments
 
 
 @given(st.lists(st.lists(st.floats(-1e3, 1e3, allow_subnormal=False), max_size=8), max_size=8))

@@ -64,9 +64,6 @@ LOST = http_faults.answer({"detail": "NaN"}, status=500)
 [BODY] = random_batches(1, groups=2, group_size=4)
 
 
-# ---------------------------------------------------------------------- before the policy is loaded
-
-
 def test_it_registers_once_with_the_step_it_goes_on_from(tmp_path: Path) -> None:
     with api_of([]) as api, source_of(api, tmp_path) as source:
         for _ in range(2):
@@ -119,9 +116,6 @@ def test_an_api_that_keeps_other_values_is_refused_before_anything_is_loaded(tmp
 def test_without_an_api_the_key_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"atropos\.api_url"):
         BatchSource(_config(None), tmp_path)
-
-
-# ---------------------------------------------------------------------- waiting for a batch
 
 
 def test_lost_batches_are_counted_and_the_next_one_is_taken(tmp_path: Path) -> None:
@@ -199,9 +193,6 @@ def test_a_batch_ahead_is_prepared_in_a_thread_and_goes_back_at_the_end(tmp_path
         source.done()
         source.stop(give_back=True)
         assert throttle.expected_staleness == 1, "the first batch is not done"
-
-
-# ---------------------------------------------------------------------- prefetching
 
 
 class _Batches:

@@ -78,9 +78,6 @@ def build(*entries: dict[str, Any], **config: Any) -> SampleReport:
     return build_samples(groups(*entries), sample_settings(RunConfig.from_mapping(config), None))
 
 
-# ---------------------------------------------------------------------- what cannot be loaded
-
-
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize(
     ("path", "said"),
@@ -127,9 +124,6 @@ def test_loss_path_stands_alone() -> None:
     for other in ({"loss": {"path": f"{ME}:mean_loss", "type": "grpo"}}, {"use_advantage_weighting": True}):
         with pytest.raises(ConfigError, match="is the loss; leave"):
             RunConfig.from_mapping({"loss": {"path": f"{ME}:mean_loss"}} | other)
-
-
-# ---------------------------------------------------------------------- the loss
 
 
 def micro_batch() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -190,9 +184,6 @@ def test_under_ray_the_users_loss_is_registered_with_verl_and_decides() -> None:
     assert metrics == {"actor/sequences": 1.0}
 
 
-# ---------------------------------------------------------------------- advantages, filter, reward
-
-
 def test_a_users_advantages_replace_the_estimator_and_those_of_the_environment_replace_them() -> None:
     def rows(report: SampleReport) -> list[list[float]]:
         return [sample.advantages.tolist() for sample in report.samples]
@@ -244,9 +235,6 @@ def test_a_result_that_does_not_fit_is_refused_by_path_and_size(
     call = load(f"{ME}:wrong")
     with pytest.raises(ConfigError, match=said):
         call([] if load is extensions.load_filter else scored)
-
-
-# ---------------------------------------------------------------------- the examples of docs/extensions.md
 
 
 def test_the_floored_loss_stops_pushing_below_the_floor() -> None:

@@ -27,9 +27,6 @@ def softmax_logprob(logits: list[float], index: int) -> float:
     return logits[index] - math.log(sum(math.exp(value) for value in logits))
 
 
-# ---------------------------------------------------------------------- advantage-weighted loss
-
-
 def test_advantage_weighted_loss_by_hand() -> None:
     logprobs = torch.tensor([[0.0, -1.0, -2.0], [0.0, -0.5, -4.0]], requires_grad=True)
     advantages = torch.tensor([[9.0, 2.0, -1.0], [9.0, 1.0, 7.0]])
@@ -126,9 +123,6 @@ def test_the_pure_form_ignores_nan_logits_that_predict_no_trained_token() -> Non
     assert logits.grad[0].tolist() == [pytest.approx([1.0, -1.0]), [0.0, 0.0], [0.0, 0.0]]
 
 
-# ---------------------------------------------------------------------- clipped ratio
-
-
 def clipped_reference(new: float, old: float, advantage: float, low: float, high: float, c: float) -> float:
     """One token, in plain Python, from the paper's formulas (PPO; dual clip, arXiv 1912.09729, eq. 5)."""
     ratio = math.exp(new - old)
@@ -191,9 +185,6 @@ def test_extreme_log_ratios_stay_finite() -> None:
     output.loss.backward()
     assert output.loss.item() == 3.0
     assert new.grad.isfinite().all()
-
-
-# ---------------------------------------------------------------------- truncated importance weights
 
 
 def rollout_case(seed: int = 0, sequences: int = 5, longest: int = 9) -> dict[str, np.ndarray]:
@@ -320,9 +311,6 @@ def test_a_packed_batch_needs_sequence_ids_and_shapes_must_fit() -> None:
         importance_weights(values, values, values == 0, level="sequence")
     with pytest.raises(ValueError, match="shape"):
         importance_weights(values, values[:2], values == 0)
-
-
-# ---------------------------------------------------------------------- LM head
 
 
 @pytest.fixture

@@ -51,9 +51,6 @@ def reason(bad: dict[str, Any], **changes: Any) -> str:
     return quarantined.reason
 
 
-# ---------------------------------------------------------------------- 1, 2: masks and the causal shift
-
-
 def test_neither_position_0_nor_tool_tokens_between_two_trained_spans_are_trained() -> None:
     tokens = [[1, 2, 3, 4, 5, 6]]
     masks = [[1, 2, -100, -100, 5, 6]]
@@ -71,9 +68,6 @@ def test_a_sequence_with_nothing_trained_is_a_sample_that_adds_nothing() -> None
     assert advantages(report) == [[0.0] * 3, [0.0] * 4]
 
 
-# ---------------------------------------------------------------------- 3: inference logprobs
-
-
 @pytest.mark.parametrize(
     ("sent", "expected"),
     [
@@ -89,9 +83,6 @@ def test_logprobs(sent: Any, expected: Any) -> None:
 @pytest.mark.parametrize("absent", [None, [], {}, [[], []], [None, {}], [[1.0] * 3, [1.0] * 4]])
 def test_absent_logprobs(absent: Any) -> None:
     assert [s.rollout_logprobs for s in build(group(inference_logprobs=absent)).samples] == [None, None]
-
-
-# ---------------------------------------------------------------------- 4: advantages
 
 
 def test_group_baseline_goes_to_the_trained_tokens() -> None:
@@ -142,9 +133,6 @@ def test_global_statistics_run_on_and_are_not_touched_by_a_failed_batch() -> Non
     assert running.count == 3
 
 
-# ---------------------------------------------------------------------- 6: temperature
-
-
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -170,9 +158,6 @@ def test_policy_version_is_taken_where_it_is_an_integer() -> None:
     )
     assert [s.policy_version for s in report.samples] == [3, 4, None, None, None, None]
     assert [s.env_id for s in report.samples] == [None] * 4 + [6, 6]
-
-
-# ---------------------------------------------------------------------- 7: overlong
 
 
 def test_overlong_is_dropped_counted_logged_and_counts_in_the_baseline(caplog: pytest.LogCaptureFixture) -> None:
@@ -203,9 +188,6 @@ def test_overlong_error_and_the_exact_bound() -> None:
     assert len(build(group(), max_token_len=4, overlong="error").samples) == 2
     with pytest.raises(DataError, match=r"tokens\[1\] of group [0-9a-f]{16}: 4 tokens, more than max_token_len = 3"):
         build(group(), max_token_len=3, overlong="error")
-
-
-# ---------------------------------------------------------------------- 8: bad data
 
 
 @pytest.mark.parametrize(
@@ -283,9 +265,6 @@ def test_whatever_comes_is_quarantined_or_sound(bad: dict[str, Any], normalizati
             assert (known <= 0).all()
 
 
-# ---------------------------------------------------------------------- 9: every field is used or refused by name
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -316,9 +295,6 @@ def test_unknown_override_keys_are_logged_once_per_key(caplog: pytest.LogCapture
         "group_overrides.priority is not known to this trainer and has no effect (1 times in this batch)",
         "overrides[].weight is not known to this trainer and has no effect (2 times in this batch)",
     ]
-
-
-# ---------------------------------------------------------------------- settings, imports
 
 
 @pytest.mark.parametrize(

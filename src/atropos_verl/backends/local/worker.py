@@ -379,9 +379,6 @@ def _verl_prints_to_log() -> Iterator[None]:
         yield
 
 
-# ---------------------------------------------------------------------- the loss
-
-
 class LossFunction:
     """The loss that verl's engine calls for each micro-batch: ``(model_output, data, dp_group) -> (loss, metrics)``.
 

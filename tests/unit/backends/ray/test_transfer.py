@@ -85,9 +85,6 @@ def test_versions_are_those_of_the_trained_tokens_else_stated_else_served(
     assert (row.tag["min_global_steps"], row.tag["max_global_steps"]) == expected
 
 
-# ---------------------------------------------------------------------- advantages
-
-
 def batch(seed: int = 0, groups: int = 5) -> bytes:
     """Groups of 1-4 sequences, some with token-level advantages, some zeroed, of two turns."""
     rng = np.random.default_rng(seed)
