@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 from support.serving import eventually
+from support.trajectory_server import Clock
 
 from atropos_verl.config.schema import SuperviseConfig
 from atropos_verl.errors import ConfigError
@@ -20,14 +21,6 @@ from atropos_verl.launch.probes import StepTail
 from atropos_verl.launch.process import ServiceSpec
 from atropos_verl.launch.supervisor import WatchedService
 from atropos_verl.report.launch_view import LaunchView, attach
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def watched(tmp_path: Path, clock: Clock, *, code: str, restarts: int = 3) -> WatchedService:
@@ -56,7 +49,7 @@ def test_backoff_doubles_up_to_its_bound_then_the_service_is_given_up(tmp_path: 
         die(service)
         assert (service.returncode, service.plan_restart()) == (7, delay)
         assert (service.state, service.is_due) == ("restarting", False)
-        clock.now += delay
+        clock.pass_(delay)
     die(service)
     assert service.plan_restart() is None
     assert (service.state, service.starts, service.deaths) == ("failed", 4, 4)
@@ -70,7 +63,7 @@ def test_a_long_life_forgives_and_excused_deaths_do_not_count(tmp_path: Path) ->
     die(service)
     assert service.plan_restart() == 1.0
     die(service)
-    clock.now += 60.0  # it lived for longer than healthy_after
+    clock.pass_(60.0)  # it lived for longer than healthy_after
     assert service.plan_restart() == 1.0
     die(service)
     assert service.plan_restart(excused=True) == 1.0
@@ -121,13 +114,13 @@ def test_the_tail_gives_each_step_once(tmp_path: Path) -> None:
     assert tail.poll() == []
     path.write_text(line(1) + line(2) + '{"step": 3, "poli')
     assert [entry["step"] for entry in tail.poll()] == [1, 2]
-    assert (tail.step, tail.last_at) == (2, 100.0)
-    clock.now = 105.0
+    assert (tail.step, tail.last_at) == (2, clock())
+    clock.pass_(5.0)
     with path.open("a") as file:
         file.write('cy_version": 3}\n')
     assert [entry["step"] for entry in tail.poll()] == [3]
     assert tail.poll() == []
-    assert tail.last_at == 105.0
+    assert tail.last_at == clock()
 
 
 def test_a_resumed_run_is_followed_from_where_it_resumed(tmp_path: Path) -> None:

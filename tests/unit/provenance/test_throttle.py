@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 from support.engines import request
+from support.trajectory_server import turns
 
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
@@ -32,12 +33,6 @@ async def begins(limit: StalenessThrottle, *prompts: tuple[int, ...], n: int = 4
     begun = asking.done()
     asking.cancel()
     return begun
-
-
-async def turns() -> None:
-    """A few turns of the event loop, no time: who may begin has begun and ended then."""
-    for _ in range(5):
-        await asyncio.sleep(0)
 
 
 async def test_one_batch_and_no_more_may_be_under_way_with_bound_zero() -> None:
