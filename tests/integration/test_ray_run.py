@@ -161,9 +161,7 @@ def test_the_resumed_run_takes_the_remaining_steps(story: Story) -> None:
     assert summary["reward_first"] == pytest.approx(sum(summary["rewards"][:2]) / 2)
 
 
-def test_every_batch_was_trained_once_but_for_the_bad_group_which_is_quarantined(
-    story: Story,
-) -> None:
+def test_every_batch_is_trained_once_and_the_bad_group_quarantined(story: Story) -> None:
     assert journalled(story.run_dir) == []
     state = json.loads((story.run_dir / "checkpoints" / f"global_step_{STEPS}" / "atropos.json").read_text())
     assert state["totals"]["groups_used"] == STEPS * GROUPS - 1

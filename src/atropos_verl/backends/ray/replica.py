@@ -53,7 +53,6 @@ logger = logging.getLogger(__name__)
 _PAUSE_TIMEOUT = 120.0
 """Seconds until the running engine step must have ended."""
 _ABORT_INTERVAL = 0.05
-_DEFAULT_MAX_RUNNING = 256
 
 _SAME_NAME = ("temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", "prompt_logprobs")
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -131,7 +130,7 @@ class TransformersServer:
         lora = lora and not model_config.lora.get("merge", False)
         # Ray starts actors with one OpenMP thread; engine and trainer take turns, so each may use all cores.
         cores = min(os.cpu_count() or 1, 16)
-        max_running = settings.pop("max_running", min(self.config.max_num_seqs, _DEFAULT_MAX_RUNNING))
+        max_running = settings.pop("max_running", min(self.config.max_num_seqs, 256))
         threads = engine_threads(model.config, max_running, cores) if device == "cpu" else None
         engine = TransformersEngine(
             model,

@@ -17,9 +17,6 @@ from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, 
 
 from atropos_verl.backends.ray.weight_transfer import standalone_worker
 
-_KV_CACHE_BYTES = 256 << 20
-"""vLLM would take a share of the machine's memory that was not meant for it; more is a setting away."""
-
 
 class VLLMCpuHttpServer(vLLMHttpServer):  # type: ignore[misc]
     """verl's server actor. ``rollout.engine_kwargs.vllm`` reaches vLLM as ever."""
@@ -33,7 +30,8 @@ class VLLMCpuHttpServer(vLLMHttpServer):  # type: ignore[misc]
 
     def _preprocess_engine_kwargs(self, engine_kwargs: dict[str, Any]) -> None:
         super()._preprocess_engine_kwargs(engine_kwargs)
-        engine_kwargs.setdefault("kv_cache_memory_bytes", _KV_CACHE_BYTES)
+        # By itself vLLM would take a share of the machine's memory that was not meant for it.
+        engine_kwargs.setdefault("kv_cache_memory_bytes", 256 << 20)
 
 
 class VLLMCpuReplica(vLLMReplica):  # type: ignore[misc]
