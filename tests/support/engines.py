@@ -31,9 +31,7 @@ TINY: dict[str, Any] = {
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 
 
-def tiny_causal_lm(
-    *, seed: int = 0, family: str = "qwen2", dtype: torch.dtype = torch.float32, **overrides: Any
-) -> Any:
+def tiny_causal_lm(*, seed: int = 0, family: str = "qwen2", **overrides: Any) -> Any:
     """A random two-layer model with grouped attention heads over the 259 ids of the byte tokenizer.
 
     Its weights are drawn wide (0.15 instead of 0.02), so that greedy tokens vary and logprobs differ clearly.
@@ -44,7 +42,7 @@ def tiny_causal_lm(
     config = {"qwen2": Qwen2Config, "llama": LlamaConfig}[family](**settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 def engine_of(model: Any, **settings: Any) -> TransformersEngine:

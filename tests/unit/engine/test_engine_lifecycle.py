@@ -74,11 +74,8 @@ def test_many_threads_and_event_loops_at_once() -> None:
     with engine_of(copy.deepcopy(model), max_running=6) as engine:
 
         def from_own_loop(prompt: tuple[int, ...]) -> tuple[int, ...]:
-            async def client() -> tuple[int, ...]:
-                [answer] = await engine.agenerate(request(prompt, max_tokens=7, **GREEDY))
-                return answer.token_ids
-
-            return asyncio.run(client())
+            [answer] = asyncio.run(engine.agenerate(request(prompt, max_tokens=7, **GREEDY)))
+            return answer.token_ids
 
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(from_own_loop, given, timeout=60.0))

@@ -78,11 +78,8 @@ def test_stream_pieces_join_to_the_whole_text(codec: TextCodec) -> None:
             whole = codec.decode(ids, skip_special_tokens=True)
             _, found = cut_at_stop(whole, sampling.template.stop, include_stop=False)
             if found is not None:
-                ids = ids[
-                    : next(
-                        k for k in range(1, len(ids) + 1) if found in codec.decode(ids[:k], skip_special_tokens=True)
-                    )
-                ]
+                ends = (k for k in range(1, len(ids) + 1) if found in codec.decode(ids[:k], skip_special_tokens=True))
+                ids = ids[: next(ends)]
         expected, _ = codec.completion_text(ids, finish, sampling)  # type: ignore[arg-type]
         stream, pieces, start = StreamText(codec, sampling), [], 0
         while start < len(ids):
