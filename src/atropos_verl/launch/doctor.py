@@ -35,7 +35,7 @@ from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig
 from atropos_verl.config.model_checks import Finding, check_model, finding, weight_bytes
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposAPIError, AtroposHTTPStatusError, ConfigError
-from atropos_verl.launch.environments import interpreter, program_of
+from atropos_verl.launch.environments import interpreter, parse_script, program_of
 from atropos_verl.launch.launch import load_settings
 from atropos_verl.launch.probes import try_to_listen
 
@@ -484,7 +484,7 @@ def imported_modules(source: bytes, script: Path) -> list[str]:
     Imports inside functions and under ``try`` may be optional and are not counted. Raises ``SyntaxError``.
     """
     names = []
-    for node in ast.parse(source, str(script)).body:
+    for node in parse_script(source, script).body:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

@@ -10,6 +10,7 @@ authentication of a URL's password, and our API takes that.
 from __future__ import annotations
 
 import ast
+import gc
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -348,6 +349,21 @@ def _check_groups(config: RunConfig, launch: LaunchConfig, *, embedded: bool) ->
     return []
 
 
+def parse_script(source: bytes, script: Path) -> ast.Module:
+    """Parses ``source`` while nothing is collected. Raises ``SyntaxError`` or ``ValueError``.
+
+    CPython 3.11 counts the depth of ``ast.parse`` once per interpreter. A finaliser that logs a traceback parses too;
+    the outer call then raises ``SystemError`` (AST constructor recursion depth mismatch).
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return ast.parse(source, str(script))
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def bare_server_config(script: Path) -> int | None:
     """The line of ``script`` where a ``config_init`` returns a bare ``APIServerConfig``; None: none was found.
 
@@ -356,7 +372,7 @@ def bare_server_config(script: Path) -> int | None:
     tuples and names assigned in the same function. A file that is no Python gives None: it fails soon enough by itself.
     """
     try:
-        tree = ast.parse(script.read_bytes(), str(script))
+        tree = parse_script(script.read_bytes(), script)
     except (OSError, SyntaxError, ValueError):
         return None
     for function in ast.walk(tree):
