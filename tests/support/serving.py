@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,3 +47,15 @@ def eventually(condition: Callable[[], bool], what: str, timeout: float = 15.0) 
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
         time.sleep(0.005)
+
+
+def exit_code_in_a_child(action: Callable[[], int]) -> int:
+    """What ``action`` returns in a fork of this process, whose limits and signals it may change; 1: it raised."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = action()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

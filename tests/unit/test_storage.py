@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from support.serving import eventually
+from support.serving import eventually, exit_code_in_a_child
 
 from atropos_verl.errors import StorageDamagedError, StorageWriteError
 from atropos_verl.storage import RecordStore, network_file_system, write_atomic
@@ -182,15 +182,7 @@ def test_a_network_disk_is_warned_about(
 
 def test_a_full_disk_refuses_the_write_and_all_after_it_until_recovery(tmp_path: Path) -> None:
     """RLIMIT_FSIZE stands for the full disk."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            code = _fill_up(tmp_path)
-        finally:
-            os._exit(code)
-    _, result = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(result) == 0
+    assert exit_code_in_a_child(lambda: _fill_up(tmp_path)) == 0
     store = opened(tmp_path)
     assert rows(store) == {1: b"1", 4: b"4", "note": b"kept"}
     store.close()

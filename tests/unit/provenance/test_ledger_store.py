@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.serving import exit_code_in_a_child
 from test_ledger import PROMPT, U, one, query, versions, wrote
 
 from atropos_verl.provenance.attribution import SequenceQuery, look_up
@@ -249,15 +250,7 @@ def test_two_processes_cannot_keep_one_log(tmp_path: Path, caplog: pytest.LogCap
 
 def test_a_full_disk_costs_the_log_and_nothing_else(tmp_path: Path) -> None:
     """RLIMIT_FSIZE stands for the full disk."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            code = _fill_up(tmp_path)
-        finally:
-            os._exit(code)
-    _, result = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(result) == 0
+    assert exit_code_in_a_child(lambda: _fill_up(tmp_path)) == 0
     with process(tmp_path, 3) as after:
         assert len(after) == 0
 
