@@ -8,8 +8,6 @@ untyped decode of the body, which leaves lists of Python numbers. Prints JSON: m
 peak of the traced memory (tracemalloc: Python objects and numpy arrays) of a separate run.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

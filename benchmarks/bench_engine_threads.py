@@ -9,8 +9,6 @@ per step (median, least), their ratio (above 1: more threads are slower), what `
 much slower that is than the better of the two (medians).
 """
 
-from __future__ import annotations
-
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported

@@ -11,8 +11,6 @@ a process of its own that is asked in turn; it samples with logprobs as the engi
 of each side and the ratios. Counted are the tokens asked for.
 """
 
-from __future__ import annotations
-
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the training command; read when torch is imported

@@ -6,8 +6,6 @@ token by token. The store's floor is one ``write`` of the same bytes; ``stored``
 Prints medians and ratios as JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -10,8 +10,6 @@ the last steps, held-out score after the same number of groups. ``ratio`` is the
 per second over sync's.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -16,8 +16,6 @@ same samples, in one process, in turn.
 what ``waste`` says. Prints JSON: median real tokens per second, wall and processor time, ratios.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -6,8 +6,6 @@ medians in seconds and the ratios as JSON. ``--megabytes`` is the size of the mo
     python benchmarks/bench_ray_weights.py
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

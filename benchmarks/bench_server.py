@@ -8,8 +8,6 @@ about 35 MB of JSON. Run it on an idle machine:
 Figures are medians; throughput is in tokens per second. ``ratio`` is ours over upstream's.
 """
 
-from __future__ import annotations
-
 import argparse
 import http.client
 import json

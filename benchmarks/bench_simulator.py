@@ -13,8 +13,6 @@ run, ``steady`` is 300 steps. Both leave the first three out, and so does what w
 predicted minus measured, in percentage points. About 7 minutes on two idle cores.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io

@@ -10,8 +10,6 @@ command is run in every round too. Words given are added to both commands. Print
 the command tells them, from its start to their beginnings; ``end`` is the end of the process.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -14,8 +14,6 @@ no forward pass ran, compared with one decode step; ``next_token_delay`` is by h
 came later than one decode step after the last one before it (computing KV anew is work, not a pause).
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

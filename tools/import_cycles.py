@@ -12,8 +12,6 @@ Modules that are named by a string (``importlib``, ``python -m``, worker classes
 because only the run decides whether they are loaded. They are listed for the reader.
 """
 
-from __future__ import annotations
-
 import ast
 import graphlib
 import importlib.util

@@ -17,8 +17,6 @@ Everything random comes from ``--seed``; another machine or thread count changes
 moves the success rates by about a point.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -6,8 +6,6 @@ it has of its own is its name and its words; tasks, scores and arguments are tho
 Errors: a ``ValueError`` at start for settings that leave no word.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 from pathlib import Path

@@ -19,8 +19,6 @@ Errors: a ``ValueError`` at start for settings that leave no task; a failed gene
 then goes on with the next word.
 """
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import hashlib

@@ -4,8 +4,6 @@ Names are imported on first use, so ``import atropos_verl`` needs neither torch 
 ``__init__.pyi``, so that this module, which every other one runs first, imports none of them.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

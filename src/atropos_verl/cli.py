@@ -1,7 +1,5 @@
 """``atropos-verl``: the command line. Nothing heavy is imported before the subcommand is known."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import logging

@@ -4,8 +4,6 @@ Every class can be pickled with its attributes (they cross process boundaries un
 first and has defaults for all else, so that ``Exception`` rebuilds the error from its message and its attributes.
 """
 
-from __future__ import annotations
-
 
 class AtroposVerlError(Exception):
     """Base of every error this package raises on purpose."""

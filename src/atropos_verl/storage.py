@@ -15,8 +15,6 @@ a network disk      A warning says what still holds.
 =================== ===============================================================================================
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import logging

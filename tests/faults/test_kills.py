@@ -4,8 +4,6 @@ Real processes all the way, with and without an overlapped trainer. Each test al
 is the proof that the run before left a directory that can be resumed.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -4,8 +4,6 @@ One run takes most faults, one after the other; ``ATROPOS_VERL_FREEZE_SECONDS`` 
 (20 is what is promised; less to try a change).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -4,8 +4,6 @@ The trainer is a process with the real client, journal and leases; only the mode
 (``support/light_trainer.py``). ``ATROPOS_KILL_ROUNDS`` sets the number of kills (12).
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

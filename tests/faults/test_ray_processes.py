@@ -4,8 +4,6 @@ They leave the process group and the session of the driver; the mark in their en
 The other way round, a launch on Ray goes on when any of its services is killed, the trainer included.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

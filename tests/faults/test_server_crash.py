@@ -4,8 +4,6 @@ acked twice.
 ``ATROPOS_CRASH_ROUNDS`` sets the number of kills (12; the bar is 100).
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging

@@ -3,8 +3,6 @@
 Weights are compared bit by bit: what is trained does not depend on the mode, nor on when the run was interrupted.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

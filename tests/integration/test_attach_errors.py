@@ -3,8 +3,6 @@
 torch takes seconds to import, so in these runs it cannot be imported at all: who tries gets another message.
 """
 
-from __future__ import annotations
-
 import socket
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A real atroposlib environment posts many groups at once to the real API: none is counted twice, none given up."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

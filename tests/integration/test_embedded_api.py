@@ -1,7 +1,5 @@
 """The trajectory API that a run starts for itself: what it keeps, and from whom."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A user's four functions in whole steps of the local backend: what they return is what is trained."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 Tokens come from the fake engine, so that every token, logprob and mask is known by hand.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The gateway in front of the real embedded engine: what arrives over HTTP is what the weights say."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One launch with everything that has a key or a score: a protected API, a gateway with a key, held-out evaluation."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The ledger knows what clients are sent over real HTTP, by every dialect: token, version, logprob."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

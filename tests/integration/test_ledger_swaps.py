@@ -5,8 +5,6 @@ logprob is ``spelled(v)``, distinct for every version, whatever the prompt: what
 weights wrote it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import math

@@ -1,7 +1,5 @@
 """Whole training runs against what the environment was told: staleness by an oracle, drift at lr = 0, bounds, edits."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -1,7 +1,5 @@
 """Live runs on Ray with the demo environment: a sync that is skipped shows, two raylets, the asynchronous modes."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The ``transformers`` replica on a real Ray, beside a real training worker of verl."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 from itertools import pairwise

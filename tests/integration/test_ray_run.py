@@ -4,8 +4,6 @@ The batches are posted by the test to our own trajectory API; the run attaches t
 step, what the local backend trains on the same batches and weights.
 """
 
-from __future__ import annotations
-
 import json
 from itertools import pairwise
 from pathlib import Path

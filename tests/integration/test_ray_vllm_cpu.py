@@ -1,7 +1,5 @@
 """vLLM's CPU build as a replica on a real Ray. Its extra is large and not in `make install`: see docs/cluster.md."""
 
-from __future__ import annotations
-
 import asyncio
 import importlib.util
 from pathlib import Path

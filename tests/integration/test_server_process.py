@@ -1,7 +1,5 @@
 """The server over real HTTP: our client, restarts, responses that nobody reads, the command line."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import os

@@ -1,7 +1,5 @@
 """atroposlib's own API tests against our server. They ship in its wheel, and expect the server on port 8000."""
 
-from __future__ import annotations
-
 import socket
 import subprocess
 import sys

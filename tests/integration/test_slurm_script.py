@@ -1,7 +1,5 @@
 """``recipe/atropos/slurm/train.sh`` with stand-ins for SLURM's two programs: two nodes are two loopback addresses."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

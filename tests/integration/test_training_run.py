@@ -1,7 +1,5 @@
 """Whole runs in processes of their own: attached to an API that the user runs, and under torchrun."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

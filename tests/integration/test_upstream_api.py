@@ -1,7 +1,5 @@
 """The client against the real trajectory API of atroposlib, over HTTP, in a process of its own."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """atroposlib's own clients of an inference server, pointed at a gateway."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -5,8 +5,6 @@ rollouts that the trainer samples itself, and keeps what it saw; each ``check_*`
 returns a line for the table.
 """
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 import time

@@ -1,7 +1,5 @@
 """Tiny embedded engines, and the plain forward passes their answers are checked against."""
 
-from __future__ import annotations
-
 import threading
 from typing import Any
 

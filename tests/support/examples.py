@@ -1,7 +1,5 @@
 """The scripts under ``examples/`` as modules."""
 
-from __future__ import annotations
-
 import sys
 from importlib import util
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A hand-written ``GenerationEngine`` whose every token, logprob and version can be worked out by hand."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Callable, Sequence

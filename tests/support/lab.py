@@ -1,7 +1,5 @@
 """A trainer in this process on batches that the test wrote: two paths to one step can be compared bit by bit."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager

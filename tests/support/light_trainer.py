@@ -5,8 +5,6 @@ the state of its last checkpoint, as the weights of a real one would be. It stop
 nothing is left.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -3,8 +3,6 @@
 Every group starts as a good one and gets exactly one fault, so a group that is not refused points at one missing check.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What tests plug into runs on Ray by its path: the processes of a run import it from ``tests/``."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback

@@ -1,7 +1,5 @@
 """verl's workers and replicas on a real, small Ray: what a trainer builds around its loop, without the loop."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

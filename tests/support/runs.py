@@ -10,8 +10,6 @@
 Every process of a run inherits a mark in its environment, so that those whose parent died are found as well.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Seeded training samples for tests of worker and trainer."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from atropos_verl.types import TrainingSample

@@ -1,7 +1,5 @@
 """A trajectory API whose batches the test writes: the same ones in the same order, whoever asks and however often."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """A gateway over real HTTP for the length of a ``with`` block."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Iterator

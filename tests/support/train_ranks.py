@@ -1,7 +1,5 @@
 """Run under torchrun: two training steps on fixed samples; rank 0 writes what it saw as JSON to ``sys.argv[2]``."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Our trajectory API for tests: groups to post, a clock to set, and the server as a process that can be killed."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -3,8 +3,6 @@
 A file that asks for ``client`` has a fixture ``engine``: the fake of ``served``, set to the replies its tests expect.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

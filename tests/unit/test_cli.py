@@ -1,7 +1,5 @@
 """The command line as a process: what it prints, its exit codes, and what it does not import."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

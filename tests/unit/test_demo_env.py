@@ -1,7 +1,5 @@
 """The demo environment: split, reward, token-exact groups and evaluation, against a real HTTP server in a thread."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

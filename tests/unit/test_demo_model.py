@@ -1,7 +1,5 @@
 """The shipped model: loads by the standard classes, keeps every byte, and is as good and as bad as documented."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The error tree: parents that callers catch, messages, and pickling (errors cross processes under Ray)."""
 
-from __future__ import annotations
-
 import inspect
 import pickle
 

@@ -1,7 +1,5 @@
 """The check of ``make check`` finds a cycle of every kind, and none where there is none."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 

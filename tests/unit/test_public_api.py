@@ -1,7 +1,5 @@
 """The names and signatures that other code is written against."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import importlib

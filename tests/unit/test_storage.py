@@ -1,7 +1,5 @@
 """Atomic files, and the record store: what survives, what is refused, and what is said of it."""
 
-from __future__ import annotations
-
 import logging
 import os
 import resource

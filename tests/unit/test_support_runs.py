@@ -1,7 +1,5 @@
 """The test suite's own watch over a run: what the run did last is seen, however the two fall together."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Reads when the groups of a recorded run came: ``arrivals.jsonl`` of the trajectory API (``server/batcher.py``)."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

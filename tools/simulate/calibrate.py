@@ -15,8 +15,6 @@ such a group with probability answer seconds / post seconds::
     late batches / batches = 1 - (1 - answer seconds / post seconds)^n
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace

@@ -16,8 +16,6 @@ a new one. One environment posts one group at a time, since it is one Python pro
 ``tests/unit/simulate/test_environment.py`` runs both, this and atroposlib's own class, on one script and compares.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from itertools import islice

@@ -1,7 +1,5 @@
 """An inference engine as a queue: sequences share its tokens per second, and each has a speed it cannot exceed."""
 
-from __future__ import annotations
-
 import heapq
 import itertools
 import math

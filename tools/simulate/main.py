@@ -1,7 +1,5 @@
 """``atropos-verl simulate``."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,7 +1,5 @@
 """The result of a simulated run."""
 
-from __future__ import annotations
-
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The trajectory API's part of a simulation: its own queue and its own choice of batches."""
 
-from __future__ import annotations
-
 from atropos_verl.protocol.messages import BatchPolicy
 from atropos_verl.server.batcher import GroupQueue, QueueView, StoredGroup, choose_batch
 from simulate.generation import Group

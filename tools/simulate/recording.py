@@ -1,7 +1,5 @@
 """A recorded run: what ``metrics.jsonl`` says of every step, and ``config.json`` of its settings."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from dataclasses import dataclass, replace

@@ -9,8 +9,6 @@ ones first. Where between two syncs they began was not recorded, so the middle i
 own staleness again; with others a group may be one version off.
 """
 
-from __future__ import annotations
-
 import heapq
 import itertools
 import math

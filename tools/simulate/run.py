@@ -6,8 +6,6 @@ are too stale (``training.staleness``) are the code of a real run. The rest is a
 loop runs them (``Environment``).
 """
 
-from __future__ import annotations
-
 import heapq
 import itertools
 import math

@@ -1,7 +1,5 @@
 """The schedule of a run's ``mode``: who waits for whom."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

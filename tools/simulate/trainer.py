@@ -1,7 +1,5 @@
 """The trainer on the virtual clock: waits, trains, syncs, and keeps the figures of every step."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The simulated run: durations, and the rules of one configuration."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Files that ship with the package: the demo's pre-trained base model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 __all__ = ["demo_model_path"]

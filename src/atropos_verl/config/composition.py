@@ -3,8 +3,6 @@
 Precedence, weakest first: schema defaults, the YAML file, environment variables, the command line.
 """
 
-from __future__ import annotations
-
 import difflib
 import secrets
 from collections.abc import Mapping, Sequence

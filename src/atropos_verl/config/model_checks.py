@@ -1,7 +1,5 @@
 """Checks of the model directory: files, tokenizer against embedding, context. Only JSON is read, no weights."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ The files are Hydra files over verl's ``ppo_trainer``, so every setting of verl 
 ``atropos`` holds what verl has no name for, with the keys of the local backend's schema (``config.schema``).
 """
 
-from __future__ import annotations
-
 import importlib.util
 import time
 from collections.abc import Iterator, Sequence

@@ -18,8 +18,6 @@ takes logprobs after top-p, keeps no policy version and cannot stop at a token b
 5 s and is several times slower (``benchmarks/bench_generation.py --manager``).
 """
 
-from __future__ import annotations
-
 import asyncio
 import atexit
 import contextlib

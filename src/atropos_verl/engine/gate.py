@@ -21,8 +21,6 @@ paused. ``pause`` and ``drain`` raise ``EngineError`` when another thread change
 ``resume`` to open it, or ``pause`` / ``drain`` again.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import threading

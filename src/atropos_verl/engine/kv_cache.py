@@ -5,8 +5,6 @@ capacity, head_dim]``. The rows in use are always ``0 .. n-1``, so a decode step
 view; nothing is gathered and nothing is concatenated per token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

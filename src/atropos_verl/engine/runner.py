@@ -3,8 +3,6 @@
 Shapes: ``U`` distinct prompts, ``P`` longest of them, ``n`` running sequences, ``V`` vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Which sequences run together: the next prefill from the queue, and the batch that is decoded. Used by one thread."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 

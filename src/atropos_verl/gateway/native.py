@@ -4,8 +4,6 @@ Atropos asks for tokens and logprobs through these. vLLM and SGLang share the pa
 ``prompt`` / ``prompt_token_ids`` is vLLM, ``input_ids`` / ``text`` / ``sampling_params`` is SGLang.
 """
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Sequence
 from operator import itemgetter

@@ -5,8 +5,6 @@ Extensions: ``top_k``, ``min_p``, ``stop_token_ids``, ``ignore_eos``, ``skip_spe
 ``policy_version``, ``policy_versions``.
 """
 
-from __future__ import annotations
-
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence

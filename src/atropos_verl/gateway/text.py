@@ -1,7 +1,5 @@
 """Text ⇄ tokens for the gateway: prompts, completions, and completions that are still being written."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

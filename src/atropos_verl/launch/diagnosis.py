@@ -1,7 +1,5 @@
 """Explains a run that gets no batches: the facts, and what to check. Pure: a state in, text out."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

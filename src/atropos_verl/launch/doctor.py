@@ -4,8 +4,6 @@ Each check returns findings. Nothing is started and no library is imported for i
 metadata, environments by reading their script.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import itertools

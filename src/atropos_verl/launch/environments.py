@@ -7,8 +7,6 @@ the password in the API's URL: Atropos cannot send a bearer token, but its HTTP 
 authentication of a URL's password, and our API takes that.
 """
 
-from __future__ import annotations
-
 import ast
 import gc
 import sys

@@ -6,8 +6,6 @@ whose trainer is a process of its own therefore writes the commands (``ENV evalu
 to ``run_dir/eval/progress.json``.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Mapping

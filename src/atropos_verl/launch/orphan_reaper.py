@@ -16,8 +16,6 @@ The service is its process group, and (Linux) every process that carries TOKEN i
 group by ``setsid``, and a service whose group the owner had no time to tell.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import select

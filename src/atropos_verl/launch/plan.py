@@ -1,7 +1,5 @@
 """Configuration → everything that a run starts, as data: pure, so a plan can be printed, tested and run by hand."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -1,7 +1,5 @@
 """A look at a running system from outside: ports, the API's status, the gateway's health, new lines of the metrics."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import os

@@ -1,7 +1,5 @@
 """Runs one child process with its descendants: a log, its exit status, an end that leaves nothing behind."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -1,7 +1,5 @@
 """One request to a trajectory API: bounded in time, its failures translated into ``errors``."""
 
-from __future__ import annotations
-
 import errno
 import json
 import socket

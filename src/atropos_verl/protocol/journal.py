@@ -14,8 +14,6 @@ lease that it came with. A batch without a ``.meta.json`` was not trained on yet
 writing end in ``.tmp``; they are removed, and the log says so.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

@@ -26,8 +26,6 @@ one that is in the journal already is not taken a second time.
 An upstream API gives no leases. Its batches are ours from the moment they leave it, and the same code journals them.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

@@ -11,8 +11,6 @@ A typed msgspec decoder reads a group. What it refuses (NaN, lone surrogates, un
 again with Python's ``json``, which accepts it or finds the place to name.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -28,8 +28,6 @@ that does not fit (a field of an unexpected type, an unknown name) has ``"json":
 its JSON follows, padded with spaces.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import struct

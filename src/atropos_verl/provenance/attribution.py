@@ -12,8 +12,6 @@ What the records that are left agree on is known. What they do not agree on (the
 counts as ambiguous, and nothing is guessed.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -13,8 +13,6 @@ What goes on with something generated before (the next turn of an episode) is ne
 older.
 """
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import time

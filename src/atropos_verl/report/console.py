@@ -1,7 +1,5 @@
 """Shows a training run: a live table on a terminal, plain lines anywhere else, and a summary at the end."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import time

@@ -1,7 +1,5 @@
 """Formats numbers and curves for people."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

@@ -4,8 +4,6 @@
 directory only, so it disturbs nothing.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Mapping

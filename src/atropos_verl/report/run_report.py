@@ -3,8 +3,6 @@
 A run directory is only read, whether the run is over, going on, or dead.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

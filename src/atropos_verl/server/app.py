@@ -4,8 +4,6 @@ A server on the loopback without a token is still reachable by every web page th
 their site in ``Origin``, or (DNS rebinding) in ``Host``. Both are checked before anything else.
 """
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import contextlib

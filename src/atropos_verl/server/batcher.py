@@ -17,8 +17,6 @@ Environments with a ``min_batch_allocation`` get at least ``int(batch_size * sha
 more than the batch are scaled down (upstream's rule).
 """
 
-from __future__ import annotations
-
 import bisect
 import heapq
 from collections import Counter, deque

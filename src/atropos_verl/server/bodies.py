@@ -14,8 +14,6 @@ that it has the batch. For one without, the end of the connection tells::
              └────``delivery_grace`` seconds without either────▶ delivered
 """
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import importlib

@@ -1,7 +1,5 @@
 """Runs the API: ``atropos-verl serve-api`` until a signal, ``TrajectoryServer`` in a thread of this process."""
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

@@ -1,7 +1,5 @@
 """``ServerSettings``: what the operator of a trajectory API decides. The trainer's wishes come with ``/register``."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path

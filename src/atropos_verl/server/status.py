@@ -3,8 +3,6 @@
 All come from counts, in time that does not grow with the queue.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator

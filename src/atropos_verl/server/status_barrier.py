@@ -15,8 +15,6 @@ is a few turns of its event loop before it takes the group off its list, or acts
 Nobody waits much longer than ``PATIENCE`` seconds: then it is as if there were no barrier.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import Callable

@@ -13,8 +13,6 @@ A batch, from the moment it is formed::
                                    └──late ack (nobody has it yet)─────▶ closed
 """
 
-from __future__ import annotations
-
 import asyncio
 import bisect
 import itertools

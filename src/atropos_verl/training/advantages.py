@@ -5,8 +5,6 @@ sequence never changes another one's advantage, and a zeroed sequence stays at e
 moved it away.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -13,8 +13,6 @@ several (``next``). ``protocol.leases`` has the crash table. This module imports
 the policy is loaded.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

@@ -10,8 +10,6 @@
     run_dir/journal/                         batches, with their leases, that no checkpoint covers yet
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import asdict, dataclass, field

@@ -1,7 +1,5 @@
 """Refused groups are kept in one JSON file each, with the reason and the group exactly as it came."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

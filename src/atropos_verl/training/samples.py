@@ -4,8 +4,6 @@ Nothing is dropped silently: a group that cannot be trained on is quarantined wi
 counted, a field nobody uses is refused by name.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections import Counter

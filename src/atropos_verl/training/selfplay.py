@@ -1,7 +1,5 @@
 """Rollouts that the trainer samples itself: generate → score → submit, as an environment would over HTTP."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any

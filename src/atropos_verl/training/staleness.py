@@ -5,8 +5,6 @@ that it was trained on. Tokens that are taken out of training are masked, groups
 neither takes part in the statistics of the batch.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import time

@@ -1,7 +1,5 @@
 """One step in numbers, for both backends: its line in ``metrics.jsonl``, the totals of a run, ``summary.json``."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

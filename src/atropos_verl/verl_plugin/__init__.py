@@ -3,8 +3,6 @@
 ``activate(device)`` prepares the environment variables verl reads at import; call it before the first verl import.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

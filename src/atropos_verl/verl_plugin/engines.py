@@ -11,8 +11,6 @@ attention uses. A probe at the first batch shows if the model computes the same.
 Import this module after ``verl_plugin.activate``; importing it registers the engines in this process.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ Loaded by verl itself through ``VERL_USE_EXTERNAL_MODULES`` (see ``verl_plugin.a
 Remove when verl registers a ``cpu`` platform.
 """
 
-from __future__ import annotations
-
 import contextlib
 import types
 from collections.abc import Callable

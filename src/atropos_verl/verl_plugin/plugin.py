@@ -12,8 +12,6 @@ rollout name     engine
 ================ =======================================================================
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import os

@@ -4,8 +4,6 @@ Each says what the fault is and when it can be removed. Two have to be elsewhere
 (``backends/ray/vllm_cpu_worker.py``), and ``VERL_LOGGING_LEVEL=WARN`` (``backends/ray/task_runner.py``).
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import logging

@@ -1,7 +1,5 @@
 """Schema, YAML and command line → RunConfig: values accepted and refused, and the key that an error names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The Ray configurations: every shipped file composes and validates; what is wrong is named by its key."""
 
-from __future__ import annotations
-
 import importlib.util
 import subprocess
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The embedded engine's output, against plain forward passes of the same model."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The engine's attention and cache on several architectures, and grouped attention against float64 by hand."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

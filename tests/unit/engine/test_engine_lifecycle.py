@@ -1,7 +1,5 @@
 """The embedded engine over time: slots and queue, aborts, failures, the end."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import os

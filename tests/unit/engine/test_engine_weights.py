@@ -1,7 +1,5 @@
 """New weights in a running engine: pauses, swaps in mid-generation, released memory, and weights that do not fit."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor

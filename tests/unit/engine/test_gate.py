@@ -1,7 +1,5 @@
 """``RequestGate``: what passes in which state, what each call waits for, and that no wait is endless."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor

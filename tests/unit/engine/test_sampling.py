@@ -1,7 +1,5 @@
 """Sampling against exact probabilities worked out by hand, and against transformers' own warpers."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """All endpoints share key, errors, health, metrics, pauses, and the end of requests whose client goes away."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

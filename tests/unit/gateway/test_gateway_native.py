@@ -1,7 +1,5 @@
 """/generate in the dialects of vLLM, SGLang and trl: values of every field that clients read."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import httpx

@@ -1,7 +1,5 @@
 """/v1/chat/completions and /v1/completions: values of every field, streaming, refusals."""
 
-from __future__ import annotations
-
 import json
 import logging
 from typing import Any

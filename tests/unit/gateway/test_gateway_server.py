@@ -1,7 +1,5 @@
 """GatewayServer: start, stop, ports, signals."""
 
-from __future__ import annotations
-
 import logging
 import signal
 import socket

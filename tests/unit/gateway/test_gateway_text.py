@@ -1,7 +1,5 @@
 """Text of completions: stop strings, special tokens, and pieces of a stream that join to the whole."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """The doctor against machines, packages and models that are really broken."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

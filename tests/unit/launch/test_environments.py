@@ -1,7 +1,5 @@
 """Environments → commands: arguments, shares of the batch, keys by a private file, the bare server configuration."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Settings of a launch → plan, for both backends: refused words, shipped files, commands, keys."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Restarts, the step tail, the diagnosis and attach, by hand-written states and real processes."""
 
-from __future__ import annotations
-
 import io
 import json
 import sys

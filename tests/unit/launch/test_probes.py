@@ -1,7 +1,5 @@
 """Ports and requests against real sockets; the gateway's counters; the entries of a process at the API."""
 
-from __future__ import annotations
-
 import http.server
 import socket
 import threading

@@ -1,7 +1,5 @@
 """Services as real child processes: every test looks at pids and signals, nothing is patched."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """What the user is told: one true reason for each way in which the API can fail."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import socket

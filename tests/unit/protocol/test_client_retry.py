@@ -1,7 +1,5 @@
 """Which calls are tried again, counted at a real server that misbehaves."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable, Iterator

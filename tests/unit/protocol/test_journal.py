@@ -1,7 +1,5 @@
 """A batch survives whatever happens after it was fetched: kill -9, a full disk, a resume from an older step."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

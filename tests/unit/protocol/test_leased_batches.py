@@ -3,8 +3,6 @@
 A killed process is one whose lease keeper stopped and whose objects are made anew from the run directory.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The packed wire against JSON: what a trainer gets is the same, group by group."""
 
-from __future__ import annotations
-
 import json
 import random
 from dataclasses import replace

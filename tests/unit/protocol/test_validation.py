@@ -1,7 +1,5 @@
 """The door: what is refused, with field, sequence, index and value; and what is let in as it came."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

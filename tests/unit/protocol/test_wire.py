@@ -1,7 +1,5 @@
 """The wire: values, absence, defects; one bad group among good ones; both readers agree."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The ledger by values: what was written after which ids, and what it must not claim to know."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor

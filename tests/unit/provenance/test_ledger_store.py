@@ -1,7 +1,5 @@
 """The ledger over a restart, by values: what is known again, what lost weights count as, damage, bounds, full disks."""
 
-from __future__ import annotations
-
 import logging
 import os
 import random

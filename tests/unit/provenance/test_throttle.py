@@ -1,7 +1,5 @@
 """The throttle by hand: batches of 8 sequences begin or wait."""
 
-from __future__ import annotations
-
 import asyncio
 
 import pytest

@@ -1,7 +1,5 @@
 """The text that a run shows: captured from real rich consoles, compared with lines written by hand."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

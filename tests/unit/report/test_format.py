@@ -1,7 +1,5 @@
 """Numbers and curves for people, against strings written by hand."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

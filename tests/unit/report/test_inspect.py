@@ -3,8 +3,6 @@
 Ids of the demo model's tokenizer: a = 64, b = 65, c = 66, newline = 198, <|im_end|> = 258.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import json

@@ -1,7 +1,5 @@
 """``atropos-verl report``: run directories written here, what is shown of them read back by value."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

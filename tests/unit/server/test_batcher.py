@@ -1,7 +1,5 @@
 """The choice of a batch: exact sums of group sizes, each rule of the policy by example, and upstream's own cases."""
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import combinations
 from typing import Any

@@ -1,7 +1,5 @@
 """A restart finds the same state after any sequence of commands; torn writes, damage and full disks."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """Every route over ASGI: status words, bounds, tokens, origins, encodings, figures; and a fuzzer over all of them."""
 
-from __future__ import annotations
-
 import asyncio
 import gzip
 import importlib.util

@@ -1,8 +1,6 @@
 """The thirteen mixes of group sizes on which upstream's server stalls or runs dry, 400 groups each: every group is
 handed out, exactly once, the oldest first, and in the number of batches that the sizes allow."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

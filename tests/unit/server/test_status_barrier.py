@@ -1,7 +1,5 @@
 """``/status-env`` and the posts of one environment wait for each other."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable
 

@@ -1,7 +1,5 @@
 """Leases, acks, duplicates, registrations and bounds of the store, on a clock that the test sets."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

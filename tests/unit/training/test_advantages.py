@@ -1,7 +1,5 @@
 """Group baselines and the order of what follows, against hand-worked numbers and verl's own functions."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Any

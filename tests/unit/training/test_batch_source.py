@@ -1,7 +1,5 @@
 """The batch source: registration, the order of what is taken, retries, prefetch, and what goes back at the end."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager

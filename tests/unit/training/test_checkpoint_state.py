@@ -1,7 +1,5 @@
 """Our state beside verl's checkpoints: what is read back, what is refused, and which checkpoints are kept."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -3,8 +3,6 @@
 Every function named here by ``test_extensions:…`` is one of this module.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -1,7 +1,5 @@
 """Losses against numbers worked out by hand and against float64 formulas written independently here."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Quarantine files: written, looked at as plain JSON, read back byte for byte."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """From scored groups to samples, with values worked out by hand."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

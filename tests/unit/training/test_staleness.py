@@ -1,7 +1,5 @@
 """A batch with what the ledger knows of it, by values: versions, logprobs, temperature, drops, and what is said."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import replace
 from pathlib import Path

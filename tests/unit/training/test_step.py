@@ -1,7 +1,5 @@
 """metrics.jsonl and summary.json, read back with the standard library; totals, idle share, held-out scores."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -1,7 +1,5 @@
 """AtroposShardingManager: the order of its calls, its exceptions, its canary."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import partialmethod
 from typing import Any

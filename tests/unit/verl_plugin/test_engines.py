@@ -1,7 +1,5 @@
 """Joined sequences give the loss, gradients and logprobs of separate ones; the head computes only trained rows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """Platform and registrations in verl, in processes of their own (verl keeps its choice), and vLLM's CPU build."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import subprocess

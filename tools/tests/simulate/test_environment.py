@@ -1,7 +1,5 @@
 """The model of an environment against atroposlib's own class: both on one virtual clock, compared by values."""
 
-from __future__ import annotations
-
 import asyncio
 import heapq
 import itertools

@@ -4,8 +4,6 @@
 training and weight sync go into its prediction.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

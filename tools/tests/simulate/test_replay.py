@@ -1,7 +1,5 @@
 """Recorded arrivals once more: by hand on a small run, and a recorded one, which must give its own figures again."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The simulator against cases that can be computed by hand, and its command."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

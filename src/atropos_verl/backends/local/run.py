@@ -3,8 +3,6 @@
 The processes around it belong to the caller, who hands in callables. Nothing here imports torch before ``run``.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import signal

@@ -6,8 +6,6 @@ for the next one. A batch is acked when the trainer says that a step consumed it
 and the step of each, are kept beside the journalled batch (``batch_N.parts.json``) until all of it is consumed.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import queue

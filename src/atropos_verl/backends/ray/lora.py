@@ -7,8 +7,6 @@ Formula: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; 
 with rsLoRA (Kalajdzievski, 2023).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 

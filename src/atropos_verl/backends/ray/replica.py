@@ -15,8 +15,6 @@ arrives while stopped           waits; with ``reject_request`` it is returned ``
 Every answer says which policies (global steps) sampled its first and its last token.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

@@ -3,8 +3,6 @@
 The processes around it belong to the caller, who hands in callables.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

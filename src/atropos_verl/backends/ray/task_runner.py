@@ -4,8 +4,6 @@ The task runner is a Ray actor that holds trainer, gateway and trajectory feed (
 another machine than the command.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

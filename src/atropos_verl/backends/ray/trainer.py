@@ -11,8 +11,6 @@ mode                while the trainer trains                                the 
 ==================  ======================================================  ====================================
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time

@@ -15,8 +15,6 @@ Later the advantages of a step replace verl's (``finish_batch``): verl's estimat
 the environment, forced zeros, normalisation over the trained tokens of the step, or clipping.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

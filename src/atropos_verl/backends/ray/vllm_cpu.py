@@ -7,8 +7,6 @@ machine run verl's vLLM path.
 Needs a C++ compiler (vLLM compiles kernels when it starts) and a model with a head size of 32 or more.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

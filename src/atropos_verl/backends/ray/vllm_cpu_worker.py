@@ -1,7 +1,5 @@
 """verl's extension of vLLM's worker process, made to work on a CPU. vLLM imports it in that process."""
 
-from __future__ import annotations
-
 from typing import Any, Self
 
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension

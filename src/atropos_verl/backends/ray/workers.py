@@ -7,8 +7,6 @@ Ray imports this module in every process that trains. It registers, under verl's
 - the engines of ``verl_plugin.engines``.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

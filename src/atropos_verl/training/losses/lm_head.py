@@ -9,8 +9,6 @@ sides. That is as many products as the plain formula makes, and one [N, V] buffe
 ``KEEP_BYTES`` of ``D`` are kept; rows beyond them are computed again in the backward, one bufferful after the other.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

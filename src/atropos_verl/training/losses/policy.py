@@ -20,8 +20,6 @@ below the cap, and its variance grows with length. Log ratios are taken within Â
 ratio 1 and count in no figure.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

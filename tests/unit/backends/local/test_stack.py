@@ -1,7 +1,5 @@
 """Threads of engine and trainer, and the garbage collector, which rests while libraries are imported."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """PolicyWorker: verl's engine against a float64 model that this file runs by itself."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The trajectory feed: what fills a slot, what is left out and counted, when a batch is acked, and how it ends."""
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """The engine over verl's replicas, against a client that aborts at given tokens."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Merged weights against peft's own merge, and what is refused."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

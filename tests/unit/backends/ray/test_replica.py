@@ -1,7 +1,5 @@
 """The embedded engine as a replica: verl's sampling parameters become a request, and an abort reaches every request."""
 
-from __future__ import annotations
-
 import asyncio
 from collections import Counter
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """verl's contract with the agent-loop manager: slots to the feed, validation prompts to verl's own manager."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock, call

@@ -3,8 +3,6 @@
 The advantages that reach verl's optimiser are those of the local backend, to the last bit, whatever order verl has.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from typing import Any

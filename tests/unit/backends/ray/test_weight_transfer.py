@@ -1,7 +1,5 @@
 """Buckets, their order, and what happens when either side gives up. No Ray: the calls are plain coroutines."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import pickle

@@ -1,7 +1,5 @@
 """Our loss under verl's name, against a float64 reference, through verl's own loss function of the actor."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import numpy as np
