@@ -3,7 +3,7 @@
 Durable writes of one batch, in this order:
 
 1. ``journal/batch_N.meta.json`` (with the lease), then ``batch_N.json``: the answer of the API, before it is decoded.
-2. ``batch_N.ledger.npz``: which policy version wrote which token.
+2. ``batch_N.ledger.msgpack``: which policy version wrote which token.
 3. ``batch_N.meta.json`` again: the step that consumed the batch (``trained``). From here the step can be repeated.
 4. The lease is acked (``ack``), after the new weights are served.
 5. A checkpoint of that step, after which the journal forgets the batch (``discard_through``).

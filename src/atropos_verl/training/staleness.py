@@ -5,15 +5,15 @@ that it was trained on. Tokens that are taken out of training are masked, groups
 neither takes part in the statistics of the batch.
 """
 
-import io
 import logging
 import time
-import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
+import msgspec
 import numpy as np
 
 from atropos_verl.config.schema import OffPolicyConfig
@@ -29,6 +29,7 @@ from atropos_verl.types import (
     UNKNOWN_VERSION,
     Difference,
     FloatArray,
+    IntArray,
     SampleSettings,
     ScoredGroup,
     SequenceMatch,
@@ -44,7 +45,7 @@ LOGPROB_MISMATCH = 1e-3
 """Nats: an environment's logprob that is further from the ledger's is not the one it was sent."""
 _OLDEST_BUCKET = 8
 """Staleness from here on is counted together."""
-_BESIDE_BATCH = "ledger.npz"
+_BESIDE_BATCH = "ledger.msgpack"
 _EXAMPLE_INTERVAL = 60.0
 """Seconds between two examples of one environment in the log."""
 _CONTEXT_TOKENS = 12
@@ -382,61 +383,31 @@ def staleness_metrics(samples: Sequence[TrainingSample], policy_version: int) ->
 
 
 def encode_matches(matches: BatchMatches) -> bytes:
-    """Writes a file (numpy's npz) that ``decode_matches`` reads. Differences are not kept."""
-    flat = [match for group in matches for match in group]
-    found = [match for match in flat if match is not None]
-    columns: dict[str, Any] = {
-        "groups": np.array([len(group) for group in matches], dtype=np.int64),
-        "tokens": np.array([-1 if m is None else len(m.found) for m in flat], dtype=np.int64),
-        "temperature": np.array([np.nan if m.temperature is None else m.temperature for m in found]),
-        "counts": np.array(
-            [[m.spans, m.unmatched_spans, m.unmatched_tokens, m.ambiguous_spans] for m in found], dtype=np.int64
-        ).reshape(-1, 4),
-        "holds": np.array([len(m.records) for m in found], dtype=np.int64),
-        "records": np.array([order for m in found for order in m.records], dtype=np.int64),
-        "found": np.concatenate([np.zeros(0, dtype=np.bool_), *(m.found for m in found)]),
-        "versions": np.concatenate([np.zeros(0, dtype=np.int64), *(m.versions for m in found)]),
-        "logprobs": np.concatenate([np.zeros(0), *(m.logprobs for m in found)]).astype(np.float32),
-    }
-    file = io.BytesIO()
-    np.savez_compressed(file, **columns)
-    return file.getvalue()
+    """Writes a file that ``decode_matches`` reads. Differences are not kept, and logprobs are in float32."""
+    kept = [[match and replace(match, difference=None) for match in row] for row in matches]
+    return zlib.compress(msgspec.msgpack.encode(kept, enc_hook=_array_bytes))
+
+
+def _array_bytes(array: FloatArray | IntArray) -> bytes:
+    return array.astype(np.float32 if array.dtype == np.float64 else array.dtype).tobytes()
+
+
+def _array_of(kind: Any, content: bytes) -> FloatArray | IntArray:
+    dtype = get_args(get_args(kind)[1])[0]
+    kept = np.float32 if dtype == np.float64 else dtype
+    return np.frombuffer(content, kept).astype(dtype)
 
 
 def decode_matches(content: bytes, groups: Sequence[ScoredGroup]) -> BatchMatches | None:
     """Reads what ``encode_matches`` wrote for these groups; None when it is not that (a torn file, other groups)."""
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            columns = {name: file[name] for name in file.files}
-        lengths = columns["tokens"].tolist()
-        expected = [len(ids) for group in groups for ids in group.token_ids]
-        same = columns["groups"].tolist() == [len(group) for group in groups]
-        if not same or any(n not in (-1, e) for n, e in zip(lengths, expected, strict=True)):
-            raise ValueError("it belongs to another batch")
-        ends = np.cumsum([length for length in lengths if length >= 0])[:-1]
-        rows = zip(
-            *(np.split(columns[name], ends) for name in ("found", "versions", "logprobs")),
-            np.split(columns["records"], np.cumsum(columns["holds"])[:-1]),
-            columns["temperature"].tolist(),
-            columns["counts"].tolist(),
-            strict=False,  # np.split of nothing gives one part
-        )
-        found = (
-            SequenceMatch(
-                found=places,
-                versions=versions,
-                logprobs=logprobs.astype(np.float64),
-                temperature=None if np.isnan(temperature) else temperature,
-                spans=counts[0],
-                unmatched_spans=counts[1],
-                unmatched_tokens=counts[2],
-                ambiguous_spans=counts[3],
-                records=tuple(records.tolist()),
-            )
-            for places, versions, logprobs, records, temperature, counts in rows
-        )
-        flat = (next(found) if length >= 0 else None for length in lengths)
-        return [[next(flat) for _ in group.token_ids] for group in groups]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        matches = msgspec.msgpack.decode(zlib.decompress(content), type=BatchMatches, dec_hook=_array_of)
+        lengths = [[None if match is None else len(match.found) for match in row] for row in matches]
+        expected = [[len(ids) for ids in group.token_ids] for group in groups]
+        for found, own in zip(lengths, expected, strict=True):
+            if any(n not in (None, length) for n, length in zip(found, own, strict=True)):
+                raise ValueError("it belongs to another batch")
+        return matches
+    except (zlib.error, msgspec.MsgspecError, ValueError) as error:
         logger.warning("what the ledger knew about a journalled batch cannot be read: %s", error)
         return None

@@ -227,11 +227,12 @@ def test_weights(level: str, cap: float, packed: bool) -> None:
     t = as_tensors(c)
     args = [t[name].flatten() if packed else t[name] for name in ("logprobs", "rollout", "mask")]
     ids = torch.arange(5).repeat_interleave(9) if packed else None
-    weights, truncated = importance_weights(*args, level=level, cap=cap, sequence_ids=ids)
+    weights, figures = importance_weights(*args, level=level, cap=cap, sequence_ids=ids)
     expected = weights_by_hand(c, level, cap)
     np.testing.assert_allclose(weights.view(5, 9).numpy(), expected, rtol=1e-12)
     free = weights_by_hand(c, level, math.inf)
-    np.testing.assert_array_equal(truncated.view(5, 9).numpy(), (free > cap) & (expected == cap))
+    known = c["mask"] & ~np.isnan(c["rollout"])
+    np.testing.assert_array_equal(figures["importance/clipped"].view(5, 9).numpy(), known & (free > cap))
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -306,7 +307,7 @@ def test_extreme_ratios_stay_finite_and_nothing_known_is_no_figure() -> None:
 def test_a_packed_batch_needs_sequence_ids_and_shapes_must_fit() -> None:
     values = torch.zeros(4)
     with pytest.raises(ValueError, match="sequence_ids"):
-        importance_weights(values, values, values == 0, level="sequence")
+        importance_weights(values, values, values == 0, level="sequence", cap=2.0)
     with pytest.raises(ValueError, match="shape"):
         importance_weights(values, values[:2], values == 0)
 

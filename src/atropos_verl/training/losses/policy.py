@@ -69,7 +69,9 @@ def advantage_weighted_sft_loss(
     weights = _masked(advantages.detach().to(logprobs), mask)
     figures = {"logprob_mean": logprobs.detach(), "advantage_mean": weights}
     if rollout_logprobs is not None:
-        importances, measured = _importance(logprobs, rollout_logprobs, mask, importance, tis_cap, sequence_ids)
+        importances, measured = importance_weights(
+            logprobs, rollout_logprobs, mask, level=importance, cap=tis_cap, sequence_ids=sequence_ids
+        )
         figures |= measured
         weights = weights * importances
     loss = -(logprobs * weights).sum() / _denominator(mask, num_loss_tokens)
@@ -159,7 +161,9 @@ def clipped_ratio_loss(
         "approx_kl": ratio - 1 - log_ratio,
     }
     if rollout_logprobs is not None:
-        weights, measured = _importance(old, rollout_logprobs, mask, importance, tis_cap, sequence_ids)
+        weights, measured = importance_weights(
+            old, rollout_logprobs, mask, level=importance, cap=tis_cap, sequence_ids=sequence_ids
+        )
         figures |= measured
         losses = losses * weights
     loss = _masked(losses, mask).sum() / _denominator(mask, num_loss_tokens)
@@ -207,38 +211,19 @@ def importance_weights(
     mask: torch.Tensor,
     *,
     level: str = "token",
-    cap: float = 2.0,
+    cap: float | None = None,
     sequence_ids: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [...], without gradient, 1 where not trained; and where they were truncated [...].
+) -> tuple[torch.Tensor | float, dict[str, torch.Tensor]]:
+    """Weights [...], without gradient, 1 where not trained; and figures for ``_means``: [...], ``LARGEST`` [].
 
     Args:
         old: [...] the trainer's logprobs before the update. rollout: [...] of the policy that sampled; NaN = no value.
         mask: [...] bool, trained.
         level: ``token`` or ``sequence``; packed [N] tensors need ``sequence_ids`` [N] int64 for the latter.
-        cap: above 0.
+        cap: above 0. None: the weight is 1, and the figures of weights are absent.
 
     Raises ``ValueError`` when shapes differ, or ``sequence_ids`` are missing.
     """
-    log_ratio, known = _log_ratio(old, rollout, mask)
-    applies = known
-    if level == "sequence":
-        log_ratio, applies = _per_sequence(log_ratio, known, mask, sequence_ids)
-    weights = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
-    truncated = applies & (weights > cap)
-    # Where nothing is known the weight is 1, also with a cap below 1.
-    return torch.where(applies, weights.clamp(max=cap), torch.ones_like(weights)), truncated
-
-
-def _importance(
-    old: torch.Tensor,
-    rollout: torch.Tensor,
-    mask: torch.Tensor,
-    level: str,
-    cap: float | None,
-    sequence_ids: torch.Tensor | None,
-) -> tuple[torch.Tensor | float, dict[str, torch.Tensor]]:
-    """Weights [...] (1 without a cap), and figures for ``_means``: per token [...], and one maximum []."""
     log_ratio, known = _log_ratio(old, rollout, mask)
     bounded = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     ratio = bounded.exp()
@@ -252,9 +237,15 @@ def _importance(
     }
     weights: torch.Tensor | float = 1.0
     if cap is not None:
-        weights, truncated = importance_weights(old, rollout, mask, level=level, cap=cap, sequence_ids=sequence_ids)
+        applies = known
+        if level == "sequence":
+            log_ratio, applies = _per_sequence(log_ratio, known, mask, sequence_ids)
+            ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+        # Where nothing is known the weight is 1, also with a cap below 1.
+        weights = torch.where(applies, ratio.clamp(max=cap), torch.ones_like(ratio))
         applied = torch.where(known, weights, zero)
-        figures |= {"weight": applied, "weight_squared": applied.square(), "clipped": (truncated & known).to(ratio)}
+        clipped = (known & (ratio > cap)).to(ratio)
+        figures |= {"weight": applied, "weight_squared": applied.square(), "clipped": clipped}
     return weights, {f"{PREFIX}{name}": value for name, value in figures.items()}
 
 
