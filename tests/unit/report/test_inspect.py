@@ -325,14 +325,6 @@ def test_an_api_is_asked_for_its_latest_example_and_nothing_destructive(
     assert server.requests[-1].headers["authorization"] == "Bearer secret"
 
 
-def test_an_api_that_has_nothing_yet(server: FaultServer, url: str) -> None:
-    empty = {"tokens": [], "masks": [], "scores": [], "advantages": [], "images": []}
-    server.script("/prefix/latest_example", answer(empty))
-    assert read_url(url) == []
-    server.script("/prefix/batch", answer({"batch": None}))
-    assert read_url(url, take_batch=True) == []
-
-
 def test_a_batch_is_taken_only_when_told_to(server: FaultServer, url: str) -> None:
     with pytest.raises(ConfigError, match="add --take-batch"):
         read_url(f"{url}/batch")

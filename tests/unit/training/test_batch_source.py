@@ -1,6 +1,7 @@
 """The batch source: registration, the order of what is taken, retries, prefetch, and what goes back at the end."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -194,29 +195,21 @@ def test_a_batch_ahead_is_prepared_in_a_thread_and_goes_back_at_the_end(tmp_path
 
 
 class _Batches:
-    """Numbers 1, 2, 3, …; each waits until it is allowed, calling its ``check`` meanwhile."""
+    """Numbers 1, 2, 3, …, ``allowed`` of them; the next one never comes, and ``check`` is called meanwhile."""
 
     def __init__(self, allowed: int = 0) -> None:
         self.events: list[str] = []
         self.allowed = allowed
         self.fetched = 0
-        self.changed = threading.Condition()
-
-    def allow(self, number: int) -> None:
-        with self.changed:
-            self.allowed = number
-            self.changed.notify_all()
 
     def __call__(self, check: Callable[[], None]) -> int:
-        number = self.fetched + 1
-        self.events.append(f"fetch {number}")
-        with self.changed:
-            while number > self.allowed:
-                check()
-                self.changed.wait(0.01)
-        self.fetched = number
-        self.events.append(f"have {number}")
-        return number
+        self.events.append(f"fetch {self.fetched + 1}")
+        while self.fetched == self.allowed:
+            check()
+            time.sleep(0.01)
+        self.fetched += 1
+        self.events.append(f"have {self.fetched}")
+        return self.fetched
 
 
 def _prefetch_threads() -> list[threading.Thread]:

@@ -277,17 +277,6 @@ def test_losses_gradients_and_figures(level: str, loss: str, dtype: torch.dtype)
     assert not [name for name in figures if name.startswith("importance/")]
 
 
-def test_weights_of_the_policy_itself_change_nothing() -> None:
-    t = as_tensors(rollout_case(seed=5), torch.float32)
-    plain = advantage_weighted_sft_loss(t["logprobs"], t["advantages"], t["mask"])
-    own = {"rollout_logprobs": t["logprobs"], "tis_cap": 1.0}
-    for level in ("token", "sequence"):
-        weighted = advantage_weighted_sft_loss(t["logprobs"], t["advantages"], t["mask"], importance=level, **own)
-        assert weighted.loss == plain.loss
-        figures = summarise_importance(weighted.metrics)
-        assert figures["off_policy/clipped_share"] == 0.0 and figures["off_policy/log_ratio_max_abs"] == 0.0
-
-
 def test_extreme_ratios_stay_finite_and_nothing_known_is_no_figure() -> None:
     logprobs = torch.tensor([[0.0, -500.0, 0.0]], requires_grad=True)
     rollout = torch.tensor([[NAN, 0.0, -500.0]])
@@ -433,21 +422,3 @@ def test_the_wider_dtype_is_chosen_or_that_of_autocast_as_for_a_linear_layer() -
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = linear_token_logprobs(hidden, weight, labels)
     assert found.tolist() == linear_token_logprobs(hidden.bfloat16(), weight.bfloat16(), labels).tolist()
-
-
-def test_the_same_loss_through_the_head_and_through_logits() -> None:
-    """The two public routes from hidden states to the loss agree, gradient included."""
-    torch.manual_seed(2)
-    hidden = torch.randn(2, 5, 4, dtype=torch.float64)
-    weight = torch.randn(9, 4, dtype=torch.float64)
-    ids, advantages = torch.randint(0, 9, (2, 5)), torch.randn(2, 5, dtype=torch.float64)
-    mask = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 1, 1, 0]], dtype=torch.bool)
-    first, second = weight.clone().requires_grad_(), weight.clone().requires_grad_()
-    by_logits = compute_advantage_weighted_sft_loss(hidden @ first.t(), ids, advantages, mask, temperature=0.8)
-    batch, position = torch.nonzero(mask, as_tuple=True)
-    logprobs = linear_token_logprobs(hidden[batch, position - 1], second, ids[batch, position], 0.8, keep_bytes=2)
-    by_rows = advantage_weighted_sft_loss(logprobs, advantages[mask], torch.ones(len(batch))).loss
-    by_logits.backward()
-    by_rows.backward()
-    assert by_rows.item() == pytest.approx(by_logits.item(), rel=1e-12)
-    torch.testing.assert_close(second.grad, first.grad, rtol=1e-10, atol=1e-12)
