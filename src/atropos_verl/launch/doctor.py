@@ -35,7 +35,7 @@ from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposAPIError, AtroposHTTPStatusError, ConfigError
 from atropos_verl.launch.environments import interpreter, parse_script, program_of
 from atropos_verl.launch.launch import load_settings
-from atropos_verl.launch.probes import try_to_listen
+from atropos_verl.launch.probes import free_port
 
 _SECTIONS = ("configuration", "software", "machine", "placement", "model", "network", "environments")
 """In the order of showing."""
@@ -79,7 +79,7 @@ def _examine(config: RunConfig, launch: LaunchConfig, verl: Mapping[str, Any]) -
     with ThreadPoolExecutor(max_workers=8) as pool:
         listing = pool.submit(list_gpus)
         environments = [
-            pool.submit(_check_configured_environment, name, settings)
+            pool.submit(check_environment, name, settings)
             for name, settings in (chosen if launch.starts("environments") else {}).items()
         ]
         api = pool.submit(_check_own_or_given_api, config, launch)
@@ -262,9 +262,7 @@ def check_shared_memory(*, object_store: int | None = None, ray: bool = False) -
 def check_disk(run_dir: Path, *, model_bytes: int, checkpoints: int | None) -> list[Finding]:
     """Checks that the run directory can be written, and that its disk takes the checkpoints.
 
-    Args:
-        model_bytes: of the weight files. A checkpoint is taken as three times them (weights and AdamW's two moments).
-        checkpoints: kept at a time; one more exists while the newest is written. None: all are kept.
+    One is taken as three times ``model_bytes`` (weights, AdamW's two moments), and exists beside those that are kept.
     """
     place = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     try:
@@ -366,7 +364,7 @@ def check_port(name: str, host: str, port: int) -> Finding:
     if port == 0:
         return finding("network", name, f"any free port of {host}")
     try:
-        try_to_listen(host, port)
+        free_port(host, port)
     except OSError as error:
         text = f"cannot listen on {host}:{port}: {error.strerror or error}"
         return finding("network", name, text, missing=f"set {name} to a free port, or to 0 for any")
@@ -426,33 +424,22 @@ print(json.dumps({
 """Runs in the environment's interpreter: directory of the script, modules → what is there."""
 
 
-def _check_configured_environment(name: str, settings: EnvironmentConfig) -> Finding:
+def check_environment(name: str, settings: EnvironmentConfig) -> Finding:
+    """Checks what its interpreter would find when it runs its program, which itself is not run."""
+    source, todo, warning, variables = b"", "", "", {**os.environ, **settings.env}
     try:
         python = interpreter(settings.python, f"environments.{name}.python")
-        program = program_of(name, settings)
-    except ConfigError as error:
-        return finding("environments", name, str(error), missing="correct the path")
-    script = None if program[0] == "-m" else Path(program[0])
-    return check_environment(name, python, script, module=settings.module, variables={**os.environ, **settings.env})
-
-
-def check_environment(
-    name: str,
-    python: str,
-    script: Path | None,
-    *,
-    module: str | None = None,
-    variables: Mapping[str, str] | None = None,
-) -> Finding:
-    """Checks what ``python`` would find when it runs ``script`` (or ``module``). The script itself is not run."""
-    modules, source, todo, warning = [module.split(".")[0]] if module else [], b"", "", ""
-    try:
-        if script is not None:
+        script = Path(program_of(name, settings)[-1])
+        if settings.module is None:
             source = script.read_bytes()
-            modules = imported_modules(source, script)
-        command = [python, "-c", _LOOK, str(script.parent) if script is not None else "", *modules]
+            place, modules = str(script.parent), imported_modules(source, script)
+        else:
+            place, modules = "", [settings.module.split(".")[0]]
+        command = [python, "-c", _LOOK, place, *modules]
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20.0, check=False, env=variables)
         seen = json.loads(answer.stdout)
+    except ConfigError as error:
+        return finding("environments", name, str(error), missing="correct the path")
     except SyntaxError as error:
         return finding("environments", name, f"{script}, line {error.lineno}: {error.msg}", missing="mend the script")
     except (OSError, subprocess.TimeoutExpired, ValueError) as error:

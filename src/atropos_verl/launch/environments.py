@@ -42,14 +42,9 @@ def plan_environments(
 ) -> tuple[list[ServiceSpec], list[str]]:
     """The processes of all chosen environments, and warnings.
 
-    Args:
-        config: with ``run_dir``, ``atropos.api_url`` and ``gateway.advertise_url``.
-        own_api: the API is started here; if not, it may be upstream's.
-        of_training: the one environment of ``main_atropos.py``: its keys are those of ``env``, and its files need no
-            name.
-
-    Raises:
-        ConfigError: none is left; a script does not exist; group sizes or allocations do not fit the batch size.
+    With ``of_training`` it is the one environment of ``main_atropos.py``: its keys are those of ``env``, and its files
+    need no name. Raises ``ConfigError``: none is left; a script does not exist; group sizes or allocations do not fit
+    the batch size.
     """
     chosen = launch.chosen
     if not chosen:

@@ -27,7 +27,7 @@ from atropos_verl.config.schema import RunConfig, help_rows
 from atropos_verl.config.verl_keys import RAY_DEFAULT, compose_run, read_run
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.launch.plan import LaunchPlan, make_plan, prepare_run_dir, url_of
-from atropos_verl.launch.probes import try_to_listen
+from atropos_verl.launch.probes import free_port
 from atropos_verl.launch.supervisor import Supervisor
 from atropos_verl.training.extensions import check_extensions
 
@@ -84,11 +84,7 @@ def load_settings(
 
 
 def build_plan(config: RunConfig, launch: LaunchConfig, ray: RayLaunch | None = None) -> LaunchPlan:
-    """Choose ports, hand addresses and keys over, and list what is started. Starts nothing.
-
-    Raises:
-        ConfigError: parts that are not started here have no URL; a fixed port is taken; see ``make_plan``.
-    """
+    """Choose ports, hand addresses and keys over, and list what is started. Raises ``ConfigError``."""
     model_path = config.resolve_model_path()
     check_vocabulary(config, model_path)
     check_extensions(config, "atropos." if ray is not None else "")
@@ -124,7 +120,7 @@ def build_plan(config: RunConfig, launch: LaunchConfig, ray: RayLaunch | None = 
 def _port(host: str, port: int, key: str) -> int:
     """``port``, or a free one for 0. Raises ``ConfigError`` naming ``key`` when it is taken."""
     try:
-        return try_to_listen(host, port)
+        return free_port(host, port)
     except OSError as error:
         raise ConfigError(
             f"cannot listen on {host}:{port}: {error.strerror or error}; choose a free port, or 0 for any", key
@@ -172,11 +168,7 @@ def backend_of(words: Sequence[str], config_dir: Path, config_name: str | None) 
 
 
 def load_ray_launch(words: Sequence[str], config_dir: Path, config_name: str | None) -> RayLaunch:
-    """Compose and validate.
-
-    Raises:
-        ConfigError: names the key.
-    """
+    """Compose and validate. Raises ``ConfigError`` naming the key."""
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
@@ -219,9 +211,8 @@ def _backend_in(config_dir: Path, config_name: str, depth: int = 8) -> str | Non
 
 def _quoted(value: object) -> str:
     """As Hydra's grammar reads it back."""
-    text = str(value)
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return text if _PLAIN.fullmatch(text) else f"'{escaped}'"
+    escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return str(value) if _PLAIN.fullmatch(str(value)) else f"'{escaped}'"
 
 
 def _supervise(plan: LaunchPlan) -> int:

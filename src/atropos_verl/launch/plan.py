@@ -101,17 +101,9 @@ def make_plan(
     ray_words: Callable[[RunConfig], tuple[str, ...]] | None = None,
     trains_here: bool = False,
 ) -> LaunchPlan:
-    """The services of a run.
+    """The services of a run; ``ray_words`` gives the words of the trainer's command with ``backend=ray``.
 
-    Args:
-        config: see ``LaunchPlan.config``.
-        own_api: the API is started here.
-        probe_url: see ``LaunchPlan``.
-        ray_words: the words of the trainer's command for the final configuration, with ``backend=ray``.
-        trains_here: the trainer runs in this process, with ``one_environment``.
-
-    Raises:
-        ConfigError: an environment's script does not exist; group sizes or allocations do not fit the batch size.
+    Raises ``ConfigError`` as ``plan_environments``.
     """
     run_dir = config.resolve_run_dir()
     evaluations = plan_evaluations(config, launch, of_training=trains_here)
@@ -140,11 +132,7 @@ def make_plan(
 
 
 def one_environment(config: RunConfig) -> LaunchConfig:
-    """The launch of ``main_atropos.py``: the environment that the section ``env`` describes.
-
-    Raises:
-        ConfigError: its script does not exist.
-    """
+    """The launch of ``main_atropos.py``: the environment of the section ``env``. Raises ``ConfigError``."""
     env = config.env
     script = demo_env_script() if env.script is None else Path(env.script).expanduser().absolute()
     if not script.is_file():
@@ -239,8 +227,7 @@ def trainer_settings_text(config: RunConfig) -> str:
 def prepare_run_dir(plan: LaunchPlan) -> None:
     """Make the run directory, ``plan.json`` and the trainer's settings (0600: keys are in them).
 
-    Raises:
-        ConfigError: it cannot be written, or its disk is full.
+    Raises ``ConfigError`` when it cannot be written, or its disk is full.
     """
     run_dir = plan.run_dir
     try:

@@ -23,17 +23,8 @@ _KEPT_STEPS = 8
 _KEPT_REWARDS = 400
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nothing listens on. Free at this moment only: bind it soon.
-
-    Raises:
-        OSError: ``host`` is no address of this machine.
-    """
-    return try_to_listen(host, 0)
-
-
-def try_to_listen(host: str, port: int) -> int:
-    """The port, or a free one for 0. Raises ``OSError`` when it cannot be listened on at this moment."""
+def free_port(host: str = "127.0.0.1", port: int = 0) -> int:
+    """``port``, or any free one for 0. Raises ``OSError`` when it cannot be listened on at this moment."""
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -108,7 +99,7 @@ class Poller:
             thread.start()
 
     def stop(self) -> None:
-        """Ends the asking, with one last look at the API. Waits for no thread (they are daemons and hold nothing)."""
+        """Ends the asking, with one last look at the API. The threads are daemons and hold nothing."""
         self._ended.set()
         if self.api is not None:
             self.ask_api()

@@ -94,11 +94,7 @@ class ManagedProcess:
         return None if self._process is None else self._process.returncode
 
     def start(self) -> None:
-        """Start it, stdin from ``/dev/null``.
-
-        Raises:
-            ServiceError: the command or the directory does not exist, or cannot be used; or it was started before.
-        """
+        """Start it, stdin from ``/dev/null``. Raises ``ServiceError`` when that cannot be done, or was before."""
         if self._process is not None:
             raise ServiceError(f"{self.spec.name} was already started", self.spec.name)
         try:
@@ -167,8 +163,6 @@ class ManagedProcess:
         """SIGTERM to it and all it started, up to ``grace`` seconds, SIGKILL, reap. Safe at any time, and again."""
         stop_all([self], grace)
 
-    # ------------------------------------------------------------------ the steps of stopping
-
     def _signal(self, signum: int) -> None:
         if self._process is not None and self._process.returncode is None:
             orphan_reaper.signal_service(self._process.pid, self._token, signum)
@@ -196,8 +190,6 @@ class ManagedProcess:
             return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         except ChildProcessError:  # somebody else reaped it
             return self._process.poll() is not None
-
-    # ------------------------------------------------------------------ the orphan reaper
 
     def _start_reaper(self) -> None:
         arguments = (self._token, str(os.getpid()), str(_ORPHAN_GRACE_SECONDS))

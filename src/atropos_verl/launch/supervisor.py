@@ -96,8 +96,7 @@ class WatchedService:
         """Start it (again). Raises ``ServiceError`` as ``ManagedProcess``."""
         self.starts += 1
         self._logs += 1
-        words = self.spec.restart_words if self.starts > 1 else ()
-        command = (*self.spec.command, *words)
+        command = (*self.spec.command, *(self.spec.restart_words if self.starts > 1 else ()))
         self.process = ManagedProcess(replace(self.spec, command=command, log_path=self._log_path(self._logs)))
         self.state, self.detail = "starting", ""
         self.started_at = self._clock()
@@ -124,8 +123,7 @@ class WatchedService:
     def plan_restart(self, *, excused: bool = False) -> float | None:
         """After a death: seconds until the next start; None: it is given up, restarted too often or unable to start.
 
-        Args:
-            excused: another service caused it; does not count (within reason).
+        A death that is ``excused``, since another service caused it, does not count (within reason).
         """
         if self._clock() - self.started_at >= self._policy.healthy_after:
             self._streak, self._last_error = 0, None
@@ -217,8 +215,6 @@ class Supervisor:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
-    # ------------------------------------------------------------------ the life of a launch
-
     def run(self) -> int:
         """Returns the exit code: 0 done, 2 the trainer refused its configuration, 130 interrupted.
 
@@ -244,8 +240,6 @@ class Supervisor:
         if self._interrupts > 1:
             raise KeyboardInterrupt
         self._wake.set()
-
-    # ------------------------------------------------------------------ beside a trainer of this process
 
     def start_api(self) -> None:
         """Start the trajectory API and wait until it answers. Raises ``ServiceError`` when it does not."""
@@ -287,8 +281,6 @@ class Supervisor:
         except BaseException as error:  # noqa: BLE001 - raised by check(), in the trainer's thread
             logger.error("the supervisor gives up: %s", error)
             self._failure = error
-
-    # ------------------------------------------------------------------ one look at everything
 
     def _warn(self) -> None:
         for warning in self.plan.warnings:
@@ -332,8 +324,6 @@ class Supervisor:
         if self._trainer is not None and self._trainer.process is not None:
             self._trainer.process.stop(self.plan.launch.trainer_process.stop_grace)
 
-    # ------------------------------------------------------------------ starting
-
     def _start_due(self) -> None:
         if not self._api_answers():
             if "api" in self._said:
@@ -360,8 +350,6 @@ class Supervisor:
         if self._api is not None and not self._api.is_alive:
             return False
         return self._poller.api is not None
-
-    # ------------------------------------------------------------------ readiness
 
     def _advance(self) -> None:
         """Move services from starting to running by what the probes saw; fail what takes too long."""
@@ -430,8 +418,6 @@ class Supervisor:
 
     def _has_trained_since(self, moment: float) -> bool:
         return self._steps.last_at is not None and self._steps.last_at > moment
-
-    # ------------------------------------------------------------------ deaths
 
     def _handle_deaths(self) -> int | None:
         """Decide what follows from each death. Returns an exit code when the run is over."""
@@ -505,8 +491,6 @@ class Supervisor:
                 f"{watched.name} {watched.death()}: the disk of {self.plan.run_dir} is full ({free} bytes free). "
                 "Make room; the same command with the same run_dir goes on"
             )
-
-    # ------------------------------------------------------------------ stalls, state
 
     def _watch_for_stall(self) -> None:
         if self.plan.trains_here:

@@ -43,12 +43,7 @@ _HOST = "127.0.0.1"
 
 
 def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> int:
-    """Train with ``backend=local`` (the default) or ``backend=ray``; returns the exit code.
-
-    Args:
-        argv: ``key=value`` words and options.
-        config_name: the file of the local backend; the Ray backend has a default of its own.
-    """
+    """Train with ``backend=local`` (whose file is ``config_name``) or ``backend=ray``; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     backend = next((word.partition("=")[2] for word in reversed(words) if word.startswith("backend=")), "local")
     if backend not in ("local", "ray"):
@@ -125,13 +120,8 @@ class TrainingServices:
     With ``atropos.api_url`` they are somebody else's: the API is only contacted, and evaluations are those that a
     launch has planned. Otherwise a supervisor starts and restarts them.
 
-    Args:
-        gateway_port: of the trainer's gateway.
-        is_resumed: the run goes on from a checkpoint, so nothing is evaluated before it.
-        prefix: the backend puts it before its keys.
-
-    Raises:
-        ConfigError: the environment cannot be started.
+    A run that ``is_resumed`` is not evaluated before it; the backend puts ``prefix`` before its keys. Raises
+    ``ConfigError`` when the environment cannot be started.
     """
 
     def __init__(self, config: RunConfig, gateway_port: int, *, is_resumed: bool = False, prefix: str = "") -> None:
@@ -152,9 +142,7 @@ class TrainingServices:
     def start_api(self, progress: ProgressReporter) -> RunConfig:
         """Start the trajectory API, or make sure that the user's answers. Returns the settings with its URL.
 
-        Raises:
-            AtroposAPIError: the user's API does not work.
-            ServiceError: the API does not start.
+        Raises ``ServiceError`` or ``AtroposAPIError``.
         """
         self._progress = progress
         if self._plan is None:

@@ -18,6 +18,7 @@ from support.trajectory_server import ServerProcess
 
 from atropos_verl.assets import demo_model_path
 from atropos_verl.cli import main
+from atropos_verl.config.launch_schema import EnvironmentConfig
 from atropos_verl.config.model_checks import Finding, check_model, check_vocabulary, tokenizer_size
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
@@ -216,7 +217,7 @@ def environment(tmp_path: Path, text: str, python: str = sys.executable) -> tupl
     (tmp_path / "beside.py").write_text("")
     script = tmp_path / "env.py"
     script.write_text(text)
-    found = doctor.check_environment("mine", python, script)
+    found = doctor.check_environment("mine", EnvironmentConfig(script=str(script), python=python))
     return found.status, f"{found.found}; {found.todo}"
 
 
@@ -248,8 +249,9 @@ def test_an_interpreter_without_atroposlib(tmp_path: Path) -> None:
     bare.chmod(0o755)
     status, text = environment(tmp_path, "import atroposlib", python=str(bare))
     assert (status, text.endswith(f"; {bare} -m pip install atroposlib==0.4.0")) == ("missing", True)
-    status, text = environment(tmp_path, "import atroposlib", python=str(tmp_path / "nowhere"))
-    assert (status, "cannot be used" in text) == ("missing", True)
+    bare.chmod(0o644)
+    status, text = environment(tmp_path, "import atroposlib", python=str(bare))
+    assert (status, "cannot be used: Permission denied" in text) == ("missing", True)
 
 
 def placed(gpus: int = 8, cores: int = 64, **changes: Any) -> dict[str, str]:
