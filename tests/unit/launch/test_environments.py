@@ -15,7 +15,6 @@ from atropos_verl.launch.environments import (
     bare_server_config,
     interpreter,
     last_words,
-    option_value,
     plan_environments,
 )
 from atropos_verl.launch.plan import make_plan, one_environment
@@ -85,11 +84,8 @@ def test_the_one_environment_of_training_keeps_its_file_names_and_registers_by_i
     assert options(environment.command)["--env.seed"] == "7"
     assert (environment.startup_timeout, environment.restarts) == (180.0, 5)
     assert made.evaluations["before"][0].result == tmp_path / "eval" / "before" / "metrics.json"
-
-
-def test_an_upstream_api_is_not_restarted_beside_a_trainer_that_cannot_start_anew() -> None:
-    config = RunConfig.from_mapping({"atropos": {"server": "upstream"}})
-    assert one_environment(config).api.on_death == "stop"
+    upstream = RunConfig.from_mapping({"atropos": {"server": "upstream"}})
+    assert one_environment(upstream).api.on_death == "stop", "its trainer, in this process, cannot start anew"
 
 
 def test_arguments_of_the_user_win_and_omitted_ones_go() -> None:
@@ -135,6 +131,9 @@ def test_environments_that_do_not_fit_together_are_refused(environments: dict[st
         ({"a": {"weight": 3}, "b": {"weight": 1}, "c": {"min_batch_allocation": 0.5}}, 64, {"a": 24, "b": 8, "c": 32}),
         ({"a": {"weight": 3, "copies": 2}, "b": {"weight": 1}}, 64, {"a": 24, "b": 16}),
         ({"a": {"weight": 9}, "b": {"weight": 1}}, 64, {"a": 56, "b": 0}),
+        # Equal weights need no shares, nor does one environment.
+        ({"a": {}, "b": {}}, 64, {"a": 0, "b": 0}),
+        ({"a": {"weight": 3}}, 64, {"a": 0}),
     ],
 )
 def test_weights_become_shares_of_every_batch(
@@ -143,11 +142,6 @@ def test_weights_become_shares_of_every_batch(
     """A trajectory API makes ``int(batch_size * share)`` of a share."""
     found = shares(environments, batch_size=batch_size)
     assert {name: int(batch_size * (share or 0.0)) for name, share in found.items()} == expected
-
-
-def test_equal_weights_need_no_shares() -> None:
-    assert shares({"a": {}, "b": {}}) == {"a": None, "b": None}
-    assert shares({"a": {"weight": 3}}) == {"a": None}
 
 
 @pytest.mark.parametrize(
@@ -283,9 +277,3 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, text: str | None, m
     with pytest.raises(ConfigError, match=message) as caught:
         private(tmp_path, "--config", "mine.yaml")
     assert str(caught.value).startswith("environments.e.args")
-
-
-def test_both_forms_of_an_option_are_found() -> None:
-    assert option_value(["--a", "1", "--b=2"], "--a") == "1"
-    assert option_value(["--a", "1", "--b=2"], "--b") == "2"
-    assert option_value(["--ab", "1"], "--a") is None

@@ -235,6 +235,10 @@ def test_the_trainer_is_told_what_the_launch_decided(tmp_path: Path, monkeypatch
     """Its command, composed as the trainer composes it, means the same run."""
     words = ["trainer.total_training_steps=7", "environments.demo.args=[--env.seed,3]", "supervise.stall_after=9"]
     plan = ray_plan(tmp_path, *words, "actor_rollout_ref.rollout.n=4", "backend=ray")
+    network = ray_plan(tmp_path, "atropos.gateway.host=0.0.0.0", "api.host=0.0.0.0")
+    assert network.config.gateway.api_key
+    assert network.config.atropos.token
+    assert {service.env.get("ATROPOS_API_TOKEN") for service in network.services} == {network.config.atropos.token}
     of_environment = of_kind(plan, "environment").command
     for option, value in (("--env.group_size", "4"), ("--env.max_token_length", "64"), ("--env.seed", "3")):
         assert of_environment[of_environment.index(option) + 1] == value
@@ -301,13 +305,6 @@ def test_the_backend_is_the_words_then_the_files() -> None:
 def test_a_wrong_word_for_ray_is_refused_by_name(word: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*([] if "backend" in word else ["backend=ray"]), word, "--dry-run"], config_name="local_demo") == 2
     assert message in capsys.readouterr().err
-
-
-def test_a_launch_for_the_network_gets_a_key(tmp_path: Path) -> None:
-    plan = ray_plan(tmp_path, "atropos.gateway.host=0.0.0.0", "api.host=0.0.0.0")
-    assert plan.config.gateway.api_key
-    assert plan.config.atropos.token
-    assert {service.env.get("ATROPOS_API_TOKEN") for service in plan.services} == {plan.config.atropos.token}
 
 
 def test_relative_paths_mean_what_they_mean_where_the_launcher_was_started(

@@ -67,6 +67,9 @@ def test_a_long_life_forgives_and_excused_deaths_do_not_count(tmp_path: Path) ->
     assert service.plan_restart(excused=True) == 1.0
     die(service)
     assert service.plan_restart() is None
+    never = watched(tmp_path, clock, code="raise SystemExit(1)", restarts=0)
+    die(never)
+    assert never.plan_restart(excused=True) is None
 
 
 @pytest.mark.parametrize(
@@ -85,12 +88,6 @@ def test_a_script_that_cannot_start_is_given_up_at_once(
         found.append(service.plan_restart())
     assert found == delays
     assert service.cannot_start == (codes[-1] != 0)
-
-
-def test_never_restarted_means_never(tmp_path: Path) -> None:
-    service = watched(tmp_path, Clock(), code="raise SystemExit(1)", restarts=0)
-    die(service)
-    assert service.plan_restart(excused=True) is None
 
 
 def test_logs_of_an_earlier_launch_are_kept(tmp_path: Path) -> None:
@@ -267,17 +264,14 @@ def test_attach_to_nothing_says_what_is_missing(tmp_path: Path) -> None:
         attach(tmp_path)
 
 
-def test_plain_lines_without_a_terminal() -> None:
-    console = Console(force_terminal=False, width=80, record=True, file=io.StringIO())
-    with LaunchView(console) as view:
-        view.note("starting words [not markup]")
-        view.step(json.loads(line(3)), state())
-        view.update(state())
-    assert console.export_text().splitlines() == ["starting words [not markup]", STEP_LINE]
-
-
-def test_a_live_table_on_a_terminal() -> None:
-    console = Console(force_terminal=True, width=100, record=True, file=io.StringIO(), _environ={})
-    with LaunchView(console) as view:
-        view.update(state())
-    assert "words" in console.export_text()
+def test_a_live_table_on_a_terminal_and_plain_lines_elsewhere() -> None:
+    texts = []
+    for is_terminal in (False, True):
+        console = Console(force_terminal=is_terminal, width=100, record=True, file=io.StringIO(), _environ={})
+        with LaunchView(console) as view:
+            view.note("starting words [not markup]")
+            view.step(json.loads(line(3)), state())
+            view.update(state())
+        texts.append(console.export_text())
+    assert texts[0].splitlines() == ["starting words [not markup]", STEP_LINE]
+    assert "service" in texts[1]
