@@ -32,7 +32,7 @@ class ServerThread:
     Also a context manager (start / stop). It can be started again after ``stop``, on the same port.
 
     Args:
-        app: the application; a subclass may make one for each start instead (``make_app``).
+        app: the application.
         service: its name in messages; ``advice``: what to do when the port is taken.
         port: 0 takes a free one.
         listener: listens there already, for the first start: who connects before waits in it. The server closes it.
@@ -69,13 +69,6 @@ class ServerThread:
     def is_running(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def make_app(self) -> Any:
-        """The application to serve; called at each start."""
-        return self._app
-
-    def on_end(self) -> None:
-        """Called when the server's thread ends, whatever ended it."""
-
     def start(self, timeout: float = 10.0) -> str:
         """Listen, and return ``url`` once GET /health answers 200. Starting a running server returns its url.
 
@@ -89,12 +82,7 @@ class ServerThread:
         listener, self._listener = self._listener, None
         if listener is None:
             listener = listen(self._host, self._port, self._service, self._advice)
-        try:
-            app = self.make_app()
-            self._server = server = uvicorn.Server(uvicorn_config(app, **self._options))
-        except BaseException:
-            listener.close()
-            raise
+        self._server = server = uvicorn.Server(uvicorn_config(self._app, **self._options))
         self._port, self._was_started, self._failure = int(listener.getsockname()[1]), True, None
         name = self._service.replace(" ", "-")
         self._thread = threading.Thread(target=self._serve, args=(server, listener), name=name, daemon=True)
@@ -141,7 +129,6 @@ class ServerThread:
             logger.error("%s: the server thread failed", self._service, exc_info=error)
         finally:
             listener.close()
-            self.on_end()
 
     def _wait_until_serving(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig
-from support.trajectory_server import registration
+from support.trajectory_server import TrajectoryServer, registration
 
 from atropos_verl.assets import demo_model_path
 from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.messages import TrainerRegistration
-from atropos_verl.server.main import TrajectoryServer
 
 GROUP, BATCH, AHEAD = 8, 32, 2
 """Sequences of a group, groups of a batch, batches ahead."""

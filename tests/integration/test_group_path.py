@@ -25,11 +25,11 @@ from typing import Any
 
 import httpx
 import pytest
+from support.trajectory_server import TrajectoryServer
 
 import atropos_verl
 from atropos_verl import AtroposTrainer
 from atropos_verl.assets import demo_model_path
-from atropos_verl.server.main import TrajectoryServer
 from atropos_verl.server.settings import ServerSettings
 
 MOST_FILES = 28

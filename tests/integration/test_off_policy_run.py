@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 from support.runs import metrics_of
 from support.serving import eventually
-from support.trajectory_server import free_port
+from support.trajectory_server import TrajectoryServer, free_port
 
 from atropos_verl import AtroposTrainer
 from atropos_verl.errors import WeightSyncError
 from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.messages import EnvRegistration
 from atropos_verl.protocol.wire import encode_group
-from atropos_verl.server.main import TrajectoryServer
 from atropos_verl.types import StepReport
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,11 @@ from typing import Any, Self
 
 import httpx
 
+from atropos_verl.http_thread import ServerThread
 from atropos_verl.protocol.schema import check_group
+from atropos_verl.server.app import TrajectoryApi
+from atropos_verl.server.main import check_bind, uvicorn_options
+from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.store import Batch, Store
 
 
@@ -80,6 +84,19 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+class TrajectoryServer(ServerThread):
+    """The API in a thread of this process."""
+
+    def __init__(self, settings: ServerSettings | None = None, host: str = "127.0.0.1", port: int = 0) -> None:
+        self.app = TrajectoryApi(check_bind(host, settings or ServerSettings()))
+        options = uvicorn_options(self.app)
+        super().__init__(self.app, service="trajectory API", advice="", host=host, port=port, **options)
+
+    def stop(self, timeout: float = 10.0) -> None:
+        super().stop(timeout)
+        self.app.store.close()
 
 
 class ServerProcess:

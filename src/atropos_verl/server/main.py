@@ -1,4 +1,4 @@
-"""Runs the API: ``atropos-verl serve-api`` until a signal, ``TrajectoryServer`` in a thread of this process."""
+"""``atropos-verl serve-api``: runs the API until a signal."""
 
 import argparse
 import asyncio
@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from atropos_verl.errors import AtroposVerlError, ConfigError
-from atropos_verl.http_thread import ServerThread, bracketed, listen, uvicorn_config
+from atropos_verl.http_thread import bracketed, listen, uvicorn_config
 from atropos_verl.server.app import TrajectoryApi
 from atropos_verl.server.bodies import is_loopback, protocol_class
 from atropos_verl.server.settings import COMPRESSIONS, SECOND_TRAINER, ServerSettings
 
 logger = logging.getLogger(__name__)
 
-_SERVICE = "trajectory API"
-_ADVICE = "Choose another --port."
 _GRACEFUL_SHUTDOWN = 10
 """Seconds that running requests are given at the end."""
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -67,14 +65,14 @@ def serve(settings: ServerSettings, host: str = "127.0.0.1", port: int = 8000, *
     import uvicorn
 
     settings = check_bind(host, settings, insecure=insecure)
-    listener = listen(host, port, _SERVICE, _ADVICE)
+    listener = listen(host, port, "trajectory API", "Choose another --port.")
     app = TrajectoryApi(settings)
     where = f"http://{bracketed(host)}:{listener.getsockname()[1]}"
     kept = f"kept in {settings.data_dir}" if settings.data_dir else "IN MEMORY ONLY: a restart forgets everything"
     logger.info("serving at %s, data %s", where, kept, extra={"event": "serving", "url": where})
     if settings.token is None and not is_loopback(host):
         logger.warning("%s has no token: everybody who reaches this address can read and write", where)
-    server = uvicorn.Server(uvicorn_config(app, **_options(app)))
+    server = uvicorn.Server(uvicorn_config(app, **uvicorn_options(app)))
     # uvicorn handles both signals, and raises the one it got again once it has shut down: nothing is left to do then.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
@@ -86,26 +84,8 @@ def serve(settings: ServerSettings, host: str = "127.0.0.1", port: int = 8000, *
     logger.info("stopped", extra={"event": "stopped"})
 
 
-class TrajectoryServer(ServerThread):
-    """The API in its own thread and event loop. Also a context manager. ``port`` 0 takes a free one."""
-
-    def __init__(self, settings: ServerSettings | None = None, host: str = "127.0.0.1", port: int = 0) -> None:
-        super().__init__(None, service=_SERVICE, advice=_ADVICE, host=host, port=port)
-        self._settings = check_bind(host, settings or ServerSettings())
-        self.app: TrajectoryApi | None = None
-
-    def make_app(self) -> TrajectoryApi:
-        """Opens the data directory. Raises ``StorageError`` or ``ConfigError`` when it cannot be used."""
-        self.app = TrajectoryApi(self._settings)
-        self._options = _options(self.app)
-        return self.app
-
-    def on_end(self) -> None:
-        if self.app is not None:
-            self.app.store.close()
-
-
-def _options(app: TrajectoryApi) -> dict[str, Any]:
+def uvicorn_options(app: TrajectoryApi) -> dict[str, Any]:
+    """What the API needs beside ``uvicorn_config``'s own settings."""
     return {
         "http": protocol_class(app.connections),
         # asyncio's transports say how a connection ended, which decides whether a batch arrived.

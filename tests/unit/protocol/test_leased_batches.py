@@ -14,14 +14,13 @@ from typing import Any
 import pytest
 from support.scripted_api import random_batches, scripted_api
 from support.serving import eventually
-from support.trajectory_server import group_bytes, registration
+from support.trajectory_server import TrajectoryServer, group_bytes, registration
 
 from atropos_verl.errors import AtroposConnectionError, AtroposTimeoutError
 from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.journal import BatchJournal
 from atropos_verl.protocol.leases import HeldBatch, LeasedBatches
 from atropos_verl.protocol.messages import TrainerRegistration
-from atropos_verl.server.main import TrajectoryServer
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.store import Store
 
@@ -47,7 +46,6 @@ def server(tmp_path: Path) -> Iterator[TrajectoryServer]:
 
 
 def store_of(server: TrajectoryServer) -> Store:
-    assert server.app is not None
     return server.app.store
 
 
