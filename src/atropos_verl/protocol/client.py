@@ -1,17 +1,9 @@
 """``AtroposClient``: the trajectory API of atroposlib 0.4.0 (``atroposlib/api/server.py``) over HTTP.
 
 ``GET /batch`` takes a batch from the queue and then sends it, ``GET /reset_data`` forgets everything: what these lose
-cannot be had again. So each endpoint has its rule of repetition:
-
-======================================================  ====================================================
-endpoint                                                tried again
-======================================================  ====================================================
-``/status``, ``/info``, ``/latest_example``,            refused or broken connections, time-outs,
-``/batch/ack``, ``/batch/renew``; ``GET /batch`` of     HTTP 429 and 5xx
-an API with leases; a POST with an idempotency key
-``GET /batch``, ``GET /reset_data``, every other POST   only while nothing of the request can have reached
-                                                        the API
-======================================================  ====================================================
+cannot be had again. So these two, and a POST of data without an idempotency key or of a registration, are tried again
+only while nothing of the request can have reached the API. All others are, and ``GET /batch`` of an API with leases,
+after refused or broken connections, time-outs, HTTP 429 and 5xx.
 """
 
 from __future__ import annotations
@@ -224,17 +216,11 @@ class AtroposClient:
     def post_scored_data_list(self, groups: Sequence[bytes], idempotency_key: str | None = None) -> int:
         """Post groups (``encode_group`` makes their JSON) in one request; all are refused when one is malformed.
 
-        A trainer must have registered before: upstream breaks for good when data comes first.
+        A trainer must have registered before: upstream breaks for good when data comes first. ``idempotency_key`` lets
+        a failed post be repeated, at a server that recognises it (upstream takes the groups twice). Returns how many
+        groups have not the size of their environment: upstream keeps them until others fill them up.
 
-        Args:
-            idempotency_key: lets a failed post be repeated. Only for a server that recognises the key: upstream
-                takes the groups twice.
-
-        Returns:
-            The groups whose size is not that of their environment: upstream keeps them until others fill them up.
-
-        Raises:
-            AtroposHTTPStatusError: 422, the API refuses a group; the body says which field.
+        Raises ``AtroposHTTPStatusError``: 422, the API refuses a group; the body says which field.
         """
         headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
         call = self._call("POST", "/scored_data_list", b"[" + b",".join(groups) + b"]", headers)
@@ -248,11 +234,8 @@ class AtroposClient:
         """One ``GET /batch``; None when there is no batch yet. Destructive: what it returns exists nowhere else.
 
         ``timeout`` bounds connecting (tries included), then each silence of the API; a batch that keeps arriving is
-        not cut off before ten times ``timeout``, because that would lose it. Once the request may have reached the
-        API it is never repeated.
-
-        Raises:
-            AtroposAPIError: says, when the request was sent, that the batch may be lost.
+        not cut off before ten times ``timeout``, because that would lose it. Raises ``AtroposAPIError``, which says,
+        when the request was sent, that the batch may be lost.
         """
         return self._fetch(self.timeout)
 
@@ -263,10 +246,7 @@ class AtroposClient:
 
         The interval after poll i (from 0) is ``retry_delay * 1.5**i`` seconds; after ``retry_attempts`` polls it stays.
         No poll starts after ``max_wait_time``; one that was sent before is given its time, since a batch may be in it.
-
-        Args:
-            max_wait_time: seconds; None: the client's.
-            should_stop: called between polls; what it raises ends the wait (a service has died).
+        What ``should_stop``, called between polls, raises (a service has died) ends the wait.
 
         Raises:
             AtroposTimeoutError: no batch in ``max_wait_time`` seconds; says what the API's queue holds.
@@ -334,7 +314,7 @@ class AtroposClient:
         seconds: float | None = None,
         should_stop: Callable[[], None] | None = None,
     ) -> tuple[bytes, httpx.Headers]:
-        """Body and headers of the answer to ``call``, tried again as the table above says.
+        """Body and headers of the answer to ``call``, tried again as the module says.
 
         No try begins after ``seconds`` (None: ``timeout``). A ``repeatable`` call spends at most a third of them on one
         try, so that a lost packet does not cost it all; any other is tried again only while nothing was sent.

@@ -57,16 +57,7 @@ class HeldBatch:
 
 
 class LeasedBatches:
-    """The batches of one run: fetched, journalled, renewed while they are trained on, acked, resumed.
-
-    One step::
-
-        held = batches.fetch()
-        ...                                   # samples, optimiser step
-        batches.trained(held.entry, step)     # durable: the journal says so
-        batches.ack(held.entry)               # the API may forget it
-        ...                                   # checkpoint
-        batches.discard_through(step)
+    """The batches of one run. A step: ``fetch``, optimiser step, ``trained``, ``ack``; checkpoint, ``discard_through``.
 
     A run that may have died before calls ``resume`` first, before it registers. Leases are renewed from a thread of
     its own; ``fetch`` may run in another thread than the rest (the next batch is fetched while one is trained on).

@@ -32,7 +32,7 @@ import json
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, TypeAlias
 
 import msgspec
@@ -73,7 +73,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 Row: TypeAlias = Sequence[Any] | NDArray[Any]
 Rows: TypeAlias = Sequence[Row]
 
-_STRINGS_AND_BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]', re.DOTALL)
+# The inside of a list of numbers is one match, so that a row of tokens is passed over at once.
+_STRINGS_AND_MARKS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|(?<=\[)[^"{}\[\]]++(?=\])|[{}\[\],:]', re.DOTALL)
 
 
 class _Envelope(msgspec.Struct):
@@ -223,38 +224,24 @@ def _split_batch(body: bytes) -> _Envelope:
 
 def _batch_span(body: bytes) -> tuple[int, int, list[bytes]] | None:
     """Byte range of the list under the key ``batch`` of the outermost object, and its elements. None: no such list."""
-    depth, key_end, start, previous = 0, -1, -1, -1
-    elements: list[bytes] = []
-    element_start = -1
-    for match in _STRINGS_AND_BRACKETS.finditer(body):
-        token = match.group()
-        at, end = match.span()
+    depth, is_batch, start = 0, False, -1
+    commas: list[int] = []
+    for match in _STRINGS_AND_MARKS.finditer(body):
+        token, at = match.group(), match.start()
         if token in (b"{", b"["):
+            if depth == 1 and token == b"[" and is_batch:
+                start = at
             depth += 1
-            if depth == 2 and start < 0 and token == b"[" and key_end >= 0 and body[key_end:at].strip() == b":":
-                start = previous = end
-            elif depth == 3 and start >= 0:
-                elements += _scalars(body[previous:at])
-                element_start = at
         elif token in (b"}", b"]"):
             depth -= 1
-            if depth == 2 and start >= 0:
-                elements.append(body[element_start:end])
-                previous = end
-            elif depth == 1 and start >= 0:
-                elements += _scalars(body[previous:at])
-                return start - 1, end, elements
-        elif depth == 1 and start < 0 and token == b'"batch"':
-            key_end = end
-        elif depth == 2 and start >= 0:
-            elements += [*_scalars(body[previous:at]), token]
-            previous = end
+            if depth == 1 and start >= 0:
+                parts = [body[begin + 1 : end].strip() for begin, end in pairwise([start, *commas, at])]
+                return start, at + 1, [part for part in parts if part]
+        elif depth == 2 and start >= 0 and token[:1] != b'"':
+            commas += [at + i for i, mark in enumerate(token) if mark == ord(",")]
+        elif depth == 1 and token not in (b",", b":"):
+            is_batch = token == b'"batch"'
     return None
-
-
-def _scalars(gap: bytes) -> list[bytes]:
-    """Elements that are neither objects, lists nor strings, in the text between two that are."""
-    return [piece.strip() for piece in gap.split(b",") if piece.strip()]
 
 
 def _finite(row: Row, where: str, missing: float | None = None) -> list[float]:

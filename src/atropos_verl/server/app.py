@@ -380,7 +380,7 @@ class TrajectoryApi:
 
     def _odd_sequences(self, group: CheckedGroup, is_new: bool) -> int | None:
         """Upstream's ``buffer_size``: sequences of this environment that wait in groups of another size than it
-        registered with. Here such groups wait like all others. None: the group has the usual size."""
+        registered with (here they wait like all others). None: the group has the usual size."""
         environment = self.store.environment(group.env_id)
         if environment is None or group.size == environment.group_size:
             return None

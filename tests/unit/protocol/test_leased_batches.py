@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support.scripted_api import random_batches, scripted_api
 from support.serving import eventually
-from support.trajectory_server import TrajectoryServer, group_bytes, registration
+from support.trajectory_server import Clock, TrajectoryServer, group_bytes, registration
 
 from atropos_verl.errors import AtroposConnectionError, AtroposTimeoutError
 from atropos_verl.protocol.client import AtroposClient
@@ -28,20 +28,11 @@ LEASE = 60.0
 """Seconds on the server's clock, which the tests move on."""
 
 
-class Clock:
-    """The server's time of day."""
-
-    def __init__(self) -> None:
-        self.now = time.time()
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[TrajectoryServer]:
     with TrajectoryServer(ServerSettings(data_dir=tmp_path / "api")) as running:
-        store_of(running).now = Clock()
+        store_of(running).now = clock = Clock()
+        clock.time = time.time()
         yield running
 
 
@@ -53,8 +44,8 @@ def move_on(server: TrajectoryServer, seconds: float) -> float:
     """Returns the server's time afterwards."""
     clock = store_of(server).now
     assert isinstance(clock, Clock)
-    clock.now += seconds
-    return clock.now
+    clock.pass_(seconds)
+    return clock.time
 
 
 @dataclass
