@@ -3,8 +3,6 @@
 A launch file holds the keys of ``RunConfig`` at its top level and these sections next to them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -117,7 +115,7 @@ class LaunchConfig(Section):
     )
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> LaunchConfig:
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
         """Validate a nested mapping. Raises ``ConfigError`` naming every key that is wrong.
 
         An environment that is null is left out; without any the demo's is taken.

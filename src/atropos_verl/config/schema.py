@@ -4,8 +4,6 @@
 anything slow starts.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time
@@ -338,14 +336,14 @@ class RunConfig(Section):
     supervise: SuperviseConfig = Field(default_factory=SuperviseConfig)
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> RunConfig:
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
         """Validate a nested mapping. Raises ``ConfigError`` naming every key that is wrong."""
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
             raise as_config_error(error) from None
 
-    def with_values(self, **sections: Mapping[str, Any]) -> RunConfig:
+    def with_values(self, **sections: Mapping[str, Any]) -> Self:
         """The same with other values in some sections: section → key → value."""
         update = {name: getattr(self, name).model_copy(update=values) for name, values in sections.items()}
         return self.model_copy(update=update)

@@ -7,8 +7,6 @@ The life of a generation request::
     client gone, or timeout, at any point → the task is cancelled → the engine frees its slots
 """
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import logging
@@ -34,6 +32,7 @@ from atropos_verl.gateway.fields import ApiError, Fields, parse_body, to_api_err
 from atropos_verl.gateway.native import generate, generate_trl
 from atropos_verl.gateway.openai import completions
 from atropos_verl.gateway.service import GatewayService
+from atropos_verl.gateway.text import TextCodec
 from atropos_verl.http_thread import ServerThread, disconnected
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
@@ -81,7 +80,7 @@ def create_app(
         api_key: bearer key required on every route but /health (None or "": no key).
         request_timeout: seconds a request may take in all, waiting included (None: no bound); then HTTP 504.
     """
-    service = GatewayService(engine, tokenizer, gate=gate, ledger=ledger, throttle=throttle, model_name=model_name)
+    service = GatewayService(engine, TextCodec(tokenizer), model_name, gate or RequestGate(), ledger, throttle)
     started = int(time.time())
 
     def model_card() -> dict[str, Any]:
@@ -99,7 +98,7 @@ def create_app(
             "status": "ok" if service.gate.is_open else "paused",
             "policy_version": engine.policy_version,
             "paused": not service.gate.is_open,
-            "in_flight": service.metrics.in_flight,
+            "in_flight": service.in_flight,
         }
         return _json_response(state)
 
@@ -113,7 +112,7 @@ def create_app(
         return _json_response(model_card())
 
     async def metrics(_: Request) -> Response:
-        return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(service.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     gets = {"/health": health, "/v1/models": models, "/v1/models/{name:path}": model, "/metrics": metrics}
     posts: dict[str, Handler] = {
@@ -144,6 +143,33 @@ def _json_response(data: Any) -> Response:
 def _error_response(error: ApiError) -> Response:
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
     return Response(error.body(), status_code=error.status, media_type=_JSON, headers=headers)
+
+
+class _Reply:
+    """The answer to one request: headers go out with the first piece, so that an early error still gets its status."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._started = False
+        self._finished = False
+        self.status = 500
+
+    async def write(self, piece: bytes, *, more: bool = False, status: int = 200, media_type: str = _JSON) -> None:
+        """Send ``piece`` of the body; without ``more`` it is the last one."""
+        if not self._started:
+            length = (b"cache-control", b"no-cache") if more else (b"content-length", str(len(piece)).encode())
+            headers = [(b"content-type", media_type.encode()), length]
+            self._started, self.status = True, status
+            await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        self._finished = not more
+        await self._send({"type": "http.response.body", "body": piece, "more_body": more})
+
+    async def fail(self, error: ApiError) -> None:
+        """The error as the answer, or as the last event of a stream that has begun."""
+        if not self._finished:
+            body = b"data: " + error.body() + b"\n\n" if self._started else error.body()
+            self.status = error.status
+            await self.write(body, status=error.status)
 
 
 class _Entrance:
@@ -183,9 +209,9 @@ class _Endpoint:
         self._request_timeout = request_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        metrics = self._service.metrics
+        service = self._service
         reply = _Reply(send)
-        metrics.in_flight += 1
+        service.in_flight += 1
         try:
             await self._serve_while_connected(await _read_body(Request(scope, receive)), receive, reply)
         except ClientDisconnect:
@@ -193,8 +219,8 @@ class _Endpoint:
         except ApiError as error:
             await reply.fail(error)
         finally:
-            metrics.in_flight -= 1
-            metrics.requests[self._path, reply.status] += 1
+            service.in_flight -= 1
+            service.answered[self._path, reply.status] += 1
 
     async def _serve_while_connected(self, body: bytes, receive: Receive, reply: _Reply) -> None:
         """Raises ``ClientDisconnect``, or ``ApiError`` 504."""
@@ -247,30 +273,3 @@ async def _read_body(request: Request) -> bytes:
         if len(body) > _MAX_BODY_BYTES:
             raise ApiError(413, f"the body is larger than {_MAX_BODY_BYTES} bytes; send fewer prompts per request")
     return bytes(body)
-
-
-class _Reply:
-    """The answer to one request: headers go out with the first piece, so that an early error still gets its status."""
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self._started = False
-        self._finished = False
-        self.status = 500
-
-    async def write(self, piece: bytes, *, more: bool = False, status: int = 200, media_type: str = _JSON) -> None:
-        """Send ``piece`` of the body; without ``more`` it is the last one."""
-        if not self._started:
-            length = (b"cache-control", b"no-cache") if more else (b"content-length", str(len(piece)).encode())
-            headers = [(b"content-type", media_type.encode()), length]
-            self._started, self.status = True, status
-            await self._send({"type": "http.response.start", "status": status, "headers": headers})
-        self._finished = not more
-        await self._send({"type": "http.response.body", "body": piece, "more_body": more})
-
-    async def fail(self, error: ApiError) -> None:
-        """The error as the answer, or as the last event of a stream that has begun."""
-        if not self._finished:
-            body = b"data: " + error.body() + b"\n\n" if self._started else error.body()
-            self.status = error.status
-            await self.write(body, status=error.status)

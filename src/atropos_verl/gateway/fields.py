@@ -7,12 +7,10 @@ not know is at least logged; fields that would change the sampled distribution a
 (``require_neutral``). JSON null means absent, as in the APIs that are imitated here.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import msgspec
 
@@ -107,14 +105,6 @@ def to_api_error(error: Exception) -> ApiError:
     return ApiError(500, f"internal error ({type(error).__name__}); the gateway's log has the traceback")
 
 
-def parse_body(body: bytes) -> Fields:
-    """Decode a request body. Raises ``ApiError`` 400 when it is not a JSON object."""
-    try:
-        return Fields(msgspec.json.decode(body, type=dict[str, Any]))
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ApiError(400, f"the body is not a JSON object: {error}") from error
-
-
 class Fields:
     """One JSON object of a request. ``prefix`` is put before field names in messages (``"sampling_params."``).
 
@@ -172,9 +162,9 @@ class Fields:
             raise self.error(name, f"expected {_EXPECTED[type(default)]}, got {_show(value)}")
         return value
 
-    def child(self, name: str) -> Fields:
+    def child(self, name: str) -> Self:
         """The object under ``name`` (empty when absent), with its own record of what was read."""
-        return Fields(self.get(name, dict[str, Any]()), prefix=f"{self._prefix}{name}.")
+        return type(self)(self.get(name, dict[str, Any]()), prefix=f"{self._prefix}{name}.")
 
     def strings(self, name: str) -> tuple[str, ...]:
         """A string or a list of strings, none of them empty."""
@@ -225,6 +215,14 @@ class Fields:
         return [
             self._prefix + name for name, value in self._data.items() if name not in self._seen and value is not None
         ]
+
+
+def parse_body(body: bytes) -> Fields:
+    """Decode a request body. Raises ``ApiError`` 400 when it is not a JSON object."""
+    try:
+        return Fields(msgspec.json.decode(body, type=dict[str, Any]))
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ApiError(400, f"the body is not a JSON object: {error}") from error
 
 
 def _show(value: Any) -> str:

@@ -1,19 +1,17 @@
 """The part all endpoints share: the engine behind its gate, the tokenizer, the counters."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import math
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client import Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -32,42 +30,45 @@ _MAX_REMEMBERED_WARNINGS = 256
 _PREFIX = "atropos_verl_gateway"
 
 
-class GatewayMetrics(Collector):
-    """Counters since the start. Used from the gateway's event loop only."""
+@dataclass(eq=False)
+class GatewayService(Collector):
+    """One engine as the endpoints see it, and what was counted since the start (in the gateway's event loop only)."""
 
-    def __init__(self, service: GatewayService) -> None:
-        self._service = service
-        self.requests: Counter[tuple[str, int]] = Counter()
-        """(endpoint, HTTP status) → requests answered; 499 = the client went away."""
-        self.in_flight = 0
-        self.prompt_tokens = 0
-        self.generated_tokens = 0
+    engine: GenerationEngine
+    codec: TextCodec
+    model_name: str
+    gate: RequestGate
+    ledger: Ledger | None
+    throttle: StalenessThrottle | None
+    answered: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """(endpoint, HTTP status) → requests answered; 499 = the client went away."""
+    in_flight: int = 0
+    _prompt_tokens: int = 0
+    _generated_tokens: int = 0
+    _warned: set[str] = field(default_factory=set)
 
     def render(self) -> bytes:
-        """The figures of this gateway alone, in the Prometheus text format."""
-        registry = CollectorRegistry()
-        registry.register(self)
-        return generate_latest(registry)
+        """The figures of ``collect`` alone, in the Prometheus text format."""
+        return generate_latest(self)
 
     def collect(self) -> Iterator[Metric]:
         """The figures as they are now."""
-        service = self._service
         text = "Requests answered, by endpoint and HTTP status (499: client went away)."
         requests = CounterMetricFamily(f"{_PREFIX}_requests", text, labels=["endpoint", "status"])
-        for (endpoint, status), count in sorted(self.requests.items()):
+        for (endpoint, status), count in sorted(self.answered.items()):
             requests.add_metric([endpoint, str(status)], count)
         yield requests
-        version = service.engine.policy_version
+        version = self.engine.policy_version
         figures: list[tuple[str, str, float]] = [
             ("requests_in_flight", "Generation requests being served or waiting.", self.in_flight),
-            ("prompt_tokens_total", "Prompt tokens of served requests.", self.prompt_tokens),
-            ("generated_tokens_total", "Tokens generated for clients.", self.generated_tokens),
+            ("prompt_tokens_total", "Prompt tokens of served requests.", self._prompt_tokens),
+            ("generated_tokens_total", "Tokens generated for clients.", self._generated_tokens),
             ("policy_version", "Version of the weights the engine holds; -1 before the first.", version),
-            ("paused", "1 while new requests wait for a weight sync.", not service.gate.is_open),
-            ("paused_seconds_total", "Seconds spent paused for weight syncs.", service.gate.paused_seconds),
+            ("paused", "1 while new requests wait for a weight sync.", not self.gate.is_open),
+            ("paused_seconds_total", "Seconds spent paused for weight syncs.", self.gate.paused_seconds),
         ]
-        if service.ledger is not None:
-            ledger = service.ledger.stats()
+        if self.ledger is not None:
+            ledger = self.ledger.stats()
             figures += [
                 ("ledger_spans", "Completions that the ledger holds.", ledger.spans),
                 ("ledger_prompts", "Different prompts of these.", ledger.prompts),
@@ -80,29 +81,6 @@ class GatewayMetrics(Collector):
         for name, text, value in figures:
             family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
             yield family(f"{_PREFIX}_{name}", text, value=value)
-
-
-class GatewayService:
-    """One engine as the endpoints see it."""
-
-    def __init__(
-        self,
-        engine: GenerationEngine,
-        tokenizer: Any,
-        *,
-        gate: RequestGate | None,
-        ledger: Ledger | None = None,
-        throttle: StalenessThrottle | None = None,
-        model_name: str,
-    ) -> None:
-        self.engine = engine
-        self.ledger = ledger
-        self.throttle = throttle
-        self.codec = TextCodec(tokenizer)
-        self.gate = gate if gate is not None else RequestGate()
-        self.model_name = model_name
-        self.metrics = GatewayMetrics(self)
-        self._warned: set[str] = set()
 
     def warn_once(self, key: str, message: str, *args: object) -> None:
         """Log ``message`` at WARNING the first time ``key`` occurs."""
@@ -177,9 +155,9 @@ class GatewayService:
             if len(generations) != request.n:
                 raise EngineError(f"{request.request_id}: {len(generations)} completions instead of n = {request.n}")
             for generation in generations:
-                self.metrics.generated_tokens += len(generation.token_ids)
+                self._generated_tokens += len(generation.token_ids)
                 _refuse_aborted(generation.finish_reason)
-            self.metrics.prompt_tokens += len(request.prompt_token_ids)
+            self._prompt_tokens += len(request.prompt_token_ids)
         await self._record(zip(requests, results, strict=True))
         return results
 
@@ -192,7 +170,7 @@ class GatewayService:
                 # A client that goes away may do so between two deltas: only closing tells the engine then.
                 async with aclosing(self.engine.astream(request)) as deltas:
                     async for delta in deltas:
-                        self.metrics.generated_tokens += len(delta.token_ids)
+                        self._generated_tokens += len(delta.token_ids)
                         _refuse_aborted(delta.finish_reason)
                         seen[delta.index].append(delta)
                         running -= delta.finish_reason is not None
@@ -202,7 +180,7 @@ class GatewayService:
             finally:
                 if running and self.ledger is not None:  # a reader who left may use what it got
                     self.ledger.record(request.prompt_token_ids, _joined(seen), request.temperature)
-        self.metrics.prompt_tokens += len(request.prompt_token_ids)
+        self._prompt_tokens += len(request.prompt_token_ids)
 
     async def _record(self, answers: Iterable[tuple[GenerationRequest, list[Generation]]]) -> None:
         """Record completions before the client sees them, so that no death of this process makes them unknown."""
