@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from atropos_verl.errors import ConfigError
 
@@ -27,12 +27,6 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
-
-
-# OmegaConf hands the pair over as a list.
-Clipping = Annotated[
-    tuple[float, float] | None, BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
-]
 
 
 class Section(BaseModel):
@@ -295,7 +289,22 @@ class SuperviseConfig(Section):
     )
 
 
-class RunConfig(Section):
+class CommonConfig(Section):
+    """Keys of both backends; the Ray backend has them in its block ``atropos``."""
+
+    advantage_normalization: Literal["none", "batch", "global"] = Field("none", description="over trained tokens")
+    advantage_clipping: tuple[float, float] | None = Field(None, description="[low, high] or null")
+    batch_retry_attempts: PositiveInt = Field(8, description="quick tries of one wait for a batch")
+    batch_retry_delay: PositiveFloat = Field(0.3, description="seconds before the second try; grows by 1.5")
+    batch_max_wait_time: PositiveFloat = Field(12.0, description="seconds; bound on one whole wait for a batch")
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    off_policy: OffPolicyConfig = Field(default_factory=OffPolicyConfig)
+    gateway: GatewayConfig = Field(default_factory=GatewayConfig)
+    env: EnvConfig = Field(default_factory=EnvConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+
+
+class RunConfig(CommonConfig):
     """One training run."""
 
     mode: Literal["sync", "overlap"] = Field(
@@ -313,23 +322,13 @@ class RunConfig(Section):
     use_advantage_weighting: bool | None = Field(
         None, description="true: advantage-weighted loss; false: GRPO's clipped ratio; null: as loss.type, else true"
     )
-    advantage_normalization: Literal["none", "batch", "global"] = Field("none", description="over trained tokens")
-    advantage_clipping: Clipping = Field(None, description="[low, high] or null")
-    batch_retry_attempts: PositiveInt = Field(8, description="quick tries of one wait for a batch")
-    batch_retry_delay: PositiveFloat = Field(0.3, description="seconds before the second try; grows by 1.5")
-    batch_max_wait_time: PositiveFloat = Field(12.0, description="seconds; bound on one whole wait for a batch")
     atropos: AtroposConfig = Field(default_factory=AtroposConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     data: DataConfig = Field(default_factory=DataConfig)
-    reward: RewardConfig = Field(default_factory=RewardConfig)
-    off_policy: OffPolicyConfig = Field(default_factory=OffPolicyConfig)
-    gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     inference: InferenceConfig = Field(default_factory=InferenceConfig)
-    env: EnvConfig = Field(default_factory=EnvConfig)
-    eval: EvalConfig = Field(default_factory=EvalConfig)
     sync: SyncConfig = Field(default_factory=SyncConfig)
     overlap: OverlapConfig = Field(default_factory=OverlapConfig)
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)

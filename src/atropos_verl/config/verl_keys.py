@@ -9,24 +9,18 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, ValidationError
 
 from atropos_verl.config.composition import SHIPPED, check_form, compose_with_hydra, did_you_mean, key_of
 from atropos_verl.config.schema import (
     AtroposConfig,
-    Clipping,
-    EnvConfig,
-    EvalConfig,
-    GatewayConfig,
+    CommonConfig,
     GroupsConfig,
-    OffPolicyConfig,
     OwnAlgorithmConfig,
     OwnLossConfig,
     PositiveFloat,
-    PositiveInt,
-    RewardConfig,
     RunConfig,
     SuperviseConfig,
     apply_environment,
@@ -49,39 +43,26 @@ _LOCAL_NAMES = {
     "save_freq": "trainer.save_freq",
     "resume": "trainer.resume_mode",
     "temperature": "actor_rollout_ref.rollout.temperature",
-    "env.script": "atropos.env.script",
-    "gateway.port": "atropos.gateway.port",
     "use_advantage_weighting": "actor_rollout_ref.actor.policy_loss.loss_mode=advantage_weighted_sft",
-    "advantage_normalization": "atropos.advantage_normalization",
-    "advantage_clipping": "atropos.advantage_clipping",
-    "loss.path": "atropos.loss.path",
-    "algorithm.advantage_path": "atropos.algorithm.advantage_path",
-    "data.filter_path": "atropos.data.filter_path",
-    "reward.path": "atropos.reward.path",
-    "eval.before": "atropos.eval.before",
-    "eval.after": "atropos.eval.after",
+    **{
+        key: f"atropos.{key}"
+        for key in (
+            *("env.script", "gateway.port", "eval.before", "eval.after", "reward.path", "loss.path"),
+            *("algorithm.advantage_path", "data.filter_path", "advantage_normalization", "advantage_clipping"),
+        )
+    },
 }
 """Keys of the local backend, and where verl or the ``atropos`` block keeps them."""
 
 
-class RaySettings(AtroposConfig):
+class RaySettings(CommonConfig, AtroposConfig):
     """The block ``atropos``: the trajectory API, the environment, the gateway, and what is done to groups."""
 
-    env: EnvConfig = Field(default_factory=EnvConfig)
-    gateway: GatewayConfig = Field(default_factory=GatewayConfig)
-    eval: EvalConfig = Field(default_factory=EvalConfig)
     loss: OwnLossConfig = Field(default_factory=OwnLossConfig)
     algorithm: OwnAlgorithmConfig = Field(default_factory=OwnAlgorithmConfig)
     data: GroupsConfig = Field(default_factory=GroupsConfig)
-    reward: RewardConfig = Field(default_factory=RewardConfig)
     seed: int = Field(0, ge=0, description="seed of the environment")
-    advantage_normalization: Literal["none", "batch", "global"] = Field("none", description="over trained tokens")
-    advantage_clipping: Clipping = Field(None, description="[low, high] or null")
-    off_policy: OffPolicyConfig = Field(default_factory=OffPolicyConfig)
     poll_interval: PositiveFloat = Field(0.05, description="seconds between two polls for a finished batch")
-    batch_retry_attempts: PositiveInt = Field(8, description="quick tries of one wait for a batch")
-    batch_retry_delay: PositiveFloat = Field(0.3, description="seconds before the second try; grows by 1.5")
-    batch_max_wait_time: PositiveFloat = Field(12.0, description="seconds; bound on one whole wait for a batch")
 
 
 @dataclass(frozen=True)

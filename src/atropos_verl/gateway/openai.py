@@ -59,7 +59,7 @@ class _Call:
             if _refuse_alternatives(fields, "logprobs", maximum=1):
                 text = "/v1/completions: logprobs=1 returns the sampled token's logprob only, no alternative"
                 service.warn_once("completions logprobs=1", text)
-            prompts = _completion_prompts(service, fields)
+            prompts, _ = service.codec.prompts(fields, "prompt", add_special_tokens=fields.get("add_special_tokens", True))
         self.streamed = fields.get("stream", False)
         self.return_token_ids = fields.get("return_token_ids", False)
         self.tokens_as_ids = fields.get("return_tokens_as_token_ids", False)
@@ -239,18 +239,3 @@ def _message(fields: Fields, index: int, message: Any) -> dict[str, Any]:
     return {**message, "content": content or ""}
 
 
-def _completion_prompts(service: GatewayService, fields: Fields) -> list[tuple[int, ...]]:
-    """Every form of ``prompt``: str, list of str, token ids, list of token ids."""
-    prompt = fields.raw("prompt")
-    add_special = fields.get("add_special_tokens", True)
-    if prompt is None or prompt == []:
-        raise fields.error("prompt", "missing; send a text, a list of texts, token ids, or a list of token ids")
-    if isinstance(prompt, list) and type(prompt[0]) is int:
-        prompt = [prompt]
-    items = prompt if isinstance(prompt, list) else [prompt]
-    return [
-        service.codec.encode(item, add_special_tokens=add_special)
-        if isinstance(item, str)
-        else fields.check_token_ids("prompt", item)
-        for item in items
-    ]
