@@ -131,15 +131,13 @@ async def _generate_sglang(service: GatewayService, fields: Fields) -> bytes:
     with_texts = fields.get("return_text_in_logprobs", False)
     start = fields.integer("logprob_start_len", -1, minimum=-1) if with_logprobs else -1
     fields.ignore("logprob_start_len", "rid", "log_metrics", "bootstrap_host", "bootstrap_port", "bootstrap_room")
-    prompts, batched = _sglang_prompts(service, fields)
+    if ("input_ids" in fields) == ("text" in fields):
+        raise fields.error("input_ids", "send either input_ids or text")
+    param = "input_ids" if "input_ids" in fields else "text"
+    prompts, batched = service.codec.prompts(fields, param, texts=param == "text", ids=param == "input_ids")
     service.check_model(fields)
-    requests = service.requests(
-        sampling,
-        prompts,
-        param="input_ids" if "input_ids" in fields else "text",
-        name=uuid.uuid4().hex,
-        prompt_logprobs=0 if start >= 0 else None,
-    )
+    scored = 0 if start >= 0 else None
+    requests = service.requests(sampling, prompts, param=param, name=uuid.uuid4().hex, prompt_logprobs=scored)
     service.report_unread("/generate", fields, params)
     results = await service.generate(requests)
     answers = [
@@ -148,24 +146,6 @@ async def _generate_sglang(service: GatewayService, fields: Fields) -> bytes:
         for generation in generations
     ]
     return msgspec.json.encode(answers if batched or sampling.template.n > 1 else answers[0])
-
-
-def _sglang_prompts(service: GatewayService, fields: Fields) -> tuple[list[tuple[int, ...]], bool]:
-    """Prompts, and whether the client sent a list of them (the answer is then a list too)."""
-    if ("input_ids" in fields) == ("text" in fields):
-        raise fields.error("input_ids", "send either input_ids or text")
-    name = "input_ids" if "input_ids" in fields else "text"
-    value = fields.raw(name)
-    single = isinstance(value, str) or (isinstance(value, list) and bool(value) and type(value[0]) is int)
-    items = [value] if single else value
-    if not isinstance(items, list) or not items:
-        raise fields.error(name, "expected one prompt or a non-empty list of prompts")
-    if name == "input_ids":
-        return [fields.check_token_ids(name, item) for item in items], not single
-    for index, item in enumerate(items):
-        if not isinstance(item, str):
-            raise fields.error(name, f"item {index} must be a string")
-    return [service.codec.encode(item, add_special_tokens=True) for item in items], not single
 
 
 def _sglang_answer(
@@ -222,9 +202,7 @@ async def generate_trl(service: GatewayService, fields: Fields) -> bytes:
     sampling = parse_sampling(fields, max_tokens_names=_MAX_TOKENS_NAMES, max_tokens_default=_VLLM_DEFAULT_TOKENS)
     fields.require_neutral({"images": ([],), "generation_kwargs": ({},), "logprobs": (0,)})
     fields.ignore("model")
-    prompts = [service.codec.encode(prompt, add_special_tokens=True) for prompt in fields.strings("prompts")]
-    if not prompts:
-        raise fields.error("prompts", "expected at least one prompt")
+    prompts, _ = service.codec.prompts(fields, "prompts", ids=False)
     requests = service.requests(sampling, prompts, param="prompts", name=f"trl-{uuid.uuid4().hex}")
     service.report_unread("/generate/", fields)
     results = await service.generate(requests)

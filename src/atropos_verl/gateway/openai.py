@@ -59,7 +59,7 @@ class _Call:
             if _refuse_alternatives(fields, "logprobs", maximum=1):
                 text = "/v1/completions: logprobs=1 returns the sampled token's logprob only, no alternative"
                 service.warn_once("completions logprobs=1", text)
-            prompts, _ = service.codec.prompts(fields, "prompt", add_special_tokens=fields.get("add_special_tokens", True))
+            prompts, _ = service.codec.prompts(fields, "prompt")
         self.streamed = fields.get("stream", False)
         self.return_token_ids = fields.get("return_token_ids", False)
         self.tokens_as_ids = fields.get("return_tokens_as_token_ids", False)
@@ -237,5 +237,3 @@ def _message(fields: Fields, index: int, message: Any) -> dict[str, Any]:
     if content is not None and not isinstance(content, str):
         raise fields.error("messages", f"item {index}: 'content' must be a string or a list of text parts")
     return {**message, "content": content or ""}
-
-

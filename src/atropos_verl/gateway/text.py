@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from atropos_verl.gateway.fields import ApiError, Sampling
+from atropos_verl.gateway.fields import ApiError, Fields, Sampling
 from atropos_verl.types import FinishReason
 
 _REPLACEMENT = "\ufffd"
@@ -31,6 +31,23 @@ class TextCodec:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def prompts(
+        self, fields: Fields, name: str, *, texts: bool = True, ids: bool = True
+    ) -> tuple[list[tuple[int, ...]], bool]:
+        """Token ids of every prompt under ``name``: texts, token ids or both; and whether a list of them was sent."""
+        value, special = fields.raw(name), fields.get("add_special_tokens", True)
+        if value is None or value == []:
+            raise fields.error(name, "expected one prompt or a non-empty list of prompts")
+        listed = isinstance(value, list) and type(value[0]) is not int
+        found = []
+        for index, item in enumerate(value if listed else [value]):
+            if not ids and not isinstance(item, str):
+                raise fields.error(name, f"item {index} must be a string")
+            is_text = texts and isinstance(item, str)
+            tokens = self.encode(item, add_special_tokens=special) if is_text else fields.check_token_ids(name, item)
+            found.append(tokens)
+        return found, listed
 
     def render_chat(self, messages: list[dict[str, Any]], **options: Any) -> str:
         """The prompt text of a conversation. ``options`` go to ``apply_chat_template``.
