@@ -79,11 +79,6 @@ class RayRun:
         return Path(str(self.verl.run_dir))
 
     @property
-    def is_attached(self) -> bool:
-        """True when the trajectory API is the user's: nothing but verl and the gateway is started."""
-        return self.run.is_attached
-
-    @property
     def mode(self) -> str:
         """``sync`` | ``colocate_async`` | ``separate_async``."""
         return str(self.verl.trainer.v1.trainer_mode)

@@ -106,12 +106,11 @@ def _prompt_logprobs(request: GenerationRequest, generation: Generation) -> list
         raise ApiError(500, "the inference engine returned no prompt logprobs", code="engine_error")
     ordered: list[dict[int, float] | None] = []
     for token_id, entry in zip(request.prompt_token_ids, entries, strict=True):
-        if entry is None:
-            ordered.append(None)
-        else:
+        if entry is not None:
             best_first = dict(sorted(entry.items(), key=itemgetter(1), reverse=True))
-            own_first = {token_id: entry[token_id], **best_first}
-            ordered.append(dict(zip(own_first, finite_logprobs(own_first.values()), strict=True)))
+            entry = {token_id: entry[token_id], **best_first}
+            entry = dict(zip(entry, finite_logprobs(entry.values()), strict=True))
+        ordered.append(entry)
     return ordered
 
 
@@ -163,8 +162,7 @@ def _sglang_answer(
     if generation.finish_reason == "length":
         reason["length"] = len(generation.token_ids)
     else:
-        stop_token = codec.stop_token(generation.token_ids, generation.finish_reason, sampling)
-        reason["matched"] = matched if stop_token is None else stop_token
+        reason["matched"] = matched
     meta: dict[str, Any] = {
         "id": request.request_id,
         "finish_reason": reason,

@@ -9,7 +9,6 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -22,16 +21,6 @@ from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
 
 _DEFAULT_COMPLETION_TOKENS = 16
 """``max_tokens`` of /v1/completions when absent: the documented default of that API, in vLLM too."""
-
-
-@dataclass(slots=True)
-class _StreamedChoice:
-    """A completion that is being written."""
-
-    text: StreamText
-    offset: int = 0
-    """Characters of the tokens sent so far, for ``text_offset``."""
-    started: bool = False
 
 
 async def completions(service: GatewayService, fields: Fields, *, chat: bool) -> bytes | AsyncGenerator[bytes, None]:
@@ -104,14 +93,14 @@ class _Call:
     def _choice(self, index: int, request: GenerationRequest, generation: Generation) -> dict[str, Any]:
         codec, sampling = self.service.codec, self.sampling
         text, matched = codec.completion_text(generation.token_ids, generation.finish_reason, sampling)
-        stop_token = codec.stop_token(generation.token_ids, generation.finish_reason, sampling)
+        is_asked_for = isinstance(matched, str) or matched in sampling.template.stop_token_ids
         choice: dict[str, Any] = {
             "index": index,
             **({"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}),
             "logprobs": self._logprobs(generation.token_ids, generation.logprobs),
             "finish_reason": generation.finish_reason,
             # vLLM: the stop string or the stop token id the client asked for; null at the end-of-sequence token
-            "stop_reason": stop_token if stop_token in sampling.template.stop_token_ids else matched,
+            "stop_reason": matched if is_asked_for else None,
         }
         if self.return_token_ids:
             choice["token_ids"] = generation.token_ids
@@ -153,21 +142,25 @@ class _Call:
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """The events of a call with one prompt. Closing the generator frees the slots."""
         [request] = self.requests
-        choices = [_StreamedChoice(StreamText(self.service.codec, self.sampling)) for _ in range(request.n)]
+        texts = [StreamText(self.service.codec, self.sampling) for _ in range(request.n)]
+        offsets: dict[int, int] = {}
         completion_tokens = 0
         async with aclosing(self.service.stream(request)) as deltas:
             async for delta in deltas:
                 completion_tokens += len(delta.token_ids)
-                for chunk in self._chunks(choices[delta.index], delta):
+                for chunk in self._chunks(texts[delta.index], offsets, delta):
                     yield b"data: " + msgspec.json.encode(chunk) + b"\n\n"
         if self.include_usage:
             last = {**self.envelope, "choices": [], "usage": self._usage(completion_tokens)}
             yield b"data: " + msgspec.json.encode(last) + b"\n\n"
         yield b"data: [DONE]\n\n"
 
-    def _chunks(self, choice: _StreamedChoice, delta: GenerationDelta) -> Iterator[dict[str, Any]]:
-        """The chunks for one delta: the chat API announces the role before the first text."""
-        first, choice.started = not choice.started, True
+    def _chunks(self, stream: StreamText, offsets: dict[int, int], delta: GenerationDelta) -> Iterator[dict[str, Any]]:
+        """The chunks for one delta: the chat API announces the role before the first text.
+
+        ``offsets``: characters of the tokens sent so far of each choice that has begun, for ``text_offset``.
+        """
+        first, offset = delta.index not in offsets, offsets.setdefault(delta.index, 0)
         envelope = {**self.envelope, **({"usage": None} if self.include_usage else {})}
         if first and self.chat:
             role = {"index": delta.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
@@ -175,12 +168,12 @@ class _Call:
             if self.return_token_ids:
                 head["prompt_token_ids"] = self.requests[0].prompt_token_ids
             yield head
-        text = choice.text.push(delta.token_ids, delta.finish_reason)
+        text = stream.push(delta.token_ids, delta.finish_reason)
         if not delta.token_ids and not text and delta.finish_reason is None:
             return
-        logprobs = self._logprobs(delta.token_ids, delta.logprobs, choice.offset)
+        logprobs = self._logprobs(delta.token_ids, delta.logprobs, offset)
         if logprobs is not None and not self.chat:
-            choice.offset += sum(map(len, logprobs["tokens"]))
+            offsets[delta.index] += sum(map(len, logprobs["tokens"]))
         piece: dict[str, Any] = {
             "index": delta.index,
             **({"delta": {"content": text}} if self.chat else {"text": text}),

@@ -71,29 +71,20 @@ class TextCodec:
         known.update((i, self.decode([i], skip_special_tokens=False)) for i in ids if i not in known)
         return [known[token_id] for token_id in ids]
 
-    def stop_token(
-        self, token_ids: Sequence[int], finish_reason: FinishReason | None, sampling: Sampling
-    ) -> int | None:
-        """The token that ended the completion, or None (a stop string or the length did)."""
-        if finish_reason != "stop" or not token_ids:
-            return None
-        last = token_ids[-1]
-        ends = last in sampling.template.stop_token_ids or (last in self._eos_ids and not sampling.template.ignore_eos)
-        return last if ends else None
-
     def completion_text(
         self, token_ids: Sequence[int], finish_reason: FinishReason | None, sampling: Sampling
-    ) -> tuple[str, str | None]:
-        """Text of a finished completion as vLLM shows it, and the stop string that ended it (None: none).
+    ) -> tuple[str, str | int | None]:
+        """Text of a finished completion as vLLM shows it, and the stop string or token id that ended it.
 
         Without the stop token, without special tokens (unless asked for), cut before the stop string.
         """
-        stopped_by_token = self.stop_token(token_ids, finish_reason, sampling) is not None
-        visible = token_ids[:-1] if stopped_by_token and not sampling.include_stop else token_ids
+        asked, stopped = sampling.template, finish_reason == "stop"
+        ends = {*asked.stop_token_ids, *(() if asked.ignore_eos else self._eos_ids)}
+        ended = stopped and bool(token_ids) and token_ids[-1] in ends
+        visible = token_ids[:-1] if ended and not sampling.include_stop else token_ids
         text = self.decode(visible, skip_special_tokens=sampling.skip_special_tokens)
-        if finish_reason != "stop":
-            return text, None
-        return cut_at_stop(text, sampling.template.stop, include_stop=sampling.include_stop)
+        text, matched = cut_at_stop(text, asked.stop if stopped else (), include_stop=sampling.include_stop)
+        return text, token_ids[-1] if ended else matched
 
 
 class StreamText:

@@ -36,13 +36,13 @@ def test_cut_at_the_earliest_stop_string(text: str, stop: tuple[str, ...], inclu
 
 def test_completion_text_follows_vllm(codec: TextCodec) -> None:
     hi = [71, 72]  # "hi": byte - 33
-    assert codec.completion_text([*hi, EOS], "stop", plain()) == ("hi", None)
+    assert codec.completion_text([*hi, EOS], "stop", plain()) == ("hi", EOS)
     # vLLM leaves the stop token out of the text even when special tokens are shown
-    assert codec.completion_text([*hi, EOS], "stop", plain(skip_special_tokens=False)) == ("hi", None)
+    assert codec.completion_text([*hi, EOS], "stop", plain(skip_special_tokens=False)) == ("hi", EOS)
     shown = plain(skip_special_tokens=False, include_stop_str_in_output=True)
-    assert codec.completion_text([*hi, EOS], "stop", shown) == ("hi<|im_end|>", None)
+    assert codec.completion_text([*hi, EOS], "stop", shown) == ("hi<|im_end|>", EOS)
     # a stop token the client asked for is left out though it is an ordinary letter
-    assert codec.completion_text(hi, "stop", plain(stop_token_ids=[72])) == ("h", None)
+    assert codec.completion_text(hi, "stop", plain(stop_token_ids=[72])) == ("h", 72)
     assert codec.completion_text(hi, "length", plain(stop_token_ids=[72])) == ("hi", None)
     assert codec.completion_text(hi, "stop", plain(stop=["i"])) == ("h", "i")
     assert codec.completion_text([*hi, EOS], "length", plain(ignore_eos=True, skip_special_tokens=False)) == (

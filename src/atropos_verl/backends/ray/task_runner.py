@@ -243,7 +243,7 @@ class AtroposTaskRunner:
         self.put("phase", "rollout: waiting for a batch")
         stopped = ""
         if trainer.global_steps < trainer.total_training_steps:
-            self.source.start(None, starts_environment=not self.cluster.is_attached)
+            self.source.start(None, starts_environment=not self.cluster.run.is_attached)
             try:
                 trainer.fit(manager)
             except StopRequestedError as error:
