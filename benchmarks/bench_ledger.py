@@ -35,8 +35,6 @@ def make(groups: int, size: int, tokens: int, seed: int) -> list[tuple[tuple[int
                 token_ids=tuple(rng.integers(0, 150_000, tokens).tolist()),
                 logprobs=tuple((-rng.random(tokens)).tolist()),
                 finish_reason="stop",
-                policy_version_first=3,
-                policy_version_last=4,
                 policy_version_runs=((3, tokens // 2), (4, tokens - tokens // 2)),
             )
             for _ in range(size)

@@ -74,15 +74,17 @@ class Generation:
     logprobs: tuple[float, ...]
     """Logprob of each token under the sampling temperature, over the full vocabulary (before top-p/top-k/min-p)."""
     finish_reason: FinishReason
-    policy_version_first: int
-    """Policy version that sampled the first token."""
-    policy_version_last: int
-    """Policy version that sampled the last token; differs when weights were swapped in between."""
-    policy_version_runs: tuple[tuple[int, int], ...] = ()
+    policy_version_runs: tuple[tuple[int, int], ...]
     """Version that sampled each token, run-length encoded: ``(policy version, tokens)``, the counts adding up to all
-    tokens. Empty: the engine only knows first and last."""
+    tokens."""
     prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
     """[P] per prompt position {token_id: logprob}; position 0 is None (nothing predicts it)."""
+
+    @property
+    def policy_versions(self) -> tuple[int, int]:
+        """Those that sampled the first and the last token; they differ when weights were swapped in between."""
+        runs = self.policy_version_runs or ((UNKNOWN_VERSION, 0),)
+        return runs[0][0], runs[-1][0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,8 +75,6 @@ class FakeEngine:
                 token_ids=tuple(t for d in deltas for t in d.token_ids),
                 logprobs=tuple(v for d in deltas for v in d.logprobs),
                 finish_reason=deltas[-1].finish_reason or "abort",
-                policy_version_first=seen[0],
-                policy_version_last=seen[-1],
                 policy_version_runs=tuple((version, len(list(run))) for version, run in itertools.groupby(seen)),
                 prompt_logprobs=self._prompt_logprobs(request),
             )

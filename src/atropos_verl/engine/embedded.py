@@ -209,10 +209,8 @@ class TransformersEngine:
         for request in requests:
             validate(request, self._limits)
         deadline = time.monotonic() + timeout
-        submitted: list[Ticket] = []
+        submitted = [self._submit(request) for request in requests]
         try:
-            for request in requests:
-                submitted.append(self._submit(request))  # noqa: PERF401 - those submitted before a failure count
             return [ticket.future.result(timeout=max(0.0, deadline - time.monotonic())) for ticket in submitted]
         except TimeoutError as error:
             done = sum(ticket.future.done() for ticket in submitted)

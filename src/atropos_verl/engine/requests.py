@@ -187,8 +187,6 @@ class Ticket:
                 token_ids=tuple(sequence.tokens),
                 logprobs=tuple(sequence.logprobs),
                 finish_reason=sequence.finish_reason or "abort",
-                policy_version_first=sequence.version_runs[0][0] if sequence.version_runs else -1,
-                policy_version_last=sequence.version_runs[-1][0] if sequence.version_runs else -1,
                 policy_version_runs=tuple(sequence.version_runs),
                 prompt_logprobs=self.prompt_logprobs,
             )

@@ -3,7 +3,7 @@
 Shapes: ``U`` distinct prompts, ``P`` longest of them, ``n`` running sequences, ``V`` vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -116,28 +116,17 @@ class ModelRunner:
     @torch.inference_mode()
     def logprobs(self, token_ids: Sequence[int], temperature: float) -> list[float]:
         """Logprobs of tokens 1 .. T-1 of one sequence under ``temperature`` (already > 0)."""
-        result: list[float] = []
-        for targets, logp in self._sequence_logprobs(token_ids, temperature):
-            result += logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1).tolist()
-        return result
+        rows = self.prompt_logprobs(token_ids, 0, temperature)
+        return [row[token] for row, token in zip(rows, token_ids, strict=True) if row is not None]
 
     @torch.inference_mode()
     def prompt_logprobs(
         self, token_ids: Sequence[int], best: int, temperature: float
     ) -> tuple[dict[int, float] | None, ...]:
-        """[P] per position {token: logprob} of the ``best`` alternatives and the token itself; position 0 None."""
-        result: list[dict[int, float] | None] = [None]
-        for targets, logp in self._sequence_logprobs(token_ids, temperature):
-            own = logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1).tolist()
-            values, ids = (part.tolist() for part in logp.topk(best, dim=-1))
-            for token, value, top_ids, top_values in zip(targets.tolist(), own, ids, values, strict=True):
-                result.append({token: value} | dict(zip(top_ids, top_values, strict=True)))
-        return tuple(result)
+        """[P] per position {token: logprob} of the ``best`` alternatives and the token itself; position 0 None.
 
-    def _sequence_logprobs(
-        self, token_ids: Sequence[int], temperature: float
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Tokens 1 .. T-1 [C], and [C, V] log_softmax(logits / temperature), chunk by chunk: memory is bounded."""
+        Computed chunk by chunk, which bounds the memory of the logits.
+        """
         if not token_ids:
             raise GenerationRequestError("token_ids is empty: give at least one token", "token_ids")
         outside = next(((i, t) for i, t in enumerate(token_ids) if not 0 <= t < self.vocab_size), None)
@@ -147,12 +136,18 @@ class ModelRunner:
             )
         chunk = max(16, _LOGITS_BYTES // (4 * self.vocab_size))
         cache = DynamicCache(config=self.model.config) if len(token_ids) > chunk else None
+        result: list[dict[int, float] | None] = [None]
         for start in range(0, len(token_ids), chunk):
             ids = torch.tensor(token_ids[start : start + chunk], device=self.device).unsqueeze(0)
             positions = torch.arange(start, start + ids.shape[1], device=self.device).unsqueeze(0)
             out = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
             targets = torch.tensor(token_ids[start + 1 : start + 1 + chunk], device=self.device, dtype=torch.int64)
-            yield targets, torch.log_softmax(out.logits[0, : len(targets)].float() / temperature, dim=-1)
+            logp = torch.log_softmax(out.logits[0, : len(targets)].float() / temperature, dim=-1)
+            own = logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1).tolist()
+            values, top = (part.tolist() for part in logp.topk(best, dim=-1))
+            for token, value, ids, row in zip(targets.tolist(), own, top, values, strict=True):
+                result.append({token: value} | dict(zip(ids, row, strict=True)))
+        return tuple(result)
 
     def _forward(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, keep: int | torch.Tensor

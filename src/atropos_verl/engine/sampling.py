@@ -19,34 +19,30 @@ from numpy.typing import NDArray
 
 from atropos_verl.types import GREEDY_BELOW, GenerationRequest
 
-_GAMMA = 0x9E3779B97F4A7C15
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
-_MASK_64 = (1 << 64) - 1
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
 
 _PARTIAL_SORT_WIDTH = 1024
 """Candidates looked at before a whole vocabulary is sorted; top-p and top-k almost never need more."""
 
 
-def _mix(value: int) -> int:
-    value &= _MASK_64
-    value = ((value ^ (value >> 30)) * _MIX_1) & _MASK_64
-    value = ((value ^ (value >> 27)) * _MIX_2) & _MASK_64
-    return value ^ (value >> 31)
+def _mix(keys: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    z = keys + (positions + np.uint64(1)) * _GAMMA
+    z = (z ^ (z >> np.uint64(30))) * _MIX_1
+    z = (z ^ (z >> np.uint64(27))) * _MIX_2
+    return np.asarray(z ^ (z >> np.uint64(31)))
 
 
 def stream_key(seed: int, index: int) -> int:
     """64-bit key of the random stream of completion ``index`` of a request with ``seed``."""
-    return _mix(_mix(seed + _GAMMA) + (index + 1) * _GAMMA)
+    numbers = np.array([[seed % (1 << 64)], [0], [index]], dtype=np.uint64)
+    return int(_mix(_mix(numbers[0], numbers[1]), numbers[2])[0])
 
 
 def uniforms(keys: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
     """[B] numbers in [0, 1), multiples of 2**-53: number ``positions[b]`` of stream ``keys[b]``."""
-    z = keys + (positions + np.uint64(1)) * np.uint64(_GAMMA)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX_1)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX_2)
-    z = z ^ (z >> np.uint64(31))
-    return np.asarray((z >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+    return np.asarray((_mix(keys, positions) >> np.uint64(11)) * 2.0**-53)
 
 
 def effective_temperature(temperature: float) -> float:

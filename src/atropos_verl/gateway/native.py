@@ -169,9 +169,9 @@ def _sglang_answer(
         "prompt_tokens": len(request.prompt_token_ids),
         "completion_tokens": len(generation.token_ids),
         "cached_tokens": 0,
-        "weight_version": str(generation.policy_version_last),
-        "policy_version": generation.policy_version_first,
-        "policy_versions": [generation.policy_version_first, generation.policy_version_last],
+        "weight_version": str(generation.policy_versions[-1]),
+        "policy_version": generation.policy_versions[0],
+        "policy_versions": list(generation.policy_versions),
     }
 
     def rows(token_ids: Sequence[int], logprobs: Sequence[float | None]) -> list[tuple[float | None, int, str | None]]:

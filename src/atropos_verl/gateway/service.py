@@ -208,8 +208,6 @@ def _joined(seen: Sequence[Sequence[GenerationDelta]]) -> list[Generation]:
                 token_ids=tuple(token for delta in deltas for token in delta.token_ids),
                 logprobs=tuple(value for delta in deltas for value in delta.logprobs),
                 finish_reason=deltas[-1].finish_reason or "abort",
-                policy_version_first=runs[0][0],
-                policy_version_last=runs[-1][0],
                 policy_version_runs=tuple(runs),
             )
             joined.append(generation)
@@ -235,5 +233,5 @@ def finite_logprobs(values: Iterable[float]) -> list[float]:
 def policy_fields(generations: Sequence[Generation]) -> dict[str, Any]:
     """``policy_version``: the oldest weights any of the tokens was sampled from (what staleness is measured by);
     ``policy_versions``: per completion, those of its first and last token."""
-    spans = [[g.policy_version_first, g.policy_version_last] for g in generations]
+    spans = [list(g.policy_versions) for g in generations]
     return {"policy_version": min(min(span) for span in spans), "policy_versions": spans}

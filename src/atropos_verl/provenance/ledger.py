@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atropos_verl.provenance.ledger_store import LedgerStore, Row, StoredSpan, StoredState
-from atropos_verl.types import UNKNOWN_VERSION, Generation
+from atropos_verl.types import Generation
 
 IDS = np.dtype("<i4")
 ID_BYTES = IDS.itemsize
@@ -446,17 +446,10 @@ def _note_branches(records: Iterable[SpanRecord], resumes: Sequence[tuple[int, i
 
 
 def _runs(generation: Generation) -> Runs:
-    """Version runs of a completion; what is not known in the middle is said to be unknown."""
-    count = len(generation.token_ids)
-    if generation.policy_version_runs:
-        if sum(n for _, n in generation.policy_version_runs) != count:
-            raise ValueError(f"policy_version_runs {generation.policy_version_runs} do not add up to {count} tokens")
-        return generation.policy_version_runs
-    first, last = generation.policy_version_first, generation.policy_version_last
-    if first == last:
-        return ((first, count),)
-    middle = ((UNKNOWN_VERSION, count - 2),) if count > 2 else ()
-    return ((first, 1), *middle, (last, 1))
+    runs, count = generation.policy_version_runs, len(generation.token_ids)
+    if sum(n for _, n in runs) != count:
+        raise ValueError(f"policy_version_runs {runs} do not add up to {count} tokens")
+    return runs
 
 
 def _logprobs(generation: Generation) -> NDArray[np.float32]:

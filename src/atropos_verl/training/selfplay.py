@@ -93,7 +93,7 @@ class SelfPlay:
             inference_logprobs=[[NO_LOGPROB] * hidden + list(g.logprobs) for g in group],
             generation_params={
                 "temperature": self.config.temperature,
-                "policy_version": min(g.policy_version_first for g in group),
+                "policy_version": min(g.policy_versions[0] for g in group),
             },
             env_id=self._env_id,
         )

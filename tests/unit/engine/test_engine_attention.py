@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.engines import GREEDY, TINY, check_logprobs, engine_of, greedy_oracle, prompts, request
 
-from atropos_verl.engine.kv_cache import SLOT_ATTENTION, SlotCache, slot_attention
+from atropos_verl.engine.kv_cache import SLOT_ATTENTION, slot_attention
 
 
 @pytest.mark.parametrize("shared_mask", [True, False])
@@ -64,24 +64,3 @@ def test_greedy_generation_on_other_architectures(family: str, extra: dict[str, 
     for prompt, [answer] in zip(given, answers, strict=True):
         assert list(answer.token_ids) == greedy_oracle(model, prompt, 10)
         check_logprobs(model, prompt, answer)
-
-
-def test_slot_cache_keeps_rows_through_growth_and_copies() -> None:
-    cache = SlotCache()
-    cache.reserve(rows=2, tokens=3, max_tokens=1000)
-    keys = torch.arange(12.0).reshape(2, 1, 3, 2)
-    cache.begin_prefill(0)
-    returned, _ = cache.update(keys, -keys, 0)
-    assert returned is keys  # a prompt attends to itself
-    assert cache.get_mask_sizes(3) == (3, 0)
-    cache.reserve(rows=5, tokens=200, max_tokens=1000)
-    cache.copy_rows([1], [3], 2)
-    cache.begin_decode(torch.tensor([3, 2, 0, 2]), width=4)
-    new = torch.full((4, 1, 1, 2), 50.0) + torch.arange(4.0).reshape(4, 1, 1, 1)
-    held, negated = cache.update(new, -new, 0)
-    assert held[:, 0, :, 0].tolist() == [[0, 2, 4, 50], [6, 8, 51, 0], [52, 0, 0, 0], [6, 8, 53, 0]]
-    assert torch.equal(negated, -held)
-    assert (cache.get_seq_length(), cache.get_mask_sizes(1)) == (3, (4, 0))
-    assert cache.nbytes > 0
-    cache.clear()
-    assert cache.nbytes == 0

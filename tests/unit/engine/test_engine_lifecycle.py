@@ -7,7 +7,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -218,18 +217,6 @@ def test_a_busy_engine_lets_callers_in_at_every_token_boundary() -> None:
         busy.result(60.0)
     for tokens, value in zip(rest, values, strict=True):
         assert value == pytest.approx(logprob_oracle(model, tokens), abs=1e-5)
-
-
-def test_from_pretrained_loads_what_was_saved(tmp_path: Any) -> None:
-    from support.tiny_model import build_tiny_model
-    from transformers import AutoModelForCausalLM
-
-    path = build_tiny_model(tmp_path / "model", hidden=32)
-    reference = AutoModelForCausalLM.from_pretrained(str(path))
-    [prompt] = prompts(6)
-    with TransformersEngine.from_pretrained(path, max_context_len=40, num_threads=1, max_running=2) as engine:
-        check_greedy(engine, reference, prompt, 6)
-        assert engine.max_context_len == 40
 
 
 def test_an_engine_nobody_closed_does_not_disturb_the_end_of_the_process() -> None:

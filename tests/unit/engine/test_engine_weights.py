@@ -69,7 +69,7 @@ def test_weights_swapped_in_mid_generation(release: bool) -> None:
         assert list(answer.token_ids[swapped_at:]) == greedy_oracle(
             new, prompt + answer.token_ids[:swapped_at], 20 - swapped_at
         )
-        assert (answer.policy_version_first, answer.policy_version_last) == (3, 4)
+        assert answer.policy_versions == (3, 4)
         assert answer.policy_version_runs == ((3, swapped_at), (4, 20 - swapped_at))
         assert len(answer.logprobs) == 20
         after = logprob_oracle(new, prompt + answer.token_ids)[len(prompt) - 1 + swapped_at :]
@@ -91,8 +91,7 @@ def test_a_seeded_request_survives_an_eviction_with_the_same_tokens() -> None:
         [disturbed] = running.result(30.0)
         assert engine.stats().evictions == 2
     assert [g.token_ids for g in disturbed] == [g.token_ids for g in undisturbed]
-    assert [g.policy_version_first for g in disturbed] == [-1, -1]
-    assert [g.policy_version_last for g in disturbed] == [0, 0]
+    assert [g.policy_versions for g in disturbed] == [(-1, 0)] * 2
 
 
 def test_released_weights_are_not_used_until_new_ones_are_in() -> None:
@@ -120,7 +119,7 @@ def test_released_weights_are_not_used_until_new_ones_are_in() -> None:
         engine.update_weights_from_tensor(named(model), policy_version=8)
         answer = waiting.result(30.0)
     assert list(answer.token_ids) == greedy_oracle(model, prompt, 5)
-    assert (answer.policy_version_first, answer.policy_version_last) == (8, 8)
+    assert answer.policy_versions == (8, 8)
 
 
 def test_release_can_keep_the_weights() -> None:
@@ -245,7 +244,7 @@ def test_sequences_in_flight_go_on_under_the_swapped_weights(keep_kv: bool) -> N
         assert engine.stats().failed == 0
         assert engine.compute_logprobs(tokens) == pytest.approx(logprob_oracle(new, tokens), abs=1e-5)
     for prompt, [answer] in zip(given, answers, strict=True):
-        assert (answer.policy_version_first, answer.policy_version_last) == (3, 4)
+        assert answer.policy_versions == (3, 4)
         under_old = greedy_oracle(old, prompt, 20)
         alike = next(i for i, (a, b) in enumerate(zip(answer.token_ids, under_old, strict=True)) if a != b)
         assert alike >= 8, "what was sampled before the swap is the old policy's"

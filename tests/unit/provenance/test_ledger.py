@@ -22,9 +22,7 @@ def wrote(
         token_ids=tuple(tokens),
         logprobs=tuple(logprob - k / 8 for k in range(len(tokens))),
         finish_reason="stop",
-        policy_version_first=runs[0][0] if runs else version,
-        policy_version_last=runs[-1][0] if runs else version,
-        policy_version_runs=runs,
+        policy_version_runs=runs or ((version, len(tokens)),),
     )
 
 
@@ -71,12 +69,6 @@ def test_versions_and_logprobs_of_a_single_turn() -> None:
 def test_versions_inside_a_span_that_weights_were_swapped_in() -> None:
     ledger = holding(PROMPT, wrote([1, 2, 3, 4], runs=((2, 1), (3, 2), (5, 1))))
     assert versions(one(ledger, PROMPT, [1, 2, 3, 4]))[3:] == [2, 3, 3, 5]
-    # an engine that knows first and last only: the middle is unknown, and not guessed
-    both = Generation(
-        token_ids=(9, 9, 9, 9), logprobs=(-1,) * 4, finish_reason="stop", policy_version_first=1, policy_version_last=4
-    )
-    ledger.record(PROMPT, [both])
-    assert versions(one(ledger, PROMPT, [9, 9, 9, 9]))[3:] == [1, U, U, 4]
 
 
 def test_a_generation_that_was_continued_without_tokens_between() -> None:

@@ -80,9 +80,7 @@ async def test_prompts_of_one_request_are_counted_together() -> None:
 
 async def test_next_turns_and_health_checks_are_not_held() -> None:
     ledger = Ledger()
-    generation = Generation(
-        token_ids=(3,), logprobs=(-1.0,), finish_reason="stop", policy_version_first=0, policy_version_last=0
-    )
+    generation = Generation(token_ids=(3,), logprobs=(-1.0,), finish_reason="stop", policy_version_runs=((0, 1),))
     ledger.record((1, 2), [generation])
     limit = throttle(0, ledger)
     limit.batch_fetched()

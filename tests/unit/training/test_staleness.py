@@ -52,8 +52,7 @@ def ledger_of(
             token_ids=tuple(tokens),
             logprobs=tuple(-1 - k / 8 for k in range(len(tokens))),
             finish_reason="stop",
-            policy_version_first=version,
-            policy_version_last=version,
+            policy_version_runs=((version, len(tokens)),),
         )
         ledger.record(PROMPT, [generation], temperature)
     return ledger

@@ -297,16 +297,12 @@ class _Answer:
         if own and self.prompt_logprobs is not None:
             rows = zip(self.request.prompt_token_ids[1:], own, self.prompt_logprobs[1:], strict=True)
             self.prompt_logprobs = (None, *({token: value} | (row or {}) for token, value, row in rows))
-        first, last = (self.versions[0], self.versions[-1]) if self.versions else (None, None)
-        known = [version is not None for version in self.versions]
-        runs = tuple((int(version or 0), len(list(run))) for version, run in groupby(self.versions))
+        named = (UNKNOWN_VERSION if version is None else version for version in self.versions)
         return Generation(
             token_ids=tuple(self.tokens),
             logprobs=tuple(self.logprobs),
             finish_reason=self.finish_reason,
-            policy_version_first=UNKNOWN_VERSION if first is None else first,
-            policy_version_last=UNKNOWN_VERSION if last is None else last,
-            policy_version_runs=runs if all(known) else (),
+            policy_version_runs=tuple((version, len(list(run))) for version, run in groupby(named)),
             prompt_logprobs=self.prompt_logprobs,
         )
 

@@ -177,9 +177,9 @@ class TransformersServer:
             return TokenOutput(token_ids=[], log_probs=None, stop_reason="aborted", extra_fields=nothing)
         [generation] = generations
         extra: dict[str, Any] = {
-            "global_steps": generation.policy_version_last,
-            "min_global_steps": generation.policy_version_first,
-            "max_global_steps": generation.policy_version_last,
+            "global_steps": generation.policy_versions[1],
+            "min_global_steps": generation.policy_versions[0],
+            "max_global_steps": generation.policy_versions[1],
             "policy_version_runs": generation.policy_version_runs,
             "finish_reason": generation.finish_reason,
         }
