@@ -76,7 +76,7 @@ class BatchJournal:
             try:
                 self._write(path, body)
             except CheckpointError:
-                self._remove(_meta_path(path))
+                self._remove(path.with_suffix(".meta.json"))
                 raise
             self._last = sequence
         return entry
@@ -126,10 +126,9 @@ class BatchJournal:
     def discard_through(self, step: int) -> int:
         """Delete the batches that steps up to and including ``step`` consumed, a durable checkpoint holding their
         effect. Returns how many. Those that the API still waits for an ack of stay."""
-        with self._lock:
-            done = self._select(lambda entry: entry.step is not None and entry.step <= step and not entry.is_owed)
-            for entry in done:
-                self.drop(entry)
+        done = self._select(lambda entry: entry.step is not None and entry.step <= step and not entry.is_owed)
+        for entry in done:
+            self.drop(entry)
         return len(done)
 
     def read(self, entry: JournalEntry) -> bytes:
@@ -155,12 +154,10 @@ class BatchJournal:
         """The content that ``attach`` kept; None when there is none, or it cannot be read (then the log says why)."""
         path = entry.path.with_suffix(f".{name}")
         try:
-            return path.read_bytes()
-        except FileNotFoundError:
-            pass
+            return path.read_bytes() if path.exists() else None
         except OSError as error:
             logger.warning("%s cannot be read: %s", path, error)
-        return None
+            return None
 
     def _select(self, wanted: Callable[[JournalEntry], bool]) -> list[JournalEntry]:
         with self._lock:
@@ -210,7 +207,7 @@ class BatchJournal:
         note: dict[str, Any] = {"sequence": entry.sequence, "bytes": size, "step": entry.step, "meta": dict(entry.meta)}
         if entry.lease_id is not None:
             note |= {"lease_id": entry.lease_id, "acked": entry.acked}
-        self._write(_meta_path(entry.path), json.dumps(note).encode(), durable=durable)
+        self._write(entry.path.with_suffix(".meta.json"), json.dumps(note).encode(), durable=durable)
 
     def _write(self, path: Path, content: bytes, *, durable: bool = True) -> None:
         try:
@@ -228,17 +225,14 @@ class BatchJournal:
             raise CheckpointError(f"cannot delete {path}: {error.strerror}") from error
 
 
-def _meta_path(path: Path) -> Path:
-    return path.with_name(f"{path.stem}.meta.json")
-
-
 def _load_meta(path: Path) -> dict[str, Any]:
     """The note beside a batch; empty where there is none or it cannot be read."""
+    note_path = path.with_suffix(".meta.json")
     try:
-        note = json.loads(_meta_path(path).read_bytes())
+        note = json.loads(note_path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        logger.warning("%s cannot be read (%s); the batch counts as not trained on", _meta_path(path), error)
+        logger.warning("%s cannot be read (%s); the batch counts as not trained on", note_path, error)
         return {}
     return note if isinstance(note, dict) else {}

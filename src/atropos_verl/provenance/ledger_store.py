@@ -16,13 +16,11 @@ Half a ledger is worse than none: of two alike completions it might know only th
 or that cannot be written any more, is given up as a whole.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import msgspec
 
@@ -86,24 +84,17 @@ class LedgerStore:
         """Finish the writes that wait. Idempotent."""
 
     @classmethod
-    def open(cls, directory: Path, *, keep: bool) -> tuple[LedgerStore | None, Contents]:
-        """Open the store of a run, and read what earlier processes left there.
-
-        Args:
-            keep: False: a new run; what is there is removed.
-
-        Returns:
-            The store, or None with a warning when the directory cannot be used; and what it held: nothing, with a
-            warning that names the file, where any of it is damaged.
-        """
+    def open(cls, directory: Path, *, keep: bool) -> tuple[Self | None, Contents]:
+        """The store of a run, or None with a warning when the directory cannot be used; and what earlier processes left
+        there: nothing where any of it is damaged (a warning names the file), or without ``keep`` (it is removed)."""
         try:
             if keep:
                 try:
                     store, found = _read_store(directory)
                     return cls(store), found
+                except StorageInUseError:
+                    raise
                 except StorageDamagedError as error:
-                    if isinstance(error, StorageInUseError):
-                        raise
                     text = "The ledger begins empty: policy versions of tokens generated before this start are unknown"
                     logger.warning("%s. %s", error, text)
             return cls(_empty_store(directory)), Contents()
@@ -146,14 +137,14 @@ def _empty_store(directory: Path) -> RecordStore:
     """Remove what is there, unless another process uses it: ``StorageInUseError``."""
     try:
         _open_store(directory).close()
-    except StorageDamagedError as error:  # which is what it is removed for
-        if isinstance(error, StorageInUseError):
-            raise
+    except StorageInUseError:
+        raise
+    except StorageDamagedError:
+        pass  # which is what it is removed for
     _remove(directory)
-    earlier = directory / "earlier"
     for file in directory.glob(_EARLIER):
-        earlier.mkdir(exist_ok=True)
-        file.replace(earlier / file.name)
+        (directory / "earlier").mkdir(exist_ok=True)
+        file.replace(directory / "earlier" / file.name)
     return _open_store(directory)
 
 

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from operator import attrgetter
+from typing import NamedTuple
 
 from atropos_verl.protocol.messages import BatchPolicy
 
@@ -85,15 +86,12 @@ class QueueView:
         return heapq.merge(*self.classes.values(), key=_by_age)
 
 
-@dataclass(frozen=True, slots=True)
-class _Pool:
+class _Pool(NamedTuple):
     """The groups that can matter of an environment with a minimum, or of everybody else."""
 
     groups: list[StoredGroup]
-    minimum: int
-    """Sequences."""
     makes: int
-    """The sums from ``minimum`` on that some of the groups make, as a bit set."""
+    """The sums from the minimum on that some of the groups make, as a bit set."""
 
 
 def choose_batch(view: QueueView, policy: BatchPolicy, now: float) -> list[StoredGroup] | None:
@@ -202,7 +200,7 @@ def _pools(view: QueueView, batch_size: int, limit: int) -> list[_Pool]:
     for owner, owned in classes.items():
         candidates, least = _candidates(owned, batch_size), minimums.get(owner, 0)
         makes = _suffix_sums([group.size for group in candidates], limit)[0] >> least << least
-        pools.append(_Pool(candidates, least, makes))
+        pools.append(_Pool(candidates, makes))
     return pools
 
 

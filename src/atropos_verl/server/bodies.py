@@ -44,6 +44,8 @@ _IN_THREAD = 256 * 2**10
 _MAX_KEY = 255
 _MIN_COMPRESSED = 1000
 """Bytes; shorter answers are sent as they are (upstream's bound)."""
+_NO_WEIGHT = ("q=", "q=0.")
+"""A weight of 0 in Accept-Encoding, without its zeros."""
 _CHUNK = 512 * 2**10
 """Bytes sent at once, so that small groups do not cost a write each."""
 
@@ -57,13 +59,8 @@ class BodyError(AtroposVerlError):
 
 
 async def read_body(request: Request, settings: ServerSettings) -> bytes:
-    """The whole body, decompressed.
-
-    Raises:
-        BodyError: 408 (silent for ``body_timeout`` seconds), 413 (longer than a bound), 415 (an encoding that is not
-            gzip), 400 (not the encoding it says).
-        ClientDisconnect: the client is gone.
-    """
+    """The whole body, decompressed. Raises ``ClientDisconnect``, or ``BodyError``: 408 (silent for ``body_timeout``
+    seconds), 413 (longer than a bound), 415 (an encoding that is not gzip), 400 (not the encoding it says)."""
     encoding = request.headers.get("content-encoding", "").strip().lower()
     announced = request.headers.get("content-length", "")
     parts: list[bytes] = []
@@ -175,11 +172,8 @@ def choose_encoding(policy: str, request: Request, length: int) -> str | None:
     here = is_loopback(request.client.host if request.client else "")
     if policy == "never" or length < _MIN_COMPRESSED or (policy == "auto" and here):
         return None
-    accepted = set()
-    for part in request.headers.get("accept-encoding", "").lower().split(","):
-        name, _, weight = part.strip().partition(";")
-        if weight.replace(" ", "").rstrip("0") not in ("q=", "q=0."):
-            accepted.add(name.strip())
+    offers = [part.partition(";") for part in request.headers.get("accept-encoding", "").lower().split(",")]
+    accepted = {name.strip() for name, _, weight in offers if weight.replace(" ", "").rstrip("0") not in _NO_WEIGHT}
     if "zstd" in accepted and importlib.util.find_spec("zstandard") is not None:
         return "zstd"
     return "gzip" if accepted & {"gzip", "x-gzip", "*"} else None

@@ -70,9 +70,8 @@ class UnknownLeaseError(AtroposVerlError):
 
 
 class Environment(msgspec.Struct, kw_only=True):
-    """A registered environment. ``env_id`` is its index."""
-
     env_id: int
+    """Its index."""
     real_name: str
     desired_name: str
     max_context_len: int
@@ -257,23 +256,6 @@ class Store:
         self.recent = OrderedDict((key, at) for key, (at,) in recent)
         newest = [numbered[-1][1][0] for numbered in (batches, leases, keys) if numbered]
         self._numbers = itertools.count(1 + max(newest, default=0))
-        self._load_groups(groups, records, known)
-        for _, (_, batch, out) in batches:
-            batch.seqs = [seq for seq in batch.seqs if seq in self.groups]
-            if out:
-                self.outstanding[batch.lease_id] = batch
-            else:
-                bisect.insort(self.returned, batch, key=lambda other: other.step)
-        away = {seq for batch in (*self.outstanding.values(), *self.returned) for seq in batch.seqs}
-        for group in self.groups.values():
-            if group.seq not in away:
-                self.queue.add(group)
-        for batch in self.returned:
-            self.queue.count(self.members(batch), 1)
-
-    def _load_groups(
-        self, groups: Iterable[StoredGroup], records: RecordStore, known: Mapping[int, StoredGroup] | None
-    ) -> None:
         lost = {group.seq: group for group in groups}
         if known is None:
             bodies: Iterable[tuple[Key, bytes | None]] = records.read("bodies")
@@ -290,6 +272,18 @@ class Store:
         for seq in lost:
             logger.error("group %d is lost: its body is damaged or missing", seq)
             self._save("groups", seq, None)
+        for _, (_, batch, out) in batches:
+            batch.seqs = [seq for seq in batch.seqs if seq in self.groups]
+            if out:
+                self.outstanding[batch.lease_id] = batch
+            else:
+                bisect.insort(self.returned, batch, key=lambda other: other.step)
+        away = {seq for batch in (*self.outstanding.values(), *self.returned) for seq in batch.seqs}
+        for group in self.groups.values():
+            if group.seq not in away:
+                self.queue.add(group)
+        for batch in self.returned:
+            self.queue.count(self.members(batch), 1)
 
     def _after_restart(self) -> None:
         """Environments count as just heard, and batches whose responses may not be finished come back."""
@@ -307,9 +301,7 @@ class Store:
     def register(self, registration: TrainerRegistration) -> str:
         """Register a trainer. Returns ``new``, ``resumed`` (the same run again: its new settings hold) or ``shared``.
 
-        Raises:
-            Refusal: a setting is unknown.
-            ConflictError: another run's trainer is active, and it is not shared.
+        Raises ``Refusal`` (unknown setting) or ``ConflictError`` (another run's trainer is active, not shared).
         """
         if registration.batch_fill not in BATCH_FILLS:
             message = f"batch_fill = {registration.batch_fill!r} must be one of {', '.join(BATCH_FILLS)}"
@@ -387,8 +379,7 @@ class Store:
         self.trainer_heard = self.now()
 
     def hear_env(self, env_id: int | None) -> None:
-        environment = self.environment(env_id)
-        if environment is not None:
+        if (environment := self.environment(env_id)) is not None:
             environment.heard_at = self.now()
 
     def alive(self) -> list[Environment]:
@@ -398,14 +389,12 @@ class Store:
 
     def reset(self) -> None:
         """Forget registrations, environments, groups, batches and keys."""
-        rows: dict[str, Iterable[Key]] = {
-            "environments": range(len(self.environments)),
-            **dict.fromkeys(("groups", "bodies"), self.groups),
-            "batches": [*self.outstanding, *(batch.lease_id for batch in self.returned)],
-            **{name: getattr(self, name) for name in ("leases", "keys", "recent")},
-        }
-        for table, key in ((table, key) for table, keys in rows.items() for key in keys):
-            self._save(table, key, None)
+        rows: dict[str, Iterable[Key]] = {name: getattr(self, name) for name in ("groups", "leases", "keys", "recent")}
+        rows |= {"bodies": self.groups, "environments": range(len(self.environments))}
+        rows |= {"batches": [*self.outstanding, *(batch.lease_id for batch in self.returned)]}
+        for table, keys in rows.items():
+            for key in keys:
+                self._save(table, key, None)
         self._clear()
         self._commit()
         self.trainer_heard = 0.0
@@ -417,15 +406,11 @@ class Store:
     def accept(
         self, groups: Sequence[CheckedGroup], reply: Callable[[int], bytes], key: str | None = None, digest: bytes = b""
     ) -> bytes:
-        """Take the groups of one POST, all or none, and return what is to be answered.
+        """Take the groups of one POST, all or none. Returns the answer, which ``reply`` makes of the number of
+        duplicates. ``key``: Idempotency-Key; ``digest``: that of its request.
 
-        ``reply`` makes the answer from the number of duplicates, before the groups are queued. ``key``:
-        Idempotency-Key; ``digest`` is that of the request it came with.
-
-        Raises:
-            Refusal: the key was used for another request.
-            QueueFullError: the queue is full.
-            StorageWriteError: the disk refused a write a moment ago.
+        Raises ``Refusal`` (the key was used for another request), ``QueueFullError``, or ``StorageWriteError`` (the
+        disk refused a write a moment ago).
         """
         known = self.replied(key, digest)
         if known is not None:
@@ -465,8 +450,7 @@ class Store:
         self._count_held(group, 1)
         self._save("bodies", seq, group.raw)
         self._save_group(group)
-        environment = self.environment(group.env_id)
-        if environment is not None:
+        if (environment := self.environment(group.env_id)) is not None:
             environment.groups += 1
             environment.sequences += group.size
         if group.env_id is not None:
@@ -562,8 +546,7 @@ class Store:
 
     def ack(self, lease_id: str) -> str:
         """The batch was trained on. Returns ``acked``, ``already`` (a repeated ack) or ``late`` (after the lease
-        ended, but before anybody else got the batch). Raises as ``release``.
-        """
+        ended, but before anybody else got the batch). Raises as ``release``."""
         self.expire()
         if self.leases.get(lease_id) == "closed":
             return "already"
@@ -586,16 +569,13 @@ class Store:
         return batch.deadline
 
     def release(self, lease_id: str) -> None:
-        """The holder does not want the batch: it is the next to be handed out.
-
-        Raises ``ConflictError`` (the lease has ended, or somebody else has the batch) or ``UnknownLeaseError``.
-        """
+        """The holder does not want the batch: it is the next to be handed out. Raises ``ConflictError`` (the lease
+        has ended, or somebody else has the batch) or ``UnknownLeaseError``."""
         self.take_back(self._held(lease_id).lease_id, "released")
 
     def delivered(self, lease_id: str) -> None:
         """The batch has arrived. Its groups are dropped. Does nothing when it is not out any more."""
-        batch = self.outstanding.pop(lease_id, None)
-        if batch is not None:
+        if (batch := self.outstanding.pop(lease_id, None)) is not None:
             self._drop(batch)
 
     def take_back(self, lease_id: str, reason: str) -> None:
