@@ -36,8 +36,8 @@ def _train(worker: PolicyWorker, checkpoint: Path) -> dict[str, object]:
     after_load = worker.compute_logprobs(samples)
     return {
         "world_size": worker.world_size,
-        "loss": [o.loss for o in outputs],
-        "grad_norm": [o.grad_norm for o in outputs],
+        "loss": [o["loss"] for o in outputs],
+        "grad_norm": [o["grad_norm"] for o in outputs],
         "logprobs": [row.tolist() for row in logprobs],
         "after_load": [row.tolist() for row in after_load],
         "weights": {name: float(tensor.double().abs().sum()) for name, tensor in worker.named_tensors()},

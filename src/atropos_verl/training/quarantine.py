@@ -74,17 +74,15 @@ def parse_quarantine_file(content: bytes) -> tuple[str, bytes]:
     except (msgspec.DecodeError, RecursionError) as error:
         raise DataError(f"not a quarantine file: {error}") from error
     if not isinstance(found.group, msgspec.UnsetType):
-        raw = bytes(found.group)
-    elif not isinstance(found.raw, msgspec.UnsetType):
-        raw = found.raw.encode()
-    elif not isinstance(found.raw_base64, msgspec.UnsetType):
-        try:
-            raw = base64.b64decode(found.raw_base64, validate=True)
-        except ValueError as error:
-            raise DataError(f"not a quarantine file: raw_base64 is not base64 ({error})") from error
-    else:
+        return found.reason, bytes(found.group)
+    if not isinstance(found.raw, msgspec.UnsetType):
+        return found.reason, found.raw.encode()
+    if isinstance(found.raw_base64, msgspec.UnsetType):
         raise DataError("not a quarantine file: it has none of group, raw, raw_base64")
-    return found.reason, raw
+    try:
+        return found.reason, base64.b64decode(found.raw_base64, validate=True)
+    except ValueError as error:
+        raise DataError(f"not a quarantine file: raw_base64 is not base64 ({error})") from error
 
 
 def _encode(group: ScoredGroup) -> bytes:

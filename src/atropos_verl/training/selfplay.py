@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from atropos_verl.config.schema import RunConfig
@@ -17,6 +18,7 @@ RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 """``(prompts, completions) -> scores``: three lists of equal length, one entry per sampled sequence."""
 
 
+@dataclass
 class SelfPlay:
     """The trainer as its own environment. Registers trainer and environment at the API on first use.
 
@@ -24,25 +26,15 @@ class SelfPlay:
     that many sequences per batch, unless that is done.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        engine: InferenceEngine,
-        tokenizer: Any,
-        client: AtroposClient,
-        ledger: Ledger,
-        reward_fn: RewardFunction,
-        register_trainer: Callable[[int], None],
-    ) -> None:
-        self.config = config
-        self.engine = engine
-        self.tokenizer = tokenizer
-        self.client = client
-        self.ledger = ledger
-        self.reward_fn = reward_fn
-        self._register_trainer = register_trainer
-        self._env_id: int | None = None
-        self._batch_size = 0
+    config: RunConfig
+    engine: InferenceEngine
+    tokenizer: Any
+    client: AtroposClient
+    ledger: Ledger
+    reward_fn: RewardFunction
+    register_trainer: Callable[[int], None]
+    _env_id: int | None = None
+    _batch_size: int = 0
 
     def submit(self, prompts: Sequence[Any]) -> None:
         """Samples ``group_size`` completions of each prompt, scores them, and posts the groups.
@@ -106,7 +98,7 @@ class SelfPlay:
                     "give a multiple, or it never delivers the rest"
                 )
             return
-        self._register_trainer(batch_size)
+        self.register_trainer(batch_size)
         longest, size = self.config.max_token_len, self.config.group_size
         env_id = self.client.register_env(
             EnvRegistration(max_token_length=longest, desired_name="trainer_rollouts", weight=1.0, group_size=size)

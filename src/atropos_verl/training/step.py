@@ -176,16 +176,14 @@ class Evaluations(Protocol):
     def finish_evaluation(self, label: str) -> Mapping[str, Any]: ...
 
 
+@dataclass
 class HeldOut:
-    """The mean reward on held-out tasks before and after training.
+    """The mean reward on held-out tasks before and after training."""
 
-    ``scores``: label (before, after) → score; a checkpoint keeps it (``RunState.held_out``).
-    """
-
-    def __init__(self, evaluations: Evaluations | None, progress: Progress, scores: dict[str, float | None]) -> None:
-        self._evaluations = evaluations
-        self._progress = progress
-        self.scores = scores
+    _evaluations: Evaluations | None
+    _progress: Progress
+    scores: dict[str, float | None]
+    """Label (before, after) → score; a checkpoint keeps it (``RunState.held_out``)."""
 
     def start(self, label: str) -> None:
         """Starts an evaluation in the background."""

@@ -22,7 +22,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -106,29 +106,21 @@ class Canary:
         return worst
 
 
+@dataclass
 class AtroposShardingManager:
     """Context manager around the rollout phase: newest weights in, gate open; gate shut, memory released.
 
     ``gate`` is None when the engine pauses by itself. ``pause_timeout`` are seconds to wait for the token boundary.
     """
 
-    def __init__(
-        self,
-        engine: SyncableEngine,
-        source: WeightSource,
-        *,
-        gate: PausableGate | None = None,
-        canary: Canary | None = None,
-        pause_timeout: float = 60.0,
-    ) -> None:
-        self.engine = engine
-        self.source = source
-        self.gate = gate
-        self.canary = canary
-        self.pause_timeout = pause_timeout
-        self.last_sync: SyncReport | None = None
-        self.syncs = 0
-        self._takes_version = "policy_version" in inspect.signature(engine.update_weights_from_tensor).parameters
+    engine: SyncableEngine
+    source: WeightSource
+    _: KW_ONLY
+    gate: PausableGate | None = None
+    canary: Canary | None = None
+    pause_timeout: float = 60.0
+    last_sync: SyncReport | None = field(default=None, init=False)
+    syncs: int = field(default=0, init=False)
 
     def __enter__(self) -> Self:
         self.engine.resume_memory_occupation()
@@ -190,8 +182,9 @@ class AtroposShardingManager:
         """
         version = self.source.policy_version
         started = time.perf_counter()
-        versioned = {"policy_version": version} if self._takes_version else {}
-        copied = self.engine.update_weights_from_tensor(self.source.named_tensors(), **versioned)
+        update = self.engine.update_weights_from_tensor
+        versioned = {"policy_version": version} if "policy_version" in inspect.signature(update).parameters else {}
+        copied = update(self.source.named_tensors(), **versioned)
         seconds = time.perf_counter() - started
         difference = None if self.canary is None else self.canary.check()
         return self._note(version, seconds, copied, difference, None)

@@ -287,10 +287,9 @@ class AtroposTrainer:
             self.close_rollouts()
         self.updating = True
         data.off_policy |= staleness_metrics(samples, self.policy_version)
-        output = self.stack.worker.train(samples)
+        figures = self.stack.worker.train(samples)
         self.state.policy_version += 1
-        figures = {"loss": output.loss, "grad_norm": output.grad_norm, "lr": output.lr, "tokens": float(tokens)}
-        return {**figures, **output.metrics}
+        return {"tokens": float(tokens), **figures}
 
     def compute_advantage_weighted_sft_loss(
         self, input_ids: torch.Tensor, advantages: torch.Tensor, loss_mask: torch.Tensor

@@ -14,7 +14,6 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -40,16 +39,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _COLLECTIVE_TIMEOUT = timedelta(hours=24)
 """Other ranks wait in a broadcast while rank 0 waits for rollouts; that may take hours and is not a fault."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainOutput:
-    """The result of one batch. ``loss`` is over the global batch, before the update."""
-
-    loss: float
-    grad_norm: float
-    lr: float
-    metrics: dict[str, float]
 
 
 def import_verl(config: RunConfig) -> str:
@@ -132,23 +121,26 @@ class PolicyWorker:
     # ------------------------------------------------------------------ calls of rank 0
 
     @_on_every_rank
-    def train(self, samples: list[TrainingSample]) -> TrainOutput:
+    def train(self, samples: list[TrainingSample]) -> dict[str, float]:
         """One pass over ``samples`` (all ranks' together): one optimiser step, or several for the GRPO loss.
 
-        Raises:
-            TrainingDivergedError: loss or gradient norm is not finite; the weights are unchanged by that step.
+        Returns ``loss`` (over the global batch, before the update), ``grad_norm``, ``lr`` and the loss's own figures:
+        means over the optimiser steps, but for ``lr``, which is the last. Raises ``TrainingDivergedError`` when loss
+        or gradient norm is not finite; the weights are unchanged by that step.
         """
         old_logprobs: list[FloatArray] | None = None
         loss = self.config.loss
         updates = loss.ppo_epochs * loss.ppo_mini_batches
         if self.loss_function.kind != "advantage_weighted_sft" and updates > 1:
             old_logprobs = self._logprobs(samples)
-        outputs: list[TrainOutput] = []
+        outputs: list[dict[str, float]] = []
         for chunk in _mini_batches(len(samples), loss.ppo_epochs, loss.ppo_mini_batches, self.config.seed):
             part = [samples[i] for i in chunk]
             old = None if old_logprobs is None else [old_logprobs[i] for i in chunk]
             outputs.append(self._update(part, old, last=len(outputs) == updates - 1))
-        return outputs[0] if len(outputs) == 1 else _average(outputs)
+        keys = sorted({key for output in outputs for key in output})
+        means = {key: float(np.mean([o[key] for o in outputs if key in o])) for key in keys}
+        return {**means, "lr": outputs[-1]["lr"]}
 
     @_on_every_rank
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -174,7 +166,7 @@ class PolicyWorker:
         with _verl_prints_to_log():
             self._worker.load_checkpoint(str(directory))
 
-    def _update(self, samples: list[TrainingSample], old: list[FloatArray] | None, *, last: bool) -> TrainOutput:
+    def _update(self, samples: list[TrainingSample], old: list[FloatArray] | None, *, last: bool) -> dict[str, float]:
         from verl.utils import tensordict_utils as tu
 
         share = split_for_ranks(samples, self.world_size)[self.rank]
@@ -191,7 +183,7 @@ class PolicyWorker:
                 "Lower optim.lr, or bound advantages with advantage_clipping"
             )
         lr = float(metrics.get("lr", self.config.optim.lr))
-        return TrainOutput(loss, grad_norm, lr, self.loss_function.finish())
+        return {"loss": loss, "grad_norm": grad_norm, "lr": lr, **self.loss_function.finish()}
 
     def _logprobs(self, samples: list[TrainingSample]) -> list[FloatArray]:
         """Logprobs [T] of each sample's trained tokens under the current policy at its temperature; 0 elsewhere."""
@@ -345,16 +337,6 @@ def _mini_batches(count: int, epochs: int, mini_batches: int, seed: int) -> list
     rng = np.random.default_rng(seed)
     shuffled = [np.array_split(rng.permutation(count), mini_batches) for _ in range(epochs)]
     return [part.tolist() for parts in shuffled for part in parts]
-
-
-def _average(outputs: list[TrainOutput]) -> TrainOutput:
-    keys = {key for output in outputs for key in output.metrics}
-    return TrainOutput(
-        float(np.mean([o.loss for o in outputs])),
-        float(np.mean([o.grad_norm for o in outputs])),
-        outputs[-1].lr,
-        {key: float(np.mean([o.metrics[key] for o in outputs if key in o.metrics])) for key in sorted(keys)},
-    )
 
 
 class _LogWriter(io.TextIOBase):

@@ -68,8 +68,8 @@ def test_loss_gradient_norm_and_update_of_one_step(model_path: Path) -> None:
     loss = _loss(reference, samples)
     loss.backward()  # type: ignore[no-untyped-call]
     norm = torch.sqrt(sum((p.grad**2).sum() for p in reference.parameters()))
-    assert output.loss == pytest.approx(float(loss.detach()), rel=1e-4)
-    assert output.grad_norm == pytest.approx(float(norm), rel=1e-4)
+    assert output["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+    assert output["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
     # The update itself, by torch's own AdamW in float64 on the same gradient (clipped to norm 1).
     optimiser = torch.optim.AdamW(reference.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=0.0)
     torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
@@ -87,7 +87,7 @@ def test_grpo_with_several_updates_uses_old_logprobs(model_path: Path) -> None:
     worker = _worker(model_path, **settings)
     output = worker.train(samples)
     # The first of the four updates is on-policy (ratio 1); later ones are not, so the mean is near but not 1.
-    ratio = output.metrics["ratio_mean"]
+    ratio = output["ratio_mean"]
     assert 0.5 < ratio < 2.0
     assert ratio != pytest.approx(1.0, abs=1e-9)
 
@@ -128,10 +128,10 @@ def test_importance_weights_through_verls_engine(model_path: Path, loss: str, le
     else:
         expected = advantage_weighted_sft_loss(logprobs, advantages, mask, **weights)
     output = worker.train(samples)
-    assert output.loss == pytest.approx(expected.loss.item(), rel=1e-4)
+    assert output["loss"] == pytest.approx(expected.loss.item(), rel=1e-4)
     found, wanted = (
         {key: value for key, value in figures.items() if key.startswith("off_policy/")}
-        for figures in (output.metrics, summarise_importance(expected.metrics))
+        for figures in (output, summarise_importance(expected.metrics))
     )
     assert wanted["off_policy/clipped_share"] > 0
     assert found == pytest.approx(wanted, rel=1e-2, abs=1e-5)
@@ -142,10 +142,10 @@ def test_checkpoint_restores_weights_and_optimiser(model_path: Path, tmp_path: P
     worker = _worker(model_path)
     worker.train(samples)
     worker.save_checkpoint(tmp_path / "actor", 1)
-    straight = [worker.train(samples).loss for _ in range(2)]
+    straight = [worker.train(samples)["loss"] for _ in range(2)]
     other = _worker(model_path)
     other.load_checkpoint(tmp_path / "actor")
-    assert [other.train(samples).loss for _ in range(2)] == straight
+    assert [other.train(samples)["loss"] for _ in range(2)] == straight
     files = {path.name for path in (tmp_path / "actor").iterdir()}
     assert {f"{part}_world_size_1_rank_0.pt" for part in ("model", "optim", "extra_state")} <= files
 
