@@ -20,27 +20,14 @@ from atropos_verl.errors import ConfigError, EngineError, WeightSyncError
 from atropos_verl.gateway.app import GatewayServer, create_app
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
-from atropos_verl.training.checkpoint_state import RunState
 from atropos_verl.training.staleness import make_throttle
-from atropos_verl.training.weight_sync import AtroposShardingManager, Canary
+from atropos_verl.training.weight_sync import AtroposShardingManager, Canary, WeightSource
 from atropos_verl.types import TrainingSample
 
 if TYPE_CHECKING:
     from atropos_verl.engine.embedded import TransformersEngine
 
 logger = logging.getLogger(__name__)
-
-
-class _VersionedPolicy:
-    """``WeightSource`` over the worker; the version is the number of optimiser steps taken in this run."""
-
-    def __init__(self, worker: PolicyWorker, state: RunState) -> None:
-        self._state = state
-        self.named_tensors = worker.named_tensors
-
-    @property
-    def policy_version(self) -> int:
-        return self._state.policy_version
 
 
 @dataclass
@@ -58,7 +45,7 @@ class LocalStack:
 
     @classmethod
     def build(
-        cls, config: RunConfig, model_path: Path, state: RunState, *, gateway_listener: socket.socket | None = None
+        cls, config: RunConfig, model_path: Path, source: WeightSource, gateway_listener: socket.socket | None
     ) -> LocalStack:
         """Loads model and tokenizer, builds engine and worker, starts the gateway (gate closed, no weights yet)."""
         import torch
@@ -107,7 +94,7 @@ class LocalStack:
             gateway.start(timeout=30.0)
             built.callback(gateway.stop, timeout=10.0)
             canary = _build_canary(config, worker, engine, tokenizer) if config.sync.canary else None
-            manager = AtroposShardingManager(engine, _VersionedPolicy(worker, state), gate=gate, canary=canary)
+            manager = AtroposShardingManager(engine, source, gate=gate, canary=canary)
             built.pop_all()
         return cls(worker, engine, gate, gateway, ledger, throttle, tokenizer, manager)
 

@@ -121,7 +121,7 @@ class AtroposTrainer:
         self.updating = False
         """The weights have changed, or may have, and ``step`` does not say so yet: this state must not be saved."""
         self.moments, self.totals = self.state.moments, self.state.totals
-        self.stack = stack = LocalStack.build(config, self.model_path, self.state, gateway_listener=gateway_listener)
+        self.stack = stack = LocalStack.build(config, self.model_path, self, gateway_listener)
         self.engine, self.tokenizer, self.sharding_manager = stack.engine, stack.tokenizer, stack.sharding_manager
         self.settings = sample_settings(config, self.engine.vocab_size)
         self.provenance = BatchProvenance(config.off_policy, self.stack.ledger, self.settings, self.tokenizer.decode)
@@ -164,6 +164,10 @@ class AtroposTrainer:
     def policy_version(self) -> int:
         """Optimiser steps since the run began; a batch without a trained token is a step without one."""
         return self.state.policy_version
+
+    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full weights by Hugging Face name. Consume all of it: other ranks take part in each."""
+        return self.stack.worker.named_tensors()
 
     @property
     def gateway_url(self) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from atropos_verl import verl_plugin
-from atropos_verl.config.schema import LossConfig, RunConfig
+from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import CheckpointError, TrainingDivergedError
 from atropos_verl.training.extensions import load_loss
 from atropos_verl.training.losses.policy import (
@@ -84,9 +84,7 @@ class PolicyWorker:
         self._init_process_group()
         self.rank = torch.distributed.get_rank()
         self.world_size = torch.distributed.get_world_size()
-        self.loss_function = LossFunction(
-            config.loss_type, config.loss, config.importance, config.off_policy.importance_cap
-        )
+        self.loss_function = LossFunction(config)
         with _verl_prints_to_log():
             self._worker = _build_worker(config, model_path)
             self._worker.set_loss_fn(self.loss_function)
@@ -131,7 +129,7 @@ class PolicyWorker:
         old_logprobs: list[FloatArray] | None = None
         loss = self.config.loss
         updates = loss.ppo_epochs * loss.ppo_mini_batches
-        if self.loss_function.kind != "advantage_weighted_sft" and updates > 1:
+        if updates > 1:
             old_logprobs = self._logprobs(samples)
         outputs: list[dict[str, float]] = []
         for chunk in _mini_batches(len(samples), loss.ppo_epochs, loss.ppo_mini_batches, self.config.seed):
@@ -209,14 +207,31 @@ class PolicyWorker:
     compute_logprobs = _on_every_rank(_logprobs)
 
     def _to_tensordict(self, samples: list[TrainingSample], old: list[FloatArray] | None) -> Any:
+        """The columns that verl's engine and our losses read: jagged [B, T_b], and ``temperature`` [B]."""
         from verl.utils import tensordict_utils as tu
         from verl.utils.dataset.dataset_utils import DatasetPadMode
 
         if not samples:  # a rank without samples still has to take part in every collective
             ids, untrained = np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.bool_)
             samples, old = [TrainingSample(token_ids=ids, loss_mask=untrained, advantages=np.zeros(2))], None
+
+        def jagged(rows: list[Any], dtype: torch.dtype) -> torch.Tensor:
+            return torch.nested.as_nested_tensor([torch.as_tensor(r).to(dtype) for r in rows], layout=torch.jagged)
+
+        columns = {
+            "input_ids": jagged([s.token_ids for s in samples], torch.int64),
+            "position_ids": jagged([np.arange(len(s)) for s in samples], torch.int64),
+            "loss_mask": jagged([s.loss_mask for s in samples], torch.int64),
+            "advantages": jagged([s.advantages for s in samples], torch.float32),
+            "temperature": torch.tensor([s.temperature for s in samples], dtype=torch.float32),
+        }
+        if old is not None:
+            columns["old_logprobs"] = jagged(old, torch.float32)
+        if any(s.rollout_logprobs is not None for s in samples):
+            rows = [np.full(len(s), np.nan) if s.rollout_logprobs is None else s.rollout_logprobs for s in samples]
+            columns["rollout_logprobs"] = jagged(rows, torch.float32)
         return tu.get_tensordict(
-            tensor_dict=_columns(samples, old),
+            tensor_dict=columns,
             non_tensor_dict={
                 "pad_mode": DatasetPadMode.NO_PADDING,
                 "use_remove_padding": False,
@@ -293,27 +308,6 @@ def _build_worker(config: RunConfig, model_path: Path) -> Any:
     )
 
 
-def _columns(samples: list[TrainingSample], old: list[FloatArray] | None) -> dict[str, torch.Tensor]:
-    """The columns that verl's engine and our losses read: jagged [B, T_b], and ``temperature`` [B]."""
-
-    def jagged(rows: list[Any], dtype: torch.dtype) -> torch.Tensor:
-        return torch.nested.as_nested_tensor([torch.as_tensor(r).to(dtype) for r in rows], layout=torch.jagged)
-
-    columns = {
-        "input_ids": jagged([s.token_ids for s in samples], torch.int64),
-        "position_ids": jagged([np.arange(len(s)) for s in samples], torch.int64),
-        "loss_mask": jagged([s.loss_mask for s in samples], torch.int64),
-        "advantages": jagged([s.advantages for s in samples], torch.float32),
-        "temperature": torch.tensor([s.temperature for s in samples], dtype=torch.float32),
-    }
-    if old is not None:
-        columns["old_logprobs"] = jagged(old, torch.float32)
-    if any(s.rollout_logprobs is not None for s in samples):
-        rows = [np.full(len(s), np.nan) if s.rollout_logprobs is None else s.rollout_logprobs for s in samples]
-        columns["rollout_logprobs"] = jagged(rows, torch.float32)
-    return columns
-
-
 def split_for_ranks(samples: Sequence[TrainingSample], world_size: int) -> list[list[int]]:
     """Shares ``samples`` out over ranks so that each gets about the same number of tokens: indices, rank by rank.
 
@@ -367,23 +361,19 @@ class LossFunction:
     verl averages gradients over data-parallel ranks, so a micro-batch's loss is its sum, over the tokens of the
     *global* batch, times the number of ranks: the sum over micro-batches and the mean over ranks give the global mean.
 
-    ``kind`` is ``advantage_weighted_sft``, ``grpo``, or ``path`` (the user's function, ``loss.path``). Metrics are
-    gathered between ``start()`` and ``finish()`` rather than through verl's return value, whose lists are joined over
-    ranks and micro-batches without weights.
+    Metrics are gathered between ``start()`` and ``finish()`` rather than through verl's return value, whose lists are
+    joined over ranks and micro-batches without weights.
     """
 
-    def __init__(self, kind: str, config: LossConfig, importance: str | None = None, cap: float = 2.0) -> None:
-        self.kind = kind if config.path is None else "path"
-        self._user_loss = None if config.path is None else load_loss(config.path)
+    def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self._importance = importance
-        self._cap = cap
-        self._sums: dict[str, float] = {}
-        self._weight = self._largest = 0.0
+        self._user_loss = None if config.loss.path is None else load_loss(config.loss.path)
+        self.start()
 
     def start(self) -> None:
         """Forgets the metrics of the batch before."""
-        self._sums, self._weight, self._largest = {}, 0.0, 0.0
+        self._sums: dict[str, float] = {}
+        self._weight = self._largest = 0.0
 
     def finish(self) -> dict[str, float]:
         """Mean of each metric over this rank's trained tokens."""
@@ -394,9 +384,14 @@ class LossFunction:
         self, model_output: dict[str, Any], data: Any, dp_group: Any = None
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         del dp_group
-        logprobs = _at_their_tokens(model_output["log_probs"].values(), data["input_ids"].offsets())
+        offsets = data["input_ids"].offsets()
+        # verl's entry t belongs to token t + 1, ours to token t; nothing predicts the first token of a sequence.
+        logprobs = torch.roll(model_output["log_probs"].values(), shifts=1, dims=0)
+        first = torch.zeros_like(logprobs, dtype=torch.bool)
+        first[offsets[:-1]] = True
+        logprobs = logprobs.masked_fill(first, 0.0)
         mask = data["loss_mask"].values().bool()
-        output = self._loss(logprobs, data, mask, int(data["batch_num_tokens"]))
+        output = self._loss(logprobs, data, offsets, mask, int(data["batch_num_tokens"]))
         tokens = float(mask.sum())
         self._weight += tokens
         self._largest = max(self._largest, output.metrics.pop(LARGEST, 0.0))
@@ -404,22 +399,23 @@ class LossFunction:
             self._sums[key] = self._sums.get(key, 0.0) + value * tokens
         return output.loss * int(data["dp_size"]), {}
 
-    def _loss(self, logprobs: torch.Tensor, data: Any, mask: torch.Tensor, num_loss_tokens: int) -> LossOutput:
+    def _loss(
+        self, logprobs: torch.Tensor, data: Any, offsets: torch.Tensor, mask: torch.Tensor, num_loss_tokens: int
+    ) -> LossOutput:
         advantages = data["advantages"].values()
         columns = set(data.keys())
         rollout, old = (
             data[name].values() if name in columns else None for name in ("rollout_logprobs", "old_logprobs")
         )
-        offsets = data["input_ids"].offsets()
         sequence_ids = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
         known = {"rollout_logprobs": rollout, "sequence_ids": sequence_ids}
         if self._user_loss is not None:
             return self._user_loss(logprobs, advantages, mask, num_loss_tokens, old_logprobs=old, **known)
-        cap = self._cap if self._importance else None
-        rollout_keywords: dict[str, Any] = {**known, "tis_cap": cap, "importance": self._importance or "token"}
-        if self.kind == "advantage_weighted_sft":
+        config, importance = self.config.loss, self.config.importance
+        cap = self.config.off_policy.importance_cap if importance else None
+        rollout_keywords: dict[str, Any] = {**known, "tis_cap": cap, "importance": importance or "token"}
+        if self.config.loss_type == "advantage_weighted_sft":
             return advantage_weighted_sft_loss(logprobs, advantages, mask, num_loss_tokens, **rollout_keywords)
-        config = self.config
         return clipped_ratio_loss(
             logprobs,
             logprobs.detach() if old is None else old,
@@ -431,13 +427,3 @@ class LossFunction:
             num_loss_tokens=num_loss_tokens,
             **rollout_keywords,
         )
-
-
-def _at_their_tokens(logprobs: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """verl's packed logprobs, whose entry t belongs to token t + 1, moved so that entry t belongs to token t.
-
-    The first token of every sequence, which nothing predicts, gets 0.
-    """
-    first = torch.zeros_like(logprobs, dtype=torch.bool)
-    first[offsets[:-1]] = True
-    return torch.roll(logprobs, shifts=1, dims=0).masked_fill(first, 0.0)
