@@ -33,7 +33,6 @@ from atropos_verl.types import StepReport
 SYNC: dict[str, Any] = {}
 OVERLAP: dict[str, Any] = {"mode": "overlap", "off_policy": {"importance": None}}
 """Importance weights would be on: the same training needs the same loss."""
-in_both_modes = pytest.mark.parametrize("mode", [SYNC, OVERLAP], ids=["sync", "overlap"])
 
 
 def threads_of_the_trainer() -> list[str]:
@@ -112,7 +111,7 @@ def test_ten_steps_resume_ten_steps_is_twenty_steps(lab: Lab, tmp_path: Path) ->
     assert [(line["step"], line["policy_version"]) for line in lines] == [(n, n) for n in range(1, 21)]
 
 
-@in_both_modes
+@pytest.mark.parametrize("mode", [SYNC, OVERLAP], ids=["sync", "overlap"])
 def test_batches_that_no_checkpoint_covers_are_trained_first(lab: Lab, tmp_path: Path, mode: dict[str, Any]) -> None:
     """As after kill -9: step 3 is done and saved nowhere, batch 4 is fetched, the checkpoint is of step 1."""
     bodies = batches(4, seed=1)
@@ -263,39 +262,30 @@ def test_literal_nans_in_a_batch_are_quarantined_and_the_rest_is_trained(lab: La
 
 
 def test_a_run_that_diverges_stops_and_does_not_save_what_is_ruined(lab: Lab, tmp_path: Path) -> None:
-    bodies = batches(4, seed=6)
     ruinous = {"optim": {"lr": 1e30}, "sync": {"canary": False}}
-    with (
-        lab.trainer("diverged", bodies, 4, **ruinous) as trainer,
-        pytest.raises(TrainingDivergedError, match=r"Lower optim\.lr"),
-    ):
-        trainer.fit()
+    with pytest.raises(TrainingDivergedError, match=r"Lower optim\.lr"):
+        lab.run("diverged", batches(4, seed=6), 4, **ruinous)
     assert checkpointed_step(tmp_path / "diverged") == 0
 
 
-def test_an_api_without_batches_ends_the_run_and_saves_it(lab: Lab, tmp_path: Path) -> None:
-    bodies = batches(2, seed=7)
-    patience = {"atropos": {"rollout_timeout": 0.5}, "batch_max_wait_time": 0.2}
-    with (
-        lab.trainer("starved", bodies, 9, **patience) as trainer,
-        pytest.raises(AtroposTimeoutError, match="no batch from Atropos API") as caught,
-    ):
-        trainer.fit()
-    assert "steps up to 2 are saved in" in "".join(caught.value.__notes__)
-    assert saved(tmp_path / "starved")["step"] == 2
-
-
-def test_an_api_that_goes_away_ends_the_run_and_saves_it(lab: Lab, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("leaves", "error", "message"),
+    [
+        (False, AtroposTimeoutError, "no batch from Atropos API"),
+        (True, AtroposConnectionError, "Cannot connect to Atropos API at"),
+    ],
+    ids=["it has no batches", "it goes away"],
+)
+def test_an_api_that_fails_ends_the_run_and_saves_it(lab: Lab, leaves: bool, error: Any, message: str) -> None:
     bodies = batches(4, seed=8)
+    patience = {"atropos": {"rollout_timeout": 0.5, "timeout": 0.5}, "batch_max_wait_time": 0.2}
 
     def leave_after_step_2(report: StepReport) -> None:
-        if report.step == 2:
+        if leaves and report.step == 2:
             lab.api.__exit__()
 
-    with (
-        lab.trainer("alone", bodies, 4, atropos={"timeout": 0.5}) as trainer,
-        pytest.raises(AtroposConnectionError, match="Cannot connect to Atropos API at") as caught,
-    ):
+    available = bodies if leaves else bodies[:2]
+    with lab.trainer("alone", available, 4, **patience) as trainer, pytest.raises(error, match=message) as caught:
         trainer.fit(on_step=leave_after_step_2)
     assert "steps up to 2 are saved in" in "".join(caught.value.__notes__)
     assert_same(lab.run("alone", bodies[2:], 4), lab.run("at_once", bodies, 4))

@@ -61,6 +61,7 @@ CONFIGURATION_ERRORS = {
     "no environment there": (["env.script=/nowhere.py"], "env.script: /nowhere.py does not exist"),
     "no such checkpoint": (["resume=/nowhere"], "resume: /nowhere is not a checkpoint of this project"),
     "no such module": (["data.filter_path=nowhere:keep"], "data.filter_path: cannot import nowhere"),
+    "no directory": (["run_dir=/dev/null/run"], "run_dir: cannot write to /dev/null/run: Not a directory"),
 }
 
 
@@ -69,20 +70,13 @@ def test_a_wrong_setting_is_named_before_anything_starts(
     case: str, tmp_path: Path, without_torch: dict[str, str]
 ) -> None:
     words, message = CONFIGURATION_ERRORS[case]
-    with TrainingRun(words, run_dir=tmp_path / "run", env=without_torch) as run:
+    with TrainingRun([f"run_dir={tmp_path}/run", *words], cwd=tmp_path, env=without_torch) as run:
         run.must_end(2)
         assert run.stderr.strip().startswith(f"CONFIGURATION ERROR: {message}"), run.stderr
         assert "Traceback" not in run.stderr
         assert run.stdout == ""
         assert run.processes_seen <= 1, "something was started"
     assert not (tmp_path / "run").exists()
-
-
-def test_a_run_directory_that_cannot_be_made(tmp_path: Path, without_torch: dict[str, str]) -> None:
-    (tmp_path / "file").write_text("not a directory")
-    with TrainingRun([f"run_dir={tmp_path}/file/run"], cwd=tmp_path, env=without_torch) as run:
-        run.must_end(2)
-        assert f"CONFIGURATION ERROR: run_dir: cannot write to {tmp_path}/file/run: Not a directory" in run.stderr
 
 
 def test_a_run_that_is_already_there_is_not_overwritten(tmp_path: Path, without_torch: dict[str, str]) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from atropos_verl.backends.local.worker import LossFunction
-from atropos_verl.config.schema import LossConfig, RunConfig
+from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.protocol.wire import decode_batch
 from atropos_verl.training import extensions
@@ -149,7 +149,7 @@ def test_a_users_loss_is_the_loss_and_its_gradient(
     name: str, value: float, gradient: list[float], figure: dict[str, float]
 ) -> None:
     output, data = micro_batch()
-    function = LossFunction("advantage_weighted_sft", LossConfig(path=f"{ME}:{name}"))
+    function = LossFunction(RunConfig.from_mapping({"loss": {"path": f"{ME}:{name}"}}))
     function.start()
     loss, _ = function(output, data)
     loss.backward()

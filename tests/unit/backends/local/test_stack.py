@@ -54,14 +54,11 @@ def test_threads_of_engine_and_trainer(
     assert share_cores(RunConfig.from_mapping(settings), device, model, cores) == expected
 
 
-def test_work_is_counted_from_the_matrices_of_a_real_model() -> None:
+def test_work_is_counted_from_the_matrices_of_a_real_model_also_under_other_names_of_its_sizes() -> None:
     for config in (SMALL, _model(96, layers=3, vocab_size=1000), LlamaConfig(**SMALL.to_dict() | {"head_dim": 16})):
         model = AutoModelForCausalLM.from_config(config)
         linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
         assert multiply_adds_per_layer(config, 8) == 8 * linear // config.num_hidden_layers
-
-
-def test_other_names_of_the_same_sizes() -> None:
     gpt2 = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=100)
     assert multiply_adds_per_layer(gpt2, 1) == (2 * (2 * 64 * 16 * 8 + 3 * 64 * 256) + 64 * 100) // 2
     experts = MixtralConfig(**SMALL.to_dict() | {"num_local_experts": 8, "num_experts_per_tok": 2})
@@ -83,7 +80,7 @@ def _collector_as_before() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_collector_as_before")
-def test_nothing_is_collected_meanwhile_and_nothing_of_it_later() -> None:
+def test_nothing_is_collected_during_imports_and_nothing_of_them_later() -> None:
     before = gc.get_freeze_count()
     with paused_collection():
         with paused_collection():
@@ -92,15 +89,11 @@ def test_nothing_is_collected_meanwhile_and_nothing_of_it_later() -> None:
         kept = [[] for _ in range(1000)]
     assert gc.isenabled()
     assert gc.get_freeze_count() >= before + len(kept)
-
-
-@pytest.mark.usefixtures("_collector_as_before")
-def test_a_failed_import_leaves_the_collector_on_and_one_that_was_off_stays_off() -> None:
     with pytest.raises(ImportError), paused_collection():
         raise ImportError("no such library")
-    assert gc.isenabled()
+    assert gc.isenabled(), "also after an import that failed"
     gc.unfreeze()
-    gc.disable()
+    gc.disable()  # by the user: it stays off
     with paused_collection():
         pass
     assert not gc.isenabled()

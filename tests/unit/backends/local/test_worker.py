@@ -43,14 +43,6 @@ def _logprobs(model: Any, sample: TrainingSample) -> torch.Tensor:
     return torch.cat([torch.zeros(1, dtype=picked.dtype), picked])
 
 
-def _loss(model: Any, samples: list[TrainingSample]) -> torch.Tensor:
-    total = torch.zeros((), dtype=torch.float64)
-    for sample in samples:
-        mask = torch.as_tensor(sample.loss_mask)
-        total = total - (_logprobs(model, sample) * torch.as_tensor(sample.advantages) * mask).sum()
-    return total / sum(int(s.loss_mask.sum()) for s in samples)
-
-
 def test_logprobs_of_trained_tokens_at_each_samples_temperature(model_path: Path) -> None:
     samples = random_samples(9, vocab_size=200)
     reference = _reference(model_path)
@@ -65,7 +57,8 @@ def test_loss_gradient_norm_and_update_of_one_step(model_path: Path) -> None:
     worker = _worker(model_path)
     output = worker.train(samples)
     reference = _reference(model_path)
-    loss = _loss(reference, samples)
+    losses = [-(_logprobs(reference, s) * torch.as_tensor(s.advantages * s.loss_mask)).sum() for s in samples]
+    loss = torch.stack(losses).sum() / sum(int(s.loss_mask.sum()) for s in samples)
     loss.backward()  # type: ignore[no-untyped-call]
     norm = torch.sqrt(sum((p.grad**2).sum() for p in reference.parameters()))
     assert output["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
@@ -137,7 +130,9 @@ def test_importance_weights_through_verls_engine(model_path: Path, loss: str, le
     assert found == pytest.approx(wanted, rel=1e-2, abs=1e-5)
 
 
-def test_checkpoint_restores_weights_and_optimiser(model_path: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_restores_weights_and_optimiser_and_one_of_another_world_size_is_refused(
+    model_path: Path, tmp_path: Path
+) -> None:
     samples = random_samples(6, vocab_size=200, seed=5)
     worker = _worker(model_path)
     worker.train(samples)
@@ -148,15 +143,22 @@ def test_checkpoint_restores_weights_and_optimiser(model_path: Path, tmp_path: P
     assert [other.train(samples)["loss"] for _ in range(2)] == straight
     files = {path.name for path in (tmp_path / "actor").iterdir()}
     assert {f"{part}_world_size_1_rank_0.pt" for part in ("model", "optim", "extra_state")} <= files
-
-
-def test_a_checkpoint_of_another_world_size_is_refused_by_name(model_path: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="another number of ranks"):
-        _worker(model_path).load_checkpoint(tmp_path)
+        other.load_checkpoint(tmp_path)
 
 
 def test_two_ranks_give_the_loss_of_one(model_path: Path, tmp_path: Path) -> None:
-    one, two = (_run_ranks(model_path, tmp_path / str(ranks), ranks) for ranks in (1, 2))
+    tests = Path(__file__).parents[3]
+    found: list[dict[str, Any]] = []
+    for ranks in (1, 2):
+        (directory := tmp_path / str(ranks)).mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        script = [str(tests / "support" / "train_ranks.py"), str(model_path), str(directory / "result.json")]
+        path = f"{tests}:{os.environ.get('PYTHONPATH', '')}"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        subprocess.run([*command, *script], check=True, timeout=240, env=environment)
+        found.append(json.loads((directory / "result.json").read_text()))
+    one, two = found
     for kind in ("advantage_weighted_sft", "grpo"):
         a, b = one[kind], two[kind]
         assert (a["world_size"], b["world_size"]) == (1, 2)
@@ -166,18 +168,6 @@ def test_two_ranks_give_the_loss_of_one(model_path: Path, tmp_path: Path) -> Non
             assert row_b == pytest.approx(row_a, abs=2e-3)
         assert b["after_load"] == b["logprobs"]
         assert b["weights"] == pytest.approx(a["weights"], rel=1e-4)
-
-
-def _run_ranks(model_path: Path, directory: Path, ranks: int) -> dict[str, Any]:
-    directory.mkdir()
-    tests = Path(__file__).parents[3]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    script = [str(tests / "support" / "train_ranks.py"), str(model_path), str(directory / "result.json")]
-    path = f"{tests}:{os.environ.get('PYTHONPATH', '')}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    subprocess.run([*command, *script], check=True, timeout=240, env=environment)
-    result: dict[str, Any] = json.loads((directory / "result.json").read_text())
-    return result
 
 
 def test_what_catches_verls_prints_outlives_a_change_of_stdout() -> None:
