@@ -64,7 +64,7 @@ class PausableGate(Protocol):
     def resume(self) -> Any: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class SyncReport:
     """One weight sync."""
 
@@ -73,7 +73,7 @@ class SyncReport:
     bytes_copied: int
     canary_max_abs_logprob_diff: float | None
     """None when no canary is set."""
-    paused_seconds: float | None = None
+    paused_seconds: float | None
     """Seconds for which a swap held generation; None: not a swap, nothing was being generated."""
 
 
@@ -192,12 +192,6 @@ class AtroposShardingManager:
     def _note(
         self, version: int, seconds: float, copied: object, difference: float | None, paused: float | None
     ) -> SyncReport:
-        self.last_sync = SyncReport(
-            policy_version=version,
-            seconds=seconds,
-            bytes_copied=copied if isinstance(copied, int) else 0,
-            canary_max_abs_logprob_diff=difference,
-            paused_seconds=paused,
-        )
+        self.last_sync = SyncReport(version, seconds, copied if isinstance(copied, int) else 0, difference, paused)
         self.syncs += 1
         return self.last_sync

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from atropos_verl.backends.local.worker import PolicyWorker, resolve_device
+from atropos_verl.backends.local.worker import PolicyWorker, import_verl
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.engine.gate import RequestGate
 from atropos_verl.engine.runner import engine_threads
@@ -55,7 +55,7 @@ class LocalStack:
 
         with ExitStack() as built:  # what was made before something failed is ended
             gate = RequestGate()
-            device = resolve_device(config.trainer.device)
+            device = import_verl(config)
             model = AutoConfig.from_pretrained(str(model_path), trust_remote_code=config.model.trust_remote_code)
             threads, trainer_threads = share_cores(config, device, model)
             worker = PolicyWorker(config, model_path)
@@ -146,10 +146,8 @@ def share_cores(config: RunConfig, device: str, model: Any, cores: int | None = 
     engine, trainer = config.inference.num_threads, config.trainer.num_threads
     if device == "cpu" and not os.environ.get("OMP_NUM_THREADS"):
         cores = cores or len(os.sched_getaffinity(0))
-        rows = config.inference.max_running
+        half = max(1, cores // 2) if config.is_overlapped else None
+        engine = engine or engine_threads(model, config.inference.max_running, half)
         if config.is_overlapped:
-            engine = engine or engine_threads(model, rows, max(1, cores // 2))
             trainer = trainer or max(1, cores - (engine or 1))
-        else:
-            engine = engine or engine_threads(model, rows, None)
     return engine, trainer

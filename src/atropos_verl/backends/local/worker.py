@@ -42,24 +42,19 @@ _COLLECTIVE_TIMEOUT = timedelta(hours=24)
 
 
 def import_verl(config: RunConfig) -> str:
-    """Imports what the worker needs of verl, for ``trainer.device``; returns the device. Takes seconds, once.
+    """Imports what the worker needs of verl; returns ``"cpu"`` or ``"cuda"``. Takes seconds, once.
 
     Raises ``RuntimeError`` when verl has already picked another device in this process.
     """
-    device = resolve_device(config.trainer.device)
+    device = config.trainer.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     verl_plugin.activate(device)
     import verl.workers.engine_workers  # noqa: F401
 
     import atropos_verl.verl_plugin.engines  # noqa: F401  registers the engines
 
     return device
-
-
-def resolve_device(requested: str) -> str:
-    """``"cpu"`` or ``"cuda"`` for ``trainer.device``."""
-    if requested == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return requested
 
 
 def _on_every_rank(method: F) -> F:
