@@ -5,7 +5,7 @@ Precedence, weakest first: schema defaults, the YAML file, environment variables
 
 import difflib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from atropos_verl.errors import ConfigError
 
 SHIPPED = Path(__file__).parent / "shipped"
 """The YAML files that come with the package: the default of ``--config-dir``."""
-_OPEN_SECTIONS = ("atropos.headers", "model.override_config")
+_OPEN_SECTIONS = ("atropos.headers.", "model.override_config.")
 """Keys whose value is a dictionary with keys of the user's own."""
 
 
@@ -35,15 +35,7 @@ def load_launch(
     for word in overrides:
         if (key := key_of(word)) in MOVED:
             raise ConfigError(MOVED[key], key)
-    values = _compose(
-        overrides,
-        config_dir,
-        config_name or "launch_schema",
-        # Without environments: files name their own, and composing merges mappings.
-        LaunchConfig().model_dump(mode="json") | {"environments": {}},
-        extra_keys=[*(name for name, *_ in describe_launch()), "environments"],
-        open_sections=("environments", "trainer_process.env"),
-    )
+    values = _compose(overrides, config_dir, config_name or "launch_schema", is_launch=True)
     launch = LaunchConfig.from_mapping({key: values.pop(key) for key in LaunchConfig.model_fields if key in values})
     values = apply_environment(values, command_line_keys=set(map(key_of, overrides)))
     gateway = dict(values.get("gateway") or {})
@@ -69,27 +61,18 @@ def compose_with_hydra(config_dir: Path, config_name: str, words: Sequence[str])
 
 
 def _compose(
-    overrides: Sequence[str],
-    config_dir: Path | None,
-    config_name: str,
-    of_launch: Mapping[str, Any] | None = None,
-    *,
-    extra_keys: Sequence[str] = (),
-    open_sections: Sequence[str] = (),
+    overrides: Sequence[str], config_dir: Path | None, config_name: str, *, is_launch: bool = False
 ) -> dict[str, Any]:
-    """A plain mapping, not yet validated. Raises ``ConfigError``: an unknown key, or a file that cannot be composed.
-
-    Files can name the defaults ``of_launch`` as ``launch_schema``. The command line may set ``extra_keys`` beside those
-    of ``RunConfig``, and any key in ``open_sections``.
-    """
+    """A plain mapping, not yet validated. Raises ``ConfigError``: an unknown key, or a file that cannot be composed."""
     from hydra.core.config_store import ConfigStore
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    known = [*(name for name, *_ in describe()), *extra_keys]
-    sections = tuple(f"{section}." for section in (*_OPEN_SECTIONS, *open_sections))
+    rows = [*describe(), *describe_launch(), ("environments",)] if is_launch else describe()
+    known = [name for name, *_ in rows]
+    sections = _OPEN_SECTIONS + (("environments.", "trainer_process.env.") if is_launch else ())
     for word in overrides:
         key = check_form(word, "--help lists all keys")
         if key not in known and not key.startswith(sections):
@@ -105,8 +88,10 @@ def _compose(
             raise ConfigError(f"{word!r} cannot be read: {str(error).splitlines()[0]}") from None
     defaults = RunConfig().model_dump(mode="json")
     ConfigStore.instance().store(name="atropos_schema", node=defaults)
-    if of_launch is not None:
-        ConfigStore.instance().store(name="launch_schema", node={**defaults, **of_launch})
+    if is_launch:
+        # Without environments: files name their own, and composing merges mappings.
+        of_launch = {**defaults, **LaunchConfig().model_dump(mode="json"), "environments": {}}
+        ConfigStore.instance().store(name="launch_schema", node=of_launch)
     try:
         composed = compose_with_hydra(config_dir or SHIPPED, config_name, words)
         plain = OmegaConf.to_container(composed, resolve=True)

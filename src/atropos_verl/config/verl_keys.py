@@ -187,11 +187,7 @@ def with_environment(config: Any, overrides: Sequence[str]) -> None:
     sections = {"atropos": block, "gateway": block.get("gateway")}
     values = apply_environment(sections, command_line_keys=keys | of_gateway)
     with open_dict(config):
-        for name in ("api_url", "timeout", "token"):
-            if name in values["atropos"]:
-                config.atropos[name] = values["atropos"][name]
-        if values["gateway"] is not None:
-            config.atropos.gateway = values["gateway"]
+        config.atropos = {**values["atropos"], "gateway": values["gateway"] or {}}
 
 
 def _as_run_config(config: Any, settings: RaySettings) -> RunConfig:

@@ -281,7 +281,7 @@ def _train_on_ray(run: RayRun) -> int:
         progress = stack.enter_context(ProgressReporter(total_steps=config.steps))
         stack.callback(services.stop)
         api_url = services.start_api(progress).atropos.api_url
-        if not run.is_attached:
+        if not run.run.is_attached:
             services.start_environment()
             with open_dict(verl):
                 verl.atropos.api_url = api_url

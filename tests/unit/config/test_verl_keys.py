@@ -66,7 +66,7 @@ def test_the_block_may_have_keys_that_no_file_spells_out_and_variables_are_betwe
     config = composed(*words)
     with_environment(config, words)
     run = read_run(config)
-    assert (run.settings.api_url, run.settings.timeout, run.is_attached) == ("http://from.environment:1", 7, True)
+    assert (run.settings.api_url, run.settings.timeout, run.run.is_attached) == ("http://from.environment:1", 7, True)
     assert run.settings.lease_seconds == run.run.atropos.lease_seconds == 17
     assert run.run.env.max_batches_offpolicy == 3
 

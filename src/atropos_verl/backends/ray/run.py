@@ -121,7 +121,7 @@ class _Driver:
             self.progress.step(content)
             self.progress.phase("rollout: waiting for a batch")
         elif kind == "gateway":
-            if self.run.is_attached:
+            if self.run.run.is_attached:
                 self.progress.note(f"environments are to use the gateway at {content}/v1 (server_type vllm)")
             self.held_out.finish("before")
             self.session.raise_flag("train")
