@@ -202,14 +202,15 @@ def test_the_gateways_counters_are_read() -> None:
     from support.fake_engine import FakeEngine
     from support.tiny_model import build_tiny_tokenizer
 
+    from atropos_verl.engine.gate import RequestGate
     from atropos_verl.gateway.service import GatewayService
+    from atropos_verl.gateway.text import TextCodec
     from atropos_verl.launch.probes import _counters
 
-    metrics = GatewayService(FakeEngine(), build_tiny_tokenizer(), gate=None, model_name="tiny").metrics
-    metrics.requests.update({("/generate", 200): 5, ("/generate", 400): 2, ("/v1/completions", 401): 1, ("/x", 499): 9})
-    metrics.generated_tokens = 70
-    found = _counters(metrics.render().decode())
-    assert (found["requests_total"], found["refused_total"], found["generated_tokens_total"]) == (17.0, 3.0, 70.0)
+    service = GatewayService(FakeEngine(), TextCodec(build_tiny_tokenizer()), "tiny", RequestGate(), None, None)
+    service.answered.update({("/generate", 200): 5, ("/generate", 400): 2, ("/v1/completions", 401): 1, ("/x", 499): 9})
+    found = _counters(service.render().decode())
+    assert (found["requests_total"], found["refused_total"], found["generated_tokens_total"]) == (17.0, 3.0, 0.0)
 
 
 def shown(directory: Path, content: dict[str, Any], width: int = 80) -> tuple[int, str]:
