@@ -172,6 +172,7 @@ async def test_prompt_logprobs_through_the_vllm_client(url: str, model_dir: Path
         answer = await manager.servers[0].get_logprobs(input_ids=[5, 6, 7], top_k=2)
     assert answer == {
         "prompt_tokens": [5, 6, 7],
+        # The fake: the token itself at -p, 1000 at -p - 0.5, 1001 at -p + 0.5. The prompt's own token comes first.
         "prompt_topk_token_ids": [[], [6, 1001, 1000], [7, 1001, 1000]],
         "prompt_topk_logprobs": [[], [-1.0, -0.5, -1.5], [-2.0, -1.5, -2.5]],
     }

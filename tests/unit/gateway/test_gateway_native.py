@@ -55,13 +55,6 @@ def test_vllm_parameters_and_prompt_forms(client: httpx.Client, engine: FakeEngi
     assert engine.requests[4].max_tokens == 4
 
 
-def test_vllm_prompt_logprobs_put_the_prompts_own_token_first(client: httpx.Client) -> None:
-    body = {"prompt": {"prompt_token_ids": [5, 6, 7]}, "prompt_logprobs": 2, "max_tokens": 1}
-    raw = client.post("/generate", json=body)
-    # the fake: token itself at -p, id 1000 at -p - 0.5, id 1001 at -p + 0.5; order of the keys matters to readers
-    assert '"prompt_logprobs":[null,{"6":-1.0,"1001":-0.5,"1000":-1.5},{"7":-2.0,"1001":-1.5,"1000":-2.5}]' in raw.text
-
-
 def test_sglang_answer(client: httpx.Client, engine: FakeEngine) -> None:
     engine.policy_version = 5
     answer = generate(

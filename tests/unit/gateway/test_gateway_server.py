@@ -44,17 +44,6 @@ def test_start_serves_and_stop_ends_it_and_it_can_start_again(caplog: pytest.Log
     assert [t for t in threading.enumerate() if t.name == "inference-gateway"] == []
 
 
-def test_taken_port_names_host_port_and_key() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        server = GatewayServer(make_app(), port=port)
-        with pytest.raises(ServiceError, match=rf"127\.0\.0\.1:{port}.*[Aa]ddress already in use.*gateway\.port"):
-            server.start(timeout=5.0)
-        assert not server.is_running
-    assert server.start(timeout=10.0) == f"http://127.0.0.1:{port}"  # free by now
-    server.stop()
-
-
 def test_who_connects_before_the_start_waits_and_is_answered() -> None:
     listener = listen("127.0.0.1", 0, "inference gateway", "advice")
     port = listener.getsockname()[1]

@@ -20,20 +20,6 @@ def plain(**fields: object) -> Sampling:
     return parse_sampling(Fields(fields), max_tokens_names=("max_tokens",), max_tokens_default=None)
 
 
-@pytest.mark.parametrize(
-    ("text", "stop", "include", "expected"),
-    [
-        ("one two three", ("two",), False, ("one ", "two")),
-        ("one two three", ("two",), True, ("one two", "two")),
-        ("one two three", ("three", "two"), False, ("one ", "two")),
-        ("one", ("two",), False, ("one", None)),
-        ("one", (), False, ("one", None)),
-    ],
-)
-def test_cut_at_the_earliest_stop_string(text: str, stop: tuple[str, ...], include: bool, expected: object) -> None:
-    assert cut_at_stop(text, stop, include_stop=include) == expected
-
-
 def test_completion_text_follows_vllm(codec: TextCodec) -> None:
     hi = [71, 72]  # "hi": byte - 33
     assert codec.completion_text([*hi, EOS], "stop", plain()) == ("hi", EOS)
@@ -44,7 +30,10 @@ def test_completion_text_follows_vllm(codec: TextCodec) -> None:
     # a stop token the client asked for is left out though it is an ordinary letter
     assert codec.completion_text(hi, "stop", plain(stop_token_ids=[72])) == ("h", 72)
     assert codec.completion_text(hi, "length", plain(stop_token_ids=[72])) == ("hi", None)
-    assert codec.completion_text(hi, "stop", plain(stop=["i"])) == ("h", "i")
+    # the earliest stop string
+    assert codec.completion_text(hi, "stop", plain(stop=["i", "h"])) == ("", "h")
+    assert codec.completion_text(hi, "stop", plain(stop=["h"], include_stop_str_in_output=True)) == ("h", "h")
+    assert codec.completion_text(hi, "stop", plain(stop=["j"])) == ("hi", None)
     assert codec.completion_text([*hi, EOS], "length", plain(ignore_eos=True, skip_special_tokens=False)) == (
         "hi<|im_end|>",
         None,
