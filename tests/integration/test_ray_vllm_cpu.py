@@ -9,7 +9,7 @@ import pytest
 from support.ray_cluster import Cluster, started_cluster
 from support.tiny_model import build_tiny_tokenizer
 
-from atropos_verl.backends.ray.gateway import AttemptClient, ReplicaEngine, start_gateway
+from atropos_verl.backends.ray.gateway import AttemptClient, ClusterGateway, ReplicaEngine
 from atropos_verl.engine.requests import EngineLimits
 from atropos_verl.types import GenerationRequest
 
@@ -32,7 +32,7 @@ _VLLM = [
 
 def _difference(cluster: Cluster) -> float:
     """Largest difference between the trainer's logprobs and those that vLLM gives for a prompt."""
-    client = AttemptClient.of(cluster.servers.get_client())
+    client = cluster.servers.get_client(AttemptClient)
     limits = EngineLimits(max_context_len=256, vocab_size=259, eos_token_ids=frozenset({258}))
     engine = ReplicaEngine(client, build_tiny_tokenizer(), limits)
     [trainer] = cluster.workers.trainer_logprobs(_TOKENS)
@@ -44,7 +44,7 @@ def _difference(cluster: Cluster) -> float:
 
 async def _generate_across_an_update(cluster: Cluster, step: int) -> None:
     """Requests through the gateway while weights are updated as colocate_async does it."""
-    with start_gateway(cluster.servers.get_client(), build_tiny_tokenizer()) as gateway:
+    with ClusterGateway(cluster.servers.get_client(), build_tiny_tokenizer()) as gateway:
         async with httpx.AsyncClient(base_url=gateway.url, timeout=120.0) as client:
             body = {"prompt": {"prompt_token_ids": [5, 6, 7]}, "n": 4, "max_tokens": 240, "logprobs": 0}
             request = asyncio.ensure_future(client.post("/generate", json=body | {"ignore_eos": True}))

@@ -109,11 +109,6 @@ def worker_class() -> type:
             """A copy of the trained weights by name."""
             return {name: t.full_tensor().clone() for name, t in self.actor.engine.module.state_dict().items()}
 
-        @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-        def last_transfer(self) -> Any:
-            """Returns what the last weight update moved."""
-            return self.rollout.last_transfer
-
     return ProbedWorker
 
 

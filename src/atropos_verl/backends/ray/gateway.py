@@ -13,15 +13,13 @@ verl's ``FullyAsyncLLMServerClient`` hides aborts: it waits a second, goes on, a
 attempt. ``AttemptClient`` returns each attempt with its own versions.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Self
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
@@ -33,8 +31,6 @@ from atropos_verl.engine.gate import RequestGate
 from atropos_verl.engine.requests import EngineLimits, StopStrings, eos_token_ids, validate
 from atropos_verl.errors import AtroposVerlError, EngineError, EngineStoppedError, GenerationRequestError
 from atropos_verl.gateway.app import GatewayServer, create_app
-from atropos_verl.provenance.ledger import Ledger
-from atropos_verl.provenance.throttle import StalenessThrottle
 from atropos_verl.types import UNKNOWN_VERSION, FinishReason, Generation, GenerationDelta, GenerationRequest
 
 logger = logging.getLogger(__name__)
@@ -50,56 +46,33 @@ _NO_SERVER_RETRY = 0.25
 
 
 class ClusterGateway(GatewayServer):
-    """The gateway's server, its ``gate`` for the trainer, and its ``engine``."""
+    """Serves the environments' dialects over the replicas of verl's ``LLMServerClient``; ``gate`` is for the trainer.
 
-    def __init__(self, app: Any, engine: ReplicaEngine, gate: RequestGate, host: str, port: int) -> None:
-        super().__init__(app, host=host, port=port)
-        self.engine = engine
-        self.gate = gate
+    The ledger is told which policy wrote which token of every answer.
+    """
+
+    def __init__(
+        self, llm_client: Any, tokenizer: Any, *, host: str = "127.0.0.1", port: int = 0, **for_app: Any
+    ) -> None:
+        """``for_app``: ``api_key``, ``ledger`` and ``throttle`` of ``create_app``."""
+        settings = llm_client.config.actor_rollout_ref
+        rollout, model = settings.rollout, settings.model
+        limits = EngineLimits(
+            max_context_len=int(rollout.max_model_len or rollout.prompt_length + rollout.response_length),
+            vocab_size=max(len(tokenizer), embedding_rows(model)),
+            eos_token_ids=frozenset(eos_token_ids(get_generation_config(model.path), tokenizer)),
+        )
+        # Another client of the same replicas.
+        client = AttemptClient(config=llm_client.config, load_balancer_handle=llm_client._load_balancer)
+        self.engine = engine = ReplicaEngine(client, tokenizer, limits)
+        self.gate = gate = RequestGate()
+        for_app |= {"gate": gate, "model_name": model.path, "request_timeout": _REQUEST_TIMEOUT}
+        super().__init__(create_app(engine, tokenizer, **for_app), host=host, port=port)
 
     def release(self, policy_version: int) -> None:
         """Let requests through: the replicas hold the weights of step ``policy_version`` and generate again."""
         self.engine.policy_version = policy_version
         self.gate.resume()
-
-
-def start_gateway(
-    llm_client: Any,
-    tokenizer: Any,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    api_key: str | None = None,
-    ledger: Ledger | None = None,
-    throttle: StalenessThrottle | None = None,
-) -> ClusterGateway:
-    """Serve the environments' dialects over the replicas of verl's ``LLMServerClient``, from a thread of its own.
-
-    Port 0 takes a free one. The ledger is told which policy wrote which token of every answer.
-    Raises ``ServiceError`` when the port is taken or the server does not start.
-    """
-    settings = llm_client.config.actor_rollout_ref
-    rollout, model = settings.rollout, settings.model
-    limits = EngineLimits(
-        max_context_len=int(rollout.max_model_len or rollout.prompt_length + rollout.response_length),
-        vocab_size=max(len(tokenizer), embedding_rows(model)),
-        eos_token_ids=frozenset(eos_token_ids(get_generation_config(model.path), tokenizer)),
-    )
-    engine = ReplicaEngine(AttemptClient.of(llm_client), tokenizer, limits)
-    gate = RequestGate()
-    app = create_app(
-        engine,
-        tokenizer,
-        gate=gate,
-        ledger=ledger,
-        throttle=throttle,
-        model_name=model.path,
-        api_key=api_key,
-        request_timeout=_REQUEST_TIMEOUT,
-    )
-    gateway = ClusterGateway(app, engine, gate, host, port)
-    gateway.start(timeout=30.0)
-    return gateway
 
 
 def embedding_rows(model: Any) -> int:
@@ -186,7 +159,7 @@ class ReplicaEngine:
 
     async def _complete(
         self, request: GenerationRequest, index: int, deltas: asyncio.Queue[GenerationDelta | None] | None
-    ) -> _Answer:
+    ) -> "_Answer":
         """Generate one completion, over as many attempts as it takes."""
         stops = StopStrings(self._tokenizer, request.stop, self._pieces) if request.stop else None
         answer = _Answer(request, self._limits, stops)
@@ -321,11 +294,6 @@ def _versions(tokens: int, extra: dict[str, Any]) -> list[int | None]:
 class AttemptClient(LLMServerClient):  # type: ignore[misc]
     """Calls one replica once per ``generate``; verl's load balancer chooses it."""
 
-    @classmethod
-    def of(cls, client: LLMServerClient) -> Self:
-        """A client of the same replicas as ``client``."""
-        return cls(config=client.config, load_balancer_handle=client._load_balancer)
-
     async def generate(
         self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any], **kwargs: Any
     ) -> TokenOutput:
@@ -368,10 +336,8 @@ class AttemptClient(LLMServerClient):  # type: ignore[misc]
         waited = False
         while True:
             try:
-                acquired: tuple[str, Any] = await self._acquire_server(
-                    request_id, prompt_ids=prompt_ids, sampling_params=params
-                )
-                return acquired
+                acquired = await self._acquire_server(request_id, prompt_ids=prompt_ids, sampling_params=params)
+                return tuple(acquired)
             except RuntimeError as error:  # RayTaskError is one too
                 if _NO_SERVER not in str(error):
                     raise

@@ -34,7 +34,6 @@ from verl.workers.rollout.replica import RolloutMode, RolloutReplica, TokenOutpu
 
 from atropos_verl.backends.ray.lora import LoraMerger
 from atropos_verl.backends.ray.weight_transfer import (
-    TransferReport,
     WeightBucket,
     WeightReceiver,
     send_weights,
@@ -388,8 +387,6 @@ class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
     def __init__(self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int = -1, **_: Any) -> None:
         super().__init__(config, model_config, device_mesh)
         self.replica_rank = int(os.environ["RANK"]) if replica_rank == -1 else replica_rank
-        self.last_transfer: TransferReport | None = None
-        """Figures of the last weight update."""
 
     @cached_property
     def server(self) -> Any:
@@ -426,14 +423,13 @@ class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
             "peft_config": None if peft_config is None else _plain(peft_config),
             "base_sync": peft_config is not None and not base_sync_done,
         }
-        self.last_transfer = names, nbytes, buckets = await send_weights(
+        nbytes = await send_weights(
             lambda *part: self.server.receive_weights.remote(*part, settings),
             weights,
             self.config.checkpoint_engine.update_weights_bucket_megabytes << 20,
         )
-        text = "weights of step %s into replica %d: %d tensors, %.1f MB in %d bucket(s), %.3f s"
-        seconds = time.perf_counter() - started
-        logger.info(text, global_steps, self.replica_rank, len(names), nbytes / 1e6, buckets, seconds)
+        text = "weights of step %s into replica %d: %.1f MB, %.3f s"
+        logger.info(text, global_steps, self.replica_rank, nbytes / 1e6, time.perf_counter() - started)
 
 
 def _plain(peft_config: dict[str, Any]) -> dict[str, Any]:

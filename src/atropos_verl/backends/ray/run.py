@@ -6,25 +6,47 @@ The processes around it belong to the caller, who hands in callables.
 import contextlib
 import io
 import logging
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
+import ray
+from omegaconf import OmegaConf
+
+from atropos_verl.backends.ray.task_runner import MAILBOX, AtroposTaskRunner, Mailbox
 from atropos_verl.config.verl_keys import RayRun
-from atropos_verl.errors import ConfigError, ServiceError
+from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
+from atropos_verl.training.extensions import LAUNCH_DIRECTORY
 from atropos_verl.training.step import Evaluations, HeldOut, Progress
+
+logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 300.0
 """After Ctrl-C: the step on its way, and a checkpoint, are given this long."""
 
 
+def set_environment(device: str) -> dict[str, str]:
+    """Set and return the variables of every process of the run. Call it before the first import of verl."""
+    from atropos_verl.verl_plugin import ray_environment
+
+    environment = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "VERL_LOGGING_LEVEL": "WARN",  # below it, verl 0.9.1's logger.info(..., flush=True) raises (separate_async)
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    given = {name: os.environ[name] for name in (*environment, LAUNCH_DIRECTORY) if name in os.environ}
+    environment |= given | ray_environment(device)
+    os.environ.update(environment)
+    return environment
+
+
 def validate_with_verl(config: Any) -> None:
     """verl's own checks of its configuration. Raises ``ConfigError`` with verl's words."""
-    from atropos_verl.backends.ray.task_runner import set_environment
-
-    set_environment(str(config.trainer.device))  # before the first import of verl
+    set_environment(str(config.trainer.device))
     # With a handler there already, verl's basicConfig adds none that writes between the lines of the progress.
     logging.getLogger().addHandler(logging.NullHandler())
     from hydra.errors import HydraException
@@ -55,79 +77,147 @@ def run_on_ray(
     Returns:
         The outcome for ``summary.json``, and the held-out scores by label.
     """
-    from atropos_verl.backends.ray.task_runner import RaySession
-
     progress.phase("starting Ray")
     held_out = HeldOut(evaluations, progress, {})
-    with RaySession(run) as session:
-        session.start_runner()
-        return _Driver(run, session, progress, held_out, check_services).train(), held_out.scores
+    with _Session(run, progress, held_out, check_services) as session:
+        return session.train(), held_out.scores
 
 
-@dataclass
-class _Driver:
-    """Watches the task runner, and answers what it asks."""
+class _Session:
+    """Watches the task runner, and answers what it asks. Leaving it ends every actor of the run, and Ray itself where
+    this session started it."""
 
-    run: RayRun
-    session: Any
-    progress: Progress
-    held_out: HeldOut
-    check_services: Callable[[], None]
-    steps_seen: int = 0
-    stop_deadline: float | None = None
+    def __init__(self, run: RayRun, progress: Progress, held_out: HeldOut, check_services: Callable[[], None]) -> None:
+        self._run, self._progress, self._held_out, self._check_services = run, progress, held_out, check_services
+        # Not the main thread, which keeps Ctrl-C.
+        self._thread = threading.Thread(target=self._run_ppo, name="run-ppo", daemon=True)
+        self._ended = threading.Event()
+        self._error: BaseException | None = None
+        self._result: dict[str, Any] = {}
+        self._steps_seen = 0
+        self._stop_deadline: float | None = None
+
+    def __enter__(self) -> Self:
+        config = self._run.verl
+        variables = set_environment(str(config.trainer.device))
+        from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
+
+        settings = _given(config.ray_kwargs.ray_init)
+        environment = get_ppo_ray_runtime_env(config)
+        environment.setdefault("env_vars", {}).update({"TRANSFER_QUEUE_ENABLE": "1"} | variables)
+        environment = _given(OmegaConf.merge(environment, settings.pop("runtime_env", {})), resolve=False)
+        if "address" not in settings:
+            # A cluster of its own, also where RAY_ADDRESS points at one. CPU "GPUs" are counted, not there.
+            settings["address"] = "local"
+            if config.trainer.device == "cpu":
+                # The placement bundles that verl asks for: the trainer's, and those of standalone replicas.
+                trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
+                own = rollout.nnodes * rollout.n_gpus_per_node if self._run.mode == "separate_async" else 0
+                settings.setdefault("num_gpus", int(trainer.nnodes * trainer.n_gpus_per_node + own))
+        else:
+            for name in ("num_cpus", "num_gpus", "object_store_memory", "include_dashboard"):
+                settings.pop(name, None)  # the cluster's own; Ray refuses them when attaching
+        # Ray says with every cluster of its own that it is protected by a token, which is as it should be.
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+        terminate = signal.getsignal(signal.SIGTERM)
+        try:
+            ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING, **settings)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ServiceError(f"Ray: {error}", "ray") from error
+        # Ray takes SIGTERM over and exits at once; the step on its way is to be saved.
+        signal.signal(signal.SIGTERM, terminate)
+        self._mailbox = ray.remote(num_cpus=0)(Mailbox).options(name=MAILBOX).remote()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        ray.shutdown()
+        self._thread.join(10.0)
+
+    def _run_ppo(self) -> None:
+        """Call verl's ``run_ppo`` with our task runner."""
+        try:
+            from verl.trainer.main_ppo import run_ppo
+
+            run_ppo(self._run.verl, ray.remote(num_cpus=1)(AtroposTaskRunner))
+        except BaseException as error:  # noqa: BLE001 - raised in the main thread, by _outcome()
+            self._error = error
+        finally:
+            self._ended.set()
 
     def train(self) -> dict[str, Any]:
         """Wait for the end. Raises what ended the run, once the step on its way is saved."""
         try:
             return self._watch()
         except (KeyboardInterrupt, ServiceError):
-            if self.steps_seen and not self.session.has_ended:
-                self.progress.note("ending: the step on its way is finished and saved (Ctrl-C: at once)")
-                self.stop_deadline = time.monotonic() + _STOP_SECONDS
-                self.session.raise_flag("stop")
+            if self._steps_seen and not self._ended.is_set():
+                self._progress.note("ending: the step on its way is finished and saved (Ctrl-C: at once)")
+                self._stop_deadline = time.monotonic() + _STOP_SECONDS
+                self._raise_flag("stop")
                 self._watch()
             raise
 
     def _watch(self) -> dict[str, Any]:
         """Until the task runner has ended. Raises what ended it, or the service that died."""
         while True:
-            finished = self.session.poll(_POLL_SECONDS)
-            for kind, content in self.session.take_events():
+            has_ended = self._ended.wait(_POLL_SECONDS)
+            for kind, content in ray.get(self._mailbox.take.remote()):
                 self._handle(kind, content)
-            if finished:
-                result: dict[str, Any] = self.session.result(self._explain)
-                return result
-            if self.stop_deadline is None:
-                self.check_services()
-            elif time.monotonic() > self.stop_deadline:
+            if has_ended:
+                return self._outcome()
+            if self._stop_deadline is None:
+                self._check_services()
+            elif time.monotonic() > self._stop_deadline:
                 raise KeyboardInterrupt
 
-    def _explain(self, error: BaseException) -> BaseException:
-        """A service that is gone for good explains a failure better than the failures it caused."""
-        time.sleep(0.5)
-        try:
-            self.check_services()
-        except ServiceError as cause:
-            return cause
-        return error
+    def _raise_flag(self, name: str) -> None:
+        ray.get(self._mailbox.raise_flag.remote(name))
 
     def _handle(self, kind: str, content: Any) -> None:
-        if kind == "phase":
-            self.progress.phase(content)
+        if kind == "result":
+            self._result = content
+        elif kind == "phase":
+            self._progress.phase(content)
         elif kind in ("note", "saved"):
-            self.progress.note(content)
+            self._progress.note(content)
         elif kind == "step":
-            self.steps_seen += 1
-            self.progress.step(content)
-            self.progress.phase("rollout: waiting for a batch")
+            self._steps_seen += 1
+            self._progress.step(content)
+            self._progress.phase("rollout: waiting for a batch")
         elif kind == "gateway":
-            if self.run.run.is_attached:
-                self.progress.note(f"environments are to use the gateway at {content}/v1 (server_type vllm)")
-            self.held_out.finish("before")
-            self.session.raise_flag("train")
+            if self._run.run.is_attached:
+                self._progress.note(f"environments are to use the gateway at {content}/v1 (server_type vllm)")
+            self._held_out.finish("before")
+            self._raise_flag("train")
         elif kind == "trained":
-            if not content and self.run.settings.eval.after:
-                self.held_out.start("after")
-                self.held_out.finish("after")
-            self.progress.phase("ending")
-            self.session.raise_flag("end")
+            if not content and self._run.settings.eval.after:
+                self._held_out.start("after")
+                self._held_out.finish("after")
+            self._progress.phase("ending")
+            self._raise_flag("end")
+
+    def _outcome(self) -> dict[str, Any]:
+        """The run's figures. Raises what ended the task runner, or the service whose end explains it."""
+        error = self._error
+        if error is None:
+            return self._result
+        logger.error("the task runner failed: %s", error)
+        time.sleep(0.5)
+        self._check_services()  # a service that is gone for good explains a failure better than what it caused
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, AtroposVerlError):
+            raise cause
+        last = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
+        log = self._run.run_dir / "logs"
+        raise ServiceError(
+            f"verl's task runner failed: {last}\n"
+            f"the whole traceback is in {log / 'command.log'}; earlier output in {log / 'task_runner.log'}",
+            "task runner",
+        ) from error
+
+
+def _given(config: Any, resolve: bool = True) -> dict[str, Any]:
+    """The entries of a configuration that are not None, as plain values."""
+    plain = OmegaConf.to_container(config, resolve=resolve)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items() if value is not None}

@@ -18,15 +18,13 @@ through a checkpoint engine. verl ships those over NCCL, NIXL and the like; the 
           └──────────reference──▶ CheckpointEngineWorker ──reference──▶──┘
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, Self
 
 import numpy as np
 import ray
@@ -54,16 +52,12 @@ class WeightBucket:
     """Name, dtype, shape and flat bytes of each."""
 
     @classmethod
-    def pack(cls, tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightBucket:
+    def pack(cls, tensors: Iterable[tuple[str, torch.Tensor]]) -> Self:
         bucket = cls([])
         for name, tensor in tensors:
             flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
             bucket.tensors.append((name, tensor.dtype, tensor.shape, flat.numpy()))
         return bucket
-
-    @property
-    def names(self) -> list[str]:
-        return [name for name, *_ in self.tensors]
 
     @property
     def nbytes(self) -> int:
@@ -80,14 +74,6 @@ class WeightBucket:
                 interface = array.__array_interface__ | {"data": (array.__array_interface__["data"][0], False)}
                 array = np.asarray(SimpleNamespace(__array_interface__=interface, owner=array))
             yield name, torch.from_numpy(array).view(dtype).reshape(shape)
-
-
-class TransferReport(NamedTuple):
-    """The tensors of one update, in order, and their size."""
-
-    names: tuple[str, ...]
-    nbytes: int
-    buckets: int
 
 
 async def iter_buckets(weights: Any, bucket_bytes: int) -> AsyncIterator[tuple[int, WeightBucket, bool]]:
@@ -109,8 +95,8 @@ async def iter_buckets(weights: Any, bucket_bytes: int) -> AsyncIterator[tuple[i
 
 async def send_weights(
     receive: Callable[[str, int, Any, bool], Awaitable[Any]], weights: Any, bucket_bytes: int
-) -> TransferReport:
-    """Send every tensor of ``weights``; returns when all of them have been taken.
+) -> int:
+    """Send every tensor of ``weights``; returns their bytes when all of them have been taken.
 
     Args:
         receive: starts a remote call with (update, index, bucket, last) and returns what to wait for.
@@ -121,26 +107,22 @@ async def send_weights(
     Raises whatever the receiver raised (``WeightSyncError`` names the tensor).
     """
     update_id = uuid.uuid4().hex
-    names: list[str] = []
     pending: list[Awaitable[Any]] = []
-    nbytes = count = 0
+    nbytes = 0
     buckets = weights.parts() if isinstance(weights, BucketStream) else iter_buckets(weights, bucket_bytes)
     try:
         async for index, bucket, last in buckets:
-            if isinstance(bucket, WeightBucket):
-                names += bucket.names
-                nbytes += bucket.nbytes
+            nbytes += getattr(bucket, "nbytes", 0)  # of a reference nothing is known
             while len(pending) >= _IN_FLIGHT:
                 await pending.pop(0)
             pending.append(receive(update_id, index, bucket, last))
-            count += 1
         while pending:
             await pending.pop(0)
     except Exception:
         # The other calls fail as well, and asyncio logs an exception that nobody has looked at.
         await asyncio.gather(*pending, return_exceptions=True)
         raise
-    return TransferReport(tuple(names), nbytes, count)
+    return nbytes
 
 
 class BucketStream:
@@ -301,8 +283,7 @@ class RayObjectStoreCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
             reference = [ray.put(bucket)]
             return asyncio.gather(*(r.deliver_weights.remote(index, reference, last) for r in self._receivers))
 
-        report = await send_weights(deliver, weights, self.bucket_size)
-        return {"weight_sync/bytes": float(report.nbytes)}
+        return {"weight_sync/bytes": float(await send_weights(deliver, weights, self.bucket_size))}
 
     def receive_weights(self, global_steps: int | None = None) -> BucketStream:
         """Return the stream of an update. Our adapter passes its references on; others iterate over its tensors."""

@@ -7,6 +7,7 @@ Ray imports this module in every process that trains. It registers, under verl's
 - the engines of ``verl_plugin.engines``.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from verl.utils.device import get_device_name
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from atropos_verl.training.extensions import load_loss
-from atropos_verl.training.losses.policy import advantage_weighted_sft_loss as _local_loss
+from atropos_verl.training.losses.policy import advantage_weighted_sft_loss
+from atropos_verl.types import LossOutput
 from atropos_verl.verl_plugin import engines  # noqa: F401  registers
 from atropos_verl.verl_plugin.shims import init_cpu_process_group, own_copies
 
@@ -59,51 +61,16 @@ WORKERS = {
 """verl's class, by name since Ray wraps the class it is given in a subclass of the same name → ours."""
 
 
-def advantage_weighted_sft(
-    old_log_prob: torch.Tensor,
-    log_prob: torch.Tensor,
-    advantages: torch.Tensor,
-    response_mask: torch.Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: Any = None,
-    rollout_is_weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """``sum(-logprob · advantage · mask) / sum(mask)`` over the global mini-batch (``token-mean``), or verl's others.
-
-    Args:
-        log_prob, advantages, response_mask: [B, R]; entry t of each is of response token t. ``old_log_prob`` has no
-            part in it. ``rollout_is_weights`` [B, R]: importance weights of rollout correction, multiplied in.
-
-    Returns:
-        The loss [] as verl wants it (scaled by the data-parallel size), and metrics.
-    """
-    del old_log_prob
-    weighted = advantages if rollout_is_weights is None else advantages * rollout_is_weights
-    batch = dict(config.global_batch_info) if config is not None else {}
-    tokens = batch.get("batch_num_tokens")
-    if loss_agg_mode == "token-mean" and tokens is not None:
-        # Flat: verl's column 0 is a response token, which may be trained; ours of a [B, L] sequence never is.
-        mask = response_mask.reshape(-1)
-        output = _local_loss(log_prob.reshape(-1), weighted.reshape(-1), mask, num_loss_tokens=tokens)
-        return output.loss * batch.get("dp_size", 1), {f"actor/{k}": v for k, v in output.metrics.items()}
-    loss = agg_loss(loss_mat=-log_prob * weighted, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **batch)
-    return loss, {}
-
-
-def register_user_loss(config: Any) -> None:
-    """Register the function of ``atropos.loss.path``, which ``complete_config`` has made the ``loss_mode``.
+def verls_loss(loss: Callable[..., LossOutput], aggregates: bool = False) -> Callable[..., Any]:
+    """``loss``, of ``training/``, with the arguments and results of a policy loss of verl's.
 
     Rows of padding and response tokens that are not trained are in its arguments, with ``loss_mask`` False. Importance
     weights of rollout correction are multiplied into its advantages; ``rollout_logprobs`` is None, since verl does not
     hand them to a loss.
 
     Args:
-        config: verl's ``actor_rollout_ref``.
+        aggregates: it is ``-log_prob · advantage`` per token, which verl may aggregate in other ways than token-mean.
     """
-    path = str(config.actor.policy_loss.loss_mode)
-    if ":" not in path or path in POLICY_LOSS_REGISTRY:
-        return
-    user_loss = load_loss(path)
 
     def policy_loss(
         old_log_prob: torch.Tensor,
@@ -114,11 +81,15 @@ def register_user_loss(config: Any) -> None:
         config: Any = None,
         rollout_is_weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        del loss_agg_mode
+        """Tensors are [B, R]; entry t is of response token t. The loss is scaled by the data-parallel size."""
         batch, mask = dict(config.global_batch_info), response_mask.reshape(-1).bool()
         weighted = advantages if rollout_is_weights is None else advantages * rollout_is_weights
         tokens = batch.get("batch_num_tokens")
-        output = user_loss(
+        if aggregates and (tokens is None or loss_agg_mode != "token-mean"):
+            terms = -log_prob * weighted
+            return agg_loss(loss_mat=terms, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **batch), {}
+        # Flat: verl's column 0 is a response token, which may be trained; ours of a [B, L] sequence never is.
+        output = loss(
             log_prob.reshape(-1),
             weighted.reshape(-1),
             mask,
@@ -129,7 +100,18 @@ def register_user_loss(config: Any) -> None:
         )
         return output.loss * batch.get("dp_size", 1), {f"actor/{name}": v for name, v in output.metrics.items()}
 
-    _register_policy_loss(path)(policy_loss)
+    return policy_loss
+
+
+def register_user_loss(config: Any) -> None:
+    """Register the function of ``atropos.loss.path``, which ``complete_config`` has made the ``loss_mode``.
+
+    Args:
+        config: verl's ``actor_rollout_ref``.
+    """
+    path = str(config.actor.policy_loss.loss_mode)
+    if ":" in path and path not in POLICY_LOSS_REGISTRY:
+        _register_policy_loss(path)(verls_loss(load_loss(path)))
 
 
 def plain(
@@ -143,6 +125,7 @@ def plain(
 
 # verl raises on a second registration under another object.
 if "advantage_weighted_sft" not in POLICY_LOSS_REGISTRY:
-    _register_policy_loss("advantage_weighted_sft")(advantage_weighted_sft)
+    _own = verls_loss(lambda *tensors, **_: advantage_weighted_sft_loss(*tensors), aggregates=True)
+    _register_policy_loss("advantage_weighted_sft")(_own)
 if "plain" not in ADV_ESTIMATOR_REGISTRY:
     _register_adv_est("plain")(plain)
