@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import pytest
 
 from atropos_verl.errors import (
     AtroposAPIError,
@@ -183,14 +184,15 @@ class EndToEnd:
         for name, path, behaviour, expected in _FAULTS:
             with FaultServer() as server:
                 server.script(path, behaviour)
-                with AtroposClient(server.url, timeout=2.0) as client:
-                    error = _expect(expected, client.check if path == "/status" else client.poll_batch)
-                assert str(error).startswith("ATROPOS API ERROR: "), name
-                assert f"1. Atropos server is running on {server.url}" in str(error), name
+                with AtroposClient(server.url, timeout=2.0) as client, pytest.raises(expected) as caught:
+                    (client.check if path == "/status" else client.poll_batch)()
+                assert str(caught.value).startswith("ATROPOS API ERROR: "), name
+                assert f"1. Atropos server is running on {server.url}" in str(caught.value), name
                 assert path == "/status" or server.count(path) == 1, "GET /batch is destructive and not repeated"
         with refused_url() as url, AtroposClient(url, timeout=2.0) as client:
-            error = _expect(AtroposConnectionError, client.check)
-            assert f"Cannot connect to Atropos API at {url} - ensure server is running" in str(error)
+            message = f"Cannot connect to Atropos API at {url} - ensure server is running"
+            with pytest.raises(AtroposConnectionError, match=message):
+                client.check()
         with FaultServer() as server, AtroposClient(server.url, timeout=30.0) as client:
             busy = http_faults.error(503)
             server.script("/status", busy, busy, http_faults.answer({"current_step": 7, "queue_size": 0}))
@@ -218,11 +220,3 @@ _FAULTS: list[tuple[str, str, Behaviour, type[AtroposAPIError]]] = [
     ("a web page", "/status", http_faults.html_page(), AtroposProtocolError),
     ("reset mid-body", "/batch", http_faults.reset_mid_body(b'{"batch": [' + b" " * 5000, 100), AtroposConnectionError),
 ]
-
-
-def _expect(kind: type[AtroposAPIError], call: Callable[[], object]) -> AtroposAPIError:
-    try:
-        call()
-    except kind as error:
-        return error
-    raise AssertionError(f"{kind.__name__} was not raised")

@@ -14,9 +14,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from atropos_verl.backends.ray.transfer import Row, has_rollout_logprobs, make_rows
+from atropos_verl.backends.ray.transfer import TransferQueueStore, has_rollout_logprobs, make_rows
 from atropos_verl.errors import DataError
 from atropos_verl.protocol.journal import JournalEntry
 from atropos_verl.training.advantages import SequenceAdvantage
@@ -29,14 +29,6 @@ logger = logging.getLogger(__name__)
 
 _PARTS = "parts.json"
 """Beside a batch: index of a group in it → step that consumed it."""
-
-
-class SlotStore(Protocol):
-    """The place of filled slots: TransferQueue, or a list in a test."""
-
-    def running(self, uid: str) -> None: ...
-
-    def put(self, uid: str, rows: Sequence[Row]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,7 +83,7 @@ class TrajectoryFeed:
     def __init__(
         self,
         source: BatchSource,
-        store: SlotStore,
+        store: TransferQueueStore,
         provenance: BatchProvenance,
         *,
         served_version: Callable[[], int],

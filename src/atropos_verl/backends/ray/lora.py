@@ -21,6 +21,8 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("alpha_pattern", "rank_pattern", "target_parameters", "modules_to_save"), (None, {}, [], ())),
 }
 """peft settings whose values other than these would change the merged weights in ways not implemented here."""
+SETTINGS = (*_UNSUPPORTED, "lora_alpha", "use_rslora")
+"""What ``LoraMerger`` reads of an adapter's config. The rest may hold objects of peft's own classes."""
 
 
 class LoraMerger:

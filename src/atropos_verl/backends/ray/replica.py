@@ -32,7 +32,7 @@ from verl.workers.config import HFModelConfig
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutMode, RolloutReplica, TokenOutput
 
-from atropos_verl.backends.ray.lora import LoraMerger
+from atropos_verl.backends.ray.lora import SETTINGS, LoraMerger
 from atropos_verl.backends.ray.weight_transfer import (
     WeightBucket,
     WeightReceiver,
@@ -420,7 +420,7 @@ class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
         started = time.perf_counter()
         settings = {
             "global_steps": global_steps,
-            "peft_config": None if peft_config is None else _plain(peft_config),
+            "peft_config": None if peft_config is None else {key: peft_config.get(key) for key in SETTINGS},
             "base_sync": peft_config is not None and not base_sync_done,
         }
         nbytes = await send_weights(
@@ -430,10 +430,3 @@ class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
         )
         text = "weights of step %s into replica %d: %.1f MB, %.3f s"
         logger.info(text, global_steps, self.replica_rank, nbytes / 1e6, time.perf_counter() - started)
-
-
-def _plain(peft_config: dict[str, Any]) -> dict[str, Any]:
-    """Leave peft's own classes out: the server needs numbers and strings only."""
-    kinds = (bool, int, float, str, type(None), dict, list, tuple, set)
-    plain = {key: value for key, value in peft_config.items() if isinstance(value, kinds)}
-    return {key: list(value) if isinstance(value, set) else value for key, value in plain.items()}

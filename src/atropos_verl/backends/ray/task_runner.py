@@ -156,7 +156,7 @@ class AtroposTaskRunner:
     def _start_feed(self) -> Any:
         from atropos_verl.backends.ray.feed import TrajectoryFeed
         from atropos_verl.backends.ray.gateway import embedding_rows
-        from atropos_verl.backends.ray.trainer import TransferQueueStore
+        from atropos_verl.backends.ray.transfer import TransferQueueStore
         from atropos_verl.training.batch_source import BatchSource
         from atropos_verl.training.samples import sample_settings
         from atropos_verl.training.staleness import BatchProvenance

@@ -16,7 +16,7 @@ import math
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,10 @@ from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
-from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from atropos_verl.backends.ray.feed import Slot, TrajectoryFeed
 from atropos_verl.backends.ray.gateway import ClusterGateway
-from atropos_verl.backends.ray.transfer import ADVANTAGES, Row, finish_batch
+from atropos_verl.backends.ray.transfer import ADVANTAGES, PARTITION, finish_batch
 from atropos_verl.backends.ray.workers import WORKERS
 from atropos_verl.config.verl_keys import RayRun, parameter_sync_step, read_run
 from atropos_verl.errors import TrainingDivergedError
@@ -47,7 +46,6 @@ from atropos_verl.types import StepReport
 
 logger = logging.getLogger(__name__)
 
-_PARTITION = "train"
 _DRAIN_SECONDS = 600.0
 _STOP_LOOK_SECONDS = 0.5
 
@@ -88,7 +86,8 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         self.feed, self.gateway = feed, gateway
         self._whole_step = self._covered_step = self.global_steps
         gateway.release(self.policy_version)
-        self.replay_buffer.watch(self._check_while_waiting, feed.evicted, self.atropos.settings.poll_interval)
+        self.replay_buffer.trainer = self
+        self.replay_buffer.poll_interval = self.atropos.settings.poll_interval
 
     @property
     def policy_version(self) -> int:
@@ -172,7 +171,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
             {"global_steps": self.global_steps},
         )
         tags = [{"is_prompt": True, "status": "pending", "global_steps": self.global_steps}] * num_prompts
-        tq.kv_batch_put(keys=[str(uid) for uid in batch["uid"]], partition_id=_PARTITION, tags=tags)
+        tq.kv_batch_put(keys=[str(uid) for uid in batch["uid"]], partition_id=PARTITION, tags=tags)
         self.agent_loop_manager.generate_sequences(batch)
         return num_prompts
 
@@ -283,7 +282,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         if self._whole_step < self.total_training_steps and self.on_stop():
             raise StopRequestedError(f"stopped after step {self._whole_step}")
 
-    def _check_while_waiting(self) -> None:
+    def check_while_waiting(self) -> None:
         """Runs between two looks for a finished batch."""
         assert self.feed is not None
         self.feed.check()
@@ -320,9 +319,9 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
         # Batches in flight come back from our journal, with their leases; verl's copy of them is not used.
-        waiting = list((tq.kv_list(_PARTITION) or {}).get(_PARTITION, {}))
+        waiting = list((tq.kv_list(PARTITION) or {}).get(PARTITION, {}))
         if waiting:
-            tq.kv_clear(keys=waiting, partition_id=_PARTITION)
+            tq.kv_clear(keys=waiting, partition_id=PARTITION)
         self._restored_tq_prompt_count = 0
         if self.global_steps:
             folder = self.config.trainer.resume_from_path if self.config.trainer.resume_mode == "resume_path" else None
@@ -425,27 +424,23 @@ def _validation_loader(config: Any, tokenizer: Any, processor: Any) -> tuple[Any
 
 
 class _Watching:
-    """Mixin: calls ``check`` between two looks, and ``on_evicted`` with the slots that verl dropped as too stale."""
+    """Mixin: ``trainer`` is asked between two looks, and its feed told of slots that verl dropped as too stale."""
 
-    check: Callable[[], None]
-    on_evicted: Callable[[set[str]], None]
-
-    def watch(self, check: Callable[[], None], on_evicted: Callable[[set[str]], None], poll_interval: float) -> None:
-        self.check, self.on_evicted, self.poll_interval = check, on_evicted, poll_interval
+    trainer: _AtroposTrainer
 
     def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
-        self.check()
+        self.trainer.check_while_waiting()
         waited: float = super()._wait_for_next_poll(partition_id, last_debug_time)  # type: ignore[misc]
         return waited
 
     def _clear_groups(self, partition_id: str, uids: set[str]) -> None:
         super()._clear_groups(partition_id, uids)  # type: ignore[misc]
-        if partition_id == "train":
-            self.on_evicted(set(uids))
+        if partition_id == PARTITION and self.trainer.feed is not None:
+            self.trainer.feed.evicted(set(uids))
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> Any:
         # A slot of the training partition is a whole batch (see transfer.py); verl counts prompts.
-        wanted = 1 if partition_id == "train" else batch_size
+        wanted = 1 if partition_id == PARTITION else batch_size
         return super().sample(global_steps=global_steps, partition_id=partition_id, batch_size=wanted)  # type: ignore[misc]
 
 
@@ -455,19 +450,6 @@ class AtroposReplayBuffer(_Watching, ReplayBuffer):  # type: ignore[misc]
 
 class AtroposReplayBufferAsync(_Watching, ReplayBufferAsync):  # type: ignore[misc]
     """Sampling with prefetched batches and a bound on their staleness."""
-
-
-class TransferQueueStore:
-    """Writes slots to TransferQueue. ``tq.init`` must have been called in this process."""
-
-    def running(self, uid: str) -> None:
-        tq.kv_put(key=uid, partition_id=_PARTITION, tag={"status": "running"})
-
-    def put(self, uid: str, rows: Sequence[Row]) -> None:
-        fields = list_of_dict_to_tensordict([row.fields for row in rows])
-        tags = [row.tag for row in rows]
-        tq.kv_batch_put(keys=[row.key for row in rows], fields=fields, tags=tags, partition_id=_PARTITION)
-        tq.kv_put(key=uid, partition_id=_PARTITION, tag={"status": "finished"})
 
 
 class AtroposAgentLoopManager:

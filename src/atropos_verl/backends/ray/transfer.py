@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import transfer_queue as tq
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from atropos_verl.training.advantages import RunningMoments, SequenceAdvantage, finish_advantages
 from atropos_verl.types import UNKNOWN_VERSION, TrainingSample
@@ -28,12 +30,29 @@ ADVANTAGES = "atropos_advantages"
 """Field: float64 [R], the advantages before normalising, from ``training.advantages``."""
 
 
+PARTITION = "train"
+"""TransferQueue's, for training."""
+
+
 class Row(NamedTuple):
     """One sequence as verl stores it."""
 
     key: str
     fields: dict[str, Any]
     tag: dict[str, Any]
+
+
+class TransferQueueStore:
+    """Writes slots to TransferQueue. ``tq.init`` must have been called in this process."""
+
+    def running(self, uid: str) -> None:
+        tq.kv_put(key=uid, partition_id=PARTITION, tag={"status": "running"})
+
+    def put(self, uid: str, rows: Sequence[Row]) -> None:
+        fields = list_of_dict_to_tensordict([row.fields for row in rows])
+        tags = [row.tag for row in rows]
+        tq.kv_batch_put(keys=[row.key for row in rows], fields=fields, tags=tags, partition_id=PARTITION)
+        tq.kv_put(key=uid, partition_id=PARTITION, tag={"status": "finished"})
 
 
 def make_rows(
