@@ -1,18 +1,8 @@
 """Files that survive the process: atomic writes, and ``RecordStore``, a small transactional store on SQLite.
 
-A ``RecordStore`` is one database in WAL mode. Any SQLite tool can open it. Each table holds ``key``, ``value`` and the
-XXH3 ``checksum`` of the value. One thread writes. It commits all changes that wait at once, so callers share a
-transaction and, with ``fsync``, a wait for the disk. The same thread moves the WAL into the database.
-
-=================== ===============================================================================================
-the process dies    Every change whose future is done is there after the restart.
-the power fails     With ``fsync`` the same holds. Without, the newest changes may be lost.
-the disk is full    The change fails with ``StorageWriteError`` and is not stored, nor is any change after it until
-                    ``recover`` is called.
-a value is damaged  The row is named and moved to the table ``damaged`` at the next start.
-the WAL is damaged  The next start says so and keeps a copy: SQLite drops all changes from the damaged one on.
-a network disk      A warning says what still holds.
-=================== ===============================================================================================
+A ``RecordStore`` is one database in WAL mode; each table holds ``key``, ``value`` and the XXH3 ``checksum`` of the
+value. One thread writes. It commits all changes that wait at once, so callers share a transaction and, with ``fsync``,
+a wait for the disk. What holds after a crash, a power cut, a full disk or damage: docs/internals.md.
 """
 
 import contextlib

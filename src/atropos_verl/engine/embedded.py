@@ -1,21 +1,7 @@
 """The embedded inference engine: continuous batching over any Hugging Face causal language model, in this process.
 
-::
-
-    GenerationRequest ──submit──▶ Ticket with n sequences ──▶ queue ────admit──▶ a KV slot ──finish──▶ Generation
-                                                               ▲                   │
-                                                               └──── evicted ──────┘
-                                                 (new weights, or memory released: tokens are kept)
-
-    wait for work ─▶ gate.step() ─▶ boundary.step() ─▶ drop aborted ─▶ prefill newcomers ─▶ decode one token each
-
 One thread owns the model. ``gate`` is the trainer's: paused, requests keep their tokens and nothing runs. ``boundary``
-is the engine's own: whoever uses the model from outside (weight updates, memory, logprobs) pauses it for that long, so
-each stands at a token boundary whether or not the trainer paused the gate.
-
-transformers ships a continuous-batching manager. It is not used because it seeds per process rather than per request,
-takes logprobs after top-p, keeps no policy version and cannot stop at a token boundary; on a CPU it also warms up for
-5 s and is several times slower (``benchmarks/bench_generation.py --manager``).
+is the engine's own: whoever uses the model from outside (weight updates, memory, logprobs) pauses it for that long.
 """
 
 import asyncio

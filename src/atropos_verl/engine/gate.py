@@ -1,24 +1,9 @@
 """``RequestGate`` holds requests and engine steps back while weights are swapped.
 
-::
-
-               pause(timeout)             no step is running
-        OPEN ──────────────────▶ PAUSING ─────────────────────▶ PAUSED
-         ▲ │                                                    ▲  │
-         │ │   drain(timeout)              no request in flight │  │
-         │ └──────────────────▶ DRAINING ───────────────────────┘  │
-         └──────────────────────────── resume() ◀──────────────────┘   (from any state)
-
-New requests are admitted when OPEN; new steps are permitted when OPEN or DRAINING. Otherwise both wait.
-
-An engine that can stop between tokens runs each step inside ``with gate.step()``; after ``pause`` it stands at a token
-boundary and its requests keep their tokens. A front (the gateway) counts requests with ``async with gate.request()``;
-``drain`` waits for them, for engines that cannot stop between tokens.
-
-``pause``, ``drain`` and ``resume`` are idempotent and not counted: one ``resume`` opens the gate however often it was
-paused. ``pause`` and ``drain`` raise ``EngineError`` when another thread changed the gate meanwhile, and
-``TimeoutError`` naming what still runs. The gate then stays shut (nothing may run on half-swapped weights): call
-``resume`` to open it, or ``pause`` / ``drain`` again.
+New requests are admitted when OPEN; new steps are permitted when OPEN or DRAINING. Otherwise both wait. ``pause``,
+``drain`` and ``resume`` are idempotent and not counted: one ``resume`` opens the gate however often it was paused.
+``pause`` and ``drain`` raise ``EngineError`` when another thread changed the gate meanwhile, and ``TimeoutError``
+naming what still runs; the gate then stays shut. docs/internals.md draws the states.
 """
 
 import asyncio

@@ -1,19 +1,8 @@
 """Ends a service when the process that started it is gone, however it went (``kill -9`` included).
 
-Run by path as ``python -I -S orphan_reaper.py TOKEN OWNER_PID GRACE``, one per service, in a session of its own. It
-uses the standard library only, so that it costs about 15 ms and 8 MB. It reads its stdin, a pipe whose other end only
-the owner holds::
-
-    "pgid N\n"   the service's process group is N
-    "done\n"     the owner has ended the service itself: nothing to do
-    end of file  the owner died: SIGTERM to the service, GRACE seconds, SIGKILL
-
-Why not ``PR_SET_PDEATHSIG``: it fires when the *thread* that forked ends, covers the direct child only and not what
-that child started, and can only be set between fork and exec by Python code, which may deadlock in a process with
-threads. ``kill -9`` of the reaper merely leaves the service unwatched.
-
-The service is its process group, and (Linux) every process that carries TOKEN in its environment: those that left the
-group by ``setsid``, and a service whose group the owner had no time to tell.
+Run by path as ``python -I -S orphan_reaper.py TOKEN OWNER_PID GRACE``, one per service, in a session of its own; it
+uses the standard library only. Its stdin is a pipe whose other end only the owner holds: ``pgid N`` (the service's
+process group), ``done`` (nothing to do), or the end of file (the owner died: SIGTERM, GRACE seconds, SIGKILL).
 """
 
 import contextlib

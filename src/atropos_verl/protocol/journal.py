@@ -1,17 +1,7 @@
 """``BatchJournal``: every batch on disk before anything else happens to it, because the API has forgotten it.
 
-::
-
-    directory/
-      batch_000001.json         the answer of GET /batch, byte for byte
-      batch_000001.meta.json    its length, the caller's notes, the step that trained on it (null: none yet), and the
-                                lease under which the API gave it out, with whether it was acked
-      batch_000001.NAME         a file that the caller keeps beside it (``attach``)
-
-A batch exists once its ``.json`` has its final name: content is written under another name and synced first, so it
-survives ``kill -9`` and a power cut. Its ``.meta.json`` is written before it, so that no batch is ever without the
-lease that it came with. A batch without a ``.meta.json`` was not trained on yet. Files of a process that died while
-writing end in ``.tmp``; they are removed, and the log says so.
+``batch_N.json`` is the answer of ``GET /batch``, byte for byte, under its final name only when it is complete and
+synced; ``batch_N.meta.json``, written before it, has the lease and the step that trained on it (docs/internals.md).
 """
 
 import json

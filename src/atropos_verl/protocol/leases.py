@@ -1,29 +1,8 @@
 """``LeasedBatches``: every batch of the API is trained exactly once in what a run ends up with, whoever dies when.
 
-Two parties may hold a batch: the API (until it is acked) and this run's journal. The order of writes decides:
-
-======================  ==================================  =======================================================
-killed …                what is there                       what the resumed run does
-======================  ==================================  =======================================================
-before journalling      the lease                           nothing: the lease ends, the API hands the batch out
-after journalling       journal, lease                      acks, then trains from the journal
-after the step          journal with its step, lease        acks; trains again unless a checkpoint holds the step
-before the ack          the same                            the same
-after the ack           journal with its step               trains from the journal unless a checkpoint holds the step
-======================  ==================================  =======================================================
-
-So a step is durable when the journal says which batch it consumed: from there it can be repeated, whatever happens to
-the weights in memory. Only then is its batch acked. The answer to the ack decides what an older run still owes:
-
-- accepted (also *late*: the lease had ended, but nobody else had the batch): it is ours, the journal is the only copy.
-- 409: the API has given it to somebody else. A copy that no step of ours consumed is dropped; one that a step consumed
-  stays consumed, with a warning: two trainers have it.
-- 404: the API has forgotten it (it kept nothing on disk, or was reset), so the journal is the only copy.
-
-Nothing is fetched before what is owed is settled, and a batch that the API hands out again names its earlier leases:
-one that is in the journal already is not taken a second time.
-
-An upstream API gives no leases. Its batches are ours from the moment they leave it, and the same code journals them.
+A step is durable when the journal says which batch it consumed; only then is its batch acked. An upstream API gives no
+leases: its batches are ours from the moment they leave it, and the same code journals them. docs/internals.md has the
+table of what a resumed run does after a crash at any point, and what each answer to an ack means.
 """
 
 import logging

@@ -2,30 +2,7 @@
 
 ``decode_batch`` takes the body of ``GET /batch``. Each group is decoded on its own, so a group that breaks the contract
 never takes the good ones with it: it comes back with ``defect`` set, and ``build_samples`` quarantines it.
-
-The packed wire carries arrays, which a trainer takes as they are instead of parsing numbers out of text. A client asks
-for it with ``Accept: application/vnd.atropos+packed, application/json``; a server that does not know it
-answers in JSON. All integers are little-endian::
-
-    batch   = "ATRPACK1" · u32 number of groups · groups
-    group   = u32 length of what follows · u32 length of header · header (JSON) · padding · arrays
-    header  = {"group_id", "env_id", "lengths": [T_g], "arrays": [[field, kind, offset, count]], "rest": {...}}
-
-``offset`` counts bytes from the start of the arrays, which begin at the next multiple of 8 bytes of the group.
-``lengths`` are the tokens of each sequence; an array holds the rows of its field one after the other. Kinds:
-
-====== ==========================================================================================================
-``i4``  32-bit integers: ``tokens``; ``masks`` when they are not what follows
-``m1``  one bit per token, most significant first: 1 = ``masks`` repeats the token id, 0 = -100
-``f4``  32-bit floats, when every value is one exactly (what inference engines compute); otherwise
-``f8``  64-bit floats: ``scores``, ``advantages``, logprobs
-``u4``  32-bit unsigned integers: ``FIELD.lengths``, the length of each row of FIELD where it differs from ``lengths``
-====== ==========================================================================================================
-
-``rest`` holds the fields that are no arrays (messages, overrides, images, …) in their JSON form; a field that is
-absent or null is left out. ``group_id`` is that of the group's JSON, so a group has one name in both wires. A group
-that does not fit (a field of an unexpected type, an unknown name) has ``"json": true`` and nothing else in its header;
-its JSON follows, padded with spaces.
+docs/internals.md describes the packed wire byte by byte.
 """
 
 import json

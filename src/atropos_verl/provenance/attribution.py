@@ -1,15 +1,7 @@
 """A batch of scored sequences → policy version and logprob of every trained token, from a ``Ledger``.
 
-Most spans have one record. Where several records hold the same ids (n completions of one prompt that came out alike, or
-a prompt that was asked again later), evidence chooses, in this order:
-
-1. time: a turn was written before the turns after it;
-2. the logprobs that the environment sent along, bit for bit: different weights give different logprobs;
-3. records that no sequence is known to hold already: each was written once;
-4. a request that wrote the whole group: its members were asked for together.
-
-What the records that are left agree on is known. What they do not agree on (the version, the logprobs) is not: the span
-counts as ambiguous, and nothing is guessed.
+Where several records hold the same ids, evidence chooses: time, logprobs bit for bit, records no sequence holds yet,
+one request for a whole group. What the records that are left do not agree on stays unknown: nothing is guessed.
 """
 
 from collections import Counter, defaultdict

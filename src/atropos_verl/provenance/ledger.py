@@ -1,19 +1,8 @@
 """``Ledger`` knows which policy version generated which token, and with what logprob, for all this gateway generated.
 
-Environments do not say which weights answered them, and many send no logprobs. The gateway knows both. It records
-every completion under the token ids it came after, and a scored sequence is looked up by its own token ids::
-
-    prompt [5 6] ── request ──▶ [8 2] at v3         recorded: after "5 6" came "8 2"
-    scored sequence  5 6 8 2 7 7 4 2                trained tokens: 8 2 and 4 2
-                         └┬┘     └┬┘
-             after "5 6": found   after "5 6 8 2 7 7": found, the request of the second turn
-
-A sequence of several turns is thus resolved turn by turn, whatever the environment put in between. A look-up hashes all
-prefixes of the sequence at once (numpy), finds the records by hash, and then compares the ids themselves, prompt and
-completion: a hash alone never decides. What is not found stays unknown.
-
-The least recently used records are forgotten first. ``persist`` keeps them over a restart. ``attribution`` looks up
-whole batches and chooses among identical completions.
+It records every completion under the token ids it came after; a scored sequence is looked up by its own token ids, turn
+by turn. A look-up hashes all prefixes of the sequence at once, finds the records by hash, and then compares the ids
+themselves: a hash alone never decides. What is not found stays unknown. The least recently used records go first.
 """
 
 from __future__ import annotations

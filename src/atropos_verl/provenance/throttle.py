@@ -1,16 +1,7 @@
 """``StalenessThrottle`` holds new prompts back that would be too stale by the time they are trained on.
 
-A sequence that begins now is trained on after everything that is ahead of it, one batch per policy version::
-
-    staleness = fetched batches + (sequences queued at the API + sequences under way) // batch_size
-
-so a new prompt waits while that exceeds ``off_policy.max_staleness``. This is the bound of AReaL (arXiv 2505.24298: no
-more than (version + η + 1) · batch_size sequences are ever begun) in terms of what shows from outside. Environments
-drop groups, take time to score and ask for things that are never trained on, so what was generated is counted until it
-shows up in the queue, or until it took twice as long as others did.
-
-What goes on with something generated before (the next turn of an episode) is never held: waiting would only make it
-older.
+A new prompt waits while ``fetched batches + (queued + under way) // batch_size`` exceeds ``off_policy.max_staleness``:
+AReaL's bound (arXiv 2505.24298) in terms of what shows from outside. A next turn of an episode is never held.
 """
 
 import asyncio

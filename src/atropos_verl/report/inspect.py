@@ -1,17 +1,6 @@
 """``atropos-verl inspect``: shows what the trainer would see in groups: samples, advantages and refusals.
 
-``_inspect_groups`` returns a JSON-able structure, which ``--json`` prints and ``_Renderer`` shows. Its keys, in order:
-
-- inspection: ``groups``, ``sequences`` and ``trained_tokens`` (that would be trained), ``mean_score`` (of every
-  sequence of the groups that are used), ``refused``, ``dropped_overlong``
-- group: ``origin``, ``group_id``, ``env_id``, ``refused`` (the reason), ``stops_run`` (the run would end with that
-  reason), ``recorded_reason`` (from a quarantine file), ``sequences`` (None: beyond the limit)
-- sequence: ``index``, ``length``, ``trained_tokens``, ``score``, ``advantage`` and ``logprob`` (a spread over trained
-  tokens, or None), ``temperature``, ``policy_version``, ``staleness`` (policy versions behind the current one),
-  ``truncated``, ``excluded`` (the reason why a sequence of a used group is not trained), ``pieces``, ``tokens``
-- spread: ``mean``, ``min``, ``max``, ``count``
-- piece: ``text``, ``trained``; consecutive tokens that are all trained or all not
-- token: ``position``, ``id``, ``text``, ``trained``, ``advantage``, ``logprob``
+``_inspect_groups`` returns a JSON-able structure (docs/internals.md), which ``--json`` prints and ``_Renderer`` shows.
 """
 
 from __future__ import annotations

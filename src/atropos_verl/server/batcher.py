@@ -1,20 +1,6 @@
-"""The queue of waiting groups, and the choice of those that make the next batch.
+"""The queue of waiting groups, and the choice of those that make the next batch: a set of whole groups.
 
-A batch is a set of whole groups. In order of preference:
-
-1. groups that add up to ``batch_size`` exactly, the oldest that do;
-2. when none do, the closest batch that splits no group, as ``batch_fill`` says: ``at_most`` (the fullest below),
-   ``at_least`` (the smallest above), ``exact`` (none), or ``auto``: ``at_most``, once waiting cannot help any more.
-
-Waiting cannot help when no mix of the sizes seen makes the batch size, when the sequences of a whole batch have waited
-``batch_fill_wait`` seconds, or when less than a batch is left and no environment is there to send more.
-
-A group that was left behind by ``MAX_PASSED_OVER`` batches is in the next one (not under ``exact``), so an odd size
-grows stale by a few steps, not for ever (minimums are waived for that batch). A group larger than a batch is a batch
-of its own.
-
-Environments with a ``min_batch_allocation`` get at least ``int(batch_size * share)`` sequences; shares that add up to
-more than the batch are scaled down (upstream's rule).
+Preferred are groups that add up to ``batch_size`` exactly, the oldest that do. docs/internals.md has the other rules.
 """
 
 import bisect

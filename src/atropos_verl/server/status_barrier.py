@@ -1,18 +1,7 @@
 """Keeps ``/status-env`` true: what an environment learns of its queue fits what it knows of its own groups.
 
-atroposlib adds ``queue_size`` to the groups that it has under way and gives up the oldest ones when that is too many. A
-group whose post was answered is in the queue; the environment takes it off its own list when it has read the answer. If
-it reads an answer of ``/status-env`` at the same moment, the group counts twice, and another one, which has come
-furthest, is given up and begun again: the batch that lacks it comes a whole generation and scoring late.
-
-So, for each environment::
-
-    /status-env:   wait until it has done with the answers to its posts   ─▶  answer
-    its posts:     wait until it has done with the answer to /status-env  ─▶  accept
-
-It has done with an answer when it closes the connection (atroposlib opens one for each request) or uses it again. That
-is a few turns of its event loop before it takes the group off its list, or acts on the figures, hence ``SETTLING``.
-Nobody waits much longer than ``PATIENCE`` seconds: then it is as if there were no barrier.
+An environment's status requests and its posts wait for each other, until it has done with the answer before, for about
+``PATIENCE`` seconds at most. Otherwise atroposlib counts a group twice and gives up another one (docs/internals.md).
 """
 
 import asyncio

@@ -3,14 +3,6 @@
 All of it is in memory. With a data directory every change is also handed to ``store.sqlite``, and an answer waits until
 its change is stored (``synced``). When the disk refuses a change, memory is read from the file again: what was not
 stored has not happened, and its senders get an error.
-
-A batch, from the moment it is formed::
-
-    queue ──hand out──▶ outstanding ──ack in time──────────────────────▶ closed (its groups are dropped)
-                          │    ▲   └──response delivered (no lease)────▶ closed
-             lease ends, or    └──────handed out again (same step)──┐
-             not delivered ──▶ returned ────────────────────────────┘
-                                   └──late ack (nobody has it yet)─────▶ closed
 """
 
 import asyncio

@@ -1,18 +1,8 @@
 """From the trainer's weights to an engine that serves them: ``AtroposShardingManager``.
 
-The rollout phase is the body of the ``with`` block::
-
-    RELEASED ──enter──▶ resume_memory_occupation → update_weights_from_tensor → canary → gate.resume ──▶ SERVING
-    SERVING  ──exit───▶ gate.pause (at a token boundary) → release_memory_occupation ──▶ RELEASED
-
-While rollouts go on beside training, ``swap`` puts newer weights into the open phase::
-
-    SERVING ──swap──▶ stage_weights_from_tensor → canary (of the staged weights) → gate.pause → swap_weights
-                      → gate.resume ──▶ SERVING
-
-Everything up to the pause happens while the engine generates. No token is sampled from weights that the canary has not
-seen. When *enter* or a swap fails the gate stays shut; entering again starts over. *Exit* never masks the exception of
-the body: a failure while leaving is then logged and attached to it as a note.
+The rollout phase is the body of the ``with`` block; ``swap`` puts newer weights into it while rollouts go on. No token
+is sampled from weights that the canary has not seen. When *enter* or a swap fails the gate stays shut; entering again
+starts over. *Exit* never masks the exception of the body: a failure while leaving is logged and attached as a note.
 """
 
 from __future__ import annotations

@@ -1,16 +1,8 @@
 """The inference gateway in front of verl's replicas, in the task runner's process.
 
-::
-
-    environment ──HTTP──▶ gateway ──▶ ReplicaEngine ──▶ AttemptClient ──Ray──▶ replica (transformers, vLLM, SGLang)
-                             │              ▲                                     │
-                        RequestGate         └── aborted: go on from its tokens ◀──┘
-
 A replica returns a request early when it is aborted for a weight update. The answer is then continued from the tokens
-it has, with their logprobs, at whichever replica is free: the environment sees one answer that took longer.
-
-verl's ``FullyAsyncLLMServerClient`` hides aborts: it waits a second, goes on, and reports one policy version per
-attempt. ``AttemptClient`` returns each attempt with its own versions.
+it has, with their logprobs, at whichever replica is free: the environment sees one answer that took longer. verl's own
+client reports one policy version per attempt; ``AttemptClient`` returns each attempt with its own versions.
 """
 
 import asyncio

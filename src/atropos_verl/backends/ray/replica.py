@@ -1,17 +1,6 @@
 """The embedded engine as a verl rollout replica: ``actor_rollout_ref.rollout.name=transformers``.
 
 A Ray actor with verl's server protocol around ``TransformersEngine``; its HTTP address serves our gateway's dialects.
-
-What happens to a request in flight:
-
-=============================== ===================================================================================
-``sleep`` (sync)                held at a token boundary with its tokens; goes on after ``wake_up``, under new weights
-``abort_all_requests``          ``generate`` returns what it has, ``aborted``: verl's client goes on from there;
-                                HTTP requests, whose clients could not, are held
-arrives while stopped           waits; with ``reject_request`` it is returned ``aborted`` without a token
-``update_weights``              held at a token boundary; its next token is sampled from the new weights
-=============================== ===================================================================================
-
 Every answer says which policies (global steps) sampled its first and its last token.
 """
 

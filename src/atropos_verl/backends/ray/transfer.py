@@ -1,18 +1,8 @@
-"""A batch of the trajectory API → rows of TransferQueue, with verl's keys, fields and tags.
-
-One *slot* is one batch. Its key is the slot's uid, tagged ``pending`` → ``running`` → ``finished``; the rows of its
-sequences are ``{uid}_{i}_0``. The field ``uid`` of a row is its *group*, which is what verl's estimators group by::
-
-    slot 3f2a…       is_prompt, status finished                 (what verl's replay buffer samples)
-      3f2a…_0_0      uid = group a   prompts | responses         tags: lengths, min/max_global_steps
-      3f2a…_1_0      uid = group a
-      3f2a…_2_0      uid = group b
+"""A batch of the trajectory API → rows of TransferQueue, with verl's keys, fields and tags (docs/internals.md).
 
 Of a sequence, everything before the first trained token is the prompt, the rest the response, with the real mask: tool
-and environment tokens between two turns are 0 in it.
-
-Later the advantages of a step replace verl's (``finish_batch``): verl's estimators know no token-level advantages of
-the environment, forced zeros, normalisation over the trained tokens of the step, or clipping.
+and environment tokens between two turns are 0 in it. Later the advantages of a step replace verl's: verl's estimators
+know no token-level advantages of the environment, forced zeros, normalisation over trained tokens, or clipping.
 """
 
 from collections.abc import Sequence

@@ -1,21 +1,7 @@
 """Moves weights from a training worker into a replica's process: buckets in Ray's object store, applied as they arrive.
 
-::
-
-    worker (leader rank)                                     server actor
-    tensors ─▶ WeightBucket ──object store (shared memory)──▶ WeightReceiver ─▶ engine.update_weights_from_tensor(...)
-              one copy                                        zero-copy view     one copy
-
-One call per bucket, two on their way at a time: the engine copies one while the next is gathered.
-
-A replica that shares the worker's devices gets its buckets from the worker itself. A standalone replica gets them
-through a checkpoint engine. verl ships those over NCCL, NIXL and the like; the one here needs Ray alone::
-
-    rollout.checkpoint_engine.backend: ray_object_store
-    rollout.checkpoint_engine.custom_backend_module: atropos_verl.backends.ray.weight_transfer
-
-    trainer rank 0 ──put each bucket once──▶ object store ◀──reads, no copy── server actor of every replica
-          └──────────reference──▶ CheckpointEngineWorker ──reference──▶──┘
+One call per bucket, two on their way at a time: the engine copies one while the next is gathered. A replica that shares
+the worker's devices gets its buckets from the worker itself, a standalone one through a checkpoint engine.
 """
 
 import asyncio

@@ -4,20 +4,8 @@ Shapes: ``B`` sequences, ``L`` padded length, ``V`` vocabulary; ``[...]`` means 
 
 Both losses are sums over trained tokens divided by one count. That count may be given (``num_loss_tokens``), so that
 micro-batches and data-parallel ranks add up to the mean over the global batch. Values at positions that are not trained
-never reach a sum: they may be NaN. A NaN at a trained position does reach the loss, on purpose.
-
-Importance weights are for rollouts that another policy wrote. With ``log r_t = old_t - rollout_t``, the log ratio of
-the trainer's to the rollout policy's probability of token t::
-
-    token:     w_t = min(exp(log r_t), cap)                     (TIS; Ionides 2008, and for token-level policy gradients
-                                                                 "Your efficient RL framework secretly brings you
-                                                                 off-policy RL training", Yao et al. 2025)
-    sequence:  w_t = min(exp(sum over the sequence of log r), cap)      one weight for all tokens of a sequence
-
-The token form has little variance and a bias where earlier tokens of a sequence differ; the sequence form has no bias
-below the cap, and its variance grows with length. Log ratios are taken within ±20, as in verl 0.9.1
-(``rollout_corr_helper.py``), of which these are the two truncated forms. Tokens without a rollout logprob (NaN) have
-ratio 1 and count in no figure.
+never reach a sum: they may be NaN. A NaN at a trained position does reach the loss, on purpose. Formulas and sources of
+the importance weights: docs/internals.md.
 """
 
 from collections.abc import Mapping
