@@ -17,14 +17,15 @@ from atropos_verl.report.console import ProgressReporter
 
 
 @contextmanager
-def api(run_dir: Path, **settings: Any) -> Iterator[AtroposClient]:
-    """A client of the API that a run in ``run_dir`` starts, as an environment is one: without a token."""
+def api(run_dir: Path, **settings: Any) -> Iterator[tuple[AtroposClient, tuple[str, str]]]:
+    """A client of the API that a run in ``run_dir`` starts, with the token that the run made for it."""
     config = RunConfig.from_mapping({"run_dir": str(run_dir), **settings})
     services = TrainingServices(config, gateway_port=9)
     try:
-        url = services.start_api(ProgressReporter(total_steps=1, quiet=True)).atropos.api_url
-        with AtroposClient(str(url)) as client:
-            yield client
+        made = services.start_api(ProgressReporter(total_steps=1, quiet=True)).atropos
+        assert httpx.get(f"{made.api_url}/status").status_code == 401, "nobody else gets in"
+        with AtroposClient(str(made.api_url), token=made.token) as client:
+            yield client, ("run", str(made.token))
     finally:
         services.stop()
 
@@ -39,14 +40,16 @@ def test_a_resumed_run_finds_its_groups_and_not_its_dead_environments(
 ) -> None:
     monkeypatch.setenv("ATROPOS_API_TOKEN", "meant-for-another-api")
     hello = EnvRegistration(max_token_length=64, desired_name="env", group_size=4)
-    with api(tmp_path) as client:
+    with api(tmp_path) as (client, auth):
         register(client)
         assert client.register_env(hello) == 0
         client.post_scored_data_list([group_bytes(1, env_id=0)])
-    with api(tmp_path) as client:
+    with api(tmp_path) as (client, auth):
         assert client.status().queue_size == 1
         assert client.register_env(hello) == 1
-        seen = httpx.get(f"{client.api_url}/status-env", params={"env_id": 1}).json()
+        # As Atropos's client sends the password of a URL.
+        asked = httpx.get(f"{client.api_url}/status-env", params={"env_id": 1}, auth=auth)
+        seen = asked.json()
         assert seen["env_weight"] == 1.0, "the one before took half of it"
-    with api(tmp_path, resume="disable") as client:
+    with api(tmp_path, resume="disable") as (client, auth):
         assert (client.status().queue_size, client.info().batch_size) == (0, -1)

@@ -15,7 +15,7 @@ from atropos_verl.errors import ConfigError
 
 SHIPPED = Path(__file__).parent / "shipped"
 """The YAML files that come with the package: the default of ``--config-dir``."""
-_OPEN_SECTIONS = ("atropos.headers.", "model.override_config.")
+_OPEN_SECTIONS = ("atropos.headers", "model.override_config", "env.env")
 """Keys whose value is a dictionary with keys of the user's own."""
 
 
@@ -72,13 +72,16 @@ def _compose(
 
     rows = [*describe(), *describe_launch(), ("environments",)] if is_launch else describe()
     known = [name for name, *_ in rows]
-    sections = _OPEN_SECTIONS + (("environments.", "trainer_process.env.") if is_launch else ())
+    names = (*_OPEN_SECTIONS, *(("environments", "trainer_process.env") if is_launch else ()))
+    sections = tuple(f"{name}{end}" for name in names for end in (".", "="))
     for word in overrides:
         key = check_form(word, "--help lists all keys")
         if key not in known and not key.startswith(sections):
             raise ConfigError(f"unknown key{did_you_mean(key, known)} (--help lists all keys)", key)
     # Hydra wants ++ before a key that is added; users should not have to write it.
     words = [f"++{word}" if word.startswith(sections) else word for word in overrides]
+    if any(word.startswith("environments=") for word in overrides):  # all of them: those of the file go
+        words.insert(0, "~environments")
     parser = OverridesParser.create()
     for word in words:
         # Composing would say where in a word Hydra stumbled, but not in which word.

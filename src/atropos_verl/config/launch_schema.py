@@ -19,6 +19,7 @@ from atropos_verl.config.schema import (
     RunConfig,
     Section,
     SuperviseConfig,
+    Variables,
     as_config_error,
     describe,
 )
@@ -30,18 +31,10 @@ MOVED = {"api.server": "is atropos.server now, which main_atropos.py reads too (
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
-def _strings(value: Any) -> Any:
-    """Environment variables are text, YAML's 1 and true are not."""
-    if isinstance(value, Mapping):
-        return {str(key): str(item).lower() if isinstance(item, bool) else str(item) for key, item in value.items()}
-    return value
-
-
 def _words(value: Any) -> Any:
     return [str(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-Variables = Annotated[dict[str, str], BeforeValidator(_strings)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
 

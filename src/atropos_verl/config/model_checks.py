@@ -10,7 +10,7 @@ from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 
 _SECTION = "model"
-_NAMES_OF_TRANSFORMERS_5 = frozenset({"TokenizersBackend", "SentencePieceBackend", "PythonBackend"})
+NAMES_OF_TRANSFORMERS_5 = frozenset({"TokenizersBackend", "SentencePieceBackend", "PythonBackend"})
 _SLOW_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -126,9 +126,11 @@ def _check_tokenizer(directory: Path) -> list[Finding]:
     if problem:
         return []
     findings, name = [], settings.get("tokenizer_class")
-    if name in _NAMES_OF_TRANSFORMERS_5:
-        found = f"{name}, which transformers 4 does not know, and most environments run on that"
-        todo = 'write "tokenizer_class": "PreTrainedTokenizerFast" into tokenizer_config.json; both versions load it'
+    if name in NAMES_OF_TRANSFORMERS_5:
+        found, todo = f"{name}, of transformers 5; environments get a form that transformers 4 loads as well", ""
+        if not (directory / "tokenizer.json").is_file():
+            found = f"{name}, which transformers 4 does not know, and most environments run on that"
+            todo = "save it with a tokenizer.json, from which a form for transformers 4 is made"
         findings.append(finding(_SECTION, "tokenizer class", found, warning=todo))
     if "chat_template" not in settings and not any(directory.glob("chat_template*")):
         todo = "environments that chat need one; add it"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from atropos_verl.errors import ConfigError
 
@@ -29,6 +29,16 @@ NonNegative = Annotated[float, Field(ge=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
+def _strings(value: Any) -> Any:
+    """Environment variables are text, YAML's 1 and true are not."""
+    if isinstance(value, Mapping):
+        return {str(key): str(item).lower() if isinstance(item, bool) else str(item) for key, item in value.items()}
+    return value
+
+
+Variables = Annotated[dict[str, str], BeforeValidator(_strings)]
+
+
 class Section(BaseModel):
     """Base of the settings classes: unknown keys are refused, values cannot be changed."""
 
@@ -43,7 +53,7 @@ class AtroposConfig(Section):
         "embedded", description="API to start where api_url is null; embedded: ours, upstream: atroposlib's"
     )
     timeout: PositiveFloat = Field(30.0, description="seconds; bound on one call to the API, its retries included")
-    token: str | None = Field(None, description="bearer token for a protected API")
+    token: str | None = Field(None, description="bearer token for a protected API; this run's own has one")
     headers: dict[str, str] = Field(default_factory=dict, description="extra HTTP headers for the API")
     ca_file: str | None = Field(None, description="certificate authority file for https; null: the system's")
     lease_seconds: PositiveFloat | None = Field(
@@ -226,6 +236,8 @@ class EnvConfig(Section):
     script: str | None = Field(None, description="path of an Atropos environment; null: the demo environment")
     python: str | None = Field(None, description="its interpreter; null: the one that runs the trainer")
     args: tuple[str, ...] = Field((), description='further arguments, e.g. ["--env.some_key","3"]')
+    env: Variables = Field(default_factory=dict, description="its environment variables")
+    cwd: str | None = Field(None, description="its working directory; null: the run directory")
     max_batches_offpolicy: PositiveInt | None = Field(
         None, description="batches it may queue ahead; null: 1 (as on-policy as can be), with mode=overlap 2"
     )
@@ -341,6 +353,12 @@ class RunConfig(CommonConfig):
             return cls.model_validate(dict(values))
         except ValidationError as error:
             raise as_config_error(error) from None
+
+    def public(self) -> dict[str, Any]:
+        """Every value as JSON has it, keys and tokens left out: for files, trackers and logs."""
+        values = self.model_dump(mode="json")
+        values["atropos"]["token"] = values["gateway"]["api_key"] = None
+        return values
 
     def with_values(self, **sections: Mapping[str, Any]) -> Self:
         """The same with other values in some sections: section → key → value."""

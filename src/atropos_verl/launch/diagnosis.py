@@ -1,26 +1,106 @@
-"""Explains a run that gets no batches: the facts, and what to check. Pure: a state in, text out."""
+"""Explains a run that gets no batches: one cause, in the first line, then the facts it rests on and what to change.
 
-from collections.abc import Mapping
+Pure but for ``read_logs``: a state and what the logs say in, text out.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from atropos_verl.launch.probes import environments_of
 
+_LOG_BYTES = 1 << 20
+_SHOWN = 3
+_SHOWN_LENGTH = 300
+_ERROR = re.compile(r"\b(ERROR|CRITICAL)\b|\bskipping\b|^(\w+\.)*\w*(Error|Exception)\b", re.IGNORECASE)
+_PREFIX = re.compile(r"^[\d:, .T-]*\[?(ERROR|CRITICAL|WARNING|INFO)\]?[\w.:]*:\s*|^[\d:, .T-]+(ERROR|WARNING) \S+ ")
+_VARYING = re.compile(r"0x[0-9a-f]+|[0-9a-f]{8}-[0-9a-f-]{27}")
+_REFUSAL = re.compile(r"(?:WARNING|ERROR) \S+: (.*(?:\brefused\b|no such endpoint).*)")
+_REFUSED_CLIENT = re.compile(r"BadRequestError|AuthenticationError|PermissionDenied|NotFoundError|ClientResponseError")
+"""What a client raises whose request was refused."""
+_UPSTREAM_REFUSAL = re.compile(r"Client error: (\d+), not retrying")
+_CONNECTION = re.compile(
+    r"APIConnectionError|Connection error|Cannot connect|Connect(ion)?Error|ProxyError|getaddrinfo", re.IGNORECASE
+)
+_TOO_LONG = re.compile(r"position|context|too long|longer than|max_model_len|leaves no room", re.IGNORECASE)
+_DROPS = {
+    "Scores are the same": (
+        "drops every group, since all scores of a group are equal",
+        "Is the task too hard, too easy, or scored wrongly? --env.ensure_scores_are_not_same false sends such groups",
+    ),
+    "Token length is too long": (
+        "drops every group, since a sequence of it has --env.max_token_length tokens or more",
+        "raise max_response_length or data.max_prompt_length, or have the environment ask for fewer tokens",
+    ),
+    "Group structure invalid": (
+        "drops every group, since it holds another number of sequences than --env.group_size",
+        "set group_size to the number that the environment makes",
+    ),
+}
+"""What atroposlib logs when it drops a group instead of sending it → what that means, what to do."""
 
-def diagnose(state: Mapping[str, Any], silent: float) -> str:
+
+@dataclass(frozen=True, slots=True)
+class LogFacts:
+    """What the logs of a run say since its last batch."""
+
+    errors: Mapping[str, list[tuple[int, str]]] = field(default_factory=dict)
+    """Environment → its error lines, the commonest first, each with its count."""
+    gateway: Sequence[str] = ()
+    """The last refusals of the gateway, with their reasons."""
+    api: Sequence[str] = ()
+    addresses: Mapping[str, str] = field(default_factory=dict)
+    """Environment → what stands between it and the gateway, where something is seen to."""
+
+
+def common_errors(text: str) -> list[tuple[int, str]]:
+    """The error lines of a log, what varies from line to line left out, the commonest first."""
+    found: Counter[str] = Counter()
+    for line in text.splitlines():
+        if _ERROR.search(line) and "DEBUG" not in line[:40]:
+            found[_VARYING.sub("…", _PREFIX.sub("", line.strip()))[:_SHOWN_LENGTH]] += 1
+    return [(count, line) for line, count in found.most_common()]
+
+
+def last_refusals(text: str) -> list[str]:
+    """The last different refusals that a server has logged, the newest first."""
+    found = [match[1][:_SHOWN_LENGTH] for match in map(_REFUSAL.search, text.splitlines()) if match]
+    return list(dict.fromkeys(reversed(found)))[:_SHOWN]
+
+
+def read_tail(path: Path, start: int = 0) -> str:
+    """The log from byte ``start`` on, its last MB; "" where there is none."""
+    try:
+        with path.open("rb") as log:
+            log.seek(max(start, path.stat().st_size - _LOG_BYTES))
+            return log.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def diagnose(state: Mapping[str, Any], silent: float, facts: LogFacts, *, going_on: bool = True) -> str:
     """The diagnosis of a run that has had no batch for ``silent`` seconds.
 
-    It lists the services, the environments as the API sees them, the queue, the gateway, then what to check, the
-    likeliest cause first. ``state`` is the content of ``state.json``.
+    ``state`` is the content of ``state.json``, in which ``since`` has the counts since the last batch.
     """
-    lines = [f"no batch for {silent:.0f} s; the run goes on waiting. What is known:"]
+    cause, remedies = _cause(state, facts)
+    lines = [f"no batch for {silent:.0f} s: {cause}"]
+    lines += [f"  what to change: {remedy}" for remedy in remedies]
+    lines.append("  what is known" + ("; the run goes on waiting:" if going_on else ":"))
     for service in state.get("services", []):
         pid = f", pid {service['pid']}" if service.get("pid") else ""
         detail = f": {service['detail']}" if service.get("detail") else ""
         lines.append(f"  {service['name']}: {service['state']}{pid}, {service['restarts']} restarts{detail}")
-    lines += _api_lines(state)
-    lines += _gateway_lines(state)
-    lines.append("What to check:")
-    lines += [f"  {number}. {check}" for number, check in enumerate(_checks(state), start=1)]
+        for count, line in facts.errors.get(service["name"], [])[:_SHOWN]:
+            lines.append(f"    {count} x {line}")
+        if service.get("log") and service["kind"] == "environment":
+            lines.append(f"    its log: {service['log']}")
+    lines += [*_api_lines(state), *(f"    {line}" for line in facts.api)]
+    lines += [*_gateway_lines(state), *(f"    {line}" for line in facts.gateway)]
+    lines.append(f"  all logs: {state.get('run_dir')}/logs")
     return "\n".join(lines)
 
 
@@ -30,6 +110,8 @@ def _api_lines(state: Mapping[str, Any]) -> list[str]:
         return ["  trajectory API: does not answer"]
     leased = "" if api.get("open_leases") is None else f", {api['open_leases']} leased"
     lines = [f"  trajectory API: step {api.get('current_step')}, {api.get('queue_size')} groups in the queue{leased}"]
+    if refused := api.get("refused"):
+        lines.append(f"    refused: {', '.join(f'{count} x {reason}' for reason, count in refused.items())}")
     listed = environments_of(api)
     if listed is None:
         return [*lines, "  environments: this API does not say who sent what"]
@@ -47,71 +129,138 @@ def _api_lines(state: Mapping[str, Any]) -> list[str]:
 
 
 def _gateway_lines(state: Mapping[str, Any]) -> list[str]:
-    gateway = state.get("gateway")
+    gateway, since = state.get("gateway"), state.get("since", {})
     if not gateway:
         return ["  inference gateway: does not answer"]
     rates = state.get("rates", {})
     tokens, requests = rates.get("tokens_per_second"), rates.get("requests_per_second")
     speed = "" if tokens is None else f", {tokens:.0f} tokens/s, {requests or 0.0:.1f} requests/s"
     paused = ", paused for a weight sync" if gateway.get("paused") else ""
+    served = f"{since.get('served', 0)} requests served and {since.get('refused', 0)} refused since the last batch"
     return [
-        f"  inference gateway: {gateway.get('in_flight', 0)} requests in flight{speed}, "
+        f"  inference gateway: {gateway.get('in_flight', 0)} requests in flight{speed}, {served}, "
         f"policy version {gateway.get('policy_version')}{paused}"
     ]
 
 
-def _checks(state: Mapping[str, Any]) -> list[str]:
+def _cause(state: Mapping[str, Any], facts: LogFacts) -> tuple[str, list[str]]:
+    """The likeliest cause in one sentence, and what to change."""
+    api, gateway = state.get("api"), state.get("gateway")
     environments = [service for service in state.get("services", []) if service["kind"] == "environment"]
-    api, gateway, rates = state.get("api"), state.get("gateway"), state.get("rates", {})
-    checks: list[str] = []
+    logs = f"{state.get('run_dir')}/logs"
     if not api:
-        checks.append(
-            "The API is gone or frozen: its log, and whether its process runs (kill -CONT wakes a stopped one)."
-        )
-    if not gateway:
-        checks.append("The trainer is gone, busy or frozen: its log, its CPU use (kill -CONT wakes a stopped one).")
-    for word, text in (
-        ("failed", "was given up: the end of its log says why"),
-        ("restarting", "has just died: the end of its log says why"),
-        ("starting", "is starting, and has not registered yet: its log"),
-    ):
-        checks += [f"{service['name']} {text}." for service in environments if service["state"] == word]
-    waiting = (api or {}).get("queue_sequences", (api or {}).get("queue_size")) or 0
-    if api and waiting >= state.get("batch_size", 1):
-        checks.append(
-            f"{waiting} sequences wait but make no batch: do group sizes add up to batch_size "
-            f"{state.get('batch_size')}, and does every environment with a min_batch_allocation send?"
-        )
-    elif gateway and api:
-        if state.get("refused") and not rates.get("tokens_per_second"):
-            checks.append(
-                f"The gateway has refused {state['refused']} requests (too long for the model, a wrong key, a wrong "
-                f"parameter): grep 'refused' in {state.get('run_dir')}/logs/trainer.log."
-            )
+        todo = "see its log, and whether its process runs (kill -CONT wakes a stopped one)"
+        return f"the trajectory API at {state.get('api_url')} does not answer: it is gone or frozen", [todo]
+    running = [service["name"] for service in environments if service["state"] == "running"]
+    if environments and not running:
+        return _not_running(environments)
+    if not gateway and state.get("gateway_url"):
+        todo = f"see {logs}/trainer.log, and its CPU use (kill -CONT wakes a stopped one)"
+        return "the trainer's gateway does not answer: the trainer is gone, busy or frozen", [todo]
+    waiting = api.get("queue_sequences", api.get("queue_size")) or 0
+    if waiting >= state.get("batch_size", 1):
+        return f"{waiting} sequences wait at the API but make no batch of {state.get('batch_size')}", [
+            "do the group sizes add up to batch_size, and does every environment with a min_batch_allocation send?"
+        ]
+    who = f"environment {', '.join(running)}" if running and running != ["environment"] else "the environment"
+    return _no_groups(state, facts, who) or _silence(state, facts, who, running)
+
+
+def _not_running(environments: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]]:
+    texts = {
+        "failed": ("was given up", "the end of its log says why"),
+        "restarting": ("has just died", "the end of its log says why"),
+        "starting": ("is starting, and has not registered at the API yet", "see its log: is it loading something?"),
+    }
+    service = environments[0]
+    what, todo = texts.get(service["state"], (f"is {service['state']}", "see its log"))
+    detail = f": {service['detail']}" if service.get("detail") else ""
+    return f"environment {service['name']} {what}{detail}", [todo]
+
+
+def _no_groups(state: Mapping[str, Any], facts: LogFacts, who: str) -> tuple[str, list[str]] | None:
+    """The cause that is counted most often, where groups or requests were refused, dropped or failed."""
+    since, errors = state.get("since", {}), _merged(facts.errors.values())
+    refused, found = since.get("refused", 0), []
+    if facts.gateway and not refused:  # who has no key is refused before requests are counted
+        refused = sum(count for count, line in errors if _REFUSED_CLIENT.search(line))
+    refused_groups = max(since.get("refused_groups", 0), sum(n for n, line in errors if _UPSTREAM_REFUSAL.search(line)))
+    if refused_groups:
+        why = _reason(facts.api) or "(it does not say why)"
+        text = f"the trajectory API refuses every group of {who}: {refused_groups} refused, {why}"
+        found.append((refused_groups, text, ["correct what the environment sends: the reason names field and value"]))
+    if refused:
+        found.append((refused, *_refused_by_gateway(refused, since.get("served", 0), facts, who)))
+    others = []
+    for count, line in errors:
+        drop = next((item for words, item in _DROPS.items() if words in line), None)
+        if drop is not None:
+            found.append((count, f"{who} {drop[0]} ({count} groups)", [drop[1]]))
+        elif not _UPSTREAM_REFUSAL.search(line):
+            others.append((count, line))
+    failed = sum(count for count, _ in others) - refused - refused_groups
+    if others and failed > 0:
+        count, line = others[0]
+        if _CONNECTION.search(line) and not since.get("served"):
+            text = f"{who} cannot reach what it asks: {line} ({count} times)"
+            todo = "is it pointed at another address, or does a proxy stand between (HTTP_PROXY, NO_PROXY)?"
+            found.append((failed, text, [*facts.addresses.values(), todo]))
         else:
-            checks += _no_groups(gateway, rates, environments)
-    checks.append(f"The logs: {state.get('run_dir')}/logs")
-    return checks
+            text = f"{who} fails in its own code: {line} ({count} times)"
+            found.append((failed, text, ["correct the environment; its log has more"]))
+    if not found or since.get("groups"):
+        return None
+    _, cause, remedies = max(found, key=lambda item: item[0])
+    return cause, remedies
 
 
-def _no_groups(gateway: Mapping[str, Any], rates: Mapping[str, Any], environments: list[Any]) -> list[str]:
+def _refused_by_gateway(refused: int, served: int, facts: LogFacts, who: str) -> tuple[str, list[str]]:
+    why = _reason(facts.gateway)
+    part = "every request" if not served else f"{refused} of {refused + served} requests"
+    if _TOO_LONG.search(why):
+        todo = (
+            "raise data.max_prompt_length (and max_response_length), take a model with more positions, or shorten them"
+        )
+        return f"the prompts of {who} are too long: the gateway refuses {part}: {refused} refused, {why}", [todo]
+    todo = "correct what the environment asks for: the reason names the parameter"
+    if "API key" in why:
+        todo = "leave --openai.api_key out of the environment's arguments: the run hands its own key over"
+    return f"the gateway refuses {part} of {who}: {refused} refused, {why or '(see its log)'}", [todo]
+
+
+def _silence(state: Mapping[str, Any], facts: LogFacts, who: str, running: Sequence[str]) -> tuple[str, list[str]]:
+    """The cause where nothing is refused and nothing fails."""
+    gateway, rates, since = state.get("gateway") or {}, state.get("rates", {}), state.get("since", {})
+    todo = f"see {state.get('run_dir')}/logs/trainer.log"
     if gateway.get("paused"):
-        return ["The gateway is paused: the trainer is in a step or a weight sync that does not end; see its log."]
+        return "the gateway is paused: the trainer is in a step or a weight sync that does not end", [todo]
     if gateway.get("in_flight") and not rates.get("tokens_per_second"):
-        return ["Requests are in flight but no token is generated: the inference engine hangs; see the trainer's log."]
+        return "requests are in flight but no token is generated: the inference engine hangs", [todo]
     if rates.get("tokens_per_second"):
-        return [
-            "The policy is being sampled but no group arrives: the environment drops its groups (all scores equal with "
-            "ensure_scores_are_not_same, sequences of max_token_len or more, scoring errors), or rollouts are long."
+        return f"the policy is being sampled, but {who} sends no group: rollouts are long, or scoring is slow", [
+            "wait, ask for fewer tokens, or see the environment's log"
         ]
-    if not environments:
-        return [
-            "Nobody asks the gateway for completions: are the environments elsewhere running, and can they reach it?"
-        ]
-    names = ", ".join(service["name"] for service in environments if service["state"] == "running")
-    if not names:
-        return []
-    return [
-        f"Nobody asks the gateway for completions: is {names} stuck (frozen, still loading, waiting for a resource)? "
-        "Does it ignore --openai.base_url because config_init returns a bare APIServerConfig?"
+    for name in running:
+        if name in facts.addresses:
+            return f"environment {name} does not reach the gateway: {facts.addresses[name]}", [
+                f"the gateway is at {state.get('gateway_url')}; leave the address to the run"
+            ]
+    if not running:
+        text = "nobody asks the gateway for completions"
+        return text, ["are the environments elsewhere running, and can they reach it?"]
+    served = "" if since.get("served") else "; none of its requests has come"
+    return f"nobody asks the gateway for completions: is {who} stuck{served}?", [
+        "is it frozen, still loading, waiting for a resource, or asking another server (its log)?"
     ]
+
+
+def _merged(lists: Iterable[list[tuple[int, str]]]) -> list[tuple[int, str]]:
+    total: Counter[str] = Counter()
+    for listed in lists:
+        for count, line in listed:
+            total[line] += count
+    return [(count, line) for line, count in total.most_common()]
+
+
+def _reason(refusals: Sequence[str]) -> str:
+    return re.sub(r".*\brefused( at \S+)?: ", "", refusals[0]) if refusals else ""

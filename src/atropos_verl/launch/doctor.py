@@ -33,7 +33,7 @@ from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig
 from atropos_verl.config.model_checks import Finding, check_model, finding, weight_bytes
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposAPIError, AtroposHTTPStatusError, ConfigError
-from atropos_verl.launch.environments import interpreter, parse_script, program_of
+from atropos_verl.launch.environments import interpreter, notes_of, parse_script, program_of
 from atropos_verl.launch.launch import load_settings
 from atropos_verl.launch.probes import free_port
 
@@ -72,14 +72,15 @@ def _examine(config: RunConfig, launch: LaunchConfig, verl: Mapping[str, Any]) -
     """Runs every check that applies; the slow ones at the same time. ``verl``: its own settings, on Ray."""
     chosen, env = launch.chosen, config.env
     if env.script is not None or env.python is not None:  # main_atropos.py's one environment
-        chosen = {"environment": EnvironmentConfig(script=env.script, python=env.python, args=env.args)}
+        shared = {name: getattr(env, name) for name in ("script", "python", "args", "env", "cwd")}
+        chosen = {"environment": EnvironmentConfig(**shared)}
     on_ray, trainer = launch.backend == "ray", _section(verl, "trainer")
     device = str(trainer.get("device") or "cuda") if on_ray else config.trainer.device
     ranks = int(trainer.get("n_gpus_per_node") or 1) if on_ray else launch.trainer_process.nproc
     with ThreadPoolExecutor(max_workers=8) as pool:
         listing = pool.submit(list_gpus)
         environments = [
-            pool.submit(check_environment, name, settings)
+            pool.submit(check_environment, name, settings, config)
             for name, settings in (chosen if launch.starts("environments") else {}).items()
         ]
         api = pool.submit(_check_own_or_given_api, config, launch)
@@ -424,12 +425,13 @@ print(json.dumps({
 """Runs in the environment's interpreter: directory of the script, modules → what is there."""
 
 
-def check_environment(name: str, settings: EnvironmentConfig) -> Finding:
+def check_environment(name: str, settings: EnvironmentConfig, config: RunConfig) -> Finding:
     """Checks what its interpreter would find when it runs its program, which itself is not run."""
     source, todo, warning, variables = b"", "", "", {**os.environ, **settings.env}
     try:
         python = interpreter(settings.python, f"environments.{name}.python")
-        script = Path(program_of(name, settings)[-1])
+        program = program_of(name, settings)
+        script = Path(program[-1])
         if settings.module is None:
             source = script.read_bytes()
             place, modules = str(script.parent), imported_modules(source, script)
@@ -460,6 +462,8 @@ def check_environment(name: str, settings: EnvironmentConfig) -> Finding:
         warning += f"environments.{name}.omit leaves out what it lacks"
     elif b"tokenize_for_trainer" in source and transformers.startswith("5"):
         todo = f"the script's tokenize_for_trainer needs transformers 4: give it environments.{name}.python of its own"
+    if not todo and (notes := notes_of(config, settings, program)):
+        warning = "; ".join(notes)
     return finding("environments", name, text, missing=todo, warning=warning)
 
 

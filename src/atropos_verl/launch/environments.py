@@ -2,26 +2,34 @@
 
 Atropos takes its settings from arguments, which every user of the machine can read in ``ps``, or from the YAML file of
 ``--config`` (it looks at no environment variable: the openai client's ``OPENAI_API_KEY`` serves chat only, not
-``/generate``). So the gateway's key goes into a file that only its owner can read. The API's token goes there too, as
-the password in the API's URL: Atropos cannot send a bearer token, but its HTTP client (aiohttp) makes HTTP Basic
-authentication of a URL's password, and our API takes that.
+``/generate``). So the address of the gateway and its key go into a file that only its owner can read, as the list
+``openai``. Atropos takes a list of two or more servers as it stands, whatever ``config_init`` returns: where that is
+not seen to be a list of one server, ours has two equal entries. The API's token goes there too, as the password in the
+API's URL: Atropos cannot send a bearer token, but its HTTP client (aiohttp) makes HTTP Basic authentication of a URL's
+password, and our API takes that.
 """
 
 import ast
 import gc
+import json
+import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
+from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]  # typeshed lacks it
 
 import yaml
 
 from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig
+from atropos_verl.config.model_checks import NAMES_OF_TRANSFORMERS_5
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.process import ServiceSpec
+from atropos_verl.storage import write_atomic
 
 CHILD_ENV: Mapping[str, str] = {
     "PYTHONUNBUFFERED": "1",  # logs are read while the process runs, and after it was killed
@@ -30,10 +38,12 @@ CHILD_ENV: Mapping[str, str] = {
 }
 _REPOSITORY = Path(__file__).resolve().parents[3]
 """The source checkout, where there is one."""
-_KEY_OPTION = "--openai.api_key"
+_SERVER_PREFIX = "--openai."
 _URL_OPTION = "--env.rollout_server_url"
 _NAME_OPTION = "--env.wandb_name"
 _FILE_OPTION = "--config"
+_BARE = ("APIServerConfig", "ServerBaseline")
+_TOKENIZER_SETTINGS = "tokenizer_config.json"
 _ROUNDING = 1e-9
 
 
@@ -61,12 +71,7 @@ def plan_environments(
         )
     services: list[ServiceSpec] = []
     for name, settings in chosen.items():
-        program = program_of(name, settings)
-        if program[0] != "-m" and (line := bare_server_config(Path(program[0]))) is not None:
-            warnings.append(
-                f"environments.{name}: {program[0]}, line {line}: config_init returns a bare APIServerConfig. Atropos "
-                "then ignores --openai.base_url and talks to localhost:9004-9007; return a list, [APIServerConfig(...)]"
-            )
+        warnings += [f"environments.{name}: {note}" for note in notes_of(config, settings, program_of(name, settings))]
         for copy in range(1, settings.copies + 1):
             allocation = allocations[name]
             services.append(
@@ -98,7 +103,7 @@ def environment_spec(
     process = name if copy == 1 else f"{name}-{copy}"
     program = program_of(name, settings)
     model = str(config.resolve_model_path())
-    tokenizer = config.model.tokenizer_path or model
+    tokenizer = str(readable_tokenizer(config))
     ours = {
         "--env.group_size": str(settings.group_size or config.group_size),
         "--env.max_token_length": str(config.max_token_len),
@@ -106,12 +111,14 @@ def environment_spec(
         "--env.use_wandb": "false",
         # Without a name /register-env is refused with 422; this one is how the API tells the processes apart.
         _NAME_OPTION: Path(program[-1]).stem if of_training and evaluation is None else process,
-        "--openai.base_url": f"{config.gateway.advertise_url}/v1",
-        "--openai.model_name": model,
-        "--openai.tokenizer_name": tokenizer,
-        "--openai.server_type": settings.server_type,
     }
-    env = dict(CHILD_ENV)
+    server = {
+        "base_url": f"{config.gateway.advertise_url}/v1",
+        "model_name": model,
+        "tokenizer_name": tokenizer,
+        "server_type": settings.server_type,
+        "api_key": config.gateway.api_key or "none",  # the openai client refuses to start without one
+    }
     policy: dict[str, Any] = {}
     if evaluation is not None:
         process = f"evaluate_{evaluation}" if of_training else f"evaluate_{evaluation}.{name}"
@@ -125,8 +132,6 @@ def environment_spec(
         }
         if allocation is not None:
             ours["--env.min_batch_allocation"] = repr(allocation)
-        if config.atropos.token:
-            env["ATROPOS_API_TOKEN"] = config.atropos.token
         policy = {
             "kind": "environment",
             "restarts": settings.max_restarts if settings.restart == "always" else 0,
@@ -134,7 +139,9 @@ def environment_spec(
             "registers_as": option_value(settings.args, _NAME_OPTION) or ours[_NAME_OPTION],
         }
     file, api_url = run_dir / "launch" / f"{process}.yaml", config.atropos.api_url if evaluation is None else None
-    last, files = last_words(config, settings, api_url=api_url, file=file, cwd=cwd, key=f"{section}.args")
+    url = None if api_url is None else with_token(api_url, config.atropos.token)
+    servers = server_count(source_of(program, {**settings.env, "cwd": str(cwd)}))
+    last, files = last_words(settings, server, url, servers=servers, file=file, cwd=cwd, section=section)
     words = ["serve" if evaluation is None else "evaluate"]
     for option, value in ours.items():
         if option not in settings.omit and option not in settings.args and option_value(settings.args, option) is None:
@@ -142,10 +149,11 @@ def environment_spec(
     return ServiceSpec(
         name=process,
         command=(interpreter(settings.python, f"{section}.python"), *program, *words, *last),
-        env={**env, **settings.env},
+        env={**CHILD_ENV, **import_path(), **direct(config), **settings.env},
         cwd=cwd,
         log_path=run_dir / "logs" / (f"{process}.log" if of_training else f"{process}.1.log"),
         files=files,
+        secrets=secrets_of(config),
         **policy,
     )
 
@@ -198,59 +206,114 @@ def interpreter(python: str | None, key: str) -> str:
 
 
 def last_words(
-    config: RunConfig, settings: EnvironmentConfig, *, api_url: str | None, file: Path, cwd: Path, key: str
+    settings: EnvironmentConfig,
+    server: Mapping[str, str],
+    api_url: str | None,
+    *,
+    servers: int | None,
+    file: Path,
+    cwd: Path,
+    section: str,
 ) -> tuple[tuple[str, ...], dict[Path, str]]:
-    """Gateway key and API address for one environment, then the user's own arguments, which win; and the private files
-    that must exist when it starts.
+    """The end of one environment's command, and the private files that must exist when it starts.
 
-    A ``--config`` of the user's is read, and our file holds its content too; with ``--config`` among ``omit``, an
-    Atropos that does not know it gets keys as arguments.
+    A ``--config`` of the user's is read, and our file holds its content too. The user's own arguments come last and
+    win; where Atropos takes none of ``--openai`` beside several servers, they go into the file. With ``--config`` among
+    ``omit``, an Atropos that does not know it gets everything as arguments.
 
     Args:
+        server: our gateway, by the keys of Atropos's ``APIServerConfig``.
         api_url: None: the environment is not told (``evaluate`` needs none).
-        file: path of the private file.
-        cwd: the environment's working directory, which a relative ``--config`` starts from.
-        key: dotted name of the setting that holds the user's arguments, for the message.
+        servers: see ``server_count``.
+        section: of the settings, for messages.
 
     Raises:
-        ConfigError: the user's ``--config`` cannot be read.
+        ConfigError: the user's ``--config`` cannot be read, or is left out where it is needed.
     """
-    args, omit, api_key, token = settings.args, settings.omit, config.gateway.api_key, config.atropos.token
-    # The openai client refuses to start without a key.
-    wanted, secret = {_KEY_OPTION: api_key or "none"}, {_KEY_OPTION} if api_key else set()
-    if api_url is not None:
-        wanted[_URL_OPTION] = api_url
-        if token:
-            parts = urlsplit(api_url)
-            netloc = f"atropos:{quote(token, safe='')}@{parts.netloc.rpartition('@')[2]}"
-            wanted[_URL_OPTION] = parts._replace(netloc=netloc).geturl()
-            secret.add(_URL_OPTION)
-    given = option_value(args, _FILE_OPTION)
-    content = {} if given is None or _FILE_OPTION in omit else _read(cwd / Path(given).expanduser(), key)
-    servers = content.get("openai") or {}
-    if isinstance(servers, list) and len(servers) > 1:
-        del wanted[_KEY_OPTION]  # several servers of the user's own: Atropos takes no argument beside them
-    if _FILE_OPTION in omit:
-        secret = set()
+    args, omit = list(settings.args), settings.omit
+    wanted = {f"{_SERVER_PREFIX}{key}": value for key, value in server.items()}
+    wanted |= {} if api_url is None else {_URL_OPTION: api_url}
     wanted = {name: value for name, value in wanted.items() if name not in omit and option_value(args, name) is None}
-    words = [word for option, value in wanted.items() if option not in secret for word in (option, value)]
-    private = {option: value for option, value in wanted.items() if option in secret}
-    if not private:
-        return (*words, *args), {}
-    if _KEY_OPTION in private:
-        server = servers[0] if isinstance(servers, list) and servers else servers
-        content["openai"] = {**(server or {}), "api_key": private[_KEY_OPTION]}
-    if _URL_OPTION in private:
-        content["env"] = {**(content.get("env") or {}), "rollout_server_url": private[_URL_OPTION]}
+    if _FILE_OPTION in omit:
+        if servers not in (None, 1):
+            raise ConfigError("config_init returns no list of one server, so its --config is needed", f"{section}.omit")
+        return (*(word for item in wanted.items() for word in item), *args), {}
+    own = {name.removeprefix(_SERVER_PREFIX): value for name, value in wanted.items() if name != _URL_OPTION}
+    given = option_value(args, _FILE_OPTION)
+    content = {} if given is None else _read(cwd / Path(given).expanduser(), f"{section}.args")
+    args = _without(args, lambda name: name == _FILE_OPTION)
+    listed = content.get("openai") or {}
+    entries = listed if isinstance(listed, list) else [listed]
+    if len(entries) > 1:  # several servers of the user's own: those with an address keep it, and get no key of ours
+        entries = [entry if entry.get("base_url") else {**own, **entry} for entry in entries]
+    else:
+        entries = [{**entries[0], **own} if entries else own]
+        if servers != 1:
+            names = [word.partition("=")[0] for word in args if word.startswith(_SERVER_PREFIX)]
+            given_too = {name.removeprefix(_SERVER_PREFIX): option_value(args, name) for name in names}
+            args = _without(args, lambda name: name.startswith(_SERVER_PREFIX))
+            entries = [{**entries[0], **given_too} for _ in range(max(2, servers or 0))]
+    content["openai"] = entries
+    if _URL_OPTION in wanted:
+        content["env"] = {**(content.get("env") or {}), "rollout_server_url": wanted[_URL_OPTION]}
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    # Our file has taken in the user's.
+    return (_FILE_OPTION, str(file), *args), {file: text}
+
+
+def _without(args: Sequence[str], is_ours: Callable[[str], bool]) -> list[str]:
+    """``args`` without some ``--option value`` and ``--option=value``."""
     kept, rest = [], iter(args)
     for word in rest:
-        if word == _FILE_OPTION:
-            next(rest, None)
-        elif not word.startswith(f"{_FILE_OPTION}="):
+        if not is_ours(word.partition("=")[0]):
             kept.append(word)
-    return (*words, _FILE_OPTION, str(file), *kept), {file: text}
+        elif "=" not in word:
+            next(rest, None)
+    return kept
+
+
+def with_token(url: str, token: str | None) -> str:
+    """``url`` with the token as the password that aiohttp sends."""
+    if not token:
+        return url
+    parts = urlsplit(url)
+    return parts._replace(netloc=f"run:{quote(token, safe='')}@{parts.netloc.rpartition('@')[2]}").geturl()
+
+
+def secrets_of(config: RunConfig) -> tuple[str, ...]:
+    """What must show in no log: keys and tokens of the run."""
+    return tuple(secret for secret in (config.atropos.token, config.gateway.api_key) if secret and len(secret) > 3)
+
+
+def direct(config: RunConfig) -> dict[str, str]:
+    """The variables by which a child asks no proxy for the parts of this run."""
+    urls = (config.gateway.advertise_url, config.atropos.api_url)
+    hosts = ["127.0.0.1", "localhost", "::1", *(urlsplit(url).hostname or "" for url in urls if url)]
+    given = ",".join(filter(None, (os.environ.get(name) for name in ("no_proxy", "NO_PROXY")))).split(",")
+    value = ",".join(dict.fromkeys(filter(None, [*(host.strip() for host in given), *hosts])))
+    return {"NO_PROXY": value, "no_proxy": value}
+
+
+def obstacle(spec: ServiceSpec, gateway_url: str) -> str:
+    """What stands between an environment and the gateway: its own arguments, or a proxy; "": nothing that is seen."""
+    host, own = urlsplit(gateway_url).hostname or "", f"{gateway_url}/v1"
+    servers = [server for text in spec.files.values() for server in yaml.safe_load(text).get("openai", [])]
+    urls = [option_value(spec.command, f"{_SERVER_PREFIX}base_url"), *(server.get("base_url") for server in servers)]
+    if elsewhere := [url for url in urls if url and url.rstrip("/") != own]:
+        return f"its arguments send it to {elsewhere[0]}, and the gateway is at {own}"
+    variables = {**os.environ, **spec.env}
+    names = [name for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY") if variables.get(name)]
+    no_proxy = variables.get("no_proxy", variables.get("NO_PROXY", ""))
+    if names and not proxy_bypass_environment(host, {"no": no_proxy}):
+        return f"the proxy {names[0]}={variables[names[0]]} stands between: add {host} to NO_PROXY of the environment"
+    return ""
+
+
+def import_path() -> dict[str, str]:
+    """PYTHONPATH with its entries made absolute: the children run in another directory."""
+    entries = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    if all(Path(entry).is_absolute() for entry in entries):
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(str(Path(entry).absolute()) for entry in entries)}
 
 
 def option_value(args: Sequence[str], option: str) -> str | None:
@@ -357,38 +420,116 @@ def parse_script(source: bytes, script: Path) -> ast.Module:
             gc.enable()
 
 
-def bare_server_config(script: Path) -> int | None:
-    """The line of ``script`` where a ``config_init`` returns a bare ``APIServerConfig``; None: none was found.
+def source_of(program: Sequence[str], variables: Mapping[str, str]) -> bytes:
+    """The source of an environment; b"" where it is not found. Nothing is imported or run.
 
-    That mistake costs most time: Atropos then ignores ``--openai.base_url`` and asks localhost:9004-9007 for ever.
-    Nothing is imported or run: environments need packages that this interpreter may not have. Followed are literal
-    tuples and names assigned in the same function. A file that is no Python gives None: it fails soon enough by itself.
+    A module is looked for in its working directory (``cwd`` of ``variables``) and in PYTHONPATH.
+    """
+    path = Path(program[-1])
+    if program[0] == "-m":
+        entries = f"{variables.get('PYTHONPATH') or os.environ.get('PYTHONPATH', '')}{os.pathsep}{variables['cwd']}"
+        paths = [Path(entry, *program[-1].split(".")).with_suffix(".py") for entry in entries.split(os.pathsep)]
+        path = next((found for found in paths if found.is_file()), path)
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def notes_of(config: RunConfig, settings: EnvironmentConfig, program: Sequence[str]) -> list[str]:
+    """What is likely to keep an environment from working, before it is started."""
+    source, notes = source_of(program, {**settings.env, "cwd": settings.cwd or "."}), []
+    if source and b".cli(" not in source and b"env_manager" not in source:
+        notes.append(f"{program[-1]} calls no .cli(): Atropos environments end with MyEnv.cli(), or start nothing")
+    url = option_value(settings.args, f"{_SERVER_PREFIX}base_url")
+    if url and url.rstrip("/") != f"{config.gateway.advertise_url}/v1":
+        notes.append(
+            f"its arguments send it to {url}, not to the gateway of this run: what it samples is not the policy's"
+        )
+    return notes
+
+
+def server_count(source: bytes) -> int | None:
+    """The number of servers in the list that ``config_init`` returns; 0: it returns no list; None: not known.
+
+    With a list of one, Atropos takes ``--openai`` arguments; with more it exits; without a list it ignores them and
+    asks localhost:9004-9007 for ever. Followed are literal lists and names that are assigned once in the same function.
     """
     try:
-        tree = parse_script(script.read_bytes(), script)
-    except (OSError, SyntaxError, ValueError):
+        tree = parse_script(source, Path("environment"))
+    except (SyntaxError, ValueError):
         return None
-    for function in ast.walk(tree):
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) and function.name == "config_init":
-            return next(_bare_returns(list(ast.walk(function))), None)
-    return None
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    found = [_returned_servers(list(ast.walk(item))) for item in functions if item.name == "config_init"]
+    return found[0] if len(found) == 1 else None
 
 
-def _bare_returns(nodes: Sequence[ast.AST]) -> Iterator[int]:
-    assigned: dict[str, ast.expr | None] = {}
+def _returned_servers(nodes: Sequence[ast.AST]) -> int | None:
+    assigned: dict[str, list[ast.expr | None]] = defaultdict(list)
     for node in nodes:
-        if isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            assigned |= {target.id: node.value for target in targets if isinstance(target, ast.Name)}
+        changed, value = [], getattr(node, "value", None)
+        if isinstance(node, ast.Assign):
+            changed = node.targets
+        elif isinstance(node, ast.AnnAssign | ast.AugAssign):
+            changed, value = [node.target], value if isinstance(node, ast.AnnAssign) else None
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            changed, value = [node.func.value], None  # append, extend, ...
+        for target in changed:
+            if isinstance(target, ast.Name):
+                assigned[target.id].append(value)
 
-    def followed(value: ast.expr | None) -> ast.expr | None:
-        return assigned.get(value.id, value) if isinstance(value, ast.Name) else value
+    def count(value: ast.expr | None, depth: int = 2) -> int | None:
+        if isinstance(value, ast.Name):
+            values = assigned[value.id]
+            return count(values[0], depth) if len(values) == 1 else None
+        if isinstance(value, ast.Tuple) and depth == 2:  # what is returned: settings, servers
+            return count(value.elts[-1], 1) if len(value.elts) == 2 else None
+        if isinstance(value, ast.List) and not any(isinstance(item, ast.Starred) for item in value.elts):
+            return len(value.elts)
+        is_bare = isinstance(value, ast.Call) and ast.unparse(value.func).split(".")[-1] in _BARE
+        return 0 if is_bare else None
 
-    for node in nodes:
-        if not isinstance(node, ast.Return):
-            continue
-        value = followed(node.value)
-        if isinstance(value, ast.Tuple) and len(value.elts) == 2:
-            server = followed(value.elts[1])
-            if isinstance(server, ast.Call) and ast.unparse(server.func).split(".")[-1] == "APIServerConfig":
-                yield node.lineno
+    counts = {count(node.value) for node in nodes if isinstance(node, ast.Return)}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def readable_tokenizer(config: RunConfig) -> Path:
+    """The tokenizer as environments can load it, most of which run on transformers 4: the model's own, or a copy in
+    the run directory with the settings that only transformers 5 writes made older ones (``write_tokenizer``)."""
+    own = Path(config.model.tokenizer_path or config.resolve_model_path()).expanduser()
+    return own if _older_settings(own) is None else config.resolve_run_dir() / "launch" / "tokenizer"
+
+
+def write_tokenizer(config: RunConfig) -> None:
+    """Write the copy of ``readable_tokenizer``, where one is needed: links to the files, and the changed settings."""
+    own, place = (
+        Path(config.model.tokenizer_path or config.resolve_model_path()).expanduser(),
+        readable_tokenizer(config),
+    )
+    if place == own:
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "config.json", "chat_template.jinja", "special_tokens_map.json"):
+        link, target = place / name, own.absolute() / name
+        link.unlink(missing_ok=True)
+        if target.is_file():
+            link.symlink_to(target)
+    write_atomic(place / _TOKENIZER_SETTINGS, json.dumps(_older_settings(own), indent=1))
+
+
+def _older_settings(directory: Path) -> dict[str, Any] | None:
+    """``tokenizer_config.json`` as transformers 4 reads it; None: it reads what is there, or nothing can be done."""
+    try:
+        settings: dict[str, Any] = json.loads((directory / _TOKENIZER_SETTINGS).read_bytes())
+    except (OSError, ValueError):
+        return None
+    extra, name = settings.get("extra_special_tokens"), settings.get("tokenizer_class")
+    is_newer = name in NAMES_OF_TRANSFORMERS_5 or isinstance(extra, list)
+    if not is_newer or not (directory / "tokenizer.json").is_file():
+        return None
+    if name in NAMES_OF_TRANSFORMERS_5:
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(extra, list):
+        del settings["extra_special_tokens"]
+        settings["additional_special_tokens"] = [*(settings.get("additional_special_tokens") or ()), *extra]
+    return settings

@@ -19,10 +19,12 @@ from atropos_verl.config.launch_schema import LaunchConfig
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.environments import environment_spec, evaluation_directory
-from atropos_verl.launch.process import ManagedProcess, ServiceSpec, stop_all
+from atropos_verl.launch.process import ManagedProcess, ServiceSpec, blot_out, stop_all
 from atropos_verl.storage import write_atomic
 
 _POLL_SECONDS = 0.05
+_SILENT_SECONDS = 30.0
+"""Between two notes about an evaluation that is waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +111,19 @@ class EvaluationProcesses:
         """Wait, and give the mean of the scores by the environments' weights; {} when none has a score."""
         started = self._running.pop(label)
         self._report(label)
-        deadline = time.monotonic() + self._timeout
+        begun = told = time.monotonic()
         try:
-            while any(process.is_running() for _, process in started) and time.monotonic() < deadline:
+            while running := [(planned, process) for planned, process in started if process.is_running()]:
+                now = time.monotonic()
+                if now - begun > self._timeout:
+                    break
+                if now - told > _SILENT_SECONDS:
+                    told = now
+                    for planned, process in running:
+                        self._note(
+                            f"{planned.spec.name}: still running after {now - begun:.0f} s (eval.timeout is "
+                            f"{self._timeout:g}), its log {planned.spec.log_path} ends: {process.log_tail(1)}"
+                        )
                 self._check()
                 time.sleep(_POLL_SECONDS)
             scores = {planned.environment: self._score(planned, process) for planned, process in started}
@@ -132,6 +144,8 @@ class EvaluationProcesses:
 
     def _score(self, planned: PlannedEvaluation, process: ManagedProcess) -> float | None:
         name = planned.spec.name
+        for path in planned.result.parent.glob("*.yaml"):  # Atropos writes its whole configuration beside the scores
+            blot_out(path, planned.spec.secrets)
         if process.is_running():
             self._note(f"{name} took longer than eval.timeout={self._timeout:g} s; its log is {planned.spec.log_path}")
             return None

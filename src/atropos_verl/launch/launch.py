@@ -93,8 +93,9 @@ def build_plan(config: RunConfig, launch: LaunchConfig, ray: RayLaunch | None = 
         raise ConfigError("give the URL of the API that runs elsewhere (or ATROPOS_API_URL)", "atropos.api_url")
     api_port = _port(launch.api.host, launch.api.port, "api.port") if own_api else 0
     api_url, token = config.atropos.api_url or url_of(launch.api.host, api_port), config.atropos.token
-    if own_api and launch.api.host not in _LOOPBACK and "--insecure" not in launch.api.args:
-        token = token or secrets.token_hex(24)  # the API listens beyond this machine
+    is_open = config.atropos.server == "upstream" or "--insecure" in launch.api.args
+    if own_api and not is_open and (launch.only is None or launch.api.host not in _LOOPBACK):
+        token = token or secrets.token_hex(24)
     gateway_port, probe_url = 0, config.gateway.advertise_url
     if launch.starts("trainer"):
         gateway_port = _port(config.gateway.host, config.gateway.port, "gateway.port")
@@ -234,7 +235,8 @@ def _supervise(plan: LaunchPlan) -> int:
             code = 130
         except (AtroposVerlError, OSError) as error:
             logger.error("the launch failed", exc_info=error)
-            sys.stderr.write(f"\n{error}\nThe logs are in {plan.run_dir / 'logs'}\n")
+            why = [supervisor.diagnosis] if supervisor.diagnosis else []
+            sys.stderr.write("\n".join(["", *why, str(error), f"The logs are in {plan.run_dir / 'logs'}", ""]))
             code = 1
         view.note(_closing(plan, code))
     return code

@@ -1,7 +1,6 @@
 """Configuration → everything that a run starts, as data: pure, so a plan can be printed, tested and run by hand."""
 
 import json
-import os
 import shlex
 import shutil
 import sys
@@ -14,7 +13,16 @@ from atropos_verl.config.launch_schema import ApiProcessConfig, EnvironmentConfi
 from atropos_verl.config.schema import EnvConfig, EvalConfig, RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.http_thread import bracketed, reachable
-from atropos_verl.launch.environments import CHILD_ENV, demo_env_script, interpreter, plan_environments
+from atropos_verl.launch.environments import (
+    CHILD_ENV,
+    demo_env_script,
+    direct,
+    import_path,
+    interpreter,
+    plan_environments,
+    secrets_of,
+    write_tokenizer,
+)
 from atropos_verl.launch.evaluation import EVALUATIONS, PlannedEvaluation, plan_evaluations
 from atropos_verl.launch.process import ServiceSpec
 from atropos_verl.storage import write_atomic
@@ -53,8 +61,8 @@ class LaunchPlan:
         return self.config.gateway.advertise_url or ""
 
     def describe(self) -> dict[str, Any]:
-        """The content of ``plan.json``: every command with its directory and the variables it is given."""
-        return {
+        """The content of ``plan.json``: every command with its directory and variables, keys and tokens left out."""
+        content = {
             "run_dir": str(self.run_dir),
             "api_url": self.api_url,
             "gateway_url": self.gateway_url,
@@ -74,6 +82,8 @@ class LaunchPlan:
             },
             "warnings": list(self.warnings),
         }
+        shown: dict[str, Any] = json.loads(self._without_secrets(json.dumps(content)))
+        return shown
 
     def text(self) -> str:
         """The output of ``--dry-run``: the commands as one would type them, keys left out."""
@@ -86,10 +96,15 @@ class LaunchPlan:
             variables = " ".join(f"{key}={shlex.quote(value)}" for key, value in spec.env.items())
             lines += ["", f"{spec.name} ({spec.kind}; restarts: {spec.restarts}, log {spec.log_path})"]
             lines.append(f"  cd {shlex.quote(str(spec.cwd))} && {variables} {shlex.join(spec.command)}")
-        text = "\n".join(lines)
-        for secret in (self.config.gateway.api_key, self.config.atropos.token):
-            text = text.replace(secret, "***") if secret and len(secret) > 3 else text
-        return "\n".join([text, "", *(f"warning: {warning}" for warning in self.warnings)]).rstrip()
+            for path, text in spec.files.items():
+                lines += [f"  {path}:", *(f"    {line}" for line in text.splitlines())]
+        lines += ["", *(f"warning: {warning}" for warning in self.warnings)]
+        return self._without_secrets("\n".join(lines)).rstrip()
+
+    def _without_secrets(self, text: str) -> str:
+        for secret in secrets_of(self.config):
+            text = text.replace(secret, "***")
+        return text
 
 
 def make_plan(
@@ -138,9 +153,8 @@ def one_environment(config: RunConfig) -> LaunchConfig:
     if not script.is_file():
         raise ConfigError(f"{script} does not exist", "env.script")
     seed = ("--env.seed", str(config.seed)) if env.script is None else ()
-    environment = EnvironmentConfig(
-        script=str(script), python=env.python, args=(*seed, *env.args), startup_timeout=env.startup_timeout
-    )
+    shared = {name: getattr(env, name) for name in ("python", "env", "cwd", "startup_timeout")}
+    environment = EnvironmentConfig(script=str(script), args=(*seed, *env.args), **shared)
     # Upstream's API comes back knowing nobody, and this process cannot start its trainer anew.
     api = ApiProcessConfig(on_death="stop" if config.atropos.server == "upstream" else "restart")
     return LaunchConfig(environments={"environment": environment}, api=api)
@@ -156,11 +170,12 @@ def _api(launch: LaunchConfig, config: RunConfig, run_dir: Path, log: str) -> Se
         data_dir = Path(settings.data_dir).expanduser().absolute() if settings.data_dir else run_dir / "api"
         module, more = ("atropos_verl.cli", "serve-api"), ("--data-dir", str(data_dir), *settings.args)
         # Empty where this API has none: a token meant for another API would only lock the environments out.
-        env = {**_import_path(), "ATROPOS_API_TOKEN": config.atropos.token or ""}
+        env = {**import_path(), "ATROPOS_API_TOKEN": config.atropos.token or ""}
     return ServiceSpec(
         name="trajectory_api",
         command=(sys.executable, "-m", *module, "--host", settings.host, "--port", port, *more),
         env={**CHILD_ENV, **env},
+        secrets=secrets_of(config),
         cwd=run_dir,
         log_path=run_dir / "logs" / log,
         kind="api",
@@ -191,7 +206,8 @@ def _trainer(launch: LaunchConfig, config: RunConfig, run_dir: Path, ray_words: 
             *(interpreter(settings.python, "trainer_process.python"), *ranks),
             *("-m", "atropos_verl.cli", "train", *words),
         ),
-        env={**given, **_import_path(), **settings.env},
+        env={**given, **import_path(), **direct(config), **settings.env},
+        secrets=secrets_of(config),
         cwd=run_dir,
         log_path=run_dir / "logs" / "trainer.1.log",
         kind="trainer",
@@ -200,14 +216,6 @@ def _trainer(launch: LaunchConfig, config: RunConfig, run_dir: Path, ray_words: 
         # It goes on from the newest checkpoint, whatever the first start was told.
         restart_words=("trainer.resume_mode=auto" if ray_words else "resume=auto",),
     )
-
-
-def _import_path() -> dict[str, str]:
-    """PYTHONPATH with its entries made absolute: the children run in another directory."""
-    entries = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    if all(Path(entry).is_absolute() for entry in entries):
-        return {}
-    return {"PYTHONPATH": os.pathsep.join(str(Path(entry).absolute()) for entry in entries)}
 
 
 def url_of(host: str, port: int) -> str:
@@ -236,6 +244,7 @@ def prepare_run_dir(plan: LaunchPlan) -> None:
         write_atomic(run_dir / "plan.json", json.dumps(plan.describe(), indent=1) + "\n", private=True)
         if plan.launch.backend == "local":
             write_atomic(run_dir / _TRAINER_SETTINGS, trainer_settings_text(plan.config), private=True)
+        write_tokenizer(plan.config)
         if plan.evaluations:
             write_atomic(run_dir / _EVALUATIONS, EVALUATIONS.dump_json(plan.evaluations, indent=1), private=True)
     except OSError as error:

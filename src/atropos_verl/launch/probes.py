@@ -82,6 +82,8 @@ class Poller:
         self.gateway_at = 0.0
         self.generated_at = 0.0
         """Time of the first generation through the gateway that succeeded, since the trainer's last start."""
+        self.served = 0
+        """Requests that the gateway has answered with 200."""
         self.refused = 0
         """Requests that the gateway has answered with 400 to 498."""
         self.tokens_per_second: float | None = None
@@ -106,7 +108,8 @@ class Poller:
 
     def expect_new_gateway(self) -> None:
         """The trainer is started anew: what was seen of the one before does not count."""
-        self.gateway, self.gateway_at, self.generated_at, self.refused = None, 0.0, 0.0, 0
+        self.gateway, self.gateway_at, self.generated_at = None, 0.0, 0.0
+        self.served = self.refused = 0
         self._rated = None
 
     def _loop(self, ask: Callable[[], object]) -> None:
@@ -119,8 +122,8 @@ class Poller:
         good = isinstance(status, dict) and "current_step" in status
         if good and isinstance(status.get("environments"), int):  # ours: the number here, one row each there
             page = request_json(f"{self._api_url}/page-data", token=self._api_token)
-            rows = page.get("environments") if isinstance(page, dict) else None
-            status = {**status, "environments": rows}
+            page = page if isinstance(page, dict) else {}
+            status = {**status, "environments": page.get("environments"), "refused": page.get("refused")}
         self.api = status if good else None
         if good:
             self.api_at = time.monotonic()
@@ -145,6 +148,7 @@ class Poller:
 
     def _count(self, counters: Mapping[str, float]) -> None:
         """Takes the gateway's counters, and the rates of tokens and requests since the last ones."""
+        self.served = int(counters.get("served_total", 0))
         self.refused = int(counters.get("refused_total", 0))
         self.tokens_per_second = self.requests_per_second = None
         if not counters:
@@ -157,15 +161,18 @@ class Poller:
 
 
 def _counters(text: str) -> dict[str, float]:
-    """Prometheus text → name without our prefix → value, labels summed up; ``refused_total``: answers of 400 to 498."""
+    """Prometheus text → name without our prefix → value, labels summed up; ``served_total``: answers of 200,
+    ``refused_total``: of 400 to 498."""
     from prometheus_client.parser import text_string_to_metric_families
 
     found: defaultdict[str, float] = defaultdict(float)
     for sample in (sample for family in text_string_to_metric_families(text) for sample in family.samples):
         name = sample.name.removeprefix(_PREFIX)
         found[name] += sample.value
-        # These are the client's fault; 499 is a client that went away.
-        if name == "requests_total" and 400 <= int(sample.labels.get("status", 0)) < 499:
+        status = int(sample.labels.get("status", 0)) if name == "requests_total" else 0
+        if status == 200:
+            found["served_total"] += sample.value
+        elif 400 <= status < 499:  # the client's fault; 499 is a client that went away
             found["refused_total"] += sample.value
     return found
 

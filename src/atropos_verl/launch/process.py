@@ -54,6 +54,8 @@ class ServiceSpec:
     """Added to its command from the second start on."""
     registers_as: str = ""
     """The name under which an environment registers at the trajectory API."""
+    secrets: tuple[str, ...] = ()
+    """Blotted out in its log: Atropos prints its whole configuration."""
 
 
 def describe_exit(returncode: int) -> str:
@@ -81,7 +83,7 @@ class ManagedProcess:
         self._token = secrets.token_hex(16)
         self._process: subprocess.Popen[bytes] | None = None
         self._reaper: subprocess.Popen[bytes] | None = None
-        self._log_start = 0
+        self._log_start = self._checked = 0
 
     @property
     def pid(self) -> int | None:
@@ -104,9 +106,8 @@ class ManagedProcess:
             for path, content in self.spec.files.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(path, content, private=True)
-            # Atropos prints its whole configuration, the gateway's key included.
             with open(self.spec.log_path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
-                self._log_start = log.tell()
+                self._log_start = self._checked = log.tell()
                 self._process = subprocess.Popen(
                     self.spec.command,
                     stdin=subprocess.DEVNULL,
@@ -128,7 +129,11 @@ class ManagedProcess:
         logger.info("%s started with pid %d, log %s", self.spec.name, self._process.pid, self.spec.log_path)
 
     def is_running(self) -> bool:
-        """True while it lives. When it has died, its descendants are killed, and ``returncode`` is set."""
+        """True while it lives. When it has died, its descendants are killed, and ``returncode`` is set.
+
+        Called often: it also blots secrets out of what was written since the last call.
+        """
+        self._checked = blot_out(self.spec.log_path, self.spec.secrets, self._checked)
         if self._process is None or self._process.returncode is not None:
             return False
         if has_ended := self._leader_has_ended():
@@ -149,6 +154,7 @@ class ManagedProcess:
 
     def log_tail(self, lines: int = 20) -> str:
         """The last ``lines`` lines that it wrote since ``start()``, without terminal escapes, long lines cut."""
+        blot_out(self.spec.log_path, self.spec.secrets, self._checked)
         try:
             with self.spec.log_path.open("rb") as log:
                 end = log.seek(0, os.SEEK_END)
@@ -182,6 +188,7 @@ class ManagedProcess:
             except subprocess.TimeoutExpired:
                 logger.error("%s (pid %d) does not end after SIGKILL", self.spec.name, self._process.pid)
                 return
+        blot_out(self.spec.log_path, self.spec.secrets, self._checked)
         self._release_reaper()
 
     def _leader_has_ended(self) -> bool:
@@ -242,6 +249,25 @@ def stop_all(processes: Sequence[ManagedProcess], grace: float = GRACE_SECONDS) 
             process._signal(signal.SIGKILL)
         for process in processes:
             process._reap()
+
+
+def blot_out(path: Path, secrets: Sequence[str], start: int = 0) -> int:
+    """Overwrite ``secrets`` in a file from byte ``start`` on; returns where the next call starts.
+
+    In place and of the same length, since its writer goes on appending. A line break within a secret is looked
+    through: Atropos prints its settings with rich, which folds long lines.
+    """
+    if not secrets or not path.is_file():
+        return start
+    longest = 2 * max(len(secret) for secret in secrets)
+    with path.open("r+b") as file:
+        file.seek(start)
+        content = file.read()
+        for secret in secrets:
+            for match in re.finditer(rb"\s*".join(re.escape(bytes([byte])) for byte in secret.encode()), content):
+                file.seek(start + match.start())
+                file.write(re.sub(rb"\S", b"*", match[0]))
+    return max(start, start + len(content) - longest)
 
 
 def _members(pgid: int) -> list[int]:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from atropos_verl.config.schema import SuperviseConfig
 from atropos_verl.errors import ServiceError
-from atropos_verl.launch.diagnosis import diagnose
+from atropos_verl.launch.diagnosis import LogFacts, common_errors, diagnose, last_refusals, read_tail
+from atropos_verl.launch.environments import obstacle
 from atropos_verl.launch.evaluation import EvaluationWatch
 from atropos_verl.launch.plan import DISK_FULL_BYTES, LaunchPlan
 from atropos_verl.launch.probes import Poller, StepTail, connected_entries, environments_of, request_json
@@ -38,6 +39,8 @@ _API_POLL_SECONDS = 0.05
 _AFTERMATH_SECONDS = 20.0
 """Seconds after an absence of the API in which others' deaths are its fault."""
 _KEPT_NOTES = 30
+_FIRST_STALL_SECONDS = 20.0
+"""Without a first batch the diagnosis is shown after these, or after ``supervise.stall_after`` where that is less."""
 _TRAINER_CONFIG_ERROR = 2
 _EXCUSED = 4
 """Times ``max_restarts`` after which deaths that others caused count as well."""
@@ -118,6 +121,8 @@ class WatchedService:
 
     def death(self) -> str:
         """Says how its last life ended."""
+        if self.returncode == 0 and self.spec.kind == "environment" and not self._was_ready:
+            return "ended with code 0 without having registered (does it end with MyEnv.cli()?)"
         return "" if self.returncode is None else describe_exit(self.returncode)
 
     def plan_restart(self, *, excused: bool = False) -> float | None:
@@ -209,6 +214,10 @@ class Supervisor:
         self._said: set[str] = set()
         self._stall_since = 0.0
         self._stall_wait = 0.0
+        self._counted: dict[str, int] = {}
+        self._log_sizes: dict[Path, int] = {}
+        self.diagnosis = ""
+        """Why no batch has come; "" while they come."""
         self._state_at = 0.0
         self._state_writable = True
         self._ending = ""
@@ -301,7 +310,9 @@ class Supervisor:
         return None
 
     def _show_news(self) -> None:
-        for line in self._steps.poll():
+        if lines := self._steps.poll():
+            self._counted, self._log_sizes, self.diagnosis = self._counts(), self._sizes_of_logs(), ""
+        for line in lines:
             if self._view is not None:
                 self._view.step(line, self.state())
         for text in self._evaluations.poll():
@@ -310,6 +321,7 @@ class Supervisor:
     def _end(self) -> None:
         """Trainer first, which may take its time for a checkpoint, then all others together."""
         try:
+            self._conclude()
             self._stop_trainer()
             self._poller.stop()
         finally:
@@ -493,21 +505,62 @@ class Supervisor:
             )
 
     def _watch_for_stall(self) -> None:
+        silent, limit = self._silent_seconds(), self.plan.config.supervise.stall_after
+        if silent is None:
+            return
+        since = time.monotonic() - silent
+        if since > self._stall_since + _TICK_SECONDS:
+            self._stall_since = since
+            self._stall_wait = limit if self._steps.last_at is not None else min(limit, _FIRST_STALL_SECONDS)
+        if silent >= self._stall_wait:
+            self._stall_wait *= 2  # a long stall shall not fill the screen
+            self.diagnosis = diagnose(self.state(), silent, self._facts())
+            self._note(self.diagnosis)
+
+    def _silent_seconds(self) -> float | None:
+        """Seconds for which a batch has been awaited; None: none is."""
         if self.plan.trains_here:
             if not self._poller.generated_at:
-                return
+                return None
         elif self._trainer is None or self._trainer.state != "running":
-            return
-        now, limit = time.monotonic(), self.plan.config.supervise.stall_after
-        started = self._started if self._trainer is None else self._trainer.started_at
-        since = max(self._poller.generated_at, started, self._steps.last_at or 0.0)
+            return None
         if self._evaluations.running:
-            since = now
-        if since > self._stall_since:
-            self._stall_since, self._stall_wait = since, limit
-        if now - since >= self._stall_wait:
-            self._stall_wait *= 2  # a long stall shall not fill the screen
-            self._note(diagnose(self.state(), now - since))
+            return 0.0
+        started = self._started if self._trainer is None else self._trainer.started_at
+        return time.monotonic() - max(self._poller.generated_at, started, self._steps.last_at or 0.0)
+
+    def _conclude(self) -> None:
+        """The diagnosis for the final error, before the services that it looks at are ended."""
+        alive = any(watched.is_alive for watched in self.services)  # the first time that it is asked to end
+        if self.diagnosis and alive and (silent := self._silent_seconds()):
+            self.diagnosis = diagnose(self.state(), silent, self._facts(), going_on=False)
+
+    def _counts(self) -> dict[str, int]:
+        """What has been counted until now, by API and gateway."""
+        api = self._poller.api or {}
+        rows = sum(int(item.get("refused") or 0) for item in environments_of(api) or ())
+        return {
+            "groups": int((api.get("totals") or {}).get("groups") or 0),
+            "refused_groups": max(rows, sum((api.get("refused") or {}).values())),
+            "served": self._poller.served,
+            "refused": self._poller.refused,
+        }
+
+    def _sizes_of_logs(self) -> dict[Path, int]:
+        paths = [watched.process.spec.log_path for watched in self._environments if watched.process is not None]
+        return {path: path.stat().st_size for path in paths if path.exists()}
+
+    def _facts(self) -> LogFacts:
+        logs, errors, addresses = self.plan.run_dir / "logs", {}, {}
+        for watched in self._environments:
+            if watched.process is not None:
+                path = watched.process.spec.log_path
+                errors[watched.name] = common_errors(read_tail(path, self._log_sizes.get(path, 0)))
+            if found := obstacle(watched.spec, self.plan.gateway_url):
+                addresses[watched.name] = found
+        of_trainer = "".join(read_tail(path) for path in (*sorted(logs.glob("trainer*.log")), logs / "command.log"))
+        of_api = "" if self._api is None or self._api.process is None else read_tail(self._api.process.spec.log_path)
+        return LogFacts(errors, last_refusals(of_trainer), last_refusals(of_api), addresses)
 
     def state(self) -> dict[str, Any]:
         """The state that a view shows, ``attach`` reads from ``run_dir/state.json`` and a diagnosis rests on."""
@@ -529,7 +582,7 @@ class Supervisor:
             "api": seen.api,
             "gateway": seen.gateway,
             "rates": {"tokens_per_second": seen.tokens_per_second, "requests_per_second": seen.requests_per_second},
-            "refused": seen.refused,
+            "since": {name: max(0, count - self._counted.get(name, 0)) for name, count in self._counts().items()},
             "step": steps.step,
             "recent": list(steps.recent),
             "rewards": list(steps.rewards),

@@ -11,12 +11,13 @@ import argparse
 import json
 import logging
 import os
+import secrets
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +25,9 @@ from atropos_verl.config.composition import load_config, train_help
 from atropos_verl.config.launch_schema import note_of_unused_keys
 from atropos_verl.config.model_checks import check_vocabulary
 from atropos_verl.config.schema import RunConfig
-from atropos_verl.errors import AtroposVerlError, ConfigError
+from atropos_verl.errors import AtroposTimeoutError, AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.http_thread import listen
+from atropos_verl.launch.environments import direct, secrets_of, write_tokenizer
 from atropos_verl.launch.evaluation import EvaluationProcesses, PlannedEvaluation, read_evaluations
 from atropos_verl.launch.plan import LaunchPlan, make_plan, one_environment, url_of
 from atropos_verl.launch.probes import free_port
@@ -134,9 +136,13 @@ class TrainingServices:
         self._plan: LaunchPlan | None = None
         if not config.is_attached:
             url = url_of(config.gateway.host, gateway_port)
-            api = {"api_url": url_of(_HOST, free_port(_HOST)), "token": None}
-            gateway = {"advertise_url": config.gateway.advertise_url or url}
+            # Made anew in each run: a token meant for another API is none of this one's. Upstream's asks for none.
+            token = None if config.atropos.server == "upstream" else secrets.token_hex(24)
+            api = {"api_url": url_of(_HOST, free_port(_HOST)), "token": token}
+            api_key = config.gateway.api_key or secrets.token_hex(24)
+            gateway = {"advertise_url": config.gateway.advertise_url or url, "api_key": api_key}
             filled = config.with_values(atropos=api, gateway=gateway)
+            os.environ.update(direct(filled))
             self._plan = make_plan(filled, one_environment(config), own_api=True, probe_url=url, trains_here=True)
 
     def start_api(self, progress: ProgressReporter) -> RunConfig:
@@ -153,11 +159,14 @@ class TrainingServices:
         if self.config.resume == "disable" and data_dir.is_dir():
             logger.info("resume=disable: the state of an earlier API in %s is removed", data_dir)
             shutil.rmtree(data_dir)
+        write_tokenizer(self._plan.config)
         self._supervisor = Supervisor(self._plan, progress.note)
         self._supervisor.start_api()
         if self._plan.evaluations:
             self._plan_evaluations(self._plan.evaluations)
-        return self.config.with_values(atropos={"api_url": self._plan.api_url})
+        ours = self._plan.config
+        api = {"api_url": ours.atropos.api_url, "token": ours.atropos.token}
+        return self.config.with_values(atropos=api, gateway={"api_key": ours.gateway.api_key})
 
     def _contact_api(self, progress: ProgressReporter) -> None:
         from atropos_verl.protocol.client import make_client
@@ -187,6 +196,17 @@ class TrainingServices:
     def _evaluate_before(self) -> None:
         if self.evaluations is not None and self._evaluates_before:
             self.evaluations.start_evaluation("before")
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Raises, instead of an error that says only that no batch came, one that says why."""
+        try:
+            yield
+        except AtroposTimeoutError as error:
+            self.stop()
+            if self._supervisor is None or not self._supervisor.diagnosis:
+                raise
+            raise ServiceError(self._supervisor.diagnosis) from error
 
     def check(self) -> None:
         """Raise what ends the run: a service that it cannot do without is gone for good."""
@@ -223,7 +243,7 @@ def _train_locally(config: RunConfig) -> int:
         listener = listen(config.gateway.host, config.gateway.port, "inference gateway", advice)
         stack.callback(listener.close)
         services = TrainingServices(config, listener.getsockname()[1], is_resumed=is_resumed)
-        text = json.dumps(config.model_dump(mode="json"), indent=2)
+        text = json.dumps(config.public(), indent=2)
         _prepare_run_dir(config, "config.json", text, log="trainer.log", advice="resume=auto")
         progress = stack.enter_context(ProgressReporter(total_steps=config.steps))
         if (step := saved_step(run_dir, config.resume)) >= config.steps:
@@ -231,6 +251,7 @@ def _train_locally(config: RunConfig) -> int:
             return 0
         stack.callback(services.stop)
         attached = services.start_api(progress)
+        stack.enter_context(services.explained())
         outcome, held_out = run(
             attached,
             listener=listener,
@@ -272,6 +293,8 @@ def _train_on_ray(run: RayRun) -> int:
     is_resumed = config.resume != "disable" and tracker.is_file()
     services = TrainingServices(config, gateway_port, is_resumed=is_resumed, prefix="atropos.")
     text = OmegaConf.to_yaml(verl, resolve=True)
+    for secret in secrets_of(config):
+        text = text.replace(secret, "null")
     _prepare_run_dir(config, "config.yaml", text, log="command.log", advice="trainer.resume_mode=auto")
 
     from atropos_verl.backends.ray.run import run_on_ray, validate_with_verl
@@ -280,12 +303,14 @@ def _train_on_ray(run: RayRun) -> int:
     with ExitStack() as stack:
         progress = stack.enter_context(ProgressReporter(total_steps=config.steps))
         stack.callback(services.stop)
-        api_url = services.start_api(progress).atropos.api_url
+        attached = services.start_api(progress)
         if not run.run.is_attached:
             services.start_environment()
+            gateway = {"port": gateway_port, "api_key": attached.gateway.api_key}
             with open_dict(verl):
-                verl.atropos.api_url = api_url
-                verl.atropos.gateway = {**run.settings.gateway.model_dump(), "port": gateway_port}
+                verl.atropos.api_url, verl.atropos.token = attached.atropos.api_url, attached.atropos.token
+                verl.atropos.gateway = {**run.settings.gateway.model_dump(), **gateway}
+        stack.enter_context(services.explained())
         outcome, held_out = run_on_ray(
             run, progress=progress, evaluations=services.evaluations, check_services=services.check
         )

@@ -103,7 +103,7 @@ class BatchSource:
         self._check: Check | None = None
         self._rescored: Callable[[ScoredGroup], ScoredGroup] | None = None
         self._first_limit = config.atropos.rollout_timeout
-        self._has_batch = False
+        self._has_batch = self._is_explained = False
         self._queue_watch: threading.Thread | None = None
         self._unwatch = threading.Event()
 
@@ -162,10 +162,11 @@ class BatchSource:
 
         Args:
             check: called while waiting; raises when a process of the run has died.
-            starts_environment: this run started the environment, so the first batch may take ``env.startup_timeout``.
+            starts_environment: this run started the environment, so the first batch may take ``env.startup_timeout``,
+                and what keeps it is diagnosed by who watches the environment.
             prepare: prefetch one batch, and call this for it in the source's thread. None: no prefetch.
         """
-        self._check = check
+        self._check, self._is_explained = check, starts_environment
         if self.config.reward.path is not None:
             assert self._provenance is not None, "attach comes first"
             self._rescored = load_rescoring(self.config.reward.path, self._provenance.decode)
@@ -216,7 +217,7 @@ class BatchSource:
             except AtroposTimeoutError as error:
                 if time.monotonic() >= deadline:
                     raise
-                self.note(error.reason)
+                logger.info("%s", error.reason) if self._is_explained else self.note(error.reason)
             except AtroposHTTPStatusError as error:
                 # Upstream encodes a batch after taking it off its queue: one NaN score in it gives 500, and the batch
                 # is gone. The next one may be fine, so the run goes on, and says what was lost.

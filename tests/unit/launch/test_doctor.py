@@ -190,7 +190,7 @@ def test_files_context_and_class_are_looked_at(model_dir: Path) -> None:
     found = judged(model_dir, data={"max_prompt_length": 1000}, max_response_length=100)
     assert found["weights"] == ("missing", "1 of 2 files are not there: model-2.safetensors")
     assert found["context"] == ("missing", "sequences of up to 1100 tokens, the model has 1024 positions")
-    assert found["tokenizer class"][0] == "warning"
+    assert found["tokenizer class"][0] == "ok", "environments get a copy that transformers 4 loads"
     assert found["chat template"][0] == "warning"
 
 
@@ -217,7 +217,7 @@ def environment(tmp_path: Path, text: str, python: str = sys.executable) -> tupl
     (tmp_path / "beside.py").write_text("")
     script = tmp_path / "env.py"
     script.write_text(text)
-    found = doctor.check_environment("mine", EnvironmentConfig(script=str(script), python=python))
+    found = doctor.check_environment("mine", EnvironmentConfig(script=str(script), python=python), RunConfig())
     return found.status, f"{found.found}; {found.todo}"
 
 
@@ -230,13 +230,14 @@ def test_imports_that_count_are_those_of_loading() -> None:
 @pytest.mark.parametrize(
     ("text", "status", "words"),
     [
-        ("import atroposlib, json", "ok", "atroposlib 0.4.0"),
-        ("import atroposlib, beside", "ok", "atroposlib 0.4.0"),
+        ("import atroposlib, json\nEnv.cli()", "ok", "atroposlib 0.4.0"),
+        ("import atroposlib, beside\nEnv.cli()", "ok", "atroposlib 0.4.0"),
+        ("import atroposlib", "warning", "calls no .cli()"),
         ("import atroposlib, no_such_module.part", "missing", "the script imports no_such_module, which"),
         ("def broken(:\n", "missing", "line 1"),
         ("from atroposlib.utils import tokenize_for_trainer", "missing", "needs transformers 4"),
     ],
-    ids=["installed", "beside the script", "not there", "broken", "transformers 5"],
+    ids=["installed", "beside the script", "no cli", "not there", "broken", "transformers 5"],
 )
 def test_what_a_script_imports_must_be_there(tmp_path: Path, text: str, status: str, words: str) -> None:
     found = environment(tmp_path, text)

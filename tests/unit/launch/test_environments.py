@@ -1,5 +1,7 @@
 """Environments → commands: arguments, shares of the batch, keys by a private file, the bare server configuration."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.environments import (
     allocate,
-    bare_server_config,
     interpreter,
     last_words,
+    obstacle,
     plan_environments,
+    readable_tokenizer,
+    server_count,
+    write_tokenizer,
 )
 from atropos_verl.launch.plan import make_plan, one_environment
 from atropos_verl.launch.process import ServiceSpec
@@ -52,7 +57,6 @@ def shares(environments: dict[str, Any], *, embedded: bool = True, **settings: A
 def test_the_command_is_adapted_to_the_run() -> None:
     (planned,) = plan({"demo": {}}, max_response_length=16, data={"max_prompt_length": 48}, steps=10)[0]
     assert options(planned.command) == {
-        "--env.rollout_server_url": "http://a:8000",
         "--env.group_size": "8",
         "--env.max_token_length": "64",
         "--env.tokenizer_name": str(MODEL),
@@ -61,15 +65,18 @@ def test_the_command_is_adapted_to_the_run() -> None:
         "--env.total_steps": "1100",
         "--env.max_batches_offpolicy": "1",
         "--env.inference_weight": "1",
-        "--openai.base_url": "http://g:9004/v1",
-        "--openai.model_name": str(MODEL),
-        "--openai.tokenizer_name": str(MODEL),
-        "--openai.server_type": "vllm",
         "--slurm": "false",
         "--config": "/run/launch/demo.yaml",
     }
+    server = {
+        "base_url": "http://g:9004/v1",
+        "model_name": str(MODEL),
+        "tokenizer_name": str(MODEL),
+        "server_type": "vllm",
+        "api_key": "k",
+    }
     assert {str(path): yaml.safe_load(text) for path, text in planned.files.items()} == {
-        "/run/launch/demo.yaml": {"openai": {"api_key": "k"}}
+        "/run/launch/demo.yaml": {"openai": [server], "env": {"rollout_server_url": "http://a:8000"}}
     }
 
 
@@ -95,7 +102,8 @@ def test_arguments_of_the_user_win_and_omitted_ones_go() -> None:
     assert words[-3:] == ("--env.max_token_length=99", "--env.group_size", "4")
     assert words.count("--env.group_size") == 1
     assert "--env.max_token_length" not in words
-    assert "--openai.tokenizer_name" not in words
+    (text,) = planned.files.values()
+    assert "tokenizer_name" not in text
 
 
 def test_copies_have_their_own_names_and_divide_the_weight() -> None:
@@ -173,7 +181,7 @@ def test_a_virtual_environment_is_an_interpreter(tmp_path: Path) -> None:
     assert interpreter("python3.11", "key") == "python3.11"
 
 
-BARE = """
+SCRIPT = """
 class Env(BaseEnv):
     @classmethod
     def config_init(cls):
@@ -183,76 +191,94 @@ class Env(BaseEnv):
 
 
 @pytest.mark.parametrize(
-    ("before", "value", "line"),
+    ("before", "value", "count"),
     [
-        ("config = 1", "config, APIServerConfig(model_name='m')", 6),
-        ("servers = APIServerConfig(model_name='m')", "config, servers", 6),
-        ("servers: object = base.APIServerConfig()", "(config, servers)", 6),
-        ("both = (config, APIServerConfig())", "both", 6),
-        ("config = 1", "config, [APIServerConfig(model_name='m')]", None),
-        ("servers = [APIServerConfig()]", "config, servers", None),
-        ("config = 1", "config, ServerBaseline()", None),
+        ("config = 1", "config, [APIServerConfig(model_name='m')]", 1),
+        ("servers = [base.APIServerConfig()]", "config, servers", 1),
+        ("servers: object = [APIServerConfig(), APIServerConfig()]", "(config, servers)", 2),
+        ("both = (config, APIServerConfig())", "both", 0),
+        ("servers = APIServerConfig(model_name='m')", "config, servers", 0),
+        ("config = 1", "config, ServerBaseline()", 0),
+        # Not known: made by a call, changed after it was made, different on two ways.
         ("config = 1", "make()", None),
+        ("config = 1", "config, [APIServerConfig()] * 2", None),
+        ("config = 1", "config, [*more, APIServerConfig()]", None),
+        ("servers = [APIServerConfig()]; servers.append(other)", "config, servers", None),
+        ("servers = [APIServerConfig()]; servers += [other]", "config, servers", None),
+        ("if big: return config, [APIServerConfig(), APIServerConfig()]", "config, [APIServerConfig()]", None),
     ],
 )
-def test_a_bare_server_configuration_is_seen(tmp_path: Path, before: str, value: str, line: int | None) -> None:
-    path = tmp_path / "env.py"
-    path.write_text(BARE.format(before=before, value=value))
-    assert bare_server_config(path) == line
+def test_the_servers_of_a_script_are_counted(before: str, value: str, count: int | None) -> None:
+    assert server_count(SCRIPT.format(before=before, value=value).encode()) == count
 
 
-def test_a_bare_server_configuration_is_warned_of_with_its_line(tmp_path: Path) -> None:
-    path = tmp_path / "env.py"
-    path.write_text(BARE.format(before="c = 1", value="c, APIServerConfig()"))
-    (warning,) = plan({"mine": {"script": str(path)}})[1]
-    assert warning.startswith(f"environments.mine: {path}, line 6: config_init returns a bare APIServerConfig")
+@pytest.mark.parametrize("source", [b"", b"def config_init(:", b"class Env(Other): pass", b"\0"])
+def test_the_servers_of_what_cannot_be_read_are_not_known(source: bytes) -> None:
+    assert server_count(source) is None
 
 
-def test_the_look_at_a_script_needs_no_valid_file(tmp_path: Path) -> None:
-    path = tmp_path / "env.py"
-    path.write_text("def config_init(:")
-    assert bare_server_config(path) is None
-    assert bare_server_config(tmp_path / "nothing.py") is None
+SERVER = {"base_url": "http://g:9004/v1", "api_key": "k3y"}
 
 
 def private(
-    tmp_path: Path, *args: str, api_url: str | None = "http://a:8000/x", omit: tuple[str, ...] = (), **changes: Any
+    tmp_path: Path,
+    *args: str,
+    url: str | None = "http://run:t@a:8000",
+    omit: tuple[str, ...] = (),
+    servers: int | None = 1,
 ) -> tuple[list[str], Any]:
     """The last words of the command, and the content of the private file (its path is ``FILE``)."""
-    gateway, atropos = {"api_key": changes.get("api_key", "k3y")}, {"token": changes.get("token")}
-    config = RunConfig.from_mapping({"gateway": gateway, "atropos": atropos})
-    settings, file = EnvironmentConfig(args=args, omit=omit), Path("FILE")
-    words, files = last_words(config, settings, api_url=api_url, file=file, cwd=tmp_path, key="environments.e.args")
+    file = Path("FILE")
+    words, files = last_words(
+        EnvironmentConfig(args=args, omit=omit), SERVER, url, servers=servers, file=file, cwd=tmp_path, section="e"
+    )
     return list(words), yaml.safe_load(files[file]) if files else None
 
 
-URL = ["--env.rollout_server_url", "http://a:8000/x"]
-KEY_IN_FILE = {"openai": {"api_key": "k3y"}}
+ENV = {"rollout_server_url": "http://run:t@a:8000"}
 
 
 @pytest.mark.parametrize(
     ("args", "changes", "words", "content"),
     [
-        # The key is in the file, the open address on the command line; a token makes the address private.
-        ([], {}, [*URL, "--config", "FILE"], KEY_IN_FILE),
+        ([], {}, ["--config", "FILE"], {"openai": [SERVER], "env": ENV}),
+        # Atropos takes several as they stand, whatever config_init returns: no list, several, or what is not known.
+        ([], {"servers": 0, "url": None}, ["--config", "FILE"], {"openai": [SERVER, SERVER]}),
+        ([], {"servers": 3, "url": None}, ["--config", "FILE"], {"openai": [SERVER, SERVER, SERVER]}),
+        ([], {"servers": None, "url": None}, ["--config", "FILE"], {"openai": [SERVER, SERVER]}),
+        # What the user gives wins, and what he omits goes.
+        (
+            ["--openai.api_key=mine", "--env.rollout_server_url", "u"],
+            {},
+            ["--config", "FILE", "--openai.api_key=mine", "--env.rollout_server_url", "u"],
+            {"openai": [{"base_url": SERVER["base_url"]}]},
+        ),
         (
             [],
-            {"token": "a b/c"},
+            {"omit": ("--openai.api_key",)},
             ["--config", "FILE"],
-            {**KEY_IN_FILE, "env": {"rollout_server_url": "http://atropos:a%20b%2Fc@a:8000/x"}},
+            {"openai": [{"base_url": SERVER["base_url"]}], "env": ENV},
         ),
-        # What the user gives wins, and what he omits goes.
-        (["--openai.api_key=mine", "--env.rollout_server_url", "u"], {}, [], None),
-        ([], {"omit": ("--openai.api_key",)}, URL, None),
-        # An Atropos without --config gets arguments; a gateway without a key needs no file.
-        ([], {"api_url": None, "omit": ("--config",)}, ["--openai.api_key", "k3y"], None),
-        ([], {"api_url": None, "api_key": None}, ["--openai.api_key", "none"], None),
+        # Beside several servers Atropos takes no --openai.
+        (
+            ["--openai.timeout", "60", "--x", "1", "--openai.api_key=mine"],
+            {"servers": 0, "url": None},
+            ["--config", "FILE", "--x", "1"],
+            {"openai": 2 * [{"base_url": SERVER["base_url"], "timeout": "60", "api_key": "mine"}]},
+        ),
+        # An Atropos without --config gets arguments.
+        (
+            [],
+            {"url": None, "omit": ("--config",)},
+            ["--openai.base_url", "http://g:9004/v1", "--openai.api_key", "k3y"],
+            None,
+        ),
     ],
 )
-def test_keys_are_private_and_the_user_wins(
+def test_the_gateway_is_handed_over_in_a_private_file(
     tmp_path: Path, args: list[str], changes: dict[str, Any], words: list[str], content: Any
 ) -> None:
-    assert private(tmp_path, *args, **changes) == ([*words, *args], content)
+    assert private(tmp_path, *args, **changes) == (words, content)
 
 
 @pytest.mark.parametrize("form", [["--config", "mine.yaml"], ["--config=mine.yaml"]])
@@ -260,14 +286,14 @@ def test_the_users_file_is_taken_in(tmp_path: Path, form: list[str]) -> None:
     settings = {"env": {"lr": 1e-5, "name": "x"}, "openai": [{"timeout": 3, "api_key": "old"}], "slurm": True}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
     words, content = private(tmp_path, *form, "--env.x", "1")
-    assert words == [*URL, "--config", "FILE", "--env.x", "1"]
-    assert content == {**settings, "openai": {"timeout": 3, "api_key": "k3y"}}
+    assert words == ["--config", "FILE", "--env.x", "1"]
+    assert content == {**settings, "openai": [{"timeout": 3, **SERVER}], "env": {**settings["env"], **ENV}}
 
 
-def test_several_servers_of_the_users_own_are_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("openai: [{base_url: a}, {base_url: b}]")
-    args = ("--config", "mine.yaml")
-    assert private(tmp_path, *args) == ([*URL, *args], None)
+def test_several_servers_of_the_users_own_keep_their_addresses_and_get_no_key(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("openai: [{base_url: a, api_key: x}, {timeout: 7}]")
+    _, content = private(tmp_path, "--config", "mine.yaml", url=None)
+    assert content == {"openai": [{"base_url": "a", "api_key": "x"}, {**SERVER, "timeout": 7}]}
 
 
 @pytest.mark.parametrize(("text", "message"), [(None, "No such file"), ("a: [", "cannot read"), ("7", "not a mapping")])
@@ -276,4 +302,70 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, text: str | None, m
         (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message) as caught:
         private(tmp_path, "--config", "mine.yaml")
-    assert str(caught.value).startswith("environments.e.args")
+    assert str(caught.value).startswith("e.args")
+    with pytest.raises(ConfigError, match="config_init returns no list of one server, so its --config is needed"):
+        private(tmp_path, omit=("--config",), servers=0)
+
+
+def test_what_will_not_work_is_said_before_it_starts(tmp_path: Path) -> None:
+    path = tmp_path / "env.py"
+    path.write_text("class MyEnv(BaseEnv): pass")
+    settings = {"script": str(path), "args": ["--openai.base_url", "http://elsewhere/v1"]}
+    no_cli, elsewhere = plan({"mine": settings})[1]
+    assert (
+        no_cli
+        == f"environments.mine: {path} calls no .cli(): Atropos environments end with MyEnv.cli(), or start nothing"
+    )
+    assert elsewhere.startswith("environments.mine: its arguments send it to http://elsewhere/v1, not to the gateway")
+
+
+def test_children_ask_no_proxy_for_the_parts_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy:3128")
+    monkeypatch.setenv("NO_PROXY", "intranet, 127.0.0.1")
+    (planned,) = plan({"demo": {}})[0]
+    assert planned.env["no_proxy"] == planned.env["NO_PROXY"] == "intranet,127.0.0.1,localhost,::1,g,a"
+    assert obstacle(planned, "http://g:9004") == ""
+    (planned,) = plan({"demo": {"env": {"NO_PROXY": "x", "no_proxy": "x"}}})[0]
+    assert obstacle(planned, "http://g:9004").startswith(
+        "the proxy HTTP_PROXY=http://proxy:3128 stands between: add g to"
+    )
+
+
+def test_relative_import_paths_hold_in_the_working_directory_of_a_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "lib:/opt/lib")
+    (planned,) = plan({"demo": {}})[0]
+    assert planned.env["PYTHONPATH"] == f"{tmp_path}/lib:/opt/lib"
+
+
+def test_the_one_environment_of_training_has_its_directory_and_variables(tmp_path: Path) -> None:
+    env = {"cwd": str(tmp_path), "env": {"SIZE": 3, "DEBUG": True}}
+    config = RunConfig.from_mapping({"env": env, "atropos": {"api_url": "http://a:8000"}})
+    (spec,) = plan_environments(config, one_environment(config), own_api=True, of_training=True)[0]
+    assert (spec.cwd, spec.env["SIZE"], spec.env["DEBUG"]) == (tmp_path, "3", "true")
+    with pytest.raises(ConfigError, match=r"env\.cwd: /nowhere is not a directory"):
+        wrong = RunConfig.from_mapping({"env": {"cwd": "/nowhere"}, "atropos": {"api_url": "http://a:8000"}})
+        plan_environments(wrong, one_environment(wrong), own_api=True, of_training=True)
+
+
+def test_a_tokenizer_of_transformers_5_is_made_one_that_transformers_4_loads(tmp_path: Path) -> None:
+    own = tmp_path / "model"
+    shutil.copytree(MODEL, own)
+    config = RunConfig.from_mapping({"model": {"path": str(own)}, "run_dir": str(tmp_path / "run")})
+    assert readable_tokenizer(config) == own, "both versions load the demo's"
+    settings = own / "tokenizer_config.json"
+    newer = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<tool>"], "eos_token": "<|im_end|>"}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **newer}))
+    place = readable_tokenizer(config)
+    write_tokenizer(config)
+    write_tokenizer(config)  # again, as a resumed run does
+    found = json.loads((place / "tokenizer_config.json").read_text())
+    assert found["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (found["additional_special_tokens"], "extra_special_tokens" in found) == (["<tool>"], False)
+    assert (place / "tokenizer.json").read_bytes() == (own / "tokenizer.json").read_bytes()
+    (own / "tokenizer.json").unlink()
+    assert readable_tokenizer(config) == own, "nothing can be made of it; the doctor says so"

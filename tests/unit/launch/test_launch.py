@@ -142,9 +142,9 @@ def test_the_dry_run_shows_commands_and_no_keys(tmp_path: Path, capsys: pytest.C
     assert main(words, config_name="local_demo") == 0
     text = capsys.readouterr().out
     assert "very-secret-key" not in text
-    assert "--config " in text
+    assert "api_key: ***" in text
+    assert "rollout_server_url: http://run:***@127.0.0.1:" in text
     assert "spell_backward.py serve --env.group_size 8 " in text
-    assert "--env.rollout_server_url http://127.0.0.1:" in text
     assert not (tmp_path / "run").exists()
 
 
@@ -158,7 +158,7 @@ def test_help_names_every_key_and_every_file(capsys: pytest.CaptureFixture[str])
 
 
 def test_keys_are_made_and_handed_over(tmp_path: Path) -> None:
-    words = ["api.host=0.0.0.0", f"run_dir={tmp_path}"]
+    words = [f"run_dir={tmp_path}"]
     config, launch = load_launch(words, config_name="local_demo")
     again, _ = load_launch(words, config_name="local_demo")
     assert config.gateway.api_key != again.gateway.api_key
@@ -167,17 +167,18 @@ def test_keys_are_made_and_handed_over(tmp_path: Path) -> None:
     commands = {service.name: service for service in plan.services}
     tokens = {name: spec.env.get("ATROPOS_API_TOKEN") for name, spec in commands.items()}
     assert config.atropos.token is not None
-    assert tokens == dict.fromkeys(("trajectory_api", "demo", "trainer"), config.atropos.token)
+    assert tokens == {**dict.fromkeys(("trajectory_api", "trainer"), config.atropos.token), "demo": None}
     (text,) = commands["demo"].files.values()
     private = yaml.safe_load(text)
-    assert private["openai"] == {"api_key": config.gateway.api_key}
+    assert [server["api_key"] for server in private["openai"]] == [config.gateway.api_key]
     port = plan.api_url.rsplit(":", 1)[1]
-    assert private["env"] == {"rollout_server_url": f"http://atropos:{config.atropos.token}@127.0.0.1:{port}"}
+    assert private["env"] == {"rollout_server_url": f"http://run:{config.atropos.token}@127.0.0.1:{port}"}
     assert commands["trainer"].env["ATROPOS_GATEWAY_KEY"] == config.gateway.api_key
     for word in (word for spec in commands.values() for word in spec.command):
         assert config.atropos.token not in word
         assert str(config.gateway.api_key) not in word
-    assert config.atropos.token not in plan.text()
+    assert config.atropos.token not in plan.text() + json.dumps(plan.describe())
+    assert str(config.gateway.api_key) not in json.dumps(plan.describe())
 
 
 @pytest.mark.parametrize(
@@ -207,9 +208,18 @@ def test_the_gateway_key_comes_from_the_process_environment(monkeypatch: pytest.
     assert load_launch(["gateway.api_key=word"], config_name="local_demo")[0].gateway.api_key == "word"
 
 
-@pytest.mark.parametrize("word", ["api.host=127.0.0.1", "api.host=0.0.0.0 api.args=[--insecure]"])
-def test_an_api_without_a_token_where_none_is_needed_or_wanted(word: str) -> None:
+@pytest.mark.parametrize("word", ["only=[api]", "api.host=0.0.0.0 api.args=[--insecure]", "atropos.server=upstream"])
+def test_an_api_without_a_token_where_others_use_it_or_none_is_wanted(word: str) -> None:
     assert plan_of(*word.split()).config.atropos.token is None
+
+
+def test_environments_of_the_command_line_replace_those_of_the_file() -> None:
+    for name in ("local_demo", "two_environments"):
+        launch = load_launch(["environments={mine: {weight: 2}}"], config_name=name)[1]
+        assert launch.environments == {"mine": EnvironmentConfig(weight=2)}
+    ray = load_ray_launch(["environments={mine: {weight: 2}}"], SHIPPED, None).launch
+    assert ray.environments == {"mine": EnvironmentConfig(weight=2)}
+    assert load_launch(["env.env={A: 1}"], config_name="local_demo")[0].env.env == {"A": "1"}
 
 
 def test_without_environments_there_is_the_demo() -> None:
@@ -238,7 +248,6 @@ def test_the_trainer_is_told_what_the_launch_decided(tmp_path: Path, monkeypatch
     network = ray_plan(tmp_path, "atropos.gateway.host=0.0.0.0", "api.host=0.0.0.0")
     assert network.config.gateway.api_key
     assert network.config.atropos.token
-    assert {service.env.get("ATROPOS_API_TOKEN") for service in network.services} == {network.config.atropos.token}
     of_environment = of_kind(plan, "environment").command
     for option, value in (("--env.group_size", "4"), ("--env.max_token_length", "64"), ("--env.seed", "3")):
         assert of_environment[of_environment.index(option) + 1] == value

@@ -4,6 +4,7 @@ import io
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from support.trajectory_server import Clock
 
 from atropos_verl.config.schema import SuperviseConfig
 from atropos_verl.errors import ConfigError
-from atropos_verl.launch.diagnosis import diagnose
+from atropos_verl.launch import evaluation
+from atropos_verl.launch.diagnosis import LogFacts, common_errors, diagnose, last_refusals
 from atropos_verl.launch.probes import StepTail
 from atropos_verl.launch.process import ServiceSpec
 from atropos_verl.launch.supervisor import WatchedService
@@ -98,6 +100,33 @@ def test_logs_of_an_earlier_launch_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "words.2.log").read_text() == "now\n"
 
 
+def test_a_script_that_starts_nothing_is_told_from_one_that_ended(tmp_path: Path) -> None:
+    clock = Clock()
+    spec = replace(watched(tmp_path, clock, code="").spec, kind="environment")
+    service = WatchedService(spec, SuperviseConfig(), clock)
+    die(service, ready=False)
+    assert service.death() == "ended with code 0 without having registered (does it end with MyEnv.cli()?)"
+    die(service)
+    assert service.death() == "exited with code 0"
+
+
+def test_an_evaluation_that_hangs_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "_SILENT_SECONDS", 0.2)
+    command = (sys.executable, "-S", "-c", "import time; print('task 7', flush=True); time.sleep(1000)")
+    spec = ServiceSpec(name="evaluate_before", command=command, cwd=tmp_path, log_path=tmp_path / "e.log")
+    planned = evaluation.PlannedEvaluation("words", 1.0, spec, tmp_path / "metrics.json")
+    notes: list[str] = []
+    processes = evaluation.EvaluationProcesses(
+        {"before": [planned]}, tmp_path, timeout=2.0, note=notes.append, check=lambda: None
+    )
+    processes.start_evaluation("before")
+    eventually(lambda: (tmp_path / "e.log").read_text() == "task 7\n", "its first line")
+    assert processes.finish_evaluation("before") == {}
+    assert notes[0].startswith("evaluate_before: still running after ")
+    assert notes[0].endswith(f"(eval.timeout is 2), its log {tmp_path}/e.log ends: task 7")
+    assert notes[-1].startswith("evaluate_before took longer than eval.timeout=2 s")
+
+
 def line(step: int) -> str:
     return json.dumps({"step": step, "policy_version": step, "loss": 0.5, "reward/mean": step / 10}) + "\n"
 
@@ -151,9 +180,12 @@ def state(**changes: Any) -> dict[str, Any]:
         "seconds": 60.0,
         "steps": 40,
         "batch_size": 16,
+        "api_url": "http://a",
+        "gateway_url": "http://g",
         "services": services,
         "api": {"current_step": 3, "queue_size": 2, "queue_sequences": 8, "open_leases": 1,
-                "environments": [{**row, "env_id": 0, "name": "words_0", "state": "disconnected"}, row]},
+                "environments": [{**row, "env_id": 0, "name": "words_0", "state": "disconnected"}, row],
+                "refused": {"invalid": 2}},
         "gateway": {"in_flight": 0, "policy_version": 3, "paused": False},
         "rates": {"tokens_per_second": 0.0, "requests_per_second": 0.0},
         "recent": [json.loads(line(3))],
@@ -165,37 +197,131 @@ def state(**changes: Any) -> dict[str, Any]:
     return {**base, **changes}
 
 
-def test_the_diagnosis_says_who_sent_what_and_when() -> None:
-    lines = diagnose(state(), 30.0).splitlines()
-    assert lines[:6] == [
-        "no batch for 30 s; the run goes on waiting. What is known:",
+def test_the_diagnosis_says_what_is_known() -> None:
+    errors = {"words": [(7, "Error in collect_trajectories: 'x'"), (2, "other")]}
+    since = {"served": 5, "refused": 0, "refused_groups": 0, "groups": 0}
+    found = diagnose(state(since=since), 30.0, LogFacts(errors, ["a: refused: b"], ["c refused: d"]))
+    assert found.splitlines() == [
+        "no batch for 30 s: environment words fails in its own code: Error in collect_trajectories: 'x' (7 times)",
+        "  what to change: correct the environment; its log has more",
+        "  what is known; the run goes on waiting:",
         "  words: running, pid 12, 1 restarts",
+        "    7 x Error in collect_trajectories: 'x'",
+        "    2 x other",
+        "    its log: /run/logs/words.2.log",
         "  trainer: running, pid 13, 0 restarts",
         "  trajectory API: step 3, 2 groups in the queue, 1 leased",
+        "    refused: 2 x invalid",
         "  environment words_1: alive, heard 0.3 s ago, 9 groups sent, 8 sequences waiting, 2 refused, "
         "least share 0.75",
-        "  inference gateway: 0 requests in flight, 0 tokens/s, 0.0 requests/s, policy version 3",
+        "    c refused: d",
+        "  inference gateway: 0 requests in flight, 0 tokens/s, 0.0 requests/s, 5 requests served and 0 refused "
+        "since the last batch, policy version 3",
+        "    a: refused: b",
+        "  all logs: /run/logs",
     ]
-    upstream = diagnose(state(api={"current_step": 3, "queue_size": 1}), 30.0)
+    upstream = diagnose(state(api={"current_step": 3, "queue_size": 1}), 30.0, LogFacts())
     assert "  environments: this API does not say who sent what" in upstream
 
 
+BAD = "masks[0]: 22 entries, but tokens[0] has 23"
+LONG = "This model's maximum context length is 64 tokens, but the prompt has 1811 tokens"
+REFUSED = "/generate: a client was refused: "
+DROPPED = "environment words drops every group, since"
+SERVED = {"served": 40}
+
+
+def in_log(count: int, line: str) -> dict[str, Any]:
+    return {"errors": {"words": [(count, line)]}}
+
+
 @pytest.mark.parametrize(
-    ("changes", "first"),
+    ("changes", "facts", "first"),
     [
-        ({"api": None}, "The API is gone or frozen"),
-        ({"gateway": None}, "The trainer is gone, busy or frozen"),
-        ({}, "Nobody asks the gateway for completions: is words stuck"),
-        ({"gateway": {"in_flight": 0, "paused": True, "policy_version": 3}}, "The gateway is paused"),
-        ({"gateway": {"in_flight": 4, "paused": False, "policy_version": 3}}, "Requests are in flight but no token"),
-        ({"rates": {"tokens_per_second": 80.0}}, "The policy is being sampled but no group arrives"),
-        ({"refused": 7}, "The gateway has refused 7 requests"),
-        ({"api": {"current_step": 3, "queue_size": 4, "queue_sequences": 16}}, "16 sequences wait but make no batch"),
+        ({"api": None}, {}, "the trajectory API at http://a does not answer"),
+        ({"gateway": None}, {}, "the trainer's gateway does not answer"),
+        ({}, {}, "nobody asks the gateway for completions: is environment words stuck; none of its requests has come?"),
+        ({"gateway": {"paused": True}}, {}, "the gateway is paused"),
+        ({"gateway": {"in_flight": 4}}, {}, "requests are in flight but no token"),
+        ({"rates": {"tokens_per_second": 8.0}}, {}, "the policy is being sampled, but environment words sends no"),
+        ({"api": {"queue_size": 4, "queue_sequences": 16}}, {}, "16 sequences wait at the API but make no batch of 16"),
+        (
+            {"services": [{"name": "w", "kind": "environment", "state": "failed", "detail": "x", "restarts": 5}]},
+            {},
+            "environment w was given up: x",
+        ),
+        ({}, {"addresses": {"words": "a proxy"}}, "environment words does not reach the gateway: a proxy"),
+        ({"since": {"groups": 3, "refused_groups": 1}}, {}, "nobody asks the gateway"),  # some groups came
+        (
+            {"since": SERVED},
+            in_log(52, "Error in collect_trajectories: 'answer_key'"),
+            "environment words fails in its own code: Error in collect_trajectories: 'answer_key' (52 times)",
+        ),
+        (
+            {"since": {"served": 0}},
+            in_log(5, "Error in collect_trajectories: APIConnectionError"),
+            "environment words cannot reach what it asks: Error in collect_trajectories: APIConnectionError (5 times)",
+        ),
+        (
+            {"since": {"refused": 9}},
+            {**in_log(3, "RetryError[BadRequestError]"), "gateway": [f"{REFUSED}best_of: x"]},
+            "the gateway refuses every request of environment words: 9 refused, best_of: x",
+        ),
+        (
+            {"since": {"served": 30}},
+            {**in_log(10, "RetryError[ClientResponseError]"), "gateway": ["refused at /x: missing or wrong API key"]},
+            "the gateway refuses 10 of 40 requests of environment words: 10 refused, missing or wrong API key",
+        ),
+        (
+            {"since": {"refused": 9}},
+            {"gateway": [f"{REFUSED}{LONG}"]},
+            f"the prompts of environment words are too long: the gateway refuses every request: 9 refused, {LONG}",
+        ),
+        (
+            {"since": {"served": 40, "refused_groups": 26}},
+            {**in_log(26, "Client error: 422, not retrying"), "api": [f"/scored_data refused: {BAD}"]},
+            f"the trajectory API refuses every group of environment words: 26 refused, {BAD}",
+        ),
+        (  # upstream's API counts nothing and gives no reason
+            {"since": SERVED},
+            in_log(26, "Client error: 422, not retrying"),
+            "the trajectory API refuses every group of environment words: 26 refused, (it does not say why)",
+        ),
+        (  # two refusals at its start do not hide 304 drops
+            {"since": {"served": 40, "refused": 2}},
+            in_log(304, "Scores are the same in a group, skipping..."),
+            f"{DROPPED} all scores of a group are equal (304 groups)",
+        ),
+        (
+            {"since": SERVED},
+            in_log(9, "Token length is too long in a group, skipping..."),
+            f"{DROPPED} a sequence of it has --env.max_token_length tokens or more",
+        ),
     ],
 )
-def test_the_likeliest_cause_comes_first(changes: dict[str, Any], first: str) -> None:
-    text = diagnose(state(**changes), 30.0)
-    assert text.split("What to check:\n  1. ")[1].startswith(first)
+def test_the_first_line_names_the_cause(changes: dict[str, Any], facts: dict[str, Any], first: str) -> None:
+    text = diagnose(state(**changes), 30.0, LogFacts(**facts))
+    assert text.startswith(f"no batch for 30 s: {first}"), text
+    assert text.splitlines()[1].startswith("  what to change: ")
+
+
+def test_error_lines_are_counted_without_what_varies() -> None:
+    log = """\
+2026-11-28 22:00:01,123 DEBUG error: not this one
+ERROR:root:Error in collect_trajectories: RetryError[<Future at 0x7f2a57 raised BadRequestError>]
+ERROR:root:Error in collect_trajectories: RetryError[<Future at 0x7f2b00 raised BadRequestError>]
+Scores are the same in a group, skipping...
+ValueError: no such dataset
+INFO:atroposlib.envs.base:all is well
+"""
+    assert common_errors(log) == [
+        (2, "Error in collect_trajectories: RetryError[<Future at … raised BadRequestError>]"),
+        (1, "Scores are the same in a group, skipping..."),
+        (1, "ValueError: no such dataset"),
+    ]
+    api = 3 * "2026-11-28 22:39:25,594 WARNING atropos_verl.server.app: /scored_data refused: scores: empty\n"
+    gateway = "2026-11-28 22:39:25,594 WARNING a.b: /generate: a client was refused: n: 0\n"
+    assert last_refusals(api + gateway) == [f"{REFUSED}n: 0", "/scored_data refused: scores: empty"]
 
 
 def test_the_gateways_counters_are_read() -> None:
@@ -210,7 +336,8 @@ def test_the_gateways_counters_are_read() -> None:
     service = GatewayService(FakeEngine(), TextCodec(build_tiny_tokenizer()), "tiny", RequestGate(), None, None)
     service.answered.update({("/generate", 200): 5, ("/generate", 400): 2, ("/v1/completions", 401): 1, ("/x", 499): 9})
     found = _counters(service.render().decode())
-    assert (found["requests_total"], found["refused_total"], found["generated_tokens_total"]) == (17.0, 3.0, 0.0)
+    names = ("requests_total", "served_total", "refused_total", "generated_tokens_total")
+    assert [found[name] for name in names] == [17.0, 5.0, 3.0, 0.0]
 
 
 def shown(directory: Path, content: dict[str, Any], width: int = 80) -> tuple[int, str]:

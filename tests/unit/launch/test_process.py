@@ -74,6 +74,22 @@ def test_the_tail_has_no_terminal_escapes_and_no_endless_line(tmp_path: Path) ->
     assert ended(tmp_path, script).log_tail() == "red\n" + "x" * 500 + "…\n\ufffd"
 
 
+def test_secrets_are_blotted_out_of_the_log_while_it_runs(tmp_path: Path) -> None:
+    """Also where a line was folded within one, and in the tail; what is written meanwhile stays."""
+    secret = "0123456789abcdef"
+    script = "printf 'key=0123456789abcdef\\nurl=http://run:01234567\\n89abcdef@host\\n'; "
+    script += "while [ ! -e go ]; do sleep 0.02; done; printf '0123456789abcdef end\\n'; exec sleep 1000"
+    process = ManagedProcess(shell(tmp_path, script, secrets=(secret, "other")))
+    process.start()
+    log, blotted = tmp_path / "logs" / "svc.log", "key=****************\nurl=http://run:********\n********@host\n"
+    eventually(lambda: process.is_running() and log.read_text() == blotted, "the first lines")
+    (tmp_path / "go").touch()
+    eventually(lambda: "end\n" in log.read_text(), "the last line")
+    assert process.log_tail(1) == "**************** end"
+    process.stop()
+    assert log.read_text() == f"{blotted}**************** end\n"
+
+
 def test_it_is_a_session_of_its_own(tmp_path: Path) -> None:
     process = started(tmp_path, "sleep 1000")
     try:

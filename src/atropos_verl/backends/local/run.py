@@ -88,7 +88,7 @@ def _make_tracker(config: RunConfig, run_dir: Path) -> Callable[[StepReport], No
         project_name=config.trainer.project_name,
         experiment_name=config.trainer.experiment_name,
         default_backend=list(config.trainer.logger),
-        config=config.model_dump(mode="json"),
+        config=config.public(),
     )
 
     def send(report: StepReport) -> None:

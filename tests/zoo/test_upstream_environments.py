@@ -1,0 +1,74 @@
+"""Environments of Atropos's repository, unmodified: each trains three steps, or is refused with the reason.
+
+Opt-in, since nothing of theirs is here::
+
+    ATROPOS_CHECKOUT=/path/to/atropos ATROPOS_PYTHON=/path/to/env-with-transformers-4 pytest tests/zoo
+
+``ATROPOS_CHECKOUT`` is a clone of https://github.com/NousResearch/atropos (commit in ``docs/environments.md``),
+``ATROPOS_PYTHON`` an interpreter with atroposlib, transformers 4 and what the environments import.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+from support.runs import SMALL, TrainingRun
+
+CHECKOUT, PYTHON = os.environ.get("ATROPOS_CHECKOUT"), os.environ.get("ATROPOS_PYTHON")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (CHECKOUT and PYTHON), reason="opt-in, see the docstring")]
+
+WORDS = (
+    *SMALL,
+    "steps=3",
+    "save_freq=-1",
+    "data.max_prompt_length=900",
+    "max_response_length=100",
+    "env.startup_timeout=120",
+    "supervise.stall_after=20",
+)
+SAME = "--env.ensure_scores_are_not_same,false"
+"""The demo model answers none of their questions, so all scores are equal."""
+TRAINS = {
+    "community/regex_generation/regex_env.py": SAME,
+    "reasoning_gym_environment/reasoning_gym_environment.py": SAME,
+    "letter_counting_environment/letter_counting_environment.py": SAME,
+    "game_environments/gymnasium/gym_taxi.py": SAME,
+    "game_environments/gymnasium/blackjack/blackjack_env_no_thinking.py": SAME,
+    "game_environments/gymnasium/blackjack/blackjack_env_thinking.py": SAME,
+    "community/conversational_style_dpo/conversational_style_dpo_env.py": SAME,
+    "community/metric_card_generator/metric_card_generator.py": SAME,
+    "community/solitaire_winning_probability/solitaire_server.py": SAME,
+    "community/word_hunt/word_hunt_env.py": SAME,
+    "community/selcube/rubiks_cube_environment.py": SAME,
+    "community/accessibility_env/accessibility_env.py": SAME,
+    "infinimath/infinimath_env.py": SAME,
+}
+REFUSED = {
+    "gsm8k_server.py": "openai/gsm8k",
+    "math_server_zero.py": "",
+    "mcp_env.py": "",
+    "community/meteorology_forecast/meteorology_env.py": "",
+    "intern_bootcamp/intern_bootcamp_env.py": "",
+}
+
+
+def started(name: str, tmp_path: Path, args: str) -> TrainingRun:
+    script = Path(str(CHECKOUT), "environments", name)
+    words = [*WORDS, f"env.script={script}", f"env.python={PYTHON}", f"env.cwd={script.parent}", f"env.args=[{args}]"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    return TrainingRun(words, run_dir=tmp_path / "run", env=offline)
+
+
+@pytest.mark.parametrize("name", TRAINS)
+def test_it_trains(name: str, tmp_path: Path) -> None:
+    with started(name, tmp_path, TRAINS[name]) as run:
+        run.must_end(0)
+        assert [line["step"] for line in run.metrics()] == [1, 2, 3]
+        assert sum(line["data/quarantined"] for line in run.metrics()) == 0
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused_with_the_reason(name: str, tmp_path: Path) -> None:
+    with started(name, tmp_path, SAME) as run:
+        run.must_end(1)
+        assert REFUSED[name] in run.stderr
