@@ -1,15 +1,30 @@
-"""Serves an ASGI application from a thread of this process: the main thread stays free."""
+"""Serves ASGI applications from a thread of this process: connections are bounded, pages of other sites kept out.
+
+Every server of this project is reached from the browser of whoever works on its machine. A page of any site can make
+that browser send requests there. ``foreign_page`` finds them by what a browser says of itself; programs say nothing.
+
+A connection costs a file descriptor. ``Listener`` keeps their number below the limit of the process: beyond it, the
+connection that has waited longest without a request under way makes room for the next one.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import errno
+import hashlib
+import hmac
 import http.client
 import logging
+import os
+import resource
 import socket
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+from urllib.parse import urlsplit
 
 from atropos_verl.errors import ServiceError
 
@@ -24,6 +39,19 @@ _KEEP_ALIVE_TIMEOUT = 75
 """Seconds an idle connection is kept: longer than a client's pool keeps it, so that no request meets a closing one."""
 _BACKLOG = 2048
 """Connections waiting to be accepted: environments open up to 576 at once each."""
+_MAX_CONNECTIONS = 16_384
+_MAX_FILES = 65_536
+_OTHER_FILES = 256
+"""File descriptors that are left to the rest of the process."""
+_EVICTED_AT_ONCE = 16
+_HEADER_SECONDS = 20.0
+"""A connection that has sent no whole header by then is closed."""
+_MAX_HEADER_BYTES = 64 << 10
+_BODY_SECONDS = 90.0
+"""Within each such time a body that is not complete must bring ``_BODY_BYTES``, and who is answered must read on."""
+_BODY_BYTES = 64 << 10
+_SAME_LINE_SECONDS = 10.0
+_SHOWN = 200
 
 
 class ServerThread:
@@ -35,7 +63,7 @@ class ServerThread:
         app: the application.
         service: its name in messages; ``advice``: what to do when the port is taken.
         port: 0 takes a free one.
-        listener: listens there already, for the first start: who connects before waits in it. The server closes it.
+        listener: from ``listen``, for the first start: who connects before waits in it. The server closes it.
         options: for ``uvicorn.Config``.
     """
 
@@ -47,7 +75,7 @@ class ServerThread:
         advice: str,
         host: str,
         port: int,
-        listener: socket.socket | None = None,
+        listener: Listener | None = None,
         **options: Any,
     ) -> None:
         self._app, self._options = app, options
@@ -82,7 +110,7 @@ class ServerThread:
         listener, self._listener = self._listener, None
         if listener is None:
             listener = listen(self._host, self._port, self._service, self._advice)
-        self._server = server = uvicorn.Server(uvicorn_config(self._app, **self._options))
+        self._server = server = uvicorn.Server(uvicorn_config(self._app, listener, **self._options))
         self._port, self._was_started, self._failure = int(listener.getsockname()[1]), True, None
         name = self._service.replace(" ", "-")
         self._thread = threading.Thread(target=self._serve, args=(server, listener), name=name, daemon=True)
@@ -121,7 +149,7 @@ class ServerThread:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _serve(self, server: uvicorn.Server, listener: socket.socket) -> None:
+    def _serve(self, server: uvicorn.Server, listener: Listener) -> None:
         try:
             asyncio.run(server.serve(sockets=[listener]))
         except (Exception, SystemExit) as error:  # the thread's boundary; start() and the log report it
@@ -154,10 +182,208 @@ async def disconnected(receive: Any) -> None:
         pass
 
 
-def uvicorn_config(app: Any, **options: Any) -> uvicorn.Config:
+def foreign_page(headers: Mapping[str, str], hosts: Collection[str] = (), origins: Collection[str] = ()) -> str | None:
+    """Why a request is refused that a web page of another site may have made a browser send; None: it is not.
+
+    Args:
+        headers: by names in lower case.
+        hosts: names that ``Host`` may have. A page whose name was pointed at this machine (DNS rebinding) counts as the
+            server's own everywhere else. Empty: any.
+        origins: further sites whose pages may send requests; ``*``: any.
+    """
+    host, site = headers.get("host", ""), headers.get("sec-fetch-site", "")
+    if hosts and _hostname(host) not in hosts:
+        return f"host {host[:_SHOWN]!r} is not allowed"
+    sender = headers.get("origin") or "/".join(headers.get("referer", "").split("/", 3)[:3])
+    if "*" in origins or sender in origins:
+        return None
+    if sender and sender.partition("://")[2] != host:
+        return f"origin {sender[:_SHOWN]!r} is not allowed"
+    if site not in ("", "none", "same-origin"):
+        return f"a page of another site is not allowed (Sec-Fetch-Site: {site[:_SHOWN]!r})"
+    return None
+
+
+def _hostname(host: str) -> str:
+    try:
+        return (urlsplit(f"//{host}").hostname or "").lower()
+    except ValueError:  # "[" without "]"
+        return ""
+
+
+def has_token(headers: Mapping[str, str], *tokens: str) -> bool:
+    """The request carries one of ``tokens``, as ``Bearer TOKEN`` or as ``Basic base64(anything:TOKEN)``.
+
+    Atropos's client has no setting for a bearer token, but sends a password that stands in the API's URL as Basic.
+    """
+    scheme, _, sent = headers.get("authorization", "").encode("latin-1", "replace").partition(b" ")
+    sent = sent.strip()
+    if scheme.lower() == b"basic":
+        try:
+            sent = base64.b64decode(sent, validate=True).partition(b":")[2]
+        except ValueError:  # no base64
+            return False
+    elif scheme.lower() != b"bearer":
+        return False
+    return any(hmac.compare_digest(sent, token.encode()) for token in tokens if token)
+
+
+def environment_token(token: str) -> str:
+    """What a run with this ``token`` may give to its environments: it allows everything but ``/reset_data``."""
+    return hmac.new(token.encode(), b"environment", hashlib.sha256).hexdigest()
+
+
+class Listener(socket.socket):
+    """A listening socket whose connections leave file descriptors to the rest of the process."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = _MAX_FILES if most == resource.RLIM_INFINITY else min(most, _MAX_FILES)
+        if files != resource.RLIM_INFINITY and files < wanted:
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+                files = wanted
+        self.limit = _MAX_CONNECTIONS
+        if files != resource.RLIM_INFINITY:
+            self.limit = max(1, min(_MAX_CONNECTIONS, files - min(_OTHER_FILES, files // 2)))
+        self.count = 0
+        """Accepted and not closed yet."""
+        self.waiting: dict[Any, None] = {}
+        """Protocols without a request under way, those that have waited longest first."""
+        self._spare = os.open(os.devnull, os.O_RDONLY)
+        self._told_at = float("-inf")
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Raises ``BlockingIOError`` where there is no room: asyncio then asks again in its next turn."""
+        if self.count >= self.limit and self.waiting:
+            for protocol in list(self.waiting)[:_EVICTED_AT_ONCE]:
+                del self.waiting[protocol]
+                protocol.transport.abort()
+            raise BlockingIOError
+        try:
+            connection, address = super().accept()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            # Taken from the queue and closed, by way of a descriptor kept for this: else the loop would turn for ever.
+            os.close(self._spare)
+            with contextlib.suppress(OSError):
+                super().accept()[0].close()
+            self._spare = os.open(os.devnull, os.O_RDONLY)
+            self._refuse("this process has no file descriptor left")
+        if self.count >= self.limit:
+            connection.close()
+            self._refuse(f"{self.count} are open and have requests under way")
+        self.count += 1
+        return connection, address
+
+    def _refuse(self, why: str) -> NoReturn:
+        if time.monotonic() - self._told_at > _SAME_LINE_SECONDS:
+            self._told_at = time.monotonic()
+            logger.warning("connections are refused: %s (ulimit -n)", why)
+        raise BlockingIOError
+
+    def close(self) -> None:
+        if self.fileno() >= 0:
+            os.close(self._spare)
+        super().close()
+
+
+def _watched(base: Any, listener: Listener) -> type[Any]:
+    """uvicorn's protocol ``base``, whose connections ``listener`` counts, and which does not wait for ever."""
+
+    class WatchedProtocol(base):  # type: ignore[misc]
+        def connection_made(self, transport: Any) -> None:
+            self._timer: Any = None
+            self._writing: Any = None
+            self._part: str | None = None
+            self._received = 0
+            super().connection_made(transport)
+            listener.waiting[self] = None
+            self._watch("header")
+
+        def data_received(self, data: bytes) -> None:
+            self._received += len(data)
+            super().data_received(data)
+            if self.transport.is_closing():
+                return
+            cycle = self.cycle
+            part = "header" if cycle is None or cycle.response_complete else None
+            if cycle is not None and cycle.more_body:
+                part = "body"
+            if part == "header" and self._received > _MAX_HEADER_BYTES:
+                self.send_400_response(f"The header is longer than {_MAX_HEADER_BYTES} bytes.")
+            elif part != "header":
+                listener.waiting.pop(self, None)
+            if part != self._part:
+                self._watch(part)
+
+        def on_response_complete(self) -> None:
+            if not self.transport.is_closing():
+                listener.waiting[self] = None
+            self._received = 0
+            super().on_response_complete()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._writing = self.loop.call_later(_BODY_SECONDS, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._writing = self._writing and self._writing.cancel()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            listener.count -= 1
+            listener.waiting.pop(self, None)
+            self._watch(None)
+            self._writing = self._writing and self._writing.cancel()
+            super().connection_lost(exc)
+
+        def _watch(self, part: str | None) -> None:
+            """Wait for this part of a request, or for nothing."""
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer, self._part = None, part
+            if part is not None:
+                seconds = _HEADER_SECONDS if part == "header" else _BODY_SECONDS
+                self._timer, self._received = self.loop.call_later(seconds, self._check), 0
+
+        def _check(self) -> None:
+            is_slow = self._part == "header" or self._received < _BODY_BYTES
+            if is_slow and not self.flow.read_paused:
+                self.transport.abort()
+            else:
+                self._watch(self._part)
+
+    return WatchedProtocol
+
+
+class _SameLines(logging.Filter):
+    """Lets a line through once in ``_SAME_LINE_SECONDS``: what clients do wrong does not fill the disk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now, line = time.monotonic(), f"{record.msg} {record.exc_info and record.exc_info[1]!r}"
+        if now - self._shown.get(line, float("-inf")) < _SAME_LINE_SECONDS:
+            return False
+        self._shown = {**self._shown, line: now} if len(self._shown) < 100 else {line: now}
+        return True
+
+
+_SAME_LINES = _SameLines()
+
+
+def uvicorn_config(app: Any, listener: Listener, **options: Any) -> uvicorn.Config:
     """uvicorn's settings that every server of this project shares."""
     import uvicorn
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+    logging.getLogger("uvicorn.error").addFilter(_SAME_LINES)
+    options["http"] = _watched(options.get("http", AutoHTTPProtocol), listener)
     return uvicorn.Config(
         app,
         log_config=None,  # uvicorn's loggers propagate to the application's logging like everybody else's
@@ -170,13 +396,13 @@ def uvicorn_config(app: Any, **options: Any) -> uvicorn.Config:
     )
 
 
-def listen(host: str, port: int, service: str, advice: str) -> socket.socket:
+def listen(host: str, port: int, service: str, advice: str) -> Listener:
     """A listening socket: a second process learns here, and not later, that the port is taken.
 
     Raises ``ServiceError`` with address, cause and ``advice``.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = Listener(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # rebind at once after a restart
     try:
         listener.bind((host.strip("[]"), port))

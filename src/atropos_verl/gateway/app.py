@@ -10,7 +10,6 @@ The life of a generation request::
 import asyncio
 import hmac
 import logging
-import socket
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -33,7 +32,7 @@ from atropos_verl.gateway.native import generate, generate_trl
 from atropos_verl.gateway.openai import completions
 from atropos_verl.gateway.service import GatewayService
 from atropos_verl.gateway.text import TextCodec
-from atropos_verl.http_thread import ServerThread, disconnected
+from atropos_verl.http_thread import Listener, ServerThread, disconnected
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
 
@@ -53,7 +52,7 @@ _JSON = "application/json"
 class GatewayServer(ServerThread):
     """Listens on the loopback unless told otherwise; ``port`` 0 takes a free one, ``listener`` listens already."""
 
-    def __init__(self, app: Any, host: str = "127.0.0.1", port: int = 0, listener: socket.socket | None = None) -> None:
+    def __init__(self, app: Any, host: str = "127.0.0.1", port: int = 0, listener: Listener | None = None) -> None:
         advice = "Set gateway.port to a free port, or to 0 to take any."
         where: dict[str, Any] = {"host": host, "port": port, "listener": listener}
         super().__init__(app, service="inference gateway", advice=advice, lifespan="off", **where)

@@ -1,13 +1,10 @@
 """``TrajectoryApi``: the trajectory API as an ASGI application: who may call, the paths, and errors as answers.
 
-A server on the loopback without a token is still reachable by every web page the user has open. Such requests name
-their site in ``Origin``, or (DNS rebinding) in ``Host``. Both are checked before anything else.
+Pages of other sites and requests without the token are refused before anything else.
 """
 
 import asyncio
-import base64
 import contextlib
-import hmac
 import json
 import logging
 import time
@@ -16,7 +13,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 from prometheus_client import generate_latest
@@ -28,6 +24,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from atropos_verl.errors import StorageWriteError
+from atropos_verl.http_thread import environment_token, foreign_page, has_token
 from atropos_verl.protocol.messages import AckRequest, EnvIdentifier, EnvRegistration, TrainerRegistration
 from atropos_verl.protocol.schema import CheckedGroup, Refusal, check_group, split_list
 from atropos_verl.protocol.wire import MEDIA_TYPE, pack_group
@@ -209,24 +206,23 @@ class TrajectoryApi:
 
     def _refused(self, request: Request) -> Response | None:
         """The answer to a request that is not allowed, else None."""
-        settings, headers = self.store.settings, request.headers
-        host, origin = headers.get("host", ""), headers.get("origin", "")
-        forbidden = None
-        if settings.allowed_hosts and _hostname(host) not in settings.allowed_hosts:
-            forbidden = f"host {host!r} is not allowed; start the server with --allowed-host to add it"
-        elif origin and not (host and origin.partition("://")[2] == host) and not self._is_allowed(origin):
-            forbidden = f"origin {origin!r} is not allowed; start the server with --cors-origin to add it"
-        if forbidden is not None:
+        settings, headers, path = self.store.settings, request.headers, request.scope["path"]
+        forbidden = foreign_page(headers, settings.allowed_hosts, settings.cors_origins)
+        if forbidden is not None and (path not in _OPEN_PATHS or forbidden.startswith("host")):
             self.counters.refused["forbidden"] += 1
-            return _json({"detail": forbidden}, 403)
-        if settings.token is None or request.scope["path"] in _OPEN_PATHS:
+            advice = "start the server with --allowed-host or --cors-origin to add it"
+            return _json({"detail": f"{forbidden}; {advice}"}, 403)
+        token = settings.token
+        if token is None or path in _OPEN_PATHS or has_token(headers, token):
             return None
-        sent = _sent_token(headers.get("authorization", "").encode("latin-1"))
-        if sent and hmac.compare_digest(sent, settings.token.encode()):
-            return None
-        self.counters.refused["unauthorized"] += 1
-        detail = "this server demands its token: send 'Authorization: Bearer TOKEN'"
-        return _json({"detail": detail}, 401, {"www-authenticate": "Bearer"})
+        if not has_token(headers, environment_token(token)):
+            self.counters.refused["unauthorized"] += 1
+            detail = "this server demands its token: send 'Authorization: Bearer TOKEN'"
+            return _json({"detail": detail}, 401, {"www-authenticate": "Bearer"})
+        if path == "/reset_data":
+            self.counters.refused["forbidden"] += 1
+            return _json({"detail": "an environment's token does not allow /reset_data: the run's own one does"}, 403)
+        return None
 
     def _is_allowed(self, origin: str) -> bool:
         return "*" in self.store.settings.cors_origins or origin in self.store.settings.cors_origins
@@ -484,27 +480,6 @@ class TrajectoryApi:
 
 def _json(fields: Any, status_code: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(fields), status_code, headers, "application/json")
-
-
-def _sent_token(header: bytes) -> bytes:
-    """The token of ``Bearer TOKEN`` or ``Basic base64(anything:TOKEN)``; empty when there is none.
-
-    Atropos's client has no setting for a bearer token, but sends a password that stands in the API's URL as Basic.
-    """
-    scheme, _, sent = header.partition(b" ")
-    if scheme.lower() == b"bearer":
-        return sent.strip()
-    if scheme.lower() == b"basic":
-        with contextlib.suppress(ValueError):  # no base64
-            return base64.b64decode(sent.strip(), validate=True).partition(b":")[2]
-    return b""
-
-
-def _hostname(host: str) -> str:
-    try:
-        return (urlsplit(f"//{host}").hostname or "").lower()
-    except ValueError:  # "[" without "]"
-        return ""
 
 
 def _glimpse(group: CheckedGroup, now: float) -> dict[str, Any]:

@@ -39,14 +39,12 @@ class JsonFormatter(logging.Formatter):
 
 
 def check_bind(host: str, settings: ServerSettings, *, insecure: bool = False) -> ServerSettings:
-    """The settings for listening on ``host``; on the loopback without a token, only by the loopback's names.
+    """The settings for listening on ``host``; on the loopback, only by the loopback's names.
 
     Raises:
         ConfigError: a public address without a token.
     """
     if is_loopback(host):
-        if settings.token is not None:
-            return settings
         return replace(settings, allowed_hosts=(*_LOOPBACK_NAMES, host, *settings.allowed_hosts))
     if settings.token is None and not insecure:
         text = f"{host} is reached from other machines: give --token (or ATROPOS_API_TOKEN), or --insecure if only"
@@ -72,7 +70,7 @@ def serve(settings: ServerSettings, host: str = "127.0.0.1", port: int = 8000, *
     logger.info("serving at %s, data %s", where, kept, extra={"event": "serving", "url": where})
     if settings.token is None and not is_loopback(host):
         logger.warning("%s has no token: everybody who reaches this address can read and write", where)
-    server = uvicorn.Server(uvicorn_config(app, **uvicorn_options(app)))
+    server = uvicorn.Server(uvicorn_config(app, listener, **uvicorn_options(app)))
     # uvicorn handles both signals, and raises the one it got again once it has shut down: nothing is left to do then.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
@@ -88,8 +86,6 @@ def uvicorn_options(app: TrajectoryApi) -> dict[str, Any]:
     """What the API needs beside ``uvicorn_config``'s own settings."""
     return {
         "http": protocol_class(app.connections),
-        # asyncio's transports say how a connection ended, which decides whether a batch arrived.
-        "loop": "asyncio",
         "lifespan": "on",
         "proxy_headers": False,
         "server_header": False,
@@ -107,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--token", help="bearer token that clients must send (default: $ATROPOS_API_TOKEN; none: no check)")
     add("--insecure", action="store_true", help="allow a public --host without a token")
     add("--cors-origin", action="append", default=[], help="web origin that may call (repeat; '*': any; default: none)")
-    add("--allowed-host", action="append", default=[], help="further Host name to answer to, without a token")
+    add("--allowed-host", action="append", default=[], help="further Host name to answer to on the loopback")
     add("--no-get-reset", action="store_true", help="allow /reset_data by POST only")
     add("--second-trainer", choices=SECOND_TRAINER, default=known.second_trainer, help="while one is active")
     add("--env-timeout", type=float, default=known.env_timeout, help="silent seconds until an environment is gone")

@@ -25,7 +25,7 @@ class ServerSettings:
     cors_origins: tuple[str, ...] = ()
     """Origins of other sites whose pages may call the API. Empty: none."""
     allowed_hosts: tuple[str, ...] = ()
-    """Names that a request's ``Host`` may have; empty: any. ``serve`` fills it for a loopback address without token."""
+    """Names that a request's ``Host`` may have; empty: any. ``serve`` fills it for a loopback address."""
 
     max_body_bytes: int = 256 * 2**20
     """Longest request body as sent (compressed)."""

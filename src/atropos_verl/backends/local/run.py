@@ -6,13 +6,13 @@ The processes around it belong to the caller, who hands in callables. Nothing he
 import gc
 import os
 import signal
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from atropos_verl.config.schema import RunConfig
+from atropos_verl.http_thread import Listener
 from atropos_verl.training.batch_source import BatchSource
 from atropos_verl.training.checkpoint_state import saved_step
 from atropos_verl.training.step import Evaluations, HeldOut, Progress
@@ -22,7 +22,7 @@ from atropos_verl.types import StepReport
 def run(
     config: RunConfig,
     *,
-    listener: socket.socket,
+    listener: Listener,
     progress: Progress,
     evaluations: Evaluations | None,
     start_environment: Callable[[], None] | None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from atropos_verl.engine.gate import RequestGate
 from atropos_verl.engine.runner import engine_threads
 from atropos_verl.errors import ConfigError, EngineError, WeightSyncError
 from atropos_verl.gateway.app import GatewayServer, create_app
+from atropos_verl.http_thread import Listener
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
 from atropos_verl.training.staleness import make_throttle
@@ -45,7 +45,7 @@ class LocalStack:
 
     @classmethod
     def build(
-        cls, config: RunConfig, model_path: Path, source: WeightSource, gateway_listener: socket.socket | None
+        cls, config: RunConfig, model_path: Path, source: WeightSource, gateway_listener: Listener | None
     ) -> LocalStack:
         """Loads model and tokenizer, builds engine and worker, starts the gateway (gate closed, no weights yet)."""
         import torch

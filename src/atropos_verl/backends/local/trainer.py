@@ -12,7 +12,6 @@ import logging
 import resource
 import shutil
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ import numpy as np
 from atropos_verl.backends.local.stack import LocalStack
 from atropos_verl.config.schema import RunConfig, apply_environment
 from atropos_verl.errors import CheckpointError, ConfigError, DataError, TrainingDivergedError, WeightSyncError
+from atropos_verl.http_thread import Listener
 from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.training.batch_source import BatchSource, RolloutData
 from atropos_verl.training.checkpoint_state import RunState, find_checkpoint, finish_checkpoint
@@ -103,7 +103,7 @@ class AtroposTrainer:
         client: AtroposClient | None = None,
         run_dir: Path | None = None,
         source: BatchSource | None = None,
-        gateway_listener: socket.socket | None = None,
+        gateway_listener: Listener | None = None,
     ) -> None:
         check_extensions(config)
         if config.reward.path is not None:

@@ -1,0 +1,191 @@
+"""What every server of the project shares: whom it answers, and how many connections it keeps for how long."""
+
+import base64
+import logging
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from support.serving import eventually
+
+from atropos_verl import http_thread
+from atropos_verl.http_thread import Listener, ServerThread, environment_token, foreign_page, has_token, listen
+
+LOCAL = ("localhost", "127.0.0.1", "::1")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "localhost:8000"},
+        {"host": "[::1]:8000"},
+        {"host": "LOCALHOST"},
+        {"host": "localhost:8000", "origin": "http://localhost:8000", "sec-fetch-site": "same-origin"},
+        {"host": "localhost:8000", "referer": "http://localhost:8000/page", "sec-fetch-site": "same-origin"},
+        {"host": "localhost:8000", "sec-fetch-site": "none"},
+        {"host": "localhost:8000", "origin": "http://a.example", "sec-fetch-site": "cross-site"},
+        {"host": "localhost:8000", "referer": "http://a.example/x/y", "sec-fetch-site": "cross-site"},
+    ],
+)
+def test_programs_the_own_page_and_allowed_sites_are_answered(headers: dict[str, str]) -> None:
+    assert foreign_page(headers, LOCAL, ["http://a.example"]) is None
+
+
+@pytest.mark.parametrize(
+    ("headers", "said"),
+    [
+        ({"host": "evil.example:8000"}, "host 'evil.example:8000'"),
+        ({"host": "localhost.evil.example"}, "host 'localhost.evil.example'"),
+        ({"host": "["}, "host '['"),
+        ({}, "host ''"),
+        ({"host": "localhost:8000", "origin": "http://evil.example"}, "origin 'http://evil.example'"),
+        ({"host": "localhost:8000", "origin": "null"}, "origin 'null'"),
+        ({"host": "localhost:8000", "origin": "http://localhost:3000"}, "origin 'http://localhost:3000'"),
+        ({"host": "localhost:8000", "referer": "http://evil.example/page"}, "origin 'http://evil.example'"),
+        ({"host": "localhost:8000", "sec-fetch-site": "cross-site"}, "Sec-Fetch-Site: 'cross-site'"),
+        ({"host": "localhost:8000", "sec-fetch-site": "same-site"}, "Sec-Fetch-Site: 'same-site'"),
+        ({"host": "localhost:8000", "sec-fetch-site": "\n"}, r"Sec-Fetch-Site: '\n'"),
+    ],
+)
+def test_pages_of_other_sites_are_found_by_what_their_browser_says(headers: dict[str, str], said: str) -> None:
+    reason = foreign_page(headers, LOCAL)
+    assert reason is not None and said in reason
+
+
+def basic(text: str) -> str:
+    return f"Basic {base64.b64encode(text.encode()).decode()}"
+
+
+def test_a_token_is_taken_as_bearer_or_as_the_password_of_basic() -> None:
+    for good in ("Bearer T", "bearer  T", basic("run:T"), basic(":T")):
+        assert has_token({"authorization": good}, "T")
+        assert has_token({"authorization": good}, "other", "T")
+    for bad in (
+        "",
+        "T",
+        "Bearer",
+        "Bearer TT",
+        "Bearer t",
+        "Basic T",
+        basic("T"),
+        basic("run:"),
+        basic("T:x"),
+        "Bearer ü",
+    ):
+        assert not has_token({"authorization": bad}, "T")
+    assert not has_token({}, "T") and not has_token({"authorization": "Bearer "}, "")
+    assert environment_token("T") != environment_token("U") and not has_token(
+        {"authorization": "Bearer T"}, environment_token("T")
+    )
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    assert scope["type"] == "http"
+    while (await receive()).get("more_body"):
+        pass
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+@pytest.fixture
+def listener() -> Listener:
+    return listen("127.0.0.1", 0, "test", "")
+
+
+@pytest.fixture
+def port(listener: Listener) -> Iterator[int]:
+    with ServerThread(app, service="test", advice="", host="127.0.0.1", port=0, listener=listener, lifespan="off"):
+        yield listener.getsockname()[1]
+
+
+def connect(port: int, said: bytes = b"") -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", port), timeout=20.0)
+    connection.sendall(said)
+    return connection
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Waits for the end of the connection."""
+    try:
+        while connection.recv(1000):
+            pass
+    except ConnectionResetError:
+        pass
+    return True
+
+
+HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"POST / HT", HEAD, HEAD + b"Content-Length: 9\r\n\r\n", HEAD + b"Content-Length: 9\r\n\r\n12"]
+)
+def test_a_connection_that_leaves_its_request_unfinished_is_closed(
+    monkeypatch: pytest.MonkeyPatch, said: bytes, port: int
+) -> None:
+    monkeypatch.setattr(http_thread, "_HEADER_SECONDS", 0.1)
+    monkeypatch.setattr(http_thread, "_BODY_SECONDS", 0.1)
+    assert is_closed(connect(port, said))
+
+
+def test_a_header_that_comes_byte_by_byte_or_never_ends_is_closed(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    monkeypatch.setattr(http_thread, "_HEADER_SECONDS", 0.3)
+    connection = connect(port, HEAD)
+    with pytest.raises(OSError):
+        while True:
+            connection.sendall(b"X: y\r\n")
+            http_thread.time.sleep(0.01)
+    endless = connect(port, HEAD)
+    with pytest.raises(OSError):
+        while True:
+            endless.sendall(b"X: " + b"y" * 1000 + b"\r\n")
+
+
+def test_idle_connections_make_room_for_the_next_and_kept_ones_are_used_again(listener: Listener, port: int) -> None:
+    listener.limit = 8
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as kept:
+        assert kept.get("/").text == "ok"
+        assert kept.get("/").text == "ok"
+        silent = [connect(port) for _ in range(30)]
+        assert kept.get("/").text == "ok"
+        assert is_closed(silent[0])
+    for connection in silent:
+        connection.close()
+    eventually(lambda: listener.count == 0 and not listener.waiting, "every connection to be counted off")
+
+
+def test_with_every_connection_busy_further_ones_are_refused_and_that_is_said_once(
+    listener: Listener, port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener.limit = 3
+    busy = [connect(port, HEAD + b"Content-Length: 1\r\n\r\n") for _ in range(3)]
+    eventually(lambda: listener.count == 3 and not listener.waiting, "the connections to be busy")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(5):
+            assert is_closed(connect(port))
+    assert [record.getMessage().split(" (")[0] for record in caplog.records] == [
+        "connections are refused: 3 are open and have requests under way"
+    ]
+    busy[0].sendall(b"x")
+    assert busy[0].recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_without_file_descriptors_connections_are_refused_and_served_again_later(
+    listener: Listener, port: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept, failing = socket.socket.accept, [True, True, True]
+
+    def scarce(self: socket.socket) -> Any:
+        if self is listener and failing and failing.pop():
+            raise OSError(24, "Too many open files")
+        return accept(self)
+
+    monkeypatch.setattr(socket.socket, "accept", scarce)
+    with caplog.at_level(logging.WARNING):
+        # Each failure costs the connection that is next in the queue.
+        for _ in range(3):
+            assert is_closed(connect(port))
+    assert ["no file descriptor left" in record.getMessage() for record in caplog.records] == [True]
+    assert httpx.get(f"http://127.0.0.1:{port}/", trust_env=False).text == "ok"
