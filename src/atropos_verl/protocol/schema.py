@@ -7,11 +7,13 @@ of the wire validates a group once: the server when it is posted (``check_group`
 The server lets in what upstream's own tests post: extras of another length in an anonymous group, and masks that do not
 repeat the token ids. The trainer quarantines both.
 
-A typed msgspec decoder reads a group. What it refuses (NaN, lone surrogates, unknown fields, a wrong type) is read
-again with Python's ``json``, which accepts it or finds the place to name.
+A typed msgspec decoder reads a group. What it refuses (NaN, lone surrogates, a wrong type) is read again with Python's
+``json``: numbers are converted as upstream's server does, and the place of what is left is found.
 """
 
+import contextlib
 import json
+import logging
 import math
 import re
 import sys
@@ -29,7 +31,11 @@ from numpy.typing import NDArray
 from atropos_verl.errors import UnsupportedFieldError
 from atropos_verl.types import GREEDY_BELOW, NO_LOGPROB, NOT_TRAINED, FloatArray, IntArray, ScoredGroup
 
+logger = logging.getLogger(__name__)
+
 TOO_DEEP = "group: nested too deeply to be read"
+_MAX_DEPTH = 64
+"""Lists and objects inside each other in a field that is free: readers of a batch have a limit, too."""
 LOGPROB_TOLERANCE = 1e-6
 """Engines that round in float32 report logprobs a hair above 0; those are read as 0."""
 MAX_MAGNITUDE = 1e30
@@ -43,11 +49,8 @@ _Rows: TypeAlias = list[list[float] | _Empty | None] | _Empty | msgspec.UnsetTyp
 _Free: TypeAlias = Any | msgspec.UnsetType
 
 
-class ScoredData(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """A group as JSON. UNSET, null, ``[]`` and ``{}`` all mean that a field is absent.
-
-    Unknown names are refused because msgspec would skip their values unchecked.
-    """
+class ScoredData(msgspec.Struct, kw_only=True):
+    """A group as JSON. UNSET, null, ``[]`` and ``{}`` all mean that a field is absent."""
 
     tokens: list[list[int]]
     masks: list[list[int]]
@@ -89,6 +92,9 @@ _EXPECTED: dict[str, tuple[str, ...]] = {
     "env_id": ("an integer or null",),
 }
 """Types of a field, of its entries, and of theirs."""
+_NUMBERS = {**dict.fromkeys(("tokens", "masks", "env_id"), int), **dict.fromkeys(("scores", *EXTRAS), float)}
+_WARNED: set[str] = set()
+"""Unknown names that were logged."""
 
 
 @dataclass(eq=False)
@@ -164,8 +170,10 @@ def check_group(
     unknown: tuple[str, ...] = ()
     in_range = True
     try:
-        fields = _decoder(vocab_size).decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        if not raw.isascii():
+            _as_text(raw)
+        fields, unknown = read_fields(raw, _decoder(vocab_size, forbid=True), _decoder(vocab_size, forbid=False))
+    except (msgspec.DecodeError, RecursionError):
         try:
             raw, fields, unknown = _read_again(raw)
         except RecursionError:
@@ -174,6 +182,8 @@ def check_group(
     env_id = fields.env_id if isinstance(fields.env_id, int) else None
     strict = strict or env_id is not None
     try:
+        free_fields(fields.free())
+        _check_depth(fields)
         extras = {name: fields.rows(name) for name in EXTRAS} if strict else {}
         if strict and isinstance(fields.overrides, list):
             extras["overrides"] = fields.overrides
@@ -188,7 +198,7 @@ def check_group(
         raise
     if env_id is not None and environments is not None and not 0 <= env_id < environments:
         known = f"0 to {environments - 1}" if environments else "none is registered"
-        message = f"env_id = {env_id} is not a registered environment ({known}); POST /register-env first"
+        message = f"env_id = {_show(env_id)} is not a registered environment ({known}); POST /register-env first"
         raise Refusal("unknown_env", message, "env_id", value=env_id)
     suffix = _suffix(tuple([name for name in ScoredData.__struct_fields__ if getattr(fields, name) is msgspec.UNSET]))
     digest = xxhash.xxh3_128(memoryview(raw)[:-1] if suffix else raw)
@@ -208,7 +218,7 @@ def split_list(body: bytes) -> list[bytes]:
     except (msgspec.DecodeError, RecursionError) as error:
         why = error
     try:
-        found = json.loads(body)
+        found = json.loads(_as_text(body))
     except (ValueError, RecursionError) as error:
         raise Refusal("malformed_json", f"the body is not JSON: {error}") from None
     if not isinstance(found, list):
@@ -216,13 +226,35 @@ def split_list(body: bytes) -> list[bytes]:
     return [json.dumps(entry).encode() for entry in found]
 
 
+def _as_text(raw: bytes) -> str:
+    """Strictly UTF-8 without a mark: a batch joins the groups as they came. Raises ``Refusal``."""
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise Refusal("encoding", f"group: not UTF-8 (byte {error.start})") from None
+    if text[:1] == "\ufeff":
+        raise Refusal("encoding", "group: it begins with a byte order mark; send UTF-8 without one")
+    return text
+
+
+def _check_depth(fields: ScoredData) -> None:
+    for name, value in fields.free().items():
+        level = [value] if isinstance(value, dict | list) else []
+        for _ in range(_MAX_DEPTH):
+            children = [child for found in level for child in (found.values() if isinstance(found, dict) else found)]
+            level = [child for child in children if isinstance(child, dict | list)]
+        if level:
+            text = f"{name}: nested too deeply to be read (lists and objects in more than {_MAX_DEPTH} others)"
+            raise Refusal("malformed_json", text, name)
+
+
 @lru_cache(maxsize=16)
-def _decoder(vocab_size: int | None) -> msgspec.json.Decoder[ScoredData]:
+def _decoder(vocab_size: int | None, *, forbid: bool) -> msgspec.json.Decoder[ScoredData]:
     """Reads and checks at once, ranges of token ids included: a second pass over them took a fifth of a POST."""
     token = Annotated[int, msgspec.Meta(ge=0, le=_MAX_TOKEN if vocab_size is None else vocab_size - 1)]
     mask = Annotated[int, msgspec.Meta(ge=-_MAX_TOKEN - 1, le=_MAX_TOKEN)]
     rows: list[tuple[str, Any]] = [("tokens", list[list[token]]), ("masks", list[list[mask]])]
-    bounded = msgspec.defstruct("ScoredData", rows, bases=(ScoredData,), kw_only=True, forbid_unknown_fields=True)
+    bounded = msgspec.defstruct("ScoredData", rows, bases=(ScoredData,), kw_only=True, forbid_unknown_fields=forbid)
     return msgspec.json.Decoder(bounded)
 
 
@@ -252,7 +284,8 @@ def _read_again(raw: bytes) -> tuple[bytes, ScoredData, tuple[str, ...]]:
     """The JSON to store, its fields, and the names of unknown ones. Raises ``Refusal`` with the place."""
     constants: list[str] = []
     found = parse_object(raw, constants)
-    has_changed = [_make_integers(found.get(name)) for name in ("tokens", "masks")]
+    for name in found.keys() & _NUMBERS.keys():
+        found[name] = _converted(found[name], _NUMBERS[name])
     # A lone surrogate, which neither UTF-8 nor msgspec can hold, becomes a question mark.
     fields = to_fields(json.loads(json.dumps(found, ensure_ascii=False).encode("utf-8", "replace")))
     _check_floats(np.array(fields.scores), "scores", None, sys.float_info.max)
@@ -261,7 +294,7 @@ def _read_again(raw: bytes) -> tuple[bytes, ScoredData, tuple[str, ...]]:
             _check_floats(np.array(row or ()), name, sequence, sys.float_info.max)
     if constants:
         raise Refusal("not_finite", f"group: {constants[0]} is not JSON; a trainer could not read the batch")
-    return json.dumps(found).encode() if any(has_changed) else raw, fields, unknown_fields(found)
+    return json.dumps(found).encode(), fields, unknown_fields(found)
 
 
 def parse_object(raw: bytes, constants: list[str] | None = None) -> dict[str, Any]:
@@ -278,9 +311,7 @@ def parse_object(raw: bytes, constants: list[str] | None = None) -> dict[str, An
         return float(name.replace("Infinity", "inf"))
 
     try:
-        found = json.loads(raw, parse_constant=constant)
-    except UnicodeDecodeError as error:
-        raise Refusal("encoding", f"group: not UTF-8 (byte {error.start})") from None
+        found = json.loads(_as_text(raw), parse_constant=constant)
     except ValueError as error:  # also an integer of more than 4300 digits
         raise Refusal("malformed_json", f"group: not JSON ({_cut(str(error))})") from None
     if not isinstance(found, dict):
@@ -313,20 +344,41 @@ def to_fields(found: Mapping[str, Any]) -> ScoredData:
     raise Refusal("type", f"{place} = {_show(value)}: {problem}", field, sequence, index, value)
 
 
+Decoder: TypeAlias = msgspec.json.Decoder[ScoredData]
+
+
+def read_fields(raw: bytes, forbidding: Decoder, tolerant: Decoder) -> tuple[ScoredData, tuple[str, ...]]:
+    """The fields of a group, and the unknown names that hold something. The decoders differ in whether they refuse such
+    names; one that does not skips the values, so that nothing is known of them but that they are JSON.
+
+    Raises:
+        msgspec.DecodeError, RecursionError: it is no group.
+    """
+    try:
+        return forbidding.decode(raw), ()
+    except msgspec.ValidationError as error:
+        if not str(error).startswith("Object contains unknown field"):
+            raise
+    values = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+    texts = {name: bytes(values[name]).translate(None, b" \t\r\n") for name in values.keys() - FIELD_NAMES}
+    unknown = sorted(name for name, text in texts.items() if text not in (b"null", b"[]", b"{}"))
+    return tolerant.decode(raw), tuple(unknown)
+
+
 def unknown_fields(found: Mapping[str, Any]) -> tuple[str, ...]:
     """Names that ``ScoredData`` does not know and that hold something."""
     return tuple(sorted(name for name in found if name not in FIELD_NAMES and found[name] not in (None, [], {})))
 
 
-def _make_integers(rows: Any) -> bool:
-    """Make 5.0 and True integers, as upstream's server does. Returns whether anything was changed."""
-    changed = False
-    for row in rows if isinstance(rows, list) else ():
-        for index, value in enumerate(row if isinstance(row, list) else ()):
-            if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
-                row[index] = int(value)
-                changed = True
-    return changed
+def _converted(found: Any, kind: type) -> Any:
+    """The numbers that pydantic makes of values and of lists of them at upstream's server: true is 1, "5" and 5.0 are
+    5. What is none stays, to be refused with its place."""
+    if isinstance(found, list):
+        return [_converted(entry, kind) for entry in found]
+    if isinstance(found, bool | str) or (kind is int and isinstance(found, float) and found.is_integer()):
+        with contextlib.suppress(ValueError):
+            return kind(found)
+    return found
 
 
 def int_row(row: list[int], typecode: Literal["i", "q"], field: str, sequence: int) -> NDArray[Any]:
@@ -351,11 +403,9 @@ def float_row(row: list[float]) -> FloatArray:
 def free_fields(found: Mapping[str, Any]) -> dict[str, Any]:
     """``FREE_FIELDS`` as ``ScoredGroup`` holds them, absent ones as None. Raises ``Refusal`` for a wrong type."""
     overrides = found.get("overrides")
-    entries: tuple[dict[str, Any], ...] = ()
-    if overrides:
-        if not isinstance(overrides, list):
-            raise Refusal("type", f"overrides = {_show(overrides)}: expected a list", "overrides")
-        entries = tuple([_object(entry, f"overrides[{i}]") or {} for i, entry in enumerate(overrides)])
+    if not isinstance(overrides, list) and overrides not in (None, {}):
+        raise Refusal("type", f"overrides = {_show(overrides)}: expected a list", "overrides", value=overrides)
+    entries = tuple([_object(entry, f"overrides[{i}]") or {} for i, entry in enumerate(overrides or ())])
     objects = {name: _object(found.get(name), name) for name in ("group_overrides", "generation_params")}
     others = ("messages", "images", "distill_token_ids", "distill_logprobs")
     present = {name: None if _is_empty(found.get(name)) else found[name] for name in others}
@@ -366,7 +416,7 @@ def _object(value: Any, where: str) -> dict[str, Any] | None:
     if value in (None, [], {}):
         return None
     if not isinstance(value, dict):
-        raise Refusal("type", f"{where} = {_show(value)}: expected an object", where.partition("[")[0])
+        raise Refusal("type", f"{where} = {_show(value)}: expected an object", where.partition("[")[0], value=value)
     return value
 
 
@@ -502,22 +552,27 @@ def _check_overrides(group: ScoredGroup, i: int) -> None:
             raise Refusal("value", f"{where} = {_cut(repr(value))}: must be finite and at least 0", value=value)
 
 
-def check_supported(group: ScoredGroup, ignored: Sequence[str]) -> None:
-    """Refuse, by name, fields that carry a value and that this trainer does not use.
+def check_supported(groups: Sequence[ScoredGroup], ignored: Sequence[str]) -> None:
+    """Refuse, all by name at once, fields that carry a value and that this trainer does not use. Names that
+    ``ScoredData`` does not have are warned about once each: upstream's server drops them.
 
     Raises:
-        UnsupportedFieldError: names the field and the setting that lets the user ignore it.
+        UnsupportedFieldError: names the fields and the setting that lets the user ignore them.
     """
-    unused = ("images", "distill_token_ids", "distill_logprobs", "ref_logprobs")
-    present = [name for name in unused if getattr(group, name) is not None]
-    for name in (*present, *group.unknown_fields):
-        if name not in ignored:
-            kind = "not known to this version" if name in group.unknown_fields else "not used by this trainer"
-            sender = "" if group.env_id is None else f"with env_id {group.env_id} "
-            raise UnsupportedFieldError(
-                f"{name}: the environment {sender}sends this ScoredData field, which is {kind}. "
-                f"Set data.ignore_fields=[{name}] to train without it"
-            )
+    for name in {name for group in groups for name in group.unknown_fields} - {*ignored, *_WARNED}:
+        _WARNED.add(name)
+        logger.warning("an environment sends %s, which is no field of ScoredData: it is ignored", _show(name))
+    unused = {"images", "distill_token_ids", "distill_logprobs", "ref_logprobs"}.difference(ignored)
+    sent = [(name, group.env_id) for group in groups for name in sorted(unused) if getattr(group, name) is not None]
+    senders = {name for name, _ in sent}
+    if senders:
+        names, sender = ", ".join(sorted(senders)), sent[0][1]
+        who = "" if sender is None else f"with env_id {sender} "
+        what = "these ScoredData fields, which are" if len(senders) > 1 else "this ScoredData field, which is"
+        raise UnsupportedFieldError(
+            f"{names}: the environment {who}sends {what} not used by this trainer. "
+            f"Set data.ignore_fields=[{','.join(sorted(senders))}] to train without"
+        )
 
 
 def stated_temperature(group: ScoredGroup, index: int) -> float | None:

@@ -25,10 +25,12 @@ from atropos_verl.protocol.schema import (
     CheckedGroup,
     Refusal,
     ScoredData,
+    check_group,
     float_row,
     free_fields,
     int_row,
     parse_object,
+    read_fields,
     to_fields,
     unknown_fields,
 )
@@ -67,11 +69,15 @@ class _Header(msgspec.Struct, omit_defaults=True):
     lengths: list[int] = []
     arrays: list[tuple[str, str, int, int]] = []
     rest: dict[str, Any] = {}
+    unknown: tuple[str, ...] = ()
     json: bool = False
 
 
 _DECODE_ENVELOPE = msgspec.json.Decoder(_Envelope)
-_DECODE_GROUP = msgspec.json.Decoder(ScoredData)
+_DECODE_GROUP: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
+    msgspec.defstruct("ScoredData", [], bases=(ScoredData,), kw_only=True, forbid_unknown_fields=True)
+)
+_DECODE_TOLERANT = msgspec.json.Decoder(ScoredData)
 _DECODE_HEADER = msgspec.json.Decoder(_Header)
 
 
@@ -113,7 +119,7 @@ def decode_group(raw: bytes) -> ScoredGroup:
     unknown: tuple[str, ...] = ()
     try:
         try:
-            fields = _DECODE_GROUP.decode(raw)
+            fields, unknown = read_fields(raw, _DECODE_GROUP, _DECODE_TOLERANT)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             found = parse_object(raw)
             fields, unknown = to_fields(found), unknown_fields(found)
@@ -247,14 +253,6 @@ def _encode_numpy(value: Any) -> Any:
 def pack_group(group: CheckedGroup) -> bytes:
     """Encodes one group for the packed wire."""
     fields = group.fields
-    try:
-        free_fields(fields.free())
-        is_packable = not group.unknown
-    except Refusal:  # a reader of the arrays and ``rest`` would not find what a reader of the JSON does
-        is_packable = False
-    if not is_packable:
-        raw = group.complete()
-        return _blob(_Header(json=True), [raw, b" " * (-len(raw) % 8)])
     blobs: list[bytes] = []
     arrays: list[tuple[str, str, int, int]] = []
     offset = 0
@@ -291,7 +289,15 @@ def pack_group(group: CheckedGroup) -> bytes:
             exact = bool(np.array_equal(short, values))
             put(name, "f4" if exact else "f8", short if exact else values, len(values))
     rest = {name: value for name, value in fields.free().items() if value}
-    return _blob(_Header(group.digest.hex()[:16], group.env_id, lengths, arrays, rest), blobs)
+    return _blob(_Header(group.digest.hex()[:16], group.env_id, lengths, arrays, rest, group.unknown), blobs)
+
+
+def pack_stored(raw: bytes) -> bytes:
+    """``pack_group`` of a group's JSON, which an earlier version may have let in with less of a check."""
+    try:
+        return pack_group(check_group(raw))
+    except (Refusal, RecursionError):
+        return _blob(_Header(json=True), [raw, b" " * (-len(raw) % 8)])
 
 
 def _blob(header: _Header, blobs: list[bytes]) -> bytes:
@@ -361,6 +367,7 @@ def _decode_packed_group(part: memoryview) -> ScoredGroup:
         **free_fields(header.rest),
         env_id=header.env_id,
         group_id=header.group_id,
+        unknown_fields=header.unknown,
     )
 
 

@@ -20,8 +20,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from atropos_verl.errors import AtroposVerlError
-from atropos_verl.protocol.schema import Refusal, check_group
-from atropos_verl.protocol.wire import join_packed, pack_group
+from atropos_verl.protocol.schema import Refusal
+from atropos_verl.protocol.wire import join_packed, pack_stored
 from atropos_verl.server.batcher import StoredGroup
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.status import Counters
@@ -142,7 +142,7 @@ def batch_parts(groups: Iterable[StoredGroup], *, packed: bool) -> list[bytes]:
     """
     pieces: list[bytes | memoryview] = [b'{"batch":[']
     if packed:
-        blobs = [pack_group(check_group(group.raw)) if group.packed is None else group.packed for group in groups]
+        blobs = [pack_stored(group.raw) if group.packed is None else group.packed for group in groups]
         pieces = [*join_packed(blobs)]
     else:
         for index, group in enumerate(groups):

@@ -94,12 +94,12 @@ def collect_samples(
     for group in groups:
         reason = find_defect(group, settings.vocab_size)
         if reason is None:
-            check_supported(group, settings.ignore_fields)
             sound.append(group)
         elif settings.on_bad_group == "error":
             raise DataError(reason)
         else:
             quarantined.append(QuarantinedGroup(group=group, reason=reason))
+    check_supported(sound, settings.ignore_fields)
     kept = settings.keeps(sound) if settings.keeps is not None and sound else [True] * len(sound)
     used = [group for group, keep in zip(sound, kept, strict=True) if keep]
     filtered = [group for group, keep in zip(sound, kept, strict=True) if not keep]

@@ -14,7 +14,7 @@ from support.trajectory_server import group
 
 from atropos_verl.errors import AtroposProtocolError
 from atropos_verl.protocol.schema import Refusal, check_group
-from atropos_verl.protocol.wire import MAGIC, decode_batch, decode_group, join_packed, pack_group
+from atropos_verl.protocol.wire import MAGIC, decode_batch, decode_group, join_packed, pack_group, pack_stored
 from atropos_verl.types import ScoredGroup
 
 
@@ -48,9 +48,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "absent as empty": {"advantages": [], "overrides": {}, "messages": [], "generation_params": {}},
     "masks that are no token ids": {"masks": [[1, 1, 1], [0, 1, 1]]},
-    "overrides that are no list": {"overrides": {"set_advantage_to_zero": True}},
-    "generation_params that are a list": {"generation_params": [1]},
-    "an unknown field": {"note": 5},
+    "unknown fields": {"note": 5, "empty": [], "none": None, "seed": {"a": [1e300]}},
     "rows of another length": {"advantages": [[0.1], [0.2, 0.3, 0.4, 0.5]]},
     "a row too few": {"advantages": [[0.1, 0.2, 0.3]]},
 }
@@ -104,6 +102,12 @@ def test_random_batches(seed: int) -> None:
     assert len(found) == len(accepted)
     for one, candidate in zip(found, accepted, strict=True):
         assert_same(one, decode_group(check_group(json.dumps(candidate).encode()).complete()))
+
+
+def test_what_an_earlier_server_let_in_comes_as_json() -> None:
+    raw = json.dumps(group(3, 2, overrides={"temperature": 1})).encode()
+    (found,) = decode_batch(b"".join(join_packed([pack_stored(raw)])))
+    assert found.defect == 'overrides = {"temperature": 1}: expected a list' and found.raw == raw
 
 
 def test_an_empty_batch() -> None:

@@ -7,6 +7,7 @@ import pytest
 from support.trajectory_server import group
 
 from atropos_verl.protocol.schema import Refusal, check_group, split_list
+from atropos_verl.protocol.wire import decode_group
 
 
 def refusal(body: Any, **options: Any) -> Refusal:
@@ -33,6 +34,7 @@ def with_bytes(field: bytes) -> bytes:
 
 
 NAN, INF = float("nan"), float("inf")
+GOOD = b'{"tokens":[[1]],"masks":[[1]],"scores":[1]}'
 ROW = [1, 7, 100]
 
 REFUSED: dict[str, tuple[Any, str, tuple[str | int, ...], str]] = {
@@ -82,13 +84,35 @@ REFUSED: dict[str, tuple[Any, str, tuple[str | int, ...], str]] = {
     "not UTF-8": (with_bytes(b'"messages":[[{"role":"u","content":"\xff"}]]'), "encoding", (), "not UTF-8"),
     "not UTF-8 in an unknown field": (with_bytes(b'"note":"\xff"'), "encoding", (), "not UTF-8"),
     "deep": (with_bytes(b'"images":' + b"[" * 100_000 + b"]" * 100_000), "malformed_json", (), "nested too deeply"),
+    "deeper than readers take": (
+        with_bytes(b'"messages":[[{"role":"u","content":' + b'{"a":[' * 32 + b"1" + b"]}" * 32 + b"}]]"),
+        "malformed_json",
+        ("messages",),
+        "messages: nested too deeply",
+    ),
+    "deep in an unknown field": (with_bytes(b'"x":' + b"[" * 9999 + b"]" * 9999), "malformed_json", (), "too deeply"),
+    "byte order mark": (b"\xef\xbb\xbf" + GOOD, "encoding", (), "byte order mark"),
+    "UTF-16": (GOOD.decode().encode("utf-16"), "encoding", (), "not UTF-8 (byte 0)"),
+    "UTF-16 without a mark": (GOOD.decode().encode("utf-16-le"), "malformed_json", (), "not JSON"),
+    "UTF-32": (GOOD.decode().encode("utf-32"), "encoding", (), "not UTF-8 (byte 0)"),
+    "NaN in an unknown field": (with_bytes(b'"x":{"y":NaN}'), "not_finite", (), "NaN is not JSON"),
+    "nan as text": (changed(scores=["nan", 1]), "not_finite", ("scores", 0), "scores[0] = nan: must be finite"),
+    "huge env_id": (changed(env_id=10**30), "unknown_env", ("env_id",), f"env_id = {10**30} is not a registered"),
+    "endless env_id": (with_bytes(b'"env_id":' + b"9" * 5000), "malformed_json", (), "not JSON"),
+    "overrides a text": (changed(overrides=""), "type", ("overrides",), 'overrides = "": expected a list'),
+    "overrides 0": (changed(overrides=0), "type", ("overrides",), "overrides = 0: expected a list"),
+    "overrides false": (changed(overrides=False), "type", ("overrides",), "overrides = false: expected a list"),
+    "overrides an object": (changed(overrides={"a": 1}), "type", ("overrides",), "expected a list"),
+    "entry 0": (changed(overrides=[0, {}]), "type", ("overrides",), "overrides[0] = 0: expected an object"),
+    "params": (changed(generation_params=[1]), "type", ("generation_params",), "expected an object"),
+    "group_overrides false": (changed(group_overrides=False), "type", ("group_overrides",), "expected an object"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused(name: str) -> None:
     body, reason, place, text = REFUSED[name]
-    found = refusal(body)
+    found = refusal(body, environments=1)
     assert text in found.message
     answer = found.as_fields()
     assert answer["detail"] == [{"type": reason, "loc": ["body", *place], "msg": found.message}]
@@ -132,8 +156,10 @@ def test_what_is_empty_is_absent_rows_one_by_one(fields: dict[str, Any]) -> None
 
 
 def test_unknown_fields_are_kept() -> None:
-    raw = json.dumps(group(1, 2, note={"mine": [1, 2]})).encode()
-    assert json.loads(check_group(raw).raw)["note"] == {"mine": [1, 2]}
+    raw = json.dumps(group(1, 2, note={"mine": [1, 2]}, seed=3, nothing=None)).encode()
+    checked = check_group(raw)
+    assert json.loads(checked.raw)["note"] == {"mine": [1, 2]}
+    assert checked.unknown == ("note", "seed")
 
 
 def test_lengths_of_extras_of_an_anonymous_group_are_left_to_the_trainer() -> None:
@@ -143,11 +169,27 @@ def test_lengths_of_extras_of_an_anonymous_group_are_left_to_the_trainer() -> No
     assert refusal(raw, strict=True).reason == "length"
 
 
-def test_numbers_that_upstream_makes_integers() -> None:
-    raw = json.dumps({"tokens": [[1.0, 2]], "masks": [[True, 2.0]], "scores": [1]}).encode()
-    stored = json.loads(check_group(raw).raw)
-    assert (stored["tokens"], stored["masks"]) == ([[1, 2]], [[1, 2]])
-    assert all(type(value) is int for row in (*stored["tokens"], *stored["masks"]) for value in row)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tokens": [[1.0, True, "7"]], "masks": [[True, 2.0, "-100"]], "scores": [True]},
+        {"scores": ["1.5"], "advantages": [[True, "0.5", 1]], "inference_logprobs": [["-0.5", False, -1]]},
+        {"env_id": "0", "ref_logprobs": [["1e-3", 0, 1]]},
+        {"env_id": 0.0},
+        {"env_id": False},
+    ],
+)
+def test_numbers_are_converted_as_upstreams_server_does(fields: dict[str, Any]) -> None:
+    from atroposlib.api.server import ScoredData
+
+    raw = json.dumps({"tokens": [[1, 2, 3]], "masks": [[1, 2, 3]], "scores": [1], **fields}).encode()
+    checked = check_group(raw, environments=1)
+    expected = ScoredData.model_validate_json(raw).model_dump()
+    stored = json.loads(checked.complete())
+    assert stored == expected
+    numbers = [stored[name] for name in ("tokens", "masks", "scores", "advantages", "inference_logprobs", "env_id")]
+    assert not any(kind in json.dumps(numbers) for kind in ("true", "false", '"'))
+    assert decode_group(checked.complete()).defect is None
 
 
 def test_lone_surrogates_in_a_message_are_kept() -> None:

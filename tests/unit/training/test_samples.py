@@ -270,7 +270,6 @@ def test_whatever_comes_is_quarantined_or_sound(bad: dict[str, Any], normalizati
         ("distill_token_ids", [[[1]], [[2]]]),
         ("distill_logprobs", [[[0.0]], [[-1.0]]]),
         ("ref_logprobs", [[-1.0] * 3, [-1.0] * 4]),
-        ("something_new", {"a": 1}),
     ],
 )
 def test_fields_that_are_not_used_are_refused_by_name_unless_ignored(field: str, value: Any) -> None:
@@ -280,6 +279,23 @@ def test_fields_that_are_not_used_are_refused_by_name_unless_ignored(field: str,
     assert advantages(report) == [pytest.approx([0, 0, A]), pytest.approx([0, 0, -A, -A])]
     for absent in (None, [], {}):
         assert build(group(**{field: absent})).groups == 1
+
+
+def test_unused_fields_of_a_batch_are_named_at_once_and_unknown_ones_are_warned_about_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    groups = [
+        group(images=["a", "b"]),
+        group(distill_logprobs=[[[0.0]], [[-1.0]]], my_seed=5),
+        group(my_seed=6, my_a=7),
+    ]
+    with pytest.raises(UnsupportedFieldError, match=r"ignore_fields=\[distill_logprobs,images\]"):
+        build(*groups)
+    build(*groups, ignore_fields=("images", "distill_logprobs"))
+    assert sorted(record.getMessage()[:31] for record in caplog.records if "no field" in record.getMessage()) == [
+        'an environment sends "my_a", wh',
+        'an environment sends "my_seed",',
+    ]
 
 
 def test_a_bad_group_is_quarantined_before_its_fields_are_looked_at() -> None:
