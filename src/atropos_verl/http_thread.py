@@ -23,6 +23,7 @@ import socket
 import threading
 import time
 from collections.abc import Collection, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 from urllib.parse import urlsplit
 
@@ -249,6 +250,8 @@ class Listener(socket.socket):
             self.limit = max(1, min(_MAX_CONNECTIONS, files - min(_OTHER_FILES, files // 2)))
         self.count = 0
         """Accepted and not closed yet."""
+        self.settling = 0
+        """Of these, those that asyncio has not handed to a protocol yet, or that were told to close."""
         self.waiting: dict[Any, None] = {}
         """Protocols without a request under way, those that have waited longest first."""
         self._spare = os.open(os.devnull, os.O_RDONLY)
@@ -256,11 +259,15 @@ class Listener(socket.socket):
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Raises ``BlockingIOError`` where there is no room: asyncio then asks again in its next turn."""
-        if self.count >= self.limit and self.waiting:
-            for protocol in list(self.waiting)[:_EVICTED_AT_ONCE]:
-                del self.waiting[protocol]
-                protocol.transport.abort()
-            raise BlockingIOError
+        if self.count >= self.limit:
+            if not self.settling:
+                for protocol in [*islice(self.waiting, min(_EVICTED_AT_ONCE, 1 + len(self.waiting) // 8))]:
+                    del self.waiting[protocol]
+                    protocol.is_evicted = True
+                    protocol.transport.abort()
+                    self.settling += 1
+            if self.settling:
+                raise BlockingIOError
         try:
             connection, address = super().accept()
         except OSError as error:
@@ -276,6 +283,7 @@ class Listener(socket.socket):
             connection.close()
             self._refuse(f"{self.count} are open and have requests under way")
         self.count += 1
+        self.settling += 1
         return connection, address
 
     def _refuse(self, why: str) -> NoReturn:
@@ -299,8 +307,10 @@ def _watched(base: Any, listener: Listener) -> type[Any]:
             self._writing: Any = None
             self._part: str | None = None
             self._received = 0
-            super().connection_made(transport)
+            self.is_evicted = False
+            listener.settling -= 1
             listener.waiting[self] = None
+            super().connection_made(transport)
             self._watch("header")
 
         def data_received(self, data: bytes) -> None:
@@ -335,6 +345,7 @@ def _watched(base: Any, listener: Listener) -> type[Any]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             listener.count -= 1
+            listener.settling -= self.is_evicted
             listener.waiting.pop(self, None)
             self._watch(None)
             self._writing = self._writing and self._writing.cancel()
