@@ -69,7 +69,7 @@ class Drill:
     def environment_freezes(self) -> str:
         said = len(self.run.stdout)
         self.run.send("demo", signal.SIGSTOP)
-        self.run.wait_for_output("Nobody asks the gateway for completions: is demo stuck", said)
+        self.run.wait_for_output("nobody asks the gateway for completions: is environment demo stuck", said)
         self.run.send("demo", signal.SIGCONT)
         diagnosis = self.run.stdout[said:]
         self.run.wait_for_more(3)
@@ -124,11 +124,11 @@ def test_environments_that_cannot_start_or_never_register_are_given_up_and_the_r
 def test_a_stall_is_diagnosed(drill: Drill) -> None:
     """By a frozen environment: nothing in the queue, nobody at the gateway."""
     for words in (
-        "the run goes on waiting. What is known:",
+        "what is known; the run goes on waiting:",
         "  demo: running, pid",
         "  inference gateway: 0 requests in flight, 0 tokens/s",
         "  environment demo_1: alive, heard",  # the second registration: it was killed before
-        "  1. broken was given up",
+        "  broken: failed, 1 restarts: exited with code 3",
     ):
         assert words in drill.diagnosis
 

@@ -54,6 +54,8 @@ class LogFacts:
     api: Sequence[str] = ()
     addresses: Mapping[str, str] = field(default_factory=dict)
     """Environment → what stands between it and the gateway, where something is seen to."""
+    endings: Mapping[str, str] = field(default_factory=dict)
+    """Environment → the last line of its log."""
 
 
 def common_errors(text: str) -> list[tuple[int, str]]:
@@ -153,7 +155,7 @@ def _cause(state: Mapping[str, Any], facts: LogFacts) -> tuple[str, list[str]]:
         return f"the trajectory API at {state.get('api_url')} does not answer: it is gone or frozen", [todo]
     running = [service["name"] for service in environments if service["state"] == "running"]
     if environments and not running:
-        return _not_running(environments)
+        return _not_running(environments, facts)
     if not gateway and state.get("gateway_url"):
         todo = f"see {logs}/trainer.log, and its CPU use (kill -CONT wakes a stopped one)"
         return "the trainer's gateway does not answer: the trainer is gone, busy or frozen", [todo]
@@ -166,16 +168,16 @@ def _cause(state: Mapping[str, Any], facts: LogFacts) -> tuple[str, list[str]]:
     return _no_groups(state, facts, who) or _silence(state, facts, who, running)
 
 
-def _not_running(environments: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]]:
+def _not_running(environments: Sequence[Mapping[str, Any]], facts: LogFacts) -> tuple[str, list[str]]:
     texts = {
         "failed": ("was given up", "the end of its log says why"),
         "restarting": ("has just died", "the end of its log says why"),
-        "starting": ("is starting, and has not registered at the API yet", "see its log: is it loading something?"),
+        "starting": ("is starting, and has not registered at the API yet", "is it loading something? See its log"),
     }
     service = environments[0]
     what, todo = texts.get(service["state"], (f"is {service['state']}", "see its log"))
-    detail = f": {service['detail']}" if service.get("detail") else ""
-    return f"environment {service['name']} {what}{detail}", [todo]
+    detail = service.get("detail") or facts.endings.get(service["name"])
+    return f"environment {service['name']} {what}" + (f": {detail}" if detail else ""), [todo]
 
 
 def _no_groups(state: Mapping[str, Any], facts: LogFacts, who: str) -> tuple[str, list[str]] | None:

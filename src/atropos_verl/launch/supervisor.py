@@ -216,6 +216,7 @@ class Supervisor:
         self._stall_wait = 0.0
         self._counted: dict[str, int] = {}
         self._log_sizes: dict[Path, int] = {}
+        self._is_over = False
         self.diagnosis = ""
         """Why no batch has come; "" while they come."""
         self._state_at = 0.0
@@ -531,8 +532,8 @@ class Supervisor:
 
     def _conclude(self) -> None:
         """The diagnosis for the final error, before the services that it looks at are ended."""
-        alive = any(watched.is_alive for watched in self.services)  # the first time that it is asked to end
-        if self.diagnosis and alive and (silent := self._silent_seconds()):
+        silent, self._is_over = None if self._is_over else self._silent_seconds(), True
+        if self.diagnosis and silent:
             self.diagnosis = diagnose(self.state(), silent, self._facts(), going_on=False)
 
     def _counts(self) -> dict[str, int]:
@@ -552,6 +553,7 @@ class Supervisor:
 
     def _facts(self) -> LogFacts:
         logs, errors, addresses = self.plan.run_dir / "logs", {}, {}
+        endings = {watched.name: watched.log_tail(1) for watched in self._environments}
         for watched in self._environments:
             if watched.process is not None:
                 path = watched.process.spec.log_path
@@ -560,7 +562,7 @@ class Supervisor:
                 addresses[watched.name] = found
         of_trainer = "".join(read_tail(path) for path in (*sorted(logs.glob("trainer*.log")), logs / "command.log"))
         of_api = "" if self._api is None or self._api.process is None else read_tail(self._api.process.spec.log_path)
-        return LogFacts(errors, last_refusals(of_trainer), last_refusals(of_api), addresses)
+        return LogFacts(errors, last_refusals(of_trainer), last_refusals(of_api), addresses, endings)
 
     def state(self) -> dict[str, Any]:
         """The state that a view shows, ``attach`` reads from ``run_dir/state.json`` and a diagnosis rests on."""

@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atropos_verl.config.composition import load_config, train_help
-from atropos_verl.config.launch_schema import note_of_unused_keys
+from atropos_verl.config.launch_schema import LaunchConfig, note_of_unused_keys
 from atropos_verl.config.model_checks import check_vocabulary
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposTimeoutError, AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.http_thread import listen
 from atropos_verl.launch.environments import direct, secrets_of, write_tokenizer
 from atropos_verl.launch.evaluation import EvaluationProcesses, PlannedEvaluation, read_evaluations
+from atropos_verl.launch.orphan_reaper import TOKEN_VARIABLE
 from atropos_verl.launch.plan import LaunchPlan, make_plan, one_environment, url_of
 from atropos_verl.launch.probes import free_port
 from atropos_verl.launch.supervisor import Supervisor
@@ -119,8 +120,8 @@ def _exit_code_of(run: Callable[[], int]) -> int:
 class TrainingServices:
     """Trajectory API, environment and held-out evaluations of a trainer in this process.
 
-    With ``atropos.api_url`` they are somebody else's: the API is only contacted, and evaluations are those that a
-    launch has planned. Otherwise a supervisor starts and restarts them.
+    With ``atropos.api_url`` they are somebody else's: the API is only contacted and watched, and evaluations are those
+    that a launch has planned. Otherwise a supervisor starts and restarts them.
 
     A run that ``is_resumed`` is not evaluated before it; the backend puts ``prefix`` before its keys. Raises
     ``ConfigError`` when the environment cannot be started.
@@ -134,13 +135,18 @@ class TrainingServices:
         self._prefix = prefix
         self._supervisor: Supervisor | None = None
         self._plan: LaunchPlan | None = None
-        if not config.is_attached:
-            url = url_of(config.gateway.host, gateway_port)
+        url = url_of(config.gateway.host, gateway_port)
+        gateway = {"advertise_url": config.gateway.advertise_url or url}
+        if config.is_attached:
+            # Nothing to start, but to be watched, unless a launch does that.
+            if TOKEN_VARIABLE not in os.environ:
+                filled, trainer = config.with_values(gateway=gateway), LaunchConfig(only=("trainer",))
+                self._plan = make_plan(filled, trainer, own_api=False, probe_url=url, trains_here=True)
+        else:
             # Made anew in each run: a token meant for another API is none of this one's. Upstream's asks for none.
             token = None if config.atropos.server == "upstream" else secrets.token_hex(24)
             api = {"api_url": url_of(_HOST, free_port(_HOST)), "token": token}
-            api_key = config.gateway.api_key or secrets.token_hex(24)
-            gateway = {"advertise_url": config.gateway.advertise_url or url, "api_key": api_key}
+            gateway["api_key"] = config.gateway.api_key or secrets.token_hex(24)
             filled = config.with_values(atropos=api, gateway=gateway)
             os.environ.update(direct(filled))
             self._plan = make_plan(filled, one_environment(config), own_api=True, probe_url=url, trains_here=True)
@@ -151,16 +157,21 @@ class TrainingServices:
         Raises ``ServiceError`` or ``AtroposAPIError``.
         """
         self._progress = progress
-        if self._plan is None:
+        if self._plan is not None:
+            self._supervisor = Supervisor(self._plan, progress.note)
+        if self.config.is_attached:
             self._contact_api(progress)
+            if self._supervisor is not None:
+                self._supervisor.start()
             return self.config
+        assert self._plan is not None
+        assert self._supervisor is not None
         progress.phase("starting the trajectory API")
         data_dir = self.run_dir / "api"
         if self.config.resume == "disable" and data_dir.is_dir():
             logger.info("resume=disable: the state of an earlier API in %s is removed", data_dir)
             shutil.rmtree(data_dir)
         write_tokenizer(self._plan.config)
-        self._supervisor = Supervisor(self._plan, progress.note)
         self._supervisor.start_api()
         if self._plan.evaluations:
             self._plan_evaluations(self._plan.evaluations)
