@@ -117,9 +117,8 @@ def _api_lines(state: Mapping[str, Any]) -> list[str]:
     listed = environments_of(api)
     if listed is None:
         return [*lines, "  environments: this API does not say who sent what"]
+    listed = [item for item in listed if item.get("state") != "disconnected"]
     for item in listed:
-        if item.get("state") == "disconnected":
-            continue
         share = item.get("min_batch_allocation")
         least = "" if share is None else f", least share {share:.2f}"
         lines.append(
@@ -127,7 +126,7 @@ def _api_lines(state: Mapping[str, Any]) -> list[str]:
             f"{item.get('heard_seconds_ago', '?')} s ago, {item.get('groups', '?')} groups sent, "
             f"{item.get('waiting_sequences', '?')} sequences waiting, {item.get('refused', 0)} refused{least}"
         )
-    return lines if len(lines) > 1 else [*lines, "  environments: none is registered"]
+    return lines if listed else [*lines, "  environments: none is registered"]
 
 
 def _gateway_lines(state: Mapping[str, Any]) -> list[str]:

@@ -25,6 +25,7 @@ _KEPT_REWARDS = 400
 
 def free_port(host: str = "127.0.0.1", port: int = 0) -> int:
     """``port``, or any free one for 0. Raises ``OSError`` when it cannot be listened on at this moment."""
+    host = host.strip("[]")
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
