@@ -22,6 +22,7 @@ then goes on with the next word.
 import asyncio
 import gc
 import hashlib
+import json
 import logging
 import sys
 import time
@@ -135,6 +136,7 @@ class SpellBackwardEnv(BaseEnv):  # type: ignore[misc]  # atroposlib has no type
         start = self.config.seed * 1_000_003 % 2**30
         next(self._tasks(start, held_out=False))  # raises now, not in the middle of the run
         self.train_tasks = self._tasks(start, held_out=False)
+        self.tasks_drawn = self._saved_step = 0
         self.eval_tasks = self._distinct(self._tasks(EVAL_START, held_out=True), self.config.eval_words)
         logger.info("%d held-out words for evaluation", len(self.eval_tasks))
 
@@ -171,7 +173,34 @@ class SpellBackwardEnv(BaseEnv):  # type: ignore[misc]  # atroposlib has no type
 
     async def get_next_item(self) -> dict[str, Any]:
         """The next training task; the order depends on ``--env.seed`` only."""
+        step = getattr(self, "status_dict", {}).get("current_step", 0)
+        if self.wandb_prepend and step > self._saved_step:
+            self.save_checkpoint(step)
+        self.tasks_drawn += 1
         return next(self.train_tasks)
+
+    def save_checkpoint(self, step: int, data: dict[str, Any] | None = None) -> None:
+        """Keeps the position among the tasks. Atropos calls it every ``save_freq`` steps of the trainer, we after each:
+        an interrupted run is saved at any step. What those in between wrote is removed by the next.
+        """
+        super().save_checkpoint(step, {"tasks_drawn": self.tasks_drawn, **(data or {})})
+        before, self._saved_step = self._saved_step, step
+        if before != step and (self.checkpoint_interval <= 0 or before % self.checkpoint_interval):
+            self._position_file(before).unlink(missing_ok=True)
+
+    def load_checkpoint(self) -> None:
+        """Goes on behind the tasks drawn so far. Atropos calls it when the trainer has resumed at ``curr_step``."""
+        for step in range(self.curr_step, 0, -1):
+            if (file := self._position_file(step)).is_file():
+                drawn = int(json.loads(file.read_text())["tasks_drawn"])
+                logger.info("going on with task %d, as of step %d", drawn, step)
+                for _ in range(drawn - self.tasks_drawn):
+                    next(self.train_tasks)
+                self.tasks_drawn, self._saved_step = max(drawn, self.tasks_drawn), self.curr_step
+                return
+
+    def _position_file(self, step: int) -> Path:
+        return Path(self.checkpoint_dir, "env_checkpoints", self.wandb_prepend, f"step-{step}.json")
 
     def score(self, answer: str, task: dict[str, Any]) -> float:
         """Reward in [0, 1]: 1.0 for the right answer; else 0.0, or reasoning-gym's share of letters in place."""

@@ -12,6 +12,7 @@ import os
 import queue
 import secrets
 import shutil
+import socket
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,15 +66,44 @@ def write_atomic(path: Path, data: bytes | str, *, private: bool = False, durabl
                 os.fsync(file.fileno())
         temporary.replace(path)
         if durable:
-            directory = os.open(path.parent, os.O_RDONLY)  # waits until the new name is on the disk, too
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
-    except BaseException:
+            sync_to_disk(path.parent)  # the new name
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a failed write or sync names no file
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def sync_to_disk(*paths: Path) -> None:
+    """Wait until each file's content, and each directory's list of names, is on the disk. Raises ``OSError``."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def locked(path: Path, holder: str) -> Iterator[None]:
+    """Holds the lock file ``path`` while the block runs, or this process lives. Its content names ``holder``.
+
+    Raises ``StorageInUseError``, with who holds it, and ``OSError``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            other = os.read(lock, 200).decode(errors="replace").strip() or "another process"
+            raise StorageInUseError(f"{path.parent} is in use by {other}; end it, or choose another one") from error
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{holder}, pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(lock)
 
 
 def network_file_system(path: Path) -> str | None:

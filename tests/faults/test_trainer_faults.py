@@ -4,6 +4,7 @@ Weights are compared bit by bit: what is trained does not depend on the mode, no
 """
 
 import json
+import logging
 import os
 import random
 import signal
@@ -51,9 +52,10 @@ def _sigterm_interrupts() -> Iterator[None]:
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("normalization", ["global", "batch"])
@@ -141,7 +143,7 @@ def hit_update(trainer: Any, number: int, hit: Callable[[], None]) -> None:
     trainer.stack.worker.train = watched
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_in_the_middle_of_an_update_leaves_a_whole_step(lab: Lab, tmp_path: Path, signum: int) -> None:
     bodies = batches(4, seed=2)
     expected = lab.run("at_once", bodies, 4)
@@ -154,6 +156,30 @@ def test_a_signal_in_the_middle_of_an_update_leaves_a_whole_step(lab: Lab, tmp_p
     assert (saved(directory)["step"], saved(directory)["policy_version"]) == (2, 2)
     assert [line["step"] for line in metrics_of(directory)] == [1, 2]
     assert_same(lab.run("hit", bodies[2:], 4), expected)
+
+
+def test_a_signal_that_is_ignored_stays_ignored(lab: Lab) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    with lab.trainer("nohup", batches(2, seed=2), 2) as trainer:
+        hit_update(trainer, 1, lambda: os.kill(os.getpid(), signal.SIGHUP))
+        assert trainer.fit()["steps"] == 2
+
+
+def test_a_damaged_checkpoint_costs_nothing_but_the_steps_since_the_one_before(
+    lab: Lab, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bodies = batches(7, seed=9)
+    expected = lab.run("at_once", bodies, 7)
+    lab.run("damaged", bodies[:6], 6, save_freq=2)
+    shard = tmp_path / "damaged" / "checkpoints" / "global_step_6" / "actor" / "model_world_size_1_rank_0.pt"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    with caplog.at_level(logging.INFO, logger="atropos_verl"):
+        # Batches 5 and 6 are still in the journal.
+        assert_same(lab.run("damaged", bodies[6:], 7, save_freq=2), expected)
+    assert f"{shard} is damaged: its checksum is not that of what was written; global_step_4 is used" in caplog.messages
+    assert [line["step"] for line in metrics_of(tmp_path / "damaged")] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_a_signal_between_steps_keeps_the_batch_that_was_fetched_ahead(lab: Lab, tmp_path: Path) -> None:
@@ -240,6 +266,10 @@ def test_a_skipped_weight_sync_stops_the_run(lab: Lab, tmp_path: Path, fault: st
         assert trainer.step == (2 if overlapped else 1)
         assert trainer.engine.policy_version <= 1
         assert not trainer.stack.gate.is_open, "nobody may be served by the wrong weights"
+        # The last step was taken, though nobody was served its weights.
+        *_, last = lines = metrics_of(tmp_path / "stale")
+        assert [line["step"] for line in lines] == list(range(1, trainer.step + 1))
+        assert (last["data/groups"], last["sync/seconds"]) == (trainer.totals.groups_used // trainer.step, None)
     assert checkpointed_step(tmp_path / "stale") == 0
 
 

@@ -88,6 +88,11 @@ def test_rl_training_step_asks_the_function_once_for_each_completion(model_path:
         }
         with pytest.raises(ConfigError, match="reward_fn was given as well"):
             AtroposTrainer.from_config(config, reward_fn=numbered)
+        own = {key: value for key, value in config.items() if key != "reward"}
+        for wrong in (lambda prompts, completions: None, lambda prompts, completions: ["good"] * len(completions)):
+            said = r"reward_fn .*<lambda> returned (None|\['good', .*), not a list of numbers"
+            with AtroposTrainer.from_config(own, reward_fn=wrong) as trainer, pytest.raises(ConfigError, match=said):
+                trainer.rl_training_step(["ab"])
         with AtroposTrainer.from_config(config) as trainer:
             report = trainer.rl_training_step(["ab", "cd"])
     assert seen == [8]

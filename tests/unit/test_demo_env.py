@@ -85,6 +85,34 @@ def words_of(tasks: list[dict[str, Any]]) -> list[str]:
     return [task["metadata"]["word"] for task in tasks]
 
 
+async def test_a_resumed_run_goes_on_behind_the_tasks_drawn_so_far(env_module: ModuleType, tmp_path: Path) -> None:
+    """As Atropos calls it: the status before each task, ``load_checkpoint`` on registering with a run past step 0."""
+
+    def registered(step: int) -> Any:
+        env = make_env(env_module)
+        env.checkpoint_dir, env.checkpoint_interval, env.wandb_prepend = str(tmp_path), 5, "environment_0"
+        env.curr_step, env.status_dict = step, {"current_step": step}
+        return env
+
+    async def draw(env: Any, step: int) -> str:
+        env.status_dict = {"current_step": step}
+        return str(words_of([await env.get_next_item()])[0])
+
+    straight, first = registered(0), registered(0)
+    await straight.setup()
+    await first.setup()
+    words = words_of([next(straight.train_tasks) for _ in range(20)])
+    assert [await draw(first, step) for step in range(13)] == words[:13]
+    # A file for each checkpoint of the trainer, and one for the last step seen.
+    files = sorted(path.name for path in (tmp_path / "env_checkpoints" / "environment_0").iterdir())
+    assert files == ["step-10.json", "step-12.json", "step-5.json"]
+    for step, drawn in ((12, 12), (11, 10), (5, 5), (4, 0)):  # interrupted, or rolled back to that checkpoint
+        resumed = registered(step)
+        await resumed.setup()
+        resumed.load_checkpoint()
+        assert [await draw(resumed, step) for _ in range(3)] == words[drawn : drawn + 3]
+
+
 def test_defaults_run_by_hand(env_module: ModuleType) -> None:
     config, servers = env_module.SpellBackwardEnv.config_init()
     assert isinstance(servers, list) and len(servers) == 1  # a bare config would ignore --openai.base_url

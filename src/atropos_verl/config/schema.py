@@ -299,6 +299,23 @@ class SuperviseConfig(Section):
     healthy_after: PositiveFloat = Field(
         300.0, description="seconds of life after which the count of restarts begins again"
     )
+    log_bytes: PositiveInt = Field(
+        64 << 20, description="a service's log moves to LOG.old beyond this size; its last 20 lives have one each"
+    )
+
+
+class JournalConfig(Section):
+    """Batches that are kept on disk."""
+
+    keep: int = Field(
+        4,
+        ge=0,
+        description="trained batches to keep in run_dir/journal/kept once a checkpoint holds them, beside those that "
+        "the checkpoint before does not hold; 0: none at all",
+    )
+    quarantine_bytes: PositiveInt = Field(
+        1 << 30, description="bytes of refused groups to keep in run_dir/quarantine; the oldest go first"
+    )
 
 
 class CommonConfig(Section):
@@ -310,6 +327,7 @@ class CommonConfig(Section):
     batch_retry_delay: PositiveFloat = Field(0.3, description="seconds before the second try; grows by 1.5")
     batch_max_wait_time: PositiveFloat = Field(12.0, description="seconds; bound on one whole wait for a batch")
     reward: RewardConfig = Field(default_factory=RewardConfig)
+    journal: JournalConfig = Field(default_factory=JournalConfig)
     off_policy: OffPolicyConfig = Field(default_factory=OffPolicyConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     env: EnvConfig = Field(default_factory=EnvConfig)

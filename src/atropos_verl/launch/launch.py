@@ -16,6 +16,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from atropos_verl.config.model_checks import check_vocabulary
 from atropos_verl.config.schema import RunConfig, help_rows
 from atropos_verl.config.verl_keys import RAY_DEFAULT, compose_run, read_run
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
-from atropos_verl.launch.plan import LaunchPlan, make_plan, prepare_run_dir, url_of
+from atropos_verl.launch.plan import LaunchPlan, make_plan, prepare_run_dir, take_run_dir, url_of
 from atropos_verl.launch.probes import free_port
 from atropos_verl.launch.supervisor import Supervisor
 from atropos_verl.training.extensions import check_extensions
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> i
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["attach"]:
         return _attach(words[1:])
+    from atropos_verl.report.console import output_may_close
+
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
@@ -63,11 +66,14 @@ def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> i
         if options.dry_run:
             sys.stdout.write(plan.text() + "\n")
             return 0
-        prepare_run_dir(plan)
+        with ExitStack() as stack:
+            take_run_dir(stack, plan.run_dir, is_launch=True)
+            prepare_run_dir(plan)
+            stack.enter_context(output_may_close())
+            return _supervise(plan)
     except (ConfigError, ServiceError) as error:
         sys.stderr.write(f"CONFIGURATION ERROR: {error}\n")
         return 2
-    return _supervise(plan)
 
 
 def load_settings(
@@ -217,17 +223,16 @@ def _quoted(value: object) -> str:
 
 
 def _supervise(plan: LaunchPlan) -> int:
+    from atropos_verl.report.console import log_to_file
     from atropos_verl.report.launch_view import LaunchView
 
-    handler = logging.FileHandler(plan.run_dir / "logs" / "launcher.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
-    logging.getLogger("atropos_verl").setLevel(logging.INFO)
+    log_to_file(plan.run_dir / "logs" / "launcher.log")
     with LaunchView() as view:
         supervisor = Supervisor(plan, view.note, view)
 
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signum, lambda *_: supervisor.interrupt())
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # ignored: by nohup
+                signal.signal(signum, lambda *_: supervisor.interrupt())
         try:
             code = supervisor.run()
         except KeyboardInterrupt:

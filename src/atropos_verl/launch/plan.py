@@ -1,17 +1,19 @@
 """Configuration → everything that a run starts, as data: pure, so a plan can be printed, tested and run by hand."""
 
 import json
+import os
 import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from atropos_verl.config.launch_schema import ApiProcessConfig, EnvironmentConfig, LaunchConfig, check_keys
 from atropos_verl.config.schema import EnvConfig, EvalConfig, RunConfig
-from atropos_verl.errors import ConfigError
+from atropos_verl.errors import ConfigError, StorageInUseError
 from atropos_verl.http_thread import bracketed, reachable
 from atropos_verl.launch.environments import (
     CHILD_ENV,
@@ -25,10 +27,12 @@ from atropos_verl.launch.environments import (
 )
 from atropos_verl.launch.evaluation import EVALUATIONS, PlannedEvaluation, plan_evaluations
 from atropos_verl.launch.process import ServiceSpec
-from atropos_verl.storage import write_atomic
+from atropos_verl.storage import locked, write_atomic
 
 _TRAINER_SETTINGS = Path("launch", "trainer.yaml")
 _EVALUATIONS = Path("launch", "evaluations.json")
+_LAUNCH_OF = "ATROPOS_VERL_LAUNCH_OF"
+"""Variable: the run directory of the launch that started this process."""
 DISK_FULL_BYTES = 1 << 20
 """With less than this free, a service that died has died of it."""
 
@@ -168,7 +172,10 @@ def _api(launch: LaunchConfig, config: RunConfig, run_dir: Path, log: str) -> Se
     env: dict[str, str] = {}
     if config.atropos.server == "embedded":
         data_dir = Path(settings.data_dir).expanduser().absolute() if settings.data_dir else run_dir / "api"
-        module, more = ("atropos_verl.cli", "serve-api"), ("--data-dir", str(data_dir), *settings.args)
+        # The lock of the run directory says that there is one trainer: this one is never an earlier one's rival, not
+        # even in a directory that was moved or copied.
+        one = ("--second-trainer", "replace") if launch.starts("trainer") else ()
+        module, more = ("atropos_verl.cli", "serve-api"), ("--data-dir", str(data_dir), *one, *settings.args)
         # Empty where this API has none: a token meant for another API would only lock the environments out.
         env = {**import_path(), "ATROPOS_API_TOKEN": config.atropos.token or ""}
     return ServiceSpec(
@@ -230,6 +237,24 @@ def trainer_settings_text(config: RunConfig) -> str:
     if config.eval.commands_file is None:
         values["eval"] = EvalConfig().model_dump(mode="json")
     return json.dumps(values, indent=1) + "\n"
+
+
+def take_run_dir(stack: ExitStack, run_dir: Path, *, is_launch: bool = False) -> None:
+    """Until ``stack`` ends no other run or launch writes into ``run_dir``. Raises ``ConfigError``, with who does."""
+    launch_lock = run_dir / "launch" / "lock"
+    try:
+        if is_launch:
+            stack.enter_context(locked(launch_lock, "a launch"))
+            os.environ[_LAUNCH_OF] = str(run_dir)
+            with locked(run_dir / "lock", "a launch"):
+                return  # its trainer takes it
+        if launch_lock.exists() and os.environ.get(_LAUNCH_OF) != str(run_dir):
+            stack.enter_context(locked(launch_lock, "a training run"))
+        stack.enter_context(locked(run_dir / "lock", "a training run"))
+    except StorageInUseError as error:
+        raise ConfigError(str(error), "run_dir") from error
+    except OSError as error:
+        raise ConfigError(f"cannot write to {run_dir}: {error.strerror}", "run_dir") from error
 
 
 def prepare_run_dir(plan: LaunchPlan) -> None:

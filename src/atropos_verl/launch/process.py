@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,6 +165,19 @@ class ManagedProcess:
             return f"(no log: {error})"
         kept = [_ESCAPES.sub("", line).rstrip() for line in text.replace("\r\n", "\n").splitlines()[-lines:]]
         return "\n".join(line if len(line) <= _TAIL_LINE_LENGTH else f"{line[:_TAIL_LINE_LENGTH]}…" for line in kept)
+
+    def bound_log(self, most: int) -> None:
+        """Move the log to ``LOG.old`` when it has more than ``most`` bytes. What is written meanwhile may be lost."""
+        path = self.spec.log_path
+        old = path.with_name(f"{path.name}.old")
+        try:
+            if path.stat().st_size > most:
+                old.touch(0o600)
+                shutil.copyfile(path, old)
+                os.truncate(path, 0)  # the service appends
+                self._log_start = 0
+        except OSError as error:
+            logger.warning("%s cannot be shortened: %s", path, error)
 
     def stop(self, grace: float = GRACE_SECONDS) -> None:
         """SIGTERM to it and all it started, up to ``grace`` seconds, SIGKILL, reap. Safe at any time, and again."""

@@ -38,6 +38,7 @@ _STATE_SECONDS = 0.5
 _API_POLL_SECONDS = 0.05
 _AFTERMATH_SECONDS = 20.0
 """Seconds after an absence of the API in which others' deaths are its fault."""
+_KEPT_LOGS = 20
 _KEPT_NOTES = 30
 _FIRST_STALL_SECONDS = 20.0
 """Without a first batch the diagnosis is shown after these, or after ``supervise.stall_after`` where that is less."""
@@ -73,9 +74,8 @@ class WatchedService:
         """It exited with the same error twice in a row, and never was ready."""
         # A run that is resumed keeps the logs of the launch before.
         self._has_numbered_logs = spec.log_path.suffixes[-2:] == [".1", ".log"]
-        self._logs = 0
-        while self._has_numbered_logs and self._log_path(self._logs + 1).exists():
-            self._logs += 1
+        logs = spec.log_path.parent.glob(f"{spec.name}.*.log") if self._has_numbered_logs else ()
+        self._logs = max((int(n) for path in logs if (n := path.name.split(".")[-2]).isdecimal()), default=0)
 
     @property
     def name(self) -> str:
@@ -101,6 +101,10 @@ class WatchedService:
         self._logs += 1
         command = (*self.spec.command, *(self.spec.restart_words if self.starts > 1 else ()))
         self.process = ManagedProcess(replace(self.spec, command=command, log_path=self._log_path(self._logs)))
+        if self._has_numbered_logs:
+            oldest = self._log_path(self._logs - _KEPT_LOGS)
+            for path in (oldest, oldest.with_name(f"{oldest.name}.old")):
+                path.unlink(missing_ok=True)
         self.state, self.detail = "starting", ""
         self.started_at = self._clock()
         self.process.start()
@@ -111,6 +115,8 @@ class WatchedService:
 
     def has_died(self) -> bool:
         """True when it has died since the last call; ``returncode`` is then set. Call ``plan_restart`` next."""
+        if self.process is not None:
+            self.process.bound_log(self._policy.log_bytes)
         if not self.is_alive or self.process is None or self.process.is_running():
             return False
         self.returncode = self.process.returncode

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import netrc
 import os
 import secrets
 import shutil
@@ -18,8 +19,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from atropos_verl.config.composition import load_config, train_help
 from atropos_verl.config.launch_schema import LaunchConfig, note_of_unused_keys
@@ -30,10 +33,11 @@ from atropos_verl.http_thread import listen
 from atropos_verl.launch.environments import direct, secrets_of, write_tokenizer
 from atropos_verl.launch.evaluation import EvaluationProcesses, PlannedEvaluation, read_evaluations
 from atropos_verl.launch.orphan_reaper import TOKEN_VARIABLE
-from atropos_verl.launch.plan import LaunchPlan, make_plan, one_environment, url_of
+from atropos_verl.launch.plan import LaunchPlan, make_plan, one_environment, take_run_dir, url_of
 from atropos_verl.launch.probes import free_port
 from atropos_verl.launch.supervisor import Supervisor
 from atropos_verl.storage import write_atomic
+from atropos_verl.training.checkpoint_state import find_checkpoint, saved_step
 from atropos_verl.training.extensions import check_extensions
 
 if TYPE_CHECKING:
@@ -100,21 +104,27 @@ def _ray_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _exit_code_of(run: Callable[[], int]) -> int:
     """Run a command's body; an exception becomes a message on standard error and an exit code.
 
-    From here on a plain ``kill`` ends the process as Ctrl-C does: every ``finally`` runs, and so the children end.
+    From here on a plain ``kill`` and a terminal that closes end the process as Ctrl-C does: every ``finally`` runs, and
+    so the children end.
     """
+    from atropos_verl.report.console import output_may_close
+
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        return run()
-    except (KeyboardInterrupt, AtroposVerlError, OSError) as error:
-        code, text = 1, str(error)
-        if isinstance(error, KeyboardInterrupt):
-            code, text = 130, "interrupted"
-        elif isinstance(error, ConfigError):
-            code, text = 2, f"CONFIGURATION ERROR: {error}"
-        else:
-            logger.error("the run failed", exc_info=error)
-        sys.stderr.write("\n" + "\n".join([text, *getattr(error, "__notes__", [])]) + "\n")
-        return code
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup wants it
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
+    with output_may_close():
+        try:
+            return run()
+        except (KeyboardInterrupt, AtroposVerlError, OSError) as error:
+            code, text = 1, str(error)
+            if isinstance(error, KeyboardInterrupt):
+                code, text = 130, "interrupted"
+            elif isinstance(error, ConfigError):
+                code, text = 2, f"CONFIGURATION ERROR: {error}"
+            else:
+                logger.error("the run failed", exc_info=error)
+            sys.stderr.write("\n" + "\n".join([text, *getattr(error, "__notes__", [])]) + "\n")
+            return code
 
 
 class TrainingServices:
@@ -235,7 +245,6 @@ class TrainingServices:
 def _train_locally(config: RunConfig) -> int:
     from atropos_verl.backends.local.run import run
     from atropos_verl.report.console import ProgressReporter
-    from atropos_verl.training.checkpoint_state import find_checkpoint, saved_step
     from atropos_verl.training.step import write_summary
 
     started = time.monotonic()
@@ -244,7 +253,9 @@ def _train_locally(config: RunConfig) -> int:
     # Everything that can be known to be wrong is, before a file is made, a process started or torch imported.
     check_vocabulary(config, config.resolve_model_path())
     check_extensions(config)
-    is_resumed = find_checkpoint(run_dir, config.resume) is not None
+    _check_trackers(config.trainer.logger)
+    checkpoints = run_dir / "checkpoints"
+    is_resumed = find_checkpoint(checkpoints, config.resume) is not None
     if not config.is_attached:
         one_environment(config)
     # The gateway comes up only when the policy is loaded. A port that is taken shall not cost that wait, and an
@@ -255,9 +266,9 @@ def _train_locally(config: RunConfig) -> int:
         stack.callback(listener.close)
         services = TrainingServices(config, listener.getsockname()[1], is_resumed=is_resumed)
         text = json.dumps(config.public(), indent=2)
-        _prepare_run_dir(config, "config.json", text, log="trainer.log", advice="resume=auto")
+        _prepare_run_dir(stack, config, "config.json", text, log="trainer.log", advice="resume=auto")
         progress = stack.enter_context(ProgressReporter(total_steps=config.steps))
-        if (step := saved_step(run_dir, config.resume)) >= config.steps:
+        if (step := saved_step(checkpoints, config.resume)) >= config.steps:
             progress.note(f"{run_dir} is complete at step {step}; raise steps= or choose another run_dir")
             return 0
         stack.callback(services.stop)
@@ -283,7 +294,9 @@ def _serve_rank(config: RunConfig) -> int:
     # What all ranks say is in rank 0's log already; on the terminal only what goes wrong here.
     handler = logging.StreamHandler()
     handler.setLevel(logging.WARNING)  # libraries give their own loggers lower levels
-    _log_to(handler)
+    # The only handler of the root logger: verl's basicConfig then adds none.
+    logging.getLogger().addHandler(handler)
+    _quiet_libraries()
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
     serve_rank(config)
     return 0
@@ -299,19 +312,20 @@ def _train_on_ray(run: RayRun) -> int:
     config, verl, run_dir = run.run, run.verl, run.run_dir
     check_vocabulary(config, config.resolve_model_path(), "actor_rollout_ref.")
     check_extensions(config, "atropos.")
+    _check_trackers(verl.trainer.logger)
     gateway_port = config.gateway.port or free_port(_HOST)
-    tracker = Path(str(verl.trainer.default_local_dir)) / "latest_checkpointed_iteration.txt"
-    is_resumed = config.resume != "disable" and tracker.is_file()
+    wanted = verl.trainer.resume_from_path if verl.trainer.resume_mode == "resume_path" else config.resume
+    is_resumed = find_checkpoint(Path(str(verl.trainer.default_local_dir)), str(wanted)) is not None
     services = TrainingServices(config, gateway_port, is_resumed=is_resumed, prefix="atropos.")
-    text = OmegaConf.to_yaml(verl, resolve=True)
-    for secret in secrets_of(config):
-        text = text.replace(secret, "null")
-    _prepare_run_dir(config, "config.yaml", text, log="command.log", advice="trainer.resume_mode=auto")
-
-    from atropos_verl.backends.ray.run import run_on_ray, validate_with_verl
-
-    validate_with_verl(verl)
     with ExitStack() as stack:
+        text, advice = OmegaConf.to_yaml(verl, resolve=True), "trainer.resume_mode=auto"
+        for secret in secrets_of(config):
+            text = text.replace(secret, "null")
+        _prepare_run_dir(stack, config, "config.yaml", text, log="command.log", advice=advice)
+
+        from atropos_verl.backends.ray.run import run_on_ray, validate_with_verl
+
+        validate_with_verl(verl)
         progress = stack.enter_context(ProgressReporter(total_steps=config.steps))
         stack.callback(services.stop)
         attached = services.start_api(progress)
@@ -329,24 +343,40 @@ def _train_on_ray(run: RayRun) -> int:
     return 0
 
 
-def _prepare_run_dir(config: RunConfig, name: str, settings: str, *, log: str, advice: str) -> None:
+def _check_trackers(names: Sequence[str]) -> None:
+    """What is missing for a tracker is said before anything slow starts. Raises ``ConfigError``."""
+    for name in names:
+        if name in ("wandb", "mlflow", "swanlab", "clearml", "trackio", "tensorboard") and find_spec(name) is None:
+            raise ConfigError(f"{name} is not installed: pip install {name}", "trainer.logger")
+    if "wandb" not in names or os.environ.get("WANDB_MODE", "online") not in ("online", "shared", "run"):
+        return
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        known = netrc.netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser()).authenticators(str(host))
+    except (OSError, netrc.NetrcParseError):
+        known = None
+    if known is None and not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")):
+        text = "there is no API key for wandb: run 'wandb login', or set WANDB_API_KEY, or WANDB_MODE=offline"
+        raise ConfigError(text, "trainer.logger")
+
+
+def _prepare_run_dir(stack: ExitStack, config: RunConfig, name: str, settings: str, *, log: str, advice: str) -> None:
     run_dir = config.resolve_run_dir()
-    if config.resume == "disable" and (run_dir / "metrics.jsonl").exists():
+    if config.resume == "disable" and any((run_dir / found).exists() for found in ("metrics.jsonl", "checkpoints")):
         raise ConfigError(f"{run_dir} already holds a run; choose another, or {advice}", "run_dir")
+    from atropos_verl.report.console import log_to_file
+
+    take_run_dir(stack, run_dir)
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         write_atomic(run_dir / name, settings, private=True)
     except OSError as error:
         raise ConfigError(f"cannot write to {run_dir}: {error.strerror}", "run_dir") from error
-    handler = logging.FileHandler(run_dir / "logs" / log)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    _log_to(handler)
-    logging.getLogger("atropos_verl").setLevel(logging.INFO)
+    log_to_file(run_dir / "logs" / log)
+    _quiet_libraries()
 
 
-def _log_to(handler: logging.Handler) -> None:
-    # The only handler of the root logger: verl's basicConfig then adds none that writes into the live table.
-    logging.getLogger().addHandler(handler)
+def _quiet_libraries() -> None:
     logging.captureWarnings(True)
     # torch writes this one deprecation of its own past every handler, onto the terminal.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)

@@ -2,6 +2,7 @@
 
 ``batch_N.json`` is the answer of ``GET /batch``, byte for byte, under its final name only when it is complete and
 synced; ``batch_N.meta.json``, written before it, has the lease and the step that trained on it (docs/internals.md).
+``kept/`` holds batches that a checkpoint covers: for a look at them, and to go back to the checkpoint before.
 """
 
 import json
@@ -49,8 +50,12 @@ class BatchJournal:
     method raises ``CheckpointError``, with the file and the cause, when a file cannot be read or written.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, keep: int = 0) -> None:
         self.directory = Path(directory)
+        self._kept = self.directory / "kept"
+        self._keep = keep
+        self._covered = self._covered_before = 0
+        """Steps of the newest checkpoint, and of the one before, as far as this process knows."""
         self._lock = threading.RLock()
         self._last = 0
         self._clean = False
@@ -110,16 +115,44 @@ class BatchJournal:
         """Delete a batch that nobody needs from here."""
         # The batch first: without its note it would count as not trained on.
         with self._lock:
-            for path in (entry.path, *self.directory.glob(f"{entry.path.stem}.*")):
+            for path in (entry.path, *entry.path.parent.glob(f"{entry.path.stem}.*")):
                 self._remove(path)
 
     def discard_through(self, step: int) -> int:
-        """Delete the batches that steps up to and including ``step`` consumed, a durable checkpoint holding their
-        effect. Returns how many. Those that the API still waits for an ack of stay."""
-        done = self._select(lambda entry: entry.step is not None and entry.step <= step and not entry.is_owed)
-        for entry in done:
-            self.drop(entry)
+        """Forget the batches that steps up to and including ``step`` consumed, a durable checkpoint holding their
+        effect. Returns how many. Those that the API still waits for an ack of stay.
+
+        With ``keep`` they go to ``kept/``, which holds that many, and those that the checkpoint before does not hold.
+        """
+        with self._lock:
+            done = self._select(lambda entry: entry.step is not None and entry.step <= step and not entry.is_owed)
+            if step > self._covered:
+                self._covered, self._covered_before = step, self._covered
+            for entry in done:
+                self._move(entry, self._kept) if self._keep else self.drop(entry)
+            before = self._covered_before
+            old = [entry for entry in self._scan(self._kept) if entry.step is None or entry.step <= before]
+            for entry in old[: max(0, len(old) - self._keep)]:
+                self.drop(entry)
         return len(done)
+
+    def bring_back(self, after_step: int) -> int:
+        """Make kept batches pending again that no step up to ``after_step`` consumed. Returns how many."""
+        with self._lock:
+            undone = [entry for entry in self._scan(self._kept) if entry.step is not None and entry.step > after_step]
+            for entry in undone:
+                self._move(entry, self.directory)
+        return len(undone)
+
+    def _move(self, entry: JournalEntry, directory: Path) -> None:
+        """Without its note a batch counts as not trained on: it leaves the journal before, and comes back after."""
+        paths = [entry.path, *(path for path in entry.path.parent.glob(f"{entry.path.stem}.*") if path != entry.path)]
+        try:
+            directory.mkdir(exist_ok=True)
+            for path in paths if directory == self._kept else reversed(paths):
+                path.replace(directory / path.name)
+        except OSError as error:
+            raise CheckpointError(f"cannot move {entry.path} to {directory}: {error.strerror}") from error
 
     def read(self, entry: JournalEntry) -> bytes:
         """The batch as it was recorded; a file that has not the length it was written with is an error, too."""
@@ -170,11 +203,12 @@ class BatchJournal:
         for beside in sorted(self.directory.glob("batch_*")):
             if not beside.with_name(f"{beside.name.split('.', 1)[0]}.json").exists():
                 self._remove(beside)
-        self._last = max((entry.sequence for entry in self._scan()), default=0)
+        self._last = max((entry.sequence for entry in self._scan() + self._scan(self._kept)), default=0)
         self._clean = True
 
-    def _scan(self) -> list[JournalEntry]:
-        found = [self._read_entry(path) for path in self.directory.iterdir() if _BATCH.fullmatch(path.name)]
+    def _scan(self, directory: Path | None = None) -> list[JournalEntry]:
+        paths = (directory or self.directory).glob("batch_*.json")
+        found = [self._read_entry(path) for path in paths if _BATCH.fullmatch(path.name)]
         return sorted(found, key=lambda entry: entry.sequence)
 
     def _read_entry(self, path: Path) -> JournalEntry:

@@ -127,6 +127,8 @@ class LeasedBatches:
             AtroposAPIError: the API cannot be asked.
             CheckpointError: a batch cannot be read.
         """
+        if again := self.journal.bring_back(after_step):
+            logger.warning("%d batches of steps after %d are trained on again", again, after_step)
         for entry in self.journal.owed():
             is_covered = entry.step is not None and entry.step <= after_step
             if self._verdict(entry) == "lost" and not is_covered:

@@ -1,12 +1,17 @@
 """Shows a training run: a live table on a terminal, plain lines anywhere else, and a summary at the end."""
 
+import logging
 import math
+import os
 import statistics
+import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TextIO, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -19,11 +24,65 @@ from rich.text import Text
 from atropos_verl.report.format import count, decimal, duration, seconds, sparkline
 from atropos_verl.types import StepReport
 
+logger = logging.getLogger(__name__)
+
 CURVE_WIDTH = 60
+_LOG_BYTES = 64 << 20
 _RECENT_STEPS = 8
 """Rows of the live table."""
 _ETA_STEPS = 20
 """Steps whose median time the estimate rests on."""
+
+
+def log_to_file(path: Path) -> None:
+    """From now on our log goes to ``path``, from INFO on; what is older than 64 MB to ``path.1``, then nowhere."""
+    handler = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("atropos_verl").setLevel(logging.INFO)
+
+
+class _Output:
+    """A standard stream that goes on without its reader: what is written after that is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._or_drop(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._or_drop(self._stream.flush)
+
+    def _or_drop(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except OSError as error:  # the reader of a pipe has ended, the terminal was closed, the disk is full
+            logger.warning("%s cannot be written any more (%s): it is dropped", self._stream.name, error)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())  # what it has buffered, and what children write, goes there as well
+            os.close(null)
+
+
+@contextmanager
+def output_may_close() -> Iterator[None]:
+    """While the block runs, standard output and error may be closed, or have been: that ends nothing."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # a file opened later would get this number, and all that is printed
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _Output(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 class LiveScreen:

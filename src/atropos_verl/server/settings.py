@@ -6,7 +6,7 @@ from pathlib import Path
 
 from atropos_verl.errors import ConfigError
 
-SECOND_TRAINER = ("refuse", "share")
+SECOND_TRAINER = ("refuse", "share", "replace")
 COMPRESSIONS = ("auto", "always", "never")
 
 
@@ -47,7 +47,8 @@ class ServerSettings:
     trainer_timeout: float = 60.0
     """Seconds without a word from the trainer (and no open lease) before another run may take over."""
     second_trainer: str = "refuse"
-    """``refuse``: another run's trainer gets 409 while the first is active; ``share``: it draws from the same queue."""
+    """``refuse``: another run's trainer gets 409 while the first is active; ``share``: it draws from the same queue;
+    ``replace``: it takes its place."""
     dedupe_window: float = 60.0
     """Seconds in which the same group from the same environment is stored once. 0: never compared."""
     max_lease: float = 86_400.0

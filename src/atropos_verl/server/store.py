@@ -9,6 +9,7 @@ import asyncio
 import bisect
 import itertools
 import logging
+import math
 import time
 import uuid
 from collections import Counter, OrderedDict
@@ -119,6 +120,7 @@ class Store:
         """The trainer takes the packed wire: groups are packed when they come."""
         self.trainer_heard = 0.0
         self._registered_at = 0.0
+        self._opened_at = -math.inf
         self._minimum_missed: float | None = None
         self._changes: dict[tuple[str, Key], bytes | None] = {}
         self._written: Future[None] | None = None
@@ -280,8 +282,9 @@ class Store:
     def _after_restart(self) -> None:
         """Environments count as just heard, and batches whose responses may not be finished come back."""
         self.trainer_heard = self.now() if self.registration is not None else 0.0
+        self._opened_at = self.now()
         for environment in self.environments:
-            environment.heard_at = self.now()
+            environment.heard_at = self._opened_at
         for batch in [batch for batch in self.outstanding.values() if batch.deadline is None]:
             self.take_back(batch.lease_id, "the server was restarted")
         if self.registration is not None or self.groups:
@@ -305,7 +308,7 @@ class Store:
             if self.settings.second_trainer == "share":
                 self.hear_trainer()
                 return "shared"
-            if not registration.same_run(current):
+            if self.settings.second_trainer == "refuse" and not registration.same_run(current):
                 run = f"{current.wandb_project!r}/{current.wandb_group!r}"
                 raise ConflictError(
                     f"the trainer of run {run} is registered and was heard {silent:.0f} s ago; wait until it is silent "
@@ -334,10 +337,11 @@ class Store:
         if not self.started or self.registration is None:
             return None
         name = request.desired_name or "env"
-        namesakes = sum(other.desired_name == name for other in self.environments)
+        # An environment that starts again gets its name again, under which Atropos keeps its checkpoints.
+        taken = {other.real_name for other in self.alive() if other.heard_at > self._opened_at}
         environment = Environment(
             env_id=len(self.environments),
-            real_name=f"{name}_{namesakes}",
+            real_name=next(real for n in itertools.count() if (real := f"{name}_{n}") not in taken),
             desired_name=name,
             max_context_len=request.max_token_length,
             weight=1.0 if request.weight is None else request.weight,

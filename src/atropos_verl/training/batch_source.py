@@ -86,9 +86,9 @@ class BatchSource:
         self.config = config
         self.run_dir = run_dir
         self.client = client or make_client(config, str(config.atropos.api_url))
-        self.journal = BatchJournal(run_dir / "journal")
+        self.journal = BatchJournal(run_dir / "journal", config.journal.keep)
         self.batches = LeasedBatches(self.client, self.journal)
-        self.quarantine = QuarantineStore(run_dir / "quarantine")
+        self.quarantine = QuarantineStore(run_dir / "quarantine", config.journal.quarantine_bytes)
         self.note: Callable[[str], None] = lambda message: logger.info("%s", message)
         """Tells the user what the source is waiting for."""
         self.is_registered = False

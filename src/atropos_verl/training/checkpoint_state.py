@@ -1,28 +1,51 @@
-"""Our state beside verl's checkpoints, for both backends.
+"""Checkpoints of both backends: verl's files, our state beside them, and a manifest by which damage is found.
 
 ::
 
     run_dir/checkpoints/
-      latest_checkpointed_iteration.txt      written last: a checkpoint without it does not exist
+      latest_checkpointed_iteration.txt      the step of the newest one; written last
       global_step_20/
         actor/                               verl: model, optimizer, extra state of every rank; huggingface/
-        atropos.json                         ours: step, policy version, running statistics, totals
+        atropos.json                         ours: step, policy version, running statistics, totals, settings
+        manifest.json                        size and checksum of every file above, and the checkpoint's number in the
+                                             order in which they were written
+      unfinished/                            one that is being written, or left by a process that died meanwhile
     run_dir/journal/                         batches, with their leases, that no checkpoint covers yet
+
+Order of the writes: the files, the manifest once they are on the disk, the directory's final name, the tracker file.
+Only then goes what the checkpoint replaces: older checkpoints here, batches in the journal.
 """
 
 import json
+import logging
+import re
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
+from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import CheckpointError, ConfigError
-from atropos_verl.storage import write_atomic
+from atropos_verl.storage import sync_to_disk, write_atomic
 from atropos_verl.training.advantages import RunningMoments
 from atropos_verl.training.step import RunTotals
 
+logger = logging.getLogger(__name__)
+
 _TRACKER = "latest_checkpointed_iteration.txt"
 _STATE = "atropos.json"
+_MANIFEST = "manifest.json"
+_NAME = re.compile(r"global_step_(\d+)")
+_PROBE_BYTES = 1 << 20
+_OF_ONE_START = ("run_dir", "resume", "atropos.api_url", "atropos.token", "atropos.headers", "gateway.", "eval.command")
+"""Settings that begin so may differ from start to start of one run, or must not be written down."""
+_WITHOUT_EFFECT = {"model.path": "the weights are the checkpoint's", "eval.before": "the run has begun"}
+"""Settings that a resumed run cannot honour, with the reason. All others hold from the resume on."""
 
 
 @dataclass
@@ -37,31 +60,158 @@ class RunState:
     held_out: dict[str, float | None] = field(default_factory=dict)
     """Scores of the held-out evaluations so far (``HeldOut.scores``)."""
 
-    def save(self, directory: Path, **notes: Any) -> None:
-        """Writes ``directory/atropos.json``, with ``notes`` for readers. Raises ``CheckpointError``."""
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            write_atomic(directory / _STATE, json.dumps({**asdict(self), **notes}, indent=1), durable=True)
-        except OSError as error:
-            raise CheckpointError(f"cannot write the checkpoint {directory}: {error}") from error
+    def save(self, directory: Path, config: RunConfig) -> None:
+        """Writes ``directory/atropos.json``, with what ``changed_settings`` compares. Raises ``OSError``."""
+        content = {**asdict(self), "settings": _comparable(config)}
+        write_atomic(directory / _STATE, json.dumps(content, indent=1), durable=True)
 
-    def restore(self, directory: Path) -> None:
-        """Reads ``directory/atropos.json``. Raises ``CheckpointError`` when it is missing or damaged."""
+    def restore(self, directory: Path) -> dict[str, Any]:
+        """Reads ``directory/atropos.json``; returns all of it. Raises ``CheckpointError`` when that cannot be done."""
         try:
             saved: dict[str, Any] = json.loads((directory / _STATE).read_text())
             self.step, self.policy_version = int(saved["step"]), int(saved["policy_version"])
             self.moments.load_state_dict(saved["moments"])
             self.totals.load(saved["totals"])
             self.held_out.update(saved.get("held_out") or {})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"cannot read {directory / _STATE}: {error}; a checkpoint of verl alone does not say which batches "
                 "were trained. Choose another checkpoint directory, or disable resuming"
             ) from error
+        return saved
 
 
-def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint that ``resume`` means, or None for a fresh start. Raises ``ConfigError`` when it is none."""
+def changed_settings(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """``KEY OLD → NEW`` for each setting that the run which wrote a checkpoint (``RunState.restore``) had otherwise."""
+    before, now = saved.get("settings") or {}, _comparable(config)
+    changed = [key for key in now if key in before and before[key] != now[key]]
+    effects = {key: f" (no effect: {reason})" for key, reason in _WITHOUT_EFFECT.items()}
+    return [f"{key} {json.dumps(before[key])} → {json.dumps(now[key])}{effects.get(key, '')}" for key in changed]
+
+
+def _comparable(config: RunConfig) -> dict[str, Any]:
+    """Dotted key → value of every setting that means the same at every start of a run."""
+    flat: dict[str, Any] = {}
+    for name, value in config.model_dump(mode="json").items():
+        flat |= {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
+    return {key: value for key, value in flat.items() if not key.startswith(_OF_ONE_START)}
+
+
+@contextmanager
+def new_checkpoint(root: Path, step: int, keep: int | None, *, in_place: bool = False) -> Iterator[Path]:
+    """A directory into which the block writes the checkpoint of ``step``; at its end it is the newest one in ``root``.
+
+    Then those beyond the newest ``keep`` go (None: none). Raises ``CheckpointError`` when it cannot be written; what
+    was there before then stays as it was. ``in_place``: the directory has its final name at once, as disks of other
+    nodes need it, and is no checkpoint before the end; one of the same step is overwritten.
+    """
+    final, unfinished = root / f"global_step_{step}", root / "unfinished"
+    place, replaced = final if in_place else unfinished / final.name, unfinished / "replaced"
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        place.mkdir(parents=True, exist_ok=True)
+        (place / _MANIFEST).unlink(missing_ok=True)
+        yield place
+        _write_manifest(place, 1 + max((_sequence(path) or 0 for path in _found(root).values()), default=0))
+        if not in_place:
+            if final.exists():  # the run was rolled back to a step before it
+                final.rename(replaced)
+            place.rename(final)
+        sync_to_disk(root, root.parent)
+        write_atomic(root / _TRACKER, str(step), durable=True)
+    except (OSError, RuntimeError) as error:
+        cause = _why_nothing_can_be_written(root) or error
+        if replaced.exists():
+            shutil.rmtree(final, ignore_errors=True)
+            replaced.rename(final)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise CheckpointError(f"cannot write the checkpoint {final}: {cause}") from error
+    shutil.rmtree(unfinished, ignore_errors=True)
+    # Those of later steps count as older: the run was rolled back, and they are not of its past.
+    found = _found(root)
+    for old in sorted(found, key=lambda other: (other > step, -other))[len(found) if keep is None else keep :]:
+        shutil.rmtree(found[old], onerror=_log_failure)
+
+
+def _found(root: Path) -> dict[int, Path]:
+    return {int(match[1]): path for path in root.glob("global_step_*") if (match := _NAME.fullmatch(path.name))}
+
+
+def _log_failure(function: object, path: str, exception: Any) -> None:
+    logger.warning("%s cannot be removed: %s", path, exception[1])
+
+
+def _why_nothing_can_be_written(root: Path) -> str | None:
+    """The error of a small write now: ``torch.save`` says "unexpected pos" for a full disk."""
+    try:
+        write_atomic(root / ".probe", bytes(_PROBE_BYTES), durable=True)
+        (root / ".probe").unlink()
+    except OSError as error:
+        return f"{error.strerror} ({shutil.disk_usage(root.parent).free / 1e6:.1f} MB are free there)"
+    return None
+
+
+def _write_manifest(directory: Path, sequence: int) -> None:
+    paths = sorted(directory.rglob("*"))
+    sync_to_disk(*paths, directory)
+    files = {}
+    for path in paths:
+        if path.is_file():
+            entry = {"bytes": path.stat().st_size, "xxh3": _checksum.__wrapped__(path, 0, 0)}
+            files[str(path.relative_to(directory))] = entry
+    write_atomic(directory / _MANIFEST, json.dumps({"sequence": sequence, "files": files}, indent=1), durable=True)
+
+
+def _sequence(directory: Path) -> int | None:
+    """A checkpoint's number in the order in which they were written; None: its manifest does not say."""
+    try:
+        return int(json.loads((directory / _MANIFEST).read_bytes())["sequence"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@lru_cache(maxsize=4096)
+def _checksum(path: Path, size: int, changed_ns: int) -> str:
+    """Of a file; it is not read again while it has this size and time. Raises ``OSError``."""
+    del size, changed_ns
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def find_damage(directory: Path) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None: every file is as it was written."""
+    manifest = directory / _MANIFEST
+    try:
+        entries = json.loads(manifest.read_bytes())["files"]
+        files = {directory / name: (entry["bytes"], entry["xxh3"]) for name, entry in entries.items()}
+    except FileNotFoundError:
+        return f"{directory} {'has no manifest.json' if directory.is_dir() else 'does not exist'}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{manifest} cannot be read: {error!r}"
+    for path, (size, checksum) in files.items():
+        try:
+            status = path.stat()
+            if status.st_size != size:
+                return f"{path} has {status.st_size} bytes, but {size} were written"
+            if _checksum(path, status.st_size, status.st_mtime_ns) != checksum:
+                return f"{path} is damaged: its checksum is not that of what was written"
+        except OSError as error:
+            return f"{path} cannot be read: {error.strerror}"
+    return None
+
+
+def find_checkpoint(root: Path, resume: str, tell: Callable[[str], None] = logger.info) -> Path | None:
+    """The checkpoint in ``root`` that ``resume`` means, checked; None: there is none, so the run starts anew.
+
+    ``auto``: the newest one, or the one before it where that one is damaged; ``tell`` is called with what was found.
+
+    Raises:
+        ConfigError: ``resume`` is a path, and no checkpoint is there.
+        CheckpointError: it is damaged; or ``auto``, and every checkpoint in ``root`` is.
+    """
     if resume == "disable":
         return None
     if resume != "auto":
@@ -70,36 +220,47 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
             raise ConfigError(
                 f"{directory} is not a checkpoint of this project (no {_STATE}); or auto, disable", "resume"
             )
+        if not (directory / _MANIFEST).exists():
+            tell(f"{directory} has no {_MANIFEST} (earlier versions wrote none): it is used unchecked")
+        elif damage := find_damage(directory):
+            raise CheckpointError(f"{damage}. Resume from another checkpoint, or with resume=auto")
         return directory
-    tracker = run_dir / "checkpoints" / _TRACKER
-    if not tracker.is_file():
-        return None
-    directory = tracker.parent / f"global_step_{tracker.read_text().strip()}"
-    if not (directory / _STATE).is_file():
-        raise CheckpointError(f"{tracker} points at {directory}, which does not exist; resume=disable starts a new run")
-    return directory
+    tracker, found = root / _TRACKER, {step: _sequence(path) for step, path in _found(root).items()}
+    problem, damages = "", dict[int, str]()
+    try:
+        named = int(tracker.read_bytes())
+        found.setdefault(named, None)
+    except FileNotFoundError:
+        if not found:
+            return None
+        named, problem = -1, f"{tracker} is missing"
+    except ValueError:
+        named, problem = -1, f"{tracker} is damaged: it holds no step"
+    # One whose manifest cannot be read may be the newest. One of a later step than a damaged one is not before it: the
+    # run was rolled back meanwhile.
+    for step in sorted(found, key=lambda step: (found[step] is None, found[step], step), reverse=True):
+        directory = root / f"global_step_{step}"
+        damage = find_damage(directory)
+        if damage is None and all(step < other for other in damages if found[other] is not None):
+            if 0 <= named < step:
+                problem = f"{tracker} names step {named}, which is not the newest"
+            for text in (problem, *(text for other, text in damages.items() if other > step)):
+                if text:
+                    tell(f"{text}; {directory.name} is used")
+            return directory
+        if damage is not None:
+            damages[step] = damage
+    listed = "; ".join([*filter(None, [problem]), *damages.values()])
+    raise CheckpointError(
+        f"no checkpoint in {root} is complete: {listed}. resume=PATH takes one of an earlier version, which has no "
+        "manifest; another run_dir starts a new run"
+    )
 
 
-def saved_step(run_dir: Path, resume: str) -> int:
+def saved_step(root: Path, resume: str) -> int:
     """The step that a run goes on from; 0 for a fresh start. Raises as ``find_checkpoint`` and ``RunState.restore``."""
     state = RunState()
-    directory = find_checkpoint(run_dir, resume)
+    directory = find_checkpoint(root, resume)
     if directory is not None:
         state.restore(directory)
     return state.step
-
-
-def finish_checkpoint(directory: Path, step: int, keep: int | None) -> None:
-    """Declares ``directory`` the newest checkpoint and removes those beyond the newest ``keep`` (None: none).
-
-    Raises ``CheckpointError`` when it cannot be written; the checkpoint before stays the newest one.
-    """
-    root = directory.parent
-    try:
-        write_atomic(root / _TRACKER, str(step), durable=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot write the checkpoint {directory}: {error}") from error
-    if keep is not None:
-        found = sorted(root.glob("global_step_*"), key=lambda path: int(path.name.rsplit("_", 1)[1]))
-        for old in found[:-keep]:
-            shutil.rmtree(old)

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import logging
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,14 +34,17 @@ class _File(msgspec.Struct, kw_only=True):
     raw_base64: str | msgspec.UnsetType = msgspec.UNSET
 
 
-@dataclass(frozen=True)
+@dataclass
 class QuarantineStore:
-    """Writes refused groups to a directory, which it makes at the first one.
+    """Writes refused groups to a directory, which it makes at the first one. Beyond ``bound`` bytes the oldest go.
 
     The name is the group's id, a hash of its content: the same group refused again, or replayed, is one file.
     """
 
     directory: Path
+    bound: int = 1 << 30
+    _unseen: float = math.inf
+    """Bytes written since the directory was measured."""
 
     def put(self, refused: QuarantinedGroup) -> Path:
         """Writes ``DIRECTORY/GROUP_ID.json``, atomically, and says so in the log. Raises ``OSError``."""
@@ -62,9 +66,22 @@ class QuarantineStore:
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / f"{group_id}.json"
         # Not durable: a hostile environment can fill thousands of these a minute, and a lost one does no harm.
-        write_atomic(path, msgspec.json.encode(content) + b"\n")
+        encoded = msgspec.json.encode(content) + b"\n"
+        write_atomic(path, encoded)
+        self._unseen += len(encoded)
+        if self._unseen > self.bound / 16:
+            self._remove_oldest(path)
         logger.warning("group quarantined: %s (%s)", reason, path)
         return path
+
+    def _remove_oldest(self, newest: Path) -> None:
+        self._unseen = 0
+        files = [(path, path.stat()) for path in self.directory.glob("*.json")]
+        total = sum(status.st_size for _, status in files)
+        for path, status in sorted(files, key=lambda file: file[1].st_mtime_ns):
+            if total > self.bound and path != newest:
+                path.unlink(missing_ok=True)
+                total -= status.st_size
 
 
 def parse_quarantine_file(content: bytes) -> tuple[str, bytes]:

@@ -59,7 +59,12 @@ class SelfPlay:
         for request, group in zip(requests, groups, strict=True):
             self.ledger.record(request.prompt_token_ids, group, request.temperature)
         answers = [self.tokenizer.decode(g.token_ids, skip_special_tokens=True) for group in groups for g in group]
-        scores = [float(s) for s in self.reward_fn([text for text in texts for _ in range(size)], answers)]
+        returned = self.reward_fn([text for text in texts for _ in range(size)], answers)
+        try:
+            scores = [float(score) for score in returned]
+        except (TypeError, ValueError) as error:
+            name = getattr(self.reward_fn, "__qualname__", repr(self.reward_fn))
+            raise ConfigError(f"reward_fn {name} returned {returned!r:.99}, not a list of numbers: {error}") from error
         if len(scores) != len(answers):
             raise ConfigError(f"reward_fn returned {len(scores)} scores for {len(answers)} completions")
         bodies = [

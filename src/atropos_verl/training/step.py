@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from atropos_verl.storage import write_atomic
+from atropos_verl.storage import sync_to_disk, write_atomic
 from atropos_verl.types import FloatArray, StepReport
 
 logger = logging.getLogger(__name__)
@@ -150,8 +150,12 @@ class StepLog:
             logger.warning("step %d: %s; written as null to %s", report.step, named, self.path)
         text = json.dumps(finite, allow_nan=False, default=_plain)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except OSError as error:
+            error.filename = error.filename or str(self.path)  # that of a full disk names no file
+            raise
         reward = report.metrics.get("reward/mean")
         if reward is not None:
             self.rewards.append(reward)
@@ -159,6 +163,11 @@ class StepLog:
         if self._steps > 1:  # the first step waited for the environment to start
             self._waited += report.metrics.get("timing/rollout") or 0.0
             self._total += report.metrics.get("timing/step") or 0.0
+
+    def sync(self) -> None:
+        """Waits until every line is on the disk. Raises ``OSError``."""
+        if self.path.exists():
+            sync_to_disk(self.path, self.path.parent)
 
     @property
     def idle_share(self) -> float | None:

@@ -21,9 +21,10 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from atropos_verl.training.losses.lm_head import linear_token_logprobs
-from atropos_verl.verl_plugin.shims import without_pinned_offload
+from atropos_verl.verl_plugin.shims import leave_no_lock_files, own_optimiser_settings, without_pinned_offload
 
 logger = logging.getLogger(__name__)
+leave_no_lock_files()
 
 ATTENTION = "atropos_packed_sdpa"
 _PROBE_LENGTHS = [5, 3]
@@ -65,6 +66,10 @@ class SelectiveHeadEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             self._packs = install_packed_attention(module)
         with without_pinned_offload(self.engine_config):
             return super()._build_fsdp_module(module)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with own_optimiser_settings(self):
+            super().load_checkpoint(*args, **kwargs)
 
     def _install_head(self) -> bool:
         head = self.module.get_output_embeddings()

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 
@@ -119,6 +120,43 @@ def without_pinned_offload(engine_config: Any) -> Iterator[None]:
         yield
     finally:
         engine_config.forward_only = forward_only
+
+
+def leave_no_lock_files() -> None:
+    """Makes directories without verl's lock files in the temporary directory, where nothing ever removes them.
+
+    Their names hold ``hash(path)``, which differs from process to process: they lock nothing. Two of each checkpoint
+    stay. Remove when verl removes them, or makes directories without a lock (utils/fs.py:277, ``local_mkdir_safe``).
+    """
+    from verl.utils import fs
+    from verl.utils.checkpoint import fsdp_checkpoint_manager
+
+    def make_directory(path: str) -> str:
+        made = Path(path).absolute()
+        made.mkdir(parents=True, exist_ok=True)
+        return str(made)
+
+    fs.local_mkdir_safe = fsdp_checkpoint_manager.local_mkdir_safe = make_directory
+
+
+@contextlib.contextmanager
+def own_optimiser_settings(engine: Any) -> Iterator[None]:
+    """What the engine's optimiser was built with, learning rate, weight decay and betas, outlives a loaded checkpoint.
+
+    verl restores the optimiser's groups and the base of its schedule with the settings of the run that saved them, and
+    looks at its own never again. Remove when it applies them (utils/checkpoint/fsdp_checkpoint_manager.py:242).
+    """
+    groups = [] if engine.optimizer is None else engine.optimizer.param_groups
+    own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    yield
+    schedule = engine.lr_scheduler
+    if schedule is not None:
+        schedule.base_lrs = [settings["initial_lr"] for settings in own]
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        schedule._last_lr = [rate * factor for rate, factor in zip(schedule.base_lrs, factors, strict=True)]
+        own = [{**settings, "lr": rate} for settings, rate in zip(own, schedule._last_lr, strict=True)]
+    for group, settings in zip(groups and engine.optimizer.param_groups, own, strict=True):
+        group.update(settings)
 
 
 def quiet_transfer_queue() -> None:

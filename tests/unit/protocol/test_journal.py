@@ -74,6 +74,28 @@ def test_a_durable_checkpoint_lets_its_batches_go(tmp_path: Path) -> None:
     assert journal.record(b"{}").sequence == 4  # this process has used 3 before
 
 
+def test_the_last_batches_are_kept_and_come_back_when_the_newest_checkpoint_is_lost(tmp_path: Path) -> None:
+    journal, kept = BatchJournal(tmp_path, keep=1), tmp_path / "kept"
+    for step in range(1, 8):
+        entry = journal.assign(journal.record(b"%d" % step), step)
+        journal.attach(entry, "ledger.npz", b"beside")
+        if step in (2, 5):
+            journal.discard_through(step)
+            journal.discard_through(step)  # once more: nothing changes
+    assert [entry.step for entry in journal.pending(0)] == [6, 7]
+    # Those since the checkpoint of step 2, and one more.
+    assert sorted(path.name for path in kept.glob("*[0-9].json")) == [f"batch_00000{n}.json" for n in (2, 3, 4, 5)]
+    again = BatchJournal(tmp_path, keep=1)
+    assert (again.bring_back(5), again.bring_back(2), again.bring_back(2)) == (0, 3, 0)
+    assert [(entry.step, again.read(entry)) for entry in again.pending(2)] == [(n, b"%d" % n) for n in (3, 4, 5, 6, 7)]
+    assert again.attachment(again.pending(2)[0], "ledger.npz") == b"beside"
+    assert again.record(b"{}").sequence == 8
+    again.discard_through(7)
+    again.discard_through(8)
+    assert [path.name for path in sorted(kept.glob("*[0-9].json"))] == ["batch_000007.json"]
+    assert sorted(path.name for path in kept.iterdir())[1:] == ["batch_000007.ledger.npz", "batch_000007.meta.json"]
+
+
 def test_what_a_killed_process_left_half_written_is_removed_and_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,40 +1,168 @@
-"""Our state beside verl's checkpoints: what is read back, what is refused, and which checkpoints are kept."""
+"""Checkpoints: what is read back, what is found of damage, which are kept, which settings a resume names."""
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import CheckpointError, ConfigError
-from atropos_verl.training.checkpoint_state import RunState, find_checkpoint, finish_checkpoint, saved_step
+from atropos_verl.training import checkpoint_state
+from atropos_verl.training.checkpoint_state import (
+    RunState,
+    changed_settings,
+    find_checkpoint,
+    find_damage,
+    new_checkpoint,
+    saved_step,
+)
+
+TRACKER = "latest_checkpointed_iteration.txt"
+SHARD = "actor/model_world_size_1_rank_0.pt"
 
 
-def _saved(root: Path, step: int, keep: int | None = None) -> RunState:
+def _save(root: Path, step: int, keep: int | None = None, content: str = "", **how: bool) -> RunState:
     state = RunState(step=step, policy_version=step + 1, held_out={"before": 0.5})
     state.moments.update(np.array([1.0, 3.0, 0.1]))
     state.totals.tokens_trained = 7
-    directory = root / "checkpoints" / f"global_step_{step}"
-    state.save(directory, model_path="/models/mine")
-    finish_checkpoint(directory, step, keep)
+    with new_checkpoint(root, step, keep, **how) as directory:
+        (directory / "actor").mkdir(exist_ok=True)
+        (directory / SHARD).write_text(f"the weights of step {step} {content}")
+        state.save(directory, RunConfig())
     return state
 
 
-def test_what_was_saved_is_restored_to_the_last_bit(tmp_path: Path) -> None:
+def _steps(root: Path) -> list[int]:
+    return sorted(int(path.name.split("_")[2]) for path in root.glob("global_step_*"))
+
+
+def _found(root: Path, resume: str = "auto") -> tuple[Path | None, list[str]]:
+    told: list[str] = []
+    checkpoint_state._checksum.cache_clear()  # a test writes twice within one tick of the file system's clock
+    return find_checkpoint(root, resume, told.append), told
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_was_saved_is_restored_to_the_last_bit(tmp_path: Path, in_place: bool) -> None:
     assert saved_step(tmp_path, "auto") == 0
-    expected = _saved(tmp_path, 4)
+    assert _found(tmp_path / "nothing") == (None, [])
+    expected = _save(tmp_path, 4, in_place=in_place)
     found, directory = RunState(), find_checkpoint(tmp_path, "auto")
     found.restore(directory)
     assert found == expected
     assert saved_step(tmp_path, "auto") == saved_step(tmp_path, str(directory)) == 4
     assert saved_step(tmp_path, "disable") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"global_step_4", TRACKER}
 
 
-def test_older_checkpoints_beyond_those_to_keep_are_removed(tmp_path: Path) -> None:
+def test_older_checkpoints_go_and_never_the_one_just_written(tmp_path: Path) -> None:
     for step in (2, 4, 10):
-        _saved(tmp_path, step, keep=2)
-    root = tmp_path / "checkpoints"
-    assert sorted(path.name for path in root.glob("global_step_*")) == ["global_step_10", "global_step_4"]
-    assert find_checkpoint(tmp_path, "auto") == root / "global_step_10"
+        _save(tmp_path, step, keep=2)
+    assert _steps(tmp_path) == [4, 10]
+    for step in (1, 2, 3, 5, 6):
+        _save(tmp_path, step)
+    # Rolled back to 2: 3 and 4 are written anew, and 5, 6 and 10 are of no past of theirs.
+    _save(tmp_path, 3, keep=2, content="anew")
+    assert _steps(tmp_path) == [2, 3]
+    _save(tmp_path, 4, keep=2)
+    assert _steps(tmp_path) == [3, 4]
+    assert (tmp_path / "global_step_3" / SHARD).read_text().endswith("anew")
+    assert _found(tmp_path) == (tmp_path / "global_step_4", [])
+    _save(tmp_path, 4, keep=1)
+    assert _steps(tmp_path) == [4]
+
+
+def _flip(path: Path, position: int = 3, bit: int = 1) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= bit
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "truncated": (SHARD, lambda path: path.write_bytes(path.read_bytes()[:-1]), "has 21 bytes, but 22 were written"),
+    "empty": (SHARD, lambda path: path.write_bytes(b""), "has 0 bytes"),
+    "a flipped bit": (SHARD, _flip, "its checksum is not that of what was written"),
+    "a missing file": (SHARD, Path.unlink, "No such file"),
+    "a file that is a directory": (SHARD, lambda path: (path.unlink(), path.mkdir()), "bytes, but 22 were written"),
+    "our state flipped": ("atropos.json", _flip, "its checksum"),
+    "no state": ("atropos.json", Path.unlink, "No such file"),
+    "a garbled manifest": ("manifest.json", lambda path: path.write_text("{"), "cannot be read"),
+    "a manifest of something else": ("manifest.json", lambda path: path.write_text('{"files": [1]}'), "cannot be read"),
+    "no manifest": ("manifest.json", Path.unlink, "has no manifest.json"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path, case: str) -> None:
+    name, damage, text = DAMAGES[case]
+    for step in (2, 4, 6):
+        _save(tmp_path, step)
+    newest = tmp_path / "global_step_6"
+    damage(newest / name)
+    found, told = _found(tmp_path)
+    assert found == tmp_path / "global_step_4"
+    assert len(told) == 1
+    assert text.replace("bytes, but 22 were written", "bytes, but") in told[0] and str(newest) in told[0]
+    assert told[0].endswith("; global_step_4 is used")
+    if name == SHARD:
+        with pytest.raises(CheckpointError, match=r"model_world_size_1_rank_0.pt .* Resume from another checkpoint"):
+            _found(tmp_path, str(newest))
+    shutil.rmtree(tmp_path / "global_step_4")
+    shutil.rmtree(tmp_path / "global_step_2")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is complete"):
+        _found(tmp_path)
+
+
+def test_no_flipped_bit_of_any_file_goes_unnoticed(tmp_path: Path) -> None:
+    _save(tmp_path, 4)
+    _save(tmp_path, 6)
+    for path in [path for path in (tmp_path / "global_step_6").rglob("*") if path.is_file()]:
+        content = path.read_bytes()
+        for position in range(len(content)):
+            _flip(path, position, 1 << position % 8)
+            found, told = _found(tmp_path)
+            if path.name == "manifest.json" and find_damage(tmp_path / "global_step_6") is None:
+                assert found == tmp_path / f"global_step_{6 if not told else 4}"  # its number: all files are whole
+            else:
+                assert (found, len(told)) == (tmp_path / "global_step_4", 1), (path, position)
+            path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "is missing"),
+        (b"", "is damaged: it holds no step"),
+        (b"\xff\x00", "is damaged: it holds no step"),
+        (b"4", "names step 4, which is not the newest"),
+        (b"7", "global_step_7 does not exist"),
+    ],
+)
+def test_a_tracker_file_that_lies_changes_nothing(tmp_path: Path, content: bytes | None, text: str) -> None:
+    for step in (4, 6):
+        _save(tmp_path, step)
+    tracker = tmp_path / TRACKER
+    tracker.unlink() if content is None else tracker.write_bytes(content)
+    found, told = _found(tmp_path)
+    assert found == tmp_path / "global_step_6"
+    assert len(told) == 1 and text in told[0] and told[0].endswith("; global_step_6 is used")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / f"global_step_{step}")
+    if content is not None:
+        with pytest.raises(CheckpointError, match="no checkpoint in"):
+            _found(tmp_path)
+
+
+def test_after_a_rollback_the_one_before_is_of_the_same_past(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 3):
+        _save(tmp_path, step)
+    assert _found(tmp_path)[0] == tmp_path / "global_step_3", "the newest, though a later step is there"
+    _flip(tmp_path / "global_step_3" / SHARD)
+    assert _found(tmp_path)[0] == tmp_path / "global_step_2"
 
 
 def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
@@ -45,13 +173,67 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "atropos.json").write_text('{"step": 1}')
     with pytest.raises(CheckpointError, match="policy_version"):
         RunState().restore(tmp_path)
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("7")
-    with pytest.raises(CheckpointError, match="global_step_7, which does not exist"):
-        find_checkpoint(tmp_path, "auto")
+    # One of an earlier version has no manifest: only who names it gets it.
+    assert _found(tmp_path, str(tmp_path))[1] == [
+        f"{tmp_path} has no manifest.json (earlier versions wrote none): it is used unchecked"
+    ]
 
 
-def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*file"):
-        RunState().save(tmp_path / "file" / "global_step_1")
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("unexpected pos 64 vs 0")])
+@pytest.mark.parametrize("full", [False, True])
+def test_one_that_cannot_be_written_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, full: bool
+) -> None:
+    _save(tmp_path, 4)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def no_space(path: Path, *_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    expected = r"No space left on device \([\d.]+ MB are free there\)" if full else error.args[-1]
+    with (
+        pytest.raises(CheckpointError, match=rf"cannot write the checkpoint {tmp_path}/global_step_4: .*{expected}"),
+        new_checkpoint(tmp_path, 4, 1) as directory,
+    ):
+        (directory / "half").write_text("of it")
+        if full:
+            monkeypatch.setattr(checkpoint_state, "write_atomic", no_space)
+        raise error
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    monkeypatch.setattr(checkpoint_state, "write_atomic", no_space)  # the tracker file, or the manifest
+    with pytest.raises(CheckpointError, match="No space left"):
+        _save(tmp_path, 4, 1)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        is_section = isinstance(value, dict) and not prefix
+        found += _leaves(value, f"{name}.") if is_section else [(f"{prefix}{name}", value)]
+    return found
+
+
+SETTINGS = _leaves(RunConfig().model_dump(mode="json"))
+OF_ONE_START = ("run_dir", "resume", "atropos.api_url", "atropos.token", "atropos.headers", "eval.commands_file")
+
+
+@pytest.mark.parametrize(("key", "value"), SETTINGS, ids=[key for key, _ in SETTINGS])
+def test_every_setting_that_has_changed_since_a_checkpoint_is_named(tmp_path: Path, key: str, value: Any) -> None:
+    RunState(step=1).save(tmp_path, RunConfig())
+    saved = json.loads((tmp_path / "atropos.json").read_text())
+    assert changed_settings(saved, RunConfig()) == []
+    is_known = key in saved["settings"]
+    assert is_known != (key in OF_ONE_START or key.startswith("gateway."))
+    assert changed_settings({}, RunConfig()) == [], "of a checkpoint that says nothing"
+    if is_known:
+        saved["settings"][key] = "another"
+        effect = " (no effect: " if key in ("model.path", "eval.before") else ""
+        [change] = changed_settings(saved, RunConfig())
+        assert change.startswith(f'{key} "another" → {json.dumps(value)}{effect}')
+
+
+def test_no_key_of_anybody_is_written_into_a_checkpoint(tmp_path: Path) -> None:
+    secret = {"atropos": {"token": "s3cret", "headers": {"x": "s3cret"}}, "gateway": {"api_key": "s3cret"}}
+    RunState().save(tmp_path, RunConfig.from_mapping(secret))
+    assert "s3cret" not in (tmp_path / "atropos.json").read_text()

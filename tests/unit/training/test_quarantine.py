@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,23 @@ def test_a_reason_that_quotes_a_lone_surrogate_can_be_written(tmp_path: Path, ca
     # A comparison that fails with a lone surrogate in its text ends a parallel test run.
     for written in (json.loads(path.read_text())["reason"], caplog.messages[0]):
         assert escaped.encode() in written.encode("utf-8", "surrogatepass")
+
+
+def test_the_oldest_go_beyond_the_bound_and_never_the_one_just_written(tmp_path: Path) -> None:
+    store = QuarantineStore(tmp_path, bound=4000)
+    for number in range(60):
+        raw = b'{"tokens": [[%d]], "padding": "%s"}' % (number, b"x" * 400)
+        newest = store.put(QuarantinedGroup(group=decode_group(raw), reason="scores: missing"))
+        os.utime(newest, ns=(number, number))
+        assert newest.exists()
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 4000 * 17 / 16
+    assert sorted(path.stat().st_mtime_ns for path in tmp_path.iterdir()) == list(
+        range(60 - len(list(tmp_path.iterdir())), 60)
+    )
+    huge = QuarantineStore(tmp_path, bound=10)
+    raw = b'{"tokens": [[1]]}'
+    assert huge.put(QuarantinedGroup(group=decode_group(raw), reason="larger than the bound")).exists()
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_group_that_never_was_bytes_is_written_from_its_arrays(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from atropos_verl.config.schema import RunConfig
+from atropos_verl.errors import ConfigError
 from atropos_verl.http_thread import Listener
 from atropos_verl.training.batch_source import BatchSource
 from atropos_verl.training.checkpoint_state import saved_step
@@ -45,7 +46,7 @@ def run(
             # Before torch is imported. An environment of atroposlib may register only after the trainer, and sleeps for
             # 5 s before it asks for a first completion (0.4.0, env_manager): both pass beside that import.
             progress.phase("registering at the trajectory API")
-            step = saved_step(run_dir, config.resume)
+            step = saved_step(run_dir / "checkpoints", config.resume)
             source.resume(step)
             source.register(step, config.batch_size)
             start_environment()
@@ -55,6 +56,7 @@ def run(
             from atropos_verl.backends.local.worker import import_verl
 
             import_verl(config)
+        on_step = _make_tracker(config, run_dir)
         trainer = AtroposTrainer(config, run_dir=run_dir, source=source, gateway_listener=listener)
         stack.callback(trainer.close)
         stack.callback(stop_services)
@@ -66,7 +68,7 @@ def run(
             progress=progress,
             check_services=check_services,
             before_first_step=lambda: held_out.finish("before"),
-            on_step=_make_tracker(config, run_dir),
+            on_step=on_step,
         )
         if config.eval.after:
             held_out.start("after")
@@ -84,12 +86,16 @@ def _make_tracker(config: RunConfig, run_dir: Path) -> Callable[[StepReport], No
     os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(run_dir / "verl_tracking.jsonl"))
     from verl.utils.tracking import Tracking
 
-    tracking = Tracking(
-        project_name=config.trainer.project_name,
-        experiment_name=config.trainer.experiment_name,
-        default_backend=list(config.trainer.logger),
-        config=config.public(),
-    )
+    try:
+        tracking = Tracking(
+            project_name=config.trainer.project_name,
+            experiment_name=config.trainer.experiment_name,
+            default_backend=list(config.trainer.logger),
+            config=config.public(),
+        )
+    except Exception as error:  # each tracker has its own
+        names = ", ".join(config.trainer.logger)
+        raise ConfigError(f"{names} cannot be started: {error!r}", "trainer.logger") from error
 
     def send(report: StepReport) -> None:
         figures = {"loss": report.loss, "policy_version": report.policy_version, **report.metrics}
@@ -109,7 +115,7 @@ def serve_rank(config: RunConfig) -> None:
     worker = PolicyWorker(config, config.resolve_model_path())
     # From now on rank 0 decides: a Ctrl-C reaches every rank, and rank 0 needs this one to save what was trained. When
     # rank 0 dies without a word the connection breaks, and serve() raises.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     worker.serve()
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import resource
-import shutil
 import signal
 import threading
 import time
@@ -29,7 +28,7 @@ from atropos_verl.errors import CheckpointError, ConfigError, DataError, Trainin
 from atropos_verl.http_thread import Listener
 from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.training.batch_source import BatchSource, RolloutData
-from atropos_verl.training.checkpoint_state import RunState, find_checkpoint, finish_checkpoint
+from atropos_verl.training.checkpoint_state import RunState, changed_settings, find_checkpoint, new_checkpoint
 from atropos_verl.training.extensions import check_extensions, load_function
 from atropos_verl.training.samples import build_samples, sample_settings
 from atropos_verl.training.selfplay import RewardFunction, SelfPlay
@@ -48,7 +47,7 @@ _ONE_INTERRUPT_SECONDS = 1.0
 
 @contextmanager
 def held_interrupts(*, deliver: bool = True) -> Iterator[None]:
-    """Delivers SIGINT and SIGTERM when the block ends, after a whole step; a second one, over a second later, at once.
+    """Delivers SIGINT, SIGTERM and SIGHUP when the block ends, after a whole step; a second, over 1 s later, at once.
 
     An exception of the block goes up as it is, and the signal is dropped: the run is ending anyway, and its cause is
     the better explanation. ``deliver=False`` drops the first signal altogether. Blocks may be nested. Outside the main
@@ -73,8 +72,9 @@ def held_interrupts(*, deliver: bool = True) -> Iterator[None]:
             restore()
             signal.raise_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not None:  # None: not set by Python, so it could not be put back
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # None: not set by Python, so it could not be put back. Ignored: nohup's SIGHUP.
+        if signal.getsignal(number) not in (None, signal.SIG_IGN):
             before[number] = signal.signal(number, note)
     try:
         yield
@@ -127,6 +127,7 @@ class AtroposTrainer:
         self.provenance = BatchProvenance(config.off_policy, self.stack.ledger, self.settings, self.tokenizer.decode)
         self.source.attach(self.provenance, self.stack.throttle, self.state.totals)
         self._is_open = False
+        self._log: StepLog | None = None
         self._self_play: SelfPlay | None = None
         self._saved_at = 0
 
@@ -340,22 +341,39 @@ class AtroposTrainer:
         }
         self.totals.count({**counts, "stale": int(data.off_policy["off_policy/dropped_stale_groups"] or 0)})
         self.updating = False
-        self.serve_newest()
-        self.source.done()
-        synced = time.perf_counter()
-        self.source.ack(data)
-        seconds = {
-            # How long the trainer waited for this batch; how long the API was asked for it; how long it was in the
-            # making beside the step before (mode=overlap).
-            **{name: data.timings.get(name, 0.0) for name in ("rollout", "wait", "prefetch")},
-            "train": trained - begin,
-            "sync": synced - trained,
-            "step": synced - (begin if started is None else started),
-        }
+        synced = None
+        try:
+            self.serve_newest()
+            self.source.done()
+            synced = time.perf_counter()
+            self.source.ack(data)
+        finally:  # whatever failed since, the step was taken: its line must not be missing
+            synced = synced or time.perf_counter()
+            seconds = {
+                # How long the trainer waited for this batch; how long the API was asked for it; how long it was in the
+                # making beside the step before (mode=overlap).
+                **{name: data.timings.get(name, 0.0) for name in ("rollout", "wait", "prefetch")},
+                "train": trained - begin,
+                "sync": synced - trained,
+                "step": synced - (begin if started is None else started),
+            }
+            line = self._report(data, report, figures, counts, seconds)
+            if self._log is not None:
+                self._log.append(line)
+        return line
+
+    def _report(
+        self,
+        data: RolloutData,
+        report: SampleReport,
+        figures: dict[str, float],
+        counts: dict[str, int],
+        seconds: dict[str, float],
+    ) -> StepReport:
         env_ids = {group.env_id for group in data.groups if group.env_id is not None}
         advantages = [np.abs(s.advantages[s.loss_mask]) for s in report.samples]
-        sync = self.sharding_manager.last_sync
-        assert sync is not None, "the newest weights are served"
+        last = self.sharding_manager.last_sync
+        sync: Any = last if last is not None and last.policy_version == self.policy_version else None
         return step_report(
             self.step,
             self.policy_version,
@@ -366,10 +384,10 @@ class AtroposTrainer:
             seconds=seconds,
             figures={
                 "advantage/mean_abs": float(np.concatenate(advantages).mean()) if counts["trained_tokens"] else None,
-                "sync/seconds": sync.seconds,
-                "sync/paused_seconds": sync.paused_seconds,
-                "sync/bytes": sync.bytes_copied,
-                "sync/canary_max_abs_logprob_diff": sync.canary_max_abs_logprob_diff,
+                "sync/seconds": sync and sync.seconds,
+                "sync/paused_seconds": sync and sync.paused_seconds,
+                "sync/bytes": sync and sync.bytes_copied,
+                "sync/canary_max_abs_logprob_diff": sync and sync.canary_max_abs_logprob_diff,
                 "perf/idle_share": seconds["rollout"] / seconds["step"] if seconds["step"] > 0 else 0.0,
                 "perf/peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 **data.off_policy,
@@ -384,28 +402,26 @@ class AtroposTrainer:
 
         Raises ``CheckpointError``; the checkpoint before then stays the newest one.
         """
-        directory = self.run_dir / "checkpoints" / f"global_step_{self.step}"
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
+        root = self.run_dir / "checkpoints"
+        if self._log is not None:
+            self._log.sync()
+        with new_checkpoint(root, self.step, self.config.trainer.max_ckpt_to_keep) as directory:
             self.stack.worker.save_checkpoint(directory / "actor", self.step)
-        except (OSError, RuntimeError) as error:  # torch.save: a full disk, often unnamed
-            free = shutil.disk_usage(self.run_dir).free / 1e6
-            hint = f"{free:.1f} MB are free there; is the disk full?"
-            raise CheckpointError(f"cannot write the checkpoint {directory}: {error} ({hint})") from error
-        self.state.save(directory, model_path=str(self.model_path))
-        finish_checkpoint(directory, self.step, self.config.trainer.max_ckpt_to_keep)
+            self.state.save(directory, self.config)
         self.source.batches.discard_through(self.step)
         self._saved_at = self.step
-        return directory
+        return root / directory.name
 
     def resume_from_checkpoint(self, progress: Progress | None = None) -> None:
         """Loads the checkpoint that ``resume`` means, with the ledger; batches that it does not cover come first."""
         note = (progress or LoggedProgress()).note
-        directory = find_checkpoint(self.run_dir, self.config.resume)
+        directory = find_checkpoint(self.run_dir / "checkpoints", self.config.resume, note)
         if directory is not None:
-            self.state.restore(directory)
+            saved = self.state.restore(directory)
             self.stack.worker.load_checkpoint(directory / "actor")
             note(f"resumed from {directory} at step {self.step}, policy version {self.policy_version}")
+            if changes := changed_settings(saved, self.config):
+                note(f"settings that have changed since: {', '.join(changes)}")
         resumes = self.config.resume != "disable"
         self.provenance.resumed_at = self.policy_version if resumes else None
         known = self.stack.ledger.persist(self.run_dir / "ledger", self.provenance.resumed_at)
@@ -437,7 +453,7 @@ class AtroposTrainer:
         """
         source, config, progress = self.source, self.config, progress or LoggedProgress()
         source.note = progress.note
-        log = StepLog(self.run_dir, self.step)
+        self._log = log = StepLog(self.run_dir, self.step)
         self._saved_at = self.step
         if not source.is_registered:
             progress.phase("registering at the trajectory API")
@@ -455,7 +471,7 @@ class AtroposTrainer:
             prepare = self._prepare if self._overlapped else None
             source.start(check, starts_environment=check_services is not None, prepare=prepare)
             while self.step < config.steps:
-                self._next_step(progress, log, on_step)
+                self._next_step(progress, on_step)
             source.stop(give_back=True)
         except BaseException as error:
             try:
@@ -473,7 +489,7 @@ class AtroposTrainer:
             weights_synced=self.sharding_manager.syncs,
         )
 
-    def _next_step(self, progress: Progress, log: StepLog, on_step: Callable[[StepReport], None] | None) -> None:
+    def _next_step(self, progress: Progress, on_step: Callable[[StepReport], None] | None) -> None:
         config, started = self.config, time.perf_counter()
         progress.phase("rollout: waiting for a batch")
         data = self.source.take(more=self.step + 1 < config.steps)
@@ -481,9 +497,7 @@ class AtroposTrainer:
             if self.source.discard_if_stale(data, self.policy_version):
                 return
         data.timings["rollout"] = time.perf_counter() - started
-        with held_interrupts():
-            report = self.train_on(data, started)
-            log.append(report)
+        report = self.train_on(data, started)
         progress.step(report)
         if on_step is not None:
             on_step(report)

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -32,6 +33,7 @@ from atropos_verl.training.losses.policy import (
     summarise_importance,
 )
 from atropos_verl.types import FloatArray, LossOutput, TrainingSample
+from atropos_verl.verl_plugin.shims import own_optimiser_settings
 
 logger = logging.getLogger(__name__)
 
@@ -149,15 +151,18 @@ class PolicyWorker:
 
     @_on_every_rank
     def load_checkpoint(self, directory: Path) -> None:
-        """Restores what ``save_checkpoint`` wrote. Raises ``CheckpointError``."""
+        """Restores what ``save_checkpoint`` wrote, but for the optimiser's settings. Raises ``CheckpointError``."""
         expected = directory / f"model_world_size_{self.world_size}_rank_{self.rank}.pt"
         if not expected.exists():
             raise CheckpointError(
                 f"{expected} does not exist; the checkpoint was written by another number of ranks "
                 f"(found {sorted(p.name for p in directory.glob('model_world_size_*'))})"
             )
-        with _verl_prints_to_log():
-            self._worker.load_checkpoint(str(directory))
+        try:
+            with _verl_prints_to_log(), own_optimiser_settings(self._worker.engine):
+                self._worker.load_checkpoint(str(directory))
+        except (RuntimeError, ValueError, KeyError, OSError, EOFError, UnpicklingError) as error:
+            raise CheckpointError(f"cannot load {directory}: {error}") from error
 
     def _update(self, samples: list[TrainingSample], old: list[FloatArray] | None, *, last: bool) -> dict[str, float]:
         from verl.utils import tensordict_utils as tu

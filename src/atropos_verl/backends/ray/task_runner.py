@@ -4,7 +4,6 @@ The task runner is a Ray actor that holds trainer, gateway and trajectory feed (
 another machine than the command.
 """
 
-import logging
 import os
 import time
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ from typing import Any
 import ray
 
 from atropos_verl.config.verl_keys import parameter_sync_step, read_run
+from atropos_verl.report.console import log_to_file
 from atropos_verl.types import StepReport
 
 MAILBOX = "atropos_mailbox"
@@ -50,10 +50,7 @@ class AtroposTaskRunner:
         self.cluster = run = read_run(config)
         directory = run.run_dir / "logs"
         directory.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(directory / "task_runner.log")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        logging.getLogger().addHandler(handler)
-        logging.getLogger("atropos_verl").setLevel(logging.INFO)
+        log_to_file(directory / "task_runner.log")
         os.environ.setdefault("TENSORBOARD_DIR", str(run.run_dir / "tensorboard"))
         os.environ.setdefault("WANDB_DIR", str(run.run_dir))
         os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(run.run_dir / "verl_tracking.jsonl"))
@@ -95,6 +92,8 @@ class AtroposTaskRunner:
         self._resumed_at = None if self.config.trainer.resume_mode == "disable" else int(trainer.global_steps)
         if trainer.global_steps:
             self.put("note", f"resumed at step {trainer.global_steps} from {trainer.checkpoint_root}")
+        for note in trainer.notes:
+            self.put("note", note)
         llm_client = trainer.get_llm_client()
         self._start_gateway(llm_client)
         feed = self._start_feed()

@@ -39,7 +39,7 @@ from atropos_verl.backends.ray.transfer import ADVANTAGES, PARTITION, finish_bat
 from atropos_verl.backends.ray.workers import WORKERS
 from atropos_verl.config.verl_keys import RayRun, parameter_sync_step, read_run
 from atropos_verl.errors import TrainingDivergedError
-from atropos_verl.training.checkpoint_state import RunState
+from atropos_verl.training.checkpoint_state import RunState, changed_settings, find_checkpoint, new_checkpoint
 from atropos_verl.training.step import step_report
 from atropos_verl.training.weight_sync import AtroposShardingManager
 from atropos_verl.types import StepReport
@@ -67,6 +67,8 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         self.state = RunState()
         self.on_report: Callable[[StepReport], None] = lambda report: None
         self.on_stop: Callable[[], bool] = lambda: False
+        self.notes: list[str] = []
+        """What the user is to be told about the checkpoint that was loaded."""
         self._slots: list[Slot] = []
         self._counts: Counter[str] = Counter()
         self._covered_step = 0
@@ -309,24 +311,30 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         return Path(str(self.config.trainer.default_local_dir)).absolute()
 
     def _save_checkpoint(self) -> None:
-        directory = self.checkpoint_root / f"global_step_{self.global_steps}"
-        # Before verl's own files, whose tracker file says that the checkpoint exists.
         self.state.step = self.state.policy_version = self.global_steps
-        self.state.save(directory)
-        super()._save_checkpoint()
+        keep = self.config.trainer.get("max_actor_ckpt_to_keep")
+        with new_checkpoint(self.checkpoint_root, self.global_steps, keep, in_place=True) as directory:
+            self.state.save(directory, self.atropos.run)
+            super()._save_checkpoint()
         self._covered_step = self.global_steps
 
     def _load_checkpoint(self) -> None:
-        super()._load_checkpoint()
+        settings, given = self.config.trainer, dict(self.config.trainer)
+        wanted = settings.resume_from_path if settings.resume_mode == "resume_path" else settings.resume_mode
+        directory = find_checkpoint(self.checkpoint_root, str(wanted), self.notes.append)
+        with open_dict(settings):
+            settings.resume_mode = "disable" if directory is None else "resume_path"
+            settings.resume_from_path = None if directory is None else str(directory)
+            super()._load_checkpoint()
+            settings.resume_mode, settings.resume_from_path = given["resume_mode"], given["resume_from_path"]
         # Batches in flight come back from our journal, with their leases; verl's copy of them is not used.
         waiting = list((tq.kv_list(PARTITION) or {}).get(PARTITION, {}))
         if waiting:
             tq.kv_clear(keys=waiting, partition_id=PARTITION)
         self._restored_tq_prompt_count = 0
-        if self.global_steps:
-            folder = self.config.trainer.resume_from_path if self.config.trainer.resume_mode == "resume_path" else None
-            directory = Path(folder) if folder else self.checkpoint_root / f"global_step_{self.global_steps}"
-            self.state.restore(directory)
+        if directory is not None:
+            changes = changed_settings(self.state.restore(directory), self.atropos.run)
+            self.notes += [f"settings that have changed since: {', '.join(changes)}"] if changes else []
 
 
 class _ColocatedTrainer(_AtroposTrainer):

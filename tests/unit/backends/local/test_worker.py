@@ -147,6 +147,55 @@ def test_a_checkpoint_restores_weights_and_optimiser_and_one_of_another_world_si
         other.load_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "optim",
+    [
+        {"lr": 3e-3},
+        {"weight_decay": 0.1},
+        {"betas": (0.5, 0.6)},
+        {"lr_warmup_steps": 4},
+        {"lr": 3e-3, "lr_scheduler_type": "cosine", "min_lr_ratio": 0.1},
+    ],
+    ids=lambda optim: ",".join(optim),
+)
+def test_the_optimisers_settings_are_the_resumed_runs(model_path: Path, tmp_path: Path, optim: dict[str, Any]) -> None:
+    """After loading, its groups are those of a run that had these settings all along; its state is the checkpoint's."""
+
+    def groups(worker: PolicyWorker) -> list[dict[str, Any]]:
+        found = worker._worker.engine.optimizer.param_groups
+        return [{name: value for name, value in group.items() if name != "params"} for group in found]
+
+    samples = random_samples(3, vocab_size=200, seed=5)
+    before = _worker(model_path)
+    all_along, resumed = (_worker(model_path, optim={"lr": LR, **optim}, steps=10) for _ in range(2))
+    for worker in (before, all_along):
+        for _ in range(2):
+            worker.train(samples)
+    before.save_checkpoint(tmp_path / "actor", 2)
+    resumed.load_checkpoint(tmp_path / "actor")
+    assert groups(resumed) == groups(all_along) != groups(before)
+    state = resumed._worker.engine.optimizer.state_dict()["state"]
+    assert {int(entry["step"]) for entry in state.values()} == {2}
+    assert resumed.train(samples)["lr"] == pytest.approx(all_along.train(samples)["lr"])
+
+
+@pytest.mark.parametrize("name", ["model", "optim", "extra_state"])
+def test_what_cannot_be_loaded_is_an_error_with_its_directory(model_path: Path, tmp_path: Path, name: str) -> None:
+    worker = _worker(model_path)
+    worker.save_checkpoint(tmp_path / "actor", 1)
+    path = tmp_path / "actor" / f"{name}_world_size_1_rank_0.pt"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=f"cannot load {tmp_path}/actor: "):
+        worker.load_checkpoint(tmp_path / "actor")
+
+
+def test_no_lock_file_of_a_checkpoint_stays(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "temp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temp"))
+    _worker(model_path).save_checkpoint(tmp_path / "actor", 1)
+    assert list((tmp_path / "temp").iterdir()) == []
+
+
 def test_two_ranks_give_the_loss_of_one(model_path: Path, tmp_path: Path) -> None:
     tests = Path(__file__).parents[3]
     found: list[dict[str, Any]] = []
