@@ -140,7 +140,7 @@ def environment_spec(
         }
     file, api_url = run_dir / "launch" / f"{process}.yaml", config.atropos.api_url if evaluation is None else None
     url = None if api_url is None else with_token(api_url, config.atropos.token)
-    servers = server_count(source_of(program, {**settings.env, "cwd": str(cwd)}))
+    servers = server_count(source_of(program, settings))
     last, files = last_words(settings, server, url, servers=servers, file=file, cwd=cwd, section=section)
     words = ["serve" if evaluation is None else "evaluate"]
     for option, value in ours.items():
@@ -420,25 +420,19 @@ def parse_script(source: bytes, script: Path) -> ast.Module:
             gc.enable()
 
 
-def source_of(program: Sequence[str], variables: Mapping[str, str]) -> bytes:
-    """The source of an environment; b"" where it is not found. Nothing is imported or run.
-
-    A module is looked for in its working directory (``cwd`` of ``variables``) and in PYTHONPATH.
-    """
-    path = Path(program[-1])
-    if program[0] == "-m":
-        entries = f"{variables.get('PYTHONPATH') or os.environ.get('PYTHONPATH', '')}{os.pathsep}{variables['cwd']}"
-        paths = [Path(entry, *program[-1].split(".")).with_suffix(".py") for entry in entries.split(os.pathsep)]
-        path = next((found for found in paths if found.is_file()), path)
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
+def source_of(program: Sequence[str], settings: EnvironmentConfig) -> bytes:
+    """The source of an environment, a module's by its directory and PYTHONPATH; b"": not found. Nothing is run."""
+    paths = [Path(program[-1])]
+    if settings.module is not None:
+        entries = settings.env.get("PYTHONPATH", os.environ.get("PYTHONPATH", "")).split(os.pathsep)
+        name = Path(*settings.module.split(".")).with_suffix(".py")
+        paths = [Path(entry, name) for entry in (settings.cwd or ".", *entries)]
+    return next((path.read_bytes() for path in paths if path.is_file()), b"")
 
 
 def notes_of(config: RunConfig, settings: EnvironmentConfig, program: Sequence[str]) -> list[str]:
     """What is likely to keep an environment from working, before it is started."""
-    source, notes = source_of(program, {**settings.env, "cwd": settings.cwd or "."}), []
+    source, notes = source_of(program, settings), []
     if source and b".cli(" not in source and b"env_manager" not in source:
         notes.append(f"{program[-1]} calls no .cli(): Atropos environments end with MyEnv.cli(), or start nothing")
     url = option_value(settings.args, f"{_SERVER_PREFIX}base_url")
@@ -480,7 +474,7 @@ def _returned_servers(nodes: Sequence[ast.AST]) -> int | None:
 
     def count(value: ast.expr | None, depth: int = 2) -> int | None:
         if isinstance(value, ast.Name):
-            values = assigned[value.id]
+            values = assigned.pop(value.id, [])  # followed once: no circle
             return count(values[0], depth) if len(values) == 1 else None
         if isinstance(value, ast.Tuple) and depth == 2:  # what is returned: settings, servers
             return count(value.elts[-1], 1) if len(value.elts) == 2 else None
@@ -496,40 +490,40 @@ def _returned_servers(nodes: Sequence[ast.AST]) -> int | None:
 def readable_tokenizer(config: RunConfig) -> Path:
     """The tokenizer as environments can load it, most of which run on transformers 4: the model's own, or a copy in
     the run directory with the settings that only transformers 5 writes made older ones (``write_tokenizer``)."""
-    own = Path(config.model.tokenizer_path or config.resolve_model_path()).expanduser()
-    return own if _older_settings(own) is None else config.resolve_run_dir() / "launch" / "tokenizer"
+    own, older = _older_tokenizer(config)
+    return own if older is None else config.resolve_run_dir() / "launch" / "tokenizer"
 
 
 def write_tokenizer(config: RunConfig) -> None:
     """Write the copy of ``readable_tokenizer``, where one is needed: links to the files, and the changed settings."""
-    own, place = (
-        Path(config.model.tokenizer_path or config.resolve_model_path()).expanduser(),
-        readable_tokenizer(config),
-    )
-    if place == own:
+    own, older = _older_tokenizer(config)
+    if older is None:
         return
+    place = readable_tokenizer(config)
     place.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "config.json", "chat_template.jinja", "special_tokens_map.json"):
         link, target = place / name, own.absolute() / name
         link.unlink(missing_ok=True)
         if target.is_file():
             link.symlink_to(target)
-    write_atomic(place / _TOKENIZER_SETTINGS, json.dumps(_older_settings(own), indent=1))
+    write_atomic(place / _TOKENIZER_SETTINGS, json.dumps(older, indent=1))
 
 
-def _older_settings(directory: Path) -> dict[str, Any] | None:
-    """``tokenizer_config.json`` as transformers 4 reads it; None: it reads what is there, or nothing can be done."""
+def _older_tokenizer(config: RunConfig) -> tuple[Path, dict[str, Any] | None]:
+    """The tokenizer's directory, and ``tokenizer_config.json`` as transformers 4 reads it; None: it reads what is
+    there, or nothing can be done."""
+    directory = Path(config.model.tokenizer_path or config.resolve_model_path()).expanduser()
     try:
         settings: dict[str, Any] = json.loads((directory / _TOKENIZER_SETTINGS).read_bytes())
     except (OSError, ValueError):
-        return None
+        return directory, None
     extra, name = settings.get("extra_special_tokens"), settings.get("tokenizer_class")
     is_newer = name in NAMES_OF_TRANSFORMERS_5 or isinstance(extra, list)
     if not is_newer or not (directory / "tokenizer.json").is_file():
-        return None
+        return directory, None
     if name in NAMES_OF_TRANSFORMERS_5:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(extra, list):
         del settings["extra_special_tokens"]
         settings["additional_special_tokens"] = [*(settings.get("additional_special_tokens") or ()), *extra]
-    return settings
+    return directory, settings

@@ -144,7 +144,7 @@ class EvaluationProcesses:
 
     def _score(self, planned: PlannedEvaluation, process: ManagedProcess) -> float | None:
         name = planned.spec.name
-        for path in planned.result.parent.glob("*.yaml"):  # Atropos writes its whole configuration beside the scores
+        for path in planned.result.parent.glob("*.yaml"):
             blot_out(path, planned.spec.secrets)
         if process.is_running():
             self._note(f"{name} took longer than eval.timeout={self._timeout:g} s; its log is {planned.spec.log_path}")
@@ -162,7 +162,8 @@ class EvaluationProcesses:
         return held_out_score(metrics)
 
     def _report(self, running: str | None) -> None:
-        self._progress.parent.mkdir(parents=True, exist_ok=True)
+        # Private: Atropos writes its configuration, with the gateway's key, beside the scores.
+        self._progress.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomic(self._progress, json.dumps({"running": running, "scores": self._scores}), private=True)
 
 

@@ -20,6 +20,7 @@ from atropos_verl.launch.environments import (
     plan_environments,
     readable_tokenizer,
     server_count,
+    source_of,
     write_tokenizer,
 )
 from atropos_verl.launch.plan import make_plan, one_environment
@@ -215,6 +216,17 @@ def test_the_servers_of_a_script_are_counted(before: str, value: str, count: int
 @pytest.mark.parametrize("source", [b"", b"def config_init(:", b"class Env(Other): pass", b"\0"])
 def test_the_servers_of_what_cannot_be_read_are_not_known(source: bytes) -> None:
     assert server_count(source) is None
+
+
+def test_a_module_is_found_by_its_directory_and_by_pythonpath(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pkg").mkdir()
+    (tmp_path / "pkg" / "env.py").write_text("x")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    found = [
+        source_of(("-m", "pkg.env"), EnvironmentConfig(module="pkg.env", **where))
+        for where in ({"cwd": str(tmp_path)}, {"env": {"PYTHONPATH": f"/nowhere:{tmp_path}"}}, {})
+    ]
+    assert found == [b"x", b"x", b""]
 
 
 SERVER = {"base_url": "http://g:9004/v1", "api_key": "k3y"}
