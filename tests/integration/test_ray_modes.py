@@ -1,7 +1,9 @@
 """Live runs on Ray with the demo environment: a sync that is skipped shows, two raylets, the asynchronous modes."""
 
 import os
-from collections.abc import Iterator
+import random
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +27,65 @@ WORDS = (
 )
 
 
-def finished(run_dir: Path, *words: str) -> list[dict[str, Any]]:
-    """Metrics of a run that must end well and leave nothing behind."""
-    # Ray's processes import what a test plugs into verl from this directory.
-    path = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY / "tests")])
-    with TrainingRun([*WORDS, *words], run_dir=run_dir, env={"PYTHONPATH": path}) as run:
+# Ray's processes import what a test plugs into verl from this directory.
+PATH = {"PYTHONPATH": os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY / "tests")])}
+
+
+def finished(
+    run_dir: Path, *words: str, meanwhile: Callable[[TrainingRun], None] = lambda run: None
+) -> list[dict[str, Any]]:
+    """Metrics of a run that must end well and leave nothing behind; no request of its environment may fail."""
+    with TrainingRun([*WORDS, *words], run_dir=run_dir, env=PATH) as run:
+        meanwhile(run)
         run.must_end(0)
     assert "failed" not in (run_dir / "logs" / "environment.log").read_text().lower()
     return metrics_of(run_dir)
 
 
-def test_a_skipped_weight_sync_shows_in_the_probabilities(tmp_path: Path) -> None:
-    metrics = finished(
-        tmp_path / "run",
-        "trainer.total_training_steps=6",
-        "actor_rollout_ref.actor.optim.lr=1e-3",
-        "actor_rollout_ref.rollout.free_cache_engine=false",
-        # With a bound of 0 the ledger leaves every group out: the engine itself says that its weights are old.
-        "atropos.off_policy.max_staleness=null",
-        "trainer.checkpoint_callback_class=support.plugged_into_verl.SkipSyncs",
-    )
+@pytest.mark.parametrize(("mode", "deaths"), [("sync", 10), ("colocate_async", 3), ("separate_async", 4)])
+def test_replicas_die_and_the_run_does_not(tmp_path: Path, mode: str, deaths: int) -> None:
+    """At any moment of a step: the environment notices nothing, and every step's canary is exact."""
+
+    def kill_replicas(run: TrainingRun) -> None:
+        rng = random.Random(0)
+        for number in range(deaths):
+            run.wait_for_more(1)
+            time.sleep(rng.uniform(0.0, 2.0))
+            run.kill_actor("TransformersServer", number)
+
+    steps = 2 * deaths + 4
+    words = [f"trainer.v1.trainer_mode={mode}", f"trainer.total_training_steps={steps}"]
+    if mode != "sync":
+        words += ["atropos.off_policy.max_staleness=null", "trainer.v1.separate_async.parameter_sync_step=2"]
+    metrics = finished(tmp_path / "run", *words, meanwhile=kill_replicas)
+    assert [line["step"] for line in metrics] == list(range(1, steps + 1))
+    assert metrics[-1]["sync/replicas_replaced"] == deaths
+    assert all(line["sync/canary_max_abs_logprob_diff"] < 1e-3 for line in metrics)
+    fresh = [line for line in metrics if not line["off_policy/staleness_max"]]
+    assert all(line["training/rollout_probs_diff_mean"] <= 1e-3 for line in fresh)
+    assert all(line["data/unmatched_span_rate"] == 0.0 for line in metrics)
+
+
+SKIPPED_SYNCS = (
+    "trainer.total_training_steps=6",
+    "actor_rollout_ref.actor.optim.lr=1e-3",
+    "actor_rollout_ref.rollout.free_cache_engine=false",
+    # With a bound of 0 the ledger leaves every group out: the engine itself says that its weights are old.
+    "atropos.off_policy.max_staleness=null",
+    "trainer.checkpoint_callback_class=support.plugged_into_verl.SkipSyncs",
+)
+
+
+def test_a_skipped_weight_sync_ends_the_run_by_its_canary(tmp_path: Path) -> None:
+    with TrainingRun([*WORDS, *SKIPPED_SYNCS], run_dir=tmp_path / "run", env=PATH) as run:
+        run.must_end(1)
+        assert "rollout replica 0: after the weight sync the engine's logprobs differ" in run.stderr
+        assert "atropos.sync.canary_threshold=0.001" in run.stderr and "Traceback" not in run.stderr
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(1, LAST_SYNC + 1))
+
+
+def test_a_skipped_weight_sync_shows_in_the_probabilities_without_a_canary(tmp_path: Path) -> None:
+    metrics = finished(tmp_path / "run", *SKIPPED_SYNCS, "atropos.sync.canary=false")
     diffs = {line["step"]: line["training/rollout_probs_diff_mean"] for line in metrics}
     # Step N + 1 is sampled from the weights of N, but for groups that were already under way.
     fresh = [diffs[line["step"]] for line in metrics if line["off_policy/staleness_max"] == 0]

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
-from support.ray_cluster import Cluster, started_cluster
+from support.ray_cluster import Cluster, break_the_engine, kill, started_cluster, zero_one_tensor
 from support.serving import eventually
 from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.backends.ray.gateway import ClusterGateway
+from atropos_verl.backends.ray.replicas import Replicas
+from atropos_verl.config.schema import SyncConfig
+from atropos_verl.errors import WeightSyncError
 
 _TOKENS = list(range(40, 90))
 _STANDALONE = [  # what verl's separate_async asks of the configuration; it changes nothing for a colocated replica
@@ -21,6 +25,7 @@ _STANDALONE = [  # what verl's separate_async asks of the configuration; it chan
     "actor_rollout_ref.rollout.checkpoint_engine.backend=ray_object_store",
     "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=atropos_verl.backends.ray.weight_transfer",
 ]
+_KEY = "+actor_rollout_ref.rollout.engine_kwargs.transformers.api_key=of-the-replica"
 _PARAMS = {"temperature": 1.0, "logprobs": True, "ignore_eos": True}
 
 
@@ -29,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("ray")
 
 @pytest.fixture(scope="module")
 def cluster(model_path: Path, ray: None) -> Iterator[Cluster]:
-    with started_cluster(model_path, *_STANDALONE) as cluster:
+    with started_cluster(model_path, *_STANDALONE, _KEY) as cluster:
         cluster.checkpoints.sleep_replicas()
         cluster.checkpoints.update_weights(0)
         yield cluster
@@ -54,8 +59,13 @@ async def _generated(cluster: Cluster, tokens: int) -> None:
 
 # First, before the module's cluster takes the names of verl's actors.
 def test_with_lora_the_base_travels_once_and_then_only_adapters_and_the_engine_follows(model_path: Path) -> None:
+    import ray
+
     settings = ["actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora_alpha=16"]
     with started_cluster(model_path, *settings) as cluster:
+        [address] = cluster.servers.get_addresses()
+        pid = address.rpartition(":")[2]  # without a key nothing listens: no port, but a name
+        assert psutil.Process(int(pid)).cmdline()[0].startswith("ray::TransformersServer")
         received = [0]
         for step in range(3):
             trained = cluster.workers.nudge(step, 0.1)
@@ -69,6 +79,12 @@ def test_with_lora_the_base_travels_once_and_then_only_adapters_and_the_engine_f
             sizes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
             adapter_bytes = 2 * 4 * 4 * sum(a + b for a, b in sizes)
             assert trained == [28]
+        # Another server in its place has no base weights either.
+        replicas = Replicas(cluster.workers, [cluster.servers], lambda: [cluster.servers])
+        ray.kill(cluster.server)
+        assert replicas.replace_dead() == 1
+        cluster.checkpoints.update_weights(3)
+        assert cluster.canary(_TOKENS) < 1e-5
         base, first, second = (after - before for before, after in pairwise(received))
         assert first == second == adapter_bytes
         assert base > 2 * adapter_bytes  # rollout.load_format=dummy: the replica had no base weights
@@ -121,10 +137,12 @@ def test_a_bad_request_is_named_and_the_replica_lives_on(cluster: Cluster) -> No
     assert _call(cluster, "generate", _TOKENS[:4], {"max_tokens": 3}, "good").stop_reason == "completed"
 
 
-def test_its_http_address_answers_like_our_gateway(cluster: Cluster) -> None:
+def test_its_http_address_answers_like_our_gateway_to_who_has_its_key(cluster: Cluster) -> None:
     [address] = cluster.servers.get_addresses()
     body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "logprobs": True, "model": "m"}
-    answer = httpx.post(f"http://{address}/v1/chat/completions", json=body, timeout=30.0)
+    with httpx.Client(base_url=f"http://{address}", timeout=30.0) as client:
+        assert client.post("/v1/chat/completions", json=body).status_code == 401
+        answer = client.post("/v1/chat/completions", json=body, headers={"authorization": "Bearer of-the-replica"})
     assert answer.status_code == 200
     assert answer.json()["policy_version"] == _call(cluster, "get_stats")["policy_version"]
 
@@ -191,6 +209,48 @@ async def test_environments_requests_outlast_every_kind_of_weight_update(cluster
                 assert (made_by[0], made_by[-1]) == (first, last)
 
 
+@pytest.mark.parametrize("death", [kill, break_the_engine])
+async def test_a_dead_replica_is_replaced_and_the_environments_requests_go_on(cluster: Cluster, death: Any) -> None:
+    """The request that was cut is answered whole; what the new server writes is of the newest weights."""
+    replicas = Replicas(cluster.workers, [cluster.servers], lambda: [cluster.servers])
+    canary = replicas.canary(SyncConfig(), build_tiny_tokenizer(), exact=True)
+    with ClusterGateway(cluster.servers.get_client(), build_tiny_tokenizer()) as gateway:
+        async with httpx.AsyncClient(base_url=gateway.url, timeout=120.0) as client:
+            body = {"prompt": {"prompt_token_ids": _TOKENS[:8]}, "n": 2, "max_tokens": 180, "logprobs": 0}
+            request = asyncio.ensure_future(client.post("/generate", json=body | {"ignore_eos": True}))
+            await _generated(cluster, 60)
+            before = cluster.server
+            await asyncio.gather(before.__ray_call__.remote(death), return_exceptions=True)
+            await asyncio.to_thread(eventually, gateway.lost.is_set, "the dead replica to be found", 60.0)
+            assert await asyncio.to_thread(replicas.replace_dead) == 1
+            version = gateway.engine.policy_version + 1
+            await asyncio.to_thread(cluster.checkpoints.update_weights, version)
+            assert await asyncio.to_thread(canary.check) < 1e-5
+            assert not request.done(), "nothing serves before it has the weights"
+            await asyncio.to_thread(replicas.admit)
+            answer = await request
+    assert answer.status_code == 200, answer.text
+    assert [len(tokens) for tokens in answer.json()["token_ids"]] == [180, 180]
+    assert answer.json()["policy_versions"] == [[version, version]] * 2
+    assert cluster.server != before and await asyncio.to_thread(replicas.replace_dead) == 0
+
+
+def test_the_canary_finds_a_sync_that_was_skipped_or_torn(cluster: Cluster) -> None:
+    replicas = Replicas(cluster.workers, [cluster.servers], lambda: [cluster.servers])
+    canary = replicas.canary(SyncConfig(), build_tiny_tokenizer(), exact=True)
+    version = _call(cluster, "get_stats")["policy_version"] + 1
+    cluster.workers.nudge(version, 0.05)
+    with pytest.raises(WeightSyncError, match=r"rollout replica 0: after .* atropos\.sync\.canary_threshold=0\.001"):
+        canary.check()
+    cluster.checkpoints.update_weights(version)
+    assert canary.check() < 1e-5
+    _call(cluster, "__ray_call__", zero_one_tensor)
+    with pytest.raises(WeightSyncError, match="rollout replica 0: "):
+        canary.check()
+    cluster.checkpoints.update_weights(version + 1)
+    assert canary.check() < 1e-5
+
+
 async def test_a_client_that_leaves_frees_the_replicas_slots(cluster: Cluster) -> None:
     with ClusterGateway(cluster.servers.get_client(), build_tiny_tokenizer()) as gateway:
         await asyncio.to_thread(cluster.checkpoints.abort_replicas)  # it stays unanswered
@@ -225,6 +285,12 @@ def test_a_standalone_replica_gets_the_weights_through_the_object_store(cluster:
         assert cluster.canary(_TOKENS, replica.server_handle) < 1e-5
         stats = ray.get(replica.server_handle.get_stats.remote())
         assert (stats["policy_version"], stats["gate"]) == (step, "open")
+    replicas = Replicas(cluster.workers, [standalone], lambda: [standalone])
+    for victim in (replica.server_handle, replica.workers[0]):
+        ray.kill(victim)
+        assert replicas.replace_dead() == 1 and replicas.replace_dead() == 0
+        manager.update_weights(102)
+        assert cluster.canary(_TOKENS, replica.server_handle) < 1e-5
     for actor in (replica.server_handle, *replica.workers):
         ray.kill(actor)
 

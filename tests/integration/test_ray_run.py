@@ -78,7 +78,8 @@ def _logprobs(model: Any, row: list[int], mask: list[int]) -> list[float]:
 
 
 class Story:
-    """Observations: the run until Ctrl-C after two steps, the run that went on, and the API at the end."""
+    """Observations: the run until Ctrl-C after two steps; the run that went on, whose replica and later whose task
+    runner were killed; the run that went on after that; and the API at the end."""
 
     def __init__(self, directory: Path) -> None:
         self.run_dir = directory / "run"
@@ -105,8 +106,15 @@ class Story:
             self.saved_step = checkpointed_step(self.run_dir)
             with TrainingRun(self.words, run_dir=self.run_dir) as run:
                 run.wait_for_output("resumed at step 2")
-                for batch in self.batches[2:]:
-                    client.post_scored_data_list(batch)
+                run.kill_actor("TransformersServer")
+                client.post_scored_data_list(self.batches[2])
+                run.wait_for_step(3)
+                run.kill_actor("AtroposTaskRunner")
+                run.must_end(1)
+                self.said = run.stderr
+            with TrainingRun(self.words, run_dir=self.run_dir) as run:
+                run.wait_for_output("resumed at step 3")
+                client.post_scored_data_list(self.batches[3])
                 run.must_end(0)
             self.api_status = client.status()
         self.metrics = metrics_of(self.run_dir)
@@ -147,6 +155,16 @@ def local(story: Story, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
 def test_ctrl_c_ends_after_a_whole_step_saves_it_and_leaves_no_process(story: Story) -> None:
     assert story.saved_step == 2
     assert story.processes > 8, "Ray's processes were among those watched"
+
+
+def test_a_killed_replica_is_replaced_and_the_canary_of_every_step_is_exact(story: Story) -> None:
+    assert [line["sync/replicas_replaced"] for line in story.metrics] == [0, 0, 1, 0]
+    assert all(line["sync/canary_max_abs_logprob_diff"] < 1e-5 for line in story.metrics)
+
+
+def test_a_killed_task_runner_is_one_message_and_leaves_no_process(story: Story) -> None:
+    assert "task runner" in story.said and "Traceback" not in story.said, story.said
+    assert "the same command goes on" in story.said
 
 
 def test_the_resumed_run_takes_the_remaining_steps(story: Story) -> None:

@@ -1,6 +1,7 @@
 """verl's workers and replicas on a real, small Ray: what a trainer builds around its loop, without the loop."""
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,6 +166,24 @@ class Cluster:
         [trainer] = self.workers.trainer_logprobs(token_ids)
         engine = ray.get((server or self.server).compute_logprobs.remote(token_ids))
         return max(abs(a - b) for a, b in zip(trainer, engine, strict=True))
+
+
+# Called in a server's process, through __ray_call__.
+
+
+def kill(_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def break_the_engine(server: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    server._engine.model.forward = fail
+
+
+def zero_one_tensor(server: Any) -> None:
+    server._engine.model.get_parameter("model.layers.1.mlp.down_proj.weight").data.zero_()
 
 
 @contextmanager

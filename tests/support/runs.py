@@ -154,6 +154,23 @@ class TrainingRun:
                     return process
         raise AssertionError(f"no process of {service}\n{self._said()}")
 
+    def kill_actor(self, name: str, number: int = 0) -> None:
+        """SIGKILL to a Ray actor of this class, by age where there are several; waits for one."""
+        found: list[psutil.Process] = []
+
+        def look() -> bool:
+            for process in self._marked():
+                with contextlib.suppress(psutil.Error, IndexError):
+                    if process.cmdline()[0].startswith(f"ray::{name}"):
+                        found.append(process)
+            return bool(found)
+
+        self.wait_until(look, f"a process of {name}")
+        found.sort(key=lambda process: process.create_time())
+        victim = found[number % len(found)]
+        victim.kill()
+        victim.wait(timeout=60.0)
+
     def ctrl_c(self) -> None:
         """SIGINT to the whole process group, as a terminal sends it."""
         os.killpg(self.popen.pid, signal.SIGINT)

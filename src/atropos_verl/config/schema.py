@@ -332,6 +332,7 @@ class CommonConfig(Section):
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     env: EnvConfig = Field(default_factory=EnvConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    sync: SyncConfig = Field(default_factory=SyncConfig)
 
 
 class RunConfig(CommonConfig):
@@ -359,7 +360,6 @@ class RunConfig(CommonConfig):
     loss: LossConfig = Field(default_factory=LossConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     inference: InferenceConfig = Field(default_factory=InferenceConfig)
-    sync: SyncConfig = Field(default_factory=SyncConfig)
     overlap: OverlapConfig = Field(default_factory=OverlapConfig)
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)
     supervise: SuperviseConfig = Field(default_factory=SuperviseConfig)

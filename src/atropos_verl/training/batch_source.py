@@ -27,6 +27,7 @@ import numpy as np
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import (
     AtroposAPIError,
+    AtroposConnectionError,
     AtroposHTTPStatusError,
     AtroposProtocolError,
     AtroposTimeoutError,
@@ -208,6 +209,7 @@ class BatchSource:
         limit = self.config.atropos.rollout_timeout if self._has_batch else self._first_limit
         deadline = time.monotonic() + limit
         lost = 0
+        gone_since: float | None = None
         while True:
             remaining = deadline - time.monotonic()
             try:
@@ -218,6 +220,7 @@ class BatchSource:
                 if time.monotonic() >= deadline:
                     raise
                 logger.info("%s", error.reason) if self._is_explained else self.note(error.reason)
+                gone_since = None
             except AtroposHTTPStatusError as error:
                 # Upstream encodes a batch after taking it off its queue: one NaN score in it gives 500, and the batch
                 # is gone. The next one may be fine, so the run goes on, and says what was lost.
@@ -226,12 +229,16 @@ class BatchSource:
                     raise
                 self._totals.batches_lost_at_api += 1
                 self.note(f"{error.reason}: the API lost a batch (an upstream API does, on a NaN score); going on")
-            except AtroposAPIError:
+            except AtroposAPIError as error:
                 # The API we started may have died this moment: then its own log is the better explanation.
                 if check is not None:
                     time.sleep(0.5)
                     check()
-                raise
+                gone_since = gone_since or time.monotonic()
+                patience = (self.config.atropos.lease_seconds or 0.0) if self.client.leased else 0.0
+                if not isinstance(error, AtroposConnectionError) or time.monotonic() - gone_since >= patience:
+                    raise
+                self.note(f"{error.reason}; it keeps what is leased and queued, so it is awaited for {patience:g} s")
 
     def fetch(self, max_wait_time: float | None = None, should_stop: Check | None = None) -> RolloutData:
         """The next batch, in one request of ``max_wait_time`` seconds (None: ``batch_max_wait_time``).

@@ -14,7 +14,13 @@ from support.scripted_api import random_batches, scripted_api
 from support.serving import eventually
 
 from atropos_verl.config.schema import RunConfig
-from atropos_verl.errors import AtroposHTTPStatusError, AtroposProtocolError, AtroposTimeoutError, ConfigError
+from atropos_verl.errors import (
+    AtroposConnectionError,
+    AtroposHTTPStatusError,
+    AtroposProtocolError,
+    AtroposTimeoutError,
+    ConfigError,
+)
 from atropos_verl.protocol.wire import decode_batch
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
@@ -134,6 +140,21 @@ def test_an_api_that_loses_every_batch_is_given_up(tmp_path: Path) -> None:
         with pytest.raises(AtroposHTTPStatusError):
             source.next()
         assert totals.batches_lost_at_api == 5
+
+
+@pytest.mark.parametrize("leased", [True, False])
+def test_an_api_that_restarts_is_awaited_where_it_keeps_what_it_leases(tmp_path: Path, leased: bool) -> None:
+    gone = http_faults.close_before_answer()
+    with api_of([]) as api, source_of(api, tmp_path, batch_retry_attempts=1) as source:
+        api.script("/batch", gone, gone, gone, http_faults.answer(BODY))
+        attached(source)
+        source.client.leased = leased
+        if leased:
+            assert ids(source.next()) == ids(BODY)
+        else:
+            with pytest.raises(AtroposConnectionError):
+                source.next()
+        assert api.count("/batch") == (4 if leased else 1)
 
 
 @pytest.mark.parametrize(("starts_environment", "limit"), [(True, "startup_timeout"), (False, "rollout_timeout")])

@@ -7,6 +7,7 @@ client reports one policy version per attempt; ``AttemptClient`` returns each at
 
 import asyncio
 import logging
+import threading
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,10 @@ _TURNED_AWAY_WAIT = (0.02, 1.0)
 """Seconds before asking again after a replica returned nothing: the first wait, and the longest."""
 _REQUEST_TIMEOUT = 1200.0
 """Seconds a request may take in all, the time it is held included."""
+_MOST_FAILURES = 8
+"""A request at which replicas fail or die is given up after so many."""
+_DEAD_ENGINE = ("EngineDeadError",)
+"""vLLM's word for an engine whose server lives on."""
 _NO_SERVER = "No available servers in load balancer"
 _NO_SERVER_RETRY = 0.25
 """Seconds between two looks at a load balancer without servers (replicas lent to the trainer, or starting)."""
@@ -56,6 +61,7 @@ class ClusterGateway(GatewayServer):
         )
         # Another client of the same replicas.
         client = AttemptClient(config=llm_client.config, load_balancer_handle=llm_client._load_balancer)
+        self.lost = client.lost
         self.engine = engine = ReplicaEngine(client, tokenizer, limits)
         self.gate = gate = RequestGate()
         for_app |= {"gate": gate, "model_name": model.path, "request_timeout": _REQUEST_TIMEOUT}
@@ -158,12 +164,23 @@ class ReplicaEngine:
         # A name of its own for each: the load balancer spreads names, and keeps a name at its replica.
         name = f"{request.request_id or uuid.uuid4().hex}-{index}"
         wait, longest = _TURNED_AWAY_WAIT
+        failures = 0
         while answer.finish_reason is None:
             done = len(answer.tokens)
             params = to_sampling_params(request, answer.budget - done, index=index, generated=done)
-            output = await self._client.generate(
-                name, prompt_ids=[*request.prompt_token_ids, *answer.tokens], sampling_params=params
-            )
+            try:
+                output = await self._client.generate(
+                    name, prompt_ids=[*request.prompt_token_ids, *answer.tokens], sampling_params=params
+                )
+            except GenerationRequestError:
+                raise
+            except EngineError as error:  # another replica, or this one, may do it
+                failures += 1
+                if failures == _MOST_FAILURES:
+                    text = f"rollout replicas failed {failures} times at this request, the last time: {error}"
+                    raise EngineStoppedError(text) from error
+                await asyncio.sleep(_NO_SERVER_RETRY)
+                continue
             answer.take(output)
             self.policy_version = max([self.policy_version, *(v for v in answer.versions[-1:] if v is not None)])
             if answer.finish_reason is None:
@@ -286,6 +303,11 @@ def _versions(tokens: int, extra: dict[str, Any]) -> list[int | None]:
 class AttemptClient(LLMServerClient):  # type: ignore[misc]
     """Calls one replica once per ``generate``; verl's load balancer chooses it."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lost = threading.Event()
+        """A replica was found dead. It gets no more requests, and somebody has to replace it."""
+
     async def generate(
         self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any], **kwargs: Any
     ) -> TokenOutput:
@@ -310,19 +332,29 @@ class AttemptClient(LLMServerClient):  # type: ignore[misc]
             raise
         except RayTaskError as error:
             cause = error.cause
+            if isinstance(cause, EngineStoppedError) or type(cause).__name__ in _DEAD_ENGINE:
+                ray.kill(server)  # without its engine it is of no use
+                raise self._lost(server_id, cause) from error
             if isinstance(cause, AtroposVerlError):
                 raise cause from error
             if isinstance(cause, ValueError):  # what vLLM and verl's servers raise for a request they cannot serve
                 raise GenerationRequestError(str(cause)) from error
             raise EngineError(f"the rollout replica failed: {type(cause).__name__}: {cause}") from error
         except (RayActorError, TaskCancelledError) as error:
-            raise EngineStoppedError(f"the rollout replica {server_id} is gone: {error}") from error
+            raise self._lost(server_id, error) from error
         finally:
             self._release_server(server_id, request_id=request_id)
         steps = output.extra_fields.get("global_steps")
         output.extra_fields.setdefault("min_global_steps", steps)
         output.extra_fields.setdefault("max_global_steps", steps)
         return output
+
+    def _lost(self, server_id: str, cause: Exception) -> EngineStoppedError:
+        self._load_balancer.remove_servers.remote([server_id])
+        self.lost.set()
+        reason, _, _ = str(cause).partition("\n")  # Ray's error goes on for ten lines
+        logger.info("the rollout replica %s is gone: %s", server_id, reason)
+        return EngineStoppedError(f"the rollout replica {server_id} is gone: {reason}")
 
     async def _acquire(self, request_id: str, prompt_ids: list[int], params: dict[str, Any]) -> tuple[str, Any]:
         waited = False

@@ -1,20 +1,22 @@
 """The embedded engine as a verl rollout replica: ``actor_rollout_ref.rollout.name=transformers``.
 
-A Ray actor with verl's server protocol around ``TransformersEngine``; its HTTP address serves our gateway's dialects.
+A Ray actor with verl's server protocol around ``TransformersEngine``. With a key of its own it also serves our
+gateway's dialects over HTTP.
 Every answer says which policies (global steps) sampled its first and its last token.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayActorError
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.device import get_device_name, get_resource_name
 from verl.workers.config import HFModelConfig
@@ -65,7 +67,7 @@ class TransformersServer:
 
     Settings of its own, in ``rollout.engine_kwargs.transformers``: ``num_threads`` (torch threads of the engine;
     default on CPU: all cores, shared by the replicas of this machine), ``max_running`` (sequences decoded together;
-    default: ``rollout.max_num_seqs``, at most 256), ``seed``.
+    default: ``rollout.max_num_seqs``, at most 256), ``seed``, ``api_key`` (without one nothing listens).
     """
 
     def __init__(
@@ -88,15 +90,20 @@ class TransformersServer:
         self._engine: TransformersEngine
         self._lora: LoraMerger | None = None
         self._http: GatewayServer | None = None
+        self._api_key: str | None = None
 
     async def launch_server(self) -> str:
-        """Load the model, start engine and HTTP server; returns its ``host:port``."""
+        """Load the model, start engine and HTTP server; returns ``host:port``, which names this server to verl."""
         self._engine = await asyncio.to_thread(self._build_engine)
         # With random weights nothing may be generated before the first update.
         self._has_weights = self.config.load_format != "dummy"
         await self._apply_gate()
-        app = create_app(self._engine, self.model_config.tokenizer, model_name=self.model_config.path)
-        self._http = GatewayServer(app, host=ray.util.get_node_ip_address().strip("[]"))
+        address = ray.util.get_node_ip_address()
+        if self._api_key is None:
+            return f"{address}:{os.getpid()}"
+        names = {"model_name": self.model_config.path, "api_key": self._api_key}
+        app = create_app(self._engine, self.model_config.tokenizer, **names)
+        self._http = GatewayServer(app, host=address.strip("[]"))
         return (await asyncio.to_thread(self._http.start, 30.0)).removeprefix("http://")
 
     def _build_engine(self) -> TransformersEngine:
@@ -104,6 +111,7 @@ class TransformersServer:
 
         model_config = self.model_config
         settings = dict((self.config.engine_kwargs or {}).get("transformers", None) or {})
+        self._api_key = settings.pop("api_key", None)
         device = get_device_name()
         form = {"dtype": getattr(torch, self.config.dtype), "attn_implementation": "sdpa"}
         if self.config.load_format == "dummy":
@@ -131,7 +139,7 @@ class TransformersServer:
         )
         if settings:
             raise ConfigError(
-                f"unknown setting(s) {', '.join(sorted(settings))}; known: max_running, num_threads, seed",
+                f"unknown setting(s) {', '.join(sorted(settings))}; known: api_key, max_running, num_threads, seed",
                 "actor_rollout_ref.rollout.engine_kwargs.transformers",
             )
         if lora:
@@ -376,15 +384,19 @@ class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
     def __init__(self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int = -1, **_: Any) -> None:
         super().__init__(config, model_config, device_mesh)
         self.replica_rank = int(os.environ["RANK"]) if replica_rank == -1 else replica_rank
+        self.server_handle: Any = None
 
-    @cached_property
+    @property
     def server(self) -> Any:
-        """The replica's actor, which is started after this adapter."""
-        return ray.get_actor(f"{self.config.name}_server_{self.replica_rank}_0")
+        """The replica's actor, which is started after this adapter, and again when it has died."""
+        if self.server_handle is None:
+            self.server_handle = ray.get_actor(f"{self.config.name}_server_{self.replica_rank}_0")
+        return self.server_handle
 
     async def resume(self, tags: list[str]) -> None:
         """Take memory again: ``weights`` before an update, ``kv_cache`` after it (generation goes on then)."""
-        await self.server.wake_up.remote(tags=tags)
+        with contextlib.suppress(RayActorError):  # see update_weights
+            await self.server.wake_up.remote(tags=tags)
 
     async def release(self) -> None:
         """Stop at a token boundary and give memory back."""
@@ -402,7 +414,8 @@ class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
     ) -> None:
         """Send ``weights`` (or, with ``peft_config``, an adapter's) into the replica as policy ``global_steps``.
 
-        Raises ``WeightSyncError`` naming what does not fit.
+        Raises ``WeightSyncError`` naming what does not fit. A dead replica is no error here: this rank takes part in
+        the collectives of the others, and the trainer asks afterwards who lives.
         """
         if wire_format != "named_tensors":
             raise NotImplementedError(f"rollout.name={self.config.name} takes named tensors, not {wire_format!r}")
@@ -412,10 +425,14 @@ class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
             "peft_config": None if peft_config is None else {key: peft_config.get(key) for key in SETTINGS},
             "base_sync": peft_config is not None and not base_sync_done,
         }
-        nbytes = await send_weights(
-            lambda *part: self.server.receive_weights.remote(*part, settings),
-            weights,
-            self.config.checkpoint_engine.update_weights_bucket_megabytes << 20,
-        )
+        try:
+            nbytes = await send_weights(
+                lambda *part: self.server.receive_weights.remote(*part, settings),
+                weights,
+                self.config.checkpoint_engine.update_weights_bucket_megabytes << 20,
+            )
+        except RayActorError as error:
+            logger.warning("weights of step %s did not reach replica %d: %s", global_steps, self.replica_rank, error)
+            return
         text = "weights of step %s into replica %d: %.1f MB, %.3f s"
         logger.info(text, global_steps, self.replica_rank, nbytes / 1e6, time.perf_counter() - started)

@@ -11,10 +11,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Self
 
 import ray
 from omegaconf import OmegaConf
+from ray.exceptions import RayActorError
 
 from atropos_verl.backends.ray.task_runner import MAILBOX, AtroposTaskRunner, Mailbox
 from atropos_verl.config.verl_keys import RayRun
@@ -209,6 +211,16 @@ class _Session:
             raise cause
         last = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
         log = self._run.run_dir / "logs"
+        if isinstance(error, RayActorError):  # nothing is in the logs of a process that was killed
+            tracker = Path(str(self._run.verl.trainer.default_local_dir)) / "latest_checkpointed_iteration.txt"
+            saved = (
+                f"; step {tracker.read_text().strip()} is saved, the same command goes on" if tracker.exists() else ""
+            )
+            raise ServiceError(
+                f"the task runner's process died{saved}. Was it killed, by the kernel for its memory? {last}\n"
+                f"its output until then is in {log / 'task_runner.log'}",
+                "task runner",
+            ) from error
         raise ServiceError(
             f"verl's task runner failed: {last}\n"
             f"the whole traceback is in {log / 'command.log'}; earlier output in {log / 'task_runner.log'}",

@@ -100,6 +100,7 @@ class AtroposTaskRunner:
         self.log = StepLog(self.cluster.run_dir, trainer.global_steps)
         trainer.on_report = self._report
         trainer.on_stop = lambda: self.has_flag("stop")
+        trainer.replicas.note = lambda text: self.put("note", text)
         manager = AtroposAgentLoopManager(
             self.config,
             feed,
@@ -109,6 +110,7 @@ class AtroposTaskRunner:
         )
         while not self.has_flag("train"):
             feed.check()
+            trainer.replace_dead_replicas()
             time.sleep(_WAIT_INTERVAL)
         self.put("phase", "rollout: waiting for a batch")
         stopped = ""
@@ -127,6 +129,7 @@ class AtroposTaskRunner:
                 self.source.stop(give_back=False)  # an evaluation may follow, whose prompts must not wait
         self.put("trained", stopped)
         while not self.has_flag("end"):
+            trainer.replace_dead_replicas()
             time.sleep(_WAIT_INTERVAL)
         syncs, step = trainer.sharding_manager.syncs, trainer.served_version
         return outcome(step, step, self.log.rewards, trainer.state.totals, weights_synced=syncs, stopped=stopped)

@@ -29,16 +29,17 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
-from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
+from verl.trainer.ppo.v1.trainer_separate_async import HybridEngineMode, PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 
 from atropos_verl.backends.ray.feed import Slot, TrajectoryFeed
 from atropos_verl.backends.ray.gateway import ClusterGateway
+from atropos_verl.backends.ray.replicas import Replicas
 from atropos_verl.backends.ray.transfer import ADVANTAGES, PARTITION, finish_batch
 from atropos_verl.backends.ray.workers import WORKERS
 from atropos_verl.config.verl_keys import RayRun, parameter_sync_step, read_run
-from atropos_verl.errors import TrainingDivergedError
+from atropos_verl.errors import EngineStoppedError, TrainingDivergedError
 from atropos_verl.training.checkpoint_state import RunState, changed_settings, find_checkpoint, new_checkpoint
 from atropos_verl.training.step import step_report
 from atropos_verl.training.weight_sync import AtroposShardingManager
@@ -48,6 +49,9 @@ logger = logging.getLogger(__name__)
 
 _DRAIN_SECONDS = 600.0
 _STOP_LOOK_SECONDS = 0.5
+_REPLICA_LOOK_SECONDS = 1.0
+_MOST_DEATHS = 5
+"""Of replicas, in one call of ours to all of them."""
 
 
 class StopRequestedError(Exception):
@@ -69,6 +73,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         self.on_stop: Callable[[], bool] = lambda: False
         self.notes: list[str] = []
         """What the user is to be told about the checkpoint that was loaded."""
+        self.replicas: Replicas
         self._slots: list[Slot] = []
         self._counts: Counter[str] = Counter()
         self._covered_step = 0
@@ -116,21 +121,80 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
 
     def pause(self, timeout: float) -> None:
         """Shut the gate. Replicas of vLLM and SGLang cannot hold a request while they sleep: it ends first."""
-        if self.gateway is not None:
-            gate = self.gateway.gate
-            gate.drain(timeout) if self.drains else gate.pause(timeout)
+        if self.gateway is None:
+            return None
+        gate = self.gateway.gate
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                return gate.drain(_REPLICA_LOOK_SECONDS) if self.drains else gate.pause(timeout)
+            except TimeoutError:
+                if time.monotonic() > deadline:
+                    raise
+            self.replace_dead_replicas()  # requests of a dead one wait for the next
 
     def resume(self) -> None:
+        self.replicas.admit()
         if self.gateway is not None:
             self.gateway.release(self.policy_version)
 
     def _open_rollouts(self) -> None:
         """Put the newest weights into the replicas, then open the gate."""
-        self.sharding_manager.__enter__()
+        self._on_replicas(self.sharding_manager.__enter__)
 
     def _close_rollouts(self) -> None:
         """Shut the gate; the replicas sleep."""
-        self.sharding_manager.__exit__(None, None, None)
+        self._on_replicas(lambda: self.sharding_manager.__exit__(None, None, None))
+
+    def _on_replicas(self, act: Callable[[], object]) -> None:
+        """``act`` calls every replica. Those that died before or while it ran are replaced, and it is done again."""
+        for _ in range(_MOST_DEATHS):
+            # Before: a training worker that calls a dead server would leave the others alone in a collective.
+            self.replicas.replace_dead()
+            try:
+                act()
+            except Exception as error:
+                if not self.replicas.replace_dead():
+                    raise
+                logger.warning("once more, with another replica: %s", error)
+            else:
+                if not self.replicas.replace_dead():
+                    return
+        raise EngineStoppedError(f"rollout replicas died {_MOST_DEATHS} times in a row; Ray's logs say of what")
+
+    def replace_dead_replicas(self) -> None:
+        """Call it while the training workers are idle. A server that a request found dead is replaced, and new ones get
+        the weights that are served."""
+        if self.gateway is None or not (self.gateway.lost.is_set() or self.replicas.has_newcomers):
+            return
+        self.gateway.lost.clear()
+        if self.replicas.replace_dead() or self.replicas.has_newcomers:
+            self._on_replicas(self._renew_replicas)
+        self.replicas.admit()
+
+    def _renew_replicas(self) -> None:
+        """verl sends weights to all replicas or none, so those that live stop for it: their requests go on after."""
+        manager = self.checkpoint_manager
+        manager.abort_replicas()
+        manager.sleep_replicas()
+        manager.update_weights(self.served_version)
+        manager.resume_generation_replicas()
+        self._check_canary()
+
+    def _check_canary(self) -> None:
+        if self.sharding_manager.canary is not None:
+            self.sharding_manager.canary.check()
+
+    def _serving_managers(self) -> list[Any]:
+        return [self.llm_server_manager]
+
+    def _setup(self) -> None:
+        super()._setup()
+        actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
+        self.replicas = Replicas(self.actor_rollout_wg, self._rollout_server_managers(), self._serving_managers)
+        computes = (actor.get("fsdp_config") or {}).get("mixed_precision") or {}
+        exact = rollout.dtype == "float32" and computes.get("param_dtype") in ("fp32", "float32")
+        self.sharding_manager.canary = self.replicas.canary(self.atropos.settings.sync, self.tokenizer, exact=exact)
 
     on_init_end = _open_rollouts
 
@@ -276,7 +340,12 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
                 "sync": sync_seconds,
                 "step": time.perf_counter() - self._step_started,
             },
-            figures={**figures, "sync/seconds": sync_seconds},
+            figures={
+                **figures,
+                "sync/seconds": sync_seconds,
+                "sync/canary_max_abs_logprob_diff": None if sync is None else sync.canary_max_abs_logprob_diff,
+                "sync/replicas_replaced": self.replicas.replaced,
+            },
         )
 
     def _stop_if_asked(self) -> None:
@@ -288,6 +357,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         """Runs between two looks for a finished batch."""
         assert self.feed is not None
         self.feed.check()
+        self.replace_dead_replicas()
         if time.monotonic() > self._next_stop_look:
             self._stop_if_asked()
 
@@ -376,6 +446,25 @@ class AtroposSeparateAsyncTrainer(_AtroposTrainer, PPOTrainerSeparateAsync):  # 
         self._verl_hook = lambda: PPOTrainerSeparateAsync.on_step_end(self)
         self._close_rollouts()
         self._open_rollouts()
+
+    def _serving_managers(self) -> list[Any]:
+        colocated = [self.llm_server_manager] if self.current_mode is HybridEngineMode.ROLLOUT else []
+        return [*colocated, self.standalone_server_manager]
+
+    def _renew_replicas(self) -> None:
+        # Between two local updates the workers hold weights that nobody serves; verl keeps those before the first.
+        workers, now = self.actor_rollout_wg, self.local_trigger_step
+        if now:
+            workers.save_model_to_cpu(now)
+            workers.restore_model_from_cpu(0)
+        self.standalone_checkpoint_manager.update_weights(self.served_version)
+        if self.current_mode is HybridEngineMode.ROLLOUT:
+            super()._renew_replicas()
+        else:
+            self._check_canary()
+        if now:
+            workers.restore_model_from_cpu(now)
+            workers.clear_cpu_model(now)
 
 
 MODES: dict[str, type[_AtroposTrainer]] = {

@@ -107,6 +107,8 @@ async def send_weights(
     except Exception:
         # The other calls fail as well, and asyncio logs an exception that nobody has looked at.
         await asyncio.gather(*pending, return_exceptions=True)
+        async for _ in buckets:  # every rank takes part in the gather of every tensor, whoever refused one
+            pass
         raise
     return nbytes
 

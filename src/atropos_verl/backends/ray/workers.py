@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 from verl.experimental.separation.engine_workers import DetachActorWorker
+from verl.single_controller.base.decorator import Dispatch, register
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY, agg_loss
 from verl.trainer.ppo.core_algos import register_adv_est as _register_adv_est
 from verl.trainer.ppo.core_algos import register_policy_loss as _register_policy_loss
+from verl.utils import tensordict_utils as tu
+from verl.utils.dataset.dataset_utils import DatasetPadMode
 from verl.utils.device import get_device_name
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
+from atropos_verl.backends.ray.replicas import forget_server
 from atropos_verl.training.extensions import load_loss
 from atropos_verl.training.losses.policy import advantage_weighted_sft_loss
 from atropos_verl.types import LossOutput
@@ -35,15 +39,44 @@ class _PreparedWorker:
             register_user_loss(self.config)  # type: ignore[attr-defined]
 
 
+class _PolicyWorker(_PreparedWorker):
+    """Mixin: what a run asks of the workers that train the policy, beside what verl does."""
+
+    actor: TrainingWorker
+    config: Any
+    rollout: Any = None
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
+    def probe_logprobs(self, token_ids: list[int]) -> list[float] | None:
+        """[T-1] logprobs of tokens 1.. of a sequence under the present policy; None where another rank has them."""
+        count = len(token_ids)
+        rows = {"input_ids": token_ids, "position_ids": range(count), "loss_mask": [1] * count}
+        columns = {
+            name: torch.nested.as_nested_tensor([torch.tensor(row)], layout=torch.jagged) for name, row in rows.items()
+        }
+        settings = {"pad_mode": DatasetPadMode.NO_PADDING, "temperature": 1.0, "compute_loss": False}
+        settings |= {"use_dynamic_bsz": True, "max_token_len_per_gpu": count}
+        output = self.actor.infer_batch(tu.get_tensordict(columns, settings))
+        # verl: entry t is the logprob of token t + 1.
+        return None if output is None else [float(value) for value in output["log_probs"].unbind()[0][:-1]]
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
+    def replica_replaced(self) -> None:
+        """A replica has a new server: the adapter looks for it, and a base without adapters is sent again."""
+        if self.rollout is not None:
+            forget_server(self.rollout)
+            self.base_sync_done = "dummy" not in self.config.rollout.load_format
+
+
 class AtroposTrainingWorker(_PreparedWorker, TrainingWorker):  # type: ignore[misc]
     """Trains the critic."""
 
 
-class AtroposActorRolloutRefWorker(_PreparedWorker, ActorRolloutRefWorker):  # type: ignore[misc]
+class AtroposActorRolloutRefWorker(_PolicyWorker, ActorRolloutRefWorker):  # type: ignore[misc]
     """Trains the policy of sync and colocate_async."""
 
 
-class AtroposDetachActorWorker(_PreparedWorker, DetachActorWorker):  # type: ignore[misc]
+class AtroposDetachActorWorker(_PolicyWorker, DetachActorWorker):  # type: ignore[misc]
     """Trains the policy of separate_async."""
 
     @property

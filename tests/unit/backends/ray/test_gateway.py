@@ -14,7 +14,7 @@ from verl.workers.rollout.replica import TokenOutput
 from atropos_verl.backends.ray.gateway import ReplicaEngine
 from atropos_verl.engine.protocol import GenerationEngine
 from atropos_verl.engine.requests import EngineLimits
-from atropos_verl.errors import EngineError, GenerationRequestError
+from atropos_verl.errors import EngineError, EngineStoppedError, GenerationRequestError
 from atropos_verl.types import UNKNOWN_VERSION, Generation, GenerationRequest
 
 _EOS = 258
@@ -144,6 +144,22 @@ async def test_a_replica_that_turns_requests_away_is_asked_again() -> None:
     assert [call["max_tokens"] for call in replica.calls] == [40] * 4
 
 
+@pytest.mark.parametrize("kind", [EngineError, EngineStoppedError])
+async def test_a_request_outlasts_replicas_that_fail_or_die_and_goes_on_from_its_tokens(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    monkeypatch.setattr("atropos_verl.backends.ray.gateway._NO_SERVER_RETRY", 0.0)
+
+    def die(output: Any) -> None:
+        if 2 <= len(replica.calls) <= 8:
+            raise kind("killed")
+
+    replica = _Replica([5, 6, 7, _EOS], [2], change=die)
+    answer = await _one(_engine(replica))
+    assert answer.token_ids == (5, 6, 7, _EOS)
+    assert [call["prompt_ids"] for call in replica.calls] == [[1, 2, 3], *[[1, 2, 3, 5, 6]] * 8]
+
+
 async def test_n_completions_are_separate_requests_with_random_streams_of_their_own() -> None:
     replica = _Replica([5, 6, 7, _EOS], [2])
     generations = await _engine(replica).agenerate(_request(n=3, seed=1))
@@ -174,14 +190,18 @@ async def test_a_replica_that_knows_only_first_and_last_policy_is_not_credited_w
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_failure_ends_the_request_with_its_cause_and_cancels_the_rest(stream: bool) -> None:
+async def test_a_request_that_breaks_every_replica_ends_with_the_cause_and_cancels_the_rest(
+    monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setattr("atropos_verl.backends.ray.gateway._NO_SERVER_RETRY", 0.0)
+
     def break_the_second(_: Any) -> None:
-        if len(replica.calls) == 2:
+        if replica.calls[-1]["request_id"].endswith("-1"):
             raise EngineError("the replica broke")
 
-    replica = _Replica([5] * 30, [10, 20], change=break_the_second)
+    replica = _Replica([5] * 30, [*range(1, 30)], change=break_the_second)
     engine = _engine(replica)
-    with pytest.raises(EngineError, match="the replica broke"):
+    with pytest.raises(EngineStoppedError, match="failed 8 times at this request, the last time: the replica broke"):
         if stream:
             _ = [delta async for delta in engine.astream(_request(n=2))]
         else:

@@ -1,5 +1,8 @@
-"""verl's contract with the agent-loop manager: slots to the feed, validation prompts to verl's own manager."""
+"""verl's contract with the agent-loop manager (slots to the feed, validation prompts to verl's own manager), and what
+the trainer does when a replica dies."""
 
+import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock, call
@@ -8,7 +11,8 @@ import numpy as np
 import pytest
 from verl.utils import tensordict_utils as tu
 
-from atropos_verl.backends.ray.trainer import AtroposAgentLoopManager
+from atropos_verl.backends.ray.trainer import AtroposAgentLoopManager, AtroposSyncTrainer
+from atropos_verl.errors import EngineStoppedError
 
 
 @pytest.mark.parametrize("extra", [{}, {"validate": True}])
@@ -26,3 +30,71 @@ def test_slots_of_training_go_to_the_feed_and_prompts_of_validation_to_verls_man
     manager.generate_sequences(prompts)
     assert feed.request.mock_calls == ([] if extra else [call("a", 7), call("b", 7)])
     assert validation.generate_sequences.mock_calls == ([call(prompts)] if extra else [])
+
+
+class _Replicas:
+    """``deaths`` before each look at them; notes what is done, in order."""
+
+    def __init__(self, deaths: list[int]) -> None:
+        self.deaths, self.done, self.has_newcomers = deaths, [], False
+
+    def replace_dead(self) -> int:
+        count = self.deaths.pop(0) if self.deaths else 0
+        self.done += ["replace"] * bool(count)
+        self.has_newcomers = self.has_newcomers or bool(count)
+        return count
+
+    def admit(self) -> None:
+        self.has_newcomers = False
+        self.done.append("admit")
+
+
+def _trainer(deaths: list[int], drain: Callable[[float], None] = lambda seconds: None) -> Any:
+    trainer = object.__new__(AtroposSyncTrainer)
+    trainer.replicas = replicas = _Replicas(deaths)
+    trainer.gateway = SimpleNamespace(lost=threading.Event(), gate=SimpleNamespace(drain=drain))
+    trainer._renew_replicas = lambda: replicas.done.append("weights")
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("deaths", "expected"),
+    [
+        ([0, 0], ["act"]),
+        ([1, 0], ["replace", "act"]),  # before the call
+        ([0, 1, 0, 0], ["act", "replace", "act"]),  # in the call, which said nothing
+        ([0, 1, 0, 1, 0, 0], ["act", "replace"] * 2 + ["act"]),
+    ],
+)
+@pytest.mark.parametrize("raises", [True, False])
+def test_a_call_of_all_replicas_is_made_again_with_new_ones(
+    deaths: list[int], expected: list[str], raises: bool
+) -> None:
+    trainer = _trainer(list(deaths))
+
+    def act() -> None:
+        trainer.replicas.done.append("act")
+        if raises and trainer.replicas.deaths[:1] == [1]:
+            raise RuntimeError("the actor died")
+
+    trainer._on_replicas(act)
+    assert trainer.replicas.done == expected
+
+
+def test_another_failure_of_the_call_is_raised_and_endless_deaths_end_the_run() -> None:
+    with pytest.raises(ValueError, match="no such tensor"):
+        _trainer([])._on_replicas(Mock(side_effect=ValueError("no such tensor")))
+    with pytest.raises(EngineStoppedError, match="died 5 times in a row"):
+        _trainer([1] * 100)._on_replicas(lambda: None)
+
+
+def test_requests_that_wait_for_a_new_replica_are_served_while_the_gate_drains() -> None:
+    """The replica died before the drain, which waits for requests that wait for the replica."""
+
+    def drain(seconds: float) -> None:
+        if trainer.replicas.has_newcomers:
+            raise TimeoutError
+
+    trainer = _trainer([1], drain)
+    trainer._on_replicas(lambda: trainer.pause(600.0))
+    assert trainer.replicas.done == ["replace", "weights", "admit"]
