@@ -62,6 +62,8 @@ class AtroposTaskRunner:
         quiet_transfer_queue()
         with open_dict(config):
             config.transfer_queue.enable = True
+            # verl hands its configuration to the user's trackers. What needs these is made of ``run``.
+            config.atropos.token, config.atropos.headers, config.atropos.gateway.api_key = None, {}, None
         OmegaConf.resolve(config)
         self.config = config
         self._mailbox = ray.get_actor(MAILBOX)

@@ -1,17 +1,21 @@
-"""verl's contract with the agent-loop manager (slots to the feed, validation prompts to verl's own manager), and what
-the trainer does when a replica dies."""
+"""verl's contract with the agent-loop manager (slots to the feed, validation prompts to verl's own manager), what
+the trainer does when a replica dies, and what verl is not told."""
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from verl.utils import tensordict_utils as tu
 
+from atropos_verl.backends.ray import task_runner
 from atropos_verl.backends.ray.trainer import AtroposAgentLoopManager, AtroposSyncTrainer
+from atropos_verl.config.verl_keys import compose_run
 from atropos_verl.errors import EngineStoppedError
 
 
@@ -98,3 +102,23 @@ def test_requests_that_wait_for_a_new_replica_are_served_while_the_gate_drains()
     trainer = _trainer([1], drain)
     trainer._on_replicas(lambda: trainer.pause(600.0))
     assert trainer.replicas.done == ["replace", "weights", "admit"]
+
+
+def test_the_configuration_that_verl_hands_to_trackers_has_no_key_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task_runner.ray, "get_actor", Mock())
+    monkeypatch.setattr("transfer_queue.init", Mock())
+    monkeypatch.setattr("transfer_queue.close", Mock())
+    monkeypatch.setattr(task_runner.AtroposTaskRunner, "train", lambda self: {})
+    secrets = [
+        "atropos.token=of-the-api",
+        "atropos.gateway.api_key=of-the-gateway",
+        "atropos.headers={x-key: of-the-proxy}",
+    ]
+    runner = task_runner.AtroposTaskRunner()
+    runner.run(compose_run([*secrets, f"run_dir={tmp_path}"]))
+    settings = runner.cluster.run
+    assert (settings.atropos.token, settings.gateway.api_key) == ("of-the-api", "of-the-gateway")
+    assert settings.atropos.headers == {"x-key": "of-the-proxy"}
+    assert "of-the" not in OmegaConf.to_yaml(runner.config)
