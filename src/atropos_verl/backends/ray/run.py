@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import ray
 from omegaconf import OmegaConf
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from atropos_verl.backends.ray.task_runner import MAILBOX, AtroposTaskRunner, Mailbox
 from atropos_verl.config.verl_keys import RayRun
@@ -212,13 +212,12 @@ class _Session:
         last = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
         log = self._run.run_dir / "logs"
         if isinstance(error, RayActorError):  # nothing is in the logs of a process that was killed
+            whose = "a training worker's" if isinstance(error, RayTaskError) else "the task runner's"
             tracker = Path(str(self._run.verl.trainer.default_local_dir)) / "latest_checkpointed_iteration.txt"
-            saved = (
-                f"; step {tracker.read_text().strip()} is saved, the same command goes on" if tracker.exists() else ""
-            )
+            saved = f"; the same command goes on from step {tracker.read_text()}" if tracker.exists() else ""
             raise ServiceError(
-                f"the task runner's process died{saved}. Was it killed, by the kernel for its memory? {last}\n"
-                f"its output until then is in {log / 'task_runner.log'}",
+                f"{whose} process was killed{saved}. (The kernel kills one when memory runs out.)\n"
+                f"its output until then is in {log / 'task_runner.log'}, Ray's words are in {log / 'command.log'}",
                 "task runner",
             ) from error
         raise ServiceError(
