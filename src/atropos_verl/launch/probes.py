@@ -78,6 +78,8 @@ class Poller:
         self.api: Mapping[str, Any] | None = None
         """``/status``; None: does not answer now."""
         self.api_at = 0.0
+        self.batch_at = 0.0
+        """Time at which the API was last seen to have handed out a batch."""
         self.gateway: Mapping[str, Any] | None = None
         """``/health``; None: does not answer now."""
         self.gateway_at = 0.0
@@ -125,6 +127,8 @@ class Poller:
             page = request_json(f"{self._api_url}/page-data", token=self._api_token)
             page = page if isinstance(page, dict) else {}
             status = {**status, "environments": page.get("environments"), "refused": page.get("refused")}
+        if good and self.api is not None and status["current_step"] > self.api["current_step"]:
+            self.batch_at = time.monotonic()
         self.api = status if good else None
         if good:
             self.api_at = time.monotonic()

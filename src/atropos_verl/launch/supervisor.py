@@ -517,8 +517,11 @@ class Supervisor:
             return
         since = time.monotonic() - silent
         if since > self._stall_since + _TICK_SECONDS:
+            came = max(self._poller.batch_at, self._steps.last_at or 0.0)
+            if came > self._stall_since:
+                self.diagnosis = ""
             self._stall_since = since
-            self._stall_wait = limit if self._steps.last_at is not None else min(limit, _FIRST_STALL_SECONDS)
+            self._stall_wait = limit if came else min(limit, _FIRST_STALL_SECONDS)
         if silent >= self._stall_wait:
             self._stall_wait *= 2  # a long stall shall not fill the screen
             self.diagnosis = diagnose(self.state(), silent, self._facts())
@@ -534,7 +537,8 @@ class Supervisor:
         if self._evaluations.running:
             return 0.0
         started = self._started if self._trainer is None else self._trainer.started_at
-        return time.monotonic() - max(self._poller.generated_at, started, self._steps.last_at or 0.0)
+        seen = self._poller
+        return time.monotonic() - max(seen.generated_at, started, seen.batch_at, self._steps.last_at or 0.0)
 
     def _conclude(self) -> None:
         """The diagnosis for the final error, before the services that it looks at are ended."""

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from atropos_verl.launch.probes import connected_entries, free_port, request_json
+from atropos_verl.config.schema import RunConfig
+from atropos_verl.launch import probes
+from atropos_verl.launch.probes import Poller, connected_entries, free_port, request_json
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
@@ -66,6 +68,16 @@ def test_nobody_there_is_no_answer_and_a_proxy_is_not_asked(url: str, monkeypatc
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
     monkeypatch.delenv("no_proxy", raising=False)
     assert request_json(f"{url}/200", timeout=10) == {"a": 1}
+
+
+def test_a_batch_that_was_handed_out_is_seen_before_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    poller = Poller(RunConfig.from_mapping({"atropos": {"api_url": "http://a"}}), None)
+    seen = []
+    for status in ({"current_step": 3}, {"current_step": 3}, None, {"current_step": 4}, {"current_step": 5}):
+        monkeypatch.setattr(probes, "request_json", lambda *_, answer=status, **__: answer)
+        poller.ask_api()
+        seen.append(poller.batch_at > 0)
+    assert seen == [False, False, False, False, True], "what happened while it did not answer is not known"
 
 
 def test_entries_of_a_process_are_found_by_its_name_alone() -> None:
