@@ -98,6 +98,12 @@ class ServerThread:
     def is_running(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
+    def check_alive(self) -> None:
+        """Raise ``ServiceError`` with the cause when its thread has ended by itself."""
+        if self._thread is not None and not self._thread.is_alive():
+            text = f"{self._service}: its thread has ended: {self._failure!r}"
+            raise ServiceError(text, self._service) from self._failure
+
     def start(self, timeout: float = 10.0) -> str:
         """Listen, and return ``url`` once GET /health answers 200. Starting a running server returns its url.
 

@@ -63,6 +63,10 @@ class GenerationRequest:
     prompt_logprobs: int | None = None
     """k: also return the k best alternatives (and the token itself) at each prompt position."""
     request_id: str = ""
+    place: int = field(default=0, compare=False)
+    asked: int = field(default=0, compare=False)
+    """Engines take turns between clients. One client request is several of these when it has several prompts: the
+    sequences that it asks for before these, and in all (0: only these)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,8 +195,6 @@ class SequenceMatch:
     """Found, but in several records with different versions, and nothing tells which it is: the version is unknown."""
     records: tuple[int, ...] = ()
     """Numbers of the ledger's records that the sequence is known to hold."""
-    difference: Difference | None = None
-    """For the first unmatched sequence of each environment in a look-up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,22 +2,28 @@
 
 One thread owns the model. ``gate`` is the trainer's: paused, requests keep their tokens and nothing runs. ``boundary``
 is the engine's own: whoever uses the model from outside (weight updates, memory, logprobs) pauses it for that long.
+
+A step that raises costs no request: all sequences go back to the queue, the engine is rebuilt and goes on from their
+tokens, with fewer of them at first. Weights that give other logprobs than after the last update are waited for. What
+fails again and again, alone, gets the error; when that is everything, the engine is given up.
 """
 
 import asyncio
 import atexit
 import contextlib
 import copy
+import gc
+import heapq
 import logging
 import random
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from atropos_verl.engine.gate import RequestGate
@@ -32,8 +38,15 @@ logger = logging.getLogger(__name__)
 
 _WAIT_TIMEOUT = 300.0
 """Seconds that weight, memory and logprob calls wait for another such call, and for a token boundary."""
-_MAX_FAILED_STEPS = 3
-"""Failed steps in a row after which the engine is given up."""
+_ATTEND_SECONDS = 1.0
+_TURN = 16
+"""Sequences of a client request that are queued together; then it is the others' turn."""
+_TURN_ROUNDS = 32
+"""Rounds (tokens) between two occasions at which a request without a slot takes one from a large request."""
+_BLAME_AFTER, _MAX_FAILED_STEPS = 5, 10
+"""Failed steps in a row after which a sequence that ran alone is to blame, and after which the engine is given up."""
+_PROOF_TOKENS, _PROOF_NATS = 16, 1e-3
+"""Tokens whose logprobs prove the weights after a failure, and their largest difference."""
 
 
 class TransformersEngine:
@@ -43,7 +56,7 @@ class TransformersEngine:
         model: a Hugging Face causal language model; the engine owns it from now on (eval mode, weights overwritten).
         tokenizer: decodes tokens to look for stop strings, and names the end-of-sequence id.
         gate: paused by the trainer around a weight sync; None: a gate of its own.
-        max_running: KV slots: sequences decoded together. More sequences wait, first come first served. The KV cache
+        max_running: KV slots: sequences decoded together; out of memory lowers it. More sequences wait. The KV cache
             grows with the longest sequence, at most to ``max_running * max_context_len`` positions.
         max_context_len: prompt plus completion in tokens; None: the model's ``max_position_embeddings``.
         dtype: cast the model to it; None: as it is.
@@ -87,6 +100,9 @@ class TransformersEngine:
         self._keep_kv = keep_kv
         self._max_prefill_tokens = max_prefill_tokens
         self._num_threads = num_threads
+        self.attend: Callable[[], None] | None = None
+        """Gives weights again that a failure damaged; ``generate`` calls it while it waits. None: nobody gives them,
+        and the engine is given up then."""
         self._runner = ModelRunner(self.model, max_context_len=self.max_context_len)
         self._staged: ModelRunner | None = None
         self.vocab_size = self._runner.vocab_size
@@ -102,17 +118,21 @@ class TransformersEngine:
         self._counts = EngineStats()
         self._condition = threading.Condition()
         # Guarded by the condition:
-        self._waiting: deque[RunningSequence] = deque()
-        """First come first served."""
-        self._arrived = 0
+        self._waiting: list[RunningSequence] = []
+        """A heap."""
+        self._arrived = self._turn = 0
         self._tickets: set[Ticket] = set()
         self._aborting: list[Ticket] = []
         self._stopped: EngineStoppedError | None = None
         # Touched at a token boundary only:
         self.policy_version = -1
         """Version of the weights it holds; -1 before the first update from a trainer."""
+        self._max_running = max_running
         self._batch = ContinuousBatch(self._runner, max_running, self._counts)
-        self._failed_steps = 0
+        self._failed_steps = self._rounds = 0
+        self._pace = 1
+        """Rounds after which one more sequence may run, after a failure."""
+        self._proof: list[float] | None = None
         self._thread = threading.Thread(target=self._run, name="atropos-verl-engine", daemon=True)
         self._thread.start()
         # Ended at interpreter exit if nobody did before: killed inside torch it may crash.
@@ -197,7 +217,7 @@ class TransformersEngine:
         deadline = time.monotonic() + timeout
         submitted = [self._submit(request) for request in requests]
         try:
-            return [ticket.future.result(timeout=max(0.0, deadline - time.monotonic())) for ticket in submitted]
+            return [self._wait_for(ticket, deadline) for ticket in submitted]
         except TimeoutError as error:
             done = sum(ticket.future.done() for ticket in submitted)
             raise TimeoutError(
@@ -206,6 +226,17 @@ class TransformersEngine:
             ) from error
         finally:
             self._cancel(submitted)
+
+    def _wait_for(self, ticket: Ticket, deadline: float) -> list[Generation]:
+        while True:
+            remaining = max(0.0, deadline - time.monotonic())
+            try:
+                return ticket.future.result(min(remaining, _ATTEND_SECONDS))
+            except TimeoutError:
+                if remaining <= _ATTEND_SECONDS:
+                    raise
+            if self.attend is not None:
+                self.attend()
 
     def abort(self, request_id: str) -> bool:
         """End the requests with this ``request_id``: they return what they have, finish "abort". False: none has it."""
@@ -227,9 +258,10 @@ class TransformersEngine:
                 request, on_delta, limits=self._limits, tokenizer=self.tokenizer, seed=seed, pieces=self._pieces
             )
             for sequence in ticket.sequences:
+                sequence.turn = self._turn + sequence.place // _TURN
                 sequence.ordinal = self._arrived
                 self._arrived += 1
-            self._waiting += ticket.sequences
+                heapq.heappush(self._waiting, sequence)
             self._tickets.add(ticket)
             self._counts.requests += 1
             self._condition.notify_all()
@@ -279,6 +311,7 @@ class TransformersEngine:
             self._evict()
             copied = self._runner.weights.update(named_tensors)
             self.policy_version = self.policy_version + 1 if policy_version is None else policy_version
+            self._proof = self._logprobs_of_weights()
             return copied
 
     def stage_weights_from_tensor(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
@@ -318,6 +351,14 @@ class TransformersEngine:
             if not self._keep_kv:
                 self._evict()
             self.policy_version = self.policy_version + 1 if policy_version is None else policy_version
+            self._proof = self._logprobs_of_weights()
+
+    def rebuild(self) -> None:
+        """Give back all memory but that of the weights. For a weight update that failed: it can then be tried again."""
+        self._staged = None
+        with self._exclusive("rebuild"):
+            self._evict()
+            self._clear()
 
     def release_memory_occupation(self) -> None:
         """See ``InferenceEngine``. Idempotent."""
@@ -359,12 +400,14 @@ class TransformersEngine:
                 self._condition.notify_all()  # what the loop waits for may have changed
 
     def _evict(self) -> None:
-        """At a token boundary: send every running sequence back to the front of the queue, with its tokens."""
-        evicted = self._batch.evict()
+        """At a token boundary: send every running sequence back to its place in the queue, with its tokens."""
+        self._requeue(self._batch.evict())
+
+    def _requeue(self, evicted: Sequence[RunningSequence]) -> None:
         self._counts.evictions += len(evicted)
         with self._condition:
-            # What runs arrived before what waits, so the front is its place.
-            self._waiting.extendleft(sorted(evicted, key=lambda sequence: sequence.ordinal, reverse=True))
+            self._waiting += evicted
+            heapq.heapify(self._waiting)
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -423,20 +466,31 @@ class TransformersEngine:
         return self._interrupted() or (self.weights_ready and bool(self._batch.running or self._waiting))
 
     def _guarded_step(self, may_run: bool) -> None:
-        """One iteration. A failure ends the sequences that took part in it, and the engine goes on."""
+        """One iteration, and what to do when it fails."""
         try:
             self._drop_aborted()
             if may_run and self.weights_ready and self._step():
                 self._failed_steps = 0
-        except Exception as error:  # noqa: BLE001 - the thread's boundary: the requests get the error
-            self._fail_step(error)
+                if self._rounds % self._pace == 0:
+                    self._batch.room = min(self._batch.room + 1, self._max_running)
+        except BaseException as error:  # noqa: BLE001 - the thread's boundary: a thread that ends helps nobody
+            try:
+                self._recover(error)
+            except BaseException as second:  # noqa: BLE001
+                stopped = EngineStoppedError(f"the engine failed ({_named(error)}) and cannot be rebuilt: {second}")
+                stopped.__cause__ = error
+                self._fail_all(stopped)
 
     def _step(self) -> bool:
         """Let newcomers in, then one token for everyone. False when there was nothing to do."""
+        self._rounds += 1
         with self._condition:
+            if self._rounds % _TURN_ROUNDS == 0 and self._waiting and not self._batch.free_slots:
+                self._make_room()
             newcomers = take_prefill(
                 self._waiting, self._batch.free_slots, self._max_prefill_tokens, self._runner.max_prefill_logits
             )
+            self._turn = max([self._turn, *(sequence.turn for sequence in newcomers)])
         if newcomers:
             self._finish(self._batch.prefill(newcomers, self.policy_version))
         if self._batch.running:
@@ -444,7 +498,19 @@ class TransformersEngine:
             return True
         return bool(newcomers)
 
-    def _finish(self, ended: list[RunningSequence]) -> None:
+    def _make_room(self) -> None:
+        """The first sequences of requests that wait take the slots of the last ones of requests for more than fit."""
+        first = sorted((s for s in self._waiting if s.place < _TURN), key=lambda s: s.place)
+        asked = ((s, s.ticket.request) for s in self._batch.running)
+        large = (s for s, request in asked if max(request.asked, request.n) > self._max_running)
+        pairs = zip(first, sorted(large, key=lambda s: s.place, reverse=True), strict=False)
+        moved = [(sequence, other) for sequence, other in pairs if other.place > sequence.place + 1]
+        for sequence, _ in moved:
+            sequence.turn = -1
+        self._batch.remove([other for _, other in moved])
+        self._requeue([other for _, other in moved])
+
+    def _finish(self, ended: Sequence[RunningSequence]) -> None:
         if ended:
             with self._condition:
                 # Those that end together are answered in the order they came.
@@ -463,27 +529,76 @@ class TransformersEngine:
                     self._tickets.remove(ticket)
                     self._counts.aborted += ticket.abort()
             self._drop_finished()
-        self._batch.compact()
+        self._batch.remove([sequence for sequence in self._batch.running if sequence.finish_reason is not None])
 
     def _drop_finished(self) -> None:
-        self._waiting = deque(sequence for sequence in self._waiting if sequence.finish_reason is None)
+        self._waiting = [sequence for sequence in self._waiting if sequence.finish_reason is None]
+        heapq.heapify(self._waiting)
 
-    def _fail_step(self, error: Exception) -> None:
-        """The sequences of the failed forward get the error; the others are prefilled again."""
+    # -- after a failure ---------------------------------------------------------------------------------------------
+
+    def _recover(self, error: BaseException) -> None:
+        """Everything goes back to the queue, and the engine is rebuilt; or it is given up."""
         self._failed_steps += 1
-        logger.exception("an engine step failed (%d in a row)", self._failed_steps)
-        reason = EngineError(f"the engine failed while generating: {type(error).__name__}: {error}")
-        reason.__cause__ = error
-        victims = {sequence.ticket for sequence in self._batch.participants}
-        self._batch.participants = []
-        with self._condition:
-            self._tickets -= victims
-            for ticket in victims:
-                self._counts.failed += ticket.fail(reason)
-            self._evict()
-            self._drop_finished()
-        self._runner.cache.clear()
+        logger.error("an engine step failed (%d in a row); the engine is rebuilt", self._failed_steps, exc_info=error)
         if self._failed_steps >= _MAX_FAILED_STEPS:
-            stopped = EngineStoppedError(f"the engine gave up after {self._failed_steps} failed steps: {error}")
+            stopped = EngineStoppedError(f"the engine gave up after {self._failed_steps} failed steps: {_named(error)}")
             stopped.__cause__ = error
             self._fail_all(stopped)
+            return
+        victims = self._batch.participants
+        if self._failed_steps >= _BLAME_AFTER and len(victims) == 1:
+            reason = EngineError(f"the engine failed while generating: {_named(error)}")
+            reason.__cause__ = error
+            with self._condition:
+                self._tickets.discard(victims[0].ticket)
+                self._counts.failed += victims[0].ticket.fail(reason)
+        back = list(dict.fromkeys([*self._batch.evict(), *victims]))  # newcomers of a prefill are not running yet
+        self._finish([sequence for sequence in back if sequence.finish_reason is not None])
+        self._requeue([sequence for sequence in back if sequence.finish_reason is None])
+        with self._condition:
+            self._drop_finished()
+        self._clear()
+        self._batch.room = max(1, len(back) // 2) if self._failed_steps < _BLAME_AFTER - 1 else 1
+        self._pace = _TURN_ROUNDS if "memory" in _named(error).lower() else 1
+        self._counts.rebuilds += 1
+        self._prove_weights()
+
+    def _clear(self) -> None:
+        """A new cache and a new batch; the memory of those before is given back."""
+        self._runner.cache.clear()
+        self._batch = ContinuousBatch(self._runner, self._max_running, self._counts)
+        gc.collect()
+        if self._runner.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _logprobs_of_weights(self) -> list[float]:
+        tokens = range(0, self.vocab_size, -(-self.vocab_size // _PROOF_TOKENS))
+        return self._runner.logprobs(tokens[: self.max_context_len], 1.0)
+
+    def _prove_weights(self) -> None:
+        """Keep the weights when they give the logprobs that they gave at first; otherwise they are needed again."""
+        if not self.weights_ready or self._proof is None:
+            return
+        try:
+            if np.allclose(self._logprobs_of_weights(), self._proof, rtol=0, atol=_PROOF_NATS, equal_nan=True):
+                return
+            reason = "they give other logprobs than before"
+        except Exception as error:  # noqa: BLE001 - whatever it is, a new model may not have it
+            reason = _named(error)
+        if self.attend is None:
+            raise EngineError(f"its weights of version {self.policy_version} are damaged: {reason}")
+        logger.warning("the engine's weights are damaged (%s): a new model waits for the newest ones", reason)
+        before, config = self.model, copy.deepcopy(self.model.config)
+        self._runner.weights.release()
+        if config._attn_implementation != "eager":
+            config._attn_implementation = "sdpa"
+        self.model = type(before)(config).to(device=before.device, dtype=before.dtype)
+        self.model.load_state_dict(self._runner.weights.buffers, strict=False)
+        self._runner = ModelRunner(self.model, max_context_len=self.max_context_len)
+        self._runner.weights.ready = False
+        self._clear()
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

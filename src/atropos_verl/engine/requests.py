@@ -53,7 +53,10 @@ class EngineStats:
     """Tokens prefilled, those after an eviction included; a prompt shared by n completions counts once."""
     generated_tokens: int = 0
     evictions: int = 0
-    """Sequences that lost their KV to new weights or released memory and were prefilled again."""
+    """Sequences that lost their KV (to new weights, released memory, a failure or another request) and were prefilled
+    again."""
+    rebuilds: int = 0
+    """Failures after which the engine was rebuilt."""
     kv_bytes: int = 0
     weight_bytes: int = 0
 
@@ -75,7 +78,7 @@ class StopStrings:
         self._pieces = pieces
         self._last_characters = {stop[-1] for stop in stops} | {"\ufffd"}
         self._always = any(stop[-1].isspace() or stop[-1] == "\ufffd" for stop in stops)
-        self._window = max(len(stop.encode()) for stop in stops) + self._SLACK_TOKENS
+        self.window = max(len(stop.encode()) for stop in stops) + self._SLACK_TOKENS
 
     def completed_by(self, tokens: list[int]) -> bool:
         """True when the text of ``tokens`` holds a stop string, given that without the last token it did not."""
@@ -86,7 +89,7 @@ class StopStrings:
                 piece = self._pieces[last] = self._decode([last])
             if self._last_characters.isdisjoint(piece):
                 return False
-        text = self._decode(tokens[-self._window :])
+        text = self._decode(tokens[-self.window :])
         return any(stop in text for stop in self._stops)
 
     def _decode(self, tokens: list[int]) -> str:
@@ -102,13 +105,22 @@ class RunningSequence:
     index: int
     key: int
     """Random stream of this completion."""
+    turn: int = 0
     ordinal: int = 0
-    """Place in the order of arrival."""
+    """Places in the queue: by turn, then by arrival."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     version_runs: list[tuple[int, int]] = field(default_factory=list)
     """(policy version, tokens it sampled), in order."""
     finish_reason: FinishReason | None = None
+
+    @property
+    def place(self) -> int:
+        """Sequences that the same client request asks for before this one."""
+        return self.ticket.request.place + self.index
+
+    def __lt__(self, other: RunningSequence) -> bool:
+        return (self.turn, self.ordinal) < (other.turn, other.ordinal)
 
     @property
     def context_len(self) -> int:
@@ -120,15 +132,18 @@ class RunningSequence:
         return (*prompt, *self.tokens) if self.tokens else prompt
 
     def push(self, token: int, logprob: float, policy_version: int) -> bool:
-        """Append one sampled token. True when it was the last one."""
+        """Append one sampled token. True when it was the last one. Nothing is changed when it raises."""
         ticket, runs = self.ticket, self.version_runs
+        stops = token in ticket.stop_token_ids
+        if ticket.stops is not None and not stops:
+            stops = ticket.stops.completed_by([*self.tokens[-ticket.stops.window :], token])
         if runs and runs[-1][0] == policy_version:
             runs[-1] = (policy_version, runs[-1][1] + 1)
         else:
             runs.append((policy_version, 1))
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        if token in ticket.stop_token_ids or (ticket.stops is not None and ticket.stops.completed_by(self.tokens)):
+        if stops:
             self.finish_reason = "stop"
         elif len(self.tokens) >= ticket.max_new_tokens:
             self.finish_reason = "length"

@@ -1,7 +1,7 @@
 """Which sequences run together: the next prefill from the queue, and the batch that is decoded. Used by one thread."""
 
-from collections import deque
-from collections.abc import Sequence
+import heapq
+from collections.abc import Container, Sequence
 
 import numpy as np
 import torch
@@ -12,10 +12,8 @@ from atropos_verl.engine.sampling import SamplingRows, effective_temperature, sa
 from atropos_verl.errors import EngineError
 
 
-def take_prefill(
-    waiting: deque[RunningSequence], slots: int, max_tokens: int, max_logits: int
-) -> list[RunningSequence]:
-    """Take the sequences of one prefill from the queue, in order. A context that is in it already costs nothing.
+def take_prefill(waiting: list[RunningSequence], slots: int, max_tokens: int, max_logits: int) -> list[RunningSequence]:
+    """Take the sequences of one prefill from the queue, a heap. A context that is in it already costs nothing.
 
     Args:
         slots: sequences at most.
@@ -33,7 +31,7 @@ def take_prefill(
                 break
             contexts.add(context)
             lengths = grown
-        taken.append(waiting.popleft())
+        taken.append(heapq.heappop(waiting))
     return taken
 
 
@@ -46,7 +44,8 @@ class ContinuousBatch:
 
     def __init__(self, runner: ModelRunner, max_running: int, counts: EngineStats) -> None:
         self._runner = runner
-        self._max_running = max_running
+        self.room = max_running
+        """Sequences that may run together now."""
         self._counts = counts
         self._rows: SamplingRows | None = None  # of `running`; None after rows joined or left
         self.running: list[RunningSequence] = []
@@ -55,7 +54,7 @@ class ContinuousBatch:
 
     @property
     def free_slots(self) -> int:
-        return self._max_running - len(self.running)
+        return max(0, self.room - len(self.running))
 
     def prefill(self, newcomers: Sequence[RunningSequence], policy_version: int) -> list[RunningSequence]:
         """Compute the contexts of ``newcomers`` into free slots and sample one token each; returns those that ended.
@@ -105,10 +104,10 @@ class ContinuousBatch:
         evicted, self.running, self._rows = self.running, [], None
         return evicted
 
-    def compact(self) -> None:
-        """Close the gaps that ended sequences left: the last sequences move into their slots."""
+    def remove(self, gone: Container[RunningSequence]) -> None:
+        """Take these out, and close the gaps: the last sequences move into their slots."""
         self._rows = None
-        alive = [slot for slot, sequence in enumerate(self.running) if sequence.finish_reason is None]
+        alive = [slot for slot, sequence in enumerate(self.running) if sequence not in gone]
         keep = len(alive)
         holes = sorted(set(range(keep)) - set(alive))
         movers = [slot for slot in alive if slot >= keep]
@@ -146,6 +145,6 @@ class ContinuousBatch:
                 done.append(sequence)
         self._counts.generated_tokens += len(sequences)
         if done:
-            self.compact()
+            self.remove(done)
         self.participants = []
         return done

@@ -20,7 +20,7 @@ class WeightStore:
     def __init__(self, model: torch.nn.Module) -> None:
         self._parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
         known = {id(parameter) for parameter in self._parameters.values()}
-        self._buffers: dict[str, torch.Tensor] = {
+        self.buffers: dict[str, torch.Tensor] = {
             name: tensor
             for name, tensor in model.state_dict(keep_vars=True).items()
             if isinstance(tensor, torch.Tensor) and id(tensor) not in known
@@ -55,13 +55,18 @@ class WeightStore:
             for name, tensor in named_tensors:
                 self._check(name, tensor, names)
             self._check_complete(names)
-        copied, given = 0, set[str]()
-        for name, tensor in named_tensors:
-            target = self._check(name, tensor, given)
-            self.ready = False
-            with torch.inference_mode(False), torch.no_grad():
-                target.copy_(tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
-            copied += target.nbytes
+        copied, given, tensors = 0, set[str](), iter(named_tensors)
+        try:
+            for name, tensor in tensors:
+                target = self._check(name, tensor, given)
+                self.ready = False
+                with torch.inference_mode(False), torch.no_grad():
+                    target.copy_(tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
+                copied += target.nbytes
+        except Exception:
+            for _ in tensors:  # each may be gathered from several ranks, which all take part
+                pass
+            raise
         self._check_complete(given)
         self.ready = True
         return copied
@@ -72,17 +77,17 @@ class WeightStore:
         ``other`` counts as not ready afterwards: what it holds is old.
 
         Raises:
-            WeightSyncError: one of them is not complete; nothing is changed.
+            WeightSyncError: ``other`` is not complete, or this one is released; nothing is changed.
         """
-        if not (self.ready and other.ready):
+        if not (self.resident and other.ready):
             raise WeightSyncError(
                 "weights cannot be swapped: an update failed half-way, is missing, or was swapped in already"
             )
         with torch.inference_mode(False), torch.no_grad():
-            tensors = (store._unique | store._buffers for store in (self, other))
+            tensors = (store._unique | store.buffers for store in (self, other))
             for mine, theirs in zip(*(part.values() for part in tensors), strict=True):
                 mine.data, theirs.data = theirs.data, mine.data
-        other.ready = False
+        self.ready, other.ready = True, False
 
     def release(self) -> None:
         """Give the storage of every parameter back. Idempotent."""
@@ -103,9 +108,9 @@ class WeightStore:
 
     def _check(self, name: str, tensor: torch.Tensor, given: set[str]) -> torch.Tensor:
         parameter = self._parameters.get(name)
-        target = parameter if parameter is not None else self._buffers.get(name)
+        target = parameter if parameter is not None else self.buffers.get(name)
         if target is None:
-            near = difflib.get_close_matches(name, [*self._parameters, *self._buffers], n=1)
+            near = difflib.get_close_matches(name, [*self._parameters, *self.buffers], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise WeightSyncError(f"weight update: the engine's model has no tensor {name!r}{hint}")
         if name in given:

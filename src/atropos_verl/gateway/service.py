@@ -134,6 +134,8 @@ class GatewayService(Collector):
                 max_tokens=room if template.max_tokens is None else min(template.max_tokens, room),
                 prompt_logprobs=prompt_logprobs,
                 request_id=f"{name}-{index}",
+                place=index * template.n,
+                asked=len(prompts) * template.n,
             )
             made.append(request)
         return made

@@ -30,7 +30,6 @@ class SequenceQuery:
     """[T] that the environment sent; NaN = no value."""
     group: int = 0
     """Sequences of one group share it."""
-    env_id: int | None = None
 
 
 def trained_spans(loss_mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
@@ -49,16 +48,10 @@ def look_up(ledger: Ledger, queries: Sequence[SequenceQuery]) -> list[SequenceMa
     for index in sorted(range(len(queries)), key=lambda i: queries[i].logprobs is None):
         picks[index] = chooser.choose(index)
     ledger.used(record for records in chooser.certain for record in records)
-    explained: set[int | None] = set()
-    matches = []
-    for index, (query, pieces) in enumerate(zip(queries, found, strict=True)):
-        lost = next((p for span in pieces for p in span if not p.candidates), None)
-        difference = None
-        if lost is not None and query.env_id not in explained:
-            explained.add(query.env_id)
-            difference = _explain(ledger, query.token_ids, lost)
-        matches.append(_match(query, pieces, picks[index], chooser.certain[index], difference))
-    return matches
+    return [
+        _match(query, pieces, picks[index], chooser.certain[index])
+        for index, (query, pieces) in enumerate(zip(queries, found, strict=True))
+    ]
 
 
 _Picks = dict[int, list[SpanRecord]]
@@ -134,7 +127,6 @@ def _match(
     spans: list[list[Piece]],
     picks: _Picks,
     certain: list[SpanRecord],
-    difference: Difference | None,
 ) -> SequenceMatch:
     versions = np.full(len(query.token_ids), UNKNOWN_VERSION, dtype=np.int64)
     logprobs = np.full(len(query.token_ids), np.nan)
@@ -171,13 +163,12 @@ def _match(
         unmatched_spans=sum(any(piece.start not in picks for piece in span) for span in spans),
         unmatched_tokens=lost_tokens,
         ambiguous_spans=len(ambiguous),
-        difference=difference,
         records=tuple(record.order for record in certain),
     )
 
 
-def _explain(ledger: Ledger, token_ids: IntArray, piece: Piece) -> Difference:
-    """Compare with the newest records; the one that agrees longest is taken for what the environment began with."""
+def explain(ledger: Ledger, token_ids: IntArray, start: int, stop: int) -> Difference:
+    """Where the unmatched tokens ``[start, stop)`` turn away from the newest record that agrees longest with them."""
     ids = np.asarray(token_ids, dtype=np.int64)
     best, similar = -1, None
     for record in ledger.newest(_MOST_EXPLAINED):
@@ -186,12 +177,10 @@ def _explain(ledger: Ledger, token_ids: IntArray, piece: Piece) -> Difference:
         unequal = np.flatnonzero(written[:count] != ids[:count])
         common = int(unequal[0]) if unequal.size else count
         # A record that the sequence holds as a whole ends before the lost piece: it explains nothing but its end.
-        if common > best and common <= piece.stop:
+        if common > best and common <= stop:
             best, similar = common, (written, record.start)
     if similar is None or best <= 0:
-        return Difference(
-            position=piece.start, written=None, posted=int(ids[piece.start]), in_prompt=True, nothing_similar=True
-        )
+        return Difference(position=start, written=None, posted=int(ids[start]), in_prompt=True, nothing_similar=True)
     written, prompt_length = similar
     return Difference(
         position=best,

@@ -16,6 +16,7 @@ Half a ledger is worse than none: of two alike completions it might know only th
 or that cannot be written any more, is given up as a whole.
 """
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -122,7 +123,8 @@ class LedgerStore:
                 directory = self._store.path.parent
                 text = "%s: %s. After a restart the policy versions of tokens generated up to then are unknown"
                 logger.warning(text, directory, error)
-                _remove(directory)  # the open connection goes on with files that have no name
+                with contextlib.suppress(OSError):
+                    _remove(directory)  # the open connection goes on with files that have no name
             done.set_result(None)
 
         self._store.write(changes).add_done_callback(written)

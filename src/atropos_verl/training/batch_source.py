@@ -102,6 +102,7 @@ class BatchSource:
         self._totals = RunTotals()
         self._prefetcher: Prefetcher[RolloutData] | None = None
         self._check: Check | None = None
+        self._attend: Callable[[], None] = lambda: None
         self._rescored: Callable[[ScoredGroup], ScoredGroup] | None = None
         self._first_limit = config.atropos.rollout_timeout
         self._has_batch = self._is_explained = False
@@ -158,6 +159,7 @@ class BatchSource:
         *,
         starts_environment: bool = False,
         prepare: Callable[[RolloutData], None] | None = None,
+        attend: Callable[[], None] = lambda: None,
     ) -> None:
         """Training begins: ``take`` may be called, prompts may be held back, and ``reward.path`` scores what comes.
 
@@ -166,8 +168,9 @@ class BatchSource:
             starts_environment: this run started the environment, so the first batch may take ``env.startup_timeout``,
                 and what keeps it is diagnosed by who watches the environment.
             prepare: prefetch one batch, and call this for it in the source's thread. None: no prefetch.
+            attend: called in the thread of ``take`` while that waits.
         """
-        self._check, self._is_explained = check, starts_environment
+        self._check, self._attend, self._is_explained = check, attend, starts_environment
         if self.config.reward.path is not None:
             assert self._provenance is not None, "attach comes first"
             self._rescored = load_rescoring(self.config.reward.path, self._provenance.decode)
@@ -186,11 +189,16 @@ class BatchSource:
     def take(self, *, more: bool) -> RolloutData:
         """The next batch. ``more``: another one will be wanted after it. Raises as ``next``."""
         if self._prefetcher is None:
-            return self.next(self._check)
-        data = self._prefetcher.take()
+            return self.next(self._check_and_attend)
+        data = self._prefetcher.take(self._attend)
         if more:
             self._prefetcher.start()
         return data
+
+    def _check_and_attend(self) -> None:
+        if self._check is not None:
+            self._check()
+        self._attend()
 
     def _fetch_ahead(self, stop: Check, prepare: Callable[[RolloutData], None]) -> RolloutData:
         started = time.perf_counter()
@@ -388,11 +396,12 @@ class Prefetcher(Generic[T]):
             self._thread = threading.Thread(target=self._run, name="atropos-verl-prefetch", daemon=True)
             self._thread.start()
 
-    def take(self) -> T:
-        """Waits for the batch under way, which is begun now if there is none. Raises what ``fetch`` or ``check``
-        raised, also while a batch is ready."""
+    def take(self, attend: Callable[[], None] = lambda: None) -> T:
+        """Waits for the batch under way, which is begun now if there is none, and calls ``attend`` meanwhile. Raises
+        what ``fetch`` or ``check`` raised, also while a batch is ready."""
         self.start()
-        self._came.wait()
+        while not self._came.wait(_CHECK_SECONDS):
+            attend()
         self._unwanted.set()
         if self._thread is not None:
             self._thread.join()

@@ -5,11 +5,13 @@ that it was trained on. Tokens that are taken out of training are masked, groups
 neither takes part in the statistics of the batch.
 """
 
+from __future__ import annotations
+
 import logging
-import time
+import re
 import zlib
-from collections import Counter
-from collections.abc import Callable, Sequence, Set
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, get_args
 
@@ -19,7 +21,7 @@ import numpy as np
 from atropos_verl.config.schema import OffPolicyConfig
 from atropos_verl.protocol.journal import BatchJournal, JournalEntry
 from atropos_verl.protocol.schema import find_defect, sampling_temperature, stated_temperature
-from atropos_verl.provenance.attribution import SequenceQuery, look_up
+from atropos_verl.provenance.attribution import SequenceQuery, explain, look_up, trained_spans
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
 from atropos_verl.types import (
@@ -27,7 +29,6 @@ from atropos_verl.types import (
     NO_LOGPROB,
     NOT_TRAINED,
     UNKNOWN_VERSION,
-    Difference,
     FloatArray,
     IntArray,
     SampleSettings,
@@ -46,9 +47,18 @@ LOGPROB_MISMATCH = 1e-3
 _OLDEST_BUCKET = 8
 """Staleness from here on is counted together."""
 _BESIDE_BATCH = "ledger.msgpack"
-_EXAMPLE_INTERVAL = 60.0
-"""Seconds between two examples of one environment in the log."""
 _CONTEXT_TOKENS = 12
+_SHOWN_CHARACTERS = 120
+_ROLE_HEADER = re.compile(r"(?:^|[\n>\]])\s*(?:system|user|human|assistant|tool|model)\s*(?:[\n:<|]|$)", re.IGNORECASE)
+_UNMATCHED_KINDS = {
+    "hold the header of a turn": "the mask covers turns that the policy did not write; train on its own turns only",
+    "go on after the completion": "the mask covers what stands behind it; end the span where the completion ends",
+    "are another text": "post the token ids that the gateway returned, and not text tokenised anew",
+}
+"""What unmatched tokens do → what to do."""
+_JUMP = 0.1
+_USUAL_BATCHES = 32
+"""A rate of unmatched tokens that is so much, and twice, above that of the newest batches is a jump."""
 _MAX_ID = 1 << 31
 
 
@@ -85,14 +95,16 @@ class BatchProvenance:
         config: OffPolicyConfig,
         ledger: Ledger | None,
         settings: SampleSettings,
-        decode: Callable[..., str] = str,
+        decode: Callable[..., str] = lambda ids, **_: str(ids),
     ) -> None:
         self.config = config
         self.ledger = ledger
         self.settings = settings
         self.resumed_at: int | None = None
         self.decode = decode
-        self._last_example: dict[int | None, float] = {}
+        self._warned: set[tuple[int | None, str]] = set()
+        self._usual: defaultdict[int | None, deque[float]] = defaultdict(lambda: deque(maxlen=_USUAL_BATCHES))
+        """Rates of unmatched tokens by env_id, of the newest batches since the last jump."""
 
     def look_up(self, groups: Sequence[ScoredGroup]) -> BatchMatches:
         """Attributes every sequence of every sound group. Call it once per batch, as soon as it arrives."""
@@ -109,8 +121,6 @@ class BatchProvenance:
         matches: BatchMatches = [[None] * len(group) for group in groups]
         for (g, i), match in zip(where, look_up(self.ledger, queries), strict=True):
             matches[g][i] = match
-            if match.difference is not None:
-                self._show(groups[g], i, match, match.difference)
         return matches
 
     def recall(self, groups: Sequence[ScoredGroup], journal: BatchJournal, entry: JournalEntry) -> BatchMatches:
@@ -145,6 +155,7 @@ class BatchProvenance:
         bound = self.config.max_staleness
         for index, (group, found) in enumerate(zip(groups, matches, strict=True)):
             if any(match is not None for match in found):
+                group, found = self._without_tails(group, found, figures)
                 group = _merge_matches(group, found, figures, self.config.unmatched, self.settings.default_temperature)
             if bound is None or group.defect is not None or not is_stale(group_version(group), policy_version, bound):
                 fresh.append(group)
@@ -155,42 +166,98 @@ class BatchProvenance:
                 "the trainer computes with the one they name",
                 figures.temperature_mismatches,
             )
+        self._watch_rates(figures)
         stale = len(groups) - len(fresh)
         return Applied(fresh, kept, stale, {**figures.metrics(), "off_policy/dropped_stale_groups": stale})
 
-    def _show(self, group: ScoredGroup, i: int, match: SequenceMatch, difference: Difference) -> None:
-        now = time.monotonic()
-        if now - self._last_example.get(group.env_id, -_EXAMPLE_INTERVAL) < _EXAMPLE_INTERVAL:
+    def _without_tails(
+        self, group: ScoredGroup, matches: Sequence[SequenceMatch | None], figures: LookUpFigures
+    ) -> tuple[ScoredGroup, list[SequenceMatch | None]]:
+        """Takes what a chat template adds behind the policy's turns out of training, and warns of other unmatched
+        tokens: once for each kind and environment."""
+        masks, left = list(group.masks), list(matches)
+        for i, match in enumerate(matches):
+            if match is None or not match.unmatched_tokens:
+                continue
+            ids, tail, whole = group.token_ids[i], np.zeros(len(masks[i]), dtype=np.bool_), 0
+            for start, stop in trained_spans(_query(group, 0, i).loss_mask):
+                lost = [(start + a, start + b) for a, b in trained_spans(~match.found[start:stop])]
+                if lost and start < lost[-1][0] and lost[-1][1] == stop and self._is_tail(ids[lost[-1][0] : stop]):
+                    tail[slice(*lost.pop())] = True
+                    whole += not lost
+                for a, b in lost:
+                    self._warn_of(group, i, a, b, follows=a > start and b == stop)
+            count = int(tail.sum())
+            figures.template_tail_tokens += count
+            masks[i] = np.where(tail, NOT_TRAINED, masks[i])
+            tokens, spans = match.unmatched_tokens - count, match.unmatched_spans - whole
+            left[i] = replace(match, unmatched_tokens=tokens, unmatched_spans=spans)
+        return replace(group, masks=tuple(masks)), left
+
+    def _is_tail(self, ids: IntArray) -> bool:
+        return not self.decode(ids.tolist(), skip_special_tokens=True).strip()
+
+    def _warn_of(self, group: ScoredGroup, i: int, start: int, stop: int, *, follows: bool) -> None:
+        ids = group.token_ids[i]
+        text = self.decode(ids[start:stop].tolist())
+        header, longer, other = _UNMATCHED_KINDS
+        kind = header if _ROLE_HEADER.search(text) else longer if follows else other
+        if (group.env_id, kind) in self._warned or self.ledger is None:
             return
-        self._last_example[group.env_id] = now
-        name = "an environment" if group.env_id is None else f"environment {group.env_id}"
+        self._warned.add((group.env_id, kind))
         handling = {"use": "trained on without a policy version", "drop": "not trained on"}[self.config.unmatched]
         logger.warning(
-            "%s posts other tokens than the policy generated: group %s, sequence %d, %d of %d trained spans. %s. "
-            "Unmatched tokens are %s (off_policy.unmatched=%s); docs/off-policy.md says more",
-            name,
+            "%s posts tokens that the policy did not generate; they %s. Group %s, sequence %d, tokens %d to %d: %r. "
+            "%s. Such tokens are %s (off_policy.unmatched=%s): %s. docs/off-policy.md says more",
+            "an environment" if group.env_id is None else f"environment {group.env_id}",
+            kind,
             group.group_id,
             i,
-            match.unmatched_spans,
-            match.spans,
-            self._describe(group.token_ids[i].tolist(), difference),
+            start,
+            stop - 1,
+            text[:_SHOWN_CHARACTERS],
+            self._describe(ids, start, stop),
             handling,
             self.config.unmatched,
+            _UNMATCHED_KINDS[kind],
         )
 
-    def _describe(self, tokens: list[int], difference: Difference) -> str:
+    def _describe(self, ids: IntArray, start: int, stop: int) -> str:
+        assert self.ledger is not None
+        difference = explain(self.ledger, ids, start, stop)
+
         def named(token: int | None) -> str:
             return "nothing more" if token is None else f"{token} {self.decode([token])!r}"
 
         if difference.nothing_similar:
             return "Nothing similar is in the ledger: it was generated elsewhere, or so long ago that it was removed"
         at = difference.position
-        before = self.decode(tokens[max(0, at - _CONTEXT_TOKENS) : at])
+        before = self.decode(ids[max(0, at - _CONTEXT_TOKENS) : at].tolist())
         where = "in the prompt, " if difference.in_prompt else ""
         return (
             f"First difference {where}at token {at}, after {before!r}: written {named(difference.written)}, "
             f"posted {named(difference.posted)}"
         )
+
+    def _watch_rates(self, figures: LookUpFigures) -> None:
+        for env_id, tokens in figures.tokens.items():
+            rate, usual = figures.unmatched_tokens[env_id] / max(tokens, 1), self._usual[env_id]
+            before = sum(usual) / len(usual) if usual else rate
+            if rate > max(before + _JUMP, 2 * before):
+                logger.warning(
+                    "%s: %.0f %% of the trained tokens of this batch were not generated by the policy, %.0f %% before",
+                    "an environment" if env_id is None else f"environment {env_id}",
+                    100 * rate,
+                    100 * before,
+                )
+                usual.clear()
+            usual.append(rate)
+
+
+def look_up_counts(figures: Mapping[str, float | int | None]) -> dict[str, int]:
+    """The counts among the figures of a look-up, by their names in ``RunTotals.count``."""
+    names = ("looked_up_tokens", "unmatched_tokens", "template_tail_tokens")
+    return {name: int(figures.get(f"data/{name}") or 0) for name in names}
 
 
 def _records(matches: BatchMatches) -> list[int]:
@@ -217,12 +284,12 @@ def _query(group: ScoredGroup, g: int, i: int) -> SequenceQuery:
     mask = group.masks[i] != NOT_TRAINED
     mask[0] = False  # nothing predicts it, so it is never trained
     sent = None if group.inference_logprobs is None else group.inference_logprobs[i]
-    return SequenceQuery(token_ids=group.token_ids[i], loss_mask=mask, logprobs=sent, group=g, env_id=group.env_id)
+    return SequenceQuery(token_ids=group.token_ids[i], loss_mask=mask, logprobs=sent, group=g)
 
 
 @dataclass(slots=True)
 class LookUpFigures:
-    """Counts of one batch's look-up: trained spans by env_id, and trained tokens.
+    """Counts of one batch's look-up: trained spans and tokens by env_id.
 
     ``compared_tokens`` are matched ones whose logprob the environment sent as well, ``largest_difference`` is in nats.
     """
@@ -230,8 +297,9 @@ class LookUpFigures:
     spans: Counter[int | None] = field(default_factory=Counter)
     unmatched_spans: Counter[int | None] = field(default_factory=Counter)
     ambiguous_spans: int = 0
-    tokens: int = 0
-    unmatched_tokens: int = 0
+    tokens: Counter[int | None] = field(default_factory=Counter)
+    unmatched_tokens: Counter[int | None] = field(default_factory=Counter)
+    template_tail_tokens: int = 0
     dropped_tokens: int = 0
     compared_tokens: int = 0
     mismatched_tokens: int = 0
@@ -241,9 +309,13 @@ class LookUpFigures:
     def metrics(self) -> dict[str, float | int | None]:
         """For ``metrics.jsonl``. Rates are None where nothing was looked up."""
         spans, lost = self.spans.total(), self.unmatched_spans.total()
+        tokens, lost_tokens = self.tokens.total(), self.unmatched_tokens.total()
         found: dict[str, float | int | None] = {
             "data/unmatched_span_rate": lost / spans if spans else None,
-            "data/unmatched_token_rate": self.unmatched_tokens / self.tokens if self.tokens else None,
+            "data/unmatched_token_rate": lost_tokens / tokens if tokens else None,
+            "data/looked_up_tokens": tokens,
+            "data/unmatched_tokens": lost_tokens,
+            "data/template_tail_tokens": self.template_tail_tokens,
             "data/ambiguous_span_rate": self.ambiguous_spans / spans if spans else None,
             "data/logprob_mismatch": self.mismatched_tokens / self.compared_tokens if self.compared_tokens else None,
             "data/logprob_mismatch_max": self.largest_difference if self.compared_tokens else None,
@@ -281,8 +353,8 @@ def _merge_matches(
         lost = trained & ~match.found
         figures.spans[group.env_id] += match.spans
         figures.unmatched_spans[group.env_id] += match.unmatched_spans
-        figures.tokens += int(trained.sum())
-        figures.unmatched_tokens += match.unmatched_tokens
+        figures.tokens[group.env_id] += int(trained.sum())
+        figures.unmatched_tokens[group.env_id] += match.unmatched_tokens
         figures.ambiguous_spans += match.ambiguous_spans
         if unmatched == "drop" and lost.any():
             masks[i] = np.where(lost, NOT_TRAINED, masks[i])
@@ -383,9 +455,8 @@ def staleness_metrics(samples: Sequence[TrainingSample], policy_version: int) ->
 
 
 def encode_matches(matches: BatchMatches) -> bytes:
-    """Writes a file that ``decode_matches`` reads. Differences are not kept, and logprobs are in float32."""
-    kept = [[match and replace(match, difference=None) for match in row] for row in matches]
-    return zlib.compress(msgspec.msgpack.encode(kept, enc_hook=_array_bytes))
+    """Writes a file that ``decode_matches`` reads. Logprobs are in float32."""
+    return zlib.compress(msgspec.msgpack.encode(matches, enc_hook=_array_bytes))
 
 
 def _array_bytes(array: FloatArray | IntArray) -> bytes:

@@ -89,6 +89,11 @@ class RunTotals:
     sequences_trained: int = 0
     sequences_dropped_overlong: int = 0
     tokens_trained: int = 0
+    tokens_looked_up: int = 0
+    """Trained tokens that were looked up in the gateway's ledger; of these ``tokens_unmatched`` are not in it."""
+    tokens_unmatched: int = 0
+    tokens_template_tail: int = 0
+    """Behind the policy's turns, added by a chat template: not trained."""
     steps_without_data: int = 0
     batches_lost_at_api: int = 0
     """Answers of 500 to GET /batch: an upstream API drops the batch it could not encode."""
@@ -102,6 +107,9 @@ class RunTotals:
         self.groups_filtered += counts.get("filtered", 0)
         self.groups_stale += counts.get("stale", 0)
         self.sequences_dropped_overlong += counts.get("dropped_overlong", 0)
+        self.tokens_looked_up += counts.get("looked_up_tokens", 0)
+        self.tokens_unmatched += counts.get("unmatched_tokens", 0)
+        self.tokens_template_tail += counts.get("template_tail_tokens", 0)
         if counts["trained_tokens"]:
             self.sequences_trained += counts["sequences"]
             self.tokens_trained += counts["trained_tokens"]
@@ -239,6 +247,7 @@ def outcome(step: int, policy_version: int, rewards: Sequence[float], totals: Ru
         **reward_window(rewards),
         "rewards": list(rewards),
         **vars(totals),
+        "unmatched_token_rate": totals.tokens_unmatched / totals.tokens_looked_up if totals.tokens_looked_up else None,
         **own,
     }
 

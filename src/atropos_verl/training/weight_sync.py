@@ -1,8 +1,9 @@
 """From the trainer's weights to an engine that serves them: ``AtroposShardingManager``.
 
 The rollout phase is the body of the ``with`` block; ``swap`` puts newer weights into it while rollouts go on. No token
-is sampled from weights that the canary has not seen. When *enter* or a swap fails the gate stays shut; entering again
-starts over. *Exit* never masks the exception of the body: a failure while leaving is logged and attached as a note.
+is sampled from weights that the canary has not seen. An engine that runs out of memory, or fails in a kernel, is
+rebuilt and gets the weights once more. When *enter* or a swap fails the gate stays shut; entering again starts over.
+*Exit* never masks the exception of the body: a failure while leaving is logged and attached as a note.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
-from atropos_verl.errors import WeightSyncError
+from atropos_verl.errors import AtroposVerlError, WeightSyncError
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class WeightSource(Protocol):
@@ -113,10 +115,8 @@ class AtroposShardingManager:
     syncs: int = field(default=0, init=False)
 
     def __enter__(self) -> Self:
-        self.engine.resume_memory_occupation()
-        self.sync()
-        if self.gate is not None:
-            self.gate.resume()
+        self._mending(self.engine.resume_memory_occupation)
+        self._serve()
         return self
 
     def __exit__(
@@ -124,7 +124,7 @@ class AtroposShardingManager:
     ) -> None:
         try:
             self._pause()
-            self.engine.release_memory_occupation()
+            self._mending(self.engine.release_memory_occupation)
         except Exception as error:
             if exc is None:
                 raise
@@ -138,6 +138,9 @@ class AtroposShardingManager:
             WeightSyncError: a tensor does not fit, the canary found a difference, or the engine has one buffer only.
                 The gate is shut.
         """
+        return self._mending(self._swap, self.restore)
+
+    def _swap(self) -> SyncReport:
         version = self.source.policy_version
         try:
             if not hasattr(self.engine, "swap_weights"):
@@ -165,11 +168,37 @@ class AtroposShardingManager:
         if self.gate is not None:
             self.gate.pause(self.pause_timeout)
 
+    def restore(self) -> SyncReport:
+        """Gives an engine in the open rollout phase that lost its weights the source's. Raises as ``sync``."""
+        self._pause()
+        return self._serve()
+
+    def _serve(self) -> SyncReport:
+        report = self.sync()
+        if self.gate is not None:
+            self.gate.resume()
+        return report
+
+    def _mending(self, work: Callable[[], T], again: Callable[[], T] | None = None) -> T:
+        """``work()``; when that fails as engines fail, ``again`` (None: ``work``) after the engine was rebuilt."""
+        try:
+            return work()
+        except Exception as error:
+            rebuild = getattr(self.engine, "rebuild", None)
+            if rebuild is None or isinstance(error, AtroposVerlError):
+                raise
+            logger.warning("a weight sync failed; the engine is rebuilt and gets the weights again", exc_info=error)
+            rebuild()
+        return (again or work)()
+
     def sync(self) -> SyncReport:
         """Copies the source's weights into the engine and checks the canary. The gate must be closed.
 
         Raises ``WeightSyncError`` when a tensor does not fit, or the canary found a difference.
         """
+        return self._mending(self._sync)
+
+    def _sync(self) -> SyncReport:
         version = self.source.policy_version
         started = time.perf_counter()
         update = self.engine.update_weights_from_tensor

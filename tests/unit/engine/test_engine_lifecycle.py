@@ -2,11 +2,14 @@
 
 import asyncio
 import copy
+import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from support.engines import (
     GREEDY,
     StepCounter,
     check_greedy,
+    check_logprobs,
     engine_of,
     greedy_oracle,
     logprob_oracle,
@@ -25,8 +29,12 @@ from support.engines import (
 )
 from support.serving import eventually
 
+from atropos_verl.engine import scheduler
 from atropos_verl.engine.embedded import TransformersEngine
 from atropos_verl.engine.gate import RequestGate
+from atropos_verl.engine.requests import RunningSequence
+from atropos_verl.engine.runner import ModelRunner
+from atropos_verl.engine.scheduler import ContinuousBatch
 from atropos_verl.errors import EngineError, EngineStoppedError
 
 # -- slots and queue ---------------------------------------------------------------------------------------------------
@@ -51,6 +59,25 @@ def test_more_sequences_than_slots_are_served_in_order_of_arrival() -> None:
     assert finished == list(range(10))  # equal lengths: first come, first done
     for prompt, [answer] in zip(given, answers, strict=True):
         assert list(answer.token_ids) == greedy_oracle(model, prompt, 6)
+
+
+@pytest.mark.parametrize("prompts_each", [1, 1024])
+@pytest.mark.parametrize("length", [4, 400])
+def test_six_large_requests_do_not_let_a_small_one_wait(prompts_each: int, length: int) -> None:
+    """1024 sequences each, as completions or as prompts; a round is one token for everyone."""
+    counter = StepCounter(tiny_causal_lm(num_hidden_layers=1), hold_at=3)
+    n = 1024 // prompts_each
+    with engine_of(counter.model, max_running=16) as engine:
+        for _ in range(6):
+            for place in range(0, 1024, n):
+                engine._submit(request((1, 2), n=n, max_tokens=length, ignore_eos=True, place=place, asked=1024))
+        assert counter.held.wait(30.0)
+        small = engine._submit(request((3, 4), n=2, max_tokens=4, ignore_eos=True))
+        began = counter.steps
+        counter.go_on.set()
+        assert [len(g.token_ids) for g in small.future.result(60.0)] == [4, 4]
+        # of six requests at most one turn each is before it: 6 x 16 / 16 generations of ``length`` tokens, or 32 rounds
+        assert counter.steps - began <= min(8 * length, 32) + 32 + 4
 
 
 def test_sequences_that_join_and_leave_do_not_disturb_the_others() -> None:
@@ -145,17 +172,71 @@ async def test_abort_by_id_returns_what_there_is() -> None:
 # -- failures and the end ----------------------------------------------------------------------------------------------
 
 
-async def test_a_failed_step_fails_its_requests_with_the_cause_and_the_engine_goes_on() -> None:
+def fail(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: BaseException, when: Callable[[int, Any], bool]
+) -> None:
+    """The calls of ``owner.name`` for which ``when(number from 1, last argument)`` holds raise ``error``."""
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def call(*arguments: Any, **settings: Any) -> Any:
+        if when(next(calls), arguments[-1] if arguments else None):
+            raise error
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "error"),
+    [
+        (ModelRunner, "prefill", MemoryError("no room for the KV cache")),
+        (ModelRunner, "decode", RuntimeError("a kernel failed")),
+        (ModelRunner, "decode", SystemExit(1)),
+        (scheduler, "sample", RuntimeError("a kernel failed")),
+        (RunningSequence, "push", RuntimeError("in the middle of a batch")),
+        (ContinuousBatch, "remove", MemoryError()),
+    ],
+)
+async def test_failed_steps_cost_no_request_and_no_token(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: BaseException
+) -> None:
+    """Every request goes on from its tokens: the same ones, with the logprobs and versions of the weights."""
     model = tiny_causal_lm()
-    counter = StepCounter(copy.deepcopy(model))
-    [prompt] = prompts(5)
-    with engine_of(counter.model) as engine:
-        counter.fail_with = MemoryError("no room for the KV cache")
-        with pytest.raises(EngineError, match="MemoryError: no room for the KV cache") as caught:
-            await asyncio.wait_for(engine.agenerate(request(prompt, n=2, max_tokens=5, ignore_eos=True)), 30.0)
-        assert isinstance(caught.value.__cause__, MemoryError)
-        counter.fail_with = None
-        await asyncio.to_thread(check_greedy, engine, model, prompt, 5)
+    given = prompts(5, 9, 30, 12)
+    fail(monkeypatch, owner, name, error, lambda call, _: call in (2, 5, 6, 30))
+    with engine_of(copy.deepcopy(model), max_running=6) as engine:
+        engine.update_weights_from_tensor(named(model), policy_version=3)
+        wanted = [request(p, n=2, max_tokens=6 + 3 * i, ignore_eos=True, seed=i) for i, p in enumerate(given)]
+        whole = [asyncio.create_task(engine.agenerate(r)) for r in wanted[:3]]
+        deltas = [delta async for delta in engine.astream(wanted[3])]
+        answers = [await asyncio.wait_for(task, 60.0) for task in whole]
+        stats = engine.stats()
+        monkeypatch.undo()
+        undisturbed = await asyncio.to_thread(engine.generate, wanted)
+    streamed = [tuple(t for d in deltas if d.index == i for t in d.token_ids) for i in (0, 1)]
+    assert [[g.token_ids for g in a] for a in answers] == [[g.token_ids for g in a] for a in undisturbed[:3]]
+    assert streamed == [g.token_ids for g in undisturbed[3]]
+    for prompt, answer in zip(given, answers, strict=False):
+        for generation in answer:
+            check_logprobs(model, prompt, generation)
+            assert generation.policy_version_runs == ((3, len(generation.token_ids)),)
+    assert stats.rebuilds >= 1
+    assert (stats.failed, stats.finished, stats.running, stats.waiting) == (0, 4, 0, 0)
+
+
+async def test_a_request_that_always_fails_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_causal_lm()
+    good, bad = prompts(5, 9)
+    error = RuntimeError("this prompt is too much")
+    fail(monkeypatch, ModelRunner, "prompt_logprobs", error, lambda _, temperature: temperature == 0.5)
+    with engine_of(copy.deepcopy(model)) as engine:
+        failing = engine.agenerate(request(bad, max_tokens=5, prompt_logprobs=1, temperature=0.5))
+        others = asyncio.gather(*(engine.agenerate(request(good, max_tokens=9, **GREEDY)) for _ in range(8)))
+        with pytest.raises(EngineError, match="RuntimeError: this prompt is too much") as caught:
+            await asyncio.wait_for(failing, 30.0)
+        assert caught.value.__cause__ is error
+        for [answer] in await asyncio.wait_for(others, 60.0):
+            assert list(answer.token_ids) == greedy_oracle(model, good, 9)
         assert engine.stats().failed == 1
 
 
@@ -163,16 +244,47 @@ async def test_an_engine_that_fails_every_step_is_given_up_and_says_why() -> Non
     counter = StepCounter(tiny_causal_lm())
     counter.fail_with = RuntimeError("device lost")
     with engine_of(counter.model) as engine:
-        for _ in range(3):
+        for _ in range(6):
             with pytest.raises(EngineError, match="device lost"):
-                await asyncio.wait_for(engine.agenerate(request((1,), max_tokens=5, ignore_eos=True)), 30.0)
+                await asyncio.wait_for(engine.agenerate(request((1,), max_tokens=50, ignore_eos=True)), 30.0)
         await asyncio.to_thread(engine._thread.join, 10.0)
-        with pytest.raises(EngineStoppedError, match="gave up after 3 failed steps: device lost"):
+        with pytest.raises(EngineStoppedError, match="gave up after 10 failed steps: RuntimeError: device lost"):
             await engine.agenerate(request((1,)))
         with pytest.raises(EngineStoppedError, match="device lost"):
             engine.compute_logprobs([1, 2])
         with pytest.raises(EngineStoppedError, match="device lost"):
             engine.astream(request((1,)))
+
+
+@pytest.mark.parametrize("attended", [True, False])
+def test_weights_that_a_failure_damaged_are_never_sampled_from(attended: bool) -> None:
+    model, new = tiny_causal_lm(seed=1), tiny_causal_lm(seed=2)
+    [prompt] = prompts(8)
+    counter = StepCounter(copy.deepcopy(model))
+    counter.fail_with = RuntimeError("a kernel wrote where it should not")
+
+    def damage(step: int) -> bool:
+        if step == 4:
+            counter.model.lm_head.weight.data[:, 0] += 1.0
+        return step == 4
+
+    counter.fails = damage
+    with engine_of(counter.model) as engine, ThreadPoolExecutor(1) as pool:
+        engine.update_weights_from_tensor(named(model), policy_version=3)
+        if attended:
+            engine.attend = lambda: None
+        answering = pool.submit(one, engine, prompt, max_tokens=20, **GREEDY)
+        if not attended:
+            with pytest.raises(EngineStoppedError, match="its weights of version 3 are damaged: they give other"):
+                answering.result(30.0)
+            return
+        eventually(lambda: not engine.weights_ready, "the damage to be found")
+        engine.update_weights_from_tensor(named(new), policy_version=4)  # of a new model
+        answer = answering.result(30.0)
+        assert answer.policy_version_runs == ((3, 4), (4, 16))
+        assert list(answer.token_ids[:4]) == greedy_oracle(model, prompt, 4)
+        assert list(answer.token_ids[4:]) == greedy_oracle(new, prompt + answer.token_ids[:4], 16)
+        check_greedy(engine, new, prompt, 6)
 
 
 async def test_weights_with_nan_fail_the_request_and_good_ones_repair_the_engine() -> None:

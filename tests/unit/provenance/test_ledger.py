@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from atropos_verl.provenance.attribution import SequenceQuery, look_up, trained_spans
+from atropos_verl.provenance.attribution import SequenceQuery, explain, look_up, trained_spans
 from atropos_verl.provenance.ledger import Ledger, prefix_hashes
 from atropos_verl.types import UNKNOWN_VERSION, Generation, SequenceMatch
 
@@ -26,7 +26,7 @@ def wrote(
     )
 
 
-def query(*parts: Sequence[int], group: int = 0, logprobs: list[float] | None = None, env: int = 0) -> SequenceQuery:
+def query(*parts: Sequence[int], group: int = 0, logprobs: list[float] | None = None) -> SequenceQuery:
     """Parts in turn not trained, trained, not trained, …; ``logprobs`` of the trained tokens in order."""
     tokens = np.array([token for part in parts for token in part], dtype=np.int64)
     mask = np.array([bool(index % 2) for index, part in enumerate(parts) for _ in part])
@@ -34,7 +34,7 @@ def query(*parts: Sequence[int], group: int = 0, logprobs: list[float] | None = 
     if logprobs is not None:
         sent = np.full(len(tokens), np.nan)
         sent[mask] = logprobs
-    return SequenceQuery(token_ids=tokens, loss_mask=mask, logprobs=sent, group=group, env_id=env)
+    return SequenceQuery(token_ids=tokens, loss_mask=mask, logprobs=sent, group=group)
 
 
 def versions(match: SequenceMatch) -> list[int]:
@@ -63,7 +63,7 @@ def test_versions_and_logprobs_of_a_single_turn() -> None:
     assert versions(match) == [U, U, U, 3, 3]
     np.testing.assert_array_equal(match.logprobs, [np.nan, np.nan, np.nan, -1.0, -1.125])
     assert (match.spans, match.unmatched_spans, match.ambiguous_spans) == (1, 0, 0)
-    assert match.temperature == 0.7 and match.difference is None
+    assert match.temperature == 0.7
 
 
 def test_versions_inside_a_span_that_weights_were_swapped_in() -> None:
@@ -113,8 +113,8 @@ def test_edited_text_is_unknown_and_the_first_difference_is_named(
     match = one(ledger, prompt, trained)
     assert versions(match) == [U] * 7 and np.isnan(match.logprobs).all()
     assert (match.spans, match.unmatched_spans, match.unmatched_tokens) == (1, 1, 4)
-    found = match.difference
-    assert found is not None and not found.nothing_similar
+    found = explain(ledger, query(prompt, trained).token_ids, 3, 7)
+    assert not found.nothing_similar
     assert (found.position, found.written, found.posted, found.in_prompt) == (position, written, posted, in_prompt)
 
 
@@ -123,8 +123,8 @@ def test_tokens_the_environment_appends_are_unknown_and_the_rest_is_not() -> Non
     match = one(ledger, PROMPT, [1, 2, 50])
     assert versions(match)[3:] == [7, 7, U]
     assert (match.unmatched_spans, match.unmatched_tokens) == (1, 1)
-    assert match.difference is not None
-    assert (match.difference.position, match.difference.written, match.difference.posted) == (5, None, 50)
+    found = explain(ledger, query(PROMPT, [1, 2, 50]).token_ids, 5, 6)
+    assert (found.position, found.written, found.posted) == (5, None, 50)
 
 
 def test_a_turn_after_an_edited_turn_is_found() -> None:
@@ -138,9 +138,9 @@ def test_a_turn_after_an_edited_turn_is_found() -> None:
 def test_nothing_is_known_of_what_was_generated_elsewhere() -> None:
     match = one(Ledger(), PROMPT, [1, 2])
     assert versions(match) == [U] * 5 and match.unmatched_spans == 1
-    assert match.difference is not None and match.difference.nothing_similar
+    assert explain(Ledger(), query(PROMPT, [1, 2]).token_ids, 3, 5).nothing_similar
     match = one(Ledger(), PROMPT)  # without trained tokens there is no span
-    assert (match.spans, match.unmatched_spans, match.difference) == (0, 0, None)
+    assert (match.spans, match.unmatched_spans) == (0, 0)
     assert trained_spans(np.array([False, True, True, False, True])) == [(1, 3), (4, 5)]
 
 

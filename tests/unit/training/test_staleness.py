@@ -1,12 +1,12 @@
 """A batch with what the ledger knows of it, by values: versions, logprobs, temperature, drops, and what is said."""
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.config.schema import OffPolicyConfig
 from atropos_verl.protocol.journal import BatchJournal
@@ -60,7 +60,10 @@ def ledger_of(
 
 def provenance_of(ledger: Ledger | None, **settings: Any) -> BatchProvenance:
     return BatchProvenance(
-        OffPolicyConfig(**settings), ledger, SampleSettings(vocab_size=100), lambda ids: f"<{','.join(map(str, ids))}>"
+        OffPolicyConfig(**settings),
+        ledger,
+        SampleSettings(vocab_size=100),
+        lambda ids, **_: f"<{','.join(map(str, ids))}>",
     )
 
 
@@ -151,16 +154,88 @@ def test_staleness_by_hand() -> None:
     assert staleness_metrics([], 3)["off_policy/staleness_mean"] is None
 
 
-def test_an_example_of_edited_text_is_logged_once_a_minute_per_environment(caplog: pytest.LogCaptureFixture) -> None:
-    provenance = provenance_of(ledger_of(([1, 2, 3], 0)))
-    with caplog.at_level(logging.WARNING):
-        for _ in range(3):
-            provenance.look_up([group([1, 60, 3]), group([70], env_id=1)])
-    messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 2
-    assert messages[0].startswith("environment 0 posts other tokens than the policy generated: group g, seq")
-    assert "First difference at token 4, after '<5,6,7,1>': written 2 '<2>', posted 60 '<60>'" in messages[0]
-    assert "environment 1" in messages[1]
+TOKENIZER = build_tiny_tokenizer()
+
+
+def posted(prompt: str, trained: str, env_id: int = 0, name: str = "g") -> ScoredGroup:
+    """A group of one sequence, as an environment that tokenises by itself posts it."""
+    before, after = TOKENIZER.encode(prompt), TOKENIZER.encode(trained)
+    ids = np.array(before + after)
+    mask = np.where(np.arange(len(ids)) < len(before), -100, ids)
+    return ScoredGroup(token_ids=(ids,), masks=(mask,), scores=np.array([1.0]), env_id=env_id, group_id=name)
+
+
+def tokenised(*written: tuple[str, str]) -> BatchProvenance:
+    """Of a run whose policy wrote each second text after the first."""
+    ledger = Ledger()
+    for prompt, text in written:
+        ids = tuple(TOKENIZER.encode(text))
+        made = Generation(
+            token_ids=ids, logprobs=(-1.0,) * len(ids), finish_reason="stop", policy_version_runs=((3, len(ids)),)
+        )
+        ledger.record(TOKENIZER.encode(prompt), [made])
+    return BatchProvenance(OffPolicyConfig(), ledger, SampleSettings(), TOKENIZER.decode)
+
+
+ASKED = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(("written", "tail"), [("yes<|im_end|>", "\n"), ("yes", "<|im_end|>\n"), ("yes<|im_end|>", "")])
+def test_what_a_template_adds_behind_a_turn_is_not_trained_and_counts_apart(
+    caplog: pytest.LogCaptureFixture, written: str, tail: str
+) -> None:
+    again = f"{ASKED}{written}{tail}<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n"
+    provenance = tokenised((ASKED, written), (again, written))
+    whole = posted(ASKED, written + tail)
+    second = posted(again, written + tail)
+    start, end = len(whole.token_ids[0]), len(second.token_ids[0])
+    both = np.concatenate([whole.masks[0], second.masks[0][start:end]])
+    two = replace(second, masks=(both,))  # two turns in one sequence
+    [made], figures = samples(provenance, two)
+    ids = TOKENIZER.encode(written)
+    assert made.token_ids[made.loss_mask].tolist() == ids * 2
+    assert made.token_versions is not None and set(made.token_versions[made.loss_mask]) == {3}
+    assert figures["data/template_tail_tokens"] == 2 * len(TOKENIZER.encode(tail))
+    assert figures["data/unmatched_span_rate"] == figures["data/unmatched_token_rate"] == 0.0
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("trained", "kind", "unmatched"),
+    [
+        ("yes<|im_end|>\n<|im_start|>user\nmore<|im_end|>\n", "hold the header of a turn", 1 + 1 + 5 + 4 + 2),
+        ("yes<|im_end|> And this.", "go on after the completion", 10),
+        ("yep<|im_end|>\n", "are another text", 5),
+    ],
+)
+def test_each_kind_of_unmatched_tokens_is_named_once_for_each_environment(
+    caplog: pytest.LogCaptureFixture, trained: str, kind: str, unmatched: int
+) -> None:
+    """Also after the harmless tail of a template, whose warning used to be the only one."""
+    provenance = tokenised((ASKED, "yes<|im_end|>"))
+    samples(provenance, posted(ASKED, "yes<|im_end|>\n"))
+    for env_id in (0, 0, 1):
+        _, figures = samples(provenance, posted(ASKED, trained, env_id, "late"))
+        assert figures["data/unmatched_tokens"] == unmatched
+    messages = [r.getMessage() for r in caplog.records if kind in r.getMessage()]
+    assert [message[:13] for message in messages] == ["environment 0", "environment 1"]
+    assert "Group late, sequence 0, tokens" in messages[0] and "off_policy.unmatched=use" in messages[0]
+
+
+def test_a_jump_of_the_rate_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    provenance = tokenised(*[(ASKED, f"{n:010}<|im_end|>") for n in range(10)])
+    good = [posted(ASKED, f"{n:010}<|im_end|>") for n in range(9)]
+    bad = posted(ASKED, "0123456789" * 9 + "<|im_end|>")
+    samples(provenance, *good, posted(ASKED, "000000000X<|im_end|>"))
+    for _ in range(3):
+        samples(provenance, *good)
+    assert "before" not in caplog.text
+    samples(provenance, *good, bad)
+    samples(provenance, *good, bad)
+    [message] = [r.getMessage() for r in caplog.records if "were not generated by the policy" in r.getMessage()]
+    assert message == (
+        "environment 0: 48 % of the trained tokens of this batch were not generated by the policy, 2 % before"
+    )
 
 
 def test_versions_survive_a_restart_beside_the_journal(tmp_path: Path) -> None:
@@ -179,7 +254,7 @@ def test_versions_survive_a_restart_beside_the_journal(tmp_path: Path) -> None:
                     np.testing.assert_array_equal(getattr(old, name), getattr(new, name))
                 assert not new.records  # they were of that ledger
                 kept = {name: getattr(new, name) for name in ("found", "versions", "logprobs", "records")}
-                assert replace(old, **kept, difference=None) == replace(new, difference=None)
+                assert replace(old, **kept) == new
     again.assign(pending, 1)
     again.discard_through(1)
     assert list(tmp_path.iterdir()) == []

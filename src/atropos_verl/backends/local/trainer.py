@@ -32,7 +32,7 @@ from atropos_verl.training.checkpoint_state import RunState, changed_settings, f
 from atropos_verl.training.extensions import check_extensions, load_function
 from atropos_verl.training.samples import build_samples, sample_settings
 from atropos_verl.training.selfplay import RewardFunction, SelfPlay
-from atropos_verl.training.staleness import BatchProvenance, staleness_metrics
+from atropos_verl.training.staleness import BatchProvenance, look_up_counts, staleness_metrics
 from atropos_verl.training.step import LoggedProgress, Progress, StepLog, outcome, step_report
 from atropos_verl.types import SampleReport, ScoredGroup, StepReport, TrainingSample
 
@@ -130,6 +130,7 @@ class AtroposTrainer:
         self._log: StepLog | None = None
         self._self_play: SelfPlay | None = None
         self._saved_at = 0
+        self.engine.attend = self._attend
 
     @classmethod
     def from_config(
@@ -191,6 +192,14 @@ class AtroposTrainer:
             self.open_rollouts()
         elif self._overlapped and (sync is None or sync.policy_version != self.policy_version):
             self.sharding_manager.swap()
+        else:
+            self._attend()
+
+    def _attend(self) -> None:
+        """Gives an engine that lost its weights the newest ones. Called in this thread, also while it waits."""
+        self.engine.check_alive()
+        if self._is_open and not self.engine.weights_ready:
+            self.sharding_manager.restore()
 
     def close_rollouts(self) -> None:
         """Leaves the rollout phase: gate shut at a token boundary, engine memory released. No-op when closed."""
@@ -339,7 +348,8 @@ class AtroposTrainer:
             "truncated": report.truncated,
             "trained_tokens": int(figures.pop("tokens")),
         }
-        self.totals.count({**counts, "stale": int(data.off_policy["off_policy/dropped_stale_groups"] or 0)})
+        stale = int(data.off_policy["off_policy/dropped_stale_groups"] or 0)
+        self.totals.count({**counts, **look_up_counts(data.off_policy), "stale": stale})
         self.updating = False
         synced = None
         try:
@@ -388,6 +398,7 @@ class AtroposTrainer:
                 "sync/paused_seconds": sync and sync.paused_seconds,
                 "sync/bytes": sync and sync.bytes_copied,
                 "sync/canary_max_abs_logprob_diff": sync and sync.canary_max_abs_logprob_diff,
+                "engine/rebuilds": self.engine.stats().rebuilds,
                 "perf/idle_share": seconds["rollout"] / seconds["step"] if seconds["step"] > 0 else 0.0,
                 "perf/peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 **data.off_policy,
@@ -464,12 +475,17 @@ class AtroposTrainer:
 
         def check() -> None:
             self.engine.check_alive()
+            self.stack.gateway.check_alive()
             if check_services is not None:
                 check_services()
 
         try:
-            prepare = self._prepare if self._overlapped else None
-            source.start(check, starts_environment=check_services is not None, prepare=prepare)
+            source.start(
+                check,
+                starts_environment=check_services is not None,
+                prepare=self._prepare if self._overlapped else None,
+                attend=self._attend,
+            )
             while self.step < config.steps:
                 self._next_step(progress, on_step)
             source.stop(give_back=True)

@@ -22,7 +22,7 @@ from atropos_verl.protocol.journal import JournalEntry
 from atropos_verl.training.advantages import SequenceAdvantage
 from atropos_verl.training.batch_source import BatchSource
 from atropos_verl.training.samples import collect_samples
-from atropos_verl.training.staleness import BatchProvenance, staleness_metrics
+from atropos_verl.training.staleness import BatchProvenance, look_up_counts, staleness_metrics
 from atropos_verl.types import QuarantinedGroup, ScoredGroup, SequenceMatch, TrainingSample
 
 logger = logging.getLogger(__name__)
@@ -301,6 +301,7 @@ class TrajectoryFeed:
         for found in refused:
             self.source.quarantine.put(found)
         slot.counts.update(
+            look_up_counts(applied.figures),
             stale=applied.stale_groups,
             quarantined=len(bad),
             filtered=len(report.filtered),
