@@ -79,7 +79,7 @@ def calibrate(recording: Recording, batches: Sequence[HandedBatch], latency: flo
         raise ConfigError("the run has mode=overlap; groups of a batch begin together only with sync", _OPTION)
     firsts, spacings, taking, late, groups = [], [], [], 0, 0
     for batch in batches:
-        if not recording.skip < batch.step <= recording.steps:
+        if not batch.groups or not recording.skip < batch.step <= recording.steps:
             continue
         times = sorted(group.at for group in batch.groups)
         together = _together(times, latency)

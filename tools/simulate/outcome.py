@@ -91,7 +91,7 @@ def table(outcomes: list[Outcome]) -> str:
             total = sum(outcome.staleness.values())
             cells.append(f"{outcome.staleness.get(age, 0) / total if total else 0.0:>16.1%}")
         lines.append(f"{f'groups {age} versions behind':30}" + "".join(cells))
-    if len(outcomes) == 2:
+    if len(outcomes) == 2 and outcomes[0].groups_per_second:
         ratio = outcomes[1].groups_per_second / outcomes[0].groups_per_second
         lines.append(f"{outcomes[1].mode} trains {ratio:.2f} times the groups per second of {outcomes[0].mode}")
     return "\n".join(lines)

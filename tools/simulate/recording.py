@@ -47,12 +47,12 @@ class Recording:
     @property
     def idle_share(self) -> float:
         """Waiting over all of the time, from step ``skip`` on."""
-        return sum(self.rollout[self.skip :]) / sum(self.whole[self.skip :])
+        return sum(self.rollout[self.skip :]) / max(sum(self.whole[self.skip :]), 1e-9)
 
     @property
     def groups_per_second(self) -> float:
         """Trained on, from step ``skip`` on."""
-        return sum(self.groups[self.skip :]) / sum(self.whole[self.skip :])
+        return sum(self.groups[self.skip :]) / max(sum(self.whole[self.skip :]), 1e-9)
 
     @property
     def groups_of_staleness(self) -> dict[int, int]:
@@ -62,7 +62,7 @@ class Recording:
     @property
     def batch_groups(self) -> int:
         """Groups of a step (median)."""
-        return int(np.median(self.groups))
+        return max(int(np.median(self.groups)), 1)
 
     def applied(self, workload: Workload) -> Workload:
         """``workload`` with the run's batch and group size, and its polls of GET /batch."""

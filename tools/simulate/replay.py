@@ -88,7 +88,8 @@ def recorded_times(recording: Recording, batches: Sequence[HandedBatch], batch_s
     counted = [step for step in range(recording.skip + 1, recording.steps + 1) if step in tokens]
     if not counted:
         raise ConfigError("none of the steps that count has a record of arrivals", _OPTION)
-    per_token = sum(recording.train[step - 1] for step in counted) / sum(tokens[step] for step in counted)
+    trained = max(sum(tokens[step] for step in counted), 1)  # recorded steps may have trained on nothing
+    per_token = sum(recording.train[step - 1] for step in counted) / trained
     sync = statistics.fmean(recording.sync[recording.skip :])
     other = statistics.fmean(recording.other[recording.skip :])
     return lambda step, tokens: (tokens * per_token, sync, other)

@@ -73,7 +73,15 @@ class AtroposConfig(Section):
         return self
 
 
-class ModelConfig(Section):
+class OwnModelConfig(Section):
+    """What verl has no key for."""
+
+    dropout: bool = Field(
+        False, description="dropout, layerdrop and router jitter in the update, as the model's config asks for"
+    )
+
+
+class ModelConfig(OwnModelConfig):
     """The policy."""
 
     path: str | None = Field(None, description="Hugging Face model directory; null: the shipped demo model")

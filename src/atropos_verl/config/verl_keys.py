@@ -20,6 +20,7 @@ from atropos_verl.config.schema import (
     GroupsConfig,
     OwnAlgorithmConfig,
     OwnLossConfig,
+    OwnModelConfig,
     PositiveFloat,
     RunConfig,
     SuperviseConfig,
@@ -58,6 +59,7 @@ _LOCAL_NAMES = {
 class RaySettings(CommonConfig, AtroposConfig):
     """The block ``atropos``: the trajectory API, the environment, the gateway, and what is done to groups."""
 
+    model: OwnModelConfig = Field(default_factory=OwnModelConfig)
     loss: OwnLossConfig = Field(default_factory=OwnLossConfig)
     algorithm: OwnAlgorithmConfig = Field(default_factory=OwnAlgorithmConfig)
     data: GroupsConfig = Field(default_factory=GroupsConfig)
@@ -209,7 +211,7 @@ def _as_run_config(config: Any, settings: RaySettings) -> RunConfig:
         "max_response_length": data.max_response_length,
         "temperature": rollout.temperature,
         "atropos": {name: value for name, value in block.items() if name in AtroposConfig.model_fields},
-        "model": {"path": model.path, "tokenizer_path": model.tokenizer_path},
+        "model": {"path": model.path, "tokenizer_path": model.tokenizer_path, **block["model"]},
         "data": {
             "max_prompt_length": data.max_prompt_length,
             "default_temperature": rollout.temperature,

@@ -65,6 +65,7 @@ def create_app(
     gate: RequestGate | None = None,
     ledger: Ledger | None = None,
     throttle: StalenessThrottle | None = None,
+    max_new_tokens: int | None = None,
     model_name: str,
     api_key: str | None = None,
     request_timeout: float | None = 1200.0,
@@ -76,10 +77,13 @@ def create_app(
         gate: admits requests and makes them wait while weights are swapped.
         ledger: is told of every completion before the client sees the end of it.
         throttle: makes new prompts wait that would be trained on too late.
+        max_new_tokens: of one completion at most, whatever a request asks for (None: the rest of the context).
         api_key: bearer key required on every route but /health (None or "": no key).
         request_timeout: seconds a request may take in all, waiting included (None: no bound); then HTTP 504.
     """
-    service = GatewayService(engine, TextCodec(tokenizer), model_name, gate or RequestGate(), ledger, throttle)
+    service = GatewayService(
+        engine, TextCodec(tokenizer), model_name, gate or RequestGate(), ledger, throttle, max_new_tokens
+    )
     started = int(time.time())
 
     def model_card() -> dict[str, Any]:

@@ -40,6 +40,8 @@ class GatewayService(Collector):
     gate: RequestGate
     ledger: Ledger | None
     throttle: StalenessThrottle | None
+    max_new_tokens: int | None = None
+    """Of one completion, whatever a request asks for; None: the rest of the context."""
     answered: Counter[tuple[str, int]] = field(default_factory=Counter)
     """(endpoint, HTTP status) → requests answered; 499 = the client went away."""
     in_flight: int = 0
@@ -112,7 +114,7 @@ class GatewayService(Collector):
         name: str,
         prompt_logprobs: int | None = None,
     ) -> list[GenerationRequest]:
-        """The engine's requests, called ``name``-0, …; ``max_tokens`` is cut to the rest of the context.
+        """The engine's requests, called ``name``-0, …; ``max_tokens`` is cut to the run's bound and the context's rest.
 
         Raises ``ApiError`` 400 naming ``param`` when a prompt is empty, or leaves no room for one new token.
         """
@@ -128,10 +130,14 @@ class GatewayService(Collector):
                     f"and at least 1 must be left for the completion. Shorten the prompt ({param})."
                 )
                 raise ApiError(400, message, param=param, code="context_length_exceeded")
+            bound, asked = min(room, self.max_new_tokens or room), template.max_tokens or room
+            if self.max_new_tokens is not None and asked > self.max_new_tokens:
+                text = "requests ask for up to %d new tokens; max_response_length=%d is what they get"
+                self.warn_once("max_response_length", text, asked, self.max_new_tokens)
             request = replace(
                 template,
                 prompt_token_ids=prompt,
-                max_tokens=room if template.max_tokens is None else min(template.max_tokens, room),
+                max_tokens=min(asked, bound),
                 prompt_logprobs=prompt_logprobs,
                 request_id=f"{name}-{index}",
                 place=index * template.n,

@@ -39,6 +39,7 @@ from atropos_verl.launch.supervisor import Supervisor
 from atropos_verl.storage import write_atomic
 from atropos_verl.training.checkpoint_state import find_checkpoint, saved_step
 from atropos_verl.training.extensions import check_extensions
+from atropos_verl.verl_plugin import own_rank
 
 if TYPE_CHECKING:
     from atropos_verl.config.verl_keys import RayRun
@@ -82,8 +83,8 @@ def _local_command(options: argparse.Namespace, overrides: Sequence[str]) -> int
     # Threads that wait for work sleep instead of spinning: with an environment on the other core a training step of
     # the demo took 5 s spinning and 0.4 s sleeping. Read by the OpenMP runtime when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    is_rank_zero = int(os.environ.get("RANK", "0")) == 0  # set by torchrun
-    return _exit_code_of(lambda: _train_locally(config) if is_rank_zero else _serve_rank(config))
+    rank, _ = own_rank()
+    return _exit_code_of(lambda: _train_locally(config) if rank == 0 else _serve_rank(config))
 
 
 def _ray_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:

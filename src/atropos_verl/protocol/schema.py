@@ -538,11 +538,12 @@ def _check_logprobs(row: FloatArray, i: int) -> None:
 
 
 def _check_overrides(group: ScoredGroup, i: int) -> None:
-    entry = {} if group.overrides is None else group.overrides[i]
-    zero = entry.get("set_advantage_to_zero")
-    if zero is not None and not isinstance(zero, bool):
-        message = f"overrides[{i}].set_advantage_to_zero = {_cut(repr(zero))}: must be true or false"
-        raise Refusal("type", message, "overrides", i, value=zero)
+    for place, entry in _override_places(group, i):
+        for name in ("set_advantage_to_zero", "sft"):
+            value = entry.get(name)
+            if value is not None and not isinstance(value, bool):
+                message = f"{place}.{name} = {_cut(repr(value))}: must be true or false"
+                raise Refusal("type", message, place.partition("[")[0], i, value=value)
     for where, value in _temperatures(group, i):
         if value is None:
             continue
@@ -591,6 +592,18 @@ def sampling_temperature(group: ScoredGroup, index: int, default: float) -> floa
     """
     found = next((value for _, value in _temperatures(group, index) if value is not None), default)
     return float(found) if found >= GREEDY_BELOW else 1.0
+
+
+def is_overridden(group: ScoredGroup, i: int, name: str) -> bool:
+    """A true or false override of sequence ``i``: its own, else its group's. The group must be free of defects."""
+    return bool(
+        next((found for _, entry in _override_places(group, i) if (found := entry.get(name)) is not None), False)
+    )
+
+
+def _override_places(group: ScoredGroup, i: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield f"overrides[{i}]", {} if group.overrides is None else group.overrides[i]
+    yield "group_overrides", group.group_overrides or {}
 
 
 def _temperatures(group: ScoredGroup, i: int) -> Iterator[tuple[str, Any]]:

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from atropos_verl.errors import AtroposAPIError, AtroposProtocolError, ConfigError, DataError, UnsupportedFieldError
-from atropos_verl.protocol.wire import decode_batch, decode_group
+from atropos_verl.protocol.wire import MAGIC, decode_batch, decode_group
 from atropos_verl.report.format import decimal
 from atropos_verl.training.advantages import ESTIMATORS, NORMALIZATIONS
 from atropos_verl.training.quarantine import parse_quarantine_file
@@ -31,14 +31,16 @@ from atropos_verl.training.samples import build_samples
 from atropos_verl.types import NOT_TRAINED, FloatArray, SampleSettings, ScoredGroup, TrainingSample
 
 _SOURCE_HELP = (
-    "a saved GET /batch body (run_dir/journal/*.json), JSON lines of groups (ENV process), a quarantine file or "
-    "directory, or the URL of a trajectory API (shows its latest example)"
+    "a run directory (its journal and quarantine), one of these two, a file of them, a saved GET /batch body, JSON "
+    "lines of groups (ENV process), or the URL of a trajectory API (shows its latest example)"
 )
 _DEFAULT_LIMIT = 8
 _MOST_REFUSALS = 20
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Characters by which a trajectory could write to the terminal what is not in it."""
 _BATCH_BODY = re.compile(rb'\s*\{\s*"batch"\s*:')
+_BESIDE_BATCH = re.compile(r"batch_\d+\.\w+\.json")
+"""What a journal keeps beside a batch."""
 _GROUP_FIELDS = ("tokens", "masks", "scores")
 _QUARANTINE_BODY = re.compile(rb'\s*\{\s*"reason"\s*:')
 
@@ -139,34 +141,51 @@ class FoundGroup:
 
 
 def read_path(path: Path) -> list[FoundGroup]:
-    """Reads the groups of a file; of a directory, those of its ``*.json`` and ``*.jsonl`` files by name.
+    """Reads the groups of a file; of a directory, those of its ``*.json`` and ``*.jsonl`` files by name; of a run
+    directory, the batches of its journal and what it refused. A damaged file of a directory is a group with a defect.
 
     Raises ``ConfigError`` for a file that cannot be read, and what ``load_groups`` raises.
     """
     try:
-        if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl"))
-            files = [file for file in files if not file.name.endswith(".meta.json")]  # notes of a batch journal
-            if not files:
-                raise ConfigError(f"{path}: the directory holds no .json or .jsonl file")
-            return [found for file in files for found in load_groups(file.read_bytes(), str(file), prefix=file.name)]
-        return load_groups(path.read_bytes(), str(path))
+        if not path.is_dir():
+            return load_groups(path.read_bytes(), str(path))
+        of_run = [path / name for name in ("journal", "quarantine") if (path / name).is_dir()]
+        there = [file for place in of_run for file in sorted(place.rglob("*"))] if of_run else sorted(path.iterdir())
+        files = [file for file in there if file.suffix in (".json", ".jsonl") and not _BESIDE_BATCH.match(file.name)]
+        if not files and of_run:
+            raise ConfigError(
+                f"{path}: the run refused no group, and its journal holds no batch: it forgets those that a checkpoint "
+                "holds"
+            )
+        if not files:
+            raise ConfigError(f"{path}: the directory holds no .json or .jsonl file")
+        return [found for file in files for found in _of_directory(file, file.relative_to(path))]
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from error
+        raise ConfigError(f"{error.filename or path}: {error.strerror or error}") from error
+
+
+def _of_directory(file: Path, name: Path) -> list[FoundGroup]:
+    try:
+        return load_groups(file.read_bytes(), str(file), prefix=str(name))
+    except DataError as error:  # one damaged file does not hide the others
+        damaged = ScoredGroup(token_ids=(), masks=(), scores=np.zeros(0), group_id=file.stem, defect=str(error))
+        return [FoundGroup(damaged, str(name))]
 
 
 def load_groups(content: bytes, name: str, prefix: str = "") -> list[FoundGroup]:
     """Reads the groups in the content of a file.
 
-    Known formats: the body of ``GET /batch``; one ``ScoredData`` object; a list of them (``POST /scored_data_list``);
-    one object per line (what an environment's ``process`` writes); a quarantine file. Messages name the file
-    ``name``; ``prefix`` is put before every origin.
+    Known formats: the body of ``GET /batch``, JSON or packed; one ``ScoredData`` object; a list of them
+    (``POST /scored_data_list``); one object per line (what an environment's ``process`` writes); a quarantine file.
+    Messages name the file ``name``; ``prefix`` is put before every origin.
 
     Raises ``DataError`` for any other content. A single bad group in a list is not an error: it has a ``defect``.
     """
     if not content.strip():
         raise DataError(f"{name} is empty")
     try:
+        if content.startswith(MAGIC):
+            return _batch(content, prefix)
         if _QUARANTINE_BODY.match(content):
             reason, raw = parse_quarantine_file(content)
             return [FoundGroup(decode_group(raw), prefix or "quarantined group", reason)]

@@ -152,7 +152,7 @@ def _json_object(path: Path) -> dict[str, Any] | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -309,9 +309,9 @@ def line_chart(series: Mapping[str, Points]) -> str:
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Returns two to ``most + 1`` round values that enclose ``[low, high]``."""
-    if low == high == 0:  # counts of what never happened
+    if max(abs(low), abs(high)) < 1e-300:  # counts of what never happened
         return [0.0, 1.0]
-    if high <= low:  # a constant: it is drawn in the middle
+    if high - low <= max(abs(low), abs(high)) * 1e-12:  # a constant, but for rounding: it is drawn in the middle
         room = abs(low) / 10
         return [low - room, low, low + room]
     rough = (high - low) / most

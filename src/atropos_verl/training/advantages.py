@@ -112,14 +112,15 @@ class RunningMoments:
 class SequenceAdvantage:
     """One sequence before normalisation: ``values`` [T], trained where ``loss_mask`` [T].
 
-    ``zero``: the environment set ``set_advantage_to_zero``. ``replaced``: ``values`` are the environment's token-level
-    advantages, not the group's baseline.
+    ``zero``: the environment set ``set_advantage_to_zero``. ``replaced``: ``values`` are the environment's, not the
+    group's baseline. ``fixed``: they are neither normalised nor clipped, and in no statistics (``sft``).
     """
 
     values: FloatArray
     loss_mask: NDArray[np.bool_]
     zero: bool = False
     replaced: bool = False
+    fixed: bool = False
 
 
 def finish_advantages(
@@ -141,12 +142,14 @@ def finish_advantages(
     if normalization == "global" and running is None:
         raise ValueError("normalization 'global' needs the run's RunningMoments")
     moments = {"none": None, "batch": RunningMoments(), "global": running}[normalization]
-    if moments is not None and sequences:
-        moments.update(np.concatenate([s.values[s.loss_mask] for s in sequences]))
+    if moments is not None:
+        moments.update(np.concatenate([np.zeros(0), *(s.values[s.loss_mask] for s in sequences if not s.fixed)]))
     finished = [np.zeros(sequence.values.shape[0]) for sequence in sequences]
     for sequence, row in zip(sequences, finished, strict=True):
         if not sequence.zero:
             values = sequence.values[sequence.loss_mask]
-            values = values if moments is None else moments.whiten(values)
-            row[sequence.loss_mask] = values if clipping is None else np.clip(values, *clipping)
+            if not sequence.fixed:
+                values = values if moments is None else moments.whiten(values)
+                values = values if clipping is None else np.clip(values, *clipping)
+            row[sequence.loss_mask] = values
     return finished

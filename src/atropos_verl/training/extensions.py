@@ -11,7 +11,8 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -68,7 +69,7 @@ def load_function(key: str, path: str) -> Callable[..., Any]:
     except ImportError as error:
         where = f"it is looked for in {directory} and on PYTHONPATH"
         raise ConfigError(f"cannot import {module_name}: {error}; {where}", key) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"importing {module_name} raised {type(error).__name__}: {error}", key) from error
     try:
         function: Callable[..., Any] = attrgetter(name)(module)
@@ -89,6 +90,57 @@ def load_function(key: str, path: str) -> Callable[..., Any]:
     return function
 
 
+def _result(key: str, path: str, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """What the user's function returns. Raises ``ConfigError``, with the line in the user's code, when it raises."""
+    try:
+        return function(*arguments, **keywords)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{place.filename}:{place.lineno}"
+        raise ConfigError(f"{path} raised {type(error).__name__}: {error} ({where})", key) from error
+
+
+def _entries(key: str, path: str, result: Any, count: int, what: str) -> list[Any]:
+    """The ``count`` entries of a user's result."""
+    try:
+        entries = None if isinstance(result, str | bytes | Mapping) else list(result)
+    except TypeError:  # None, a number, an array without dimensions
+        entries = None
+    if entries is None:
+        raise ConfigError(f"{path} returned {_shown(result)}, not a list of {count} {what}", key)
+    if len(entries) != count:
+        raise ConfigError(f"{path} returned {len(entries)} {what}, not {count}: {_shown(entries)}", key)
+    return entries
+
+
+def _numbers(key: str, path: str, value: Any, shapes: tuple[tuple[int, ...], ...], what: str) -> FloatArray:
+    """``value`` as float64, finite and of one of ``shapes``."""
+    try:
+        found = np.array(None if isinstance(value, str | bytes) else value, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError):  # torch: a tensor with a graph
+        found = np.array(np.nan)
+    if value is None or found.shape not in shapes or not np.isfinite(found).all():
+        expected = " or ".join(str(shape) if shape else "a number" for shape in shapes)
+        raise ConfigError(f"{path} returned {_shown(value)} as {what}; it must be finite, and {expected}", key)
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text}" if len(text) <= 200 else f"{type(value).__name__} {text[:200]}…"
+
+
+def scores_of(
+    path: str, function: Callable[..., Any], prompts: list[str], texts: list[str], key: str = "reward_fn"
+) -> FloatArray:
+    """Scores of ``texts``, float64 [N], by the user's reward function, whose name is ``path``.
+
+    Raises ``ConfigError``, which names the function and what it returned or raised.
+    """
+    entries = _entries(key, path, _result(key, path, function, prompts, texts), len(texts), "scores")
+    return np.array([_numbers(key, path, score, ((),), f"score {i}") for i, score in enumerate(entries)])
+
+
 def load_loss(path: str) -> Callable[..., LossOutput]:
     """``loss.path`` as a function with the arguments of ``_ARGUMENTS`` that returns a ``LossOutput``."""
     function = load_function(key := "loss.path", path)
@@ -96,16 +148,20 @@ def load_loss(path: str) -> Callable[..., LossOutput]:
     def loss(logprobs: torch.Tensor, *arguments: Any, **keywords: Any) -> LossOutput:
         import torch
 
-        result = function(logprobs, *arguments, **keywords)
-        if not (isinstance(result, tuple) and len(result) == 2):
-            raise ConfigError(f"{path} returned a {type(result).__name__}, not (loss, metrics)", key)
+        result = _result(key, path, function, logprobs, *arguments, **keywords)
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+            raise ConfigError(f"{path} returned {_shown(result)}, not (loss, metrics)", key)
         value, metrics = result
         if not isinstance(value, torch.Tensor) or value.dim() != 0:
             shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise ConfigError(f"{path} returned a loss of {shape}, not a tensor without dimensions", key)
         if not value.requires_grad:  # a constant: its gradient is 0, and verl needs a graph
             value = value.to(logprobs) + torch.zeros_like(logprobs).mul(logprobs.nan_to_num()).sum()
-        return LossOutput(loss=value, metrics={name: float(number) for name, number in dict(metrics).items()})
+        try:
+            figures = {str(name): float(number) for name, number in metrics.items()}
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"{path} returned metrics {_shown(metrics)}: {error}", key) from None
+        return LossOutput(loss=value, metrics=figures)
 
     return loss
 
@@ -115,16 +171,12 @@ def load_advantage(path: str) -> Callable[[ScoredGroup], list[FloatArray]]:
     function = load_function(key := "algorithm.advantage_path", path)
 
     def advantages(group: ScoredGroup) -> list[FloatArray]:
+        rows = _entries(key, path, _result(key, path, function, group.scores, group), len(group), "advantages")
         lengths = [len(tokens) for tokens in group.token_ids]
-        rows = [np.asarray(value, dtype=np.float64) for value in function(group.scores, group)]
-        if len(rows) != len(lengths):
-            raise ConfigError(f"{path} returned {len(rows)} advantages for a group of {len(lengths)}", key)
-        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            if row.shape not in ((), (length,)):
-                raise ConfigError(f"{path} returned shape {row.shape} for sequence {i} of {length} tokens", key)
-            if not np.isfinite(row).all():
-                raise ConfigError(f"{path} returned an advantage that is not finite for sequence {i}", key)
-        return [np.broadcast_to(row, (length,)) for row, length in zip(rows, lengths, strict=True)]
+        return [
+            np.broadcast_to(_numbers(key, path, row, ((), (length,)), f"advantage of sequence {i}"), (length,))
+            for i, (row, length) in enumerate(zip(rows, lengths, strict=True))
+        ]
 
     return advantages
 
@@ -134,10 +186,11 @@ def load_filter(path: str) -> Callable[[Sequence[ScoredGroup]], list[bool]]:
     function = load_function(key := "data.filter_path", path)
 
     def keeps(groups: Sequence[ScoredGroup]) -> list[bool]:
-        result = [bool(kept) for kept in function(list(groups))]
-        if len(result) != len(groups):
-            raise ConfigError(f"{path} returned {len(result)} values for {len(groups)} groups", key)
-        return result
+        entries = _entries(key, path, _result(key, path, function, list(groups)), len(groups), "values")
+        values = [float(_numbers(key, path, entry, ((),), f"value {i}")) for i, entry in enumerate(entries)]
+        if wrong := [(i, value) for i, value in enumerate(values) if value not in (0, 1)]:
+            raise ConfigError(f"{path} returned {wrong[0][1]} as value {wrong[0][0]}, not True or False", key)
+        return [bool(value) for value in values]
 
     return keeps
 
@@ -154,9 +207,6 @@ def load_rescoring(path: str, decode: Callable[..., str]) -> Callable[[ScoredGro
         pairs = list(zip(group.token_ids, starts, strict=True))
         prompts = [decode(tokens[:start].tolist()) for tokens, start in pairs]
         completions = [decode(tokens[start:].tolist(), skip_special_tokens=True) for tokens, start in pairs]
-        scores = np.asarray(list(function(prompts, completions)), dtype=np.float64)
-        if scores.shape != (len(pairs),) or not np.isfinite(scores).all():
-            raise ConfigError(f"{path} returned {scores!r}, not {len(pairs)} finite scores", key)
-        return replace(group, scores=scores)
+        return replace(group, scores=scores_of(path, function, prompts, completions, key))
 
     return rescored

@@ -14,7 +14,7 @@ import numpy as np
 
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError, DataError
-from atropos_verl.protocol.schema import check_supported, find_defect, sampling_temperature
+from atropos_verl.protocol.schema import check_supported, find_defect, is_overridden, sampling_temperature
 from atropos_verl.training.advantages import (
     ESTIMATORS,
     NORMALIZATIONS,
@@ -39,8 +39,8 @@ from atropos_verl.types import (
 
 logger = logging.getLogger(__name__)
 
-_KNOWN_OVERRIDES = frozenset({"set_advantage_to_zero", "temperature", "policy_version"})
-_KNOWN_GROUP_OVERRIDES = frozenset({"group_size", "temperature"})
+_KNOWN_OVERRIDES = frozenset({"set_advantage_to_zero", "sft", "temperature", "policy_version"})
+_KNOWN_GROUP_OVERRIDES = frozenset({"group_size", "set_advantage_to_zero", "sft", "temperature"})
 _DEFAULTS = SampleSettings()
 _CHOICES = {
     "estimator": ESTIMATORS,
@@ -60,8 +60,9 @@ def build_samples(
     ``generation_params`` > ``group_overrides`` > ``settings.default_temperature``; 0 (greedy) becomes 1, whose
     logprobs engines report for greedy tokens. ``policy_version``: the oldest of ``token_versions`` among the trained
     tokens, else from ``overrides[i]`` or ``generation_params`` where it is an integer. Advantages: see
-    ``training.advantages``; an overlong sequence counts in its group's baseline, and not in the batch's statistics. A
-    sequence without a trained token is a sample that adds nothing.
+    ``training.advantages``; 1 for a sequence with the override ``sft``, whatever its score. An overlong sequence counts
+    in its group's baseline, and not in the batch's statistics. A sequence without a trained token is a sample that adds
+    nothing.
 
     Args:
         running: statistics of the run, for ``normalization="global"``; merged with this batch. None starts afresh.
@@ -152,11 +153,13 @@ def _collect(
                 )
             end, overlong = limit, True
         own = None if group.advantages is None else group.advantages[i]
-        zero = group.overrides is not None and bool(group.overrides[i].get("set_advantage_to_zero"))
+        zero, sft = (is_overridden(group, i, name) for name in ("set_advantage_to_zero", "sft"))
+        if own is None and sft:
+            own = np.ones(end)
         values = (rows[i] if own is None else own)[:end]
         sample = _sample(group, i, end, values, settings.default_temperature, truncated=overlong)
         samples.append(sample)
-        sequences.append(SequenceAdvantage(values, sample.loss_mask, zero, own is not None))
+        sequences.append(SequenceAdvantage(values, sample.loss_mask, zero, own is not None, sft))
 
 
 def _sample(

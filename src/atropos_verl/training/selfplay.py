@@ -12,6 +12,7 @@ from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.messages import EnvRegistration
 from atropos_verl.protocol.wire import encode_group
 from atropos_verl.provenance.ledger import Ledger
+from atropos_verl.training.extensions import scores_of
 from atropos_verl.types import NO_LOGPROB, NOT_TRAINED, Generation, GenerationRequest
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
@@ -59,14 +60,8 @@ class SelfPlay:
         for request, group in zip(requests, groups, strict=True):
             self.ledger.record(request.prompt_token_ids, group, request.temperature)
         answers = [self.tokenizer.decode(g.token_ids, skip_special_tokens=True) for group in groups for g in group]
-        returned = self.reward_fn([text for text in texts for _ in range(size)], answers)
-        try:
-            scores = [float(score) for score in returned]
-        except (TypeError, ValueError) as error:
-            name = getattr(self.reward_fn, "__qualname__", repr(self.reward_fn))
-            raise ConfigError(f"reward_fn {name} returned {returned!r:.99}, not a list of numbers: {error}") from error
-        if len(scores) != len(answers):
-            raise ConfigError(f"reward_fn returned {len(scores)} scores for {len(answers)} completions")
+        name = getattr(self.reward_fn, "__qualname__", repr(self.reward_fn))
+        scores = scores_of(name, self.reward_fn, [text for text in texts for _ in range(size)], answers).tolist()
         bodies = [
             self._encode(tokens, group, scores[i * size : (i + 1) * size])
             for i, (tokens, group) in enumerate(zip(ids, groups, strict=True))

@@ -307,7 +307,7 @@ class LookUpFigures:
     temperature_mismatches: int = 0
 
     def metrics(self) -> dict[str, float | int | None]:
-        """For ``metrics.jsonl``. Rates are None where nothing was looked up."""
+        """For ``metrics.jsonl``. A rate over nothing is None, also that of one environment."""
         spans, lost = self.spans.total(), self.unmatched_spans.total()
         tokens, lost_tokens = self.tokens.total(), self.unmatched_tokens.total()
         found: dict[str, float | int | None] = {
@@ -324,7 +324,7 @@ class LookUpFigures:
         }
         for env_id, count in self.spans.items():
             if env_id is not None:
-                found[f"env/{env_id}/unmatched_span_rate"] = self.unmatched_spans[env_id] / count
+                found[f"env/{env_id}/unmatched_span_rate"] = self.unmatched_spans[env_id] / count if count else None
         return found
 
 

@@ -3,10 +3,20 @@
 ``activate(device)`` prepares the environment variables verl reads at import; call it before the first verl import.
 """
 
+import contextlib
 import importlib
+import logging
 import os
 import sys
+import warnings
+from collections.abc import Iterator
 
+from atropos_verl.errors import ConfigError
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells a process of its ranks. Other launchers leave them to what they start, whole or in part."""
+DROPOUT_VARIABLE = "ATROPOS_VERL_DROPOUT"
+"""``1`` in the environment of a training process of Ray: dropout is on in the update (``atropos.model.dropout``)."""
 _PLATFORMS = {"cpu": "cpu", "cuda": "nvidia"}
 
 
@@ -14,6 +24,39 @@ def _with_module(module: str) -> str:
     """Returns ``VERL_USE_EXTERNAL_MODULES`` with ``module`` in it, once."""
     modules = [name for name in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",") if name]
     return ",".join(dict.fromkeys([*modules, module]))
+
+
+def own_rank() -> tuple[int, int]:
+    """This process's rank and the number of ranks, by what torchrun put into the environment; (0, 1) without it.
+
+    Raises ``ConfigError``, which names the variables, when they cannot be those of one run.
+    """
+    try:
+        world_size = _number("WORLD_SIZE", 1)
+        rank, local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if world_size > 1 and missing:
+            raise ValueError(f"WORLD_SIZE={world_size} comes without {', '.join(missing)}")
+        for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank)):
+            if not 0 <= value < world_size:
+                raise ValueError(f"{name}={value} is none of the {world_size} ranks that WORLD_SIZE means")
+    except ValueError as error:
+        raise ConfigError(f"{error}; {rank_remedy()}") from None
+    return rank, world_size
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name}={text!r} is not a number") from None
+
+
+def rank_remedy() -> str:
+    """What to do about the rank variables that are set, by name."""
+    given = [name for name in RANK_VARIABLES if name in os.environ]
+    return f"start every rank with torchrun, or remove what another launcher left: unset {' '.join(given)}"
 
 
 def activate(device: str) -> None:
@@ -44,6 +87,22 @@ def activate(device: str) -> None:
     # Nothing here may be fetched from a hub behind the user's back, and Ray must not phone home.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # verl's own default lets some of its modules say on standard error what they do.
+    os.environ.setdefault("VERL_LOGGING_LEVEL", "WARN")
+    logging.getLogger("torch.fx._symbolic_trace").addFilter(_is_no_fx_notice)
+
+
+def _is_no_fx_notice(record: logging.LogRecord) -> bool:
+    return "is_fx_tracing will return true" not in record.getMessage()
+
+
+@contextlib.contextmanager
+def without_import_warnings() -> Iterator[None]:
+    """verl and torch warn, while they are imported, of what a user of this package cannot change: not in this block."""
+    with warnings.catch_warnings():
+        # One for each engine whose package is not installed; none of them is asked for.
+        warnings.filterwarnings("ignore", message=".* engine is not available")
+        yield
 
 
 def ray_environment(device: str) -> dict[str, str]:

@@ -8,19 +8,28 @@ with torch's own attention (``sdpa``) too: all else in a transformer works on on
 ``sdpa`` per sequence is enough. transformers hands the borders through as ``cu_seq_lens_q``, the name its flash
 attention uses. A probe at the first batch shows if the model computes the same.
 
+Every engine here computes in the update what the engine of rollouts computed: dropout and its like are off, unless
+``DROPOUT_VARIABLE`` says otherwise. No optimiser step has a learning rate of 0 in its warm-up, or nothing to train on.
+
 Import this module after ``verl_plugin.activate``; importing it registers the engines in this process.
 """
 
+import contextlib
+import functools
 import itertools
 import logging
+import os
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from atropos_verl.training.losses.lm_head import linear_token_logprobs
+from atropos_verl.verl_plugin import DROPOUT_VARIABLE
 from atropos_verl.verl_plugin.shims import leave_no_lock_files, own_optimiser_settings, without_pinned_offload
 
 logger = logging.getLogger(__name__)
@@ -46,9 +55,93 @@ class _HeadRequest(NamedTuple):
     """[N]."""
 
 
+@EngineRegistry.register(model_type="language_model", backend=["fsdp"], device="cuda", vendor="nvidia")
+class UpdateEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
+    """verl's engine with the update that this module promises."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.keeps_dropout = os.environ.get(DROPOUT_VARIABLE) == "1"
+        self._checkpointed: list[torch.nn.Module] | None = None
+        self._has_trained_tokens = True
+
+    @contextlib.contextmanager
+    def train_mode(self, **kwargs: Any) -> Iterator[None]:
+        """verl's, with every layer as in evaluation: dropout, layerdrop and router jitter are off."""
+        with super().train_mode(**kwargs):
+            if not self.keeps_dropout:
+                if self._checkpointed is None:
+                    self._checkpointed = _let_checkpoint(self.module)
+                self.module.eval()
+                for layer in self._checkpointed:
+                    layer.training = True
+            yield
+
+    def forward_backward_batch(self, data: Any, loss_function: Any, forward_only: bool = False) -> Any:
+        output = super().forward_backward_batch(data, loss_function, forward_only=forward_only)
+        self._has_trained_tokens = tu.get_non_tensor_data(data, "batch_num_tokens", 1) > 0
+        return output
+
+    def optimizer_step(self) -> float:
+        """The gradient norm. A batch without a trained token changes neither weights nor AdamW's moments."""
+        if self._has_trained_tokens:
+            return float(super().optimizer_step())
+        self.optimizer_zero_grad()
+        return 0.0
+
+    def _build_lr_scheduler(self, optimizer: Any) -> Any:
+        """verl's schedule, but step n of a warm-up of W trains at n / W of the rate (verl: (n - 1) / W, from 0 on)."""
+        scheduler, settings = super()._build_lr_scheduler(optimizer), self.optimizer_config
+        warmup = settings.lr_warmup_steps
+        if warmup <= 0:
+            warmup = int(settings.lr_warmup_steps_ratio * settings.total_training_steps)
+        after_warmup = scheduler.lr_lambdas[0]
+
+        def factor(done: int) -> float:
+            return (done + 1) / warmup if done < warmup else float(after_warmup(done))
+
+        scheduler.lr_lambdas = [factor] * len(scheduler.base_lrs)
+        for group, base in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
+            group["lr"] = base * factor(0)
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+        return scheduler
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with own_optimiser_settings(self):
+            super().load_checkpoint(*args, **kwargs)
+
+    def lr_scheduler_step(self) -> float:
+        """Goes on to the next rate; returns the one that the step before it used (verl: the next one)."""
+        used = float(self.lr_scheduler.get_last_lr()[0])
+        super().lr_scheduler_step()
+        return used
+
+
+def _let_checkpoint(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers that recompute activations, which transformers lets them only in training: from now on they compute
+    as in evaluation whatever their ``training`` says."""
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    layers = [layer for layer in layers if layer.gradient_checkpointing]
+    for layer in layers:
+        layer.forward = _evaluating(layer, layer.forward)
+    return layers
+
+
+def _evaluating(layer: torch.nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def evaluating(*args: Any, **kwargs: Any) -> Any:
+        before, layer.training = layer.training, False
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            layer.training = before
+
+    return evaluating
+
+
 @EngineRegistry.register(model_type="language_model", backend=["fsdp2"], device="cpu")
 @EngineRegistry.register(model_type="language_model", backend=["fsdp2"], device="cuda", vendor="nvidia")
-class SelectiveHeadEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
+class SelectiveHeadEngine(UpdateEngine):
     """``model_output["log_probs"]`` as verl lays it out: entry t is the logprob of token t+1; 0 where not asked for."""
 
     _head_request: _HeadRequest | None = None
@@ -66,10 +159,6 @@ class SelectiveHeadEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             self._packs = install_packed_attention(module)
         with without_pinned_offload(self.engine_config):
             return super()._build_fsdp_module(module)
-
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with own_optimiser_settings(self):
-            super().load_checkpoint(*args, **kwargs)
 
     def _install_head(self) -> bool:
         head = self.module.get_output_embeddings()
@@ -195,7 +284,7 @@ def packs_exactly(model: Any, device: torch.device, vocabulary: int) -> bool:
 
     False for one that carries a state along the row (recurrent layers), or that does not pass the borders on.
     """
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # not all alike: see ``train_mode``
     model.eval()
     ids = torch.arange(1, sum(_PROBE_LENGTHS) + 1, device=device)[None] % vocabulary
     positions = torch.cat([torch.arange(n, device=device) for n in _PROBE_LENGTHS])[None]
@@ -206,7 +295,8 @@ def packs_exactly(model: Any, device: torch.device, vocabulary: int) -> bool:
             parts = torch.split(ids, _PROBE_LENGTHS, dim=1)
             alone = torch.cat([model(input_ids=part, use_cache=False).logits[0] for part in parts])
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     largest = float(alone.float().abs().max())
     difference = float((joined.float() - alone.float()).abs().max())
     return difference <= _PROBE_TOLERANCE.get(joined.dtype, 1e-3) * max(largest, 1e-3)

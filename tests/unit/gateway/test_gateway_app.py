@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from support.fake_engine import FakeEngine
-from support.serving import eventually, serving
+from support.serving import eventually, post, serving
 from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.engine.gate import RequestGate
@@ -261,3 +261,21 @@ def test_refusals_show_in_our_log_once(caplog: pytest.LogCaptureFixture) -> None
     assert "/v1/models" in key and "API key" in key
     assert "GET /v1/health: no such endpoint" in path
     assert "/generate: a client was refused: logit_bias: not supported" in field
+
+
+def test_the_runs_bound_on_new_tokens_holds_for_requests_that_ask_for_more(caplog: pytest.LogCaptureFixture) -> None:
+    engine = FakeEngine()
+    chat = {"messages": [{"role": "user", "content": "a"}]}
+    with serving(engine, TOKENIZER, max_new_tokens=3) as client:
+        for path, body in (
+            ("/generate", {"prompt": [1], "max_tokens": 99}),
+            ("/generate", {"input_ids": [1], "sampling_params": {"max_new_tokens": 99}}),
+            ("/v1/completions", {"prompt": "a", "max_tokens": 99}),
+            ("/v1/chat/completions", {**chat, "max_tokens": 99}),
+            ("/v1/chat/completions", chat),
+            ("/generate", {"prompt": [1], "max_tokens": 2}),
+        ):
+            post(client, path, **body)
+    assert [request.max_tokens for request in engine.requests] == [3, 3, 3, 3, 3, 2]
+    [said] = [message for message in caplog.messages if "max_response_length" in message]
+    assert said == "requests ask for up to 99 new tokens; max_response_length=3 is what they get"

@@ -19,10 +19,14 @@ from support.trajectory_server import UpstreamApi, registration
 from atropos_verl.assets import demo_model_path
 from atropos_verl.errors import AtroposAPIError, AtroposProtocolError, ConfigError, DataError
 from atropos_verl.protocol.client import AtroposClient
+from atropos_verl.protocol.journal import BatchJournal
 from atropos_verl.protocol.messages import TrainerRegistration
-from atropos_verl.protocol.wire import encode_group
+from atropos_verl.protocol.schema import check_group
+from atropos_verl.protocol.wire import decode_group, encode_group, join_packed, pack_group
 from atropos_verl.report import inspect as inspection_command
 from atropos_verl.report.inspect import load_groups, read_path, read_url
+from atropos_verl.training.quarantine import QuarantineStore
+from atropos_verl.types import QuarantinedGroup
 
 A, B, C, NEWLINE, END = 64, 65, 66, 198, 258
 
@@ -285,7 +289,8 @@ def test_a_directory_is_read_file_by_file(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_bytes(b'{"reason": "why", "group_id": "b", "group": ' + G2 + b"}")
     (tmp_path / "a.jsonl").write_bytes(G1 + b"\n" + G1)
     (tmp_path / "batch_000001.json").write_bytes(b'{"batch":[' + G2 + b"]}")
-    (tmp_path / "batch_000001.meta.json").write_text("{}")
+    for beside in ("meta", "parts"):
+        (tmp_path / f"batch_000001.{beside}.json").write_text("{}")
     (tmp_path / "note.txt").write_text("no")
     found = read_path(tmp_path)
     assert [(f.origin, f.recorded_reason, f.group.scores.tolist()) for f in found] == [
@@ -294,6 +299,35 @@ def test_a_directory_is_read_file_by_file(tmp_path: Path) -> None:
         ("b.json", "why", [2.0]),
         ("batch_000001.json group 0", None, [2.0]),
     ]
+
+
+def packed(*raw: bytes) -> bytes:
+    return b"".join(join_packed([pack_group(check_group(group)) for group in raw]))
+
+
+def test_a_run_directory_is_its_journal_and_what_it_refused(tmp_path: Path) -> None:
+    """Batches as the trainer journals them, packed by default; one is cut short. Before and after there is any."""
+    journal, quarantine = BatchJournal(tmp_path / "journal"), QuarantineStore(tmp_path / "quarantine")
+    (tmp_path / "metrics.jsonl").touch()
+    for store in (journal.directory, quarantine.directory):
+        store.mkdir()
+    assert inspect(tmp_path) == (2, "")
+    for body in (packed(G1, G2), b'{"batch":[' + G2 + b"]}"):
+        journal.attach(journal.record(body), "ledger.msgpack", b"x")
+    quarantine.put(QuarantinedGroup(group=decode_group(NAN), reason="scores[0] = nan: must be finite"))
+    assert load_groups(packed(G1), "FILE")[0].group.scores.tolist() == [1.0]
+    journal.record(packed(G1)[:-9])
+    found = read_path(tmp_path)
+    assert [(f.origin, f.group.scores.tolist()) for f in found[:4]] == [
+        ("journal/batch_000001.json group 0", [1.0]),
+        ("journal/batch_000001.json group 1", [2.0]),
+        ("journal/batch_000002.json group 0", [2.0]),
+        ("journal/batch_000003.json", []),
+    ]
+    assert str(found[3].group.defect).startswith(f"{journal.directory}/batch_000003.json: ")
+    assert found[4].origin.startswith("quarantine/") and found[4].recorded_reason == "scores[0] = nan: must be finite"
+    code, text = inspect(tmp_path)
+    assert code == 0 and "groups: 3 used, 2 refused" in text
 
 
 @pytest.fixture

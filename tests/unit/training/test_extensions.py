@@ -213,26 +213,62 @@ def test_a_users_reward_scores_the_text_after_the_prompt() -> None:
     assert rescored.group_id == scored.group_id
 
 
+def scores(path: str) -> Any:
+    """``reward_fn`` of ``AtroposTrainer``, which is a function and not a path."""
+    return lambda _: extensions.scores_of(path, extensions.load_function("reward.path", path), ["a"] * 2, ["b"] * 2)
+
+
+def rescore(path: str) -> Any:
+    return extensions.load_rescoring(path, decode)
+
+
+def keep(path: str) -> Any:
+    return lambda group: extensions.load_filter(path)([group, group])
+
+
 @pytest.mark.parametrize(
     ("load", "wrong", "said"),
     [
-        (extensions.load_loss, 3.0, "returned a float, not"),
+        (extensions.load_loss, 3.0, r"returned float 3.0, not \(loss, metrics\)"),
+        (extensions.load_loss, None, r"returned NoneType None, not \(loss, metrics\)"),
         (extensions.load_loss, (torch.zeros(2), {}), r"a loss of \(2,\), not a tensor without dimensions"),
-        (extensions.load_advantage, [1.0], "1 advantages for a group of 2"),
-        (extensions.load_advantage, [[1.0, 2.0], 0.0], r"shape \(2,\) for sequence 0 of 3 tokens"),
-        (extensions.load_advantage, [math.inf, 0.0], "not finite for sequence 0"),
-        (extensions.load_filter, [True], "1 values for 0 groups"),
-        (lambda path: extensions.load_rescoring(path, decode), [1.0], "not 2 finite scores"),
+        (extensions.load_loss, (torch.zeros(()), {"x": None}), "returned metrics dict {'x': None}: "),
+        (extensions.load_loss, (torch.zeros(()), [1]), r"not \(loss, metrics\)"),
+        (extensions.load_advantage, [1.0], r"returned 1 advantages, not 2: list \[1.0\]"),
+        (extensions.load_advantage, None, "returned NoneType None, not a list of 2 advantages"),
+        (extensions.load_advantage, [None, 0.0], "returned NoneType None as advantage of sequence 0; it"),
+        (extensions.load_advantage, [[1.0, 2.0], 0.0], r"advantage of sequence 0; .*, and a number or \(3,\)"),
+        (extensions.load_advantage, [math.inf, 0.0], "returned float inf as advantage of sequence 0"),
+        (keep, [True], "returned 1 values, not 2"),
+        (keep, [True, None], "returned NoneType None as value 1"),
+        (keep, [0.5, True], "returned 0.5 as value 0, not True or False"),
+        (keep, [math.nan, True], "returned float nan as value 0"),
+        *((load, *case) for load in (scores, rescore) for case in (
+            ([1.0], "returned 1 scores, not 2"),
+            (None, "returned NoneType None, not a list of 2 scores"),
+            (0.5, "returned float 0.5, not a list of 2 scores"),
+            ("12", "returned str '12', not a list of 2 scores"),
+            ([1.0, math.nan], "returned float nan as score 1"),
+            ([1.0, None], "returned NoneType None as score 1"),
+            ([1.0, "1"], "returned str '1' as score 1"),
+            ([[1.0], [2.0]], r"returned list \[1.0\] as score 0"),
+        )),
+        *((load, ValueError("no such word"), r"raised ValueError: no such word \(.*test_extensions.py:\d+\)")
+          for load in (extensions.load_loss, extensions.load_advantage, keep, scores, rescore)),
     ],
-)
-def test_a_result_that_does_not_fit_is_refused_by_path_and_size(
+)  # fmt: skip
+def test_a_result_that_does_not_fit_is_refused_by_function_and_value(
     load: Any, wrong: Any, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def function(*_: Any, **__: Any) -> Any:
+        if isinstance(wrong, Exception):
+            raise wrong
+        return wrong
+
     [scored] = groups(group())
-    monkeypatch.setattr(sys.modules[ME], "wrong", lambda *_, **__: wrong, raising=False)
-    call = load(f"{ME}:wrong")
-    with pytest.raises(ConfigError, match=said):
-        call([] if load is extensions.load_filter else scored)
+    monkeypatch.setattr(sys.modules[ME], "wrong", function, raising=False)
+    with pytest.raises(ConfigError, match=rf"^[\w.]+: {ME}:wrong .*{said}"):
+        load(f"{ME}:wrong")(torch.zeros(2) if load is extensions.load_loss else scored)
 
 
 def test_the_floored_loss_stops_pushing_below_the_floor() -> None:

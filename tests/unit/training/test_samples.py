@@ -95,6 +95,28 @@ def test_token_level_advantages_replace_the_baseline_of_their_sequence_only() ->
     assert advantages(report) == [pytest.approx([0, 0, A]), [0.0, 0.0, 0.25, -4.0]]
 
 
+SFT = {"group_overrides": {"sft": True}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"overrides": [{"sft": True}, {}]}, [[0, 0, 1.0], None]),
+        ({**SFT, "overrides": [{}, {"sft": False}]}, [[0, 0, 1.0], None]),
+        ({**SFT, "advantages": [None, [0.0, 0.0, 3.0, 2.0]]}, [[0, 0, 1.0], [0, 0, 3.0, 2.0]]),
+        ({**SFT, "overrides": [{"set_advantage_to_zero": True}, {}]}, [[0] * 3, [0, 0, 1.0, 1.0]]),
+        ({"group_overrides": {"set_advantage_to_zero": True}}, [[0] * 3, [0] * 4]),
+    ],
+)
+def test_sft_is_an_advantage_of_one_that_nothing_changes(changes: dict[str, Any], expected: list[Any]) -> None:
+    """Whatever the score, the group's size, normalisation and clipping; None: as without it."""
+    settings = {"normalization": "batch", "clipping": (-0.5, 0.5)}
+    plain = build(group(**changes), group(scores=[3.0, 2.0]), **settings)
+    assert advantages(plain)[:2] == [advantages(plain)[i] if row is None else row for i, row in enumerate(expected)]
+    alone = {"tokens": [[1, 2]], "masks": [[-100, 2]], "scores": [0.0], "group_overrides": {"sft": True}}
+    assert advantages(build(alone, normalization="batch")) == [[0.0, 1.0]]
+
+
 def test_order_token_level_then_normalise_then_clip() -> None:
     # Trained tokens: A of the first sequence, then 3 and 8 of the second.
     report = build(group(advantages=[None, [0.0, 0.0, 3.0, 8.0]]), normalization="batch", clipping=(-0.5, 1.0))
@@ -203,6 +225,7 @@ def test_overlong_error_and_the_exact_bound() -> None:
         ({"group_overrides": {"temperature": NAN}}, "group_overrides.temperature = nan: must be finite"),
         ({"overrides": [{}, {"temperature": True}]}, "overrides[1].temperature = True: must be a number"),
         ({"overrides": [{"set_advantage_to_zero": 1}, {}]}, "overrides[0].set_advantage_to_zero = 1: must be true or"),
+        ({"group_overrides": {"sft": "yes"}}, "group_overrides.sft = 'yes': must be true or false"),
     ],
 )
 def test_bad_groups_are_quarantined_with_a_reason(changes: dict[str, Any], expected: str) -> None:

@@ -1,5 +1,6 @@
 """A batch with what the ledger knows of it, by values: versions, logprobs, temperature, drops, and what is said."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,22 @@ def test_unmatched_tokens_are_used_or_dropped() -> None:
     (dropped,), figures = samples(provenance_of(ledger, unmatched="drop"), group([1, 2, 9]))
     assert dropped.loss_mask.tolist() == [False] * 3 + [True, True, False]
     assert figures["off_policy/dropped_unmatched_tokens"] == 1
+
+
+def test_an_environment_without_a_trained_token_has_rates_of_nothing() -> None:
+    """All masked, only position 0, one token: beside an environment with one, and alone."""
+    provenance = provenance_of(ledger_of(([1, 2], 3)))
+    masked = replace(group([1, 2], env_id=1), masks=(np.full(5, -100),))
+    first = replace(masked, masks=(np.array([5, -100, -100, -100, -100]),))
+    one = replace(masked, token_ids=(np.array([5]),), masks=(np.array([5]),))
+    for others in ([group([1, 2])], []):
+        found, figures = samples(provenance, masked, first, one, *others)
+        assert [sample.loss_mask.sum() for sample in found] == [0, 0, 0, *(2 for _ in others)]
+        assert figures["env/1/unmatched_span_rate"] is None
+        assert figures["data/unmatched_token_rate"] == (0.0 if others else None)
+        assert all(value is None or math.isfinite(value) for value in figures.values())
+        metrics = staleness_metrics(found, 7)
+        assert all(value is None or math.isfinite(value) for value in metrics.values())
 
 
 def test_bad_groups_are_left_to_quarantine() -> None:

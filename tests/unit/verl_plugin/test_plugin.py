@@ -89,3 +89,16 @@ def test_nothing_answers_where_it_should_not(
     before = list(sys.meta_path)
     assert not shims.install_vllm_cpu_name()
     assert sys.meta_path == before
+
+
+def test_building_a_trainer_warns_of_nothing_and_leaves_the_users_filters_alone(tmp_path: Path) -> None:
+    code = (
+        "import warnings; from atropos_verl import AtroposTrainer; before = list(warnings.filters);"
+        f"AtroposTrainer.from_config({{'atropos': {{'api_url': 'http://127.0.0.1:9'}}, 'run_dir': {str(tmp_path)!r},"
+        " 'trainer': {'device': 'cpu'}}, reward_fn=len).close(); assert warnings.filters == before;"
+        "warnings.warn('of the user')"
+    )
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("VERL_") and k != "PYTHONWARNINGS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, env=plain)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.splitlines() == ["<string>:1: UserWarning: of the user"]

@@ -87,6 +87,7 @@ class LocalStack:
                 gate=gate,
                 ledger=ledger,
                 throttle=throttle,
+                max_new_tokens=config.max_response_length,
                 model_name=str(model_path),
                 api_key=config.gateway.api_key,
             )

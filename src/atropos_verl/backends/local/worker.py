@@ -12,6 +12,8 @@ import functools
 import io
 import logging
 import os
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -24,7 +26,7 @@ import torch
 
 from atropos_verl import verl_plugin
 from atropos_verl.config.schema import RunConfig
-from atropos_verl.errors import CheckpointError, TrainingDivergedError
+from atropos_verl.errors import CheckpointError, ConfigError, TrainingDivergedError
 from atropos_verl.training.extensions import load_loss
 from atropos_verl.training.losses.policy import (
     LARGEST,
@@ -41,6 +43,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _COLLECTIVE_TIMEOUT = timedelta(hours=24)
 """Other ranks wait in a broadcast while rank 0 waits for rollouts; that may take hours and is not a fault."""
+_MEETING_SECONDS = 1800.0
+"""For all ranks to start."""
 
 
 def import_verl(config: RunConfig) -> str:
@@ -52,9 +56,10 @@ def import_verl(config: RunConfig) -> str:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     verl_plugin.activate(device)
-    import verl.workers.engine_workers  # noqa: F401
+    with verl_plugin.without_import_warnings():
+        import verl.workers.engine_workers  # noqa: F401
 
-    import atropos_verl.verl_plugin.engines  # noqa: F401  registers the engines
+        import atropos_verl.verl_plugin.engines  # noqa: F401  registers the engines
 
     return device
 
@@ -86,6 +91,7 @@ class PolicyWorker:
             self._worker = _build_worker(config, model_path)
             self._worker.set_loss_fn(self.loss_function)
             self._worker.reset()
+        self._worker.engine.keeps_dropout = config.model.dropout
 
     def close(self) -> None:
         """Releases the other ranks from ``serve()``. Safe to call twice."""
@@ -125,14 +131,16 @@ class PolicyWorker:
         """
         old_logprobs: list[FloatArray] | None = None
         loss = self.config.loss
-        updates = loss.ppo_epochs * loss.ppo_mini_batches
-        if updates > 1:
+        chunks = _mini_batches(len(samples), loss.ppo_epochs, loss.ppo_mini_batches, self.config.seed)
+        # No optimiser step on nothing: AdamW would decay the weights, and its moments.
+        chunks = [chunk for chunk in chunks if any(samples[i].loss_mask.any() for i in chunk)]
+        if loss.ppo_epochs * loss.ppo_mini_batches > 1:
             old_logprobs = self._logprobs(samples)
         outputs: list[dict[str, float]] = []
-        for chunk in _mini_batches(len(samples), loss.ppo_epochs, loss.ppo_mini_batches, self.config.seed):
+        for number, chunk in enumerate(chunks, 1):
             part = [samples[i] for i in chunk]
             old = None if old_logprobs is None else [old_logprobs[i] for i in chunk]
-            outputs.append(self._update(part, old, last=len(outputs) == updates - 1))
+            outputs.append(self._update(part, old, last=number == len(chunks)))
         keys = sorted({key for output in outputs for key in output})
         means = {key: float(np.mean([o[key] for o in outputs if key in o])) for key in keys}
         return {**means, "lr": outputs[-1]["lr"]}
@@ -181,7 +189,8 @@ class PolicyWorker:
                 "Lower optim.lr, or bound advantages with advantage_clipping"
             )
         lr = float(metrics.get("lr", self.config.optim.lr))
-        return {"loss": loss, "grad_norm": grad_norm, "lr": lr, **self.loss_function.finish()}
+        figures = self.loss_function.finish(self._of_every_rank)
+        return {"loss": loss, "grad_norm": grad_norm, "lr": lr, **figures}
 
     def _logprobs(self, samples: list[TrainingSample]) -> list[FloatArray]:
         """Logprobs [T] of each sample's trained tokens under the current policy at its temperature; 0 elsewhere."""
@@ -197,12 +206,14 @@ class PolicyWorker:
         for index, row in zip(shares[self.rank], rows, strict=True):
             values = row[:-1].to(torch.float64).cpu().numpy()  # verl: entry t is the logprob of token t + 1
             mine[index] = np.concatenate([[0.0], values])
-        everyone: list[Any] = [mine]
-        if self.world_size > 1:
-            everyone = [None] * self.world_size
-            torch.distributed.all_gather_object(everyone, mine)
-        found = {index: values for part in everyone for index, values in part.items()}
+        found = {index: values for part in self._of_every_rank(mine) for index, values in part.items()}
         return [found[i] for i in range(len(samples))]
+
+    def _of_every_rank(self, own: Any) -> list[Any]:
+        everyone: list[Any] = [own] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(everyone, own)
+        return everyone
 
     compute_logprobs = _on_every_rank(_logprobs)
 
@@ -211,6 +222,10 @@ class PolicyWorker:
         from verl.utils import tensordict_utils as tu
         from verl.utils.dataset.dataset_utils import DatasetPadMode
 
+        bound, longest = self.config.trainer.max_token_len_per_gpu, max(map(len, samples), default=0)
+        if longest > bound:  # verl has an assertion for it
+            text = f"a sequence of {longest} tokens is longer than a micro-batch of {bound}; raise this bound to it"
+            raise ConfigError(text, "trainer.max_token_len_per_gpu")
         if not samples:  # a rank without samples still has to take part in every collective
             ids, untrained = np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.bool_)
             samples, old = [TrainingSample(token_ids=ids, loss_mask=untrained, advantages=np.zeros(2))], None
@@ -249,6 +264,7 @@ class PolicyWorker:
     def _init_process_group(self) -> None:
         if torch.distributed.is_initialized():
             return
+        rank, world_size = verl_plugin.own_rank()
         # verl's own call builds "cpu:gloo,cpu:gloo", which torch refuses; verl skips it when a group exists.
         backend = "cpu:gloo" if self.device == "cpu" else "cpu:gloo,cuda:nccl"
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
@@ -258,10 +274,40 @@ class PolicyWorker:
         os.environ.setdefault("RAY_LOCAL_WORLD_SIZE", os.environ["LOCAL_WORLD_SIZE"])
         if self.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        store: dict[str, Any] = {}
-        if os.environ["WORLD_SIZE"] == "1":  # a store in memory: one rank needs no port
-            store = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
-        torch.distributed.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT, **store)
+        init = functools.partial(torch.distributed.init_process_group, backend, timeout=_COLLECTIVE_TIMEOUT)
+        if world_size == 1:  # a store in memory: one rank needs no port
+            init(store=torch.distributed.HashStore(), rank=0, world_size=1)
+        else:
+            _meet(init, rank, world_size)
+
+
+def _meet(init: Callable[[], None], rank: int, world_size: int) -> None:
+    """Calls ``init``, which waits in torch for the other ranks, in a thread: Ctrl-C is heard meanwhile.
+
+    Raises ``ConfigError`` when they have not come after half an hour, and what ``init`` raises.
+    """
+    ended: list[BaseException | None] = []
+
+    def run() -> None:
+        try:
+            init()
+            ended.append(None)
+        except BaseException as error:  # noqa: BLE001 - the end of a thread: raised below
+            ended.append(error)
+
+    thread, started, told = threading.Thread(target=run, name="atropos-verl-ranks", daemon=True), time.monotonic(), 1
+    thread.start()
+    while not ended:
+        thread.join(0.2)
+        waited = time.monotonic() - started
+        text = f"rank {rank} has waited {waited:.0f} s for the other {world_size - 1}; {verl_plugin.rank_remedy()}"
+        if waited > _MEETING_SECONDS:
+            raise ConfigError(text)
+        if waited > 20 * told:
+            logger.warning("%s", text)
+            told *= 2
+    if ended[0] is not None:
+        raise ended[0]
 
 
 def _build_worker(config: RunConfig, model_path: Path) -> Any:
@@ -375,10 +421,16 @@ class LossFunction:
         self._sums: dict[str, float] = {}
         self._weight = self._largest = 0.0
 
-    def finish(self) -> dict[str, float]:
-        """Mean of each metric over this rank's trained tokens."""
-        means = {key: value / max(self._weight, 1.0) for key, value in self._sums.items()}
-        return summarise_importance({**means, LARGEST: self._largest})
+    def finish(self, gather: Callable[[Any], list[Any]] = lambda own: [own]) -> dict[str, float]:
+        """Mean of each metric over the trained tokens of all shares of the batch that ``gather`` finds; none without
+        any."""
+        shares = gather((self._sums, self._weight, self._largest))
+        weight = sum(weight for _, weight, _ in shares)
+        if not weight:
+            return {}
+        names = dict.fromkeys(name for sums, _, _ in shares for name in sums)
+        means = {name: sum(sums.get(name, 0.0) for sums, _, _ in shares) / weight for name in names}
+        return summarise_importance({**means, LARGEST: max(largest for _, _, largest in shares)})
 
     def __call__(
         self, model_output: dict[str, Any], data: Any, dp_group: Any = None

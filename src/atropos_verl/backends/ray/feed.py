@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -60,6 +60,12 @@ class Slot:
     """Figures of the ledger's look-up, and of staleness."""
     wait_seconds: float = 0.0
 
+    def add_scores(self, group: ScoredGroup) -> None:
+        scores = [float(score) for score in group.scores]
+        self.scores += scores
+        if group.env_id is not None:
+            self.env_scores.setdefault(group.env_id, []).extend(scores)
+
 
 class _Collected(NamedTuple):
     """One group of a slot, with its samples."""
@@ -72,6 +78,17 @@ class _Collected(NamedTuple):
 def _sequences(found: Sequence[_Collected]) -> int:
     """Counts them as the environments sent them, overlong ones included."""
     return sum(len(one.member.group) for one in found)
+
+
+def _rows_of_groups(samples: Sequence[TrainingSample]) -> defaultdict[str, deque[list[int]]]:
+    """Indices of samples by group id; a group that was sent twice has one id, and two entries under it."""
+    found: defaultdict[str, deque[list[int]]] = defaultdict(deque)
+    for i, sample in enumerate(samples):
+        continues = i > 0 and samples[i - 1].group_id == sample.group_id
+        if not continues or samples[i - 1].sequence_index >= sample.sequence_index:
+            found[sample.group_id].append([])
+        found[sample.group_id][-1].append(i)
+    return found
 
 
 class TrajectoryFeed:
@@ -227,8 +244,7 @@ class TrajectoryFeed:
             pairs = enumerate(zip(data.groups, data.matches or [], strict=True))
             fresh = [Member(data.entry, i, group, row) for i, (group, row) in pairs if i not in consumed]
             self._collect(fresh, slot, found)
-            trained = any(sample.loss_mask.any() for one in found for sample in one.samples)
-            if self.provenance.config.max_staleness is None and trained and not members:
+            if self.provenance.config.max_staleness is None and found and not members:
                 break  # the API's batches are whole; a smaller one is trained as it is
         with self._lock:
             # Of whole groups above the size verl would make a second optimiser step: they wait for the next slot.
@@ -241,10 +257,7 @@ class TrajectoryFeed:
         samples = [sample for one in found for sample in one.samples]
         slot.off_policy |= staleness_metrics(samples, served)
         for member, _, _ in found:
-            scores = [float(score) for score in member.group.scores]
-            slot.scores += scores
-            if member.group.env_id is not None:
-                slot.env_scores.setdefault(member.group.env_id, []).extend(scores)
+            slot.add_scores(member.group)
         sizes = {one.member.group.group_id: len(one.member.group) for one in found}
         advantages = [advantage for one in found for advantage in one.advantages]
         rows = make_rows(
@@ -276,6 +289,7 @@ class TrajectoryFeed:
     def _collect(self, members: Sequence[Member], slot: Slot, into: list[_Collected]) -> None:
         """Makes samples of groups, all of one batch or left over from one."""
         slot.members += members
+        before = slot.counts["untrained"]
         groups, matches = [m.group for m in members], [m.matches for m in members]
         applied = self.provenance.apply(groups, matches, self.served_version())
         if members:
@@ -284,13 +298,18 @@ class TrajectoryFeed:
         refused = list(report.quarantined)
         bad = {found.group.group_id for found in refused}
         filtered = {group.group_id for group in report.filtered}
+        by_group = _rows_of_groups(report.samples)
         for group, place in zip(applied.groups, applied.kept, strict=True):
             if group.group_id in bad or group.group_id in filtered:
                 continue
-            rows = [i for i, sample in enumerate(report.samples) if sample.group_id == group.group_id]
+            rows = by_group[group.group_id].popleft() if by_group[group.group_id] else []
             samples = [report.samples[i] for i in rows]
             reason = self._refuses(samples)
-            if reason is None:
+            if not any(sample.loss_mask.any() for sample in samples):
+                # verl has no step without rows, so a slot needs groups that have something to train on.
+                slot.counts.update(groups=1, untrained=len(samples))
+                slot.add_scores(group)
+            elif reason is None:
                 # The samples are of the group as the ledger completed it, the member is the group as it came.
                 into.append(_Collected(members[place], samples, [advantages[i] for i in rows]))
             elif self.provenance.settings.on_bad_group == "error":
@@ -300,6 +319,8 @@ class TrajectoryFeed:
                 refused.append(QuarantinedGroup(group=group, reason=reason))
         for found in refused:
             self.source.quarantine.put(found)
+        if untrained := slot.counts["untrained"] - before:
+            logger.warning("%d sequences of groups without a token to train on are left out", untrained)
         slot.counts.update(
             look_up_counts(applied.figures),
             stale=applied.stale_groups,

@@ -65,6 +65,7 @@ class ClusterGateway(GatewayServer):
         self.engine = engine = ReplicaEngine(client, tokenizer, limits)
         self.gate = gate = RequestGate()
         for_app |= {"gate": gate, "model_name": model.path, "request_timeout": _REQUEST_TIMEOUT}
+        for_app["max_new_tokens"] = rollout.response_length
         super().__init__(create_app(engine, tokenizer, **for_app), host=host, port=port)
 
     def release(self, policy_version: int) -> None:

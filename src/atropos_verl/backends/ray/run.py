@@ -23,6 +23,7 @@ from atropos_verl.config.verl_keys import RayRun
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.training.extensions import LAUNCH_DIRECTORY
 from atropos_verl.training.step import Evaluations, HeldOut, Progress
+from atropos_verl.verl_plugin import DROPOUT_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,8 @@ class _Session:
     def __enter__(self) -> Self:
         config = self._run.verl
         variables = set_environment(str(config.trainer.device))
+        if self._run.run.model.dropout:
+            variables[DROPOUT_VARIABLE] = "1"
         from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
         settings = _given(config.ray_kwargs.ray_init)

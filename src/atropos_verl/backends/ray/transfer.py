@@ -113,6 +113,7 @@ def _row(
         "group_size": group_size,
         "advantage_to_zero": advantage.zero,
         "advantage_replaced": advantage.replaced,
+        "advantage_fixed": advantage.fixed,
         "rollout_log_probs": has_rollout_logprobs(sample),
     }
     return Row(key, fields, tag)
@@ -161,7 +162,8 @@ def finish_batch(
         base = (ours[i] if from_data or tag["advantage_replaced"] else verls[i]).numpy().astype(np.float64)
         if not from_data and not tag["advantage_replaced"] and tag["group_size"] < 2:
             base = np.zeros_like(base)
-        sequences.append(SequenceAdvantage(base, mask, bool(tag["advantage_to_zero"]), bool(tag["advantage_replaced"])))
+        flags = (bool(tag[f"advantage_{name}"]) for name in ("to_zero", "replaced", "fixed"))
+        sequences.append(SequenceAdvantage(base, mask, *flags))
     finished = finish_advantages(sequences, normalization, clipping, running)
     rows = [torch.zeros(mask.numel()) for mask in masks]
     for i, row in zip(order, finished, strict=True):

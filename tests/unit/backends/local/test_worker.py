@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import weakref
@@ -12,14 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from support.samples import random_samples
 from transformers import AutoModelForCausalLM
 
+from atropos_verl import verl_plugin
 from atropos_verl.backends.local.worker import PolicyWorker, _verl_prints_to_log, split_for_ranks
 from atropos_verl.config.schema import RunConfig
-from atropos_verl.errors import CheckpointError
+from atropos_verl.errors import CheckpointError, ConfigError
 from atropos_verl.training.losses.policy import advantage_weighted_sft_loss, clipped_ratio_loss, summarise_importance
 from atropos_verl.types import TrainingSample
 
@@ -249,3 +253,127 @@ def test_every_sample_goes_to_one_rank_and_the_ranks_are_balanced(lengths: list[
     # Greedy: the heaviest rank was the lightest when it got its last sample.
     assert max(loads) - min(loads) <= max(lengths, default=0)
     assert split_for_ranks(samples, world_size) == shares
+
+
+_TINY = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 259} | dict.fromkeys(
+    ("num_attention_heads", "num_key_value_heads"), 2
+)
+STOCHASTIC = {
+    "attention": transformers.Qwen2Config(**_TINY, attention_dropout=0.3, intermediate_size=64),
+    "embedding": transformers.GPTNeoXConfig(**_TINY, intermediate_size=64, hidden_dropout=0.3, attention_dropout=0.1),
+    "layerdrop": transformers.OPTConfig(
+        **_TINY, ffn_dim=64, word_embed_proj_dim=32, dropout=0.3, layerdrop=0.5, max_position_embeddings=128
+    ),
+    "router": transformers.MixtralConfig(**_TINY, intermediate_size=64, num_local_experts=2, router_jitter_noise=0.5),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", STOCHASTIC)
+def test_the_update_computes_what_the_engine_computed(
+    kind: str, checkpointing: bool, model_path: Path, tmp_path: Path
+) -> None:
+    """Log ratio 0 at staleness 0, in the first batch and the second; with ``model.dropout`` it is not."""
+    shutil.copytree(model_path, tmp_path / "model")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(STOCHASTIC[kind]).save_pretrained(tmp_path / "model")
+    samples = random_samples(6, vocab_size=200, seed=2)
+    largest = []
+    for dropout in (False, True):
+        settings = {"dropout": dropout, "enable_gradient_checkpointing": checkpointing}
+        worker = _worker(tmp_path / "model", model=settings)
+        for _ in range(2):
+            rollouts = worker.compute_logprobs(samples)
+            own = [replace(s, rollout_logprobs=row) for s, row in zip(samples, rollouts, strict=True)]
+            largest.append(worker.train(own)["off_policy/log_ratio_max_abs"])
+    assert max(largest[:2]) < 1e-4
+    assert min(largest[2:]) > 1e-3
+
+
+def test_activations_are_recomputed_although_dropout_is_off(model_path: Path) -> None:
+    calls = []
+    samples = random_samples(4, vocab_size=200)
+    for checkpointing in (False, True):
+        worker = _worker(model_path, model={"enable_gradient_checkpointing": checkpointing})
+        worker.compute_logprobs(samples[:1])  # the probe is done
+        seen: list[int] = []
+        hook = worker._worker.engine.module.model.layers[0].self_attn.register_forward_hook(
+            lambda *_, seen=seen: seen.append(1)
+        )
+        outputs = worker.train(samples)
+        hook.remove()
+        calls.append((len(seen), outputs["loss"], outputs["grad_norm"]))
+    (once, *figures), (twice, *others) = calls
+    assert twice == 2 * once and others == pytest.approx(figures, rel=1e-5)
+
+
+def test_nothing_to_train_on_is_no_optimiser_step(model_path: Path) -> None:
+    """Three mini-batches of one trained sequence and one that is not: one update, with its own loss, in each pass."""
+    decay = {"lr": LR, "weight_decay": 0.5, "lr_warmup_steps": 4}
+    loss = {"type": "grpo", "ppo_mini_batches": 3}
+    [sample] = random_samples(1, vocab_size=200, seed=3)
+    untrained = replace(sample, loss_mask=np.zeros_like(sample.loss_mask))
+    alone = _worker(model_path, optim=decay, loss={"type": "grpo"}, off_policy={"importance": None})
+    split = _worker(model_path, optim=decay, loss=loss, off_policy={"importance": None})
+    for number in (1, 2):
+        expected, found = alone.train([sample]), split.train([sample, untrained])
+        assert [found[k] for k in ("loss", "grad_norm")] == pytest.approx(
+            [expected[k] for k in ("loss", "grad_norm")], rel=1e-5
+        )
+        assert found["lr"] == expected["lr"] == pytest.approx(LR * number / 4)
+    for (name, one), (_, other) in zip(alone.named_tensors(), split.named_tensors(), strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+    # Below, in verl's engine, where a batch of padding alone can come on Ray.
+    before = {name: tensor.clone() for name, tensor in split.named_tensors()}
+    assert split._update([untrained], None, last=False)["grad_norm"] == 0.0
+    assert all(torch.equal(before[name], tensor) for name, tensor in split.named_tensors())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [("constant", [0.5, 1, 1, 1, 1, 1]), ("cosine", [0.5, 1, 1, 0.853553, 0.5, 0.146447])],
+)
+def test_every_step_has_the_rate_that_it_reports_also_after_a_resume(
+    schedule: str, rates: list[float], model_path: Path, tmp_path: Path
+) -> None:
+    """Warm-up of two of six steps, then cos² from 0 to a quarter of π at a time: no step of the six has rate 0."""
+    samples = random_samples(3, vocab_size=200)
+    optim = {"lr": LR, "lr_warmup_steps": 2, "lr_scheduler_type": schedule}
+    worker = _worker(model_path, optim=optim, steps=6)
+    used, told = [], []
+    for step in range(6):
+        if step in (1, 4):
+            worker.save_checkpoint(tmp_path / str(step), step)
+            worker = _worker(model_path, optim=optim, steps=6)
+            worker.load_checkpoint(tmp_path / str(step))
+        used.append(worker._worker.engine.optimizer.param_groups[0]["lr"])
+        told.append(worker.train(samples)["lr"])
+    assert told == used == pytest.approx([LR * rate for rate in rates], rel=1e-5)
+
+
+def test_a_sequence_longer_than_a_micro_batch_is_refused_by_key(model_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"max_token_len_per_gpu: a sequence of 65 tokens .* micro-batch of 64"):
+        _worker(model_path).train([replace(_of_length(65), loss_mask=np.ones(65, dtype=bool))])
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "8", "RANK": "0"}, "WORLD_SIZE=8 comes without MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "1"}, "RANK=1 is none of the 1 ranks that WORLD_SIZE means"),
+        ({"LOCAL_RANK": "3", "WORLD_SIZE": "1"}, "LOCAL_RANK=3 is none of the 1 ranks"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is not a number"),
+        ({"WORLD_SIZE": "0"}, "RANK=0 is none of the 0 ranks"),
+    ],
+)
+def test_rank_variables_of_another_launcher_are_named(
+    variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in verl_plugin.RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert verl_plugin.own_rank() == (0, 1)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        verl_plugin.own_rank()
+    assert str(caught.value).endswith(f"unset {' '.join(n for n in verl_plugin.RANK_VARIABLES if n in variables)}")

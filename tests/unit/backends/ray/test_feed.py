@@ -178,10 +178,16 @@ def test_a_bad_group_is_quarantined_with_its_reason_and_the_rest_is_trained(
     assert world.feed.slots["a"].counts["quarantined"] == 1
 
 
-def test_a_batch_with_nothing_to_train_on_is_followed_by_the_next(made: Any) -> None:
+@pytest.mark.parametrize(("groups", "max_staleness"), [(1, None), (2, None), (2, 3)])
+def test_a_batch_with_nothing_to_train_on_is_followed_by_the_next(
+    groups: int, max_staleness: int | None, made: Any
+) -> None:
+    """One of all its groups, too, which would fill a slot by its size."""
     masked = {**group(1), "masks": [[-100] * 3] * 4}
-    world = made([[masked], [group(2)]])
-    assert firsts(world.filled("a")) == [2] * 4
+    world = made([[masked] * groups, [group(2), group(3)]], max_staleness=max_staleness)
+    assert firsts(world.filled("a")) == [2] * 4 + [3] * 4
+    counts = world.feed.slots["a"].counts
+    assert (counts["groups"], counts["untrained"], counts["sequences"]) == (groups + 2, 4 * groups, 8)
     world.train("a", 1)
     world.feed.stop()
     assert world.batches.named("ack") == [1, 2]
