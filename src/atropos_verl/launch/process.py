@@ -19,6 +19,7 @@ import psutil
 from atropos_verl.errors import ServiceError
 from atropos_verl.launch import orphan_reaper
 from atropos_verl.storage import write_atomic
+from atropos_verl.verl_plugin import RANK_VARIABLES
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,16 @@ def describe_exit(returncode: int) -> str:
     return f"was killed by {name}{hint}"
 
 
+def _inherited() -> dict[str, str]:
+    """The environment without what torchrun said of ranks to this process, or another launcher before it: a child is
+    none of them, and a library in it that reads them would wait for the others."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in RANK_VARIABLES and not name.startswith("TORCHELASTIC_")
+    }
+
+
 class ManagedProcess:
     """A service: a child in a session of its own, together with everything it starts.
 
@@ -115,7 +126,7 @@ class ManagedProcess:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     cwd=self.spec.cwd,
-                    env={**os.environ, **self.spec.env, orphan_reaper.TOKEN_VARIABLE: self._token},
+                    env={**_inherited(), **self.spec.env, orphan_reaper.TOKEN_VARIABLE: self._token},
                     start_new_session=True,
                 )
         except OSError as error:

@@ -62,6 +62,18 @@ def test_output_environment_directory_and_stdin_of_a_service(tmp_path: Path) -> 
     assert process.log_tail(2) == f"{tmp_path}\n0"
 
 
+def test_a_child_is_no_rank_of_what_started_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's variables, or those that another launcher left: they would make a library of the child wait."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("COLOUR", "blue")
+    assert ended(tmp_path, "env | grep -E '=(7|blue)$'").log_tail() == "COLOUR=blue"
+    chosen = ManagedProcess(shell(tmp_path, "echo $RANK", env={"RANK": "3"}))
+    chosen.start()
+    eventually(lambda: not chosen.is_running(), "the end")
+    assert chosen.log_tail() == "3"
+
+
 def test_the_log_is_appended_and_the_tail_is_of_this_start_only(tmp_path: Path) -> None:
     for word in ("first", "second"):
         process = ended(tmp_path, f"echo {word}")
