@@ -570,7 +570,8 @@ class Supervisor:
                 errors[watched.name] = common_errors(read_tail(path, self._log_sizes.get(path, 0)))
             if found := obstacle(watched.spec, self.plan.gateway_url):
                 addresses[watched.name] = found
-        of_trainer = "".join(read_tail(path) for path in (*sorted(logs.glob("trainer*.log")), logs / "command.log"))
+        # Its gateway's warnings are in its own log; on Ray, in the task runner's.
+        of_trainer = "".join(read_tail(path) for path in (logs / "trainer.log", logs / "task_runner.log"))
         of_api = "" if self._api is None or self._api.process is None else read_tail(self._api.process.spec.log_path)
         return LogFacts(errors, last_refusals(of_trainer), last_refusals(of_api), addresses, endings)
 
