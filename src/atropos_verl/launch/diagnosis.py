@@ -241,11 +241,9 @@ def _silence(state: Mapping[str, Any], facts: LogFacts, who: str, running: Seque
         return f"the policy is being sampled, but {who} sends no group: rollouts are long, or scoring is slow", [
             "wait, ask for fewer tokens, or see the environment's log"
         ]
-    for name in running:
-        if name in facts.addresses:
-            return f"environment {name} does not reach the gateway: {facts.addresses[name]}", [
-                f"the gateway is at {state.get('gateway_url')}; leave the address to the run"
-            ]
+    if hindered := [facts.addresses[name] for name in running if name in facts.addresses]:
+        todo = f"the gateway is at {state.get('gateway_url')}; leave the address to the run"
+        return f"{who} does not reach the gateway: {'; '.join(hindered)}", [todo]
     if not running:
         text = "nobody asks the gateway for completions"
         return text, ["are the environments elsewhere running, and can they reach it?"]
