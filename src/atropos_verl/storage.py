@@ -102,6 +102,7 @@ def locked(path: Path, holder: str) -> Iterator[None]:
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"{holder}, pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
+        os.ftruncate(lock, 0)
     finally:
         os.close(lock)
 

@@ -38,6 +38,7 @@ CHILD_ENV: Mapping[str, str] = {
 }
 _REPOSITORY = Path(__file__).resolve().parents[3]
 """The source checkout, where there is one."""
+_TMPDIR_BYTES = 64
 _SERVER_PREFIX = "--openai."
 _URL_OPTION = "--env.rollout_server_url"
 _NAME_OPTION = "--env.wandb_name"
@@ -149,7 +150,7 @@ def environment_spec(
     return ServiceSpec(
         name=process,
         command=(interpreter(settings.python, f"{section}.python"), *program, *words, *last),
-        env={**CHILD_ENV, **import_path(), **direct(config), **settings.env},
+        env={**CHILD_ENV, **own_temporary(run_dir), **import_path(), **direct(config), **settings.env},
         cwd=cwd,
         log_path=run_dir / "logs" / (f"{process}.log" if of_training else f"{process}.1.log"),
         files=files,
@@ -282,6 +283,17 @@ def with_token(url: str, token: str | None) -> str:
 def secrets_of(config: RunConfig) -> tuple[str, ...]:
     """What must show in no log: keys and tokens of the run."""
     return tuple(secret for secret in (config.atropos.token, config.gateway.api_key) if secret and len(secret) > 3)
+
+
+def own_temporary(run_dir: Path) -> dict[str, str]:
+    """``TMPDIR`` in the run directory: wandb, which Atropos imports, leaves two directories in it when it is killed."""
+    place = str(temporary_of(run_dir))
+    # The names of Unix sockets end at 107 bytes, and Python's are made there.
+    return {"TMPDIR": place} if len(place) <= _TMPDIR_BYTES else {}
+
+
+def temporary_of(run_dir: Path) -> Path:
+    return run_dir / "tmp"
 
 
 def direct(config: RunConfig) -> dict[str, str]:

@@ -21,8 +21,10 @@ from atropos_verl.launch.environments import (
     direct,
     import_path,
     interpreter,
+    own_temporary,
     plan_environments,
     secrets_of,
+    temporary_of,
     write_tokenizer,
 )
 from atropos_verl.launch.evaluation import EVALUATIONS, PlannedEvaluation, plan_evaluations
@@ -181,7 +183,7 @@ def _api(launch: LaunchConfig, config: RunConfig, run_dir: Path, log: str) -> Se
     return ServiceSpec(
         name="trajectory_api",
         command=(sys.executable, "-m", *module, "--host", settings.host, "--port", port, *more),
-        env={**CHILD_ENV, **env},
+        env={**CHILD_ENV, **own_temporary(run_dir), **env},
         secrets=secrets_of(config),
         cwd=run_dir,
         log_path=run_dir / "logs" / log,
@@ -247,10 +249,18 @@ def take_run_dir(stack: ExitStack, run_dir: Path, *, is_launch: bool = False) ->
             stack.enter_context(locked(launch_lock, "a launch"))
             os.environ[_LAUNCH_OF] = str(run_dir)
             with locked(run_dir / "lock", "a launch"):
-                return  # its trainer takes it
-        if launch_lock.exists() and os.environ.get(_LAUNCH_OF) != str(run_dir):
-            stack.enter_context(locked(launch_lock, "a training run"))
-        stack.enter_context(locked(run_dir / "lock", "a training run"))
+                pass  # its trainer takes it
+        elif os.environ.get(_LAUNCH_OF) == str(run_dir):
+            stack.enter_context(locked(run_dir / "lock", "a training run"))
+            return
+        else:
+            if launch_lock.exists():
+                stack.enter_context(locked(launch_lock, "a training run"))
+            stack.enter_context(locked(run_dir / "lock", "a training run"))
+        temporary = temporary_of(run_dir)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(exist_ok=True)
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
     except StorageInUseError as error:
         raise ConfigError(str(error), "run_dir") from error
     except OSError as error:

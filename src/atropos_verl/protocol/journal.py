@@ -9,13 +9,13 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from atropos_verl.errors import CheckpointError
-from atropos_verl.storage import write_atomic
+from atropos_verl.storage import sync_to_disk, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -113,10 +113,8 @@ class BatchJournal:
 
     def drop(self, entry: JournalEntry) -> None:
         """Delete a batch that nobody needs from here."""
-        # The batch first: without its note it would count as not trained on.
         with self._lock:
-            for path in (entry.path, *entry.path.parent.glob(f"{entry.path.stem}.*")):
-                self._remove(path)
+            self._forget([entry])
 
     def discard_through(self, step: int) -> int:
         """Forget the batches that steps up to and including ``step`` consumed, a durable checkpoint holding their
@@ -128,12 +126,12 @@ class BatchJournal:
             done = self._select(lambda entry: entry.step is not None and entry.step <= step and not entry.is_owed)
             if step > self._covered:
                 self._covered, self._covered_before = step, self._covered
-            for entry in done:
-                self._move(entry, self._kept) if self._keep else self.drop(entry)
+            self._forget(done, self._kept if self._keep else None)
             before = self._covered_before
             old = [entry for entry in self._scan(self._kept) if entry.step is None or entry.step <= before]
             for entry in old[: max(0, len(old) - self._keep)]:
-                self.drop(entry)
+                for path in self._kept.glob(f"{entry.path.stem}.*"):
+                    self._remove(path)
         return len(done)
 
     def bring_back(self, after_step: int) -> int:
@@ -141,18 +139,28 @@ class BatchJournal:
         with self._lock:
             undone = [entry for entry in self._scan(self._kept) if entry.step is not None and entry.step > after_step]
             for entry in undone:
-                self._move(entry, self.directory)
+                paths = sorted(self._kept.glob(f"{entry.path.stem}.*"), key=lambda path: path == entry.path)
+                for path in paths:  # the batch last, as when it was recorded
+                    self._write(self.directory / path.name, path.read_bytes())
+                for path in paths:
+                    self._remove(path)
         return len(undone)
 
-    def _move(self, entry: JournalEntry, directory: Path) -> None:
-        """Without its note a batch counts as not trained on: it leaves the journal before, and comes back after."""
-        paths = [entry.path, *(path for path in entry.path.parent.glob(f"{entry.path.stem}.*") if path != entry.path)]
+    def _forget(self, entries: Sequence[JournalEntry], directory: Path | None = None) -> None:
+        """Delete them, or move them to ``directory``. Without its note a batch counts as not trained on, so the notes
+        stay until the batches are gone for good."""
         try:
-            directory.mkdir(exist_ok=True)
-            for path in paths if directory == self._kept else reversed(paths):
-                path.replace(directory / path.name)
+            if entries and directory is not None:
+                directory.mkdir(exist_ok=True)
+            batches = [entry.path for entry in entries]
+            notes = [path for batch in batches for path in self.directory.glob(f"{batch.stem}.*") if path != batch]
+            for paths in (batches, notes):
+                for path in paths:
+                    path.unlink(missing_ok=True) if directory is None else path.replace(directory / path.name)
+                if entries:
+                    sync_to_disk(self.directory)
         except OSError as error:
-            raise CheckpointError(f"cannot move {entry.path} to {directory}: {error.strerror}") from error
+            raise CheckpointError(f"cannot delete from {self.directory}: {error}") from error
 
     def read(self, entry: JournalEntry) -> bytes:
         """The batch as it was recorded; a file that has not the length it was written with is an error, too."""
@@ -195,6 +203,7 @@ class BatchJournal:
             return
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            sync_to_disk(self.directory.parent, self.directory.parent.parent)  # the names of it and of the run's
         except OSError as error:
             raise CheckpointError(f"cannot create the batch journal {self.directory}: {error.strerror}") from error
         for torn in sorted([*self.directory.glob(".batch_*.tmp"), *self.directory.glob("batch_*.tmp")]):

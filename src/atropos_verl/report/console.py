@@ -71,12 +71,9 @@ class _Output:
 @contextmanager
 def output_may_close() -> Iterator[None]:
     """While the block runs, standard output and error may be closed, or have been: that ends nothing."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:  # a file opened later would get this number, and all that is printed
-            os.open(os.devnull, os.O_RDWR)
-            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # a file opened later would get its number, and all that children print
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, closefd=False))
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (cast(TextIO, _Output(stream)) for stream in before)
     try:

@@ -230,3 +230,31 @@ def test_dumb_terminal_gets_plain_lines(term: str) -> None:
         "loading the policy ...\nprinted by someone else\nrollout: waiting for a batch ...\nstep 1/12  "
     )
     assert text.endswith("training finished\n  steps       12\n")
+
+
+_PRINTS = """
+import logging, os, sys
+from pathlib import Path
+from atropos_verl.report.console import ProgressReporter, log_to_file, output_may_close
+with output_may_close(), ProgressReporter(total_steps=2) as progress:
+    log_to_file(Path(sys.argv[1]))
+    for number in range(3):
+        progress.note(f"note {number}")
+        sys.stderr.write("an error\\n")
+    os.open(sys.argv[1], os.O_RDONLY)
+    assert os.fstat(1).st_rdev == os.stat("/dev/null").st_rdev, "nothing else has its number"
+"""
+
+
+@pytest.mark.parametrize("how", ["full", "its reader has gone", "closed"])
+def test_an_output_that_cannot_be_written_ends_nothing(tmp_path: Path, how: str) -> None:
+    command = [sys.executable, "-c", _PRINTS, str(tmp_path / "log")]
+    if how == "closed":
+        command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command]
+    with open("/dev/full", "wb") as full:
+        process = subprocess.Popen(command, stdout=full if how == "full" else subprocess.PIPE, stderr=subprocess.STDOUT)
+    if process.stdout is not None:
+        process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    said = (tmp_path / "log").read_text()
+    assert ("cannot be written any more" in said) == (how != "closed")

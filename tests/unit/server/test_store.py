@@ -1,6 +1,7 @@
 """Leases, acks, duplicates, registrations and bounds of the store, on a clock that the test sets."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,6 +135,23 @@ def test_the_same_run_registers_again_with_new_settings() -> None:
     assert (bigger.seqs, bigger.step) == ([0, 1, 2], 8)
     with pytest.raises(ConflictError):
         store.ack(batch.lease_id)
+
+
+def test_the_api_of_a_run_takes_its_trainer_also_from_a_moved_directory(tmp_path: Path) -> None:
+    """Heard a moment ago, with a lease open, under another checkpoint directory; and environments keep their names."""
+    store, _ = store_with(8, data_dir=tmp_path, second_trainer="replace")
+    name = "words"
+    assert store.environments[join(store, desired_name=name)].real_name == "words_0"
+    store.close()
+    clock = Clock()
+    store = Store(ServerSettings(data_dir=tmp_path, second_trainer="replace"), now=clock)
+    assert store.register(TrainerRegistration(**registration(8, checkpoint_dir="/moved"))) == "new"
+    clock.pass_(1.0)
+    # The one before is gone with its run; Atropos keeps an environment's checkpoints under this name.
+    again = join(store, desired_name=name)
+    assert (again, store.environments[again].real_name) == (1, "words_0")
+    assert store.environments[join(store, desired_name=name)].real_name == "words_1", "the one before lives"
+    store.close()
 
 
 def test_a_second_trainer_shares_when_the_server_says_so() -> None:

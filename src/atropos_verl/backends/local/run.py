@@ -83,6 +83,8 @@ def _make_tracker(config: RunConfig, run_dir: Path) -> Callable[[StepReport], No
     # verl's backends write below the working directory unless told otherwise.
     os.environ.setdefault("TENSORBOARD_DIR", str(run_dir / "tensorboard"))
     os.environ.setdefault("WANDB_DIR", str(run_dir))
+    os.environ.setdefault("WANDB_CACHE_DIR", str(run_dir / "wandb" / "cache"))
+    os.environ.setdefault("WANDB_DATA_DIR", str(run_dir / "wandb" / "data"))
     os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(run_dir / "verl_tracking.jsonl"))
     from verl.utils.tracking import Tracking
 

@@ -1,0 +1,102 @@
+"""What is checked before a run writes anything: who holds its directory, and whether its trackers can start."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from atropos_verl.errors import ConfigError, StorageInUseError
+from atropos_verl.launch.plan import take_run_dir
+from atropos_verl.launch.train import _check_trackers
+from atropos_verl.storage import locked, write_atomic
+
+_HOLDER = """
+import sys
+from pathlib import Path
+from atropos_verl.storage import locked
+with locked(Path(sys.argv[1]), "somebody"):
+    print("holds it", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "lock"
+    for end in ("in order", "by kill -9"):
+        command = [sys.executable, "-c", _HOLDER, str(path)]
+        holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert holder.stdin is not None and holder.stdout is not None
+        assert holder.stdout.readline() == b"holds it\n"
+        said = f"{path.parent} is in use by somebody, pid {holder.pid} on {socket.gethostname()}; end it, or choose"
+        with pytest.raises(StorageInUseError, match=re.escape(said)), locked(path, "me"):
+            pytest.fail("it was free")
+        holder.kill() if end == "by kill -9" else holder.stdin.close()
+        holder.wait(timeout=60)
+        holder.stdout.close()
+        with locked(path, "me"):
+            assert path.read_text().startswith("me, pid ")
+        assert path.read_text() == ""
+
+
+def test_a_run_and_a_launch_keep_each_other_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATROPOS_VERL_LAUNCH_OF", "")
+    for holder_is_launch in (False, True):
+        with ExitStack() as holder:
+            take_run_dir(holder, tmp_path, is_launch=holder_is_launch)
+            (tmp_path / "tmp" / "left").touch()
+            monkeypatch.setenv("ATROPOS_VERL_LAUNCH_OF", "")  # what comes next is not of that launch
+            for is_launch in (False, True):
+                with pytest.raises(ConfigError, match=rf"run_dir: .* is in use by a .*, pid {os.getpid()} on "):
+                    take_run_dir(ExitStack(), tmp_path, is_launch=is_launch)
+            if holder_is_launch:
+                monkeypatch.setenv("ATROPOS_VERL_LAUNCH_OF", str(tmp_path))
+                with ExitStack() as trainer:
+                    take_run_dir(trainer, tmp_path)
+                assert (tmp_path / "tmp" / "left").exists(), "the launch's, whose environments live"
+        assert not (tmp_path / "tmp").exists()
+
+
+def test_a_write_that_fails_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(handle: int) -> None:
+        raise OSError(28, "No space left on device")  # the system's own word names none
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/file'"):
+        write_atomic(tmp_path / "file", b"content", durable=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "variables", "netrc", "fault"),
+    [
+        (["wandb"], {}, "", "there is no API key for wandb: run 'wandb login'"),
+        (["console", "wandb"], {}, "machine example.com login x password y", "there is no API key"),
+        (["wandb"], {}, "not a netrc file", "there is no API key"),
+        (["swanlab"], {}, "", "swanlab is not installed: pip install swanlab"),
+        (["wandb"], {"WANDB_MODE": "offline"}, "", None),
+        (["wandb"], {"WANDB_MODE": "disabled"}, "", None),
+        (["wandb"], {"WANDB_API_KEY": "x" * 40}, "", None),
+        (["wandb"], {}, "machine api.wandb.ai login user password xxx", None),
+        (["wandb"], {"WANDB_BASE_URL": "https://example.com"}, "machine example.com login x password y", None),
+        (["console", "file"], {}, "", None),
+        ([], {}, "", None),
+    ],
+)
+def test_a_tracker_that_cannot_start_is_named_before_anything_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], variables: dict[str, str], netrc: str, fault: str
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "netrc").write_text(netrc)
+    for name, value in {"NETRC": str(tmp_path / "netrc"), **variables}.items():
+        monkeypatch.setenv(name, value)
+    if fault is None:
+        _check_trackers(names)
+        return
+    with pytest.raises(ConfigError, match=rf"trainer.logger: {fault}"):
+        _check_trackers(names)
