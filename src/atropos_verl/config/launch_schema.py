@@ -5,9 +5,9 @@ A launch file holds the keys of ``RunConfig`` at its top level and these section
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from atropos_verl.config.schema import (
     EnvConfig,
@@ -20,6 +20,7 @@ from atropos_verl.config.schema import (
     Section,
     SuperviseConfig,
     Variables,
+    Words,
     as_config_error,
     describe,
 )
@@ -29,13 +30,6 @@ MOVED = {"api.server": "is atropos.server now, which main_atropos.py reads too (
 """Keys of earlier versions, and what to write instead."""
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-
-
-def _words(value: Any) -> Any:
-    return [str(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
 
 class EnvironmentConfig(Section):

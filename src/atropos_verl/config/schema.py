@@ -30,13 +30,16 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 def _strings(value: Any) -> Any:
-    """Environment variables are text, YAML's 1 and true are not."""
+    """Variables and arguments are text, YAML's 1 and true are not."""
     if isinstance(value, Mapping):
-        return {str(key): str(item).lower() if isinstance(item, bool) else str(item) for key, item in value.items()}
-    return value
+        return {str(key): _strings(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strings(item) for item in value]
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 Variables = Annotated[dict[str, str], BeforeValidator(_strings)]
+Words = Annotated[tuple[str, ...], BeforeValidator(_strings)]
 
 
 class Section(BaseModel):
@@ -243,7 +246,7 @@ class EnvConfig(Section):
 
     script: str | None = Field(None, description="path of an Atropos environment; null: the demo environment")
     python: str | None = Field(None, description="its interpreter; null: the one that runs the trainer")
-    args: tuple[str, ...] = Field((), description='further arguments, e.g. ["--env.some_key","3"]')
+    args: Words = Field((), description='further arguments, e.g. ["--env.some_key","3"]')
     env: Variables = Field(default_factory=dict, description="its environment variables")
     cwd: str | None = Field(None, description="its working directory; null: the run directory")
     max_batches_offpolicy: PositiveInt | None = Field(

@@ -355,10 +355,11 @@ def test_relative_import_paths_hold_in_the_working_directory_of_a_child(
 
 
 def test_the_one_environment_of_training_has_its_directory_and_variables(tmp_path: Path) -> None:
-    env = {"cwd": str(tmp_path), "env": {"SIZE": 3, "DEBUG": True}}
+    env = {"cwd": str(tmp_path), "env": {"SIZE": 3, "DEBUG": True}, "args": ["--env.x", False, 3]}
     config = RunConfig.from_mapping({"env": env, "atropos": {"api_url": "http://a:8000"}})
     (spec,) = plan_environments(config, one_environment(config), own_api=True, of_training=True)[0]
     assert (spec.cwd, spec.env["SIZE"], spec.env["DEBUG"]) == (tmp_path, "3", "true")
+    assert spec.command[-3:] == ("--env.x", "false", "3")
     with pytest.raises(ConfigError, match=r"env\.cwd: /nowhere is not a directory"):
         wrong = RunConfig.from_mapping({"env": {"cwd": "/nowhere"}, "atropos": {"api_url": "http://a:8000"}})
         plan_environments(wrong, one_environment(wrong), own_api=True, of_training=True)
