@@ -2,7 +2,10 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from atropos_verl.backends.local.worker import PolicyWorker
 from atropos_verl.config.schema import RunConfig
@@ -30,14 +33,17 @@ def _train(worker: PolicyWorker, checkpoint: Path) -> dict[str, object]:
     samples = random_samples(11, vocab_size=200)
     outputs = [worker.train(samples) for _ in range(2)]
     outputs.append(worker.train(samples[:1]))  # fewer samples than ranks
+    first, second = sorted(samples[:2], key=len, reverse=True)
+    untrained = replace(first, loss_mask=np.zeros_like(first.loss_mask))
+    outputs.append(worker.train([untrained, second]))  # rank 0, which has the longest, has nothing to train on
     worker.save_checkpoint(checkpoint, 3)
     logprobs = worker.compute_logprobs(samples)
     worker.load_checkpoint(checkpoint)
     after_load = worker.compute_logprobs(samples)
     return {
         "world_size": worker.world_size,
-        "loss": [o["loss"] for o in outputs],
-        "grad_norm": [o["grad_norm"] for o in outputs],
+        "grad_norm": [o.pop("grad_norm") for o in outputs],
+        "figures": outputs,
         "logprobs": [row.tolist() for row in logprobs],
         "after_load": [row.tolist() for row in after_load],
         "weights": {name: float(tensor.double().abs().sum()) for name, tensor in worker.named_tensors()},

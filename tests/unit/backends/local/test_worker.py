@@ -215,7 +215,8 @@ def test_two_ranks_give_the_loss_of_one(model_path: Path, tmp_path: Path) -> Non
     for kind in ("advantage_weighted_sft", "grpo"):
         a, b = one[kind], two[kind]
         assert (a["world_size"], b["world_size"]) == (1, 2)
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4, abs=1e-6)
+        for figures_a, figures_b in zip(a["figures"], b["figures"], strict=True):
+            assert figures_b == pytest.approx(figures_a, rel=1e-3, abs=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
         for row_a, row_b in zip(a["logprobs"], b["logprobs"], strict=True):
             assert row_b == pytest.approx(row_a, abs=2e-3)
