@@ -52,13 +52,13 @@ class EnvRegistration(msgspec.Struct, kw_only=True):
     """Body of ``POST /register-env``."""
 
     max_token_length: int
-    group_size: _Positive
+    group_size: int
     desired_name: str | None = None
     """atroposlib sends null when no wandb name is set."""
-    weight: Annotated[float, msgspec.Meta(ge=0)] | None = 1.0
-    """Share of the rollouts, relative to the other environments; None: 1. Upstream takes no null here."""
-    min_batch_allocation: Annotated[float, msgspec.Meta(ge=0)] | None = None
-    """Least share of each batch, 0 to 1; None: no minimum."""
+    weight: float | None = 1.0
+    """Share of the rollouts, relative to the other environments; None: 1 (upstream takes no null here); below 0: 0."""
+    min_batch_allocation: float | None = None
+    """Least share of each batch, 0 to 1 (what is outside counts as the nearer one); None: no minimum."""
 
 
 class EnvIdentifier(msgspec.Struct):

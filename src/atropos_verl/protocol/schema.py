@@ -125,7 +125,7 @@ class Refusal(Exception):  # noqa: N818 - a verdict on the sender's data, not an
             "message": self.message,
             "reason": self.reason,
             **{name: value for name, value in named.items() if value not in (None, "")},
-            "value": _json_value(self.value),
+            "value": json_value(self.value),
         }
 
 
@@ -144,17 +144,32 @@ class CheckedGroup:
     tokens: int
     digest: bytes
     """XXH3-128 of its JSON with every key, so that either wire gives the group one name (``wire.decode_group``)."""
-    fields: ScoredData
+    fields: ScoredData | None
+    """None once nobody needs them any more."""
     unknown: tuple[str, ...] = ()
     """Names of fields that this version does not know."""
+
+    @property
+    def decoded(self) -> ScoredData:
+        assert self.fields is not None
+        return self.fields
 
     def complete(self) -> bytes:
         """Its JSON with every key, as trainers get it."""
         return self.raw[:-1] + self.suffix if self.suffix else self.raw
 
 
+class SlowPathError(Exception):
+    """Only Python's reader can tell what is wrong, or take it."""
+
+
 def check_group(
-    raw: bytes, *, vocab_size: int | None = None, environments: int | None = None, strict: bool = False
+    raw: bytes,
+    *,
+    vocab_size: int | None = None,
+    environments: int | None = None,
+    strict: bool = False,
+    quick: bool = False,
 ) -> CheckedGroup:
     """Decode and check one ``ScoredData`` object.
 
@@ -162,10 +177,21 @@ def check_group(
         vocab_size: token ids must be below it.
         environments: ``env_id`` must be below it; None: not checked.
         strict: check the lengths of extras of anonymous groups, too.
+        quick: raise ``SlowPathError`` instead of reading it a second time.
 
     Raises:
         Refusal: it cannot be stored.
     """
+    try:
+        return _checked(raw, vocab_size, environments, strict, quick)
+    except Refusal as refusal:
+        # Inside a string its quotes would be escaped.
+        if refusal.env_id is None and (found := re.findall(rb'"env_id"\s*:\s*"?(\d{1,9})\b', raw)):
+            refusal.env_id = int(found[-1])
+        raise
+
+
+def _checked(raw: bytes, vocab_size: int | None, environments: int | None, strict: bool, quick: bool) -> CheckedGroup:
     raw = raw.strip(b" \t\r\n")
     unknown: tuple[str, ...] = ()
     in_range = True
@@ -174,6 +200,8 @@ def check_group(
             _as_text(raw)
         fields, unknown = read_fields(raw, _decoder(vocab_size, forbid=True), _decoder(vocab_size, forbid=False))
     except (msgspec.DecodeError, RecursionError):
+        if quick:
+            raise SlowPathError from None
         try:
             raw, fields, unknown = _read_again(raw)
         except RecursionError:
@@ -181,21 +209,17 @@ def check_group(
         in_range = False
     env_id = fields.env_id if isinstance(fields.env_id, int) else None
     strict = strict or env_id is not None
-    try:
-        free_fields(fields.free())
-        _check_depth(fields)
-        extras = {name: fields.rows(name) for name in EXTRAS} if strict else {}
-        if strict and isinstance(fields.overrides, list):
-            extras["overrides"] = fields.overrides
-        _check_lengths(fields.tokens, fields.masks, fields.scores, {name: row for name, row in extras.items() if row})
-        if not in_range:
-            for sequence, (tokens, masks) in enumerate(zip(fields.tokens, fields.masks, strict=True)):
-                _check_ids(int_row(tokens, "i", "tokens", sequence), sequence, vocab_size)
-                int_row(masks, "i", "masks", sequence)
-        _check_messages(fields.messages)
-    except Refusal as refusal:
-        refusal.env_id = env_id
-        raise
+    free_fields(fields.free())
+    _check_depth(fields)
+    extras = {name: fields.rows(name) for name in EXTRAS} if strict else {}
+    if strict and isinstance(fields.overrides, list):
+        extras["overrides"] = fields.overrides
+    _check_lengths(fields.tokens, fields.masks, fields.scores, {name: row for name, row in extras.items() if row})
+    if not in_range:
+        for sequence, (tokens, masks) in enumerate(zip(fields.tokens, fields.masks, strict=True)):
+            _check_ids(int_row(tokens, "i", "tokens", sequence), sequence, vocab_size)
+            int_row(masks, "i", "masks", sequence)
+    _check_messages(fields.messages)
     if env_id is not None and environments is not None and not 0 <= env_id < environments:
         known = f"0 to {environments - 1}" if environments else "none is registered"
         message = f"env_id = {_show(env_id)} is not a registered environment ({known}); POST /register-env first"
@@ -207,23 +231,25 @@ def check_group(
     return CheckedGroup(raw, suffix, env_id, len(fields.tokens), tokens_in_all, digest.digest(), fields, unknown)
 
 
-def split_list(body: bytes) -> list[bytes]:
+def split_list(body: bytes, *, quick: bool = False) -> list[bytes]:
     """The groups of a ``/scored_data_list`` body, undecoded.
 
     Raises:
-        Refusal: it is not a JSON list.
+        Refusal: it is not a JSON list. ``SlowPathError`` as ``check_group``.
     """
     try:
         return [bytes(part) for part in msgspec.json.decode(body, type=list[msgspec.Raw])]
     except (msgspec.DecodeError, RecursionError) as error:
+        if quick:
+            raise SlowPathError from None
         why = error
     try:
         found = json.loads(_as_text(body))
+        if not isinstance(found, list):
+            raise Refusal("type", f"the body is not a list of groups ({why})")
+        return [json.dumps(entry).encode() for entry in found]
     except (ValueError, RecursionError) as error:
         raise Refusal("malformed_json", f"the body is not JSON: {error}") from None
-    if not isinstance(found, list):
-        raise Refusal("type", f"the body is not a list of groups ({why})")
-    return [json.dumps(entry).encode() for entry in found]
 
 
 def _as_text(raw: bytes) -> str:
@@ -616,6 +642,13 @@ def _temperatures(group: ScoredGroup, i: int) -> Iterator[tuple[str, Any]]:
 
 def _show(value: Any) -> str:
     """JSON of a value, cut to a length that a log line can hold."""
+    if isinstance(value, list | dict):
+        text = ""
+        for piece in json.JSONEncoder().iterencode(value):
+            text += piece
+            if len(text) > _SHOWN:
+                return f"{text[:_SHOWN]}…"
+        return text
     try:
         return _cut(json.dumps(value))
     except ValueError:
@@ -626,10 +659,11 @@ def _cut(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"
 
 
-def _json_value(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """A value short enough, and JSON enough, for an answer."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int | float):
-        return value if abs(value) < 2**63 and math.isfinite(value) else str(value)
-    return str(value)[:100].encode("utf-8", "replace").decode()
+        return value if abs(value) < 2**63 and math.isfinite(value) else _show(value)
+    text = value[:100] if isinstance(value, str) else _show(value)
+    return text.encode("utf-8", "replace").decode()

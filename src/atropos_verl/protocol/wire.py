@@ -252,7 +252,7 @@ def _encode_numpy(value: Any) -> Any:
 
 def pack_group(group: CheckedGroup) -> bytes:
     """Encodes one group for the packed wire."""
-    fields = group.fields
+    fields = group.decoded
     blobs: list[bytes] = []
     arrays: list[tuple[str, str, int, int]] = []
     offset = 0

@@ -26,7 +26,7 @@ from starlette.types import Message, Receive, Scope, Send
 from atropos_verl.errors import StorageWriteError
 from atropos_verl.http_thread import environment_token, foreign_page, has_token
 from atropos_verl.protocol.messages import AckRequest, EnvIdentifier, EnvRegistration, TrainerRegistration
-from atropos_verl.protocol.schema import CheckedGroup, Refusal, check_group, split_list
+from atropos_verl.protocol.schema import CheckedGroup, Refusal
 from atropos_verl.protocol.wire import MEDIA_TYPE, pack_group
 from atropos_verl.server.batcher import StoredGroup
 from atropos_verl.server.bodies import (
@@ -41,6 +41,7 @@ from atropos_verl.server.bodies import (
     lease_seconds,
     read_body,
 )
+from atropos_verl.server.body_checker import BodyChecker, ExaminedGroup, Rules
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.status import Counters, Metrics, env_status, environments, status
 from atropos_verl.server.status_barrier import StatusBarrier
@@ -60,8 +61,8 @@ _CLIENT_GONE = 499
 _PACKED_SHARE = 0.2
 """Bytes of packed groups kept ahead of need, over those received. (A packed group has about a third of its JSON.)"""
 _NOT_REGISTERED = {"status": "error", "message": "Trainer not registered. Call /register first.", "batch": []}
-_SHOWN_TEXT = 400
-_SHOWN_ROWS = 16
+_MAX_UNKNOWN = 1000
+_SHOWN_NAME = 80
 _EXAMPLE = "tokens masks scores advantages ref_logprobs generation_params inference_logprobs messages images"
 
 
@@ -79,6 +80,8 @@ class TrajectoryApi:
         """By the client's address; fed by ``bodies.protocol_class``. Empty under a server that tells nothing."""
         self._metrics = Metrics(self.store, self.counters)
         self._barrier = StatusBarrier()
+        self.checker = BodyChecker()
+        self._unknown: set[str] = set()
         self._page = Path(__file__).with_name("page.html").read_bytes()
         reset: dict[str, Handler] = {"POST": self.reset_data}
         if self.store.settings.allow_get_reset:
@@ -133,7 +136,10 @@ class TrajectoryApi:
 
         preflight = scope["method"] == "OPTIONS" and allowed_origin
         answer = Response(status_code=204) if preflight else self._refused(request)
-        await (answer or self._app)(scope, receive, send_counted)
+        try:
+            await (answer or self._app)(scope, receive, send_counted)
+        finally:
+            self.counters.bytes_held -= scope.pop("bytes_held", 0)
 
     def _route(self, path: str, by_method: dict[str, Handler]) -> Route:
         async def endpoint(request: Request) -> Response:
@@ -156,8 +162,8 @@ class TrajectoryApi:
         route.methods = set(by_method)  # without HEAD, which would hand a batch out
         return route
 
-    async def _body(self, request: Request) -> bytes:
-        return await read_body(request, self.store.settings)
+    async def _body(self, request: Request, *, is_data: bool = False) -> bytes:
+        return await read_body(request, self.store.settings, self.counters, is_data=is_data)
 
     def _connection(self, request: Request) -> Connection | None:
         return self.connections.get(request.scope.get("client"))
@@ -166,6 +172,7 @@ class TrajectoryApi:
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         ticker = asyncio.create_task(self._tick())
         yield
+        self.checker.close()
         ticker.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await ticker
@@ -183,6 +190,9 @@ class TrajectoryApi:
         if isinstance(error, Refusal | BodyError):
             self.counters.refused[error.reason] += 1
             about = {"event": "refused", "reason": error.reason}
+            environment = self.store.environment(error.env_id) if isinstance(error, Refusal) else None
+            if environment is not None:
+                environment.refused += 1
             logger.warning("%s refused: %s", request.scope["path"], error, extra=about)
         match error:
             case Refusal():
@@ -190,6 +200,8 @@ class TrajectoryApi:
             case BodyError():
                 # The rest of the body is not read: the connection cannot be used again.
                 status_code, headers = error.status, {"connection": "close"}
+                if status_code == 503:
+                    headers["retry-after"] = "1"
             case QueueFullError():
                 self.counters.refused["queue_full"] += 1
                 status_code, headers = 429, {"retry-after": "1"}
@@ -294,15 +306,21 @@ class TrajectoryApi:
 
     async def _take(self, request: Request, *, is_list: bool) -> Response:
         store, counters = self.store, self.counters
-        body = await self._body(request)
-        key, digest = idempotency(request, body)
+        body = await self._body(request, is_data=True)
+        key, digest = await idempotency(request, body)
         answer = store.replied(key, digest)
         if answer is not None:
             return Response(answer, media_type="application/json")
-        if is_list:
-            groups = [self._checked(raw, index) for index, raw in enumerate(split_list(body))]
-        else:
-            groups = [self._checked(body, None)]
+        trainer = store.registration
+        rules = Rules(
+            vocab_size=None if trainer is None else trainer.vocab_size,
+            environments=len(store.environments),
+            strict=store.settings.strict,
+            largest=trainer.batch_size if trainer is not None and trainer.batch_fill == "exact" else None,
+            packs=store.wants_packed,
+        )
+        examined = await self.checker.check(body, is_list, rules)
+        groups = [group.checked for group in examined]
         env_id = groups[0].env_id if groups else None
         await self._barrier.before_accept(env_id)
         for group in groups:
@@ -312,15 +330,16 @@ class TrajectoryApi:
         answer = store.accept(groups, lambda duplicates: self._reply(groups, duplicates, is_list), key, digest)
         for group in groups:
             store.hear_env(group.env_id)
-        by_digest = {group.digest: group for group in groups}
+        by_digest = {one.checked.digest: one for one in examined}
         for seq in range(first, store.next_seq):
             stored = store.groups[seq]
-            checked = by_digest[stored.digest]
+            one = by_digest[stored.digest]
+            self._warn_of_unknown(one.checked)
             # After the answer, which its sender need not wait for: packing, and freeing some 50,000 numbers.
-            asyncio.get_running_loop().call_soon(self._answered, stored, checked)
-            counters.bytes_in += len(checked.raw)
-            counters.happened(store.now(), groups=1, tokens=checked.tokens)
-            counters.glimpses.append(_glimpse(checked, store.now()))
+            asyncio.get_running_loop().call_soon(self._answered, stored, one)
+            counters.bytes_in += len(stored.raw)
+            counters.happened(store.now(), groups=1, tokens=stored.tokens)
+            counters.glimpses.append({"at": store.now(), "env_id": stored.env_id, **one.glimpse})
         self._barrier.accepted(env_id, self._connection(request))
         return Response(answer, media_type="application/json")
 
@@ -331,33 +350,21 @@ class TrajectoryApi:
             raise Refusal("unknown_env", text, "env_id", value=env_id)
         return environment
 
-    def _checked(self, raw: bytes, index: int | None) -> CheckedGroup:
-        store, trainer = self.store, self.store.registration
-        vocab_size = None if trainer is None else trainer.vocab_size
-        try:
-            group = check_group(
-                raw, vocab_size=vocab_size, environments=len(store.environments), strict=store.settings.strict
-            )
-            if trainer is not None and trainer.batch_fill == "exact" and group.size > trainer.batch_size:
-                # It could never be handed out.
-                text = f"tokens has {group.size} sequences, but a batch has {trainer.batch_size} and batch_fill is"
-                raise Refusal("too_large", f"{text} 'exact'", "tokens", value=group.size, env_id=group.env_id)
-        except Refusal as refusal:
-            refusal.group = index
-            environment = store.environment(refusal.env_id)
-            if environment is not None:
-                environment.refused += 1
-            raise
-        return group
+    def _warn_of_unknown(self, group: CheckedGroup) -> None:
+        for name in group.unknown:
+            if name not in self._unknown and len(self._unknown) < _MAX_UNKNOWN:
+                self._unknown.add(name)
+                text = "environment %s sends %s, which is no field of ScoredData: it is not used"
+                logger.warning(text, group.env_id, json.dumps(name)[:_SHOWN_NAME])
 
-    def _answered(self, stored: StoredGroup, checked: CheckedGroup) -> None:
+    def _answered(self, stored: StoredGroup, group: ExaminedGroup) -> None:
         """Pack ahead of need while that takes little beside what was received. Holds the last reference to the
         decoded group."""
         store = self.store
         room = _PACKED_SHARE * (store.held_bytes - store.packed_bytes) - store.packed_bytes
         wanted = store.wants_packed and room > 0
         if wanted and store.groups.get(stored.seq) is stored and stored.packed is None:
-            store.keep_packed(stored, pack_group(checked))
+            store.keep_packed(stored, pack_group(group.checked) if group.packed is None else group.packed)
 
     def _reply(self, groups: Sequence[CheckedGroup], duplicates: int, is_list: bool) -> bytes:
         """Upstream's answer to a POST, made before the groups are queued."""
@@ -452,8 +459,10 @@ class TrajectoryApi:
         return status(self.store)
 
     async def status_env(self, request: Request) -> dict[str, Any]:
-        body, asked = await self._body(request), request.query_params.get("env_id", "")
-        env_id = int(asked) if not body and asked.lstrip("-").isdigit() else decoded(body, EnvIdentifier).env_id
+        body, asked = await self._body(request), request.query_params.get("env_id")
+        if not body and asked is not None:
+            body = msgspec.json.encode({"env_id": asked})
+        env_id = decoded(body, EnvIdentifier).env_id
         self._known_env(env_id)
         self.store.hear_env(env_id)
         await self._barrier.before_status(env_id, self._connection(request))
@@ -480,17 +489,3 @@ class TrajectoryApi:
 
 def _json(fields: Any, status_code: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(fields), status_code, headers, "application/json")
-
-
-def _glimpse(group: CheckedGroup, now: float) -> dict[str, Any]:
-    """The part of an accepted group that the live page shows: its last message, else its first token ids."""
-    text = f"token ids {group.fields.tokens[0][:24]}"
-    messages = group.fields.messages
-    if isinstance(messages, list) and messages and isinstance(messages[0], list) and messages[0]:
-        last = messages[0][-1]
-        content = last.get("content")
-        said = content if isinstance(content, str) else json.dumps(content)
-        text = f"{last.get('role')}: {said}"
-    lengths = [len(row) for row in group.fields.tokens[:_SHOWN_ROWS]]
-    scores = group.fields.scores[:_SHOWN_ROWS]
-    return {"at": now, "env_id": group.env_id, "scores": scores, "lengths": lengths, "text": text[:_SHOWN_TEXT]}

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 import ipaddress
+import re
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -27,11 +28,18 @@ from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.status import Counters
 from atropos_verl.server.store import Batch, Store
 
-_T = TypeVar("_T")
+_T = TypeVar("_T", bound=msgspec.Struct)
+_MAX_INT = 2**63 - 1
+_MAX_FLOAT = 1e15
 _GZIP = 16 + zlib.MAX_WBITS
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
-_IN_THREAD = 256 * 2**10
+_IN_THREAD = 16 * 2**10
 """Compressed bytes from which inflating is left to a thread (zlib lets the event loop run meanwhile)."""
+_MAX_MEMBERS = 16_384
+_FIRST_CHUNK = 512
+_PADDING = re.compile(rb"\0*")
+_SMALL_BODY = 2**20
+"""Bytes of any body that holds no groups."""
 _MAX_KEY = 255
 _MIN_COMPRESSED = 1000
 """Bytes; shorter answers are sent as they are (upstream's bound)."""
@@ -49,20 +57,24 @@ class BodyError(AtroposVerlError):
         self.status, self.reason = status, reason
 
 
-async def read_body(request: Request, settings: ServerSettings) -> bytes:
-    """The whole body, decompressed. Raises ``ClientDisconnect``, or ``BodyError``: 408 (silent for ``body_timeout``
-    seconds), 413 (longer than a bound), 415 (an encoding that is not gzip), 400 (not the encoding it says)."""
+async def read_body(request: Request, settings: ServerSettings, counters: Counters, *, is_data: bool = False) -> bytes:
+    """The whole body, decompressed; one that ``is_data`` (groups) may be long. Raises ``ClientDisconnect``, or
+    ``BodyError``: 408 (silent for ``body_timeout`` seconds), 413 (longer than a bound), 415 (an encoding that is not
+    gzip), 400 (not the encoding it says), 503 (too many others are being read)."""
+    longest = settings.max_body_bytes if is_data else min(_SMALL_BODY, settings.max_body_bytes)
+    inflated = settings.max_inflated_bytes if is_data else min(_SMALL_BODY, settings.max_inflated_bytes)
     encoding = request.headers.get("content-encoding", "").strip().lower()
     announced = request.headers.get("content-length", "")
     parts: list[bytes] = []
-    length = int(announced) if announced.isdigit() else 0
-    _check_length(length, settings.max_body_bytes, "body", "max_body_bytes")
+    length = int(announced) if announced.isdecimal() and len(announced) < 20 else 0
+    _check_length(length, longest, "body", "max_body_bytes")
     length, loop = 0, asyncio.get_running_loop()
     try:
         async with asyncio.timeout(settings.body_timeout) as silence:
             async for part in request.stream():
                 length += len(part)
-                _check_length(length, settings.max_body_bytes, "body", "max_body_bytes")
+                _check_length(length, longest, "body", "max_body_bytes")
+                _hold(request, len(part), settings, counters)
                 parts.append(part)
                 silence.reschedule(loop.time() + settings.body_timeout)
     except TimeoutError:
@@ -70,13 +82,22 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
         raise BodyError(408, "body_timeout", text) from None
     body = parts[0] if len(parts) == 1 else b"".join(parts)
     if encoding in ("", "identity"):
-        _check_length(length, settings.max_inflated_bytes, "body", "max_inflated_bytes")
+        _check_length(length, inflated, "body", "max_inflated_bytes")
         return body
     if encoding not in ("gzip", "x-gzip", "deflate"):
         raise BodyError(415, "encoding", f"content-encoding {encoding!r} is not supported; send gzip, or none")
-    if length < _IN_THREAD:
-        return _inflate(body, settings.max_inflated_bytes)
-    return await asyncio.to_thread(_inflate, body, settings.max_inflated_bytes)
+    body = _inflate(body, inflated) if length < _IN_THREAD else await asyncio.to_thread(_inflate, body, inflated)
+    _hold(request, len(body), settings, counters)
+    return body
+
+
+def _hold(request: Request, length: int, settings: ServerSettings, counters: Counters) -> None:
+    """Count bytes of a request that is not answered yet."""
+    if counters.bytes_held + length > settings.max_bytes_at_once:
+        text = f"{counters.bytes_held} bytes of other requests are being read (max_bytes_at_once); send it again later"
+        raise BodyError(503, "busy", text)
+    counters.bytes_held += length
+    request.scope["bytes_held"] = request.scope.get("bytes_held", 0) + length
 
 
 def _check_length(length: int, limit: int, what: str, name: str) -> None:
@@ -85,31 +106,54 @@ def _check_length(length: int, limit: int, what: str, name: str) -> None:
 
 
 def _inflate(body: bytes, limit: int) -> bytes:
-    """All members of a gzip (or zlib) body. Stops at ``limit`` bytes, however much more there is."""
-    inflated = b""
-    while body:
-        inflater = zlib.decompressobj(_GZIP_OR_ZLIB)
-        try:
-            part = inflater.decompress(body, limit + 1 - len(inflated))
-        except zlib.error as error:
-            raise BodyError(400, "encoding", f"Invalid gzip payload: {error}") from None
-        inflated = inflated + part if inflated else part
-        _check_length(len(inflated), limit, "inflated body", "max_inflated_bytes")
-        if not inflater.eof:
-            raise BodyError(400, "encoding", "Invalid gzip payload: it is cut off")
-        body = inflater.unused_data.lstrip(b"\0")  # padding after the last member is allowed
-    return inflated
+    """All members of a gzip (or zlib) body, in time linear in it. Stops at ``limit`` bytes, whatever follows."""
+    parts: list[bytes] = []
+    total = at = 0
+    for _ in range(_MAX_MEMBERS):
+        if at == len(body):
+            return b"".join(parts)
+        inflater, size = zlib.decompressobj(_GZIP_OR_ZLIB), _FIRST_CHUNK
+        while not inflater.eof:
+            chunk = body[at : at + size]
+            if not chunk:
+                raise BodyError(400, "encoding", "Invalid gzip payload: it is cut off")
+            try:
+                parts.append(inflater.decompress(chunk, limit + 1 - total))
+            except zlib.error as error:
+                raise BodyError(400, "encoding", f"Invalid gzip payload: {error}") from None
+            total += len(parts[-1])
+            _check_length(total, limit, "inflated body", "max_inflated_bytes")
+            # What follows the member is copied out of each chunk, so chunks begin small.
+            at += len(chunk) - len(inflater.unused_data) - len(inflater.unconsumed_tail)
+            size = min(2 * size, _CHUNK)
+        padding = _PADDING.match(body, at)
+        at = at if padding is None else padding.end()
+    raise BodyError(400, "encoding", f"Invalid gzip payload: more than {_MAX_MEMBERS} members")
 
 
 def decoded(body: bytes, kind: type[_T]) -> _T:
-    """The JSON of a body as a ``kind``. Raises ``Refusal`` that names the field."""
+    """The JSON of a body as a ``kind``, numbers converted as upstream does. Raises ``Refusal`` that names the field."""
     try:
-        return msgspec.json.decode(body, type=kind, strict=False)
+        try:
+            found = msgspec.json.decode(body, type=kind, strict=False)
+        except msgspec.ValidationError as error:
+            fields = {} if "got `bool`" not in str(error) else msgspec.json.decode(body, type=dict[str, Any])
+            if not fields:
+                raise
+            plain = {name: int(value) if isinstance(value, bool) else value for name, value in fields.items()}
+            found = msgspec.convert(plain, kind, strict=False)
     except msgspec.ValidationError as error:
         field = str(error).rpartition("$.")[2].strip("`") if "$." in str(error) else ""
         raise Refusal("type", str(error), field) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Refusal("malformed_json", f"the body is not JSON: {error}") from None
+    for name in kind.__struct_fields__:
+        value = getattr(found, name)
+        limit = _MAX_INT if isinstance(value, int) else _MAX_FLOAT
+        if isinstance(value, int | float) and not -limit <= value <= limit:
+            shown = f"{value:g}" if isinstance(value, float) else "an integer of more than 64 bits"
+            raise Refusal("value", f"{name} = {shown}: must be from -{limit:g} to {limit:g}", name, value=value)
+    return found
 
 
 def lease_seconds(value: object, longest: float, name: str) -> float:
@@ -124,7 +168,7 @@ def lease_seconds(value: object, longest: float, name: str) -> float:
     return seconds
 
 
-def idempotency(request: Request, body: bytes) -> tuple[str | None, bytes]:
+async def idempotency(request: Request, body: bytes) -> tuple[str | None, bytes]:
     """The Idempotency-Key and the digest of its request; (None, b"") without one. Raises ``Refusal``."""
     key = request.headers.get("idempotency-key")
     if key is None:
@@ -132,7 +176,12 @@ def idempotency(request: Request, body: bytes) -> tuple[str | None, bytes]:
     key = key.strip()
     if not 0 < len(key) <= _MAX_KEY:
         raise Refusal("idempotency", f"Idempotency-Key must have 1 to {_MAX_KEY} characters, not {len(key)}")
-    return key, hashlib.sha256(request.scope["path"].encode() + b"\n" + body).digest()[:16]
+    digest = hashlib.sha256(request.scope["path"].encode() + b"\n")
+    if len(body) < _IN_THREAD:
+        digest.update(body)
+    else:
+        await asyncio.to_thread(digest.update, body)
+    return key, digest.digest()[:16]
 
 
 def batch_parts(groups: Iterable[StoredGroup], *, packed: bool) -> list[bytes]:

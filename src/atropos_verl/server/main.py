@@ -112,6 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-queue-bytes", type=int, default=known.max_queue_bytes)
     add("--max-body-bytes", type=int, default=known.max_body_bytes, help="longest body as sent")
     add("--max-inflated-bytes", type=int, default=known.max_inflated_bytes, help="longest body once inflated")
+    add("--max-bytes-at-once", type=int, default=known.max_bytes_at_once, help="of all requests being read")
     add("--compression", choices=COMPRESSIONS, default=known.compression, help="auto: not to this machine")
     add("--strict", action="store_true", help="check lengths of per-token extras of anonymous groups, too")
     add("--log-format", choices=("text", "json"), default="text")

@@ -31,6 +31,8 @@ class ServerSettings:
     """Longest request body as sent (compressed)."""
     max_inflated_bytes: int = 512 * 2**20
     """Longest request body once inflated."""
+    max_bytes_at_once: int = 2**30
+    """Bytes of all requests that are being read or checked."""
     max_queue_groups: int = 200_000
     """Groups waiting (handed-out ones not counted)."""
     max_queue_bytes: int = 8 * 2**30

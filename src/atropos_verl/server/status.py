@@ -113,6 +113,8 @@ class Counters:
     """(path, HTTP status) → requests."""
     refused: Counter[str] = field(default_factory=Counter)
     """Reason → groups or requests refused."""
+    bytes_held: int = 0
+    """Bytes of requests that are not answered yet."""
     bytes_in: int = 0
     """Inflated bytes of accepted posts."""
     bytes_out: int = 0

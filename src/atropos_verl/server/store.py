@@ -43,6 +43,10 @@ _TABLES: dict[str, type[int] | type[str]] = {
     **dict.fromkeys(("environments", "groups", "bodies"), int),
     **dict.fromkeys(("state", "batches", "leases", "keys", "recent"), str),
 }
+_MAX_WEIGHT = 1e9
+_MAX_BATCH = 2**16
+_MAX_ENVIRONMENTS = 10_000
+_MAX_NAME = 200
 _REMEMBERED_LEASES = 65_536
 _REMEMBERED_KEYS = 100_000
 _EARLIER_LEASES = 8
@@ -78,6 +82,14 @@ class Environment(msgspec.Struct, kw_only=True):
     sequences: int = 0
     duplicates: int = 0
     refused: int = 0
+
+    def __post_init__(self) -> None:
+        """Also for what an earlier version stored: every figure is of use, and every name is safe to log."""
+        self.real_name, self.desired_name = printable(self.real_name), printable(self.desired_name)
+        self.max_context_len, self.group_size = max(0, self.max_context_len), max(1, self.group_size)
+        self.weight = min(max(0.0, self.weight), _MAX_WEIGHT)
+        if self.min_batch_allocation is not None:
+            self.min_batch_allocation = min(max(0.0, self.min_batch_allocation), 1.0)
 
 
 @dataclass(slots=True)
@@ -298,6 +310,9 @@ class Store:
 
         Raises ``Refusal`` (unknown setting) or ``ConflictError`` (another run's trainer is active, not shared).
         """
+        if registration.batch_size > _MAX_BATCH:
+            message = f"batch_size = {registration.batch_size}: must be at most {_MAX_BATCH} sequences"
+            raise Refusal("value", message, "batch_size", value=registration.batch_size)
         if registration.batch_fill not in BATCH_FILLS:
             message = f"batch_fill = {registration.batch_fill!r} must be one of {', '.join(BATCH_FILLS)}"
             raise Refusal("value", message, "batch_fill", value=registration.batch_fill)
@@ -336,7 +351,10 @@ class Store:
         """Register an environment; None while no trainer has asked for a batch."""
         if not self.started or self.registration is None:
             return None
-        name = request.desired_name or "env"
+        if len(self.environments) >= _MAX_ENVIRONMENTS:
+            text = f"{_MAX_ENVIRONMENTS} environments have registered; reset the server (/reset_data)"
+            raise QueueFullError(text)
+        name = printable(request.desired_name or "env")[:_MAX_NAME]
         # An environment that starts again gets its name again, under which Atropos keeps its checkpoints.
         taken = {other.real_name for other in self.alive() if other.heard_at > self._opened_at}
         environment = Environment(
@@ -670,6 +688,11 @@ class Store:
             minimums={env_id: minimum for env_id, minimum in minimums.items() if minimum > 0},
             anyone_sending=bool(alive) or (bool(self.environments) and expected),
         )
+
+
+def printable(text: str) -> str:
+    """Without what a terminal obeys: line ends, escapes, marks that turn the text around."""
+    return "".join([mark if mark.isprintable() else "?" for mark in text])
 
 
 def _in_order(rows: Mapping[Key, bytes], kind: type[_T]) -> list[tuple[str, _T]]:

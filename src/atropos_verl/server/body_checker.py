@@ -1,0 +1,142 @@
+"""Checks posted groups; large ones in a process of its own.
+
+A decoder holds the interpreter for as long as it reads: a group of 27 MB would stop the event loop for 0.2 s, one with
+a wrong type, which Python's reader takes apart, for many seconds. A thread would not help.
+"""
+
+import asyncio
+import json
+import multiprocessing
+import signal
+from dataclasses import dataclass
+from multiprocessing.connection import Connection as Pipe
+from typing import Any
+
+from atropos_verl.protocol.schema import CheckedGroup, Refusal, SlowPathError, check_group, json_value, split_list
+from atropos_verl.protocol.wire import pack_group
+from atropos_verl.server.bodies import BodyError
+
+_LARGE = 1 << 20
+"""Bytes of a body that is always checked in the other process: 8 ms."""
+_SLOW = 64 << 10
+"""Bytes from which the second, slow reader is left to the other process: 10 ms."""
+_SHOWN_TEXT = 400
+_SHOWN_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a group is checked against."""
+
+    vocab_size: int | None
+    environments: int
+    strict: bool
+    largest: int | None
+    """Sequences of a batch that must be exact: a larger group could never be handed out."""
+    packs: bool
+    """The packed form will be wanted."""
+
+
+@dataclass(slots=True)
+class ExaminedGroup:
+    """A group that may be stored, and what is made of its decoded form, which is not kept."""
+
+    checked: CheckedGroup
+    glimpse: dict[str, Any]
+    """What the live page shows."""
+    packed: bytes | None = None
+
+
+def check_body(body: bytes, is_list: bool, rules: Rules, *, quick: bool = False) -> list[ExaminedGroup]:
+    """The groups of a post. Raises ``Refusal``, and if ``quick`` ``SlowPathError`` where a second reading is needed."""
+    groups = []
+    for index, raw in enumerate(split_list(body, quick=quick) if is_list else [body]):
+        try:
+            checked = check_group(
+                raw, vocab_size=rules.vocab_size, environments=rules.environments, strict=rules.strict, quick=quick
+            )
+            if rules.largest is not None and checked.size > rules.largest:
+                text = f"tokens has {checked.size} sequences, but a batch has {rules.largest} and batch_fill is 'exact'"
+                raise Refusal("too_large", text, "tokens", value=checked.size, env_id=checked.env_id)
+        except Refusal as refusal:
+            refusal.group = index if is_list else None
+            refusal.value = json_value(refusal.value)  # a large or deep one is not to be sent between processes
+            raise
+        groups.append(ExaminedGroup(checked, _glimpse(checked)))
+    return groups
+
+
+class BodyChecker:
+    """Belongs to the event loop. The process starts with the first large body."""
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()
+        self._pipe: Pipe | None = None
+
+    async def check(self, body: bytes, is_list: bool, rules: Rules) -> list[ExaminedGroup]:
+        """Raises ``Refusal``; ``BodyError`` 503 when the process was killed."""
+        if len(body) <= _LARGE:
+            try:
+                return check_body(body, is_list, rules, quick=len(body) > _SLOW)
+            except SlowPathError:
+                pass
+        async with self._turn:
+            return await asyncio.to_thread(self._ask, body, is_list, rules)
+
+    def close(self) -> None:
+        """End the process, which reads the end of the pipe."""
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
+
+    def _ask(self, body: bytes, is_list: bool, rules: Rules) -> list[ExaminedGroup]:
+        try:
+            if self._pipe is None:
+                context = multiprocessing.get_context("spawn")
+                self._pipe, theirs = context.Pipe()
+                context.Process(target=_work, args=(theirs,), name="body-checker", daemon=True).start()
+                theirs.close()
+            self._pipe.send((is_list, rules))
+            self._pipe.send_bytes(body)
+            found = self._pipe.recv()
+        except (EOFError, OSError):
+            self.close()
+            text = "the process that checks large bodies was ended (is memory short?); send the group again"
+            raise BodyError(503, "checker", text) from None
+        if isinstance(found, Refusal):
+            raise found
+        groups: list[ExaminedGroup] = found
+        return groups
+
+
+def _work(pipe: Pipe) -> None:
+    """Answers until the server has closed its end, or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while True:
+        try:
+            is_list, rules = pipe.recv()
+            body = pipe.recv_bytes()
+        except EOFError:
+            return
+        try:
+            answer: Any = check_body(body, is_list, rules)
+            for group in answer:
+                group.packed = pack_group(group.checked) if rules.packs else None
+                group.checked.fields = None
+        except Refusal as refusal:
+            answer = refusal
+        pipe.send(answer)
+
+
+def _glimpse(group: CheckedGroup) -> dict[str, Any]:
+    """The part of an accepted group that the live page shows: its last message, else its first token ids."""
+    fields = group.decoded
+    text = f"token ids {fields.tokens[0][:24]}"
+    messages = fields.messages
+    if isinstance(messages, list) and messages and isinstance(messages[0], list) and messages[0]:
+        last = messages[0][-1]
+        content = last.get("content")
+        said = content if isinstance(content, str) else json.dumps(content)
+        text = f"{last.get('role')}: {said[:_SHOWN_TEXT]}"
+    lengths = [len(row) for row in fields.tokens[:_SHOWN_ROWS]]
+    return {"scores": fields.scores[:_SHOWN_ROWS], "lengths": lengths, "text": text[:_SHOWN_TEXT]}

@@ -1,0 +1,89 @@
+"""Seeded requests over all routes of the API: no answer is a failure of the server, and its state stays consistent.
+
+``ATROPOS_VERL_FUZZ=500000`` (``make fuzz``) sends so many, and looks at the memory.
+"""
+
+import gc
+import os
+
+import psutil
+import pytest
+from support.request_fuzz import FuzzedRoute, RequestFuzzer, answer_of, check_answer
+from support.trajectory_server import Clock, group, registration
+
+from atropos_verl.server.app import TrajectoryApi
+from atropos_verl.server.settings import ServerSettings
+
+_HELLO = {"max_token_length": 64, "desired_name": "words", "weight": 1.0, "group_size": 4, "min_batch_allocation": 0.5}
+_FULL = group(
+    5,
+    2,
+    env_id=0,
+    advantages=[[0.5, 1, 2], [0, 0, 1]],
+    inference_logprobs=[[1.0, -0.5, -2.0], []],
+    messages=[[{"role": "user", "content": "hej"}], []],
+    overrides=[{"temperature": 1.0}, {}],
+    generation_params={"temperature": 0.7},
+    images=["a"],
+    seed=3,
+)
+_GROUPS = [group(1, 4, env_id=0), group(2, 3), _FULL]
+_BODIES = {
+    "/register": [registration(8), registration(6, batch_fill="at_least", vocab_size=150, min_allocation_wait=1.0)],
+    "/register-env": [_HELLO],
+    "/disconnect-env": [{"env_id": 0}],
+    "/status-env": [{"env_id": 0}, {"env_id": 1}],
+    "/scored_data": _GROUPS,
+    "/scored_data_list": [_GROUPS, _GROUPS[:1], []],
+    "/batch/ack": [{"lease_id": "x"}],
+    "/batch/renew": [{"lease_id": "x", "seconds": 5}],
+    "/batch/release": [{"lease_id": "x"}],
+}
+
+
+def check_consistent(app: TrajectoryApi) -> None:
+    store = app.store
+    out = [seq for batch in store.outstanding.values() for seq in batch.seqs]
+    back = [seq for batch in store.returned for seq in batch.seqs]
+    waiting = [group.seq for members in store.queue.classes.values() for group in members]
+    assert sorted(out + back + waiting) == sorted(store.groups)
+    assert store.queue.groups == len(waiting) + len(back)
+    assert store.queue.sequences == sum(store.groups[seq].size for seq in waiting + back)
+    assert store.held_bytes == sum(group.held_bytes for group in store.groups.values())
+    assert app.counters.bytes_held == 0
+
+
+@pytest.mark.parametrize("token", [None, "T"])
+async def test_no_request_makes_the_api_fail(token: str | None) -> None:
+    count = int(os.environ.get("ATROPOS_VERL_FUZZ", 5000)) // 2
+    clock = Clock()
+    settings = ServerSettings(
+        token=token,
+        env_timeout=50.0,
+        trainer_timeout=5.0,
+        max_queue_groups=300,
+        allowed_hosts=("localhost", "127.0.0.1"),
+    )
+    app = TrajectoryApi(settings, now=clock)
+    headers = {} if token is None else {"authorization": "Bearer T"}
+    routes = [
+        FuzzedRoute(method, path, _BODIES.get(path, ()), headers, ("", "?env_id=0") if path == "/status-env" else ("",))
+        for path, by_method in app.handlers.items()
+        for method in by_method
+        if path != "/reset_data"
+    ]
+    often = [route for route in routes if "/scored_data" in route.path or route.path in ("/batch", "/register-env")]
+    routes = [*5 * routes, *20 * often, FuzzedRoute("GET", "/reset_data", (), headers), FuzzedRoute("GET", "/nothing")]
+    sizes = []
+    for number, request in zip(range(count), RequestFuzzer(1 if token else 0, routes), strict=False):
+        status, answer = await answer_of(app, request)
+        check_answer(request, status, answer)
+        clock.pass_(0.05)
+        if number % max(100, count // 50) == 0:
+            check_consistent(app)
+            gc.collect()
+            sizes.append(psutil.Process().memory_info().rss / 2**20)
+    check_consistent(app)
+    assert app.store.totals["batches"] > count / 5000 and len(app.counters.requests) < 200
+    if count > 100_000:
+        assert sizes[-1] - sizes[len(sizes) // 5] < 50, f"memory grows (MiB): {sizes}"
