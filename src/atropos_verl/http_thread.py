@@ -16,6 +16,7 @@ import errno
 import hashlib
 import hmac
 import http.client
+import ipaddress
 import logging
 import os
 import resource
@@ -418,14 +419,17 @@ def listen(host: str, port: int, service: str, advice: str) -> Listener:
 
     Raises ``ServiceError`` with address, cause and ``advice``.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = Listener(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # rebind at once after a restart
+    listener = None
     try:
-        listener.bind((host.strip("[]"), port))
+        found = socket.getaddrinfo(host.strip("[]") or "0.0.0.0", port, type=socket.SOCK_STREAM)
+        family, _, _, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+        listener = Listener(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # rebind at once after a restart
+        listener.bind(address)
         listener.listen(_BACKLOG)
     except OSError as error:
-        listener.close()
+        if listener is not None:
+            listener.close()
         reason = f"{service}: cannot listen on {host}:{port}: {error.strerror or error}. {advice}"
         raise ServiceError(reason, service) from error
     return listener
@@ -437,5 +441,18 @@ def bracketed(host: str) -> str:
 
 
 def reachable(host: str) -> str:
-    """An address of this machine for a wildcard one."""
-    return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host.strip("[]"), host.strip("[]"))
+    """An address at which this machine reaches what listens on ``host``, which may be a wildcard."""
+    host = host.strip("[]")
+    try:
+        address = ipaddress.ip_address(host or "0.0.0.0")
+    except ValueError:  # a name
+        return host
+    return ("127.0.0.1" if address.version == 4 else "::1") if address.is_unspecified else host
+
+
+def is_loopback(host: str) -> bool:
+    """True when what listens on ``host`` is reached from this machine only."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"

@@ -36,7 +36,7 @@ def ask():
     body = {"model": "demo", "prompt": "sun", "max_tokens": 48, "ignore_eos": True, "temperature": 1.0, "n": 4}
     while True:
         request = urllib.request.Request(sys.argv[1] + "/v1/completions", json.dumps(body).encode(),
-                                         {"content-type": "application/json"})
+                                         {"content-type": "application/json", "x-api-key": sys.argv[2]})
         with urllib.request.urlopen(request, timeout=60) as answer:
             answer.read()
         print("answered", flush=True)
@@ -60,7 +60,7 @@ def process(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
         running.wait(timeout=20.0)
 
 
-def environment_command(api_url: str, gateway: str) -> list[str]:
+def environment_command(api_url: str, gateway: str, key: str) -> list[str]:
     """As docs/bring-your-own-environment.md has it."""
     script = REPOSITORY / "examples" / "environments" / "spell_backward.py"
     options = {
@@ -72,15 +72,16 @@ def environment_command(api_url: str, gateway: str) -> list[str]:
         "--env.max_batches_offpolicy": "1",
         "--openai.base_url": f"{gateway}/v1",
         "--openai.server_type": "vllm",
+        "--openai.api_key": key,
         "--openai.model_name": str(DEMO_MODEL),
         "--openai.tokenizer_name": str(DEMO_MODEL),
     }
     return [sys.executable, str(script), "serve", *(word for option in options.items() for word in option)]
 
 
-def abandoned(gateway: str) -> int:
+def abandoned(gateway: str, key: str) -> int:
     """Counts requests to /v1/completions, which only our client calls, that ended because the client went away."""
-    text = httpx.get(f"{gateway}/metrics", timeout=10.0, trust_env=False).text
+    text = httpx.get(f"{gateway}/metrics", headers={"x-api-key": key}, timeout=10.0, trust_env=False).text
     found = re.search(r'requests_total\{endpoint="/v1/completions",status="499"\} (\d+)', text)
     return int(found.group(1)) if found else 0
 
@@ -99,15 +100,20 @@ class Attached:
             run = stack.enter_context(TrainingRun(words, run_dir=self.run_dir))
             run.wait_for_output("environments are to use the gateway at http://127.0.0.1:")
             gateway = run.stdout.split("environments are to use the gateway at ")[1].split("/v1")[0]
-            env = stack.enter_context(process(environment_command(api.url, gateway), directory / "environment.log"))
+            key_file = self.run_dir / "gateway.key"
+            assert f"the gateway's key, in {key_file}" in run.stdout and key_file.stat().st_mode & 0o777 == 0o600
+            key = key_file.read_text().strip()
+            self.without_key = httpx.get(f"{gateway}/v1/models", timeout=10.0, trust_env=False).status_code
+            command = environment_command(api.url, gateway, key)
+            env = stack.enter_context(process(command, directory / "environment.log"))
             log = directory / "client.log"
-            client = stack.enter_context(process([sys.executable, "-c", _CLIENT, gateway], log))
+            client = stack.enter_context(process([sys.executable, "-c", _CLIENT, gateway, key], log))
             run.wait_for_step(1)
             eventually(lambda: log.read_text().count("answered") >= 8, "answers to the client", 60.0)
             client.kill()
             self.killed_at_step = run.trained()
-            eventually(lambda: abandoned(gateway) > 0, "a request of the killed client given up", 60.0)
-            self.abandoned = abandoned(gateway)
+            eventually(lambda: abandoned(gateway, key) > 0, "a request of the killed client given up", 60.0)
+            self.abandoned = abandoned(gateway, key)
             run.wait_for_step(2)
             with AtroposClient(api.url, timeout=60.0) as poster:
                 poster.post_scored_data_list([case.encode() for case in self.cases])
@@ -128,6 +134,7 @@ def test_attached_to_the_users_api_it_trains_and_ends_only_itself(attached: Atta
     assert "starting the" not in attached.stdout
     assert sorted(path.name for path in (attached.run_dir / "logs").iterdir()) == ["trainer.log"]
     assert attached.others_alive, "API and environment are the user's"
+    assert attached.without_key == 401
 
 
 def test_a_killed_client_of_the_gateway_disturbs_nobody(attached: Attached) -> None:

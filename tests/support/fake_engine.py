@@ -47,6 +47,7 @@ class FakeEngine:
         self.max_context_len = max_context_len
         self.token_delay = token_delay
         self.policy_version = 0
+        self.eos_token_ids = frozenset({258})
         self.requests: list[GenerationRequest] = []
         self.started: list[str] = []
         self.finished: list[str] = []

@@ -13,7 +13,8 @@ from atropos_verl.gateway.app import GatewayServer, create_app
 
 @contextmanager
 def serving(engine: Any, tokenizer: Any, *, model_name: str = "tiny", **options: Any) -> Iterator[httpx.Client]:
-    """Serve ``engine`` and yield a client of it; ``client.base_url`` is the gateway's."""
+    """Serve ``engine`` and yield a client of it; ``client.base_url`` is the gateway's. Clients' templates are run."""
+    options = {"allow_client_templates": True, **options}
     server = GatewayServer(create_app(engine, tokenizer, model_name=model_name, **options))
     server.start(timeout=20.0)
     try:

@@ -4,13 +4,15 @@ Precedence, weakest first: schema defaults, the YAML file, environment variables
 """
 
 import difflib
+import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from atropos_verl.config.launch_schema import MOVED, LaunchConfig, describe_launch
-from atropos_verl.config.schema import RunConfig, apply_environment, describe, help_rows
+from atropos_verl.config.schema import RunConfig, apply_environment, bounds_of, check_bounds, describe, help_rows
 from atropos_verl.errors import ConfigError
 
 SHIPPED = Path(__file__).parent / "shipped"
@@ -25,7 +27,9 @@ def load_config(overrides: Sequence[str], config_dir: Path | None = None, config
     Without ``config_dir`` the YAML files are those of the package; without ``config_name`` the schema's defaults hold.
     """
     values = _compose(overrides, config_dir, config_name or "atropos_schema")
-    return RunConfig.from_mapping(apply_environment(values, command_line_keys=set(map(key_of, overrides))))
+    config = RunConfig.from_mapping(apply_environment(values, command_line_keys=set(map(key_of, overrides))))
+    check_bounds(bounds_of(config))
+    return config
 
 
 def load_launch(
@@ -42,12 +46,36 @@ def load_launch(
     if launch.starts("trainer") and not gateway.get("api_key"):
         # Hex: one base64 key in 64 begins with "-", which an environment takes for an option and exits.
         values["gateway"] = {**gateway, "api_key": secrets.token_hex(24)}
-    return RunConfig.from_mapping(values), launch
+    config = RunConfig.from_mapping(values)
+    ranks = ("trainer_process.nproc", launch.trainer_process.nproc, "batch_size", config.batch_size)
+    check_bounds([*bounds_of(config), (*ranks, "a rank would have nothing to train")])
+    return config, launch
 
 
 def key_of(word: str) -> str:
     """The dotted key of a ``key=value`` word."""
     return word.split("=", 1)[0].lstrip("+~")
+
+
+@contextmanager
+def composition_errors(config_name: str = "") -> Iterator[None]:
+    """What Hydra, OmegaConf and YAML raise for files and words of users becomes a ``ConfigError`` naming the key."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        inner = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+        # Their further lines repeat the key and name a type.
+        lines = [line.strip() for line in str(inner).strip().splitlines()]
+        text = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type=")))
+        if found := re.search(r"Environment variable '(.+)' not found", text):
+            text = f"environment variable {found[1]} is not set; set it, or give the key another value"
+        raise ConfigError(text, str(getattr(inner, "full_key", None) or "")) from None
+    except (YAMLError, UnicodeError, RecursionError) as error:
+        raise ConfigError(f"{config_name} cannot be read: {' '.join(str(error).split())}") from None
 
 
 def compose_with_hydra(config_dir: Path, config_name: str, words: Sequence[str]) -> Any:
@@ -68,7 +96,6 @@ def _compose(
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     rows = [*describe(), *describe_launch(), ("environments",)] if is_launch else describe()
     known = [name for name, *_ in rows]
@@ -95,11 +122,9 @@ def _compose(
         # Without environments: files name their own, and composing merges mappings.
         of_launch = {**defaults, **LaunchConfig().model_dump(mode="json"), "environments": {}}
         ConfigStore.instance().store(name="launch_schema", node=of_launch)
-    try:
+    with composition_errors(config_name):
         composed = compose_with_hydra(config_dir or SHIPPED, config_name, words)
         plain = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"{str(error).strip()}") from None
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 

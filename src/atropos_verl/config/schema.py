@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from atropos_verl.errors import ConfigError
+from atropos_verl.http_thread import is_loopback
 
 _VARIABLES = {
     "ATROPOS_API_URL": ("atropos", "api_url"),
@@ -25,6 +26,7 @@ _VARIABLES = {
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -102,7 +104,7 @@ class OptimConfig(Section):
 
     lr: NonNegative = Field(5e-4, description="learning rate")
     weight_decay: NonNegative = Field(0.0, description="AdamW weight decay")
-    betas: tuple[float, float] = Field((0.9, 0.99), description="AdamW betas")
+    betas: tuple[Below1, Below1] = Field((0.9, 0.99), description="AdamW betas")
     clip_grad: PositiveFloat = Field(1.0, description="bound on the gradient norm")
     lr_warmup_steps: int = Field(0, ge=0, description="linear warm-up, in steps")
     lr_scheduler_type: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
@@ -213,8 +215,20 @@ class GatewayConfig(Section):
 
     host: str = Field("127.0.0.1", description="address to bind")
     port: Port = Field(0, description="0: any free port")
-    api_key: str | None = Field(None, description="bearer key that environments must send")
+    api_key: str | None = Field(None, description="key that environments must send; null: the run makes one")
     advertise_url: str | None = Field(None, description="URL at which environments reach it, if another")
+    allow_client_templates: bool = Field(
+        False, description="run chat templates that requests bring, each in a process of its own; they are programs"
+    )
+
+    def for_app(self) -> dict[str, Any]:
+        """Who may call the gateway, and with what, as ``gateway.app.create_app`` takes it."""
+        host, hosts = self.host.strip("[]").lower(), tuple[str, ...]()
+        if is_loopback(host):  # anywhere else other machines call it by names that nobody knows here
+            advertised = urlsplit(self.advertise_url or "").hostname or host
+            hosts = ("127.0.0.1", "localhost", "::1", host, advertised)
+        templates = self.allow_client_templates
+        return {"api_key": self.api_key, "allowed_hosts": hosts, "allow_client_templates": templates}
 
 
 class InferenceConfig(Section):
@@ -417,7 +431,7 @@ class RunConfig(CommonConfig):
         is_repeated = self.loss.ppo_epochs > 1 or self.loss.ppo_mini_batches > 1
         if is_repeated and self.loss.path is None and self.loss_type != "grpo":
             raise ValueError("loss.ppo_epochs and loss.ppo_mini_batches above 1 need loss.type=grpo (its ratio)")
-        if self.gateway.api_key is None and self.gateway.host not in ("127.0.0.1", "localhost", "::1"):
+        if self.gateway.api_key is None and not is_loopback(self.gateway.host):
             raise ValueError(
                 f"gateway.host={self.gateway.host} serves the policy to the network without a key; set gateway.api_key"
             )
@@ -477,6 +491,33 @@ class RunConfig(CommonConfig):
         if not (path / "config.json").is_file():
             raise ConfigError(f"{path} is not a Hugging Face model directory (no config.json in it)", "model.path")
         return path.absolute()
+
+
+Bound = tuple[str, float, str, float | None, str]
+"""A setting and its value, the setting that bounds it and its value (None: none), and what happens above it."""
+
+
+NO_MICRO_BATCH = "no micro-batch has room for such a sequence"
+
+
+def bounds_of(config: RunConfig) -> list[Bound]:
+    """Settings of a run that bound each other."""
+    supervise, longest, micro_batch = config.supervise, config.max_token_len, config.trainer.max_token_len_per_gpu
+    prompt, context = config.data.max_prompt_length, config.inference.max_context_len
+    return [
+        ("data.max_token_len", longest, "trainer.max_token_len_per_gpu", micro_batch, NO_MICRO_BATCH),
+        ("data.max_prompt_length", prompt, "inference.max_context_len", context, "such a prompt would be refused"),
+        ("loss.ppo_mini_batches", config.loss.ppo_mini_batches, "batch_size", config.batch_size, "some would be empty"),
+        ("supervise.backoff", supervise.backoff, "supervise.max_backoff", supervise.max_backoff, "it is never reached"),
+    ]
+
+
+def check_bounds(bounds: Sequence[Bound]) -> None:
+    """Raises ``ConfigError`` for the first setting above the one that bounds it, with names and values of both."""
+    for name, value, bound_name, bound, reason in bounds:
+        if bound is not None and value > bound:
+            text = f"{name} ({value:g}) is above {bound_name} ({bound:g}): {reason}; raise {bound_name} or lower {name}"
+            raise ConfigError(text)
 
 
 def as_config_error(error: ValidationError, prefix: str = "") -> ConfigError:

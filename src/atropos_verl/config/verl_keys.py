@@ -13,8 +13,16 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from atropos_verl.config.composition import SHIPPED, check_form, compose_with_hydra, did_you_mean, key_of
+from atropos_verl.config.composition import (
+    SHIPPED,
+    check_form,
+    compose_with_hydra,
+    composition_errors,
+    did_you_mean,
+    key_of,
+)
 from atropos_verl.config.schema import (
+    NO_MICRO_BATCH,
     AtroposConfig,
     CommonConfig,
     GroupsConfig,
@@ -26,6 +34,7 @@ from atropos_verl.config.schema import (
     SuperviseConfig,
     apply_environment,
     as_config_error,
+    check_bounds,
     describe,
     help_rows,
 )
@@ -86,9 +95,10 @@ class RayRun:
         return str(self.verl.trainer.v1.trainer_mode)
 
 
+@composition_errors()
 def compose_run(overrides: Sequence[str], config_dir: Path | None = None, config_name: str | None = None) -> Any:
     """The whole configuration with environment variables, the run directory and the model's path filled in."""
-    from omegaconf import open_dict
+    from omegaconf import OmegaConf, open_dict
 
     config = compose_config(overrides, config_dir or SHIPPED, config_name or RAY_DEFAULT)
     with_environment(config, overrides)
@@ -102,9 +112,11 @@ def compose_run(overrides: Sequence[str], config_dir: Path | None = None, config
             from atropos_verl.assets import demo_model_path
 
             model.path = str(demo_model_path())
+    OmegaConf.to_container(config, resolve=True)  # here, where an error names the key, and not when it is read
     return config
 
 
+@composition_errors()
 def compose_config(overrides: Sequence[str], config_dir: Path, config_name: str) -> Any:
     """Compose a Hydra file over verl's ``ppo_trainer`` with ``key=value`` words. Imports no torch.
 
@@ -125,7 +137,7 @@ def compose_config(overrides: Sequence[str], config_dir: Path, config_name: str)
     try:
         return compose_with_hydra(config_dir, config_name, [search_path, *own])
     except (HydraException, OmegaConfBaseException) as error:
-        raise _named(error, words, config_dir, config_name) from None
+        raise (_unknown_key(error, words, config_dir, config_name) or error) from error.__cause__
 
 
 def complete_config(config: Any) -> None:
@@ -156,15 +168,13 @@ def complete_config(config: Any) -> None:
                 actor_rollout.hybrid_engine = False
 
 
+@composition_errors()
 def read_run(config: Any) -> RayRun:
     """Validate the ``atropos`` block and what it needs of verl's keys. Raises ``ConfigError`` naming what is wrong."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     try:
         settings = RaySettings.model_validate(OmegaConf.to_container(config.atropos, resolve=True))
-    except OmegaConfBaseException as error:
-        raise ConfigError(" ".join(str(error).split()), "atropos") from None
     except ValidationError as error:
         raise as_config_error(error, prefix="atropos.") from None
     _check_verl_keys(config)
@@ -176,7 +186,16 @@ def read_run(config: Any) -> RayRun:
             "verl would compute the advantages; set algorithm.adv_estimator=grpo and algorithm.use_kl_in_reward=false",
             "atropos.algorithm.advantage_path",
         )
-    return RayRun(config, settings, _as_run_config(config, settings))
+    run = _as_run_config(config, settings)
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    budget = actor.ppo_max_token_len_per_gpu * (actor.get("ulysses_sequence_parallel_size") or 1)
+    if actor.use_dynamic_bsz:
+        name = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
+        check_bounds([("atropos.data.max_token_len", run.max_token_len, name, budget, NO_MICRO_BATCH)])
+    context = rollout.max_model_len
+    prompt = ("data.max_prompt_length", config.data.max_prompt_length)
+    check_bounds([(*prompt, "actor_rollout_ref.rollout.max_model_len", context, "such a prompt would be refused")])
+    return RayRun(config, settings, run)
 
 
 def with_environment(config: Any, overrides: Sequence[str]) -> None:
@@ -269,15 +288,15 @@ def _check_verl_keys(config: Any) -> None:
         raise ConfigError("validation by verl needs at least one reward worker", "reward.num_workers")
 
 
-def _named(error: Exception, words: Sequence[str], config_dir: Path, config_name: str) -> ConfigError:
-    """Hydra's error with the key in front, and the nearest key that exists."""
+def _unknown_key(error: Exception, words: Sequence[str], config_dir: Path, config_name: str) -> ConfigError | None:
+    """The error for a key that does not exist, with the nearest one that does; None: it is another error."""
     lines = str(error).strip().splitlines()
     for word in words:
         key = key_of(word)
         if any(f"'{key}'" in line for line in lines):
             hint = did_you_mean(key, list(_known_keys(compose_config([], config_dir, config_name))))
             return ConfigError(f"unknown key{hint} (--cfg shows all keys; +{key}=… adds one of verl's own)", key)
-    return ConfigError(" ".join(lines))
+    return None
 
 
 def _known_keys(node: Any, prefix: str = "") -> Iterator[str]:

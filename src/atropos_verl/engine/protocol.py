@@ -23,6 +23,8 @@ class GenerationEngine(Protocol):
     """Version of the weights it holds; -1 before the first update from a trainer."""
     max_context_len: int
     """Prompt plus completion, in tokens, at most."""
+    eos_token_ids: frozenset[int]
+    """They end a completion unless a request ignores them; the one that did is part of its tokens."""
 
     async def agenerate(self, request: GenerationRequest) -> list[Generation]:
         """``request.n`` completions. Cancelling the awaiting task frees the request's slots.

@@ -10,14 +10,16 @@ The life of a generation request::
 import asyncio
 import hmac
 import logging
+import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing
 from functools import partial
 from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -27,23 +29,27 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from atropos_verl.engine.gate import RequestGate
 from atropos_verl.engine.protocol import GenerationEngine
+from atropos_verl.engine.requests import eos_token_ids
 from atropos_verl.gateway.fields import ApiError, Fields, parse_body, to_api_error
 from atropos_verl.gateway.native import generate, generate_trl
 from atropos_verl.gateway.openai import completions
-from atropos_verl.gateway.service import GatewayService
+from atropos_verl.gateway.service import Answer, GatewayService
 from atropos_verl.gateway.text import TextCodec
-from atropos_verl.http_thread import Listener, ServerThread, disconnected
+from atropos_verl.http_thread import Listener, ServerThread, disconnected, foreign_page, has_token
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
 
 logger = logging.getLogger(__name__)
 
-Handler = Callable[[GatewayService, Fields], Awaitable[bytes | AsyncGenerator[bytes, None]]]
+Handler = Callable[[GatewayService, Fields], Answer]
+"""Reads a request; it may take a while for a long one, so it runs in a thread."""
 
 _CANCEL_TIMEOUT = 10.0
 """Seconds a cancelled request may take to let go of the engine before that is logged and left to it."""
-_MAX_BODY_BYTES = 64 << 20
-"""Largest request body: about nine million prompt tokens as JSON."""
+_MAX_BODY_BYTES = 16 << 20
+"""Largest request body: about two million prompt tokens as JSON."""
+_MAX_UNREAD_BYTES = 256 << 20
+"""Bodies in memory that are not read yet, together."""
 _ROUTES_HINT = "chat and completions are under /v1; /generate, /health and /metrics are not"
 _CLIENT_GONE = 499
 _JSON = "application/json"
@@ -68,6 +74,8 @@ def create_app(
     max_new_tokens: int | None = None,
     model_name: str,
     api_key: str | None = None,
+    allowed_hosts: Collection[str] = (),
+    allow_client_templates: bool = False,
     request_timeout: float | None = 1200.0,
 ) -> Starlette:
     """The HTTP surface that Atropos environments call.
@@ -78,12 +86,14 @@ def create_app(
         ledger: is told of every completion before the client sees the end of it.
         throttle: makes new prompts wait that would be trained on too late.
         max_new_tokens: of one completion at most, whatever a request asks for (None: the rest of the context).
-        api_key: bearer key required on every route but /health (None or "": no key).
+        api_key: required on every route but /health, as bearer or basic key or ``x-api-key`` (None or "": no key).
+        allowed_hosts: names that a request's ``Host`` may have (none: any).
+        allow_client_templates: run a ``chat_template`` that a request brings.
         request_timeout: seconds a request may take in all, waiting included (None: no bound); then HTTP 504.
     """
-    service = GatewayService(
-        engine, TextCodec(tokenizer), model_name, gate or RequestGate(), ledger, throttle, max_new_tokens
-    )
+    eos = getattr(engine, "eos_token_ids", None) or eos_token_ids(tokenizer)  # another engine may not say
+    codec = TextCodec(tokenizer, eos, allows_client_templates=allow_client_templates)
+    service = GatewayService(engine, codec, model_name, gate or RequestGate(), ledger, throttle, max_new_tokens)
     started = int(time.time())
 
     def model_card() -> dict[str, Any]:
@@ -135,7 +145,7 @@ def create_app(
         service.warn_once(f"route {request.url.path[:200]}", "a client calls %s", what)
         return _error_response(ApiError(status, what))
 
-    entrance = Middleware(_Entrance, key=api_key, service=service)
+    entrance = Middleware(_Entrance, key=api_key, hosts=allowed_hosts, service=service)
     return Starlette(routes=routes, middleware=[entrance], exception_handlers={HTTPException: routing_error})
 
 
@@ -176,30 +186,39 @@ class _Reply:
 
 
 class _Entrance:
-    """Every request comes through it: collapses leading slashes of the path, and refuses who has no key.
+    """Every request comes through it: collapses leading slashes of the path, and refuses who may not call.
 
     ``//generate`` is what Atropos clients make of a base_url that ends in ``/v1/``: they would otherwise wait for a
     healthy server for ever. /health needs no key: supervisors probe it before they know any.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, service: GatewayService) -> None:
-        self._app = app
-        self._service = service
-        self._expected = f"Bearer {key}".encode() if key else None
+    def __init__(self, app: ASGIApp, key: str | None, hosts: Collection[str], service: GatewayService) -> None:
+        self._app, self._key, self._hosts, self._service = app, key, hosts, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             if scope["path"].startswith("//"):
                 # leading ones only: a model's name in /v1/models/{name} may be an absolute path
                 scope = {**scope, "path": "/" + scope["path"].lstrip("/")}
-            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            expected = given if self._expected is None or scope["path"] == "/health" else self._expected
-            if not hmac.compare_digest(given, expected):  # constant time: no guessing byte by byte
-                message = "missing or wrong API key; send 'Authorization: Bearer KEY' (gateway.api_key)"
-                self._service.warn_once("key", "a client was refused at %s: %s", scope["path"], message)
-                await _error_response(ApiError(401, message, code="invalid_api_key"))(scope, receive, send)
+            if (refusal := self._refusal(scope["path"], Headers(scope=scope))) is not None:
+                text = "a client was refused at %s: %s"
+                self._service.warn_once(f"entrance {refusal.status}", text, scope["path"][:200], refusal.message)
+                await _error_response(refusal)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
+        if (reason := foreign_page(headers, self._hosts)) is not None:
+            return ApiError(403, f"{reason} (gateway.host, gateway.advertise_url)", code="forbidden")
+        if self._key and path != "/health":
+            sent = headers.get("x-api-key", "").encode()
+            if not has_token(headers, self._key) and not hmac.compare_digest(sent, self._key.encode()):
+                message = "missing or wrong API key; send 'Authorization: Bearer KEY' (gateway.api_key)"
+                return ApiError(401, message, code="invalid_api_key")
+        media_type = headers.get("content-type", _JSON).partition(";")[0].strip().lower()
+        if media_type != _JSON and not media_type.endswith("+json"):
+            return ApiError(415, f"Content-Type {media_type[:100]!r} is not taken; send {_JSON}")
+        return None
 
 
 class _Endpoint:
@@ -215,17 +234,31 @@ class _Endpoint:
         service = self._service
         reply = _Reply(send)
         service.in_flight += 1
+        body = bytearray()
         try:
-            await self._serve_while_connected(await _read_body(Request(scope, receive)), receive, reply)
+            async for piece in Request(scope, receive).stream():
+                body += piece
+                service.unread_bytes += len(piece)
+                if len(body) > _MAX_BODY_BYTES:
+                    text = f"the body is larger than {_MAX_BODY_BYTES} bytes; send fewer prompts per request"
+                    raise ApiError(413, text)
+                if service.unread_bytes > _MAX_UNREAD_BYTES:
+                    raise ApiError(503, "too many large requests at once; send it again later", code="overloaded")
+            await self._serve_while_connected(body, receive, reply)
         except ClientDisconnect:
             reply.status = _CLIENT_GONE
         except ApiError as error:
             await reply.fail(error)
         finally:
+            self._forget(body)
             service.in_flight -= 1
             service.answered[self._path, reply.status] += 1
 
-    async def _serve_while_connected(self, body: bytes, receive: Receive, reply: _Reply) -> None:
+    def _forget(self, body: bytearray) -> None:
+        self._service.unread_bytes -= len(body)
+        body.clear()
+
+    async def _serve_while_connected(self, body: bytearray, receive: Receive, reply: _Reply) -> None:
         """Raises ``ClientDisconnect``, or ``ApiError`` 504."""
         work = asyncio.create_task(self._serve(body, reply))
         gone = asyncio.create_task(disconnected(receive))
@@ -248,16 +281,22 @@ class _Endpoint:
             gone.cancel()
             work.cancel()  # also when the server itself is being stopped
 
-    async def _serve(self, body: bytes, reply: _Reply) -> None:
+    async def _serve(self, body: bytearray, reply: _Reply) -> None:
+        abandoned = threading.Event()
         try:
-            answer = await self._handler(self._service, parse_body(body))
-            if isinstance(answer, bytes):
-                await reply.write(answer)
+            # In a thread: a client's long request must not hold up the others.
+            answer = (await asyncio.to_thread(self._read, body, abandoned))()
+            self._forget(body)
+            if not isinstance(answer, AsyncGenerator):
+                await reply.write(await answer)
                 return
             async with aclosing(answer):
                 async for event in answer:
                     await reply.write(event, more=True, media_type="text/event-stream; charset=utf-8")
             await reply.write(b"")
+        except asyncio.CancelledError:
+            abandoned.set()
+            raise
         except Exception as error:
             refusal = to_api_error(error)
             if refusal.status >= 500:
@@ -268,11 +307,5 @@ class _Endpoint:
                 self._service.warn_once(key, "%s: a client was refused: %s", self._path, refusal.message)
             await reply.fail(refusal)
 
-
-async def _read_body(request: Request) -> bytes:
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > _MAX_BODY_BYTES:
-            raise ApiError(413, f"the body is larger than {_MAX_BODY_BYTES} bytes; send fewer prompts per request")
-    return bytes(body)
+    def _read(self, body: bytearray, abandoned: threading.Event) -> Answer:
+        return self._handler(self._service, parse_body(body, abandoned))

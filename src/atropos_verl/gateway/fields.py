@@ -7,7 +7,9 @@ not know is at least logged; fields that would change the sampled distribution a
 (``require_neutral``). JSON null means absent, as in the APIs that are imitated here.
 """
 
-import math
+import itertools
+import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
@@ -26,7 +28,7 @@ _TYPE_OF_STATUS = {
     401: "authentication_error",
     404: "not_found_error",
     405: "invalid_request_error",
-    413: "invalid_request_error",
+    **dict.fromkeys((403, 413, 415), "invalid_request_error"),
     500: "internal_server_error",
     503: "service_unavailable_error",
     504: "timeout_error",
@@ -34,6 +36,9 @@ _TYPE_OF_STATUS = {
 
 _MAX_N = 1024
 """Completions of one prompt in one request, at most: a typing error should not queue a million sequences."""
+
+_MAX_STOPS, _MAX_STOP_LENGTH = 256, 4096
+_MAX_TOKEN_ID = (1 << 31) - 1
 
 _TOP_K_OFF = 1 << 30
 """SGLang's own "no top-k"."""
@@ -43,7 +48,7 @@ _TOP_K_OFF = 1 << 30
 _REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("repetition_penalty", "length_penalty", "typical_p"), (1,)),
     **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_tokens", "min_new_tokens"), (0,)),
-    **dict.fromkeys(("use_beam_search", "early_stopping", "echo"), (False,)),
+    **dict.fromkeys(("use_beam_search", "early_stopping", "echo", "background"), (False,)),
     **dict.fromkeys(("bad_words", "allowed_token_ids", "logits_processors", "guided_choice"), ([],)),
     **dict.fromkeys(("image_data", "video_data", "audio_data"), ([],)),
     **dict.fromkeys(("logit_bias", "custom_params", "structured_outputs", "multi_modal_data"), ({},)),
@@ -52,13 +57,14 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("custom_logit_processor", "guided_json", "structural_tag", "json_schema"), ()),
     **dict.fromkeys(("prompt_embeds", "input_embeds", "lora_path"), ()),
     "no_repeat_ngram_size": (0,),
+    "spaces_between_special_tokens": (True,),
     "response_format": ({"type": "text"}, {}),
     "truncate_prompt_tokens": (-1,),
 }
 
 # Fields of OpenAI's APIs, and of vLLM's and SGLang's, that change neither tokens, logprobs nor text here.
-_HARMLESS_OPENAI = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "background")
-_HARMLESS_NATIVE = ("cache_salt", "priority", "spaces_between_special_tokens", "guided_decoding_backend")
+_HARMLESS_OPENAI = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+_HARMLESS_NATIVE = ("cache_salt", "priority", "guided_decoding_backend")
 
 
 class ApiError(Exception):
@@ -111,10 +117,12 @@ class Fields:
     Every reader raises ``ApiError`` 400 naming the field, the value and what is allowed.
     """
 
-    def __init__(self, data: Mapping[str, Any], prefix: str = "") -> None:
+    def __init__(self, data: Mapping[str, Any], prefix: str = "", abandoned: threading.Event | None = None) -> None:
         self._data = data
         self._prefix = prefix
         self._seen: set[str] = set()
+        self.abandoned = abandoned or threading.Event()
+        """Set when the client has left: who reads the fields may give up."""
 
     def __contains__(self, name: str) -> bool:
         return self._data.get(name) is not None
@@ -143,7 +151,7 @@ class Fields:
         value = self.raw(name)
         if value is None:
             return default
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
             raise self.error(name, f"expected a finite number, got {_show(value)}")
         self._check_range(name, value, minimum, maximum)
         return float(value)
@@ -151,7 +159,7 @@ class Fields:
     def _check_range(self, name: str, value: float, minimum: float | None, maximum: float | None) -> None:
         if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
             allowed = f"at least {minimum}" if maximum is None else f"{minimum} to {maximum}"
-            raise self.error(name, f"{value} is out of range, allowed: {allowed}")
+            raise self.error(name, f"{_show(value)} is out of range, allowed: {allowed}")
 
     def get(self, name: str, default: T) -> T:
         """A boolean, a string or an object, as ``default`` is."""
@@ -166,18 +174,18 @@ class Fields:
         """The object under ``name`` (empty when absent), with its own record of what was read."""
         return type(self)(self.get(name, dict[str, Any]()), prefix=f"{self._prefix}{name}.")
 
-    def strings(self, name: str) -> tuple[str, ...]:
-        """A string or a list of strings, none of them empty."""
+    def stops(self, name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Stop strings and stop token ids: a string, an id, or a list of them. (Environments send the id of an end.)"""
         value = self.raw(name)
-        if value is None:
-            return ()
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list):
-            raise self.error(name, f"expected a string or a list of strings, got {_show(value)}")
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        if len(items) > _MAX_STOPS:
+            raise self.error(name, f"{len(items)} items; send {_MAX_STOPS} at most")
         for index, item in enumerate(items):
-            if not isinstance(item, str) or not item:
-                raise self.error(name, f"item {index} must be a non-empty string, got {_show(item)}")
-        return tuple(items)
+            if not (isinstance(item, str) and 0 < len(item) <= _MAX_STOP_LENGTH) and type(item) is not int:
+                text = f"must be a string of 1 to {_MAX_STOP_LENGTH} characters or a token id, got {_show(item)}"
+                raise self.error(name, f"item {index} {text}")
+        ids = [item for item in items if isinstance(item, int)]
+        return tuple(item for item in items if isinstance(item, str)), self.check_token_ids(name, ids)
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         """A list of token ids (empty when absent)."""
@@ -189,8 +197,9 @@ class Fields:
         if not isinstance(value, list):
             raise self.error(name, f"expected a list of token ids, got {_show(value)}")
         for index, item in enumerate(value):
-            if type(item) is not int or item < 0:
-                raise self.error(name, f"item {index} must be a token id (an integer ≥ 0), got {_show(item)}")
+            if type(item) is not int or not 0 <= item <= _MAX_TOKEN_ID:
+                text = f"item {index} must be a token id (an integer from 0 to {_MAX_TOKEN_ID}), got {_show(item)}"
+                raise self.error(name, text)
         return tuple(value)
 
     def require_neutral(self, refused: Mapping[str, Sequence[Any]]) -> None:
@@ -217,17 +226,22 @@ class Fields:
         ]
 
 
-def parse_body(body: bytes) -> Fields:
+def parse_body(body: bytes | bytearray, abandoned: threading.Event) -> Fields:
     """Decode a request body. Raises ``ApiError`` 400 when it is not a JSON object."""
     try:
-        return Fields(msgspec.json.decode(body, type=dict[str, Any]))
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return Fields(msgspec.json.decode(body, type=dict[str, Any]), abandoned=abandoned)
+    except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not a JSON object: {error}") from error
 
 
 def _show(value: Any) -> str:
     """The value for an error message, cut at 80 characters."""
-    text = msgspec.json.encode(value).decode()
+    if isinstance(value, list | dict) and len(value) > 80:
+        value = type(value)(itertools.islice(value.items() if isinstance(value, dict) else value, 80))
+    try:
+        text = msgspec.json.encode(value).decode()
+    except RecursionError:
+        text = f"{type(value).__name__} of many levels"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -260,6 +274,7 @@ def parse_sampling(fields: Fields, *, max_tokens_names: tuple[str, ...], max_tok
     if top_p == 0.0:
         raise fields.error("top_p", "0.0 is out of range, allowed: above 0 and at most 1")
     top_k = fields.integer("top_k", -1, minimum=-1)
+    stop, stop_ids = fields.stops("stop")
     template = GenerationRequest(
         prompt_token_ids=(),
         n=n,
@@ -268,8 +283,8 @@ def parse_sampling(fields: Fields, *, max_tokens_names: tuple[str, ...], max_tok
         top_p=top_p,
         top_k=-1 if top_k == 0 or top_k >= _TOP_K_OFF else top_k,
         min_p=fields.number("min_p", 0.0, minimum=0.0, maximum=1.0),
-        stop=fields.strings("stop"),
-        stop_token_ids=fields.token_ids("stop_token_ids"),
+        stop=stop,
+        stop_token_ids=(*fields.token_ids("stop_token_ids"), *stop_ids),
         ignore_eos=fields.get("ignore_eos", False),
         seed=fields.integer("seed", None, minimum=-(1 << 63), maximum=(1 << 63) - 1),
     )

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from atropos_verl.gateway.fields import ApiError, Fields, Sampling, parse_sampling
-from atropos_verl.gateway.service import GatewayService, finite_logprobs, policy_fields
+from atropos_verl.gateway.service import Answer, GatewayService, finite_logprobs, policy_fields
 from atropos_verl.types import Generation, GenerationRequest
 
 _MAX_TOKENS_NAMES = ("max_tokens", "max_completion_tokens", "max_new_tokens")
@@ -23,16 +23,16 @@ _SGLANG_DEFAULT_TOKENS = 128
 _MAX_PROMPT_LOGPROBS = 1024
 
 
-async def generate(service: GatewayService, fields: Fields) -> bytes:
+def generate(service: GatewayService, fields: Fields) -> Answer:
     """``POST /generate``. Raises ``ApiError`` 400 when the body fits neither dialect, or both."""
     sglang = [name for name in ("input_ids", "text", "sampling_params") if name in fields]
     vllm = [name for name in ("prompt", "prompt_token_ids") if name in fields]
     if sglang and vllm:
         raise ApiError(400, f"{vllm[0]} (vLLM's dialect) and {sglang[0]} (SGLang's) in one request", param=vllm[0])
     if sglang:
-        return await _generate_sglang(service, fields)
+        return _generate_sglang(service, fields)
     if vllm:
-        return await _generate_vllm(service, fields)
+        return _generate_vllm(service, fields)
     message = "no prompt: send prompt (a text or {'prompt_token_ids': [...]}, vLLM) or input_ids / text (SGLang)"
     raise ApiError(400, message, param="prompt")
 
@@ -40,7 +40,7 @@ async def generate(service: GatewayService, fields: Fields) -> bytes:
 # vLLM ---------------------------------------------------------------------------------------------------------------
 
 
-async def _generate_vllm(service: GatewayService, fields: Fields) -> bytes:
+def _generate_vllm(service: GatewayService, fields: Fields) -> Answer:
     sampling = parse_sampling(fields, max_tokens_names=_MAX_TOKENS_NAMES, max_tokens_default=_VLLM_DEFAULT_TOKENS)
     fields.require_neutral({"stream": (False,)})
     fields.ignore("detokenize")  # false would only leave the text out
@@ -54,24 +54,28 @@ async def _generate_vllm(service: GatewayService, fields: Fields) -> bytes:
     name = f"generate-{uuid.uuid4().hex}"
     [request] = service.requests(sampling, [prompt_ids], param="prompt", name=name, prompt_logprobs=prompt_logprobs)
     service.report_unread("/generate", fields, *prompt_fields)
-    generations = (await service.generate([request]))[0]
-    codec = service.codec
-    answer: dict[str, Any] = {
-        "text": [codec.completion_text(g.token_ids, g.finish_reason, sampling)[0] for g in generations],
-        "prompt": prompt_text if prompt_text is not None else codec.decode(prompt_ids, skip_special_tokens=False),
-        "finish_reasons": [g.finish_reason for g in generations],
-        "token_ids": [g.token_ids for g in generations],
-        "prompt_token_ids": prompt_ids,
-        **policy_fields(generations),
-    }
-    if with_logprobs:
-        # [sequence][position][0] = {token id: logprob}: the shape that Atropos reads
-        answer["logprobs"] = [
-            [[{t: v}] for t, v in zip(g.token_ids, finite_logprobs(g.logprobs), strict=True)] for g in generations
-        ]
-    if prompt_logprobs is not None:
-        answer["prompt_logprobs"] = _prompt_logprobs(request, generations[0])
-    return msgspec.json.encode(answer)
+
+    async def answer() -> bytes:
+        [generations] = await service.generate([request])
+        codec = service.codec
+        parts: dict[str, Any] = {
+            "text": [codec.completion_text(g.token_ids, g.finish_reason, sampling)[0] for g in generations],
+            "prompt": prompt_text if prompt_text is not None else codec.decode(prompt_ids, skip_special_tokens=False),
+            "finish_reasons": [g.finish_reason for g in generations],
+            "token_ids": [g.token_ids for g in generations],
+            "prompt_token_ids": prompt_ids,
+            **policy_fields(generations),
+        }
+        if with_logprobs:
+            # [sequence][position][0] = {token id: logprob}: the shape that Atropos reads
+            parts["logprobs"] = [
+                [[{t: v}] for t, v in zip(g.token_ids, finite_logprobs(g.logprobs), strict=True)] for g in generations
+            ]
+        if prompt_logprobs is not None:
+            parts["prompt_logprobs"] = _prompt_logprobs(request, generations[0])
+        return msgspec.json.encode(parts)
+
+    return answer
 
 
 def _vllm_prompt(service: GatewayService, fields: Fields) -> tuple[str | None, tuple[int, ...], tuple[Fields, ...]]:
@@ -117,7 +121,7 @@ def _prompt_logprobs(request: GenerationRequest, generation: Generation) -> list
 # SGLang -------------------------------------------------------------------------------------------------------------
 
 
-async def _generate_sglang(service: GatewayService, fields: Fields) -> bytes:
+def _generate_sglang(service: GatewayService, fields: Fields) -> Answer:
     params = fields.child("sampling_params")
     sampling = parse_sampling(
         params,
@@ -138,13 +142,17 @@ async def _generate_sglang(service: GatewayService, fields: Fields) -> bytes:
     scored = 0 if start >= 0 else None
     requests = service.requests(sampling, prompts, param=param, name=uuid.uuid4().hex, prompt_logprobs=scored)
     service.report_unread("/generate", fields, params)
-    results = await service.generate(requests)
-    answers = [
-        _sglang_answer(service, sampling, request, generation, start if with_logprobs else None, with_texts)
-        for request, generations in zip(requests, results, strict=True)
-        for generation in generations
-    ]
-    return msgspec.json.encode(answers if batched or sampling.template.n > 1 else answers[0])
+
+    async def answer() -> bytes:
+        results = await service.generate(requests)
+        answers = [
+            _sglang_answer(service, sampling, request, generation, start if with_logprobs else None, with_texts)
+            for request, generations in zip(requests, results, strict=True)
+            for generation in generations
+        ]
+        return msgspec.json.encode(answers if batched or sampling.template.n > 1 else answers[0])
+
+    return answer
 
 
 def _sglang_answer(
@@ -176,7 +184,7 @@ def _sglang_answer(
 
     def rows(token_ids: Sequence[int], logprobs: Sequence[float | None]) -> list[tuple[float | None, int, str | None]]:
         """``[logprob, token id, text or null]`` per token."""
-        texts = codec.token_texts(token_ids) if with_texts else [None] * len(token_ids)
+        texts = [text for text, _ in codec.tokens(token_ids)] if with_texts else [None] * len(token_ids)
         return list(zip(logprobs, token_ids, texts, strict=True))
 
     if start is not None:
@@ -192,7 +200,7 @@ def _sglang_answer(
 # trl ----------------------------------------------------------------------------------------------------------------
 
 
-async def generate_trl(service: GatewayService, fields: Fields) -> bytes:
+def generate_trl(service: GatewayService, fields: Fields) -> Answer:
     """``POST /generate/``: texts in, ``completion_ids`` out, ``n`` per prompt in prompt order. 400 on a bad body."""
     if "prompts" not in fields:
         message = "missing; this is trl's dialect (/generate/ with a slash). vLLM's and SGLang's are at /generate"
@@ -203,12 +211,16 @@ async def generate_trl(service: GatewayService, fields: Fields) -> bytes:
     prompts, _ = service.codec.prompts(fields, "prompts", ids=False)
     requests = service.requests(sampling, prompts, param="prompts", name=f"trl-{uuid.uuid4().hex}")
     service.report_unread("/generate/", fields)
-    results = await service.generate(requests)
-    everything = [generation for generations in results for generation in generations]
-    answer = {
-        "prompt_ids": [request.prompt_token_ids for request in requests],
-        "completion_ids": [generation.token_ids for generation in everything],
-        "logprobs": [finite_logprobs(generation.logprobs) for generation in everything],
-        **policy_fields(everything),
-    }
-    return msgspec.json.encode(answer)
+
+    async def answer() -> bytes:
+        results = await service.generate(requests)
+        everything = [generation for generations in results for generation in generations]
+        parts = {
+            "prompt_ids": [request.prompt_token_ids for request in requests],
+            "completion_ids": [generation.token_ids for generation in everything],
+            "logprobs": [finite_logprobs(generation.logprobs) for generation in everything],
+            **policy_fields(everything),
+        }
+        return msgspec.json.encode(parts)
+
+    return answer

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from atropos_verl.gateway.fields import Fields, parse_sampling
-from atropos_verl.gateway.service import GatewayService, finite_logprobs, policy_fields
+from atropos_verl.gateway.service import Answer, GatewayService, finite_logprobs, policy_fields
 from atropos_verl.gateway.text import StreamText
 from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
 
@@ -23,10 +23,10 @@ _DEFAULT_COMPLETION_TOKENS = 16
 """``max_tokens`` of /v1/completions when absent: the documented default of that API, in vLLM too."""
 
 
-async def completions(service: GatewayService, fields: Fields, *, chat: bool) -> bytes | AsyncGenerator[bytes, None]:
+def completions(service: GatewayService, fields: Fields, *, chat: bool) -> Answer:
     """``n`` answers to one conversation (chat), or to each of several prompts. Raises ``ApiError`` 400."""
     call = _Call(service, fields, chat=chat)
-    return call.stream() if call.streamed else await call.whole()
+    return call.stream if call.streamed else call.whole
 
 
 class _Call:
@@ -41,6 +41,11 @@ class _Call:
             self.logprobs = fields.get("logprobs", False)
             _refuse_alternatives(fields, "top_logprobs", maximum=0)
             prompts = [_chat_prompt(service, fields)]
+            if "tools" in fields and fields.raw("tool_choice") != "none":
+                text = (
+                    "tools are in the prompt, but calls in an answer are not parsed: they stay text of message.content"
+                )
+                service.warn_once("tools", "/v1/chat/completions: %s", text)
         else:
             names, default = ("max_tokens",), _DEFAULT_COMPLETION_TOKENS
             self.sampling = parse_sampling(fields, max_tokens_names=names, max_tokens_default=default)
@@ -55,8 +60,9 @@ class _Call:
         """Show tokens as ``token_id:123`` in logprobs (for tokens that are no valid UTF-8)."""
         options = fields.child("stream_options")
         self.include_usage = options.get("include_usage", False)
-        options.ignore("continuous_usage_stats", "include_obfuscation")
+        options.ignore("include_obfuscation")
         fields.ignore("request_id")
+        fields.require_neutral({"prompt_logprobs": ()})
         service.check_model(fields)
         if self.streamed and len(prompts) != 1:
             message = f"one prompt at a time can be streamed, not {len(prompts)}"
@@ -122,13 +128,13 @@ class _Call:
         """None: not asked for. Chat: an entry per token. Completions: parallel lists, ``text_offset`` in characters."""
         if not self.logprobs:
             return None
-        as_text = self.service.codec.token_texts
-        names = [f"token_id:{t}" for t in token_ids] if self.tokens_as_ids else as_text(token_ids)
+        tokens = self.service.codec.tokens(token_ids)
+        names = [f"token_id:{t}" for t in token_ids] if self.tokens_as_ids else [text for text, _ in tokens]
         values = finite_logprobs(logprobs)
         pairs = list(zip(names, values, strict=True))
         if self.chat:
-            tokens = [{"token": name, "logprob": value, "bytes": list(name.encode())} for name, value in pairs]
-            return {"content": [{**token, "top_logprobs": []} for token in tokens]}
+            entries = [{"token": name, "logprob": value, "top_logprobs": []} for name, value in pairs]
+            return {"content": [{**e, "bytes": list(sent)} for e, (_, sent) in zip(entries, tokens, strict=True)]}
         ends = list(accumulate(map(len, names), initial=first_offset))
         return {
             "text_offset": ends[:-1],
@@ -197,36 +203,7 @@ def _refuse_alternatives(fields: Fields, name: str, *, maximum: int) -> int:
 
 
 def _chat_prompt(service: GatewayService, fields: Fields) -> tuple[int, ...]:
-    messages = fields.raw("messages")
-    if not isinstance(messages, list) or not messages:
-        raise fields.error("messages", "expected a non-empty list of messages")
     fields.require_neutral({"functions": ([],), "function_call": ("none",), "tool_choice": ("none", "auto")})
     fields.require_neutral({"modalities": (["text"],), "audio": (), "continue_final_message": (False,)})
-    options = dict(fields.get("chat_template_kwargs", dict[str, Any]()))
-    tools = fields.raw("tools")
-    if tools:
-        options["tools"] = tools
-    if "chat_template" in fields:
-        options["chat_template"] = fields.get("chat_template", "")
-    options["add_generation_prompt"] = fields.get("add_generation_prompt", True)
-    for reserved in ("tokenize", "return_dict", "return_tensors", "continue_final_message", "conversation"):
-        if reserved in options:
-            raise fields.error("chat_template_kwargs", f"{reserved} cannot be set by a client")
-    text = service.codec.render_chat([_message(fields, i, m) for i, m in enumerate(messages)], **options)
+    text = service.codec.template.prompt(fields)
     return service.codec.encode(text, add_special_tokens=fields.get("add_special_tokens", False))
-
-
-def _message(fields: Fields, index: int, message: Any) -> dict[str, Any]:
-    """One message with plain text as content: templates of text models know no list of parts."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise fields.error("messages", f"item {index} must be an object with a string 'role'")
-    content = message.get("content")
-    if isinstance(content, list):
-        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-        if len(texts) != len(content) or not all(isinstance(text, str) for text in texts):
-            message = f"item {index}: only parts of type 'text' are supported"
-            raise fields.error("messages", message, "unsupported_field")
-        content = "".join(str(text) for text in texts)
-    if content is not None and not isinstance(content, str):
-        raise fields.error("messages", f"item {index}: 'content' must be a string or a list of text parts")
-    return {**message, "content": content or ""}

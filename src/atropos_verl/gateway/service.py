@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -26,6 +26,12 @@ from atropos_verl.types import MIN_LOGPROB, UNKNOWN_VERSION, Generation, Generat
 
 logger = logging.getLogger(__name__)
 
+Answer = Callable[[], Awaitable[bytes] | AsyncGenerator[bytes, None]]
+"""A request that was read, to be generated: the whole answer, or its pieces as they come."""
+
+_MAX_SEQUENCES = 4096
+_MAX_TOKENS = 1 << 25
+"""Tokens of one request, the prompts' and those it may generate: 256 completions in a context of 131,072."""
 _MAX_REMEMBERED_WARNINGS = 256
 _PREFIX = "atropos_verl_gateway"
 
@@ -45,6 +51,7 @@ class GatewayService(Collector):
     answered: Counter[tuple[str, int]] = field(default_factory=Counter)
     """(endpoint, HTTP status) → requests answered; 499 = the client went away."""
     in_flight: int = 0
+    unread_bytes: int = 0
     _prompt_tokens: int = 0
     _generated_tokens: int = 0
     _warned: set[str] = field(default_factory=set)
@@ -86,15 +93,19 @@ class GatewayService(Collector):
 
     def warn_once(self, key: str, message: str, *args: object) -> None:
         """Log ``message`` at WARNING the first time ``key`` occurs."""
-        if key in self._warned or len(self._warned) >= _MAX_REMEMBERED_WARNINGS:
+        if key in self._warned or len(self._warned) > _MAX_REMEMBERED_WARNINGS:
             return
         self._warned.add(key)
         logger.warning(message, *args)
+        if len(self._warned) > _MAX_REMEMBERED_WARNINGS:
+            logger.warning("%d kinds of warnings were shown; others are not", _MAX_REMEMBERED_WARNINGS)
 
     def report_unread(self, endpoint: str, *parts: Fields) -> None:
         """Log each unknown field once: it is tolerated, as vLLM does, but never in silence."""
         for name in (name for fields in parts for name in fields.unread()):
             shown = name[:100]
+            if "template" in name:
+                raise ApiError(400, f"{shown}: no template is taken in this field", param=shown)
             self.warn_once(f"field {shown}", "%s: the request field %r is unknown here and is ignored", endpoint, shown)
 
     def check_model(self, fields: Fields) -> None:
@@ -119,7 +130,10 @@ class GatewayService(Collector):
         Raises ``ApiError`` 400 naming ``param`` when a prompt is empty, or leaves no room for one new token.
         """
         template, context = sampling.template, self.engine.max_context_len
-        made = []
+        if (sequences := len(prompts) * template.n) > _MAX_SEQUENCES:
+            text = f"{len(prompts)} prompts, {template.n} completions each: {_MAX_SEQUENCES} at most in one request"
+            raise ApiError(400, f"n: {text}", param="n")
+        made, tokens = [], 0
         for index, prompt in enumerate(prompts):
             if not prompt:
                 raise ApiError(400, f"{param}: the prompt has no token; send at least one", param=param)
@@ -144,6 +158,11 @@ class GatewayService(Collector):
                 asked=len(prompts) * template.n,
             )
             made.append(request)
+            tokens += len(prompt) * (1 + (prompt_logprobs or 0)) + template.n * (request.max_tokens or 0)
+        if tokens > _MAX_TOKENS:
+            text = f"{sequences} completions and their prompts may have {tokens} tokens; {_MAX_TOKENS} at most"
+            text = f"max_tokens: {text} in one request; lower it, n, or the number of prompts"
+            raise ApiError(400, text, param="max_tokens")
         return made
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Generation]]:

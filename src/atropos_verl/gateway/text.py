@@ -1,12 +1,19 @@
 """Text ⇄ tokens for the gateway: prompts, completions, and completions that are still being written."""
 
+import re
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 from atropos_verl.gateway.fields import ApiError, Fields, Sampling
+from atropos_verl.gateway.templates import ChatTemplate
 from atropos_verl.types import FinishReason
 
+_MAX_PROMPTS = 1024
 _REPLACEMENT = "\ufffd"
+_SENTENCEPIECE_SPACE = "\u2581"
+_BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+"""A token of one byte, as SentencePiece names it."""
 _MAX_PENDING_TOKENS = 64
 """A UTF-8 character has at most 4 bytes: a longer undecodable run is not an unfinished character, it is noise."""
 
@@ -20,14 +27,22 @@ def cut_at_stop(text: str, stop: Sequence[str], *, include_stop: bool) -> tuple[
     return text[: position + len(matched) if include_stop else position], matched
 
 
-class TextCodec:
-    """A Hugging Face tokenizer as the gateway uses it."""
+@cache
+def _byte_of_letter() -> dict[str, int]:
+    """The letters by which byte-level vocabularies (GPT-2's and its heirs) name bytes."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    def __init__(self, tokenizer: Any) -> None:
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
+
+
+class TextCodec:
+    """A Hugging Face tokenizer as the gateway uses it. ``eos_token_ids``: at these the engine ends a completion."""
+
+    def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int], *, allows_client_templates: bool = False) -> None:
         self._tokenizer = tokenizer
-        self._token_texts: dict[int, str] = {}
-        eos = tokenizer.eos_token_id
-        self._eos_ids: frozenset[int] = frozenset(() if eos is None else [eos] if isinstance(eos, int) else eos)
+        self._eos_ids = eos_token_ids
+        self._tokens: dict[int, tuple[str, bytes]] = {}
+        self.template = ChatTemplate(tokenizer, allows_clients=allows_client_templates)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
@@ -40,8 +55,12 @@ class TextCodec:
         if value is None or value == []:
             raise fields.error(name, "expected one prompt or a non-empty list of prompts")
         listed = isinstance(value, list) and type(value[0]) is not int
+        if listed and len(value) > _MAX_PROMPTS:
+            raise fields.error(name, f"{len(value)} prompts; send {_MAX_PROMPTS} at most in one request")
         found = []
         for index, item in enumerate(value if listed else [value]):
+            if fields.abandoned.is_set():
+                raise ApiError(499, "the client left")
             if not ids and not isinstance(item, str):
                 raise fields.error(name, f"item {index} must be a string")
             is_text = texts and isinstance(item, str)
@@ -49,27 +68,27 @@ class TextCodec:
             found.append(tokens)
         return found, listed
 
-    def render_chat(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        """The prompt text of a conversation. ``options`` go to ``apply_chat_template``.
-
-        Raises ``ApiError`` 400 when the tokenizer has no chat template or the template refuses the messages.
-        """
-        import jinja2
-
-        try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise ApiError(400, f"messages: the chat template failed: {error}", param="messages") from error
-        return str(text)
-
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
-    def token_texts(self, token_ids: Iterable[int]) -> list[str]:
-        """Each token alone, special tokens shown (a byte of an unfinished character shows as U+FFFD)."""
-        known, ids = self._token_texts, list(token_ids)
-        known.update((i, self.decode([i], skip_special_tokens=False)) for i in ids if i not in known)
+    def tokens(self, token_ids: Iterable[int]) -> list[tuple[str, bytes]]:
+        """Text and bytes of each token alone, special tokens shown. A part of a character shows as U+FFFD."""
+        known, ids = self._tokens, list(token_ids)
+        known.update((token_id, self._token(token_id)) for token_id in ids if token_id not in known)
         return [known[token_id] for token_id in ids]
+
+    def _token(self, token_id: int) -> tuple[str, bytes]:
+        text, name = self.decode([token_id], skip_special_tokens=False), self._tokenizer.convert_ids_to_tokens(token_id)
+        if not isinstance(name, str):  # a row of the embedding that is no token
+            return text, text.encode()
+        if name.startswith(_SENTENCEPIECE_SPACE) and not text.startswith(" "):
+            text = f" {text}"  # which decoders leave out at the start of a text
+        if _REPLACEMENT not in text:
+            return text, text.encode()
+        if byte := _BYTE_NAME.fullmatch(name):
+            return text, bytes([int(byte[1], 16)])
+        letters = _byte_of_letter()
+        return text, bytes(letters[letter] for letter in name) if letters.keys() >= set(name) else text.encode()
 
     def completion_text(
         self, token_ids: Sequence[int], finish_reason: FinishReason | None, sampling: Sampling

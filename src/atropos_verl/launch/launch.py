@@ -205,7 +205,7 @@ def _backend_in(config_dir: Path, config_name: str, depth: int = 8) -> str | Non
 
     try:
         content = yaml.safe_load((config_dir / f"{config_name.removesuffix('.yaml')}.yaml").read_text())
-    except (OSError, yaml.YAMLError):
+    except (OSError, UnicodeError, yaml.YAMLError):
         return None  # composing it gives the better message
     if not isinstance(content, dict) or depth == 0:
         return None

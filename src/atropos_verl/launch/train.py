@@ -139,8 +139,15 @@ class TrainingServices:
     """
 
     def __init__(self, config: RunConfig, gateway_port: int, *, is_resumed: bool = False, prefix: str = "") -> None:
-        self.config = config
         self.run_dir = config.resolve_run_dir()
+        self._key_file = self.run_dir / "gateway.key"
+        self._makes_key = not config.gateway.api_key
+        if self._makes_key:
+            # Environments that run elsewhere may outlive a trainer: they know the key of before.
+            is_known = config.is_attached and self._key_file.is_file()
+            key = self._key_file.read_text().strip() if is_known else secrets.token_hex(24)
+            config = config.with_values(gateway={"api_key": key})
+        self.config = config
         self.evaluations: EvaluationProcesses | None = None
         self._evaluates_before = config.eval.before and not is_resumed
         self._prefix = prefix
@@ -157,7 +164,6 @@ class TrainingServices:
             # Made anew in each run: a token meant for another API is none of this one's. Upstream's asks for none.
             token = None if config.atropos.server == "upstream" else secrets.token_hex(24)
             api = {"api_url": url_of(_HOST, free_port(_HOST)), "token": token}
-            gateway["api_key"] = config.gateway.api_key or secrets.token_hex(24)
             filled = config.with_values(atropos=api, gateway=gateway)
             os.environ.update(direct(filled))
             self._plan = make_plan(filled, one_environment(config), own_api=True, probe_url=url, trains_here=True)
@@ -188,7 +194,7 @@ class TrainingServices:
             self._plan_evaluations(self._plan.evaluations)
         ours = self._plan.config
         api = {"api_url": ours.atropos.api_url, "token": ours.atropos.token}
-        return self.config.with_values(atropos=api, gateway={"api_key": ours.gateway.api_key})
+        return self.config.with_values(atropos=api)
 
     def _contact_api(self, progress: ProgressReporter) -> None:
         from atropos_verl.protocol.client import make_client
@@ -200,6 +206,9 @@ class TrainingServices:
             client.check()
         if settings.commands_file is not None:
             self._plan_evaluations(read_evaluations(Path(settings.commands_file)))
+        if self._makes_key:
+            write_atomic(self._key_file, f"{self.config.gateway.api_key}\n", private=True)
+            progress.note(f"environments are to send the gateway's key, in {self._key_file} (or set gateway.api_key)")
         if note := note_of_unused_keys(self.config, self._prefix):
             progress.note(note)
         self._evaluate_before()
@@ -332,12 +341,12 @@ def _train_on_ray(run: RayRun) -> int:
         progress = stack.enter_context(ProgressReporter(total_steps=config.steps))
         stack.callback(services.stop)
         attached = services.start_api(progress)
+        with open_dict(verl):
+            verl.atropos.api_url, verl.atropos.token = attached.atropos.api_url, attached.atropos.token
+            gateway = {"port": gateway_port, "api_key": attached.gateway.api_key}
+            verl.atropos.gateway = {**run.settings.gateway.model_dump(), **gateway}
         if not run.run.is_attached:
             services.start_environment()
-            gateway = {"port": gateway_port, "api_key": attached.gateway.api_key}
-            with open_dict(verl):
-                verl.atropos.api_url, verl.atropos.token = attached.atropos.api_url, attached.atropos.token
-                verl.atropos.gateway = {**run.settings.gateway.model_dump(), **gateway}
         stack.enter_context(services.explained())
         outcome, held_out = run_on_ray(
             run, progress=progress, evaluations=services.evaluations, check_services=services.check

@@ -9,7 +9,6 @@ import asyncio
 import hashlib
 import importlib
 import importlib.util
-import ipaddress
 import re
 import zlib
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from atropos_verl.errors import AtroposVerlError
+from atropos_verl.http_thread import is_loopback
 from atropos_verl.protocol.schema import Refusal
 from atropos_verl.protocol.wire import join_packed, pack_stored
 from atropos_verl.server.batcher import StoredGroup
@@ -217,14 +217,6 @@ def choose_encoding(policy: str, request: Request, length: int) -> str | None:
     if "zstd" in accepted and importlib.util.find_spec("zstandard") is not None:
         return "zstd"
     return "gzip" if accepted & {"gzip", "x-gzip", "*"} else None
-
-
-def is_loopback(host: str) -> bool:
-    """True when an address is reached from this machine only."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def compressor(encoding: str) -> Any:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from atropos_verl.errors import AtroposVerlError, ConfigError
-from atropos_verl.http_thread import bracketed, listen, uvicorn_config
+from atropos_verl.http_thread import bracketed, is_loopback, listen, uvicorn_config
 from atropos_verl.server.app import TrajectoryApi
-from atropos_verl.server.bodies import is_loopback, protocol_class
+from atropos_verl.server.bodies import protocol_class
 from atropos_verl.server.settings import COMPRESSIONS, SECOND_TRAINER, ServerSettings
 
 logger = logging.getLogger(__name__)

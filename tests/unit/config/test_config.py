@@ -1,10 +1,11 @@
 """Schema, YAML and command line → RunConfig: values accepted and refused, and the key that an error names."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from atropos_verl.config.composition import load_config
+from atropos_verl.config.composition import SHIPPED, load_config, load_launch
 from atropos_verl.config.schema import RunConfig, apply_environment, describe
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.train import main
@@ -140,6 +141,66 @@ def test_a_bad_word_is_named(word: str, message: str) -> None:
     assert message in str(caught.value)
     with pytest.raises(ConfigError, match="no_such_file"):
         load_config([], None, "no_such_file")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["trainer.max_token_len_per_gpu=16"],
+            "data.max_token_len (64) is above trainer.max_token_len_per_gpu (16): no micro-batch has room",
+        ),
+        (["inference.max_context_len=8"], "data.max_prompt_length (48) is above inference.max_context_len (8)"),
+        (
+            ["use_advantage_weighting=false", "loss.ppo_mini_batches=65"],
+            "loss.ppo_mini_batches (65) is above batch_size (64)",
+        ),
+        (["supervise.backoff=40"], "supervise.backoff (40) is above supervise.max_backoff (30)"),
+        (["optim.betas=[0.9,1]"], "optim.betas.1: Input should be less than 1"),
+    ],
+)
+def test_bounds_that_contradict_each_other_are_named_with_their_values(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words, "atropos") == 2
+    assert f"CONFIGURATION ERROR: {message}" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=message.split(" ")[0]):
+        load_launch(words, None, "local_demo")
+
+
+def test_ranks_of_a_launch_have_something_to_train() -> None:
+    with pytest.raises(ConfigError, match=r"trainer_process.nproc \(128\) is above batch_size \(64\)"):
+        load_launch(["trainer_process.nproc=128"], None, "local_demo")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"seed: ${oc.env:NOT_SET_ANYWHERE}", "seed: environment variable NOT_SET_ANYWHERE is not set; set it"),
+        (b"model: {path: '${oc.env:NOT_SET_ANYWHERE}/x'}", "model.path: environment variable NOT_SET_ANYWHERE is"),
+        (b"seed: ${nothing}", "seed: Interpolation key 'nothing' not found"),
+        (b"seed: ${unknown:x}", "seed: Unsupported interpolation type unknown"),
+        (b"seed: ${steps}\nsteps: ${seed}", ": Recursive interpolation"),
+        (b"seed: [", "cannot be read: "),
+        (b"seed: \xff", "cannot be read: "),
+        (b"seed: '${'", "seed: "),
+    ],
+)
+@pytest.mark.parametrize("backend", ["local", "ray"])
+def test_files_that_cannot_be_composed_name_the_key(
+    content: bytes, message: str, backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = b"atropos_schema"
+    if backend == "ray":
+        base = b"ray_cpu_demo"
+        for name in ("atropos_ray", "ray_cpu_demo"):
+            shutil.copy(SHIPPED / f"{name}.yaml", tmp_path)
+        content = content.replace(b"model:", b"actor_rollout_ref: {model:").replace(b"/x'}", b"/x'}}")
+    (tmp_path / "mine.yaml").write_bytes(b"defaults: [" + base + b", _self_]\n" + content)
+    words = [f"backend={backend}", "--config-dir", str(tmp_path), "--config-name", "mine", "--cfg"]
+    assert main(words) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("CONFIGURATION ERROR: ") and message in shown
 
 
 def test_command_line_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import socket
 import threading
+from base64 import b64encode
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -15,6 +16,7 @@ from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.engine.gate import RequestGate
 from atropos_verl.errors import EngineError, EngineStoppedError, GenerationRequestError
+from atropos_verl.gateway import templates
 from atropos_verl.provenance.ledger import Ledger
 
 TOKENIZER = build_tiny_tokenizer()
@@ -39,14 +41,71 @@ def test_key_is_needed_everywhere_but_for_health() -> None:
     with serving(FakeEngine(), TOKENIZER, api_key="s3cret") as client:
         assert client.get("/health").status_code == 200
         for method, path in (("GET", "/v1/models"), ("GET", "/metrics"), ("POST", "/generate"), ("GET", "/nothing")):
-            for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"}):
+            for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"}, {"x-api-key": "x"}):
                 response = client.request(method, path, headers=headers, json={"prompt": "a"})
                 assert response.status_code == 401, (path, headers)
                 assert response.json()["error"]["type"] == "authentication_error"
                 assert "s3cret" not in response.text
-        right = {"Authorization": "Bearer s3cret"}
-        assert client.post("/generate", headers=right, json={"prompt": [1], "max_tokens": 1}).status_code == 200
-        assert client.get("/nothing", headers=right).status_code == 404
+        basic = b64encode(b"run:s3cret").decode()
+        for right in ({"Authorization": "Bearer s3cret"}, {"Authorization": f"Basic {basic}"}, {"x-api-key": "s3cret"}):
+            assert client.post("/generate", headers=right, json={"prompt": [1], "max_tokens": 1}).status_code == 200
+            assert client.get("/nothing", headers=right).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "https://elsewhere.example"}, 403),
+        ({"Referer": "https://elsewhere.example/page"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Host": "rebound.example"}, 403),
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
+        ({"Host": "localhost:9004"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+        ({"Content-Type": "application/json; charset=utf-8"}, 200),
+    ],
+)
+def test_a_web_page_cannot_use_it(headers: dict[str, str], status: int) -> None:
+    engine = FakeEngine()
+    with serving(engine, TOKENIZER, allowed_hosts=("127.0.0.1", "localhost")) as client:
+        body = b'{"prompt": [1], "max_tokens": 1}'
+        assert client.post("/generate", headers=headers, content=body).status_code == status
+        assert client.get("/v1/models", headers={k: v for k, v in headers.items() if k != "Content-Type"}).is_error == (
+            status == 403
+        )
+        assert len(engine.requests) == (status == 200)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": ["a"] * 400_000}, "prompt"),
+        ({"prompt": ["a"] * 100, "n": 100}, "n"),
+        ({"prompt": ["a"] * 4, "n": 1024, "max_tokens": 1 << 30}, "max_tokens"),
+        ({"prompt": "a", "chat_template_kwargs": json.loads("[" * 900 + "]" * 900)}, None),
+    ],
+)
+def test_what_one_request_may_ask_for_is_bounded(body: dict[str, Any], param: str | None) -> None:
+    engine = FakeEngine(max_context_len=1 << 20)
+    with serving(engine, TOKENIZER) as client:
+        response = client.post("/v1/completions", json=body)
+        assert (response.json()["error"]["param"] == param and response.status_code == 400) or param is None
+        assert engine.requests == [] or param is None
+        deep = client.post("/v1/completions", content=b'{"prompt":' + b"[" * 100_000)
+        assert deep.status_code == 400 and "JSON" in deep.json()["error"]["message"]
+
+
+def test_others_are_served_while_a_template_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "_SECONDS", 2.0)
+    tokenizer = build_tiny_tokenizer()
+    tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{{ '' }}{% endfor %}{% endfor %}"
+    with serving(FakeEngine(), tokenizer) as client, ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(client.post, "/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
+        eventually(lambda: client.get("/health").json()["in_flight"] == 1, "the request to have begun")
+        assert client.post("/generate", json={"prompt": [1], "max_tokens": 1}).status_code == 200
+        assert not slow.done()
+        assert slow.result().status_code == 400
 
 
 def test_health_models_and_unknown_routes() -> None:
@@ -239,7 +298,7 @@ def test_body_that_is_too_large_is_a_413_and_is_not_kept() -> None:
     with serving(engine, TOKENIZER) as client:
         response = client.post("/generate", content=(b"[" * (1 << 20) for _ in range(65)))
         assert response.status_code == 413
-        assert "67108864 bytes" in response.json()["error"]["message"]
+        assert "16777216 bytes" in response.json()["error"]["message"]
         assert client.post("/generate", json={"prompt": [1], "max_tokens": 1}).status_code == 200
 
 

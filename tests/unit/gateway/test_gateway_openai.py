@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 from support.fake_engine import FakeEngine, text_reply
-from support.serving import post, refused
+from support.serving import post, refused, serving
 from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.types import GenerationRequest
@@ -55,10 +55,11 @@ def test_chat_answer_has_every_field(client: httpx.Client, engine: FakeEngine) -
 
 def test_chat_passes_every_sampling_parameter(client: httpx.Client, engine: FakeEngine) -> None:
     same = {"n": 3, "temperature": 0.5, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "seed": 11, "ignore_eos": True}
-    body = {"max_completion_tokens": 5, "max_tokens": 99, "stop": "END", "stop_token_ids": [3, 4], **same}
+    # letter_counting of Atropos sends the id of an end among the stop strings
+    body = {"max_completion_tokens": 5, "max_tokens": 99, "stop": ["END", 258], "stop_token_ids": [3, 4], **same}
     post(client, "/v1/chat/completions", messages=HI, **body)
     [sent] = engine.requests
-    expected = {"max_tokens": 5, "stop": ("END",), "stop_token_ids": (3, 4), "request_id": sent.request_id, **same}
+    expected = {"max_tokens": 5, "stop": ("END",), "stop_token_ids": (3, 4, 258), "request_id": sent.request_id, **same}
     assert sent == GenerationRequest(prompt_token_ids=tuple(HI_IDS), **expected)  # type: ignore[arg-type]
 
 
@@ -78,7 +79,7 @@ def test_chat_content_parts_tools_and_template_options(client: httpx.Client, eng
     tools = {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"}
     options = {"chat_template": template, "chat_template_kwargs": {"mood": "calm"}, "add_generation_prompt": False}
     post(client, "/v1/chat/completions", messages=[{"role": "user", "content": parts}], **tools, **options)
-    assert engine.requests[0].prompt_token_ids == tuple(TOKENIZER.encode("ab|f|calm|False"))
+    assert engine.requests[0].prompt_token_ids == tuple(TOKENIZER.encode("a\nb|f|calm|False"))
 
 
 def test_completions_take_every_form_of_prompt(client: httpx.Client, engine: FakeEngine) -> None:
@@ -142,6 +143,20 @@ def test_version_of_the_first_token_is_reported_when_weights_change_midway(
     assert answer["policy_version"] == 4 and answer["policy_versions"] == [[4, 6]]
 
 
+def test_bytes_are_those_of_the_token_and_every_end_of_the_engine_is_cut(
+    client: httpx.Client, engine: FakeEngine
+) -> None:
+    engine.reply = text_reply(TOKENIZER, "é<|im_start|>")
+    answer = post(client, "/v1/chat/completions", messages=HI, logprobs=True, skip_special_tokens=False)
+    assert [e["bytes"] for e in answer["choices"][0]["logprobs"]["content"][:2]] == [[0xC3], [0xA9]]
+    assert answer["choices"][0]["message"]["content"] == "é<|im_start|>"
+    two = FakeEngine(engine.reply)
+    two.eos_token_ids = frozenset({257, 258})
+    with serving(two, TOKENIZER) as other:
+        answer = post(other, "/v1/chat/completions", messages=HI, skip_special_tokens=False)
+        assert answer["choices"][0]["message"]["content"] == "é"
+
+
 def test_infinite_logprob_is_sent_as_vllm_does_and_nan_is_an_error(client: httpx.Client, engine: FakeEngine) -> None:
     engine.logprob = lambda index, position: float("-inf") if position == 1 else -0.5
     answer = post(client, "/v1/completions", prompt="a", logprobs=0, max_tokens=3)
@@ -198,14 +213,17 @@ REFUSED: dict[str, list[Any]] = {
     "response_format": [{"type": "json_object"}],
     "echo": [True],
     "suffix": ["x"],
-    "temperature": [-0.1, "hot"],
+    "temperature": [-0.1, "hot", 10**400],
     "top_p": [0, 1.5],
     "top_k": [-2],
     "min_p": [2],
-    "n": [0, 1.5, True],
+    "n": [0, 1.5, True, 10**30],
     "max_tokens": [0],
-    "stop": [[""], 5],
-    "stop_token_ids": [[1, -1]],
+    "stop": [[""], 5.5, [-1], ["a"] * 257, "a" * 4097],
+    "stop_token_ids": [[1, -1], [10**30], [[]]],
+    "prompt_logprobs": [0],
+    "background": [True],
+    "spaces_between_special_tokens": [False],
     "seed": ["x"],
     "stream": ["yes"],
     "logprobs": [5],
@@ -217,7 +235,12 @@ CHAT_REFUSED: dict[str, list[Any]] = {
     "messages": [[], ["hi"], *([{"role": "user", "content": bad}] for bad in (3, [{"type": "image_url"}]))],
     "tool_choice": ["required"],
     "functions": [[{"name": "f"}]],
-    "chat_template_kwargs": [{"tokenize": True}],
+    "chat_template_kwargs": [
+        *({name: 1} for name in ("tokenize", "self", "messages", "tools", "add_generation_prompt", "chat_template")),
+        *({name: 1} for name in ("conversation", "conversations", "documents", "tokenizer_kwargs", "return_dict")),
+    ],
+    "tools": ["f", ["f"]],
+    "prompt_template": ["x"],
     "continue_final_message": [True],
 }
 
@@ -244,7 +267,7 @@ def test_neutral_values_of_unsupported_fields_pass(client: httpx.Client, engine:
 def test_template_errors_are_the_clients(client: httpx.Client) -> None:
     template = "{{ raise_exception('roles must alternate') }}"
     error = refused(client, "/v1/chat/completions", messages=HI, chat_template=template)
-    assert error["param"] == "messages" and "roles must alternate" in error["message"]
+    assert error["param"] == "chat_template" and "roles must alternate" in error["message"]
 
 
 def test_unknown_fields_and_models_are_logged_once(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:

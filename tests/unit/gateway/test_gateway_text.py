@@ -13,7 +13,7 @@ EOS = 258
 
 @pytest.fixture(scope="module")
 def codec() -> TextCodec:
-    return TextCodec(build_tiny_tokenizer())
+    return TextCodec(build_tiny_tokenizer(), frozenset({EOS}))
 
 
 def plain(**fields: object) -> Sampling:
@@ -38,6 +38,22 @@ def test_completion_text_follows_vllm(codec: TextCodec) -> None:
         "hi<|im_end|>",
         None,
     )
+
+
+def test_tokens_that_are_no_text_have_their_bytes() -> None:
+    """SentencePiece names bytes, and its decoders drop the space at the start of a text."""
+
+    class Sentences:
+        names = ("<0xE6>", "\u2581the", "the", "\u0120the", None)
+
+        def convert_ids_to_tokens(self, token_id: int) -> str | None:
+            return self.names[token_id]
+
+        def decode(self, token_ids: list[int], **_: bool) -> str:
+            return "\ufffd" if token_ids == [0] else "the"
+
+    codec = TextCodec(Sentences(), frozenset())
+    assert codec.tokens([0, 1, 2, 4]) == [("\ufffd", b"\xe6"), (" the", b" the"), ("the", b"the"), ("the", b"the")]
 
 
 def test_stream_holds_back_half_a_character_and_a_possible_stop_string(codec: TextCodec) -> None:

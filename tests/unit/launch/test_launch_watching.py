@@ -333,7 +333,9 @@ def test_the_gateways_counters_are_read() -> None:
     from atropos_verl.gateway.text import TextCodec
     from atropos_verl.launch.probes import _counters
 
-    service = GatewayService(FakeEngine(), TextCodec(build_tiny_tokenizer()), "tiny", RequestGate(), None, None)
+    service = GatewayService(
+        FakeEngine(), TextCodec(build_tiny_tokenizer(), frozenset()), "tiny", RequestGate(), None, None
+    )
     service.answered.update({("/generate", 200): 5, ("/generate", 400): 2, ("/v1/completions", 401): 1, ("/x", 499): 9})
     found = _counters(service.render().decode())
     names = ("requests_total", "served_total", "refused_total", "generated_tokens_total")

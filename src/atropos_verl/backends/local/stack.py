@@ -89,7 +89,7 @@ class LocalStack:
                 throttle=throttle,
                 max_new_tokens=config.max_response_length,
                 model_name=str(model_path),
-                api_key=config.gateway.api_key,
+                **config.gateway.for_app(),
             )
             gateway = GatewayServer(app, host=config.gateway.host, port=config.gateway.port, listener=gateway_listener)
             gateway.start(timeout=30.0)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from atropos_verl.backends.local.stack import LocalStack
-from atropos_verl.config.schema import RunConfig, apply_environment
+from atropos_verl.config.schema import RunConfig, apply_environment, bounds_of, check_bounds
 from atropos_verl.errors import CheckpointError, ConfigError, DataError, TrainingDivergedError, WeightSyncError
 from atropos_verl.http_thread import Listener
 from atropos_verl.protocol.client import AtroposClient
@@ -141,7 +141,9 @@ class AtroposTrainer:
         ``ATROPOS_API_URL`` and ``ATROPOS_TIMEOUT`` override the dictionary's values. The API is not contacted yet.
         Raises ``ConfigError``, which names a key that is unknown, of the wrong type or contradictory.
         """
-        return cls(RunConfig.from_mapping(apply_environment(dict(config))), reward_fn=reward_fn, **extra)
+        settings = RunConfig.from_mapping(apply_environment(dict(config)))
+        check_bounds(bounds_of(settings))
+        return cls(settings, reward_fn=reward_fn, **extra)
 
     def __enter__(self) -> Self:
         return self

@@ -51,7 +51,7 @@ class ClusterGateway(GatewayServer):
     def __init__(
         self, llm_client: Any, tokenizer: Any, *, host: str = "127.0.0.1", port: int = 0, **for_app: Any
     ) -> None:
-        """``for_app``: ``api_key``, ``ledger`` and ``throttle`` of ``create_app``."""
+        """``for_app``: for ``create_app``: who may call, ledger, throttle."""
         settings = llm_client.config.actor_rollout_ref
         rollout, model = settings.rollout, settings.model
         limits = EngineLimits(
@@ -99,6 +99,7 @@ class ReplicaEngine:
         self._tokenizer = tokenizer
         self._limits = limits
         self.max_context_len = limits.max_context_len
+        self.eos_token_ids = limits.eos_token_ids
         self._pieces: dict[int, str] = {}
         self.policy_version = -1
         """Newest trainer step seen in an answer or set after a weight update; -1 before."""

@@ -149,7 +149,7 @@ class AtroposTaskRunner:
             self.put("note", f"{known} completions of before the interruption are known: their groups may still come")
         batch_size, batches = self.cluster.run.batch_size, parameter_sync_step(self.config)
         self.throttle = make_throttle(self.cluster.settings.off_policy, self.ledger, batch_size, batches)
-        for_app: dict[str, Any] = {"api_key": settings.api_key, "ledger": self.ledger, "throttle": self.throttle}
+        for_app = {**settings.for_app(), "ledger": self.ledger, "throttle": self.throttle}
         self.gateway = ClusterGateway(
             llm_client, self.trainer.tokenizer, host=settings.host, port=settings.port, **for_app
         )
