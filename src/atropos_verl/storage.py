@@ -1,24 +1,27 @@
 """Files that survive the process: atomic writes, and ``RecordStore``, a small transactional store on SQLite.
 
-A ``RecordStore`` is one database in WAL mode; each table holds ``key``, ``value`` and the XXH3 ``checksum`` of the
-value. One thread writes. It commits all changes that wait at once, so callers share a transaction and, with ``fsync``,
-a wait for the disk. What holds after a crash, a power cut, a full disk or damage: docs/internals.md.
+A ``RecordStore`` keeps the same rows in two databases in WAL mode, large values in a file of their own. Each row has
+a checksum of its table, key and value, and the row of the table ``mark`` says what a database must hold. One thread
+writes: large values, the database, then the copy. It commits all changes that wait at once, so callers share a
+transaction and, with ``fsync``, a wait for the disk. What holds after a crash, a power cut, a failed sync, a full disk
+or damage: docs/internals.md.
 """
 
+import bisect
 import contextlib
 import fcntl
 import logging
 import os
 import queue
 import secrets
-import shutil
 import socket
 import sqlite3
+import struct
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import psutil
 import xxhash
@@ -30,20 +33,31 @@ logger = logging.getLogger(__name__)
 Key: TypeAlias = int | str
 Change: TypeAlias = tuple[str, Key, bytes | None]
 """Table, key, and the new value. None deletes the row."""
+_Row: TypeAlias = tuple[str, Key, bytes | None, int]
+"""Table, key, value (None: no such row) and checksum."""
 _Job: TypeAlias = tuple[Sequence[Change] | None, Future[None]]
 """Changes to store (None: accept changes again), and what is told when that is done."""
 
-_VERSION: Final = 1
-_PAGE_BYTES: Final = 32 * 2**10
-"""Measured with a group of 544 KB and four small rows: 0.25 ms to store, p90 1.2 ms. Pages of 4 KiB: 0.40, p90 5.5."""
-_CHECKPOINT_BYTES: Final = 64 * 2**20
-_IDLE_CHECKPOINT_BYTES: Final = 8 * 2**20
+_VERSION: Final = 2
+_PAGE_BYTES: Final = 4096
+_CHECKPOINT_BYTES: Final = 16 * 2**20
+_IDLE_CHECKPOINT_BYTES: Final = 2 * 2**20
 _IDLE_SECONDS: Final = 0.25
-_FREE_PAGES: Final = 1024
-"""Pages that the database may hold unused. More are given back when there is nothing else to do."""
+_FREE_BYTES: Final = 32 * 2**20
+"""Bytes that the end of the file of large values may hold unused. More are given back when there is nothing to do."""
 _NETWORK_TYPES: Final = (
     "9p afs beegfs ceph cifs fuse.ceph fuse.glusterfs fuse.sshfs glusterfs gpfs lustre nfs nfs4 smb3 smbfs"
 )
+_PLACE: Final = struct.Struct("<QQQ")
+"""Row of a large value: offset, length, checksum."""
+_SYNC_ERRORS: Final = (sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC)
+_NO_DAMAGE: Final = (
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN
+)  # fmt: skip
+_NO_SHARED_MEMORY: Final = (
+    sqlite3.SQLITE_IOERR_SHMOPEN, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_SHMLOCK,
+    sqlite3.SQLITE_IOERR_SHMMAP,
+)  # fmt: skip
 
 
 def write_atomic(path: Path, data: bytes | str, *, private: bool = False, durable: bool = False) -> None:
@@ -107,6 +121,13 @@ def locked(path: Path, holder: str) -> Iterator[None]:
         os.close(lock)
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, on the disk when this returns. Raises ``OSError``."""
+    missing = [one for one in (path, *path.parents) if not one.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    sync_to_disk(*(one.parent for one in missing))
+
+
 def network_file_system(path: Path) -> str | None:
     """The type of the network file system that holds ``path``, or None on a local disk."""
     mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
@@ -114,32 +135,76 @@ def network_file_system(path: Path) -> str | None:
     return mounts[holder] if holder is not None and mounts[holder] in _NETWORK_TYPES.split() else None
 
 
+class _Mark(NamedTuple):
+    """What a database must hold."""
+
+    number: int = 0
+    """Commits since the store was made."""
+    rows: int = 0
+    checksums: int = 0
+    """XOR of those of all rows."""
+
+
+class _Found(NamedTuple):
+    """A database as it was found."""
+
+    path: Path
+    exists: bool
+    mark: _Mark
+    damage: str | None
+    """None: it is whole."""
+
+
 class RecordStore:
-    """Key-value tables in one SQLite file. One process at a time. ``write`` may be called from any thread.
+    """Key-value tables in a directory. One process at a time. ``write`` may be called from any thread.
 
     Args:
         path: the database. Its directory is made when it is missing.
         tables: name → type of the key, ``int`` or ``str``.
         owner: who uses the store, for messages.
         fsync: a write is done when it is on the disk. Otherwise it survives the process, but not a power failure.
+        large: the table whose values are large.
 
     Raises:
         StorageError: another process uses the directory, the file is no store of this version, or it cannot be made.
     """
 
-    def __init__(self, path: Path, tables: Mapping[str, type[int] | type[str]], *, owner: str, fsync: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        tables: Mapping[str, type[int] | type[str]],
+        *,
+        owner: str,
+        fsync: bool = False,
+        large: str | None = None,
+    ):
         self.path = path
         self.damaged: list[tuple[str, Key]] = []
-        """Rows that ``read`` has moved aside: table and key."""
-        self._owner = owner
+        """Large values that ``read`` found damaged: table and key."""
+        self.lost_rows = False
+        """Neither database was whole."""
+        self._paths = (path, path.with_name(f"{path.stem}-copy{path.suffix}"))
+        self._tables = tables
+        self._owner, self._fsync, self._large = owner, fsync, large
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         """None: the store is closed."""
         self._failure: StorageWriteError | None = None
+        self._sync_failure: str | None = None
+        self._not_copied: list[_Row] = []
+        """Rows of the database that the copy lacks."""
         self._unmoved_bytes = 0
         self._closed = False
         self._lock = self._take_lock()
         try:
-            self._db = self._open(tables, fsync)
+            self._db, self._copy = self._open_both()
+            self._mark = _read_mark(self._db)
+            self._bodies = None
+            if large is not None:
+                places = (_PLACE.unpack(value)[:2] for (value,) in self._db.execute(f"SELECT value FROM {large}"))
+                self._bodies = _Bodies(path.with_suffix(".bodies"), places)
+        except (sqlite3.Error, OSError) as error:
+            os.close(self._lock)
+            raise self._write_error(error) from error
         except BaseException:
             os.close(self._lock)
             raise
@@ -149,39 +214,32 @@ class RecordStore:
     @property
     def size(self) -> int:
         """Bytes on the disk."""
-        files = (self.path, self.path.with_name(f"{self.path.name}-wal"))
-        return sum(file.stat().st_size for file in files if file.exists())
+        return sum(file.stat().st_size for file in self.path.parent.glob(f"{self.path.stem}*") if file.is_file())
 
     def read(self, table: str) -> Iterator[tuple[Key, bytes]]:
-        """Rows in the order of their keys. Read only before the first write, or after ``recover``.
-
-        A row whose value does not match its checksum is logged, moved to the table ``damaged``, and not returned.
-
-        Raises:
-            StorageDamagedError: the database itself cannot be read.
-        """
-        bad: list[Key] = []
-        try:
-            for key, value, checksum in self._db.execute(f"SELECT key, value, checksum FROM {table} ORDER BY key"):
-                if isinstance(value, bytes) and _checksum(value) == checksum:
-                    yield key, value
-                else:
-                    bad.append(key)
-            for key in bad:
+        """Rows in the order of their keys. Read only before the first write, or after ``recover``. A large value that
+        is damaged is logged, copied to ``damaged/``, and not returned; its row stays."""
+        for key, value in self._db.execute(f"SELECT key, value FROM {table} ORDER BY key"):
+            if self._bodies is None or table != self._large:
+                yield key, value
+                continue
+            body, is_whole = self._bodies.get(value)
+            if is_whole:
+                yield key, body
+            elif (table, key) not in self.damaged:
                 self.damaged.append((table, key))
-                why = "is damaged; it was moved to the table 'damaged'"
-                logger.error("%s: row %r of table %s %s", self.path, key, table, why)
-                with self._db:
-                    self._db.execute("BEGIN IMMEDIATE")
-                    self._db.execute(f"INSERT INTO damaged SELECT '{table}', * FROM {table} WHERE key = ?", (key,))
-                    self._db.execute(f"DELETE FROM {table} WHERE key = ?", (key,))
-        except sqlite3.DatabaseError as error:
-            raise self._unreadable(error) from error
+                kept = self._aside(f"{table}-{key}")
+                kept.write_bytes(body)
+                text = "%s: row %r of table %s is damaged; the %d bytes that are left are in %s"
+                logger.error(text, self._bodies.path, key, table, len(body), kept)
 
     def get(self, table: str, key: Key) -> bytes | None:
-        """The value of one row, without a check. The rule of ``read`` holds."""
+        """The value of one row; None where there is none, or it is damaged. The rule of ``read`` holds."""
         row = self._db.execute(f"SELECT value FROM {table} WHERE key = ?", (key,)).fetchone()
-        return None if row is None else bytes(row[0])
+        if row is None or self._bodies is None or table != self._large:
+            return None if row is None else bytes(row[0])
+        body, is_whole = self._bodies.get(row[0])
+        return body if is_whole else None
 
     def write(self, changes: Sequence[Change]) -> Future[None]:
         """Store all ``changes`` or none. The future is done when they are stored; changes are stored in call order.
@@ -202,7 +260,10 @@ class RecordStore:
         self._closed = True
         self._jobs.put(None)
         self._thread.join()
-        self._db.close()
+        for database in (self._db, self._copy):
+            database.close()
+        if self._bodies is not None:
+            self._bodies.close()
         os.close(self._lock)
 
     # --- opening -----------------------------------------------------------------------------------------------------
@@ -210,7 +271,7 @@ class RecordStore:
     def _take_lock(self) -> int:
         directory = self.path.parent
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            make_directory(directory)
             lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise StorageWriteError(f"cannot use data directory {directory}: {error.strerror}") from error
@@ -226,60 +287,151 @@ class RecordStore:
         os.pwrite(lock, f"{self._owner}, pid {os.getpid()}\n".encode(), 0)
         return lock
 
-    def _open(self, tables: Mapping[str, type[int] | type[str]], fsync: bool) -> sqlite3.Connection:
+    def _open_both(self) -> list[sqlite3.Connection]:
+        """Raises ``StorageError``, ``OSError`` or ``sqlite3.Error``."""
         network = network_file_system(self.path.parent)
-        wal = self.path.with_name(f"{self.path.name}-wal")
-        last_commit = _last_commit(wal)
+        if network is not None:
+            text = (
+                "the death of this process loses nothing, but the death of this machine or of the network may "
+                "damage the file, and a second machine may not see the lock. Move the directory to a local disk"
+            )
+            logger.warning("%s is on a network file system (%s): %s", self.path, network, text)
+        found = [self._examine(path) for path in self._paths]
+        newest = max((one for one in found if not one.damage), key=lambda one: one.mark.number, default=None)
+        if newest is None:
+            is_new = not any(one.exists for one in found)
+            rows = [] if is_new else self._salvage(found)
+            for one in found:
+                self._replace(one, None if is_new else one.damage, rows, max(one.mark.number for one in found))
+        else:
+            for one in found:
+                # A process that dies between its two commits leaves a copy that lacks the last one.
+                lacks_last = one is found[1] and one.mark.number == newest.mark.number - 1
+                ends = None if lacks_last else f"ends at change {one.mark.number} of {newest.mark.number}"
+                if one.damage or one.mark != newest.mark:
+                    self._replace(one, one.damage or ends, self._rows(newest.path), newest.mark.number)
+        databases: list[sqlite3.Connection] = []
+        for one, other in (found, found[::-1]):
+            try:
+                databases.append(self._connect(one.path, network is not None))
+            except sqlite3.DatabaseError as error:
+                if not _is_damage(error):
+                    raise
+                # Reading did not show it: a header that forbids writing, say.
+                self._replace(one, str(error), self._rows(other.path), self._examine(other.path).mark.number)
+                databases.append(self._connect(one.path, network is not None))
+        return databases
+
+    def _examine(self, path: Path) -> _Found:
+        """Read a database without changing it. Raises ``sqlite3.Error`` for anything but damage."""
+        exists = any(file.exists() and file.stat().st_size for file in (path, _beside(path, "-wal")))
+        if not path.exists() or not path.stat().st_size:  # with the WAL alone, SQLite would delete that
+            return _Found(path, exists, _Mark(), "is missing or empty")
+        mark, rows, checksums = _Mark(), 0, 0
         try:
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-            # Autocommit: transactions begin and end where this class says so.
-            db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-        except (OSError, sqlite3.Error) as error:
-            raise StorageWriteError(f"cannot open {self.path}: {error}") from error
+            with _read_only(path) as db:
+                version = db.execute("PRAGMA user_version").fetchone()[0]
+                if version != _VERSION:
+                    return _Found(path, exists, mark, f"is of version {version}; this program reads {_VERSION}")
+                mark = _read_mark(db)
+                for table, key, value, checksum in self._rows(path):
+                    if value is None or _checksum(table, key, value) != checksum:
+                        return _Found(path, exists, mark, f"has a damaged row: {key!r} of table {table}")
+                    rows, checksums = rows + 1, checksums ^ checksum
+                checked = str(db.execute("PRAGMA quick_check(1)").fetchone()[0]).splitlines()[-1]
+        except (sqlite3.DatabaseError, ValueError, TypeError, struct.error) as error:
+            if not _is_damage(error):
+                raise
+            return _Found(path, exists, mark, f"cannot be read ({error})")
+        if (rows, checksums) != mark[1:]:
+            checked = f"{rows} of {mark.rows} rows"
+        return _Found(path, exists, mark, None if checked == "ok" else f"is damaged ({checked})")
+
+    def _rows(self, path: Path) -> Iterator[_Row]:
+        with _read_only(path) as db:
+            for table in self._tables:
+                for key, value, checksum in db.execute(f"SELECT key, value, checksum FROM {table}"):
+                    yield table, key, value, checksum
+
+    def _salvage(self, found: Sequence[_Found]) -> Sequence[_Row]:
+        """The rows of both databases that can be read; where both have one, that of the newer database."""
+        rows: dict[tuple[str, Key], _Row] = {}
+        for one in sorted(found, key=lambda one: one.mark.number):
+            if one.damage and one.damage.startswith("is of version"):
+                text = f"go on with the program that wrote it, or move {self.path.parent} away to start anew"
+                raise StorageDamagedError(f"{one.path} {one.damage}; {text}")
+            for table in self._tables:
+                for order in ("ASC", "DESC"):  # from both ends, up to what is damaged
+                    with contextlib.suppress(sqlite3.DatabaseError, OSError), _read_only(one.path) as db:
+                        text = f"SELECT key, value, checksum FROM {table} ORDER BY key {order}"
+                        for key, value, checksum in db.execute(text):
+                            if isinstance(value, bytes) and _checksum(table, key, value) == checksum:
+                                rows[table, key] = (table, key, value, checksum)
+        if not rows:
+            text = f"is damaged, or is not a database of this {self._owner}"
+            why = next(one.damage for one in found if one.exists)
+            advice = f"restore {self.path.parent} from a backup, or move it away to start anew"
+            raise StorageDamagedError(f"{self.path} {text} ({why}); {advice}")
+        self.lost_rows = True
+        most = max(one.mark.rows for one in found)
+        logger.error("%s and its copy are both damaged: %d of %d rows can be read", self.path, len(rows), most)
+        return list(rows.values())
+
+    def _replace(self, old: _Found, why: str | None, rows: Iterable[_Row], number: int) -> None:
+        """Make a database of ``rows``, complete before it gets its name. What is there is kept in ``damaged/``."""
+        fresh = old.path.with_name(f".{old.path.name}.tmp")
+        fresh.unlink(missing_ok=True)
+        os.close(os.open(fresh, os.O_RDWR | os.O_CREAT, 0o600))
+        count = checksums = 0
+        with contextlib.closing(sqlite3.connect(fresh, isolation_level=None)) as db:
+            for pragma in (f"page_size = {_PAGE_BYTES}", "journal_mode = OFF", f"user_version = {_VERSION}"):
+                db.execute(f"PRAGMA {pragma}")
+            db.execute("BEGIN")
+            for name, kind in {**self._tables, "mark": int}.items():
+                key, rest = ("INTEGER", "") if kind is int else ("TEXT", " WITHOUT ROWID")
+                columns = f"key {key} PRIMARY KEY, value BLOB NOT NULL, checksum INTEGER NOT NULL"
+                db.execute(f"CREATE TABLE {name} ({columns}){rest}")
+            for row in rows:
+                _apply(db, row)
+                count, checksums = count + 1, checksums ^ row[3]
+            _apply(db, _mark_row(_Mark(number, count, checksums)))
+            db.execute("COMMIT")
+        sync_to_disk(fresh)
+        kept = self._aside(old.path.name) if why and old.exists else None
+        for suffix in ("-shm", "-wal", ""):
+            file = _beside(old.path, suffix)
+            if kept and suffix != "-shm" and file.exists():
+                file.rename(_beside(kept, suffix))
+            file.unlink(missing_ok=True)
+        sync_to_disk(old.path.parent)  # a WAL that is still there would be read into the new database
+        fresh.replace(old.path)
+        sync_to_disk(old.path.parent)
+        if why:
+            text = "%s %s. It was made anew from what is whole%s"
+            logger.error(text, old.path, why, f"; the old one is {kept}" if kept else "")
+
+    def _aside(self, name: str) -> Path:
+        """A free name in ``damaged/``."""
+        directory = self.path.parent / "damaged"
+        directory.mkdir(exist_ok=True)
+        return next(path for number in range(1, 10**9) if not (path := directory / f"{name}.{number}").exists())
+
+    def _connect(self, path: Path, alone: bool) -> sqlite3.Connection:
+        # Autocommit: transactions begin and end where this class says so.
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
-            if not self.path.stat().st_size:
-                db.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
-                db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            if network is not None:
-                # WAL needs shared memory unless one process holds the file alone.
+            if alone:  # on a network disk, where WAL needs shared memory unless one process holds the file alone
                 db.execute("PRAGMA locking_mode = EXCLUSIVE")
-                text = (
-                    "the death of this process loses nothing, but the death of this machine or of the network may "
-                    "damage the file, and a second machine may not see the lock. Move the directory to a local disk"
-                )
-                logger.warning("%s is on a network file system (%s): %s", self.path, network, text)
             db.execute("PRAGMA journal_mode = WAL")
-            db.execute(f"PRAGMA synchronous = {'FULL' if fsync else 'NORMAL'}")
+            # The copy is there for damage, not for power cuts: it need not wait for the disk.
+            db.execute(f"PRAGMA synchronous = {'FULL' if self._fsync and path == self.path else 'NORMAL'}")
             db.execute("PRAGMA wal_autocheckpoint = 0")
             db.execute(f"PRAGMA journal_size_limit = {_CHECKPOINT_BYTES}")
-            frames = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1]
-            if last_commit > frames:
-                kept = Path(shutil.copyfile(wal, f"{wal}.damaged"))
-                lost = f"the changes up to frame {last_commit} are lost; {kept} is a copy of it"
-                logger.error("%s is damaged after frame %d: %s", wal, frames, lost)
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, _VERSION):
-                raise StorageDamagedError(f"{self.path} is of version {version}; this program reads {_VERSION}")
-            with db:
-                db.execute("BEGIN IMMEDIATE")
-                db.execute(f"PRAGMA user_version = {_VERSION}")
-                for name, kind in tables.items():
-                    key, rest = ("INTEGER", "") if kind is int else ("TEXT", " WITHOUT ROWID")
-                    columns = f"key {key} PRIMARY KEY, value BLOB NOT NULL, checksum INTEGER NOT NULL"
-                    db.execute(f"CREATE TABLE IF NOT EXISTS {name} ({columns}){rest}")
-                db.execute("CREATE TABLE IF NOT EXISTS damaged (source TEXT, key, value BLOB, checksum INTEGER)")
-        except BaseException as error:
+            db.execute("UPDATE mark SET value = value")  # it can be written
+        except BaseException:
             db.close()
-            if isinstance(error, sqlite3.DatabaseError):
-                raise self._write_error(error) if _is_full(error) else self._unreadable(error) from error
             raise
         return db
-
-    def _unreadable(self, error: sqlite3.Error) -> StorageDamagedError:
-        return StorageDamagedError(
-            f"{self.path} is damaged, or is not a database of this {self._owner} ({error}); restore it from a backup, "
-            f"try 'sqlite3 {self.path.name} .recover', or move it away to start anew"
-        )
 
     # --- the writer thread -------------------------------------------------------------------------------------------
 
@@ -304,71 +456,215 @@ class RecordStore:
                 closing = True
             self._process(group)
             if self._unmoved_bytes > (_CHECKPOINT_BYTES if group else _IDLE_CHECKPOINT_BYTES):
-                self._move_wal(shrink=not group)
+                self._move_wals()
+            if self._bodies is not None and not group:
+                self._bodies.shrink()
 
     def _process(self, group: list[_Job]) -> None:
         together = [change for changes, _ in group for change in changes or ()]
         stored = self._failure is None and (not together or self._commit(together) is None)
         for changes, done in group:  # one by one, where that failed: those before the one that fails are stored
-            if changes is None:
+            if self._sync_failure is not None and not stored:
+                self._failure = StorageWriteError(self._sync_failure)
+            elif changes is None:
                 self._failure = None
             elif not stored and self._failure is None:
                 self._failure = self._commit(changes)
-            if self._failure is None:
+            if changes is None or self._failure is None:
                 done.set_result(None)
             else:
                 done.set_exception(self._failure)
 
     def _commit(self, changes: Sequence[Change]) -> StorageWriteError | None:
+        db, rows = self._db, list[_Row]()
+        taken, freed = list[tuple[int, int]](), list[tuple[int, int]]()
+        number, count, checksums = self._mark
         try:
-            with self._db:
-                self._db.execute("BEGIN IMMEDIATE")
-                for table, key, value in changes:
-                    if value is None:
-                        self._db.execute(f"DELETE FROM {table} WHERE key = ?", (key,))
-                    else:
-                        self._db.execute(f"REPLACE INTO {table} VALUES (?, ?, ?)", (key, value, _checksum(value)))
-                    self._unmoved_bytes += len(value or b"") + _PAGE_BYTES
+            db.execute("BEGIN IMMEDIATE")
+            for table, key, value in changes:
+                old = db.execute(f"SELECT value, checksum FROM {table} WHERE key = ?", (key,)).fetchone()
+                if old is not None:
+                    count, checksums = count - 1, checksums ^ old[1]
+                if self._bodies is not None and table == self._large:
+                    freed += [] if old is None else [_PLACE.unpack(old[0])[:2]]
+                    if value is not None:
+                        taken.append(self._bodies.room(len(value)))
+                        value = self._bodies.put(taken[-1][0], value)
+                row = (table, key, value, 0 if value is None else _checksum(table, key, value))
+                if value is not None:
+                    count, checksums = count + 1, checksums ^ row[3]
+                rows.append(row)
+                _apply(db, row)
+            mark = _Mark(number + 1, count, checksums)
+            rows.append(_mark_row(mark))
+            _apply(db, rows[-1])
+            if self._bodies is not None and taken and self._fsync:
+                self._bodies.sync()
+            db.execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - the thread's boundary: the futures carry it to the callers
+            if db.in_transaction:
+                db.rollback()
+            self._free(taken)
             return self._write_error(error)
+        self._mark = mark
+        self._unmoved_bytes += len(rows) * _PAGE_BYTES
+        self._free(freed)
+        return self._commit_copy(rows)
+
+    def _free(self, places: Iterable[tuple[int, int]]) -> None:
+        for place in places:
+            assert self._bodies is not None
+            self._bodies.free(*place)
+
+    def _commit_copy(self, rows: Sequence[_Row]) -> StorageWriteError | None:
+        """Bring the copy up to date. A disk that is too full for it does not refuse what the database holds."""
+        self._not_copied += rows
+        try:
+            self._copy.execute("BEGIN IMMEDIATE")
+            for row in self._not_copied:
+                _apply(self._copy, row)
+            self._copy.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._copy.in_transaction:
+                self._copy.rollback()
+            refused = self._write_error(error)
+            logger.warning("%s lags behind by %d rows: %s", self._paths[1], len(self._not_copied), refused)
+            return refused if self._sync_failure else None
+        self._not_copied = []
         return None
 
     def _write_error(self, error: Exception) -> StorageWriteError:
+        if isinstance(error, _SyncError) or getattr(error, "sqlite_errorcode", 0) in _SYNC_ERRORS:
+            self._sync_failure = (
+                f"{self.path.parent}: the disk did not confirm a write ({error}). Whether it holds that write is known "
+                "after a restart; until then nothing is stored. See what the disk reports (dmesg), then restart; what "
+                "was refused may be sent again"
+            )
+            return StorageWriteError(self._sync_failure)
         advice = f"; free some space in {self.path.parent}" if _is_full(error) else ""
         return StorageWriteError(f"cannot write {self.path}: {error}{advice}")
 
-    def _move_wal(self, *, shrink: bool) -> None:
-        """Copy the WAL into the database, so that the next write begins the WAL anew."""
+    def _move_wals(self) -> None:
+        """Copy the WALs into the databases, so that the next write begins them anew."""
         self._unmoved_bytes = 0
+        for path, db in zip(self._paths, (self._db, self._copy), strict=True):
+            try:
+                db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            except sqlite3.Error as error:
+                logger.warning("%s: its WAL is not shortened: %s", path, self._write_error(error))
+
+
+class _SyncError(OSError):
+    """The disk did not confirm."""
+
+
+class _Bodies:
+    """Large values, one after another in a file. The room of one that the database forgot is used again."""
+
+    def __init__(self, path: Path, places: Iterable[tuple[int, int]]) -> None:
+        """``places``: (offset, length) of the values that the file holds. Raises ``OSError``."""
+        self.path = path
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        sync_to_disk(path.parent)
+        self._end = 0
+        self._free: list[tuple[int, int]] = []
+        """(start, end) of each hole before ``_end``, in order; no two touch."""
+        for start, length in sorted(places):
+            if start > self._end:
+                self._free.append((self._end, start))
+            self._end = max(self._end, start + length)
+
+    def room(self, length: int) -> tuple[int, int]:
+        """A place: the first hole that is large enough, or the end."""
+        for index, (start, end) in enumerate(self._free):
+            if end - start >= length:
+                self._free[index : index + 1] = [(start + length, end)] if end - start > length else []
+                return start, length
+        start, self._end = self._end, self._end + length
+        return start, length
+
+    def put(self, start: int, value: bytes) -> bytes:
+        """Write a value. Returns its row. Raises ``OSError``."""
+        written = 0
+        while written < len(value):
+            written += os.pwrite(self._file, memoryview(value)[written:], start + written)
+        return _PLACE.pack(start, len(value), xxhash.xxh3_64_intdigest(value))
+
+    def get(self, row: bytes) -> tuple[bytes, bool]:
+        """What the file holds of a value, and whether that is the value."""
+        start, length, checksum = _PLACE.unpack(row)
+        value = os.pread(self._file, length, start)
+        return value, len(value) == length and xxhash.xxh3_64_intdigest(value) == checksum
+
+    def free(self, start: int, length: int) -> None:
+        """The place may be used again."""
+        end, index = start + length, bisect.bisect(self._free, (start, start))
+        if index < len(self._free) and self._free[index][0] == end:
+            end = self._free.pop(index)[1]
+        if index and self._free[index - 1][1] == start:
+            index -= 1
+            start = self._free.pop(index)[0]
+        if end == self._end:
+            self._end = start
+        elif end > start:
+            self._free.insert(index, (start, end))
+
+    def sync(self) -> None:
         try:
-            self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-            if shrink and self._db.execute("PRAGMA freelist_count").fetchone()[0] > _FREE_PAGES:
-                self._db.executescript(f"PRAGMA incremental_vacuum({_FREE_PAGES})")
-                self._unmoved_bytes = _IDLE_CHECKPOINT_BYTES + 1  # again at the next occasion
-        except sqlite3.Error as error:
-            logger.warning("%s: its WAL is not shortened: %s", self.path, error)
+            os.fdatasync(self._file)
+        except OSError as error:
+            raise _SyncError(*error.args) from error
+
+    def shrink(self) -> None:
+        if os.fstat(self._file).st_size > self._end + _FREE_BYTES:
+            os.ftruncate(self._file, self._end)
+
+    def close(self) -> None:
+        os.close(self._file)
 
 
-def _last_commit(wal: Path) -> int:
-    """The last frame of a WAL that ends a transaction and has another frame behind it, or 0. (One that has none may be
-    a torn write.) See "WAL File Format" at sqlite.org: header of 32 bytes, frames of 24 bytes and a page."""
-    last = commit = number = 0
-    with contextlib.suppress(FileNotFoundError), wal.open("rb") as file:
-        header = file.read(32)
-        page_bytes, salts = int.from_bytes(header[8:12]), header[16:24]
-        while len(frame := file.read(24)) == 24:
-            number += 1
-            if frame[8:16] == salts:  # others are left from before the WAL began anew
-                last = commit
-                commit = number if any(frame[4:8]) else commit
-            file.seek(page_bytes, os.SEEK_CUR)
-    return last
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
 
 
-def _checksum(value: bytes) -> int:
-    return xxhash.xxh3_64_intdigest(value) >> 1  # SQLite's integers are signed
+@contextlib.contextmanager
+def _read_only(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that changes neither the database nor its WAL."""
+    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+        yield db
+
+
+def _apply(db: sqlite3.Connection, row: _Row) -> None:
+    table, key, value, checksum = row
+    if value is None:
+        db.execute(f"DELETE FROM {table} WHERE key = ?", (key,))
+    else:
+        db.execute(f"REPLACE INTO {table} VALUES (?, ?, ?)", (key, value, checksum))
+
+
+def _mark_row(mark: _Mark) -> _Row:
+    value = struct.pack("<QQQ", *mark)
+    return "mark", 0, value, _checksum("mark", 0, value)
+
+
+def _read_mark(db: sqlite3.Connection) -> _Mark:
+    """Raises ``ValueError`` where it is damaged."""
+    rows = db.execute("SELECT value, checksum FROM mark").fetchall()
+    if len(rows) != 1 or _checksum("mark", 0, rows[0][0]) != rows[0][1]:
+        raise ValueError("the table 'mark' is damaged")
+    return _Mark(*struct.unpack("<QQQ", rows[0][0]))
+
+
+def _checksum(table: str, key: Key, value: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(f"{table}\0{key}\0".encode() + value) >> 1  # SQLite's integers are signed
+
+
+def _is_damage(error: Exception) -> bool:
+    """False for what a damaged file does not bring about: no space, no memory, another program's lock."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return code is None or (code & 0xFF not in _NO_DAMAGE and code not in _NO_SHARED_MEMORY)
 
 
 def _is_full(error: Exception) -> bool:
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+    return code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR) or isinstance(error, OSError)

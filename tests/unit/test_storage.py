@@ -1,7 +1,9 @@
 """Atomic files, and the record store: what survives, what is refused, and what is said of it."""
 
+import errno
 import logging
 import os
+import random
 import resource
 import shutil
 import signal
@@ -21,8 +23,11 @@ from atropos_verl.storage import RecordStore, network_file_system, write_atomic
 TABLES = {"bodies": int, "notes": str}
 
 
+DATABASES = ("store.sqlite", "store-copy.sqlite")
+
+
 def opened(directory: Path, fsync: bool = False) -> RecordStore:
-    return RecordStore(directory / "store.sqlite", TABLES, owner="test", fsync=fsync)
+    return RecordStore(directory / "store.sqlite", TABLES, owner="test", fsync=fsync, large="bodies")
 
 
 def rows(store: RecordStore) -> dict[object, bytes]:
@@ -75,61 +80,123 @@ def test_what_is_written_is_there_after_a_restart_in_the_order_of_keys(tmp_path:
         store.write([("bodies", 4, b"4")]).result()
 
 
-def test_a_torn_write_is_gone_and_what_came_before_it_is_there(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def body(number: int) -> bytes:
+    return b"body %d" % number * 1000
+
+
+def killed(directory: Path, commits: int = 6) -> Path:
+    """What a process leaves that wrote bodies 0 to ``commits`` - 1, one a commit, and was killed."""
+    store = opened(directory / "live")
+    for number in range(commits):
+        store.write([("bodies", number, body(number)), ("notes", "last", b"%d" % number)]).result()
+    shutil.copytree(directory / "live", directory / "killed")
+    store.close()
+    return directory / "killed"
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("database", DATABASES)
+@pytest.mark.parametrize("what", ["a bit of the WAL", "half the WAL", "a bit", "half", "nothing left", "gone"])
+def test_damage_to_one_database_is_named_and_costs_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, database: str, what: str
 ) -> None:
-    (tmp_path / "live").mkdir()
-    store = opened(tmp_path / "live")
-    store.write([("bodies", 1, b"whole")]).result()
-    store.write([("bodies", 2, b"torn"), ("notes", "torn", b"x")]).result()
-    shutil.copytree(tmp_path / "live", tmp_path / "copy")  # as a process that died leaves it
+    """One bit of a WAL makes SQLite drop all commits from there on, and it says nothing."""
+    directory = killed(tmp_path)
+    if "WAL" not in what:
+        opened(directory).close()  # which moves the WAL into the database
+    path = directory / (f"{database}-wal" if "WAL" in what else database)
+    size = path.stat().st_size
+    if "bit" in what:
+        flip(path, size // 2 if "WAL" in what else path.read_bytes().rindex(b"last"))
+    elif what == "gone":
+        path.unlink()
+    else:
+        os.truncate(path, 0 if what == "nothing left" else size // 2)
+    before = path.read_bytes() if path.exists() and path.stat().st_size else None
+    store = opened(directory)
+    assert rows(store) == {**{number: body(number) for number in range(6)}, "last": b"5"}
+    assert (store.damaged, store.lost_rows) == ([], False)
     store.close()
-    wal = tmp_path / "copy" / "store.sqlite-wal"
-    os.truncate(wal, wal.stat().st_size - 7)
-    store = opened(tmp_path / "copy")
-    assert rows(store) == {1: b"whole"}
-    store.close()
+    [message] = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert message.startswith(f"{directory / database} ") and "made anew" in message
+    assert before is None or before in [kept.read_bytes() for kept in (directory / "damaged").iterdir()]
+    caplog.clear()
+    opened(directory).close()
     assert not caplog.records
 
 
-def test_a_damaged_wal_is_named_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "live").mkdir()
-    store = opened(tmp_path / "live")
-    for number in range(4):
-        store.write([("bodies", number, b"body %d" % number * 10_000)]).result()
-    shutil.copytree(tmp_path / "live", tmp_path / "copy")
+@pytest.mark.parametrize("cut", [None, 20_000, 0])
+def test_a_damaged_large_value_costs_itself_and_what_is_left_is_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, cut: int | None
+) -> None:
+    directory = killed(tmp_path)
+    path = directory / "store.bodies"
+    if cut is None:
+        flip(path, len(body(0)) + 3)
+    else:
+        os.truncate(path, cut)
+    lost = [1] if cut is None else [number for number in range(6) if (number + 1) * len(body(0)) > cut]
+    store = opened(directory)
+    assert [key for key, _ in store.read("bodies")] == [number for number in range(6) if number not in lost]
+    assert store.damaged == [("bodies", number) for number in lost]
+    assert all(store.get("bodies", number) is None for number in lost)
+    for number in lost:
+        assert f"row {number} of table bodies is damaged" in caplog.text
+        assert len((directory / "damaged" / f"bodies-{number}.1").read_bytes()) <= len(body(number))
+    caplog.clear()
+    assert len(list(store.read("bodies"))) == 6 - len(lost) and not caplog.records
+    store.write([("bodies", number, body(number)) for number in lost]).result()
+    assert len(list(store.read("bodies"))) == 6
     store.close()
-    wal = tmp_path / "copy" / "store.sqlite-wal"
-    data = bytearray(wal.read_bytes())
-    data[data.index(b"body 2") + 103] ^= 1
-    wal.write_bytes(data)
-    store = opened(tmp_path / "copy")
-    assert [key for key, _ in store.read("bodies")] == [0, 1]
-    store.close()
-    assert "store.sqlite-wal is damaged after frame" in caplog.text
-    assert wal.with_name(f"{wal.name}.damaged").read_bytes() == bytes(data)
 
 
-def test_a_damaged_row_is_named_and_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store = opened(tmp_path)
-    store.write([("bodies", number, b"body %d" % number * 20_000) for number in (1, 2, 3)]).result()
+def test_of_two_damaged_databases_all_that_can_be_read_is_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = killed(tmp_path)
+    opened(directory).close()
+    for database in DATABASES:
+        with sqlite3.connect(directory / database) as db:
+            db.execute("UPDATE notes SET value = ?", (database.encode(),))
+    with sqlite3.connect(directory / DATABASES[0]) as db:
+        db.execute("DELETE FROM bodies WHERE key = 3")
+    store = opened(directory)
+    assert rows(store) == {number: body(number) for number in range(6)}
+    assert store.lost_rows
+    assert "store.sqlite and its copy are both damaged: 6 of 7 rows can be read" in caplog.text
     store.close()
-    path = tmp_path / "store.sqlite"
-    data = bytearray(path.read_bytes())
-    data[data.index(b"body 2") + 103] ^= 1
-    path.write_bytes(data)
-    store = opened(tmp_path)
-    with caplog.at_level(logging.ERROR):
-        assert [key for key, _ in store.read("bodies")] == [1, 3]
-    assert store.damaged == [("bodies", 2)]
-    assert "row 2 of table bodies is damaged" in caplog.text
-    assert len(list(store.read("bodies"))) == 2 and len(caplog.records) == 1
+    assert all((directory / "damaged" / f"{database}.1").exists() for database in DATABASES)
+    caplog.clear()
+    store = opened(directory)
+    assert not store.lost_rows and not caplog.records
     store.close()
-    with sqlite3.connect(path) as db:
-        assert db.execute("SELECT source, key, length(value) FROM damaged").fetchall() == [("bodies", 2, 120_000)]
 
 
-def test_a_damaged_or_foreign_file_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_copy_that_a_dying_process_left_one_commit_behind_is_brought_up_to_date(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = killed(tmp_path, 4)
+    copy = tmp_path / "later"
+    shutil.copytree(directory, copy)
+    store = opened(copy)
+    store.write([("notes", "last", b"later")]).result()
+    for suffix in ("", "-wal"):
+        shutil.copy(copy / f"store.sqlite{suffix}", directory / f"store.sqlite{suffix}")
+    store.close()
+    store = opened(directory)
+    assert store.get("notes", "last") == b"later"
+    store.close()
+    assert not caplog.records and not (directory / "damaged").exists()
+    with sqlite3.connect(directory / DATABASES[1]) as db:
+        assert db.execute("SELECT value FROM notes").fetchall() == [(b"later",)]
+
+
+def test_a_foreign_or_later_file_is_refused_by_name_and_not_touched(tmp_path: Path) -> None:
     path = tmp_path / "store.sqlite"
     path.write_bytes(b"somebody's own file, which is long enough to have a header " * 40)
     before = path.read_bytes()
@@ -137,21 +204,72 @@ def test_a_damaged_or_foreign_file_is_refused_by_name(tmp_path: Path) -> None:
         opened(tmp_path)
     assert path.read_bytes() == before
     path.unlink()
-    store = opened(tmp_path)
-    store.write([("bodies", number, b"x" * 50_000) for number in range(20)]).result()
-    store.close()
-    data = bytearray(path.read_bytes())
-    for page in range(2 * 32_768, len(data), 32_768):
-        data[page : page + 100] = b"\xff" * 100
-    path.write_bytes(data)
-    with pytest.raises(StorageDamagedError, match="restore it from a backup"):
-        store = opened(tmp_path)
-        rows(store)
-    with sqlite3.connect(path) as db:
-        db.execute("PRAGMA user_version = 7")
-    store.close()
-    with pytest.raises(StorageDamagedError, match="is of version 7"):
+    opened(tmp_path).close()
+    for database in DATABASES:
+        with sqlite3.connect(tmp_path / database) as db:
+            db.execute("PRAGMA user_version = 7")
+    before = path.read_bytes()
+    with pytest.raises(StorageDamagedError, match=r"is of version 7; this program reads 2; go on with the program"):
         opened(tmp_path)
+    assert path.read_bytes() == before
+
+
+def test_a_copy_that_cannot_be_written_lags_behind_and_catches_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = opened(tmp_path)
+    with sqlite3.connect(tmp_path / DATABASES[1]) as other:
+        store._copy.execute("PRAGMA busy_timeout = 0")
+        other.execute("BEGIN IMMEDIATE")  # another program holds it
+        store.write([("notes", "a", b"1")]).result()
+        store.write([("notes", "b", b"2")]).result()
+    assert caplog.text.count("lags behind") == 2
+    store.write([("notes", "a", None)]).result()
+    with sqlite3.connect(tmp_path / DATABASES[1]) as other:
+        assert other.execute("SELECT key, value FROM notes").fetchall() == [("b", b"2")]
+    store.close()
+
+
+def test_room_of_values_that_are_gone_is_used_again(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    rng = random.Random(3)
+    kept: dict[int, bytes] = {}
+    for number in range(400):
+        gone = rng.sample(sorted(kept), min(len(kept), rng.randrange(3)) if len(kept) < 12 else 3)
+        kept[number] = rng.randbytes(rng.randrange(3000))
+        store.write([("bodies", number, kept[number]), *(("bodies", key, None) for key in gone)]).result()
+        for key in gone:
+            del kept[key]
+        if number % 100 == 99:
+            assert dict(store.read("bodies")) == kept
+            store.close()
+            store = opened(tmp_path)
+    assert (tmp_path / "store.bodies").stat().st_size < 100_000
+    store.close()
+
+
+def test_a_sync_that_fails_stops_all_writes_until_the_store_is_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(tmp_path, fsync=True)
+    store.write([("bodies", 1, b"1")]).result()
+
+    def no_disk(handle: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fdatasync", no_disk)
+        failed = store.write([("bodies", 2, b"2"), ("notes", "note", b"x")])
+        assert "the disk did not confirm a write" in str(failed.exception())
+    for _ in range(2):  # the disk works again, but what became of the pages of before is not known
+        store.recover()
+        assert "until then nothing is stored" in str(store.write([("notes", "note", b"y")]).exception())
+    assert rows(store) == {1: b"1"}
+    store.close()
+    store = opened(tmp_path, fsync=True)
+    store.write([("bodies", 3, b"3")]).result()
+    assert rows(store) == {1: b"1", 3: b"3"}
+    store.close()
 
 
 def test_a_second_process_is_refused_and_told_who_holds_the_directory(tmp_path: Path) -> None:
@@ -211,22 +329,22 @@ def test_a_change_that_cannot_be_stored_fails_alone(tmp_path: Path) -> None:
 
 
 def test_the_wal_is_moved_into_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atropos_verl.storage._CHECKPOINT_BYTES", 200_000)
+    monkeypatch.setattr("atropos_verl.storage._CHECKPOINT_BYTES", 100_000)
     store = opened(tmp_path)
     for number in range(60):
         store.write([("bodies", number, b"x" * 50_000), ("bodies", number - 1, None)]).result()
-    assert store.size < 2_000_000
+    assert store.size < 1_000_000
     assert [key for key, _ in store.read("bodies")] == [59]
     store.close()
 
 
 def test_a_store_that_was_emptied_gives_its_room_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("_FREE_PAGES", 4), ("_IDLE_SECONDS", 0.001), ("_IDLE_CHECKPOINT_BYTES", 0)):
+    for name, value in (("_FREE_BYTES", 1000), ("_IDLE_SECONDS", 0.001)):
         monkeypatch.setattr(f"atropos_verl.storage.{name}", value)
     store = opened(tmp_path)
     store.write([("bodies", number, b"x" * 100_000) for number in range(40)]).result()
-    eventually(lambda: (tmp_path / "store.sqlite").stat().st_size > 4_000_000, "the WAL is moved")
-    store.write([("bodies", number, None) for number in range(39)]).result()
-    eventually(lambda: (tmp_path / "store.sqlite").stat().st_size < 500_000, "the database is short again")
-    assert [key for key, _ in store.read("bodies")] == [39]
+    assert (tmp_path / "store.bodies").stat().st_size == 4_000_000
+    store.write([("bodies", number, None) for number in range(1, 40)]).result()
+    eventually(lambda: (tmp_path / "store.bodies").stat().st_size == 100_000, "the file is short again")
+    assert [key for key, _ in store.read("bodies")] == [0]
     store.close()

@@ -1,8 +1,9 @@
 """``BatchJournal``: every batch on disk before anything else happens to it, because the API has forgotten it.
 
 ``batch_N.json`` is the answer of ``GET /batch``, byte for byte, under its final name only when it is complete and
-synced; ``batch_N.meta.json``, written before it, has the lease and the step that trained on it (docs/internals.md).
-``kept/`` holds batches that a checkpoint covers: for a look at them, and to go back to the checkpoint before.
+synced; ``batch_N.meta.json``, written before it and deleted after it, has its checksum, its lease and the step that
+trained on it (docs/internals.md). ``kept/`` holds batches that a checkpoint covers: for a look at them, and to go back
+to the checkpoint before.
 """
 
 import json
@@ -14,12 +15,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from atropos_verl.errors import CheckpointError
 from atropos_verl.storage import sync_to_disk, write_atomic
 
 logger = logging.getLogger(__name__)
 
 _BATCH = re.compile(r"batch_(\d{6,})\.json")
+_NOTES = (".meta.json", ".copy.meta.json")
+
+
+class DamagedBatchError(CheckpointError):
+    """A journalled batch is not what was recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,9 @@ class JournalEntry:
     """Under which the API gave it out; None: for good, as an upstream API does."""
     acked: bool = False
     """The API knows that this run keeps it."""
+    size: int | None = None
+    """Bytes, as recorded; None: the note is lost. So with the checksum, which 0.2.0 did not note either."""
+    checksum: str | None = None
 
     @property
     def is_owed(self) -> bool:
@@ -66,12 +77,14 @@ class BatchJournal:
             self._prepare()
             sequence = self._last + 1
             path = self.directory / f"batch_{sequence:06d}.json"
-            entry = JournalEntry(sequence, path, dict(meta or {}), lease_id=lease_id)
-            self._write_meta(entry, len(body))
+            size, checksum = len(body), xxhash.xxh3_64_hexdigest(body)
+            entry = JournalEntry(sequence, path, dict(meta or {}), None, lease_id, size=size, checksum=checksum)
             try:
+                self._write_meta(entry)
                 self._write(path, body)
             except CheckpointError:
-                self._remove(path.with_suffix(".meta.json"))
+                for suffix in _NOTES:
+                    self._remove(path.with_suffix(suffix))
                 raise
             self._last = sequence
         return entry
@@ -83,10 +96,10 @@ class BatchJournal:
 
     def note_acked(self, entry: JournalEntry) -> JournalEntry:
         """Note that the API has given the batch up, unless it has come again under another lease since ``entry`` was
-        read. Lost in a power cut at worst: acking again does no harm. Returns the entry as it is now."""
+        read. Returns the entry as it is now."""
         with self._lock:
             now = self._read_entry(entry.path)
-            return self._change(now, durable=False, acked=True) if now.lease_id == entry.lease_id else now
+            return self._change(now, acked=True) if now.lease_id == entry.lease_id else now
 
     def change_lease(self, entry: JournalEntry, lease_id: str) -> JournalEntry:
         """Note durably that the API has given the batch out again, to this run, as ``lease_id``."""
@@ -113,8 +126,7 @@ class BatchJournal:
 
     def drop(self, entry: JournalEntry) -> None:
         """Delete a batch that nobody needs from here."""
-        with self._lock:
-            self._forget([entry])
+        self._move([entry], None)
 
     def discard_through(self, step: int) -> int:
         """Forget the batches that steps up to and including ``step`` consumed, a durable checkpoint holding their
@@ -126,69 +138,77 @@ class BatchJournal:
             done = self._select(lambda entry: entry.step is not None and entry.step <= step and not entry.is_owed)
             if step > self._covered:
                 self._covered, self._covered_before = step, self._covered
-            self._forget(done, self._kept if self._keep else None)
+            self._move(done, self._kept if self._keep else None)
             before = self._covered_before
             old = [entry for entry in self._scan(self._kept) if entry.step is None or entry.step <= before]
-            for entry in old[: max(0, len(old) - self._keep)]:
-                for path in self._kept.glob(f"{entry.path.stem}.*"):
-                    self._remove(path)
+            self._move(old[: max(0, len(old) - self._keep)], None)
         return len(done)
 
     def bring_back(self, after_step: int) -> int:
         """Make kept batches pending again that no step up to ``after_step`` consumed. Returns how many."""
         with self._lock:
             undone = [entry for entry in self._scan(self._kept) if entry.step is not None and entry.step > after_step]
-            for entry in undone:
-                paths = sorted(self._kept.glob(f"{entry.path.stem}.*"), key=lambda path: path == entry.path)
-                for path in paths:  # the batch last, as when it was recorded
+            for entry in undone:  # a batch that is in both places is brought back again
+                for path in sorted(self._kept.glob(f"{entry.path.stem}.*"), key=lambda path: path == entry.path):
                     self._write(self.directory / path.name, path.read_bytes())
-                for path in paths:
-                    self._remove(path)
+            self._move(undone, None)
         return len(undone)
 
-    def _forget(self, entries: Sequence[JournalEntry], directory: Path | None = None) -> None:
-        """Delete them, or move them to ``directory``. Without its note a batch counts as not trained on, so the notes
-        stay until the batches are gone for good."""
+    def set_aside(self, entry: JournalEntry) -> Path:
+        """Move a batch that is damaged to ``damaged/``. Returns its new path."""
+        self._move([entry], self.directory / "damaged")
+        return self.directory / "damaged" / entry.path.name
+
+    def _move(self, entries: Sequence[JournalEntry], to: Path | None) -> None:
+        """Move batches with all that is kept beside them; None: delete them. Without its note a batch counts as not
+        trained on, so the notes stay until the batches are gone from the disk."""
+        bodies = [entry.path for entry in entries]
+        beside = [path for body in bodies for path in body.parent.glob(f"{body.stem}.*") if path != body]
         try:
-            if entries and directory is not None:
-                directory.mkdir(exist_ok=True)
-            batches = [entry.path for entry in entries]
-            notes = [path for batch in batches for path in self.directory.glob(f"{batch.stem}.*") if path != batch]
-            for paths in (batches, notes):
+            for paths in (bodies, beside):
                 for path in paths:
-                    path.unlink(missing_ok=True) if directory is None else path.replace(directory / path.name)
-                if entries:
-                    sync_to_disk(self.directory)
+                    if to is None:
+                        path.unlink(missing_ok=True)
+                    else:
+                        to.mkdir(exist_ok=True)
+                        path.replace(to / path.name)
+                sync_to_disk(*{path.parent for path in paths}, *([to] if to is not None and paths else []))
         except OSError as error:
-            raise CheckpointError(f"cannot delete from {self.directory}: {error}") from error
+            where = "delete" if to is None else f"move to {to}"
+            raise CheckpointError(f"cannot {where} {error.filename or bodies[0]}: {error.strerror}") from error
 
     def read(self, entry: JournalEntry) -> bytes:
-        """The batch as it was recorded; a file that has not the length it was written with is an error, too."""
+        """The batch as it was recorded. Raises ``DamagedBatchError`` where the file is not that any more."""
         try:
             body = entry.path.read_bytes()
         except OSError as error:
             raise CheckpointError(f"cannot read the journalled batch {entry.path}: {error.strerror}") from error
-        expected = _load_meta(entry.path).get("bytes")
-        if expected is not None and expected != len(body):
-            raise CheckpointError(
-                f"{entry.path} has {len(body)} bytes, but {expected} were written; delete it to go on"
-            )
+        noted = self.current(entry)
+        if noted.size is not None and noted.size != len(body):
+            raise DamagedBatchError(f"{entry.path} has {len(body)} bytes, but {noted.size} were written")
+        if noted.checksum is not None and noted.checksum != xxhash.xxh3_64_hexdigest(body):
+            raise DamagedBatchError(f"{entry.path} is not what was written: its checksum differs")
         return body
 
     def attach(self, entry: JournalEntry, name: str, content: bytes, *, durable: bool = False) -> None:
         """Keep ``content`` beside the batch, as long as that; ``name`` is the file's ending. Not ``durable``: a power
         cut may lose it."""
         with self._lock:
-            self._write(entry.path.with_suffix(f".{name}"), content, durable=durable)
+            checksum = xxhash.xxh3_64_digest(content)
+            self._write(entry.path.with_suffix(f".{name}"), checksum + content, durable=durable)
 
     def attachment(self, entry: JournalEntry, name: str) -> bytes | None:
         """The content that ``attach`` kept; None when there is none, or it cannot be read (then the log says why)."""
         path = entry.path.with_suffix(f".{name}")
         try:
-            return path.read_bytes() if path.exists() else None
+            kept = path.read_bytes() if path.exists() else None
         except OSError as error:
             logger.warning("%s cannot be read: %s", path, error)
             return None
+        if kept is not None and kept[:8] != xxhash.xxh3_64_digest(kept[8:]):
+            logger.warning("%s is damaged (or was written by 0.2.0); it is not used", path)
+            return None
+        return None if kept is None else kept[8:]
 
     def _select(self, wanted: Callable[[JournalEntry], bool]) -> list[JournalEntry]:
         with self._lock:
@@ -224,23 +244,23 @@ class BatchJournal:
         note = _load_meta(path)
         sequence = int(path.stem.removeprefix("batch_"))
         lease_id, acked = note.get("lease_id"), note.get("acked") is True
-        return JournalEntry(sequence, path, note.get("meta") or {}, note.get("step"), lease_id, acked)
+        made_of = (note.get("bytes"), note.get("checksum"))
+        return JournalEntry(sequence, path, note.get("meta") or {}, note.get("step"), lease_id, acked, *made_of)
 
-    def _change(self, entry: JournalEntry, *, durable: bool = True, **changes: Any) -> JournalEntry:
+    def _change(self, entry: JournalEntry, **changes: Any) -> JournalEntry:
         """Write the note with ``changes``. Raises ``CheckpointError`` for a batch that is not in the journal."""
-        try:
-            size = entry.path.stat().st_size
-        except OSError as error:
-            raise CheckpointError(f"no journalled batch {entry.path}: {error.strerror}") from error
+        if not entry.path.exists():
+            raise CheckpointError(f"no journalled batch {entry.path}")
         changed = replace(self._read_entry(entry.path), **changes)
-        self._write_meta(changed, size, durable=durable)
+        self._write_meta(changed)
         return changed
 
-    def _write_meta(self, entry: JournalEntry, size: int, *, durable: bool = True) -> None:
-        note: dict[str, Any] = {"sequence": entry.sequence, "bytes": size, "step": entry.step, "meta": dict(entry.meta)}
-        if entry.lease_id is not None:
-            note |= {"lease_id": entry.lease_id, "acked": entry.acked}
-        self._write(entry.path.with_suffix(".meta.json"), json.dumps(note).encode(), durable=durable)
+    def _write_meta(self, entry: JournalEntry) -> None:
+        note: dict[str, Any] = {"sequence": entry.sequence, "bytes": entry.size, "checksum": entry.checksum}
+        note |= {"step": entry.step, "meta": dict(entry.meta), "lease_id": entry.lease_id, "acked": entry.acked}
+        content = json.dumps({**note, "note_checksum": _checksum(note)}).encode()
+        for suffix in _NOTES:  # the copy is there for damage, not for power cuts
+            self._write(entry.path.with_suffix(suffix), content, durable=suffix == _NOTES[0])
 
     def _write(self, path: Path, content: bytes, *, durable: bool = True) -> None:
         try:
@@ -259,13 +279,22 @@ class BatchJournal:
 
 
 def _load_meta(path: Path) -> dict[str, Any]:
-    """The note beside a batch; empty where there is none or it cannot be read."""
-    note_path = path.with_suffix(".meta.json")
-    try:
-        note = json.loads(note_path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        logger.warning("%s cannot be read (%s); the batch counts as not trained on", note_path, error)
-        return {}
-    return note if isinstance(note, dict) else {}
+    """The note beside a batch, or its copy; empty where there is none or both are damaged."""
+    found = [path.with_suffix(suffix) for suffix in _NOTES if path.with_suffix(suffix).exists()]
+    for note_path in found:
+        try:
+            note = json.loads(note_path.read_bytes())
+            checksum = note.pop("note_checksum", None)
+            # 0.2.0 wrote neither checksum.
+            if ("checksum" in note or checksum) and checksum != _checksum(note):
+                raise ValueError("its checksum differs")
+            return dict(note)
+        except (OSError, ValueError, AttributeError) as error:
+            others = "its copy is used" if len(found) == 2 else "the batch counts as not trained on"
+            logger.warning("%s is damaged (%s); %s", note_path, error, others)
+            found = found[1:]
+    return {}
+
+
+def _checksum(note: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(note).encode())

@@ -15,7 +15,7 @@ from typing import Any
 
 from atropos_verl.errors import AtroposAPIError, AtroposHTTPStatusError
 from atropos_verl.protocol.client import AtroposClient, FetchedBatch
-from atropos_verl.protocol.journal import BatchJournal, JournalEntry
+from atropos_verl.protocol.journal import BatchJournal, DamagedBatchError, JournalEntry
 
 logger = logging.getLogger(__name__)
 
@@ -110,14 +110,19 @@ class LeasedBatches:
         """Give an untrained batch back: the API hands it out again, the journal forgets it. Without a lease, nothing
         is done. A failure is logged: the lease ends by itself."""
         entry = self.journal.current(entry)
-        if entry.lease_id is None or entry.acked:
-            return
-        self._keeper.forget(entry.lease_id)
+        if entry.is_owed:
+            self._give_back(entry)
+            self.journal.drop(entry)
+
+    def _give_back(self, entry: JournalEntry) -> bool:
+        lease_id = str(entry.lease_id)
+        self._keeper.forget(lease_id)
         try:
-            self.client.release(entry.lease_id)
+            self.client.release(lease_id)
         except AtroposAPIError as error:
-            logger.warning("lease %s could not be released: %s", entry.lease_id, error.reason)
-        self.journal.drop(entry)
+            logger.warning("lease %s could not be released: %s", lease_id, error.reason)
+            return False
+        return True
 
     def resume(self, after_step: int) -> list[HeldBatch]:
         """Settle the leases that an earlier process left, and list what a run that goes on at ``after_step`` trains on
@@ -129,6 +134,14 @@ class LeasedBatches:
         """
         if again := self.journal.bring_back(after_step):
             logger.warning("%d batches of steps after %d are trained on again", again, after_step)
+        bodies: dict[int, bytes] = {}
+        for entry in self.journal.pending(after_step):
+            try:
+                bodies[entry.sequence] = self.journal.read(entry)
+            except DamagedBatchError as error:
+                back = entry.is_owed and self._give_back(entry)
+                kept, fate = self.journal.set_aside(entry), "the API hands it out again" if back else "it is lost"
+                logger.error("%s. This batch is not trained on from here: %s. What is left is %s", error, fate, kept)
         for entry in self.journal.owed():
             is_covered = entry.step is not None and entry.step <= after_step
             if self._verdict(entry) == "lost" and not is_covered:
@@ -136,7 +149,7 @@ class LeasedBatches:
                 self.journal.drop(entry)
             else:
                 self.journal.note_acked(entry)
-        return [HeldBatch(self.journal.read(entry), entry) for entry in self.journal.pending(after_step)]
+        return [HeldBatch(bodies[entry.sequence], entry) for entry in self.journal.pending(after_step)]
 
     def discard_through(self, step: int) -> int:
         """A durable checkpoint holds the effect of steps up to ``step``: forget their batches. Returns how many."""

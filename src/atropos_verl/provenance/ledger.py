@@ -209,7 +209,7 @@ class Ledger:
         deleted, self._deleted = self._deleted, []
         if self._store is None:
             return None
-        held = StoredState(0, self._orders, len(self._prompts), len(self._spans), tuple(self._resumes))
+        held = StoredState(0, self._orders, tuple(self._resumes))
         return self._store.write([*rows, ("state", 0, held)], deleted)
 
     def _node(self, key: int, ids: bytes) -> Prompt:

@@ -9,11 +9,11 @@ table   key   value
 prompts hash  token ids of a prompt
 spans   order one completion: ids, logprobs, version runs
 uses    order number of trained sequences that hold the completion
-state   0     number of rows the other tables must hold; when the run was resumed
+state   0     the newest order; when the run was resumed
 ======= ===== ==================================================================
 
-Half a ledger is worse than none: of two alike completions it might know only the wrong one. So a store that is damaged,
-or that cannot be written any more, is given up as a whole.
+Half a ledger is worse than none: of two alike completions it might know only the wrong one. So a store that has lost
+rows (it and its copy are damaged), or that cannot be written any more, is given up as a whole.
 """
 
 import contextlib
@@ -49,12 +49,10 @@ class StoredSpan(msgspec.Struct, array_like=True, frozen=True):
 
 
 class StoredState(msgspec.Struct, array_like=True, frozen=True):
-    """The newest order, the number of rows the tables must hold, and the processes that resumed the run."""
+    """The newest order, and the processes that resumed the run."""
 
     key: int = 0
     orders: int = 0
-    prompts: int = 0
-    spans: int = 0
     resumes: tuple[tuple[int, int], ...] = ()
     """(policy version it went on at, newest order before it), oldest first."""
 
@@ -151,7 +149,7 @@ def _empty_store(directory: Path) -> RecordStore:
 
 
 def _remove(directory: Path) -> None:
-    for file in directory.glob("ledger.sqlite*"):
+    for file in directory.glob("ledger*.sqlite*"):
         file.unlink(missing_ok=True)
 
 
@@ -167,17 +165,14 @@ def _read_store(directory: Path) -> tuple[RecordStore, Contents]:
         if any(directory.glob(_EARLIER)):
             kept = f"in files {_EARLIER}, which are kept in {directory / 'earlier'}"
             raise StorageDamagedError(f"{directory} holds the ledger of an earlier version, {kept}")
-        if store.path.with_name(f"{store.path.name}-wal.damaged").exists():
-            raise StorageDamagedError(f"{store.path}-wal was damaged: the newest records are lost")
         found = Contents(
             prompts=dict(_rows(store, "prompts", tuple[int, bytes])),
             spans=_rows(store, "spans", StoredSpan),
             uses=dict(_rows(store, "uses", tuple[int, int])),
             state=(_rows(store, "state", StoredState) or [StoredState()])[0],
         )
-        whole = (len(found.prompts), len(found.spans)) == (found.state.prompts, found.state.spans)
-        if store.damaged or not whole or any(span.prompt not in found.prompts for span in found.spans):
-            raise StorageDamagedError(f"{store.path} is damaged: rows are missing, or are not what was written")
+        if store.lost_rows or any(span.prompt not in found.prompts for span in found.spans):
+            raise StorageDamagedError(f"{store.path} and its copy are damaged: rows are missing")
     except BaseException:
         store.close()
         raise
@@ -187,13 +182,9 @@ def _read_store(directory: Path) -> tuple[RecordStore, Contents]:
 def _rows(store: RecordStore, table: str, kind: type[T]) -> list[T]:
     decoder = msgspec.msgpack.Decoder(kind)
     rows = []
-    for key, value in store.read(table):
+    for _, value in store.read(table):
         try:
-            row: Any = decoder.decode(value)
+            rows.append(decoder.decode(value))
         except msgspec.MsgspecError as error:
             raise StorageDamagedError(f"{store.path} holds a row that is not one of a ledger ({error})") from error
-        named = row[0] if isinstance(row, tuple) else row.key
-        if _signed(named) != key:
-            raise StorageDamagedError(f"{store.path} is damaged: row {named} of {table} has the key {key}")
-        rows.append(row)
     return rows

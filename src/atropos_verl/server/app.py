@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
@@ -73,9 +72,9 @@ class TrajectoryApi:
         ConfigError, StorageDamagedError, StorageWriteError: the data directory cannot be used.
     """
 
-    def __init__(self, settings: ServerSettings | None = None, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, settings: ServerSettings | None = None, now: Callable[[], float] | None = None) -> None:
         self.store = Store(settings or ServerSettings(), now)
-        self.counters = Counters(started_at=now())
+        self.counters = Counters(started_at=self.store.now())
         self.connections: dict[Any, Connection] = {}
         """By the client's address; fed by ``bodies.protocol_class``. Empty under a server that tells nothing."""
         self._metrics = Metrics(self.store, self.counters)

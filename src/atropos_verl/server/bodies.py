@@ -321,13 +321,10 @@ class BatchResponse(Response):
         store, lease_id, connection = self._store, self._batch.lease_id, self._connection
 
         def read(was_read: bool = True) -> None:
-            if was_read:
-                store.delivered(lease_id)
-            else:
-                store.take_back(lease_id, "the client closed the connection without reading the batch")
+            store.settle(lease_id, None if was_read else "the client closed the connection without reading the batch")
 
         if not arrived:
-            store.take_back(lease_id, "the response could not be delivered")
+            store.settle(lease_id, "the response could not be delivered")
         elif self._batch.deadline is not None:
             return
         elif connection is None or connection.lost:

@@ -104,6 +104,8 @@ class Batch:
     deliveries: int = 1
     earlier: list[str] = field(default_factory=list)
     """The latest leases under which it was out before, told to whoever gets it: one of them may have been its own."""
+    seconds: float | None = None
+    """Length of the lease."""
 
 
 class _State(msgspec.Struct, kw_only=True):
@@ -118,16 +120,23 @@ class _State(msgspec.Struct, kw_only=True):
     """Rows of that table."""
 
 
+def steady_clock() -> Callable[[], float]:
+    """Seconds since the epoch by a clock that is never set: leases last as long as they say, whatever becomes of the
+    machine's time. That counts only when this is called."""
+    begun = time.time() - time.monotonic()
+    return lambda: begun + time.monotonic()
+
+
 class Store:
     """Belongs to the event loop. ``now``: seconds since the epoch, for tests."""
 
-    def __init__(self, settings: ServerSettings, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, settings: ServerSettings, now: Callable[[], float] | None = None) -> None:
         """Open the data directory, if there is one, and go on where the last process ended.
 
         Raises ``ConfigError`` where an earlier version wrote the directory, ``StorageError`` where it cannot be used.
         """
         self.settings = settings
-        self.now = now
+        self.now = now or steady_clock()
         self.wants_packed = False
         """The trainer takes the packed wire: groups are packed when they come."""
         self.trainer_heard = 0.0
@@ -137,6 +146,8 @@ class Store:
         self._changes: dict[tuple[str, Key], bytes | None] = {}
         self._written: Future[None] | None = None
         self._refused: tuple[float, StorageWriteError] | None = None
+        self._settled: dict[str, str | None] = {}
+        """Lease ids of ended deliveries, and why the batch comes back (None: it arrived), until that is stored."""
         self._records: RecordStore | None = None
         self._arrivals = None if settings.data_dir is None else settings.data_dir / ARRIVALS_FILE
         """None: they are not recorded (any more)."""
@@ -150,7 +161,7 @@ class Store:
         if settings.data_dir is not None:
             _refuse_old_format(settings.data_dir)
             path = settings.data_dir / STORE_FILE
-            self._records = RecordStore(path, _TABLES, owner="trajectory API", fsync=settings.fsync)
+            self._records = RecordStore(path, _TABLES, owner="trajectory API", fsync=settings.fsync, large="bodies")
             try:
                 self._load(self._records, None)
             except BaseException:
@@ -277,7 +288,8 @@ class Store:
             self._count_held(group, 1)
         for seq in lost:
             logger.error("group %d is lost: its body is damaged or missing", seq)
-            self._save("groups", seq, None)
+            for table in ("groups", "bodies"):
+                self._save(table, seq, None)
         for _, (_, batch, out) in batches:
             batch.seqs = [seq for seq in batch.seqs if seq in self.groups]
             if out:
@@ -292,13 +304,24 @@ class Store:
             self.queue.count(self.members(batch), 1)
 
     def _after_restart(self) -> None:
-        """Environments count as just heard, and batches whose responses may not be finished come back."""
+        """Environments count as just heard, batches whose responses may not be finished come back, and nothing is of
+        the future: the machine's time may have been set back meanwhile."""
+        now = self.now()
+        for group in self.groups.values():
+            group.arrived = min(group.arrived, now)
+        self.queue.last_arrival = min(self.queue.last_arrival, now)
+        self.recent = OrderedDict((mark, min(at, now)) for mark, at in self.recent.items())
         self.trainer_heard = self.now() if self.registration is not None else 0.0
-        self._opened_at = self.now()
+        self._opened_at = now
         for environment in self.environments:
             environment.heard_at = self._opened_at
-        for batch in [batch for batch in self.outstanding.values() if batch.deadline is None]:
-            self.take_back(batch.lease_id, "the server was restarted")
+        for batch in list(self.outstanding.values()):
+            if batch.deadline is None:
+                self.settle(batch.lease_id, "the server was restarted")
+            else:
+                batch.deadline = min(batch.deadline, now + (batch.seconds or 0.0))
+        if self._changes:  # what is damaged is told once
+            self._commit()
         if self.registration is not None or self.groups:
             waiting, away = self.queue.groups, len(self.outstanding)
             logger.info("resumed at step %d: %d groups waiting, %d leases open", self.step, waiting, away)
@@ -516,7 +539,7 @@ class Store:
 
     def next_batch(self, lease_seconds: float | None) -> Batch | None:
         """Hand out the next batch, or None. The step advances, but for a batch that came back. Without a lease
-        (``lease_seconds`` None) it is out until ``delivered`` or ``take_back``."""
+        (``lease_seconds`` None) it is out until ``settle``."""
         now = self.now()
         if not self.started:
             self.started = True
@@ -527,7 +550,7 @@ class Store:
         if self.returned:
             old = self.returned.pop(0)
             earlier = [*old.earlier, old.lease_id][-_EARLIER_LEASES:]
-            batch = Batch(lease_id, old.step, old.seqs, deadline, old.deliveries + 1, earlier)
+            batch = Batch(lease_id, old.step, old.seqs, deadline, old.deliveries + 1, earlier, lease_seconds)
             self.queue.count(self.members(old), -1)
             self._end_lease(old.lease_id, "superseded")
         else:
@@ -535,7 +558,7 @@ class Store:
             if chosen is None:
                 return None
             self.step += 1
-            batch = Batch(lease_id, self.step, [group.seq for group in chosen], deadline)
+            batch = Batch(lease_id, self.step, [group.seq for group in chosen], deadline, seconds=lease_seconds)
             for group in self.queue.take(self.members(batch)):
                 self._save_group(group)
             self.totals["batches"] += 1
@@ -566,7 +589,7 @@ class Store:
             return "already"
         late = next((batch for batch in self.returned if batch.lease_id == lease_id), None)
         if late is None:
-            self.delivered(self._held(lease_id).lease_id)
+            self._drop(self.outstanding.pop(self._held(lease_id).lease_id))
             return "acked"
         self.returned.remove(late)
         self.queue.count(self.members(late), -1)
@@ -577,7 +600,7 @@ class Store:
     def renew(self, lease_id: str, seconds: float) -> float:
         """Lease ends ``seconds`` from now. Returns its deadline in seconds since the epoch. Raises as ``release``."""
         batch = self._held(lease_id)
-        batch.deadline = self.now() + seconds
+        batch.deadline, batch.seconds = self.now() + seconds, seconds
         self._save_batch(batch, out=True)
         self._commit()
         return batch.deadline
@@ -585,18 +608,21 @@ class Store:
     def release(self, lease_id: str) -> None:
         """The holder does not want the batch: it is the next to be handed out. Raises ``ConflictError`` (the lease
         has ended, or somebody else has the batch) or ``UnknownLeaseError``."""
-        self.take_back(self._held(lease_id).lease_id, "released")
+        self._take_back(self._held(lease_id), "released")
 
-    def delivered(self, lease_id: str) -> None:
-        """The batch has arrived. Its groups are dropped. Does nothing when it is not out any more."""
-        if (batch := self.outstanding.pop(lease_id, None)) is not None:
-            self._drop(batch)
+    def settle(self, lease_id: str, lost: str | None = None) -> None:
+        """The response with a batch arrived, and without a lease it is done with; or why it did not: the batch comes
+        back. Nobody waits for this to be stored, so what a disk refuses is tried again by ``expire``."""
+        self._settled[lease_id] = lost
+        batch = self.outstanding.get(lease_id)
+        if batch is not None and lost is not None:
+            self._take_back(batch, lost)
+        elif batch is not None:
+            self._drop(self.outstanding.pop(lease_id))
 
-    def take_back(self, lease_id: str, reason: str) -> None:
-        """Return a batch to the front of the queue. Does nothing when it is not out any more."""
-        batch = self.outstanding.pop(lease_id, None)
-        if batch is None:
-            return
+    def _take_back(self, batch: Batch, reason: str) -> None:
+        """Return a batch to the front of the queue."""
+        del self.outstanding[batch.lease_id]
         bisect.insort(self.returned, batch, key=lambda other: other.step)
         self.queue.count(self.members(batch), 1)
         self.totals["returns"] += 1
@@ -607,9 +633,14 @@ class Store:
     def expire(self) -> None:
         """Return the batches whose lease has ended."""
         now = self.now()
+        for lease_id, lost in list(self._settled.items()):
+            if lease_id in self.outstanding:
+                self.settle(lease_id, lost)
+            elif self._written is None or (self._written.done() and self._written.exception() is None):
+                del self._settled[lease_id]
         for batch in list(self.outstanding.values()):
             if batch.deadline is not None and batch.deadline <= now:
-                self.take_back(batch.lease_id, "its lease ended without an ack")
+                self._take_back(batch, "its lease ended without an ack")
 
     def _drop(self, batch: Batch) -> None:
         for group in self.members(batch):

@@ -11,9 +11,14 @@ from pathlib import Path
 import pytest
 
 from atropos_verl.errors import CheckpointError
-from atropos_verl.protocol.journal import BatchJournal, JournalEntry
+from atropos_verl.protocol.journal import BatchJournal, DamagedBatchError, JournalEntry
 
+SUFFIXES = ("copy.meta.json", "json", "meta.json")
 BODIES = [b'{"batch":[1]}', b'{"batch": [2] }\n', b"\x00\xff not even JSON"]
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
 
 
 def record_all(directory: Path) -> tuple[BatchJournal, list[JournalEntry]]:
@@ -64,9 +69,7 @@ def test_a_durable_checkpoint_lets_its_batches_go(tmp_path: Path) -> None:
     journal.assign(entries[1], 2)
     assert journal.discard_through(0) == 0
     assert journal.discard_through(1) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "batch_000002.json", "batch_000002.meta.json", "batch_000003.json", "batch_000003.meta.json",
-    ]  # fmt: skip
+    assert files(tmp_path) == [f"batch_00000{number}.{suffix}" for number in (2, 3) for suffix in SUFFIXES]
     assert journal.discard_through(2) == 1
     assert [entry.sequence for entry in journal.pending(2)] == [3]  # never trained on: no checkpoint holds it
     journal.assign(entries[2], 3)
@@ -102,34 +105,88 @@ def test_what_a_killed_process_left_half_written_is_removed_and_said(
     _, entries = record_all(tmp_path)
     (tmp_path / ".batch_000004.json.0123abcd.tmp").write_bytes(b'{"batch":[{"tok')
     (tmp_path / "batch_000003.meta.json.tmp").write_bytes(b"{")  # by a version before
-    (tmp_path / "batch_000002.meta.json").unlink()  # killed between the batch and its note
+    for suffix in ("", ".copy"):
+        (tmp_path / f"batch_000002{suffix}.meta.json").unlink()  # killed between the batch and its note
     (tmp_path / "batch_000009.meta.json").write_bytes(b"{}")  # killed between deleting a batch and its note
     with caplog.at_level(logging.WARNING, logger="atropos_verl"):
         found = BatchJournal(tmp_path).pending(0)
     assert [(entry.sequence, entry.step) for entry in found] == [(1, None), (2, None), (3, None)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "batch_000001.json", "batch_000001.meta.json", "batch_000002.json", "batch_000003.json",
-        "batch_000003.meta.json",
-    ]  # fmt: skip
+    assert files(tmp_path) == [
+        *(f"batch_000001.{suffix}" for suffix in SUFFIXES),
+        "batch_000002.json",
+        *(f"batch_000003.{suffix}" for suffix in SUFFIXES),
+    ]
     assert [r.getMessage().split(" ")[0] for r in caplog.records] == [
         str(tmp_path / ".batch_000004.json.0123abcd.tmp"), str(tmp_path / "batch_000003.meta.json.tmp"),
     ]  # fmt: skip
     assert BatchJournal(tmp_path).read(entries[1]) == BODIES[1]
 
 
-def test_a_note_that_cannot_be_read_means_not_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_two_damaged_notes_mean_not_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     journal, entries = record_all(tmp_path)
     journal.assign(entries[0], 1)
-    (tmp_path / "batch_000001.meta.json").write_bytes(b"\xff{")
+    for suffix in ("", ".copy"):
+        (tmp_path / f"batch_000001{suffix}.meta.json").write_bytes(b"\xff{")
     with caplog.at_level(logging.WARNING, logger="atropos_verl"):
         assert [entry.sequence for entry in BatchJournal(tmp_path).pending(5)] == [1, 2, 3]
     assert "counts as not trained on" in caplog.text
 
 
+def test_notes_of_the_version_before_have_no_checksum(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "batch_000001.json").write_bytes(b"body")
+    note = {"sequence": 1, "bytes": 4, "step": 3, "meta": {"a": 1}, "lease_id": "x", "acked": True}
+    (tmp_path / "batch_000001.meta.json").write_text(json.dumps(note))
+    journal = BatchJournal(tmp_path)
+    [entry] = journal.pending(2)
+    assert (entry.step, entry.meta, entry.lease_id, entry.acked) == (3, {"a": 1}, "x", True)
+    assert journal.read(entry) == b"body" and journal.assign(entry, 4).step == 4
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate"])
+def test_any_damaged_byte_of_any_file_is_named_and_costs_that_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    journal = BatchJournal(tmp_path)
+    for number in (1, 2):
+        entry = journal.record(b'{"batch":[%d]}' % number, {"after_step": 0}, f"lease{number}")
+        entry = journal.note_acked(journal.assign(entry, number))
+        journal.attach(entry, "beside", b"kept %d" % number)
+    expected = journal.pending(0)
+    for path in sorted(tmp_path.glob("batch_000001*")):
+        content = path.read_bytes()
+        for position in range(len(content)):
+            damaged = bytearray(content)
+            damaged[position] ^= 1 << position % 8
+            path.write_bytes(damaged if how == "flip" else content[:position])
+            caplog.clear()
+            again = BatchJournal(tmp_path)
+            assert again.pending(0) == expected, (path.name, position)
+            assert (again.read(expected[1]), again.attachment(expected[1], "beside")) == (b'{"batch":[2]}', b"kept 2")
+            if path.suffixes == [".json"]:
+                with pytest.raises(DamagedBatchError, match=path.name):
+                    again.read(expected[0])
+            else:
+                assert again.read(expected[0]) == b'{"batch":[1]}'
+            beside = again.attachment(expected[0], "beside")
+            assert beside == (None if path.suffix == ".beside" else b"kept 1")
+            if path.suffixes != [".json"] and ".copy" not in path.suffixes:
+                assert f"{path} is damaged" in caplog.text
+        path.write_bytes(content)
+
+
+def test_a_damaged_batch_is_moved_aside_with_all_that_belongs_to_it(tmp_path: Path) -> None:
+    journal, entries = record_all(tmp_path)
+    entries[1].path.write_bytes(b"?")
+    assert journal.set_aside(entries[1]) == tmp_path / "damaged" / "batch_000002.json"
+    assert files(tmp_path / "damaged") == [f"batch_000002.{suffix}" for suffix in SUFFIXES]
+    assert [entry.sequence for entry in BatchJournal(tmp_path).pending(0)] == [1, 3]
+
+
 def test_a_body_that_was_changed_or_is_gone_is_not_read(tmp_path: Path) -> None:
     journal, entries = record_all(tmp_path)
     entries[0].path.write_bytes(BODIES[0][:5])
-    with pytest.raises(CheckpointError, match=r"batch_000001\.json has 5 bytes, but 13 were written"):
+    with pytest.raises(DamagedBatchError, match=r"batch_000001\.json has 5 bytes, but 13 were written"):
         journal.read(entries[0])
     entries[1].path.unlink()
     with pytest.raises(CheckpointError, match=r"cannot read the journalled batch .*batch_000002\.json: No such file"):
@@ -164,7 +221,7 @@ journal = BatchJournal(Path(sys.argv[1]))
 """
 _FULL_DISK = """
 journal.record(b"fits")
-resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # writes beyond 100 bytes of a file now fail, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # writes beyond byte 1000 now fail, as on a full disk
 try:
     journal.record(b"x" * 5000)
 except CheckpointError as error:
@@ -178,7 +235,7 @@ def test_a_full_disk_names_the_file_and_leaves_the_journal_whole(tmp_path: Path)
         f"cannot write the journalled batch {tmp_path / 'batch_000002.json'} (5000 bytes): File too large; "
         "free some space, or choose another run_dir"
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["batch_000001.json", "batch_000001.meta.json"]
+    assert files(tmp_path) == [f"batch_000001.{suffix}" for suffix in SUFFIXES]
     journal = BatchJournal(tmp_path)
     assert [journal.read(entry) for entry in journal.pending(0)] == [b"fits"]
 
@@ -191,7 +248,7 @@ journal.assign(entry, 1) if sys.argv[3] == "assign" else journal.record(b"x" * 5
 """
 
 
-@pytest.mark.parametrize(("call", "limit", "torn"), [("record", 100, ".batch_000002.json.*.tmp"),
+@pytest.mark.parametrize(("call", "limit", "torn"), [("record", 1000, ".batch_000002.json.*.tmp"),
                                                      ("assign", 10, ".batch_000001.meta.json.*.tmp")])  # fmt: skip
 def test_killed_in_the_middle_of_a_write(tmp_path: Path, call: str, limit: int, torn: str) -> None:
     command = [sys.executable, "-c", _JOURNAL + _KILLED_WHILE_WRITING, str(tmp_path), str(limit), call]
@@ -200,7 +257,7 @@ def test_killed_in_the_middle_of_a_write(tmp_path: Path, call: str, limit: int, 
     journal = BatchJournal(tmp_path)
     (entry,) = journal.pending(0)
     assert (entry.sequence, entry.step, journal.read(entry)) == (1, None, b"first")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["batch_000001.json", "batch_000001.meta.json"]
+    assert files(tmp_path) == [f"batch_000001.{suffix}" for suffix in SUFFIXES]
     assert journal.record(b"again").sequence == 2
 
 

@@ -93,31 +93,39 @@ def test_kill_9_loses_nothing_that_was_recorded(tmp_path: Path) -> None:
             assert versions(match)[3:] == [3, 3] and match.logprobs[3:].tolist() == [-1.0, -1.125]
 
 
-def test_a_damaged_write_ahead_log_is_named_and_nothing_is_taken_in(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["ledger.sqlite-wal", "ledger-copy.sqlite-wal"])
+def test_a_damaged_write_ahead_log_is_named_and_costs_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     killed(tmp_path)
-    path = tmp_path / "ledger.sqlite-wal"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
+    flip(tmp_path / name, (tmp_path / name).stat().st_size // 2)
     with process(tmp_path, 3) as after:
-        assert len(after) == 0
-    assert f"{path} was damaged" in caplog.text and "The ledger begins empty" in caplog.text
+        assert len(after) == 50
+    assert f"{tmp_path / name.removesuffix('-wal')} ends at change" in caplog.text
 
 
-def test_a_damaged_byte_is_named_and_nothing_is_taken_in(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_two_damaged_databases_are_named_and_nothing_is_taken_in(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Of two alike completions half a ledger might know only the wrong one."""
     with process(tmp_path, None) as ledger:
         for number in range(4):
             ledger.record(PROMPT, [wrote([number, 2], 3)])
         ledger.consumed(one(ledger, PROMPT, [0, 2]).records)
-    [path] = tmp_path.glob("ledger.sqlite*")
-    content = path.read_bytes()
-    used = [position for position, byte in enumerate(content) if byte]
+    contents = {path: path.read_bytes() for path in tmp_path.glob("ledger*.sqlite")}
+    assert len(contents) == 2
+    used = [position for position, byte in enumerate(contents[tmp_path / "ledger.sqlite"]) if byte]
     empty = 0
-    for position in used[::7]:
-        path.write_bytes(content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :])
+    for position in used[:: max(1, len(used) // 60)]:
+        for path, content in contents.items():
+            path.write_bytes(content)
+            flip(path, position)
         caplog.clear()
         with process(tmp_path, 3) as after:
             if len(after) == 4:  # a byte that says nothing about the records, such as a free page's
@@ -129,7 +137,7 @@ def test_a_damaged_byte_is_named_and_nothing_is_taken_in(tmp_path: Path, caplog:
         assert str(path) in caplog.text and "The ledger begins empty" in caplog.text
         with process(tmp_path, 3) as again:  # and what comes after it is kept as ever
             assert len(again) == 1
-    assert empty > len(used) / 14
+    assert empty > 30
 
 
 @pytest.mark.parametrize("resumed_at", [3, None])

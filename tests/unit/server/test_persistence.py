@@ -2,10 +2,17 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
+import os
 import random
+import shutil
 import sqlite3
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +24,22 @@ from support.trajectory_server import Clock, post, registration, take
 from atropos_verl.errors import ConfigError, StorageDamagedError, StorageWriteError
 from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
 from atropos_verl.server.settings import ServerSettings
-from atropos_verl.server.store import ARRIVALS_FILE, STORE_FILE, ConflictError, Store, UnknownLeaseError
+from atropos_verl.server.store import (
+    _TABLES,
+    ARRIVALS_FILE,
+    STORE_FILE,
+    ConflictError,
+    Store,
+    UnknownLeaseError,
+)
 from atropos_verl.storage import RecordStore
+
+DATABASES = (STORE_FILE, "store-copy.sqlite")
+EVERY_BYTE = os.environ.get("ATROPOS_DAMAGE_DRILL") == "full"
+"""The drill of damage tries every byte of a small store, not 25 of each file (about half an hour)."""
+
+
+logger = logging.getLogger(__name__)
 
 
 def opened(directory: Path, clock: Clock | None = None) -> Store:
@@ -65,7 +86,7 @@ def one_thing(store: Store, rng: random.Random, clock: Clock, leases: list[str],
             with contextlib.suppress(ConflictError, UnknownLeaseError):
                 store.ack(rng.choice(leases))
         case 9 if leases:
-            store.take_back(rng.choice(leases), "test")
+            store.settle(rng.choice(leases), "test")
         case 10:
             if store.started and len(store.environments) < 3:
                 store.register_env(EnvRegistration(max_token_length=64, group_size=4))
@@ -123,11 +144,6 @@ def test_what_was_acked_leaves_the_disk_and_a_group_that_waits_stays(tmp_path: P
     store.close()
 
 
-def damage(directory: Path, table: str, value: bytes) -> None:
-    with sqlite3.connect(directory / STORE_FILE) as db:
-        db.execute(f"UPDATE {table} SET value = ? WHERE key = (SELECT min(key) FROM {table})", (value,))
-
-
 def test_a_damaged_group_is_named_and_the_others_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = started(tmp_path)
     for number in range(5):
@@ -135,7 +151,8 @@ def test_a_damaged_group_is_named_and_the_others_go_on(tmp_path: Path, caplog: p
     batch = take(store, 1e6)
     assert batch.seqs == [0, 1]
     store.close()
-    damage(tmp_path, "bodies", b"{}")
+    with (tmp_path / "store.bodies").open("r+b") as file:
+        file.write(b"!")
     store = opened(tmp_path)
     assert "row 0 of table bodies is damaged" in caplog.text and "group 0 is lost" in caplog.text
     assert sorted(store.groups) == [1, 2, 3, 4] and store.outstanding[batch.lease_id].seqs == [1]
@@ -147,6 +164,71 @@ def test_a_damaged_group_is_named_and_the_others_go_on(tmp_path: Path, caplog: p
     assert "damaged" not in caplog.text
 
 
+@pytest.fixture(scope="module")
+def small_store() -> Iterator[tuple[Path, Clock, dict[str, Any]]]:
+    """A directory with a store as a killed process and one as an orderly end leaves it; the time; its content."""
+    memory = Path("/dev/shm")
+    clock = Clock()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as made,
+    ):
+        directory = Path(made)
+        patch.setattr("atropos_verl.storage._PAGE_BYTES", 512)
+        store = started(directory / "closed", 4, clock)
+        store.next_batch(60.0)
+        store.register_env(EnvRegistration(max_token_length=64, group_size=4))
+        for number in range(4):
+            post(store, number, 4, 0 if number % 2 else None, f"key{number}")
+            asyncio.run(store.synced())  # a commit of its own
+        store.ack(take(store).lease_id)
+        take(store)
+        asyncio.run(store.synced())
+        shutil.copytree(directory / "closed", directory / "killed")
+        expected = content(store)
+        store.close()
+        yield directory, clock, expected
+
+
+@pytest.mark.parametrize("state", ["killed", "closed"])
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+@pytest.mark.timeout(7200)
+def test_no_flipped_byte_and_no_truncation_loses_a_group_in_silence(
+    small_store: Any, caplog: pytest.LogCaptureFixture, state: str, damage: str
+) -> None:
+    directory, clock, expected = small_store
+    rng, tried, work = random.Random(f"{state} {damage}"), Counter[str](), directory / "work"
+    for path in sorted((directory / state).iterdir()):
+        size = path.stat().st_size
+        positions = range(size) if EVERY_BYTE and not path.name.endswith("-shm") else sorted(
+            rng.sample(range(size), min(25, size))
+        )  # fmt: skip
+        for position in positions:
+            shutil.copytree(directory / state, work)
+            damaged = bytearray(path.read_bytes())
+            if damage == "flip":
+                damaged[position] ^= 1 << rng.randrange(8)
+            else:
+                del damaged[position:]
+            (work / path.name).write_bytes(damaged)
+            caplog.clear()
+            store = opened(work, clock)
+            found = content(store)
+            store.close()
+            where = f"{path.name}, {damage} at {position} of {size}"
+            tried[path.name] += 1
+            if path.name != "store.bodies":
+                assert found == expected, where
+            else:
+                lost = set(expected["groups"]) - set(found["groups"])
+                assert all(f"group {seq} is lost" in caplog.text for seq in lost), where
+                assert len(lost) <= 1 or damage == "truncate", where
+                assert {seq: group for seq, group in expected["groups"].items() if seq not in lost} == found["groups"]
+                assert found["environments"] == expected["environments"]
+            shutil.rmtree(work)
+    logger.info("%s", tried)
+
+
 @pytest.mark.parametrize("table", ["state", "environments"])
 def test_damage_that_nothing_makes_up_for_refuses_the_start_again_and_again(tmp_path: Path, table: str) -> None:
     store = started(tmp_path)
@@ -155,7 +237,9 @@ def test_damage_that_nothing_makes_up_for_refuses_the_start_again_and_again(tmp_
         store.register_env(EnvRegistration(max_token_length=64, group_size=4))
     post(store, 0)
     store.close()
-    damage(tmp_path, table, b"{}")
+    for database in DATABASES:
+        with sqlite3.connect(tmp_path / database) as db:
+            db.execute(f"UPDATE {table} SET value = '{{}}' WHERE key = (SELECT min(key) FROM {table})")
     for _ in range(2):
         with pytest.raises(StorageDamagedError, match="lacks rows without which it cannot be used"):
             opened(tmp_path)
@@ -163,7 +247,7 @@ def test_damage_that_nothing_makes_up_for_refuses_the_start_again_and_again(tmp_
 
 def test_a_row_of_another_version_is_an_error_that_says_so(tmp_path: Path) -> None:
     opened(tmp_path).close()
-    records = RecordStore(tmp_path / STORE_FILE, {}, owner="test")
+    records = RecordStore(tmp_path / STORE_FILE, _TABLES, owner="test", large="bodies")
     records.write([("batches", "lease", b'["later version"]')]).result()
     records.close()
     with pytest.raises(StorageDamagedError, match="holds a row that this version cannot read"):
@@ -257,4 +341,92 @@ async def test_a_refused_ack_has_not_happened_and_can_be_repeated(
     store.close()
     store = opened(tmp_path)
     assert sorted(store.groups) == [2, 3]
+    store.close()
+
+
+async def test_a_delivery_that_a_full_disk_undoes_is_settled_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody asks again: the client has gone."""
+    store = started(tmp_path, 4)
+    store.next_batch(None)
+    post(store, 0), post(store, 1)
+    arrived, lost = take(store, None), take(store, None)
+    await store.synced()
+    with monkeypatch.context() as disk:
+        disk.setattr(RecordStore, "_commit", lambda self, changes: StorageWriteError("no space"))
+        for _ in range(2):
+            store.settle(arrived.lease_id), store.settle(lost.lease_id, "the client has gone")
+            with pytest.raises(StorageWriteError):
+                await store.synced()
+            assert set(store.outstanding) == {arrived.lease_id, lost.lease_id}
+    store.expire()
+    await store.synced()
+    assert (list(store.groups), [batch.lease_id for batch in store.returned]) == ([1], [lost.lease_id])
+    store.expire()
+    assert not store._settled
+    store.close()
+
+
+async def test_a_disk_that_does_not_confirm_stops_the_store_and_no_answer_says_that_it_was_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    store = Store(ServerSettings(data_dir=tmp_path, fsync=True), now=clock)
+    store.register(TrainerRegistration(**registration(4)))
+    post(store, 0)
+    await store.synced()
+    before = content(store)
+
+    def no_disk(handle: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fdatasync", no_disk)
+        post(store, 1)
+        with pytest.raises(StorageWriteError, match="the disk did not confirm a write"):
+            await store.synced()
+    for attempt in (lambda: post(store, 2), lambda: store.next_batch(60.0), lambda: store.next_batch(None)):
+        clock.pass_(2.0)
+        attempt()
+        with pytest.raises(StorageWriteError, match="until then nothing is stored"):
+            await store.synced()
+        assert content(store) == before
+    store.close()
+    store = opened(tmp_path)
+    assert 0 in store.groups and 2 not in store.groups
+    store.close()
+
+
+@pytest.mark.parametrize("moved", [-3600.0, 3600.0])
+def test_setting_the_clock_moves_no_lease_and_nobodys_last_sign_of_life(
+    monkeypatch: pytest.MonkeyPatch, moved: float
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1_000_000.0)
+    monkeypatch.setattr(time, "monotonic", lambda: 50.0)
+    store = Store(ServerSettings())
+    assert store.now() == 1_000_000.0
+    monkeypatch.setattr(time, "time", lambda: 1_000_000.0 + moved)
+    monkeypatch.setattr(time, "monotonic", lambda: 80.0)
+    assert store.now() == 1_000_030.0
+
+
+def test_after_a_restart_with_the_clock_set_back_a_lease_lasts_no_longer_than_it_did(tmp_path: Path) -> None:
+    clock = Clock()
+    store = started(tmp_path, 4, clock)
+    store.next_batch(None)
+    environment = store.register_env(EnvRegistration(max_token_length=64, group_size=4))
+    assert environment is not None
+    post(store, 0, env_id=0), post(store, 1, 3, env_id=0)
+    batch = take(store, 30.0)
+    store.close()
+    clock.pass_(-3600.0)
+    store = opened(tmp_path, clock)
+    assert store.outstanding[batch.lease_id].deadline == clock.time + 30.0
+    assert store.groups[1].arrived == store.queue.last_arrival == clock.time
+    clock.pass_(31.0)
+    store.expire()
+    assert [back.lease_id for back in store.returned] == [batch.lease_id]
+    clock.pass_(store.settings.dedupe_window - 30.0)
+    assert post(store, 0, env_id=0) == {"duplicates": 0}
     store.close()

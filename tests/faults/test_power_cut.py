@@ -1,0 +1,153 @@
+"""Power cuts at every system call: with ``fsync``, what was acknowledged before is there after.
+
+``ATROPOS_POWER_CUTS=full`` tries every call with 6 disks each, not every eleventh with 3.
+"""
+
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.power_cut import Cut, lay_out, needs_strace, record
+
+from atropos_verl.protocol.journal import BatchJournal
+from atropos_verl.server.settings import ServerSettings
+from atropos_verl.server.store import Store
+
+FULL = os.environ.get("ATROPOS_POWER_CUTS") == "full"
+TESTS = Path(__file__).parents[1]
+SAY = """
+import os, sys
+from pathlib import Path
+directory = Path(sys.argv[1])
+def say(*words):
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+"""
+STORE = """
+import asyncio
+import atropos_verl.storage
+from support.trajectory_server import post, registration
+from atropos_verl.protocol.messages import TrainerRegistration
+from atropos_verl.server.settings import ServerSettings
+from atropos_verl.server.store import Store
+atropos_verl.storage._CHECKPOINT_BYTES = 60_000  # several times
+
+async def main():
+    for life in range(2):
+        store = Store(ServerSettings(data_dir=directory / "run" / "api", fsync=True))
+        if not life:
+            store.register(TrainerRegistration(**registration(8)))
+        for number in range(life * 10, life * 10 + 10):
+            post(store, number, 2, key=f"key{number}")
+            await store.synced()
+            say("group", number)
+            batch = store.next_batch(60.0) if number % 5 == 4 else None
+            if batch is not None:
+                await store.synced()
+                seqs = [str(seq) for seq in batch.seqs]
+                say("acking", *seqs)
+                store.ack(batch.lease_id)
+                await store.synced()
+                say("acked", *seqs)
+        store.close()
+asyncio.run(main())
+"""
+JOURNAL = """
+from atropos_verl.protocol.journal import BatchJournal
+journal = BatchJournal(directory / "run" / "journal")
+for step in range(1, 7):
+    entry = journal.record(b"batch %d " % step * 3000, {"after_step": step - 1}, f"lease{step}")
+    say("recorded", step)
+    entry = journal.assign(entry, step)
+    say("assigned", step)
+    journal.note_acked(entry)
+    if step % 3 == 0:
+        say("dropping", step - 1)
+        journal.discard_through(step - 1)
+"""
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A directory in memory where there is one: thousands of small files are laid out in it."""
+    where = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=where if where.is_dir() else None) as made:
+        yield Path(made)
+
+
+def said(cut: Cut, word: str) -> set[int]:
+    lines = [line.split() for line in cut.said.decode().splitlines()]
+    return {int(number) for line in lines if line[0] == word for number in line[1:]}
+
+
+def try_every_cut(memory: Path, program: str, check: Callable[[Cut, Path], None]) -> None:
+    live = memory / "live"
+    live.mkdir()
+    path = os.pathsep.join([str(TESTS), *sys.path])
+    recording = record([sys.executable, "-c", SAY + program, str(live)], live, PYTHONPATH=path)
+    cuts = 0
+    for cut in recording.cuts(1 if FULL else 11):
+        for number, disk in enumerate(cut.disks(random.Random(cut.number), 6 if FULL else 3)):
+            try:
+                check(cut, lay_out(disk, memory / "disk"))
+            except Exception as error:
+                raise AssertionError(f"cut {cut.number} after {cut.call}, disk {number}: {error}") from error
+            shutil.rmtree(memory / "disk")
+            cuts += 1
+    assert cuts > 40
+
+
+@needs_strace
+@pytest.mark.timeout(1800)
+def test_the_store_holds_every_group_whose_answer_was_sent(memory: Path) -> None:
+    def check(cut: Cut, disk: Path) -> None:
+        accepted, acking, acked = said(cut, "group"), said(cut, "acking"), said(cut, "acked")
+        store = Store(ServerSettings(data_dir=disk / "run" / "api", fsync=True))
+        held = set(store.groups)
+        assert all(b'"tokens": [[%d,' % seq in group.raw for seq, group in store.groups.items())
+        store.close()
+        assert accepted - acking <= held, f"lost: {accepted - acking - held}"
+        assert not acked & held, f"come again: {acked & held}"
+
+    try_every_cut(memory, STORE, check)
+
+
+@needs_strace
+@pytest.mark.timeout(1800)
+def test_the_journal_holds_every_recorded_batch_and_the_step_that_took_it(memory: Path) -> None:
+    def check(cut: Cut, disk: Path) -> None:
+        recorded, assigned = said(cut, "recorded"), said(cut, "assigned")
+        dropping = max(said(cut, "dropping"), default=0)
+        journal = BatchJournal(disk / "run" / "journal")
+        found = {entry.sequence: entry for entry in journal.pending(-1)}
+        assert {step for step in recorded if step > dropping} <= set(found)
+        for sequence, entry in found.items():
+            assert journal.read(entry) == b"batch %d " % sequence * 3000
+            # A batch whose note went before it would be trained on a second time.
+            assert entry.step == sequence or sequence not in assigned
+
+    try_every_cut(memory, JOURNAL, check)
+
+
+@needs_strace
+def test_the_harness_tells_a_program_that_does_not_wait_from_one_that_does(memory: Path) -> None:
+    lost = {}
+    for durable in (False, True):
+        live = memory / f"live{durable}"
+        live.mkdir()
+        write = f"write_atomic(directory / 'file', b'new' * 5000, durable={durable})"
+        program = f"{SAY}\nfrom atropos_verl.storage import write_atomic\n{write}\nsay('done')"
+        (live / "file").write_bytes(b"old")
+        recording = record([sys.executable, "-c", program, str(live)], live, PYTHONPATH=os.pathsep.join(sys.path))
+        *_, end = recording.cuts()
+        assert end.said == b"done\n"
+        found = [disk["file"] for disk in end.disks(random.Random(1), 20)]
+        lost[durable] = [content != b"new" * 5000 for content in found]
+        calls = [call.partition(" ")[0] for call in recording.order("fsync", "rename")]
+        assert calls == (["fsync", "rename", "fsync"] if durable else ["rename"])
+    assert lost[False][0] and not lost[False][1] and True in lost[False][2:]
+    assert not any(lost[True])
