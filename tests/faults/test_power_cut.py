@@ -11,8 +11,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
-from support.power_cut import Cut, lay_out, needs_strace, record
+from support.power_cut import STRACE, Cut, lay_out, needs_strace, record
+from support.trajectory_server import ServerProcess, group, registration
 
 from atropos_verl.protocol.journal import BatchJournal
 from atropos_verl.server.settings import ServerSettings
@@ -151,3 +153,26 @@ def test_the_harness_tells_a_program_that_does_not_wait_from_one_that_does(memor
         assert calls == (["fsync", "rename", "fsync"] if durable else ["rename"])
     assert lost[False][0] and not lost[False][1] and True in lost[False][2:]
     assert not any(lost[True])
+
+
+@needs_strace
+@pytest.mark.parametrize("which", [6, 7, 8])
+def test_after_a_sync_that_failed_nothing_is_answered_200_until_a_restart(tmp_path: Path, which: int) -> None:
+    """Syncs are of large values and of the WAL, in turns; that number ``which`` fails, no other."""
+    server = ServerProcess(tmp_path, "--data-dir", str(tmp_path / "data"), "--fsync")
+    inject = ("-e", "trace=fdatasync", "-e", f"inject=fdatasync:error=EIO:when={which}")
+    server.prefix = (str(STRACE), "-f", "-qq", "-o", os.devnull, *inject)
+    with server:
+        httpx.post(f"{server.url}/register", json=registration(64))
+        answers = [httpx.post(f"{server.url}/scored_data", json=group(number, 8)) for number in range(5)]
+        codes = [answer.status_code for answer in answers]
+        accepted = codes.count(200)
+        assert codes == [200] * accepted + [507] * (5 - accepted) and accepted < 5
+        assert all("the disk did not confirm a write" in answer.text for answer in answers[accepted:])
+        assert httpx.get(f"{server.url}/batch").status_code == 507
+        server.kill()
+        server.prefix = ()
+        server.start()
+        waiting = httpx.get(f"{server.url}/status").json()["queue_size"]
+        assert accepted <= waiting <= accepted + 1
+        assert httpx.post(f"{server.url}/scored_data", json=group(9, 8)).status_code == 200

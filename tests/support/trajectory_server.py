@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
+import psutil
 
 from atropos_verl.http_thread import ServerThread
 from atropos_verl.protocol.schema import check_group
@@ -104,6 +105,8 @@ class ServerProcess:
 
     module: tuple[str, ...] = ("atropos_verl.cli", "serve-api")
     ready_path = "/health"
+    prefix: tuple[str, ...] = ()
+    """A program that runs the server, and its arguments."""
 
     def __init__(self, directory: Path, *options: str, port: int | None = None) -> None:
         self.directory = directory
@@ -113,7 +116,7 @@ class ServerProcess:
         self.log_path = directory / f"server_{self.port}.log"
 
     def start(self) -> None:
-        command = [sys.executable, "-m", *self.module, "--port", str(self.port), *self.options]
+        command = [*self.prefix, sys.executable, "-m", *self.module, "--port", str(self.port), *self.options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(command, cwd=self.directory, env=environment, stdout=log, stderr=log)
@@ -133,6 +136,8 @@ class ServerProcess:
 
     def kill(self) -> None:
         """SIGKILL, as a crash would."""
+        for child in psutil.Process(self.process.pid).children() if self.prefix else ():
+            child.kill()
         self.process.kill()
         self.process.wait(timeout=10.0)
 

@@ -240,3 +240,25 @@ def test_an_upstream_api_knows_no_leases_and_the_journal_keeps_its_batches(tmp_p
             assert [held.body for held in resumed.batches.resume(1)] == [second.body]
             with pytest.raises(AtroposTimeoutError):
                 resumed.batches.fetch(max_wait_time=0.1)
+
+
+@pytest.mark.parametrize("acked", [False, True])
+def test_a_batch_that_is_damaged_at_a_resume_comes_again_or_is_named_as_lost(
+    server: TrajectoryServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, acked: bool
+) -> None:
+    with run_of(server, tmp_path) as run:
+        run.register(1, 2, 3)
+        first, second = run.batches.fetch(), run.batches.fetch()
+        if acked:
+            run.batches.trained(first.entry, 1)
+            assert run.batches.ack(first.entry) == "acked"
+    first.entry.path.write_bytes(first.body.replace(b"7", b"8", 1))
+    with run_of(server, tmp_path) as run:
+        assert [held.body for held in run.batches.resume(0)] == [second.body]
+        fate = "it is lost" if acked else "the API hands it out again"
+        assert f"{first.entry.path} is not what was written: its checksum differs. " in caplog.text
+        assert (
+            f"{fate}. What is left is {tmp_path / 'run' / 'journal' / 'damaged' / 'batch_000001.json'}" in caplog.text
+        )
+        run.register()
+        assert rest_of(run) == ([3] if acked else [1, 3])
