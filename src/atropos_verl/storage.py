@@ -20,6 +20,7 @@ import struct
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias
 
@@ -45,6 +46,7 @@ _IDLE_CHECKPOINT_BYTES: Final = 2 * 2**20
 _IDLE_SECONDS: Final = 0.25
 _FREE_BYTES: Final = 32 * 2**20
 """Bytes that the end of the file of large values may hold unused. More are given back when there is nothing to do."""
+_HOLES_TRIED: Final = 500
 _NETWORK_TYPES: Final = (
     "9p afs beegfs ceph cifs fuse.ceph fuse.glusterfs fuse.sshfs glusterfs gpfs lustre nfs nfs4 smb3 smbfs"
 )
@@ -575,8 +577,8 @@ class _Bodies:
             self._end = max(self._end, start + length)
 
     def room(self, length: int) -> tuple[int, int]:
-        """A place: the first hole that is large enough, or the end."""
-        for index, (start, end) in enumerate(self._free):
+        """A place: a hole that is large enough, of the first ones, or the end."""
+        for index, (start, end) in enumerate(islice(self._free, _HOLES_TRIED)):
             if end - start >= length:
                 self._free[index : index + 1] = [(start + length, end)] if end - start > length else []
                 return start, length
