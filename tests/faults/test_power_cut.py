@@ -60,7 +60,7 @@ asyncio.run(main())
 """
 JOURNAL = """
 from atropos_verl.protocol.journal import BatchJournal
-journal = BatchJournal(directory / "run" / "journal")
+journal = BatchJournal(directory / "run" / "journal", keep=KEEP)
 for step in range(1, 7):
     entry = journal.record(b"batch %d " % step * 3000, {"after_step": step - 1}, f"lease{step}")
     say("recorded", step)
@@ -119,8 +119,9 @@ def test_the_store_holds_every_group_whose_answer_was_sent(memory: Path) -> None
 
 
 @needs_strace
+@pytest.mark.parametrize("keep", [0, 1])
 @pytest.mark.timeout(1800)
-def test_the_journal_holds_every_recorded_batch_and_the_step_that_took_it(memory: Path) -> None:
+def test_the_journal_holds_every_recorded_batch_and_the_step_that_took_it(memory: Path, keep: int) -> None:
     def check(cut: Cut, disk: Path) -> None:
         recorded, assigned = said(cut, "recorded"), said(cut, "assigned")
         dropping = max(said(cut, "dropping"), default=0)
@@ -132,7 +133,7 @@ def test_the_journal_holds_every_recorded_batch_and_the_step_that_took_it(memory
             # A batch whose note went before it would be trained on a second time.
             assert entry.step == sequence or sequence not in assigned
 
-    try_every_cut(memory, JOURNAL, check)
+    try_every_cut(memory, JOURNAL.replace("KEEP", str(keep)), check)
 
 
 @needs_strace
