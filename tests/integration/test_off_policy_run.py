@@ -5,6 +5,7 @@ import math
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from support.serving import eventually
 from support.trajectory_server import TrajectoryServer, free_port
 
 from atropos_verl import AtroposTrainer
+from atropos_verl.engine.runner import ModelRunner
+from atropos_verl.engine.weights import WeightStore
 from atropos_verl.errors import WeightSyncError
 from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.messages import EnvRegistration
@@ -29,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 GROUPS, GROUP_SIZE = 2, 4
 STEPS = int(os.environ.get("ATROPOS_VERL_DRIFT_STEPS", "60"))
+DEATHS = int(os.environ.get("ATROPOS_VERL_ENGINE_DEATHS", "3"))
+"""50 take about a minute for each mode; with ``--log-cli-level=INFO`` the test says what it saw."""
 
 
 @dataclass
@@ -198,6 +203,74 @@ def test_an_environment_that_edits_is_reported_and_trained_without_versions(
     messages = [r.getMessage() for r in caplog.records if r.name == "atropos_verl.training.staleness"]
     assert 1 <= len(messages) <= 2  # one per environment (two threads register one each), and no more
     assert "First difference at token 6" in messages[0]
+
+
+class Deaths:
+    """``DEATHS`` in all: every seventh forward of the engine, and every weight update half-way, at first."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.forwards = self.updates = 0
+        self.in_updates = DEATHS // 3
+        self.in_steps = DEATHS - self.in_updates
+        self.outages: list[float] = []
+        """Seconds from a death to the next forward that succeeds."""
+        self._since: float | None = None
+        self._forward, self._check = ModelRunner._forward, WeightStore._check
+        monkeypatch.setattr(ModelRunner, "_forward", lambda *arguments: self._step(*arguments))
+        monkeypatch.setattr(WeightStore, "_check", lambda *arguments: self._tensor(*arguments))
+
+    def _step(self, *arguments: Any) -> Any:
+        self.forwards += 1
+        if self.forwards % 7 == 0 and self.forwards <= 7 * self.in_steps:
+            self._since = self._since or time.monotonic()
+            raise (MemoryError("no room"), RuntimeError("a kernel failed"), SystemExit(1))[self.forwards % 3]
+        result = self._forward(*arguments)
+        if self._since is not None:
+            self.outages.append(time.monotonic() - self._since)
+            self._since = None
+        return result
+
+    def _tensor(self, store: Any, name: str, *arguments: Any) -> Any:
+        if name == "model.layers.0.mlp.gate_proj.weight":
+            self.updates += 1
+            if self.updates % 2 and self.updates < 2 * self.in_updates:  # the second time it succeeds
+                raise MemoryError("no room for the new weights")
+        return self._check(store, name, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings"),
+    [
+        ("sync", {"optim": {"lr": 1e-3}, "off_policy": {"max_staleness": 0}}),
+        ("overlap", {"optim": {"lr": 0.0}}),
+    ],
+)
+def test_deaths_of_the_engine_cost_no_request_and_no_step(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, settings: dict[str, Any]
+) -> None:
+    """A trained token's logprob is that of the trainer's own forward: of the newest weights, or of weights that never
+    change."""
+    started = time.monotonic()
+    with running(model_path, tmp_path, steps=max(4, DEATHS // 2), mode=mode, **settings) as (trainer, env):
+        built = time.monotonic() - started
+        deaths = Deaths(monkeypatch)
+        lines = fit(trainer, env)
+        assert deaths.forwards >= 7 * deaths.in_steps and deaths.updates >= 2 * deaths.in_updates
+        stats = trainer.engine.stats()
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)), "every step has its line"
+    assert (stats.rebuilds, lines[-1]["engine/rebuilds"]) == (deaths.in_steps, deaths.in_steps)
+    for line in lines:
+        assert line["data/unmatched_span_rate"] == line["data/ambiguous_span_rate"] == 0.0
+        assert line["off_policy/known_logprob_share"] == 1.0
+        assert line["off_policy/log_ratio_max_abs"] < 2e-5
+        assert line["sync/canary_max_abs_logprob_diff"] < 1e-4
+    logger.info(
+        "%s: %d deaths in steps and %d in weight updates over %d steps; outage at most %.2f s, start %.1f s, longest "
+        "step %.2f s, largest log ratio %.1e, largest canary difference %.1e",
+        *(mode, deaths.in_steps, deaths.in_updates, len(lines), max(deaths.outages), built),
+        *(max(line[f] for line in lines) for f in ("timing/step", "off_policy/log_ratio_max_abs")),
+        max(line["sync/canary_max_abs_logprob_diff"] for line in lines),
+    )
 
 
 @pytest.mark.parametrize(
