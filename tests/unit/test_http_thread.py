@@ -11,6 +11,7 @@ import pytest
 from support.serving import eventually
 
 from atropos_verl import http_thread
+from atropos_verl.errors import ServiceError
 from atropos_verl.http_thread import Listener, ServerThread, environment_token, foreign_page, has_token, listen
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -189,3 +190,17 @@ def test_without_file_descriptors_connections_are_refused_and_served_again_later
             assert is_closed(connect(port))
     assert ["no file descriptor left" in record.getMessage() for record in caplog.records] == [True]
     assert httpx.get(f"http://127.0.0.1:{port}/", trust_env=False).text == "ok"
+
+
+def test_a_thread_that_ended_by_itself_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ServerThread(app, service="inference gateway", advice="", host="127.0.0.1", port=0)
+    server.check_alive()
+    with server:
+        server.check_alive()
+        assert server._server is not None
+        monkeypatch.setattr(server._server, "main_loop", None)  # as if its loop had failed
+        server._server.should_exit = True
+        eventually(lambda: not server.is_running, "its end")
+        with pytest.raises(ServiceError, match="inference gateway: its thread has ended"):
+            server.check_alive()
+    server.check_alive()

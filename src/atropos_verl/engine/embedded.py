@@ -455,9 +455,10 @@ class TransformersEngine:
                 with self.gate.step(timeout=1.0, stop=self._interrupted) as may_run, self._boundary.step(1.0) as free:
                     if free and self._stopped is None:
                         self._guarded_step(may_run)
+        except BaseException as error:
+            logger.error("the engine's thread ended", exc_info=error)
+            self._fail_all(EngineStoppedError(f"the engine's thread ended: {_named(error)}"))
         finally:
-            # Whatever ended the thread, nobody may wait for it for ever.
-            self._fail_all(EngineStoppedError("the engine's thread ended unexpectedly; the log has the reason"))
             self._batch.evict()
 
     def _interrupted(self) -> bool:

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import logging
 import os
 import re
 import socket
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from atropos_verl.config.schema import RunConfig
+
+logger = logging.getLogger(__name__)
 
 _PROBE_SECONDS = 2.0
 _GENERATION_SECONDS = 10.0
@@ -117,7 +120,10 @@ class Poller:
 
     def _loop(self, ask: Callable[[], object]) -> None:
         while not self._ended.wait(_INTERVAL):
-            ask()
+            try:
+                ask()
+            except Exception:  # what a strange service answers must not end the watching
+                logger.exception("a look at a service of the run failed")
 
     def ask_api(self) -> bool:
         """Ask for the API's status now; whether it answered."""

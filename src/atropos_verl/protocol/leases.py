@@ -244,6 +244,8 @@ class _LeaseKeeper:
                     logger.info("lease %s is not renewed: %s", lease_id, error.reason)
                 except AtroposAPIError as error:
                     logger.info("lease %s is not renewed now: %s", lease_id, error.reason)
+                except Exception:  # a thread that ends lets every lease run out
+                    logger.exception("lease %s is not renewed now", lease_id)
 
     def _raise_if_closed(self) -> None:
         if self._stop.is_set():

@@ -361,6 +361,8 @@ class BatchSource:
                 throttle.queue_is(self.client.status().queue_size * self.config.group_size)
             except AtroposAPIError as error:  # the thread that fetches batches reports it
                 logger.info("the queue of the API is not known now: %s", error.reason)
+            except Exception:  # a thread that ends lets the throttle hold prompts back for ever
+                logger.exception("the queue of the API is not known now")
 
 
 class _ClosedError(Exception):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from support.serving import eventually
 
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.launch import probes
@@ -78,6 +79,16 @@ def test_a_batch_that_was_handed_out_is_seen_before_its_step(monkeypatch: pytest
         poller.ask_api()
         seen.append(poller.batch_at > 0)
     assert seen == [False, False, False, False, True], "what happened while it did not answer is not known"
+
+
+def test_a_strange_answer_does_not_end_the_watching(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "_INTERVAL", 0.01)
+    poller = Poller(RunConfig.from_mapping({"atropos": {"api_url": "http://a"}}), None)
+    answers: list[Any] = [{"current_step": 1}, {"current_step": "many"}]
+    monkeypatch.setattr(probes, "request_json", lambda *_, **__: answers.pop(0) if answers else {"current_step": 2})
+    poller.start()
+    eventually(lambda: poller.api == {"current_step": 2}, "the answer after a strange one")
+    poller.stop()
 
 
 def test_entries_of_a_process_are_found_by_its_name_alone() -> None:

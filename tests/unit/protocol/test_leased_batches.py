@@ -36,6 +36,10 @@ def server(tmp_path: Path) -> Iterator[TrajectoryServer]:
         yield running
 
 
+def throw(error: Exception) -> None:
+    raise error
+
+
 def store_of(server: TrajectoryServer) -> Store:
     return server.app.store
 
@@ -175,11 +179,17 @@ def test_a_trained_batch_that_comes_again_is_acked_and_not_taken(server: Traject
         assert rest_of(run) == []
 
 
-def test_a_lease_is_renewed_while_its_holder_lives(server: TrajectoryServer, tmp_path: Path) -> None:
+def test_a_lease_is_renewed_while_its_holder_lives(
+    server: TrajectoryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a renewal that failed as none should: it must not end the thread."""
     short = 0.3
     with run_of(server, tmp_path, lease=short) as run:
         run.register(1)
+        renew, failures = run.client.renew, [MemoryError()]
+        monkeypatch.setattr(run.client, "renew", lambda *a: renew(*a) if not failures else throw(failures.pop()))
         held = run.batches.fetch()
+        eventually(lambda: not failures, "the first renewal")
         for _ in range(4):  # in all more than twice the lease
             now = move_on(server, 0.2)
             (batch,) = store_of(server).outstanding.values()

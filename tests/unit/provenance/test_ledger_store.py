@@ -254,6 +254,21 @@ def test_two_processes_cannot_keep_one_log(tmp_path: Path, caplog: pytest.LogCap
         assert len(after) == 1
 
 
+def test_a_write_that_fails_answers_whoever_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the file cannot be removed: a request waits for this future before it is answered."""
+
+    def refuse(directory: Path) -> None:
+        raise OSError("read-only file system")
+
+    with process(tmp_path, None) as ledger:
+        assert ledger._store is not None
+        ledger._store._store.close()
+        monkeypatch.setattr("atropos_verl.provenance.ledger_store._remove", refuse)
+        recorded = ledger.record(PROMPT, [wrote([1, 2], 3)])
+        assert recorded is not None and recorded.result(10.0) is None
+        assert one(ledger, PROMPT, [1, 2]).unmatched_spans == 0
+
+
 def test_a_full_disk_costs_the_log_and_nothing_else(tmp_path: Path) -> None:
     """RLIMIT_FSIZE stands for the full disk."""
     assert exit_code_in_a_child(lambda: _fill_up(tmp_path)) == 0
