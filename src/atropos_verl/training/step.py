@@ -218,12 +218,14 @@ class HeldOut:
 
 
 def held_out_score(metrics: Mapping[str, Any]) -> float | None:
-    """The figure to show for an evaluation: its mean reward, or its first number."""
-    for key in ("eval/mean_reward", "mean_reward", "eval/percent_correct", "eval/accuracy"):
-        if isinstance(metrics.get(key), int | float):
-            return float(metrics[key])
-    numbers = [value for value in metrics.values() if isinstance(value, int | float) and not isinstance(value, bool)]
-    return float(numbers[0]) if numbers else None
+    """The figure to show for an evaluation: its mean reward, or its first number. A mean over nothing (NaN) is none."""
+    numbers = {
+        name: float(value)
+        for name, value in metrics.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    }
+    known = ("eval/mean_reward", "mean_reward", "eval/percent_correct", "eval/accuracy")
+    return next((numbers[name] for name in (*known, *numbers) if name in numbers), None)
 
 
 def reward_window(rewards: Sequence[float]) -> dict[str, Any]:

@@ -160,7 +160,10 @@ def test_the_idle_share_weighs_steps_by_their_length_and_leaves_the_first_out(tm
 
 def test_held_out_scores_of_what_was_started() -> None:
     started: list[str] = []
-    metrics = {"before": {"eval/mean_reward": 0.25, "other": 9}, "after": {"text": "no number"}}
+    metrics = {
+        "before": {"eval/mean_reward": 0.25, "other": 9},
+        "after": {"text": "no number", "mean_reward": math.nan},
+    }
     evaluations: Any = SimpleNamespace(
         start_evaluation=started.append, has_evaluation=started.__contains__, finish_evaluation=metrics.__getitem__
     )

@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,8 @@ from support.samples import random_samples
 from transformers import AutoModelForCausalLM
 
 from atropos_verl import verl_plugin
-from atropos_verl.backends.local.worker import PolicyWorker, _verl_prints_to_log, split_for_ranks
+from atropos_verl.backends.local import worker as worker_module
+from atropos_verl.backends.local.worker import PolicyWorker, _meet, _verl_prints_to_log, split_for_ranks
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import CheckpointError, ConfigError
 from atropos_verl.training.losses.policy import advantage_weighted_sft_loss, clipped_ratio_loss, summarise_importance
@@ -378,3 +381,22 @@ def test_rank_variables_of_another_launcher_are_named(
     with pytest.raises(ConfigError, match=re.escape(said)) as caught:
         verl_plugin.own_rank()
     assert str(caught.value).endswith(f"unset {' '.join(n for n in verl_plugin.RANK_VARIABLES if n in variables)}")
+
+
+def test_waiting_for_other_ranks_hears_signals_and_ends_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    others, heard = threading.Event(), signal.getsignal(signal.SIGALRM)
+    try:
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            _meet(others.wait, 0, 8)  # as torch's, which no signal ends
+        monkeypatch.setattr(worker_module, "_MEETING_SECONDS", 0.0)
+        with pytest.raises(ConfigError, match=r"rank 0 has waited 0 s for the other 7; .*unset .*WORLD_SIZE"):
+            _meet(others.wait, 0, 8)
+    finally:
+        signal.signal(signal.SIGALRM, heard)
+        others.set()
+    _meet(others.wait, 0, 8)
+    with pytest.raises(ZeroDivisionError):
+        _meet(lambda: 1 // 0, 0, 8)
