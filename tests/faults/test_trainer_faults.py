@@ -273,6 +273,31 @@ def test_a_skipped_weight_sync_stops_the_run(lab: Lab, tmp_path: Path, fault: st
     assert checkpointed_step(tmp_path / "stale") == 0
 
 
+@pytest.mark.parametrize("mode", [SYNC, OVERLAP])
+def test_groups_without_a_trained_token_end_nothing_and_are_counted(
+    lab: Lab, tmp_path: Path, mode: dict[str, Any]
+) -> None:
+    """An environment's whole share of a batch, then a whole batch: also in the run that goes on after it."""
+    rng = random.Random(4)
+
+    def made(env_id: int, *, masked: bool) -> Any:
+        group = {**good_group(rng, group_size=GROUP_SIZE), "env_id": env_id}
+        return {**group, "masks": [[-100] * len(row) for row in group["tokens"]]} if masked else group
+
+    half, nothing = ([made(0, masked=empty), made(1, masked=True)] for empty in (False, True))
+    bodies = [batch_of(half), batch_of(nothing), batch_of([made(0, masked=False), made(1, masked=False)])]
+    settings = {"advantage_normalization": "batch", "save_freq": 1, **mode}
+    lab.run("empty", bodies[:2], 2, **settings)
+    state = lab.run("empty", bodies[2:], 3, **settings)
+    assert (state["step"], state["policy_version"]) == (3, 2)
+    lines = metrics_of(tmp_path / "empty")
+    assert [line["data/trained_tokens"] > 0 for line in lines] == [True, False, True]
+    assert [line["env/1/unmatched_span_rate"] for line in lines] == [None, None, 1.0]
+    assert [line["loss"] == 0.0 for line in lines] == [False, True, False]
+    totals = saved(tmp_path / "empty")["totals"]
+    assert (totals["steps_without_data"], journalled(tmp_path / "empty")) == (1, [])
+
+
 def test_literal_nans_in_a_batch_are_quarantined_and_the_rest_is_trained(lab: Lab, tmp_path: Path) -> None:
     rng = random.Random(5)
     poisoned, hot, good = (good_group(rng, group_size=GROUP_SIZE) for _ in range(3))
