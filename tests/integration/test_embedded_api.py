@@ -10,6 +10,7 @@ import pytest
 from support.trajectory_server import group_bytes, registration
 
 from atropos_verl.config.schema import RunConfig
+from atropos_verl.http_thread import environment_token
 from atropos_verl.launch.train import TrainingServices
 from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
@@ -49,6 +50,8 @@ def test_a_resumed_run_finds_its_groups_and_not_its_dead_environments(
         assert client.register_env(hello) == 1
         # As Atropos's client sends the password of a URL.
         asked = httpx.get(f"{client.api_url}/status-env", params={"env_id": 1}, auth=auth)
+        theirs = ("run", environment_token(auth[1]))
+        assert httpx.get(f"{client.api_url}/reset_data", auth=theirs).status_code == 403, "only the run itself resets"
         seen = asked.json()
         assert seen["env_weight"] == 1.0, "the one before took half of it"
     with api(tmp_path, resume="disable") as (client, auth):

@@ -9,6 +9,8 @@ import pytest
 import yaml
 from support.runs import SMALL, LaunchRun, summary_of
 
+from atropos_verl.http_thread import environment_token
+
 TOKEN = "a-token-of-the-trajectory-api"
 
 
@@ -53,10 +55,11 @@ def test_no_key_shows_in_the_process_list(observed: Observed) -> None:
         assert program in seen
     assert "orphan_reaper" in seen
     assert gateway_key not in seen
-    assert TOKEN not in seen
+    assert TOKEN not in seen and environment_token(TOKEN) not in seen
     for path in [*(observed.run_dir / "logs").iterdir(), *(observed.run_dir / "eval").rglob("*.*")]:
         assert gateway_key.encode() not in path.read_bytes(), path
         assert TOKEN.encode() not in path.read_bytes(), path
+        assert environment_token(TOKEN).encode() not in path.read_bytes(), path
 
 
 def test_files_with_keys_are_private(observed: Observed) -> None:
@@ -65,7 +68,8 @@ def test_files_with_keys_are_private(observed: Observed) -> None:
     files += [observed.run_dir / "plan.json", *(observed.run_dir / "logs").glob("*.1.log")]
     assert len(files) >= 9
     assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {path.name: "0o600" for path in files}
-    assert observed.settings("demo.yaml")["env"]["rollout_server_url"].startswith(f"http://run:{TOKEN}@127.0.0.1:")
+    url = observed.settings("demo.yaml")["env"]["rollout_server_url"]
+    assert url.startswith(f"http://run:{environment_token(TOKEN)}@127.0.0.1:")
 
 
 def test_the_policy_is_evaluated_before_and_after(observed: Observed) -> None:

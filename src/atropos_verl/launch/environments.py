@@ -28,6 +28,7 @@ from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig
 from atropos_verl.config.model_checks import NAMES_OF_TRANSFORMERS_5
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
+from atropos_verl.http_thread import environment_token
 from atropos_verl.launch.process import ServiceSpec
 from atropos_verl.storage import write_atomic
 
@@ -74,10 +75,8 @@ def plan_environments(
     for name, settings in chosen.items():
         warnings += [f"environments.{name}: {note}" for note in notes_of(config, settings, program_of(name, settings))]
         for copy in range(1, settings.copies + 1):
-            allocation = allocations[name]
-            services.append(
-                environment_spec(config, name, settings, of_training=of_training, copy=copy, allocation=allocation)
-            )
+            which: dict[str, Any] = {"copy": copy, "allocation": allocations[name], "embedded": embedded}
+            services.append(environment_spec(config, name, settings, of_training=of_training, **which))
     names = sorted(service.name for service in services)
     if twice := [name for name, other in pairwise(names) if name == other]:
         raise ConfigError(f"two processes would be called {twice[0]}; rename an environment", "environments")
@@ -93,8 +92,10 @@ def environment_spec(
     copy: int = 1,
     allocation: float | None = None,
     evaluation: str | None = None,
+    embedded: bool = False,
 ) -> ServiceSpec:
-    """``ENV serve``, or, with the label of an ``evaluation`` (before, after), ``ENV evaluate``."""
+    """``ENV serve``, or, with the label of an ``evaluation`` (before, after), ``ENV evaluate``. Environments of an
+    ``embedded`` API get a token that does not allow ``/reset_data``."""
     cwd = run_dir = config.resolve_run_dir()
     section = "env" if of_training else f"environments.{name}"
     if settings.cwd is not None:
@@ -140,7 +141,8 @@ def environment_spec(
             "registers_as": option_value(settings.args, _NAME_OPTION) or ours[_NAME_OPTION],
         }
     file, api_url = run_dir / "launch" / f"{process}.yaml", config.atropos.api_url if evaluation is None else None
-    url = None if api_url is None else with_token(api_url, config.atropos.token)
+    token = config.atropos.token
+    url = None if api_url is None else with_token(api_url, environment_token(token) if token and embedded else token)
     servers = server_count(source_of(program, settings))
     last, files = last_words(settings, server, url, servers=servers, file=file, cwd=cwd, section=section)
     words = ["serve" if evaluation is None else "evaluate"]
@@ -282,7 +284,9 @@ def with_token(url: str, token: str | None) -> str:
 
 def secrets_of(config: RunConfig) -> tuple[str, ...]:
     """What must show in no log: keys and tokens of the run."""
-    return tuple(secret for secret in (config.atropos.token, config.gateway.api_key) if secret and len(secret) > 3)
+    token, key = config.atropos.token, config.gateway.api_key
+    known = (token, environment_token(token) if token else None, key)
+    return tuple(secret for secret in known if secret and len(secret) > 3)
 
 
 def own_temporary(run_dir: Path) -> dict[str, str]:

@@ -15,6 +15,7 @@ from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig, d
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.config.verl_keys import compose_run, read_run
 from atropos_verl.errors import ConfigError
+from atropos_verl.http_thread import environment_token
 from atropos_verl.launch.launch import backend_of, build_plan, is_launch_key, load_ray_launch, main
 from atropos_verl.launch.plan import LaunchPlan, trainer_settings_text
 from atropos_verl.launch.process import ServiceSpec
@@ -172,7 +173,8 @@ def test_keys_are_made_and_handed_over(tmp_path: Path) -> None:
     private = yaml.safe_load(text)
     assert [server["api_key"] for server in private["openai"]] == [config.gateway.api_key]
     port = plan.api_url.rsplit(":", 1)[1]
-    assert private["env"] == {"rollout_server_url": f"http://run:{config.atropos.token}@127.0.0.1:{port}"}
+    theirs = environment_token(config.atropos.token)
+    assert private["env"] == {"rollout_server_url": f"http://run:{theirs}@127.0.0.1:{port}"}
     assert commands["trainer"].env["ATROPOS_GATEWAY_KEY"] == config.gateway.api_key
     for word in (word for spec in commands.values() for word in spec.command):
         assert config.atropos.token not in word
