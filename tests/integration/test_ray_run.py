@@ -163,7 +163,7 @@ def test_a_killed_replica_is_replaced_and_the_canary_of_every_step_is_exact(stor
 
 
 def test_a_killed_task_runner_is_one_message_and_leaves_no_process(story: Story) -> None:
-    assert "the task runner's process was killed; the same command goes on from step 3." in story.said
+    assert "Ray's actor AtroposTaskRunner was killed; the same command goes on from step 3." in story.said
     assert "Traceback" not in story.said
 
 

@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Any, Self
 
 import ray
 from omegaconf import OmegaConf
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 
 from atropos_verl.backends.ray.task_runner import MAILBOX, AtroposTaskRunner, Mailbox
 from atropos_verl.config.verl_keys import RayRun
@@ -166,8 +167,9 @@ class _Session:
         """Until the task runner has ended. Raises what ended it, or the service that died."""
         while True:
             has_ended = self._ended.wait(_POLL_SECONDS)
-            for kind, content in ray.get(self._mailbox.take.remote()):
-                self._handle(kind, content)
+            with contextlib.suppress(RayActorError):  # without its mailbox the task runner ends as well
+                for kind, content in ray.get(self._mailbox.take.remote()):
+                    self._handle(kind, content)
             if has_ended:
                 return self._outcome()
             if self._stop_deadline is None:
@@ -215,11 +217,12 @@ class _Session:
         last = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
         log = self._run.run_dir / "logs"
         if isinstance(error, RayActorError):  # nothing is in the logs of a process that was killed
-            whose = "a training worker's" if isinstance(error, RayTaskError) else "the task runner's"
+            found = re.search(r"class_name: (\w+)", str(error))
             tracker = Path(str(self._run.verl.trainer.default_local_dir)) / "latest_checkpointed_iteration.txt"
             saved = f"; the same command goes on from step {tracker.read_text()}" if tracker.exists() else ""
             raise ServiceError(
-                f"{whose} process was killed{saved}. (The kernel kills one when memory runs out.)\n"
+                f"the process of Ray's actor {found[1] if found else '?'} was killed{saved}. (The kernel kills one "
+                f"when memory runs out.)\n"
                 f"its output until then is in {log / 'task_runner.log'}, Ray's words are in {log / 'command.log'}",
                 "task runner",
             ) from error
