@@ -53,6 +53,8 @@ class AtroposTaskRunner:
         log_to_file(directory / "task_runner.log")
         os.environ.setdefault("TENSORBOARD_DIR", str(run.run_dir / "tensorboard"))
         os.environ.setdefault("WANDB_DIR", str(run.run_dir))
+        os.environ.setdefault("WANDB_CACHE_DIR", str(run.run_dir / "wandb" / "cache"))
+        os.environ.setdefault("WANDB_DATA_DIR", str(run.run_dir / "wandb" / "data"))
         os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(run.run_dir / "verl_tracking.jsonl"))
         import transfer_queue as tq
         from omegaconf import OmegaConf, open_dict
