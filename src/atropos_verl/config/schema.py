@@ -89,7 +89,9 @@ class OwnModelConfig(Section):
 class ModelConfig(OwnModelConfig):
     """The policy."""
 
-    path: str | None = Field(None, description="Hugging Face model directory; null: the shipped demo model")
+    path: str | None = Field(
+        None, description="Hugging Face model directory, or smollm2-135m; null: the shipped demo model"
+    )
     tokenizer_path: str | None = Field(None, description="tokenizer directory; null: the model's")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of the trained (master) weights")
     compute_dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of forward and backward")
@@ -487,6 +489,10 @@ class RunConfig(CommonConfig):
             from atropos_verl.assets import demo_model_path
 
             return demo_model_path()
+        if self.model.path == "smollm2-135m":
+            from atropos_verl.assets.smollm2 import smollm2_path
+
+            return smollm2_path()
         path = Path(self.model.path).expanduser()
         if not (path / "config.json").is_file():
             raise ConfigError(f"{path} is not a Hugging Face model directory (no config.json in it)", "model.path")
