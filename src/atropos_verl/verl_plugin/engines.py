@@ -3,10 +3,11 @@
 verl's engine runs the LM head on every position and keeps [tokens, vocabulary] logits for the backward. Most positions
 of an Atropos batch are prompt or tool tokens, so here the head is called on the rows that predict a trained token only.
 
-verl trains without padding through flash attention's kernels, which are CUDA's. Here sequences are joined end to end
-with torch's own attention (``sdpa``) too: all else in a transformer works on one token at a time, so one call of
-``sdpa`` per sequence is enough. transformers hands the borders through as ``cu_seq_lens_q``, the name its flash
-attention uses. A probe at the first batch shows if the model computes the same.
+verl trains without padding through flash attention's kernels, which are CUDA's. Here sequences are joined in one row
+with torch's own attention (``sdpa``) too: all else in a transformer works on one token at a time, so some calls of
+``sdpa`` per layer are enough. A prefix that several sequences of a micro-batch share stands in the row once
+(``prefix_forest``), and micro-batches are filled by distinct tokens. transformers hands the row's layout through to
+the attention. A probe at the first batch shows if the model computes the same.
 
 Every engine here computes in the update what the engine of rollouts computed: dropout and its like are off, unless
 ``DROPOUT_VARIABLE`` says otherwise. No optimiser step has a learning rate of 0 in its warm-up, or nothing to train on.
@@ -16,12 +17,12 @@ Import this module after ``verl_plugin.activate``; importing it registers the en
 
 import contextlib
 import functools
-import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 from verl.utils import tensordict_utils as tu
@@ -30,13 +31,27 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from atropos_verl.training.losses.lm_head import linear_token_logprobs
 from atropos_verl.verl_plugin import DROPOUT_VARIABLE
-from atropos_verl.verl_plugin.shims import leave_no_lock_files, own_optimiser_settings, without_pinned_offload
+from atropos_verl.verl_plugin.prefix_forest import (
+    PrefixForest,
+    build_forest,
+    fill,
+    joined,
+    partition,
+    sort_by_prefix,
+)
+from atropos_verl.verl_plugin.shims import (
+    leave_no_lock_files,
+    micro_batches_from,
+    own_optimiser_settings,
+    without_pinned_offload,
+)
 
 logger = logging.getLogger(__name__)
 leave_no_lock_files()
 
 ATTENTION = "atropos_packed_sdpa"
-_PROBE_LENGTHS = [5, 3]
+_PROBE = (list(range(1, 9)), [*range(1, 6), 9, 10], [11, 12, 13])
+"""Sequences, two of which share a prefix."""
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Of the largest logit. A model that looks across a border is off by the size of its logits."""
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap")
@@ -53,6 +68,10 @@ class _HeadRequest(NamedTuple):
     """[N] the tokens they predict."""
     temperature: torch.Tensor
     """[N]."""
+    targets: torch.Tensor
+    """[M] where verl wants them: flat indices into [B * T_b]; token t + 1's logprob is at t."""
+    repeats: torch.Tensor | None
+    """[M] which of the N each one is: a token of a shared prefix has several places. None: N = M, in order."""
 
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp"], device="cuda", vendor="nvidia")
@@ -147,6 +166,8 @@ class SelectiveHeadEngine(UpdateEngine):
     _head_request: _HeadRequest | None = None
     _packs = False
     """Micro-batches are joined in one row."""
+    _shares = True
+    """Shared prefixes stand in it once."""
     _probed = False
 
     def initialize(self) -> None:
@@ -176,71 +197,111 @@ class SelectiveHeadEngine(UpdateEngine):
             logprobs = linear_token_logprobs(
                 flat.index_select(0, request.rows), head.weight, request.labels, request.temperature, bias=head.bias
             )
-            out = torch.zeros(flat.shape[0], dtype=logprobs.dtype, device=logprobs.device)
             # A copy: FSDP2 warns of a root output that is a view.
-            return out.index_copy(0, request.rows, logprobs).view(*hidden.shape[:-1], 1).clone()
+            return logprobs.view(1, -1, 1).clone()
 
         # An instance attribute, not a class patch: only this engine's model is concerned.
         head.forward = forward  # type: ignore[method-assign,assignment]
         return True
 
-    def _joins(self, micro_batch: Any) -> bool:
-        """True when this micro-batch is joined here (and not padded, and not left to flash attention)."""
-        if not self._packs or tu.get_non_tensor_data(micro_batch, "use_remove_padding", False):
+    def _joins(self, data: Any) -> bool:
+        """True when ``data`` is joined here (and not padded, and not left to flash attention)."""
+        if not self._packs or tu.get_non_tensor_data(data, "use_remove_padding", False):
             return False
         if not self._probed:
             self._probed = True
-            self._packs = packs_exactly(self.module, micro_batch["input_ids"].device, self.module.config.vocab_size)
+            device = next(self.module.parameters()).device
+            self._packs = packs_exactly(self.module, device, share=False)
+            self._shares = self._packs and packs_exactly(self.module, device, share=True)
             if not self._packs:
                 logger.warning("%s is trained with padding: it mixes joined sequences", type(self.module))
+            elif not self._shares:
+                logger.warning("%s is trained without shared prefixes: it mixes their branches", type(self.module))
         return self._packs
 
+    def _shares_prefixes(self, data: Any) -> bool:
+        """True when prefixes that sequences of ``data`` share are computed once."""
+        # Branches would have the same dropout up to where they part.
+        wanted = tu.get_non_tensor_data(data, "share_prefixes", True) and not self.keeps_dropout
+        fits = self._selective and data["position_ids"].dim() == 2 and not _needs_logits(data)
+        return wanted and fits and self._joins(data) and self._shares
+
+    def forward_backward_batch(self, data: Any, loss_function: Any, forward_only: bool = False) -> Any:
+        with micro_batches_from(self._micro_batches):
+            return super().forward_backward_batch(data, loss_function, forward_only)
+
+    def _micro_batches(self, data: Any, dp_group: Any) -> tuple[list[Any], list[list[int]]] | None:
+        """Micro-batches of up to ``max_token_len_per_gpu`` distinct tokens, and their indices; None: as verl does."""
+        if not tu.get_non_tensor_data(data, "use_dynamic_bsz", True) or not self._shares_prefixes(data):
+            return None
+        rows = [row.cpu().numpy() for row in data["input_ids"].unbind()]
+        order, shared = sort_by_prefix(rows)
+        lengths = [len(rows[index]) for index in order]
+        # Every rank makes the same number of them, and none is empty.
+        count = torch.tensor([len(fill(lengths, shared, data["max_token_len_per_gpu"])), -len(rows)])
+        torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX, group=dp_group)
+        if count[0] > -count[1]:
+            return None
+        indices = [[order[at] for at in part] for part in partition(lengths, shared, int(count[0]))]
+        return [tu.index_select_tensor_dict(data, part) for part in indices], indices
+
     def prepare_model_inputs(self, micro_batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        joins = self._joins(micro_batch)
+        joins, place, ids = self._joins(micro_batch), None, micro_batch["input_ids"]
         if joins:
+            shares = self._shares_prefixes(micro_batch)
             tu.assign_non_tensor(micro_batch, use_remove_padding=True)
         model_inputs, output_args = super().prepare_model_inputs(micro_batch)
-        if joins:
-            model_inputs["cu_seq_lens_q"] = micro_batch["input_ids"].offsets()
+        if joins and shares:
+            forest = build_forest([row.cpu().numpy() for row in ids.unbind()]).to(ids.device)
+            place, first = (torch.from_numpy(array).to(ids.device) for array in (forest.place, forest.first))
+            for name in ("input_ids", "position_ids"):
+                model_inputs[name] = micro_batch[name].values()[first][None]
+            model_inputs["packed_row"] = forest
+        elif joins:
+            model_inputs["packed_row"] = joined(ids.offsets().diff().tolist())
         self._head_request = None
-        packed = bool(tu.get_non_tensor_data(micro_batch, "use_remove_padding", False))
         whole = not output_args.get("pad_size") and not self.use_ulysses_sp
-        needs_logits = any(tu.get_non_tensor_data(micro_batch, key, False) for key in _NEED_LOGITS)
-        if self._selective and not needs_logits and whole:
+        if self._selective and whole and not _needs_logits(micro_batch):
             temperature = micro_batch["temperature"]
             if not isinstance(temperature, torch.Tensor):
                 temperature = torch.full((len(micro_batch),), float(temperature))
-            self._head_request = _head_request(
-                micro_batch["input_ids"],
-                micro_batch["loss_mask"],
-                temperature,
-                row_length=None if packed else model_inputs["input_ids"].shape[1],
-            )
+            is_packed = bool(tu.get_non_tensor_data(micro_batch, "use_remove_padding", False))
+            row_length = None if is_packed else model_inputs["input_ids"].shape[1]
+            self._head_request = _head_request(ids, micro_batch["loss_mask"], temperature, row_length, place)
         return model_inputs, output_args
 
     def prepare_model_outputs(
         self, output: Any, output_args: dict[str, Any], micro_batch: Any, logits_processor_func: Any
     ) -> dict[str, Any]:
-        if self._head_request is None:
+        request, self._head_request = self._head_request, None
+        if request is None:
             arguments = (output, output_args, micro_batch, logits_processor_func)
             return super().prepare_model_outputs(*arguments)  # type: ignore[no-any-return]
-        self._head_request = None
-        values = output.logits.squeeze(-1)  # [B, L], or [1, tokens] of a packed row
-        input_ids = micro_batch["input_ids"]
-        if tu.get_non_tensor_data(micro_batch, "use_remove_padding", False):
-            packed = values[0]
-        else:
-            lengths = input_ids.offsets().diff().tolist()
-            packed = torch.cat([row[:length] for row, length in zip(values, lengths, strict=True)])
-        return {"log_probs": torch.nested.nested_tensor_from_jagged(packed, input_ids.offsets())}
+        values = output.logits.reshape(-1)
+        if request.repeats is not None:
+            values = values[request.repeats]
+        ids = micro_batch["input_ids"]
+        packed = values.new_zeros(ids.values().shape[0]).index_copy(0, request.targets, values)
+        return {"log_probs": torch.nested.nested_tensor_from_jagged(packed, ids.offsets())}
 
 
-def _head_request(input_ids: Any, loss_mask: Any, temperature: torch.Tensor, row_length: int | None) -> _HeadRequest:
+def _needs_logits(data: Any) -> bool:
+    return any(tu.get_non_tensor_data(data, key, False) for key in _NEED_LOGITS)
+
+
+def _head_request(
+    input_ids: Any,
+    loss_mask: Any,
+    temperature: torch.Tensor,
+    row_length: int | None,
+    place: torch.Tensor | None = None,
+) -> _HeadRequest:
     """Finds the rows that predict a token whose ``loss_mask`` is set; both nested [B, T_b].
 
     Args:
         temperature: [B].
         row_length: L of the padded [B, L] that the model is given; None: it is given one packed row.
+        place: [B * T_b] where each token is in that row; None: in order.
     """
     ids, offsets = input_ids.values(), input_ids.offsets()
     # Nothing predicts the first token of a sequence.
@@ -248,7 +309,14 @@ def _head_request(input_ids: Any, loss_mask: Any, temperature: torch.Tensor, row
     tokens = torch.nonzero(trained).squeeze(1)
     batch = torch.searchsorted(offsets, tokens, right=True) - 1
     rows = tokens - 1 if row_length is None else batch * row_length + (tokens - offsets[batch]) - 1
-    return _HeadRequest(rows=rows, labels=ids[tokens], temperature=temperature.to(ids.device, torch.float32)[batch])
+    labels, temperatures, repeats = ids[tokens], temperature.to(ids.device, torch.float32)[batch], None
+    if place is not None:
+        rows = place[rows]
+        # A trained token of a shared prefix is computed once for each temperature.
+        what = torch.stack([rows, labels, temperatures.view(torch.int32).long()])
+        (rows, labels, bits), repeats = torch.unique(what, dim=1, return_inverse=True)
+        temperatures = bits.int().view(torch.float32)
+    return _HeadRequest(rows, labels, temperatures, tokens - 1, repeats)
 
 
 def _over_sequences(loss_mask: Any, offsets: torch.Tensor) -> torch.Tensor:
@@ -279,27 +347,34 @@ def install_packed_attention(model: Any) -> bool:
     return bool(model.config._attn_implementation == ATTENTION)
 
 
-def packs_exactly(model: Any, device: torch.device, vocabulary: int) -> bool:
-    """True when ``model`` gives the same logits for two sequences in one row as for each alone.
+def packs_exactly(model: Any, device: torch.device, *, share: bool) -> bool:
+    """True when ``model`` gives the same logits for sequences in one row as for each alone.
 
-    False for one that carries a state along the row (recurrent layers), or that does not pass the borders on.
+    False for one that carries a state along the row (recurrent layers), or that does not pass the row's layout on.
+    ``share``: with one copy of what two of them share.
     """
     modes = [(module, module.training) for module in model.modules()]  # not all alike: see ``train_mode``
     model.eval()
-    ids = torch.arange(1, sum(_PROBE_LENGTHS) + 1, device=device)[None] % vocabulary
-    positions = torch.cat([torch.arange(n, device=device) for n in _PROBE_LENGTHS])[None]
-    borders = torch.tensor([0, *itertools.accumulate(_PROBE_LENGTHS)], dtype=torch.int32, device=device)
+    sequences = [np.array(ids) % model.config.get_text_config().vocab_size for ids in _PROBE]
+    row = build_forest(sequences) if share else joined([len(ids) for ids in sequences])
+    flat = np.concatenate(sequences), np.concatenate([np.arange(len(ids)) for ids in sequences])
+    ids, positions = (torch.from_numpy(array[row.first])[None].to(device) for array in flat)
     try:
         with torch.no_grad():
-            joined = model(input_ids=ids, position_ids=positions, cu_seq_lens_q=borders, use_cache=False).logits[0]
-            parts = torch.split(ids, _PROBE_LENGTHS, dim=1)
-            alone = torch.cat([model(input_ids=part, use_cache=False).logits[0] for part in parts])
+            logits = model(input_ids=ids, position_ids=positions, packed_row=row.to(device), use_cache=False).logits[0]
+            together = logits[torch.from_numpy(row.place).to(device)]
+            alone = torch.cat(
+                [
+                    model(input_ids=torch.from_numpy(part)[None].to(device), use_cache=False).logits[0]
+                    for part in sequences
+                ]
+            )
     finally:
         for module, training in modes:
             module.training = training
     largest = float(alone.float().abs().max())
-    difference = float((joined.float() - alone.float()).abs().max())
-    return difference <= _PROBE_TOLERANCE.get(joined.dtype, 1e-3) * max(largest, 1e-3)
+    difference = float((together.float() - alone.float()).abs().max())
+    return difference <= _PROBE_TOLERANCE.get(alone.dtype, 1e-3) * max(largest, 1e-3)
 
 
 def _attention(
@@ -311,29 +386,37 @@ def _attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    cu_seq_lens_q: torch.Tensor | None = None,
+    packed_row: PrefixForest | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function; query [B, heads, T, D], key and value [B, kv heads, T, D] → [B, T, heads, D].
 
-    ``cu_seq_lens_q`` [S + 1]: borders of the S sequences of a packed row (B = 1). Without it: transformers' ``sdpa``.
+    ``packed_row``: the layout of a packed row (B = 1). Without it: transformers' ``sdpa``.
     """
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-    if cu_seq_lens_q is None:
+    if packed_row is None:
         rest = (attention_mask, dropout, scaling, is_causal)
         return sdpa_attention_forward(module, query, key, value, *rest, **kwargs)  # type: ignore[no-any-return]
     groups = query.shape[1] // key.shape[1]
     # Repeated once for the whole row: sdpa's own way to share heads has no fast kernel on a CPU.
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    lengths = cu_seq_lens_q.diff().tolist()
-    parts = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = [
-        torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, scale=scaling, is_causal=q.shape[2] > 1
+    lengths = [call.end - call.start for call in packed_row.calls]
+    queries, keys, values = (torch.split(tensor, lengths, dim=2) for tensor in (query, key, value))
+    outputs = []
+    for number, call in enumerate(packed_row.calls):
+        seen = [*call.above, number]
+        outputs.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                queries[number],
+                keys[number] if not call.above else torch.cat([keys[at] for at in seen], dim=2),
+                values[number] if not call.above else torch.cat([values[at] for at in seen], dim=2),
+                attn_mask=call.mask,
+                dropout_p=dropout,
+                scale=scaling,
+                is_causal=call.mask is None and lengths[number] > 1,
+            )
         )
-        for q, k, v in parts
-    ]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 

@@ -9,7 +9,7 @@ import importlib.metadata
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -167,3 +167,24 @@ def quiet_transfer_queue() -> None:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("transfer_queue"):
             logging.getLogger(name).addFilter(lambda record: "target_num_threads" not in record.getMessage())
+
+
+@contextlib.contextmanager
+def micro_batches_from(function: Callable[[Any, Any], tuple[list[Any], list[list[int]]] | None]) -> Iterator[None]:
+    """Lets ``function(data, dp_group)`` cut the batches of verl's FSDP engine; where it returns None, verl does.
+
+    verl fills micro-batches by the lengths of sequences and scatters a group over them; there is no hook. Remove when
+    ``FSDPEngine`` has a method that can be overridden instead of the call of ``prepare_micro_batches``.
+    """
+    from verl.workers.engine.fsdp import transformer_impl
+
+    original = transformer_impl.prepare_micro_batches
+
+    def prepare(data: Any, dp_group: Any = None, **options: Any) -> Any:
+        return function(data, dp_group) or original(data=data, dp_group=dp_group, **options)
+
+    transformer_impl.prepare_micro_batches = prepare
+    try:
+        yield
+    finally:
+        transformer_impl.prepare_micro_batches = original

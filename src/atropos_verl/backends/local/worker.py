@@ -35,6 +35,7 @@ from atropos_verl.training.losses.policy import (
     summarise_importance,
 )
 from atropos_verl.types import FloatArray, LossOutput, TrainingSample
+from atropos_verl.verl_plugin.prefix_forest import partition, sort_by_prefix
 from atropos_verl.verl_plugin.shims import own_optimiser_settings
 
 logger = logging.getLogger(__name__)
@@ -252,6 +253,7 @@ class PolicyWorker:
                 "use_remove_padding": False,
                 "use_dynamic_bsz": True,
                 "max_token_len_per_gpu": self.config.trainer.max_token_len_per_gpu,
+                "share_prefixes": self.config.trainer.share_prefixes,
                 "use_fused_kernels": False,
             },
         )
@@ -355,19 +357,16 @@ def _build_worker(config: RunConfig, model_path: Path) -> Any:
 
 
 def split_for_ranks(samples: Sequence[TrainingSample], world_size: int) -> list[list[int]]:
-    """Shares ``samples`` out over ranks so that each gets about the same number of tokens: indices, rank by rank.
+    """Shares ``samples`` out over ranks: indices, rank by rank. A rank's share may be empty.
 
-    Longest first, each to the rank with the fewest tokens so far (then the fewest samples, then the lowest number): the
-    heaviest rank carries at most 4/3 of the best possible (Graham 1969). Depends on the lengths only, so every rank
-    computes the same shares. Within a rank the order of ``samples`` is kept. A rank's share may be empty.
+    Those with a common prefix stay together, and each rank gets about the same number of distinct tokens. It depends on
+    the tokens only, so every rank computes the same shares. Within a rank the order of ``samples`` is kept.
     """
-    loads = [(0, 0, rank) for rank in range(world_size)]
-    shares: list[list[int]] = [[] for _ in range(world_size)]
-    for index in sorted(range(len(samples)), key=lambda i: (-len(samples[i]), i)):
-        tokens, count, rank = min(loads)
-        loads[rank] = (tokens + len(samples[index]), count + 1, rank)
-        shares[rank].append(index)
-    return [sorted(share) for share in shares]
+    if world_size == 1:
+        return [list(range(len(samples)))]
+    order, shared = sort_by_prefix([sample.token_ids for sample in samples])
+    lengths = [len(samples[index]) for index in order]
+    return [sorted(order[at] for at in part) for part in partition(lengths, shared, world_size)]
 
 
 def _mini_batches(count: int, epochs: int, mini_batches: int, seed: int) -> list[list[int]]:

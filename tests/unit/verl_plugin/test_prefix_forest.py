@@ -1,0 +1,70 @@
+"""Forests of shared prefixes against the plain definition: each token sees what is before it in its own sequence."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atropos_verl.verl_plugin import prefix_forest
+from atropos_verl.verl_plugin.prefix_forest import build_forest, fill, joined, partition, sort_by_prefix
+
+SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=25), min_size=1, max_size=14)
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows=SEQUENCES, dense=st.sampled_from([4, 16, 256]))
+def test_every_token_sees_its_own_sequence_and_nothing_else(rows: list[list[int]], dense: int) -> None:
+    sequences = [np.array(row) for row in rows]
+    flat = np.concatenate(sequences)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_forest, "DENSE_TOKENS", dense)
+        forest = build_forest(sequences)
+    assert (flat[forest.first][forest.place] == flat).all()
+    assert len(forest.first) == len({tuple(row[:end]) for row in rows for end in range(1, len(row) + 1)})
+    sees = np.zeros((len(forest.first), len(forest.first)), dtype=np.bool_)
+    assert [call.start for call in forest.calls] == [0, *(call.end for call in forest.calls[:-1])]
+    for call in forest.calls:
+        calls = [*(forest.calls[at] for at in call.above), call]
+        keys = np.concatenate([np.arange(one.start, one.end) for one in calls])
+        own = np.tri(call.end - call.start, dtype=np.bool_) if call.mask is None else call.mask.numpy()
+        sees[np.ix_(np.arange(call.start, call.end), keys)] = own
+    for start, row in zip(np.cumsum([0, *map(len, rows)]), rows, strict=False):
+        place = forest.place[start : start + len(row)]
+        for at, token in enumerate(place):
+            assert sorted(np.flatnonzero(sees[token])) == sorted(place[: at + 1])
+
+
+def test_a_prompt_with_three_answers_by_hand() -> None:
+    forest = build_forest([np.array([7, 7, 7, 7, 1, 2]), np.array([7, 7, 7, 7, 1, 3]), np.array([7, 7, 7, 7, 5])])
+    # 7 7 7 7, below it 1 with 2 and 3, and 5.
+    assert forest.first.tolist() == [0, 1, 2, 3, 4, 5, 11, 16]
+    assert forest.place.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 6, 0, 1, 2, 3, 7]
+    assert len(forest.calls) == 1
+
+
+def test_sequences_end_to_end() -> None:
+    row = joined([3, 1])
+    assert row.place.tolist() == row.first.tolist() == [0, 1, 2, 3]
+    assert [(call.start, call.end, call.above, call.mask) for call in row.calls] == [(0, 3, [], None), (3, 4, [], None)]
+
+
+@settings(deadline=None)
+@given(rows=SEQUENCES, count=st.integers(1, 6))
+def test_parts_hold_every_sequence_and_the_largest_is_as_small_as_cuts_allow(rows: list[list[int]], count: int) -> None:
+    order, shared = sort_by_prefix([np.array(row) for row in rows])
+    lengths = [len(rows[at]) for at in order]
+    parts = partition(lengths, shared, count)
+    assert len(parts) == count
+    assert list(itertools.chain(*parts)) == list(range(len(rows)))
+    assert sum(bool(part) for part in parts) == min(count, len(rows))
+
+    def distinct(part: list[int]) -> int:
+        return lengths[part[0]] + sum(lengths[at] - shared[at] for at in part[1:]) if part else 0
+
+    cuts = itertools.combinations(range(1, len(rows)), min(count, len(rows)) - 1)
+    borders = ([0, *cut, len(rows)] for cut in cuts)
+    best = min(max(distinct(list(range(a, b))) for a, b in itertools.pairwise(border)) for border in borders)
+    assert max(map(distinct, parts)) == best
+    assert len(fill(lengths, shared, best)) <= count
