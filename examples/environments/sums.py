@@ -1,7 +1,7 @@
 """An Atropos environment for a real language model: sums of two numbers from 1 to 12, asked in chat form.
 
 Questions are worded and answers scored as in reasoning-gym's ``chain_sum``; the last number of an answer counts.
-Reward: 1.0 where it is the sum, else 0.0. Unordered pairs are split by a hash: one in six is held out for
+Reward: 1.0 where it is the sum, else 0.0. Unordered pairs are split by a hash: one in five is held out for
 ``evaluate``, in both orders, and never trained. The commands are those of ``spell_backward.py``.
 """
 
@@ -24,7 +24,7 @@ from pydantic import Field
 from spell_backward import SpellBackwardConfig, SpellBackwardEnv
 
 LARGEST = 12
-HELD_OUT_SHARE = 6  # one pair in 6
+HELD_OUT_SHARE = 5  # one pair in 5
 
 
 def is_held_out(left: int, right: int) -> bool:
