@@ -1,4 +1,4 @@
-"""The model of ``model.path=smollm2-135m``: found in the cache when complete, else made, else a message with a remedy."""
+"""The model of ``model.path=smollm2-135m``: taken from the cache when complete, else made, else a clear message."""
 
 import json
 from pathlib import Path
