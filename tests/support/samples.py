@@ -6,7 +6,10 @@ from atropos_verl.types import TrainingSample
 
 
 def random_samples(count: int, *, vocab_size: int, seed: int = 0, longest: int = 24) -> list[TrainingSample]:
-    """``count`` samples of 4..longest tokens with two trained spans, random advantages and two temperatures."""
+    """``count`` samples of 4..longest tokens with two trained spans, random advantages and two temperatures.
+
+    Two of three begin as the one before them, up to the middle of the shorter one: a trained span may be shared.
+    """
     rng = np.random.default_rng(seed)
     samples = []
     for index in range(count):
@@ -14,9 +17,13 @@ def random_samples(count: int, *, vocab_size: int, seed: int = 0, longest: int =
         mask = np.zeros(length, dtype=np.bool_)
         mask[length // 4 + 1 : length // 2 + 1] = True
         mask[length - 1] = True  # a tool turn in between is not trained
+        token_ids = rng.integers(0, vocab_size, length)
+        if index % 3:
+            common = min(length, len(samples[-1])) // 2
+            token_ids[:common] = samples[-1].token_ids[:common]
         samples.append(
             TrainingSample(
-                token_ids=rng.integers(0, vocab_size, length),
+                token_ids=token_ids,
                 loss_mask=mask,
                 advantages=np.where(mask, rng.normal(size=length), 0.0),
                 rollout_logprobs=np.where(mask, -rng.random(length), np.nan),
