@@ -1,11 +1,11 @@
 """Explains a run that gets no batches: one cause, in the first line, then the facts it rests on and what to change.
 
-Pure but for ``read_logs``: a state and what the logs say in, text out.
+Pure but for ``read_tail``: a state and what the logs say in, text out.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from atropos_verl.launch.probes import environments_of
 _LOG_BYTES = 1 << 20
 _SHOWN = 3
 _SHOWN_LENGTH = 300
+_KEY_LENGTH = 120
 _ERROR = re.compile(r"\b(ERROR|CRITICAL)\b|\bskipping\b|^(\w+\.)*\w*(Error|Exception)\b", re.IGNORECASE)
-_PREFIX = re.compile(r"^[\d:, .T-]*\[?(ERROR|CRITICAL|WARNING|INFO)\]?[\w.:]*:\s*|^[\d:, .T-]+(ERROR|WARNING) \S+ ")
-_VARYING = re.compile(r"0x[0-9a-f]+|[0-9a-f]{8}-[0-9a-f-]{27}")
+_PREFIX = re.compile(r"^[\d:, .T-]*\[?(?:ERROR|CRITICAL|WARNING|INFO)\]?(?:[ :][a-z_][\w.]*:)?[: ]*")
+_VARYING = re.compile(r"0x[0-9a-f]+|[0-9a-f-]{36}|\d+|'[^']*'|\"[^\"]*\"")
+"""What may differ between two lines that say the same."""
 _REFUSAL = re.compile(r"(?:WARNING|ERROR) \S+: (.*(?:\brefused\b|no such endpoint).*)")
 _REFUSED_CLIENT = re.compile(r"BadRequestError|AuthenticationError|PermissionDenied|NotFoundError|ClientResponseError")
 """What a client raises whose request was refused."""
@@ -47,8 +49,8 @@ _DROPS = {
 class LogFacts:
     """What the logs of a run say since its last batch."""
 
-    errors: Mapping[str, list[tuple[int, str]]] = field(default_factory=dict)
-    """Environment → its error lines, the commonest first, each with its count."""
+    errors: Mapping[str, Counter[str]] = field(default_factory=dict)
+    """Environment → how often each of its error lines came."""
     gateway: Sequence[str] = ()
     """The last refusals of the gateway, with their reasons."""
     api: Sequence[str] = ()
@@ -58,13 +60,15 @@ class LogFacts:
     """Environment → the last line of its log."""
 
 
-def common_errors(text: str) -> list[tuple[int, str]]:
-    """The error lines of a log, what varies from line to line left out, the commonest first."""
+def common_errors(text: str) -> Counter[str]:
+    """How often each error line of a log came. Lines that differ in numbers and quoted text are one, the first."""
     found: Counter[str] = Counter()
+    first: dict[str, str] = {}
     for line in text.splitlines():
         if _ERROR.search(line) and "DEBUG" not in line[:40]:
-            found[_VARYING.sub("…", _PREFIX.sub("", line.strip()))[:_SHOWN_LENGTH]] += 1
-    return [(count, line) for line, count in found.most_common()]
+            shown = _PREFIX.sub("", line.strip())[:_SHOWN_LENGTH]
+            found[first.setdefault(_VARYING.sub("…", shown)[:_KEY_LENGTH], shown)] += 1
+    return found
 
 
 def last_refusals(text: str) -> list[str]:
@@ -96,10 +100,11 @@ def diagnose(state: Mapping[str, Any], silent: float, facts: LogFacts, *, going_
         pid = f", pid {service['pid']}" if service.get("pid") else ""
         detail = f": {service['detail']}" if service.get("detail") else ""
         lines.append(f"  {service['name']}: {service['state']}{pid}, {service['restarts']} restarts{detail}")
-        for count, line in facts.errors.get(service["name"], [])[:_SHOWN]:
-            lines.append(f"    {count} x {line}")
+        errors = facts.errors.get(service["name"], Counter())
+        lines += [f"    {count} x {line}" for line, count in errors.most_common(_SHOWN)]
         if service.get("log") and service["kind"] == "environment":
-            lines.append(f"    its log: {service['log']}")
+            ending = facts.endings.get(service["name"])
+            lines.append(f"    its log: {service['log']}" + (f", which ends: {ending}" if ending else ""))
     lines += [*_api_lines(state), *(f"    {line}" for line in facts.api)]
     lines += [*_gateway_lines(state), *(f"    {line}" for line in facts.gateway)]
     lines.append(f"  all logs: {state.get('run_dir')}/logs")
@@ -181,11 +186,12 @@ def _not_running(environments: Sequence[Mapping[str, Any]], facts: LogFacts) -> 
 
 def _no_groups(state: Mapping[str, Any], facts: LogFacts, who: str) -> tuple[str, list[str]] | None:
     """The cause that is counted most often, where groups or requests were refused, dropped or failed."""
-    since, errors = state.get("since", {}), _merged(facts.errors.values())
+    since, errors = state.get("since", {}), sum(facts.errors.values(), Counter[str]())
     refused, found = since.get("refused", 0), []
     if facts.gateway and not refused:  # who has no key is refused before requests are counted
-        refused = sum(count for count, line in errors if _REFUSED_CLIENT.search(line))
-    refused_groups = max(since.get("refused_groups", 0), sum(n for n, line in errors if _UPSTREAM_REFUSAL.search(line)))
+        refused = sum(count for line, count in errors.items() if _REFUSED_CLIENT.search(line))
+    seen_in_log = sum(count for line, count in errors.items() if _UPSTREAM_REFUSAL.search(line))
+    refused_groups = max(since.get("refused_groups", 0), seen_in_log)
     if refused_groups:
         why = _reason(facts.api) or "(it does not say why)"
         text = f"the trajectory API refuses every group of {who}: {refused_groups} refused, {why}"
@@ -193,7 +199,7 @@ def _no_groups(state: Mapping[str, Any], facts: LogFacts, who: str) -> tuple[str
     if refused:
         found.append((refused, *_refused_by_gateway(refused, since.get("served", 0), facts, who)))
     others = []
-    for count, line in errors:
+    for line, count in errors.most_common():
         drop = next((item for words, item in _DROPS.items() if words in line), None)
         if drop is not None:
             found.append((count, f"{who} {drop[0]} ({count} groups)", [drop[1]]))
@@ -209,10 +215,8 @@ def _no_groups(state: Mapping[str, Any], facts: LogFacts, who: str) -> tuple[str
         else:
             text = f"{who} fails in its own code: {line} ({count} times)"
             found.append((failed, text, ["correct the environment; its log has more"]))
-    if not found or since.get("groups"):
-        return None
-    _, cause, remedies = max(found, key=lambda item: item[0])
-    return cause, remedies
+    best = max(found, key=lambda item: item[0], default=None)
+    return None if best is None or best[0] <= since.get("groups", 0) else best[1:]
 
 
 def _refused_by_gateway(refused: int, served: int, facts: LogFacts, who: str) -> tuple[str, list[str]]:
@@ -251,14 +255,6 @@ def _silence(state: Mapping[str, Any], facts: LogFacts, who: str, running: Seque
     return f"nobody asks the gateway for completions: is {who} stuck{served}?", [
         "is it frozen, still loading, waiting for a resource, or asking another server (its log)?"
     ]
-
-
-def _merged(lists: Iterable[list[tuple[int, str]]]) -> list[tuple[int, str]]:
-    total: Counter[str] = Counter()
-    for listed in lists:
-        for count, line in listed:
-            total[line] += count
-    return [(count, line) for line, count in total.most_common()]
 
 
 def _reason(refusals: Sequence[str]) -> str:

@@ -91,7 +91,7 @@ class Poller:
         self.served = 0
         """Requests that the gateway has answered with 200."""
         self.refused = 0
-        """Requests that the gateway has answered with 400 to 498."""
+        """Requests that the gateway has answered with an error."""
         self.tokens_per_second: float | None = None
         self.requests_per_second: float | None = None
         self._ended = threading.Event()
@@ -173,7 +173,7 @@ class Poller:
 
 def _counters(text: str) -> dict[str, float]:
     """Prometheus text → name without our prefix → value, labels summed up; ``served_total``: answers of 200,
-    ``refused_total``: of 400 to 498."""
+    ``refused_total``: of errors."""
     from prometheus_client.parser import text_string_to_metric_families
 
     found: defaultdict[str, float] = defaultdict(float)
@@ -183,7 +183,7 @@ def _counters(text: str) -> dict[str, float]:
         status = int(sample.labels.get("status", 0)) if name == "requests_total" else 0
         if status == 200:
             found["served_total"] += sample.value
-        elif 400 <= status < 499:  # the client's fault; 499 is a client that went away
+        elif status >= 400 and status != 499:  # 499 is a client that went away
             found["refused_total"] += sample.value
     return found
 

@@ -4,6 +4,7 @@ import io
 import json
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -198,9 +199,10 @@ def state(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_diagnosis_says_what_is_known() -> None:
-    errors = {"words": [(7, "Error in collect_trajectories: 'x'"), (2, "other")]}
+    errors = {"words": Counter({"Error in collect_trajectories: 'x'": 7, "other": 2})}
     since = {"served": 5, "refused": 0, "refused_groups": 0, "groups": 0}
-    found = diagnose(state(since=since), 30.0, LogFacts(errors, ["a: refused: b"], ["c refused: d"]))
+    facts = LogFacts(errors, ["a: refused: b"], ["c refused: d"], endings={"words": "the last line"})
+    found = diagnose(state(since=since), 30.0, facts)
     assert found.splitlines() == [
         "no batch for 30 s: environment words fails in its own code: Error in collect_trajectories: 'x' (7 times)",
         "  what to change: correct the environment; its log has more",
@@ -208,7 +210,7 @@ def test_the_diagnosis_says_what_is_known() -> None:
         "  words: running, pid 12, 1 restarts",
         "    7 x Error in collect_trajectories: 'x'",
         "    2 x other",
-        "    its log: /run/logs/words.2.log",
+        "    its log: /run/logs/words.2.log, which ends: the last line",
         "  trainer: running, pid 13, 0 restarts",
         "  trajectory API: step 3, 2 groups in the queue, 1 leased",
         "    refused: 2 x invalid",
@@ -232,7 +234,7 @@ SERVED = {"served": 40}
 
 
 def in_log(count: int, line: str) -> dict[str, Any]:
-    return {"errors": {"words": [(count, line)]}}
+    return {"errors": {"words": Counter({line: count})}}
 
 
 @pytest.mark.parametrize(
@@ -251,7 +253,7 @@ def in_log(count: int, line: str) -> dict[str, Any]:
             "environment w was given up: x",
         ),
         ({}, {"addresses": {"words": "a proxy"}}, "environment words does not reach the gateway: a proxy"),
-        ({"since": {"groups": 3, "refused_groups": 1}}, {}, "nobody asks the gateway"),  # some groups came
+        ({"since": {"groups": 3, "refused_groups": 1}}, {}, "nobody asks the gateway"),  # more groups came
         (
             {"since": SERVED},
             in_log(52, "Error in collect_trajectories: 'answer_key'"),
@@ -310,15 +312,18 @@ def test_error_lines_are_counted_without_what_varies() -> None:
 2026-11-28 22:00:01,123 DEBUG error: not this one
 ERROR:root:Error in collect_trajectories: RetryError[<Future at 0x7f2a57 raised BadRequestError>]
 ERROR:root:Error in collect_trajectories: RetryError[<Future at 0x7f2b00 raised BadRequestError>]
+2026-11-28 22:00:01,123 ERROR Error in scoring: {'question': 'a'}
+ERROR:root:Error in scoring: {'question': 'b'}
 Scores are the same in a group, skipping...
 ValueError: no such dataset
 INFO:atroposlib.envs.base:all is well
 """
-    assert common_errors(log) == [
-        (2, "Error in collect_trajectories: RetryError[<Future at … raised BadRequestError>]"),
-        (1, "Scores are the same in a group, skipping..."),
-        (1, "ValueError: no such dataset"),
-    ]
+    assert common_errors(log) == {
+        "Error in collect_trajectories: RetryError[<Future at 0x7f2a57 raised BadRequestError>]": 2,
+        "Error in scoring: {'question': 'a'}": 2,
+        "Scores are the same in a group, skipping...": 1,
+        "ValueError: no such dataset": 1,
+    }
     api = 3 * "2026-11-28 22:39:25,594 WARNING atropos_verl.server.app: /scored_data refused: scores: empty\n"
     gateway = "2026-11-28 22:39:25,594 WARNING a.b: /generate: a client was refused: n: 0\n"
     assert last_refusals(api + gateway) == [f"{REFUSED}n: 0", "/scored_data refused: scores: empty"]
