@@ -14,9 +14,11 @@ import logging
 import os
 import queue
 import secrets
+import shutil
 import socket
 import sqlite3
 import struct
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -197,6 +199,7 @@ class RecordStore:
         self._unmoved_bytes = 0
         self._closed = False
         self._lock = self._take_lock()
+        self._network = network_file_system(path.parent)
         try:
             self._db, self._copy = self._open_both()
             self._mark = _read_mark(self._db)
@@ -291,13 +294,12 @@ class RecordStore:
 
     def _open_both(self) -> list[sqlite3.Connection]:
         """Raises ``StorageError``, ``OSError`` or ``sqlite3.Error``."""
-        network = network_file_system(self.path.parent)
-        if network is not None:
+        if self._network is not None:
             text = (
                 "the death of this process loses nothing, but the death of this machine or of the network may "
                 "damage the file, and a second machine may not see the lock. Move the directory to a local disk"
             )
-            logger.warning("%s is on a network file system (%s): %s", self.path, network, text)
+            logger.warning("%s is on a network file system (%s): %s", self.path, self._network, text)
         found = [self._examine(path) for path in self._paths]
         newest = max((one for one in found if not one.damage), key=lambda one: one.mark.number, default=None)
         if newest is None:
@@ -315,13 +317,13 @@ class RecordStore:
         databases: list[sqlite3.Connection] = []
         for one, other in (found, found[::-1]):
             try:
-                databases.append(self._connect(one.path, network is not None))
+                databases.append(self._connect(one.path))
             except sqlite3.DatabaseError as error:
                 if not _is_damage(error):
                     raise
                 # Reading did not show it: a header that forbids writing, say.
                 self._replace(one, str(error), self._rows(other.path), self._examine(other.path).mark.number)
-                databases.append(self._connect(one.path, network is not None))
+                databases.append(self._connect(one.path))
         return databases
 
     def _examine(self, path: Path) -> _Found:
@@ -331,7 +333,7 @@ class RecordStore:
             return _Found(path, exists, _Mark(), "is missing or empty")
         mark, rows, checksums = _Mark(), 0, 0
         try:
-            with _read_only(path) as db:
+            with self._read_only(path) as db:
                 version = db.execute("PRAGMA user_version").fetchone()[0]
                 if version != _VERSION:
                     return _Found(path, exists, mark, f"is of version {version}; this program reads {_VERSION}")
@@ -349,8 +351,21 @@ class RecordStore:
             checked = f"{rows} of {mark.rows} rows"
         return _Found(path, exists, mark, None if checked == "ok" else f"is damaged ({checked})")
 
+    @contextlib.contextmanager
+    def _read_only(self, path: Path) -> Iterator[sqlite3.Connection]:
+        """A connection that changes neither the database nor its WAL."""
+        with contextlib.ExitStack() as stack:
+            if self._network is not None:  # a reader needs shared memory beside the file
+                here = Path(stack.enter_context(tempfile.TemporaryDirectory())) / path.name
+                for suffix in ("", "-wal"):
+                    if _beside(path, suffix).exists():
+                        shutil.copyfile(_beside(path, suffix), _beside(here, suffix))
+                path = here
+            uri = f"{path.absolute().as_uri()}?mode=ro"
+            yield stack.enter_context(contextlib.closing(sqlite3.connect(uri, uri=True)))
+
     def _rows(self, path: Path) -> Iterator[_Row]:
-        with _read_only(path) as db:
+        with self._read_only(path) as db:
             for table in self._tables:
                 for key, value, checksum in db.execute(f"SELECT key, value, checksum FROM {table}"):
                     yield table, key, value, checksum
@@ -364,7 +379,7 @@ class RecordStore:
                 raise StorageDamagedError(f"{one.path} {one.damage}; {text}")
             for table in self._tables:
                 for order in ("ASC", "DESC"):  # from both ends, up to what is damaged
-                    with contextlib.suppress(sqlite3.DatabaseError, OSError), _read_only(one.path) as db:
+                    with contextlib.suppress(sqlite3.DatabaseError, OSError), self._read_only(one.path) as db:
                         text = f"SELECT key, value, checksum FROM {table} ORDER BY key {order}"
                         for key, value, checksum in db.execute(text):
                             if isinstance(value, bytes) and _checksum(table, key, value) == checksum:
@@ -418,11 +433,11 @@ class RecordStore:
         directory.mkdir(exist_ok=True)
         return next(path for number in range(1, 10**9) if not (path := directory / f"{name}.{number}").exists())
 
-    def _connect(self, path: Path, alone: bool) -> sqlite3.Connection:
+    def _connect(self, path: Path) -> sqlite3.Connection:
         # Autocommit: transactions begin and end where this class says so.
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
-            if alone:  # on a network disk, where WAL needs shared memory unless one process holds the file alone
+            if self._network is not None:  # WAL needs shared memory unless one process holds the file alone
                 db.execute("PRAGMA locking_mode = EXCLUSIVE")
             db.execute("PRAGMA journal_mode = WAL")
             # The copy is there for damage, not for power cuts: it need not wait for the disk.
@@ -627,13 +642,6 @@ class _Bodies:
 
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
-
-
-@contextlib.contextmanager
-def _read_only(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection that changes neither the database nor its WAL."""
-    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
-        yield db
 
 
 def _apply(db: sqlite3.Connection, row: _Row) -> None:

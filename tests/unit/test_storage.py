@@ -9,9 +9,11 @@ import shutil
 import signal
 import sqlite3
 import stat
+from collections.abc import Callable
 from concurrent.futures import wait
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -286,14 +288,60 @@ def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
         opened(tmp_path / "file")
 
 
+def test_with_fsync_a_write_is_done_after_the_disk_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls.append(name)
+            return function(*arguments)
+
+        return call
+
+    store = opened(tmp_path, fsync=True)
+    monkeypatch.setattr(os, "pwrite", noted("write of a body", os.pwrite))
+    monkeypatch.setattr(os, "fdatasync", noted("sync of bodies", os.fdatasync))
+    for name, database in (("database", store._db), ("copy", store._copy)):
+        database.set_trace_callback(lambda sql, name=name: calls.append(f"commit, {name}") if sql == "COMMIT" else None)
+    store.write([("bodies", 1, b"1"), ("notes", "a", b"1")]).add_done_callback(lambda _: calls.append("done"))
+    store.recover()
+    assert calls == ["write of a body", "sync of bodies", "commit, database", "commit, copy", "done"]
+    # 2 is FULL: SQLite syncs the WAL in each commit. 1 is NORMAL: when the WAL is moved into the database.
+    assert [database.execute("PRAGMA synchronous").fetchone()[0] for database in (store._db, store._copy)] == [2, 1]
+    store.close()
+
+
+def test_a_durable_file_is_synced_before_it_has_its_name_and_then_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted_sync(handle: int) -> None:
+        calls.append("sync of names" if stat.S_ISDIR(os.fstat(handle).st_mode) else "sync of content")
+        fsync(handle)
+
+    def noted_replace(path: Path, target: Path) -> Path:
+        calls.append("name")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    write_atomic(tmp_path / "file", b"x", durable=True)
+    assert calls == ["sync of content", "name", "sync of names"]
+
+
 def test_a_network_disk_is_warned_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("atropos_verl.storage.network_file_system", lambda path: "nfs4")
-    store = opened(tmp_path)
-    store.write([("bodies", 1, b"1")]).result()
+    directory = killed(tmp_path)
+    flip(directory / "store.sqlite-wal", 30_000)
+    store = opened(directory)
+    assert len(rows(store)) == 7
     store.close()
     assert "is on a network file system (nfs4)" in caplog.text and "local disk" in caplog.text
+    assert "store.sqlite ends at change" in caplog.text
 
 
 def test_a_full_disk_refuses_the_write_and_all_after_it_until_recovery(tmp_path: Path) -> None:
