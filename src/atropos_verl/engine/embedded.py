@@ -567,8 +567,12 @@ class TransformersEngine:
         self._prove_weights()
 
     def _clear(self) -> None:
-        """A new cache and a new batch; the memory of those before is given back."""
+        """A new runner, cache and batch; the memory of those before is given back."""
+        weights = self._runner.weights
         self._runner.cache.clear()
+        if weights.resident:  # a store learns the shapes from the model
+            self._runner = ModelRunner(self.model, max_context_len=self.max_context_len)
+            self._runner.weights.ready = weights.ready
         self._batch = ContinuousBatch(self._runner, self._max_running, self._counts)
         gc.collect()
         if self._runner.device.type == "cuda":

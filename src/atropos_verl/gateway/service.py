@@ -155,7 +155,7 @@ class GatewayService(Collector):
                 prompt_logprobs=prompt_logprobs,
                 request_id=f"{name}-{index}",
                 place=index * template.n,
-                asked=len(prompts) * template.n,
+                asked=sequences,
             )
             made.append(request)
             tokens += len(prompt) * (1 + (prompt_logprobs or 0)) + template.n * (request.max_tokens or 0)

@@ -338,3 +338,17 @@ def test_the_runs_bound_on_new_tokens_holds_for_requests_that_ask_for_more(caplo
     assert [request.max_tokens for request in engine.requests] == [3, 3, 3, 3, 3, 2]
     [said] = [message for message in caplog.messages if "max_response_length" in message]
     assert said == "requests ask for up to 99 new tokens; max_response_length=3 is what they get"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": ["a", "b", "c"], "n": 2, "max_tokens": 1}),
+        ("/generate", {"text": ["a", "b", "c"], "sampling_params": {"n": 2, "max_new_tokens": 1}}),
+    ],
+)
+def test_the_prompts_of_one_request_share_its_turns(path: str, body: dict[str, Any]) -> None:
+    engine = FakeEngine()
+    with serving(engine, TOKENIZER) as client:
+        assert client.post(path, json=body).status_code == 200
+    assert sorted((request.place, request.asked) for request in engine.requests) == [(0, 6), (2, 6), (4, 6)]
