@@ -200,6 +200,27 @@ def test_client_that_hangs_up_frees_its_slots(path: str, body: dict[str, Any]) -
         assert client.get("/health").json()["in_flight"] == 0
 
 
+def test_prompts_of_a_client_that_left_are_not_read_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, encoding, go_on, encoded = build_tiny_tokenizer(), threading.Event(), threading.Event(), list[str]()
+
+    def encode(text: str, **_: Any) -> list[int]:
+        encoded.append(text)
+        encoding.set()
+        assert go_on.wait(15.0)
+        return [1]
+
+    monkeypatch.setattr(tokenizer, "encode", encode)
+    engine = FakeEngine()
+    with serving(engine, tokenizer) as client:
+        connection = raw_post(client, "/v1/completions", {"prompt": ["a", "b", "c"]})
+        assert encoding.wait(15.0)
+        connection.close()
+        eventually(lambda: client.get("/health").json()["in_flight"] == 0, "the request to be forgotten")
+        go_on.set()
+        assert client.post("/generate", json={"prompt": [1], "max_tokens": 1}).status_code == 200
+    assert encoded == ["a"] and len(engine.requests) == 1
+
+
 def test_request_during_a_pause_waits_and_is_served_unless_its_client_hangs_up() -> None:
     engine, gate = FakeEngine(), RequestGate()
     with serving(engine, TOKENIZER, gate=gate) as client:

@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
@@ -12,6 +13,7 @@ from support.fake_engine import FakeEngine
 from support.serving import eventually
 from support.tiny_model import build_tiny_tokenizer
 
+from atropos_verl.config.schema import GatewayConfig
 from atropos_verl.errors import ServiceError
 from atropos_verl.gateway.app import GatewayServer, create_app
 from atropos_verl.http_thread import listen
@@ -19,8 +21,8 @@ from atropos_verl.http_thread import listen
 TOKENIZER = build_tiny_tokenizer()
 
 
-def make_app(engine: FakeEngine | None = None) -> object:
-    return create_app(engine or FakeEngine(), TOKENIZER, model_name="tiny")
+def make_app(engine: FakeEngine | None = None, **options: Any) -> object:
+    return create_app(engine or FakeEngine(), TOKENIZER, model_name="tiny", **options)
 
 
 def test_start_serves_and_stop_ends_it_and_it_can_start_again(caplog: pytest.LogCaptureFixture) -> None:
@@ -57,10 +59,33 @@ def test_who_connects_before_the_start_waits_and_is_answered() -> None:
     server.stop()
 
 
-def test_wildcard_host_has_a_url_that_can_be_called() -> None:
-    with GatewayServer(make_app(), host="0.0.0.0") as server:
-        assert server.url.startswith("http://127.0.0.1:")
-        assert httpx.get(f"{server.url}/health").status_code == 200
+@pytest.mark.parametrize(
+    ("host", "called"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("127.0.0.2", "127.0.0.2"),
+        ("localhost", "localhost"),
+        (socket.gethostname(), socket.gethostname()),
+        (socket.gethostbyname(socket.gethostname()), socket.gethostbyname(socket.gethostname())),
+        ("0.0.0.0", "127.0.0.1"),
+        ("", "127.0.0.1"),
+        ("::1", "[::1]"),
+        ("[::1]", "[::1]"),
+        ("::", "[::1]"),
+        ("0:0:0::0", "[::1]"),
+    ],
+)
+def test_every_bind_address_has_a_url_that_can_be_called(host: str, called: str) -> None:
+    if ":" in host:
+        try:
+            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+    options = GatewayConfig(host=host).for_app()
+    with GatewayServer(make_app(**options), host=host) as server:
+        assert server.url.rpartition(":")[0] == f"http://{called}"
+        assert httpx.get(f"{server.url}/health", trust_env=False).status_code == 200
+        assert bool(options["allowed_hosts"]) == host.startswith(("127.", "localhost", "::1", "[::1"))
 
 
 def test_application_that_never_answers_is_an_error_and_leaves_no_thread() -> None:
