@@ -456,3 +456,8 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host.lower() == "localhost"
+
+
+def printable(text: str) -> str:
+    """Without what a terminal obeys: line ends, escapes, marks that turn the text around."""
+    return "".join([mark if mark.isprintable() else "?" for mark in text])

@@ -35,7 +35,7 @@ from atropos_verl.gateway.native import generate, generate_trl
 from atropos_verl.gateway.openai import completions
 from atropos_verl.gateway.service import Answer, GatewayService
 from atropos_verl.gateway.text import TextCodec
-from atropos_verl.http_thread import Listener, ServerThread, disconnected, foreign_page, has_token
+from atropos_verl.http_thread import Listener, ServerThread, disconnected, foreign_page, has_token, printable
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
 
@@ -301,7 +301,8 @@ class _Endpoint:
             refusal = to_api_error(error)
             if refusal.status >= 500:
                 # 503 and 504 say all there is to say; a traceback is of use where something broke
-                logger.error("%s: %s", self._path, refusal.message, exc_info=error if refusal.status == 500 else None)
+                text, trace = printable(refusal.message), error if refusal.status == 500 else None
+                logger.error("%s: %s", self._path, text, exc_info=trace)
             else:  # once per kind: Atropos clients show its status only, not its reason
                 key = f"refused {self._path} {refusal.param} {refusal.code}"
                 self._service.warn_once(key, "%s: a client was refused: %s", self._path, refusal.message)

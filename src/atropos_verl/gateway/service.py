@@ -20,6 +20,7 @@ from atropos_verl.engine.protocol import GenerationEngine
 from atropos_verl.errors import EngineError
 from atropos_verl.gateway.fields import ApiError, Fields, Sampling
 from atropos_verl.gateway.text import TextCodec
+from atropos_verl.http_thread import printable
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
 from atropos_verl.types import MIN_LOGPROB, UNKNOWN_VERSION, Generation, GenerationDelta, GenerationRequest
@@ -92,11 +93,11 @@ class GatewayService(Collector):
             yield family(f"{_PREFIX}_{name}", text, value=value)
 
     def warn_once(self, key: str, message: str, *args: object) -> None:
-        """Log ``message`` at WARNING the first time ``key`` occurs."""
+        """Log ``message`` at WARNING the first time ``key`` occurs, without what a terminal obeys."""
         if key in self._warned or len(self._warned) > _MAX_REMEMBERED_WARNINGS:
             return
         self._warned.add(key)
-        logger.warning(message, *args)
+        logger.warning("%s", printable(message % args))
         if len(self._warned) > _MAX_REMEMBERED_WARNINGS:
             logger.warning("%d kinds of warnings were shown; others are not", _MAX_REMEMBERED_WARNINGS)
 

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from atropos_verl.errors import AtroposVerlError, ConfigError, StorageDamagedError, StorageWriteError
+from atropos_verl.http_thread import printable
 from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
 from atropos_verl.protocol.schema import CheckedGroup, Refusal
 from atropos_verl.server.batcher import BATCH_FILLS, GroupQueue, QueueView, StoredGroup, choose_batch
@@ -719,11 +720,6 @@ class Store:
             minimums={env_id: minimum for env_id, minimum in minimums.items() if minimum > 0},
             anyone_sending=bool(alive) or (bool(self.environments) and expected),
         )
-
-
-def printable(text: str) -> str:
-    """Without what a terminal obeys: line ends, escapes, marks that turn the text around."""
-    return "".join([mark if mark.isprintable() else "?" for mark in text])
 
 
 def _in_order(rows: Mapping[Key, bytes], kind: type[_T]) -> list[tuple[str, _T]]:

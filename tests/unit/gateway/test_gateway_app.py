@@ -335,11 +335,11 @@ def test_refusals_show_in_our_log_once(caplog: pytest.LogCaptureFixture) -> None
     with serving(FakeEngine(), TOKENIZER, api_key="k") as client, caplog.at_level(logging.WARNING, "atropos_verl"):
         for _ in range(3):
             client.get("/v1/models")
-            client.get("/v1/health", headers=right)
+            client.get("/v1/health%0AFORGED%1B[2J", headers=right)
             client.post("/generate", headers=right, json={"prompt": [1], "logit_bias": {"1": 5}})
     key, path, field = [record.getMessage() for record in caplog.records]
     assert "/v1/models" in key and "API key" in key
-    assert "GET /v1/health: no such endpoint" in path
+    assert "GET /v1/healthFORGED?[2J: no such endpoint" in path
     assert "/generate: a client was refused: logit_bias: not supported" in field
 
 
