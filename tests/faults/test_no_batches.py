@@ -70,7 +70,7 @@ def test_the_final_error_begins_with_the_cause_and_no_secret_shows(tmp_path: Pat
         token = private["env"]["rollout_server_url"].split("@")[0].removeprefix("http://run:")
         assert "serve-api" in commands
         for secret in (token, private["openai"][0]["api_key"]):
-            assert len(secret) == 48
+            assert len(secret) >= 32
             assert not [word for word in commands if secret in word]
             assert secret not in run.stdout + run.stderr
             files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
