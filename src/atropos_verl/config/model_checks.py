@@ -41,7 +41,7 @@ def check_model(config: RunConfig, model_path: Path) -> list[Finding]:
     tokenizer_dir = Path(config.model.tokenizer_path or model_path).expanduser()
     architecture = f"{settings.get('model_type', 'unknown')} in {model_path}"
     findings = [finding(_SECTION, "architecture", architecture), _check_weights(model_path)]
-    findings += [_compare_vocabulary(settings, tokenizer_dir), *_check_tokenizer(tokenizer_dir)]
+    findings += [_compare_vocabulary(settings, tokenizer_dir), *check_tokenizer(tokenizer_dir)]
     context = settings.get("max_position_embeddings")
     if isinstance(context, int):
         text, todo = f"{context} positions, sequences of up to {config.max_token_len} tokens", ""
@@ -121,7 +121,8 @@ def _compare_vocabulary(settings: Mapping[str, Any], tokenizer_dir: Path) -> Fin
     return finding(_SECTION, name, f"{size} ids, {embedding} embedded")
 
 
-def _check_tokenizer(directory: Path) -> list[Finding]:
+def check_tokenizer(directory: Path) -> list[Finding]:
+    """Checks whether environments can load the tokenizer, and chat with it."""
     settings, problem = _read(directory / "tokenizer_config.json")
     if problem:
         return []

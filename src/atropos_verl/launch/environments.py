@@ -16,6 +16,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined
 import yaml
 
 from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig
-from atropos_verl.config.model_checks import NAMES_OF_TRANSFORMERS_5
+from atropos_verl.config.model_checks import NAMES_OF_TRANSFORMERS_5, check_tokenizer
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.http_thread import environment_token
@@ -71,6 +72,8 @@ def plan_environments(
             "Atropos's client can do: our API takes it, one that demands a bearer token refuses them "
             "(401 in their logs)"
         )
+    found = check_tokenizer(Path(config.model.tokenizer_path or config.resolve_model_path()).expanduser())
+    warnings += [f"tokenizer: {item.found}; {item.todo}" for item in found if item.status != "ok"]
     services: list[ServiceSpec] = []
     for name, settings in chosen.items():
         warnings += [f"environments.{name}: {note}" for note in notes_of(config, settings, program_of(name, settings))]
@@ -451,6 +454,8 @@ def notes_of(config: RunConfig, settings: EnvironmentConfig, program: Sequence[s
     source, notes = source_of(program, settings), []
     if source and b".cli(" not in source and b"env_manager" not in source:
         notes.append(f"{program[-1]} calls no .cli(): Atropos environments end with MyEnv.cli(), or start nothing")
+    if settings.python is None and b"tokenize_for_trainer" in source and metadata.version("transformers") >= "5":
+        notes.append("its tokenize_for_trainer needs transformers 4, and this interpreter has 5: set its python")
     url = option_value(settings.args, f"{_SERVER_PREFIX}base_url")
     if url and url.rstrip("/") != f"{config.gateway.advertise_url}/v1":
         notes.append(

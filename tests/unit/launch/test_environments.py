@@ -321,13 +321,15 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, text: str | None, m
 
 def test_what_will_not_work_is_said_before_it_starts(tmp_path: Path) -> None:
     path = tmp_path / "env.py"
-    path.write_text("class MyEnv(BaseEnv): pass")
+    path.write_text("from atroposlib.utils import tokenize_for_trainer\nclass MyEnv(BaseEnv): pass")
     settings = {"script": str(path), "args": ["--openai.base_url", "http://elsewhere/v1"]}
-    no_cli, elsewhere = plan({"mine": settings})[1]
+    no_cli, newer, elsewhere = plan({"mine": settings})[1]
     assert (
         no_cli
         == f"environments.mine: {path} calls no .cli(): Atropos environments end with MyEnv.cli(), or start nothing"
     )
+    assert newer.startswith("environments.mine: its tokenize_for_trainer needs transformers 4")
+    assert len(plan({"mine": {**settings, "python": "python3"}})[1]) == 2, "its own interpreter may have that"
     assert elsewhere.startswith("environments.mine: its arguments send it to http://elsewhere/v1, not to the gateway")
 
 
