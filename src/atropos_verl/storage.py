@@ -198,7 +198,12 @@ class RecordStore:
         """Rows of the database that the copy lacks."""
         self._unmoved_bytes = 0
         self._closed = False
-        self._lock = self._take_lock()
+        self._lock = contextlib.ExitStack()
+        try:
+            make_directory(path.parent)
+            self._lock.enter_context(locked(path.parent / "lock", owner))
+        except OSError as error:
+            raise StorageWriteError(f"cannot use data directory {path.parent}: {error.strerror}") from error
         self._network = network_file_system(path.parent)
         try:
             self._db, self._copy = self._open_both()
@@ -208,10 +213,10 @@ class RecordStore:
                 places = (_PLACE.unpack(value)[:2] for (value,) in self._db.execute(f"SELECT value FROM {large}"))
                 self._bodies = _Bodies(path.with_suffix(".bodies"), places)
         except (sqlite3.Error, OSError) as error:
-            os.close(self._lock)
+            self._lock.close()
             raise self._write_error(error) from error
         except BaseException:
-            os.close(self._lock)
+            self._lock.close()
             raise
         self._thread = threading.Thread(target=self._run, name=f"{owner} storage", daemon=True)
         self._thread.start()
@@ -269,28 +274,9 @@ class RecordStore:
             database.close()
         if self._bodies is not None:
             self._bodies.close()
-        os.close(self._lock)
+        self._lock.close()
 
     # --- opening -----------------------------------------------------------------------------------------------------
-
-    def _take_lock(self) -> int:
-        directory = self.path.parent
-        try:
-            make_directory(directory)
-            lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise StorageWriteError(f"cannot use data directory {directory}: {error.strerror}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(lock, 200).decode(errors="replace").strip() or "unknown"
-            os.close(lock)
-            raise StorageInUseError(
-                f"data directory {directory} is in use by another process ({holder}); end it, or choose another one"
-            ) from error
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{self._owner}, pid {os.getpid()}\n".encode(), 0)
-        return lock
 
     def _open_both(self) -> list[sqlite3.Connection]:
         """Raises ``StorageError``, ``OSError`` or ``sqlite3.Error``."""
@@ -479,7 +465,8 @@ class RecordStore:
 
     def _process(self, group: list[_Job]) -> None:
         together = [change for changes, _ in group for change in changes or ()]
-        stored = self._failure is None and (not together or self._commit(together) is None)
+        accepts = self._failure is None and self._sync_failure is None
+        stored = accepts and (not together or self._commit(together) is None)
         for changes, done in group:  # one by one, where that failed: those before the one that fails are stored
             if self._sync_failure is not None and not stored:
                 self._failure = StorageWriteError(self._sync_failure)
@@ -541,7 +528,7 @@ class RecordStore:
             for row in self._not_copied:
                 _apply(self._copy, row)
             self._copy.execute("COMMIT")
-        except sqlite3.Error as error:
+        except Exception as error:  # noqa: BLE001 - as in ``_commit``
             if self._copy.in_transaction:
                 self._copy.rollback()
             refused = self._write_error(error)
@@ -610,7 +597,11 @@ class _Bodies:
     def get(self, row: bytes) -> tuple[bytes, bool]:
         """What the file holds of a value, and whether that is the value."""
         start, length, checksum = _PLACE.unpack(row)
-        value = os.pread(self._file, length, start)
+        try:
+            value = os.pread(self._file, length, start)
+        except OSError as error:
+            logger.error("%s cannot be read at byte %d: %s", self.path, start, error.strerror)
+            return b"", False
         return value, len(value) == length and xxhash.xxh3_64_intdigest(value) == checksum
 
     def free(self, start: int, length: int) -> None:
@@ -634,7 +625,8 @@ class _Bodies:
 
     def shrink(self) -> None:
         if os.fstat(self._file).st_size > self._end + _FREE_BYTES:
-            os.ftruncate(self._file, self._end)
+            with contextlib.suppress(OSError):  # tried again when there is nothing to do
+                os.ftruncate(self._file, self._end)
 
     def close(self) -> None:
         os.close(self._file)

@@ -243,7 +243,7 @@ def test_a_taken_port_and_a_used_directory_are_said(tmp_path: Path, server: Traj
         TrajectoryServer(port=port).start()
     with (
         TrajectoryServer(ServerSettings(data_dir=tmp_path)),
-        pytest.raises(Exception, match="is in use by another process"),
+        pytest.raises(Exception, match="is in use by trajectory API, pid"),
     ):
         TrajectoryServer(ServerSettings(data_dir=tmp_path)).start()
 

@@ -276,7 +276,7 @@ def test_a_sync_that_fails_stops_all_writes_until_the_store_is_opened_again(
 
 def test_a_second_process_is_refused_and_told_who_holds_the_directory(tmp_path: Path) -> None:
     store = opened(tmp_path)
-    with pytest.raises(StorageDamagedError, match=rf"in use by another process \(test, pid {os.getpid()}\)"):
+    with pytest.raises(StorageDamagedError, match=rf"is in use by test, pid {os.getpid()} on "):
         opened(tmp_path)
     store.close()
     opened(tmp_path).close()
@@ -286,6 +286,63 @@ def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageWriteError, match="cannot use data directory"):
         opened(tmp_path / "file")
+
+
+class Refusing:
+    """A connection whose calls of ``what`` fail as SQLite's do."""
+
+    def __init__(self, database: Any, what: str, code: int) -> None:
+        self.database, self.what, self.code = database, what, code
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.database, name)
+
+    def execute(self, sql: str, *arguments: Any) -> Any:
+        if self.what in sql:
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorcode = self.code
+            raise error
+        return self.database.execute(sql, *arguments)
+
+
+@pytest.mark.parametrize("what", ["COMMIT", "wal_checkpoint"])
+@pytest.mark.parametrize("which", ["_db", "_copy"])
+def test_no_write_is_confirmed_after_sqlite_could_not_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, which: str
+) -> None:
+    monkeypatch.setattr("atropos_verl.storage._CHECKPOINT_BYTES", 0)  # after each commit
+    store = opened(tmp_path)
+    store.write([("notes", "a", b"1")]).result()
+    database = getattr(store, which)
+    setattr(store, which, Refusing(database, what, sqlite3.SQLITE_IOERR_FSYNC))
+    first = store.write([("notes", "b", b"2")]).exception()
+    store.recover()
+    setattr(store, which, database)
+    assert (first is None) is (what == "wal_checkpoint")
+    assert "until then nothing is stored" in str(store.write([("notes", "c", b"3")]).exception())
+    assert "c" not in rows(store)
+    store.close()
+    store = opened(tmp_path)
+    assert store.write([("notes", "c", b"3")]).exception() is None
+    store.close()
+
+
+def test_a_large_value_that_the_disk_cannot_read_is_named_and_costs_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = opened(tmp_path)
+    store.write([("bodies", number, body(number)) for number in range(3)]).result()
+    pread = os.pread
+
+    def bad_sector(handle: int, length: int, offset: int) -> bytes:
+        if offset == len(body(0)):
+            raise OSError(errno.EIO, "Input/output error")
+        return pread(handle, length, offset)
+
+    monkeypatch.setattr(os, "pread", bad_sector)
+    assert [key for key, _ in store.read("bodies")] == [0, 2]
+    assert "cannot be read at byte 6000: Input/output error" in caplog.text and store.damaged == [("bodies", 1)]
+    store.close()
 
 
 def test_with_fsync_a_write_is_done_after_the_disk_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,7 +247,7 @@ def test_a_new_run_takes_nothing_in(tmp_path: Path) -> None:
 
 def test_two_processes_cannot_keep_one_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with process(tmp_path, None) as first, process(tmp_path, 0) as second:
-        assert "in use by another process" in caplog.text and "will not survive a restart" in caplog.text
+        assert "is in use by ledger, pid" in caplog.text and "will not survive a restart" in caplog.text
         second.record(PROMPT, [wrote([1, 2], 3)])
         first.record(PROMPT, [wrote([1, 3], 3)])
     with process(tmp_path, 3) as after:
