@@ -50,6 +50,18 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _check_url(name: str, url: str | None) -> None:
+    if url is not None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{name}: {url!r} is not an http:// or https:// URL with a host")
+
+
+def _check_header(name: str, secret: str | None) -> None:
+    if secret and not (secret.isascii() and secret.isprintable() and secret.strip() == secret):
+        raise ValueError(f"{name}: HTTP headers carry it; take printable ASCII without spaces around it")
+
+
 class AtroposConfig(Section):
     """The trajectory API."""
 
@@ -70,11 +82,9 @@ class AtroposConfig(Section):
     reset: bool = Field(False, description="GET /reset_data before registering (forgets what an earlier run left)")
 
     @model_validator(mode="after")
-    def _check_url(self) -> Self:
-        if self.api_url is not None:
-            parts = urlsplit(self.api_url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ValueError(f"api_url: {self.api_url!r} is not an http:// or https:// URL with a host")
+    def _check(self) -> Self:
+        _check_url("api_url", self.api_url)
+        _check_header("token", self.token)
         return self
 
 
@@ -222,6 +232,12 @@ class GatewayConfig(Section):
     allow_client_templates: bool = Field(
         False, description="run chat templates that requests bring, each in a process of its own; they are programs"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_url("advertise_url", self.advertise_url)
+        _check_header("api_key", self.api_key)
+        return self
 
     def for_app(self) -> dict[str, Any]:
         """Who may call the gateway, and with what, as ``gateway.app.create_app`` takes it."""
@@ -372,7 +388,7 @@ class RunConfig(CommonConfig):
         "sync", description="overlap: environments generate, and the next batch is fetched, while the trainer trains"
     )
     steps: PositiveInt = Field(60, description="optimiser steps (batches) of the whole run")
-    seed: int = Field(0, ge=0, description="seed of sampling, of the environment and of the trainer")
+    seed: int = Field(0, ge=0, lt=1 << 32, description="seed of sampling, of the environment and of the trainer")
     run_dir: str | None = Field(None, description="directory of the run; null: runs/NAME-DATE-TIME")
     batch_size: PositiveInt = Field(64, description="sequences per step")
     group_size: PositiveInt = Field(8, description="sequences per prompt")

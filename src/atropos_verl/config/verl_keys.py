@@ -72,7 +72,7 @@ class RaySettings(CommonConfig, AtroposConfig):
     loss: OwnLossConfig = Field(default_factory=OwnLossConfig)
     algorithm: OwnAlgorithmConfig = Field(default_factory=OwnAlgorithmConfig)
     data: GroupsConfig = Field(default_factory=GroupsConfig)
-    seed: int = Field(0, ge=0, description="seed of the environment")
+    seed: int = Field(0, ge=0, lt=1 << 32, description="seed of the environment")
     poll_interval: PositiveFloat = Field(0.05, description="seconds between two polls for a finished batch")
 
 

@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -48,6 +49,8 @@ _CANCEL_TIMEOUT = 10.0
 """Seconds a cancelled request may take to let go of the engine before that is logged and left to it."""
 _MAX_BODY_BYTES = 16 << 20
 """Largest request body: about two million prompt tokens as JSON."""
+_LONG_BODY_BYTES = 128 << 10
+_LONG_READERS = ThreadPoolExecutor(2, "gateway-long-request")
 _MAX_UNREAD_BYTES = 256 << 20
 """Bodies in memory that are not read yet, together."""
 _ROUTES_HINT = "chat and completions are under /v1; /generate, /health and /metrics are not"
@@ -284,8 +287,10 @@ class _Endpoint:
     async def _serve(self, body: bytearray, reply: _Reply) -> None:
         abandoned = threading.Event()
         try:
-            # In a thread: a client's long request must not hold up the others.
-            answer = (await asyncio.to_thread(self._read, body, abandoned))()
+            # In a thread, long ones in threads of their own: a client's long request must not hold up the others.
+            readers = _LONG_READERS if len(body) > _LONG_BODY_BYTES else None
+            read = asyncio.get_running_loop().run_in_executor(readers, self._read, body, abandoned)
+            answer = (await read)()
             self._forget(body)
             if not isinstance(answer, AsyncGenerator):
                 await reply.write(await answer)

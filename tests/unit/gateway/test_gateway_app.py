@@ -200,6 +200,24 @@ def test_client_that_hangs_up_frees_its_slots(path: str, body: dict[str, Any]) -
         assert client.get("/health").json()["in_flight"] == 0
 
 
+def test_short_requests_are_read_while_many_long_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, go_on, encode = build_tiny_tokenizer(), threading.Event(), TOKENIZER.encode
+
+    def slow_where_long(text: str, **options: Any) -> Any:
+        assert len(text) < 1000 or go_on.wait(15.0)
+        return encode(text[:9], **options)
+
+    monkeypatch.setattr(tokenizer, "encode", slow_where_long)
+    with serving(FakeEngine(), tokenizer) as client, ThreadPoolExecutor(40) as pool:
+        body = {"prompt": "x" * 200_000, "max_tokens": 1}
+        long = [pool.submit(client.post, "/v1/completions", json=body) for _ in range(40)]
+        eventually(lambda: client.get("/health").json()["in_flight"] == 40, "all long requests to be there")
+        assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+        assert not any(answer.done() for answer in long)
+        go_on.set()
+        assert {answer.result().status_code for answer in long} == {200}
+
+
 def test_prompts_of_a_client_that_left_are_not_read_on(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, encoding, go_on, encoded = build_tiny_tokenizer(), threading.Event(), threading.Event(), list[str]()
 
