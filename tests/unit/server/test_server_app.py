@@ -564,7 +564,7 @@ async def test_a_large_or_slow_body_is_checked_in_another_process_with_the_same_
     ]
     seen: list[Any] = []
     for limit in (2**20, 0):
-        monkeypatch.setattr(body_checker, "_LARGE", limit)
+        monkeypatch.setattr(body_checker, "LARGE", limit)
         monkeypatch.setattr(body_checker, "_SLOW", limit)
         app = TrajectoryApi(ServerSettings(), now=Clock())
         async with client_of(app) as api:
