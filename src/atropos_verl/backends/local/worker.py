@@ -185,9 +185,10 @@ class PolicyWorker:
         grad_norm = float(metrics["grad_norm"])
         loss = float(metrics["loss"])
         if not (np.isfinite(loss) and np.isfinite(grad_norm)):
+            own = "" if (path := self.config.loss.path) is None else f", or correct {path} (loss.path)"
             raise TrainingDivergedError(
                 f"loss {loss} or gradient norm {grad_norm} is not finite; the update was not applied. "
-                "Lower optim.lr, or bound advantages with advantage_clipping"
+                f"Lower optim.lr, or bound advantages with advantage_clipping{own}"
             )
         lr = float(metrics.get("lr", self.config.optim.lr))
         figures = self.loss_function.finish(self._of_every_rank)
