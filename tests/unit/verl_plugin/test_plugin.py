@@ -102,3 +102,14 @@ def test_building_a_trainer_warns_of_nothing_and_leaves_the_users_filters_alone(
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, env=plain)
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr.splitlines() == ["<string>:1: UserWarning: of the user"]
+
+
+def test_a_network_interface_of_another_machine_is_named() -> None:
+    code = (
+        "from atropos_verl.backends.local.worker import PolicyWorker; from atropos_verl import RunConfig;"
+        "config = RunConfig.from_mapping({'trainer': {'device': 'cpu'}});"
+        "PolicyWorker(config, config.resolve_model_path())"
+    )
+    done = _run(code, GLOO_SOCKET_IFNAME="none0")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("a network interface of this machine: GLOO_SOCKET_IFNAME=none0?")

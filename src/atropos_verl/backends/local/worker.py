@@ -51,11 +51,19 @@ _MEETING_SECONDS = 1800.0
 def import_verl(config: RunConfig) -> str:
     """Imports what the worker needs of verl; returns ``"cpu"`` or ``"cuda"``. Takes seconds, once.
 
-    Raises ``RuntimeError`` when verl has already picked another device in this process.
+    Raises ``ConfigError`` without the GPU that is asked for, and ``RuntimeError`` when verl has already picked another
+    device in this process.
     """
-    device = config.trainer.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, visible = config.trainer.device, os.environ.get("CUDA_VISIBLE_DEVICES")
+    if device != "cpu" and not torch.cuda.is_available():
+        reason = "torch finds no GPU" if visible is None else f"CUDA_VISIBLE_DEVICES={visible!r} leaves torch no GPU"
+        if device == "cuda":
+            raise ConfigError(f"{reason}; set the variable, or trainer.device=cpu", "trainer.device")
+        if visible is not None:
+            logger.warning("trainer.device=auto is the CPU: %s", reason)
+        device = "cpu"
+    elif device == "auto":
+        device = "cuda"
     verl_plugin.activate(device)
     with verl_plugin.without_import_warnings():
         import verl.workers.engine_workers  # noqa: F401
@@ -276,12 +284,22 @@ class PolicyWorker:
             os.environ.setdefault(name, value)
         os.environ.setdefault("RAY_LOCAL_WORLD_SIZE", os.environ["LOCAL_WORLD_SIZE"])
         if self.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local_rank >= gpus:
+                raise ConfigError(f"LOCAL_RANK={local_rank}, but {gpus} GPUs are visible; {verl_plugin.rank_remedy()}")
+            torch.cuda.set_device(local_rank)
         init = functools.partial(torch.distributed.init_process_group, backend, timeout=_COLLECTIVE_TIMEOUT)
-        if world_size == 1:  # a store in memory: one rank needs no port
-            init(store=torch.distributed.HashStore(), rank=0, world_size=1)
-        else:
-            _meet(init, rank, world_size)
+        try:
+            if world_size == 1:  # a store in memory: one rank needs no port
+                init(store=torch.distributed.HashStore(), rank=0, world_size=1)
+            else:
+                _meet(init, rank, world_size)
+        except RuntimeError as error:
+            names = [name for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name in os.environ]
+            if not names:
+                raise
+            given = ", ".join(f"{name}={os.environ[name]}" for name in names)
+            raise ConfigError(f"torch: {error}; is that a network interface of this machine: {given}?") from error
 
 
 def _meet(init: Callable[[], None], rank: int, world_size: int) -> None:

@@ -389,3 +389,14 @@ def test_waiting_for_other_ranks_hears_signals_and_ends_with_what_to_do(monkeypa
     _meet(others.wait, 0, 8)
     with pytest.raises(ZeroDivisionError):
         _meet(lambda: 1 // 0, 0, 8)
+
+
+def test_a_gpu_that_a_variable_hides_is_missed_by_name(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match=r"trainer.device: CUDA_VISIBLE_DEVICES='' leaves torch no GPU"):
+        worker_module.import_verl(RunConfig.from_mapping({"trainer": {"device": "cuda"}}))
+    assert worker_module.import_verl(RunConfig()) == "cpu"
+    assert caplog.messages == ["trainer.device=auto is the CPU: CUDA_VISIBLE_DEVICES='' leaves torch no GPU"]
