@@ -178,6 +178,8 @@ class SelectiveHeadEngine(UpdateEngine):
         # Ulysses shares one row out over ranks; our attention has to see all of it.
         if self.ulysses_sequence_parallel_size == 1:
             self._packs = install_packed_attention(module)
+        if not self._packs:
+            logger.info("%s: prefixes that sequences share are computed for each of them", type(module).__name__)
         with without_pinned_offload(self.engine_config):
             return super()._build_fsdp_module(module)
 
