@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 _JITTER = 0.1
 _TRIES_PER_TIMEOUT = 3
 _MIN_POLL_SECONDS = 0.01
+_WAIT_SECONDS = 0.5
+"""What one ``GET /batch`` may wait at the API: so soon a signal, or the end of a process of the run, is noticed."""
 _LAST_CONNECT_SECONDS = 1.0
 _LAST_STATUS_SECONDS = 5.0
 _LEASE_ID = "X-Atropos-Lease-Id"
@@ -244,7 +246,8 @@ class AtroposClient:
     ) -> FetchedBatch:
         """Poll ``GET /batch`` until there is a batch. Destructive, see ``poll_batch``.
 
-        The interval after poll i (from 0) is ``retry_delay * 1.5**i`` seconds; after ``retry_attempts`` polls it stays.
+        An API with the feature ``wait`` answers when there is a batch, or after ``_WAIT_SECONDS``. Elsewhere the
+        interval after poll i (from 0) is ``retry_delay * 1.5**i`` seconds; after ``retry_attempts`` polls it stays.
         No poll starts after ``max_wait_time``; one that was sent before is given its time, since a batch may be in it.
         What ``should_stop``, called between polls, raises (a service has died) ends the wait.
 
@@ -256,12 +259,17 @@ class AtroposClient:
         started = time.monotonic()
         attempts = 0
         while True:
-            left = limit - (time.monotonic() - started)
-            found = self._fetch(min(self.timeout, max(left, _LAST_CONNECT_SECONDS)), should_stop)
+            asked = time.monotonic()
+            left = max(limit - (asked - started), 0.0)
+            wait = min(_WAIT_SECONDS, self.timeout / 2, left) if "wait" in self.features else 0.0
+            found = self._fetch(min(self.timeout, max(left, _LAST_CONNECT_SECONDS)), should_stop, wait)
             attempts += 1
             if found is not None:
                 return found
             waited = time.monotonic() - started
+            if 0.0 < wait <= time.monotonic() - asked and waited < limit:
+                pause(0.0, should_stop)
+                continue
             if waited >= limit:
                 raise AtroposTimeoutError(self._why_no_batch(waited, attempts), self.api_url)
             interval = max(retry_interval(attempts - 1, self.retry_attempts, self.retry_delay), _MIN_POLL_SECONDS)
@@ -341,8 +349,11 @@ class AtroposClient:
                 logger.log(level, "%s: try %d failed (%s); again in %.2f s", call.name, attempt, failure, wait)
             pause(wait, should_stop)
 
-    def _fetch(self, seconds: float, should_stop: Callable[[], None] | None = None) -> FetchedBatch | None:
-        call = self._call("GET", "/batch", headers=self._batch_headers)
+    def _fetch(
+        self, seconds: float, should_stop: Callable[[], None] | None = None, wait: float = 0.0
+    ) -> FetchedBatch | None:
+        waiting = {"X-Atropos-Wait": f"{wait:.3f}"} if wait > 0 else {}
+        call = self._call("GET", "/batch", headers={**self._batch_headers, **waiting})
         body, headers = self._send(call, repeatable=self.leased, seconds=seconds, should_stop=should_stop)
         lease_id = None if self.lease_seconds is None else headers.get(_LEASE_ID)
         self.leased = self.leased or lease_id is not None

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
@@ -51,9 +52,13 @@ logger = logging.getLogger(__name__)
 Handler = Callable[[Request], Awaitable[Response | dict[str, Any]]]
 """What is no ``Response`` is sent as JSON."""
 
-FEATURES = ("batch_fill", "idempotency", "leases", "packed")
+FEATURES = ("batch_fill", "idempotency", "leases", "packed", "wait")
 """Features beyond upstream's protocol; a client learns them at ``/register``."""
 _TICK_SECONDS = 1.0
+_LONGEST_WAIT = 60.0
+"""Seconds that ``GET /batch`` may wait for a batch."""
+_RECHECK_SECONDS = 0.25
+"""A waiting ``GET /batch`` looks again after each group, and this often for what time alone changes (leases, fill)."""
 _OPEN_PATHS = frozenset({"/", "/health"})
 """Hold no data: the name of the API, and an empty page that asks for the token."""
 _CLIENT_GONE = 499
@@ -80,6 +85,7 @@ class TrajectoryApi:
         """By the client's address; fed by ``bodies.protocol_class``. Empty under a server that tells nothing."""
         self._metrics = Metrics(self.store, self.counters)
         self._barrier = StatusBarrier()
+        self._arrived = asyncio.Event()
         self.checker = BodyChecker()
         self._unknown: set[str] = set()
         self._page = Path(__file__).with_name("page.html").read_bytes()
@@ -247,7 +253,10 @@ class TrajectoryApi:
         return [
             (b"access-control-allow-origin", origin.encode("latin-1")),
             (b"access-control-allow-methods", b"GET, POST"),
-            (b"access-control-allow-headers", b"authorization, content-type, idempotency-key, x-atropos-lease"),
+            (
+                b"access-control-allow-headers",
+                b"authorization, content-type, idempotency-key, x-atropos-lease",
+            ),
             (b"access-control-expose-headers", b"x-atropos-lease-id, x-atropos-step, retry-after"),
             (b"vary", b"Origin"),
         ]
@@ -341,6 +350,7 @@ class TrajectoryApi:
             counters.happened(store.now(), groups=1, tokens=stored.tokens)
             counters.glimpses.append({"at": store.now(), "env_id": stored.env_id, **one.glimpse})
         self._barrier.accepted(env_id, self._connection(request))
+        self._arrived.set()
         return Response(answer, media_type="application/json")
 
     def _known_env(self, env_id: int) -> Environment:
@@ -406,14 +416,24 @@ class TrajectoryApi:
         store = self.store
         lease = request.headers.get("x-atropos-lease")
         seconds = None if lease is None else lease_seconds(lease, store.settings.max_lease, "X-Atropos-Lease")
+        asked = request.headers.get("x-atropos-wait")
+        wait = 0.0 if asked is None else lease_seconds(asked, _LONGEST_WAIT, "X-Atropos-Wait")
         wants_packed = MEDIA_TYPE in request.headers.get("accept", "")
         if store.registration is None:
             return _NOT_REGISTERED
         store.hear_trainer()
         store.wants_packed = store.wants_packed or wants_packed
-        batch = store.next_batch(seconds)
-        if batch is None:
-            return {"batch": None}
+        end = time.monotonic() + wait
+        while (batch := store.next_batch(seconds)) is None:
+            left = end - time.monotonic()
+            if left <= 0:
+                return {"batch": None}
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._arrived.wait(), min(left, _RECHECK_SECONDS))
+            self._arrived.clear()
+            if await request.is_disconnected():
+                raise ClientDisconnect  # nobody would read the batch
+            store.hear_trainer()
         members = store.members(batch)
         tokens = sum(group.tokens for group in members)
         self.counters.happened(store.now(), batches=1)

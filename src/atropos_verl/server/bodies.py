@@ -155,7 +155,7 @@ def decoded(body: bytes, kind: type[_T]) -> _T:
 
 
 def lease_seconds(value: object, longest: float, name: str) -> float:
-    """A lease's length in seconds. Raises ``Refusal`` unless it is a number above 0 and at most ``longest``."""
+    """The seconds that a request names. Raises ``Refusal`` unless they are a number above 0 and at most ``longest``."""
     try:
         seconds = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

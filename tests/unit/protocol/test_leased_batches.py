@@ -6,9 +6,11 @@ A killed process is one whose lease keeper stopped and whose objects are made an
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -95,6 +97,27 @@ def rest_of(run: Run) -> list[int]:
         run.batches.trained(held.entry, 99)
         run.batches.ack(held.entry)
     return numbers
+
+
+def test_a_fetch_asks_once_and_is_answered_when_the_batch_is_there(
+    server: TrajectoryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with run_of(server, tmp_path) as run, ThreadPoolExecutor() as executor:
+        run.register()
+        before, store, waits = server.app.counters.requests["/batch", 200], server.app.store, Event()
+        next_batch = store.next_batch
+
+        def observed(seconds: float | None) -> Any:
+            waits.set()
+            return next_batch(seconds)
+
+        monkeypatch.setattr(store, "next_batch", observed)
+        monkeypatch.setattr("atropos_verl.protocol.client._WAIT_SECONDS", 2.0)
+        waiting = executor.submit(run.batches.fetch)
+        waits.wait()
+        run.offer(7)
+        assert number_of(waiting.result()) == 7
+        assert server.app.counters.requests["/batch", 200] == before + 1
 
 
 def test_steps_are_acked_once_each_and_nothing_comes_again(server: TrajectoryServer, tmp_path: Path) -> None:

@@ -56,6 +56,31 @@ async def started(client: httpx.AsyncClient, batch_size: int = 8, **fields: Any)
     return int(answer["env_id"])
 
 
+async def test_a_request_for_a_batch_waits_for_it(api: httpx.AsyncClient) -> None:
+    env_id = await started(api)
+    waiting = asyncio.create_task(api.get("/batch", headers={"X-Atropos-Wait": "60"}))
+    await turns()
+    for tag in range(2):
+        assert not waiting.done()
+        await post(api, "/scored_data", group(tag, env_id=env_id))
+    assert len((await waiting).json()["batch"]) == 2
+    assert await get(api, "/batch", headers={"X-Atropos-Wait": "0.01"}) == {"batch": None}
+    for wrong in ("-1", "nan", "61", "soon"):
+        answer = await api.get("/batch", headers={"X-Atropos-Wait": wrong})
+        assert answer.status_code == 422 and "X-Atropos-Wait" in answer.text
+
+
+async def test_a_batch_is_not_given_to_one_who_went_while_waiting(api: httpx.AsyncClient) -> None:
+    env_id = await started(api)
+    waiting = asyncio.create_task(api.get("/batch", headers={"X-Atropos-Wait": "60", "X-Atropos-Lease": "60"}))
+    await turns()
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    for tag in range(2):
+        await post(api, "/scored_data", group(tag, env_id=env_id))
+    assert len((await get(api, "/batch"))["batch"]) == 2
+
+
 async def test_before_anybody_registered(api: httpx.AsyncClient) -> None:
     assert await get(api, "/") == {"message": "AtroposLib API"}
     assert await get(api, "/info") == {"batch_size": -1, "max_token_len": -1}
