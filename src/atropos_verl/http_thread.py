@@ -4,7 +4,7 @@ Every server of this project is reached from the browser of whoever works on its
 that browser send requests there. ``foreign_page`` finds them by what a browser says of itself; programs say nothing.
 
 A connection costs a file descriptor. ``Listener`` keeps their number below the limit of the process: beyond it, the
-connection that has waited longest without a request under way makes room for the next one.
+connection that has waited longest for a request, or for more of one, makes room for the next one.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ class Listener(socket.socket):
         self.settling = 0
         """Of these, those that asyncio has not handed to a protocol yet, or that were told to close."""
         self.waiting: dict[Any, None] = {}
-        """Protocols without a request under way, those that have waited longest first."""
+        """Protocols that wait for a request, or for more of one; those that have waited longest first."""
         self._spare = os.open(os.devnull, os.O_RDONLY)
         self._told_at = float("-inf")
 
@@ -333,6 +333,8 @@ def _watched(base: Any, listener: Listener) -> type[Any]:
                 self.send_400_response(f"The header is longer than {_MAX_HEADER_BYTES} bytes.")
             elif part != "header":
                 listener.waiting.pop(self, None)
+            if part == "body":
+                listener.waiting[self] = None
             if part != self._part:
                 self._watch(part)
 

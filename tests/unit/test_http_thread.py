@@ -1,8 +1,10 @@
 """What every server of the project shares: whom it answers, and how many connections it keeps for how long."""
 
+import asyncio
 import base64
 import logging
 import socket
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,8 +84,13 @@ def test_a_token_is_taken_as_bearer_or_as_the_password_of_basic() -> None:
     )
 
 
+BUSY = threading.Event()
+
+
 async def app(scope: Any, receive: Any, send: Any) -> None:
     assert scope["type"] == "http"
+    while scope["path"] == "/busy" and BUSY.is_set():  # noqa: ASYNC110 - set in another thread
+        await asyncio.sleep(0.005)
     while (await receive()).get("more_body"):
         pass
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
@@ -120,9 +127,10 @@ def is_closed(connection: socket.socket) -> bool:
 HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\n"
 
 
-@pytest.mark.parametrize(
-    "said", [b"", b"POST / HT", HEAD, HEAD + b"Content-Length: 9\r\n\r\n", HEAD + b"Content-Length: 9\r\n\r\n12"]
-)
+BODY_AHEAD = HEAD + b"Content-Length: 9\r\n\r\n"
+
+
+@pytest.mark.parametrize("said", [b"", b"POST / HT", HEAD, BODY_AHEAD, BODY_AHEAD + b"12"])
 def test_a_connection_that_leaves_its_request_unfinished_is_closed(
     monkeypatch: pytest.MonkeyPatch, said: bytes, port: int
 ) -> None:
@@ -149,7 +157,7 @@ def test_idle_connections_make_room_for_the_next_and_kept_ones_are_used_again(li
     with httpx.Client(base_url=f"http://127.0.0.1:{port}") as kept:
         assert kept.get("/").text == "ok"
         assert kept.get("/").text == "ok"
-        silent = [connect(port) for _ in range(30)]
+        silent = [connect(port, said) for said in (b"", HEAD, BODY_AHEAD) * 10]
         assert kept.get("/").text == "ok"
         assert is_closed(silent[0])
     for connection in silent:
@@ -161,7 +169,8 @@ def test_with_every_connection_busy_further_ones_are_refused_and_that_is_said_on
     listener: Listener, port: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     listener.limit = 3
-    busy = [connect(port, HEAD + b"Content-Length: 1\r\n\r\n") for _ in range(3)]
+    BUSY.set()
+    busy = [connect(port, HEAD.replace(b"/", b"/busy", 1) + b"Content-Length: 0\r\n\r\n") for _ in range(3)]
     eventually(lambda: listener.count == 3 and not listener.waiting, "the connections to be busy")
     with caplog.at_level(logging.WARNING):
         for _ in range(5):
@@ -169,14 +178,14 @@ def test_with_every_connection_busy_further_ones_are_refused_and_that_is_said_on
     assert [record.getMessage().split(" (")[0] for record in caplog.records] == [
         "connections are refused: 3 are open and have requests under way"
     ]
-    busy[0].sendall(b"x")
+    BUSY.clear()
     assert busy[0].recv(100).startswith(b"HTTP/1.1 200")
 
 
 def test_without_file_descriptors_connections_are_refused_and_served_again_later(
     listener: Listener, port: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accept, failing = socket.socket.accept, [True, True, True]
+    accept, failing = socket.socket.accept, [False, True, False, True, False, True]  # the second try of each succeeds
 
     def scarce(self: socket.socket) -> Any:
         if self is listener and failing and failing.pop():
