@@ -228,20 +228,27 @@ class RecordStore:
 
     def read(self, table: str) -> Iterator[tuple[Key, bytes]]:
         """Rows in the order of their keys. Read only before the first write, or after ``recover``. A large value that
-        is damaged is logged, copied to ``damaged/``, and not returned; its row stays."""
-        for key, value in self._db.execute(f"SELECT key, value FROM {table} ORDER BY key"):
-            if self._bodies is None or table != self._large:
-                yield key, value
-                continue
-            body, is_whole = self._bodies.get(value)
-            if is_whole:
-                yield key, body
-            elif (table, key) not in self.damaged:
-                self.damaged.append((table, key))
-                kept = self._aside(f"{table}-{key}")
-                kept.write_bytes(body)
-                text = "%s: row %r of table %s is damaged; the %d bytes that are left are in %s"
-                logger.error(text, self._bodies.path, key, table, len(body), kept)
+        is damaged is logged, copied to ``damaged/``, and not returned; its row stays.
+
+        Raises ``StorageDamagedError`` when the disk does not give a row that it gave when the store was opened.
+        """
+        try:
+            for key, value in self._db.execute(f"SELECT key, value FROM {table} ORDER BY key"):
+                if self._bodies is None or table != self._large:
+                    yield key, value
+                    continue
+                body, is_whole = self._bodies.get(value)
+                if is_whole:
+                    yield key, body
+                elif (table, key) not in self.damaged:
+                    self.damaged.append((table, key))
+                    kept = self._aside(f"{table}-{key}")
+                    with contextlib.suppress(OSError):  # a full disk
+                        kept.write_bytes(body)
+                    text = "%s: row %r of table %s is damaged; the %d bytes that are left are in %s"
+                    logger.error(text, self._bodies.path, key, table, len(body), kept)
+        except sqlite3.DatabaseError as error:
+            raise StorageDamagedError(f"{self.path} cannot be read any more ({error}); restart to repair it") from error
 
     def get(self, table: str, key: Key) -> bytes | None:
         """The value of one row; None where there is none, or it is damaged. The rule of ``read`` holds."""
@@ -291,6 +298,12 @@ class RecordStore:
         if newest is None:
             is_new = not any(one.exists for one in found)
             rows = [] if is_new else self._salvage(found)
+            bodies = self.path.with_suffix(".bodies")
+            if is_new and bodies.exists() and bodies.stat().st_size:
+                kept = bodies.rename(self._aside(bodies.name))
+                logger.error(
+                    "%s and its copy are gone: what they said of %s is lost; it is now %s", self.path, bodies, kept
+                )
             for one in found:
                 self._replace(one, None if is_new else one.damage, rows, max(one.mark.number for one in found))
         else:

@@ -179,6 +179,18 @@ def test_of_two_damaged_databases_all_that_can_be_read_is_kept(
     store.close()
 
 
+def test_values_whose_databases_are_gone_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = killed(tmp_path)
+    before = (directory / "store.bodies").read_bytes()
+    for path in directory.glob("*sqlite*"):
+        path.unlink()
+    store = opened(directory)
+    assert rows(store) == {}
+    store.close()
+    assert "store.sqlite and its copy are gone" in caplog.text
+    assert (directory / "damaged" / "store.bodies.1").read_bytes() == before
+
+
 def test_a_copy_that_a_dying_process_left_one_commit_behind_is_brought_up_to_date(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
