@@ -11,6 +11,7 @@ import psutil
 import pytest
 import yaml
 from support.runs import REPOSITORY, SMALL, LaunchRun, TrainingRun
+from support.trajectory_server import ServerProcess
 
 pytestmark = pytest.mark.slow
 
@@ -79,6 +80,18 @@ def test_the_final_error_begins_with_the_cause_and_no_secret_shows(tmp_path: Pat
             assert {oct(path.stat().st_mode & 0o777) for path in shown} == {"0o600"}
         log = (tmp_path / "run" / "logs" / "environment.log").read_text()
         assert "rollout_server_url='http://run:***" in log, "blotted out, not left unprinted"
+
+
+def test_a_run_whose_environments_are_elsewhere_is_diagnosed_too(tmp_path: Path) -> None:
+    with (
+        ServerProcess(tmp_path / "api") as api,
+        TrainingRun([*WORDS, f"atropos.api_url={api.url}"], run_dir=tmp_path / "run") as run,
+    ):
+        run.wait_for_output(" s: nobody asks the gateway for completions")
+        assert "are the environments elsewhere running, and can they reach it?" in run.stdout
+        assert "  environments: none is registered" in run.stdout
+        run.popen.send_signal(signal.SIGTERM)
+        run.must_end(130)
 
 
 def test_what_stood_in_the_way_of_environments_does_not_any_more(tmp_path: Path) -> None:
