@@ -84,7 +84,7 @@ def test_the_final_error_begins_with_the_cause_and_no_secret_shows(tmp_path: Pat
 
 def test_a_run_whose_environments_are_elsewhere_is_diagnosed_too(tmp_path: Path) -> None:
     with (
-        ServerProcess(tmp_path / "api") as api,
+        ServerProcess(tmp_path) as api,
         TrainingRun([*WORDS, f"atropos.api_url={api.url}"], run_dir=tmp_path / "run") as run,
     ):
         run.wait_for_output(" s: nobody asks the gateway for completions")
