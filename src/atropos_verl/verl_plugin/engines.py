@@ -40,14 +40,15 @@ from atropos_verl.verl_plugin.prefix_forest import (
     sort_by_prefix,
 )
 from atropos_verl.verl_plugin.shims import (
+    keep_optimiser_settings,
     leave_no_lock_files,
     micro_batches_from,
-    own_optimiser_settings,
     without_pinned_offload,
 )
 
 logger = logging.getLogger(__name__)
 leave_no_lock_files()
+keep_optimiser_settings()
 
 ATTENTION = "atropos_packed_sdpa"
 _PROBE = (list(range(1, 9)), [*range(1, 6), 9, 10], [11, 12, 13])
@@ -124,10 +125,6 @@ class UpdateEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             group["lr"] = base * factor(0)
         scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
         return scheduler
-
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with own_optimiser_settings(self):
-            super().load_checkpoint(*args, **kwargs)
 
     def lr_scheduler_step(self) -> float:
         """Goes on to the next rate; returns the one that the step before it used (verl: the next one)."""

@@ -139,13 +139,25 @@ def leave_no_lock_files() -> None:
     fs.local_mkdir_safe = fsdp_checkpoint_manager.local_mkdir_safe = make_directory
 
 
-@contextlib.contextmanager
-def own_optimiser_settings(engine: Any) -> Iterator[None]:
-    """What the engine's optimiser was built with, learning rate, weight decay and betas, outlives a loaded checkpoint.
+def keep_optimiser_settings() -> None:
+    """What an engine's optimiser was built with, learning rate, weight decay and betas, outlives a loaded checkpoint.
 
     verl restores the optimiser's groups and the base of its schedule with the settings of the run that saved them, and
     looks at its own never again. Remove when it applies them (utils/checkpoint/fsdp_checkpoint_manager.py:242).
     """
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
+
+    load = FSDPEngine.load_checkpoint
+
+    def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> None:
+        with _own_optimiser_settings(self):
+            load(self, *args, **kwargs)
+
+    FSDPEngine.load_checkpoint = load_checkpoint
+
+
+@contextlib.contextmanager
+def _own_optimiser_settings(engine: Any) -> Iterator[None]:
     groups = [] if engine.optimizer is None else engine.optimizer.param_groups
     own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     yield

@@ -36,7 +36,6 @@ from atropos_verl.training.losses.policy import (
 )
 from atropos_verl.types import FloatArray, LossOutput, TrainingSample
 from atropos_verl.verl_plugin.prefix_forest import partition, sort_by_prefix
-from atropos_verl.verl_plugin.shims import own_optimiser_settings
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +175,7 @@ class PolicyWorker:
                 f"(found {sorted(p.name for p in directory.glob('model_world_size_*'))})"
             )
         try:
-            with _verl_prints_to_log(), own_optimiser_settings(self._worker.engine):
+            with _verl_prints_to_log():
                 self._worker.load_checkpoint(str(directory))
         except (RuntimeError, ValueError, KeyError, OSError, EOFError, UnpicklingError) as error:
             raise CheckpointError(f"cannot load {directory}: {error}") from error
