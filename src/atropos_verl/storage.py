@@ -109,7 +109,7 @@ def locked(path: Path, holder: str) -> Iterator[None]:
 
     Raises ``StorageInUseError``, with who holds it, and ``OSError``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:
@@ -119,8 +119,10 @@ def locked(path: Path, holder: str) -> Iterator[None]:
             raise StorageInUseError(f"{path.parent} is in use by {other}; end it, or choose another one") from error
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"{holder}, pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        yield
-        os.ftruncate(lock, 0)
+        try:
+            yield
+        finally:
+            os.ftruncate(lock, 0)
     finally:
         os.close(lock)
 

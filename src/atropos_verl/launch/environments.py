@@ -14,6 +14,7 @@ import gc
 import json
 import os
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -23,6 +24,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]  # typeshed lacks it
 
+import xxhash
 import yaml
 
 from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig
@@ -40,7 +42,7 @@ CHILD_ENV: Mapping[str, str] = {
 }
 _REPOSITORY = Path(__file__).resolve().parents[3]
 """The source checkout, where there is one."""
-_TMPDIR_BYTES = 64
+_TMPDIR_BYTES = 70
 _SERVER_PREFIX = "--openai."
 _URL_OPTION = "--env.rollout_server_url"
 _NAME_OPTION = "--env.wandb_name"
@@ -155,7 +157,7 @@ def environment_spec(
     return ServiceSpec(
         name=process,
         command=(interpreter(settings.python, f"{section}.python"), *program, *words, *last),
-        env={**CHILD_ENV, **own_temporary(run_dir), **import_path(), **direct(config), **settings.env},
+        env={**CHILD_ENV, "TMPDIR": str(own_temporary(run_dir)), **import_path(), **direct(config), **settings.env},
         cwd=cwd,
         log_path=run_dir / "logs" / (f"{process}.log" if of_training else f"{process}.1.log"),
         files=files,
@@ -292,15 +294,14 @@ def secrets_of(config: RunConfig) -> tuple[str, ...]:
     return tuple(secret for secret in known if secret and len(secret) > 3)
 
 
-def own_temporary(run_dir: Path) -> dict[str, str]:
-    """``TMPDIR`` in the run directory: wandb, which Atropos imports, leaves two directories in it when it is killed."""
-    place = str(temporary_of(run_dir))
-    # The names of Unix sockets end at 107 bytes, and Python's are made there.
-    return {"TMPDIR": place} if len(place) <= _TMPDIR_BYTES else {}
-
-
-def temporary_of(run_dir: Path) -> Path:
-    return run_dir / "tmp"
+def own_temporary(run_dir: Path) -> Path:
+    """The temporary directory of a run's children, which goes with the run: wandb, which Atropos imports, leaves two
+    directories in it when it is killed. Not in a run directory with a long name: Unix sockets are made there, and the
+    name of one ends at 107 bytes."""
+    inside = run_dir / "tmp"
+    if len(os.fsencode(inside)) <= _TMPDIR_BYTES:
+        return inside
+    return Path(tempfile.gettempdir(), f"atropos-verl-{xxhash.xxh3_64_hexdigest(os.fsencode(run_dir))}")
 
 
 def direct(config: RunConfig) -> dict[str, str]:

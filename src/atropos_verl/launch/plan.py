@@ -24,7 +24,6 @@ from atropos_verl.launch.environments import (
     own_temporary,
     plan_environments,
     secrets_of,
-    temporary_of,
     write_tokenizer,
 )
 from atropos_verl.launch.evaluation import EVALUATIONS, PlannedEvaluation, plan_evaluations
@@ -183,7 +182,7 @@ def _api(launch: LaunchConfig, config: RunConfig, run_dir: Path, log: str) -> Se
     return ServiceSpec(
         name="trajectory_api",
         command=(sys.executable, "-m", *module, "--host", settings.host, "--port", port, *more),
-        env={**CHILD_ENV, **own_temporary(run_dir), **env},
+        env={**CHILD_ENV, "TMPDIR": str(own_temporary(run_dir)), **env},
         secrets=secrets_of(config),
         cwd=run_dir,
         log_path=run_dir / "logs" / log,
@@ -257,9 +256,9 @@ def take_run_dir(stack: ExitStack, run_dir: Path, *, is_launch: bool = False) ->
             if launch_lock.exists():
                 stack.enter_context(locked(launch_lock, "a training run"))
             stack.enter_context(locked(run_dir / "lock", "a training run"))
-        temporary = temporary_of(run_dir)
+        temporary = own_temporary(run_dir)
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(exist_ok=True)
+        temporary.mkdir(0o700)
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
     except StorageInUseError as error:
         raise ConfigError(str(error), "run_dir") from error

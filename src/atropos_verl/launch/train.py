@@ -30,7 +30,7 @@ from atropos_verl.config.model_checks import check_vocabulary
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposTimeoutError, AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.http_thread import listen
-from atropos_verl.launch.environments import direct, secrets_of, temporary_of, write_tokenizer
+from atropos_verl.launch.environments import direct, own_temporary, secrets_of, write_tokenizer
 from atropos_verl.launch.evaluation import EvaluationProcesses, PlannedEvaluation, read_evaluations
 from atropos_verl.launch.orphan_reaper import TOKEN_VARIABLE
 from atropos_verl.launch.plan import LaunchPlan, make_plan, one_environment, take_run_dir, url_of
@@ -278,7 +278,7 @@ def _train_locally(config: RunConfig) -> int:
         text = json.dumps(config.public(), indent=2)
         _prepare_run_dir(stack, config, "config.json", text, log="trainer.log", advice="resume=auto")
         # torch makes it in the temporary directory when it is imported; nothing of this backend is compiled.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(temporary_of(run_dir) / "torchinductor"))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own_temporary(run_dir) / "torchinductor"))
         progress = stack.enter_context(ProgressReporter(total_steps=config.steps))
         if (step := saved_step(checkpoints, config.resume)) >= config.steps:
             progress.note(f"{run_dir} is complete at step {step}; raise steps= or choose another run_dir")
