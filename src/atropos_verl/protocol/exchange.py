@@ -18,6 +18,7 @@ from atropos_verl.errors import (
     AtroposProtocolError,
     AtroposTimeoutError,
 )
+from atropos_verl.http_thread import printable
 from atropos_verl.protocol.wire import MAGIC
 
 SMALL_ANSWER_BYTES = 16 * 2**20
@@ -194,14 +195,14 @@ def _why_no_connection(call: Call, error: Exception) -> tuple[str, bool]:
 
 def _status_error(call: Call, response: httpx.Response, body: bytes) -> AtroposHTTPStatusError:
     status_code = response.status_code
-    text = body[:_SHOWN].decode("utf-8", "replace").strip()
+    text = printable(body[:_SHOWN].decode("utf-8", "replace").strip())
     reason = f"Atropos API at {call.base_url} answered {call.name} with HTTP {status_code}"
     if status_code in (401, 403):
         reason += " - check atropos.token"
     elif status_code in (404, 405):
         reason += " - is the path prefix right?"
     elif 300 <= status_code < 400:
-        location = response.headers.get("location", "?")
+        location = printable(response.headers.get("location", "?"))
         reason += f", a redirect to {location} - set atropos.api_url to the final address"
     else:
         reason += f": {text or 'empty answer'}"
@@ -226,7 +227,8 @@ def answered_object(call: Call, body: bytes) -> dict[str, Any]:
         raise not_atropos(call, f"{call.name} gave {body[:120]!r}, which is not a JSON object")
     if fields.get("status") in ("error", "failure"):
         why = fields.get("message") or fields.get("error") or fields.get("detail") or "no explanation"
-        reason = f"Atropos API at {call.base_url} answered {call.name} with status {fields['status']!r}: {why}"
+        said = printable(str(why)[:_SHOWN])
+        reason = f"Atropos API at {call.base_url} answered {call.name} with status {fields['status']!r}: {said}"
         raise AtroposProtocolError(reason, call.base_url)
     return fields
 

@@ -18,6 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from atropos_verl.errors import AtroposProtocolError, DataError
+from atropos_verl.http_thread import printable
 from atropos_verl.protocol.schema import (
     EXTRAS,
     FIELD_NAMES,
@@ -100,7 +101,7 @@ def decode_batch(body: bytes) -> list[ScoredGroup]:
         explanation = envelope.message or envelope.detail
         raise AtroposProtocolError(
             "the server answered GET /batch with an error: "
-            f"{str(explanation)[:500] if explanation else 'no message; is the trainer registered?'}"
+            f"{printable(str(explanation)[:500]) if explanation else 'no message; is the trainer registered?'}"
         )
     if envelope.batch is msgspec.UNSET:
         raise AtroposProtocolError(

@@ -35,7 +35,7 @@ from atropos_verl.server.bodies import (
     Connection,
     batch_parts,
     choose_encoding,
-    compressor,
+    compressed,
     decoded,
     idempotency,
     lease_seconds,
@@ -157,8 +157,7 @@ class TrajectoryApi:
                 return response
             encoding = choose_encoding(self.store.settings.compression, request, len(response.body))
             if encoding is not None:
-                made = compressor(encoding)
-                response.body = made.compress(bytes(response.body)) + made.flush()
+                response.body = await compressed(encoding, bytes(response.body))
                 response.headers["content-encoding"] = encoding
                 response.headers["vary"] = "Accept-Encoding"
                 response.headers["content-length"] = str(len(response.body))

@@ -18,6 +18,7 @@ from atropos_verl.server.bodies import LARGE, BodyError
 
 _SLOW = 64 << 10
 """Bytes from which the second, slow reader is left to the other process: 10 ms."""
+_MAX_GROUPS = 1000
 _SHOWN_TEXT = 400
 _SHOWN_ROWS = 16
 
@@ -47,8 +48,10 @@ class ExaminedGroup:
 
 def check_body(body: bytes, is_list: bool, rules: Rules, *, quick: bool = False) -> list[ExaminedGroup]:
     """The groups of a post. Raises ``Refusal``, and if ``quick`` ``SlowPathError`` where a second reading is needed."""
-    groups = []
-    for index, raw in enumerate(split_list(body, quick=quick) if is_list else [body]):
+    groups, parts = [], split_list(body, quick=quick) if is_list else [body]
+    if len(parts) > _MAX_GROUPS:
+        raise Refusal("too_many", f"the body has {len(parts)} groups: send at most {_MAX_GROUPS} in one request")
+    for index, raw in enumerate(parts):
         try:
             checked = check_group(
                 raw, vocab_size=rules.vocab_size, environments=rules.environments, strict=rules.strict, quick=quick

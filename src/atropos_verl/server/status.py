@@ -18,6 +18,7 @@ _MIN_ENV_WEIGHT = 0.01
 """Upstream's: no environment is starved completely."""
 _SERIES_SECONDS = 120
 _GLIMPSES = 6
+_SHOWN_ENVIRONMENTS = 500
 _TOTALS = {
     "groups": "Groups accepted",
     "sequences": "Sequences accepted",
@@ -89,7 +90,7 @@ def env_status(store: Store, environment: Environment) -> dict[str, Any]:
 
 
 def environments(store: Store) -> list[dict[str, Any]]:
-    """One row per environment, for the live page and the metrics."""
+    """One row for each of the latest environments, for the live page and the metrics."""
     now, waiting = store.now(), store.queue.by_env
     alive = {environment.env_id for environment in store.alive()}
     return [
@@ -100,7 +101,7 @@ def environments(store: Store) -> list[dict[str, Any]]:
             "heard_seconds_ago": round(max(0.0, now - environment.heard_at), 1),
             "waiting_sequences": waiting.get(environment.env_id, 0),
         }
-        for environment in store.environments
+        for environment in store.environments[-_SHOWN_ENVIRONMENTS:]
     ]
 
 

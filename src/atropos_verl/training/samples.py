@@ -14,6 +14,7 @@ import numpy as np
 
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError, DataError
+from atropos_verl.http_thread import printable
 from atropos_verl.protocol.schema import check_supported, find_defect, is_overridden, sampling_temperature
 from atropos_verl.training.advantages import (
     ESTIMATORS,
@@ -39,6 +40,7 @@ from atropos_verl.types import (
 
 logger = logging.getLogger(__name__)
 
+_SHOWN_KEYS = 20
 _KNOWN_OVERRIDES = frozenset({"set_advantage_to_zero", "sft", "temperature", "policy_version"})
 _KNOWN_GROUP_OVERRIDES = frozenset({"group_size", "set_advantage_to_zero", "sft", "temperature"})
 _DEFAULTS = SampleSettings()
@@ -110,10 +112,10 @@ def collect_samples(
     for group in used:
         _collect(group, settings, samples, sequences)
         for entry in group.overrides or ():
-            unknown.update(f"overrides[].{key}" for key in entry if key not in _KNOWN_OVERRIDES)
+            unknown.update(f"overrides[].{printable(key)}" for key in entry if key not in _KNOWN_OVERRIDES)
         keys = group.group_overrides or ()
-        unknown.update(f"group_overrides.{key}" for key in keys if key not in _KNOWN_GROUP_OVERRIDES)
-    for key, count in sorted(unknown.items()):
+        unknown.update(f"group_overrides.{printable(key)}" for key in keys if key not in _KNOWN_GROUP_OVERRIDES)
+    for key, count in sorted(unknown.most_common(_SHOWN_KEYS)):
         logger.warning("%s is not known to this trainer and has no effect (%d times in this batch)", key, count)
     dropped = sum(len(group) for group in used) - len(samples)
     if dropped:

@@ -189,6 +189,13 @@ async def test_idempotency_over_http(api: httpx.AsyncClient) -> None:
     assert (await api.post("/scored_data", json=group(3), headers={"Idempotency-Key": "k" * 256})).status_code == 422
 
 
+async def test_a_request_has_at_most_1000_groups(api: httpx.AsyncClient) -> None:
+    await started(api)
+    assert (await api.post("/scored_data_list", json=[group(n, 1) for n in range(1000)])).status_code == 200
+    answer = await api.post("/scored_data_list", json=[group(n, 1) for n in range(1001)])
+    assert answer.status_code == 422 and "send at most 1000 in one request" in answer.json()["message"]
+
+
 async def test_a_list_is_taken_whole_or_not_at_all(api: httpx.AsyncClient) -> None:
     await started(api)
     bad = {**group(2), "scores": [1.0]}

@@ -327,9 +327,9 @@ def test_a_bad_group_is_quarantined_before_its_fields_are_looked_at() -> None:
 
 def test_unknown_override_keys_are_logged_once_per_key(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        build(group(overrides=[{"weight": 2}, {"weight": 3}], group_overrides={"priority": 1}), group())
+        build(group(overrides=[{"weight": 2}, {"weight": 3}], group_overrides={"prio\x1b[2Jrity\n": 1}), group())
     assert [record.getMessage() for record in caplog.records] == [
-        "group_overrides.priority is not known to this trainer and has no effect (1 times in this batch)",
+        "group_overrides.prio?[2Jrity? is not known to this trainer and has no effect (1 times in this batch)",
         "overrides[].weight is not known to this trainer and has no effect (2 times in this batch)",
     ]
 
