@@ -425,7 +425,8 @@ def listen(host: str, port: int, service: str, advice: str) -> Listener:
     try:
         found = socket.getaddrinfo(host.strip("[]") or "0.0.0.0", port, type=socket.SOCK_STREAM)
         family, _, _, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
-        listener = Listener(family, socket.SOCK_STREAM)
+        # The protocol by name: asyncio sends at once (TCP_NODELAY) only on sockets that say it.
+        listener = Listener(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # rebind at once after a restart
         listener.bind(address)
         listener.listen(_BACKLOG)

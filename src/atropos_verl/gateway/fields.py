@@ -7,6 +7,7 @@ not know is at least logged; fields that would change the sampled distribution a
 (``require_neutral``). JSON null means absent, as in the APIs that are imitated here.
 """
 
+import gc
 import itertools
 import sys
 import threading
@@ -39,6 +40,8 @@ _MAX_N = 1024
 
 _MAX_STOPS, _MAX_STOP_LENGTH = 256, 4096
 _MAX_TOKEN_ID = (1 << 31) - 1
+_MAX_BRACKETS = 1 << 18
+"""Opening ones, those in texts included: two million empty lists took seconds, in which no other thread ran."""
 
 _TOP_K_OFF = 1 << 30
 """SGLang's own "no top-k"."""
@@ -227,11 +230,18 @@ class Fields:
 
 
 def parse_body(body: bytes | bytearray, abandoned: threading.Event) -> Fields:
-    """Decode a request body. Raises ``ApiError`` 400 when it is not a JSON object."""
+    """Decode a request body. Raises ``ApiError`` 400 when it is not a JSON object, or one of too many parts."""
+    if body.count(b"[") + body.count(b"{") > _MAX_BRACKETS:
+        raise ApiError(400, f"the body has more than {_MAX_BRACKETS} brackets; send it in parts")
+    collects = gc.isenabled()
+    gc.disable()  # it would look through all objects of the process several times, and no other thread runs meanwhile
     try:
         return Fields(msgspec.json.decode(body, type=dict[str, Any]), abandoned=abandoned)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not a JSON object: {error}") from error
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _show(value: Any) -> str:

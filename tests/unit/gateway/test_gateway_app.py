@@ -92,6 +92,8 @@ def test_what_one_request_may_ask_for_is_bounded(body: dict[str, Any], param: st
         response = client.post("/v1/completions", json=body)
         assert (response.json()["error"]["param"] == param and response.status_code == 400) or param is None
         assert engine.requests == [] or param is None
+        many = client.post("/v1/completions", content=b'{"prompt":[' + b"[]," * (1 << 18) + b"[]]}")
+        assert many.status_code == 400 and "262144 brackets" in many.json()["error"]["message"]
         deep = client.post("/v1/completions", content=b'{"prompt":' + b"[" * 100_000)
         assert deep.status_code == 400 and "JSON" in deep.json()["error"]["message"]
 

@@ -49,6 +49,7 @@ def test_start_serves_and_stop_ends_it_and_it_can_start_again(caplog: pytest.Log
 def test_who_connects_before_the_start_waits_and_is_answered() -> None:
     listener = listen("127.0.0.1", 0, "inference gateway", "advice")
     port = listener.getsockname()[1]
+    assert listener.proto == socket.IPPROTO_TCP, "else asyncio leaves out TCP_NODELAY, and answers wait 44 ms"
     with socket.create_connection(("127.0.0.1", port), timeout=10.0) as early:
         early.sendall(b"GET /health HTTP/1.1\r\nHost: gateway\r\nConnection: close\r\n\r\n")
         with GatewayServer(make_app(), listener=listener) as server:
