@@ -228,7 +228,8 @@ async def compressed(encoding: str, body: bytes) -> bytes:
     """The whole of ``body``; a long one in a thread (zlib and zstd let the event loop run meanwhile)."""
     made = compressor(encoding)
     whole: bytes = await asyncio.to_thread(made.compress, body) if len(body) > LARGE // 4 else made.compress(body)
-    return whole + made.flush()
+    end: bytes = made.flush()
+    return whole + end
 
 
 class Connection:
