@@ -183,10 +183,11 @@ class ManagedProcess:
         old = path.with_name(f"{path.name}.old")
         try:
             if path.stat().st_size > most:
+                blot_out(path, self.spec.secrets, self._checked)
                 old.touch(0o600)
                 shutil.copyfile(path, old)
                 os.truncate(path, 0)  # the service appends
-                self._log_start = 0
+                self._log_start = self._checked = 0
         except OSError as error:
             logger.warning("%s cannot be shortened: %s", path, error)
 

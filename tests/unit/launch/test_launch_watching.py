@@ -99,6 +99,14 @@ def test_logs_of_an_earlier_launch_are_kept(tmp_path: Path) -> None:
     die(service)
     assert (tmp_path / "words.1.log").read_text() == "the launch before"
     assert (tmp_path / "words.2.log").read_text() == "now\n"
+    for number in range(3, 26):  # but not for ever
+        (tmp_path / f"words.{number}.log").write_text("a life of it")
+    (tmp_path / "words.6.log.old").touch()
+    again = watched(tmp_path, Clock(), code="print('now')")
+    die(again)
+    found = sorted(int(path.name.split(".")[1]) for path in tmp_path.glob("words.*.log"))
+    assert found == [*range(1, 6), *range(7, 27)], "the one that is 20 lives old goes at each start"
+    assert not (tmp_path / "words.6.log.old").exists()
 
 
 def test_a_script_that_starts_nothing_is_told_from_one_that_ended(tmp_path: Path) -> None:

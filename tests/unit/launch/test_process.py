@@ -102,6 +102,32 @@ def test_secrets_are_blotted_out_of_the_log_while_it_runs(tmp_path: Path) -> Non
     assert log.read_text() == f"{blotted}**************** end\n"
 
 
+def test_a_log_that_grows_too_long_moves_away_while_the_service_goes_on(tmp_path: Path) -> None:
+    spec = shell(tmp_path, "while read line; do echo $line; done", secrets=("s3cret-key",))
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    process = ManagedProcess(replace(spec, command=("sh", "-c", f"while read l; do echo $l; done <> {fifo}")))
+    process.start()
+    log, old = tmp_path / "logs" / "svc.log", tmp_path / "logs" / "svc.log.old"
+    try:
+        with fifo.open("w", buffering=1) as say:
+            for number in range(3):
+                say.write(f"line {number} s3cret-key\n")
+                eventually(lambda number=number: f"line {number}" in log.read_text(), "the line")  # type: ignore[misc]
+                process.bound_log(1000)
+                assert not old.exists()
+            process.bound_log(10)
+            assert log.read_text() == ""
+            assert old.read_text().count("line") == 3 and "s3cret" not in old.read_text()
+            assert old.stat().st_mode & 0o777 == 0o600
+            say.write("s3cret-key after\n")
+            eventually(lambda: "after" in log.read_text(), "the line after")
+            assert process.is_running()
+            assert "s3cret" not in log.read_text() and process.log_tail().endswith(" after")
+    finally:
+        process.stop()
+
+
 def test_it_is_a_session_of_its_own(tmp_path: Path) -> None:
     process = started(tmp_path, "sleep 1000")
     try:
