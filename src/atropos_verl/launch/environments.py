@@ -27,6 +27,7 @@ from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined
 import xxhash
 import yaml
 
+from atropos_verl import assets
 from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig
 from atropos_verl.config.model_checks import NAMES_OF_TRANSFORMERS_5, check_tokenizer
 from atropos_verl.config.schema import RunConfig
@@ -40,8 +41,8 @@ CHILD_ENV: Mapping[str, str] = {
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",  # environments do not compute; their thread pools would take the trainer's cores
 }
-_REPOSITORY = Path(__file__).resolve().parents[3]
-"""The source checkout, where there is one."""
+_SHIPPED = Path(assets.__file__).parent / "environments"
+"""The environments of the package; in a checkout a link to ``examples/environments``."""
 _TMPDIR_BYTES = 70
 _SERVER_PREFIX = "--openai."
 _URL_OPTION = "--env.rollout_server_url"
@@ -178,21 +179,25 @@ def program_of(name: str, settings: EnvironmentConfig) -> tuple[str, ...]:
         return ("-m", settings.module)
     if settings.script is None:
         return (str(demo_env_script()),)
-    given = Path(settings.script).expanduser()
-    places = [given.absolute()] if given.is_absolute() else [given.absolute(), _REPOSITORY / given]
-    for place in places:
-        if place.is_file():
-            return (str(place),)
-    looked = " nor ".join(str(place) for place in dict.fromkeys(places))
-    raise ConfigError(f"there is no {looked}", f"environments.{name}.script")
+    return (str(find_script(settings.script, f"environments.{name}.script")),)
 
 
 def demo_env_script() -> Path:
-    """The demo environment in a source checkout. Raises ``ConfigError`` where there is none."""
-    script = _REPOSITORY / "examples" / "environments" / "spell_backward.py"
-    if not script.is_file():
-        raise ConfigError(f"the demo environment is not at {script} (no source checkout?); give your own", "env.script")
-    return script
+    """The demo environment, part of the package."""
+    return _SHIPPED / "spell_backward.py"
+
+
+def find_script(given: str, key: str) -> Path:
+    """The script at ``given``: from the working directory, or, as ``examples/environments/NAME``, the package's own.
+
+    Raises ``ConfigError`` naming ``key`` when there is none.
+    """
+    path = Path(given).expanduser()
+    places = [path.absolute(), *([_SHIPPED / path.name] if path.parent == Path("examples/environments") else [])]
+    for place in places:
+        if place.is_file():
+            return place
+    raise ConfigError(f"there is no {' nor '.join(map(str, places))}", key)
 
 
 def interpreter(python: str | None, key: str) -> str:

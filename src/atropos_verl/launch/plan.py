@@ -19,6 +19,7 @@ from atropos_verl.launch.environments import (
     CHILD_ENV,
     demo_env_script,
     direct,
+    find_script,
     import_path,
     interpreter,
     own_temporary,
@@ -154,9 +155,7 @@ def make_plan(
 def one_environment(config: RunConfig) -> LaunchConfig:
     """The launch of ``main_atropos.py``: the environment of the section ``env``. Raises ``ConfigError``."""
     env = config.env
-    script = demo_env_script() if env.script is None else Path(env.script).expanduser().absolute()
-    if not script.is_file():
-        raise ConfigError(f"{script} does not exist", "env.script")
+    script = demo_env_script() if env.script is None else find_script(env.script, "env.script")
     seed = ("--env.seed", str(config.seed)) if env.script is None else ()
     shared = {name: getattr(env, name) for name in ("python", "env", "cwd", "startup_timeout")}
     environment = EnvironmentConfig(script=str(script), args=(*seed, *env.args), **shared)
