@@ -42,7 +42,7 @@ def plan_of(*words: str, name: str = "local_demo") -> LaunchPlan:
 
 
 def test_every_shipped_file_is_known() -> None:
-    assert {path.stem for path in SHIPPED.glob("*.yaml")} == {"atropos", *PLANNED, *RAY_FILES}
+    assert {path.stem for path in SHIPPED.glob("*.yaml")} == {"atropos", "smollm2", *PLANNED, *RAY_FILES}
 
 
 @pytest.mark.parametrize("name", PLANNED)
