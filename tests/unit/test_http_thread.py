@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import logging
+import random
 import socket
 import threading
 from collections.abc import Iterator
@@ -89,6 +90,11 @@ BUSY = threading.Event()
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
     assert scope["type"] == "http"
+    if scope["path"] == "/long":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(500):
+            await send({"type": "http.response.body", "body": b"x" * 100_000, "more_body": True})
+        return
     while scope["path"] == "/busy" and BUSY.is_set():  # noqa: ASYNC110 - set in another thread
         await asyncio.sleep(0.005)
     while (await receive()).get("more_body"):
@@ -150,6 +156,25 @@ def test_a_header_that_comes_byte_by_byte_or_never_ends_is_closed(monkeypatch: p
     with pytest.raises(OSError):
         while True:
             endless.sendall(b"X: " + b"y" * 1000 + b"\r\n")
+
+
+def test_who_does_not_read_the_answer_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, listener: Listener, port: int
+) -> None:
+    monkeypatch.setattr(http_thread, "_BODY_SECONDS", 0.2)
+    with connect(port, b"GET /long HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+        eventually(lambda: listener.count == 1, "the connection")
+        eventually(lambda: listener.count == 0, "its end")
+
+
+def test_what_is_no_http_is_refused_and_fills_no_log(port: int, caplog: pytest.LogCaptureFixture) -> None:
+    rng = random.Random(0)
+    for length in [1, 5, 50, 500] * 25:
+        connection = connect(port, rng.randbytes(length) + b"\r\n\r\n")
+        connection.shutdown(socket.SHUT_WR)
+        assert is_closed(connection)
+    assert httpx.get(f"http://127.0.0.1:{port}/", trust_env=False).text == "ok"
+    assert len(caplog.records) < 10
 
 
 def test_idle_connections_make_room_for_the_next_and_kept_ones_are_used_again(listener: Listener, port: int) -> None:

@@ -19,6 +19,7 @@ from atropos_verl.server.bodies import LARGE, BodyError
 _SLOW = 64 << 10
 """Bytes from which the second, slow reader is left to the other process: 10 ms."""
 _MAX_GROUPS = 1000
+_TRIES = 2
 _SHOWN_TEXT = 400
 _SHOWN_ROWS = 16
 
@@ -91,23 +92,25 @@ class BodyChecker:
             self._pipe = None
 
     def _ask(self, body: bytes, is_list: bool, rules: Rules) -> list[ExaminedGroup]:
-        try:
-            if self._pipe is None:
-                context = multiprocessing.get_context("spawn")
-                self._pipe, theirs = context.Pipe()
-                context.Process(target=_work, args=(theirs,), name="body-checker", daemon=True).start()
-                theirs.close()
-            self._pipe.send((is_list, rules))
-            self._pipe.send_bytes(body)
-            found = self._pipe.recv()
-        except (EOFError, OSError):
-            self.close()
-            text = "the process that checks large bodies was ended (is memory short?); send the group again"
-            raise BodyError(503, "checker", text) from None
-        if isinstance(found, Refusal):
-            raise found
-        groups: list[ExaminedGroup] = found
-        return groups
+        for _ in range(_TRIES):
+            try:
+                if self._pipe is None:
+                    context = multiprocessing.get_context("spawn")
+                    self._pipe, theirs = context.Pipe()
+                    context.Process(target=_work, args=(theirs,), name="body-checker", daemon=True).start()
+                    theirs.close()
+                self._pipe.send((is_list, rules))
+                self._pipe.send_bytes(body)
+                found = self._pipe.recv()
+            except (EOFError, OSError):
+                self.close()
+                continue
+            if isinstance(found, Refusal):
+                raise found
+            groups: list[ExaminedGroup] = found
+            return groups
+        text = "the process that checks large bodies was killed (is memory short?); send the group again"
+        raise BodyError(503, "checker", text)
 
 
 def _work(pipe: Pipe) -> None:

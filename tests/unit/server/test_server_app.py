@@ -5,8 +5,10 @@ import gzip
 import importlib.util
 import json
 import logging
+import multiprocessing
 import zlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -461,6 +463,27 @@ async def test_what_upstream_takes_of_an_environment_is_taken_and_batches_go_on(
     assert len((await get(api, "/batch"))["batch"]) == 2
 
 
+async def test_what_an_earlier_version_stored_is_brought_into_range(tmp_path: Path) -> None:
+    settings = ServerSettings(data_dir=tmp_path)
+    app = TrajectoryApi(settings)
+    async with client_of(app) as api:
+        await started(api, 8)
+        environment = app.store.environments[0]
+        environment.min_batch_allocation, environment.weight, environment.group_size = 1e308, 1e308, 0
+        environment.real_name = "\x1b[2J"
+        await api.post("/disconnect-env", json={"env_id": 0})  # which stores it
+        environment.connected = True
+        await api.post("/scored_data", json=group(1, 8, 0))
+    app.store.close()
+    app = TrajectoryApi(settings)
+    async with client_of(app) as api:
+        seen = await api.request("GET", "/status-env", json={"env_id": 0})
+        assert seen.status_code == 200 and seen.json()["unallocated_fraction"] == 0.0
+        assert len((await get(api, "/batch"))["batch"]) == 1
+        assert (await get(api, "/page-data"))["environments"][0]["name"] == "?[2J"
+    app.store.close()
+
+
 async def test_control_characters_of_names_reach_neither_log_nor_terminal(
     api: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -612,6 +635,25 @@ async def test_a_large_or_slow_body_is_checked_in_another_process_with_the_same_
         seen.append(([answer.json() for answer in answers], shown, packed.content))
         app.checker.close()
     assert seen[0] == seen[1]
+
+
+async def test_a_checker_that_was_killed_is_started_again_and_one_that_dies_of_every_body_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(body_checker, "LARGE", 0)
+    app = TrajectoryApi(ServerSettings())
+    async with client_of(app) as api:
+        assert (await api.post("/scored_data", json=group(1))).status_code == 200
+        for process in multiprocessing.active_children():
+            if process.name == "body-checker":
+                process.kill()
+                process.join()
+        assert (await api.post("/scored_data", json=group(2))).status_code == 200
+        monkeypatch.setattr(body_checker, "_TRIES", 0)
+        answer = await api.post("/scored_data", json=group(3))
+        assert answer.status_code == 503 and "checks large bodies was killed" in answer.json()["detail"]
+        assert answer.headers["retry-after"] == "1"
+    app.checker.close()
 
 
 async def test_a_reset_while_a_status_and_a_post_wait_for_each_other_refuses_both(
