@@ -289,8 +289,8 @@ class _Endpoint:
         try:
             # In a thread, long ones in threads of their own: a client's long request must not hold up the others.
             readers = _LONG_READERS if len(body) > _LONG_BODY_BYTES else None
-            read = asyncio.get_running_loop().run_in_executor(readers, self._read, body, abandoned)
-            answer = (await read)()
+            loop = asyncio.get_running_loop()
+            answer = (await loop.run_in_executor(readers, self._read, body, abandoned))()
             self._forget(body)
             if not isinstance(answer, AsyncGenerator):
                 await reply.write(await answer)
@@ -312,6 +312,7 @@ class _Endpoint:
                 key = f"refused {self._path} {refusal.param} {refusal.code}"
                 self._service.warn_once(key, "%s: a client was refused: %s", self._path, refusal.message)
             await reply.fail(refusal)
+            del refusal  # its traceback holds this frame, and so a circle of it and the whole body would be kept
 
     def _read(self, body: bytearray, abandoned: threading.Event) -> Answer:
         return self._handler(self._service, parse_body(body, abandoned))

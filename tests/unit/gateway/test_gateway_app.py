@@ -1,5 +1,6 @@
 """All endpoints share key, errors, health, metrics, pauses, and the end of requests whose client goes away."""
 
+import gc
 import json
 import logging
 import socket
@@ -96,6 +97,20 @@ def test_what_one_request_may_ask_for_is_bounded(body: dict[str, Any], param: st
         assert many.status_code == 400 and "262144 brackets" in many.json()["error"]["message"]
         deep = client.post("/v1/completions", content=b'{"prompt":' + b"[" * 100_000)
         assert deep.status_code == 400 and "JSON" in deep.json()["error"]["message"]
+
+
+def test_refused_requests_are_not_kept_until_the_collector_comes() -> None:
+    body = json.dumps({"prompt": [5] * 77_777 + ["a"]}).encode()
+    with serving(FakeEngine(), TOKENIZER) as client:
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(30):
+                assert client.post("/v1/completions", content=body).status_code == 400
+            kept = sum(isinstance(item, list) and len(item) == 77_778 for item in gc.get_objects())
+        finally:
+            gc.enable()
+    assert kept <= 10, "the last of each thread that reads"
 
 
 def test_others_are_served_while_a_template_runs(monkeypatch: pytest.MonkeyPatch) -> None:
