@@ -26,6 +26,7 @@ from atropos_verl.errors import (
     AtroposConnectionError,
     AtroposTimeoutError,
     ServiceError,
+    StorageInUseError,
     TrainingDivergedError,
     WeightSyncError,
 )
@@ -156,6 +157,17 @@ def test_a_signal_in_the_middle_of_an_update_leaves_a_whole_step(lab: Lab, tmp_p
     assert (saved(directory)["step"], saved(directory)["policy_version"]) == (2, 2)
     assert [line["step"] for line in metrics_of(directory)] == [1, 2]
     assert_same(lab.run("hit", bodies[2:], 4), expected)
+
+
+def test_two_trainers_never_write_into_one_run_directory(lab: Lab) -> None:
+    bodies = batches(1, seed=2)
+    with lab.trainer("one", bodies, 1) as trainer:
+        with pytest.raises(
+            StorageInUseError, match=rf"{trainer.run_dir} is in use by a training run, pid {os.getpid()} "
+        ):
+            lab.run("one", bodies, 1)
+        assert trainer.fit()["steps"] == 1
+    assert lab.run("one", [], 1)["step"] == 1, "the first is done"
 
 
 def test_a_signal_that_is_ignored_stays_ignored(lab: Lab) -> None:

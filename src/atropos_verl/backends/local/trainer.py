@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -27,6 +27,7 @@ from atropos_verl.config.schema import RunConfig, apply_environment, bounds_of, 
 from atropos_verl.errors import CheckpointError, ConfigError, DataError, TrainingDivergedError, WeightSyncError
 from atropos_verl.http_thread import Listener
 from atropos_verl.protocol.client import AtroposClient
+from atropos_verl.storage import locked
 from atropos_verl.training.batch_source import BatchSource, RolloutData
 from atropos_verl.training.checkpoint_state import RunState, changed_settings, find_checkpoint, new_checkpoint
 from atropos_verl.training.extensions import check_extensions, load_function
@@ -121,7 +122,11 @@ class AtroposTrainer:
         self.updating = False
         """The weights have changed, or may have, and ``step`` does not say so yet: this state must not be saved."""
         self.moments, self.totals = self.state.moments, self.state.totals
-        self.stack = stack = LocalStack.build(config, self.model_path, self, gateway_listener)
+        with ExitStack() as held:
+            if source is None:  # a command holds its run directory itself
+                held.enter_context(locked(self.run_dir / "lock", "a training run"))
+            self.stack = stack = LocalStack.build(config, self.model_path, self, gateway_listener)
+            self._held = held.pop_all()
         self.engine, self.tokenizer, self.sharding_manager = stack.engine, stack.tokenizer, stack.sharding_manager
         self.settings = sample_settings(config, self.engine.vocab_size)
         self.provenance = BatchProvenance(config.off_policy, self.stack.ledger, self.settings, self.tokenizer.decode)
@@ -139,7 +144,8 @@ class AtroposTrainer:
         """Builds a trainer from a plain dictionary with the recipe's keys (see ``config.schema.describe``).
 
         ``ATROPOS_API_URL`` and ``ATROPOS_TIMEOUT`` override the dictionary's values. The API is not contacted yet.
-        Raises ``ConfigError``, which names a key that is unknown, of the wrong type or contradictory.
+        Raises ``ConfigError``, which names a key that is unknown, of the wrong type or contradictory, and
+        ``StorageInUseError`` when another trainer writes into ``run_dir``.
         """
         settings = RunConfig.from_mapping(apply_environment(dict(config)))
         check_bounds(bounds_of(settings))
@@ -158,6 +164,7 @@ class AtroposTrainer:
         finally:
             self.stack.close()
             self.source.close()
+            self._held.close()
 
     @property
     def step(self) -> int:
