@@ -22,7 +22,7 @@ from support.trajectory_server import TrajectoryServer, free_port
 from atropos_verl import AtroposTrainer
 from atropos_verl.engine.runner import ModelRunner
 from atropos_verl.engine.weights import WeightStore
-from atropos_verl.errors import WeightSyncError
+from atropos_verl.errors import EngineStoppedError, WeightSyncError
 from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.messages import EnvRegistration
 from atropos_verl.protocol.wire import encode_group
@@ -264,7 +264,7 @@ def test_deaths_of_the_engine_cost_no_request_and_no_step(
         assert deaths.forwards >= 7 * deaths.in_steps and deaths.updates >= 2 * deaths.in_updates
         stats = trainer.engine.stats()
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)), "every step has its line"
-    assert (stats.rebuilds, lines[-1]["engine/rebuilds"]) == (deaths.in_steps, deaths.in_steps)
+    assert lines[-1]["engine/rebuilds"] == stats.rebuilds > 0
     for line in lines:
         assert line["data/unmatched_span_rate"] == line["data/ambiguous_span_rate"] == 0.0
         assert line["off_policy/known_logprob_share"] == 1.0
@@ -277,6 +277,20 @@ def test_deaths_of_the_engine_cost_no_request_and_no_step(
         *(max(line[f] for line in lines) for f in ("timing/step", "off_policy/log_ratio_max_abs")),
         max(line["sync/canary_max_abs_logprob_diff"] for line in lines),
     )
+
+
+def test_an_engine_that_dies_at_every_step_ends_the_run_with_the_reason(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: Any) -> None:
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(ModelRunner, "decode", die)
+    with running(model_path, tmp_path, steps=2, mode="overlap") as (trainer, env):
+        with pytest.raises(EngineStoppedError, match="gave up after 10 failed steps: RuntimeError: device lost"):
+            trainer.fit()
+        eventually(lambda: bool(env.failures), "the environment to be told")
+    assert "503" in str(env.failures[0]) or "has stopped" in str(env.failures[0])
 
 
 @pytest.mark.parametrize(

@@ -131,8 +131,12 @@ class TransformersEngine:
         self._max_running = max_running
         self._batch = ContinuousBatch(self._runner, max_running, self._counts)
         self._failed_steps = self._rounds = 0
+        self._sound = True
+        """As far as known tokens showed after the last failure."""
         self._pace = 1
         """Rounds after which one more sequence may run, after a failure."""
+        step = -(-self.vocab_size // min(_PROOF_TOKENS, self.max_context_len))
+        self._proof_tokens = list(range(0, self.vocab_size, step))
         self._proof: list[float] | None = None
         self._thread = threading.Thread(target=self._run, name="atropos-verl-engine", daemon=True)
         self._thread.start()
@@ -362,8 +366,10 @@ class TransformersEngine:
             self._clear()
 
     def release_memory_occupation(self) -> None:
-        """See ``InferenceEngine``. Idempotent."""
+        """See ``InferenceEngine``. Idempotent; nothing to do for an engine that has stopped."""
         self._staged = None
+        if self._stopped is not None:
+            return
         with self._exclusive("release_memory_occupation"):
             self._evict()
             self._runner.cache.clear()
@@ -484,7 +490,7 @@ class TransformersEngine:
                 self._fail_all(stopped)
 
     def _step(self) -> bool:
-        """Let newcomers in, then one token for everyone. False when there was nothing to do."""
+        """Let newcomers in, then one token for everyone. True when that shows that the engine works."""
         self._rounds += 1
         with self._condition:
             if self._rounds % _TURN_ROUNDS == 0 and self._waiting and not self._batch.free_slots:
@@ -498,7 +504,7 @@ class TransformersEngine:
         if self._batch.running:
             self._finish(self._batch.decode(self.policy_version))
             return True
-        return bool(newcomers)
+        return bool(newcomers) and self._sound
 
     def _make_room(self) -> None:
         """The first sequences of requests that wait take the slots of the last ones of requests for more than fit."""
@@ -549,22 +555,22 @@ class TransformersEngine:
             self._fail_all(stopped)
             return
         victims = self._batch.participants
-        if self._failed_steps >= _BLAME_AFTER and len(victims) == 1:
+        back = list(dict.fromkeys([*self._batch.evict(), *victims]))  # newcomers of a prefill are not running yet
+        self._finish([sequence for sequence in back if sequence.finish_reason is not None])
+        self._clear()
+        self._sound = self._is_sound()
+        if self._sound and self._failed_steps >= _BLAME_AFTER and len(victims) == 1:
             reason = EngineError(f"the engine failed while generating: {_named(error)}")
             reason.__cause__ = error
             with self._condition:
                 self._tickets.discard(victims[0].ticket)
                 self._counts.failed += victims[0].ticket.fail(reason)
-        back = list(dict.fromkeys([*self._batch.evict(), *victims]))  # newcomers of a prefill are not running yet
-        self._finish([sequence for sequence in back if sequence.finish_reason is not None])
-        self._requeue([sequence for sequence in back if sequence.finish_reason is None])
+        self._requeue(back)
         with self._condition:
             self._drop_finished()
-        self._clear()
         self._batch.room = max(1, len(back) // 2) if self._failed_steps < _BLAME_AFTER - 1 else 1
         self._pace = _TURN_ROUNDS if "memory" in _named(error).lower() else 1
         self._counts.rebuilds += 1
-        self._prove_weights()
 
     def _clear(self) -> None:
         """A new runner, cache and batch; the memory of those before is given back."""
@@ -579,22 +585,32 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
     def _logprobs_of_weights(self) -> list[float]:
-        tokens = range(0, self.vocab_size, -(-self.vocab_size // _PROOF_TOKENS))
-        return self._runner.logprobs(tokens[: self.max_context_len], 1.0)
+        return self._runner.logprobs(self._proof_tokens, 1.0)
 
-    def _prove_weights(self) -> None:
-        """Keep the weights when they give the logprobs that they gave at first; otherwise they are needed again."""
-        if not self.weights_ready or self._proof is None:
-            return
+    def _is_sound(self) -> bool:
+        """Whether known tokens can be computed, and have the logprobs that they had at first.
+
+        If not, a new model waits for the weights of the trainer. Raises ``EngineError`` for damaged weights that nobody
+        gives again.
+        """
+        if not self.weights_ready:
+            return False
         try:
-            if np.allclose(self._logprobs_of_weights(), self._proof, rtol=0, atol=_PROOF_NATS, equal_nan=True):
-                return
+            now, count = self._logprobs_of_weights(), len(self._proof_tokens)
+            self._runner.prefill([self._proof_tokens[:-1]], 0, 1)
+            self._runner.decode(self._proof_tokens[-1:], [count - 1])
+            if self._proof is None or np.allclose(now, self._proof, rtol=0, atol=_PROOF_NATS, equal_nan=True):
+                return True
             reason = "they give other logprobs than before"
-        except Exception as error:  # noqa: BLE001 - whatever it is, a new model may not have it
+            if self.attend is None:
+                raise EngineError(f"its weights of version {self.policy_version} are damaged: {reason}")
+        except EngineError:
+            raise
+        except BaseException as error:  # noqa: BLE001 - whatever it is, a new model may not have it
             reason = _named(error)
         if self.attend is None:
-            raise EngineError(f"its weights of version {self.policy_version} are damaged: {reason}")
-        logger.warning("the engine's weights are damaged (%s): a new model waits for the newest ones", reason)
+            return False
+        logger.warning("the engine's model is damaged (%s): a new one waits for the newest weights", reason)
         before, config = self.model, copy.deepcopy(self.model.config)
         self._runner.weights.release()
         if config._attn_implementation != "eager":
@@ -604,6 +620,7 @@ class TransformersEngine:
         self._runner = ModelRunner(self.model, max_context_len=self.max_context_len)
         self._runner.weights.ready = False
         self._clear()
+        return False
 
 
 def _named(error: BaseException) -> str:
