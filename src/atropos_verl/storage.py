@@ -297,17 +297,16 @@ class RecordStore:
             logger.warning("%s is on a network file system (%s): %s", self.path, self._network, text)
         found = [self._examine(path) for path in self._paths]
         newest = max((one for one in found if not one.damage), key=lambda one: one.mark.number, default=None)
-        if newest is None:
+        if newest is None or any(one.mark.number > newest.mark.number for one in found):
             is_new = not any(one.exists for one in found)
             rows = [] if is_new else self._salvage(found)
             bodies = self.path.with_suffix(".bodies")
             if is_new and bodies.exists() and bodies.stat().st_size:
                 kept = bodies.rename(self._aside(bodies.name))
-                logger.error(
-                    "%s and its copy are gone: what they said of %s is lost; it is now %s", self.path, bodies, kept
-                )
+                logger.error("%s and its copy are gone; the values that they named are in %s", self.path, kept)
             for one in found:
-                self._replace(one, None if is_new else one.damage, rows, max(one.mark.number for one in found))
+                why = None if is_new else one.damage or "is not complete"
+                self._replace(one, why, rows, max(one.mark.number for one in found))
         else:
             for one in found:
                 # A process that dies between its two commits leaves a copy that lacks the last one.

@@ -179,6 +179,17 @@ def test_of_two_damaged_databases_all_that_can_be_read_is_kept(
     store.close()
 
 
+def test_newer_rows_of_a_damaged_copy_are_kept_beside_an_older_database(tmp_path: Path) -> None:
+    directory = killed(tmp_path)
+    os.truncate(directory / "store.sqlite-wal", (directory / "store.sqlite-wal").stat().st_size // 2)
+    with sqlite3.connect(directory / "store-copy.sqlite") as db:
+        db.execute("UPDATE bodies SET value = x'00' WHERE key = 1")
+    store = opened(directory)
+    assert rows(store) == {**{number: body(number) for number in range(6)}, "last": b"5"}
+    assert store.lost_rows
+    store.close()
+
+
 def test_values_whose_databases_are_gone_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     directory = killed(tmp_path)
     before = (directory / "store.bodies").read_bytes()

@@ -230,7 +230,12 @@ class BatchJournal:
             logger.warning("%s is torn (the process died while writing it); removed", torn)
             self._remove(torn)
         for beside in sorted(self.directory.glob("batch_*")):
-            if not beside.with_name(f"{beside.name.split('.', 1)[0]}.json").exists():
+            batch = beside.with_name(f"{beside.name.split('.', 1)[0]}.json")
+            if not batch.exists():
+                note = _load_meta(batch)
+                if note.get("acked"):
+                    text = "%s is gone, the step of its note is %s: a process died while it dropped it, or it was lost"
+                    logger.warning(text, batch, note.get("step"))
                 self._remove(beside)
         self._last = max((entry.sequence for entry in self._scan() + self._scan(self._kept)), default=0)
         self._clean = True

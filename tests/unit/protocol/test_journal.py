@@ -175,6 +175,21 @@ def test_any_damaged_byte_of_any_file_is_named_and_costs_that_file(
         path.write_bytes(content)
 
 
+def test_a_batch_that_is_gone_and_that_the_api_has_forgotten_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = BatchJournal(tmp_path)
+    for number in (1, 2):
+        entry = journal.record(b"{}", lease_id=f"lease{number}")
+    journal.note_acked(entry)
+    for path in (tmp_path / "batch_000001.json", tmp_path / "batch_000002.json"):
+        path.unlink()
+    assert BatchJournal(tmp_path).pending(0) == [] == list(tmp_path.iterdir())
+    assert {record.getMessage().partition(",")[0] for record in caplog.records} == {
+        f"{tmp_path / 'batch_000002.json'} is gone"
+    }
+
+
 def test_a_damaged_batch_is_moved_aside_with_all_that_belongs_to_it(tmp_path: Path) -> None:
     journal, entries = record_all(tmp_path)
     entries[1].path.write_bytes(b"?")
