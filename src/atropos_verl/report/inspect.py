@@ -39,7 +39,7 @@ _MOST_REFUSALS = 20
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Characters by which a trajectory could write to the terminal what is not in it."""
 _BATCH_BODY = re.compile(rb'\s*\{\s*"batch"\s*:')
-_BESIDE_BATCH = re.compile(r"batch_\d+\.\w+\.json")
+_BESIDE_BATCH = re.compile(r"batch_\d+\.[\w.]+\.json")
 """What a journal keeps beside a batch."""
 _GROUP_FIELDS = ("tokens", "masks", "scores")
 _QUARANTINE_BODY = re.compile(rb'\s*\{\s*"reason"\s*:')
@@ -150,12 +150,14 @@ def read_path(path: Path) -> list[FoundGroup]:
         if not path.is_dir():
             return load_groups(path.read_bytes(), str(path))
         of_run = [path / name for name in ("journal", "quarantine") if (path / name).is_dir()]
+        if (path / "kept").is_dir():  # a journal
+            of_run = [path]
         there = [file for place in of_run for file in sorted(place.rglob("*"))] if of_run else sorted(path.iterdir())
         files = [file for file in there if file.suffix in (".json", ".jsonl") and not _BESIDE_BATCH.match(file.name)]
         if not files and of_run:
             raise ConfigError(
-                f"{path}: the run refused no group, and its journal holds no batch: it forgets those that a checkpoint "
-                "holds"
+                f"{path}: the run refused no group, and its journal holds no batch: of those that a checkpoint covers "
+                "it keeps as many as journal.keep says"
             )
         if not files:
             raise ConfigError(f"{path}: the directory holds no .json or .jsonl file")

@@ -307,14 +307,15 @@ def packed(*raw: bytes) -> bytes:
 
 def test_a_run_directory_is_its_journal_and_what_it_refused(tmp_path: Path) -> None:
     """Batches as the trainer journals them, packed by default; one is cut short. Before and after there is any."""
-    journal, quarantine = BatchJournal(tmp_path / "journal"), QuarantineStore(tmp_path / "quarantine")
+    journal, quarantine = BatchJournal(tmp_path / "journal", keep=1), QuarantineStore(tmp_path / "quarantine")
     (tmp_path / "metrics.jsonl").touch()
     for store in (journal.directory, quarantine.directory):
         store.mkdir()
     assert inspect(tmp_path) == (2, "")
-    for body in (packed(G1, G2), b'{"batch":[' + G2 + b"]}"):
-        journal.attach(journal.record(body), "ledger.msgpack", b"x")
-    quarantine.put(QuarantinedGroup(group=decode_group(NAN), reason="scores[0] = nan: must be finite"))
+    entries = [journal.record(body) for body in (packed(G1, G2), b'{"batch":[' + G2 + b"]}", packed(G2))]
+    for entry in entries:
+        journal.attach(entry, "ledger.msgpack", b"x")
+    refused = quarantine.put(QuarantinedGroup(group=decode_group(NAN), reason="scores[0] = nan: must be finite"))
     assert load_groups(packed(G1), "FILE")[0].group.scores.tolist() == [1.0]
     journal.record(packed(G1)[:-9])
     found = read_path(tmp_path)
@@ -322,12 +323,17 @@ def test_a_run_directory_is_its_journal_and_what_it_refused(tmp_path: Path) -> N
         ("journal/batch_000001.json group 0", [1.0]),
         ("journal/batch_000001.json group 1", [2.0]),
         ("journal/batch_000002.json group 0", [2.0]),
-        ("journal/batch_000003.json", []),
+        ("journal/batch_000003.json group 0", [2.0]),
     ]
-    assert str(found[3].group.defect).startswith(f"{journal.directory}/batch_000003.json: ")
-    assert found[4].origin.startswith("quarantine/") and found[4].recorded_reason == "scores[0] = nan: must be finite"
+    assert [f.origin for f in found[4:]] == ["journal/batch_000004.json", f"quarantine/{refused.name}"]
+    assert str(found[4].group.defect).startswith(f"{journal.directory}/batch_000004.json: ")
+    assert found[5].recorded_reason == "scores[0] = nan: must be finite"
     code, text = inspect(tmp_path)
-    assert code == 0 and "groups: 3 used, 2 refused" in text
+    assert code == 0 and "groups: 4 used, 2 refused" in text
+    journal.assign(entries[1], 1)
+    journal.discard_through(1)
+    kept = ["batch_000001.json group 0", "batch_000001.json group 1", "batch_000003.json group 0", "batch_000004.json"]
+    assert [f.origin for f in read_path(journal.directory)] == [*kept, "kept/batch_000002.json group 0"]
 
 
 @pytest.fixture
