@@ -93,7 +93,7 @@ class TransformersEngine:
         if max_running < 1:
             raise EngineError(f"max_running is {max_running}: give at least one KV slot")
         self.max_context_len = context_len(model.config, max_context_len)
-        self.eos_token_ids = eos_token_ids(getattr(model, "generation_config", None), model.config, tokenizer)
+        self.eos_token_ids = eos_token_ids(getattr(model, "generation_config", None) or model.config, tokenizer)
         self.model = model.to(device=device, dtype=dtype) if dtype is not None else model.to(device=device)
         self.tokenizer = tokenizer
         self.gate = gate if gate is not None else RequestGate()

@@ -49,7 +49,10 @@ _OLDEST_BUCKET = 8
 _BESIDE_BATCH = "ledger.msgpack"
 _CONTEXT_TOKENS = 12
 _SHOWN_CHARACTERS = 120
-_ROLE_HEADER = re.compile(r"(?:^|[\n>\]])\s*(?:system|user|human|assistant|tool|model)\s*(?:[\n:<|]|$)", re.IGNORECASE)
+_ROLE_HEADER = re.compile(
+    r"(?:^|[\n>\]#|\uff5c])\s*(?:system|user|human|assistant|tool|model|instruction)\s*(?:[\n:<|\uff5c]|$)|\[/?INST\]",
+    re.IGNORECASE,
+)
 _UNMATCHED_KINDS = {
     "hold the header of a turn": "the mask covers turns that the policy did not write; train on its own turns only",
     "go on after the completion": "the mask covers what stands behind it; end the span where the completion ends",

@@ -14,6 +14,7 @@ from atropos_verl.protocol.journal import BatchJournal
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.training.samples import build_samples
 from atropos_verl.training.staleness import (
+    _ROLE_HEADER,
     BatchProvenance,
     decode_matches,
     encode_matches,
@@ -237,6 +238,26 @@ def test_each_kind_of_unmatched_tokens_is_named_once_for_each_environment(
     messages = [r.getMessage() for r in caplog.records if kind in r.getMessage()]
     assert [message[:13] for message in messages] == ["environment 0", "environment 1"]
     assert "Group late, sequence 0, tokens" in messages[0] and "off_policy.unmatched=use" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"),
+    [
+        ("<|im_start|>user\nhi", True),
+        ("<|start_header_id|>user<|end_header_id|>\n\nhi", True),
+        ("<start_of_turn>model\n", True),
+        ("<\uff5cUser\uff5c>hi", True),
+        ("</s><s>[INST] hi [/INST]", True),
+        ("\n\nHuman: hi", True),
+        ("### Instruction:\nhi", True),
+        ("user", True),
+        ("ask the user: a question of the system", False),
+        (" the model fits", False),
+        ("<|im_end|>\n", False),
+    ],
+)
+def test_headers_of_turns_in_the_words_of_common_templates(text: str, holds: bool) -> None:
+    assert bool(_ROLE_HEADER.search(text)) is holds
 
 
 def test_a_jump_of_the_rate_is_named(caplog: pytest.LogCaptureFixture) -> None:
