@@ -99,6 +99,36 @@ def test_the_command(word: str, code: int, texts: list[str], capsys: pytest.Capt
     assert all(text in (err if code else out) for text in texts)
 
 
+@pytest.mark.parametrize("cfg", [[], ["--cfg"]])
+def test_a_variable_that_is_not_set_is_named_with_its_key(
+    cfg: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("ATROPOS_GATEWAY_KEY", raising=False)
+    assert main(["backend=ray", "--config-name", "ray_two_nodes", *cfg]) == 2
+    assert capsys.readouterr().err == (
+        "CONFIGURATION ERROR: atropos.gateway.api_key: environment variable ATROPOS_GATEWAY_KEY is not set; set it, or "
+        "give the key another value\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        (
+            "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=16",
+            r"max_token_len \(64\) is above actor_rollout_ref.actor.ppo_max_token_len_per_gpu \(16\)",
+        ),
+        (
+            "actor_rollout_ref.rollout.max_model_len=8",
+            r"data.max_prompt_length \(48\) is above actor_rollout_ref.rollout.max_model_len \(8\)",
+        ),
+    ],
+)
+def test_bounds_that_contradict_each_other_are_named_with_their_values(word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_run(composed(word))
+
+
 def test_keys_that_an_attached_run_does_not_use_are_those_that_somebody_set() -> None:
     for words, expected in (([], ""), (["atropos.env.script=x.py"], "atropos.env.script: not used, since")):
         run = read_run(composed("atropos.api_url=http://x", *words))
