@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import msgspec
 
@@ -40,6 +40,7 @@ _MAX_N = 1024
 
 _MAX_STOPS, _MAX_STOP_LENGTH = 256, 4096
 _MAX_TOKEN_ID = (1 << 31) - 1
+_TokenId = Annotated[int, msgspec.Meta(ge=0, le=_MAX_TOKEN_ID)]
 _MAX_BRACKETS = 1 << 18
 """Opening ones, those in texts included: two million empty lists took seconds, in which no other thread ran."""
 
@@ -199,11 +200,12 @@ class Fields:
         """``value`` as token ids: a list of integers ≥ 0."""
         if not isinstance(value, list):
             raise self.error(name, f"expected a list of token ids, got {_show(value)}")
-        for index, item in enumerate(value):
-            if type(item) is not int or not 0 <= item <= _MAX_TOKEN_ID:
-                text = f"item {index} must be a token id (an integer from 0 to {_MAX_TOKEN_ID}), got {_show(item)}"
-                raise self.error(name, text)
-        return tuple(value)
+        try:  # not one by one: other threads wait while a long prompt is looked through
+            return tuple(msgspec.convert(value, list[_TokenId]))
+        except (msgspec.ValidationError, OverflowError):
+            index = next(i for i, item in enumerate(value) if type(item) is not int or not 0 <= item <= _MAX_TOKEN_ID)
+            text = f"item {index} must be a token id (an integer from 0 to {_MAX_TOKEN_ID}), got {_show(value[index])}"
+            raise self.error(name, text) from None
 
     def require_neutral(self, refused: Mapping[str, Sequence[Any]]) -> None:
         """Refuse fields that this gateway does not implement and that would change what is sampled.
