@@ -16,6 +16,7 @@ Order of the writes: the files, the manifest once they are on the disk, the dire
 Only then goes what the checkpoint replaces: older checkpoints here, batches in the journal.
 """
 
+import errno
 import json
 import logging
 import re
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 _TRACKER = "latest_checkpointed_iteration.txt"
 _STATE = "atropos.json"
 _MANIFEST = "manifest.json"
+_REPLACED = "replaced"
 _NAME = re.compile(r"global_step_(\d+)")
 _PROBE_BYTES = 1 << 20
 _OF_ONE_START = ("run_dir", "resume", "atropos.api_url", "atropos.token", "atropos.headers", "gateway.", "eval.command")
@@ -106,8 +108,11 @@ def new_checkpoint(root: Path, step: int, keep: int | None, *, in_place: bool = 
     nodes need it, and is no checkpoint before the end; one of the same step is overwritten.
     """
     final, unfinished = root / f"global_step_{step}", root / "unfinished"
-    place, replaced = final if in_place else unfinished / final.name, unfinished / "replaced"
+    place, replaced = final if in_place else unfinished / final.name, unfinished / _REPLACED / final.name
     try:
+        for path in _found(root).values():
+            if path.parent != root:  # a process died between the two renames below
+                path.rename(root / path.name)
         shutil.rmtree(unfinished, ignore_errors=True)
         place.mkdir(parents=True, exist_ok=True)
         (place / _MANIFEST).unlink(missing_ok=True)
@@ -115,6 +120,7 @@ def new_checkpoint(root: Path, step: int, keep: int | None, *, in_place: bool = 
         _write_manifest(place, 1 + max((_sequence(path) or 0 for path in _found(root).values()), default=0))
         if not in_place:
             if final.exists():  # the run was rolled back to a step before it
+                replaced.parent.mkdir()
                 final.rename(replaced)
             place.rename(final)
         sync_to_disk(root, root.parent)
@@ -134,7 +140,9 @@ def new_checkpoint(root: Path, step: int, keep: int | None, *, in_place: bool = 
 
 
 def _found(root: Path) -> dict[int, Path]:
-    return {int(match[1]): path for path in root.glob("global_step_*") if (match := _NAME.fullmatch(path.name))}
+    """Step → checkpoint, also of one that was about to be replaced."""
+    paths = [*root.glob(f"unfinished/{_REPLACED}/global_step_*"), *root.glob("global_step_*")]
+    return {int(match[1]): path for path in paths if (match := _NAME.fullmatch(path.name))}
 
 
 def _log_failure(function: object, path: str, exception: Any) -> None:
@@ -147,7 +155,9 @@ def _why_nothing_can_be_written(root: Path) -> str | None:
         write_atomic(root / ".probe", bytes(_PROBE_BYTES), durable=True)
         (root / ".probe").unlink()
     except OSError as error:
-        return f"{error.strerror} ({shutil.disk_usage(root.parent).free / 1e6:.1f} MB are free there)"
+        if error.errno != errno.ENOSPC:
+            return error.strerror
+        return f"{error.strerror} ({shutil.disk_usage(root).free / 1e6:.1f} MB are free there)"
     return None
 
 
@@ -225,7 +235,8 @@ def find_checkpoint(root: Path, resume: str, tell: Callable[[str], None] = logge
         elif damage := find_damage(directory):
             raise CheckpointError(f"{damage}. Resume from another checkpoint, or with resume=auto")
         return directory
-    tracker, found = root / _TRACKER, {step: _sequence(path) for step, path in _found(root).items()}
+    tracker, paths = root / _TRACKER, _found(root)
+    found = {step: _sequence(path) for step, path in paths.items()}
     problem, damages = "", dict[int, str]()
     try:
         named = int(tracker.read_bytes())
@@ -239,7 +250,7 @@ def find_checkpoint(root: Path, resume: str, tell: Callable[[str], None] = logge
     # One whose manifest cannot be read may be the newest. One of a later step than a damaged one is not before it: the
     # run was rolled back meanwhile.
     for step in sorted(found, key=lambda step: (found[step] is None, found[step], step), reverse=True):
-        directory = root / f"global_step_{step}"
+        directory = paths.get(step, root / f"global_step_{step}")
         damage = find_damage(directory)
         if damage is None and all(step < other for other in damages if found[other] is not None):
             if 0 <= named < step:

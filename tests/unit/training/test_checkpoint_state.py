@@ -165,6 +165,19 @@ def test_after_a_rollback_the_one_before_is_of_the_same_past(tmp_path: Path) -> 
     assert _found(tmp_path)[0] == tmp_path / "global_step_2"
 
 
+def test_one_that_was_about_to_be_replaced_is_found_and_kept(tmp_path: Path) -> None:
+    """A process that saves step 6 anew dies between the two renames: one of them has a name that nobody looks for."""
+    for step in (4, 6):
+        _save(tmp_path, step)
+    place = tmp_path / "unfinished" / "replaced" / "global_step_6"
+    place.parent.mkdir(parents=True)
+    (tmp_path / "global_step_6").rename(place)
+    assert _found(tmp_path) == (place, [])
+    _save(tmp_path, 7, keep=2)
+    assert _steps(tmp_path) == [6, 7]
+    assert {path.name for path in tmp_path.iterdir()} == {"global_step_6", "global_step_7", TRACKER}
+
+
 def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"not a checkpoint of this project \(no atropos.json\)"):
         find_checkpoint(tmp_path, str(tmp_path))
