@@ -12,6 +12,8 @@ from atropos_verl.server.bodies import Connection
 
 PATIENCE = 0.25
 """Seconds. atroposlib takes a few milliseconds, more where its processor is busy."""
+_STATUSES = 2
+"""Unread answers of ``/status-env`` for one environment, which asks one after the other; with more a client floods."""
 SETTLING = 0.02
 """Seconds from the end of a connection until the environment has acted on what it read there."""
 
@@ -40,7 +42,10 @@ class _Unread:
         connection.when_done(lambda _: end())
         return end
 
-    async def all_read(self) -> None:
+    async def all_read(self, most: int | None = None) -> None:
+        """With more than ``most`` nobody waits."""
+        if most is not None and len(self._answers) > most:
+            return
         if self._answers:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._none.wait(), PATIENCE)
@@ -59,7 +64,7 @@ class StatusBarrier:
     async def before_accept(self, env_id: int | None) -> None:
         """A group of this environment waits here before it is accepted."""
         if env_id in self._statuses:
-            await self._statuses[env_id].all_read()
+            await self._statuses[env_id].all_read(_STATUSES)
 
     def accepted(self, env_id: int | None, connection: Connection | None) -> None:
         """Its post is answered now."""

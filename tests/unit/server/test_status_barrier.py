@@ -71,6 +71,13 @@ async def test_nobody_waits_for_ever_for_a_client_that_keeps_its_connection(monk
     await barrier.before_status(0, None)
 
 
+async def test_a_flood_of_status_requests_that_nobody_reads_holds_no_post_back() -> None:
+    barrier = StatusBarrier()
+    for _ in range(3):
+        await barrier.before_status(0, Connection())
+    await barrier.before_accept(0)
+
+
 async def test_a_connection_that_is_lost_or_unknown_is_waited_for_by_nobody() -> None:
     barrier, lost = StatusBarrier(), Connection()
     lost.lost = True
