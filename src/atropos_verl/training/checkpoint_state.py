@@ -1,20 +1,5 @@
-"""Checkpoints of both backends: verl's files, our state beside them, and a manifest by which damage is found.
-
-::
-
-    run_dir/checkpoints/
-      latest_checkpointed_iteration.txt      the step of the newest one; written last
-      global_step_20/
-        actor/                               verl: model, optimizer, extra state of every rank; huggingface/
-        atropos.json                         ours: step, policy version, running statistics, totals, settings
-        manifest.json                        size and checksum of every file above, and the checkpoint's number in the
-                                             order in which they were written
-      unfinished/                            one that is being written, or left by a process that died meanwhile
-    run_dir/journal/                         batches, with their leases, that no checkpoint covers yet
-
-Order of the writes: the files, the manifest once they are on the disk, the directory's final name, the tracker file.
-Only then goes what the checkpoint replaces: older checkpoints here, batches in the journal.
-"""
+"""Checkpoints of both backends: verl's files, our state beside them, a manifest by which damage is found
+(docs/internals.md has the layout and the order of the writes)."""
 
 import errno
 import json
