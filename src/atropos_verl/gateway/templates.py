@@ -7,12 +7,14 @@ time and memory the kernel bounds: ``python -m atropos_verl.gateway.templates``,
 
 import ctypes
 import inspect
+import os
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import msgspec
@@ -27,6 +29,8 @@ _MEMORY_BYTES = 1 << 30
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 """Type of a content part → its field that holds the text."""
 _SHOWN = 300
+_SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+"""Names of environment variables that hold one."""
 
 
 class ChatTemplate:
@@ -160,6 +164,7 @@ def _texts(fields: Fields, index: int, parts: Iterable[Any]) -> Iterator[str]:
         yield text
 
 
+@cache
 def _reserved_names() -> set[str]:
     """Names that are no variables of a template, but parameters on the way to it."""
     from transformers import PreTrainedTokenizerBase
@@ -199,8 +204,10 @@ def _render_apart(template: str, messages: list[dict[str, Any]], options: dict[s
     """Render a template that is not trusted. Raises ``RuntimeError`` or ``TimeoutError`` with what went wrong."""
     command = [sys.executable, "-m", __name__]
     request = msgspec.json.encode({"template": template, "messages": messages, "options": options})
+    # Nothing of the run's secrets is in its environment.
+    env = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
     try:
-        done = subprocess.run(command, input=request, capture_output=True, timeout=_SECONDS, check=False)
+        done = subprocess.run(command, input=request, capture_output=True, timeout=_SECONDS, env=env, check=False)
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"it takes longer than {_SECONDS:g} s") from None
     if done.returncode != 0 or not done.stdout:
