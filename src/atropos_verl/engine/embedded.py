@@ -56,8 +56,8 @@ class TransformersEngine:
         model: a Hugging Face causal language model; the engine owns it from now on (eval mode, weights overwritten).
         tokenizer: decodes tokens to look for stop strings, and names the end-of-sequence id.
         gate: paused by the trainer around a weight sync; None: a gate of its own.
-        max_running: KV slots: sequences decoded together; out of memory lowers it. More sequences wait. The KV cache
-            grows with the longest sequence, at most to ``max_running * max_context_len`` positions.
+        max_running: KV slots: sequences decoded together (after a failure fewer, for a while). More sequences wait. The
+            KV cache grows with the longest sequence, at most to ``max_running * max_context_len`` positions.
         max_context_len: prompt plus completion in tokens; None: the model's ``max_position_embeddings``.
         dtype: cast the model to it; None: as it is.
         device: where the model runs.
