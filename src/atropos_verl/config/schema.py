@@ -276,7 +276,8 @@ class InferenceConfig(Section):
 class EnvConfig(Section):
     """The environment that is started when no atropos.api_url is given."""
 
-    script: str | None = Field(None, description="path of an Atropos environment; null: the demo environment")
+    script: str | None = Field(None, description="path of an Atropos environment; null and no module: the demo's")
+    module: str | None = Field(None, description="started with python -m instead of a script")
     python: str | None = Field(None, description="its interpreter; null: the one that runs the trainer")
     args: Words = Field((), description='further arguments, e.g. ["--env.some_key","3"]')
     env: Variables = Field(default_factory=dict, description="its environment variables")

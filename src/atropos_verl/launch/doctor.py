@@ -71,8 +71,8 @@ def run(options: argparse.Namespace) -> int:
 def _examine(config: RunConfig, launch: LaunchConfig, verl: Mapping[str, Any]) -> list[Finding]:
     """Runs every check that applies; the slow ones at the same time. ``verl``: its own settings, on Ray."""
     chosen, env = launch.chosen, config.env
-    if env.script is not None or env.python is not None:  # main_atropos.py's one environment
-        shared = {name: getattr(env, name) for name in ("script", "python", "args", "env", "cwd")}
+    if env.script is not None or env.module is not None or env.python is not None:  # main_atropos.py's one environment
+        shared = {name: getattr(env, name) for name in ("script", "module", "python", "args", "env", "cwd")}
         chosen = {"environment": EnvironmentConfig(**shared)}
     on_ray, trainer = launch.backend == "ray", _section(verl, "trainer")
     device = str(trainer.get("device") or "cuda") if on_ray else config.trainer.device

@@ -13,6 +13,7 @@ import ast
 import gc
 import json
 import os
+import re
 import sys
 import tempfile
 from collections import defaultdict
@@ -118,7 +119,7 @@ def environment_spec(
         "--env.tokenizer_name": tokenizer,
         "--env.use_wandb": "false",
         # Without a name /register-env is refused with 422; this one is how the API tells the processes apart.
-        _NAME_OPTION: Path(program[-1]).stem if of_training and evaluation is None else process,
+        _NAME_OPTION: _name_of(settings, program) if of_training and evaluation is None else process,
     }
     server = {
         "base_url": f"{config.gateway.advertise_url}/v1",
@@ -180,6 +181,10 @@ def program_of(name: str, settings: EnvironmentConfig) -> tuple[str, ...]:
     if settings.script is None:
         return (str(demo_env_script()),)
     return (str(find_script(settings.script, f"environments.{name}.script")),)
+
+
+def _name_of(settings: EnvironmentConfig, program: Sequence[str]) -> str:
+    return Path(program[-1]).stem if settings.module is None else settings.module.rpartition(".")[2]
 
 
 def demo_env_script() -> Path:
@@ -460,6 +465,10 @@ def notes_of(config: RunConfig, settings: EnvironmentConfig, program: Sequence[s
     source, notes = source_of(program, settings), []
     if source and b".cli(" not in source and b"env_manager" not in source:
         notes.append(f"{program[-1]} calls no .cli(): Atropos environments end with MyEnv.cli(), or start nothing")
+    if settings.module is None and re.search(rb"^from \.", source, re.MULTILINE):
+        notes.append(
+            f"{program[-1]} imports from its own package: start it as a module, with PYTHONPATH (module=a.b.c)"
+        )
     if settings.python is None and b"tokenize_for_trainer" in source and metadata.version("transformers") >= "5":
         notes.append("its tokenize_for_trainer needs transformers 4, and this interpreter has 5: set its python")
     url = option_value(settings.args, f"{_SERVER_PREFIX}base_url")

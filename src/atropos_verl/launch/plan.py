@@ -155,10 +155,13 @@ def make_plan(
 def one_environment(config: RunConfig) -> LaunchConfig:
     """The launch of ``main_atropos.py``: the environment of the section ``env``. Raises ``ConfigError``."""
     env = config.env
-    script = demo_env_script() if env.script is None else find_script(env.script, "env.script")
-    seed = ("--env.seed", str(config.seed)) if env.script is None else ()
-    shared = {name: getattr(env, name) for name in ("python", "env", "cwd", "startup_timeout")}
-    environment = EnvironmentConfig(script=str(script), args=(*seed, *env.args), **shared)
+    if env.script is not None and env.module is not None:
+        raise ConfigError(f"script ({env.script}) and module ({env.module}) exclude each other", "env.module")
+    own = env.script is None and env.module is None
+    script = demo_env_script() if own else None if env.script is None else find_script(env.script, "env.script")
+    seed = ("--env.seed", str(config.seed)) if own else ()
+    shared = {name: getattr(env, name) for name in ("module", "python", "env", "cwd", "startup_timeout")}
+    environment = EnvironmentConfig(script=script and str(script), args=(*seed, *env.args), **shared)
     # Upstream's API comes back knowing nobody, and this process cannot start its trainer anew.
     api = ApiProcessConfig(on_death="stop" if config.atropos.server == "upstream" else "restart")
     return LaunchConfig(environments={"environment": environment}, api=api)

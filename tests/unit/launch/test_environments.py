@@ -321,15 +321,16 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, text: str | None, m
 
 def test_what_will_not_work_is_said_before_it_starts(tmp_path: Path) -> None:
     path = tmp_path / "env.py"
-    path.write_text("from atroposlib.utils import tokenize_for_trainer\nclass MyEnv(BaseEnv): pass")
+    path.write_text("from atroposlib.utils import tokenize_for_trainer\nfrom .x import y\nclass MyEnv(BaseEnv): pass")
     settings = {"script": str(path), "args": ["--openai.base_url", "http://elsewhere/v1"]}
-    no_cli, newer, elsewhere = plan({"mine": settings})[1]
+    no_cli, relative, newer, elsewhere = plan({"mine": settings})[1]
+    assert relative.startswith(f"environments.mine: {path} imports from its own package: start it as a module")
     assert (
         no_cli
         == f"environments.mine: {path} calls no .cli(): Atropos environments end with MyEnv.cli(), or start nothing"
     )
     assert newer.startswith("environments.mine: its tokenize_for_trainer needs transformers 4")
-    assert len(plan({"mine": {**settings, "python": "python3"}})[1]) == 2, "its own interpreter may have that"
+    assert len(plan({"mine": {**settings, "python": "python3"}})[1]) == 3, "its own interpreter may have that"
     assert elsewhere.startswith("environments.mine: its arguments send it to http://elsewhere/v1, not to the gateway")
 
 
@@ -365,6 +366,16 @@ def test_the_one_environment_of_training_has_its_directory_and_variables(tmp_pat
     with pytest.raises(ConfigError, match=r"env\.cwd: /nowhere is not a directory"):
         wrong = RunConfig.from_mapping({"env": {"cwd": "/nowhere"}, "atropos": {"api_url": "http://a:8000"}})
         plan_environments(wrong, one_environment(wrong), own_api=True, of_training=True)
+
+
+def test_the_one_environment_of_training_may_be_a_module(tmp_path: Path) -> None:
+    config = RunConfig.from_mapping({"env": {"module": "envs.math.server"}, "atropos": {"api_url": "http://a:8000"}})
+    (spec,) = plan_environments(config, one_environment(config), own_api=True, of_training=True)[0]
+    assert spec.command[1:4] == ("-m", "envs.math.server", "serve")
+    assert spec.registers_as == "server"
+    both = RunConfig.from_mapping({"env": {"module": "a.b", "script": "x.py"}})
+    with pytest.raises(ConfigError, match=r"env\.module: script \(x\.py\) and module \(a\.b\) exclude each other"):
+        one_environment(both)
 
 
 def test_a_tokenizer_of_transformers_5_is_made_one_that_transformers_4_loads(tmp_path: Path) -> None:
