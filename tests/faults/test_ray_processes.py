@@ -85,6 +85,29 @@ def test_nothing_of_ray_is_left_after_a_kill(owner: subprocess.Popen[str], tmp_p
         assert owner.stdout.readline() == "noticed\n"
 
 
+_ALONE = """
+import os, runpy, sys
+from atropos_verl.launch.orphan_reaper import TOKEN_VARIABLE
+from atropos_verl.launch.process import ended_with_this_process
+
+with ended_with_this_process():
+    print(os.environ[TOKEN_VARIABLE], flush=True)
+    runpy.run_path(sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_nothing_of_ray_is_left_of_a_killed_command_that_nobody_watches(tmp_path: Path) -> None:
+    (tmp_path / "driver.py").write_text(_DRIVER)
+    command = [sys.executable, "-c", _ALONE, str(tmp_path / "driver.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        token, ready = process.stdout.readline().strip(), process.stdout.readline()
+        assert ready == "READY\n" and "raylet" in "\n".join(names(token))
+        process.kill()
+    eventually(lambda: names(token) == [], "the end of every process of Ray", 60.0)
+
+
 STEPS = 8
 WORDS = (
     "backend=ray",

@@ -1,5 +1,6 @@
 """Runs one child process with its descendants: a log, its exit status, an end that leaves nothing behind."""
 
+import contextlib
 import logging
 import os
 import re
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -257,6 +258,22 @@ class ManagedProcess:
             self._reaper.kill()
             self._reaper.wait(timeout=_KILL_SECONDS)
         self._reaper = None
+
+
+@contextlib.contextmanager
+def ended_with_this_process() -> Iterator[None]:
+    """What the block starts by other means than ``ManagedProcess`` (Ray) is ended when this process is killed."""
+    if orphan_reaper.TOKEN_VARIABLE in os.environ:  # somebody does that for this process and all that it starts
+        yield
+        return
+    guard = ManagedProcess(ServiceSpec(name="what this process started", command=(), cwd=Path(), log_path=Path()))
+    guard._start_reaper()
+    os.environ[orphan_reaper.TOKEN_VARIABLE] = guard._token
+    try:
+        yield
+    finally:
+        del os.environ[orphan_reaper.TOKEN_VARIABLE]
+        guard._release_reaper()
 
 
 def stop_all(processes: Sequence[ManagedProcess], grace: float = GRACE_SECONDS) -> None:

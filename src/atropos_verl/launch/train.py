@@ -35,6 +35,7 @@ from atropos_verl.launch.evaluation import EvaluationProcesses, PlannedEvaluatio
 from atropos_verl.launch.orphan_reaper import TOKEN_VARIABLE
 from atropos_verl.launch.plan import LaunchPlan, make_plan, one_environment, take_run_dir, url_of
 from atropos_verl.launch.probes import free_port
+from atropos_verl.launch.process import ended_with_this_process
 from atropos_verl.launch.supervisor import Supervisor
 from atropos_verl.storage import write_atomic
 from atropos_verl.training.checkpoint_state import find_checkpoint, saved_step
@@ -348,6 +349,7 @@ def _train_on_ray(run: RayRun) -> int:
         if not run.run.is_attached:
             services.start_environment()
         stack.enter_context(services.explained())
+        stack.enter_context(ended_with_this_process())
         outcome, held_out = run_on_ray(
             run, progress=progress, evaluations=services.evaluations, check_services=services.check
         )
