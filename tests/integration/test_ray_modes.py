@@ -61,7 +61,8 @@ def test_replicas_die_and_the_run_does_not(tmp_path: Path, mode: str, deaths: in
     assert [line["step"] for line in metrics] == list(range(1, steps + 1))
     assert metrics[-1]["sync/replicas_replaced"] == deaths
     assert all(line["sync/canary_max_abs_logprob_diff"] < 1e-3 for line in metrics)
-    fresh = [line for line in metrics if not line["off_policy/staleness_max"]]
+    # In the other modes a batch waits for steps in which the weights change.
+    fresh = [line for line in metrics if mode == "sync" and not line["off_policy/staleness_max"]]
     assert all(line["training/rollout_probs_diff_mean"] <= 1e-3 for line in fresh)
     assert all(line["data/unmatched_span_rate"] == 0.0 for line in metrics)
 
