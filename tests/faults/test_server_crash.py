@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from support.serving import eventually
 from support.trajectory_server import ServerProcess, group, registration
 
 from atropos_verl.server.settings import ServerSettings
@@ -53,6 +54,9 @@ class Load:
             else:
                 assert answer.status_code < 500, answer.text
                 return answer
+
+    def answers(self) -> int:
+        return sum(map(len, self.accepted)) + len(self.acked)
 
     def environment(self, number: int) -> None:
         rng = random.Random(number)
@@ -114,7 +118,9 @@ def test_kill_9_loses_nothing_and_acks_nothing_twice(tmp_path: Path) -> None:
         threads = [load.run(load.environment, number) for number in range(ENVIRONMENTS)]
         threads.append(load.run(load.trainer))
         for _ in range(ROUNDS):
-            time.sleep(0.05 + rng.random() * 0.3)
+            before = load.answers()
+            eventually(lambda: load.answers() > before + 2 or bool(load.failures), "answers", WAIT)  # noqa: B023
+            time.sleep(rng.random() * 0.3)
             server.kill()
             server.start()
             assert not load.failures, load.failures
