@@ -17,6 +17,8 @@ from atropos_verl.errors import ConfigError
 
 SHIPPED = Path(__file__).parent / "shipped"
 """The YAML files that come with the package: the default of ``--config-dir``."""
+KEY_FILE = "gateway.key"
+"""Below the run directory: the gateway's key for environments that are started elsewhere."""
 _OPEN_SECTIONS = ("atropos.headers", "model.override_config", "env.env")
 """Keys whose value is a dictionary with keys of the user's own."""
 
@@ -44,12 +46,24 @@ def load_launch(
     values = apply_environment(values, command_line_keys=set(map(key_of, overrides)))
     gateway = dict(values.get("gateway") or {})
     if launch.starts("trainer") and not gateway.get("api_key"):
-        # Hex: one base64 key in 64 begins with "-", which an environment takes for an option and exits.
-        values["gateway"] = {**gateway, "api_key": secrets.token_hex(24)}
+        values["gateway"] = {**gateway, "api_key": gateway_key(values.get("run_dir"), launch.starts("environments"))}
     config = RunConfig.from_mapping(values)
     ranks = ("trainer_process.nproc", launch.trainer_process.nproc, "batch_size", config.batch_size)
     check_bounds([*bounds_of(config), (*ranks, "a rank would have nothing to train")])
     return config, launch
+
+
+def gateway_key(run_dir: str | Path | None, starts_environments: bool) -> str:
+    """A key for the gateway of a run that was given none.
+
+    Environments that run elsewhere have it from ``KEY_FILE`` of the run directory, and may outlive the trainer: it
+    stays the same.
+    """
+    file = None if run_dir is None or starts_environments else Path(run_dir).expanduser() / KEY_FILE
+    if file is not None and file.is_file():
+        return file.read_text().strip()
+    # Hex: one base64 key in 64 begins with "-", which an environment takes for an option and exits.
+    return secrets.token_hex(24)
 
 
 def key_of(word: str) -> str:

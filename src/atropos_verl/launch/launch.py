@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atropos_verl.config.composition import SHIPPED, load_launch
+from atropos_verl.config.composition import SHIPPED, gateway_key, load_launch
 from atropos_verl.config.launch_schema import LaunchConfig, describe_launch
 from atropos_verl.config.model_checks import check_vocabulary
 from atropos_verl.config.schema import RunConfig, help_rows
@@ -196,7 +196,8 @@ def load_ray_launch(words: Sequence[str], config_dir: Path, config_name: str | N
         raise ConfigError("Ray places the workers: trainer.n_gpus_per_node, trainer.nnodes", "trainer_process.nproc")
     if launch.starts("trainer") and not composed.atropos.gateway.get("api_key"):
         with open_dict(composed):
-            composed.atropos.gateway.api_key = secrets.token_hex(24)
+            key = gateway_key(composed.run_dir, launch.starts("environments"))
+            composed.atropos.gateway.api_key = key
     return RayLaunch(read_run(composed).run, launch, verl, config_dir, name, own)
 
 

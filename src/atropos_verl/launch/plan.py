@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atropos_verl.config.composition import KEY_FILE
 from atropos_verl.config.launch_schema import ApiProcessConfig, EnvironmentConfig, LaunchConfig, check_keys
 from atropos_verl.config.schema import EnvConfig, EvalConfig, RunConfig
 from atropos_verl.errors import ConfigError, StorageInUseError
@@ -280,6 +281,8 @@ def prepare_run_dir(plan: LaunchPlan) -> None:
         write_atomic(run_dir / "plan.json", json.dumps(plan.describe(), indent=1) + "\n", private=True)
         if plan.launch.backend == "local":
             write_atomic(run_dir / _TRAINER_SETTINGS, trainer_settings_text(plan.config), private=True)
+        if plan.launch.starts("trainer") and not plan.launch.starts("environments"):
+            write_atomic(run_dir / KEY_FILE, f"{plan.config.gateway.api_key}\n", private=True)
         write_tokenizer(plan.config)
         if plan.evaluations:
             write_atomic(run_dir / _EVALUATIONS, EVALUATIONS.dump_json(plan.evaluations, indent=1), private=True)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from atropos_verl.config.composition import load_config, train_help
+from atropos_verl.config.composition import KEY_FILE, gateway_key, load_config, train_help
 from atropos_verl.config.launch_schema import LaunchConfig, note_of_unused_keys
 from atropos_verl.config.model_checks import check_vocabulary
 from atropos_verl.config.schema import RunConfig
@@ -141,12 +141,9 @@ class TrainingServices:
 
     def __init__(self, config: RunConfig, gateway_port: int, *, is_resumed: bool = False, prefix: str = "") -> None:
         self.run_dir = config.resolve_run_dir()
-        self._key_file = self.run_dir / "gateway.key"
         self._makes_key = not config.gateway.api_key
         if self._makes_key:
-            # Environments that run elsewhere may outlive a trainer: they know the key of before.
-            is_known = config.is_attached and self._key_file.is_file()
-            key = self._key_file.read_text().strip() if is_known else secrets.token_hex(24)
+            key = gateway_key(self.run_dir, starts_environments=not config.is_attached)
             config = config.with_values(gateway={"api_key": key})
         self.config = config
         self.evaluations: EvaluationProcesses | None = None
@@ -208,8 +205,9 @@ class TrainingServices:
         if settings.commands_file is not None:
             self._plan_evaluations(read_evaluations(Path(settings.commands_file)))
         if self._makes_key:
-            write_atomic(self._key_file, f"{self.config.gateway.api_key}\n", private=True)
-            progress.note(f"environments are to send the gateway's key, in {self._key_file} (or set gateway.api_key)")
+            file = self.run_dir / KEY_FILE
+            write_atomic(file, f"{self.config.gateway.api_key}\n", private=True)
+            progress.note(f"environments are to send the gateway's key, in {file} (or set gateway.api_key)")
         if note := note_of_unused_keys(self.config, self._prefix):
             progress.note(note)
         self._evaluate_before()

@@ -17,7 +17,7 @@ from atropos_verl.config.verl_keys import compose_run, read_run
 from atropos_verl.errors import ConfigError
 from atropos_verl.http_thread import environment_token
 from atropos_verl.launch.launch import backend_of, build_plan, is_launch_key, load_ray_launch, main
-from atropos_verl.launch.plan import LaunchPlan, trainer_settings_text
+from atropos_verl.launch.plan import LaunchPlan, prepare_run_dir, trainer_settings_text
 from atropos_verl.launch.process import ServiceSpec
 
 PLANNED = {
@@ -208,6 +208,16 @@ def test_the_gateway_key_comes_from_the_process_environment(monkeypatch: pytest.
     monkeypatch.setenv("ATROPOS_GATEWAY_KEY", "from-the-environment")
     assert load_launch([], config_name="local_demo")[0].gateway.api_key == "from-the-environment"
     assert load_launch(["gateway.api_key=word"], config_name="local_demo")[0].gateway.api_key == "word"
+
+
+def test_the_gateway_key_of_environments_elsewhere_is_in_a_private_file_and_stays(tmp_path: Path) -> None:
+    words = ["only=[trainer]", "atropos.api_url=http://a:8000", f"run_dir={tmp_path}"]
+    plan = plan_of(*words)
+    prepare_run_dir(plan)
+    file = tmp_path / "gateway.key"
+    assert file.read_text().strip() == plan.config.gateway.api_key and file.stat().st_mode & 0o777 == 0o600
+    assert plan_of(*words).config.gateway.api_key == plan.config.gateway.api_key
+    assert plan_of(f"run_dir={tmp_path}").config.gateway.api_key != plan.config.gateway.api_key
 
 
 @pytest.mark.parametrize("word", ["only=[api]", "api.host=0.0.0.0 api.args=[--insecure]", "atropos.server=upstream"])
