@@ -6,8 +6,11 @@ a wrong type, which Python's reader takes apart, for many seconds. A thread woul
 
 import asyncio
 import json
-import multiprocessing
+import os
 import signal
+import socket
+import subprocess
+import sys
 from dataclasses import dataclass
 from multiprocessing.connection import Connection as Pipe
 from typing import Any
@@ -74,6 +77,7 @@ class BodyChecker:
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
         self._pipe: Pipe | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     async def check(self, body: bytes, is_list: bool, rules: Rules) -> list[ExaminedGroup]:
         """Raises ``Refusal``; ``BodyError`` 503 when the process was killed."""
@@ -86,22 +90,20 @@ class BodyChecker:
             return await asyncio.to_thread(self._ask, body, is_list, rules)
 
     def close(self) -> None:
-        """End the process, which reads the end of the pipe."""
-        if self._pipe is not None:
+        """End the process. One whose server is gone reads the end of the pipe."""
+        if self.process is not None and self._pipe is not None:
             self._pipe.close()
             self._pipe = None
+            self.process.kill()
+            self.process.wait()
 
     def _ask(self, body: bytes, is_list: bool, rules: Rules) -> list[ExaminedGroup]:
         for _ in range(_TRIES):
             try:
-                if self._pipe is None:
-                    context = multiprocessing.get_context("spawn")
-                    self._pipe, theirs = context.Pipe()
-                    context.Process(target=_work, args=(theirs,), name="body-checker", daemon=True).start()
-                    theirs.close()
-                self._pipe.send((is_list, rules))
-                self._pipe.send_bytes(body)
-                found = self._pipe.recv()
+                pipe = self._pipe or self._started()
+                pipe.send((is_list, rules))
+                pipe.send_bytes(body)
+                found = pipe.recv()
             except (EOFError, OSError):
                 self.close()
                 continue
@@ -112,9 +114,23 @@ class BodyChecker:
         text = "the process that checks large bodies was killed (is memory short?); send the group again"
         raise BodyError(503, "checker", text)
 
+    def _started(self) -> Pipe:
+        # Not by multiprocessing, which runs the main module of the program again.
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = f"from {__name__} import work; work({theirs.fileno()})"
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            words = [sys.executable, "-P", "-c", command]
+            self.process = subprocess.Popen(
+                words, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+            )
+        self._pipe = Pipe(ours.detach())
+        return self._pipe
 
-def _work(pipe: Pipe) -> None:
+
+def work(descriptor: int) -> None:
     """Answers until the server has closed its end, or is gone."""
+    pipe = Pipe(descriptor)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
         try:

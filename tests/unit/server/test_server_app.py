@@ -5,7 +5,6 @@ import gzip
 import importlib.util
 import json
 import logging
-import multiprocessing
 import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -644,10 +643,9 @@ async def test_a_checker_that_was_killed_is_started_again_and_one_that_dies_of_e
     app = TrajectoryApi(ServerSettings())
     async with client_of(app) as api:
         assert (await api.post("/scored_data", json=group(1))).status_code == 200
-        for process in multiprocessing.active_children():
-            if process.name == "body-checker":
-                process.kill()
-                process.join()
+        assert app.checker.process is not None
+        app.checker.process.kill()
+        app.checker.process.wait()
         assert (await api.post("/scored_data", json=group(2))).status_code == 200
         monkeypatch.setattr(body_checker, "_TRIES", 0)
         answer = await api.post("/scored_data", json=group(3))
