@@ -287,10 +287,12 @@ class Store:
             group.raw = raw
             self.groups[group.seq] = self.latest = group
             self._count_held(group, 1)
-        for seq in lost:
+        for seq, group in lost.items():
             logger.error("group %d is lost: its body is damaged or missing", seq)
-            for table in ("groups", "bodies"):
-                self._save(table, seq, None)
+            mark = f"{group.env_id} {group.digest.hex()}"
+            self.recent.pop(mark, None)  # it may be sent again
+            for table, key in (("groups", seq), ("bodies", seq), ("recent", mark)):
+                self._save(table, key, None)
         for _, (_, batch, out) in batches:
             batch.seqs = [seq for seq in batch.seqs if seq in self.groups]
             if out:

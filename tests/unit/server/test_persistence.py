@@ -146,8 +146,10 @@ def test_what_was_acked_leaves_the_disk_and_a_group_that_waits_stays(tmp_path: P
 
 def test_a_damaged_group_is_named_and_the_others_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = started(tmp_path)
+    store.next_batch(60.0)
+    store.register_env(EnvRegistration(max_token_length=64, group_size=4))
     for number in range(5):
-        post(store, number)
+        post(store, number, env_id=0)
     batch = take(store, 1e6)
     assert batch.seqs == [0, 1]
     store.close()
@@ -158,6 +160,7 @@ def test_a_damaged_group_is_named_and_the_others_go_on(tmp_path: Path, caplog: p
     assert sorted(store.groups) == [1, 2, 3, 4] and store.outstanding[batch.lease_id].seqs == [1]
     assert store.ack(batch.lease_id) == "acked"
     assert store.held_bytes == sum(len(group.raw) for group in store.groups.values())
+    assert [post(store, number, env_id=0)["duplicates"] for number in (0, 4)] == [0, 1]  # the lost one may come again
     store.close()
     caplog.clear()
     opened(tmp_path).close()
