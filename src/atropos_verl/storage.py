@@ -471,11 +471,18 @@ class RecordStore:
                     group.append(job)
                     job = self._jobs.get_nowait()
                 closing = True
-            self._process(group)
-            if self._unmoved_bytes > (_CHECKPOINT_BYTES if group else _IDLE_CHECKPOINT_BYTES):
-                self._move_wals()
-            if self._bodies is not None and not group:
-                self._bodies.shrink()
+            try:
+                self._process(group)
+                if self._unmoved_bytes > (_CHECKPOINT_BYTES if group else _IDLE_CHECKPOINT_BYTES):
+                    self._move_wals()
+                if self._bodies is not None and not group:
+                    self._bodies.shrink()
+            except Exception as error:  # a thread that ends would leave every later caller waiting
+                logger.exception("%s: its writer failed", self.path)
+                self._sync_failure = f"{self.path}: its writer failed ({error!r}); nothing is stored until a restart"
+                for _, done in group:
+                    if not done.done():
+                        done.set_exception(StorageWriteError(self._sync_failure))
 
     def _process(self, group: list[_Job]) -> None:
         together = [change for changes, _ in group for change in changes or ()]

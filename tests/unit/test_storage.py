@@ -456,6 +456,24 @@ def test_a_change_that_cannot_be_stored_fails_alone(tmp_path: Path) -> None:
     store.close()
 
 
+@pytest.mark.parametrize("failing", ["_commit", "_move_wals"])
+def test_a_writer_that_fails_as_none_should_refuses_and_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("atropos_verl.storage._CHECKPOINT_BYTES", 0)
+    store = opened(tmp_path)
+    monkeypatch.setattr(store, failing, fail)
+    first = store.write([("bodies", 1, b"1")])
+    assert isinstance(first.exception(20.0), StorageWriteError if failing == "_commit" else type(None))
+    eventually(lambda: store._sync_failure is not None, "the failure to be noted")
+    refused = store.write([("bodies", 2, b"2")]).exception(20.0)
+    assert isinstance(refused, StorageWriteError) and "its writer failed (MemoryError('no room'))" in str(refused)
+    store.close()
+
+
 def test_the_wal_is_moved_into_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("atropos_verl.storage._CHECKPOINT_BYTES", 100_000)
     store = opened(tmp_path)
