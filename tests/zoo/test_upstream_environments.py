@@ -9,6 +9,7 @@ Opt-in, since nothing of theirs is here::
 """
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,13 @@ REFUSED = {
 
 
 def started(name: str, tmp_path: Path, args: str) -> TrainingRun:
+    """Those that import from their own package are started as modules."""
     script = Path(str(CHECKOUT), "environments", name)
-    words = [*WORDS, f"env.script={script}", f"env.python={PYTHON}", f"env.cwd={script.parent}", f"env.args=[{args}]"]
+    relative = re.search(r"^from \.", script.read_text(), re.MULTILINE)
+    module = ".".join(Path("environments", name).with_suffix("").parts)
+    words = [*WORDS, f"env.module={module}" if relative else f"env.script={script}"]
+    words += [f"env.python={PYTHON}", f"env.cwd={script.parent}", f"env.args=[{args}]"]
+    words.append(f"env.env.PYTHONPATH={CHECKOUT}")
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled"}
     return TrainingRun(words, run_dir=tmp_path / "run", env=offline)
 
