@@ -364,6 +364,9 @@ class AttemptClient(LLMServerClient):  # type: ignore[misc]
             try:
                 acquired = await self._acquire_server(request_id, prompt_ids=prompt_ids, sampling_params=params)
                 return tuple(acquired)
+            except RayActorError as error:  # the trainer, which looks for it then, ends with it
+                self.lost.set()
+                raise EngineStoppedError(f"verl's load balancer is gone: {error}") from error
             except RuntimeError as error:  # RayTaskError is one too
                 if _NO_SERVER not in str(error):
                     raise

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 from support.tiny_model import build_tiny_tokenizer
 from verl.workers.rollout.replica import TokenOutput
 
-from atropos_verl.backends.ray.gateway import ReplicaEngine
+from atropos_verl.backends.ray.gateway import AttemptClient, ReplicaEngine
 from atropos_verl.engine.protocol import GenerationEngine
 from atropos_verl.engine.requests import EngineLimits
 from atropos_verl.errors import EngineError, EngineStoppedError, GenerationRequestError
@@ -158,6 +159,17 @@ async def test_a_request_outlasts_replicas_that_fail_or_die_and_goes_on_from_its
     answer = await _one(_engine(replica))
     assert answer.token_ids == (5, 6, 7, _EOS)
     assert [call["prompt_ids"] for call in replica.calls] == [[1, 2, 3], *[[1, 2, 3, 5, 6]] * 8]
+
+
+async def test_a_dead_load_balancer_is_told_to_the_trainer_and_the_request_refused() -> None:
+    async def gone(*_: Any, **__: Any) -> Any:
+        raise RayActorError
+
+    client = AttemptClient(config=None, load_balancer_handle=None)
+    client._acquire_server = gone
+    with pytest.raises(EngineStoppedError, match="load balancer is gone"):
+        await client.generate("a", prompt_ids=[1], sampling_params={})
+    assert client.lost.is_set()
 
 
 async def test_n_completions_are_separate_requests_with_random_streams_of_their_own() -> None:
