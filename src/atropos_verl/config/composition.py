@@ -6,7 +6,7 @@ Precedence, weakest first: schema defaults, the YAML file, environment variables
 import difflib
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from atropos_verl.config.launch_schema import MOVED, LaunchConfig, describe_launch
 from atropos_verl.config.schema import RunConfig, apply_environment, bounds_of, check_bounds, describe, help_rows
 from atropos_verl.errors import ConfigError
+from atropos_verl.http_thread import is_loopback
 
 SHIPPED = Path(__file__).parent / "shipped"
 """The YAML files that come with the package: the default of ``--config-dir``."""
@@ -29,7 +30,9 @@ def load_config(overrides: Sequence[str], config_dir: Path | None = None, config
     Without ``config_dir`` the YAML files are those of the package; without ``config_name`` the schema's defaults hold.
     """
     values = _compose(overrides, config_dir, config_name or "atropos_schema")
-    config = RunConfig.from_mapping(apply_environment(values, command_line_keys=set(map(key_of, overrides))))
+    values = apply_environment(values, command_line_keys=set(map(key_of, overrides)))
+    values["gateway"] = with_key_for_network(values.get("gateway"), values.get("run_dir"), values["atropos"])
+    config = RunConfig.from_mapping(values)
     check_bounds(bounds_of(config))
     return config
 
@@ -64,6 +67,16 @@ def gateway_key(run_dir: str | Path | None, starts_environments: bool) -> str:
         return file.read_text().strip()
     # Hex: one base64 key in 64 begins with "-", which an environment takes for an option and exits.
     return secrets.token_hex(24)
+
+
+def with_key_for_network(
+    gateway: Mapping[str, Any] | None, run_dir: str | Path | None, atropos: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The section ``gateway``, with a key where other machines reach it. (On the loopback it is made later.)"""
+    gateway = dict(gateway or {})
+    if not gateway.get("api_key") and not is_loopback(str(gateway.get("host") or "127.0.0.1")):
+        gateway["api_key"] = gateway_key(run_dir, starts_environments=not atropos.get("api_url"))
+    return gateway
 
 
 def key_of(word: str) -> str:

@@ -20,6 +20,7 @@ from atropos_verl.config.composition import (
     composition_errors,
     did_you_mean,
     key_of,
+    with_key_for_network,
 )
 from atropos_verl.config.schema import (
     NO_MICRO_BATCH,
@@ -112,6 +113,10 @@ def compose_run(overrides: Sequence[str], config_dir: Path | None = None, config
             from atropos_verl.assets import demo_model_path
 
             model.path = str(demo_model_path())
+    if "trainer" in (config.get("only") or ["trainer"]):
+        with open_dict(config):
+            block = config.atropos
+            block.gateway = with_key_for_network(block.get("gateway"), config.run_dir, block)
     OmegaConf.to_container(config, resolve=True)  # here, where an error names the key, and not when it is read
     return config
 

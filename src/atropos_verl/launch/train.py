@@ -141,8 +141,7 @@ class TrainingServices:
 
     def __init__(self, config: RunConfig, gateway_port: int, *, is_resumed: bool = False, prefix: str = "") -> None:
         self.run_dir = config.resolve_run_dir()
-        self._makes_key = not config.gateway.api_key
-        if self._makes_key:
+        if not config.gateway.api_key:
             key = gateway_key(self.run_dir, starts_environments=not config.is_attached)
             config = config.with_values(gateway={"api_key": key})
         self.config = config
@@ -204,7 +203,7 @@ class TrainingServices:
             client.check()
         if settings.commands_file is not None:
             self._plan_evaluations(read_evaluations(Path(settings.commands_file)))
-        if self._makes_key:
+        if self._plan is not None:  # else a launch has handed the key over
             file = self.run_dir / KEY_FILE
             write_atomic(file, f"{self.config.gateway.api_key}\n", private=True)
             progress.note(f"environments are to send the gateway's key, in {file} (or set gateway.api_key)")

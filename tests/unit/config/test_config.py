@@ -7,6 +7,7 @@ import pytest
 
 from atropos_verl.config.composition import SHIPPED, load_config, load_launch
 from atropos_verl.config.schema import RunConfig, apply_environment, describe
+from atropos_verl.config.verl_keys import compose_run, read_run
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.train import main
 
@@ -205,6 +206,17 @@ def test_files_that_cannot_be_composed_name_the_key(
     assert main(words) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("CONFIGURATION ERROR: ") and message in shown
+
+
+def test_a_gateway_for_the_network_gets_a_key_which_environments_elsewhere_keep(tmp_path: Path) -> None:
+    words = ["gateway.host=0.0.0.0", f"run_dir={tmp_path}"]
+    first = load_config(words, None, "atropos").gateway.api_key
+    assert first is not None and len(first) == 48
+    (tmp_path / "gateway.key").write_text(f"{first}\n")
+    assert load_config(words, None, "atropos").gateway.api_key != first
+    assert load_config([*words, "atropos.api_url=http://a:1"], None, "atropos").gateway.api_key == first
+    ray = compose_run([f"atropos.{words[0]}", words[1], "atropos.api_url=http://a:1"])
+    assert read_run(ray).run.gateway.api_key == first
 
 
 def test_command_line_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
