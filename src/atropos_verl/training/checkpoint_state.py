@@ -106,6 +106,7 @@ def new_checkpoint(root: Path, step: int, keep: int | None, *, in_place: bool = 
         if not in_place:
             if final.exists():  # the run was rolled back to a step before it
                 replaced.parent.mkdir()
+                sync_to_disk(unfinished, root)  # or a power cut could leave neither name of it
                 final.rename(replaced)
             place.rename(final)
         sync_to_disk(root, root.parent)
