@@ -114,9 +114,11 @@ def locked(path: Path, holder: str) -> Iterator[None]:
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             other = os.read(lock, 200).decode(errors="replace").strip() or "another process"
             raise StorageInUseError(f"{path.parent} is in use by {other}; end it, or choose another one") from error
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): nothing keeps a second process out", path, error.strerror)
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"{holder}, pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         try:

@@ -1,5 +1,6 @@
 """What is checked before a run writes anything: who holds its directory, and whether its trackers can start."""
 
+import errno
 import os
 import re
 import socket
@@ -41,6 +42,17 @@ def test_a_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
         with locked(path, "me"):
             assert path.read_text().startswith("me, pid ")
         assert path.read_text() == ""
+
+
+def test_a_file_system_without_locks_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with locked(tmp_path / "lock", "me"):
+        assert "lock cannot be locked (No locks available): nothing keeps a second process out" in caplog.text
 
 
 def test_a_run_and_a_launch_keep_each_other_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
