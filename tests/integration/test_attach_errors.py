@@ -58,7 +58,7 @@ def test_a_broken_api_is_one_message_and_exit_code_1(
 CONFIGURATION_ERRORS = {
     "unknown key": (["optim.lrr=3"], "optim.lrr: unknown key; did you mean optim.lr? (--help lists all keys)"),
     "no model there": (["model.path=/nowhere"], "model.path: /nowhere is not a Hugging Face model directory"),
-    "no environment there": (["env.script=/nowhere.py"], "env.script: /nowhere.py does not exist"),
+    "no environment there": (["env.script=/nowhere.py"], "env.script: there is no /nowhere.py"),
     "no such checkpoint": (["resume=/nowhere"], "resume: /nowhere is not a checkpoint of this project"),
     "no such module": (["data.filter_path=nowhere:keep"], "data.filter_path: cannot import nowhere"),
     "no directory": (["run_dir=/dev/null/run"], "run_dir: cannot write to /dev/null/run: Not a directory"),

@@ -227,10 +227,11 @@ def find_checkpoint(root: Path, resume: str, tell: Callable[[str], None] = logge
     try:
         named = int(tracker.read_bytes())
         found.setdefault(named, None)
-    except FileNotFoundError:
+    except OSError as error:
         if not found:
             return None
-        named, problem = -1, f"{tracker} is missing"
+        why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        named, problem = -1, f"{tracker} {why}"
     except ValueError:
         named, problem = -1, f"{tracker} is damaged: it holds no step"
     # One whose manifest cannot be read may be the newest. One of a later step than a damaged one is not before it: the
