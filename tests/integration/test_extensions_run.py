@@ -90,7 +90,7 @@ def test_rl_training_step_asks_the_function_once_for_each_completion(model_path:
             AtroposTrainer.from_config(config, reward_fn=numbered)
         own = {key: value for key, value in config.items() if key != "reward"}
         for wrong in (lambda prompts, completions: None, lambda prompts, completions: ["good"] * len(completions)):
-            said = r"reward_fn .*<lambda> returned (None|\['good', .*), not a list of numbers"
+            said = r"reward_fn: .*<lambda> returned (NoneType None, not a list of 4 scores|str 'good' as score 0)"
             with AtroposTrainer.from_config(own, reward_fn=wrong) as trainer, pytest.raises(ConfigError, match=said):
                 trainer.rl_training_step(["ab"])
         with AtroposTrainer.from_config(config) as trainer:
