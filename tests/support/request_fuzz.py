@@ -76,6 +76,7 @@ class RequestFuzzer:
     def __init__(self, seed: int, routes: Sequence[FuzzedRoute]) -> None:
         self._rng = random.Random(seed)
         self._routes = routes
+        self._most = 1000
 
     def __iter__(self) -> Iterator[FuzzedRequest]:
         while True:
@@ -83,7 +84,7 @@ class RequestFuzzer:
 
     def request(self) -> FuzzedRequest:
         rng = self._rng
-        route = rng.choice(self._routes)
+        route, self._most = rng.choice(self._routes), 1000
         method, path, headers = route.method, route.path, {"host": "localhost", **route.headers}
         value = json.loads(json.dumps(rng.choice(route.bodies))) if route.bodies else None
         if value is not None:
@@ -128,7 +129,9 @@ class RequestFuzzer:
                 case 1:
                     target[rng.choice([*_TEXTS[:6], "self", "__class__", "unknown"])] = self._value()
                 case 2 if isinstance(target, list):
-                    target.extend(deepcopy(target[:1]) * rng.choice([1, 10, 1000]))
+                    times = rng.choice([1, 5, self._most])
+                    self._most = min(self._most, 1000 // times)  # a list inside lists grows with all of them
+                    target.extend(deepcopy(target[:1]) * times)
                 case 3:
                     for _ in range(rng.choice([1, 60, 70, 150])):
                         target[key] = [target[key]]
