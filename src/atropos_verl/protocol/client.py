@@ -352,7 +352,8 @@ class AtroposClient:
     def _fetch(
         self, seconds: float, should_stop: Callable[[], None] | None = None, wait: float = 0.0
     ) -> FetchedBatch | None:
-        waiting = {"X-Atropos-Wait": f"{wait:.3f}"} if wait > 0 else {}
+        # Less would be sent as 0, which the API refuses.
+        waiting = {"X-Atropos-Wait": f"{wait:.3f}"} if wait >= 0.001 else {}
         call = self._call("GET", "/batch", headers={**self._batch_headers, **waiting})
         body, headers = self._send(call, repeatable=self.leased, seconds=seconds, should_stop=should_stop)
         lease_id = None if self.lease_seconds is None else headers.get(_LEASE_ID)
@@ -450,7 +451,13 @@ def _check_url(api_url: str) -> str:
         httpx.URL(api_url)
         valid = parts.scheme in ("http", "https") and host != "" and parts.port != 0 and not re.search(r"\s", api_url)
     except (ValueError, TypeError, AttributeError, httpx.InvalidURL) as error:
-        raise ConfigError(f"{_without_password(str(api_url))!r} is not a URL: {error}", key) from None
+        # The error may quote a piece of the password.
+        why = (
+            "check its port, and write /, ?, # and @ of a password as %2F, %3F, %23 and %40"
+            if "@" in str(api_url)
+            else error
+        )
+        raise ConfigError(f"{_without_password(str(api_url))!r} is not a URL: {why}", key) from None
     if not valid:
         raise ConfigError(f"{_without_password(api_url)!r} is not an http:// or https:// URL with a host", key)
     if parts.query or parts.fragment:
@@ -459,8 +466,8 @@ def _check_url(api_url: str) -> str:
 
 
 def _without_password(api_url: str) -> str:
-    """The URL as it may be shown: user and password left out."""
-    return re.sub(r"//[^/@]*@", "//***@", api_url)
+    """The URL as it may be shown: user and password left out, also of one that holds a ``/`` or ``@`` of its own."""
+    return re.sub(r"(?s)//.*@", "//***@", api_url)
 
 
 def _check_headers(token: str | None, headers: Mapping[str, str] | None, api_url: str) -> dict[str, str]:

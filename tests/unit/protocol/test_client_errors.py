@@ -258,6 +258,24 @@ def test_a_secret_is_never_shown() -> None:
     with pytest.raises(ConfigError) as caught:
         AtroposClient("http://user:hush@host:99999")
     assert "hush" not in str(caught.value)
+    assert AtroposClient("http://user:h@ush@host:9001").api_url == "http://***@host:9001"
+    with pytest.raises(ConfigError, match=r"\*\*\*@host.*%2F") as caught:
+        AtroposClient("http://user:hush/cd@host")
+    assert "hush" not in str(caught.value)
+
+
+def test_a_wait_too_short_to_be_written_is_not_asked_for() -> None:
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.headers.get("x-atropos-wait"))
+        return httpx.Response(200, json={"batch": None, "current_step": 0, "queue_size": 0})
+
+    with AtroposClient("http://host", transport=httpx.MockTransport(answer), max_wait_time=0.0004) as client:
+        client.features = frozenset({"wait"})
+        with pytest.raises(AtroposTimeoutError):
+            client.get_batch()
+    assert set(asked) == {None}
 
 
 @pytest.mark.parametrize("prefix", ["", "/", "/api", "/api/", "/a/b"])
