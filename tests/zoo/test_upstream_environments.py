@@ -30,26 +30,19 @@ WORDS = (
 SAME = "--env.ensure_scores_are_not_same,false"
 """The demo model answers none of their questions, so all scores are equal."""
 TRAINS = {
-    "community/regex_generation/regex_env.py": SAME,
-    "reasoning_gym_environment/reasoning_gym_environment.py": SAME,
-    "letter_counting_environment/letter_counting_environment.py": SAME,
-    "game_environments/gymnasium/gym_taxi.py": SAME,
     "game_environments/gymnasium/blackjack/blackjack_env_no_thinking.py": SAME,
     "game_environments/gymnasium/blackjack/blackjack_env_thinking.py": SAME,
-    "community/conversational_style_dpo/conversational_style_dpo_env.py": SAME,
-    "community/metric_card_generator/metric_card_generator.py": SAME,
-    "community/solitaire_winning_probability/solitaire_server.py": SAME,
     "community/word_hunt/word_hunt_env.py": SAME,
-    "community/selcube/rubiks_cube_environment.py": SAME,
-    "community/accessibility_env/accessibility_env.py": SAME,
-    "infinimath/infinimath_env.py": SAME,
 }
 REFUSED = {
-    "gsm8k_server.py": "openai/gsm8k",
-    "math_server_zero.py": "",
-    "mcp_env.py": "",
-    "community/meteorology_forecast/meteorology_env.py": "",
-    "intern_bootcamp/intern_bootcamp_env.py": "",
+    "community/regex_generation/regex_env.py": "the prompts of the environment are too long",
+    "reasoning_gym_environment/reasoning_gym_environment.py": "the policy is being sampled, but the environment sends no",
+    "community/selcube/rubiks_cube_environment.py": "the prompts of the environment are too long",
+    "community/metric_card_generator/metric_card_generator.py": "JSON parsing error",
+    "community/conversational_style_dpo/conversational_style_dpo_env.py": "tokenize_for_trainer_dpo",
+    "community/solitaire_winning_probability/solitaire_server.py": "qa_data.csv",
+    "infinimath/infinimath_env.py": "'tuple' object has no attribute 'get'",
+    "gsm8k_server.py": "gsm8k",
 }
 
 

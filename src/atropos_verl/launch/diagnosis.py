@@ -16,8 +16,11 @@ _LOG_BYTES = 1 << 20
 _SHOWN = 3
 _SHOWN_LENGTH = 300
 _KEY_LENGTH = 120
-_ERROR = re.compile(r"\b(ERROR|CRITICAL)\b|\bskipping\b|^(\w+\.)*\w*(Error|Exception)\b", re.IGNORECASE)
-_PREFIX = re.compile(r"^[\d:, .T-]*\[?(?:ERROR|CRITICAL|WARNING|INFO)\]?(?:[ :][a-z_][\w.]*:)?[: ]*")
+_ERROR = re.compile(r"\b(ERROR|CRITICAL|WARNING)\b|\bskipping\b|^(\w+\.)*\w*(Error|Exception)\b", re.IGNORECASE)
+_FAILURE = re.compile(r"error|exception|fail", re.IGNORECASE)
+_FEW = 3
+"""Lines of a log that say more than an accident at the start."""
+_PREFIX = re.compile(r"^[\d:, .T-]*(?:\w+ - )?\[?(?:ERROR|CRITICAL|WARNING|INFO)\]?(?:[ :][a-z_][\w.]*:)?[: -]*")
 _VARYING = re.compile(r"0x[0-9a-f]+|[0-9a-f-]{36}|\d+|'[^']*'|\"[^\"]*\"")
 """What may differ between two lines that say the same."""
 _REFUSAL = re.compile(r"(?:WARNING|ERROR) \S+: (.*(?:\brefused\b|no such endpoint).*)")
@@ -65,7 +68,7 @@ def common_errors(text: str) -> Counter[str]:
     found: Counter[str] = Counter()
     first: dict[str, str] = {}
     for line in text.splitlines():
-        if _ERROR.search(line) and "DEBUG" not in line[:40]:
+        if _ERROR.search(line) and "DEBUG" not in line[:80]:
             shown = _PREFIX.sub("", line.strip())[:_SHOWN_LENGTH]
             found[first.setdefault(_VARYING.sub("…", shown)[:_KEY_LENGTH], shown)] += 1
     return found
@@ -206,15 +209,16 @@ def _no_groups(state: Mapping[str, Any], facts: LogFacts, who: str) -> tuple[str
         elif not _UPSTREAM_REFUSAL.search(line):
             others.append((count, line))
     failed = sum(count for count, _ in others) - refused - refused_groups
-    if others and failed > 0:
+    if others and failed > 0 and (failed >= _FEW or not since.get("served")):
         count, line = others[0]
         if _CONNECTION.search(line) and not since.get("served"):
             text = f"{who} cannot reach what it asks: {line} ({count} times)"
             todo = "is it pointed at another address, or does a proxy stand between (HTTP_PROXY, NO_PROXY)?"
             found.append((failed, text, [*facts.addresses.values(), todo]))
         else:
-            text = f"{who} fails in its own code: {line} ({count} times)"
-            found.append((failed, text, ["correct the environment; its log has more"]))
+            what = "fails in its own code" if _FAILURE.search(line) else "sends no group; its log says"
+            text = f"{who} {what}: {line} ({count} times)"
+            found.append((failed, text, ["correct the environment, or ask less of the model; its log has more"]))
     best = max(found, key=lambda item: item[0], default=None)
     return None if best is None or best[0] <= since.get("groups", 0) else best[1:]
 

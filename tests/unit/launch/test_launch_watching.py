@@ -213,7 +213,7 @@ def test_the_diagnosis_says_what_is_known() -> None:
     found = diagnose(state(since=since), 30.0, facts)
     assert found.splitlines() == [
         "no batch for 30 s: environment words fails in its own code: Error in collect_trajectories: 'x' (7 times)",
-        "  what to change: correct the environment; its log has more",
+        "  what to change: correct the environment, or ask less of the model; its log has more",
         "  what is known; the run goes on waiting:",
         "  words: running, pid 12, 1 restarts",
         "    7 x Error in collect_trajectories: 'x'",
@@ -266,6 +266,16 @@ def in_log(count: int, line: str) -> dict[str, Any]:
             {"since": SERVED},
             in_log(52, "Error in collect_trajectories: 'answer_key'"),
             "environment words fails in its own code: Error in collect_trajectories: 'answer_key' (52 times)",
+        ),
+        (
+            {"since": SERVED},
+            in_log(36, "No valid items scored for 'x'"),
+            "environment words sends no group; its log says: No valid items scored for 'x' (36 times)",
+        ),
+        (  # an accident at its start
+            {"since": SERVED, "rates": {"tokens_per_second": 8.0}},
+            in_log(1, "Error loading the eval dataset"),
+            "the policy is being sampled, but environment words sends no group",
         ),
         (
             {"since": {"served": 0}},
@@ -322,6 +332,7 @@ ERROR:root:Error in collect_trajectories: RetryError[<Future at 0x7f2a57 raised 
 ERROR:root:Error in collect_trajectories: RetryError[<Future at 0x7f2b00 raised BadRequestError>]
 2026-11-28 22:00:01,123 ERROR Error in scoring: {'question': 'a'}
 ERROR:root:Error in scoring: {'question': 'b'}
+2026-11-29 00:14:49,124 - LetterEnv - WARNING - No valid items scored for 'a'
 Scores are the same in a group, skipping...
 ValueError: no such dataset
 INFO:atroposlib.envs.base:all is well
@@ -329,6 +340,7 @@ INFO:atroposlib.envs.base:all is well
     assert common_errors(log) == {
         "Error in collect_trajectories: RetryError[<Future at 0x7f2a57 raised BadRequestError>]": 2,
         "Error in scoring: {'question': 'a'}": 2,
+        "No valid items scored for 'a'": 1,
         "Scores are the same in a group, skipping...": 1,
         "ValueError: no such dataset": 1,
     }
