@@ -48,6 +48,8 @@ _IDLE_CHECKPOINT_BYTES: Final = 2 * 2**20
 _IDLE_SECONDS: Final = 0.25
 _FREE_BYTES: Final = 32 * 2**20
 """Bytes that the end of the file of large values may hold unused. More are given back when there is nothing to do."""
+_MOST_NOT_COPIED = 100_000
+"""Rows that wait for a copy that cannot be written, before it is given up."""
 _HOLES_TRIED: Final = 500
 _NETWORK_TYPES: Final = (
     "9p afs beegfs ceph cifs fuse.ceph fuse.glusterfs fuse.sshfs glusterfs gpfs lustre nfs nfs4 smb3 smbfs"
@@ -199,9 +201,11 @@ class RecordStore:
         self._failure: StorageWriteError | None = None
         self._sync_failure: str | None = None
         self._not_copied: list[_Row] = []
+        self._keeps_copy = True
         """Rows of the database that the copy lacks."""
         self._unmoved_bytes = 0
         self._closed = False
+        self._closing = threading.Lock()
         self._lock = contextlib.ExitStack()
         try:
             make_directory(path.parent)
@@ -229,6 +233,10 @@ class RecordStore:
     def size(self) -> int:
         """Bytes on the disk."""
         return sum(file.stat().st_size for file in self.path.parent.glob(f"{self.path.stem}*") if file.is_file())
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed
 
     def read(self, table: str) -> Iterator[tuple[Key, bytes]]:
         """Rows in the order of their keys. Read only before the first write, or after ``recover``. A large value that
@@ -276,10 +284,11 @@ class RecordStore:
 
     def close(self) -> None:
         """Finish the writes that wait, and let go of the directory. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        self._jobs.put(None)
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            self._jobs.put(None)
         self._thread.join()
         for database in (self._db, self._copy):
             database.close()
@@ -457,10 +466,11 @@ class RecordStore:
     def _submit(self, changes: Sequence[Change] | None) -> Future[None]:
         done: Future[None] = Future()
         done.set_running_or_notify_cancel()  # a caller that is cancelled does not undo a write
-        if self._closed:
-            done.set_exception(StorageWriteError(f"{self.path} is closed"))
-        else:
-            self._jobs.put((changes, done))
+        with self._closing:  # nothing is put behind the end of the queue, where nobody would take it
+            if self._closed:
+                done.set_exception(StorageWriteError(f"{self.path} is closed"))
+            else:
+                self._jobs.put((changes, done))
         return done
 
     def _run(self) -> None:
@@ -491,10 +501,10 @@ class RecordStore:
         accepts = self._failure is None and self._sync_failure is None
         stored = accepts and (not together or self._commit(together) is None)
         for changes, done in group:  # one by one, where that failed: those before the one that fails are stored
-            if self._sync_failure is not None and not stored:
-                self._failure = StorageWriteError(self._sync_failure)
-            elif changes is None:
+            if changes is None:
                 self._failure = None
+            elif self._sync_failure is not None and not stored:
+                self._failure = self._failure or StorageWriteError(self._sync_failure)
             elif not stored and self._failure is None:
                 self._failure = self._commit(changes)
             if changes is None or self._failure is None:
@@ -545,6 +555,8 @@ class RecordStore:
 
     def _commit_copy(self, rows: Sequence[_Row]) -> StorageWriteError | None:
         """Bring the copy up to date. A disk that is too full for it does not refuse what the database holds."""
+        if not self._keeps_copy:
+            return None
         self._not_copied += rows
         try:
             self._copy.execute("BEGIN IMMEDIATE")
@@ -555,7 +567,11 @@ class RecordStore:
             if self._copy.in_transaction:
                 self._copy.rollback()
             refused = self._write_error(error)
-            logger.warning("%s lags behind by %d rows: %s", self._paths[1], len(self._not_copied), refused)
+            if len(self._not_copied) == len(rows):
+                logger.warning("%s lags behind the database: %s", self._paths[1], refused)
+            if len(self._not_copied) > _MOST_NOT_COPIED:
+                logger.error("%s is not kept any more; a restart makes it anew", self._paths[1])
+                self._keeps_copy, self._not_copied = False, []
             return refused if self._sync_failure else None
         self._not_copied = []
         return None

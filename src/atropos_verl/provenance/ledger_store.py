@@ -116,7 +116,8 @@ class LedgerStore:
         def written(future: Future[None]) -> None:
             """Called by the store's thread."""
             error = future.exception()
-            if error is not None and not self._failed:
+            # The files of a store that is closed may be another process's by now.
+            if error is not None and not self._failed and not self._store.is_closed:
                 self._failed = True
                 directory = self._store.path.parent
                 text = "%s: %s. After a restart the policy versions of tokens generated up to then are unknown"

@@ -433,6 +433,7 @@ class TrajectoryApi:
             if await request.is_disconnected():
                 raise ClientDisconnect  # nobody would read the batch
             store.hear_trainer()
+        await store.synced()  # now: when the disk refuses it later, another request may be the one that hears of it
         members = store.members(batch)
         tokens = sum(group.tokens for group in members)
         self.counters.happened(store.now(), batches=1)

@@ -10,6 +10,7 @@ import bisect
 import itertools
 import logging
 import math
+import sqlite3
 import time
 import uuid
 from collections import Counter, OrderedDict
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from atropos_verl.errors import AtroposVerlError, ConfigError, StorageDamagedError, StorageWriteError
+from atropos_verl.errors import AtroposVerlError, ConfigError, StorageDamagedError, StorageError, StorageWriteError
 from atropos_verl.http_thread import printable
 from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
 from atropos_verl.protocol.schema import CheckedGroup, Refusal
@@ -147,6 +148,7 @@ class Store:
         self._changes: dict[tuple[str, Key], bytes | None] = {}
         self._written: Future[None] | None = None
         self._refused: tuple[float, StorageWriteError] | None = None
+        self._unreadable: StorageWriteError | None = None
         self._settled: dict[str, str | None] = {}
         """Lease ids of ended deliveries, and why the batch comes back (None: it arrived), until that is stored."""
         self._records: RecordStore | None = None
@@ -231,6 +233,10 @@ class Store:
     def _commit(self) -> None:
         if self._records is None:
             return
+        if self._unreadable is not None:
+            self._written = Future()
+            self._written.set_exception(self._unreadable)
+            return
         same = {name: getattr(self, name) for name in ("next_seq", "step", "started", "registration", "totals")}
         self._save("state", "state", _State(**same, environments=len(self.environments)))
         changes, self._changes = self._changes, {}
@@ -243,16 +249,22 @@ class Store:
             return
         self._refused, self._written = (self.now(), error), None
         self._records.recover()
-        self._changes.clear()
         heard = [environment.heard_at for environment in self.environments]
-        self._load(self._records, self.groups)
+        try:
+            self._load(self._records, self.groups)
+        except (StorageError, OSError, sqlite3.Error) as failure:
+            # Memory is not what the file holds: nothing more is stored, so that nobody is told otherwise.
+            text = f"{error}; and what is stored cannot be read again ({failure}): restart the server"
+            self._unreadable = StorageWriteError(text)
+            self._refused = (self.now(), self._unreadable)
+            logger.error("%s", text)
+            return
         for environment, at in zip(self.environments, heard, strict=False):
             environment.heard_at = at
         logger.error("%s", error)
 
     def _load(self, records: RecordStore, known: Mapping[int, StoredGroup] | None) -> None:
-        """Become what ``records`` holds. ``known``: groups whose bodies need not be read."""
-        self._clear()
+        """Become what ``records`` holds, or raise and stay as it is. ``known``: groups whose bodies are not read."""
         rows = {table: dict(records.read(table)) for table in _TABLES if table != "bodies"}
         try:
             state = msgspec.json.decode(rows["state"].get("state", b"{}"), type=_State)
@@ -267,6 +279,12 @@ class Store:
         if (groups and not rows["state"]) or len(environments) != state.environments:
             text = f"{records.path} lacks rows without which it cannot be used (table 'state' or 'environments')"
             raise StorageDamagedError(f"{text}; restore it from a backup, or move it away to start anew")
+        lost = {group.seq: group for group in groups}
+        bodies: Iterable[tuple[Key, bytes | None]] = records.read("bodies")
+        if known is not None:
+            bodies = [(seq, known[seq].raw if seq in known else records.get("bodies", seq)) for seq in lost]
+        self._clear()
+        self._changes.clear()
         self.environments, self.registration, self.totals = environments, state.registration, Counter(state.totals)
         self.next_seq, self.step, self.started = state.next_seq, state.step, state.started
         self.leases = OrderedDict((key, how) for key, (_, how) in leases)
@@ -274,11 +292,6 @@ class Store:
         self.recent = OrderedDict((key, at) for key, (at,) in recent)
         newest = [numbered[-1][1][0] for numbered in (batches, leases, keys) if numbered]
         self._numbers = itertools.count(1 + max(newest, default=0))
-        lost = {group.seq: group for group in groups}
-        if known is None:
-            bodies: Iterable[tuple[Key, bytes | None]] = records.read("bodies")
-        else:
-            bodies = [(seq, known[seq].raw if seq in known else records.get("bodies", seq)) for seq in lost]
         for key, raw in bodies:
             group = lost.pop(int(key), None)
             if group is None or raw is None:
@@ -295,7 +308,9 @@ class Store:
                 self._save(table, key, None)
         for _, (_, batch, out) in batches:
             batch.seqs = [seq for seq in batch.seqs if seq in self.groups]
-            if out:
+            if not batch.seqs:  # all of it was damaged
+                self._save("batches", batch.lease_id, None)
+            elif out:
                 self.outstanding[batch.lease_id] = batch
             else:
                 bisect.insort(self.returned, batch, key=lambda other: other.step)

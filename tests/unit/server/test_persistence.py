@@ -167,6 +167,22 @@ def test_a_damaged_group_is_named_and_the_others_go_on(tmp_path: Path, caplog: p
     assert "damaged" not in caplog.text
 
 
+def test_a_batch_whose_groups_are_all_damaged_is_not_handed_out_again(tmp_path: Path) -> None:
+    store = started(tmp_path, 4)
+    store.next_batch(60.0)
+    post(store, 0), post(store, 1)
+    batch = take(store, 1e6)
+    store.close()
+    with (tmp_path / "store.bodies").open("r+b") as file:
+        file.write(b"!")
+    for _ in range(2):
+        store = opened(tmp_path)
+        with pytest.raises(UnknownLeaseError):
+            store.ack(batch.lease_id)
+        assert not store.outstanding and not store.returned and list(store.groups) == [1]
+        store.close()
+
+
 @pytest.fixture(scope="module")
 def small_store() -> Iterator[tuple[Path, Clock, dict[str, Any]]]:
     """A directory with a store as a killed process and one as an orderly end leaves it; the time; its content."""
@@ -347,6 +363,37 @@ async def test_a_refused_ack_has_not_happened_and_can_be_repeated(
     store.close()
 
 
+async def test_what_cannot_be_read_again_is_kept_by_refusing_everything_until_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    store = started(tmp_path, clock=clock)
+    store.next_batch(60.0)
+    store.register_env(EnvRegistration(max_token_length=64, group_size=4))
+    post(store, 0, env_id=0)
+    await store.synced()
+    before = content(store)
+
+    def unreadable(*_: object) -> Any:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(RecordStore, "_commit", lambda self, changes: StorageWriteError("no space"))
+        disk.setattr(RecordStore, "read", unreadable)
+        post(store, 1, env_id=0)
+        with pytest.raises(StorageWriteError, match="no space"):
+            await store.synced()
+    for number in (2, 3):
+        clock.pass_(2.0)
+        post(store, number, env_id=0)
+        with pytest.raises(StorageWriteError, match=r"cannot be read again \(disk I/O error\): restart the server"):
+            await store.synced()
+    store.close()
+    store = opened(tmp_path)
+    assert content(store)["groups"] == before["groups"] and content(store)["environments"] == before["environments"]
+    store.close()
+
+
 async def test_a_delivery_that_a_full_disk_undoes_is_settled_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,9 +433,16 @@ async def test_a_disk_that_does_not_confirm_stops_the_store_and_no_answer_says_t
 
     with monkeypatch.context() as disk:
         disk.setattr(os, "fdatasync", no_disk)
-        post(store, 1)
-        with pytest.raises(StorageWriteError, match="the disk did not confirm a write"):
-            await store.synced()
+        loads, load = [], store._load
+        disk.setattr(store, "_load", lambda *words: (loads.append(1), load(*words)))
+        waiting = []
+        for number in range(1, 6):
+            post(store, number)
+            waiting.append(asyncio.ensure_future(store.synced()))
+            await asyncio.sleep(0)
+        for error in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(error, StorageWriteError) and "the disk did not confirm a write" in str(error)
+        assert len(loads) == 1  # memory was read from the file once
     for attempt in (lambda: post(store, 2), lambda: store.next_batch(60.0), lambda: store.next_batch(None)):
         clock.pass_(2.0)
         attempt()

@@ -1,6 +1,7 @@
 """Every route over ASGI: status words, bounds, tokens, origins, encodings, figures."""
 
 import asyncio
+import contextlib
 import gzip
 import importlib.util
 import json
@@ -15,12 +16,15 @@ import pytest
 from atroposlib.api.server import RegisterEnv
 from support.trajectory_server import Clock, group, registration, turns
 
+from atropos_verl.errors import StorageWriteError
 from atropos_verl.http_thread import environment_token
 from atropos_verl.protocol.wire import MEDIA_TYPE, decode_batch
+from atropos_verl.server import app as server_app
 from atropos_verl.server import body_checker, status_barrier
 from atropos_verl.server.app import TrajectoryApi
 from atropos_verl.server.bodies import Connection
 from atropos_verl.server.settings import ServerSettings
+from atropos_verl.storage import RecordStore
 
 HELLO = {"max_token_length": 64, "desired_name": "words", "weight": 1.0, "group_size": 4}
 
@@ -69,6 +73,29 @@ async def test_a_request_for_a_batch_waits_for_it(api: httpx.AsyncClient) -> Non
     for wrong in ("-1", "nan", "61", "soon"):
         answer = await api.get("/batch", headers={"X-Atropos-Wait": wrong})
         assert answer.status_code == 422 and "X-Atropos-Wait" in answer.text
+
+
+async def test_a_batch_that_the_disk_refuses_is_not_sent_whoever_hears_of_it_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, parts_of = asyncio.get_running_loop(), server_app.batch_parts
+    app = TrajectoryApi(ServerSettings(data_dir=tmp_path), now=Clock())
+
+    def slow(*words: Any, **options: Any) -> Any:
+        with contextlib.suppress(StorageWriteError):  # as for another request meanwhile
+            asyncio.run_coroutine_threadsafe(app.store.synced(), loop).result()
+        return parts_of(*words, **options)
+
+    async with client_of(app) as client:
+        env_id = await started(client, 4)
+        await post(client, "/scored_data", group(0, env_id=env_id))
+        with monkeypatch.context() as disk:
+            disk.setattr(server_app, "_FEW_TOKENS", 0)
+            disk.setattr(server_app, "batch_parts", slow)
+            disk.setattr(RecordStore, "_commit", lambda self, changes: StorageWriteError("no space"))
+            assert (await client.get("/batch", headers={"X-Atropos-Lease": "60"})).status_code == 507
+        assert not app.store.outstanding and len(app.store.groups) == 1
+    app.store.close()
 
 
 async def test_a_batch_is_not_given_to_one_who_went_while_waiting(api: httpx.AsyncClient) -> None:
