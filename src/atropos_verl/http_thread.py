@@ -261,7 +261,8 @@ class Listener(socket.socket):
         """Of these, those that asyncio has not handed to a protocol yet, or that were told to close."""
         self.waiting: dict[Any, None] = {}
         """Protocols that wait for a request, or for more of one; those that have waited longest first."""
-        self._spare = os.open(os.devnull, os.O_RDONLY)
+        self._spare = -1
+        self._open_spare()
         self._told_at = float("-inf")
 
     def accept(self) -> tuple[socket.socket, Any]:
@@ -275,16 +276,19 @@ class Listener(socket.socket):
                     self.settling += 1
             if self.settling:
                 raise BlockingIOError
+        self._open_spare()
         try:
             connection, address = super().accept()
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
             # Taken from the queue and closed, by way of a descriptor kept for this: else the loop would turn for ever.
-            os.close(self._spare)
+            self._close_spare()
             with contextlib.suppress(OSError):
                 super().accept()[0].close()
-            self._spare = os.open(os.devnull, os.O_RDONLY)
+            self._open_spare()
+            if self._spare < 0:
+                raise  # asyncio asks again in a second
             self._refuse("this process has no file descriptor left")
         if self.count >= self.limit:
             connection.close()
@@ -293,6 +297,17 @@ class Listener(socket.socket):
         self.settling += 1
         return connection, address
 
+    def _open_spare(self) -> None:
+        if self._spare < 0:
+            with contextlib.suppress(OSError):  # another thread may have taken the last one
+                self._spare = os.open(os.devnull, os.O_RDONLY)
+
+    def _close_spare(self) -> None:
+        # Forgotten first: its number may be that of another thread's file at once.
+        spare, self._spare = self._spare, -1
+        if spare >= 0:
+            os.close(spare)
+
     def _refuse(self, why: str) -> NoReturn:
         if time.monotonic() - self._told_at > _SAME_LINE_SECONDS:
             self._told_at = time.monotonic()
@@ -300,8 +315,7 @@ class Listener(socket.socket):
         raise BlockingIOError
 
     def close(self) -> None:
-        if self.fileno() >= 0:
-            os.close(self._spare)
+        self._close_spare()
         super().close()
 
 

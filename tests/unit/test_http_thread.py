@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import logging
+import os
 import random
 import socket
 import threading
@@ -224,6 +225,26 @@ def test_without_file_descriptors_connections_are_refused_and_served_again_later
             assert is_closed(connect(port))
     assert ["no file descriptor left" in record.getMessage() for record in caplog.records] == [True]
     assert httpx.get(f"http://127.0.0.1:{port}/", trust_env=False).text == "ok"
+
+
+def test_a_spare_descriptor_that_cannot_be_had_again_is_closed_once(
+    listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[int] = []
+
+    def exhausted(*_: Any) -> Any:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(socket.socket, "accept", exhausted)
+        patch.setattr(os, "open", exhausted)
+        patch.setattr(os, "close", closed.append)
+        for _ in range(2):
+            with pytest.raises(OSError, match="Too many"):
+                listener.accept()
+        listener.close()
+    assert len(closed) == 1
+    os.close(closed[0])
 
 
 def test_a_thread_that_ended_by_itself_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
