@@ -10,6 +10,7 @@ import random
 import shutil
 import sqlite3
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -428,7 +429,10 @@ async def test_a_disk_that_does_not_confirm_stops_the_store_and_no_answer_says_t
     await store.synced()
     before = content(store)
 
+    posted = threading.Event()
+
     def no_disk(handle: int) -> None:
+        posted.wait()
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as disk:
@@ -440,6 +444,7 @@ async def test_a_disk_that_does_not_confirm_stops_the_store_and_no_answer_says_t
             post(store, number)
             waiting.append(asyncio.ensure_future(store.synced()))
             await asyncio.sleep(0)
+        posted.set()
         for error in await asyncio.gather(*waiting, return_exceptions=True):
             assert isinstance(error, StorageWriteError) and "the disk did not confirm a write" in str(error)
         assert len(loads) == 1  # memory was read from the file once
