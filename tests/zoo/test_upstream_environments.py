@@ -36,7 +36,7 @@ TRAINS = {
 }
 REFUSED = {
     "community/regex_generation/regex_env.py": "the prompts of the environment are too long",
-    "reasoning_gym_environment/reasoning_gym_environment.py": "the policy is being sampled, but the environment sends no",
+    "reasoning_gym_environment/reasoning_gym_environment.py": "the policy is being sampled, but",
     "community/selcube/rubiks_cube_environment.py": "the prompts of the environment are too long",
     "community/metric_card_generator/metric_card_generator.py": "JSON parsing error",
     "community/conversational_style_dpo/conversational_style_dpo_env.py": "tokenize_for_trainer_dpo",
