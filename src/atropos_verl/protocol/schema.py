@@ -40,6 +40,9 @@ LOGPROB_TOLERANCE = 1e-6
 """Engines that round in float32 report logprobs a hair above 0; those are read as 0."""
 MAX_MAGNITUDE = 1e30
 """Scores and advantages beyond this overflow float32, in which the loss is computed."""
+_STRINGS_AND_REST = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[^"\[\]{}]+', re.DOTALL)
+"""Of JSON, what is no bracket."""
+_NESTING = (dict, list)
 _MAX_TOKEN = 2**31 - 1
 _SHOWN = 80
 """Characters of a value in a reason."""
@@ -210,7 +213,7 @@ def _checked(raw: bytes, vocab_size: int | None, environments: int | None, stric
     env_id = fields.env_id if isinstance(fields.env_id, int) else None
     strict = strict or env_id is not None
     free_fields(fields.free())
-    _check_depth(fields)
+    _check_depth(fields.free())
     extras = {name: fields.rows(name) for name in EXTRAS} if strict else {}
     if strict and isinstance(fields.overrides, list):
         extras["overrides"] = fields.overrides
@@ -263,15 +266,29 @@ def _as_text(raw: bytes) -> str:
     return text
 
 
-def _check_depth(fields: ScoredData) -> None:
-    for name, value in fields.free().items():
+def _check_depth(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
         level = [value] if isinstance(value, dict | list) else []
         for _ in range(_MAX_DEPTH):
-            children = [child for found in level for child in (found.values() if isinstance(found, dict) else found)]
-            level = [child for child in children if isinstance(child, dict | list)]
+            children = (found.values() if isinstance(found, dict) else found for found in level)
+            level = [child for found in children for child in found if isinstance(child, _NESTING)]
         if level:
-            text = f"{name}: nested too deeply to be read (lists and objects in more than {_MAX_DEPTH} others)"
-            raise Refusal("malformed_json", text, name)
+            raise _too_deep(name)
+
+
+def _too_deep(name: str) -> Refusal:
+    text = f"{_cut(name)}: nested too deeply to be read (lists and objects in more than {_MAX_DEPTH} others)"
+    return Refusal("malformed_json", text, _cut(name))
+
+
+def _is_too_deep(text: bytes) -> bool:
+    """JSON in which brackets are left when the innermost ones are taken away ``_MAX_DEPTH`` times."""
+    if text.count(b"[") + text.count(b"{") <= _MAX_DEPTH:
+        return False
+    brackets = _STRINGS_AND_REST.sub(b"", text).replace(b"{", b"[").replace(b"}", b"]")
+    for _ in range(_MAX_DEPTH):
+        brackets = brackets.replace(b"[]", b"")
+    return brackets != b""
 
 
 @lru_cache(maxsize=16)
@@ -318,9 +335,11 @@ def _read_again(raw: bytes) -> tuple[bytes, ScoredData, tuple[str, ...]]:
     for name in EXTRAS:
         for sequence, row in enumerate(fields.rows(name)):
             _check_floats(np.array(row or ()), name, sequence, sys.float_info.max)
+    unknown = unknown_fields(found)
+    _check_depth({name: found[name] for name in unknown})
     if constants:
         raise Refusal("not_finite", f"group: {constants[0]} is not JSON; a trainer could not read the batch")
-    return json.dumps(found).encode(), fields, unknown_fields(found)
+    return json.dumps(found).encode(), fields, unknown
 
 
 def parse_object(raw: bytes, constants: list[str] | None = None) -> dict[str, Any]:
@@ -379,6 +398,7 @@ def read_fields(raw: bytes, forbidding: Decoder, tolerant: Decoder) -> tuple[Sco
 
     Raises:
         msgspec.DecodeError, RecursionError: it is no group.
+        Refusal: an unknown field is nested too deeply, for those who read all of a batch.
     """
     try:
         return forbidding.decode(raw), ()
@@ -388,6 +408,9 @@ def read_fields(raw: bytes, forbidding: Decoder, tolerant: Decoder) -> tuple[Sco
     values = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
     texts = {name: bytes(values[name]).translate(None, b" \t\r\n") for name in values.keys() - FIELD_NAMES}
     unknown = sorted(name for name, text in texts.items() if text not in (b"null", b"[]", b"{}"))
+    for name in unknown:
+        if _is_too_deep(texts[name]):
+            raise _too_deep(name)
     return tolerant.decode(raw), tuple(unknown)
 
 

@@ -176,6 +176,7 @@ class TrajectoryApi:
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         ticker = asyncio.create_task(self._tick())
+        self.checker = BodyChecker()  # a closed one, after a stop, stays closed
         yield
         self.checker.close()
         ticker.cancel()

@@ -5,14 +5,18 @@ a wrong type, which Python's reader takes apart, for many seconds. A thread woul
 """
 
 import asyncio
+import gc
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from multiprocessing.connection import Connection as Pipe
+from pathlib import Path
 from typing import Any
 
 from atropos_verl.protocol.schema import CheckedGroup, Refusal, SlowPathError, check_group, json_value, split_list
@@ -21,6 +25,16 @@ from atropos_verl.server.bodies import LARGE, BodyError
 
 _SLOW = 64 << 10
 """Bytes from which the second, slow reader is left to the other process: 10 ms."""
+_MANY_PARTS = 16_384
+"""Lists, objects and strings from which a body is left to it as well: 10 to 20 ms."""
+_MAX_BRACKETS = 1 << 22
+"""Lists and objects of a body: each takes 60 bytes and more of memory, of 3 that were sent."""
+_MEMORY_BYTES = 8 << 30
+"""What the process may take: 16 times the longest body."""
+_OUT_OF_MEMORY = (3, -signal.SIGSEGV, -signal.SIGABRT)
+"""Exit codes: its own, and those of libraries that do not expect it."""
+_SECONDS = 60.0
+"""Time for one body, that of a start of the process included."""
 _MAX_GROUPS = 1000
 _TRIES = 2
 _SHOWN_TEXT = 400
@@ -52,6 +66,12 @@ class ExaminedGroup:
 
 def check_body(body: bytes, is_list: bool, rules: Rules, *, quick: bool = False) -> list[ExaminedGroup]:
     """The groups of a post. Raises ``Refusal``, and if ``quick`` ``SlowPathError`` where a second reading is needed."""
+    brackets = body.count(b"[") + body.count(b"{")
+    if brackets > _MAX_BRACKETS:
+        text = f"the body has {brackets} lists and objects: send at most {_MAX_BRACKETS} in one request"
+        raise Refusal("too_many", text)
+    if quick and brackets + body.count(b'"') + body.count(b"null") > _MANY_PARTS:
+        raise SlowPathError
     groups, parts = [], split_list(body, quick=quick) if is_list else [body]
     if len(parts) > _MAX_GROUPS:
         raise Refusal("too_many", f"the body has {len(parts)} groups: send at most {_MAX_GROUPS} in one request")
@@ -76,6 +96,9 @@ class BodyChecker:
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
+        self._guard = threading.Lock()
+        """Held while the process is started or ended, in whatever thread."""
+        self._closed = False
         self._pipe: Pipe | None = None
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -86,66 +109,99 @@ class BodyChecker:
                 return check_body(body, is_list, rules, quick=len(body) > _SLOW)
             except SlowPathError:
                 pass
-        async with self._turn:
-            return await asyncio.to_thread(self._ask, body, is_list, rules)
+        return await self._in_turn(body, is_list, rules)
+
+    async def _in_turn(self, *question: Any) -> Any:
+        async def ask() -> Any:
+            async with self._turn:
+                return await asyncio.to_thread(self._ask, *question)
+
+        # Whoever waits may be cancelled: the pipe is the next one's only when its thread has done with it.
+        return await asyncio.shield(asyncio.ensure_future(ask()))
 
     def close(self) -> None:
-        """End the process. One whose server is gone reads the end of the pipe."""
-        if self.process is not None and self._pipe is not None:
-            self._pipe.close()
-            self._pipe = None
-            self.process.kill()
-            self.process.wait()
+        """End the process, for good. One whose server is gone reads the end of the pipe."""
+        self._closed = True
+        self._ended()
 
-    def _ask(self, body: bytes, is_list: bool, rules: Rules) -> list[ExaminedGroup]:
+    def _ended(self) -> int:
+        """The exit code of the process, which is killed if it still runs."""
+        with self._guard:
+            self._pipe = None  # closed with the last reference, which another thread may have
+            if self.process is None:
+                return 0
+            self.process.kill()
+            return self.process.wait()
+
+    def _ask(self, body: bytes, is_list: bool, rules: Rules) -> Any:
         for _ in range(_TRIES):
+            with self._guard:
+                if self._closed:
+                    raise BodyError(503, "checker", "this server is stopping; send the group again later")
+                pipe = self._pipe = self._pipe or self._start()
             try:
-                pipe = self._pipe or self._started()
                 pipe.send((is_list, rules))
                 pipe.send_bytes(body)
-                found = pipe.recv()
+                found = pipe.recv() if pipe.poll(_SECONDS) else None
             except (EOFError, OSError):
-                self.close()
+                if self._ended() in _OUT_OF_MEMORY:
+                    raise _too_much(body, f"more than {_MEMORY_BYTES} bytes of memory") from None
                 continue
+            if found is None:
+                self._ended()
+                raise _too_much(body, f"longer than {_SECONDS:g} s")
             if isinstance(found, Refusal):
                 raise found
-            groups: list[ExaminedGroup] = found
-            return groups
+            return found
         text = "the process that checks large bodies was killed (is memory short?); send the group again"
         raise BodyError(503, "checker", text)
 
-    def _started(self) -> Pipe:
+    def _start(self) -> Pipe:
         # Not by multiprocessing, which runs the main module of the program again.
         ours, theirs = socket.socketpair()
         with theirs:
-            command = f"from {__name__} import work; work({theirs.fileno()})"
+            command = f"from {__name__} import work; work({theirs.fileno()}, {_MEMORY_BYTES})"
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
             words = [sys.executable, "-P", "-c", command]
             self.process = subprocess.Popen(
                 words, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
             )
-        self._pipe = Pipe(ours.detach())
-        return self._pipe
+        return Pipe(ours.detach())
 
 
-def work(descriptor: int) -> None:
-    """Answers until the server has closed its end, or is gone."""
+def work(descriptor: int, memory: int) -> None:
+    """Answers until the server has closed its end, or is gone. Takes ``memory`` bytes beside those of the start."""
     pipe = Pipe(descriptor)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + memory, taken + memory))
+    gc.disable()  # JSON has no cycles, and looking for some among millions of lists takes longer than reading them
     while True:
         try:
             is_list, rules = pipe.recv()
             body = pipe.recv_bytes()
+            pipe.send(_answer(body, is_list, rules))
         except EOFError:
             return
-        try:
-            answer: Any = check_body(body, is_list, rules)
-            for group in answer:
-                group.packed = pack_group(group.checked) if rules.packs else None
-                group.checked.fields = None
-        except Refusal as refusal:
-            answer = refusal
-        pipe.send(answer)
+        except MemoryError:
+            os._exit(_OUT_OF_MEMORY[0])
+        del body
+        gc.collect(0)
+
+
+def _too_much(body: bytes, what: str) -> Refusal:
+    return Refusal("too_large", f"checking {len(body)} bytes takes {what}: send it in several requests")
+
+
+def _answer(body: bytes, is_list: bool, rules: Rules) -> list[ExaminedGroup] | Refusal:
+    try:
+        groups = check_body(body, is_list, rules)
+    except Refusal as refusal:
+        return refusal
+    for group in groups:
+        group.packed = pack_group(group.checked) if rules.packs else None
+        group.checked.fields = None
+    return groups
 
 
 def _glimpse(group: CheckedGroup) -> dict[str, Any]:

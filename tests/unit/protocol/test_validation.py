@@ -91,6 +91,18 @@ REFUSED: dict[str, tuple[Any, str, tuple[str | int, ...], str]] = {
         "messages: nested too deeply",
     ),
     "deep in an unknown field": (with_bytes(b'"x":' + b"[" * 9999 + b"]" * 9999), "malformed_json", (), "too deeply"),
+    "deep, not too deep to be passed over": (
+        with_bytes(b'"x":' + b'["]",{"a":' * 33 + b"1" + b"}]" * 33),
+        "malformed_json",
+        ("x",),
+        "x: nested too deeply",
+    ),
+    "deep in an unknown field, read twice": (
+        with_bytes(b'"env_id":"0","x":' + b"[" * 66 + b"]" * 66),
+        "malformed_json",
+        ("x",),
+        "x: nested too deeply",
+    ),
     "byte order mark": (b"\xef\xbb\xbf" + GOOD, "encoding", (), "byte order mark"),
     "UTF-16": (GOOD.decode().encode("utf-16"), "encoding", (), "not UTF-8 (byte 0)"),
     "UTF-16 without a mark": (GOOD.decode().encode("utf-16-le"), "malformed_json", (), "not JSON"),

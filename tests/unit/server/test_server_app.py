@@ -18,6 +18,7 @@ from support.trajectory_server import Clock, group, registration, turns
 
 from atropos_verl.errors import StorageWriteError
 from atropos_verl.http_thread import environment_token
+from atropos_verl.protocol.schema import Refusal, SlowPathError
 from atropos_verl.protocol.wire import MEDIA_TYPE, decode_batch
 from atropos_verl.server import app as server_app
 from atropos_verl.server import body_checker, status_barrier
@@ -679,6 +680,58 @@ async def test_a_checker_that_was_killed_is_started_again_and_one_that_dies_of_e
         assert answer.status_code == 503 and "checks large bodies was killed" in answer.json()["detail"]
         assert answer.headers["retry-after"] == "1"
     app.checker.close()
+
+
+async def test_a_checker_has_a_bound_on_memory_and_on_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body_checker, "LARGE", 0)
+    monkeypatch.setattr(body_checker, "_MEMORY_BYTES", 64 << 20)
+    app = TrajectoryApi(ServerSettings())
+    async with client_of(app) as api:
+        answer = await api.post("/scored_data", json=group(1, images=["a"] * 3_000_000))
+        assert answer.status_code == 422 and "bytes of memory: send it" in answer.json()["message"]
+        assert app.checker.process is not None
+        first = app.checker.process.pid
+        assert (await api.post("/scored_data", json=group(2))).status_code == 200
+        assert app.checker.process.pid != first
+        first = app.checker.process.pid
+        with monkeypatch.context() as patch:
+            patch.setattr(body_checker, "_SECONDS", 0.0)
+            answer = await api.post("/scored_data", content=json.dumps(group(3, images=["a"] * 1_000_000)))
+        assert answer.status_code == 422 and "takes longer than 0 s" in answer.json()["message"]
+        assert (await api.post("/scored_data", json=group(3))).status_code == 200
+        assert app.checker.process.pid != first
+    app.checker.close()
+
+
+RULES = body_checker.Rules(vocab_size=None, environments=0, strict=False, largest=None, packs=False)
+
+
+async def test_a_check_that_is_cancelled_at_the_end_starts_no_further_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body_checker, "LARGE", 0)
+    checker = body_checker.BodyChecker()
+    asking = asyncio.create_task(checker.check(json.dumps(group(1)).encode(), False, RULES))
+    while checker.process is None:
+        await asyncio.sleep(0.001)
+    first = checker.process
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    checker.close()
+    await asyncio.get_running_loop().shutdown_default_executor()
+    assert checker.process is first and first.poll() is not None
+
+
+@pytest.mark.parametrize("part", ["[]", "{}", '"a"', "null"])
+def test_a_body_of_many_parts_is_left_to_the_checker_and_one_of_too_many_refused(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = json.dumps(group(1)).encode()[:-1] + f',"images":[{",".join([part] * 20_000)}]}}'.encode()
+    with pytest.raises(SlowPathError):
+        body_checker.check_body(body, False, RULES, quick=True)
+    assert len(body_checker.check_body(body, False, RULES)) == 1
+    monkeypatch.setattr(body_checker, "_MAX_BRACKETS", 10_000)
+    if part in ("[]", "{}"):
+        with pytest.raises(Refusal, match="send at most 10000 in one request"):
+            body_checker.check_body(body, False, RULES)
 
 
 async def test_a_reset_while_a_status_and_a_post_wait_for_each_other_refuses_both(
