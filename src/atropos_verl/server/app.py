@@ -43,9 +43,9 @@ from atropos_verl.server.bodies import (
 )
 from atropos_verl.server.body_checker import BodyChecker, ExaminedGroup, Rules
 from atropos_verl.server.settings import ServerSettings
-from atropos_verl.server.status import Counters, Metrics, env_status, environments, status
+from atropos_verl.server.status import Metrics, env_status, environments, status
 from atropos_verl.server.status_barrier import StatusBarrier
-from atropos_verl.server.store import ConflictError, Environment, QueueFullError, Store, UnknownLeaseError
+from atropos_verl.server.store import ConflictError, Counters, Environment, QueueFullError, Store, UnknownLeaseError
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,7 @@ from atropos_verl.protocol.schema import Refusal
 from atropos_verl.protocol.wire import join_packed, pack_stored
 from atropos_verl.server.batcher import StoredGroup
 from atropos_verl.server.settings import ServerSettings
-from atropos_verl.server.status import Counters
-from atropos_verl.server.store import Batch, Store
+from atropos_verl.server.store import Batch, Counters, Store
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 _MAX_INT = 2**63 - 1

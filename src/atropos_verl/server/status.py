@@ -4,20 +4,16 @@ All come from counts, in time that does not grow with the queue.
 """
 
 import math
-from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from atropos_verl.server.store import Environment, Store
+from atropos_verl.server.store import Counters, Environment, Store
 
 _MIN_ENV_WEIGHT = 0.01
 """Upstream's: no environment is starved completely."""
-_SERIES_SECONDS = 120
-_GLIMPSES = 6
 _SHOWN_ENVIRONMENTS = 500
 _TOTALS = {
     "groups": "Groups accepted",
@@ -103,40 +99,6 @@ def environments(store: Store) -> list[dict[str, Any]]:
         }
         for environment in store.environments[-_SHOWN_ENVIRONMENTS:]
     ]
-
-
-@dataclass(slots=True)
-class Counters:
-    """Since this process started."""
-
-    started_at: float
-    requests: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """(path, HTTP status) → requests."""
-    refused: Counter[str] = field(default_factory=Counter)
-    """Reason → groups or requests refused."""
-    bytes_held: int = 0
-    """Bytes of requests that are not answered yet."""
-    bytes_in: int = 0
-    """Inflated bytes of accepted posts."""
-    bytes_out: int = 0
-    """Bytes of batches sent."""
-    glimpses: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_GLIMPSES))
-    """The latest groups, for the live page."""
-    series: deque[tuple[int, int, int, int]] = field(default_factory=lambda: deque(maxlen=_SERIES_SECONDS))
-    """(second, groups, tokens, batches) of each second in which anything happened."""
-
-    def happened(self, now: float, *, groups: int = 0, tokens: int = 0, batches: int = 0) -> None:
-        second, before = int(now), (0, 0, 0)
-        if self.series and self.series[-1][0] == second:
-            before = self.series.pop()[1:]
-        self.series.append((second, groups + before[0], tokens + before[1], batches + before[2]))
-
-    def per_second(self, now: float, window: int = 60) -> dict[str, float]:
-        """Means over the last ``window`` seconds (fewer when the server is younger)."""
-        seconds = max(1.0, min(window, now - self.started_at))
-        rows = [row for row in self.series if row[0] > now - window]
-        names = ("groups", "tokens", "batches")
-        return {name: round(sum(row[i + 1] for row in rows) / seconds, 3) for i, name in enumerate(names)}
 
 
 class Metrics(Collector):

@@ -13,7 +13,7 @@ import math
 import sqlite3
 import time
 import uuid
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -32,6 +32,8 @@ from atropos_verl.storage import Key, RecordStore
 
 logger = logging.getLogger(__name__)
 
+_GLIMPSES = 6
+_SERIES_SECONDS = 120
 _T = TypeVar("_T")
 
 STORE_FILE = "store.sqlite"
@@ -127,6 +129,40 @@ def steady_clock() -> Callable[[], float]:
     machine's time. That counts only when this is called."""
     begun = time.time() - time.monotonic()
     return lambda: begun + time.monotonic()
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since this process started."""
+
+    started_at: float
+    requests: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """(path, HTTP status) → requests."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Reason → groups or requests refused."""
+    bytes_held: int = 0
+    """Bytes of requests that are not answered yet."""
+    bytes_in: int = 0
+    """Inflated bytes of accepted posts."""
+    bytes_out: int = 0
+    """Bytes of batches sent."""
+    glimpses: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_GLIMPSES))
+    """The latest groups, for the live page."""
+    series: deque[tuple[int, int, int, int]] = field(default_factory=lambda: deque(maxlen=_SERIES_SECONDS))
+    """(second, groups, tokens, batches) of each second in which anything happened."""
+
+    def happened(self, now: float, *, groups: int = 0, tokens: int = 0, batches: int = 0) -> None:
+        second, before = int(now), (0, 0, 0)
+        if self.series and self.series[-1][0] == second:
+            before = self.series.pop()[1:]
+        self.series.append((second, groups + before[0], tokens + before[1], batches + before[2]))
+
+    def per_second(self, now: float, window: int = 60) -> dict[str, float]:
+        """Means over the last ``window`` seconds (fewer when the server is younger)."""
+        seconds = max(1.0, min(window, now - self.started_at))
+        rows = [row for row in self.series if row[0] > now - window]
+        names = ("groups", "tokens", "batches")
+        return {name: round(sum(row[i + 1] for row in rows) / seconds, 3) for i, name in enumerate(names)}
 
 
 class Store:

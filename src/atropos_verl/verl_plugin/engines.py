@@ -20,7 +20,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -40,9 +40,9 @@ from atropos_verl.verl_plugin.prefix_forest import (
     sort_by_prefix,
 )
 from atropos_verl.verl_plugin.shims import (
+    cut_micro_batches_by,
     keep_optimiser_settings,
     leave_no_lock_files,
-    micro_batches_from,
     without_pinned_offload,
 )
 
@@ -166,6 +166,8 @@ class SelectiveHeadEngine(UpdateEngine):
     _shares = True
     """Shared prefixes stand in it once."""
     _probed = False
+    _cutting: ClassVar["SelectiveHeadEngine | None"] = None
+    """The engine of this process whose batch is being computed."""
 
     def initialize(self) -> None:
         super().initialize()
@@ -226,8 +228,11 @@ class SelectiveHeadEngine(UpdateEngine):
         return wanted and fits and self._joins(data) and self._shares
 
     def forward_backward_batch(self, data: Any, loss_function: Any, forward_only: bool = False) -> Any:
-        with micro_batches_from(self._micro_batches):
+        SelectiveHeadEngine._cutting = self
+        try:
             return super().forward_backward_batch(data, loss_function, forward_only)
+        finally:
+            SelectiveHeadEngine._cutting = None
 
     def _micro_batches(self, data: Any, dp_group: Any) -> tuple[list[Any], list[list[int]]] | None:
         """Micro-batches of up to ``max_token_len_per_gpu`` distinct tokens, and their indices; None: as verl does."""
@@ -282,6 +287,15 @@ class SelectiveHeadEngine(UpdateEngine):
         ids = micro_batch["input_ids"]
         packed = values.new_zeros(ids.values().shape[0]).index_copy(0, request.targets, values)
         return {"log_probs": torch.nested.nested_tensor_from_jagged(packed, ids.offsets())}
+
+
+def _cut(original: Callable[..., Any], data: Any, dp_group: Any = None, **options: Any) -> Any:
+    engine = SelectiveHeadEngine._cutting
+    cut = None if engine is None else engine._micro_batches(data, dp_group)
+    return cut or original(data=data, dp_group=dp_group, **options)
+
+
+cut_micro_batches_by(_cut)
 
 
 def _needs_logits(data: Any) -> bool:

@@ -5,6 +5,7 @@ Each says what the fault is and when it can be removed. Two have to be elsewhere
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import os
@@ -181,22 +182,12 @@ def quiet_transfer_queue() -> None:
             logging.getLogger(name).addFilter(lambda record: "target_num_threads" not in record.getMessage())
 
 
-@contextlib.contextmanager
-def micro_batches_from(function: Callable[[Any, Any], tuple[list[Any], list[list[int]]] | None]) -> Iterator[None]:
-    """Lets ``function(data, dp_group)`` cut the batches of verl's FSDP engine; where it returns None, verl does.
+def cut_micro_batches_by(function: Callable[..., Any]) -> None:
+    """Lets ``function(verl's own, data, dp_group)`` cut the batches of verl's FSDP engine.
 
     verl fills micro-batches by the lengths of sequences and scatters a group over them; there is no hook. Remove when
     ``FSDPEngine`` has a method that can be overridden instead of the call of ``prepare_micro_batches``.
     """
     from verl.workers.engine.fsdp import transformer_impl
 
-    original = transformer_impl.prepare_micro_batches
-
-    def prepare(data: Any, dp_group: Any = None, **options: Any) -> Any:
-        return function(data, dp_group) or original(data=data, dp_group=dp_group, **options)
-
-    transformer_impl.prepare_micro_batches = prepare
-    try:
-        yield
-    finally:
-        transformer_impl.prepare_micro_batches = original
+    transformer_impl.prepare_micro_batches = functools.partial(function, transformer_impl.prepare_micro_batches)
