@@ -393,7 +393,7 @@ def _watched(base: Any, listener: Listener) -> type[Any]:
     return WatchedProtocol
 
 
-class _SameLines(logging.Filter):
+class SameLines(logging.Filter):
     """Lets a line through once in ``_SAME_LINE_SECONDS``: what clients do wrong does not fill the disk."""
 
     def __init__(self) -> None:
@@ -401,14 +401,17 @@ class _SameLines(logging.Filter):
         self._shown: dict[str, float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        now, line = time.monotonic(), f"{record.msg} {record.exc_info and record.exc_info[1]!r}"
+        return self.is_new(f"{record.msg} {record.exc_info and record.exc_info[1]!r}")
+
+    def is_new(self, line: str) -> bool:
+        now = time.monotonic()
         if now - self._shown.get(line, float("-inf")) < _SAME_LINE_SECONDS:
             return False
         self._shown = {**self._shown, line: now} if len(self._shown) < 100 else {line: now}
         return True
 
 
-_SAME_LINES = _SameLines()
+_SAME_LINES = SameLines()
 
 
 def uvicorn_config(app: Any, listener: Listener, **options: Any) -> uvicorn.Config:

@@ -29,8 +29,8 @@ _MEMORY_BYTES = 1 << 30
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 """Type of a content part → its field that holds the text."""
 _SHOWN = 300
-_SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
-"""Names of environment variables that hold one."""
+_NEEDED = re.compile(r"PATH|HOME|HF_HOME|LANG|LC_\w+|LD_LIBRARY_PATH|PYTHON\w*|TMPDIR|VIRTUAL_ENV|OMP_NUM_THREADS")
+"""Environment variables of the process of a client's template: of all others none is known to hold no secret."""
 
 
 class ChatTemplate:
@@ -204,8 +204,7 @@ def _render_apart(template: str, messages: list[dict[str, Any]], options: dict[s
     """Render a template that is not trusted. Raises ``RuntimeError`` or ``TimeoutError`` with what went wrong."""
     command = [sys.executable, "-m", __name__]
     request = msgspec.json.encode({"template": template, "messages": messages, "options": options})
-    # Nothing of the run's secrets is in its environment.
-    env = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
+    env = {name: value for name, value in os.environ.items() if _NEEDED.fullmatch(name)}
     try:
         done = subprocess.run(command, input=request, capture_output=True, timeout=_SECONDS, env=env, check=False)
     except subprocess.TimeoutExpired:

@@ -298,7 +298,12 @@ def pack_stored(raw: bytes) -> bytes:
     try:
         return pack_group(check_group(raw))
     except (Refusal, RecursionError):
-        return _blob(_Header(json=True), [raw, b" " * (-len(raw) % 8)])
+        return pack_json(raw)
+
+
+def pack_json(raw: bytes) -> bytes:
+    """A group of a packed batch that is sent as JSON."""
+    return _blob(_Header(json=True), [raw, b" " * (-len(raw) % 8)])
 
 
 def _blob(header: _Header, blobs: list[bytes]) -> bytes:

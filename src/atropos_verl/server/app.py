@@ -10,6 +10,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from atropos_verl.errors import StorageWriteError
-from atropos_verl.http_thread import environment_token, foreign_page, has_token
+from atropos_verl.http_thread import SameLines, environment_token, foreign_page, has_token
 from atropos_verl.protocol.messages import AckRequest, EnvIdentifier, EnvRegistration, TrainerRegistration
 from atropos_verl.protocol.schema import CheckedGroup, Refusal
 from atropos_verl.protocol.wire import MEDIA_TYPE, pack_group
@@ -41,7 +42,7 @@ from atropos_verl.server.bodies import (
     lease_seconds,
     read_body,
 )
-from atropos_verl.server.body_checker import BodyChecker, ExaminedGroup, Rules
+from atropos_verl.server.body_checker import SLOW, BodyChecker, ExaminedGroup, Rules
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.status import Metrics, env_status, environments, status
 from atropos_verl.server.status_barrier import StatusBarrier
@@ -57,6 +58,8 @@ FEATURES = ("batch_fill", "idempotency", "leases", "packed", "wait")
 _TICK_SECONDS = 1.0
 _LONGEST_WAIT = 60.0
 """Seconds that ``GET /batch`` may wait for a batch."""
+_MAX_WAITING = 64
+"""Requests that wait for a batch; further ones are answered at once. Each arrival wakes them all."""
 _RECHECK_SECONDS = 0.25
 """A waiting ``GET /batch`` looks again after each group, and this often for what time alone changes (leases, fill)."""
 _OPEN_PATHS = frozenset({"/", "/health"})
@@ -65,7 +68,6 @@ _CLIENT_GONE = 499
 _PACKED_SHARE = 0.2
 """Bytes of packed groups kept ahead of need, over those received. (A packed group has about a third of its JSON.)"""
 _NOT_REGISTERED = {"status": "error", "message": "Trainer not registered. Call /register first.", "batch": []}
-_FEW_TOKENS = 20_000
 _MAX_UNKNOWN = 1000
 _SHOWN_NAME = 80
 _EXAMPLE = "tokens masks scores advantages ref_logprobs generation_params inference_logprobs messages images"
@@ -86,8 +88,11 @@ class TrajectoryApi:
         self._metrics = Metrics(self.store, self.counters)
         self._barrier = StatusBarrier()
         self._arrived = asyncio.Event()
-        self.checker = BodyChecker()
+        self._waiting = 0
+        self.checker, self.packer = BodyChecker(), BodyChecker()
+        """A batch does not wait for the check of a group."""
         self._unknown: set[str] = set()
+        self._refusals = SameLines()
         self._page = Path(__file__).with_name("page.html").read_bytes()
         reset: dict[str, Handler] = {"POST": self.reset_data}
         if self.store.settings.allow_get_reset:
@@ -176,9 +181,10 @@ class TrajectoryApi:
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         ticker = asyncio.create_task(self._tick())
-        self.checker = BodyChecker()  # a closed one, after a stop, stays closed
+        self.checker, self.packer = BodyChecker(), BodyChecker()  # closed ones, after a stop, stay closed
         yield
         self.checker.close()
+        self.packer.close()
         ticker.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await ticker
@@ -199,7 +205,9 @@ class TrajectoryApi:
             environment = self.store.environment(error.env_id) if isinstance(error, Refusal) else None
             if environment is not None:
                 environment.refused += 1
-            logger.warning("%s refused: %s", request.scope["path"], error, extra=about)
+            sender = environment and environment.env_id
+            if self._refusals.is_new(f"{request.scope['path']} {error.reason} {sender}"):
+                logger.warning("%s refused: %s", request.scope["path"], error, extra=about)
         match error:
             case Refusal():
                 return _json(error.as_fields(), 422)
@@ -426,10 +434,14 @@ class TrajectoryApi:
         end = time.monotonic() + wait
         while (batch := store.next_batch(seconds)) is None:
             left = end - time.monotonic()
-            if left <= 0:
+            if left <= 0 or self._waiting >= _MAX_WAITING:
                 return {"batch": None}
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._arrived.wait(), min(left, _RECHECK_SECONDS))
+            self._waiting += 1
+            try:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._arrived.wait(), min(left, _RECHECK_SECONDS))
+            finally:
+                self._waiting -= 1
             self._arrived.clear()
             if await request.is_disconnected():
                 raise ClientDisconnect  # nobody would read the batch
@@ -442,17 +454,25 @@ class TrajectoryApi:
         again = "" if batch.deliveries == 1 else f" (delivery number {batch.deliveries})"
         about = {"event": "batch", "step": batch.step, "groups": len(members), "tokens": tokens}
         logger.info("%s, %d tokens%s", text, tokens, again, extra={**about, "lease": batch.lease_id})
-        if tokens < _FEW_TOKENS:
-            parts = batch_parts(members, packed=wants_packed)
-        else:
-            try:  # packing many groups takes long; each of them is a few milliseconds without the event loop
+        try:
+            if wants_packed:
+                members = [await self._packed(group) for group in members]
+            if sum([len(group.raw) for group in members]) <= SLOW:
+                parts = batch_parts(members, packed=wants_packed)
+            else:  # packing many groups takes long; each of them is a few milliseconds without the event loop
                 parts = await asyncio.to_thread(batch_parts, members, packed=wants_packed)
-            except BaseException:
-                store.settle(batch.lease_id, "it could not be sent")
-                raise
+        except BaseException:
+            store.settle(batch.lease_id, "it could not be sent")
+            raise
         media_type = MEDIA_TYPE if wants_packed else "application/json"
         encoding = choose_encoding(store.settings.compression, request, sum(map(len, parts)))
         return BatchResponse(batch, parts, media_type, encoding, store, self.counters, self._connection(request))
+
+    async def _packed(self, group: StoredGroup) -> StoredGroup:
+        """A group that is long and was not packed ahead: packed apart, and not kept."""
+        if group.packed is not None or len(group.raw) <= SLOW:
+            return group
+        return replace(group, packed=await self.packer.pack(group))
 
     async def ack(self, request: Request) -> dict[str, Any]:
         lease_id = decoded(await self._body(request), AckRequest).lease_id

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import re
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import msgspec
@@ -34,6 +34,8 @@ _GZIP = 16 + zlib.MAX_WBITS
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 _IN_THREAD = 16 * 2**10
 """Compressed bytes from which inflating is left to a thread (zlib lets the event loop run meanwhile)."""
+_INFLATED_AT_ONCE = 4 * 2**20
+"""Inflated bytes that are not counted yet."""
 _MAX_MEMBERS = 16_384
 _FIRST_CHUNK = 512
 _PADDING = re.compile(rb"\0*")
@@ -41,6 +43,7 @@ LARGE = 2**20
 """Bytes that no body without groups exceeds. A longer one with groups is not looked at in this process, in which only
 its copying would take too long: it stays a ``bytearray``."""
 _MAX_KEY = 255
+_SHOWN = 80
 _MIN_COMPRESSED = 1000
 """Bytes; shorter answers are sent as they are (upstream's bound)."""
 _NO_WEIGHT = ("q=", "q=0.")
@@ -84,10 +87,14 @@ async def read_body(request: Request, settings: ServerSettings, counters: Counte
         _check_length(length, inflated, "body", "max_inflated_bytes")
         return body if length > LARGE else bytes(body)
     if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise BodyError(415, "encoding", f"content-encoding {encoding!r} is not supported; send gzip, or none")
-    body = _inflate(body, inflated) if length < _IN_THREAD else await asyncio.to_thread(_inflate, body, inflated)
-    _hold(request, len(body), settings, counters)
-    return body if len(body) > LARGE else bytes(body)
+        raise BodyError(415, "encoding", f"content-encoding {encoding[:_SHOWN]!r} is not supported; send gzip, or none")
+    whole: Any = bytearray()
+    held = 0
+    steps = _inflate(body, whole, inflated)
+    while (await asyncio.to_thread(next, steps, True) if length >= _IN_THREAD else next(steps, True)) is None:
+        _hold(request, len(whole) - held, settings, counters)
+        held = len(whole)
+    return whole if held > LARGE else bytes(whole)
 
 
 def _hold(request: Request, length: int, settings: ServerSettings, counters: Counters) -> None:
@@ -104,21 +111,27 @@ def _check_length(length: int, limit: int, what: str, name: str) -> None:
         raise BodyError(413, "too_long", f"the {what} is longer than {limit} bytes ({name})")
 
 
-def _inflate(body: bytearray, limit: int) -> bytearray:
-    """All members of a gzip (or zlib) body, in time linear in it. Stops at ``limit`` bytes, whatever follows."""
-    inflated, at = bytearray(), 0
+def _inflate(body: bytearray, inflated: bytearray, limit: int) -> Iterator[None]:
+    """All members of a gzip (or zlib) body, in time linear in it, are added to ``inflated``. Stops at ``limit`` bytes,
+    whatever follows. Yields after each ``_INFLATED_AT_ONCE`` of them, so that they can be counted, and at the end."""
+    at = told = 0
     for _ in range(_MAX_MEMBERS):
         if at == len(body):
-            return inflated
+            yield
+            return
         inflater, size = zlib.decompressobj(_GZIP_OR_ZLIB), _FIRST_CHUNK
         while not inflater.eof:
             chunk = body[at : at + size]
-            if not chunk:
-                raise BodyError(400, "encoding", "Invalid gzip payload: it is cut off")
             try:
-                inflated += inflater.decompress(chunk, limit + 1 - len(inflated))
+                more = inflater.decompress(chunk, min(limit + 1 - len(inflated), _INFLATED_AT_ONCE))
             except zlib.error as error:
                 raise BodyError(400, "encoding", f"Invalid gzip payload: {error}") from None
+            if not chunk and not more and not inflater.eof:
+                raise BodyError(400, "encoding", "Invalid gzip payload: it is cut off")
+            inflated += more
+            if len(inflated) - told >= _INFLATED_AT_ONCE:
+                told = len(inflated)
+                yield
             _check_length(len(inflated), limit, "inflated body", "max_inflated_bytes")
             # What follows the member is copied out of each chunk, so chunks begin small.
             at += len(chunk) - len(inflater.unused_data) - len(inflater.unconsumed_tail)
@@ -160,8 +173,8 @@ def lease_seconds(value: object, longest: float, name: str) -> float:
     except (TypeError, ValueError):
         seconds = -1.0
     if not 0 < seconds <= longest:
-        text = f"{name} = {value!r} must be a number of seconds above 0 and at most {longest:g}"
-        raise Refusal("lease", text, name, value=str(value))
+        text = f"{name} = {repr(value)[:_SHOWN]} must be a number of seconds above 0 and at most {longest:g}"
+        raise Refusal("lease", text, name, value=str(value)[:_SHOWN])
     return seconds
 
 

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from atropos_verl.protocol.schema import CheckedGroup, Refusal, SlowPathError, check_group, json_value, split_list
-from atropos_verl.protocol.wire import pack_group
+from atropos_verl.protocol.wire import pack_group, pack_json, pack_stored
+from atropos_verl.server.batcher import StoredGroup
 from atropos_verl.server.bodies import LARGE, BodyError
 
-_SLOW = 64 << 10
-"""Bytes from which the second, slow reader is left to the other process: 10 ms."""
+SLOW = 64 << 10
+"""Bytes from which the second, slow reader and late packing are left to the other process: 10 ms."""
 _MANY_PARTS = 16_384
 """Lists, objects and strings from which a body is left to it as well: 10 to 20 ms."""
 _MAX_BRACKETS = 1 << 22
@@ -106,10 +107,19 @@ class BodyChecker:
         """Raises ``Refusal``; ``BodyError`` 503 when the process was killed."""
         if len(body) <= LARGE:
             try:
-                return check_body(body, is_list, rules, quick=len(body) > _SLOW)
+                return check_body(body, is_list, rules, quick=len(body) > SLOW)
             except SlowPathError:
                 pass
-        return await self._in_turn(body, is_list, rules)
+        groups: list[ExaminedGroup] = await self._in_turn(body, is_list, rules)
+        return groups
+
+    async def pack(self, group: StoredGroup) -> bytes:
+        """``pack_stored`` of a group of any length; as JSON where the process comes to a bound."""
+        try:
+            packed: bytes = await self._in_turn(group.raw, False, None)
+        except (Refusal, BodyError):
+            return pack_json(b"".join(group.json_parts()))
+        return packed
 
     async def _in_turn(self, *question: Any) -> Any:
         async def ask() -> Any:
@@ -133,7 +143,7 @@ class BodyChecker:
             self.process.kill()
             return self.process.wait()
 
-    def _ask(self, body: bytes, is_list: bool, rules: Rules) -> Any:
+    def _ask(self, body: bytes, is_list: bool, rules: Rules | None) -> Any:
         for _ in range(_TRIES):
             with self._guard:
                 if self._closed:
@@ -193,7 +203,10 @@ def _too_much(body: bytes, what: str) -> Refusal:
     return Refusal("too_large", f"checking {len(body)} bytes takes {what}: send it in several requests")
 
 
-def _answer(body: bytes, is_list: bool, rules: Rules) -> list[ExaminedGroup] | Refusal:
+def _answer(body: bytes, is_list: bool, rules: Rules | None) -> list[ExaminedGroup] | Refusal | bytes:
+    """Without ``rules``: the packed form of a group that was checked before."""
+    if rules is None:
+        return pack_stored(body)
     try:
         groups = check_body(body, is_list, rules)
     except Refusal as refusal:

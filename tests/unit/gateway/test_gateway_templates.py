@@ -1,5 +1,6 @@
 """Chat templates: what reaches them of a request, and what happens when one does not end."""
 
+import subprocess
 from typing import Any
 
 import pytest
@@ -126,3 +127,21 @@ def test_rendering_has_an_end(template: str, sent: bool, monkeypatch: pytest.Mon
     own, body = ("", {"chat_template": template}) if sent else (template, {})
     with pytest.raises(ApiError, match="MemoryError" if template == DOUBLING else r"takes longer than 0\.5 s"):
         prompt(own, {"role": "user", "content": "x"}, allows_clients=True, **body)
+
+
+def test_the_process_of_a_clients_template_gets_no_variable_that_it_does_not_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: dict[str, str] = {}
+
+    def run(command: list[str], *, env: dict[str, str], **_: Any) -> Any:
+        given.update(env)
+        raise subprocess.TimeoutExpired(command, 1.0)
+
+    for name in ("PGPASSWD", "BASIC_AUTH", "SENTRY_DSN", "DATABASE_URL", "HF_TOKEN", "PYTHONPATH", "HF_HOME", "LC_ALL"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(ApiError):
+        prompt("", {"role": "user", "content": "x"}, allows_clients=True, chat_template="y")
+    assert {name for name, value in given.items() if value == "x"} == {"PYTHONPATH", "HF_HOME", "LC_ALL"}
+    assert "PATH" in given

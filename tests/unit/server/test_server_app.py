@@ -21,7 +21,7 @@ from atropos_verl.http_thread import environment_token
 from atropos_verl.protocol.schema import Refusal, SlowPathError
 from atropos_verl.protocol.wire import MEDIA_TYPE, decode_batch
 from atropos_verl.server import app as server_app
-from atropos_verl.server import body_checker, status_barrier
+from atropos_verl.server import bodies, body_checker, status_barrier
 from atropos_verl.server.app import TrajectoryApi
 from atropos_verl.server.bodies import Connection
 from atropos_verl.server.settings import ServerSettings
@@ -91,7 +91,7 @@ async def test_a_batch_that_the_disk_refuses_is_not_sent_whoever_hears_of_it_fir
         env_id = await started(client, 4)
         await post(client, "/scored_data", group(0, env_id=env_id))
         with monkeypatch.context() as disk:
-            disk.setattr(server_app, "_FEW_TOKENS", 0)
+            disk.setattr(server_app, "SLOW", 0)
             disk.setattr(server_app, "batch_parts", slow)
             disk.setattr(RecordStore, "_commit", lambda self, changes: StorageWriteError("no space"))
             assert (await client.get("/batch", headers={"X-Atropos-Lease": "60"})).status_code == 507
@@ -647,7 +647,7 @@ async def test_a_large_or_slow_body_is_checked_in_another_process_with_the_same_
     seen: list[Any] = []
     for limit in (2**20, 0):
         monkeypatch.setattr(body_checker, "LARGE", limit)
-        monkeypatch.setattr(body_checker, "_SLOW", limit)
+        monkeypatch.setattr(body_checker, "SLOW", limit)
         app = TrajectoryApi(ServerSettings(), now=Clock())
         async with client_of(app) as api:
             await started(api, 8)
@@ -710,7 +710,7 @@ async def test_a_check_that_is_cancelled_at_the_end_starts_no_further_process(mo
     monkeypatch.setattr(body_checker, "LARGE", 0)
     checker = body_checker.BodyChecker()
     asking = asyncio.create_task(checker.check(json.dumps(group(1)).encode(), False, RULES))
-    while checker.process is None:
+    while checker.process is None:  # noqa: ASYNC110 - set in another thread
         await asyncio.sleep(0.001)
     first = checker.process
     asking.cancel()
@@ -732,6 +732,81 @@ def test_a_body_of_many_parts_is_left_to_the_checker_and_one_of_too_many_refused
     if part in ("[]", "{}"):
         with pytest.raises(Refusal, match="send at most 10000 in one request"):
             body_checker.check_body(body, False, RULES)
+
+
+async def test_a_long_group_that_was_not_packed_ahead_is_packed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"{number}" * 20_000 for number in range(4)]
+    said = [[[{"role": "user", "content": text}]] * 4 for text in texts]
+    seen = []
+    for may_start in (True, False):
+        app = TrajectoryApi(ServerSettings())
+        if not may_start:
+            monkeypatch.setattr(body_checker, "_TRIES", 0)
+        monkeypatch.setattr("atropos_verl.server.bodies.pack_stored", None)  # not in this process
+        async with client_of(app) as api:
+            await started(api, 16)
+            for number in range(4):
+                await api.post("/scored_data", json=group(number, messages=said[number]))
+            batch = decode_batch((await api.get("/batch", headers={"Accept": MEDIA_TYPE})).content)
+        assert (app.packer.process is not None) is may_start and app.checker.process is None
+        app.packer.close()
+        seen.append([(one.group_id, one.messages, one.token_ids[0].tolist()) for one in batch])
+    assert [messages for _, messages, _ in seen[0]] == said and seen[0] == seen[1]
+
+
+async def test_inflated_bytes_are_counted_while_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    inflated = []
+
+    class Counting:
+        def __init__(self, *args: Any) -> None:
+            self.inner = real(*args)
+
+        def decompress(self, chunk: bytes, most: int) -> bytes:
+            inflated.append(self.inner.decompress(chunk, most))
+            return inflated[-1]
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    real = zlib.decompressobj
+    bomb = gzip.compress(b" " * 50_000_000)
+    monkeypatch.setattr(zlib, "decompressobj", Counting)
+    app = TrajectoryApi(ServerSettings(max_bytes_at_once=1_000_000))
+    async with client_of(app) as api:
+        answer = await api.post("/scored_data", content=bomb, headers={"Content-Encoding": "gzip"})
+        assert answer.status_code == 503 and "max_bytes_at_once" in answer.json()["detail"]
+        assert sum(map(len, inflated)) < 10_000_000 and app.counters.bytes_held == 0
+        monkeypatch.setattr(bodies, "_INFLATED_AT_ONCE", 1)
+        raw = gzip.compress(json.dumps(group(1)).encode())
+        assert (await api.post("/scored_data", content=raw, headers={"Content-Encoding": "gzip"})).status_code == 200
+        answer = await api.post("/scored_data", content=raw[:-1], headers={"Content-Encoding": "gzip"})
+        assert answer.status_code == 400 and "cut off" in answer.json()["detail"]
+
+
+async def test_refusals_do_not_fill_the_log(api: httpx.AsyncClient, caplog: pytest.LogCaptureFixture) -> None:
+    await started(api)
+    for number in range(10):
+        answer = await api.get("/batch", headers={"X-Atropos-Lease": f"{number}" + "x" * 15_000})
+        assert answer.status_code == 422 and len(answer.text) < 1000
+        sent = {"Content-Encoding": f"{number}" + "x" * 15_000}
+        assert (await api.post("/scored_data", content=b"x", headers=sent)).status_code == 415
+        await api.post("/scored_data", json={**group(1, env_id=number), "scores": []})
+    said = [record.getMessage() for record in caplog.records if " refused: " in record.getMessage()]
+    # That of environment 0, and that of all who are none.
+    assert [line.partition(" ")[0] for line in said] == ["/batch", "/scored_data", "/scored_data", "/scored_data"]
+    assert max(map(len, said)) < 300
+
+
+async def test_only_so_many_requests_wait_for_a_batch(api: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_app, "_MAX_WAITING", 2)
+    await started(api)
+    waiting = [asyncio.create_task(api.get("/batch", headers={"X-Atropos-Wait": "60"})) for _ in range(2)]
+    await turns()
+    assert await get(api, "/batch", headers={"X-Atropos-Wait": "60"}) == {"batch": None}
+    assert not any(task.done() for task in waiting)
+    for tag in range(4):
+        await post(api, "/scored_data", group(tag))
+    assert [len((await task).json()["batch"]) for task in waiting] == [2, 2]
 
 
 async def test_a_reset_while_a_status_and_a_post_wait_for_each_other_refuses_both(
