@@ -52,8 +52,8 @@ logger = logging.getLogger(__name__)
 HELD_OUT_SHARE = 16  # one word in 16
 EVAL_START = 2**30  # task to start from: the held-out tasks are the same in every run, whatever its seed
 # In an installed package the environments stand beside the model.
-PLACES = [Path(__file__).absolute().parents[1], Path(__file__).resolve().parents[2] / "src" / "atropos_verl" / "assets"]
-DEMO_MODEL = next((p / "demo_model" for p in PLACES if (p / "demo_model").is_dir()), PLACES[-1] / "demo_model")
+ASSETS = [Path(__file__).absolute().parents[1], Path(__file__).resolve().parents[2] / "src" / "atropos_verl" / "assets"]
+DEMO_MODEL = ASSETS[(ASSETS[1] / "demo_model").is_dir()] / "demo_model"
 
 
 def is_held_out(word: str) -> bool:

@@ -127,7 +127,7 @@ def test_a_stall_is_diagnosed(drill: Drill) -> None:
         "what is known; the run goes on waiting:",
         "  demo: running, pid",
         "  inference gateway: 0 requests in flight, 0 tokens/s",
-        "  environment demo_1: alive, heard",  # the second registration: it was killed before
+        "  environment demo_0: alive, heard",  # it was killed before, and has its name again
         "  broken: failed, 1 restarts: exited with code 3",
     ):
         assert words in drill.diagnosis
