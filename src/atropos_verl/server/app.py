@@ -380,7 +380,8 @@ class TrajectoryApi:
         decoded group."""
         store = self.store
         room = _PACKED_SHARE * (store.held_bytes - store.packed_bytes) - store.packed_bytes
-        wanted = store.wants_packed and room > 0
+        # One that was checked apart before the first wish for packed batches has neither form any more.
+        wanted = store.wants_packed and room > 0 and (group.packed is not None or group.checked.fields is not None)
         if wanted and store.groups.get(stored.seq) is stored and stored.packed is None:
             store.keep_packed(stored, pack_group(group.checked) if group.packed is None else group.packed)
 

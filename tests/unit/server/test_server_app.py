@@ -754,6 +754,29 @@ async def test_a_long_group_that_was_not_packed_ahead_is_packed_apart(monkeypatc
     assert [messages for _, messages, _ in seen[0]] == said and seen[0] == seen[1]
 
 
+async def test_a_group_that_was_checked_apart_before_packed_batches_were_asked_for_is_packed_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(body_checker, "LARGE", 0)
+    app, failures = TrajectoryApi(ServerSettings()), list[Any]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+    check = app.checker.check
+
+    async def late(*question: Any) -> Any:
+        examined = await check(*question)
+        app.store.wants_packed = True  # as by a GET /batch meanwhile
+        return examined
+
+    monkeypatch.setattr(app.checker, "check", late)
+    async with client_of(app) as api:
+        await started(api, 4)
+        await api.post("/scored_data", json=group(1))
+        await turns()
+        assert len(decode_batch((await api.get("/batch", headers={"Accept": MEDIA_TYPE})).content)) == 1
+    app.checker.close()
+    assert failures == []
+
+
 async def test_inflated_bytes_are_counted_while_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
     inflated = []
 
