@@ -6,6 +6,7 @@ Reward: 1.0 where it is the sum, else 0.0. Unordered pairs are split by a hash: 
 """
 
 import hashlib
+import itertools
 import logging
 import random
 import re
@@ -59,16 +60,14 @@ class SumsEnv(SpellBackwardEnv):
         pairs = [(left, right) for left in range(1, LARGEST + 1) for right in range(1, LARGEST + 1)]
         self.eval_tasks = [self._task(*pair) for pair in pairs if is_held_out(*pair)]
         self.train_pairs = [pair for pair in pairs if not is_held_out(*pair)]
-        self.random = random.Random(self.config.seed)
+        draw = random.Random(self.config.seed)
+        self.train_tasks = (self._task(*draw.choice(self.train_pairs)) for _ in itertools.count())
+        self.tasks_drawn = self._saved_step = 0
 
     @staticmethod
     def _task(left: int, right: int) -> dict[str, Any]:
         question = f"State the final answer to the following arithmetic problem: {left} + {right} ="
         return {"question": question, "answer": str(left + right), "metadata": {"expression": f"{left} + {right}"}}
-
-    async def get_next_item(self) -> dict[str, Any]:
-        """A training task; the order depends on ``--env.seed`` only."""
-        return self._task(*self.random.choice(self.train_pairs))
 
     def score(self, answer: str, task: dict[str, Any]) -> float:
         """1.0 where the last number of ``answer`` is the sum, else 0.0."""
