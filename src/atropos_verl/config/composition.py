@@ -63,8 +63,8 @@ def gateway_key(run_dir: str | Path | None, starts_environments: bool) -> str:
     stays the same.
     """
     file = None if run_dir is None or starts_environments else Path(run_dir).expanduser() / KEY_FILE
-    if file is not None and file.is_file():
-        return file.read_text().strip()
+    if file is not None and file.is_file() and (key := file.read_text().strip()):
+        return key
     # Hex: one base64 key in 64 begins with "-", which an environment takes for an option and exits.
     return secrets.token_hex(24)
 

@@ -298,10 +298,11 @@ def with_token(url: str, token: str | None) -> str:
 
 
 def secrets_of(config: RunConfig) -> tuple[str, ...]:
-    """What must show in no log: keys and tokens of the run."""
+    """What must show in no log: keys and tokens of the run, the longest first, as they are and as a URL has them."""
     token, key = config.atropos.token, config.gateway.api_key
     known = (token, environment_token(token) if token else None, key)
-    return tuple(secret for secret in known if secret and len(secret) > 3)
+    forms = dict.fromkeys(form for secret in known if secret for form in (secret, quote(secret, safe="")))
+    return tuple(sorted((form for form in forms if len(form) > 3), key=len, reverse=True))
 
 
 def own_temporary(run_dir: Path) -> Path:
@@ -334,7 +335,8 @@ def obstacle(spec: ServiceSpec, gateway_url: str) -> str:
     names = [name for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY") if variables.get(name)]
     no_proxy = variables.get("no_proxy", variables.get("NO_PROXY", ""))
     if names and not proxy_bypass_environment(host, {"no": no_proxy}):
-        return f"the proxy {names[0]}={variables[names[0]]} stands between: add {host} to NO_PROXY of the environment"
+        proxy = re.sub(r"^([\w+.-]+://)?(.*@)?([^/?#]*).*", r"\1\3", variables[names[0]])  # without its password
+        return f"the proxy {names[0]}={proxy} stands between: add {host} to NO_PROXY of the environment"
     return ""
 
 

@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class LaunchPlan:
         """The content of ``plan.json``: every command with its directory and variables, keys and tokens left out."""
         content = {
             "run_dir": str(self.run_dir),
-            "api_url": self.api_url,
+            "api_url": self._without_secrets(self.api_url),
             "gateway_url": self.gateway_url,
             "steps": self.config.steps,
             "services": {
@@ -85,28 +85,40 @@ class LaunchPlan:
                     "startup_timeout": spec.startup_timeout,
                     "shell": shlex.join(["env", *(f"{key}={value}" for key, value in spec.env.items()), *spec.command]),
                 }
-                for spec in self.services
+                for spec in self._shown_services()
             },
-            "warnings": list(self.warnings),
+            "warnings": [self._without_secrets(warning) for warning in self.warnings],
         }
-        shown: dict[str, Any] = json.loads(self._without_secrets(json.dumps(content)))
-        return shown
+        return content
 
     def text(self) -> str:
         """The output of ``--dry-run``: the commands as one would type them, keys left out."""
         lines = [
             f"run directory      {self.run_dir}",
-            f"trajectory API     {self.api_url}",
+            f"trajectory API     {self._without_secrets(self.api_url)}",
             f"inference gateway  {self.gateway_url}",
         ]
-        for spec in self.services:
+        for spec in self._shown_services():
             variables = " ".join(f"{key}={shlex.quote(value)}" for key, value in spec.env.items())
             lines += ["", f"{spec.name} ({spec.kind}; restarts: {spec.restarts}, log {spec.log_path})"]
             lines.append(f"  cd {shlex.quote(str(spec.cwd))} && {variables} {shlex.join(spec.command)}")
             for path, text in spec.files.items():
                 lines += [f"  {path}:", *(f"    {line}" for line in text.splitlines())]
-        lines += ["", *(f"warning: {warning}" for warning in self.warnings)]
-        return self._without_secrets("\n".join(lines)).rstrip()
+        lines += ["", *(f"warning: {self._without_secrets(warning)}" for warning in self.warnings)]
+        return "\n".join(lines).rstrip()
+
+    def _shown_services(self) -> list[ServiceSpec]:
+        """The services, keys left out while words are words: quoted, a key may look different."""
+        hide = self._without_secrets
+        return [
+            replace(
+                spec,
+                command=tuple(map(hide, spec.command)),
+                env={key: hide(value) for key, value in spec.env.items()},
+                files={path: hide(text) for path, text in spec.files.items()},
+            )
+            for spec in self.services
+        ]
 
     def _without_secrets(self, text: str) -> str:
         for secret in secrets_of(self.config):

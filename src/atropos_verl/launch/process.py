@@ -32,6 +32,7 @@ _ORPHAN_GRACE_SECONDS = 3.0
 _POLL_SECONDS = 0.02
 _TAIL_BYTES = 65536
 _TAIL_LINE_LENGTH = 500
+_KEY_VARIABLES = ("ATROPOS_API_TOKEN", "ATROPOS_GATEWAY_KEY")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]")
 
 
@@ -75,11 +76,12 @@ def describe_exit(returncode: int) -> str:
 
 def _inherited() -> dict[str, str]:
     """The environment without what torchrun said of ranks to this process, or another launcher before it: a child is
-    none of them, and a library in it that reads them would wait for the others."""
+    none of them, and a library in it that reads them would wait for the others. Nor has it keys of the shell's: API and
+    trainer are given theirs, and what an environment has of them is in its file."""
     return {
         name: value
         for name, value in os.environ.items()
-        if name not in RANK_VARIABLES and not name.startswith("TORCHELASTIC_")
+        if name not in (*RANK_VARIABLES, *_KEY_VARIABLES) and not name.startswith("TORCHELASTIC_")
     }
 
 

@@ -346,6 +346,9 @@ def test_children_ask_no_proxy_for_the_parts_of_the_run(monkeypatch: pytest.Monk
     assert obstacle(planned, "http://g:9004").startswith(
         "the proxy HTTP_PROXY=http://proxy:3128 stands between: add g to"
     )
+    for proxy, shown in (("http://user:pw@proxy:1", "http://proxy:1"), ("user:p/w@proxy:1/x", "proxy:1")):
+        monkeypatch.setenv("HTTP_PROXY", proxy)
+        assert obstacle(planned, "http://g:9004").startswith(f"the proxy HTTP_PROXY={shown} stands")
 
 
 def test_relative_import_paths_hold_in_the_working_directory_of_a_child(

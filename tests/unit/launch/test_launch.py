@@ -149,6 +149,21 @@ def test_the_dry_run_shows_commands_and_no_keys(tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("key", ["3000", 'quo"te', "back\\slash", "apo'strophe"])
+def test_a_plan_stays_a_plan_whatever_the_keys_are(tmp_path: Path, key: str) -> None:
+    config, launch = load_launch(["steps=3000", f"run_dir={tmp_path}"], config_name="local_demo")
+    plan = build_plan(config.with_values(gateway={"api_key": key}, atropos={"token": "a/token&more"}), launch)
+    content = json.loads(json.dumps(plan.describe()))
+    assert content["steps"] == 3000
+    assert content["services"]["trainer"]["env"]["ATROPOS_GATEWAY_KEY"] == "***"
+    assert "ATROPOS_GATEWAY_KEY=***" in content["services"]["trainer"]["shell"]
+    trainer = next(spec for spec in plan.services if spec.kind == "trainer")
+    assert {key, "a/token&more", "a%2Ftoken%26more"} <= {*trainer.secrets}
+    environment = next(spec for spec in plan.services if spec.kind == "environment")
+    assert (trainer.env["ATROPOS_GATEWAY_KEY"], trainer.env["ATROPOS_API_TOKEN"]) == (key, "a/token&more")
+    assert not {"ATROPOS_GATEWAY_KEY", "ATROPOS_API_TOKEN"} & {*environment.env}
+
+
 def test_help_names_every_key_and_every_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"], config_name="local_demo") == 0
     text = capsys.readouterr().out
@@ -217,6 +232,8 @@ def test_the_gateway_key_of_environments_elsewhere_is_in_a_private_file_and_stay
     file = tmp_path / "gateway.key"
     assert file.read_text().strip() == plan.config.gateway.api_key and file.stat().st_mode & 0o777 == 0o600
     assert plan_of(*words).config.gateway.api_key == plan.config.gateway.api_key
+    file.write_text("\n")
+    assert len(plan_of(*words).config.gateway.api_key or "") >= 24, "an empty file is no key"
     assert plan_of(f"run_dir={tmp_path}").config.gateway.api_key != plan.config.gateway.api_key
 
 

@@ -74,6 +74,17 @@ def test_a_child_is_no_rank_of_what_started_this_process(tmp_path: Path, monkeyp
     assert chosen.log_tail() == "3"
 
 
+def test_a_child_has_no_key_but_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ATROPOS_API_TOKEN", "ATROPOS_GATEWAY_KEY"):
+        monkeypatch.setenv(name, "of-the-shell")
+    script = "echo [$ATROPOS_API_TOKEN$ATROPOS_GATEWAY_KEY]"
+    assert ended(tmp_path, script).log_tail() == "[]"
+    chosen = ManagedProcess(shell(tmp_path, script, env={"ATROPOS_API_TOKEN": "its-own"}))
+    chosen.start()
+    eventually(lambda: not chosen.is_running(), "the end")
+    assert chosen.log_tail() == "[its-own]"
+
+
 def test_the_log_is_appended_and_the_tail_is_of_this_start_only(tmp_path: Path) -> None:
     for word in ("first", "second"):
         process = ended(tmp_path, f"echo {word}")
