@@ -9,6 +9,7 @@ import numpy as np
 
 from atropos_verl.backends.local.worker import PolicyWorker
 from atropos_verl.config.schema import RunConfig
+from atropos_verl.types import TrainingSample
 from support.samples import random_samples
 
 
@@ -29,6 +30,18 @@ def main() -> None:
         out.write_text(json.dumps(results))
 
 
+def _uneven() -> list[TrainingSample]:
+    """One rank gets ten of a common prefix and one more, 124 distinct tokens; the other two rows that fill two of the
+    three micro-batches that each rank has to make."""
+    samples = random_samples(13, vocab_size=200, seed=8, longest=44)
+    mask = np.arange(44) >= 40
+    rng = np.random.default_rng(8)
+    rows = [np.concatenate([np.arange(40), rng.integers(0, 200, 4)]) for _ in range(10)]
+    rows += [rng.integers(100, 200, 44) for _ in range(3)]
+    columns = {"loss_mask": mask, "advantages": mask * 0.5, "rollout_logprobs": None}
+    return [replace(sample, token_ids=row, **columns) for sample, row in zip(samples, rows, strict=True)]
+
+
 def _train(worker: PolicyWorker, checkpoint: Path) -> dict[str, object]:
     samples = random_samples(11, vocab_size=200)
     outputs = [worker.train(samples) for _ in range(2)]
@@ -36,6 +49,7 @@ def _train(worker: PolicyWorker, checkpoint: Path) -> dict[str, object]:
     first, second = sorted(samples[:2], key=len, reverse=True)
     untrained = replace(first, loss_mask=np.zeros_like(first.loss_mask))
     outputs.append(worker.train([untrained, second]))  # rank 0, which has the longest, has nothing to train on
+    outputs.append(worker.train(_uneven()))
     worker.save_checkpoint(checkpoint, 3)
     logprobs = worker.compute_logprobs(samples)
     worker.load_checkpoint(checkpoint)

@@ -183,8 +183,10 @@ class PolicyWorker:
     def _update(self, samples: list[TrainingSample], old: list[FloatArray] | None, *, last: bool) -> dict[str, float]:
         from verl.utils import tensordict_utils as tu
 
-        share = split_for_ranks(samples, self.world_size)[self.rank]
-        data = self._to_tensordict([samples[i] for i in share], None if old is None else [old[i] for i in share])
+        shares = self._shares(samples)
+        share, rows = shares[self.rank], max(map(len, shares))
+        mine = None if old is None else [old[i] for i in share]
+        data = self._to_tensordict([samples[i] for i in share], mine, rows)
         tu.assign_non_tensor(data, update_lr_scheduler=last)
         self.loss_function.start()
         output = self._worker.train_batch(data)
@@ -205,11 +207,11 @@ class PolicyWorker:
         """Logprobs [T] of each sample's trained tokens under the current policy at its temperature; 0 elsewhere."""
         from verl.utils import tensordict_utils as tu
 
-        shares = split_for_ranks(samples, self.world_size)
-        data = self._to_tensordict([samples[i] for i in shares[self.rank]], None)
+        shares = self._shares(samples)
+        data = self._to_tensordict([samples[i] for i in shares[self.rank]], None, max(map(len, shares)))
         tu.assign_non_tensor(data, compute_loss=False)
         output = self._worker.infer_batch(data)
-        # A rank without samples of its own (the canary is one sample for all ranks) computed a filler.
+        # What follows them are fillers.
         rows = output["log_probs"].unbind()[: len(shares[self.rank])]
         mine: dict[int, FloatArray] = {}
         for index, row in zip(shares[self.rank], rows, strict=True):
@@ -226,8 +228,16 @@ class PolicyWorker:
 
     compute_logprobs = _on_every_rank(_logprobs)
 
-    def _to_tensordict(self, samples: list[TrainingSample], old: list[FloatArray] | None) -> Any:
-        """The columns that verl's engine and our losses read: jagged [B, T_b], and ``temperature`` [B]."""
+    def _shares(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
+        shares_prefixes = self.config.trainer.share_prefixes and not self.config.model.dropout
+        return split_for_ranks(samples, self.world_size, shares_prefixes=shares_prefixes)
+
+    def _to_tensordict(self, samples: list[TrainingSample], old: list[FloatArray] | None, count: int) -> Any:
+        """The columns that verl's engine and our losses read: jagged [B, T_b], and ``temperature`` [B].
+
+        Untrained fillers bring ``samples`` to ``count`` (at least one): every rank makes the same number of
+        micro-batches, and needs as many rows for them as any other.
+        """
         from verl.utils import tensordict_utils as tu
         from verl.utils.dataset.dataset_utils import DatasetPadMode
 
@@ -235,9 +245,11 @@ class PolicyWorker:
         if longest > bound:  # verl has an assertion for it
             text = f"a sequence of {longest} tokens is longer than a micro-batch of {bound}; raise this bound to it"
             raise ConfigError(text, "trainer.max_token_len_per_gpu")
-        if not samples:  # a rank without samples still has to take part in every collective
-            ids, untrained = np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.bool_)
-            samples, old = [TrainingSample(token_ids=ids, loss_mask=untrained, advantages=np.zeros(2))], None
+        ids, untrained = np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.bool_)
+        filler = TrainingSample(token_ids=ids, loss_mask=untrained, advantages=np.zeros(2))
+        lacking = max(count, 1) - len(samples)
+        samples = [*samples, *[filler] * lacking]
+        old = None if old is None else [*old, *[np.zeros(2)] * lacking]
 
         def jagged(rows: list[Any], dtype: torch.dtype) -> torch.Tensor:
             return torch.nested.as_nested_tensor([torch.as_tensor(r).to(dtype) for r in rows], layout=torch.jagged)
@@ -374,15 +386,19 @@ def _build_worker(config: RunConfig, model_path: Path) -> Any:
     )
 
 
-def split_for_ranks(samples: Sequence[TrainingSample], world_size: int) -> list[list[int]]:
+def split_for_ranks(
+    samples: Sequence[TrainingSample], world_size: int, *, shares_prefixes: bool = True
+) -> list[list[int]]:
     """Shares ``samples`` out over ranks: indices, rank by rank. A rank's share may be empty.
 
-    Those with a common prefix stay together, and each rank gets about the same number of distinct tokens. It depends on
-    the tokens only, so every rank computes the same shares. Within a rank the order of ``samples`` is kept.
+    Those with a common prefix stay together, and each rank gets about the same number of distinct tokens (of tokens,
+    without ``shares_prefixes``). It depends on the tokens only, so every rank computes the same shares. Within a rank
+    the order of ``samples`` is kept.
     """
     if world_size == 1:
         return [list(range(len(samples)))]
     order, shared = sort_by_prefix([sample.token_ids for sample in samples])
+    shared = shared if shares_prefixes else [0] * len(shared)
     lengths = [len(samples[index]) for index in order]
     return [sorted(order[at] for at in part) for part in partition(lengths, shared, world_size)]
 
