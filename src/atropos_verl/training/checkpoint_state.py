@@ -88,7 +88,7 @@ def _comparable(config: RunConfig) -> dict[str, Any]:
 def new_checkpoint(root: Path, step: int, keep: int | None, *, in_place: bool = False) -> Iterator[Path]:
     """A directory into which the block writes the checkpoint of ``step``; at its end it is the newest one in ``root``.
 
-    Then those beyond the newest ``keep`` go (None: none). Raises ``CheckpointError`` when it cannot be written; what
+    Then those beyond the newest ``keep`` go (None, 0 or less: none). Raises ``CheckpointError`` when it cannot be written; what
     was there before then stays as it was. ``in_place``: the directory has its final name at once, as disks of other
     nodes need it, and is no checkpoint before the end; one of the same step is overwritten.
     """
@@ -121,7 +121,7 @@ def new_checkpoint(root: Path, step: int, keep: int | None, *, in_place: bool = 
     shutil.rmtree(unfinished, ignore_errors=True)
     # Those of later steps count as older: the run was rolled back, and they are not of its past.
     found = _found(root)
-    for old in sorted(found, key=lambda other: (other > step, -other))[len(found) if keep is None else keep :]:
+    for old in sorted(found, key=lambda other: (other > step, -other))[keep if keep and keep > 0 else len(found) :]:
         shutil.rmtree(found[old], onerror=_log_failure)
 
 

@@ -222,6 +222,13 @@ def test_one_that_cannot_be_written_leaves_what_was_there(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("keep", [None, 0, -1])
+def test_a_number_to_keep_that_is_no_number_of_checkpoints_keeps_all(tmp_path: Path, keep: int | None) -> None:
+    for step in (1, 2, 3):
+        _save(tmp_path, step, keep)
+    assert _steps(tmp_path) == [1, 2, 3]
+
+
 def _leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for name, value in values.items():

@@ -382,10 +382,21 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
 
     def _save_checkpoint(self) -> None:
         self.state.step = self.state.policy_version = self.global_steps
-        keep = self.config.trainer.get("max_actor_ckpt_to_keep")
+        settings, given = self.config.trainer, dict(self.config.trainer)
+        keep = 1 if given.get("remove_previous_ckpt_in_save") else given.get("max_actor_ckpt_to_keep")
+        keep = keep if keep and keep > 0 else None  # as verl reads it
+        # verl removes parts of old checkpoints before the new one is whole: leave it those that we have removed.
+        spared = None if keep is None else keep + 1
+        of_verl = {"max_actor_ckpt_to_keep": spared, "max_critic_ckpt_to_keep": spared}
+        of_verl["remove_previous_ckpt_in_save"] = False
         with new_checkpoint(self.checkpoint_root, self.global_steps, keep, in_place=True) as directory:
             self.state.save(directory, self.atropos.run)
-            super()._save_checkpoint()
+            with open_dict(settings):
+                try:
+                    settings.update(of_verl)
+                    super()._save_checkpoint()
+                finally:
+                    settings.update({key: given.get(key) for key in of_verl})
         self._covered_step = self.global_steps
 
     def _load_checkpoint(self) -> None:

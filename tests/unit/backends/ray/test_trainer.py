@@ -11,12 +11,16 @@ from unittest.mock import Mock, call
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils import tensordict_utils as tu
+from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager
 
 from atropos_verl.backends.ray import task_runner
 from atropos_verl.backends.ray.trainer import AtroposAgentLoopManager, AtroposSyncTrainer
+from atropos_verl.config.schema import RunConfig
 from atropos_verl.config.verl_keys import compose_run
 from atropos_verl.errors import EngineStoppedError
+from atropos_verl.training.checkpoint_state import RunState, find_damage
 
 
 @pytest.mark.parametrize("extra", [{}, {"validate": True}])
@@ -122,3 +126,45 @@ def test_the_configuration_that_verl_hands_to_trackers_has_no_key_of_the_run(
     assert (settings.atropos.token, settings.gateway.api_key) == ("of-the-api", "of-the-gateway")
     assert settings.atropos.headers == {"x-key": "of-the-proxy"}
     assert "of-the" not in OmegaConf.to_yaml(runner.config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"max_actor_ckpt_to_keep": 1, "max_critic_ckpt_to_keep": 1}, [4]),
+        ({"max_actor_ckpt_to_keep": 2, "max_critic_ckpt_to_keep": 1}, [3, 4]),
+        ({"max_actor_ckpt_to_keep": 3, "remove_previous_ckpt_in_save": True}, [4]),
+        ({"max_actor_ckpt_to_keep": None}, [1, 2, 3, 4]),
+        ({"max_actor_ckpt_to_keep": 0}, [1, 2, 3, 4]),
+        ({"max_actor_ckpt_to_keep": -1}, [1, 2, 3, 4]),
+    ],
+)
+def test_verl_removes_nothing_of_a_checkpoint_before_the_next_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], kept: list[int]
+) -> None:
+    managers = {name: object.__new__(BaseCheckpointManager) for name in ("actor", "critic")}
+    for manager in managers.values():
+        manager.previous_saved_paths = []
+    damages: list[str | None] = []
+
+    def save(trainer: Any) -> None:
+        config, before = trainer.config.trainer, sorted(path.parent for path in tmp_path.glob("*/manifest.json"))
+        for name, manager in managers.items():  # as verl's trainer and its workers do
+            keep = 1 if config.get("remove_previous_ckpt_in_save") else config.get(f"max_{name}_ckpt_to_keep")
+            path = tmp_path / f"global_step_{trainer.global_steps}" / name
+            manager.ensure_checkpoint_capacity(keep)
+            path.mkdir(parents=True)
+            (path / "weights").touch()
+            manager.register_checkpoint(str(path), keep)
+        damages.extend(find_damage(path) for path in before)
+
+    monkeypatch.setattr(PPOTrainer, "_save_checkpoint", save)
+    trainer = object.__new__(AtroposSyncTrainer)
+    trainer.config = OmegaConf.create({"trainer": {"default_local_dir": str(tmp_path), **settings}})
+    OmegaConf.set_struct(trainer.config, True)
+    trainer.state, trainer.atropos = RunState(), SimpleNamespace(run=RunConfig())
+    for trainer.global_steps in (1, 2, 3, 4):
+        trainer._save_checkpoint()
+    assert damages and not any(damages)
+    assert [int(path.name[-1]) for path in sorted(tmp_path.glob("global_step_*"))] == kept
+    assert settings.items() <= dict(trainer.config.trainer).items()
