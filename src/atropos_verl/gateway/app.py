@@ -145,7 +145,7 @@ def create_app(
         """404 and 405 in the error format of everything else, and in our log: Atropos clients swallow theirs."""
         status = error.status_code if isinstance(error, HTTPException) else 500
         what = f"{request.method} {request.url.path[:200]}: no such endpoint ({_ROUTES_HINT})"
-        service.warn_once(f"route {request.url.path[:200]}", "a client calls %s", what)
+        service.warn_refused(f"route {request.url.path[:200]}", "a client calls %s", what)
         return _error_response(ApiError(status, what))
 
     entrance = Middleware(_Entrance, key=api_key, hosts=allowed_hosts, service=service)
@@ -205,7 +205,7 @@ class _Entrance:
                 scope = {**scope, "path": "/" + scope["path"].lstrip("/")}
             if (refusal := self._refusal(scope["path"], Headers(scope=scope))) is not None:
                 text = "a client was refused at %s: %s"
-                self._service.warn_once(f"entrance {refusal.status}", text, scope["path"][:200], refusal.message)
+                self._service.warn_refused(f"entrance {refusal.status}", text, scope["path"][:200], refusal.message)
                 await _error_response(refusal)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
@@ -308,9 +308,9 @@ class _Endpoint:
                 # 503 and 504 say all there is to say; a traceback is of use where something broke
                 text, trace = printable(refusal.message), error if refusal.status == 500 else None
                 logger.error("%s: %s", self._path, text, exc_info=trace)
-            else:  # once per kind: Atropos clients show its status only, not its reason
+            else:  # Atropos clients show its status only, not its reason
                 key = f"refused {self._path} {refusal.param} {refusal.code}"
-                self._service.warn_once(key, "%s: a client was refused: %s", self._path, refusal.message)
+                self._service.warn_refused(key, "%s: a client was refused: %s", self._path, refusal.message)
             await reply.fail(refusal)
             del refusal  # its traceback holds this frame, and so a circle of it and the whole body would be kept
 

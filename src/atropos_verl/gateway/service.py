@@ -20,7 +20,7 @@ from atropos_verl.engine.protocol import GenerationEngine
 from atropos_verl.errors import EngineError
 from atropos_verl.gateway.fields import ApiError, Fields, Sampling
 from atropos_verl.gateway.text import TextCodec
-from atropos_verl.http_thread import printable
+from atropos_verl.http_thread import SameLines, printable
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
 from atropos_verl.types import MIN_LOGPROB, UNKNOWN_VERSION, Generation, GenerationDelta, GenerationRequest
@@ -56,6 +56,7 @@ class GatewayService(Collector):
     _prompt_tokens: int = 0
     _generated_tokens: int = 0
     _warned: set[str] = field(default_factory=set)
+    _refusals: SameLines = field(default_factory=SameLines)
 
     def render(self) -> bytes:
         """The figures of ``collect`` alone, in the Prometheus text format."""
@@ -100,6 +101,13 @@ class GatewayService(Collector):
         logger.warning("%s", printable(message % args))
         if len(self._warned) > _MAX_REMEMBERED_WARNINGS:
             logger.warning("%d kinds of warnings were shown; others are not", _MAX_REMEMBERED_WARNINGS)
+
+    def warn_refused(self, key: str, message: str, *args: object) -> None:
+        """Log a refusal, equal ones once in 10 s: the newest in the log says why requests fail now."""
+        if len(self._warned) < _MAX_REMEMBERED_WARNINGS:
+            self._warned.add(key)
+        if self._refusals.is_new(key if key in self._warned else "others"):
+            logger.warning("%s", printable(message % args))
 
     def report_unread(self, endpoint: str, *parts: Fields) -> None:
         """Log each unknown field once: it is tolerated, as vLLM does, but never in silence."""

@@ -17,6 +17,7 @@ _SHOWN = 3
 _SHOWN_LENGTH = 300
 _KEY_LENGTH = 120
 _ERROR = re.compile(r"\b(ERROR|CRITICAL|WARNING)\b|\bskipping\b|^(\w+\.)*\w*(Error|Exception)\b", re.IGNORECASE)
+_LEVEL = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
 _FAILURE = re.compile(r"error|exception|fail", re.IGNORECASE)
 _FEW = 3
 """Lines of a log that say more than an accident at the start."""
@@ -62,13 +63,18 @@ class LogFacts:
     endings: Mapping[str, str] = field(default_factory=dict)
     """Environment → the last line of its log."""
 
+    def names(self, line: str) -> list[str]:
+        """The environments whose logs have this error line."""
+        return [name for name, errors in self.errors.items() if line in errors]
+
 
 def common_errors(text: str) -> Counter[str]:
     """How often each error line of a log came. Lines that differ in numbers and quoted text are one, the first."""
     found: Counter[str] = Counter()
     first: dict[str, str] = {}
     for line in text.splitlines():
-        if _ERROR.search(line) and "DEBUG" not in line[:80]:
+        level = _LEVEL.search(line[:80])
+        if _ERROR.search(line) and (level is None or level[1] not in ("DEBUG", "INFO")):
             shown = _PREFIX.sub("", line.strip())[:_SHOWN_LENGTH]
             found[first.setdefault(_VARYING.sub("…", shown)[:_KEY_LENGTH], shown)] += 1
     return found
@@ -81,10 +87,11 @@ def last_refusals(text: str) -> list[str]:
 
 
 def read_tail(path: Path, start: int = 0) -> str:
-    """The log from byte ``start`` on, its last MB; "" where there is none."""
+    """The log from byte ``start`` on, its last MB; all of it where it is shorter, and so was begun anew; "": none."""
     try:
         with path.open("rb") as log:
-            log.seek(max(start, path.stat().st_size - _LOG_BYTES))
+            size = path.stat().st_size
+            log.seek(max(start if start <= size else 0, size - _LOG_BYTES))
             return log.read().decode("utf-8", "replace")
     except OSError:
         return ""
@@ -171,8 +178,12 @@ def _cause(state: Mapping[str, Any], facts: LogFacts) -> tuple[str, list[str]]:
         return f"{waiting} sequences wait at the API but make no batch of {state.get('batch_size')}", [
             "do the group sizes add up to batch_size, and does every environment with a min_batch_allocation send?"
         ]
-    who = f"environment {', '.join(running)}" if running and running != ["environment"] else "the environment"
+    who = _who(running)
     return _no_groups(state, facts, who) or _silence(state, facts, who, running)
+
+
+def _who(names: Sequence[str]) -> str:
+    return f"environment {', '.join(names)}" if names and names != ["environment"] else "the environment"
 
 
 def _not_running(environments: Sequence[Mapping[str, Any]], facts: LogFacts) -> tuple[str, list[str]]:
@@ -191,7 +202,8 @@ def _no_groups(state: Mapping[str, Any], facts: LogFacts, who: str) -> tuple[str
     """The cause that is counted most often, where groups or requests were refused, dropped or failed."""
     since, errors = state.get("since", {}), sum(facts.errors.values(), Counter[str]())
     refused, found = since.get("refused", 0), []
-    if facts.gateway and not refused:  # who has no key is refused before requests are counted
+    served = since.get("served", 0)
+    if not refused and not served and "API key" in _reason(facts.gateway):  # these are not counted as requests
         refused = sum(count for line, count in errors.items() if _REFUSED_CLIENT.search(line))
     seen_in_log = sum(count for line, count in errors.items() if _UPSTREAM_REFUSAL.search(line))
     refused_groups = max(since.get("refused_groups", 0), seen_in_log)
@@ -200,18 +212,19 @@ def _no_groups(state: Mapping[str, Any], facts: LogFacts, who: str) -> tuple[str
         text = f"the trajectory API refuses every group of {who}: {refused_groups} refused, {why}"
         found.append((refused_groups, text, ["correct what the environment sends: the reason names field and value"]))
     if refused:
-        found.append((refused, *_refused_by_gateway(refused, since.get("served", 0), facts, who)))
+        found.append((refused, *_refused_by_gateway(refused, served, facts, who)))
     others = []
     for line, count in errors.most_common():
         drop = next((item for words, item in _DROPS.items() if words in line), None)
         if drop is not None:
-            found.append((count, f"{who} {drop[0]} ({count} groups)", [drop[1]]))
+            found.append((count, f"{_who(facts.names(line))} {drop[0]} ({count} groups)", [drop[1]]))
         elif not _UPSTREAM_REFUSAL.search(line):
             others.append((count, line))
     failed = sum(count for count, _ in others) - refused - refused_groups
-    if others and failed > 0 and (failed >= _FEW or not since.get("served")):
+    if others and failed > 0 and (failed >= _FEW or not served):
         count, line = others[0]
-        if _CONNECTION.search(line) and not since.get("served"):
+        who = _who(facts.names(line))
+        if _CONNECTION.search(line) and not served:
             text = f"{who} cannot reach what it asks: {line} ({count} times)"
             todo = "is it pointed at another address, or does a proxy stand between (HTTP_PROXY, NO_PROXY)?"
             found.append((failed, text, [*facts.addresses.values(), todo]))

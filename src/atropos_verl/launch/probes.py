@@ -89,7 +89,7 @@ class Poller:
         self.generated_at = 0.0
         """Time of the first generation through the gateway that succeeded, since the trainer's last start."""
         self.served = 0
-        """Requests that the gateway has answered with 200."""
+        """Requests of others that the gateway has answered with 200."""
         self.refused = 0
         """Requests that the gateway has answered with an error."""
         self.tokens_per_second: float | None = None
@@ -159,7 +159,8 @@ class Poller:
 
     def _count(self, counters: Mapping[str, float]) -> None:
         """Takes the gateway's counters, and the rates of tokens and requests since the last ones."""
-        self.served = int(counters.get("served_total", 0))
+        own = int(self._generates and self.generated_at > 0)
+        self.served = max(0, int(counters.get("served_total", 0)) - own)
         self.refused = int(counters.get("refused_total", 0))
         self.tokens_per_second = self.requests_per_second = None
         if not counters:

@@ -98,7 +98,9 @@ class ManagedProcess:
         self._token = secrets.token_hex(16)
         self._process: subprocess.Popen[bytes] | None = None
         self._reaper: subprocess.Popen[bytes] | None = None
-        self._log_start = self._checked = 0
+        self._checked = 0
+        self.log_start = 0
+        """Where the log of this life begins, in bytes."""
 
     @property
     def pid(self) -> int | None:
@@ -122,7 +124,7 @@ class ManagedProcess:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(path, content, private=True)
             with open(self.spec.log_path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
-                self._log_start = self._checked = log.tell()
+                self.log_start = self._checked = log.tell()
                 self._process = subprocess.Popen(
                     self.spec.command,
                     stdin=subprocess.DEVNULL,
@@ -173,7 +175,7 @@ class ManagedProcess:
         try:
             with self.spec.log_path.open("rb") as log:
                 end = log.seek(0, os.SEEK_END)
-                log.seek(max(self._log_start, end - _TAIL_BYTES))
+                log.seek(max(self.log_start, end - _TAIL_BYTES))
                 text = log.read().decode("utf-8", "replace")
         except OSError as error:
             return f"(no log: {error})"
@@ -190,7 +192,7 @@ class ManagedProcess:
                 old.touch(0o600)
                 shutil.copyfile(path, old)
                 os.truncate(path, 0)  # the service appends
-                self._log_start = self._checked = 0
+                self.log_start = self._checked = 0
         except OSError as error:
             logger.warning("%s cannot be shortened: %s", path, error)
 

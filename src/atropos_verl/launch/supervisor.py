@@ -221,7 +221,10 @@ class Supervisor:
         self._stall_since = 0.0
         self._stall_wait = 0.0
         self._counted: dict[str, int] = {}
-        self._log_sizes: dict[Path, int] = {}
+        # Its gateway's warnings are in its own log; on Ray, in the task runner's.
+        self._trainer_logs = [plan.run_dir / "logs" / name for name in ("trainer.log", "task_runner.log")]
+        self._log_sizes = {path: path.stat().st_size for path in self._trainer_logs if path.exists()}
+        """Where a diagnosis begins to read: an earlier run in this directory is not to blame."""
         self._is_over = False
         self.diagnosis = ""
         """Why no batch has come; "" while they come."""
@@ -318,7 +321,8 @@ class Supervisor:
 
     def _show_news(self) -> None:
         if lines := self._steps.poll():
-            self._counted, self._log_sizes, self.diagnosis = self._counts(), self._sizes_of_logs(), ""
+            self._counted, self.diagnosis = self._counts(), ""
+            self._log_sizes |= self._sizes_of_logs()
         for line in lines:
             if self._view is not None:
                 self._view.step(line, self.state())
@@ -363,6 +367,7 @@ class Supervisor:
             self._said -= {"gateway", "generation"}
         watched.start()
         assert watched.process is not None
+        self._log_sizes.setdefault(watched.process.spec.log_path, watched.process.log_start)
         self._inform(f"{'restarting' if again else 'starting'} {watched.name} (log {watched.process.spec.log_path})")
 
     def _api_answers(self) -> bool:
@@ -562,18 +567,20 @@ class Supervisor:
         return {path: path.stat().st_size for path in paths if path.exists()}
 
     def _facts(self) -> LogFacts:
-        logs, errors, addresses = self.plan.run_dir / "logs", {}, {}
+        errors, addresses = {}, {}
         endings = {watched.name: watched.log_tail(1) for watched in self._environments}
         for watched in self._environments:
             if watched.process is not None:
-                path = watched.process.spec.log_path
-                errors[watched.name] = common_errors(read_tail(path, self._log_sizes.get(path, 0)))
+                errors[watched.name] = common_errors(self._read_log(watched.process.spec.log_path))
             if found := obstacle(watched.spec, self.plan.gateway_url):
                 addresses[watched.name] = found
-        # Its gateway's warnings are in its own log; on Ray, in the task runner's.
-        of_trainer = "".join(read_tail(path) for path in (logs / "trainer.log", logs / "task_runner.log"))
-        of_api = "" if self._api is None or self._api.process is None else read_tail(self._api.process.spec.log_path)
+        of_trainer = "".join(map(self._read_log, self._trainer_logs))
+        process = None if self._api is None else self._api.process
+        of_api = "" if process is None else self._read_log(process.spec.log_path)
         return LogFacts(errors, last_refusals(of_trainer), last_refusals(of_api), addresses, endings)
+
+    def _read_log(self, path: Path) -> str:
+        return read_tail(path, self._log_sizes.get(path, 0))
 
     def state(self) -> dict[str, Any]:
         """The state that a view shows, ``attach`` reads from ``run_dir/state.json`` and a diagnosis rests on."""
@@ -595,7 +602,7 @@ class Supervisor:
             "api": seen.api,
             "gateway": seen.gateway,
             "rates": {"tokens_per_second": seen.tokens_per_second, "requests_per_second": seen.requests_per_second},
-            "since": {name: max(0, count - self._counted.get(name, 0)) for name, count in self._counts().items()},
+            "since": {name: _growth(count, self._counted.get(name, 0)) for name, count in self._counts().items()},
             "step": steps.step,
             "recent": list(steps.recent),
             "rewards": list(steps.rewards),
@@ -645,6 +652,11 @@ def _stop(services: Sequence[WatchedService], grace: float = GRACE_SECONDS) -> N
 
 def _late(watched: WatchedService, what: str) -> str:
     return f"{watched.name} was not ready {watched.spec.startup_timeout:g} s after its start: {what}"
+
+
+def _growth(count: int, before: int) -> int:
+    """A counter that is less than before has begun at 0 again."""
+    return count if count < before else count - before
 
 
 def _indented(text: str) -> str:

@@ -365,14 +365,22 @@ def test_base_url_with_a_slash_at_its_end_still_reaches_everything() -> None:
         assert response.json()["token_ids"] == [[2]]
 
 
-def test_refusals_show_in_our_log_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_equal_refusals_show_in_our_log_once_in_10_s(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = {"Authorization": "Bearer k"}
     with serving(FakeEngine(), TOKENIZER, api_key="k") as client, caplog.at_level(logging.WARNING, "atropos_verl"):
         for _ in range(3):
             client.get("/v1/models")
             client.get("/v1/health%0AFORGED%1B[2J", headers=right)
             client.post("/generate", headers=right, json={"prompt": [1], "logit_bias": {"1": 5}})
-    key, path, field = [record.getMessage() for record in caplog.records]
+        shown = [record.getMessage() for record in caplog.records]
+        monkeypatch.setattr("atropos_verl.http_thread._SAME_LINE_SECONDS", 0.0)
+        client.get("/v1/models")
+        client.get("/v1/health%0AFORGED%1B[2J", headers=right)
+        client.post("/generate", headers=right, json={"prompt": [1], "logit_bias": {"1": 5}})
+    assert [record.getMessage() for record in caplog.records] == shown * 2
+    key, path, field = shown
     assert "/v1/models" in key and "API key" in key
     assert "GET /v1/healthFORGED?[2J: no such endpoint" in path
     assert "/generate: a client was refused: logit_bias: not supported" in field

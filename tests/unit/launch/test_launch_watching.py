@@ -14,13 +14,15 @@ from rich.console import Console
 from support.serving import eventually
 from support.trajectory_server import Clock
 
-from atropos_verl.config.schema import SuperviseConfig
+from atropos_verl.config.launch_schema import LaunchConfig
+from atropos_verl.config.schema import RunConfig, SuperviseConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch import evaluation
-from atropos_verl.launch.diagnosis import LogFacts, common_errors, diagnose, last_refusals
-from atropos_verl.launch.probes import StepTail
+from atropos_verl.launch.diagnosis import LogFacts, common_errors, diagnose, last_refusals, read_tail
+from atropos_verl.launch.plan import LaunchPlan
+from atropos_verl.launch.probes import Poller, StepTail
 from atropos_verl.launch.process import ServiceSpec
-from atropos_verl.launch.supervisor import WatchedService
+from atropos_verl.launch.supervisor import Supervisor, WatchedService
 from atropos_verl.report.launch_view import LaunchView, attach
 
 
@@ -239,6 +241,7 @@ LONG = "This model's maximum context length is 64 tokens, but the prompt has 181
 REFUSED = "/generate: a client was refused: "
 DROPPED = "environment words drops every group, since"
 SERVED = {"served": 40}
+ENVIRONMENT = {"kind": "environment", "state": "running", "restarts": 0}
 
 
 def in_log(count: int, line: str) -> dict[str, Any]:
@@ -288,9 +291,9 @@ def in_log(count: int, line: str) -> dict[str, Any]:
             "the gateway refuses every request of environment words: 9 refused, best_of: x",
         ),
         (
-            {"since": {"served": 30}},
+            {},
             {**in_log(10, "RetryError[ClientResponseError]"), "gateway": ["refused at /x: missing or wrong API key"]},
-            "the gateway refuses 10 of 40 requests of environment words: 10 refused, missing or wrong API key",
+            "the gateway refuses every request of environment words: 10 refused, missing or wrong API key",
         ),
         (
             {"since": {"refused": 9}},
@@ -317,6 +320,26 @@ def in_log(count: int, line: str) -> dict[str, Any]:
             in_log(9, "Token length is too long in a group, skipping..."),
             f"{DROPPED} a sequence of it has --env.max_token_length tokens or more",
         ),
+        (  # the environment's own judge refuses it; the gateway once refused somebody else
+            {"since": {"served": 500}},
+            {**in_log(9, "openai.AuthenticationError: 401"), "gateway": [f"{REFUSED}{LONG}"]},
+            "environment words fails in its own code: openai.AuthenticationError: 401 (9 times)",
+        ),
+        (
+            {},
+            {**in_log(9, "openai.AuthenticationError: 401"), "gateway": [f"{REFUSED}{LONG}"]},
+            "environment words fails in its own code: openai.AuthenticationError: 401 (9 times)",
+        ),
+        (
+            {"services": [{**ENVIRONMENT, "name": "a"}, {**ENVIRONMENT, "name": "b"}], "since": SERVED},
+            {"errors": {"a": Counter(), "b": Counter({"boom": 5})}},
+            "environment b sends no group; its log says: boom (5 times)",
+        ),
+        (
+            {"services": [{**ENVIRONMENT, "name": "a"}, {**ENVIRONMENT, "name": "b"}], "since": SERVED},
+            {"errors": {"a": Counter({"Scores are the same in a group": 5}), "b": Counter()}},
+            "environment a drops every group",
+        ),
     ],
 )
 def test_the_first_line_names_the_cause(changes: dict[str, Any], facts: dict[str, Any], first: str) -> None:
@@ -336,6 +359,8 @@ ERROR:root:Error in scoring: {'question': 'b'}
 Scores are the same in a group, skipping...
 ValueError: no such dataset
 INFO:atroposlib.envs.base:all is well
+INFO - mean squared error: 0.12
+2026-11-29 00:14:49,124 - LetterEnv - INFO - error rate: 0.12
 """
     assert common_errors(log) == {
         "Error in collect_trajectories: RetryError[<Future at 0x7f2a57 raised BadRequestError>]": 2,
@@ -347,6 +372,53 @@ INFO:atroposlib.envs.base:all is well
     api = 3 * "2026-11-28 22:39:25,594 WARNING atropos_verl.server.app: /scored_data refused: scores: empty\n"
     gateway = "2026-11-28 22:39:25,594 WARNING a.b: /generate: a client was refused: n: 0\n"
     assert last_refusals(api + gateway) == [f"{REFUSED}n: 0", "/scored_data refused: scores: empty"]
+
+
+def plan(run_dir: Path, *services: ServiceSpec) -> LaunchPlan:
+    (run_dir / "config.json").touch()  # the model's
+    config = RunConfig(model={"path": str(run_dir)})
+    return LaunchPlan(
+        run_dir=run_dir, config=config, launch=LaunchConfig(), probe_url=None, services=services, evaluations={}
+    )
+
+
+def test_an_earlier_run_in_the_same_directory_is_not_blamed(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    for name in ("environment", "api", "trainer"):
+        (logs / f"{name}.log").write_text("2026-11-28 22:39:25,594 WARNING a.b: /x refused: old\n" * 700)
+    code = "print('2026-11-29 22:39:25,594 ERROR a.b: /x refused: new', flush=True)"
+    services = [
+        ServiceSpec(
+            name=kind,
+            kind=kind,
+            command=(sys.executable, "-S", "-c", code),
+            cwd=tmp_path,
+            log_path=logs / f"{kind}.log",
+        )
+        for kind in ("api", "environment")
+    ]
+    supervisor = Supervisor(plan(tmp_path, *services), print)
+    for service in supervisor.services:
+        supervisor._start(service)
+        eventually(service.has_died, "the process has died")
+    facts = supervisor._facts()
+    assert facts.errors == {"environment": {"/x refused: new": 1}}
+    assert (facts.api, facts.gateway) == (["/x refused: new"], [])
+
+
+def test_counters_that_begin_at_0_again_are_believed(tmp_path: Path) -> None:
+    """API or trainer was restarted since the last batch."""
+    supervisor = Supervisor(plan(tmp_path), print)
+    supervisor._counted = {"served": 40, "refused": 4}
+    supervisor._poller.served, supervisor._poller.refused = 30, 9
+    assert supervisor.state()["since"] == {"groups": 0, "refused_groups": 0, "served": 30, "refused": 5}
+
+
+def test_a_log_that_was_begun_anew_is_read_from_its_start(tmp_path: Path) -> None:
+    log = tmp_path / "x.log"
+    log.write_text("after")
+    assert [read_tail(log, start) for start in (0, 2, 5, 6)] == ["after", "ter", "", "after"]
 
 
 def test_the_gateways_counters_are_read() -> None:
@@ -365,6 +437,15 @@ def test_the_gateways_counters_are_read() -> None:
     found = _counters(service.render().decode())
     names = ("requests_total", "served_total", "refused_total", "generated_tokens_total")
     assert [found[name] for name in names] == [17.0, 5.0, 3.0, 0.0]
+
+
+def test_a_launchs_own_generation_is_no_request_that_was_served(tmp_path: Path) -> None:
+    poller = Poller(plan(tmp_path).config, None)
+    poller._count({"served_total": 0.0})
+    assert poller.served == 0
+    poller.generated_at = 1.0
+    poller._count({"served_total": 3.0})
+    assert poller.served == 2
 
 
 def shown(directory: Path, content: dict[str, Any], width: int = 80) -> tuple[int, str]:
