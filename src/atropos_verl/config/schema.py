@@ -422,7 +422,7 @@ class RunConfig(CommonConfig):
     def public(self) -> dict[str, Any]:
         """Every value as JSON has it, keys and tokens left out: for files, trackers and logs."""
         values = self.model_dump(mode="json")
-        values["atropos"]["token"] = values["gateway"]["api_key"] = None
+        hide_secrets(values["atropos"], values["gateway"], values["env"])
         return values
 
     def with_values(self, **sections: Mapping[str, Any]) -> Self:
@@ -517,6 +517,19 @@ class RunConfig(CommonConfig):
         if not (path / "config.json").is_file():
             raise ConfigError(f"{path} is not a Hugging Face model directory (no config.json in it)", "model.path")
         return path.absolute()
+
+
+def hide_secrets(atropos: dict[str, Any], gateway: dict[str, Any], *with_variables: dict[str, Any]) -> None:
+    """Blank keys, tokens, and what headers and variables say (their names stay), in sections as JSON has them."""
+    for section, key in ((atropos, "token"), (gateway, "api_key")):
+        if key in section:
+            section[key] = None
+    for section, key in ((atropos, "headers"), *((section, "env") for section in with_variables)):
+        if section.get(key):
+            section[key] = dict.fromkeys(section[key], "***")
+    if url := atropos.get("api_url"):
+        parts = urlsplit(url)
+        atropos["api_url"] = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 Bound = tuple[str, float, str, float | None, str]

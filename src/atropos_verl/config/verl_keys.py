@@ -38,6 +38,7 @@ from atropos_verl.config.schema import (
     check_bounds,
     describe,
     help_rows,
+    hide_secrets,
 )
 from atropos_verl.errors import ConfigError
 
@@ -109,16 +110,24 @@ def compose_run(overrides: Sequence[str], config_dir: Path | None = None, config
             config.run_dir = time.strftime(f"runs/{config.trainer.experiment_name}-%Y%m%d-%H%M%S")
         config.run_dir = str(Path(config.run_dir).expanduser().absolute())
         model = config.actor_rollout_ref.model
-        if model.path is None:
-            from atropos_verl.assets import demo_model_path
-
-            model.path = str(demo_model_path())
+        if model.path in (None, "smollm2-135m"):  # verl takes no names of ours
+            model.path = str(RunConfig.from_mapping({"model": {"path": model.path}}).resolve_model_path())
     if "trainer" in (config.get("only") or ["trainer"]):
         with open_dict(config):
             block = config.atropos
             block.gateway = with_key_for_network(block.get("gateway"), config.run_dir, block)
     OmegaConf.to_container(config, resolve=True)  # here, where an error names the key, and not when it is read
     return config
+
+
+def public(config: Any) -> dict[str, Any]:
+    """Every value of a composed configuration, keys and tokens left out, as ``RunConfig.public``."""
+    from omegaconf import OmegaConf
+
+    values: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+    block = values["atropos"]
+    hide_secrets(block, block.get("gateway") or {}, block.get("env") or {})
+    return values
 
 
 @composition_errors()

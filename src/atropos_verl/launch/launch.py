@@ -24,8 +24,8 @@ from typing import Any
 from atropos_verl.config.composition import SHIPPED, gateway_key, load_launch
 from atropos_verl.config.launch_schema import LaunchConfig, describe_launch
 from atropos_verl.config.model_checks import check_vocabulary
-from atropos_verl.config.schema import RunConfig, help_rows
-from atropos_verl.config.verl_keys import RAY_DEFAULT, compose_run, read_run
+from atropos_verl.config.schema import RunConfig, help_rows, hide_secrets
+from atropos_verl.config.verl_keys import RAY_DEFAULT, compose_run, public, read_run
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.launch.plan import LaunchPlan, make_plan, prepare_run_dir, take_run_dir, url_of
 from atropos_verl.launch.probes import free_port
@@ -58,8 +58,10 @@ def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> i
     try:
         config, launch, ray = load_settings(overrides, options.config_dir, options.config_name, config_name)
         if options.cfg:
-            settings = ray.verl if ray is not None else config.model_dump(mode="json")
-            values = {**settings, **launch.model_dump(mode="json")}
+            settings = public(ray.verl) if ray is not None else config.public()
+            of_launch = launch.model_dump(mode="json")
+            hide_secrets({}, {}, of_launch["trainer_process"], *of_launch["environments"].values())
+            values = {**settings, **of_launch}
             sys.stdout.write(json.dumps(values, indent=2) + "\n")
             return 0
         plan = build_plan(config, launch, ray)

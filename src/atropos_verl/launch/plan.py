@@ -69,7 +69,7 @@ class LaunchPlan:
 
     def describe(self) -> dict[str, Any]:
         """The content of ``plan.json``: every command with its directory and variables, keys and tokens left out."""
-        content = {
+        return {
             "run_dir": str(self.run_dir),
             "api_url": self._without_secrets(self.api_url),
             "gateway_url": self.gateway_url,
@@ -89,7 +89,6 @@ class LaunchPlan:
             },
             "warnings": [self._without_secrets(warning) for warning in self.warnings],
         }
-        return content
 
     def text(self) -> str:
         """The output of ``--dry-run``: the commands as one would type them, keys left out."""

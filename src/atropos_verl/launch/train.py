@@ -24,13 +24,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+import yaml
+
 from atropos_verl.config.composition import KEY_FILE, gateway_key, load_config, train_help
 from atropos_verl.config.launch_schema import LaunchConfig, note_of_unused_keys
 from atropos_verl.config.model_checks import check_vocabulary
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposTimeoutError, AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.http_thread import listen
-from atropos_verl.launch.environments import direct, own_temporary, secrets_of, write_tokenizer
+from atropos_verl.launch.environments import direct, own_temporary, write_tokenizer
 from atropos_verl.launch.evaluation import EvaluationProcesses, PlannedEvaluation, read_evaluations
 from atropos_verl.launch.orphan_reaper import TOKEN_VARIABLE
 from atropos_verl.launch.plan import LaunchPlan, make_plan, one_environment, take_run_dir, url_of
@@ -79,7 +81,7 @@ def _local_command(options: argparse.Namespace, overrides: Sequence[str]) -> int
         return 0
     config = load_config(overrides, options.config_dir, options.config_name)
     if options.cfg:
-        sys.stdout.write(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
+        sys.stdout.write(json.dumps(config.public(), indent=2) + "\n")
         return 0
     # Threads that wait for work sleep instead of spinning: with an environment on the other core a training step of
     # the demo took 5 s spinning and 0.4 s sleeping. Read by the OpenMP runtime when torch is imported.
@@ -89,16 +91,14 @@ def _local_command(options: argparse.Namespace, overrides: Sequence[str]) -> int
 
 
 def _ray_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from atropos_verl.config.verl_keys import compose_run, ray_help, read_run
+    from atropos_verl.config.verl_keys import compose_run, public, ray_help, read_run
 
     if options.help:
         sys.stdout.write(ray_help())
         return 0
     run = read_run(compose_run(overrides, options.config_dir, options.config_name))
     if options.cfg:
-        from omegaconf import OmegaConf
-
-        sys.stdout.write(OmegaConf.to_yaml(run.verl, resolve=True))
+        sys.stdout.write(yaml.safe_dump(public(run.verl), sort_keys=False, allow_unicode=True))
         return 0
     return _exit_code_of(lambda: _train_on_ray(run))
 
@@ -313,8 +313,9 @@ def _serve_rank(config: RunConfig) -> int:
 
 
 def _train_on_ray(run: RayRun) -> int:
-    from omegaconf import OmegaConf, open_dict
+    from omegaconf import open_dict
 
+    from atropos_verl.config.verl_keys import public
     from atropos_verl.report.console import ProgressReporter
     from atropos_verl.training.step import write_summary
 
@@ -328,9 +329,8 @@ def _train_on_ray(run: RayRun) -> int:
     is_resumed = find_checkpoint(Path(str(verl.trainer.default_local_dir)), str(wanted)) is not None
     services = TrainingServices(config, gateway_port, is_resumed=is_resumed, prefix="atropos.")
     with ExitStack() as stack:
-        text, advice = OmegaConf.to_yaml(verl, resolve=True), "trainer.resume_mode=auto"
-        for secret in secrets_of(config):
-            text = text.replace(secret, "null")
+        text = yaml.safe_dump(public(verl), sort_keys=False, allow_unicode=True)
+        advice = "trainer.resume_mode=auto"
         _prepare_run_dir(stack, config, "config.yaml", text, log="command.log", advice=advice)
 
         from atropos_verl.backends.ray.run import run_on_ray, validate_with_verl

@@ -1,6 +1,8 @@
 """Schema, YAML and command line → RunConfig: values accepted and refused, and the key that an error names."""
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from atropos_verl.config.composition import SHIPPED, load_config, load_launch
 from atropos_verl.config.schema import RunConfig, apply_environment, describe
 from atropos_verl.config.verl_keys import compose_run, read_run
 from atropos_verl.errors import ConfigError
+from atropos_verl.launch.launch import main as launch_main
 from atropos_verl.launch.train import main
 
 RECIPE_DICT = {
@@ -85,6 +88,40 @@ def test_environment_is_over_the_file_and_under_the_command_line() -> None:
 
     with pytest.raises(ConfigError, match="ATROPOS_TIMEOUT='soon'"):
         apply_environment({}, {"ATROPOS_TIMEOUT": "soon"})
+
+
+SECRET_WORDS = {
+    "gateway.api_key": "secret-1",
+    "atropos.token": "secret-2",
+    "atropos.headers": "{X-Key: secret-3}",
+    "atropos.api_url": "http://user:secret-4@a:8000/api",
+}
+
+
+def test_what_is_public_has_no_secrets() -> None:
+    config = load_config([*(f"{key}={value}" for key, value in SECRET_WORDS.items()), "env.env={HF_TOKEN: secret-5}"])
+    shown = config.public()
+    assert "secret" not in json.dumps(shown)
+    assert (shown["atropos"]["token"], shown["gateway"]["api_key"]) == (None, None)
+    assert (shown["atropos"]["headers"], shown["env"]["env"]) == ({"X-Key": "***"}, {"HF_TOKEN": "***"})
+    assert shown["atropos"]["api_url"] == "http://a:8000/api"
+    assert (config.atropos.token, config.env.env) == ("secret-2", {"HF_TOKEN": "secret-5"})
+
+
+@pytest.mark.parametrize("command", [main, launch_main])
+@pytest.mark.parametrize("backend", ["local", "ray"])
+def test_the_printed_configuration_has_no_secrets(
+    command: Callable[[list[str]], int], backend: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix = "atropos." if backend == "ray" else ""
+    words = [f"{key if key.startswith('atropos.') else prefix + key}={value}" for key, value in SECRET_WORDS.items()]
+    words.append(f"{prefix}env.env={{HF_TOKEN: secret-5}}")
+    if command is launch_main:
+        words += ["environments.demo.env={HF_TOKEN: secret-6}", "trainer_process.env={HF_TOKEN: secret-7}"]
+    assert command([f"backend={backend}", "--cfg", *words]) == 0
+    text = capsys.readouterr().out
+    assert "secret" not in text
+    assert "X-Key" in text and "HF_TOKEN" in text and "http://a:8000/api" in text
 
 
 def test_default_run_dir_is_below_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

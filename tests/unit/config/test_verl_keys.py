@@ -9,7 +9,7 @@ import pytest
 from atropos_verl.backends.ray.run import validate_with_verl
 from atropos_verl.config.composition import SHIPPED
 from atropos_verl.config.launch_schema import note_of_unused_keys
-from atropos_verl.config.verl_keys import complete_config, compose_config, read_run, with_environment
+from atropos_verl.config.verl_keys import complete_config, compose_config, compose_run, read_run, with_environment
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.train import main
 
@@ -97,6 +97,14 @@ def test_the_command(word: str, code: int, texts: list[str], capsys: pytest.Capt
     assert main(["backend=ray", word]) == code
     out, err = capsys.readouterr()
     assert all(text in (err if code else out) for text in texts)
+
+
+def test_verl_gets_the_directory_of_a_model_that_has_a_name_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("atropos_verl.assets.smollm2.smollm2_path", lambda: tmp_path)
+    config = compose_run(["run_dir=/tmp/never", "actor_rollout_ref.model.path=smollm2-135m"])
+    assert config.actor_rollout_ref.model.path == str(tmp_path)
 
 
 @pytest.mark.parametrize("cfg", [[], ["--cfg"]])
