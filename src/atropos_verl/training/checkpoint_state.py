@@ -88,9 +88,9 @@ def _comparable(config: RunConfig) -> dict[str, Any]:
 def new_checkpoint(root: Path, step: int, keep: int | None, *, in_place: bool = False) -> Iterator[Path]:
     """A directory into which the block writes the checkpoint of ``step``; at its end it is the newest one in ``root``.
 
-    Then those beyond the newest ``keep`` go (None, 0 or less: none). Raises ``CheckpointError`` when it cannot be written; what
-    was there before then stays as it was. ``in_place``: the directory has its final name at once, as disks of other
-    nodes need it, and is no checkpoint before the end; one of the same step is overwritten.
+    Then those beyond the newest ``keep`` go (None, 0 or less: none). Raises ``CheckpointError`` when it cannot be
+    written; what was there before then stays as it was. ``in_place``: the directory has its final name at once, as
+    disks of other nodes need it, and is no checkpoint before the end; one of the same step is overwritten.
     """
     final, unfinished = root / f"global_step_{step}", root / "unfinished"
     place, replaced = final if in_place else unfinished / final.name, unfinished / _REPLACED / final.name

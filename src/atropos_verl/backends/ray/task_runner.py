@@ -85,7 +85,6 @@ class AtroposTaskRunner:
 
     def train(self) -> dict[str, Any]:
         from atropos_verl.backends.ray.trainer import MODES, AtroposAgentLoopManager, StopRequestedError
-        from atropos_verl.errors import AtroposAPIError, CheckpointError, DataError
         from atropos_verl.training.step import StepLog, outcome
 
         self.put("phase", "loading the policy (verl)")
@@ -125,9 +124,12 @@ class AtroposTaskRunner:
             except StopRequestedError as error:
                 stopped = str(error)
                 self.put("note", trainer.save_what_was_trained() or stopped)
-            except (AtroposAPIError, CheckpointError, DataError):
-                saved = trainer.save_what_was_trained()
-                self.put("saved", saved)
+            except Exception as error:
+                try:
+                    if saved := trainer.save_what_was_trained(error):
+                        self.put("saved", saved)
+                except Exception as second:  # noqa: BLE001 - what ended the run is what the user is to see
+                    error.add_note(f"(and the trained steps could not be saved: {second})")
                 raise
             finally:
                 self.source.stop(give_back=False)  # an evaluation may follow, whose prompts must not wait

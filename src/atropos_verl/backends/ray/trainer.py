@@ -39,7 +39,7 @@ from atropos_verl.backends.ray.replicas import Replicas
 from atropos_verl.backends.ray.transfer import ADVANTAGES, PARTITION, finish_batch
 from atropos_verl.backends.ray.workers import WORKERS
 from atropos_verl.config.verl_keys import RayRun, parameter_sync_step, read_run
-from atropos_verl.errors import EngineStoppedError, TrainingDivergedError
+from atropos_verl.errors import CheckpointError, EngineStoppedError, TrainingDivergedError, WeightSyncError
 from atropos_verl.training.checkpoint_state import RunState, changed_settings, find_checkpoint, new_checkpoint
 from atropos_verl.training.step import step_report
 from atropos_verl.training.weight_sync import AtroposShardingManager
@@ -361,9 +361,13 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         if time.monotonic() > self._next_stop_look:
             self._stop_if_asked()
 
-    def save_what_was_trained(self) -> str:
-        """Save the last whole step after ``fit`` was ended, unless that is done. Returns a note for the user."""
-        if int(self.config.trainer.save_freq) <= 0 or not self._whole_step:
+    def save_what_was_trained(self, error: BaseException | None = None) -> str:
+        """Save the last whole step after ``error`` ended ``fit``, unless that is done. Returns a note for the user."""
+        # After an error of a worker (Ray's), the others may wait for it in a collective: a save would wait as well.
+        unusable = isinstance(
+            error, CheckpointError | TrainingDivergedError | WeightSyncError | ray.exceptions.RayError
+        )
+        if int(self.config.trainer.save_freq) <= 0 or not self._whole_step or unusable:
             return ""
         if self._is_updating or self.local_trigger_step:
             return f"in the middle of an update: nothing after step {self._covered_step} is saved"

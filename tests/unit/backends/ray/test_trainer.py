@@ -10,16 +10,24 @@ from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
+import ray
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils import tensordict_utils as tu
 from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager
 
 from atropos_verl.backends.ray import task_runner
-from atropos_verl.backends.ray.trainer import AtroposAgentLoopManager, AtroposSyncTrainer
+from atropos_verl.backends.ray.trainer import MODES, AtroposAgentLoopManager, AtroposSyncTrainer
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.config.verl_keys import compose_run
-from atropos_verl.errors import EngineStoppedError
+from atropos_verl.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EngineStoppedError,
+    TrainingDivergedError,
+    WeightSyncError,
+)
 from atropos_verl.training.checkpoint_state import RunState, find_damage
 
 
@@ -168,3 +176,52 @@ def test_verl_removes_nothing_of_a_checkpoint_before_the_next_one_is_whole(
     assert damages and not any(damages)
     assert [int(path.name[-1]) for path in sorted(tmp_path.glob("global_step_*"))] == kept
     assert settings.items() <= dict(trainer.config.trainer).items()
+
+
+def _end_with(error: Exception, save: Mock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, Any]]:
+    """Steps 1 and 2 are whole and not saved when ``error`` ends ``fit``. Returns the events."""
+    trainer = Mock(config=SimpleNamespace(trainer=SimpleNamespace(save_freq=20)), checkpoint_root="here", notes=[])
+    trainer.configure_mock(global_steps=3, total_training_steps=9, local_trigger_step=0, _save_checkpoint=save)
+    trainer.configure_mock(_whole_step=2, _covered_step=0, _is_updating=False)
+    trainer.fit.side_effect = error
+    trainer.save_what_was_trained = lambda *of: AtroposSyncTrainer.save_what_was_trained(trainer, *of)
+    runner, events = task_runner.AtroposTaskRunner(), []
+    runner.config = SimpleNamespace(trainer=SimpleNamespace(resume_mode="disable"))
+    runner.cluster = SimpleNamespace(mode="fake", run_dir=tmp_path, run=SimpleNamespace(is_attached=True))
+    runner.put, runner.has_flag = lambda *event: events.append(event), lambda name: True
+    runner.stack, runner.source = Mock(), Mock()
+    runner._start_gateway = runner._start_feed = Mock()
+    monkeypatch.setitem(MODES, "fake", lambda config: trainer)
+    with pytest.raises(type(error)) as raised:
+        runner.train()
+    assert raised.value is error
+    return events
+
+
+@pytest.mark.parametrize("error", [EngineStoppedError("x"), ConfigError("x"), DataError("x"), ValueError("x")])
+def test_trained_steps_are_saved_whatever_ends_the_run(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    save = Mock()
+    events = _end_with(error, save, monkeypatch, tmp_path)
+    assert save.call_count == 1
+    assert ("saved", "steps up to 2 are saved in here; the same command goes on") in events
+
+
+@pytest.mark.parametrize(
+    "error",
+    [CheckpointError("x"), TrainingDivergedError("x"), WeightSyncError("x"), ray.exceptions.ActorDiedError()],
+)
+def test_weights_in_doubt_are_not_saved(error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    save = Mock()
+    _end_with(error, save, monkeypatch, tmp_path)
+    assert save.call_count == 0
+
+
+@pytest.mark.parametrize("second", [CheckpointError("the disk is full"), ValueError("the disk is full")])
+def test_a_save_that_fails_does_not_replace_what_ended_the_run(
+    second: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    error = DataError("a bad group")
+    _end_with(error, Mock(side_effect=second), monkeypatch, tmp_path)
+    assert error.__notes__ == ["(and the trained steps could not be saved: the disk is full)"]
