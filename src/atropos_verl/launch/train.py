@@ -8,6 +8,7 @@ Exit codes: 0 done; 1 the run failed (API, a service, diverged, …); 2 the conf
 from __future__ import annotations
 
 import argparse
+import configparser
 import json
 import logging
 import netrc
@@ -18,7 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -359,7 +360,15 @@ def _check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name in ("wandb", "mlflow", "swanlab", "clearml", "trackio", "tensorboard") and find_spec(name) is None:
             raise ConfigError(f"{name} is not installed: pip install {name}", "trainer.logger")
-    if "wandb" not in names or os.environ.get("WANDB_MODE", "online") not in ("online", "shared", "run"):
+    if "wandb" not in names:
+        return
+    # What 'wandb offline' left here; its own place for it becomes the run directory, where it would not be found.
+    stored, here = configparser.ConfigParser(interpolation=None), Path(os.environ.get("WANDB_DIR") or ".")
+    with suppress(configparser.Error, UnicodeError):
+        stored.read([here / "wandb" / "settings", here / ".wandb" / "settings"])
+        if mode := stored.get("default", "mode", fallback=""):
+            os.environ.setdefault("WANDB_MODE", mode)
+    if os.environ.get("WANDB_MODE", "online") not in ("online", "shared", "run"):
         return
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     try:

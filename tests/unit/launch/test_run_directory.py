@@ -104,6 +104,7 @@ def test_a_tracker_that_cannot_start_is_named_before_anything_does(
 ) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "netrc").write_text(netrc)
     for name, value in {"NETRC": str(tmp_path / "netrc"), **variables}.items():
         monkeypatch.setenv(name, value)
@@ -112,3 +113,17 @@ def test_a_tracker_that_cannot_start_is_named_before_anything_does(
         return
     with pytest.raises(ConfigError, match=rf"trainer.logger: {fault}"):
         _check_trackers(names)
+
+
+@pytest.mark.parametrize("directory", ["wandb", ".wandb"])
+def test_what_wandb_offline_has_stored_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: str) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_MODE", "")  # so that it is put back afterwards
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / directory).mkdir()
+    (tmp_path / directory / "settings").write_text("[default]\nmode = offline\n\n")
+    _check_trackers(["wandb"])
+    assert os.environ["WANDB_MODE"] == "offline"
