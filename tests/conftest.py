@@ -18,10 +18,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("VERL_PLATFORM", "cpu")
 os.environ.setdefault("VERL_USE_EXTERNAL_MODULES", "atropos_verl.verl_plugin.platform_cpu")
 
-# A shell that runs the suite in the background hands down an ignored SIGINT, and so would every process we start: the
-# tests of Ctrl-C need it as a terminal gives it.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell that runs the suite in the background hands down an ignored SIGINT (nohup: SIGHUP), and so would every process
+# we start: the tests of Ctrl-C and of a terminal that closes need them as a terminal gives them.
+if threading.current_thread() is threading.main_thread():
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 import pytest
 from support.http_faults import FaultServer

@@ -57,6 +57,7 @@ def test_a_file_system_without_locks_is_told_of(
 
 def test_a_run_and_a_launch_keep_each_other_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATROPOS_VERL_LAUNCH_OF", "")
+    monkeypatch.setattr("atropos_verl.launch.environments._TMPDIR_BYTES", 1000)  # however long pytest's path is
     for holder_is_launch in (False, True):
         with ExitStack() as holder:
             take_run_dir(holder, tmp_path, is_launch=holder_is_launch)
