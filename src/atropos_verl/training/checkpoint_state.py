@@ -29,7 +29,16 @@ _MANIFEST = "manifest.json"
 _REPLACED = "replaced"
 _NAME = re.compile(r"global_step_(\d+)")
 _PROBE_BYTES = 1 << 20
-_OF_ONE_START = ("run_dir", "resume", "atropos.api_url", "atropos.token", "atropos.headers", "gateway.", "eval.command")
+_OF_ONE_START = (
+    "run_dir",
+    "resume",
+    "atropos.api_url",
+    "atropos.token",
+    "atropos.headers",
+    "gateway.",
+    "env.env",
+    "eval.command",
+)
 """Settings that begin so may differ from start to start of one run, or must not be written down."""
 _WITHOUT_EFFECT = {"model.path": "the weights are the checkpoint's", "eval.before": "the run has begun"}
 """Settings that a resumed run cannot honour, with the reason. All others hold from the resume on."""
