@@ -48,7 +48,7 @@ _IDLE_CHECKPOINT_BYTES: Final = 2 * 2**20
 _IDLE_SECONDS: Final = 0.25
 _FREE_BYTES: Final = 32 * 2**20
 """Bytes that the end of the file of large values may hold unused. More are given back when there is nothing to do."""
-_MOST_NOT_COPIED = 100_000
+_MOST_NOT_COPIED: Final = 100_000
 """Rows that wait for a copy that cannot be written, before it is given up."""
 _HOLES_TRIED: Final = 500
 _NETWORK_TYPES: Final = (
@@ -201,8 +201,8 @@ class RecordStore:
         self._failure: StorageWriteError | None = None
         self._sync_failure: str | None = None
         self._not_copied: list[_Row] = []
-        self._keeps_copy = True
         """Rows of the database that the copy lacks."""
+        self._keeps_copy = True
         self._unmoved_bytes = 0
         self._closed = False
         self._closing = threading.Lock()
