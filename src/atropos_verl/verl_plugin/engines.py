@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_name
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
@@ -212,8 +213,9 @@ class SelectiveHeadEngine(UpdateEngine):
         if not self._probed:
             self._probed = True
             device = next(self.module.parameters()).device
-            self._packs = packs_exactly(self.module, device, share=False)
-            self._shares = self._packs and packs_exactly(self.module, device, share=True)
+            # A row with shared prefixes has sequences side by side as well: one that is exact needs no second probe.
+            self._shares = packs_exactly(self.module, device, share=True)
+            self._packs = self._shares or packs_exactly(self.module, device, share=False)
             if not self._packs:
                 logger.warning("%s is trained with padding: it mixes joined sequences", type(self.module))
             elif not self._shares:
@@ -242,7 +244,8 @@ class SelectiveHeadEngine(UpdateEngine):
         order, shared = sort_by_prefix(rows)
         lengths = [len(rows[index]) for index in order]
         # Every rank makes the same number of them, and none is empty.
-        count = torch.tensor([len(fill(lengths, shared, data["max_token_len_per_gpu"])), -len(rows)])
+        own = [len(fill(lengths, shared, data["max_token_len_per_gpu"])), -len(rows)]
+        count = torch.tensor(own, device=get_device_name())  # a group of NCCL takes nothing else
         torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX, group=dp_group)
         if count[0] > -count[1]:
             return None
