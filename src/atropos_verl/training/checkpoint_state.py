@@ -29,17 +29,8 @@ _MANIFEST = "manifest.json"
 _REPLACED = "replaced"
 _NAME = re.compile(r"global_step_(\d+)")
 _PROBE_BYTES = 1 << 20
-_OF_ONE_START = (
-    "run_dir",
-    "resume",
-    "atropos.api_url",
-    "atropos.token",
-    "atropos.headers",
-    "gateway.",
-    "env.env",
-    "eval.command",
-)
-"""Settings that begin so may differ from start to start of one run, or must not be written down."""
+_OF_ONE_START = ("run_dir", "resume", "atropos.api_url", "atropos.token", "atropos.headers", "gateway.", "eval.command")
+"""Settings that begin so may differ from start to start of one run."""
 _WITHOUT_EFFECT = {"model.path": "the weights are the checkpoint's", "eval.before": "the run has begun"}
 """Settings that a resumed run cannot honour, with the reason. All others hold from the resume on."""
 
@@ -86,9 +77,9 @@ def changed_settings(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
 
 
 def _comparable(config: RunConfig) -> dict[str, Any]:
-    """Dotted key → value of every setting that means the same at every start of a run."""
+    """Dotted key → value, without secrets, of every setting that means the same at every start of a run."""
     flat: dict[str, Any] = {}
-    for name, value in config.model_dump(mode="json").items():
+    for name, value in config.public().items():
         flat |= {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
     return {key: value for key, value in flat.items() if not key.startswith(_OF_ONE_START)}
 

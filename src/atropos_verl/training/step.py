@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -40,6 +41,19 @@ class LoggedProgress:
 
     def step(self, report: StepReport) -> None:
         logger.info("step %d: loss %.4g, reward %s", report.step, report.loss, report.metrics["reward/mean"])
+
+
+def keep_trackers_inside(run_dir: Path) -> None:
+    """verl's trackers write below the working directory, or the user's cache, unless told otherwise."""
+    places = {
+        "TENSORBOARD_DIR": "tensorboard",
+        "WANDB_DIR": "",
+        "WANDB_CACHE_DIR": "wandb/cache",
+        "WANDB_DATA_DIR": "wandb/data",
+        "VERL_FILE_LOGGER_PATH": "verl_tracking.jsonl",
+    }
+    for variable, place in places.items():
+        os.environ.setdefault(variable, str(run_dir / place))
 
 
 def step_report(

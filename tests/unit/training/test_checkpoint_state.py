@@ -238,15 +238,7 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 SETTINGS = _leaves(RunConfig().model_dump(mode="json"))
-OF_ONE_START = [
-    "run_dir",
-    "resume",
-    "atropos.api_url",
-    "atropos.token",
-    "atropos.headers",
-    "env.env",
-    "eval.commands_file",
-]
+OF_ONE_START = ("run_dir", "resume", "atropos.api_url", "atropos.token", "atropos.headers", "eval.commands_file")
 
 
 @pytest.mark.parametrize(("key", "value"), SETTINGS, ids=[key for key, _ in SETTINGS])

@@ -4,7 +4,6 @@ The processes around it belong to the caller, who hands in callables. Nothing he
 """
 
 import gc
-import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -16,7 +15,7 @@ from atropos_verl.errors import ConfigError
 from atropos_verl.http_thread import Listener
 from atropos_verl.training.batch_source import BatchSource
 from atropos_verl.training.checkpoint_state import saved_step
-from atropos_verl.training.step import Evaluations, HeldOut, Progress
+from atropos_verl.training.step import Evaluations, HeldOut, Progress, keep_trackers_inside
 from atropos_verl.types import StepReport
 
 
@@ -80,12 +79,7 @@ def _make_tracker(config: RunConfig, run_dir: Path) -> Callable[[StepReport], No
     """Makes a function that sends a step's figures to verl's ``trainer.logger``; None when that list is empty."""
     if not config.trainer.logger:
         return None
-    # verl's backends write below the working directory unless told otherwise.
-    os.environ.setdefault("TENSORBOARD_DIR", str(run_dir / "tensorboard"))
-    os.environ.setdefault("WANDB_DIR", str(run_dir))
-    os.environ.setdefault("WANDB_CACHE_DIR", str(run_dir / "wandb" / "cache"))
-    os.environ.setdefault("WANDB_DATA_DIR", str(run_dir / "wandb" / "data"))
-    os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(run_dir / "verl_tracking.jsonl"))
+    keep_trackers_inside(run_dir)
     from verl.utils.tracking import Tracking
 
     try:

@@ -4,15 +4,15 @@ The task runner is a Ray actor that holds trainer, gateway and trajectory feed (
 another machine than the command.
 """
 
-import os
 import time
 from contextlib import ExitStack
 from typing import Any
 
 import ray
 
-from atropos_verl.config.verl_keys import parameter_sync_step, read_run
+from atropos_verl.config.verl_keys import parameter_sync_step, public, read_run
 from atropos_verl.report.console import log_to_file
+from atropos_verl.training.step import keep_trackers_inside
 from atropos_verl.types import StepReport
 
 MAILBOX = "atropos_mailbox"
@@ -51,11 +51,7 @@ class AtroposTaskRunner:
         directory = run.run_dir / "logs"
         directory.mkdir(parents=True, exist_ok=True)
         log_to_file(directory / "task_runner.log")
-        os.environ.setdefault("TENSORBOARD_DIR", str(run.run_dir / "tensorboard"))
-        os.environ.setdefault("WANDB_DIR", str(run.run_dir))
-        os.environ.setdefault("WANDB_CACHE_DIR", str(run.run_dir / "wandb" / "cache"))
-        os.environ.setdefault("WANDB_DATA_DIR", str(run.run_dir / "wandb" / "data"))
-        os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(run.run_dir / "verl_tracking.jsonl"))
+        keep_trackers_inside(run.run_dir)
         import transfer_queue as tq
         from omegaconf import OmegaConf, open_dict
 
@@ -65,7 +61,7 @@ class AtroposTaskRunner:
         with open_dict(config):
             config.transfer_queue.enable = True
             # verl hands its configuration to the user's trackers. What needs these is made of ``run``.
-            config.atropos.token, config.atropos.headers, config.atropos.gateway.api_key = None, {}, None
+            config.atropos = public(config)["atropos"]
         OmegaConf.resolve(config)
         self.config = config
         self._mailbox = ray.get_actor(MAILBOX)

@@ -127,6 +127,7 @@ def test_the_configuration_that_verl_hands_to_trackers_has_no_key_of_the_run(
         "atropos.token=of-the-api",
         "atropos.gateway.api_key=of-the-gateway",
         "atropos.headers={x-key: of-the-proxy}",
+        "atropos.env.env={KEY: of-the-user}",
     ]
     runner = task_runner.AtroposTaskRunner()
     runner.run(compose_run([*secrets, f"run_dir={tmp_path}"]))
