@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from atropos_verl.assets import demo_model_path, smollm2
 from atropos_verl.errors import ConfigError
 from atropos_verl.http_thread import is_loopback
 
@@ -100,7 +101,7 @@ class ModelConfig(OwnModelConfig):
     """The policy."""
 
     path: str | None = Field(
-        None, description="Hugging Face model directory, or smollm2-135m; null: the shipped demo model"
+        None, description=f"Hugging Face model directory, or {smollm2.NAME}; null: the shipped demo model"
     )
     tokenizer_path: str | None = Field(None, description="tokenizer directory; null: the model's")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of the trained (master) weights")
@@ -506,13 +507,9 @@ class RunConfig(CommonConfig):
     def resolve_model_path(self) -> Path:
         """The model directory. Raises ``ConfigError`` naming ``model.path`` when it is not one."""
         if self.model.path is None:
-            from atropos_verl.assets import demo_model_path
-
             return demo_model_path()
-        if self.model.path == "smollm2-135m":
-            from atropos_verl.assets.smollm2 import smollm2_path
-
-            return smollm2_path()
+        if self.model.path == smollm2.NAME:
+            return smollm2.smollm2_path()
         path = Path(self.model.path).expanduser()
         if not (path / "config.json").is_file():
             raise ConfigError(f"{path} is not a Hugging Face model directory (no config.json in it)", "model.path")

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
+from atropos_verl.assets import smollm2
 from atropos_verl.config.composition import (
     SHIPPED,
     check_form,
@@ -110,7 +111,7 @@ def compose_run(overrides: Sequence[str], config_dir: Path | None = None, config
             config.run_dir = time.strftime(f"runs/{config.trainer.experiment_name}-%Y%m%d-%H%M%S")
         config.run_dir = str(Path(config.run_dir).expanduser().absolute())
         model = config.actor_rollout_ref.model
-        if model.path in (None, "smollm2-135m"):  # verl takes no names of ours
+        if model.path in (None, smollm2.NAME):  # verl takes no names of ours
             model.path = str(RunConfig.from_mapping({"model": {"path": model.path}}).resolve_model_path())
     if "trainer" in (config.get("only") or ["trainer"]):
         with open_dict(config):
