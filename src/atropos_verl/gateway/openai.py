@@ -14,9 +14,10 @@ from typing import Any
 
 import msgspec
 
-from atropos_verl.gateway.fields import Fields, parse_sampling
+from atropos_verl.gateway.chat import ChatTurn
+from atropos_verl.gateway.fields import Fields, Sampling, parse_sampling
 from atropos_verl.gateway.service import Answer, GatewayService, finite_logprobs, policy_fields
-from atropos_verl.gateway.text import StreamText
+from atropos_verl.gateway.text import StreamText, render
 from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
 
 _DEFAULT_COMPLETION_TOKENS = 16
@@ -40,7 +41,8 @@ class _Call:
             self.sampling = parse_sampling(fields, max_tokens_names=names, max_tokens_default=None)
             self.logprobs = fields.get("logprobs", False)
             _refuse_alternatives(fields, "top_logprobs", maximum=0)
-            prompts = [_chat_prompt(service, fields)]
+            turn = _read_turn(service, fields, self.sampling)
+            prompts = [render(service.codec, turn).prompt_ids]
             if "tools" in fields and fields.raw("tool_choice") != "none":
                 text = (
                     "tools are in the prompt, but calls in an answer are not parsed: they stay text of message.content"
@@ -202,8 +204,11 @@ def _refuse_alternatives(fields: Fields, name: str, *, maximum: int) -> int:
     return count
 
 
-def _chat_prompt(service: GatewayService, fields: Fields) -> tuple[int, ...]:
+def _read_turn(service: GatewayService, fields: Fields, sampling: Sampling) -> ChatTurn:
     fields.require_neutral({"functions": ([],), "function_call": ("none",), "tool_choice": ("none", "auto")})
     fields.require_neutral({"modalities": (["text"],), "audio": (), "continue_final_message": (False,)})
-    text = service.codec.template.prompt(fields)
-    return service.codec.encode(text, add_special_tokens=fields.get("add_special_tokens", False))
+    tools = fields.raw("tools") or []
+    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise fields.error("tools", "expected a list of objects")
+    template = service.codec.template
+    return template.turn(fields, template.messages(fields), tools=tuple(tools), sampling=sampling)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
+from atropos_verl.gateway.chat import ChatTurn, Rendered
 from atropos_verl.gateway.fields import ApiError, Fields, Sampling
 from atropos_verl.gateway.templates import ChatTemplate
 from atropos_verl.types import FinishReason
@@ -155,3 +156,8 @@ class StreamText:
                 lengths = range(min(len(stop) - 1, len(tail)), 0, -1)
                 end = min(end, next((len(tail) - k for k in lengths if tail.endswith(stop[:k])), end))
         return self._sent + end
+
+
+def render(codec: TextCodec, turn: ChatTurn) -> Rendered:
+    """The prompt of a turn, by the chat template. Raises ``ApiError`` 400 naming the field."""
+    return Rendered(prompt_ids=codec.encode(codec.template.prompt(turn), add_special_tokens=turn.add_special_tokens))

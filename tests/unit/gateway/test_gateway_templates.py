@@ -7,7 +7,7 @@ import pytest
 from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.gateway import templates
-from atropos_verl.gateway.fields import ApiError, Fields
+from atropos_verl.gateway.fields import ApiError, Fields, parse_sampling
 from atropos_verl.gateway.templates import ChatTemplate
 
 EACH = "{% for m in messages %}"
@@ -18,7 +18,10 @@ def prompt(template: str, *messages: dict[str, Any], allows_clients: bool = Fals
     """The prompt of the model's own ``template``."""
     tokenizer = build_tiny_tokenizer()
     tokenizer.chat_template = template
-    return ChatTemplate(tokenizer, allows_clients=allows_clients).prompt(Fields({"messages": list(messages), **body}))
+    own = ChatTemplate(tokenizer, allows_clients=allows_clients)
+    fields = Fields({"messages": list(messages), **body})
+    sampling = parse_sampling(fields, max_tokens_names=("max_tokens",), max_tokens_default=None)
+    return own.prompt(own.turn(fields, own.messages(fields), sampling=sampling))
 
 
 def calling(arguments: Any) -> dict[str, Any]:
@@ -44,11 +47,6 @@ AB = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
         (ARGUMENTS, calling({"arguments": ""}), "{}"),
         (ARGUMENTS, calling({"arguments": "[1"}), '"[1"'),  # what a policy wrote need not be JSON
         (ARGUMENTS, calling({"arguments": "[" * 5000}), f'"{"[" * 5000}"'),
-        (
-            EACH + "{{ m.function_call.arguments.x }}{% endfor %}",
-            {"role": "assistant", "content": "", "function_call": {"name": "w", "arguments": '{"x": 1}'}},
-            "1",
-        ),
         (CONTENT, {"role": "user", "content": AB}, "[a\nb]"),
         (CONTENT, {"role": "user", "content": ["a", {"type": "input_text", "text": "b"}]}, "[a\nb]"),
         (CONTENT, {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, "[no]"),
