@@ -50,3 +50,17 @@ def test_logprobs_over_http_are_those_of_the_weights(served: tuple[httpx.Client,
         assert 1 <= len(tokens) <= 12
         expected = logprob_oracle(reference, (*prompt, *tokens), 0.7)[len(prompt) - 1 :]
         assert values == pytest.approx(expected, abs=1e-5)
+
+
+def test_metrics_count_what_was_prefilled_and_what_was_reused(served: tuple[httpx.Client, Any]) -> None:
+    client, _ = served
+
+    def counts() -> list[float]:
+        lines = client.get("/metrics").text.splitlines()
+        names = [f"atropos_verl_gateway_{name}_tokens_total " for name in ("prefilled", "reused")]
+        return [float(line.split()[-1]) for name in names for line in lines if line.startswith(name)]
+
+    before = counts()
+    for length in (50, 60):
+        client.post("/generate", json={"prompt": {"prompt_token_ids": list(range(length))}, "max_tokens": 1})
+    assert [after - first for after, first in zip(counts(), before, strict=True)] == [50 + 12, 48]

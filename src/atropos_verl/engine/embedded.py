@@ -64,8 +64,9 @@ class TransformersEngine:
         num_threads: ``torch.set_num_threads`` in the engine's thread; None: unchanged. (torch keeps one number for
             threads that are yet to start, so it can reach them as well.)
         release_weights: ``release_memory_occupation`` also frees the weights, not only the KV cache.
-        keep_kv: ``swap_weights`` keeps the KV of running sequences, computed with the weights before; otherwise they
-            are prefilled again before their next token, as after ``update_weights_from_tensor``.
+        keep_kv: ``swap_weights`` keeps the KV of running sequences, computed with the weights before, and what is
+            stored until the next swap; otherwise sequences are prefilled again before their next token, as after
+            ``update_weights_from_tensor``.
         seed: of requests without a seed of their own.
         max_prefill_tokens: padded prompt tokens of one prefill at most (a longer prompt goes alone), which bounds how
             long a newcomer delays the sequences that are running.
@@ -353,7 +354,9 @@ class TransformersEngine:
             raise WeightSyncError("no weights are staged: call stage_weights_from_tensor() first")
         with self._exclusive("swap_weights"):
             self._runner.weights.exchange(self._staged.weights)
-            if not self._keep_kv:
+            if self._keep_kv:
+                self._runner.cache.age()
+            else:
                 self._evict()
             self.policy_version = self.policy_version + 1 if policy_version is None else policy_version
             self._proof = self._logprobs_of_weights()
@@ -407,7 +410,8 @@ class TransformersEngine:
                 self._condition.notify_all()  # what the loop waits for may have changed
 
     def _evict(self) -> None:
-        """At a token boundary: send every running sequence back to its place in the queue, with its tokens."""
+        """At a token boundary: forget all keys and values. Running sequences go back to the queue with their tokens."""
+        self._runner.cache.forget()
         self._requeue(self._batch.evict())
 
     def _requeue(self, evicted: Sequence[RunningSequence]) -> None:
@@ -496,7 +500,11 @@ class TransformersEngine:
             if self._rounds % _TURN_ROUNDS == 0 and self._waiting and not self._batch.free_slots:
                 self._make_room()
             newcomers = take_prefill(
-                self._waiting, self._batch.free_slots, self._max_prefill_tokens, self._runner.max_prefill_logits
+                self._waiting,
+                self._batch.free_slots,
+                self._max_prefill_tokens,
+                self._runner.max_prefill_logits,
+                self._runner.cache.stored,
             )
             self._turn = max([self._turn, *(sequence.turn for sequence in newcomers)])
         if newcomers:

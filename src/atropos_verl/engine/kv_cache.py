@@ -1,27 +1,106 @@
-"""The key/value cache in slots, and attention of one new token per row over it.
+"""The key/value cache in slots, what is stored of earlier sequences, and attention of new tokens over the slots.
 
 Row ``r`` of every buffer belongs to the sequence in slot ``r``. Buffers, one pair per layer: ``[rows, kv_heads,
 capacity, head_dim]``. The rows in use are always ``0 .. n-1``, so a decode step reads ``buffer[:n, :, :width]``, a
 view; nothing is gathered and nothing is concatenated per token.
+
+Keys and values of prompts, and of sequences that leave their slot, are copied to a store of blocks, where the next
+sequence that begins with the same tokens finds them: a copy takes a hundredth of the time of computing them.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 SLOT_ATTENTION = "atropos_slots"
 
 _CAPACITY_STEP = 128
+BLOCK = 4
+"""Tokens of a block of the store: what a prefix ends with beyond whole blocks is computed again."""
+WORTH_STORING = 32
+"""Tokens below which a common prefix is computed again: that takes no longer than to find and copy it."""
+_STORE_BYTES = 256 * 2**20
+"""Most bytes of the store, or as many as the slots hold if that is more."""
+
+
+class PrefixIndex:
+    """Which blocks of the store hold which prefixes. Found by the token ids themselves, so exact.
+
+    A prefix is a chain of blocks; the key of a block is the serial number of the one before it, and its tokens. Serial
+    numbers are not used twice: what came after a block that was dropped cannot be found after the one in its place.
+    The block used least recently is dropped first; one that is used counts as used after all that follow it.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: OrderedDict[tuple[int, tuple[int, ...]], tuple[int, int]] = OrderedDict()
+        """Serial number, block number."""
+        self._free: list[int] = []
+        self._serial = 0
+        self.generation = 0
+        """How often ``age`` was called."""
+        self.generations: dict[int, int] = {}
+        """Of the oldest weights that went into a block."""
+
+    def find(self, tokens: tuple[int, ...]) -> list[int]:
+        """The blocks of the longest stored prefix of ``tokens`` that leaves a token to compute; [] if it is short."""
+        blocks = [self._blocks[key][1] for key in self._chain(tokens[:-1])]
+        return blocks if len(blocks) * BLOCK >= WORTH_STORING else []
+
+    def add(self, tokens: tuple[int, ...], generation: int, capacity: int) -> tuple[int, list[int]]:
+        """Give blocks, of ``capacity`` in all, to what is not stored of ``tokens``: (first position, blocks)."""
+        if generation < self.generation - 1 or len(tokens) < WORTH_STORING:
+            return 0, []
+        keys = self._chain(tokens)
+        parent, start = self._blocks[keys[-1]][0] if keys else 0, len(keys) * BLOCK
+        added: list[int] = []
+        for first in range(start, min(len(tokens) // BLOCK, capacity) * BLOCK, BLOCK):
+            key = parent, tokens[first : first + BLOCK]
+            if self._free:
+                block = self._free.pop()
+            elif (block := len(self._blocks)) >= capacity:
+                block = self._blocks.popitem(last=False)[1][1]
+            self._serial += 1
+            parent = self._serial
+            self._blocks[key] = parent, block
+            self.generations[block] = generation
+            keys.append(key)
+            added.append(block)
+        self._use(keys)
+        return start, added
+
+    def age(self) -> None:
+        """The weights change: drop what was stored before they did the last time."""
+        for key in [key for key, (_, block) in self._blocks.items() if self.generations[block] < self.generation]:
+            self._free.append(self._blocks.pop(key)[1])
+        self.generation += 1
+
+    def _chain(self, tokens: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
+        parent, keys = 0, []
+        for first in range(0, len(tokens) - BLOCK + 1, BLOCK):
+            if (entry := self._blocks.get(key := (parent, tokens[first : first + BLOCK]))) is None:
+                break
+            keys.append(key)
+            parent = entry[0]
+        self._use(keys)
+        return keys
+
+    def _use(self, keys: list[tuple[int, tuple[int, ...]]]) -> None:
+        for key in reversed(keys):
+            self._blocks.move_to_end(key)
 
 
 class SlotCache(Cache):  # type: ignore[misc]
     """A ``transformers.Cache`` whose rows have lengths of their own.
 
-    Before each forward call ``begin_prefill`` or ``begin_decode``; the model then calls ``update`` once per layer.
-    Memory is zeroed when taken: masked positions are read as well (weight 0), and 0 times a stray NaN is NaN.
+    Before each forward call ``begin_prefill``, ``begin_extend`` or ``begin_decode``; the model then calls ``update``
+    once per layer. Memory is zeroed when taken: masked positions are read as well (weight 0), and 0 times a stray NaN
+    is NaN.
     Buffers are made by the first ``update`` of a layer (so any head layout will do) and grow as needed.
     """
 
@@ -31,15 +110,23 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Keys of layer 0, its values, keys of layer 1, …"""
         self._rows = 0
         self._capacity = 0
+        self._prefix_index = PrefixIndex()
+        self._generations: dict[int, int] = {}
+        """Of each slot, as of the blocks of the index."""
+        self._store: list[torch.Tensor] = []
+        """As ``_buffers``: [positions, kv_heads, head_dim], the positions of one block after another."""
         self._prefill_base: int | None = None
+        self._extended: list[torch.Tensor] | None = None
+        """[T] of each new position its row, its position in it, and its place among the new ones."""
         self._row_index: torch.Tensor | None = None
         self._lengths: torch.Tensor | None = None
+        self._slots = slice(0)
         self._width = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by all buffers."""
-        return sum(buffer.nbytes for buffer in self._buffers)
+        """Bytes held by all buffers and the store."""
+        return sum(buffer.nbytes for buffer in (*self._buffers, *self._store))
 
     def reserve(self, rows: int, tokens: int, max_tokens: int) -> None:
         """Make room for ``rows`` rows of ``tokens`` positions; grows geometrically, never beyond ``max_tokens``."""
@@ -60,14 +147,26 @@ class SlotCache(Cache):  # type: ignore[misc]
         return like.new_zeros((self._rows, like.shape[1], self._capacity, like.shape[3]))
 
     def clear(self) -> None:
-        """Give the memory back. Every slot loses its content."""
+        """Give the memory back. Every slot loses its content, and so does the store."""
         self._buffers.clear()
+        self._store.clear()
+        self._prefix_index = PrefixIndex()
         self._rows = self._capacity = 0
         self._row_index = self._lengths = None
 
     def begin_prefill(self, base: int) -> None:
         """The next forward computes whole prompts, right-padded [U, P], for slots ``base .. base+U-1``."""
-        self._prefill_base = base
+        self._prefill_base, self._extended = base, None
+
+    def begin_extend(self, base: int, starts: Sequence[int], lengths: Sequence[int]) -> None:
+        """The next forward computes ``starts[u] .. lengths[u]-1`` of slot ``base + u``, right-padded [U, P]."""
+        first, last = np.array(starts), np.array(lengths)
+        rows = np.arange(len(starts)).repeat(last - first)
+        new = np.concatenate([np.arange(count) for count in last - first])
+        self._extended = self._on_device(rows, first[rows] + new, new)
+        self._prefill_base = None
+        self._slots = slice(base, base + len(starts))
+        self._width = max(lengths)
 
     def begin_decode(self, lengths: torch.Tensor, width: int) -> None:
         """The next forward computes one token for each of the first ``n`` slots.
@@ -76,7 +175,7 @@ class SlotCache(Cache):  # type: ignore[misc]
             lengths: [n] int64, positions slot ``r`` holds already: where its new key goes.
             width: the largest of ``lengths`` plus one.
         """
-        self._prefill_base = None
+        self._prefill_base = self._extended = None
         self._lengths = lengths
         self._width = width
         if self._row_index is None or self._row_index.shape[0] != lengths.shape[0]:
@@ -85,9 +184,78 @@ class SlotCache(Cache):  # type: ignore[misc]
     @torch.inference_mode()
     def copy_rows(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         """Copy the first ``length`` positions of slots ``sources`` to slots ``targets`` (disjoint sets)."""
+        for source, target in zip(sources, targets, strict=True):
+            self._generations[target] = self._generations[source]
         for buffer in self._buffers:
             src = torch.tensor(sources, device=buffer.device)
             buffer[torch.tensor(targets, device=buffer.device), :, :length] = buffer[src, :, :length]
+
+    # -- what is stored of earlier sequences -------------------------------------------------------------------------
+
+    def find(self, tokens: tuple[int, ...]) -> list[int]:
+        """Blocks of the store with the longest known prefix of ``tokens``, for ``load``; [] if it is not worth it."""
+        return self._prefix_index.find(tokens)
+
+    def stored(self, tokens: tuple[int, ...]) -> int:
+        """How many tokens that is."""
+        return len(self.find(tokens)) * BLOCK
+
+    def age(self) -> None:
+        """See ``PrefixIndex.age``."""
+        self._prefix_index.age()
+
+    def forget(self) -> None:
+        """The content of the store is no longer that of the weights."""
+        self._prefix_index = PrefixIndex()
+
+    @torch.inference_mode()
+    def load(self, base: int, blocks: Sequence[Sequence[int]]) -> list[int]:
+        """Copy what ``find`` found to the slots from ``base`` on; returns how many positions each of them has now."""
+        starts = [len(found) * BLOCK for found in blocks]
+        index = self._prefix_index
+        for slot, found in enumerate(blocks, start=base):
+            self._generations[slot] = min((index.generations[block] for block in found), default=index.generation)
+        if any(starts):
+            rows, columns, places = self._indices([(base + row, 0, found) for row, found in enumerate(blocks)])
+            for buffer, store in zip(self._buffers, self._store, strict=True):
+                buffer[rows, :, columns] = store[places]
+        return starts
+
+    @torch.inference_mode()
+    def store(self, contexts: Sequence[tuple[int, tuple[int, ...]]]) -> None:
+        """Copy what is new of ``contexts`` to the store: slots, and the tokens that they hold."""
+        bytes_each = sum(buffer.shape[1] * buffer.shape[3] * buffer.element_size() for buffer in self._buffers)
+        capacity = max(_STORE_BYTES // bytes_each, self._rows * self._capacity) // BLOCK
+        added = [
+            (slot, *self._prefix_index.add(tokens, self._generations[slot], capacity)) for slot, tokens in contexts
+        ]
+        if not any(blocks for _, _, blocks in added):
+            return
+        needed = (max(block for _, _, blocks in added for block in blocks) + 1) * BLOCK
+        held = self._store[0].shape[0] if self._store else 0
+        if needed > held:
+            grown = min(max(needed, held + held // 2), capacity * BLOCK)
+            for number, buffer in enumerate(self._buffers):
+                new = buffer.new_empty((grown, buffer.shape[1], buffer.shape[3]))
+                if held:
+                    new[:held] = self._store[number]
+                self._store[number : number + 1] = [new]
+        rows, columns, places = self._indices(added)
+        for buffer, store in zip(self._buffers, self._store, strict=True):
+            store[places] = buffer[rows, :, columns]
+
+    def _indices(self, parts: Sequence[tuple[int, int, Sequence[int]]]) -> list[torch.Tensor]:
+        """[T] rows and columns of a buffer, and places in the store, of ``parts``: (slot, first position, blocks)."""
+        numbers = np.array([block for _, _, blocks in parts for block in blocks])
+        indices = (
+            np.concatenate([np.full(len(blocks) * BLOCK, slot) for slot, _, blocks in parts]),
+            np.concatenate([first + np.arange(len(blocks) * BLOCK) for _, first, blocks in parts]),
+            (numbers[:, None] * BLOCK + np.arange(BLOCK)).ravel(),
+        )
+        return self._on_device(*indices)
+
+    def _on_device(self, *indices: NDArray[np.int64]) -> list[torch.Tensor]:
+        return [torch.from_numpy(index).to(self._buffers[0].device) for index in indices]
 
     # -- what the model calls ----------------------------------------------------------------------------------------
 
@@ -98,6 +266,12 @@ class SlotCache(Cache):  # type: ignore[misc]
         while len(self._buffers) <= 2 * layer_idx:
             self._buffers += self._zeros(key_states), self._zeros(value_states)
         keys, values = self._buffers[2 * layer_idx : 2 * layer_idx + 2]
+        if self._extended is not None:
+            row, column, new = self._extended
+            keys, values = (buffer[self._slots, :, : self._width] for buffer in (keys, values))
+            keys[row, :, column] = key_states[row, :, new]
+            values[row, :, column] = value_states[row, :, new]
+            return keys, values
         if self._prefill_base is not None:
             # A prompt attends to itself only. What padding writes lies beyond the row's length: masked, overwritten.
             base, rows, width = self._prefill_base, key_states.shape[0], key_states.shape[2]
@@ -132,20 +306,22 @@ def slot_attention(
     """A transformers attention function: query [n, heads, q, d], key and value [n, kv_heads, L, d].
 
     Returns [n, q, heads, d]. transformers repeats keys and values once per query head of a group whenever a mask is
-    given, which copies the whole cache per layer and token. With one query per row the heads of a group can stand in
-    the query dimension instead: same numbers (up to rounding), a fifth to a twentieth of the time on a CPU. Several
-    queries per row, and masks that differ between heads, go to transformers' sdpa.
+    given, which copies the whole cache per layer and token. The heads of a group can stand in the query dimension
+    instead: same numbers (up to rounding), a fifth to a twentieth of the time on a CPU. Several queries without a mask,
+    and masks that differ between heads, go to transformers' sdpa.
     """
     rows, heads, queries, _ = query.shape
     kv_heads = key.shape[1]
     shared_mask = attention_mask is None or (attention_mask.ndim == 4 and attention_mask.shape[1] == 1)
-    if queries != 1 or not shared_mask:
+    if (queries != 1 and attention_mask is None) or not shared_mask:
         output: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output
-    grouped = query.reshape(rows, kv_heads, heads // kv_heads, query.shape[3])
+    grouped = query.reshape(rows, kv_heads, heads // kv_heads * queries, query.shape[3])
+    if queries != 1 and attention_mask is not None:
+        attention_mask = attention_mask.repeat(1, 1, heads // kv_heads, 1)
     attended = torch.nn.functional.scaled_dot_product_attention(
         grouped, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
     )
-    return attended.reshape(rows, 1, heads, value.shape[3]), None
+    return attended.reshape(rows, heads, queries, value.shape[3]).transpose(1, 2).contiguous(), None

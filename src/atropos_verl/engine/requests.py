@@ -51,6 +51,8 @@ class EngineStats:
     failed: int = 0
     prompt_tokens: int = 0
     """Tokens prefilled, those after an eviction included; a prompt shared by n completions counts once."""
+    reused_tokens: int = 0
+    """Tokens of contexts that were not prefilled because their keys and values were stored."""
     generated_tokens: int = 0
     evictions: int = 0
     """Sequences that lost their KV (to new weights, released memory, a failure or another request) and were prefilled

@@ -78,22 +78,32 @@ class ModelRunner:
         return max(1, _LOGITS_BYTES // (4 * self.vocab_size))
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], base: int, rows: int) -> torch.Tensor:
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], base: int, rows: int, found: Sequence[Sequence[int]] = ()
+    ) -> torch.Tensor:
         """Compute ``prompts`` into slots ``base .. base+U-1`` (``rows`` slots are about to be used in all).
 
+        ``found``: [U] blocks of the cache's store with a prefix of each prompt; only what comes after is computed.
         Returns [U, V] float32 logits of the token after each prompt.
         """
         lengths = [len(prompt) for prompt in prompts]
-        longest = max(lengths)
-        self.cache.reserve(base + rows, longest + 1, self.max_context_len)
-        ids = torch.zeros((len(prompts), longest), dtype=torch.int64)
+        self.cache.reserve(base + rows, max(lengths) + 1, self.max_context_len)
+        starts = self.cache.load(base, found or [()] * len(prompts))
+        counts = [length - start for length, start in zip(lengths, starts, strict=True)]
+        ids = torch.zeros((len(prompts), max(counts)), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
-            ids[row, : lengths[row]] = torch.tensor(prompt)
+            ids[row, : counts[row]] = torch.tensor(prompt[starts[row] :])
         # Only the last position of each prompt needs logits: `last` are the distinct ones, `pick` the one of each row.
-        last, pick = torch.tensor(lengths).sub_(1).unique(return_inverse=True)  # type: ignore[no-untyped-call]
-        self.cache.begin_prefill(base)
-        # No mask: padding stands on the right, where causal attention never looks.
-        logits = self._forward(ids, torch.arange(longest).expand(len(prompts), -1), None, last)
+        last, pick = torch.tensor(counts).sub_(1).unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        positions, mask = torch.arange(max(counts)).expand(len(prompts), -1), None
+        if any(starts):
+            # Padding stands at positions of other tokens, which the model certainly has; nobody reads what comes of it.
+            positions = (positions + torch.tensor(starts)[:, None]).clamp_(max=max(lengths) - 1)
+            self.cache.begin_extend(base, starts, lengths)
+            mask = self._mask(positions.to(self.device), max(lengths))
+        else:  # No mask: padding stands on the right, where causal attention never looks.
+            self.cache.begin_prefill(base)
+        logits = self._forward(ids, positions, mask, last)
         return logits[torch.arange(len(prompts), device=logits.device), pick.to(logits.device)].float()
 
     @torch.inference_mode()
@@ -106,11 +116,7 @@ class ModelRunner:
         self.cache.reserve(len(tokens), width, self.max_context_len)
         positions = torch.tensor(lengths).unsqueeze(-1).to(self.device)
         self.cache.begin_decode(positions[:, 0], width)
-        mask = None
-        if min(lengths) + 1 < width:
-            beyond = torch.arange(width, device=self.device) > positions
-            mask = torch.zeros(beyond.shape, dtype=self.model.dtype, device=self.device)
-            mask = mask.masked_fill_(beyond, float("-inf"))[:, None, None, :]
+        mask = self._mask(positions, width) if min(lengths) + 1 < width else None
         return self._forward(torch.tensor(tokens).unsqueeze(-1), positions, mask, 1)[:, -1]
 
     @torch.inference_mode()
@@ -148,6 +154,12 @@ class ModelRunner:
             for token, value, ids, row in zip(targets.tolist(), own, top, values, strict=True):
                 result.append({token: value} | dict(zip(ids, row, strict=True)))
         return tuple(result)
+
+    def _mask(self, positions: torch.Tensor, width: int) -> torch.Tensor:
+        """[n, 1, q, width], to be added: query ``positions`` [n, q] see keys up to their own position."""
+        beyond = torch.arange(width, device=self.device) > positions.unsqueeze(-1)
+        mask = torch.zeros(beyond.shape, dtype=self.model.dtype, device=self.device)
+        return mask.masked_fill_(beyond, float("-inf")).unsqueeze(1)
 
     def _forward(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, keep: int | torch.Tensor

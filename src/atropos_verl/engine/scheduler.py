@@ -1,37 +1,57 @@
 """Which sequences run together: the next prefill from the queue, and the batch that is decoded. Used by one thread."""
 
 import heapq
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import numpy as np
 import torch
 
+from atropos_verl.engine.kv_cache import BLOCK, WORTH_STORING
 from atropos_verl.engine.requests import EngineStats, RunningSequence
 from atropos_verl.engine.runner import ModelRunner
 from atropos_verl.engine.sampling import SamplingRows, effective_temperature, sample
 from atropos_verl.errors import EngineError
 
 
-def take_prefill(waiting: list[RunningSequence], slots: int, max_tokens: int, max_logits: int) -> list[RunningSequence]:
+def take_prefill(
+    waiting: list[RunningSequence],
+    slots: int,
+    max_tokens: int,
+    max_logits: int,
+    stored: Callable[[tuple[int, ...]], int],
+) -> list[RunningSequence]:
     """Take the sequences of one prefill from the queue, a heap. A context that is in it already costs nothing.
+
+    One that has a prefix in common with another, and it is not stored yet, waits until it is: for one step.
 
     Args:
         slots: sequences at most.
-        max_tokens: distinct contexts times the longest of them, at most; a longer context goes alone.
+        max_tokens: distinct contexts times the longest of what is to be computed, at most; a longer one goes alone.
         max_logits: distinct contexts times distinct lengths (the positions for which a padded prefill computes
             logits), at most.
+        stored: how many tokens at the beginning of a context need not be computed.
     """
     taken: list[RunningSequence] = []
+    later: list[RunningSequence] = []
     contexts: set[tuple[int, ...]] = set()
+    beginnings: set[tuple[int, ...]] = set()
     lengths: set[int] = set()
-    while waiting and len(taken) < slots:
+    while waiting and len(taken) + len(later) < slots:
         if (context := waiting[0].context()) not in contexts:
-            rows, grown = len(contexts) + 1, lengths | {len(context)}
+            known = stored(context)
+            # Up to where a common prefix is worth it: two that agree there are stored up to the same token.
+            if (beginning := context[: known + WORTH_STORING]) in beginnings:
+                later.append(heapq.heappop(waiting))
+                continue
+            rows, grown = len(contexts) + 1, lengths | {len(context) - known}
             if rows > 1 and (rows * max(grown) > max_tokens or rows * len(grown) > max_logits):
                 break
             contexts.add(context)
+            beginnings.add(beginning)
             lengths = grown
         taken.append(heapq.heappop(waiting))
+    for sequence in later:
+        heapq.heappush(waiting, sequence)
     return taken
 
 
@@ -59,7 +79,8 @@ class ContinuousBatch:
     def prefill(self, newcomers: Sequence[RunningSequence], policy_version: int) -> list[RunningSequence]:
         """Compute the contexts of ``newcomers`` into free slots and sample one token each; returns those that ended.
 
-        Sequences with the same context (the n completions of a prompt, in one request or several) are computed once.
+        Sequences with the same context (the n completions of a prompt, in one request or several) are computed once,
+        and of a context whose beginning is stored only the rest.
         """
         self.participants = list(newcomers)
         for ticket in {sequence.ticket for sequence in newcomers}:
@@ -75,15 +96,20 @@ class ContinuousBatch:
         firsts = [picks.index(number) for number in range(len(prompts))]
         order = firsts + sorted(set(range(len(newcomers))) - set(firsts))
         base = len(self.running)
-        logits = self._runner.prefill(list(prompts), base, len(newcomers))
+        cache = self._runner.cache
+        found = [cache.find(prompt) for prompt in prompts]
+        logits = self._runner.prefill(list(prompts), base, len(newcomers), found)
+        cache.store([(base + row, prompt) for row, prompt in enumerate(prompts)])
         if len(newcomers) > len(prompts):
-            self._runner.cache.copy_rows(
+            cache.copy_rows(
                 [base + picks[row] for row in order[len(prompts) :]],
                 list(range(base + len(prompts), base + len(newcomers))),
                 max(map(len, prompts)),
             )
             logits = logits[torch.tensor([picks[row] for row in order], device=logits.device)]
-        self._counts.prompt_tokens += sum(map(len, prompts))
+        reused = sum(map(len, found)) * BLOCK
+        self._counts.prompt_tokens += sum(map(len, prompts)) - reused
+        self._counts.reused_tokens += reused
         fresh = [newcomers[row] for row in order]
         self.running = self.running + fresh
         self._rows = None
@@ -105,8 +131,10 @@ class ContinuousBatch:
         return evicted
 
     def remove(self, gone: Container[RunningSequence]) -> None:
-        """Take these out, and close the gaps: the last sequences move into their slots."""
+        """Take these out, and close the gaps: the last sequences move into their slots. What they hold is stored."""
         self._rows = None
+        contexts = [(slot, sequence.context()[:-1]) for slot, sequence in enumerate(self.running) if sequence in gone]
+        self._runner.cache.store(contexts)
         alive = [slot for slot, sequence in enumerate(self.running) if sequence not in gone]
         keep = len(alive)
         holes = sorted(set(range(keep)) - set(alive))

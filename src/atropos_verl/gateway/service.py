@@ -78,6 +78,12 @@ class GatewayService(Collector):
             ("paused", "1 while new requests wait for a weight sync.", not self.gate.is_open),
             ("paused_seconds_total", "Seconds spent paused for weight syncs.", self.gate.paused_seconds),
         ]
+        if (stats := getattr(self.engine, "stats", None)) is not None:  # replicas count for themselves
+            held = stats()
+            figures += [
+                ("prefilled_tokens_total", "Tokens whose keys and values the engine computed.", held.prompt_tokens),
+                ("reused_tokens_total", "Tokens whose keys and values it had from before.", held.reused_tokens),
+            ]
         if self.ledger is not None:
             ledger = self.ledger.stats()
             figures += [
