@@ -44,7 +44,8 @@ _TURN = 16
 _TURN_ROUNDS = 32
 """Rounds (tokens) between two occasions at which a request without a slot takes one from a large request."""
 _BLAME_AFTER, _MAX_FAILED_STEPS = 5, 10
-"""Failed steps in a row after which a sequence that ran alone is to blame, and after which the engine is given up."""
+"""Failed steps in a row after which a sequence that ran alone is to blame, and after which the engine is given up. A
+blame takes the count back, unless no request was ever answered and none is left."""
 _PROOF_TOKENS, _PROOF_NATS = 16, 1e-3
 """Tokens whose logprobs prove the weights after a failure, and their largest difference."""
 
@@ -572,6 +573,8 @@ class TransformersEngine:
             reason.__cause__ = error
             with self._condition:
                 self._tickets.discard(victims[0].ticket)
+                if self._tickets or self._counts.finished:
+                    self._failed_steps = _BLAME_AFTER - 1  # the next one that fails alone is blamed at once
                 self._counts.failed += victims[0].ticket.fail(reason)
         self._requeue(back)
         with self._condition:

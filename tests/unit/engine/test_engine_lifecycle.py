@@ -240,6 +240,56 @@ async def test_a_request_that_always_fails_fails_alone(monkeypatch: pytest.Monke
         assert engine.stats().failed == 1
 
 
+@pytest.mark.parametrize("served", [False, True])
+async def test_many_bad_requests_in_a_row_fail_alone(monkeypatch: pytest.MonkeyPatch, served: bool) -> None:
+    model = tiny_causal_lm()
+    error = RuntimeError("this prompt is too much")
+    real = ModelRunner.prefill
+
+    def prefill(runner: ModelRunner, contexts: list[tuple[int, ...]], *rest: Any) -> Any:
+        if any(context[0] == 9 for context in contexts):
+            raise error
+        return real(runner, contexts, *rest)
+
+    monkeypatch.setattr(ModelRunner, "prefill", prefill)
+    goods = [(1, *prompt) for prompt in prompts(5, 8, 11)]
+    with engine_of(copy.deepcopy(model)) as engine:
+        if served:
+            await asyncio.wait_for(engine.agenerate(request(goods[0], max_tokens=2)), 60.0)
+        wanted = [request((9, i), max_tokens=5) for i in range(7)] + [
+            request(good, max_tokens=9, **GREEDY) for good in goods
+        ]
+        tickets = [engine._submit(r) for r in wanted]
+        answers: list[Any] = await asyncio.wait_for(
+            asyncio.gather(*(asyncio.wrap_future(t.future) for t in tickets), return_exceptions=True), 120.0
+        )
+        for answer in answers[:7]:
+            assert type(answer) is EngineError
+            assert answer.__cause__ is error
+        for good, [answer] in zip(goods, answers[7:], strict=True):
+            assert list(answer.token_ids) == greedy_oracle(model, good, 9)
+        for _ in range(7):  # nor do those that come one after the other stop an engine that has served
+            with pytest.raises(EngineError, match="while generating: RuntimeError: this prompt is too much"):
+                await asyncio.wait_for(engine.agenerate(request((9, 9), max_tokens=5)), 60.0)
+        await asyncio.to_thread(check_greedy, engine, model, goods[1], 6)
+        assert engine.stats().failed == 14
+
+
+async def test_a_sound_engine_that_never_answered_a_request_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All bad requests that wait are blamed first; then each that fails counts."""
+    fail(monkeypatch, scheduler, "sample", RuntimeError("a kernel is missing"), lambda *_: True)
+    with engine_of(tiny_causal_lm()) as engine:
+        tickets = [engine._submit(request((1, i), max_tokens=5)) for i in range(8)]
+        for ticket in tickets:
+            with pytest.raises(EngineError, match="while generating: RuntimeError: a kernel is missing"):
+                await asyncio.wait_for(asyncio.wrap_future(ticket.future), 60.0)
+        for _ in range(4):
+            with pytest.raises(EngineError, match="while generating"):
+                await asyncio.wait_for(engine.agenerate(request((1,))), 60.0)
+        with pytest.raises(EngineStoppedError, match="gave up after 10 failed steps: RuntimeError: a kernel"):
+            await asyncio.wait_for(engine.agenerate(request((1,))), 60.0)
+
+
 async def test_an_engine_that_fails_every_step_is_given_up_and_says_why() -> None:
     counter = StepCounter(tiny_causal_lm())
     counter.fail_with = RuntimeError("device lost")
