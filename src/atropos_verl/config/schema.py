@@ -359,7 +359,8 @@ class JournalConfig(Section):
         4,
         ge=0,
         description="trained batches to keep in run_dir/journal/kept once a checkpoint holds them, beside those that "
-        "the checkpoint before does not hold; 0: none at all",
+        "the checkpoint before does not hold; 0: none at all, and falling back to an earlier checkpoint then loses the "
+        "batches trained on since",
     )
     quarantine_bytes: PositiveInt = Field(
         1 << 30, description="bytes of refused groups to keep in run_dir/quarantine; the oldest go first"

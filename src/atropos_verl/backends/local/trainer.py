@@ -126,9 +126,10 @@ class AtroposTrainer:
             if source is None:  # a command holds its run directory itself
                 held.enter_context(locked(self.run_dir / "lock", "a training run"))
             self.stack = stack = LocalStack.build(config, self.model_path, self, gateway_listener)
+            held.callback(stack.close)
+            self.settings = sample_settings(config, stack.engine.vocab_size)
             self._held = held.pop_all()
         self.engine, self.tokenizer, self.sharding_manager = stack.engine, stack.tokenizer, stack.sharding_manager
-        self.settings = sample_settings(config, self.engine.vocab_size)
         self.provenance = BatchProvenance(config.off_policy, self.stack.ledger, self.settings, self.tokenizer.decode)
         self.source.attach(self.provenance, self.stack.throttle, self.state.totals)
         self._is_open = False

@@ -1,0 +1,34 @@
+"""What a trainer that cannot be built leaves behind: nothing."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from atropos_verl.assets import demo_model_path
+from atropos_verl.backends.local import trainer
+from atropos_verl.config.schema import RunConfig
+from atropos_verl.storage import locked
+
+
+def test_a_trainer_whose_sample_settings_fail_closes_its_parts_and_frees_the_run_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    closed: list[str] = []
+    stack = SimpleNamespace(engine=SimpleNamespace(vocab_size=9), close=lambda: closed.append("stack"))
+
+    def sample_settings(*_: Any) -> Any:
+        raise ValueError("no such function")
+
+    monkeypatch.setattr(trainer.LocalStack, "build", lambda *_: stack)
+    monkeypatch.setattr(trainer, "sample_settings", sample_settings)
+    api = {"api_url": "http://127.0.0.1:9"}
+    config = RunConfig.from_mapping(
+        {"run_dir": str(tmp_path), "atropos": api, "model": {"path": str(demo_model_path())}}
+    )
+    with pytest.raises(ValueError, match="no such function") as caught:
+        trainer.AtroposTrainer(config)
+    with locked(tmp_path / "lock", "another run"):  # while the traceback still holds the trainer
+        assert caught.tb is not None
+    assert closed == ["stack"]
