@@ -43,9 +43,9 @@ _TURN = 16
 """Sequences of a client request that are queued together; then it is the others' turn."""
 _TURN_ROUNDS = 32
 """Rounds (tokens) between two occasions at which a request without a slot takes one from a large request."""
-_BLAME_AFTER, _MAX_FAILED_STEPS = 5, 10
-"""Failed steps in a row after which a sequence that ran alone is to blame, and after which the engine is given up. A
-blame takes the count back, unless no request was ever answered and none is left."""
+_BLAME_AFTER, _MAX_FAILED_STEPS, _MAX_BLAMED = 5, 10, 100
+"""Failed steps in a row after which a sequence that ran alone is to blame (if a known request works), and after which
+the engine is given up; requests in a row that were blamed, after which it is to blame all the same."""
 _PROOF_TOKENS, _PROOF_NATS = 16, 1e-3
 """Tokens whose logprobs prove the weights after a failure, and their largest difference."""
 
@@ -132,7 +132,7 @@ class TransformersEngine:
         """Version of the weights it holds; -1 before the first update from a trainer."""
         self._max_running = max_running
         self._batch = ContinuousBatch(self._runner, max_running, self._counts)
-        self._failed_steps = self._rounds = 0
+        self._failed_steps = self._blamed = self._rounds = 0
         self._sound = True
         """As far as known tokens showed after the last failure."""
         self._pace = 1
@@ -535,6 +535,7 @@ class TransformersEngine:
                     if ticket.resolve_if_done():
                         self._tickets.discard(ticket)
                         self._counts.finished += 1
+                        self._blamed = 0
 
     def _drop_aborted(self) -> None:
         if not self._aborting:
@@ -558,8 +559,9 @@ class TransformersEngine:
         """Everything goes back to the queue, and the engine is rebuilt; or it is given up."""
         self._failed_steps += 1
         logger.error("an engine step failed (%d in a row); the engine is rebuilt", self._failed_steps, exc_info=error)
-        if self._failed_steps >= _MAX_FAILED_STEPS:
-            stopped = EngineStoppedError(f"the engine gave up after {self._failed_steps} failed steps: {_named(error)}")
+        if self._failed_steps >= _MAX_FAILED_STEPS or self._blamed >= _MAX_BLAMED:
+            what = f"{self._failed_steps} failed steps" + f" and {self._blamed} failed requests" * (self._blamed > 0)
+            stopped = EngineStoppedError(f"the engine gave up after {what}: {_named(error)}")
             stopped.__cause__ = error
             self._fail_all(stopped)
             return
@@ -573,8 +575,8 @@ class TransformersEngine:
             reason.__cause__ = error
             with self._condition:
                 self._tickets.discard(victims[0].ticket)
-                if self._tickets or self._counts.finished:
-                    self._failed_steps = _BLAME_AFTER - 1  # the next one that fails alone is blamed at once
+                self._failed_steps = _BLAME_AFTER - 1  # the next one that fails alone is blamed at once
+                self._blamed += 1
                 self._counts.failed += victims[0].ticket.fail(reason)
         self._requeue(back)
         with self._condition:
@@ -598,8 +600,19 @@ class TransformersEngine:
     def _logprobs_of_weights(self) -> list[float]:
         return self._runner.logprobs(self._proof_tokens, 1.0)
 
+    def _try_request(self) -> None:
+        """All that a request goes through, with known tokens: prefill, decode, sampling."""
+        prompt = tuple(self._proof_tokens[:-1])
+        request = GenerationRequest(prompt_token_ids=prompt, max_tokens=2, ignore_eos=True)
+        ticket = Ticket(request, None, limits=self._limits, tokenizer=self.tokenizer, seed=0, pieces=self._pieces)
+        batch = ContinuousBatch(self._runner, 1, EngineStats())
+        batch.prefill(ticket.sequences, self.policy_version)
+        if batch.running:
+            batch.decode(self.policy_version)
+        batch.evict()
+
     def _is_sound(self) -> bool:
-        """Whether known tokens can be computed, and have the logprobs that they had at first.
+        """Whether known tokens have the logprobs that they had at first, and a request for more of them works.
 
         If not, a new model waits for the weights of the trainer. Raises ``EngineError`` for damaged weights that nobody
         gives again.
@@ -607,18 +620,16 @@ class TransformersEngine:
         if not self.weights_ready:
             return False
         try:
-            now, count = self._logprobs_of_weights(), len(self._proof_tokens)
-            self._runner.prefill([self._proof_tokens[:-1]], 0, 1)
-            self._runner.decode(self._proof_tokens[-1:], [count - 1])
+            now = self._logprobs_of_weights()
+            if np.isfinite(now).all():  # NaN weights are a request's error: those that follow may be good
+                self._try_request()
             if self._proof is None or np.allclose(now, self._proof, rtol=0, atol=_PROOF_NATS, equal_nan=True):
                 return True
-            reason = "they give other logprobs than before"
-            if self.attend is None:
-                raise EngineError(f"its weights of version {self.policy_version} are damaged: {reason}")
-        except EngineError:
-            raise
+            reason, is_damaged = "they give other logprobs than before", True
         except BaseException as error:  # noqa: BLE001 - whatever it is, a new model may not have it
-            reason = _named(error)
+            reason, is_damaged = _named(error), False
+        if self.attend is None and is_damaged:
+            raise EngineError(f"its weights of version {self.policy_version} are damaged: {reason}")
         if self.attend is None:
             return False
         logger.warning("the engine's model is damaged (%s): a new one waits for the newest weights", reason)

@@ -29,7 +29,7 @@ from support.engines import (
 )
 from support.serving import eventually
 
-from atropos_verl.engine import scheduler
+from atropos_verl.engine import embedded, scheduler
 from atropos_verl.engine.embedded import TransformersEngine
 from atropos_verl.engine.gate import RequestGate
 from atropos_verl.engine.requests import RunningSequence
@@ -275,19 +275,37 @@ async def test_many_bad_requests_in_a_row_fail_alone(monkeypatch: pytest.MonkeyP
         assert engine.stats().failed == 14
 
 
-async def test_a_sound_engine_that_never_answered_a_request_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All bad requests that wait are blamed first; then each that fails counts."""
-    fail(monkeypatch, scheduler, "sample", RuntimeError("a kernel is missing"), lambda *_: True)
+@pytest.mark.parametrize("served", [False, True])
+async def test_an_engine_for_which_a_known_request_fails_too_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, served: bool
+) -> None:
+    """Its weights are whole, so that their logprobs show nothing."""
     with engine_of(tiny_causal_lm()) as engine:
+        if served:
+            await asyncio.wait_for(engine.agenerate(request((1,), max_tokens=2)), 60.0)
+        fail(monkeypatch, scheduler, "sample", RuntimeError("a kernel is missing"), lambda *_: True)
         tickets = [engine._submit(request((1, i), max_tokens=5)) for i in range(8)]
         for ticket in tickets:
-            with pytest.raises(EngineError, match="while generating: RuntimeError: a kernel is missing"):
+            with pytest.raises(EngineStoppedError, match="gave up after 10 failed steps: RuntimeError: a kernel"):
                 await asyncio.wait_for(asyncio.wrap_future(ticket.future), 60.0)
-        for _ in range(4):
-            with pytest.raises(EngineError, match="while generating"):
-                await asyncio.wait_for(engine.agenerate(request((1,))), 60.0)
-        with pytest.raises(EngineStoppedError, match="gave up after 10 failed steps: RuntimeError: a kernel"):
-            await asyncio.wait_for(engine.agenerate(request((1,))), 60.0)
+
+
+async def test_an_engine_that_answers_no_request_any_more_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even one for which known tokens work: it cannot be all of the requests."""
+    monkeypatch.setattr(embedded, "_MAX_BLAMED", 12)
+    fail(monkeypatch, ModelRunner, "prompt_logprobs", RuntimeError("too much"), lambda _, temperature: temperature == 0.5)
+    asked = request((1, 2), max_tokens=5, prompt_logprobs=1, temperature=0.5)
+    with engine_of(tiny_causal_lm()) as engine:
+        for turn in range(24):
+            if turn == 11:  # an answer: the count begins again
+                await asyncio.wait_for(engine.agenerate(request((1,), max_tokens=2)), 60.0)
+            with pytest.raises(EngineError, match="while generating: RuntimeError: too much"):
+                await asyncio.wait_for(engine.agenerate(asked), 60.0)
+            if engine._blamed == 12:
+                break
+        assert turn == 22
+        with pytest.raises(EngineStoppedError, match="failed steps and 12 failed requests: RuntimeError: too much"):
+            await asyncio.wait_for(engine.agenerate(asked), 60.0)
 
 
 async def test_an_engine_that_fails_every_step_is_given_up_and_says_why() -> None:
