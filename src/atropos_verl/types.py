@@ -122,6 +122,11 @@ class ScoredGroup:
     """[G][T_g]; -100 = not trained, otherwise equal to the token id."""
     scores: FloatArray
     """[G] raw scores."""
+    rollout_ids: IntArray | None = None
+    """[G] 0, 1, … in order of first appearance: sequences of one id are rows of one rollout, and have one score. None:
+    each sequence is a rollout."""
+    weights: FloatArray | None = None
+    """[G] at least 0; factor of each sequence's loss. None: 1."""
     advantages: tuple[FloatArray | None, ...] | None = None
     """[G][T_g] token-level overrides of the group baseline; None (whole or per sequence) = absent."""
     inference_logprobs: tuple[FloatArray | None, ...] | None = None
@@ -151,6 +156,16 @@ class ScoredGroup:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def rollouts(self) -> IntArray:
+        """[G] ``rollout_ids``, filled in."""
+        return np.arange(len(self)) if self.rollout_ids is None else self.rollout_ids
+
+    @property
+    def rollout_scores(self) -> FloatArray:
+        """[R] raw scores, one of each rollout."""
+        return self.scores[np.unique(self.rollouts, return_index=True)[1]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +234,8 @@ class TrainingSample:
     group_id: str = ""
     sequence_index: int = 0
     """Index of this sequence in its group."""
+    rollout_id: int = 0
+    """Of its group's ``rollouts``."""
     env_id: int | None = None
     policy_version: int | None = None
     """Oldest version that wrote a trained token; where the ledger knows none, what the environment says."""
@@ -281,7 +298,7 @@ class SampleReport:
     groups: int = 0
     """Groups that were used (quarantined ones not counted)."""
     scores: FloatArray = field(default_factory=lambda: np.zeros(0))
-    """Raw scores of every sequence of every used group, overlong ones included."""
+    """Raw scores of every rollout of every used group, overlong ones included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,6 +69,9 @@ class ScoredData(msgspec.Struct, kw_only=True):
     env_id: int | msgspec.UnsetType | None = msgspec.UNSET
     distill_token_ids: _Free = msgspec.UNSET
     distill_logprobs: _Free = msgspec.UNSET
+    rollout_ids: list[int] | _Empty | msgspec.UnsetType | None = msgspec.UNSET
+    """Ours, as is ``weights``: per sequence, which rollout it is a row of."""
+    weights: list[float] | _Empty | msgspec.UnsetType | None = msgspec.UNSET
 
     def rows(self, name: str) -> list[list[float] | None]:
         """The rows of one of ``EXTRAS``, None for an absent one; none for an absent field."""
@@ -83,7 +86,9 @@ class ScoredData(msgspec.Struct, kw_only=True):
 FIELD_NAMES = frozenset(ScoredData.__struct_fields__)
 EXTRAS = ("advantages", "ref_logprobs", "inference_logprobs")
 """Fields with a float per token."""
-FREE_FIELDS = tuple(sorted(FIELD_NAMES - {"tokens", "masks", "scores", "env_id", *EXTRAS}))
+_OURS = ("rollout_ids", "weights")
+"""Fields that upstream does not have: where they are absent, nobody looks for a null."""
+FREE_FIELDS = tuple(sorted(FIELD_NAMES - {"tokens", "masks", "scores", "env_id", *EXTRAS, *_OURS}))
 """Fields of which ``ScoredData`` only says that they are JSON."""
 
 _IDS = ("a list", "a list", "an integer token id")
@@ -93,9 +98,14 @@ _EXPECTED: dict[str, tuple[str, ...]] = {
     "scores": ("a list", "a number"),
     **dict.fromkeys(EXTRAS, ("a list", "a list", "a number")),
     "env_id": ("an integer or null",),
+    "rollout_ids": ("a list", "an integer"),
+    "weights": ("a list", "a number"),
 }
 """Types of a field, of its entries, and of theirs."""
-_NUMBERS = {**dict.fromkeys(("tokens", "masks", "env_id"), int), **dict.fromkeys(("scores", *EXTRAS), float)}
+_NUMBERS = {
+    **dict.fromkeys(("tokens", "masks", "env_id", "rollout_ids"), int),
+    **dict.fromkeys(("scores", "weights", *EXTRAS), float),
+}
 _WARNED: set[str] = set()
 """Unknown names that were logged."""
 
@@ -143,7 +153,7 @@ class CheckedGroup:
     (Upstream's server adds them, and trainers written for it read them.)"""
     env_id: int | None
     size: int
-    """Sequences."""
+    """Rollouts: sequences, or fewer where several are rows of one."""
     tokens: int
     digest: bytes
     """XXH3-128 of its JSON with every key, so that either wire gives the group one name (``wire.decode_group``)."""
@@ -222,16 +232,19 @@ def _checked(raw: bytes, vocab_size: int | None, environments: int | None, stric
         for sequence, (tokens, masks) in enumerate(zip(fields.tokens, fields.masks, strict=True)):
             _check_ids(int_row(tokens, "i", "tokens", sequence), sequence, vocab_size)
             int_row(masks, "i", "masks", sequence)
+    rollout_ids, _ = read_rollouts(fields)
     _check_messages(fields.messages)
     if env_id is not None and environments is not None and not 0 <= env_id < environments:
         known = f"0 to {environments - 1}" if environments else "none is registered"
         message = f"env_id = {_show(env_id)} is not a registered environment ({known}); POST /register-env first"
         raise Refusal("unknown_env", message, "env_id", value=env_id)
-    suffix = _suffix(tuple([name for name in ScoredData.__struct_fields__ if getattr(fields, name) is msgspec.UNSET]))
+    absent = [name for name in ScoredData.__struct_fields__ if getattr(fields, name) is msgspec.UNSET]
+    suffix = _suffix(tuple([name for name in absent if name not in _OURS]))
     digest = xxhash.xxh3_128(memoryview(raw)[:-1] if suffix else raw)
     digest.update(suffix)
     tokens_in_all = sum(map(len, fields.tokens))
-    return CheckedGroup(raw, suffix, env_id, len(fields.tokens), tokens_in_all, digest.digest(), fields, unknown)
+    size = len(fields.tokens) if rollout_ids is None else int(rollout_ids.max()) + 1
+    return CheckedGroup(raw, suffix, env_id, size, tokens_in_all, digest.digest(), fields, unknown)
 
 
 def split_list(body: bytes, *, quick: bool = False) -> list[bytes]:
@@ -473,6 +486,36 @@ def _is_empty(value: Any) -> bool:
     if isinstance(value, list):
         return all(_is_empty(entry) for entry in value)
     return value is None or value == {}
+
+
+def read_rollouts(fields: ScoredData) -> tuple[IntArray | None, FloatArray | None]:
+    """``rollout_ids`` and ``weights`` as ``ScoredGroup`` holds them. Raises ``Refusal``: not one of each per sequence,
+    two scores of one rollout, a weight below 0."""
+    ids, weights = fields.rollout_ids or None, fields.weights or None
+    for name, row in (("rollout_ids", ids), ("weights", weights)):
+        if isinstance(row, list) and len(row) != len(fields.tokens):
+            message = f"{name}: {len(row)} entries, but tokens has {len(fields.tokens)}; one per sequence is needed"
+            raise Refusal("length", message, name, value=len(row))
+    numbers, factors = None, None
+    if isinstance(ids, list):
+        first: dict[int, int] = {}
+        for i, (own, score) in enumerate(zip(ids, fields.scores, strict=False)):
+            other = first.setdefault(own, i)
+            if other != i and score != fields.scores[other]:
+                message = f"scores[{i}] = {score}, but scores[{other}] = {fields.scores[other]}: both are of rollout "
+                message += f"{_show(own)} (rollout_ids), and a rollout has one score"
+                raise Refusal("rollout", message, "scores", i, value=score)
+        if len(first) < len(ids) == len(fields.scores):
+            number = {own: i for i, own in enumerate(first)}
+            numbers = np.array([number[own] for own in ids], np.int64)
+    if isinstance(weights, list):
+        factors = float_row(weights)
+        _check_floats(factors, "weights", None)
+        if (bad := factors < 0).any():
+            i = int(np.argmax(bad))
+            message = f"weights[{i}] = {factors[i]}: a weight is at least 0"
+            raise Refusal("weight", message, "weights", i, value=float(factors[i]))
+    return numbers, factors
 
 
 def validated(groups: Iterable[ScoredGroup], vocab_size: int | None) -> list[ScoredGroup]:

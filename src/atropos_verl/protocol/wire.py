@@ -32,6 +32,7 @@ from atropos_verl.protocol.schema import (
     int_row,
     parse_object,
     read_fields,
+    read_rollouts,
     to_fields,
     unknown_fields,
 )
@@ -129,6 +130,7 @@ def decode_group(raw: bytes) -> ScoredGroup:
             rows = fields.rows(name)
             if any(rows):
                 extras[name] = tuple([float_row(row) if row else None for row in rows])
+        extras["rollout_ids"], extras["weights"] = read_rollouts(fields)
         return ScoredGroup(
             token_ids=tuple([int_row(row, "q", "tokens", i) for i, row in enumerate(fields.tokens)]),
             masks=tuple([int_row(row, "q", "masks", i) for i, row in enumerate(fields.masks)]),
@@ -175,6 +177,8 @@ def encode_group(*, tokens: Rows, masks: Rows, scores: Row, **optional: Any) -> 
             value = [_finite([] if row is None else row, f"{name}[{i}]", missing) for i, row in enumerate(value)]
         elif name == "overrides":
             value = [entry or {} for entry in value]
+        elif name == "weights":
+            value = _finite(value, name)
         fields[name] = value
     return msgspec.json.encode(fields, enc_hook=_encode_numpy)
 
@@ -289,6 +293,11 @@ def pack_group(group: CheckedGroup) -> bytes:
                 short = values.astype(np.float32)
             exact = bool(np.array_equal(short, values))
             put(name, "f4" if exact else "f8", short if exact else values, len(values))
+    rollout_ids, weights = read_rollouts(fields)
+    if rollout_ids is not None:
+        put("rollout_ids", "i4", rollout_ids, len(rollout_ids))
+    if weights is not None:
+        put("weights", "f8", weights, len(weights))
     rest = {name: value for name, value in fields.free().items() if value}
     return _blob(_Header(group.digest.hex()[:16], group.env_id, lengths, arrays, rest, group.unknown), blobs)
 
@@ -365,6 +374,8 @@ def _decode_packed_group(part: memoryview) -> ScoredGroup:
     else:
         marks = fields["masks"].astype(np.int64)
     extras: dict[str, Any] = {name: _float_rows(fields, name, header.lengths) for name in EXTRAS}
+    for name, kind in (("rollout_ids", np.int64), ("weights", np.float64)):
+        extras[name] = fields[name].astype(kind) if name in fields else None
     return ScoredGroup(
         token_ids=_cut(ids, header.lengths),
         masks=_cut(marks, header.lengths),

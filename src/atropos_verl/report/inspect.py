@@ -370,6 +370,7 @@ def _inspect_groups(
         "groups": views,
         "sequences": len(report.samples),
         "trained_tokens": sum(int(sample.loss_mask.sum()) for sample in report.samples),
+        "rollouts": report.scores.size,
         "mean_score": float(report.scores.mean()) if report.scores.size else None,
         "refused": len(found) - len(used),
         "dropped_overlong": report.dropped_overlong,
@@ -419,6 +420,8 @@ def _sequence(
     ]
     return {
         "index": i,
+        "rollout": int(group.rollouts[i]),
+        "weight": 1.0 if group.weights is None else float(group.weights[i]),
         "length": len(ids),
         "trained_tokens": int(trained.sum()),
         "score": score if math.isfinite(score) else None,
@@ -498,7 +501,9 @@ class _Renderer:
 
     def _group(self, group: dict[str, Any]) -> None:
         env = "" if group["env_id"] is None else f", env_id {group['env_id']}"
-        self._line(f"{group['origin']}: id {group['group_id']}{env}, sequences: {len(group['sequences'])}", "bold")
+        count, rollouts = len(group["sequences"]), len({sequence["rollout"] for sequence in group["sequences"]})
+        rows = "" if rollouts == count else f" of {rollouts} rollouts"
+        self._line(f"{group['origin']}: id {group['group_id']}{env}, sequences: {count}{rows}", "bold")
         if group["recorded_reason"] is not None:
             self._line(f"  quarantined by the run: {group['recorded_reason']}", "bold red")
         if group["refused"] is not None:
@@ -513,6 +518,10 @@ class _Renderer:
     def _sequence(self, view: dict[str, Any]) -> None:
         fate = "trained" if view["temperature"] is not None else "marked as trained"
         facts = [f"score {decimal(view['score'])}", f"{view['trained_tokens']} of {view['length']} tokens {fate}"]
+        if view["rollout"] != view["index"]:
+            facts.insert(0, f"of rollout {view['rollout']}")
+        if view["weight"] != 1:
+            facts.append(f"weight {view['weight']:g}")
         facts += [f"{name} {_shown(view[name])}" for name in ("advantage", "logprob") if view[name] is not None]
         if view["temperature"] is not None:
             facts.append(f"temperature {view['temperature']:g}")

@@ -29,7 +29,7 @@ class StoredGroup:
     seq: int
     env_id: int | None
     size: int
-    """Sequences."""
+    """Rollouts: sequences, or fewer where several are rows of one."""
     tokens: int
     arrived: float
     digest: bytes

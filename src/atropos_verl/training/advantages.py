@@ -1,4 +1,4 @@
-"""Advantages, in this order: group baseline → token-level overrides → normalise → clip → forced zeros.
+"""Advantages, in this order: group baseline → token-level overrides → normalise → clip → weights → forced zeros.
 
 ``set_advantage_to_zero`` is applied last, and the statistics of the normalisation are taken before it. So zeroing one
 sequence never changes another one's advantage, and a zeroed sequence stays at exactly 0 where normalising would have
@@ -24,10 +24,10 @@ WHITENING_EPSILON = 1e-8
 
 
 def group_advantages(scores: FloatArray, estimator: str = "grpo", *, norm_by_std: bool = True) -> FloatArray:
-    """One advantage per sequence of a group, from the raw scores.
+    """One advantage per rollout of a group, from the raw scores.
 
     Args:
-        scores: [G], finite.
+        scores: [G], finite; one of each rollout, whatever number of rows it became.
         estimator: ``grpo``: ``(s - mean) / (std + 1e-6)`` with the sample standard deviation, or ``s - mean`` where
             ``norm_by_std`` is off (Dr. GRPO). ``rloo``: ``s`` minus the mean of the *other* scores, which is
             ``(s - mean) · G / (G - 1)``. Both as verl 0.9.1 (``verl/trainer/ppo/core_algos.py``). ``plain``: ``s``.
@@ -113,7 +113,9 @@ class SequenceAdvantage:
     """One sequence before normalisation: ``values`` [T], trained where ``loss_mask`` [T].
 
     ``zero``: the environment set ``set_advantage_to_zero``. ``replaced``: ``values`` are the environment's, not the
-    group's baseline. ``fixed``: they are neither normalised nor clipped, and in no statistics (``sft``).
+    group's baseline. ``fixed``: they are neither normalised nor clipped, and in no statistics (``sft``). ``weight``:
+    factor of the row's loss. Each loss here is proportional to the advantage where that has one sign, so it multiplies
+    the final advantages, and nothing else.
     """
 
     values: FloatArray
@@ -121,6 +123,20 @@ class SequenceAdvantage:
     zero: bool = False
     replaced: bool = False
     fixed: bool = False
+    weight: float = 1.0
+
+
+def turn_advantages(turn_rewards: Sequence[FloatArray]) -> list[FloatArray]:
+    """Advantages of the turns of a group's rollouts from rewards per turn, each [K_g] of rollout g.
+
+    DeepSeekMath's process supervision (arXiv 2402.03300, 4.1.3): rewards are normalised over all turns of the group
+    (``(r - mean) / (std + 1e-6)``, sample standard deviation), and a turn has the sum of its own and of later ones.
+
+    Example: ``[[1, 0], [0, 0]]`` (mean 1/4, std 1/2) gives ``[[1, -.5], [-1, -.5]]``.
+    """
+    centred = group_advantages(np.concatenate([np.zeros(0), *turn_rewards]))
+    ends = np.cumsum([len(row) for row in turn_rewards])
+    return [np.cumsum(row[::-1])[::-1] for row in np.split(centred, ends[:-1])]
 
 
 def finish_advantages(
@@ -129,7 +145,7 @@ def finish_advantages(
     clipping: tuple[float, float] | None = None,
     running: RunningMoments | None = None,
 ) -> list[FloatArray]:
-    """Normalises over the trained tokens of all ``sequences`` together, clips, and forces zeros.
+    """Normalises over the trained tokens of all ``sequences`` together, clips, weighs, and forces zeros.
 
     Args:
         normalization: ``batch``: ``(a - mean) / (std + 1e-8)`` over the trained tokens of this (global) batch, sample
@@ -151,5 +167,5 @@ def finish_advantages(
             if not sequence.fixed:
                 values = values if moments is None else moments.whiten(values)
                 values = values if clipping is None else np.clip(values, *clipping)
-            row[sequence.loss_mask] = values
+            row[sequence.loss_mask] = values * sequence.weight
     return finished

@@ -100,15 +100,15 @@ def _result(key: str, path: str, function: Callable[..., Any], *arguments: Any, 
         raise ConfigError(f"{path} raised {type(error).__name__}: {error} ({where})", key) from error
 
 
-def _entries(key: str, path: str, result: Any, count: int, what: str) -> list[Any]:
-    """The ``count`` entries of a user's result."""
+def _entries(key: str, path: str, result: Any, count: int, what: str, fewer: int | None = None) -> list[Any]:
+    """The ``count`` entries of a user's result, which may be ``fewer`` instead."""
     try:
         entries = None if isinstance(result, str | bytes | Mapping) else list(result)
     except TypeError:  # None, a number, an array without dimensions
         entries = None
     if entries is None:
         raise ConfigError(f"{path} returned {_shown(result)}, not a list of {count} {what}", key)
-    if len(entries) != count:
+    if len(entries) not in (count, fewer):
         raise ConfigError(f"{path} returned {len(entries)} {what}, not {count}: {_shown(entries)}", key)
     return entries
 
@@ -167,11 +167,17 @@ def load_loss(path: str) -> Callable[..., LossOutput]:
 
 
 def load_advantage(path: str) -> Callable[[ScoredGroup], list[FloatArray]]:
-    """``algorithm.advantage_path`` as a function that returns float64 [T_i] for each sequence of a group."""
+    """``algorithm.advantage_path`` as a function that returns float64 [T_i] for each sequence of a group.
+
+    It is given the scores of the rollouts, and returns one entry of each, or one of each sequence.
+    """
     function = load_function(key := "algorithm.advantage_path", path)
 
     def advantages(group: ScoredGroup) -> list[FloatArray]:
-        rows = _entries(key, path, _result(key, path, function, group.scores, group), len(group), "advantages")
+        scores = group.rollout_scores
+        result = _result(key, path, function, scores, group)
+        rows = _entries(key, path, result, len(group), "advantages", len(scores))
+        rows = rows if len(rows) == len(group) else [rows[number] for number in group.rollouts]
         lengths = [len(tokens) for tokens in group.token_ids]
         return [
             np.broadcast_to(_numbers(key, path, row, ((), (length,)), f"advantage of sequence {i}"), (length,))
@@ -198,7 +204,7 @@ def load_filter(path: str) -> Callable[[Sequence[ScoredGroup]], list[bool]]:
 def load_rescoring(path: str, decode: Callable[..., str]) -> Callable[[ScoredGroup], ScoredGroup]:
     """``reward.path`` as a function that gives a group new scores; ``decode`` is the tokenizer's.
 
-    The prompt of a sequence ends at its first trained token.
+    The prompt of a sequence ends at its first trained token. A rollout has the score of its last row.
     """
     function = load_function(key := "reward.path", path)
 
@@ -207,6 +213,8 @@ def load_rescoring(path: str, decode: Callable[..., str]) -> Callable[[ScoredGro
         pairs = list(zip(group.token_ids, starts, strict=True))
         prompts = [decode(tokens[:start].tolist()) for tokens, start in pairs]
         completions = [decode(tokens[start:].tolist(), skip_special_tokens=True) for tokens, start in pairs]
-        return replace(group, scores=scores_of(path, function, prompts, completions, key))
+        scores = scores_of(path, function, prompts, completions, key)
+        last = dict(zip(group.rollouts, scores, strict=True))
+        return replace(group, scores=np.array([last[number] for number in group.rollouts]))
 
     return rescored

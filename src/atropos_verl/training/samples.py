@@ -62,7 +62,9 @@ def build_samples(
     ``generation_params`` > ``group_overrides`` > ``settings.default_temperature``; 0 (greedy) becomes 1, whose
     logprobs engines report for greedy tokens. ``policy_version``: the oldest of ``token_versions`` among the trained
     tokens, else from ``overrides[i]`` or ``generation_params`` where it is an integer. Advantages: see
-    ``training.advantages``; 1 for a sequence with the override ``sft``, whatever its score. An overlong sequence counts
+    ``training.advantages``: one per rollout, which all its rows get, so that with the mean over trained tokens a
+    rollout's loss does not depend on how many rows it became; 1 for a sequence with the override ``sft``, whatever its
+    score; times ``ScoredGroup.weights``. An overlong sequence counts
     in its group's baseline, and not in the batch's statistics. A sequence without a trained token is a sample that adds
     nothing.
 
@@ -128,7 +130,7 @@ def collect_samples(
         dropped_overlong=dropped,
         truncated=sum(sample.truncated for sample in samples),
         groups=len(used),
-        scores=np.concatenate([group.scores for group in used]) if used else np.zeros(0),
+        scores=np.concatenate([group.rollout_scores for group in used]) if used else np.zeros(0),
     )
     return report, sequences
 
@@ -140,7 +142,8 @@ def _collect(
     if settings.advantage is not None:
         rows = settings.advantage(group)
     else:
-        baseline = group_advantages(group.scores, settings.estimator, norm_by_std=settings.norm_adv_by_std_in_grpo)
+        by_std = settings.norm_adv_by_std_in_grpo
+        baseline = group_advantages(group.rollout_scores, settings.estimator, norm_by_std=by_std)[group.rollouts]
         rows = [np.full(len(tokens), value) for tokens, value in zip(group.token_ids, baseline, strict=True)]
     limit = settings.max_token_len
     for i, tokens in enumerate(group.token_ids):
@@ -161,7 +164,8 @@ def _collect(
         values = (rows[i] if own is None else own)[:end]
         sample = _sample(group, i, end, values, settings.default_temperature, truncated=overlong)
         samples.append(sample)
-        sequences.append(SequenceAdvantage(values, sample.loss_mask, zero, own is not None, sft))
+        weight = 1.0 if group.weights is None else float(group.weights[i])
+        sequences.append(SequenceAdvantage(values, sample.loss_mask, zero, own is not None, sft, weight))
 
 
 def _sample(
@@ -186,6 +190,7 @@ def _sample(
         score=float(group.scores[i]),
         group_id=group.group_id,
         sequence_index=i,
+        rollout_id=int(group.rollouts[i]),
         env_id=group.env_id,
         policy_version=int(trained.min()) if trained.size else stated_version(group, i),
         token_versions=versions,

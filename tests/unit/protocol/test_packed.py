@@ -50,13 +50,16 @@ FIELDS: dict[str, dict[str, Any]] = {
     "masks that are no token ids": {"masks": [[1, 1, 1], [0, 1, 1]]},
     "unknown fields": {"note": 5, "empty": [], "none": None, "seed": {"a": [1e300]}},
     "rows of another length": {"advantages": [[0.1], [0.2, 0.3, 0.4, 0.5]]},
+    "rows of rollouts": {"rollout_ids": [7, 7, -3], "scores": [1.0, 1.0, 0.0], "weights": [1, 0.25, 1e-300]},
+    "one row each": {"rollout_ids": [5, 4, 3], "weights": []},
     "a row too few": {"advantages": [[0.1, 0.2, 0.3]]},
 }
 
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_both_wires_give_the_same_group(name: str) -> None:
-    assert_same(*both(group(3, 2, **FIELDS[name])))
+    made = group(3, len(FIELDS[name].get("rollout_ids", "ab")), **FIELDS[name])
+    assert_same(*both(made))
 
 
 def test_values_by_hand() -> None:

@@ -42,6 +42,16 @@ REFUSED: dict[str, tuple[Any, str, tuple[str | int, ...], str]] = {
     "empty group": (changed(tokens=[], masks=[], scores=[]), "empty", ("tokens",), "the group is empty"),
     "empty row": (changed(tokens=[[1], []], masks=[[1], []]), "empty", ("tokens", 1), "tokens[1]: the sequence is"),
     "masks": (changed(masks=[[1, 7, 100]]), "length", ("masks",), "masks: 1 entries, but tokens has 2"),
+    "rollout ids": (changed(rollout_ids=[1]), "length", ("rollout_ids",), "rollout_ids: 1 entries, but tokens has 2"),
+    "rollout id": (changed(rollout_ids=[1, "a"]), "type", ("rollout_ids", 1), 'rollout_ids[1] = "a": expected an int'),
+    "two scores of a rollout": (
+        changed(rollout_ids=[4, 4], scores=[1, 2]),
+        "rollout",
+        ("scores", 1),
+        "scores[1] = 2.0, but scores[0] = 1.0: both are of rollout 4 (rollout_ids), and a rollout has one score",
+    ),
+    "weights": (changed(weights=[1, 2, 3]), "length", ("weights",), "weights: 3 entries, but tokens has 2"),
+    "weight": (changed(weights=[1, -2]), "weight", ("weights", 1), "weights[1] = -2.0: a weight is at least 0"),
     "scores long": (changed(scores=[1, 2, 3]), "length", ("scores",), "scores: 3 entries"),
     "mask": (changed(masks=[ROW, [1, 7]]), "length", ("masks", 1), "masks[1]: 2 entries, but tokens[1] has 3"),
     "advantage": (

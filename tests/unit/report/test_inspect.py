@@ -95,7 +95,8 @@ def test_json_has_every_figure(tmp_path: Path) -> None:
     assert code == 0
     found = json.loads(text)
     totals = {key: value for key, value in found.items() if key != "groups"}
-    assert totals == {"sequences": 2, "trained_tokens": 4, "mean_score": 0.5, "refused": 0, "dropped_overlong": 0}
+    trained = {"sequences": 2, "rollouts": 2, "trained_tokens": 4}
+    assert totals == {**trained, "mean_score": 0.5, "refused": 0, "dropped_overlong": 0}
     first, second = found["groups"][0]["sequences"]
     # RLOO of two: score minus the other's: +1 and -1; clipped to [-0.5, 3].
     assert first["advantage"] == {"mean": 1.0, "min": 1.0, "max": 1.0, "count": 2}

@@ -352,6 +352,7 @@ class AtroposTrainer:
         counts = {
             "groups": report.groups,
             "sequences": len(report.samples),
+            "rollouts": len({(s.group_id, s.rollout_id) for s in report.samples}),
             "quarantined": len(report.quarantined),
             "filtered": len(report.filtered),
             "dropped_overlong": report.dropped_overlong,
@@ -399,7 +400,7 @@ class AtroposTrainer:
             self.policy_version,
             figures.pop("loss"),
             scores=report.scores,
-            environments={env_id: [s.score for s in report.samples if s.env_id == env_id] for env_id in env_ids},
+            environments={env_id: _scores_of(report.samples, env_id) for env_id in env_ids},
             counts=counts,
             seconds=seconds,
             figures={
@@ -559,3 +560,8 @@ class AtroposTrainer:
             error.add_note(
                 f"(steps up to {self.step} are saved in {directory}; the same command with resume=auto goes on)"
             )
+
+
+def _scores_of(samples: Sequence[TrainingSample], env_id: int) -> list[float]:
+    """One score of each rollout of an environment."""
+    return list({(s.group_id, s.rollout_id): s.score for s in samples if s.env_id == env_id}.values())

@@ -139,7 +139,7 @@ class PolicyWorker:
         """
         old_logprobs: list[FloatArray] | None = None
         loss = self.config.loss
-        chunks = _mini_batches(len(samples), loss.ppo_epochs, loss.ppo_mini_batches, self.config.seed)
+        chunks = _mini_batches(samples, loss.ppo_epochs, loss.ppo_mini_batches, self.config.seed)
         # No optimiser step on nothing: AdamW would decay the weights, and its moments.
         chunks = [chunk for chunk in chunks if any(samples[i].loss_mask.any() for i in chunk)]
         if loss.ppo_epochs * loss.ppo_mini_batches > 1:
@@ -403,13 +403,17 @@ def split_for_ranks(
     return [sorted(order[at] for at in part) for part in partition(lengths, shared, world_size)]
 
 
-def _mini_batches(count: int, epochs: int, mini_batches: int, seed: int) -> list[list[int]]:
-    """Index lists, ``epochs * mini_batches`` of them, the same on every rank; one batch is left in its order."""
+def _mini_batches(samples: Sequence[TrainingSample], epochs: int, mini_batches: int, seed: int) -> list[list[int]]:
+    """Index lists, ``epochs * mini_batches`` of them, the same on every rank; one batch is left in its order. All rows
+    of a rollout are in one of them."""
     if epochs == mini_batches == 1:
-        return [list(range(count))]
-    rng = np.random.default_rng(seed)
-    shuffled = [np.array_split(rng.permutation(count), mini_batches) for _ in range(epochs)]
-    return [part.tolist() for parts in shuffled for part in parts]
+        return [list(range(len(samples)))]
+    rollouts: dict[tuple[str, int], list[int]] = {}
+    for index, sample in enumerate(samples):
+        rollouts.setdefault((sample.group_id, sample.rollout_id), []).append(index)
+    rows, rng = list(rollouts.values()), np.random.default_rng(seed)
+    shuffled = [np.array_split(rng.permutation(len(rows)), mini_batches) for _ in range(epochs)]
+    return [[index for number in part for index in rows[number]] for parts in shuffled for part in parts]
 
 
 class _LogWriter(io.TextIOBase):

@@ -54,14 +54,14 @@ class Slot:
     scores: list[float] = field(default_factory=list)
     env_scores: dict[int, list[float]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
-    """groups, sequences, quarantined, filtered, dropped_overlong, truncated, stale, carried (to the next slot),
-    untrained, trained_tokens."""
+    """groups, sequences, rollouts, quarantined, filtered, dropped_overlong, truncated, stale, carried (to the next
+    slot), untrained, trained_tokens."""
     off_policy: dict[str, float | int | None] = field(default_factory=dict)
     """Figures of the ledger's look-up, and of staleness."""
     wait_seconds: float = 0.0
 
     def add_scores(self, group: ScoredGroup) -> None:
-        scores = [float(score) for score in group.scores]
+        scores = [float(score) for score in group.rollout_scores]
         self.scores += scores
         if group.env_id is not None:
             self.env_scores.setdefault(group.env_id, []).extend(scores)
@@ -75,9 +75,9 @@ class _Collected(NamedTuple):
     advantages: list[SequenceAdvantage]
 
 
-def _sequences(found: Sequence[_Collected]) -> int:
+def _rollouts(found: Sequence[_Collected]) -> int:
     """Counts them as the environments sent them, overlong ones included."""
-    return sum(len(one.member.group) for one in found)
+    return sum(len(one.member.group.rollout_scores) for one in found)
 
 
 def _rows_of_groups(samples: Sequence[TrainingSample]) -> defaultdict[str, deque[list[int]]]:
@@ -112,7 +112,7 @@ class TrajectoryFeed:
         self.served_version = served_version
         self.needs_logprobs = needs_logprobs
         self.batch_size = source.config.batch_size
-        """Sequences that a full slot holds."""
+        """Rollouts that a full slot holds."""
         self.temperature = source.config.temperature
         """verl computes logprobs of a step at one temperature: ``rollout.temperature``."""
         self.failure: BaseException | None = None
@@ -232,7 +232,7 @@ class TrajectoryFeed:
             slot.entries = list({member.entry.sequence: member.entry for member in members}.values())
         self._collect(members, slot, found)
         batches = 0
-        while _sequences(found) < self.batch_size:
+        while _rollouts(found) < self.batch_size:
             if batches:
                 self.source.done()  # several batches make one slot, which the throttle counts as one
             data = self.source.next(self._while_waiting)
@@ -248,7 +248,7 @@ class TrajectoryFeed:
                 break  # the API's batches are whole; a smaller one is trained as it is
         with self._lock:
             # Of whole groups above the size verl would make a second optimiser step: they wait for the next slot.
-            while _sequences(found) > self.batch_size and len(found) > 1:
+            while _rollouts(found) > self.batch_size and len(found) > 1:
                 self._carried.insert(0, found.pop().member)
             later = {id(member) for member in self._carried}
             slot.members = [member for member in slot.members if id(member) not in later]
@@ -258,7 +258,7 @@ class TrajectoryFeed:
         slot.off_policy |= staleness_metrics(samples, served)
         for member, _, _ in found:
             slot.add_scores(member.group)
-        sizes = {one.member.group.group_id: len(one.member.group) for one in found}
+        sizes = {one.member.group.group_id: len(one.member.group.rollout_scores) for one in found}
         advantages = [advantage for one in found for advantage in one.advantages]
         rows = make_rows(
             slot.uid, samples, advantages, served=served, global_steps=slot.global_steps, group_sizes=sizes
@@ -267,6 +267,7 @@ class TrajectoryFeed:
             groups=len(found),
             carried=len(self._carried),
             sequences=len(rows),
+            rollouts=len({row.key.rpartition("_")[0] for row in rows}),
             untrained=len(samples) - len(rows),
             trained_tokens=sum(int(sample.loss_mask.sum()) for sample in samples),
         )

@@ -84,6 +84,10 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         self._next_stop_look = 0.0
         self._step_started = time.perf_counter()
         self._loss = 0.0
+        self._rows = (1, 1)
+        """Rows and rollouts of the batch of this step."""
+        sections = [config.actor_rollout_ref.actor, *([config.critic] if "critic" in config else [])]
+        self._mini_batches = [(section, int(section.ppo_mini_batch_size)) for section in sections]
         super().__init__(config)
         # verl's own hooks move the tensors between its workers and its replicas; nothing passes through this process.
         self.sharding_manager = AtroposShardingManager(self, self, gate=self, pause_timeout=_DRAIN_SECONDS)
@@ -273,6 +277,18 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         if self.config.trainer.save_freq <= 0:
             self._covered_step = self.global_steps  # no checkpoint will ever cover it
         return batch
+
+    def _balance_batch(self, batch: KVBatchMeta, *arguments: Any, **keywords: Any) -> KVBatchMeta:
+        self._rows = (len(batch.keys), len({key.rsplit("_", 1)[0] for key in batch.keys}))
+        return super()._balance_batch(batch, *arguments, **keywords)
+
+    def _get_required_batch_multiple(self, dp_size: int) -> int:
+        # verl's mini-batches are counted in rows: those of a batch whose rollouts have several hold as many more.
+        rows, rollouts = self._rows
+        for section, size in self._mini_batches:
+            scaled = math.ceil(size * rows / rollouts / dp_size) * dp_size
+            section.ppo_mini_batch_size = size if rows == rollouts else scaled
+        return int(super()._get_required_batch_multiple(dp_size))
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         batch = super()._compute_old_log_prob(batch, metrics)

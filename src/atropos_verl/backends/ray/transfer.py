@@ -5,6 +5,7 @@ and environment tokens between two turns are 0 in it. Later the advantages of a 
 know no token-level advantages of the environment, forced zeros, normalisation over trained tokens, or clipping.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -60,13 +61,19 @@ def make_rows(
         slot: uid of the slot; holds no underscore.
         served: the policy version that is served now, for sequences of unknown version (verl needs a number).
         global_steps: training step that asked for this batch.
-        group_sizes: sequences that each group was scored with, overlong ones included, by group id.
+        group_sizes: rollouts that each group was scored with, overlong ones included, by group id.
     """
-    return [
-        _row(f"{slot}_{index}_0", sample, advantage, served, global_steps, group_sizes[sample.group_id])
-        for index, (sample, advantage) in enumerate(zip(samples, advantages, strict=True))
-        if sample.loss_mask.any()
-    ]
+    rows: list[Row] = []
+    numbers: dict[tuple[str, int], int] = {}
+    seen: Counter[int] = Counter()
+    for sample, advantage in zip(samples, advantages, strict=True):
+        number = numbers.setdefault((sample.group_id, sample.rollout_id), len(numbers))
+        if sample.loss_mask.any():
+            # verl's name for it: the rows of a session, of which its GRPO counts the last.
+            key = f"{slot}_{number}_{seen[number]}"
+            seen[number] += 1
+            rows.append(_row(key, sample, advantage, served, global_steps, group_sizes[sample.group_id]))
+    return rows
 
 
 def _row(
@@ -114,6 +121,7 @@ def _row(
         "advantage_to_zero": advantage.zero,
         "advantage_replaced": advantage.replaced,
         "advantage_fixed": advantage.fixed,
+        "weight": advantage.weight,
         "rollout_log_probs": has_rollout_logprobs(sample),
     }
     return Row(key, fields, tag)
@@ -150,9 +158,9 @@ def finish_batch(
     verls = list(values["advantages"].unbind())
     ours = list(values[ADVANTAGES].unbind())
 
-    def position(i: int) -> tuple[str, int]:
-        slot, index, _ = keys[i].rsplit("_", 2)
-        return slot, int(index)
+    def position(i: int) -> tuple[str, int, int]:
+        slot, rollout, row = keys[i].rsplit("_", 2)
+        return slot, int(rollout), int(row)
 
     # verl sorts rows by length; the order of the batch makes sums, and so advantages, those of the local backend.
     order = sorted((i for i, tag in enumerate(tags) if not tag.get("is_padding")), key=position)
@@ -163,7 +171,7 @@ def finish_batch(
         if not from_data and not tag["advantage_replaced"] and tag["group_size"] < 2:
             base = np.zeros_like(base)
         flags = (bool(tag[f"advantage_{name}"]) for name in ("to_zero", "replaced", "fixed"))
-        sequences.append(SequenceAdvantage(base, mask, *flags))
+        sequences.append(SequenceAdvantage(base, mask, *flags, tag.get("weight", 1.0)))
     finished = finish_advantages(sequences, normalization, clipping, running)
     rows = [torch.zeros(mask.numel()) for mask in masks]
     for i, row in zip(order, finished, strict=True):

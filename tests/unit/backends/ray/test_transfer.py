@@ -164,3 +164,13 @@ def test_verls_own_estimate_is_kept_but_for_what_the_environment_says() -> None:
         kinds.add(kind)
         assert torch.equal(row, want.float()), kind
     assert kinds == {"zero", "replaced", "verl's"}
+
+
+def test_rows_of_a_rollout_are_those_of_one_session_and_have_one_advantage() -> None:
+    tokens = [[5, 6, 10], [5, 6, 11], [5, 7, 12]]
+    group = {"tokens": tokens, "masks": [[-100, -100, row[2]] for row in tokens], "scores": [1.0, 1.0, 0.0]}
+    rows = rows_of({**group, "rollout_ids": [3, 3, 9], "weights": [1.0, 0.5, 1.0]})
+    assert [row.key for row in rows] == ["slot_0_0", "slot_0_1", "slot_1_0"]
+    assert [row.tag["weight"] for row in rows] == [1.0, 0.5, 1.0]
+    first, second, third = (float(row.fields[ADVANTAGES][0]) for row in rows)
+    assert first == second == -third == pytest.approx(0.5 / (0.5**0.5 + 1e-6))
