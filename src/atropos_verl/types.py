@@ -39,6 +39,18 @@ FinishReason = Literal["stop", "length", "abort"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Constraint:
+    """The language that a completion is sampled from (constrained decoding)."""
+
+    grammar: str
+    """In llguidance's form of Lark."""
+    json_schema: str | None = None
+    """The JSON schema that the grammar stands for, where it is nothing else: for engines that do not know Lark."""
+    param: str = "response_format"
+    """Field of the client's request that asks for it, for messages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """One prompt and how to sample from it. The engine checks it, and raises ``GenerationRequestError``."""
 
@@ -62,6 +74,10 @@ class GenerationRequest:
     """With a seed, the same request gives the same tokens whatever else the engine is running."""
     prompt_logprobs: int | None = None
     """k: also return the k best alternatives (and the token itself) at each prompt position."""
+    top_logprobs: int = 0
+    """k: also return the k best alternatives at each position of the completion."""
+    constraint: Constraint | None = None
+    """Tokens that leave its language are masked. The end-of-sequence ids are in it where it may end."""
     request_id: str = ""
     place: int = field(default=0, compare=False)
     asked: int = field(default=0, compare=False)
@@ -76,13 +92,16 @@ class Generation:
     token_ids: tuple[int, ...]
     """New tokens only, the stop token included."""
     logprobs: tuple[float, ...]
-    """Logprob of each token under the sampling temperature, over the full vocabulary (before top-p/top-k/min-p)."""
+    """Logprob of each token under the sampling temperature, over the full vocabulary (before top-p/top-k/min-p); under
+    a constraint, over the tokens that it allows."""
     finish_reason: FinishReason
     policy_version_runs: tuple[tuple[int, int], ...]
     """Version that sampled each token, run-length encoded: ``(policy version, tokens)``, the counts adding up to all
     tokens."""
     prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
     """[P] per prompt position {token_id: logprob}; position 0 is None (nothing predicts it)."""
+    top_logprobs: tuple[dict[int, float], ...] = ()
+    """Per token {token_id: logprob} of the best alternatives, best first; empty unless asked for."""
 
     @property
     def policy_versions(self) -> tuple[int, int]:
@@ -102,6 +121,7 @@ class GenerationDelta:
     finish_reason: FinishReason | None = None
     policy_version: int | None = None
     """Version that sampled these tokens; None: the engine does not say."""
+    top_logprobs: tuple[dict[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

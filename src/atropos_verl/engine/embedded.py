@@ -26,6 +26,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from atropos_verl.engine.constraints import Grammars
 from atropos_verl.engine.gate import RequestGate
 from atropos_verl.engine.requests import EngineLimits, EngineStats, RunningSequence, Ticket, eos_token_ids, validate
 from atropos_verl.engine.runner import ModelRunner, context_len
@@ -114,6 +115,7 @@ class TransformersEngine:
             vocab_size=self.vocab_size,
             eos_token_ids=self.eos_token_ids,
         )
+        self._grammars = Grammars(tokenizer, self.vocab_size, self.eos_token_ids)
         self._random = random.Random(seed)
         self._pieces: dict[int, str] = {}  # text of single tokens, shared by all stop-string checks
         self._boundary = RequestGate()
@@ -186,7 +188,8 @@ class TransformersEngine:
         Raises ``EngineError`` when a step failed, besides the errors of the protocol.
         """
         validate(request, self._limits)
-        ticket = self._submit(request)
+        matcher = await asyncio.to_thread(self._grammars.matcher, request) if request.constraint else None
+        ticket = self._submit(request, matcher=matcher)
         try:
             return await asyncio.wrap_future(ticket.future)
         except asyncio.CancelledError:
@@ -208,7 +211,8 @@ class TransformersEngine:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(queue.put_nowait, delta)
 
-        ticket = self._submit(request, put)
+        matcher = await asyncio.to_thread(self._grammars.matcher, request) if request.constraint else None
+        ticket = self._submit(request, put, matcher)
         ticket.future.add_done_callback(lambda _: put(None))
         try:
             while (delta := await queue.get()) is not None:
@@ -222,7 +226,8 @@ class TransformersEngine:
         for request in requests:
             validate(request, self._limits)
         deadline = time.monotonic() + timeout
-        submitted = [self._submit(request) for request in requests]
+        matchers = [self._grammars.matcher(request) if request.constraint else None for request in requests]
+        submitted = [self._submit(request, None, matcher) for request, matcher in zip(requests, matchers, strict=True)]
         try:
             return [self._wait_for(ticket, deadline) for ticket in submitted]
         except TimeoutError as error:
@@ -256,14 +261,18 @@ class TransformersEngine:
         if self._stopped is not None:
             raise EngineStoppedError(str(self._stopped)) from self._stopped.__cause__
 
-    def _submit(self, request: GenerationRequest, on_delta: Callable[[GenerationDelta], None] | None = None) -> Ticket:
+    def _submit(
+        self,
+        request: GenerationRequest,
+        on_delta: Callable[[GenerationDelta], None] | None = None,
+        matcher: Any = None,
+    ) -> Ticket:
         """Queue a validated request. ``on_delta`` is called in the engine's thread and must not block."""
         with self._condition:
             self.check_alive()
             seed = request.seed if request.seed is not None else self._random.getrandbits(64)
-            ticket = Ticket(
-                request, on_delta, limits=self._limits, tokenizer=self.tokenizer, seed=seed, pieces=self._pieces
-            )
+            shared: dict[str, Any] = {"limits": self._limits, "tokenizer": self.tokenizer, "pieces": self._pieces}
+            ticket = Ticket(request, on_delta, seed=seed, matcher=matcher, **shared)
             for sequence in ticket.sequences:
                 sequence.turn = self._turn + sequence.place // _TURN
                 sequence.ordinal = self._arrived

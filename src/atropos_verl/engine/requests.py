@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from atropos_verl.engine.sampling import stream_key
 from atropos_verl.errors import GenerationRequestError
 from atropos_verl.types import FinishReason, Generation, GenerationDelta, GenerationRequest
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +119,9 @@ class RunningSequence:
     version_runs: list[tuple[int, int]] = field(default_factory=list)
     """(policy version, tokens it sampled), in order."""
     finish_reason: FinishReason | None = None
+    matcher: Any = None
+    """llguidance's state after ``tokens``; None without a constraint."""
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
 
     @property
     def place(self) -> int:
@@ -133,8 +140,11 @@ class RunningSequence:
         prompt = self.ticket.request.prompt_token_ids
         return (*prompt, *self.tokens) if self.tokens else prompt
 
-    def push(self, token: int, logprob: float, policy_version: int) -> bool:
-        """Append one sampled token. True when it was the last one. Nothing is changed when it raises."""
+    def push(self, token: int, logprob: float, policy_version: int, best: dict[int, float]) -> bool:
+        """Append one sampled token. True when it was the last one. Nothing is changed when it raises.
+
+        ``best``: logprobs of the best tokens there, best first; at least as many as the request asks for.
+        """
         ticket, runs = self.ticket, self.version_runs
         stops = token in ticket.stop_token_ids
         if ticket.stops is not None and not stops:
@@ -145,7 +155,13 @@ class RunningSequence:
             runs.append((policy_version, 1))
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        if stops:
+        top = dict(islice(best.items(), ticket.request.top_logprobs))
+        if top:
+            self.top_logprobs.append(top)
+        if self.matcher is not None and not self.matcher.consume_token(token):
+            logger.warning("a constraint became too complex: %s", self.matcher.get_error())
+            self.finish_reason = "abort"
+        elif stops or (self.matcher is not None and self.matcher.is_stopped() and ticket.request.ignore_eos):
             self.finish_reason = "stop"
         elif len(self.tokens) >= ticket.max_new_tokens:
             self.finish_reason = "length"
@@ -156,6 +172,7 @@ class RunningSequence:
                 logprobs=(logprob,),
                 finish_reason=self.finish_reason,
                 policy_version=policy_version,
+                top_logprobs=(top,) if top else (),
             )
             ticket.on_delta(delta)
         return self.finish_reason is not None
@@ -171,6 +188,7 @@ class Ticket:
     Args:
         on_delta: is called in the engine's thread and must not block.
         pieces: text of single tokens, shared by all stop-string checks.
+        matcher: of the request's constraint, at its beginning.
     """
 
     def __init__(
@@ -182,6 +200,7 @@ class Ticket:
         tokenizer: Any,
         seed: int,
         pieces: dict[int, str],
+        matcher: Any = None,
     ) -> None:
         # Contexts are looked up by value, so they must be tuples whatever the caller used.
         self.request = request = dataclasses.replace(request, prompt_token_ids=tuple(request.prompt_token_ids))
@@ -193,7 +212,10 @@ class Ticket:
         self.max_new_tokens = limits.new_tokens(request)
         self.stop_token_ids = limits.stop_token_ids(request)
         self.stops = StopStrings(tokenizer, request.stop, pieces) if request.stop else None
-        self.sequences = [RunningSequence(self, index, stream_key(seed, index)) for index in range(request.n)]
+        self.sequences = [
+            RunningSequence(self, index, stream_key(seed, index), matcher=matcher and matcher.deep_copy())
+            for index in range(request.n)
+        ]
 
     def resolve_if_done(self) -> bool:
         """Hand the completions over when all have ended. True when this call did."""
@@ -206,6 +228,7 @@ class Ticket:
                 finish_reason=sequence.finish_reason or "abort",
                 policy_version_runs=tuple(sequence.version_runs),
                 prompt_logprobs=self.prompt_logprobs,
+                top_logprobs=tuple(sequence.top_logprobs),
             )
             for sequence in self.sequences
         ]
@@ -268,6 +291,7 @@ def validate(request: GenerationRequest, limits: EngineLimits) -> None:
         ("min_p", 0.0 <= request.min_p <= 1.0, "in [0, 1]"),
         ("stop", strings, "a tuple of strings, without empty strings"),
         ("prompt_logprobs", 0 <= alternatives <= limits.vocab_size, f"in [0, {limits.vocab_size}]"),
+        ("top_logprobs", 0 <= request.top_logprobs <= limits.vocab_size, f"in [0, {limits.vocab_size}]"),
     ]
     for name, holds, wanted in rules:
         if not holds:

@@ -68,6 +68,8 @@ class SamplingRows:
     top_p: torch.Tensor
     min_p: torch.Tensor
     """Both [F, 1] float64."""
+    alternatives: int = 0
+    """Best tokens that are reported beside the drawn one."""
 
     @classmethod
     def build(
@@ -95,12 +97,13 @@ class SamplingRows:
             top_k=column([min(r.top_k, vocab_size) if r.top_k > 0 else vocab_size for r in chosen], torch.int64),
             top_p=column([r.top_p for r in chosen], torch.float64),
             min_p=column([r.min_p for r in chosen], torch.float64),
+            alternatives=min(max((r.top_logprobs for r in requests), default=0), vocab_size),
         )
 
 
 def sample(
     logits: torch.Tensor, rows: SamplingRows, positions: NDArray[np.uint64]
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Draw one token per row.
 
     Args:
@@ -110,7 +113,8 @@ def sample(
 
     Returns:
         ``tokens`` [B] int64 and ``logprobs`` [B] float32: ``log_softmax(logits / temperature)`` of the token over the
-        full vocabulary, before any filter; greedy rows at temperature 1.
+        full vocabulary, before any filter; greedy rows at temperature 1. Then the best ``rows.alternatives`` (K):
+        their logprobs [B, K] float32 and ids [B, K], best first.
     """
     logits = logits.float()
     if rows.temperature is not None:
@@ -126,7 +130,8 @@ def sample(
             tokens[rows.filtered] = _draw_filtered(logprobs[rows.filtered], draws[rows.filtered], rows)
         if rows.greedy is not None:
             tokens = torch.where(rows.greedy, logprobs.argmax(dim=-1), tokens)
-    return tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    best = logprobs.topk(rows.alternatives, dim=-1)
+    return tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), (best.values, best.indices)
 
 
 def _invert(cumulative: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:

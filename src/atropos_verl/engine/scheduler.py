@@ -6,6 +6,7 @@ from collections.abc import Callable, Container, Sequence
 import numpy as np
 import torch
 
+from atropos_verl.engine.constraints import masked
 from atropos_verl.engine.kv_cache import BLOCK, WORTH_STORING
 from atropos_verl.engine.requests import EngineStats, RunningSequence
 from atropos_verl.engine.runner import ModelRunner
@@ -160,16 +161,21 @@ class ContinuousBatch:
     ) -> list[RunningSequence]:
         positions = np.array([len(sequence.tokens) for sequence in sequences], dtype=np.uint64)
         with torch.inference_mode():
-            tokens, logprobs = sample(logits, rows, positions)
+            logits = masked(logits, [sequence.matcher for sequence in sequences])
+            tokens, logprobs, best = sample(logits, rows, positions)
             # One transfer per step; float64 holds every token id and every float32 logprob exactly.
             token_list, logprob_list = torch.stack((tokens.double(), logprobs.double())).tolist()
+            alternatives = [
+                dict(zip(ids, values, strict=True))
+                for values, ids in zip(*(part.tolist() for part in best), strict=True)
+            ]
         done: list[RunningSequence] = []
-        for sequence, token, logprob in zip(sequences, token_list, logprob_list, strict=True):
+        for sequence, token, logprob, others in zip(sequences, token_list, logprob_list, alternatives, strict=True):
             if logprob != logprob:
                 raise EngineError(
                     f"logits are not finite: the weights of policy version {policy_version} hold NaN or infinity"
                 )
-            if sequence.push(int(token), logprob, policy_version):
+            if sequence.push(int(token), logprob, policy_version, others):
                 done.append(sequence)
         self._counts.generated_tokens += len(sequences)
         if done:

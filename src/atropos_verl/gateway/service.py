@@ -23,7 +23,7 @@ from atropos_verl.gateway.text import TextCodec
 from atropos_verl.http_thread import SameLines, printable
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
-from atropos_verl.types import MIN_LOGPROB, UNKNOWN_VERSION, Generation, GenerationDelta, GenerationRequest
+from atropos_verl.types import MIN_LOGPROB, NO_LOGPROB, UNKNOWN_VERSION, Generation, GenerationDelta, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
@@ -221,13 +221,16 @@ class GatewayService(Collector):
                         yield delta
             finally:
                 if running and self.ledger is not None:  # a reader who left may use what it got
-                    self.ledger.record(request.prompt_token_ids, _joined(seen), request.temperature)
+                    self.ledger.record(request.prompt_token_ids, _recordable(request, _joined(seen)), request.temperature)
         self._prompt_tokens += len(request.prompt_token_ids)
 
     async def _record(self, answers: Iterable[tuple[GenerationRequest, list[Generation]]]) -> None:
         """Record completions before the client sees them, so that no death of this process makes them unknown."""
         if self.ledger is not None:
-            recorded = [self.ledger.record(r.prompt_token_ids, made, r.temperature) for r, made in answers]
+            recorded = [
+                self.ledger.record(request.prompt_token_ids, _recordable(request, made), request.temperature)
+                for request, made in answers
+            ]
             for future in recorded:
                 if future is not None:
                     await asyncio.wrap_future(future)
@@ -237,6 +240,16 @@ class GatewayService(Collector):
         throttled = nullcontext() if self.throttle is None else self.throttle.admitted(requests)
         async with throttled, self.gate.request():
             yield
+
+
+def _recordable(request: GenerationRequest, made: list[Generation]) -> list[Generation]:
+    """Completions as the ledger keeps them. A constrained one has no logprobs in it, so no importance weight.
+
+    Its own are of the masked distribution, which the trainer cannot build.
+    """
+    if request.constraint is None:
+        return made
+    return [replace(generation, logprobs=(NO_LOGPROB,) * len(generation.token_ids)) for generation in made]
 
 
 def _joined(seen: Sequence[Sequence[GenerationDelta]]) -> list[Generation]:

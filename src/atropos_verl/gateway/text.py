@@ -1,10 +1,9 @@
 """Text ⇄ tokens for the gateway: prompts, completions, and completions that are still being written."""
 
-import re
 from collections.abc import Iterable, Sequence
-from functools import cache
 from typing import Any
 
+from atropos_verl.engine.constraints import token_text
 from atropos_verl.gateway.chat import ChatTurn, Rendered
 from atropos_verl.gateway.fields import ApiError, Fields, Sampling
 from atropos_verl.gateway.templates import ChatTemplate
@@ -12,9 +11,6 @@ from atropos_verl.types import FinishReason
 
 _MAX_PROMPTS = 1024
 _REPLACEMENT = "\ufffd"
-_SENTENCEPIECE_SPACE = "\u2581"
-_BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-"""A token of one byte, as SentencePiece names it."""
 _MAX_PENDING_TOKENS = 64
 """A UTF-8 character has at most 4 bytes: a longer undecodable run is not an unfinished character, it is noise."""
 
@@ -26,14 +22,6 @@ def cut_at_stop(text: str, stop: Sequence[str], *, include_stop: bool) -> tuple[
         return text, None
     position, matched = min(found, key=lambda item: item[0])
     return text[: position + len(matched) if include_stop else position], matched
-
-
-@cache
-def _byte_of_letter() -> dict[str, int]:
-    """The letters by which byte-level vocabularies (GPT-2's and its heirs) name bytes."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 class TextCodec:
@@ -75,21 +63,8 @@ class TextCodec:
     def tokens(self, token_ids: Iterable[int]) -> list[tuple[str, bytes]]:
         """Text and bytes of each token alone, special tokens shown. A part of a character shows as U+FFFD."""
         known, ids = self._tokens, list(token_ids)
-        known.update((token_id, self._token(token_id)) for token_id in ids if token_id not in known)
+        known.update((token_id, token_text(self._tokenizer, token_id)) for token_id in ids if token_id not in known)
         return [known[token_id] for token_id in ids]
-
-    def _token(self, token_id: int) -> tuple[str, bytes]:
-        text, name = self.decode([token_id], skip_special_tokens=False), self._tokenizer.convert_ids_to_tokens(token_id)
-        if not isinstance(name, str):  # a row of the embedding that is no token
-            return text, text.encode()
-        if name.startswith(_SENTENCEPIECE_SPACE) and not text.startswith(" "):
-            text = f" {text}"  # which decoders leave out at the start of a text
-        if _REPLACEMENT not in text:
-            return text, text.encode()
-        if byte := _BYTE_NAME.fullmatch(name):
-            return text, bytes([int(byte[1], 16)])
-        letters = _byte_of_letter()
-        return text, bytes(letters[letter] for letter in name) if letters.keys() >= set(name) else text.encode()
 
     def completion_text(
         self, token_ids: Sequence[int], finish_reason: FinishReason | None, sampling: Sampling

@@ -382,7 +382,7 @@ def _merged_logprobs(sent: FloatArray | None, match: SequenceMatch, figures: Loo
     own = np.maximum(match.logprobs, MIN_LOGPROB)
     if sent is None:
         return np.where(known, own, NO_LOGPROB) if known.any() else None
-    both = known & (sent != NO_LOGPROB)
+    both = known & (sent != NO_LOGPROB) & (own != NO_LOGPROB)  # of constrained tokens the ledger has none
     if both.any():
         difference = np.abs(own[both] - sent[both])
         figures.compared_tokens += int(both.sum())

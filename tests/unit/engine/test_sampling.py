@@ -20,7 +20,7 @@ def draw(logits: torch.Tensor, *, seed: int = 0, rows: int | None = None, **sett
     request = GenerationRequest(prompt_token_ids=(1,), **settings)
     keys = [stream_key(seed, row) for row in range(rows)]
     built = SamplingRows.build([request] * rows, keys, logits.shape[-1], "cpu")
-    return sample(logits.expand(rows, -1), built, np.zeros(rows, dtype=np.uint64))
+    return sample(logits.expand(rows, -1), built, np.zeros(rows, dtype=np.uint64))[:2]
 
 
 def chi_square(tokens: torch.Tensor, expected: list[float]) -> float:
@@ -129,10 +129,10 @@ def test_rows_with_different_settings_do_not_touch_each_other() -> None:
     requests = [GenerationRequest(prompt_token_ids=(1,), **entry) for entry in settings]
     keys = [stream_key(11, row) for row in range(6)]
     positions = np.arange(6, dtype=np.uint64)
-    together, logprobs = sample(logits, SamplingRows.build(requests, keys, 50, "cpu"), positions)
+    together, logprobs, _ = sample(logits, SamplingRows.build(requests, keys, 50, "cpu"), positions)
     for row in range(6):
         alone = SamplingRows.build([requests[row]], [keys[row]], 50, "cpu")
-        token, logprob = sample(logits[row : row + 1], alone, positions[row : row + 1])
+        token, logprob, _ = sample(logits[row : row + 1], alone, positions[row : row + 1])
         assert int(token[0]) == int(together[row])
         assert float(logprob[0]) == pytest.approx(float(logprobs[row]), abs=1e-6)
 

@@ -24,7 +24,7 @@ from atropos_verl.engine.gate import RequestGate
 from atropos_verl.engine.requests import EngineLimits, StopStrings, eos_token_ids, validate
 from atropos_verl.errors import AtroposVerlError, EngineError, EngineStoppedError, GenerationRequestError
 from atropos_verl.gateway.app import GatewayServer, create_app
-from atropos_verl.types import UNKNOWN_VERSION, FinishReason, Generation, GenerationDelta, GenerationRequest
+from atropos_verl.types import UNKNOWN_VERSION, Constraint, FinishReason, Generation, GenerationDelta, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class ClusterGateway(GatewayServer):
         # Another client of the same replicas.
         client = AttemptClient(config=llm_client.config, load_balancer_handle=llm_client._load_balancer)
         self.lost = client.lost
-        self.engine = engine = ReplicaEngine(client, tokenizer, limits)
+        self.engine = engine = ReplicaEngine(client, tokenizer, limits, rollout.name)
         self.gate = gate = RequestGate()
         for_app |= {"gate": gate, "model_name": model.path, "request_timeout": _REQUEST_TIMEOUT}
         for_app["max_new_tokens"] = rollout.response_length
@@ -91,11 +91,12 @@ class ReplicaEngine:
     """``GenerationEngine`` over an ``AttemptClient`` of verl's replicas. Safe to call from several threads and loops.
 
     The tokenizer finds stop strings that an abort cut in two. ``limits.eos_token_ids`` tells "stop" from "length"
-    where a replica does not say.
+    where a replica does not say. ``kind``: verl's ``rollout.name``.
     """
 
-    def __init__(self, client: Any, tokenizer: Any, limits: EngineLimits) -> None:
+    def __init__(self, client: Any, tokenizer: Any, limits: EngineLimits, kind: str = "transformers") -> None:
         self._client = client
+        self._kind = kind
         self._tokenizer = tokenizer
         self._limits = limits
         self.max_context_len = limits.max_context_len
@@ -108,7 +109,7 @@ class ReplicaEngine:
 
     async def agenerate(self, request: GenerationRequest) -> list[Generation]:
         """See ``GenerationEngine``. Aborts are invisible: no ``Generation`` ends with "abort"."""
-        validate(request, self._limits)
+        self._validate(request)
         try:
             async with asyncio.TaskGroup() as group:  # the first failure cancels the others and frees their slots
                 own = group.create_task(self._own_prompt_logprobs(request))
@@ -116,6 +117,12 @@ class ReplicaEngine:
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from errors
         return [task.result().result(own.result()) for task in tasks]
+
+    def _validate(self, request: GenerationRequest) -> None:
+        validate(request, self._limits)
+        if request.top_logprobs:
+            text = "verl's replicas report the sampled token's logprob only; leave top_logprobs out or send 0"
+            raise GenerationRequestError(text, "top_logprobs")
 
     async def _own_prompt_logprobs(self, request: GenerationRequest) -> tuple[float, ...]:
         """[P-1] logprobs of the prompt's own tokens 1.. where alternatives are asked for, else nothing.
@@ -137,7 +144,7 @@ class ReplicaEngine:
 
     def astream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """See ``GenerationEngine``. verl's replicas answer whole, so one delta holds the tokens of one attempt."""
-        validate(request, self._limits)
+        self._validate(request)
         return self._stream(request)
 
     async def _stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
@@ -163,13 +170,14 @@ class ReplicaEngine:
         """Generate one completion, over as many attempts as it takes."""
         stops = StopStrings(self._tokenizer, request.stop, self._pieces) if request.stop else None
         answer = _Answer(request, self._limits, stops)
+        constrained = {} if request.constraint is None else to_structured(request.constraint, self._kind)
         # A name of its own for each: the load balancer spreads names, and keeps a name at its replica.
         name = f"{request.request_id or uuid.uuid4().hex}-{index}"
         wait, longest = _TURNED_AWAY_WAIT
         failures = 0
         while answer.finish_reason is None:
             done = len(answer.tokens)
-            params = to_sampling_params(request, answer.budget - done, index=index, generated=done)
+            params = to_sampling_params(request, answer.budget - done, index=index, generated=done) | constrained
             try:
                 output = await self._client.generate(
                     name, prompt_ids=[*request.prompt_token_ids, *answer.tokens], sampling_params=params
@@ -186,6 +194,8 @@ class ReplicaEngine:
             answer.take(output)
             self.policy_version = max([self.policy_version, *(v for v in answer.versions[-1:] if v is not None)])
             if answer.finish_reason is None:
+                if constrained:  # a replica would begin the grammar again after what was sampled
+                    answer = _Answer(request, self._limits, stops)
                 self.continued += bool(answer.tokens)
                 if len(answer.tokens) == done:
                     await asyncio.sleep(wait)
@@ -401,3 +411,25 @@ def to_sampling_params(request: GenerationRequest, max_tokens: int, *, index: in
     if request.prompt_logprobs is not None and generated == 0:
         params["prompt_logprobs"] = request.prompt_logprobs
     return params
+
+
+def to_structured(constraint: Constraint, kind: str) -> dict[str, Any]:
+    """verl's parameters for constrained decoding by replicas of ``rollout.name`` ``kind``.
+
+    Raises ``GenerationRequestError`` naming the client's field for what they cannot enforce.
+    """
+    if kind == "transformers":
+        return {"constraint": constraint}
+    if kind.startswith("vllm"):
+        from vllm.sampling_params import StructuredOutputsParams
+
+        is_schema = constraint.json_schema is not None
+        return {
+            "structured_outputs": StructuredOutputsParams(json=constraint.json_schema)
+            if is_schema
+            else StructuredOutputsParams(grammar=constraint.grammar)  # Lark: vLLM hands it to llguidance
+        }
+    if kind == "sglang" and constraint.json_schema is not None:
+        return {"json_schema": constraint.json_schema}
+    text = f"{constraint.param}: replicas of rollout.name={kind} cannot enforce this; leave it out"
+    raise GenerationRequestError(text, constraint.param)

@@ -12,11 +12,11 @@ from ray.exceptions import RayActorError
 from support.tiny_model import build_tiny_tokenizer
 from verl.workers.rollout.replica import TokenOutput
 
-from atropos_verl.backends.ray.gateway import AttemptClient, ReplicaEngine
+from atropos_verl.backends.ray.gateway import AttemptClient, ReplicaEngine, to_structured
 from atropos_verl.engine.protocol import GenerationEngine
 from atropos_verl.engine.requests import EngineLimits
 from atropos_verl.errors import EngineError, EngineStoppedError, GenerationRequestError
-from atropos_verl.types import UNKNOWN_VERSION, Generation, GenerationRequest
+from atropos_verl.types import UNKNOWN_VERSION, Constraint, Generation, GenerationRequest
 
 _EOS = 258
 
@@ -257,3 +257,35 @@ async def test_prompt_logprobs_hold_the_prompts_own_token_beside_the_best() -> N
     assert generation.prompt_logprobs == (None, {2: -5.0, 9: -1.0, 8: -2.0}, {3: -0.5, 9: -3.0})
     generation = await _one(engine, prompt_logprobs=0)
     assert generation.prompt_logprobs == (None, {2: -5.0}, {3: -0.5})
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_an_aborted_constrained_answer_begins_again(streamed: bool) -> None:
+    """What a replica samples after an abort would be held to the grammar from its beginning."""
+    replica = _Replica([20, 21, 22, _EOS], abort_at=[2])
+    replica.change = lambda output: replica.abort_at.clear()
+    constraint = Constraint(grammar="start: /.*/")
+    request = _request(constraint=constraint)
+    if streamed:
+        deltas = [delta async for delta in _engine(replica).astream(request)]
+        tokens = [token for delta in deltas for token in delta.token_ids]
+    else:
+        [generation] = await _engine(replica).agenerate(request)
+        tokens = list(generation.token_ids)
+    assert tokens == [20, 21, 22, _EOS]
+    assert [(call["prompt_ids"], call["constraint"]) for call in replica.calls] == [([1, 2, 3], constraint)] * 2
+
+
+def test_what_kind_of_replica_enforces_what() -> None:
+    schema = Constraint(grammar='start: %json {"type": "object"}', json_schema='{"type": "object"}')
+    calls = Constraint(grammar="start: /x/", param="tool_choice")
+    assert to_structured(schema, "sglang") == {"json_schema": schema.json_schema}
+    for kind, constraint in (("sglang", calls), ("trtllm", schema)):
+        with pytest.raises(GenerationRequestError, match=kind) as caught:
+            to_structured(constraint, kind)
+        assert caught.value.param == constraint.param
+
+
+async def test_alternatives_are_refused_by_name() -> None:
+    with pytest.raises(GenerationRequestError, match="top_logprobs"):
+        await _one(_engine(_Replica([_EOS])), top_logprobs=2)

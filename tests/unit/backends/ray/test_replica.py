@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from atropos_verl.backends.ray.gateway import to_sampling_params
+from atropos_verl.backends.ray.gateway import to_sampling_params, to_structured
 from atropos_verl.backends.ray.replica import TransformersServer, to_request
 from atropos_verl.engine.gate import RequestGate
 from atropos_verl.errors import GenerationRequestError
-from atropos_verl.types import GenerationRequest
+from atropos_verl.types import Constraint, GenerationRequest
 
 _CONFIG = SimpleNamespace(response_length=20, prompt_length=8, ignore_eos=False)
 
@@ -42,6 +42,9 @@ def test_a_request_survives_the_way_through_verls_words() -> None:
     )  # fmt: skip
     params = to_sampling_params(request, 9, index=0, generated=0)
     assert to_request(request.prompt_token_ids, params, _CONFIG, 64, "id") == request
+    constraint = Constraint(grammar="start: /x/")
+    params |= to_structured(constraint, "transformers")
+    assert to_request(request.prompt_token_ids, params, _CONFIG, 64, "id").constraint == constraint
 
 
 def test_neutral_values_pass_and_others_are_refused_by_name() -> None:

@@ -1,0 +1,108 @@
+"""Constrained decoding: which tokens a grammar allows next, by the library llguidance, and the bytes of tokens.
+
+Shapes: ``B`` rows, ``V`` vocabulary.
+"""
+
+import re
+import threading
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+from atropos_verl.errors import GenerationRequestError
+from atropos_verl.types import GenerationRequest
+
+_REPLACEMENT = "\ufffd"
+_SENTENCEPIECE_SPACE = "\u2581"
+_BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+"""A token of one byte, as SentencePiece names it."""
+
+
+@cache
+def _byte_of_letter() -> dict[str, int]:
+    """The letters by which byte-level vocabularies (GPT-2's and its heirs) name bytes."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
+
+
+def token_text(tokenizer: Any, token_id: int) -> tuple[str, bytes]:
+    """Text and bytes of a token of a Hugging Face tokenizer; a part of a character shows as U+FFFD in the text."""
+    text = str(tokenizer.decode([token_id], skip_special_tokens=False))
+    name = tokenizer.convert_ids_to_tokens(token_id)
+    if not isinstance(name, str):  # a row of the embedding that is no token
+        return text, text.encode()
+    if name.startswith(_SENTENCEPIECE_SPACE) and not text.startswith(" "):
+        text = f" {text}"  # which decoders leave out at the start of a text
+    if _REPLACEMENT not in text:
+        return text, text.encode()
+    if byte := _BYTE_NAME.fullmatch(name):
+        return text, bytes([int(byte[1], 16)])
+    letters = _byte_of_letter()
+    return text, bytes(letters[letter] for letter in name) if letters.keys() >= set(name) else text.encode()
+
+
+class Grammars:
+    """Makes matchers for the grammars of requests. Safe to call from several threads; the first call takes seconds."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        self._tokenizer, self._vocab_size, self._eos_ids = tokenizer, vocab_size, eos_token_ids
+        self._lock = threading.Lock()
+        self._vocabulary: Any = None
+
+    def matcher(self, request: GenerationRequest) -> Any:
+        """An ``LLMatcher`` at the beginning of ``request.constraint``.
+
+        Raises ``GenerationRequestError`` naming the client's field for a grammar that cannot be enforced.
+        """
+        from llguidance import LLMatcher
+
+        constraint = request.constraint
+        assert constraint is not None
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = self._read()
+        matcher = LLMatcher(self._vocabulary, constraint.grammar, log_level=0)
+        if matcher.is_error():
+            reason = matcher.get_error().partition("\n")[0][:300]
+            raise GenerationRequestError(f"{constraint.param}: it cannot be enforced: {reason}", constraint.param)
+        return matcher
+
+    def _read(self) -> Any:
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        if not self._eos_ids:
+            raise GenerationRequestError("the model names no end-of-sequence token, which a constraint needs to end")
+        vocabulary = _Vocabulary(self._tokenizer, self._vocab_size, self._eos_ids)
+        return LLTokenizer(TokenizerWrapper(vocabulary), eos_token=sorted(self._eos_ids))
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance takes it, by the bytes of its tokens: of some decoders it would guess them wrong."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        tokens = [token_text(tokenizer, token_id)[1] for token_id in range(min(len(tokenizer), vocab_size))]
+        self.tokens = [*tokens, *[b""] * (vocab_size - len(tokens))]
+        self.eos_token_id = min(eos_token_ids)
+        self.special_token_ids = sorted(
+            {*eos_token_ids, *tokenizer.get_added_vocab().values()} & set(range(vocab_size))
+        )
+
+    def __call__(self, text: bytes) -> list[int]:
+        return list(self._tokenizer.encode(text.decode(errors="replace"), add_special_tokens=False))
+
+
+def masked(logits: torch.Tensor, matchers: Sequence[Any]) -> torch.Tensor:
+    """``logits`` [B, V] with minus infinity where the row's matcher does not allow the token; None allows all."""
+    if all(matcher is None for matcher in matchers):
+        return logits
+    allowed = torch.ones(logits.shape, dtype=torch.bool)
+    for row, matcher in enumerate(matchers):
+        if matcher is not None:
+            allowed[row] = torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8) != 0
+    return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
