@@ -221,7 +221,9 @@ class GatewayService(Collector):
                         yield delta
             finally:
                 if running and self.ledger is not None:  # a reader who left may use what it got
-                    self.ledger.record(request.prompt_token_ids, _recordable(request, _joined(seen)), request.temperature)
+                    self.ledger.record(
+                        request.prompt_token_ids, _recordable(request, _joined(seen)), request.temperature
+                    )
         self._prompt_tokens += len(request.prompt_token_ids)
 
     async def _record(self, answers: Iterable[tuple[GenerationRequest, list[Generation]]]) -> None:
