@@ -40,7 +40,7 @@ class ChatTemplate:
         self._allows_clients = allows_clients
 
     def turn(self, fields: Fields, messages: tuple[Message, ...], **parts: Any) -> ChatTurn:
-        """The turn of ``messages`` with what ``fields`` say to the template. Raises ``ApiError`` 400 naming the field."""
+        """The turn of ``messages`` with what ``fields`` say to the template. Raises ``ApiError`` 400."""
         variables = fields.get("chat_template_kwargs", dict[str, Any]())
         for name in variables:
             if name == "add_generation_prompt" or name == "tools":
@@ -101,7 +101,7 @@ class ChatTemplate:
         try:
             with _stopped_after(_SECONDS):
                 text = self._render(probe)
-        except (Exception, _TooSlow):  # a template is a program; this one knows texts only
+        except (Exception, _TooSlow):  # noqa: BLE001 - a template is a program; this one knows texts only
             return False
         return "probe" in text and not any(shown in text for shown in ("'probe'", '"probe"'))
 
