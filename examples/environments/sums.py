@@ -37,7 +37,7 @@ def is_held_out(left: int, right: int) -> bool:
 class SumsConfig(SpellBackwardConfig):
     """Settings of this environment (those about words have no effect)."""
 
-    max_answer_tokens: int = Field(default=24, ge=1, description="New tokens per answer at most.")
+    max_answer_tokens: int = Field(default=16, ge=1, description="New tokens per answer at most.")
     eval_samples: int = Field(default=8, ge=1, le=64, description="Answers sampled per held-out sum.")
 
 

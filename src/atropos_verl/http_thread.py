@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+EVALUATION_PATH = "/evaluation"
+"""What requests of held-out evaluations have before every other path of the gateway."""
 _PROBE_INTERVAL = 0.005
 _PROBE_TIMEOUT = 2.0
 _KEEP_ALIVE_TIMEOUT = 75

@@ -294,6 +294,12 @@ class EvalConfig(Section):
 
     before: bool = Field(True, description="evaluate before the first step")
     after: bool = Field(True, description="evaluate after the last step")
+    every: PositiveInt | None = Field(
+        None, description="evaluate every N steps, too; with mode=overlap while training goes on; null: never"
+    )
+    keep_best: bool = Field(
+        False, description="a checkpoint at each evaluation; the best stays, and checkpoints/best links to it"
+    )
     timeout: PositiveFloat = Field(300.0, description="seconds for one evaluation")
     commands_file: str | None = Field(None, description="set by the launcher: JSON with the evaluations to run")
 
@@ -442,6 +448,8 @@ class RunConfig(CommonConfig):
         clipping = self.advantage_clipping
         if clipping is not None and not clipping[0] < clipping[1]:
             raise ValueError(f"advantage_clipping {list(clipping)}: the lower bound must be below the upper one")
+        if self.eval.keep_best and self.save_freq <= 0:
+            raise ValueError(f"eval.keep_best needs checkpoints, and save_freq={self.save_freq} writes none")
         weighted = self.use_advantage_weighting
         if weighted is not None and self.loss.type is not None and weighted != (self.loss.type != "grpo"):
             raise ValueError(f"use_advantage_weighting={weighted} contradicts loss.type={self.loss.type}; set one")
@@ -493,6 +501,10 @@ class RunConfig(CommonConfig):
     def canary_threshold(self) -> float:
         """Largest absolute logprob difference, in nats, between trainer and engine after a sync."""
         return self.sync.canary_threshold or {"fp32": 1e-3, "bf16": 0.25}[self.model.compute_dtype]
+
+    def evaluates_at(self, step: int) -> bool:
+        """True when ``eval.every`` asks for a held-out evaluation between ``step`` and the next."""
+        return self.eval.every is not None and 0 < step < self.steps and step % self.eval.every == 0
 
     @property
     def is_attached(self) -> bool:

@@ -371,6 +371,25 @@ class TransformersEngine:
             self.policy_version = self.policy_version + 1 if policy_version is None else policy_version
             self._proof = self._logprobs_of_weights()
 
+    def copy(self) -> Self:
+        """An engine of its own with the weights and the version that this one has now.
+
+        Raises ``EngineError`` without usable weights.
+        """
+        with self._exclusive("copy"):
+            if not self.weights_ready:
+                raise EngineError("the engine has no usable weights: call update_weights_from_tensor() first")
+            model, version = copy.deepcopy(self.model), self.policy_version
+        engine = type(self)(
+            model,
+            self.tokenizer,
+            max_running=self._max_running,
+            max_context_len=self.max_context_len,
+            num_threads=self._num_threads,
+        )
+        engine.policy_version = version
+        return engine
+
     def rebuild(self) -> None:
         """Give back all memory but that of the weights. For a weight update that failed: it can then be tried again."""
         self._staged = None

@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from atropos_verl.engine.gate import RequestGate
+from atropos_verl.engine.pinned import PinnedEngine
 from atropos_verl.engine.protocol import GenerationEngine
 from atropos_verl.engine.requests import eos_token_ids
 from atropos_verl.gateway.fields import ApiError, Fields, parse_body, to_api_error
@@ -36,7 +38,15 @@ from atropos_verl.gateway.native import generate, generate_trl
 from atropos_verl.gateway.openai import completions
 from atropos_verl.gateway.service import Answer, GatewayService
 from atropos_verl.gateway.text import TextCodec
-from atropos_verl.http_thread import Listener, ServerThread, disconnected, foreign_page, has_token, printable
+from atropos_verl.http_thread import (
+    EVALUATION_PATH,
+    Listener,
+    ServerThread,
+    disconnected,
+    foreign_page,
+    has_token,
+    printable,
+)
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
 
@@ -74,6 +84,7 @@ def create_app(
     gate: RequestGate | None = None,
     ledger: Ledger | None = None,
     throttle: StalenessThrottle | None = None,
+    evaluated: PinnedEngine | None = None,
     max_new_tokens: int | None = None,
     model_name: str,
     api_key: str | None = None,
@@ -88,6 +99,7 @@ def create_app(
         gate: admits requests and makes them wait while weights are swapped.
         ledger: is told of every completion before the client sees the end of it.
         throttle: makes new prompts wait that would be trained on too late.
+        evaluated: answers what held-out evaluations ask, under ``/evaluation`` (None: there are none).
         max_new_tokens: of one completion at most, whatever a request asks for (None: the rest of the context).
         api_key: required on every route but /health, as bearer or basic key or ``x-api-key`` (None or "": no key).
         allowed_hosts: names that a request's ``Host`` may have (none: any).
@@ -114,7 +126,7 @@ def create_app(
             "status": "ok" if service.gate.is_open else "paused",
             "policy_version": engine.policy_version,
             "paused": not service.gate.is_open,
-            "in_flight": service.in_flight,
+            "in_flight": service.counts["in_flight"],
         }
         return _json_response(state)
 
@@ -137,9 +149,15 @@ def create_app(
         "/generate": generate,
         "/generate/": generate_trl,
     }
-    routes = [Route(path, handler, methods=["GET"]) for path, handler in gets.items()]
-    for path, handler in posts.items():
-        routes.append(Route(path, _Endpoint(service, path, handler, request_timeout), methods=["POST"]))
+    services = {"": service}
+    if evaluated is not None:
+        services[EVALUATION_PATH] = replace(service, engine=evaluated, gate=evaluated.gate, throttle=None)
+    routes = []
+    for prefix, serving in services.items():
+        routes += [Route(prefix + path, handler, methods=["GET"]) for path, handler in gets.items()]
+        for path, handler in posts.items():
+            endpoint = _Endpoint(serving, prefix + path, handler, request_timeout)
+            routes.append(Route(prefix + path, endpoint, methods=["POST"]))
 
     async def routing_error(request: Request, error: Exception) -> Response:
         """404 and 405 in the error format of everything else, and in our log: Atropos clients swallow theirs."""
@@ -213,7 +231,7 @@ class _Entrance:
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
         if (reason := foreign_page(headers, self._hosts)) is not None:
             return ApiError(403, f"{reason} (gateway.host, gateway.advertise_url)", code="forbidden")
-        if self._key and path != "/health":
+        if self._key and path not in ("/health", f"{EVALUATION_PATH}/health"):
             sent = headers.get("x-api-key", "").encode()
             if not has_token(headers, self._key) and not hmac.compare_digest(sent, self._key.encode()):
                 message = "missing or wrong API key; send 'Authorization: Bearer KEY' (gateway.api_key)"
@@ -236,16 +254,16 @@ class _Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service = self._service
         reply = _Reply(send)
-        service.in_flight += 1
+        service.counts["in_flight"] += 1
         body = bytearray()
         try:
             async for piece in Request(scope, receive).stream():
                 body += piece
-                service.unread_bytes += len(piece)
+                service.counts["unread_bytes"] += len(piece)
                 if len(body) > _MAX_BODY_BYTES:
                     text = f"the body is larger than {_MAX_BODY_BYTES} bytes; send fewer prompts per request"
                     raise ApiError(413, text)
-                if service.unread_bytes > _MAX_UNREAD_BYTES:
+                if service.counts["unread_bytes"] > _MAX_UNREAD_BYTES:
                     raise ApiError(503, "too many large requests at once; send it again later", code="overloaded")
             await self._serve_while_connected(body, receive, reply)
         except ClientDisconnect:
@@ -254,11 +272,11 @@ class _Endpoint:
             await reply.fail(error)
         finally:
             self._forget(body)
-            service.in_flight -= 1
+            service.counts["in_flight"] -= 1
             service.answered[self._path, reply.status] += 1
 
     def _forget(self, body: bytearray) -> None:
-        self._service.unread_bytes -= len(body)
+        self._service.counts["unread_bytes"] -= len(body)
         body.clear()
 
     async def _serve_while_connected(self, body: bytearray, receive: Receive, reply: _Reply) -> None:

@@ -51,10 +51,8 @@ class GatewayService(Collector):
     """Of one completion, whatever a request asks for; None: the rest of the context."""
     answered: Counter[tuple[str, int]] = field(default_factory=Counter)
     """(endpoint, HTTP status) → requests answered; 499 = the client went away."""
-    in_flight: int = 0
-    unread_bytes: int = 0
-    _prompt_tokens: int = 0
-    _generated_tokens: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    """``in_flight`` requests, ``unread_bytes`` of these, ``prompt_tokens`` and ``generated_tokens`` of answers."""
     _warned: set[str] = field(default_factory=set)
     _refusals: SameLines = field(default_factory=SameLines)
 
@@ -71,9 +69,9 @@ class GatewayService(Collector):
         yield requests
         version = self.engine.policy_version
         figures: list[tuple[str, str, float]] = [
-            ("requests_in_flight", "Generation requests being served or waiting.", self.in_flight),
-            ("prompt_tokens_total", "Prompt tokens of served requests.", self._prompt_tokens),
-            ("generated_tokens_total", "Tokens generated for clients.", self._generated_tokens),
+            ("requests_in_flight", "Generation requests being served or waiting.", self.counts["in_flight"]),
+            ("prompt_tokens_total", "Prompt tokens of served requests.", self.counts["prompt_tokens"]),
+            ("generated_tokens_total", "Tokens generated for clients.", self.counts["generated_tokens"]),
             ("policy_version", "Version of the weights the engine holds; -1 before the first.", version),
             ("paused", "1 while new requests wait for a weight sync.", not self.gate.is_open),
             ("paused_seconds_total", "Seconds spent paused for weight syncs.", self.gate.paused_seconds),
@@ -197,9 +195,9 @@ class GatewayService(Collector):
             if len(generations) != request.n:
                 raise EngineError(f"{request.request_id}: {len(generations)} completions instead of n = {request.n}")
             for generation in generations:
-                self._generated_tokens += len(generation.token_ids)
+                self.counts["generated_tokens"] += len(generation.token_ids)
                 _refuse_aborted(generation.finish_reason)
-            self._prompt_tokens += len(request.prompt_token_ids)
+            self.counts["prompt_tokens"] += len(request.prompt_token_ids)
         await self._record(zip(requests, results, strict=True))
         return results
 
@@ -212,7 +210,7 @@ class GatewayService(Collector):
                 # A client that goes away may do so between two deltas: only closing tells the engine then.
                 async with aclosing(self.engine.astream(request)) as deltas:
                     async for delta in deltas:
-                        self._generated_tokens += len(delta.token_ids)
+                        self.counts["generated_tokens"] += len(delta.token_ids)
                         _refuse_aborted(delta.finish_reason)
                         seen[delta.index].append(delta)
                         running -= delta.finish_reason is not None
@@ -224,7 +222,7 @@ class GatewayService(Collector):
                     self.ledger.record(
                         request.prompt_token_ids, _recordable(request, _joined(seen)), request.temperature
                     )
-        self._prompt_tokens += len(request.prompt_token_ids)
+        self.counts["prompt_tokens"] += len(request.prompt_token_ids)
 
     async def _record(self, answers: Iterable[tuple[GenerationRequest, list[Generation]]]) -> None:
         """Record completions before the client sees them, so that no death of this process makes them unknown."""

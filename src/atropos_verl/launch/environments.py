@@ -33,7 +33,7 @@ from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig
 from atropos_verl.config.model_checks import NAMES_OF_TRANSFORMERS_5, check_tokenizer
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
-from atropos_verl.http_thread import environment_token
+from atropos_verl.http_thread import EVALUATION_PATH, environment_token
 from atropos_verl.launch.process import ServiceSpec
 from atropos_verl.storage import write_atomic
 
@@ -101,7 +101,7 @@ def environment_spec(
     evaluation: str | None = None,
     embedded: bool = False,
 ) -> ServiceSpec:
-    """``ENV serve``, or, with the label of an ``evaluation`` (before, after), ``ENV evaluate``. Environments of an
+    """``ENV serve``, or, with the label of an ``evaluation`` (before, …), ``ENV evaluate``. Environments of an
     ``embedded`` API get a token that does not allow ``/reset_data``."""
     cwd = run_dir = config.resolve_run_dir()
     section = "env" if of_training else f"environments.{name}"
@@ -122,7 +122,7 @@ def environment_spec(
         _NAME_OPTION: _name_of(settings, program) if of_training and evaluation is None else process,
     }
     server = {
-        "base_url": f"{config.gateway.advertise_url}/v1",
+        "base_url": f"{config.gateway.advertise_url}{EVALUATION_PATH if evaluation else ''}/v1",
         "model_name": model,
         "tokenizer_name": tokenizer,
         "server_type": settings.server_type,

@@ -1,14 +1,16 @@
 """Held-out evaluation: the launch plans it, the trainer asks for it, the supervisor shows it.
 
-Only the trainer knows when the policy stands still and is served: before the first step, and after the last. A launch
-whose trainer is a process of its own therefore writes the commands (``ENV evaluate`` of each environment) to
-``run_dir/launch/evaluations.json`` and names that file in the trainer's ``eval.commands_file``. The processes report
-to ``run_dir/eval/progress.json``.
+Only the trainer knows when one policy version is served: before the first step, every ``eval.every`` steps, after the
+last. A launch whose trainer is a process of its own therefore writes the commands (``ENV evaluate`` of each
+environment) to ``run_dir/launch/evaluations.json`` and names that file in the trainer's ``eval.commands_file``. The
+processes report to ``run_dir/eval/progress.json``.
 """
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,10 @@ from atropos_verl.errors import ConfigError
 from atropos_verl.launch.environments import environment_spec, evaluation_directory
 from atropos_verl.launch.process import ManagedProcess, ServiceSpec, blot_out, stop_all
 from atropos_verl.storage import write_atomic
+from atropos_verl.training.step import held_out_score, moment_of
 
-_POLL_SECONDS = 0.05
+_DURING = "during"
+"""Label of the plan for evaluations between steps, whose own are ``step_N``."""
 _SILENT_SECONDS = 30.0
 """Between two notes about an evaluation that is waited for."""
 
@@ -41,11 +45,11 @@ class PlannedEvaluation:
 def plan_evaluations(
     config: RunConfig, launch: LaunchConfig, *, of_training: bool
 ) -> dict[str, list[PlannedEvaluation]]:
-    """Label (before, after) → evaluations. Empty: there is nothing to evaluate, or nobody to do it."""
+    """Label (before, during, after) → evaluations. Empty: there is nothing to evaluate, or nobody to do it."""
     chosen = {name: settings for name, settings in launch.chosen.items() if settings.evaluate}
     if not (launch.starts("trainer") and launch.starts("environments") and chosen):
         return {}
-    wanted = {"before": config.eval.before, "after": config.eval.after}
+    wanted = {"before": config.eval.before, _DURING: config.eval.every is not None, "after": config.eval.after}
     plan: dict[str, list[PlannedEvaluation]] = {label: [] for label in wanted if wanted[label]}
     for label, planned in plan.items():
         for name, settings in chosen.items():
@@ -90,14 +94,18 @@ class EvaluationProcesses:
         self._note = note
         self._check = check
         self._running: dict[str, list[tuple[PlannedEvaluation, ManagedProcess]]] = {}
-        self._progress = run_dir / "eval" / "progress.json"
+        self._begun: dict[str, float] = {}
+        """Label → when the evaluation was first waited for: one may have been started long before."""
+        self._told = 0.0
+        self._directory = run_dir / "eval"
+        self._progress = self._directory / "progress.json"
         self._scores: dict[str, dict[str, float | None]] = {}
         self._report(None)
 
     def start_evaluation(self, label: str) -> None:
-        """Start those of ``label`` (before, after) in the background; ``finish_evaluation`` collects them."""
+        """Start those of ``label`` (before, step_N, after) in the background; ``finish_evaluation`` collects them."""
         started = self._running[label] = []
-        for planned in self._plan.get(label, ()):
+        for planned in self._plan.get(label if label in self._plan else _DURING, ()):
             planned.result.unlink(missing_ok=True)
             process = ManagedProcess(planned.spec)
             process.start()
@@ -107,27 +115,40 @@ class EvaluationProcesses:
         """True between ``start_evaluation`` and ``finish_evaluation``, if there is any."""
         return bool(self._running.get(label))
 
+    def is_evaluating(self, label: str) -> bool:
+        """True while those of ``label`` run and ``eval.timeout`` is not over. Raises what ends the run."""
+        now = time.monotonic()
+        if label not in self._begun:
+            self._begun[label] = self._told = now
+            self._report(label)
+        running = [(planned, process) for planned, process in self._running[label] if process.is_running()]
+        seconds = now - self._begun[label]
+        if not running or seconds > self._timeout:
+            return False
+        if now - self._told > _SILENT_SECONDS:
+            self._told = now
+            for planned, process in running:
+                self._note(
+                    f"{planned.spec.name}: still running after {seconds:.0f} s (eval.timeout is "
+                    f"{self._timeout:g}), its log {planned.spec.log_path} ends: {process.log_tail(1)}"
+                )
+        self._check()
+        return True
+
     def finish_evaluation(self, label: str) -> dict[str, Any]:
-        """Wait, and give the mean of the scores by the environments' weights; {} when none has a score."""
+        """Give the mean of the scores by the environments' weights, and each of several; {}: there is none.
+
+        Those that still run are ended.
+        """
         started = self._running.pop(label)
-        self._report(label)
-        begun = told = time.monotonic()
+        self._begun.pop(label, None)
         try:
-            while running := [(planned, process) for planned, process in started if process.is_running()]:
-                now = time.monotonic()
-                if now - begun > self._timeout:
-                    break
-                if now - told > _SILENT_SECONDS:
-                    told = now
-                    for planned, process in running:
-                        self._note(
-                            f"{planned.spec.name}: still running after {now - begun:.0f} s (eval.timeout is "
-                            f"{self._timeout:g}), its log {planned.spec.log_path} ends: {process.log_tail(1)}"
-                        )
-                self._check()
-                time.sleep(_POLL_SECONDS)
             scores = {planned.environment: self._score(planned, process) for planned, process in started}
             self._scores[label] = scores
+            if label not in self._plan:
+                shutil.rmtree(self._directory / label, ignore_errors=True)  # of a step that was taken again
+                with suppress(FileNotFoundError):
+                    (self._directory / _DURING).rename(self._directory / label)
         finally:
             stop_all([process for _, process in started])
             self._report(None)
@@ -135,7 +156,10 @@ class EvaluationProcesses:
             (planned.weight, score) for planned, _ in started if (score := scores[planned.environment]) is not None
         ]
         total = sum(weight for weight, _ in known)
-        return {"mean_reward": sum(weight * score for weight, score in known) / total} if total > 0 else {}
+        if total <= 0:
+            return {}
+        each = {f"{name}/score": score for name, score in scores.items() if len(scores) > 1}
+        return {"mean_reward": sum(weight * score for weight, score in known) / total, **each}
 
     def stop(self) -> None:
         """End those that still run."""
@@ -149,8 +173,6 @@ class EvaluationProcesses:
         if process.is_running():
             self._note(f"{name} took longer than eval.timeout={self._timeout:g} s; its log is {planned.spec.log_path}")
             return None
-        from atropos_verl.training.step import held_out_score
-
         try:
             metrics = json.loads(planned.result.read_text())["results"]["all"]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -190,11 +212,11 @@ class EvaluationWatch:
         running, scores = content.get("running"), content.get("scores") or {}
         lines = []
         if running and running != self.running:
-            lines.append(f"evaluating on held-out tasks {running} training")
+            lines.append(f"evaluating on held-out tasks {moment_of(running)}")
         self.running = running
         for label, found in scores.items():
             if label not in self._told:
                 self._told.add(label)
                 listed = (f"{name} {'unknown' if score is None else f'{score:.3f}'}" for name, score in found.items())
-                lines.append(f"held-out mean reward {label} training: {', '.join(listed)}")
+                lines.append(f"held-out mean reward {moment_of(label)}: {', '.join(listed)}")
         return lines

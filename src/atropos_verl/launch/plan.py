@@ -54,7 +54,7 @@ class LaunchPlan:
     services: tuple[ServiceSpec, ...]
     """In the order of starting."""
     evaluations: dict[str, list[PlannedEvaluation]]
-    """Label (before, after) → the processes of that held-out evaluation."""
+    """Label (before, during, after) → the processes of that held-out evaluation."""
     warnings: tuple[str, ...] = ()
     trains_here: bool = False
     """The trainer runs in the process of the supervisor."""

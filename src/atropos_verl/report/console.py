@@ -171,7 +171,7 @@ class ProgressReporter(LiveScreen):
         self.quiet = quiet
         self._recent: deque[list[str]] = deque(maxlen=_RECENT_STEPS)
         self._step_seconds: deque[float] = deque(maxlen=_ETA_STEPS)
-        self._rewards: list[float | None] = []
+        self._curves: dict[str, list[float | None]] = {"reward": [], "held-out": []}
         self._done = 0
         self._phase = "starting"
         self._phase_since = time.monotonic()
@@ -198,7 +198,9 @@ class ProgressReporter(LiveScreen):
         self._done = report.step
         line = {**report.metrics, "step": report.step, "loss": report.loss, "policy_version": report.policy_version}
         self._recent.append(_cells(line, self.total_steps))
-        self._rewards.append(report.metrics.get("reward/mean"))
+        self._curves["reward"].append(report.metrics.get("reward/mean"))
+        if (score := report.metrics.get("held_out/score")) is not None:
+            self._curves["held-out"].append(score)
         took = report.metrics.get("timing/step")
         if took is not None and math.isfinite(took):
             self._step_seconds.append(took)
@@ -237,9 +239,11 @@ class ProgressReporter(LiveScreen):
     def _frame(self) -> RenderableType:
         parts: list[RenderableType] = []
         if self._recent:
-            curve = sparkline(self._rewards, min(CURVE_WIDTH, self._console.width - 20), ascii_only=self._ascii_only)
-            reward = Text(f"reward {curve} {decimal(self._rewards[-1])}", no_wrap=True, overflow="crop")
-            parts = [self._table(), reward]
+            parts = [self._table()]
+            for name, values in self._curves.items():
+                if values:
+                    curve = sparkline(values, min(CURVE_WIDTH, self._console.width - 20), ascii_only=self._ascii_only)
+                    parts.append(Text(f"{name} {curve} {decimal(values[-1])}", no_wrap=True, overflow="crop"))
         head = Table.grid(padding=(0, 1))
         head.add_row(
             ProgressBar(total=max(self.total_steps, 1), completed=self._done, width=20),
@@ -276,6 +280,8 @@ def summary_rows(summary: Mapping[str, Any], *, ascii_only: bool) -> list[tuple[
         rows.append(("", sparkline(get("rewards") or (), CURVE_WIDTH, ascii_only=ascii_only)))
     if get("held_out_before") is not None or get("held_out_after") is not None:
         rows.append(("held-out", f"{decimal(get('held_out_before'))} {arrow} {decimal(get('held_out_after'))}"))
+    if scores := get("held_out_steps"):
+        rows.append(("", ", ".join(f"{decimal(score)} at step {step}" for step, score in scores.items())))
     lines = (
         ("steps", (("", "steps"), ("policy version ", "policy_version"), ("weights synced ", "weights_synced"))),
         ("groups", (("used ", "groups_used"), ("dropped ", "groups_dropped"), ("quarantined ", "groups_quarantined"))),

@@ -49,12 +49,13 @@ class RunData:
     quarantined_total: int
 
     def series(self, key: str) -> list[tuple[int, float]]:
-        """Lists ``(step, value)`` of a metric where it is a number."""
-        return [(line["step"], float(line[key])) for line in self.steps if _is_number(line.get(key))]
+        """Lists ``(step, value)`` of a metric where it is a number, of an evaluation with the step it is of."""
+        step = "held_out/step" if key.startswith("held_out/") else "step"
+        return [(line[step], float(line[key])) for line in self.steps if _is_number(line.get(key))]
 
     def metric_names(self) -> list[str]:
         """Lists every metric that is a number in some step, sorted."""
-        return sorted({key for line in self.steps for key in line if _is_number(line[key])} - {"step"})
+        return sorted({key for line in self.steps for key in line if _is_number(line[key])} - {"step", "held_out/step"})
 
 
 def load_run(run_dir: Path) -> RunData:
@@ -104,6 +105,9 @@ def _summary_so_far(run_dir: Path, steps: list[dict[str, Any]]) -> dict[str, Any
         **reward_window(rewards),
         "rewards": rewards,
         **{f"held_out_{label}": _held_out(run_dir / "eval" / label) for label in ("before", "after")},
+        "held_out_steps": {
+            line["held_out/step"]: line.get("held_out/score") for line in steps if "held_out/step" in line
+        },
         "groups_used": _total(steps, "data/groups"),
         "groups_quarantined": _total(steps, "data/quarantined"),
         "sequences_trained": _total(steps, "data/sequences"),
@@ -235,6 +239,7 @@ _MOST_POINTS = 1000
 # Metrics that a reader looks for first, and that belong into one picture. The others follow, one chart each.
 _CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("reward", ("reward/mean",)),
+    ("held-out score", ("held_out/score",)),
     ("loss", ("loss",)),
     ("gradient norm", ("actor/grad_norm",)),
     ("seconds per step", ("timing/step", "timing/rollout", "timing/wait", "timing/train", "timing/sync")),

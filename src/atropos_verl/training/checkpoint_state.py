@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _TRACKER = "latest_checkpointed_iteration.txt"
 _STATE = "atropos.json"
 _MANIFEST = "manifest.json"
+_BEST = "best"
 _REPLACED = "replaced"
 _NAME = re.compile(r"global_step_(\d+)")
 _PROBE_BYTES = 1 << 20
@@ -85,11 +86,14 @@ def _comparable(config: RunConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def new_checkpoint(root: Path, step: int, keep: int | None, *, in_place: bool = False) -> Iterator[Path]:
+def new_checkpoint(
+    root: Path, step: int, keep: int | None, *, spare: int | None = None, in_place: bool = False
+) -> Iterator[Path]:
     """A directory into which the block writes the checkpoint of ``step``; at its end it is the newest one in ``root``.
 
-    Then those beyond the newest ``keep`` go (None, 0 or less: none). Raises ``CheckpointError`` when it cannot be
-    written; what was there before then stays as it was. ``in_place``: the directory has its final name at once, as
+    Then those beyond the newest ``keep`` go (None, 0 or less: none), but neither the best (``mark_best``) nor that of
+    step ``spare``. Raises ``CheckpointError`` when it cannot be written; what was there before then stays as it was.
+    ``in_place``: the directory has its final name at once, as
     disks of other nodes need it, and is no checkpoint before the end; one of the same step is overwritten.
     """
     final, unfinished = root / f"global_step_{step}", root / "unfinished"
@@ -122,7 +126,17 @@ def new_checkpoint(root: Path, step: int, keep: int | None, *, in_place: bool = 
     # Those of later steps count as older: the run was rolled back, and they are not of its past.
     found = _found(root)
     for old in sorted(found, key=lambda other: (other > step, -other))[keep if keep and keep > 0 else len(found) :]:
-        shutil.rmtree(found[old], onerror=_log_failure)
+        if old != spare and found[old].resolve() != (root / _BEST).resolve():
+            shutil.rmtree(found[old], onerror=_log_failure)
+
+
+def mark_best(root: Path, step: int) -> None:
+    """Makes ``root/best`` a link to the checkpoint of ``step``, which is then kept, unless there is none."""
+    if (root / f"global_step_{step}").is_dir():
+        link = root / "unfinished-best"
+        link.unlink(missing_ok=True)
+        link.symlink_to(f"global_step_{step}")
+        link.replace(root / _BEST)
 
 
 def _found(root: Path) -> dict[int, Path]:

@@ -4,7 +4,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from atropos_verl.types import FloatArray, StepReport
 logger = logging.getLogger(__name__)
 
 _LARGEST_WINDOW = 5
+_POLL_SECONDS = 0.05
 
 Figure = float | int | None
 
@@ -204,31 +206,59 @@ class Evaluations(Protocol):
 
     def has_evaluation(self, label: str) -> bool: ...
 
+    def is_evaluating(self, label: str) -> bool: ...
+
     def finish_evaluation(self, label: str) -> Mapping[str, Any]: ...
+
+
+def moment_of(label: str) -> str:
+    """The label of an evaluation (before, step_N, after) in words."""
+    return f"at {label.replace('_', ' ')}" if label.startswith("step_") else f"{label} training"
 
 
 @dataclass
 class HeldOut:
-    """The mean reward on held-out tasks before and after training."""
+    """The mean reward on held-out tasks before, between steps of, and after training."""
 
     _evaluations: Evaluations | None
     _progress: Progress
     scores: dict[str, float | None]
-    """Label (before, after) → score; a checkpoint keeps it (``RunState.held_out``)."""
+    """Label (before, step_N, after) → score; a checkpoint keeps it (``RunState.held_out``)."""
 
-    def start(self, label: str) -> None:
-        """Starts an evaluation in the background."""
-        if self._evaluations is not None:
-            self._evaluations.start_evaluation(label)
+    def start(self, label: str) -> bool:
+        """Starts an evaluation in the background. False: there is none."""
+        if self._evaluations is None:
+            return False
+        self._evaluations.start_evaluation(label)
+        return self._evaluations.has_evaluation(label)
 
-    def finish(self, label: str) -> None:
-        """Waits for an evaluation that was started, and notes its score. Raises what the evaluation raises."""
+    def is_over(self, label: str) -> bool:
+        """True when ``finish`` would not wait. Raises what the evaluation raises."""
+        return self._evaluations is None or not self._evaluations.is_evaluating(label)
+
+    def finish(self, label: str, attend: Callable[[], None] = lambda: None) -> dict[str, float | None]:
+        """Waits for an evaluation that was started, calls ``attend`` meanwhile, and notes the score.
+
+        Returns figures for the next line of ``metrics.jsonl``; {}: none was started. Raises what it calls raises.
+        """
         if self._evaluations is None or not self._evaluations.has_evaluation(label):
-            return
-        self._progress.phase(f"evaluating on held-out tasks {label} training")
-        score = self.scores[label] = held_out_score(self._evaluations.finish_evaluation(label))
+            return {}
+        if not self.is_over(label):
+            self._progress.phase(f"evaluating on held-out tasks {moment_of(label)}")
+        while not self.is_over(label):
+            attend()
+            time.sleep(_POLL_SECONDS)
+        metrics = self._evaluations.finish_evaluation(label)
+        score = self.scores[label] = held_out_score(metrics)
         told = "unknown" if score is None else f"{score:.3f}"
-        self._progress.note(f"held-out mean reward {label} training: {told}")
+        self._progress.note(f"held-out mean reward {moment_of(label)}: {told}")
+        return {"held_out/score": score, **{f"held_out/{name}": metrics[name] for name in metrics if "/" in name}}
+
+
+def is_best(scores: Mapping[str, float | None], label: str) -> bool:
+    """True when no score of a trained policy is above that of ``label``."""
+    own = scores.get(label)
+    return own is not None and all(score is None or score <= own for key, score in scores.items() if key != "before")
 
 
 def held_out_score(metrics: Mapping[str, Any]) -> float | None:
@@ -279,6 +309,7 @@ def write_summary(
     summary = {
         **outcome,
         **{f"held_out_{label}": held_out.get(label) for label in ("before", "after")},
+        "held_out_steps": {int(label[5:]): score for label, score in held_out.items() if label.startswith("step_")},
         "seconds": seconds,
         "run_dir": run_dir,
     }

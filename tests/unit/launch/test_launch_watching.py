@@ -132,10 +132,37 @@ def test_an_evaluation_that_hangs_is_told_of(tmp_path: Path, monkeypatch: pytest
     )
     processes.start_evaluation("before")
     eventually(lambda: (tmp_path / "e.log").read_text() == "task 7\n", "its first line")
+    eventually(lambda: not processes.is_evaluating("before"), "eval.timeout")
     assert processes.finish_evaluation("before") == {}
     assert notes[0].startswith("evaluate_before: still running after ")
     assert notes[0].endswith(f"(eval.timeout is 2), its log {tmp_path}/e.log ends: task 7")
     assert notes[-1].startswith("evaluate_before took longer than eval.timeout=2 s")
+
+
+def test_evaluations_between_steps_keep_their_results_apart(tmp_path: Path) -> None:
+    """One plan serves them all; what it wrote moves to a directory of the step."""
+    code = "import json, os, sys; p = sys.argv[1]; os.makedirs(p, exist_ok=True); "
+    code += "json.dump({'results': {'all': {'mean_reward': float(sys.argv[2])}}}, open(p + '/metrics.json', 'w'))"
+    plan = []
+    for name, score in (("words", "0.5"), ("sums", "1.0")):
+        place = tmp_path / "eval" / "during" / name
+        command = (sys.executable, "-S", "-c", code, str(place), score)
+        spec = ServiceSpec(name=f"evaluate_{name}", command=command, cwd=tmp_path, log_path=tmp_path / f"{name}.log")
+        plan.append(evaluation.PlannedEvaluation(name, 3.0 if name == "words" else 1.0, spec, place / "metrics.json"))
+    processes = evaluation.EvaluationProcesses(
+        {"during": plan}, tmp_path, timeout=30.0, note=lambda text: None, check=lambda: None
+    )
+    watch, told = evaluation.EvaluationWatch(tmp_path), list[str]()
+    for _ in range(2):  # after a resume a step is evaluated again
+        processes.start_evaluation("step_5")
+        eventually(lambda: not processes.is_evaluating("step_5"), "the evaluation to end")
+        assert "evaluating on held-out tasks at step 5" in watch.poll()
+        found = processes.finish_evaluation("step_5")
+        assert found == {"mean_reward": 0.625, "words/score": 0.5, "sums/score": 1.0}
+        told += watch.poll()
+    assert told == ["held-out mean reward at step 5: words 0.500, sums 1.000"]
+    assert sorted(path.name for path in (tmp_path / "eval" / "step_5").iterdir()) == ["sums", "words"]
+    assert not (tmp_path / "eval" / "during").exists()
 
 
 def line(step: int) -> str:

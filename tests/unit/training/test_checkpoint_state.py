@@ -18,6 +18,7 @@ from atropos_verl.training.checkpoint_state import (
     changed_settings,
     find_checkpoint,
     find_damage,
+    mark_best,
     new_checkpoint,
     saved_step,
 )
@@ -26,7 +27,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 SHARD = "actor/model_world_size_1_rank_0.pt"
 
 
-def _save(root: Path, step: int, keep: int | None = None, content: str = "", **how: bool) -> RunState:
+def _save(root: Path, step: int, keep: int | None = None, content: str = "", **how: Any) -> RunState:
     state = RunState(step=step, policy_version=step + 1, held_out={"before": 0.5})
     state.moments.update(np.array([1.0, 3.0, 0.1]))
     state.totals.tokens_trained = 7
@@ -75,6 +76,23 @@ def test_older_checkpoints_go_and_never_the_one_just_written(tmp_path: Path) -> 
     assert _found(tmp_path) == (tmp_path / "global_step_4", [])
     _save(tmp_path, 4, keep=1)
     assert _steps(tmp_path) == [4]
+
+
+def test_the_best_checkpoint_stays_and_so_does_the_one_that_is_evaluated(tmp_path: Path) -> None:
+    for step in (1, 2):
+        _save(tmp_path, step, keep=1)
+    mark_best(tmp_path, 2)
+    for step in (3, 4, 5):
+        _save(tmp_path, step, keep=1, spare=3)
+    assert _steps(tmp_path) == [2, 3, 5]
+    assert (tmp_path / "best").resolve() == tmp_path / "global_step_2"
+    assert saved_step(tmp_path, str(tmp_path / "best")) == 2
+    mark_best(tmp_path, 3)
+    mark_best(tmp_path, 4)  # is gone
+    assert (tmp_path / "best").resolve() == tmp_path / "global_step_3"
+    _save(tmp_path, 6, keep=1)
+    assert _steps(tmp_path) == [3, 6]
+    assert find_checkpoint(tmp_path, "auto") == tmp_path / "global_step_6"
 
 
 def _flip(path: Path, position: int = 3, bit: int = 1) -> None:

@@ -15,6 +15,7 @@ from atropos_verl.training.step import (
     LoggedProgress,
     RunTotals,
     StepLog,
+    is_best,
     outcome,
     reward_window,
     step_report,
@@ -88,8 +89,8 @@ def test_summary_is_json_with_null_for_what_is_not_finite(tmp_path: Path) -> Non
         tmp_path, {"deep": {"x": (1, -math.inf)}, "n": np.int64(4)}, held_out={"after": math.nan}, seconds=2.5
     )
     assert json.loads(path.read_text()) == {
-        "deep": {"x": [1, None]}, "n": 4, "held_out_before": None, "held_out_after": None, "seconds": 2.5,
-        "run_dir": str(tmp_path),
+        "deep": {"x": [1, None]}, "n": 4, "held_out_before": None, "held_out_after": None,
+        "held_out_steps": {}, "seconds": 2.5, "run_dir": str(tmp_path),
     }  # fmt: skip
     assert found["run_dir"] == str(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
@@ -161,21 +162,41 @@ def test_the_idle_share_weighs_steps_by_their_length_and_leaves_the_first_out(tm
 def test_held_out_scores_of_what_was_started() -> None:
     started: list[str] = []
     metrics = {
-        "before": {"eval/mean_reward": 0.25, "other": 9},
+        "before": {"mean_reward": 0.25, "other": 9},
+        "step_5": {"mean_reward": 0.5, "words/score": 0.75},
         "after": {"text": "no number", "mean_reward": math.nan},
     }
+    polls = iter([True, True, False, *[False] * 20])
     evaluations: Any = SimpleNamespace(
-        start_evaluation=started.append, has_evaluation=started.__contains__, finish_evaluation=metrics.__getitem__
+        start_evaluation=started.append,
+        has_evaluation=started.__contains__,
+        is_evaluating=lambda label: next(polls),
+        finish_evaluation=metrics.__getitem__,
     )
     scores: dict[str, float | None] = {}
-    held_out = HeldOut(evaluations, LoggedProgress(), scores)
-    held_out.finish("before")
+    held_out, attended = HeldOut(evaluations, LoggedProgress(), scores), []
+    assert held_out.finish("before") == {}
     assert scores == {}
-    for label in ("before", "after"):
-        held_out.start(label)
-        held_out.finish(label)
-    assert scores == {"before": 0.25, "after": None}
+    assert held_out.start("before") and held_out.start("step_5") and held_out.start("after")
+    assert held_out.finish("before", lambda: attended.append(1)) == {"held_out/score": 0.25}
+    assert attended, "who waits looks after the engine"
+    assert held_out.finish("step_5") == {"held_out/score": 0.5, "held_out/words/score": 0.75}
+    assert held_out.finish("after") == {"held_out/score": None}
+    assert scores == {"before": 0.25, "step_5": 0.5, "after": None}
     nobody = HeldOut(None, LoggedProgress(), {})
-    nobody.start("after")
-    nobody.finish("after")
-    assert nobody.scores == {}
+    assert not nobody.start("after")
+    assert nobody.finish("after") == nobody.scores == {}
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ({"before": 0.9, "step_5": 0.5}, True),
+        ({"step_5": 0.5, "step_10": 0.4, "after": None}, True),
+        ({"step_5": 0.5, "step_10": 0.6}, False),
+        ({"step_5": None}, False),
+        ({}, False),
+    ],
+)
+def test_the_best_is_a_trained_policy(scores: dict[str, float | None], best: bool) -> None:
+    assert is_best(scores, "step_5") is best

@@ -66,12 +66,12 @@ def run(
         outcome = trainer.fit(
             progress=progress,
             check_services=check_services,
-            before_first_step=lambda: held_out.finish("before"),
+            held_out=held_out,
             on_step=on_step,
         )
         if config.eval.after:
             held_out.start("after")
-            held_out.finish("after")
+            trainer.evaluate("after")
         return outcome, held_out.scores
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from atropos_verl.backends.local.worker import PolicyWorker, import_verl
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.engine.gate import RequestGate
+from atropos_verl.engine.pinned import PinnedEngine
 from atropos_verl.engine.runner import engine_threads
 from atropos_verl.errors import ConfigError, EngineError, WeightSyncError
 from atropos_verl.gateway.app import GatewayServer, create_app
@@ -37,6 +38,7 @@ class LocalStack:
     worker: PolicyWorker
     engine: TransformersEngine
     gate: RequestGate
+    evaluated: PinnedEngine
     gateway: GatewayServer
     ledger: Ledger
     throttle: StalenessThrottle | None
@@ -79,6 +81,7 @@ class LocalStack:
                 torch.set_num_threads(trainer_threads)  # of this thread, the trainer's
             gate.pause(timeout=60.0)
             engine.release_memory_occupation()
+            evaluated = PinnedEngine(engine)
             ledger = Ledger(config.off_policy.ledger_bytes)
             throttle = make_throttle(config.off_policy, ledger, config.batch_size)
             app = create_app(
@@ -87,6 +90,7 @@ class LocalStack:
                 gate=gate,
                 ledger=ledger,
                 throttle=throttle,
+                evaluated=evaluated,
                 max_new_tokens=config.max_response_length,
                 model_name=str(model_path),
                 **config.gateway.for_app(),
@@ -97,7 +101,7 @@ class LocalStack:
             canary = _build_canary(config, worker, engine, tokenizer) if config.sync.canary else None
             manager = AtroposShardingManager(engine, source, gate=gate, canary=canary)
             built.pop_all()
-        return cls(worker, engine, gate, gateway, ledger, throttle, tokenizer, manager)
+        return cls(worker, engine, gate, evaluated, gateway, ledger, throttle, tokenizer, manager)
 
     def close(self) -> None:
         """Stops gateway, engine and worker. Safe to call twice."""
@@ -105,6 +109,7 @@ class LocalStack:
             stack.callback(self.ledger.close)
             stack.callback(self.worker.close)
             stack.callback(self.gateway.stop, timeout=10.0)
+            stack.callback(self.evaluated.close)
             # First: who waits at a shut gate is told at once, and the gateway has nobody left to wait for.
             stack.callback(self.engine.close)
 

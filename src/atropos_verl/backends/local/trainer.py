@@ -29,12 +29,18 @@ from atropos_verl.http_thread import Listener
 from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.storage import locked
 from atropos_verl.training.batch_source import BatchSource, RolloutData
-from atropos_verl.training.checkpoint_state import RunState, changed_settings, find_checkpoint, new_checkpoint
+from atropos_verl.training.checkpoint_state import (
+    RunState,
+    changed_settings,
+    find_checkpoint,
+    mark_best,
+    new_checkpoint,
+)
 from atropos_verl.training.extensions import check_extensions, load_function
 from atropos_verl.training.samples import build_samples, sample_settings
 from atropos_verl.training.selfplay import RewardFunction, SelfPlay
 from atropos_verl.training.staleness import BatchProvenance, look_up_counts, staleness_metrics
-from atropos_verl.training.step import LoggedProgress, Progress, StepLog, outcome, step_report
+from atropos_verl.training.step import HeldOut, LoggedProgress, Progress, StepLog, is_best, outcome, step_report
 from atropos_verl.types import SampleReport, ScoredGroup, StepReport, TrainingSample
 
 if TYPE_CHECKING:
@@ -136,6 +142,11 @@ class AtroposTrainer:
         self._log: StepLog | None = None
         self._self_play: SelfPlay | None = None
         self._saved_at = 0
+        self._held_out: HeldOut | None = None
+        self._evaluating: int | None = None
+        """The step whose policy is being evaluated while training goes on."""
+        self._held_out_figures: dict[str, float | int | None] = {}
+        """Of evaluations that have ended since the last line of ``metrics.jsonl``."""
         self.engine.attend = self._attend
 
     @classmethod
@@ -379,6 +390,7 @@ class AtroposTrainer:
                 "step": synced - (begin if started is None else started),
             }
             line = self._report(data, report, figures, counts, seconds)
+            self._held_out_figures = {}
             if self._log is not None:
                 self._log.append(line)
         return line
@@ -413,6 +425,7 @@ class AtroposTrainer:
                 "perf/idle_share": seconds["rollout"] / seconds["step"] if seconds["step"] > 0 else 0.0,
                 "perf/peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 **data.off_policy,
+                **self._held_out_figures,
                 **{key if "/" in key else f"actor/{key}": value for key, value in figures.items()},
             },
         )
@@ -427,7 +440,8 @@ class AtroposTrainer:
         root = self.run_dir / "checkpoints"
         if self._log is not None:
             self._log.sync()
-        with new_checkpoint(root, self.step, self.config.trainer.max_ckpt_to_keep) as directory:
+        keep = self.config.trainer.max_ckpt_to_keep
+        with new_checkpoint(root, self.step, keep, spare=self._evaluating) as directory:
             self.stack.worker.save_checkpoint(directory / "actor", self.step)
             self.state.save(directory, self.config)
         self.source.batches.discard_through(self.step)
@@ -460,7 +474,7 @@ class AtroposTrainer:
         *,
         progress: Progress | None = None,
         check_services: Callable[[], None] | None = None,
-        before_first_step: Callable[[], None] | None = None,
+        held_out: HeldOut | None = None,
         on_step: Callable[[StepReport], None] | None = None,
     ) -> dict[str, Any]:
         """Trains on the batches of environments up to step ``config.steps``; returns its part of ``summary.json``.
@@ -470,7 +484,7 @@ class AtroposTrainer:
 
         Args:
             check_services: called while waiting; raises when a process of the run has died.
-            before_first_step: called once, with the policy being served.
+            held_out: evaluates the policy before the first step, if that was started, and every ``eval.every`` steps.
             on_step: called with every step's report, for trackers.
         """
         source, config, progress = self.source, self.config, progress or LoggedProgress()
@@ -481,8 +495,8 @@ class AtroposTrainer:
             progress.phase("registering at the trajectory API")
             source.register(self.step, config.batch_size)
         self.open_rollouts()
-        if before_first_step is not None:
-            before_first_step()
+        self._held_out = held_out
+        self.evaluate("before")
 
         def check() -> None:
             self.engine.check_alive()
@@ -498,8 +512,10 @@ class AtroposTrainer:
                 attend=self._attend,
             )
             while self.step < config.steps:
+                self._evaluate_if_due(progress)
                 self._next_step(progress, on_step)
             source.stop(give_back=True)
+            self._collect_evaluation(wait=True)
         except BaseException as error:
             try:
                 self._save_what_was_trained(error)
@@ -515,6 +531,42 @@ class AtroposTrainer:
             idle_share=log.idle_share,
             weights_synced=self.sharding_manager.syncs,
         )
+
+    def evaluate(self, label: str) -> None:
+        """Waits for the evaluation ``label`` that was started, if one was, while nothing is trained."""
+        if self._held_out is not None:
+            self.stack.evaluated.pin()
+            self._finish_evaluation(self._held_out, label, self.step)
+
+    def _evaluate_if_due(self, progress: Progress) -> None:
+        """Starts ``eval.every``'s evaluation of the policy served now, and with ``mode=sync`` waits for it."""
+        self._collect_evaluation(wait=False)
+        held_out, label = self._held_out, f"step_{self.step}"
+        if held_out is None or not self.config.evaluates_at(self.step) or label in held_out.scores:
+            return
+        if self._evaluating is not None:
+            progress.note(f"step {self.step} is not evaluated: the evaluation of step {self._evaluating} goes on")
+        elif held_out.start(label) and self._overlapped:
+            self._attend()
+            self.stack.evaluated.pin(self.engine.copy())
+            self._evaluating = self.step
+        else:
+            self.evaluate(label)
+
+    def _collect_evaluation(self, *, wait: bool) -> None:
+        """Notes the result of the evaluation that goes on beside training, if it has ended, or ``wait``."""
+        held_out, step = self._held_out, self._evaluating
+        if held_out is not None and step is not None and (wait or held_out.is_over(f"step_{step}")):
+            self._evaluating = None
+            self._finish_evaluation(held_out, f"step_{step}", step)
+
+    def _finish_evaluation(self, held_out: HeldOut, label: str, step: int) -> None:
+        figures = held_out.finish(label, self._attend)
+        self.stack.evaluated.unpin()
+        if figures:
+            self._held_out_figures = {**figures, "held_out/step": step}
+        if self.config.eval.keep_best and is_best(held_out.scores, label):
+            mark_best(self.run_dir / "checkpoints", step)
 
     def _next_step(self, progress: Progress, on_step: Callable[[StepReport], None] | None) -> None:
         config, started = self.config, time.perf_counter()
@@ -534,10 +586,12 @@ class AtroposTrainer:
                 self.save_checkpoint()
 
     def _is_checkpoint_due(self, last: int | None = None) -> bool:
-        if self.config.save_freq <= 0:
+        config = self.config
+        if config.save_freq <= 0:
             self.source.batches.discard_through(self.step)  # no checkpoint will ever cover it
             return False
-        return self.step % self.config.save_freq == 0 or self.step == last
+        is_evaluated = config.eval.keep_best and config.evaluates_at(self.step)
+        return self.step % config.save_freq == 0 or self.step == last or is_evaluated
 
     def _save_what_was_trained(self, error: BaseException) -> None:
         unusable = isinstance(error, CheckpointError | TrainingDivergedError | WeightSyncError)

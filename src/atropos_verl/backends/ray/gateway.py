@@ -21,6 +21,7 @@ from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
 from atropos_verl.engine.gate import RequestGate
+from atropos_verl.engine.pinned import PinnedEngine
 from atropos_verl.engine.requests import EngineLimits, StopStrings, eos_token_ids, validate
 from atropos_verl.errors import AtroposVerlError, EngineError, EngineStoppedError, GenerationRequestError
 from atropos_verl.gateway.app import GatewayServer, create_app
@@ -64,7 +65,13 @@ class ClusterGateway(GatewayServer):
         self.lost = client.lost
         self.engine = engine = ReplicaEngine(client, tokenizer, limits, rollout.name)
         self.gate = gate = RequestGate()
-        for_app |= {"gate": gate, "model_name": model.path, "request_timeout": _REQUEST_TIMEOUT}
+        self.evaluated = PinnedEngine(engine)
+        for_app |= {
+            "gate": gate,
+            "evaluated": self.evaluated,
+            "model_name": model.path,
+            "request_timeout": _REQUEST_TIMEOUT,
+        }
         for_app["max_new_tokens"] = rollout.response_length
         super().__init__(create_app(engine, tokenizer, **for_app), host=host, port=port)
 

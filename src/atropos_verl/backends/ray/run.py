@@ -22,8 +22,9 @@ from ray.exceptions import RayActorError
 from atropos_verl.backends.ray.task_runner import MAILBOX, AtroposTaskRunner, Mailbox
 from atropos_verl.config.verl_keys import RayRun
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
+from atropos_verl.training.checkpoint_state import mark_best
 from atropos_verl.training.extensions import LAUNCH_DIRECTORY
-from atropos_verl.training.step import Evaluations, HeldOut, Progress
+from atropos_verl.training.step import Evaluations, HeldOut, Progress, is_best
 from atropos_verl.verl_plugin import DROPOUT_VARIABLE
 
 logger = logging.getLogger(__name__)
@@ -177,8 +178,8 @@ class _Session:
             elif time.monotonic() > self._stop_deadline:
                 raise KeyboardInterrupt
 
-    def _raise_flag(self, name: str) -> None:
-        ray.get(self._mailbox.raise_flag.remote(name))
+    def _raise_flag(self, name: str, content: Any = True) -> None:
+        ray.get(self._mailbox.raise_flag.remote(name, content))
 
     def _handle(self, kind: str, content: Any) -> None:
         if kind == "result":
@@ -195,11 +196,18 @@ class _Session:
             if self._run.run.is_attached:
                 self._progress.note(f"environments are to use the gateway at {content}/v1 (server_type vllm)")
             self._held_out.finish("before")
-            self._raise_flag("train")
+            self._raise_flag("train", self._held_out.scores)
+        elif kind == "held_out":
+            self._held_out.scores |= content
+        elif kind == "evaluate":
+            figures = self._held_out.finish(content) if self._held_out.start(content) else {}
+            self._raise_flag(f"evaluated {content}", figures)
         elif kind == "trained":
             if not content and self._run.settings.eval.after:
                 self._held_out.start("after")
                 self._held_out.finish("after")
+                if self._run.run.eval.keep_best and is_best(self._held_out.scores, "after"):
+                    mark_best(Path(str(self._run.verl.trainer.default_local_dir)).absolute(), self._run.run.steps)
             self._progress.phase("ending")
             self._raise_flag("end")
 

@@ -25,7 +25,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._events: list[tuple[str, Any]] = []
-        self._flags: set[str] = set()
+        self._flags: dict[str, Any] = {}
 
     def put(self, kind: str, content: Any) -> None:
         self._events.append((kind, content))
@@ -35,11 +35,12 @@ class Mailbox:
         events, self._events = self._events, []
         return events
 
-    def raise_flag(self, name: str) -> None:
-        self._flags.add(name)
+    def raise_flag(self, name: str, content: Any = True) -> None:
+        self._flags[name] = content
 
-    def has_flag(self, name: str) -> bool:
-        return name in self._flags
+    def flag(self, name: str) -> Any:
+        """Return what the flag was raised with; None: it was not."""
+        return self._flags.get(name)
 
 
 class AtroposTaskRunner:
@@ -76,8 +77,8 @@ class AtroposTaskRunner:
         """Send the command an event, without waiting for an answer."""
         self._mailbox.put.remote(kind, content)
 
-    def has_flag(self, name: str) -> bool:
-        return bool(ray.get(self._mailbox.has_flag.remote(name)))
+    def flag(self, name: str) -> Any:
+        return ray.get(self._mailbox.flag.remote(name))
 
     def train(self) -> dict[str, Any]:
         from atropos_verl.backends.ray.trainer import MODES, AtroposAgentLoopManager, StopRequestedError
@@ -95,10 +96,11 @@ class AtroposTaskRunner:
             self.put("note", note)
         llm_client = trainer.get_llm_client()
         self._start_gateway(llm_client)
-        feed = self._start_feed()
+        self.feed = feed = self._start_feed()
         self.log = StepLog(self.cluster.run_dir, trainer.global_steps)
         trainer.on_report = self._report
-        trainer.on_stop = lambda: self.has_flag("stop")
+        trainer.on_stop = lambda: self.flag("stop") is not None
+        trainer.on_evaluate = self._evaluate
         trainer.replicas.note = lambda text: self.put("note", text)
         manager = AtroposAgentLoopManager(
             self.config,
@@ -107,15 +109,14 @@ class AtroposTaskRunner:
             teacher_client=trainer.get_teacher_client(),
             reward_loop_worker_handles=trainer.get_reward_handles(),
         )
-        while not self.has_flag("train"):
-            feed.check()
-            trainer.replace_dead_replicas()
-            time.sleep(_WAIT_INTERVAL)
+        trainer.state.held_out |= self._wait_for("train") or {}
+        self.gateway.evaluated.unpin()
         self.put("phase", "rollout: waiting for a batch")
         stopped = ""
         if trainer.global_steps < trainer.total_training_steps:
             self.source.start(None, starts_environment=not self.cluster.run.is_attached)
             try:
+                trainer.evaluate_if_due()
                 trainer.fit(manager)
             except StopRequestedError as error:
                 stopped = str(error)
@@ -129,10 +130,9 @@ class AtroposTaskRunner:
                 raise
             finally:
                 self.source.stop(give_back=False)  # an evaluation may follow, whose prompts must not wait
+        self.gateway.evaluated.pin()
         self.put("trained", stopped)
-        while not self.has_flag("end"):
-            trainer.replace_dead_replicas()
-            time.sleep(_WAIT_INTERVAL)
+        self._wait_for("end")
         syncs, step = trainer.sharding_manager.syncs, trainer.served_version
         return outcome(step, step, self.log.rewards, trainer.state.totals, weights_synced=syncs, stopped=stopped)
 
@@ -155,6 +155,8 @@ class AtroposTaskRunner:
         )
         self.gateway.start(timeout=30.0)
         self.stack.callback(self.gateway.stop)
+        self.gateway.evaluated.pin()
+        self.put("held_out", self.trainer.state.held_out)
         self.put("gateway", settings.advertise_url or self.gateway.url)
 
     def _start_feed(self) -> Any:
@@ -188,6 +190,24 @@ class AtroposTaskRunner:
         self.stack.callback(feed.stop)
         trainer.attach(feed, self.gateway)
         return feed
+
+    def _wait_for(self, name: str) -> Any:
+        """Wait until the command raises the flag, or asks the run to end (then None)."""
+        is_end = name == "end"
+        while (content := self.flag(name)) is None and (is_end or not self.trainer.on_stop()):
+            if not is_end:  # then it has ended
+                self.feed.check()
+            self.trainer.replace_dead_replicas()
+            time.sleep(_WAIT_INTERVAL)
+        return content
+
+    def _evaluate(self, label: str) -> dict[str, float | None]:
+        self.gateway.evaluated.pin()
+        self.put("evaluate", label)
+        if (figures := self._wait_for(f"evaluated {label}")) is None:
+            return {}
+        self.gateway.evaluated.unpin()
+        return dict(figures)
 
     def _report(self, report: StepReport) -> None:
         self.log.append(report)

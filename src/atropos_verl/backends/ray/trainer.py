@@ -40,8 +40,14 @@ from atropos_verl.backends.ray.transfer import ADVANTAGES, PARTITION, finish_bat
 from atropos_verl.backends.ray.workers import WORKERS
 from atropos_verl.config.verl_keys import RayRun, parameter_sync_step, read_run
 from atropos_verl.errors import CheckpointError, EngineStoppedError, TrainingDivergedError, WeightSyncError
-from atropos_verl.training.checkpoint_state import RunState, changed_settings, find_checkpoint, new_checkpoint
-from atropos_verl.training.step import step_report
+from atropos_verl.training.checkpoint_state import (
+    RunState,
+    changed_settings,
+    find_checkpoint,
+    mark_best,
+    new_checkpoint,
+)
+from atropos_verl.training.step import is_best, step_report
 from atropos_verl.training.weight_sync import AtroposShardingManager
 from atropos_verl.types import StepReport
 
@@ -71,6 +77,9 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         self.state = RunState()
         self.on_report: Callable[[StepReport], None] = lambda report: None
         self.on_stop: Callable[[], bool] = lambda: False
+        self.on_evaluate: Callable[[str], dict[str, float | None]] = lambda label: {}
+        self._held_out_figures: dict[str, float | int | None] = {}
+        """Of the evaluation since the last line of ``metrics.jsonl``."""
         self.notes: list[str] = []
         """What the user is to be told about the checkpoint that was loaded."""
         self.replicas: Replicas
@@ -327,7 +336,24 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         self.feed.acknowledge(self._slots, self._covered_step)
         self.on_report(self._step_report(metrics, timing_raw))
         self._whole_step, self._is_updating = self.global_steps, False
+        self._held_out_figures = {}
+        self.evaluate_if_due()
+        metrics |= {name: value for name, value in self._held_out_figures.items() if value is not None}
         self._stop_if_asked()
+
+    def evaluate_if_due(self) -> None:
+        """Between two steps, while the replicas serve the newest weights: ``eval.every``'s evaluation."""
+        run, step = self.atropos.run, self.global_steps
+        label, scores = f"step_{step}", self.state.held_out
+        if not run.evaluates_at(step) or label in scores:
+            return
+        if run.eval.keep_best and self._covered_step < step:
+            self._save_checkpoint()
+        if figures := self.on_evaluate(label):
+            scores[label] = figures["held_out/score"]
+            self._held_out_figures = {**figures, "held_out/step": step}
+            if run.eval.keep_best and is_best(scores, label):
+                mark_best(self.checkpoint_root, step)
 
     def _step_report(self, metrics: Mapping[str, Any], timing: Mapping[str, float]) -> StepReport:
         """Join the figures of every backend with verl's own under verl's names. ``timing``: verl's, in seconds."""
@@ -358,6 +384,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
             },
             figures={
                 **figures,
+                **self._held_out_figures,
                 "sync/seconds": sync_seconds,
                 "sync/canary_max_abs_logprob_diff": None if sync is None else sync.canary_max_abs_logprob_diff,
                 "sync/replicas_replaced": self.replicas.replaced,
@@ -406,7 +433,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         keep = 1 if given.get("remove_previous_ckpt_in_save") else given.get("max_actor_ckpt_to_keep")
         keep = keep if keep and keep > 0 else None  # as verl reads it
         # verl removes parts of old checkpoints before the new one is whole: leave it those that we have removed.
-        spared = None if keep is None else keep + 1
+        spared = None if keep is None or self.atropos.run.eval.keep_best else keep + 1
         of_verl = {"max_actor_ckpt_to_keep": spared, "max_critic_ckpt_to_keep": spared}
         of_verl["remove_previous_ckpt_in_save"] = False
         with new_checkpoint(self.checkpoint_root, self.global_steps, keep, in_place=True) as directory:

@@ -183,14 +183,14 @@ def _end_with(error: Exception, save: Mock, monkeypatch: pytest.MonkeyPatch, tmp
     """Steps 1 and 2 are whole and not saved when ``error`` ends ``fit``. Returns the events."""
     trainer = Mock(config=SimpleNamespace(trainer=SimpleNamespace(save_freq=20)), checkpoint_root="here", notes=[])
     trainer.configure_mock(global_steps=3, total_training_steps=9, local_trigger_step=0, _save_checkpoint=save)
-    trainer.configure_mock(_whole_step=2, _covered_step=0, _is_updating=False)
+    trainer.configure_mock(_whole_step=2, _covered_step=0, _is_updating=False, state=RunState())
     trainer.fit.side_effect = error
     trainer.save_what_was_trained = lambda *of: AtroposSyncTrainer.save_what_was_trained(trainer, *of)
     runner, events = task_runner.AtroposTaskRunner(), []
     runner.config = SimpleNamespace(trainer=SimpleNamespace(resume_mode="disable"))
     runner.cluster = SimpleNamespace(mode="fake", run_dir=tmp_path, run=SimpleNamespace(is_attached=True))
-    runner.put, runner.has_flag = lambda *event: events.append(event), lambda name: True
-    runner.stack, runner.source = Mock(), Mock()
+    runner.put, runner.flag = lambda *event: events.append(event), lambda name: {}
+    runner.stack, runner.source, runner.gateway = Mock(), Mock(), Mock()
     runner._start_gateway = runner._start_feed = Mock()
     monkeypatch.setitem(MODES, "fake", lambda config: trainer)
     with pytest.raises(type(error)) as raised:
