@@ -34,7 +34,7 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
     run_dir = tmp_path_factory.mktemp("launch") / "run"
     broken = run_dir.parent / "no_evaluation.py"
     broken.write_text("import sys, time\nif 'evaluate' in sys.argv:\n    sys.exit(7)\ntime.sleep(1000)\n")
-    words = [*SMALL, "eval.before=true", "eval.after=true", "steps=3", "save_freq=2"]
+    words = [*SMALL, "eval.before=true", "eval.after=true", "eval.every=2", "steps=3", "save_freq=3"]
     words += [f"environments.other={{script: {broken}, startup_timeout: 1000}}"]
     with LaunchRun(words, run_dir=run_dir, env={"ATROPOS_API_TOKEN": TOKEN}) as run:
         observed = Observed(run, run_dir)
@@ -72,7 +72,7 @@ def test_files_with_keys_are_private(observed: Observed) -> None:
     assert url.startswith(f"http://run:{environment_token(TOKEN)}@127.0.0.1:")
 
 
-def test_the_policy_is_evaluated_before_and_after(observed: Observed) -> None:
+def test_the_policy_is_evaluated_before_between_steps_and_after(observed: Observed) -> None:
     progress = json.loads((observed.run_dir / "eval" / "progress.json").read_text())
     assert progress["running"] is None
     summary = summary_of(observed.run_dir)
@@ -82,6 +82,13 @@ def test_the_policy_is_evaluated_before_and_after(observed: Observed) -> None:
         assert progress["scores"][label] == {"demo": pytest.approx(score), "other": None}
         assert summary[f"held_out_{label}"] == pytest.approx(score)
         assert f"held-out mean reward {label} training: demo {score:.3f}, other unknown" in observed.run.stdout
+    metrics = json.loads((observed.run_dir / "eval" / "step_2" / "demo" / "metrics.json").read_text())
+    score = metrics["results"]["all"]["eval/mean_reward"]
+    assert summary["held_out_steps"] == {"2": pytest.approx(score)}
+    assert f"held-out mean reward at step 2: demo {score:.3f}, other unknown" in observed.run.stdout
+    lines = [line for line in observed.run.metrics() if "held_out/step" in line]
+    assert [(line["step"], line["held_out/step"]) for line in lines] == [(1, 0), (3, 2)]
+    assert lines[1]["held_out/demo/score"] == lines[1]["held_out/score"] == pytest.approx(score)
     before, after = summary["held_out_before"], summary["held_out_after"]
     assert f"held-out {before:.3f} → {after:.3f}" in observed.run.stdout
     assert 0.1 < before < 0.6, "the demo model before training, sampled: 0.29 is documented"

@@ -281,7 +281,11 @@ def summary_rows(summary: Mapping[str, Any], *, ascii_only: bool) -> list[tuple[
     if get("held_out_before") is not None or get("held_out_after") is not None:
         rows.append(("held-out", f"{decimal(get('held_out_before'))} {arrow} {decimal(get('held_out_after'))}"))
     if scores := get("held_out_steps"):
-        rows.append(("", ", ".join(f"{decimal(score)} at step {step}" for step, score in scores.items())))
+        known = {step: score for step, score in scores.items() if score is not None}
+        best = max(known, key=lambda step: known[step], default=None)
+        if best is not None:
+            curve = sparkline(list(known.values()), CURVE_WIDTH, ascii_only=ascii_only)
+            rows.append(("", f"{curve}  at {len(known)} steps, best {decimal(known[best])} at step {best}"))
     lines = (
         ("steps", (("", "steps"), ("policy version ", "policy_version"), ("weights synced ", "weights_synced"))),
         ("groups", (("used ", "groups_used"), ("dropped ", "groups_dropped"), ("quarantined ", "groups_quarantined"))),

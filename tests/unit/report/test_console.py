@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -258,3 +259,19 @@ def test_an_output_that_cannot_be_written_ends_nothing(tmp_path: Path, how: str)
     assert process.wait(timeout=60) == 0
     said = (tmp_path / "log").read_text()
     assert ("cannot be written any more" in said) == (how != "closed")
+
+
+def test_scores_between_steps_are_shown() -> None:
+    console, out = piped()
+    with ProgressReporter(60, console) as progress:
+        progress.summary({"held_out_before": 0.1, "held_out_steps": {"5": 0.5, "10": 0.75, "15": None}})
+    assert "  held-out    0.100 → -\n              ▁█  at 2 steps, best 0.750 at step 10\n" in out.getvalue()
+
+
+def test_the_live_table_has_a_curve_of_the_held_out_score() -> None:
+    console, out = piped(force_terminal=True)
+    with ProgressReporter(60, console) as progress:
+        first = report(1)
+        progress.step(replace(first, metrics={**first.metrics, "held_out/score": 0.25, "held_out/step": 0}))
+        progress.step(report(2))
+    assert "held-out ▄ 0.250" in out.getvalue()

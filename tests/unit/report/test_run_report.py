@@ -90,6 +90,19 @@ def test_the_page_shows_every_metric_and_escapes_what_models_wrote(tmp_path: Pat
     assert "<h3>reward</h3>" in page and "<h3>data/trained_tokens</h3>" in page
 
 
+def test_scores_stand_at_the_step_they_are_of(tmp_path: Path) -> None:
+    root = make_run(tmp_path / "run", [0.25, 0.5, 0.75])
+    path = root / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[2] |= {"held_out/score": 0.625, "held_out/step": 2}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = load_run(root)
+    assert data.series("held_out/score") == [(2, 0.625)]
+    assert data.summary["held_out_steps"] == {2: 0.625}
+    page = render_page([data])
+    assert "<h3>held-out score</h3>" in page and "held_out/step" not in page.split("<script")[0]
+
+
 def test_several_runs_share_each_chart_under_distinct_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = make_run(tmp_path / "x" / "run", [0.1, 0.2]), make_run(tmp_path / "y" / "run", [0.3, 0.9])
     target = tmp_path / "page.html"

@@ -1,0 +1,52 @@
+"""A whole run with ``mode=overlap`` that is evaluated while it trains: the ledger says which weights wrote what."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from support.runs import SMALL, TrainingRun, metrics_of, summary_of
+from transformers import AutoTokenizer
+
+from atropos_verl.assets import demo_model_path
+from atropos_verl.provenance.ledger import IDS, Ledger
+
+WORDS, SAMPLES = 24, 2
+PINNED, LAST = 8, 16
+
+
+def test_every_evaluated_token_is_of_one_version_while_training_goes_on(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    words = [*SMALL, "mode=overlap", f"steps={LAST}", f"eval.every={PINNED}", "eval.keep_best=true", "eval.after=true"]
+    words += [f'env.args=["--env.eval_words","{WORDS}","--env.eval_samples","{SAMPLES}"]']
+    words += ["save_freq=1", "trainer.max_ckpt_to_keep=1"]
+    with TrainingRun(words, run_dir=run_dir) as run:
+        run.must_end(0)
+    place = run_dir / "eval" / f"step_{PINNED}"
+    questions = {json.loads(line)["question"] for line in (place / "samples.jsonl").read_text().splitlines()}
+    assert len(questions) == WORDS
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
+    ledger = Ledger()
+    ledger.persist(run_dir / "ledger", LAST)
+    versions: Counter[int] = Counter()
+    pinned, trained = [], []
+    for record in ledger.newest(len(ledger)):
+        prompt = tokenizer.decode(np.frombuffer(record.prompt.ids, dtype=IDS).tolist())
+        if any(question in prompt for question in questions):
+            [(version, _)] = record.runs
+            versions[version] += 1
+            pinned += [record.order] * (version == PINNED)
+        else:
+            trained.append((record.order, max(version for version, _ in record.runs)))
+    ledger.close()
+    assert versions == {PINNED: WORDS * SAMPLES, LAST: WORDS * SAMPLES}
+    assert any(order < max(pinned) for order, version in trained if version > PINNED), "newer weights wrote meanwhile"
+    lines, summary = metrics_of(run_dir), summary_of(run_dir)
+    [score] = summary["held_out_steps"].values()
+    assert [(line["held_out/step"], line["held_out/score"]) for line in lines if "held_out/step" in line] in (
+        [],  # it ended after the last step
+        [(PINNED, score)],
+    )
+    best = LAST if summary["held_out_after"] >= score else PINNED
+    assert (run_dir / "checkpoints" / f"global_step_{best}").is_dir()
+    assert (run_dir / "checkpoints" / "best").resolve().name == f"global_step_{best}"
