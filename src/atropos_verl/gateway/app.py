@@ -140,7 +140,7 @@ def create_app(
         return _json_response(model_card())
 
     async def metrics(_: Request) -> Response:
-        return Response(service.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(service.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     gets = {"/health": health, "/v1/models": models, "/v1/models/{name:path}": model, "/metrics": metrics}
     posts: dict[str, Handler] = {

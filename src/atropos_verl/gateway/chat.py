@@ -6,14 +6,13 @@
     answer ◀── openai | responses | anthropic ── Message ◀── parsing ──────────────────────────┘
 """
 
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
 from atropos_verl.gateway.fields import Fields, Sampling
-from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
 
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 """Type of a content part → its field that holds the text."""
@@ -53,13 +52,19 @@ class ChatTurn:
     parallel_tool_calls: bool = True
     separates_reasoning: bool = False
     """The answer has what the policy thought in ``reasoning_content``; otherwise it stays in the content."""
+    response_schema: dict[str, Any] | None = None
+    """JSON schema of the content; it is enforced."""
     sampling: Sampling
-    stream: bool = False
     variables: Mapping[str, Any] = field(default_factory=dict)
     """Of the chat template, beside messages and tools; ``add_generation_prompt`` is one."""
     template: str | None = None
     """A client's own chat template; None: the model's."""
     add_special_tokens: bool = False
+
+    @property
+    def constrained(self) -> bool:
+        """Sampled from a masked distribution."""
+        return self.response_schema is not None or self.tool_choice not in ("auto", "none")
 
     @property
     def parses_calls(self) -> bool:
@@ -76,19 +81,6 @@ class Rendered:
     """It continues recorded tokens, which were sampled and not rendered again."""
     reason: str | None = None
     """The reason for which it does not, where a recorded chain was given."""
-
-
-class Conversation(Protocol):
-    """Where a turn's prompt and completions come from: the engine alone, or a session that records them."""
-
-    def render(self, turn: ChatTurn) -> Rendered:
-        """The prompt. Raises ``ApiError`` 400 naming the field. It is called in a worker thread."""
-
-    async def complete(self, turn: ChatTurn, request: GenerationRequest) -> list[Generation]:
-        """``request.n`` completions, recorded before this returns."""
-
-    def stream(self, turn: ChatTurn, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
-        """The same, token by token; a completion is recorded before its last delta."""
 
 
 def read_messages(fields: Fields, *, takes_parts: bool, knows_developer: bool) -> tuple[Message, ...]:
@@ -139,6 +131,65 @@ def read_messages(fields: Fields, *, takes_parts: bool, knows_developer: bool) -
 def join_parts(texts: list[str], *, takes_parts: bool) -> str | tuple[str, ...]:
     """The content that consists of ``texts``."""
     return tuple(texts) if takes_parts and len(texts) > 1 else "\n".join(texts)
+
+
+def read_tools(fields: Fields, function_of: Callable[[dict[str, Any]], Any]) -> tuple[dict[str, Any], ...]:
+    """The ``tools`` in the chat API's form; ``function_of`` finds the function in an item. Raises ``ApiError`` 400."""
+    tools = fields.raw("tools") or []
+    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise fields.error("tools", "expected a list of objects")
+    functions: dict[str, Any] = {}
+    for index, tool in enumerate(tools):
+        function = function_of(tool)
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name:
+            kind = str(tool.get("type", "function"))[:40]
+            text = f"item {index} ({kind}) must be a function with a 'name'; no other kind of tool is served"
+            raise fields.error("tools", text, "unsupported_field")
+        if name in functions:
+            raise fields.error("tools", f"item {index}: there are two tools of the name {name!r}")
+        if not isinstance(function.get("parameters") or {}, dict):
+            raise fields.error("tools", f"item {index}: 'parameters' must be a JSON schema, an object")
+        functions[name] = function
+    return tuple({"type": "function", "function": function} for function in functions.values())
+
+
+def read_tool_choice(
+    fields: Fields, tools: tuple[dict[str, Any], ...], function_of: Callable[[dict[str, Any]], Any]
+) -> str:
+    """``tool_choice`` as ``ChatTurn`` has it; ``function_of`` finds what has a name in an object. ``ApiError`` 400."""
+    choice = fields.raw("tool_choice")
+    if choice is None or choice in ("auto", "none"):
+        return choice or "auto"
+    function = function_of(choice) if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if choice != "required" and not isinstance(name, str):
+        text = "expected 'none', 'auto', 'required', or an object that names a function"
+        raise fields.error("tool_choice", text, "unsupported_field")
+    known = [tool["function"]["name"] for tool in tools]
+    if name is not None and name not in known:
+        raise fields.error("tool_choice", f"there is no tool {name[:100]!r} among the tools {known[:20]}")
+    if not known:
+        raise fields.error("tool_choice", "a call is required, but there are no tools")
+    return "required" if name is None else f"function {name}"
+
+
+def read_format(fields: Fields, name: str) -> dict[str, Any] | None:
+    """The JSON schema of the content that the field ``name`` asks for; None: any text. Raises ``ApiError`` 400."""
+    value = fields.get(name, dict[str, Any]())
+    kind = value.get("type", "text")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    holder = value.get("json_schema", value)
+    schema = holder.get("schema") if isinstance(holder, dict) else None
+    if kind != "json_schema":
+        text = f"the type {str(kind)[:40]!r} is not supported; send text, json_object or json_schema"
+        raise fields.error(name, text, "unsupported_field")
+    if not isinstance(schema, dict):
+        raise fields.error(name, "json_schema needs a 'schema', an object")
+    return schema
 
 
 def _calls(fields: Fields, index: int, calls: Any) -> Iterator[ToolCall]:

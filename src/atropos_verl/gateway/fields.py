@@ -11,7 +11,7 @@ import gc
 import itertools
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Self, TypeVar
 
@@ -268,8 +268,14 @@ class Sampling:
     """Keep the stop string (or stop token) in the text. Token ids always keep it."""
 
 
-def parse_sampling(fields: Fields, *, max_tokens_names: tuple[str, ...], max_tokens_default: int | None) -> Sampling:
-    """Read the shared sampling fields.
+def parse_sampling(
+    fields: Fields,
+    *,
+    max_tokens_names: tuple[str, ...],
+    max_tokens_default: int | None,
+    served: Collection[str] = (),
+) -> Sampling:
+    """Read the shared sampling fields. ``served``: those of them that other dialects refuse, and this one reads itself.
 
     ``max_tokens_names``: the dialect's names of the bound on new tokens, the first one given wins.
     ``max_tokens_default``: the dialect's own default (None: rest of the context). Raises ``ApiError`` 400.
@@ -280,8 +286,8 @@ def parse_sampling(fields: Fields, *, max_tokens_names: tuple[str, ...], max_tok
     best_of = fields.integer("best_of", None)
     if best_of is not None and best_of != n:
         raise fields.error("best_of", f"not supported ({best_of}); leave it out or send n ({n})", "unsupported_field")
-    fields.require_neutral(_REFUSED)
-    fields.ignore("parallel_tool_calls", *_HARMLESS_OPENAI, *_HARMLESS_NATIVE)
+    fields.require_neutral({name: neutral for name, neutral in _REFUSED.items() if name not in served})
+    fields.ignore(*_HARMLESS_OPENAI, *_HARMLESS_NATIVE)
     top_p = fields.number("top_p", 1.0, minimum=0.0, maximum=1.0)
     if top_p == 0.0:
         raise fields.error("top_p", "0.0 is out of range, allowed: above 0 and at most 1")

@@ -6,20 +6,23 @@ Extensions: ``top_k``, ``min_p``, ``stop_token_ids``, ``ignore_eos``, ``skip_spe
 """
 
 import time
-import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 import msgspec
 
-from atropos_verl.gateway.chat import ChatTurn
-from atropos_verl.gateway.fields import Fields, Sampling, parse_sampling
+from atropos_verl.gateway.chat import ChatTurn, Message, ToolCall, read_format, read_tool_choice, read_tools
+from atropos_verl.gateway.fields import Fields, parse_sampling
+from atropos_verl.gateway.parsing import Piece, ReplyReader
 from atropos_verl.gateway.service import Answer, GatewayService, finite_logprobs, policy_fields
-from atropos_verl.gateway.text import StreamText, render
+from atropos_verl.gateway.text import StreamText
 from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
 
+_MAX_ALTERNATIVES = 20
+"""As OpenAI's API allows."""
 _DEFAULT_COMPLETION_TOKENS = 16
 """``max_tokens`` of /v1/completions when absent: the documented default of that API, in vLLM too."""
 
@@ -37,24 +40,20 @@ class _Call:
         self.service = service
         self.chat = chat
         if chat:
-            names: tuple[str, ...] = ("max_completion_tokens", "max_tokens")
-            self.sampling = parse_sampling(fields, max_tokens_names=names, max_tokens_default=None)
+            self.turn = _read_turn(service, fields)
+            self.sampling = self.turn.sampling
             self.logprobs = fields.get("logprobs", False)
-            _refuse_alternatives(fields, "top_logprobs", maximum=0)
-            turn = _read_turn(service, fields, self.sampling)
-            prompts = [render(service.codec, turn).prompt_ids]
-            if "tools" in fields and fields.raw("tool_choice") != "none":
-                text = (
-                    "tools are in the prompt, but calls in an answer are not parsed: they stay text of message.content"
-                )
-                service.warn_once("tools", "/v1/chat/completions: %s", text)
+            alternatives = fields.integer("top_logprobs", 0, minimum=0, maximum=_MAX_ALTERNATIVES)
+            if alternatives and not self.logprobs:
+                raise fields.error("top_logprobs", "send logprobs = true with it")
         else:
             names, default = ("max_tokens",), _DEFAULT_COMPLETION_TOKENS
             self.sampling = parse_sampling(fields, max_tokens_names=names, max_tokens_default=default)
             self.logprobs = "logprobs" in fields
-            if _refuse_alternatives(fields, "logprobs", maximum=1):
-                text = "/v1/completions: logprobs=1 returns the sampled token's logprob only, no alternative"
-                service.warn_once("completions logprobs=1", text)
+            fields.ignore("parallel_tool_calls")
+            alternatives = fields.integer("logprobs", 0, minimum=0, maximum=_MAX_ALTERNATIVES)
+            if alternatives == 1:  # what clients send that want the sampled token's
+                alternatives = 0
             prompts, _ = service.codec.prompts(fields, "prompt")
         self.streamed = fields.get("stream", False)
         self.return_token_ids = fields.get("return_token_ids", False)
@@ -66,12 +65,15 @@ class _Call:
         fields.ignore("request_id")
         fields.require_neutral({"prompt_logprobs": ()})
         service.check_model(fields)
-        if self.streamed and len(prompts) != 1:
-            message = f"one prompt at a time can be streamed, not {len(prompts)}"
+        request_id = service.new_id("chatcmpl-" if chat else "cmpl-")
+        if chat:
+            self.requests = [service.request(self.turn, request_id)]
+        else:
+            self.requests = service.requests(self.sampling, prompts, param="prompt", name=request_id)
+        if self.streamed and len(self.requests) != 1:
+            message = f"one prompt at a time can be streamed, not {len(self.requests)}"
             raise fields.error("stream", message, "unsupported_field")
-        request_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        param = "messages" if chat else "prompt"
-        self.requests = service.requests(self.sampling, prompts, param=param, name=request_id)
+        self.requests = [replace(request, top_logprobs=alternatives) for request in self.requests]
         kind = "chat.completion.chunk" if self.streamed else "chat.completion"
         self.envelope = {
             "id": request_id,
@@ -99,14 +101,19 @@ class _Call:
         return msgspec.json.encode(answer)
 
     def _choice(self, index: int, request: GenerationRequest, generation: Generation) -> dict[str, Any]:
-        codec, sampling = self.service.codec, self.sampling
-        text, matched = codec.completion_text(generation.token_ids, generation.finish_reason, sampling)
-        is_asked_for = isinstance(matched, str) or matched in sampling.template.stop_token_ids
+        text, matched = self.service.codec.completion_text(
+            generation.token_ids, generation.finish_reason, self.sampling
+        )
+        is_asked_for = isinstance(matched, str) or matched in self.sampling.template.stop_token_ids
+        finish_reason: str = generation.finish_reason
+        if self.chat:
+            message = self.service.message(self.turn, request, generation, index)
+            finish_reason = "tool_calls" if message.tool_calls else finish_reason
         choice: dict[str, Any] = {
             "index": index,
-            **({"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}),
-            "logprobs": self._logprobs(generation.token_ids, generation.logprobs),
-            "finish_reason": generation.finish_reason,
+            **({"message": _message_form(message)} if self.chat else {"text": text}),
+            "logprobs": self._logprobs(generation.token_ids, generation.logprobs, generation.top_logprobs),
+            "finish_reason": finish_reason,
             # vLLM: the stop string or the stop token id the client asked for; null at the end-of-sequence token
             "stop_reason": matched if is_asked_for else None,
         }
@@ -125,45 +132,66 @@ class _Call:
         }
 
     def _logprobs(
-        self, token_ids: Sequence[int], logprobs: Sequence[float], first_offset: int = 0
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[float],
+        alternatives: Sequence[dict[int, float]],
+        first_offset: int = 0,
     ) -> dict[str, Any] | None:
         """None: not asked for. Chat: an entry per token. Completions: parallel lists, ``text_offset`` in characters."""
         if not self.logprobs:
             return None
-        tokens = self.service.codec.tokens(token_ids)
-        names = [f"token_id:{t}" for t in token_ids] if self.tokens_as_ids else [text for text, _ in tokens]
-        values = finite_logprobs(logprobs)
-        pairs = list(zip(names, values, strict=True))
+        best = [dict(zip(row, finite_logprobs(row.values()), strict=True)) for row in alternatives]
+        pairs = list(zip(token_ids, finite_logprobs(logprobs), strict=True))
         if self.chat:
-            entries = [{"token": name, "logprob": value, "top_logprobs": []} for name, value in pairs]
-            return {"content": [{**e, "bytes": list(sent)} for e, (_, sent) in zip(entries, tokens, strict=True)]}
+            tops = [[self._entry(*pair) for pair in row.items()] for row in best] or [[] for _ in pairs]
+            return {
+                "content": [{**self._entry(*pair), "top_logprobs": top} for pair, top in zip(pairs, tops, strict=True)]
+            }
+        names = [self._name(token_id) for token_id in token_ids]
         ends = list(accumulate(map(len, names), initial=first_offset))
+        # As vLLM, the sampled token is among them even where it is none of the best.
+        rows = [{**row, token: value} for row, (token, value) in zip(best or [{} for _ in pairs], pairs, strict=True)]
         return {
             "text_offset": ends[:-1],
             "tokens": names,
-            "token_logprobs": values,
-            "top_logprobs": [{name: value} for name, value in pairs],
+            "token_logprobs": [value for _, value in pairs],
+            "top_logprobs": [{self._name(token): value for token, value in row.items()} for row in rows],
         }
+
+    def _name(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self.tokens_as_ids else self.service.codec.tokens([token_id])[0][0]
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        sent = self.service.codec.tokens([token_id])[0][1]
+        return {"token": self._name(token_id), "logprob": logprob, "bytes": list(sent)}
 
     # -- server-sent events: one ``data: {...}`` line per piece, then ``data: [DONE]`` -------------------------------
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """The events of a call with one prompt. Closing the generator frees the slots."""
         [request] = self.requests
-        texts = [StreamText(self.service.codec, self.sampling) for _ in range(request.n)]
+        codec = self.service.codec
+        readers: list[ReplyReader] | list[StreamText] = (
+            [ReplyReader(codec, self.turn, request, index) for index in range(request.n)]
+            if self.chat
+            else [StreamText(codec, self.sampling) for _ in range(request.n)]
+        )
         offsets: dict[int, int] = {}
         completion_tokens = 0
         async with aclosing(self.service.stream(request)) as deltas:
             async for delta in deltas:
                 completion_tokens += len(delta.token_ids)
-                for chunk in self._chunks(texts[delta.index], offsets, delta):
+                for chunk in self._chunks(readers[delta.index], offsets, delta):
                     yield b"data: " + msgspec.json.encode(chunk) + b"\n\n"
         if self.include_usage:
             last = {**self.envelope, "choices": [], "usage": self._usage(completion_tokens)}
             yield b"data: " + msgspec.json.encode(last) + b"\n\n"
         yield b"data: [DONE]\n\n"
 
-    def _chunks(self, stream: StreamText, offsets: dict[int, int], delta: GenerationDelta) -> Iterator[dict[str, Any]]:
+    def _chunks(
+        self, reader: ReplyReader | StreamText, offsets: dict[int, int], delta: GenerationDelta
+    ) -> Iterator[dict[str, Any]]:
         """The chunks for one delta: the chat API announces the role before the first text.
 
         ``offsets``: characters of the tokens sent so far of each choice that has begun, for ``text_offset``.
@@ -176,17 +204,18 @@ class _Call:
             if self.return_token_ids:
                 head["prompt_token_ids"] = self.requests[0].prompt_token_ids
             yield head
-        text = stream.push(delta.token_ids, delta.finish_reason)
-        if not delta.token_ids and not text and delta.finish_reason is None:
+        read, finish_reason = reader.push(delta.token_ids, delta.finish_reason), delta.finish_reason
+        if not delta.token_ids and not read and finish_reason is None:
             return
-        logprobs = self._logprobs(delta.token_ids, delta.logprobs, offset)
+        logprobs = self._logprobs(delta.token_ids, delta.logprobs, delta.top_logprobs, offset)
         if logprobs is not None and not self.chat:
             offsets[delta.index] += sum(map(len, logprobs["tokens"]))
+        calls = reader.message.tool_calls if isinstance(reader, ReplyReader) else ()
         piece: dict[str, Any] = {
             "index": delta.index,
-            **({"delta": {"content": text}} if self.chat else {"text": text}),
+            **({"text": read} if isinstance(read, str) else {"delta": _delta_form(read, calls)}),
             "logprobs": logprobs,
-            "finish_reason": delta.finish_reason,
+            "finish_reason": "tool_calls" if finish_reason and calls else finish_reason,
         }
         if self.return_token_ids:
             piece["token_ids"] = delta.token_ids
@@ -195,20 +224,50 @@ class _Call:
         yield {**envelope, "choices": [piece], "policy_version": self.service.engine.policy_version}
 
 
-def _refuse_alternatives(fields: Fields, name: str, *, maximum: int) -> int:
-    """The engine reports the sampled token's logprob only; asking for alternatives is refused by name."""
-    count = fields.integer(name, 0, minimum=0)
-    if count > maximum:
-        message = f"this server returns the sampled token's logprob, no alternatives ({count}); send {maximum} at most"
-        raise fields.error(name, message, "unsupported_field")
-    return count
+def _message_form(message: Message) -> dict[str, Any]:
+    form: dict[str, Any] = {"role": "assistant", "content": message.content}
+    if message.reasoning_content is not None:
+        form["reasoning_content"] = message.reasoning_content
+    if message.tool_calls:
+        form |= {"content": message.content or None, "tool_calls": [_call_form(call) for call in message.tool_calls]}
+    return form
 
 
-def _read_turn(service: GatewayService, fields: Fields, sampling: Sampling) -> ChatTurn:
-    fields.require_neutral({"functions": ([],), "function_call": ("none",), "tool_choice": ("none", "auto")})
+def _call_form(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _delta_form(pieces: list[Piece], calls: tuple[ToolCall, ...]) -> dict[str, Any]:
+    """``calls``: of the completion so far, these included."""
+    said: dict[str, Any] = {"content": "".join(piece.text for piece in pieces if piece.kind == "content")}
+    if thought := "".join(piece.text for piece in pieces if piece.kind == "reasoning"):
+        said["reasoning_content"] = thought
+    if new := [piece.call for piece in pieces if piece.call is not None]:
+        first = len(calls) - len(new)
+        said["tool_calls"] = [{"index": first + k, **_call_form(call)} for k, call in enumerate(new)]
+    return said
+
+
+def _function(holder: dict[str, Any]) -> Any:
+    return holder.get("function") if holder.get("type", "function") == "function" else None
+
+
+def _read_turn(service: GatewayService, fields: Fields) -> ChatTurn:
+    names = ("max_completion_tokens", "max_tokens")
+    sampling = parse_sampling(fields, max_tokens_names=names, max_tokens_default=None, served=("response_format",))
+    fields.require_neutral({"functions": ([],), "function_call": ("none", "auto")})
     fields.require_neutral({"modalities": (["text"],), "audio": (), "continue_final_message": (False,)})
-    tools = fields.raw("tools") or []
-    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise fields.error("tools", "expected a list of objects")
+    tools = read_tools(
+        fields, lambda tool: tool.get("function") if tool.get("type", "function") == "function" else None
+    )
     template = service.codec.template
-    return template.turn(fields, template.messages(fields), tools=tuple(tools), sampling=sampling)
+    return template.turn(
+        fields,
+        template.messages(fields),
+        tools=tools,
+        tool_choice=read_tool_choice(fields, tools, _function),
+        parallel_tool_calls=fields.get("parallel_tool_calls", True),
+        separates_reasoning=fields.get("separate_reasoning", bool(tools)),
+        response_schema=read_format(fields, "response_format"),
+        sampling=sampling,
+    )

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, nullcontext
@@ -18,8 +19,10 @@ from prometheus_client.registry import Collector
 from atropos_verl.engine.gate import RequestGate
 from atropos_verl.engine.protocol import GenerationEngine
 from atropos_verl.errors import EngineError
+from atropos_verl.gateway.chat import ChatTurn, Message, Rendered
 from atropos_verl.gateway.fields import ApiError, Fields, Sampling
-from atropos_verl.gateway.text import TextCodec
+from atropos_verl.gateway.parsing import constraint_of, read_reply
+from atropos_verl.gateway.text import TextCodec, render
 from atropos_verl.http_thread import SameLines, printable
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
@@ -56,7 +59,7 @@ class GatewayService(Collector):
     _warned: set[str] = field(default_factory=set)
     _refusals: SameLines = field(default_factory=SameLines)
 
-    def render(self) -> bytes:
+    def exposition(self) -> bytes:
         """The figures of ``collect`` alone, in the Prometheus text format."""
         return generate_latest(self)
 
@@ -177,6 +180,29 @@ class GatewayService(Collector):
             text = f"max_tokens: {text} in one request; lower it, n, or the number of prompts"
             raise ApiError(400, text, param="max_tokens")
         return made
+
+    def new_id(self, prefix: str) -> str:
+        """A new id of something in the answer."""
+        return f"{prefix}{uuid.uuid4().hex}"
+
+    def render(self, turn: ChatTurn) -> Rendered:
+        """The prompt of a turn, in a worker thread. Raises ``ApiError`` 400 naming the field."""
+        return render(self.codec, turn)
+
+    def request(self, turn: ChatTurn, name: str, param: str = "messages") -> GenerationRequest:
+        """The engine's request for a turn, in a worker thread. Raises ``ApiError`` 400 naming the field."""
+        prompt_ids = self.render(turn).prompt_ids
+        constraint = constraint_of(self.codec, turn, prompt_ids)
+        [request] = self.requests(turn.sampling, [prompt_ids], param=param, name=name)
+        return replace(request, constraint=constraint)
+
+    def message(self, turn: ChatTurn, request: GenerationRequest, generation: Generation, index: int = 0) -> Message:
+        """The message that the answer of a turn holds, in completion ``index`` of its request."""
+        return read_reply(self.codec, turn, request, generation, index)
+
+    def messages_of(self, answer_id: str) -> list[Message] | None:
+        """The conversation that ended with the answer of this id; None: not kept."""
+        return None
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Generation]]:
         """``requests[i].n`` completions of each request. Cancelling frees every slot they hold.

@@ -62,9 +62,14 @@ class ChatTemplate:
 
     def prompt(self, turn: ChatTurn) -> str:
         """The prompt text of a turn. Raises ``ApiError`` 400."""
-        messages = [template_form(message) for message in turn.messages]
+        template, said = turn.template, list(turn.messages)
+        source = self.source if template is None else template
+        if "tool_calls" not in source:
+            said = [_with_calls_as_text(message) for message in said]
+        if turn.parses_calls and "tools" not in source:
+            said = _with_preamble(said, turn)
+        messages = [template_form(message) for message in said]
         options = {**turn.variables, **({"tools": list(turn.tools)} if turn.tools else {})}
-        template = turn.template
         try:
             if template is None:
                 with _stopped_after(_SECONDS):
@@ -105,9 +110,57 @@ class ChatTemplate:
             return False
         return "probe" in text and not any(shown in text for shown in ("'probe'", '"probe"'))
 
-    @cached_property
+    @property
+    def source(self) -> str:
+        """The text of the model's own template."""
+        return str(self._tokenizer.chat_template)
+
+    @property
+    def writes_calls_in_tags(self) -> bool:
+        """Calls are JSON in ``<tool_call>``: as Hermes and Qwen have them, and where the preamble is ours."""
+        return "tools" not in self.source or "<args-json-object>" in self.source
+
+    @property
     def _knows_developer(self) -> bool:
-        return "developer" in str(self._tokenizer.chat_template)
+        return "developer" in self.source
+
+
+def _with_preamble(messages: list[Message], turn: ChatTurn) -> list[Message]:
+    """The tools as text of the system message, for templates that know none; models know the form from Hermes and Qwen.
+
+    What tools answer is then a user's text in ``<tool_response>``, answers one after the other in one message.
+    """
+    tools = "\n".join(msgspec.json.encode(tool["function"]).decode() for tool in turn.tools)
+    preamble = f"You may call tools:\n<tools>\n{tools}\n</tools>\nA call of a tool is\n"
+    preamble += '<tool_call>\n{"name": NAME, "arguments": {...}}\n</tool_call>'
+    result = [] if messages[0].role == "system" else [Message(role="system", content=preamble)]
+    before = ""
+    for message in messages:
+        content = message.content if isinstance(message.content, str) else "\n".join(message.content)
+        if message.role == "tool":
+            content = f"<tool_response>\n{content}\n</tool_response>"
+            if before == "tool":
+                content = f"{result.pop().content}\n{content}"
+            result.append(Message(role="user", content=content))
+        elif not result:
+            result.append(msgspec.structs.replace(message, content=f"{content}\n\n{preamble}" if content else preamble))
+        else:
+            result.append(message)
+        before = message.role
+    return result
+
+
+def _with_calls_as_text(message: Message) -> Message:
+    """The calls of a message as the policy wrote them, for templates that do not know ``tool_calls``."""
+    if not message.tool_calls:
+        return message
+    names = [msgspec.json.encode(call.name).decode() for call in message.tool_calls]
+    calls = [
+        f'<tool_call>\n{{"name": {name}, "arguments": {call.arguments}}}\n</tool_call>'
+        for name, call in zip(names, message.tool_calls, strict=True)
+    ]
+    content = message.content if isinstance(message.content, str) else "\n".join(message.content)
+    return msgspec.structs.replace(message, content="\n".join([content, *calls] if content else calls), tool_calls=())
 
 
 @cache

@@ -1,6 +1,8 @@
 """Text ⇄ tokens for the gateway: prompts, completions, and completions that are still being written."""
 
+import logging
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 from atropos_verl.engine.constraints import token_text
@@ -8,6 +10,8 @@ from atropos_verl.gateway.chat import ChatTurn, Rendered
 from atropos_verl.gateway.fields import ApiError, Fields, Sampling
 from atropos_verl.gateway.templates import ChatTemplate
 from atropos_verl.types import FinishReason
+
+logger = logging.getLogger(__name__)
 
 _MAX_PROMPTS = 1024
 _REPLACEMENT = "\ufffd"
@@ -28,13 +32,31 @@ class TextCodec:
     """A Hugging Face tokenizer as the gateway uses it. ``eos_token_ids``: at these the engine ends a completion."""
 
     def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int], *, allows_client_templates: bool = False) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._eos_ids = eos_token_ids
         self._tokens: dict[int, tuple[str, bytes]] = {}
         self.template = ChatTemplate(tokenizer, allows_clients=allows_client_templates)
 
+    @cached_property
+    def renderer(self) -> Any:
+        """The library's renderer of the model; None: it does not know it, or its calls are JSON in ``<tool_call>``."""
+        if self.template.writes_calls_in_tags:
+            return None
+        from renderers.base import MODEL_RENDERER_MAP, create_renderer
+        from renderers.configs import config_from_name
+
+        parts = str(getattr(self.tokenizer, "name_or_path", "")).rstrip("/").split("/")
+        # A path names the model as well: .../Qwen3.5-4B, and the cache's .../models--Qwen--Qwen3.5-4B/snapshots/0a1b2c.
+        names = {parts[-1], *(part.split("--")[-1] for part in parts if part.startswith("models--"))}
+        kinds = {kind for known, kind in MODEL_RENDERER_MAP.items() if known.split("/")[-1] in names}
+        if len(kinds) == 1:
+            return create_renderer(self.tokenizer, config_from_name(kinds.pop()))
+        text = "the format of this model's tool calls is not known (%s); <tool_call>{JSON}</tool_call> is looked for"
+        logger.warning(text, "/".join(parts))
+        return None
+
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def prompts(
         self, fields: Fields, name: str, *, texts: bool = True, ids: bool = True
@@ -58,12 +80,12 @@ class TextCodec:
         return found, listed
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     def tokens(self, token_ids: Iterable[int]) -> list[tuple[str, bytes]]:
         """Text and bytes of each token alone, special tokens shown. A part of a character shows as U+FFFD."""
         known, ids = self._tokens, list(token_ids)
-        known.update((token_id, token_text(self._tokenizer, token_id)) for token_id in ids if token_id not in known)
+        known.update((token_id, token_text(self.tokenizer, token_id)) for token_id in ids if token_id not in known)
         return [known[token_id] for token_id in ids]
 
     def completion_text(

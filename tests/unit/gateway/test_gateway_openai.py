@@ -226,20 +226,25 @@ REFUSED: dict[str, list[Any]] = {
     "spaces_between_special_tokens": [False],
     "seed": ["x"],
     "stream": ["yes"],
-    "logprobs": [5],
+    "logprobs": [21],
     "prompt": [[], [[]], [1, "a"], {"a": 1}],
     "stream_options": [3],
 }
 CHAT_REFUSED: dict[str, list[Any]] = {
     "top_logprobs": [5],
     "messages": [[], ["hi"], *([{"role": "user", "content": bad}] for bad in (3, [{"type": "image_url"}]))],
-    "tool_choice": ["required"],
+    "tool_choice": ["required", {"type": "function", "function": "f"}, {"type": "allowed_tools"}, 3],
+    "response_format": [{"type": "grammar"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": 3}, 3],
     "functions": [[{"name": "f"}]],
     "chat_template_kwargs": [
         *({name: 1} for name in ("tokenize", "self", "messages", "tools", "add_generation_prompt", "chat_template")),
         *({name: 1} for name in ("conversation", "conversations", "documents", "tokenizer_kwargs", "return_dict")),
     ],
-    "tools": ["f", ["f"]],
+    "tools": [
+        *("f", ["f"], [{"type": "function"}], [{"type": "web_search"}], [{"type": "custom", "custom": {"name": "f"}}]),
+        *([{"function": {"name": "f"}}] * 2, [{"function": {"name": "f", "parameters": [1]}}]),
+    ],
+    "parallel_tool_calls": ["yes"],
     "prompt_template": ["x"],
     "continue_final_message": [True],
 }

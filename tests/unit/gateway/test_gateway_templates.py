@@ -21,7 +21,8 @@ def prompt(template: str, *messages: dict[str, Any], allows_clients: bool = Fals
     own = ChatTemplate(tokenizer, allows_clients=allows_clients)
     fields = Fields({"messages": list(messages), **body})
     sampling = parse_sampling(fields, max_tokens_names=("max_tokens",), max_tokens_default=None)
-    return own.prompt(own.turn(fields, own.messages(fields), sampling=sampling))
+    tools, choice = tuple(body.get("tools", ())), body.get("tool_choice", "auto")
+    return own.prompt(own.turn(fields, own.messages(fields), sampling=sampling, tools=tools, tool_choice=choice))
 
 
 def calling(arguments: Any) -> dict[str, Any]:
@@ -143,3 +144,23 @@ def test_the_process_of_a_clients_template_gets_no_variable_that_it_does_not_nee
         prompt("", {"role": "user", "content": "x"}, allows_clients=True, chat_template="y")
     assert {name for name, value in given.items() if value == "x"} == {"PYTHONPATH", "HF_HOME", "LC_ALL"}
     assert "PATH" in given
+
+
+TOOLS = [{"type": "function", "function": {"name": "w", "parameters": {"type": "object"}}}]
+
+
+def test_tools_are_text_for_a_template_that_knows_none() -> None:
+    chatml = EACH + "[{{ m.role }}|{{ m.content }}]{% endfor %}"
+    asked: dict[str, Any] = {"role": "user", "content": "q"}
+    answers = [{"role": "tool", "tool_call_id": f"c{k}", "content": f"r{k}"} for k in (1, 2)]
+    said = [{"role": "system", "content": "Be brief."}, asked, calling({"arguments": '{"x":  1}'}), *answers]
+    text = prompt(chatml, *said, tools=TOOLS)
+    assert text.startswith('[system|Be brief.\n\nYou may call tools:\n<tools>\n{"name":"w",')
+    call = '[assistant|<tool_call>\n{"name": "w", "arguments": {"x":  1}}\n</tool_call>]'
+    results = "[user|<tool_response>\nr1\n</tool_response>\n<tool_response>\nr2\n</tool_response>]"
+    assert text.endswith(f"</tool_call>][user|q]{call}{results}")
+    assert prompt(chatml, asked, tools=TOOLS).startswith("[system|You may call tools:")
+    # Without calls nothing changes; what an assistant called before is never lost.
+    assert prompt(chatml, asked, tools=TOOLS, tool_choice="none") == "[user|q]"
+    assert prompt(chatml, asked, calling({"arguments": "{}"}), answers[0]).endswith("</tool_call>][tool|r1]")
+    assert prompt(EACH + "{{ tools[0].function.name }}{% endfor %}", asked, tools=TOOLS) == "w"

@@ -1,0 +1,273 @@
+"""What the policy wrote → content, reasoning and tool calls; and the grammar of a completion that must be a call.
+
+Formats: tags (``<think>…</think>``, ``<tool_call>{"name", "arguments"}</tool_call>``: Hermes, Qwen and most of their
+heirs, and every model whose template knows no tools), read as they are written; and those that the library
+``renderers`` knows (GLM, Kimi, gpt-oss, …), read when the completion has ended.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+from atropos_verl.gateway.chat import ChatTurn, Message, ToolCall
+from atropos_verl.gateway.fields import ApiError
+from atropos_verl.gateway.text import StreamText, TextCodec, cut_at_stop
+from atropos_verl.types import Constraint, FinishReason, Generation, GenerationRequest
+
+_THINK, _END_THINK = "<think>", "</think>"
+_CALL, _END_CALL = "<tool_call>", "</tool_call>"
+_PROMPT_TAIL = 16
+"""Tokens at the end of a prompt in which it may open the reasoning."""
+_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""Of constrained JSON: as Python writes it. With free whitespace a weak policy writes whitespace for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of an answer: some text of its content or reasoning, or a whole call."""
+
+    kind: Literal["content", "reasoning", "call"]
+    text: str = ""
+    call: ToolCall | None = None
+
+
+class _Written(msgspec.Struct):
+    name: str
+    arguments: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+class ReplyReader:
+    """The message that one completion holds, piece by piece as its tokens arrive."""
+
+    def __init__(self, codec: TextCodec, turn: ChatTurn, request: GenerationRequest, index: int = 0) -> None:
+        self._text = StreamText(codec, turn.sampling)
+        self._turn = turn
+        self._ids: list[int] = []
+        # Of the answer's id and the place in it: an answer that is sent again has the same ids.
+        self._call_id = f"call_{re.split('[-_]', request.request_id, maxsplit=1)[-1]}-{index}"
+        self._renderer = codec.renderer if turn.parses_calls or turn.separates_reasoning else None
+        self._prompt_ids = request.prompt_token_ids
+        self._tags: _Tags | None = None
+        if self._renderer is None and (turn.parses_calls or turn.separates_reasoning):
+            self._tags = _Tags(calls=turn.parses_calls, opened=opens_reasoning(codec, request.prompt_token_ids))
+        self.message = Message(role="assistant")
+        """What was read so far."""
+
+    def push(self, token_ids: Sequence[int], finish_reason: FinishReason | None) -> list[Piece]:
+        """The pieces that ``token_ids`` complete; with a finish reason, all that was held back too."""
+        text = self._text.push(token_ids, finish_reason)
+        if self._renderer is not None:
+            self._ids += token_ids
+            pieces = self._read_by_renderer() if finish_reason is not None else []
+        elif self._tags is not None:
+            pieces = list(self._tags.push(text, ended=finish_reason is not None))
+        else:
+            pieces = [Piece("content", text)] if text else []
+        return [self._add(piece) for piece in pieces if self._is_wanted(piece)]
+
+    def _is_wanted(self, piece: Piece) -> bool:
+        several = self._turn.parallel_tool_calls or not self.message.tool_calls
+        return several if piece.kind == "call" else bool(piece.text)
+
+    def _add(self, piece: Piece) -> Piece:
+        said = self.message
+        if piece.kind == "content":
+            self.message = msgspec.structs.replace(said, content=f"{said.content}{piece.text}")
+        elif piece.kind == "reasoning":
+            thought = (said.reasoning_content or "") + piece.text
+            self.message = msgspec.structs.replace(said, reasoning_content=thought)
+        elif piece.call is not None:
+            call = piece.call
+            if not call.id:
+                call = msgspec.structs.replace(call, id=f"{self._call_id}-{len(said.tool_calls)}")
+            piece = Piece("call", call=call)
+            self.message = msgspec.structs.replace(said, tool_calls=(*said.tool_calls, call))
+        return piece
+
+    def _read_by_renderer(self) -> Iterator[Piece]:
+        assert self._renderer is not None
+        tools = list(self._turn.tools) or None
+        parsed = self._renderer.parse_response(self._ids, tools=tools, prompt_ids=list(self._prompt_ids))
+        content, _ = cut_at_stop(parsed.content, self._turn.sampling.template.stop, include_stop=False)
+        yield Piece("reasoning", parsed.reasoning_content or "")
+        calls = parsed.tool_calls if self._turn.parses_calls else []
+        # Text of a call that cannot be read is what the policy said, and stays in the content.
+        yield Piece("content", content + "".join(call.raw for call in parsed.tool_calls if not _is_read(call, calls)))
+        for call in calls:
+            if _is_read(call, calls):
+                arguments = call.arguments if isinstance(call.arguments, str) else json.dumps(call.arguments or {})
+                yield Piece("call", call=ToolCall(id="", name=call.name, arguments=arguments))
+
+
+def _is_read(call: Any, calls: list[Any]) -> bool:
+    return bool(calls and call.status == "ok" and call.name)
+
+
+def read_reply(
+    codec: TextCodec, turn: ChatTurn, request: GenerationRequest, generation: Generation, index: int = 0
+) -> Message:
+    """The message of a whole completion, equal to what a ``ReplyReader`` gave of its tokens."""
+    reader = ReplyReader(codec, turn, request, index)
+    reader.push(generation.token_ids, generation.finish_reason)
+    return reader.message
+
+
+class _Tags:
+    """Splits text at the tags. Whitespace between its parts belongs to none of them."""
+
+    def __init__(self, *, calls: bool, opened: bool) -> None:
+        self._calls = calls
+        self._held = ""
+        self._state: Literal["begin", "reasoning", "content", "call"] = "reasoning" if opened else "begin"
+        self._strips = opened
+        """Whitespace comes next that belongs to nothing."""
+        self._tried = 0
+
+    def push(self, text: str, *, ended: bool) -> Iterator[Piece]:
+        self._held += text
+        while self._held:
+            if self._strips:
+                self._held = self._held.lstrip()
+                self._strips = not self._held
+            before = self._held, self._state
+            yield from getattr(self, f"_in_{self._state}")(ended)
+            if (self._held, self._state) == before:
+                return
+
+    def _in_begin(self, ended: bool) -> Iterator[Piece]:
+        text = self._held.lstrip()
+        if text.startswith(_THINK):
+            self._held, self._state, self._strips = text.removeprefix(_THINK), "reasoning", True
+        elif ended or not _THINK.startswith(text):
+            self._state = "content"
+        yield from ()
+
+    def _in_reasoning(self, ended: bool) -> Iterator[Piece]:
+        thought, end, rest = self._held.partition(_END_THINK)
+        if end:
+            yield Piece("reasoning", thought.rstrip())
+            self._held, self._state, self._strips = rest, "content", True
+        else:
+            yield from self._shown("reasoning", _END_THINK, ended)
+
+    def _in_content(self, ended: bool) -> Iterator[Piece]:
+        at = self._held.find(_CALL) if self._calls else -1
+        if at >= 0:
+            yield Piece("content", self._held[:at].rstrip())
+            self._held, self._state, self._tried = self._held[at:], "call", 0
+        else:
+            yield from self._shown("content", _CALL if self._calls else "", ended)
+
+    def _shown(self, kind: Literal["content", "reasoning"], tag: str, ended: bool) -> Iterator[Piece]:
+        """All but what may be the beginning of ``tag``, and whitespace in front of it."""
+        text = self._held
+        end = len(text)
+        if tag and not ended:
+            part = next((k for k in range(min(len(tag) - 1, end), 0, -1) if text.endswith(tag[:k])), 0)
+            end = len(text[: end - part].rstrip())
+        if end:
+            yield Piece(kind, text[:end].rstrip() if ended and kind == "reasoning" else text[:end])
+        self._held = text[end:]
+
+    def _in_call(self, ended: bool) -> Iterator[Piece]:
+        # A closing tag may stand in a string of the arguments: the call ends at the first one before which JSON ends.
+        ends = (at for at in _places(self._held, _END_CALL, self._tried))
+        for at in ends:
+            self._tried = at + 1
+            if (call := _written_call(self._held[len(_CALL) : at])) is not None:
+                yield Piece("call", call=call)
+                self._held, self._state, self._strips = self._held[at + len(_END_CALL) :], "content", True
+                return
+        if ended:
+            if (call := _written_call(self._held.removeprefix(_CALL))) is not None:  # its end was the stop string
+                yield Piece("call", call=call)
+                self._held = ""
+                return
+            at = self._held.find(_END_CALL)
+            end = len(self._held) if at < 0 else at + len(_END_CALL)
+            yield Piece("content", self._held[:end])  # what cannot be read is what the policy said
+            self._held, self._state = self._held[end:], "content"
+
+
+def _places(text: str, part: str, start: int) -> Iterator[int]:
+    while (start := text.find(part, start)) >= 0:
+        yield start
+        start += 1
+
+
+def _written_call(text: str) -> ToolCall | None:
+    """The call that is written in ``text``, its arguments letter by letter; None: it is none."""
+    try:
+        written = msgspec.json.decode(text, type=_Written)
+        arguments = bytes(written.arguments).decode()
+        if arguments.startswith('"'):
+            arguments = msgspec.json.decode(arguments, type=str)
+    except (ValueError, RecursionError):
+        return None
+    return ToolCall(id="", name=written.name, arguments=arguments) if written.name else None
+
+
+# -- grammars --------------------------------------------------------------------------------------------------------
+
+
+def opens_reasoning(codec: TextCodec, prompt_ids: Sequence[int]) -> bool:
+    """The prompt ends inside of the policy's reasoning."""
+    tail = codec.decode(prompt_ids[-_PROMPT_TAIL:], skip_special_tokens=False)
+    return tail.rstrip().endswith(_THINK)
+
+
+def constraint_of(codec: TextCodec, turn: ChatTurn, prompt_ids: Sequence[int]) -> Constraint | None:
+    """The grammar that ``turn`` asks for. Raises ``ApiError`` 400 where the model's format of calls has none."""
+    calls_only = turn.tool_choice not in ("auto", "none")
+    if turn.response_schema is None and not calls_only:
+        return None
+    bodies, rules, param = [], list[str](), "response_format"
+    if turn.response_schema is not None and not calls_only:
+        bodies.append("value")
+        rules.append(f"value: %json {_json(turn.response_schema)}")
+    if turn.parses_calls:
+        if codec.renderer is not None:
+            text = "calls in the format of this model cannot be enforced; leave it out, or send 'auto'"
+            raise ApiError(400, f"tool_choice: {text}", param="tool_choice", code="unsupported_field")
+        param = "tools" if calls_only else param
+        bodies.append('call ("\\n" call)*' if turn.parallel_tool_calls else "call")
+        rules += _call_rules(codec, turn)
+    schema = turn.response_schema if bodies == ["value"] else None
+    start = " | ".join(bodies)
+    thought, rule = "thought", r"thought[lazy]: /(?s:.*)<\/think>/"
+    if _tag(codec, _END_THINK) == _END_THINK:
+        thought, rule = f"thought {_END_THINK}", "thought: /(?s:.*)/"
+    if opens_reasoning(codec, prompt_ids):
+        start, schema = f"{thought} /\\s*/ ({start})", None
+    elif _THINK in codec.template.source:
+        start, schema = f"({_tag(codec, _THINK)} {thought} /\\s*/)? ({start})", None
+    if start.count("thought"):
+        rules.append(rule)
+    grammar = "\n".join([f"start: {start}", *rules])
+    return Constraint(grammar=grammar, json_schema=None if schema is None else json.dumps(schema), param=param)
+
+
+def _call_rules(codec: TextCodec, turn: ChatTurn) -> Iterator[str]:
+    functions = [tool["function"] for tool in turn.tools]
+    chosen = turn.tool_choice.removeprefix("function ")
+    if chosen != turn.tool_choice:
+        functions = [function for function in functions if function["name"] == chosen]
+    names = [f"call_{number}" for number in range(len(functions))]
+    yield f'call: {_tag(codec, _CALL)} "\\n" ({" | ".join(names)}) "\\n" {_tag(codec, _END_CALL)}'
+    for rule, function in zip(names, functions, strict=True):
+        head = json.dumps(f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "arguments": ')
+        yield f'{rule}: {head} arguments_{rule} "}}"'
+        yield f"arguments_{rule}: %json {_json(function.get('parameters') or {'type': 'object'})}"
+
+
+def _json(schema: dict[str, Any]) -> str:
+    return json.dumps({**schema, "x-guidance": _JSON_STYLE})
+
+
+def _tag(codec: TextCodec, tag: str) -> str:
+    """``tag`` in a grammar: a token of its own where the vocabulary has one."""
+    return tag if tag in codec.tokenizer.get_added_vocab() else json.dumps(tag)
