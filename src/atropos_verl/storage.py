@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import islice
 from pathlib import Path
-from typing import Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import psutil
 import xxhash
@@ -40,6 +40,16 @@ _Row: TypeAlias = tuple[str, Key, bytes | None, int]
 """Table, key, value (None: no such row) and checksum."""
 _Job: TypeAlias = tuple[Sequence[Change] | None, Future[None]]
 """Changes to store (None: accept changes again), and what is told when that is done."""
+
+
+class _Fetch(NamedTuple):
+    """Rows to be read by the thread that writes: those of ``table`` with keys from ``first`` to ``last``."""
+
+    table: str
+    first: Key
+    last: Key
+    done: "Future[list[tuple[Key, bytes]]]"
+
 
 _VERSION: Final = 2
 _PAGE_BYTES: Final = 4096
@@ -196,7 +206,7 @@ class RecordStore:
         self._paths = (path, path.with_name(f"{path.stem}-copy{path.suffix}"))
         self._tables = tables
         self._owner, self._fsync, self._large = owner, fsync, large
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job | _Fetch | None] = queue.SimpleQueue()
         """None: the store is closed."""
         self._failure: StorageWriteError | None = None
         self._sync_failure: str | None = None
@@ -277,6 +287,14 @@ class RecordStore:
         last ``recover``.
         """
         return self._submit(changes)
+
+    def fetch(self, table: str, first: Key, last: Key) -> "Future[list[tuple[Key, bytes]]]":
+        """Rows with keys from ``first`` to ``last``, in order, after the writes so far. At any time, from any thread; not
+        for the large table. The future raises ``StorageWriteError`` after ``close``, and ``StorageDamagedError``."""
+        done: Future[list[tuple[Key, bytes]]] = Future()
+        done.set_running_or_notify_cancel()
+        self._put(_Fetch(table, first, last, done), done)
+        return done
 
     def recover(self) -> None:
         """Wait for the writes so far, then accept writes again after one was refused."""
@@ -466,25 +484,34 @@ class RecordStore:
     def _submit(self, changes: Sequence[Change] | None) -> Future[None]:
         done: Future[None] = Future()
         done.set_running_or_notify_cancel()  # a caller that is cancelled does not undo a write
+        self._put((changes, done), done)
+        return done
+
+    def _put(self, job: "_Job | _Fetch", done: Future[Any]) -> None:
         with self._closing:  # nothing is put behind the end of the queue, where nobody would take it
             if self._closed:
                 done.set_exception(StorageWriteError(f"{self.path} is closed"))
             else:
-                self._jobs.put((changes, done))
-        return done
+                self._jobs.put(job)
 
     def _run(self) -> None:
         closing = False
         while not closing:
             group: list[_Job] = []
+            fetches: list[_Fetch] = []
             with contextlib.suppress(queue.Empty):
                 job = self._jobs.get(timeout=_IDLE_SECONDS)
                 while job is not None:
-                    group.append(job)
+                    if isinstance(job, _Fetch):
+                        fetches.append(job)
+                    else:
+                        group.append(job)
                     job = self._jobs.get_nowait()
                 closing = True
             try:
                 self._process(group)
+                for fetch in fetches:
+                    self._fetch(fetch)
                 if self._unmoved_bytes > (_CHECKPOINT_BYTES if group else _IDLE_CHECKPOINT_BYTES):
                     self._move_wals()
                 if self._bodies is not None and not group:
@@ -492,9 +519,17 @@ class RecordStore:
             except Exception as error:  # a thread that ends would leave every later caller waiting
                 logger.exception("%s: its writer failed", self.path)
                 self._sync_failure = f"{self.path}: its writer failed ({error!r}); nothing is stored until a restart"
-                for _, done in group:
+                for _, done in (*group, *((None, fetch.done) for fetch in fetches)):
                     if not done.done():
                         done.set_exception(StorageWriteError(self._sync_failure))
+
+    def _fetch(self, fetch: _Fetch) -> None:
+        try:
+            text = f"SELECT key, value FROM {fetch.table} WHERE key BETWEEN ? AND ? ORDER BY key"
+            fetch.done.set_result(self._db.execute(text, (fetch.first, fetch.last)).fetchall())
+        except sqlite3.DatabaseError as error:
+            text = f"{self.path} cannot be read any more ({error}); restart to repair it"
+            fetch.done.set_exception(StorageDamagedError(text))
 
     def _process(self, group: list[_Job]) -> None:
         together = [change for changes, _ in group for change in changes or ()]
