@@ -289,8 +289,8 @@ class RecordStore:
         return self._submit(changes)
 
     def fetch(self, table: str, first: Key, last: Key) -> "Future[list[tuple[Key, bytes]]]":
-        """Rows with keys from ``first`` to ``last``, in order, after the writes so far. At any time, from any thread; not
-        for the large table. The future raises ``StorageWriteError`` after ``close``, and ``StorageDamagedError``."""
+        """Rows with keys from ``first`` to ``last``, in order, after the writes so far; at any time, from any thread.
+        Not for the large table. The future raises ``StorageWriteError`` after ``close``, ``StorageDamagedError``."""
         done: Future[list[tuple[Key, bytes]]] = Future()
         done.set_running_or_notify_cancel()
         self._put(_Fetch(table, first, last, done), done)
@@ -519,7 +519,8 @@ class RecordStore:
             except Exception as error:  # a thread that ends would leave every later caller waiting
                 logger.exception("%s: its writer failed", self.path)
                 self._sync_failure = f"{self.path}: its writer failed ({error!r}); nothing is stored until a restart"
-                for _, done in (*group, *((None, fetch.done) for fetch in fetches)):
+                waiting: list[Future[Any]] = [*(done for _, done in group), *(fetch.done for fetch in fetches)]
+                for done in waiting:
                     if not done.done():
                         done.set_exception(StorageWriteError(self._sync_failure))
 

@@ -511,3 +511,15 @@ def test_a_store_that_was_emptied_gives_its_room_back(tmp_path: Path, monkeypatc
     eventually(lambda: (tmp_path / "store.bodies").stat().st_size == 100_000, "the file is short again")
     assert [key for key, _ in store.read("bodies")] == [0]
     store.close()
+
+
+def test_rows_are_fetched_at_any_time(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path / "a.sqlite", {"t": int}, owner="test")
+    for key in range(5):
+        store.write([("t", key, b"%d" % key)])
+    assert store.fetch("t", 1, 3).result() == [(key, b"%d" % key) for key in (1, 2, 3)]
+    store.write([("t", 2, None)])
+    assert [key for key, _ in store.fetch("t", 0, 9).result()] == [0, 1, 3, 4]
+    store.close()
+    with pytest.raises(StorageWriteError, match="is closed"):
+        store.fetch("t", 0, 9).result()

@@ -247,7 +247,8 @@ class GatewayConfig(Section):
             advertised = urlsplit(self.advertise_url or "").hostname or host
             hosts = ("127.0.0.1", "localhost", "::1", host, advertised)
         templates = self.allow_client_templates
-        return {"api_key": self.api_key, "allowed_hosts": hosts, "allow_client_templates": templates}
+        who = {"api_key": self.api_key, "allowed_hosts": hosts, "allow_client_templates": templates}
+        return {**who, "advertise_url": self.advertise_url}
 
 
 class InferenceConfig(Section):

@@ -28,10 +28,10 @@ _TYPE_OF_STATUS = {
     400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
-    405: "invalid_request_error",
-    **dict.fromkeys((403, 413, 415), "invalid_request_error"),
+    **dict.fromkeys((403, 405, 409, 410, 413, 415), "invalid_request_error"),
+    429: "rate_limit_error",
     500: "internal_server_error",
-    503: "service_unavailable_error",
+    **dict.fromkeys((503, 507), "service_unavailable_error"),
     504: "timeout_error",
 }
 

@@ -1,8 +1,8 @@
-"""The tree of what was sampled in a session: turns that continue each other, and the rows that are trained on.
+"""The tree of what was sampled in a session: turns that continue each other, and the rows they are trained in.
 
-A ``Turn`` is one completion with the prompt tokens that its parent's sequence lacks. A request whose messages continue a
-recorded answer is rendered by adding to the tokens that were sampled, when that is proven equal, as text, to the chat
-template's own rendering (``Tree.render``). Anything else begins a new lineage::
+A ``Turn`` is one completion with the prompt tokens that its parent's sequence lacks. A request whose messages go on
+after a recorded answer is rendered by adding to the tokens that were sampled, when that is proven equal, as text, to
+what the chat template renders (``Tree.render``). Anything else begins a new lineage::
 
     system user ─ A ─ tool ─ B ─ user ─ C          lineage 0
                   └── user (another question) ─ D  lineage 1: the prompt is the longest recorded beginning, and more
@@ -302,14 +302,16 @@ def training_rows(turns: Sequence[StoredTurn], unreceived: Collection[str]) -> l
     return rows
 
 
-def _row(turns: Sequence[StoredTurn], path: list[int], trained: Collection[int], order: dict[int, int]) -> dict[str, Any]:
+def _row(
+    turns: Sequence[StoredTurn], path: list[int], trained: Collection[int], order: dict[int, int]
+) -> dict[str, Any]:
     row: dict[str, list[Any]] = {
         name: [] for name in ("token_ids", "masks", "logprobs", "versions", "finish_reasons", "turns", "spans")
     }
 
-    def add(ids: list[int], masks: list[int], logprobs: list[float], versions: list[int]) -> None:
-        for name, values in zip(row, (ids, masks, logprobs, versions), strict=False):
-            row[name] += values
+    def add(*columns: Sequence[float]) -> None:
+        for values, column in zip(row.values(), columns, strict=False):
+            values += column
 
     for number in path:
         turn = turns[number]

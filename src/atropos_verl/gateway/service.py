@@ -58,6 +58,8 @@ class GatewayService(Collector):
     """``in_flight`` requests, ``unread_bytes`` of these, ``prompt_tokens`` and ``generated_tokens`` of answers."""
     _warned: set[str] = field(default_factory=set)
     _refusals: SameLines = field(default_factory=SameLines)
+    more_figures: Callable[[], Iterable[tuple[str, str, float]]] = tuple
+    """Name, text and value of figures that others count."""
 
     def exposition(self) -> bytes:
         """The figures of ``collect`` alone, in the Prometheus text format."""
@@ -96,7 +98,7 @@ class GatewayService(Collector):
                 ("ledger_restored_spans", "Completions of before a restart.", ledger.restored_spans),
                 ("ledger_evicted_spans_total", "Completions forgotten again.", ledger.evicted_spans),
             ]
-        for name, text, value in figures:
+        for name, text, value in (*figures, *self.more_figures()):
             family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
             yield family(f"{_PREFIX}_{name}", text, value=value)
 
@@ -241,13 +243,12 @@ class GatewayService(Collector):
                         seen[delta.index].append(delta)
                         running -= delta.finish_reason is not None
                         if not running:
-                            await self._record([(request, _joined(seen))])
+                            await self._record([(request, joined(seen))])
                         yield delta
             finally:
                 if running and self.ledger is not None:  # a reader who left may use what it got
-                    self.ledger.record(
-                        request.prompt_token_ids, _recordable(request, _joined(seen)), request.temperature
-                    )
+                    made = joined(seen)
+                    self.ledger.record(request.prompt_token_ids, _recordable(request, made), request.temperature)
         self.counts["prompt_tokens"] += len(request.prompt_token_ids)
 
     async def _record(self, answers: Iterable[tuple[GenerationRequest, list[Generation]]]) -> None:
@@ -278,7 +279,7 @@ def _recordable(request: GenerationRequest, made: list[Generation]) -> list[Gene
     return [replace(generation, logprobs=(NO_LOGPROB,) * len(generation.token_ids)) for generation in made]
 
 
-def _joined(seen: Sequence[Sequence[GenerationDelta]]) -> list[Generation]:
+def joined(seen: Sequence[Sequence[GenerationDelta]]) -> list[Generation]:
     """What a stream wrote of each completion. A version that a delta does not name is ``UNKNOWN_VERSION``."""
     joined: list[Generation] = []
     for deltas in seen:

@@ -1,7 +1,7 @@
 """Sessions: what an agent asks for is recorded, on disk before it is answered, and becomes the rows of a rollout.
 
-``run_dir/gateway/sessions.sqlite`` is a ``RecordStore``; a row of ``turns`` or ``answers`` has the number of its session
-in the upper bits of its key:
+``run_dir/gateway/sessions.sqlite`` is a ``RecordStore``. The key of a turn has the number of its session in its upper
+bits:
 
 ======== ============== ==============================================================================================
 table    key            value
@@ -34,7 +34,7 @@ from typing import Any, Literal
 import msgspec
 import xxhash
 
-from atropos_verl.errors import StorageDamagedError, StorageWriteError
+from atropos_verl.errors import StorageWriteError
 from atropos_verl.gateway.chat import ChatTurn, Message, Rendered
 from atropos_verl.gateway.fields import ApiError, Fields
 from atropos_verl.gateway.lineages import Prompt, StoredTurn, Tree, kept_turns, new_turn, training_rows
@@ -52,7 +52,7 @@ _MAX_ENDED = 10_000
 _MAX_TURNS = 10_000
 _MAX_SESSION_BYTES = 256 << 20
 """Of the turns of one session, on disk."""
-_MAX_RECORD_BYTES = 32 << 10
+MAX_RECORD_BYTES = 32 << 10
 """Of what ``POST /sessions`` or a reward brings."""
 _MAX_NAME, _MAX_KEY = 200, 256
 _DEFAULT_TTL, _MAX_TTL = 3600, 7 * 24 * 3600
@@ -171,13 +171,16 @@ class Session:
         if exchange.key is not None and self.by_key.get(exchange.key) is exchange:
             del self.by_key[exchange.key]
 
-    def restore(self, rows: _Rows, answers: _Rows) -> None:
-        """Become what the disk holds. Raises ``StorageDamagedError`` where turns are missing."""
+    def restore(self, rows: _Rows, answers: _Rows) -> str | None:
+        """Become what the disk holds, up to the first damage, which is returned."""
         ends = dict(answers)
         for index, (key, value) in enumerate(rows):
-            stored = msgspec.msgpack.decode(value, type=StoredTurn)
+            try:
+                stored = msgspec.msgpack.decode(value, type=StoredTurn)
+            except msgspec.MsgspecError as error:
+                return f"turn {index} is not one of this version: {error}"
             if key != self.base + index:
-                raise StorageDamagedError(f"turn {index} is missing")
+                return f"turn {index} is missing"
             self.tree.add(stored)
             self.stored_bytes += len(value)
             exchange = self.exchanges.get(stored.request)
@@ -187,6 +190,8 @@ class Session:
                 exchange.was_received = None if received is None else received == b"1"
                 self.keep(exchange)
             exchange.turns.append(index)
+        missing = self.record.turns - len(rows)
+        return f"{missing} turns are missing" if missing > 0 else None
 
 
 class SessionStore:
@@ -203,6 +208,8 @@ class SessionStore:
         self._by_key: dict[str, Session] = {}
         self._ended: Counter[str] = Counter()
         self._turns = self._replayed = self._lineages = 0
+        self._first_end = math.inf
+        """When the next open session ends, or before."""
         try:
             for number, value in list(self._records.read("sessions")):
                 self._restore(Session(int(number), msgspec.msgpack.decode(value, type=SessionRecord)))
@@ -220,13 +227,12 @@ class SessionStore:
             self._by_key[record.idempotency[0]] = session
         if record.state != "open":
             return
-        try:
-            session.restore(*(future.result() for future in self._rows(session)))
-        except (StorageDamagedError, IndexError, msgspec.MsgspecError) as error:
-            logger.error("session %s cannot be read and is aborted: %s", record.id, error)
-            record.state, record.reason = "aborted", f"its records are damaged ({error})"
+        if damage := session.restore(*(future.result() for future in self._rows(session))):
+            logger.error("session %s is damaged and is aborted: %s", record.id, damage)
+            record.state, record.reason = "aborted", f"it is damaged: {damage}"
             return
         self._open[record.id] = session
+        self._first_end = min(self._first_end, record.expires)
 
     # -- opening, finding, ending ------------------------------------------------------------------------------------
 
@@ -246,7 +252,7 @@ class SessionStore:
             secret=secrets.token_urlsafe(24),
             group=group,
             task=task or None,
-            metadata=fields.get("metadata", dict[str, Any]()),
+            metadata=_object(fields, "metadata") or {},
             size=fields.integer("size", None, minimum=1),
             created=now,
             expires=now + ttl,
@@ -259,6 +265,7 @@ class SessionStore:
         session = Session(self._next, record)
         self._next += 1
         self._sessions[record.id] = self._open[record.id] = session
+        self._first_end = min(self._first_end, record.expires)
         if key is not None:
             self._by_key[key] = session
         try:
@@ -295,7 +302,7 @@ class SessionStore:
         if "reward" not in fields:
             raise fields.error("reward", "missing; send the reward of the rollout as a number")
         reward, finished = fields.number("reward", 0.0), fields.get("finished", True)
-        info = fields.get("info", dict[str, Any]()) if "info" in fields else None
+        info = _object(fields, "info")
         per_turn = fields.raw("per_turn")
         if per_turn is not None:
             good = isinstance(per_turn, list) and all(type(v) in (int, float) and math.isfinite(v) for v in per_turn)
@@ -320,8 +327,10 @@ class SessionStore:
             session.record = given
         return self.summary(session)
 
-    async def abort(self, session: Session, reason: str) -> dict[str, Any]:
+    async def abort(self, session: Session, fields: Fields) -> dict[str, Any]:
         """``POST /sessions/ID/abort``: no rollout comes of it. Raises ``ApiError`` 409 when it is finished, 507."""
+        reason = fields.get("reason", "")[:_MAX_NAME]
+        _refuse_unread(fields)
         if session.record.state == "finished":
             raise ApiError(409, f"session {session.record.id} is finished", code="already_finished")
         if session.record.state == "open":
@@ -331,12 +340,15 @@ class SessionStore:
     def expire(self) -> None:
         """End the sessions that had no final reward until their time ended."""
         now = time.time()
+        if now < self._first_end:
+            return
         for session in [one for one in self._open.values() if one.record.expires <= now]:
             record = msgspec.structs.replace(session.record, state="expired", turns=len(session.tree.turns))
             text = "session %s of group %r had no final reward within its ttl of %.0f s, and is ended"
             logger.warning(text, record.id, record.group, record.expires - record.created)
             self._records.write([self._row(session, record)])
             self._close(session, record)
+        self._first_end = min((one.record.expires for one in self._open.values()), default=math.inf)
 
     async def _end(self, session: Session, state: State, record: SessionRecord) -> None:
         async with session.lock:
@@ -416,7 +428,8 @@ class SessionStore:
 
         def made() -> list[dict[str, Any]]:
             found = Session(session.number, session.record)
-            found.restore(rows, answers)
+            if damage := found.restore(rows, answers):
+                raise ApiError(500, f"session {session.record.id} is damaged: {damage}", code="storage")
             turns = [msgspec.msgpack.decode(value, type=StoredTurn) for _, value in rows]
             return training_rows(turns, found.unreceived)
 
@@ -429,7 +442,11 @@ class SessionStore:
         return [
             ("sessions_open", "Open sessions.", len(self._open)),
             *ended,
-            ("sessions_expired_total", "Sessions that had no final reward until their ttl ended.", self._ended["expired"]),
+            (
+                "sessions_expired_total",
+                "Sessions that had no final reward until their ttl ended.",
+                self._ended["expired"],
+            ),
             ("session_turns_total", "Completions recorded in sessions.", self._turns),
             ("session_lineages_total", "Lineages that these began.", self._lineages),
             ("session_replays_total", "Requests that got the completions of an earlier equal one.", self._replayed),
@@ -458,7 +475,11 @@ class SessionStore:
     # -- requests of agents ------------------------------------------------------------------------------------------
 
     def begin(
-        self, service: GatewayService, session: Session, request: tuple[str, bytes | bytearray], headers: Mapping[str, str]
+        self,
+        service: GatewayService,
+        session: Session,
+        request: tuple[str, bytes | bytearray],
+        headers: Mapping[str, str],
     ) -> "SessionService":
         """The service as one request (path, body) of the session sees it. Raises ``ApiError`` 403, 409, 410."""
         self.expire()
@@ -603,7 +624,8 @@ class SessionService(GatewayService):
             else:
                 results, last = await self._new(run, requests, streamed=streamed)
                 async with session.lock:
-                    turns = [self._recorded(r, g) for r, made in zip(requests, results, strict=True) for g in made]
+                    pairs = zip(requests, results, strict=True)
+                    turns = [self._recorded(r, g, index) for r, made in pairs for index, g in enumerate(made)]
                     await self._store.record(session, exchange, turns)
             run.deltas += last
             run.results = results
@@ -639,23 +661,23 @@ class SessionService(GatewayService):
                     held.append(delta)
         return [joined(seen)], held
 
-    def _recorded(self, request: GenerationRequest, generation: Generation) -> StoredTurn:
+    def _recorded(self, request: GenerationRequest, generation: Generation, index: int) -> StoredTurn:
         turn, prompt = self._turn, self._prompt
         answer = None
         if turn is None or prompt is None:
             prompt = self._session.tree.place(request.prompt_token_ids)
         else:
-            answer = parse(self.codec, turn, generation)
+            answer = self.message(turn, request, generation, index)
         return new_turn(
             self.codec,
             prompt,
             generation,
             answer=answer,
-            has_end=self.codec.has_end(generation, request),
+            has_end=self.codec.has_end(generation.token_ids, generation.finish_reason, request),
             request=self._exchange.id,
             digest=self._exchange.digest,
             idempotency_key=self._exchange.key,
-            constrained=turn is not None and turn.constrained,
+            constrained=request.constraint is not None,
         )
 
 
@@ -673,6 +695,18 @@ def _deltas(generations: Sequence[Generation]) -> Iterator[GenerationDelta]:
                 finish_reason=generation.finish_reason if is_last else None,
                 policy_version=version,
             )
+
+
+def _object(fields: Fields, name: str) -> dict[str, Any] | None:
+    """An object that can be stored."""
+    if name not in fields:
+        return None
+    value = fields.get(name, dict[str, Any]())
+    try:
+        msgspec.msgpack.encode(value)
+    except (OverflowError, RecursionError) as error:
+        raise fields.error(name, f"it cannot be stored: {error}") from error
+    return value
 
 
 def _refuse_unread(fields: Fields) -> None:

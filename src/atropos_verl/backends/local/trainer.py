@@ -131,7 +131,7 @@ class AtroposTrainer:
         with ExitStack() as held:
             if source is None:  # a command holds its run directory itself
                 held.enter_context(locked(self.run_dir / "lock", "a training run"))
-            self.stack = stack = LocalStack.build(config, self.model_path, self, gateway_listener)
+            self.stack = stack = LocalStack.build(config, self.model_path, self, gateway_listener, self.run_dir)
             held.callback(stack.close)
             self.settings = sample_settings(config, stack.engine.vocab_size)
             self._held = held.pop_all()
