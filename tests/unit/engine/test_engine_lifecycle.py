@@ -293,7 +293,9 @@ async def test_an_engine_for_which_a_known_request_fails_too_is_given_up(
 async def test_an_engine_that_answers_no_request_any_more_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even one for which known tokens work: it cannot be all of the requests."""
     monkeypatch.setattr(embedded, "_MAX_BLAMED", 12)
-    fail(monkeypatch, ModelRunner, "prompt_logprobs", RuntimeError("too much"), lambda _, temperature: temperature == 0.5)
+    fail(
+        monkeypatch, ModelRunner, "prompt_logprobs", RuntimeError("too much"), lambda _, temperature: temperature == 0.5
+    )
     asked = request((1, 2), max_tokens=5, prompt_logprobs=1, temperature=0.5)
     with engine_of(tiny_causal_lm()) as engine:
         for turn in range(24):
