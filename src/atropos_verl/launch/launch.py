@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> i
         if options.cfg:
             settings = public(ray.verl) if ray is not None else config.public()
             of_launch = launch.model_dump(mode="json")
-            hide_secrets({}, {}, of_launch["trainer_process"], *of_launch["environments"].values())
+            hide_secrets(
+                {}, {}, of_launch["trainer_process"], *of_launch["environments"].values(), *of_launch["agents"].values()
+            )
             values = {**settings, **of_launch}
             sys.stdout.write(json.dumps(values, indent=2) + "\n")
             return 0

@@ -37,7 +37,7 @@ from atropos_verl.protocol.exchange import (
     pause,
     retry_interval,
 )
-from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
+from atropos_verl.protocol.messages import EnvIdentifier, EnvRegistration, TrainerRegistration
 from atropos_verl.protocol.wire import MEDIA_TYPE
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class AtroposClient:
         self.leased = False
         """The API has given out a leased batch: a failed ``GET /batch`` loses nothing there, and is tried again."""
         self.features: frozenset[str] = frozenset()
-        """Features of the API beyond upstream's, known after ``register``: ``idempotency``, ``leases``, …"""
+        """Features of the API beyond upstream's, known after a registration: ``idempotency``, ``leases``, …"""
         self._batch_headers = {"Accept": f"{MEDIA_TYPE}, application/json"} if packed else {}
         if lease_seconds is not None:
             _at_least(lease_seconds, "atropos.lease_seconds", 0.0, exclusive=True)
@@ -203,11 +203,17 @@ class AtroposClient:
         (try again in a second)."""
         call = self._call("POST", "/register-env", registration)
         fields = self._ask(call, repeatable=False)
+        self.features = frozenset(map(str, fields.get("features") or ()))
         if fields.get("status") == "success":
             return integers(call, fields, "env_id")[0]
         if not str(fields.get("status", "")).startswith("wait"):
             raise not_atropos(call, f"{call.name} gave the status {fields.get('status')!r}")
         return None
+
+    def env_status(self, env_id: int) -> ApiStatus:
+        """What the API tells an environment: its queue in groups of that environment's size. The API hears of it."""
+        call = self._call("GET", "/status-env", EnvIdentifier(env_id))
+        return ApiStatus(*integers(call, self._ask(call), "current_step", "queue_size"))
 
     def reset_data(self) -> None:
         """Destructive: the API forgets registrations, environments, queue and batches."""

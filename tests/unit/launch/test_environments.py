@@ -1,5 +1,6 @@
 """Environments → commands: arguments, shares of the batch, keys by a private file, the bare server configuration."""
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 import pytest
 import yaml
 
+from atropos_verl.agents.runner import add_arguments
 from atropos_verl.assets import demo_model_path
 from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.environments import (
     allocate,
+    environment_spec,
     interpreter,
     last_words,
     obstacle,
@@ -398,3 +401,28 @@ def test_a_tokenizer_of_transformers_5_is_made_one_that_transformers_4_loads(tmp
     assert (place / "tokenizer.json").read_bytes() == (own / "tokenizer.json").read_bytes()
     (own / "tokenizer.json").unlink()
     assert readable_tokenizer(config) == own, "nothing can be made of it; the doctor says so"
+
+
+def test_an_agent_is_an_environment_of_the_runner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    agent = {"agent": "my:solve", "tasks": "t.jsonl", "eval_tasks": "/held.jsonl", "concurrency": 4, "group_size": 2}
+    launch = LaunchConfig.from_mapping({"agents": {"mine": agent}})
+    assert list(launch.chosen) == ["mine"]
+    made = launch.chosen["mine"]
+    assert made.evaluate
+    config = RunConfig.from_mapping({"run_dir": str(tmp_path), "gateway": {"advertise_url": "http://g:1"}})
+    spec = environment_spec(config, "mine", made, of_training=False)
+    words = " ".join(spec.command[1:])
+    assert words.startswith("-m atropos_verl.agents.runner serve ")
+    for expected in ("--agent my:solve", f"--tasks {tmp_path}/t.jsonl", "--eval-tasks /held.jsonl", "--concurrency 4"):
+        assert expected in words
+    assert spec.env["ATROPOS_VERL_LAUNCH_DIRECTORY"] == str(tmp_path)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    found = parser.parse_args(spec.command[3:])
+    assert (found.group_size, found.name, found.batches_ahead) == (2, "mine", config.max_batches_offpolicy)
+    for wrong in ({"agents": {"x": {}}}, {"agents": {"x": agent}, "environments": {"x": {"script": "a.py"}}}):
+        with pytest.raises(ConfigError, match=r"agents\.x"):
+            LaunchConfig.from_mapping(wrong)
