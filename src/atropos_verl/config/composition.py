@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from atropos_verl.config.launch_schema import MOVED, LaunchConfig, describe_launch
+from atropos_verl.config.model_checks import defaults_for
 from atropos_verl.config.schema import RunConfig, apply_environment, bounds_of, check_bounds, describe, help_rows
 from atropos_verl.errors import ConfigError
 from atropos_verl.http_thread import is_loopback
@@ -20,6 +21,8 @@ SHIPPED = Path(__file__).parent / "shipped"
 """The YAML files that come with the package: the default of ``--config-dir``."""
 KEY_FILE = "gateway.key"
 """Below the run directory: the gateway's key for environments that are started elsewhere."""
+_OF_THE_DEMO = ("optim.lr", "data.max_prompt_length", "max_response_length")
+"""Keys whose default in the schema suits the demo model only."""
 _OPEN_SECTIONS = ("atropos.headers", "model.override_config", "env.env")
 """Keys whose value is a dictionary with keys of the user's own."""
 
@@ -32,7 +35,7 @@ def load_config(overrides: Sequence[str], config_dir: Path | None = None, config
     values = _compose(overrides, config_dir, config_name or "atropos_schema")
     values = apply_environment(values, command_line_keys=set(map(key_of, overrides)))
     values["gateway"] = with_key_for_network(values.get("gateway"), values.get("run_dir"), values["atropos"])
-    config = RunConfig.from_mapping(values)
+    config = fitted_to_model(values)
     check_bounds(bounds_of(config))
     return config
 
@@ -50,10 +53,31 @@ def load_launch(
     gateway = dict(values.get("gateway") or {})
     if launch.starts("trainer") and not gateway.get("api_key"):
         values["gateway"] = {**gateway, "api_key": gateway_key(values.get("run_dir"), launch.starts("environments"))}
-    config = RunConfig.from_mapping(values)
+    config = fitted_to_model(values)
     ranks = ("trainer_process.nproc", launch.trainer_process.nproc, "batch_size", config.batch_size)
     check_bounds([*bounds_of(config), (*ranks, "a rank would have nothing to train")])
     return config, launch
+
+
+def fitted_to_model(values: Mapping[str, Any]) -> RunConfig:
+    """``RunConfig.from_mapping``, in which keys that suit the demo model only and are absent, or null, get a default by
+    the model (``defaults_for``); ``notes`` names them."""
+    values = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    chosen = defaults_for((values.get("model") or {}).get("path"))
+    notes = []
+    for key in _OF_THE_DEMO:
+        section, _, name = key.rpartition(".")
+        place = values.setdefault(section, {}) if section else values
+        if place.get(name) is None:
+            place.pop(name, None)
+            if key in chosen:
+                place[name] = chosen[key]
+                notes.append(
+                    f"{key}={chosen[key]:g}, chosen by the size of {values['model']['path']}; set it otherwise"
+                )
+    config = RunConfig.from_mapping(values)
+    config._notes = tuple(notes)
+    return config
 
 
 def gateway_key(run_dir: str | Path | None, starts_environments: bool) -> str:
@@ -144,6 +168,9 @@ def _compose(
         except HydraException as error:
             raise ConfigError(f"{word!r} cannot be read: {str(error).splitlines()[0]}") from None
     defaults = RunConfig().model_dump(mode="json")
+    for key in _OF_THE_DEMO:  # null where neither the file nor a word sets it
+        section, _, name = key.rpartition(".")
+        (defaults[section] if section else defaults)[name] = None
     ConfigStore.instance().store(name="atropos_schema", node=defaults)
     if is_launch:
         # Without environments: files name their own, and composing merges mappings.

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from atropos_verl.assets import demo_model_path, smollm2
 from atropos_verl.errors import ConfigError
@@ -115,7 +124,7 @@ class ModelConfig(OwnModelConfig):
 class OptimConfig(Section):
     """AdamW, with verl's names."""
 
-    lr: NonNegative = Field(5e-4, description="learning rate")
+    lr: NonNegative = Field(5e-4, description="learning rate; of a model larger than the demo's by its size")
     weight_decay: NonNegative = Field(0.0, description="AdamW weight decay")
     betas: tuple[Below1, Below1] = Field((0.9, 0.99), description="AdamW betas")
     clip_grad: PositiveFloat = Field(1.0, description="bound on the gradient norm")
@@ -182,7 +191,9 @@ class GroupsConfig(Section):
 class DataConfig(GroupsConfig):
     """The same, and what a group need not say itself."""
 
-    max_prompt_length: PositiveInt = Field(64, description="tokens of a prompt at most")
+    max_prompt_length: PositiveInt = Field(
+        64, description="tokens of a prompt at most; of a larger model 1024, or half of its context"
+    )
     default_temperature: PositiveFloat = Field(1.0, description="temperature of groups that name none")
 
 
@@ -404,7 +415,9 @@ class RunConfig(CommonConfig):
     group_size: PositiveInt = Field(8, description="sequences per prompt")
     save_freq: int = Field(20, ge=-1, description="checkpoint every N steps and at the end; -1: never")
     resume: str = Field("auto", description="auto: newest checkpoint in run_dir; disable; or a checkpoint path")
-    max_response_length: PositiveInt = Field(32, description="new tokens per turn, at most")
+    max_response_length: PositiveInt = Field(
+        32, description="new tokens per turn, at most; of a larger model 1024, or half of its context"
+    )
     temperature: PositiveFloat = Field(1.0, description="of rollouts that the trainer itself samples")
     use_advantage_weighting: bool | None = Field(
         None, description="true: advantage-weighted loss; false: GRPO's clipped ratio; null: as loss.type, else true"
@@ -419,6 +432,12 @@ class RunConfig(CommonConfig):
     overlap: OverlapConfig = Field(default_factory=OverlapConfig)
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)
     supervise: SuperviseConfig = Field(default_factory=SuperviseConfig)
+    _notes: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was chosen for the model where the user said nothing, a line each."""
+        return self._notes
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:

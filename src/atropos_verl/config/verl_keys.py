@@ -23,6 +23,7 @@ from atropos_verl.config.composition import (
     key_of,
     with_key_for_network,
 )
+from atropos_verl.config.model_checks import defaults_for
 from atropos_verl.config.schema import (
     NO_MICRO_BATCH,
     AtroposConfig,
@@ -43,6 +44,12 @@ from atropos_verl.config.schema import (
 )
 from atropos_verl.errors import ConfigError
 
+_OF_THE_DEMO = {
+    "actor_rollout_ref.actor.optim.lr": 2e-4,
+    "data.max_prompt_length": 48,
+    "data.max_response_length": 16,
+}
+"""In the order of ``defaults_for``: what ``ray_cpu_demo.yaml`` has for the demo model."""
 RAY_DEFAULT = "ray_cpu_demo"
 """The file that is composed where none is named."""
 
@@ -265,6 +272,18 @@ def _as_run_config(config: Any, settings: RaySettings) -> RunConfig:
         },
     }
     return RunConfig.from_mapping(values)
+
+
+def notes_for_model(config: Any) -> list[str]:
+    """A line for each key that has the demo's value (``ray_cpu_demo.yaml``) beside a larger model."""
+    from omegaconf import OmegaConf
+
+    path = config.actor_rollout_ref.model.path
+    return [
+        f"{key}={value:g} is the demo model's; for one of the size of {path} try {better:g}"
+        for (key, value), better in zip(_OF_THE_DEMO.items(), defaults_for(path).values(), strict=False)
+        if OmegaConf.select(config, key) == value
+    ]
 
 
 def parameter_sync_step(config: Any) -> int:

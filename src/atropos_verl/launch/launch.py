@@ -233,6 +233,8 @@ def _supervise(plan: LaunchPlan) -> int:
 
     log_to_file(plan.run_dir / "logs" / "launcher.log")
     with LaunchView() as view:
+        for note in plan.config.notes:
+            view.note(note)
         supervisor = Supervisor(plan, view.note, view)
 
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

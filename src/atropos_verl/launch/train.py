@@ -282,6 +282,8 @@ def _train_locally(config: RunConfig) -> int:
         if (step := saved_step(checkpoints, config.resume)) >= config.steps:
             progress.note(f"{run_dir} is complete at step {step}; raise steps= or choose another run_dir")
             return 0
+        for note in config.notes:
+            progress.note(note)
         stack.callback(services.stop)
         attached = services.start_api(progress)
         stack.enter_context(services.explained())
@@ -316,7 +318,7 @@ def _serve_rank(config: RunConfig) -> int:
 def _train_on_ray(run: RayRun) -> int:
     from omegaconf import open_dict
 
-    from atropos_verl.config.verl_keys import public
+    from atropos_verl.config.verl_keys import notes_for_model, public
     from atropos_verl.report.console import ProgressReporter
     from atropos_verl.training.step import write_summary
 
@@ -338,6 +340,8 @@ def _train_on_ray(run: RayRun) -> int:
 
         validate_with_verl(verl)
         progress = stack.enter_context(ProgressReporter(total_steps=config.steps))
+        for note in notes_for_model(verl):
+            progress.note(note)
         stack.callback(services.stop)
         attached = services.start_api(progress)
         with open_dict(verl):

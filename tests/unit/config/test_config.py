@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from atropos_verl.config.composition import SHIPPED, load_config, load_launch
+from atropos_verl.config.composition import SHIPPED, fitted_to_model, load_config, load_launch
 from atropos_verl.config.schema import RunConfig, apply_environment, describe
-from atropos_verl.config.verl_keys import compose_run, read_run
+from atropos_verl.config.verl_keys import compose_run, notes_for_model, read_run
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.launch import main as launch_main
 from atropos_verl.launch.train import main
@@ -281,3 +281,56 @@ def test_a_configuration_error_is_exit_code_2(capsys: pytest.CaptureFixture[str]
     assert main(["stepz=3"], "atropos") == 2
     text = "CONFIGURATION ERROR: stepz: unknown key; did you mean steps? (--help lists all keys)\n"
     assert capsys.readouterr().err == text
+
+
+def _model(path: Path, parameters: int, context: int) -> str:
+    """A directory that claims so many parameters; its weights are a hole in the disk."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"dtype": "bfloat16", "max_position_embeddings": context}))
+    with (path / "model.safetensors").open("wb") as file:
+        file.truncate(2 * parameters)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "context", "lr", "length"),
+    [
+        (900_000, 1024, 5e-4, None),
+        (135_000_000, 8192, 2e-5, 1024),
+        (1_500_000_000, 512, 5e-6, 256),
+        (8_000_000_000, 40960, 1e-6, 1024),
+    ],
+)
+def test_settings_that_suit_the_demo_only_are_chosen_by_the_model(
+    tmp_path: Path, parameters: int, context: int, lr: float, length: int | None
+) -> None:
+    path = _model(tmp_path / "model", parameters, context)
+    for config in (load_config([f"model.path={path}"]), fitted_to_model({"model": {"path": path}})):
+        assert (config.optim.lr, config.data.max_prompt_length) == (lr, length or 64)
+        assert config.max_response_length == (length or 32)
+        assert len(config.notes) == (0 if length is None else 3)
+        assert all(path in note for note in config.with_values(optim={"betas": (0.8, 0.9)}).notes)
+    if length is not None:
+        assert config.notes[0] == f"optim.lr={lr:g}, chosen by the size of {path}; set it otherwise"
+    own = load_config([f"model.path={path}", "optim.lr=5e-4", "max_response_length=32"])
+    assert (own.optim.lr, own.max_response_length) == (5e-4, 32)
+    assert len(own.notes) == (0 if length is None else 1)
+
+
+def test_the_demo_keeps_its_settings_and_a_file_its_own(tmp_path: Path) -> None:
+    demo = load_config([])
+    assert (demo.optim.lr, demo.data.max_prompt_length, demo.max_response_length, demo.notes) == (5e-4, 64, 32, ())
+    shipped = load_config([], config_name="smollm2")
+    assert shipped.notes == ()
+    named = load_config(["model.path=smollm2-135m"])
+    assert (named.optim.lr, named.data.max_prompt_length) == (2e-5, 1024)
+
+
+def test_settings_of_the_ray_demo_beside_a_larger_model_are_named(tmp_path: Path) -> None:
+    path = _model(tmp_path / "model", 135_000_000, 8192)
+    words = [f"actor_rollout_ref.model.path={path}", "data.max_response_length=64"]
+    assert notes_for_model(compose_run(words)) == [
+        f"actor_rollout_ref.actor.optim.lr=0.0002 is the demo model's; for one of the size of {path} try 2e-05",
+        f"data.max_prompt_length=48 is the demo model's; for one of the size of {path} try 1024",
+    ]
+    assert notes_for_model(compose_run([])) == []

@@ -434,6 +434,18 @@ def test_an_earlier_run_in_the_same_directory_is_not_blamed(tmp_path: Path) -> N
     assert (facts.api, facts.gateway) == (["/x refused: new"], [])
 
 
+def test_no_batch_is_missed_while_the_trainer_waits_for_an_evaluation(tmp_path: Path) -> None:
+    """Symptom: the demo of SmolLM2 was told of a stall as soon as the evaluation before training was over."""
+    supervisor = Supervisor(replace(plan(tmp_path), trains_here=True), print)
+    supervisor._poller.generated_at = time.monotonic() - 1000.0
+    supervisor._started = 0.0
+    assert (supervisor._silent_seconds() or 0.0) > 999.0
+    supervisor._evaluations.running = "before"
+    assert supervisor._silent_seconds() == 0.0
+    supervisor._evaluations.running = None
+    assert (supervisor._silent_seconds() or 0.0) < 900.0
+
+
 def test_counters_that_begin_at_0_again_are_believed(tmp_path: Path) -> None:
     """API or trainer was restarted since the last batch."""
     supervisor = Supervisor(plan(tmp_path), print)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from atropos_verl.backends.local.stack import LocalStack
+from atropos_verl.config.composition import fitted_to_model
 from atropos_verl.config.schema import RunConfig, apply_environment, bounds_of, check_bounds
 from atropos_verl.errors import CheckpointError, ConfigError, DataError, TrainingDivergedError, WeightSyncError
 from atropos_verl.http_thread import Listener
@@ -159,7 +160,9 @@ class AtroposTrainer:
         Raises ``ConfigError``, which names a key that is unknown, of the wrong type or contradictory, and
         ``StorageInUseError`` when another trainer writes into ``run_dir``.
         """
-        settings = RunConfig.from_mapping(apply_environment(dict(config)))
+        settings = fitted_to_model(apply_environment(dict(config)))
+        for note in settings.notes:
+            logger.info("%s", note)
         check_bounds(bounds_of(settings))
         return cls(settings, reward_fn=reward_fn, **extra)
 
