@@ -36,9 +36,11 @@ from atropos_verl.engine.gate import RequestGate
 from atropos_verl.engine.pinned import PinnedEngine
 from atropos_verl.engine.protocol import GenerationEngine
 from atropos_verl.engine.requests import eos_token_ids
+from atropos_verl.gateway.anthropic import count_tokens, messages
 from atropos_verl.gateway.fields import ApiError, Fields, parse_body, to_api_error
 from atropos_verl.gateway.native import generate, generate_trl
 from atropos_verl.gateway.openai import completions
+from atropos_verl.gateway.responses import responses
 from atropos_verl.gateway.service import Answer, GatewayService
 from atropos_verl.gateway.sessions import MAX_RECORD_BYTES, Session, SessionService, SessionStore
 from atropos_verl.gateway.text import TextCodec
@@ -69,7 +71,7 @@ _LONG_BODY_BYTES = 128 << 10
 _LONG_READERS = ThreadPoolExecutor(2, "gateway-long-request")
 _MAX_UNREAD_BYTES = 256 << 20
 """Bodies in memory that are not read yet, together."""
-_ROUTES_HINT = "chat and completions are under /v1; /generate, /health and /metrics are not"
+_ROUTES_HINT = "chat, completions, responses and messages are under /v1; /generate, /health and /metrics are not"
 _AGENT_ROUTES = "/v1/"
 """The routes that the key of a session opens, beside those of the session itself."""
 _CLIENT_GONE = 499
@@ -168,6 +170,9 @@ def create_app(
     posts: dict[str, Handler] = {
         "/v1/chat/completions": partial(completions, chat=True),
         "/v1/completions": partial(completions, chat=False),
+        "/v1/responses": responses,
+        "/v1/messages": messages,
+        "/v1/messages/count_tokens": count_tokens,
         "/generate": generate,
         "/generate/": generate_trl,
     }
@@ -201,16 +206,16 @@ def _json_response(data: Any) -> Response:
     return Response(msgspec.json.encode(data), media_type=_JSON)
 
 
-def _error_response(error: ApiError) -> Response:
+def _error_response(error: ApiError, path: str = "") -> Response:
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
-    return Response(error.body(), status_code=error.status, media_type=_JSON, headers=headers)
+    return Response(error.body(path), status_code=error.status, media_type=_JSON, headers=headers)
 
 
 class _Reply:
     """The answer to one request: headers go out with the first piece, so that an early error still gets its status."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    def __init__(self, send: Send, path: str) -> None:
+        self._send, self._path = send, path
         self._started = False
         self._finished = False
         self.status = 500
@@ -228,7 +233,7 @@ class _Reply:
     async def fail(self, error: ApiError) -> None:
         """The error as the answer, or as the last event of a stream that has begun."""
         if not self._finished:
-            body = b"data: " + error.body() + b"\n\n" if self._started else error.body()
+            body = error.body(self._path, streamed=self._started)
             self.status = error.status
             await self.write(body, status=error.status)
 
@@ -260,7 +265,7 @@ class _Entrance:
             except ApiError as refusal:
                 text = "a client was refused at %s: %s"
                 self._service.warn_refused(f"entrance {refusal.status}", text, scope["path"][:200], refusal.message)
-                await _error_response(refusal)(scope, receive, send)
+                await _error_response(refusal, scope["path"])(scope, receive, send)
                 return
             scope = {**scope, "path": path, "session": session}
         await self._app(scope, receive, send)
@@ -319,7 +324,7 @@ class _Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service = self._service
-        reply = _Reply(send)
+        reply = _Reply(send, self._path)
         service.counts["in_flight"] += 1
         body = bytearray()
         try:
