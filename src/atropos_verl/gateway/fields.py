@@ -101,7 +101,8 @@ class ApiError(Exception):
             kind = _ANTHROPIC_TYPE_OF_STATUS.get(self.status, kind if self.status < 500 else "api_error")
             body = {"type": "error", "error": {"type": kind, "message": self.message}, "request_id": None}
         elif streamed and path.endswith("/responses"):
-            body = {"type": "error", "sequence_number": 0, **error, "code": self.code or kind}
+            # The documented event, and what makes OpenAI's SDK raise.
+            body = {"type": "error", "sequence_number": 0, **error, "code": self.code or kind, "error": error}
         encoded = msgspec.json.encode(body)
         if not streamed:
             return encoded
