@@ -28,6 +28,10 @@ _COMMANDS = {
         "simulate.main",
         "predict throughput, idle shares and staleness of a configuration, on a virtual clock",
     ),
+    "agents": (
+        "atropos_verl.agents.runner",
+        "run an agent that exists already on tasks, its rollouts trained on; or evaluate it",
+    ),
     "report": (
         "atropos_verl.report.run_report",
         "show what came of a run, or compare several; --html FILE writes a page with every curve",

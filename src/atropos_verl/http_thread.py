@@ -222,7 +222,13 @@ def _hostname(host: str) -> str:
 
 
 def has_token(headers: Mapping[str, str], *tokens: str) -> bool:
-    """The request carries one of ``tokens``, as ``Bearer TOKEN`` or as ``Basic base64(anything:TOKEN)``.
+    """The request carries one of ``tokens``, as ``sent_token`` finds it."""
+    sent = sent_token(headers)
+    return any(hmac.compare_digest(sent, token.encode()) for token in tokens if token)
+
+
+def sent_token(headers: Mapping[str, str]) -> bytes:
+    """What the request carries as ``Bearer TOKEN`` or as ``Basic base64(anything:TOKEN)``; empty: nothing.
 
     Atropos's client has no setting for a bearer token, but sends a password that stands in the API's URL as Basic.
     """
@@ -230,12 +236,10 @@ def has_token(headers: Mapping[str, str], *tokens: str) -> bool:
     sent = sent.strip()
     if scheme.lower() == b"basic":
         try:
-            sent = base64.b64decode(sent, validate=True).partition(b":")[2]
+            return base64.b64decode(sent, validate=True).partition(b":")[2]
         except ValueError:  # no base64
-            return False
-    elif scheme.lower() != b"bearer":
-        return False
-    return any(hmac.compare_digest(sent, token.encode()) for token in tokens if token)
+            return b""
+    return sent if scheme.lower() == b"bearer" else b""
 
 
 def environment_token(token: str) -> str:

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import islice
 from pathlib import Path
-from typing import Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import psutil
 import xxhash
@@ -41,9 +41,17 @@ _Row: TypeAlias = tuple[str, Key, bytes | None, int]
 _Job: TypeAlias = tuple[Sequence[Change] | None, Future[None]]
 """Changes to store (None: accept changes again), and what is told when that is done."""
 
+
+class _Fetch(NamedTuple):
+    """Rows to be read by the thread that writes: those of ``table`` with keys from ``first`` to ``last``."""
+
+    table: str
+    first: Key
+    last: Key
+    done: "Future[list[tuple[Key, bytes]]]"
+
+
 _VERSION: Final = 2
-_LOST_ROWS: Final = 0x6C6F7374
-"""``application_id`` of a database that was made of what two damaged ones still held."""
 _PAGE_BYTES: Final = 4096
 _CHECKPOINT_BYTES: Final = 16 * 2**20
 _IDLE_CHECKPOINT_BYTES: Final = 2 * 2**20
@@ -194,11 +202,11 @@ class RecordStore:
         self.damaged: list[tuple[str, Key]] = []
         """Large values that ``read`` found damaged: table and key."""
         self.lost_rows = False
-        """Neither database was whole, now or at an earlier opening."""
+        """Neither database was whole."""
         self._paths = (path, path.with_name(f"{path.stem}-copy{path.suffix}"))
         self._tables = tables
         self._owner, self._fsync, self._large = owner, fsync, large
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job | _Fetch | None] = queue.SimpleQueue()
         """None: the store is closed."""
         self._failure: StorageWriteError | None = None
         self._sync_failure: str | None = None
@@ -280,6 +288,14 @@ class RecordStore:
         """
         return self._submit(changes)
 
+    def fetch(self, table: str, first: Key, last: Key) -> "Future[list[tuple[Key, bytes]]]":
+        """Rows with keys from ``first`` to ``last``, in order, after the writes so far; at any time, from any thread.
+        Not for the large table. The future raises ``StorageWriteError`` after ``close``, ``StorageDamagedError``."""
+        done: Future[list[tuple[Key, bytes]]] = Future()
+        done.set_running_or_notify_cancel()
+        self._put(_Fetch(table, first, last, done), done)
+        return done
+
     def recover(self) -> None:
         """Wait for the writes so far, then accept writes again after one was refused."""
         self._submit(None).result()
@@ -321,8 +337,6 @@ class RecordStore:
                 why = None if is_new else one.damage or "is not complete"
                 self._replace(one, why, rows, max(one.mark.number for one in found))
         else:
-            with self._read_only(newest.path) as db:
-                self.lost_rows = db.execute("PRAGMA application_id").fetchone()[0] == _LOST_ROWS
             for one in found:
                 # A process that dies between its two commits leaves a copy that lacks the last one.
                 lacks_last = one is found[1] and one.mark.number == newest.mark.number - 1
@@ -416,10 +430,8 @@ class RecordStore:
         os.close(os.open(fresh, os.O_RDWR | os.O_CREAT, 0o600))
         count = checksums = 0
         with contextlib.closing(sqlite3.connect(fresh, isolation_level=None)) as db:
-            lost = _LOST_ROWS if self.lost_rows else 0
             for pragma in (f"page_size = {_PAGE_BYTES}", "journal_mode = OFF", f"user_version = {_VERSION}"):
                 db.execute(f"PRAGMA {pragma}")
-            db.execute(f"PRAGMA application_id = {lost}")
             db.execute("BEGIN")
             for name, kind in {**self._tables, "mark": int}.items():
                 key, rest = ("INTEGER", "") if kind is int else ("TEXT", " WITHOUT ROWID")
@@ -472,25 +484,34 @@ class RecordStore:
     def _submit(self, changes: Sequence[Change] | None) -> Future[None]:
         done: Future[None] = Future()
         done.set_running_or_notify_cancel()  # a caller that is cancelled does not undo a write
+        self._put((changes, done), done)
+        return done
+
+    def _put(self, job: "_Job | _Fetch", done: Future[Any]) -> None:
         with self._closing:  # nothing is put behind the end of the queue, where nobody would take it
             if self._closed:
                 done.set_exception(StorageWriteError(f"{self.path} is closed"))
             else:
-                self._jobs.put((changes, done))
-        return done
+                self._jobs.put(job)
 
     def _run(self) -> None:
         closing = False
         while not closing:
             group: list[_Job] = []
+            fetches: list[_Fetch] = []
             with contextlib.suppress(queue.Empty):
                 job = self._jobs.get(timeout=_IDLE_SECONDS)
                 while job is not None:
-                    group.append(job)
+                    if isinstance(job, _Fetch):
+                        fetches.append(job)
+                    else:
+                        group.append(job)
                     job = self._jobs.get_nowait()
                 closing = True
             try:
                 self._process(group)
+                for fetch in fetches:
+                    self._fetch(fetch)
                 if self._unmoved_bytes > (_CHECKPOINT_BYTES if group else _IDLE_CHECKPOINT_BYTES):
                     self._move_wals()
                 if self._bodies is not None and not group:
@@ -498,9 +519,18 @@ class RecordStore:
             except Exception as error:  # a thread that ends would leave every later caller waiting
                 logger.exception("%s: its writer failed", self.path)
                 self._sync_failure = f"{self.path}: its writer failed ({error!r}); nothing is stored until a restart"
-                for _, done in group:
+                waiting: list[Future[Any]] = [*(done for _, done in group), *(fetch.done for fetch in fetches)]
+                for done in waiting:
                     if not done.done():
                         done.set_exception(StorageWriteError(self._sync_failure))
+
+    def _fetch(self, fetch: _Fetch) -> None:
+        try:
+            text = f"SELECT key, value FROM {fetch.table} WHERE key BETWEEN ? AND ? ORDER BY key"
+            fetch.done.set_result(self._db.execute(text, (fetch.first, fetch.last)).fetchall())
+        except sqlite3.DatabaseError as error:
+            text = f"{self.path} cannot be read any more ({error}); restart to repair it"
+            fetch.done.set_exception(StorageDamagedError(text))
 
     def _process(self, group: list[_Job]) -> None:
         together = [change for changes, _ in group for change in changes or ()]
@@ -618,16 +648,10 @@ class _Bodies:
         self._end = 0
         self._free: list[tuple[int, int]] = []
         """(start, end) of each hole before ``_end``, in order; no two touch."""
-        self._contested: set[tuple[int, int]] = set()
-        """Places that overlap, of rows that damage brought back: as one of them goes, the other's is not free."""
-        before = (0, 0)
         for start, length in sorted(places):
-            if start < self._end:
-                self._contested |= {before, (start, length)}
-            elif start > self._end:
+            if start > self._end:
                 self._free.append((self._end, start))
-            if start + length > self._end:
-                self._end, before = start + length, (start, length)
+            self._end = max(self._end, start + length)
 
     def room(self, length: int) -> tuple[int, int]:
         """A place: a hole that is large enough, of the first ones, or the end."""
@@ -657,8 +681,6 @@ class _Bodies:
 
     def free(self, start: int, length: int) -> None:
         """The place may be used again."""
-        if (start, length) in self._contested:
-            return  # a restart finds out
         end, index = start + length, bisect.bisect(self._free, (start, start))
         if index < len(self._free) and self._free[index][0] == end:
             end = self._free.pop(index)[1]

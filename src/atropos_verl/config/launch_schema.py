@@ -5,6 +5,7 @@ A launch file holds the keys of ``RunConfig`` at its top level and these section
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -28,6 +29,9 @@ from atropos_verl.errors import ConfigError
 
 MOVED = {"api.server": "is atropos.server now, which main_atropos.py reads too (embedded or upstream)"}
 """Keys of earlier versions, and what to write instead."""
+
+LAUNCH_DIRECTORY = "ATROPOS_VERL_LAUNCH_DIRECTORY"
+"""Variable: the directory in which the command was started, in which modules of the user are looked for."""
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
@@ -58,6 +62,41 @@ class EnvironmentConfig(Section):
         if self.script is not None and self.module is not None:
             raise ValueError(f"script ({self.script}) and module ({self.module}) exclude each other")
         return self
+
+
+class AgentConfig(Section):
+    """One agent; ``agents`` maps names to these. Each is an environment, whose program is ``atropos-verl agents``."""
+
+    agent: str | None = Field(None, description="MODULE:FUNCTION, async def solve(task, session) -> float | Reward")
+    command: str | None = Field(None, description="a command in its place; the task is its input, exit code 0 is 1")
+    scorer: str | None = Field(None, description="MODULE:FUNCTION, score(task, output) of a command's output")
+    tasks: str = Field("tasks.jsonl", description="file of tasks, one JSON value a line")
+    eval_tasks: str | None = Field(None, description="held-out tasks (eval.before, eval.after); null: no evaluation")
+    concurrency: PositiveInt = Field(64, description="sessions at once")
+    timeout: PositiveFloat = Field(600.0, description="seconds for one rollout")
+    python: str | None = Field(None, description="its interpreter, or a virtual environment; null: the launcher's")
+    weight: NonNegative = Field(1.0, description="as an environment's, like the keys that follow")
+    min_batch_allocation: float | None = Field(None, gt=0, le=1, description="least share of every batch")
+    group_size: PositiveInt | None = Field(None, description="rollouts per task; null: the run's")
+    max_batches_offpolicy: PositiveInt | None = Field(None, description="batches queued ahead; null: the run's")
+    env: Variables = Field(default_factory=dict, description="environment variables")
+
+    @model_validator(mode="after")
+    def _one_agent(self) -> Self:
+        if (self.agent is None) == (self.command is None):
+            raise ValueError("name one of agent and command")
+        return self
+
+    def as_environment(self) -> EnvironmentConfig:
+        """The runner, which works in the run directory: paths and modules are those of this directory."""
+        values = {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
+        shared = {name: values.pop(name) for name in EnvironmentConfig.model_fields if name in values}
+        shared["env"] = {LAUNCH_DIRECTORY: str(Path.cwd()), **self.env}
+        paths = {name: str(Path(values[name]).expanduser().absolute()) for name in values if name.endswith("tasks")}
+        words = [(f"--{name.replace('_', '-')}", str(value)) for name, value in {**values, **paths}.items()]
+        args = tuple(word for pair in words for word in pair)
+        evaluate = self.eval_tasks is not None
+        return EnvironmentConfig(module="atropos_verl.agents.runner", args=args, evaluate=evaluate, **shared)
 
 
 class ApiProcessConfig(Section):
@@ -96,7 +135,8 @@ class LaunchConfig(Section):
     environments: dict[str, EnvironmentConfig] = Field(
         default_factory=lambda: {"demo": EnvironmentConfig()}, description="name → environment"
     )
-    envs: tuple[str, ...] | None = Field(None, description="names of environments to start; null: all")
+    agents: dict[str, AgentConfig] = Field(default_factory=dict, description="name → agent, an environment too")
+    envs: tuple[str, ...] | None = Field(None, description="names of environments and agents to start; null: all")
     only: tuple[Literal["api", "trainer", "environments"], ...] | None = Field(
         None, description="parts to start here; null: all without a URL"
     )
@@ -105,7 +145,7 @@ class LaunchConfig(Section):
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
         """Validate a nested mapping. Raises ``ConfigError`` naming every key that is wrong.
 
-        An environment that is null is left out; without any the demo's is taken.
+        An environment that is null is left out; without any, and without agents, the demo's is taken.
         """
         values = dict(values)
         api = values.get("api")
@@ -115,29 +155,31 @@ class LaunchConfig(Section):
         if isinstance(named, Mapping):
             named = {key: value for key, value in named.items() if value is not None}
         try:
-            return cls.model_validate({**values, **({"environments": named} if named else {})})
+            return cls.model_validate({**values, **({"environments": named} if named or values.get("agents") else {})})
         except ValidationError as error:
-            raise as_config_error(error, cls) from None
+            raise as_config_error(error) from None
 
     @model_validator(mode="after")
     def _names(self) -> Self:
-        for name in self.environments:
+        known = {**self.environments, **self.agents}
+        if twice := self.environments.keys() & self.agents.keys():
+            raise ValueError(f"agents.{min(twice)}: an environment has this name")
+        for name in known:
             if not _NAME.fullmatch(name):
                 raise ValueError(f"environments.{name}: a name is a letter, then letters, digits, - and _")
             if name in ("trainer", "trajectory_api"):
                 raise ValueError(f"environments.{name}: the name belongs to another process of the run")
-        unknown = [name for name in self.envs or () if name not in self.environments]
+        unknown = [name for name in self.envs or () if name not in known]
         if unknown:
-            known = ", ".join(self.environments) or "none"
-            raise ValueError(f"envs: no environment named {', '.join(unknown)}; there are: {known}")
+            listed = ", ".join(known) or "none"
+            raise ValueError(f"envs: no environment named {', '.join(unknown)}; there are: {listed}")
         return self
 
     @property
     def chosen(self) -> dict[str, EnvironmentConfig]:
-        """The environments that ``envs`` leaves."""
-        if self.envs is None:
-            return dict(self.environments)
-        return {name: self.environments[name] for name in self.envs}
+        """The environments that ``envs`` leaves, agents as such."""
+        known = self.environments | {name: agent.as_environment() for name, agent in self.agents.items()}
+        return known if self.envs is None else {name: known[name] for name in self.envs}
 
     def starts(self, part: str) -> bool:
         """True when ``only`` leaves ``part``: ``api``, ``trainer`` or ``environments``."""
@@ -146,8 +188,9 @@ class LaunchConfig(Section):
 
 def describe_launch() -> list[tuple[str, Any, str]]:
     """Every key of a launch as ``(dotted name, default, meaning)``; an environment's as ``environments.NAME.key``."""
-    rows = [row for row in describe(LaunchConfig) if row[0] != "environments"]
-    return rows + describe(SuperviseConfig, "supervise.") + describe(EnvironmentConfig, "environments.NAME.")
+    rows = [row for row in describe(LaunchConfig) if row[0] not in ("environments", "agents")]
+    named = describe(EnvironmentConfig, "environments.NAME.") + describe(AgentConfig, "agents.NAME.")
+    return rows + describe(SuperviseConfig, "supervise.") + named
 
 
 def note_of_unused_keys(config: RunConfig, prefix: str = "") -> str:

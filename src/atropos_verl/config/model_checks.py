@@ -1,18 +1,23 @@
 """Checks of the model directory: files, tokenizer against embedding, context. Only JSON is read, no weights."""
 
-import contextlib
-import ctypes
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from atropos_verl.assets import smollm2
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 
 _SECTION = "model"
+_SMALL = 20e6
+"""Parameters up to which a model is trained with the settings of the demo's."""
+_LEARNING_RATES = ((300e6, 2e-5), (3e9, 5e-6), (float("inf"), 1e-6))
+"""Parameters at most, and a learning rate: the first is SmolLM2-135M's in the shipped configuration, the last what
+verl's examples have for models of 7 B; in between it falls about as the inverse of the size."""
+_LONGEST = 1024
+"""Tokens of a prompt, and of a completion, at most, where nobody says."""
 NAMES_OF_TRANSFORMERS_5 = frozenset({"TokenizersBackend", "SentencePieceBackend", "PythonBackend"})
 _SLOW_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -55,38 +60,43 @@ def check_model(config: RunConfig, model_path: Path) -> list[Finding]:
     return findings
 
 
-def check_usable(config: RunConfig, model_path: Path, prefix: str = "") -> None:
-    """Raises ``ConfigError`` when there are no weights, or the tokenizer has ids that the model has no embedding for.
+def check_vocabulary(config: RunConfig, model_path: Path, prefix: str = "") -> None:
+    """Raises ``ConfigError`` when the tokenizer has ids that the model has no embedding for.
 
-    Without this the failure comes when everything else has started, or is an index error in the embedding, or (on a
-    GPU) a device assert that names nothing. ``prefix`` is what the backend has before its keys.
+    Without this the failure is an index error in the embedding, or (on a GPU) a device assert that names nothing.
+    ``prefix`` is what the backend has before its keys.
     """
     settings, problem = _read(model_path / "config.json")
     if problem:
         return  # the loader's message is better
-    weights = _check_weights(model_path)
-    if weights.status == "missing":
-        raise ConfigError(f"{weights.found}; {weights.todo}", f"{prefix}model.path")
     result = _compare_vocabulary(settings, Path(config.model.tokenizer_path or model_path).expanduser())
     if result.status == "missing":
         key = "model.tokenizer_path" if config.model.tokenizer_path else "model.path"
         raise ConfigError(f"{result.found}; {result.todo}", f"{prefix}{key}")
 
 
-def check_gpu(config: RunConfig) -> None:
-    """Raises ``ConfigError`` without the GPU that ``trainer.device=cuda`` of the local backend asks for. torch is not
-    imported: NVIDIA's driver is asked."""
-    if config.trainer.device != "cuda":
-        return
-    count = ctypes.c_int()
-    with contextlib.suppress(OSError):
-        driver = ctypes.CDLL("libcuda.so.1")
-        if driver.cuInit(0) == 0:
-            driver.cuDeviceGetCount(ctypes.byref(count))
-    if not count.value:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        reason = "the driver shows none" if visible is None else f"CUDA_VISIBLE_DEVICES={visible!r} leaves none"
-        raise ConfigError(f"there is no GPU here ({reason}); trainer.device=cpu trains without", "trainer.device")
+def defaults_for(path: str | None) -> dict[str, Any]:
+    """Dotted key → default for the model at ``path``, where that of the schema suits the demo model only.
+
+    {}: it is as small, or cannot be read (what is wrong with it is said elsewhere).
+    """
+    settings: dict[str, Any]
+    if path is None:
+        return {}
+    if path == smollm2.NAME:  # it may not have been made yet
+        size, settings = smollm2.PARAMETERS, {"max_position_embeddings": smollm2.CONTEXT}
+    else:
+        directory = Path(path).expanduser()
+        settings, _ = _read(directory / "config.json")
+        dtype = str(settings.get("dtype") or settings.get("torch_dtype"))
+        size = weight_bytes(directory) // (4 if dtype == "float32" else 2)
+    text = settings.get("text_config")
+    context = settings.get("max_position_embeddings") or (text or {}).get("max_position_embeddings")
+    if size <= _SMALL or not isinstance(context, int):
+        return {}
+    length = min(_LONGEST, context // 2)
+    lr = next(lr for most, lr in _LEARNING_RATES if size <= most)
+    return {"optim.lr": lr, "data.max_prompt_length": length, "max_response_length": length}
 
 
 def tokenizer_size(directory: Path) -> int | None:

@@ -4,7 +4,6 @@
 anything slow starts.
 """
 
-import difflib
 import json
 import os
 import time
@@ -13,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from atropos_verl.assets import demo_model_path, smollm2
 from atropos_verl.errors import ConfigError
@@ -116,7 +124,7 @@ class ModelConfig(OwnModelConfig):
 class OptimConfig(Section):
     """AdamW, with verl's names."""
 
-    lr: NonNegative = Field(5e-4, description="learning rate")
+    lr: NonNegative = Field(5e-4, description="learning rate; of a model larger than the demo's by its size")
     weight_decay: NonNegative = Field(0.0, description="AdamW weight decay")
     betas: tuple[Below1, Below1] = Field((0.9, 0.99), description="AdamW betas")
     clip_grad: PositiveFloat = Field(1.0, description="bound on the gradient norm")
@@ -183,7 +191,9 @@ class GroupsConfig(Section):
 class DataConfig(GroupsConfig):
     """The same, and what a group need not say itself."""
 
-    max_prompt_length: PositiveInt = Field(64, description="tokens of a prompt at most")
+    max_prompt_length: PositiveInt = Field(
+        64, description="tokens of a prompt at most; of a larger model 1024, or half of its context"
+    )
     default_temperature: PositiveFloat = Field(1.0, description="temperature of groups that name none")
 
 
@@ -248,7 +258,8 @@ class GatewayConfig(Section):
             advertised = urlsplit(self.advertise_url or "").hostname or host
             hosts = ("127.0.0.1", "localhost", "::1", host, advertised)
         templates = self.allow_client_templates
-        return {"api_key": self.api_key, "allowed_hosts": hosts, "allow_client_templates": templates}
+        who = {"api_key": self.api_key, "allowed_hosts": hosts, "allow_client_templates": templates}
+        return {**who, "advertise_url": self.advertise_url}
 
 
 class InferenceConfig(Section):
@@ -404,7 +415,9 @@ class RunConfig(CommonConfig):
     group_size: PositiveInt = Field(8, description="sequences per prompt")
     save_freq: int = Field(20, ge=-1, description="checkpoint every N steps and at the end; -1: never")
     resume: str = Field("auto", description="auto: newest checkpoint in run_dir; disable; or a checkpoint path")
-    max_response_length: PositiveInt = Field(32, description="new tokens per turn, at most")
+    max_response_length: PositiveInt = Field(
+        32, description="new tokens per turn, at most; of a larger model 1024, or half of its context"
+    )
     temperature: PositiveFloat = Field(1.0, description="of rollouts that the trainer itself samples")
     use_advantage_weighting: bool | None = Field(
         None, description="true: advantage-weighted loss; false: GRPO's clipped ratio; null: as loss.type, else true"
@@ -419,6 +432,12 @@ class RunConfig(CommonConfig):
     overlap: OverlapConfig = Field(default_factory=OverlapConfig)
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)
     supervise: SuperviseConfig = Field(default_factory=SuperviseConfig)
+    _notes: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was chosen for the model where the user said nothing, a line each."""
+        return self._notes
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
@@ -426,7 +445,7 @@ class RunConfig(CommonConfig):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise as_config_error(error, cls) from None
+            raise as_config_error(error) from None
 
     def public(self) -> dict[str, Any]:
         """Every value as JSON has it, keys and tokens left out: for files, trackers and logs."""
@@ -570,23 +589,15 @@ def check_bounds(bounds: Sequence[Bound]) -> None:
             raise ConfigError(text)
 
 
-def did_you_mean(key: str, known: Sequence[str]) -> str:
-    """The nearest name that exists, as the end of a message."""
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def as_config_error(error: ValidationError, model: type[BaseModel], prefix: str = "") -> ConfigError:
-    """pydantic's error about a ``model``, with every wrong key by its dotted name (below ``prefix``, which ends in a
-    dot)."""
+def as_config_error(error: ValidationError, prefix: str = "") -> ConfigError:
+    """pydantic's error with every wrong key by its dotted name (below ``prefix``, which ends in a dot)."""
     lines, first = [], ""
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "constrained-")))
         key = f"{prefix}{key}".rstrip(".")
         message = str(item["msg"]).removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            hint = did_you_mean(key, [name for name, *_ in describe(model, prefix)])
-            message = f"unknown key{hint} (--help lists all keys)"
+            message = "unknown key; --help lists all keys"
         elif item["type"] != "value_error":
             message = f"{message}, got {item['input']!r}"
         first = first or key
@@ -631,16 +642,7 @@ def describe(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[tuple
     return rows
 
 
-def help_rows(rows: Sequence[tuple[str, Any, str]], values: Mapping[str, Any]) -> str:
-    """The rows of ``describe`` as lines of ``--help``, with the values of a configuration, as YAML has them."""
+def help_rows(rows: Sequence[tuple[str, Any, str]]) -> str:
+    """The rows of ``describe`` as lines of ``--help``, with values as YAML has them."""
     width = max(len(name) for name, *_ in rows)
-    shown = ((name, _value_of(name, default, values), text) for name, default, text in rows)
-    return "".join(f"  {name:<{width}}  {text} ({json.dumps(value, default=list)})\n" for name, value, text in shown)
-
-
-def _value_of(name: str, default: Any, values: Any) -> Any:
-    for part in name.split("."):
-        if not isinstance(values, Mapping) or part not in values:
-            return default  # environments.NAME
-        values = values[part]
-    return values
+    return "".join(f"  {name:<{width}}  {text} ({json.dumps(default, default=list)})\n" for name, default, text in rows)

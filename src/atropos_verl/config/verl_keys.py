@@ -6,7 +6,7 @@ The files are Hydra files over verl's ``ppo_trainer``, so every setting of verl 
 
 import importlib.util
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from atropos_verl.config.composition import (
     check_form,
     compose_with_hydra,
     composition_errors,
+    did_you_mean,
     key_of,
     with_key_for_network,
 )
+from atropos_verl.config.model_checks import defaults_for
 from atropos_verl.config.schema import (
     NO_MICRO_BATCH,
     AtroposConfig,
@@ -37,12 +39,17 @@ from atropos_verl.config.schema import (
     as_config_error,
     check_bounds,
     describe,
-    did_you_mean,
     help_rows,
     hide_secrets,
 )
 from atropos_verl.errors import ConfigError
 
+_OF_THE_DEMO = {
+    "actor_rollout_ref.actor.optim.lr": 2e-4,
+    "data.max_prompt_length": 48,
+    "data.max_response_length": 16,
+}
+"""In the order of ``defaults_for``: what ``ray_cpu_demo.yaml`` has for the demo model."""
 RAY_DEFAULT = "ray_cpu_demo"
 """The file that is composed where none is named."""
 
@@ -191,7 +198,7 @@ def read_run(config: Any) -> RayRun:
     try:
         settings = RaySettings.model_validate(OmegaConf.to_container(config.atropos, resolve=True))
     except ValidationError as error:
-        raise as_config_error(error, RaySettings, "atropos.") from None
+        raise as_config_error(error, prefix="atropos.") from None
     _check_verl_keys(config)
     algorithm = config.algorithm
     if settings.algorithm.advantage_path and (
@@ -265,6 +272,18 @@ def _as_run_config(config: Any, settings: RaySettings) -> RunConfig:
         },
     }
     return RunConfig.from_mapping(values)
+
+
+def notes_for_model(config: Any) -> list[str]:
+    """A line for each key that has the demo's value (``ray_cpu_demo.yaml``) beside a larger model."""
+    from omegaconf import OmegaConf
+
+    path = config.actor_rollout_ref.model.path
+    return [
+        f"{key}={value:g} is the demo model's; for one of the size of {path} try {better:g}"
+        for (key, value), better in zip(_OF_THE_DEMO.items(), defaults_for(path).values(), strict=False)
+        if OmegaConf.select(config, key) == value
+    ]
 
 
 def parameter_sync_step(config: Any) -> int:
@@ -354,10 +373,10 @@ examples:
 
 environment variables: ATROPOS_API_URL, ATROPOS_TIMEOUT, ATROPOS_API_TOKEN (over the file, under key=value)
 
-keys of the block atropos, and supervise (value in this configuration); verl's are in its documentation and in --cfg:
+keys of the block atropos, and supervise (default); verl's are in its documentation and in --cfg:
 """
 
 
-def ray_help(values: Mapping[str, Any]) -> str:
-    """The text of ``--help`` with ``backend=ray``. ``values``: the composed configuration."""
-    return _HELP + help_rows([*describe(RaySettings, "atropos."), *describe(SuperviseConfig, "supervise.")], values)
+def ray_help() -> str:
+    """The text of ``--help`` with ``backend=ray``."""
+    return _HELP + help_rows([*describe(RaySettings, "atropos."), *describe(SuperviseConfig, "supervise.")])

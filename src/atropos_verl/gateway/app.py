@@ -5,6 +5,8 @@ The life of a generation request::
     body read → parsed (400) → admitted by the gate → generated → encoded → sent
                                     └── waits while weights are swapped; the client notices nothing
     client gone, or timeout, at any point → the task is cancelled → the engine frees its slots
+
+In a session a request goes on when its client leaves: an equal one gets its completions (``gateway/sessions.py``).
 """
 
 import asyncio
@@ -12,7 +14,7 @@ import hmac
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
@@ -20,6 +22,7 @@ from functools import partial
 from typing import Any
 
 import msgspec
+import xxhash
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -33,10 +36,13 @@ from atropos_verl.engine.gate import RequestGate
 from atropos_verl.engine.pinned import PinnedEngine
 from atropos_verl.engine.protocol import GenerationEngine
 from atropos_verl.engine.requests import eos_token_ids
+from atropos_verl.gateway.anthropic import count_tokens, messages
 from atropos_verl.gateway.fields import ApiError, Fields, parse_body, to_api_error
 from atropos_verl.gateway.native import generate, generate_trl
 from atropos_verl.gateway.openai import completions
+from atropos_verl.gateway.responses import responses
 from atropos_verl.gateway.service import Answer, GatewayService
+from atropos_verl.gateway.sessions import MAX_RECORD_BYTES, Session, SessionService, SessionStore
 from atropos_verl.gateway.text import TextCodec
 from atropos_verl.http_thread import (
     EVALUATION_PATH,
@@ -44,8 +50,8 @@ from atropos_verl.http_thread import (
     ServerThread,
     disconnected,
     foreign_page,
-    has_token,
     printable,
+    sent_token,
 )
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
@@ -54,6 +60,8 @@ logger = logging.getLogger(__name__)
 
 Handler = Callable[[GatewayService, Fields], Answer]
 """Reads a request; it may take a while for a long one, so it runs in a thread."""
+Reader = Callable[[GatewayService, Scope, bytearray, threading.Event], Answer]
+"""Reads the body of a request; the event is set when the client has left."""
 
 _CANCEL_TIMEOUT = 10.0
 """Seconds a cancelled request may take to let go of the engine before that is logged and left to it."""
@@ -63,7 +71,9 @@ _LONG_BODY_BYTES = 128 << 10
 _LONG_READERS = ThreadPoolExecutor(2, "gateway-long-request")
 _MAX_UNREAD_BYTES = 256 << 20
 """Bodies in memory that are not read yet, together."""
-_ROUTES_HINT = "chat and completions are under /v1; /generate, /health and /metrics are not"
+_ROUTES_HINT = "chat, completions, responses and messages are under /v1; /generate, /health and /metrics are not"
+_AGENT_ROUTES = "/v1/"
+"""The routes that the key of a session opens, beside those of the session itself."""
 _CLIENT_GONE = 499
 _JSON = "application/json"
 
@@ -91,6 +101,8 @@ def create_app(
     allowed_hosts: Collection[str] = (),
     allow_client_templates: bool = False,
     request_timeout: float | None = 1200.0,
+    sessions: SessionStore | None = None,
+    advertise_url: str | None = None,
 ) -> Starlette:
     """The HTTP surface that Atropos environments call.
 
@@ -105,6 +117,8 @@ def create_app(
         allowed_hosts: names that a request's ``Host`` may have (none: any).
         allow_client_templates: run a ``chat_template`` that a request brings.
         request_timeout: seconds a request may take in all, waiting included (None: no bound); then HTTP 504.
+        sessions: what agents ask for in a session is recorded there (None: there are no sessions).
+        advertise_url: where agents reach this server (None: as whoever opens a session does).
     """
     eos = getattr(engine, "eos_token_ids", None) or eos_token_ids(tokenizer)  # another engine may not say
     codec = TextCodec(tokenizer, eos, allows_client_templates=allow_client_templates)
@@ -142,10 +156,23 @@ def create_app(
     async def metrics(_: Request) -> Response:
         return Response(service.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    async def session(request: Request) -> Response:
+        """``GET /sessions/ID`` and ``GET /sessions/ID/rollout``."""
+        assert sessions is not None
+        try:
+            found = sessions.find(request.path_params["id"])
+            described = sessions.rollout if request.url.path.endswith("/rollout") else sessions.describe
+            return _json_response(await described(found))
+        except ApiError as error:
+            return _error_response(error)
+
     gets = {"/health": health, "/v1/models": models, "/v1/models/{name:path}": model, "/metrics": metrics}
     posts: dict[str, Handler] = {
         "/v1/chat/completions": partial(completions, chat=True),
         "/v1/completions": partial(completions, chat=False),
+        "/v1/responses": responses,
+        "/v1/messages": messages,
+        "/v1/messages/count_tokens": count_tokens,
         "/generate": generate,
         "/generate/": generate_trl,
     }
@@ -156,8 +183,13 @@ def create_app(
     for prefix, serving in services.items():
         routes += [Route(prefix + path, handler, methods=["GET"]) for path, handler in gets.items()]
         for path, handler in posts.items():
-            endpoint = _Endpoint(serving, prefix + path, handler, request_timeout)
+            endpoint = _Endpoint(serving, prefix + path, _reader(handler), request_timeout, sessions)
             routes.append(Route(prefix + path, endpoint, methods=["POST"]))
+    if sessions is not None:
+        service.more_figures = sessions.figures
+        routes += [Route(path, session, methods=["GET"]) for path in ("/sessions/{id}", "/sessions/{id}/rollout")]
+        for path, reader in _session_readers(sessions, advertise_url).items():
+            routes.append(Route(path, _Endpoint(service, path, reader, request_timeout), methods=["POST"]))
 
     async def routing_error(request: Request, error: Exception) -> Response:
         """404 and 405 in the error format of everything else, and in our log: Atropos clients swallow theirs."""
@@ -166,7 +198,7 @@ def create_app(
         service.warn_refused(f"route {request.url.path[:200]}", "a client calls %s", what)
         return _error_response(ApiError(status, what))
 
-    entrance = Middleware(_Entrance, key=api_key, hosts=allowed_hosts, service=service)
+    entrance = Middleware(_Entrance, key=api_key, hosts=allowed_hosts, service=service, sessions=sessions)
     return Starlette(routes=routes, middleware=[entrance], exception_handlers={HTTPException: routing_error})
 
 
@@ -174,16 +206,16 @@ def _json_response(data: Any) -> Response:
     return Response(msgspec.json.encode(data), media_type=_JSON)
 
 
-def _error_response(error: ApiError) -> Response:
+def _error_response(error: ApiError, path: str = "") -> Response:
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
-    return Response(error.body(), status_code=error.status, media_type=_JSON, headers=headers)
+    return Response(error.body(path), status_code=error.status, media_type=_JSON, headers=headers)
 
 
 class _Reply:
     """The answer to one request: headers go out with the first piece, so that an early error still gets its status."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    def __init__(self, send: Send, path: str) -> None:
+        self._send, self._path = send, path
         self._started = False
         self._finished = False
         self.status = 500
@@ -201,7 +233,7 @@ class _Reply:
     async def fail(self, error: ApiError) -> None:
         """The error as the answer, or as the last event of a stream that has begun."""
         if not self._finished:
-            body = b"data: " + error.body() + b"\n\n" if self._started else error.body()
+            body = error.body(self._path, streamed=self._started)
             self.status = error.status
             await self.write(body, status=error.status)
 
@@ -213,47 +245,86 @@ class _Entrance:
     healthy server for ever. /health needs no key: supervisors probe it before they know any.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, hosts: Collection[str], service: GatewayService) -> None:
-        self._app, self._key, self._hosts, self._service = app, key, hosts, service
+    def __init__(
+        self,
+        app: ASGIApp,
+        key: str | None,
+        hosts: Collection[str],
+        service: GatewayService,
+        sessions: SessionStore | None,
+    ) -> None:
+        self._app, self._key, self._hosts, self._service, self._sessions = app, key, hosts, service, sessions
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             if scope["path"].startswith("//"):
                 # leading ones only: a model's name in /v1/models/{name} may be an absolute path
                 scope = {**scope, "path": "/" + scope["path"].lstrip("/")}
-            if (refusal := self._refusal(scope["path"], Headers(scope=scope))) is not None:
+            try:
+                path, session = self._admit(scope["path"], Headers(scope=scope))
+            except ApiError as refusal:
                 text = "a client was refused at %s: %s"
                 self._service.warn_refused(f"entrance {refusal.status}", text, scope["path"][:200], refusal.message)
-                await _error_response(refusal)(scope, receive, send)
+                await _error_response(refusal, scope["path"])(scope, receive, send)
                 return
+            scope = {**scope, "path": path, "session": session}
         await self._app(scope, receive, send)
 
-    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
+    def _admit(self, path: str, headers: Headers) -> tuple[str, Session | None]:
+        """The route, and the session whose agent calls it. Raises ``ApiError`` 401, 403, 404, 415."""
         if (reason := foreign_page(headers, self._hosts)) is not None:
-            return ApiError(403, f"{reason} (gateway.host, gateway.advertise_url)", code="forbidden")
-        if self._key and path not in ("/health", f"{EVALUATION_PATH}/health"):
-            sent = headers.get("x-api-key", "").encode()
-            if not has_token(headers, self._key) and not hmac.compare_digest(sent, self._key.encode()):
-                message = "missing or wrong API key; send 'Authorization: Bearer KEY' (gateway.api_key)"
-                return ApiError(401, message, code="invalid_api_key")
+            raise ApiError(403, f"{reason} (gateway.host, gateway.advertise_url)", code="forbidden")
+        sent = [sent_token(headers), headers.get("x-api-key", "").encode()]
+        session = self._session_of(sent)
+        is_open = not self._key or path in ("/health", f"{EVALUATION_PATH}/health") or session is not None
+        if not is_open and not any(hmac.compare_digest(token, str(self._key).encode()) for token in sent):
+            message = "missing or wrong API key; send 'Authorization: Bearer KEY' (gateway.api_key)"
+            raise ApiError(401, message, code="invalid_api_key")
         media_type = headers.get("content-type", _JSON).partition(";")[0].strip().lower()
         if media_type != _JSON and not media_type.endswith("+json"):
-            return ApiError(415, f"Content-Type {media_type[:100]!r} is not taken; send {_JSON}")
-        return None
+            raise ApiError(415, f"Content-Type {media_type[:100]!r} is not taken; send {_JSON}")
+        if self._sessions is not None and path.startswith("/s/"):
+            session_id, _, rest = path.removeprefix("/s/").partition("/")
+            path, addressed = f"/{rest.lstrip('/')}", self._sessions.find(session_id)
+            if session is not None and session is not addressed:
+                raise ApiError(403, "this is the key of another session", code="forbidden")
+            if not path.startswith(_AGENT_ROUTES):
+                text = f"an agent calls routes below {_AGENT_ROUTES}, not {path[:100]!r}; its base_url is …/s/ID/v1"
+                raise ApiError(404, text)
+            return path, addressed
+        own = "" if session is None else f"/sessions/{session.record.id}"
+        if own and path not in ("/health", own) and not path.startswith((_AGENT_ROUTES, f"{own}/")):
+            raise ApiError(403, f"the key of a session opens {_AGENT_ROUTES} and its own session", code="forbidden")
+        return path, session
+
+    def _session_of(self, sent: list[bytes]) -> Session | None:
+        """The session whose key was sent."""
+        if self._sessions is None:
+            return None
+        found = (self._sessions.of_key(token.decode("latin-1")) for token in sent)
+        return next((session for session in found if session is not None), None)
 
 
 class _Endpoint:
     """One POST endpoint as an ASGI application: it must see the client leave, which a plain handler cannot."""
 
-    def __init__(self, service: GatewayService, path: str, handler: Handler, request_timeout: float | None) -> None:
+    def __init__(
+        self,
+        service: GatewayService,
+        path: str,
+        reader: Reader,
+        request_timeout: float | None,
+        sessions: SessionStore | None = None,
+    ) -> None:
         self._service = service
         self._path = path
-        self._handler = handler
+        self._read = reader
         self._request_timeout = request_timeout
+        self._sessions = sessions
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service = self._service
-        reply = _Reply(send)
+        reply = _Reply(send, self._path)
         service.counts["in_flight"] += 1
         body = bytearray()
         try:
@@ -265,7 +336,7 @@ class _Endpoint:
                     raise ApiError(413, text)
                 if service.counts["unread_bytes"] > _MAX_UNREAD_BYTES:
                     raise ApiError(503, "too many large requests at once; send it again later", code="overloaded")
-            await self._serve_while_connected(body, receive, reply)
+            await self._serve_while_connected(scope, body, receive, reply)
         except ClientDisconnect:
             reply.status = _CLIENT_GONE
         except ApiError as error:
@@ -279,10 +350,10 @@ class _Endpoint:
         self._service.counts["unread_bytes"] -= len(body)
         body.clear()
 
-    async def _serve_while_connected(self, body: bytearray, receive: Receive, reply: _Reply) -> None:
+    async def _serve_while_connected(self, scope: Scope, body: bytearray, receive: Receive, reply: _Reply) -> None:
         """Raises ``ClientDisconnect``, or ``ApiError`` 504."""
-        work = asyncio.create_task(self._serve(body, reply))
         gone = asyncio.create_task(disconnected(receive))
+        work = asyncio.create_task(self._serve(scope, body, reply, gone))
         try:
             await asyncio.wait({work, gone}, timeout=self._request_timeout, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
@@ -302,21 +373,26 @@ class _Endpoint:
             gone.cancel()
             work.cancel()  # also when the server itself is being stopped
 
-    async def _serve(self, body: bytearray, reply: _Reply) -> None:
+    async def _serve(self, scope: Scope, body: bytearray, reply: _Reply, gone: asyncio.Task[None]) -> None:
         abandoned = threading.Event()
+        service, was_received = self._service, False
         try:
+            if self._sessions is not None and (session := scope["session"]) is not None:
+                service = self._sessions.begin(service, session, (self._path, body), Headers(scope=scope))
             # In a thread, long ones in threads of their own: a client's long request must not hold up the others.
             readers = _LONG_READERS if len(body) > _LONG_BODY_BYTES else None
             loop = asyncio.get_running_loop()
-            answer = (await loop.run_in_executor(readers, self._read, body, abandoned))()
+            answer = (await loop.run_in_executor(readers, self._read, service, scope, body, abandoned))()
             self._forget(body)
-            if not isinstance(answer, AsyncGenerator):
-                await reply.write(await answer)
-                return
-            async with aclosing(answer):
-                async for event in answer:
-                    await reply.write(event, more=True, media_type="text/event-stream; charset=utf-8")
-            await reply.write(b"")
+            last = b""
+            if isinstance(answer, AsyncGenerator):
+                async with aclosing(answer):
+                    async for event in answer:
+                        await reply.write(event, more=True, media_type="text/event-stream; charset=utf-8")
+            else:
+                last = await answer
+            was_received = not gone.done()
+            await reply.write(last)
         except asyncio.CancelledError:
             abandoned.set()
             raise
@@ -331,6 +407,46 @@ class _Endpoint:
                 self._service.warn_refused(key, "%s: a client was refused: %s", self._path, refusal.message)
             await reply.fail(refusal)
             del refusal  # its traceback holds this frame, and so a circle of it and the whole body would be kept
+        finally:
+            if isinstance(service, SessionService):
+                service.ended(was_received=was_received)
 
-    def _read(self, body: bytearray, abandoned: threading.Event) -> Answer:
-        return self._handler(self._service, parse_body(body, abandoned))
+
+def _reader(handler: Handler) -> Reader:
+    def read(service: GatewayService, _: Scope, body: bytearray, abandoned: threading.Event) -> Answer:
+        return handler(service, parse_body(body, abandoned))
+
+    return read
+
+
+def _session_readers(sessions: SessionStore, advertise_url: str | None) -> dict[str, Reader]:
+    """The POST routes of sessions. An empty body is an empty object."""
+
+    async def create(request: Request, fields: Fields, digest: int) -> dict[str, Any]:
+        key = request.headers.get("idempotency-key", "").strip() or None
+        session = await sessions.create(fields, key, digest)
+        base = (advertise_url or str(request.base_url)).rstrip("/")
+        record = session.record
+        return {**sessions.summary(session), "base_url": f"{base}/s/{record.id}/v1", "api_key": record.api_key}
+
+    async def reward(request: Request, fields: Fields, _: int) -> dict[str, Any]:
+        return await sessions.reward(sessions.find(request.path_params["id"]), fields)
+
+    async def abort(request: Request, fields: Fields, _: int) -> dict[str, Any]:
+        return await sessions.abort(sessions.find(request.path_params["id"]), fields)
+
+    def reader(action: Callable[[Request, Fields, int], Awaitable[dict[str, Any]]]) -> Reader:
+        def read(_: GatewayService, scope: Scope, body: bytearray, abandoned: threading.Event) -> Answer:
+            if len(body) > MAX_RECORD_BYTES:
+                raise ApiError(413, f"the body is larger than {MAX_RECORD_BYTES} bytes; store large things elsewhere")
+            fields, digest = parse_body(body or b"{}", abandoned), xxhash.xxh3_64_intdigest(body)
+
+            async def answer() -> bytes:
+                return msgspec.json.encode(await action(Request(scope), fields, digest))
+
+            return answer
+
+        return read
+
+    actions = {"/sessions": create, "/sessions/{id}/reward": reward, "/sessions/{id}/abort": abort}
+    return {path: reader(action) for path, action in actions.items()}

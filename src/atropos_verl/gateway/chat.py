@@ -14,7 +14,8 @@ import msgspec
 
 from atropos_verl.gateway.fields import Fields, Sampling
 
-_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_TEXT_PARTS = {"refusal": "refusal", **dict.fromkeys(("text", "input_text", "output_text"), "text")}
+_TEXT_PARTS |= dict.fromkeys(("reasoning_text", "summary_text"), "text")
 """Type of a content part → its field that holds the text."""
 
 
@@ -83,7 +84,7 @@ class Rendered:
     """The reason for which it does not, where a recorded chain was given."""
 
 
-def read_messages(fields: Fields, *, takes_parts: bool, knows_developer: bool) -> tuple[Message, ...]:
+def read_messages(fields: Fields, *, takes_parts: bool, role_of: Callable[[str], str]) -> tuple[Message, ...]:
     """The ``messages`` of a request of the chat API. Raises ``ApiError`` 400 naming the message.
 
     As vLLM does: text parts are lines of one text where the template ``takes_parts`` not; what is null is absent; the
@@ -106,18 +107,16 @@ def read_messages(fields: Fields, *, takes_parts: bool, knows_developer: bool) -
             raise fields.error("messages", f"item {index}: 'tool_call_id' must be a string")
         if role == "tool" and (name := names.get(str(answered))):
             known.setdefault("name", name)
-        if role == "developer" and not knows_developer:
-            role = "system"
         thought = known.pop("reasoning_content", known.pop("reasoning", None))
         if thought is not None and not isinstance(thought, str):
             raise fields.error("messages", f"item {index}: 'reasoning_content' must be a string")
         if isinstance(content, list):
-            content = join_parts(list(_texts(fields, index, content)), takes_parts=takes_parts)
+            content = join_parts(list(read_texts(fields, "messages", index, content)), takes_parts=takes_parts)
         elif not isinstance(content, str):
             raise fields.error("messages", f"item {index}: 'content' must be a string or a list of text parts")
         result.append(
             Message(
-                role=role,
+                role=role_of(role),
                 content=content,
                 tool_calls=calls,
                 tool_call_id=answered,
@@ -211,14 +210,21 @@ def _calls(fields: Fields, index: int, calls: Any) -> Iterator[ToolCall]:
         yield ToolCall(id=str(call.get("id") or ""), name=function["name"], arguments=arguments)
 
 
-def _texts(fields: Fields, index: int, parts: Iterable[Any]) -> Iterator[str]:
+def read_texts(fields: Fields, name: str, index: int, parts: Iterable[Any]) -> Iterator[str]:
+    """The texts of the content ``parts`` of item ``index`` of the field ``name``. Raises ``ApiError`` 400."""
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get(_TEXT_PARTS[kind]) if isinstance(kind, str) and kind in _TEXT_PARTS else part
         if not isinstance(text, str):
-            message = f"item {index}: only parts of type 'text' are supported"
-            raise fields.error("messages", message, "unsupported_field")
+            found = f"({kind[:40]})" if isinstance(kind, str) else ""
+            message = f"item {index}: only parts of type 'text' are supported; images, files and sound are not {found}"
+            raise fields.error(name, message, "unsupported_field")
         yield text
+
+
+def calls_by_name(messages: Iterable[Message]) -> dict[str, str]:
+    """Id → tool of the calls in ``messages``."""
+    return {call.id: call.name for message in messages for call in message.tool_calls}
 
 
 def template_form(message: Message) -> dict[str, Any]:

@@ -28,10 +28,17 @@ _TYPE_OF_STATUS = {
     400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
-    405: "invalid_request_error",
-    **dict.fromkeys((403, 413, 415), "invalid_request_error"),
+    **dict.fromkeys((403, 405, 409, 410, 413, 415), "invalid_request_error"),
+    429: "rate_limit_error",
     500: "internal_server_error",
-    503: "service_unavailable_error",
+    **dict.fromkeys((503, 507), "service_unavailable_error"),
+    504: "timeout_error",
+}
+
+_ANTHROPIC_TYPE_OF_STATUS = {
+    403: "permission_error",
+    413: "request_too_large",
+    503: "overloaded_error",
     504: "timeout_error",
 }
 
@@ -72,7 +79,7 @@ _HARMLESS_NATIVE = ("cache_salt", "priority", "guided_decoding_backend")
 
 
 class ApiError(Exception):
-    """A request that is answered with an error status, in the error format of the OpenAI API.
+    """A request that is answered with an error status, in the error format of the API that was called.
 
     ``param`` is the offending field of the body (``"sampling_params.top_p"``), ``code`` a short machine-readable
     reason (``"context_length_exceeded"``); both may be None.
@@ -85,15 +92,21 @@ class ApiError(Exception):
         self.param = param
         self.code = code
 
-    def body(self) -> bytes:
-        """The JSON body, UTF-8."""
-        error = {
-            "message": self.message,
-            "type": _TYPE_OF_STATUS.get(self.status, "api_error"),
-            "param": self.param,
-            "code": self.code,
-        }
-        return msgspec.json.encode({"error": error})
+    def body(self, path: str = "", *, streamed: bool = False) -> bytes:
+        """The JSON body, UTF-8, in the form of the API at ``path``; ``streamed``: as the last event of a stream."""
+        kind = _TYPE_OF_STATUS.get(self.status, "api_error")
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        body: dict[str, Any] = {"error": error}
+        if "/messages" in path:
+            kind = _ANTHROPIC_TYPE_OF_STATUS.get(self.status, kind if self.status < 500 else "api_error")
+            body = {"type": "error", "error": {"type": kind, "message": self.message}, "request_id": None}
+        elif streamed and path.endswith("/responses"):
+            # The documented event, and what makes OpenAI's SDK raise.
+            body = {"type": "error", "sequence_number": 0, **error, "code": self.code or kind, "error": error}
+        encoded = msgspec.json.encode(body)
+        if not streamed:
+            return encoded
+        return (b"event: error\n" if "type" in body else b"") + b"data: " + encoded + b"\n\n"
 
 
 def to_api_error(error: Exception) -> ApiError:

@@ -36,6 +36,8 @@ Answer = Callable[[], Awaitable[bytes] | AsyncGenerator[bytes, None]]
 _MAX_SEQUENCES = 4096
 _MAX_TOKENS = 1 << 25
 """Tokens of one request, the prompts' and those it may generate: 256 completions in a context of 131,072."""
+_MAX_KEPT_BYTES = 64 << 20
+"""Of conversations that may be continued by ``previous_response_id``, those of the oldest answers go first."""
 _MAX_REMEMBERED_WARNINGS = 256
 _PREFIX = "atropos_verl_gateway"
 
@@ -56,8 +58,13 @@ class GatewayService(Collector):
     """(endpoint, HTTP status) → requests answered; 499 = the client went away."""
     counts: Counter[str] = field(default_factory=Counter)
     """``in_flight`` requests, ``unread_bytes`` of these, ``prompt_tokens`` and ``generated_tokens`` of answers."""
+    _conversations: dict[str, tuple[int, tuple[Message, ...]]] = field(default_factory=dict)
+    """Id of an answer → about how many bytes the conversation has that ended with it, and its messages."""
+    _kept_bytes: int = 0
     _warned: set[str] = field(default_factory=set)
     _refusals: SameLines = field(default_factory=SameLines)
+    more_figures: Callable[[], Iterable[tuple[str, str, float]]] = tuple
+    """Name, text and value of figures that others count."""
 
     def exposition(self) -> bytes:
         """The figures of ``collect`` alone, in the Prometheus text format."""
@@ -96,7 +103,7 @@ class GatewayService(Collector):
                 ("ledger_restored_spans", "Completions of before a restart.", ledger.restored_spans),
                 ("ledger_evicted_spans_total", "Completions forgotten again.", ledger.evicted_spans),
             ]
-        for name, text, value in figures:
+        for name, text, value in (*figures, *self.more_figures()):
             family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
             yield family(f"{_PREFIX}_{name}", text, value=value)
 
@@ -200,9 +207,18 @@ class GatewayService(Collector):
         """The message that the answer of a turn holds, in completion ``index`` of its request."""
         return read_reply(self.codec, turn, request, generation, index)
 
-    def messages_of(self, answer_id: str) -> list[Message] | None:
+    def messages_of(self, answer_id: str) -> Sequence[Message] | None:
         """The conversation that ended with the answer of this id; None: not kept."""
-        return None
+        kept = self._conversations.get(answer_id)
+        return None if kept is None else kept[1]
+
+    def remember(self, answer_id: str, messages: tuple[Message, ...]) -> None:
+        """Keep a conversation for a while, which a client may continue by the id of its last answer."""
+        size = sum(500 + sum(map(len, message.content)) for message in messages)
+        self._conversations[answer_id] = size, messages
+        self._kept_bytes += size
+        while self._kept_bytes > _MAX_KEPT_BYTES:
+            self._kept_bytes -= self._conversations.pop(next(iter(self._conversations)))[0]
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Generation]]:
         """``requests[i].n`` completions of each request. Cancelling frees every slot they hold.
@@ -241,13 +257,12 @@ class GatewayService(Collector):
                         seen[delta.index].append(delta)
                         running -= delta.finish_reason is not None
                         if not running:
-                            await self._record([(request, _joined(seen))])
+                            await self._record([(request, joined(seen))])
                         yield delta
             finally:
                 if running and self.ledger is not None:  # a reader who left may use what it got
-                    self.ledger.record(
-                        request.prompt_token_ids, _recordable(request, _joined(seen)), request.temperature
-                    )
+                    made = joined(seen)
+                    self.ledger.record(request.prompt_token_ids, _recordable(request, made), request.temperature)
         self.counts["prompt_tokens"] += len(request.prompt_token_ids)
 
     async def _record(self, answers: Iterable[tuple[GenerationRequest, list[Generation]]]) -> None:
@@ -278,7 +293,7 @@ def _recordable(request: GenerationRequest, made: list[Generation]) -> list[Gene
     return [replace(generation, logprobs=(NO_LOGPROB,) * len(generation.token_ids)) for generation in made]
 
 
-def _joined(seen: Sequence[Sequence[GenerationDelta]]) -> list[Generation]:
+def joined(seen: Sequence[Sequence[GenerationDelta]]) -> list[Generation]:
     """What a stream wrote of each completion. A version that a delta does not name is ``UNKNOWN_VERSION``."""
     joined: list[Generation] = []
     for deltas in seen:

@@ -58,7 +58,7 @@ class ChatTemplate:
     def messages(self, fields: Fields) -> tuple[Message, ...]:
         """The ``messages`` of a request of the chat API, in the form that the model's template knows."""
         own = self._client_template(fields) is None
-        return read_messages(fields, takes_parts=own and self.takes_parts, knows_developer=self._knows_developer)
+        return read_messages(fields, takes_parts=own and self.takes_parts, role_of=self.role)
 
     def prompt(self, turn: ChatTurn) -> str:
         """The prompt text of a turn. Raises ``ApiError`` 400."""
@@ -120,9 +120,9 @@ class ChatTemplate:
         """Calls are JSON in ``<tool_call>``: as Hermes and Qwen have them, and where the preamble is ours."""
         return "tools" not in self.source or "<args-json-object>" in self.source
 
-    @property
-    def _knows_developer(self) -> bool:
-        return "developer" in self.source
+    def role(self, role: str) -> str:
+        """``role`` as the template names it: a ``developer`` is the ``system`` of those that do not know the name."""
+        return "system" if role == "developer" and "developer" not in self.source else role
 
 
 def _with_preamble(messages: list[Message], turn: ChatTurn) -> list[Message]:

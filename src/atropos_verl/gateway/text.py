@@ -9,7 +9,7 @@ from atropos_verl.engine.constraints import token_text
 from atropos_verl.gateway.chat import ChatTurn, Rendered
 from atropos_verl.gateway.fields import ApiError, Fields, Sampling
 from atropos_verl.gateway.templates import ChatTemplate
-from atropos_verl.types import FinishReason
+from atropos_verl.types import FinishReason, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,11 @@ class TextCodec:
         known.update((token_id, token_text(self.tokenizer, token_id)) for token_id in ids if token_id not in known)
         return [known[token_id] for token_id in ids]
 
+    def has_end(self, token_ids: Sequence[int], finish_reason: FinishReason | None, asked: GenerationRequest) -> bool:
+        """The last token ended the completion, and is no part of its text."""
+        ends = {*asked.stop_token_ids, *(() if asked.ignore_eos else self._eos_ids)}
+        return finish_reason == "stop" and bool(token_ids) and token_ids[-1] in ends
+
     def completion_text(
         self, token_ids: Sequence[int], finish_reason: FinishReason | None, sampling: Sampling
     ) -> tuple[str, str | int | None]:
@@ -96,8 +101,7 @@ class TextCodec:
         Without the stop token, without special tokens (unless asked for), cut before the stop string.
         """
         asked, stopped = sampling.template, finish_reason == "stop"
-        ends = {*asked.stop_token_ids, *(() if asked.ignore_eos else self._eos_ids)}
-        ended = stopped and bool(token_ids) and token_ids[-1] in ends
+        ended = self.has_end(token_ids, finish_reason, asked)
         visible = token_ids[:-1] if ended and not sampling.include_stop else token_ids
         text = self.decode(visible, skip_special_tokens=sampling.skip_special_tokens)
         text, matched = cut_at_stop(text, asked.stop if stopped else (), include_stop=sampling.include_stop)

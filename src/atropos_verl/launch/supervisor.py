@@ -218,6 +218,8 @@ class Supervisor:
         self._started = time.monotonic()
         self._api_lost_at = 0.0
         self._said: set[str] = set()
+        self._evaluated_at = 0.0
+        """When a held-out evaluation was last seen to be waited for."""
         self._stall_since = 0.0
         self._stall_wait = 0.0
         self._counted: dict[str, int] = {}
@@ -540,10 +542,11 @@ class Supervisor:
         elif self._trainer is None or self._trainer.state != "running":
             return None
         if self._evaluations.running:
+            self._evaluated_at = time.monotonic()
             return 0.0
         started = self._started if self._trainer is None else self._trainer.started_at
-        seen = self._poller
-        return time.monotonic() - max(seen.generated_at, started, seen.batch_at, self._steps.last_at or 0.0)
+        seen, last_step = self._poller, self._steps.last_at or 0.0
+        return time.monotonic() - max(seen.generated_at, started, seen.batch_at, last_step, self._evaluated_at)
 
     def _conclude(self) -> None:
         """The diagnosis for the final error, before the services that it looks at are ended."""

@@ -37,7 +37,7 @@ from atropos_verl.protocol.exchange import (
     pause,
     retry_interval,
 )
-from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
+from atropos_verl.protocol.messages import EnvIdentifier, EnvRegistration, TrainerRegistration
 from atropos_verl.protocol.wire import MEDIA_TYPE
 
 logger = logging.getLogger(__name__)
@@ -139,27 +139,21 @@ class AtroposClient:
         self.leased = False
         """The API has given out a leased batch: a failed ``GET /batch`` loses nothing there, and is tried again."""
         self.features: frozenset[str] = frozenset()
-        """Features of the API beyond upstream's, known after ``register``: ``idempotency``, ``leases``, …"""
+        """Features of the API beyond upstream's, known after a registration: ``idempotency``, ``leases``, …"""
         self._batch_headers = {"Accept": f"{MEDIA_TYPE}, application/json"} if packed else {}
         if lease_seconds is not None:
             _at_least(lease_seconds, "atropos.lease_seconds", 0.0, exclusive=True)
             self._batch_headers["X-Atropos-Lease"] = f"{lease_seconds:g}"
         self._base = api_url.rstrip("/")
         proxied = not _is_this_machine(host) if trust_env is None else trust_env  # a proxy may be reached by TLS, too
-        of_client: dict[str, Any] = {
-            "headers": _check_headers(token, headers, api_url),
-            "verify": _check_trust(verify, needed=proxied or not api_url.lower().startswith("http:")),
-        }
-        try:
-            self._http = httpx.Client(
-                **of_client,
-                trust_env=proxied,
-                limits=httpx.Limits(max_keepalive_connections=0),
-                transport=transport,
-                follow_redirects=False,
-            )
-        except (ImportError, ValueError) as error:  # of a SOCKS proxy, or one of a kind that httpx does not know
-            raise ConfigError(f"the proxy that ALL_PROXY or HTTP(S)_PROXY names cannot be used: {error}") from error
+        self._http = httpx.Client(
+            headers=_check_headers(token, headers, api_url),
+            verify=_check_trust(verify, needed=proxied or not api_url.lower().startswith("http:")),
+            trust_env=proxied,
+            limits=httpx.Limits(max_keepalive_connections=0),
+            transport=transport,
+            follow_redirects=False,
+        )
 
     def __enter__(self) -> AtroposClient:
         return self
@@ -209,11 +203,17 @@ class AtroposClient:
         (try again in a second)."""
         call = self._call("POST", "/register-env", registration)
         fields = self._ask(call, repeatable=False)
+        self.features = frozenset(map(str, fields.get("features") or ()))
         if fields.get("status") == "success":
             return integers(call, fields, "env_id")[0]
         if not str(fields.get("status", "")).startswith("wait"):
             raise not_atropos(call, f"{call.name} gave the status {fields.get('status')!r}")
         return None
+
+    def env_status(self, env_id: int) -> ApiStatus:
+        """What the API tells an environment: its queue in groups of that environment's size. The API hears of it."""
+        call = self._call("GET", "/status-env", EnvIdentifier(env_id))
+        return ApiStatus(*integers(call, self._ask(call), "current_step", "queue_size"))
 
     def reset_data(self) -> None:
         """Destructive: the API forgets registrations, environments, queue and batches."""

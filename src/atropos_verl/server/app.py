@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 Handler = Callable[[Request], Awaitable[Response | dict[str, Any]]]
 """What is no ``Response`` is sent as JSON."""
 
-FEATURES = ("batch_fill", "idempotency", "leases", "packed", "wait")
+FEATURES = ("batch_fill", "idempotency", "leases", "packed", "rollouts", "wait")
 """Features beyond upstream's protocol; a client learns them at ``/register``."""
 _TICK_SECONDS = 1.0
 _LONGEST_WAIT = 60.0
@@ -298,6 +298,7 @@ class TrajectoryApi:
             "starting_step": self.store.step,
             "checkpoint_interval": registration.save_checkpoint_interval,
             "num_steps": registration.num_steps,
+            "features": FEATURES,
         }
 
     async def disconnect_env(self, request: Request) -> dict[str, Any]:

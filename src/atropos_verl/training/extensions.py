@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from atropos_verl.config.launch_schema import LAUNCH_DIRECTORY
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.types import NOT_TRAINED, FloatArray, LossOutput, ScoredGroup
 
 if TYPE_CHECKING:
     import torch
-
-LAUNCH_DIRECTORY = "ATROPOS_VERL_LAUNCH_DIRECTORY"
 
 _ARGUMENTS = {
     "loss.path": (
@@ -37,6 +36,8 @@ _ARGUMENTS = {
     "algorithm.advantage_path": (("scores", "group"), ()),
     "data.filter_path": (("groups",), ()),
     "reward.path": (("prompts", "completions"), ()),
+    "agent": (("task", "session"), ()),
+    "scorer": (("task", "output"), ()),
 }
 """Key → the positional arguments and the keyword arguments that its function is called with."""
 
@@ -46,7 +47,7 @@ def check_extensions(config: RunConfig, prefix: str = "") -> None:
 
     ``prefix`` is ``atropos.`` where the keys are in that block (the Ray backend).
     """
-    for key in _ARGUMENTS:
+    for key in (name for name in _ARGUMENTS if "." in name):
         path = attrgetter(key)(config)
         if path is not None:
             try:

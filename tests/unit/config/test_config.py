@@ -1,16 +1,15 @@
 """Schema, YAML and command line → RunConfig: values accepted and refused, and the key that an error names."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from atropos_verl.config.composition import SHIPPED, load_config, load_launch
+from atropos_verl.config.composition import SHIPPED, fitted_to_model, load_config, load_launch
 from atropos_verl.config.schema import RunConfig, apply_environment, describe
-from atropos_verl.config.verl_keys import compose_run, read_run
+from atropos_verl.config.verl_keys import compose_run, notes_for_model, read_run
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.launch import main as launch_main
 from atropos_verl.launch.train import main
@@ -284,25 +283,54 @@ def test_a_configuration_error_is_exit_code_2(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == text
 
 
-def test_a_file_that_is_not_there_and_a_key_misspelt_in_one_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
-        load_config([], None, "one_gpuu")
-    assert str(caught.value).startswith(
-        f"--config-name: {SHIPPED} holds no one_gpuu.yaml; did you mean one_gpu? (there"
-    )
-    with pytest.raises(ConfigError, match=r"nope\.yaml"):
-        compose_run([], None, "nope")
-    (tmp_path / "mine.yaml").write_text("optim: {lrr: 3}")
-    with pytest.raises(ConfigError, match=r"optim.lrr: unknown key; did you mean optim.lr\?"):
-        load_config([], tmp_path, "mine")
+def _model(path: Path, parameters: int, context: int) -> str:
+    """A directory that claims so many parameters; its weights are a hole in the disk."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"dtype": "bfloat16", "max_position_embeddings": context}))
+    with (path / "model.safetensors").open("wb") as file:
+        file.truncate(2 * parameters)
+    return str(path)
 
 
-def test_help_shows_the_values_of_the_chosen_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "mine.yaml").write_text("defaults: [atropos_schema, _self_]\noptim: {lr: 0.25}")
-    assert main(["--help", "--config-dir", str(tmp_path), "--config-name", "mine", "steps=7"]) == 0
-    text = capsys.readouterr().out
-    assert "  learning rate (0.25)\n" in text and "of the whole run (7)\n" in text
-    assert launch_main(["--help", "envs=[demo]", "api.port=8123"], "local_demo") == 0
-    assert re.search(r"\n  api.port .*\(8123\)\n", capsys.readouterr().out)
-    assert main(["backend=ray", "--help", "atropos.poll_interval=0.5"]) == 0
-    assert re.search(r"\n  atropos.poll_interval .*\(0.5\)\n", capsys.readouterr().out)
+@pytest.mark.parametrize(
+    ("parameters", "context", "lr", "length"),
+    [
+        (900_000, 1024, 5e-4, None),
+        (135_000_000, 8192, 2e-5, 1024),
+        (1_500_000_000, 512, 5e-6, 256),
+        (8_000_000_000, 40960, 1e-6, 1024),
+    ],
+)
+def test_settings_that_suit_the_demo_only_are_chosen_by_the_model(
+    tmp_path: Path, parameters: int, context: int, lr: float, length: int | None
+) -> None:
+    path = _model(tmp_path / "model", parameters, context)
+    for config in (load_config([f"model.path={path}"]), fitted_to_model({"model": {"path": path}})):
+        assert (config.optim.lr, config.data.max_prompt_length) == (lr, length or 64)
+        assert config.max_response_length == (length or 32)
+        assert len(config.notes) == (0 if length is None else 3)
+        assert all(path in note for note in config.with_values(optim={"betas": (0.8, 0.9)}).notes)
+    if length is not None:
+        assert config.notes[0] == f"optim.lr={lr:g}, chosen by the size of {path}; set it otherwise"
+    own = load_config([f"model.path={path}", "optim.lr=5e-4", "max_response_length=32"])
+    assert (own.optim.lr, own.max_response_length) == (5e-4, 32)
+    assert len(own.notes) == (0 if length is None else 1)
+
+
+def test_the_demo_keeps_its_settings_and_a_file_its_own(tmp_path: Path) -> None:
+    demo = load_config([])
+    assert (demo.optim.lr, demo.data.max_prompt_length, demo.max_response_length, demo.notes) == (5e-4, 64, 32, ())
+    shipped = load_config([], config_name="smollm2")
+    assert shipped.notes == ()
+    named = load_config(["model.path=smollm2-135m"])
+    assert (named.optim.lr, named.data.max_prompt_length) == (2e-5, 1024)
+
+
+def test_settings_of_the_ray_demo_beside_a_larger_model_are_named(tmp_path: Path) -> None:
+    path = _model(tmp_path / "model", 135_000_000, 8192)
+    words = [f"actor_rollout_ref.model.path={path}", "data.max_response_length=64"]
+    assert notes_for_model(compose_run(words)) == [
+        f"actor_rollout_ref.actor.optim.lr=0.0002 is the demo model's; for one of the size of {path} try 2e-05",
+        f"data.max_prompt_length=48 is the demo model's; for one of the size of {path} try 1024",
+    ]
+    assert notes_for_model(compose_run([])) == []

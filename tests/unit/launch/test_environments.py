@@ -1,5 +1,6 @@
 """Environments → commands: arguments, shares of the batch, keys by a private file, the bare server configuration."""
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 import pytest
 import yaml
 
+from atropos_verl.agents.runner import add_arguments
 from atropos_verl.assets import demo_model_path
 from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.environments import (
     allocate,
+    environment_spec,
     interpreter,
     last_words,
     obstacle,
@@ -400,22 +403,26 @@ def test_a_tokenizer_of_transformers_5_is_made_one_that_transformers_4_loads(tmp
     assert readable_tokenizer(config) == own, "nothing can be made of it; the doctor says so"
 
 
-def test_groups_of_one_sequence_are_warned_of_where_the_baseline_is_the_group() -> None:
-    alone: dict[str, Any] = {"a": {"group_size": 1}, "b": {"group_size": 1}, "c": {}}
-    [warning] = plan(alone)[1]
-    assert warning.startswith(
-        "groups of a, b have one sequence (group_size=1), whose advantage is 0 with algorithm.adv_e"
-    )
-    assert plan(alone, algorithm={"adv_estimator": "plain"})[1] == []
-
-
-def test_a_proxy_that_an_environment_cannot_use_is_named_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ALL_PROXY", "http://proxy:1")
-    plan({"demo": {}})
-    monkeypatch.setenv("ALL_PROXY", "telnet://proxy:1")
-    with pytest.raises(
-        ConfigError, match=r"environments.demo.env: with ALL_PROXY set, .*python.* says: ValueError: "
-    ) as e:
-        plan({"demo": {}})
-    assert "telnet" in str(e.value)
-    plan({"demo": {"env": {"ALL_PROXY": ""}}})
+def test_an_agent_is_an_environment_of_the_runner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    agent = {"agent": "my:solve", "tasks": "t.jsonl", "eval_tasks": "/held.jsonl", "concurrency": 4, "group_size": 2}
+    launch = LaunchConfig.from_mapping({"agents": {"mine": agent}})
+    assert list(launch.chosen) == ["mine"]
+    made = launch.chosen["mine"]
+    assert made.evaluate
+    config = RunConfig.from_mapping({"run_dir": str(tmp_path), "gateway": {"advertise_url": "http://g:1"}})
+    spec = environment_spec(config, "mine", made, of_training=False)
+    words = " ".join(spec.command[1:])
+    assert words.startswith("-m atropos_verl.agents.runner serve ")
+    for expected in ("--agent my:solve", f"--tasks {tmp_path}/t.jsonl", "--eval-tasks /held.jsonl", "--concurrency 4"):
+        assert expected in words
+    assert spec.env["ATROPOS_VERL_LAUNCH_DIRECTORY"] == str(tmp_path)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    found = parser.parse_args(spec.command[3:])
+    assert (found.group_size, found.name, found.batches_ahead) == (2, "mine", config.max_batches_offpolicy)
+    for wrong in ({"agents": {"x": {}}}, {"agents": {"x": agent}, "environments": {"x": {"script": "a.py"}}}):
+        with pytest.raises(ConfigError, match=r"agents\.x"):
+            LaunchConfig.from_mapping(wrong)

@@ -127,7 +127,6 @@ def test_an_evaluation_that_hangs_is_told_of(tmp_path: Path, monkeypatch: pytest
     spec = ServiceSpec(name="evaluate_before", command=command, cwd=tmp_path, log_path=tmp_path / "e.log")
     planned = evaluation.PlannedEvaluation("words", 1.0, spec, tmp_path / "metrics.json")
     notes: list[str] = []
-    (tmp_path / "eval").touch()  # nor does a disk that takes no progress.json end it
     processes = evaluation.EvaluationProcesses(
         {"before": [planned]}, tmp_path, timeout=2.0, note=notes.append, check=lambda: None
     )
@@ -433,6 +432,18 @@ def test_an_earlier_run_in_the_same_directory_is_not_blamed(tmp_path: Path) -> N
     facts = supervisor._facts()
     assert facts.errors == {"environment": {"/x refused: new": 1}}
     assert (facts.api, facts.gateway) == (["/x refused: new"], [])
+
+
+def test_no_batch_is_missed_while_the_trainer_waits_for_an_evaluation(tmp_path: Path) -> None:
+    """Symptom: the demo of SmolLM2 was told of a stall as soon as the evaluation before training was over."""
+    supervisor = Supervisor(replace(plan(tmp_path), trains_here=True), print)
+    supervisor._poller.generated_at = time.monotonic() - 1000.0
+    supervisor._started = 0.0
+    assert (supervisor._silent_seconds() or 0.0) > 999.0
+    supervisor._evaluations.running = "before"
+    assert supervisor._silent_seconds() == 0.0
+    supervisor._evaluations.running = None
+    assert (supervisor._silent_seconds() or 0.0) < 900.0
 
 
 def test_counters_that_begin_at_0_again_are_believed(tmp_path: Path) -> None:

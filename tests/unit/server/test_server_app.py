@@ -22,7 +22,7 @@ from atropos_verl.protocol.schema import Refusal, SlowPathError
 from atropos_verl.protocol.wire import MEDIA_TYPE, decode_batch
 from atropos_verl.server import app as server_app
 from atropos_verl.server import bodies, body_checker, status_barrier
-from atropos_verl.server.app import TrajectoryApi
+from atropos_verl.server.app import FEATURES, TrajectoryApi
 from atropos_verl.server.bodies import Connection
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.storage import RecordStore
@@ -148,6 +148,7 @@ async def test_an_environment_registers_once_the_trainer_asked_for_a_batch(api: 
         "starting_step": 2,
         "checkpoint_interval": 5,
         "num_steps": 1000,
+        "features": list(FEATURES),
     }
     second = await post(api, "/register-env", {**HELLO, "desired_name": None})
     assert (second["env_id"], second["wandb_name"]) == (1, "env_0")

@@ -4,7 +4,6 @@ The processes around it belong to the caller, who hands in callables. Nothing he
 """
 
 import gc
-import logging
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -18,8 +17,6 @@ from atropos_verl.training.batch_source import BatchSource
 from atropos_verl.training.checkpoint_state import saved_step
 from atropos_verl.training.step import Evaluations, HeldOut, Progress, keep_trackers_inside
 from atropos_verl.types import StepReport
-
-logger = logging.getLogger(__name__)
 
 
 def run(
@@ -73,13 +70,8 @@ def run(
             on_step=on_step,
         )
         if config.eval.after:
-            try:
-                held_out.start("after")
-                trainer.evaluate("after")
-            except BaseException as error:
-                if config.save_freq > 0:
-                    error.add_note("(every step is saved; the same command evaluates again and writes summary.json)")
-                raise
+            held_out.start("after")
+            trainer.evaluate("after")
         return outcome, held_out.scores
 
 
@@ -103,10 +95,7 @@ def _make_tracker(config: RunConfig, run_dir: Path) -> Callable[[StepReport], No
 
     def send(report: StepReport) -> None:
         figures = {"loss": report.loss, "policy_version": report.policy_version, **report.metrics}
-        try:
-            tracking.log(data={k: v for k, v in figures.items() if v is not None}, step=report.step)
-        except OSError as error:  # metrics.jsonl has the step
-            logger.warning("step %d did not reach a tracker of trainer.logger: %s", report.step, error)
+        tracking.log(data={k: v for k, v in figures.items() if v is not None}, step=report.step)
 
     return send
 

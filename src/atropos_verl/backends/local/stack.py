@@ -18,6 +18,7 @@ from atropos_verl.engine.pinned import PinnedEngine
 from atropos_verl.engine.runner import engine_threads
 from atropos_verl.errors import ConfigError, EngineError, WeightSyncError
 from atropos_verl.gateway.app import GatewayServer, create_app
+from atropos_verl.gateway.sessions import SessionStore
 from atropos_verl.http_thread import Listener
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
@@ -40,6 +41,7 @@ class LocalStack:
     gate: RequestGate
     evaluated: PinnedEngine
     gateway: GatewayServer
+    sessions: SessionStore
     ledger: Ledger
     throttle: StalenessThrottle | None
     tokenizer: Any
@@ -47,7 +49,12 @@ class LocalStack:
 
     @classmethod
     def build(
-        cls, config: RunConfig, model_path: Path, source: WeightSource, gateway_listener: Listener | None
+        cls,
+        config: RunConfig,
+        model_path: Path,
+        source: WeightSource,
+        gateway_listener: Listener | None,
+        run_dir: Path,
     ) -> LocalStack:
         """Loads model and tokenizer, builds engine and worker, starts the gateway (gate closed, no weights yet)."""
         import torch
@@ -84,6 +91,8 @@ class LocalStack:
             evaluated = PinnedEngine(engine)
             ledger = Ledger(config.off_policy.ledger_bytes)
             throttle = make_throttle(config.off_policy, ledger, config.batch_size)
+            sessions = SessionStore(run_dir / "gateway")
+            built.callback(sessions.close)
             app = create_app(
                 engine,
                 tokenizer,
@@ -93,6 +102,7 @@ class LocalStack:
                 evaluated=evaluated,
                 max_new_tokens=config.max_response_length,
                 model_name=str(model_path),
+                sessions=sessions,
                 **config.gateway.for_app(),
             )
             gateway = GatewayServer(app, host=config.gateway.host, port=config.gateway.port, listener=gateway_listener)
@@ -101,12 +111,13 @@ class LocalStack:
             canary = _build_canary(config, worker, engine, tokenizer) if config.sync.canary else None
             manager = AtroposShardingManager(engine, source, gate=gate, canary=canary)
             built.pop_all()
-        return cls(worker, engine, gate, evaluated, gateway, ledger, throttle, tokenizer, manager)
+        return cls(worker, engine, gate, evaluated, gateway, sessions, ledger, throttle, tokenizer, manager)
 
     def close(self) -> None:
         """Stops gateway, engine and worker. Safe to call twice."""
         with ExitStack() as stack:  # a part that fails to stop, or a second Ctrl-C, does not spare the others
             stack.callback(self.ledger.close)
+            stack.callback(self.sessions.close)
             stack.callback(self.worker.close)
             stack.callback(self.gateway.stop, timeout=10.0)
             stack.callback(self.evaluated.close)

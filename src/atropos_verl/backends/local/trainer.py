@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from atropos_verl.backends.local.stack import LocalStack
+from atropos_verl.config.composition import fitted_to_model
 from atropos_verl.config.schema import RunConfig, apply_environment, bounds_of, check_bounds
 from atropos_verl.errors import CheckpointError, ConfigError, DataError, TrainingDivergedError, WeightSyncError
 from atropos_verl.http_thread import Listener
@@ -40,16 +41,7 @@ from atropos_verl.training.extensions import check_extensions, load_function
 from atropos_verl.training.samples import build_samples, sample_settings
 from atropos_verl.training.selfplay import RewardFunction, SelfPlay
 from atropos_verl.training.staleness import BatchProvenance, look_up_counts, staleness_metrics
-from atropos_verl.training.step import (
-    NO_SIGNAL,
-    HeldOut,
-    LoggedProgress,
-    Progress,
-    StepLog,
-    is_best,
-    outcome,
-    step_report,
-)
+from atropos_verl.training.step import HeldOut, LoggedProgress, Progress, StepLog, is_best, outcome, step_report
 from atropos_verl.types import SampleReport, ScoredGroup, StepReport, TrainingSample
 
 if TYPE_CHECKING:
@@ -140,7 +132,7 @@ class AtroposTrainer:
         with ExitStack() as held:
             if source is None:  # a command holds its run directory itself
                 held.enter_context(locked(self.run_dir / "lock", "a training run"))
-            self.stack = stack = LocalStack.build(config, self.model_path, self, gateway_listener)
+            self.stack = stack = LocalStack.build(config, self.model_path, self, gateway_listener, self.run_dir)
             held.callback(stack.close)
             self.settings = sample_settings(config, stack.engine.vocab_size)
             self._held = held.pop_all()
@@ -168,7 +160,9 @@ class AtroposTrainer:
         Raises ``ConfigError``, which names a key that is unknown, of the wrong type or contradictory, and
         ``StorageInUseError`` when another trainer writes into ``run_dir``.
         """
-        settings = RunConfig.from_mapping(apply_environment(dict(config)))
+        settings = fitted_to_model(apply_environment(dict(config)))
+        for note in settings.notes:
+            logger.info("%s", note)
         check_bounds(bounds_of(settings))
         return cls(settings, reward_fn=reward_fn, **extra)
 
@@ -327,8 +321,6 @@ class AtroposTrainer:
         if tokens == 0:
             logger.warning("the batch has no token to train on; no optimiser step")
             return {"loss": 0.0, "tokens": 0.0}
-        if not any(s.advantages.any() for s in samples):
-            logger.warning("step %d: %s", self.step + 1, NO_SIGNAL)
         if not self._overlapped:
             self.close_rollouts()
         self.updating = True

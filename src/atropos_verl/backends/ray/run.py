@@ -20,10 +20,10 @@ from omegaconf import OmegaConf
 from ray.exceptions import RayActorError
 
 from atropos_verl.backends.ray.task_runner import MAILBOX, AtroposTaskRunner, Mailbox
+from atropos_verl.config.launch_schema import LAUNCH_DIRECTORY
 from atropos_verl.config.verl_keys import RayRun
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.training.checkpoint_state import mark_best
-from atropos_verl.training.extensions import LAUNCH_DIRECTORY
 from atropos_verl.training.step import Evaluations, HeldOut, Progress, is_best
 from atropos_verl.verl_plugin import DROPOUT_VARIABLE
 

@@ -138,6 +138,7 @@ class AtroposTaskRunner:
 
     def _start_gateway(self, llm_client: Any) -> None:
         from atropos_verl.backends.ray.gateway import ClusterGateway
+        from atropos_verl.gateway.sessions import SessionStore
         from atropos_verl.provenance.ledger import Ledger
         from atropos_verl.training.staleness import make_throttle
 
@@ -149,7 +150,9 @@ class AtroposTaskRunner:
             self.put("note", f"{known} completions of before the interruption are known: their groups may still come")
         batch_size, batches = self.cluster.run.batch_size, parameter_sync_step(self.config)
         self.throttle = make_throttle(self.cluster.settings.off_policy, self.ledger, batch_size, batches)
-        for_app = {**settings.for_app(), "ledger": self.ledger, "throttle": self.throttle}
+        sessions = SessionStore(self.cluster.run_dir / "gateway")
+        self.stack.callback(sessions.close)
+        for_app = {**settings.for_app(), "ledger": self.ledger, "throttle": self.throttle, "sessions": sessions}
         self.gateway = ClusterGateway(
             llm_client, self.trainer.tokenizer, host=settings.host, port=settings.port, **for_app
         )
@@ -193,8 +196,9 @@ class AtroposTaskRunner:
 
     def _wait_for(self, name: str) -> Any:
         """Wait until the command raises the flag, or asks the run to end (then None)."""
-        while (content := self.flag(name)) is None and not self.trainer.on_stop():
-            if name != "end":  # then it has ended
+        is_end = name == "end"
+        while (content := self.flag(name)) is None and (is_end or not self.trainer.on_stop()):
+            if not is_end:  # then it has ended
                 self.feed.check()
             self.trainer.replace_dead_replicas()
             time.sleep(_WAIT_INTERVAL)

@@ -170,8 +170,8 @@ def finish_batch(
         base = (ours[i] if from_data or tag["advantage_replaced"] else verls[i]).numpy().astype(np.float64)
         if not from_data and not tag["advantage_replaced"] and tag["group_size"] < 2:
             base = np.zeros_like(base)
-        flags = (bool(tag[f"advantage_{name}"]) for name in ("to_zero", "replaced", "fixed"))
-        sequences.append(SequenceAdvantage(base, mask, *flags, tag.get("weight", 1.0)))
+        zero, replaced, fixed = (bool(tag[f"advantage_{name}"]) for name in ("to_zero", "replaced", "fixed"))
+        sequences.append(SequenceAdvantage(base, mask, zero, replaced, fixed, tag.get("weight", 1.0)))
     finished = finish_advantages(sequences, normalization, clipping, running)
     rows = [torch.zeros(mask.numel()) for mask in masks]
     for i, row in zip(order, finished, strict=True):

@@ -1,0 +1,156 @@
+"""A client of the gateway's sessions: httpx and nothing heavier, for agents and runners.
+
+::
+
+    async with Client("http://127.0.0.1:9004", key) as client, client.session("group 7") as session:
+        openai = AsyncOpenAI(base_url=session.base_url, api_key=session.api_key)
+        ...
+        await session.reward(1.0)
+"""
+
+import asyncio
+import contextlib
+import itertools
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import httpx
+
+from atropos_verl.errors import AtroposVerlError
+
+_LONGEST_WAIT = 5.0
+"""Seconds between two tries."""
+
+
+class SessionError(AtroposVerlError):
+    """The gateway refused what was asked, or could not be reached for ``patience`` seconds (``status`` 0)."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What an agent may return in the place of a number."""
+
+    value: float
+    per_turn: Sequence[float] | None = None
+    """One for each answered turn, in their order."""
+    info: Mapping[str, Any] | None = None
+
+
+class AgentSession:
+    """One rollout at the gateway. ``api_key`` opens this session only; ``base_url`` ends with ``/v1``."""
+
+    def __init__(self, client: "Client", opened: Mapping[str, Any]) -> None:
+        self._client = client
+        self.id, self.base_url, self.api_key = (str(opened[name]) for name in ("id", "base_url", "api_key"))
+        self.is_rewarded = False
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment variables by which the SDKs of OpenAI and Anthropic find the session."""
+        return {
+            "OPENAI_BASE_URL": self.base_url,
+            "OPENAI_API_KEY": self.api_key,
+            "ANTHROPIC_BASE_URL": self.base_url.removesuffix("/v1"),
+            "ANTHROPIC_API_KEY": self.api_key,
+        }
+
+    async def reward(
+        self,
+        reward: float,
+        *,
+        per_turn: Sequence[float] | None = None,
+        finished: bool = True,
+        info: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Set the rollout's reward, and with ``finished`` end it. The same again changes nothing. Raises
+        ``SessionError``: 409 it has another one; 410 it was aborted, or its time ended."""
+        body = {"reward": reward, "finished": finished, "per_turn": per_turn and list(per_turn), "info": info}
+        body = {name: value for name, value in body.items() if value is not None}
+        await self._client.ask("POST", f"/sessions/{self.id}/reward", body)
+        self.is_rewarded = finished
+
+    async def abort(self, reason: str = "") -> None:
+        """End it without a rollout. Raises ``SessionError``: 409 it has its reward."""
+        await self._client.ask("POST", f"/sessions/{self.id}/abort", {"reason": reason})
+
+    async def tree(self) -> dict[str, Any]:
+        """Its requests, lineages, tokens and versions."""
+        return await self._client.ask("GET", f"/sessions/{self.id}")
+
+    async def rollout(self) -> dict[str, Any]:
+        """Its rows, each with ``token_ids``, ``masks``, ``logprobs``; see ``Client.rollout``."""
+        return await self._client.rollout(self.id)
+
+
+class Client:
+    """Opens sessions at a gateway. Failures of the network and answers of 429 and 5xx are tried again for ``patience``
+    seconds: a gateway that is started again has its sessions."""
+
+    def __init__(
+        self, gateway_url: str, api_key: str | None = None, *, timeout: float = 60.0, patience: float = 180.0
+    ) -> None:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        url = gateway_url.rstrip("/").removesuffix("/v1")
+        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout)
+        self._patience = patience
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._http.aclose()
+
+    @contextlib.asynccontextmanager
+    async def session(
+        self,
+        group: str,
+        *,
+        task: str = "",
+        metadata: Mapping[str, Any] | None = None,
+        ttl: float | None = None,
+        size: int | None = None,
+    ) -> AsyncIterator[AgentSession]:
+        """A new session of ``group``; it is aborted when the block raises, and ends at its ``ttl`` (seconds) without a
+        reward. Raises ``SessionError``."""
+        body = {"group": group, "task": task, "metadata": metadata, "ttl": ttl, "size": size}
+        body = {name: value for name, value in body.items() if value is not None}
+        session = AgentSession(self, await self.ask("POST", "/sessions", body, key=uuid.uuid4().hex))
+        try:
+            yield session
+        except BaseException as error:
+            with contextlib.suppress(SessionError):
+                await session.abort(f"{type(error).__name__}: {error}"[:200])
+            raise
+
+    async def rollout(self, session_id: str) -> dict[str, Any]:
+        """The rollout of a session with its reward. Raises ``SessionError``: 409 it has none (yet); 404 unknown."""
+        return await self.ask("GET", f"/sessions/{session_id}/rollout")
+
+    async def ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, key: str | None = None
+    ) -> dict[str, Any]:
+        headers = {} if key is None else {"Idempotency-Key": key}
+        end = time.monotonic() + self._patience
+        for attempt in itertools.count():
+            try:
+                answer = await self._http.request(method, path, json=body, headers=headers)
+                status, text = answer.status_code, answer.text[:500]
+                if status != 429 and status < 500:
+                    break
+            except httpx.TransportError as error:
+                status, text = 0, f"{type(error).__name__} {error}"
+            wait = min(0.2 * 1.5**attempt, _LONGEST_WAIT)
+            if time.monotonic() + wait >= end:
+                raise SessionError(f"{method} {self._http.base_url}{path}: {text}", status)
+            await asyncio.sleep(wait)
+        if status >= 400:
+            raise SessionError(f"{method} {path}: {status} {text}", status)
+        found: dict[str, Any] = answer.json()
+        return found

@@ -1,0 +1,252 @@
+"""``POST /v1/messages`` and ``/v1/messages/count_tokens``: the Messages API of Anthropic."""
+
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from atropos_verl.gateway.chat import (
+    ChatTurn,
+    Message,
+    ToolCall,
+    calls_by_name,
+    join_parts,
+    parsed_arguments,
+    read_format,
+    read_texts,
+    read_tool_choice,
+    read_tools,
+)
+from atropos_verl.gateway.fields import Fields, parse_sampling
+from atropos_verl.gateway.parsing import Piece, ReplyReader
+from atropos_verl.gateway.service import Answer, GatewayService, policy_fields
+from atropos_verl.gateway.text import render
+from atropos_verl.types import Generation
+
+_HARMLESS = ("cache_control", "inference_geo", "service_tier", "speed", "diagnostics", "betas", "context_management")
+_SIGNATURE = "unsigned"
+"""Of thinking blocks: clients demand one, and send it back."""
+_CHOICES = {"auto": "auto", "none": "none", "any": "required"}
+
+
+def messages(service: GatewayService, fields: Fields) -> Answer:
+    """One answer. Raises ``ApiError`` 400."""
+    call = _Call(service, fields)
+    return call.stream if fields.get("stream", False) else call.whole
+
+
+def count_tokens(service: GatewayService, fields: Fields) -> Answer:
+    """The number of tokens of the prompt that ``messages`` would make. Raises ``ApiError`` 400."""
+    fields.ignore("max_tokens", "stream", "stop_sequences")
+    count = len(render(service.codec, _read_turn(service, fields)).prompt_ids)
+
+    async def answer() -> bytes:
+        return msgspec.json.encode({"input_tokens": count})
+
+    return answer
+
+
+def _read_turn(service: GatewayService, fields: Fields) -> ChatTurn:
+    sampling = parse_sampling(fields, max_tokens_names=("max_tokens",), max_tokens_default=None)
+    stop, _ = fields.stops("stop_sequences")
+    sampling = replace(sampling, template=replace(sampling.template, stop=(*sampling.template.stop, *stop)))
+    fields.require_neutral({"n": (1,), "container": (), "mcp_servers": ([],)})
+    fields.ignore(*_HARMLESS)
+    thinking, output = fields.child("thinking"), fields.child("output_config")
+    thinking.ignore("budget_tokens", "display")
+    output.ignore("effort")
+    tools = read_tools(fields, _function)
+    # OpenAI's words for the same choices.
+    choice = fields.get("tool_choice", dict[str, Any]())
+    kind = choice.get("type", "auto")
+    as_openai = Fields({"tool_choice": _CHOICES.get(kind, choice) if isinstance(kind, str) else choice})
+    turn = service.codec.template.turn(
+        fields,
+        tuple(_messages(service, fields)),
+        tools=tools,
+        tool_choice=read_tool_choice(as_openai, tools, lambda named: named),
+        parallel_tool_calls=not choice.get("disable_parallel_tool_use"),
+        separates_reasoning=thinking.get("type", "disabled") != "disabled" or bool(tools),
+        response_schema=read_format(output, "format"),
+        sampling=sampling,
+    )
+    service.check_model(fields)
+    service.report_unread("/v1/messages", fields, thinking, output)
+    return turn
+
+
+def _function(tool: dict[str, Any]) -> Any:
+    if tool.get("type", "custom") != "custom":
+        return None
+    function = {name: tool[name] for name in ("name", "description") if tool.get(name) is not None}
+    return {**function, "parameters": tool.get("input_schema") or {"type": "object"}}
+
+
+def _messages(service: GatewayService, fields: Fields) -> Iterator[Message]:
+    takes_parts = service.codec.template.takes_parts
+    system = fields.raw("system")
+    if isinstance(system, list):
+        system = join_parts(list(read_texts(fields, "system", 0, system)), takes_parts=takes_parts)
+    if system is not None and not isinstance(system, str | tuple):
+        raise fields.error("system", "expected a text or a list of text blocks")
+    if system:
+        yield Message(role="system", content=system)
+    given = fields.raw("messages")
+    if not isinstance(given, list) or not given:
+        raise fields.error("messages", "expected a non-empty list of messages")
+    names = dict[str, str]()
+    for index, message in enumerate(given):
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ("user", "assistant", "system"):
+            raise fields.error("messages", f"item {index}: the role must be 'user', 'assistant' or 'system'")
+        content = message.get("content")
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
+            raise fields.error("messages", f"item {index}: 'content' must be a text or a list of blocks")
+        if role == "assistant":
+            answer = _assistant(fields, index, blocks)
+            names |= calls_by_name([answer])
+            yield answer
+            continue
+        results = [block for block in blocks if block.get("type") == "tool_result"]
+        for block in results:
+            name = block.get("tool_use_id")
+            if not isinstance(name, str):
+                raise fields.error("messages", f"item {index}: a tool_result needs a text 'tool_use_id'")
+            inner = block.get("content") or ""
+            if not isinstance(inner, str):
+                parts = inner if isinstance(inner, list) else [inner]
+                inner = join_parts(list(read_texts(fields, "messages", index, parts)), takes_parts=takes_parts)
+            extra = {"name": names[name]} if name in names else {}
+            yield Message(role="tool", content=inner, tool_call_id=name, extra=extra)
+        rest = [block for block in blocks if block.get("type") != "tool_result"]
+        if rest or not results:
+            texts = list(read_texts(fields, "messages", index, rest))
+            yield Message(role=role, content=join_parts(texts, takes_parts=takes_parts))
+
+
+def _assistant(fields: Fields, index: int, blocks: list[dict[str, Any]]) -> Message:
+    texts, thoughts, calls = list[dict[str, Any]](), list[str](), list[ToolCall]()
+    for block in blocks:
+        kind = block.get("type")
+        if kind == "thinking" and isinstance(block.get("thinking"), str):
+            thoughts.append(block["thinking"])
+        elif kind == "tool_use" and isinstance(block.get("name"), str) and isinstance(block.get("input"), dict):
+            arguments = msgspec.json.encode(block["input"]).decode()
+            calls.append(ToolCall(str(block.get("id") or ""), block["name"], arguments))
+        else:
+            texts.append(block)
+    return Message(
+        role="assistant",
+        content="".join(read_texts(fields, "messages", index, texts)),  # an answer's text may be several blocks
+        reasoning_content="".join(thoughts) if thoughts else None,
+        tool_calls=tuple(calls),
+    )
+
+
+class _Call:
+    """A request and its answer. The constructor reads the fields."""
+
+    def __init__(self, service: GatewayService, fields: Fields) -> None:
+        if "max_tokens" not in fields:
+            raise fields.error("max_tokens", "missing; the API demands it")
+        self.service = service
+        self.turn = _read_turn(service, fields)
+        self.id = service.new_id("msg_")
+        self.request = service.request(self.turn, self.id)
+        self._open: str | None = None
+        """The kind of piece that the last block takes more of."""
+        self._blocks: list[dict[str, Any]] = []
+
+    def _message(self, **more: Any) -> dict[str, Any]:
+        usage = {"input_tokens": len(self.request.prompt_token_ids), "output_tokens": 0}
+        ends = {"stop_reason": None, "stop_sequence": None, "usage": usage}
+        form = {"id": self.id, "type": "message", "role": "assistant", "model": self.service.model_name}
+        return {**form, "content": [], **ends, **more}
+
+    async def whole(self) -> bytes:
+        [[generation]] = await self.service.generate([self.request])
+        reader = ReplyReader(self.service.codec, self.turn, self.request)
+        for piece in reader.push(generation.token_ids, generation.finish_reason):
+            list(self._events(piece))
+        list(self._close())
+        end = self._end(generation, reader.message)
+        return msgspec.json.encode(self._message(content=self._blocks, **end, **policy_fields([generation])))
+
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        """Server-sent events. Closing the generator frees the slots."""
+        yield _event("message_start", message=self._message())
+        reader = ReplyReader(self.service.codec, self.turn, self.request)
+        ids = list[int]()
+        async with aclosing(self.service.stream(self.request)) as deltas:
+            async for delta in deltas:
+                ids += delta.token_ids
+                for piece in reader.push(delta.token_ids, delta.finish_reason):
+                    for event in self._events(piece):
+                        yield event
+                if delta.finish_reason is not None:
+                    for event in self._close():
+                        yield event
+                    done = Generation(
+                        token_ids=tuple(ids), logprobs=(), finish_reason=delta.finish_reason, policy_version_runs=()
+                    )
+                    end = self._end(done, reader.message)
+                    yield _event("message_delta", usage=end.pop("usage"), delta=end)
+        yield _event("message_stop")
+
+    def _events(self, piece: Piece) -> Iterator[bytes]:
+        """The events of one piece, which also put it into the blocks."""
+        if piece.kind != self._open:
+            yield from self._close()
+        if piece.call is not None:
+            arguments = piece.call.arguments
+            if not isinstance(parsed_arguments(arguments), dict):  # the API has objects only
+                arguments = msgspec.json.encode({"arguments": arguments}).decode()
+            block = {"type": "tool_use", "id": piece.call.id, "name": piece.call.name}
+            yield self._begin({**block, "input": {}})
+            self._blocks[-1]["input"] = msgspec.Raw(arguments.encode())
+            yield self._delta(type="input_json_delta", partial_json=arguments)
+            yield _event("content_block_stop", index=len(self._blocks) - 1)
+            return
+        name = "thinking" if piece.kind == "reasoning" else "text"
+        if self._open is None:
+            self._open = piece.kind
+            yield self._begin({"type": name, name: "", **({"signature": ""} if name == "thinking" else {})})
+        self._blocks[-1][name] += piece.text
+        yield self._delta(type=f"{name}_delta", **{name: piece.text})
+
+    def _begin(self, block: dict[str, Any]) -> bytes:
+        self._blocks.append(block)
+        return _event("content_block_start", index=len(self._blocks) - 1, content_block=block)
+
+    def _delta(self, **delta: str) -> bytes:
+        return _event("content_block_delta", index=len(self._blocks) - 1, delta=delta)
+
+    def _close(self) -> Iterator[bytes]:
+        if self._open is None:
+            return
+        if self._open == "reasoning":
+            self._blocks[-1]["signature"] = _SIGNATURE
+            yield self._delta(type="signature_delta", signature=_SIGNATURE)
+        self._open = None
+        yield _event("content_block_stop", index=len(self._blocks) - 1)
+
+    def _end(self, generation: Generation, message: Message) -> dict[str, Any]:
+        _, matched = self.service.codec.completion_text(
+            generation.token_ids, generation.finish_reason, self.turn.sampling
+        )
+        reason = "max_tokens" if generation.finish_reason == "length" else "end_turn"
+        if isinstance(matched, str):
+            reason = "stop_sequence"
+        usage = {"input_tokens": len(self.request.prompt_token_ids), "output_tokens": len(generation.token_ids)}
+        return {
+            "stop_reason": "tool_use" if message.tool_calls else reason,
+            "stop_sequence": matched if isinstance(matched, str) else None,
+            "usage": usage,
+        }
+
+
+def _event(kind: str, **data: Any) -> bytes:
+    return f"event: {kind}\ndata: ".encode() + msgspec.json.encode({"type": kind, **data}) + b"\n\n"

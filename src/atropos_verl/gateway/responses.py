@@ -1,0 +1,296 @@
+"""``POST /v1/responses``: OpenAI's Responses API, with and without ``previous_response_id``."""
+
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+
+from atropos_verl.gateway.chat import (
+    ChatTurn,
+    Message,
+    ToolCall,
+    calls_by_name,
+    join_parts,
+    read_format,
+    read_texts,
+    read_tool_choice,
+    read_tools,
+)
+from atropos_verl.gateway.fields import Fields, parse_sampling
+from atropos_verl.gateway.parsing import Piece, ReplyReader
+from atropos_verl.gateway.service import Answer, GatewayService, policy_fields
+from atropos_verl.types import FinishReason
+
+_ROLES = ("user", "assistant", "system", "developer")
+_HARMLESS = ("include", "reasoning", "truncation", "stream_options", "prompt_cache_retention", "max_tool_calls")
+_ECHOED = ("instructions", "max_output_tokens", "metadata", "previous_response_id", "tool_choice", "tools", "text")
+
+
+def responses(service: GatewayService, fields: Fields) -> Answer:
+    """One answer. Raises ``ApiError`` 400."""
+    call = _Call(service, fields)
+    return call.stream if fields.get("stream", False) else call.whole
+
+
+def _read_turn(service: GatewayService, fields: Fields) -> ChatTurn:
+    sampling = parse_sampling(fields, max_tokens_names=("max_output_tokens",), max_tokens_default=None)
+    fields.require_neutral({"n": (1,), "conversation": (), "prompt": (), "top_logprobs": (0,), "moderation": ()})
+    fields.ignore(*_HARMLESS)
+    tools = read_tools(fields, _function)
+    template = service.codec.template
+    text = fields.child("text")
+    text.ignore("verbosity")
+    said = list(_history(service, fields))
+    if "instructions" in fields:  # of this request only: the next one sends its own
+        instructions = Message(role="system", content=fields.get("instructions", ""), extra={"instructions": True})
+        said = [instructions, *said]
+    turn = template.turn(
+        fields,
+        tuple(said) + tuple(_messages(service, fields, calls_by_name(said))),
+        tools=tools,
+        tool_choice=read_tool_choice(fields, tools, _function),
+        parallel_tool_calls=fields.get("parallel_tool_calls", True),
+        separates_reasoning=True,
+        response_schema=read_format(text, "format"),
+        sampling=sampling,
+    )
+    service.check_model(fields)
+    service.report_unread("/v1/responses", fields, text)
+    return turn
+
+
+def _function(holder: dict[str, Any]) -> Any:
+    if holder.get("type", "function") != "function":
+        return None
+    return {name: value for name, value in holder.items() if name not in ("type", "strict") and value is not None}
+
+
+def _history(service: GatewayService, fields: Fields) -> Iterator[Message]:
+    name = fields.get("previous_response_id", "")
+    if not name:
+        return
+    kept = service.messages_of(name)
+    if kept is None:
+        text = "not known (any more); send the whole conversation in 'input'"
+        raise fields.error("previous_response_id", f"{name[:100]!r} is {text}", "previous_response_not_found")
+    yield from (message for message in kept if not message.extra.get("instructions"))
+
+
+def _messages(service: GatewayService, fields: Fields, names: dict[str, str]) -> Iterator[Message]:
+    """The ``input``; what one answer held (reasoning, text, calls) is one message again."""
+    given = fields.raw("input")
+    if isinstance(given, str):
+        yield Message(role="user", content=given)
+        return
+    if not isinstance(given, list) or not given:
+        raise fields.error("input", "expected a text or a non-empty list of items")
+    answer: Message | None = None
+    for index, item in enumerate(given):
+        if not isinstance(item, dict):
+            raise fields.error("input", f"item {index} must be an object")
+        kind, role = item.get("type", "message"), item.get("role")
+        if kind == "reasoning" or kind == "function_call" or (kind == "message" and role == "assistant"):
+            part = _part_of_answer(service, fields, index, item)
+            names |= calls_by_name([part])
+            # Output items have ids; an assistant's message without one is a message of its own.
+            if answer is not None and (kind != "message" or "id" in item or not answer.content):
+                answer = _merged(answer, part)
+            else:
+                yield from [] if answer is None else [answer]
+                answer = part
+            continue
+        if answer is not None:
+            yield answer
+            answer = None
+        if kind == "message" and role in _ROLES:
+            content = _content(service, fields, index, item.get("content"))
+            yield Message(role=service.codec.template.role(role), content=content)
+        elif kind == "function_call_output":
+            name = item.get("call_id")
+            if not isinstance(name, str):
+                raise fields.error("input", f"item {index}: 'call_id' must be a string")
+            extra = {"name": names[name]} if name in names else {}
+            content = _content(service, fields, index, item.get("output"))
+            yield Message(role="tool", content=content, tool_call_id=name, extra=extra)
+        else:
+            text = f"item {index}: type {str(kind)[:40]!r}, role {str(role)[:40]!r} is not supported"
+            raise fields.error("input", text, "unsupported_field")
+    if answer is not None:
+        yield answer
+
+
+def _content(service: GatewayService, fields: Fields, index: int, value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, str) or value is None:
+        return value or ""
+    if not isinstance(value, list):
+        raise fields.error("input", f"item {index}: expected a text or a list of text parts")
+    return join_parts(list(read_texts(fields, "input", index, value)), takes_parts=service.codec.template.takes_parts)
+
+
+def _part_of_answer(service: GatewayService, fields: Fields, index: int, item: dict[str, Any]) -> Message:
+    kind = item.get("type", "message")
+    if kind == "message":
+        return Message(role="assistant", content=_content(service, fields, index, item.get("content")))
+    if kind == "reasoning":
+        parts = item.get("content") or item.get("summary") or []
+        if not isinstance(parts, list):
+            raise fields.error("input", f"item {index}: 'content' must be a list")
+        return Message(role="assistant", reasoning_content="".join(read_texts(fields, "input", index, parts)))
+    name, arguments, call_id = (item.get(key) for key in ("name", "arguments", "call_id"))
+    if not (isinstance(name, str) and isinstance(arguments, str) and isinstance(call_id, str)):
+        raise fields.error("input", f"item {index}: a function_call needs texts 'call_id', 'name' and 'arguments'")
+    return Message(role="assistant", tool_calls=(ToolCall(call_id, name, arguments),))
+
+
+def _merged(answer: Message, part: Message) -> Message:
+    thought = (answer.reasoning_content or "") + (part.reasoning_content or "")
+    said = [text for text in (answer.content, part.content) if text]
+    return msgspec.structs.replace(
+        answer,
+        content=said[0] if len(said) == 1 else "".join(map(str, said)),
+        reasoning_content=thought or answer.reasoning_content or part.reasoning_content,
+        tool_calls=(*answer.tool_calls, *part.tool_calls),
+    )
+
+
+class _Call:
+    """A request and its answer. The constructor reads the fields."""
+
+    def __init__(self, service: GatewayService, fields: Fields) -> None:
+        self.service = service
+        self.turn = _read_turn(service, fields)
+        self.id = service.new_id("resp_")
+        self.request = service.request(self.turn, self.id, "input")
+        template = self.turn.sampling.template
+        self.envelope: dict[str, Any] = {
+            "id": self.id,
+            "object": "response",
+            "created_at": int(time.time()),
+            "status": "in_progress",
+            "model": service.model_name,
+            **{name: fields.raw(name) for name in _ECHOED},
+            "tools": fields.raw("tools") or [],
+            "tool_choice": fields.raw("tool_choice") or "auto",
+            "metadata": fields.raw("metadata") or {},
+            "text": fields.raw("text") or {"format": {"type": "text"}},
+            "parallel_tool_calls": self.turn.parallel_tool_calls,
+            "temperature": template.temperature,
+            "top_p": template.top_p,
+            "truncation": "disabled",
+            "error": None,
+            "incomplete_details": None,
+            "output": [],
+            "usage": None,
+        }
+        self._stores = fields.get("store", True)
+        self._items: list[dict[str, Any]] = []
+        self._open: str | None = None
+        """The kind of piece that the last item takes more of."""
+        self._sent = 0
+
+    async def whole(self) -> bytes:
+        [[generation]] = await self.service.generate([self.request])
+        reader = ReplyReader(self.service.codec, self.turn, self.request)
+        for piece in reader.push(generation.token_ids, generation.finish_reason):
+            for _ in self._events(piece):
+                pass
+        for _ in self._end(reader.message, generation.finish_reason, len(generation.token_ids)):
+            pass
+        return msgspec.json.encode({**self.envelope, **policy_fields([generation])})
+
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        """Server-sent events. Closing the generator frees the slots."""
+        yield self._event("response.created", response=self.envelope)
+        yield self._event("response.in_progress", response=self.envelope)
+        reader, tokens = ReplyReader(self.service.codec, self.turn, self.request), 0
+        async with aclosing(self.service.stream(self.request)) as deltas:
+            async for delta in deltas:
+                tokens += len(delta.token_ids)
+                for piece in reader.push(delta.token_ids, delta.finish_reason):
+                    for event in self._events(piece):
+                        yield event
+                if delta.finish_reason is not None:
+                    for event in self._end(reader.message, delta.finish_reason, tokens):
+                        yield event
+
+    def _event(self, kind: str, **data: Any) -> bytes:
+        body = msgspec.json.encode({"type": kind, "sequence_number": self._sent, **data})
+        self._sent += 1
+        return f"event: {kind}\ndata: ".encode() + body + b"\n\n"
+
+    def _events(self, piece: Piece) -> Iterator[bytes]:
+        """The events of one piece, which also put it into the items."""
+        if piece.kind != self._open:
+            yield from self._close()
+        place: dict[str, Any] = {"output_index": len(self._items) - (self._open is not None)}
+        if piece.call is not None:
+            call = {"call_id": piece.call.id, "name": piece.call.name, "arguments": ""}
+            item = self._item("fc", "function_call", **call)
+            yield self._event("response.output_item.added", **place, item=item)
+            item = item | {"arguments": piece.call.arguments, "status": "completed"}
+            self._items[-1] = item
+            kind, place = "response.function_call_arguments", {**place, "item_id": item["id"]}
+            yield self._event(f"{kind}.delta", **place, delta=item["arguments"])
+            yield self._event(f"{kind}.done", **place, name=item["name"], arguments=item["arguments"])
+            yield self._event("response.output_item.done", output_index=place["output_index"], item=item)
+            return
+        thinks = piece.kind == "reasoning"
+        if self._open is None:
+            self._open = piece.kind
+            if thinks:
+                item = self._item("rs", "reasoning", summary=[], content=[])
+                part: dict[str, Any] = {"type": "reasoning_text"}
+            else:
+                item = self._item("msg", "message", role="assistant", content=[])
+                part = {"type": "output_text", "annotations": [], "logprobs": []}
+            yield self._event("response.output_item.added", **place, item=item)
+            item["content"] = [{**part, "text": ""}]
+            place |= {"item_id": item["id"], "content_index": 0}
+            yield self._event("response.content_part.added", **place, part=item["content"][0])
+        item = self._items[-1]
+        item["content"][0]["text"] += piece.text
+        place |= {"item_id": item["id"], "content_index": 0}
+        more: dict[str, Any] = {} if thinks else {"logprobs": []}
+        yield self._event(f"response.{item['content'][0]['type']}.delta", **place, delta=piece.text, **more)
+
+    def _item(self, prefix: str, kind: str, **data: Any) -> dict[str, Any]:
+        name = f"{prefix}_{self.id.removeprefix('resp_')}_{len(self._items)}"
+        self._items.append({"id": name, "type": kind, "status": "in_progress", **data})
+        return self._items[-1]
+
+    def _close(self) -> Iterator[bytes]:
+        """The last item is complete."""
+        if self._open is None:
+            return
+        self._open, item = None, self._items[-1]
+        item["status"] = "completed"
+        index, part = len(self._items) - 1, item["content"][0]
+        place: dict[str, Any] = {"output_index": index, "item_id": item["id"], "content_index": 0}
+        more: dict[str, Any] = {"logprobs": []} if part["type"] == "output_text" else {}
+        yield self._event(f"response.{part['type']}.done", **place, text=part["text"], **more)
+        yield self._event("response.content_part.done", **place, part=part)
+        yield self._event("response.output_item.done", output_index=index, item=item)
+
+    def _end(self, message: Message, finish_reason: FinishReason, tokens: int) -> Iterator[bytes]:
+        if not self._items:
+            yield from self._events(Piece("content"))
+        yield from self._close()
+        if self._stores:
+            self.service.remember(self.id, (*self.turn.messages, message))
+        prompt, cut = len(self.request.prompt_token_ids), finish_reason == "length"
+        self.envelope |= {
+            "status": "incomplete" if cut else "completed",
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "output": self._items,
+            "usage": {
+                "input_tokens": prompt,
+                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                "output_tokens": tokens,
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": prompt + tokens,
+            },
+            "policy_version": self.service.engine.policy_version,
+        }
+        yield self._event(f"response.{self.envelope['status']}", response=self.envelope)

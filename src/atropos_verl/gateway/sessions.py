@@ -1,0 +1,714 @@
+"""Sessions: what an agent asks for is recorded, on disk before it is answered, and becomes the rows of a rollout.
+
+``run_dir/gateway/sessions.sqlite`` is a ``RecordStore``. The key of a turn has the number of its session in its upper
+bits:
+
+======== ============== ==============================================================================================
+table    key            value
+======== ============== ==============================================================================================
+sessions number         ``SessionRecord``
+turns    session, turn  ``StoredTurn``
+answers  session, turn  1: the answer with this turn went out whole; 0: its connection broke. No row: not known, since
+                        the process ended
+======== ============== ==============================================================================================
+
+A request goes on when its client leaves. An equal request (path and body) then gets the same completions, as does one
+with the same ``Idempotency-Key``, and one that an official SDK calls a retry; also after a restart.
+"""
+
+import asyncio
+import hmac
+import logging
+import math
+import secrets
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import xxhash
+
+from atropos_verl.errors import StorageWriteError
+from atropos_verl.gateway.chat import ChatTurn, Message, Rendered
+from atropos_verl.gateway.fields import ApiError, Fields
+from atropos_verl.gateway.lineages import Prompt, StoredTurn, Tree, kept_turns, new_turn, training_rows
+from atropos_verl.gateway.service import GatewayService, joined
+from atropos_verl.storage import Change, Key, RecordStore
+from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+_KEY_PREFIX = "sess-"
+_TURN_BITS = 20
+_MAX_OPEN = 4096
+_MAX_ENDED = 10_000
+"""Ended sessions that are kept, the newest ones."""
+_MAX_TURNS = 10_000
+_MAX_SESSION_BYTES = 256 << 20
+"""Of the turns of one session, on disk."""
+MAX_RECORD_BYTES = 32 << 10
+"""Of what ``POST /sessions`` or a reward brings."""
+_MAX_NAME, _MAX_KEY = 200, 256
+_DEFAULT_TTL, _MAX_TTL = 3600, 7 * 24 * 3600
+
+_Rows = Sequence[tuple[Key, bytes]]
+State = Literal["open", "finished", "aborted", "expired"]
+
+
+class SessionRecord(msgspec.Struct, kw_only=True):
+    """What is known of a session beside its turns."""
+
+    id: str
+    secret: str
+    group: str
+    task: str | None
+    metadata: dict[str, Any]
+    size: int | None
+    """Rollouts that the group is to have."""
+    created: float
+    expires: float
+    """Seconds since the epoch."""
+    idempotency: tuple[str, int] | None = None
+    """Key and digest of the request that opened it."""
+    state: State = "open"
+    reward: float | None = None
+    per_turn: list[float] | None = None
+    info: dict[str, Any] | None = None
+    reason: str | None = None
+    """Of an abort."""
+    turns: int = 0
+    """Recorded completions; of an ended session."""
+
+    @property
+    def api_key(self) -> str:
+        return f"{_KEY_PREFIX}{self.id}-{self.secret}"
+
+
+@dataclass(slots=True, eq=False)
+class Exchange:
+    """A request and its answer. Equal requests share it until an answer has gone out."""
+
+    id: str
+    digest: bytes
+    key: str | None = None
+    turns: list[int] = field(default_factory=list)
+    """Numbers of the recorded completions."""
+    readers: int = 0
+    """Connections that wait for the answer."""
+    was_received: bool | None = None
+    """An answer went out whole; False: the connection broke before. None: not known (yet)."""
+    run: "_Run | None" = None
+
+
+class _Run:
+    """Completions that are being sampled, or read from the disk."""
+
+    def __init__(self) -> None:
+        self.deltas: list[GenerationDelta] = []
+        self.results: list[list[Generation]] | None = None
+        self.error: Exception | None = None
+        self.task: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+
+    def notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def changed(self) -> None:
+        await self._changed.wait()
+
+    def fail(self, error: Exception) -> None:
+        self.error = self.error or error
+        self.notify()
+
+
+@dataclass(eq=False)
+class Session:
+    """An open session; of an ended one only ``number`` and ``record`` are of use."""
+
+    number: int
+    record: SessionRecord
+    tree: Tree = field(default_factory=Tree)
+    stored_bytes: int = 0
+    exchanges: dict[str, Exchange] = field(default_factory=dict)
+    by_digest: dict[bytes, Exchange] = field(default_factory=dict)
+    by_key: dict[str, Exchange] = field(default_factory=dict)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while turns are numbered and stored."""
+
+    @property
+    def base(self) -> int:
+        """Key of its first turn."""
+        return self.number << _TURN_BITS
+
+    @property
+    def unreceived(self) -> set[str]:
+        """Requests whose answer nobody got, as far as is known."""
+        return {exchange.id for exchange in self.exchanges.values() if exchange.was_received is False}
+
+    def check_open(self) -> None:
+        record = self.record
+        if record.state != "open":
+            detail = f": {record.reason}" if record.reason else ""
+            raise ApiError(410, f"session {record.id} is {record.state}{detail}; open a new one", code="session_ended")
+
+    def keep(self, exchange: Exchange) -> None:
+        self.exchanges[exchange.id] = self.by_digest[exchange.digest] = exchange
+        if exchange.key is not None:
+            self.by_key[exchange.key] = exchange
+
+    def forget(self, exchange: Exchange) -> None:
+        """Nothing came of it: the next equal request begins anew."""
+        self.exchanges.pop(exchange.id, None)
+        if self.by_digest.get(exchange.digest) is exchange:
+            del self.by_digest[exchange.digest]
+        if exchange.key is not None and self.by_key.get(exchange.key) is exchange:
+            del self.by_key[exchange.key]
+
+    def restore(self, rows: _Rows, answers: _Rows) -> str | None:
+        """Become what the disk holds, up to the first damage, which is returned."""
+        ends = dict(answers)
+        for index, (key, value) in enumerate(rows):
+            try:
+                stored = msgspec.msgpack.decode(value, type=StoredTurn)
+            except msgspec.MsgspecError as error:
+                return f"turn {index} is not one of this version: {error}"
+            if key != self.base + index:
+                return f"turn {index} is missing"
+            self.tree.add(stored)
+            self.stored_bytes += len(value)
+            exchange = self.exchanges.get(stored.request)
+            if exchange is None:
+                received = ends.get(key)
+                exchange = Exchange(stored.request, stored.digest, stored.idempotency_key)
+                exchange.was_received = None if received is None else received == b"1"
+                self.keep(exchange)
+            exchange.turns.append(index)
+        missing = self.record.turns - len(rows)
+        return f"{missing} turns are missing" if missing > 0 else None
+
+
+class SessionStore:
+    """All sessions of a run. Everything but ``SessionService.render`` runs in the gateway's event loop.
+
+    Raises ``StorageError`` when another process uses ``directory``, or it cannot be used.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        tables = dict.fromkeys(("sessions", "turns", "answers"), int)
+        self._records = RecordStore(directory / "sessions.sqlite", tables, owner="gateway's sessions")
+        self._sessions: dict[str, Session] = {}
+        self._open: dict[str, Session] = {}
+        self._by_key: dict[str, Session] = {}
+        self._ended: Counter[str] = Counter()
+        self._turns = self._replayed = self._lineages = 0
+        self._first_end = math.inf
+        """When the next open session ends, or before."""
+        try:
+            for number, value in list(self._records.read("sessions")):
+                self._restore(Session(int(number), msgspec.msgpack.decode(value, type=SessionRecord)))
+        except BaseException:
+            self._records.close()
+            raise
+        self._next = 1 + max((session.number for session in self._sessions.values()), default=-1)
+        self.close = self._records.close
+        """Finish the writes that wait. Idempotent."""
+
+    def _restore(self, session: Session) -> None:
+        record = session.record
+        self._sessions[record.id] = session
+        if record.idempotency is not None:
+            self._by_key[record.idempotency[0]] = session
+        if record.state != "open":
+            return
+        if damage := session.restore(*(future.result() for future in self._rows(session))):
+            logger.error("session %s is damaged and is aborted: %s", record.id, damage)
+            record.state, record.reason = "aborted", f"it is damaged: {damage}"
+            return
+        self._open[record.id] = session
+        self._first_end = min(self._first_end, record.expires)
+
+    # -- opening, finding, ending ------------------------------------------------------------------------------------
+
+    async def create(self, fields: Fields, key: str | None, digest: int) -> Session:
+        """``POST /sessions``. Raises ``ApiError`` 400, 409, 413, 429, 507."""
+        self.expire()
+        if key is not None and (known := self._by_key.get(key)) is not None:
+            if known.record.idempotency != (key, digest):
+                raise ApiError(409, "Idempotency-Key: another request had this key", code="idempotency_conflict")
+            return known
+        group, task = fields.get("group", ""), fields.get("task", "")
+        if not 0 < len(group) <= _MAX_NAME:
+            raise fields.error("group", f"name the group that the rollout belongs to, in 1 to {_MAX_NAME} characters")
+        now, ttl = time.time(), fields.number("ttl", _DEFAULT_TTL, minimum=0.001, maximum=_MAX_TTL)
+        record = SessionRecord(
+            id=secrets.token_hex(12),
+            secret=secrets.token_urlsafe(24),
+            group=group,
+            task=task or None,
+            metadata=_object(fields, "metadata") or {},
+            size=fields.integer("size", None, minimum=1),
+            created=now,
+            expires=now + ttl,
+            idempotency=None if key is None else (key, digest),
+        )
+        _refuse_unread(fields)
+        if len(self._open) >= _MAX_OPEN:
+            text = f"{_MAX_OPEN} sessions are open; finish or abort some, or wait until their ttl ends"
+            raise ApiError(429, text, code="too_many_sessions")
+        session = Session(self._next, record)
+        self._next += 1
+        self._sessions[record.id] = self._open[record.id] = session
+        self._first_end = min(self._first_end, record.expires)
+        if key is not None:
+            self._by_key[key] = session
+        try:
+            await self._write([self._row(session)])
+        except ApiError:
+            self._drop(session)
+            raise
+        return session
+
+    def find(self, session_id: str) -> Session:
+        """Raises ``ApiError`` 404."""
+        self.expire()
+        session = self._sessions.get(session_id)
+        if session is None:
+            text = "no such session here; sessions are kept in the run directory of the gateway that opened them"
+            raise ApiError(404, text, code="unknown_session")
+        return session
+
+    def of_key(self, key: str) -> Session | None:
+        """The session that ``key`` opens. Raises ``ApiError`` 401 where it looks like a session's key and is none."""
+        if not key.startswith(_KEY_PREFIX):
+            return None
+        session = self._sessions.get(key[len(_KEY_PREFIX) :].partition("-")[0])
+        if session is None or not hmac.compare_digest(session.record.api_key.encode(), key.encode()):
+            raise ApiError(401, "this is the key of no session here", code="invalid_api_key")
+        return session
+
+    async def reward(self, session: Session, fields: Fields) -> dict[str, Any]:
+        """``POST /sessions/ID/reward``: sets what is given; with ``finished``, the default, ends the session.
+
+        Raises ``ApiError`` 400, 409 (it has ended otherwise), 410, 507.
+        """
+        record = session.record
+        if "reward" not in fields:
+            raise fields.error("reward", "missing; send the reward of the rollout as a number")
+        reward, finished = fields.number("reward", 0.0), fields.get("finished", True)
+        info = _object(fields, "info")
+        per_turn = fields.raw("per_turn")
+        if per_turn is not None:
+            good = isinstance(per_turn, list) and all(type(v) in (int, float) and math.isfinite(v) for v in per_turn)
+            if not good:
+                raise fields.error("per_turn", "expected a list of finite numbers, one per answered turn")
+            per_turn = [float(value) for value in per_turn]
+        _refuse_unread(fields)
+        given = msgspec.structs.replace(record, reward=reward, per_turn=per_turn, info=info)
+        if record.state == "finished":
+            if given != record or not finished:
+                text = f"session {record.id} was finished with reward {record.reward!r}, and other details than these"
+                raise ApiError(409, text, code="already_finished")
+            return self.summary(session)
+        session.check_open()
+        turns = len(kept_turns([turn.stored for turn in session.tree.turns], session.unreceived))
+        if per_turn is not None and (len(per_turn) > turns or (finished and len(per_turn) != turns)):
+            raise fields.error("per_turn", f"{len(per_turn)} values for {turns} answered turns")
+        if finished:
+            await self._end(session, "finished", given)
+        else:
+            await self._write([self._row(session, given)])
+            session.record = given
+        return self.summary(session)
+
+    async def abort(self, session: Session, fields: Fields) -> dict[str, Any]:
+        """``POST /sessions/ID/abort``: no rollout comes of it. Raises ``ApiError`` 409 when it is finished, 507."""
+        reason = fields.get("reason", "")[:_MAX_NAME]
+        _refuse_unread(fields)
+        if session.record.state == "finished":
+            raise ApiError(409, f"session {session.record.id} is finished", code="already_finished")
+        if session.record.state == "open":
+            await self._end(session, "aborted", msgspec.structs.replace(session.record, reason=reason or None))
+        return self.summary(session)
+
+    def expire(self) -> None:
+        """End the sessions that had no final reward until their time ended."""
+        now = time.time()
+        if now < self._first_end:
+            return
+        for session in [one for one in self._open.values() if one.record.expires <= now]:
+            record = msgspec.structs.replace(session.record, state="expired", turns=len(session.tree.turns))
+            text = "session %s of group %r had no final reward within its ttl of %.0f s, and is ended"
+            logger.warning(text, record.id, record.group, record.expires - record.created)
+            self._records.write([self._row(session, record)])
+            self._close(session, record)
+        self._first_end = min((one.record.expires for one in self._open.values()), default=math.inf)
+
+    async def _end(self, session: Session, state: State, record: SessionRecord) -> None:
+        async with session.lock:
+            session.check_open()
+            record = msgspec.structs.replace(record, state=state, turns=len(session.tree.turns))
+            changes = [self._row(session, record)]
+            await self._write(changes)
+            self._close(session, record)
+
+    def _close(self, session: Session, record: SessionRecord) -> None:
+        session.record = record
+        for exchange in session.exchanges.values():
+            if exchange.run is not None and exchange.run.task is not None and not exchange.run.task.done():
+                try:
+                    session.check_open()
+                except ApiError as error:
+                    exchange.run.fail(error)
+                exchange.run.task.cancel()
+        self._open.pop(record.id, None)
+        self._ended[record.state] += 1
+        session.tree, session.exchanges, session.by_digest, session.by_key = Tree(), {}, {}, {}
+        ended = len(self._sessions) - len(self._open) - _MAX_ENDED
+        if ended > 0:
+            for old in [*islice((s for s in self._sessions.values() if s.record.state != "open"), ended)]:
+                self._drop(old)
+                keys = range(old.base, old.base + old.record.turns)
+                gone: list[Change] = [(table, key, None) for key in keys for table in ("turns", "answers")]
+                self._records.write([("sessions", old.number, None), *gone])
+
+    def _drop(self, session: Session) -> None:
+        self._sessions.pop(session.record.id, None)
+        self._open.pop(session.record.id, None)
+        if session.record.idempotency is not None:
+            self._by_key.pop(session.record.idempotency[0], None)
+
+    # -- what is known of a session ----------------------------------------------------------------------------------
+
+    def summary(self, session: Session) -> dict[str, Any]:
+        record = session.record
+        names = ("id", "group", "task", "metadata", "size", "state", "created", "expires")
+        result = {name: getattr(record, name) for name in (*names, "reward", "per_turn", "info", "reason")}
+        return {**result, "turns": len(session.tree.turns) or record.turns}
+
+    async def describe(self, session: Session) -> dict[str, Any]:
+        """``GET /sessions/ID``: its tree."""
+        summary = self.summary(session)
+        if session.record.state != "open":
+            rows, session = await self._fetched(session), Session(session.number, session.record)
+            await asyncio.to_thread(session.restore, *rows)
+        tree = session.tree
+        turns = []
+        for turn in tree.turns:
+            versions = [version for version, _ in turn.stored.runs]
+            about: dict[str, Any] = {
+                "turn": turn.number,
+                "request": turn.stored.request,
+                "parent": None if turn.parent is None else turn.parent.number,
+                "lineage": turn.lineage,
+                "prompt_tokens": turn.length - len(turn.stored.sampled) // 4,
+                "completion_tokens": len(turn.stored.sampled) // 4,
+                "versions": [versions[0], versions[-1]] if versions else [],
+                "finish_reason": turn.stored.finish_reason,
+                "received": session.exchanges[turn.stored.request].was_received,
+                "reason": turn.stored.reason,
+            }
+            turns.append(about)
+        waiting = sum(not exchange.turns for exchange in session.exchanges.values())
+        figures = {"lineages": tree.lineages, "tokens": tree.tokens, "requests": len(session.exchanges)}
+        return {**summary, **figures, "in_flight": waiting, "tree": turns}
+
+    async def rollout(self, session: Session) -> dict[str, Any]:
+        """``GET /sessions/ID/rollout``. Raises ``ApiError`` 409 unless the session is finished."""
+        if session.record.state != "finished":
+            text = f"session {session.record.id} is {session.record.state}; only a finished one has a rollout"
+            raise ApiError(409, text, code=f"session_{session.record.state}")
+        rows, answers = await self._fetched(session)
+
+        def made() -> list[dict[str, Any]]:
+            found = Session(session.number, session.record)
+            if damage := found.restore(rows, answers):
+                raise ApiError(500, f"session {session.record.id} is damaged: {damage}", code="storage")
+            turns = [msgspec.msgpack.decode(value, type=StoredTurn) for _, value in rows]
+            return training_rows(turns, found.unreceived)
+
+        return {**self.summary(session), "rows": await asyncio.to_thread(made)}
+
+    def figures(self) -> list[tuple[str, str, float]]:
+        """For the metrics: name, text, value."""
+        self.expire()
+        ended = [(f"sessions_{s}_total", f"Sessions that were {s}.", self._ended[s]) for s in ("finished", "aborted")]
+        return [
+            ("sessions_open", "Open sessions.", len(self._open)),
+            *ended,
+            (
+                "sessions_expired_total",
+                "Sessions that had no final reward until their ttl ended.",
+                self._ended["expired"],
+            ),
+            ("session_turns_total", "Completions recorded in sessions.", self._turns),
+            ("session_lineages_total", "Lineages that these began.", self._lineages),
+            ("session_replays_total", "Requests that got the completions of an earlier equal one.", self._replayed),
+        ]
+
+    def _rows(self, session: Session) -> "list[Future[list[tuple[Key, bytes]]]]":
+        last = session.base + (1 << _TURN_BITS) - 1
+        return [self._records.fetch(table, session.base, last) for table in ("turns", "answers")]
+
+    async def _fetched(self, session: Session) -> list[list[tuple[Key, bytes]]]:
+        return await asyncio.gather(*map(asyncio.wrap_future, self._rows(session)))
+
+    def _row(self, session: Session, record: SessionRecord | None = None) -> Change:
+        value = msgspec.msgpack.encode(record or session.record)
+        return "sessions", session.number, value
+
+    async def _write(self, changes: Sequence[Change]) -> None:
+        """Raises ``ApiError`` 507 when the disk refuses."""
+        try:
+            await asyncio.wrap_future(self._records.write(changes))
+        except StorageWriteError as error:
+            if not self._records.is_closed:
+                await asyncio.to_thread(self._records.recover)
+            raise ApiError(507, f"the session cannot be stored: {error}", code="storage") from error
+
+    # -- requests of agents ------------------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        service: GatewayService,
+        session: Session,
+        request: tuple[str, bytes | bytearray],
+        headers: Mapping[str, str],
+    ) -> "SessionService":
+        """The service as one request (path, body) of the session sees it. Raises ``ApiError`` 403, 409, 410."""
+        self.expire()
+        session.check_open()
+        path, body = request
+        digest = xxhash.xxh3_128_digest(path.encode() + b"\n" + body)
+        key = headers.get("idempotency-key", "").strip()[:_MAX_KEY] or None
+        if key is None:
+            known = session.by_digest.get(digest)
+            if known is not None and known.was_received and not headers.get("x-stainless-retry-count", "0").strip("0"):
+                known = None  # a request that is repeated after its answer asks for another sample
+        elif (known := session.by_key.get(key)) is not None and known.digest != digest:
+            raise ApiError(409, "Idempotency-Key: another request had this key", code="idempotency_conflict")
+        if known is None:
+            if len(session.exchanges) >= _MAX_TURNS or session.stored_bytes >= _MAX_SESSION_BYTES:
+                text = f"{len(session.exchanges)} requests with {session.stored_bytes} bytes, the most of one session"
+                raise ApiError(403, f"session {session.record.id} had {text}; finish it", code="session_limit")
+            known = Exchange(secrets.token_hex(12), digest, key)
+            session.keep(known)
+        elif known.turns or known.run is not None:
+            self._replayed += 1
+        known.readers += 1
+        return SessionService(service, self, session, known)
+
+    def ended(self, session: Session, exchange: Exchange, *, was_received: bool) -> None:
+        """A connection that waited for the answer is done; ``was_received``: the whole answer was sent."""
+        exchange.readers -= 1
+        if session.record.state != "open":
+            return
+        if was_received or (exchange.was_received is not True and not exchange.readers):
+            before, exchange.was_received = exchange.was_received, was_received
+            if exchange.turns and before is not was_received:
+                self._records.write([("answers", session.base + exchange.turns[0], b"%d" % was_received)])
+        if not exchange.readers and (exchange.turns or exchange.run is None):
+            exchange.run = None
+            if not exchange.turns:
+                session.forget(exchange)
+
+    async def record(self, session: Session, exchange: Exchange, turns: Sequence[StoredTurn]) -> None:
+        """Store the completions of an exchange. ``session.lock`` is held. Raises ``ApiError`` 410, 507."""
+        session.check_open()
+        numbers = range(len(session.tree.turns), len(session.tree.turns) + len(turns))
+        values = [msgspec.msgpack.encode(turn) for turn in turns]
+        changes: list[Change] = [("turns", session.base + n, v) for n, v in zip(numbers, values, strict=True)]
+        if not exchange.readers:
+            changes.append(("answers", session.base + numbers[0], b"0"))
+        await self._write(changes)
+        lineages = session.tree.lineages
+        for turn, value in zip(turns, values, strict=True):
+            session.tree.add(turn)
+            session.stored_bytes += len(value)
+        self._turns += len(turns)
+        self._lineages += session.tree.lineages - lineages
+        exchange.turns = [*numbers]
+
+    async def recorded(self, session: Session, exchange: Exchange) -> list[Generation]:
+        """The completions of an exchange, from the disk."""
+        first, last = (session.base + exchange.turns[index] for index in (0, -1))
+        rows = await asyncio.wrap_future(self._records.fetch("turns", first, last))
+        return [msgspec.msgpack.decode(value, type=StoredTurn).generation() for _, value in rows]
+
+    def messages(self, session: Session, exchange: Exchange) -> list[Message]:
+        """The conversation up to the first answer of an exchange, which it holds. Not in the event loop: it waits."""
+        messages: list[Message] = []
+        for turn in session.tree.turns[exchange.turns[0]].path():
+            [(_, value)] = self._records.fetch("turns", *[session.base + turn.number] * 2).result()
+            messages += msgspec.msgpack.decode(value, type=StoredTurn).said
+        return messages
+
+
+class SessionService(GatewayService):
+    """The service as one request of a session sees it: prompts continue what was sampled, completions are recorded."""
+
+    def __init__(self, service: GatewayService, store: SessionStore, session: Session, exchange: Exchange) -> None:
+        vars(self).update(vars(service))
+        self._service, self._store, self._session, self._exchange = service, store, session, exchange
+        self._turn: ChatTurn | None = None
+        self._prompt: Prompt | None = None
+        self._ids = 0
+
+    def ended(self, *, was_received: bool) -> None:
+        """See ``SessionStore.ended``."""
+        self._store.ended(self._session, self._exchange, was_received=was_received)
+
+    def new_id(self, prefix: str) -> str:
+        """Another one at each call, and the same ones for a request that is repeated."""
+        self._ids += 1
+        return f"{prefix}{self._exchange.id}" + (f"-{self._ids}" if self._ids > 1 else "")
+
+    def messages_of(self, answer_id: str) -> list[Message] | None:
+        """The conversation that ended with the answer of this id, or None."""
+        exchange = self._session.exchanges.get(answer_id.rpartition("_")[2].partition("-")[0])
+        return self._store.messages(self._session, exchange) if exchange is not None and exchange.turns else None
+
+    def render(self, turn: ChatTurn) -> Rendered:
+        """See ``Tree.render``; of a request that was answered before, the prompt it had."""
+        self._turn = turn
+        if self._exchange.turns:
+            first = self._session.tree.turns[self._exchange.turns[0]]
+            self._prompt = Prompt(ids=first.prompt_ids(), parent=first.parent, reason=first.stored.reason)
+        else:
+            self._prompt = self._session.tree.render(self.codec, turn)
+        return self._prompt.rendered
+
+    async def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Generation]]:
+        """See ``GatewayService.generate``. Cancelling leaves the completions to an equal request."""
+        run = self._run(requests, streamed=False)
+        while run.results is None:
+            if run.error is not None:
+                raise run.error
+            await run.changed()
+        return run.results
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
+        """See ``GatewayService.stream``. Closing leaves the completions to an equal request."""
+        run = self._run([request], streamed=True)
+        sent = 0
+        while run.results is None or sent < len(run.deltas):
+            if sent < len(run.deltas):
+                sent += 1
+                yield run.deltas[sent - 1]
+            elif run.error is not None:
+                raise run.error
+            else:
+                await run.changed()
+
+    def _run(self, requests: Sequence[GenerationRequest], *, streamed: bool) -> _Run:
+        """The completions: an equal request's, or new ones."""
+        exchange = self._exchange
+        if exchange.run is None:
+            exchange.run = run = _Run()
+            run.task = asyncio.create_task(self._sample(run, requests, streamed=streamed))
+        return exchange.run
+
+    async def _sample(self, run: _Run, requests: Sequence[GenerationRequest], *, streamed: bool) -> None:
+        session, exchange = self._session, self._exchange
+        try:
+            if exchange.turns:
+                made = iter(await self._store.recorded(session, exchange))
+                results = [[next(made) for _ in range(request.n)] for request in requests]
+                last = list(_deltas(results[0]))
+            else:
+                results, last = await self._new(run, requests, streamed=streamed)
+                async with session.lock:
+                    pairs = zip(requests, results, strict=True)
+                    turns = [self._recorded(r, g, index) for r, made in pairs for index, g in enumerate(made)]
+                    await self._store.record(session, exchange, turns)
+            run.deltas += last
+            run.results = results
+            run.notify()
+            if not exchange.readers:
+                exchange.run = None
+                exchange.was_received = exchange.was_received or False
+        except BaseException as error:
+            if not exchange.turns:
+                session.forget(exchange)
+            exchange.run = None
+            run.fail(error if isinstance(error, Exception) else ApiError(503, "the gateway is being stopped"))
+            if not isinstance(error, Exception):
+                raise
+
+    async def _new(
+        self, run: _Run, requests: Sequence[GenerationRequest], *, streamed: bool
+    ) -> tuple[list[list[Generation]], list[GenerationDelta]]:
+        """Completions, and the deltas that are to be sent once they are stored."""
+        if not streamed:
+            return await self._service.generate(requests), []
+        [request] = requests
+        seen: list[list[GenerationDelta]] = [[] for _ in range(request.n)]
+        running, held = request.n, list[GenerationDelta]()
+        async with aclosing(self._service.stream(request)) as deltas:
+            async for delta in deltas:
+                seen[delta.index].append(delta)
+                running -= delta.finish_reason is not None
+                if running:
+                    run.deltas.append(delta)
+                    run.notify()
+                else:
+                    held.append(delta)
+        return [joined(seen)], held
+
+    def _recorded(self, request: GenerationRequest, generation: Generation, index: int) -> StoredTurn:
+        turn, prompt = self._turn, self._prompt
+        answer = None
+        if turn is None or prompt is None:
+            prompt = self._session.tree.place(request.prompt_token_ids)
+        else:
+            answer = self.message(turn, request, generation, index)
+        return new_turn(
+            self.codec,
+            prompt,
+            generation,
+            answer=answer,
+            has_end=self.codec.has_end(generation.token_ids, generation.finish_reason, request),
+            request=self._exchange.id,
+            digest=self._exchange.digest,
+            idempotency_key=self._exchange.key,
+            constrained=request.constraint is not None,
+        )
+
+
+def _deltas(generations: Sequence[Generation]) -> Iterator[GenerationDelta]:
+    """Completions as deltas: one for each run of a policy version."""
+    for index, generation in enumerate(generations):
+        start = 0
+        for number, (version, count) in enumerate(generation.policy_version_runs, 1):
+            piece = slice(start, start := start + count)
+            is_last = number == len(generation.policy_version_runs)
+            yield GenerationDelta(
+                index=index,
+                token_ids=generation.token_ids[piece],
+                logprobs=generation.logprobs[piece],
+                finish_reason=generation.finish_reason if is_last else None,
+                policy_version=version,
+            )
+
+
+def _object(fields: Fields, name: str) -> dict[str, Any] | None:
+    """An object that can be stored."""
+    if name not in fields:
+        return None
+    value = fields.get(name, dict[str, Any]())
+    try:
+        msgspec.msgpack.encode(value)
+    except (OverflowError, RecursionError) as error:
+        raise fields.error(name, f"it cannot be stored: {error}") from error
+    return value
+
+
+def _refuse_unread(fields: Fields) -> None:
+    if unread := fields.unread():
+        raise fields.error(unread[0][:100], "this field is not known here")

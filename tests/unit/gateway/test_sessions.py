@@ -1,0 +1,432 @@
+"""Sessions over real HTTP: what is recorded, what a retry gets, what survives a restart, and who may call."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from support.fake_engine import text_reply
+from support.serving import eventually
+from support.sessions import OracleEngine, check_rollout, open_session, rollout_of, session_gateway
+from support.tiny_model import build_tiny_tokenizer
+
+from atropos_verl.errors import StorageInUseError
+from atropos_verl.gateway.sessions import SessionStore
+from atropos_verl.storage import RecordStore
+from atropos_verl.types import GenerationRequest
+
+TOKENIZER = build_tiny_tokenizer()
+ASK: Any = {"model": "m", "messages": [{"role": "user", "content": "question"}]}
+CHAT = "/v1/chat/completions"
+
+
+COUNT = itertools.count()
+
+
+def numbered(request: GenerationRequest, index: int) -> list[int]:
+    """Another text at each call."""
+    return list(TOKENIZER.encode(f"answer {next(COUNT)}<|im_end|>", add_special_tokens=False))
+
+
+@pytest.fixture
+def engine() -> OracleEngine:
+    return OracleEngine(numbered)
+
+
+@pytest.fixture
+def client(tmp_path: Path, engine: OracleEngine) -> Iterator[httpx.Client]:
+    with session_gateway(tmp_path, engine, TOKENIZER) as client:
+        yield client
+
+
+def sdk(session: dict[str, Any], **options: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=session["base_url"], api_key=session["api_key"], max_retries=0, **options)
+
+
+def chat(client: httpx.Client, session: dict[str, Any], *, headers: dict[str, str] | None = None, **body: Any) -> Any:
+    key = {"authorization": f"Bearer {session['api_key']}"}
+    return client.post(CHAT, json={**ASK, **body}, headers={**key, **(headers or {})})
+
+
+def text_of(response: httpx.Response) -> str:
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["message"]["content"])
+
+
+def tree_of(client: httpx.Client, session: dict[str, Any]) -> Any:
+    return client.get(f"/sessions/{session['id']}").json()
+
+
+def test_turns_continue_what_was_sampled(client: httpx.Client, engine: OracleEngine) -> None:
+    engine.reply = text_reply(TOKENIZER, "  an answer \n<|im_end|>")
+    session = open_session(client, task="t", metadata={"a": 1})
+    agent = sdk(session)
+    messages: list[Any] = [{"role": "user", "content": "question"}]
+    for turn in range(3):
+        answer = agent.chat.completions.create(model="m", messages=messages).choices[0].message
+        messages += [answer, {"role": "user", "content": f"and {turn}?"}]
+    tree = tree_of(client, session)
+    assert [(t["parent"], t["lineage"], t["reason"]) for t in tree["tree"]] == [
+        (None, 0, None),
+        (0, 0, None),
+        (1, 0, None),
+    ]
+    assert (tree["state"], tree["task"], tree["metadata"], tree["lineages"]) == ("open", "t", {"a": 1}, 1)
+    rollout = rollout_of(client, session, reward=0.5)
+    assert len(rollout["rows"]) == 1 and rollout["rows"][0]["turns"] == [0, 1, 2]
+    assert (rollout["state"], rollout["reward"], rollout["group"]) == ("finished", 0.5, "g")
+    check_rollout(rollout, engine.samples)
+
+
+def test_completions_of_raw_prompts_continue_by_their_tokens(client: httpx.Client, engine: OracleEngine) -> None:
+    session = open_session(client)
+    agent, prompt = sdk(session), "once "
+    for _ in range(3):
+        prompt += agent.completions.create(model="m", prompt=prompt, max_tokens=40).choices[0].text + "<|im_end|>, "
+    agent.completions.create(model="m", prompt=["once ", "other"], max_tokens=40)
+    assert [turn["parent"] for turn in tree_of(client, session)["tree"]] == [None, 0, 1, None, None]
+    check_rollout(rollout_of(client, session), engine.samples)
+
+
+def test_several_choices_are_branches(client: httpx.Client, engine: OracleEngine) -> None:
+    session = open_session(client)
+    agent = sdk(session)
+    choices = agent.chat.completions.create(**ASK, n=3).choices
+    messages = [*ASK["messages"], choices[1].message, {"role": "user", "content": "more"}]
+    agent.chat.completions.create(model="m", messages=messages)
+    assert [turn["parent"] for turn in tree_of(client, session)["tree"]] == [None, None, None, 1]
+    rollout = rollout_of(client, session)
+    assert [row["turns"] for row in rollout["rows"]] == [[0], [2], [1, 3]]
+    check_rollout(rollout, engine.samples)
+
+
+# -- retries ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_equal_request_after_an_answer_is_a_new_sample(client: httpx.Client, engine: OracleEngine) -> None:
+    session = open_session(client)
+    texts = [text_of(chat(client, session)) for _ in range(3)]
+    assert len(set(texts)) == 3
+    rollout = rollout_of(client, session)
+    assert len(rollout["rows"]) == 3
+    check_rollout(rollout, engine.samples)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_equal_request_while_the_first_is_unanswered_joins_it(
+    client: httpx.Client, engine: OracleEngine, stream: bool
+) -> None:
+    session = open_session(client)
+    engine.pause()
+    bodies: list[bytes] = []
+    threads = [
+        threading.Thread(target=lambda: bodies.append(chat(client, session, stream=stream).content)) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: tree_of(client, session)["in_flight"] == 1 and len(engine.started) == 1, "one request")
+    time.sleep(0.05)
+    engine.resume()
+    for thread in threads:
+        thread.join()
+    assert len(set(bodies)) == 1 and len(bodies) == 4 and len(engine.samples) == 1
+    check_rollout(rollout_of(client, session), engine.samples)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_retry_after_a_broken_connection_gets_the_same_answer(
+    client: httpx.Client, engine: OracleEngine, stream: bool
+) -> None:
+    session = open_session(client)
+    engine.pause()
+    with pytest.raises(httpx.TimeoutException):
+        httpx.post(
+            str(client.base_url.join(CHAT)),
+            json={**ASK, "stream": stream},
+            headers={"authorization": f"Bearer {session['api_key']}", "content-type": "application/json"},
+            timeout=0.3,
+        )
+    engine.resume()
+    eventually(lambda: len(engine.samples) == 1, "it goes on without its client")
+    first = tree_of(client, session)["tree"]
+    answer = chat(client, session, stream=stream)
+    assert answer.status_code == 200
+    assert len(engine.samples) == 1 and [t["received"] for t in first] == [False]
+    assert [t["received"] for t in tree_of(client, session)["tree"]] == [True]
+    assert chat(client, session, stream=stream).content != answer.content and len(engine.samples) == 2
+    check_rollout(rollout_of(client, session), engine.samples)
+
+
+def test_what_nobody_received_is_not_trained(client: httpx.Client, engine: OracleEngine) -> None:
+    session = open_session(client)
+    engine.pause()
+    with pytest.raises(openai.APITimeoutError):
+        sdk(session).chat.completions.create(**ASK, timeout=0.2)
+    engine.resume()
+    eventually(lambda: tree_of(client, session)["turns"] == 1, "it is recorded")
+    other = [{"role": "user", "content": "another question"}]
+    text_of(chat(client, session, messages=other))
+    rollout = rollout_of(client, session)
+    assert [row["turns"] for row in rollout["rows"]] == [[0]]
+    check_rollout(rollout, engine.samples[1:])
+
+
+def test_an_idempotency_key_gives_the_same_answer_again(client: httpx.Client, engine: OracleEngine) -> None:
+    session = open_session(client)
+    agent = sdk(session)
+    answers = []
+    for key in ("a", "a", "b"):
+        chunks = [*agent.chat.completions.create(**ASK, stream=True, extra_headers={"Idempotency-Key": key})]
+        answers.append((chunks[0].id, "".join(chunk.choices[0].delta.content or "" for chunk in chunks)))
+    assert answers[0] == answers[1] != answers[2] and len(engine.samples) == 2
+    conflict = chat(client, session, headers={"idempotency-key": "a"}, max_tokens=3)
+    assert (conflict.status_code, conflict.json()["error"]["code"]) == (409, "idempotency_conflict")
+    check_rollout(rollout_of(client, session), engine.samples)
+
+
+def test_what_an_sdk_calls_a_retry_is_one(client: httpx.Client, engine: OracleEngine) -> None:
+    session = open_session(client)
+    first = text_of(chat(client, session, headers={"x-stainless-retry-count": "0"}))
+    assert text_of(chat(client, session, headers={"x-stainless-retry-count": "1"})) == first
+    assert text_of(chat(client, session, headers={"x-stainless-retry-count": "0"})) != first
+
+
+def test_a_refused_or_failed_request_leaves_nothing(client: httpx.Client, engine: OracleEngine) -> None:
+    session = open_session(client)
+    assert chat(client, session, temperature="hot").status_code == 400
+    engine.fail_with = RuntimeError("boom")
+    assert chat(client, session).status_code == 500
+    assert chat(client, session, stream=True).text.count("internal_server_error") == 1
+    engine.fail_with = None
+    assert (tree_of(client, session)["requests"], tree_of(client, session)["turns"]) == (0, 0)
+    text_of(chat(client, session))
+    check_rollout(rollout_of(client, session), engine.samples)
+
+
+# -- restarts --------------------------------------------------------------------------------------------------------
+
+
+def test_a_restarted_gateway_knows_its_sessions(tmp_path: Path, engine: OracleEngine) -> None:
+    with session_gateway(tmp_path, engine, TOKENIZER) as client:
+        session, ended = open_session(client), open_session(client)
+        before = text_of(chat(client, ended))
+        rollout = rollout_of(client, ended)
+        first = text_of(chat(client, session))
+        keyed = chat(client, session, headers={"idempotency-key": "a"}).json()
+        tree = tree_of(client, session)["tree"]
+    with session_gateway(tmp_path, engine, TOKENIZER) as client:
+        assert client.get(f"/sessions/{ended['id']}/rollout").json() == rollout and before
+        assert tree_of(client, session)["tree"] == tree
+        again = chat(client, session, headers={"idempotency-key": "a"}).json()
+        assert (again["id"], again["choices"]) == (keyed["id"], keyed["choices"])
+        follow = [*ASK["messages"], {"role": "assistant", "content": first}, {"role": "user", "content": "more"}]
+        text_of(chat(client, session, messages=follow))
+        assert [t["parent"] for t in tree_of(client, session)["tree"]] == [None, None, 0]
+        check_rollout(rollout_of(client, session), engine.samples[1:])
+
+
+def test_an_answer_that_no_one_saw_before_a_restart_is_given_to_the_retry(tmp_path: Path, engine: OracleEngine) -> None:
+    with session_gateway(tmp_path, engine, TOKENIZER) as client:
+        session = open_session(client)
+        engine.pause()
+        with pytest.raises(openai.APITimeoutError):
+            sdk(session).chat.completions.create(**ASK, timeout=0.2)
+        engine.resume()
+        eventually(lambda: tree_of(client, session)["turns"] == 1, "it is recorded")
+    with session_gateway(tmp_path, engine, TOKENIZER) as client:
+        sdk(session).with_options(base_url=f"{client.base_url}/v1").chat.completions.create(**ASK)
+        assert len(engine.samples) == 1
+        check_rollout(rollout_of(client, session), engine.samples)
+
+
+def test_a_damaged_session_is_aborted_and_the_others_are_kept(tmp_path: Path, engine: OracleEngine) -> None:
+    with session_gateway(tmp_path, engine, TOKENIZER) as client:
+        session, other = open_session(client), open_session(client)
+        for one in (session, session, other):
+            text_of(chat(client, one))
+    records = RecordStore(tmp_path / "sessions.sqlite", dict.fromkeys(("sessions", "turns", "answers"), int), owner="t")
+    records.write([("turns", 0, None)]).result()
+    records.close()
+    with session_gateway(tmp_path, engine, TOKENIZER) as client:
+        assert (
+            tree_of(client, session)["state"] == "aborted" and "turn 0 is missing" in tree_of(client, session)["reason"]
+        )
+        assert len(rollout_of(client, other)["rows"]) == 1
+
+
+# -- rewards and ends ------------------------------------------------------------------------------------------------
+
+
+def reward(client: httpx.Client, session: dict[str, Any], **body: Any) -> httpx.Response:
+    return client.post(f"/sessions/{session['id']}/reward", json=body)
+
+
+def code_of(response: httpx.Response) -> tuple[int, str]:
+    return response.status_code, response.json()["error"]["code"] or response.json()["error"]["param"]
+
+
+def test_a_reward_is_set_once(client: httpx.Client, engine: OracleEngine) -> None:
+    session = open_session(client)
+    for _ in range(2):
+        text_of(chat(client, session))
+    assert code_of(client.get(f"/sessions/{session['id']}/rollout")) == (409, "session_open")
+    assert reward(client, session, reward=0.1, finished=False).json()["state"] == "open"
+    for body, field in (
+        ({}, "reward"),
+        ({"reward": "1"}, "reward"),
+        ({"reward": 1, "per_turn": [1]}, "per_turn"),
+        ({"reward": 1, "per_turn": [1, True]}, "per_turn"),
+        ({"reward": 1, "info": [1]}, "info"),
+        ({"reward": 1, "info": {"a": 10**30}}, "info"),
+        ({"reward": 1, "x": 1}, "x"),
+    ):
+        assert code_of(reward(client, session, **body)) == (400, field)
+    final = {"reward": 1.0, "per_turn": [0.5, -1], "info": {"why": "because"}}
+    first = reward(client, session, **final).json()
+    assert (first["state"], first["reward"], first["per_turn"], first["turns"]) == ("finished", 1.0, [0.5, -1.0], 2)
+    assert reward(client, session, **final).json() == first
+    assert code_of(reward(client, session, reward=0.0)) == (409, "already_finished")
+    assert code_of(client.post(f"/sessions/{session['id']}/abort")) == (409, "already_finished")
+    assert code_of(chat(client, session)) == (410, "session_ended")
+    rollout = client.get(f"/sessions/{session['id']}/rollout").json()
+    assert (rollout["per_turn"], rollout["info"]) == ([0.5, -1.0], {"why": "because"})
+    assert tree_of(client, session)["tree"][1]["turn"] == 1
+
+
+def test_an_abort_ends_what_is_being_sampled(client: httpx.Client, engine: OracleEngine) -> None:
+    session = open_session(client)
+    engine.pause()
+    answers: list[httpx.Response] = []
+    threads = [
+        threading.Thread(target=lambda stream=stream: answers.append(chat(client, session, stream=stream)))
+        for stream in (False, True)
+    ]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: len(engine.active) == 2, "both run")
+    for _ in range(2):
+        answer = client.post(f"/sessions/{session['id']}/abort", json={"reason": "it was stuck"})
+        assert (answer.json()["state"], answer.json()["reason"]) == ("aborted", "it was stuck")
+    for thread in threads:
+        thread.join()
+    assert all("it was stuck" in answer.text for answer in answers) and not engine.active
+    engine.resume()
+    assert code_of(client.get(f"/sessions/{session['id']}/rollout")) == (409, "session_aborted")
+    assert code_of(reward(client, session, reward=1.0)) == (410, "session_ended")
+
+
+def test_a_session_without_a_reward_ends_at_its_ttl_and_is_counted(client: httpx.Client, engine: OracleEngine) -> None:
+    session, other = open_session(client, ttl=0.2), open_session(client)
+    text_of(chat(client, other))
+    eventually(lambda: tree_of(client, session)["state"] == "expired", "its ttl ends")
+    assert code_of(chat(client, session)) == (410, "session_ended")
+    figures = client.get("/metrics").text
+    assert "atropos_verl_gateway_sessions_expired_total 1.0" in figures
+    assert "atropos_verl_gateway_sessions_open 1.0" in figures and "session_turns_total 1.0" in figures
+
+
+# -- who may do what -------------------------------------------------------------------------------------------------
+
+
+def test_a_session_is_opened_once_per_idempotency_key(client: httpx.Client) -> None:
+    body, key = {"group": "g", "size": 8}, {"idempotency-key": "k"}
+    first, again = (client.post("/sessions", json=body, headers=key).json() for _ in range(2))
+    assert first == again and first["size"] == 8
+    assert code_of(client.post("/sessions", json={"group": "h"}, headers=key)) == (409, "idempotency_conflict")
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({}, "group"),
+        ({"group": ""}, "group"),
+        ({"group": "g" * 300}, "group"),
+        ({"group": 5}, "group"),
+        ({"group": "g", "ttl": 0}, "ttl"),
+        ({"group": "g", "ttl": 10**9}, "ttl"),
+        ({"group": "g", "metadata": [1]}, "metadata"),
+        ({"group": "g", "metadata": {"a": 10**30}}, "metadata"),
+        ({"group": "g", "task": 5}, "task"),
+        ({"group": "g", "size": 0}, "size"),
+        ({"group": "g", "other": 0}, "other"),
+    ],
+)
+def test_a_bad_session_is_refused_by_its_field(client: httpx.Client, body: dict[str, Any], field: str) -> None:
+    assert code_of(client.post("/sessions", json=body)) == (400, field)
+
+
+def test_limits(client: httpx.Client, engine: OracleEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("_MAX_OPEN", 2), ("_MAX_TURNS", 3), ("_MAX_ENDED", 1)):
+        monkeypatch.setattr(f"atropos_verl.gateway.sessions.{name}", value)
+    large = client.post("/sessions", json={"group": "g", "metadata": {"a": "x" * 40_000}})
+    assert large.status_code == 413
+    first, second = open_session(client), open_session(client)
+    assert code_of(client.post("/sessions", json={"group": "g"})) == (429, "too_many_sessions")
+    for _ in range(3):
+        text_of(chat(client, first))
+    assert code_of(chat(client, first)) == (403, "session_limit")
+    assert len(rollout_of(client, first)["rows"]) == 3
+    rollout_of(client, second)
+    assert client.get(f"/sessions/{first['id']}").status_code == 404, "the oldest ended one is forgotten"
+
+
+def test_a_session_key_opens_its_own_session_only(client: httpx.Client, engine: OracleEngine) -> None:
+    own, other = open_session(client), open_session(client)
+    key = {"authorization": f"Bearer {own['api_key']}"}
+
+    def status(method: str, path: str, headers: dict[str, str] = key, **body: Any) -> int:
+        json = {"json": body} if method == "POST" else {}
+        return client.request(method, path, headers=headers, **json).status_code
+
+    for path in (CHAT, f"/s/{own['id']}{CHAT}"):
+        assert status("POST", path, **ASK) == 200
+        assert status("POST", path, {"authorization": "", "x-api-key": own["api_key"]}, **ASK) == 200
+    assert status("GET", "/v1/models") == status("GET", f"/s/{own['id']}/v1/models") == 200
+    assert status("GET", f"/sessions/{own['id']}") == 200
+    assert status("POST", f"/s/{other['id']}{CHAT}", **ASK) == 403
+    for method, path in (
+        ("GET", f"/sessions/{other['id']}"),
+        ("GET", f"/sessions/{own['id']}x"),
+        ("POST", f"/sessions/{other['id']}/reward"),
+        ("POST", "/sessions"),
+        ("POST", "/generate"),
+        ("GET", "/metrics"),
+    ):
+        assert status(method, path) == 403, path
+    assert status("POST", f"/s/{own['id']}/generate", **ASK) == 404
+    for wrong in (own["api_key"] + "x", own["api_key"][:-1], f"sess-{own['id']}-", "sess-", "sess--", "x"):
+        assert status("POST", CHAT, {"authorization": f"Bearer {wrong}"}, **ASK) == 401, wrong
+        assert status("POST", f"/s/{own['id']}{CHAT}", {"authorization": f"Bearer {wrong}"}, **ASK) == 401
+    turns = len(tree_of(client, own)["tree"])
+    assert status("POST", CHAT, {}, **ASK) == 200, "the gateway's key, without a session"
+    assert status("POST", f"/s/{own['id']}{CHAT}", {}, **ASK) == 200, "the gateway's key, in a session"
+    assert len(tree_of(client, own)["tree"]) == turns + 1
+
+
+@pytest.mark.parametrize("name", ["%2e%2e", "x" * 5000, "%00", "' OR 1=1", "é", "-1", "0"])
+def test_hostile_ids_are_unknown(client: httpx.Client, name: str) -> None:
+    assert client.get(f"/sessions/{name}").status_code in (403, 404)
+    assert client.post(f"/s/{name}{CHAT}", json=ASK).status_code in (403, 404)
+    assert client.post(f"/sessions/{name}/reward", json={"reward": 1}).status_code in (403, 404)
+
+
+def test_without_a_gateway_key_the_address_is_enough(tmp_path: Path, engine: OracleEngine) -> None:
+    with session_gateway(tmp_path, engine, TOKENIZER, key=None) as client:
+        client.headers["authorization"] = "Bearer anything"
+        own, other = open_session(client), open_session(client)
+        assert client.post(f"/s/{own['id']}{CHAT}", json=ASK).status_code == 200
+        assert len(tree_of(client, own)["tree"]) == 1
+        key = {"authorization": f"Bearer {other['api_key']}"}
+        assert client.post(f"/s/{own['id']}{CHAT}", json=ASK, headers=key).status_code == 403
+
+
+def test_a_second_gateway_is_refused(tmp_path: Path, client: httpx.Client) -> None:
+    with pytest.raises(StorageInUseError, match="gateway's sessions"):
+        SessionStore(tmp_path)
