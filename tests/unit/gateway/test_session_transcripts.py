@@ -1,0 +1,523 @@
+"""A corpus of hostile transcripts through the official SDK, streamed and not, against what the engine sampled.
+
+Of each: no legitimate request is refused, the lineages are the true ones, and every sampled token is trained once, in
+exactly the context in which it was sampled.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from support.sessions import OracleEngine, check_rollout, open_session, rollout_of, session_gateway
+from support.tiny_model import CHATML_TEMPLATE, build_tiny_tokenizer
+
+from atropos_verl.types import GenerationRequest
+
+END = "<|im_end|>"
+TEMPLATES = {
+    "chatml": CHATML_TEMPLATE,
+    "trimming": CHATML_TEMPLATE.replace("m['content']", "m['content'] | trim"),
+    # As Qwen3's: what was thought before the last question is left out; calls and tools have their own form.
+    "thinking": (
+        "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
+        "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+        "{% endif %}{% endfor %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% set text = m.content or '' %}{% set thought = m.reasoning_content or '' %}"
+        "{% if m.role == 'assistant' and '</think>' in text %}"
+        "{% set thought = text.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+        "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+        "{% if m.role == 'assistant' and thought and loop.index0 > ns.last %}"
+        "<think>\n{{ thought }}\n</think>\n\n{% endif %}{{ text }}"
+        "{% for call in m.tool_calls or [] %}{% if text or not loop.first %}\n{% endif %}<tool_call>\n"
+        '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
+        "{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+}
+TOOLS = [
+    {"type": "function", "function": {"name": name, "description": "d", "parameters": {"type": "object"}}}
+    for name in ("add", "find")
+]
+
+
+def call(name: str, arguments: str) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+ADD, FIND = call("add", '{"a": 1, "b": 2}'), call("find", '{"what": "é"}')
+
+
+class Agent:
+    """An agent with a history, on the official SDK."""
+
+    def __init__(self, client: httpx.Client, session: dict[str, Any], options: dict[str, Any], *, stream: bool) -> None:
+        self._sdk = openai.OpenAI(base_url=session["base_url"], api_key=session["api_key"], max_retries=0)
+        self._raw, self._session, self.options, self._stream = client, session, options, stream
+        self.history: list[dict[str, Any]] = []
+        self.saved: dict[str, list[dict[str, Any]]] = {}
+
+    def send(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The answers to ``messages``, as the agent would put them in its history."""
+        body: Any = {"model": "m", "messages": list(messages), **self.options}
+        if not self._stream:
+            return [c.message.model_dump() for c in self._sdk.chat.completions.create(**body).choices]
+        answers: dict[int, dict[str, Any]] = {}
+        for chunk in self._sdk.chat.completions.create(**body, stream=True):
+            for choice in chunk.choices:
+                answer = answers.setdefault(choice.index, {"role": "assistant", "content": "", "tool_calls": []})
+                delta = choice.delta.model_dump()
+                answer["content"] += delta.get("content") or ""
+                if thought := delta.get("reasoning_content"):
+                    answer["reasoning_content"] = answer.get("reasoning_content", "") + thought
+                for piece in delta.get("tool_calls") or []:
+                    calls = answer["tool_calls"]
+                    if piece["index"] == len(calls):
+                        calls.append({"id": piece["id"], "type": "function", "function": {"name": "", "arguments": ""}})
+                    calls[-1]["function"]["name"] += piece["function"].get("name") or ""
+                    calls[-1]["function"]["arguments"] += piece["function"].get("arguments") or ""
+        for answer in answers.values():
+            if not answer["tool_calls"]:
+                del answer["tool_calls"]
+        return [answers[index] for index in sorted(answers)]
+
+    # -- the words of the corpus -------------------------------------------------------------------------------------
+
+    def ask(self, *contents: Any, pick: int = 0) -> None:
+        """Say something, and take the answer."""
+        self.history += [{"role": "user", "content": content} for content in contents]
+        self.history.append(self.send(self.history)[pick])
+
+    def again(self) -> None:
+        """The newest answer is thrown away, and asked for once more."""
+        self.history[-1] = self.send(self.history[:-1])[0]
+
+    def sample(self) -> None:
+        """The last request once more; the history keeps the first answer."""
+        self.send(self.history[:-1])
+
+    def side(self, *messages: dict[str, Any], after: int = 0) -> None:
+        """A subagent: another conversation that begins with the first messages of this one."""
+        self.send([*self.history[:after], *messages])
+
+    def parallel(self, *questions: str) -> None:
+        """Several questions at once after this history."""
+        with ThreadPoolExecutor(len(questions)) as pool:
+            histories = [[*self.history, {"role": "user", "content": text}] for text in questions]
+            list(pool.map(self.send, histories))
+
+    def add(self, *messages: dict[str, Any]) -> None:
+        self.history += deepcopy(messages)
+
+    def edit(self, index: int, **fields: Any) -> None:
+        self.history[index] = {**self.history[index], **fields}
+
+    def change(self, index: int, how: Callable[[str], str]) -> None:
+        self.edit(index, content=how(self.history[index]["content"]))
+
+    def cut(self, count: int) -> None:
+        self.history = self.history[:count]
+
+    def drop(self, index: int) -> None:
+        del self.history[index]
+
+    def insert(self, index: int, role: str, content: str) -> None:
+        self.history.insert(index, {"role": role, "content": content})
+
+    def become(self, *contents: str) -> None:
+        """The history is compacted."""
+        self.history = [{"role": "system", "content": text} for text in contents]
+
+    def save(self, name: str) -> None:
+        self.saved[name] = deepcopy(self.history)
+
+    def load(self, name: str) -> None:
+        self.history = deepcopy(self.saved[name])
+
+    def calls(self, index: int, how: Callable[[list[dict[str, Any]]], Any]) -> None:
+        """Change the calls of a message."""
+        self.history[index]["tool_calls"] = how(deepcopy(self.history[index]["tool_calls"]))
+
+    def results(self, *contents: Any, order: int = 1) -> None:
+        """The tools' results; ``order`` -1: the last call's first."""
+        calls = self.history[-1]["tool_calls"]
+        assert len(calls) == len(contents), self.history[-1]
+        pairs = list(zip(calls, contents, strict=True))[::order]
+        self.add(*({"role": "tool", "tool_call_id": c["id"], "content": content} for c, content in pairs))
+
+    def option(self, **options: Any) -> None:
+        self.options = {**self.options, **options}
+
+    def refused(self, message: dict[str, Any], *words: str) -> None:
+        """A message that is not served, and the error names it."""
+        with pytest.raises(openai.BadRequestError) as error:
+            self.send([*self.history, message])
+        assert all(word in str(error.value) for word in words), str(error.value)
+
+
+Step = Callable[[Agent], None]
+
+
+def step(name: str, *arguments: Any, **named: Any) -> Step:
+    return lambda agent: getattr(agent, name)(*arguments, **named)
+
+
+@dataclass(frozen=True)
+class Case:
+    steps: Sequence[Step]
+    parents: list[int | None]
+    """Of each recorded completion, the one whose tokens it continues."""
+    replies: Sequence[str] = ()
+    """What the policy writes, in this order; afterwards numbered answers."""
+    template: str = "chatml"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def ask(*contents: Any, **named: Any) -> Step:
+    return step("ask", *contents, **named)
+
+
+def user(content: Any, **fields: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content, **fields}
+
+
+def rewritten(**style: Any) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
+    """Calls whose arguments were read and written again."""
+
+    def rewrite(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for one in calls:
+            one["function"]["arguments"] = json.dumps(json.loads(one["function"]["arguments"]), **style)
+        return calls
+
+    return rewrite
+
+
+def with_ids(*ids: str) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
+    return lambda calls: [{**one, "id": name} for one, name in zip(calls, ids, strict=True)]
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+THOUGHT = "<think>\nhm, é\n</think>\n\n"
+CASES: dict[str, Case] = {
+    # plain conversations
+    "one turn": Case([ask("q")], [None]),
+    "four turns": Case([ask("a"), ask("b"), ask("c"), ask("d")], [None, 0, 1, 2]),
+    "a system prompt": Case([step("insert", 0, "system", "be good"), ask("a"), ask("b")], [None, 0]),
+    "a developer's prompt": Case([step("insert", 0, "developer", "be good"), ask("a"), ask("b")], [None, 0]),
+    "several users": Case([ask("a", "b"), ask("c", "d", "e")], [None, 0]),
+    "the same words again and again": Case([ask("a"), ask("a"), ask("a")], [None, 0, 1], ["x" + END] * 3),
+    "a named user": Case([step("add", user("a", name="ann")), step("ask"), ask("b")], [None, 0]),
+    "20,000 characters": Case([ask("x" * 20_000), ask("y")], [None, 0]),
+    "an answer of the agent's own": Case(
+        [ask("a"), step("add", user("b"), {"role": "assistant", "content": "own"}), ask("c"), ask("d")], [None, 0, 1]
+    ),
+    "examples first": Case(
+        [step("add", user("1+1"), {"role": "assistant", "content": "2"}), ask("a"), ask("b")], [None, 0]
+    ),
+    "an answer that is to be continued": Case([ask("a"), step("ask"), ask("b")], [None, 0, 1]),
+    "a tool's message that answers no call": Case(
+        [ask("a"), step("add", {"role": "tool", "tool_call_id": "x", "content": "r"}), step("ask")], [None, 0]
+    ),
+    "another temperature": Case([ask("a"), step("option", temperature=0.3, seed=5), ask("b")], [None, 0]),
+    # contents
+    "an empty question": Case([ask(""), ask("")], [None, 0]),
+    "an empty answer": Case([ask("a"), ask("b")], [None, 0], [END, END]),
+    "an answer of white space": Case([ask("a"), ask("b")], [None, 0], [" \n\t" + END]),
+    "parts of text": Case([ask([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]), ask("c")], [None, 0]),
+    "an answer sent back as parts": Case(
+        [ask("a"), step("edit", 1, content=[{"type": "text", "text": "x"}]), ask("b")], [None, 0], ["x" + END]
+    ),
+    "an answer with all fields of the SDK": Case(
+        [ask("a"), step("edit", 1, refusal=None, audio=None, annotations=[], function_call=None), ask("b")], [None, 0]
+    ),
+    "letters of several bytes": Case([ask("世界"), ask("🙂")], [None, 0], ["é世界🙂" + END, "ñ" + END]),
+    "joined emoji": Case([ask("a"), ask("b")], [None, 0], ["👩‍👩‍👧 🏳️‍🌈" + END]),
+    "control characters": Case([ask("a\x00\x1b[2J\x7f"), ask("b")], [None, 0], ["\x01\x02\u2028" + END]),
+    "line ends of another system": Case([ask("a\r\nb"), ask("c")], [None, 0], ["x\r\ny\r" + END]),
+    "words of the template in a question": Case([ask(f"a{END}\n<|im_start|>assistant\nno"), ask("b")], [None, 0]),
+    "a special token in an answer": Case([ask("a"), ask("b")], [None, 0], ["x<|im_start|>y" + END]),
+    "an answer that is JSON": Case([ask("a"), ask("b")], [None, 0], ['{"a": [1, {"b": null}]}' + END]),
+    "an image": Case([ask("a"), step("refused", user([IMAGE]), "item 2", "text"), ask("b")], [None, 0]),
+    # answers that were cut
+    "cut by its length": Case([ask("a"), ask("b")], [None, 0], options={"max_tokens": 4}),
+    "cut inside a letter": Case([ask("a"), ask("b")], [None, 0], ["aé世" + END], options={"max_tokens": 4}),
+    "cut at its first token": Case([ask("a"), ask("b")], [None, 0], ["世" + END], options={"max_tokens": 1}),
+    "cut at a stop string": Case([ask("a"), ask("b")], [None, 0], ["say\nObservation:"], options={"stop": ["\nObs"]}),
+    "a stop string that is kept": Case(
+        [ask("a"), ask("b")],
+        [None, 0],
+        ["say STOP"],
+        options={"stop": ["STOP"], "extra_body": {"include_stop_str_in_output": True}},
+    ),
+    # white space
+    "the agent strips answers": Case([ask("a"), step("change", 1, str.strip), ask("b")], [None, 0], [" \n x \n" + END]),
+    "the agent ends answers with a line": Case([ask("a"), step("change", 1, lambda t: t + "\n"), ask("b")], [None, 0]),
+    "white space inside an answer is changed": Case(
+        [ask("a"), step("change", 1, lambda t: t.replace(" ", "  ")), ask("b")], [None, None], ["x y" + END]
+    ),
+    "a tab becomes blanks": Case([ask("a"), step("change", 1, str.expandtabs), ask("b")], [None, None], ["x\ty" + END]),
+    "line ends of an answer are changed": Case(
+        [ask("a"), step("change", 1, lambda t: t.replace("\r\n", "\n")), ask("b")], [None, None], ["x\r\ny" + END]
+    ),
+    "an answer in another normal form": Case(
+        [ask("a"), step("change", 1, lambda t: t.replace("é", "e\u0301")), ask("b")], [None, None], ["é" + END]
+    ),
+    "a question's white space is changed later": Case(
+        [ask("a "), step("change", 0, str.strip), ask("b")], [None, None]
+    ),
+    # history that is edited
+    "the system prompt changes": Case(
+        [step("insert", 0, "system", "one"), ask("a"), step("edit", 0, content="two"), ask("b"), ask("c")],
+        [None, None, 1],
+    ),
+    "a system prompt is put before": Case([ask("a"), step("insert", 0, "system", "late"), ask("b")], [None, None]),
+    "the system prompt is dropped": Case(
+        [step("insert", 0, "system", "one"), ask("a"), step("drop", 0), ask("b")], [None, None]
+    ),
+    "a system message in the middle": Case([ask("a"), step("insert", 2, "system", "now"), ask("b")], [None, 0]),
+    "a clock in the system prompt": Case(
+        [
+            step("insert", 0, "system", "12:00"),
+            ask("a"),
+            step("edit", 0, content="12:01"),
+            ask("b"),
+            step("edit", 0, content="12:02"),
+            ask("c"),
+        ],
+        [None, None, None],
+    ),
+    "the first question is edited": Case([ask("a"), ask("b"), step("edit", 0, content="A"), ask("c")], [None, 0, None]),
+    "the last question is edited": Case([ask("a"), ask("b"), step("cut", 2), ask("B"), ask("c")], [None, 0, 0, 2]),
+    "an answer is edited": Case([ask("a"), step("edit", 1, content="mine"), ask("b")], [None, None]),
+    "the second answer is edited": Case([ask("a"), ask("b"), step("edit", 3, content="mine"), ask("c")], [None, 0, 0]),
+    "an answer is shortened": Case([ask("a"), step("change", 1, lambda t: t[:3]), ask("b")], [None, None]),
+    "an answer is dropped": Case([ask("a"), step("drop", 1), ask("b")], [None, None]),
+    "a question is dropped": Case([ask("a"), ask("b"), step("drop", 2), ask("c")], [None, 0, 0]),
+    "answers change places": Case(
+        [ask("a"), ask("b"), lambda agent: agent.history.insert(1, agent.history.pop(3)), ask("c")], [None, 0, None]
+    ),
+    "an answer without its question": Case([ask("a"), step("drop", 0), ask("b")], [None, None]),
+    "roles are changed": Case([ask("a"), step("edit", 1, role="user"), ask("b")], [None, None]),
+    # compaction, branches, subagents
+    "compaction": Case([ask("a"), ask("b"), step("become", "summary"), ask("c"), ask("d")], [None, 0, None, 2]),
+    "compaction keeps the last turn": Case(
+        [
+            ask("a"),
+            ask("b"),
+            lambda agent: agent.history.__setitem__(slice(0, 2), [user("summary")]),
+            ask("c"),
+            ask("d"),
+        ],
+        [None, 0, None, 2],
+    ),
+    "compaction twice": Case(
+        [ask("a"), step("become", "one"), ask("b"), step("become", "two"), ask("c")], [None, None, None]
+    ),
+    "compaction and back": Case(
+        [ask("a"), ask("b"), step("save", "old"), step("become", "s"), ask("c"), step("load", "old"), ask("d")],
+        [None, 0, None, 1],
+    ),
+    "three branches": Case(
+        [ask("a"), step("save", "x"), ask("b"), step("load", "x"), ask("c"), step("load", "x"), ask("d")],
+        [None, 0, 0, 0],
+    ),
+    "branch and join": Case(
+        [
+            ask("a"),
+            step("save", "x"),
+            ask("b"),
+            step("load", "x"),
+            ask("c"),
+            step("add", user("the other branch said: answer")),
+            step("ask"),
+        ],
+        [None, 0, 0, 2],
+    ),
+    "a branch of a branch": Case(
+        [ask("a"), ask("b"), step("save", "x"), ask("c"), step("load", "x"), ask("d"), step("cut", 2), ask("e")],
+        [None, 0, 1, 1, 0],
+    ),
+    "parallel subagents after one history": Case([ask("a"), step("parallel", "b", "c", "d")], [None, 0, 0, 0]),
+    "parallel agents from the start": Case([step("parallel", "a", "b", "c")], [None, None, None]),
+    "a subagent with its own prompt": Case(
+        [ask("a"), step("side", {"role": "system", "content": "sub"}, user("x")), ask("b")], [None, None, 0]
+    ),
+    "a subagent that shares the beginning": Case([ask("a"), step("side", user("x"), after=2), ask("b")], [None, 0, 0]),
+    # samples
+    "asked again": Case([ask("a"), step("again"), ask("b")], [None, None, 1]),
+    "asked again later": Case([ask("a"), ask("b"), step("again"), step("again"), ask("c")], [None, 0, 0, 0, 3]),
+    "sampled twice, the first is used": Case([ask("a"), step("sample"), ask("b")], [None, None, 0]),
+    "equal samples": Case([ask("a"), step("sample"), ask("b")], [None, None, 1], ["x" + END] * 2),
+    "equal samples, both continued": Case(
+        [ask("a"), step("sample"), step("save", "x"), ask("b"), step("load", "x"), ask("c")],
+        [None, None, 1, 0],
+        ["x" + END] * 2,
+    ),
+    "two choices": Case([ask("a", pick=1), ask("b", pick=0)], [None, None, 1, 1], options={"n": 2}),
+    "two equal choices": Case(
+        [ask("a", pick=0), ask("b", pick=0)], [None, None, 1, 1], ["x" + END] * 2, options={"n": 2}
+    ),
+    # tools
+    "a call": Case([ask("a"), step("results", "3"), step("ask"), ask("b")], [None, 0, 1], [ADD + END]),
+    "text and a call": Case([ask("a"), step("results", "3"), step("ask")], [None, 0], ["I add.\n" + ADD + END]),
+    "two calls": Case([ask("a"), step("results", "3", "x"), step("ask")], [None, 0], [f"{ADD}\n{FIND}{END}"]),
+    "results out of order": Case(
+        [ask("a"), step("results", "3", "x", order=-1), step("ask")], [None, 0], [f"{ADD}\n{FIND}{END}"]
+    ),
+    "an empty result": Case([ask("a"), step("results", ""), step("ask")], [None, 0], [ADD + END]),
+    "a result as parts": Case(
+        [ask("a"), step("results", [{"type": "text", "text": "3"}]), step("ask")], [None, 0], [ADD + END]
+    ),
+    "a result with an image": Case(
+        [
+            ask("a"),
+            step("refused", {"role": "tool", "tool_call_id": "x", "content": [IMAGE]}, "item 2", "text"),
+            step("results", "3"),
+            step("ask"),
+        ],
+        [None, 0],
+        [ADD + END],
+    ),
+    "arguments written without blanks": Case(
+        [ask("a"), step("calls", 1, rewritten(separators=(",", ":"))), step("results", "3"), step("ask")],
+        [None, 0],
+        [ADD + END],
+    ),
+    "arguments in another order": Case(
+        [ask("a"), step("calls", 1, rewritten(sort_keys=True)), step("results", "3"), step("ask")],
+        [None, 0],
+        [call("add", '{"b": 2,  "a" : 1}') + END],
+    ),
+    "arguments with escaped letters": Case(
+        [ask("a"), step("calls", 1, rewritten(ensure_ascii=True)), step("results", "x"), step("ask")],
+        [None, 0],
+        [FIND + END],
+    ),
+    "an argument is changed": Case(
+        [
+            ask("a"),
+            step("calls", 1, lambda calls: json.loads(json.dumps(calls).replace("1", "7"))),
+            lambda agent: agent.add({"role": "tool", "tool_call_id": "x", "content": "9"}),
+            step("ask"),
+        ],
+        [None, None],
+        [ADD + END],
+    ),
+    "other ids": Case(
+        [ask("a"), step("calls", 1, with_ids("mine")), step("results", "3"), step("ask")], [None, 0], [ADD + END]
+    ),
+    "equal ids": Case(
+        [ask("a"), step("calls", 1, with_ids("i", "i")), step("results", "3", "x"), step("ask")],
+        [None, 0],
+        [f"{ADD}\n{FIND}{END}"],
+    ),
+    "calls change places": Case(
+        [ask("a"), step("calls", 1, lambda calls: calls[::-1]), step("results", "x", "3"), step("ask")],
+        [None, None],
+        [f"{ADD}\n{FIND}{END}"],
+    ),
+    "a call is dropped": Case(
+        [ask("a"), step("calls", 1, lambda calls: calls[:1]), step("results", "3"), step("ask")],
+        [None, None],
+        [f"{ADD}\n{FIND}{END}"],
+    ),
+    "no content beside a call": Case(
+        [ask("a"), step("edit", 1, content=""), step("results", "3"), step("ask")], [None, 0], [ADD + END]
+    ),
+    "a result is edited later": Case(
+        [ask("a"), step("results", "3"), step("ask"), step("edit", 2, content="4"), ask("b")], [None, 0, 0], [ADD + END]
+    ),
+    "a call that cannot be read": Case([ask("a"), ask("b")], [None, 0], ['<tool_call>\n{"name": add}\n' + END]),
+    "a call that is cut": Case([ask("a"), ask("b")], [None, 0], [ADD + END], options={"max_tokens": 20}),
+    "other tools": Case([ask("a"), step("option", tools=TOOLS[:1]), ask("b"), ask("c")], [None, None, 1]),
+    "many steps with tools": Case(
+        [ask("a"), *[step("results", "3"), step("ask")] * 3, ask("b")], [None, 0, 1, 2, 3], [ADD + END] * 3
+    ),
+    # reasoning, with a template that leaves out what was thought before the last question
+    "no thoughts": Case([ask("a"), ask("b")], [None, 0], template="thinking"),
+    "thoughts in the content": Case([ask("a"), ask("b")], [None, None], [THOUGHT + "x" + END], template="thinking"),
+    "thoughts are kept between calls": Case(
+        [ask("a"), step("results", "3"), step("ask")], [None, 0], [THOUGHT + ADD + END], template="thinking"
+    ),
+    "thoughts are dropped between calls": Case(
+        [ask("a"), step("edit", 1, reasoning_content=None), step("results", "3"), step("ask")],
+        [None, None],
+        [THOUGHT + ADD + END],
+        template="thinking",
+    ),
+    "thoughts are edited": Case(
+        [ask("a"), step("edit", 1, reasoning_content="hm"), step("results", "3"), step("ask")],
+        [None, None],
+        [THOUGHT + ADD + END],
+        template="thinking",
+    ),
+    "thoughts of an earlier question": Case(
+        [ask("a"), step("results", "3"), step("ask"), ask("b"), ask("c")],
+        [None, 0, None, 2],
+        [THOUGHT + ADD + END],
+        template="thinking",
+    ),
+    "thoughts that the template writes in another form": Case(
+        [ask("a"), step("results", "3"), step("ask")],
+        [None, None],
+        [f"<think>hm</think>{ADD}{END}"],
+        template="thinking",
+    ),
+    # a template that trims
+    "trimmed by the template": Case([ask("a"), ask("b")], [None, None], ["  x " + END], template="trimming"),
+    "nothing to trim": Case([ask(" a "), ask("b ")], [None, 0], ["x" + END], template="trimming"),
+}
+
+
+@pytest.fixture(scope="module")
+def gateways(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], tuple[httpx.Client, OracleEngine]]]:
+    with ExitStack() as stack:
+        made: dict[str, tuple[httpx.Client, OracleEngine]] = {}
+
+        def gateway(template: str) -> tuple[httpx.Client, OracleEngine]:
+            if template not in made:
+                tokenizer, engine = build_tiny_tokenizer(), OracleEngine()
+                tokenizer.chat_template = TEMPLATES[template]
+                directory = tmp_path_factory.mktemp(template)
+                made[template] = stack.enter_context(session_gateway(directory, engine, tokenizer)), engine
+            return made[template]
+
+        yield gateway
+
+
+TOKENIZER = build_tiny_tokenizer()
+
+
+def writing(replies: Sequence[str]) -> Callable[[GenerationRequest, int], list[int]]:
+    texts = itertools.chain(replies, (f"answer {number}{END}" for number in itertools.count()))
+
+    def reply(request: GenerationRequest, index: int) -> list[int]:
+        return list(TOKENIZER.encode(next(texts), add_special_tokens=False))
+
+    return reply
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("name", CASES)
+def test_transcript(gateways: Any, name: str, stream: bool) -> None:
+    case = CASES[name]
+    client, engine = gateways(case.template)
+    engine.reset(writing(case.replies))
+    session = open_session(client)
+    has_calls = any("<tool_call>" in reply for reply in case.replies) or name == "other tools"
+    agent = Agent(client, session, {**({"tools": TOOLS} if has_calls else {}), **case.options}, stream=stream)
+    for one in case.steps:
+        one(agent)
+    tree = client.get(f"/sessions/{session['id']}").json()
+    assert [turn["parent"] for turn in tree["tree"]] == case.parents, [turn["reason"] for turn in tree["tree"]]
+    check_rollout(rollout_of(client, session), engine.samples)
