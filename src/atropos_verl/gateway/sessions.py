@@ -54,7 +54,7 @@ _MAX_SESSION_BYTES = 256 << 20
 """Of the turns of one session, on disk."""
 MAX_RECORD_BYTES = 32 << 10
 """Of what ``POST /sessions`` or a reward brings."""
-_MAX_NAME, _MAX_KEY = 200, 256
+_MAX_NAME, _MAX_KEY, _MAX_SIZE = 200, 256, 100_000
 _DEFAULT_TTL, _MAX_TTL = 3600, 7 * 24 * 3600
 
 _Rows = Sequence[tuple[Key, bytes]]
@@ -253,7 +253,7 @@ class SessionStore:
             group=group,
             task=task or None,
             metadata=_object(fields, "metadata") or {},
-            size=fields.integer("size", None, minimum=1),
+            size=fields.integer("size", None, minimum=1, maximum=_MAX_SIZE),
             created=now,
             expires=now + ttl,
             idempotency=None if key is None else (key, digest),
@@ -305,10 +305,10 @@ class SessionStore:
         info = _object(fields, "info")
         per_turn = fields.raw("per_turn")
         if per_turn is not None:
-            good = isinstance(per_turn, list) and all(type(v) in (int, float) and math.isfinite(v) for v in per_turn)
-            if not good:
-                raise fields.error("per_turn", "expected a list of finite numbers, one per answered turn")
-            per_turn = [float(value) for value in per_turn]
+            try:
+                per_turn = msgspec.convert(per_turn, list[float])
+            except (msgspec.ValidationError, OverflowError) as error:
+                raise fields.error("per_turn", f"expected a list of numbers, one per answered turn: {error}") from error
         _refuse_unread(fields)
         given = msgspec.structs.replace(record, reward=reward, per_turn=per_turn, info=info)
         if record.state == "finished":

@@ -30,8 +30,8 @@ TEMPLATES = {
     # As Qwen3's: what was thought before the last question is left out; calls and tools have their own form.
     "thinking": (
         "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
-        "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
-        "{% endif %}{% endfor %}"
+        "{% set ns = namespace(last=-1) %}{% for m in messages %}"
+        "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
         "{% set text = m.content or '' %}{% set thought = m.reasoning_content or '' %}"
         "{% if m.role == 'assistant' and '</think>' in text %}"

@@ -1,0 +1,158 @@
+"""What sessions cost: agents with many turns, against the same prompts and completions of the engine alone.
+
+    python benchmarks/bench_sessions.py [--model DIRECTORY] [--sessions 64] [--turns 20] [--tokens 16] [--rounds 3]
+
+Each round, interleaved: the engine alone, the gateway without sessions, and the gateway with sessions (on disk, over
+HTTP, from a client in this process). All decode greedily, so that every side computes the same tokens. ``opened``: the
+memory of an open session beside its tokens, by ``tracemalloc``. Prints medians in seconds and ratios as JSON.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the training command; read when torch is imported
+
+import argparse
+import asyncio
+import gc
+import json
+import statistics
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from atropos_verl.assets.smollm2 import smollm2_path
+from atropos_verl.gateway.app import GatewayServer, create_app
+from atropos_verl.gateway.sessions import SessionStore
+from atropos_verl.types import GenerationRequest
+
+QUESTION = "Tell me what comes next in the story of the lighthouse and the whale, turn {}."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="Hugging Face directory; default: SmolLM2-135M")
+    parser.add_argument("--sessions", type=int, default=64)
+    parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=16, help="of each completion")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+
+    from transformers import AutoTokenizer
+
+    from atropos_verl.engine.embedded import TransformersEngine
+
+    path = options.model or smollm2_path()
+    tokenizer = AutoTokenizer.from_pretrained(str(path))
+    seconds: dict[str, list[float]] = {"engine": [], "gateway": [], "sessions": []}
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        TransformersEngine.from_pretrained(path, max_running=options.sessions, max_context_len=2048) as engine,
+    ):
+        store = SessionStore(Path(directory))
+        app = create_app(engine, tokenizer, model_name="m", sessions=store)
+        with GatewayServer(app) as server:
+            sides: dict[str, Callable[[int], Awaitable[None]]] = {
+                "engine": lambda number: talk_to_engine(engine, tokenizer, number, options),
+                "gateway": lambda number: talk(server.url, number, options, recorded=False),
+                "sessions": lambda number: talk(server.url, number, options, recorded=True),
+            }
+            asyncio.run(everybody(sides["sessions"], 2))  # warm
+            for _ in range(options.rounds):
+                for name, side in sides.items():
+                    began = time.perf_counter()
+                    asyncio.run(everybody(side, options.sessions))
+                    seconds[name].append(time.perf_counter() - began)
+        store.close()
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = {f"{name}_to_engine": medians[name] / medians["engine"] for name in ("gateway", "sessions")}
+    print(json.dumps({**vars(options), "model": str(path), "seconds": seconds, "medians": medians, **ratios}, indent=2))
+    print(json.dumps({"opened": memory(options.turns)}, indent=2))
+
+
+async def everybody(side: Callable[[int], Awaitable[None]], count: int) -> None:
+    await asyncio.gather(*(side(number) for number in range(count)))
+
+
+async def talk(url: str, number: int, options: Any, *, recorded: bool) -> None:
+    """One agent."""
+    async with httpx.AsyncClient(base_url=url, timeout=3600) as client:
+        path = "/v1/chat/completions"
+        if recorded:
+            opened = (await client.post("/sessions", json={"group": "g"})).json()
+            path = f"/s/{opened['id']}{path}"
+        messages: list[dict[str, str]] = []
+        for turn in range(options.turns):
+            messages.append({"role": "user", "content": question(number, turn)})
+            body = {"messages": messages, "max_tokens": options.tokens, "temperature": 0, "ignore_eos": True}
+            answer = await client.post(path, json=body)
+            answer.raise_for_status()
+            messages.append(answer.json()["choices"][0]["message"])
+        if recorded:
+            (await client.post(f"/sessions/{opened['id']}/reward", json={"reward": 1})).raise_for_status()
+
+
+async def talk_to_engine(engine: Any, tokenizer: Any, number: int, options: Any) -> None:
+    """The same prompts by hand: what was sampled, the end of the turn, and the next question."""
+    ids: list[int] = []
+    for turn in range(options.turns):
+        end = "<|im_end|>\n" if turn else ""
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question(number, turn)}], tokenize=False, add_generation_prompt=True
+        )
+        # Some templates begin with a system message of their own.
+        text = end + (text[text.rindex("<|im_start|>user") :] if turn else text)
+        ids += tokenizer.encode(text, add_special_tokens=False)
+        request = GenerationRequest(
+            prompt_token_ids=tuple(ids), max_tokens=options.tokens, temperature=0.0, ignore_eos=True
+        )
+        [generation] = await engine.agenerate(request)
+        ids += generation.token_ids
+
+
+def question(number: int, turn: int) -> str:
+    return f"{number}. {QUESTION.format(turn)}"
+
+
+def memory(turns: int, count: int = 200) -> dict[str, float]:
+    """Bytes of an open session with ``turns`` turns of 1,000 tokens each, half of them sampled, and the bound."""
+    import secrets
+
+    import numpy as np
+
+    from atropos_verl.gateway.lineages import StoredTurn
+    from atropos_verl.gateway.sessions import Exchange, Session, SessionRecord
+
+    def opened() -> Session:
+        about: dict[str, Any] = {"task": None, "metadata": {}, "size": 8, "created": 0.0, "expires": 1e12}
+        session = Session(
+            0, SessionRecord(id=secrets.token_hex(12), secret=secrets.token_urlsafe(24), group="g", **about)
+        )
+        for number in range(turns):
+            tokens = np.random.default_rng(number).integers(0, 50_000, 500).astype("<i4").tobytes()
+            exchange = Exchange(secrets.token_hex(12), secrets.token_bytes(16), turns=[number], was_received=True)
+            session.keep(exchange)
+            turn = StoredTurn(
+                parent=number - 1 if number else None, request=exchange.id, digest=exchange.digest, idempotency_key=None,
+                prompt=tokens, sampled=bytes(bytearray(tokens)), logprobs=b"", runs=((3, 500),), finish_reason="stop",
+                has_end=True, constrained=False, key=secrets.randbits(62), messages=2 * number + 2,
+                characters=4000 * (number + 1), text_hash=secrets.randbits(62), reason=None, said=(),
+            )  # fmt: skip
+            session.tree.add(turn)
+        return session
+
+    gc.collect()
+    tracemalloc.start()
+    sessions = [opened() for _ in range(count)]
+    used = tracemalloc.get_traced_memory()[0] / count
+    tracemalloc.stop()
+    assert len(sessions) == count
+    return {"turns": turns, "tokens": 1000 * turns, "bytes": used, "bound": 65536 + 12 * 1000 * turns}
+
+
+if __name__ == "__main__":
+    main()
