@@ -136,12 +136,14 @@ def memory(turns: int, count: int = 200) -> dict[str, float]:
             tokens = np.random.default_rng(number).integers(0, 50_000, 500).astype("<i4").tobytes()
             exchange = Exchange(secrets.token_hex(12), secrets.token_bytes(16), turns=[number], was_received=True)
             session.keep(exchange)
+            place: dict[str, Any] = {"parent": number - 1 if number else None, "messages": 2 * number + 2}
+            text: dict[str, Any] = {"characters": 4000 * (number + 1), "text_hash": secrets.randbits(62)}
+            made: dict[str, Any] = {"sampled": bytes(bytearray(tokens)), "logprobs": b"", "runs": ((3, 500),)}
+            ends: dict[str, Any] = {"finish_reason": "stop", "has_end": True, "constrained": False, "reason": None}
+            asked: dict[str, Any] = {"request": exchange.id, "digest": exchange.digest, "idempotency_key": None}
             turn = StoredTurn(
-                parent=number - 1 if number else None, request=exchange.id, digest=exchange.digest, idempotency_key=None,
-                prompt=tokens, sampled=bytes(bytearray(tokens)), logprobs=b"", runs=((3, 500),), finish_reason="stop",
-                has_end=True, constrained=False, key=secrets.randbits(62), messages=2 * number + 2,
-                characters=4000 * (number + 1), text_hash=secrets.randbits(62), reason=None, said=(),
-            )  # fmt: skip
+                prompt=tokens, key=secrets.randbits(62), said=(), **place, **text, **made, **ends, **asked
+            )
             session.tree.add(turn)
         return session
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import signal
@@ -23,6 +24,8 @@ import pytest
 from support.serving import eventually
 from support.sessions import trained_samples
 from support.tiny_model import build_tiny_tokenizer
+
+logger = logging.getLogger(__name__)
 
 KILLS = int(os.environ.get("ATROPOS_SESSION_KILLS", "4"))
 SESSIONS, TURNS = 32, 6
@@ -110,8 +113,8 @@ def test_a_killed_gateway_loses_no_turn_and_samples_none_twice(tmp_path: Path) -
             thread.start()
         rng = random.Random(0)
         for _ in range(KILLS):
-            before = drill.counts["turns"]
-            eventually(lambda: drill.counts["turns"] > before + 5 or drill.failures, "it is at work", timeout=WAIT)
+            enough = drill.counts["turns"] + 5
+            eventually(lambda: drill.counts["turns"] > enough or drill.failures, "it is at work", timeout=WAIT)  # noqa: B023
             time.sleep(rng.random() * 0.5)
             os.kill(pid := int(pid_file.read_text()), signal.SIGKILL)
             eventually(lambda: int(pid_file.read_text()) != pid, "the next process serves", timeout=WAIT)
@@ -126,4 +129,4 @@ def test_a_killed_gateway_loses_no_turn_and_samples_none_twice(tmp_path: Path) -
             os.kill(int(pid_file.read_text()), signal.SIGKILL)
     assert not drill.failures, drill.failures
     assert drill.counts["sessions"] >= SESSIONS and drill.counts["retries"] > KILLS
-    print(dict(drill.counts))
+    logger.info("%s", dict(drill.counts))

@@ -403,9 +403,7 @@ def test_a_tokenizer_of_transformers_5_is_made_one_that_transformers_4_loads(tmp
     assert readable_tokenizer(config) == own, "nothing can be made of it; the doctor says so"
 
 
-def test_an_agent_is_an_environment_of_the_runner(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_agent_is_an_environment_of_the_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     agent = {"agent": "my:solve", "tasks": "t.jsonl", "eval_tasks": "/held.jsonl", "concurrency": 4, "group_size": 2}
     launch = LaunchConfig.from_mapping({"agents": {"mine": agent}})
