@@ -30,7 +30,7 @@ from verl.utils.device import get_device_name
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from atropos_verl.training.losses.lm_head import linear_token_logprobs
+from atropos_verl.training.losses.lm_head import linear_token_figures, linear_token_logprobs
 from atropos_verl.verl_plugin import DROPOUT_VARIABLE
 from atropos_verl.verl_plugin.prefix_forest import (
     PrefixForest,
@@ -56,9 +56,11 @@ _PROBE = (list(range(1, 9)), [*range(1, 6), 9, 10], [11, 12, 13])
 """Sequences, two of which share a prefix."""
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Of the largest logit. A model that looks across a border is off by the size of its logits."""
+BRANCH_BLOCK = 512
+"""Tokens of a long branch that attend to what is above them in one call: the mask is no larger than this, times keys."""
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap")
 """Config keys of architectures that change the logits after the head; those take verl's own path."""
-_NEED_LOGITS = ("calculate_entropy", "calculate_sum_pi_squared", "distillation_use_topk")
+_NEED_LOGITS = ("calculate_sum_pi_squared", "distillation_use_topk")
 
 
 class _HeadRequest(NamedTuple):
@@ -74,6 +76,8 @@ class _HeadRequest(NamedTuple):
     """[M] where verl wants them: flat indices into [B * T_b]; token t + 1's logprob is at t."""
     repeats: torch.Tensor | None
     """[M] which of the N each one is: a token of a shared prefix has several places. None: N = M, in order."""
+    entropy: bool
+    """The entropy of their distributions is wanted too; without a gradient only."""
 
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp"], device="cuda", vendor="nvidia")
@@ -105,10 +109,9 @@ class UpdateEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
 
     def optimizer_step(self) -> float:
         """The gradient norm. A batch without a trained token changes neither weights nor AdamW's moments."""
-        if self._has_trained_tokens:
-            return float(super().optimizer_step())
-        self.optimizer_zero_grad()
-        return 0.0
+        norm = float(super().optimizer_step()) if self._has_trained_tokens else 0.0
+        self.optimizer_zero_grad()  # verl keeps the gradients until the next step begins: a copy of the model's size
+        return norm
 
     def _build_lr_scheduler(self, optimizer: Any) -> Any:
         """verl's schedule, but step n of a warm-up of W trains at n / W of the rate (verl: (n - 1) / W, from 0 on)."""
@@ -178,8 +181,9 @@ class SelectiveHeadEngine(UpdateEngine):
         # Ulysses shares one row out over ranks; our attention has to see all of it.
         if self.ulysses_sequence_parallel_size == 1:
             self._packs = install_packed_attention(module)
-        if not self._packs:
-            logger.info("%s: prefixes that sequences share are computed for each of them", type(module).__name__)
+            if not self._packs:
+                why = what_hinders_packing(module.config) or "its class takes no attention of others"
+                _warn_once(f"{type(module).__name__} computes prefixes that sequences share for each of them: {why}")
         with without_pinned_offload(self.engine_config):
             return super()._build_fsdp_module(module)
 
@@ -195,12 +199,11 @@ class SelectiveHeadEngine(UpdateEngine):
             request = self._head_request
             if request is None:
                 return full_forward(hidden)
-            flat = hidden.reshape(-1, hidden.shape[-1])
-            logprobs = linear_token_logprobs(
-                flat.index_select(0, request.rows), head.weight, request.labels, request.temperature, bias=head.bias
-            )
+            rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, request.rows)
+            compute = linear_token_figures if request.entropy else linear_token_logprobs
+            found = compute(rows, head.weight, request.labels, request.temperature, bias=head.bias)
             # A copy: FSDP2 warns of a root output that is a view.
-            return logprobs.view(1, -1, 1).clone()
+            return found.view(1, len(request.rows), -1).clone()
 
         # An instance attribute, not a class patch: only this engine's model is concerned.
         head.forward = forward  # type: ignore[method-assign,assignment]
@@ -216,10 +219,10 @@ class SelectiveHeadEngine(UpdateEngine):
             # A row with shared prefixes has sequences side by side as well: one that is exact needs no second probe.
             self._shares = packs_exactly(self.module, device, share=True)
             self._packs = self._shares or packs_exactly(self.module, device, share=False)
-            if not self._packs:
-                logger.warning("%s is trained with padding: it mixes joined sequences", type(self.module))
-            elif not self._shares:
-                logger.warning("%s is trained without shared prefixes: it mixes their branches", type(self.module))
+            mixed = "their branches" if self._packs else "joined sequences, and is trained with padding"
+            if not self._shares:
+                name = type(self.module).__name__.removeprefix("FSDP")
+                _warn_once(f"{name} computes prefixes that sequences share for each of them: it mixes {mixed}")
         return self._packs
 
     def _shares_prefixes(self, data: Any) -> bool:
@@ -274,7 +277,9 @@ class SelectiveHeadEngine(UpdateEngine):
                 temperature = torch.full((len(micro_batch),), float(temperature))
             is_packed = bool(tu.get_non_tensor_data(micro_batch, "use_remove_padding", False))
             row_length = None if is_packed else model_inputs["input_ids"].shape[1]
-            self._head_request = _head_request(ids, micro_batch["loss_mask"], temperature, row_length, place)
+            entropy = tu.get_non_tensor_data(micro_batch, "calculate_entropy", False)
+            request = _head_request(ids, micro_batch["loss_mask"], temperature, row_length, place, entropy=entropy)
+            self._head_request = request
         return model_inputs, output_args
 
     def prepare_model_outputs(
@@ -284,12 +289,17 @@ class SelectiveHeadEngine(UpdateEngine):
         if request is None:
             arguments = (output, output_args, micro_batch, logits_processor_func)
             return super().prepare_model_outputs(*arguments)  # type: ignore[no-any-return]
-        values = output.logits.reshape(-1)
-        if request.repeats is not None:
-            values = values[request.repeats]
-        ids = micro_batch["input_ids"]
-        packed = values.new_zeros(ids.values().shape[0]).index_copy(0, request.targets, values)
-        return {"log_probs": torch.nested.nested_tensor_from_jagged(packed, ids.offsets())}
+        ids, outputs = micro_batch["input_ids"], {}
+        for name, values in zip(("log_probs", "entropy"), output.logits[0].unbind(1), strict=False):
+            repeated = values if request.repeats is None else values[request.repeats]
+            packed = values.new_zeros(ids.values().shape[0]).index_copy(0, request.targets, repeated)
+            outputs[name] = torch.nested.nested_tensor_from_jagged(packed, ids.offsets())
+        return outputs
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
 
 
 def _cut(original: Callable[..., Any], data: Any, dp_group: Any = None, **options: Any) -> Any:
@@ -302,7 +312,8 @@ cut_micro_batches_by(_cut)
 
 
 def _needs_logits(data: Any) -> bool:
-    return any(tu.get_non_tensor_data(data, key, False) for key in _NEED_LOGITS)
+    keys = ("calculate_entropy", *_NEED_LOGITS) if torch.is_grad_enabled() else _NEED_LOGITS
+    return any(tu.get_non_tensor_data(data, key, False) for key in keys)
 
 
 def _head_request(
@@ -311,6 +322,8 @@ def _head_request(
     temperature: torch.Tensor,
     row_length: int | None,
     place: torch.Tensor | None = None,
+    *,
+    entropy: bool = False,
 ) -> _HeadRequest:
     """Finds the rows that predict a token whose ``loss_mask`` is set; both nested [B, T_b].
 
@@ -332,7 +345,7 @@ def _head_request(
         what = torch.stack([rows, labels, temperatures.view(torch.int32).long()])
         (rows, labels, bits), repeats = torch.unique(what, dim=1, return_inverse=True)
         temperatures = bits.int().view(torch.float32)
-    return _HeadRequest(rows, labels, temperatures, tokens - 1, repeats)
+    return _HeadRequest(rows, labels, temperatures, tokens - 1, repeats, entropy)
 
 
 def _over_sequences(loss_mask: Any, offsets: torch.Tensor) -> torch.Tensor:
@@ -344,18 +357,23 @@ def _over_sequences(loss_mask: Any, offsets: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.nn.functional.pad(row.bool(), (length - row.numel(), 0)) for row, length in rows])
 
 
-def can_pack(config: Any) -> bool:
-    """True when a model of this transformers config attends to everything before a token, through ``sdpa``."""
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    slides = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    return config._attn_implementation == "sdpa" and layers == {"full_attention"} and not slides
+def what_hinders_packing(config: Any) -> str:
+    """Why a model of this transformers config takes no packed rows; empty where it attends to everything before a
+    token, through ``sdpa``."""
+    others = sorted({*(getattr(config, "layer_types", None) or ())} - {"full_attention"})
+    window = getattr(config, "sliding_window", None)
+    if others:
+        return f"it has layers of {', '.join(others)}"
+    if window is not None and getattr(config, "use_sliding_window", True):
+        return f"its attention has a window of {window} tokens"
+    return "" if config._attn_implementation == "sdpa" else f"its attention is {config._attn_implementation}, not sdpa"
 
 
 def install_packed_attention(model: Any) -> bool:
     """Lets ``model`` (before it is sharded) take packed rows beside padded ones. False: it cannot, and is unchanged."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    if not hasattr(model, "set_attn_implementation") or not can_pack(model.config):
+    if not hasattr(model, "set_attn_implementation") or what_hinders_packing(model.config):
         return False
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, _mask)
@@ -419,20 +437,24 @@ def _attention(
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     lengths = [call.end - call.start for call in packed_row.calls]
     queries, keys, values = (torch.split(tensor, lengths, dim=2) for tensor in (query, key, value))
+    attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
     outputs = []
     for number, call in enumerate(packed_row.calls):
+        own = queries[number], keys[number], values[number]
+        if not call.above:
+            outputs.append(attend(*own, attn_mask=call.mask, is_causal=call.mask is None and lengths[number] > 1))
+            continue
         seen = [*call.above, number]
-        outputs.append(
-            torch.nn.functional.scaled_dot_product_attention(
-                queries[number],
-                keys[number] if not call.above else torch.cat([keys[at] for at in seen], dim=2),
-                values[number] if not call.above else torch.cat([values[at] for at in seen], dim=2),
-                attn_mask=call.mask,
-                dropout_p=dropout,
-                scale=scaling,
-                is_causal=call.mask is None and lengths[number] > 1,
-            )
-        )
+        whole = [torch.cat([part[at] for at in seen], dim=2) for part in (keys, values)]
+        if call.mask is not None:
+            outputs.append(attend(own[0], *whole, attn_mask=call.mask))
+            continue
+        before = whole[0].shape[2] - lengths[number]
+        for start in range(0, lengths[number], BRANCH_BLOCK):
+            part = own[0][:, :, start : start + BRANCH_BLOCK]
+            end = before + start + part.shape[2]
+            mask = torch.ones(part.shape[2], end, dtype=torch.bool, device=query.device).tril(before + start)
+            outputs.append(attend(part, *(tensor[:, :, :end] for tensor in whole), attn_mask=mask))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 

@@ -32,7 +32,7 @@ class AttentionCall:
     end: int
     above: list[int]
     mask: torch.Tensor | None = None
-    """[end - start, keys] bool; None: causal, and nothing is above."""
+    """[end - start, keys] bool; None: all of what is above, and causal among themselves."""
 
 
 @dataclass(slots=True)
@@ -175,7 +175,8 @@ def _attention_calls(nodes: list[_Node]) -> list[AttentionCall]:
         above = chains[parent]
         keys_above = sum(calls[call].end - calls[call].start for call in above)
         mask = None
-        if above or len(block) > 1:
+        # A mask of a long branch would grow with its square: ``engines`` makes it block by block.
+        if len(block) > 1 or (above and end - start <= DENSE_TOKENS):
             mask = _mask([nodes[at] for at in block], block[0], start, end, keys_above)
         calls.append(AttentionCall(start, end, above, mask))
         number += len(block)

@@ -1,5 +1,7 @@
 """Joined sequences give the loss, gradients and logprobs of separate ones; the head computes only trained rows."""
 
+import functools
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support.samples import random_samples
-from support.tiny_model import build_tiny_model
+from support.tiny_model import build_tiny_model, build_tiny_tokenizer
 
 from atropos_verl import verl_plugin
 from atropos_verl.config.schema import RunConfig
@@ -16,12 +20,13 @@ from atropos_verl.types import TrainingSample
 
 verl_plugin.activate("cpu")
 
+from atropos_verl.verl_plugin import engines, prefix_forest  # noqa: E402
 from atropos_verl.verl_plugin.engines import (  # noqa: E402 - verl picks its platform at import
     ATTENTION,
     _head_request,
-    can_pack,
     install_packed_attention,
     packs_exactly,
+    what_hinders_packing,
 )
 from atropos_verl.verl_plugin.prefix_forest import build_forest, joined  # noqa: E402
 
@@ -50,9 +55,13 @@ def _loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("block", [4, 256])
 def test_loss_and_every_gradient_of_a_packed_row_equal_those_of_separate_sequences(
-    model_path: Path, shares: bool
+    model_path: Path, shares: bool, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With ``block`` 4 the branches are long ones, whose masks are made part by part."""
+    monkeypatch.setattr(prefix_forest, "DENSE_TOKENS", block)
+    monkeypatch.setattr(engines, "BRANCH_BLOCK", block)
     generator = torch.Generator().manual_seed(3)
     rows = [torch.randint(0, 250, (length,), generator=generator) for length in LENGTHS]
     # Branches of one sequence, a beginning of it, and it again.
@@ -78,6 +87,109 @@ def test_loss_and_every_gradient_of_a_packed_row_equal_those_of_separate_sequenc
         # RMSNorm rounds to float32; sums over branches are rounded once where single ones are rounded one by one.
         limit = (1e-6 if shares else 1e-12) * gradients[name].norm()
         assert (parameter.grad - gradients[name]).norm() <= limit, name
+
+
+FORESTS = int(os.environ.get("ATROPOS_VERL_FORESTS", "40"))
+"""Random forests of the tests below; 200 take 10 s."""
+ROWS = st.lists(
+    st.tuples(st.integers(0, 12), st.integers(0, 60), st.integers(2, 40)), min_size=2, max_size=12
+)  # which row it branches off, where, and its own tokens
+
+
+def _grown(plan: list[tuple[int, int, int]], seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[torch.Tensor] = []
+    for parent, at, own in plan:
+        before = rows[parent % len(rows)][:at] if rows else torch.zeros(0, dtype=torch.int64)
+        rows.append(torch.cat([before, torch.randint(0, 250, (own,), generator=generator)]))
+    return rows
+
+
+def _figures(model: Any, rows: list[torch.Tensor], seed: int, *, shares: bool) -> tuple[torch.Tensor, ...]:
+    """Loss [], logprobs [N - rows] and all gradients [P] of ``rows``, each with weights and a temperature of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    flat, positions = torch.cat(rows), torch.cat([torch.arange(len(ids)) for ids in rows])
+    row = build_forest([ids.numpy() for ids in rows]) if shares else joined([len(ids) for ids in rows])
+    model.zero_grad()
+    inputs = {"input_ids": flat[row.first][None], "position_ids": positions[row.first][None]}
+    logits = model(**inputs, packed_row=row, use_cache=False).logits[0][row.place].float()
+    found = []
+    for part, ids in zip(logits.split([len(ids) for ids in rows]), rows, strict=True):
+        temperature = 0.5 + torch.rand(1, generator=generator)
+        found.append((part[:-1] / temperature).log_softmax(-1).gather(1, ids[1:, None]).squeeze(1))
+    logprobs = torch.cat(found)
+    weights = torch.randn(len(logprobs), generator=generator) * (torch.rand(len(logprobs), generator=generator) > 0.3)
+    loss = -(logprobs * weights).sum() / len(logprobs)
+    loss.backward()
+    gradients = torch.cat([parameter.grad.flatten().float() for parameter in model.parameters()])
+    return loss.detach(), logprobs.detach(), gradients
+
+
+@settings(max_examples=FORESTS, deadline=None, suppress_health_check=list(HealthCheck))
+@given(plan=ROWS, block=st.sampled_from([4, 32, 256]), seed=st.integers(0, 1000))
+def test_random_forests_give_loss_gradients_and_logprobs_of_sequences_end_to_end(
+    model_path: Path, plan: list[tuple[int, int, int]], block: int, seed: int
+) -> None:
+    """float32, 1e-5 relative."""
+    rows, model = _grown(plan, seed), _models(model_path)[torch.float32]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_forest, "DENSE_TOKENS", block)
+        patch.setattr(engines, "BRANCH_BLOCK", block)
+        flat, shared = (_figures(model, rows, seed, shares=shares) for shares in (False, True))
+    for expected, found in zip(flat, shared, strict=True):
+        assert (found - expected).norm() <= 1e-5 * expected.norm() + 1e-7
+
+
+def test_in_bfloat16_the_error_against_float32_is_that_of_sequences_end_to_end(model_path: Path) -> None:
+    """Logprobs and gradients; root mean square over random forests, since that of a few tokens is a matter of luck."""
+    errors = np.zeros((2, 2))
+    for seed in range(FORESTS // 4):
+        rng = np.random.default_rng(seed)
+        plan = [(int(rng.integers(12)), int(rng.integers(60)), int(rng.integers(2, 40))) for _ in range(10)]
+        rows = _grown(plan, seed)
+        exact = _figures(_models(model_path)[torch.float32], rows, seed, shares=False)
+        for number, shares in enumerate((False, True)):
+            found = _figures(_models(model_path)[torch.bfloat16], rows, seed, shares=shares)
+            errors[number] += [float((found[i] - exact[i]).norm() ** 2) for i in (1, 2)]
+    assert (np.sqrt(errors[1] / errors[0]) <= 1.5).all(), errors
+
+
+@functools.cache
+def _models(path: Path) -> dict[torch.dtype, Any]:
+    models = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        models[dtype] = _model(path, packed=True).to(dtype)
+    return models
+
+
+def test_entropy_and_old_logprobs_are_computed_with_shared_prefixes_and_for_trained_tokens_only(
+    model_path: Path,
+) -> None:
+    from verl.utils import tensordict_utils as tu
+
+    from atropos_verl.backends.local.worker import PolicyWorker
+
+    samples = _branches(9)
+    worker = PolicyWorker(RunConfig.from_mapping({"trainer": {"device": "cpu"}}), model_path)
+    engine, plain = worker._worker.engine, _model(model_path, packed=False)
+    worker.compute_logprobs(samples[:1])  # the probe is done
+    seen: list[int] = []
+    hook = engine.module.get_input_embeddings().register_forward_hook(lambda _m, a, _o: seen.append(a[0].numel()))
+    data = worker._to_tensordict(samples, None, len(samples))
+    tu.assign_non_tensor(data, compute_loss=False, calculate_entropy=True)
+    output = worker._worker.infer_batch(data)
+    hook.remove()
+    assert sum(seen) == len(build_forest([sample.token_ids for sample in samples]).first)
+    for sample, logprobs, entropy in zip(
+        samples, output["log_probs"].unbind(), output["entropy"].unbind(), strict=True
+    ):
+        ids, mask = torch.from_numpy(sample.token_ids), torch.from_numpy(sample.loss_mask[1:])
+        with torch.no_grad():
+            expected = (plain(ids[None]).logits[0, :-1] / sample.temperature).log_softmax(-1)
+        chosen = expected.gather(1, ids[1:, None]).squeeze(1) * mask
+        spread = -(expected.exp() * expected).sum(-1) * mask
+        assert logprobs[:-1].tolist() == pytest.approx(chosen.tolist(), abs=1e-5)
+        assert entropy[:-1].tolist() == pytest.approx(spread.tolist(), abs=1e-5)
 
 
 def test_a_model_with_the_packed_attention_still_takes_padded_rows(model_path: Path) -> None:
@@ -108,22 +220,87 @@ def test_the_probe_finds_a_model_that_looks_across_the_borders(model_path: Path)
 
 
 @pytest.mark.parametrize(
-    "changed",
+    ("changed", "why"),
     [
-        {"_attn_implementation": "flash_attention_2"},
-        {"layer_types": ["full_attention", "linear_attention"]},
-        {"sliding_window": 4096, "use_sliding_window": True},
+        ({"_attn_implementation": "flash_attention_2"}, "its attention is flash_attention_2, not sdpa"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "it has layers of linear_attention"),
+        ({"sliding_window": 4096, "use_sliding_window": True}, "its attention has a window of 4096 tokens"),
     ],
 )
-def test_what_is_not_packed(changed: dict[str, Any]) -> None:
+def test_what_is_not_packed(changed: dict[str, Any], why: str) -> None:
     fields = {
         "_attn_implementation": "sdpa",
         "layer_types": ["full_attention"],
         "sliding_window": 4096,
         "use_sliding_window": False,
     }
-    assert can_pack(SimpleNamespace(**fields))
-    assert not can_pack(SimpleNamespace(**{**fields, **changed}))
+    assert not what_hinders_packing(SimpleNamespace(**fields))
+    assert what_hinders_packing(SimpleNamespace(**{**fields, **changed})) == why
+
+
+SMALL = {
+    "vocab_size": 259,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "bos_token_id": 256,
+    "eos_token_id": 258,
+    "pad_token_id": 256,
+}
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "why"),
+    [
+        ("Mistral", {"sliding_window": 4}, "its attention has a window of 4 tokens"),
+        ("Gemma2", {"sliding_window": 4}, "it has layers of sliding_attention"),
+        ("Lfm2", {"layer_types": ["conv", "full_attention"]}, "it has layers of conv"),
+        ("Qwen3Next", LINEAR, "it has layers of linear_attention"),
+    ],
+)
+def test_a_model_that_cannot_share_prefixes_is_trained_whole_and_the_log_says_so_once(
+    name: str, fields: dict[str, Any], why: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import transformers
+
+    from atropos_verl.backends.local.worker import PolicyWorker
+
+    build_tiny_tokenizer(tmp_path)
+    config = getattr(transformers, f"{name}Config")(**SMALL, **fields)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path)
+    samples = _branches(3)[:6]
+    terms = []
+    for sample in samples:
+        ids = torch.from_numpy(sample.token_ids)
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, :-1] / sample.temperature
+        logprobs = logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1).double().numpy()
+        terms.append(-(logprobs * sample.advantages[1:] * sample.loss_mask[1:]).sum())
+    expected = sum(terms) / sum(sample.loss_mask.sum() for sample in samples)
+    values = {"trainer": {"device": "cpu"}, "optim": {"lr": 0.0}}
+    worker = PolicyWorker(RunConfig.from_mapping(values), tmp_path)
+    for _ in range(2):
+        assert worker.train(samples)["loss"] == pytest.approx(expected, rel=1e-4)
+    said = [record.message for record in caplog.records if "prefixes that sequences share" in record.message]
+    assert said == [f"{name}ForCausalLM computes prefixes that sequences share for each of them: {why}"]
 
 
 def _branches(seed: int) -> list[TrainingSample]:

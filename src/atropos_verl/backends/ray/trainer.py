@@ -9,6 +9,8 @@ mode                while the trainer trains                                the 
 ``separate_async``  replicas of their own keep generating                   ahead; weights move every
                                                                             ``parameter_sync_step`` updates
 ==================  ======================================================  ====================================
+
+The embedded engine holds requests while it sleeps: in ``sync`` they too are cut at a token boundary and continued.
 """
 
 import logging
@@ -68,7 +70,9 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
     """Base of the three modes. ``attach`` gives it feed and gateway after ``init`` and before ``fit``."""
 
     drains = False
-    """Requests in flight end before the engine sleeps (no sequence is written by two policies)."""
+    """Requests in flight end before the engine sleeps, for engines that cannot hold them."""
+    _is_exact = False
+    """A canary proves after every sync that the replicas compute the trainer's logprobs, in float32."""
 
     def __init__(self, config: Any) -> None:
         self.atropos: RayRun = read_run(config)
@@ -208,6 +212,8 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         computes = (actor.get("fsdp_config") or {}).get("mixed_precision") or {}
         exact = rollout.dtype == "float32" and computes.get("param_dtype") in ("fp32", "float32")
         self.sharding_manager.canary = self.replicas.canary(self.atropos.settings.sync, self.tokenizer, exact=exact)
+        self._is_exact = exact and self.sharding_manager.canary is not None
+        self.drains = self.drains and rollout.name != "transformers"
 
     on_init_end = _open_rollouts
 
@@ -471,6 +477,18 @@ class _ColocatedTrainer(_AtroposTrainer):
     on_sample_end = _AtroposTrainer._close_rollouts
     on_step_end = _AtroposTrainer._open_rollouts
 
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        """verl's forward is left out where the rollouts' logprobs are what it would compute: exact, and of the policy
+        that this step begins with."""
+        version = self.served_version
+        if not (self._is_exact and all(_is_written_by(version, tag) for tag in batch.tags)):
+            return super()._compute_old_log_prob(batch, metrics)
+        where = {"keys": batch.keys, "partition_id": batch.partition_id}
+        fields = tq.kv_batch_get(**where, select_fields=["rollout_log_probs"])
+        fields["old_log_probs"] = fields.pop("rollout_log_probs")
+        tq.kv_batch_put(**where, fields=fields)
+        return batch
+
     def update_weights_from_tensor(self, named_tensors: Iterable[tuple[str, Any]]) -> None:
         self.checkpoint_manager.update_weights(self.global_steps)
 
@@ -531,6 +549,12 @@ MODES: dict[str, type[_AtroposTrainer]] = {
     "separate_async": AtroposSeparateAsyncTrainer,
 }
 """``trainer.v1.trainer_mode`` → trainer."""
+
+
+def _is_written_by(version: int, tag: Mapping[str, Any]) -> bool:
+    """True when every trained token of a row is known to be that policy's, and has its logprob."""
+    known = tag["versions_known"] and tag["rollout_log_probs"]
+    return bool(known and tag["min_global_steps"] == tag["max_global_steps"] == version)
 
 
 def _number(value: Any) -> float | int | None:

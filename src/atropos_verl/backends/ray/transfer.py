@@ -117,6 +117,7 @@ def _row(
         "global_steps": step,
         "min_global_steps": oldest,
         "max_global_steps": newest,
+        "versions_known": known.size == int(sample.loss_mask.sum()),
         "group_size": group_size,
         "advantage_to_zero": advantage.zero,
         "advantage_replaced": advantage.replaced,

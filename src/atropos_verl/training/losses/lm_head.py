@@ -72,6 +72,32 @@ def linear_token_logprobs(
         return logprobs
 
 
+def linear_token_figures(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[N, 2] float32: what ``linear_token_logprobs`` gives, and the entropy (nats) of each row's distribution.
+
+    Arguments as there. Without a gradient.
+    """
+    hidden, weight = _one_dtype(hidden, weight)
+    found = torch.empty(labels.shape[0], 2, device=hidden.device)
+    step = max(SCRATCH_BYTES // (weight.shape[0] * found.itemsize), 1)
+    with torch.autocast(hidden.device.type, enabled=False):
+        weight = weight.to(_product_dtype(hidden)).t()
+        for at in range(0, labels.shape[0], step):
+            rows = slice(at, at + step)
+            logits = (hidden[rows].to(weight.dtype) @ weight).float()
+            logits = (logits if bias is None else logits + bias.float()) / temperature[rows, None]
+            logprobs = logits.log_softmax(1)
+            found[rows, 0] = logprobs.gather(1, labels[rows, None]).squeeze(1)
+            found[rows, 1] = -(logprobs.exp() * logprobs).nan_to_num_(0.0).sum(1)  # 0 · -inf is 0
+    return found
+
+
 class _KeptLogprobs(torch.autograd.Function):
     """The first ``keep_bytes`` of rows leave their ``D`` for the backward."""
 

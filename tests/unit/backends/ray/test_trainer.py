@@ -11,6 +11,7 @@ from unittest.mock import Mock, call
 import numpy as np
 import pytest
 import ray
+import torch
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils import tensordict_utils as tu
@@ -114,6 +115,41 @@ def test_requests_that_wait_for_a_new_replica_are_served_while_the_gate_drains()
     trainer = _trainer([1], drain)
     trainer._on_replicas(lambda: trainer.pause(600.0))
     assert trainer.replicas.done == ["replace", "weights", "admit"]
+
+
+FRESH = {"versions_known": True, "rollout_log_probs": True, "min_global_steps": 4, "max_global_steps": 4}
+
+
+@pytest.mark.parametrize(
+    ("exact", "change", "computes"),
+    [
+        (True, {}, False),
+        (False, {}, True),  # bfloat16, or no canary that proves it
+        (True, {"min_global_steps": 3}, True),
+        (True, {"min_global_steps": 3, "max_global_steps": 3}, True),
+        (True, {"versions_known": False}, True),
+        (True, {"rollout_log_probs": False}, True),
+    ],
+)
+def test_verls_forward_for_old_logprobs_is_left_out_where_the_replicas_said_them(
+    exact: bool, change: dict[str, Any], computes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``served_version`` is 4, and only the second row is changed."""
+    stored = {"rollout_log_probs": torch.tensor([[-0.5], [-0.25]])}
+    queue = SimpleNamespace(kv_batch_get=Mock(return_value=dict(stored)), kv_batch_put=Mock())
+    monkeypatch.setattr("atropos_verl.backends.ray.trainer.tq", queue)
+    forward = Mock(side_effect=lambda batch, metrics: batch)
+    monkeypatch.setattr(PPOTrainer, "_compute_old_log_prob", lambda _self, batch, metrics: forward(batch, metrics))
+    trainer = object.__new__(AtroposSyncTrainer)
+    trainer._is_exact = exact
+    trainer.sharding_manager = SimpleNamespace(last_sync=SimpleNamespace(policy_version=4))
+    batch = SimpleNamespace(keys=["a", "b"], partition_id="train", tags=[FRESH, {**FRESH, **change}])
+    assert trainer._compute_old_log_prob(batch, {}) is batch
+    assert forward.called is computes
+    if not computes:
+        fields = queue.kv_batch_put.call_args.kwargs["fields"]
+        assert list(fields) == ["old_log_probs"]
+        assert fields["old_log_probs"] is stored["rollout_log_probs"]
 
 
 def test_the_configuration_that_verl_hands_to_trackers_has_no_key_of_the_run(

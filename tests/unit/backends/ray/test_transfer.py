@@ -71,16 +71,17 @@ def test_a_sequence_without_a_trained_token_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("known", "expected"),
     [
-        ({"token_versions": np.array([9, 9, 2, 3, 9, 9, UNKNOWN_VERSION]), "policy_version": 2}, (2, 3)),
-        ({"policy_version": 4}, (4, 4)),
-        ({}, (7, 7)),
+        ({"token_versions": np.array([9, 9, 2, 3, 9, 9, UNKNOWN_VERSION]), "policy_version": 2}, (2, 3, False)),
+        ({"token_versions": np.array([9, 9, 2, 3, 9, 9, 3])}, (2, 3, True)),
+        ({"policy_version": 4}, (4, 4, False)),
+        ({}, (7, 7, False)),
     ],
 )
 def test_versions_are_those_of_the_trained_tokens_else_stated_else_served(
-    known: dict[str, object], expected: tuple[int, int]
+    known: dict[str, object], expected: tuple[int, int, bool]
 ) -> None:
-    row = rows_of({name: rows[:1] for name, rows in GROUP.items()}, **known)[0]
-    assert (row.tag["min_global_steps"], row.tag["max_global_steps"]) == expected
+    tag = rows_of({name: rows[:1] for name, rows in GROUP.items()}, **known)[0].tag
+    assert (tag["min_global_steps"], tag["max_global_steps"], tag["versions_known"]) == expected
 
 
 def batch(seed: int = 0, groups: int = 5) -> bytes:
