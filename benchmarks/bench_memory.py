@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     weights = sum(parameter.numel() for parameter in module.parameters()) * 4 / 1e6
     rng, forward = np.random.default_rng(0), []
     loss_function = worker.loss_function.__call__
+    seconds: list[float] = []
     peaks: dict[str, float] = {}
     after: dict[str, float] = {}
     before = 0.0
@@ -113,11 +115,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for generation in generations:
                 tokens = np.array([*ids, *generation.token_ids])
                 mask = np.arange(len(tokens)) >= len(ids)
-                samples.append(TrainingSample(tokens, mask, np.where(mask, rng.normal(), 0.0)))
+                advantages = np.where(mask, rng.normal(), 0.0)
+                samples.append(TrainingSample(token_ids=tokens, loss_mask=mask, advantages=advantages))
         before = resident()
         forward.clear()
         with watched("training", peaks, after):
+            started = time.perf_counter()
             worker.train(samples)
+            seconds.append(round(time.perf_counter() - started, 2))
     from atropos_verl.verl_plugin.prefix_forest import build_forest
 
     rows = [sample.token_ids for sample in samples]
@@ -136,6 +141,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "forward": round(max(forward)),
         "peaks": peaks,
         "after": after,
+        "training seconds": seconds,
         "peak": max(peaks.values()),
     }
 

@@ -1,7 +1,10 @@
 """Joined sequences give the loss, gradients and logprobs of separate ones; the head computes only trained rows."""
 
 import functools
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -152,6 +155,20 @@ def test_in_bfloat16_the_error_against_float32_is_that_of_sequences_end_to_end(m
             found = _figures(_models(model_path)[torch.bfloat16], rows, seed, shares=shares)
             errors[number] += [float((found[i] - exact[i]).norm() ** 2) for i in (1, 2)]
     assert (np.sqrt(errors[1] / errors[0]) <= 1.5).all(), errors
+
+
+def test_random_forests_on_two_ranks_give_what_one_gives(model_path: Path, tmp_path: Path) -> None:
+    """Loss, logprobs and every gradient, with shared prefixes and without: see the script."""
+    from support import forest_ranks
+
+    tests, out, count = Path(__file__).parents[2], tmp_path / "two.json", max(FORESTS // 8, 1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = [str(tests / "support" / "forest_ranks.py"), str(model_path), str(out), str(count)]
+    path = f"{tests}:{os.environ.get('PYTHONPATH', '')}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    subprocess.run([*command, *script], check=True, timeout=900, env=environment)
+    one = forest_ranks.compare(model_path, count)
+    assert np.allclose(json.loads(out.read_text()), one, rtol=1e-4, atol=1e-6)
 
 
 @functools.cache
