@@ -61,9 +61,9 @@ def test_replicas_die_and_the_run_does_not(tmp_path: Path, mode: str, deaths: in
     assert [line["step"] for line in metrics] == list(range(1, steps + 1))
     assert metrics[-1]["sync/replicas_replaced"] == deaths
     assert all(line["sync/canary_max_abs_logprob_diff"] < 1e-3 for line in metrics)
-    # In the other modes a batch waits for steps in which the weights change.
-    fresh = [line for line in metrics if mode == "sync" and not line["off_policy/staleness_max"]]
-    assert all(line["training/rollout_probs_diff_mean"] <= 1e-3 for line in fresh)
+    # Where the logprobs of the rollouts are the trainer's own, verl's forward for them is left out.
+    computed = [line for line in metrics if "training/rollout_probs_diff_mean" in line]
+    assert all(line["off_policy/staleness_max"] for line in computed)
     assert all(line["data/unmatched_span_rate"] == 0.0 for line in metrics)
 
 
@@ -123,6 +123,7 @@ def test_two_raylets(tmp_path: Path, two_raylets: str) -> None:
         "trainer.nnodes=2",
         "trainer.n_gpus_per_node=1",
         "trainer.total_training_steps=3",
+        "atropos.sync.canary=false",  # without its proof the forward for old logprobs is computed
     )
     assert [line["step"] for line in metrics] == [1, 2, 3]
     assert all(line["training/rollout_probs_diff_mean"] <= 1e-3 for line in metrics)

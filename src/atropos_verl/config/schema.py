@@ -218,7 +218,8 @@ class OffPolicyConfig(Section):
     )
     on_stale: Literal["drop", "wait"] = Field(
         "drop",
-        description="wait: hold new prompts back that would become too stale; drop what becomes too stale all the same",
+        description="wait: hold new prompts back that would become too stale; drop what becomes too stale all the same. "
+        "Without a bound nothing is",
     )
     importance: Literal["auto", "token", "sequence"] | None = Field(
         "auto",
@@ -226,12 +227,6 @@ class OffPolicyConfig(Section):
         "mode=overlap and with loss.type=grpo, else off",
     )
     importance_cap: PositiveFloat = Field(2.0, description="their upper bound")
-
-    @model_validator(mode="after")
-    def _needs_a_bound(self) -> Self:
-        if self.on_stale == "wait" and self.max_staleness is None:
-            raise ValueError("on_stale=wait needs a bound; set off_policy.max_staleness")
-        return self
 
 
 class GatewayConfig(Section):

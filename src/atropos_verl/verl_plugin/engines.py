@@ -24,6 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
@@ -58,7 +59,9 @@ _PROBE = (list(range(1, 9)), [*range(1, 6), 9, 10], [11, 12, 13])
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Of the largest logit. A model that looks across a border is off by the size of its logits."""
 BRANCH_BLOCK = 512
-"""Tokens of a long branch that attend to what is above them in one call: the mask is no larger than this, times keys."""
+"""Tokens of a long branch that attend to what is above them in one call."""
+MASK_ELEMENTS = 2**18
+"""The backward keeps the mask of each call in each layer; larger ones are made again instead, with their attention."""
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap")
 """Config keys of architectures that change the logits after the head; those take verl's own path."""
 _NEED_LOGITS = ("calculate_sum_pi_squared", "distillation_use_topk")
@@ -442,22 +445,39 @@ def _attention(
     attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
     outputs = []
     for number, call in enumerate(packed_row.calls):
-        own = queries[number], keys[number], values[number]
-        if not call.above:
-            outputs.append(attend(*own, attn_mask=call.mask, is_causal=call.mask is None and lengths[number] > 1))
+        own = queries[number]
+        if not call.above and call.mask is None:
+            outputs.append(attend(own, keys[number], values[number], is_causal=lengths[number] > 1))
             continue
         seen = [*call.above, number]
-        whole = [torch.cat([part[at] for at in seen], dim=2) for part in (keys, values)]
-        if call.mask is not None:
-            outputs.append(attend(own[0], *whole, attn_mask=call.mask))
-            continue
+        whole = [torch.cat([part[at] for at in seen], dim=2) if call.above else part[number] for part in (keys, values)]
         before = whole[0].shape[2] - lengths[number]
-        for start in range(0, lengths[number], BRANCH_BLOCK):
-            part = own[0][:, :, start : start + BRANCH_BLOCK]
+        for start in range(0, lengths[number], BRANCH_BLOCK if call.mask is None else lengths[number]):
+            part = own[:, :, start : start + BRANCH_BLOCK] if call.mask is None else own
             end = before + start + part.shape[2]
-            mask = torch.ones(part.shape[2], end, dtype=torch.bool, device=query.device).tril(before + start)
-            outputs.append(attend(part, *(tensor[:, :, :end] for tensor in whole), attn_mask=mask))
+            arguments = (attend, part, *(tensor[:, :, :end] for tensor in whole), call.mask)
+            if part.shape[2] * end > MASK_ELEMENTS and torch.is_grad_enabled():
+                outputs.append(checkpoint(_attend_above, *arguments, use_reentrant=False))
+            else:
+                outputs.append(_attend_above(*arguments))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _attend_above(
+    attend: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """query [1, heads, n, D], the last n of the tokens of key and value [1, heads, keys, D]; mask [n, n] bool, which of
+    each other they see; None: causal."""
+    length, keys = query.shape[2], key.shape[2]
+    inside = torch.ones(length, length, dtype=torch.bool, device=query.device).tril() if mask is None else mask
+    # Not bool: torch would make this of it.
+    scores = query.new_zeros(length, keys)
+    scores[:, keys - length :].masked_fill_(~inside, -torch.inf)
+    return attend(query, key, value, attn_mask=scores)
 
 
 def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:

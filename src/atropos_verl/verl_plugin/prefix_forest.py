@@ -26,13 +26,13 @@ a CPU: 64 to 512 made no difference above 5 %)."""
 
 @dataclass(slots=True)
 class AttentionCall:
-    """Tokens ``start:end`` of the row attend to those of the calls in ``above`` and to themselves."""
+    """Tokens ``start:end`` of the row attend to all those of the calls in ``above``, and to each other by ``mask``."""
 
     start: int
     end: int
     above: list[int]
     mask: torch.Tensor | None = None
-    """[end - start, keys] bool; None: all of what is above, and causal among themselves."""
+    """[end - start, end - start] bool, which of each other they attend to; None: causal."""
 
 
 @dataclass(slots=True)
@@ -172,23 +172,18 @@ def _attention_calls(nodes: list[_Node]) -> list[AttentionCall]:
             end = limit
         else:
             chains[number] = [*chains[parent], len(calls)]
-        above = chains[parent]
-        keys_above = sum(calls[call].end - calls[call].start for call in above)
-        mask = None
-        # A mask of a long branch would grow with its square: ``engines`` makes it block by block.
-        if len(block) > 1 or (above and end - start <= DENSE_TOKENS):
-            mask = _mask([nodes[at] for at in block], block[0], start, end, keys_above)
-        calls.append(AttentionCall(start, end, above, mask))
+        mask = None if len(block) == 1 else _mask([nodes[at] for at in block], block[0], start, end)
+        calls.append(AttentionCall(start, end, chains[parent], mask))
         number += len(block)
     return calls
 
 
-def _mask(block: list[_Node], number: int, start: int, end: int, keys_above: int) -> torch.Tensor:
-    """[end - start, keys_above + end - start] bool; ``number`` is that of the first node in ``block``."""
+def _mask(block: list[_Node], number: int, start: int, end: int) -> torch.Tensor:
+    """[end - start, end - start] bool; ``number`` is that of the first node in ``block``."""
     inside = np.zeros((end - start, end - start), dtype=np.bool_)
     for node in block:
         rows = slice(node.start - start, node.start - start + node.length)
         if node.parent >= number:  # what its parent's last token sees, it sees too
             inside[rows] = inside[block[node.parent - number].start + block[node.parent - number].length - 1 - start]
         inside[rows, rows] |= np.tri(node.length, dtype=np.bool_)
-    return torch.from_numpy(np.concatenate([np.ones((end - start, keys_above), dtype=np.bool_), inside], axis=1))
+    return torch.from_numpy(inside)

@@ -59,7 +59,6 @@ def test_the_dictionary_of_the_recipe_is_accepted_as_it_is_and_frozen() -> None:
         ({"atropos": {"token": "schlüssel"}}, "^atropos: token: .*printable ASCII"),
         ({"seed": 1 << 32}, "^seed: .*less than 4294967296"),
         ({"loss": {"tis_cap": 2.0}}, "off_policy.importance_cap"),
-        ({"off_policy": {"on_stale": "wait"}}, "set off_policy.max_staleness"),
         ({"off_policy": {"max_staleness": -1}}, "greater than or equal to 0"),
         ({"inference": {"placement": "process"}}, r"^inference\.placement: .*remove this key"),
     ],

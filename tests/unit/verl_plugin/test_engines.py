@@ -62,9 +62,10 @@ def _loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 def test_loss_and_every_gradient_of_a_packed_row_equal_those_of_separate_sequences(
     model_path: Path, shares: bool, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With ``block`` 4 the branches are long ones, whose masks are made part by part."""
+    """With ``block`` 4 the branches are long ones, whose masks are made part by part, and again in the backward."""
     monkeypatch.setattr(prefix_forest, "DENSE_TOKENS", block)
     monkeypatch.setattr(engines, "BRANCH_BLOCK", block)
+    monkeypatch.setattr(engines, "MASK_ELEMENTS", 8 * block)
     generator = torch.Generator().manual_seed(3)
     rows = [torch.randint(0, 250, (length,), generator=generator) for length in LENGTHS]
     # Branches of one sequence, a beginning of it, and it again.
@@ -90,6 +91,18 @@ def test_loss_and_every_gradient_of_a_packed_row_equal_those_of_separate_sequenc
         # RMSNorm rounds to float32; sums over branches are rounded once where single ones are rounded one by one.
         limit = (1e-6 if shares else 1e-12) * gradients[name].norm()
         assert (parameter.grad - gradients[name]).norm() <= limit, name
+
+
+def test_no_mask_of_a_long_branch_is_kept_for_the_backward(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two branches of 90 tokens below 60: their masks are 4 · 90 · 150 numbers per layer; none is larger than a block."""
+    for module, name, value in ((prefix_forest, "DENSE_TOKENS", 16), (engines, "BRANCH_BLOCK", 32)):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(engines, "MASK_ELEMENTS", 32)
+    rows = _grown([(0, 0, 150), (0, 60, 90)], 1)
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        _figures(_models(model_path)[torch.float32], rows, 0, shares=True)
+    assert not {(32, 92), (32, 124), (26, 150), (90, 150), (150, 150)} & set(kept)
 
 
 FORESTS = int(os.environ.get("ATROPOS_VERL_FORESTS", "40"))
@@ -138,6 +151,7 @@ def test_random_forests_give_loss_gradients_and_logprobs_of_sequences_end_to_end
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefix_forest, "DENSE_TOKENS", block)
         patch.setattr(engines, "BRANCH_BLOCK", block)
+        patch.setattr(engines, "MASK_ELEMENTS", 8 * block)
         flat, shared = (_figures(model, rows, seed, shares=shares) for shares in (False, True))
     for expected, found in zip(flat, shared, strict=True):
         assert (found - expected).norm() <= 1e-5 * expected.norm() + 1e-7
@@ -390,6 +404,50 @@ def test_shared_prefixes_give_the_loss_and_weights_of_unshared_ones(
     for name, tensor in before.items():
         if not name.endswith("k_proj.bias"):  # softmax does not see it: its gradient is noise, which Adam scales up
             assert (after[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+
+
+def test_shared_prefixes_with_an_adapter_and_with_the_reference_that_is_the_model_without_it(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoRA as verl builds it on Ray: loss, gradient norm, adapters, and the logprobs that a KL term needs."""
+    from verl.utils import tensordict_utils as tu
+    from verl.workers import config as verls
+
+    from atropos_verl.backends.local.worker import PolicyWorker
+
+    lora = {"lora_rank": 4, "lora_alpha": 16, "target_modules": "all-linear"}
+    monkeypatch.setattr(verls, "HFModelConfig", functools.partial(verls.HFModelConfig, **lora))
+    samples, results = _branches(11), []
+    for shares in (False, True):
+        trainer = {"device": "cpu", "max_token_len_per_gpu": 100, "share_prefixes": shares}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # of the adapters
+            values = {"trainer": trainer, "optim": {"lr": 1e-2}}
+            worker = PolicyWorker(RunConfig.from_mapping(values), model_path)
+        seen: list[int] = []
+        embedding = worker._worker.engine.module.get_input_embeddings()
+        embedding.register_forward_hook(lambda _m, args, _o, seen=seen: seen.append(args[0].numel()))
+        outputs = [worker.train(samples) for _ in range(2)]
+        trained = {
+            name: p.full_tensor() for name, p in worker._worker.engine.module.named_parameters() if "lora" in name
+        }
+        logprobs = []
+        for reference in (False, True):
+            data = worker._to_tensordict(samples, None, len(samples))
+            tu.assign_non_tensor(data, compute_loss=False, no_lora_adapter=reference)
+            logprobs.append(worker._worker.infer_batch(data)["log_probs"].values().clone())
+        results.append((outputs, trained, logprobs, sum(seen)))
+    (outputs, adapters, logprobs, tokens), (shared_outputs, shared_adapters, shared_logprobs, fewer) = results
+    assert fewer < 0.8 * tokens
+    for one, other in zip(outputs, shared_outputs, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    assert len(adapters) == 2 * 7 * 2
+    for name, tensor in adapters.items():
+        assert (shared_adapters[name] - tensor).norm() <= 1e-4 * tensor.norm() + 1e-6, name
+    assert (logprobs[0] - logprobs[1]).abs().max() > 1e-3, "the adapter changes the policy"
+    for one, other in zip(logprobs, shared_logprobs, strict=True):
+        torch.testing.assert_close(other, one, atol=2e-5, rtol=1e-5)
 
 
 def nested(*rows: list[int]) -> torch.Tensor:

@@ -29,9 +29,9 @@ def test_every_token_sees_its_own_sequence_and_nothing_else(rows: list[list[int]
         calls = [*(forest.calls[at] for at in call.above), call]
         keys = np.concatenate([np.arange(one.start, one.end) for one in calls])
         length = call.end - call.start
-        causal = np.tri(length, len(keys), len(keys) - length, dtype=np.bool_)
-        own = causal if call.mask is None else call.mask.numpy()
+        inside = np.tri(length, dtype=np.bool_) if call.mask is None else call.mask.numpy()
         assert call.mask is None or length <= dense
+        own = np.concatenate([np.ones((length, len(keys) - length), dtype=np.bool_), inside], axis=1)
         sees[np.ix_(np.arange(call.start, call.end), keys)] = own
     for start, row in zip(np.cumsum([0, *map(len, rows)]), rows, strict=False):
         place = forest.place[start : start + len(row)]
