@@ -522,7 +522,7 @@ class SessionStore:
         """Store the completions of an exchange. ``session.lock`` is held. Raises ``ApiError`` 410, 507."""
         session.check_open()
         numbers = range(len(session.tree.turns), len(session.tree.turns) + len(turns))
-        values = [msgspec.msgpack.encode(turn) for turn in turns]
+        values = [_encoded(turn) for turn in turns]
         changes: list[Change] = [("turns", session.base + n, v) for n, v in zip(numbers, values, strict=True)]
         if not exchange.readers:
             changes.append(("answers", session.base + numbers[0], b"0"))
@@ -573,6 +573,9 @@ class SessionService(GatewayService):
         """The conversation that ended with the answer of this id, or None."""
         exchange = self._session.exchanges.get(answer_id.rpartition("_")[2].partition("-")[0])
         return self._store.messages(self._session, exchange) if exchange is not None and exchange.turns else None
+
+    def remember(self, answer_id: str, messages: tuple[Message, ...]) -> None:
+        """The conversation is on disk."""
 
     def render(self, turn: ChatTurn) -> Rendered:
         """See ``Tree.render``; of a request that was answered before, the prompt it had."""
@@ -679,6 +682,14 @@ class SessionService(GatewayService):
             idempotency_key=self._exchange.key,
             constrained=request.constraint is not None,
         )
+
+
+def _encoded(turn: StoredTurn) -> bytes:
+    try:
+        return msgspec.msgpack.encode(turn)
+    except OverflowError:  # a number of more than 64 bits in a field that the template may know
+        said = tuple(msgspec.structs.replace(message, extra={}) for message in turn.said)
+        return msgspec.msgpack.encode(msgspec.structs.replace(turn, said=said))
 
 
 def _deltas(generations: Sequence[Generation]) -> Iterator[GenerationDelta]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -105,6 +106,36 @@ def test_several_choices_are_branches(client: httpx.Client, engine: OracleEngine
     rollout = rollout_of(client, session)
     assert [row["turns"] for row in rollout["rows"]] == [[0], [2], [1, 3]]
     check_rollout(rollout, engine.samples)
+
+
+def test_the_responses_api_continues_by_the_id_of_an_answer(client: httpx.Client, engine: OracleEngine) -> None:
+    session, other = open_session(client), open_session(client)
+    agent = sdk(session)
+    first = agent.responses.create(model="m", input="question", instructions="be good")
+    second = agent.responses.create(model="m", input="and?", previous_response_id=first.id, instructions="be good")
+    assert [turn["parent"] for turn in tree_of(client, session)["tree"]] == [None, 0] and second.output_text
+    with pytest.raises(openai.BadRequestError, match="not known"):
+        sdk(other).responses.create(model="m", input="and?", previous_response_id=first.id)
+    check_rollout(rollout_of(client, session), engine.samples)
+
+
+def test_the_messages_api_below_the_address_of_a_session(client: httpx.Client, engine: OracleEngine) -> None:
+    session = open_session(client)
+    agent = anthropic.Anthropic(base_url=session["base_url"].removesuffix("/v1"), api_key=session["api_key"])
+    messages: list[Any] = [{"role": "user", "content": "question"}]
+    for _ in range(2):
+        answer = agent.messages.create(model="m", max_tokens=50, messages=messages)
+        messages += [{"role": "assistant", "content": answer.content}, {"role": "user", "content": "and?"}]
+    assert agent.messages.count_tokens(model="m", messages=messages).input_tokens > 10
+    tree = tree_of(client, session)
+    assert ([turn["parent"] for turn in tree["tree"]], tree["requests"]) == ([None, 0], 2)
+    check_rollout(rollout_of(client, session), engine.samples)
+
+
+def test_large_numbers_in_unknown_fields_of_messages(client: httpx.Client, engine: OracleEngine) -> None:
+    session = open_session(client)
+    text_of(chat(client, session, messages=[{"role": "user", "content": "a", "x": 10**30}]))
+    check_rollout(rollout_of(client, session), engine.samples)
 
 
 # -- retries ---------------------------------------------------------------------------------------------------------
