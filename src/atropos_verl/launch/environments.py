@@ -556,12 +556,23 @@ def _older_tokenizer(config: RunConfig) -> tuple[Path, dict[str, Any] | None]:
     except (OSError, ValueError):
         return directory, None
     extra, name = settings.get("extra_special_tokens"), settings.get("tokenizer_class")
-    is_newer = name in NAMES_OF_TRANSFORMERS_5 or isinstance(extra, list)
+    # transformers 5 ignores it for BPE; 4 would strip spaces before punctuation from what the policy wrote.
+    cleans = bool(settings.get("clean_up_tokenization_spaces")) and _is_bpe(directory / "tokenizer.json")
+    is_newer = name in NAMES_OF_TRANSFORMERS_5 or isinstance(extra, list) or cleans
     if not is_newer or not (directory / "tokenizer.json").is_file():
         return directory, None
+    if cleans:
+        settings["clean_up_tokenization_spaces"] = False
     if name in NAMES_OF_TRANSFORMERS_5:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(extra, list):
         del settings["extra_special_tokens"]
         settings["additional_special_tokens"] = [*(settings.get("additional_special_tokens") or ()), *extra]
     return directory, settings
+
+
+def _is_bpe(file: Path) -> bool:
+    try:
+        return bool(json.loads(file.read_bytes())["model"]["type"] == "BPE")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

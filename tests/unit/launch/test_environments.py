@@ -390,6 +390,12 @@ def test_a_tokenizer_of_transformers_5_is_made_one_that_transformers_4_loads(tmp
     config = RunConfig.from_mapping({"model": {"path": str(own)}, "run_dir": str(tmp_path / "run")})
     assert readable_tokenizer(config) == own, "both versions load the demo's"
     settings = own / "tokenizer_config.json"
+    before = settings.read_text()
+    settings.write_text(json.dumps({**json.loads(before), "clean_up_tokenization_spaces": True}))
+    write_tokenizer(config)
+    found = json.loads((readable_tokenizer(config) / "tokenizer_config.json").read_text())
+    assert found["clean_up_tokenization_spaces"] is False, "4 would strip spaces that 5 leaves in"
+    settings.write_text(before)
     newer = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<tool>"], "eos_token": "<|im_end|>"}
     settings.write_text(json.dumps({**json.loads(settings.read_text()), **newer}))
     place = readable_tokenizer(config)
