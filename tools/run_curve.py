@@ -1,4 +1,4 @@
-"""Draws the reward of a run, and its held-out scores, as an SVG file: ``python tools/run_curve.py RUN_DIR FILE.svg``."""
+"""Draws reward and held-out scores of a run as an SVG file: ``python tools/run_curve.py RUN_DIR FILE.svg``."""
 
 import sys
 from pathlib import Path

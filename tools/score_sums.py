@@ -47,7 +47,8 @@ def main(path: str, samples: int) -> None:
         text = tokenizer.decode(ids[prompts.input_ids.shape[1] :], skip_special_tokens=True)
         numbers = re.findall(r"-?\d+(?:\.\d+)?", text)
         right += bool(numbers) and float(numbers[-1]) == sum(pairs[number // samples])
-    print(f"held-out mean reward {right / len(answers):.3f} over {len(answers)} answers to {len(pairs)} questions")
+    score = f"{right / len(answers):.3f} over {len(answers)} answers to {len(pairs)} questions"
+    sys.stdout.write(f"held-out mean reward {score}\n")
 
 
 if __name__ == "__main__":
