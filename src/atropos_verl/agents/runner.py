@@ -41,7 +41,7 @@ from atropos_verl.errors import (
     AtroposVerlError,
     ConfigError,
 )
-from atropos_verl.http_thread import SameLines
+from atropos_verl.http_thread import EVALUATION_PATH, SameLines
 from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.messages import EnvRegistration
 from atropos_verl.protocol.wire import encode_group
@@ -49,7 +49,7 @@ from atropos_verl.storage import write_atomic
 from atropos_verl.training.advantages import group_advantages, turn_advantages
 from atropos_verl.training.extensions import load_function
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("atropos_verl.agents.runner")  # it is started as a program, too
 
 Solve = Callable[[Any, AgentSession], Awaitable[None]]
 """Works on a task and gives the session its reward."""
@@ -414,12 +414,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Exit code: 0, or 1 where the API, the gateway or the agent failed for good. Raises ``ConfigError``."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("atropos_verl").setLevel(logging.INFO)
     key, token = os.environ.get("ATROPOS_GATEWAY_KEY"), os.environ.get("ATROPOS_API_TOKEN")
     if options.config is not None:  # the launcher's: keys do not show in the process list
         content = yaml.safe_load(options.config.read_text())
-        options.gateway_url, key = (content["openai"][0][name] for name in ("base_url", "api_key"))
+        url, key = (content["openai"][0][name] for name in ("base_url", "api_key"))
+        options.gateway_url = url.removesuffix("/v1").removesuffix(EVALUATION_PATH)  # sessions are the gateway's own
         options.api_url, token = content.get("env", {}).get("rollout_server_url", options.api_url), None
     path = options.named or options.function
     if (path is None) == (options.command is None):

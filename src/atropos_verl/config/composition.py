@@ -148,9 +148,9 @@ def _compose(
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
-    rows = [*describe(), *describe_launch(), ("environments",)] if is_launch else describe()
+    rows = [*describe(), *describe_launch(), ("environments",), ("agents",)] if is_launch else describe()
     known = [name for name, *_ in rows]
-    names = (*_OPEN_SECTIONS, *(("environments", "trainer_process.env") if is_launch else ()))
+    names = (*_OPEN_SECTIONS, *(("environments", "agents", "trainer_process.env") if is_launch else ()))
     sections = tuple(f"{name}{end}" for name in names for end in (".", "="))
     for word in overrides:
         key = check_form(word, "--help lists all keys")

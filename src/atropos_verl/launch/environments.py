@@ -80,7 +80,8 @@ def plan_environments(
     warnings += [f"tokenizer: {item.found}; {item.todo}" for item in found if item.status != "ok"]
     services: list[ServiceSpec] = []
     for name, settings in chosen.items():
-        warnings += [f"environments.{name}: {note}" for note in notes_of(config, settings, program_of(name, settings))]
+        own = [] if name in launch.agents else notes_of(config, settings, program_of(name, settings))
+        warnings += [f"environments.{name}: {note}" for note in own]
         for copy in range(1, settings.copies + 1):
             which: dict[str, Any] = {"copy": copy, "allocation": allocations[name], "embedded": embedded}
             services.append(environment_spec(config, name, settings, of_training=of_training, **which))
