@@ -25,7 +25,16 @@ from atropos_verl.gateway.service import Answer, GatewayService, policy_fields
 from atropos_verl.gateway.text import render
 from atropos_verl.types import Generation
 
-_HARMLESS = ("cache_control", "inference_geo", "service_tier", "speed", "diagnostics", "betas", "context_management")
+_HARMLESS = (
+    "stream",
+    "cache_control",
+    "inference_geo",
+    "service_tier",
+    "speed",
+    "diagnostics",
+    "betas",
+    "context_management",
+)
 _SIGNATURE = "unsigned"
 """Of thinking blocks: clients demand one, and send it back."""
 _CHOICES = {"auto": "auto", "none": "none", "any": "required"}

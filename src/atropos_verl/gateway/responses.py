@@ -24,7 +24,16 @@ from atropos_verl.gateway.service import Answer, GatewayService, policy_fields
 from atropos_verl.types import FinishReason
 
 _ROLES = ("user", "assistant", "system", "developer")
-_HARMLESS = ("include", "reasoning", "truncation", "stream_options", "prompt_cache_retention", "max_tool_calls")
+_HARMLESS = (
+    "stream",
+    "store",
+    "include",
+    "reasoning",
+    "truncation",
+    "stream_options",
+    "prompt_cache_retention",
+    "max_tool_calls",
+)
 _ECHOED = ("instructions", "max_output_tokens", "metadata", "previous_response_id", "tool_choice", "tools", "text")
 
 
