@@ -67,7 +67,16 @@ _LOCAL_NAMES = {
     **{
         key: f"atropos.{key}"
         for key in (
-            *("env.script", "gateway.port", "eval.before", "eval.after", "reward.path", "loss.path"),
+            *(
+                "env.script",
+                "gateway.port",
+                "eval.before",
+                "eval.after",
+                "eval.every",
+                "eval.keep_best",
+                "reward.path",
+                "loss.path",
+            ),
             *("algorithm.advantage_path", "data.filter_path", "advantage_normalization", "advantage_clipping"),
         )
     },
