@@ -52,6 +52,8 @@ class _Fetch(NamedTuple):
 
 
 _VERSION: Final = 2
+_LOST_ROWS: Final = 0x6C6F7374
+"""``application_id`` of a database that was made of what two damaged ones still held."""
 _PAGE_BYTES: Final = 4096
 _CHECKPOINT_BYTES: Final = 16 * 2**20
 _IDLE_CHECKPOINT_BYTES: Final = 2 * 2**20
@@ -202,7 +204,7 @@ class RecordStore:
         self.damaged: list[tuple[str, Key]] = []
         """Large values that ``read`` found damaged: table and key."""
         self.lost_rows = False
-        """Neither database was whole."""
+        """Neither database was whole, now or at an earlier opening."""
         self._paths = (path, path.with_name(f"{path.stem}-copy{path.suffix}"))
         self._tables = tables
         self._owner, self._fsync, self._large = owner, fsync, large
@@ -337,6 +339,8 @@ class RecordStore:
                 why = None if is_new else one.damage or "is not complete"
                 self._replace(one, why, rows, max(one.mark.number for one in found))
         else:
+            with self._read_only(newest.path) as db:
+                self.lost_rows = db.execute("PRAGMA application_id").fetchone()[0] == _LOST_ROWS
             for one in found:
                 # A process that dies between its two commits leaves a copy that lacks the last one.
                 lacks_last = one is found[1] and one.mark.number == newest.mark.number - 1
@@ -430,8 +434,10 @@ class RecordStore:
         os.close(os.open(fresh, os.O_RDWR | os.O_CREAT, 0o600))
         count = checksums = 0
         with contextlib.closing(sqlite3.connect(fresh, isolation_level=None)) as db:
+            lost = _LOST_ROWS if self.lost_rows else 0
             for pragma in (f"page_size = {_PAGE_BYTES}", "journal_mode = OFF", f"user_version = {_VERSION}"):
                 db.execute(f"PRAGMA {pragma}")
+            db.execute(f"PRAGMA application_id = {lost}")
             db.execute("BEGIN")
             for name, kind in {**self._tables, "mark": int}.items():
                 key, rest = ("INTEGER", "") if kind is int else ("TEXT", " WITHOUT ROWID")
@@ -648,10 +654,16 @@ class _Bodies:
         self._end = 0
         self._free: list[tuple[int, int]] = []
         """(start, end) of each hole before ``_end``, in order; no two touch."""
+        self._contested: set[tuple[int, int]] = set()
+        """Places that overlap, of rows that damage brought back: as one of them goes, the other's is not free."""
+        before = (0, 0)
         for start, length in sorted(places):
-            if start > self._end:
+            if start < self._end:
+                self._contested |= {before, (start, length)}
+            elif start > self._end:
                 self._free.append((self._end, start))
-            self._end = max(self._end, start + length)
+            if start + length > self._end:
+                self._end, before = start + length, (start, length)
 
     def room(self, length: int) -> tuple[int, int]:
         """A place: a hole that is large enough, of the first ones, or the end."""
@@ -681,6 +693,8 @@ class _Bodies:
 
     def free(self, start: int, length: int) -> None:
         """The place may be used again."""
+        if (start, length) in self._contested:
+            return  # a restart finds out
         end, index = start + length, bisect.bisect(self._free, (start, start))
         if index < len(self._free) and self._free[index][0] == end:
             end = self._free.pop(index)[1]

@@ -1,12 +1,16 @@
 """Clients that connect and say nothing: the server has fewer file descriptors than they have connections."""
 
 import contextlib
+import os
 import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+import yaml
+from support.runs import TrainingRun
 from support.trajectory_server import ServerProcess, group_bytes, registration
 
 from atropos_verl.protocol.client import AtroposClient
@@ -41,3 +45,30 @@ def test_the_api_goes_on_beside_2000_silent_connections_at_1024_files(
                 assert client.get_batch(max_wait_time=60.0) is not None
         assert server.process.poll() is None
         assert server.log_path.stat().st_size < 50_000
+
+
+_1024_FILES = (
+    "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024)); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+
+
+@pytest.mark.skipif(not os.environ.get("ATROPOS_VERL_SILENT_RUN"), reason="a whole run: ATROPOS_VERL_SILENT_RUN=1")
+@pytest.mark.usefixtures("many_files")
+def test_a_run_goes_on_beside_2000_silent_connections_at_1024_files(tmp_path: Path) -> None:
+    """A thousand at the gateway, a thousand at the API."""
+    words = ["steps=12", "save_freq=6"]
+    with (
+        contextlib.ExitStack() as stack,
+        TrainingRun(words, run_dir=tmp_path / "run", launcher=("-c", _1024_FILES)) as run,
+    ):
+        run.wait_for_step(1)
+        [file] = (tmp_path / "run" / "launch").glob("environment*.yaml")
+        told = yaml.safe_load(file.read_text())
+        for url in (told["openai"][0]["base_url"], told["env"]["rollout_server_url"]):
+            for _ in range(SILENT // 2):
+                place = ("127.0.0.1", urlsplit(url).port)
+                stack.enter_context(socket.create_connection(place, timeout=60.0))
+        run.must_end(0)
+        assert run.trained() == 12
+        assert sum(path.stat().st_size for path in (tmp_path / "run" / "logs").iterdir()) < 500_000

@@ -61,6 +61,7 @@ CONFIGURATION_ERRORS = {
     "no environment there": (["env.script=/nowhere.py"], "env.script: there is no /nowhere.py"),
     "no such checkpoint": (["resume=/nowhere"], "resume: /nowhere is not a checkpoint of this project"),
     "no such module": (["data.filter_path=nowhere:keep"], "data.filter_path: cannot import nowhere"),
+    "no GPU": (["trainer.device=cuda"], "trainer.device: there is no GPU here (CUDA_VISIBLE_DEVICES='' leaves none)"),
     "no directory": (["run_dir=/dev/null/run"], "run_dir: cannot write to /dev/null/run: Not a directory"),
 }
 
@@ -70,6 +71,7 @@ def test_a_wrong_setting_is_named_before_anything_starts(
     case: str, tmp_path: Path, without_torch: dict[str, str]
 ) -> None:
     words, message = CONFIGURATION_ERRORS[case]
+    without_torch["CUDA_VISIBLE_DEVICES"] = ""
     with TrainingRun([f"run_dir={tmp_path}/run", *words], cwd=tmp_path, env=without_torch) as run:
         run.must_end(2)
         assert run.stderr.strip().startswith(f"CONFIGURATION ERROR: {message}"), run.stderr
@@ -99,3 +101,4 @@ def test_a_gateway_port_that_is_taken(tmp_path: Path, without_torch: dict[str, s
             run.must_end(1)
             assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in run.stderr
             assert "Set gateway.port to a free port" in run.stderr
+            assert "Traceback" not in run.stderr

@@ -3,7 +3,6 @@
 Precedence, weakest first: schema defaults, the YAML file, environment variables, the command line.
 """
 
-import difflib
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,15 @@ from typing import Any
 
 from atropos_verl.config.launch_schema import MOVED, LaunchConfig, describe_launch
 from atropos_verl.config.model_checks import defaults_for
-from atropos_verl.config.schema import RunConfig, apply_environment, bounds_of, check_bounds, describe, help_rows
+from atropos_verl.config.schema import (
+    RunConfig,
+    apply_environment,
+    bounds_of,
+    check_bounds,
+    describe,
+    did_you_mean,
+    help_rows,
+)
 from atropos_verl.errors import ConfigError
 from atropos_verl.http_thread import is_loopback
 
@@ -23,6 +30,8 @@ KEY_FILE = "gateway.key"
 """Below the run directory: the gateway's key for environments that are started elsewhere."""
 _OF_THE_DEMO = ("optim.lr", "data.max_prompt_length", "max_response_length")
 """Keys whose default in the schema suits the demo model only."""
+_SCHEMAS = ("atropos_schema", "launch_schema")
+"""What files build on, and what is composed without a file: the defaults."""
 _OPEN_SECTIONS = ("atropos.headers", "model.override_config", "env.env")
 """Keys whose value is a dictionary with keys of the user's own."""
 
@@ -32,7 +41,7 @@ def load_config(overrides: Sequence[str], config_dir: Path | None = None, config
 
     Without ``config_dir`` the YAML files are those of the package; without ``config_name`` the schema's defaults hold.
     """
-    values = _compose(overrides, config_dir, config_name or "atropos_schema")
+    values = _compose(overrides, config_dir, config_name or _SCHEMAS[0])
     values = apply_environment(values, command_line_keys=set(map(key_of, overrides)))
     values["gateway"] = with_key_for_network(values.get("gateway"), values.get("run_dir"), values["atropos"])
     config = fitted_to_model(values)
@@ -47,7 +56,7 @@ def load_launch(
     for word in overrides:
         if (key := key_of(word)) in MOVED:
             raise ConfigError(MOVED[key], key)
-    values = _compose(overrides, config_dir, config_name or "launch_schema", is_launch=True)
+    values = _compose(overrides, config_dir, config_name or _SCHEMAS[1], is_launch=True)
     launch = LaunchConfig.from_mapping({key: values.pop(key) for key in LaunchConfig.model_fields if key in values})
     values = apply_environment(values, command_line_keys=set(map(key_of, overrides)))
     gateway = dict(values.get("gateway") or {})
@@ -130,10 +139,17 @@ def composition_errors(config_name: str = "") -> Iterator[None]:
 
 
 def compose_with_hydra(config_dir: Path, config_name: str, words: Sequence[str]) -> Any:
-    """The ``DictConfig`` of one file and ``key=value`` words. Raises what Hydra and OmegaConf raise."""
+    """The ``DictConfig`` of one file and ``key=value`` words.
+
+    Raises ``ConfigError`` when there is no such file, and what Hydra and OmegaConf raise.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
+    there = sorted(path.stem for path in config_dir.glob("*.yaml"))
+    if config_name not in _SCHEMAS and not (config_dir / f"{config_name.removesuffix('.yaml')}.yaml").is_file():
+        text = f"{config_dir} holds no {config_name}.yaml{did_you_mean(config_name, there)}"
+        raise ConfigError(f"{text} (there are: {', '.join(there) or 'none'})", "--config-name")
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(config_dir.absolute()), version_base=None):
         return compose(config_name=config_name, overrides=list(words))
@@ -171,11 +187,11 @@ def _compose(
     for key in _OF_THE_DEMO:  # null where neither the file nor a word sets it
         section, _, name = key.rpartition(".")
         (defaults[section] if section else defaults)[name] = None
-    ConfigStore.instance().store(name="atropos_schema", node=defaults)
+    ConfigStore.instance().store(name=_SCHEMAS[0], node=defaults)
     if is_launch:
         # Without environments: files name their own, and composing merges mappings.
         of_launch = {**defaults, **LaunchConfig().model_dump(mode="json"), "environments": {}}
-        ConfigStore.instance().store(name="launch_schema", node=of_launch)
+        ConfigStore.instance().store(name=_SCHEMAS[1], node=of_launch)
     with composition_errors(config_name):
         composed = compose_with_hydra(config_dir or SHIPPED, config_name, words)
         plain = OmegaConf.to_container(composed, resolve=True)
@@ -190,12 +206,6 @@ def check_form(word: str, advice: str) -> str:
     return key_of(word)
 
 
-def did_you_mean(key: str, known: Sequence[str]) -> str:
-    """The nearest key that exists, as the end of a message."""
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 _TRAIN_HELP = """\
 usage: {program} [--config-name NAME] [--config-dir DIR] [--cfg] [key=value ...]
 
@@ -203,7 +213,7 @@ Train a policy on Atropos environments. Without atropos.api_url everything neede
 loopback ports: trajectory API, inference gateway, one environment. With it, only the gateway is.
 
   -h, --help           this text
-  --config-name NAME   which YAML of the config directory (default: atropos)
+  --config-name NAME   which YAML of the config directory (default: atropos), also before --help
   --config-dir DIR     another config directory
   --cfg                print the composed configuration and stop
 
@@ -216,10 +226,10 @@ examples:
 environment variables (over the file, under key=value; keys given so do not show in ps):
   ATROPOS_API_URL, ATROPOS_TIMEOUT, ATROPOS_API_TOKEN, ATROPOS_GATEWAY_KEY
 
-keys (default):
+keys (value in this configuration):
 """
 
 
-def train_help(program: str) -> str:
-    """The text of ``--help``: usage, examples, every key with its default and meaning."""
-    return _TRAIN_HELP.format(program=program) + help_rows(describe())
+def train_help(program: str, config: RunConfig) -> str:
+    """The text of ``--help``: usage, examples, every key with its meaning and its value in ``config``."""
+    return _TRAIN_HELP.format(program=program) + help_rows(describe(), config.public())

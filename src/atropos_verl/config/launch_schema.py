@@ -157,7 +157,7 @@ class LaunchConfig(Section):
         try:
             return cls.model_validate({**values, **({"environments": named} if named or values.get("agents") else {})})
         except ValidationError as error:
-            raise as_config_error(error) from None
+            raise as_config_error(error, cls) from None
 
     @model_validator(mode="after")
     def _names(self) -> Self:

@@ -1,6 +1,9 @@
 """Checks of the model directory: files, tokenizer against embedding, context. Only JSON is read, no weights."""
 
+import contextlib
+import ctypes
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,15 +63,18 @@ def check_model(config: RunConfig, model_path: Path) -> list[Finding]:
     return findings
 
 
-def check_vocabulary(config: RunConfig, model_path: Path, prefix: str = "") -> None:
-    """Raises ``ConfigError`` when the tokenizer has ids that the model has no embedding for.
+def check_usable(config: RunConfig, model_path: Path, prefix: str = "") -> None:
+    """Raises ``ConfigError`` when there are no weights, or the tokenizer has ids that the model has no embedding for.
 
-    Without this the failure is an index error in the embedding, or (on a GPU) a device assert that names nothing.
-    ``prefix`` is what the backend has before its keys.
+    Without this the failure comes when everything else has started, or is an index error in the embedding, or (on a
+    GPU) a device assert that names nothing. ``prefix`` is what the backend has before its keys.
     """
     settings, problem = _read(model_path / "config.json")
     if problem:
         return  # the loader's message is better
+    weights = _check_weights(model_path)
+    if weights.status == "missing":
+        raise ConfigError(f"{weights.found}; {weights.todo}", f"{prefix}model.path")
     result = _compare_vocabulary(settings, Path(config.model.tokenizer_path or model_path).expanduser())
     if result.status == "missing":
         key = "model.tokenizer_path" if config.model.tokenizer_path else "model.path"
@@ -97,6 +103,22 @@ def defaults_for(path: str | None) -> dict[str, Any]:
     length = min(_LONGEST, context // 2)
     lr = next(lr for most, lr in _LEARNING_RATES if size <= most)
     return {"optim.lr": lr, "data.max_prompt_length": length, "max_response_length": length}
+
+
+def check_gpu(config: RunConfig) -> None:
+    """Raises ``ConfigError`` without the GPU that ``trainer.device=cuda`` of the local backend asks for. torch is not
+    imported: NVIDIA's driver is asked."""
+    if config.trainer.device != "cuda":
+        return
+    count = ctypes.c_int()
+    with contextlib.suppress(OSError):
+        driver = ctypes.CDLL("libcuda.so.1")
+        if driver.cuInit(0) == 0:
+            driver.cuDeviceGetCount(ctypes.byref(count))
+    if not count.value:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        reason = "the driver shows none" if visible is None else f"CUDA_VISIBLE_DEVICES={visible!r} leaves none"
+        raise ConfigError(f"there is no GPU here ({reason}); trainer.device=cpu trains without", "trainer.device")
 
 
 def tokenizer_size(directory: Path) -> int | None:

@@ -4,6 +4,7 @@
 anything slow starts.
 """
 
+import difflib
 import json
 import os
 import time
@@ -440,7 +441,7 @@ class RunConfig(CommonConfig):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise as_config_error(error) from None
+            raise as_config_error(error, cls) from None
 
     def public(self) -> dict[str, Any]:
         """Every value as JSON has it, keys and tokens left out: for files, trackers and logs."""
@@ -584,15 +585,23 @@ def check_bounds(bounds: Sequence[Bound]) -> None:
             raise ConfigError(text)
 
 
-def as_config_error(error: ValidationError, prefix: str = "") -> ConfigError:
-    """pydantic's error with every wrong key by its dotted name (below ``prefix``, which ends in a dot)."""
+def did_you_mean(key: str, known: Sequence[str]) -> str:
+    """The nearest name that exists, as the end of a message."""
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def as_config_error(error: ValidationError, model: type[BaseModel], prefix: str = "") -> ConfigError:
+    """pydantic's error about a ``model``, with every wrong key by its dotted name (below ``prefix``, which ends in a
+    dot)."""
     lines, first = [], ""
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "constrained-")))
         key = f"{prefix}{key}".rstrip(".")
         message = str(item["msg"]).removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            message = "unknown key; --help lists all keys"
+            hint = did_you_mean(key, [name for name, *_ in describe(model, prefix)])
+            message = f"unknown key{hint} (--help lists all keys)"
         elif item["type"] != "value_error":
             message = f"{message}, got {item['input']!r}"
         first = first or key
@@ -637,7 +646,16 @@ def describe(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[tuple
     return rows
 
 
-def help_rows(rows: Sequence[tuple[str, Any, str]]) -> str:
-    """The rows of ``describe`` as lines of ``--help``, with values as YAML has them."""
+def help_rows(rows: Sequence[tuple[str, Any, str]], values: Mapping[str, Any]) -> str:
+    """The rows of ``describe`` as lines of ``--help``, with the values of a configuration, as YAML has them."""
     width = max(len(name) for name, *_ in rows)
-    return "".join(f"  {name:<{width}}  {text} ({json.dumps(default, default=list)})\n" for name, default, text in rows)
+    shown = ((name, _value_of(name, default, values), text) for name, default, text in rows)
+    return "".join(f"  {name:<{width}}  {text} ({json.dumps(value, default=list)})\n" for name, value, text in shown)
+
+
+def _value_of(name: str, default: Any, values: Any) -> Any:
+    for part in name.split("."):
+        if not isinstance(values, Mapping) or part not in values:
+            return default  # environments.NAME
+        values = values[part]
+    return values

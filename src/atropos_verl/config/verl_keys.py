@@ -6,7 +6,7 @@ The files are Hydra files over verl's ``ppo_trainer``, so every setting of verl 
 
 import importlib.util
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from atropos_verl.config.composition import (
     check_form,
     compose_with_hydra,
     composition_errors,
-    did_you_mean,
     key_of,
     with_key_for_network,
 )
@@ -39,6 +38,7 @@ from atropos_verl.config.schema import (
     as_config_error,
     check_bounds,
     describe,
+    did_you_mean,
     help_rows,
     hide_secrets,
 )
@@ -207,7 +207,7 @@ def read_run(config: Any) -> RayRun:
     try:
         settings = RaySettings.model_validate(OmegaConf.to_container(config.atropos, resolve=True))
     except ValidationError as error:
-        raise as_config_error(error, prefix="atropos.") from None
+        raise as_config_error(error, RaySettings, "atropos.") from None
     _check_verl_keys(config)
     algorithm = config.algorithm
     if settings.algorithm.advantage_path and (
@@ -382,10 +382,10 @@ examples:
 
 environment variables: ATROPOS_API_URL, ATROPOS_TIMEOUT, ATROPOS_API_TOKEN (over the file, under key=value)
 
-keys of the block atropos, and supervise (default); verl's are in its documentation and in --cfg:
+keys of the block atropos, and supervise (value in this configuration); verl's are in its documentation and in --cfg:
 """
 
 
-def ray_help() -> str:
-    """The text of ``--help`` with ``backend=ray``."""
-    return _HELP + help_rows([*describe(RaySettings, "atropos."), *describe(SuperviseConfig, "supervise.")])
+def ray_help(values: Mapping[str, Any]) -> str:
+    """The text of ``--help`` with ``backend=ray``. ``values``: the composed configuration."""
+    return _HELP + help_rows([*describe(RaySettings, "atropos."), *describe(SuperviseConfig, "supervise.")], values)

@@ -10,10 +10,12 @@ password, and our API takes that.
 """
 
 import ast
+import contextlib
 import gc
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 from collections import defaultdict
@@ -52,6 +54,7 @@ _FILE_OPTION = "--config"
 _BARE = ("APIServerConfig", "ServerBaseline")
 _TOKENIZER_SETTINGS = "tokenizer_config.json"
 _ROUNDING = 1e-9
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 def plan_environments(
@@ -82,6 +85,7 @@ def plan_environments(
     for name, settings in chosen.items():
         own = [] if name in launch.agents else notes_of(config, settings, program_of(name, settings))
         warnings += [f"environments.{name}: {note}" for note in own]
+        _check_proxy(settings, f"{'env' if of_training else f'environments.{name}'}.env")
         for copy in range(1, settings.copies + 1):
             which: dict[str, Any] = {"copy": copy, "allocation": allocations[name], "embedded": embedded}
             services.append(environment_spec(config, name, settings, of_training=of_training, **which))
@@ -325,6 +329,21 @@ def direct(config: RunConfig) -> dict[str, str]:
     return {"NO_PROXY": value, "no_proxy": value}
 
 
+def _check_proxy(settings: EnvironmentConfig, key: str) -> None:
+    """Raises ``ConfigError`` for a proxy that the HTTP client of an environment cannot be made with (SOCKS without a
+    package for it, say), though nothing of a run is asked through it."""
+    variables = {**os.environ, **settings.env}
+    names = [name for name, value in variables.items() if name.lower() in _PROXIES and "://" in value]
+    if odd := [name for name in names if not variables[name].lower().startswith(("http:", "https:"))]:
+        program = "try: import httpx\nexcept ImportError: raise SystemExit\nhttpx.Client()"
+        command = [interpreter(settings.python, key), "-c", program]
+        with contextlib.suppress(OSError):
+            tried = subprocess.run(command, env=variables, capture_output=True, text=True, errors="replace")
+            if tried.returncode:
+                why = tried.stderr.strip().rpartition("\n")[2]
+                raise ConfigError(f"with {', '.join(odd)} set, {command[0]} says: {why} Or set them empty here", key)
+
+
 def obstacle(spec: ServiceSpec, gateway_url: str) -> str:
     """What stands between an environment and the gateway: its own arguments, or a proxy; "": nothing that is seen."""
     host, own = urlsplit(gateway_url).hostname or "", f"{gateway_url}/v1"
@@ -435,6 +454,13 @@ def _check_groups(config: RunConfig, launch: LaunchConfig, *, embedded: bool) ->
             if not embedded:
                 raise ConfigError(f"{message}; an upstream API would never deliver a batch", key)
             return [f"{key}: {message}; some batches will be smaller"]
+    estimator, alone = config.algorithm.adv_estimator, [name for name, size in sizes.items() if size == 1]
+    if alone and estimator != "plain" and config.algorithm.advantage_path is None:
+        return [
+            f"groups of {', '.join(alone)} have one sequence (group_size=1), whose advantage is 0 with "
+            f"algorithm.adv_estimator={estimator}: nothing is trained but what comes with advantages of its own or "
+            "overrides.sft. Raise group_size, or set algorithm.adv_estimator=plain"
+        ]
     return []
 
 

@@ -7,6 +7,7 @@ processes report to ``run_dir/eval/progress.json``.
 """
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +25,8 @@ from atropos_verl.launch.environments import environment_spec, evaluation_direct
 from atropos_verl.launch.process import ManagedProcess, ServiceSpec, blot_out, stop_all
 from atropos_verl.storage import write_atomic
 from atropos_verl.training.step import held_out_score, moment_of
+
+logger = logging.getLogger(__name__)
 
 _DURING = "during"
 """Label of the plan for evaluations between steps, whose own are ``step_N``."""
@@ -147,7 +150,7 @@ class EvaluationProcesses:
             self._scores[label] = scores
             if label not in self._plan:
                 shutil.rmtree(self._directory / label, ignore_errors=True)  # of a step that was taken again
-                with suppress(FileNotFoundError):
+                with suppress(OSError):
                     (self._directory / _DURING).rename(self._directory / label)
         finally:
             stop_all([process for _, process in started])
@@ -184,9 +187,12 @@ class EvaluationProcesses:
         return held_out_score(metrics)
 
     def _report(self, running: str | None) -> None:
-        # Private: Atropos writes its configuration, with the gateway's key, beside the scores.
-        self._progress.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomic(self._progress, json.dumps({"running": running, "scores": self._scores}), private=True)
+        try:
+            # Private: Atropos writes its configuration, with the gateway's key, beside the scores.
+            self._progress.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_atomic(self._progress, json.dumps({"running": running, "scores": self._scores}), private=True)
+        except OSError as error:  # of use to those that look on only
+            logger.warning("%s cannot be written: %s", self._progress, error)
 
 
 class EvaluationWatch:

@@ -15,7 +15,7 @@ import re
 import secrets
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 
 from atropos_verl.config.composition import SHIPPED, gateway_key, load_launch
 from atropos_verl.config.launch_schema import LaunchConfig, describe_launch
-from atropos_verl.config.model_checks import check_vocabulary
+from atropos_verl.config.model_checks import check_gpu, check_usable
 from atropos_verl.config.schema import RunConfig, help_rows, hide_secrets
 from atropos_verl.config.verl_keys import RAY_DEFAULT, compose_run, public, read_run
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
@@ -52,24 +52,24 @@ def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> i
     parser.add_argument("--config-name")
     parser.add_argument("--config-dir", type=Path, default=SHIPPED)
     options, overrides = parser.parse_known_args(words)
-    if options.help:
-        sys.stdout.write(_help(options.config_dir))
-        return 0
     try:
         config, launch, ray = load_settings(overrides, options.config_dir, options.config_name, config_name)
-        if options.cfg:
+        if options.cfg or options.help:
             settings = public(ray.verl) if ray is not None else config.public()
             of_launch = launch.model_dump(mode="json")
             hide_secrets(
                 {}, {}, of_launch["trainer_process"], *of_launch["environments"].values(), *of_launch["agents"].values()
             )
             values = {**settings, **of_launch}
-            sys.stdout.write(json.dumps(values, indent=2) + "\n")
+            text = _help(options.config_dir, values) if options.help else json.dumps(values, indent=2) + "\n"
+            sys.stdout.write(text)
             return 0
         plan = build_plan(config, launch, ray)
         if options.dry_run:
             sys.stdout.write(plan.text() + "\n")
             return 0
+        if ray is None and launch.starts("trainer"):
+            check_gpu(config)
         with ExitStack() as stack:
             take_run_dir(stack, plan.run_dir, is_launch=True)
             prepare_run_dir(plan)
@@ -96,7 +96,8 @@ def load_settings(
 def build_plan(config: RunConfig, launch: LaunchConfig, ray: RayLaunch | None = None) -> LaunchPlan:
     """Choose ports, hand addresses and keys over, and list what is started. Raises ``ConfigError``."""
     model_path = config.resolve_model_path()
-    check_vocabulary(config, model_path)
+    if launch.starts("trainer"):
+        check_usable(config, model_path, "actor_rollout_ref." if ray is not None else "")
     check_extensions(config, "atropos." if ray is not None else "")
     own_api = config.atropos.api_url is None and launch.starts("api")
     if config.atropos.api_url is None and not launch.starts("api"):
@@ -304,12 +305,12 @@ examples:
   {program} backend=ray trainer.total_training_steps=100   (verl's own keys; docs/launcher.md)
   {program} 'only=[environments]' atropos.api_url=http://a:8000 gateway.advertise_url=http://b:9004
 
-keys of a launch (default); those of the trainer: python recipe/atropos/main_atropos.py --help
+keys of a launch (value in this configuration); those of the trainer: python recipe/atropos/main_atropos.py --help
 """
 
 
-def _help(config_dir: Path) -> str:
+def _help(config_dir: Path, values: Mapping[str, Any]) -> str:
     files = ", ".join(sorted(path.stem for path in config_dir.glob("*.yaml")))
     names = f"one of: {files}" if files else "a YAML file's name"
     text = _HELP.format(program="python recipe/atropos/launch_atropos_verl.py", names=names)
-    return text + help_rows(describe_launch())
+    return text + help_rows(describe_launch(), values)

@@ -29,7 +29,7 @@ import yaml
 
 from atropos_verl.config.composition import KEY_FILE, gateway_key, load_config, train_help
 from atropos_verl.config.launch_schema import LaunchConfig, note_of_unused_keys
-from atropos_verl.config.model_checks import check_vocabulary
+from atropos_verl.config.model_checks import check_gpu, check_usable
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposTimeoutError, AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.http_thread import listen
@@ -77,10 +77,10 @@ def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> i
 
 
 def _local_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    if options.help:
-        sys.stdout.write(train_help("python recipe/atropos/main_atropos.py"))
-        return 0
     config = load_config(overrides, options.config_dir, options.config_name)
+    if options.help:
+        sys.stdout.write(train_help("python recipe/atropos/main_atropos.py", config))
+        return 0
     if options.cfg:
         sys.stdout.write(json.dumps(config.public(), indent=2) + "\n")
         return 0
@@ -94,10 +94,10 @@ def _local_command(options: argparse.Namespace, overrides: Sequence[str]) -> int
 def _ray_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from atropos_verl.config.verl_keys import compose_run, public, ray_help, read_run
 
-    if options.help:
-        sys.stdout.write(ray_help())
-        return 0
     run = read_run(compose_run(overrides, options.config_dir, options.config_name))
+    if options.help:
+        sys.stdout.write(ray_help(public(run.verl)))
+        return 0
     if options.cfg:
         sys.stdout.write(yaml.safe_dump(public(run.verl), sort_keys=False, allow_unicode=True))
         return 0
@@ -124,7 +124,7 @@ def _exit_code_of(run: Callable[[], int]) -> int:
                 code, text = 130, "interrupted"
             elif isinstance(error, ConfigError):
                 code, text = 2, f"CONFIGURATION ERROR: {error}"
-            else:
+            elif logging.getLogger().handlers:  # without one, logging would print a traceback before the message
                 logger.error("the run failed", exc_info=error)
             sys.stderr.write("\n" + "\n".join([text, *getattr(error, "__notes__", [])]) + "\n")
             return code
@@ -260,7 +260,8 @@ def _train_locally(config: RunConfig) -> int:
     run_dir = config.resolve_run_dir()
     config = config.model_copy(update={"run_dir": str(run_dir)})
     # Everything that can be known to be wrong is, before a file is made, a process started or torch imported.
-    check_vocabulary(config, config.resolve_model_path())
+    check_usable(config, config.resolve_model_path())
+    check_gpu(config)
     check_extensions(config)
     _check_trackers(config.trainer.logger)
     checkpoints = run_dir / "checkpoints"
@@ -279,9 +280,13 @@ def _train_locally(config: RunConfig) -> int:
         # torch makes it in the temporary directory when it is imported; nothing of this backend is compiled.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own_temporary(run_dir) / "torchinductor"))
         progress = stack.enter_context(ProgressReporter(total_steps=config.steps))
-        if (step := saved_step(checkpoints, config.resume)) >= config.steps:
-            progress.note(f"{run_dir} is complete at step {step}; raise steps= or choose another run_dir")
-            return 0
+        step, start_environment = saved_step(checkpoints, config.resume), services.start_environment
+        if step >= config.steps:
+            if _summarised_step(run_dir) >= step:
+                progress.note(f"{run_dir} is complete at step {step}; raise steps= or choose another run_dir")
+                return 0
+            progress.note(f"every step of {run_dir} is trained; the end of an earlier command is made up for")
+            start_environment = lambda: None  # noqa: E731 - an evaluation is a process of its own
         for note in config.notes:
             progress.note(note)
         stack.callback(services.stop)
@@ -292,12 +297,20 @@ def _train_locally(config: RunConfig) -> int:
             listener=listener,
             progress=progress,
             evaluations=services.evaluations,
-            start_environment=None if config.is_attached else services.start_environment,
+            start_environment=None if config.is_attached else start_environment,
             check_services=services.check,
             stop_services=services.stop,
         )
         progress.summary(write_summary(run_dir, outcome, held_out=held_out, seconds=time.monotonic() - started))
     return 0
+
+
+def _summarised_step(run_dir: Path) -> int:
+    """The last step of the run that ``summary.json`` is about; -1: there is none that can be read."""
+    try:
+        return int(json.loads((run_dir / "summary.json").read_bytes())["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
 
 
 def _serve_rank(config: RunConfig) -> int:
@@ -324,7 +337,7 @@ def _train_on_ray(run: RayRun) -> int:
 
     started = time.monotonic()
     config, verl, run_dir = run.run, run.verl, run.run_dir
-    check_vocabulary(config, config.resolve_model_path(), "actor_rollout_ref.")
+    check_usable(config, config.resolve_model_path(), "actor_rollout_ref.")
     check_extensions(config, "atropos.")
     _check_trackers(verl.trainer.logger)
     gateway_port = config.gateway.port or free_port(_HOST)

@@ -146,14 +146,20 @@ class AtroposClient:
             self._batch_headers["X-Atropos-Lease"] = f"{lease_seconds:g}"
         self._base = api_url.rstrip("/")
         proxied = not _is_this_machine(host) if trust_env is None else trust_env  # a proxy may be reached by TLS, too
-        self._http = httpx.Client(
-            headers=_check_headers(token, headers, api_url),
-            verify=_check_trust(verify, needed=proxied or not api_url.lower().startswith("http:")),
-            trust_env=proxied,
-            limits=httpx.Limits(max_keepalive_connections=0),
-            transport=transport,
-            follow_redirects=False,
-        )
+        of_client: dict[str, Any] = {
+            "headers": _check_headers(token, headers, api_url),
+            "verify": _check_trust(verify, needed=proxied or not api_url.lower().startswith("http:")),
+        }
+        try:
+            self._http = httpx.Client(
+                **of_client,
+                trust_env=proxied,
+                limits=httpx.Limits(max_keepalive_connections=0),
+                transport=transport,
+                follow_redirects=False,
+            )
+        except (ImportError, ValueError) as error:  # of a SOCKS proxy, or one of a kind that httpx does not know
+            raise ConfigError(f"the proxy that ALL_PROXY or HTTP(S)_PROXY names cannot be used: {error}") from error
 
     def __enter__(self) -> AtroposClient:
         return self

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from atropos_verl.report.format import count, decimal, duration, seconds, sparkline
+from atropos_verl.training.step import NO_SIGNAL
 from atropos_verl.types import StepReport
 
 logger = logging.getLogger(__name__)
@@ -34,9 +35,16 @@ _ETA_STEPS = 20
 """Steps whose median time the estimate rests on."""
 
 
+class _LogFile(RotatingFileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Drops what a full disk does not take. logging itself would print a traceback for each record."""
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+
 def log_to_file(path: Path) -> None:
     """From now on our log goes to ``path``, from INFO on; what is older than 64 MB to ``path.1``, then nowhere."""
-    handler = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1)
+    handler = _LogFile(path, maxBytes=_LOG_BYTES, backupCount=1)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     logging.getLogger("atropos_verl").setLevel(logging.INFO)
@@ -143,7 +151,14 @@ _COLUMNS = (
 def step_line(line: Mapping[str, Any], steps: int, *, without: tuple[str, ...] = ()) -> str:
     """Formats a line of ``metrics.jsonl`` as ``step 3/40  reward 0.512  loss -0.0312  …``, some columns left out."""
     cells = zip(_COLUMNS, _cells(line, steps), strict=True)
-    return "  ".join(column.plain.format(cell) for column, cell in cells if column.name not in without)
+    shown = [column.plain.format(cell) for column, cell in cells if column.name not in without]
+    shown += [f"quarantined {line['data/quarantined']}"] if line.get("data/quarantined") else []
+    return "  ".join([*shown, *(["every advantage is 0"] if teaches_nothing(line) else [])])
+
+
+def teaches_nothing(line: Mapping[str, Any]) -> bool:
+    """True for a step with trained tokens whose advantages are all 0."""
+    return line.get("advantage/mean_abs") == 0 and bool(line.get("data/trained_tokens"))
 
 
 def _cells(line: Mapping[str, Any], steps: int) -> list[str]:
@@ -172,6 +187,7 @@ class ProgressReporter(LiveScreen):
         self._recent: deque[list[str]] = deque(maxlen=_RECENT_STEPS)
         self._step_seconds: deque[float] = deque(maxlen=_ETA_STEPS)
         self._curves: dict[str, list[float | None]] = {"reward": [], "held-out": []}
+        self._quarantined = self._without_signal = 0
         self._done = 0
         self._phase = "starting"
         self._phase_since = time.monotonic()
@@ -201,6 +217,10 @@ class ProgressReporter(LiveScreen):
         self._curves["reward"].append(report.metrics.get("reward/mean"))
         if (score := report.metrics.get("held_out/score")) is not None:
             self._curves["held-out"].append(score)
+        self._quarantined += int(line.get("data/quarantined") or 0)
+        self._without_signal = self._without_signal + 1 if teaches_nothing(line) else 0
+        if self._without_signal in (1, 10, 100):
+            self.note(f"step {report.step}: {NO_SIGNAL} ({self._without_signal} steps in a row)")
         took = report.metrics.get("timing/step")
         if took is not None and math.isfinite(took):
             self._step_seconds.append(took)
@@ -245,9 +265,10 @@ class ProgressReporter(LiveScreen):
                     curve = sparkline(values, min(CURVE_WIDTH, self._console.width - 20), ascii_only=self._ascii_only)
                     parts.append(Text(f"{name} {curve} {decimal(values[-1])}", no_wrap=True, overflow="crop"))
         head = Table.grid(padding=(0, 1))
+        refused = f"  {self._quarantined} groups quarantined" if self._quarantined else ""
         head.add_row(
             ProgressBar(total=max(self.total_steps, 1), completed=self._done, width=20),
-            Text(f"{self._done}/{self.total_steps}  eta {duration(self.eta())}", no_wrap=True),
+            Text(f"{self._done}/{self.total_steps}  eta {duration(self.eta())}{refused}", no_wrap=True),
         )
         now = Table.grid(padding=(0, 1))
         elapsed = duration(time.monotonic() - self._phase_since)

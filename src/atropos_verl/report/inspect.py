@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposAPIError, AtroposProtocolError, ConfigError, DataError, UnsupportedFieldError
 from atropos_verl.protocol.wire import MAGIC, decode_batch, decode_group
 from atropos_verl.report.format import decimal
@@ -51,7 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--take-batch", action="store_true", help="with a URL: GET /batch. The trainer will never see that batch")
     add("--save", metavar="FILE", type=Path, help="with a URL: keep the answer in FILE")
     add("--timeout", metavar="SECONDS", type=_positive, default=30.0, help="with a URL (default: %(default)g)")
-    add("--tokenizer", metavar="PATH", help="directory or tokenizer.json (default: the demo model's where it fits)")
+    add(
+        "--tokenizer",
+        metavar="PATH",
+        help="directory or tokenizer.json (default: the run's, or the demo model's where it fits)",
+    )
     add("--estimator", choices=ESTIMATORS, default="grpo", help="group baseline (default: %(default)s)")
     add("--normalization", choices=NORMALIZATIONS, default="none", help="of advantages (default: %(default)s)")
     add("--clipping", nargs=2, metavar=("LOW", "HIGH"), type=float, help="of advantages")
@@ -70,6 +76,8 @@ def run(options: argparse.Namespace, console: Console | None = None) -> int:
     try:
         found = _read(options)
         vocab_size = options.vocab_size
+        if options.tokenizer is None and (model := _model_of_run(Path(options.source))) is not None:
+            options.tokenizer, vocab_size = model[0], vocab_size or _model_vocab_size(model[1])
         if vocab_size is None and options.tokenizer is not None:
             vocab_size = _model_vocab_size(Path(options.tokenizer).expanduser())
         settings = SampleSettings(
@@ -120,6 +128,30 @@ def _read(options: argparse.Namespace) -> list[FoundGroup]:
     return read_path(Path(options.source))
 
 
+def _model_of_run(path: Path) -> tuple[str, Path] | None:
+    """Directories of the tokenizer and the model of the run that ``path`` is, or is in; None: of none that is known."""
+    for directory in [path, *path.absolute().parents[:3]]:
+        settings = _settings_of_run(directory)
+        if settings is not None:
+            with contextlib.suppress(ConfigError):  # the model is not here any more
+                model = RunConfig.from_mapping({"model": settings}).resolve_model_path()
+                return str(settings["tokenizer_path"] or model), model
+            return None
+    return None
+
+
+def _settings_of_run(directory: Path) -> dict[str, Any] | None:
+    """``path`` and ``tokenizer_path`` of the run's model; None: ``directory`` is no run directory."""
+    try:
+        if (file := directory / "config.json").is_file():
+            settings = json.loads(file.read_bytes())["model"]
+        else:
+            settings = yaml.safe_load((directory / "config.yaml").read_bytes())["actor_rollout_ref"]["model"]
+        return {name: settings.get(name) for name in ("path", "tokenizer_path")}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError):
+        return None
+
+
 def _model_vocab_size(directory: Path) -> int | None:
     """Reads the size that the trainer checks ids against from the model beside a tokenizer; None: not known."""
     try:
@@ -154,6 +186,8 @@ def read_path(path: Path) -> list[FoundGroup]:
             of_run = [path]
         there = [file for place in of_run for file in sorted(place.rglob("*"))] if of_run else sorted(path.iterdir())
         files = [file for file in there if file.suffix in (".json", ".jsonl") and not _BESIDE_BATCH.match(file.name)]
+        if not of_run and _settings_of_run(path) is not None:
+            raise ConfigError(f"{path}: this run has fetched no batch yet, and refused no group")
         if not files and of_run:
             raise ConfigError(
                 f"{path}: the run refused no group, and its journal holds no batch: of those that a checkpoint covers "

@@ -54,8 +54,8 @@ _MAX_NAME = 200
 _REMEMBERED_LEASES = 65_536
 _REMEMBERED_KEYS = 100_000
 _EARLIER_LEASES = 8
-_REFUSED_SECONDS = 1.0
-"""After a refused write, further posts are refused for this long without a try."""
+_REFUSED_SECONDS, _MOST_REFUSED_SECONDS = 1.0, 16.0
+"""After a refused write, further posts are refused for this long without a try; twice as long after each in a row."""
 
 
 class QueueFullError(AtroposVerlError):
@@ -184,6 +184,7 @@ class Store:
         self._changes: dict[tuple[str, Key], bytes | None] = {}
         self._written: Future[None] | None = None
         self._refused: tuple[float, StorageWriteError] | None = None
+        self._refused_seconds = 0.0
         self._unreadable: StorageWriteError | None = None
         self._settled: dict[str, str | None] = {}
         """Lease ids of ended deliveries, and why the batch comes back (None: it arrived), until that is stored."""
@@ -248,6 +249,7 @@ class Store:
         except StorageWriteError as error:
             self._undo(error)
             raise
+        self._refused_seconds = 0.0
 
     def close(self) -> None:
         """Finish the writes, and let go of the directory. Idempotent."""
@@ -284,6 +286,7 @@ class Store:
         if self._records is None or (self._refused is not None and self._refused[1] is error):
             return
         self._refused, self._written = (self.now(), error), None
+        self._refused_seconds = min(max(_REFUSED_SECONDS, 2 * self._refused_seconds), _MOST_REFUSED_SECONDS)
         self._records.recover()
         heard = [environment.heard_at for environment in self.environments]
         try:
@@ -428,14 +431,12 @@ class Store:
         """Register an environment; None while no trainer has asked for a batch."""
         if not self.started or self.registration is None:
             return None
-        if len(self.environments) >= _MAX_ENVIRONMENTS:
-            text = f"{_MAX_ENVIRONMENTS} environments have registered; reset the server (/reset_data)"
-            raise QueueFullError(text)
+        env_id = self._free_env_id()
         name = printable(request.desired_name or "env")[:_MAX_NAME]
         # An environment that starts again gets its name again, under which Atropos keeps its checkpoints.
         taken = {other.real_name for other in self.alive() if other.heard_at > self._opened_at}
         environment = Environment(
-            env_id=len(self.environments),
+            env_id=env_id,
             real_name=next(real for n in itertools.count() if (real := f"{name}_{n}") not in taken),
             desired_name=name,
             max_context_len=request.max_token_length,
@@ -444,11 +445,22 @@ class Store:
             min_batch_allocation=request.min_batch_allocation,
             heard_at=self.now(),
         )
-        self.environments.append(environment)
+        self.environments[env_id : env_id + 1] = [environment]
         self._save("environments", environment.env_id, environment)
         self._commit()
         logger.info("environment %d registered: %s", environment.env_id, environment.real_name)
         return environment
+
+    def _free_env_id(self) -> int:
+        """The next number; after ``_MAX_ENVIRONMENTS`` that of one that is gone, of which no group is left."""
+        if len(self.environments) < _MAX_ENVIRONMENTS:
+            return len(self.environments)
+        taken = {other.env_id for other in self.alive()} | {group.env_id for group in self.groups.values()}
+        gone = [other for other in self.environments if other.env_id not in taken]
+        if not gone:
+            text = f"{_MAX_ENVIRONMENTS} environments are connected or have groups here; end some of them"
+            raise QueueFullError(text)
+        return min(gone, key=lambda other: other.heard_at).env_id
 
     def disconnect_env(self, env_id: int) -> bool:
         """False when there is no such environment."""
@@ -506,7 +518,7 @@ class Store:
         known = self.replied(key, digest)
         if known is not None:
             return known
-        if self._refused is not None and self.now() - self._refused[0] < _REFUSED_SECONDS:
+        if self._refused is not None and self.now() - self._refused[0] < self._refused_seconds:
             raise self._refused[1]
         fresh = [group for group in groups if not self._is_duplicate(group)]
         waiting, most = self.queue.groups, self.settings.max_queue_groups

@@ -46,8 +46,9 @@ class QuarantineStore:
     _unseen: float = math.inf
     """Bytes written since the directory was measured."""
 
-    def put(self, refused: QuarantinedGroup) -> Path:
-        """Writes ``DIRECTORY/GROUP_ID.json``, atomically, and says so in the log. Raises ``OSError``."""
+    def put(self, refused: QuarantinedGroup) -> Path | None:
+        """Writes ``DIRECTORY/GROUP_ID.json``, atomically, and says so in the log. None: the disk refuses it (it
+        is full, say), which the log says too; the group is not kept then, and the run goes on."""
         raw = refused.group.raw or _encode(refused.group)
         group_id = refused.group.group_id
         if not _SAFE_NAME.fullmatch(group_id):
@@ -63,14 +64,18 @@ class QuarantineStore:
                 content.raw = raw.decode()
             except UnicodeDecodeError:
                 content.raw_base64 = base64.b64encode(raw).decode()
-        self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / f"{group_id}.json"
         # Not durable: a hostile environment can fill thousands of these a minute, and a lost one does no harm.
         encoded = msgspec.json.encode(content) + b"\n"
-        write_atomic(path, encoded)
-        self._unseen += len(encoded)
-        if self._unseen > self.bound / 16:
-            self._remove_oldest(path)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, encoded)
+            self._unseen += len(encoded)
+            if self._unseen > self.bound / 16:
+                self._remove_oldest(path)
+        except OSError as error:
+            logger.warning("group quarantined: %s (and it is not kept: %s)", reason, error)
+            return None
         logger.warning("group quarantined: %s (%s)", reason, path)
         return path
 

@@ -17,6 +17,9 @@ from atropos_verl.types import FloatArray, StepReport
 
 logger = logging.getLogger(__name__)
 
+NO_SIGNAL = (
+    "every advantage is 0, so nothing is learnt: the scores within each group are equal, or each group has one sequence"
+)
 _LARGEST_WINDOW = 5
 _POLL_SECONDS = 0.05
 

@@ -1,6 +1,7 @@
 """Schema, YAML and command line → RunConfig: values accepted and refused, and the key that an error names."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -333,3 +334,27 @@ def test_settings_of_the_ray_demo_beside_a_larger_model_are_named(tmp_path: Path
         f"data.max_prompt_length=48 is the demo model's; for one of the size of {path} try 1024",
     ]
     assert notes_for_model(compose_run([])) == []
+
+
+def test_a_file_that_is_not_there_and_a_key_misspelt_in_one_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config([], None, "one_gpuu")
+    assert str(caught.value).startswith(
+        f"--config-name: {SHIPPED} holds no one_gpuu.yaml; did you mean one_gpu? (there"
+    )
+    with pytest.raises(ConfigError, match=r"nope\.yaml"):
+        compose_run([], None, "nope")
+    (tmp_path / "mine.yaml").write_text("optim: {lrr: 3}")
+    with pytest.raises(ConfigError, match=r"optim.lrr: unknown key; did you mean optim.lr\?"):
+        load_config([], tmp_path, "mine")
+
+
+def test_help_shows_the_values_of_the_chosen_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.yaml").write_text("defaults: [atropos_schema, _self_]\noptim: {lr: 0.25}")
+    assert main(["--help", "--config-dir", str(tmp_path), "--config-name", "mine", "steps=7"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"\n  optim.lr .*\(0.25\)\n", text) and "of the whole run (7)\n" in text
+    assert launch_main(["--help", "envs=[demo]", "api.port=8123"], "local_demo") == 0
+    assert re.search(r"\n  api.port .*\(8123\)\n", capsys.readouterr().out)
+    assert main(["backend=ray", "--help", "atropos.poll_interval=0.5"]) == 0
+    assert re.search(r"\n  atropos.poll_interval .*\(0.5\)\n", capsys.readouterr().out)

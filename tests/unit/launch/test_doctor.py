@@ -19,7 +19,7 @@ from support.trajectory_server import ServerProcess
 from atropos_verl.assets import demo_model_path
 from atropos_verl.cli import main
 from atropos_verl.config.launch_schema import EnvironmentConfig
-from atropos_verl.config.model_checks import Finding, check_model, check_vocabulary, tokenizer_size
+from atropos_verl.config.model_checks import Finding, check_model, check_usable, tokenizer_size
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch import doctor
@@ -159,10 +159,13 @@ def test_a_tokenizer_with_more_ids_than_the_model_embeds(model_dir: Path) -> Non
     status, found = judged(model_dir)["tokenizer"]
     assert (status, found) == ("missing", f"the tokenizer of {model_dir} has 261 ids, the model embeds 260")
     with pytest.raises(ConfigError, match="261 ids, the model embeds 260") as caught:
-        check_vocabulary(RunConfig(), model_dir)
+        check_usable(RunConfig(), model_dir)
     assert caught.value.key == "model.path"
     edit(model_dir / "config.json", vocab_size=512)  # rows to spare are common
-    check_vocabulary(RunConfig(), model_dir)
+    check_usable(RunConfig(), model_dir)
+    (model_dir / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"model.path: no .safetensors or .bin file in"):
+        check_usable(RunConfig(), model_dir)
 
 
 def test_a_run_with_the_wrong_tokenizer_is_refused_before_torch_is_imported(model_dir: Path, tmp_path: Path) -> None:

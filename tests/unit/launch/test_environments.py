@@ -430,3 +430,24 @@ def test_an_agent_is_an_environment_of_the_runner(tmp_path: Path, monkeypatch: p
     for wrong in ({"agents": {"x": {}}}, {"agents": {"x": agent}, "environments": {"x": {"script": "a.py"}}}):
         with pytest.raises(ConfigError, match=r"agents\.x"):
             LaunchConfig.from_mapping(wrong)
+
+
+def test_groups_of_one_sequence_are_warned_of_where_the_baseline_is_the_group() -> None:
+    alone: dict[str, Any] = {"a": {"group_size": 1}, "b": {"group_size": 1}, "c": {}}
+    [warning] = plan(alone)[1]
+    assert warning.startswith(
+        "groups of a, b have one sequence (group_size=1), whose advantage is 0 with algorithm.adv_e"
+    )
+    assert plan(alone, algorithm={"adv_estimator": "plain"})[1] == []
+
+
+def test_a_proxy_that_an_environment_cannot_use_is_named_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "http://proxy:1")
+    plan({"demo": {}})
+    monkeypatch.setenv("ALL_PROXY", "telnet://proxy:1")
+    with pytest.raises(
+        ConfigError, match=r"environments.demo.env: with ALL_PROXY set, .*python.* says: ValueError: "
+    ) as e:
+        plan({"demo": {}})
+    assert "telnet" in str(e.value)
+    plan({"demo": {"env": {"ALL_PROXY": ""}}})

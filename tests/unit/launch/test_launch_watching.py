@@ -127,6 +127,7 @@ def test_an_evaluation_that_hangs_is_told_of(tmp_path: Path, monkeypatch: pytest
     spec = ServiceSpec(name="evaluate_before", command=command, cwd=tmp_path, log_path=tmp_path / "e.log")
     planned = evaluation.PlannedEvaluation("words", 1.0, spec, tmp_path / "metrics.json")
     notes: list[str] = []
+    (tmp_path / "eval").touch()  # nor does a disk that takes no progress.json end it
     processes = evaluation.EvaluationProcesses(
         {"before": [planned]}, tmp_path, timeout=2.0, note=notes.append, check=lambda: None
     )

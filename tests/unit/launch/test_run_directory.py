@@ -1,6 +1,8 @@
 """What is checked before a run writes anything: who holds its directory, and whether its trackers can start."""
 
 import errno
+import json
+import logging
 import os
 import re
 import socket
@@ -8,13 +10,16 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError, StorageInUseError
 from atropos_verl.launch.plan import take_run_dir
-from atropos_verl.launch.train import _check_trackers
+from atropos_verl.launch.train import TrainingServices, _check_trackers, _train_locally
 from atropos_verl.storage import locked, write_atomic
+from atropos_verl.training.checkpoint_state import RunState, new_checkpoint
 
 _HOLDER = """
 import sys
@@ -128,3 +133,32 @@ def test_what_wandb_offline_has_stored_holds(tmp_path: Path, monkeypatch: pytest
     (tmp_path / directory / "settings").write_text("[default]\nmode = offline\n\n")
     _check_trackers(["wandb"])
     assert os.environ["WANDB_MODE"] == "offline"
+
+
+@pytest.mark.parametrize("summarised", [None, 3, 6])
+def test_a_run_that_was_interrupted_after_its_last_step_gets_its_summary(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    summarised: int | None,
+) -> None:
+    caplog.set_level(logging.WARNING, "atropos_verl")  # is put back at the end
+    config = RunConfig.from_mapping({"run_dir": str(tmp_path / "run"), "steps": 6})
+    with new_checkpoint(tmp_path / "run" / "checkpoints", 6, None) as directory:
+        RunState(step=6).save(directory, config)
+    if summarised is not None:
+        (tmp_path / "run" / "summary.json").write_text(json.dumps({"steps": summarised}))
+    monkeypatch.setattr(TrainingServices, "start_api", lambda self, _: self.config)
+    monkeypatch.setattr(TrainingServices, "start_environment", lambda _: pytest.fail("there is nothing to train"))
+
+    def run(_: RunConfig, *, start_environment: Any, **__: Any) -> Any:
+        start_environment()
+        return {"steps": 6}, {"after": 0.5}
+
+    monkeypatch.setattr("atropos_verl.backends.local.run.run", run)
+    assert _train_locally(config) == 0
+    logging.getLogger().handlers.pop().close()
+    found = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert found.get("held_out_after") == (None if summarised == 6 else 0.5)
+    assert ("is complete at step 6" in capsys.readouterr().out) == (summarised == 6)

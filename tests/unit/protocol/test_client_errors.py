@@ -327,3 +327,14 @@ def test_a_proxy_is_used_for_other_hosts(fault_server: FaultServer, monkeypatch:
     with quick("http://api.example.invalid") as client:
         assert client.status().queue_size == 0
     assert fault_server.count("http://api.example.invalid/status") == 1
+
+
+def test_a_proxy_of_an_unknown_kind_is_named_and_not_asked_for_on_this_machine(
+    fault_server: FaultServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", "telnet://proxy:1")
+    fault_server.script("/status", answer(STATUS))
+    with quick(fault_server.url) as client:
+        assert client.status().queue_size == 0
+    with pytest.raises(ConfigError, match=r"proxy that ALL_PROXY .* cannot be used: .*telnet"):
+        quick("http://api.example.invalid")

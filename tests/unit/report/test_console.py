@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import pty
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from atropos_verl.report.console import ProgressReporter
+from atropos_verl.report.console import ProgressReporter, log_to_file
 from atropos_verl.types import StepReport
 
 SUMMARY = {
@@ -275,3 +276,39 @@ def test_the_live_table_has_a_curve_of_the_held_out_score() -> None:
         progress.step(replace(first, metrics={**first.metrics, "held_out/score": 0.25, "held_out/step": 0}))
         progress.step(report(2))
     assert "held-out ▄ 0.250" in out.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_a_step_did_not_learn_from_is_said(terminal: bool) -> None:
+    console, out = piped(force_terminal=terminal, _environ={"TERM": "xterm"})
+    with ProgressReporter(60, console) as progress:
+        for step, (bad, advantage) in enumerate([(0, 0.5), (2, 0.5), (1, 0.0), (0, 0.0), (0, 0.5), (0, 0.0)], 1):
+            figures = {"data/quarantined": bad, "advantage/mean_abs": advantage, "data/trained_tokens": 9}
+            progress.step(replace(report(step), metrics={**report(step).metrics, **figures}))
+    text = out.getvalue()
+    assert [step for step in range(1, 7) if f"step {step}: every advantage is 0, so nothing is learnt" in text] == [
+        3,
+        6,
+    ]
+    if terminal:
+        assert "3 groups quarantined" in text
+    else:
+        lines = [line for line in text.splitlines() if " eta " in line]
+        nothing = "every advantage is 0"
+        said = [re.sub(r".* weights v\d+ *|eta.*", "", line).strip() for line in lines]
+        assert said == ["", "quarantined 2", f"quarantined 1  {nothing}", nothing, "", nothing]
+
+
+def test_a_log_on_a_full_disk_drops_what_it_cannot_write(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "atropos_verl")  # is put back at the end
+    log_to_file(Path("/dev/full"))
+    handler = logging.getLogger().handlers[-1]
+    try:
+        logging.getLogger("atropos_verl").error("lost")
+    finally:
+        logging.getLogger().removeHandler(handler)
+        with contextlib.suppress(OSError):
+            handler.close()
+    assert capsys.readouterr().err == ""

@@ -7,6 +7,7 @@ import argparse
 import io
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -409,3 +410,31 @@ def test_the_real_trajectory_api(tmp_path: Path) -> None:
         (found,) = read_url(api.url, take_batch=True)
         assert (found.origin, found.group.token_ids[0].tolist()) == ("group 0", [5, 6])
         assert read_url(api.url, take_batch=True) == []
+
+
+@pytest.mark.parametrize("backend", ["local", "ray"])
+def test_a_run_directory_says_which_model_it_trains(tmp_path: Path, backend: str) -> None:
+    model, run = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(demo_model_path(), model)
+    settings = json.loads((model / "config.json").read_text())
+    write(model / "config.json", {**settings, "vocab_size": C})
+    run.mkdir()
+    section = {"path": str(model), "tokenizer_path": None}
+    content = {"model": section} if backend == "local" else {"actor_rollout_ref": {"model": section}}
+    write(run / ("config.json" if backend == "local" else "config.yaml"), content)
+    code, text = inspect(run)
+    assert code == 2  # said on standard error
+    (run / "quarantine").mkdir()
+    path = write(run / "quarantine" / "1.json", GROUP)
+    for source in (run, path):
+        code, text = inspect(source)
+        assert code == 0 and "refused: tokens[0][2] = 198: outside the vocabulary" in text
+    assert "refused" not in inspect(path, "--vocab-size", "261")[1].partition("groups:")[0]
+    shutil.rmtree(model)
+    assert "groups: 1 used" in inspect(run)[1]
+
+
+def test_a_run_without_a_batch_says_so(tmp_path: Path) -> None:
+    write(tmp_path / "config.json", {"model": {"path": None}})
+    with pytest.raises(ConfigError, match="this run has fetched no batch yet, and refused no group"):
+        read_path(tmp_path)

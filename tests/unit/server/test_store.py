@@ -11,6 +11,7 @@ from atropos_verl.errors import ConfigError
 from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
 from atropos_verl.protocol.schema import Refusal, check_group
 from atropos_verl.server import status
+from atropos_verl.server import store as store_module
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.store import ConflictError, QueueFullError, Store, UnknownLeaseError
 
@@ -286,3 +287,18 @@ def test_reset_forgets_and_goes_on() -> None:
 def test_a_setting_out_of_range_is_refused_by_name(field: str, value: Any, why: str) -> None:
     with pytest.raises(ConfigError, match=f"{field}: .*{why}"):
         ServerSettings(**{field: value})
+
+
+def test_the_number_of_an_environment_that_is_gone_is_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_MAX_ENVIRONMENTS", 3)
+    store, clock = store_with()
+    for name in "abc":
+        join(store, desired_name=name)
+        clock.pass_(1.0)
+    with pytest.raises(QueueFullError, match="3 environments are connected or have groups here"):
+        join(store)
+    post(store, 0, env_id=0)
+    for number in (0, 1, 2):
+        store.disconnect_env(number)
+    assert join(store, desired_name="d") == 1  # a group of number 0 is here
+    assert store.environments[1].desired_name == "d" and len(store.environments) == 3

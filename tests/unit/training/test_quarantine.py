@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from atropos_verl.training.quarantine import QuarantineStore, parse_quarantine_f
 from atropos_verl.types import QuarantinedGroup, ScoredGroup
 
 
-def put(directory: Path, raw: bytes, reason: str) -> Path:
+def put(directory: Path, raw: bytes, reason: str) -> Any:
     return QuarantineStore(directory / "quarantine").put(QuarantinedGroup(group=decode_group(raw), reason=reason))
 
 
@@ -110,3 +111,9 @@ def test_a_group_that_never_was_bytes_is_written_from_its_arrays(tmp_path: Path)
 def test_what_is_no_quarantine_file_is_refused(content: bytes, fault: str) -> None:
     with pytest.raises(DataError, match=fault):
         parse_quarantine_file(content)
+
+
+def test_a_disk_that_takes_no_group_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "quarantine").write_text("where the directory would be")
+    assert put(tmp_path, b"{}", "no tokens") is None
+    assert "group quarantined: no tokens (and it is not kept: " in caplog.text

@@ -4,6 +4,7 @@ The processes around it belong to the caller, who hands in callables. Nothing he
 """
 
 import gc
+import logging
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -17,6 +18,8 @@ from atropos_verl.training.batch_source import BatchSource
 from atropos_verl.training.checkpoint_state import saved_step
 from atropos_verl.training.step import Evaluations, HeldOut, Progress, keep_trackers_inside
 from atropos_verl.types import StepReport
+
+logger = logging.getLogger(__name__)
 
 
 def run(
@@ -70,8 +73,13 @@ def run(
             on_step=on_step,
         )
         if config.eval.after:
-            held_out.start("after")
-            trainer.evaluate("after")
+            try:
+                held_out.start("after")
+                trainer.evaluate("after")
+            except BaseException as error:
+                if config.save_freq > 0:
+                    error.add_note("(every step is saved; the same command evaluates again and writes summary.json)")
+                raise
         return outcome, held_out.scores
 
 
@@ -95,7 +103,10 @@ def _make_tracker(config: RunConfig, run_dir: Path) -> Callable[[StepReport], No
 
     def send(report: StepReport) -> None:
         figures = {"loss": report.loss, "policy_version": report.policy_version, **report.metrics}
-        tracking.log(data={k: v for k, v in figures.items() if v is not None}, step=report.step)
+        try:
+            tracking.log(data={k: v for k, v in figures.items() if v is not None}, step=report.step)
+        except OSError as error:  # metrics.jsonl has the step
+            logger.warning("step %d did not reach a tracker of trainer.logger: %s", report.step, error)
 
     return send
 

@@ -41,7 +41,16 @@ from atropos_verl.training.extensions import check_extensions, load_function
 from atropos_verl.training.samples import build_samples, sample_settings
 from atropos_verl.training.selfplay import RewardFunction, SelfPlay
 from atropos_verl.training.staleness import BatchProvenance, look_up_counts, staleness_metrics
-from atropos_verl.training.step import HeldOut, LoggedProgress, Progress, StepLog, is_best, outcome, step_report
+from atropos_verl.training.step import (
+    NO_SIGNAL,
+    HeldOut,
+    LoggedProgress,
+    Progress,
+    StepLog,
+    is_best,
+    outcome,
+    step_report,
+)
 from atropos_verl.types import SampleReport, ScoredGroup, StepReport, TrainingSample
 
 if TYPE_CHECKING:
@@ -321,6 +330,8 @@ class AtroposTrainer:
         if tokens == 0:
             logger.warning("the batch has no token to train on; no optimiser step")
             return {"loss": 0.0, "tokens": 0.0}
+        if not any(s.advantages.any() for s in samples):
+            logger.warning("step %d: %s", self.step + 1, NO_SIGNAL)
         if not self._overlapped:
             self.close_rollouts()
         self.updating = True

@@ -79,13 +79,23 @@ def _on_every_rank(method: F) -> F:
     def call(self: PolicyWorker, *arguments: Any) -> Any:
         if self.rank == 0:
             self._broadcast(method.__name__, arguments)
-        return method(self, *arguments)
+        self._is_inside = True
+        result = method(self, *arguments)
+        if isinstance(result, Iterator):
+            return self._to_the_end(result)
+        self._is_inside = False
+        return result
 
     return cast(F, call)
 
 
 class PolicyWorker:
     """Owns the trained policy: forward, backward, optimiser, checkpoints, and the weights for the engine."""
+
+    _is_inside = False
+    """A call of every rank is under way, or did not come to its end: then the other ranks have ended, or wait in it."""
+    _left: Iterator[Any] | None = None
+    """What nobody has taken yet of what the last call gives; it can still be brought to its end."""
 
     def __init__(self, config: RunConfig, model_path: Path) -> None:
         self.config = config
@@ -108,7 +118,7 @@ class PolicyWorker:
             try:
                 self._broadcast("close", ())
             except RuntimeError as error:  # torch's word for a broken connection
-                logger.warning("the other ranks are gone already: %s", error)
+                logger.warning("the other ranks end with this process: %s", error)
 
     def serve(self) -> None:
         """Ranks above 0 run what rank 0 runs, until it closes."""
@@ -123,8 +133,24 @@ class PolicyWorker:
                 for _ in result:
                     pass
 
+    def _to_the_end(self, items: Iterator[Any]) -> Iterator[Any]:
+        self._left = items
+        try:
+            for item in items:  # noqa: UP028 - "yield from" would close them with this
+                yield item
+        except Exception:
+            self._left = None
+            raise
+        self._is_inside = False
+
     def _broadcast(self, name: str, arguments: tuple[Any, ...]) -> None:
+        """Raises ``RuntimeError`` after a call that did not come to its end: nobody would hear it, for hours."""
         if self.world_size > 1:
+            if self._is_inside and self._left is None:
+                raise RuntimeError(f"{name}: an earlier call was not finished, so the other ranks cannot be reached")
+            for _ in self._left or ():  # whoever took them gave up
+                pass
+            self._left = None
             torch.distributed.broadcast_object_list([(name, arguments)], src=0, device=torch.device("cpu"))
 
     # ------------------------------------------------------------------ calls of rank 0

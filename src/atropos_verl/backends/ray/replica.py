@@ -388,9 +388,15 @@ class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
 
     @property
     def server(self) -> Any:
-        """The replica's actor, which is started after this adapter, and again when it has died."""
+        """The replica's actor, which is started after this adapter, and again when it has died.
+
+        Raises ``RayActorError``, as its methods do, while there is none.
+        """
         if self.server_handle is None:
-            self.server_handle = ray.get_actor(f"{self.config.name}_server_{self.replica_rank}_0")
+            try:
+                self.server_handle = ray.get_actor(f"{self.config.name}_server_{self.replica_rank}_0")
+            except ValueError as error:
+                raise RayActorError(error_msg=str(error)) from error
         return self.server_handle
 
     async def resume(self, tags: list[str]) -> None:

@@ -196,9 +196,8 @@ class AtroposTaskRunner:
 
     def _wait_for(self, name: str) -> Any:
         """Wait until the command raises the flag, or asks the run to end (then None)."""
-        is_end = name == "end"
-        while (content := self.flag(name)) is None and (is_end or not self.trainer.on_stop()):
-            if not is_end:  # then it has ended
+        while (content := self.flag(name)) is None and not self.trainer.on_stop():
+            if name != "end":  # then it has ended
                 self.feed.check()
             self.trainer.replace_dead_replicas()
             time.sleep(_WAIT_INTERVAL)

@@ -450,6 +450,8 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
                     super()._save_checkpoint()
                 finally:
                     settings.update({key: given.get(key) for key in of_verl})
+        kept = {path.name for path in self.checkpoint_root.glob("global_step_*")}
+        self.actor_rollout_wg.remove_checkpoints(str(self.checkpoint_root), kept)
         self._covered_step = self.global_steps
 
     def _load_checkpoint(self) -> None:

@@ -7,7 +7,9 @@ Ray imports this module in every process that trains. It registers, under verl's
 - the engines of ``verl_plugin.engines``.
 """
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,6 +68,13 @@ class _PolicyWorker(_PreparedWorker):
         if self.rollout is not None:
             forget_server(self.rollout)
             self.base_sync_done = "dummy" not in self.config.rollout.load_format
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
+    def remove_checkpoints(self, root: str, kept: set[str]) -> None:
+        """On a node with a disk of its own, remove this node's part of checkpoints that are gone at the trainer."""
+        for directory in Path(root).glob("global_step_*"):
+            if directory.name not in kept:
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 class AtroposTrainingWorker(_PreparedWorker, TrainingWorker):  # type: ignore[misc]

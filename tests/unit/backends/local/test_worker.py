@@ -9,8 +9,10 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -400,3 +402,29 @@ def test_a_gpu_that_a_variable_hides_is_missed_by_name(
         worker_module.import_verl(RunConfig.from_mapping({"trainer": {"device": "cuda"}}))
     assert worker_module.import_verl(RunConfig()) == "cpu"
     assert caplog.messages == ["trainer.device=auto is the CPU: CUDA_VISIBLE_DEVICES='' leaves torch no GPU"]
+
+
+def test_other_ranks_are_asked_nothing_after_a_call_that_did_not_come_to_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They wait inside it, and a second call would wait for them. Tensors that nobody takes are taken first."""
+    asked: list[str] = []
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda told, **_: asked.append(told[0][0]))
+    gathered: list[str] = []
+
+    def gather() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in "abc":
+            gathered.append(name)
+            yield name, torch.zeros(1)
+
+    worker = PolicyWorker.__new__(PolicyWorker)
+    engine = SimpleNamespace(get_per_tensor_param=lambda: (gather(), None))
+    vars(worker).update(rank=0, world_size=2, _closed=False, _worker=SimpleNamespace(engine=engine), config=None)
+    next(worker.named_tensors())
+    assert [name for name, _ in worker.named_tensors()] == gathered[3:] == ["a", "b", "c"] == gathered[:3]
+    with pytest.raises(AttributeError):
+        worker.train([])
+    with pytest.raises(RuntimeError, match="save_checkpoint: an earlier call was not finished"):
+        worker.save_checkpoint(Path("there"), 1)
+    worker.close()
+    assert asked == ["named_tensors", "named_tensors", "train"]

@@ -6,9 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from ray.exceptions import RayActorError
 
+from atropos_verl.backends.ray import replica
 from atropos_verl.backends.ray.gateway import to_sampling_params, to_structured
-from atropos_verl.backends.ray.replica import TransformersServer, to_request
+from atropos_verl.backends.ray.replica import TransformersServer, TransformersServerAdapter, to_request
 from atropos_verl.engine.gate import RequestGate
 from atropos_verl.errors import GenerationRequestError
 from atropos_verl.types import Constraint, GenerationRequest
@@ -72,3 +75,18 @@ async def test_a_request_that_had_not_reached_the_engine_is_aborted_as_well() ->
     assert answer["aborted_count"] == 2
     assert asked == {"a": 3, "b": 3}
     assert not server._engine.gate.is_open
+
+
+async def test_a_replica_that_nobody_has_started_again_yet_is_a_dead_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get_actor(name: str) -> Any:
+        raise ValueError(f"Failed to look up actor with name '{name}'")
+
+    monkeypatch.setattr(replica.ray, "get_actor", get_actor)
+    adapter = TransformersServerAdapter.__new__(TransformersServerAdapter)
+    bucket = SimpleNamespace(update_weights_bucket_megabytes=1)
+    adapter.config = SimpleNamespace(name="transformers", checkpoint_engine=bucket)
+    adapter.replica_rank, adapter.server_handle = 3, None
+    await adapter.resume(["weights"])
+    await adapter.update_weights(iter([("a", torch.zeros(1))]), global_steps=1)
+    with pytest.raises(RayActorError, match="transformers_server_3_0"):
+        await adapter.release()

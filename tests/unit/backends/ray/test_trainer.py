@@ -3,6 +3,7 @@ the trainer does when a replica dies, and what verl is not told."""
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager
 
 from atropos_verl.backends.ray import task_runner
 from atropos_verl.backends.ray.trainer import MODES, AtroposAgentLoopManager, AtroposSyncTrainer
+from atropos_verl.backends.ray.workers import AtroposActorRolloutRefWorker
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.config.verl_keys import compose_run
 from atropos_verl.errors import (
@@ -191,6 +193,7 @@ def test_verl_removes_nothing_of_a_checkpoint_before_the_next_one_is_whole(
     for manager in managers.values():
         manager.previous_saved_paths = []
     damages: list[str | None] = []
+    other = tmp_path.with_name(f"{tmp_path.name}-on-another-node")
 
     def save(trainer: Any) -> None:
         config, before = trainer.config.trainer, sorted(path.parent for path in tmp_path.glob("*/manifest.json"))
@@ -201,6 +204,7 @@ def test_verl_removes_nothing_of_a_checkpoint_before_the_next_one_is_whole(
             path.mkdir(parents=True)
             (path / "weights").touch()
             manager.register_checkpoint(str(path), keep)
+        (other / f"global_step_{trainer.global_steps}" / "actor").mkdir(parents=True)
         damages.extend(find_damage(path) for path in before)
 
     monkeypatch.setattr(PPOTrainer, "_save_checkpoint", save)
@@ -208,10 +212,13 @@ def test_verl_removes_nothing_of_a_checkpoint_before_the_next_one_is_whole(
     trainer.config = OmegaConf.create({"trainer": {"default_local_dir": str(tmp_path), **settings}})
     OmegaConf.set_struct(trainer.config, True)
     trainer.state, trainer.atropos = RunState(), SimpleNamespace(run=RunConfig())
+    workers = partial(AtroposActorRolloutRefWorker.remove_checkpoints, None, str(other))
+    trainer.actor_rollout_wg = SimpleNamespace(remove_checkpoints=lambda _, kept: workers(kept))
     for trainer.global_steps in (1, 2, 3, 4):
         trainer._save_checkpoint()
     assert damages and not any(damages)
-    assert [int(path.name[-1]) for path in sorted(tmp_path.glob("global_step_*"))] == kept
+    for node in (tmp_path, other):
+        assert [int(path.name[-1]) for path in sorted(node.glob("global_step_*"))] == kept
     assert settings.items() <= dict(trainer.config.trainer).items()
 
 
