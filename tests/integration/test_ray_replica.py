@@ -17,6 +17,7 @@ from atropos_verl.backends.ray.gateway import ClusterGateway
 from atropos_verl.backends.ray.replicas import Replicas
 from atropos_verl.config.schema import SyncConfig
 from atropos_verl.errors import WeightSyncError
+from atropos_verl.gateway.sessions import SessionStore
 
 _TOKENS = list(range(40, 90))
 _STANDALONE = [  # what verl's separate_async asks of the configuration; it changes nothing for a colocated replica
@@ -207,6 +208,35 @@ async def test_environments_requests_outlast_every_kind_of_weight_update(cluster
                     model_path, {v: scorers[v] for v in range(first, last + 1)}, prompt, tokens, logprobs
                 )
                 assert (made_by[0], made_by[-1]) == (first, last)
+
+
+async def test_a_session_before_replicas_whose_weights_change(cluster: Cluster, tmp_path: Path) -> None:
+    """One row, although the weights were updated between its turns and within them."""
+    store, tokenizer = SessionStore(tmp_path), build_tiny_tokenizer()
+    start = _call(cluster, "get_stats")["policy_version"]
+    with ClusterGateway(cluster.servers.get_client(), tokenizer, sessions=store) as gateway:
+        async with httpx.AsyncClient(base_url=gateway.url, timeout=60.0) as client:
+            session = (await client.post("/sessions", json={"group": "g"})).json()
+            messages: list[dict[str, str]] = []
+            for turn in range(3):
+                messages.append({"role": "user", "content": f"question {turn}"})
+                body = {"messages": messages, "max_tokens": 100, "ignore_eos": True, "stream": False}
+                asked = asyncio.ensure_future(client.post(f"/s/{session['id']}/v1/chat/completions", json=body))
+                await _generated(cluster, 20)
+                await cluster.checkpoints.abort_replicas()
+                await cluster.checkpoints.sleep_replicas()
+                await asyncio.to_thread(cluster.checkpoints.update_weights, start + 1 + turn)
+                await cluster.checkpoints.resume_generation_replicas()
+                gateway.release(start + 1 + turn)
+                messages.append((await asked).json()["choices"][0]["message"])
+            await client.post(f"/sessions/{session['id']}/reward", json={"reward": 1})
+            rollout = (await client.get(f"/sessions/{session['id']}/rollout")).json()
+    store.close()
+    [row] = rollout["rows"]
+    assert row["turns"] == [0, 1, 2] and [stop - start for start, stop in row["spans"]] == [100] * 3
+    versions = [row["versions"][slice(*span)] for span in row["spans"]]
+    assert [(made[0], made[-1]) for made in versions] == [(start + turn, start + 1 + turn) for turn in range(3)]
+    assert all(value <= 0 for span in row["spans"] for value in row["logprobs"][slice(*span)])
 
 
 @pytest.mark.parametrize("death", [kill, break_the_engine])

@@ -22,7 +22,6 @@ from functools import partial
 from typing import Any
 
 import msgspec
-import xxhash
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -42,7 +41,7 @@ from atropos_verl.gateway.native import generate, generate_trl
 from atropos_verl.gateway.openai import completions
 from atropos_verl.gateway.responses import responses
 from atropos_verl.gateway.service import Answer, GatewayService
-from atropos_verl.gateway.sessions import MAX_RECORD_BYTES, Session, SessionService, SessionStore
+from atropos_verl.gateway.sessions import Session, SessionService, SessionStore
 from atropos_verl.gateway.text import TextCodec
 from atropos_verl.http_thread import (
     EVALUATION_PATH,
@@ -68,6 +67,8 @@ _CANCEL_TIMEOUT = 10.0
 _MAX_BODY_BYTES = 16 << 20
 """Largest request body: about two million prompt tokens as JSON."""
 _LONG_BODY_BYTES = 128 << 10
+_MAX_SESSION_BODY_BYTES = 32 << 10
+"""Of what opens a session, or its reward."""
 _LONG_READERS = ThreadPoolExecutor(2, "gateway-long-request")
 _MAX_UNREAD_BYTES = 256 << 20
 """Bodies in memory that are not read yet, together."""
@@ -422,27 +423,27 @@ def _reader(handler: Handler) -> Reader:
 def _session_readers(sessions: SessionStore, advertise_url: str | None) -> dict[str, Reader]:
     """The POST routes of sessions. An empty body is an empty object."""
 
-    async def create(request: Request, fields: Fields, digest: int) -> dict[str, Any]:
-        key = request.headers.get("idempotency-key", "").strip() or None
-        session = await sessions.create(fields, key, digest)
+    async def create(request: Request, body: bytes) -> dict[str, Any]:
+        session = await sessions.create(body, request.headers.get("idempotency-key", "").strip() or None)
         base = (advertise_url or str(request.base_url)).rstrip("/")
         record = session.record
         return {**sessions.summary(session), "base_url": f"{base}/s/{record.id}/v1", "api_key": record.api_key}
 
-    async def reward(request: Request, fields: Fields, _: int) -> dict[str, Any]:
-        return await sessions.reward(sessions.find(request.path_params["id"]), fields)
+    async def reward(request: Request, body: bytes) -> dict[str, Any]:
+        return await sessions.reward(sessions.find(request.path_params["id"]), body)
 
-    async def abort(request: Request, fields: Fields, _: int) -> dict[str, Any]:
-        return await sessions.abort(sessions.find(request.path_params["id"]), fields)
+    async def abort(request: Request, body: bytes) -> dict[str, Any]:
+        return await sessions.abort(sessions.find(request.path_params["id"]), body)
 
-    def reader(action: Callable[[Request, Fields, int], Awaitable[dict[str, Any]]]) -> Reader:
+    def reader(action: Callable[[Request, bytes], Awaitable[dict[str, Any]]]) -> Reader:
         def read(_: GatewayService, scope: Scope, body: bytearray, abandoned: threading.Event) -> Answer:
-            if len(body) > MAX_RECORD_BYTES:
-                raise ApiError(413, f"the body is larger than {MAX_RECORD_BYTES} bytes; store large things elsewhere")
-            fields, digest = parse_body(body or b"{}", abandoned), xxhash.xxh3_64_intdigest(body)
+            if len(body) > _MAX_SESSION_BODY_BYTES:
+                text = f"the body is larger than {_MAX_SESSION_BODY_BYTES} bytes; store large things elsewhere"
+                raise ApiError(413, text)
+            sent = bytes(body) or b"{}"
 
             async def answer() -> bytes:
-                return msgspec.json.encode(await action(Request(scope), fields, digest))
+                return msgspec.json.encode(await action(Request(scope), sent))
 
             return answer
 

@@ -20,6 +20,7 @@ import asyncio
 import hmac
 import logging
 import math
+import re
 import secrets
 import time
 from collections import Counter
@@ -29,14 +30,14 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import xxhash
 
 from atropos_verl.errors import StorageWriteError
 from atropos_verl.gateway.chat import ChatTurn, Message, Rendered
-from atropos_verl.gateway.fields import ApiError, Fields
+from atropos_verl.gateway.fields import ApiError
 from atropos_verl.gateway.lineages import Prompt, StoredTurn, Tree, kept_turns, new_turn, training_rows
 from atropos_verl.gateway.service import GatewayService, joined
 from atropos_verl.storage import Change, Key, RecordStore
@@ -52,13 +53,43 @@ _MAX_ENDED = 10_000
 _MAX_TURNS = 10_000
 _MAX_SESSION_BYTES = 256 << 20
 """Of the turns of one session, on disk."""
-MAX_RECORD_BYTES = 32 << 10
-"""Of what ``POST /sessions`` or a reward brings."""
-_MAX_NAME, _MAX_KEY, _MAX_SIZE = 200, 256, 100_000
-_DEFAULT_TTL, _MAX_TTL = 3600, 7 * 24 * 3600
+_MAX_KEY = 256
+_FIELD = re.compile(r"field `(.*?)`|\$\.(\w+)")
 
 _Rows = Sequence[tuple[Key, bytes]]
 State = Literal["open", "finished", "aborted", "expired"]
+
+
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+_T = TypeVar("_T")
+
+
+class Opening(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of ``POST /sessions``."""
+
+    group: _Name
+    task: str | None = None
+    metadata: dict[str, Any] | None = None
+    size: Annotated[int, msgspec.Meta(ge=1, le=100_000)] | None = None
+    """Rollouts that the group is to have."""
+    ttl: Annotated[float, msgspec.Meta(gt=0, le=7 * 24 * 3600)] = 3600.0
+    """Seconds."""
+
+
+class Outcome(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of ``POST /sessions/ID/reward``."""
+
+    reward: float
+    per_turn: list[float] | None = None
+    """[answered turns]"""
+    info: dict[str, Any] | None = None
+    finished: bool = True
+
+
+class Abort(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of ``POST /sessions/ID/abort``."""
+
+    reason: _Name | None = None
 
 
 class SessionRecord(msgspec.Struct, kw_only=True):
@@ -66,24 +97,22 @@ class SessionRecord(msgspec.Struct, kw_only=True):
 
     id: str
     secret: str
-    group: str
-    task: str | None
-    metadata: dict[str, Any]
-    size: int | None
-    """Rollouts that the group is to have."""
+    opening: Opening
     created: float
-    expires: float
     """Seconds since the epoch."""
     idempotency: tuple[str, int] | None = None
     """Key and digest of the request that opened it."""
     state: State = "open"
-    reward: float | None = None
-    per_turn: list[float] | None = None
-    info: dict[str, Any] | None = None
+    outcome: Outcome | None = None
     reason: str | None = None
     """Of an abort."""
     turns: int = 0
     """Recorded completions; of an ended session."""
+
+    @property
+    def expires(self) -> float:
+        """Seconds since the epoch."""
+        return self.created + self.opening.ttl
 
     @property
     def api_key(self) -> str:
@@ -152,6 +181,9 @@ class Session:
         """Requests whose answer nobody got, as far as is known."""
         return {exchange.id for exchange in self.exchanges.values() if exchange.was_received is False}
 
+    def kept_turns(self) -> list[int]:
+        return kept_turns([turn.stored for turn in self.tree.turns], self.unreceived)
+
     def check_open(self) -> None:
         record = self.record
         if record.state != "open":
@@ -206,7 +238,7 @@ class SessionStore:
         self._sessions: dict[str, Session] = {}
         self._open: dict[str, Session] = {}
         self._by_key: dict[str, Session] = {}
-        self._ended: Counter[str] = Counter()
+        self._ended: Counter[str] = Counter(finished=0, aborted=0, expired=0)
         self._turns = self._replayed = self._lineages = 0
         self._first_end = math.inf
         """When the next open session ends, or before."""
@@ -222,54 +254,50 @@ class SessionStore:
 
     def _restore(self, session: Session) -> None:
         record = session.record
-        self._sessions[record.id] = session
-        if record.idempotency is not None:
-            self._by_key[record.idempotency[0]] = session
+        self._add(session)
         if record.state != "open":
             return
         if damage := session.restore(*(future.result() for future in self._rows(session))):
             logger.error("session %s is damaged and is aborted: %s", record.id, damage)
             record.state, record.reason = "aborted", f"it is damaged: {damage}"
-            return
-        self._open[record.id] = session
-        self._first_end = min(self._first_end, record.expires)
+            del self._open[record.id]
+
+    def _add(self, session: Session) -> None:
+        record = session.record
+        self._sessions[record.id] = session
+        if record.idempotency is not None:
+            self._by_key[record.idempotency[0]] = session
+        if record.state == "open":
+            self._open[record.id] = session
+            self._first_end = min(self._first_end, record.expires)
 
     # -- opening, finding, ending ------------------------------------------------------------------------------------
 
-    async def create(self, fields: Fields, key: str | None, digest: int) -> Session:
-        """``POST /sessions``. Raises ``ApiError`` 400, 409, 413, 429, 507."""
+    async def create(self, body: bytes, key: str | None) -> Session:
+        """``POST /sessions``. Raises ``ApiError`` 400, 409, 429, 507."""
         self.expire()
+        digest = xxhash.xxh3_64_intdigest(body) >> 1
         if key is not None and (known := self._by_key.get(key)) is not None:
             if known.record.idempotency != (key, digest):
                 raise ApiError(409, "Idempotency-Key: another request had this key", code="idempotency_conflict")
-            return known
-        group, task = fields.get("group", ""), fields.get("task", "")
-        if not 0 < len(group) <= _MAX_NAME:
-            raise fields.error("group", f"name the group that the rollout belongs to, in 1 to {_MAX_NAME} characters")
-        now, ttl = time.time(), fields.number("ttl", _DEFAULT_TTL, minimum=0.001, maximum=_MAX_TTL)
+            async with known.lock:  # it is stored
+                return known
         record = SessionRecord(
             id=secrets.token_hex(12),
             secret=secrets.token_urlsafe(24),
-            group=group,
-            task=task or None,
-            metadata=_object(fields, "metadata") or {},
-            size=fields.integer("size", None, minimum=1, maximum=_MAX_SIZE),
-            created=now,
-            expires=now + ttl,
+            opening=_read(body, Opening),
+            created=time.time(),
             idempotency=None if key is None else (key, digest),
         )
-        _refuse_unread(fields)
         if len(self._open) >= _MAX_OPEN:
             text = f"{_MAX_OPEN} sessions are open; finish or abort some, or wait until their ttl ends"
             raise ApiError(429, text, code="too_many_sessions")
         session = Session(self._next, record)
         self._next += 1
-        self._sessions[record.id] = self._open[record.id] = session
-        self._first_end = min(self._first_end, record.expires)
-        if key is not None:
-            self._by_key[key] = session
+        self._add(session)
         try:
-            await self._write([self._row(session)])
+            async with session.lock:
+                await self._write([self._row(session)])
         except ApiError:
             self._drop(session)
             raise
@@ -293,48 +321,31 @@ class SessionStore:
             raise ApiError(401, "this is the key of no session here", code="invalid_api_key")
         return session
 
-    async def reward(self, session: Session, fields: Fields) -> dict[str, Any]:
-        """``POST /sessions/ID/reward``: sets what is given; with ``finished``, the default, ends the session.
-
-        Raises ``ApiError`` 400, 409 (it has ended otherwise), 410, 507.
-        """
-        record = session.record
-        if "reward" not in fields:
-            raise fields.error("reward", "missing; send the reward of the rollout as a number")
-        reward, finished = fields.number("reward", 0.0), fields.get("finished", True)
-        info = _object(fields, "info")
-        per_turn = fields.raw("per_turn")
-        if per_turn is not None:
-            try:
-                per_turn = msgspec.convert(per_turn, list[float])
-            except (msgspec.ValidationError, OverflowError) as error:
-                raise fields.error("per_turn", f"expected a list of numbers, one per answered turn: {error}") from error
-        _refuse_unread(fields)
-        given = msgspec.structs.replace(record, reward=reward, per_turn=per_turn, info=info)
-        if record.state == "finished":
-            if given != record or not finished:
-                text = f"session {record.id} was finished with reward {record.reward!r}, and other details than these"
+    async def reward(self, session: Session, body: bytes) -> dict[str, Any]:
+        """``POST /sessions/ID/reward``. Raises ``ApiError`` 400, 409 (it has ended otherwise), 410, 507."""
+        given = _read(body, Outcome)
+        async with session.lock:
+            record = msgspec.structs.replace(session.record, outcome=given)
+            if record.state == "finished" and record != session.record:
+                text = f"session {record.id} was finished with another reward or other details"
                 raise ApiError(409, text, code="already_finished")
-            return self.summary(session)
-        session.check_open()
-        turns = len(kept_turns([turn.stored for turn in session.tree.turns], session.unreceived))
-        if per_turn is not None and (len(per_turn) > turns or (finished and len(per_turn) != turns)):
-            raise fields.error("per_turn", f"{len(per_turn)} values for {turns} answered turns")
-        if finished:
-            await self._end(session, "finished", given)
-        else:
-            await self._write([self._row(session, given)])
-            session.record = given
+            if record.state != "finished":
+                session.check_open()
+                turns, values = len(session.kept_turns()), len(given.per_turn or ())
+                if given.per_turn is not None and (values > turns or (given.finished and values != turns)):
+                    text = f"per_turn: {values} values for {turns} answered turns"
+                    raise ApiError(400, text, param="per_turn")
+                await self._store(session, record, "finished" if given.finished else "open")
         return self.summary(session)
 
-    async def abort(self, session: Session, fields: Fields) -> dict[str, Any]:
-        """``POST /sessions/ID/abort``: no rollout comes of it. Raises ``ApiError`` 409 when it is finished, 507."""
-        reason = fields.get("reason", "")[:_MAX_NAME]
-        _refuse_unread(fields)
-        if session.record.state == "finished":
-            raise ApiError(409, f"session {session.record.id} is finished", code="already_finished")
-        if session.record.state == "open":
-            await self._end(session, "aborted", msgspec.structs.replace(session.record, reason=reason or None))
+    async def abort(self, session: Session, body: bytes) -> dict[str, Any]:
+        """``POST /sessions/ID/abort``: no rollout comes of it. Raises ``ApiError`` 400, 409 (it is finished), 507."""
+        given = _read(body, Abort)
+        async with session.lock:
+            if session.record.state == "finished":
+                raise ApiError(409, f"session {session.record.id} is finished", code="already_finished")
+            if session.record.state == "open":
+                await self._store(session, msgspec.structs.replace(session.record, reason=given.reason), "aborted")
         return self.summary(session)
 
     def expire(self) -> None:
@@ -342,20 +353,23 @@ class SessionStore:
         now = time.time()
         if now < self._first_end:
             return
-        for session in [one for one in self._open.values() if one.record.expires <= now]:
-            record = msgspec.structs.replace(session.record, state="expired", turns=len(session.tree.turns))
-            text = "session %s of group %r had no final reward within its ttl of %.0f s, and is ended"
-            logger.warning(text, record.id, record.group, record.expires - record.created)
-            self._records.write([self._row(session, record)])
-            self._close(session, record)
+        for session in [*self._open.values()]:
+            record = session.record
+            if record.expires <= now and not session.lock.locked():
+                text = "session %s of group %r had no final reward within its ttl of %.0f s, and is ended"
+                logger.warning(text, record.id, record.opening.group, record.opening.ttl)
+                record = msgspec.structs.replace(record, state="expired", turns=len(session.tree.turns))
+                self._records.write([self._row(session, record)])
+                self._close(session, record)
         self._first_end = min((one.record.expires for one in self._open.values()), default=math.inf)
 
-    async def _end(self, session: Session, state: State, record: SessionRecord) -> None:
-        async with session.lock:
-            session.check_open()
-            record = msgspec.structs.replace(record, state=state, turns=len(session.tree.turns))
-            changes = [self._row(session, record)]
-            await self._write(changes)
+    async def _store(self, session: Session, record: SessionRecord, state: State) -> None:
+        """``session.lock`` is held. Raises ``ApiError`` 507."""
+        record = msgspec.structs.replace(record, state=state, turns=len(session.tree.turns))
+        await self._write([self._row(session, record)])
+        if state == "open":
+            session.record = record
+        else:
             self._close(session, record)
 
     def _close(self, session: Session, record: SessionRecord) -> None:
@@ -388,9 +402,10 @@ class SessionStore:
 
     def summary(self, session: Session) -> dict[str, Any]:
         record = session.record
-        names = ("id", "group", "task", "metadata", "size", "state", "created", "expires")
-        result = {name: getattr(record, name) for name in (*names, "reward", "per_turn", "info", "reason")}
-        return {**result, "turns": len(session.tree.turns) or record.turns}
+        about = {name: getattr(record, name) for name in ("id", "state", "created", "expires", "reason")}
+        outcome = {name: getattr(record.outcome, name, None) for name in ("reward", "per_turn", "info")}
+        turns = len(session.tree.turns) or record.turns
+        return {**about, **msgspec.structs.asdict(record.opening), **outcome, "turns": turns}
 
     async def describe(self, session: Session) -> dict[str, Any]:
         """``GET /sessions/ID``: its tree."""
@@ -438,15 +453,10 @@ class SessionStore:
     def figures(self) -> list[tuple[str, str, float]]:
         """For the metrics: name, text, value."""
         self.expire()
-        ended = [(f"sessions_{s}_total", f"Sessions that were {s}.", self._ended[s]) for s in ("finished", "aborted")]
+        ended = [(f"sessions_{state}_total", f"Sessions that ended {state}.", n) for state, n in self._ended.items()]
         return [
             ("sessions_open", "Open sessions.", len(self._open)),
             *ended,
-            (
-                "sessions_expired_total",
-                "Sessions that had no final reward until their ttl ended.",
-                self._ended["expired"],
-            ),
             ("session_turns_total", "Completions recorded in sessions.", self._turns),
             ("session_lineages_total", "Lineages that these began.", self._lineages),
             ("session_replays_total", "Requests that got the completions of an earlier equal one.", self._replayed),
@@ -708,18 +718,12 @@ def _deltas(generations: Sequence[Generation]) -> Iterator[GenerationDelta]:
             )
 
 
-def _object(fields: Fields, name: str) -> dict[str, Any] | None:
-    """An object that can be stored."""
-    if name not in fields:
-        return None
-    value = fields.get(name, dict[str, Any]())
+def _read(body: bytes, kind: type[_T]) -> _T:
+    """A body of one of the routes of sessions. Raises ``ApiError`` 400 naming the field."""
     try:
-        msgspec.msgpack.encode(value)
-    except (OverflowError, RecursionError) as error:
-        raise fields.error(name, f"it cannot be stored: {error}") from error
-    return value
-
-
-def _refuse_unread(fields: Fields) -> None:
-    if unread := fields.unread():
-        raise fields.error(unread[0][:100], "this field is not known here")
+        made = msgspec.json.decode(body, type=kind)
+        msgspec.msgpack.encode(made)
+        return made
+    except (msgspec.MsgspecError, OverflowError, RecursionError) as error:
+        found = _FIELD.search(str(error))
+        raise ApiError(400, f"the body: {error}", param=found and (found[1] or found[2])) from error

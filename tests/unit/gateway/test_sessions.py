@@ -299,7 +299,7 @@ def reward(client: httpx.Client, session: dict[str, Any], **body: Any) -> httpx.
     return client.post(f"/sessions/{session['id']}/reward", json=body)
 
 
-def code_of(response: httpx.Response) -> tuple[int, str]:
+def code_of(response: httpx.Response) -> tuple[int, str | None]:
     return response.status_code, response.json()["error"]["code"] or response.json()["error"]["param"]
 
 
@@ -315,7 +315,7 @@ def test_a_reward_is_set_once(client: httpx.Client, engine: OracleEngine) -> Non
         ({"reward": 1, "per_turn": [1]}, "per_turn"),
         ({"reward": 1, "per_turn": [1, True]}, "per_turn"),
         ({"reward": 1, "info": [1]}, "info"),
-        ({"reward": 1, "info": {"a": 10**30}}, "info"),
+        ({"reward": 1, "info": {"a": 10**30}}, None),
         ({"reward": 1, "x": 1}, "x"),
     ):
         assert code_of(reward(client, session, **body)) == (400, field)
@@ -383,13 +383,13 @@ def test_a_session_is_opened_once_per_idempotency_key(client: httpx.Client) -> N
         ({"group": "g", "ttl": 0}, "ttl"),
         ({"group": "g", "ttl": 10**9}, "ttl"),
         ({"group": "g", "metadata": [1]}, "metadata"),
-        ({"group": "g", "metadata": {"a": 10**30}}, "metadata"),
+        ({"group": "g", "metadata": {"a": 10**30}}, None),
         ({"group": "g", "task": 5}, "task"),
         ({"group": "g", "size": 0}, "size"),
         ({"group": "g", "other": 0}, "other"),
     ],
 )
-def test_a_bad_session_is_refused_by_its_field(client: httpx.Client, body: dict[str, Any], field: str) -> None:
+def test_a_bad_session_is_refused_by_its_field(client: httpx.Client, body: dict[str, Any], field: str | None) -> None:
     assert code_of(client.post("/sessions", json=body)) == (400, field)
 
 
