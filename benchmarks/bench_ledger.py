@@ -3,7 +3,8 @@
 Baselines, in the same run and interleaved: for recording, ``tuple`` → list of (id, logprob, version) per token in plain
 Python under a dictionary of the prompt; for looking up, comparing each sequence with every remembered one of its prompt
 token by token. The store's floor is one ``write`` of the same bytes; ``stored`` ends when its thread has written.
-Prints medians and ratios as JSON.
+``repair``: the same completions as text that was tokenised anew, looked up by ids alone, and with the repair that gives
+them back their ids (the texts of new records are indexed in it). Prints medians and ratios as JSON.
 """
 
 import argparse
@@ -12,27 +13,33 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import AutoTokenizer
 
+from atropos_verl.assets import demo_model_path
 from atropos_verl.provenance.attribution import SequenceQuery, look_up
 from atropos_verl.provenance.ledger import Ledger
+from atropos_verl.provenance.repair import Repairer
+from atropos_verl.token_texts import TokenTexts
 from atropos_verl.types import Generation
 
 PROMPT = 256
 
 
-def make(groups: int, size: int, tokens: int, seed: int) -> list[tuple[tuple[int, ...], list[Generation]]]:
-    rng = np.random.default_rng(seed)
+def make(
+    groups: int, size: int, tokens: int, seed: int, vocabulary: Sequence[int] = range(150_000)
+) -> list[tuple[tuple[int, ...], list[Generation]]]:
+    rng, ids = np.random.default_rng(seed), np.array(vocabulary)
     made = []
     for _ in range(groups):
-        prompt = tuple(rng.integers(0, 150_000, PROMPT).tolist())
+        prompt = tuple(rng.choice(ids, PROMPT).tolist())
         generations = [
             Generation(
-                token_ids=tuple(rng.integers(0, 150_000, tokens).tolist()),
+                token_ids=tuple(rng.choice(ids, tokens).tolist()),
                 logprobs=tuple((-rng.random(tokens)).tolist()),
                 finish_reason="stop",
                 policy_version_runs=((3, tokens // 2), (4, tokens - tokens // 2)),
@@ -63,6 +70,40 @@ class PlainLedger:
         raise LookupError("not found")
 
 
+class Retokenised:
+    """The benchmark of ``repair``: completions of random tokens, each of whole characters."""
+
+    def __init__(self, path: str) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.texts = TokenTexts(self.tokenizer)
+        size = len(self.tokenizer)
+        self.vocabulary = [i for i in range(size) if "\ufffd" not in (text := self.texts[i][0]) and text.strip()]
+
+    def encode(self, ids: Sequence[int]) -> list[int]:
+        return list(self.tokenizer.encode(self.tokenizer.decode(ids), add_special_tokens=False))
+
+    def round(self, options: argparse.Namespace, number: int, times: dict[str, list[float]]) -> None:
+        made = make(options.groups, options.size, options.tokens, number, self.vocabulary)
+        ledger = Ledger()
+        queries, exact = [], []
+        for group, (found, generations) in enumerate(made):
+            prompt = tuple(self.encode(found))
+            ledger.record(prompt, generations)
+            for generation in generations:
+                for into, ids in ((exact, generation.token_ids), (queries, self.encode(generation.token_ids))):
+                    mask = np.arange(len(prompt) + len(ids)) >= len(prompt)
+                    row = np.array([*prompt, *ids])
+                    into.append(SequenceQuery(token_ids=row, loss_mask=mask, group=group, is_text=True))
+        repairer = Repairer(ledger, self.texts)
+        times["look_up_exact"].append(seconds(lambda: look_up(ledger, exact)))
+        times["look_up_exact_with_repair"].append(seconds(lambda: look_up(ledger, exact, repairer)))
+        times["look_up_text"].append(seconds(lambda: look_up(ledger, queries)))
+        matches: list[Any] = []
+        times["repair_text"].append(seconds(lambda: matches.extend(look_up(ledger, queries, repairer))))
+        times["repair_text_again"].append(seconds(lambda: look_up(ledger, queries, repairer)))
+        assert all(match.unmatched_spans == 0 and match.repaired_spans == 1 for match in matches)
+
+
 def seconds(work: Callable[[], Any]) -> float:
     started = time.perf_counter()
     work()
@@ -76,7 +117,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--dir", help="where the log is kept, for disks other than the temporary directory's")
+    parser.add_argument("--tokenizer", default=str(demo_model_path()), help="whose texts are repaired")
     options = parser.parse_args()
+    retokenised = Retokenised(options.tokenizer)
     count = options.groups * options.size
     names = (
         "record",
@@ -88,6 +131,11 @@ def main() -> None:
         "look_up_plain",
         "consumed",
         "restart",
+        "look_up_exact",
+        "look_up_exact_with_repair",
+        "look_up_text",
+        "repair_text",
+        "repair_text_again",
     )
     times: dict[str, list[float]] = {name: [] for name in names}
     nbytes = 0
@@ -131,6 +179,7 @@ def main() -> None:
         times["restart"].append(seconds(lambda x=after, d=directory: x.persist(d, 4)))
         assert len(after) == count and after.stats().bytes == nbytes
         after.close()
+        retokenised.round(options, number, times)
     medians = {name: statistics.median(values) for name, values in times.items()}
     tokens = count * options.tokens
     print(
@@ -153,6 +202,11 @@ def main() -> None:
                 "record_speedup_over_plain_python": medians["record_plain"] / medians["record"],
                 "look_up_speedup_over_plain_python": medians["look_up_plain"] / medians["look_up"],
                 "bytes_per_generated_token": nbytes / tokens,
+                "exact_with_repair_over_without": medians["look_up_exact_with_repair"] / medians["look_up_exact"],
+                "repair_over_look_up_of_the_same_text": medians["repair_text"] / medians["look_up_text"],
+                "repair_again_over_look_up_of_the_same_text": medians["repair_text_again"] / medians["look_up_text"],
+                "repair_over_look_up_of_exact_ids": medians["repair_text"] / medians["look_up_exact"],
+                "repair_microseconds_per_sequence": 1e6 * medians["repair_text"] / count,
             },
             indent=1,
         )

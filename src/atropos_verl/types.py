@@ -205,6 +205,18 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RepairedTokens:
+    """A sequence whose text was tokenised anew, with the ids that were sampled. Its length may be another one."""
+
+    token_ids: IntArray
+    """[T]"""
+    loss_mask: NDArray[np.bool_]
+    """[T]; True = trained."""
+    origin: IntArray
+    """[T] index of the posted token in which its text begins; ascending."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceMatch:
     """The gateway's ledger on one sequence.
 
@@ -230,6 +242,11 @@ class SequenceMatch:
     """Found, but in several records with different versions, and nothing tells which it is: the version is unknown."""
     records: tuple[int, ...] = ()
     """Numbers of the ledger's records that the sequence is known to hold."""
+    repaired: RepairedTokens | None = None
+    """The tokens that all of this is about, where they are not those that were posted."""
+    repaired_spans: int = 0
+    ambiguous_texts: int = 0
+    """Unmatched spans whose text was found with different ids: which of them were sampled is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -211,8 +211,10 @@ class OffPolicyConfig(Section):
         256 << 20,
         description="bytes of the ledger (which policy version wrote which token); the least recently used go first",
     )
-    unmatched: Literal["use", "drop"] = Field(
-        "use", description="trained tokens that the gateway did not generate; drop: they are not trained"
+    unmatched: Literal["repair", "use", "drop"] = Field(
+        "repair",
+        description="trained tokens that the gateway did not generate; repair: text that it did generate gets its own "
+        "ids back, unless the environment sends logprobs, the rest is trained; use: all are trained; drop: none is",
     )
     max_staleness: int | None = Field(
         None, ge=0, description="largest staleness of a group, in policy versions; null: no bound"

@@ -3,45 +3,15 @@
 Shapes: ``B`` rows, ``V`` vocabulary.
 """
 
-import re
 import threading
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 
 from atropos_verl.errors import GenerationRequestError
+from atropos_verl.token_texts import TokenTexts
 from atropos_verl.types import GenerationRequest
-
-_REPLACEMENT = "\ufffd"
-_SENTENCEPIECE_SPACE = "\u2581"
-_BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-"""A token of one byte, as SentencePiece names it."""
-
-
-@cache
-def _byte_of_letter() -> dict[str, int]:
-    """The letters by which byte-level vocabularies (GPT-2's and its heirs) name bytes."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return {letter: byte for byte, letter in bytes_to_unicode().items()}
-
-
-def token_text(tokenizer: Any, token_id: int) -> tuple[str, bytes]:
-    """Text and bytes of a token of a Hugging Face tokenizer; a part of a character shows as U+FFFD in the text."""
-    text = str(tokenizer.decode([token_id], skip_special_tokens=False))
-    name = tokenizer.convert_ids_to_tokens(token_id)
-    if not isinstance(name, str):  # a row of the embedding that is no token
-        return text, text.encode()
-    if name.startswith(_SENTENCEPIECE_SPACE) and not text.startswith(" "):
-        text = f" {text}"  # which decoders leave out at the start of a text
-    if _REPLACEMENT not in text:
-        return text, text.encode()
-    if byte := _BYTE_NAME.fullmatch(name):
-        return text, bytes([int(byte[1], 16)])
-    letters = _byte_of_letter()
-    return text, bytes(letters[letter] for letter in name) if letters.keys() >= set(name) else text.encode()
 
 
 class Grammars:
@@ -86,7 +56,8 @@ class _Vocabulary:
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
-        tokens = [token_text(tokenizer, token_id)[1] for token_id in range(min(len(tokenizer), vocab_size))]
+        texts = TokenTexts(tokenizer)
+        tokens = [texts[token_id][1] for token_id in range(min(len(tokenizer), vocab_size))]
         self.tokens = [*tokens, *[b""] * (vocab_size - len(tokens))]
         self.eos_token_id = min(eos_token_ids)
         self.special_token_ids = sorted(

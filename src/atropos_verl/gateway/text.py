@@ -5,10 +5,10 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
-from atropos_verl.engine.constraints import token_text
 from atropos_verl.gateway.chat import ChatTurn, Rendered
 from atropos_verl.gateway.fields import ApiError, Fields, Sampling
 from atropos_verl.gateway.templates import ChatTemplate
+from atropos_verl.token_texts import TokenTexts
 from atropos_verl.types import FinishReason, GenerationRequest
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class TextCodec:
     def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int], *, allows_client_templates: bool = False) -> None:
         self.tokenizer = tokenizer
         self._eos_ids = eos_token_ids
-        self._tokens: dict[int, tuple[str, bytes]] = {}
+        self._tokens = TokenTexts(tokenizer)
         self.template = ChatTemplate(tokenizer, allows_clients=allows_client_templates)
 
     @cached_property
@@ -84,9 +84,7 @@ class TextCodec:
 
     def tokens(self, token_ids: Iterable[int]) -> list[tuple[str, bytes]]:
         """Text and bytes of each token alone, special tokens shown. A part of a character shows as U+FFFD."""
-        known, ids = self._tokens, list(token_ids)
-        known.update((token_id, token_text(self.tokenizer, token_id)) for token_id in ids if token_id not in known)
-        return [known[token_id] for token_id in ids]
+        return [self._tokens[token_id] for token_id in token_ids]
 
     def has_end(self, token_ids: Sequence[int], finish_reason: FinishReason | None, asked: GenerationRequest) -> bool:
         """The last token ended the completion, and is no part of its text."""

@@ -6,12 +6,14 @@ one request for a whole group. What the records that are left do not agree on st
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from atropos_verl.provenance.ledger import Ledger, Piece, SpanRecord
+from atropos_verl.provenance.ledger import IDS, Ledger, Piece, SpanRecord
+from atropos_verl.provenance.repair import Repair, Repairer
+from atropos_verl.token_texts import TokenTexts
 from atropos_verl.types import MIN_LOGPROB, UNKNOWN_VERSION, Difference, FloatArray, IntArray, SequenceMatch
 
 _MOST_EXPLAINED = 512
@@ -30,6 +32,8 @@ class SequenceQuery:
     """[T] that the environment sent; NaN = no value."""
     group: int = 0
     """Sequences of one group share it."""
+    is_text: bool = False
+    """Its ids are only a form of its text; False: the environment sent values of just these tokens."""
 
 
 def trained_spans(loss_mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
@@ -38,10 +42,21 @@ def trained_spans(loss_mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
     return list(zip(edges[0::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
-def look_up(ledger: Ledger, queries: Sequence[SequenceQuery]) -> list[SequenceMatch]:
-    """Match the sequences of one batch, and note their records as used. One entry per query."""
-    spans = [trained_spans(query.loss_mask) for query in queries]
-    found = [ledger.find(query.token_ids, where) for query, where in zip(queries, spans, strict=True)]
+def look_up(ledger: Ledger, queries: Sequence[SequenceQuery], repairer: Repairer | None = None) -> list[SequenceMatch]:
+    """Match the sequences of one batch, and note their records as used. One entry per query.
+
+    With ``repairer``, sequences that ``is_text`` get the ids that were sampled, where that is certain.
+    """
+    queries, found, repairs = list(queries), list[list[list[Piece]]](), list[Repair]()
+    for i, query in enumerate(queries):
+        spans = trained_spans(query.loss_mask)
+        repair = Repair(pieces=ledger.find(query.token_ids, spans))
+        if repairer is not None and query.is_text:
+            repair = repairer.repair(query.token_ids, query.loss_mask, spans, repair.pieces)
+        if repair.tokens is not None:
+            queries[i] = replace(query, token_ids=repair.tokens.token_ids, loss_mask=repair.tokens.loss_mask)
+        repairs.append(repair)
+        found.append(repair.pieces)
     chooser = _Chooser(queries, found)
     picks: dict[int, _Picks] = {}
     # Those with logprobs first: what they take is certain, and leaves less to the others.
@@ -49,8 +64,13 @@ def look_up(ledger: Ledger, queries: Sequence[SequenceQuery]) -> list[SequenceMa
         picks[index] = chooser.choose(index)
     ledger.used(record for records in chooser.certain for record in records)
     return [
-        _match(query, pieces, picks[index], chooser.certain[index])
-        for index, (query, pieces) in enumerate(zip(queries, found, strict=True))
+        replace(
+            _match(query, repair.pieces, picks[index], chooser.certain[index]),
+            repaired=repair.tokens,
+            repaired_spans=repair.repaired_spans,
+            ambiguous_texts=repair.ambiguous_spans,
+        )
+        for index, (query, repair) in enumerate(zip(queries, repairs, strict=True))
     ]
 
 
@@ -167,24 +187,43 @@ def _match(
     )
 
 
-def explain(ledger: Ledger, token_ids: IntArray, start: int, stop: int) -> Difference:
-    """Where the unmatched tokens ``[start, stop)`` turn away from the newest record that agrees longest with them."""
-    ids = np.asarray(token_ids, dtype=np.int64)
+def explain(ledger: Ledger, token_ids: IntArray, start: int, stop: int, texts: TokenTexts | None = None) -> Difference:
+    """Where the unmatched tokens ``[start, stop)`` turn away from the newest record that agrees longest with them.
+
+    With ``texts`` what counts is their text: the place is that of the tokens that hold the first other character.
+    """
+    posted, at = _units(np.asarray(token_ids, dtype=IDS), texts)
     best, similar = -1, None
     for record in ledger.newest(_MOST_EXPLAINED):
-        written = np.frombuffer(record.prompt.ids + record.ids, dtype="<i4")
-        count = min(len(written), len(ids))
-        unequal = np.flatnonzero(written[:count] != ids[:count])
+        written, places = _units(np.frombuffer(record.prompt.ids + record.ids, dtype=IDS), texts)
+        count = min(len(written), len(posted))
+        unequal = np.flatnonzero(written[:count] != posted[:count])
         common = int(unequal[0]) if unequal.size else count
         # A record that the sequence holds as a whole ends before the lost piece: it explains nothing but its end.
-        if common > best and common <= stop:
-            best, similar = common, (written, record.start)
+        if common > best and common <= at[stop]:
+            best, similar = common, (record, places)
     if similar is None or best <= 0:
-        return Difference(position=start, written=None, posted=int(ids[start]), in_prompt=True, nothing_similar=True)
-    written, prompt_length = similar
+        return Difference(
+            position=start, written=None, posted=int(token_ids[start]), in_prompt=True, nothing_similar=True
+        )
+    record, places = similar
+
+    def token(ids: IntArray, starts: IntArray) -> tuple[int, int | None]:
+        """That holds the first difference."""
+        if best >= starts[-1]:
+            return len(ids), None
+        index = int(np.searchsorted(starts[:-1], best, side="right")) - 1
+        return index, int(ids[index])
+
+    position, found = token(token_ids, at)
+    _, written_there = token(np.frombuffer(record.prompt.ids + record.ids, dtype=IDS), places)
     return Difference(
-        position=best,
-        written=int(written[best]) if best < len(written) else None,
-        posted=int(ids[best]) if best < len(ids) else None,
-        in_prompt=best < prompt_length,
+        position=position, written=written_there, posted=found, in_prompt=best < places[record.prompt.length]
     )
+
+
+def _units(ids: NDArray[np.int32], texts: TokenTexts | None) -> tuple[NDArray[np.int32], IntArray]:
+    """The ids themselves, or the characters of their text; and for each token the number of those before it."""
+    if texts is None:
+        return ids, np.arange(len(ids) + 1)
+    return np.frombuffer(texts.text(ids).encode("utf-32-le", "surrogatepass"), dtype=IDS), texts.starts(ids)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
 
@@ -96,7 +97,7 @@ class SpanRecord:
 
     def inside(self, piece: Piece) -> slice:
         """The tokens of ``piece`` among its own."""
-        return slice(piece.start - self.start, piece.stop - self.start)
+        return slice(piece.first, piece.first + piece.stop - piece.start)
 
     def written_by(self, piece: Piece) -> NDArray[np.int64]:
         """Policy version of each token of ``piece``, as the process that wrote it counted."""
@@ -119,6 +120,8 @@ class Piece:
     start: int
     stop: int
     candidates: tuple[SpanRecord, ...] = ()
+    first: int = 0
+    """Token ``start`` among those of each candidate."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -135,6 +138,22 @@ class LedgerStats:
     """Records of processes before this one."""
 
 
+class Lengths:
+    """The lengths that prompts have had: only there it is worth to look for one."""
+
+    def __init__(self) -> None:
+        self._seen = np.zeros(1024, dtype=np.bool_)
+
+    def add(self, length: int) -> None:
+        if length >= len(self._seen):
+            self._seen = np.concatenate([self._seen, np.zeros(length + 1, dtype=np.bool_)])
+        self._seen[length] = True
+
+    def within(self, start: int, stop: int) -> list[int]:
+        """Those in ``[start, stop)``, ascending."""
+        return [start + length for length in np.flatnonzero(self._seen[start:stop]).tolist()]
+
+
 class Ledger:
     """Completions by the ids they came after. Safe to call from any thread.
 
@@ -148,8 +167,11 @@ class Ledger:
             raise ValueError(f"a ledger needs room: max_bytes {max_bytes}, max_spans {max_spans}")
         self.max_bytes = max_bytes
         self.max_spans = max_spans
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
+        self.on_forget: Callable[[SpanRecord], None] = lambda record: None
+        """Called for each record that is forgotten, under ``lock``."""
         self._prompts: dict[int, Prompt] = {}
+        self._lengths = Lengths()
         self._by_end: dict[int, dict[int, SpanRecord]] = {}
         self._spans: OrderedDict[int, SpanRecord] = OrderedDict()
         self._counts = LedgerStats()
@@ -162,8 +184,11 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._spans)
 
+    def __contains__(self, order: int) -> bool:
+        return order in self._spans
+
     def stats(self) -> LedgerStats:
-        with self._lock:
+        with self.lock:
             return replace(self._counts, spans=len(self._spans), prompts=len(self._prompts))
 
     # -- the gateway's side ------------------------------------------------------------------------------------------
@@ -186,7 +211,7 @@ class Ledger:
             return None
         key = int(prefix_hashes(prompt)[-1])
         temperature = temperature if temperature > 0 else 1.0
-        with self._lock:
+        with self.lock:
             before, request = self._prompts.get(key), self._orders + 1
             node = self._node(key, prompt.tobytes())
             for ids, logprobs, runs in made:
@@ -220,6 +245,7 @@ class Ledger:
             node = None
         if node is None:
             node = self._prompts[key] = Prompt(key, ids, OrderedDict())
+            self._lengths.add(node.length)
             self._counts.bytes += len(ids) + OVERHEAD_BYTES
         return node
 
@@ -251,6 +277,7 @@ class Ledger:
         if not alike:
             del self._by_end[record.end_key]
         self._counts.evicted_spans += 1
+        self.on_forget(record)
 
     # -- over a restart ----------------------------------------------------------------------------------------------
 
@@ -265,7 +292,7 @@ class Ledger:
         Returns:
             Completions taken in. A damaged file is none: the log names it, and nothing is taken in.
         """
-        with self._lock:
+        with self.lock:
             if self._orders or self._store is not None:
                 raise ValueError("persist comes before the first record")
             self._store, found = LedgerStore.open(directory, keep=resumed_at is not None)
@@ -290,7 +317,7 @@ class Ledger:
 
     def consumed(self, orders: Sequence[int]) -> None:
         """Note that a batch with the records of these numbers was trained on: they are not looked up again."""
-        with self._lock:
+        with self.lock:
             records = [self._spans[order] for order in orders if order in self._spans]
             for record in records:
                 record.consumed += 1
@@ -299,7 +326,7 @@ class Ledger:
 
     def close(self) -> None:
         """Finish the writes that wait, and let go of the directory. Idempotent."""
-        with self._lock:
+        with self.lock:
             store, self._store = self._store, None
         if store is not None:
             store.close()
@@ -317,7 +344,7 @@ class Ledger:
         ids = np.asarray(token_ids, dtype=IDS)
         hashes = prefix_hashes(ids)
         sequence = ids.tobytes()
-        with self._lock:
+        with self.lock:
             return [list(self._pieces(sequence, hashes, start, stop)) for start, stop in spans]
 
     def continues(self, token_ids: Sequence[int]) -> bool:
@@ -325,7 +352,7 @@ class Ledger:
         ids = np.asarray(token_ids, dtype=IDS)
         sequence = ids.tobytes()
         keys = prefix_hashes(ids).tolist()
-        with self._lock:
+        with self.lock:
             for stop in range(len(ids), 0, -1):
                 for record in self._by_end.get(keys[stop], {}).values():
                     if record.start + record.length == stop and _holds(record, sequence, stop):
@@ -334,7 +361,7 @@ class Ledger:
 
     def used(self, records: Iterable[SpanRecord]) -> None:
         """Note that a sequence is known to hold each of ``records``."""
-        with self._lock:
+        with self.lock:
             for record in records:
                 record.uses += 1
                 if record.order in self._spans:
@@ -342,7 +369,7 @@ class Ledger:
 
     def used_before(self, orders: Iterable[int]) -> set[int]:
         """``used`` for records by number, as an earlier process noted them. Returns those the ledger holds."""
-        with self._lock:
+        with self.lock:
             known = [order for order in orders if order in self._spans]
             for order in known:
                 self._spans[order].uses += 1
@@ -350,8 +377,14 @@ class Ledger:
 
     def newest(self, count: int) -> list[SpanRecord]:
         """The ``count`` most recent records, newest first."""
-        with self._lock:
+        with self.lock:
             return [record for record, _ in zip(reversed(self._spans.values()), range(count), strict=False)]
+
+    def newer_than(self, order: int, count: int) -> list[SpanRecord]:
+        """The ``count`` oldest of the records that came after the one of this number."""
+        with self.lock:
+            known = (self._spans[number] for number in range(order + 1, self._orders + 1) if number in self._spans)
+            return list(islice(known, count))
 
     def _pieces(self, sequence: bytes, hashes: NDArray[np.uint64], start: int, stop: int) -> Iterator[Piece]:
         position = start
@@ -364,9 +397,9 @@ class Ledger:
             if not records:
                 records, end = self._begun_before(sequence, hashes, position, stop)
             if not records:  # up to where the next completion may begin
-                keys = enumerate(hashes[position + 1 : stop].tolist(), position + 1)
-                end = next((where for where, key in keys if key in self._prompts), stop)
-            yield Piece(position, end, tuple(records))
+                places = self._lengths.within(position + 1, stop)
+                end = next((place for place in places if int(hashes[place]) in self._prompts), stop)
+            yield Piece(position, end, tuple(records), position - records[0].start if records else 0)
             position = end
 
     def _after_prompt(
@@ -389,8 +422,8 @@ class Ledger:
         self, sequence: bytes, hashes: NDArray[np.uint64], start: int, stop: int
     ) -> tuple[list[SpanRecord], int]:
         """Completions of an earlier prompt that reach over ``start``: the environment left their head untrained."""
-        for position, key in zip(range(start - 1, -1, -1), hashes[:start][::-1].tolist(), strict=True):
-            if key in self._prompts:
+        for position in reversed(self._lengths.within(0, start)):
+            if int(hashes[position]) in self._prompts:
                 records, _ = self._after_prompt(sequence, hashes, position, stop)
                 reaching = [record for record in records if record.start + record.length > start]
                 if reaching:

@@ -316,6 +316,9 @@ def summary_rows(summary: Mapping[str, Any], *, ascii_only: bool) -> list[tuple[
     for label, fields in lines:
         if found := [f"{words}{get(key):,}" for words, key in fields if get(key) is not None]:
             rows.append((label, ", ".join(found)))
+    if get("spans_repaired"):
+        turns = f"{get('spans_repaired'):,} of {get('spans_looked_up'):,} turns"
+        rows.append(("repaired", f"{turns} had been tokenised anew; they are trained with the ids that were sampled"))
     if get("steps_without_data"):
         rows.append(("no data", f"steps {get('steps_without_data'):,}"))
     if get("idle_share") is not None:

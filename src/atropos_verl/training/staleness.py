@@ -23,7 +23,9 @@ from atropos_verl.protocol.journal import BatchJournal, JournalEntry
 from atropos_verl.protocol.schema import find_defect, sampling_temperature, stated_temperature
 from atropos_verl.provenance.attribution import SequenceQuery, explain, look_up, trained_spans
 from atropos_verl.provenance.ledger import Ledger
+from atropos_verl.provenance.repair import Repairer
 from atropos_verl.provenance.throttle import StalenessThrottle
+from atropos_verl.token_texts import TokenTexts
 from atropos_verl.types import (
     MIN_LOGPROB,
     NO_LOGPROB,
@@ -57,6 +59,8 @@ _UNMATCHED_KINDS = {
     "hold the header of a turn": "the mask covers turns that the policy did not write; train on its own turns only",
     "go on after the completion": "the mask covers what stands behind it; end the span where the completion ends",
     "are another text": "post the token ids that the gateway returned, and not text tokenised anew",
+    "have a text that was written with different ids, so that nothing says which they were": "post the token ids that "
+    "the gateway returned",
 }
 """What unmatched tokens do → what to do."""
 _JUMP = 0.1
@@ -89,8 +93,8 @@ class Applied(NamedTuple):
 class BatchProvenance:
     """Looks the batches of one run up in the gateway's ledger; without one only what environments say is known.
 
-    ``decode`` (token ids → text) is for examples in the log. ``resumed_at`` is the policy version at which this process
-    went on with a run; None: it began it.
+    ``tokenizer`` is that of the policy; without one nothing is repaired. ``resumed_at`` is the policy version at which
+    this process went on with a run; None: it began it.
     """
 
     def __init__(
@@ -98,13 +102,16 @@ class BatchProvenance:
         config: OffPolicyConfig,
         ledger: Ledger | None,
         settings: SampleSettings,
-        decode: Callable[..., str] = lambda ids, **_: str(ids),
+        tokenizer: Any = None,
     ) -> None:
         self.config = config
         self.ledger = ledger
         self.settings = settings
         self.resumed_at: int | None = None
-        self.decode = decode
+        self.decode: Callable[..., str] = (lambda ids, **_: str(ids)) if tokenizer is None else tokenizer.decode
+        self._repairer = None
+        if config.unmatched == "repair" and ledger is not None and tokenizer is not None:
+            self._repairer = Repairer(ledger, TokenTexts(tokenizer))
         self._warned: set[tuple[int | None, str]] = set()
         self._usual: defaultdict[int | None, deque[float]] = defaultdict(lambda: deque(maxlen=_USUAL_BATCHES))
         """Rates of unmatched tokens by env_id, of the newest batches since the last jump."""
@@ -122,7 +129,7 @@ class BatchProvenance:
         ]
         queries = [_query(groups[g], g, i) for g, i in where]
         matches: BatchMatches = [[None] * len(group) for group in groups]
-        for (g, i), match in zip(where, look_up(self.ledger, queries), strict=True):
+        for (g, i), match in zip(where, look_up(self.ledger, queries, self._repairer), strict=True):
             matches[g][i] = match
         return matches
 
@@ -158,6 +165,7 @@ class BatchProvenance:
         bound = self.config.max_staleness
         for index, (group, found) in enumerate(zip(groups, matches, strict=True)):
             if any(match is not None for match in found):
+                group = _with_repaired_tokens(group, found)
                 group, found = self._without_tails(group, found, figures)
                 group = _merge_matches(group, found, figures, self.config.unmatched, self.settings.default_temperature)
             if bound is None or group.defect is not None or not is_stale(group_version(group), policy_version, bound):
@@ -188,8 +196,9 @@ class BatchProvenance:
                 if lost and start < lost[-1][0] and lost[-1][1] == stop and self._is_tail(ids[lost[-1][0] : stop]):
                     tail[slice(*lost.pop())] = True
                     whole += not lost
+                is_ambiguous = 0 < match.ambiguous_texts == match.unmatched_spans
                 for a, b in lost:
-                    self._warn_of(group, i, a, b, follows=a > start and b == stop)
+                    self._warn_of(group, i, a, b, follows=a > start and b == stop, is_ambiguous=is_ambiguous)
             count = int(tail.sum())
             figures.template_tail_tokens += count
             masks[i] = np.where(tail, NOT_TRAINED, masks[i])
@@ -200,15 +209,15 @@ class BatchProvenance:
     def _is_tail(self, ids: IntArray) -> bool:
         return not self.decode(ids.tolist(), skip_special_tokens=True).strip()
 
-    def _warn_of(self, group: ScoredGroup, i: int, start: int, stop: int, *, follows: bool) -> None:
+    def _warn_of(self, group: ScoredGroup, i: int, start: int, stop: int, *, follows: bool, is_ambiguous: bool) -> None:
         ids = group.token_ids[i]
         text = self.decode(ids[start:stop].tolist())
-        header, longer, other = _UNMATCHED_KINDS
-        kind = header if _ROLE_HEADER.search(text) else longer if follows else other
+        header, longer, other, ambiguous = _UNMATCHED_KINDS
+        kind = header if _ROLE_HEADER.search(text) else ambiguous if is_ambiguous else longer if follows else other
         if (group.env_id, kind) in self._warned or self.ledger is None:
             return
         self._warned.add((group.env_id, kind))
-        handling = {"use": "trained on without a policy version", "drop": "not trained on"}[self.config.unmatched]
+        handling = "not trained on" if self.config.unmatched == "drop" else "trained on without a policy version"
         logger.warning(
             "%s posts tokens that the policy did not generate; they %s. Group %s, sequence %d, tokens %d to %d: %r. "
             "%s. Such tokens are %s (off_policy.unmatched=%s): %s. docs/off-policy.md says more",
@@ -219,15 +228,16 @@ class BatchProvenance:
             start,
             stop - 1,
             text[:_SHOWN_CHARACTERS],
-            self._describe(ids, start, stop),
+            self._describe(ids, start, stop, is_text=_query(group, 0, i).is_text),
             handling,
             self.config.unmatched,
             _UNMATCHED_KINDS[kind],
         )
 
-    def _describe(self, ids: IntArray, start: int, stop: int) -> str:
+    def _describe(self, ids: IntArray, start: int, stop: int, *, is_text: bool) -> str:
         assert self.ledger is not None
-        difference = explain(self.ledger, ids, start, stop)
+        texts = self._repairer.texts if self._repairer is not None and is_text else None
+        difference = explain(self.ledger, ids, start, stop, texts)
 
         def named(token: int | None) -> str:
             return "nothing more" if token is None else f"{token} {self.decode([token])!r}"
@@ -259,7 +269,7 @@ class BatchProvenance:
 
 def look_up_counts(figures: Mapping[str, float | int | None]) -> dict[str, int]:
     """The counts among the figures of a look-up, by their names in ``RunTotals.count``."""
-    names = ("looked_up_tokens", "unmatched_tokens", "template_tail_tokens")
+    names = ("looked_up_tokens", "unmatched_tokens", "template_tail_tokens", "spans", "repaired_spans")
     return {name: int(figures.get(f"data/{name}") or 0) for name in names}
 
 
@@ -287,7 +297,25 @@ def _query(group: ScoredGroup, g: int, i: int) -> SequenceQuery:
     mask = group.masks[i] != NOT_TRAINED
     mask[0] = False  # nothing predicts it, so it is never trained
     sent = None if group.inference_logprobs is None else group.inference_logprobs[i]
-    return SequenceQuery(token_ids=group.token_ids[i], loss_mask=mask, logprobs=sent, group=g)
+    others = (group.ref_logprobs, group.distill_token_ids, group.distill_logprobs)
+    is_text = sent is None and all(rows is None for rows in others)
+    return SequenceQuery(token_ids=group.token_ids[i], loss_mask=mask, logprobs=sent, group=g, is_text=is_text)
+
+
+def _with_repaired_tokens(group: ScoredGroup, matches: Sequence[SequenceMatch | None]) -> ScoredGroup:
+    """The group with the ids that were sampled; each has the advantage of the posted token in which its text begins."""
+    tokens, masks = list(group.token_ids), list(group.masks)
+    advantages = None if group.advantages is None else list(group.advantages)
+    for i, match in enumerate(matches):
+        if match is None or match.repaired is None:
+            continue
+        repaired = match.repaired
+        tokens[i] = repaired.token_ids
+        masks[i] = np.where(repaired.loss_mask, repaired.token_ids, NOT_TRAINED)
+        if advantages is not None and (row := advantages[i]) is not None:
+            advantages[i] = row[repaired.origin]
+    rows = None if advantages is None else tuple(advantages)
+    return replace(group, token_ids=tuple(tokens), masks=tuple(masks), advantages=rows)
 
 
 @dataclass(slots=True)
@@ -300,6 +328,8 @@ class LookUpFigures:
     spans: Counter[int | None] = field(default_factory=Counter)
     unmatched_spans: Counter[int | None] = field(default_factory=Counter)
     ambiguous_spans: int = 0
+    repaired_spans: Counter[int | None] = field(default_factory=Counter)
+    ambiguous_texts: int = 0
     tokens: Counter[int | None] = field(default_factory=Counter)
     unmatched_tokens: Counter[int | None] = field(default_factory=Counter)
     template_tail_tokens: int = 0
@@ -320,6 +350,9 @@ class LookUpFigures:
             "data/unmatched_tokens": lost_tokens,
             "data/template_tail_tokens": self.template_tail_tokens,
             "data/ambiguous_span_rate": self.ambiguous_spans / spans if spans else None,
+            "data/spans": spans,
+            "data/repaired_spans": self.repaired_spans.total(),
+            "data/ambiguous_texts": self.ambiguous_texts,
             "data/logprob_mismatch": self.mismatched_tokens / self.compared_tokens if self.compared_tokens else None,
             "data/logprob_mismatch_max": self.largest_difference if self.compared_tokens else None,
             "data/temperature_mismatches": self.temperature_mismatches,
@@ -328,6 +361,7 @@ class LookUpFigures:
         for env_id, count in self.spans.items():
             if env_id is not None:
                 found[f"env/{env_id}/unmatched_span_rate"] = self.unmatched_spans[env_id] / count if count else None
+                found[f"env/{env_id}/repaired_span_rate"] = self.repaired_spans[env_id] / count if count else None
         return found
 
 
@@ -359,6 +393,8 @@ def _merge_matches(
         figures.tokens[group.env_id] += int(trained.sum())
         figures.unmatched_tokens[group.env_id] += match.unmatched_tokens
         figures.ambiguous_spans += match.ambiguous_spans
+        figures.repaired_spans[group.env_id] += match.repaired_spans
+        figures.ambiguous_texts += match.ambiguous_texts
         if unmatched == "drop" and lost.any():
             masks[i] = np.where(lost, NOT_TRAINED, masks[i])
             figures.dropped_tokens += int(lost.sum())
@@ -476,12 +512,18 @@ def decode_matches(content: bytes, groups: Sequence[ScoredGroup]) -> BatchMatche
     """Reads what ``encode_matches`` wrote for these groups; None when it is not that (a torn file, other groups)."""
     try:
         matches = msgspec.msgpack.decode(zlib.decompress(content), type=BatchMatches, dec_hook=_array_of)
-        lengths = [[None if match is None else len(match.found) for match in row] for row in matches]
-        expected = [[len(ids) for ids in group.token_ids] for group in groups]
-        for found, own in zip(lengths, expected, strict=True):
-            if any(n not in (None, length) for n, length in zip(found, own, strict=True)):
-                raise ValueError("it belongs to another batch")
+        for row, group in zip(matches, groups, strict=True):
+            for match, ids in zip(row, group.token_ids, strict=True):
+                if match is not None and not _is_of(match, len(ids)):
+                    raise ValueError("it belongs to another batch")
         return matches
     except (zlib.error, msgspec.MsgspecError, ValueError) as error:
         logger.warning("what the ledger knew about a journalled batch cannot be read: %s", error)
         return None
+
+
+def _is_of(match: SequenceMatch, length: int) -> bool:
+    """True when a match can be that of a sequence of ``length`` tokens."""
+    if match.repaired is None:
+        return len(match.found) == length
+    return len(match.found) == len(match.repaired.origin) and bool((match.repaired.origin < length).all())

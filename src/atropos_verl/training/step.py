@@ -113,6 +113,9 @@ class RunTotals:
     tokens_unmatched: int = 0
     tokens_template_tail: int = 0
     """Behind the policy's turns, added by a chat template: not trained."""
+    spans_looked_up: int = 0
+    """Trained spans; of these ``spans_repaired`` had been tokenised anew and got back the ids that were sampled."""
+    spans_repaired: int = 0
     steps_without_data: int = 0
     batches_lost_at_api: int = 0
     """Answers of 500 to GET /batch: an upstream API drops the batch it could not encode."""
@@ -129,6 +132,8 @@ class RunTotals:
         self.tokens_looked_up += counts.get("looked_up_tokens", 0)
         self.tokens_unmatched += counts.get("unmatched_tokens", 0)
         self.tokens_template_tail += counts.get("template_tail_tokens", 0)
+        self.spans_looked_up += counts.get("spans", 0)
+        self.spans_repaired += counts.get("repaired_spans", 0)
         if counts["trained_tokens"]:
             self.sequences_trained += counts["sequences"]
             self.tokens_trained += counts["trained_tokens"]

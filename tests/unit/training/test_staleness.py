@@ -65,7 +65,6 @@ def provenance_of(ledger: Ledger | None, **settings: Any) -> BatchProvenance:
         OffPolicyConfig(**settings),
         ledger,
         SampleSettings(vocab_size=100),
-        lambda ids, **_: f"<{','.join(map(str, ids))}>",
     )
 
 
@@ -192,7 +191,7 @@ def tokenised(*written: tuple[str, str]) -> BatchProvenance:
             token_ids=ids, logprobs=(-1.0,) * len(ids), finish_reason="stop", policy_version_runs=((3, len(ids)),)
         )
         ledger.record(TOKENIZER.encode(prompt), [made])
-    return BatchProvenance(OffPolicyConfig(), ledger, SampleSettings(), TOKENIZER.decode)
+    return BatchProvenance(OffPolicyConfig(), ledger, SampleSettings(), TOKENIZER)
 
 
 ASKED = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
@@ -237,7 +236,7 @@ def test_each_kind_of_unmatched_tokens_is_named_once_for_each_environment(
         assert figures["data/unmatched_tokens"] == unmatched
     messages = [r.getMessage() for r in caplog.records if kind in r.getMessage()]
     assert [message[:13] for message in messages] == ["environment 0", "environment 1"]
-    assert "Group late, sequence 0, tokens" in messages[0] and "off_policy.unmatched=use" in messages[0]
+    assert "Group late, sequence 0, tokens" in messages[0] and "off_policy.unmatched=repair" in messages[0]
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ class AtroposTrainer:
             self.settings = sample_settings(config, stack.engine.vocab_size)
             self._held = held.pop_all()
         self.engine, self.tokenizer, self.sharding_manager = stack.engine, stack.tokenizer, stack.sharding_manager
-        self.provenance = BatchProvenance(config.off_policy, self.stack.ledger, self.settings, self.tokenizer.decode)
+        self.provenance = BatchProvenance(config.off_policy, self.stack.ledger, self.settings, self.tokenizer)
         self.source.attach(self.provenance, self.stack.throttle, self.state.totals)
         self._is_open = False
         self._log: StepLog | None = None

@@ -174,7 +174,7 @@ class AtroposTaskRunner:
         self.source = source = BatchSource(run.run, run.run_dir)
         self.stack.callback(source.close)
         settings = sample_settings(run.run, embedding_rows(self.config.actor_rollout_ref.model))
-        provenance = BatchProvenance(run.settings.off_policy, self.ledger, settings, trainer.tokenizer.decode)
+        provenance = BatchProvenance(run.settings.off_policy, self.ledger, settings, trainer.tokenizer)
         provenance.resumed_at = self._resumed_at
         source.attach(provenance, self.throttle, trainer.state.totals)
         if pending := source.resume(trainer.global_steps):

@@ -1,0 +1,317 @@
+"""``Repairer``: posted text that was tokenised again gets back the token ids that were sampled.
+
+An environment that sees text tokenises it itself, and may get other ids for it than were sampled. So completions are
+looked up by their text too: the text before a trained span must be that of a prompt, and the text of the span that of
+what was written after it, or of a chain of completions that continue each other. White space and special tokens at the
+ends of a completion do not count, since chat templates add and strip them. Anything else must agree to the character.
+
+A prompt is found by the hash of its text, a completion by that of its own; then the texts are compared. What is found
+with different ids is not repaired: which of them the environment was given is not known.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atropos_verl.provenance.ledger import IDS, Ledger, Lengths, Piece, Prompt, SpanRecord, prefix_hashes
+from atropos_verl.token_texts import TokenTexts
+from atropos_verl.types import IntArray, RepairedTokens
+
+_CATCH_UP = 256
+"""Records that are indexed in one go, between which the gateway may record others."""
+_CACHED = 512
+"""Texts of prompts and completions."""
+_MOST_CHAINS = 64
+"""Ways to read one span as a chain of completions; beyond, it counts as ambiguous."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """A completion of a chain: characters ``[start, stop)`` of the posted text without its edges, and its records."""
+
+    prompt_end: int
+    start: int
+    stop: int
+    records: tuple[SpanRecord, ...]
+
+    @property
+    def ids(self) -> tuple[bytes, bytes]:
+        return self.records[0].prompt.ids, self.records[0].ids
+
+
+_Chain = tuple[_Link, ...]
+
+
+@dataclass(slots=True)
+class Repair:
+    """A sequence with the ids that were sampled."""
+
+    tokens: RepairedTokens | None = None
+    """None: nothing was repaired."""
+    pieces: list[list[Piece]] = field(default_factory=list)
+    """For each trained span, as ``Ledger.find``."""
+    repaired_spans: int = 0
+    ambiguous_spans: int = 0
+    """Their text was found with different ids."""
+
+
+class _Posted:
+    """A posted sequence and its text."""
+
+    def __init__(self, texts: TokenTexts, token_ids: IntArray, loss_mask: NDArray[np.bool_]) -> None:
+        self.ids = np.asarray(token_ids, dtype=IDS)
+        self.mask = loss_mask
+        self.text, self.starts = texts.text(self.ids), texts.starts(self.ids)
+        self._keys: NDArray[np.uint64] = np.zeros(0, dtype=np.uint64)
+
+    def key(self, stop: int) -> int:
+        """Hash of the first ``stop`` characters."""
+        if stop >= len(self._keys):
+            self._keys = _text_keys(self.text[: 2 * stop])
+        return int(self._keys[stop])
+
+    def token_at(self, character: int) -> int:
+        """The token in which a character begins."""
+        return int(np.searchsorted(self.starts[:-1], character, side="right")) - 1
+
+
+def _text_keys(text: str) -> NDArray[np.uint64]:
+    """``prefix_hashes`` of characters."""
+    return prefix_hashes(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=IDS))
+
+
+class Repairer:
+    """The completions of a ledger by their text. Threads of the trainer call it one at a time."""
+
+    def __init__(self, ledger: Ledger, texts: TokenTexts) -> None:
+        self._ledger = ledger
+        self.texts = texts
+        self._newest = 0
+        self._prompts: defaultdict[int, dict[int, Prompt]] = defaultdict(dict)
+        """Hash of a text → prompts by key."""
+        self._lengths = Lengths()
+        """Characters of the prompts there have been."""
+        self._completions: defaultdict[int, dict[int, SpanRecord]] = defaultdict(dict)
+        """Hash of the texts of prompt and completion → records by order."""
+        self._keys: dict[int, tuple[int, ...]] = {}
+        """Order of a record → its keys in ``_completions``."""
+        self._prompt_keys: dict[int, int] = {}
+        self._text: Callable[[bytes], str] = lru_cache(_CACHED)(lambda ids: texts.text(np.frombuffer(ids, dtype=IDS)))
+        ledger.on_forget = self._forget
+
+    def repair(
+        self, token_ids: IntArray, loss_mask: NDArray[np.bool_], spans: list[tuple[int, int]], found: list[list[Piece]]
+    ) -> Repair:
+        """Repair the spans of a sequence that ``Ledger.find`` did not find as they are.
+
+        The tokens before a repaired span become those after which it was sampled, where that is possible beside the
+        spans before it; else the same text.
+        """
+        lost = [self._is_lost(token_ids, pieces) for pieces in found]
+        result = Repair(pieces=found)
+        if not any(lost):
+            return result
+        self._catch_up()
+        posted = _Posted(self.texts, token_ids, loss_mask)
+        made = _Assembly(self.texts, self._text, posted)
+        pieces: list[list[Piece]] = []
+        for (start, stop), own, is_lost in zip(spans, found, lost, strict=True):
+            chains = self._chains(posted, made.cursor, start, stop) if is_lost else []
+            result.ambiguous_spans += len(chains) > 1
+            if len(chains) == 1:
+                pieces.append(made.add(chains[0], start, stop))
+                result.repaired_spans += 1
+            else:
+                pieces.append(made.keep(own, start, stop))
+            if made.has_failed:
+                return Repair(pieces=found, ambiguous_spans=result.ambiguous_spans)
+        if result.repaired_spans:
+            result.tokens, result.pieces = made.finish(), pieces
+        return result
+
+    def _is_lost(self, token_ids: IntArray, pieces: list[Piece]) -> bool:
+        """False also where only what a template adds behind a completion is unknown."""
+        lost = [piece for piece in pieces if not piece.candidates]
+        if not lost or len(pieces) == 1 or lost[0] is not pieces[-1]:
+            return bool(lost)
+        tail = self.texts.text(token_ids[lost[0].start : lost[0].stop].astype(IDS))
+        start, stop = self.texts.core(tail)
+        return start < stop
+
+    def _chains(self, posted: _Posted, begin: int, start: int, stop: int) -> list[_Chain]:
+        """The ways to read the trained tokens ``[start, stop)`` as completions; those of equal ids are one.
+
+        The first may begin before the span, from character ``begin`` on: one token may hold the end of a prompt and
+        the beginning of a completion, and heads may be left untrained.
+        """
+        first, end = int(posted.starts[start]), int(posted.starts[stop])
+        ends = [end]
+        if stop < len(posted.ids) and not self.texts.is_special(posted.ids[stop : stop + 1])[0]:
+            ends += range(end + 1, int(posted.starts[stop + 1]) + 1)  # likewise at the end
+        with self._ledger.lock:
+            places = self._lengths.within(begin, end + 1)
+            prompts = {p: found for p in places if (found := self._prompts_at(posted, p))}
+            reached: dict[int, list[_Chain]] = {}
+            for place in reversed(prompts):
+                chains: list[_Chain] = [(link,) for link in self._links(posted, place, prompts[place], ends)]
+                for after in [p for p in prompts if p > max(place, first) and reached[p]]:
+                    for link in self._links(posted, place, prompts[place], [after], whole=True):
+                        chains += [(link, *chain) for chain in reached[after]]
+                reached[place] = chains[:_MOST_CHAINS]
+        every = {tuple(link.ids for link in chain): chain for chains in reached.values() for chain in chains}
+        rests = {key[n:] for key in every for n in range(1, len(key))}
+        return [chain for key, chain in every.items() if key not in rests]
+
+    def _prompts_at(self, posted: _Posted, stop: int) -> list[Prompt]:
+        """Prompts whose text are the first ``stop`` characters."""
+        found = self._prompts.get(posted.key(stop), {}).values()
+        return [prompt for prompt in found if posted.text[:stop] == self._text(prompt.ids)]
+
+    def _links(
+        self, posted: _Posted, place: int, prompts: Sequence[Prompt], ends: Sequence[int], *, whole: bool = False
+    ) -> list[_Link]:
+        """Completions of the text between ``place`` and one of ``ends``; those of equal ids are one. ``whole``: of
+        exactly this text, its ends included, as it is where a completion was continued."""
+        links: dict[tuple[bytes, bytes], _Link] = {}
+        for start, stop in dict.fromkeys(self.texts.core(posted.text, place, end) for end in ends):
+            core = posted.text[start:stop]
+            for prompt in prompts:
+                records = self._completions.get(hash((self._prompt_keys[prompt.key], core)), {}).values()
+                same: defaultdict[bytes, list[SpanRecord]] = defaultdict(list)
+                for record in records:
+                    is_whole = not whole or self._text(record.ids) == posted.text[place : ends[0]]
+                    if record.prompt is prompt and is_whole and core in self._cores(record):
+                        same[record.ids].append(record)
+                for ids, alike in same.items():
+                    links[prompt.ids, ids] = _Link(place, start, stop, tuple(alike))
+        return list(links.values())
+
+    def _catch_up(self) -> None:
+        """Index what was recorded since the last time. Texts are made without the lock: the gateway goes on."""
+        while records := self._ledger.newer_than(self._newest, _CATCH_UP):
+            self._newest = records[-1].order
+            for record in records:
+                prompt = record.prompt
+                text = self._text(prompt.ids) if prompt.key not in self._prompt_keys else ""
+                cores = self._cores(record)
+                with self._ledger.lock:
+                    if record.order not in self._ledger:
+                        continue
+                    if prompt.key not in self._prompt_keys:
+                        key = self._prompt_keys[prompt.key] = int(_text_keys(text)[-1])
+                        self._prompts[key][prompt.key] = prompt
+                        self._lengths.add(len(text))
+                    keys = tuple(hash((self._prompt_keys[prompt.key], core)) for core in cores)
+                    self._keys[record.order] = keys
+                    for key in keys:
+                        self._completions[key][record.order] = record
+
+    def _cores(self, record: SpanRecord) -> list[str]:
+        return self.texts.cores(np.frombuffer(record.ids, dtype=IDS), self._text(record.ids))
+
+    def _forget(self, record: SpanRecord) -> None:
+        """Called by the ledger, which holds its lock."""
+        for key in self._keys.pop(record.order, ()):
+            del self._completions[key][record.order]
+            if not self._completions[key]:
+                del self._completions[key]
+        if not record.prompt.spans and (text_key := self._prompt_keys.pop(record.prompt.key, None)) is not None:
+            del self._prompts[text_key][record.prompt.key]
+            if not self._prompts[text_key]:
+                del self._prompts[text_key]
+
+
+class _Assembly:
+    """A sequence that is put together from posted and from sampled tokens."""
+
+    def __init__(self, texts: TokenTexts, text: Callable[[bytes], str], posted: _Posted) -> None:
+        self._texts = texts
+        self._text = text
+        """Text of a record's ids."""
+        self._posted = posted
+        self._mask = posted.mask.copy()
+        """Posted tokens that are trained where they stay: no longer those of a span that was repaired."""
+        self._ids = b""
+        self._trained: list[NDArray[np.bool_]] = []
+        self._places: list[IntArray] = []
+        self.cursor = 0
+        """Characters of the posted text that it stands for so far."""
+        self.has_failed = False
+        """Part of a token had to be tokenised, and gave another text."""
+
+    @property
+    def _length(self) -> int:
+        return len(self._ids) // IDS.itemsize
+
+    def add(self, chain: _Chain, start: int, stop: int) -> list[Piece]:
+        """A chain in the place of the trained tokens ``[start, stop)``."""
+        written = chain[0].records[0].prompt.ids
+        if written.startswith(self._ids):
+            prompt = np.frombuffer(written[len(self._ids) :], dtype=IDS)
+            self._append(prompt, np.full(len(prompt), self.cursor))
+        else:
+            prompt = np.frombuffer(written, dtype=IDS)
+            self._append_from(self.cursor, prompt, self._texts.starts(prompt), np.zeros(len(prompt), dtype=np.bool_))
+        self._mask[start:stop] = False
+        return [piece for link in chain for piece in self._completion(link, start)]
+
+    def _completion(self, link: _Link, start: int) -> list[Piece]:
+        posted, ids = self._posted, np.frombuffer(link.records[0].ids, dtype=IDS)
+        text = self._text(link.records[0].ids)
+        first, last = self._texts.core(text)
+        places = np.clip(self._texts.starts(ids) + link.start - first, link.prompt_end, link.stop)
+        trained = np.ones(len(ids), dtype=np.bool_)
+        if link.prompt_end < posted.starts[start - 1]:  # the environment left its head untrained
+            trained = places[1:] > posted.starts[start]
+        self.cursor = link.stop
+        if self._texts.is_special(ids[-1:])[0]:
+            end = self._texts[int(ids[-1])][0]
+            after = link.stop + len(posted.text[link.stop :]) - len(posted.text[link.stop :].lstrip())
+            if posted.text.startswith(end, after):
+                self.cursor = after + len(end)
+                trained[-1] &= posted.mask[posted.token_at(after)]
+        elif posted.text.startswith(text[last:], link.stop):
+            self.cursor += len(text) - last
+        begin = self._length
+        self._append(ids, places[:-1], trained)
+        edges = np.flatnonzero(np.diff(trained, prepend=False, append=False)).tolist()
+        return [Piece(begin + a, begin + b, link.records, a) for a, b in zip(edges[0::2], edges[1::2], strict=True)]
+
+    def keep(self, pieces: list[Piece], start: int, stop: int) -> list[Piece]:
+        """The posted tokens up to ``stop``; ``pieces`` of the trained ones ``[start, stop)`` at their new places."""
+        self.has_failed |= self.cursor > self._posted.starts[start]
+        self._append_from(self.cursor, self._posted.ids[:stop], self._posted.starts[: stop + 1], self._mask[:stop])
+        self.cursor = int(self._posted.starts[stop])
+        shift = self._length - stop
+        return [Piece(p.start + shift, p.stop + shift, p.candidates, p.first) for p in pieces]
+
+    def finish(self) -> RepairedTokens:
+        ids, starts = self._posted.ids, self._posted.starts
+        if self.cursor < starts[-1]:
+            self._append_from(self.cursor, ids, starts, self._mask)
+        origin = np.searchsorted(starts[:-1], np.concatenate(self._places), side="right") - 1
+        token_ids = np.frombuffer(self._ids, dtype=IDS).astype(np.int64)
+        return RepairedTokens(token_ids=token_ids, loss_mask=np.concatenate(self._trained), origin=origin)
+
+    def _append(self, ids: NDArray[np.int32], places: IntArray, trained: NDArray[np.bool_] | None = None) -> None:
+        self._ids += ids.tobytes()
+        self._places.append(places)
+        self._trained.append(np.zeros(len(ids), dtype=np.bool_) if trained is None else trained)
+
+    def _append_from(self, cursor: int, ids: NDArray[np.int32], starts: IntArray, trained: NDArray[np.bool_]) -> None:
+        """The tokens of a text from a character on; of one that begins before it, the rest is tokenised anew."""
+        at = 0
+        if cursor:
+            at = int(np.searchsorted(starts[:-1], cursor, side="right")) - 1
+            if starts[at] < cursor:
+                text = self._texts.text(ids)[cursor : starts[at + 1]]
+                rest = np.array(self._texts.encode(text) if text else [], dtype=IDS)
+                self.has_failed |= self._texts.text(rest) != text
+                self._append(rest, np.full(len(rest), cursor))
+                after = starts[at + 1]
+                at = int(np.searchsorted(starts[:-1], after, side="right")) - 1 if after < starts[-1] else len(ids)
+        self._append(ids[at:], starts[at:-1], trained[at:])

@@ -1,0 +1,240 @@
+"""Conversations of a policy that does not always sample the tokenizer's own ids, and environments that see text.
+
+Each environment renders its messages with a template and tokenises that, as upstream's ``tokenize_for_trainer``.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from atropos_verl.provenance.attribution import SequenceQuery
+from atropos_verl.provenance.ledger import Ledger
+from atropos_verl.types import Generation
+
+_WORDS = [
+    "the",
+    "answer",
+    "is",
+    "and",
+    "of",
+    "to",
+    "number",
+    "sum",
+    "therefore",
+    "because",
+    "first",
+    "then",
+    "12",
+    "7",
+    "345",
+    "x",
+    "=",
+    "+",
+    "-",
+    "*",
+    "/",
+    "(",
+    ")",
+    ".",
+    ",",
+    ";",
+    ":",
+    "!",
+    "?",
+    "\n",
+    "\n\n",
+    "\t",
+    "",
+    "café",
+    "naïve",
+    "你好",
+    "世界",
+    "да",
+    "нет",
+    "😀",
+    "👩\u200d🚀",
+    "½",
+    "→",
+    "≠",
+    "é",
+    "ä",
+    "שלום",
+    "#include",
+    "<vector>",
+    "def",
+    "return",
+    "print('hi')",
+    "",
+]
+_ANSWERS = ("the answer", "345", " 345", "number 12.", "caf\u00e9")
+_SPECIAL = ("<|im_start|>", "<|im_end|>", "<s>", "</s>")
+
+
+def text_of(rng: random.Random, words: int) -> str:
+    return "".join(rng.choice(_WORDS) + rng.choice(("", " ", " ", " ")) for _ in range(rng.randint(1, words)))
+
+
+@cache
+def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
+    """``bytes``: GPT-2's kind; ``composed``: the same behind NFC, as Qwen's; ``pieces``: SentencePiece's kind, with
+    byte fallback."""
+    backend = Tokenizer(models.BPE())
+    special = [AddedToken(text, special=True, normalized=False) for text in _SPECIAL]
+    if kind == "pieces":
+        backend.normalizer = normalizers.Replace(" ", "\u2581")
+        steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        backend.decoder = decoders.Sequence(steps)
+    else:
+        backend.normalizer = normalizers.NFC() if kind == "composed" else None
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "bytes")
+        backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        show_progress=False,
+        initial_alphabet=[] if kind == "pieces" else pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=12,
+        limit_alphabet=70 if kind == "pieces" else 1000,
+    )
+    rng = random.Random(0)
+    backend.train_from_iterator((text_of(rng, 30) for _ in range(1500)), trainer)
+    if kind == "pieces":  # the trainer would make special tokens of these
+        written = json.loads(backend.to_str())
+        names = [f"<0x{byte:02X}>" for byte in range(256)]
+        written["model"]["vocab"] |= {name: backend.get_vocab_size() + number for number, name in enumerate(names)}
+        written["model"]["byte_fallback"] = True
+        backend = Tokenizer.from_str(json.dumps(written))
+    backend.add_special_tokens(special)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+
+
+@dataclass(frozen=True)
+class Template:
+    """Chat template: what stands before and behind a message, and before a completion."""
+
+    eos: str
+    before: Callable[[str], str]
+    behind: Callable[[str], str]
+    strips: bool = False
+
+    def render(self, messages: list[tuple[str, str]], *, asks: bool = False) -> str:
+        shown = [(role, text.strip() if self.strips else text) for role, text in messages]
+        text = "".join(self.before(role) + text + self.behind(role) for role, text in shown)
+        return text + (self.before("assistant").rstrip(" ") if asks else "")
+
+
+TEMPLATES = {
+    "chatml": Template("<|im_end|>", lambda role: f"<|im_start|>{role}\n", lambda _: "<|im_end|>\n"),
+    "stripping": Template("</s>", lambda role: f"<s>{role}\n\n", lambda _: "</s>", strips=True),
+    "plain": Template("</s>", lambda role: f"{role}: ", lambda _: "\n"),
+    "marked": Template("</s>", lambda role: f"### {role}\n", lambda role: "\n\n" if role == "user" else "</s>\n"),
+}
+
+
+@dataclass
+class Turn:
+    """One completion, as it was sampled."""
+
+    prompt: list[int]
+    ids: list[int]
+    version: int
+    logprobs: tuple[float, ...]
+    text: str
+    edited: bool = False
+
+
+@dataclass
+class Conversation:
+    """``turns`` are those that are trained, in the order of the posted spans."""
+
+    turns: list[Turn] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    mask: list[bool] = field(default_factory=list)
+
+    def query(self, group: int = 0) -> SequenceQuery:
+        return SequenceQuery(token_ids=np.array(self.tokens), loss_mask=np.array(self.mask), group=group, is_text=True)
+
+
+class Policy:
+    """Samples what the tokenizer would not always have made of its text, and records it as a gateway does."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, template: Template, rng: random.Random) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.rng = rng
+        self.ledger = Ledger()
+        self.turns: list[Turn] = []
+        self.eos = tokenizer.convert_tokens_to_ids(template.eos)
+        self.size = len(tokenizer) - len(_SPECIAL)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def sample(self, prompt: list[int], text: str) -> Turn:
+        rng, ids = self.rng, list[int]()
+        for token in self.encode(text):
+            alone = self.tokenizer.decode([token])
+            if rng.random() < 0.15 and len(alone) > 1 and "\ufffd" not in alone:
+                cut = rng.randrange(1, len(alone))
+                ids += [*self.encode(alone[:cut]), *self.encode(alone[cut:])]
+            else:
+                ids.append(token)
+        if rng.random() < 0.1:
+            ids.insert(rng.randint(0, len(ids)), rng.randrange(self.size))  # often a part of a character
+        ids += [self.eos] if rng.random() < 0.8 or not ids else []
+        version = rng.randrange(50)
+        logprobs = tuple(float(np.float32(-rng.random())) for _ in ids)
+        shown = self.tokenizer.decode(ids, skip_special_tokens=True)
+        turn = Turn(prompt, ids, version, logprobs, shown)
+        made = Generation(
+            token_ids=tuple(ids), logprobs=logprobs, finish_reason="stop", policy_version_runs=((version, len(ids)),)
+        )
+        self.ledger.record(prompt, [made])
+        self.turns.append(turn)
+        return turn
+
+    def converse(self, *, turns: int, last_only: bool, edits: float) -> Conversation:
+        """Tokenised with a template, and masked by the lengths of its prefixes, as ``tokenize_for_trainer`` does."""
+        rng, messages, made = self.rng, list[tuple[str, str]](), list[Turn]()
+        is_common = rng.random() < 0.2  # asked again and again, and answered in a few words
+        for _ in range(turns):
+            messages.append(("user", "the number?" if is_common else text_of(rng, 3)))
+            prompt = self.encode(self.template.render(messages, asks=True))
+            turn = self.sample(prompt, rng.choice(_ANSWERS) if is_common else text_of(rng, 8))
+            text = turn.text
+            if rng.random() < edits and len(text.strip()) > 2:
+                at = rng.randrange(len(text))
+                other = text[:at] + rng.choice(("", "q")) + text[at + 1 :]
+                turn.edited = other.strip() != text.strip()
+                text = other
+            messages.append(("assistant", text))
+            made.append(turn)
+        tokens = self.encode(self.template.render(messages))
+        mask = [False] * len(tokens)
+        for index in range(1, len(messages), 2):
+            if not last_only or index == len(messages) - 1:
+                start = len(self.encode(self.template.render(messages[:index], asks=True)))
+                stop = len(self.encode(self.template.render(messages[: index + 1])))
+                mask[start:stop] = [True] * (len(tokens[start:stop]))
+        if mask:
+            mask[0] = False
+        return Conversation(made[-1:] if last_only else made, tokens, mask)
+
+
+def conversations(kind: str, template: str, count: int, seed: int) -> Iterator[tuple[Policy, list[Conversation]]]:
+    """Batches of 100, each with a policy and a ledger of its own; short texts make some equal."""
+    rng = random.Random(f"{kind} {template} {seed}")
+    for _ in range(0, count, 100):
+        policy = Policy(tokenizer_of(kind), TEMPLATES[template], rng)
+        yield (
+            policy,
+            [
+                policy.converse(turns=rng.randint(1, 8), last_only=rng.random() < 0.3, edits=0.05)
+                for _ in range(min(100, count))
+            ],
+        )
