@@ -82,31 +82,28 @@ class TokenTexts(dict[int, tuple[str, bytes]]):
         ends = np.cumsum(counts)
         return flat[np.repeat(starts[ids] - ends + counts, counts) + np.arange(ends[-1] if len(ends) else 0)], ends
 
-    def text(self, token_ids: NDArray[np.int32]) -> str:
-        """Special tokens shown. What is no UTF-8 becomes U+FFFD as this tokenizer's decoder does it."""
+    def text_if_whole(self, token_ids: NDArray[np.int32]) -> str | None:
+        """Special tokens shown; None: it holds a part of a character, so that these tokens are not those of a text."""
         try:
             return self._joined(token_ids)[0].tobytes().decode()
         except UnicodeDecodeError:
-            return self.decode(token_ids.tolist())
+            return None
+
+    def text(self, token_ids: NDArray[np.int32]) -> str:
+        """The same; parts of characters become U+FFFD as this tokenizer's decoder does it."""
+        found = self.text_if_whole(token_ids)
+        return self.decode(token_ids.tolist()) if found is None else found
 
     def starts(self, token_ids: NDArray[np.int32]) -> IntArray:
         """For each token the number of characters that begin before it, ``[T + 1]``: those of token t are
-        ``[starts[t], starts[t + 1])``; a character of several tokens counts for the first of them."""
+        ``[starts[t], starts[t + 1])``; a character of several tokens counts for the first of them. About that many
+        where there are parts of characters."""
         counts = self._table[3][np.minimum(token_ids, len(self._table[3]) - 1)]
-        if counts.min(initial=0) >= 0:
-            return np.concatenate([[0], np.cumsum(counts)])
-        found, ends = self._joined(token_ids)
-        begins, rest, at = (found & 0xC0) != 0x80, found.tobytes(), 0
-        while rest:
-            try:
-                rest.decode()
-                break
-            except UnicodeDecodeError as error:  # one U+FFFD for each longest piece of a character
-                begins[at + error.start : at + error.end] = False
-                begins[at + error.start] = True
-                at, rest = at + error.end, rest[error.end :]
-        before = np.concatenate([[0], np.cumsum(begins)])
-        return np.concatenate([[0], before[ends]])
+        if counts.min(initial=0) < 0:
+            found, ends = self._joined(token_ids)
+            begun = np.cumsum(np.concatenate([[0], (found & 0xC0) != 0x80]))
+            return np.concatenate([[0], begun[ends]])
+        return np.concatenate([[0], np.cumsum(counts)])
 
     def core(self, text: str, start: int = 0, stop: int | None = None) -> tuple[int, int]:
         """``[start, stop)`` of a text without the white space and the special tokens at both ends."""

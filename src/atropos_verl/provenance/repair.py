@@ -62,10 +62,11 @@ class Repair:
 class _Posted:
     """A posted sequence and its text."""
 
-    def __init__(self, texts: TokenTexts, token_ids: IntArray, loss_mask: NDArray[np.bool_]) -> None:
-        self.ids = np.asarray(token_ids, dtype=IDS)
+    def __init__(self, ids: NDArray[np.int32], text: str, starts: IntArray, loss_mask: NDArray[np.bool_]) -> None:
+        self.ids = ids
         self.mask = loss_mask
-        self.text, self.starts = texts.text(self.ids), texts.starts(self.ids)
+        self.text = text
+        self.starts = starts
         self._keys: NDArray[np.uint64] = np.zeros(0, dtype=np.uint64)
 
     def key(self, stop: int) -> int:
@@ -112,11 +113,12 @@ class Repairer:
         spans before it; else the same text.
         """
         lost = [self._is_lost(token_ids, pieces) for pieces in found]
-        result = Repair(pieces=found)
-        if not any(lost):
+        result, ids = Repair(pieces=found), token_ids.astype(IDS)
+        text = self.texts.text_if_whole(ids) if any(lost) else None
+        if text is None:
             return result
         self._catch_up()
-        posted = _Posted(self.texts, token_ids, loss_mask)
+        posted = _Posted(ids, text, self.texts.starts(ids), loss_mask)
         made = _Assembly(self.texts, self._text, posted)
         pieces: list[list[Piece]] = []
         for (start, stop), own, is_lost in zip(spans, found, lost, strict=True):

@@ -22,7 +22,7 @@ from atropos_verl.config.schema import OffPolicyConfig
 from atropos_verl.protocol.journal import BatchJournal, JournalEntry
 from atropos_verl.protocol.schema import find_defect, sampling_temperature, stated_temperature
 from atropos_verl.provenance.attribution import SequenceQuery, explain, look_up, trained_spans
-from atropos_verl.provenance.ledger import Ledger
+from atropos_verl.provenance.ledger import IDS, Ledger
 from atropos_verl.provenance.repair import Repairer
 from atropos_verl.provenance.throttle import StalenessThrottle
 from atropos_verl.token_texts import TokenTexts
@@ -236,7 +236,9 @@ class BatchProvenance:
 
     def _describe(self, ids: IntArray, start: int, stop: int, *, is_text: bool) -> str:
         assert self.ledger is not None
-        texts = self._repairer.texts if self._repairer is not None and is_text else None
+        texts = None if self._repairer is None else self._repairer.texts
+        if texts is None or not is_text or texts.text_if_whole(ids.astype(IDS)) is None:
+            texts = None  # it is about the ids themselves
         difference = explain(self.ledger, ids, start, stop, texts)
 
         def named(token: int | None) -> str:

@@ -138,6 +138,12 @@ def test_parts_of_characters_are_found_by_what_the_environment_saw() -> None:
     assert text == "caf\ufffd"
     world.wrote(ASKED, broken)
     assert trained(world.posts(ASKED, text + END)) == [broken]
+    half = next(token for token in range(len(TOKENIZER)) if TEXTS[token][1] == b"\xd1")
+    other = [*letters("caf"), half]  # an edit of ids: not what a text would be tokenised into
+    assert TOKENIZER.decode(other) == text
+    mask = np.arange(len(encode(ASKED)) + 4) >= len(encode(ASKED))
+    query = SequenceQuery(token_ids=np.array([*encode(ASKED), *other]), loss_mask=mask, is_text=True)
+    assert look_up(world.ledger, [query], world.repairer)[0].repaired is None
 
 
 def test_two_texts_with_different_ids_are_not_repaired_and_equal_ids_of_two_versions_have_none() -> None:
