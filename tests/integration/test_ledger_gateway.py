@@ -14,7 +14,7 @@ from support.serving import eventually, serving
 
 from atropos_verl.provenance.attribution import SequenceQuery, look_up
 from atropos_verl.provenance.ledger import Ledger
-from atropos_verl.types import UNKNOWN_VERSION, SequenceMatch
+from atropos_verl.types import NO_LOGPROB, UNKNOWN_VERSION, SequenceMatch
 
 
 class SwappingEngine(FakeEngine):
@@ -89,6 +89,35 @@ def test_every_dialect_is_written_down(
         match = find(ledger, prompt, tokens)
         check(match, len(prompt), len(tokens), engine.base, index)
         assert match.temperature == 0.7 and match.unmatched_spans == 0
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("dialect", ["chat", "responses", "messages"])
+@pytest.mark.parametrize("constrained", [False, True])
+def test_the_dialects_of_agents_are_written_down_and_constrained_tokens_have_no_logprob(
+    ledger: Ledger,
+    client: httpx.Client,
+    engine: SwappingEngine,
+    tokenizer: Any,
+    dialect: str,
+    streamed: bool,
+    constrained: bool,
+) -> None:
+    form = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
+    path, body, more = {
+        "chat": ("/v1/chat/completions", {"messages": HI}, {"response_format": {"type": "json_object"}}),
+        "responses": ("/v1/responses", {"input": HI}, {"text": {"format": form}}),
+        "messages": ("/v1/messages", {"messages": HI, "max_tokens": 9}, {"output_config": {"format": form}}),
+    }[dialect]
+    answer = client.post(path, json={**body, "stream": streamed, **(more if constrained else {})})
+    assert answer.status_code == 200, answer.text
+    prompt, tokens = tokenizer.encode(HI_PROMPT), tokenizer.encode("yes<|im_end|>")
+    match = find(ledger, prompt, tokens)
+    if constrained:
+        assert match.versions[len(prompt) :].tolist() == [engine.base + k // 2 for k in range(len(tokens))]
+        assert match.logprobs[len(prompt) :].tolist() == [NO_LOGPROB] * len(tokens)
+    else:
+        check(match, len(prompt), len(tokens), engine.base, 0)
 
 
 def test_a_stream_that_its_reader_left_is_known_as_far_as_it_went(

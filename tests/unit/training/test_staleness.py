@@ -22,7 +22,7 @@ from atropos_verl.training.staleness import (
     group_version,
     staleness_metrics,
 )
-from atropos_verl.types import UNKNOWN_VERSION, Generation, SampleSettings, ScoredGroup
+from atropos_verl.types import NO_LOGPROB, UNKNOWN_VERSION, Generation, SampleSettings, ScoredGroup
 
 PROMPT = [5, 6, 7]
 U = UNKNOWN_VERSION
@@ -99,6 +99,20 @@ def test_logprobs_that_the_environment_sent_are_compared_and_replaced() -> None:
     assert figures["data/logprob_mismatch"] == pytest.approx(1 / 3)  # one of three that were sent
     assert figures["data/logprob_mismatch_max"] == 0.5
     assert found[1].rollout_logprobs[3:].tolist() == [-1.0, -1.125]
+
+
+def test_constrained_tokens_carry_no_importance_weight_whatever_the_environment_sends() -> None:
+    """The gateway records their logprobs, which are of a masked distribution, as no value."""
+    ledger = ledger_of(([1, 2], 3))
+    generation = Generation(
+        token_ids=(1, 4), logprobs=(NO_LOGPROB,) * 2, finish_reason="stop", policy_version_runs=((3, 2),)
+    )
+    ledger.record(PROMPT, [generation], 1.0)
+    sent = (np.array([1.0, 1, 1, -1.0, -1.125]), np.array([1.0, 1, 1, -0.1, -0.2]))
+    found, figures = samples(provenance_of(ledger), group([1, 2], [1, 4], inference_logprobs=sent))
+    assert found[1].rollout_logprobs is None and found[1].token_versions.tolist()[3:] == [3, 3]
+    assert found[0].rollout_logprobs[3:].tolist() == [-1.0, -1.125]
+    assert figures["data/logprob_mismatch"] == 0
 
 
 def test_unmatched_tokens_are_used_or_dropped() -> None:
