@@ -1,7 +1,6 @@
 """``POST /v1/messages`` and ``/v1/messages/count_tokens``: the Messages API of Anthropic."""
 
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +19,10 @@ from atropos_verl.gateway.chat import (
     read_tools,
 )
 from atropos_verl.gateway.fields import Fields, parse_sampling
-from atropos_verl.gateway.parsing import Piece, ReplyReader
-from atropos_verl.gateway.service import Answer, GatewayService, policy_fields
+from atropos_verl.gateway.parsing import Piece
+from atropos_verl.gateway.service import Answer, EventAnswer, GatewayService
 from atropos_verl.gateway.text import render
-from atropos_verl.types import Generation
+from atropos_verl.types import FinishReason
 
 _HARMLESS = (
     "stream",
@@ -155,60 +154,23 @@ def _assistant(fields: Fields, index: int, blocks: list[dict[str, Any]]) -> Mess
     )
 
 
-class _Call:
-    """A request and its answer. The constructor reads the fields."""
-
+class _Call(EventAnswer):
     def __init__(self, service: GatewayService, fields: Fields) -> None:
         if "max_tokens" not in fields:
             raise fields.error("max_tokens", "missing; the API demands it")
-        self.service = service
-        self.turn = _read_turn(service, fields)
-        self.id = service.new_id("msg_")
-        self.request = service.request(self.turn, self.id)
-        self._open: str | None = None
-        """The kind of piece that the last block takes more of."""
+        super().__init__(service, _read_turn(service, fields), "msg_", "messages")
         self._blocks: list[dict[str, Any]] = []
+        self._ends: dict[str, Any] = {"stop_reason": None, "stop_sequence": None}
 
-    def _message(self, **more: Any) -> dict[str, Any]:
-        usage = {"input_tokens": len(self.request.prompt_token_ids), "output_tokens": 0}
-        ends = {"stop_reason": None, "stop_sequence": None, "usage": usage}
+    def body(self) -> dict[str, Any]:
+        usage = {"input_tokens": len(self.request.prompt_token_ids), "output_tokens": len(self.token_ids)}
         form = {"id": self.id, "type": "message", "role": "assistant", "model": self.service.model_name}
-        return {**form, "content": [], **ends, **more}
+        return {**form, "content": self._blocks, **self._ends, "usage": usage}
 
-    async def whole(self) -> bytes:
-        [[generation]] = await self.service.generate([self.request])
-        reader = ReplyReader(self.service.codec, self.turn, self.request)
-        for piece in reader.push(generation.token_ids, generation.finish_reason):
-            list(self._events(piece))
-        list(self._close())
-        end = self._end(generation, reader.message)
-        return msgspec.json.encode(self._message(content=self._blocks, **end, **policy_fields([generation])))
+    def begin(self) -> Iterator[bytes]:
+        yield _event("message_start", message=self.body())
 
-    async def stream(self) -> AsyncGenerator[bytes, None]:
-        """Server-sent events. Closing the generator frees the slots."""
-        yield _event("message_start", message=self._message())
-        reader = ReplyReader(self.service.codec, self.turn, self.request)
-        ids = list[int]()
-        async with aclosing(self.service.stream(self.request)) as deltas:
-            async for delta in deltas:
-                ids += delta.token_ids
-                for piece in reader.push(delta.token_ids, delta.finish_reason):
-                    for event in self._events(piece):
-                        yield event
-                if delta.finish_reason is not None:
-                    for event in self._close():
-                        yield event
-                    done = Generation(
-                        token_ids=tuple(ids), logprobs=(), finish_reason=delta.finish_reason, policy_version_runs=()
-                    )
-                    end = self._end(done, reader.message)
-                    yield _event("message_delta", usage=end.pop("usage"), delta=end)
-        yield _event("message_stop")
-
-    def _events(self, piece: Piece) -> Iterator[bytes]:
-        """The events of one piece, which also put it into the blocks."""
-        if piece.kind != self._open:
-            yield from self._close()
+    def part(self, piece: Piece) -> Iterator[bytes]:
         if piece.call is not None:
             arguments = piece.call.arguments
             if not isinstance(parsed_arguments(arguments), dict):  # the API has objects only
@@ -220,8 +182,8 @@ class _Call:
             yield _event("content_block_stop", index=len(self._blocks) - 1)
             return
         name = "thinking" if piece.kind == "reasoning" else "text"
-        if self._open is None:
-            self._open = piece.kind
+        if self.open_kind is None:
+            self.open_kind = piece.kind
             yield self._begin({"type": name, name: "", **({"signature": ""} if name == "thinking" else {})})
         self._blocks[-1][name] += piece.text
         yield self._delta(type=f"{name}_delta", **{name: piece.text})
@@ -233,28 +195,23 @@ class _Call:
     def _delta(self, **delta: str) -> bytes:
         return _event("content_block_delta", index=len(self._blocks) - 1, delta=delta)
 
-    def _close(self) -> Iterator[bytes]:
-        if self._open is None:
+    def close(self) -> Iterator[bytes]:
+        if self.open_kind is None:
             return
-        if self._open == "reasoning":
+        if self.open_kind == "reasoning":
             self._blocks[-1]["signature"] = _SIGNATURE
             yield self._delta(type="signature_delta", signature=_SIGNATURE)
-        self._open = None
+        self.open_kind = None
         yield _event("content_block_stop", index=len(self._blocks) - 1)
 
-    def _end(self, generation: Generation, message: Message) -> dict[str, Any]:
-        _, matched = self.service.codec.completion_text(
-            generation.token_ids, generation.finish_reason, self.turn.sampling
-        )
-        reason = "max_tokens" if generation.finish_reason == "length" else "end_turn"
-        if isinstance(matched, str):
-            reason = "stop_sequence"
-        usage = {"input_tokens": len(self.request.prompt_token_ids), "output_tokens": len(generation.token_ids)}
-        return {
-            "stop_reason": "tool_use" if message.tool_calls else reason,
-            "stop_sequence": matched if isinstance(matched, str) else None,
-            "usage": usage,
-        }
+    def end(self, finish_reason: FinishReason) -> Iterator[bytes]:
+        _, matched = self.service.codec.completion_text(self.token_ids, finish_reason, self.turn.sampling)
+        reason = "max_tokens" if finish_reason == "length" else "end_turn"
+        stop = matched if isinstance(matched, str) else None
+        reason = "tool_use" if self.reader.message.tool_calls else "stop_sequence" if stop is not None else reason
+        self._ends = {"stop_reason": reason, "stop_sequence": stop}
+        yield _event("message_delta", delta=self._ends, usage=self.body()["usage"])
+        yield _event("message_stop")
 
 
 def _event(kind: str, **data: Any) -> bytes:

@@ -1,8 +1,7 @@
 """``POST /v1/responses``: OpenAI's Responses API, with and without ``previous_response_id``."""
 
 import time
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -19,8 +18,8 @@ from atropos_verl.gateway.chat import (
     read_tools,
 )
 from atropos_verl.gateway.fields import Fields, parse_sampling
-from atropos_verl.gateway.parsing import Piece, ReplyReader
-from atropos_verl.gateway.service import Answer, GatewayService, policy_fields
+from atropos_verl.gateway.parsing import Piece
+from atropos_verl.gateway.service import Answer, EventAnswer, GatewayService
 from atropos_verl.types import FinishReason
 
 _ROLES = ("user", "assistant", "system", "developer")
@@ -164,14 +163,9 @@ def _merged(answer: Message, part: Message) -> Message:
     )
 
 
-class _Call:
-    """A request and its answer. The constructor reads the fields."""
-
+class _Call(EventAnswer):
     def __init__(self, service: GatewayService, fields: Fields) -> None:
-        self.service = service
-        self.turn = _read_turn(service, fields)
-        self.id = service.new_id("resp_")
-        self.request = service.request(self.turn, self.id, "input")
+        super().__init__(service, _read_turn(service, fields), "resp_", "input")
         template = self.turn.sampling.template
         self.envelope: dict[str, Any] = {
             "id": self.id,
@@ -195,45 +189,22 @@ class _Call:
         }
         self._stores = fields.get("store", True)
         self._items: list[dict[str, Any]] = []
-        self._open: str | None = None
-        """The kind of piece that the last item takes more of."""
         self._sent = 0
 
-    async def whole(self) -> bytes:
-        [[generation]] = await self.service.generate([self.request])
-        reader = ReplyReader(self.service.codec, self.turn, self.request)
-        for piece in reader.push(generation.token_ids, generation.finish_reason):
-            for _ in self._events(piece):
-                pass
-        for _ in self._end(reader.message, generation.finish_reason, len(generation.token_ids)):
-            pass
-        return msgspec.json.encode({**self.envelope, **policy_fields([generation])})
+    def body(self) -> dict[str, Any]:
+        return self.envelope
 
-    async def stream(self) -> AsyncGenerator[bytes, None]:
-        """Server-sent events. Closing the generator frees the slots."""
+    def begin(self) -> Iterator[bytes]:
         yield self._event("response.created", response=self.envelope)
         yield self._event("response.in_progress", response=self.envelope)
-        reader, tokens = ReplyReader(self.service.codec, self.turn, self.request), 0
-        async with aclosing(self.service.stream(self.request)) as deltas:
-            async for delta in deltas:
-                tokens += len(delta.token_ids)
-                for piece in reader.push(delta.token_ids, delta.finish_reason):
-                    for event in self._events(piece):
-                        yield event
-                if delta.finish_reason is not None:
-                    for event in self._end(reader.message, delta.finish_reason, tokens):
-                        yield event
 
     def _event(self, kind: str, **data: Any) -> bytes:
         body = msgspec.json.encode({"type": kind, "sequence_number": self._sent, **data})
         self._sent += 1
         return f"event: {kind}\ndata: ".encode() + body + b"\n\n"
 
-    def _events(self, piece: Piece) -> Iterator[bytes]:
-        """The events of one piece, which also put it into the items."""
-        if piece.kind != self._open:
-            yield from self._close()
-        place: dict[str, Any] = {"output_index": len(self._items) - (self._open is not None)}
+    def part(self, piece: Piece) -> Iterator[bytes]:
+        place: dict[str, Any] = {"output_index": len(self._items) - (self.open_kind is not None)}
         if piece.call is not None:
             call = {"call_id": piece.call.id, "name": piece.call.name, "arguments": ""}
             item = self._item("fc", "function_call", **call)
@@ -246,8 +217,8 @@ class _Call:
             yield self._event("response.output_item.done", output_index=place["output_index"], item=item)
             return
         thinks = piece.kind == "reasoning"
-        if self._open is None:
-            self._open = piece.kind
+        if self.open_kind is None:
+            self.open_kind = piece.kind
             if thinks:
                 item = self._item("rs", "reasoning", summary=[], content=[])
                 part: dict[str, Any] = {"type": "reasoning_text"}
@@ -269,11 +240,10 @@ class _Call:
         self._items.append({"id": name, "type": kind, "status": "in_progress", **data})
         return self._items[-1]
 
-    def _close(self) -> Iterator[bytes]:
-        """The last item is complete."""
-        if self._open is None:
+    def close(self) -> Iterator[bytes]:
+        if self.open_kind is None:
             return
-        self._open, item = None, self._items[-1]
+        self.open_kind, item = None, self._items[-1]
         item["status"] = "completed"
         index, part = len(self._items) - 1, item["content"][0]
         place: dict[str, Any] = {"output_index": index, "item_id": item["id"], "content_index": 0}
@@ -282,12 +252,12 @@ class _Call:
         yield self._event("response.content_part.done", **place, part=part)
         yield self._event("response.output_item.done", output_index=index, item=item)
 
-    def _end(self, message: Message, finish_reason: FinishReason, tokens: int) -> Iterator[bytes]:
+    def end(self, finish_reason: FinishReason) -> Iterator[bytes]:
         if not self._items:
-            yield from self._events(Piece("content"))
-        yield from self._close()
+            yield from (*self.part(Piece("content")), *self.close())
         if self._stores:
-            self.service.remember(self.id, (*self.turn.messages, message))
+            self.service.remember(self.id, (*self.turn.messages, self.reader.message))
+        tokens = len(self.token_ids)
         prompt, cut = len(self.request.prompt_token_ids), finish_reason == "length"
         self.envelope |= {
             "status": "incomplete" if cut else "completed",

@@ -12,6 +12,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
+import msgspec
 from prometheus_client import Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -21,12 +22,20 @@ from atropos_verl.engine.protocol import GenerationEngine
 from atropos_verl.errors import EngineError
 from atropos_verl.gateway.chat import ChatTurn, Message, Rendered
 from atropos_verl.gateway.fields import ApiError, Fields, Sampling
-from atropos_verl.gateway.parsing import constraint_of, read_reply
+from atropos_verl.gateway.parsing import Piece, ReplyReader, constraint_of, read_reply
 from atropos_verl.gateway.text import TextCodec, render
 from atropos_verl.http_thread import SameLines, printable
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
-from atropos_verl.types import MIN_LOGPROB, NO_LOGPROB, UNKNOWN_VERSION, Generation, GenerationDelta, GenerationRequest
+from atropos_verl.types import (
+    MIN_LOGPROB,
+    NO_LOGPROB,
+    UNKNOWN_VERSION,
+    FinishReason,
+    Generation,
+    GenerationDelta,
+    GenerationRequest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -281,6 +290,66 @@ class GatewayService(Collector):
         throttled = nullcontext() if self.throttle is None else self.throttle.admitted(requests)
         async with throttled, self.gate.request():
             yield
+
+
+class EventAnswer:
+    """The answer to a turn as a sequence of events, which also build the whole answer.
+
+    The constructor may raise ``ApiError`` 400; ``param`` is the dialect's field of the conversation.
+    """
+
+    def __init__(self, service: GatewayService, turn: ChatTurn, prefix: str, param: str) -> None:
+        self.service, self.turn, self.id = service, turn, service.new_id(prefix)
+        self.request = service.request(turn, self.id, param)
+        self.reader = ReplyReader(service.codec, turn, self.request)
+        self.token_ids: list[int] = []
+        self.open_kind: str | None = None
+        """The kind of piece that the last part of the answer takes more of."""
+
+    def begin(self) -> Iterator[bytes]:
+        """The events before the first piece."""
+        raise NotImplementedError
+
+    def part(self, piece: Piece) -> Iterator[bytes]:
+        """The events of one piece, which also put it into the answer."""
+        raise NotImplementedError
+
+    def close(self) -> Iterator[bytes]:
+        """The events at the end of the part that is open, if one is."""
+        raise NotImplementedError
+
+    def end(self, finish_reason: FinishReason) -> Iterator[bytes]:
+        """The last events."""
+        raise NotImplementedError
+
+    def body(self) -> dict[str, Any]:
+        """The whole answer."""
+        raise NotImplementedError
+
+    async def whole(self) -> bytes:
+        [[generation]] = await self.service.generate([self.request])
+        for _ in self._events(generation.token_ids, generation.finish_reason):
+            pass
+        return msgspec.json.encode({**self.body(), **policy_fields([generation])})
+
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        """Server-sent events. Closing the generator frees the slots."""
+        for event in self.begin():
+            yield event
+        async with aclosing(self.service.stream(self.request)) as deltas:
+            async for delta in deltas:
+                for event in self._events(delta.token_ids, delta.finish_reason):
+                    yield event
+
+    def _events(self, token_ids: Sequence[int], finish_reason: FinishReason | None) -> Iterator[bytes]:
+        self.token_ids += token_ids
+        for piece in self.reader.push(token_ids, finish_reason):
+            if piece.kind != self.open_kind:
+                yield from self.close()
+            yield from self.part(piece)
+        if finish_reason is not None:
+            yield from self.close()
+            yield from self.end(finish_reason)
 
 
 def _recordable(request: GenerationRequest, made: list[Generation]) -> list[Generation]:
