@@ -21,7 +21,7 @@ async def solve(task: str, session: Any) -> float:
     question = f"Spell this word backward (example: sun -> nus): {task}"
     messages: list[Any] = [{"role": "user", "content": question}]
     for reward in (1.0, 0.5):
-        said = await model.messages.create(model="policy", messages=messages, max_tokens=16, temperature=1.0)
+        said = await model.messages.create(model="policy", messages=messages, max_tokens=16)
         text = "".join(block.text for block in said.content if block.type == "text")
         if text.strip() == task[::-1]:
             return reward
