@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_PATH = "/evaluation"
 """What requests of held-out evaluations have before every other path of the gateway."""
+EVALUATION_GROUP = "evaluation "
+"""What the group of a session begins with whose rollout is an evaluation's."""
 _PROBE_INTERVAL = 0.005
 _PROBE_TIMEOUT = 2.0
 _KEEP_ALIVE_TIMEOUT = 75

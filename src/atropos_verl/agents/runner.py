@@ -41,7 +41,7 @@ from atropos_verl.errors import (
     AtroposVerlError,
     ConfigError,
 )
-from atropos_verl.http_thread import EVALUATION_PATH, SameLines
+from atropos_verl.http_thread import EVALUATION_GROUP, EVALUATION_PATH, SameLines
 from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.messages import EnvRegistration
 from atropos_verl.protocol.wire import encode_group
@@ -382,7 +382,7 @@ class Runner:
 
     async def evaluate(self) -> dict[str, float]:
         """``eval/mean_reward`` over one rollout of each task; failed ones count as 0. None of them is posted."""
-        group = f"evaluation {uuid.uuid4().hex}"
+        group = f"{EVALUATION_GROUP}{uuid.uuid4().hex}"
         found = await asyncio.gather(*(self.rollout(group, task) for task in range(len(self.tasks))))
         rewards = [0.0 if rollout is None else float(rollout["reward"]) for rollout in found]
         return {"eval/mean_reward": sum(rewards) / len(rewards), "eval/failed": float(found.count(None))}

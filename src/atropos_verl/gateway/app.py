@@ -44,6 +44,7 @@ from atropos_verl.gateway.service import Answer, GatewayService
 from atropos_verl.gateway.sessions import Session, SessionService, SessionStore
 from atropos_verl.gateway.text import TextCodec
 from atropos_verl.http_thread import (
+    EVALUATION_GROUP,
     EVALUATION_PATH,
     Listener,
     ServerThread,
@@ -199,7 +200,8 @@ def create_app(
         service.warn_refused(f"route {request.url.path[:200]}", "a client calls %s", what)
         return _error_response(ApiError(status, what))
 
-    entrance = Middleware(_Entrance, key=api_key, hosts=allowed_hosts, service=service, sessions=sessions)
+    who: dict[str, Any] = {"key": api_key, "hosts": allowed_hosts, "sessions": sessions}
+    entrance = Middleware(_Entrance, service=service, evaluates=evaluated is not None, **who)
     return Starlette(routes=routes, middleware=[entrance], exception_handlers={HTTPException: routing_error})
 
 
@@ -253,8 +255,10 @@ class _Entrance:
         hosts: Collection[str],
         service: GatewayService,
         sessions: SessionStore | None,
+        evaluates: bool,
     ) -> None:
         self._app, self._key, self._hosts, self._service, self._sessions = app, key, hosts, service, sessions
+        self._evaluates = evaluates
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -292,11 +296,16 @@ class _Entrance:
             if not path.startswith(_AGENT_ROUTES):
                 text = f"an agent calls routes below {_AGENT_ROUTES}, not {path[:100]!r}; its base_url is …/s/ID/v1"
                 raise ApiError(404, text)
-            return path, addressed
+            return self._prefix(addressed) + path, addressed
         own = "" if session is None else f"/sessions/{session.record.id}"
         if own and path not in ("/health", own) and not path.startswith((_AGENT_ROUTES, f"{own}/")):
             raise ApiError(403, f"the key of a session opens {_AGENT_ROUTES} and its own session", code="forbidden")
+        if session is not None and path.startswith(_AGENT_ROUTES):
+            path = self._prefix(session) + path
         return path, session
+
+    def _prefix(self, session: Session) -> str:
+        return EVALUATION_PATH if self._evaluates and session.record.opening.group.startswith(EVALUATION_GROUP) else ""
 
     def _session_of(self, sent: list[bytes]) -> Session | None:
         """The session whose key was sent."""

@@ -18,8 +18,10 @@ from support.serving import eventually
 from support.sessions import OracleEngine, check_rollout, open_session, rollout_of, session_gateway
 from support.tiny_model import build_tiny_tokenizer
 
+from atropos_verl.engine.pinned import PinnedEngine
 from atropos_verl.errors import StorageInUseError
 from atropos_verl.gateway.sessions import SessionStore
+from atropos_verl.http_thread import EVALUATION_GROUP
 from atropos_verl.storage import RecordStore
 from atropos_verl.types import GenerationRequest
 
@@ -461,3 +463,23 @@ def test_without_a_gateway_key_the_address_is_enough(tmp_path: Path, engine: Ora
 def test_a_second_gateway_is_refused(tmp_path: Path, client: httpx.Client) -> None:
     with pytest.raises(StorageInUseError, match="gateway's sessions"):
         SessionStore(tmp_path)
+
+
+@pytest.mark.parametrize("addressed", ["by its url", "by its key"])
+def test_a_session_of_an_evaluation_waits_for_the_pinned_version(
+    tmp_path: Path, engine: OracleEngine, addressed: str
+) -> None:
+    pinned = PinnedEngine(engine)
+    with session_gateway(tmp_path, engine, TOKENIZER, evaluated=pinned) as client:
+        session = open_session(client, group=f"{EVALUATION_GROUP}1")
+        url = CHAT if addressed == "by its key" else f"/s/{session['id']}{CHAT}"
+        answers: list[str] = []
+        key = {"authorization": f"Bearer {session['api_key']}"}
+        asking = threading.Thread(target=lambda: answers.append(text_of(client.post(url, json=ASK, headers=key))))
+        asking.start()
+        eventually(lambda: pinned.gate.waiting == 1, "the request to arrive")
+        assert not engine.requests
+        pinned.pin()
+        asking.join(10.0)
+        assert answers and answers[0].startswith("answer")
+        assert text_of(chat(client, open_session(client))).startswith("answer"), "others do not wait"
