@@ -651,13 +651,10 @@ def describe(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[tuple
 def help_rows(rows: Sequence[tuple[str, Any, str]], values: Mapping[str, Any]) -> str:
     """The rows of ``describe`` as lines of ``--help``, with the values of a configuration, as YAML has them."""
     width = max(len(name) for name, *_ in rows)
-    shown = ((name, _value_of(name, default, values), text) for name, default, text in rows)
-    return "".join(f"  {name:<{width}}  {text} ({json.dumps(value, default=list)})\n" for name, value, text in shown)
-
-
-def _value_of(name: str, default: Any, values: Any) -> Any:
-    for part in name.split("."):
-        if not isinstance(values, Mapping) or part not in values:
-            return default  # environments.NAME
-        values = values[part]
-    return values
+    lines = []
+    for name, value, text in rows:
+        found: Any = values
+        for part in name.split("."):  # of environments.NAME there is none
+            found = found.get(part, value) if isinstance(found, Mapping) else value
+        lines.append(f"  {name:<{width}}  {text} ({json.dumps(found, default=list)})\n")
+    return "".join(lines)

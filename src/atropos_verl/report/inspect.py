@@ -130,13 +130,11 @@ def _read(options: argparse.Namespace) -> list[FoundGroup]:
 
 def _model_of_run(path: Path) -> tuple[str, Path] | None:
     """Directories of the tokenizer and the model of the run that ``path`` is, or is in; None: of none that is known."""
-    for directory in [path, *path.absolute().parents[:3]]:
-        settings = _settings_of_run(directory)
-        if settings is not None:
-            with contextlib.suppress(ConfigError):  # the model is not here any more
-                model = RunConfig.from_mapping({"model": settings}).resolve_model_path()
-                return str(settings["tokenizer_path"] or model), model
-            return None
+    settings = next(filter(None, map(_settings_of_run, (path, *path.absolute().parents[:3]))), None)
+    if settings is not None:
+        with contextlib.suppress(ConfigError):  # the model is not here any more
+            model = RunConfig.from_mapping({"model": settings}).resolve_model_path()
+            return str(settings["tokenizer_path"] or model), model
     return None
 
 
