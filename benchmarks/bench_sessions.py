@@ -3,8 +3,9 @@
     python benchmarks/bench_sessions.py [--model DIRECTORY] [--sessions 64] [--turns 20] [--tokens 16] [--rounds 3]
 
 Each round, interleaved: the engine alone, the gateway without sessions, and the gateway with sessions (on disk, over
-HTTP, from a client in this process). All decode greedily, so that every side computes the same tokens. ``opened``: the
-memory of an open session beside its tokens, by ``tracemalloc``. Prints medians in seconds and ratios as JSON.
+HTTP, from a client in this process). All decode greedily, so that every side computes the same tokens. ``cpu``: of the
+HTTP, from a client in this process). All decode greedily, so every side computes the same tokens. ``cpu``: of the
+session, by ``tracemalloc``. Prints medians in seconds and ratios as JSON.
 """
 
 import os
@@ -30,7 +31,7 @@ from atropos_verl.gateway.app import GatewayServer, create_app
 from atropos_verl.gateway.sessions import SessionStore
 from atropos_verl.types import GenerationRequest
 
-QUESTION = "Tell me what comes next in the story of the lighthouse and the whale, turn {}."
+QUESTION = "What is {} plus {}?"
 
 
 def main() -> None:
@@ -49,6 +50,7 @@ def main() -> None:
     path = options.model or smollm2_path()
     tokenizer = AutoTokenizer.from_pretrained(str(path))
     seconds: dict[str, list[float]] = {"engine": [], "gateway": [], "sessions": []}
+    cpu: dict[str, list[float]] = {name: [] for name in seconds}
     with (
         tempfile.TemporaryDirectory() as directory,
         TransformersEngine.from_pretrained(path, max_running=options.sessions, max_context_len=2048) as engine,
@@ -64,13 +66,18 @@ def main() -> None:
             asyncio.run(everybody(sides["sessions"], 2))  # warm
             for _ in range(options.rounds):
                 for name, side in sides.items():
-                    began = time.perf_counter()
+                    began, cpu_began = time.perf_counter(), time.process_time()
                     asyncio.run(everybody(side, options.sessions))
                     seconds[name].append(time.perf_counter() - began)
+                    cpu[name].append(time.process_time() - cpu_began)
         store.close()
     medians = {name: statistics.median(values) for name, values in seconds.items()}
+    used = {name: statistics.median(values) for name, values in cpu.items()}
     ratios = {f"{name}_to_engine": medians[name] / medians["engine"] for name in ("gateway", "sessions")}
-    print(json.dumps({**vars(options), "model": str(path), "seconds": seconds, "medians": medians, **ratios}, indent=2))
+    ratios |= {f"{name}_to_engine_cpu": used[name] / used["engine"] for name in ("gateway", "sessions")}
+    turn_ms = 1000 * (used["sessions"] - used["engine"]) / (options.sessions * options.turns)
+    figures = {"seconds": seconds, "medians": medians, "cpu_medians": used, **ratios, "cpu_ms_per_turn": turn_ms}
+    print(json.dumps({**vars(options), "model": str(path), **figures}, indent=2))
     print(json.dumps({"opened": memory(options.turns)}, indent=2))
 
 
@@ -115,7 +122,7 @@ async def talk_to_engine(engine: Any, tokenizer: Any, number: int, options: Any)
 
 
 def question(number: int, turn: int) -> str:
-    return f"{number}. {QUESTION.format(turn)}"
+    return QUESTION.format(number, turn)
 
 
 def memory(turns: int, count: int = 200) -> dict[str, float]:
@@ -125,13 +132,11 @@ def memory(turns: int, count: int = 200) -> dict[str, float]:
     import numpy as np
 
     from atropos_verl.gateway.lineages import StoredTurn
-    from atropos_verl.gateway.sessions import Exchange, Session, SessionRecord
+    from atropos_verl.gateway.sessions import Exchange, Opening, Session, SessionRecord
 
     def opened() -> Session:
-        about: dict[str, Any] = {"task": None, "metadata": {}, "size": 8, "created": 0.0, "expires": 1e12}
-        session = Session(
-            0, SessionRecord(id=secrets.token_hex(12), secret=secrets.token_urlsafe(24), group="g", **about)
-        )
+        about: dict[str, Any] = {"opening": Opening(group="g"), "created": 0.0}
+        session = Session(0, SessionRecord(id=secrets.token_hex(12), secret=secrets.token_urlsafe(24), **about))
         for number in range(turns):
             tokens = np.random.default_rng(number).integers(0, 50_000, 500).astype("<i4").tobytes()
             exchange = Exchange(secrets.token_hex(12), secrets.token_bytes(16), turns=[number], was_received=True)

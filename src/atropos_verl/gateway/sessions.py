@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 _KEY_PREFIX = "sess-"
 _TURN_BITS = 20
+"""``_MAX_TURNS`` and the completions of one more request fit."""
 _MAX_OPEN = 4096
 _MAX_ENDED = 10_000
 """Ended sessions that are kept, the newest ones."""
@@ -504,8 +505,9 @@ class SessionStore:
         elif (known := session.by_key.get(key)) is not None and known.digest != digest:
             raise ApiError(409, "Idempotency-Key: another request had this key", code="idempotency_conflict")
         if known is None:
-            if len(session.exchanges) >= _MAX_TURNS or session.stored_bytes >= _MAX_SESSION_BYTES:
-                text = f"{len(session.exchanges)} requests with {session.stored_bytes} bytes, the most of one session"
+            turns = max(len(session.exchanges), len(session.tree.turns))
+            if turns >= _MAX_TURNS or session.stored_bytes >= _MAX_SESSION_BYTES:
+                text = f"{turns} completions with {session.stored_bytes} bytes, the most of one session"
                 raise ApiError(403, f"session {session.record.id} had {text}; finish it", code="session_limit")
             known = Exchange(secrets.token_hex(12), digest, key)
             session.keep(known)
