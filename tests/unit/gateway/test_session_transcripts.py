@@ -486,7 +486,7 @@ def gateways(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
 
         def gateway(template: str) -> tuple[httpx.Client, OracleEngine]:
             if template not in made:
-                tokenizer, engine = build_tiny_tokenizer(), OracleEngine()
+                tokenizer, engine = merging_tokenizer(), OracleEngine()
                 tokenizer.chat_template = TEMPLATES[template]
                 directory = tmp_path_factory.mktemp(template)
                 made[template] = stack.enter_context(session_gateway(directory, engine, tokenizer)), engine
@@ -496,6 +496,26 @@ def gateways(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
 
 
 TOKENIZER = build_tiny_tokenizer()
+"""What the policy writes is one token a byte: not as the gateway's tokenizer encodes it."""
+
+
+def merging_tokenizer() -> Any:
+    """The same ids, and tokens of several bytes after them."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    merges = [("a", "n"), ("s", "w"), ("e", "r"), ("an", "sw"), ("answ", "er"), ("u", "m"), ("Ġ", "x"), ("Ã", "©")]
+    words = [*TOKENIZER.get_vocab(), *(first + second for first, second in merges)]
+    vocab = {**TOKENIZER.get_vocab(), **{first + second: 259 + k for k, (first, second) in enumerate(merges)}}
+    assert len(vocab) == len(words)
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    specials = [AddedToken(word, special=True) for word in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
+    backend.add_special_tokens(specials)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    assert made.encode("answer é") != TOKENIZER.encode("answer é") == made.convert_tokens_to_ids([*"answerĠÃ©"])
+    return made
 
 
 def writing(replies: Sequence[str]) -> Callable[[GenerationRequest, int], list[int]]:
