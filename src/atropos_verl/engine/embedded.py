@@ -406,11 +406,12 @@ class TransformersEngine:
         with self._exclusive("release_memory_occupation"):
             self._evict()
             self._runner.cache.clear()
+            held = self._runner.weights.nbytes
             if self._release_weights:
                 self._runner.weights.release()
             if self._runner.device.type == "cuda":
                 torch.cuda.empty_cache()
-            trim_memory()
+            trim_memory(held)
 
     def resume_memory_occupation(self) -> None:
         """See ``InferenceEngine``. Released weights stay unusable until ``update_weights_from_tensor``. Idempotent.

@@ -115,7 +115,7 @@ class UpdateEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         """The gradient norm. A batch without a trained token changes neither weights nor AdamW's moments."""
         norm = float(super().optimizer_step()) if self._has_trained_tokens else 0.0
         self.optimizer_zero_grad()  # verl keeps the gradients until the next step begins: a copy of the model's size
-        trim_memory()
+        trim_memory(sum(parameter.nbytes for parameter in self.module.parameters()))
         return norm
 
     def _build_lr_scheduler(self, optimizer: Any) -> Any:
