@@ -327,7 +327,11 @@ def _row(
             generation = turn.generation()
             logprobs = [NO_LOGPROB if turn.constrained else max(v, MIN_LOGPROB) for v in generation.logprobs]
             versions = [version for version, run in turn.runs for _ in range(run)]
-            add(sampled, sampled, logprobs, versions)
+            masks = sampled
+            if turn.constrained:  # a token that was the only one allowed has no gradient where it was sampled
+                pairs = zip(sampled, generation.logprobs, strict=True)
+                masks = [token if value < 0.0 else NOT_TRAINED for token, value in pairs]
+            add(sampled, masks, logprobs, versions)
     return row
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import anthropic
 import httpx
+import numpy as np
 import openai
 import pytest
 from support.fake_engine import text_reply
@@ -20,6 +21,7 @@ from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.engine.pinned import PinnedEngine
 from atropos_verl.errors import StorageInUseError
+from atropos_verl.gateway.lineages import StoredTurn, training_rows
 from atropos_verl.gateway.sessions import SessionStore
 from atropos_verl.http_thread import EVALUATION_GROUP
 from atropos_verl.storage import RecordStore
@@ -483,3 +485,17 @@ def test_a_session_of_an_evaluation_waits_for_the_pinned_version(
         asking.join(10.0)
         assert answers and answers[0].startswith("answer")
         assert text_of(chat(client, open_session(client))).startswith("answer"), "others do not wait"
+
+
+def test_of_a_constrained_turn_the_tokens_are_trained_that_were_chosen_among_several() -> None:
+    logprobs = np.array([0.0, -0.5, 0.0, -2.0], np.float32).tobytes()
+    ids = [np.array(row, np.int32).tobytes() for row in ([5, 6], [7, 8, 9, 2])]
+    made = {"parent": None, "request": "r", "digest": b"", "idempotency_key": None, "prompt": ids[0], "sampled": ids[1]}
+    made |= {"logprobs": logprobs, "runs": ((3, 4),), "finish_reason": "stop", "has_end": True, "constrained": True}
+    made |= {"key": 0, "messages": 0, "characters": 0, "text_hash": 0, "reason": None, "said": ()}
+    for constrained, masks, kept in (
+        (True, [-100, -100, -100, 8, -100, 2], [1.0] * 6),
+        (False, [-100, -100, 7, 8, 9, 2], [1.0, 1.0, 0.0, -0.5, 0.0, -2.0]),
+    ):
+        (row,) = training_rows([StoredTurn(**{**made, "constrained": constrained})], ())
+        assert (row["masks"], row["logprobs"], row["spans"]) == (masks, kept, [[2, 6]])
