@@ -26,17 +26,7 @@ MAIN = ROOT / "recipe" / "atropos" / "main_atropos.py"
 STALENESS = "off_policy.max_staleness=0", "off_policy.on_stale=wait"
 WORDS: dict[str, dict[str, list[str]]] = {
     "demo": {"local": [], "ray": []},
-    "smollm2-135m": {
-        "local": ["--config-name", "smollm2"],
-        "ray": [
-            "actor_rollout_ref.model.path=smollm2-135m",
-            "data.max_prompt_length=104",
-            "data.max_response_length=24",
-            "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=4096",
-            "actor_rollout_ref.actor.optim.lr=2e-5",
-            f"atropos.env.script={ROOT / 'examples' / 'environments' / 'sums.py'}",
-        ],
-    },
+    "smollm2-135m": {"local": ["--config-name", "smollm2"], "ray": ["--config-name", "ray_smollm2"]},
 }
 
 
@@ -76,9 +66,9 @@ def _run(options: argparse.Namespace, side: str, seed: int, run_dir: Path) -> di
     common = [f"run_dir={run_dir}", *WORDS[options.model][side]]
     if side == "local":
         words = [*common, f"seed={seed}", f"steps={options.steps}", "save_freq=-1", *STALENESS]
-        words += ["eval.before=false", "eval.after=false"]
+        words += ["eval.before=false", "eval.after=false", "eval.every=null"]
     else:
-        block = [f"seed={seed}", *STALENESS, "eval.before=false", "eval.after=false"]
+        block = [f"seed={seed}", *STALENESS, "eval.before=false", "eval.after=false", "eval.every=null"]
         words = ["backend=ray", *common, *(f"atropos.{word}" for word in block), "trainer.save_freq=-1"]
         words += [f"trainer.total_training_steps={options.steps}", f"actor_rollout_ref.rollout.seed={seed}"]
     metrics, seen = run_dir / "metrics.jsonl", []
