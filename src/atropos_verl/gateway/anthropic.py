@@ -21,7 +21,6 @@ from atropos_verl.gateway.chat import (
 from atropos_verl.gateway.fields import Fields, parse_sampling
 from atropos_verl.gateway.parsing import Piece
 from atropos_verl.gateway.service import Answer, EventAnswer, GatewayService
-from atropos_verl.gateway.text import render
 from atropos_verl.types import FinishReason
 
 _HARMLESS = (
@@ -48,7 +47,7 @@ def messages(service: GatewayService, fields: Fields) -> Answer:
 def count_tokens(service: GatewayService, fields: Fields) -> Answer:
     """The number of tokens of the prompt that ``messages`` would make. Raises ``ApiError`` 400."""
     fields.ignore("max_tokens", "stream", "stop_sequences")
-    count = len(render(service.codec, _read_turn(service, fields)).prompt_ids)
+    count = len(service.codec.render(_read_turn(service, fields)))
 
     async def answer() -> bytes:
         return msgspec.json.encode({"input_tokens": count})

@@ -73,17 +73,6 @@ class ChatTurn:
         return bool(self.tools) and self.tool_choice != "none"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rendered:
-    """The prompt of a turn."""
-
-    prompt_ids: tuple[int, ...]
-    extends: bool = False
-    """It continues recorded tokens, which were sampled and not rendered again."""
-    reason: str | None = None
-    """The reason for which it does not, where a recorded chain was given."""
-
-
 def read_messages(fields: Fields, *, takes_parts: bool, role_of: Callable[[str], str]) -> tuple[Message, ...]:
     """The ``messages`` of a request of the chat API. Raises ``ApiError`` 400 naming the message.
 

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import xxhash
 
-from atropos_verl.gateway.chat import ChatTurn, Message, Rendered, parsed_arguments
+from atropos_verl.gateway.chat import ChatTurn, Message, parsed_arguments
 from atropos_verl.gateway.fields import ApiError
 from atropos_verl.gateway.text import TextCodec
 from atropos_verl.types import MIN_LOGPROB, NO_LOGPROB, NOT_TRAINED, UNKNOWN_VERSION, FinishReason, Generation
@@ -117,10 +117,6 @@ class Prompt:
     reason: str | None = None
     text: str = ""
     messages: tuple[Message, ...] = ()
-
-    @property
-    def rendered(self) -> Rendered:
-        return Rendered(prompt_ids=self.ids, extends=self.parent is not None, reason=self.reason)
 
 
 @dataclass(eq=False)

@@ -20,10 +20,10 @@ from prometheus_client.registry import Collector
 from atropos_verl.engine.gate import RequestGate
 from atropos_verl.engine.protocol import GenerationEngine
 from atropos_verl.errors import EngineError
-from atropos_verl.gateway.chat import ChatTurn, Message, Rendered
+from atropos_verl.gateway.chat import ChatTurn, Message
 from atropos_verl.gateway.fields import ApiError, Fields, Sampling
 from atropos_verl.gateway.parsing import Piece, ReplyReader, constraint_of, read_reply
-from atropos_verl.gateway.text import TextCodec, render
+from atropos_verl.gateway.text import TextCodec
 from atropos_verl.http_thread import SameLines, printable
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
@@ -201,13 +201,13 @@ class GatewayService(Collector):
         """A new id of something in the answer."""
         return f"{prefix}{uuid.uuid4().hex}"
 
-    def render(self, turn: ChatTurn) -> Rendered:
+    def render(self, turn: ChatTurn) -> tuple[int, ...]:
         """The prompt of a turn, in a worker thread. Raises ``ApiError`` 400 naming the field."""
-        return render(self.codec, turn)
+        return self.codec.render(turn)
 
     def request(self, turn: ChatTurn, name: str, param: str = "messages") -> GenerationRequest:
         """The engine's request for a turn, in a worker thread. Raises ``ApiError`` 400 naming the field."""
-        prompt_ids = self.render(turn).prompt_ids
+        prompt_ids = self.render(turn)
         constraint = constraint_of(self.codec, turn, prompt_ids)
         [request] = self.requests(turn.sampling, [prompt_ids], param=param, name=name)
         return replace(request, constraint=constraint)

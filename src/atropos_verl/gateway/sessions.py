@@ -36,7 +36,7 @@ import msgspec
 import xxhash
 
 from atropos_verl.errors import StorageWriteError
-from atropos_verl.gateway.chat import ChatTurn, Message, Rendered
+from atropos_verl.gateway.chat import ChatTurn, Message
 from atropos_verl.gateway.fields import ApiError
 from atropos_verl.gateway.lineages import Prompt, StoredTurn, Tree, kept_turns, new_turn, training_rows
 from atropos_verl.gateway.service import GatewayService, joined
@@ -589,7 +589,7 @@ class SessionService(GatewayService):
     def remember(self, answer_id: str, messages: tuple[Message, ...]) -> None:
         """The conversation is on disk."""
 
-    def render(self, turn: ChatTurn) -> Rendered:
+    def render(self, turn: ChatTurn) -> tuple[int, ...]:
         """See ``Tree.render``; of a request that was answered before, the prompt it had."""
         self._turn = turn
         if self._exchange.turns:
@@ -597,7 +597,7 @@ class SessionService(GatewayService):
             self._prompt = Prompt(ids=first.prompt_ids(), parent=first.parent, reason=first.stored.reason)
         else:
             self._prompt = self._session.tree.render(self.codec, turn)
-        return self._prompt.rendered
+        return self._prompt.ids
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Generation]]:
         """See ``GatewayService.generate``. Cancelling leaves the completions to an equal request."""

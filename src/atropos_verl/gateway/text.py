@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
-from atropos_verl.gateway.chat import ChatTurn, Rendered
+from atropos_verl.gateway.chat import ChatTurn
 from atropos_verl.gateway.fields import ApiError, Fields, Sampling
 from atropos_verl.gateway.templates import ChatTemplate
 from atropos_verl.token_texts import TokenTexts
@@ -57,6 +57,10 @@ class TextCodec:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def render(self, turn: ChatTurn) -> tuple[int, ...]:
+        """The prompt of a turn, by the chat template. Raises ``ApiError`` 400 naming the field."""
+        return self.encode(self.template.prompt(turn), add_special_tokens=turn.add_special_tokens)
 
     def prompts(
         self, fields: Fields, name: str, *, texts: bool = True, ids: bool = True
@@ -155,8 +159,3 @@ class StreamText:
                 lengths = range(min(len(stop) - 1, len(tail)), 0, -1)
                 end = min(end, next((len(tail) - k for k in lengths if tail.endswith(stop[:k])), end))
         return self._sent + end
-
-
-def render(codec: TextCodec, turn: ChatTurn) -> Rendered:
-    """The prompt of a turn, by the chat template. Raises ``ApiError`` 400 naming the field."""
-    return Rendered(prompt_ids=codec.encode(codec.template.prompt(turn), add_special_tokens=turn.add_special_tokens))

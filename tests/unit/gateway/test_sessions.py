@@ -20,7 +20,7 @@ from support.sessions import OracleEngine, check_rollout, open_session, rollout_
 from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.engine.pinned import PinnedEngine
-from atropos_verl.errors import StorageInUseError
+from atropos_verl.errors import StorageInUseError, StorageWriteError
 from atropos_verl.gateway.lineages import StoredTurn, training_rows
 from atropos_verl.gateway.sessions import SessionStore
 from atropos_verl.http_thread import EVALUATION_GROUP
@@ -241,6 +241,24 @@ def test_a_refused_or_failed_request_leaves_nothing(client: httpx.Client, engine
     assert chat(client, session, stream=True).text.count("internal_server_error") == 1
     engine.fail_with = None
     assert (tree_of(client, session)["requests"], tree_of(client, session)["turns"]) == (0, 0)
+    text_of(chat(client, session))
+    check_rollout(rollout_of(client, session), engine.samples)
+
+
+def test_a_disk_that_refuses_loses_nothing(
+    client: httpx.Client, engine: OracleEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = open_session(client)
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordStore, "_commit", lambda *_: StorageWriteError("the disk is full"))
+        for stream in (False, True):
+            answer = chat(client, session, stream=stream)
+            assert answer.status_code == (200 if stream else 507) and "the disk is full" in answer.text
+            assert "[DONE]" not in answer.text
+        assert client.post("/sessions", json={"group": "g"}).status_code == 507
+        assert reward(client, session, reward=1.0).status_code == 507
+    assert (tree_of(client, session)["turns"], tree_of(client, session)["state"]) == (0, "open")
+    engine.samples.clear()
     text_of(chat(client, session))
     check_rollout(rollout_of(client, session), engine.samples)
 
