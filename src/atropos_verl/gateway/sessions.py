@@ -54,21 +54,18 @@ _MAX_ENDED = 10_000
 _MAX_TURNS = 10_000
 _MAX_SESSION_BYTES = 256 << 20
 """Of the turns of one session, on disk."""
-_MAX_KEY = 256
+_MAX_KEY, _MAX_REASON = 256, 500
 _FIELD = re.compile(r"field `(.*?)`|\$\.(\w+)")
 
 _Rows = Sequence[tuple[Key, bytes]]
 State = Literal["open", "finished", "aborted", "expired"]
-
-
-_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 _T = TypeVar("_T")
 
 
 class Opening(msgspec.Struct, forbid_unknown_fields=True):
     """Body of ``POST /sessions``."""
 
-    group: _Name
+    group: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
     task: str | None = None
     metadata: dict[str, Any] | None = None
     size: Annotated[int, msgspec.Meta(ge=1, le=100_000)] | None = None
@@ -90,7 +87,7 @@ class Outcome(msgspec.Struct, forbid_unknown_fields=True):
 class Abort(msgspec.Struct, forbid_unknown_fields=True):
     """Body of ``POST /sessions/ID/abort``."""
 
-    reason: _Name | None = None
+    reason: str = ""
 
 
 class SessionRecord(msgspec.Struct, kw_only=True):
@@ -346,7 +343,8 @@ class SessionStore:
             if session.record.state == "finished":
                 raise ApiError(409, f"session {session.record.id} is finished", code="already_finished")
             if session.record.state == "open":
-                await self._store(session, msgspec.structs.replace(session.record, reason=given.reason), "aborted")
+                reason = given.reason[:_MAX_REASON] or None
+                await self._store(session, msgspec.structs.replace(session.record, reason=reason), "aborted")
         return self.summary(session)
 
     def expire(self) -> None:

@@ -372,6 +372,9 @@ def test_an_abort_ends_what_is_being_sampled(client: httpx.Client, engine: Oracl
     assert all("it was stuck" in answer.text for answer in answers) and not engine.active
     engine.resume()
     assert code_of(client.get(f"/sessions/{session['id']}/rollout")) == (409, "session_aborted")
+    for body, reason in (({"reason": ""}, None), ({"reason": "x" * 9000}, "x" * 500)):
+        other = open_session(client)
+        assert client.post(f"/sessions/{other['id']}/abort", json=body).json()["reason"] == reason
     assert code_of(reward(client, session, reward=1.0)) == (410, "session_ended")
 
 
