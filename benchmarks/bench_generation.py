@@ -1,14 +1,16 @@
 """Tokens per second: the embedded engine against ``model.generate`` in static batches of the same requests.
 
     python benchmarks/bench_generation.py [--sequences 64] [--repeats 5] [--manager]
-                                          [--vllm PYTHON]
+                                          [--vllm PYTHON] [--model smollm2-135m] [--dtype bfloat16]
 
 Two loads: all completions equally long, and lengths that vary tenfold (a static batch runs until its longest is done;
 the engine fills the slot with the next sequence). Both sides sample at temperature 1 from the same random Qwen2 of
 about a million parameters, interleaved in one process, with the threads that the engine has by default. ``--manager``
-adds transformers' continuous-batching manager, warmed up beforehand. ``--vllm`` adds vLLM, in the interpreter given,
-a process of its own that is asked in turn; it samples with logprobs as the engine does. Prints JSON: median tokens/s
-of each side and the ratios. Counted are the tokens asked for.
+adds transformers' continuous-batching manager, warmed up beforehand. ``--vllm`` adds vLLM with its prefix cache, in the
+interpreter given, a process of its own that is asked in turn; it samples with logprobs as the engine does.
+``--model`` takes a real model, and compares the engine with vLLM alone: groups of eight that share a prompt, lengths
+that vary tenfold, long prompts, and conversations whose prompts grow. Each repeat has prompts of its own. Prints JSON:
+median tokens/s of each side and the ratios. Counted are the tokens asked for.
 """
 
 import os
@@ -25,17 +27,19 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from atropos_verl.assets.smollm2 import NAME, smollm2_path
 from atropos_verl.engine.runner import engine_threads
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-Load = list[tuple[tuple[int, ...], int]]
-"""Prompt, and how many tokens to generate."""
+Load = list[list[tuple[tuple[int, ...], int]]]
+"""Rounds of requests made together: prompt, and how many tokens to generate."""
 
 
 def main() -> None:
@@ -47,26 +51,40 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, help="torch threads of every side; default: what the engine chooses")
     parser.add_argument("--manager", action="store_true", help="also measure transformers' continuous batching")
+    parser.add_argument("--model", help="smollm2-135m, or a directory; default: a random one of a million parameters")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--vllm", metavar="PYTHON", help="interpreter with vLLM (CPU build) installed")
     options = parser.parse_args()
     torch.manual_seed(0)
-    model = build_model()
+    dtype = getattr(torch, options.dtype)
+    if options.model:
+        from transformers import AutoModelForCausalLM
+
+        path = smollm2_path() if options.model == NAME else options.model
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").eval()
+    else:
+        model = build_model().to(dtype)
     cores = len(os.sched_getaffinity(0))
     options.threads = options.threads or engine_threads(model.config, options.sequences, cores) or cores
     torch.set_num_threads(options.threads)
-    loads = {
-        "equal_lengths": equal_load(options.sequences, options.prompt, options.tokens),
-        "lengths_varying_10x": varied_load(options.batches * options.sequences, options.prompt, options.tokens),
+    rows, prompt, tokens = options.sequences, options.prompt, options.tokens
+    varied = partial(varied_load, options.batches * rows, prompt, tokens)
+    loads: dict[str, Callable[[], Load]] = {
+        "grouped": lambda: [[request for request in equal_load(rows // 8, 55, tokens)[0] for _ in range(8)]],
+        "lengths_varying_10x": varied,
+        "long_prompts": lambda: equal_load(rows // 2, 400, tokens // 2),
+        "conversations": lambda: conversations(rows // 2, 4, tokens // 4),
     }
+    if not options.model:
+        loads = {"equal_lengths": lambda: equal_load(rows, prompt, tokens), "lengths_varying_10x": varied}
     from support.tiny_model import build_tiny_tokenizer
 
     from atropos_verl.engine.embedded import TransformersEngine
 
     with TransformersEngine(copy.deepcopy(model), build_tiny_tokenizer(), max_running=options.sequences) as engine:
-        sides: dict[str, Callable[[Load], None]] = {
-            "engine": lambda load: run_engine(engine, load),
-            "static_generate": lambda load: run_static(model, load, options.sequences),
-        }
+        sides: dict[str, Callable[[Load], None]] = {"engine": lambda load: run_engine(engine, load)}
+        if not options.model:
+            sides["static_generate"] = lambda load: run_static(model, load, options.sequences)
         if options.manager:
             sides["transformers_manager"] = lambda load: run_manager(model, load)
         with ExitStack() as stack:
@@ -98,27 +116,36 @@ def build_model() -> Any:
 
 
 def equal_load(count: int, prompt: int, tokens: int) -> Load:
-    return [(tuple(row), tokens) for row in torch.randint(0, 256, (count, prompt)).tolist()]
+    return [[(tuple(row), tokens) for row in torch.randint(0, 256, (count, prompt)).tolist()]]
+
+
+def conversations(count: int, turns: int, tokens: int) -> Load:
+    """Prompts of turn after turn: 96 tokens that all share, and 56 more in each turn."""
+    [[(system, _)]] = equal_load(1, 96, 0)
+    [all_turns] = equal_load(count, 56 * turns, 0)
+    return [[(system + turn[: 56 * end], tokens) for turn, _ in all_turns] for end in range(1, turns + 1)]
 
 
 def varied_load(count: int, prompt: int, tokens: int) -> Load:
     """Completion lengths log-uniform between a tenth of ``tokens`` and ``tokens``."""
     lengths = (tokens * 10 ** -torch.rand(count)).long().clamp(min=1).tolist()
-    return [(p, length) for (p, _), length in zip(equal_load(count, prompt, tokens), lengths, strict=True)]
+    return [[(p, length) for (p, _), length in zip(equal_load(count, prompt, tokens)[0], lengths, strict=True)]]
 
 
 def run_engine(engine: Any, load: Load) -> None:
     from atropos_verl.types import GenerationRequest
 
-    answers = engine.generate(
-        [GenerationRequest(prompt_token_ids=prompt, max_tokens=tokens, ignore_eos=True) for prompt, tokens in load]
-    )
-    assert [len(answer.token_ids) for [answer] in answers] == [tokens for _, tokens in load]
+    for turn in load:
+        answers = engine.generate(
+            [GenerationRequest(prompt_token_ids=prompt, max_tokens=tokens, ignore_eos=True) for prompt, tokens in turn]
+        )
+        assert [len(answer.token_ids) for [answer] in answers] == [tokens for _, tokens in turn]
 
 
 def run_static(model: Any, load: Load, rows: int) -> None:
-    for start in range(0, len(load), rows):
-        batch = load[start : start + rows]
+    [requests] = load
+    for start in range(0, len(requests), rows):
+        batch = requests[start : start + rows]
         ids = torch.tensor([prompt for prompt, _ in batch])
         longest = max(tokens for _, tokens in batch)
         out = model.generate(
@@ -135,12 +162,16 @@ def run_static(model: Any, load: Load, rows: int) -> None:
 @contextmanager
 def vllm_side(model: Any, options: argparse.Namespace) -> Iterator[Callable[[Load], None]]:
     from support.tiny_model import build_tiny_tokenizer
+    from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
-        build_tiny_tokenizer(directory)
+        if options.model:
+            AutoTokenizer.from_pretrained(model.name_or_path).save_pretrained(directory)
+        else:
+            build_tiny_tokenizer(directory)
         script = Path(__file__).with_name("vllm_side.py")
-        words = [options.vllm, str(script), directory, str(options.sequences), str(options.threads)]
+        words = [options.vllm, str(script), directory, str(options.sequences), str(options.threads), options.dtype]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         with subprocess.Popen(words, **pipes) as process:  # type: ignore[call-overload]
             try:
@@ -167,21 +198,24 @@ def run_manager(model: Any, load: Load) -> None:
     from transformers import GenerationConfig
 
     # It takes one length for all: only the load of equal lengths is comparable, the other counts the longest for each.
-    longest = max(tokens for _, tokens in load)
+    [requests] = load
+    longest = max(tokens for _, tokens in requests)
     config = GenerationConfig(do_sample=True, max_new_tokens=longest, eos_token_id=-1)
     out = model.generate_batch(
-        inputs=[list(prompt) for prompt, _ in load], generation_config=config, progress_bar=False
+        inputs=[list(prompt) for prompt, _ in requests], generation_config=config, progress_bar=False
     )
     assert all(len(answer.generated_tokens) == longest for answer in out.values())
 
 
-def measure(load: Load, sides: dict[str, Callable[[Load], None]], repeats: int) -> dict[str, Any]:
-    tokens = sum(count for _, count in load)
+def measure(make: Callable[[], Load], sides: dict[str, Callable[[Load], None]], repeats: int) -> dict[str, Any]:
+    load = make()
     for run in sides.values():
         run(load)  # first calls pay for allocation and kernel choice
     rates: dict[str, list[float]] = {name: [] for name in sides}
     busy: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
+        load = make()
+        tokens = sum(count for turn in load for _, count in turn)
         for name, run in sides.items():
             started, used = time.perf_counter(), time.process_time()
             run(load)

@@ -1,8 +1,8 @@
 """The vLLM side of ``bench_generation.py``; runs in an interpreter that has vLLM, not in this project's.
 
-    PYTHON vllm_side.py MODEL_DIR MAX_RUNNING THREADS
+    PYTHON vllm_side.py MODEL_DIR MAX_RUNNING THREADS DTYPE
 
-Reads loads from standard input, one JSON list of ``[prompt, tokens]`` a line; answers ``SECONDS x`` to each.
+Reads loads from standard input, one JSON list of rounds of ``[prompt, tokens]`` a line; answers ``SECONDS x`` to each.
 """
 
 import json
@@ -18,27 +18,27 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 def main() -> None:
-    model, max_running, threads = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    model, max_running, threads, dtype = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
     os.environ["OMP_NUM_THREADS"] = threads
     from vllm import LLM, SamplingParams
 
     llm = LLM(
         model=model,
-        dtype="float32",
+        dtype=dtype,
         max_model_len=1024,
         max_num_seqs=max_running,
         enforce_eager=True,
-        enable_prefix_caching=False,
+        enable_prefix_caching=True,
     )
     print("READY", flush=True)
     for line in sys.stdin:
-        load = json.loads(line)
-        prompts = [{"prompt_token_ids": prompt} for prompt, _ in load]
-        settings = [SamplingParams(temperature=1.0, max_tokens=n, ignore_eos=True, logprobs=0) for _, n in load]
         started = time.perf_counter()
-        answers = llm.generate(prompts, settings, use_tqdm=False)
+        for load in json.loads(line):
+            prompts = [{"prompt_token_ids": prompt} for prompt, _ in load]
+            settings = [SamplingParams(temperature=1.0, max_tokens=n, ignore_eos=True, logprobs=0) for _, n in load]
+            answers = llm.generate(prompts, settings, use_tqdm=False)
+            assert [len(answer.outputs[0].token_ids) for answer in answers] == [n for _, n in load]
         seconds = time.perf_counter() - started
-        assert [len(answer.outputs[0].token_ids) for answer in answers] == [n for _, n in load]
         print(f"SECONDS {seconds}", flush=True)
 
 

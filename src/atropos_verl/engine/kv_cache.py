@@ -8,13 +8,13 @@ Keys and values of prompts, and of sequences that leave their slot, are copied t
 sequence that begins with the same tokens finds them: a copy takes a hundredth of the time of computing them.
 """
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -58,21 +58,26 @@ class PrefixIndex:
             return 0, []
         keys = self._chain(tokens)
         parent, start = self._blocks[keys[-1]][0] if keys else 0, len(keys) * BLOCK
-        added: list[int] = []
-        for first in range(start, min(len(tokens) // BLOCK, capacity) * BLOCK, BLOCK):
+        count = max(0, min(len(tokens) // BLOCK, capacity) - len(keys))
+        added = sorted(self._take(count, capacity))  # those that stand side by side are copied at once
+        for first, block in zip(range(start, len(tokens), BLOCK), added, strict=False):
             key = parent, tokens[first : first + BLOCK]
-            if self._free:
-                block = self._free.pop()
-            elif (block := len(self._blocks)) >= capacity:
-                block = self._blocks.popitem(last=False)[1][1]
             self._serial += 1
             parent = self._serial
             self._blocks[key] = parent, block
             self.generations[block] = generation
             keys.append(key)
-            added.append(block)
         self._use(keys)
         return start, added
+
+    def _take(self, count: int, capacity: int) -> list[int]:
+        held = len(self._blocks) + len(self._free)
+        self._free += range(held, min(held + max(0, count - len(self._free)), capacity))
+        while len(self._free) < count:
+            self._free.append(self._blocks.popitem(last=False)[1][1])
+        taken = self._free[len(self._free) - count :]
+        del self._free[len(self._free) - count :]
+        return taken
 
     def age(self) -> None:
         """The weights change: drop what was stored before they did the last time."""
@@ -114,7 +119,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         self._generations: dict[int, int] = {}
         """Of each slot, as of the blocks of the index."""
         self._store: list[torch.Tensor] = []
-        """As ``_buffers``: [positions, kv_heads, head_dim], the positions of one block after another."""
+        """As ``_buffers``: [kv_heads, positions, head_dim], the positions of one block after another."""
         self._prefill_base: int | None = None
         self._extended: list[torch.Tensor] | None = None
         """[T] of each new position its row, its position in it, and its place among the new ones."""
@@ -163,7 +168,8 @@ class SlotCache(Cache):  # type: ignore[misc]
         first, last = np.array(starts), np.array(lengths)
         rows = np.arange(len(starts)).repeat(last - first)
         new = np.concatenate([np.arange(count) for count in last - first])
-        self._extended = self._on_device(rows, first[rows] + new, new)
+        device = self._buffers[0].device
+        self._extended = [torch.from_numpy(index).to(device) for index in (rows, first[rows] + new, new)]
         self._prefill_base = None
         self._slots = slice(base, base + len(starts))
         self._width = max(lengths)
@@ -187,8 +193,8 @@ class SlotCache(Cache):  # type: ignore[misc]
         for source, target in zip(sources, targets, strict=True):
             self._generations[target] = self._generations[source]
         for buffer in self._buffers:
-            src = torch.tensor(sources, device=buffer.device)
-            buffer[torch.tensor(targets, device=buffer.device), :, :length] = buffer[src, :, :length]
+            for source, target in zip(sources, targets, strict=True):
+                buffer[target, :, :length] = buffer[source, :, :length]
 
     # -- what is stored of earlier sequences -------------------------------------------------------------------------
 
@@ -216,9 +222,10 @@ class SlotCache(Cache):  # type: ignore[misc]
         for slot, found in enumerate(blocks, start=base):
             self._generations[slot] = min((index.generations[block] for block in found), default=index.generation)
         if any(starts):
-            rows, columns, places = self._indices([(base + row, 0, found) for row, found in enumerate(blocks)])
+            runs = list(_runs((base + row, 0, found) for row, found in enumerate(blocks)))
             for buffer, store in zip(self._buffers, self._store, strict=True):
-                buffer[rows, :, columns] = store[places]
+                for slot, columns, places in runs:
+                    buffer[slot, :, columns] = store[:, places]
         return starts
 
     @torch.inference_mode()
@@ -232,30 +239,18 @@ class SlotCache(Cache):  # type: ignore[misc]
         if not any(blocks for _, _, blocks in added):
             return
         needed = (max(block for _, _, blocks in added for block in blocks) + 1) * BLOCK
-        held = self._store[0].shape[0] if self._store else 0
+        held = self._store[0].shape[1] if self._store else 0
         if needed > held:
-            grown = min(max(needed, held + held // 2), capacity * BLOCK)
+            grown = min(max(needed, 2 * held), capacity * BLOCK)
             for number, buffer in enumerate(self._buffers):
-                new = buffer.new_empty((grown, buffer.shape[1], buffer.shape[3]))
+                new = buffer.new_empty((buffer.shape[1], grown, buffer.shape[3]))
                 if held:
-                    new[:held] = self._store[number]
+                    new[:, :held] = self._store[number]
                 self._store[number : number + 1] = [new]
-        rows, columns, places = self._indices(added)
+        runs = list(_runs(added))
         for buffer, store in zip(self._buffers, self._store, strict=True):
-            store[places] = buffer[rows, :, columns]
-
-    def _indices(self, parts: Sequence[tuple[int, int, Sequence[int]]]) -> list[torch.Tensor]:
-        """[T] rows and columns of a buffer, and places in the store, of ``parts``: (slot, first position, blocks)."""
-        numbers = np.array([block for _, _, blocks in parts for block in blocks])
-        indices = (
-            np.concatenate([np.full(len(blocks) * BLOCK, slot) for slot, _, blocks in parts]),
-            np.concatenate([first + np.arange(len(blocks) * BLOCK) for _, first, blocks in parts]),
-            (numbers[:, None] * BLOCK + np.arange(BLOCK)).ravel(),
-        )
-        return self._on_device(*indices)
-
-    def _on_device(self, *indices: NDArray[np.int64]) -> list[torch.Tensor]:
-        return [torch.from_numpy(index).to(self._buffers[0].device) for index in indices]
+            for slot, columns, places in runs:
+                store[:, places] = buffer[slot, :, columns]
 
     # -- what the model calls ----------------------------------------------------------------------------------------
 
@@ -291,6 +286,16 @@ class SlotCache(Cache):  # type: ignore[misc]
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """(key length, key offset) of the mask the model builds itself when none is passed."""
         return (query_length if self._prefill_base is not None else self._width), 0
+
+
+def _runs(parts: Iterable[tuple[int, int, Sequence[int]]]) -> Iterator[tuple[int, slice, slice]]:
+    """Slots, positions in them, and places in the store, of ``parts``: (slot, first position, blocks)."""
+    for slot, first, blocks in parts:
+        cuts = [number for number in range(1, len(blocks)) if blocks[number] != blocks[number - 1] + 1]
+        for start, end in itertools.pairwise([0, *cuts, len(blocks)] if blocks else []):
+            place = blocks[start] * BLOCK
+            columns = slice(first + start * BLOCK, first + end * BLOCK)
+            yield slot, columns, slice(place, place + (end - start) * BLOCK)
 
 
 def slot_attention(
