@@ -8,7 +8,7 @@ heirs, and every model whose template knows no tools), read as they are written;
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import msgspec
@@ -20,6 +20,7 @@ from atropos_verl.types import Constraint, FinishReason, Generation, GenerationR
 
 _THINK, _END_THINK = "<think>", "</think>"
 _CALL, _END_CALL = "<tool_call>", "</tool_call>"
+_MARKS = {_THINK, _END_THINK, _CALL, _END_CALL}
 _PROMPT_TAIL = 16
 """Tokens at the end of a prompt in which it may open the reasoning."""
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -44,15 +45,18 @@ class ReplyReader:
     """The message that one completion holds, piece by piece as its tokens arrive."""
 
     def __init__(self, codec: TextCodec, turn: ChatTurn, request: GenerationRequest, index: int = 0) -> None:
-        self._text = StreamText(codec, turn.sampling)
+        sampling, reads = turn.sampling, turn.parses_calls or turn.separates_reasoning
+        if reads and not _MARKS.isdisjoint(getattr(codec.tokenizer, "all_special_tokens", ())):
+            sampling = replace(sampling, skip_special_tokens=False)  # the text would lack the tags
+        self._text = StreamText(codec, sampling)
         self._turn = turn
         self._ids: list[int] = []
         # Of the answer's id and the place in it: an answer that is sent again has the same ids.
         self._call_id = f"call_{re.split('[-_]', request.request_id, maxsplit=1)[-1]}-{index}"
-        self._renderer = codec.renderer if turn.parses_calls or turn.separates_reasoning else None
+        self._renderer = codec.renderer if reads else None
         self._prompt_ids = request.prompt_token_ids
         self._tags: _Tags | None = None
-        if self._renderer is None and (turn.parses_calls or turn.separates_reasoning):
+        if self._renderer is None and reads:
             self._tags = _Tags(calls=turn.parses_calls, opened=opens_reasoning(codec, request.prompt_token_ids))
         self.message = Message(role="assistant")
         """What was read so far."""

@@ -207,6 +207,8 @@ class GatewayService(Collector):
 
     def request(self, turn: ChatTurn, name: str, param: str = "messages") -> GenerationRequest:
         """The engine's request for a turn, in a worker thread. Raises ``ApiError`` 400 naming the field."""
+        if turn.parses_calls or turn.separates_reasoning:
+            _ = self.codec.renderer  # its first import takes a second, and should not take it from the event loop
         prompt_ids = self.render(turn)
         constraint = constraint_of(self.codec, turn, prompt_ids)
         [request] = self.requests(turn.sampling, [prompt_ids], param=param, name=name)

@@ -99,6 +99,16 @@ def test_what_was_not_asked_for_stays_in_the_content() -> None:
     assert read(codec_of(), turn_of(tool_choice="none"), text) == called(content=F, thought="a")
 
 
+def test_tags_that_are_special_tokens_are_read_as_well() -> None:
+    codec = codec_of()
+    codec.tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS)})
+    assert read(codec, turn_of(), f"<think>a</think>b{F}<|im_end|>") == called(
+        ("f", '{"x": 1}'), content="b", thought="a"
+    )
+    plain = turn_of(tools=(), separates_reasoning=False)
+    assert read(codec, plain, "<think>a</think>b") == called(content="ab")
+
+
 def test_one_call_where_parallel_ones_are_not_wanted_and_a_stop_string_may_end_it() -> None:
     assert read(codec_of(), turn_of(parallel_tool_calls=False), f"{F}\n{F}") == called(("f", '{"x": 1}'))
     assert read(codec_of(), turn_of(stop="</tool_call>"), F) == called(("f", '{"x": 1}'))
