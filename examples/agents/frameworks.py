@@ -24,7 +24,7 @@ def smolagents(task: str, session: Any) -> float:
     from smolagents import OpenAIServerModel, ToolCallingAgent
     from smolagents.agents import EMPTY_PROMPT_TEMPLATES
 
-    model = OpenAIServerModel("policy", api_base=session.base_url, api_key=session.api_key, max_tokens=24)
+    model = OpenAIServerModel("policy", api_base=session.base_url, api_key=session.api_key, max_tokens=100)
     templates: Any = {**EMPTY_PROMPT_TEMPLATES, "system_prompt": "Spell."}
     agent = ToolCallingAgent(tools=[], model=model, max_steps=1, prompt_templates=templates, verbosity_level=0)
     return letters(task, agent.run(QUESTION + task))
@@ -68,5 +68,5 @@ def mini_swe_agent(task: str, session: Any) -> float:
         shell = LocalEnvironment(cwd=directory)
         agent = DefaultAgent(model, shell, system_template="Spell.", instance_template="{{task}}", step_limit=2)
         agent.run(QUESTION + task)
-    said = [message["content"] for message in agent.messages if message["role"] == "assistant"]
-    return letters(task, said[0] if said else "")
+    answers = [found for message in agent.messages if (found := message.get("extra", {}).get("response"))]
+    return letters(task, answers[0]["choices"][0]["message"]["content"])
