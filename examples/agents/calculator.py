@@ -1,6 +1,7 @@
 """An agent on the ``openai`` SDK that does sums with a calculator tool. Nothing in it knows that it is trained.
 
-It calls the tool, is told the result, and says it. Reward: 0.2 for each right argument of the call, 0.4 for the answer.
+It calls the tool, is told the result, and says it. Reward: 0.5 for the right operation, 0.1 for each right number, and
+0.3 for the right answer.
 
     python examples/agents/calculator.py > tasks.jsonl          # tasks; with --held-out those that are never trained
     PYTHONPATH=examples/agents atropos-verl agents run calculator:solve --tasks tasks.jsonl
@@ -40,9 +41,10 @@ async def solve(task: dict[str, Any], session: Any) -> float:
     result = str(OPERATIONS[arguments["op"]](arguments["a"], arguments["b"]))
     messages += [first.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": result}]
     second = await model.chat.completions.create(messages=messages, max_tokens=8, **asked)
-    right = sum(arguments[name] == task[name] for name in ("op", "a", "b"))
     said = (second.choices[0].message.content or "").strip()
-    return 0.2 * right + 0.4 * (said == str(OPERATIONS[task["op"]](task["a"], task["b"])))
+    shares = {"op": 0.5, "a": 0.1, "b": 0.1}
+    right = sum(share for name, share in shares.items() if arguments[name] == task[name])
+    return right + 0.3 * (said == str(OPERATIONS[task["op"]](task["a"], task["b"])))
 
 
 def is_held_out(task: dict[str, Any]) -> bool:
