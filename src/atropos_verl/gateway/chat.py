@@ -205,8 +205,8 @@ def read_texts(fields: Fields, name: str, index: int, parts: Iterable[Any]) -> I
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get(_TEXT_PARTS[kind]) if isinstance(kind, str) and kind in _TEXT_PARTS else part
         if not isinstance(text, str):
-            found = f"({kind[:40]})" if isinstance(kind, str) else ""
-            message = f"item {index}: only parts of type 'text' are supported; images, files and sound are not {found}"
+            found = f" ({kind[:40]})" if isinstance(kind, str) else ""
+            message = f"item {index}: only parts of type 'text' are supported; images, files and sound are not{found}"
             raise fields.error(name, message, "unsupported_field")
         yield text
 

@@ -257,9 +257,7 @@ def _read_turn(service: GatewayService, fields: Fields) -> ChatTurn:
     sampling = parse_sampling(fields, max_tokens_names=names, max_tokens_default=None, served=("response_format",))
     fields.require_neutral({"functions": ([],), "function_call": ("none", "auto")})
     fields.require_neutral({"modalities": (["text"],), "audio": (), "continue_final_message": (False,)})
-    tools = read_tools(
-        fields, lambda tool: tool.get("function") if tool.get("type", "function") == "function" else None
-    )
+    tools = read_tools(fields, _function)
     template = service.codec.template
     return template.turn(
         fields,
