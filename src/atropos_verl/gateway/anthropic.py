@@ -163,7 +163,8 @@ class _Call(EventAnswer):
 
     def body(self) -> dict[str, Any]:
         usage = {"input_tokens": len(self.request.prompt_token_ids), "output_tokens": len(self.token_ids)}
-        form = {"id": self.id, "type": "message", "role": "assistant", "model": self.service.model_name}
+        form: dict[str, Any] = {"id": self.id, "type": "message", "role": "assistant", "model": self.service.model_name}
+        form["policy_version"] = self.service.engine.policy_version
         return {**form, "content": self._blocks, **self._ends, "usage": usage}
 
     def begin(self) -> Iterator[bytes]:
