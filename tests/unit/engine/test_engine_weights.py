@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from support.engines import (
 from support.serving import eventually
 
 from atropos_verl.engine.embedded import TransformersEngine
+from atropos_verl.engine import weights
 from atropos_verl.engine.gate import RequestGate
 from atropos_verl.errors import EngineError, WeightSyncError
 
@@ -305,3 +307,14 @@ def test_only_complete_staged_weights_are_swapped_in_and_only_once() -> None:
             engine.swap_weights(policy_version=2)
         assert engine.policy_version == 1
         assert engine.compute_logprobs(tokens) == pytest.approx(logprob_oracle(new, tokens), abs=1e-5)
+
+
+def test_only_a_large_model_hands_memory_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(weights.ctypes, "CDLL", lambda _: SimpleNamespace(malloc_trim=calls.append))
+    weights.trim_memory(weights.TRIM_BYTES - 1)
+    assert not calls
+    weights.trim_memory(weights.TRIM_BYTES)
+    assert calls == [0]
+    monkeypatch.setattr(weights.ctypes, "CDLL", lambda _: SimpleNamespace())  # another C library
+    weights.trim_memory(weights.TRIM_BYTES)

@@ -70,6 +70,7 @@ def test_loss_gradient_norm_and_update_of_one_step(model_path: Path) -> None:
     norm = torch.sqrt(sum((p.grad**2).sum() for p in reference.parameters()))
     assert output["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
     assert output["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+    assert all(parameter.grad is None for parameter in worker._worker.engine.module.parameters())
     # The update itself, by torch's own AdamW in float64 on the same gradient (clipped to norm 1).
     optimiser = torch.optim.AdamW(reference.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=0.0)
     torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
