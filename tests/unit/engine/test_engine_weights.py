@@ -23,8 +23,8 @@ from support.engines import (
 )
 from support.serving import eventually
 
-from atropos_verl.engine.embedded import TransformersEngine
 from atropos_verl.engine import weights
+from atropos_verl.engine.embedded import TransformersEngine
 from atropos_verl.engine.gate import RequestGate
 from atropos_verl.errors import EngineError, WeightSyncError
 
