@@ -3,8 +3,8 @@ of its own (``agents.NAME.python``): smolagents[openai], openai-agents, pydantic
 
     PYTHONPATH=examples/agents atropos-verl agents run frameworks:smolagents --tasks words.jsonl
 
-The task is a word (``speller.py`` prints some); the reward is the share of its letters that stand in the right place of
-the answer, spelt backward. The sizes fit the demo model, whose context is 1,024 tokens of one byte: a language model
+The task is a word (``speller.py`` prints some), to be spelt backward; half of the share of its letters in the answer is
+the reward of a wrong one. The sizes fit the demo model, whose context is 1,024 tokens of one byte: a language model
 does with the frameworks' own prompts.
 """
 
@@ -15,8 +15,8 @@ QUESTION = "Spell this word backward (example: sun -> nus): "
 
 def letters(task: str, answer: Any) -> float:
     """In [0, 1]."""
-    pairs = zip(task[::-1], str(answer).strip(), strict=False)
-    return sum(one == other for one, other in pairs) / len(task)
+    word = task[::-1]
+    return 1.0 if str(answer).strip() == word else 0.5 * sum(letter in str(answer) for letter in word) / len(word)
 
 
 def smolagents(task: str, session: Any) -> float:

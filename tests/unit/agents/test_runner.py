@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,6 +114,32 @@ async def test_groups_are_posted_with_their_rows_and_no_more_than_the_queue_want
     assert len({session["group"] for session in gateway.sessions.values()}) == len(gateway.sessions) // 2 == 2
     assert {session["task"] for session in gateway.sessions.values()} <= {"0", "1", "2"}
     assert not notes.unfinished
+
+
+async def test_an_api_that_drops_rollouts_gets_advantages_and_a_warning(
+    gateway: StubGateway,
+    server: TrajectoryServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("atropos_verl.server.app.FEATURES", ())
+    client, rewards = client_of(gateway), iter(range(100))
+
+    async def solve(task: str, session: AgentSession) -> float:
+        await ask(session, client)
+        await ask(session, client)
+        return float(next(rewards))
+
+    with caplog.at_level(logging.WARNING, logger="atropos_verl"):
+        groups = await until(runner_of(client, solve), registered(server, 8), Notes(tmp_path / "agent.jsonl"), 2)
+    for group in groups:
+        assert group.rollout_ids is None
+        assert group.advantages is not None
+        rows = [values[0] for values in group.advantages if values is not None]
+        assert rows[0] == rows[1] == pytest.approx(-rows[2]) == pytest.approx(-rows[3])
+        assert abs(rows[0]) == pytest.approx(0.5 / (0.5**0.5 + 1e-6))
+    assert sum("drops rollout_ids" in record.getMessage() for record in caplog.records) == 1
 
 
 async def test_a_failed_rollout_is_replaced_and_failures_of_the_network_are_tried_again(gateway: StubGateway) -> None:
