@@ -269,3 +269,28 @@ def test_a_save_that_fails_does_not_replace_what_ended_the_run(
     error = DataError("a bad group")
     _end_with(error, Mock(side_effect=second), monkeypatch, tmp_path)
     assert error.__notes__ == ["(and the trained steps could not be saved: the disk is full)"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "steps"),
+    [
+        ([1] * 8, 2, 1),  # eight rollouts of a row each, as ever: mini-batches of 2 prompts with 4 rollouts
+        ([3, 1, 1, 1, 1, 1, 1, 1], 3, 1),
+        ([2] * 16, 4, 2),
+        ([5, 1, 1, 1, 1, 1, 1, 1, *[1] * 8], 3, 2),
+    ],
+)
+def test_rows_of_rollouts_make_no_further_optimiser_steps(rows: list[int], size: int, steps: int) -> None:
+    trainer: Any = object.__new__(AtroposSyncTrainer)
+    actor = {"ppo_mini_batch_size": 2}
+    config = {"actor_rollout_ref": {"actor": actor, "rollout": {"n": 4}}, "trainer": {"critic_warmup": 0}}
+    trainer.config = OmegaConf.create(config)
+    trainer.use_critic, trainer.global_steps = False, 1
+    trainer._mini_batches = [(trainer.config.actor_rollout_ref.actor, 2)]
+    keys = [f"slot_{rollout}_{row}" for rollout, count in enumerate(rows) for row in range(count)]
+    trainer._rows = (len(keys), len({key.rsplit("_", 1)[0] for key in keys}))
+    multiple = trainer._get_required_batch_multiple(1)
+    mini_batch = trainer.config.actor_rollout_ref.actor.ppo_mini_batch_size
+    assert mini_batch == size
+    padded = -(-len(keys) // multiple) * multiple
+    assert padded // (mini_batch * 4) == steps
