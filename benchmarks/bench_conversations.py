@@ -51,7 +51,7 @@ def main() -> None:
             for side, times in seconds.items():
                 engine.rebuild()
                 if side == "computed_again":
-                    engine._runner.cache.find = lambda tokens: []  # type: ignore[method-assign]
+                    engine._runner.cache.prefixes.find = lambda tokens: []  # type: ignore[method-assign]
                     engine._runner.cache.store = lambda contexts: None  # type: ignore[method-assign]
                 before, started = engine.stats(), time.perf_counter()
                 conversations = asyncio.run(converse(engine, options, seed=repeat))

@@ -329,7 +329,7 @@ class OverlapConfig(Section):
 
     kv_after_swap: Literal["recompute", "keep"] = Field(
         "recompute",
-        description="KV of running sequences when weights change; recompute: each token's logprob is exactly that of "
+        description="KV, running and stored, when weights change; recompute: each token's logprob is exactly that of "
         "its policy version; keep: no prefill, and a mixture of versions",
     )
 

@@ -366,7 +366,7 @@ class TransformersEngine:
         with self._exclusive("swap_weights"):
             self._runner.weights.exchange(self._staged.weights)
             if self._keep_kv:
-                self._runner.cache.age()
+                self._runner.cache.prefixes.age()
             else:
                 self._evict()
             self.policy_version = self.policy_version + 1 if policy_version is None else policy_version
@@ -536,7 +536,7 @@ class TransformersEngine:
                 self._batch.free_slots,
                 self._max_prefill_tokens,
                 self._runner.max_prefill_logits,
-                self._runner.cache.stored,
+                self._runner.cache.prefixes.find,
             )
             self._turn = max([self._turn, *(sequence.turn for sequence in newcomers)])
         if newcomers:

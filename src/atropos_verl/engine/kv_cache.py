@@ -75,8 +75,7 @@ class PrefixIndex:
         self._free += range(held, min(held + max(0, count - len(self._free)), capacity))
         while len(self._free) < count:
             self._free.append(self._blocks.popitem(last=False)[1][1])
-        taken = self._free[len(self._free) - count :]
-        del self._free[len(self._free) - count :]
+        taken, self._free = self._free[:count], self._free[count:]
         return taken
 
     def age(self) -> None:
@@ -115,7 +114,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Keys of layer 0, its values, keys of layer 1, …"""
         self._rows = 0
         self._capacity = 0
-        self._prefix_index = PrefixIndex()
+        self.prefixes = PrefixIndex()
         self._generations: dict[int, int] = {}
         """Of each slot, as of the blocks of the index."""
         self._store: list[torch.Tensor] = []
@@ -155,7 +154,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Give the memory back. Every slot loses its content, and so does the store."""
         self._buffers.clear()
         self._store.clear()
-        self._prefix_index = PrefixIndex()
+        self.prefixes = PrefixIndex()
         self._rows = self._capacity = 0
         self._row_index = self._lengths = None
 
@@ -198,29 +197,17 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     # -- what is stored of earlier sequences -------------------------------------------------------------------------
 
-    def find(self, tokens: tuple[int, ...]) -> list[int]:
-        """Blocks of the store with the longest known prefix of ``tokens``, for ``load``; [] if it is not worth it."""
-        return self._prefix_index.find(tokens)
-
-    def stored(self, tokens: tuple[int, ...]) -> int:
-        """How many tokens that is."""
-        return len(self.find(tokens)) * BLOCK
-
-    def age(self) -> None:
-        """See ``PrefixIndex.age``."""
-        self._prefix_index.age()
-
     def forget(self) -> None:
         """The content of the store is no longer that of the weights."""
-        self._prefix_index = PrefixIndex()
+        self.prefixes = PrefixIndex()
 
     @torch.inference_mode()
     def load(self, base: int, blocks: Sequence[Sequence[int]]) -> list[int]:
-        """Copy what ``find`` found to the slots from ``base`` on; returns how many positions each of them has now."""
+        """Copy what ``prefixes`` found to the slots from ``base`` on; returns how many positions each has now."""
         starts = [len(found) * BLOCK for found in blocks]
-        index = self._prefix_index
+        of = self.prefixes.generations
         for slot, found in enumerate(blocks, start=base):
-            self._generations[slot] = min((index.generations[block] for block in found), default=index.generation)
+            self._generations[slot] = min((of[block] for block in found), default=self.prefixes.generation)
         if any(starts):
             runs = list(_runs((base + row, 0, found) for row, found in enumerate(blocks)))
             for buffer, store in zip(self._buffers, self._store, strict=True):
@@ -233,9 +220,8 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Copy what is new of ``contexts`` to the store: slots, and the tokens that they hold."""
         bytes_each = sum(buffer.shape[1] * buffer.shape[3] * buffer.element_size() for buffer in self._buffers)
         capacity = max(_STORE_BYTES // bytes_each, self._rows * self._capacity) // BLOCK
-        added = [
-            (slot, *self._prefix_index.add(tokens, self._generations[slot], capacity)) for slot, tokens in contexts
-        ]
+        add = self.prefixes.add
+        added = [(slot, *add(tokens, self._generations[slot], capacity)) for slot, tokens in contexts]
         if not any(blocks for _, _, blocks in added):
             return
         needed = (max(block for _, _, blocks in added for block in blocks) + 1) * BLOCK

@@ -19,7 +19,7 @@ def take_prefill(
     slots: int,
     max_tokens: int,
     max_logits: int,
-    stored: Callable[[tuple[int, ...]], int],
+    find: Callable[[tuple[int, ...]], Sequence[int]],
 ) -> list[RunningSequence]:
     """Take the sequences of one prefill from the queue, a heap. A context that is in it already costs nothing.
 
@@ -30,7 +30,7 @@ def take_prefill(
         max_tokens: distinct contexts times the longest of what is to be computed, at most; a longer one goes alone.
         max_logits: distinct contexts times distinct lengths (the positions for which a padded prefill computes
             logits), at most.
-        stored: how many tokens at the beginning of a context need not be computed.
+        find: the blocks that are stored of the beginning of a context.
     """
     taken: list[RunningSequence] = []
     later: list[RunningSequence] = []
@@ -39,7 +39,7 @@ def take_prefill(
     lengths: set[int] = set()
     while waiting and len(taken) + len(later) < slots:
         if (context := waiting[0].context()) not in contexts:
-            known = stored(context)
+            known = len(find(context)) * BLOCK
             # Up to where a common prefix is worth it: two that agree there are stored up to the same token.
             if (beginning := context[: known + WORTH_STORING]) in beginnings:
                 later.append(heapq.heappop(waiting))
@@ -98,7 +98,7 @@ class ContinuousBatch:
         order = firsts + sorted(set(range(len(newcomers))) - set(firsts))
         base = len(self.running)
         cache = self._runner.cache
-        found = [cache.find(prompt) for prompt in prompts]
+        found = [cache.prefixes.find(prompt) for prompt in prompts]
         logits = self._runner.prefill(list(prompts), base, len(newcomers), found)
         cache.store([(base + row, prompt) for row, prompt in enumerate(prompts)])
         if len(newcomers) > len(prompts):
