@@ -8,13 +8,10 @@ import msgspec
 
 from atropos_verl.gateway.chat import (
     ChatTurn,
-    Message,
-    ToolCall,
-    calls_by_name,
-    join_parts,
+    joined,
     parsed_arguments,
     read_format,
-    read_texts,
+    read_list,
     read_tool_choice,
     read_tools,
 )
@@ -69,9 +66,11 @@ def _read_turn(service: GatewayService, fields: Fields) -> ChatTurn:
     choice = fields.get("tool_choice", dict[str, Any]())
     kind = choice.get("type", "auto")
     as_openai = Fields({"tool_choice": _CHOICES.get(kind, choice) if isinstance(kind, str) else choice})
-    turn = service.codec.template.turn(
+    template, system = service.codec.template, fields.raw("system")
+    said = template.messages(fields, "system", [(0, {"role": "system", "content": system})] if system else [])
+    turn = template.turn(
         fields,
-        tuple(_messages(service, fields)),
+        said + template.messages(fields, "messages", _items(fields)),
         tools=tools,
         tool_choice=read_tool_choice(as_openai, tools, lambda named: named),
         parallel_tool_calls=not choice.get("disable_parallel_tool_use"),
@@ -91,66 +90,31 @@ def _function(tool: dict[str, Any]) -> Any:
     return {**function, "parameters": tool.get("input_schema") or {"type": "object"}}
 
 
-def _messages(service: GatewayService, fields: Fields) -> Iterator[Message]:
-    takes_parts = service.codec.template.takes_parts
-    system = fields.raw("system")
-    if isinstance(system, list):
-        system = join_parts(list(read_texts(fields, "system", 0, system)), takes_parts=takes_parts)
-    if system is not None and not isinstance(system, str | tuple):
-        raise fields.error("system", "expected a text or a list of text blocks")
-    if system:
-        yield Message(role="system", content=system)
-    given = fields.raw("messages")
-    if not isinstance(given, list) or not given:
-        raise fields.error("messages", "expected a non-empty list of messages")
-    names = dict[str, str]()
-    for index, message in enumerate(given):
+def _items(fields: Fields) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The messages in the form of the chat API, each with its place in ``messages``."""
+    for index, message in enumerate(read_list(fields, "messages")):
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ("user", "assistant", "system"):
             raise fields.error("messages", f"item {index}: the role must be 'user', 'assistant' or 'system'")
         content = message.get("content")
-        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
+        blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        if not all(isinstance(block, dict) for block in blocks):
             raise fields.error("messages", f"item {index}: 'content' must be a text or a list of blocks")
+        own = ("thinking", "tool_use") if role == "assistant" else ("tool_result",)
+        named = {kind: [block for block in blocks if block.get("type") == kind] for kind in own}
+        said: dict[str, Any] = {"role": role, "content": [block for block in blocks if block.get("type") not in own]}
+        for block in named.get("tool_result", ()):
+            yield index, {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": block.get("content")}
         if role == "assistant":
-            answer = _assistant(fields, index, blocks)
-            names |= calls_by_name([answer])
-            yield answer
-            continue
-        results = [block for block in blocks if block.get("type") == "tool_result"]
-        for block in results:
-            name = block.get("tool_use_id")
-            if not isinstance(name, str):
-                raise fields.error("messages", f"item {index}: a tool_result needs a text 'tool_use_id'")
-            inner = block.get("content") or ""
-            if not isinstance(inner, str):
-                parts = inner if isinstance(inner, list) else [inner]
-                inner = join_parts(list(read_texts(fields, "messages", index, parts)), takes_parts=takes_parts)
-            extra = {"name": names[name]} if name in names else {}
-            yield Message(role="tool", content=inner, tool_call_id=name, extra=extra)
-        rest = [block for block in blocks if block.get("type") != "tool_result"]
-        if rest or not results:
-            texts = list(read_texts(fields, "messages", index, rest))
-            yield Message(role=role, content=join_parts(texts, takes_parts=takes_parts))
-
-
-def _assistant(fields: Fields, index: int, blocks: list[dict[str, Any]]) -> Message:
-    texts, thoughts, calls = list[dict[str, Any]](), list[str](), list[ToolCall]()
-    for block in blocks:
-        kind = block.get("type")
-        if kind == "thinking" and isinstance(block.get("thinking"), str):
-            thoughts.append(block["thinking"])
-        elif kind == "tool_use" and isinstance(block.get("name"), str) and isinstance(block.get("input"), dict):
-            arguments = msgspec.json.encode(block["input"]).decode()
-            calls.append(ToolCall(str(block.get("id") or ""), block["name"], arguments))
-        else:
-            texts.append(block)
-    return Message(
-        role="assistant",
-        content="".join(read_texts(fields, "messages", index, texts)),  # an answer's text may be several blocks
-        reasoning_content="".join(thoughts) if thoughts else None,
-        tool_calls=tuple(calls),
-    )
+            said["content"] = joined(said["content"])
+            if named["thinking"]:
+                said["reasoning_content"] = "".join(str(block.get("thinking", "")) for block in named["thinking"])
+            said["tool_calls"] = [
+                {"id": block.get("id"), "function": {"name": block.get("name"), "arguments": block.get("input")}}
+                for block in named["tool_use"]
+            ]
+        if said["content"] or role == "assistant" or not named["tool_result"]:
+            yield index, said
 
 
 class _Call(EventAnswer):

@@ -73,36 +73,49 @@ class ChatTurn:
         return bool(self.tools) and self.tool_choice != "none"
 
 
-def read_messages(fields: Fields, *, takes_parts: bool, role_of: Callable[[str], str]) -> tuple[Message, ...]:
-    """The ``messages`` of a request of the chat API. Raises ``ApiError`` 400 naming the message.
+def read_list(fields: Fields, name: str) -> list[Any]:
+    """The items of a field that must have some. Raises ``ApiError`` 400."""
+    items = fields.raw(name)
+    if not isinstance(items, list) or not items:
+        raise fields.error(name, f"expected a non-empty list of {'messages' if name == 'messages' else 'items'}")
+    return items
+
+
+def read_messages(
+    fields: Fields,
+    name: str,
+    items: Iterable[tuple[int, Any]],
+    *,
+    takes_parts: bool,
+    role_of: Callable[[str], str],
+    before: Iterable[Message] = (),
+) -> tuple[Message, ...]:
+    """Messages in the form of the chat API, each with its place in the field ``name``. Raises ``ApiError`` 400.
 
     As vLLM does: text parts are lines of one text where the template ``takes_parts`` not; what is null is absent; the
-    content is not. Further, a ``developer`` is the ``system`` of templates that do not know the newer name, and a
-    tool's answer has the name of the call it answers.
+    content is not. Further, a tool's answer has the name of the call it answers, in these messages or those ``before``.
     """
-    messages = fields.raw("messages")
-    if not isinstance(messages, list) or not messages:
-        raise fields.error("messages", "expected a non-empty list of messages")
-    result, names = [], dict[str, str]()
-    for index, message in enumerate(messages):
+    result, names = list[Message](), {call.id: call.name for message in before for call in message.tool_calls}
+    for index, message in items:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise fields.error("messages", f"item {index} must be an object with a string 'role'")
-        known = {name: value for name, value in message.items() if value is not None}
+            raise fields.error(name, f"item {index} must be an object with a string 'role'")
+        known = {key: value for key, value in message.items() if value is not None}
         role, content = known.pop("role"), known.pop("content", "")
-        calls = tuple(_calls(fields, index, known.pop("tool_calls", [])))
+        calls = tuple(_calls(fields, name, index, known.pop("tool_calls", [])))
         names |= {call.id: call.name for call in calls}
         answered = known.pop("tool_call_id", None)
         if answered is not None and not isinstance(answered, str):
-            raise fields.error("messages", f"item {index}: 'tool_call_id' must be a string")
-        if role == "tool" and (name := names.get(str(answered))):
-            known.setdefault("name", name)
+            raise fields.error(name, f"item {index}: the id of the call that is answered must be a string")
+        if role == "tool" and (tool := names.get(str(answered))):
+            known.setdefault("name", tool)
         thought = known.pop("reasoning_content", known.pop("reasoning", None))
         if thought is not None and not isinstance(thought, str):
-            raise fields.error("messages", f"item {index}: 'reasoning_content' must be a string")
+            raise fields.error(name, f"item {index}: 'reasoning_content' must be a string")
         if isinstance(content, list):
-            content = join_parts(list(read_texts(fields, "messages", index, content)), takes_parts=takes_parts)
+            content = list(read_texts(fields, name, index, content))
+            content = tuple(content) if takes_parts and len(content) > 1 else "\n".join(content)
         elif not isinstance(content, str):
-            raise fields.error("messages", f"item {index}: 'content' must be a string or a list of text parts")
+            raise fields.error(name, f"item {index}: 'content' must be a string or a list of text parts")
         result.append(
             Message(
                 role=role_of(role),
@@ -114,11 +127,6 @@ def read_messages(fields: Fields, *, takes_parts: bool, role_of: Callable[[str],
             )
         )
     return tuple(result)
-
-
-def join_parts(texts: list[str], *, takes_parts: bool) -> str | tuple[str, ...]:
-    """The content that consists of ``texts``."""
-    return tuple(texts) if takes_parts and len(texts) > 1 else "\n".join(texts)
 
 
 def read_tools(fields: Fields, function_of: Callable[[dict[str, Any]], Any]) -> tuple[dict[str, Any], ...]:
@@ -180,14 +188,14 @@ def read_format(fields: Fields, name: str) -> dict[str, Any] | None:
     return schema
 
 
-def _calls(fields: Fields, index: int, calls: Any) -> Iterator[ToolCall]:
+def _calls(fields: Fields, name: str, index: int, calls: Any) -> Iterator[ToolCall]:
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise fields.error("messages", f"item {index}: 'tool_calls' must be a list of objects")
+        raise fields.error(name, f"item {index}: 'tool_calls' must be a list of objects")
     for call in calls:
         function = call.get("function")
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            text = f"item {index}: each of 'tool_calls' needs a 'function' with a 'name'; other kinds are not served"
-            raise fields.error("messages", text)
+            text = f"item {index}: a call needs a 'function' with a 'name'; other kinds of calls are not served"
+            raise fields.error(name, text)
         arguments = function.get("arguments")
         if arguments is None or arguments == "":
             arguments = {}
@@ -195,7 +203,7 @@ def _calls(fields: Fields, index: int, calls: Any) -> Iterator[ToolCall]:
             try:
                 arguments = msgspec.json.encode(arguments).decode()
             except RecursionError:
-                raise fields.error("messages", f"item {index}: the arguments of a call have too many levels") from None
+                raise fields.error(name, f"item {index}: the arguments of a call have too many levels") from None
         yield ToolCall(id=str(call.get("id") or ""), name=function["name"], arguments=arguments)
 
 
@@ -211,9 +219,11 @@ def read_texts(fields: Fields, name: str, index: int, parts: Iterable[Any]) -> I
         yield text
 
 
-def calls_by_name(messages: Iterable[Message]) -> dict[str, str]:
-    """Id → tool of the calls in ``messages``."""
-    return {call.id: call.name for message in messages for call in message.tool_calls}
+def joined(parts: Any) -> Any:
+    """The text of an answer whose text is in several parts; anything else as it is."""
+    if isinstance(parts, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
+        return "".join(part["text"] for part in parts)
+    return parts
 
 
 def template_form(message: Message) -> dict[str, Any]:

@@ -6,17 +6,7 @@ from typing import Any
 
 import msgspec
 
-from atropos_verl.gateway.chat import (
-    ChatTurn,
-    Message,
-    ToolCall,
-    calls_by_name,
-    join_parts,
-    read_format,
-    read_texts,
-    read_tool_choice,
-    read_tools,
-)
+from atropos_verl.gateway.chat import ChatTurn, Message, joined, read_format, read_list, read_tool_choice, read_tools
 from atropos_verl.gateway.fields import Fields, parse_sampling
 from atropos_verl.gateway.parsing import Piece
 from atropos_verl.gateway.service import Answer, EventAnswer, GatewayService
@@ -56,7 +46,7 @@ def _read_turn(service: GatewayService, fields: Fields) -> ChatTurn:
         said = [instructions, *said]
     turn = template.turn(
         fields,
-        tuple(said) + tuple(_messages(service, fields, calls_by_name(said))),
+        (*said, *template.messages(fields, "input", _items(fields), said)),
         tools=tools,
         tool_choice=read_tool_choice(fields, tools, _function),
         parallel_tool_calls=fields.get("parallel_tool_calls", True),
@@ -86,81 +76,53 @@ def _history(service: GatewayService, fields: Fields) -> Iterator[Message]:
     yield from (message for message in kept if not message.extra.get("instructions"))
 
 
-def _messages(service: GatewayService, fields: Fields, names: dict[str, str]) -> Iterator[Message]:
-    """The ``input``; what one answer held (reasoning, text, calls) is one message again."""
+def _items(fields: Fields) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The ``input`` in the form of the chat API, each message with its place.
+
+    What one answer held (reasoning, text, calls) is one message again. Its items have ids: an assistant's message
+    without one is a message of its own.
+    """
     given = fields.raw("input")
     if isinstance(given, str):
-        yield Message(role="user", content=given)
+        yield 0, {"role": "user", "content": given}
         return
-    if not isinstance(given, list) or not given:
-        raise fields.error("input", "expected a text or a non-empty list of items")
-    answer: Message | None = None
-    for index, item in enumerate(given):
-        if not isinstance(item, dict):
-            raise fields.error("input", f"item {index} must be an object")
-        kind, role = item.get("type", "message"), item.get("role")
-        if kind == "reasoning" or kind == "function_call" or (kind == "message" and role == "assistant"):
-            part = _part_of_answer(service, fields, index, item)
-            names |= calls_by_name([part])
-            # Output items have ids; an assistant's message without one is a message of its own.
-            if answer is not None and (kind != "message" or "id" in item or not answer.content):
-                answer = _merged(answer, part)
-            else:
-                yield from [] if answer is None else [answer]
-                answer = part
-            continue
-        if answer is not None:
-            yield answer
-            answer = None
-        if kind == "message" and role in _ROLES:
-            content = _content(service, fields, index, item.get("content"))
-            yield Message(role=service.codec.template.role(role), content=content)
+    answer: dict[str, Any] | None = None
+    for index, item in enumerate(read_list(fields, "input")):
+        kind = item.get("type", "message") if isinstance(item, dict) else None
+        if kind == "message" and item.get("role") in _ROLES:
+            message = {"role": item["role"], "content": item.get("content")}
+        elif kind == "reasoning":
+            thought = joined(item.get("content") or item.get("summary") or [])
+            message = {"role": "assistant", "reasoning_content": thought}
+        elif kind == "function_call":
+            function = {"name": item.get("name"), "arguments": item.get("arguments")}
+            message = {"role": "assistant", "tool_calls": [{"id": item.get("call_id"), "function": function}]}
         elif kind == "function_call_output":
-            name = item.get("call_id")
-            if not isinstance(name, str):
-                raise fields.error("input", f"item {index}: 'call_id' must be a string")
-            extra = {"name": names[name]} if name in names else {}
-            content = _content(service, fields, index, item.get("output"))
-            yield Message(role="tool", content=content, tool_call_id=name, extra=extra)
+            message = {"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")}
         else:
+            role = item.get("role") if isinstance(item, dict) else None
             text = f"item {index}: type {str(kind)[:40]!r}, role {str(role)[:40]!r} is not supported"
             raise fields.error("input", text, "unsupported_field")
+        if message["role"] == "assistant":
+            message["content"] = joined(message.get("content") or [])
+        if answer is not None and message["role"] == "assistant" and _continues(answer, item):
+            for name in ("content", "reasoning_content", "tool_calls"):
+                parts = [part for part in (answer.get(name), message.get(name)) if part]
+                if len({type(part) for part in parts}) > 1:  # parts that are no text, which are refused below
+                    parts = parts[-1:]
+                answer[name] = parts[0] if len(parts) == 1 else parts[0] + parts[1] if parts else None
+            continue
+        if answer is not None:
+            yield index - 1, answer
+        answer = message if message["role"] == "assistant" else None
+        if answer is None:
+            yield index, message
     if answer is not None:
-        yield answer
+        yield len(given) - 1, answer
 
 
-def _content(service: GatewayService, fields: Fields, index: int, value: Any) -> str | tuple[str, ...]:
-    if isinstance(value, str) or value is None:
-        return value or ""
-    if not isinstance(value, list):
-        raise fields.error("input", f"item {index}: expected a text or a list of text parts")
-    return join_parts(list(read_texts(fields, "input", index, value)), takes_parts=service.codec.template.takes_parts)
-
-
-def _part_of_answer(service: GatewayService, fields: Fields, index: int, item: dict[str, Any]) -> Message:
-    kind = item.get("type", "message")
-    if kind == "message":
-        return Message(role="assistant", content=_content(service, fields, index, item.get("content")))
-    if kind == "reasoning":
-        parts = item.get("content") or item.get("summary") or []
-        if not isinstance(parts, list):
-            raise fields.error("input", f"item {index}: 'content' must be a list")
-        return Message(role="assistant", reasoning_content="".join(read_texts(fields, "input", index, parts)))
-    name, arguments, call_id = (item.get(key) for key in ("name", "arguments", "call_id"))
-    if not (isinstance(name, str) and isinstance(arguments, str) and isinstance(call_id, str)):
-        raise fields.error("input", f"item {index}: a function_call needs texts 'call_id', 'name' and 'arguments'")
-    return Message(role="assistant", tool_calls=(ToolCall(call_id, name, arguments),))
-
-
-def _merged(answer: Message, part: Message) -> Message:
-    thought = (answer.reasoning_content or "") + (part.reasoning_content or "")
-    said = [text for text in (answer.content, part.content) if text]
-    return msgspec.structs.replace(
-        answer,
-        content=said[0] if len(said) == 1 else "".join(map(str, said)),
-        reasoning_content=thought or answer.reasoning_content or part.reasoning_content,
-        tool_calls=(*answer.tool_calls, *part.tool_calls),
-    )
+def _continues(answer: dict[str, Any], item: dict[str, Any]) -> bool:
+    return item.get("type", "message") != "message" or "id" in item or not answer["content"]
 
 
 class _Call(EventAnswer):

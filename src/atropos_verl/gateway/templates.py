@@ -12,14 +12,14 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
 from typing import Any
 
 import msgspec
 
-from atropos_verl.gateway.chat import ChatTurn, Message, read_messages, template_form
+from atropos_verl.gateway.chat import ChatTurn, Message, read_list, read_messages, template_form
 from atropos_verl.gateway.fields import ApiError, Fields
 
 _SECONDS = 10.0
@@ -55,10 +55,18 @@ class ChatTemplate:
             **parts,
         )
 
-    def messages(self, fields: Fields) -> tuple[Message, ...]:
-        """The ``messages`` of a request of the chat API, in the form that the model's template knows."""
+    def messages(
+        self,
+        fields: Fields,
+        name: str = "messages",
+        items: Iterable[tuple[int, Any]] | None = None,
+        before: Iterable[Message] = (),
+    ) -> tuple[Message, ...]:
+        """See ``read_messages``, in the form that the model's template knows; ``items`` None: the field's own."""
         own = self._client_template(fields) is None
-        return read_messages(fields, takes_parts=own and self.takes_parts, role_of=self.role)
+        items = enumerate(read_list(fields, name)) if items is None else items
+        forms: dict[str, Any] = {"takes_parts": own and self.takes_parts, "role_of": self.role}
+        return read_messages(fields, name, items, **forms, before=before)
 
     def prompt(self, turn: ChatTurn) -> str:
         """The prompt text of a turn. Raises ``ApiError`` 400."""
