@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,14 @@ def make(
     groups: int, size: int, tokens: int, seed: int, vocabulary: Sequence[int] = range(150_000)
 ) -> list[tuple[tuple[int, ...], list[Generation]]]:
     rng, ids = np.random.default_rng(seed), np.array(vocabulary)
+    shares = 1.0 / np.arange(10, len(ids) + 10)  # the lower the id of a BPE token, the more frequent it is (Zipf)
+    draw = partial(rng.choice, ids, p=shares / shares.sum())
     made = []
     for _ in range(groups):
-        prompt = tuple(rng.choice(ids, PROMPT).tolist())
+        prompt = tuple(draw(PROMPT).tolist())
         generations = [
             Generation(
-                token_ids=tuple(rng.choice(ids, tokens).tolist()),
+                token_ids=tuple(draw(tokens).tolist()),
                 logprobs=tuple((-rng.random(tokens)).tolist()),
                 finish_reason="stop",
                 policy_version_runs=((3, tokens // 2), (4, tokens - tokens // 2)),
@@ -71,13 +74,14 @@ class PlainLedger:
 
 
 class Retokenised:
-    """The benchmark of ``repair``: completions of random tokens, each of whole characters."""
+    """The benchmark of ``repair``: completions of random tokens, none special, each of whole characters."""
 
     def __init__(self, path: str) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.texts = TokenTexts(self.tokenizer)
         size = len(self.tokenizer)
-        self.vocabulary = [i for i in range(size) if "\ufffd" not in (text := self.texts[i][0]) and text.strip()]
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.get_added_vocab().values())
+        self.vocabulary = [i for i in range(size) if i not in special and "\ufffd" not in self.texts[i][0]]
 
     def encode(self, ids: Sequence[int]) -> list[int]:
         return list(self.tokenizer.encode(self.tokenizer.decode(ids), add_special_tokens=False))

@@ -78,9 +78,11 @@ class TokenTexts(dict[int, tuple[str, bytes]]):
         """The bytes of a text, and where each token of it ends."""
         flat, starts, lengths, _ = self._table
         ids = np.minimum(token_ids, len(lengths) - 1)
-        counts = lengths[ids]
-        ends = np.cumsum(counts)
-        return flat[np.repeat(starts[ids] - ends + counts, counts) + np.arange(ends[-1] if len(ends) else 0)], ends
+        counts = lengths.take(ids)
+        ends = counts.cumsum()
+        places = np.repeat(starts.take(ids) - ends + counts, counts)
+        places += np.arange(len(places))
+        return flat.take(places), ends
 
     def text_if_whole(self, token_ids: NDArray[np.int32]) -> str | None:
         """Special tokens shown; None: it holds a part of a character, so that these tokens are not those of a text."""

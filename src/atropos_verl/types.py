@@ -212,8 +212,10 @@ class RepairedTokens:
     """[T]"""
     loss_mask: NDArray[np.bool_]
     """[T]; True = trained."""
-    origin: IntArray
-    """[T] index of the posted token in which its text begins; ascending."""
+    origin: IntArray | None
+    """[T] index of the posted token in which its text begins; None where no value of a posted token is to follow it."""
+    posted: int
+    """Tokens that were posted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

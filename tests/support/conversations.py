@@ -157,7 +157,13 @@ class Conversation:
     mask: list[bool] = field(default_factory=list)
 
     def query(self, group: int = 0) -> SequenceQuery:
-        return SequenceQuery(token_ids=np.array(self.tokens), loss_mask=np.array(self.mask), group=group, is_text=True)
+        return SequenceQuery(
+            token_ids=np.array(self.tokens),
+            loss_mask=np.array(self.mask),
+            group=group,
+            is_text=True,
+            has_advantages=True,
+        )
 
 
 class Policy:

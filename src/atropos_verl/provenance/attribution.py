@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from atropos_verl.provenance.ledger import IDS, Ledger, Piece, SpanRecord
+from atropos_verl.provenance.ledger import IDS, Ledger, Piece, SpanRecord, trained_spans
 from atropos_verl.provenance.repair import Repair, Repairer
 from atropos_verl.token_texts import TokenTexts
 from atropos_verl.types import MIN_LOGPROB, UNKNOWN_VERSION, Difference, FloatArray, IntArray, SequenceMatch
@@ -34,12 +34,8 @@ class SequenceQuery:
     """Sequences of one group share it."""
     is_text: bool = False
     """Its ids are only a form of its text; False: the environment sent values of just these tokens."""
-
-
-def trained_spans(loss_mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """``[start, stop)`` of each run of True."""
-    edges = np.flatnonzero(np.diff(loss_mask.astype(np.int8), prepend=0, append=0))
-    return list(zip(edges[0::2].tolist(), edges[1::2].tolist(), strict=True))
+    has_advantages: bool = False
+    """Token by token: they follow the text."""
 
 
 def look_up(ledger: Ledger, queries: Sequence[SequenceQuery], repairer: Repairer | None = None) -> list[SequenceMatch]:
@@ -52,7 +48,8 @@ def look_up(ledger: Ledger, queries: Sequence[SequenceQuery], repairer: Repairer
         spans = trained_spans(query.loss_mask)
         repair = Repair(pieces=ledger.find(query.token_ids, spans))
         if repairer is not None and query.is_text:
-            repair = repairer.repair(query.token_ids, query.loss_mask, spans, repair.pieces)
+            ids, mask, origin = query.token_ids, query.loss_mask, query.has_advantages
+            repair = repairer.repair(ids, mask, spans, repair.pieces, wants_origin=origin)
         if repair.tokens is not None:
             queries[i] = replace(query, token_ids=repair.tokens.token_ids, loss_mask=repair.tokens.loss_mask)
         repairs.append(repair)

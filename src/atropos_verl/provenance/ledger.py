@@ -431,6 +431,14 @@ class Ledger:
         return [], start
 
 
+def trained_spans(loss_mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """``[start, stop)`` of each run of True."""
+    padded = np.zeros(len(loss_mask) + 2, dtype=np.bool_)
+    padded[1:-1] = loss_mask
+    edges = np.flatnonzero(padded[1:] != padded[:-1]).tolist()
+    return list(zip(edges[0::2], edges[1::2], strict=True))
+
+
 def prefix_hashes(token_ids: NDArray[np.int32], offset: int = 0) -> NDArray[np.uint64]:
     """64-bit hashes of all prefixes: entry p is that of the first p tokens, ``[T + 1]``.
 

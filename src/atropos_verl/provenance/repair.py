@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from atropos_verl.provenance.ledger import IDS, Ledger, Lengths, Piece, Prompt, SpanRecord, prefix_hashes
+from atropos_verl.provenance.ledger import IDS, Ledger, Lengths, Piece, Prompt, SpanRecord, prefix_hashes, trained_spans
 from atropos_verl.token_texts import TokenTexts
 from atropos_verl.types import IntArray, RepairedTokens
 
@@ -102,12 +102,21 @@ class Repairer:
         """Order of a record → its keys in ``_completions``."""
         self._prompt_keys: dict[int, int] = {}
         self._text: Callable[[bytes], str] = lru_cache(_CACHED)(lambda ids: texts.text(np.frombuffer(ids, dtype=IDS)))
+        self._cores: Callable[[bytes], list[str]] = lru_cache(_CACHED)(
+            lambda ids: texts.cores(np.frombuffer(ids, dtype=IDS), self._text(ids))
+        )
         ledger.on_forget = self._forget
 
     def repair(
-        self, token_ids: IntArray, loss_mask: NDArray[np.bool_], spans: list[tuple[int, int]], found: list[list[Piece]]
+        self,
+        token_ids: IntArray,
+        loss_mask: NDArray[np.bool_],
+        spans: list[tuple[int, int]],
+        found: list[list[Piece]],
+        *,
+        wants_origin: bool = False,
     ) -> Repair:
-        """Repair the spans of a sequence that ``Ledger.find`` did not find as they are.
+        """Repair the spans of a sequence that ``Ledger.find`` did not find as they are, in ``found``.
 
         The tokens before a repaired span become those after which it was sampled, where that is possible beside the
         spans before it; else the same text.
@@ -119,7 +128,7 @@ class Repairer:
             return result
         self._catch_up()
         posted = _Posted(ids, text, self.texts.starts(ids), loss_mask)
-        made = _Assembly(self.texts, self._text, posted)
+        made = _Assembly(self.texts, self._text, posted, wants_origin=wants_origin)
         pieces: list[list[Piece]] = []
         for (start, stop), own, is_lost in zip(spans, found, lost, strict=True):
             chains = self._chains(posted, made.cursor, start, stop) if is_lost else []
@@ -186,7 +195,7 @@ class Repairer:
                 same: defaultdict[bytes, list[SpanRecord]] = defaultdict(list)
                 for record in records:
                     is_whole = not whole or self._text(record.ids) == posted.text[place : ends[0]]
-                    if record.prompt is prompt and is_whole and core in self._cores(record):
+                    if record.prompt is prompt and is_whole and core in self._cores(record.ids):
                         same[record.ids].append(record)
                 for ids, alike in same.items():
                     links[prompt.ids, ids] = _Link(place, start, stop, tuple(alike))
@@ -199,7 +208,7 @@ class Repairer:
             for record in records:
                 prompt = record.prompt
                 text = self._text(prompt.ids) if prompt.key not in self._prompt_keys else ""
-                cores = self._cores(record)
+                cores = self._cores(record.ids)
                 with self._ledger.lock:
                     if record.order not in self._ledger:
                         continue
@@ -211,9 +220,6 @@ class Repairer:
                     self._keys[record.order] = keys
                     for key in keys:
                         self._completions[key][record.order] = record
-
-    def _cores(self, record: SpanRecord) -> list[str]:
-        return self.texts.cores(np.frombuffer(record.ids, dtype=IDS), self._text(record.ids))
 
     def _forget(self, record: SpanRecord) -> None:
         """Called by the ledger, which holds its lock."""
@@ -230,7 +236,7 @@ class Repairer:
 class _Assembly:
     """A sequence that is put together from posted and from sampled tokens."""
 
-    def __init__(self, texts: TokenTexts, text: Callable[[bytes], str], posted: _Posted) -> None:
+    def __init__(self, texts: TokenTexts, text: Callable[[bytes], str], posted: _Posted, *, wants_origin: bool) -> None:
         self._texts = texts
         self._text = text
         """Text of a record's ids."""
@@ -239,7 +245,8 @@ class _Assembly:
         """Posted tokens that are trained where they stay: no longer those of a span that was repaired."""
         self._ids = b""
         self._trained: list[NDArray[np.bool_]] = []
-        self._places: list[IntArray] = []
+        self._places: list[IntArray] | None = [] if wants_origin else None
+        """Character of the posted text at which each token begins."""
         self.cursor = 0
         """Characters of the posted text that it stands for so far."""
         self.has_failed = False
@@ -254,10 +261,10 @@ class _Assembly:
         written = chain[0].records[0].prompt.ids
         if written.startswith(self._ids):
             prompt = np.frombuffer(written[len(self._ids) :], dtype=IDS)
-            self._append(prompt, np.full(len(prompt), self.cursor))
+            self._append(prompt)
         else:
             prompt = np.frombuffer(written, dtype=IDS)
-            self._append_from(self.cursor, prompt, self._texts.starts(prompt), np.zeros(len(prompt), dtype=np.bool_))
+            self._append_from(prompt, self._texts.starts(prompt))
         self._mask[start:stop] = False
         return [piece for link in chain for piece in self._completion(link, start)]
 
@@ -265,10 +272,12 @@ class _Assembly:
         posted, ids = self._posted, np.frombuffer(link.records[0].ids, dtype=IDS)
         text = self._text(link.records[0].ids)
         first, last = self._texts.core(text)
-        places = np.clip(self._texts.starts(ids) + link.start - first, link.prompt_end, link.stop)
-        trained = np.ones(len(ids), dtype=np.bool_)
-        if link.prompt_end < posted.starts[start - 1]:  # the environment left its head untrained
-            trained = places[1:] > posted.starts[start]
+        places, trained = None, np.ones(len(ids), dtype=np.bool_)
+        is_headless = link.prompt_end < posted.starts[start - 1]  # the environment left its head untrained
+        if is_headless or self._places is not None:
+            places = np.clip(self._texts.starts(ids) + link.start - first, link.prompt_end, link.stop)
+            if is_headless:
+                trained = places[1:] > posted.starts[start]
         self.cursor = link.stop
         if self._texts.is_special(ids[-1:])[0]:
             end = self._texts[int(ids[-1])][0]
@@ -279,14 +288,13 @@ class _Assembly:
         elif posted.text.startswith(text[last:], link.stop):
             self.cursor += len(text) - last
         begin = self._length
-        self._append(ids, places[:-1], trained)
-        edges = np.flatnonzero(np.diff(trained, prepend=False, append=False)).tolist()
-        return [Piece(begin + a, begin + b, link.records, a) for a, b in zip(edges[0::2], edges[1::2], strict=True)]
+        self._append(ids, places, trained)
+        return [Piece(begin + a, begin + b, link.records, a) for a, b in trained_spans(trained)]
 
     def keep(self, pieces: list[Piece], start: int, stop: int) -> list[Piece]:
         """The posted tokens up to ``stop``; ``pieces`` of the trained ones ``[start, stop)`` at their new places."""
         self.has_failed |= self.cursor > self._posted.starts[start]
-        self._append_from(self.cursor, self._posted.ids[:stop], self._posted.starts[: stop + 1], self._mask[:stop])
+        self._append_from(self._posted.ids[:stop], self._posted.starts[: stop + 1], self._mask)
         self.cursor = int(self._posted.starts[stop])
         shift = self._length - stop
         return [Piece(p.start + shift, p.stop + shift, p.candidates, p.first) for p in pieces]
@@ -294,26 +302,33 @@ class _Assembly:
     def finish(self) -> RepairedTokens:
         ids, starts = self._posted.ids, self._posted.starts
         if self.cursor < starts[-1]:
-            self._append_from(self.cursor, ids, starts, self._mask)
-        origin = np.searchsorted(starts[:-1], np.concatenate(self._places), side="right") - 1
+            self._append_from(ids, starts, self._mask)
+        origin = None
+        if self._places is not None:
+            origin = np.searchsorted(starts[:-1], np.concatenate(self._places), side="right") - 1
         token_ids = np.frombuffer(self._ids, dtype=IDS).astype(np.int64)
-        return RepairedTokens(token_ids=token_ids, loss_mask=np.concatenate(self._trained), origin=origin)
+        mask = np.concatenate(self._trained)
+        return RepairedTokens(token_ids=token_ids, loss_mask=mask, origin=origin, posted=len(ids))
 
-    def _append(self, ids: NDArray[np.int32], places: IntArray, trained: NDArray[np.bool_] | None = None) -> None:
+    def _append(
+        self, ids: NDArray[np.int32], places: IntArray | None = None, trained: NDArray[np.bool_] | None = None
+    ) -> None:
+        """``places``: [T] or more; None: all at ``cursor``. ``trained`` None: none."""
         self._ids += ids.tobytes()
-        self._places.append(places)
         self._trained.append(np.zeros(len(ids), dtype=np.bool_) if trained is None else trained)
+        if self._places is not None:
+            self._places.append(np.full(len(ids), self.cursor) if places is None else places[: len(ids)])
 
-    def _append_from(self, cursor: int, ids: NDArray[np.int32], starts: IntArray, trained: NDArray[np.bool_]) -> None:
-        """The tokens of a text from a character on; of one that begins before it, the rest is tokenised anew."""
-        at = 0
+    def _append_from(self, ids: NDArray[np.int32], starts: IntArray, trained: NDArray[np.bool_] | None = None) -> None:
+        """The tokens of a text from ``cursor`` on; of one that begins before it, the rest is tokenised anew."""
+        at, cursor = 0, self.cursor
         if cursor:
             at = int(np.searchsorted(starts[:-1], cursor, side="right")) - 1
             if starts[at] < cursor:
                 text = self._texts.text(ids)[cursor : starts[at + 1]]
                 rest = np.array(self._texts.encode(text) if text else [], dtype=IDS)
                 self.has_failed |= self._texts.text(rest) != text
-                self._append(rest, np.full(len(rest), cursor))
+                self._append(rest)
                 after = starts[at + 1]
                 at = int(np.searchsorted(starts[:-1], after, side="right")) - 1 if after < starts[-1] else len(ids)
-        self._append(ids[at:], starts[at:-1], trained[at:])
+        self._append(ids[at:], starts[at:-1], None if trained is None else trained[at : len(ids)])

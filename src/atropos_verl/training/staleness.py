@@ -21,8 +21,8 @@ import numpy as np
 from atropos_verl.config.schema import OffPolicyConfig
 from atropos_verl.protocol.journal import BatchJournal, JournalEntry
 from atropos_verl.protocol.schema import find_defect, sampling_temperature, stated_temperature
-from atropos_verl.provenance.attribution import SequenceQuery, explain, look_up, trained_spans
-from atropos_verl.provenance.ledger import IDS, Ledger
+from atropos_verl.provenance.attribution import SequenceQuery, explain, look_up
+from atropos_verl.provenance.ledger import IDS, Ledger, trained_spans
 from atropos_verl.provenance.repair import Repairer
 from atropos_verl.provenance.throttle import StalenessThrottle
 from atropos_verl.token_texts import TokenTexts
@@ -301,7 +301,8 @@ def _query(group: ScoredGroup, g: int, i: int) -> SequenceQuery:
     sent = None if group.inference_logprobs is None else group.inference_logprobs[i]
     others = (group.ref_logprobs, group.distill_token_ids, group.distill_logprobs)
     is_text = sent is None and all(rows is None for rows in others)
-    return SequenceQuery(token_ids=group.token_ids[i], loss_mask=mask, logprobs=sent, group=g, is_text=is_text)
+    values = {"is_text": is_text, "has_advantages": group.advantages is not None}
+    return SequenceQuery(token_ids=group.token_ids[i], loss_mask=mask, logprobs=sent, group=g, **values)
 
 
 def _with_repaired_tokens(group: ScoredGroup, matches: Sequence[SequenceMatch | None]) -> ScoredGroup:
@@ -315,6 +316,7 @@ def _with_repaired_tokens(group: ScoredGroup, matches: Sequence[SequenceMatch | 
         tokens[i] = repaired.token_ids
         masks[i] = np.where(repaired.loss_mask, repaired.token_ids, NOT_TRAINED)
         if advantages is not None and (row := advantages[i]) is not None:
+            assert repaired.origin is not None
             advantages[i] = row[repaired.origin]
     rows = None if advantages is None else tuple(advantages)
     return replace(group, token_ids=tuple(tokens), masks=tuple(masks), advantages=rows)
@@ -516,16 +518,9 @@ def decode_matches(content: bytes, groups: Sequence[ScoredGroup]) -> BatchMatche
         matches = msgspec.msgpack.decode(zlib.decompress(content), type=BatchMatches, dec_hook=_array_of)
         for row, group in zip(matches, groups, strict=True):
             for match, ids in zip(row, group.token_ids, strict=True):
-                if match is not None and not _is_of(match, len(ids)):
+                if match is not None and len(ids) != (match.repaired.posted if match.repaired else len(match.found)):
                     raise ValueError("it belongs to another batch")
         return matches
     except (zlib.error, msgspec.MsgspecError, ValueError) as error:
         logger.warning("what the ledger knew about a journalled batch cannot be read: %s", error)
         return None
-
-
-def _is_of(match: SequenceMatch, length: int) -> bool:
-    """True when a match can be that of a sequence of ``length`` tokens."""
-    if match.repaired is None:
-        return len(match.found) == length
-    return len(match.found) == len(match.repaired.origin) and bool((match.repaired.origin < length).all())

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from atropos_verl.provenance.attribution import SequenceQuery, explain, look_up, trained_spans
-from atropos_verl.provenance.ledger import Ledger, prefix_hashes
+from atropos_verl.provenance.attribution import SequenceQuery, explain, look_up
+from atropos_verl.provenance.ledger import Ledger, prefix_hashes, trained_spans
 from atropos_verl.types import UNKNOWN_VERSION, Generation, SequenceMatch
 
 PROMPT = (5, 6, 7)

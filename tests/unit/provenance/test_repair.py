@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from support.conversations import TEMPLATES, Conversation, Policy, conversations, tokenizer_of
 
-from atropos_verl.provenance.attribution import SequenceQuery, look_up, trained_spans
-from atropos_verl.provenance.ledger import Ledger
+from atropos_verl.provenance.attribution import SequenceQuery, look_up
+from atropos_verl.provenance.ledger import Ledger, trained_spans
 from atropos_verl.provenance.repair import Repairer
 from atropos_verl.token_texts import TokenTexts
 from atropos_verl.types import UNKNOWN_VERSION, Generation, SequenceMatch
@@ -199,6 +199,7 @@ def outcomes(policy: Policy, posted: Sequence[Conversation], matches: Sequence[S
         mask, ids = np.array(conversation.mask), np.array(conversation.tokens)
         if match.repaired is not None:
             mask, ids = match.repaired.loss_mask, match.repaired.token_ids
+            assert match.repaired.origin is not None and match.repaired.posted == len(conversation.tokens)
             assert len(match.repaired.origin) == len(ids) == len(match.found)
             assert (np.diff(match.repaired.origin) >= 0).all()
             assert match.repaired.origin[0] >= 0 and match.repaired.origin[-1] < len(conversation.tokens)
