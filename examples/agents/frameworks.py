@@ -27,7 +27,9 @@ def smolagents(task: str, session: Any) -> float:
     model = OpenAIServerModel("policy", api_base=session.base_url, api_key=session.api_key, max_tokens=100)
     templates: Any = {**EMPTY_PROMPT_TEMPLATES, "system_prompt": "Spell."}
     agent = ToolCallingAgent(tools=[], model=model, max_steps=1, prompt_templates=templates, verbosity_level=0)
-    return letters(task, agent.run(QUESTION + task))
+    answer = agent.run(QUESTION + task)
+    said = [str(output) for step in agent.memory.steps if (output := getattr(step, "model_output", None))]
+    return letters(task, answer or " ".join(said))
 
 
 async def openai_agents(task: str, session: Any) -> float:
