@@ -208,7 +208,7 @@ class SelectiveHeadEngine(UpdateEngine):
             compute = linear_token_figures if request.entropy else linear_token_logprobs
             found = compute(rows, head.weight, request.labels, request.temperature, bias=head.bias)
             # A copy: FSDP2 warns of a root output that is a view.
-            return found.view(1, len(request.rows), -1).clone()
+            return found.reshape(1, len(request.rows), 1 + request.entropy).clone()  # there may be no row
 
         # An instance attribute, not a class patch: only this engine's model is concerned.
         head.forward = forward  # type: ignore[method-assign,assignment]
