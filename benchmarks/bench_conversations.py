@@ -4,9 +4,9 @@
 
 ``--conversations`` of ``--turns`` turns, all at a time: a common system prompt, then in each turn ``--user`` new tokens
 and ``--answer`` sampled ones, which are part of the next prompt. Both sides are one engine of this process, in turn.
-Prints JSON: seconds of each side and their ratio; tokens prefilled and reused, tokens that are unique (positions of the
-tree of all prompts; also without those that a decode step has computed); the largest difference between a sampled
-logprob and that of a forward pass over the whole sequence.
+Prints JSON: median seconds of each side and their ratio, by the clock and of the processor; tokens prefilled and
+reused, tokens that are unique (positions of the tree of all prompts; also without those that a decode step has
+computed); the largest difference between a sampled logprob and that of a forward pass over the whole sequence.
 """
 
 import os
@@ -40,22 +40,29 @@ def main() -> None:
     parser.add_argument("--system", type=int, default=96, help="tokens of the system prompt")
     parser.add_argument("--user", type=int, default=32, help="new tokens of a turn")
     parser.add_argument("--answer", type=int, default=24, help="sampled tokens of a turn")
+    parser.add_argument(
+        "--n", type=int, default=1, help="completions of a turn; the conversation goes on from the first"
+    )
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(options.threads)
     path, dtype = smollm2_path() if options.model == NAME else options.model, getattr(torch, options.dtype)
     seconds: dict[str, list[float]] = {"reused": [], "computed_again": []}
+    processor: dict[str, list[float]] = {"reused": [], "computed_again": []}
     counts: dict[str, Any] = {}
-    with TransformersEngine.from_pretrained(path, dtype=dtype, max_running=options.conversations) as engine:
+    rows = options.conversations * options.n
+    with TransformersEngine.from_pretrained(path, dtype=dtype, max_running=rows) as engine:
         for repeat in range(options.repeats):
             for side, times in seconds.items():
                 engine.rebuild()
                 if side == "computed_again":
                     engine._runner.cache.prefixes.find = lambda tokens: []  # type: ignore[method-assign]
                     engine._runner.cache.store = lambda contexts: None  # type: ignore[method-assign]
-                before, started = engine.stats(), time.perf_counter()
+                before, started, used = engine.stats(), time.perf_counter(), time.process_time()
                 conversations = asyncio.run(converse(engine, options, seed=repeat))
                 times.append(time.perf_counter() - started)
+                processor[side].append(time.process_time() - used)
                 if side == "reused":
                     stats = engine.stats()
                     counts["prefilled"] = stats.prompt_tokens - before.prompt_tokens
@@ -64,9 +71,11 @@ def main() -> None:
                     counts["largest_logprob_difference"] = logprob_difference(engine, conversations)
         counts["prefilled_over_unique"] = counts["prefilled"] / counts["unique"]
         counts["prefilled_over_unique_not_decoded"] = counts["prefilled"] / counts["unique_not_decoded"]
-    medians = {side: statistics.median(times) for side, times in seconds.items()}
-    ratio = medians["computed_again"] / medians["reused"]
-    print(json.dumps({**vars(options), "seconds": seconds, "faster_by": ratio, **counts}, indent=2))
+    figures: dict[str, Any] = {}
+    for clock, sides in (("seconds", seconds), ("processor_seconds", processor)):
+        figures[clock] = medians = {side: statistics.median(times) for side, times in sides.items()}
+        figures[f"faster_by_{clock}"] = medians["computed_again"] / medians["reused"]
+    print(json.dumps({**vars(options), **figures, **counts}, indent=2))
 
 
 async def converse(engine: TransformersEngine, options: argparse.Namespace, seed: int) -> list[list[Turn]]:
@@ -81,8 +90,8 @@ async def converse(engine: TransformersEngine, options: argparse.Namespace, seed
         prompt, turns = system, []
         for user in users:
             prompt += user
-            request = GenerationRequest(prompt_token_ids=prompt, max_tokens=options.answer, ignore_eos=True, seed=seed)
-            [answer] = await engine.agenerate(request)
+            settings = {"n": options.n, "max_tokens": options.answer, "ignore_eos": True, "seed": seed}
+            [answer, *_] = await engine.agenerate(GenerationRequest(prompt_token_ids=prompt, **settings))
             turns.append((prompt, answer))
             prompt += answer.token_ids
         return turns
