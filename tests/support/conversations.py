@@ -145,7 +145,13 @@ class Turn:
     version: int
     logprobs: tuple[float, ...]
     text: str
-    edited: bool = False
+    """As the environment saw it."""
+    posted: str = ""
+    """What it made of that."""
+
+    @property
+    def edited(self) -> bool:
+        return self.posted.strip() != self.text.strip()
 
 
 @dataclass
@@ -196,7 +202,7 @@ class Policy:
         version = rng.randrange(50)
         logprobs = tuple(float(np.float32(-rng.random())) for _ in ids)
         shown = self.tokenizer.decode(ids, skip_special_tokens=True)
-        turn = Turn(prompt, ids, version, logprobs, shown)
+        turn = Turn(prompt, ids, version, logprobs, shown, shown)
         made = Generation(
             token_ids=tuple(ids), logprobs=logprobs, finish_reason="stop", policy_version_runs=((version, len(ids)),)
         )
@@ -216,8 +222,8 @@ class Policy:
             if rng.random() < edits and len(text.strip()) > 2:
                 at = rng.randrange(len(text))
                 other = text[:at] + rng.choice(("", "q")) + text[at + 1 :]
-                turn.edited = other.strip() != text.strip()
                 text = other
+            turn.posted = text
             messages.append(("assistant", text))
             made.append(turn)
         tokens = self.encode(self.template.render(messages))

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
@@ -188,11 +189,15 @@ def test_what_the_ledger_forgets_is_forgotten_here() -> None:
     assert world.posts("another", "first").repaired_spans == 1
 
 
+def form_of(text: str) -> str:
+    return unicodedata.normalize("NFC", text.strip())
+
+
 def outcomes(policy: Policy, posted: Sequence[Conversation], matches: Sequence[SequenceMatch]) -> Counter[str]:
     """What became of each posted span. ``text``: its text was not edited, and was sampled with these ids only."""
     ids_of: defaultdict[tuple[str, str], list[list[int]]] = defaultdict(list)
     for turn in policy.turns:
-        ids_of[policy.tokenizer.decode(turn.prompt), turn.text.strip()].append(turn.ids)
+        ids_of[policy.tokenizer.decode(turn.prompt), form_of(turn.text)].append(turn.ids)
     counts: Counter[str] = Counter()
     for conversation, match in zip(posted, matches, strict=True):
         before = trained_spans(np.array(conversation.mask))
@@ -208,13 +213,16 @@ def outcomes(policy: Policy, posted: Sequence[Conversation], matches: Sequence[S
         for (a, b), (start, stop), turn in zip(before, after, conversation.turns, strict=True):
             known = ids[start:stop][match.found[start:stop]].tolist()
             as_posted = conversation.tokens[a:b][: len(known)] == known
-            alike = ids_of[policy.tokenizer.decode(turn.prompt), turn.text.strip()]
-            is_unambiguous = all(other == turn.ids for other in alike)
-            kind = "edited" if turn.edited else "text" if is_unambiguous else "ambiguous"
+            alike = ids_of.get((policy.tokenizer.decode(turn.prompt), form_of(turn.posted)), [])
+            kind = "text" if all(other == turn.ids for other in alike) else "ambiguous"
+            if turn.edited:  # now and then into what was written elsewhere
+                kind = "edited into another's" if alike else "edited"
             if not known:
                 counts[f"{kind}, left"] += 1
             elif as_posted:
                 counts[f"{kind}, as posted"] += 1
+            elif kind == "edited into another's" and all(other == known for other in alike):
+                counts[f"{kind}, repaired"] += 1
             elif known == turn.ids and not turn.edited:
                 counts[f"{kind}, repaired"] += 1
                 versions = match.versions[start:stop].tolist()
