@@ -220,9 +220,9 @@ async def test_a_session_before_replicas_whose_weights_change(cluster: Cluster, 
             messages: list[dict[str, str]] = []
             for turn in range(3):
                 messages.append({"role": "user", "content": f"question {turn}"})
-                body = {"messages": messages, "max_tokens": 100, "ignore_eos": True, "stream": False}
+                body = {"messages": messages, "max_tokens": 40, "ignore_eos": True}
                 asked = asyncio.ensure_future(client.post(f"/s/{session['id']}/v1/chat/completions", json=body))
-                await _generated(cluster, 20)
+                await _generated(cluster, 5)
                 await cluster.checkpoints.abort_replicas()
                 await cluster.checkpoints.sleep_replicas()
                 await asyncio.to_thread(cluster.checkpoints.update_weights, start + 1 + turn)
@@ -233,9 +233,9 @@ async def test_a_session_before_replicas_whose_weights_change(cluster: Cluster, 
             rollout = (await client.get(f"/sessions/{session['id']}/rollout")).json()
     store.close()
     [row] = rollout["rows"]
-    assert row["turns"] == [0, 1, 2] and [stop - start for start, stop in row["spans"]] == [100] * 3
-    versions = [row["versions"][slice(*span)] for span in row["spans"]]
-    assert [(made[0], made[-1]) for made in versions] == [(start + turn, start + 1 + turn) for turn in range(3)]
+    assert row["turns"] == [0, 1, 2] and [stop - start for start, stop in row["spans"]] == [40] * 3
+    versions = [version for span in row["spans"] for version in row["versions"][slice(*span)]]
+    assert versions == sorted(versions) and start <= versions[0] < versions[-1] <= start + 3
     assert all(value <= 0 for span in row["spans"] for value in row["logprobs"][slice(*span)])
 
 
