@@ -3,8 +3,8 @@
 Baselines, in the same run and interleaved: for recording, ``tuple`` → list of (id, logprob, version) per token in plain
 Python under a dictionary of the prompt; for looking up, comparing each sequence with every remembered one of its prompt
 token by token. The store's floor is one ``write`` of the same bytes; ``stored`` ends when its thread has written.
-``repair``: the same completions as text that was tokenised anew, looked up by ids alone, and with the repair that gives
-them back their ids (the texts of new records are indexed in it). Prints medians and ratios as JSON.
+``repair`` (with ``--tokenizer``): completions as text that was tokenised anew, looked up by ids alone, and with the
+repair that gives them back their ids (the texts of new records are indexed in it). Prints medians and ratios as JSON.
 """
 
 import argparse
@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from atropos_verl.assets import demo_model_path
 from atropos_verl.provenance.attribution import SequenceQuery, look_up
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.repair import Repairer
@@ -121,9 +120,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--dir", help="where the log is kept, for disks other than the temporary directory's")
-    parser.add_argument("--tokenizer", default=str(demo_model_path()), help="whose texts are repaired")
+    parser.add_argument("--tokenizer", help="directory of a tokenizer with merges, for the figures of repair")
     options = parser.parse_args()
-    retokenised = Retokenised(options.tokenizer)
+    retokenised = options.tokenizer and Retokenised(options.tokenizer)
     count = options.groups * options.size
     names = (
         "record",
@@ -183,8 +182,18 @@ def main() -> None:
         times["restart"].append(seconds(lambda x=after, d=directory: x.persist(d, 4)))
         assert len(after) == count and after.stats().bytes == nbytes
         after.close()
-        retokenised.round(options, number, times)
-    medians = {name: statistics.median(values) for name, values in times.items()}
+        if retokenised:
+            retokenised.round(options, number, times)
+    medians = {name: statistics.median(values) for name, values in times.items() if values}
+    repair = {}
+    if retokenised:
+        repair = {
+            "exact_with_repair_over_without": medians["look_up_exact_with_repair"] / medians["look_up_exact"],
+            "repair_over_look_up_of_the_same_text": medians["repair_text"] / medians["look_up_text"],
+            "repair_again_over_look_up_of_the_same_text": medians["repair_text_again"] / medians["look_up_text"],
+            "repair_over_look_up_of_exact_ids": medians["repair_text"] / medians["look_up_exact"],
+            "repair_microseconds_per_sequence": 1e6 * medians["repair_text"] / count,
+        }
     tokens = count * options.tokens
     print(
         json.dumps(
@@ -206,11 +215,7 @@ def main() -> None:
                 "record_speedup_over_plain_python": medians["record_plain"] / medians["record"],
                 "look_up_speedup_over_plain_python": medians["look_up_plain"] / medians["look_up"],
                 "bytes_per_generated_token": nbytes / tokens,
-                "exact_with_repair_over_without": medians["look_up_exact_with_repair"] / medians["look_up_exact"],
-                "repair_over_look_up_of_the_same_text": medians["repair_text"] / medians["look_up_text"],
-                "repair_again_over_look_up_of_the_same_text": medians["repair_text_again"] / medians["look_up_text"],
-                "repair_over_look_up_of_exact_ids": medians["repair_text"] / medians["look_up_exact"],
-                "repair_microseconds_per_sequence": 1e6 * medians["repair_text"] / count,
+                **repair,
             },
             indent=1,
         )
