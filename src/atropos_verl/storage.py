@@ -434,10 +434,10 @@ class RecordStore:
         os.close(os.open(fresh, os.O_RDWR | os.O_CREAT, 0o600))
         count = checksums = 0
         with contextlib.closing(sqlite3.connect(fresh, isolation_level=None)) as db:
-            lost = _LOST_ROWS if self.lost_rows else 0
             for pragma in (f"page_size = {_PAGE_BYTES}", "journal_mode = OFF", f"user_version = {_VERSION}"):
                 db.execute(f"PRAGMA {pragma}")
-            db.execute(f"PRAGMA application_id = {lost}")
+            if self.lost_rows:
+                db.execute(f"PRAGMA application_id = {_LOST_ROWS}")
             db.execute("BEGIN")
             for name, kind in {**self._tables, "mark": int}.items():
                 key, rest = ("INTEGER", "") if kind is int else ("TEXT", " WITHOUT ROWID")
