@@ -86,7 +86,7 @@ def test_a_moved_run_with_a_damaged_checkpoint_goes_on_when_its_terminal_closes(
             assert checkpointed_step(run_dir) == step
             assert f"(steps up to {step} are saved in " in run.stderr or step % 2 == 0
         assert [line["step"] for line in metrics_of(run_dir)] == list(range(1, step + 1))
-        assert not (run_dir / "tmp").exists()
+        assert not (run_dir / "launch" / "tmp").exists()
     assert [*home.rglob("*")] == [*temporary.rglob("*")] == []
 
 

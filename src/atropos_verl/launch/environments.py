@@ -314,7 +314,7 @@ def own_temporary(run_dir: Path) -> Path:
     """The temporary directory of a run's children, which goes with the run: wandb, which Atropos imports, leaves two
     directories in it when it is killed. Not in a run directory with a long name: Unix sockets are made there, and the
     name of one ends at 107 bytes."""
-    inside = run_dir / "tmp"
+    inside = run_dir / "launch" / "tmp"  # not RUN_DIR/tmp, which may be the user's: it is emptied
     if len(os.fsencode(inside)) <= _TMPDIR_BYTES:
         return inside
     return Path(tempfile.gettempdir(), f"atropos-verl-{xxhash.xxh3_64_hexdigest(os.fsencode(run_dir))}")

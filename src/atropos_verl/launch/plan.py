@@ -272,6 +272,7 @@ def take_run_dir(stack: ExitStack, run_dir: Path, *, is_launch: bool = False) ->
             stack.enter_context(locked(run_dir / "lock", "a training run"))
         temporary = own_temporary(run_dir)
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir(0o700)
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
     except StorageInUseError as error:

@@ -40,6 +40,7 @@ from atropos_verl.launch.plan import LaunchPlan, make_plan, one_environment, tak
 from atropos_verl.launch.probes import free_port
 from atropos_verl.launch.process import ended_with_this_process
 from atropos_verl.launch.supervisor import Supervisor
+from atropos_verl.server.store import STORE_FILE
 from atropos_verl.storage import write_atomic
 from atropos_verl.training.checkpoint_state import find_checkpoint, saved_step
 from atropos_verl.training.extensions import check_extensions
@@ -183,7 +184,7 @@ class TrainingServices:
         assert self._supervisor is not None
         progress.phase("starting the trajectory API")
         data_dir = self.run_dir / "api"
-        if self.config.resume == "disable" and data_dir.is_dir():
+        if self.config.resume == "disable" and (data_dir / STORE_FILE).is_file():
             logger.info("resume=disable: the state of an earlier API in %s is removed", data_dir)
             shutil.rmtree(data_dir)
         write_tokenizer(self._plan.config)

@@ -18,6 +18,7 @@ from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError, StorageInUseError
 from atropos_verl.launch.plan import take_run_dir
 from atropos_verl.launch.train import TrainingServices, _check_trackers, _train_locally
+from atropos_verl.report.console import ProgressReporter
 from atropos_verl.storage import locked, write_atomic
 from atropos_verl.training.checkpoint_state import RunState, new_checkpoint
 
@@ -66,7 +67,7 @@ def test_a_run_and_a_launch_keep_each_other_out(tmp_path: Path, monkeypatch: pyt
     for holder_is_launch in (False, True):
         with ExitStack() as holder:
             take_run_dir(holder, tmp_path, is_launch=holder_is_launch)
-            (tmp_path / "tmp" / "left").touch()
+            (tmp_path / "launch" / "tmp" / "left").touch()
             monkeypatch.setenv("ATROPOS_VERL_LAUNCH_OF", "")  # what comes next is not of that launch
             for is_launch in (False, True):
                 with pytest.raises(ConfigError, match=rf"run_dir: .* is in use by a .*, pid {os.getpid()} on "):
@@ -75,8 +76,24 @@ def test_a_run_and_a_launch_keep_each_other_out(tmp_path: Path, monkeypatch: pyt
                 monkeypatch.setenv("ATROPOS_VERL_LAUNCH_OF", str(tmp_path))
                 with ExitStack() as trainer:
                     take_run_dir(trainer, tmp_path)
-                assert (tmp_path / "tmp" / "left").exists(), "the launch's, whose environments live"
-        assert not (tmp_path / "tmp").exists()
+                assert (tmp_path / "launch" / "tmp" / "left").exists(), "the launch's, whose environments live"
+        assert not (tmp_path / "launch" / "tmp").exists()
+
+
+@pytest.mark.parametrize("name", ["tmp", "api"])
+def test_directories_of_the_user_in_a_run_directory_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("atropos_verl.launch.environments._TMPDIR_BYTES", 1000)
+    monkeypatch.setattr("atropos_verl.launch.train.Supervisor.start_api", lambda _: None)
+    precious = tmp_path / name / "precious"
+    precious.parent.mkdir()
+    precious.touch()
+    with ExitStack() as stack:
+        take_run_dir(stack, tmp_path)
+        config = RunConfig.from_mapping({"run_dir": str(tmp_path), "resume": "disable"})
+        TrainingServices(config, 1).start_api(ProgressReporter(1, quiet=True))
+    assert precious.exists()
 
 
 def test_a_write_that_fails_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
