@@ -1,7 +1,7 @@
 """Which sequences run together: the next prefill from the queue, and the batch that is decoded. Used by one thread."""
 
 import heapq
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -131,8 +131,10 @@ class ContinuousBatch:
         evicted, self.running, self._rows = self.running, [], None
         return evicted
 
-    def remove(self, gone: Container[RunningSequence]) -> None:
+    def remove(self, gone: Sequence[RunningSequence]) -> None:
         """Take these out, and close the gaps: the last sequences move into their slots. What they hold is stored."""
+        if not gone:  # before the first forward there is nothing to store from
+            return
         self._rows = None
         contexts = [(slot, sequence.context()[:-1]) for slot, sequence in enumerate(self.running) if sequence in gone]
         self._runner.cache.store(contexts)
@@ -178,7 +180,6 @@ class ContinuousBatch:
             if sequence.push(int(token), logprob, policy_version, others):
                 done.append(sequence)
         self._counts.generated_tokens += len(sequences)
-        if done:
-            self.remove(done)
+        self.remove(done)
         self.participants = []
         return done

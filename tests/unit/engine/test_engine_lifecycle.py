@@ -129,16 +129,21 @@ async def test_cancelling_the_task_frees_the_slots() -> None:
     assert counter.steps < 50  # the 400 tokens were not generated
 
 
-async def test_cancelling_a_waiting_request_while_paused_empties_the_queue() -> None:
+async def test_any_number_of_waiting_requests_is_cancelled_while_paused() -> None:
+    """Also before the first forward, and after memory was released, when there is nothing to store from."""
     gate = RequestGate()
     with engine_of(tiny_causal_lm(), gate=gate) as engine:
         gate.pause(timeout=10.0)
-        task = asyncio.create_task(engine.agenerate(request((1, 2), n=3, max_tokens=4)))
-        await asyncio.to_thread(eventually, lambda: engine.stats().waiting == 3, "the request to wait")
-        task.cancel()
-        await asyncio.to_thread(eventually, lambda: engine.stats().waiting == 0, "its sequences to leave")
-        assert engine.stats().aborted == 1
+        for number in range(1, embedded._MAX_FAILED_STEPS + 1):
+            task = asyncio.create_task(engine.agenerate(request((1, 2), n=3, max_tokens=4)))
+            await asyncio.to_thread(eventually, lambda: engine.stats().waiting == 3, "the request to wait")
+            task.cancel()
+            await asyncio.to_thread(eventually, lambda: engine.stats().waiting == 0, "its sequences to leave")
+            assert engine.stats().aborted == number
         assert not gate.is_open
+        gate.resume()
+        assert len(await engine.agenerate(request((1, 2), n=3, max_tokens=4))) == 3
+        assert engine.stats().rebuilds == 0
 
 
 async def test_closing_a_stream_frees_its_slots() -> None:
