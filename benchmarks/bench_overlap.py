@@ -2,13 +2,13 @@
 
     python benchmarks/bench_overlap.py [--seeds 0,1,2,3,4] [--steps 24] [--batch-size 256] [--latency 0.344]
 
-For each seed both modes run ``main_atropos.py`` in turn (the order alternates). ``--env.latency`` is how long scoring a
-group takes (it sleeps, as slow tools and reward models on other machines do): 0.344 s, with which generation and training
-took equal time in 0.1.0. ``auto`` finds that time in one short run; with shared prefixes training takes less time than
-generation even at 0, so it finds 0 today. Figures count from the end of step ``--skip`` on, by the times at
-which lines appear in ``metrics.jsonl``: groups per second, idle share (time the trainer waited for rollouts), reward of
-the last steps, held-out score after the same number of groups. ``ratio`` is the median over seeds of overlap's groups
-per second over sync's.
+For each seed both modes run ``main_atropos.py`` in turn (the order alternates). ``--env.latency`` is how long scoring
+a group takes (it sleeps, as slow tools and reward models on other machines do): 0.344 s, with which generation and
+training took equal time in 0.1.0. ``auto`` finds that time in one short run; with shared prefixes training takes less
+time than generation even at 0, so it finds 0 today. Figures count from the end of step ``--skip`` on, by the times at
+which lines appear in ``metrics.jsonl``: groups per second, idle share (time the trainer waited for rollouts), reward
+of the last steps, held-out score after the same number of groups. ``ratio`` is the median over seeds of overlap's
+groups per second over sync's.
 """
 
 import argparse

@@ -2,11 +2,11 @@
 
     python benchmarks/bench_ray_step.py [--model smollm2-135m] [--seeds 0,1,2] [--steps 12] [--skip 2]
 
-For each seed both backends run ``main_atropos.py`` (the order alternates); without ``--model`` on the demo's task, with
-``smollm2-135m`` on sums. A step lasts from one line of ``metrics.jsonl`` to the next; the first ``--skip`` do not count.
-Both train on what the newest weights wrote (``max_staleness=0 on_stale=wait``). ``ratio``: the median step on Ray over
-the local one, all seeds together. ``parts``: medians of what the backends say of a step. ``reward``: mean of the second
-half of the steps, by seed; ``difference``: Ray minus local, and its standard error over seeds.
+For each seed both backends run ``main_atropos.py`` (the order alternates); without ``--model`` on the demo's task,
+with ``smollm2-135m`` on sums. A step lasts from one line of ``metrics.jsonl`` to the next; the first ``--skip`` do not
+count. Both train on what the newest weights wrote (``max_staleness=0 on_stale=wait``). ``ratio``: the median step on
+Ray over the local one, all seeds together. ``parts``: medians of what the backends say of a step. ``reward``: mean of
+the second half of the steps, by seed; ``difference``: Ray minus local, and its standard error over seeds.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
                 run = _run(options, side, int(seed), Path(directory) / f"{side}-{seed}")
                 print(f"seed {seed} {side}: {json.dumps(run)}", file=sys.stderr, flush=True)
                 runs[side].append(run)
-    steps = {side: statistics.median(sum((run["steps"] for run in found), [])) for side, found in runs.items()}
+    steps = {side: statistics.median(step for run in found for step in run["steps"]) for side, found in runs.items()}
     rewards = {side: [run["reward"] for run in found] for side, found in runs.items()}
     differences = [ray - local for local, ray in zip(*rewards.values(), strict=True)]
     several = len(differences) > 1

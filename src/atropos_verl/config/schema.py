@@ -221,8 +221,8 @@ class OffPolicyConfig(Section):
     )
     on_stale: Literal["drop", "wait"] = Field(
         "drop",
-        description="wait: hold new prompts back that would become too stale; drop what becomes too stale all the same. "
-        "Without a bound nothing is",
+        description="wait: hold new prompts back that would become too stale; drop what becomes too stale all the "
+        "same. Without max_staleness nothing is held back",
     )
     importance: Literal["auto", "token", "sequence"] | None = Field(
         "auto",

@@ -455,11 +455,10 @@ def _attention(
         for start in range(0, lengths[number], BRANCH_BLOCK if call.mask is None else lengths[number]):
             part = own[:, :, start : start + BRANCH_BLOCK] if call.mask is None else own
             end = before + start + part.shape[2]
-            arguments = (attend, part, *(tensor[:, :, :end] for tensor in whole), call.mask)
+            above = functools.partial(_attend_above, attend, mask=call.mask)
             if part.shape[2] * end > MASK_ELEMENTS and torch.is_grad_enabled():
-                outputs.append(checkpoint(_attend_above, *arguments, use_reentrant=False))
-            else:
-                outputs.append(_attend_above(*arguments))
+                above = functools.partial(checkpoint, above, use_reentrant=False)
+            outputs.append(above(part, *(tensor[:, :, :end] for tensor in whole)))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 

@@ -94,7 +94,7 @@ def test_loss_and_every_gradient_of_a_packed_row_equal_those_of_separate_sequenc
 
 
 def test_no_mask_of_a_long_branch_is_kept_for_the_backward(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two branches of 90 tokens below 60: their masks are 4 · 90 · 150 numbers per layer; none is larger than a block."""
+    """Two branches of 90 tokens below 60: their masks are 4 · 90 · 150 numbers a layer; none is larger than a block."""
     for module, name, value in ((prefix_forest, "DENSE_TOKENS", 16), (engines, "BRANCH_BLOCK", 32)):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(engines, "MASK_ELEMENTS", 32)
@@ -122,7 +122,7 @@ def _grown(plan: list[tuple[int, int, int]], seed: int) -> list[torch.Tensor]:
 
 
 def _figures(model: Any, rows: list[torch.Tensor], seed: int, *, shares: bool) -> tuple[torch.Tensor, ...]:
-    """Loss [], logprobs [N - rows] and all gradients [P] of ``rows``, each with weights and a temperature of its own."""
+    """Loss [], logprobs [N - rows], all gradients [P] of ``rows``, each with weights and a temperature of its own."""
     generator = torch.Generator().manual_seed(seed)
     flat, positions = torch.cat(rows), torch.cat([torch.arange(len(ids)) for ids in rows])
     row = build_forest([ids.numpy() for ids in rows]) if shares else joined([len(ids) for ids in rows])
