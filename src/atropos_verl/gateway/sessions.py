@@ -24,7 +24,7 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -188,6 +188,12 @@ class Session:
             detail = f": {record.reason}" if record.reason else ""
             raise ApiError(410, f"session {record.id} is {record.state}{detail}; open a new one", code="session_ended")
 
+    def check_limits(self, turns: int, most: int) -> None:
+        """Raises ``ApiError`` 403."""
+        if turns > most or self.stored_bytes >= _MAX_SESSION_BYTES:
+            text = f"{turns} completions with {self.stored_bytes} bytes, the most of one session"
+            raise ApiError(403, f"session {self.record.id} had {text}; finish it", code="session_limit")
+
     def keep(self, exchange: Exchange) -> None:
         self.exchanges[exchange.id] = self.by_digest[exchange.digest] = exchange
         if exchange.key is not None:
@@ -206,7 +212,7 @@ class Session:
         ends = dict(answers)
         for index, (key, value) in enumerate(rows):
             try:
-                stored = msgspec.msgpack.decode(value, type=StoredTurn)
+                stored = _decoded(value)
             except msgspec.MsgspecError as error:
                 return f"turn {index} is not one of this version: {error}"
             if key != self.base + index:
@@ -232,22 +238,22 @@ class SessionStore:
 
     def __init__(self, directory: Path) -> None:
         tables = dict.fromkeys(("sessions", "turns", "answers"), int)
-        self._records = RecordStore(directory / "sessions.sqlite", tables, owner="gateway's sessions")
+        self.records = RecordStore(directory / "sessions.sqlite", tables, owner="gateway's sessions")
         self._sessions: dict[str, Session] = {}
         self._open: dict[str, Session] = {}
         self._by_key: dict[str, Session] = {}
         self._ended: Counter[str] = Counter(finished=0, aborted=0, expired=0)
-        self._turns = self._replayed = self._lineages = 0
+        self.counts: Counter[str] = Counter()
         self._first_end = math.inf
         """When the next open session ends, or before."""
         try:
-            for number, value in list(self._records.read("sessions")):
+            for number, value in list(self.records.read("sessions")):
                 self._restore(Session(int(number), msgspec.msgpack.decode(value, type=SessionRecord)))
         except BaseException:
-            self._records.close()
+            self.records.close()
             raise
         self._next = 1 + max((session.number for session in self._sessions.values()), default=-1)
-        self.close = self._records.close
+        self.close = self.records.close
         """Finish the writes that wait. Idempotent."""
 
     def _restore(self, session: Session) -> None:
@@ -278,8 +284,11 @@ class SessionStore:
         if key is not None and (known := self._by_key.get(key)) is not None:
             if known.record.idempotency != (key, digest):
                 raise ApiError(409, "Idempotency-Key: another request had this key", code="idempotency_conflict")
-            async with known.lock:  # it is stored
+            async with known.lock:  # it is stored, or was refused
+                pass
+            if known.record.id in self._sessions:
                 return known
+            return await self.create(body, key)
         record = SessionRecord(
             id=secrets.token_hex(12),
             secret=secrets.token_urlsafe(24),
@@ -295,7 +304,7 @@ class SessionStore:
         self._add(session)
         try:
             async with session.lock:
-                await self._write([self._row(session)])
+                await self.write([self._row(session)])
         except ApiError:
             self._drop(session)
             raise
@@ -358,14 +367,14 @@ class SessionStore:
                 text = "session %s of group %r had no final reward within its ttl of %.0f s, and is ended"
                 logger.warning(text, record.id, record.opening.group, record.opening.ttl)
                 record = msgspec.structs.replace(record, state="expired", turns=len(session.tree.turns))
-                self._records.write([self._row(session, record)])
+                self.records.write([self._row(session, record)])
                 self._close(session, record)
         self._first_end = min((one.record.expires for one in self._open.values()), default=math.inf)
 
     async def _store(self, session: Session, record: SessionRecord, state: State) -> None:
         """``session.lock`` is held. Raises ``ApiError`` 507."""
         record = msgspec.structs.replace(record, state=state, turns=len(session.tree.turns))
-        await self._write([self._row(session, record)])
+        await self.write([self._row(session, record)])
         if state == "open":
             session.record = record
         else:
@@ -389,7 +398,7 @@ class SessionStore:
                 self._drop(old)
                 keys = range(old.base, old.base + old.record.turns)
                 gone: list[Change] = [(table, key, None) for key in keys for table in ("turns", "answers")]
-                self._records.write([("sessions", old.number, None), *gone])
+                self.records.write([("sessions", old.number, None), *gone])
 
     def _drop(self, session: Session) -> None:
         self._sessions.pop(session.record.id, None)
@@ -444,7 +453,7 @@ class SessionStore:
             found = Session(session.number, session.record)
             if damage := found.restore(rows, answers):
                 raise ApiError(500, f"session {session.record.id} is damaged: {damage}", code="storage")
-            turns = [msgspec.msgpack.decode(value, type=StoredTurn) for _, value in rows]
+            turns = [_decoded(value) for _, value in rows]
             return training_rows(turns, found.unreceived)
 
         return {**self.summary(session), "rows": await asyncio.to_thread(made)}
@@ -456,14 +465,14 @@ class SessionStore:
         return [
             ("sessions_open", "Open sessions.", len(self._open)),
             *ended,
-            ("session_turns_total", "Completions recorded in sessions.", self._turns),
-            ("session_lineages_total", "Lineages that these began.", self._lineages),
-            ("session_replays_total", "Requests that got the completions of an earlier equal one.", self._replayed),
+            ("session_turns_total", "Completions recorded in sessions.", self.counts["turns"]),
+            ("session_lineages_total", "Lineages that these began.", self.counts["lineages"]),
+            ("session_replays_total", "Requests that got the completions of an earlier one.", self.counts["replays"]),
         ]
 
     def _rows(self, session: Session) -> "list[Future[list[tuple[Key, bytes]]]]":
         last = session.base + (1 << _TURN_BITS) - 1
-        return [self._records.fetch(table, session.base, last) for table in ("turns", "answers")]
+        return [self.records.fetch(table, session.base, last) for table in ("turns", "answers")]
 
     async def _fetched(self, session: Session) -> list[list[tuple[Key, bytes]]]:
         return await asyncio.gather(*map(asyncio.wrap_future, self._rows(session)))
@@ -472,13 +481,13 @@ class SessionStore:
         value = msgspec.msgpack.encode(record or session.record)
         return "sessions", session.number, value
 
-    async def _write(self, changes: Sequence[Change]) -> None:
+    async def write(self, changes: Sequence[Change]) -> None:
         """Raises ``ApiError`` 507 when the disk refuses."""
         try:
-            await asyncio.wrap_future(self._records.write(changes))
+            await asyncio.wrap_future(self.records.write(changes))
         except StorageWriteError as error:
-            if not self._records.is_closed:
-                await asyncio.to_thread(self._records.recover)
+            if not self.records.is_closed:
+                await asyncio.to_thread(self.records.recover)
             raise ApiError(507, f"the session cannot be stored: {error}", code="storage") from error
 
     # -- requests of agents ------------------------------------------------------------------------------------------
@@ -503,61 +512,13 @@ class SessionStore:
         elif (known := session.by_key.get(key)) is not None and known.digest != digest:
             raise ApiError(409, "Idempotency-Key: another request had this key", code="idempotency_conflict")
         if known is None:
-            turns = max(len(session.exchanges), len(session.tree.turns))
-            if turns >= _MAX_TURNS or session.stored_bytes >= _MAX_SESSION_BYTES:
-                text = f"{turns} completions with {session.stored_bytes} bytes, the most of one session"
-                raise ApiError(403, f"session {session.record.id} had {text}; finish it", code="session_limit")
+            session.check_limits(max(len(session.exchanges), len(session.tree.turns)), _MAX_TURNS - 1)
             known = Exchange(secrets.token_hex(12), digest, key)
             session.keep(known)
         elif known.turns or known.run is not None:
-            self._replayed += 1
+            self.counts["replays"] += 1
         known.readers += 1
         return SessionService(service, self, session, known)
-
-    def ended(self, session: Session, exchange: Exchange, *, was_received: bool) -> None:
-        """A connection that waited for the answer is done; ``was_received``: the whole answer was sent."""
-        exchange.readers -= 1
-        if session.record.state != "open":
-            return
-        if was_received or (exchange.was_received is not True and not exchange.readers):
-            before, exchange.was_received = exchange.was_received, was_received
-            if exchange.turns and before is not was_received:
-                self._records.write([("answers", session.base + exchange.turns[0], b"%d" % was_received)])
-        if not exchange.readers and (exchange.turns or exchange.run is None):
-            exchange.run = None
-            if not exchange.turns:
-                session.forget(exchange)
-
-    async def record(self, session: Session, exchange: Exchange, turns: Sequence[StoredTurn]) -> None:
-        """Store the completions of an exchange. ``session.lock`` is held. Raises ``ApiError`` 410, 507."""
-        session.check_open()
-        numbers = range(len(session.tree.turns), len(session.tree.turns) + len(turns))
-        values = [_encoded(turn) for turn in turns]
-        changes: list[Change] = [("turns", session.base + n, v) for n, v in zip(numbers, values, strict=True)]
-        if not exchange.readers:
-            changes.append(("answers", session.base + numbers[0], b"0"))
-        await self._write(changes)
-        lineages = session.tree.lineages
-        for turn, value in zip(turns, values, strict=True):
-            session.tree.add(turn)
-            session.stored_bytes += len(value)
-        self._turns += len(turns)
-        self._lineages += session.tree.lineages - lineages
-        exchange.turns = [*numbers]
-
-    async def recorded(self, session: Session, exchange: Exchange) -> list[Generation]:
-        """The completions of an exchange, from the disk."""
-        first, last = (session.base + exchange.turns[index] for index in (0, -1))
-        rows = await asyncio.wrap_future(self._records.fetch("turns", first, last))
-        return [msgspec.msgpack.decode(value, type=StoredTurn).generation() for _, value in rows]
-
-    def messages(self, session: Session, exchange: Exchange) -> list[Message]:
-        """The conversation up to the first answer of an exchange, which it holds. Not in the event loop: it waits."""
-        messages: list[Message] = []
-        for turn in session.tree.turns[exchange.turns[0]].path():
-            [(_, value)] = self._records.fetch("turns", *[session.base + turn.number] * 2).result()
-            messages += msgspec.msgpack.decode(value, type=StoredTurn).said
-        return messages
 
 
 class SessionService(GatewayService):
@@ -571,8 +532,24 @@ class SessionService(GatewayService):
         self._ids = 0
 
     def ended(self, *, was_received: bool) -> None:
-        """See ``SessionStore.ended``."""
-        self._store.ended(self._session, self._exchange, was_received=was_received)
+        """The connection that waited for the answer is done; ``was_received``: the whole answer was sent."""
+        session, exchange = self._session, self._exchange
+        exchange.readers -= 1
+        if session.record.state != "open":
+            return
+        if was_received or (exchange.was_received is not True and not exchange.readers):
+            self._mark(was_received=was_received)
+        if not exchange.readers and (exchange.turns or exchange.run is None):
+            exchange.run = None
+            if not exchange.turns:
+                session.forget(exchange)
+
+    def _mark(self, *, was_received: bool) -> None:
+        exchange = self._exchange
+        if exchange.turns and exchange.was_received is not was_received:
+            exchange.was_received = was_received
+            key = self._session.base + exchange.turns[0]
+            self._store.records.write([("answers", key, b"%d" % was_received)])
 
     def new_id(self, prefix: str) -> str:
         """Another one at each call, and the same ones for a request that is repeated."""
@@ -582,7 +559,13 @@ class SessionService(GatewayService):
     def messages_of(self, answer_id: str) -> list[Message] | None:
         """The conversation that ended with the answer of this id, or None."""
         exchange = self._session.exchanges.get(answer_id.rpartition("_")[2].partition("-")[0])
-        return self._store.messages(self._session, exchange) if exchange is not None and exchange.turns else None
+        if exchange is None or not exchange.turns:
+            return None
+        messages: list[Message] = []
+        for turn in self._session.tree.turns[exchange.turns[0]].path():
+            [(_, value)] = self._fetch(turn.number, turn.number).result()
+            messages += _decoded(value).said
+        return messages
 
     def remember(self, answer_id: str, messages: tuple[Message, ...]) -> None:
         """The conversation is on disk."""
@@ -631,21 +614,20 @@ class SessionService(GatewayService):
         session, exchange = self._session, self._exchange
         try:
             if exchange.turns:
-                made = iter(await self._store.recorded(session, exchange))
-                results = [[next(made) for _ in range(request.n)] for request in requests]
+                stored = await asyncio.wrap_future(self._fetch(exchange.turns[0], exchange.turns[-1]))
+                made = (_decoded(value).generation() for _, value in stored)
+                results = [[*islice(made, request.n)] for request in requests]
                 last = list(_deltas(results[0]))
             else:
                 results, last = await self._new(run, requests, streamed=streamed)
                 async with session.lock:
-                    pairs = zip(requests, results, strict=True)
-                    turns = [self._recorded(r, g, index) for r, made in pairs for index, g in enumerate(made)]
-                    await self._store.record(session, exchange, turns)
+                    await self._record_turns(zip(requests, results, strict=True))
             run.deltas += last
             run.results = results
             run.notify()
             if not exchange.readers:
                 exchange.run = None
-                exchange.was_received = exchange.was_received or False
+                self._mark(was_received=bool(exchange.was_received))
         except BaseException as error:
             if not exchange.turns:
                 session.forget(exchange)
@@ -674,13 +656,30 @@ class SessionService(GatewayService):
                     held.append(delta)
         return [joined(seen)], held
 
-    def _recorded(self, request: GenerationRequest, generation: Generation, index: int) -> StoredTurn:
-        turn, prompt = self._turn, self._prompt
-        answer = None
-        if turn is None or prompt is None:
+    def _fetch(self, first: int, last: int) -> "Future[list[tuple[Key, bytes]]]":
+        return self._store.records.fetch("turns", self._session.base + first, self._session.base + last)
+
+    async def _record_turns(self, answers: Iterable[tuple[GenerationRequest, list[Generation]]]) -> None:
+        """``session.lock`` is held. Raises ``ApiError`` 403, 410, 507."""
+        session, exchange = self._session, self._exchange
+        session.check_open()
+        turns = [self._stored_turn(request, *place) for request, made in answers for place in enumerate(made)]
+        first, values = len(session.tree.turns), [_encoded(turn) for turn in turns]
+        session.check_limits(first + len(turns), 1 << _TURN_BITS)
+        await self._store.write([("turns", session.base + n, value) for n, value in enumerate(values, first)])
+        lineages = session.tree.lineages
+        for turn in turns:
+            session.tree.add(turn)
+        session.stored_bytes += sum(map(len, values))
+        self._store.counts.update(turns=len(turns), lineages=session.tree.lineages - lineages)
+        exchange.turns = [*range(first, first + len(turns))]
+
+    def _stored_turn(self, request: GenerationRequest, index: int, generation: Generation) -> StoredTurn:
+        prompt, answer = self._prompt, None
+        if self._turn is None or prompt is None:
             prompt = self._session.tree.place(request.prompt_token_ids)
         else:
-            answer = self.message(turn, request, generation, index)
+            answer = self.message(self._turn, request, generation, index)
         return new_turn(
             self.codec,
             prompt,
@@ -692,6 +691,10 @@ class SessionService(GatewayService):
             idempotency_key=self._exchange.key,
             constrained=request.constraint is not None,
         )
+
+
+def _decoded(value: bytes) -> StoredTurn:
+    return msgspec.msgpack.decode(value, type=StoredTurn)
 
 
 def _encoded(turn: StoredTurn) -> bytes:

@@ -213,6 +213,32 @@ def test_what_nobody_received_is_not_trained(client: httpx.Client, engine: Oracl
     check_rollout(rollout, engine.samples[1:])
 
 
+def test_an_answer_whose_client_leaves_while_it_is_stored_is_not_trained(
+    client: httpx.Client, engine: OracleEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, commit, stored = open_session(client), RecordStore._commit, threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordStore, "_commit", lambda *given: stored.wait(30.0) and commit(*given))
+        with pytest.raises(openai.APITimeoutError):
+            sdk(session).chat.completions.create(**ASK, timeout=0.3)
+        eventually(lambda: "_in_flight 0.0" in client.get("/metrics").text, "the gateway sees it leave")
+        stored.set()
+        eventually(lambda: tree_of(client, session)["turns"] == 1, "it is recorded")
+    assert rollout_of(client, session)["rows"] == []
+
+
+def test_the_turns_of_a_session_stay_in_its_keys(
+    client: httpx.Client, engine: OracleEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("atropos_verl.gateway.sessions._TURN_BITS", 2)
+    own, other = open_session(client), open_session(client)
+    text_of(chat(client, other))
+    assert code_of(chat(client, own, n=5)) == (403, "session_limit")
+    assert chat(client, own, n=4).status_code == 200
+    check_rollout(rollout_of(client, own), engine.samples[-4:])
+    check_rollout(rollout_of(client, other), engine.samples[:1])
+
+
 def test_an_idempotency_key_gives_the_same_answer_again(client: httpx.Client, engine: OracleEngine) -> None:
     session = open_session(client)
     agent = sdk(session)
@@ -243,6 +269,28 @@ def test_a_refused_or_failed_request_leaves_nothing(client: httpx.Client, engine
     assert (tree_of(client, session)["requests"], tree_of(client, session)["turns"]) == (0, 0)
     text_of(chat(client, session))
     check_rollout(rollout_of(client, session), engine.samples)
+
+
+def test_sessions_that_cannot_be_stored_are_not_opened_for_a_retry(
+    client: httpx.Client, engine: OracleEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = threading.Event()
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        answers.append(client.post("/sessions", json={"group": "g"}, headers={"idempotency-key": "k"}))
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordStore, "_commit", lambda *_: refused.wait(30.0) and StorageWriteError("the disk is full"))
+        for thread in threads:
+            thread.start()
+        eventually(lambda: "_in_flight 2.0" in client.get("/metrics").text, "both wait")
+        time.sleep(0.05)
+        refused.set()
+        for thread in threads:
+            thread.join()
+    assert [answer.status_code for answer in answers] == [507, 507]
 
 
 def test_a_disk_that_refuses_loses_nothing(
