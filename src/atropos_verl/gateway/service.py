@@ -66,10 +66,10 @@ class GatewayService(Collector):
     answered: Counter[tuple[str, int]] = field(default_factory=Counter)
     """(endpoint, HTTP status) → requests answered; 499 = the client went away."""
     counts: Counter[str] = field(default_factory=Counter)
-    """``in_flight`` requests, ``unread_bytes`` of these, ``prompt_tokens`` and ``generated_tokens`` of answers."""
+    """``in_flight`` requests, ``unread_bytes`` of these, ``prompt_tokens`` and ``generated_tokens`` of answers,
+    ``kept_bytes`` of conversations."""
     _conversations: dict[str, tuple[int, tuple[Message, ...]]] = field(default_factory=dict)
     """Id of an answer → about how many bytes the conversation has that ended with it, and its messages."""
-    _kept_bytes: int = 0
     _warned: set[str] = field(default_factory=set)
     _refusals: SameLines = field(default_factory=SameLines)
     more_figures: Callable[[], Iterable[tuple[str, str, float]]] = tuple
@@ -225,11 +225,12 @@ class GatewayService(Collector):
 
     def remember(self, answer_id: str, messages: tuple[Message, ...]) -> None:
         """Keep a conversation for a while, which a client may continue by the id of its last answer."""
-        size = sum(500 + sum(map(len, message.content)) for message in messages)
+        parts = ([said.content, said.reasoning_content, said.tool_calls] for said in messages)
+        size = sum(500 + len(msgspec.json.encode(part)) for part in parts)
         self._conversations[answer_id] = size, messages
-        self._kept_bytes += size
-        while self._kept_bytes > _MAX_KEPT_BYTES:
-            self._kept_bytes -= self._conversations.pop(next(iter(self._conversations)))[0]
+        self.counts["kept_bytes"] += size
+        while self.counts["kept_bytes"] > _MAX_KEPT_BYTES:
+            self.counts["kept_bytes"] -= self._conversations.pop(next(iter(self._conversations)))[0]
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Generation]]:
         """``requests[i].n`` completions of each request. Cancelling frees every slot they hold.

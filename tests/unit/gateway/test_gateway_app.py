@@ -416,3 +416,17 @@ def test_the_prompts_of_one_request_share_its_turns(path: str, body: dict[str, A
     with serving(engine, TOKENIZER) as client:
         assert client.post(path, json=body).status_code == 200
     assert sorted((request.place, request.asked) for request in engine.requests) == [(0, 6), (2, 6), (4, 6)]
+
+
+def test_conversations_that_may_be_continued_are_bounded_with_their_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atropos_verl.gateway.service._MAX_KEPT_BYTES", 100_000)
+    items = [
+        {"type": "message", "role": "user", "content": "a"},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": json.dumps({"a": "x" * 60_000})},
+    ]
+    engine = FakeEngine(max_context_len=1 << 20)
+    with serving(engine, TOKENIZER) as client:
+        first, second = (post(client, "/v1/responses", input=items, max_output_tokens=1)["id"] for _ in range(2))
+        for known, status in ((first, 400), (second, 200)):
+            body = {"input": "and?", "previous_response_id": known, "max_output_tokens": 1, "store": False}
+            assert client.post("/v1/responses", json=body).status_code == status
