@@ -37,10 +37,7 @@ _OPEN_SECTIONS = ("atropos.headers", "model.override_config", "env.env")
 
 
 def load_config(overrides: Sequence[str], config_dir: Path | None = None, config_name: str | None = None) -> RunConfig:
-    """Compose and validate the settings of a training run. Raises ``ConfigError``, which names the key.
-
-    Without ``config_dir`` the YAML files are those of the package; without ``config_name`` the schema's defaults hold.
-    """
+    """Compose and validate the settings of a training run. Raises ``ConfigError``, which names the key."""
     values = _compose(overrides, config_dir, config_name or _SCHEMAS[0])
     values = apply_environment(values, command_line_keys=set(map(key_of, overrides)))
     values["gateway"] = with_key_for_network(values.get("gateway"), values.get("run_dir"), values["atropos"])
@@ -90,11 +87,7 @@ def fitted_to_model(values: Mapping[str, Any]) -> RunConfig:
 
 
 def gateway_key(run_dir: str | Path | None, starts_environments: bool) -> str:
-    """A key for the gateway of a run that was given none.
-
-    Environments that run elsewhere have it from ``KEY_FILE`` of the run directory, and may outlive the trainer: it
-    stays the same.
-    """
+    """A new key, or that in ``KEY_FILE``, which environments elsewhere have, and may outlive the trainer with."""
     file = None if run_dir is None or starts_environments else Path(run_dir).expanduser() / KEY_FILE
     if file is not None and file.is_file() and (key := file.read_text().strip()):
         return key
@@ -139,10 +132,7 @@ def composition_errors(config_name: str = "") -> Iterator[None]:
 
 
 def compose_with_hydra(config_dir: Path, config_name: str, words: Sequence[str]) -> Any:
-    """The ``DictConfig`` of one file and ``key=value`` words.
-
-    Raises ``ConfigError`` when there is no such file, and what Hydra and OmegaConf raise.
-    """
+    """The ``DictConfig`` of a file and words. Raises ``ConfigError`` without a file, and Hydra's and OmegaConf's."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 

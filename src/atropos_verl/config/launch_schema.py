@@ -1,7 +1,4 @@
-"""The settings of a launch beside those of its trainer: processes, restarts, environments.
-
-A launch file holds the keys of ``RunConfig`` at its top level and these sections next to them.
-"""
+"""The settings of a launch beside those of its trainer: processes, restarts, environments."""
 
 import re
 from collections.abc import Mapping
@@ -207,11 +204,7 @@ def note_of_unused_keys(config: RunConfig, prefix: str = "") -> str:
 
 
 def check_keys(config: RunConfig, launch: LaunchConfig, *, own_api: bool) -> list[str]:
-    """Warnings about keys that a launch does not use.
-
-    Raises:
-        ConfigError: a key that only ``main_atropos.py`` reads, or only the other API.
-    """
+    """Warnings about unused keys. Raises ``ConfigError`` for one of ``main_atropos.py``, or of the other API."""
     for name in _changed(config.env, EnvConfig()):
         if name != "max_batches_offpolicy":
             raise ConfigError(

@@ -82,10 +82,7 @@ def check_usable(config: RunConfig, model_path: Path, prefix: str = "") -> None:
 
 
 def defaults_for(path: str | None) -> dict[str, Any]:
-    """Dotted key → default for the model at ``path``, where that of the schema suits the demo model only.
-
-    {}: it is as small, or cannot be read (what is wrong with it is said elsewhere).
-    """
+    """Dotted key → default where the schema's suits the demo only; {}: ``path`` is as small, or cannot be read."""
     settings: dict[str, Any]
     if path is None:
         return {}

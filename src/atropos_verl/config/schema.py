@@ -1,7 +1,6 @@
 """Every setting of a run: typed, frozen, validated at construction, explained under each field.
 
-``RunConfig.from_mapping`` is the one way in. This module imports neither torch nor verl, so a typo is reported before
-anything slow starts.
+Imports neither torch nor verl, so that a typo is reported before anything slow starts.
 """
 
 import difflib
@@ -618,10 +617,7 @@ def as_config_error(error: ValidationError, model: type[BaseModel], prefix: str 
 def apply_environment(
     values: dict[str, Any], environ: Mapping[str, str] = os.environ, command_line_keys: Set[str] = frozenset()
 ) -> dict[str, Any]:
-    """Put ``ATROPOS_API_URL``, ``ATROPOS_TIMEOUT``, ``ATROPOS_API_TOKEN`` and ``ATROPOS_GATEWAY_KEY`` over the file's.
-
-    Keys that the command line set (``command_line_keys``, dotted) win over the environment.
-    """
+    """Put ``_VARIABLES`` over the file's values, but not over keys (dotted) that the command line set."""
     result = {**values, "atropos": dict(values.get("atropos") or {})}
     for variable, (section, key) in _VARIABLES.items():
         value = environ.get(variable, "").strip()

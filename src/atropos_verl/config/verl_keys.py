@@ -1,8 +1,4 @@
-"""Command line → verl's configuration and the ``atropos`` block beside it, validated before torch is imported.
-
-The files are Hydra files over verl's ``ppo_trainer``, so every setting of verl is there under verl's name. The block
-``atropos`` holds what verl has no name for, with the keys of the local backend's schema (``config.schema``).
-"""
+"""Command line → verl's configuration and the ``atropos`` block beside it, validated before torch is imported."""
 
 import importlib.util
 import time
@@ -64,24 +60,8 @@ _LOCAL_NAMES = {
     "resume": "trainer.resume_mode",
     "temperature": "actor_rollout_ref.rollout.temperature",
     "use_advantage_weighting": "actor_rollout_ref.actor.policy_loss.loss_mode=advantage_weighted_sft",
-    **{
-        key: f"atropos.{key}"
-        for key in (
-            *(
-                "env.script",
-                "gateway.port",
-                "eval.before",
-                "eval.after",
-                "eval.every",
-                "eval.keep_best",
-                "reward.path",
-                "loss.path",
-            ),
-            *("algorithm.advantage_path", "data.filter_path", "advantage_normalization", "advantage_clipping"),
-        )
-    },
 }
-"""Keys of the local backend, and where verl or the ``atropos`` block keeps them."""
+"""Keys of the local backend, and verl's for the same."""
 
 
 class RaySettings(CommonConfig, AtroposConfig):
@@ -149,17 +129,15 @@ def public(config: Any) -> dict[str, Any]:
 
 @composition_errors()
 def compose_config(overrides: Sequence[str], config_dir: Path, config_name: str) -> Any:
-    """Compose a Hydra file over verl's ``ppo_trainer`` with ``key=value`` words. Imports no torch.
-
-    Raises ``ConfigError``, which names the key that does not exist, or the word that cannot be read.
-    """
+    """Compose a file over verl's ``ppo_trainer``, without torch. Raises ``ConfigError`` that names key or word."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     words = [word for word in overrides if not word.startswith("backend=")]
+    ray_names = {**{name: f"atropos.{name}" for name, *_ in describe(RaySettings)}, **_LOCAL_NAMES}
     for word in words:
-        if (key := key_of(word)) in _LOCAL_NAMES:
-            raise ConfigError(f"a key of the local backend; with backend=ray it is {_LOCAL_NAMES[key]}", key)
+        if (key := key_of(word)) in ray_names:
+            raise ConfigError(f"a key of the local backend; with backend=ray it is {ray_names[key]}", key)
         check_form(word, "--cfg shows all keys")
     # verl's own package directory, found without importing verl (which imports torch).
     search_path = f"hydra.searchpath=[file://{_verl_config_dir()}]"
@@ -172,11 +150,7 @@ def compose_config(overrides: Sequence[str], config_dir: Path, config_name: str)
 
 
 def complete_config(config: Any) -> None:
-    """Fill in the keys that ``trainer.v1.trainer_mode=separate_async`` needs where the embedded engine generates.
-
-    Replicas of their own, weights through Ray's object store, and a mini-batch per local update. Values that were set
-    otherwise are kept.
-    """
+    """Fill in the keys that ``trainer.v1.trainer_mode=separate_async`` needs where the embedded engine generates."""
     from omegaconf import OmegaConf, open_dict
 
     if (path := OmegaConf.select(config, "atropos.loss.path")) is not None:

@@ -1,7 +1,4 @@
-"""Explains a run that gets no batches: one cause, in the first line, then the facts it rests on and what to change.
-
-Pure but for ``read_tail``: a state and what the logs say in, text out.
-"""
+"""Explains a run that gets no batches: one cause, in the first line, then its facts, and what to change."""
 
 import re
 from collections import Counter
@@ -98,10 +95,7 @@ def read_tail(path: Path, start: int = 0) -> str:
 
 
 def diagnose(state: Mapping[str, Any], silent: float, facts: LogFacts, *, going_on: bool = True) -> str:
-    """The diagnosis of a run that has had no batch for ``silent`` seconds.
-
-    ``state`` is the content of ``state.json``, in which ``since`` has the counts since the last batch.
-    """
+    """The diagnosis after ``silent`` seconds without a batch; ``since`` of the ``state`` counts from the last one."""
     cause, remedies = _cause(state, facts)
     lines = [f"no batch for {silent:.0f} s: {cause}"]
     lines += [f"  what to change: {remedy}" for remedy in remedies]

@@ -1,8 +1,4 @@
-"""``atropos-verl doctor``: says what this machine can run and what is missing, before anything slow starts.
-
-Each check returns findings. Nothing is started and no library is imported for it: packages are judged by their
-metadata, environments by reading their script.
-"""
+"""``atropos-verl doctor``: says what this machine can run. Nothing is started, and no library imported, for it."""
 
 import argparse
 import ast

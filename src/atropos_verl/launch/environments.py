@@ -1,12 +1,6 @@
 """Environments → commands: each one's command line adapted to the run, its share of the batch, its copies, its keys.
 
-Atropos takes its settings from arguments, which every user of the machine can read in ``ps``, or from the YAML file of
-``--config`` (it looks at no environment variable: the openai client's ``OPENAI_API_KEY`` serves chat only, not
-``/generate``). So the address of the gateway and its key go into a file that only its owner can read, as the list
-``openai``. Atropos takes a list of two or more servers as it stands, whatever ``config_init`` returns: where that is
-not seen to be a list of one server, ours has two equal entries. The API's token goes there too, as the password in the
-API's URL: Atropos cannot send a bearer token, but its HTTP client (aiohttp) makes HTTP Basic authentication of a URL's
-password, and our API takes that.
+How keys are handed over: docs/internals.md.
 """
 
 import ast
@@ -60,11 +54,9 @@ _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 def plan_environments(
     config: RunConfig, launch: LaunchConfig, *, own_api: bool, of_training: bool = False
 ) -> tuple[list[ServiceSpec], list[str]]:
-    """The processes of all chosen environments, and warnings.
+    """The processes of all chosen environments, and warnings. ``of_training``: the one of ``main_atropos.py``.
 
-    With ``of_training`` it is the one environment of ``main_atropos.py``: its keys are those of ``env``, and its files
-    need no name. Raises ``ConfigError``: none is left; a script does not exist; group sizes or allocations do not fit
-    the batch size.
+    Raises ``ConfigError``: none is left; a script does not exist; sizes or allocations do not fit the batch.
     """
     chosen = launch.chosen
     if not chosen:
@@ -198,10 +190,7 @@ def demo_env_script() -> Path:
 
 
 def find_script(given: str, key: str) -> Path:
-    """The script at ``given``: from the working directory, or, as ``examples/environments/NAME``, the package's own.
-
-    Raises ``ConfigError`` naming ``key`` when there is none.
-    """
+    """The script at ``given``, or the package's ``examples/environments/NAME``. Raises ``ConfigError`` with ``key``."""
     path = Path(given).expanduser()
     places = [path.absolute(), *([_SHIPPED / path.name] if path.parent == Path("examples/environments") else [])]
     for place in places:
@@ -211,10 +200,7 @@ def find_script(given: str, key: str) -> Path:
 
 
 def interpreter(python: str | None, key: str) -> str:
-    """The interpreter that ``python`` names: a path, a virtual environment, or None for this one.
-
-    Raises ``ConfigError`` naming ``key`` when it is none of these.
-    """
+    """That of a path, a virtual environment, or None for this one. Raises ``ConfigError`` with ``key`` for others."""
     if python is None:
         return sys.executable
     path = Path(python).expanduser()
@@ -240,18 +226,10 @@ def last_words(
 ) -> tuple[tuple[str, ...], dict[Path, str]]:
     """The end of one environment's command, and the private files that must exist when it starts.
 
-    A ``--config`` of the user's is read, and our file holds its content too. The user's own arguments come last and
-    win; where Atropos takes none of ``--openai`` beside several servers, they go into the file. With ``--config`` among
-    ``omit``, an Atropos that does not know it gets everything as arguments.
+    Our file holds the user's ``--config`` too; the user's arguments come last and win. With ``--config`` among ``omit``
+    everything is an argument. ``server``: our gateway, as ``APIServerConfig``; ``servers``: see ``server_count``.
 
-    Args:
-        server: our gateway, by the keys of Atropos's ``APIServerConfig``.
-        api_url: None: the environment is not told (``evaluate`` needs none).
-        servers: see ``server_count``.
-        section: of the settings, for messages.
-
-    Raises:
-        ConfigError: the user's ``--config`` cannot be read, or is left out where it is needed.
+    Raises ``ConfigError``: the user's ``--config`` cannot be read, or is left out where it is needed.
     """
     args, omit = list(settings.args), settings.omit
     wanted = {f"{_SERVER_PREFIX}{key}": value for key, value in server.items()}

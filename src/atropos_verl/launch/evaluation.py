@@ -1,10 +1,4 @@
-"""Held-out evaluation: the launch plans it, the trainer asks for it, the supervisor shows it.
-
-Only the trainer knows when one policy version is served: before the first step, every ``eval.every`` steps, after the
-last. A launch whose trainer is a process of its own therefore writes the commands (``ENV evaluate`` of each
-environment) to ``run_dir/launch/evaluations.json`` and names that file in the trainer's ``eval.commands_file``. The
-processes report to ``run_dir/eval/progress.json``.
-"""
+"""Held-out evaluation: the launch plans it, the trainer asks for it, the supervisor shows it."""
 
 import json
 import logging
@@ -77,10 +71,7 @@ def read_evaluations(path: Path) -> dict[str, list[PlannedEvaluation]]:
 class EvaluationProcesses:
     """Runs what was planned. An evaluation that fails is noted and does not end the run: many environments have none.
 
-    Args:
-        timeout: seconds for all evaluations of one label together.
-        note: called with messages for the user.
-        check: called while waiting; raises what ends the run.
+    ``timeout``: seconds for those of one label together; ``check``, called while waiting, raises what ends the run.
     """
 
     def __init__(
@@ -139,10 +130,7 @@ class EvaluationProcesses:
         return True
 
     def finish_evaluation(self, label: str) -> dict[str, Any]:
-        """Give the mean of the scores by the environments' weights, and each of several; {}: there is none.
-
-        Those that still run are ended.
-        """
+        """End those that still run; the mean of the scores by the environments' weights, and each of several, or {}."""
         started = self._running.pop(label)
         self._begun.pop(label, None)
         try:

@@ -1,10 +1,4 @@
-"""The launch command: settings, plan, supervisor, exit code. Imports neither torch nor verl.
-
-With ``backend=ray`` the trainer is ``train backend=ray``, attached to the API of the launch, so every key of verl's
-ppo_trainer is set under its own name; words and sections that belong to ``LaunchConfig`` are taken out.
-
-Exit codes: 0 done; 1 the run failed; 2 the configuration is wrong; 130 Ctrl-C.
-"""
+"""The launch command: settings, plan, supervisor, exit code. Imports neither torch nor verl."""
 
 from __future__ import annotations
 

@@ -134,10 +134,7 @@ def make_plan(
     ray_words: Callable[[RunConfig], tuple[str, ...]] | None = None,
     trains_here: bool = False,
 ) -> LaunchPlan:
-    """The services of a run; ``ray_words`` gives the words of the trainer's command with ``backend=ray``.
-
-    Raises ``ConfigError`` as ``plan_environments``.
-    """
+    """The services of a run; ``ray_words``: of the trainer with ``backend=ray``. Raises as ``plan_environments``."""
     run_dir = config.resolve_run_dir()
     evaluations = plan_evaluations(config, launch, of_training=trains_here)
     if evaluations and not trains_here:
@@ -282,10 +279,7 @@ def take_run_dir(stack: ExitStack, run_dir: Path, *, is_launch: bool = False) ->
 
 
 def prepare_run_dir(plan: LaunchPlan) -> None:
-    """Make the run directory, ``plan.json`` and the trainer's settings (0600: keys are in them).
-
-    Raises ``ConfigError`` when it cannot be written, or its disk is full.
-    """
+    """Make the run directory with its private files. Raises ``ConfigError`` when that fails, or the disk is full."""
     run_dir = plan.run_dir
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)

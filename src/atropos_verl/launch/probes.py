@@ -40,10 +40,7 @@ def free_port(host: str = "127.0.0.1", port: int = 0) -> int:
 def request_json(
     url: str, *, token: str | None = None, body: Mapping[str, Any] | None = None, timeout: float = _PROBE_SECONDS
 ) -> Any:
-    """The JSON that ``url`` answers to a GET, or a POST of ``body``; text where it is no JSON; None when it fails.
-
-    Proxy settings of the environment are not used for the parts of a run.
-    """
+    """The JSON answer to a GET, or a POST of ``body``, without a proxy; text if it is none; None when it fails."""
     headers = {"Accept": "application/json", "Content-Type": "application/json"}
     if token:
         headers["Authorization"] = f"Bearer {token}"
@@ -63,12 +60,8 @@ def request_json(
 class Poller:
     """Asks API and gateway every half second from threads of its own, so that a frozen one blocks nobody.
 
-    The newest answers are its attributes. Times are ``time.monotonic()`` seconds of the last answer, 0.0: none yet.
-
-    Args:
-        config: with ``atropos.api_url``.
-        gateway_url: None: there is no gateway to ask.
-        generates: one generation is asked of a gateway that is up; otherwise its health is believed.
+    Times are ``time.monotonic()`` seconds of the last answer, 0.0: none yet. It ``generates`` once through a gateway
+    that is up; otherwise its health is believed.
     """
 
     def __init__(self, config: RunConfig, gateway_url: str | None, *, generates: bool = True) -> None:

@@ -146,10 +146,7 @@ class ManagedProcess:
         logger.info("%s started with pid %d, log %s", self.spec.name, self._process.pid, self.spec.log_path)
 
     def is_running(self) -> bool:
-        """True while it lives. When it has died, its descendants are killed, and ``returncode`` is set.
-
-        Called often: it also blots secrets out of what was written since the last call.
-        """
+        """True while it lives; else its descendants are killed. Also blots secrets out of what was written since."""
         self._checked = blot_out(self.spec.log_path, self.spec.secrets, self._checked)
         if self._process is None or self._process.returncode is not None:
             return False

@@ -1,8 +1,4 @@
-"""Starts the services of a plan in order, watches them, restarts them, and ends them all.
-
-One loop, a tick every fifth of a second; nothing in it waits, and the HTTP requests are the ``Poller``'s. It runs in
-the main thread of a launch, or in a thread beside the trainer.
-"""
+"""Starts the services of a plan in order, watches them, restarts them, and ends them all; nothing in its loop waits."""
 
 from __future__ import annotations
 
@@ -190,14 +186,10 @@ class WatchedService:
 
 
 class Supervisor:
-    """The life of a launch.
+    """The life of a launch, which calls ``run()``, and ``interrupt()`` from its signal handlers.
 
-    A launch calls ``run()``, and ``interrupt()`` from its signal handlers. A process that trains itself calls
-    ``start_api()``, ``start()``, ``check()`` while it waits for batches, and ``stop()``.
-
-    Args:
-        tell: called with notes for the user.
-        view: shows steps and state of a launch; None: the trainer of this process shows them.
+    A process that trains itself has no ``view``, and calls ``start_api()``, ``start()``, ``check()`` while it waits for
+    batches, and ``stop()``.
     """
 
     def __init__(self, plan: LaunchPlan, tell: Callable[[str], None], view: LaunchView | None = None) -> None:
@@ -239,9 +231,7 @@ class Supervisor:
     def run(self) -> int:
         """Returns the exit code: 0 done, 2 the trainer refused its configuration, 130 interrupted.
 
-        Raises:
-            ServiceError: a service that the run cannot do without is gone for good. All others are ended then.
-            KeyboardInterrupt: a second interrupt; everything was killed.
+        Raises ``ServiceError`` when a service is gone for good that the run needs, ``KeyboardInterrupt`` at the second.
         """
         self._warn()
         self._poller.start()

@@ -1,9 +1,4 @@
-"""The training command: settings, the processes around the trainer, the trainer in this process, summary, exit code.
-
-Without ``atropos.api_url`` it is a launch with one environment: the same services, supervisor, restarts and diagnosis.
-
-Exit codes: 0 done; 1 the run failed (API, a service, diverged, …); 2 the configuration is wrong; 130 Ctrl-C.
-"""
+"""The training command: settings, the processes around the trainer, the trainer in this process, exit code."""
 
 from __future__ import annotations
 
@@ -106,11 +101,8 @@ def _ray_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _exit_code_of(run: Callable[[], int]) -> int:
-    """Run a command's body; an exception becomes a message on standard error and an exit code.
-
-    From here on a plain ``kill`` and a terminal that closes end the process as Ctrl-C does: every ``finally`` runs, and
-    so the children end.
-    """
+    """Run a command; an exception becomes a message and an exit code. From here on ``kill`` and a terminal that closes
+    end the process as Ctrl-C does: every ``finally`` runs, and so the children end."""
     from atropos_verl.report.console import output_may_close
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -134,11 +126,8 @@ def _exit_code_of(run: Callable[[], int]) -> int:
 class TrainingServices:
     """Trajectory API, environment and held-out evaluations of a trainer in this process.
 
-    With ``atropos.api_url`` they are somebody else's: the API is only contacted and watched, and evaluations are those
-    that a launch has planned. Otherwise a supervisor starts and restarts them.
-
-    A run that ``is_resumed`` is not evaluated before it; the backend puts ``prefix`` before its keys. Raises
-    ``ConfigError`` when the environment cannot be started.
+    With ``atropos.api_url`` they are somebody else's: the API is contacted and watched, and evaluations are a launch's.
+    The backend puts ``prefix`` before its keys. Raises ``ConfigError`` when the environment cannot be started.
     """
 
     def __init__(self, config: RunConfig, gateway_port: int, *, is_resumed: bool = False, prefix: str = "") -> None:
@@ -168,10 +157,7 @@ class TrainingServices:
             self._plan = make_plan(filled, one_environment(config), own_api=True, probe_url=url, trains_here=True)
 
     def start_api(self, progress: ProgressReporter) -> RunConfig:
-        """Start the trajectory API, or make sure that the user's answers. Returns the settings with its URL.
-
-        Raises ``ServiceError`` or ``AtroposAPIError``.
-        """
+        """Start the API, or ask the user's; the settings with its URL. Raises ``ServiceError``, ``AtroposAPIError``."""
         self._progress = progress
         if self._plan is not None:
             self._supervisor = Supervisor(self._plan, progress.note)

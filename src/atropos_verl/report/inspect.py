@@ -1,7 +1,4 @@
-"""``atropos-verl inspect``: shows what the trainer would see in groups: samples, advantages and refusals.
-
-``_inspect_groups`` returns a JSON-able structure (docs/internals.md), which ``--json`` prints and ``_Renderer`` shows.
-"""
+"""``atropos-verl inspect``: shows what the trainer would see in groups: samples, advantages and refusals."""
 
 from __future__ import annotations
 
@@ -43,7 +40,6 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 _BATCH_BODY = re.compile(rb'\s*\{\s*"batch"\s*:')
 _BESIDE_BATCH = re.compile(r"batch_\d+\.[\w.]+\.json")
 """What a journal keeps beside a batch."""
-_GROUP_FIELDS = ("tokens", "masks", "scores")
 _QUARANTINE_BODY = re.compile(rb'\s*\{\s*"reason"\s*:')
 
 
@@ -207,11 +203,8 @@ def _of_directory(file: Path, name: Path) -> list[FoundGroup]:
 
 
 def load_groups(content: bytes, name: str, prefix: str = "") -> list[FoundGroup]:
-    """Reads the groups in the content of a file.
-
-    Known formats: the body of ``GET /batch``, JSON or packed; one ``ScoredData`` object; a list of them
-    (``POST /scored_data_list``); one object per line (what an environment's ``process`` writes); a quarantine file.
-    Messages name the file ``name``; ``prefix`` is put before every origin.
+    """Reads a body of ``GET /batch``, JSON or packed; a ``ScoredData`` object, a list of them, or one per line (what an
+    environment's ``process`` writes); a quarantine file. ``prefix`` is put before every origin.
 
     Raises ``DataError`` for any other content. A single bad group in a list is not an error: it has a ``defect``.
     """
@@ -237,7 +230,7 @@ def load_groups(content: bytes, name: str, prefix: str = "") -> list[FoundGroup]
         raise DataError(f"{name}: {error.reason}") from error
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
-    if not isinstance(value, dict) or not any(field in value for field in _GROUP_FIELDS):
+    if not isinstance(value, dict) or value.keys().isdisjoint(("tokens", "masks", "scores")):
         raise DataError(f"{name}: neither a batch, a group nor a quarantine file; it begins {content[:80]!r}")
     return [FoundGroup(decode_group(content.strip()), prefix or "group 0")]
 
@@ -262,17 +255,11 @@ def read_url(
     timeout: float = 30.0,
     token: str | None = None,
 ) -> list[FoundGroup]:
-    """Asks a trajectory API for its latest example, or for the next batch; no groups: it has nothing yet.
+    """Asks a trajectory API for its latest example, or takes the next batch; no groups: it has nothing yet.
 
-    Args:
-        url: of the API, or of its ``/latest_example`` or ``/batch``.
-        take_batch: ``GET /batch``. Destructive: no trainer will see that batch.
-        save: a new file for the body, made before anything is asked and written before anything is decoded.
-        timeout: seconds.
+    ``save``: a new file, made before anything is asked and written before anything is decoded. ``timeout``: seconds.
 
-    Raises:
-        AtroposAPIError: the API gave no usable answer.
-        ConfigError: the URL is wrong, or needs ``take_batch``; ``save`` exists already, or cannot be made.
+    Raises ``AtroposAPIError`` without a usable answer, ``ConfigError`` for a wrong URL or a file that cannot be made.
     """
     from atropos_verl.protocol.client import AtroposClient
 
@@ -370,7 +357,7 @@ def _inspect_groups(
 ) -> dict[str, Any]:
     """Does what the trainer does with one global batch, and keeps what it would throw away. Raises ``ConfigError``.
 
-    The first ``detailed`` groups (None: all) are described with their sequences. ``policy_version`` is the current one.
+    The JSON is in docs/internals.md; the first ``detailed`` groups (None: all) are described with their sequences.
     """
     refusals = [_refusal(item.group, settings) for item in found]
     used = [item.group for item, (reason, _) in zip(found, refusals, strict=True) if reason is None]

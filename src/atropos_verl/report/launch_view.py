@@ -1,8 +1,4 @@
-"""Shows a launch from its ``state.json``: one live screen on a terminal, plain lines anywhere else.
-
-``LaunchView`` serves the launcher itself; ``attach`` shows the same screen in a second terminal. It reads the run
-directory only, so it disturbs nothing.
-"""
+"""Shows a launch: the launcher's own view, and ``attach``, which reads ``state.json`` in a second terminal."""
 
 import json
 import time
@@ -27,10 +23,7 @@ _STYLES = {"running": "green", "ended": "green", "failed": "bold red", "restarti
 
 
 class LaunchView(LiveScreen):
-    """``with LaunchView() as view``: notes and steps as they come, the state as it changes.
-
-    On a terminal the state is one live table and notes scroll above it; elsewhere notes and steps are plain lines.
-    """
+    """On a terminal the state is one live table, and notes scroll above it; elsewhere notes and steps are lines."""
 
     _state: Mapping[str, Any] | None = None
 
@@ -125,10 +118,9 @@ def _read_state(run_dir: Path) -> dict[str, Any]:
 
 
 def attach(run_dir: Path, *, console: Console | None = None, once: bool = False, interval: float = 0.5) -> int:
-    """Shows the launch in ``run_dir`` until it ends; Ctrl-C ends the watching only.
+    """Shows a launch until it ends, or ``once``, as without a terminal; ``interval``: seconds between looks.
 
-    Where standard output is no terminal, it is always shown once. ``interval``: seconds between looks. Returns 0; 1
-    when the launcher is gone without having ended its run in order.
+    Returns 0; 1 when the launcher is gone without having ended its run in order.
     """
     console = console or Console()
     state = _read_state(run_dir)

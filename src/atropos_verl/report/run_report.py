@@ -1,7 +1,4 @@
-"""``atropos-verl report RUN_DIR …``: shows the results of a run, or compares several, on the terminal and as a page.
-
-A run directory is only read, whether the run is over, going on, or dead.
-"""
+"""``atropos-verl report RUN_DIR …``: shows the results of a run, or compares several, as tables and as a page."""
 
 import argparse
 import contextlib
