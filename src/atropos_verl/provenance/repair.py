@@ -173,7 +173,9 @@ class Repairer:
                     for link in self._links(posted, place, prompts[place], [after], whole=True):
                         chains += [(link, *chain) for chain in reached[after]]
                 reached[place] = chains[:_MOST_CHAINS]
-        every = {tuple(link.ids for link in chain): chain for chains in reached.values() for chain in chains}
+        # What stands in the span before the first of a chain was not written there, unless it is an edge.
+        whole = [chains for p, chains in reached.items() if p <= max(first, self.texts.core(posted.text, first, p)[0])]
+        every = {tuple(link.ids for link in chain): chain for chains in whole for chain in chains}
         rests = {key[n:] for key in every for n in range(1, len(key))}
         return [chain for key, chain in every.items() if key not in rests]
 
@@ -266,9 +268,9 @@ class _Assembly:
             prompt = np.frombuffer(written, dtype=IDS)
             self._append_from(prompt, self._texts.starts(prompt))
         self._mask[start:stop] = False
-        return [piece for link in chain for piece in self._completion(link, start)]
+        return [piece for link in chain for piece in self._completion(link, start, stop)]
 
-    def _completion(self, link: _Link, start: int) -> list[Piece]:
+    def _completion(self, link: _Link, start: int, stop: int) -> list[Piece]:
         posted, ids = self._posted, np.frombuffer(link.records[0].ids, dtype=IDS)
         text = self._text(link.records[0].ids)
         first, last = self._texts.core(text)
@@ -278,6 +280,7 @@ class _Assembly:
             places = np.clip(self._texts.starts(ids) + link.start - first, link.prompt_end, link.stop)
             if is_headless:
                 trained = places[1:] > posted.starts[start]
+            places = np.clip(places, posted.starts[start], posted.starts[stop] - 1)  # trained as the span is
         self.cursor = link.stop
         if self._texts.is_special(ids[-1:])[0]:
             end = self._texts[int(ids[-1])][0]
@@ -305,7 +308,8 @@ class _Assembly:
             self._append_from(ids, starts, self._mask)
         origin = None
         if self._places is not None:
-            origin = np.searchsorted(starts[:-1], np.concatenate(self._places), side="right") - 1
+            places = np.maximum.accumulate(np.concatenate(self._places))
+            origin = np.searchsorted(starts[:-1], places, side="right") - 1
         token_ids = np.frombuffer(self._ids, dtype=IDS).astype(np.int64)
         mask = np.concatenate(self._trained)
         return RepairedTokens(token_ids=token_ids, loss_mask=mask, origin=origin, posted=len(ids))

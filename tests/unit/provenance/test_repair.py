@@ -51,12 +51,12 @@ class World:
         )
         self.ledger.record(encode(prompt) if isinstance(prompt, str) else prompt, [made])
 
-    def posts(self, *parts: str, is_text: bool = True) -> SequenceMatch:
+    def posts(self, *parts: str, is_text: bool = True, has_advantages: bool = False) -> SequenceMatch:
         """Parts in turn not trained, trained, not trained, …, each tokenised by itself."""
         rows = [encode(part) for part in parts]
         mask = [bool(index % 2) for index, row in enumerate(rows) for _ in row]
         ids = np.array([token for row in rows for token in row])
-        query = SequenceQuery(token_ids=ids, loss_mask=np.array(mask), is_text=is_text)
+        query = SequenceQuery(token_ids=ids, loss_mask=np.array(mask), is_text=is_text, has_advantages=has_advantages)
         [match] = look_up(self.ledger, [query], self.repairer)
         return match
 
@@ -109,6 +109,27 @@ def test_every_turn_is_repaired_and_the_text_between_stays() -> None:
     assert trained(match) == [SPLIT, second]
     assert match.repaired is not None and TOKENIZER.decode(match.repaired.token_ids) == f"{again}number{END}\n"
     assert match.versions[match.repaired.loss_mask].tolist() == [3] * len(SPLIT) + [4] * len(second)
+
+
+@pytest.mark.parametrize("first", [encode("the answer"), SPLIT], ids=["posted as it was written", "split"])
+def test_a_mask_over_two_turns_is_not_taken_for_the_second(first: list[int]) -> None:
+    world = World()
+    between = f"{END}\n<|im_start|>user\nand?{END}\n<|im_start|>assistant\n"
+    world.wrote(ASKED, first, 3)
+    world.wrote(f"{ASKED}the answer{between}", letters("number"), 4)
+    match = world.posts(ASKED, f"the answer{between}number")
+    assert match.repaired is None and (match.repaired_spans, match.unmatched_spans) == (0, 1)
+
+
+@pytest.mark.parametrize("sampled", [SPLIT, [*encode("\n"), *letters("the answer\n")]])
+def test_what_a_template_strips_has_the_advantage_of_its_turn(sampled: list[int]) -> None:
+    world = World()
+    world.wrote(ASKED, sampled)
+    match = world.posts(ASKED, "the answer", "\nmore", has_advantages=True)
+    assert trained(match) == [sampled] and match.repaired is not None and match.repaired.origin is not None
+    before, turn = len(encode(ASKED)), len(encode("the answer"))
+    origin = match.repaired.origin[match.repaired.loss_mask]
+    assert ((origin >= before) & (origin < before + turn)).all()
 
 
 def test_a_merge_over_the_border_of_a_turn() -> None:
