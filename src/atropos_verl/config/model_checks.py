@@ -45,7 +45,7 @@ def finding(section: str, name: str, found: str, *, missing: str = "", warning: 
 
 def check_model(config: RunConfig, model_path: Path) -> list[Finding]:
     """Checks everything about ``model_path`` and the tokenizer that can be read in milliseconds."""
-    settings, problem = _read(model_path / "config.json")
+    settings, problem = read_json(model_path / "config.json")
     if problem:
         todo = f"give a Hugging Face directory as model.path, not {model_path}"
         return [finding(_SECTION, "config.json", problem, missing=todo)]
@@ -69,7 +69,7 @@ def check_usable(config: RunConfig, model_path: Path, prefix: str = "") -> None:
     Without this the failure comes when everything else has started, or is an index error in the embedding, or (on a
     GPU) a device assert that names nothing. ``prefix`` is what the backend has before its keys.
     """
-    settings, problem = _read(model_path / "config.json")
+    settings, problem = read_json(model_path / "config.json")
     if problem:
         return  # the loader's message is better
     weights = _check_weights(model_path)
@@ -90,7 +90,7 @@ def defaults_for(path: str | None) -> dict[str, Any]:
         size, settings = smollm2.PARAMETERS, {"max_position_embeddings": smollm2.CONTEXT}
     else:
         directory = Path(path).expanduser()
-        settings, _ = _read(directory / "config.json")
+        settings, _ = read_json(directory / "config.json")
         dtype = str(settings.get("dtype") or settings.get("torch_dtype"))
         size = weight_bytes(directory) // (4 if dtype == "float32" else 2)
     text = settings.get("text_config")
@@ -120,7 +120,7 @@ def check_gpu(config: RunConfig) -> None:
 
 def tokenizer_size(directory: Path) -> int | None:
     """Returns one more than the largest id of ``tokenizer.json``; None: there is none (a slow tokenizer)."""
-    content, problem = _read(directory / "tokenizer.json")
+    content, problem = read_json(directory / "tokenizer.json")
     if problem:
         return None
     ids = [item.get("id") for item in content.get("added_tokens") or () if isinstance(item, Mapping)]
@@ -133,6 +133,13 @@ def tokenizer_size(directory: Path) -> int | None:
     return max((number + 1 for number in ids if isinstance(number, int)), default=None)
 
 
+def embedded_ids(settings: Mapping[str, Any]) -> int | None:
+    """The ``vocab_size`` of the content of ``config.json``, or of its ``text_config``."""
+    text = settings.get("text_config")
+    size = settings.get("vocab_size") or (text.get("vocab_size") if isinstance(text, Mapping) else None)
+    return size if isinstance(size, int) else None
+
+
 def weight_bytes(model_path: Path) -> int:
     """Sums the bytes of the weight files."""
     return sum(path.stat().st_size for path in (*model_path.glob("*.safetensors"), *model_path.glob("*.bin")))
@@ -141,7 +148,7 @@ def weight_bytes(model_path: Path) -> int:
 def _check_weights(model_path: Path) -> Finding:
     shards: set[str] = set()
     for name in ("pytorch_model.bin.index.json", "model.safetensors.index.json"):
-        content, _ = _read(model_path / name)
+        content, _ = read_json(model_path / name)
         if isinstance(content.get("weight_map"), Mapping):
             shards = {str(file) for file in content["weight_map"].values()}
     lacking = sorted(name for name in shards if not (model_path / name).is_file())
@@ -156,14 +163,12 @@ def _check_weights(model_path: Path) -> Finding:
 
 
 def _compare_vocabulary(settings: Mapping[str, Any], tokenizer_dir: Path) -> Finding:
-    name, text = "tokenizer", settings.get("text_config")
-    embedding = settings.get("vocab_size") or (text.get("vocab_size") if isinstance(text, Mapping) else None)
-    size = tokenizer_size(tokenizer_dir)
+    name, embedding, size = "tokenizer", embedded_ids(settings), tokenizer_size(tokenizer_dir)
     if size is None and any((tokenizer_dir / file).is_file() for file in _SLOW_TOKENIZERS):
         return finding(_SECTION, name, f"a slow one in {tokenizer_dir}; its size is not checked")
     if size is None:
         return finding(_SECTION, name, f"no tokenizer.json in {tokenizer_dir}", missing="set model.tokenizer_path")
-    if not isinstance(embedding, int):
+    if embedding is None:
         return finding(_SECTION, name, f"{size} ids; config.json names no vocab_size", warning="compare by hand")
     if size > embedding:
         found = f"the tokenizer of {tokenizer_dir} has {size} ids, the model embeds {embedding}"
@@ -174,7 +179,7 @@ def _compare_vocabulary(settings: Mapping[str, Any], tokenizer_dir: Path) -> Fin
 
 def check_tokenizer(directory: Path) -> list[Finding]:
     """Checks whether environments can load the tokenizer, and chat with it."""
-    settings, problem = _read(directory / "tokenizer_config.json")
+    settings, problem = read_json(directory / "tokenizer_config.json")
     if problem:
         return []
     findings, name = [], settings.get("tokenizer_class")
@@ -190,8 +195,8 @@ def check_tokenizer(directory: Path) -> list[Finding]:
     return findings
 
 
-def _read(path: Path) -> tuple[dict[str, Any], str]:
-    """Returns the content and the problem, one of them empty."""
+def read_json(path: Path) -> tuple[dict[str, Any], str]:
+    """Returns the object in a file and the problem, one of them empty."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:

@@ -26,7 +26,7 @@ import yaml
 
 from atropos_verl import assets
 from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig
-from atropos_verl.config.model_checks import NAMES_OF_TRANSFORMERS_5, check_tokenizer
+from atropos_verl.config.model_checks import NAMES_OF_TRANSFORMERS_5, check_tokenizer, read_json
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.http_thread import EVALUATION_PATH, environment_token
@@ -46,7 +46,7 @@ _URL_OPTION = "--env.rollout_server_url"
 _NAME_OPTION = "--env.wandb_name"
 _FILE_OPTION = "--config"
 _BARE = ("APIServerConfig", "ServerBaseline")
-_TOKENIZER_SETTINGS = "tokenizer_config.json"
+_TOKENIZER_SETTINGS, _CLEANS = "tokenizer_config.json", "clean_up_tokenization_spaces"
 _ROUNDING = 1e-9
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
@@ -556,28 +556,21 @@ def _older_tokenizer(config: RunConfig) -> tuple[Path, dict[str, Any] | None]:
     """The tokenizer's directory, and ``tokenizer_config.json`` as transformers 4 reads it; None: it reads what is
     there, or nothing can be done."""
     directory = Path(config.model.tokenizer_path or config.resolve_model_path()).expanduser()
-    try:
-        settings: dict[str, Any] = json.loads((directory / _TOKENIZER_SETTINGS).read_bytes())
-    except (OSError, ValueError):
+    settings, problem = read_json(directory / _TOKENIZER_SETTINGS)
+    if problem:
         return directory, None
     extra, name = settings.get("extra_special_tokens"), settings.get("tokenizer_class")
     # transformers 5 ignores it for BPE; 4 would strip spaces before punctuation from what the policy wrote.
-    cleans = bool(settings.get("clean_up_tokenization_spaces")) and _is_bpe(directory / "tokenizer.json")
+    model = read_json(directory / "tokenizer.json")[0].get("model") if settings.get(_CLEANS) else None
+    cleans = isinstance(model, Mapping) and model.get("type") == "BPE"
     is_newer = name in NAMES_OF_TRANSFORMERS_5 or isinstance(extra, list) or cleans
     if not is_newer or not (directory / "tokenizer.json").is_file():
         return directory, None
     if cleans:
-        settings["clean_up_tokenization_spaces"] = False
+        settings[_CLEANS] = False
     if name in NAMES_OF_TRANSFORMERS_5:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(extra, list):
         del settings["extra_special_tokens"]
         settings["additional_special_tokens"] = [*(settings.get("additional_special_tokens") or ()), *extra]
     return directory, settings
-
-
-def _is_bpe(file: Path) -> bool:
-    try:
-        return bool(json.loads(file.read_bytes())["model"]["type"] == "BPE")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False

@@ -190,6 +190,8 @@ class EvaluationWatch:
         self._path = run_dir / "eval" / "progress.json"
         self._told: set[str] = set()
         self._stamp = 0
+        with suppress(OSError):  # what an earlier run has left is no news
+            self._stamp = self._path.stat().st_mtime_ns
         self.running: str | None = None
         """The label of the evaluation that the trainer waits for; None: of none."""
 

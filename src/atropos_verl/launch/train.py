@@ -24,7 +24,7 @@ import yaml
 
 from atropos_verl.config.composition import KEY_FILE, gateway_key, load_config, train_help
 from atropos_verl.config.launch_schema import LaunchConfig, note_of_unused_keys
-from atropos_verl.config.model_checks import check_gpu, check_usable
+from atropos_verl.config.model_checks import check_gpu, check_usable, read_json
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposTimeoutError, AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.http_thread import listen
@@ -294,10 +294,8 @@ def _train_locally(config: RunConfig) -> int:
 
 def _summarised_step(run_dir: Path) -> int:
     """The last step of the run that ``summary.json`` is about; -1: there is none that can be read."""
-    try:
-        return int(json.loads((run_dir / "summary.json").read_bytes())["steps"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return -1
+    steps = read_json(run_dir / "summary.json")[0].get("steps")
+    return steps if isinstance(steps, int) else -1
 
 
 def _serve_rank(config: RunConfig) -> int:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from atropos_verl.config.model_checks import embedded_ids, read_json
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposAPIError, AtroposProtocolError, ConfigError, DataError, UnsupportedFieldError
 from atropos_verl.protocol.wire import MAGIC, decode_batch, decode_group
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("source", metavar="FILE|DIR|URL", help=_SOURCE_HELP)
     add("--take-batch", action="store_true", help="with a URL: GET /batch. The trainer will never see that batch")
     add("--save", metavar="FILE", type=Path, help="with a URL: keep the answer in FILE")
-    add("--timeout", metavar="SECONDS", type=_positive, default=30.0, help="with a URL (default: %(default)g)")
+    add("--timeout", metavar="SECONDS", type=float, default=30.0, help="with a URL (default: %(default)g)")
     add(
         "--tokenizer",
         metavar="PATH",
@@ -73,9 +74,9 @@ def run(options: argparse.Namespace, console: Console | None = None) -> int:
         found = _read(options)
         vocab_size = options.vocab_size
         if options.tokenizer is None and (model := _model_of_run(Path(options.source))) is not None:
-            options.tokenizer, vocab_size = model[0], vocab_size or _model_vocab_size(model[1])
+            options.tokenizer, vocab_size = model[0], vocab_size or embedded_ids(read_json(model[1] / "config.json")[0])
         if vocab_size is None and options.tokenizer is not None:
-            vocab_size = _model_vocab_size(Path(options.tokenizer).expanduser())
+            vocab_size = embedded_ids(read_json(Path(options.tokenizer).expanduser() / "config.json")[0])
         settings = SampleSettings(
             vocab_size=vocab_size,
             max_token_len=options.max_token_len,
@@ -101,13 +102,6 @@ def run(options: argparse.Namespace, console: Console | None = None) -> int:
     else:
         _Renderer(console).show(inspection)
     return 0
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 def _read(options: argparse.Namespace) -> list[FoundGroup]:
@@ -144,15 +138,6 @@ def _settings_of_run(directory: Path) -> dict[str, Any] | None:
         return {name: settings.get(name) for name in ("path", "tokenizer_path")}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError):
         return None
-
-
-def _model_vocab_size(directory: Path) -> int | None:
-    """Reads the size that the trainer checks ids against from the model beside a tokenizer; None: not known."""
-    try:
-        size = json.loads((directory / "config.json").read_text())["vocab_size"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return size if isinstance(size, int) else None
 
 
 @dataclass(frozen=True, slots=True)

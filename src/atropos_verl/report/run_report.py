@@ -16,12 +16,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from atropos_verl.config.model_checks import read_json
 from atropos_verl.errors import ConfigError, DataError
 from atropos_verl.report.console import summary_rows
 from atropos_verl.report.format import count, decimal, duration, seconds
 from atropos_verl.storage import write_atomic
 from atropos_verl.training.quarantine import parse_quarantine_file
-from atropos_verl.training.step import reward_window
+from atropos_verl.training.step import held_out_score, reward_window
 
 _PHASES = ("rollout", "wait", "train", "sync", "step")
 _MOST_SAMPLES = 50
@@ -120,17 +121,22 @@ def _total(steps: list[dict[str, Any]], key: str) -> int | None:
 
 
 def _held_out(directory: Path) -> float | None:
-    metrics = _json_object(directory / "metrics.json") or {}
-    score = metrics.get("results", {}).get("all", {}).get("eval/mean_reward")
-    return float(score) if _is_number(score) else None
+    """The score of one environment; of several, whose weights are not known here, None."""
+    found = [_json_object(path) or {} for path in _of_evaluation(directory, "metrics.json")]
+    return held_out_score(found[0].get("results", {}).get("all", {})) if len(found) == 1 else None
+
+
+def _of_evaluation(directory: Path, name: str) -> list[Path]:
+    """A launch has a directory for each environment."""
+    return [*directory.glob(name), *sorted(directory.glob(f"*/{name}"))]
 
 
 def _samples(directory: Path) -> list[dict[str, Any]]:
     found: list[Any] = []
-    path = directory / "samples.jsonl"
-    with contextlib.suppress(FileNotFoundError, ValueError), path.open(encoding="utf-8", errors="replace") as file:
-        found.extend(map(json.loads, itertools.islice(file, _MOST_SAMPLES)))  # a line cut short ends the list
-    return [sample for sample in found if isinstance(sample, dict)]
+    for path in _of_evaluation(directory, "samples.jsonl"):
+        with contextlib.suppress(FileNotFoundError, ValueError), path.open(encoding="utf-8", errors="replace") as file:
+            found.extend(map(json.loads, itertools.islice(file, _MOST_SAMPLES)))  # a line cut short ends the list
+    return [sample for sample in found if isinstance(sample, dict)][:_MOST_SAMPLES]
 
 
 def _reason(path: Path) -> str:
@@ -141,15 +147,10 @@ def _reason(path: Path) -> str:
 
 
 def _json_object(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} is not a JSON object")
-    return value
+    value, problem = read_json(path)
+    if problem and path.exists():
+        raise ConfigError(problem)
+    return None if problem else value
 
 
 def _is_number(value: Any) -> bool:

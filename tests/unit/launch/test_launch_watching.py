@@ -166,6 +166,14 @@ def test_evaluations_between_steps_keep_their_results_apart(tmp_path: Path) -> N
     assert not (tmp_path / "eval" / "during").exists()
 
 
+def test_an_evaluation_that_an_earlier_run_was_killed_in_is_no_news(tmp_path: Path) -> None:
+    """Symptom: a run without evaluations was never told of a stall, since one seemed to go on."""
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "progress.json").write_text('{"running": "before", "scores": {"step_5": {"words": 0.5}}}')
+    watch = evaluation.EvaluationWatch(tmp_path)
+    assert (watch.poll(), watch.running) == ([], None)
+
+
 def line(step: int) -> str:
     return json.dumps({"step": step, "policy_version": step, "loss": 0.5, "reward/mean": step / 10}) + "\n"
 

@@ -42,6 +42,20 @@ def test_of_a_run_that_goes_on_the_figures_so_far_are_summed_from_its_steps(tmp_
     assert data.series("reward/mean") == [(1, 0.0), (2, 0.2), (3, 0.4), (5, 0.6), (6, 0.8), (7, 1.0)]
 
 
+@pytest.mark.parametrize(("place", "key"), [(".", "eval/mean_reward"), ("words", "eval/percent_correct")])
+def test_a_held_out_score_of_a_run_that_goes_on_is_what_its_summary_will_have(
+    tmp_path: Path, place: str, key: str
+) -> None:
+    """A launch has a directory for each environment, and environments name the figure differently."""
+    root = make_run(tmp_path / "run", [0.5])
+    directory = root / "eval" / "before" / place
+    directory.mkdir(parents=True)
+    (directory / "metrics.json").write_text(json.dumps({"results": {"all": {"count": 7, key: 0.25}}}))
+    (directory / "samples.jsonl").write_text('{"answer": "x"}\n')
+    data = load_run(root)
+    assert (data.summary["held_out_before"], data.samples) == (0.25, {"before": [{"answer": "x"}]})
+
+
 def test_a_summary_of_fewer_steps_is_that_of_the_run_before_the_resume(tmp_path: Path) -> None:
     finished = load_run(make_run(tmp_path / "a", [0.1, 0.2], summary={"steps": 2, "tokens_trained": 77}))
     resumed = load_run(make_run(tmp_path / "b", [0.1, 0.2, 0.3], summary={"steps": 2, "tokens_trained": 77}))
