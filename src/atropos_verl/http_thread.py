@@ -1,10 +1,7 @@
 """Serves ASGI applications from a thread of this process: connections are bounded, pages of other sites kept out.
 
-Every server of this project is reached from the browser of whoever works on its machine. A page of any site can make
-that browser send requests there. ``foreign_page`` finds them by what a browser says of itself; programs say nothing.
-
-A connection costs a file descriptor. ``Listener`` keeps their number below the limit of the process: beyond it, the
-connection that has waited longest for a request, or for more of one, makes room for the next one.
+Every server here is reached from the browser of whoever works on its machine, and a page of any site can make that
+browser send requests. ``foreign_page`` finds them by what a browser says of itself; programs say nothing.
 """
 
 from __future__ import annotations
@@ -203,8 +200,10 @@ def foreign_page(headers: Mapping[str, str], hosts: Collection[str] = (), origin
             server's own everywhere else. Empty: any.
         origins: further sites whose pages may send requests; ``*``: any.
     """
-    host, site = headers.get("host", ""), headers.get("sec-fetch-site", "")
-    if hosts and _hostname(host) not in hosts:
+    host, site, name = headers.get("host", ""), headers.get("sec-fetch-site", ""), None
+    with contextlib.suppress(ValueError):  # "[" without "]"
+        name = urlsplit(f"//{host}").hostname  # in lower case
+    if hosts and name not in hosts:
         return f"host {host[:_SHOWN]!r} is not allowed"
     sender = headers.get("origin") or "/".join(headers.get("referer", "").split("/", 3)[:3])
     if "*" in origins or sender in origins:
@@ -214,13 +213,6 @@ def foreign_page(headers: Mapping[str, str], hosts: Collection[str] = (), origin
     if site not in ("", "none", "same-origin"):
         return f"a page of another site is not allowed (Sec-Fetch-Site: {site[:_SHOWN]!r})"
     return None
-
-
-def _hostname(host: str) -> str:
-    try:
-        return (urlsplit(f"//{host}").hostname or "").lower()
-    except ValueError:  # "[" without "]"
-        return ""
 
 
 def has_token(headers: Mapping[str, str], *tokens: str) -> bool:
@@ -250,7 +242,8 @@ def environment_token(token: str) -> str:
 
 
 class Listener(socket.socket):
-    """A listening socket whose connections leave file descriptors to the rest of the process."""
+    """A listening socket whose connections leave file descriptors to the rest of the process: beyond their limit, the
+    one that has waited longest for a request, or for more of one, makes room for the next one."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -306,9 +299,8 @@ class Listener(socket.socket):
         return connection, address
 
     def _open_spare(self) -> None:
-        if self._spare < 0:
-            with contextlib.suppress(OSError):  # another thread may have taken the last one
-                self._spare = os.open(os.devnull, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # another thread may have taken the last one
+            self._spare = self._spare if self._spare >= 0 else os.open(os.devnull, os.O_RDONLY)
 
     def _close_spare(self) -> None:
         # Forgotten first: its number may be that of another thread's file at once.
@@ -355,7 +347,7 @@ def _watched(base: Any, listener: Listener) -> type[Any]:
                 self.send_400_response(f"The header is longer than {_MAX_HEADER_BYTES} bytes.")
             elif part != "header":
                 listener.waiting.pop(self, None)
-            if part == "body":
+            if part == "body":  # now the last of those that wait
                 listener.waiting[self] = None
             if part != self._part:
                 self._watch(part)

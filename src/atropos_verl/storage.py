@@ -42,13 +42,12 @@ _Job: TypeAlias = tuple[Sequence[Change] | None, Future[None]]
 """Changes to store (None: accept changes again), and what is told when that is done."""
 
 
-class _Fetch(NamedTuple):
-    """Rows to be read by the thread that writes: those of ``table`` with keys from ``first`` to ``last``."""
+class _Range(NamedTuple):
+    """Rows to be read by the thread that writes."""
 
     table: str
     first: Key
     last: Key
-    done: "Future[list[tuple[Key, bytes]]]"
 
 
 _VERSION: Final = 2
@@ -208,7 +207,7 @@ class RecordStore:
         self._paths = (path, path.with_name(f"{path.stem}-copy{path.suffix}"))
         self._tables = tables
         self._owner, self._fsync, self._large = owner, fsync, large
-        self._jobs: queue.SimpleQueue[_Job | _Fetch | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Any, Future[Any]] | None] = queue.SimpleQueue()
         """None: the store is closed."""
         self._failure: StorageWriteError | None = None
         self._sync_failure: str | None = None
@@ -258,10 +257,7 @@ class RecordStore:
         """
         try:
             for key, value in self._db.execute(f"SELECT key, value FROM {table} ORDER BY key"):
-                if self._bodies is None or table != self._large:
-                    yield key, value
-                    continue
-                body, is_whole = self._bodies.get(value)
+                body, is_whole = self._whole(table, value)
                 if is_whole:
                     yield key, body
                 elif (table, key) not in self.damaged:
@@ -270,17 +266,19 @@ class RecordStore:
                     with contextlib.suppress(OSError):  # a full disk
                         kept.write_bytes(body)
                     text = "%s: row %r of table %s is damaged; the %d bytes that are left are in %s"
-                    logger.error(text, self._bodies.path, key, table, len(body), kept)
+                    logger.error(text, self.path.with_suffix(".bodies"), key, table, len(body), kept)
         except sqlite3.DatabaseError as error:
             raise StorageDamagedError(f"{self.path} cannot be read any more ({error}); restart to repair it") from error
 
     def get(self, table: str, key: Key) -> bytes | None:
         """The value of one row; None where there is none, or it is damaged. The rule of ``read`` holds."""
         row = self._db.execute(f"SELECT value FROM {table} WHERE key = ?", (key,)).fetchone()
-        if row is None or self._bodies is None or table != self._large:
-            return None if row is None else bytes(row[0])
-        body, is_whole = self._bodies.get(row[0])
+        body, is_whole = (b"", False) if row is None else self._whole(table, row[0])
         return body if is_whole else None
+
+    def _whole(self, table: str, value: bytes) -> tuple[bytes, bool]:
+        """What is stored of the value of a row, and whether it is all of it."""
+        return (value, True) if self._bodies is None or table != self._large else self._bodies.get(value)
 
     def write(self, changes: Sequence[Change]) -> Future[None]:
         """Store all ``changes`` or none. The future is done when they are stored; changes are stored in call order.
@@ -293,10 +291,7 @@ class RecordStore:
     def fetch(self, table: str, first: Key, last: Key) -> "Future[list[tuple[Key, bytes]]]":
         """Rows with keys from ``first`` to ``last``, in order, after the writes so far; at any time, from any thread.
         Not for the large table. The future raises ``StorageWriteError`` after ``close``, ``StorageDamagedError``."""
-        done: Future[list[tuple[Key, bytes]]] = Future()
-        done.set_running_or_notify_cancel()
-        self._put(_Fetch(table, first, last, done), done)
-        return done
+        return self._submit(_Range(table, first, last))
 
     def recover(self) -> None:
         """Wait for the writes so far, then accept writes again after one was refused."""
@@ -487,37 +482,31 @@ class RecordStore:
 
     # --- the writer thread -------------------------------------------------------------------------------------------
 
-    def _submit(self, changes: Sequence[Change] | None) -> Future[None]:
-        done: Future[None] = Future()
+    def _submit(self, job: Sequence[Change] | _Range | None) -> Future[Any]:
+        done: Future[Any] = Future()
         done.set_running_or_notify_cancel()  # a caller that is cancelled does not undo a write
-        self._put((changes, done), done)
-        return done
-
-    def _put(self, job: "_Job | _Fetch", done: Future[Any]) -> None:
         with self._closing:  # nothing is put behind the end of the queue, where nobody would take it
             if self._closed:
                 done.set_exception(StorageWriteError(f"{self.path} is closed"))
             else:
-                self._jobs.put(job)
+                self._jobs.put((job, done))
+        return done
 
     def _run(self) -> None:
         closing = False
         while not closing:
             group: list[_Job] = []
-            fetches: list[_Fetch] = []
+            ranges: list[tuple[_Range, Future[Any]]] = []
             with contextlib.suppress(queue.Empty):
                 job = self._jobs.get(timeout=_IDLE_SECONDS)
                 while job is not None:
-                    if isinstance(job, _Fetch):
-                        fetches.append(job)
-                    else:
-                        group.append(job)
+                    (ranges if isinstance(job[0], _Range) else group).append(job)
                     job = self._jobs.get_nowait()
                 closing = True
             try:
                 self._process(group)
-                for fetch in fetches:
-                    self._fetch(fetch)
+                for wanted, done in ranges:
+                    self._fetch(*wanted, done)
                 if self._unmoved_bytes > (_CHECKPOINT_BYTES if group else _IDLE_CHECKPOINT_BYTES):
                     self._move_wals()
                 if self._bodies is not None and not group:
@@ -525,18 +514,17 @@ class RecordStore:
             except Exception as error:  # a thread that ends would leave every later caller waiting
                 logger.exception("%s: its writer failed", self.path)
                 self._sync_failure = f"{self.path}: its writer failed ({error!r}); nothing is stored until a restart"
-                waiting: list[Future[Any]] = [*(done for _, done in group), *(fetch.done for fetch in fetches)]
-                for done in waiting:
+                for _, done in [*group, *ranges]:
                     if not done.done():
                         done.set_exception(StorageWriteError(self._sync_failure))
 
-    def _fetch(self, fetch: _Fetch) -> None:
+    def _fetch(self, table: str, first: Key, last: Key, done: Future[Any]) -> None:
         try:
-            text = f"SELECT key, value FROM {fetch.table} WHERE key BETWEEN ? AND ? ORDER BY key"
-            fetch.done.set_result(self._db.execute(text, (fetch.first, fetch.last)).fetchall())
+            text = f"SELECT key, value FROM {table} WHERE key BETWEEN ? AND ? ORDER BY key"
+            done.set_result(self._db.execute(text, (first, last)).fetchall())
         except sqlite3.DatabaseError as error:
             text = f"{self.path} cannot be read any more ({error}); restart to repair it"
-            fetch.done.set_exception(StorageDamagedError(text))
+            done.set_exception(StorageDamagedError(text))
 
     def _process(self, group: list[_Job]) -> None:
         together = [change for changes, _ in group for change in changes or ()]

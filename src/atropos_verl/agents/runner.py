@@ -327,7 +327,9 @@ class Runner:
 
     async def _group(self, api: AtroposClient, notes: Notes, group: Group, env_id: int) -> None:
         size = self.options.group_size
-        earlier = [found for session in list(group.sessions) if (found := await self._recall(session)) is not None]
+        recalled = [await self._recall(session) for session in list(group.sessions)]
+        # A rollout that had its reward when it was replaced (it was not read in time) would be one too many.
+        earlier = [found for found in recalled if found is not None][:size]
 
         def noted(session: str) -> None:
             notes.add(group=group.id, session=session)

@@ -146,18 +146,11 @@ class AtroposClient:
             self._batch_headers["X-Atropos-Lease"] = f"{lease_seconds:g}"
         self._base = api_url.rstrip("/")
         proxied = not _is_this_machine(host) if trust_env is None else trust_env  # a proxy may be reached by TLS, too
-        of_client: dict[str, Any] = {
-            "headers": _check_headers(token, headers, api_url),
-            "verify": _check_trust(verify, needed=proxied or not api_url.lower().startswith("http:")),
-        }
+        sent = _check_headers(token, headers, api_url)
+        trust = _check_trust(verify, needed=proxied or not api_url.lower().startswith("http:"))
+        limits = httpx.Limits(max_keepalive_connections=0)
         try:
-            self._http = httpx.Client(
-                **of_client,
-                trust_env=proxied,
-                limits=httpx.Limits(max_keepalive_connections=0),
-                transport=transport,
-                follow_redirects=False,
-            )
+            self._http = httpx.Client(headers=sent, verify=trust, trust_env=proxied, limits=limits, transport=transport)
         except (ImportError, ValueError) as error:  # of a SOCKS proxy, or one of a kind that httpx does not know
             raise ConfigError(f"the proxy that ALL_PROXY or HTTP(S)_PROXY names cannot be used: {error}") from error
 
@@ -178,12 +171,10 @@ class AtroposClient:
         self.info()
 
     def status(self) -> ApiStatus:
-        call = self._call("GET", "/status")
-        return ApiStatus(*integers(call, self._ask(call), "current_step", "queue_size"))
+        return ApiStatus(*self._integers(self._call("GET", "/status"), "current_step", "queue_size"))
 
     def info(self) -> ApiInfo:
-        call = self._call("GET", "/info")
-        return ApiInfo(*integers(call, self._ask(call), "batch_size", "max_token_len"))
+        return ApiInfo(*self._integers(self._call("GET", "/info"), "batch_size", "max_token_len"))
 
     def latest_example(self) -> bytes:
         """The JSON of the group that came last; its lists are empty while there is none."""
@@ -219,7 +210,7 @@ class AtroposClient:
     def env_status(self, env_id: int) -> ApiStatus:
         """What the API tells an environment: its queue in groups of that environment's size. The API hears of it."""
         call = self._call("GET", "/status-env", EnvIdentifier(env_id))
-        return ApiStatus(*integers(call, self._ask(call), "current_step", "queue_size"))
+        return ApiStatus(*self._integers(call, "current_step", "queue_size"))
 
     def reset_data(self) -> None:
         """Destructive: the API forgets registrations, environments, queue and batches."""
@@ -320,6 +311,9 @@ class AtroposClient:
             content = msgspec.json.encode(content)
         sent = {**(headers or {}), **({} if content is None else {"content-type": "application/json"})}
         return Call(method, f"{self._base}{endpoint}", endpoint, self.api_url, self.timeout, content, sent)
+
+    def _integers(self, call: Call, *names: str) -> list[int]:
+        return integers(call, self._ask(call), *names)
 
     def _ask(
         self, call: Call, *, repeatable: bool = True, should_stop: Callable[[], None] | None = None
@@ -464,11 +458,8 @@ def _check_url(api_url: str) -> str:
         valid = parts.scheme in ("http", "https") and host != "" and parts.port != 0 and not re.search(r"\s", api_url)
     except (ValueError, TypeError, AttributeError, httpx.InvalidURL) as error:
         # The error may quote a piece of the password.
-        why = (
-            "check its port, and write /, ?, # and @ of a password as %2F, %3F, %23 and %40"
-            if "@" in str(api_url)
-            else error
-        )
+        advice = "check its port, and write /, ?, # and @ of a password as %2F, %3F, %23 and %40"
+        why = advice if "@" in str(api_url) else error
         raise ConfigError(f"{_without_password(str(api_url))!r} is not a URL: {why}", key) from None
     if not valid:
         raise ConfigError(f"{_without_password(api_url)!r} is not an http:// or https:// URL with a host", key)

@@ -107,19 +107,14 @@ def exchange(client: httpx.Client, call: Call, seconds: float) -> tuple[bytes, h
     Raises:
         ExchangeError: with the translated error, whatever failed; also for an answer that is not 2xx.
     """
-    silence = call.timeout if call.is_batch else seconds
+    timeout = httpx.Timeout(call.timeout if call.is_batch else seconds, connect=seconds, pool=seconds)
     end = time.monotonic() + seconds
     chunks: list[bytes] = []
     received = 0
     is_answering = False
+    sent: dict[str, Any] = {"content": call.content, "headers": dict(call.headers)}
     try:
-        with client.stream(
-            call.method,
-            call.url,
-            content=call.content,
-            headers=dict(call.headers),
-            timeout=httpx.Timeout(silence, connect=seconds, pool=seconds),
-        ) as response:
+        with client.stream(call.method, call.url, **sent, timeout=timeout) as response:
             is_answering = True
             if call.is_batch:
                 end = time.monotonic() + TRANSFER_FACTOR * call.timeout

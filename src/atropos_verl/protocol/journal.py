@@ -91,20 +91,23 @@ class BatchJournal:
 
     def assign(self, entry: JournalEntry, step: int) -> JournalEntry:
         """Note that training step ``step`` consumed ``entry``; again for a replayed batch. Returns the new entry."""
-        with self._lock:
-            return self._change(entry, step=step)
+        return self.change(entry, step=step)
 
     def note_acked(self, entry: JournalEntry) -> JournalEntry:
         """Note that the API has given the batch up, unless it has come again under another lease since ``entry`` was
         read. Returns the entry as it is now."""
         with self._lock:
             now = self._read_entry(entry.path)
-            return self._change(now, acked=True) if now.lease_id == entry.lease_id else now
+            return self.change(now, acked=True) if now.lease_id == entry.lease_id else now
 
-    def change_lease(self, entry: JournalEntry, lease_id: str) -> JournalEntry:
-        """Note durably that the API has given the batch out again, to this run, as ``lease_id``."""
+    def change(self, entry: JournalEntry, **changes: Any) -> JournalEntry:
+        """Write the note durably with ``changes``. Raises ``CheckpointError`` for a batch that is not here."""
         with self._lock:
-            return self._change(entry, lease_id=lease_id, acked=False)
+            if not entry.path.exists():
+                raise CheckpointError(f"no journalled batch {entry.path}")
+            changed = replace(self._read_entry(entry.path), **changes)
+            self._write_meta(changed)
+            return changed
 
     def find(self, lease_ids: Collection[str]) -> JournalEntry | None:
         """The batch that came under one of ``lease_ids``."""
@@ -194,8 +197,7 @@ class BatchJournal:
         """Keep ``content`` beside the batch, as long as that; ``name`` is the file's ending. Not ``durable``: a power
         cut may lose it."""
         with self._lock:
-            checksum = xxhash.xxh3_64_digest(content)
-            self._write(entry.path.with_suffix(f".{name}"), checksum + content, durable=durable)
+            self._write(entry.path.with_suffix(f".{name}"), xxhash.xxh3_64_digest(content) + content, durable=durable)
 
     def attachment(self, entry: JournalEntry, name: str) -> bytes | None:
         """The content that ``attach`` kept; None when there is none, or it cannot be read (then the log says why)."""
@@ -251,14 +253,6 @@ class BatchJournal:
         lease_id, acked = note.get("lease_id"), note.get("acked") is True
         made_of = (note.get("bytes"), note.get("checksum"))
         return JournalEntry(sequence, path, note.get("meta") or {}, note.get("step"), lease_id, acked, *made_of)
-
-    def _change(self, entry: JournalEntry, **changes: Any) -> JournalEntry:
-        """Write the note with ``changes``. Raises ``CheckpointError`` for a batch that is not in the journal."""
-        if not entry.path.exists():
-            raise CheckpointError(f"no journalled batch {entry.path}")
-        changed = replace(self._read_entry(entry.path), **changes)
-        self._write_meta(changed)
-        return changed
 
     def _write_meta(self, entry: JournalEntry) -> None:
         note: dict[str, Any] = {"sequence": entry.sequence, "bytes": entry.size, "checksum": entry.checksum}

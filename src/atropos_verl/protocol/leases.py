@@ -164,7 +164,7 @@ class LeasedBatches:
         before = self.journal.find(fetched.earlier_lease_ids) if fetched.earlier_lease_ids else None
         if before is not None and fetched.lease_id is not None:
             logger.warning("lease %s had ended; its batch is here already: %s", before.lease_id, before.path)
-            entry = self.journal.change_lease(before, fetched.lease_id)
+            entry = self.journal.change(before, lease_id=fetched.lease_id, acked=False)
             if entry.step is not None:
                 self.ack(entry)
             else:

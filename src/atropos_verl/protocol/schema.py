@@ -511,10 +511,9 @@ def read_rollouts(fields: ScoredData) -> tuple[IntArray | None, FloatArray | Non
     if isinstance(weights, list):
         factors = float_row(weights)
         _check_floats(factors, "weights", None)
-        if (bad := factors < 0).any():
-            i = int(np.argmax(bad))
-            message = f"weights[{i}] = {factors[i]}: a weight is at least 0"
-            raise Refusal("weight", message, "weights", i, value=float(factors[i]))
+        if (bad := _first(factors < 0)) is not None:
+            message = f"weights[{bad}] = {factors[bad]}: a weight is at least 0"
+            raise Refusal("weight", message, "weights", bad, value=float(factors[bad]))
     return numbers, factors
 
 
@@ -582,13 +581,14 @@ def _check_lengths(
                 raise Refusal("length", f"{message}; one per token is needed", name, sequence, value=len(row))
 
 
+def _first(bad: NDArray[np.bool_]) -> int | None:
+    return int(np.argmax(bad)) if bad.any() else None
+
+
 def _check_ids(tokens: NDArray[Any], sequence: int, vocab_size: int | None) -> None:
-    bad = tokens < 0
-    if vocab_size is not None:
-        bad |= tokens >= vocab_size
-    if not bad.any():
+    index = _first(tokens < 0 if vocab_size is None else (tokens < 0) | (tokens >= vocab_size))
+    if index is None:
         return
-    index = int(np.argmax(bad))
     problem = "a token id is never negative"
     if vocab_size is not None:
         problem = f"outside the vocabulary [0, {vocab_size}); does the environment use the trained model's tokenizer?"
@@ -597,10 +597,9 @@ def _check_ids(tokens: NDArray[Any], sequence: int, vocab_size: int | None) -> N
 
 
 def _check_masks(masks: IntArray, tokens: IntArray, i: int) -> None:
-    bad = (masks != NOT_TRAINED) & (masks != tokens)
-    if not bad.any():
+    t = _first((masks != NOT_TRAINED) & (masks != tokens))
+    if t is None:
         return
-    t = int(np.argmax(bad))
     hint = ""
     if ((masks == 0) | (masks == 1)).all():
         hint = "; a 0/1 mask is not Atropos's format, put the token id where the token is trained and -100 elsewhere"
@@ -609,10 +608,9 @@ def _check_masks(masks: IntArray, tokens: IntArray, i: int) -> None:
 
 
 def _check_floats(row: FloatArray, field: str, sequence: int | None, limit: float = MAX_MAGNITUDE) -> None:
-    fits = np.abs(row) <= limit  # False for NaN too
-    if fits.all():
+    t = _first(~(np.abs(row) <= limit))  # NaN too
+    if t is None:
         return
-    t = int(np.argmax(~fits))
     problem = f"beyond ±{limit:g}, which float32 cannot be trained with" if math.isfinite(row[t]) else "must be finite"
     place, index = (f"{field}[{t}]", None) if sequence is None else (f"{field}[{sequence}][{t}]", t)
     sequence = t if sequence is None else sequence
@@ -620,10 +618,9 @@ def _check_floats(row: FloatArray, field: str, sequence: int | None, limit: floa
 
 
 def _check_logprobs(row: FloatArray, i: int) -> None:
-    bad = (row > LOGPROB_TOLERANCE) & (row != NO_LOGPROB)
-    if not bad.any():
+    t = _first((row > LOGPROB_TOLERANCE) & (row != NO_LOGPROB))
+    if t is None:
         return
-    t = int(np.argmax(bad))
     problem = f"a logprob is at most 0 ({NO_LOGPROB} means no value); are these probabilities?"
     place = f"inference_logprobs[{i}][{t}] = {row[t]}"
     raise Refusal("logprob", f"{place}: {problem}", "inference_logprobs", i, t, float(row[t]))

@@ -70,6 +70,12 @@ _PACKED_SHARE = 0.2
 _NOT_REGISTERED = {"status": "error", "message": "Trainer not registered. Call /register first.", "batch": []}
 _MAX_UNKNOWN = 1000
 _SHOWN_NAME = 80
+_CORS = {
+    b"access-control-allow-methods": b"GET, POST",
+    b"access-control-allow-headers": b"authorization, content-type, idempotency-key, x-atropos-lease",
+    b"access-control-expose-headers": b"x-atropos-lease-id, x-atropos-step, retry-after",
+    b"vary": b"Origin",
+}
 _EXAMPLE = "tokens masks scores advantages ref_logprobs generation_params inference_logprobs messages images"
 
 
@@ -198,37 +204,34 @@ class TrajectoryApi:
                 await self.store.synced()
 
     async def _failed(self, request: Request, error: Exception) -> Response:
-        detail, headers = str(error), {}
+        detail = str(error)
         if isinstance(error, Refusal | BodyError):
             self.counters.refused[error.reason] += 1
-            about = {"event": "refused", "reason": error.reason}
             environment = self.store.environment(error.env_id) if isinstance(error, Refusal) else None
             if environment is not None:
                 environment.refused += 1
-            sender = environment and environment.env_id
-            if self._refusals.is_new(f"{request.scope['path']} {error.reason} {sender}"):
-                logger.warning("%s refused: %s", request.scope["path"], error, extra=about)
+            path, sender = request.scope["path"], environment and environment.env_id
+            if self._refusals.is_new(f"{path} {error.reason} {sender}"):
+                about = {"event": "refused", "reason": error.reason}
+                logger.warning("%s refused: %s", path, error, extra=about)
         match error:
             case Refusal():
                 return _json(error.as_fields(), 422)
             case BodyError():
                 # The rest of the body is not read: the connection cannot be used again.
-                status_code, headers = error.status, {"connection": "close"}
-                if status_code == 503:
-                    headers["retry-after"] = "1"
+                headers = {"connection": "close"} | ({"retry-after": "1"} if error.status == 503 else {})
+                return _json({"detail": detail}, error.status, headers)
             case QueueFullError():
                 self.counters.refused["queue_full"] += 1
-                status_code, headers = 429, {"retry-after": "1"}
+                return _json({"detail": detail}, 429, {"retry-after": "1"})
             case ConflictError() | UnknownLeaseError():
                 status_code = 409 if isinstance(error, ConflictError) else 404
                 return _json({"detail": detail, "message": detail}, status_code)
             case HTTPException():
-                detail, status_code, headers = error.detail, error.status_code, dict(error.headers or {})
+                return _json({"detail": error.detail}, error.status_code, dict(error.headers or {}))
             case ClientDisconnect():
                 return Response(status_code=_CLIENT_GONE)
-            case _:
-                status_code = 507
-        return _json({"detail": detail}, status_code, headers)
+        return _json({"detail": detail}, 507)
 
     def _refused(self, request: Request) -> Response | None:
         """The answer to a request that is not allowed, else None."""
@@ -250,24 +253,12 @@ class TrajectoryApi:
             return _json({"detail": "an environment's token does not allow /reset_data: the run's own one does"}, 403)
         return None
 
-    def _is_allowed(self, origin: str) -> bool:
-        return "*" in self.store.settings.cors_origins or origin in self.store.settings.cors_origins
-
     def _cors_headers(self, request: Request) -> list[tuple[bytes, bytes]]:
         """Headers that let a page of an allowed origin read the answer; none otherwise."""
         origin = request.headers.get("origin")
-        if origin is None or not self._is_allowed(origin):
+        if origin is None or not {origin, "*"} & {*self.store.settings.cors_origins}:
             return []
-        return [
-            (b"access-control-allow-origin", origin.encode("latin-1")),
-            (b"access-control-allow-methods", b"GET, POST"),
-            (
-                b"access-control-allow-headers",
-                b"authorization, content-type, idempotency-key, x-atropos-lease",
-            ),
-            (b"access-control-expose-headers", b"x-atropos-lease-id, x-atropos-step, retry-after"),
-            (b"vary", b"Origin"),
-        ]
+        return [(b"access-control-allow-origin", origin.encode("latin-1")), *_CORS.items()]
 
     # --- trainer and environments ------------------------------------------------------------------------------------
 
@@ -308,13 +299,10 @@ class TrajectoryApi:
         return {"status": "success"}
 
     async def wandb_info(self, request: Request) -> dict[str, Any]:
-        trainer = self.store.registration
-        return {"group": trainer and trainer.wandb_group, "project": trainer and trainer.wandb_project}
+        return {name: getattr(self.store.registration, f"wandb_{name}", None) for name in ("group", "project")}
 
     async def info(self, request: Request) -> dict[str, Any]:
-        trainer = self.store.registration
-        sizes = (-1, -1) if trainer is None else (trainer.batch_size, trainer.max_token_len)
-        return dict(zip(("batch_size", "max_token_len"), sizes, strict=True))
+        return {name: getattr(self.store.registration, name, -1) for name in ("batch_size", "max_token_len")}
 
     async def reset_data(self, request: Request) -> Response:
         self.store.reset()

@@ -106,12 +106,8 @@ def choose_batch(view: QueueView, policy: BatchPolicy, now: float) -> list[Store
     target = batch_size if ends[0] >> batch_size & 1 else _fallback_target(view, policy, now, head, ends[0])
     if target is not None:
         return _shared_out(pools, ends, target, head)
-    if (
-        view.minimums
-        and view.total >= batch_size
-        and policy.batch_fill != "exact"
-        and _highest(ends[0], batch_size) < 0
-    ):
+    may_differ = policy.batch_fill != "exact" and view.total >= batch_size
+    if view.minimums and may_differ and _highest(ends[0], batch_size) < 0:
         # The minimums cannot be met without exceeding the batch, however long one waits.
         return choose_batch(replace(view, minimums={}), policy, now)
     return None
@@ -120,12 +116,11 @@ def choose_batch(view: QueueView, policy: BatchPolicy, now: float) -> list[Store
 def _head(view: QueueView, batch_size: int) -> list[StoredGroup]:
     """The oldest groups, until they are at least a batch."""
     taken: list[StoredGroup] = []
-    total = 0
     for group in view.in_order():
-        if total >= batch_size:
-            break
         taken.append(group)
-        total += group.size
+        batch_size -= group.size
+        if batch_size <= 0:
+            break
     return taken
 
 
@@ -160,7 +155,7 @@ def _fallback_target(
 
 def _forced(view: QueueView, policy: BatchPolicy, oldest: StoredGroup) -> list[StoredGroup]:
     """The best batch that holds ``oldest``, left behind too often: exact, else the closest the policy allows."""
-    others = [group for group in _candidates(view.classes, policy.batch_size) if group.seq != oldest.seq]
+    others = [group for group in _candidates(view.classes, policy.batch_size) if group is not oldest]
     sizes = [group.size for group in others]
     room = policy.batch_size - oldest.size
     sums = _suffix_sums(sizes, room + max(sizes, default=0))[0]
@@ -257,12 +252,9 @@ def oldest_subset(sizes: Sequence[int], target: int) -> list[int] | None:
     sums = _suffix_sums(sizes, target)
     if not sums[0] >> target & 1:
         return None
-    chosen = []
-    left = target
+    chosen, left = [], target
     for index, size in enumerate(sizes):
-        if left == 0:
-            break
-        if size <= left and sums[index + 1] >> (left - size) & 1:
+        if 0 < size <= left and sums[index + 1] >> (left - size) & 1:
             chosen.append(index)
             left -= size
     return chosen

@@ -39,11 +39,8 @@ class JsonFormatter(logging.Formatter):
 
 
 def check_bind(host: str, settings: ServerSettings, *, insecure: bool = False) -> ServerSettings:
-    """The settings for listening on ``host``; on the loopback, only by the loopback's names.
-
-    Raises:
-        ConfigError: a public address without a token.
-    """
+    """The settings for listening on ``host``; on the loopback, only by the loopback's names. Raises ``ConfigError`` for
+    a public address without a token."""
     if is_loopback(host):
         return replace(settings, allowed_hosts=(*_LOOPBACK_NAMES, host, *settings.allowed_hosts))
     if settings.token is None and not insecure:

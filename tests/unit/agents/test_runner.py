@@ -197,27 +197,29 @@ async def test_a_runner_that_is_started_again_posts_what_was_finished_and_sample
     async def solve(task: str, session: AgentSession) -> float:
         return float(await ask(session, client))
 
-    # The process died with one rollout finished and one open, and after it had posted another group.
-    for _ in range(4):
+    # The process died with one rollout finished and one open, after it had posted another group, and before it posted
+    # one in which a rollout was replaced that had its reward.
+    for _ in range(7):
         async with client.session("x") as session:
             await ask(session, client)
             if session.id != "s1":
                 await session.reward(5.0)
     notes = Notes(path)
-    for group, task, sessions in (("one", 1, ("s0", "s1")), ("two", 2, ("s2", "s3"))):
+    for group, task, sessions in (("one", 1, ("s0", "s1")), ("two", 2, ("s2", "s3")), ("three", 0, ("s4", "s5", "s6"))):
         notes.add(group=group, task=task)
         for name in sessions:
             notes.add(group=group, session=name)
     with path.open("a") as file:
         file.write('{"group": "tw')
-    api = registered(server)
+    api = registered(server, 6)
     two = encode_rollouts([await client.rollout(name) for name in ("s2", "s3")], 0, holds_rollouts=True)
     api.register_env(EnvRegistration(max_token_length=9, group_size=2, desired_name="old"))
     api.post_scored_data_list([two], "two")
     again = Notes(path)
-    assert (again.begun, [group.sessions for group in again.unfinished.values()]) == (2, [["s0", "s1"], ["s2", "s3"]])
-    groups = await until(runner_of(client, solve), api, again, 2, "one", "two")
-    assert [group.scores.tolist() for group in groups] == [[5.0, 5.0], [5.0, 1.0]]
+    sessions = [group.sessions for group in again.unfinished.values()]
+    assert (again.begun, sessions) == (3, [["s0", "s1"], ["s2", "s3"], ["s4", "s5", "s6"]])
+    groups = await until(runner_of(client, solve), api, again, 3, "one", "two", "three")
+    assert sorted(group.scores.tolist() for group in groups) == [[5.0, 1.0], [5.0, 5.0], [5.0, 5.0]]
     assert gateway.sessions["s1"]["state"] == "aborted"
     assert not Notes(path).unfinished
 
