@@ -78,10 +78,7 @@ def load_settings(
     words: Sequence[str], config_dir: Path, config_name: str | None, default_name: str | None
 ) -> tuple[RunConfig, LaunchConfig, RayLaunch | None]:
     """Compose and validate the settings of a launch with either backend. Raises ``ConfigError``."""
-    backend = backend_of(words, config_dir, config_name)
-    if backend not in ("local", "ray"):
-        raise ConfigError(f"{backend!r} is neither local nor ray", "backend")
-    if backend == "local":
+    if backend_of(words, config_dir, config_name) == "local":
         return (*load_launch(words, config_dir, config_name or default_name), None)
     ray = load_ray_launch(words, config_dir, config_name)
     return ray.config, ray.launch, ray
@@ -168,9 +165,12 @@ def is_launch_key(word: str) -> bool:
 
 
 def backend_of(words: Sequence[str], config_dir: Path, config_name: str | None) -> str:
-    """``local`` or ``ray``: as a word says, else the file or one that it builds on, else local."""
+    """As a word says, else the file or one that it builds on, else local. Raises ``ConfigError`` for another."""
     of_words = (word.partition("=")[2] for word in reversed(words) if word.startswith("backend="))
-    return next(of_words, None) or (_backend_in(config_dir, config_name) if config_name else None) or "local"
+    found = next(of_words, None) or (_backend_in(config_dir, config_name) if config_name else None) or "local"
+    if found not in ("local", "ray"):
+        raise ConfigError(f"{found!r} is neither local nor ray", "backend")
+    return found
 
 
 def load_ray_launch(words: Sequence[str], config_dir: Path, config_name: str | None) -> RayLaunch:

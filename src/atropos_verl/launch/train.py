@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from atropos_verl.config.composition import KEY_FILE, gateway_key, load_config, train_help
+from atropos_verl.config.composition import KEY_FILE, SHIPPED, gateway_key, load_config, train_help
 from atropos_verl.config.launch_schema import LaunchConfig, note_of_unused_keys
 from atropos_verl.config.model_checks import check_gpu, check_usable, read_json
 from atropos_verl.config.schema import RunConfig
@@ -30,6 +30,7 @@ from atropos_verl.errors import AtroposTimeoutError, AtroposVerlError, ConfigErr
 from atropos_verl.http_thread import listen
 from atropos_verl.launch.environments import direct, own_temporary, write_tokenizer
 from atropos_verl.launch.evaluation import EvaluationProcesses, PlannedEvaluation, read_evaluations
+from atropos_verl.launch.launch import backend_of
 from atropos_verl.launch.orphan_reaper import TOKEN_VARIABLE
 from atropos_verl.launch.plan import LaunchPlan, make_plan, one_environment, take_run_dir, url_of
 from atropos_verl.launch.probes import free_port
@@ -52,20 +53,17 @@ _HOST = "127.0.0.1"
 
 def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> int:
     """Train with ``backend=local`` (whose file is ``config_name``) or ``backend=ray``; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    backend = next((word.partition("=")[2] for word in reversed(words) if word.startswith("backend=")), "local")
-    if backend not in ("local", "ray"):
-        sys.stderr.write(f"CONFIGURATION ERROR: backend: {backend!r} is neither local nor ray\n")
-        return 2
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--cfg", action="store_true")
-    parser.add_argument("--config-name", default=config_name if backend == "local" else None)
-    parser.add_argument("--config-dir", type=Path)
-    options, overrides = parser.parse_known_args([word for word in words if not word.startswith("backend=")])
+    parser.add_argument("--config-name")
+    parser.add_argument("--config-dir", type=Path, default=SHIPPED)
+    options, words = parser.parse_known_args(argv)
+    overrides = [word for word in words if not word.startswith("backend=")]
     try:
-        if backend == "ray":
+        if backend_of(words, options.config_dir, options.config_name) == "ray":
             return _ray_command(options, overrides)
+        options.config_name = options.config_name or config_name
         return _local_command(options, overrides)
     except ConfigError as error:
         sys.stderr.write(f"CONFIGURATION ERROR: {error}\n")

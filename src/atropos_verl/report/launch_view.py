@@ -1,6 +1,5 @@
 """Shows a launch: the launcher's own view, and ``attach``, which reads ``state.json`` in a second terminal."""
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from atropos_verl.config.model_checks import read_json
 from atropos_verl.errors import ConfigError
 from atropos_verl.report.console import CURVE_WIDTH, LiveScreen, step_line
 from atropos_verl.report.format import count, duration, sparkline
@@ -106,14 +106,11 @@ def _flow(state: Mapping[str, Any]) -> str:
 def _read_state(run_dir: Path) -> dict[str, Any]:
     """Reads the newest state of a launch. Raises ``ConfigError`` when ``run_dir`` holds none."""
     path = run_dir / "state.json"
-    try:
-        state = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; is {run_dir} the run directory of a launch?") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    if not isinstance(state, dict):
-        raise ConfigError(f"{path} is not the state of a launch")
+    state, problem = read_json(path)
+    if problem and not path.exists():
+        raise ConfigError(f"{path} does not exist; is {run_dir} the run directory of a launch?")
+    if problem:
+        raise ConfigError(problem)
     return state
 
 

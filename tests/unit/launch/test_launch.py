@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from atropos_verl.http_thread import environment_token
 from atropos_verl.launch.launch import backend_of, build_plan, is_launch_key, load_ray_launch, main
 from atropos_verl.launch.plan import LaunchPlan, prepare_run_dir, trainer_settings_text
 from atropos_verl.launch.process import ServiceSpec
+from atropos_verl.launch.train import main as train_main
 
 PLANNED = {
     "local_demo": ["trajectory_api", "demo", "trainer"],
@@ -328,6 +330,17 @@ def test_every_shipped_file_of_ray_becomes_a_plan(name: str, tmp_path: Path, mon
 def test_the_backend_is_the_words_then_the_files() -> None:
     assert [backend_of([], SHIPPED, name) for name in (None, "local_demo", "ray_cpu_demo")] == ["local", "local", "ray"]
     assert backend_of(["backend=local"], SHIPPED, "ray_cpu_demo") == "local"
+
+
+@pytest.mark.parametrize("command", [main, train_main])
+def test_both_commands_take_the_backend_of_the_file(
+    command: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Symptom: train said that ppo_trainer could not be loaded."""
+    assert command(["--config-name", "ray_cpu_demo", "--cfg"]) == 0
+    assert "total_training_steps" in capsys.readouterr().out
+    assert command(["backend=other"]) == 2
+    assert capsys.readouterr().err == "CONFIGURATION ERROR: backend: 'other' is neither local nor ray\n"
 
 
 @pytest.mark.parametrize(

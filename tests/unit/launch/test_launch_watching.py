@@ -482,7 +482,7 @@ def test_the_gateways_counters_are_read() -> None:
         FakeEngine(), TextCodec(build_tiny_tokenizer(), frozenset()), "tiny", RequestGate(), None, None
     )
     service.answered.update({("/generate", 200): 5, ("/generate", 400): 2, ("/v1/completions", 401): 1, ("/x", 499): 9})
-    found = _counters(service.render().decode())
+    found = _counters(service.exposition().decode())
     names = ("requests_total", "served_total", "refused_total", "generated_tokens_total")
     assert [found[name] for name in names] == [17.0, 5.0, 3.0, 0.0]
 
