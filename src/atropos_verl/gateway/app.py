@@ -1,13 +1,4 @@
-"""The ASGI application: routes, key, errors, and clients that go away.
-
-The life of a generation request::
-
-    body read → parsed (400) → admitted by the gate → generated → encoded → sent
-                                    └── waits while weights are swapped; the client notices nothing
-    client gone, or timeout, at any point → the task is cancelled → the engine frees its slots
-
-In a session a request goes on when its client leaves: an equal one gets its completions (``gateway/sessions.py``).
-"""
+"""The ASGI application: routes, key, errors, and clients that go away: their task is cancelled, but in a session."""
 
 import asyncio
 import hmac
@@ -17,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -241,6 +232,7 @@ class _Reply:
             await self.write(body, status=error.status)
 
 
+@dataclass(eq=False)
 class _Entrance:
     """Every request comes through it: collapses leading slashes of the path, and refuses who may not call.
 
@@ -248,17 +240,12 @@ class _Entrance:
     healthy server for ever. /health needs no key: supervisors probe it before they know any.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        key: str | None,
-        hosts: Collection[str],
-        service: GatewayService,
-        sessions: SessionStore | None,
-        evaluates: bool,
-    ) -> None:
-        self._app, self._key, self._hosts, self._service, self._sessions = app, key, hosts, service, sessions
-        self._evaluates = evaluates
+    app: ASGIApp
+    key: str | None
+    hosts: Collection[str]
+    service: GatewayService
+    sessions: SessionStore | None
+    evaluates: bool
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -269,28 +256,28 @@ class _Entrance:
                 path, session = self._admit(scope["path"], Headers(scope=scope))
             except ApiError as refusal:
                 text = "a client was refused at %s: %s"
-                self._service.warn_refused(f"entrance {refusal.status}", text, scope["path"][:200], refusal.message)
+                self.service.warn_refused(f"entrance {refusal.status}", text, scope["path"][:200], refusal.message)
                 await _error_response(refusal, scope["path"])(scope, receive, send)
                 return
             scope = {**scope, "path": path, "session": session}
-        await self._app(scope, receive, send)
+        await self.app(scope, receive, send)
 
     def _admit(self, path: str, headers: Headers) -> tuple[str, Session | None]:
         """The route, and the session whose agent calls it. Raises ``ApiError`` 401, 403, 404, 415."""
-        if (reason := foreign_page(headers, self._hosts)) is not None:
+        if (reason := foreign_page(headers, self.hosts)) is not None:
             raise ApiError(403, f"{reason} (gateway.host, gateway.advertise_url)", code="forbidden")
         sent = [sent_token(headers), headers.get("x-api-key", "").encode()]
         session = self._session_of(sent)
-        is_open = not self._key or path in ("/health", f"{EVALUATION_PATH}/health") or session is not None
-        if not is_open and not any(hmac.compare_digest(token, str(self._key).encode()) for token in sent):
+        is_open = not self.key or path in ("/health", f"{EVALUATION_PATH}/health") or session is not None
+        if not is_open and not any(hmac.compare_digest(token, str(self.key).encode()) for token in sent):
             message = "missing or wrong API key; send 'Authorization: Bearer KEY' (gateway.api_key)"
             raise ApiError(401, message, code="invalid_api_key")
         media_type = headers.get("content-type", _JSON).partition(";")[0].strip().lower()
         if media_type != _JSON and not media_type.endswith("+json"):
             raise ApiError(415, f"Content-Type {media_type[:100]!r} is not taken; send {_JSON}")
-        if self._sessions is not None and path.startswith("/s/"):
+        if self.sessions is not None and path.startswith("/s/"):
             session_id, _, rest = path.removeprefix("/s/").partition("/")
-            path, addressed = f"/{rest.lstrip('/')}", self._sessions.find(session_id)
+            path, addressed = f"/{rest.lstrip('/')}", self.sessions.find(session_id)
             if session is not None and session is not addressed:
                 raise ApiError(403, "this is the key of another session", code="forbidden")
             if not path.startswith(_AGENT_ROUTES):
@@ -305,36 +292,29 @@ class _Entrance:
         return path, session
 
     def _prefix(self, session: Session) -> str:
-        return EVALUATION_PATH if self._evaluates and session.record.opening.group.startswith(EVALUATION_GROUP) else ""
+        return EVALUATION_PATH if self.evaluates and session.record.opening.group.startswith(EVALUATION_GROUP) else ""
 
     def _session_of(self, sent: list[bytes]) -> Session | None:
         """The session whose key was sent."""
-        if self._sessions is None:
+        if self.sessions is None:
             return None
-        found = (self._sessions.of_key(token.decode("latin-1")) for token in sent)
+        found = (self.sessions.of_key(token.decode("latin-1")) for token in sent)
         return next((session for session in found if session is not None), None)
 
 
+@dataclass(eq=False)
 class _Endpoint:
     """One POST endpoint as an ASGI application: it must see the client leave, which a plain handler cannot."""
 
-    def __init__(
-        self,
-        service: GatewayService,
-        path: str,
-        reader: Reader,
-        request_timeout: float | None,
-        sessions: SessionStore | None = None,
-    ) -> None:
-        self._service = service
-        self._path = path
-        self._read = reader
-        self._request_timeout = request_timeout
-        self._sessions = sessions
+    service: GatewayService
+    path: str
+    read: Reader
+    request_timeout: float | None
+    sessions: SessionStore | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        service = self._service
-        reply = _Reply(send, self._path)
+        service = self.service
+        reply = _Reply(send, self.path)
         service.counts["in_flight"] += 1
         body = bytearray()
         try:
@@ -354,10 +334,10 @@ class _Endpoint:
         finally:
             self._forget(body)
             service.counts["in_flight"] -= 1
-            service.answered[self._path, reply.status] += 1
+            service.answered[self.path, reply.status] += 1
 
     def _forget(self, body: bytearray) -> None:
-        self._service.counts["unread_bytes"] -= len(body)
+        self.service.counts["unread_bytes"] -= len(body)
         body.clear()
 
     async def _serve_while_connected(self, scope: Scope, body: bytearray, receive: Receive, reply: _Reply) -> None:
@@ -365,7 +345,7 @@ class _Endpoint:
         gone = asyncio.create_task(disconnected(receive))
         work = asyncio.create_task(self._serve(scope, body, reply, gone))
         try:
-            await asyncio.wait({work, gone}, timeout=self._request_timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({work, gone}, timeout=self.request_timeout, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 return work.result()
             left = gone.done()
@@ -373,11 +353,11 @@ class _Endpoint:
             await asyncio.wait({work}, timeout=_CANCEL_TIMEOUT)
             if not work.done():
                 text = "%s: the engine still holds a cancelled request after %.0f s"
-                logger.warning(text, self._path, _CANCEL_TIMEOUT)
+                logger.warning(text, self.path, _CANCEL_TIMEOUT)
             if left:
                 raise ClientDisconnect
             if not work.done() or work.cancelled():
-                message = f"not finished within {self._request_timeout} s, the request_timeout of this gateway"
+                message = f"not finished within {self.request_timeout} s, the request_timeout of this gateway"
                 raise ApiError(504, message, code="timeout")
         finally:
             gone.cancel()
@@ -385,14 +365,14 @@ class _Endpoint:
 
     async def _serve(self, scope: Scope, body: bytearray, reply: _Reply, gone: asyncio.Task[None]) -> None:
         abandoned = threading.Event()
-        service, was_received = self._service, False
+        service, was_received = self.service, False
         try:
-            if self._sessions is not None and (session := scope["session"]) is not None:
-                service = self._sessions.begin(service, session, (self._path, body), Headers(scope=scope))
+            if self.sessions is not None and (session := scope["session"]) is not None:
+                service = self.sessions.begin(service, session, (self.path, body), Headers(scope=scope))
             # In a thread, long ones in threads of their own: a client's long request must not hold up the others.
             readers = _LONG_READERS if len(body) > _LONG_BODY_BYTES else None
             loop = asyncio.get_running_loop()
-            answer = (await loop.run_in_executor(readers, self._read, service, scope, body, abandoned))()
+            answer = (await loop.run_in_executor(readers, self.read, service, scope, body, abandoned))()
             self._forget(body)
             last = b""
             if isinstance(answer, AsyncGenerator):
@@ -411,10 +391,10 @@ class _Endpoint:
             if refusal.status >= 500:
                 # 503 and 504 say all there is to say; a traceback is of use where something broke
                 text, trace = printable(refusal.message), error if refusal.status == 500 else None
-                logger.error("%s: %s", self._path, text, exc_info=trace)
+                logger.error("%s: %s", self.path, text, exc_info=trace)
             else:  # Atropos clients show its status only, not its reason
-                key = f"refused {self._path} {refusal.param} {refusal.code}"
-                self._service.warn_refused(key, "%s: a client was refused: %s", self._path, refusal.message)
+                key = f"refused {self.path} {refusal.param} {refusal.code}"
+                self.service.warn_refused(key, "%s: a client was refused: %s", self.path, refusal.message)
             await reply.fail(refusal)
             del refusal  # its traceback holds this frame, and so a circle of it and the whole body would be kept
         finally:
@@ -438,11 +418,8 @@ def _session_readers(sessions: SessionStore, advertise_url: str | None) -> dict[
         record = session.record
         return {**sessions.summary(session), "base_url": f"{base}/s/{record.id}/v1", "api_key": record.api_key}
 
-    async def reward(request: Request, body: bytes) -> dict[str, Any]:
-        return await sessions.reward(sessions.find(request.path_params["id"]), body)
-
-    async def abort(request: Request, body: bytes) -> dict[str, Any]:
-        return await sessions.abort(sessions.find(request.path_params["id"]), body)
+    async def end(how: Callable[..., Awaitable[dict[str, Any]]], request: Request, body: bytes) -> dict[str, Any]:
+        return await how(sessions.find(request.path_params["id"]), body)
 
     def reader(action: Callable[[Request, bytes], Awaitable[dict[str, Any]]]) -> Reader:
         def read(_: GatewayService, scope: Scope, body: bytearray, abandoned: threading.Event) -> Answer:
@@ -458,5 +435,5 @@ def _session_readers(sessions: SessionStore, advertise_url: str | None) -> dict[
 
         return read
 
-    actions = {"/sessions": create, "/sessions/{id}/reward": reward, "/sessions/{id}/abort": abort}
-    return {path: reader(action) for path, action in actions.items()}
+    ends = {"/sessions/{id}/reward": sessions.reward, "/sessions/{id}/abort": sessions.abort}
+    return {"/sessions": reader(create), **{path: reader(partial(end, how)) for path, how in ends.items()}}

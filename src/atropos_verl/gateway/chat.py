@@ -1,10 +1,4 @@
-"""One turn of a conversation, as every dialect is translated into it: OpenAI's chat form, normalised.
-
-::
-
-    body ── openai | responses | anthropic ──▶ ChatTurn ── render ──▶ prompt ids ── engine ──▶ tokens
-    answer ◀── openai | responses | anthropic ── Message ◀── parsing ──────────────────────────┘
-"""
+"""One turn of a conversation, as every dialect is translated into it: OpenAI's chat form, normalised."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field

@@ -1,12 +1,6 @@
 """The tree of what was sampled in a session: turns that continue each other, and the rows they are trained in.
 
-A ``Turn`` is one completion with the prompt tokens that its parent's sequence lacks. A request whose messages go on
-after a recorded answer is rendered by adding to the tokens that were sampled, when that is proven equal, as text, to
-what the chat template renders (``Tree.render``). Anything else begins a new lineage::
-
-    system user ─ A ─ tool ─ B ─ user ─ C          lineage 0
-                  └── user (another question) ─ D  lineage 1: the prompt is the longest recorded beginning, and more
-    system summary ─ E                             lineage 2: the history was compacted
+A ``Turn`` is one completion with the prompt tokens that its parent's sequence lacks.
 """
 
 from collections.abc import Collection, Iterator, Sequence

@@ -4,7 +4,6 @@ Atropos asks for tokens and logprobs through these. vLLM and SGLang share the pa
 ``prompt`` / ``prompt_token_ids`` is vLLM, ``input_ids`` / ``text`` / ``sampling_params`` is SGLang.
 """
 
-import uuid
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any
@@ -51,7 +50,7 @@ def _generate_vllm(service: GatewayService, fields: Fields) -> Answer:
     prompt_text, prompt_ids, prompt_fields = _vllm_prompt(service, fields)
     service.check_model(fields)
     fields.ignore("request_id")
-    name = f"generate-{uuid.uuid4().hex}"
+    name = service.new_id("generate-")
     [request] = service.requests(sampling, [prompt_ids], param="prompt", name=name, prompt_logprobs=prompt_logprobs)
     service.report_unread("/generate", fields, *prompt_fields)
 
@@ -140,7 +139,7 @@ def _generate_sglang(service: GatewayService, fields: Fields) -> Answer:
     prompts, batched = service.codec.prompts(fields, param, texts=param == "text", ids=param == "input_ids")
     service.check_model(fields)
     scored = 0 if start >= 0 else None
-    requests = service.requests(sampling, prompts, param=param, name=uuid.uuid4().hex, prompt_logprobs=scored)
+    requests = service.requests(sampling, prompts, param=param, name=service.new_id(""), prompt_logprobs=scored)
     service.report_unread("/generate", fields, params)
 
     async def answer() -> bytes:
@@ -209,7 +208,7 @@ def generate_trl(service: GatewayService, fields: Fields) -> Answer:
     fields.require_neutral({"images": ([],), "generation_kwargs": ({},), "logprobs": (0,)})
     fields.ignore("model")
     prompts, _ = service.codec.prompts(fields, "prompts", ids=False)
-    requests = service.requests(sampling, prompts, param="prompts", name=f"trl-{uuid.uuid4().hex}")
+    requests = service.requests(sampling, prompts, param="prompts", name=service.new_id("trl-"))
     service.report_unread("/generate/", fields)
 
     async def answer() -> bytes:

@@ -73,6 +73,11 @@ class ReplyReader:
             pieces = [Piece("content", text)] if text else []
         return [self._add(piece) for piece in pieces if self._is_wanted(piece)]
 
+    def read(self, generation: Generation) -> Message:
+        """The message of a whole completion."""
+        self.push(generation.token_ids, generation.finish_reason)
+        return self.message
+
     def _is_wanted(self, piece: Piece) -> bool:
         several = self._turn.parallel_tool_calls or not self.message.tool_calls
         return several if piece.kind == "call" else bool(piece.text)
@@ -98,26 +103,14 @@ class ReplyReader:
         parsed = self._renderer.parse_response(self._ids, tools=tools, prompt_ids=list(self._prompt_ids))
         content, _ = cut_at_stop(parsed.content, self._turn.sampling.template.stop, include_stop=False)
         yield Piece("reasoning", parsed.reasoning_content or "")
-        calls = parsed.tool_calls if self._turn.parses_calls else []
-        # Text of a call that cannot be read is what the policy said, and stays in the content.
-        yield Piece("content", content + "".join(call.raw for call in parsed.tool_calls if not _is_read(call, calls)))
-        for call in calls:
-            if _is_read(call, calls):
+        calls: list[Piece] = []
+        for call in parsed.tool_calls:
+            if self._turn.parses_calls and call.status == "ok" and call.name:
                 arguments = call.arguments if isinstance(call.arguments, str) else json.dumps(call.arguments or {})
-                yield Piece("call", call=ToolCall(id="", name=call.name, arguments=arguments))
-
-
-def _is_read(call: Any, calls: list[Any]) -> bool:
-    return bool(calls and call.status == "ok" and call.name)
-
-
-def read_reply(
-    codec: TextCodec, turn: ChatTurn, request: GenerationRequest, generation: Generation, index: int = 0
-) -> Message:
-    """The message of a whole completion, equal to what a ``ReplyReader`` gave of its tokens."""
-    reader = ReplyReader(codec, turn, request, index)
-    reader.push(generation.token_ids, generation.finish_reason)
-    return reader.message
+                calls.append(Piece("call", call=ToolCall(id="", name=call.name, arguments=arguments)))
+            else:  # what cannot be read is what the policy said
+                content += call.raw
+        yield from (Piece("content", content), *calls)
 
 
 class _Tags:
@@ -179,8 +172,7 @@ class _Tags:
 
     def _in_call(self, ended: bool) -> Iterator[Piece]:
         # A closing tag may stand in a string of the arguments: the call ends at the first one before which JSON ends.
-        ends = (at for at in _places(self._held, _END_CALL, self._tried))
-        for at in ends:
+        while (at := self._held.find(_END_CALL, self._tried)) >= 0:
             self._tried = at + 1
             if (call := _written_call(self._held[len(_CALL) : at])) is not None:
                 yield Piece("call", call=call)
@@ -195,12 +187,6 @@ class _Tags:
             end = len(self._held) if at < 0 else at + len(_END_CALL)
             yield Piece("content", self._held[:end])  # what cannot be read is what the policy said
             self._held, self._state = self._held[end:], "content"
-
-
-def _places(text: str, part: str, start: int) -> Iterator[int]:
-    while (start := text.find(part, start)) >= 0:
-        yield start
-        start += 1
 
 
 def _written_call(text: str) -> ToolCall | None:

@@ -22,7 +22,7 @@ from atropos_verl.engine.protocol import GenerationEngine
 from atropos_verl.errors import EngineError
 from atropos_verl.gateway.chat import ChatTurn, Message
 from atropos_verl.gateway.fields import ApiError, Fields, Sampling
-from atropos_verl.gateway.parsing import Piece, ReplyReader, constraint_of, read_reply
+from atropos_verl.gateway.parsing import Piece, ReplyReader, constraint_of
 from atropos_verl.gateway.text import TextCodec
 from atropos_verl.http_thread import SameLines, printable
 from atropos_verl.provenance.ledger import Ledger
@@ -216,7 +216,7 @@ class GatewayService(Collector):
 
     def message(self, turn: ChatTurn, request: GenerationRequest, generation: Generation, index: int = 0) -> Message:
         """The message that the answer of a turn holds, in completion ``index`` of its request."""
-        return read_reply(self.codec, turn, request, generation, index)
+        return ReplyReader(self.codec, turn, request, index).read(generation)
 
     def messages_of(self, answer_id: str) -> Sequence[Message] | None:
         """The conversation that ended with the answer of this id; None: not kept."""
@@ -309,25 +309,16 @@ class EventAnswer:
         self.open_kind: str | None = None
         """The kind of piece that the last part of the answer takes more of."""
 
-    def begin(self) -> Iterator[bytes]:
-        """The events before the first piece."""
-        raise NotImplementedError
-
-    def part(self, piece: Piece) -> Iterator[bytes]:
-        """The events of one piece, which also put it into the answer."""
-        raise NotImplementedError
-
-    def close(self) -> Iterator[bytes]:
-        """The events at the end of the part that is open, if one is."""
-        raise NotImplementedError
-
-    def end(self, finish_reason: FinishReason) -> Iterator[bytes]:
-        """The last events."""
-        raise NotImplementedError
-
-    def body(self) -> dict[str, Any]:
-        """The whole answer."""
-        raise NotImplementedError
+    begin: Callable[[], Iterator[bytes]]
+    """The events before the first piece."""
+    part: Callable[[Piece], Iterator[bytes]]
+    """The events of one piece, which also put it into the answer."""
+    close: Callable[[], Iterator[bytes]]
+    """The events at the end of the part that is open, if one is."""
+    end: Callable[[FinishReason], Iterator[bytes]]
+    """The last events."""
+    body: Callable[[], dict[str, Any]]
+    """The whole answer."""
 
     async def whole(self) -> bytes:
         [[generation]] = await self.service.generate([self.request])

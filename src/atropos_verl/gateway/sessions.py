@@ -1,19 +1,6 @@
 """Sessions: what an agent asks for is recorded, on disk before it is answered, and becomes the rows of a rollout.
 
-``run_dir/gateway/sessions.sqlite`` is a ``RecordStore``. The key of a turn has the number of its session in its upper
-bits:
-
-======== ============== ==============================================================================================
-table    key            value
-======== ============== ==============================================================================================
-sessions number         ``SessionRecord``
-turns    session, turn  ``StoredTurn``
-answers  session, turn  1: the answer with this turn went out whole; 0: its connection broke. No row: not known, since
-                        the process ended
-======== ============== ==============================================================================================
-
-A request goes on when its client leaves. An equal request (path and body) then gets the same completions, as does one
-with the same ``Idempotency-Key``, and one that an official SDK calls a retry; also after a restart.
+A request goes on when its client leaves, and an equal one gets its completions (docs/internals.md).
 """
 
 import asyncio
@@ -28,7 +15,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequenc
 from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -148,6 +135,9 @@ class _Run:
         self._changed = asyncio.Event()
 
     async def changed(self) -> None:
+        """Raises the error that ended it."""
+        if self.error is not None:
+            raise self.error
         await self._changed.wait()
 
     def fail(self, error: Exception) -> None:
@@ -304,7 +294,7 @@ class SessionStore:
         self._add(session)
         try:
             async with session.lock:
-                await self.write([self._row(session)])
+                await self.write([self._row(session, record)])
         except ApiError:
             self._drop(session)
             raise
@@ -422,22 +412,21 @@ class SessionStore:
             rows, session = await self._fetched(session), Session(session.number, session.record)
             await asyncio.to_thread(session.restore, *rows)
         tree = session.tree
-        turns = []
-        for turn in tree.turns:
-            versions = [version for version, _ in turn.stored.runs]
-            about: dict[str, Any] = {
+        turns: list[dict[str, Any]] = [
+            {
                 "turn": turn.number,
                 "request": turn.stored.request,
-                "parent": None if turn.parent is None else turn.parent.number,
+                "parent": turn.stored.parent,
                 "lineage": turn.lineage,
                 "prompt_tokens": turn.length - len(turn.stored.sampled) // 4,
                 "completion_tokens": len(turn.stored.sampled) // 4,
-                "versions": [versions[0], versions[-1]] if versions else [],
+                "versions": [turn.stored.runs[at][0] for at in (0, -1) if turn.stored.runs],
                 "finish_reason": turn.stored.finish_reason,
                 "received": session.exchanges[turn.stored.request].was_received,
                 "reason": turn.stored.reason,
             }
-            turns.append(about)
+            for turn in tree.turns
+        ]
         waiting = sum(not exchange.turns for exchange in session.exchanges.values())
         figures = {"lineages": tree.lineages, "tokens": tree.tokens, "requests": len(session.exchanges)}
         return {**summary, **figures, "in_flight": waiting, "tree": turns}
@@ -477,9 +466,8 @@ class SessionStore:
     async def _fetched(self, session: Session) -> list[list[tuple[Key, bytes]]]:
         return await asyncio.gather(*map(asyncio.wrap_future, self._rows(session)))
 
-    def _row(self, session: Session, record: SessionRecord | None = None) -> Change:
-        value = msgspec.msgpack.encode(record or session.record)
-        return "sessions", session.number, value
+    def _row(self, session: Session, record: SessionRecord) -> Change:
+        return "sessions", session.number, msgspec.msgpack.encode(record)
 
     async def write(self, changes: Sequence[Change]) -> None:
         """Raises ``ApiError`` 507 when the disk refuses."""
@@ -584,31 +572,25 @@ class SessionService(GatewayService):
         """See ``GatewayService.generate``. Cancelling leaves the completions to an equal request."""
         run = self._run(requests, streamed=False)
         while run.results is None:
-            if run.error is not None:
-                raise run.error
             await run.changed()
         return run.results
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """See ``GatewayService.stream``. Closing leaves the completions to an equal request."""
         run = self._run([request], streamed=True)
-        sent = 0
-        while run.results is None or sent < len(run.deltas):
-            if sent < len(run.deltas):
-                sent += 1
-                yield run.deltas[sent - 1]
-            elif run.error is not None:
-                raise run.error
-            else:
+        for sent in count():
+            while sent == len(run.deltas):
+                if run.results is not None:
+                    return
                 await run.changed()
+            yield run.deltas[sent]
 
     def _run(self, requests: Sequence[GenerationRequest], *, streamed: bool) -> _Run:
         """The completions: an equal request's, or new ones."""
-        exchange = self._exchange
-        if exchange.run is None:
-            exchange.run = run = _Run()
+        if (run := self._exchange.run) is None:
+            self._exchange.run = run = _Run()
             run.task = asyncio.create_task(self._sample(run, requests, streamed=streamed))
-        return exchange.run
+        return run
 
     async def _sample(self, run: _Run, requests: Sequence[GenerationRequest], *, streamed: bool) -> None:
         session, exchange = self._session, self._exchange
@@ -709,8 +691,8 @@ def _deltas(generations: Sequence[Generation]) -> Iterator[GenerationDelta]:
     """Completions as deltas: one for each run of a policy version."""
     for index, generation in enumerate(generations):
         start = 0
-        for number, (version, count) in enumerate(generation.policy_version_runs, 1):
-            piece = slice(start, start := start + count)
+        for number, (version, length) in enumerate(generation.policy_version_runs, 1):
+            piece = slice(start, start := start + length)
             is_last = number == len(generation.policy_version_runs)
             yield GenerationDelta(
                 index=index,

@@ -9,7 +9,7 @@ from support.tiny_model import build_tiny_tokenizer
 from atropos_verl.engine.constraints import Grammars
 from atropos_verl.gateway.chat import ChatTurn, Message, ToolCall
 from atropos_verl.gateway.fields import ApiError, Fields, parse_sampling
-from atropos_verl.gateway.parsing import ReplyReader, constraint_of, read_reply
+from atropos_verl.gateway.parsing import ReplyReader, constraint_of
 from atropos_verl.gateway.text import TextCodec
 from atropos_verl.types import Generation, GenerationRequest
 
@@ -38,7 +38,7 @@ def read(codec: TextCodec, turn: ChatTurn, text: str, request: GenerationRequest
     ids = tuple(codec.encode(text, add_special_tokens=False))
     reason = "stop" if ids[-1:] == (258,) or turn.sampling.template.stop else "length"
     generation = Generation(token_ids=ids, logprobs=(), finish_reason=reason, policy_version_runs=())
-    whole = read_reply(codec, turn, request, generation)
+    whole = ReplyReader(codec, turn, request).read(generation)
     for seed in range(3):
         rng, reader, pieces, at = random.Random(seed), ReplyReader(codec, turn, request), [], 0
         while at < len(ids):
