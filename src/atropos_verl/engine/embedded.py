@@ -28,6 +28,7 @@ import torch
 
 from atropos_verl.engine.constraints import Grammars
 from atropos_verl.engine.gate import RequestGate
+from atropos_verl.engine.kv_cache import PrefixIndex
 from atropos_verl.engine.requests import EngineLimits, EngineStats, RunningSequence, Ticket, eos_token_ids, validate
 from atropos_verl.engine.runner import ModelRunner, context_len
 from atropos_verl.engine.sampling import effective_temperature
@@ -112,9 +113,7 @@ class TransformersEngine:
         self._staged: ModelRunner | None = None
         self.vocab_size = self._runner.vocab_size
         self._limits = EngineLimits(
-            max_context_len=self.max_context_len,
-            vocab_size=self.vocab_size,
-            eos_token_ids=self.eos_token_ids,
+            max_context_len=self.max_context_len, vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids
         )
         self._grammars = Grammars(tokenizer, self.vocab_size, self.eos_token_ids)
         self._random = random.Random(seed)
@@ -150,7 +149,13 @@ class TransformersEngine:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, tokenizer: Any | None = None, dtype: torch.dtype | str | None = None, **settings: Any
+        cls,
+        path: str | Path,
+        *,
+        tokenizer: Any | None = None,
+        dtype: torch.dtype | str | None = None,
+        trust_remote_code: bool = False,
+        **settings: Any,
     ) -> Self:
         """Load model and tokenizer from a Hugging Face directory; ``settings`` as in the constructor.
 
@@ -160,9 +165,8 @@ class TransformersEngine:
 
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(str(path))
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype="auto" if dtype is None else dtype, attn_implementation="sdpa"
-        )
+        form = {"dtype": "auto" if dtype is None else dtype, "attn_implementation": "sdpa"}
+        model = AutoModelForCausalLM.from_pretrained(str(path), trust_remote_code=trust_remote_code, **form)
         return cls(model, tokenizer, **settings)
 
     @property
@@ -241,15 +245,12 @@ class TransformersEngine:
             self._cancel(submitted)
 
     def _wait_for(self, ticket: Ticket, deadline: float) -> list[Generation]:
-        while True:
-            remaining = max(0.0, deadline - time.monotonic())
-            try:
-                return ticket.future.result(min(remaining, _ATTEND_SECONDS))
-            except TimeoutError:
-                if remaining <= _ATTEND_SECONDS:
-                    raise
+        while (remaining := max(0.0, deadline - time.monotonic())) > _ATTEND_SECONDS:
+            with contextlib.suppress(TimeoutError):
+                return ticket.future.result(_ATTEND_SECONDS)
             if self.attend is not None:
                 self.attend()
+        return ticket.future.result(remaining)
 
     def abort(self, request_id: str) -> bool:
         """End the requests with this ``request_id``: they return what they have, finish "abort". False: none has it."""
@@ -381,13 +382,8 @@ class TransformersEngine:
             if not self.weights_ready:
                 raise EngineError("the engine has no usable weights: call update_weights_from_tensor() first")
             model, version = copy.deepcopy(self.model), self.policy_version
-        engine = type(self)(
-            model,
-            self.tokenizer,
-            max_running=self._max_running,
-            max_context_len=self.max_context_len,
-            num_threads=self._num_threads,
-        )
+        settings: dict[str, Any] = {"max_running": self._max_running, "max_context_len": self.max_context_len}
+        engine = type(self)(model, self.tokenizer, num_threads=self._num_threads, **settings)
         engine.policy_version = version
         return engine
 
@@ -443,7 +439,7 @@ class TransformersEngine:
 
     def _evict(self) -> None:
         """At a token boundary: forget all keys and values. Running sequences go back to the queue with their tokens."""
-        self._runner.cache.forget()
+        self._runner.cache.prefixes = PrefixIndex()
         self._requeue(self._batch.evict())
 
     def _requeue(self, evicted: Sequence[RunningSequence]) -> None:
@@ -531,13 +527,8 @@ class TransformersEngine:
         with self._condition:
             if self._rounds % _TURN_ROUNDS == 0 and self._waiting and not self._batch.free_slots:
                 self._make_room()
-            newcomers = take_prefill(
-                self._waiting,
-                self._batch.free_slots,
-                self._max_prefill_tokens,
-                self._runner.max_prefill_logits,
-                self._runner.cache.prefixes.find,
-            )
+            bounds = self._batch.free_slots, self._max_prefill_tokens, self._runner.max_prefill_logits
+            newcomers = take_prefill(self._waiting, *bounds, self._runner.cache.prefixes.find)
             self._turn = max([self._turn, *(sequence.turn for sequence in newcomers)])
         if newcomers:
             self._finish(self._batch.prefill(newcomers, self.policy_version))

@@ -72,6 +72,8 @@ class LocalStack:
             tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer_path or str(model_path))
             engine = TransformersEngine.from_pretrained(
                 model_path,
+                tokenizer=tokenizer,
+                trust_remote_code=config.model.trust_remote_code,
                 gate=gate,
                 # The trainer computes in this dtype whatever the checkpoint holds; logprobs must be of the same policy.
                 dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.compute_dtype],

@@ -1,13 +1,19 @@
-"""Threads of engine and trainer, and the garbage collector, which rests while libraries are imported."""
+"""Threads of engine and trainer, what the engine is built from, and the garbage collector, which rests while libraries are imported."""
 
 import gc
+import json
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
 
+from atropos_verl.assets import demo_model_path
+from atropos_verl.backends.local import stack as stack_module
 from atropos_verl.backends.local.run import paused_collection
 from atropos_verl.backends.local.stack import share_cores
 from atropos_verl.config.schema import RunConfig
@@ -98,3 +104,29 @@ def test_nothing_is_collected_during_imports_and_nothing_of_them_later() -> None
         pass
     assert not gc.isenabled()
     assert gc.get_freeze_count() == 0
+
+
+def test_the_engine_takes_the_tokenizer_of_the_settings_and_code_of_the_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A model directory with code of its own, and without a tokenizer."""
+    model = tmp_path / "model"
+    shutil.copytree(demo_model_path(), model, ignore=shutil.ignore_patterns("token*", "*.jinja", "special*"))
+    bases = "from transformers import Qwen2Config, Qwen2ForCausalLM\n\n\n"
+    own = 'class OwnConfig(Qwen2Config):\n    model_type = "own"\n\n\n'
+    code = f"{bases}{own}class OwnForCausalLM(Qwen2ForCausalLM):\n    config_class = OwnConfig\n"
+    (model / "own_model.py").write_text(code)
+    settings = json.loads((model / "config.json").read_text()) | {"model_type": "own"}
+    settings["auto_map"] = {"AutoConfig": "own_model.OwnConfig", "AutoModelForCausalLM": "own_model.OwnForCausalLM"}
+    (model / "config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(stack_module, "import_verl", lambda config: "cpu")
+    monkeypatch.setattr(stack_module, "PolicyWorker", Mock())
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own_settings = {"tokenizer_path": str(demo_model_path()), "trust_remote_code": True}
+    config = RunConfig.from_mapping({"model": own_settings, "sync": {"canary": False}, "gateway": {"port": 0}})
+    stack = stack_module.LocalStack.build(config, model, Mock(), None, tmp_path)
+    try:
+        assert stack.engine.tokenizer is stack.tokenizer
+        assert type(stack.engine.model).__name__ == "OwnForCausalLM"
+    finally:
+        stack.close()
