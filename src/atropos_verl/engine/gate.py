@@ -18,8 +18,6 @@ from atropos_verl.errors import EngineError
 
 
 class GateState(Enum):
-    """The states of the module's state machine."""
-
     OPEN = "open"
     PAUSING = "pausing"
     DRAINING = "draining"

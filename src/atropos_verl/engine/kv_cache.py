@@ -197,10 +197,6 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     # -- what is stored of earlier sequences -------------------------------------------------------------------------
 
-    def forget(self) -> None:
-        """The content of the store is no longer that of the weights."""
-        self.prefixes = PrefixIndex()
-
     @torch.inference_mode()
     def load(self, base: int, blocks: Sequence[Sequence[int]]) -> list[int]:
         """Copy what ``prefixes`` found to the slots from ``base`` on; returns how many positions each has now."""

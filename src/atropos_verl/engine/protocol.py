@@ -1,8 +1,4 @@
-"""The methods of an inference engine.
-
-The verbs are SGLang's and verl's own: ``generate``, ``update_weights_from_tensor``, ``resume_memory_occupation``,
-``release_memory_occupation``.
-"""
+"""The methods of an inference engine, under SGLang's and verl's names."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
-    """The limits a request is checked against."""
+    """What a request is checked against."""
 
     max_context_len: int
     """Prompt plus completion, tokens."""
@@ -183,12 +183,7 @@ class Ticket:
 
     ``future`` is resolved exactly once, by the engine's thread or by ``close``. It is marked running at once, so a
     cancelled asyncio task cannot cancel it while the engine works on it. Completion ``i`` draws from stream
-    ``(seed, i)``.
-
-    Args:
-        on_delta: is called in the engine's thread and must not block.
-        pieces: text of single tokens, shared by all stop-string checks.
-        matcher: of the request's constraint, at its beginning.
+    ``(seed, i)``. ``on_delta`` is called in the engine's thread and must not block.
     """
 
     def __init__(

@@ -2,10 +2,9 @@
 
 Shapes: ``B`` rows, ``F`` rows with a filter (top-k, top-p, min-p), ``V`` vocabulary.
 
-A token is drawn by inverting the cumulative distribution at one uniform number per row. The uniforms come from a
-counter: ``mix(key + (t + 1) * GAMMA)`` with the finaliser and increment of SplitMix64 (Steele, Lea and Flood, "Fast
-splittable pseudorandom number generators", 2014). Key and position alone decide the number, so a seeded request draws
-the same tokens whatever else is running, after an eviction, and in any batch; and all rows are drawn at once.
+A token is drawn by inverting the cumulative distribution at one uniform number per row, ``mix(key + (t + 1) * GAMMA)``
+with the finaliser and increment of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+2014): a seeded request draws the same tokens whatever else is running, after an eviction, and in any batch.
 """
 
 from __future__ import annotations

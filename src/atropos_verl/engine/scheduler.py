@@ -87,9 +87,8 @@ class ContinuousBatch:
         for ticket in {sequence.ticket for sequence in newcomers}:
             if (best := ticket.request.prompt_logprobs) is not None and ticket.prompt_logprobs is None:
                 temperature = effective_temperature(ticket.request.temperature)
-                ticket.prompt_logprobs = self._runner.prompt_logprobs(
-                    ticket.request.prompt_token_ids, best, temperature
-                )
+                prompt = ticket.request.prompt_token_ids
+                ticket.prompt_logprobs = self._runner.prompt_logprobs(prompt, best, temperature)
         prompts: dict[tuple[int, ...], int] = {}
         picks = [prompts.setdefault(sequence.context(), len(prompts)) for sequence in newcomers]
         # The first sequence of each distinct context takes the slot it is computed in; the others get copies behind.
@@ -167,10 +166,8 @@ class ContinuousBatch:
             tokens, logprobs, best = sample(logits, rows, positions)
             # One transfer per step; float64 holds every token id and every float32 logprob exactly.
             token_list, logprob_list = torch.stack((tokens.double(), logprobs.double())).tolist()
-            alternatives = [
-                dict(zip(ids, values, strict=True))
-                for values, ids in zip(*(part.tolist() for part in best), strict=True)
-            ]
+            pairs = zip(*(part.tolist() for part in best), strict=True)
+            alternatives = [dict(zip(ids, values, strict=True)) for values, ids in pairs]
         done: list[RunningSequence] = []
         for sequence, token, logprob, others in zip(sequences, token_list, logprob_list, alternatives, strict=True):
             if logprob != logprob:

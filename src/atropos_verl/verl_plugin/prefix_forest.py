@@ -1,9 +1,8 @@
 """Sequences → forests of shared prefixes, so that every distinct prefix of a micro-batch is computed once.
 
-A GRPO group repeats its prompt, and the branches of an agent repeat their turns. Here sequences are sorted by their
-tokens; neighbours then share the longest prefixes. Each distinct run of tokens becomes one node of a forest, and the
-nodes, depth first, become one packed row. A token attends to the nodes above it and to what stands before it in its
-own: that is exactly what it attends to in its own sequence.
+Sequences are sorted by their tokens; neighbours then share the longest prefixes. Each distinct run of tokens becomes a
+node of a forest, and the nodes, depth first, one packed row. A token attends to the nodes above it and to what stands
+before it in its own: exactly what it attends to in its own sequence.
 
 Shapes: N tokens of all sequences joined end to end, U ≤ N distinct ones (the packed row).
 """

@@ -81,16 +81,10 @@ def keep_linear_weights() -> None:
     vLLM packs every Linear weight after loading and leaves an empty parameter without ``weight_loader``: a second load
     fails in the worker, and the sender waits for ever. Remove when vLLM keeps both on CPU (it has no setting for it).
     """
+    from torch.nn.functional import linear
     from vllm.model_executor.layers import utils
 
-    utils.dispatch_cpu_unquantized_gemm = _plain_linear
-
-
-def _plain_linear(layer: Any, remove_weight: bool) -> None:
-    import torch
-
-    del remove_weight
-    layer.cpu_linear = torch.nn.functional.linear
+    utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(layer, "cpu_linear", linear)
 
 
 def init_cpu_process_group() -> None:
@@ -171,25 +165,19 @@ def keep_optimiser_settings() -> None:
     load = FSDPEngine.load_checkpoint
 
     def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> None:
-        with _own_optimiser_settings(self):
-            load(self, *args, **kwargs)
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        load(self, *args, **kwargs)
+        schedule = self.lr_scheduler
+        if schedule is not None:
+            schedule.base_lrs = [settings["initial_lr"] for settings in own]
+            factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+            schedule._last_lr = [rate * factor for rate, factor in zip(schedule.base_lrs, factors, strict=True)]
+            own = [{**settings, "lr": rate} for settings, rate in zip(own, schedule._last_lr, strict=True)]
+        for group, settings in zip(groups and self.optimizer.param_groups, own, strict=True):
+            group.update(settings)
 
     FSDPEngine.load_checkpoint = load_checkpoint
-
-
-@contextlib.contextmanager
-def _own_optimiser_settings(engine: Any) -> Iterator[None]:
-    groups = [] if engine.optimizer is None else engine.optimizer.param_groups
-    own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-    yield
-    schedule = engine.lr_scheduler
-    if schedule is not None:
-        schedule.base_lrs = [settings["initial_lr"] for settings in own]
-        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
-        schedule._last_lr = [rate * factor for rate, factor in zip(schedule.base_lrs, factors, strict=True)]
-        own = [{**settings, "lr": rate} for settings, rate in zip(own, schedule._last_lr, strict=True)]
-    for group, settings in zip(groups and engine.optimizer.param_groups, own, strict=True):
-        group.update(settings)
 
 
 def quiet_transfer_queue() -> None:

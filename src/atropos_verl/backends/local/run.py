@@ -1,6 +1,6 @@
 """One training run in this process: register, start the environment, load the policy, train, evaluate.
 
-The processes around it belong to the caller, who hands in callables. Nothing here imports torch before ``run``.
+Nothing here imports torch before ``run``.
 """
 
 import gc

@@ -1,9 +1,6 @@
 """``AtroposTrainer``: one optimiser step at a time, on rollouts that came through a trajectory API.
 
-``rl_training_step(prompts)`` lets the trainer itself sample and score rollouts; ``fit()`` trains on the batches of the
-environments behind the API. Both do, in this order::
-
-    rollout (gate open, engine holds the newest weights) → batch → samples → optimiser step → weight sync → ack
+Rollout (gate open, engine holds the newest weights) → batch → samples → optimiser step → weight sync → ack.
 """
 
 from __future__ import annotations
@@ -266,13 +263,9 @@ class AtroposTrainer:
             raise ConfigError("rl_training_step needs a reward_fn(prompts, completions); environments use fit()")
         self.open_rollouts()
         if self._self_play is None:
+            parts = (self.config, self.engine, self.tokenizer, self.client, self.stack.ledger, self.reward_fn)
             self._self_play = SelfPlay(
-                self.config,
-                self.engine,
-                self.tokenizer,
-                self.client,
-                self.stack.ledger,
-                self.reward_fn,
+                *parts,
                 register_trainer=lambda batch_size: self.source.register(self.step, batch_size),
             )
         started = time.perf_counter()
@@ -350,9 +343,8 @@ class AtroposTrainer:
         from atropos_verl.training.losses.policy import compute_advantage_weighted_sft_loss
 
         logits = self.stack.worker.forward_logits(input_ids)
-        return compute_advantage_weighted_sft_loss(
-            logits, input_ids.to(logits.device), advantages.to(logits.device), loss_mask.to(logits.device)
-        )
+        given = (tensor.to(logits.device) for tensor in (input_ids, advantages, loss_mask))
+        return compute_advantage_weighted_sft_loss(logits, *given)
 
     # ------------------------------------------------------------------ a whole step
 

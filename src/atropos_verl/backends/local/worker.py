@@ -64,7 +64,9 @@ def import_verl(config: RunConfig) -> str:
     elif device == "auto":
         device = "cuda"
     verl_plugin.activate(device)
-    with verl_plugin.without_import_warnings():
+    with warnings.catch_warnings():
+        # One for each engine whose package is not installed, none of which is asked for; deprecations in what they use.
+        warnings.simplefilter("ignore")
         import verl.workers.engine_workers  # noqa: F401
 
         import atropos_verl.verl_plugin.engines  # noqa: F401  registers the engines
@@ -519,9 +521,8 @@ class LossFunction:
     ) -> LossOutput:
         advantages = data["advantages"].values()
         columns = set(data.keys())
-        rollout, old = (
-            data[name].values() if name in columns else None for name in ("rollout_logprobs", "old_logprobs")
-        )
+        optional = ("rollout_logprobs", "old_logprobs")
+        rollout, old = (data[name].values() if name in columns else None for name in optional)
         sequence_ids = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
         known = {"rollout_logprobs": rollout, "sequence_ids": sequence_ids}
         if self._user_loss is not None:

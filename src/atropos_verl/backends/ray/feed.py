@@ -68,7 +68,7 @@ class Slot:
 
 
 class _Collected(NamedTuple):
-    """One group of a slot, with its samples."""
+    """A group of a slot."""
 
     member: Member
     samples: list[TrainingSample]
@@ -260,9 +260,8 @@ class TrajectoryFeed:
             slot.add_scores(member.group)
         sizes = {one.member.group.group_id: len(one.member.group.rollout_scores) for one in found}
         advantages = [advantage for one in found for advantage in one.advantages]
-        rows = make_rows(
-            slot.uid, samples, advantages, served=served, global_steps=slot.global_steps, group_sizes=sizes
-        )
+        known = {"served": served, "global_steps": slot.global_steps}
+        rows = make_rows(slot.uid, samples, advantages, **known, group_sizes=sizes)
         slot.counts.update(
             groups=len(found),
             carried=len(self._carried),

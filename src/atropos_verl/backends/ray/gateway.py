@@ -44,10 +44,7 @@ _NO_SERVER_RETRY = 0.25
 
 
 class ClusterGateway(GatewayServer):
-    """Serves the environments' dialects over the replicas of verl's ``LLMServerClient``; ``gate`` is for the trainer.
-
-    The ledger is told which policy wrote which token of every answer.
-    """
+    """Serves the environments over the replicas of verl's ``LLMServerClient``; ``gate`` is for the trainer."""
 
     def __init__(
         self, llm_client: Any, tokenizer: Any, *, host: str = "127.0.0.1", port: int = 0, **for_app: Any
@@ -66,13 +63,8 @@ class ClusterGateway(GatewayServer):
         self.engine = engine = ReplicaEngine(client, tokenizer, limits, rollout.name)
         self.gate = gate = RequestGate()
         self.evaluated = PinnedEngine(engine)
-        for_app |= {
-            "gate": gate,
-            "evaluated": self.evaluated,
-            "model_name": model.path,
-            "request_timeout": _REQUEST_TIMEOUT,
-        }
-        for_app["max_new_tokens"] = rollout.response_length
+        for_app |= {"gate": gate, "evaluated": self.evaluated, "model_name": model.path}
+        for_app |= {"request_timeout": _REQUEST_TIMEOUT, "max_new_tokens": rollout.response_length}
         super().__init__(create_app(engine, tokenizer, **for_app), host=host, port=port)
 
     def release(self, policy_version: int) -> None:
@@ -431,11 +423,9 @@ def to_structured(constraint: Constraint, kind: str) -> dict[str, Any]:
         from vllm.sampling_params import StructuredOutputsParams
 
         is_schema = constraint.json_schema is not None
-        return {
-            "structured_outputs": StructuredOutputsParams(json=constraint.json_schema)
-            if is_schema
-            else StructuredOutputsParams(grammar=constraint.grammar)  # Lark: vLLM hands it to llguidance
-        }
+        # Lark: vLLM hands it to llguidance.
+        given = {"json": constraint.json_schema} if is_schema else {"grammar": constraint.grammar}
+        return {"structured_outputs": StructuredOutputsParams(**given)}
     if kind == "sglang" and constraint.json_schema is not None:
         return {"json_schema": constraint.json_schema}
     text = f"{constraint.param}: replicas of rollout.name={kind} cannot enforce this; leave it out"

@@ -1,8 +1,7 @@
 """LoRA adapters in the embedded engine: only the adapter travels, the engine holds ``W0 + scaling * B @ A``.
 
-verl's FSDP engine sends ``(name, tensor)`` pairs in peft's naming with the adapter's config beside them; names here
-are Hugging Face's: ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`` is the factor A of
-``model.layers.0.self_attn.q_proj.weight``. Merged, decoding costs nothing more than without an adapter.
+verl sends them under peft's names: ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`` is the factor A
+of ``model.layers.0.self_attn.q_proj.weight``.
 Formula: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; scaling alpha / r, or alpha / sqrt(r)
 with rsLoRA (Kalajdzievski, 2023).
 """

@@ -1,7 +1,5 @@
 """The embedded engine as a verl rollout replica: ``actor_rollout_ref.rollout.name=transformers``.
 
-A Ray actor with verl's server protocol around ``TransformersEngine``. With a key of its own it also serves our
-gateway's dialects over HTTP.
 Every answer says which policies (global steps) sampled its first and its last token.
 """
 
@@ -24,12 +22,7 @@ from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutMode, RolloutReplica, TokenOutput
 
 from atropos_verl.backends.ray.lora import SETTINGS, LoraMerger
-from atropos_verl.backends.ray.weight_transfer import (
-    WeightBucket,
-    WeightReceiver,
-    send_weights,
-    standalone_worker,
-)
+from atropos_verl.backends.ray.weight_transfer import WeightBucket, WeightReceiver, send_weights, standalone_worker
 from atropos_verl.engine.embedded import TransformersEngine
 from atropos_verl.engine.runner import engine_threads
 from atropos_verl.errors import ConfigError, EngineError, GenerationRequestError
@@ -161,21 +154,21 @@ class TransformersServer:
             raise EngineError("rollout.name=transformers generates from text only; this request has images or sound")
         key = f"{request_id}-{uuid.uuid4().hex}"
         request = to_request(prompt_ids, sampling_params, self.config, self._engine.max_context_len, key)
-        generations: list[Generation] = []
+        generation: Generation | None = None
         if not self._rejecting:
             task = self._running[key] = asyncio.ensure_future(self._engine.agenerate(request))
             try:
-                generations = await task
+                [generation] = await task
             finally:
                 del self._running[key]
-        if not generations or not generations[0].token_ids:
+        if generation is None or not generation.token_ids:
             nothing = {"global_steps": self.global_steps, "finish_reason": "abort"}
             return TokenOutput(token_ids=[], log_probs=None, stop_reason="aborted", extra_fields=nothing)
-        [generation] = generations
+        oldest, newest = generation.policy_versions
         extra: dict[str, Any] = {
-            "global_steps": generation.policy_versions[1],
-            "min_global_steps": generation.policy_versions[0],
-            "max_global_steps": generation.policy_versions[1],
+            "global_steps": newest,
+            "min_global_steps": oldest,
+            "max_global_steps": newest,
             "policy_version_runs": generation.policy_version_runs,
             "finish_reason": generation.finish_reason,
         }

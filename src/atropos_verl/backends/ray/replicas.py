@@ -1,15 +1,7 @@
 """verl's replicas in a run: a dead one is replaced, and after every weight sync each of them answers the canary.
 
-verl 0.9.1 does neither: its load balancer goes on to send requests to a dead server, and the next call of its
-checkpoint manager fails. But the balancer forgets and takes servers at any time, and a replica can launch its servers
-again::
-
-    a request finds its server dead: AttemptClient takes it from the balancer; the request waits, with its tokens
-       └─▶ trainer, when it looks for a batch, and around its own calls of replicas: which servers are dead?
-              └─▶ launch_servers ─▶ training workers look for the new server ─▶ weights ─▶ canary ─▶ into the balancer
-
-Not replaced: a server that hangs (nothing says so), verl's load balancer, and a training worker, whose end is the
-run's.
+verl 0.9.1 does neither. Not replaced: a server that hangs (nothing says so), verl's load balancer, and a training
+worker, whose end is the run's. docs/internals.md ("Dead replicas") draws the way of a request.
 """
 
 import asyncio

@@ -1,7 +1,4 @@
-"""One training run on Ray, seen from the command's process: start Ray, show what the task runner reports, end it.
-
-The processes around it belong to the caller, who hands in callables.
-"""
+"""One training run on Ray, seen from the command's process: start Ray, show what the task runner reports, end it."""
 
 import contextlib
 import io
@@ -25,7 +22,7 @@ from atropos_verl.config.verl_keys import RayRun
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.training.checkpoint_state import mark_best
 from atropos_verl.training.step import Evaluations, HeldOut, Progress, is_best
-from atropos_verl.verl_plugin import DROPOUT_VARIABLE
+from atropos_verl.verl_plugin import DROPOUT_VARIABLE, ray_environment
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +33,6 @@ _STOP_SECONDS = 300.0
 
 def set_environment(device: str) -> dict[str, str]:
     """Set and return the variables of every process of the run. Call it before the first import of verl."""
-    from atropos_verl.verl_plugin import ray_environment
-
     environment = {
         "OMP_WAIT_POLICY": "PASSIVE",
         "VERL_LOGGING_LEVEL": "WARN",  # below it, verl 0.9.1's logger.info(..., flush=True) raises (separate_async)
@@ -72,15 +67,12 @@ def run_on_ray(
     evaluations: Evaluations | None,
     check_services: Callable[[], None],
 ) -> tuple[dict[str, Any], dict[str, float | None]]:
-    """Train until ``trainer.total_training_steps``.
+    """Train until ``trainer.total_training_steps``: the outcome for ``summary.json``, and held-out scores by label.
 
     Args:
         run: with the URL of the API and the port of the gateway.
         evaluations: the one before training has been started.
         check_services: called while waiting; raises when the run cannot go on.
-
-    Returns:
-        The outcome for ``summary.json``, and the held-out scores by label.
     """
     progress.phase("starting Ray")
     held_out = HeldOut(evaluations, progress, {})

@@ -1,17 +1,5 @@
 """verl's V1 trainers, thin: rollouts come from the trajectory feed, advantages from ``training/``, weights through
-``AtroposShardingManager``.
-
-==================  ======================================================  ====================================
-mode                while the trainer trains                                the next batch is asked for
-==================  ======================================================  ====================================
-``sync``            requests in flight end first; then the engine sleeps    after the weight sync
-``colocate_async``  requests are cut at a token boundary, continued later   ``num_warmup_batches`` ahead
-``separate_async``  replicas of their own keep generating                   ahead; weights move every
-                                                                            ``parameter_sync_step`` updates
-==================  ======================================================  ====================================
-
-The embedded engine holds requests while it sleeps: in ``sync`` they too are cut at a token boundary and continued.
-"""
+``AtroposShardingManager`` (docs/internals.md: "Modes on Ray")."""
 
 import logging
 import math
@@ -132,9 +120,6 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
 
     def release_memory_occupation(self) -> None:
         """The replicas of ``separate_async`` keep their memory: they are not the trainer's."""
-
-    def update_weights_from_tensor(self, named_tensors: Iterable[tuple[str, Any]]) -> None:
-        raise NotImplementedError
 
     def pause(self, timeout: float) -> None:
         """Shut the gate. Replicas of vLLM and SGLang cannot hold a request while they sleep: it ends first."""
@@ -413,9 +398,8 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
     def save_what_was_trained(self, error: BaseException | None = None) -> str:
         """Save the last whole step after ``error`` ended ``fit``, unless that is done. Returns a note for the user."""
         # After an error of a worker (Ray's), the others may wait for it in a collective: a save would wait as well.
-        unusable = isinstance(
-            error, CheckpointError | TrainingDivergedError | WeightSyncError | ray.exceptions.RayError
-        )
+        fatal = CheckpointError | TrainingDivergedError | WeightSyncError | ray.exceptions.RayError
+        unusable = isinstance(error, fatal)
         if int(self.config.trainer.save_freq) <= 0 or not self._whole_step or unusable:
             return ""
         if self._is_updating or self.local_trigger_step:
@@ -560,7 +544,7 @@ def _is_written_by(version: int, tag: Mapping[str, Any]) -> bool:
 
 
 def _number(value: Any) -> float | int | None:
-    """Turn a figure of verl's into a number; None where it is none (a flag, a text, an array)."""
+    """A figure of verl's; None where it is no number (a flag, a text, an array)."""
     if isinstance(value, bool):
         return None
     if hasattr(value, "item") and getattr(value, "size", 1) in (1, ()):
@@ -630,7 +614,7 @@ class AtroposReplayBuffer(_Watching, ReplayBuffer):  # type: ignore[misc]
 
 
 class AtroposReplayBufferAsync(_Watching, ReplayBufferAsync):  # type: ignore[misc]
-    """Sampling with prefetched batches and a bound on their staleness."""
+    """Prefetched batches, within a bound on staleness."""
 
 
 class AtroposAgentLoopManager:

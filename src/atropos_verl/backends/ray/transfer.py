@@ -20,7 +20,6 @@ from atropos_verl.types import UNKNOWN_VERSION, TrainingSample
 ADVANTAGES = "atropos_advantages"
 """Field: float64 [R], the advantages before normalising, from ``training.advantages``."""
 
-
 PARTITION = "train"
 """TransferQueue's, for training."""
 

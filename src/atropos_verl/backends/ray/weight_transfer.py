@@ -1,7 +1,6 @@
 """Moves weights from a training worker into a replica's process: buckets in Ray's object store, applied as they arrive.
 
-One call per bucket, two on their way at a time: the engine copies one while the next is gathered. A replica that shares
-the worker's devices gets its buckets from the worker itself, a standalone one through a checkpoint engine.
+docs/internals.md ("Weights on Ray") draws the ways of a bucket.
 """
 
 import asyncio

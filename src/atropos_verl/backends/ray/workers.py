@@ -1,10 +1,7 @@
 """verl's training workers, with the losses and engines of this package registered in their processes.
 
-Ray imports this module in every process that trains. It registers, under verl's names:
-
-- ``actor_rollout_ref.actor.policy_loss.loss_mode=advantage_weighted_sft``, the loss;
-- ``algorithm.adv_estimator=plain``, the raw score as advantage (``grpo`` and ``rloo`` are verl's own names);
-- the engines of ``verl_plugin.engines``.
+Ray imports this module in every process that trains. ``advantage_weighted_sft`` is a ``policy_loss.loss_mode`` then,
+and ``plain`` an ``algorithm.adv_estimator``.
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""Threads of engine and trainer, what the engine is built from, and the garbage collector, which rests while libraries are imported."""
+"""Threads of engine and trainer, what the engine is built from, and the garbage collector during imports."""
 
 import gc
 import json
