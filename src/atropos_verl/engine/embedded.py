@@ -33,7 +33,7 @@ from atropos_verl.engine.requests import EngineLimits, EngineStats, RunningSeque
 from atropos_verl.engine.runner import ModelRunner, context_len
 from atropos_verl.engine.sampling import effective_temperature
 from atropos_verl.engine.scheduler import ContinuousBatch, take_prefill
-from atropos_verl.engine.weights import trim_memory
+from atropos_verl.engine.weights import TRIM_BYTES, trim_memory
 from atropos_verl.errors import EngineError, EngineStoppedError, GenerationRequestError, WeightSyncError
 from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
 
@@ -407,7 +407,8 @@ class TransformersEngine:
                 self._runner.weights.release()
             if self._runner.device.type == "cuda":
                 torch.cuda.empty_cache()
-            trim_memory(held)
+            if held >= TRIM_BYTES:
+                trim_memory()
 
     def resume_memory_occupation(self) -> None:
         """See ``InferenceEngine``. Released weights stay unusable until ``update_weights_from_tensor``. Idempotent.

@@ -66,14 +66,13 @@ def pack_linear_layers(model: torch.nn.Module) -> list[PackedLinear]:
     return [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
 
 
-def trim_memory(weight_bytes: int) -> None:
+def trim_memory() -> None:
     """Hands what the C library keeps of freed memory back to the system, between two phases that need other sizes.
 
     After a training step glibc keeps four times the weights of a model of 135 M parameters (docs/performance.md).
     """
-    if weight_bytes >= TRIM_BYTES:
-        with contextlib.suppress(AttributeError, OSError):  # a C library without it
-            ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(AttributeError, OSError):  # a C library without it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class WeightStore:

@@ -47,7 +47,7 @@ def look_up(ledger: Ledger, queries: Sequence[SequenceQuery], repairer: Repairer
     for i, query in enumerate(queries):
         spans = trained_spans(query.loss_mask)
         repair = Repair(pieces=ledger.find(query.token_ids, spans))
-        if repairer is not None and query.is_text:
+        if repairer is not None and query.is_text and not all(p.candidates for pieces in repair.pieces for p in pieces):
             ids, mask, origin = query.token_ids, query.loss_mask, query.has_advantages
             repair = repairer.repair(ids, mask, spans, repair.pieces, wants_origin=origin)
         if repair.tokens is not None:

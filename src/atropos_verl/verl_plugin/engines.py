@@ -28,7 +28,7 @@ from verl.utils.device import get_device_name
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from atropos_verl.engine.weights import trim_memory
+from atropos_verl.engine.weights import TRIM_BYTES, trim_memory
 from atropos_verl.training.losses.lm_head import linear_token_figures, linear_token_logprobs
 from atropos_verl.verl_plugin import DROPOUT_VARIABLE
 from atropos_verl.verl_plugin.prefix_forest import PrefixForest, build_forest, fill, joined, partition, sort_by_prefix
@@ -105,7 +105,8 @@ class UpdateEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         """The gradient norm. A batch without a trained token changes neither weights nor AdamW's moments."""
         norm = float(super().optimizer_step()) if self._has_trained_tokens else 0.0
         self.optimizer_zero_grad()  # verl keeps the gradients until the next step begins: a copy of the model's size
-        trim_memory(sum(parameter.nbytes for parameter in self.module.parameters()))
+        if sum(parameter.nbytes for parameter in self.module.parameters()) >= TRIM_BYTES:
+            trim_memory()
         return norm
 
     def _build_lr_scheduler(self, optimizer: Any) -> Any:
