@@ -251,6 +251,9 @@ def _silence(state: Mapping[str, Any], facts: LogFacts, who: str, running: Seque
     if gateway.get("paused"):
         return "the gateway is paused: the trainer is in a step or a weight sync that does not end", [todo]
     if gateway.get("in_flight") and not rates.get("tokens_per_second"):
+        if since.get("served"):
+            text = f"{who} had {since['served']} answers and sends no group; no token is generated at this moment"
+            return text, ["see the environment's log: scores may be missing. If this goes on, the engine hangs", todo]
         return "requests are in flight but no token is generated: the inference engine hangs", [todo]
     if rates.get("tokens_per_second"):
         return f"the policy is being sampled, but {who} sends no group: rollouts are long, or scoring is slow", [

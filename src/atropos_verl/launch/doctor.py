@@ -1,7 +1,6 @@
 """``atropos-verl doctor``: says what this machine can run. Nothing is started, and no library imported, for it."""
 
 import argparse
-import ast
 import itertools
 import json
 import os
@@ -29,7 +28,8 @@ from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig
 from atropos_verl.config.model_checks import Finding, check_model, finding, weight_bytes
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposAPIError, AtroposHTTPStatusError, ConfigError
-from atropos_verl.launch.environments import interpreter, notes_of, parse_script, program_of
+from atropos_verl.launch.environment_script import look, notes_of, source_of, what_lacks
+from atropos_verl.launch.environments import interpreter, program_of
 from atropos_verl.launch.launch import load_settings
 from atropos_verl.launch.probes import free_port
 
@@ -401,45 +401,21 @@ def _check_own_or_given_api(config: RunConfig, launch: LaunchConfig) -> Finding:
 
 
 _ATROPOSLIB = "0.4.0"
-_LOOK = """
-import importlib.util, json, sys
-from importlib import metadata
-def version(name):
-    return next((found.version for found in metadata.distributions(name=name)), None)
-def there(name):
-    try:
-        return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):
-        return False
-sys.path.insert(0, sys.argv[1])
-print(json.dumps({
-    "python": sys.version.split()[0],
-    "versions": {name: version(name) for name in ("atroposlib", "transformers")},
-    "lacking": [name for name in sys.argv[2:] if not there(name)],
-}))
-"""
-"""Runs in the environment's interpreter: directory of the script, modules → what is there."""
 
 
 def check_environment(name: str, settings: EnvironmentConfig, config: RunConfig) -> Finding:
     """Checks what its interpreter would find when it runs its program, which itself is not run."""
-    source, todo, warning, variables = b"", "", "", {**os.environ, **settings.env}
+    todo = warning = ""
     try:
         python = interpreter(settings.python, f"environments.{name}.python")
         program = program_of(name, settings)
-        script = Path(program[-1])
-        if settings.module is None:
-            source = script.read_bytes()
-            place, modules = str(script.parent), imported_modules(source, script)
-        else:
-            place, modules = "", [settings.module.split(".")[0]]
-        command = [python, "-c", _LOOK, place, *modules]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20.0, check=False, env=variables)
-        seen = json.loads(answer.stdout)
+        seen = look(python, program, settings, config.resolve_run_dir())
     except ConfigError as error:
         return finding("environments", name, str(error), missing="correct the path")
     except SyntaxError as error:
-        return finding("environments", name, f"{script}, line {error.lineno}: {error.msg}", missing="mend the script")
+        return finding(
+            "environments", name, f"{program[-1]}, line {error.lineno}: {error.msg}", missing="mend the script"
+        )
     except (OSError, subprocess.TimeoutExpired, ValueError) as error:
         broken, why = python, "it prints no answer"
         if isinstance(error, OSError):
@@ -448,31 +424,16 @@ def check_environment(name: str, settings: EnvironmentConfig, config: RunConfig)
         return finding("environments", name, f"{broken} cannot be used: {why}", missing=todo)
     atroposlib, transformers = seen["versions"]["atroposlib"], seen["versions"]["transformers"] or "none"
     text = f"python {seen['python']}, atroposlib {atroposlib}, transformers {transformers}"
+    refused, notes = what_lacks(seen, python)
     if atroposlib is None:
         text, todo = f"{python} has no atroposlib", f"{python} -m pip install atroposlib=={_ATROPOSLIB}"
-    elif seen["lacking"]:
-        text = f"the script imports {', '.join(seen['lacking'])}, which {python} has not"
-        todo = f"{python} -m pip install what provides them, or set environments.{name}.python"
+    elif refused:
+        text, todo = f"the script {'; '.join(refused)}", f"provide it, or leave out environments.{name}"
     elif atroposlib != _ATROPOSLIB:
         warning = f"the launcher's arguments are those of {_ATROPOSLIB}; "
         warning += f"environments.{name}.omit leaves out what it lacks"
-    elif b"tokenize_for_trainer" in source and transformers.startswith("5"):
+    elif b"tokenize_for_trainer" in source_of(program, settings) and transformers.startswith("5"):
         todo = f"the script's tokenize_for_trainer needs transformers 4: give it environments.{name}.python of its own"
-    if not todo and (notes := notes_of(config, settings, program)):
+    if not todo and (notes := notes_of(config, settings, program) + notes):
         warning = "; ".join(notes)
     return finding("environments", name, text, missing=todo, warning=warning)
-
-
-def imported_modules(source: bytes, script: Path) -> list[str]:
-    """Lists the top-level modules that ``script`` imports when it is loaded, without the standard library's.
-
-    Imports inside functions and under ``try`` may be optional and are not counted. Raises ``SyntaxError``.
-    """
-    names = []
-    for node in parse_script(source, script).body:
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.append(node.module)
-    modules = dict.fromkeys(name.split(".")[0] for name in names)
-    return [name for name in modules if name not in sys.stdlib_module_names]

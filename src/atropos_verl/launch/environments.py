@@ -3,18 +3,14 @@
 How keys are handed over: docs/internals.md.
 """
 
-import ast
 import contextlib
-import gc
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +26,14 @@ from atropos_verl.config.model_checks import NAMES_OF_TRANSFORMERS_5, check_toke
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.http_thread import EVALUATION_PATH, environment_token
+from atropos_verl.launch.environment_script import (
+    check_needs,
+    import_path,
+    notes_of,
+    option_value,
+    server_count,
+    source_of,
+)
 from atropos_verl.launch.process import ServiceSpec
 from atropos_verl.storage import write_atomic
 
@@ -45,7 +49,6 @@ _SERVER_PREFIX = "--openai."
 _URL_OPTION = "--env.rollout_server_url"
 _NAME_OPTION = "--env.wandb_name"
 _FILE_OPTION = "--config"
-_BARE = ("APIServerConfig", "ServerBaseline")
 _TOKENIZER_SETTINGS, _CLEANS = "tokenizer_config.json", "clean_up_tokenization_spaces"
 _ROUNDING = 1e-9
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
@@ -75,9 +78,12 @@ def plan_environments(
     warnings += [f"tokenizer: {item.found}; {item.todo}" for item in found if item.status != "ok"]
     services: list[ServiceSpec] = []
     for name, settings in chosen.items():
-        own = [] if name in launch.agents else notes_of(config, settings, program_of(name, settings))
+        section, program = "env" if of_training else f"environments.{name}", program_of(name, settings)
+        own = [] if name in launch.agents else notes_of(config, settings, program)
+        _check_proxy(settings, f"{section}.env")
+        python, run_dir = interpreter(settings.python, f"{section}.python"), config.resolve_run_dir()
+        own += check_needs(python, program, settings, run_dir, f"{section}.{'module' if settings.module else 'script'}")
         warnings += [f"environments.{name}: {note}" for note in own]
-        _check_proxy(settings, f"{'env' if of_training else f'environments.{name}'}.env")
         for copy in range(1, settings.copies + 1):
             which: dict[str, Any] = {"copy": copy, "allocation": allocations[name], "embedded": embedded}
             services.append(environment_spec(config, name, settings, of_training=of_training, **which))
@@ -338,24 +344,6 @@ def obstacle(spec: ServiceSpec, gateway_url: str) -> str:
     return ""
 
 
-def import_path() -> dict[str, str]:
-    """PYTHONPATH with its entries made absolute: the children run in another directory."""
-    entries = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    if all(Path(entry).is_absolute() for entry in entries):
-        return {}
-    return {"PYTHONPATH": os.pathsep.join(str(Path(entry).absolute()) for entry in entries)}
-
-
-def option_value(args: Sequence[str], option: str) -> str | None:
-    """The value of ``option`` in ``--option value`` or ``--option=value`` form; None: it is not given."""
-    for index, word in enumerate(args):
-        if word.startswith(f"{option}="):
-            return word.split("=", 1)[1]
-        if word == option and index + 1 < len(args):
-            return args[index + 1]
-    return None
-
-
 def _read(path: Path, key: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
@@ -440,94 +428,6 @@ def _check_groups(config: RunConfig, launch: LaunchConfig, *, embedded: bool) ->
             "overrides.sft. Raise group_size, or set algorithm.adv_estimator=plain"
         ]
     return []
-
-
-def parse_script(source: bytes, script: Path) -> ast.Module:
-    """Parses ``source`` while nothing is collected. Raises ``SyntaxError`` or ``ValueError``.
-
-    CPython 3.11 counts the depth of ``ast.parse`` once per interpreter. A finaliser that logs a traceback parses too;
-    the outer call then raises ``SystemError`` (AST constructor recursion depth mismatch).
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        return ast.parse(source, str(script))
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def source_of(program: Sequence[str], settings: EnvironmentConfig) -> bytes:
-    """The source of an environment, a module's by its directory and PYTHONPATH; b"": not found. Nothing is run."""
-    paths = [Path(program[-1])]
-    if settings.module is not None:
-        entries = settings.env.get("PYTHONPATH", os.environ.get("PYTHONPATH", "")).split(os.pathsep)
-        name = Path(*settings.module.split(".")).with_suffix(".py")
-        paths = [Path(entry, name) for entry in (settings.cwd or ".", *entries)]
-    return next((path.read_bytes() for path in paths if path.is_file()), b"")
-
-
-def notes_of(config: RunConfig, settings: EnvironmentConfig, program: Sequence[str]) -> list[str]:
-    """What is likely to keep an environment from working, before it is started."""
-    source, notes = source_of(program, settings), []
-    if source and b".cli(" not in source and b"env_manager" not in source:
-        notes.append(f"{program[-1]} calls no .cli(): Atropos environments end with MyEnv.cli(), or start nothing")
-    if settings.module is None and re.search(rb"^from \.", source, re.MULTILINE):
-        notes.append(
-            f"{program[-1]} imports from its own package: start it as a module, with PYTHONPATH (module=a.b.c)"
-        )
-    if settings.python is None and b"tokenize_for_trainer" in source and metadata.version("transformers") >= "5":
-        notes.append("its tokenize_for_trainer needs transformers 4, and this interpreter has 5: set its python")
-    url = option_value(settings.args, f"{_SERVER_PREFIX}base_url")
-    if url and url.rstrip("/") != f"{config.gateway.advertise_url}/v1":
-        notes.append(
-            f"its arguments send it to {url}, not to the gateway of this run: what it samples is not the policy's"
-        )
-    return notes
-
-
-def server_count(source: bytes) -> int | None:
-    """The number of servers in the list that ``config_init`` returns; 0: it returns no list; None: not known.
-
-    With a list of one, Atropos takes ``--openai`` arguments; with more it exits; without a list it ignores them and
-    asks localhost:9004-9007 for ever. Followed are literal lists and names that are assigned once in the same function.
-    """
-    try:
-        tree = parse_script(source, Path("environment"))
-    except (SyntaxError, ValueError):
-        return None
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    found = [_returned_servers(list(ast.walk(item))) for item in functions if item.name == "config_init"]
-    return found[0] if len(found) == 1 else None
-
-
-def _returned_servers(nodes: Sequence[ast.AST]) -> int | None:
-    assigned: dict[str, list[ast.expr | None]] = defaultdict(list)
-    for node in nodes:
-        changed, value = [], getattr(node, "value", None)
-        if isinstance(node, ast.Assign):
-            changed = node.targets
-        elif isinstance(node, ast.AnnAssign | ast.AugAssign):
-            changed, value = [node.target], value if isinstance(node, ast.AnnAssign) else None
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            changed, value = [node.func.value], None  # append, extend, ...
-        for target in changed:
-            if isinstance(target, ast.Name):
-                assigned[target.id].append(value)
-
-    def count(value: ast.expr | None, depth: int = 2) -> int | None:
-        if isinstance(value, ast.Name):
-            values = assigned.pop(value.id, [])  # followed once: no circle
-            return count(values[0], depth) if len(values) == 1 else None
-        if isinstance(value, ast.Tuple) and depth == 2:  # what is returned: settings, servers
-            return count(value.elts[-1], 1) if len(value.elts) == 2 else None
-        if isinstance(value, ast.List) and not any(isinstance(item, ast.Starred) for item in value.elts):
-            return len(value.elts)
-        is_bare = isinstance(value, ast.Call) and ast.unparse(value.func).split(".")[-1] in _BARE
-        return 0 if is_bare else None
-
-    counts = {count(node.value) for node in nodes if isinstance(node, ast.Return)}
-    return counts.pop() if len(counts) == 1 else None
 
 
 def readable_tokenizer(config: RunConfig) -> Path:

@@ -16,12 +16,12 @@ from atropos_verl.config.launch_schema import ApiProcessConfig, EnvironmentConfi
 from atropos_verl.config.schema import EnvConfig, EvalConfig, RunConfig
 from atropos_verl.errors import ConfigError, StorageInUseError
 from atropos_verl.http_thread import bracketed, reachable
+from atropos_verl.launch.environment_script import import_path
 from atropos_verl.launch.environments import (
     CHILD_ENV,
     demo_env_script,
     direct,
     find_script,
-    import_path,
     interpreter,
     own_temporary,
     plan_environments,

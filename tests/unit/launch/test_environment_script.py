@@ -1,0 +1,174 @@
+"""What a script says of itself, and what is missing for it: modules, data sets, files, keys, devices."""
+
+import os
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from atropos_verl.config.launch_schema import EnvironmentConfig
+from atropos_verl.errors import ConfigError
+from atropos_verl.launch.environment_script import check_needs, server_count, source_of
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nothing listens there
+    for name in [*(name for name in os.environ if name.endswith("_KEY")), "HF_HUB_CACHE", "HF_DATASETS_CACHE"]:
+        monkeypatch.delenv(name, raising=False)
+
+
+def outcome(tmp_path: Path, text: str, *args: str) -> str:
+    """The refusal, or the notes after "may lack: "."""
+    script = tmp_path / "env.py"
+    script.write_text(text + "\nif __name__ == '__main__':\n    MyEnv.cli()\n")
+    settings = EnvironmentConfig(script=str(script), args=args, cwd=str(tmp_path))
+    try:
+        notes = check_needs(sys.executable, (str(script),), settings, tmp_path, "env.script")
+    except ConfigError as error:
+        return str(error).removeprefix(f"env.script: {script} ")
+    return "".join(f"may lack: {note.removeprefix(f'{script} ')}" for note in notes)
+
+
+SETUP = "class MyEnv(BaseEnv):\n    async def setup(self):\n        "
+OFFLINE = " (not in the cache of the Hugging Face Hub, and HF_HUB_OFFLINE is set)"
+LACKS = f", which {sys.executable} has not: install what provides them, or set python"
+NOT_THERE = "needs the file {cwd}/x.json (not there from {cwd})"
+OPENS = "path = os.path.join(os.path.dirname(__file__), 'x.json')\n        "
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (SETUP + "self.train = load_dataset('gsm8k', 'main')", f"needs the data set gsm8k{OFFLINE}"),
+        (
+            f"class C(BaseEnvConfig):\n    data: str = Field(default='a/b')\n{SETUP}load_dataset(self.config.data)",
+            f"needs the data set a/b{OFFLINE}",
+        ),
+        (SETUP + "AutoModel.from_pretrained('org/judge')", f"needs the model org/judge{OFFLINE}"),
+        (SETUP + "with open('data.csv') as file: pass", "needs the file data.csv (not there from {cwd})"),
+        (SETUP + OPENS + "print(path)\n        open(path, mode='rb')", NOT_THERE),
+        ("import no_such_module", f"imports no_such_module{LACKS}"),
+        (
+            "from atroposlib.envs.base import BaseEnv, no_such_name",
+            f"imports atroposlib.envs.base.no_such_name{LACKS}",
+        ),
+    ],
+)
+def test_what_a_start_needs_is_named_before_it(tmp_path: Path, text: str, words: str) -> None:
+    assert outcome(tmp_path, text) == words.replace("{cwd}", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (SETUP + OPENS + "make_it()\n        open(path)", NOT_THERE),
+        (SETUP + OPENS + "if not os.path.exists(path):\n            make_it()\n        open(path)", NOT_THERE),
+        (SETUP + "self.judge = AsyncOpenAI()", "needs the environment variable OPENAI_API_KEY (not set)"),
+        ("key = os.environ['SOME_KEY']", "needs the environment variable SOME_KEY (not set)"),
+    ],
+)
+def test_what_may_be_there_when_it_is_read_is_a_warning(tmp_path: Path, text: str, words: str) -> None:
+    words = words.replace("{cwd}", str(tmp_path)).replace("needs", "reads", 1)
+    assert outcome(tmp_path, text) == f"may lack: {words}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def anywhere():\n    load_dataset('gsm8k')",
+        "class Judge:\n    def __init__(self):\n        load_dataset('gsm8k')",
+        SETUP + "if self.config.big:\n            load_dataset('gsm8k')",
+        SETUP + "if self.config.own:\n            return\n        load_dataset('gsm8k')",
+        SETUP + "try:\n            load_dataset('gsm8k')\n        except Exception:\n            self.train = OWN",
+        SETUP + "load_dataset('json', data_files='a.json')",
+        SETUP + "load_dataset(name_made_at_run_time())",
+        SETUP + "open('out.jsonl', 'w')",
+        SETUP + "AsyncOpenAI(api_key=None, base_url=self.url)",
+        "device = 'cuda' if torch.cuda.is_available() else 'cpu'\nmodel.to('cuda')",
+        "os.environ['KEY'] = 'x'",
+        "import sys\nsys.path.insert(0, 'lib')\nimport no_such_module",
+        "from atroposlib.envs.base import BaseEnv, ScoredDataGroup\nfrom atroposlib.utils import tokenize_for_trainer",
+        "def broken(:",
+    ],
+)
+def test_what_may_do_without_is_started(tmp_path: Path, text: str) -> None:
+    assert outcome(tmp_path, text) == ""
+
+
+def test_what_is_in_the_cache_or_chosen_by_an_argument_is_not_missing(tmp_path: Path) -> None:
+    text = f"class C:\n    name: str = 'openai/gsm8k'\n{SETUP}load_dataset(self.config.name)"
+    assert "openai/gsm8k" in outcome(tmp_path, text)
+    assert "data set of/mine" in outcome(tmp_path, text, "--env.name", "of/mine")
+    assert outcome(tmp_path, text, "--config", "mine.yaml") == "", "it may name another"
+    (tmp_path / "hf" / "datasets" / "openai___gsm8k").mkdir(parents=True)
+    assert outcome(tmp_path, text) == ""
+
+
+def test_a_data_set_that_can_be_downloaded_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # answers 501
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("HF_ENDPOINT", url := f"http://127.0.0.1:{server.server_port}")
+    try:
+        assert outcome(tmp_path, SETUP + "load_dataset('a/b')") == ""
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert outcome(tmp_path, SETUP + "load_dataset('a/b')").startswith(
+        f"needs the data set a/b (not in the cache of the Hugging Face Hub, and {url} cannot be reached: "
+    )
+
+
+SCRIPT = """
+class Env(BaseEnv):
+    @classmethod
+    def config_init(cls):
+        {before}
+        return {value}
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "value", "count"),
+    [
+        ("config = 1", "config, [APIServerConfig(model_name='m')]", 1),
+        ("servers = [base.APIServerConfig()]", "config, servers", 1),
+        ("servers: object = [APIServerConfig(), APIServerConfig()]", "(config, servers)", 2),
+        ("both = (config, APIServerConfig())", "both", 0),
+        ("servers = APIServerConfig(model_name='m')", "config, servers", 0),
+        ("config = 1", "config, ServerBaseline()", 0),
+        # Not known: made by a call, changed after it was made, different on two ways.
+        ("config = 1", "make()", None),
+        ("config = 1", "config, [APIServerConfig()] * 2", None),
+        ("config = 1", "config, [*more, APIServerConfig()]", None),
+        ("servers = [APIServerConfig()]; servers.append(other)", "config, servers", None),
+        ("servers = [APIServerConfig()]; servers += [other]", "config, servers", None),
+        ("if big: return config, [APIServerConfig(), APIServerConfig()]", "config, [APIServerConfig()]", None),
+    ],
+)
+def test_the_servers_of_a_script_are_counted(before: str, value: str, count: int | None) -> None:
+    assert server_count(SCRIPT.format(before=before, value=value).encode()) == count
+
+
+@pytest.mark.parametrize("source", [b"", b"def config_init(:", b"class Env(Other): pass", b"\0"])
+def test_the_servers_of_what_cannot_be_read_are_not_known(source: bytes) -> None:
+    assert server_count(source) is None
+
+
+def test_a_module_is_found_by_its_directory_and_by_pythonpath(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pkg").mkdir()
+    (tmp_path / "pkg" / "env.py").write_text("x")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    found = [
+        source_of(("-m", "pkg.env"), EnvironmentConfig(module="pkg.env", **where))
+        for where in ({"cwd": str(tmp_path)}, {"env": {"PYTHONPATH": f"/nowhere:{tmp_path}"}}, {})
+    ]
+    assert found == [b"x", b"x", b""]
