@@ -32,7 +32,7 @@ from atropos_verl.gateway.native import generate, generate_trl
 from atropos_verl.gateway.openai import completions
 from atropos_verl.gateway.responses import responses
 from atropos_verl.gateway.service import Answer, GatewayService
-from atropos_verl.gateway.sessions import Session, SessionService, SessionStore
+from atropos_verl.gateway.sessions import Session, SessionService, SessionStore, summary_of
 from atropos_verl.gateway.text import TextCodec
 from atropos_verl.http_thread import (
     EVALUATION_GROUP,
@@ -416,7 +416,7 @@ def _session_readers(sessions: SessionStore, advertise_url: str | None) -> dict[
         session = await sessions.create(body, request.headers.get("idempotency-key", "").strip() or None)
         base = (advertise_url or str(request.base_url)).rstrip("/")
         record = session.record
-        return {**sessions.summary(session), "base_url": f"{base}/s/{record.id}/v1", "api_key": record.api_key}
+        return {**summary_of(session), "base_url": f"{base}/s/{record.id}/v1", "api_key": record.api_key}
 
     async def end(how: Callable[..., Awaitable[dict[str, Any]]], request: Request, body: bytes) -> dict[str, Any]:
         return await how(sessions.find(request.path_params["id"]), body)

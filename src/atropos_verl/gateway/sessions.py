@@ -9,11 +9,12 @@ import logging
 import math
 import re
 import secrets
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 import xxhash
 
-from atropos_verl.errors import StorageWriteError
+from atropos_verl.errors import ConfigError, StorageWriteError
 from atropos_verl.gateway.chat import ChatTurn, Message
 from atropos_verl.gateway.fields import ApiError
 from atropos_verl.gateway.lineages import Prompt, StoredTurn, Tree, kept_turns, new_turn, training_rows
@@ -333,7 +334,7 @@ class SessionStore:
                     text = f"per_turn: {values} values for {turns} answered turns"
                     raise ApiError(400, text, param="per_turn")
                 await self._store(session, record, "finished" if given.finished else "open")
-        return self.summary(session)
+        return summary_of(session)
 
     async def abort(self, session: Session, body: bytes) -> dict[str, Any]:
         """``POST /sessions/ID/abort``: no rollout comes of it. Raises ``ApiError`` 400, 409 (it is finished), 507."""
@@ -344,7 +345,7 @@ class SessionStore:
             if session.record.state == "open":
                 reason = given.reason[:_MAX_REASON] or None
                 await self._store(session, msgspec.structs.replace(session.record, reason=reason), "aborted")
-        return self.summary(session)
+        return summary_of(session)
 
     def expire(self) -> None:
         """End the sessions that had no final reward until their time ended."""
@@ -398,38 +399,12 @@ class SessionStore:
 
     # -- what is known of a session ----------------------------------------------------------------------------------
 
-    def summary(self, session: Session) -> dict[str, Any]:
-        record = session.record
-        about = {name: getattr(record, name) for name in ("id", "state", "created", "expires", "reason")}
-        outcome = {name: getattr(record.outcome, name, None) for name in ("reward", "per_turn", "info")}
-        turns = len(session.tree.turns) or record.turns
-        return {**about, **msgspec.structs.asdict(record.opening), **outcome, "turns": turns}
-
     async def describe(self, session: Session) -> dict[str, Any]:
         """``GET /sessions/ID``: its tree."""
-        summary = self.summary(session)
         if session.record.state != "open":
             rows, session = await self._fetched(session), Session(session.number, session.record)
             await asyncio.to_thread(session.restore, *rows)
-        tree = session.tree
-        turns: list[dict[str, Any]] = [
-            {
-                "turn": turn.number,
-                "request": turn.stored.request,
-                "parent": turn.stored.parent,
-                "lineage": turn.lineage,
-                "prompt_tokens": turn.length - len(turn.stored.sampled) // 4,
-                "completion_tokens": len(turn.stored.sampled) // 4,
-                "versions": [turn.stored.runs[at][0] for at in (0, -1) if turn.stored.runs],
-                "finish_reason": turn.stored.finish_reason,
-                "received": session.exchanges[turn.stored.request].was_received,
-                "reason": turn.stored.reason,
-            }
-            for turn in tree.turns
-        ]
-        waiting = sum(not exchange.turns for exchange in session.exchanges.values())
-        figures = {"lineages": tree.lineages, "tokens": tree.tokens, "requests": len(session.exchanges)}
-        return {**summary, **figures, "in_flight": waiting, "tree": turns}
+        return _described(session)
 
     async def rollout(self, session: Session) -> dict[str, Any]:
         """``GET /sessions/ID/rollout``. Raises ``ApiError`` 409 unless the session is finished."""
@@ -445,7 +420,7 @@ class SessionStore:
             turns = [_decoded(value) for _, value in rows]
             return training_rows(turns, found.unreceived)
 
-        return {**self.summary(session), "rows": await asyncio.to_thread(made)}
+        return {**summary_of(session), "rows": await asyncio.to_thread(made)}
 
     def figures(self) -> list[tuple[str, str, float]]:
         """For the metrics: name, text, value."""
@@ -712,3 +687,56 @@ def _read(body: bytes, kind: type[_T]) -> _T:
     except (msgspec.MsgspecError, OverflowError, RecursionError) as error:
         found = _FIELD.search(str(error))
         raise ApiError(400, f"the body: {error}", param=found and (found[1] or found[2])) from error
+
+
+def summary_of(session: Session) -> dict[str, Any]:
+    record = session.record
+    about = {name: getattr(record, name) for name in ("id", "state", "created", "expires", "reason")}
+    outcome = {name: getattr(record.outcome, name, None) for name in ("reward", "per_turn", "info")}
+    turns = len(session.tree.turns) or record.turns
+    return {**about, **msgspec.structs.asdict(record.opening), **outcome, "turns": turns}
+
+
+def _described(session: Session) -> dict[str, Any]:
+    """The tree of a session that holds its turns."""
+    tree = session.tree
+    turns: list[dict[str, Any]] = [
+        {
+            "turn": turn.number,
+            "request": turn.stored.request,
+            "parent": turn.stored.parent,
+            "lineage": turn.lineage,
+            "prompt_tokens": turn.length - len(turn.stored.sampled) // 4,
+            "completion_tokens": len(turn.stored.sampled) // 4,
+            "versions": [turn.stored.runs[at][0] for at in (0, -1) if turn.stored.runs],
+            "finish_reason": turn.stored.finish_reason,
+            "received": session.exchanges[turn.stored.request].was_received,
+            "reason": turn.stored.reason,
+        }
+        for turn in tree.turns
+    ]
+    waiting = sum(not exchange.turns for exchange in session.exchanges.values())
+    figures = {"lineages": tree.lineages, "tokens": tree.tokens, "requests": len(session.exchanges)}
+    return {**summary_of(session), **figures, "in_flight": waiting, "tree": turns}
+
+
+def stored_session(directory: Path, session_id: str) -> dict[str, Any] | None:
+    """A session as ``SessionStore.describe`` tells it, read beside the process that writes it; None: there is none.
+
+    Raises ``ConfigError`` when the file cannot be read.
+    """
+    path = directory / "sessions.sqlite"
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            for number, value in db.execute("SELECT key, value FROM sessions"):
+                record = msgspec.msgpack.decode(value, type=SessionRecord)
+                if record.id == session_id:
+                    found = Session(number, record)
+                    last = found.base + (1 << _TURN_BITS) - 1
+                    between = "SELECT key, value FROM {} WHERE key BETWEEN ? AND ? ORDER BY key"
+                    rows = [db.execute(between.format(t), (found.base, last)).fetchall() for t in ("turns", "answers")]
+                    found.restore(*rows)
+                    return _described(found)
+    except (sqlite3.Error, msgspec.MsgspecError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    return None

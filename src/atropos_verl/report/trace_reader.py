@@ -1,0 +1,487 @@
+"""``TraceReader``: the one reader of a run directory, for ``report``, ``inspect`` and the page of ``view``.
+
+Everything it returns is made of dicts, lists, strings and numbers that JSON holds. It changes nothing in the directory,
+and may read while the run writes.
+"""
+
+import bisect
+import contextlib
+import itertools
+import json
+import math
+import re
+import sqlite3
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from atropos_verl.config.model_checks import read_json
+from atropos_verl.config.schema import RunConfig
+from atropos_verl.errors import ConfigError
+from atropos_verl.training.trace import BITS, NAME, SequenceData
+from atropos_verl.types import UNKNOWN_VERSION, FloatArray
+
+_EXCERPT = 200
+_MOST_ROWS = 1000
+_HEADER = re.compile(
+    r"<\|im_start\|>(\w+)\n?|<\|start_header_id\|>(\w+)<\|end_header_id\|>\s*|<start_of_turn>(\w+)\n?"
+    r"|<\|(system|user|assistant|tool|observation)\|>\n?|<\uff5c(User|Assistant)\uff5c>|\[(INST)\]|\[(/INST)\]"
+)
+"""Headers of turns in the templates of common models."""
+_ROLES = {"inst": "user", "/inst": "assistant", "model": "assistant"}
+_SURVIVAL_BINS = 20
+_LIVE_SECONDS = 10.0
+"""A launcher writes its state twice a second."""
+_VERSIONS_UNDER_WAY = 8
+"""A request of older weights than these, before the newest that were trained on, will not come any more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutFilter:
+    """What rollouts are asked for; None: any. Bounds are inclusive."""
+
+    step: int | None = None
+    environment: int | None = None
+    state: str | None = None
+    reason: str | None = None
+    """A part of it."""
+    reward_min: float | None = None
+    reward_max: float | None = None
+    length_min: int | None = None
+    """In tokens, prompt included."""
+    length_max: int | None = None
+    version: int | None = None
+    """A trained token is of this policy version, or of an older and another of a newer one."""
+    text: str | None = None
+    """All of these words, the last one may be the beginning of one."""
+    session: str | None = None
+
+    def where(self) -> tuple[str, list[Any]]:
+        """The condition on ``sequences`` in SQL, and its values."""
+        conditions = {
+            "step = ?": self.step,
+            "environment = ?": self.environment,
+            "state = ?": self.state,
+            "instr(lower(reason), lower(?))": self.reason,
+            "reward >= ?": self.reward_min,
+            "reward <= ?": self.reward_max,
+            "tokens >= ?": self.length_min,
+            "tokens <= ?": self.length_max,
+            "first_version <= ?": self.version,
+            "last_version >= ?": self.version,
+            "session = ?": self.session,
+        }
+        given = {condition: value for condition, value in conditions.items() if value is not None}
+        words = re.findall(r"\w+", self.text or "")
+        if words:
+            quoted = " ".join(f'"{word}"' for word in words) + "*"
+            given["id IN (SELECT rowid FROM texts WHERE texts MATCH ?)"] = quoted
+        return " AND ".join(given) or "1", list(given.values())
+
+
+class TraceReader:
+    """One run. Methods may be called from any thread. A run without an index (of an older version, or one that has
+    fetched nothing yet) has no rollouts. Raises ``ConfigError`` when ``run_dir`` is no directory."""
+
+    def __init__(self, run_dir: Path) -> None:
+        if not run_dir.is_dir():
+            raise ConfigError(f"{run_dir} is no directory")
+        self.run_dir = run_dir
+        self._local = threading.local()
+
+    @property
+    def has_index(self) -> bool:
+        return (self.run_dir / NAME).exists()
+
+    def _read(self, sql: str, values: Sequence[Any] = ()) -> list[dict[str, Any]]:
+        if not self.has_index:
+            return []
+        path = self.run_dir / NAME
+        try:
+            identity = path.stat().st_ino
+            if getattr(self._local, "identity", None) != identity:  # a new run may have begun in this directory
+                self._local.db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+                self._local.db.row_factory = sqlite3.Row
+                self._local.identity = identity
+            return [dict(row) for row in self._local.db.execute(sql, values)]
+        except (sqlite3.Error, OSError) as error:
+            raise ConfigError(f"cannot read {path}: {error}") from error
+
+    # -- rollouts ----------------------------------------------------------------------------------------------------
+
+    def rollouts(
+        self, wanted: RolloutFilter | None = None, limit: int = 100, before: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Sequences, the newest first; ``before``: the ``id`` of the last one that was read.
+
+        Each has ``id``, ``group`` (an id for ``group``), ``position`` in it, ``arrived`` (seconds since the epoch),
+        ``step``, ``environment``, ``state``, ``reason``, ``reward``, ``prompt_tokens``, ``tokens``,
+        ``trained_tokens``, ``first_version``, ``last_version`` (of its trained tokens), ``latency`` (seconds from its
+        first request to its last answer), ``session``, ``weight`` (rollouts that it stands for, since others were
+        removed) and ``excerpt``, the end of its text. What is not known is None.
+        """
+        condition, values = (wanted or RolloutFilter()).where()
+        if before is not None:
+            condition, values = f"({condition}) AND id < ?", [*values, before]
+        rows = self._read(
+            f"SELECT * FROM sequences WHERE {condition} ORDER BY id DESC LIMIT ?", [*values, min(limit, _MOST_ROWS)]
+        )
+        return self._with_excerpts(rows)
+
+    def _with_excerpts(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        ids = json.dumps([row["id"] for row in rows])
+        found = self._read(
+            f"SELECT rowid AS id, substr(text, -{_EXCERPT}) AS text FROM texts "
+            "WHERE rowid IN (SELECT value FROM json_each(?))",
+            [ids],
+        )
+        texts = {row["id"]: row["text"] for row in found}
+        mask = (1 << BITS) - 1
+        return [
+            {**row, "group": row["id"] >> BITS, "position": row["id"] & mask, "excerpt": texts.get(row["id"])}
+            for row in rows
+        ]
+
+    def group(self, id_: int) -> dict[str, Any]:
+        """One group: ``id``, ``arrived``, ``step``, ``environment``, ``state``, ``reason``, ``size``, ``reward`` (mean),
+        ``hash`` (the name of its file in ``quarantine/``), ``weight``, ``sequences`` as ``rollouts`` lists them.
+
+        Raises ``KeyError``: there is none, or it was removed since ``trace.bytes`` was full. So does ``sequence``."""
+        found = self._read("SELECT * FROM groups WHERE id = ?", [id_])
+        if not found:
+            raise KeyError(id_)
+        rows = self._read(
+            "SELECT * FROM sequences WHERE id >= ? AND id < ? ORDER BY id", [id_ << BITS, id_ + 1 << BITS]
+        )
+        return {**found[0], "sequences": self._with_excerpts(rows)}
+
+    def sequence(self, id_: int) -> dict[str, Any]:
+        """One sequence: what ``rollouts`` says of it, and
+
+        - ``turns``: ``role``, ``text`` without its header, ``start`` and ``stop`` (tokens, header included),
+          ``trained`` (some of it is);
+        - ``items``, one of each token: ``id``, ``text``, ``trained``, ``advantage``, ``logprob`` (of the policy that
+          sampled it), ``mismatch`` (the trainer's logprob before the update less that), ``version``, ``unmatched``
+          (nobody is known to have generated it).
+
+        Both are None while it is under way: its tokens are noted when its step ends.
+        """
+        rows = self._with_excerpts(self._read("SELECT * FROM sequences WHERE id = ?", [id_]))
+        if not rows:
+            raise KeyError(id_)
+        packed = self._read("SELECT data FROM data WHERE id = ?", [id_])
+        if not packed:
+            return {**rows[0], "turns": None, "items": None}
+        data = msgspec.msgpack.decode(packed[0]["data"], type=SequenceData)
+        items = _items(data, self.decoder)
+        return {**rows[0], "turns": _turns(items, self.decoder), "items": items}
+
+    def counts(self) -> dict[str, Any]:
+        """``groups`` and ``sequences`` by state, removed ones included; ``environments``: the same of each (id as text,
+        "none" where it is not known)."""
+        found: dict[str, Any] = {"groups": defaultdict(int), "sequences": defaultdict(int), "environments": {}}
+        of_groups = "SELECT environment, state, count(*) AS n FROM groups GROUP BY 1, 2"
+        gone = "SELECT environment, state, {} AS n FROM thinned"
+        of_sequences = "SELECT environment, state, count(*) AS n FROM sequences GROUP BY 1, 2"
+        for kind, sql in (
+            ("groups", f"{of_groups} UNION ALL {gone.format('groups')}"),
+            ("sequences", f"{of_sequences} UNION ALL {gone.format('sequences')}"),
+        ):
+            for row in self._read(sql):
+                name = "none" if row["environment"] is None else str(row["environment"])
+                own = found["environments"].setdefault(name, {"groups": {}, "sequences": {}})[kind]
+                own[row["state"]] = own.get(row["state"], 0) + row["n"]
+                found[kind][row["state"]] += row["n"]
+        return {**found, "groups": dict(found["groups"]), "sequences": dict(found["sequences"])}
+
+    # -- what training saw of what was begun -------------------------------------------------------------------------
+
+    def survivors(self) -> dict[str, Any]:
+        """Rollouts that were begun against those that were trained on.
+
+        A rollout is a sequence that came, or what no group brought: a request, or all those of a session. ``ends``:
+        how many by state; ``begun`` and ``trained`` leave out those under way. ``by``: for ``length`` (tokens that were
+        generated), ``latency`` (seconds), ``reward`` the ``edges`` of bins, ``begun`` and ``trained`` in each, their
+        means, and ``distance``, the Kolmogorov-Smirnov distance of the two (the largest difference of their
+        distribution functions); for ``environment`` both counts by environment, and the largest difference of a share.
+        ``distance`` is None where nothing is known.
+        """
+        columns = "environment, state, reward, tokens - prompt_tokens AS length, latency, weight"
+        rollouts = self._read(f"SELECT {columns} FROM sequences") + list(self._not_posted())
+        ends: dict[str, int] = defaultdict(int)
+        for one in rollouts:
+            ends[one["state"]] += one["weight"]
+        begun = [one for one in rollouts if one["state"] != "under_way"]
+        trained = [one for one in begun if one["state"] == "trained"]
+        by: dict[str, Any] = {name: _compared(begun, trained, name) for name in ("length", "latency", "reward")}
+        shares = [_shares(group) for group in (begun, trained)]
+        names = sorted(set(shares[0]) - {"none"})
+        totals = [sum(group.get(name, 0) for name in names) or 1 for group in shares]
+        gaps = [abs(shares[0][name] / totals[0] - shares[1].get(name, 0) / totals[1]) for name in names]
+        by["environment"] = {
+            "begun": shares[0],
+            "trained": shares[1],
+            "distance": max(gaps) if trained and gaps else None,
+        }
+        counts = {name: sum(one["weight"] for one in group) for name, group in (("begun", begun), ("trained", trained))}
+        return {**counts, "ends": dict(ends), "by": by}
+
+    def _not_posted(self) -> Iterator[dict[str, Any]]:
+        newest = self._read("SELECT max(last_version) AS version FROM sequences WHERE state = 'trained'")
+        oldest = (newest[0]["version"] or 0) - _VERSIONS_UNDER_WAY if newest else 0
+        is_over = (self.run_dir / "summary.json").exists()
+        rows = self._read(
+            "SELECT coalesce(r.session, r.id) AS unit, max(r.weight) AS weight, sum(r.tokens) AS length, "
+            "max(r.begun + r.seconds) - min(r.begun) AS latency, max(r.version) AS version, max(r.reason) AS reason, "
+            "max(s.state) AS session, max(r.session) AS name, "
+            "max((SELECT q.environment FROM requests AS p JOIN sequences AS q ON q.id = p.sequence "
+            "WHERE p.prompt = r.prompt LIMIT 1)) AS environment "
+            "FROM requests AS r LEFT JOIN sessions AS s ON s.id = r.session WHERE r.sequence IS NULL "
+            "AND (r.session IS NULL OR r.session NOT IN (SELECT session FROM sequences WHERE session IS NOT NULL)) "
+            "GROUP BY unit"
+        )
+        for row in rows:
+            may_come = not is_over and (row["version"] is None or row["version"] >= oldest)
+            state = "under_way" if may_come else "given_up"
+            if row["name"] is not None:
+                state = {"aborted": "given_up", "expired": "expired"}.get(row["session"] or "", state)
+            elif row["reason"] is not None:
+                state = "failed"
+            yield {**row, "state": state, "reward": None}
+
+    # -- sessions ----------------------------------------------------------------------------------------------------
+
+    def session(self, id_: str) -> dict[str, Any]:
+        """A session of the gateway as ``GET /sessions/ID`` describes it, with its ``tree``, and ``sequences``, those that
+        came of it as ``rollouts`` lists them. Raises ``KeyError``, and ``ConfigError`` when the file cannot be read."""
+        from atropos_verl.gateway.sessions import stored_session
+
+        found = stored_session(self.run_dir / "gateway", id_)
+        if found is None:
+            raise KeyError(id_)
+        return {**found, "sequences": self.rollouts(RolloutFilter(session=id_), _MOST_ROWS)}
+
+    # -- the tokenizer -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def decoder(self) -> "Decoder | None":
+        """Of the run's tokenizer; None where it is not here any more."""
+        found = model_of_run(self.run_dir)
+        with contextlib.suppress(ConfigError):
+            return None if found is None else load_decoder(found[0])
+        return None
+
+    # -- figures -----------------------------------------------------------------------------------------------------
+
+    def metrics(self, after: int = 0) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl`` of steps above ``after``; [] where there is none. Raises ``ConfigError``,
+        with file and line, for one that is none."""
+        path = self.run_dir / "metrics.jsonl"
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise ConfigError(f"cannot read {path} ({error.strerror})") from None
+        return [line for line in _steps(path, lines) if line["step"] > after]
+
+    def live(self) -> dict[str, Any]:
+        """What the run says of itself now: ``state``, the launcher's (services, ``api``, ``gateway``, ``rates``,
+        ``notes`` with the diagnosis of a stall; None where there was none), ``age`` (seconds since it was written),
+        ``running``."""
+        state, problem = read_json(self.run_dir / "state.json")
+        if problem:
+            return {"state": None, "age": None, "running": False}
+        age = max(0.0, time.time() - float(state.get("time", 0.0)))
+        ended = all(one.get("state") in ("ended", "stopped", "failed") for one in state.get("services", []))
+        return {"state": state, "age": age, "running": age <= _LIVE_SECONDS and not ended}
+
+
+def _steps(path: Path, lines: list[str]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            if number == len(lines):  # being written at this moment, or the machine stopped in the middle of it
+                return
+            raise ConfigError(f"{path}:{number} is not JSON: {line[:80]!r}") from None
+        if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+            raise ConfigError(f"{path}:{number} is no step: {line[:80]!r}")
+        yield value
+
+
+def _shares(rollouts: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    found: dict[str, int] = defaultdict(int)
+    for one in rollouts:
+        found["none" if one["environment"] is None else str(one["environment"])] += one["weight"]
+    return dict(found)
+
+
+def _compared(begun: Iterable[Mapping[str, Any]], trained: Iterable[Mapping[str, Any]], name: str) -> dict[str, Any]:
+    known = [[one for one in group if one[name] is not None] for group in (begun, trained)]
+    values = [np.array([one[name] for one in group], float) for group in known]
+    weights = [np.array([one["weight"] for one in group], float) for group in known]
+    edges = np.histogram_bin_edges(values[0], _SURVIVAL_BINS) if values[0].size else np.zeros(0)
+    counts = [
+        np.histogram(v, edges, weights=w)[0].tolist() if edges.size else []
+        for v, w in zip(values, weights, strict=True)
+    ]
+    means = [float(np.average(v, weights=w)) if v.size else None for v, w in zip(values, weights, strict=True)]
+    return {
+        "edges": edges.tolist(),
+        "begun": counts[0],
+        "trained": counts[1],
+        "begun_mean": means[0],
+        "trained_mean": means[1],
+        "distance": distance(values[0], values[1], *weights) if values[1].size else None,
+    }
+
+
+def distance(a: FloatArray, b: FloatArray, a_weights: FloatArray, b_weights: FloatArray) -> float:
+    """The Kolmogorov-Smirnov distance of two samples, [N] and [M] (at least one each), with the weight of each value."""
+    points = np.unique(np.concatenate([a, b]))
+    found = []
+    for values, weights in ((a, a_weights), (b, b_weights)):
+        order = np.argsort(values)
+        sums = np.concatenate([[0.0], np.cumsum(weights[order])])
+        found.append(sums[np.searchsorted(values[order], points, side="right")] / sums[-1])
+    return float(np.abs(found[0] - found[1]).max())
+
+
+# -- tokens to text --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """Token ids → text, special tokens shown."""
+
+    vocab_size: int
+    decode: Callable[[Sequence[int]], str]
+    piece: Callable[[int], str | None]
+    """The name of a token in the vocabulary."""
+
+    def knows(self, ids: Sequence[int]) -> bool:
+        return all(0 <= token < self.vocab_size for token in ids)
+
+    def token(self, id_: int) -> str:
+        """One token alone; the space that decoders leave out at the start of a text is kept."""
+        if not self.knows([id_]):
+            return ""
+        text = self.decode([id_])
+        return f" {text}" if (self.piece(id_) or "").startswith("\u2581") and not text.startswith(" ") else text
+
+
+def load_decoder(name: str) -> Decoder:
+    """Loads a directory or ``tokenizer.json``, or a name that transformers can find. Raises ``ConfigError``."""
+    path = Path(name).expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        if file.is_file():  # read without transformers, whose import takes seconds
+            from tokenizers import Tokenizer  # type: ignore[import-untyped]
+
+            fast = Tokenizer.from_file(str(file))
+            options = {"skip_special_tokens": False}
+            return Decoder(fast.get_vocab_size(), lambda ids: str(fast.decode(list(ids), **options)), fast.id_to_token)
+        from transformers import AutoTokenizer
+
+        slow = AutoTokenizer.from_pretrained(name)
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return Decoder(len(slow), lambda ids: str(slow.decode(list(ids), **options)), slow.convert_ids_to_tokens)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no tokenizer at {name}: {str(error).splitlines()[0]}", "--tokenizer") from error
+    except Exception as error:
+        if type(error) is not Exception:  # the tokenizers package raises a bare Exception for a file it cannot read
+            raise
+        raise ConfigError(f"{file} is not a tokenizer file: {error}", "--tokenizer") from error
+
+
+def model_of_run(path: Path) -> tuple[str, Path] | None:
+    """Directories of the tokenizer and the model of the run that ``path`` is, or is in; None: of none that is known."""
+    settings = next(filter(None, map(settings_of_run, (path, *path.absolute().parents[:3]))), None)
+    if settings is not None:
+        with contextlib.suppress(ConfigError):  # the model is not here any more
+            model = RunConfig.from_mapping({"model": settings}).resolve_model_path()
+            return str(settings["tokenizer_path"] or model), model
+    return None
+
+
+def settings_of_run(directory: Path) -> dict[str, Any] | None:
+    """``path`` and ``tokenizer_path`` of the run's model; None: ``directory`` is no run directory."""
+    import yaml
+
+    try:
+        if (file := directory / "config.json").is_file():
+            settings = json.loads(file.read_bytes())["model"]
+        else:
+            settings = yaml.safe_load((directory / "config.yaml").read_bytes())["actor_rollout_ref"]["model"]
+        return {name: settings.get(name) for name in ("path", "tokenizer_path")}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError):
+        return None
+
+
+def _items(data: SequenceData, decoder: Decoder | None) -> list[dict[str, Any]]:
+    ids = np.frombuffer(data.ids, "<u4").tolist()
+    places = [place for start, stop in data.shown for place in range(start, stop)]
+    trained = np.frombuffer(data.trained, np.bool_)
+    lost = np.frombuffer(data.unmatched, np.bool_)
+    advantages, logprobs, own = (
+        np.frombuffer(values, "<f4").astype(float) for values in (data.advantages, data.logprobs, data.trainer_logprobs)
+    )
+    versions = [version for version, count in data.versions for _ in range(count)]
+    texts: dict[int, str] = {}
+    items: list[dict[str, Any]] = []
+    for id_ in ids:
+        if id_ not in texts:
+            texts[id_] = "" if decoder is None else decoder.token(id_)
+        items.append({"id": id_, "text": texts[id_], "trained": False, "unmatched": False})
+        items[-1] |= dict.fromkeys(("advantage", "logprob", "mismatch", "version"))
+    for number, place in enumerate(places):
+        item = items[place]
+        item["trained"] = bool(trained[number])
+        item["unmatched"] = bool(lost[number]) if lost.size else False
+        if item["trained"] and advantages.size:
+            item["advantage"] = _number(advantages[number if advantages.size > 1 else 0])
+        item["logprob"] = _number(logprobs[number]) if logprobs.size else None
+        if logprobs.size and own.size:
+            item["mismatch"] = _number(own[number] - logprobs[number])
+        if versions and versions[number] != UNKNOWN_VERSION:
+            item["version"] = versions[number]
+    return items
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _turns(items: Sequence[Mapping[str, Any]], decoder: Decoder | None) -> list[dict[str, Any]]:
+    """The turns of a sequence by the headers of its template; where there are none, by what the policy wrote."""
+    ends = list(itertools.accumulate(len(item["text"]) for item in items))
+    headers = []
+    for match in _HEADER.finditer("".join(item["text"] for item in items)):
+        name = next(group for group in match.groups() if group).lower()
+        start, stop = bisect.bisect_right(ends, match.start()), bisect.bisect_left(ends, match.end()) + 1
+        headers.append((start, stop, _ROLES.get(name, name)))
+    if not headers:
+        marks = [item["trained"] for item in items]
+        edges = [i for i in range(len(items)) if i == 0 or marks[i] != marks[i - 1]]
+        headers = [(i, i, "policy" if marks[i] else "prompt") for i in edges]
+    elif headers[0][0] > 0:
+        headers.insert(0, (0, 0, "text"))
+    turns = []
+    for (start, begin, role), following in itertools.zip_longest(headers, headers[1:]):
+        stop = len(items) if following is None else following[0]
+        part = items[start:stop]
+        ids = [item["id"] for item in items[begin:stop]]
+        known = decoder is not None and decoder.knows(ids)
+        text = decoder.decode(ids) if known and decoder is not None else " ".join(map(str, ids))
+        is_trained = any(item["trained"] for item in part)
+        turns.append({"role": role, "text": text, "start": start, "stop": stop, "trained": is_trained})
+    return turns

@@ -1,0 +1,236 @@
+"""What the writer notes, as the reader tells it. Values are worked out here by hand.
+
+Ids of the demo model's tokenizer: a = 64, b = 65, c = 66, newline = 198, <|im_end|> = 258.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from atropos_verl.assets import demo_model_path
+from atropos_verl.report.trace_reader import RolloutFilter, TraceReader, distance, load_decoder
+from atropos_verl.training.samples import build_samples
+from atropos_verl.training.staleness import Applied
+from atropos_verl.training.trace import TraceWriter
+from atropos_verl.types import NOT_TRAINED, SampleReport, SampleSettings, ScoredGroup, SequenceMatch
+
+DECODER = load_decoder(str(demo_model_path()))
+PROMPT = [64, 65]
+
+
+def group(
+    *answers: Sequence[int], scores: Sequence[float] = (1.0, 0.0), env_id: int | None = 0, name: str = "g", **more: Any
+) -> ScoredGroup:
+    return ScoredGroup(
+        token_ids=tuple(np.array([*PROMPT, *answer]) for answer in answers),
+        masks=tuple(np.array([NOT_TRAINED, NOT_TRAINED, *answer]) for answer in answers),
+        scores=np.array(scores[: len(answers)]),
+        env_id=env_id,
+        group_id=name,
+        **more,
+    )
+
+
+class Run:
+    """A writer, and the steps that a backend takes with it."""
+
+    def __init__(self, run_dir: Path, step: int | None = None, most_bytes: int = 1 << 30) -> None:
+        (run_dir / "config.json").write_text(json.dumps({"model": {"path": None}}))
+        self.dir = run_dir
+        self.writer = TraceWriter(run_dir, most_bytes)
+        self.writer.decode = DECODER.decode
+        self.writer.begin(step)
+
+    def arrive(self, batch: int, *groups: ScoredGroup) -> None:
+        self.writer.arrived(batch, groups)
+
+    def collect(
+        self,
+        batch: int,
+        *groups: ScoredGroup,
+        matches: list[list[SequenceMatch | None]] | None = None,
+        stale: Sequence[int] = (),
+        **settings: Any,
+    ) -> SampleReport:
+        kept = [i for i in range(len(groups)) if i not in stale]
+        applied = Applied([groups[i] for i in kept], kept, len(stale), {})
+        report = build_samples(applied.groups, SampleSettings(**settings))
+        matches = matches or [[None] * len(one) for one in groups]
+        self.writer.collected([(batch, i) for i in range(len(groups))], groups, matches, applied, report)
+        return report
+
+    def step(self, batch: int, *groups: ScoredGroup, step: int | None = None, **more: Any) -> None:
+        self.arrive(batch, *groups)
+        self.collect(batch, *groups, **more)
+        self.writer.ended([(batch, i) for i in range(len(groups))], step or batch)
+
+    def read(self) -> TraceReader:
+        self.writer.close()
+        return TraceReader(self.dir)
+
+
+def test_a_trained_group_is_told_token_by_token(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    found = np.array([False, False, True, False])
+    versions = np.array([-2, -2, 3, -2])
+    one = group([66, 258], [64, 258], inference_logprobs=(np.array([1.0, 1.0, -0.5, -0.25]), None))
+    one = ScoredGroup(**{name: getattr(one, name) for name in one.__slots__} | {"token_versions": (versions, None)})
+    match = SequenceMatch(found=found, versions=versions, logprobs=np.full(4, np.nan))
+    run.arrive(1, one)
+    run.collect(1, one, matches=[[match, None]], estimator="plain")
+    run.writer.ended([(1, 0)], 7, trainer_logprobs={(1, 0, 0): np.array([0.0, 0.0, -0.75, -0.25])})
+    reader = run.read()
+    [newest, first] = reader.rollouts()
+    assert (newest["position"], first["position"]) == (1, 0)
+    about = ("state", "step", "reward", "prompt_tokens", "tokens", "trained_tokens", "first_version", "last_version")
+    assert [first[name] for name in about] == ["trained", 7, 1.0, 2, 4, 2, 3, 3]
+    told = reader.sequence(first["id"])
+    assert [item["text"] for item in told["items"]] == ["a", "b", "c", "<|im_end|>"]
+    third, last = told["items"][2:]
+    assert third == {
+        "id": 66, "text": "c", "trained": True, "unmatched": False, "advantage": 1.0, "logprob": -0.5,
+        "mismatch": -0.25, "version": 3,
+    }  # fmt: skip
+    assert (last["unmatched"], last["version"], last["mismatch"]) == (True, None, 0.0)
+    assert not told["items"][0]["trained"] and told["items"][0]["advantage"] is None
+    assert [(turn["role"], turn["text"]) for turn in told["turns"]] == [("prompt", "ab"), ("policy", "c<|im_end|>")]
+    assert reader.group(first["group"])["reward"] == 0.5
+    json.dumps([told, reader.group(first["group"])], allow_nan=False)
+
+
+def test_turns_have_the_roles_of_the_template(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(demo_model_path()))
+    ids = tokenizer.encode("<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n")
+    answer = tokenizer.encode("ba<|im_end|>")
+    one = ScoredGroup(
+        token_ids=(np.array(ids + answer),),
+        masks=(np.array([NOT_TRAINED] * len(ids) + answer),),
+        scores=np.array([1.0]),
+        group_id="g",
+    )
+    run.step(1, one)
+    reader = run.read()
+    turns = reader.sequence(reader.rollouts()[0]["id"])["turns"]
+    assert [(turn["role"], turn["trained"]) for turn in turns] == [
+        ("system", False), ("user", False), ("assistant", True)
+    ]  # fmt: skip
+    assert [turn["text"] for turn in turns] == ["be<|im_end|>\n", "ab<|im_end|>\n", "ba<|im_end|>"]
+
+
+def test_every_group_has_an_end_and_a_reason(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    bad = group([66], [64], scores=(float("nan"), 0.0), name="bad")
+    long = group([66] * 8, [64], name="long")
+    groups = (group([66], [64]), bad, long, group([66], [64], name="old"))
+    run.step(1, *groups, stale=[3], max_token_len=5)
+    run.arrive(2, group([66], [64], name="waits"))
+    reader = run.read()
+    states = {row["hash"]: row["state"] for row in map(reader.group, {r["group"] for r in reader.rollouts()})}
+    assert states == {"g": "trained", "bad": "quarantined", "long": "trained", "old": "stale", "waits": "under_way"}
+    assert [row["state"] for row in reader.rollouts(RolloutFilter(state="overlong"))] == ["overlong"]
+    [refused, _] = reader.rollouts(RolloutFilter(reason="NaN")) or reader.rollouts(RolloutFilter(reason="nan"))
+    assert "scores[0]" in refused["reason"] and refused["step"] == 1
+    assert reader.counts()["sequences"] == {
+        "trained": 3, "quarantined": 2, "overlong": 1, "stale": 2, "under_way": 2
+    }  # fmt: skip
+
+
+def test_filters_find_by_each_field(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.step(1, group([66], [64, 65], env_id=3, generation_params={"policy_version": 5}))
+    run.step(2, group([66, 66], [64], scores=(0.25, 0.75), env_id=None))
+    reader = run.read()
+
+    def positions(**wanted: Any) -> list[tuple[int, int]]:
+        return [(row["step"], row["position"]) for row in reader.rollouts(RolloutFilter(**wanted))]
+
+    assert positions(step=1) == positions(environment=3) == positions(version=5) == [(1, 1), (1, 0)]
+    assert positions(reward_min=0.25, reward_max=0.75) == [(2, 1), (2, 0)]
+    assert positions(length_min=4) == [(2, 0), (1, 1)] and positions(length_max=3) == [(2, 1), (1, 0)]
+    assert positions(text="abcc") == [(2, 0)] and positions(text="abc") == [(2, 0), (1, 0)]
+    assert positions(text='"; DROP') == []
+    first = reader.rollouts(limit=1)[0]
+    assert [row["position"] for row in reader.rollouts(limit=2, before=first["id"])] == [0, 1]
+
+
+def test_what_a_resumed_run_trains_on_again_is_under_way(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for number in (1, 2):
+        run.step(number, group([66], [64], name=f"g{number}"))
+    run.read()
+    again = Run(tmp_path, step=1)
+    states = [row["state"] for row in again.read().rollouts()]
+    assert states == ["under_way", "under_way", "trained", "trained"]
+    once_more = Run(tmp_path, step=1)
+    once_more.step(2, group([66], [64], name="g2"))
+    assert [row["step"] for row in once_more.read().rollouts()] == [2, 2, 1, 1]
+    anew = Run(tmp_path)
+    assert anew.read().rollouts() == []
+
+
+def test_a_full_trace_thins_out_the_older_groups_and_keeps_the_counts(tmp_path: Path) -> None:
+    run = Run(tmp_path, most_bytes=400_000)
+    for number in range(1, 601):
+        run.step(number, group([66] * 100, [64] * (number % 50 + 1)))
+        if number % 10 == 0:
+            run.writer.close()
+            run = Run(tmp_path, step=number, most_bytes=400_000)
+    reader = run.read()
+    assert sum(file.stat().st_size for file in tmp_path.glob("trace.sqlite")) < 800_000
+    rows = reader.rollouts(limit=1000)
+    assert len(rows) < 1200 and reader.counts()["sequences"] == {"trained": 1200}
+    assert sum(row["weight"] for row in rows) == pytest.approx(1200, rel=0.1)
+    assert [row["step"] for row in rows[:4]] == [600, 600, 599, 599]
+    with pytest.raises(KeyError):
+        reader.group(1 << 16)
+
+
+def test_survivors_shows_that_the_slow_and_the_unposted_are_not_trained(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for number, seconds, tokens in [(1, 1.0, 1), (2, 1.0, 1), (3, 9.0, 8), (4, 9.0, 8)]:
+        run.writer.request([(number, tokens, 0)], prompt=number, prompt_tokens=2, begun=100.0, seconds=seconds)
+    run.writer.request([(5, 8, 0)], 5, 2, 100.0, 9.0, session="s")
+    run.writer.session("s", "aborted", "no tool")
+    run.writer.request([], 6, 2, 100.0, 2.0, reason="the client left")
+
+    def match(order: int, size: int) -> SequenceMatch:
+        size += 2
+        found = np.arange(size) > 1
+        return SequenceMatch(
+            found=found, versions=np.zeros(size, np.int64), logprobs=np.zeros(size), records=(order,)
+        )  # fmt: skip
+
+    fast, slow = group([66], [64]), group([66] * 8, [64] * 8, env_id=1, name="slow")
+    run.step(1, fast, slow, matches=[[match(1, 1), match(2, 1)], [match(3, 8), None]], stale=[1])
+    (tmp_path / "summary.json").write_text("{}")
+    found = run.read().survivors()
+    assert found["ends"] == {"trained": 2, "stale": 2, "given_up": 2, "failed": 1}
+    length = found["by"]["length"]
+    # 1, 1 trained; begun: 1, 1, 8, 8, 8, 8
+    assert length["distance"] == pytest.approx(4 / 6) and length["trained_mean"] == 1.0
+    # begun: 1, 1, 9, (unknown), 9, 9, 2
+    assert found["by"]["latency"]["distance"] == pytest.approx(4 / 6)
+    assert found["by"]["environment"]["begun"] == {"0": 2, "1": 2, "none": 3}
+    assert found["by"]["environment"]["distance"] == pytest.approx(0.5)
+
+
+def test_the_distance_is_that_of_the_distribution_functions() -> None:
+    one = np.ones(4)
+    assert distance(np.array([1.0, 2, 3, 4]), np.array([1.0, 2, 3, 4]), one, one) == 0
+    assert distance(np.array([1.0, 2, 3, 4]), np.array([3.0, 4]), one, np.ones(2)) == 0.5
+    assert distance(np.array([1.0, 4]), np.array([1.0, 4]), np.ones(2), np.array([3.0, 1.0])) == 0.25
+
+
+def test_a_run_without_an_index_has_no_rollouts(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+    reader = TraceReader(tmp_path)
+    assert reader.rollouts() == [] and reader.counts()["groups"] == {} and not reader.has_index
+    assert reader.metrics() == [{"step": 1, "loss": 0.5}] and reader.metrics(after=1) == []
+    assert reader.survivors()["begun"] == 0 and reader.live() == {"state": None, "age": None, "running": False}
