@@ -31,7 +31,15 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from atropos_verl.engine.weights import TRIM_BYTES, trim_memory
 from atropos_verl.training.losses.lm_head import linear_token_figures, linear_token_logprobs
 from atropos_verl.verl_plugin import DROPOUT_VARIABLE
-from atropos_verl.verl_plugin.prefix_forest import PrefixForest, build_forest, fill, joined, partition, sort_by_prefix
+from atropos_verl.verl_plugin.prefix_forest import (
+    IntArray,
+    PrefixForest,
+    build_forest,
+    fill,
+    joined,
+    partition,
+    sort_by_prefix,
+)
 from atropos_verl.verl_plugin.shims import (
     cut_micro_batches_by,
     keep_optimiser_settings,
@@ -239,7 +247,7 @@ class SelectiveHeadEngine(UpdateEngine):
         """Micro-batches of up to ``max_token_len_per_gpu`` distinct tokens, and their indices; None: as verl does."""
         if not tu.get_non_tensor_data(data, "use_dynamic_bsz", True) or not self._shares_prefixes(data):
             return None
-        rows = [row.cpu().numpy() for row in data["input_ids"].unbind()]
+        rows = _rows(data["input_ids"])
         order, shared = sort_by_prefix(rows)
         lengths = [len(rows[index]) for index in order]
         # Every rank makes the same number of them, and none is empty.
@@ -258,7 +266,7 @@ class SelectiveHeadEngine(UpdateEngine):
             tu.assign_non_tensor(micro_batch, use_remove_padding=True)
         model_inputs, output_args = super().prepare_model_inputs(micro_batch)
         if joins and shares:
-            forest = build_forest([row.cpu().numpy() for row in ids.unbind()]).to(ids.device)
+            forest = build_forest(_rows(ids)).to(ids.device)
             place, first = (torch.from_numpy(array).to(ids.device) for array in (forest.place, forest.first))
             for name in ("input_ids", "position_ids"):
                 model_inputs[name] = micro_batch[name].values()[first][None]
@@ -307,6 +315,12 @@ def _cut(original: Callable[..., Any], data: Any, dp_group: Any = None, **option
 cut_micro_batches_by(_cut)
 
 
+def _rows(nested: Any) -> list[IntArray]:
+    """Of a nested tensor; two copies from the device, not one for each row."""
+    values, offsets = (tensor.cpu().numpy() for tensor in (nested.values(), nested.offsets()))
+    return np.split(values, offsets[1:-1])
+
+
 def _needs_logits(data: Any) -> bool:
     keys = ("calculate_entropy", *_NEED_LOGITS) if torch.is_grad_enabled() else _NEED_LOGITS
     return any(tu.get_non_tensor_data(data, key, False) for key in keys)
@@ -330,7 +344,7 @@ def _head_request(
     """
     ids, offsets = input_ids.values(), input_ids.offsets()
     # Nothing predicts the first token of a sequence.
-    trained = _over_sequences(loss_mask, offsets).index_fill(0, offsets[:-1], False)
+    trained = _over_sequences(loss_mask, offsets, ids.shape[0]).index_fill(0, offsets[:-1], False)
     tokens = torch.nonzero(trained).squeeze(1)
     batch = torch.searchsorted(offsets, tokens, right=True) - 1
     rows = tokens - 1 if row_length is None else batch * row_length + (tokens - offsets[batch]) - 1
@@ -344,10 +358,10 @@ def _head_request(
     return _HeadRequest(rows, labels, temperatures, tokens - 1, repeats, entropy)
 
 
-def _over_sequences(loss_mask: Any, offsets: torch.Tensor) -> torch.Tensor:
+def _over_sequences(loss_mask: Any, offsets: torch.Tensor, tokens: int) -> torch.Tensor:
     """[tokens] bool. verl's V1 trainer (and every row that it pads a batch with) has masks of the response only, which
     is the end of the sequence."""
-    if torch.equal(loss_mask.offsets(), offsets):
+    if loss_mask.values().shape[0] == tokens:  # no mask is longer than its sequence; offsets are on the device
         return loss_mask.values().bool()  # type: ignore[no-any-return]
     rows = zip(loss_mask.unbind(), offsets.diff().tolist(), strict=True)
     return torch.cat([torch.nn.functional.pad(row.bool(), (length - row.numel(), 0)) for row, length in rows])

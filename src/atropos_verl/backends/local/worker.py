@@ -523,7 +523,9 @@ class LossFunction:
         columns = set(data.keys())
         optional = ("rollout_logprobs", "old_logprobs")
         rollout, old = (data[name].values() if name in columns else None for name in optional)
-        sequence_ids = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
+        numbers = torch.arange(len(offsets) - 1, device=offsets.device)
+        # Told the size of the result, torch does not ask the device for it.
+        sequence_ids = torch.repeat_interleave(numbers, offsets.diff(), output_size=len(mask))
         known = {"rollout_logprobs": rollout, "sequence_ids": sequence_ids}
         if self._user_loss is not None:
             return self._user_loss(logprobs, advantages, mask, num_loss_tokens, old_logprobs=old, **known)
