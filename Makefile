@@ -6,9 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 ARGS ?=
+# The set of `make gpu-check`: vllm or sglang.
+STACK ?= vllm
+GPU_VENV ?= .venv-gpu-$(STACK)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm test test-ray fuzz check bench install format clean
+.PHONY: help demo demo-lm test test-ray fuzz gpu-check gpu-pack check bench install format clean
 
 help:
 	@echo "make demo     train the demo on this machine's CPU (ARGS='steps=30 ...' are passed on)"
@@ -16,6 +19,8 @@ help:
 	@echo "make test     the whole test suite (ARGS='-k name' are passed to pytest)"
 	@echo "make test-ray live runs on Ray, a few minutes: every mode, two raylets, a skipped weight sync, replicas that die"
 	@echo "make fuzz     a million seeded requests over all routes of API and gateway, about 20 minutes"
+	@echo "make gpu-check install the packages of a GPU machine (STACK=vllm or sglang, 11 GB), import, compose and test what needs no GPU"
+	@echo "make gpu-pack  lay the wheels of tests/gpu/drill.py into build/gpu-pack/, folders of 40 MB at most"
 	@echo "make check    ruff, mypy --strict on src, import-linter, import cycles"
 	@echo "make bench    every benchmark, side by side with what it is compared to"
 	@echo "make format   ruff's formatter and fixes"
@@ -52,6 +57,19 @@ test-ray: $(READY)
 
 fuzz: $(READY)
 	@ATROPOS_VERL_FUZZ=500000 $(BIN)/python -m pytest tests/unit -k fuzz --timeout 7200 $(ARGS)
+
+$(GPU_VENV)/.installed: pyproject.toml requirements/gpu-$(STACK).txt
+	@test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv $(GPU_VENV)
+	@echo "installing into $(GPU_VENV) (about 11 GB)"
+	@$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/gpu-$(STACK).txt
+	@$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+gpu-check: $(GPU_VENV)/.installed
+	@ATROPOS_VERL_STACK=$(STACK) $(GPU_VENV)/bin/python -m pytest tests/gpu/test_gpu_packages.py tests/unit $(ARGS)
+
+gpu-pack: $(READY)
+	@$(BIN)/python tools/gpu_pack.py build/gpu-pack $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -126,6 +126,8 @@ def composition_errors(config_name: str = "") -> Iterator[None]:
         text = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type=")))
         if found := re.search(r"Environment variable '(.+)' not found", text):
             text = f"environment variable {found[1]} is not set; set it, or give the key another value"
+        if getattr(error, "missing_cfg_file", None) == _SCHEMAS[1]:
+            text = f"{config_name} is a configuration of `atropos-verl launch`"
         raise ConfigError(text, str(getattr(inner, "full_key", None) or "")) from None
     except (YAMLError, UnicodeError, RecursionError) as error:
         raise ConfigError(f"{config_name} cannot be read: {' '.join(str(error).split())}") from None

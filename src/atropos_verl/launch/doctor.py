@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,6 +83,9 @@ def _examine(config: RunConfig, launch: LaunchConfig, verl: Mapping[str, Any]) -
         api = pool.submit(_check_own_or_given_api, config, launch)
         findings = [check_python(), *check_packages(requirements_of(), backend=launch.backend)]
         rollout = _section(verl, "actor_rollout_ref", "rollout").get("name")
+        if rollout in ("vllm", "sglang") and find_spec(rollout) is None:
+            todo = f"pip install --no-deps -r requirements/gpu-{rollout}.txt, in a checkout (docs/cluster.md)"
+            findings.append(finding("software", rollout, "not installed, rollout.name wants it", missing=todo))
         compiles = on_ray and device == "cpu" and rollout == "vllm"
         findings.append(_check_compiler(needed_for="vLLM on a CPU" if compiles else ""))
         gpus = listing.result()

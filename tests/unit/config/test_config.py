@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from atropos_verl.cli import main as cli
 from atropos_verl.config.composition import SHIPPED, fitted_to_model, load_config, load_launch
 from atropos_verl.config.schema import RunConfig, apply_environment, describe
 from atropos_verl.config.verl_keys import compose_run, notes_for_model, read_run
@@ -183,6 +184,22 @@ def test_a_bad_word_is_named(word: str, message: str) -> None:
     assert message in str(caught.value)
     with pytest.raises(ConfigError, match="no_such_file"):
         load_config([], None, "no_such_file")
+
+
+@pytest.mark.parametrize("name", [path.stem for path in SHIPPED.glob("*.yaml") if "oc.env:" in path.read_text()])
+@pytest.mark.parametrize("verb", ["train", "launch"])
+def test_a_file_without_its_variables_names_one_and_its_key(
+    name: str, verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for variable in ("ATROPOS_API_URL", "ATROPOS_GATEWAY_KEY"):
+        monkeypatch.delenv(variable, raising=False)
+    assert cli([verb, "--config-name", name, "--cfg"]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(
+        r"CONFIGURATION ERROR: (atropos\.\S+: environment variable ATROPOS_\w+ is not set; .*|"
+        r"production is a configuration of `atropos-verl launch`)\n",
+        error,
+    )
 
 
 @pytest.mark.parametrize(

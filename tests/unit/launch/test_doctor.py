@@ -333,6 +333,16 @@ def test_everything_that_is_wrong_is_named_at_once(capsys: pytest.CaptureFixture
     assert [finding["name"] for finding in answer["findings"]] == ["optim.lrr"]
 
 
+def test_the_engine_of_the_rollouts_must_be_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    _, answer = run_doctor("--config-name", "ray_sglang", capsys=capsys)
+    [engine] = [finding for finding in answer["findings"] if finding["name"] == "sglang"]
+    assert engine["status"] == "missing"
+    assert "requirements/gpu-sglang.txt" in engine["todo"]
+
+
 def test_the_table_ends_with_the_verdict_and_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "model.path=/nowhere"]) == 1
     text = capsys.readouterr().out

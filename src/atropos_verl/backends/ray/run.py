@@ -56,6 +56,8 @@ def validate_with_verl(config: Any) -> None:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # verl prints that all is well
             validate_config(config, need_reference_policy(config), need_critic(config))
+    except ModuleNotFoundError as error:  # the rank of LoRA is asked of vLLM itself
+        raise ConfigError(f"verl: {error}", "actor_rollout_ref.rollout.name") from error
     except (AssertionError, ValueError, HydraException) as error:
         raise ConfigError(f"verl: {error.__cause__ or error}") from error
 
