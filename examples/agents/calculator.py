@@ -1,58 +1,70 @@
 """An agent on the ``openai`` SDK that does sums with a calculator tool. Nothing in it knows that it is trained.
 
-It calls the tool, is told the result, and says it. Reward: 0.5 for the right operation, 0.1 for each right number, and
-0.3 for the right answer.
+It has to call the tool, is told the result, and has to say it. Reward: 0.2 for each of the two numbers and the
+operation of the call that is right, 0.2 for an answer that begins with the right result, 0.2 more for nothing after it.
+A small model cannot compute the results itself: without a right call there is no right answer.
 
     python examples/agents/calculator.py > tasks.jsonl          # tasks; with --held-out those that are never trained
     PYTHONPATH=examples/agents atropos-verl agents run calculator:solve --tasks tasks.jsonl
 """
 
-import hashlib
-import itertools
 import json
+import operator
+import random
 import sys
 from typing import Any
 
 from openai import AsyncOpenAI
 
-OPERATIONS = {"add": lambda a, b: a + b, "times": lambda a, b: a * b, "minus": lambda a, b: a - b}
-DIGIT = {"type": "integer", "enum": list(range(10))}
+OPERATIONS = {"plus": ("+", operator.add), "minus": ("-", operator.sub), "times": ("*", operator.mul)}
 PARAMETERS = {
     "type": "object",
-    "properties": {"op": {"enum": list(OPERATIONS)}, "a": DIGIT, "b": DIGIT},
-    "required": ["op", "a", "b"],
+    "properties": {"sum": {"type": "string", "pattern": r"^\d{3} [-+*] \d{3}$"}},
+    "required": ["sum"],
     "additionalProperties": False,
 }
 TOOL: Any = {"type": "function", "function": {"name": "calc", "parameters": PARAMETERS}}
 
 
-async def solve(task: dict[str, Any], session: Any) -> float:
-    """The task is ``{"op": "add", "a": 6, "b": 2}``."""
+async def solve(task: str, session: Any) -> float:
+    """The task is a text such as ``237 plus 682``."""
     model = AsyncOpenAI(base_url=session.base_url, api_key=session.api_key)
-    messages: list[Any] = [{"role": "user", "content": f"{task['op']} {task['a']} {task['b']}"}]
     asked = {"model": "policy", "tools": [TOOL], "temperature": 1.0}
+    messages: list[Any] = [
+        {"role": "system", "content": "Use calc, then say the result."},
+        {"role": "user", "content": f"What is {task}?"},
+    ]
     first = await model.chat.completions.create(
-        messages=messages, tool_choice={"type": "function", "function": {"name": "calc"}}, max_tokens=128, **asked
+        messages=messages, tool_choice={"type": "function", "function": {"name": "calc"}}, max_tokens=96, **asked
     )
     (call,) = first.choices[0].message.tool_calls or [None]
     if call is None:
         return 0.0
-    arguments = json.loads(call.function.arguments)
-    result = str(OPERATIONS[arguments["op"]](arguments["a"], arguments["b"]))
-    messages += [first.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": result}]
-    second = await model.chat.completions.create(messages=messages, max_tokens=8, **asked)
+    called = json.loads(call.function.arguments)["sum"].split()
+    messages += [first.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": calculated(called)}]
+    second = await model.chat.completions.create(messages=messages, max_tokens=10, **asked)
     said = (second.choices[0].message.content or "").strip()
-    shares = {"op": 0.5, "a": 0.1, "b": 0.1}
-    right = sum(share for name, share in shares.items() if arguments[name] == task[name])
-    return right + 0.3 * (said == str(OPERATIONS[task["op"]](task["a"], task["b"])))
+    a, name, b = task.split()
+    right = [a, OPERATIONS[name][0], b]
+    points = sum(one == other for one, other in zip(called, right, strict=True))
+    points += said.startswith(calculated(right)) + (said == calculated(right))
+    return points / 5
 
 
-def is_held_out(task: dict[str, Any]) -> bool:
-    """One task in five."""
-    return hashlib.sha256(json.dumps(task).encode()).digest()[0] % 5 == 0
+def calculated(parts: list[str]) -> str:
+    """The result of a sum such as ``["237", "+", "682"]``."""
+    compute = next(compute for sign, compute in OPERATIONS.values() if sign == parts[1])
+    return str(compute(int(parts[0]), int(parts[2])))
+
+
+def tasks(*, held_out: bool) -> list[str]:
+    """64 that are never trained, or 1,000 others."""
+    rng = random.Random(0)
+    made = (f"{rng.randrange(100, 1000)} {rng.choice([*OPERATIONS])} {rng.randrange(100, 1000)}" for _ in range(1064))
+    different = list(dict.fromkeys(made))
+    return different[:64] if held_out else different[64:]
 
 
 if __name__ == "__main__":
-    for op, a, b in itertools.product(OPERATIONS, range(10), range(10)):
-        if is_held_out(task := {"op": op, "a": a, "b": b}) == ("--held-out" in sys.argv):
-            print(json.dumps(task))
+    for task in tasks(held_out="--held-out" in sys.argv):
+        print(json.dumps(task))

@@ -7,8 +7,10 @@ heirs, and every model whose template knows no tools), read as they are written;
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, Literal
 
 import msgspec
@@ -23,6 +25,9 @@ _CALL, _END_CALL = "<tool_call>", "</tool_call>"
 _MARKS = {_THINK, _END_THINK, _CALL, _END_CALL}
 _PROMPT_TAIL = 16
 """Tokens at the end of a prompt in which it may open the reasoning."""
+_PIECE = 4096
+"""Characters of an answer that are read at a time."""
+_JSON_MARK = re.compile(r'\\.|["{}\[\]]', re.DOTALL)
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """Of constrained JSON: as Python writes it. With free whitespace a weak policy writes whitespace for ever."""
 
@@ -68,7 +73,7 @@ class ReplyReader:
             self._ids += token_ids
             pieces = self._read_by_renderer() if finish_reason is not None else []
         elif self._tags is not None:
-            pieces = list(self._tags.push(text, ended=finish_reason is not None))
+            pieces = list(_merged(self._tags.push(text, ended=finish_reason is not None)))
         else:
             pieces = [Piece("content", text)] if text else []
         return [self._add(piece) for piece in pieces if self._is_wanted(piece)]
@@ -113,8 +118,15 @@ class ReplyReader:
         yield from (Piece("content", content), *calls)
 
 
+def _merged(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Text that follows text of its kind is one piece: each makes a copy of the message."""
+    for kind, group in groupby(pieces, key=attrgetter("kind")):
+        alike = [*group]
+        yield from alike if kind == "call" else [Piece(kind, "".join(piece.text for piece in alike))]
+
+
 class _Tags:
-    """Splits text at the tags. Whitespace between its parts belongs to none of them."""
+    """Splits text at the tags, in time linear in its length. Whitespace between its parts belongs to none of them."""
 
     def __init__(self, *, calls: bool, opened: bool) -> None:
         self._calls = calls
@@ -122,9 +134,17 @@ class _Tags:
         self._state: Literal["begin", "reasoning", "content", "call"] = "reasoning" if opened else "begin"
         self._strips = opened
         """Whitespace comes next that belongs to nothing."""
-        self._tried = 0
+        self._depth = self._read = 0
+        """Open braces and brackets of the call that is being written, and where in it reading goes on."""
+        self._in_string = False
+        self._end: int | None = None
+        """Of its JSON."""
 
     def push(self, text: str, *, ended: bool) -> Iterator[Piece]:
+        for start in range(0, len(text) or 1, _PIECE):  # what is held is copied at each step
+            yield from self._push(text[start : start + _PIECE], ended=ended and start + _PIECE >= len(text))
+
+    def _push(self, text: str, *, ended: bool) -> Iterator[Piece]:
         self._held += text
         while self._held:
             if self._strips:
@@ -155,7 +175,8 @@ class _Tags:
         at = self._held.find(_CALL) if self._calls else -1
         if at >= 0:
             yield Piece("content", self._held[:at].rstrip())
-            self._held, self._state, self._tried = self._held[at:], "call", 0
+            self._held, self._state = self._held[at:], "call"
+            self._depth, self._read, self._in_string, self._end = 0, len(_CALL), False, None
         else:
             yield from self._shown("content", _CALL if self._calls else "", ended)
 
@@ -171,22 +192,40 @@ class _Tags:
         self._held = text[end:]
 
     def _in_call(self, ended: bool) -> Iterator[Piece]:
-        # A closing tag may stand in a string of the arguments: the call ends at the first one before which JSON ends.
-        while (at := self._held.find(_END_CALL, self._tried)) >= 0:
-            self._tried = at + 1
-            if (call := _written_call(self._held[len(_CALL) : at])) is not None:
-                yield Piece("call", call=call)
-                self._held, self._state, self._strips = self._held[at + len(_END_CALL) :], "content", True
-                return
-        if ended:
-            if (call := _written_call(self._held.removeprefix(_CALL))) is not None:  # its end was the stop string
-                yield Piece("call", call=call)
-                self._held = ""
-                return
-            at = self._held.find(_END_CALL)
-            end = len(self._held) if at < 0 else at + len(_END_CALL)
-            yield Piece("content", self._held[:end])  # what cannot be read is what the policy said
-            self._held, self._state = self._held[end:], "content"
+        # A closing tag may stand in a string of the arguments: the call ends where its JSON ends.
+        self._find_json_end()
+        end = len(self._held) if ended and self._end is None else self._end
+        if end is None:
+            return
+        rest = self._held[end:].lstrip()
+        if not ended and len(rest) < len(_END_CALL) and _END_CALL.startswith(rest):
+            return
+        call = None
+        if rest.startswith(_END_CALL) or (ended and not rest):  # at the end: that was the stop string
+            call = _written_call(self._held[len(_CALL) : end])
+        if call is not None:
+            yield Piece("call", call=call)
+            self._held, self._state, self._strips = rest.removeprefix(_END_CALL), "content", True
+        else:  # what cannot be read is what the policy said
+            yield Piece("content", _CALL)
+            self._held, self._state = self._held[len(_CALL) :], "content"
+
+    def _find_json_end(self) -> None:
+        """``_end``, also where it is clear that there is no JSON object."""
+        if self._end is None and self._depth == 0:
+            begin = len(self._held) - len(self._held[self._read :].lstrip())
+            self._read = begin
+            if self._held[begin : begin + 1] not in ("", "{"):
+                self._end = begin
+        while self._end is None and (mark := _JSON_MARK.search(self._held, self._read)) is not None:
+            self._read = mark.end()
+            if mark[0] == '"':
+                self._in_string = not self._in_string
+            elif not self._in_string and mark[0] in "{[}]":
+                self._depth += 1 if mark[0] in "{[" else -1
+                self._end = self._read if self._depth == 0 else None
+        if self._depth:  # what a backslash at the end escapes is still to come
+            self._read = max(self._read, len(self._held) - self._held.endswith("\\"))
 
 
 def _written_call(text: str) -> ToolCall | None:

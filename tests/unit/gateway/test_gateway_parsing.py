@@ -7,6 +7,7 @@ import pytest
 from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.engine.constraints import Grammars
+from atropos_verl.gateway import parsing
 from atropos_verl.gateway.chat import ChatTurn, Message, ToolCall
 from atropos_verl.gateway.fields import ApiError, Fields, parse_sampling
 from atropos_verl.gateway.parsing import ReplyReader, constraint_of
@@ -198,3 +199,38 @@ def test_a_grammar_goes_on_in_reasoning_that_the_prompt_opens() -> None:
         assert (
             matcher.consume_tokens(list(codec.encode(text, add_special_tokens=False))) and matcher.is_accepting()
         ) == good
+
+
+OPEN = '<tool_call>{"name": "f", "arguments": {"x": "'
+
+
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [
+        (OPEN + "</tool_call>" * 16_000, 0),
+        (OPEN + "</tool_call>" * 16_000 + '"}}</tool_call>', 1),
+        ("<tool_call>" + "</tool_call>" * 16_000, 0),
+        ("<tool_call></tool_call>" * 8_000, 0),
+        (OPEN[:-1] + "7}} " + " " * 100_000 + "</tool_call>", 1),
+        ("<tool_call>" + "{" * 100_000, 0),
+    ],
+)
+def test_tags_that_are_repeated_are_read_once(
+    text: str, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_as_json: list[int] = []
+
+    def counted(text: str) -> ToolCall | None:
+        read_as_json.append(len(text))
+        return written_call(text)
+
+    written_call = parsing._written_call
+    monkeypatch.setattr(parsing, "_written_call", counted)
+    for step in (len(text), 1000, 50):
+        tags, pieces = parsing._Tags(calls=True, opened=False), list[parsing.Piece]()
+        for start in range(0, len(text), step):
+            pieces += tags.push(text[start : start + step], ended=start + step >= len(text))
+        assert sum(piece.call is not None for piece in pieces) == calls
+        assert calls or "".join(piece.text for piece in pieces) == text
+        assert sum(read_as_json) <= len(text)
+        read_as_json.clear()
