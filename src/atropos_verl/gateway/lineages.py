@@ -121,6 +121,8 @@ class Tree:
     lineages: int = 0
     tokens: int = 0
     """Prompt tokens, counted once where turns share them, and sampled ones."""
+    row_tokens: int = 0
+    """Of all sequences that nothing continues."""
     _by_messages: dict[int, list[Turn]] = field(default_factory=dict)
 
     def add(self, stored: StoredTurn) -> Turn:
@@ -137,7 +139,9 @@ class Tree:
         )
         turn.ids_hash = _hash(_bytes_of(turn))
         self.lineages += turn.lineage == self.lineages
+        self.row_tokens += turn.length
         if parent is not None:
+            self.row_tokens -= 0 if parent.children else parent.length
             parent.children += 1
         self.tokens += len(own) // _IDS.itemsize
         self.turns.append(turn)

@@ -25,7 +25,7 @@ import xxhash
 
 from atropos_verl.errors import ConfigError, StorageWriteError
 from atropos_verl.gateway.chat import ChatTurn, Message
-from atropos_verl.gateway.fields import ApiError
+from atropos_verl.gateway.fields import ApiError, Sampling
 from atropos_verl.gateway.lineages import Prompt, StoredTurn, Tree, kept_turns, new_turn, training_rows
 from atropos_verl.gateway.service import GatewayService, joined
 from atropos_verl.storage import Change, Key, RecordStore
@@ -42,6 +42,12 @@ _MAX_ENDED = 10_000
 _MAX_TURNS = 10_000
 _MAX_SESSION_BYTES = 256 << 20
 """Of the turns of one session, on disk."""
+_MAX_ROW_TOKENS = 1 << 22
+"""Of all rows of one rollout. A branch repeats what stands before it."""
+_UNREAD_SECONDS = 60.0
+"""For which sampling goes on after its client left, for the retry."""
+_UNREADABLE = (msgspec.MsgspecError, ValueError, IndexError, RecursionError)
+"""What decoding raises for a value of another version, or none."""
 _MAX_KEY, _MAX_REASON = 256, 500
 _FIELD = re.compile(r"field `(.*?)`|\$\.(\w+)")
 
@@ -129,7 +135,14 @@ class _Run:
         self.results: list[list[Generation]] | None = None
         self.error: Exception | None = None
         self.task: asyncio.Task[None] | None = None
+        self.unread: asyncio.Timeout | None = None
+        """While it is being sampled: when it ends because nobody waits."""
         self._changed = asyncio.Event()
+
+    def wait_for(self, *, readers: int) -> None:
+        """Sampling goes on while there are ``readers``, and some time longer."""
+        if self.unread is not None:
+            self.unread.reschedule(None if readers else asyncio.get_running_loop().time() + _UNREAD_SECONDS)
 
     def notify(self) -> None:
         self._changed.set()
@@ -179,10 +192,12 @@ class Session:
             detail = f": {record.reason}" if record.reason else ""
             raise ApiError(410, f"session {record.id} is {record.state}{detail}; open a new one", code="session_ended")
 
-    def check_limits(self, turns: int, most: int) -> None:
-        """Raises ``ApiError`` 403."""
-        if turns > most or self.stored_bytes >= _MAX_SESSION_BYTES:
-            text = f"{turns} completions with {self.stored_bytes} bytes, the most of one session"
+    def check_limits(self, turns: int, most: int, tokens: int = 0) -> None:
+        """``tokens``: of rows that a request would add. Raises ``ApiError`` 403."""
+        tokens += self.tree.row_tokens
+        if turns > most or self.stored_bytes >= _MAX_SESSION_BYTES or tokens >= _MAX_ROW_TOKENS:
+            text = f"{turns} completions with {self.stored_bytes} bytes and rows of {tokens} tokens"
+            text += f"; a session has {_MAX_TURNS}, {_MAX_SESSION_BYTES} and {_MAX_ROW_TOKENS} at most"
             raise ApiError(403, f"session {self.record.id} had {text}; finish it", code="session_limit")
 
     def keep(self, exchange: Exchange) -> None:
@@ -202,13 +217,13 @@ class Session:
         """Become what the disk holds, up to the first damage, which is returned."""
         ends = dict(answers)
         for index, (key, value) in enumerate(rows):
-            try:
-                stored = _decoded(value)
-            except msgspec.MsgspecError as error:
-                return f"turn {index} is not one of this version: {error}"
             if key != self.base + index:
                 return f"turn {index} is missing"
-            self.tree.add(stored)
+            try:
+                stored = _decoded(value)
+                self.tree.add(stored)
+            except _UNREADABLE as error:
+                return f"turn {index} is not one of this version: {error!r}"
             self.stored_bytes += len(value)
             exchange = self.exchanges.get(stored.request)
             if exchange is None:
@@ -237,18 +252,32 @@ class SessionStore:
         self.counts: Counter[str] = Counter()
         self._first_end = math.inf
         """When the next open session ends, or before."""
+        self._marks: dict[Key, Change] = {}
+        """Whether answers were received, where that is not known to be on disk."""
+        self._marking: asyncio.Task[None] | None = None
+        self._next = 0
         try:
             for number, value in list(self.records.read("sessions")):
-                self._restore(Session(int(number), msgspec.msgpack.decode(value, type=SessionRecord)))
+                self._next = int(number) + 1
+                self._restore(int(number), value)
         except BaseException:
             self.records.close()
             raise
-        self._next = 1 + max((session.number for session in self._sessions.values()), default=-1)
-        self.close = self.records.close
-        """Finish the writes that wait. Idempotent."""
 
-    def _restore(self, session: Session) -> None:
-        record = session.record
+    def close(self) -> None:
+        """Finish the writes that wait. Idempotent."""
+        if not self.records.is_closed:
+            self.records.write([*self._marks.values()])
+        self.records.close()
+
+    def _restore(self, number: int, value: bytes) -> None:
+        try:
+            record = msgspec.msgpack.decode(value, type=SessionRecord)
+        except _UNREADABLE as error:
+            text = "session number %d in %s is not one of this version, and is left out: %r"
+            logger.error(text, number, self.records.path, error)
+            return
+        session = Session(number, record)
         self._add(session)
         if record.state != "open":
             return
@@ -445,13 +474,30 @@ class SessionStore:
         return "sessions", session.number, msgspec.msgpack.encode(record)
 
     async def write(self, changes: Sequence[Change]) -> None:
-        """Raises ``ApiError`` 507 when the disk refuses."""
+        """Store ``changes`` and the marks that wait. Raises ``ApiError`` 507 when the disk refuses."""
+        marks = [*self._marks.values()]
         try:
-            await asyncio.wrap_future(self.records.write(changes))
+            await asyncio.wrap_future(self.records.write([*marks, *changes]))
         except StorageWriteError as error:
             if not self.records.is_closed:
                 await asyncio.to_thread(self.records.recover)
             raise ApiError(507, f"the session cannot be stored: {error}", code="storage") from error
+        for mark in marks:
+            if self._marks.get(mark[1]) is mark:
+                del self._marks[mark[1]]
+
+    def mark(self, key: int, *, was_received: bool) -> None:
+        """Note whether the answer with the turn ``key`` was received: on disk before any later change of a session."""
+        self._marks[key] = "answers", key, b"%d" % was_received
+        if self._marking is None or self._marking.done():
+            self._marking = asyncio.create_task(self._write_marks())
+
+    async def _write_marks(self) -> None:
+        try:
+            while self._marks:
+                await self.write([])
+        except ApiError as error:
+            logger.error("%s; whether answers were received is stored with the next write", error.message)
 
     # -- requests of agents ------------------------------------------------------------------------------------------
 
@@ -481,6 +527,8 @@ class SessionStore:
         elif known.turns or known.run is not None:
             self.counts["replays"] += 1
         known.readers += 1
+        if known.run is not None:
+            known.run.wait_for(readers=known.readers)
         return SessionService(service, self, session, known)
 
 
@@ -506,13 +554,14 @@ class SessionService(GatewayService):
             exchange.run = None
             if not exchange.turns:
                 session.forget(exchange)
+        elif exchange.run is not None:
+            exchange.run.wait_for(readers=exchange.readers)
 
     def _mark(self, *, was_received: bool) -> None:
         exchange = self._exchange
         if exchange.turns and exchange.was_received is not was_received:
             exchange.was_received = was_received
-            key = self._session.base + exchange.turns[0]
-            self._store.records.write([("answers", key, b"%d" % was_received)])
+            self._store.mark(self._session.base + exchange.turns[0], was_received=was_received)
 
     def new_id(self, prefix: str) -> str:
         """Another one at each call, and the same ones for a request that is repeated."""
@@ -542,6 +591,13 @@ class SessionService(GatewayService):
         else:
             self._prompt = self._session.tree.render(self.codec, turn)
         return self._prompt.ids
+
+    def requests(self, sampling: Sampling, prompts: Sequence[tuple[int, ...]], **named: Any) -> list[GenerationRequest]:
+        """See ``GatewayService.requests``. Raises ``ApiError`` 403 too."""
+        made = super().requests(sampling, prompts, **named)
+        if not self._exchange.turns:
+            self._session.check_limits(0, 0, sum(len(prompt) * sampling.template.n for prompt in prompts))
+        return made
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Generation]]:
         """See ``GatewayService.generate``. Cancelling leaves the completions to an equal request."""
@@ -576,7 +632,10 @@ class SessionService(GatewayService):
                 results = [[*islice(made, request.n)] for request in requests]
                 last = list(_deltas(results[0]))
             else:
-                results, last = await self._new(run, requests, streamed=streamed)
+                async with asyncio.timeout(None) as run.unread:
+                    run.wait_for(readers=exchange.readers)
+                    results, last = await self._new(run, requests, streamed=streamed)
+                run.unread = None
                 async with session.lock:
                     await self._record_turns(zip(requests, results, strict=True))
             run.deltas += last
@@ -588,7 +647,7 @@ class SessionService(GatewayService):
         except BaseException as error:
             if not exchange.turns:
                 session.forget(exchange)
-            exchange.run = None
+            exchange.run = run.unread = None
             run.fail(error if isinstance(error, Exception) else ApiError(503, "the gateway is being stopped"))
             if not isinstance(error, Exception):
                 raise

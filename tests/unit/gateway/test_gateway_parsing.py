@@ -215,9 +215,7 @@ OPEN = '<tool_call>{"name": "f", "arguments": {"x": "'
         ("<tool_call>" + "{" * 100_000, 0),
     ],
 )
-def test_tags_that_are_repeated_are_read_once(
-    text: str, calls: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tags_that_are_repeated_are_read_once(text: str, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
     read_as_json: list[int] = []
 
     def counted(text: str) -> ToolCall | None:

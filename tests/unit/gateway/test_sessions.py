@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import anthropic
 import httpx
+import msgspec
 import numpy as np
 import openai
 import pytest
@@ -167,11 +169,15 @@ def test_an_equal_request_while_the_first_is_unanswered_joins_it(
     for thread in threads:
         thread.start()
     eventually(lambda: tree_of(client, session)["in_flight"] == 1 and len(engine.started) == 1, "one request")
-    time.sleep(0.05)
+    eventually(lambda: "_in_flight 4.0" in client.get("/metrics").text, "all wait")
     engine.resume()
     for thread in threads:
         thread.join()
-    assert len(set(bodies)) == 1 and len(bodies) == 4 and len(engine.samples) == 1
+    assert (
+        len({re.sub(rb'"created":\d+', b"", body) for body in bodies}) == 1
+        and len(bodies) == 4
+        and len(engine.samples) == 1
+    )
     check_rollout(rollout_of(client, session), engine.samples)
 
 
@@ -225,6 +231,54 @@ def test_an_answer_whose_client_leaves_while_it_is_stored_is_not_trained(
         stored.set()
         eventually(lambda: tree_of(client, session)["turns"] == 1, "it is recorded")
     assert rollout_of(client, session)["rows"] == []
+
+
+def test_sampling_ends_some_time_after_its_client_left(
+    client: httpx.Client, engine: OracleEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = open_session(client)
+    engine.pause()
+    with pytest.raises(openai.APITimeoutError):
+        sdk(session).chat.completions.create(**ASK, timeout=0.3)
+    eventually(lambda: "_in_flight 0.0" in client.get("/metrics").text, "the gateway sees it leave")
+    assert len(engine.active) == 1, "for 60 s"
+    answers: list[Any] = []
+    thread = threading.Thread(target=lambda: answers.append(sdk(session).chat.completions.create(**ASK)))
+    monkeypatch.setattr("atropos_verl.gateway.sessions._UNREAD_SECONDS", 0.0)
+    for stream in (False, True):
+        with pytest.raises(openai.APITimeoutError):
+            [*sdk(session).chat.completions.create(**ASK, max_tokens=9, stream=stream, timeout=0.3)]
+        eventually(lambda: len(engine.active) == 1, "nobody waits for the second")
+    thread.start()
+    eventually(lambda: "_in_flight 1.0" in client.get("/metrics").text, "the first is waited for again")
+    engine.resume()
+    thread.join()
+    assert len(answers) == len(engine.samples) == 1
+    check_rollout(rollout_of(client, session), engine.samples)
+
+
+def test_a_mark_that_the_disk_refused_is_written_with_the_next_change(
+    tmp_path: Path, engine: OracleEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with session_gateway(tmp_path, engine, TOKENIZER) as client:
+        session, commit, stored = open_session(client), RecordStore._commit, threading.Event()
+
+        def refusing(self: RecordStore, changes: Any) -> Any:
+            only_marks = all(change[0] == "answers" for change in changes)
+            return StorageWriteError("the disk is full") if only_marks and stored.wait(30.0) else commit(self, changes)
+
+        engine.pause()
+        with pytest.raises(openai.APITimeoutError):
+            sdk(session).chat.completions.create(**ASK, timeout=0.3)
+        with monkeypatch.context() as patch:
+            patch.setattr(RecordStore, "_commit", refusing)
+            stored.set()
+            engine.resume()
+            eventually(lambda: "stored with the next write" in caplog.text, "the mark is refused")
+            open_session(client)
+    with session_gateway(tmp_path, engine, TOKENIZER) as client:
+        assert [turn["received"] for turn in tree_of(client, session)["tree"]] == [False]
+        assert rollout_of(client, session)["rows"] == []
 
 
 def test_the_turns_of_a_session_stay_in_its_keys(
@@ -362,6 +416,27 @@ def test_a_damaged_session_is_aborted_and_the_others_are_kept(tmp_path: Path, en
         assert len(rollout_of(client, other)["rows"]) == 1
 
 
+@pytest.mark.parametrize("value", [b"\xc1", msgspec.msgpack.encode({"id": "a"}), b"\xa1\xff", b"\x91" * 9000])
+def test_a_record_that_cannot_be_read_is_left_out_and_the_others_are_kept(
+    tmp_path: Path, engine: OracleEngine, caplog: pytest.LogCaptureFixture, value: bytes
+) -> None:
+    with session_gateway(tmp_path, engine, TOKENIZER) as client:
+        other, broken, lost = open_session(client), open_session(client), open_session(client)
+        for one in (other, broken, lost):
+            text_of(chat(client, one))
+    records = RecordStore(tmp_path / "sessions.sqlite", dict.fromkeys(("sessions", "turns", "answers"), int), owner="t")
+    records.write([("turns", 1 << 20, value), ("sessions", 2, value)]).result()
+    records.close()
+    with session_gateway(tmp_path, engine, TOKENIZER) as client:
+        assert "session number 2" in caplog.text
+        assert code_of(client.get(f"/sessions/{lost['id']}")) == (404, "unknown_session")
+        assert (tree_of(client, broken)["state"], tree_of(client, broken)["turns"]) == ("aborted", 0)
+        assert len(rollout_of(client, other)["rows"]) == 1
+        new = open_session(client)
+        text_of(chat(client, new))
+        assert tree_of(client, new)["turns"] == 1, "its number is new"
+
+
 # -- rewards and ends ------------------------------------------------------------------------------------------------
 
 
@@ -479,6 +554,22 @@ def test_limits(client: httpx.Client, engine: OracleEngine, monkeypatch: pytest.
     assert len(rollout_of(client, first)["rows"]) == 3
     rollout_of(client, second)
     assert client.get(f"/sessions/{first['id']}").status_code == 404, "the oldest ended one is forgotten"
+
+
+def test_the_rows_of_a_rollout_are_bounded(
+    client: httpx.Client, engine: OracleEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = open_session(client)
+    text_of(chat(client, session))
+    [turn] = tree_of(client, session)["tree"]
+    prompt, row = turn["prompt_tokens"], turn["prompt_tokens"] + turn["completion_tokens"]
+    monkeypatch.setattr("atropos_verl.gateway.sessions._MAX_ROW_TOKENS", row + 2 * prompt)
+    assert code_of(chat(client, session, n=2)) == (403, "session_limit")
+    assert len(engine.samples) == 1, "refused before it is sampled"
+    text_of(chat(client, session))
+    assert code_of(chat(client, session)) == (403, "session_limit")
+    rows = rollout_of(client, session)["rows"]
+    assert sum(len(one["token_ids"]) for one in rows) == sum(len(ids) + len(more) for ids, more in engine.samples)
 
 
 def test_a_session_key_opens_its_own_session_only(client: httpx.Client, engine: OracleEngine) -> None:
