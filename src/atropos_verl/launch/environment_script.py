@@ -150,9 +150,8 @@ def imported_modules(source: bytes, script: Path) -> list[str]:
 
 
 _OWN_DIRECTORY = ("os.path.dirname(os.path.abspath(__file__))", "os.path.dirname(__file__)")
-_MAKES_NO_FILE = re.compile(
-    r"(\w+\.)*(print|debug|info|warning|error|join|dirname|abspath|exists|from_pretrained|Field)"
-)
+_HARMLESS = "print|debug|info|warning|error|join|dirname|abspath|exists|from_pretrained|Field|super|__init__|list|len"
+_MAKES_NO_FILE = re.compile(rf"(super\(\)\.|\w+\.)*({_HARMLESS})")
 _ONLY_SOMETIMES = ast.If | ast.IfExp | ast.For | ast.AsyncFor | ast.While | ast.BoolOp
 
 

@@ -52,6 +52,7 @@ OPENS = "path = os.path.join(os.path.dirname(__file__), 'x.json')\n        "
         (SETUP + "AutoModel.from_pretrained('org/judge')", f"needs the model org/judge{OFFLINE}"),
         (SETUP + "with open('data.csv') as file: pass", "needs the file data.csv (not there from {cwd})"),
         (SETUP + OPENS + "print(path)\n        open(path, mode='rb')", NOT_THERE),
+        (SETUP.replace("setup", "__init__") + "super().__init__()\n        " + OPENS + "open(path)", NOT_THERE),
         ("import no_such_module", f"imports no_such_module{LACKS}"),
         (
             "from atroposlib.envs.base import BaseEnv, no_such_name",
