@@ -150,7 +150,7 @@ def imported_modules(source: bytes, script: Path) -> list[str]:
 
 
 _OWN_DIRECTORY = ("os.path.dirname(os.path.abspath(__file__))", "os.path.dirname(__file__)")
-_HARMLESS = "print|debug|info|warning|error|join|dirname|abspath|exists|from_pretrained|Field|super|__init__|list|len"
+_HARMLESS = r"print|info|warning|error|join|dirname|abspath|exists|from_pretrained|Field|super|__init__|list|\w+Error"
 _MAKES_NO_FILE = re.compile(rf"(super\(\)\.|\w+\.)*({_HARMLESS})")
 _ONLY_SOMETIMES = ast.If | ast.IfExp | ast.For | ast.AsyncFor | ast.While | ast.BoolOp
 
@@ -197,8 +197,8 @@ class _Needs(ast.NodeVisitor):
             return
         is_caught = isinstance(node, ast.Try) and not all(map(_raises, node.handlers))
         if is_caught or isinstance(node, _ONLY_SOMETIMES):
-            calls = [ast.unparse(part.func) for part in ast.walk(node) if isinstance(part, ast.Call)]
-            self._makes_files |= not all(map(_MAKES_NO_FILE.fullmatch, calls))
+            calls = [part for part in ast.walk(node) if isinstance(part, ast.Call)]
+            self._makes_files |= any(map(_may_make_files, calls))
             return
         if isinstance(node, ast.Call):
             self._call(ast.unparse(node.func), node.args, {item.arg: item.value for item in node.keywords})
@@ -209,6 +209,7 @@ class _Needs(ast.NodeVisitor):
         ):
             self._add("environment variable", self._text(node.slice), certain=False)
         super().visit(node)
+        self._makes_files |= isinstance(node, ast.Call) and _may_make_files(node)  # after what is in its arguments
 
     def _call(self, function: str, args: list[ast.expr], named: dict[str | None, ast.expr]) -> None:
         owner, _, last = function.rpartition(".")
@@ -224,8 +225,6 @@ class _Needs(ast.NodeVisitor):
             self._add("file", self._text(path), certain=not self._makes_files)
         elif last in ("OpenAI", "AsyncOpenAI") and not {"base_url", "api_key", None} & named.keys():
             self._add("environment variable", "OPENAI_API_KEY", certain=False)
-        elif not _MAKES_NO_FILE.fullmatch(function):
-            self._makes_files = True
         devices = [value.value for value in (*args, *named.values()) if isinstance(value, ast.Constant)]
         if not self._has_no_gpu_too and any(str(value).split(":")[0] == "cuda" for value in devices):
             self._add("device", "cuda", certain=False)
@@ -250,6 +249,13 @@ class _Needs(ast.NodeVisitor):
     def _add(self, kind: str, name: str | None, *, certain: bool = True) -> None:
         if name and "://" not in name:
             self.needs[kind, name] = certain
+
+
+def _may_make_files(call: ast.Call) -> bool:
+    """Not what is known to make none, and no constructor that gets nothing, so no path."""
+    name = ast.unparse(call.func)
+    is_bare = name.rpartition(".")[2][0].isupper() and not call.args and not call.keywords
+    return not is_bare and _MAKES_NO_FILE.fullmatch(name) is None
 
 
 def _raises(handler: ast.ExceptHandler) -> bool:
@@ -360,7 +366,9 @@ def what_lacks(seen: Mapping[str, Any], python: str) -> tuple[list[str], list[st
     """What ``look`` missed, as clauses that begin with a verb: what nothing works without, and what may be missed."""
     names = ", ".join(name.replace(":", ".") for name in seen["lacking"])
     refused = [f"imports {names}, which {python} has not: install what provides them, or set python"] if names else []
-    notes: list[str] = []
+    unmet: defaultdict[tuple[str, str, bool], list[str]] = defaultdict(list)
     for kind, name, why, certain in seen["unmet"]:
-        (refused if certain else notes).append(f"{'needs' if certain else 'reads'} the {kind} {name} ({why})")
+        unmet[kind, why, certain].append(name)
+    refused += [f"needs the {kind} {', '.join(names)} ({why})" for (kind, why, sure), names in unmet.items() if sure]
+    notes = [f"reads the {kind} {', '.join(names)} ({why})" for (kind, why, sure), names in unmet.items() if not sure]
     return refused, notes

@@ -49,10 +49,15 @@ OPENS = "path = os.path.join(os.path.dirname(__file__), 'x.json')\n        "
             f"class C(BaseEnvConfig):\n    data: str = Field(default='a/b')\n{SETUP}load_dataset(self.config.data)",
             f"needs the data set a/b{OFFLINE}",
         ),
+        (
+            SETUP + "load_dataset('a/b')\n        load_dataset('c/d')",
+            f"needs the data set a/b, c/d{OFFLINE}",
+        ),
         (SETUP + "AutoModel.from_pretrained('org/judge')", f"needs the model org/judge{OFFLINE}"),
         (SETUP + "with open('data.csv') as file: pass", "needs the file data.csv (not there from {cwd})"),
-        (SETUP + OPENS + "print(path)\n        open(path, mode='rb')", NOT_THERE),
+        (SETUP + OPENS + "print(path)\n        json.load(open(path, mode='rb'))", NOT_THERE),
         (SETUP.replace("setup", "__init__") + "super().__init__()\n        " + OPENS + "open(path)", NOT_THERE),
+        (SETUP + "self.rules = [Rule()]\n        " + OPENS + "open(path)", NOT_THERE),
         ("import no_such_module", f"imports no_such_module{LACKS}"),
         (
             "from atroposlib.envs.base import BaseEnv, no_such_name",
@@ -67,6 +72,7 @@ def test_what_a_start_needs_is_named_before_it(tmp_path: Path, text: str, words:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        (SETUP + OPENS + "Maker(path)\n        open(path)", NOT_THERE),
         (SETUP + OPENS + "make_it()\n        open(path)", NOT_THERE),
         (SETUP + OPENS + "if not os.path.exists(path):\n            make_it()\n        open(path)", NOT_THERE),
         (SETUP + "self.judge = AsyncOpenAI()", "needs the environment variable OPENAI_API_KEY (not set)"),
