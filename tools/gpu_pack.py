@@ -5,8 +5,8 @@ python tools/gpu_pack.py build/gpu-pack --have FREEZE         # without what `pi
 sh build/gpu-pack/install.sh DIR                              # there, once all folders have arrived; then
 PYTHONPATH=DIR python tests/gpu/drill.py
 
-Versions are those of requirements/gpu-vllm.txt. torch and what it brings is never packed. A wheel that is larger (ray's,
-which verl imports) is cut into parts, which install.sh joins.
+Versions are those of requirements/gpu-vllm.txt. torch and what it brings is never packed. A wheel that is larger (verl
+imports ray) is cut into parts, which install.sh joins.
 """
 
 import argparse
@@ -27,6 +27,7 @@ LIMIT = 40_000_000
 _WITH_TORCH = ("torch", "triton", "cuda-bindings", "cuda-toolkit", "numpy", "sympy", "networkx", "fsspec", "filelock")
 _NOT_IMPORTED = ("wandb", "tensorboard", "pylatexenc", "pybind11")
 """verl demands them, and nothing of the local backend imports them."""
+_FOR_TESTS = ("pytest", "pytest-asyncio", "pytest-timeout")
 _PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux_2_12", "manylinux1")
 _INSTALL = """#!/bin/sh
 # sh install.sh DIR: installs every wheel of the folders beside this file into DIR (for PYTHONPATH).
@@ -80,7 +81,8 @@ def gather(python: str, have: dict[str, str], directory: Path) -> list[Path]:
         raise SystemExit("the wheel of this package cannot be built")
     wheels = list(directory.glob("*.whl"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted, seen = [Requirement(text) for text in project["dependencies"]], {*_WITH_TORCH, *_NOT_IMPORTED}
+    wanted = [Requirement(text) for text in (*project["dependencies"], *_FOR_TESTS)]
+    seen = {*_WITH_TORCH, *_NOT_IMPORTED}
     target = {"extra": "", "python_version": python, "python_full_version": f"{python}.0"}
     while wanted:
         requirement = wanted.pop()

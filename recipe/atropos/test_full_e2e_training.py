@@ -19,7 +19,7 @@ if not (_TESTS / "support" / "end_to_end.py").is_file():
 sys.path.insert(0, str(_TESTS))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see launch/train.py
 
-from support.end_to_end import EndToEnd
+from support.end_to_end import EndToEnd  # noqa: E402
 
 _NAMES = [name for name in vars(EndToEnd) if name.startswith("check_")]
 
