@@ -61,7 +61,8 @@ class SumsEnv(SpellBackwardEnv):
         self.eval_tasks = [self._task(*pair) for pair in pairs if is_held_out(*pair)]
         self.train_pairs = [pair for pair in pairs if not is_held_out(*pair)]
         draw = random.Random(self.config.seed)
-        self.train_tasks = (self._task(*draw.choice(self.train_pairs)) for _ in itertools.count())
+        rounds = (draw.sample(self.train_pairs, len(self.train_pairs)) for _ in itertools.count())
+        self.train_tasks = (self._task(*pair) for pair in itertools.chain.from_iterable(rounds))
         self.tasks_drawn = self._saved_step = 0
 
     @staticmethod

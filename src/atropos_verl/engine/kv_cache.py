@@ -25,6 +25,8 @@ BLOCK = 4
 """Tokens of a block of the store: what a prefix ends with beyond whole blocks is computed again."""
 WORTH_STORING = 32
 """Tokens below which a common prefix is computed again: that takes no longer than to find and copy it."""
+UNUSED = 128
+"""Steps that sequences ended in since something was last reused, above which one in eight is stored."""
 _STORE_BYTES = 256 * 2**20
 """Most bytes of the store, or as many as the slots hold if that is more."""
 
@@ -119,6 +121,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Of each slot, as of the blocks of the index."""
         self._store: list[torch.Tensor] = []
         """As ``_buffers``: [kv_heads, positions, head_dim], the positions of one block after another."""
+        self._unused = 0
         self._prefill_base: int | None = None
         self._extended: list[torch.Tensor] | None = None
         """[T] of each new position its row, its position in it, and its place among the new ones."""
@@ -157,6 +160,12 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.prefixes = PrefixIndex()
         self._rows = self._capacity = 0
         self._row_index = self._lengths = None
+
+    @property
+    def skips(self) -> bool:
+        """True where the next sequence that leaves its slot is not worth storing."""
+        self._unused += 1
+        return self._unused > UNUSED and self._unused % 8 > 0
 
     def begin_prefill(self, base: int) -> None:
         """The next forward computes whole prompts, right-padded [U, P], for slots ``base .. base+U-1``."""
@@ -205,6 +214,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         for slot, found in enumerate(blocks, start=base):
             self._generations[slot] = min((of[block] for block in found), default=self.prefixes.generation)
         if any(starts):
+            self._unused = 0
             runs = list(_runs((base + row, 0, found) for row, found in enumerate(blocks)))
             for buffer, store in zip(self._buffers, self._store, strict=True):
                 for slot, columns, places in runs:

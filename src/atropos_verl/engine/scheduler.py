@@ -135,8 +135,9 @@ class ContinuousBatch:
         if not gone:  # before the first forward there is nothing to store from
             return
         self._rows = None
-        contexts = [(slot, sequence.context()[:-1]) for slot, sequence in enumerate(self.running) if sequence in gone]
-        self._runner.cache.store(contexts)
+        if not self._runner.cache.skips:
+            slots = enumerate(self.running)
+            self._runner.cache.store([(slot, one.context()[:-1]) for slot, one in slots if one in gone])
         alive = [slot for slot, sequence in enumerate(self.running) if sequence not in gone]
         keep = len(alive)
         holes = sorted(set(range(keep)) - set(alive))

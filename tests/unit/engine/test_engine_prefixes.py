@@ -56,6 +56,20 @@ def test_the_next_turn_prefills_only_what_is_new() -> None:
             context += answer.token_ids
 
 
+def test_where_nothing_is_shared_one_sequence_in_eight_is_stored_until_one_is_found() -> None:
+    with engine_of(tiny_causal_lm()) as engine:
+        kept = []
+        for context in prompts(*[20] * (kv_cache.UNUSED + 16)):  # too short to be stored before they leave their slot
+            kept.append(context + one(engine, context, max_tokens=20, ignore_eos=True).token_ids)
+        find = engine._runner.cache.prefixes.find
+        found = [bool(find(context)) for context in kept[-16:]]
+        assert sum(found) == 2
+        one(engine, kept[-16 + found.index(True)], max_tokens=1)  # from now on all are stored again
+        [context] = prompts(20)
+        context += one(engine, context, max_tokens=20, ignore_eos=True).token_ids
+        assert engine._runner.cache.prefixes.find(context)
+
+
 def test_conversations_that_grow_side_by_side_equal_plain_forwards() -> None:
     """Ragged turns, more conversations than slots, a common beginning."""
     model = tiny_causal_lm()
