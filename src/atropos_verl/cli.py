@@ -36,6 +36,10 @@ _COMMANDS = {
         "atropos_verl.report.run_report",
         "show what came of a run, or compare several; --html FILE writes a page with every curve",
     ),
+    "view": (
+        "atropos_verl.report.view",
+        "serve a page of runs, live and afterwards: curves, processes, and every rollout token by token",
+    ),
 }
 """Subcommand → its module, which has ``add_arguments`` and ``run``, and its help."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import shutil
 import threading
 import time
@@ -227,6 +228,7 @@ class Supervisor:
         self._ending = ""
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._note(f"to see it in a browser: atropos-verl view {shlex.quote(str(plan.run_dir))}")
 
     def run(self) -> int:
         """Returns the exit code: 0 done, 2 the trainer refused its configuration, 130 interrupted.
@@ -580,7 +582,8 @@ class Supervisor:
         seen, steps, now = self._poller, self._steps, time.monotonic()
         services = [watched.describe() for watched in self.services]
         if self.plan.trains_here:
-            trainer = {"name": "trainer", "kind": "trainer", "state": "running", "pid": os.getpid(), "restarts": 0}
+            word = "ended" if self._is_over else "running"
+            trainer = {"name": "trainer", "kind": "trainer", "state": word, "pid": os.getpid(), "restarts": 0}
             services.append(trainer)
         return {
             "time": time.time(),
@@ -601,16 +604,16 @@ class Supervisor:
             "rewards": list(steps.rewards),
             "seconds_since_step": None if steps.last_at is None else round(now - steps.last_at, 1),
             "notes": list(self._notes),
+            "diagnosis": self.diagnosis,
             "ending": self._ending,
         }
 
     def _publish(self) -> None:
-        """Show the state, and replace ``state.json``: a reader sees the old one or the new one."""
+        """Show the state, if there is a view; replace ``state.json``: a reader sees the old one or the new one."""
         self._state_at = time.monotonic()
-        if self._view is None:
-            return
         state = self.state()
-        self._view.update(state)
+        if self._view is not None:
+            self._view.update(state)
         path = self.plan.run_dir / "state.json"
         try:
             write_atomic(path, json.dumps(state, default=str), private=True)
