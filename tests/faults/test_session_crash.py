@@ -1,6 +1,7 @@
-"""``kill -9`` of the gateway under 32 concurrent sessions: no turn is lost, and no retry samples again.
+"""``kill -9`` under 32 concurrent sessions: no turn is lost, no retry samples again, and each group is posted once.
 
-``ATROPOS_SESSION_KILLS`` sets the number of kills (4; the bar is 50).
+``ATROPOS_SESSION_KILLS`` sets the number of kills of a gateway (4; the bar is 50), ``ATROPOS_RUN_KILLS`` that of a
+whole run with an environment of agents, which is resumed each time (0: it is left out).
 """
 
 from __future__ import annotations
@@ -21,21 +22,31 @@ from typing import Any
 
 import httpx
 import pytest
+from support.runs import REPOSITORY, SMALL, LaunchRun
 from support.serving import eventually
 from support.sessions import trained_samples
 from support.tiny_model import build_tiny_tokenizer
+from transformers import AutoTokenizer
+
+from atropos_verl.assets import demo_model_path
+from atropos_verl.server.settings import ServerSettings
+from atropos_verl.server.store import Store
 
 logger = logging.getLogger(__name__)
 
 KILLS = int(os.environ.get("ATROPOS_SESSION_KILLS", "4"))
+RUN_KILLS = int(os.environ.get("ATROPOS_RUN_KILLS", "0"))
 SESSIONS, TURNS = 32, 6
-TOKENIZER = build_tiny_tokenizer()
 WAIT = 60.0
 """Seconds within which a request must get through once the gateway is left alone."""
 
 
 class Drill:
-    def __init__(self, url: str) -> None:
+    """32 agents; ``asked`` are fields of their requests."""
+
+    def __init__(self, url: str, tokenizer: Any, *, wait: float = WAIT, **asked: Any) -> None:
+        self.tokenizer, self.wait, self.asked = tokenizer, wait, asked
+        self.threads = [threading.Thread(target=self.agent, args=(number,)) for number in range(SESSIONS)]
         self.client = httpx.Client(base_url=url, timeout=20.0, headers={"authorization": "Bearer K"})
         self.stop = threading.Event()
         self.counts: Counter[str] = Counter()
@@ -43,7 +54,7 @@ class Drill:
 
     def persist(self, method: str, path: str, body: Any = None, **headers: str) -> httpx.Response:
         """Send until it is answered whole, whatever happens to the gateway."""
-        deadline = time.monotonic() + WAIT
+        deadline = time.monotonic() + self.wait
         while True:
             try:
                 answer = self.client.request(method, path, json=body, headers=headers)
@@ -51,7 +62,7 @@ class Drill:
                 return answer
             except httpx.HTTPError:
                 self.counts["retries"] += 1
-                assert time.monotonic() < deadline, f"{method} {path} did not get through in {WAIT} s"
+                assert time.monotonic() < deadline, f"{method} {path} did not get through in {self.wait} s"
                 time.sleep(0.02)
 
     def agent(self, number: int) -> None:
@@ -72,7 +83,8 @@ class Drill:
         for turn in range(TURNS):
             messages.append({"role": "user", "content": f"{name} {turn}"})
             stream = rng.random() < 0.5
-            answer = self.persist("POST", "/v1/chat/completions", {"messages": messages, "stream": stream}, **key)
+            asked = {**self.asked, "messages": messages, "stream": stream}
+            answer = self.persist("POST", "/v1/chat/completions", asked, **key)
             messages.append({"role": "assistant", "content": content_of(answer, stream)})
             self.counts["turns"] += 1
         reward = {"reward": rng.random(), "per_turn": [0.0] * TURNS}
@@ -80,10 +92,29 @@ class Drill:
         rollout = self.persist("GET", f"/sessions/{opened['id']}/rollout").json()
         assert (rollout["state"], rollout["turns"], rollout["reward"]) == ("finished", TURNS, reward["reward"])
         [row] = rollout["rows"]
-        said = [TOKENIZER.decode(ids) for _, ids in trained_samples(rollout)]
-        assert said == [f"{message['content']}<|im_end|>" for message in messages[1::2]]
+        samples = [ids for _, ids in trained_samples(rollout)]
+        said = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in samples]
+        assert said == [message["content"] for message in messages[1::2]]
         assert row["turns"] == [*range(TURNS)]
         self.counts["sessions"] += 1
+
+    def start(self) -> None:
+        for thread in self.threads:
+            thread.start()
+
+    def work(self, rng: random.Random) -> None:
+        """Let the agents get some answers."""
+        enough = self.counts["turns"] + 5
+        eventually(lambda: self.counts["turns"] > enough or self.failures, "it is at work", timeout=self.wait)
+        time.sleep(rng.random() * 0.5)
+
+    def end(self) -> None:
+        """Finish the sessions that are open, and check what came of all."""
+        self.stop.set()
+        for thread in self.threads:
+            thread.join(2 * self.wait)
+        assert not self.failures, self.failures
+        logger.info("%s", dict(self.counts))
 
 
 def content_of(answer: httpx.Response, stream: bool) -> str:
@@ -104,29 +135,70 @@ def test_a_killed_gateway_loses_no_turn_and_samples_none_twice(tmp_path: Path) -
         [sys.executable, "-m", "support.session_server", str(tmp_path), str(port)],
         env={**os.environ, "PYTHONPATH": paths},
     )
-    drill = Drill(f"http://127.0.0.1:{port}")
-    threads = [threading.Thread(target=drill.agent, args=(number,)) for number in range(SESSIONS)]
+    drill = Drill(f"http://127.0.0.1:{port}", build_tiny_tokenizer())
     pid_file = tmp_path / "child"
     try:
         eventually(pid_file.exists, "the first process serves", timeout=WAIT)
-        for thread in threads:
-            thread.start()
+        drill.start()
         rng = random.Random(0)
         for _ in range(KILLS):
-            enough = drill.counts["turns"] + 5
-            eventually(lambda: drill.counts["turns"] > enough or drill.failures, "it is at work", timeout=WAIT)  # noqa: B023
-            time.sleep(rng.random() * 0.5)
+            drill.work(rng)
             os.kill(pid := int(pid_file.read_text()), signal.SIGKILL)
             eventually(lambda: int(pid_file.read_text()) != pid, "the next process serves", timeout=WAIT)
-        drill.stop.set()
-        for thread in threads:
-            thread.join(2 * WAIT)
+        drill.end()
     finally:
         drill.stop.set()
         server.kill()
         server.wait()
         if pid_file.exists():
             os.kill(int(pid_file.read_text()), signal.SIGKILL)
-    assert not drill.failures, drill.failures
     assert drill.counts["sessions"] >= SESSIONS and drill.counts["retries"] > KILLS
-    logger.info("%s", dict(drill.counts))
+
+
+@pytest.mark.skipif(not RUN_KILLS, reason="set ATROPOS_RUN_KILLS")
+@pytest.mark.timeout(3600)
+def test_a_killed_run_loses_no_turn_and_posts_each_group_once(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    tasks = tmp_path / "words.jsonl"
+    tasks.write_text(
+        "".join(f"{json.dumps(word)}\n" for word in ("sun", "moon", "star", "sky", "tree", "rain", "wind"))
+    )
+    words = [*SMALL, "steps=10000", "save_freq=1", "data.max_prompt_length=900", "max_response_length=120"]
+    words += [
+        f"gateway.port={port}",
+        "gateway.api_key=K",
+        "envs=[speller]",
+        "journal.keep=100",
+        "agents.speller.concurrency=32",
+    ]
+    words += ["agents.speller.agent=speller:solve", f"agents.speller.tasks={tasks}"]
+    path = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY / "examples" / "agents")])
+    drill = Drill(
+        f"http://127.0.0.1:{port}", AutoTokenizer.from_pretrained(str(demo_model_path())), wait=240.0, max_tokens=8
+    )
+    run = LaunchRun(words, run_dir=tmp_path / "run", env={"PYTHONPATH": path})
+    drill.start()
+    rng = random.Random(0)
+    try:
+        for kill in range(RUN_KILLS):
+            with run:  # its end is a kill -9 of all its processes
+                drill.work(rng)
+                if kill % 5 == 4:
+                    run.wait_for_more(1)
+            logger.info("kill %d: %s, %d steps", kill + 1, dict(drill.counts), run.trained())
+        with run:
+            drill.end()
+            run.wait_for_more(2)
+    finally:
+        drill.stop.set()
+    assert drill.counts["sessions"] >= SESSIONS
+    assert [line["step"] for line in run.metrics()] == [*range(1, run.trained() + 1)]
+    notes = [json.loads(line) for line in (tmp_path / "run" / "agents" / "speller.jsonl").read_text().splitlines()]
+    over = Counter(note["group"] for note in notes if "over" in note)
+    store = Store(ServerSettings(data_dir=tmp_path / "run" / "api"))
+    try:
+        assert store.totals["groups"] == len(set(store.keys)) >= run.trained() * 4
+        assert set(over) <= set(store.keys) and set(over.values()) == {1}
+    finally:
+        store.close()
