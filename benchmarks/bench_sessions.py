@@ -81,7 +81,7 @@ def main() -> None:
     turn_ms = 1000 * (used["sessions"] - used["engine"]) / (options.sessions * options.turns)
     figures = {"seconds": seconds, "medians": medians, "cpu_medians": used, **ratios, "cpu_ms_per_turn": turn_ms}
     print(json.dumps({**vars(options), **figures}, indent=2))
-    print(json.dumps({"opened": memory(options.turns)}, indent=2))
+    print(json.dumps({"opened": memory(options.turns, 1000), "short_turns": memory(1000, 20, count=20)}, indent=2))
 
 
 async def everybody(side: Callable[[int], Awaitable[None]], first: int, count: int) -> None:
@@ -129,8 +129,8 @@ def question(number: int, turn: int) -> str:
     return QUESTION.format(number, turn)
 
 
-def memory(turns: int, count: int = 200) -> dict[str, float]:
-    """Bytes of an open session with ``turns`` turns of 1,000 tokens each, half of them sampled, and the bound."""
+def memory(turns: int, tokens: int, count: int = 200) -> dict[str, float]:
+    """Bytes of an open session with ``turns`` turns of ``tokens`` each, half of them sampled, and the bound."""
     import secrets
 
     import numpy as np
@@ -142,16 +142,16 @@ def memory(turns: int, count: int = 200) -> dict[str, float]:
         about: dict[str, Any] = {"opening": Opening(group="g"), "created": 0.0}
         session = Session(0, SessionRecord(id=secrets.token_hex(12), secret=secrets.token_urlsafe(24), **about))
         for number in range(turns):
-            tokens = np.random.default_rng(number).integers(0, 50_000, 500).astype("<i4").tobytes()
+            ids = np.random.default_rng(number).integers(0, 50_000, tokens // 2).astype("<i4").tobytes()
             exchange = Exchange(secrets.token_hex(12), secrets.token_bytes(16), turns=[number], was_received=True)
             session.keep(exchange)
             place: dict[str, Any] = {"parent": number - 1 if number else None, "messages": 2 * number + 2}
             text: dict[str, Any] = {"characters": 4000 * (number + 1), "text_hash": secrets.randbits(62)}
-            made: dict[str, Any] = {"sampled": bytes(bytearray(tokens)), "logprobs": b"", "runs": ((3, 500),)}
+            made: dict[str, Any] = {"sampled": bytes(bytearray(ids)), "logprobs": b"", "runs": ((3, tokens // 2),)}
             ends: dict[str, Any] = {"finish_reason": "stop", "has_end": True, "constrained": False, "reason": None}
             asked: dict[str, Any] = {"request": exchange.id, "digest": exchange.digest, "idempotency_key": None}
             turn = StoredTurn(
-                prompt=tokens, key=secrets.randbits(62), said=(), **place, **text, **made, **ends, **asked
+                prompt=ids, key=secrets.randbits(62), said=(), **place, **text, **made, **ends, **asked
             )
             session.tree.add(turn)
         return session
@@ -162,7 +162,7 @@ def memory(turns: int, count: int = 200) -> dict[str, float]:
     used = tracemalloc.get_traced_memory()[0] / count
     tracemalloc.stop()
     assert len(sessions) == count
-    return {"turns": turns, "tokens": 1000 * turns, "bytes": used, "bound": 65536 + 12 * 1000 * turns}
+    return {"turns": turns, "tokens": tokens * turns, "bytes": used, "bound": 65536 + 12 * tokens * turns}
 
 
 if __name__ == "__main__":
