@@ -150,9 +150,7 @@ def memory(turns: int, tokens: int, count: int = 200) -> dict[str, float]:
             made: dict[str, Any] = {"sampled": bytes(bytearray(ids)), "logprobs": b"", "runs": ((3, tokens // 2),)}
             ends: dict[str, Any] = {"finish_reason": "stop", "has_end": True, "constrained": False, "reason": None}
             asked: dict[str, Any] = {"request": exchange.id, "digest": exchange.digest, "idempotency_key": None}
-            turn = StoredTurn(
-                prompt=ids, key=secrets.randbits(62), said=(), **place, **text, **made, **ends, **asked
-            )
+            turn = StoredTurn(prompt=ids, key=secrets.randbits(62), said=(), **place, **text, **made, **ends, **asked)
             session.tree.add(turn)
         return session
 

@@ -29,7 +29,7 @@ TOOL: Any = {"type": "function", "function": {"name": "calc", "parameters": PARA
 async def solve(task: str, session: Any) -> float:
     """The task is a text such as ``237 plus 682``."""
     model = AsyncOpenAI(base_url=session.base_url, api_key=session.api_key)
-    asked = {"model": "policy", "tools": [TOOL], "temperature": 1.0}
+    asked = {"model": "policy", "tools": [TOOL], "parallel_tool_calls": False, "temperature": 1.0}
     messages: list[Any] = [
         {"role": "system", "content": "Use calc, then say the result."},
         {"role": "user", "content": f"What is {task}?"},
@@ -37,9 +37,9 @@ async def solve(task: str, session: Any) -> float:
     first = await model.chat.completions.create(
         messages=messages, tool_choice={"type": "function", "function": {"name": "calc"}}, max_tokens=96, **asked
     )
-    (call,) = first.choices[0].message.tool_calls or [None]
-    if call is None:
+    if not first.choices[0].message.tool_calls:  # cut before the end of the call
         return 0.0
+    [call] = first.choices[0].message.tool_calls
     called = json.loads(call.function.arguments)["sum"].split()
     messages += [first.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": calculated(called)}]
     second = await model.chat.completions.create(messages=messages, max_tokens=10, **asked)

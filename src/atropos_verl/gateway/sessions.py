@@ -252,9 +252,9 @@ class SessionStore:
         self.counts: Counter[str] = Counter()
         self._first_end = math.inf
         """When the next open session ends, or before."""
-        self._marks: dict[Key, Change] = {}
-        """Whether answers were received, where that is not known to be on disk."""
-        self._marking: asyncio.Task[None] | None = None
+        self._waiting: dict[tuple[str, Key], Change] = {}
+        """Changes of ``write_later`` that are not known to be on disk."""
+        self._writing: asyncio.Task[None] | None = None
         self._next = 0
         try:
             for number, value in list(self.records.read("sessions")):
@@ -267,7 +267,7 @@ class SessionStore:
     def close(self) -> None:
         """Finish the writes that wait. Idempotent."""
         if not self.records.is_closed:
-            self.records.write([*self._marks.values()])
+            self.records.write([*self._waiting.values()])
         self.records.close()
 
     def _restore(self, number: int, value: bytes) -> None:
@@ -387,7 +387,7 @@ class SessionStore:
                 text = "session %s of group %r had no final reward within its ttl of %.0f s, and is ended"
                 logger.warning(text, record.id, record.opening.group, record.opening.ttl)
                 record = msgspec.structs.replace(record, state="expired", turns=len(session.tree.turns))
-                self.records.write([self._row(session, record)])
+                self.write_later([self._row(session, record)])
                 self._close(session, record)
         self._first_end = min((one.record.expires for one in self._open.values()), default=math.inf)
 
@@ -418,7 +418,7 @@ class SessionStore:
                 self._drop(old)
                 keys = range(old.base, old.base + old.record.turns)
                 gone: list[Change] = [(table, key, None) for key in keys for table in ("turns", "answers")]
-                self.records.write([("sessions", old.number, None), *gone])
+                self.write_later([("sessions", old.number, None), *gone])
 
     def _drop(self, session: Session) -> None:
         self._sessions.pop(session.record.id, None)
@@ -474,30 +474,30 @@ class SessionStore:
         return "sessions", session.number, msgspec.msgpack.encode(record)
 
     async def write(self, changes: Sequence[Change]) -> None:
-        """Store ``changes`` and the marks that wait. Raises ``ApiError`` 507 when the disk refuses."""
-        marks = [*self._marks.values()]
+        """Store what waits, and ``changes``. Raises ``ApiError`` 507 when the disk refuses."""
+        waiting = dict(self._waiting)
         try:
-            await asyncio.wrap_future(self.records.write([*marks, *changes]))
+            await asyncio.wrap_future(self.records.write([*waiting.values(), *changes]))
         except StorageWriteError as error:
             if not self.records.is_closed:
                 await asyncio.to_thread(self.records.recover)
             raise ApiError(507, f"the session cannot be stored: {error}", code="storage") from error
-        for mark in marks:
-            if self._marks.get(mark[1]) is mark:
-                del self._marks[mark[1]]
+        for place, change in waiting.items():
+            if self._waiting.get(place) is change:
+                del self._waiting[place]
 
-    def mark(self, key: int, *, was_received: bool) -> None:
-        """Note whether the answer with the turn ``key`` was received: on disk before any later change of a session."""
-        self._marks[key] = "answers", key, b"%d" % was_received
-        if self._marking is None or self._marking.done():
-            self._marking = asyncio.create_task(self._write_marks())
+    def write_later(self, changes: Sequence[Change]) -> None:
+        """Store ``changes``, for which nobody waits, now or with the next ``write``."""
+        self._waiting |= {change[:2]: change for change in changes}
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.create_task(self._write_waiting())
 
-    async def _write_marks(self) -> None:
+    async def _write_waiting(self) -> None:
         try:
-            while self._marks:
+            while self._waiting:
                 await self.write([])
         except ApiError as error:
-            logger.error("%s; whether answers were received is stored with the next write", error.message)
+            logger.error("%s; it is tried again with the next change of a session", error.message)
 
     # -- requests of agents ------------------------------------------------------------------------------------------
 
@@ -561,7 +561,8 @@ class SessionService(GatewayService):
         exchange = self._exchange
         if exchange.turns and exchange.was_received is not was_received:
             exchange.was_received = was_received
-            self._store.mark(self._session.base + exchange.turns[0], was_received=was_received)
+            key = self._session.base + exchange.turns[0]
+            self._store.write_later([("answers", key, b"%d" % was_received)])
 
     def new_id(self, prefix: str) -> str:
         """Another one at each call, and the same ones for a request that is repeated."""

@@ -274,7 +274,7 @@ def test_a_mark_that_the_disk_refused_is_written_with_the_next_change(
             patch.setattr(RecordStore, "_commit", refusing)
             stored.set()
             engine.resume()
-            eventually(lambda: "stored with the next write" in caplog.text, "the mark is refused")
+            eventually(lambda: "tried again with the next change" in caplog.text, "the mark is refused")
             open_session(client)
     with session_gateway(tmp_path, engine, TOKENIZER) as client:
         assert [turn["received"] for turn in tree_of(client, session)["tree"]] == [False]
