@@ -100,6 +100,7 @@ class GatewayService(Collector):
             figures += [
                 ("prefilled_tokens_total", "Tokens whose keys and values the engine computed.", held.prompt_tokens),
                 ("reused_tokens_total", "Tokens whose keys and values it had from before.", held.reused_tokens),
+                ("sampled_tokens_total", "Tokens it sampled, also for answers that go on.", held.generated_tokens),
             ]
         if self.ledger is not None:
             ledger = self.ledger.stats()

@@ -251,10 +251,11 @@ def _silence(state: Mapping[str, Any], facts: LogFacts, who: str, running: Seque
     if gateway.get("paused"):
         return "the gateway is paused: the trainer is in a step or a weight sync that does not end", [todo]
     if gateway.get("in_flight") and not rates.get("tokens_per_second"):
-        if since.get("served"):
-            text = f"{who} had {since['served']} answers and sends no group; no token is generated at this moment"
-            return text, ["see the environment's log: scores may be missing. If this goes on, the engine hangs", todo]
-        return "requests are in flight but no token is generated: the inference engine hangs", [todo]
+        had = f"{who} had {since['served']} answers and sends no group; " if since.get("served") else ""
+        text = "no token is generated: the inference engine hangs"
+        if rates.get("tokens_per_second") is None:  # replicas on Ray count tokens when an answer ends
+            text = "no answer ends: they are long, or the inference engine hangs"
+        return f"{had}requests are in flight but {text}", [todo]
     if rates.get("tokens_per_second"):
         return f"the policy is being sampled, but {who} sends no group: rollouts are long, or scoring is slow", [
             "wait, ask for fewer tokens, or see the environment's log"

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 _PROBE_SECONDS = 2.0
 _GENERATION_SECONDS = 10.0
 _INTERVAL = 0.5
+_RATED = 21
+"""Looks over which rates are taken, ten seconds: one step of a slow engine takes longer than one interval."""
 _PREFIX = "atropos_verl_gateway_"
 _KEPT_STEPS = 8
 _KEPT_REWARDS = 400
@@ -88,7 +90,7 @@ class Poller:
         self.tokens_per_second: float | None = None
         self.requests_per_second: float | None = None
         self._ended = threading.Event()
-        self._rated: tuple[float, float, float] | None = None
+        self._rated: deque[tuple[float, float, float]] = deque(maxlen=_RATED)
         asked = {"api": self.ask_api} | ({"gateway": self._ask_gateway} if gateway_url else {})
         self._threads = [
             threading.Thread(target=self._loop, args=(ask,), name=f"poll-{name}", daemon=True)
@@ -109,7 +111,7 @@ class Poller:
         """The trainer is started anew: what was seen of the one before does not count."""
         self.gateway, self.gateway_at, self.generated_at = None, 0.0, 0.0
         self.served = self.refused = 0
-        self._rated = None
+        self._rated.clear()
 
     def _loop(self, ask: Callable[[], object]) -> None:
         while not self._ended.wait(_INTERVAL):
@@ -158,11 +160,13 @@ class Poller:
         self.tokens_per_second = self.requests_per_second = None
         if not counters:
             return
-        now = (time.monotonic(), counters.get("generated_tokens_total", 0.0), counters.get("requests_total", 0.0))
-        before, self._rated = self._rated, now
-        if before is not None:
-            seconds, tokens, requests = (new - old for new, old in zip(now, before, strict=True))
-            self.tokens_per_second, self.requests_per_second = max(0.0, tokens) / seconds, max(0.0, requests) / seconds
+        tokens = counters.get("sampled_tokens_total", counters.get("generated_tokens_total", 0.0))
+        self._rated.append((time.monotonic(), tokens, counters.get("requests_total", 0.0)))
+        if len(self._rated) > 1:
+            seconds, tokens, requests = (new - old for new, old in zip(self._rated[-1], self._rated[0], strict=True))
+            self.requests_per_second = max(0.0, requests) / seconds
+            if tokens > 0 or "sampled_tokens_total" in counters:  # others count when an answer ends, after minutes
+                self.tokens_per_second = max(0.0, tokens) / seconds
 
 
 def _counters(text: str) -> dict[str, float]:

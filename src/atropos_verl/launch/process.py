@@ -295,6 +295,10 @@ def stop_all(processes: Sequence[ManagedProcess], grace: float = GRACE_SECONDS) 
             process._reap()
 
 
+_UNWRITABLE: set[Path] = set()
+"""Logs of which it was said that nothing can be blotted out."""
+
+
 def blot_out(path: Path, secrets: Sequence[str], start: int = 0) -> int:
     """Overwrite ``secrets`` in a file from byte ``start`` on; returns where the next call starts.
 
@@ -304,13 +308,19 @@ def blot_out(path: Path, secrets: Sequence[str], start: int = 0) -> int:
     if not secrets or not path.is_file():
         return start
     longest = 2 * max(len(secret) for secret in secrets)
-    with path.open("r+b") as file:
-        file.seek(start)
-        content = file.read()
-        for secret in secrets:
-            for match in re.finditer(rb"\s*".join(re.escape(bytes([byte])) for byte in secret.encode()), content):
-                file.seek(start + match.start())
-                file.write(re.sub(rb"\S", b"*", match[0]))
+    try:
+        with path.open("r+b") as file:
+            file.seek(start)
+            content = file.read()
+            for secret in secrets:
+                for match in re.finditer(rb"\s*".join(re.escape(bytes([byte])) for byte in secret.encode()), content):
+                    file.seek(start + match.start())
+                    file.write(re.sub(rb"\S", b"*", match[0]))
+    except OSError as error:  # tried again at the next look; a log does not end the run
+        if path not in _UNWRITABLE:
+            logger.warning("keys of the run may be left in %s: %s", path, error)
+        _UNWRITABLE.add(path)
+        return start
     return max(start, start + len(content) - longest)
 
 

@@ -18,6 +18,7 @@ import math
 import re
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -518,8 +519,15 @@ def read_rollouts(fields: ScoredData) -> tuple[IntArray | None, FloatArray | Non
 
 
 def validated(groups: Iterable[ScoredGroup], vocab_size: int | None) -> list[ScoredGroup]:
-    """``groups`` with their ``defect`` found, so that nobody after this looks for it again."""
-    return [replace(group, defect=find_defect(group, vocab_size), validated=True) for group in groups]
+    """``groups`` with their ``defect`` found, so that nobody after this looks for it again. The id is a hash of the
+    content: a group that is in the batch once more gets a number behind it, for its rollouts are others."""
+    found: list[ScoredGroup] = []
+    seen: Counter[str] = Counter()
+    for group in groups:
+        seen[group.group_id] += 1
+        name = group.group_id if (count := seen[group.group_id]) == 1 else f"{group.group_id}-{count}"
+        found.append(replace(group, defect=find_defect(group, vocab_size), validated=True, group_id=name))
+    return found
 
 
 def find_defect(group: ScoredGroup, vocab_size: int | None) -> str | None:

@@ -41,7 +41,7 @@ from atropos_verl.protocol.wire import decode_batch
 from atropos_verl.provenance.throttle import StalenessThrottle
 from atropos_verl.training.extensions import load_rescoring
 from atropos_verl.training.quarantine import QuarantineStore
-from atropos_verl.training.staleness import BatchMatches, BatchProvenance
+from atropos_verl.training.staleness import Applied, BatchMatches, BatchProvenance
 from atropos_verl.training.step import RunTotals
 from atropos_verl.types import QuarantinedGroup, SampleReport, ScoredGroup
 
@@ -70,6 +70,8 @@ class RolloutData:
     matches: BatchMatches | None = None
     off_policy: dict[str, float | int | None] = field(default_factory=dict)
     report: SampleReport | None = None
+    applied: tuple[int, Applied] | None = None
+    """Policy version, and what was found for it when staleness was looked at: rates are watched once for a batch."""
     timings: dict[str, float] = field(default_factory=dict)
 
 
@@ -289,7 +291,8 @@ class BatchSource:
         assert self._provenance is not None and data.matches is not None, "attach and fetch come first"
         if self._provenance.config.max_staleness is None or not data.groups:
             return False
-        if self._provenance.apply(data.groups, data.matches, policy_version).groups:
+        data.applied = policy_version, self._provenance.apply(data.groups, data.matches, policy_version)
+        if data.applied[1].groups:
             return False
         logger.warning("every group of a batch exceeds off_policy.max_staleness; the batch is not trained on")
         self._totals.batches_stale += 1

@@ -292,6 +292,11 @@ def in_log(count: int, line: str) -> dict[str, Any]:
         ({}, {}, "nobody asks the gateway for completions: is environment words stuck; none of its requests has come?"),
         ({"gateway": {"paused": True}}, {}, "the gateway is paused"),
         ({"gateway": {"in_flight": 4}}, {}, "requests are in flight but no token"),
+        (
+            {"gateway": {"in_flight": 4}, "rates": {}},
+            {},
+            "requests are in flight but no answer ends: they are long, or",
+        ),
         ({"rates": {"tokens_per_second": 8.0}}, {}, "the policy is being sampled, but environment words sends no"),
         ({"api": {"queue_size": 4, "queue_sequences": 16}}, {}, "16 sequences wait at the API but make no batch of 16"),
         (
@@ -559,3 +564,20 @@ def test_a_live_table_on_a_terminal_and_plain_lines_elsewhere() -> None:
         texts.append(console.export_text())
     assert texts[0].splitlines() == ["starting words [not markup]", STEP_LINE]
     assert "service" in texts[1]
+
+
+def test_tokens_are_counted_when_they_are_sampled_not_when_an_answer_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poller = Poller(plan(tmp_path).config, None)
+    clock = iter(range(9))
+    monkeypatch.setattr("atropos_verl.launch.probes.time.monotonic", lambda: float(next(clock)))
+    seen = []
+    for sampled in (0.0, 40.0, 40.0):  # two looks within one step of the engine: it goes on
+        poller._count({"sampled_tokens_total": sampled, "generated_tokens_total": 0.0})
+        seen.append(poller.tokens_per_second)
+    assert seen == [None, 40.0, 20.0]
+    poller.expect_new_gateway()
+    for _ in range(2):
+        poller._count({"generated_tokens_total": 0.0})
+    assert poller.tokens_per_second is None, "an engine that counts when answers end is not known to stand still"

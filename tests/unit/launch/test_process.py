@@ -1,5 +1,6 @@
 """Services as real child processes: every test looks at pids and signals, nothing is patched."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from support.serving import eventually
 
 from atropos_verl.errors import ServiceError
-from atropos_verl.launch.process import ManagedProcess, ServiceSpec, describe_exit, stop_all
+from atropos_verl.launch.process import ManagedProcess, ServiceSpec, blot_out, describe_exit, stop_all
 
 PATIENCE = 20.0
 
@@ -334,3 +335,20 @@ def test_ctrl_c_while_stopping_kills_the_rest_at_once(tmp_path: Path) -> None:
     assert owner.wait(timeout=PATIENCE) == 0
     assert (tmp_path / "result").read_text() == "interrupted [-15, -15, -9]"
     assert not any(alive(pid) for pid in [*pids, deaf])
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = tmp_path / "it.log"
+    log.write_text("key k3y")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        assert [blot_out(log, ("k3y",), 2) for _ in range(2)] == [2, 2]
+    assert [record.getMessage().startswith("keys of the run may be left in") for record in caplog.records] == [True]
+    blot_out(log, ("k3y",))
+    assert log.read_text() == "key ***"

@@ -1,5 +1,6 @@
 """The batch source: registration, the order of what is taken, retries, prefetch, and what goes back at the end."""
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -180,6 +181,7 @@ def test_a_batch_of_nothing_but_stale_groups_is_over_without_a_step(tmp_path: Pa
         totals, throttle = attached(source, max_staleness=0)
         data = source.fetch()
         assert not source.discard_if_stale(data, 5), "unknown versions are not old"
+        assert data.applied is not None and data.applied[0] == 5, "the step that follows does not count it again"
         for group in data.groups:
             group.generation_params["policy_version"] = 4  # type: ignore[index]
         assert source.discard_if_stale(data, 5)
@@ -306,3 +308,15 @@ def test_closing_ends_a_wait_and_hands_back_what_came() -> None:
     threading.Timer(0.01, answered.set).start()
     assert late.close() == [7]
     assert _prefetch_threads() == []
+
+
+def test_a_group_that_is_in_a_batch_twice_has_rollouts_of_its_own(tmp_path: Path) -> None:
+    group = random_batches(1, groups=1, group_size=4)[0]
+    twice = json.loads(group)
+    twice["batch"] *= 2
+    with source_of(NOWHERE, tmp_path) as source:
+        source.journal.record(json.dumps(twice).encode())
+        source.resume(2)
+        attached(source)
+        first, second = ids(source.fetch())
+    assert second == f"{first}-2"

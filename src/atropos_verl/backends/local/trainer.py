@@ -289,8 +289,10 @@ class AtroposTrainer:
         return rows
 
     def _make_samples(self, data: RolloutData) -> SampleReport:
-        matches = self.provenance.look_up(data.groups) if data.matches is None else data.matches
-        applied = self.provenance.apply(data.groups, matches, self.policy_version)
+        (version, applied), data.applied = data.applied or (None, None), None
+        if applied is None or version != self.policy_version:
+            matches = self.provenance.look_up(data.groups) if data.matches is None else data.matches
+            applied = self.provenance.apply(data.groups, matches, self.policy_version)
         data.off_policy = applied.figures
         data.report = build_samples(applied.groups, self.settings, running=self.moments)
         for bad in data.report.quarantined:
