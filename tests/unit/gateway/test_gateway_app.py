@@ -369,7 +369,7 @@ def test_equal_refusals_show_in_our_log_once_in_10_s(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = {"Authorization": "Bearer k"}
-    with serving(FakeEngine(), TOKENIZER, api_key="k") as client, caplog.at_level(logging.WARNING, "atropos_verl"):
+    with caplog.at_level(logging.WARNING, "atropos_verl"), serving(FakeEngine(), TOKENIZER, api_key="k") as client:
         for _ in range(3):
             client.get("/v1/models")
             client.get("/v1/health%0AFORGED%1B[2J", headers=right)
