@@ -6,6 +6,7 @@ environments: answers are JSON, the page shows it as text, and its ``Content-Sec
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -241,8 +242,9 @@ def _event(name: str, content: Any, id_: str | None = None) -> bytes:
 
 
 async def _refused(_: Request, error: Exception) -> Response:
-    is_http = isinstance(error, HTTPException)
-    return _json({"detail": error.detail if is_http else str(error)}, error.status_code if is_http else 500)
+    if isinstance(error, HTTPException):
+        return _json({"detail": error.detail}, error.status_code)
+    return _json({"detail": str(error)}, 500)
 
 
 def _is_run(path: Path) -> bool:
@@ -283,8 +285,6 @@ def run(options: argparse.Namespace, environment: Mapping[str, str] = os.environ
     where = f"http://{bracketed(reachable(options.host))}:{listener.getsockname()[1]}/"
     sys.stdout.write(f"view: {where}{f'#token={token}' if token else ''}  (Ctrl-C ends it)\n")
     sys.stdout.flush()
-    try:
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
         asyncio.run(server.serve(sockets=[listener]))
-    except KeyboardInterrupt:
-        pass  # uvicorn raises it again once it has shut down
     return 0

@@ -1,0 +1,179 @@
+"""``atropos-verl view`` as a process, and its page in a real browser.
+
+The browser is Debian's chromium, driven by playwright (``apt-get install chromium``, ``pip install playwright``);
+without them these tests are skipped. ``ATROPOS_VERL_AXE`` names axe.min.js of the npm package axe-core;
+``ATROPOS_VERL_LIVE_VIEW=1`` follows a run of 30 steps.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.runs import SMALL, TrainingRun
+from support.traced_run import SCRIPT, write_run
+
+SEQUENCE = 1 << 32
+"""The first answer of step 1 of ``write_run``."""
+OF_SEQUENCE = (f"sequence?id={SEQUENCE}", f"sequence?id={SEQUENCE}&token=3")
+PLACES = ("live", "live?with=other", "rollouts", "rollouts?step=1", "group?id=65536", "survivors", *OF_SEQUENCE)
+
+
+@contextlib.contextmanager
+def serving(place: Path, *words: str, port: str = "0") -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The command, and the address that it printed. It must end with 0 at Ctrl-C."""
+    command = [sys.executable, "-m", "atropos_verl.cli", "view", str(place), "--port", port, *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            line = process.stdout.readline()
+            assert line.startswith("view: http"), process.stderr.read()
+            yield line.split()[1], process
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                assert (process.wait(30), process.stderr.read()) == (0, "")
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("runs")
+    write_run(place / "other", steps=3)
+    write_run(place / "known", long_text=1 << 20)
+    return place
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("there is no chromium: apt-get install chromium")
+    with api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield found
+        found.close()
+
+
+@contextlib.contextmanager
+def opened(browser: Any, **options: Any) -> Iterator[Any]:
+    """A page whose console must stay without errors, but for those of a server that is gone."""
+    with contextlib.closing(browser.new_context(**options)) as context:
+        page, errors = context.new_page(), []
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.set_default_timeout(60_000)
+        yield page
+        assert [text for text in errors if "ERR_CONNECTION_REFUSED" not in text] == []
+        assert page.evaluate("window.hacked") is None
+
+
+def test_the_command_prints_its_address_and_ends_at_ctrl_c_with_a_stream_open(runs: Path) -> None:
+    with serving(runs, "--host", "0.0.0.0") as (url, _):
+        address, _, token = url.partition("#token=")
+        assert len(token) > 20
+        headers = {"Authorization": f"Bearer {token}"}
+        stream = urllib.request.urlopen(urllib.request.Request(f"{address}api/runs/known/events", headers=headers))
+        assert stream.readline().startswith(b"id: ")
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{address}api/runs")
+
+
+def test_a_rollout_is_found_and_read_token_by_token_by_keyboard(browser: Any, runs: Path) -> None:
+    with serving(runs, "--token", "secret") as (url, _), opened(browser) as page:
+        page.goto(f"{url}&rollouts?run=known")
+        page.get_by_label("step", exact=True).focus()
+        page.keyboard.type("1")
+        page.keyboard.press("Enter")
+        page.locator("tbody tr").nth(2).wait_for(state="detached")
+        assert "step=1" in page.url and "secret" not in page.url
+        page.get_by_role("link", name="1.0.0", exact=True).focus()
+        page.keyboard.press("Enter")
+        page.get_by_role("link", name="Show its tokens").focus()
+        page.keyboard.press("Enter")
+        tokens = page.get_by_role("listbox")
+        tokens.wait_for()
+        assert page.locator("[role=option]").all_inner_texts() == ["a", "b", "c", "<|im_end|>"]
+        kinds = [option.get_attribute("class") for option in page.locator("[role=option]").all()]
+        assert [kind.replace(" at", "") for kind in kinds] == ["masked", "masked", "trained", "trained unmatched"]
+        tokens.focus()
+        told = []
+        for _ in range(3):
+            page.keyboard.press("ArrowRight")
+            told.append(page.locator(".details").inner_text().split("\n"))
+        assert "masked" in told[0]
+        about = ("advantage", "logprob", "mismatch with the trainer", "policy version")
+        assert [told[1][told[1].index(name) + 1] for name in about] == ["1", "-0.5", "-0.25", "1"]
+        assert [told[2][told[2].index(name) + 1] for name in about] == ["1", "-0.25", "0", "-"]
+        assert "unmatched: nobody is known to have generated it" in told[2]
+        assert page.url.endswith("token=3")  # this place
+        page.reload()
+        page.locator(".at").wait_for()
+        assert page.locator(".at").inner_text() == "<|im_end|>"
+        page.get_by_role("link", name="Compare with its group").click()
+        page.locator(".answer").nth(1).wait_for()
+        assert page.locator(".answer .said").all_inner_texts() == ["ab", "c<|im_end|>", "ab", "a<|im_end|>"]
+
+
+def test_hostile_content_is_text_at_every_size_and_in_every_scheme(browser: Any, runs: Path) -> None:
+    axe = os.environ.get("ATROPOS_VERL_AXE")
+    with serving(runs) as (url, _):
+        for scheme, width in (("light", 1280), ("dark", 400), ("light", 400), ("dark", 1280))[: 4 if axe else 2]:
+            size = {"width": width, "height": 800}
+            with opened(browser, color_scheme=scheme, viewport=size, bypass_csp=bool(axe)) as page:
+                for place in PLACES:
+                    view, _, rest = place.partition("?")
+                    page.goto("about:blank")
+                    page.goto(f"{url}#{view}?run=known&{rest}")
+                    page.locator("main h2").first.wait_for()
+                    if view == "live":
+                        page.locator(".stall").wait_for()
+                        said = page.locator("main").inner_text()
+                        assert SCRIPT in said and "<U+202E>" in said and "<U+0000>" in said
+                    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (place, width)
+                    if axe:
+                        page.evaluate(Path(axe).read_text())
+                        found = page.evaluate("axe.run().then(r => r.violations.map(v => [v.id, v.nodes[0].html]))")
+                        assert found == [], (place, scheme, width)
+
+
+def test_the_page_goes_on_after_the_view_was_restarted(browser: Any, tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", steps=2)
+    with opened(browser) as page:
+        with serving(tmp_path) as (url, _):
+            page.goto(f"{url}#live?run=run")
+            page.get_by_label("step 2").first.wait_for()
+        page.get_by_text("does not answer. Trying again").wait_for()
+        with (run_dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 3, "loss": 0.25, "reward/mean": 1.0}) + "\n")
+        with serving(tmp_path, port=url.rstrip("/").rpartition(":")[2]):
+            page.get_by_label("step 3").first.wait_for()
+            page.get_by_text("does not answer. Trying again").wait_for(state="detached")
+
+
+@pytest.mark.skipif("ATROPOS_VERL_LIVE_VIEW" not in os.environ, reason="set ATROPOS_VERL_LIVE_VIEW=1")
+def test_a_run_of_30_steps_is_followed_live(browser: Any, tmp_path: Path) -> None:
+    place = tmp_path / "runs"
+    place.mkdir()
+    seen: set[str] = set()
+    with TrainingRun(["steps=30", *SMALL], run_dir=place / "demo") as run, opened(browser) as page:
+        run.wait_for_step(1)
+        with serving(place) as (url, _):
+            page.goto(url)
+            while not page.get_by_label("at step 30").count():
+                seen.add(page.locator("#state").get_attribute("data-step") or "")
+                page.wait_for_timeout(50)
+            page.goto(f"{url}#rollouts?run=demo&state=trained&step=30")
+            page.locator("main h2").wait_for()
+        assert run.popen.wait(120) == 0
+    assert len(seen) > 3, seen
