@@ -382,6 +382,14 @@ class JournalConfig(Section):
     )
 
 
+class TraceConfig(Section):
+    """The index of rollouts, ``run_dir/trace.sqlite``."""
+
+    bytes: PositiveInt = Field(
+        256 << 20, description="of the index; when it is full, half of the groups of its older half are removed"
+    )
+
+
 class CommonConfig(Section):
     """Keys of both backends; the Ray backend has them in its block ``atropos``."""
 
@@ -392,6 +400,7 @@ class CommonConfig(Section):
     batch_max_wait_time: PositiveFloat = Field(12.0, description="seconds; bound on one whole wait for a batch")
     reward: RewardConfig = Field(default_factory=RewardConfig)
     journal: JournalConfig = Field(default_factory=JournalConfig)
+    trace: TraceConfig = Field(default_factory=TraceConfig)
     off_policy: OffPolicyConfig = Field(default_factory=OffPolicyConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     env: EnvConfig = Field(default_factory=EnvConfig)

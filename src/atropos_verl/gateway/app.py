@@ -95,6 +95,7 @@ def create_app(
     allow_client_templates: bool = False,
     request_timeout: float | None = 1200.0,
     sessions: SessionStore | None = None,
+    on_request: Callable[..., None] | None = None,
     advertise_url: str | None = None,
 ) -> Starlette:
     """The HTTP surface that Atropos environments call.
@@ -111,11 +112,13 @@ def create_app(
         allow_client_templates: run a ``chat_template`` that a request brings.
         request_timeout: seconds a request may take in all, waiting included (None: no bound); then HTTP 504.
         sessions: what agents ask for in a session is recorded there (None: there are no sessions).
+        on_request: told of every request that ended, as ``training.trace.TraceWriter.request`` is.
         advertise_url: where agents reach this server (None: as whoever opens a session does).
     """
     eos = getattr(engine, "eos_token_ids", None) or eos_token_ids(tokenizer)  # another engine may not say
     codec = TextCodec(tokenizer, eos, allows_client_templates=allow_client_templates)
     service = GatewayService(engine, codec, model_name, gate or RequestGate(), ledger, throttle, max_new_tokens)
+    service.on_request = on_request
     started = int(time.time())
 
     def model_card() -> dict[str, Any]:
@@ -171,7 +174,9 @@ def create_app(
     }
     services = {"": service}
     if evaluated is not None:
-        services[EVALUATION_PATH] = replace(service, engine=evaluated, gate=evaluated.gate, throttle=None)
+        services[EVALUATION_PATH] = replace(
+            service, engine=evaluated, gate=evaluated.gate, throttle=None, on_request=None
+        )
     routes = []
     for prefix, serving in services.items():
         routes += [Route(prefix + path, handler, methods=["GET"]) for path, handler in gets.items()]

@@ -3,9 +3,11 @@
 import asyncio
 import logging
 import math
+import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -13,6 +15,7 @@ from operator import itemgetter
 from typing import Any
 
 import msgspec
+import xxhash
 from prometheus_client import Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -68,6 +71,10 @@ class GatewayService(Collector):
     counts: Counter[str] = field(default_factory=Counter)
     """``in_flight`` requests, ``unread_bytes`` of these, ``prompt_tokens`` and ``generated_tokens`` of answers,
     ``kept_bytes`` of conversations."""
+    on_request: Callable[..., None] | None = None
+    """Told of every request that ended, as ``training.trace.TraceWriter.request`` is."""
+    session_id: str | None = None
+    """Of the session whose requests these are."""
     _conversations: dict[str, tuple[int, tuple[Message, ...]]] = field(default_factory=dict)
     """Id of an answer → about how many bytes the conversation has that ended with it, and its messages."""
     _warned: set[str] = field(default_factory=set)
@@ -239,6 +246,7 @@ class GatewayService(Collector):
         Raises ``GenerationRequestError``, ``EngineStoppedError``, ``EngineError``; ``ApiError`` 503 when a completion
         was aborted (half a completion must not be taken for a whole one).
         """
+        begun = time.time()
         async with self._admitted(requests):
             try:
                 async with asyncio.TaskGroup() as group:  # the first failure cancels the others and frees their slots
@@ -253,11 +261,12 @@ class GatewayService(Collector):
                 self.counts["generated_tokens"] += len(generation.token_ids)
                 _refuse_aborted(generation.finish_reason)
             self.counts["prompt_tokens"] += len(request.prompt_token_ids)
-        await self._record(zip(requests, results, strict=True))
+        await self._record(zip(requests, results, strict=True), begun)
         return results
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """``generate`` for one request, token by token. Closing the generator frees its slots."""
+        begun = time.time()
         async with self._admitted([request]):
             seen: list[list[GenerationDelta]] = [[] for _ in range(request.n)]
             running = request.n
@@ -270,21 +279,38 @@ class GatewayService(Collector):
                         seen[delta.index].append(delta)
                         running -= delta.finish_reason is not None
                         if not running:
-                            await self._record([(request, joined(seen))])
+                            await self._record([(request, joined(seen))], begun)
                         yield delta
             finally:
                 if running and self.ledger is not None:  # a reader who left may use what it got
-                    made = joined(seen)
-                    self.ledger.record(request.prompt_token_ids, _recordable(request, made), request.temperature)
+                    self._into_ledger(request, joined(seen), begun)
         self.counts["prompt_tokens"] += len(request.prompt_token_ids)
 
-    async def _record(self, answers: Iterable[tuple[GenerationRequest, list[Generation]]]) -> None:
+    def _into_ledger(self, request: GenerationRequest, made: list[Generation], begun: float) -> Future[None] | None:
+        assert self.ledger is not None
+        future, records = self.ledger.record_numbered(
+            request.prompt_token_ids, _recordable(request, made), request.temperature
+        )
+        if self.on_request is not None and records:
+            self._tell_end(request, begun, records)
+        return future
+
+    def _tell_end(
+        self,
+        request: GenerationRequest,
+        begun: float,
+        records: Sequence[tuple[int, int, int]] = (),
+        reason: str | None = None,
+    ) -> None:
+        if self.on_request is not None:
+            prompt = xxhash.xxh3_64_intdigest(repr(request.prompt_token_ids)) >> 1
+            about = (prompt, len(request.prompt_token_ids), begun, time.time() - begun)
+            self.on_request(records, *about, self.session_id, reason)
+
+    async def _record(self, answers: Iterable[tuple[GenerationRequest, list[Generation]]], begun: float) -> None:
         """Record completions before the client sees them, so that no death of this process makes them unknown."""
         if self.ledger is not None:
-            recorded = [
-                self.ledger.record(request.prompt_token_ids, _recordable(request, made), request.temperature)
-                for request, made in answers
-            ]
+            recorded = [self._into_ledger(request, made, begun) for request, made in answers]
             for future in recorded:
                 if future is not None:
                     await asyncio.wrap_future(future)
@@ -292,8 +318,17 @@ class GatewayService(Collector):
     @asynccontextmanager
     async def _admitted(self, requests: Sequence[GenerationRequest]) -> AsyncIterator[None]:
         throttled = nullcontext() if self.throttle is None else self.throttle.admitted(requests)
-        async with throttled, self.gate.request():
-            yield
+        begun = time.time()
+        try:
+            async with throttled, self.gate.request():
+                yield
+        except BaseException as error:
+            if self.ledger is not None:
+                left = isinstance(error, asyncio.CancelledError | GeneratorExit)
+                reason = "the client went away" if left else f"{type(error).__name__}: {error}"
+                for request in requests:
+                    self._tell_end(request, begun, reason=reason)
+            raise
 
 
 class EventAnswer:

@@ -12,7 +12,7 @@ import secrets
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, closing
 from dataclasses import dataclass, field
@@ -239,10 +239,16 @@ class Session:
 class SessionStore:
     """All sessions of a run. Everything but ``SessionService.render`` runs in the gateway's event loop.
 
+    ``on_end`` is told of every session that ends: its id, its state, and the reason of an abort.
+
     Raises ``StorageError`` when another process uses ``directory``, or it cannot be used.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        on_end: Callable[[str, str, str | None], None] = lambda session, state, reason: None,
+    ) -> None:
         tables = dict.fromkeys(("sessions", "turns", "answers"), int)
         self.records = RecordStore(directory / "sessions.sqlite", tables, owner="gateway's sessions")
         self._sessions: dict[str, Session] = {}
@@ -250,6 +256,7 @@ class SessionStore:
         self._by_key: dict[str, Session] = {}
         self._ended: Counter[str] = Counter(finished=0, aborted=0, expired=0)
         self.counts: Counter[str] = Counter()
+        self._on_end = on_end
         self._first_end = math.inf
         """When the next open session ends, or before."""
         self._waiting: dict[tuple[str, Key], Change] = {}
@@ -411,6 +418,7 @@ class SessionStore:
                 exchange.run.task.cancel()
         self._open.pop(record.id, None)
         self._ended[record.state] += 1
+        self._on_end(record.id, record.state, record.reason)
         session.tree, session.exchanges, session.by_digest, session.by_key = Tree(), {}, {}, {}
         ended = len(self._sessions) - len(self._open) - _MAX_ENDED
         if ended > 0:
@@ -537,7 +545,8 @@ class SessionService(GatewayService):
 
     def __init__(self, service: GatewayService, store: SessionStore, session: Session, exchange: Exchange) -> None:
         vars(self).update(vars(service))
-        self._service, self._store, self._session, self._exchange = service, store, session, exchange
+        self._store, self._session, self._exchange = store, session, exchange
+        self.session_id = session.record.id
         self._turn: ChatTurn | None = None
         self._prompt: Prompt | None = None
         self._ids = 0
@@ -658,11 +667,11 @@ class SessionService(GatewayService):
     ) -> tuple[list[list[Generation]], list[GenerationDelta]]:
         """Completions, and the deltas that are to be sent once they are stored."""
         if not streamed:
-            return await self._service.generate(requests), []
+            return await super().generate(requests), []
         [request] = requests
         seen: list[list[GenerationDelta]] = [[] for _ in range(request.n)]
         running, held = request.n, list[GenerationDelta]()
-        async with aclosing(self._service.stream(request)) as deltas:
+        async with aclosing(super().stream(request)) as deltas:
             async for delta in deltas:
                 seen[delta.index].append(delta)
                 running -= delta.finish_reason is not None

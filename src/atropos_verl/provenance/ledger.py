@@ -196,6 +196,12 @@ class Ledger:
     def record(
         self, prompt_token_ids: Sequence[int], generations: Iterable[Generation], temperature: float = 1.0
     ) -> Future[None] | None:
+        """``record_numbered`` without the numbers."""
+        return self.record_numbered(prompt_token_ids, generations, temperature)[0]
+
+    def record_numbered(
+        self, prompt_token_ids: Sequence[int], generations: Iterable[Generation], temperature: float = 1.0
+    ) -> tuple[Future[None] | None, list[tuple[int, int, int]]]:
         """Record the completions of one request. Call it before the client can see them.
 
         Args:
@@ -203,12 +209,13 @@ class Ledger:
 
         Returns:
             A future that is done, and never raises, when the death of this process cannot lose the records any more.
-            None: nothing is kept over a restart.
+            None: nothing is kept over a restart. And of each record its number, its tokens, and the policy version
+            that began it.
         """
         prompt = np.asarray(prompt_token_ids, dtype=IDS)
         made = [(np.asarray(g.token_ids, dtype=IDS), _logprobs(g), _runs(g)) for g in generations if g.token_ids]
         if not made:
-            return None
+            return None, []
         key = int(prefix_hashes(prompt)[-1])
         temperature = temperature if temperature > 0 else 1.0
         with self.lock:
@@ -228,7 +235,8 @@ class Ledger:
                 if (r := self._spans.get(order)) is not None:
                     values = (r.ids, r.logprobs.tobytes(), r.runs, r.temperature, r.end_key)
                     rows.append(("spans", order, StoredSpan(order, request, key, *values)))
-            return self._write(rows)
+            numbers = [(request + i, len(ids), runs[0][0]) for i, (ids, _, runs) in enumerate(made)]
+            return self._write(rows), numbers
 
     def _write(self, rows: Sequence[Row]) -> Future[None] | None:
         deleted, self._deleted = self._deleted, []

@@ -151,7 +151,7 @@ class TraceReader:
         ]
 
     def group(self, id_: int) -> dict[str, Any]:
-        """One group: ``id``, ``arrived``, ``step``, ``environment``, ``state``, ``reason``, ``size``, ``reward`` (mean),
+        """One group: ``id``, ``arrived``, ``step``, ``environment``, ``state``, ``reason``, ``size``, mean ``reward``,
         ``hash`` (the name of its file in ``quarantine/``), ``weight``, ``sequences`` as ``rollouts`` lists them.
 
         Raises ``KeyError``: there is none, or it was removed since ``trace.bytes`` was full. So does ``sequence``."""
@@ -260,8 +260,8 @@ class TraceReader:
     # -- sessions ----------------------------------------------------------------------------------------------------
 
     def session(self, id_: str) -> dict[str, Any]:
-        """A session of the gateway as ``GET /sessions/ID`` describes it, with its ``tree``, and ``sequences``, those that
-        came of it as ``rollouts`` lists them. Raises ``KeyError``, and ``ConfigError`` when the file cannot be read."""
+        """A session of the gateway as ``GET /sessions/ID`` describes it, with its ``tree``, and ``sequences``: those
+        that came of it, as ``rollouts`` lists them. Raises ``KeyError`` and ``ConfigError``."""
         from atropos_verl.gateway.sessions import stored_session
 
         found = stored_session(self.run_dir / "gateway", id_)
@@ -346,7 +346,7 @@ def _compared(begun: Iterable[Mapping[str, Any]], trained: Iterable[Mapping[str,
 
 
 def distance(a: FloatArray, b: FloatArray, a_weights: FloatArray, b_weights: FloatArray) -> float:
-    """The Kolmogorov-Smirnov distance of two samples, [N] and [M] (at least one each), with the weight of each value."""
+    """The Kolmogorov-Smirnov distance of two samples, [N] and [M] (at least one each), with weights of their values."""
     points = np.unique(np.concatenate([a, b]))
     found = []
     for values, weights in ((a, a_weights), (b, b_weights)):

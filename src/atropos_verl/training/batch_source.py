@@ -43,6 +43,7 @@ from atropos_verl.training.extensions import load_rescoring
 from atropos_verl.training.quarantine import QuarantineStore
 from atropos_verl.training.staleness import Applied, BatchMatches, BatchProvenance
 from atropos_verl.training.step import RunTotals
+from atropos_verl.training.trace import TraceWriter
 from atropos_verl.types import QuarantinedGroup, SampleReport, ScoredGroup
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,11 @@ class RolloutData:
     """Policy version, and what was found for it when staleness was looked at: rates are watched once for a batch."""
     timings: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Of the groups: number of the batch in the journal, index in it."""
+        return [] if self.entry is None else [(self.entry.sequence, i) for i in range(len(self.groups))]
+
 
 class BatchSource:
     """The batches of one run, from registration to ack.
@@ -92,6 +98,7 @@ class BatchSource:
         self.journal = BatchJournal(run_dir / "journal", config.journal.keep)
         self.batches = LeasedBatches(self.client, self.journal)
         self.quarantine = QuarantineStore(run_dir / "quarantine", config.journal.quarantine_bytes)
+        self.trace = TraceWriter(run_dir, config.trace.bytes)
         self.note: Callable[[str], None] = lambda message: logger.info("%s", message)
         """Tells the user what the source is waiting for."""
         self.is_registered = False
@@ -120,6 +127,7 @@ class BatchSource:
             owed = self.batches.resume(step) if self.config.resume != "disable" else []
             self._keep_first(*owed)
             self._resumed, self._step = len(owed), step
+            self.trace.begin(None if self.config.resume == "disable" else step)
         return self._resumed
 
     def register(self, step: int, batch_size: int, checkpoint_dir: Path | None = None) -> None:
@@ -128,6 +136,7 @@ class BatchSource:
         if self.is_registered:
             return
         self._step = step
+        self.trace.begin(step or None)
         register_trainer(
             self.client,
             self.config,
@@ -153,6 +162,7 @@ class BatchSource:
         Lost and stale batches are counted in ``totals``. Without a throttle no prompt is ever held back.
         """
         self._provenance, self._throttle, self._totals = provenance, throttle, totals
+        self.trace.decode = provenance.text_of
         self._count_fetched(len(self._early))
 
     def start(
@@ -283,6 +293,7 @@ class BatchSource:
             groups = [self._rescored(group) if group.defect is None else group for group in groups]
         decoded = time.perf_counter()
         matches = self._provenance.recall(groups, self.journal, held.entry)
+        self.trace.arrived(held.entry.sequence, groups)
         timings = {"decode": decoded - started, "look_up": time.perf_counter() - decoded, "wait": held.waited}
         return RolloutData(groups, held.entry, matches=matches, timings=timings)
 
@@ -295,6 +306,9 @@ class BatchSource:
         if data.applied[1].groups:
             return False
         logger.warning("every group of a batch exceeds off_policy.max_staleness; the batch is not trained on")
+        if data.entry is not None:
+            applied = Applied([], [], len(data.groups), {})
+            self.trace.collected(data.places, data.groups, data.matches, applied, SampleReport())
         self._totals.batches_stale += 1
         self.trained(data, self._step)
         self.ack(data)
@@ -306,6 +320,7 @@ class BatchSource:
         self._step = step
         if data.entry is not None:
             self.batches.trained(data.entry, step)
+            self.trace.ended(data.places, step)
         if self._provenance is not None:
             self._provenance.consumed(data.matches or [])
 
@@ -339,6 +354,7 @@ class BatchSource:
         self._unwatch_queue()
         self.batches.close()
         self.client.close()
+        self.trace.close()
 
     def _count_fetched(self, batches: int = 1) -> None:
         for _ in range(batches):

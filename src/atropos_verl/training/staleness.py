@@ -109,6 +109,8 @@ class BatchProvenance:
         self.settings = settings
         self.resumed_at: int | None = None
         self.decode: Callable[..., str] = (lambda ids, **_: str(ids)) if tokenizer is None else tokenizer.decode
+        self.text_of = None if tokenizer is None else text_decoder(tokenizer)
+        """Token ids → text with special tokens, for the trace."""
         self._repairer = None
         if config.unmatched == "repair" and ledger is not None and tokenizer is not None:
             self._repairer = Repairer(ledger, TokenTexts(tokenizer))
@@ -267,6 +269,12 @@ class BatchProvenance:
                 )
                 usual.clear()
             usual.append(rate)
+
+
+def text_decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
+    """Token ids → text, special tokens shown; by the tokenizer's fast half where it has one."""
+    decode = getattr(tokenizer, "backend_tokenizer", tokenizer).decode
+    return lambda ids: str(decode(ids, skip_special_tokens=False))
 
 
 def look_up_counts(figures: Mapping[str, float | int | None]) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """``trace.sqlite`` of a run directory: what became of every group that came in, and of every request to the policy.
 
-Both backends say what happened (``TraceWriter``); one thread writes it, all that waits in one transaction, while the run
-goes on. ``report/trace_reader.py`` reads it. A group has the id ``batch << 16 | index in the batch``, a sequence
+Both backends say what happened (``TraceWriter``); one thread writes it, all that waits in one transaction, while the
+run goes on. ``report/trace_reader.py`` reads it. A group has the id ``batch << 16 | index in the batch``, a sequence
 ``group << 16 | position``, so a batch that is taken again after a resume has the ids it had. States of both:
 docs/view.md.
 """

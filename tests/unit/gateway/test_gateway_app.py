@@ -299,9 +299,9 @@ def test_the_end_of_an_answer_is_sent_after_its_record_is_safe(stream: bool) -> 
     recorded: list[tuple[int, ...]] = []
 
     class SlowLedger(Ledger):
-        def record(self, prompt_token_ids: Any, generations: Any, temperature: float = 1.0) -> Future[None]:
+        def record_numbered(self, prompt_token_ids: Any, generations: Any, temperature: float = 1.0) -> Any:
             recorded.extend(generation.token_ids for generation in generations)
-            return stored
+            return stored, []
 
     with serving(FakeEngine(), TOKENIZER, ledger=SlowLedger()) as client, ThreadPoolExecutor(1) as pool:
         body = {"prompt": [1], "max_tokens": 2, "stream": stream}

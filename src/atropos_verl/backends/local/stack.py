@@ -23,6 +23,7 @@ from atropos_verl.http_thread import Listener
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
 from atropos_verl.training.staleness import make_throttle
+from atropos_verl.training.trace import TraceWriter
 from atropos_verl.training.weight_sync import AtroposShardingManager, Canary, WeightSource
 from atropos_verl.types import TrainingSample
 
@@ -55,6 +56,7 @@ class LocalStack:
         source: WeightSource,
         gateway_listener: Listener | None,
         run_dir: Path,
+        trace: TraceWriter,
     ) -> LocalStack:
         """Loads model and tokenizer, builds engine and worker, starts the gateway (gate closed, no weights yet)."""
         import torch
@@ -93,7 +95,7 @@ class LocalStack:
             evaluated = PinnedEngine(engine)
             ledger = Ledger(config.off_policy.ledger_bytes)
             throttle = make_throttle(config.off_policy, ledger, config.batch_size)
-            sessions = SessionStore(run_dir / "gateway")
+            sessions = SessionStore(run_dir / "gateway", trace.session)
             built.callback(sessions.close)
             app = create_app(
                 engine,
@@ -105,6 +107,7 @@ class LocalStack:
                 max_new_tokens=config.max_response_length,
                 model_name=str(model_path),
                 sessions=sessions,
+                on_request=trace.request,
                 **config.gateway.for_app(),
             )
             gateway = GatewayServer(app, host=config.gateway.host, port=config.gateway.port, listener=gateway_listener)

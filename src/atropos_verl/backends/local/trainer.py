@@ -138,7 +138,8 @@ class AtroposTrainer:
         with ExitStack() as held:
             if source is None:  # a command holds its run directory itself
                 held.enter_context(locked(self.run_dir / "lock", "a training run"))
-            self.stack = stack = LocalStack.build(config, self.model_path, self, gateway_listener, self.run_dir)
+            parts = (self, gateway_listener, self.run_dir, self.source.trace)
+            self.stack = stack = LocalStack.build(config, self.model_path, *parts)
             held.callback(stack.close)
             self.settings = sample_settings(config, stack.engine.vocab_size)
             self._held = held.pop_all()
@@ -295,6 +296,8 @@ class AtroposTrainer:
             applied = self.provenance.apply(data.groups, matches, self.policy_version)
         data.off_policy = applied.figures
         data.report = build_samples(applied.groups, self.settings, running=self.moments)
+        if data.entry is not None:
+            self.source.trace.collected(data.places, data.groups, matches, applied, data.report)
         for bad in data.report.quarantined:
             self.source.quarantine.put(bad)
         return data.report

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from atropos_verl.backends.ray.transfer import TransferQueueStore, has_rollout_logprobs, make_rows
 from atropos_verl.errors import DataError
 from atropos_verl.protocol.journal import JournalEntry
@@ -23,7 +25,7 @@ from atropos_verl.training.advantages import SequenceAdvantage
 from atropos_verl.training.batch_source import BatchSource
 from atropos_verl.training.samples import collect_samples
 from atropos_verl.training.staleness import BatchProvenance, look_up_counts, staleness_metrics
-from atropos_verl.types import QuarantinedGroup, ScoredGroup, SequenceMatch, TrainingSample
+from atropos_verl.types import FloatArray, QuarantinedGroup, ScoredGroup, SequenceMatch, TrainingSample
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,11 @@ class Member:
     index: int
     group: ScoredGroup
     matches: list[SequenceMatch | None]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Number of the batch in the journal, index in it."""
+        return self.entry.sequence, self.index
 
 
 @dataclass
@@ -56,6 +63,12 @@ class Slot:
     counts: Counter[str] = field(default_factory=Counter)
     """groups, sequences, rollouts, quarantined, filtered, dropped_overlong, truncated, stale, carried (to the next
     slot), untrained, trained_tokens."""
+    rows: dict[str, tuple[TrainingSample, tuple[int, int, int]]] = field(default_factory=dict)
+    """Key of a row → its sample, and where it came from: batch, index of the group in it, position."""
+    advantages: dict[tuple[int, int, int], FloatArray] = field(default_factory=dict)
+    """[T] of its rows, once its step has them."""
+    trainer_logprobs: dict[tuple[int, int, int], FloatArray] = field(default_factory=dict)
+    """[T] likewise: the trainer's, before the update."""
     off_policy: dict[str, float | int | None] = field(default_factory=dict)
     """Figures of the ledger's look-up, and of staleness."""
     wait_seconds: float = 0.0
@@ -143,6 +156,13 @@ class TrajectoryFeed:
         with self._lock:
             done = [self.slots.pop(uid) for uid in uids]
             self._note_consumed(done, step)
+        for slot in done:
+            self.source.trace.ended(
+                [member.place for member in slot.members],
+                step,
+                advantages=slot.advantages,
+                trainer_logprobs=slot.trainer_logprobs,
+            )
         return done
 
     def _note_consumed(self, done: Sequence[Slot], step: int) -> None:
@@ -172,6 +192,18 @@ class TrajectoryFeed:
                 self.source.batches.ack(entry)
         self.source.batches.discard_through(covered_step)
 
+    def figures_of(self, keys: Sequence[str], **rows: Sequence[FloatArray] | None) -> None:
+        """What a step computed for rows, from the first trained token on: ``advantages``, ``trainer_logprobs``."""
+        with self._lock:
+            for name, values in rows.items():
+                for key, row in zip(keys, values or (), strict=False):
+                    slot = self.slots.get(key.split("_")[0])
+                    if slot is not None and key in slot.rows:
+                        sample, place = slot.rows[key]
+                        whole = np.zeros(len(sample))
+                        whole[len(sample) - len(row) :] = row
+                        getattr(slot, name)[place] = whole
+
     def evicted(self, uids: set[str]) -> None:
         """Settles slots that verl dropped as too stale: nobody will train on them, and the API need not keep them."""
         with self._lock:
@@ -182,6 +214,9 @@ class TrajectoryFeed:
                     slot.counts["sequences"],
                 )
                 self._note_consumed([slot], slot.global_steps)
+                places = [member.place for member in slot.members]
+                reason = "trainer.v1.sampler.max_off_policy_threshold"
+                self.source.trace.ended(places, slot.global_steps, "stale", reason=reason)
         self.acknowledge(slots)
 
     def stop(self, timeout: float = 30.0) -> None:
@@ -270,6 +305,9 @@ class TrajectoryFeed:
             untrained=len(samples) - len(rows),
             trained_tokens=sum(int(sample.loss_mask.sum()) for sample in samples),
         )
+        places = [(*one.member.place, s.sequence_index) for one in found for s in one.samples if s.loss_mask.any()]
+        trained = [sample for sample in samples if sample.loss_mask.any()]
+        slot.rows = {row.key: (s, p) for row, s, p in zip(rows, trained, places, strict=True)}
         self.store.put(slot.uid, rows)
 
     def _consumed_before(self, entry: JournalEntry) -> dict[int, int]:
@@ -295,6 +333,8 @@ class TrajectoryFeed:
         if members:
             slot.off_policy |= applied.figures
         report, advantages = collect_samples(applied.groups, self.provenance.settings)
+        places = [member.place for member in members]
+        self.source.trace.collected(places, groups, matches, applied, report)
         refused = list(report.quarantined)
         bad = {found.group.group_id for found in refused}
         filtered = {group.group_id for group in report.filtered}
@@ -317,6 +357,7 @@ class TrajectoryFeed:
             else:
                 bad.add(group.group_id)
                 refused.append(QuarantinedGroup(group=group, reason=reason))
+                self.source.trace.ended([members[place].place], slot.global_steps, "quarantined", reason=reason)
         for found in refused:
             self.source.quarantine.put(found)
         if untrained := slot.counts["untrained"] - before:

@@ -141,6 +141,7 @@ class AtroposTaskRunner:
         from atropos_verl.backends.ray.gateway import ClusterGateway
         from atropos_verl.gateway.sessions import SessionStore
         from atropos_verl.provenance.ledger import Ledger
+        from atropos_verl.training.batch_source import BatchSource
         from atropos_verl.training.staleness import make_throttle
 
         self.put("phase", "starting the inference gateway")
@@ -151,9 +152,12 @@ class AtroposTaskRunner:
             self.put("note", f"{known} completions of before the interruption are known: their groups may still come")
         batch_size, batches = self.cluster.run.batch_size, parameter_sync_step(self.config)
         self.throttle = make_throttle(self.cluster.settings.off_policy, self.ledger, batch_size, batches)
-        sessions = SessionStore(self.cluster.run_dir / "gateway")
+        self.source = BatchSource(self.cluster.run, self.cluster.run_dir)
+        self.stack.callback(self.source.close)
+        sessions = SessionStore(self.cluster.run_dir / "gateway", self.source.trace.session)
         self.stack.callback(sessions.close)
         for_app = {**settings.for_app(), "ledger": self.ledger, "throttle": self.throttle, "sessions": sessions}
+        for_app["on_request"] = self.source.trace.request
         self.gateway = ClusterGateway(
             llm_client, self.trainer.tokenizer, host=settings.host, port=settings.port, **for_app
         )
@@ -167,13 +171,11 @@ class AtroposTaskRunner:
         from atropos_verl.backends.ray.feed import TrajectoryFeed
         from atropos_verl.backends.ray.gateway import embedding_rows
         from atropos_verl.backends.ray.transfer import TransferQueueStore
-        from atropos_verl.training.batch_source import BatchSource
         from atropos_verl.training.samples import sample_settings
         from atropos_verl.training.staleness import BatchProvenance
 
         run, trainer = self.cluster, self.trainer
-        self.source = source = BatchSource(run.run, run.run_dir)
-        self.stack.callback(source.close)
+        source = self.source
         settings = sample_settings(run.run, embedding_rows(self.config.actor_rollout_ref.model))
         provenance = BatchProvenance(run.settings.off_policy, self.ledger, settings, trainer.tokenizer)
         provenance.resumed_at = self._resumed_at

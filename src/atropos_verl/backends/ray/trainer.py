@@ -302,6 +302,8 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         batch = super()._compute_advantage(batch, metrics)
         run, algorithm = self.atropos.run, self.config.algorithm
         wanted = ["response_mask", "advantages", ADVANTAGES]
+        if not algorithm.rollout_correction.bypass_mode:  # then verl has none of its own
+            wanted.append("old_log_probs")
         values = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=wanted)
         # The group baseline is that of training.advantages, as in the local backend. verl weighs a reward that it
         # changed (KL in reward), and computes its other estimators.
@@ -316,6 +318,10 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
             running=self.state.moments,
         )
         metrics.update(figures)
+        if self.feed is not None:
+            own = [row.float().numpy() for row in values["old_log_probs"].unbind()] if len(wanted) > 3 else None
+            of_step = [row.numpy() for row in advantages.unbind()]
+            self.feed.figures_of(batch.keys, advantages=of_step, trainer_logprobs=own)
         fields = TensorDict({"advantages": advantages, "returns": advantages}, batch_size=len(batch))
         return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
 
