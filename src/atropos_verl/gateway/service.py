@@ -15,7 +15,6 @@ from operator import itemgetter
 from typing import Any
 
 import msgspec
-import xxhash
 from prometheus_client import Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -303,7 +302,7 @@ class GatewayService(Collector):
         reason: str | None = None,
     ) -> None:
         if self.on_request is not None:
-            prompt = xxhash.xxh3_64_intdigest(repr(request.prompt_token_ids)) >> 1
+            prompt = hash(request.prompt_token_ids)  # of integers: the same in every process
             about = (prompt, len(request.prompt_token_ids), begun, time.time() - begun)
             self.on_request(records, *about, self.session_id, reason)
 

@@ -20,9 +20,11 @@ from atropos_verl.config.model_checks import read_json
 from atropos_verl.errors import ConfigError, DataError
 from atropos_verl.report.console import summary_rows
 from atropos_verl.report.format import count, decimal, duration, seconds
+from atropos_verl.report.trace_reader import TraceReader
 from atropos_verl.storage import write_atomic
 from atropos_verl.training.quarantine import parse_quarantine_file
 from atropos_verl.training.step import held_out_score, reward_window
+from atropos_verl.training.trace import NAME
 
 _PHASES = ("rollout", "wait", "train", "sync", "step")
 _MOST_SAMPLES = 50
@@ -159,6 +161,7 @@ def _is_number(value: Any) -> bool:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="run directory; several: compared")
+    parser.add_argument("--survivors", action="store_true", help="begun rollouts against those that were trained on")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page that opens without internet")
 
 
@@ -170,6 +173,9 @@ def run(options: argparse.Namespace, console: Console | None = None) -> int:
         _show_one(runs[0], console)
     else:
         _compare(runs, console)
+    if options.survivors:
+        for data in runs:
+            _show_survivors(TraceReader(data.run_dir), console)
     if options.html is not None:
         try:
             write_atomic(options.html, render_page(runs))
@@ -200,6 +206,23 @@ def _show_one(data: RunData, console: Console) -> None:
         say(f"refused: quarantine/{name}: {reason}")
     if data.quarantined_total > 5:
         console.print(f"... and {data.quarantined_total - 5} more in {data.run_dir / 'quarantine'}", markup=False)
+
+
+def _show_survivors(reader: TraceReader, console: Console) -> None:
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    if not reader.has_index:
+        say(f"{reader.run_dir}: no {NAME} here: the run is of an older version, or has fetched nothing yet")
+        return
+    found = reader.survivors()
+    ends = ", ".join(f"{name} {count(number)}" for name, number in sorted(found["ends"].items()))
+    say(f"rollouts of {reader.run_dir}: {count(found['begun'])} begun, {count(found['trained'])} trained ({ends})")
+    table = _plain_table()
+    for name in ("by", "mean begun", "mean trained", "distance"):
+        table.add_column(name, justify="left" if name == "by" else "right")
+    for name, by in found["by"].items():
+        means = (decimal(by.get("begun_mean")), decimal(by.get("trained_mean")))
+        table.add_row(name, *means, decimal(by["distance"]))
+    console.print(table)
 
 
 def _plain_table() -> Table:

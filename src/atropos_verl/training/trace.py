@@ -246,7 +246,9 @@ class TraceWriter:
             begun: seconds since the epoch; it took ``seconds``.
         """
         about = (begun, seconds, prompt, prompt_tokens)
-        rows = [(record, *about, tokens, version, session, None) for record, tokens, version in records]
+        rows: list[tuple[Any, ...]] = [
+            (record, *about, tokens, version, session, None) for record, tokens, version in records
+        ]
         rows += [(None, *about, None, None, session, reason[:_LONGEST_REASON])] if reason is not None else []
         self._jobs.put((self._write_requests, rows))
 

@@ -3,6 +3,8 @@
 Ids of the demo model's tokenizer: a = 64, b = 65, c = 66, newline = 198, <|im_end|> = 258.
 """
 
+import argparse
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from atropos_verl.assets import demo_model_path
+from atropos_verl.report import run_report as report
 from atropos_verl.report.trace_reader import RolloutFilter, TraceReader, distance, load_decoder
 from atropos_verl.training.samples import build_samples
 from atropos_verl.training.staleness import Applied
@@ -210,7 +214,12 @@ def test_survivors_shows_that_the_slow_and_the_unposted_are_not_trained(tmp_path
     fast, slow = group([66], [64]), group([66] * 8, [64] * 8, env_id=1, name="slow")
     run.step(1, fast, slow, matches=[[match(1, 1), match(2, 1)], [match(3, 8), None]], stale=[1])
     (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     found = run.read().survivors()
+    console = Console(file=io.StringIO(), width=120)
+    report.run(argparse.Namespace(run_dirs=[tmp_path], survivors=True, html=None), console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "7 begun, 2 trained (failed 1, given_up 2, stale 2, trained 2)" in shown and "0.667" in shown
     assert found["ends"] == {"trained": 2, "stale": 2, "given_up": 2, "failed": 1}
     length = found["by"]["length"]
     # 1, 1 trained; begun: 1, 1, 8, 8, 8, 8
