@@ -13,7 +13,7 @@ export async function showSurvivors(main, place, runs, told, signal) {
   const share = (counts, name) => { const sum = Object.values(counts).reduce((a, b) => a + b, 0); return sum ? `${number(100 * (counts[name] || 0) / sum, 3)} %` : "-"; };
   main.replaceChildren(el("h2", {}, "Which rollouts are trained on"),
     el("p", {}, "Every rollout that was begun has an end. The distance is the largest difference of the two distributions, between 0 and 1: a run that trains on the fast and the short only has a large one."),
-    facts([["begun", number(found.begun)], ["trained", number(found.trained)], ...Object.entries(found.ends).map(([state, count]) => [state.replaceAll("_", " "), number(count)])]),
+    facts([["begun", number(found.begun)], ["trained", number(found.trained)], ["largest difference of an environment's share", number(by.environment.distance, 3)], ...Object.entries(found.ends).map(([state, count]) => [state.replaceAll("_", " "), number(count)])]),
     el("h2", {}, "Begun and trained"), table("Begun and trained", [["of", one => TITLES[one]], ["mean of begun", one => number(by[one].begun_mean), "n"], ["mean of trained", one => number(by[one].trained_mean), "n"], ["distance", one => number(by[one].distance, 3), "n"]], Object.keys(TITLES)),
     el("p", {class: "legend"}, "In each pair of bars the left one is the share of those begun, the right one of those trained."),
     el("div", {class: "charts"}, ...Object.keys(TITLES).map(name => bars(TITLES[name], by[name].edges, by[name].begun, by[name].trained))),
