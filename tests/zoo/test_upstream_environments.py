@@ -39,11 +39,26 @@ REFUSED = {
     "reasoning_gym_environment/reasoning_gym_environment.py": "the policy is being sampled, but",
     "community/selcube/rubiks_cube_environment.py": "the prompts of the environment are too long",
     "community/metric_card_generator/metric_card_generator.py": "JSON parsing error",
-    "community/conversational_style_dpo/conversational_style_dpo_env.py": "tokenize_for_trainer_dpo",
-    "community/solitaire_winning_probability/solitaire_server.py": "qa_data.csv",
     "infinimath/infinimath_env.py": "'tuple' object has no attribute 'get'",
-    "gsm8k_server.py": "gsm8k",
 }
+BEFORE_THE_START = {
+    "community/conversational_style_dpo/conversational_style_dpo_env.py": "tokenize_for_trainer_dpo, which ",
+    "community/ufc_prediction_env/ufc_server.py": "imports atroposlib.envs.base.OpenaiConfig, which ",
+    "sft_loader_server.py": "imports atroposlib.envs.base.OpenaiConfig, which ",
+    "community/solitaire_winning_probability/solitaire_server.py": "needs the file environments/community/solitaire",
+    "community/accessibility_env/accessibility_env.py": "data/accessibility_dataset.jsonl (not there from",
+    "community/dynastai/dynastai_server.py": "dynastai_cards.json (not there from",
+    "mcp_env.py": "needs the file my_mcp_dataset.json",
+    "gsm8k_server.py": "needs the data set gsm8k",
+    "gsm8k_server_axolotl.py": "needs the data set gsm8k",
+    "math_server.py": "needs the data set zwhe99/DeepMath-103K",
+    "math_server_zero.py": "needs the data set zwhe99/DeepMath-103K",
+    "mcqa_thinking_env.py": "needs the data set NousResearch/AcademicMCQA",
+    "rlaif_server.py": "needs the data set allenai/WildChat",
+    "fundamental_prediction_environment.py": "needs the data set NousResearch/company-fundamentals-prediction-lite",
+    "multimodal_dpo/clevr_complex.py": "needs the data set MMInstruction/Clevr_CoGenT_TrainA_70K_Complex",
+}
+"""Their data sets are in no cache, and the hub is not asked."""
 
 
 def started(name: str, tmp_path: Path, args: str) -> TrainingRun:
@@ -54,7 +69,7 @@ def started(name: str, tmp_path: Path, args: str) -> TrainingRun:
     words = [*WORDS, f"env.module={module}" if relative else f"env.script={script}"]
     words += [f"env.python={PYTHON}", f"env.cwd={script.parent}", f"env.args=[{args}]"]
     words.append(f"env.env.PYTHONPATH={CHECKOUT}")
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    offline = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "HF_HOME": str(tmp_path)}
     return TrainingRun(words, run_dir=tmp_path / "run", env=offline)
 
 
@@ -62,8 +77,12 @@ def started(name: str, tmp_path: Path, args: str) -> TrainingRun:
 def test_it_trains(name: str, tmp_path: Path) -> None:
     with started(name, tmp_path, TRAINS[name]) as run:
         run.must_end(0)
-        assert [line["step"] for line in run.metrics()] == [1, 2, 3]
-        assert sum(line["data/quarantined"] for line in run.metrics()) == 0
+        lines = run.metrics()
+        assert [line["step"] for line in lines] == [1, 2, 3]
+        assert sum(line["data/quarantined"] for line in lines) == 0
+        assert all(line["data/trained_tokens"] > 0 for line in lines), "masks leave something to train on"
+        # Spans of text that was tokenised again are matched: by their ids, or repaired.
+        assert max(line["data/unmatched_token_rate"] for line in lines) <= 0.01
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -71,3 +90,12 @@ def test_it_is_refused_with_the_reason(name: str, tmp_path: Path) -> None:
     with started(name, tmp_path, SAME) as run:
         run.must_end(1)
         assert REFUSED[name] in run.stderr
+
+
+@pytest.mark.parametrize("name", BEFORE_THE_START)
+def test_it_is_refused_before_anything_starts(name: str, tmp_path: Path) -> None:
+    with started(name, tmp_path, SAME) as run:
+        run.must_end(2)
+        assert BEFORE_THE_START[name] in run.stderr
+        assert "CONFIGURATION ERROR: env." in run.stderr
+        assert run.log("environment") == ""
