@@ -31,10 +31,10 @@ SAME = "--env.ensure_scores_are_not_same,false"
 """The demo model answers none of their questions, so all scores are equal."""
 TRAINS = {
     "game_environments/gymnasium/blackjack/blackjack_env_no_thinking.py": SAME,
-    "game_environments/gymnasium/blackjack/blackjack_env_thinking.py": SAME,
     "community/word_hunt/word_hunt_env.py": SAME,
 }
 REFUSED = {
+    "game_environments/gymnasium/blackjack/blackjack_env_thinking.py": "the prompts of the environment are too long",
     "community/regex_generation/regex_env.py": "the prompts of the environment are too long",
     "reasoning_gym_environment/reasoning_gym_environment.py": "the policy is being sampled, but",
     "community/selcube/rubiks_cube_environment.py": "the prompts of the environment are too long",
