@@ -1,8 +1,8 @@
 """The index of rollouts at size: how long a look into it takes, and what writing it costs.
 
-``python benchmarks/bench_trace.py [SEQUENCES]`` writes that many sequences (default 100,000) of 64 to 256 tokens with the
-writer of a run, in batches of 16 groups of 8, prints the processor time of the writing thread for each sequence, and the
-medians of opening a random sequence and of each filter (20 looks each, in turn).
+``python benchmarks/bench_trace.py [SEQUENCES]`` writes that many sequences (default 100,000) of 64 to 256 tokens with
+the writer of a run, in batches of 16 groups of 8. It prints the processor time of the writing thread for each sequence,
+and the medians of opening a random sequence and of each filter (20 looks each, in turn).
 """
 
 import random
