@@ -152,6 +152,7 @@ class ScoredGroup:
     inference_logprobs: tuple[FloatArray | None, ...] | None = None
     """[G][T_g] logprob of each token under the policy that sampled it; 1.0 on the wire means "no value"."""
     ref_logprobs: tuple[FloatArray | None, ...] | None = None
+    """[G][T_g] logprob of each token under a reference policy; 1.0 = no value."""
     token_versions: tuple[IntArray | None, ...] | None = None
     """[G][T_g] policy version that wrote each token, ``UNKNOWN_VERSION`` where not known; from our ledger, not the
     wire."""
@@ -161,8 +162,10 @@ class ScoredGroup:
     generation_params: dict[str, Any] | None = None
     messages: Any | None = None
     images: Any | None = None
-    distill_token_ids: Any | None = None
-    distill_logprobs: Any | None = None
+    distill_token_ids: tuple[IntArray | None, ...] | None = None
+    """[G][T_g, K] what a teacher names for token t, given those before it; shorter rows end in -1. Row 0 is empty."""
+    distill_logprobs: tuple[FloatArray | None, ...] | None = None
+    """[G][T_g, K] their logprobs under the teacher at temperature 1; shorter rows end in -inf."""
     env_id: int | None = None
     group_id: str = ""
     """Stable id within the run: content hash of the raw JSON, so a replay has the same id."""
@@ -268,6 +271,12 @@ class TrainingSample:
     """[T]; 0 where loss_mask is False."""
     rollout_logprobs: FloatArray | None = None
     """[T]; NaN where there is no value; None when the environment sent none."""
+    reference: FloatArray | None = None
+    """[R, 3] index of a trained token in the sequence, its logprob under the reference policy, factor of the KL to that
+    in the loss."""
+    teacher: FloatArray | None = None
+    """[E, 4] index of a trained token, an id that a teacher names for it, that id's logprob under the teacher, factor
+    of the KL in the loss; one row per id, those of a token together."""
     temperature: float = 1.0
     score: float = 0.0
     group_id: str = ""
@@ -317,6 +326,14 @@ class SampleSettings:
     """verl's name: divide the GRPO advantage by the group's standard deviation."""
     ignore_fields: tuple[str, ...] = ()
     """ScoredData fields that this trainer does not use and the user agreed to ignore (``data.ignore_fields``)."""
+    ref_weight: float = 0.0
+    """Factor of the KL to posted ``ref_logprobs``."""
+    distill_weight: float = 1.0
+    """Factor of the KL to a teacher, where the environment names none."""
+    teach: Callable[[Sequence[ScoredGroup]], list[ScoredGroup]] | None = None
+    """Gives groups a teacher's values that bring none (``distill.teacher``)."""
+    distill_alone: bool = False
+    """Advantages of sequences with a teacher's values are 0."""
     advantage: Callable[[ScoredGroup], list[FloatArray]] | None = None
     """The user's function in the place of the estimator (``algorithm.advantage_path``): float64 [T] per sequence."""
     keeps: Callable[[Sequence[ScoredGroup]], list[bool]] | None = None

@@ -149,9 +149,12 @@ class AlgorithmConfig(OwnAlgorithmConfig):
 
 
 class OwnLossConfig(Section):
-    """The user's loss."""
+    """The user's loss, and what is added to any."""
 
     path: str | None = Field(None, description="your package.module:function instead: docs/extensions.md")
+    ref_weight: NonNegative = Field(
+        0.001, description="factor of the KL to the ref_logprobs that an environment sends; nothing where it sends none"
+    )
 
 
 class LossConfig(OwnLossConfig):
@@ -174,6 +177,19 @@ class LossConfig(OwnLossConfig):
                 "tis_cap is off_policy.importance_cap now, for both losses; off_policy.importance=null switches it off"
             )
         return values
+
+
+class DistillConfig(Section):
+    """A teacher of the same vocabulary: the KL to it is added to the loss (docs/distillation.md)."""
+
+    teacher: str | None = Field(
+        None, description="Hugging Face model directory of a teacher that the run itself asks; null: none"
+    )
+    top_k: PositiveInt = Field(16, description="tokens that it names for each trained one, beside that itself")
+    weight: NonNegative = Field(
+        1.0, description="factor of the KL per trained token; an environment's override distill_weight wins"
+    )
+    alone: bool = Field(False, description="advantages are 0 where a teacher's values are: the KL is the whole loss")
 
 
 class GroupsConfig(Section):
@@ -402,6 +418,7 @@ class CommonConfig(Section):
     journal: JournalConfig = Field(default_factory=JournalConfig)
     trace: TraceConfig = Field(default_factory=TraceConfig)
     off_policy: OffPolicyConfig = Field(default_factory=OffPolicyConfig)
+    distill: DistillConfig = Field(default_factory=DistillConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     env: EnvConfig = Field(default_factory=EnvConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)

@@ -182,6 +182,8 @@ def read_run(config: Any) -> RayRun:
         settings = RaySettings.model_validate(OmegaConf.to_container(config.atropos, resolve=True))
     except ValidationError as error:
         raise as_config_error(error, RaySettings, "atropos.") from None
+    if settings.distill.teacher is not None:
+        raise ConfigError("backend=ray does not train on a teacher's values yet", "atropos.distill.teacher")
     _check_verl_keys(config)
     algorithm = config.algorithm
     if settings.algorithm.advantage_path and (

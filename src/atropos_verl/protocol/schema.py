@@ -39,6 +39,8 @@ _MAX_DEPTH = 64
 """Lists and objects inside each other in a field that is free: readers of a batch have a limit, too."""
 LOGPROB_TOLERANCE = 1e-6
 """Engines that round in float32 report logprobs a hair above 0; those are read as 0."""
+_MASS_TOLERANCE = 0.01
+"""Of a teacher's probabilities, which an engine in bf16 may have summed up to a little more than 1."""
 MAX_MAGNITUDE = 1e30
 """Scores and advantages beyond this overflow float32, in which the loss is computed."""
 _STRINGS_AND_REST = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[^"\[\]{}]+', re.DOTALL)
@@ -87,6 +89,8 @@ class ScoredData(msgspec.Struct, kw_only=True):
 FIELD_NAMES = frozenset(ScoredData.__struct_fields__)
 EXTRAS = ("advantages", "ref_logprobs", "inference_logprobs")
 """Fields with a float per token."""
+TEACHER = ("distill_token_ids", "distill_logprobs")
+"""Fields with a row of ids, and of their logprobs, per token."""
 _OURS = ("rollout_ids", "weights")
 """Fields that upstream does not have: where they are absent, nobody looks for a null."""
 FREE_FIELDS = tuple(sorted(FIELD_NAMES - {"tokens", "masks", "scores", "env_id", *EXTRAS, *_OURS}))
@@ -223,12 +227,14 @@ def _checked(raw: bytes, vocab_size: int | None, environments: int | None, stric
         in_range = False
     env_id = fields.env_id if isinstance(fields.env_id, int) else None
     strict = strict or env_id is not None
-    free_fields(fields.free())
     _check_depth(fields.free())
+    free = free_fields(fields.free())
     extras = {name: fields.rows(name) for name in EXTRAS} if strict else {}
     if strict and isinstance(fields.overrides, list):
         extras["overrides"] = fields.overrides
     _check_lengths(fields.tokens, fields.masks, fields.scores, {name: row for name, row in extras.items() if row})
+    if strict:
+        _check_teacher(fields.tokens, free[TEACHER[0]], free[TEACHER[1]], vocab_size)
     if not in_range:
         for sequence, (tokens, masks) in enumerate(zip(fields.tokens, fields.masks, strict=True)):
             _check_ids(int_row(tokens, "i", "tokens", sequence), sequence, vocab_size)
@@ -470,9 +476,38 @@ def free_fields(found: Mapping[str, Any]) -> dict[str, Any]:
         raise Refusal("type", f"overrides = {_show(overrides)}: expected a list", "overrides", value=overrides)
     entries = tuple([_object(entry, f"overrides[{i}]") or {} for i, entry in enumerate(overrides or ())])
     objects = {name: _object(found.get(name), name) for name in ("group_overrides", "generation_params")}
-    others = ("messages", "images", "distill_token_ids", "distill_logprobs")
-    present = {name: None if _is_empty(found.get(name)) else found[name] for name in others}
-    return {"overrides": entries if any(entries) else None, **objects, **present}
+    present = {name: None if _is_empty(found.get(name)) else found[name] for name in ("messages", "images")}
+    rows = {name: _teacher_rows(name, found.get(name)) for name in TEACHER}
+    return {"overrides": entries if any(entries) else None, **objects, **present, **rows}
+
+
+def _teacher_rows(name: str, value: Any) -> tuple[NDArray[Any] | None, ...] | None:
+    """[G][T, K] of a field of ``TEACHER``; shorter rows are filled up with id -1, logprob -inf. Raises ``Refusal``."""
+    if _is_empty(value):
+        return None
+    numbers: Any = int
+    low, fill, what = 0.0, -1.0, "an integer token id"
+    if name == TEACHER[1]:
+        numbers, low, fill, what = (int, float), -MAX_MAGNITUDE, -np.inf, "a number"
+    found: list[NDArray[Any] | None] = []
+    for i, sequence in enumerate(_listed(value, name)):
+        rows = [_listed(row or [], name, i, t) for t, row in enumerate(_listed(sequence or [], name, i))]
+        for t, k in ((t, k) for t, row in enumerate(rows) for k in range(len(row))):
+            entry = rows[t][k]
+            if isinstance(entry, bool) or not isinstance(entry, numbers) or not low <= entry <= _MAX_TOKEN:
+                raise Refusal("type", f"{name}[{i}][{t}][{k}] = {_show(entry)}: expected {what}", name, i, t, entry)
+        lengths = np.array([len(row) for row in rows], np.int64)
+        filled = np.full((len(rows), lengths.max(initial=0)), fill, np.int64 if numbers is int else np.float64)
+        filled[np.arange(filled.shape[1]) < lengths[:, None]] = [entry for row in rows for entry in row]
+        found.append(filled if filled.size else None)
+    return tuple(found)
+
+
+def _listed(value: Any, field: str, sequence: int | None = None, index: int | None = None) -> list[Any]:
+    if not isinstance(value, list):
+        where = field + "".join([f"[{number}]" for number in (sequence, index) if number is not None])
+        raise Refusal("type", f"{where} = {_show(value)}: expected a list", field, sequence, index, value)
+    return value
 
 
 def _object(value: Any, where: str) -> dict[str, Any] | None:
@@ -546,19 +581,20 @@ def find_defect(group: ScoredGroup, vocab_size: int | None) -> str | None:
 
 
 def _check_arrays(group: ScoredGroup, vocab_size: int | None) -> None:
-    extras = {name: getattr(group, name) for name in ("advantages", "inference_logprobs", "overrides")}
+    extras = {name: getattr(group, name) for name in (*EXTRAS, "overrides")}
     present = {name: rows for name, rows in extras.items() if rows is not None}
     _check_lengths(group.token_ids, group.masks, group.scores, present)
     for i, (tokens, masks) in enumerate(zip(group.token_ids, group.masks, strict=True)):
         _check_ids(tokens, i, vocab_size)
         _check_masks(masks, tokens, i)
     _check_floats(group.scores, "scores", None)
-    for name in ("advantages", "inference_logprobs"):
+    for name in EXTRAS:
         for i, row in enumerate(present.get(name, ())):
             if row is not None:
                 _check_floats(row, name, i)
-                if name == "inference_logprobs":
-                    _check_logprobs(row, i)
+                if name != "advantages":
+                    _check_logprobs(row, name, i)
+    _check_teacher(group.token_ids, group.distill_token_ids, group.distill_logprobs, vocab_size)
     for i in range(len(group)):
         _check_overrides(group, i)
 
@@ -625,13 +661,54 @@ def _check_floats(row: FloatArray, field: str, sequence: int | None, limit: floa
     raise Refusal("not_finite", f"{place} = {row[t]}: {problem}", field, sequence, index, float(row[t]))
 
 
-def _check_logprobs(row: FloatArray, i: int) -> None:
+def _check_teacher(
+    tokens: Sequence[Sequence[int] | IntArray],
+    ids: tuple[IntArray | None, ...] | None,
+    logprobs: tuple[FloatArray | None, ...] | None,
+    vocab_size: int | None,
+) -> None:
+    """Row t of a teacher is its distribution of token t, given those before it, at temperature 1."""
+    if ids is None and logprobs is None:
+        return
+    for name, rows in zip(TEACHER, (ids or (), logprobs or ()), strict=True):
+        if len(rows) != len(tokens):
+            message = f"{name}: {len(rows)} entries, but tokens has {len(tokens)}; "
+            raise Refusal("length", f"{message}ids and logprobs of each sequence are needed", name, value=len(rows))
+    for i, (sequence, own, values) in enumerate(zip(tokens, ids or (), logprobs or (), strict=True)):
+        if own is None and values is None:
+            continue
+        for name, row in ((TEACHER[0], own), (TEACHER[1], values)):
+            if (count := 0 if row is None else len(row)) != len(sequence):
+                message = f"{name}[{i}]: {count} rows, but tokens[{i}] has {len(sequence)}; row t is of token t"
+                raise Refusal("length", message, name, i, value=count)
+        assert own is not None
+        assert values is not None
+        ordered, known = np.sort(own, 1), values > -np.inf
+        problems = {
+            "as many logprobs as ids are needed": (own >= 0).sum(1) != known.sum(1),
+            "row t is of token t, given those before it, so row 0 is empty; are the rows one too early?": (
+                (np.arange(len(own)) == 0) & (own[:, 0] >= 0)
+            ),
+            f"outside the vocabulary [0, {vocab_size}); has the teacher another tokenizer?": (
+                ordered[:, -1] >= (vocab_size or _MAX_TOKEN + 1)
+            ),
+            "an id is there twice": ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1),
+            "a logprob is at most 0; are these probabilities?": (values > LOGPROB_TOLERANCE).any(1),
+            "the probabilities add up to more than 1": np.exp(np.minimum(values, 1.0)).sum(1) > 1 + _MASS_TOLERANCE,
+        }
+        for problem, bad in problems.items():
+            if (t := _first(bad)) is not None:
+                which = int("prob" in problem)
+                name, row = TEACHER[which], (own[t][own[t] >= 0], values[t][known[t]])[which].tolist()
+                raise Refusal("teacher", f"{name}[{i}][{t}] = {_show(row)}: {problem}", name, i, t, row)
+
+
+def _check_logprobs(row: FloatArray, name: str, i: int) -> None:
     t = _first((row > LOGPROB_TOLERANCE) & (row != NO_LOGPROB))
     if t is None:
         return
     problem = f"a logprob is at most 0 ({NO_LOGPROB} means no value); are these probabilities?"
-    place = f"inference_logprobs[{i}][{t}] = {row[t]}"
-    raise Refusal("logprob", f"{place}: {problem}", "inference_logprobs", i, t, float(row[t]))
+    raise Refusal("logprob", f"{name}[{i}][{t}] = {row[t]}: {problem}", name, i, t, float(row[t]))
 
 
 def _check_overrides(group: ScoredGroup, i: int) -> None:
@@ -641,7 +718,8 @@ def _check_overrides(group: ScoredGroup, i: int) -> None:
             if value is not None and not isinstance(value, bool):
                 message = f"{place}.{name} = {_cut(repr(value))}: must be true or false"
                 raise Refusal("type", message, place.partition("[")[0], i, value=value)
-    for where, value in _temperatures(group, i):
+    weights = [(f"{place}.distill_weight", entry.get("distill_weight")) for place, entry in _override_places(group, i)]
+    for where, value in [*_temperatures(group, i), *weights]:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -651,25 +729,21 @@ def _check_overrides(group: ScoredGroup, i: int) -> None:
 
 
 def check_supported(groups: Sequence[ScoredGroup], ignored: Sequence[str]) -> None:
-    """Refuse, all by name at once, fields that carry a value and that this trainer does not use. Names that
-    ``ScoredData`` does not have are warned about once each: upstream's server drops them.
+    """Refuse images, which this trainer does not use. Names that ``ScoredData`` does not have are warned about once
+    each: upstream's server drops them.
 
     Raises:
-        UnsupportedFieldError: names the fields and the setting that lets the user ignore them.
+        UnsupportedFieldError: names the setting that lets the user ignore them.
     """
     for name in {name for group in groups for name in group.unknown_fields} - {*ignored, *_WARNED}:
         _WARNED.add(name)
         logger.warning("an environment sends %s, which is no field of ScoredData: it is ignored", _show(name))
-    unused = {"images", "distill_token_ids", "distill_logprobs", "ref_logprobs"}.difference(ignored)
-    sent = [(name, group.env_id) for group in groups for name in sorted(unused) if getattr(group, name) is not None]
-    senders = {name for name, _ in sent}
-    if senders:
-        names, sender = ", ".join(sorted(senders)), sent[0][1]
+    sender = next((group.env_id for group in groups if group.images is not None), -1)
+    if sender != -1 and "images" not in ignored:
         who = "" if sender is None else f"with env_id {sender} "
-        what = "these ScoredData fields, which are" if len(senders) > 1 else "this ScoredData field, which is"
         raise UnsupportedFieldError(
-            f"{names}: the environment {who}sends {what} not used by this trainer. "
-            f"Set data.ignore_fields=[{','.join(sorted(senders))}] to train without"
+            f"images: the environment {who}sends this ScoredData field, which is not used by this trainer. "
+            "Set data.ignore_fields=[images] to train without"
         )
 
 
@@ -696,6 +770,13 @@ def is_overridden(group: ScoredGroup, i: int, name: str) -> bool:
     return bool(
         next((found for _, entry in _override_places(group, i) if (found := entry.get(name)) is not None), False)
     )
+
+
+def distill_weight(group: ScoredGroup, i: int, default: float) -> float:
+    """Factor of the KL to the teacher: ``distill_weight`` of the sequence's overrides, else its group's, else
+    ``default``. The group must be free of defects."""
+    found = (entry.get("distill_weight") for _, entry in _override_places(group, i))
+    return float(next((value for value in found if value is not None), default))
 
 
 def _override_places(group: ScoredGroup, i: int) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -9,13 +9,22 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError, DataError
 from atropos_verl.http_thread import printable
-from atropos_verl.protocol.schema import check_supported, find_defect, is_overridden, sampling_temperature
+from atropos_verl.protocol.schema import (
+    TEACHER,
+    check_supported,
+    distill_weight,
+    find_defect,
+    is_overridden,
+    sampling_temperature,
+)
 from atropos_verl.training.advantages import (
     ESTIMATORS,
     NORMALIZATIONS,
@@ -26,6 +35,7 @@ from atropos_verl.training.advantages import (
 )
 from atropos_verl.training.extensions import load_advantage, load_filter
 from atropos_verl.training.staleness import stated_version
+from atropos_verl.training.teacher import Teacher
 from atropos_verl.types import (
     NO_LOGPROB,
     NOT_TRAINED,
@@ -41,8 +51,9 @@ from atropos_verl.types import (
 logger = logging.getLogger(__name__)
 
 _SHOWN_KEYS = 20
-_KNOWN_OVERRIDES = frozenset({"set_advantage_to_zero", "sft", "temperature", "policy_version"})
-_KNOWN_GROUP_OVERRIDES = frozenset({"group_size", "set_advantage_to_zero", "sft", "temperature"})
+_KNOWN_OVERRIDES = frozenset({"set_advantage_to_zero", "sft", "temperature", "distill_weight", "policy_version"})
+_KNOWN_GROUP_OVERRIDES = (_KNOWN_OVERRIDES - {"policy_version"}) | {"group_size", "teacher_top_k", "skip_teacher_top_k"}
+"""The last two are what upstream's environments with a teacher tell themselves."""
 _DEFAULTS = SampleSettings()
 _CHOICES = {
     "estimator": ESTIMATORS,
@@ -105,11 +116,15 @@ def collect_samples(
         else:
             quarantined.append(QuarantinedGroup(group=group, reason=reason))
     check_supported(sound, settings.ignore_fields)
+    ignored: dict[str, Any] = dict.fromkeys({*TEACHER, "ref_logprobs"}.intersection(settings.ignore_fields))
+    sound = [replace(group, **ignored) for group in sound] if ignored else sound
     kept = settings.keeps(sound) if settings.keeps is not None and sound else [True] * len(sound)
     used = [group for group, keep in zip(sound, kept, strict=True) if keep]
     filtered = [group for group, keep in zip(sound, kept, strict=True) if not keep]
     if filtered:
         logger.info("%d of %d groups are left out by data.filter_path", len(filtered), len(sound))
+    if settings.teach is not None:
+        used = settings.teach(used)
     unknown: Counter[str] = Counter()
     for group in used:
         _collect(group, settings, samples, sequences)
@@ -162,16 +177,24 @@ def _collect(
         if own is None and sft:
             own = np.ones(end)
         values = (rows[i] if own is None else own)[:end]
-        sample = _sample(group, i, end, values, settings.default_temperature, truncated=overlong)
-        samples.append(sample)
         weight = 1.0 if group.weights is None else float(group.weights[i])
+        sample = _sample(group, i, end, values, weight, settings, truncated=overlong)
+        samples.append(sample)
+        zero |= settings.distill_alone and sample.teacher is not None
         sequences.append(SequenceAdvantage(values, sample.loss_mask, zero, own is not None, sft, weight))
 
 
 def _sample(
-    group: ScoredGroup, i: int, end: int, advantages: FloatArray, default_temperature: float, *, truncated: bool
+    group: ScoredGroup,
+    i: int,
+    end: int,
+    advantages: FloatArray,
+    weight: float,
+    settings: SampleSettings,
+    *,
+    truncated: bool,
 ) -> TrainingSample:
-    """Sequence ``i`` up to token ``end``."""
+    """Sequence ``i`` up to token ``end``. ``weight``: factor of its loss."""
     loss_mask = group.masks[i][:end] != NOT_TRAINED
     loss_mask[0] = False  # nothing predicts the first token
     sent = None if group.inference_logprobs is None else group.inference_logprobs[i]
@@ -186,7 +209,9 @@ def _sample(
         loss_mask=loss_mask,
         advantages=np.where(loss_mask, advantages, 0.0),
         rollout_logprobs=rollout_logprobs,
-        temperature=sampling_temperature(group, i, default_temperature),
+        reference=_reference(group, i, loss_mask, weight * settings.ref_weight),
+        teacher=_teacher(group, i, loss_mask, weight * distill_weight(group, i, settings.distill_weight)),
+        temperature=sampling_temperature(group, i, settings.default_temperature),
         score=float(group.scores[i]),
         group_id=group.group_id,
         sequence_index=i,
@@ -196,6 +221,36 @@ def _sample(
         token_versions=versions,
         truncated=truncated,
     )
+
+
+def posted_columns(samples: Sequence[TrainingSample]) -> dict[str, list[FloatArray]]:
+    """The columns ``teacher`` and ``reference`` of a batch for verl's engine, where they hold something: [E_b, n] of
+    each sample, at least one row (about token 0, which is never trained)."""
+    found = {}
+    for name, width in (("teacher", 4), ("reference", 3)):
+        rows = [getattr(sample, name) for sample in samples]
+        if any(row is not None for row in rows):
+            found[name] = [np.zeros((1, width)) if row is None else row for row in rows]
+    return found
+
+
+def _reference(group: ScoredGroup, i: int, loss_mask: NDArray[np.bool_], weight: float) -> FloatArray | None:
+    """``TrainingSample.reference``; None without an entry."""
+    if group.ref_logprobs is None or (sent := group.ref_logprobs[i]) is None:
+        return None
+    at = np.flatnonzero(loss_mask & (sent[: len(loss_mask)] != NO_LOGPROB))
+    return np.column_stack([at, np.minimum(sent[at], 0.0), np.full(len(at), weight)]) if at.size else None
+
+
+def _teacher(group: ScoredGroup, i: int, loss_mask: NDArray[np.bool_], weight: float) -> FloatArray | None:
+    """``TrainingSample.teacher``; None without an entry."""
+    if group.distill_token_ids is None or (ids := group.distill_token_ids[i]) is None:
+        return None
+    assert group.distill_logprobs is not None
+    logprobs = group.distill_logprobs[i]
+    assert logprobs is not None
+    at, k = np.nonzero((ids[: len(loss_mask)] >= 0) & loss_mask[:, None])
+    return np.column_stack([at, ids[at, k], logprobs[at, k], np.full(len(at), weight)]) if at.size else None
 
 
 def _check_settings(settings: SampleSettings) -> None:
@@ -227,6 +282,10 @@ def sample_settings(config: RunConfig, vocab_size: int | None) -> SampleSettings
         default_temperature=config.data.default_temperature,
         norm_adv_by_std_in_grpo=config.algorithm.norm_adv_by_std_in_grpo,
         ignore_fields=config.data.ignore_fields,
+        ref_weight=config.loss.ref_weight,
+        distill_weight=config.distill.weight,
+        distill_alone=config.distill.alone,
+        teach=None if config.distill.teacher is None else Teacher(config, vocab_size).complete,
         advantage=None if config.algorithm.advantage_path is None else load_advantage(config.algorithm.advantage_path),
         keeps=None if config.data.filter_path is None else load_filter(config.data.filter_path),
     )

@@ -29,7 +29,10 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from atropos_verl.engine.weights import TRIM_BYTES, trim_memory
-from atropos_verl.training.losses.lm_head import linear_token_figures, linear_token_logprobs
+from atropos_verl.errors import ConfigError
+from atropos_verl.training.losses.lm_head import linear_teacher_kl, linear_token_figures, linear_token_logprobs
+from atropos_verl.training.losses.policy import kl_loss, reference_kl
+from atropos_verl.types import LossOutput
 from atropos_verl.verl_plugin import DROPOUT_VARIABLE
 from atropos_verl.verl_plugin.prefix_forest import (
     IntArray,
@@ -65,6 +68,18 @@ _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling",
 _NEED_LOGITS = ("calculate_sum_pi_squared", "distillation_use_topk")
 
 
+class _TeacherRequest(NamedTuple):
+    """Trained tokens of which a teacher's distribution is known."""
+
+    rows: torch.Tensor
+    """[K] as ``_HeadRequest.rows``."""
+    ids: torch.Tensor
+    """[K, top] as ``linear_teacher_kl``."""
+    logprobs: torch.Tensor
+    tokens: torch.Tensor
+    """[K] which of the tokens [B * T_b] they are."""
+
+
 class _HeadRequest(NamedTuple):
     """The tokens whose logprobs the head computes in the next forward."""
 
@@ -80,6 +95,8 @@ class _HeadRequest(NamedTuple):
     """[M] which of the N each one is: a token of a shared prefix has several places. None: N = M, in order."""
     entropy: bool
     """The entropy of their distributions is wanted too; without a gradient only."""
+    teacher: _TeacherRequest | None = None
+    """With a gradient only."""
 
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp"], device="cuda", vendor="nvidia")
@@ -166,7 +183,11 @@ def _evaluating(layer: torch.nn.Module, forward: Callable[..., Any]) -> Callable
 @EngineRegistry.register(model_type="language_model", backend=["fsdp2"], device="cpu")
 @EngineRegistry.register(model_type="language_model", backend=["fsdp2"], device="cuda", vendor="nvidia")
 class SelectiveHeadEngine(UpdateEngine):
-    """``model_output["log_probs"]`` as verl lays it out: entry t is the logprob of token t+1; 0 where not asked for."""
+    """``model_output["log_probs"]`` as verl lays it out: entry t is the logprob of token t+1; 0 where not asked for.
+
+    In the update of a batch with the column ``teacher`` there is ``"teacher_kl"``, too: entry t is the KL to the
+    teacher's distribution of token t, at temperature 1.
+    """
 
     _head_request: _HeadRequest | None = None
     _packs = False
@@ -206,8 +227,13 @@ class SelectiveHeadEngine(UpdateEngine):
             rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, request.rows)
             compute = linear_token_figures if request.entropy else linear_token_logprobs
             found = compute(rows, head.weight, request.labels, request.temperature, bias=head.bias)
+            found = found.reshape(len(request.rows), 1 + request.entropy)  # there may be no row
+            if (teacher := request.teacher) is not None:
+                rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, teacher.rows)
+                kl = linear_teacher_kl(rows, head.weight, teacher.ids, teacher.logprobs, head.bias)
+                found = torch.cat([found, kl[:, None]])
             # A copy: FSDP2 warns of a root output that is a view.
-            return found.reshape(1, len(request.rows), 1 + request.entropy).clone()  # there may be no row
+            return found[None].clone()
 
         # An instance attribute, not a class patch: only this engine's model is concerned.
         head.forward = forward  # type: ignore[method-assign,assignment]
@@ -283,6 +309,8 @@ class SelectiveHeadEngine(UpdateEngine):
             row_length = None if is_packed else model_inputs["input_ids"].shape[1]
             entropy = tu.get_non_tensor_data(micro_batch, "calculate_entropy", False)
             request = _head_request(ids, micro_batch["loss_mask"], temperature, row_length, place, entropy=entropy)
+            if "teacher" in set(micro_batch.keys()) and torch.is_grad_enabled():
+                request = request._replace(teacher=_teacher_request(micro_batch, row_length, place))
             self._head_request = request
         return model_inputs, output_args
 
@@ -294,7 +322,12 @@ class SelectiveHeadEngine(UpdateEngine):
             arguments = (output, output_args, micro_batch, logits_processor_func)
             return super().prepare_model_outputs(*arguments)  # type: ignore[no-any-return]
         ids, outputs = micro_batch["input_ids"], {}
-        for name, values in zip(("log_probs", "entropy"), output.logits[0].unbind(1), strict=False):
+        found = output.logits[0]
+        if (teacher := request.teacher) is not None:
+            found, kl = found[: len(request.rows)], found[len(request.rows) :, 0]
+            packed = kl.new_zeros(ids.values().shape[0]).index_copy(0, teacher.tokens, kl)
+            outputs["teacher_kl"] = torch.nested.nested_tensor_from_jagged(packed, ids.offsets())
+        for name, values in zip(("log_probs", "entropy"), found.unbind(1), strict=False):
             repeated = values if request.repeats is None else values[request.repeats]
             packed = values.new_zeros(ids.values().shape[0]).index_copy(0, request.targets, repeated)
             outputs[name] = torch.nested.nested_tensor_from_jagged(packed, ids.offsets())
@@ -356,6 +389,65 @@ def _head_request(
         (rows, labels, bits), repeats = torch.unique(what, dim=1, return_inverse=True)
         temperatures = bits.int().view(torch.float32)
     return _HeadRequest(rows, labels, temperatures, tokens - 1, repeats, entropy)
+
+
+def _teacher_request(data: Any, row_length: int | None, place: torch.Tensor | None) -> _TeacherRequest | None:
+    """Arguments as ``_head_request``. A token of a shared prefix is computed for each of its sequences."""
+    entries, values = _entries(data, "teacher")
+    if not entries.numel():
+        return None
+    tokens, which, counts = torch.unique_consecutive(entries, return_inverse=True, return_counts=True)
+    column = torch.arange(len(entries), device=entries.device) - (counts.cumsum(0) - counts)[which]
+    logprobs = values.new_full((len(tokens), int(counts.max())), -torch.inf)
+    ids = torch.full_like(logprobs, -1, dtype=torch.int64)
+    ids[which, column], logprobs[which, column] = values[:, 0].long(), values[:, 1]
+    offsets = data["input_ids"].offsets()
+    batch = torch.searchsorted(offsets, tokens, right=True) - 1
+    rows = tokens - 1 if row_length is None else batch * row_length + (tokens - offsets[batch]) - 1
+    return _TeacherRequest(rows if place is None else place[rows], ids, logprobs, tokens)
+
+
+def _entries(data: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The entries of a column ([B, E_b, n], see ``TrainingSample``) about trained tokens: [E] which of the tokens
+    [B * T_b], and [E, n - 1] the values. (verl's rows of padding hold entries of another row, and train nothing.)"""
+    offsets = data["input_ids"].offsets()
+    counts = torch.tensor([len(row) for row in data[name].unbind()], device=offsets.device)
+    values, batch = torch.cat(data[name].unbind()), torch.repeat_interleave(counts)
+    at = values[:, 0].long()
+    trained = _over_sequences(data["loss_mask"], offsets, data["input_ids"].values().shape[0])
+    fits = (at > 0) & (at < offsets.diff()[batch])
+    tokens, values = (offsets[batch] + at)[fits], values[fits, 1:]
+    return tokens[trained[tokens]], values[trained[tokens]]
+
+
+def added_loss(model_output: dict[str, Any], data: Any) -> LossOutput:
+    """The KL to a teacher and to a reference policy, where the batch has their values, over the tokens of the global
+    batch; ``loss`` is 0 where it has none.
+
+    Raises ``ConfigError`` where verl's own head was used, which computes no KL.
+    """
+    offsets, columns = data["input_ids"].offsets(), set(data.keys())
+    logprobs = model_output["log_probs"].values()
+    total, metrics = logprobs.new_zeros(()), dict[str, float]()
+    for column, name in (("teacher", "distill"), ("reference", "ref")):
+        if column not in columns:
+            continue
+        mask = _over_sequences(data["loss_mask"], offsets, len(logprobs)).index_fill(0, offsets[:-1], False)
+        tokens, values = _entries(data, column)
+        unknown = torch.full_like(logprobs.detach(), torch.nan)
+        first, *_, weights = (unknown.index_copy(0, tokens, each) for each in values.to(unknown).unbind(1))
+        if column == "reference":
+            kl = reference_kl(torch.roll(logprobs, shifts=1, dims=0), first)  # verl's entry t is of token t + 1
+        elif "teacher_kl" in model_output:
+            kl = model_output["teacher_kl"].values()
+        elif not tokens.numel():
+            kl = torch.zeros_like(logprobs)
+        else:
+            text = "a teacher's values need trainer.strategy=fsdp2, no Ulysses, and a model with a plain linear head"
+            raise ConfigError(text, "distill")
+        output = kl_loss(name, kl, weights, mask, data["batch_num_tokens"])
+        total, metrics = total + output.loss, metrics | output.metrics
+    return LossOutput(loss=total, metrics=metrics)
 
 
 def _over_sequences(loss_mask: Any, offsets: torch.Tensor, tokens: int) -> torch.Tensor:

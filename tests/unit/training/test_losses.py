@@ -1,5 +1,6 @@
 """Losses against numbers worked out by hand and against float64 formulas written independently here."""
 
+import itertools
 import math
 from typing import Any
 
@@ -8,12 +9,14 @@ import pytest
 import torch
 
 from atropos_verl.training.losses import lm_head
-from atropos_verl.training.losses.lm_head import linear_token_logprobs
+from atropos_verl.training.losses.lm_head import linear_teacher_kl, linear_token_logprobs
 from atropos_verl.training.losses.policy import (
     advantage_weighted_sft_loss,
     clipped_ratio_loss,
     compute_advantage_weighted_sft_loss,
     importance_weights,
+    kl_loss,
+    reference_kl,
     summarise_importance,
 )
 
@@ -422,3 +425,87 @@ def test_the_wider_dtype_is_chosen_or_that_of_autocast_as_for_a_linear_layer() -
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = linear_token_logprobs(hidden, weight, labels)
     assert found.tolist() == linear_token_logprobs(hidden.bfloat16(), weight.bfloat16(), labels).tolist()
+
+
+def teacher_kl_by_hand(case: dict[str, np.ndarray], factors: np.ndarray) -> tuple[np.ndarray, ...]:
+    """KL of each row, and gradients of ``factors @ KL`` for hidden, weight and bias: numpy, float64."""
+    hidden, weight, bias = (case[name].astype(np.float64) for name in ("hidden", "weight", "bias"))
+    logits = hidden @ weight.T + bias
+    q = np.exp(logits - logits.max(1, keepdims=True))
+    q /= q.sum(1, keepdims=True)
+    kl, by_logits = np.zeros(len(q)), np.zeros_like(q)
+    for n, (ids, logprobs) in enumerate(zip(case["ids"], case["logprobs"], strict=True)):
+        named = ids[ids >= 0]
+        p = np.exp(logprobs[ids >= 0])
+        others = np.setdiff1d(np.arange(q.shape[1]), named)
+        rest, student_rest = 1 - p.sum() if others.size else 0.0, q[n, others].sum()
+        kl[n] = (p * np.log(p / q[n, named])).sum() + (rest * np.log(rest / student_rest) if rest > 0 else 0)
+        # d(-log q_i) = q - onehot(i); of the rest, onehot is the share of each in it.
+        target = np.zeros(q.shape[1])
+        target[named] = p
+        target[others] = rest * q[n, others] / student_rest if others.size else 0
+        by_logits[n] = factors[n] * (target.sum() * q[n] - target)
+    return kl, by_logits @ weight, by_logits.T @ hidden, by_logits.sum(0)
+
+
+def teacher_case(top: int, rows: int = 9, vocabulary: int = 37) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(top)
+    teacher = rng.normal(size=(rows, vocabulary)) * 3
+    teacher -= np.log(np.exp(teacher).sum(1, keepdims=True))
+    ids = np.argsort(-teacher, 1)[:, :top]
+    logprobs = np.take_along_axis(teacher, ids, 1)
+    if top > 2:
+        ids[::2, -2:], logprobs[::2, -2:] = -1, -np.inf  # rows of another length
+    case = {"hidden": rng.normal(size=(rows, 8)), "weight": rng.normal(size=(vocabulary, 8)), "ids": ids}
+    return {**case, "bias": rng.normal(size=vocabulary), "logprobs": logprobs}
+
+
+@pytest.mark.parametrize("top", [1, 5, 37])
+@pytest.mark.parametrize("scratch", [1, 3 * 37 * 8, 2**20], ids=["a row", "three rows", "all"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_kl_to_a_teacher_and_its_gradients_against_float64(top: int, scratch: int, dtype: torch.dtype) -> None:
+    case = teacher_case(top)
+    if dtype == torch.float32:
+        case |= {name: case[name].astype(np.float32) for name in ("hidden", "weight", "bias")}
+    factors = np.random.default_rng(0).normal(size=len(case["ids"]))
+    kl, *gradients = teacher_kl_by_hand(case, factors)
+    inputs = {name: torch.from_numpy(case[name]).requires_grad_() for name in ("hidden", "weight", "bias")}
+    ids, logprobs = torch.from_numpy(case["ids"]), torch.from_numpy(case["logprobs"])
+    found = linear_teacher_kl(inputs["hidden"], inputs["weight"], ids, logprobs, inputs["bias"], scratch)
+    assert found.dtype == dtype
+    (found * torch.from_numpy(factors).to(dtype)).sum().backward()
+    limit = 1e-6 if dtype == torch.float32 else 1e-12
+    for expected, own in zip([kl, *gradients], [found.detach(), *(v.grad for v in inputs.values())], strict=True):
+        assert np.linalg.norm(own.double().numpy() - expected) <= limit * np.linalg.norm(expected)
+
+
+def test_the_kl_is_zero_at_the_teacher_itself_and_never_negative_nor_above_that_of_all_ids() -> None:
+    case = teacher_case(37)
+    case["ids"][:], case["logprobs"][:] = (case["ids"][1], case["logprobs"][1])
+    teacher = np.zeros(37)
+    teacher[case["ids"][1]] = case["logprobs"][1]
+    student = torch.from_numpy(np.vstack([teacher, np.random.default_rng(1).normal(size=(8, 37))]))
+    kls = []
+    for top in (1, 3, 10, 37):
+        ids, logprobs = (torch.from_numpy(case[name][:, :top].copy()) for name in ("ids", "logprobs"))
+        kls.append(linear_teacher_kl(student, torch.eye(37, dtype=torch.float64), ids, logprobs))
+    for fewer, more in itertools.pairwise(kls):
+        assert float(fewer[0].abs()) < 1e-12
+        assert (fewer[1:] > 0).all()
+        assert (fewer <= more + 1e-12).all()
+
+
+def test_the_kl_to_a_reference_by_hand_and_the_loss_of_weighted_tokens() -> None:
+    logprobs = torch.tensor([-1.0, -2.0, -0.5, -3.0], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([-1.0, -1.0, NAN, -3.5], dtype=torch.float64)
+    kl = reference_kl(logprobs, reference)
+    # r - 1 - log r with log r = 0, 1, no value, -0.5.
+    assert kl.tolist() == pytest.approx([0, math.e - 2, 0, math.exp(-0.5) - 0.5])
+    weights, mask = torch.tensor([2.0, 2.0, NAN, 0.5], dtype=torch.float64), torch.tensor([1, 1, 1, 1])
+    output = kl_loss("ref", kl, weights, mask, 8)
+    assert output.loss.item() == pytest.approx((2 * (math.e - 2) + 0.5 * (math.exp(-0.5) - 0.5)) / 8)
+    figures = summarise_importance(output.metrics)
+    assert figures == pytest.approx({"ref/known": 3 / 4, "ref/kl": (math.e - 2 + math.exp(-0.5) - 0.5) / 3})
+    output.loss.backward()
+    # d k3 / d logprob = 1 - r.
+    assert logprobs.grad.tolist() == pytest.approx([0, 2 * (1 - math.e) / 8, 0, 0.5 * (1 - math.exp(-0.5)) / 8])

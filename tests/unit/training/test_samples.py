@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from atropos_verl import SampleSettings, build_samples, decode_batch
 from atropos_verl.errors import ConfigError, DataError, UnsupportedFieldError
+from atropos_verl.protocol.schema import Refusal, check_group
 from atropos_verl.training.advantages import RunningMoments
 from atropos_verl.types import SampleReport
 
@@ -286,39 +287,101 @@ def test_whatever_comes_is_quarantined_or_sound(bad: dict[str, Any], normalizati
             assert (known <= 0).all()
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("images", ["a.png", None]),
-        ("distill_token_ids", [[[1]], [[2]]]),
-        ("distill_logprobs", [[[0.0]], [[-1.0]]]),
-        ("ref_logprobs", [[-1.0] * 3, [-1.0] * 4]),
-    ],
-)
-def test_fields_that_are_not_used_are_refused_by_name_unless_ignored(field: str, value: Any) -> None:
-    with pytest.raises(UnsupportedFieldError, match=rf"^{field}: .*env_id 2.*Set data.ignore_fields=\[{field}\]"):
-        build(group(**{field: value}, env_id=2))
-    report = build(group(**{field: value}), ignore_fields=(field,))
-    assert advantages(report) == [pytest.approx([0, 0, A]), pytest.approx([0, 0, -A, -A])]
-    for absent in (None, [], {}):
-        assert build(group(**{field: absent})).groups == 1
-
-
-def test_unused_fields_of_a_batch_are_named_at_once_and_unknown_ones_are_warned_about_once(
+def test_images_are_refused_by_name_unless_ignored_and_unknown_fields_are_warned_about_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    groups = [
-        group(images=["a", "b"]),
-        group(distill_logprobs=[[[0.0]], [[-1.0]]], my_seed=5),
-        group(my_seed=6, my_a=7),
-    ]
-    with pytest.raises(UnsupportedFieldError, match=r"ignore_fields=\[distill_logprobs,images\]"):
-        build(*groups)
-    build(*groups, ignore_fields=("images", "distill_logprobs"))
+    with pytest.raises(UnsupportedFieldError, match=r"^images: .*env_id 2.*Set data.ignore_fields=\[images\]"):
+        build(group(images=["a.png", None], env_id=2))
+    report = build(group(images=["a.png", None]), ignore_fields=("images",))
+    assert advantages(report) == [pytest.approx([0, 0, A]), pytest.approx([0, 0, -A, -A])]
+    for absent in (None, [], {}):
+        assert build(group(images=absent)).groups == 1
+    build(group(my_seed=5), group(my_seed=6, my_a=7))
     assert sorted(record.getMessage()[:31] for record in caplog.records if "no field" in record.getMessage()) == [
         'an environment sends "my_a", wh',
         'an environment sends "my_seed",',
     ]
+
+
+# Row t is of token t; row 0 is empty. Only tokens 2 (and 3) are trained.
+IDS = [[[], [6, 1], [7, 2, 3]], [[], [6], [8], [2, 0]]]
+LOGPROBS = [[[], [-0.5, -2], [-0.25, -2, -3]], [[], [-0.1], [-0.2], [-1, -1]]]
+
+
+def test_a_teachers_values_of_trained_tokens_are_in_the_samples_with_their_weight() -> None:
+    taught = group(distill_token_ids=IDS, distill_logprobs=LOGPROBS, overrides=[{}, {"distill_weight": 0}])
+    first, second = build(taught, distill_weight=0.5).samples
+    assert first.teacher is not None
+    assert first.teacher.tolist() == [[2, 7, -0.25, 0.5], [2, 2, -2, 0.5], [2, 3, -3, 0.5]]
+    assert second.teacher is not None
+    assert second.teacher.tolist() == [[2, 8, -0.2, 0], [3, 2, -1, 0], [3, 0, -1, 0]]
+    weighted = {**taught, "weights": [2.0, 1.0], "group_overrides": {"distill_weight": 3}, "overrides": None}
+    first, second = build(weighted, distill_alone=True).samples
+    assert [float(sample.teacher[0, 3]) for sample in (first, second) if sample.teacher is not None] == [6, 3]
+    assert not first.advantages.any()
+    assert not second.advantages.any()
+    # Of one sequence only; the other keeps its advantage.
+    half = {"distill_token_ids": [None, IDS[1]], "distill_logprobs": [[], LOGPROBS[1]]}
+    assert advantages(build(group(**half), distill_alone=True)) == [pytest.approx([0, 0, A]), [0] * 4]
+    ignored = build(taught, ignore_fields=("distill_token_ids", "distill_logprobs"))
+    assert [sample.teacher for sample in ignored.samples] == [None, None]
+    (cut,) = build(
+        group(**{name: taught[name][1:] for name in (*half, "tokens", "masks", "scores")}),
+        max_token_len=3,
+        overlong="truncate",
+    ).samples
+    assert cut.teacher is not None
+    assert cut.teacher[:, :3].tolist() == [[2, 8, -0.2]]
+
+
+def test_reference_logprobs_are_in_the_samples() -> None:
+    first, second = build(group(ref_logprobs=[[1.0, -1, 1e-7], [1.0, -3, 1.0, -2]]), ref_weight=0.1).samples
+    assert first.reference is not None
+    assert first.reference.tolist() == [[2, 0, 0.1]]
+    assert second.reference is not None
+    assert second.reference.tolist() == [[3, -2, 0.1]]
+    none = build(group(ref_logprobs=[[1.0] * 3, []])).samples
+    assert [sample.reference for sample in none] == [None, None]
+    assert "ref_logprobs[1][0] = 0.5: a logprob is at most 0" in reason(group(ref_logprobs=[[], [0.5] * 4]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"logprobs": None}, "distill_logprobs: 0 entries, but tokens has 2"),
+        ({"ids": IDS[:1]}, "distill_token_ids: 1 entries, but tokens has 2"),
+        ({"ids": [IDS[0], IDS[1][1:]]}, "distill_token_ids[1]: 3 rows, but tokens[1] has 4; row t is of token t"),
+        ({"ids": [[], IDS[1]]}, "distill_token_ids[0]: 0 rows, but tokens[0] has 3"),
+        ({"logprobs": [LOGPROBS[0], [[], [-0.1], [], [-1, -1]]]}, "distill_logprobs[1][2] = []: as many logprobs as"),
+        (
+            {"ids": [[*IDS[0][1:], []], IDS[1]], "logprobs": [[*LOGPROBS[0][1:], []], LOGPROBS[1]]},
+            "distill_token_ids[0][0] = [6, 1]: row t is of token t, given those before it, so row 0 is empty; are the",
+        ),
+        ({"ids": [IDS[0], [[], [6], [8], [2, 9]]]}, "distill_token_ids[1][3] = [2, 9]: outside the vocabulary [0, 9)"),
+        ({"ids": [IDS[0], [[], [6], [8], [2, 2]]]}, "distill_token_ids[1][3] = [2, 2]: an id is there twice"),
+        ({"ids": [IDS[0], [[], [6], [8], [2, -1]]]}, "distill_token_ids[1][3][1] = -1: expected an integer token id"),
+        ({"ids": [IDS[0], [[], [6], 8, [2, 0]]]}, "distill_token_ids[1][2] = 8: expected a list"),
+        (
+            {"logprobs": [LOGPROBS[0], [[], [-0.1], [-0.2], [-1, 0.5]]]},
+            "distill_logprobs[1][3] = [-1.0, 0.5]: a logprob is at most 0; are these probabilities?",
+        ),
+        (
+            {"logprobs": [LOGPROBS[0], [[], [-0.1], [-0.2], [-0.1, -0.2]]]},
+            "distill_logprobs[1][3] = [-0.1, -0.2]: the probabilities add up to more than 1",
+        ),
+        ({"logprobs": [LOGPROBS[0], [[], [-0.1], ["x"], [-1, -1]]]}, 'distill_logprobs[1][2][0] = "x": expected a num'),
+    ],
+)
+def test_a_teachers_values_that_do_not_fit_are_refused_with_field_and_index(
+    changes: dict[str, Any], expected: str
+) -> None:
+    given_values = {"ids": IDS, "logprobs": LOGPROBS, **changes}
+    bad = group(distill_token_ids=given_values["ids"], distill_logprobs=given_values["logprobs"])
+    assert expected in reason(bad, vocab_size=9)
+    with pytest.raises(Refusal) as refusal:
+        check_group(json.dumps({**bad, "env_id": 0}).encode(), vocab_size=9)
+    assert expected in refusal.value.message
+    assert refusal.value.field in expected
 
 
 def test_a_bad_group_is_quarantined_before_its_fields_are_looked_at() -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from support.tiny_model import build_tiny_model, build_tiny_tokenizer
 
 from atropos_verl import verl_plugin
 from atropos_verl.config.schema import RunConfig
+from atropos_verl.errors import ConfigError
 from atropos_verl.types import TrainingSample
 
 verl_plugin.activate("cpu")
@@ -404,6 +406,77 @@ def test_shared_prefixes_give_the_loss_and_weights_of_unshared_ones(
     for name, tensor in before.items():
         if not name.endswith("k_proj.bias"):  # softmax does not see it: its gradient is noise, which Adam scales up
             assert (after[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+
+
+def _taught(samples: list[TrainingSample]) -> list[TrainingSample]:
+    """Some with a teacher's values of their trained tokens (1 to 5 ids each), some with a reference's, some with both;
+    the weights are 0.5 and 0.25."""
+    rng = np.random.default_rng(0)
+    found = []
+    for index, sample in enumerate(samples):
+        at = np.flatnonzero(sample.loss_mask)
+        entries = [
+            [t, token, np.log(0.15), 0.5] for t in at for token in rng.choice(200, rng.integers(1, 6), replace=False)
+        ]
+        teacher = np.array(entries, np.float64) if entries and index % 3 else None
+        reference = np.column_stack([at, -3 * rng.random(len(at)), np.full(len(at), 0.25)]) if index % 2 else None
+        found.append(replace(sample, teacher=teacher, reference=reference))
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["shared", "joined", "padded"])
+def test_the_kl_to_teacher_and_reference_is_added_to_the_loss_of_each_kind_of_row(
+    model_path: Path, strategy: str
+) -> None:
+    """Loss and gradient norm of branches, in micro-batches, against a float64 model that runs each by itself."""
+    from atropos_verl.backends.local.worker import PolicyWorker
+
+    samples = _taught(_branches(7))
+    trainer = {"device": "cpu", "max_token_len_per_gpu": 100, "share_prefixes": strategy == "shared"}
+    values = {"trainer": trainer, "optim": {"lr": 0.0}}
+    worker = PolicyWorker(RunConfig.from_mapping(values), model_path)
+    if strategy == "padded":
+        worker._worker.engine._packs = False
+    output = worker.train(samples)
+    model = _model(model_path, packed=False)
+    count = sum(sample.loss_mask.sum() for sample in samples)
+    total, kls = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    tokens = 0
+    for sample in samples:
+        ids = torch.from_numpy(sample.token_ids)
+        logits = model(ids[None]).logits[0, :-1]
+        logprobs = (logits / sample.temperature).log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
+        total = total - (logprobs * torch.from_numpy(sample.advantages[1:] * sample.loss_mask[1:])).sum()
+        for t, logprob, weight in [] if sample.reference is None else sample.reference:
+            log_ratio = logprob - logprobs[int(t) - 1]
+            total = total + weight * (log_ratio.exp() - 1 - log_ratio)
+        # The teacher is at temperature 1, whatever the rollout's was.
+        own = logits.log_softmax(-1)
+        entries = np.zeros((0, 4)) if sample.teacher is None else sample.teacher
+        for t in np.unique(entries[:, 0]).astype(int):
+            rows = entries[entries[:, 0] == t]
+            named, p = rows[:, 1].astype(int), torch.from_numpy(np.exp(rows[:, 2]))
+            kl = (p * (p.log() - own[t - 1, named])).sum()
+            rest = 1 - p.sum()
+            kl = kl + rest * (rest.log() - (1 - own[t - 1, named].exp().sum()).log())
+            total, kls, tokens = total + 0.5 * kl, kls + kl, tokens + 1
+    (total / count).backward()
+    norm = torch.sqrt(sum((parameter.grad**2).sum() for parameter in model.parameters()))
+    assert output["loss"] == pytest.approx(float(total / count), rel=1e-5)
+    assert output["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+    assert output["distill/kl"] == pytest.approx(float(kls / tokens), rel=1e-5)
+    assert output["distill/known"] == pytest.approx(tokens / count, rel=1e-6)
+    assert 0 < output["ref/known"] < 1
+
+
+def test_teachers_are_refused_where_the_head_is_verls_own(model_path: Path) -> None:
+    from atropos_verl.backends.local.worker import PolicyWorker
+
+    trainer = {"device": "cpu", "max_token_len_per_gpu": 100}
+    worker = PolicyWorker(RunConfig.from_mapping({"trainer": trainer}), model_path)
+    worker._worker.engine._selective = False
+    with pytest.raises(ConfigError, match=r"distill: a teacher's values need trainer.strategy=fsdp2"):
+        worker.train(_taught(_branches(7)))
 
 
 def test_shared_prefixes_with_an_adapter_and_with_the_reference_that_is_the_model_without_it(

@@ -328,7 +328,7 @@ class AtroposTrainer:
         if tokens == 0:
             logger.warning("the batch has no token to train on; no optimiser step")
             return {"loss": 0.0, "tokens": 0.0}
-        if not any(s.advantages.any() for s in samples):
+        if not any(s.advantages.any() or s.teacher is not None for s in samples):
             logger.warning("step %d: %s", self.step + 1, NO_SIGNAL)
         if not self._overlapped:
             self.close_rollouts()

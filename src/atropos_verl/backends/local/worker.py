@@ -34,6 +34,7 @@ from atropos_verl.training.losses.policy import (
     clipped_ratio_loss,
     summarise_importance,
 )
+from atropos_verl.training.samples import posted_columns
 from atropos_verl.types import FloatArray, LossOutput, TrainingSample
 from atropos_verl.verl_plugin.prefix_forest import partition, sort_by_prefix
 
@@ -294,6 +295,8 @@ class PolicyWorker:
         if any(s.rollout_logprobs is not None for s in samples):
             rows = [np.full(len(s), np.nan) if s.rollout_logprobs is None else s.rollout_logprobs for s in samples]
             columns["rollout_logprobs"] = jagged(rows, torch.float32)
+        posted = posted_columns(samples)
+        columns |= {name: jagged(rows, torch.float64) for name, rows in posted.items()}
         return tu.get_tensordict(
             tensor_dict=columns,
             non_tensor_dict={
@@ -478,6 +481,9 @@ class LossFunction:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+        from atropos_verl.verl_plugin.engines import added_loss  # which imports verl
+
+        self._added_loss = added_loss
         self._user_loss = None if config.loss.path is None else load_loss(config.loss.path)
         self.start()
 
@@ -509,12 +515,13 @@ class LossFunction:
         logprobs = logprobs.masked_fill(first, 0.0)
         mask = data["loss_mask"].values().bool()
         output = self._loss(logprobs, data, offsets, mask, int(data["batch_num_tokens"]))
+        added = self._added_loss(model_output, data)
         tokens = float(mask.sum())
         self._weight += tokens
         self._largest = max(self._largest, output.metrics.pop(LARGEST, 0.0))
-        for key, value in output.metrics.items():
+        for key, value in (output.metrics | added.metrics).items():
             self._sums[key] = self._sums.get(key, 0.0) + value * tokens
-        return output.loss * int(data["dp_size"]), {}
+        return (output.loss + added.loss) * int(data["dp_size"]), {}
 
     def _loss(
         self, logprobs: torch.Tensor, data: Any, offsets: torch.Tensor, mask: torch.Tensor, num_loss_tokens: int

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 DIRECT_BYTES = 32 * 2**20
 """Up to this size of [N, V] the plain formula is used: it is faster, and its memory does not matter."""
@@ -96,6 +97,59 @@ def linear_token_figures(
             found[rows, 0] = logprobs.gather(1, labels[rows, None]).squeeze(1)
             found[rows, 1] = -(logprobs.exp() * logprobs).nan_to_num_(0.0).sum(1)  # 0 · -inf is 0
     return found
+
+
+def linear_teacher_kl(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    logprobs: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scratch_bytes: int = SCRATCH_BYTES,
+) -> torch.Tensor:
+    """KL(teacher ‖ student) in nats of each row n, over the ids that the teacher names and one more entry, the rest.
+
+    With p the teacher's probabilities and ``q = softmax(hidden @ weight.T + bias)``, both at temperature 1::
+
+        KL[n] = Σ_k p_k (log p_k - log q_k) + r log(r / (1 - Σ_k q_k)),   r = 1 - Σ_k p_k
+
+    It is never negative, 0 only where the student agrees on every named id, at most the KL over the whole vocabulary,
+    and that where every id is named. (verl's ``forward_kl_topk`` leaves the rest out; its least value is a student that
+    puts the teacher's rest on the named ids.)
+
+    Args:
+        hidden: [N, H]. weight: [V, H]. bias: [V].
+        ids: [N, K] int64, none twice in a row; -1 from some k > 0 on: no more.
+        logprobs: [N, K] the teacher's; -inf where there is no id. No gradient.
+        scratch_bytes: bound on the logits that are held at a time; the backward makes them again.
+
+    Returns:
+        [N] float32 (float64 for float64 input), with gradients for hidden, weight and bias.
+    """
+    hidden, weight = _one_dtype(hidden, weight)
+    step = max(scratch_bytes // (weight.shape[0] * _accumulate_dtype(hidden).itemsize), 1)
+    parts = [slice(at, at + step) for at in range(0, max(len(ids), 1), step)]
+    with torch.autocast(hidden.device.type, enabled=False):
+        rows = [(hidden[part], weight, ids[part], logprobs[part], bias) for part in parts]
+        return torch.cat([checkpoint(_teacher_kl, *row, use_reentrant=False) for row in rows])
+
+
+def _teacher_kl(
+    hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    product, dtype = _product_dtype(hidden), _accumulate_dtype(hidden)
+    logits = (hidden.to(product) @ weight.to(product).t()).to(dtype)
+    logits = logits if bias is None else logits + bias.to(dtype)
+    is_named = ids >= 0
+    named = torch.where(is_named, ids, ids[:, :1])
+    total = logits.logsumexp(1)
+    # From the logits themselves: 1 - Σ q loses all digits where the rest is small. Finite, or its gradient were NaN.
+    log_rest = logits.scatter(1, named, -1e30).logsumexp(1) - total
+    chosen = logits.gather(1, named) - total[:, None]
+    teacher = torch.where(is_named, logprobs.double().exp(), 0.0)
+    rest = (1 - teacher.sum(1)).clamp(min=0) * (is_named.sum(1) < weight.shape[0])
+    constant = torch.xlogy(teacher, teacher).sum(1) + torch.xlogy(rest, rest)
+    return constant.to(dtype) - (teacher.to(dtype) * chosen).sum(1) - rest.to(dtype) * log_rest
 
 
 class _KeptLogprobs(torch.autograd.Function):

@@ -158,6 +158,36 @@ def clipped_ratio_loss(
     return LossOutput(loss=loss, metrics=_means(figures, mask))
 
 
+def kl_loss(
+    name: str,
+    kl: torch.Tensor,
+    weights: torch.Tensor,
+    loss_mask: torch.Tensor,
+    num_loss_tokens: int | float | torch.Tensor | None = None,
+) -> LossOutput:
+    """``sum(weight · kl · mask) / num_loss_tokens``, to be added to the loss of the policy.
+
+    Args:
+        kl: [...] in nats, with a graph. weights: [...]; NaN where ``kl`` has no value.
+
+    Returns:
+        ``metrics``: ``NAME/kl`` and ``NAME/known`` (the share of the trained tokens), for ``summarise_importance``.
+    """
+    mask = _trained(loss_mask, kl, weights)
+    applies = mask & ~weights.isnan()
+    kl = _masked(_at_least_float32(kl), applies)
+    loss = (kl * _masked(weights.to(kl), applies)).sum() / _denominator(mask, num_loss_tokens)
+    return LossOutput(loss=loss, metrics=_means({f"{name}/kl": kl, f"{name}/known": applies.to(kl)}, mask))
+
+
+def reference_kl(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """[...] Schulman's k3 estimate of KL(policy ‖ reference), ``r - 1 - log r`` with r the reference's probability over
+    the policy's (verl's ``low_var_kl``, without its bound of 10); 0 where ``reference`` [...] is NaN."""
+    log_ratio = torch.where(reference.isnan(), 0.0, reference.to(logprobs) - logprobs)
+    log_ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return log_ratio.exp() - 1 - log_ratio
+
+
 def _trained(loss_mask: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
     for other in others:
         if other.shape != loss_mask.shape:
@@ -238,7 +268,8 @@ def importance_weights(
 
 
 def summarise_importance(means: Mapping[str, float]) -> dict[str, float]:
-    """Means over trained tokens → the figures that are reported; those of other names are left as they are.
+    """Means over trained tokens → the figures that are reported; those of other names are left as they are, but that
+    ``distill/kl`` and ``ref/kl`` become means over the tokens that have one, and are left out where none has.
 
     The figures are over the tokens whose rollout logprob is known, ``off_policy/known_logprob_share`` of the trained
     ones. ``ratio_mean`` is of the untruncated token ratios, 1 in expectation under the rollout policy. ``kl_k1`` and
@@ -247,6 +278,9 @@ def summarise_importance(means: Mapping[str, float]) -> dict[str, float]:
     ``effective_sample_size`` is mean(w)² / mean(w²), in (0, 1] (Kish 1965, over the number of tokens).
     """
     rest = {name: value for name, value in means.items() if not name.startswith(PREFIX)}
+    for name in ("distill", "ref"):
+        share, kl = rest.pop(f"{name}/known", 0.0), rest.pop(f"{name}/kl", 0.0)
+        rest |= {f"{name}/known": share, f"{name}/kl": kl / share} if share else {}
     own = {name.removeprefix(PREFIX): value for name, value in means.items() if name.startswith(PREFIX)}
     known = own.get("known", 0.0)
     if not known:
