@@ -173,7 +173,10 @@ def test_a_run_of_30_steps_is_followed_live(browser: Any, tmp_path: Path) -> Non
             while not page.get_by_label("at step 30").count():
                 seen.add(page.locator("#state").get_attribute("data-step") or "")
                 page.wait_for_timeout(50)
+            run.popen.wait(120)
             page.goto(f"{url}#rollouts?run=demo&state=trained&step=30")
-            page.locator("main h2").wait_for()
+            page.locator("tbody tr").nth(15).wait_for()  # batch_size=16
+            page.get_by_role("link", name="compare", exact=False).first.click()
+            page.locator(".answer").nth(3).wait_for()  # group_size=4
         assert run.popen.wait(120) == 0
     assert len(seen) > 3, seen
