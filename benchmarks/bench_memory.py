@@ -6,7 +6,9 @@ The process holds trainer and engine, as a local run does. A step samples ``--gr
 them (float32, AdamW) and gives the engine the new weights. ``peaks``: the largest resident set of each phase of the
 last step, in MB; ``known``: sizes of what is there by count of its numbers; ``forward``: what the graph of the largest
 micro-batch adds. ``after``: the resident set when the phase is over. ``--arenas N``, ``--keep-weights`` and
-``--token-budget N`` (tokens of a micro-batch) show what they change.
+``--token-budget N`` (tokens of a micro-batch), ``--checkpointing`` and ``--bf16`` show what they change. ``predicted``:
+growth over ``imports`` as ``doctor --memory`` predicts it, beside the measured growth. They compare with
+``MALLOC_MMAP_THRESHOLD_=65536`` in the environment, with which the C library keeps nothing of freed memory.
 """
 
 import argparse
@@ -56,6 +58,8 @@ def main() -> None:
     parser.add_argument("--token-budget", type=int, default=4096)
     parser.add_argument("--keep-weights", action="store_true", help="inference.release_weights=false")
     parser.add_argument("--arenas", type=int, help="malloc arenas at most (glibc's M_ARENA_MAX)")
+    parser.add_argument("--checkpointing", action="store_true", help="model.enable_gradient_checkpointing=true")
+    parser.add_argument("--bf16", action="store_true", help="model.compute_dtype=bf16")
     options = parser.parse_args()
     if options.arenas:
         ctypes.CDLL(None).mallopt(-8, options.arenas)
@@ -68,15 +72,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from atropos_verl.backends.local.worker import PolicyWorker
     from atropos_verl.config.schema import RunConfig
     from atropos_verl.engine.embedded import TransformersEngine
+    from atropos_verl.launch.memory import Plan, predict, shape_of
     from atropos_verl.types import GenerationRequest, TrainingSample
 
     trainer = {"device": "cpu", "max_token_len_per_gpu": options.token_budget}
-    config = RunConfig.from_mapping({"model": {"path": options.model}, "optim": {"lr": 1e-6}, "trainer": trainer})
+    compute, dtype = ("bf16", torch.bfloat16) if options.bf16 else ("fp32", torch.float32)
+    model = {"path": options.model, "compute_dtype": compute}
+    model["enable_gradient_checkpointing"] = options.checkpointing
+    config = RunConfig.from_mapping({"model": model, "optim": {"lr": 1e-6}, "trainer": trainer})
     path, start = config.resolve_model_path(), {"imports": round(resident())}
     worker = PolicyWorker(config, path)
     start["trainer"] = round(resident())
     settings = {"max_context_len": options.prompt + options.answer, "release_weights": not options.keep_weights}
-    engine = TransformersEngine.from_pretrained(path, dtype=torch.float32, **settings)
+    engine = TransformersEngine.from_pretrained(path, dtype=dtype, **settings)
     start["engine"] = round(resident())
     engine.gate.pause(60.0)
     engine.release_memory_occupation()
@@ -127,9 +135,32 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     rows = [sample.token_ids for sample in samples]
     trained = sum(int(sample.loss_mask.sum()) for sample in samples)
-    vocabulary = module.config.vocab_size
+    vocabulary, distinct = module.config.vocab_size, len(build_forest(rows).first)
+    plan = Plan(
+        tokens=min(-(-distinct // -(-distinct // options.token_budget)), distinct),
+        trained=trained / distinct,
+        compute=dtype.itemsize,
+        checkpointing=options.checkpointing,
+        on_cpu=True,
+        keeps_engine=options.keep_weights,
+        running=8 * options.groups,
+        context=options.prompt + options.answer,
+    )
+    phases = predict(shape_of(path, plan.compute), plan)
+    sums = {phase: sum(parts.values()) / 1e6 for phase, parts in phases.items()}
+    predicted = {
+        "rollout": sums["rollout"],
+        "training": max(sums["forward and backward"], sums["optimiser step"]),
+        "weights to the engine": sums["weight sync"],
+    }
+    grown = {phase: peaks[phase] - start["imports"] for phase in predicted}
     return {
-        "tokens": {"all": sum(map(len, rows)), "distinct": len(build_forest(rows).first), "trained": trained},
+        "predicted": {
+            phase: {"MB": round(size), "measured": grown[phase], "predicted / measured": round(size / grown[phase], 3)}
+            for phase, size in predicted.items()
+        },
+        "parts": {phase: {name: round(size / 1e6) for name, size in parts.items()} for phase, parts in phases.items()},
+        "tokens": {"all": sum(map(len, rows)), "distinct": distinct, "trained": trained},
         "start": start,
         "known": {
             "weights": round(weights),

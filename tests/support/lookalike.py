@@ -1,7 +1,8 @@
 """Tensors of a device that is not the CPU, and computes on it: what code does with devices, seen without a card.
 
 ``FakeTensorMode`` has no values, so it stops at the first step that depends on one (``nonzero``, ``unique``,
-``.item()``). Here every value is there, every path is taken, and each place where a GPU would make the processor wait is noted.
+``.item()``). Here every value is there, every path is taken, and each place where a GPU would make the processor wait
+is noted.
 torch's CPU build has no guard for CUDA, so the device is torch's place for backends that are written in Python. It is
 there for the rest of the process: import this in a process of its own, before the package.
 """

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +34,7 @@ from atropos_verl.launch.environments import interpreter, program_of
 from atropos_verl.launch.launch import load_settings
 from atropos_verl.launch.probes import free_port
 
-_SECTIONS = ("configuration", "software", "machine", "placement", "model", "network", "environments")
+_SECTIONS = ("configuration", "software", "machine", "placement", "model", "memory", "network", "environments")
 """In the order of showing."""
 _STYLES = {"ok": "green", "warning": "yellow", "missing": "bold red"}
 
@@ -44,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-name", help="a file of the configuration directory (default: the demo)")
     parser.add_argument("--config-dir", type=Path, help="another config directory")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--memory", action="store_true", help="predict the peak memory of a rank in every phase")
+    parser.add_argument("--gpu-memory", type=float, metavar="GB", help="--memory for a card of this size, not this one")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -52,7 +54,11 @@ def run(options: argparse.Namespace) -> int:
     default = "local_demo" if directory == SHIPPED else None
     try:
         config, launch, ray = load_settings(options.words, directory, options.config_name, default)
-        findings = _examine(config, launch, ray.verl if ray is not None else {})
+        verl = ray.verl if ray is not None else {}
+        findings = _examine(config, launch, verl)
+        if options.memory:
+            findings += _examine_memory(config, launch, verl, options.gpu_memory)
+            findings.sort(key=lambda found: _SECTIONS.index(found.section))
     except ConfigError as error:
         todo = "correct it; --help of train and launch"
         findings = [finding("configuration", error.key or "file", str(error), missing=todo)]
@@ -100,6 +106,28 @@ def _examine(config: RunConfig, launch: LaunchConfig, verl: Mapping[str, Any]) -
             findings += check_placement(verl, gpus=len(gpus or ()), cores=_cores())
         findings += [future.result() for future in environments]
     return sorted(findings, key=lambda found: _SECTIONS.index(found.section))
+
+
+def _examine_memory(
+    config: RunConfig, launch: LaunchConfig, verl: Mapping[str, Any], gpu_memory: float | None
+) -> list[Finding]:
+    from atropos_verl.launch.memory import check_memory, plan_of, shape_of
+
+    try:
+        gpus, plan = list_gpus() or [], plan_of(config, launch, verl)
+        on_cpu = plan.on_cpu or (config.trainer.device == "auto" and not verl and not gpus and gpu_memory is None)
+        plan = replace(plan, on_cpu=on_cpu)
+        room, place = gpu_memory and gpu_memory * 1e9, "a card of that size"
+        if room is None and on_cpu:
+            room, place = psutil.virtual_memory().available / plan.ranks, "this machine"
+        elif room is None and gpus:
+            room, place = float(min(gpu.free_bytes for gpu in gpus)), gpus[0].name
+        elif room is None:
+            return [finding("memory", "card", "there is no GPU here", warning="give the size of one: --gpu-memory 80")]
+        shape = shape_of(config.resolve_model_path(), plan.compute, trust_remote_code=config.model.trust_remote_code)
+        return check_memory(shape, plan, room, place)
+    except ConfigError as error:
+        return [finding("memory", error.key or "model", str(error), warning="it cannot be predicted")]
 
 
 def _show(findings: Sequence[Finding], console: Console) -> None:
