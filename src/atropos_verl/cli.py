@@ -32,6 +32,10 @@ _COMMANDS = {
         "atropos_verl.agents.runner",
         "run an agent that exists already on tasks, its rollouts trained on; or evaluate it",
     ),
+    "environments": (
+        "atropos_verl.environments.serve",
+        "serve an environment of verifiers or OpenEnv to the trainer; or evaluate on it",
+    ),
     "report": (
         "atropos_verl.report.run_report",
         "show what came of a run, or compare several; --html FILE writes a page with every curve",

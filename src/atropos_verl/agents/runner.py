@@ -161,7 +161,7 @@ def of_function(path: str) -> Solve:
             result = await function(task, session)
         else:
             result = await asyncio.to_thread(function, task, session)
-        await _give(session, result)
+        await give(session, result)
 
     return solve
 
@@ -191,12 +191,13 @@ def of_command(command: str, scorer: str | None) -> Solve:
         code = process.returncode or 0
         if code < 0:
             raise AgentError(f"{words[0]} was killed by signal {-code}")
-        await _give(session, float(code == 0) if score is None else score(task, output.decode("utf-8", "replace")))
+        await give(session, float(code == 0) if score is None else score(task, output.decode("utf-8", "replace")))
 
     return solve
 
 
-async def _give(session: AgentSession, result: Any) -> None:
+async def give(session: AgentSession, result: Any) -> None:
+    """Give the session its reward: a number or a ``Reward``; None where it has it. Raises ``AgentError`` for others."""
     if inspect.isawaitable(result):
         result = await result
     if result is None and session.is_rewarded:
@@ -391,7 +392,7 @@ class Runner:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add, url = parser.add_argument, os.environ.get
+    add = parser.add_argument
     add("action", choices=("run", "serve", "evaluate"), help="run (serve is the same), or evaluate on held-out tasks")
     add("function", nargs="?", metavar="MODULE:FUNCTION", help="async def solve(task, session) -> float | Reward")
     add("--agent", dest="named", help=argparse.SUPPRESS)
@@ -399,6 +400,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scorer", metavar="MODULE:FUNCTION", help="score(task, output of the command), in place of the exit code")
     add("--tasks", metavar="FILE", type=Path, required=True, help="one JSON value a line")
     add("--eval-tasks", metavar="FILE", type=Path, help="for evaluate (default: --tasks)")
+    add_runner_arguments(parser)
+
+
+def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
+    """What does not depend on where tasks and rewards come from."""
+    add, url = parser.add_argument, os.environ.get
     add("--group-size", "--env.group_size", type=int, default=8, help="rollouts per task (default: %(default)s)")
     add("--concurrency", type=int, default=64, help="sessions at once (default: %(default)s)")
     add("--timeout", type=float, default=600.0, help="seconds for one rollout (default: %(default)g)")
@@ -416,6 +423,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Exit code: 0, or 1 where the API, the gateway or the agent failed for good. Raises ``ConfigError``."""
+    path = options.named or options.function
+    if (path is None) == (options.command is None):
+        raise ConfigError("name the agent: MODULE:FUNCTION, or --command")
+    solve = of_function(path) if path is not None else of_command(options.command, options.scorer)
+    tasks = read_tasks((options.eval_tasks or options.tasks) if options.action == "evaluate" else options.tasks)
+    return run_tasks(options, contextlib.nullcontext((solve, tasks)))
+
+
+def run_tasks(
+    options: argparse.Namespace, opened: contextlib.AbstractAsyncContextManager[tuple[Solve, Sequence[Any]]]
+) -> int:
+    """``run``, with what solves the tasks and the tasks of the chosen action, which ``opened`` holds open."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("atropos_verl").setLevel(logging.INFO)
     key, token = os.environ.get("ATROPOS_GATEWAY_KEY"), os.environ.get("ATROPOS_API_TOKEN")
@@ -424,16 +443,11 @@ def run(options: argparse.Namespace) -> int:
         url, key = (content["openai"][0][name] for name in ("base_url", "api_key"))
         options.gateway_url = url.removesuffix("/v1").removesuffix(EVALUATION_PATH)  # sessions are the gateway's own
         options.api_url, token = content.get("env", {}).get("rollout_server_url", options.api_url), None
-    path = options.named or options.function
-    if (path is None) == (options.command is None):
-        raise ConfigError("name the agent: MODULE:FUNCTION, or --command")
     if options.group_size < 1 or options.concurrency < 1 or not options.timeout > 0:
         raise ConfigError("--group-size, --concurrency and --timeout must be above 0")
-    solve = of_function(path) if path is not None else of_command(options.command, options.scorer)
-    tasks = read_tasks((options.eval_tasks or options.tasks) if options.action == "evaluate" else options.tasks)
 
     async def work() -> None:
-        async with Client(options.gateway_url, key) as gateway:
+        async with Client(options.gateway_url, key) as gateway, opened as (solve, tasks):
             runner = Runner(gateway, solve, tasks, options)
             if options.action != "evaluate":
                 with AtroposClient(options.api_url, token=token) as api:

@@ -38,6 +38,7 @@ class EnvironmentConfig(Section):
 
     script: str | None = Field(None, description="path of an Atropos environment; null and no module: the demo's")
     module: str | None = Field(None, description="started with python -m instead of a script")
+    ecosystem: str | None = Field(None, description="verifiers:TASKSET or openenv:URL_OR_PACKAGE instead")
     python: str | None = Field(None, description="its interpreter, or a virtual environment; null: the launcher's")
     args: Words = Field((), description='further arguments, e.g. ["--env.some_key","3"]; they come last and win')
     omit: Words = Field((), description='arguments of the launcher to leave out, e.g. ["--env.min_batch_allocation"]')
@@ -56,9 +57,18 @@ class EnvironmentConfig(Section):
 
     @model_validator(mode="after")
     def _one_program(self) -> Self:
-        if self.script is not None and self.module is not None:
-            raise ValueError(f"script ({self.script}) and module ({self.module}) exclude each other")
+        named = [name for name in ("script", "module", "ecosystem") if getattr(self, name) is not None]
+        if len(named) > 1:
+            raise ValueError(f"{' and '.join(f'{name} ({getattr(self, name)})' for name in named)} exclude each other")
         return self
+
+    def as_environment(self) -> Self:
+        """That of another ecosystem as the program that serves it."""
+        if self.ecosystem is None:
+            return self
+        env = {LAUNCH_DIRECTORY: str(Path.cwd()), **self.env}
+        module = "atropos_verl.environments.serve"
+        return self.model_copy(update={"module": module, "args": (self.ecosystem, *self.args), "env": env})
 
 
 class AgentConfig(Section):
@@ -175,7 +185,8 @@ class LaunchConfig(Section):
     @property
     def chosen(self) -> dict[str, EnvironmentConfig]:
         """The environments that ``envs`` leaves, agents as such."""
-        known = self.environments | {name: agent.as_environment() for name, agent in self.agents.items()}
+        known = {name: environment.as_environment() for name, environment in self.environments.items()}
+        known |= {name: agent.as_environment() for name, agent in self.agents.items()}
         return known if self.envs is None else {name: known[name] for name in self.envs}
 
     def starts(self, part: str) -> bool:

@@ -79,7 +79,7 @@ def plan_environments(
     services: list[ServiceSpec] = []
     for name, settings in chosen.items():
         section, program = "env" if of_training else f"environments.{name}", program_of(name, settings)
-        own = [] if name in launch.agents else notes_of(config, settings, program)
+        own = [] if name in launch.agents or settings.ecosystem is not None else notes_of(config, settings, program)
         _check_proxy(settings, f"{section}.env")
         python, run_dir = interpreter(settings.python, f"{section}.python"), config.resolve_run_dir()
         own += check_needs(python, program, settings, run_dir, f"{section}.{'module' if settings.module else 'script'}")

@@ -71,7 +71,7 @@ def options(*words: str) -> argparse.Namespace:
 
 def runner_of(client: Client, solve: Any, *words: str, tasks: Any = ("a", "b", "c")) -> Runner:
     async def given(task: Any, session: AgentSession) -> None:
-        await module._give(session, await solve(task, session))
+        await module.give(session, await solve(task, session))
 
     return Runner(client, given, tasks, options("--group-size", "2", *words))
 
@@ -174,7 +174,7 @@ async def test_an_agent_that_never_succeeds_ends_the_runner_with_its_error(
 async def test_what_is_no_reward_is_refused(gateway: StubGateway, result: Any) -> None:
     async with client_of(gateway) as client, client.session("group") as session:
         with pytest.raises(AgentError, match="return a finite number, a Reward, or call"):
-            await module._give(session, result)
+            await module.give(session, result)
 
 
 async def test_silent_agents_are_ended_and_count_as_failures(gateway: StubGateway) -> None:

@@ -1,0 +1,161 @@
+"""``atropos-verl environments``: an environment of another ecosystem as an Atropos environment.
+
+An adapter opens it in its own interpreter and plays each task against a session of the gateway: prompts, tools, limits,
+judges and rewards stay the ecosystem's, tokens and versions are those of the session. The rest is the runner of agents.
+"""
+
+import argparse
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from atropos_verl.agents.client import AgentSession, Reward
+from atropos_verl.agents.runner import AgentError, Solve, add_runner_arguments, give, run_tasks
+from atropos_verl.config.launch_schema import LAUNCH_DIRECTORY
+from atropos_verl.errors import ConfigError
+
+ECOSYSTEMS = {
+    "verifiers": ("verifiers", "0.4", "TASKSET"),
+    "openenv": ("openenv", "0.10", "URL_OR_PACKAGE"),
+}
+"""Prefix → package, the release whose API the adapter is written for, and what follows the prefix."""
+
+_HELD_OUT = 32
+
+
+class PlayError(AgentError):
+    """The ecosystem's runner gave no reward. ``status``: that of the model's answer where this is the cause."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What an adapter opens. ``play`` raises ``PlayError`` where the native runner gave no reward."""
+
+    tasks: Sequence[Any]
+    play: Callable[[Any, AgentSession], Awaitable[Reward]]
+
+
+Open = Callable[[str, dict[str, Any]], AbstractAsyncContextManager[Environment]]
+"""``open_environment(target, settings)`` of an adapter: settings are the ecosystem's own, as a nested mapping."""
+
+
+def launch_directory() -> Path:
+    """Where the command was started: a launch starts this in the run directory."""
+    return Path(os.environ.get(LAUNCH_DIRECTORY, Path.cwd()))
+
+
+def adapter_of(named: str) -> tuple[Open, str]:
+    """The adapter of ``PREFIX:TARGET``, and the target. Raises ``ConfigError``: neither exists, or its package is
+    missing in this interpreter or of another release."""
+    prefix, _, target = named.partition(":")
+    if prefix not in ECOSYSTEMS or not target:
+        forms = ", ".join(f"{name}:{what}" for name, (_, _, what) in ECOSYSTEMS.items())
+        raise ConfigError(f"{named!r} is none of {forms}", "environment")
+    package, release, _ = ECOSYSTEMS[prefix]
+    try:
+        found = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        found = "none"
+    if found.split(".")[:2] != release.split("."):
+        raise ConfigError(
+            f"{named} needs {package} {release} in {sys.executable}, which has {found}: pip install "
+            f"'{package}=={release}.*' there, or name another interpreter (python: in a launch)",
+            "environment",
+        )
+    sys.path.append(str(launch_directory()))  # tasksets of the user's own
+    module = importlib.import_module(f"atropos_verl.environments.{prefix.replace('-', '_')}")
+    return module.open_environment, target
+
+
+def settings_of(words: Sequence[str]) -> dict[str, Any]:
+    """``a.b=VALUE`` (YAML) as nested mappings; later ones win. Raises ``ConfigError``."""
+    settings: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        *parents, last = name.split(".")
+        inner = settings
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{word}: {parent} is {inner!r} already", "--set")
+        if not equals or not last:
+            raise ConfigError(f"{word!r} is not KEY=VALUE", "--set")
+        inner[last] = yaml.safe_load(text)
+    return settings
+
+
+def merged(defaults: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, nested mappings too; ``over`` wins."""
+    result = dict(defaults)
+    for name, value in over.items():
+        known = result.get(name)
+        both = isinstance(known, Mapping) and isinstance(value, Mapping)
+        result[name] = merged(known, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
+@contextlib.asynccontextmanager
+async def opened(options: argparse.Namespace) -> AsyncIterator[tuple[Solve, Sequence[Any]]]:
+    """The environment with those of its tasks that the action is for: the last ones are held out."""
+    open_environment, target = adapter_of(options.environment)
+    async with open_environment(target, settings_of(options.set)) as environment:
+
+        async def solve(task: Any, session: AgentSession) -> None:
+            await give(session, await environment.play(task, session))
+
+        tasks = environment.tasks
+        if not tasks:
+            raise ConfigError(f"{options.environment} has no tasks", "environment")
+        first = len(tasks) - min(options.held_out, len(tasks) // 5)
+        if options.action != "evaluate":
+            yield solve, tasks[:first]
+        else:
+            yield solve, tasks[first:] or tasks
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    forms = ", ".join(f"{name}:{what}" for name, (_, _, what) in ECOSYSTEMS.items())
+    add = parser.add_argument
+    add("action", choices=("serve", "evaluate"), help="serve it to the trainer, or evaluate on its held-out tasks")
+    add("environment", help=forms)
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the ecosystem; may be repeated")
+    add(
+        "--held-out",
+        type=int,
+        default=_HELD_OUT,
+        help="last tasks that are evaluated and not trained, at most a fifth (default: %(default)s)",
+    )
+    add_runner_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit code, as of the runner of agents. Raises ``ConfigError``."""
+    return run_tasks(options, opened(options))
+
+
+def main() -> int:
+    """The program that the launcher starts."""
+    parser = argparse.ArgumentParser(prog="atropos-verl environments")
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args())
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
