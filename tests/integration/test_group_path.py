@@ -32,7 +32,7 @@ from atropos_verl import AtroposTrainer
 from atropos_verl.assets import demo_model_path
 from atropos_verl.server.settings import ServerSettings
 
-MOST_FILES = 29  # one of them notes what becomes of the group (training/trace.py)
+MOST_FILES = 28  # one of them notes what becomes of the group (training/trace.py)
 OTHER_THREADS = ("atropos-verl-engine", "inference-gateway")
 GROUP_SIZE = 4
 ROOT = Path(atropos_verl.__file__).parent

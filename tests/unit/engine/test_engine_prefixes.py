@@ -58,9 +58,10 @@ def test_the_next_turn_prefills_only_what_is_new() -> None:
 
 def test_where_nothing_is_shared_one_sequence_in_eight_is_stored_until_one_is_found() -> None:
     with engine_of(tiny_causal_lm()) as engine:
-        kept = []
-        for context in prompts(*[20] * (kv_cache.UNUSED + 16)):  # too short to be stored before they leave their slot
-            kept.append(context + one(engine, context, max_tokens=20, ignore_eos=True).token_ids)
+        kept = [  # too short to be stored before they leave their slot
+            context + one(engine, context, max_tokens=20, ignore_eos=True).token_ids
+            for context in prompts(*[20] * (kv_cache.UNUSED + 16))
+        ]
         find = engine._runner.cache.prefixes.find
         found = [bool(find(context)) for context in kept[-16:]]
         assert sum(found) == 2

@@ -1,7 +1,6 @@
 """The app behind ``atropos-verl view``, called without a socket."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,7 +110,7 @@ def test_events_go_on_behind_the_last_one_that_was_received(tmp_path: Path) -> N
     assert [kind for kind, *_ in events(client, last)] == ["live"]
     new = tmp_path / "new"
     new.write_text('{"step": 1, "loss": 0.5}\nnoise\n')
-    os.replace(new, run_dir / "metrics.jsonl")
+    new.replace(run_dir / "metrics.jsonl")
     assert next(events(client, last))[1] == {"anew": True, "lines": [{"step": 1, "loss": 0.5}]}
 
 

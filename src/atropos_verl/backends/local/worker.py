@@ -480,7 +480,7 @@ class LossFunction:
     """
 
     def __init__(self, config: RunConfig) -> None:
-        self.config = config
+        self.config, self._importance, self._loss_type = config, config.importance, config.loss_type
         from atropos_verl.verl_plugin.engines import added_loss  # which imports verl
 
         self._added_loss = added_loss
@@ -536,10 +536,10 @@ class LossFunction:
         known = {"rollout_logprobs": rollout, "sequence_ids": sequence_ids}
         if self._user_loss is not None:
             return self._user_loss(logprobs, advantages, mask, num_loss_tokens, old_logprobs=old, **known)
-        config, importance = self.config.loss, self.config.importance
+        config, importance = self.config.loss, self._importance
         cap = self.config.off_policy.importance_cap if importance else None
         rollout_keywords: dict[str, Any] = {**known, "tis_cap": cap, "importance": importance or "token"}
-        if self.config.loss_type == "advantage_weighted_sft":
+        if self._loss_type == "advantage_weighted_sft":
             return advantage_weighted_sft_loss(logprobs, advantages, mask, num_loss_tokens, **rollout_keywords)
         return clipped_ratio_loss(
             logprobs,
