@@ -300,6 +300,9 @@ class TraceReader:
         state, problem = read_json(self.run_dir / "state.json")
         if problem:
             return {"state": None, "age": None, "running": False}
+        for name in ("api_url", "gateway_url"):  # a password may stand in it, and a view on this machine asks for none
+            if isinstance(url := state.get(name), str):
+                state[name] = re.sub(r"//[^/]*@", "//", url)
         age = max(0.0, time.time() - float(state.get("time", 0.0)))
         ended = all(one.get("state") in ("ended", "stopped", "failed") for one in state.get("services", []))
         return {"state": state, "age": age, "running": age <= _LIVE_SECONDS and not ended}

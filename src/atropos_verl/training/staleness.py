@@ -167,7 +167,7 @@ class BatchProvenance:
         bound = self.config.max_staleness
         for index, (group, found) in enumerate(zip(groups, matches, strict=True)):
             if any(match is not None for match in found):
-                group = _with_repaired_tokens(group, found)
+                group = with_repaired_tokens(group, found)
                 group, found = self._without_tails(group, found, figures)
                 group = _merge_matches(group, found, figures, self.config.unmatched, self.settings.default_temperature)
             if bound is None or group.defect is not None or not is_stale(group_version(group), policy_version, bound):
@@ -313,7 +313,7 @@ def _query(group: ScoredGroup, g: int, i: int) -> SequenceQuery:
     return SequenceQuery(token_ids=group.token_ids[i], loss_mask=mask, logprobs=sent, group=g, **values)
 
 
-def _with_repaired_tokens(group: ScoredGroup, matches: Sequence[SequenceMatch | None]) -> ScoredGroup:
+def with_repaired_tokens(group: ScoredGroup, matches: Sequence[SequenceMatch | None]) -> ScoredGroup:
     """The group with the ids that were sampled; each has the advantage of the posted token in which its text begins."""
     tokens, masks = list(group.token_ids), list(group.masks)
     advantages = None if group.advantages is None else list(group.advantages)

@@ -11,7 +11,7 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from atropos_verl.training.staleness import Applied
+from atropos_verl.training.staleness import Applied, with_repaired_tokens
 from atropos_verl.types import (
     NOT_TRAINED,
     UNKNOWN_VERSION,
@@ -272,7 +272,7 @@ class TraceWriter:
                         if job is None:
                             is_over = True
                         else:
-                            job[0](*job[1:])
+                            self._do(*job)
                     self._thin_out(size)
                 self.seconds = time.thread_time()
             self._db.close()
@@ -280,9 +280,22 @@ class TraceWriter:
             logger.exception("%s is written no further; training goes on", self.path)
             self._jobs = _Nowhere()
 
+    def _do(self, write: Callable[..., None], *about: Any) -> None:
+        try:
+            write(*about)
+        except sqlite3.DatabaseError:
+            raise
+        except Exception:  # what came from outside holds a value that SQLite does not
+            logger.exception("%s lacks a part of what happened", self.path)
+
     def _write_arrived(self, batch: int, groups: Sequence[ScoredGroup], now: float) -> None:
+        ended = "SELECT id FROM groups WHERE id >= ? AND id < ? AND step IS NOT NULL"
+        # A batch that is taken again may be trained on in part, and a checkpoint holds that.
+        known = {id_ for (id_,) in self._db.execute(ended, (batch << BITS, batch + 1 << BITS))}
         for index, group in enumerate(groups[:_MOST_GROUPS]):
             id_ = batch << BITS | index
+            if id_ in known:
+                continue
             self._put_group(id_, group, now, "under_way", None, None)
             scores = _scores(group)
             rows = [(id_ << BITS | i, now, group.env_id, scores[i], len(ids)) for i, ids in enumerate(group.token_ids)]
@@ -321,7 +334,7 @@ class TraceWriter:
             by_place.setdefault((sample.group_id, sample.sequence_index), []).append(sample)
         for index, (place, group, found) in enumerate(zip(places, posted, matches, strict=True)):
             id_ = place[0] << BITS | place[1]
-            whole = completed.get(index, group)
+            whole = completed[index] if index in completed else with_repaired_tokens(group, found)
             ends = group.group_id in refused or group.group_id in filtered or index not in completed
             rows = []
             for i in range(len(group)):
@@ -355,8 +368,9 @@ class TraceWriter:
             if id_ in self._held:
                 self._end(id_, step, state, reason, *own)
             else:  # it was refused; the step is the one whose batch it came in
-                for table, column in (("groups", "id"), ("sequences", f"id >> {BITS}")):
-                    self._db.execute(f"UPDATE {table} SET step = ? WHERE {column} = ?", (step, id_))
+                self._db.execute("UPDATE groups SET step = ? WHERE id = ?", (step, id_))
+                own_ids = (step, id_ << BITS, id_ + 1 << BITS)
+                self._db.execute("UPDATE sequences SET step = ? WHERE id >= ? AND id < ?", own_ids)
 
     def _end(
         self,

@@ -20,7 +20,14 @@ from atropos_verl.report.trace_reader import RolloutFilter, TraceReader, distanc
 from atropos_verl.training.samples import build_samples
 from atropos_verl.training.staleness import Applied
 from atropos_verl.training.trace import TraceWriter
-from atropos_verl.types import NOT_TRAINED, SampleReport, SampleSettings, ScoredGroup, SequenceMatch
+from atropos_verl.types import (
+    NOT_TRAINED,
+    RepairedTokens,
+    SampleReport,
+    SampleSettings,
+    ScoredGroup,
+    SequenceMatch,
+)
 
 DECODER = load_decoder(str(demo_model_path()))
 PROMPT = [64, 65]
@@ -243,3 +250,57 @@ def test_a_run_without_an_index_has_no_rollouts(tmp_path: Path) -> None:
     assert reader.rollouts() == [] and reader.counts()["groups"] == {} and not reader.has_index
     assert reader.metrics() == [{"step": 1, "loss": 0.5}] and reader.metrics(after=1) == []
     assert reader.survivors()["begun"] == 0 and reader.live() == {"state": None, "age": None, "running": False}
+
+
+def test_a_stale_group_is_told_with_its_repaired_tokens_whatever_their_number(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    shorter, longer = [*PROMPT, 67], [*PROMPT, 66, 66, 258]
+    matches: list[SequenceMatch | None] = []
+    for ids in (shorter, longer):
+        mask = np.array([False, False, *[True] * (len(ids) - 2)])
+        repaired = RepairedTokens(token_ids=np.array(ids), loss_mask=mask, origin=None, posted=4)
+        versions = np.full(len(ids), -2)
+        matches.append(
+            SequenceMatch(found=mask, versions=versions, logprobs=np.full(len(ids), np.nan), repaired=repaired)
+        )
+    old = group([66, 258], [64, 258])
+    run.arrive(1, old)
+    run.collect(1, old, matches=[matches], stale=[0])
+    run.step(2, group([66, 258], name="next"))
+    reader = run.read()
+    second, first = (one["id"] for one in reader.rollouts(RolloutFilter(state="stale")))
+    for id_, ids in ((first, shorter), (second, longer)):
+        items = reader.sequence(id_)["items"]
+        assert [item["id"] for item in items] == ids
+        assert [item["trained"] for item in items] == [False, False, *[True] * (len(ids) - 2)]
+    assert [one["step"] for one in reader.rollouts(RolloutFilter(state="trained"))] == [2]
+
+
+def test_a_value_that_sqlite_does_not_hold_costs_its_row_and_not_the_trace(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.step(1, group([66, 258], env_id=10**30))
+    run.writer.request([], 5, 2, 0.0, 1.0, None, "EngineError: \ud800")
+    run.writer.session("s", "aborted", "\ud800")
+    run.step(2, group([66, 258]))
+    assert [(one["step"], one["state"]) for one in run.read().rollouts()] == [(2, "trained")]
+
+
+def test_of_a_batch_taken_again_what_a_checkpoint_holds_stays_trained(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    groups = [group([66, 258], name=name) for name in ("first", "rest")]
+    run.arrive(1, *groups)
+    run.collect(1, *groups)
+    run.writer.ended([(1, 0)], 1)
+    run.writer.ended([(1, 1)], 2)
+    run.writer.close()
+    again = Run(tmp_path, step=1)
+    again.arrive(1, *groups)
+    states = [(one["state"], one["step"]) for one in again.read().rollouts()]
+    assert states == [("under_way", None), ("trained", 1)]
+
+
+def test_no_password_of_a_url_is_told(tmp_path: Path) -> None:
+    state = {"time": 0, "api_url": "http://:p4ss@host:1/x", "services": []}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    live = TraceReader(tmp_path).live()
+    assert live["state"]["api_url"] == "http://host:1/x" and "p4ss" not in json.dumps(live)

@@ -291,8 +291,8 @@ class AtroposTrainer:
 
     def _make_samples(self, data: RolloutData) -> SampleReport:
         (version, applied), data.applied = data.applied or (None, None), None
+        matches = self.provenance.look_up(data.groups) if data.matches is None else data.matches
         if applied is None or version != self.policy_version:
-            matches = self.provenance.look_up(data.groups) if data.matches is None else data.matches
             applied = self.provenance.apply(data.groups, matches, self.policy_version)
         data.off_policy = applied.figures
         data.report = build_samples(applied.groups, self.settings, running=self.moments)
