@@ -23,6 +23,7 @@ from atropos_verl.config.schema import (
     NO_MICRO_BATCH,
     AtroposConfig,
     CommonConfig,
+    DistillConfig,
     GroupsConfig,
     OwnAlgorithmConfig,
     OwnLossConfig,
@@ -184,6 +185,11 @@ def read_run(config: Any) -> RayRun:
         raise as_config_error(error, RaySettings, "atropos.") from None
     if settings.distill.teacher is not None:
         raise ConfigError("backend=ray does not train on a teacher's values yet", "atropos.distill.teacher")
+    for section, name in [*(("distill", name) for name in DistillConfig.model_fields), ("loss", "ref_weight")]:
+        own = getattr(settings, section)
+        if getattr(own, name) != type(own).model_fields[name].default:
+            text = "without effect: backend=ray does not train on a teacher's values or ref_logprobs yet"
+            raise ConfigError(text, f"atropos.{section}.{name}")
     _check_verl_keys(config)
     algorithm = config.algorithm
     if settings.algorithm.advantage_path and (

@@ -448,7 +448,7 @@ def check_environment(name: str, settings: EnvironmentConfig, config: RunConfig)
         return finding(
             "environments", name, f"{program[-1]}, line {error.lineno}: {error.msg}", missing="mend the script"
         )
-    except (OSError, subprocess.TimeoutExpired, ValueError) as error:
+    except (OSError, subprocess.TimeoutExpired, ValueError, RecursionError) as error:
         broken, why = python, "it prints no answer"
         if isinstance(error, OSError):
             broken, why = error.filename, error.strerror or str(error)

@@ -152,7 +152,9 @@ def imported_modules(source: bytes, script: Path) -> list[str]:
 _OWN_DIRECTORY = ("os.path.dirname(os.path.abspath(__file__))", "os.path.dirname(__file__)")
 _HARMLESS = r"print|info|warning|error|join|dirname|abspath|exists|from_pretrained|Field|super|__init__|list|\w+Error"
 _MAKES_NO_FILE = re.compile(rf"(super\(\)\.|\w+\.)*({_HARMLESS})")
-_ONLY_SOMETIMES = ast.If | ast.IfExp | ast.For | ast.AsyncFor | ast.While | ast.BoolOp
+_ONLY_SOMETIMES = ast.If | ast.IfExp | ast.For | ast.AsyncFor | ast.While | ast.BoolOp | ast.Match
+_ELSEWHERE = {"data_files", "data_dir", "cache_dir", None}
+"""Arguments that say where something is; None: ``**arguments``."""
 
 
 class _Needs(ast.NodeVisitor):
@@ -170,7 +172,11 @@ class _Needs(ast.NodeVisitor):
         self._makes_files = False
         nodes = list(ast.walk(tree))
         corpora = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == "nltk.corpus"]
-        self._corpora = {alias.name for node in corpora for alias in node.names}
+        has_own_place = "nltk.data.path" in text
+        self._corpora = {alias.name for node in corpora if not has_own_place for alias in node.names}
+        others = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module != "datasets"]
+        own = [node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        self._is_own_loader = "load_dataset" in {*own, *(alias.name for node in others for alias in node.names)}
         self._values: defaultdict[str, list[ast.expr]] = defaultdict(list)
         for node in nodes:
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
@@ -196,6 +202,8 @@ class _Needs(ast.NodeVisitor):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             return
         is_caught = isinstance(node, ast.Try) and not all(map(_raises, node.handlers))
+        if isinstance(node, ast.With | ast.AsyncWith):
+            is_caught = any("suppress(" in ast.unparse(item.context_expr) for item in node.items)
         if is_caught or isinstance(node, _ONLY_SOMETIMES):
             calls = [part for part in ast.walk(node) if isinstance(part, ast.Call)]
             self._makes_files |= any(map(_may_make_files, calls))
@@ -215,9 +223,10 @@ class _Needs(ast.NodeVisitor):
         owner, _, last = function.rpartition(".")
         path = args[0] if args else named.get("path", named.get("name"))
         mode = args[1] if len(args) > 1 else named.get("mode", ast.Constant("r"))
-        if last == "load_dataset" and not {"data_files", "data_dir", None} & named.keys():
+        is_hub = function == "datasets.load_dataset" or (function == "load_dataset" and not self._is_own_loader)
+        if is_hub and len(args) < 3 and not _ELSEWHERE & named.keys():
             self._add("data set", self._text(path))
-        elif last == "from_pretrained" and isinstance(path, ast.Constant):
+        elif last == "from_pretrained" and isinstance(path, ast.Constant) and not _ELSEWHERE & named.keys():
             self._add("model", self._text(path))
         elif owner in self._corpora:
             self._add("NLTK corpus", owner)
@@ -263,7 +272,7 @@ def _raises(handler: ast.ExceptHandler) -> bool:
 
 
 _LOOK = r"""
-import functools, importlib.util, json, os, re, sys, urllib.error, urllib.request
+import functools, importlib.util, json, os, re, ssl, sys, urllib.error, urllib.request
 from importlib import metadata
 from pathlib import Path
 def version(name):
@@ -285,11 +294,15 @@ def there(module):
     return file.is_file() and re.search(rf"\b({name}|import \*)(?!\w)", file.read_text(errors="replace")) is not None
 @functools.cache
 def unreachable(url):
+    if "all" in urllib.request.getproxies():
+        return None  # urllib does not use it, and others do
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
     except urllib.error.HTTPError:
         pass  # it answers
     except Exception as error:
+        if isinstance(getattr(error, "reason", error), ssl.SSLError):
+            return None  # it answers, and others may have its certificate
         return f"{url} cannot be reached: {getattr(error, 'reason', error)}"
 def plain(name):
     return re.sub("[^a-z0-9]", "", name.lower())
@@ -310,6 +323,7 @@ def obstacle(kind, name):
     except ImportError:
         return None
     caches = constants.HF_HUB_CACHE, os.environ.get("HF_DATASETS_CACHE") or constants.HF_HOME + "/datasets"
+    caches += (os.environ.get("TRANSFORMERS_CACHE") or constants.HF_HUB_CACHE,)
     kept = [plain(found.name) for cache in map(Path, caches) if cache.is_dir() for found in cache.iterdir()]
     if Path(asked["cwd"], name).exists() or any(found.endswith(plain(name)) for found in kept):
         return None
@@ -355,7 +369,7 @@ def check_needs(python: str, program: Sequence[str], settings: EnvironmentConfig
     out is passed over."""
     try:
         refused, notes = what_lacks(look(python, program, settings, run_dir), python)
-    except (SyntaxError, OSError, ValueError, subprocess.TimeoutExpired):
+    except (SyntaxError, OSError, ValueError, RecursionError, subprocess.TimeoutExpired):
         return []
     if refused:
         raise ConfigError(f"{program[-1]} {'; '.join(refused)}", key)

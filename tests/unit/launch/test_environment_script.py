@@ -93,6 +93,15 @@ def test_what_may_be_there_when_it_is_read_is_a_warning(tmp_path: Path, text: st
         SETUP + "if self.config.own:\n            return\n        load_dataset('gsm8k')",
         SETUP + "try:\n            load_dataset('gsm8k')\n        except Exception:\n            self.train = OWN",
         SETUP + "load_dataset('json', data_files='a.json')",
+        SETUP + "load_dataset('a/b', cache_dir='/data')\n        AutoModel.from_pretrained('a/b', cache_dir='/data')",
+        SETUP + "load_dataset('json', None, None, 'a.json')",
+        SETUP + "self.load_dataset('train')\n        seaborn.load_dataset('iris')",
+        f"from collections import load_dataset\n{SETUP}load_dataset('train')",
+        f"def load_dataset(name): ...\n{SETUP}load_dataset('train')",
+        SETUP + "match self.config.kind:\n            case 'a': load_dataset('a/b')",
+        SETUP + "with contextlib.suppress(Exception):\n            load_dataset('a/b')",
+        f"from nltk.corpus import words\nnltk.data.path.append('/data')\n{SETUP}words.words()",
+        "text = " + " + ".join(["'a'"] * 3000),
         SETUP + "load_dataset(name_made_at_run_time())",
         SETUP + "open('out.jsonl', 'w')",
         SETUP + "AsyncOpenAI(api_key=None, base_url=self.url)",
@@ -132,6 +141,21 @@ def test_a_data_set_that_can_be_downloaded_is_not_missing(tmp_path: Path, monkey
     assert outcome(tmp_path, SETUP + "load_dataset('a/b')").startswith(
         f"needs the data set a/b (not in the cache of the Hugging Face Hub, and {url} cannot be reached: "
     )
+
+
+def test_what_urllib_alone_cannot_reach_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert "cannot be reached" in outcome(tmp_path, SETUP + "load_dataset('a/b')")
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    assert outcome(tmp_path, SETUP + "load_dataset('a/b')") == "", "urllib has no SOCKS"
+    monkeypatch.delenv("ALL_PROXY")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import ssl, urllib.error, urllib.request\n"
+        "def urlopen(*_, **__):\n    raise urllib.error.URLError(ssl.SSLCertVerificationError('self-signed'))\n"
+        "urllib.request.urlopen = urlopen\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    assert outcome(tmp_path, SETUP + "load_dataset('a/b')") == "", "REQUESTS_CA_BUNDLE may name its certificate"
 
 
 SCRIPT = """
