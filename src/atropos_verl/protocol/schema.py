@@ -565,6 +565,14 @@ def validated(groups: Iterable[ScoredGroup], vocab_size: int | None) -> list[Sco
     return found
 
 
+def without_fields(groups: Iterable[ScoredGroup], names: Sequence[str]) -> list[ScoredGroup]:
+    """``groups`` without those of a teacher and of a reference policy that are named: what is in them is no defect."""
+    ignored: dict[str, Any] = dict.fromkeys({"ref_logprobs"}.intersection(names))
+    if not {*TEACHER}.isdisjoint(names):
+        ignored |= dict.fromkeys(TEACHER)  # one without the other would be a defect
+    return [replace(group, **ignored) if ignored else group for group in groups]
+
+
 def find_defect(group: ScoredGroup, vocab_size: int | None) -> str | None:
     """The first thing that is wrong with a group, or None. Costs nothing for a group that was ``validated``.
 

@@ -36,7 +36,7 @@ from atropos_verl.errors import (
 from atropos_verl.protocol.client import AtroposClient, make_client, register_trainer
 from atropos_verl.protocol.journal import BatchJournal, JournalEntry
 from atropos_verl.protocol.leases import HeldBatch, LeasedBatches
-from atropos_verl.protocol.schema import validated
+from atropos_verl.protocol.schema import validated, without_fields
 from atropos_verl.protocol.wire import decode_batch
 from atropos_verl.provenance.throttle import StalenessThrottle
 from atropos_verl.training.extensions import load_rescoring
@@ -288,7 +288,8 @@ class BatchSource:
     def _decode(self, held: HeldBatch) -> RolloutData:
         assert self._provenance is not None, "attach comes first"
         started = time.perf_counter()
-        groups = validated(decode_batch(held.body), self._provenance.settings.vocab_size)
+        settings = self._provenance.settings
+        groups = validated(without_fields(decode_batch(held.body), settings.ignore_fields), settings.vocab_size)
         if self._rescored is not None:
             groups = [self._rescored(group) if group.defect is None else group for group in groups]
         decoded = time.perf_counter()

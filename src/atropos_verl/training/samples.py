@@ -9,7 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +17,12 @@ from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError, DataError
 from atropos_verl.http_thread import printable
 from atropos_verl.protocol.schema import (
-    TEACHER,
     check_supported,
     distill_weight,
     find_defect,
     is_overridden,
     sampling_temperature,
+    without_fields,
 )
 from atropos_verl.training.advantages import (
     ESTIMATORS,
@@ -107,7 +106,7 @@ def collect_samples(
     sequences: list[SequenceAdvantage] = []
     quarantined: list[QuarantinedGroup] = []
     sound: list[ScoredGroup] = []
-    for group in groups:
+    for group in without_fields(groups, settings.ignore_fields):
         reason = find_defect(group, settings.vocab_size)
         if reason is None:
             sound.append(group)
@@ -116,8 +115,6 @@ def collect_samples(
         else:
             quarantined.append(QuarantinedGroup(group=group, reason=reason))
     check_supported(sound, settings.ignore_fields)
-    ignored: dict[str, Any] = dict.fromkeys({*TEACHER, "ref_logprobs"}.intersection(settings.ignore_fields))
-    sound = [replace(group, **ignored) for group in sound] if ignored else sound
     kept = settings.keeps(sound) if settings.keeps is not None and sound else [True] * len(sound)
     used = [group for group, keep in zip(sound, kept, strict=True) if keep]
     filtered = [group for group, keep in zip(sound, kept, strict=True) if not keep]

@@ -325,6 +325,10 @@ def test_a_teachers_values_of_trained_tokens_are_in_the_samples_with_their_weigh
     assert advantages(build(group(**half), distill_alone=True)) == [pytest.approx([0, 0, A]), [0] * 4]
     ignored = build(taught, ignore_fields=("distill_token_ids", "distill_logprobs"))
     assert [sample.teacher for sample in ignored.samples] == [None, None]
+    bad = group(distill_token_ids=IDS[:1], distill_logprobs=None, ref_logprobs=[[-0.1], [0.5] * 4])
+    assert len(build(bad).quarantined) == 1
+    unread = build(bad, ignore_fields=("distill_token_ids", "ref_logprobs"))
+    assert (len(unread.samples), unread.quarantined) == (2, []), "what is ignored is not looked at"
     (cut,) = build(
         group(**{name: taught[name][1:] for name in (*half, "tokens", "masks", "scores")}),
         max_token_len=3,
