@@ -106,12 +106,18 @@ class TraceReader:
             return []
         path = self.run_dir / NAME
         try:
-            identity = path.stat().st_ino
+            status = path.stat()
+            # Without that file nobody writes, and the directory may be one where this process cannot write either.
+            is_over = not path.with_name(f"{NAME}-wal").exists()
+            identity = status.st_ino, status.st_mtime_ns if is_over else None
             if getattr(self._local, "identity", None) != identity:  # a new run may have begun in this directory
-                self._local.db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+                how = "mode=ro&immutable=1" if is_over else "mode=ro"
+                self._local.db = sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True)
                 self._local.db.row_factory = sqlite3.Row
                 self._local.identity = identity
             return [dict(row) for row in self._local.db.execute(sql, values)]
+        except OverflowError:  # no row has such a number
+            return []
         except (sqlite3.Error, OSError) as error:
             raise ConfigError(f"cannot read {path}: {error}") from error
 

@@ -6,6 +6,7 @@ Ids of the demo model's tokenizer: a = 64, b = 65, c = 66, newline = 198, <|im_e
 import argparse
 import io
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -304,3 +305,23 @@ def test_no_password_of_a_url_is_told(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text(json.dumps(state))
     live = TraceReader(tmp_path).live()
     assert live["state"]["api_url"] == "http://host:1/x" and "p4ss" not in json.dumps(live)
+
+
+def test_reading_a_finished_run_leaves_no_file_and_sees_what_a_resumed_one_adds(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.step(1, group([66, 258]))
+    reader = run.read()
+    assert len(reader.rollouts()) == 1
+    assert [path.name for path in tmp_path.glob("trace*")] == ["trace.sqlite"]
+    assert reader.rollouts(RolloutFilter(step=10**30)) == []
+    with pytest.raises(KeyError):
+        reader.group(10**30)
+    for number in (2, 3):
+        again = Run(tmp_path, step=number - 1)
+        again.step(number, group([66, 258], name=f"g{number}"))
+        if number == 2:
+            deadline = time.monotonic() + 20
+            while [one["step"] for one in reader.rollouts()] != [2, 1] and time.monotonic() < deadline:
+                time.sleep(0.02)
+        again.writer.close()
+        assert [one["step"] for one in reader.rollouts()] == list(range(number, 0, -1))
