@@ -245,12 +245,13 @@ class TraceReader:
         oldest = (newest[0]["version"] or 0) - _VERSIONS_UNDER_WAY if newest else 0
         is_over = (self.run_dir / "summary.json").exists()
         rows = self._read(
+            "WITH known AS (SELECT p.prompt, max(q.environment) AS environment FROM requests AS p "
+            "JOIN sequences AS q ON q.id = p.sequence GROUP BY p.prompt) "
             "SELECT coalesce(r.session, r.id) AS unit, max(r.weight) AS weight, sum(r.tokens) AS length, "
             "max(r.begun + r.seconds) - min(r.begun) AS latency, max(r.version) AS version, max(r.reason) AS reason, "
-            "max(s.state) AS session, max(r.session) AS name, "
-            "max((SELECT q.environment FROM requests AS p JOIN sequences AS q ON q.id = p.sequence "
-            "WHERE p.prompt = r.prompt LIMIT 1)) AS environment "
-            "FROM requests AS r LEFT JOIN sessions AS s ON s.id = r.session WHERE r.sequence IS NULL "
+            "max(s.state) AS session, max(r.session) AS name, max(known.environment) AS environment "
+            "FROM requests AS r LEFT JOIN sessions AS s ON s.id = r.session "
+            "LEFT JOIN known ON known.prompt = r.prompt WHERE r.sequence IS NULL "
             "AND (r.session IS NULL OR r.session NOT IN (SELECT session FROM sequences WHERE session IS NOT NULL)) "
             "GROUP BY unit"
         )

@@ -325,3 +325,12 @@ def test_reading_a_finished_run_leaves_no_file_and_sees_what_a_resumed_one_adds(
                 time.sleep(0.02)
         again.writer.close()
         assert [one["step"] for one in reader.rollouts()] == list(range(number, 0, -1))
+
+
+def test_many_requests_that_no_group_brought_are_counted_soon(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for number in range(20_000):
+        run.writer.request([(number, 5, 1)], number, 9, 0.0, 1.0)
+    reader, begun = run.read(), time.monotonic()
+    assert reader.survivors()["ends"] == {"under_way": 20_000}
+    assert time.monotonic() - begun < 10
