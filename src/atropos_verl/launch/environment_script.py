@@ -351,7 +351,7 @@ def look(python: str, program: Sequence[str], settings: EnvironmentConfig, run_d
     """
     source, cwd = source_of(program, settings), Path(settings.cwd or run_dir).expanduser()
     script = script_of(program, settings) or Path(program[-1])
-    place, modules = str(script.parent.absolute()), imported_modules(source, script)
+    place, modules = str(script.resolve().parent), imported_modules(source, script)
     if settings.module is not None:
         place, modules = str(cwd.absolute()), [*modules, settings.module.split(".")[0]]
     if b"sys.path" in source:
@@ -360,7 +360,8 @@ def look(python: str, program: Sequence[str], settings: EnvironmentConfig, run_d
     needs = [(*need, certain) for need, certain in found.items()]
     asked = {"place": place, "modules": modules, "needs": needs, "cwd": str(cwd.absolute())}
     command, variables = [python, "-c", _LOOK, json.dumps(asked)], {**os.environ, **import_path(), **settings.env}
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=20.0, env=variables)
+    options: dict[str, Any] = {"env": variables, "cwd": cwd if cwd.is_dir() else None}
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=20.0, **options)
     return dict(json.loads(answer.stdout))
 
 

@@ -143,6 +143,17 @@ def test_a_data_set_that_can_be_downloaded_is_not_missing(tmp_path: Path, monkey
     )
 
 
+def test_modules_are_looked_for_where_the_environment_finds_them(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "mine.py").write_text("import its_neighbour")
+    (tmp_path / "src" / "its_neighbour.py").write_text("")
+    (tmp_path / "link.py").symlink_to(tmp_path / "src" / "mine.py")
+    settings = EnvironmentConfig(module="mine", cwd=str(tmp_path), env={"PYTHONPATH": "src"})
+    assert check_needs(sys.executable, ("-m", "mine"), settings, tmp_path, "env.module") == []
+    link = str(tmp_path / "link.py")
+    assert check_needs(sys.executable, (link,), EnvironmentConfig(script=link), tmp_path, "env.script") == []
+
+
 def test_what_urllib_alone_cannot_reach_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE")
     assert "cannot be reached" in outcome(tmp_path, SETUP + "load_dataset('a/b')")
