@@ -78,7 +78,8 @@ def test_a_wrong_setting_is_named_before_anything_starts(
         assert run.stderr.strip().startswith(f"CONFIGURATION ERROR: {message}"), run.stderr
         assert "Traceback" not in run.stderr
         assert run.stdout == ""
-        assert run.processes_seen <= 2, "something was started"  # itself, and a look at what the environment's Python has
+        # Itself, and a look at what the environment's Python has.
+        assert run.processes_seen <= 2, "something was started"
     assert not (tmp_path / "run").exists()
 
 
