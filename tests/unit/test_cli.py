@@ -1,6 +1,7 @@
 """The command line as a process: what it prints, its exit codes, and what it does not import."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ def test_version_and_help() -> None:
     done = run("--help")
     assert done.returncode == 0
     assert done.stdout.startswith("usage: atropos-verl [-h] [--version] COMMAND ...\n")
-    assert "    train     train a policy" in done.stdout
+    assert re.search(r"^    train +train a policy", done.stdout, re.MULTILINE)
     assert "    inspect   show what the trainer" in done.stdout
 
 
