@@ -9,22 +9,21 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from atropos_verl.config.model_checks import embedded_ids, read_json
-from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposAPIError, AtroposProtocolError, ConfigError, DataError, UnsupportedFieldError
 from atropos_verl.protocol.wire import MAGIC, decode_batch, decode_group
 from atropos_verl.report.format import decimal
+from atropos_verl.report.trace_reader import Decoder, load_decoder, model_of_run, settings_of_run
 from atropos_verl.training.advantages import ESTIMATORS, NORMALIZATIONS
 from atropos_verl.training.quarantine import parse_quarantine_file
 from atropos_verl.training.samples import build_samples
@@ -73,7 +72,7 @@ def run(options: argparse.Namespace, console: Console | None = None) -> int:
     try:
         found = _read(options)
         vocab_size = options.vocab_size
-        if options.tokenizer is None and (model := _model_of_run(Path(options.source))) is not None:
+        if options.tokenizer is None and (model := model_of_run(Path(options.source))) is not None:
             options.tokenizer, vocab_size = model[0], vocab_size or embedded_ids(read_json(model[1] / "config.json")[0])
         if vocab_size is None and options.tokenizer is not None:
             vocab_size = embedded_ids(read_json(Path(options.tokenizer).expanduser() / "config.json")[0])
@@ -118,28 +117,6 @@ def _read(options: argparse.Namespace) -> list[FoundGroup]:
     return read_path(Path(options.source))
 
 
-def _model_of_run(path: Path) -> tuple[str, Path] | None:
-    """Directories of the tokenizer and the model of the run that ``path`` is, or is in; None: of none that is known."""
-    settings = next(filter(None, map(_settings_of_run, (path, *path.absolute().parents[:3]))), None)
-    if settings is not None:
-        with contextlib.suppress(ConfigError):  # the model is not here any more
-            model = RunConfig.from_mapping({"model": settings}).resolve_model_path()
-            return str(settings["tokenizer_path"] or model), model
-    return None
-
-
-def _settings_of_run(directory: Path) -> dict[str, Any] | None:
-    """``path`` and ``tokenizer_path`` of the run's model; None: ``directory`` is no run directory."""
-    try:
-        if (file := directory / "config.json").is_file():
-            settings = json.loads(file.read_bytes())["model"]
-        else:
-            settings = yaml.safe_load((directory / "config.yaml").read_bytes())["actor_rollout_ref"]["model"]
-        return {name: settings.get(name) for name in ("path", "tokenizer_path")}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError):
-        return None
-
-
 @dataclass(frozen=True, slots=True)
 class FoundGroup:
     """A group and where it was found."""
@@ -165,7 +142,7 @@ def read_path(path: Path) -> list[FoundGroup]:
             of_run = [path]
         there = [file for place in of_run for file in sorted(place.rglob("*"))] if of_run else sorted(path.iterdir())
         files = [file for file in there if file.suffix in (".json", ".jsonl") and not _BESIDE_BATCH.match(file.name)]
-        if not of_run and _settings_of_run(path) is not None:
+        if not of_run and settings_of_run(path) is not None:
             raise ConfigError(f"{path}: this run has fetched no batch yet, and refused no group")
         if not files and of_run:
             raise ConfigError(
@@ -285,22 +262,13 @@ def _new_file(path: Path | None) -> Iterator[BinaryIO | None]:
             path.unlink()
 
 
-@dataclass(frozen=True, slots=True)
-class _Decoder:
-    vocab_size: int
-    decode: Callable[[Sequence[int]], str]
-
-    def knows(self, ids: Sequence[int]) -> bool:
-        return all(0 <= token < self.vocab_size for token in ids)
-
-
-def _decoder(name: str | None, found: list[FoundGroup]) -> _Decoder | None:
+def _decoder(name: str | None, found: list[FoundGroup]) -> Decoder | None:
     if name is not None:
-        return _load_decoder(name)
+        return load_decoder(name)
     from atropos_verl.assets import demo_model_path
 
     try:
-        demo = _load_decoder(str(demo_model_path()))
+        demo = load_decoder(str(demo_model_path()))
     except FileNotFoundError:
         return None
     # Byte-level ids of another model would also fit: then the text is nonsense, and --tokenizer is the remedy.
@@ -308,34 +276,11 @@ def _decoder(name: str | None, found: list[FoundGroup]) -> _Decoder | None:
     return demo if all(row.min() >= 0 and row.max() < demo.vocab_size for row in rows) else None
 
 
-def _load_decoder(name: str) -> _Decoder:
-    """Loads a directory or ``tokenizer.json``, or a name that transformers can find. Raises ``ConfigError``."""
-    path = Path(name).expanduser()
-    file = path / "tokenizer.json" if path.is_dir() else path
-    try:
-        if file.is_file():  # read without transformers, whose import takes seconds
-            from tokenizers import Tokenizer  # type: ignore[import-untyped]
-
-            fast = Tokenizer.from_file(str(file))
-            return _Decoder(fast.get_vocab_size(), lambda ids: str(fast.decode(list(ids), skip_special_tokens=False)))
-        from transformers import AutoTokenizer
-
-        slow = AutoTokenizer.from_pretrained(name)
-        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return _Decoder(len(slow), lambda ids: str(slow.decode(list(ids), **options)))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer at {name}: {str(error).splitlines()[0]}", "--tokenizer") from error
-    except Exception as error:
-        if type(error) is not Exception:  # the tokenizers package raises a bare Exception for a file it cannot read
-            raise
-        raise ConfigError(f"{file} is not a tokenizer file: {error}", "--tokenizer") from error
-
-
 def _inspect_groups(
     found: Sequence[FoundGroup],
     settings: SampleSettings,
     *,
-    decoder: _Decoder | None,
+    decoder: Decoder | None,
     policy_version: int | None,
     detailed: int | None,
     with_tokens: bool,
@@ -396,7 +341,7 @@ def _sequence(
     sample: TrainingSample | None,
     excluded: str | None,
     current: int | None,
-    decoder: _Decoder | None,
+    decoder: Decoder | None,
     with_tokens: bool,
 ) -> dict[str, Any]:
     """Describes a sequence; without a sample as far as it can be shown, since its arrays need not fit each other."""
@@ -452,14 +397,14 @@ def _spread(values: FloatArray) -> dict[str, Any] | None:
     return {"mean": float(values.mean()), "min": float(values.min()), "max": float(values.max()), "count": values.size}
 
 
-def _pieces(ids: list[int], marks: list[bool], decoder: _Decoder | None) -> list[dict[str, Any]]:
+def _pieces(ids: list[int], marks: list[bool], decoder: Decoder | None) -> list[dict[str, Any]]:
     edges = [i for i in range(len(ids)) if i == 0 or marks[i] != marks[i - 1]] + [len(ids)]
     return [
         {"text": _text(ids, start, end, decoder), "trained": marks[start]} for start, end in itertools.pairwise(edges)
     ]
 
 
-def _text(ids: list[int], start: int, end: int, decoder: _Decoder | None) -> str:
+def _text(ids: list[int], start: int, end: int, decoder: Decoder | None) -> str:
     """Decodes ``ids[start:end]`` in its context: many tokenizers decode a leading space only after something."""
     if decoder is None or not decoder.knows(ids[:end]):
         return " ".join(str(token) for token in ids[start:end])

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -20,7 +20,7 @@ from atropos_verl.config.model_checks import read_json
 from atropos_verl.errors import ConfigError, DataError
 from atropos_verl.report.console import summary_rows
 from atropos_verl.report.format import count, decimal, duration, seconds
-from atropos_verl.report.trace_reader import TraceReader
+from atropos_verl.report.trace_reader import TraceReader, read_steps
 from atropos_verl.storage import write_atomic
 from atropos_verl.training.quarantine import parse_quarantine_file
 from atropos_verl.training.step import held_out_score, reward_window
@@ -62,10 +62,9 @@ def load_run(run_dir: Path) -> RunData:
     """Reads a run directory. Raises ``ConfigError``, which names the file, when one is missing or cannot be read."""
     path = run_dir / "metrics.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        steps = list(read_steps(path))
     except OSError as error:
         raise ConfigError(f"cannot read {path} ({error.strerror}); is {run_dir} the run directory of a run?") from None
-    steps = list(_steps(path, lines))
     if not steps:
         raise ConfigError(f"{path} holds no step yet; the first one is written after the first optimiser step")
     summary = _json_object(run_dir / "summary.json")
@@ -82,19 +81,6 @@ def load_run(run_dir: Path) -> RunData:
         quarantined=[(file.name, _reason(file)) for file in quarantine[:_MOST_REASONS]],
         quarantined_total=len(quarantine),
     )
-
-
-def _steps(path: Path, lines: list[str]) -> Iterable[dict[str, Any]]:
-    for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            if number == len(lines):  # being written at this moment, or the machine stopped in the middle of it
-                return
-            raise ConfigError(f"{path}:{number} is not JSON: {line[:80]!r}") from None
-        if not isinstance(value, dict) or not isinstance(value.get("step"), int):
-            raise ConfigError(f"{path}:{number} is no step: {line[:80]!r}")
-        yield value
 
 
 def _summary_so_far(run_dir: Path, steps: list[dict[str, Any]]) -> dict[str, Any]:

@@ -293,12 +293,11 @@ class TraceReader:
         with file and line, for one that is none."""
         path = self.run_dir / "metrics.jsonl"
         try:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            return [line for line in read_steps(path) if line["step"] > after]
         except FileNotFoundError:
             return []
         except OSError as error:
             raise ConfigError(f"cannot read {path} ({error.strerror})") from None
-        return [line for line in _steps(path, lines) if line["step"] > after]
 
     def live(self) -> dict[str, Any]:
         """What the run says of itself now: ``state``, the launcher's (services, ``api``, ``gateway``, ``rates``,
@@ -315,7 +314,10 @@ class TraceReader:
         return {"state": state, "age": age, "running": age <= _LIVE_SECONDS and not ended}
 
 
-def _steps(path: Path, lines: list[str]) -> Iterator[dict[str, Any]]:
+def read_steps(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``, without the last one where it is cut short. Raises ``OSError``, and
+    ``ConfigError``, with file and line, for one that is no step."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             value = json.loads(line)
