@@ -466,16 +466,18 @@ def run_tasks(
     return 0
 
 
-def main() -> int:
-    """The program that the launcher starts."""
-    parser = argparse.ArgumentParser(prog="atropos-verl agents")
-    add_arguments(parser)
+def program(
+    verb: str, add: Callable[[argparse.ArgumentParser], None], command: Callable[[argparse.Namespace], int]
+) -> int:
+    """What the launcher starts in an interpreter of its own: a verb alone, without the others."""
+    parser = argparse.ArgumentParser(prog=f"atropos-verl {verb}")
+    add(parser)
     try:
-        return run(parser.parse_args())
+        return command(parser.parse_args())
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program("agents", add_arguments, run))

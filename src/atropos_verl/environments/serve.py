@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from atropos_verl.agents.client import AgentSession, Reward
-from atropos_verl.agents.runner import AgentError, Solve, add_runner_arguments, give, run_tasks
+from atropos_verl.agents.runner import AgentError, Solve, add_runner_arguments, give, program, run_tasks
 from atropos_verl.config.launch_schema import LAUNCH_DIRECTORY
 from atropos_verl.errors import ConfigError
 
@@ -146,16 +146,5 @@ def run(options: argparse.Namespace) -> int:
     return run_tasks(options, opened(options))
 
 
-def main() -> int:
-    """The program that the launcher starts."""
-    parser = argparse.ArgumentParser(prog="atropos-verl environments")
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args())
-    except ConfigError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program("environments", add_arguments, run))
