@@ -132,14 +132,14 @@ def _returned_servers(nodes: Sequence[ast.AST]) -> int | None:
     return counts.pop() if len(counts) == 1 else None
 
 
-def imported_modules(source: bytes, script: Path) -> list[str]:
-    """Lists the modules that ``script`` imports when it is loaded, without the standard library's; of atroposlib, which
+def imported_modules(tree: ast.Module) -> list[str]:
+    """Lists the modules that a script imports when it is loaded, without the standard library's; of atroposlib, which
     is pinned, also the names: ``atroposlib.utils.x:name``.
 
-    Imports inside functions and under ``try`` may be optional and are not counted. Raises ``SyntaxError``.
+    Imports inside functions and under ``try`` may be optional and are not counted.
     """
     found: dict[str, None] = {}
-    for node in parse_script(source, script).body:
+    for node in tree.body:
         if isinstance(node, ast.Import):
             found |= dict.fromkeys(alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -351,12 +351,13 @@ def look(python: str, program: Sequence[str], settings: EnvironmentConfig, run_d
     """
     source, cwd = source_of(program, settings), Path(settings.cwd or run_dir).expanduser()
     script = script_of(program, settings) or Path(program[-1])
-    place, modules = str(script.resolve().parent), imported_modules(source, script)
+    tree = parse_script(source, script)
+    place, modules = str(script.resolve().parent), imported_modules(tree)
     if settings.module is not None:
         place, modules = str(cwd.absolute()), [*modules, settings.module.split(".")[0]]
     if b"sys.path" in source:
         modules = [name for name in modules if name.startswith("atroposlib")]  # others may come from anywhere
-    found = _Needs(parse_script(source, script), settings.args, script.parent.absolute()).needs
+    found = _Needs(tree, settings.args, script.parent.absolute()).needs
     needs = [(*need, certain) for need, certain in found.items()]
     asked = {"place": place, "modules": modules, "needs": needs, "cwd": str(cwd.absolute())}
     command, variables = [python, "-c", _LOOK, json.dumps(asked)], {**os.environ, **import_path(), **settings.env}

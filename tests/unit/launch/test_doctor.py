@@ -23,7 +23,7 @@ from atropos_verl.config.model_checks import Finding, check_model, check_usable,
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch import doctor
-from atropos_verl.launch.environment_script import imported_modules
+from atropos_verl.launch.environment_script import imported_modules, parse_script
 
 GIB = 1 << 30
 
@@ -228,7 +228,7 @@ def environment(tmp_path: Path, text: str, python: str = sys.executable) -> tupl
 def test_imports_that_count_are_those_of_loading() -> None:
     source = b"import os, a.b\nfrom c.d import e\nfrom . import f\nfrom __future__ import annotations\n"
     source += b"try:\n    import g\nexcept ImportError:\n    g = None\ndef h():\n    import i\n"
-    assert imported_modules(source, Path("x.py")) == ["a", "c"]
+    assert imported_modules(parse_script(source, Path("x.py"))) == ["a", "c"]
 
 
 @pytest.mark.parametrize(
