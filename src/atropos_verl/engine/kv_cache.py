@@ -161,9 +161,8 @@ class SlotCache(Cache):  # type: ignore[misc]
         self._rows = self._capacity = 0
         self._row_index = self._lengths = None
 
-    @property
-    def skips(self) -> bool:
-        """True where the next sequence that leaves its slot is not worth storing."""
+    def skips_ended(self) -> bool:
+        """Counts a step in which sequences ended. True where they are not worth storing."""
         self._unused += 1
         return self._unused > UNUSED and self._unused % 8 > 0
 

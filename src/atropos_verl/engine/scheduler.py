@@ -135,7 +135,7 @@ class ContinuousBatch:
         if not gone:  # before the first forward there is nothing to store from
             return
         self._rows = None
-        if not self._runner.cache.skips:
+        if not self._runner.cache.skips_ended():
             slots = enumerate(self.running)
             self._runner.cache.store([(slot, one.context()[:-1]) for slot, one in slots if one in gone])
         alive = [slot for slot, sequence in enumerate(self.running) if sequence not in gone]
