@@ -349,8 +349,13 @@ class Runner:
         holds = "rollouts" in api.features
         if not holds and any(len(found["rows"]) > 1 for found in rollouts) and self._lines.is_new(_UPSTREAM):
             logger.warning(_UPSTREAM)
-        await self._post(api, encode_rollouts(rollouts, env_id, holds_rollouts=holds), group.id)
-        notes.add(group=group.id, over="posted")
+        has_keys = "idempotency" in api.features
+        if not has_keys:  # what was sent before this process died may have arrived: better lost than trained twice
+            notes.add(group=group.id, over="posted")
+        body = encode_rollouts(rollouts, env_id, holds_rollouts=holds)
+        await self._post(api, body, group.id if has_keys else None)
+        if has_keys:
+            notes.add(group=group.id, over="posted")
 
     async def _recall(self, session: str) -> dict[str, Any] | None:
         """The rollout of a session of an earlier process; one that was open is aborted."""
@@ -364,8 +369,7 @@ class Runner:
             await self.gateway.ask("POST", f"/sessions/{session}/abort", {"reason": "the runner was started again"})
         return None
 
-    async def _post(self, api: AtroposClient, body: bytes, group: str) -> None:
-        key = group if "idempotency" in api.features else None
+    async def _post(self, api: AtroposClient, body: bytes, key: str | None) -> None:
         while True:
             try:
                 await asyncio.to_thread(api.post_scored_data_list, [body], key)

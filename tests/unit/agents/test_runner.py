@@ -26,7 +26,7 @@ from atropos_verl.agents.runner import (
     read_tasks,
     task_order,
 )
-from atropos_verl.errors import ConfigError
+from atropos_verl.errors import AtroposTimeoutError, ConfigError
 from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.messages import EnvRegistration
 from atropos_verl.protocol.wire import decode_batch, decode_group
@@ -83,11 +83,12 @@ def registered(server: TrajectoryServer, batch_size: int = 4) -> AtroposClient:
     return AtroposClient(server.url)
 
 
-async def until(runner: Runner, api: AtroposClient, notes: Notes, groups: int, *over: str) -> list[ScoredGroup]:
-    """Serves until the API has so many groups, which are taken, and those of these names are ``over``."""
+async def until(runner: Runner, api: AtroposClient, notes: Notes, groups: int) -> list[ScoredGroup]:
+    """Serves until so many groups, in all, are noted as posted and wait at the API; these are taken."""
     task = asyncio.create_task(runner.serve(api, notes))
     while not task.done():
-        if (await asyncio.to_thread(api.status)).queue_size >= groups and not notes.unfinished.keys() & {*over}:
+        waiting = (await asyncio.to_thread(api.status)).queue_size
+        if min(waiting, notes.begun - len(notes.unfinished)) >= groups:
             break
         await asyncio.sleep(0.02)
     task.cancel()
@@ -140,6 +141,26 @@ async def test_an_api_that_drops_rollouts_gets_advantages_and_a_warning(
         assert rows[0] == rows[1] == pytest.approx(-rows[2]) == pytest.approx(-rows[3])
         assert abs(rows[0]) == pytest.approx(0.5 / (0.5**0.5 + 1e-6))
     assert sum("drops rollout_ids" in record.getMessage() for record in caplog.records) == 1
+
+
+async def test_where_an_api_knows_no_keys_a_group_whose_post_may_have_arrived_is_not_posted_again(
+    gateway: StubGateway, server: TrajectoryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("atropos_verl.server.app.FEATURES", ())
+    client, api, path = client_of(gateway), registered(server, 2), tmp_path / "agent.jsonl"
+    post = api.post_scored_data_list
+
+    async def solve(task: str, session: AgentSession) -> float:
+        return float(await ask(session, client))
+
+    def unanswered(groups: Any, key: str | None) -> None:
+        post(groups, key)
+        raise AtroposTimeoutError("no answer")
+
+    monkeypatch.setattr(api, "post_scored_data_list", unanswered)
+    with pytest.raises(AtroposTimeoutError):
+        await runner_of(client, solve).serve(api, Notes(path))
+    assert (api.status().queue_size, Notes(path).begun, Notes(path).unfinished) == (1, 1, {})
 
 
 async def test_a_failed_rollout_is_replaced_and_failures_of_the_network_are_tried_again(gateway: StubGateway) -> None:
@@ -218,7 +239,7 @@ async def test_a_runner_that_is_started_again_posts_what_was_finished_and_sample
     again = Notes(path)
     sessions = [group.sessions for group in again.unfinished.values()]
     assert (again.begun, sessions) == (3, [["s0", "s1"], ["s2", "s3"], ["s4", "s5", "s6"]])
-    groups = await until(runner_of(client, solve), api, again, 3, "one", "two", "three")
+    groups = await until(runner_of(client, solve), api, again, 3)
     assert sorted(group.scores.tolist() for group in groups) == [[5.0, 1.0], [5.0, 5.0], [5.0, 5.0]]
     assert gateway.sessions["s1"]["state"] == "aborted"
     assert not Notes(path).unfinished
