@@ -7,7 +7,7 @@ import pytest
 import torch
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
 
-from atropos_verl.backends.ray import workers  # noqa: F401  registers
+from atropos_verl.backends.ray import workers
 from atropos_verl.verl_plugin.shims import own_copies
 
 
@@ -55,3 +55,19 @@ def test_the_saved_policy_of_separate_async_does_not_change_with_the_weights() -
     weight.add_(1.0)
     tensor, own = state["weight"]
     assert (tensor.tolist(), own, spec, len(state)) == ([1.0, 1.0], "own spec", "spec", 1)
+
+
+@pytest.mark.parametrize(("meanwhile", "threads"), [(False, 3), (True, 1)])
+def test_a_worker_on_a_cpu_takes_its_share_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch, meanwhile: bool, threads: int
+) -> None:
+    class Worker(workers._PreparedWorker):
+        generates_meanwhile = meanwhile
+
+    taken: list[int] = []
+    monkeypatch.setattr(workers, "init_cpu_process_group", lambda: None)
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda process: set(range(6)))
+    monkeypatch.setattr(workers.torch, "set_num_threads", taken.append)
+    monkeypatch.setenv("RAY_LOCAL_WORLD_SIZE", "2")
+    Worker()
+    assert taken == [threads]
