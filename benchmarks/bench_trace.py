@@ -1,14 +1,18 @@
-"""The index of rollouts at size: how long a look into it takes, and what writing it costs.
+"""The index of rollouts: what writing it costs a run, and how long a look into it takes at size.
 
-``python benchmarks/bench_trace.py [SEQUENCES]`` writes that many sequences (default 100,000) of 64 to 256 tokens with
-the writer of a run, in batches of 16 groups of 8. It prints the processor time of the writing thread for each sequence,
-and the medians of opening a random sequence and of each filter (20 looks each, in turn).
+    python benchmarks/bench_trace.py [--steps 60] [--sequences 100000] [key=value ...]
+
+The first part trains the demo (with the settings given) and notes every second step only: the processor time of a step
+with and without, and the writing thread's own share of the steps with. The second part writes that many sequences of 64
+to 256 tokens with the writer of a run, in batches of 16 groups of 8, and prints the processor time of the writing
+thread for each, and the medians of opening a random sequence and of each filter (20 looks each, in turn).
 """
 
+import argparse
 import random
 import statistics
-import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,8 +44,66 @@ def make_group(rng: np.random.Generator, number: int) -> ScoredGroup:
     )
 
 
+class EverySecondStep(TraceWriter):
+    """Keeps the processor time of this process in each step, and in those that are noted also its own."""
+
+    def __init__(self, run_dir: Path, most_bytes: int) -> None:
+        super().__init__(run_dir, most_bytes)
+        self.is_on = True
+        self.last = 0.0
+        self.own = 0.0
+
+    def _put(self, job: Callable[[], None], weight: int) -> None:
+        if self.is_on:
+            super()._put(job, weight)
+
+    def ended(self, *about: Any, **named: Any) -> None:
+        super().ended(*about, **named)
+        for _ in range(2 * self.is_on):  # the second one is taken when what came before the first is on the disk
+            written = threading.Event()
+            self._put(written.set, 0)
+            written.wait()
+        now = time.process_time()
+        STEPS[self.is_on].append((now - self.last, self.seconds - self.own))
+        self.own, self.last, self.is_on = self.seconds, now, not self.is_on
+
+
+STEPS: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+"""Was it noted? → processor seconds of the step, and of the writing thread in it."""
+
+
+def overhead(words: list[str], steps: int) -> None:
+    from atropos_verl.launch import train
+    from atropos_verl.training import batch_source
+
+    batch_source.TraceWriter = EverySecondStep  # type: ignore[misc]
+    with tempfile.TemporaryDirectory() as name:
+        fixed = [f"run_dir={name}/run", f"steps={steps}", "eval.before=false", "eval.after=false", "save_freq=0"]
+        if train.main([*fixed, *words], config_name="atropos") != 0:
+            raise SystemExit("the run failed")
+    noted, without = STEPS[True][1:], STEPS[False]  # the first one has the start of the run
+    pairs = [a / b for (a, _), (b, _) in zip(noted, without, strict=False)]
+    print(
+        f"a step's processor time: {statistics.median(a for a, _ in noted):.3f} s with the trace, "
+        f"{statistics.median(a for a, _ in without):.3f} s without, ratio {statistics.median(pairs):.4f} "
+        f"(median of {len(pairs)} pairs); the writing thread's share "
+        f"{sum(own for _, own in noted) / sum(a for a, _ in noted):.2%}",
+        flush=True,
+    )
+
+
 def main() -> None:
-    wanted = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60, help="of the run, 0: no run")
+    parser.add_argument("--sequences", type=int, default=100_000, help="of the index, 0: none")
+    options, words = parser.parse_known_args()
+    if options.steps:
+        overhead(words, options.steps)
+    if options.sequences:
+        looks_at_size(options.sequences)
+
+
+def looks_at_size(wanted: int) -> None:
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
         run_dir = Path(name)
@@ -57,7 +119,7 @@ def main() -> None:
             applied = Applied(groups, list(range(GROUPS)), 0, {})
             writer.collected(places, groups, [[None] * SIZE] * GROUPS, applied, build_samples(groups))
             writer.ended(places, batch)
-            while writer._jobs.qsize() > 64:
+            while writer._waiting > 4000:
                 time.sleep(0.01)
         while not writer._jobs.empty():
             time.sleep(0.1)

@@ -38,7 +38,7 @@ _COMMANDS = {
     ),
     "report": (
         "atropos_verl.report.run_report",
-        "show what came of a run, or compare several; --html FILE writes a page with every curve",
+        "show what came of a run, or compare several; --survivors: which rollouts were never trained on",
     ),
     "view": (
         "atropos_verl.report.view",

@@ -23,7 +23,7 @@ def api(run_dir: Path, **settings: Any) -> Iterator[tuple[AtroposClient, tuple[s
     config = RunConfig.from_mapping({"run_dir": str(run_dir), **settings})
     services = TrainingServices(config, gateway_port=9)
     try:
-        made = services.start_api(ProgressReporter(total_steps=1, quiet=True)).atropos
+        made = services.start_api(ProgressReporter(total_steps=1)).atropos
         assert httpx.get(f"{made.api_url}/status").status_code == 401, "nobody else gets in"
         with AtroposClient(str(made.api_url), token=made.token) as client:
             yield client, ("run", str(made.token))

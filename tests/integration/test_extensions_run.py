@@ -12,6 +12,7 @@ from support.scripted_api import batch_of
 from support.trajectory_server import ServerProcess, group
 
 from atropos_verl.errors import ConfigError
+from atropos_verl.report.trace_reader import TraceReader
 
 ME = __name__
 PLAIN = {"advantage_normalization": "none", "sync": {"canary": False}}
@@ -97,3 +98,6 @@ def test_rl_training_step_asks_the_function_once_for_each_completion(model_path:
             report = trainer.rl_training_step(["ab", "cd"])
     assert seen == [8]
     assert report.metrics["reward/mean"] == 3.5
+    reader = TraceReader(tmp_path / "run")
+    items = [item for one in reader.rollouts() for item in reader.sequence(one["id"])["items"] if item["trained"]]
+    assert items and all(abs(item["mismatch"]) < 1e-3 for item in items)  # the engine's model is the trainer's

@@ -33,6 +33,7 @@ from atropos_verl.assets import demo_model_path
 from atropos_verl.server.settings import ServerSettings
 
 MOST_FILES = 28  # one of them notes what becomes of the group (training/trace.py)
+POLLED = {"server/status.py", "engine/embedded.py"}  # looked at from time to time, whatever the group does
 OTHER_THREADS = ("atropos-verl-engine", "inference-gateway")
 GROUP_SIZE = 4
 ROOT = Path(atropos_verl.__file__).parent
@@ -123,7 +124,7 @@ def test_the_files_of_one_groups_way_from_post_to_the_optimiser(tracer: Tracer, 
             thread.join()
             assert (trainer.step, trainer.state.totals.groups_used) == (1, 1)
             assert trainer.state.totals.tokens_trained > 0
-    files = tracer.files
+    files = [file for file in tracer.files if file not in POLLED]
     expected = ("server/app.py", "protocol/journal.py", "provenance/attribution.py", "training/samples.py")
     assert set(expected) < set(files), "the group did not go its whole way"
     assert len(files) <= MOST_FILES, f"{len(files)} files:\n" + "\n".join(files)

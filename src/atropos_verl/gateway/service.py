@@ -266,7 +266,7 @@ class GatewayService(Collector):
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """``generate`` for one request, token by token. Closing the generator frees its slots."""
         begun = time.time()
-        async with self._admitted([request]):
+        async with self._admitted([request]) as untold:
             seen: list[list[GenerationDelta]] = [[] for _ in range(request.n)]
             running = request.n
             try:
@@ -278,11 +278,14 @@ class GatewayService(Collector):
                         seen[delta.index].append(delta)
                         running -= delta.finish_reason is not None
                         if not running:
+                            untold.clear()
                             await self._record([(request, joined(seen))], begun)
                         yield delta
             finally:
-                if running and self.ledger is not None:  # a reader who left may use what it got
-                    self._into_ledger(request, joined(seen), begun)
+                # A reader who left may use what it got.
+                if running and self.ledger is not None and (made := joined(seen)):
+                    untold.clear()
+                    self._into_ledger(request, made, begun)
         self.counts["prompt_tokens"] += len(request.prompt_token_ids)
 
     def _into_ledger(self, request: GenerationRequest, made: list[Generation], begun: float) -> Future[None] | None:
@@ -315,17 +318,18 @@ class GatewayService(Collector):
                     await asyncio.wrap_future(future)
 
     @asynccontextmanager
-    async def _admitted(self, requests: Sequence[GenerationRequest]) -> AsyncIterator[None]:
+    async def _admitted(self, requests: Sequence[GenerationRequest]) -> AsyncIterator[list[GenerationRequest]]:
+        """Gives the list of those whose failure is told; what a record tells of, its caller takes out."""
         throttled = nullcontext() if self.throttle is None else self.throttle.admitted(requests)
-        begun = time.time()
+        begun, untold = time.time(), list(requests)
         try:
             async with throttled, self.gate.request():
-                yield
+                yield untold
         except BaseException as error:
             if self.ledger is not None:
                 left = isinstance(error, asyncio.CancelledError | GeneratorExit)
                 reason = "the client went away" if left else f"{type(error).__name__}: {error}"
-                for request in requests:
+                for request in untold:
                     self._tell_end(request, begun, reason=reason)
             raise
 

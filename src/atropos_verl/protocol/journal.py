@@ -68,14 +68,14 @@ class BatchJournal:
         self._covered = self._covered_before = 0
         """Steps of the newest checkpoint, and of the one before, as far as this process knows."""
         self._lock = threading.RLock()
-        self._last = 0
+        self._last, self._least = 0, 1
         self._clean = False
 
     def record(self, body: bytes, meta: Mapping[str, Any] | None = None, lease_id: str | None = None) -> JournalEntry:
         """Write ``body`` durably; ``meta`` is any JSON object. After this returns, no kill loses the batch."""
         with self._lock:
             self._prepare()
-            sequence = self._last + 1
+            sequence = max(self._last + 1, self._least)
             path = self.directory / f"batch_{sequence:06d}.json"
             size, checksum = len(body), xxhash.xxh3_64_hexdigest(body)
             entry = JournalEntry(sequence, path, dict(meta or {}), None, lease_id, size=size, checksum=checksum)
@@ -88,6 +88,11 @@ class BatchJournal:
                 raise
             self._last = sequence
         return entry
+
+    def number_from(self, sequence: int) -> None:
+        """Batches that are recorded from now on have at least this number."""
+        with self._lock:
+            self._least = sequence
 
     def assign(self, entry: JournalEntry, step: int) -> JournalEntry:
         """Note that training step ``step`` consumed ``entry``; again for a replayed batch. Returns the new entry."""

@@ -2,6 +2,9 @@
 
 A new prompt waits while ``fetched batches + (queued + under way) // batch_size`` exceeds ``off_policy.max_staleness``:
 AReaL's bound (arXiv 2505.24298) in terms of what shows from outside. A next turn of an episode is never held.
+
+That holds where sequences come in the order in which they began. Slow ones are overtaken, and would be left out more
+often than others: while groups are left out as stale, fewer sequences may be under way.
 """
 
 import asyncio
@@ -19,6 +22,8 @@ _PROBE_TOKENS = 1
 """Requests for so few tokens are health checks: they pass."""
 _LEAST_LINGER, _MOST_LINGER = 0.25, 5.0
 """Seconds after which a completion that has not shown up in the queue is not expected any more."""
+_NARROWER, _WIDER = 1 / 4, 1 / 50
+"""Of a batch: how many sequences fewer may be under way after a batch with stale groups, and more after one without."""
 _DELAYS = 32
 """Newest delays between a completion and its place in the queue that the next ones are judged by."""
 
@@ -49,6 +54,8 @@ class StalenessThrottle:
         self._lock = threading.RLock()
         self._queued = 0
         self._fetched = 0
+        self._margin = 0.0
+        """Sequences that may not be under way, though the bound alone would let them."""
         self._generating = 0
         self._finished: deque[tuple[float, int]] = deque()
         self._delays: deque[float] = deque(maxlen=_DELAYS)
@@ -77,10 +84,12 @@ class StalenessThrottle:
             self._fetched += 1
             self._queued = max(0, self._queued - self._batch_size)
 
-    def batch_done(self) -> None:
-        """It was trained on, and the engine has the new weights; or it was given up."""
+    def batch_done(self, stale: int = 0) -> None:
+        """It was trained on, and the engine has the new weights; or it was given up. ``stale`` groups were left out."""
         with self._lock:
             self._fetched = max(0, self._fetched - 1)
+            margin = self._margin + self._batch_size * (_NARROWER if stale else -_WIDER)
+            self._margin = min(max(margin, 0.0), float(self._bound * self._batch_size))
 
     # -- the gateway's side ------------------------------------------------------------------------------------------
 
@@ -93,7 +102,7 @@ class StalenessThrottle:
             while self._finished and self._finished[0][0] < horizon:
                 self._finished.popleft()
             under_way = self._generating + sum(count for _, count in self._finished)
-            ahead = self._fetched + (self._queued + under_way) // self._batch_size
+            ahead = self._fetched + (self._queued + under_way + int(self._margin)) // self._batch_size
             return ahead // self._batches_per_version
 
     @asynccontextmanager

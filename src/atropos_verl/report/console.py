@@ -177,13 +177,12 @@ class ProgressReporter(LiveScreen):
     """Shows a run while it goes on. ``with ProgressReporter(total_steps) as progress: …``.
 
     Without ``with``, on a dumb terminal, in a pipe or a file: plain lines without escape sequences. ``NO_COLOR`` and
-    ``TERM`` are obeyed (by rich). ``quiet``: nothing but the summary is shown.
+    ``TERM`` are obeyed (by rich).
     """
 
-    def __init__(self, total_steps: int, console: Console | None = None, quiet: bool = False) -> None:
+    def __init__(self, total_steps: int, console: Console | None = None) -> None:
         super().__init__(console)
         self.total_steps = total_steps
-        self.quiet = quiet
         self._recent: deque[list[str]] = deque(maxlen=_RECENT_STEPS)
         self._step_seconds: deque[float] = deque(maxlen=_ETA_STEPS)
         self._curves: dict[str, list[float | None]] = {"reward": [], "held-out": []}
@@ -194,9 +193,6 @@ class ProgressReporter(LiveScreen):
         self._phases_said: set[str] = set()
         self._spinner = Spinner("line" if self._ascii_only else "dots")
 
-    def __enter__(self) -> Self:
-        return self if self.quiet else super().__enter__()
-
     def phase(self, name: str) -> None:
         """Says what the run is doing now. As a plain line only the first time: phases recur with every step."""
         self._phase, self._phase_since = name, time.monotonic()
@@ -206,8 +202,7 @@ class ProgressReporter(LiveScreen):
 
     def note(self, message: str) -> None:
         """Says something that stays on the screen."""
-        if not self.quiet:
-            self._print(message)
+        self._print(message)
 
     def step(self, report: StepReport) -> None:
         """Shows a finished optimiser step."""

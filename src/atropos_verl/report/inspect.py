@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from atropos_verl.config.model_checks import embedded_ids, read_json
 from atropos_verl.errors import AtroposAPIError, AtroposProtocolError, ConfigError, DataError, UnsupportedFieldError
 from atropos_verl.protocol.wire import MAGIC, decode_batch, decode_group
 from atropos_verl.report.format import decimal
-from atropos_verl.report.trace_reader import Decoder, load_decoder, model_of_run, settings_of_run
+from atropos_verl.report.trace_reader import NO_DECODER, Decoder, load_decoder, model_of_run, settings_of_run
 from atropos_verl.training.advantages import ESTIMATORS, NORMALIZATIONS
 from atropos_verl.training.quarantine import parse_quarantine_file
 from atropos_verl.training.samples import build_samples
@@ -37,17 +35,13 @@ _DEFAULT_LIMIT = 8
 _MOST_REFUSALS = 20
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Characters by which a trajectory could write to the terminal what is not in it."""
-_BATCH_BODY = re.compile(rb'\s*\{\s*"batch"\s*:')
 _BESIDE_BATCH = re.compile(r"batch_\d+\.[\w.]+\.json")
 """What a journal keeps beside a batch."""
-_QUARANTINE_BODY = re.compile(rb'\s*\{\s*"reason"\s*:')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="FILE|DIR|URL", help=_SOURCE_HELP)
-    add("--take-batch", action="store_true", help="with a URL: GET /batch. The trainer will never see that batch")
-    add("--save", metavar="FILE", type=Path, help="with a URL: keep the answer in FILE")
     add("--timeout", metavar="SECONDS", type=float, default=30.0, help="with a URL (default: %(default)g)")
     add(
         "--tokenizer",
@@ -68,53 +62,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console | None = None) -> int:
     """Inspects and shows. Returns the exit code: 0; 1 content or API at fault; 2 the command is wrong."""
-    console = console or Console()
+    screen = _Screen(console or Console())
     try:
-        found = _read(options)
-        vocab_size = options.vocab_size
-        if options.tokenizer is None and (model := model_of_run(Path(options.source))) is not None:
-            options.tokenizer, vocab_size = model[0], vocab_size or embedded_ids(read_json(model[1] / "config.json")[0])
-        if vocab_size is None and options.tokenizer is not None:
-            vocab_size = embedded_ids(read_json(Path(options.tokenizer).expanduser() / "config.json")[0])
-        settings = SampleSettings(
-            vocab_size=vocab_size,
-            max_token_len=options.max_token_len,
-            estimator=options.estimator,
-            normalization=options.normalization,
-            clipping=options.clipping and tuple(options.clipping),
-            ignore_fields=tuple(options.ignore_field),
-        )
-        limit = options.limit if options.limit is not None or options.json else _DEFAULT_LIMIT
-        inspection = _inspect_groups(
-            found,
-            settings,
-            decoder=_decoder(options.tokenizer, found),
-            policy_version=options.policy_version,
-            detailed=limit or None,
-            with_tokens=options.tokens,
-        )
+        inspection = _inspect(options)
     except (ConfigError, DataError, AtroposAPIError) as error:
-        _plain(Console(stderr=True), f"atropos-verl inspect: {error}")
+        _Screen(Console(stderr=True)).line(f"atropos-verl inspect: {error}")
         return 2 if isinstance(error, ConfigError) else 1
     if options.json:
-        _plain(console, json.dumps(inspection, indent=2, allow_nan=False))
+        screen.line(json.dumps(inspection, indent=2, allow_nan=False))
     else:
-        _Renderer(console).show(inspection)
+        screen.show(inspection)
     return 0
 
 
-def _read(options: argparse.Namespace) -> list[FoundGroup]:
+def _inspect(options: argparse.Namespace) -> dict[str, Any]:
     if options.limit is not None and options.limit < 0:
         raise ConfigError(f"{options.limit} must not be negative", "--limit")
-    token = os.environ.get("ATROPOS_API_TOKEN")
     if options.source.startswith(("http://", "https://")):
-        return read_url(
-            options.source, take_batch=options.take_batch, save=options.save, timeout=options.timeout, token=token
-        )
-    for option, given in (("--take-batch", options.take_batch), ("--save", options.save is not None)):
-        if given:
-            raise ConfigError(f"is for a URL; {options.source} is not one", option)
-    return read_path(Path(options.source))
+        found = read_url(options.source, options.timeout, os.environ.get("ATROPOS_API_TOKEN"))
+    else:
+        found = read_path(Path(options.source))
+    tokenizer, model = options.tokenizer, options.tokenizer
+    if tokenizer is None and (of_run := model_of_run(Path(options.source))) is not None:
+        tokenizer, model = of_run
+    vocab_size = options.vocab_size
+    if vocab_size is None and model is not None:
+        vocab_size = embedded_ids(read_json(Path(model).expanduser() / "config.json")[0])
+    settings = SampleSettings(
+        vocab_size=vocab_size,
+        max_token_len=options.max_token_len,
+        estimator=options.estimator,
+        normalization=options.normalization,
+        clipping=options.clipping and tuple(options.clipping),
+        ignore_fields=tuple(options.ignore_field),
+    )
+    limit = options.limit if options.limit is not None or options.json else _DEFAULT_LIMIT
+    decoder = _demo_decoder(found) if tokenizer is None else load_decoder(tokenizer)
+    return _inspect_groups(found, settings, decoder, options.policy_version, limit or len(found), options.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,26 +126,21 @@ def read_path(path: Path) -> list[FoundGroup]:
             of_run = [path]
         there = [file for place in of_run for file in sorted(place.rglob("*"))] if of_run else sorted(path.iterdir())
         files = [file for file in there if file.suffix in (".json", ".jsonl") and not _BESIDE_BATCH.match(file.name)]
-        if not of_run and settings_of_run(path) is not None:
-            raise ConfigError(f"{path}: this run has fetched no batch yet, and refused no group")
-        if not files and of_run:
-            raise ConfigError(
-                f"{path}: the run refused no group, and its journal holds no batch: of those that a checkpoint covers "
-                "it keeps as many as journal.keep says"
-            )
-        if not files:
-            raise ConfigError(f"{path}: the directory holds no .json or .jsonl file")
-        return [found for file in files for found in _of_directory(file, file.relative_to(path))]
+        is_run = bool(of_run) or settings_of_run(path) is not None
+        if not files or (is_run and not of_run):
+            why = "the run refused no group; of batches that a checkpoint covers it keeps as many as journal.keep says"
+            raise ConfigError(f"{path}: {why if is_run else 'the directory holds no .json or .jsonl file'}")
+        return [found for file in files for found in _of_directory(file, str(file.relative_to(path)))]
     except OSError as error:
         raise ConfigError(f"{error.filename or path}: {error.strerror or error}") from error
 
 
-def _of_directory(file: Path, name: Path) -> list[FoundGroup]:
+def _of_directory(file: Path, name: str) -> list[FoundGroup]:
     try:
-        return load_groups(file.read_bytes(), str(file), prefix=str(name))
+        return load_groups(file.read_bytes(), str(file), prefix=name)
     except DataError as error:  # one damaged file does not hide the others
         damaged = ScoredGroup(token_ids=(), masks=(), scores=np.zeros(0), group_id=file.stem, defect=str(error))
-        return [FoundGroup(damaged, str(name))]
+        return [FoundGroup(damaged, name)]
 
 
 def load_groups(content: bytes, name: str, prefix: str = "") -> list[FoundGroup]:
@@ -175,26 +154,25 @@ def load_groups(content: bytes, name: str, prefix: str = "") -> list[FoundGroup]
     try:
         if content.startswith(MAGIC):
             return _batch(content, prefix)
-        if _QUARANTINE_BODY.match(content):
-            reason, raw = parse_quarantine_file(content)
-            return [FoundGroup(decode_group(raw), prefix or "quarantined group", reason)]
-        if content.lstrip().startswith(b"["):
-            return _batch(b'{"batch":' + content + b"}", prefix)
-        if _BATCH_BODY.match(content):
-            return _batch(content, prefix)
         try:
             value = json.loads(content)
         except (ValueError, RecursionError):
             return _lines(content, prefix)
-        if isinstance(value, dict) and "batch" in value:
-            return _batch(content, prefix)
+        match value:
+            case {"batch": _}:
+                return _batch(content, prefix)
+            case list():
+                return _batch(b'{"batch":' + content + b"}", prefix)
+            case {"tokens": _} | {"masks": _} | {"scores": _}:
+                return [FoundGroup(decode_group(content.strip()), prefix or "group 0")]
+            case {"reason": _}:
+                reason, raw = parse_quarantine_file(content)
+                return [FoundGroup(decode_group(raw), prefix or "quarantined group", reason)]
     except AtroposProtocolError as error:
         raise DataError(f"{name}: {error.reason}") from error
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
-    if not isinstance(value, dict) or value.keys().isdisjoint(("tokens", "masks", "scores")):
-        raise DataError(f"{name}: neither a batch, a group nor a quarantine file; it begins {content[:80]!r}")
-    return [FoundGroup(decode_group(content.strip()), prefix or "group 0")]
+    raise DataError(f"{name}: neither a batch, a group nor a quarantine file; it begins {content[:80]!r}")
 
 
 def _batch(body: bytes, prefix: str = "") -> list[FoundGroup]:
@@ -209,85 +187,44 @@ def _lines(content: bytes, prefix: str) -> list[FoundGroup]:
     return found
 
 
-def read_url(
-    url: str,
-    *,
-    take_batch: bool = False,
-    save: Path | None = None,
-    timeout: float = 30.0,
-    token: str | None = None,
-) -> list[FoundGroup]:
-    """Asks a trajectory API for its latest example, or takes the next batch; no groups: it has nothing yet.
+def read_url(url: str, timeout: float = 30.0, token: str | None = None) -> list[FoundGroup]:
+    """Asks a trajectory API for its latest example, for at most ``timeout`` seconds; no groups: it has nothing yet.
 
-    ``save``: a new file, made before anything is asked and written before anything is decoded. ``timeout``: seconds.
-
-    Raises ``AtroposAPIError`` without a usable answer, ``ConfigError`` for a wrong URL or a file that cannot be made.
+    Raises ``AtroposAPIError`` without a usable answer, ``ConfigError`` for a wrong URL.
     """
     from atropos_verl.protocol.client import AtroposClient
 
     base = url.rstrip("/").removesuffix("/latest_example")
-    if base.endswith("/batch") and not take_batch:
-        raise ConfigError(f"GET {url} takes the batch away from the trainer; if that is meant, add --take-batch")
-    with _new_file(save) as file, AtroposClient(base.removesuffix("/batch"), timeout=timeout, token=token) as client:
-        if take_batch:
-            fetched = client.poll_batch()
-            body = b'{"batch":null}' if fetched is None else fetched.body
-        else:
-            client.check()
-            body = client.latest_example()
-        if file is not None:
-            file.write(body)
-    if take_batch:
-        return _batch(body)
-    group = decode_group(body)
-    empty = group.defect is None and len(group) == 0
-    return [] if empty else [FoundGroup(group, "latest example")]
+    if base.endswith("/batch"):
+        raise ConfigError(
+            f"GET {url} takes the batch away from the trainer; if that is meant, save it with curl and inspect the file"
+        )
+    with AtroposClient(base, timeout=timeout, token=token) as client:
+        client.check()
+        group = decode_group(client.latest_example())
+    return [FoundGroup(group, "latest example")] if group.defect is not None or len(group) else []
 
 
-@contextlib.contextmanager
-def _new_file(path: Path | None) -> Iterator[BinaryIO | None]:
-    """Opens ``path`` for writing; removes it again when nothing was written."""
-    if path is None:
-        yield None
-        return
-    try:
-        file = path.open("xb")
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}", "--save") from error
-    try:
-        with file:
-            yield file
-    finally:
-        if path.stat().st_size == 0:
-            path.unlink()
-
-
-def _decoder(name: str | None, found: list[FoundGroup]) -> Decoder | None:
-    if name is not None:
-        return load_decoder(name)
+def _demo_decoder(found: list[FoundGroup]) -> Decoder:
     from atropos_verl.assets import demo_model_path
 
-    try:
-        demo = load_decoder(str(demo_model_path()))
-    except FileNotFoundError:
-        return None
+    demo = load_decoder(str(demo_model_path()))
     # Byte-level ids of another model would also fit: then the text is nonsense, and --tokenizer is the remedy.
-    rows = [row for item in found for row in item.group.token_ids if row.size]
-    return demo if all(row.min() >= 0 and row.max() < demo.vocab_size for row in rows) else None
+    fits = all(demo.knows(row.tolist()) for item in found for row in item.group.token_ids)
+    return demo if fits else NO_DECODER
 
 
 def _inspect_groups(
     found: Sequence[FoundGroup],
     settings: SampleSettings,
-    *,
-    decoder: Decoder | None,
+    decoder: Decoder,
     policy_version: int | None,
-    detailed: int | None,
+    detailed: int,
     with_tokens: bool,
 ) -> dict[str, Any]:
     """Does what the trainer does with one global batch, and keeps what it would throw away. Raises ``ConfigError``.
 
-    The JSON is in docs/internals.md; the first ``detailed`` groups (None: all) are described with their sequences.
+    The JSON is in docs/internals.md; the first ``detailed`` groups are described with their sequences.
     """
     refusals = [_refusal(item.group, settings) for item in found]
     used = [item.group for item, (reason, _) in zip(found, refusals, strict=True) if reason is None]
@@ -302,8 +239,9 @@ def _inspect_groups(
                 excluded = f"{len(ids)} tokens, more than max_token_len = {limit}"
             # Samples come in the order of groups and sequences, those left out missing.
             sample = next(samples) if reason is None and excluded is None else None
-            if detailed is None or number < detailed:
-                sequences.append(_sequence(group, i, sample, excluded, policy_version, decoder, with_tokens))
+            if number < detailed:
+                view = _sequence(group, i, sample, policy_version, decoder, with_tokens)
+                sequences.append({**view, "excluded": excluded})
         views.append(
             {
                 "origin": item.origin,
@@ -312,7 +250,7 @@ def _inspect_groups(
                 "refused": reason,
                 "stops_run": stops_run,
                 "recorded_reason": item.recorded_reason,
-                "sequences": sequences if detailed is None or number < detailed else None,
+                "sequences": sequences if number < detailed else None,
             }
         )
     return {
@@ -339,9 +277,8 @@ def _sequence(
     group: ScoredGroup,
     i: int,
     sample: TrainingSample | None,
-    excluded: str | None,
     current: int | None,
-    decoder: Decoder | None,
+    decoder: Decoder,
     with_tokens: bool,
 ) -> dict[str, Any]:
     """Describes a sequence; without a sample as far as it can be shown, since its arrays need not fit each other."""
@@ -350,19 +287,24 @@ def _sequence(
     advantages = logprobs = np.full(len(ids), np.nan)
     trained, version = np.zeros(len(ids), dtype=bool), None
     if sample is not None:
-        trained, advantages, version = sample.loss_mask, sample.advantages, sample.policy_version
-        if sample.rollout_logprobs is not None:
-            logprobs = sample.rollout_logprobs
+        trained, version = sample.loss_mask, sample.policy_version
+        advantages = np.where(trained, sample.advantages, np.nan)
+        logprobs = logprobs if sample.rollout_logprobs is None else sample.rollout_logprobs
     elif i < len(group.masks):
         marks = group.masks[i][: len(ids)] != NOT_TRAINED
         trained[1 : len(marks)] = marks[1:]  # nothing predicts the first token
+    edges = [*np.flatnonzero(np.diff(trained, prepend=not trained[:1].any())).tolist(), len(ids)]
+    pieces = [
+        {"text": _text(ids, start, end, decoder), "trained": bool(trained[start])}
+        for start, end in itertools.pairwise(edges)
+    ]
     tokens = [
         {
             "position": position,
             "id": token,
-            "text": decoder.decode([token]) if decoder is not None and decoder.knows([token]) else "",
+            "text": decoder.decode([token]) if decoder.knows([token]) else "",
             "trained": bool(trained[position]),
-            "advantage": _number(advantages[position]) if trained[position] else None,
+            "advantage": _number(advantages[position]),
             "logprob": _number(logprobs[position]),
         }
         for position, token in enumerate(ids if with_tokens else ())
@@ -380,8 +322,7 @@ def _sequence(
         "policy_version": version,
         "staleness": None if version is None or current is None else current - version,
         "truncated": sample is not None and sample.truncated,
-        "excluded": excluded,
-        "pieces": _pieces(ids, trained.tolist(), decoder),
+        "pieces": pieces,
         "tokens": tokens if with_tokens else None,
     }
 
@@ -397,29 +338,16 @@ def _spread(values: FloatArray) -> dict[str, Any] | None:
     return {"mean": float(values.mean()), "min": float(values.min()), "max": float(values.max()), "count": values.size}
 
 
-def _pieces(ids: list[int], marks: list[bool], decoder: Decoder | None) -> list[dict[str, Any]]:
-    edges = [i for i in range(len(ids)) if i == 0 or marks[i] != marks[i - 1]] + [len(ids)]
-    return [
-        {"text": _text(ids, start, end, decoder), "trained": marks[start]} for start, end in itertools.pairwise(edges)
-    ]
-
-
-def _text(ids: list[int], start: int, end: int, decoder: Decoder | None) -> str:
+def _text(ids: list[int], start: int, end: int, decoder: Decoder) -> str:
     """Decodes ``ids[start:end]`` in its context: many tokenizers decode a leading space only after something."""
-    if decoder is None or not decoder.knows(ids[:end]):
-        return " ".join(str(token) for token in ids[start:end])
+    if not decoder.knows(ids[:end]):
+        return decoder.text(ids[start:end])
     before = decoder.decode(ids[:start]) if start else ""
     text = decoder.decode(ids[:end])
     return text[len(before) :] if text.startswith(before) else decoder.decode(ids[start:end])
 
 
-def _plain(console: Console, text: str) -> None:
-    """Prints text as it is: no markup, no wrapping, no colours."""
-    text = text.encode(console.encoding, "backslashreplace").decode(console.encoding)
-    console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
-
-
-class _Renderer:
+class _Screen:
     """Shows an inspection. On a terminal trained tokens are reversed and coloured, elsewhere in ``[[ ]]``."""
 
     def __init__(self, console: Console) -> None:
@@ -432,16 +360,14 @@ class _Renderer:
         for group in shown:
             self._group(group)
         if len(shown) < len(groups):
-            self._line(f"... {len(groups) - len(shown)} more groups (--limit 0 shows all)")
+            self.line(f"... {len(groups) - len(shown)} more groups (--limit 0 shows all)")
             refused = [group for group in groups[len(shown) :] if group["refused"] is not None]
             for group in refused[:_MOST_REFUSALS]:
-                self._line(f"{group['origin']}: refused: {group['refused']}", "bold red")
-            if len(refused) > _MOST_REFUSALS:
-                self._line(f"... {len(refused) - _MOST_REFUSALS} more refused groups")
+                self.line(f"{group['origin']}: refused: {group['refused']}", "bold red")
         if not groups:
-            self._line("no group: the API has nothing yet, or the batch is empty")
+            self.line("no group: the API has nothing yet, or the batch is empty")
             return
-        self._line(
+        self.line(
             f"groups: {len(groups) - inspection['refused']} used, {inspection['refused']} refused; "
             f"sequences: {inspection['sequences']} trained, {inspection['dropped_overlong']} dropped as overlong; "
             f"trained tokens: {inspection['trained_tokens']}; mean score: {decimal(inspection['mean_score'])}",
@@ -452,41 +378,35 @@ class _Renderer:
         env = "" if group["env_id"] is None else f", env_id {group['env_id']}"
         count, rollouts = len(group["sequences"]), len({sequence["rollout"] for sequence in group["sequences"]})
         rows = "" if rollouts == count else f" of {rollouts} rollouts"
-        self._line(f"{group['origin']}: id {group['group_id']}{env}, sequences: {count}{rows}", "bold")
+        self.line(f"{group['origin']}: id {group['group_id']}{env}, sequences: {count}{rows}", "bold")
         if group["recorded_reason"] is not None:
-            self._line(f"  quarantined by the run: {group['recorded_reason']}", "bold red")
+            self.line(f"  quarantined by the run: {group['recorded_reason']}", "bold red")
         if group["refused"] is not None:
             kind = "would stop the run" if group["stops_run"] else "refused"
-            self._line(f"  {kind}: {group['refused']}", "bold red")
+            self.line(f"  {kind}: {group['refused']}", "bold red")
         elif group["recorded_reason"] is not None:
-            self._line("  with the settings of this inspection it would be trained on")
+            self.line("  with the settings of this inspection it would be trained on")
         for sequence in group["sequences"]:
             self._sequence(sequence)
-        self._line("")
+        self.line("")
 
     def _sequence(self, view: dict[str, Any]) -> None:
-        fate = "trained" if view["temperature"] is not None else "marked as trained"
-        facts = [f"score {decimal(view['score'])}", f"{view['trained_tokens']} of {view['length']} tokens {fate}"]
-        if view["rollout"] != view["index"]:
-            facts.insert(0, f"of rollout {view['rollout']}")
-        if view["weight"] != 1:
-            facts.append(f"weight {view['weight']:g}")
-        facts += [f"{name} {_shown(view[name])}" for name in ("advantage", "logprob") if view[name] is not None]
-        if view["temperature"] is not None:
-            facts.append(f"temperature {view['temperature']:g}")
-        if view["policy_version"] is not None:
-            stale = "" if view["staleness"] is None else f" ({view['staleness']} behind)"
-            facts.append(f"policy version {view['policy_version']}{stale}")
-        if view["truncated"]:
-            facts.append("truncated")
-        self._line(f"  sequence {view['index']}: {', '.join(facts)}")
+        is_sample = view["temperature"] is not None
+        fate = "trained" if is_sample else "marked as trained"
+        stale = "" if view["staleness"] is None else f" ({view['staleness']} behind)"
+        facts = [
+            f"of rollout {view['rollout']}" if view["rollout"] != view["index"] else "",
+            f"score {decimal(view['score'])}",
+            f"{view['trained_tokens']} of {view['length']} tokens {fate}",
+            f"weight {view['weight']:g}" if view["weight"] != 1 else "",
+            *(f"{name} {_shown(view[name])}" for name in ("advantage", "logprob") if view[name] is not None),
+            f"temperature {view['temperature']:g}" if is_sample else "",
+            f"policy version {view['policy_version']}{stale}" if view["policy_version"] is not None else "",
+            "truncated" if view["truncated"] else "",
+        ]
+        self.line(f"  sequence {view['index']}: {', '.join(filter(None, facts))}")
         if view["excluded"] is not None:
-            self._line(f"    not trained: {view['excluded']}", "yellow")
-        self._console.print(self._marked(view), soft_wrap=True)
-        if view["tokens"] is not None:
-            self._tokens(view["tokens"])
-
-    def _marked(self, view: dict[str, Any]) -> Text:
+            self.line(f"    not trained: {view['excluded']}", "yellow")
         mean = view["advantage"]["mean"] if view["advantage"] is not None else 0
         colour = "green" if mean > 0 else "red" if mean < 0 else "yellow"
         text = Text("    ")
@@ -496,21 +416,18 @@ class _Renderer:
                 text.append(f"[[{words}]]" if self._marks else words, style=f"reverse {colour}")
             else:
                 text.append(words)
-        return text
-
-    def _tokens(self, tokens: list[dict[str, Any]]) -> None:
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-        for name in ("    position", "id", "text", "trained", "advantage", "logprob"):
-            justify: Any = "left" if name in ("text", "trained") else "right"
-            table.add_column(name, justify=justify, no_wrap=name == "text")
-        for token in tokens:
-            words = Text(self._encodable(repr(token["text"])))
-            numbers = [decimal(v, 4) if v is not None else "" for v in (token["advantage"], token["logprob"])]
+        self._console.print(text, soft_wrap=True)
+        if view["tokens"] is None:
+            return
+        form = "{:>12}  {:>7}  {:16}  {:7}  {:>9}  {:>9}"
+        self.line(form.format("position", "id", "text", "trained", "advantage", "logprob"))
+        for token in view["tokens"]:
+            numbers = ("" if token[name] is None else decimal(token[name], 4) for name in ("advantage", "logprob"))
             trained = "yes" if token["trained"] else ""
-            table.add_row(str(token["position"]), str(token["id"]), words, trained, *numbers)
-        self._console.print(table)
+            self.line(form.format(token["position"], token["id"], repr(token["text"]), trained, *numbers))
 
-    def _line(self, text: str, style: str = "") -> None:
+    def line(self, text: str, style: str = "") -> None:
+        """Text as it is: no markup, no wrapping."""
         self._console.print(Text(self._encodable(text), style=style), soft_wrap=True)
 
     def _encodable(self, text: str) -> str:

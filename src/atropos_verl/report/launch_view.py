@@ -10,14 +10,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from atropos_verl.config.model_checks import read_json
 from atropos_verl.errors import ConfigError
 from atropos_verl.report.console import CURVE_WIDTH, LiveScreen, step_line
 from atropos_verl.report.format import count, duration, sparkline
+from atropos_verl.report.trace_reader import TraceReader
 
 _NOTES = 8
-_STALE_SECONDS = 10.0
-"""A launcher writes its state twice a second."""
 _LIVING = ("waiting", "starting", "running", "restarting")
 _STYLES = {"running": "green", "ended": "green", "failed": "bold red", "restarting": "yellow", "starting": "cyan"}
 
@@ -103,48 +101,35 @@ def _flow(state: Mapping[str, Any]) -> str:
     )
 
 
-def _read_state(run_dir: Path) -> dict[str, Any]:
-    """Reads the newest state of a launch. Raises ``ConfigError`` when ``run_dir`` holds none."""
-    path = run_dir / "state.json"
-    state, problem = read_json(path)
-    if problem and not path.exists():
-        raise ConfigError(f"{path} does not exist; is {run_dir} the run directory of a launch?")
-    if problem:
-        raise ConfigError(problem)
-    return state
-
-
 def attach(run_dir: Path, *, console: Console | None = None, once: bool = False, interval: float = 0.5) -> int:
     """Shows a launch until it ends, or ``once``, as without a terminal; ``interval``: seconds between looks.
 
-    Returns 0; 1 when the launcher is gone without having ended its run in order.
+    Returns 0; 1 when the launcher is gone without having ended its run in order. Raises ``ConfigError``: it is none.
     """
-    console = console or Console()
-    state = _read_state(run_dir)
+    console, reader = console or Console(), TraceReader(run_dir)
+
+    def look() -> tuple[dict[str, Any], RenderableType]:
+        live, path = reader.live(), run_dir / "state.json"
+        if live["state"] is None:
+            problem = "cannot be read" if path.exists() else "does not exist"
+            raise ConfigError(f"{path} {problem}; is {run_dir} the run directory of a launch?")
+        return live, _render_state(live["state"], width=console.width, notes=_NOTES)
+
+    live, screen = look()
     if once or not console.is_terminal:
-        console.print(_render_state(state, width=console.width, notes=_NOTES))
+        console.print(screen)
     else:
-        with Live(console=console, refresh_per_second=4) as live:
-            while True:
-                live.update(_render_state(state, width=console.width, notes=_NOTES))
-                if _is_over(state) or _age(state) > _STALE_SECONDS:
-                    break
+        with Live(screen, console=console, refresh_per_second=4) as shown:
+            while live["running"]:
                 time.sleep(interval)
-                state = _read_state(run_dir)
-    if _is_over(state):
-        console.print(state.get("ending") or "the launch has ended", markup=False, highlight=False)
-        return 0
-    if _age(state) > _STALE_SECONDS:
-        text = f"the launcher (pid {state.get('pid')}) has written nothing for {_age(state):.0f} s: it was killed"
+                live, screen = look()
+                shown.update(screen)
+    text, code, state = None, 0, live["state"]
+    if live["ended"]:
+        text = state.get("ending") or "the launch has ended"
+    elif not live["running"]:
+        text = f"the launcher (pid {state.get('pid')}) has written nothing for {live['age']:.0f} s: it was killed"
+        code = 1
+    if text is not None:
         console.print(text, markup=False, highlight=False)
-        return 1
-    return 0
-
-
-def _is_over(state: Mapping[str, Any]) -> bool:
-    return all(service.get("state") in ("ended", "stopped", "failed") for service in state.get("services", []))
-
-
-def _age(state: Mapping[str, Any]) -> float:
-    """Returns the seconds since the state was written."""
-    return max(0.0, time.time() - float(state.get("time", 0.0)))
+    return code

@@ -29,8 +29,11 @@ from atropos_verl.errors import ConfigError
 from atropos_verl.training.trace import BITS, NAME, SequenceData
 from atropos_verl.types import UNKNOWN_VERSION, FloatArray
 
-_EXCERPT = 200
 _MOST_ROWS = 1000
+_ROLLOUTS = (
+    f"SELECT *, id >> {BITS} AS 'group', id & {(1 << BITS) - 1} AS position, "
+    "(SELECT substr(text, -200) FROM texts WHERE rowid = sequences.id) AS excerpt FROM sequences WHERE"
+)
 _HEADER = re.compile(
     r"<\|im_start\|>(\w+)\n?|<\|start_header_id\|>(\w+)<\|end_header_id\|>\s*|<start_of_turn>(\w+)\n?"
     r"|<\|(system|user|assistant|tool|observation)\|>\n?|<\uff5c(User|Assistant)\uff5c>|\[(INST)\]|\[(/INST)\]"
@@ -137,24 +140,7 @@ class TraceReader:
         condition, values = (wanted or RolloutFilter()).where()
         if before is not None:
             condition, values = f"({condition}) AND id < ?", [*values, before]
-        rows = self._read(
-            f"SELECT * FROM sequences WHERE {condition} ORDER BY id DESC LIMIT ?", [*values, min(limit, _MOST_ROWS)]
-        )
-        return self._with_excerpts(rows)
-
-    def _with_excerpts(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        ids = json.dumps([row["id"] for row in rows])
-        found = self._read(
-            f"SELECT rowid AS id, substr(text, -{_EXCERPT}) AS text FROM texts "
-            "WHERE rowid IN (SELECT value FROM json_each(?))",
-            [ids],
-        )
-        texts = {row["id"]: row["text"] for row in found}
-        mask = (1 << BITS) - 1
-        return [
-            {**row, "group": row["id"] >> BITS, "position": row["id"] & mask, "excerpt": texts.get(row["id"])}
-            for row in rows
-        ]
+        return self._read(f"{_ROLLOUTS} {condition} ORDER BY id DESC LIMIT ?", [*values, min(limit, _MOST_ROWS)])
 
     def group(self, id_: int) -> dict[str, Any]:
         """One group: ``id``, ``arrived``, ``step``, ``environment``, ``state``, ``reason``, ``size``, mean ``reward``,
@@ -164,10 +150,8 @@ class TraceReader:
         found = self._read("SELECT * FROM groups WHERE id = ?", [id_])
         if not found:
             raise KeyError(id_)
-        rows = self._read(
-            "SELECT * FROM sequences WHERE id >= ? AND id < ? ORDER BY id", [id_ << BITS, id_ + 1 << BITS]
-        )
-        return {**found[0], "sequences": self._with_excerpts(rows)}
+        rows = self._read(f"{_ROLLOUTS} id >= ? AND id < ? ORDER BY id", [id_ << BITS, id_ + 1 << BITS])
+        return {**found[0], "sequences": rows}
 
     def sequence(self, id_: int) -> dict[str, Any]:
         """One sequence: what ``rollouts`` says of it, and
@@ -180,7 +164,7 @@ class TraceReader:
 
         Both are None while it is under way: its tokens are noted when its step ends.
         """
-        rows = self._with_excerpts(self._read("SELECT * FROM sequences WHERE id = ?", [id_]))
+        rows = self._read(f"{_ROLLOUTS} id = ?", [id_])
         if not rows:
             raise KeyError(id_)
         packed = self._read("SELECT data FROM data WHERE id = ?", [id_])
@@ -190,23 +174,15 @@ class TraceReader:
         items = _items(data, self.decoder)
         return {**rows[0], "turns": _turns(items, self.decoder), "items": items}
 
-    def counts(self) -> dict[str, Any]:
-        """``groups`` and ``sequences`` by state, removed ones included; ``environments``: the same of each (id as text,
-        "none" where it is not known)."""
-        found: dict[str, Any] = {"groups": defaultdict(int), "sequences": defaultdict(int), "environments": {}}
-        of_groups = "SELECT environment, state, count(*) AS n FROM groups GROUP BY 1, 2"
-        gone = "SELECT environment, state, {} AS n FROM thinned"
-        of_sequences = "SELECT environment, state, count(*) AS n FROM sequences GROUP BY 1, 2"
-        for kind, sql in (
-            ("groups", f"{of_groups} UNION ALL {gone.format('groups')}"),
-            ("sequences", f"{of_sequences} UNION ALL {gone.format('sequences')}"),
-        ):
-            for row in self._read(sql):
-                name = "none" if row["environment"] is None else str(row["environment"])
-                own = found["environments"].setdefault(name, {"groups": {}, "sequences": {}})[kind]
-                own[row["state"]] = own.get(row["state"], 0) + row["n"]
-                found[kind][row["state"]] += row["n"]
-        return {**found, "groups": dict(found["groups"]), "sequences": dict(found["sequences"])}
+    def counts(self) -> dict[str, dict[str, int]]:
+        """``groups`` and ``sequences`` by state, removed ones included."""
+        rows = self._read(
+            "SELECT state, sum(g) AS groups, sum(s) AS sequences FROM ("
+            "SELECT state, count(*) AS g, 0 AS s FROM groups GROUP BY 1 UNION ALL "
+            "SELECT state, 0, count(*) FROM sequences GROUP BY 1 UNION ALL "
+            "SELECT state, groups, sequences FROM thinned) GROUP BY 1"
+        )
+        return {kind: {row["state"]: row[kind] for row in rows if row[kind]} for kind in ("groups", "sequences")}
 
     # -- what training saw of what was begun -------------------------------------------------------------------------
 
@@ -222,23 +198,22 @@ class TraceReader:
         """
         columns = "environment, state, reward, tokens - prompt_tokens AS length, latency, weight"
         rollouts = self._read(f"SELECT {columns} FROM sequences") + list(self._not_posted())
-        ends: dict[str, int] = defaultdict(int)
-        for one in rollouts:
-            ends[one["state"]] += one["weight"]
         begun = [one for one in rollouts if one["state"] != "under_way"]
         trained = [one for one in begun if one["state"] == "trained"]
         by: dict[str, Any] = {name: _compared(begun, trained, name) for name in ("length", "latency", "reward")}
-        shares = [_shares(group) for group in (begun, trained)]
+        shares = [_weighed(group, "environment") for group in (begun, trained)]
         names = sorted(set(shares[0]) - {"none"})
         totals = [sum(group.get(name, 0) for name in names) or 1 for group in shares]
         gaps = [abs(shares[0][name] / totals[0] - shares[1].get(name, 0) / totals[1]) for name in names]
-        by["environment"] = {
-            "begun": shares[0],
-            "trained": shares[1],
-            "distance": max(gaps) if trained and gaps else None,
+        largest = max(gaps) if trained and gaps else None
+        by["environment"] = {"begun": shares[0], "trained": shares[1], "distance": largest}
+        ends = _weighed(rollouts, "state")
+        return {
+            "begun": sum(ends.values()) - ends.get("under_way", 0),
+            "trained": ends.get("trained", 0),
+            "ends": ends,
+            "by": by,
         }
-        counts = {name: sum(one["weight"] for one in group) for name, group in (("begun", begun), ("trained", trained))}
-        return {**counts, "ends": dict(ends), "by": by}
 
     def _not_posted(self) -> Iterator[dict[str, Any]]:
         newest = self._read("SELECT max(last_version) AS version FROM sequences WHERE state = 'trained'")
@@ -271,7 +246,8 @@ class TraceReader:
         that came of it, as ``rollouts`` lists them. Raises ``KeyError`` and ``ConfigError``."""
         from atropos_verl.gateway.sessions import stored_session
 
-        found = stored_session(self.run_dir / "gateway", id_)
+        directory = self.run_dir / "gateway"
+        found = stored_session(directory, id_) if (directory / "sessions.sqlite").exists() else None
         if found is None:
             raise KeyError(id_)
         return {**found, "sequences": self.rollouts(RolloutFilter(session=id_), _MOST_ROWS)}
@@ -279,39 +255,26 @@ class TraceReader:
     # -- the tokenizer -----------------------------------------------------------------------------------------------
 
     @cached_property
-    def decoder(self) -> "Decoder | None":
-        """Of the run's tokenizer; None where it is not here any more."""
+    def decoder(self) -> "Decoder":
+        """Of the run's tokenizer; one that knows no token where that is not here any more."""
         found = model_of_run(self.run_dir)
         with contextlib.suppress(ConfigError):
-            return None if found is None else load_decoder(found[0])
-        return None
-
-    # -- figures -----------------------------------------------------------------------------------------------------
-
-    def metrics(self, after: int = 0) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl`` of steps above ``after``; [] where there is none. Raises ``ConfigError``,
-        with file and line, for one that is none."""
-        path = self.run_dir / "metrics.jsonl"
-        try:
-            return [line for line in read_steps(path) if line["step"] > after]
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise ConfigError(f"cannot read {path} ({error.strerror})") from None
+            return NO_DECODER if found is None else load_decoder(found[0])
+        return NO_DECODER
 
     def live(self) -> dict[str, Any]:
         """What the run says of itself now: ``state``, the launcher's (services, ``api``, ``gateway``, ``rates``,
         ``notes`` with the diagnosis of a stall; None where there was none), ``age`` (seconds since it was written),
-        ``running``."""
+        ``ended`` (in order), ``running``."""
         state, problem = read_json(self.run_dir / "state.json")
         if problem:
-            return {"state": None, "age": None, "running": False}
+            return {"state": None, "age": None, "ended": False, "running": False}
         for name in ("api_url", "gateway_url"):  # a password may stand in it, and a view on this machine asks for none
             if isinstance(url := state.get(name), str):
                 state[name] = re.sub(r"//[^/]*@", "//", url)
         age = max(0.0, time.time() - float(state.get("time", 0.0)))
         ended = all(one.get("state") in ("ended", "stopped", "failed") for one in state.get("services", []))
-        return {"state": state, "age": age, "running": age <= _LIVE_SECONDS and not ended}
+        return {"state": state, "age": age, "ended": ended, "running": age <= _LIVE_SECONDS and not ended}
 
 
 def read_steps(path: Path) -> Iterator[dict[str, Any]]:
@@ -330,30 +293,30 @@ def read_steps(path: Path) -> Iterator[dict[str, Any]]:
         yield value
 
 
-def _shares(rollouts: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+def _weighed(rollouts: Iterable[Mapping[str, Any]], column: str) -> dict[str, int]:
+    """How many there are of each value, as text."""
     found: dict[str, int] = defaultdict(int)
     for one in rollouts:
-        found["none" if one["environment"] is None else str(one["environment"])] += one["weight"]
+        found["none" if one[column] is None else str(one[column])] += one["weight"]
     return dict(found)
 
 
 def _compared(begun: Iterable[Mapping[str, Any]], trained: Iterable[Mapping[str, Any]], name: str) -> dict[str, Any]:
-    known = [[one for one in group if one[name] is not None] for group in (begun, trained)]
-    values = [np.array([one[name] for one in group], float) for group in known]
-    weights = [np.array([one["weight"] for one in group], float) for group in known]
-    edges = np.histogram_bin_edges(values[0], _SURVIVAL_BINS) if values[0].size else np.zeros(0)
-    counts = [
-        np.histogram(v, edges, weights=w)[0].tolist() if edges.size else []
-        for v, w in zip(values, weights, strict=True)
+    columns = [
+        np.array([(one[name], one["weight"]) for one in group if one[name] is not None], float).reshape(-1, 2).T
+        for group in (begun, trained)
     ]
-    means = [float(np.average(v, weights=w)) if v.size else None for v, w in zip(values, weights, strict=True)]
+    is_known = [values.size > 0 for values, _ in columns]
+    edges = np.histogram_bin_edges(columns[0][0], _SURVIVAL_BINS) if is_known[0] else np.zeros(0)
+    counts = [np.histogram(v, edges, weights=w)[0].tolist() if edges.size else [] for v, w in columns]
+    means = [float(np.average(v, weights=w)) if v.size else None for v, w in columns]
     return {
         "edges": edges.tolist(),
         "begun": counts[0],
         "trained": counts[1],
         "begun_mean": means[0],
         "trained_mean": means[1],
-        "distance": distance(values[0], values[1], *weights) if values[1].size else None,
+        "distance": distance(columns[0][0], columns[1][0], columns[0][1], columns[1][1]) if is_known[1] else None,
     }
 
 
@@ -389,6 +352,14 @@ class Decoder:
             return ""
         text = self.decode([id_])
         return f" {text}" if (self.piece(id_) or "").startswith("\u2581") and not text.startswith(" ") else text
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The ids themselves, where they are of another vocabulary."""
+        return self.decode(ids) if self.knows(ids) else " ".join(map(str, ids))
+
+
+NO_DECODER = Decoder(0, lambda ids: "", str)
+"""Knows no token."""
 
 
 def load_decoder(name: str) -> Decoder:
@@ -439,41 +410,39 @@ def settings_of_run(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-def _items(data: SequenceData, decoder: Decoder | None) -> list[dict[str, Any]]:
+def _items(data: SequenceData, decoder: Decoder) -> list[dict[str, Any]]:
     ids = np.frombuffer(data.ids, "<u4").tolist()
-    places = [place for start, stop in data.shown for place in range(start, stop)]
-    trained = np.frombuffer(data.trained, np.bool_)
-    lost = np.frombuffer(data.unmatched, np.bool_)
-    advantages, logprobs, own = (
-        np.frombuffer(values, "<f4").astype(float) for values in (data.advantages, data.logprobs, data.trainer_logprobs)
-    )
-    versions = [version for version, count in data.versions for _ in range(count)]
-    texts: dict[int, str] = {}
-    items: list[dict[str, Any]] = []
-    for id_ in ids:
-        if id_ not in texts:
-            texts[id_] = "" if decoder is None else decoder.token(id_)
-        items.append({"id": id_, "text": texts[id_], "trained": False, "unmatched": False})
-        items[-1] |= dict.fromkeys(("advantage", "logprob", "mismatch", "version"))
-    for number, place in enumerate(places):
-        item = items[place]
-        item["trained"] = bool(trained[number])
-        item["unmatched"] = bool(lost[number]) if lost.size else False
-        if item["trained"] and advantages.size:
-            item["advantage"] = _number(advantages[number if advantages.size > 1 else 0])
-        item["logprob"] = _number(logprobs[number]) if logprobs.size else None
-        if logprobs.size and own.size:
-            item["mismatch"] = _number(own[number] - logprobs[number])
-        if versions and versions[number] != UNKNOWN_VERSION:
-            item["version"] = versions[number]
-    return items
+    shown = [place for start, stop in data.shown for place in range(start, stop)]
+
+    def spread(values: Any, nothing: Any) -> Any:
+        found = np.full(len(ids), nothing)
+        if len(values):
+            found[shown] = values
+        return found
+
+    trained, unmatched = (spread(np.frombuffer(marks, np.bool_), False) for marks in (data.trained, data.unmatched))
+    packed = (data.advantages, data.logprobs, data.trainer_logprobs)
+    advantages, logprobs, own = (spread(np.frombuffer(values, "<f4"), math.nan) for values in packed)
+    versions = spread([version for version, count in data.versions for _ in range(count)], UNKNOWN_VERSION)
+    texts = {id_: decoder.token(id_) for id_ in set(ids)}
+    columns = {
+        "id": ids,
+        "text": [texts[id_] for id_ in ids],
+        "trained": trained.tolist(),
+        "unmatched": unmatched.tolist(),
+        "advantage": map(_number, np.where(trained, advantages, math.nan)),
+        "logprob": map(_number, logprobs),
+        "mismatch": map(_number, own - logprobs),
+        "version": [None if version == UNKNOWN_VERSION else version for version in versions.tolist()],
+    }
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _turns(items: Sequence[Mapping[str, Any]], decoder: Decoder | None) -> list[dict[str, Any]]:
+def _turns(items: Sequence[Mapping[str, Any]], decoder: Decoder) -> list[dict[str, Any]]:
     """The turns of a sequence by the headers of its template; where there are none, by what the policy wrote."""
     ends = list(itertools.accumulate(len(item["text"]) for item in items))
     headers = []
@@ -492,8 +461,6 @@ def _turns(items: Sequence[Mapping[str, Any]], decoder: Decoder | None) -> list[
         stop = len(items) if following is None else following[0]
         part = items[start:stop]
         ids = [item["id"] for item in items[begin:stop]]
-        known = decoder is not None and decoder.knows(ids)
-        text = decoder.decode(ids) if known and decoder is not None else " ".join(map(str, ids))
         is_trained = any(item["trained"] for item in part)
-        turns.append({"role": role, "text": text, "start": start, "stop": stop, "trained": is_trained})
+        turns.append({"role": role, "text": decoder.text(ids), "start": start, "stop": stop, "trained": is_trained})
     return turns

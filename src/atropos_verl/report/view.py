@@ -65,6 +65,7 @@ class RunView:
         self._readers: dict[Path, TraceReader] = {}
         self.is_ending: Callable[[], bool] = lambda: False
         """Streams of events end when it says so."""
+        answer = self._answer
         self._app = Starlette(
             routes=[
                 Route("/", lambda _: FileResponse(_PAGE / "index.html")),
@@ -72,12 +73,12 @@ class RunView:
                 Mount("/static", StaticFiles(directory=_PAGE)),
                 Route("/api/runs", self._list),
                 Route("/api/runs/{run}/events", self._events),
-                Route("/api/runs/{run}/rollouts", self._answer(self._rollouts)),
-                Route("/api/runs/{run}/counts", self._answer(lambda reader, _: reader.counts())),
-                Route("/api/runs/{run}/groups/{id:int}", self._answer(_of_id("group"))),
-                Route("/api/runs/{run}/sequences/{id:int}", self._answer(_sequence)),
-                Route("/api/runs/{run}/sessions/{id}", self._answer(_of_id("session"))),
-                Route("/api/runs/{run}/survivors", self._answer(lambda reader, _: reader.survivors())),
+                Route("/api/runs/{run}/rollouts", answer(self._rollouts)),
+                Route("/api/runs/{run}/counts", answer(lambda reader, _: reader.counts())),
+                Route("/api/runs/{run}/groups/{id:int}", answer(lambda reader, of: reader.group(of.path_params["id"]))),
+                Route("/api/runs/{run}/sequences/{id:int}", answer(_sequence)),
+                Route("/api/runs/{run}/sessions/{id}", answer(lambda reader, of: reader.session(of.path_params["id"]))),
+                Route("/api/runs/{run}/survivors", answer(lambda reader, _: reader.survivors())),
             ],
             exception_handlers={HTTPException: _refused, ConfigError: _refused},
         )
@@ -200,19 +201,11 @@ class _Tail:
             return False, []
         content = content[: content.rfind(b"\n") + 1]
         self._position += len(content)
-        return is_new, [line for text in content.splitlines() if (line := _step(text)) is not None]
-
-
-def _step(text: bytes) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
-
-
-def _of_id(method: str) -> Callable[[TraceReader, Request], Any]:
-    return lambda reader, request: getattr(reader, method)(request.path_params["id"])
+        lines = []
+        for text in content.splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(text))
+        return is_new, [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
 
 def _sequence(reader: TraceReader, request: Request) -> dict[str, Any]:

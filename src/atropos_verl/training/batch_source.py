@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -44,7 +44,7 @@ from atropos_verl.training.quarantine import QuarantineStore
 from atropos_verl.training.staleness import Applied, BatchMatches, BatchProvenance
 from atropos_verl.training.step import RunTotals
 from atropos_verl.training.trace import TraceWriter
-from atropos_verl.types import QuarantinedGroup, SampleReport, ScoredGroup
+from atropos_verl.types import FloatArray, QuarantinedGroup, SampleReport, ScoredGroup
 
 logger = logging.getLogger(__name__)
 
@@ -74,11 +74,23 @@ class RolloutData:
     applied: tuple[int, Applied] | None = None
     """Policy version, and what was found for it when staleness was looked at: rates are watched once for a batch."""
     timings: dict[str, float] = field(default_factory=dict)
+    trainer_logprobs: Sequence[FloatArray] = ()
+    """[T] of each sample of ``report``, before the update."""
 
     @property
     def places(self) -> list[tuple[int, int]]:
         """Of the groups: number of the batch in the journal, index in it."""
         return [] if self.entry is None else [(self.entry.sequence, i) for i in range(len(self.groups))]
+
+    def trainer_logprobs_by_place(self) -> dict[tuple[int, int, int], FloatArray]:
+        """By place and position in the group."""
+        found, samples = {}, [] if self.report is None else self.report.samples
+        left = deque(zip(samples, self.trainer_logprobs, strict=False))  # in the order of groups and sequences
+        for place, group in zip(self.places, self.groups, strict=False):
+            for i in range(len(group)):
+                if left and (left[0][0].group_id, left[0][0].sequence_index) == (group.group_id, i):
+                    found[*place, i] = left.popleft()[1]
+        return found
 
 
 class BatchSource:
@@ -127,8 +139,12 @@ class BatchSource:
             owed = self.batches.resume(step) if self.config.resume != "disable" else []
             self._keep_first(*owed)
             self._resumed, self._step = len(owed), step
-            self.trace.begin(None if self.config.resume == "disable" else step)
+            self._begin_trace(None if self.config.resume == "disable" else step)
         return self._resumed
+
+    def _begin_trace(self, step: int | None) -> None:
+        # The journal forgets a batch that a checkpoint covers, and the trace does not: no number stands for two.
+        self.journal.number_from(self.trace.begin(step) + 1)
 
     def register(self, step: int, batch_size: int, checkpoint_dir: Path | None = None) -> None:
         """Registers the trainer, which is at ``step``, unless that is done. Call ``resume`` before. Raises as
@@ -136,7 +152,7 @@ class BatchSource:
         if self.is_registered:
             return
         self._step = step
-        self.trace.begin(step or None)
+        self._begin_trace(step or None)
         register_trainer(
             self.client,
             self.config,
@@ -313,7 +329,7 @@ class BatchSource:
         self._totals.batches_stale += 1
         self.trained(data, self._step)
         self.ack(data)
-        self.done()
+        self.done(len(data.groups))
         return True
 
     def trained(self, data: RolloutData, step: int) -> None:
@@ -321,7 +337,7 @@ class BatchSource:
         self._step = step
         if data.entry is not None:
             self.batches.trained(data.entry, step)
-            self.trace.ended(data.places, step)
+            self.trace.ended(data.places, step, trainer_logprobs=data.trainer_logprobs_by_place())
         if self._provenance is not None:
             self._provenance.consumed(data.matches or [])
 
@@ -362,10 +378,11 @@ class BatchSource:
             if self._throttle is not None:
                 self._throttle.batch_fetched()
 
-    def done(self) -> None:
-        """Tells the throttle that a batch was trained on and the new weights are served, or that it was given up."""
+    def done(self, stale: int = 0) -> None:
+        """Tells the throttle that a batch was trained on and the new weights are served, or that it was given up; and
+        how many of its groups were left out as stale."""
         if self._throttle is not None:
-            self._throttle.batch_done()
+            self._throttle.batch_done(stale)
 
     def _unwatch_queue(self) -> None:
         if self._throttle is not None:

@@ -6,16 +6,17 @@ run goes on. ``report/trace_reader.py`` reads it. A group has the id ``batch << 
 docs/view.md.
 """
 
+import functools
 import logging
 import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -38,9 +39,15 @@ logger = logging.getLogger(__name__)
 NAME = "trace.sqlite"
 BITS = 16
 State = Literal["under_way", "trained", "stale", "quarantined", "filtered", "overlong", "given_up", "expired", "failed"]
+Place = tuple[int, int]
+"""Of a group: number of its batch in the journal, index in the batch."""
+OfSequences = Mapping[tuple[int, int, int], FloatArray]
+"""(batch, index, position in the group) → a value of each token [T]."""
+F = TypeVar("F", bound=Callable[..., Any])
 _VERSION = 1
 _LONGEST_REASON = 500
-_MOST_GROUPS = 1 << BITS
+_MOST_WAITING = 8192
+"""Sequences and requests that wait for a slow disk; what comes beyond is not noted."""
 _SCHEMA = """
 CREATE TABLE groups (id INTEGER PRIMARY KEY, arrived REAL, step INTEGER, environment INTEGER, state TEXT, reason TEXT,
     size INTEGER, reward REAL, hash TEXT, weight INTEGER DEFAULT 1);
@@ -78,75 +85,75 @@ class SequenceData(msgspec.Struct, array_like=True):
     """(policy version, tokens it wrote) of the N, in order; empty: not known."""
 
 
-@dataclass(slots=True)
-class _Row:
-    """A sequence on its way to the file."""
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A group whose samples are made, and that no step has trained on yet."""
 
-    sample: TrainingSample | None
-    group: ScoredGroup
-    """As the ledger completed it, where it got that far."""
-    match: SequenceMatch | None
+    arrived: float
     posted: ScoredGroup
     """As it came."""
-    position: int
-    values: dict[str, Any] = field(default_factory=dict)
+    whole: ScoredGroup
+    """As the ledger completed it, where it got that far."""
+    matches: Sequence[SequenceMatch | None]
+    samples: Sequence[TrainingSample | None]
 
-    def pack(self, advantages: FloatArray | None, trainer_logprobs: FloatArray | None) -> SequenceData:
-        """Fills ``values`` and packs the tokens. ``advantages`` and ``trainer_logprobs``: [T], the step's own."""
-        sample, match, i = self.sample, self.match, self.position
-        ids = self.group.token_ids[i] if sample is None else sample.token_ids
+    def pack(
+        self, i: int, advantages: FloatArray | None, trainer_logprobs: FloatArray | None
+    ) -> tuple[tuple[Any, ...], bytes]:
+        """The columns of sequence ``i`` from ``prompt_tokens`` to ``last_version``, and its ``SequenceData``.
+        ``advantages`` and ``trainer_logprobs`` [T] are the step's; without, those of the sample, or not known."""
+        sample, match, group = self.samples[i], self.matches[i], self.whole
+        ids = group.token_ids[i] if sample is None else sample.token_ids
         size = len(ids)
         marks = np.zeros(size, dtype=np.bool_)
-        if i < len(self.group.masks) and len(mask := self.group.masks[i]) >= size:
+        if i < len(group.masks) and len(mask := group.masks[i]) >= size:
             marks = mask[:size] != NOT_TRAINED
-        marks[:1] = False
         trained = marks if sample is None else sample.loss_mask
-        shown, found = trained | marks, None
+        shown = trained | marks
         if match is not None:
             posted = self.posted.masks[i] != NOT_TRAINED if match.repaired is None else match.repaired.loss_mask
-            shown, found = shown | posted[:size], match.found[:size]
-            shown[:1] = False
-        versions = None if self.group.token_versions is None else self.group.token_versions[i]
+            shown |= posted[:size]
+        shown[:1] = False  # nothing predicts the first token
+        versions = None if group.token_versions is None else group.token_versions[i]
         versions = None if versions is None else versions[:size][shown]
         known = np.zeros(0) if versions is None else versions[versions != UNKNOWN_VERSION]
         stated = None if sample is None else sample.policy_version
         first, last = (int(known.min()), int(known.max())) if known.size else (stated, stated)
-        self.values |= {
-            "prompt_tokens": int(shown.argmax()) if shown.any() else size,
-            "tokens": size,
-            "trained_tokens": int(trained.sum()) if sample is not None else 0,
-            "first_version": first,
-            "last_version": last,
-        }
+        own, spans = trained[shown], _spans(shown)
+        lost = b"" if match is None or (found := match.found[:size][shown]).all() else (~found).tobytes()
+        logprobs = None if sample is None else sample.rollout_logprobs
         if advantages is None and sample is not None:
             advantages = sample.advantages
-        logprobs = None if sample is None else sample.rollout_logprobs
-        lost = np.zeros(0, dtype=np.bool_) if found is None else ~found[shown]
-        return SequenceData(
+        data = SequenceData(
             ids=np.clip(ids, 0, (1 << 32) - 1).astype("<u4").tobytes(),
-            shown=_spans(shown),
-            trained=trained[shown].tobytes(),
-            unmatched=lost.tobytes() if lost.any() else b"",
-            advantages=_packed(advantages, shown, trained, may_be_one=True),
-            logprobs=_packed(logprobs, shown, trained),
-            trainer_logprobs=_packed(trainer_logprobs, shown, trained),
+            shown=spans,
+            trained=own.tobytes(),
+            unmatched=lost,
+            advantages=_packed(advantages, shown, own, may_be_one=True),
+            logprobs=_packed(logprobs, shown, own),
+            trainer_logprobs=_packed(trainer_logprobs, shown, own),
             versions=[] if versions is None else _runs(versions),
         )
+        prompt, count = spans[0][0] if spans else size, 0 if sample is None else int(own.sum())
+        return (prompt, size, count, first, last), msgspec.msgpack.encode(data)
 
 
 def _packed(
     values: FloatArray | None, shown: NDArray[np.bool_], trained: NDArray[np.bool_], *, may_be_one: bool = False
 ) -> bytes:
+    """float32 of the N tokens that are ``shown`` [T], NaN where they are not ``trained`` [N]."""
     if values is None or not trained.any():
         return b""
-    chosen = np.where(trained, values[: len(shown)], np.nan)[shown].astype("<f4")
-    own = chosen[~np.isnan(chosen)]
-    is_one = may_be_one and own.size and (own == own[0]).all()
-    return (own[:1] if is_one else chosen).tobytes()
+    chosen = values[: len(shown)][shown].astype("<f4")
+    chosen[~trained] = np.nan
+    own = chosen[trained]
+    return (own[:1] if may_be_one and (own == own[0]).all() else chosen).tobytes()
 
 
 def _spans(marks: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    edges = np.flatnonzero(np.diff(marks, prepend=False, append=False)).tolist()
+    padded = np.zeros(len(marks) + 2, dtype=np.bool_)
+    padded[1:-1] = marks
+    edges = np.flatnonzero(padded[1:] != padded[:-1]).tolist()
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
@@ -155,13 +162,18 @@ def _runs(values: IntArray) -> list[tuple[int, int]]:
     return [(int(values[a]), b - a) for a, b in pairwise(edges) if b > a]
 
 
-@dataclass(slots=True)
-class _Held:
-    """A group whose samples are made, and that no step has trained on yet."""
+def _noted(weight: Callable[..., int] | None = None) -> Callable[[F], F]:
+    """The call returns at once, and the writing thread makes it, in the order of the calls. ``weight`` of what it holds
+    in memory, by its arguments; None: it is small, and never left out."""
 
-    posted: ScoredGroup
-    arrived: float
-    rows: list[_Row]
+    def decorate(method: F) -> F:
+        @functools.wraps(method)
+        def note(self: "TraceWriter", *about: Any, **named: Any) -> None:
+            self._put(functools.partial(method, self, *about, **named), weight(*about) if weight is not None else 0)
+
+        return cast(F, note)
+
+    return decorate
 
 
 class TraceWriter:
@@ -179,55 +191,111 @@ class TraceWriter:
         """Processor time of the writing thread."""
         self._most_bytes = most_bytes
         self._held: dict[int, _Held] = {}
-        self._jobs: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="atropos-verl-trace", daemon=True)
-        self._begun = False
+        self._jobs: queue.SimpleQueue[tuple[float, int, Callable[[], None] | None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._now = 0.0
+        self._thread: threading.Thread | None = None
+        self._newest = 0
+        self._is_over = False
 
-    def begin(self, step: int | None) -> None:
+    def begin(self, step: int | None) -> int:
         """What earlier processes wrote is kept up to ``step``; what was trained on later is under way again. None: a
-        run begins, and nothing is kept. What is noted before this is called is written once it is."""
-        if not self._begun:
-            self._begun = True
-            self._open_at = step
-            self._thread.start()
+        run begins, and nothing is kept. What is noted before this is called is written once it is. Returns the number
+        of the newest batch that is kept, 0 without one."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="atropos-verl-trace", daemon=True)
+            try:
+                self._db = _open(self.path, step)
+                self._newest = (self._db.execute("SELECT max(id) FROM groups").fetchone()[0] or 0) >> BITS
+                self._thread.start()
+            except (sqlite3.Error, OSError):
+                self._end_trace()
+        return self._newest
 
     def close(self) -> None:
         """Writes what waits. Idempotent."""
-        if self._begun and self._thread.is_alive():
-            self._jobs.put(None)
+        if self._thread is not None and self._thread.is_alive():
+            self._jobs.put((0.0, 0, None))
             self._thread.join(30.0)
+        self._is_over = True
 
     # -- what happened -----------------------------------------------------------------------------------------------
 
+    @_noted(lambda _, groups: sum(map(len, groups)))
     def arrived(self, batch: int, groups: Sequence[ScoredGroup]) -> None:
         """A batch was fetched; ``batch`` is its number in the journal."""
-        self._jobs.put((self._write_arrived, batch, groups, time.time()))
+        ended = "SELECT id FROM groups WHERE id >= ? AND id < ? AND step IS NOT NULL"
+        # A batch that is taken again may be trained on in part, and a checkpoint holds that.
+        known = {id_ for (id_,) in self._db.execute(ended, (batch << BITS, batch + 1 << BITS))}
+        for index, group in enumerate(groups[: 1 << BITS]):
+            id_ = batch << BITS | index
+            if id_ in known:
+                continue
+            self._put_group(id_, group, self._now, "under_way", None, None)
+            about, scores = (self._now, group.env_id), _scores(group)
+            rows = [(id_ << BITS | i, *about, scores[i], len(ids)) for i, ids in enumerate(group.token_ids)]
+            self._db.executemany(
+                "INSERT OR REPLACE INTO sequences (id, arrived, environment, state, reward, tokens) "
+                "VALUES (?, ?, ?, 'under_way', ?, ?)",
+                rows or [(id_ << BITS, *about, None, 0)],
+            )
 
+    @_noted(lambda places, posted, *_: sum(map(len, posted)))
     def collected(
         self,
-        places: Sequence[tuple[int, int]],
+        places: Sequence[Place],
         posted: Sequence[ScoredGroup],
         matches: Sequence[Sequence[SequenceMatch | None]],
         applied: Applied,
         report: SampleReport,
     ) -> None:
-        """Samples were made of groups, each of a place (batch, index in it). Those that were left out end here."""
-        self._jobs.put((self._write_collected, places, posted, matches, applied, report, time.time()))
+        """Samples were made of groups. Those that were left out end here."""
+        refused = {bad.group.group_id: bad.reason for bad in report.quarantined}
+        filtered = {group.group_id for group in report.filtered}
+        completed = dict(zip(applied.kept, applied.groups, strict=True))
+        by_place: dict[tuple[str, int], list[TrainingSample]] = {}
+        for sample in reversed(report.samples):  # a group that was sent twice has one hash: the first comes last
+            by_place.setdefault((sample.group_id, sample.sequence_index), []).append(sample)
+        for index, (place, group, found) in enumerate(zip(places, posted, matches, strict=True)):
+            id_, name = place[0] << BITS | place[1], group.group_id
+            whole = completed[index] if index in completed else with_repaired_tokens(group, found)
+            ends: tuple[State, str] | None = None
+            if index not in completed:
+                ends = "stale", "older than off_policy.max_staleness"
+            elif name in refused:
+                ends = "quarantined", refused[name]
+            elif name in filtered:
+                ends = "filtered", "left out by data.filter_path"
+            samples = [
+                of.pop() if ends is None and (of := by_place.get((name, i))) else None for i in range(len(group))
+            ]
+            self._held[id_] = _Held(self._now, group, whole, found, samples)
+            if ends is not None:
+                self._end(place, None, *ends, {}, {})
 
+    @_noted()
     def ended(
         self,
-        places: Iterable[tuple[int, int]],
+        places: Sequence[Place],
         step: int,
         state: State = "trained",
         *,
         reason: str | None = None,
-        advantages: Mapping[tuple[int, int, int], FloatArray] | None = None,
-        trainer_logprobs: Mapping[tuple[int, int, int], FloatArray] | None = None,
+        advantages: OfSequences | None = None,
+        trainer_logprobs: OfSequences | None = None,
     ) -> None:
-        """A step trained on groups. ``advantages`` and ``trainer_logprobs`` [T] by (batch, index, position), where they
-        are not those of the samples."""
-        self._jobs.put((self._write_ended, list(places), step, state, reason, advantages or {}, trainer_logprobs or {}))
+        """A step trained on groups. ``advantages``, ``trainer_logprobs``: where they are not those of the samples."""
+        for place in places:
+            if (id_ := place[0] << BITS | place[1]) in self._held:
+                self._end(place, step, state, reason, advantages or {}, trainer_logprobs or {})
+                continue
+            # It was refused; the step is the one whose batch it came in.
+            self._db.execute("UPDATE groups SET step = ? WHERE id = ? AND state != 'under_way'", (step, id_))
+            own = "UPDATE sequences SET step = ? WHERE id >= ? AND id < ? AND state != 'under_way'"
+            self._db.execute(own, (step, id_ << BITS, id_ + 1 << BITS))
 
+    @_noted(lambda *_: 1)
     def request(
         self,
         records: Sequence[tuple[int, int, int]],
@@ -245,22 +313,34 @@ class TraceWriter:
             prompt: hash of its ids.
             begun: seconds since the epoch; it took ``seconds``.
         """
-        about = (begun, seconds, prompt, prompt_tokens)
-        rows: list[tuple[Any, ...]] = [
-            (record, *about, tokens, version, session, None) for record, tokens, version in records
-        ]
-        rows += [(None, *about, None, None, session, reason[:_LONGEST_REASON])] if reason is not None else []
-        self._jobs.put((self._write_requests, rows))
+        about = (begun, seconds, prompt, prompt_tokens, session)
+        rows: list[tuple[Any, ...]] = [(*record, *about, None) for record in records]
+        rows += [(None, None, None, *about, reason[:_LONGEST_REASON])] if reason is not None else []
+        self._db.executemany(
+            "INSERT OR REPLACE INTO requests "
+            "(record, tokens, version, begun, seconds, prompt, prompt_tokens, session, reason) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            rows,
+        )
 
+    @_noted()
     def session(self, session: str, state: str, reason: str | None) -> None:
         """A session has ended: finished, aborted or expired."""
-        self._jobs.put((self._write_session, session, state, reason))
+        self._db.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?)", (session, state, reason))
 
     # -- the writing thread ------------------------------------------------------------------------------------------
 
+    def _put(self, job: Callable[[], None], weight: int) -> None:
+        with self._lock:
+            if self._is_over or (weight and self._waiting > _MOST_WAITING):
+                return
+            self._waiting += weight
+            if self._waiting > _MOST_WAITING:
+                logger.warning("%s lacks a part of what happens now: the disk is too slow for it", self.path)
+        self._jobs.put((time.time(), weight, job))
+
     def _run(self) -> None:
         try:
-            self._db = _open(self.path, self._open_at)
             size = self._db.execute("PRAGMA page_size").fetchone()[0]
             is_over = False
             while not is_over:
@@ -268,42 +348,30 @@ class TraceWriter:
                 while not self._jobs.empty():
                     jobs.append(self._jobs.get())
                 with self._db:
-                    for job in jobs:
+                    for self._now, _, job in jobs:
                         if job is None:
                             is_over = True
                         else:
-                            self._do(*job)
+                            self._do(job)
                     self._thin_out(size)
+                with self._lock:
+                    self._waiting -= sum(weight for _, weight, _ in jobs)
                 self.seconds = time.thread_time()
             self._db.close()
-        except Exception:  # the run must not end of it
-            logger.exception("%s is written no further; training goes on", self.path)
-            self._jobs = _Nowhere()
+        except Exception:  # noqa: BLE001 - the run must not end of it
+            self._end_trace()
 
-    def _do(self, write: Callable[..., None], *about: Any) -> None:
+    def _end_trace(self) -> None:
+        logger.exception("%s is written no further; training goes on", self.path)
+        self._is_over, self._jobs = True, queue.SimpleQueue()
+
+    def _do(self, job: Callable[[], None]) -> None:
         try:
-            write(*about)
+            job()
         except sqlite3.DatabaseError:
             raise
         except Exception:  # what came from outside holds a value that SQLite does not
             logger.exception("%s lacks a part of what happened", self.path)
-
-    def _write_arrived(self, batch: int, groups: Sequence[ScoredGroup], now: float) -> None:
-        ended = "SELECT id FROM groups WHERE id >= ? AND id < ? AND step IS NOT NULL"
-        # A batch that is taken again may be trained on in part, and a checkpoint holds that.
-        known = {id_ for (id_,) in self._db.execute(ended, (batch << BITS, batch + 1 << BITS))}
-        for index, group in enumerate(groups[:_MOST_GROUPS]):
-            id_ = batch << BITS | index
-            if id_ in known:
-                continue
-            self._put_group(id_, group, now, "under_way", None, None)
-            scores = _scores(group)
-            rows = [(id_ << BITS | i, now, group.env_id, scores[i], len(ids)) for i, ids in enumerate(group.token_ids)]
-            self._db.executemany(
-                "INSERT OR REPLACE INTO sequences (id, arrived, environment, state, reward, tokens) "
-                "VALUES (?, ?, ?, 'under_way', ?, ?)",
-                rows or [(id_ << BITS, now, group.env_id, None, 0)],
-            )
 
     def _put_group(
         self, id_: int, group: ScoredGroup, now: float, state: str, reason: str | None, step: int | None
@@ -311,167 +379,86 @@ class TraceWriter:
         scores = [score for score in _scores(group) if score is not None]
         mean = sum(scores) / len(scores) if scores else None
         values = (id_, now, step, group.env_id, state, reason, len(group), mean, group.group_id)
-        self._db.execute(
-            "INSERT OR REPLACE INTO groups (id, arrived, step, environment, state, reason, size, reward, hash) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            values,
-        )
-
-    def _write_collected(
-        self,
-        places: Sequence[tuple[int, int]],
-        posted: Sequence[ScoredGroup],
-        matches: Sequence[Sequence[SequenceMatch | None]],
-        applied: Applied,
-        report: SampleReport,
-        now: float,
-    ) -> None:
-        refused = {bad.group.group_id: bad.reason for bad in report.quarantined}
-        filtered = {group.group_id for group in report.filtered}
-        completed = dict(zip(applied.kept, applied.groups, strict=True))
-        by_place: dict[tuple[str, int], list[TrainingSample]] = {}
-        for sample in reversed(report.samples):  # a group that was sent twice has one hash: the first comes last
-            by_place.setdefault((sample.group_id, sample.sequence_index), []).append(sample)
-        for index, (place, group, found) in enumerate(zip(places, posted, matches, strict=True)):
-            id_ = place[0] << BITS | place[1]
-            whole = completed[index] if index in completed else with_repaired_tokens(group, found)
-            ends = group.group_id in refused or group.group_id in filtered or index not in completed
-            rows = []
-            for i in range(len(group)):
-                of = [] if ends else by_place.get((group.group_id, i), [])
-                rows.append(_Row(of.pop() if of else None, whole, found[i], group, i))
-            self._held[id_] = _Held(group, now, rows)
-            if index not in completed:
-                self._end(id_, None, "stale", "older than off_policy.max_staleness", {}, {})
-            elif group.group_id in refused:
-                self._end(id_, None, "quarantined", refused[group.group_id], {}, {})
-            elif group.group_id in filtered:
-                self._end(id_, None, "filtered", "left out by data.filter_path", {}, {})
-
-    def _write_ended(
-        self,
-        places: Sequence[tuple[int, int]],
-        step: int,
-        state: State,
-        reason: str | None,
-        advantages: Mapping[tuple[int, int, int], FloatArray],
-        trainer_logprobs: Mapping[tuple[int, int, int], FloatArray],
-    ) -> None:
-        for batch, index in places:
-            id_ = batch << BITS | index
-            own: list[dict[int, FloatArray]] = [
-                {i: values for i in range(len(held.rows)) if (values := given.get((batch, index, i))) is not None}
-                if (held := self._held.get(id_)) is not None
-                else {}
-                for given in (advantages, trainer_logprobs)
-            ]
-            if id_ in self._held:
-                self._end(id_, step, state, reason, *own)
-            else:  # it was refused; the step is the one whose batch it came in
-                self._db.execute("UPDATE groups SET step = ? WHERE id = ?", (step, id_))
-                own_ids = (step, id_ << BITS, id_ + 1 << BITS)
-                self._db.execute("UPDATE sequences SET step = ? WHERE id >= ? AND id < ?", own_ids)
+        self._db.execute("INSERT OR REPLACE INTO groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 1)", values)
 
     def _end(
         self,
-        id_: int,
+        place: Place,
         step: int | None,
         state: State,
         reason: str | None,
-        advantages: Mapping[int, FloatArray],
-        trainer_logprobs: Mapping[int, FloatArray],
+        advantages: OfSequences,
+        trainer_logprobs: OfSequences,
     ) -> None:
-        held = self._held.pop(id_)
+        held = self._held.pop(id_ := place[0] << BITS | place[1])
         reason = None if reason is None else reason.encode("utf-8", "backslashreplace").decode()[:_LONGEST_REASON]
-        records = [() if row.match is None else row.match.records for row in held.rows]
-        known = self._requests_of([order for orders in records for order in orders])
-        sequences, packed, texts, taken = [], [], [], []
+        records = [() if match is None else match.records for match in held.matches]
+        found = self._db.execute(
+            "SELECT record, begun, seconds, session FROM requests "
+            "WHERE record IN (SELECT value FROM json_each(?)) AND seconds IS NOT NULL",
+            (msgspec.json.encode([order for orders in records for order in orders]).decode(),),
+        )
+        known = {record: about for record, *about in found}
+        sequences, packed, texts, states = [], [], [], set()
         scores = _scores(held.posted)
-        states = []
-        for i, (row, orders) in enumerate(zip(held.rows, records, strict=True)):
-            data = row.pack(advantages.get(i), trainer_logprobs.get(i))
+        for i, (sample, orders) in enumerate(zip(held.samples, records, strict=True)):
+            key, of = id_ << BITS | i, (*place, i)
+            values, data = held.pack(i, advantages.get(of), trainer_logprobs.get(of))
             own, why = state, reason
-            if state == "trained" and row.sample is None:
-                own, why = "overlong", f"{row.values['tokens']} tokens, more than data.max_token_len"
-            elif state == "trained" and not row.values["trained_tokens"]:
+            if state == "trained" and sample is None:
+                own, why = "overlong", f"{values[1]} tokens, more than data.max_token_len"
+            elif state == "trained" and not values[2]:
                 why = "it has no token to train on"
-            states.append(own)
+            states.add(own)
             requests = [known[order] for order in orders if order in known]
             latency = max(b + s for b, s, _ in requests) - min(b for b, _, _ in requests) if requests else None
             session = next((session for _, _, session in requests if session is not None), None)
-            key, values = id_ << BITS | i, row.values
-            sequences.append(
-                (key, held.arrived, step, held.posted.env_id, own, why, scores[i], *values.values(), latency, session)
-            )
-            packed.append((key, msgspec.msgpack.encode(data)))
+            about = (held.arrived, step, held.posted.env_id, own, why, scores[i])
+            sequences.append((key, *about, *values, latency, session))
+            packed.append((key, data))
             if self.decode is not None:
-                texts.append((key, self.decode(np.frombuffer(data.ids, "<u4").tolist())))
-            taken += [(key, order) for order in orders]
-        own_state = "overlong" if states and set(states) == {"overlong"} else state
+                ids = held.whole.token_ids[i] if sample is None else sample.token_ids
+                texts.append((key, self.decode(np.maximum(ids, 0).tolist())))
+        own_state = "overlong" if states == {"overlong"} else state
         self._put_group(id_, held.posted, held.arrived, own_state, reason, step)
         run = self._db.executemany
         run(f"INSERT OR REPLACE INTO sequences VALUES ({', '.join('?' * 14)}, 1)", sequences)
         run("INSERT OR REPLACE INTO data VALUES (?, ?)", packed)
         run("INSERT OR REPLACE INTO texts (rowid, text) VALUES (?, ?)", texts)
+        taken = [(id_ << BITS | i, order) for i, orders in enumerate(records) for order in orders]
         run("UPDATE requests SET sequence = ? WHERE record = ?", taken)
-
-    def _requests_of(self, records: Sequence[int]) -> dict[int, tuple[float, float, str | None]]:
-        rows = self._db.execute(
-            "SELECT record, begun, seconds, session FROM requests "
-            "WHERE record IN (SELECT value FROM json_each(?)) AND seconds IS NOT NULL",
-            (msgspec.json.encode(records).decode(),),
-        )
-        return {record: (begun, seconds, session) for record, begun, seconds, session in rows}
-
-    def _write_requests(self, rows: Sequence[tuple[Any, ...]]) -> None:
-        self._db.executemany(
-            "INSERT OR REPLACE INTO requests "
-            "(record, begun, seconds, prompt, prompt_tokens, tokens, version, session, reason) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            rows,
-        )
-
-    def _write_session(self, session: str, state: str, reason: str | None) -> None:
-        self._db.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?)", (session, state, reason))
 
     def _thin_out(self, page_size: int) -> None:
         execute = self._db.execute
-        used = [execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count")]
-        if (used[0] - used[1]) * page_size <= self._most_bytes:
+        pages, free = (execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count"))
+        if (pages - free) * page_size <= self._most_bytes:
             return
-        middle = execute(
-            "SELECT id FROM groups ORDER BY id LIMIT 1 OFFSET (SELECT count(*) / 2 FROM groups)"
-        ).fetchone()
-        if middle is None:
+        half = "SELECT id, arrived FROM groups ORDER BY id LIMIT 1 OFFSET (SELECT count(*) / 2 FROM groups)"
+        if (found := execute(half).fetchone()) is None:
             return
-        began = execute("SELECT min(arrived) FROM groups WHERE id >= ?", middle).fetchone()[0]
+        middle = found[0]
+        began = execute("SELECT min(arrived) FROM groups WHERE id >= ?", (middle,)).fetchone()[0]
         # Every second one in the order of arrival, so that no environment, step or length is preferred.
         execute(
             "CREATE TEMP TABLE gone AS SELECT id, environment, state, size FROM "
             "(SELECT *, row_number() OVER (ORDER BY id) AS place FROM groups WHERE id < ?) WHERE place % 2",
-            middle,
-        )
-        execute(
-            "INSERT INTO thinned SELECT environment, state, count(*), sum(size) FROM gone GROUP BY environment, state"
+            (middle,),
         )
         of_sequence = f"IN (SELECT s.id FROM gone JOIN sequences AS s ON s.id >> {BITS} = gone.id)"
-        execute(f"DELETE FROM texts WHERE rowid {of_sequence}")
-        execute(f"DELETE FROM data WHERE id {of_sequence}")
-        execute(f"DELETE FROM requests WHERE sequence {of_sequence}")
-        execute(f"DELETE FROM sequences WHERE id >> {BITS} IN (SELECT id FROM gone)")
-        execute("DELETE FROM groups WHERE id IN (SELECT id FROM gone)")
-        execute("DELETE FROM requests WHERE sequence IS NULL AND begun < ? AND id % 2", (began,))
-        execute("UPDATE requests SET weight = 2 * weight WHERE begun < ?", (began,))
-        execute("UPDATE groups SET weight = 2 * weight WHERE id < ?", middle)
-        execute(f"UPDATE sequences SET weight = 2 * weight WHERE id < ? << {BITS}", middle)
-        execute("DROP TABLE gone")
-
-
-class _Nowhere(queue.SimpleQueue):  # type: ignore[type-arg]
-    """Takes jobs of a writer that has ended."""
-
-    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
-        del item, block, timeout
+        for statement, *values in (
+            ("INSERT INTO thinned SELECT environment, state, count(*), sum(size) FROM gone GROUP BY 1, 2",),
+            (f"DELETE FROM texts WHERE rowid {of_sequence}",),
+            (f"DELETE FROM data WHERE id {of_sequence}",),
+            (f"DELETE FROM requests WHERE sequence {of_sequence}",),
+            (f"DELETE FROM sequences WHERE id >> {BITS} IN (SELECT id FROM gone)",),
+            ("DELETE FROM groups WHERE id IN (SELECT id FROM gone)",),
+            ("DELETE FROM requests WHERE sequence IS NULL AND begun < ? AND id % 2", began),
+            ("UPDATE requests SET weight = 2 * weight WHERE begun < ?", began),
+            ("UPDATE groups SET weight = 2 * weight WHERE id < ?", middle),
+            (f"UPDATE sequences SET weight = 2 * weight WHERE id < ? << {BITS}", middle),
+            ("DROP TABLE gone",),
+        ):
+            execute(statement, values)
 
 
 def _scores(group: ScoredGroup) -> list[float | None]:
@@ -480,11 +467,14 @@ def _scores(group: ScoredGroup) -> list[float | None]:
 
 
 def _open(path: Path, step: int | None) -> sqlite3.Connection:
+    """Raises ``sqlite3.Error`` and ``OSError``. A file that is no such database begins anew."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if step is None:
         _remove(path)
     try:
         return _connect(path, step)
+    except sqlite3.OperationalError:  # it is locked, the disk is full: what it holds is not lost
+        raise
     except sqlite3.DatabaseError as error:
         logger.warning("%s cannot be read (%s): it begins anew", path, error)
         _remove(path)

@@ -1,5 +1,7 @@
 """All endpoints share key, errors, health, metrics, pauses, and the end of requests whose client goes away."""
 
+import asyncio
+import contextlib
 import gc
 import json
 import logging
@@ -7,6 +9,7 @@ import socket
 import threading
 from base64 import b64encode
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import aclosing
 from typing import Any
 
 import httpx
@@ -18,7 +21,9 @@ from support.tiny_model import build_tiny_tokenizer
 from atropos_verl.engine.gate import RequestGate
 from atropos_verl.errors import EngineError, EngineStoppedError, GenerationRequestError
 from atropos_verl.gateway import templates
+from atropos_verl.gateway.service import GatewayService
 from atropos_verl.provenance.ledger import Ledger
+from atropos_verl.types import GenerationRequest
 
 TOKENIZER = build_tiny_tokenizer()
 
@@ -310,6 +315,26 @@ def test_the_end_of_an_answer_is_sent_after_its_record_is_safe(stream: bool) -> 
         assert client.get("/health").json()["in_flight"] == 1 and not answer.done()
         stored.set_result(None)
         assert answer.result(15.0).status_code == 200
+
+
+@pytest.mark.parametrize(("read", "of_records"), [(0, []), (2, [2]), (5, [5]), (6, [5])])
+def test_a_stream_is_told_once_whenever_its_reader_leaves(read: int, of_records: list[int]) -> None:
+    """What it made is recorded, and the record is its end. Without a token, it failed."""
+    engine, told = FakeEngine(), []
+    engine.fail_with = None if read else EngineError("broken")
+
+    async def follow() -> None:
+        gate = RequestGate()
+        service = GatewayService(engine, None, "tiny", gate, Ledger(), None, on_request=lambda *end: told.append(end))  # type: ignore[arg-type]
+        request = GenerationRequest(prompt_token_ids=(1,), max_tokens=5, request_id="r")
+        async with aclosing(service.stream(request)) as deltas:
+            for _ in range(read or 1):
+                await anext(deltas, None)
+
+    with contextlib.suppress(EngineError):
+        asyncio.run(follow())
+    [(records, *_, reason)] = told
+    assert [tokens for _, tokens, _ in records] == of_records and (reason is None) == bool(read)
 
 
 def test_aborted_generation_is_not_passed_off_as_a_whole_one() -> None:

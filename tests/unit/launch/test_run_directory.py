@@ -92,7 +92,7 @@ def test_directories_of_the_user_in_a_run_directory_stay(
     with ExitStack() as stack:
         take_run_dir(stack, tmp_path)
         config = RunConfig.from_mapping({"run_dir": str(tmp_path), "resume": "disable"})
-        TrainingServices(config, 1).start_api(ProgressReporter(1, quiet=True))
+        TrainingServices(config, 1).start_api(ProgressReporter(1))
     assert precious.exists()
 
 

@@ -45,6 +45,21 @@ async def test_one_batch_and_no_more_may_be_under_way_with_bound_zero() -> None:
     assert limit.expected_staleness == 0 and await begins(limit)
 
 
+async def test_while_groups_are_left_out_as_stale_fewer_sequences_are_under_way() -> None:
+    limit = throttle(2)
+    limit.queue_is(23)
+    assert limit.expected_staleness == 2  # 23 // 8
+    limit.batch_done(stale=1)  # slow groups were overtaken: two sequences fewer, a quarter of a batch
+    assert limit.expected_staleness == 3 and not await begins(limit)
+    for _ in range(12):  # and with every batch without, 0.16 more
+        limit.batch_done()
+    assert limit.expected_staleness == 2 and await begins(limit)
+    for _ in range(100):
+        limit.batch_done(stale=1)
+    limit.queue_is(0)
+    assert await begins(limit)  # one batch may always be under way
+
+
 async def test_nothing_is_held_while_nobody_trains() -> None:
     limit = throttle(0)
     limit.queue_is(80)

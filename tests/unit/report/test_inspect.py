@@ -18,7 +18,7 @@ from support.http_faults import FaultServer, answer
 from support.trajectory_server import UpstreamApi, registration
 
 from atropos_verl.assets import demo_model_path
-from atropos_verl.errors import AtroposAPIError, AtroposProtocolError, ConfigError, DataError
+from atropos_verl.errors import AtroposAPIError, ConfigError, DataError
 from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.journal import BatchJournal
 from atropos_verl.protocol.messages import TrainerRegistration
@@ -199,12 +199,10 @@ def test_quarantine_shows_what_the_run_said_and_what_is_said_now(tmp_path: Path)
         (["{other}"], 1, "neither a batch, a group nor a quarantine file; it begins b'{\"x\": 1}'"),
         (["{good}", "--tokenizer", "{dir}/none.json"], 2, "no tokenizer at"),
         (["{good}", "--tokenizer", "{bad}"], 2, "is not a tokenizer file"),
-        (["{good}", "--take-batch"], 2, "--take-batch: is for a URL"),
-        (["{good}", "--save", "x"], 2, "--save: is for a URL"),
         (["{good}", "--limit", "-1"], 2, "--limit: -1 must not be negative"),
         (["{good}", "--clipping", "3", "-3"], 2, "clipping: [3.0, -3.0] is not a range"),
         (["http://127.0.0.1:1", "--timeout", "1"], 1, "ATROPOS API ERROR: Cannot connect to Atropos API at http://127"),
-        (["http://127.0.0.1:1/batch"], 2, "takes the batch away from the trainer; if that is meant, add --take-batch"),
+        (["http://127.0.0.1:1/batch"], 2, "takes the batch away from the trainer; if that is meant, save it"),
     ],
 )
 def test_faults_and_exit_codes(
@@ -277,7 +275,7 @@ def test_nan_is_read_as_python_writes_it(content: bytes) -> None:
     ("content", "fault"),
     [
         (b" \n", "FILE is empty"),
-        (b'{"batch": [', "FILE: the answer to GET /batch is not JSON"),
+        (b'{"batch": [', r"FILE: neither JSON nor JSON lines \(line 1: group: not JSON"),
         (b'{"batch": 3}', "FILE: the answer to GET /batch is not an object with a list"),
         (b'{"reason": "x"}', "FILE: not a quarantine file"),
     ],
@@ -361,36 +359,10 @@ def asked(server: FaultServer) -> list[str]:
 def test_an_api_is_asked_for_its_latest_example_and_nothing_destructive(
     server: FaultServer, url: str, end: str
 ) -> None:
-    (found,) = read_url(url + end, token="secret")
+    (found,) = read_url(url + end, 30.0, "secret")
     assert (found.origin, found.group.token_ids[0].tolist()) == ("latest example", [5, 6])
     assert asked(server) == ["/prefix/status", "/prefix/info", "/prefix/latest_example"]
     assert server.requests[-1].headers["authorization"] == "Bearer secret"
-
-
-def test_a_batch_is_taken_only_when_told_to(server: FaultServer, url: str) -> None:
-    with pytest.raises(ConfigError, match="add --take-batch"):
-        read_url(f"{url}/batch")
-    assert asked(server) == []
-    (found,) = read_url(f"{url}/batch", take_batch=True)
-    assert found.group.scores.tolist() == [1.0]
-    assert asked(server) == ["/prefix/batch"]
-
-
-def test_a_taken_batch_is_saved_before_it_is_decoded(server: FaultServer, url: str, tmp_path: Path) -> None:
-    saved = tmp_path / "batch.json"
-    server.script("/prefix/batch", answer({"status": "error", "batch": ["kept all the same"]}))
-    with pytest.raises(AtroposProtocolError):
-        read_url(url, take_batch=True, save=saved)
-    assert not saved.exists()  # the client itself refused it
-    body = b'{"batch": ["' + b"x" * 5000 + b'"], "status": "error"}'
-    server.script("/prefix/batch", answer(body))
-    with pytest.raises(AtroposProtocolError):
-        read_url(url, take_batch=True, save=saved)
-    assert saved.read_bytes() == body
-    server.requests.clear()
-    with pytest.raises(ConfigError, match=f"--save: {saved}: File exists"):
-        read_url(url, take_batch=True, save=saved)
-    assert asked(server) == []
 
 
 def test_a_server_that_is_no_api(server: FaultServer) -> None:
@@ -407,9 +379,6 @@ def test_the_real_trajectory_api(tmp_path: Path) -> None:
         for _ in range(2):  # looking takes nothing away
             (found,) = read_url(api.url)
             assert (found.origin, found.group.scores.tolist()) == ("latest example", [0.5])
-        (found,) = read_url(api.url, take_batch=True)
-        assert (found.origin, found.group.token_ids[0].tolist()) == ("group 0", [5, 6])
-        assert read_url(api.url, take_batch=True) == []
 
 
 @pytest.mark.parametrize("backend", ["local", "ray"])
@@ -436,5 +405,5 @@ def test_a_run_directory_says_which_model_it_trains(tmp_path: Path, backend: str
 
 def test_a_run_without_a_batch_says_so(tmp_path: Path) -> None:
     write(tmp_path / "config.json", {"model": {"path": None}})
-    with pytest.raises(ConfigError, match="this run has fetched no batch yet, and refused no group"):
+    with pytest.raises(ConfigError, match="the run refused no group"):
         read_path(tmp_path)

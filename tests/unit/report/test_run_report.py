@@ -1,17 +1,15 @@
 """``atropos-verl report``: run directories written here, what is shown of them read back by value."""
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 
 from atropos_verl.cli import main
 from atropos_verl.errors import ConfigError
-from atropos_verl.report.run_report import line_chart, load_run, render_page, ticks
+from atropos_verl.report.run_report import load_run
 
 
 def step(number: int, reward: float | None, **metrics: Any) -> dict[str, Any]:
@@ -51,9 +49,7 @@ def test_a_held_out_score_of_a_run_that_goes_on_is_what_its_summary_will_have(
     directory = root / "eval" / "before" / place
     directory.mkdir(parents=True)
     (directory / "metrics.json").write_text(json.dumps({"results": {"all": {"count": 7, key: 0.25}}}))
-    (directory / "samples.jsonl").write_text('{"answer": "x"}\n')
-    data = load_run(root)
-    assert (data.summary["held_out_before"], data.samples) == (0.25, {"before": [{"answer": "x"}]})
+    assert load_run(root).summary["held_out_before"] == 0.25
 
 
 def test_a_summary_of_fewer_steps_is_that_of_the_run_before_the_resume(tmp_path: Path) -> None:
@@ -88,22 +84,6 @@ def test_a_directory_without_a_run_is_exit_code_2_on_one_line(
     )
 
 
-def test_the_page_shows_every_metric_and_escapes_what_models_wrote(tmp_path: Path) -> None:
-    summary = {"steps": 2, "held_out_before": 0.25, "held_out_after": 0.75}
-    root = make_run(tmp_path / "run", [0.25, 0.5], summary=summary)
-    (root / "eval" / "after").mkdir(parents=True)
-    (root / "eval" / "after" / "samples.jsonl").write_text(json.dumps({"answer": "<script>alert(1)</script>"}) + "\n")
-    (root / "quarantine").mkdir()
-    (root / "quarantine" / "g1.json").write_text(
-        json.dumps({"reason": "scores[0] is NaN", "group_id": "g1", "raw": "x"})
-    )
-    page = render_page([load_run(root)])
-    assert "0.250 → 0.750" in page
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "<script" not in page
-    assert "scores[0] is NaN" in page
-    assert "<h3>reward</h3>" in page and "<h3>data/trained_tokens</h3>" in page
-
-
 def test_scores_stand_at_the_step_they_are_of(tmp_path: Path) -> None:
     root = make_run(tmp_path / "run", [0.25, 0.5, 0.75])
     path = root / "metrics.jsonl"
@@ -113,49 +93,20 @@ def test_scores_stand_at_the_step_they_are_of(tmp_path: Path) -> None:
     data = load_run(root)
     assert data.series("held_out/score") == [(2, 0.625)]
     assert data.summary["held_out_steps"] == {2: 0.625}
-    page = render_page([data])
-    assert "<h3>held-out score</h3>" in page and "held_out/step" not in page.split("<script")[0]
 
 
-def test_several_runs_share_each_chart_under_distinct_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one, two = make_run(tmp_path / "x" / "run", [0.1, 0.2]), make_run(tmp_path / "y" / "run", [0.3, 0.9])
-    target = tmp_path / "page.html"
-    assert main(["report", str(one), str(two), "--html", str(target)]) == 0
-    assert re.search(r"0\.300 +0\.900", capsys.readouterr().out), "the window of two steps is one step"
-    reward = target.read_text().split("<h3>reward</h3>")[1].split("</div></div>")[0]
-    assert reward.count("<polyline") == 2
-    assert re.findall(r"</i>([^<]*)<", reward) == [str(one), str(two)]
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0.23, 0.97, [0.2, 0.4, 0.6, 0.8, 1.0]),
-        (0.0, 5.0, [0, 1, 2, 3, 4, 5]),
-        (-0.5, 0.0, [-0.5, -0.4, -0.3, -0.2, -0.1, 0]),
-        (1e-7, 9e-7, [0, 2e-7, 4e-7, 6e-7, 8e-7, 1e-6]),
-        (0, 0, [0, 1]),
-        (4, 4, [3.6, 4, 4.4]),
-    ],
-)
-def test_ticks_are_round_and_enclose_the_values(low: float, high: float, expected: list[float]) -> None:
-    found = ticks(low, high)
-    assert len(found) == len(expected)
-    assert all(math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12) for a, b in zip(found, expected, strict=True))
-
-
-def test_a_curve_lies_where_its_values_say() -> None:
-    svg = ElementTree.fromstring(line_chart({"a": [(1, 0.0), (2, 1.0), (3, 0.5)]}))
-    points = [tuple(map(float, pair.split(","))) for pair in svg.find("polyline").get("points").split()]
-    (left, bottom), (middle, top), (right, half) = points
-    assert middle == pytest.approx((left + right) / 2, abs=0.1)
-    assert half == pytest.approx((top + bottom) / 2, abs=0.1)
-    assert bottom > top  # SVG's y grows downward
-    labels = {text.text: float(text.get("y")) - 4 for text in svg.findall("text")}
-    assert labels["0"] == pytest.approx(bottom, abs=0.1) and labels["1"] == pytest.approx(top, abs=0.1)
-
-
-def test_a_long_run_has_few_points_and_nothing_to_draw_is_no_chart() -> None:
-    svg = ElementTree.fromstring(line_chart({"a": [(i, float(i)) for i in range(100_000)]}))
-    assert len(svg.find("polyline").get("points").split()) == 1000
-    assert line_chart({"a": [], "b": []}) == ""
+def test_one_run_is_told_with_what_it_refused_and_several_are_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = {"steps": 2, "held_out_before": 0.25, "held_out_after": 0.75}
+    one, two = make_run(tmp_path / "x", [0.1, 0.2], summary=summary), make_run(tmp_path / "y", [0.3, 0.9])
+    (one / "quarantine").mkdir()
+    for number in range(7):
+        file = {"reason": "scores[0] is [NaN]", "group_id": "g1", "raw": "x"}
+        (one / "quarantine" / f"g{number}.json").write_text(json.dumps(file))
+    assert main(["report", str(one)]) == 0
+    shown = capsys.readouterr().out
+    assert f"{one} (finished)" in shown and "0.250 → 0.750" in shown and re.search(r"step +2\.00 +2\.00 +4\.0s", shown)
+    assert "refused: quarantine/g0.json: scores[0] is [NaN]\n" in shown and "... and 2 more" in shown
+    assert main(["report", str(one), str(two)]) == 0
+    assert re.search(r"y \(not +2 +0\.300 +0\.900", capsys.readouterr().out)

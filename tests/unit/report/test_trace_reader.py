@@ -4,8 +4,12 @@ Ids of the demo model's tokenizer: a = 64, b = 65, c = 66, newline = 198, <|im_e
 """
 
 import argparse
+import contextlib
+import functools
 import io
 import json
+import sqlite3
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +20,12 @@ from rich.console import Console
 from support.serving import eventually
 
 from atropos_verl.assets import demo_model_path
+from atropos_verl.protocol.journal import BatchJournal
 from atropos_verl.report import run_report as report
 from atropos_verl.report.trace_reader import RolloutFilter, TraceReader, distance, load_decoder
 from atropos_verl.training.samples import build_samples
 from atropos_verl.training.staleness import Applied
-from atropos_verl.training.trace import TraceWriter
+from atropos_verl.training.trace import NAME, TraceWriter
 from atropos_verl.types import (
     NOT_TRAINED,
     RepairedTokens,
@@ -225,7 +230,7 @@ def test_survivors_shows_that_the_slow_and_the_unposted_are_not_trained(tmp_path
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     found = run.read().survivors()
     console = Console(file=io.StringIO(), width=120)
-    report.run(argparse.Namespace(run_dirs=[tmp_path], survivors=True, html=None), console)
+    report.run(argparse.Namespace(run_dirs=[tmp_path], survivors=True), console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "7 begun, 2 trained (failed 1, given_up 2, stale 2, trained 2)" in shown and "0.667" in shown
     assert found["ends"] == {"trained": 2, "stale": 2, "given_up": 2, "failed": 1}
@@ -246,11 +251,9 @@ def test_the_distance_is_that_of_the_distribution_functions() -> None:
 
 
 def test_a_run_without_an_index_has_no_rollouts(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
     reader = TraceReader(tmp_path)
     assert reader.rollouts() == [] and reader.counts()["groups"] == {} and not reader.has_index
-    assert reader.metrics() == [{"step": 1, "loss": 0.5}] and reader.metrics(after=1) == []
-    assert reader.survivors()["begun"] == 0 and reader.live() == {"state": None, "age": None, "running": False}
+    assert reader.survivors()["begun"] == 0 and reader.live()["state"] is None
 
 
 def test_a_stale_group_is_told_with_its_repaired_tokens_whatever_their_number(tmp_path: Path) -> None:
@@ -327,11 +330,57 @@ def test_reading_a_finished_run_leaves_no_file_and_sees_what_a_resumed_one_adds(
 
 def test_many_requests_that_no_group_brought_are_counted_in_one_pass(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    for number in range(20_000):
-        run.writer.request([(number, 5, 1)], number, 9, 0.0, 1.0)
+    for prompt in range(2_000):
+        run.writer.request([(10 * prompt + i, 5, 1) for i in range(10)], prompt, 9, 0.0, 1.0)
     reader = run.read()
     reader.rollouts()  # opens the database
     thousands: list[int] = []  # of SQLite's instructions
     reader._local.db.set_progress_handler(lambda: thousands.append(1), 1000)
     assert reader.survivors()["ends"] == {"under_way": 20_000}
     assert 0 < len(thousands) < 20_000 / 2, "more than 500 instructions for each request"
+
+
+def test_ids_go_on_behind_those_of_batches_that_the_journal_forgot(tmp_path: Path) -> None:
+    """``journal.keep=0`` after a checkpoint: no file says which numbers there were."""
+    run = Run(tmp_path)
+    run.step(7, group([66, 258]))
+    run.read()
+    journal = BatchJournal(tmp_path / "journal")
+    journal.number_from(TraceWriter(tmp_path, 1 << 30).begin(1) + 1)
+    assert [journal.record(b"x").sequence for _ in range(2)] == [8, 9]
+
+
+def test_a_disk_that_is_too_slow_costs_a_part_of_the_trace_and_no_memory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path)
+    goes_on = threading.Event()
+    run.writer._put(lambda: goes_on.wait(60), 0)
+    for number in range(10_000):
+        run.writer.request([(number, 5, 1)], number, 9, 0.0, 1.0)
+    assert run.writer._jobs.qsize() < 9_000 and caplog.text.count("the disk is too slow") == 1
+    goes_on.set()
+    eventually(lambda: run.writer._waiting == 0, "all that was taken is written")
+    run.step(1, group([66, 258]))
+    assert [one["state"] for one in run.read().rollouts()] == ["trained"]
+
+
+def test_a_locked_trace_is_kept_and_one_that_is_no_database_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path)
+    run.step(1, group([66, 258]))
+    run.read()
+    monkeypatch.setattr("sqlite3.connect", functools.partial(sqlite3.connect, timeout=0.01))
+    with contextlib.closing(sqlite3.connect(tmp_path / NAME)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        locked = Run(tmp_path, step=1)
+        locked.step(2, group([66, 258]))
+        locked.writer.close()
+    assert "is written no further; training goes on" in caplog.text
+    assert [one["step"] for one in TraceReader(tmp_path).rollouts()] == [1]
+    (tmp_path / NAME).write_bytes(b"no database" * 1000)
+    again = Run(tmp_path, step=1)
+    again.step(2, group([66, 258]))
+    assert [one["step"] for one in again.read().rollouts()] == [2] and "begins anew" in caplog.text

@@ -47,7 +47,7 @@ def test_rollouts_are_found_and_told_token_by_token(client: TestClient) -> None:
     [
         ("runs/other/counts", 404, "no run is called 'other'"),
         ("runs/known/groups/9", 404, "not in the trace"),
-        ("runs/known/sessions/none", 500, "sessions.sqlite"),
+        ("runs/known/sessions/none", 404, "not in the trace"),
         ("runs/known/rollouts?step=two", 400, "$.step"),
         ("runs/known/rollouts?before=two", 400, "two"),
     ],

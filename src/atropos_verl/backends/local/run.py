@@ -87,6 +87,8 @@ def _make_tracker(config: RunConfig, run_dir: Path) -> Callable[[StepReport], No
     keep_trackers_inside(run_dir)
     from verl.utils.tracking import Tracking
 
+    from atropos_verl.report.trace_reader import TraceReader
+    from atropos_verl.report.trackers import send_rollouts
     from atropos_verl.verl_plugin.shims import let_trackers_fail
 
     let_trackers_fail()
@@ -101,9 +103,12 @@ def _make_tracker(config: RunConfig, run_dir: Path) -> Callable[[StepReport], No
         names = ", ".join(config.trainer.logger)
         raise ConfigError(f"{names} cannot be started: {error!r}", "trainer.logger") from error
 
+    reader = TraceReader(run_dir)
+
     def send(report: StepReport) -> None:
         figures = {"loss": report.loss, "policy_version": report.policy_version, **report.metrics}
         tracking.log(data={k: v for k, v in figures.items() if v is not None}, step=report.step)
+        send_rollouts(tracking, reader, report.step)
 
     return send
 

@@ -335,6 +335,7 @@ class AtroposTrainer:
         self.updating = True
         data.off_policy |= staleness_metrics(samples, self.policy_version)
         figures = self.stack.worker.train(samples)
+        data.trainer_logprobs = self.stack.worker.logprobs
         self.state.policy_version += 1
         return {"tokens": float(tokens), **figures}
 
@@ -387,7 +388,7 @@ class AtroposTrainer:
         synced = None
         try:
             self.serve_newest()
-            self.source.done()
+            self.source.done(stale)
             synced = time.perf_counter()
             self.source.ack(data)
         finally:  # whatever failed since, the step was taken: its line must not be missing

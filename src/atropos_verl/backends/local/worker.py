@@ -97,6 +97,8 @@ class PolicyWorker:
 
     _is_inside = False
     """A call of every rank is under way, or did not come to its end: then the other ranks have ended, or wait in it."""
+    logprobs: Sequence[FloatArray] = ()
+    """[T] of each sample of the last ``train``, before its first update."""
     _left: Iterator[Any] | None = None
     """What nobody has taken yet of what the last call gives; it can still be brought to its end."""
 
@@ -178,6 +180,7 @@ class PolicyWorker:
             part = [samples[i] for i in chunk]
             old = None if old_logprobs is None else [old_logprobs[i] for i in chunk]
             outputs.append(self._update(part, old, last=number == len(chunks)))
+        self.logprobs = old_logprobs or self._of_the_update(len(samples))
         keys = sorted({key for output in outputs for key in output})
         means = {key: float(np.mean([o[key] for o in outputs if key in o])) for key in keys}
         return {**means, "lr": outputs[-1]["lr"]}
@@ -217,6 +220,7 @@ class PolicyWorker:
         mine = None if old is None else [old[i] for i in share]
         data = self._to_tensordict([samples[i] for i in share], mine, rows)
         tu.assign_non_tensor(data, update_lr_scheduler=last)
+        data["row"] = torch.tensor([*share, *[-1] * (data.batch_size[0] - len(share))])
         self.loss_function.start()
         output = self._worker.train_batch(data)
         metrics = dict(tu.get(output, "metrics"))
@@ -248,6 +252,15 @@ class PolicyWorker:
             mine[index] = np.concatenate([[0.0], values])
         found = {index: values for part in self._of_every_rank(mine) for index, values in part.items()}
         return [found[i] for i in range(len(samples))]
+
+    def _of_the_update(self, count: int) -> list[FloatArray]:
+        """Logprobs [T] of ``count`` samples as the only update of a step computed them; 0 where nothing is trained."""
+        mine: dict[int, FloatArray] = {}
+        for rows, offsets, logprobs in self.loss_function.rows:
+            parts = np.split(logprobs.double().cpu().numpy(), offsets[1:-1].cpu().numpy())
+            mine |= dict(zip(rows.tolist(), parts, strict=True))
+        found = {row: values for part in self._of_every_rank(mine) for row, values in part.items()}
+        return [found[i] for i in range(count)]
 
     def _of_every_rank(self, own: Any) -> list[Any]:
         everyone: list[Any] = [own] * self.world_size
@@ -490,6 +503,8 @@ class LossFunction:
     def start(self) -> None:
         """Forgets the metrics of the batch before."""
         self._sums: dict[str, float] = {}
+        self.rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        """Of each micro-batch: [B] its samples, [B + 1] where they begin, [sum of T_b] logprobs before the update."""
         self._weight = self._largest = 0.0
 
     def finish(self, gather: Callable[[Any], list[Any]] = lambda own: [own]) -> dict[str, float]:
@@ -514,6 +529,8 @@ class LossFunction:
         first[offsets[:-1]] = True
         logprobs = logprobs.masked_fill(first, 0.0)
         mask = data["loss_mask"].values().bool()
+        if (rows := data.get("row", None)) is not None:
+            self.rows.append((rows, offsets, logprobs.detach()))
         output = self._loss(logprobs, data, offsets, mask, int(data["batch_num_tokens"]))
         added = self._added_loss(model_output, data)
         tokens = float(mask.sum())

@@ -187,7 +187,7 @@ class TrajectoryFeed:
         """Lets the API forget these batches, and the journal those that steps up to ``covered_step`` consumed (a
         checkpoint holds their effect)."""
         for slot in slots:
-            self.source.done()
+            self.source.done(slot.counts["stale"])
             for entry in slot.entries:
                 self.source.batches.ack(entry)
         self.source.batches.discard_through(covered_step)

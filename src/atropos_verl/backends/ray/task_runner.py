@@ -12,6 +12,8 @@ import ray
 
 from atropos_verl.config.verl_keys import parameter_sync_step, public, read_run
 from atropos_verl.report.console import log_to_file
+from atropos_verl.report.trace_reader import TraceReader
+from atropos_verl.report.trackers import send_rollouts
 from atropos_verl.training.step import keep_trackers_inside
 from atropos_verl.types import StepReport
 
@@ -217,3 +219,5 @@ class AtroposTaskRunner:
     def _report(self, report: StepReport) -> None:
         self.log.append(report)
         self.put("step", report)
+        if (tracking := getattr(self.trainer, "logger", None)) is not None:
+            send_rollouts(tracking, TraceReader(self.cluster.run_dir), report.step)

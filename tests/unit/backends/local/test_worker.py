@@ -68,6 +68,9 @@ def test_loss_gradient_norm_and_update_of_one_step(model_path: Path) -> None:
     loss = torch.stack(losses).sum() / sum(int(s.loss_mask.sum()) for s in samples)
     loss.backward()  # type: ignore[no-untyped-call]
     norm = torch.sqrt(sum((p.grad**2).sum() for p in reference.parameters()))
+    for sample, row in zip(samples, worker.logprobs, strict=True):
+        own = _logprobs(reference, sample).detach().numpy()
+        assert row[sample.loss_mask] == pytest.approx(own[sample.loss_mask], abs=2e-5)
     assert output["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
     assert output["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
     assert all(parameter.grad is None for parameter in worker._worker.engine.module.parameters())
