@@ -34,7 +34,6 @@ MIN_LOGPROB = -9999.0
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy decoding (vLLM's bound): dividing logits by less would overflow float32."""
 
-
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -62,11 +61,10 @@ class GenerationRequest:
     temperature: float = 1.0
     """0 = greedy; logprobs are then those of temperature 1."""
     top_p: float = 1.0
-    top_k: int = -1
-    """-1 or 0: off."""
+    top_k: int = -1  # -1 or 0: off
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
-    """Stop strings; the tokens that spell the stop string are kept in ``token_ids`` (token-exact), finish is "stop"."""
+    """The tokens that spell one are kept in ``token_ids`` (token-exact); finish is "stop"."""
     stop_token_ids: tuple[int, ...] = ()
     """Besides the model's end-of-sequence ids. The stop token is part of ``token_ids``."""
     ignore_eos: bool = False
@@ -92,12 +90,11 @@ class Generation:
     token_ids: tuple[int, ...]
     """New tokens only, the stop token included."""
     logprobs: tuple[float, ...]
-    """Logprob of each token under the sampling temperature, over the full vocabulary (before top-p/top-k/min-p); under
-    a constraint, over the tokens that it allows."""
+    """Of each token under the sampling temperature, over the full vocabulary (before top-p/top-k/min-p); under a
+    constraint, over the tokens that it allows."""
     finish_reason: FinishReason
     policy_version_runs: tuple[tuple[int, int], ...]
-    """Version that sampled each token, run-length encoded: ``(policy version, tokens)``, the counts adding up to all
-    tokens."""
+    """(policy version, tokens that it sampled), in order."""
     prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
     """[P] per prompt position {token_id: logprob}; position 0 is None (nothing predicts it)."""
     top_logprobs: tuple[dict[int, float], ...] = ()
@@ -115,12 +112,12 @@ class GenerationDelta:
     """New tokens of one completion while it is being generated (streaming)."""
 
     index: int
-    """Number of the completion among the n."""
+    """Of the completion among the n."""
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason | None = None
     policy_version: int | None = None
-    """Version that sampled these tokens; None: the engine does not say."""
+    """None: the engine does not say."""
     top_logprobs: tuple[dict[int, float], ...] = ()
 
 
@@ -132,16 +129,14 @@ class ScoredGroup:
 
         token_ids = ([5, 6, 7], [5, 6, 8, 2]); masks = ([-100, -100, 7], [-100, -100, 8, 2]); scores = [1., 0.]
 
-    Bytes that cannot be decoded into these types give a group with a ``defect`` and empty arrays. ``build_samples``
-    quarantines a group with a defect. ``raw`` is the group's own JSON, for quarantine.
+    Bytes that cannot be decoded into these types give a group with a ``defect`` and empty arrays, which
+    ``build_samples`` quarantines.
     """
 
-    token_ids: tuple[IntArray, ...]
-    """[G][T_g] token ids."""
+    token_ids: tuple[IntArray, ...]  # [G][T_g]
     masks: tuple[IntArray, ...]
     """[G][T_g]; -100 = not trained, otherwise equal to the token id."""
-    scores: FloatArray
-    """[G] raw scores."""
+    scores: FloatArray  # [G] raw
     rollout_ids: IntArray | None = None
     """[G] 0, 1, … in order of first appearance: sequences of one id are rows of one rollout, and have one score. None:
     each sequence is a rollout."""
@@ -154,8 +149,7 @@ class ScoredGroup:
     ref_logprobs: tuple[FloatArray | None, ...] | None = None
     """[G][T_g] logprob of each token under a reference policy; 1.0 = no value."""
     token_versions: tuple[IntArray | None, ...] | None = None
-    """[G][T_g] policy version that wrote each token, ``UNKNOWN_VERSION`` where not known; from our ledger, not the
-    wire."""
+    """[G][T_g] that wrote each token, ``UNKNOWN_VERSION`` where not known; from our ledger, not the wire."""
     overrides: tuple[dict[str, Any], ...] | None = None
     """[G] per-sequence overrides (``set_advantage_to_zero``, ``temperature``)."""
     group_overrides: dict[str, Any] | None = None
@@ -168,14 +162,14 @@ class ScoredGroup:
     """[G][T_g, K] their logprobs under the teacher at temperature 1; shorter rows end in -inf."""
     env_id: int | None = None
     group_id: str = ""
-    """Stable id within the run: content hash of the raw JSON, so a replay has the same id."""
+    """Content hash of the raw JSON, so a replay has the same id."""
     unknown_fields: tuple[str, ...] = ()
-    """Names of fields this version does not know."""
     defect: str | None = None
     """Names field, sequence, index and value of what is wrong."""
     validated: bool = False
     """``defect`` is the outcome of all checks; None then means that the group is sound."""
     raw: bytes = b""
+    """Its own JSON, for quarantine; empty when it came packed."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -190,35 +184,22 @@ class ScoredGroup:
         """[R] raw scores, one of each rollout."""
         return self.scores[np.unique(self.rollouts, return_index=True)[1]]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
-    """The place where a sequence turns away from the most similar completion."""
-
-    position: int
-    """Index of the first differing token in the sequence."""
-    written: int | None
-    """Token id that the gateway has there; None: its record ends before."""
-    posted: int | None
-    """Token id that the environment sent; None: its sequence ends there."""
-    in_prompt: bool
-    """The difference lies in the prompt of the completion."""
-    nothing_similar: bool = False
-    """Not even the first token is known: generated elsewhere, before a restart, or forgotten."""
+    def trained(self, i: int) -> NDArray[np.bool_]:
+        """[T_i] True = the policy wrote this token of sequence ``i`` and it is trained. Nothing predicts the first."""
+        trained: NDArray[np.bool_] = self.masks[i] != NOT_TRAINED
+        trained[:1] = False
+        return trained
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepairedTokens:
     """A sequence whose text was tokenised anew, with the ids that were sampled. Its length may be another one."""
 
-    token_ids: IntArray
-    """[T]"""
-    loss_mask: NDArray[np.bool_]
-    """[T]; True = trained."""
+    token_ids: IntArray  # [T]
+    loss_mask: NDArray[np.bool_]  # [T]; True = trained
     origin: IntArray | None
     """[T] index of the posted token in which its text begins; None where no value of a posted token is to follow it."""
-    posted: int
-    """Tokens that were posted."""
+    posted: int  # tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,8 +219,7 @@ class SequenceMatch:
     """[T] logprob under that policy at ``temperature``; NaN where not known and where not trained."""
     temperature: float | None = None
     """Temperature of all its spans; None: none was found, or they differ."""
-    spans: int = 0
-    """Trained spans."""
+    spans: int = 0  # trained ones
     unmatched_spans: int = 0
     """Trained spans with a token that nobody generated after these ids."""
     unmatched_tokens: int = 0
@@ -263,8 +243,7 @@ class TrainingSample:
         token_ids = [5, 6, 8, 2]; loss_mask = [0, 0, 1, 1]; advantages = [0, 0, .5, .5]
     """
 
-    token_ids: IntArray
-    """[T]"""
+    token_ids: IntArray  # [T]
     loss_mask: NDArray[np.bool_]
     """[T]; True = the policy wrote this token and it is trained. Position 0 is never True (nothing predicts it)."""
     advantages: FloatArray
@@ -280,10 +259,8 @@ class TrainingSample:
     temperature: float = 1.0
     score: float = 0.0
     group_id: str = ""
-    sequence_index: int = 0
-    """Index of this sequence in its group."""
-    rollout_id: int = 0
-    """Of its group's ``rollouts``."""
+    sequence_index: int = 0  # in its group
+    rollout_id: int = 0  # of its group's ``rollouts``
     env_id: int | None = None
     policy_version: int | None = None
     """Oldest version that wrote a trained token; where the ledger knows none, what the environment says."""
@@ -300,8 +277,7 @@ class QuarantinedGroup:
     """A group that never reached a tensor, and why."""
 
     group: ScoredGroup
-    reason: str
-    """Names field, sequence, index and value."""
+    reason: str  # names field, sequence, index and value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,24 +288,18 @@ class SampleSettings:
     """Ids outside ``[0, vocab_size)`` quarantine the group. None: only negative ids do."""
     max_token_len: int | None = None
     """Longest sequence that is trained, in tokens, inclusive. None: no bound."""
-    estimator: str = "grpo"
-    """``grpo`` | ``rloo`` | ``plain`` (the raw score)."""
-    normalization: str = "none"
-    """``none`` | ``batch`` | ``global``."""
+    estimator: str = "grpo"  # grpo, rloo or plain (the raw score)
+    normalization: str = "none"  # none, batch or global
     clipping: tuple[float, float] | None = None
-    overlong: str = "drop"
-    """``drop`` | ``truncate`` | ``error``."""
-    on_bad_group: str = "quarantine"
-    """``quarantine`` | ``error``."""
+    overlong: str = "drop"  # drop, truncate or error
+    on_bad_group: str = "quarantine"  # quarantine or error
     default_temperature: float = 1.0
     norm_adv_by_std_in_grpo: bool = True
     """verl's name: divide the GRPO advantage by the group's standard deviation."""
     ignore_fields: tuple[str, ...] = ()
     """ScoredData fields that this trainer does not use and the user agreed to ignore (``data.ignore_fields``)."""
-    ref_weight: float = 0.0
-    """Factor of the KL to posted ``ref_logprobs``."""
-    distill_weight: float = 1.0
-    """Factor of the KL to a teacher, where the environment names none."""
+    ref_weight: float = 0.0  # factor of the KL to posted ``ref_logprobs``
+    distill_weight: float = 1.0  # factor of the KL to a teacher, where the environment names none
     teach: Callable[[Sequence[ScoredGroup]], list[ScoredGroup]] | None = None
     """Gives groups a teacher's values that bring none (``distill.teacher``)."""
     distill_alone: bool = False
@@ -346,13 +316,10 @@ class SampleReport:
 
     samples: list[TrainingSample] = field(default_factory=list)
     quarantined: list[QuarantinedGroup] = field(default_factory=list)
-    filtered: list[ScoredGroup] = field(default_factory=list)
-    """Sound groups that ``SampleSettings.keeps`` left out."""
-    dropped_overlong: int = 0
-    """Sequences longer than ``max_token_len`` that were left out of training."""
+    filtered: list[ScoredGroup] = field(default_factory=list)  # sound groups that ``keeps`` left out
+    dropped_overlong: int = 0  # sequences longer than ``max_token_len`` that were left out
     truncated: int = 0
-    groups: int = 0
-    """Groups that were used (quarantined ones not counted)."""
+    groups: int = 0  # that were used
     scores: FloatArray = field(default_factory=lambda: np.zeros(0))
     """Raw scores of every rollout of every used group, overlong ones included."""
 

@@ -5,18 +5,20 @@ one request for a whole group. What the records that are left do not agree on st
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
+from operator import eq
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from atropos_verl.provenance.ledger import IDS, Ledger, Piece, SpanRecord, trained_spans
 from atropos_verl.provenance.repair import Repair, Repairer
-from atropos_verl.token_texts import TokenTexts
-from atropos_verl.types import MIN_LOGPROB, UNKNOWN_VERSION, Difference, FloatArray, IntArray, SequenceMatch
+from atropos_verl.types import MIN_LOGPROB, UNKNOWN_VERSION, FloatArray, IntArray, SequenceMatch
 
-_MOST_EXPLAINED = 512
+_MOST_COMPARED = 512
 """Newest records that a sequence is compared with, to say where it differs."""
 
 
@@ -43,7 +45,7 @@ def look_up(ledger: Ledger, queries: Sequence[SequenceQuery], repairer: Repairer
 
     With ``repairer``, sequences that ``is_text`` get the ids that were sampled, where that is certain.
     """
-    queries, found, repairs = list(queries), list[list[list[Piece]]](), list[Repair]()
+    queries, repairs = list(queries), list[Repair]()
     for i, query in enumerate(queries):
         spans = trained_spans(query.loss_mask)
         repair = Repair(pieces=ledger.find(query.token_ids, spans))
@@ -53,22 +55,13 @@ def look_up(ledger: Ledger, queries: Sequence[SequenceQuery], repairer: Repairer
         if repair.tokens is not None:
             queries[i] = replace(query, token_ids=repair.tokens.token_ids, loss_mask=repair.tokens.loss_mask)
         repairs.append(repair)
-        found.append(repair.pieces)
-    chooser = _Chooser(queries, found)
-    picks: dict[int, _Picks] = {}
+    chooser = _Chooser(queries, [repair.pieces for repair in repairs])
+    matches: dict[int, SequenceMatch] = {}
     # Those with logprobs first: what they take is certain, and leaves less to the others.
     for index in sorted(range(len(queries)), key=lambda i: queries[i].logprobs is None):
-        picks[index] = chooser.choose(index)
-    ledger.used(record for records in chooser.certain for record in records)
-    return [
-        replace(
-            _match(query, repair.pieces, picks[index], chooser.certain[index]),
-            repaired=repair.tokens,
-            repaired_spans=repair.repaired_spans,
-            ambiguous_texts=repair.ambiguous_spans,
-        )
-        for index, (query, repair) in enumerate(zip(queries, repairs, strict=True))
-    ]
+        matches[index] = _match(queries[index], repairs[index], *chooser.choose(index))
+    ledger.used(order for match in matches.values() for order in match.records)
+    return [matches[index] for index in range(len(queries))]
 
 
 _Picks = dict[int, list[SpanRecord]]
@@ -78,40 +71,35 @@ _Picks = dict[int, list[SpanRecord]]
 class _Chooser:
     """Chooses the records of each piece of a batch."""
 
-    def __init__(self, queries: Sequence[SequenceQuery], found: list[list[list[Piece]]]) -> None:
+    def __init__(self, queries: Sequence[SequenceQuery], found: Sequence[list[list[Piece]]]) -> None:
         self._queries = queries
         self._pieces = [[piece for span in spans for piece in span if piece.candidates] for spans in found]
         self._uses: Counter[int] = Counter()
         self._whole = self._whole_requests()
-        self.certain: list[list[SpanRecord]] = [[] for _ in queries]
-        """For each sequence, the records that it is known to hold."""
 
-    def choose(self, index: int) -> _Picks:
-        """The records that each piece of a sequence may be."""
-        query, picks = self._queries[index], _Picks()
+    def choose(self, index: int) -> tuple[_Picks, list[int]]:
+        """The records that each piece of a sequence may be, and the numbers of those that it is known to hold."""
+        query, picks, certain = self._queries[index], _Picks(), list[int]()
         before: int | None = None
         for piece in reversed(self._pieces[index]):
             equal = list(piece.candidates) if len(piece.candidates) == 1 else self._best(query, piece, before)
             picks[piece.start] = equal
             if all(record.policies == equal[0].policies for record in equal):
-                self.certain[index].append(equal[0])
+                certain.append(equal[0].order)
                 self._uses[equal[0].order] += 1
             before = max(record.order for record in equal)
-        return picks
+        return picks, certain
 
     def _best(self, query: SequenceQuery, piece: Piece, before: int | None) -> list[SpanRecord]:
         """The records for which all evidence is equally good, oldest first."""
         sent = None if query.logprobs is None else query.logprobs[piece.start : piece.stop].astype(np.float32)
         whole = self._whole[query.group, piece.candidates[0].prompt.key]
 
-        def as_sent(record: SpanRecord) -> NDArray[np.float32]:
-            """The logprobs as the gateway sent them to the environment."""
-            return np.maximum(record.logprobs[record.inside(piece)], np.float32(MIN_LOGPROB))
-
         def evidence(record: SpanRecord) -> tuple[bool, bool, int, bool]:
+            own = record.logprobs[record.inside(piece)]
             return (
                 before is not None and record.order >= before,
-                sent is not None and not np.array_equal(sent, as_sent(record)),
+                sent is not None and not np.array_equal(sent, np.maximum(own, np.float32(MIN_LOGPROB))),
                 record.uses + self._uses[record.order],
                 record.request not in whole,
             )
@@ -122,105 +110,76 @@ class _Chooser:
 
     def _whole_requests(self) -> dict[tuple[int, int], set[int]]:
         """(group, prompt) → requests that wrote every piece (of two or more) that follows this prompt in the group."""
-        wanted: defaultdict[tuple[int, int], Counter[tuple[int, int]]] = defaultdict(Counter)
-        offered: dict[tuple[int, int], dict[tuple[int, int], Counter[int]]] = {}
+        wanted: defaultdict[tuple[int, int], Counter[tuple[int, int, int]]] = defaultdict(Counter)
+        offered: dict[tuple[int, int, int], Counter[int]] = {}
         for query, pieces in zip(self._queries, self._pieces, strict=True):
             for piece in pieces:
                 first = piece.candidates[0]
-                key = (query.group, first.prompt.key)
-                content = (piece.stop, first.end_key)
-                wanted[key][content] += 1
-                offered.setdefault(key, {}).setdefault(content, Counter(r.request for r in piece.candidates))
-        whole: dict[tuple[int, int], set[int]] = {key: set() for key in wanted}
-        for key, contents in wanted.items():
-            for request in next(iter(offered[key].values())):
-                if contents.total() > 1 and all(offered[key][c][request] >= n for c, n in contents.items()):
-                    whole[key].add(request)
-        return whole
+                content = (first.prompt.key, piece.stop, first.end_key)
+                wanted[query.group, first.prompt.key][content] += 1
+                offered.setdefault(content, Counter(record.request for record in piece.candidates))
+        return {
+            key: {
+                request
+                for request in offered[next(iter(contents))]
+                if contents.total() > 1 and all(offered[c][request] >= n for c, n in contents.items())
+            }
+            for key, contents in wanted.items()
+        }
 
 
-def _match(
-    query: SequenceQuery,
-    spans: list[list[Piece]],
-    picks: _Picks,
-    certain: list[SpanRecord],
-) -> SequenceMatch:
+def _match(query: SequenceQuery, repair: Repair, picks: _Picks, certain: list[int]) -> SequenceMatch:
     versions = np.full(len(query.token_ids), UNKNOWN_VERSION, dtype=np.int64)
     logprobs = np.full(len(query.token_ids), np.nan)
     known = np.zeros(len(query.token_ids), dtype=np.bool_)
     temperatures: set[float] = set()
-    lost_tokens = 0
     ambiguous: set[int] = set()
-    for number, piece in [(number, piece) for number, span in enumerate(spans) for piece in span]:
-        records = picks.get(piece.start, [])
-        if not records:
-            lost_tokens += piece.stop - piece.start
+    lost: set[int] = set()
+    for number, piece in [(number, piece) for number, span in enumerate(repair.pieces) for piece in span]:
+        if piece.start not in picks:
+            lost.add(number)
             continue
+        first, *others = picks[piece.start]
         part = slice(piece.start, piece.stop)
         known[part] = True
-        first = records[0]
         versions[part], logprobs[part] = first.versions(piece), first.logprobs[first.inside(piece)]
-        for other in records[1:]:
-            other_weights = first.written_by(piece) != other.written_by(piece)
-            if first.branch != other.branch:
-                other_weights[:] = True
+        for other in others:
+            other_weights = (first.written_by(piece) != other.written_by(piece)) | (first.branch != other.branch)
             # Of the same weights two logprobs differ by rounding at most (by what else was in the engine's batch).
             unequal = logprobs[part] != other.logprobs[other.inside(piece)]
             logprobs[part][other_weights & unequal] = np.nan
             versions[part][versions[part] != other.versions(piece)] = UNKNOWN_VERSION
-        if any(other.policies != first.policies for other in records[1:]):
-            ambiguous.add(number)
-        temperatures.update(record.temperature for record in records)
+            if other.policies != first.policies:
+                ambiguous.add(number)
+        temperatures.update(record.temperature for record in picks[piece.start])
     return SequenceMatch(
         found=known,
         versions=versions,
         logprobs=logprobs,
         temperature=temperatures.pop() if len(temperatures) == 1 else None,
-        spans=len(spans),
-        unmatched_spans=sum(any(piece.start not in picks for piece in span) for span in spans),
-        unmatched_tokens=lost_tokens,
+        spans=len(repair.pieces),
+        unmatched_spans=len(lost),
+        unmatched_tokens=int(query.loss_mask.sum() - known.sum()),
         ambiguous_spans=len(ambiguous),
-        records=tuple(record.order for record in certain),
+        records=tuple(certain),
+        repaired=repair.tokens,
+        repaired_spans=repair.repaired_spans,
+        ambiguous_texts=repair.ambiguous_spans,
     )
 
 
-def explain(ledger: Ledger, token_ids: IntArray, start: int, stop: int, texts: TokenTexts | None = None) -> Difference:
-    """Where the unmatched tokens ``[start, stop)`` turn away from the newest record that agrees longest with them.
+def first_difference(
+    ledger: Ledger, token_ids: IntArray, read: Callable[[NDArray[np.int32]], Sequence[Any]]
+) -> tuple[int, Sequence[Any], Sequence[Any]]:
+    """Where ``token_ids`` turn away from the newest record that agrees longest with them, and what both hold.
 
-    With ``texts`` what counts is their text: the place is that of the tokens that hold the first other character.
+    ``read``: token ids → what is compared, the ids or their text. 0: nothing agrees.
     """
-    posted, at = _units(np.asarray(token_ids, dtype=IDS), texts)
-    best, similar = -1, None
-    for record in ledger.newest(_MOST_EXPLAINED):
-        written, places = _units(np.frombuffer(record.prompt.ids + record.ids, dtype=IDS), texts)
-        count = min(len(written), len(posted))
-        unequal = np.flatnonzero(written[:count] != posted[:count])
-        common = int(unequal[0]) if unequal.size else count
-        # A record that the sequence holds as a whole ends before the lost piece: it explains nothing but its end.
-        if common > best and common <= at[stop]:
-            best, similar = common, (record, places)
-    if similar is None or best <= 0:
-        return Difference(
-            position=start, written=None, posted=int(token_ids[start]), in_prompt=True, nothing_similar=True
-        )
-    record, places = similar
-
-    def token(ids: IntArray, starts: IntArray) -> tuple[int, int | None]:
-        """That holds the first difference."""
-        if best >= starts[-1]:
-            return len(ids), None
-        index = int(np.searchsorted(starts[:-1], best, side="right")) - 1
-        return index, int(ids[index])
-
-    position, found = token(token_ids, at)
-    _, written_there = token(np.frombuffer(record.prompt.ids + record.ids, dtype=IDS), places)
-    return Difference(
-        position=position, written=written_there, posted=found, in_prompt=best < places[record.prompt.length]
-    )
-
-
-def _units(ids: NDArray[np.int32], texts: TokenTexts | None) -> tuple[NDArray[np.int32], IntArray]:
-    """The ids themselves, or the characters of their text; and for each token the number of those before it."""
-    if texts is None:
-        return ids, np.arange(len(ids) + 1)
-    return np.frombuffer(texts.text(ids).encode("utf-32-le", "surrogatepass"), dtype=IDS), texts.starts(ids)
+    posted = read(np.asarray(token_ids, dtype=IDS))
+    longest, similar = 0, posted[:0]
+    for record in ledger.newest(_MOST_COMPARED):
+        written = read(np.frombuffer(record.prompt.ids + record.ids, dtype=IDS))
+        common = sum(takewhile(bool, map(eq, posted, written)))
+        if longest < common < len(posted):  # one that holds all of it, as a part of a prompt, says nothing
+            longest, similar = common, written
+    return longest, posted, similar

@@ -15,21 +15,17 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from atropos_verl.provenance.ledger_store import LedgerStore, Row, StoredSpan, StoredState
+from atropos_verl.provenance.ledger_store import LedgerStore, Row, Runs
 from atropos_verl.types import Generation
 
 IDS = np.dtype("<i4")
-ID_BYTES = IDS.itemsize
 LOGPROBS = np.dtype("<f4")
 OVERHEAD_BYTES = 700
 """Python objects of one record beside its arrays, measured with tracemalloc (about 650 bytes)."""
-Runs: TypeAlias = tuple[tuple[int, int], ...]
-"""(policy version, tokens it wrote), in order."""
 _TOKEN_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _POSITION_FACTOR = np.uint64(0xD1B54A32D192ED03)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -50,7 +46,7 @@ class Prompt:
 
     @property
     def length(self) -> int:
-        return len(self.ids) // ID_BYTES
+        return len(self.ids) // IDS.itemsize
 
 
 @dataclass(slots=True, eq=False)
@@ -62,29 +58,25 @@ class SpanRecord:
     request: int
     """Completions of one request share it: the order of the first."""
     prompt: Prompt
-    ids: bytes
-    """Token ids, int32."""
+    ids: bytes  # int32
     logprobs: NDArray[np.float32]
     runs: Runs
-    """(policy version, tokens it wrote), in order."""
     temperature: float
     end_key: int
-    uses: int = 0
-    """Looked-up sequences that are known to hold it."""
-    consumed: int = 0
-    """Trained sequences that are known to hold it."""
+    uses: int = 0  # looked-up sequences that are known to hold it
+    consumed: int = 0  # trained ones
     branch: tuple[int, int] | None = None
     """(restart, policy version): that restart went on at a version before some of ``runs``; the weights that these
     name were lost, and other ones have their numbers now."""
 
     @property
-    def length(self) -> int:
-        return len(self.ids) // ID_BYTES
-
-    @property
     def start(self) -> int:
         """Its first token's position in a sequence that holds it."""
         return self.prompt.length
+
+    @property
+    def stop(self) -> int:
+        return self.prompt.length + len(self.ids) // IDS.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -112,16 +104,13 @@ class SpanRecord:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """Tokens ``[start, stop)`` of a looked-up sequence, and the records that hold exactly these tokens there.
-
-    No candidate: it is unknown which weights wrote them.
-    """
+    """Tokens ``[start, stop)`` of a looked-up sequence, and the records that hold them, from their token ``first``. No
+    candidate: it is unknown which weights wrote them."""
 
     start: int
     stop: int
     candidates: tuple[SpanRecord, ...] = ()
     first: int = 0
-    """Token ``start`` among those of each candidate."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -134,8 +123,7 @@ class LedgerStats:
     recorded_spans: int = 0
     recorded_tokens: int = 0
     evicted_spans: int = 0
-    restored_spans: int = 0
-    """Records of processes before this one."""
+    restored_spans: int = 0  # of processes before this one
 
 
 class Lengths:
@@ -146,7 +134,7 @@ class Lengths:
 
     def add(self, length: int) -> None:
         if length >= len(self._seen):
-            self._seen = np.concatenate([self._seen, np.zeros(length + 1, dtype=np.bool_)])
+            self._seen = np.pad(self._seen, (0, length + 1))
         self._seen[length] = True
 
     def within(self, start: int, stop: int) -> list[int]:
@@ -155,16 +143,10 @@ class Lengths:
 
 
 class Ledger:
-    """Completions by the ids they came after. Safe to call from any thread.
-
-    Args:
-        max_bytes: of ids, logprobs and objects, at most; the least recently used records go first.
-        max_spans: records at most.
-    """
+    """Completions by the ids they came after. Safe to call from any thread. ``max_bytes`` are of ids, logprobs and
+    objects."""
 
     def __init__(self, max_bytes: int = 256 << 20, max_spans: int = 1_000_000) -> None:
-        if max_bytes < 1 or max_spans < 1:
-            raise ValueError(f"a ledger needs room: max_bytes {max_bytes}, max_spans {max_spans}")
         self.max_bytes = max_bytes
         self.max_spans = max_spans
         self.lock = threading.RLock()
@@ -176,10 +158,11 @@ class Ledger:
         self._spans: OrderedDict[int, SpanRecord] = OrderedDict()
         self._counts = LedgerStats()
         self._orders = 0
-        self._resumes: list[tuple[int, int]] = []
+        self._resumes: Runs = ()
+        """(policy version, newest order before it) of each process that resumed the run."""
         self._store: LedgerStore | None = None
-        self._deleted: list[tuple[str, int]] = []
-        """Rows of the store that the next write deletes: of what was forgotten since the last one."""
+        self._changes: list[Row] = []
+        """Of the store, since the last write."""
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -190,8 +173,6 @@ class Ledger:
     def stats(self) -> LedgerStats:
         with self.lock:
             return replace(self._counts, spans=len(self._spans), prompts=len(self._prompts))
-
-    # -- the gateway's side ------------------------------------------------------------------------------------------
 
     def record(
         self, prompt_token_ids: Sequence[int], generations: Iterable[Generation], temperature: float = 1.0
@@ -204,13 +185,10 @@ class Ledger:
     ) -> tuple[Future[None] | None, list[tuple[int, int, int]]]:
         """Record the completions of one request. Call it before the client can see them.
 
-        Args:
-            temperature: the logprobs are of this distribution; 0 (greedy) counts as 1, as engines report it.
-
-        Returns:
-            A future that is done, and never raises, when the death of this process cannot lose the records any more.
-            None: nothing is kept over a restart. And of each record its number, its tokens, and the policy version
-            that began it.
+        The logprobs are of the distribution at ``temperature``; 0 (greedy) counts as 1, as engines report it. Returns a
+        future that is done, and never raises, when the death of this process cannot lose the records any more (None:
+        nothing is kept over a restart); and of each record its number, its tokens, and the policy version that began
+        it.
         """
         prompt = np.asarray(prompt_token_ids, dtype=IDS)
         made = [(np.asarray(g.token_ids, dtype=IDS), _logprobs(g), _runs(g)) for g in generations if g.token_ids]
@@ -219,31 +197,24 @@ class Ledger:
         key = int(prefix_hashes(prompt)[-1])
         temperature = temperature if temperature > 0 else 1.0
         with self.lock:
-            before, request = self._prompts.get(key), self._orders + 1
-            node = self._node(key, prompt.tobytes())
+            node, request = self._node(key, prompt.tobytes()), self._orders + 1
             for ids, logprobs, runs in made:
                 self._orders += 1
                 end_key = (key + int(prefix_hashes(ids, offset=len(prompt))[-1])) % (1 << 64)
-                self._add(SpanRecord(self._orders, request, node, ids.tobytes(), logprobs, runs, temperature, end_key))
+                content, values = ids.tobytes(), (runs, temperature, end_key)
+                row = (self._orders, request, key, content, logprobs.tobytes(), *values)
+                self._changes.append(("spans", self._orders, row))
+                self._add(SpanRecord(self._orders, request, node, content, logprobs, *values))
                 self._counts.recorded_spans += 1
                 self._counts.recorded_tokens += len(ids)
             self._shrink()
-            rows: list[Row] = []
-            if self._prompts.get(key) is not before:
-                rows.append(("prompts", key, (key, node.ids)))
-            for order in range(request, self._orders + 1):
-                if (r := self._spans.get(order)) is not None:
-                    values = (r.ids, r.logprobs.tobytes(), r.runs, r.temperature, r.end_key)
-                    rows.append(("spans", order, StoredSpan(order, request, key, *values)))
-            numbers = [(request + i, len(ids), runs[0][0]) for i, (ids, _, runs) in enumerate(made)]
-            return self._write(rows), numbers
+            return self._write(), [(request + i, len(ids), runs[0][0]) for i, (ids, _, runs) in enumerate(made)]
 
-    def _write(self, rows: Sequence[Row]) -> Future[None] | None:
-        deleted, self._deleted = self._deleted, []
+    def _write(self) -> Future[None] | None:
+        rows, self._changes = self._changes, []
         if self._store is None:
             return None
-        held = StoredState(0, self._orders, tuple(self._resumes))
-        return self._store.write([*rows, ("state", 0, held)], deleted)
+        return self._store.write([*rows, ("state", 0, (0, self._orders, self._resumes))])
 
     def _node(self, key: int, ids: bytes) -> Prompt:
         node = self._prompts.get(key)
@@ -253,6 +224,7 @@ class Ledger:
             node = None
         if node is None:
             node = self._prompts[key] = Prompt(key, ids, OrderedDict())
+            self._changes.append(("prompts", key, (key, ids)))
             self._lengths.add(node.length)
             self._counts.bytes += len(ids) + OVERHEAD_BYTES
         return node
@@ -272,13 +244,13 @@ class Ledger:
 
     def _forget(self, record: SpanRecord) -> None:
         del self._spans[record.order]
-        self._deleted += ("spans", record.order), ("uses", record.order)
+        self._changes += ("spans", record.order, None), ("uses", record.order, None)
         node = record.prompt
         del node.spans[record.order]
         self._counts.bytes -= record.nbytes
         if not node.spans:
             del self._prompts[node.key]
-            self._deleted.append(("prompts", node.key))
+            self._changes.append(("prompts", node.key, None))
             self._counts.bytes -= len(node.ids) + OVERHEAD_BYTES
         alike = self._by_end[record.end_key]
         del alike[record.order]
@@ -287,50 +259,45 @@ class Ledger:
         self._counts.evicted_spans += 1
         self.on_forget(record)
 
-    # -- over a restart ----------------------------------------------------------------------------------------------
-
     def persist(self, directory: Path, resumed_at: int | None = None) -> int:
         """Keep what is recorded from here on in ``directory`` as well, for the process that resumes this run.
 
-        Args:
-            directory: of the run; it holds what the ledger holds.
-            resumed_at: this process resumes a run at this policy version: what is there is taken in. None: it begins
-                one, and what is there is removed.
-
-        Returns:
-            Completions taken in. A damaged file is none: the log names it, and nothing is taken in.
+        ``resumed_at``: this process resumes a run at this policy version, and what is there is taken in. None: it
+        begins one, and what is there is removed. Returns the completions taken in: none of a damaged file, which the
+        log names.
         """
         with self.lock:
             if self._orders or self._store is not None:
                 raise ValueError("persist comes before the first record")
             self._store, found = LedgerStore.open(directory, keep=resumed_at is not None)
-            oldest = min((span.key for span in found.spans), default=found.state.orders)
-            self._resumes = [resume for resume in found.state.resumes if resume[1] >= oldest]
-            if resumed_at is not None:
-                self._resumes.append((resumed_at, found.state.orders))
-            for span in found.spans:
-                node = self._node(span.prompt, found.prompts[span.prompt])
-                logprobs = np.frombuffer(span.logprobs, dtype=LOGPROBS)
-                read = (span.ids, logprobs, span.runs, span.temperature, span.end_key)
-                self._add(SpanRecord(span.key, span.request, node, *read))
+            _, orders, resumes = found.state[0] if found.state else (0, 0, ())
+            oldest = min((span[0] for span in found.spans), default=orders)
+            resumes = tuple(resume for resume in resumes if resume[1] >= oldest)
+            self._resumes = resumes if resumed_at is None else (*resumes, (resumed_at, orders))
+            prompts = dict(found.prompts)
+            for order, request, key, ids, content, runs, temperature, end_key in found.spans:
+                node, logprobs = self._node(key, prompts[key]), np.frombuffer(content, dtype=LOGPROBS)
+                self._add(SpanRecord(order, request, node, ids, logprobs, runs, temperature, end_key))
                 self._shrink()
-            for order, count in found.uses.items():
+            for order, count in found.uses:
                 if order in self._spans:
                     self._spans[order].uses = self._spans[order].consumed = count
-            self._orders = found.state.orders
+            self._orders = orders
             _note_branches(self._spans.values(), self._resumes)
             self._counts.restored_spans, self._counts.evicted_spans = len(self._spans), 0
-            self._write([])
+            self._changes = [change for change in self._changes if change[2] is None]  # the rest is what was read
+            self._write()
             return len(self._spans)
 
-    def consumed(self, orders: Sequence[int]) -> None:
+    def consumed(self, orders: Iterable[int]) -> None:
         """Note that a batch with the records of these numbers was trained on: they are not looked up again."""
         with self.lock:
             records = [self._spans[order] for order in orders if order in self._spans]
             for record in records:
                 record.consumed += 1
+                self._changes.append(("uses", record.order, (record.order, record.consumed)))
             if records:
-                self._write([("uses", record.order, (record.order, record.consumed)) for record in records])
+                self._write()
 
     def close(self) -> None:
         """Finish the writes that wait, and let go of the directory. Idempotent."""
@@ -338,8 +305,6 @@ class Ledger:
             store, self._store = self._store, None
         if store is not None:
             store.close()
-
-    # -- the trainer's side ------------------------------------------------------------------------------------------
 
     def find(self, token_ids: NDArray[np.int64], spans: Sequence[tuple[int, int]]) -> list[list[Piece]]:
         """For each trained span ``[start, stop)`` of a sequence the pieces it consists of, in order and without gaps.
@@ -361,32 +326,25 @@ class Ledger:
         sequence = ids.tobytes()
         keys = prefix_hashes(ids).tolist()
         with self.lock:
-            for stop in range(len(ids), 0, -1):
-                for record in self._by_end.get(keys[stop], {}).values():
-                    if record.start + record.length == stop and _holds(record, sequence, stop):
-                        return True
-        return False
+            return any(
+                record.stop == stop and _holds(record, sequence, stop)
+                for stop in range(len(ids), 0, -1)
+                for record in self._by_end.get(keys[stop], {}).values()
+            )
 
-    def used(self, records: Iterable[SpanRecord]) -> None:
-        """Note that a sequence is known to hold each of ``records``."""
-        with self.lock:
-            for record in records:
-                record.uses += 1
-                if record.order in self._spans:
-                    self._spans.move_to_end(record.order)
-
-    def used_before(self, orders: Iterable[int]) -> set[int]:
-        """``used`` for records by number, as an earlier process noted them. Returns those the ledger holds."""
+    def used(self, orders: Iterable[int]) -> set[int]:
+        """Note that a sequence is known to hold each record of these numbers. Returns those that the ledger holds."""
         with self.lock:
             known = [order for order in orders if order in self._spans]
             for order in known:
                 self._spans[order].uses += 1
-        return set(known)
+                self._spans.move_to_end(order)
+            return set(known)
 
     def newest(self, count: int) -> list[SpanRecord]:
         """The ``count`` most recent records, newest first."""
         with self.lock:
-            return [record for record, _ in zip(reversed(self._spans.values()), range(count), strict=False)]
+            return list(islice(reversed(self._spans.values()), count))
 
     def newer_than(self, order: int, count: int) -> list[SpanRecord]:
         """The ``count`` oldest of the records that came after the one of this number."""
@@ -398,7 +356,7 @@ class Ledger:
         position = start
         while position < stop:
             alike = self._by_end.get(int(hashes[stop]), {}).values()
-            exact = (r for r in alike if (r.start, r.start + r.length) == (position, stop))
+            exact = (record for record in alike if (record.start, record.stop) == (position, stop))
             records, end = [record for record in exact if _holds(record, sequence, stop)], stop
             if not records:
                 records, end = self._after_prompt(sequence, hashes, position, stop)
@@ -418,13 +376,13 @@ class Ledger:
         if node is None or not sequence.startswith(node.ids) or node.length != start:
             return [], start
         found: list[SpanRecord] = []
-        longest = 0
-        for record, _ in zip(reversed(node.spans.values()), range(_MOST_COMPARED), strict=False):
-            length = min(record.length, stop - start)
-            if length >= longest and _holds(record, sequence, start + length):
-                found = [record] if length > longest else [*found, record]
-                longest = length
-        return found, start + longest
+        longest = start
+        for record in islice(reversed(node.spans.values()), _MOST_COMPARED):
+            end = min(record.stop, stop)
+            if end >= longest and _holds(record, sequence, end):
+                found = [record] if end > longest else [*found, record]
+                longest = end
+        return found, longest
 
     def _begun_before(
         self, sequence: bytes, hashes: NDArray[np.uint64], start: int, stop: int
@@ -432,10 +390,9 @@ class Ledger:
         """Completions of an earlier prompt that reach over ``start``: the environment left their head untrained."""
         for position in reversed(self._lengths.within(0, start)):
             if int(hashes[position]) in self._prompts:
-                records, _ = self._after_prompt(sequence, hashes, position, stop)
-                reaching = [record for record in records if record.start + record.length > start]
-                if reaching:
-                    return reaching, min(stop, reaching[0].start + reaching[0].length)
+                records, end = self._after_prompt(sequence, hashes, position, stop)
+                if end > start:
+                    return records, end
         return [], start
 
 
@@ -467,20 +424,15 @@ def prefix_hashes(token_ids: NDArray[np.int32], offset: int = 0) -> NDArray[np.u
     return hashes
 
 
-def _note_branches(records: Iterable[SpanRecord], resumes: Sequence[tuple[int, int]]) -> None:
-    """Mark the records that name weights which a restart lost.
-
-    Args:
-        resumes: (policy version, newest order before it), in the order in which they happened.
-    """
+def _note_branches(records: Iterable[SpanRecord], resumes: Runs) -> None:
+    """Mark the records that name weights which a restart lost."""
     lasts = [last for _, last in resumes]
-    lowest = [min(version for version, _ in resumes[number:]) for number in range(len(resumes))]
     for record in records:
         outlived = bisect_left(lasts, record.order)
         newest = max(version for version, _ in record.runs)
-        if outlived < len(resumes) and newest > lowest[outlived]:
-            restart = next(n for n in range(outlived, len(resumes)) if newest > resumes[n][0])
-            record.branch = (restart, lowest[outlived])
+        lost_by = [number for number in range(outlived, len(resumes)) if newest > resumes[number][0]]
+        if lost_by:
+            record.branch = (lost_by[0], min(version for version, _ in resumes[outlived:]))
 
 
 def _runs(generation: Generation) -> Runs:
@@ -500,5 +452,5 @@ def _logprobs(generation: Generation) -> NDArray[np.float32]:
 def _holds(record: SpanRecord, sequence: bytes, stop: int) -> bool:
     """True when ``sequence`` is prompt and completion of ``record``, as far as position ``stop``."""
     start = len(record.prompt.ids)
-    end = stop * ID_BYTES
+    end = stop * IDS.itemsize
     return sequence[start:end] == record.ids[: end - start] and sequence.startswith(record.prompt.ids)

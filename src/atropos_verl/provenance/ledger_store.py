@@ -18,59 +18,36 @@ rows (it and its copy are damaged), or that cannot be written any more, is given
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import msgspec
 
 from atropos_verl.errors import StorageDamagedError, StorageError, StorageInUseError
-from atropos_verl.storage import Change, RecordStore
+from atropos_verl.storage import RecordStore
 
 logger = logging.getLogger(__name__)
 
-_EARLIER = "segment-*.log"
-"""Files of version 0.1.0. They cannot be read here, and are kept in ``earlier/``."""
-_TABLES = dict.fromkeys(("prompts", "spans", "uses", "state"), int)
-
-
-class StoredSpan(msgspec.Struct, array_like=True, frozen=True):
-    """One completion, as ``SpanRecord`` describes it; the key is its order."""
-
-    key: int
-    request: int
-    prompt: int
-    ids: bytes
-    logprobs: bytes
-    runs: tuple[tuple[int, int], ...]
-    temperature: float
-    end_key: int
-
-
-class StoredState(msgspec.Struct, array_like=True, frozen=True):
-    """The newest order, and the processes that resumed the run."""
-
-    key: int = 0
-    orders: int = 0
-    resumes: tuple[tuple[int, int], ...] = ()
-    """(policy version it went on at, newest order before it), oldest first."""
-
-
-Row = tuple[str, int, Any]
-"""Table, key, and a value that holds the key as well: a tuple, or one of the structures above."""
-T = TypeVar("T")
+Runs = tuple[tuple[int, int], ...]
+"""(policy version, tokens it wrote), in order."""
+Row = tuple[str, int, tuple[Any, ...] | None]
+"""Table, key, and a value that begins with the key; None deletes."""
 
 
 class Contents(msgspec.Struct):
-    """The rows of a store when it was opened."""
+    """The rows of a store when it was opened, by table."""
 
-    prompts: dict[int, bytes] = {}
-    """Hash → token ids that completions came after."""
-    spans: list[StoredSpan] = []
-    uses: dict[int, int] = {}
-    """Order of a completion → trained sequences that hold it."""
-    state: StoredState = StoredState()
+    prompts: list[tuple[int, bytes]] = []
+    spans: list[tuple[int, int, int, bytes, bytes, Runs, float, int]] = []
+    """Order, request, hash of the prompt, ids, logprobs, runs, temperature, hash of the end, as in ``SpanRecord``."""
+    uses: list[tuple[int, int]] = []
+    state: list[tuple[int, int, Runs]] = []
+    """0, the newest order, and (policy version, newest order before it) of each process that resumed the run."""
+
+
+_TABLES = Contents.__struct_fields__
 
 
 class LedgerStore:
@@ -87,29 +64,30 @@ class LedgerStore:
         """The store of a run, or None with a warning when the directory cannot be used; and what earlier processes left
         there: nothing where any of it is damaged (a warning names the file), or without ``keep`` (it is removed)."""
         try:
-            if keep:
-                try:
-                    store, found = _read_store(directory)
-                    return cls(store), found
-                except StorageInUseError:
-                    raise
-                except StorageDamagedError as error:
+            try:
+                store = _open_store(directory)
+                if keep:
+                    return cls(store), _read(store)
+                store.close()
+            except StorageInUseError:
+                raise
+            except StorageDamagedError as error:
+                if keep:
                     text = "The ledger begins empty: policy versions of tokens generated before this start are unknown"
                     logger.warning("%s. %s", error, text)
-            return cls(_empty_store(directory)), Contents()
+            _remove(directory)
+            return cls(_open_store(directory)), Contents()
         except (StorageError, OSError) as error:
             logger.warning("the ledger will not survive a restart of this run: %s", error)
             return None, Contents()
 
-    def write(self, rows: Sequence[Row], deleted: Sequence[tuple[str, int]] = ()) -> Future[None] | None:
-        """Delete and then store rows, all or none. The future is done when that is so, and never raises.
+    def write(self, rows: Iterable[Row]) -> Future[None] | None:
+        """Store and delete rows in this order, all or none. The future is done when that is so, and never raises.
 
         None: an earlier write has failed, and nothing is stored any more.
         """
         if self._failed:
             return None
-        changes: list[Change] = [(table, _signed(key), None) for table, key in deleted]
-        changes += [(table, _signed(key), msgspec.msgpack.encode(value)) for table, key, value in rows]
         done: Future[None] = Future()
         done.set_running_or_notify_cancel()  # a client that goes away while it waits does not cancel it
 
@@ -126,27 +104,14 @@ class LedgerStore:
                     _remove(directory)  # the open connection goes on with files that have no name
             done.set_result(None)
 
+        encode = msgspec.msgpack.encode
+        changes = [(table, _signed(key), None if value is None else encode(value)) for table, key, value in rows]
         self._store.write(changes).add_done_callback(written)
         return done
 
 
 def _open_store(directory: Path) -> RecordStore:
-    return RecordStore(directory / "ledger.sqlite", _TABLES, owner="ledger")
-
-
-def _empty_store(directory: Path) -> RecordStore:
-    """Remove what is there, unless another process uses it: ``StorageInUseError``."""
-    try:
-        _open_store(directory).close()
-    except StorageInUseError:
-        raise
-    except StorageDamagedError:
-        pass  # which is what it is removed for
-    _remove(directory)
-    for file in directory.glob(_EARLIER):
-        (directory / "earlier").mkdir(exist_ok=True)
-        file.replace(directory / "earlier" / file.name)
-    return _open_store(directory)
+    return RecordStore(directory / "ledger.sqlite", dict.fromkeys(_TABLES, int), owner="ledger")
 
 
 def _remove(directory: Path) -> None:
@@ -159,33 +124,18 @@ def _signed(key: int) -> int:
     return key - (1 << 64) if key >= 1 << 63 else key
 
 
-def _read_store(directory: Path) -> tuple[RecordStore, Contents]:
-    """Raises ``StorageDamagedError`` when a row is damaged or missing, ``StorageInUseError``."""
-    store = _open_store(directory)
+def _read(store: RecordStore) -> Contents:
+    """Closes the store, and raises ``StorageDamagedError``, when a row is damaged or missing."""
     try:
-        if any(directory.glob(_EARLIER)):
-            kept = f"in files {_EARLIER}, which are kept in {directory / 'earlier'}"
-            raise StorageDamagedError(f"{directory} holds the ledger of an earlier version, {kept}")
-        found = Contents(
-            prompts=dict(_rows(store, "prompts", tuple[int, bytes])),
-            spans=_rows(store, "spans", StoredSpan),
-            uses=dict(_rows(store, "uses", tuple[int, int])),
-            state=(_rows(store, "state", StoredState) or [StoredState()])[0],
-        )
-        if store.lost_rows or any(span.prompt not in found.prompts for span in found.spans):
+        tables = {name: [msgspec.msgpack.decode(value) for _, value in store.read(name)] for name in _TABLES}
+        found = msgspec.convert(tables, Contents)
+        prompts = dict(found.prompts)
+        if store.lost_rows or any(span[2] not in prompts for span in found.spans):
             raise StorageDamagedError(f"{store.path} and its copy are damaged: rows are missing")
-    except BaseException:
+        return found
+    except msgspec.MsgspecError as error:
+        store.close()
+        raise StorageDamagedError(f"{store.path} holds a row that is not one of a ledger ({error})") from error
+    except StorageDamagedError:
         store.close()
         raise
-    return store, found
-
-
-def _rows(store: RecordStore, table: str, kind: type[T]) -> list[T]:
-    decoder = msgspec.msgpack.Decoder(kind)
-    rows = []
-    for _, value in store.read(table):
-        try:
-            rows.append(decoder.decode(value))
-        except msgspec.MsgspecError as error:
-            raise StorageDamagedError(f"{store.path} holds a row that is not one of a ledger ({error})") from error
-    return rows

@@ -50,24 +50,21 @@ _Chain = tuple[_Link, ...]
 class Repair:
     """A sequence with the ids that were sampled."""
 
-    tokens: RepairedTokens | None = None
-    """None: nothing was repaired."""
-    pieces: list[list[Piece]] = field(default_factory=list)
-    """For each trained span, as ``Ledger.find``."""
+    tokens: RepairedTokens | None = None  # None: nothing was repaired
+    pieces: list[list[Piece]] = field(default_factory=list)  # for each trained span, as ``Ledger.find``
     repaired_spans: int = 0
-    ambiguous_spans: int = 0
-    """Their text was found with different ids."""
+    ambiguous_spans: int = 0  # their text was found with different ids
 
 
+@dataclass(slots=True)
 class _Posted:
     """A posted sequence and its text."""
 
-    def __init__(self, ids: NDArray[np.int32], text: str, starts: IntArray, loss_mask: NDArray[np.bool_]) -> None:
-        self.ids = ids
-        self.mask = loss_mask
-        self.text = text
-        self.starts = starts
-        self._keys: NDArray[np.uint64] = np.zeros(0, dtype=np.uint64)
+    ids: NDArray[np.int32]
+    text: str
+    starts: IntArray
+    mask: NDArray[np.bool_]
+    _keys: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
 
     def key(self, stop: int) -> int:
         """Hash of the first ``stop`` characters."""
@@ -75,9 +72,10 @@ class _Posted:
             self._keys = _text_keys(self.text[: 2 * stop])
         return int(self._keys[stop])
 
-    def token_at(self, character: int) -> int:
-        """The token in which a character begins."""
-        return int(np.searchsorted(self.starts[:-1], character, side="right")) - 1
+
+def _token_at(starts: IntArray, character: int) -> int:
+    """The token in which a character begins."""
+    return int(np.searchsorted(starts[:-1], character, side="right")) - 1
 
 
 def _text_keys(text: str) -> NDArray[np.uint64]:
@@ -92,15 +90,12 @@ class Repairer:
         self._ledger = ledger
         self.texts = texts
         self._newest = 0
-        self._prompts: defaultdict[int, dict[int, Prompt]] = defaultdict(dict)
-        """Hash of a text → prompts by key."""
-        self._lengths = Lengths()
-        """Characters of the prompts there have been."""
+        self._prompts: defaultdict[int, dict[int, Prompt]] = defaultdict(dict)  # hash of a text → prompts by key
+        self._prompt_keys: dict[int, int] = {}
+        self._lengths = Lengths()  # characters of prompts
         self._completions: defaultdict[int, dict[int, SpanRecord]] = defaultdict(dict)
         """Hash of the texts of prompt and completion → records by order."""
-        self._keys: dict[int, tuple[int, ...]] = {}
-        """Order of a record → its keys in ``_completions``."""
-        self._prompt_keys: dict[int, int] = {}
+        self._keys: dict[int, tuple[int, ...]] = {}  # order of a record → its keys in ``_completions``
         self._text: Callable[[bytes], str] = lru_cache(_CACHED)(lambda ids: texts.text(np.frombuffer(ids, dtype=IDS)))
         self._cores: Callable[[bytes], list[str]] = lru_cache(_CACHED)(
             lambda ids: texts.cores(np.frombuffer(ids, dtype=IDS), self._text(ids))
@@ -116,11 +111,8 @@ class Repairer:
         *,
         wants_origin: bool = False,
     ) -> Repair:
-        """Repair the spans of a sequence that ``Ledger.find`` did not find as they are, in ``found``.
-
-        The tokens before a repaired span become those after which it was sampled, where that is possible beside the
-        spans before it; else the same text.
-        """
+        """Repair the spans of a sequence that ``Ledger.find`` did not find as they are, in ``found``. The tokens before
+        one become those after which it was sampled, where that is possible beside the spans before it."""
         lost = [self._is_lost(token_ids, pieces) for pieces in found]
         result, ids = Repair(pieces=found), token_ids.astype(IDS)
         text = self.texts.text_if_whole(ids) if any(lost) else None
@@ -240,8 +232,7 @@ class _Assembly:
 
     def __init__(self, texts: TokenTexts, text: Callable[[bytes], str], posted: _Posted, *, wants_origin: bool) -> None:
         self._texts = texts
-        self._text = text
-        """Text of a record's ids."""
+        self._text = text  # of a record's ids
         self._posted = posted
         self._mask = posted.mask.copy()
         """Posted tokens that are trained where they stay: no longer those of a span that was repaired."""
@@ -249,10 +240,8 @@ class _Assembly:
         self._trained: list[NDArray[np.bool_]] = []
         self._places: list[IntArray] | None = [] if wants_origin else None
         """Character of the posted text at which each token begins."""
-        self.cursor = 0
-        """Characters of the posted text that it stands for so far."""
-        self.has_failed = False
-        """Part of a token had to be tokenised, and gave another text."""
+        self.cursor = 0  # characters of the posted text that it stands for so far
+        self.has_failed = False  # part of a token had to be tokenised, and gave another text
 
     @property
     def _length(self) -> int:
@@ -287,7 +276,7 @@ class _Assembly:
             after = link.stop + len(posted.text[link.stop :]) - len(posted.text[link.stop :].lstrip())
             if posted.text.startswith(end, after):
                 self.cursor = after + len(end)
-                trained[-1] &= posted.mask[posted.token_at(after)]
+                trained[-1] &= posted.mask[_token_at(posted.starts, after)]
         elif posted.text.startswith(text[last:], link.stop):
             self.cursor += len(text) - last
         begin = self._length
@@ -327,12 +316,12 @@ class _Assembly:
         """The tokens of a text from ``cursor`` on; of one that begins before it, the rest is tokenised anew."""
         at, cursor = 0, self.cursor
         if cursor:
-            at = int(np.searchsorted(starts[:-1], cursor, side="right")) - 1
+            at = _token_at(starts, cursor)
             if starts[at] < cursor:
                 text = self._texts.text(ids)[cursor : starts[at + 1]]
                 rest = np.array(self._texts.encode(text) if text else [], dtype=IDS)
                 self.has_failed |= self._texts.text(rest) != text
                 self._append(rest)
                 after = starts[at + 1]
-                at = int(np.searchsorted(starts[:-1], after, side="right")) - 1 if after < starts[-1] else len(ids)
+                at = _token_at(starts, after) if after < starts[-1] else len(ids)
         self._append(ids[at:], starts[at:-1], None if trained is None else trained[at : len(ids)])

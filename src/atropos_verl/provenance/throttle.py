@@ -29,14 +29,8 @@ _DELAYS = 32
 
 
 class StalenessThrottle:
-    """Safe to call from any thread and event loop.
-
-    Args:
-        ledger: knows what was generated before.
-        batch_size: sequences that one optimiser step consumes.
-        max_staleness: policy versions.
-        batches_per_version: batches that are trained on between two policy versions.
-    """
+    """Safe to call from any thread and event loop. ``batch_size``: sequences of an optimiser step, of which there are
+    ``batches_per_version`` between two policy versions. ``ledger`` knows what was generated before."""
 
     def __init__(
         self,
@@ -64,8 +58,6 @@ class StalenessThrottle:
         self.held = 0
         """Requests that had to wait so far."""
 
-    # -- the trainer's side ------------------------------------------------------------------------------------------
-
     def queue_is(self, sequences: int) -> None:
         """Note the sequences that the API has queued now: those that are new there are under way no more."""
         with self._lock:
@@ -91,11 +83,9 @@ class StalenessThrottle:
             margin = self._margin + self._batch_size * (_NARROWER if stale else -_WIDER)
             self._margin = min(max(margin, 0.0), float(self._bound * self._batch_size))
 
-    # -- the gateway's side ------------------------------------------------------------------------------------------
-
     @property
     def expected_staleness(self) -> int:
-        """The staleness a sequence that begins now will have."""
+        """That a sequence that begins now will have, in policy versions."""
         with self._lock:
             usual = max(_LEAST_LINGER, 2 * max(self._delays)) if self._delays else _MOST_LINGER
             horizon = self._clock() - min(usual, _MOST_LINGER)

@@ -24,17 +24,12 @@ WHITENING_EPSILON = 1e-8
 
 
 def group_advantages(scores: FloatArray, estimator: str = "grpo", *, norm_by_std: bool = True) -> FloatArray:
-    """One advantage per rollout of a group, from the raw scores.
+    """One advantage per rollout of a group, [G] float64, from the raw scores [G] of the rollouts.
 
-    Args:
-        scores: [G], finite; one of each rollout, whatever number of rows it became.
-        estimator: ``grpo``: ``(s - mean) / (std + 1e-6)`` with the sample standard deviation, or ``s - mean`` where
-            ``norm_by_std`` is off (Dr. GRPO). ``rloo``: ``s`` minus the mean of the *other* scores, which is
-            ``(s - mean) · G / (G - 1)``. Both as verl 0.9.1 (``verl/trainer/ppo/core_algos.py``). ``plain``: ``s``.
-
-    Returns:
-        [G] float64. For grpo and rloo a group of one, and a group of equal scores, give exactly 0 (verl gives the raw
-        score for a group of one).
+    ``grpo``: ``(s - mean) / (std + 1e-6)`` with the sample standard deviation, or ``s - mean`` where ``norm_by_std`` is
+    off (Dr. GRPO). ``rloo``: ``s`` minus the mean of the *other* scores, which is ``(s - mean) · G / (G - 1)``. Both as
+    verl 0.9.1 (``verl/trainer/ppo/core_algos.py``), but that a group of one gives exactly 0 (verl: the raw score), as a
+    group of equal scores does. ``plain``: ``s``.
 
     Example: scores ``[1, 0, 0, 1]``: grpo ±0.8660 (std 0.57735), rloo ±2/3, plain ``[1, 0, 0, 1]``.
     """
@@ -47,9 +42,7 @@ def group_advantages(scores: FloatArray, estimator: str = "grpo", *, norm_by_std
     centred: FloatArray = scores - scores.mean()
     if estimator == "rloo":
         return centred * (size / (size - 1))
-    if norm_by_std:
-        return centred / (float(np.std(scores, ddof=1)) + GRPO_EPSILON)
-    return centred
+    return centred / (float(np.std(scores, ddof=1)) + GRPO_EPSILON) if norm_by_std else centred
 
 
 @dataclass(slots=True)
@@ -62,18 +55,15 @@ class RunningMoments:
 
     count: int = 0
     mean: float = 0.0
-    m2: float = 0.0
-    """Sum of (value - mean)²."""
+    m2: float = 0.0  # sum of (value - mean)²
 
     def update(self, values: FloatArray) -> None:
         """Merges ``values`` [N], all finite, in. N = 0 changes nothing."""
         added = int(values.size)
         if not added:
             return
-        mean = float(np.mean(values))
         # np.mean of equal values can be off by one unit in the last place, which would leave a variance that is not 0.
-        if float(values.min()) == float(values.max()):
-            mean = float(values.flat[0])
+        mean = float(np.mean(values) if values.min() < values.max() else values.flat[0])
         m2 = float(np.sum((values - mean) ** 2))
         total = self.count + added
         delta = mean - self.mean
@@ -147,13 +137,9 @@ def finish_advantages(
 ) -> list[FloatArray]:
     """Normalises over the trained tokens of all ``sequences`` together, clips, weighs, and forces zeros.
 
-    Args:
-        normalization: ``batch``: ``(a - mean) / (std + 1e-8)`` over the trained tokens of this (global) batch, sample
-            standard deviation. ``global``: the same with the statistics of ``running``, which this batch is merged
-            into first.
-
-    Returns:
-        One float64 [T] per sequence; 0 where ``loss_mask`` is False and all over a sequence with ``zero``.
+    ``batch``: ``(a - mean) / (std + 1e-8)`` over the trained tokens of this (global) batch, sample standard deviation.
+    ``global``: the same with the statistics of ``running``, which this batch is merged into first. Returns one float64
+    [T] per sequence; 0 where ``loss_mask`` is False and all over a sequence with ``zero``.
     """
     if normalization == "global" and running is None:
         raise ValueError("normalization 'global' needs the run's RunningMoments")

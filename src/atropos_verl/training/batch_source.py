@@ -18,9 +18,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -48,15 +48,13 @@ from atropos_verl.types import FloatArray, QuarantinedGroup, SampleReport, Score
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 _MOST_LOST_BATCHES = 5
 """Answers of 500 to GET /batch in a row after which the API is taken to be broken."""
 _QUEUE_POLL_SECONDS = 0.1
-_CHECK_SECONDS = 0.5
-"""Between two looks at the run's services while a batch lies ready."""
+_ATTEND_SECONDS = 0.5
+"""Between two calls of ``attend`` while a batch is fetched ahead."""
 _END_SECONDS = 40.0
-"""For a request under way to be answered when the prefetcher closes: a batch may be in the answer."""
+"""For a request under way to be answered when training is over: a batch may be in the answer."""
 
 Check = Callable[[], None]
 """Called while waiting; ends the wait by raising."""
@@ -72,7 +70,7 @@ class RolloutData:
     off_policy: dict[str, float | int | None] = field(default_factory=dict)
     report: SampleReport | None = None
     applied: tuple[int, Applied] | None = None
-    """Policy version, and what was found for it when staleness was looked at: rates are watched once for a batch."""
+    """Policy version, and what was found for it when staleness was looked at."""
     timings: dict[str, float] = field(default_factory=dict)
     trainer_logprobs: Sequence[FloatArray] = ()
     """[T] of each sample of ``report``, before the update."""
@@ -97,8 +95,7 @@ class BatchSource:
     """The batches of one run, from registration to ack.
 
     A run calls ``resume`` and ``register``, then ``attach`` once the policy is loaded, and then takes batches. One
-    thread fetches; ``trained``, ``ack`` and ``done`` may be called from another. Raises ``ConfigError`` without
-    ``client`` and ``atropos.api_url``.
+    thread fetches; ``trained``, ``ack`` and ``done`` may be called from another.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, client: AtroposClient | None = None) -> None:
@@ -121,23 +118,25 @@ class BatchSource:
         self._provenance: BatchProvenance | None = None
         self._throttle: StalenessThrottle | None = None
         self._totals = RunTotals()
-        self._prefetcher: Prefetcher[RolloutData] | None = None
-        self._check: Check | None = None
-        self._attend: Callable[[], None] = lambda: None
+        self._prepare: Callable[[RolloutData], None] | None = None
+        self._ahead: Future[RolloutData] | None = None
+        """The batch that is fetched while the trainer trains on another: one, since a batch that waits grows stale."""
+        self._stopped = False
+        self._check: Check = lambda: None
+        self._attend: Check = lambda: None
         self._rescored: Callable[[ScoredGroup], ScoredGroup] | None = None
         self._first_limit = config.atropos.rollout_timeout
         self._has_batch = self._is_explained = False
-        self._queue_watch: threading.Thread | None = None
-        self._unwatch = threading.Event()
+        self._queue_watch: tuple[threading.Thread, threading.Event] | None = None
+        """The thread that tells the throttle of the API's queue, and what ends it."""
 
     def resume(self, step: int) -> int:
-        """Puts the batches of an earlier process that a run at ``step`` trains on first in front; returns how many.
-
-        The second call does nothing. Raises as ``LeasedBatches.resume``.
-        """
+        """Puts the batches of an earlier process that a run at ``step`` trains on first in front; returns how many. The
+        second call does nothing. Raises as ``LeasedBatches.resume``."""
         if self._resumed is None:
             owed = self.batches.resume(step) if self.config.resume != "disable" else []
-            self._keep_first(*owed)
+            self._early.extend(owed)
+            self._count_fetched(len(owed))
             self._resumed, self._step = len(owed), step
             self._begin_trace(None if self.config.resume == "disable" else step)
         return self._resumed
@@ -166,17 +165,12 @@ class BatchSource:
     def _poll(self) -> None:
         """One GET /batch: an upstream API lets environments register only after it. A batch it returns is kept."""
         if held := self.batches.poll({"after_step": self._step}):
-            self._keep_first(held)
-
-    def _keep_first(self, *held: HeldBatch) -> None:
-        self._early.extend(held)
-        self._count_fetched(len(held))
+            self._early.append(held)
+            self._count_fetched()
 
     def attach(self, provenance: BatchProvenance, throttle: StalenessThrottle | None, totals: RunTotals) -> None:
-        """Gives the source what comes with the policy; batches can be decoded from now on.
-
-        Lost and stale batches are counted in ``totals``. Without a throttle no prompt is ever held back.
-        """
+        """Gives the source what comes with the policy; batches can be decoded from now on. Lost and stale batches are
+        counted in ``totals``."""
         self._provenance, self._throttle, self._totals = provenance, throttle, totals
         self.trace.decode = provenance.text_of
         self._count_fetched(len(self._early))
@@ -187,53 +181,72 @@ class BatchSource:
         *,
         starts_environment: bool = False,
         prepare: Callable[[RolloutData], None] | None = None,
-        attend: Callable[[], None] = lambda: None,
+        attend: Check = lambda: None,
     ) -> None:
         """Training begins: ``take`` may be called, prompts may be held back, and ``reward.path`` scores what comes.
 
-        Args:
-            check: called while waiting; raises when a process of the run has died.
-            starts_environment: this run started the environment, so the first batch may take ``env.startup_timeout``,
-                and what keeps it is diagnosed by who watches the environment.
-            prepare: prefetch one batch, and call this for it in the source's thread. None: no prefetch.
-            attend: called in the thread of ``take`` while that waits.
+        ``check`` is called while waiting, and raises when a process of the run has died; ``attend`` is called in the
+        thread of ``take`` while that waits. ``starts_environment``: this run started the environment, so the first
+        batch may take ``env.startup_timeout``, and what keeps it is diagnosed by who watches the environment.
+        ``prepare``: prefetch one batch, and call this for it in the source's thread.
         """
-        self._check, self._attend, self._is_explained = check, attend, starts_environment
+        self._check, self._attend, self._is_explained = check or self._check, attend, starts_environment
         if self.config.reward.path is not None:
             assert self._provenance is not None, "attach comes first"
             self._rescored = load_rescoring(self.config.reward.path, self._provenance.decode)
         if starts_environment and not self._has_batch:
             self._first_limit = self.config.env.startup_timeout
-        if prepare is not None:
-            self._prefetcher = Prefetcher(lambda stop: self._fetch_ahead(stop, prepare), check=check)
+        self._prepare, self._stopped = prepare, False
         if self._throttle is not None and self._queue_watch is None:
             self._throttle.active = True
-            self._unwatch.clear()
-            self._queue_watch = threading.Thread(
-                target=self._report_queue, args=(self._throttle,), name="atropos-verl-queue", daemon=True
-            )
-            self._queue_watch.start()
+            ends = threading.Event()
+            told = (self._throttle, ends)
+            watch = threading.Thread(target=self._report_queue, args=told, name="atropos-verl-queue", daemon=True)
+            watch.start()
+            self._queue_watch = watch, ends
 
     def take(self, *, more: bool) -> RolloutData:
         """The next batch. ``more``: another one will be wanted after it. Raises as ``next``."""
-        if self._prefetcher is None:
+        if self._prepare is None:
             return self.next(self._check_and_attend)
-        data = self._prefetcher.take(self._attend)
+        batch = self._fetch_ahead()
+        while not wait([batch], _ATTEND_SECONDS).done:
+            self._attend()
+        self._check()  # what died during a long optimiser step is known now, and the batch is kept
+        data, self._ahead = batch.result(), None
         if more:
-            self._prefetcher.start()
+            self._fetch_ahead()
         return data
 
     def _check_and_attend(self) -> None:
-        if self._check is not None:
-            self._check()
+        self._check()
         self._attend()
 
-    def _fetch_ahead(self, stop: Check, prepare: Callable[[RolloutData], None]) -> RolloutData:
-        started = time.perf_counter()
-        data = self.next(stop)
-        prepare(data)
-        data.timings["prefetch"] = time.perf_counter() - started
-        return data
+    def _stop_or_check(self) -> None:
+        if self._stopped:
+            raise CancelledError  # which no retry catches
+        self._check()
+
+    def _fetch_ahead(self) -> Future[RolloutData]:
+        """The batch under way, or ready, which is begun now if there is none."""
+        if self._ahead is None:
+            self._ahead = Future()
+            # Not an executor's thread, which the interpreter would wait for at its end.
+            threading.Thread(
+                target=self._prefetch, args=(self._ahead,), name="atropos-verl-prefetch", daemon=True
+            ).start()
+        return self._ahead
+
+    def _prefetch(self, batch: Future[RolloutData]) -> None:
+        assert self._prepare is not None
+        try:
+            started = time.perf_counter()
+            data = self.next(self._stop_or_check)
+            self._prepare(data)
+            data.timings["prefetch"] = time.perf_counter() - started
+            batch.set_result(data)
+        except BaseException as error:  # noqa: BLE001 - the end of a thread: `take` raises it in the trainer's
+            batch.set_exception(error)
 
     def next(self, check: Check | None = None) -> RolloutData:
         """Waits for the next batch, with as many requests as it takes.
@@ -277,12 +290,8 @@ class BatchSource:
                 self.note(f"{error.reason}; it keeps what is leased and queued, so it is awaited for {patience:g} s")
 
     def fetch(self, max_wait_time: float | None = None, should_stop: Check | None = None) -> RolloutData:
-        """The next batch, in one request of ``max_wait_time`` seconds (None: ``batch_max_wait_time``).
-
-        Raises:
-            AtroposTimeoutError: no batch in time.
-            AtroposProtocolError: the API's answer is not a batch. A journalled one of that kind is quarantined.
-        """
+        """The next batch, in one request of ``max_wait_time`` seconds (None: ``batch_max_wait_time``). Raises as
+        ``LeasedBatches.fetch``, and ``AtroposProtocolError`` for an answer that is not a batch."""
         while self._early:
             first = self._early.popleft()
             if isinstance(first, RolloutData):
@@ -347,13 +356,14 @@ class BatchSource:
             self.batches.ack(data.entry)
 
     def stop(self, *, give_back: bool) -> None:
-        """Training is over, or has failed: ends the prefetch, and holds no prompt back any more. Idempotent.
-
-        A batch that was fetched and not trained on is the next one to be taken, unless ``give_back`` is asked for.
-        """
-        if self._prefetcher is not None:
-            self._early.extendleft(self._prefetcher.close())
-            self._prefetcher = None
+        """Training is over, or has failed: ends the prefetch, and holds no prompt back any more. Idempotent. A batch
+        that was fetched and not trained on is the next one to be taken, unless ``give_back`` is asked for."""
+        self._stopped = True
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and not wait([ahead], _END_SECONDS).done:  # which a second Ctrl-C ends
+            logger.warning("a request for a batch is still without an answer; a batch in it is lost")
+        elif ahead is not None and ahead.exception() is None:
+            self._early.appendleft(ahead.result())
         if give_back:
             self.give_back()
         self._unwatch_queue()
@@ -379,106 +389,23 @@ class BatchSource:
                 self._throttle.batch_fetched()
 
     def done(self, stale: int = 0) -> None:
-        """Tells the throttle that a batch was trained on and the new weights are served, or that it was given up; and
-        how many of its groups were left out as stale."""
+        """A batch was trained on and the new weights are served, or it was given up; ``stale`` of its groups were left
+        out."""
         if self._throttle is not None:
             self._throttle.batch_done(stale)
 
     def _unwatch_queue(self) -> None:
         if self._throttle is not None:
             self._throttle.active = False
-        self._unwatch.set()
         if self._queue_watch is not None:
-            self._queue_watch.join()
+            watch, ends = self._queue_watch
+            ends.set()
+            watch.join()
             self._queue_watch = None
 
-    def _report_queue(self, throttle: StalenessThrottle) -> None:
-        while not self._unwatch.wait(_QUEUE_POLL_SECONDS):
+    def _report_queue(self, throttle: StalenessThrottle, ends: threading.Event) -> None:
+        while not ends.wait(_QUEUE_POLL_SECONDS):
             try:
                 throttle.queue_is(self.client.status().queue_size * self.config.group_size)
-            except AtroposAPIError as error:  # the thread that fetches batches reports it
-                logger.info("the queue of the API is not known now: %s", error.reason)
-            except Exception:  # a thread that ends lets the throttle hold prompts back for ever
-                logger.exception("the queue of the API is not known now")
-
-
-class _ClosedError(Exception):
-    """Ends a wait for a batch that nobody will take."""
-
-
-class Prefetcher(Generic[T]):
-    """Fetches the next batch in a thread while the trainer trains on this one.
-
-    At most one batch is held: a batch that waits longer only grows stale. While it lies ready ``check`` is still
-    called, so that an environment that dies during a long optimiser step is known when that step ends. ``fetch`` calls
-    its argument often while it waits; that raises when nobody wants the batch any more, or when ``check`` does.
-    ``start``, ``take`` and ``close`` are called from one thread, the trainer's.
-    """
-
-    def __init__(self, fetch: Callable[[Check], T], *, check: Check | None = None) -> None:
-        self._fetch = fetch
-        self._check = check
-        self._thread: threading.Thread | None = None
-        self._came = threading.Event()
-        """The thread has a batch, or has failed."""
-        self._unwanted = threading.Event()
-        """The batch was taken, or the prefetcher is closed."""
-        self._ready: list[T] = []
-        self._failure: BaseException | None = None
-        self._closed = False
-
-    def start(self) -> None:
-        """Begins to fetch a batch, unless one is under way or ready."""
-        if self._thread is None and not self._closed:
-            self._came.clear()
-            self._unwanted.clear()
-            self._thread = threading.Thread(target=self._run, name="atropos-verl-prefetch", daemon=True)
-            self._thread.start()
-
-    def take(self, attend: Callable[[], None] = lambda: None) -> T:
-        """Waits for the batch under way, which is begun now if there is none, and calls ``attend`` meanwhile. Raises
-        what ``fetch`` or ``check`` raised, also while a batch is ready."""
-        self.start()
-        while not self._came.wait(_CHECK_SECONDS):
-            attend()
-        self._unwanted.set()
-        if self._thread is not None:
-            self._thread.join()
-        if self._failure is not None:
-            raise self._failure
-        self._thread = None
-        return self._ready.pop()
-
-    def close(self) -> list[T]:
-        """Ends the thread. Returns the batch that was fetched and not taken, if any. Idempotent.
-
-        A request that was sent is waited for, since a batch may be in its answer; a second Ctrl-C ends that wait.
-        """
-        self._closed = True
-        self._unwanted.set()
-        if self._thread is not None:
-            self._thread.join(_END_SECONDS)
-            if self._thread.is_alive():
-                logger.warning("a request for a batch is still without an answer; a batch in it is lost")
-            self._thread = None
-        left, self._ready = self._ready, []
-        return left
-
-    def _run(self) -> None:
-        try:
-            self._ready.append(self._fetch(self._stop_or_check))
-            self._came.set()
-            while not self._unwanted.wait(_CHECK_SECONDS):
-                if self._check is not None:
-                    self._check()
-        except _ClosedError:
-            return
-        except BaseException as error:  # noqa: BLE001 - the end of a thread: `take` raises it in the trainer's
-            self._failure = error
-            self._came.set()
-
-    def _stop_or_check(self) -> None:
-        if self._closed:
-            raise _ClosedError
-        if self._check is not None:
-            self._check()
+            except Exception as error:  # noqa: BLE001 - a thread that ends lets the throttle hold prompts back for ever
+                logger.info("the queue of the API is not known now: %s", error)

@@ -2,6 +2,7 @@
 (docs/internals.md has the layout and the order of the writes)."""
 
 import errno
+import hashlib
 import json
 import logging
 import re
@@ -24,6 +25,7 @@ from atropos_verl.training.step import RunTotals
 logger = logging.getLogger(__name__)
 
 _TRACKER = "latest_checkpointed_iteration.txt"
+"""verl's name of the newest one; manifests say which that is."""
 _STATE = "atropos.json"
 _MANIFEST = "manifest.json"
 _BEST = "best"
@@ -38,7 +40,7 @@ _WITHOUT_EFFECT = {"model.path": "the weights are the checkpoint's", "eval.befor
 
 @dataclass
 class RunState:
-    """State that a resumed run needs besides verl's own."""
+    """What a resumed run needs besides verl's own state."""
 
     step: int = 0
     policy_version: int = 0
@@ -72,9 +74,12 @@ class RunState:
 def changed_settings(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
     """``KEY OLD → NEW`` for each setting that the run which wrote a checkpoint (``RunState.restore``) had otherwise."""
     before, now = saved.get("settings") or {}, _comparable(config)
-    changed = [key for key in now if key in before and before[key] != now[key]]
     effects = {key: f" (no effect: {reason})" for key, reason in _WITHOUT_EFFECT.items()}
-    return [f"{key} {json.dumps(before[key])} → {json.dumps(now[key])}{effects.get(key, '')}" for key in changed]
+    return [
+        f"{key} {json.dumps(before[key])} → {json.dumps(value)}{effects.get(key, '')}"
+        for key, value in now.items()
+        if before.get(key, value) != value
+    ]
 
 
 def _comparable(config: RunConfig) -> dict[str, Any]:
@@ -90,11 +95,10 @@ def new_checkpoint(
     root: Path, step: int, keep: int | None, *, spare: int | None = None, in_place: bool = False
 ) -> Iterator[Path]:
     """A directory into which the block writes the checkpoint of ``step``; at its end it is the newest one in ``root``.
-
     Then those beyond the newest ``keep`` go (None, 0 or less: none), but neither the best (``mark_best``) nor that of
     step ``spare``. Raises ``CheckpointError`` when it cannot be written; what was there before then stays as it was.
-    ``in_place``: the directory has its final name at once, as
-    disks of other nodes need it, and is no checkpoint before the end; one of the same step is overwritten.
+    ``in_place``: the directory has its final name at once, as disks of other nodes need it, and is no checkpoint before
+    the end; one of the same step is overwritten.
     """
     final, unfinished = root / f"global_step_{step}", root / "unfinished"
     place, replaced = final if in_place else unfinished / final.name, unfinished / _REPLACED / final.name
@@ -127,11 +131,11 @@ def new_checkpoint(
     found = _found(root)
     for old in sorted(found, key=lambda other: (other > step, -other))[keep if keep and keep > 0 else len(found) :]:
         if old != spare and found[old].resolve() != (root / _BEST).resolve():
-            shutil.rmtree(found[old], onerror=_log_failure)
+            shutil.rmtree(found[old], onerror=lambda _, path, error: logger.warning("%s stays: %s", path, error[1]))
 
 
 def mark_best(root: Path, step: int) -> None:
-    """Makes ``root/best`` a link to the checkpoint of ``step``, which is then kept, unless there is none."""
+    """Makes ``root/best`` a link to the checkpoint of ``step``, if there is one, which is then kept."""
     if (root / f"global_step_{step}").is_dir():
         link = root / "unfinished-best"
         link.unlink(missing_ok=True)
@@ -143,10 +147,6 @@ def _found(root: Path) -> dict[int, Path]:
     """Step → checkpoint, also of one that was about to be replaced."""
     paths = [*root.glob(f"unfinished/{_REPLACED}/global_step_*"), *root.glob("global_step_*")]
     return {int(match[1]): path for path in paths if (match := _NAME.fullmatch(path.name))}
-
-
-def _log_failure(function: object, path: str, exception: Any) -> None:
-    logger.warning("%s cannot be removed: %s", path, exception[1])
 
 
 def _why_nothing_can_be_written(root: Path) -> str | None:
@@ -164,11 +164,11 @@ def _why_nothing_can_be_written(root: Path) -> str | None:
 def _write_manifest(directory: Path, sequence: int) -> None:
     paths = sorted(directory.rglob("*"))
     sync_to_disk(*paths, directory)
-    files = {}
-    for path in paths:
-        if path.is_file():
-            entry = {"bytes": path.stat().st_size, "xxh3": _checksum.__wrapped__(path, 0, 0)}
-            files[str(path.relative_to(directory))] = entry
+    files = {
+        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "xxh3": _checksum.__wrapped__(path, 0, 0)}
+        for path in paths
+        if path.is_file()
+    }
     write_atomic(directory / _MANIFEST, json.dumps({"sequence": sequence, "files": files}, indent=1), durable=True)
 
 
@@ -184,11 +184,8 @@ def _sequence(directory: Path) -> int | None:
 def _checksum(path: Path, size: int, changed_ns: int) -> str:
     """Of a file; it is not read again while it has this size and time. Raises ``OSError``."""
     del size, changed_ns
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def find_damage(directory: Path) -> str | None:
@@ -217,10 +214,8 @@ def find_checkpoint(root: Path, resume: str, tell: Callable[[str], None] = logge
     """The checkpoint in ``root`` that ``resume`` means, checked; None: there is none, so the run starts anew.
 
     ``auto``: the newest one, or the one before it where that one is damaged; ``tell`` is called with what was found.
-
-    Raises:
-        ConfigError: ``resume`` is a path, and no checkpoint is there.
-        CheckpointError: it is damaged; or ``auto``, and every checkpoint in ``root`` is.
+    Raises ``ConfigError`` when ``resume`` is a path, and no checkpoint is there; ``CheckpointError`` when it, or every
+    one in ``root``, is damaged.
     """
     if resume == "disable":
         return None
@@ -235,34 +230,22 @@ def find_checkpoint(root: Path, resume: str, tell: Callable[[str], None] = logge
         elif damage := find_damage(directory):
             raise CheckpointError(f"{damage}. Resume from another checkpoint, or with resume=auto")
         return directory
-    tracker, paths = root / _TRACKER, _found(root)
-    found = {step: _sequence(path) for step, path in paths.items()}
-    problem, damages = "", dict[int, str]()
-    try:
-        named = int(tracker.read_bytes())
-        found.setdefault(named, None)
-    except OSError as error:
-        if not found:
-            return None
-        why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
-        named, problem = -1, f"{tracker} {why}"
-    except ValueError:
-        named, problem = -1, f"{tracker} is damaged: it holds no step"
+    paths = _found(root)
+    numbers = {step: _sequence(path) for step, path in paths.items()}
+    damages: dict[int, str] = {}
     # One whose manifest cannot be read may be the newest. One of a later step than a damaged one is not before it: the
     # run was rolled back meanwhile.
-    for step in sorted(found, key=lambda step: (found[step] is None, found[step], step), reverse=True):
-        directory = paths.get(step, root / f"global_step_{step}")
-        damage = find_damage(directory)
-        if damage is None and all(step < other for other in damages if found[other] is not None):
-            if 0 <= named < step:
-                problem = f"{tracker} names step {named}, which is not the newest"
-            for text in (problem, *(text for other, text in damages.items() if other > step)):
-                if text:
-                    tell(f"{text}; {directory.name} is used")
-            return directory
+    for step in sorted(paths, key=lambda step: (numbers[step] is None, numbers[step], step), reverse=True):
+        damage = find_damage(paths[step])
         if damage is not None:
             damages[step] = damage
-    listed = "; ".join([*filter(None, [problem]), *damages.values()])
+        elif all(step < other for other in damages if numbers[other] is not None):
+            for text in (text for other, text in damages.items() if other > step):
+                tell(f"{text}; {paths[step].name} is used")
+            return paths[step]
+    if not paths and not (root / _TRACKER).exists():
+        return None
+    listed = "; ".join(damages.values()) or f"{root / _TRACKER} is there, but none that it could name"
     raise CheckpointError(
         f"no checkpoint in {root} is complete: {listed}. resume=PATH takes one of an earlier version, which has no "
         "manifest; another run_dir starts a new run"

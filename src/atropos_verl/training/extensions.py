@@ -47,18 +47,16 @@ def check_extensions(config: RunConfig, prefix: str = "") -> None:
 
     ``prefix`` is ``atropos.`` where the keys are in that block (the Ray backend).
     """
-    for key in (name for name in _ARGUMENTS if "." in name):
-        path = attrgetter(key)(config)
-        if path is not None:
-            try:
-                load_function(key, path)
-            except ConfigError as error:
-                raise ConfigError(str(error).removeprefix(f"{key}: "), prefix + key) from error
+    for key in _ARGUMENTS:
+        if "." in key and (path := attrgetter(key)(config)) is not None:
+            load_function(key, path, prefix)
 
 
-def load_function(key: str, path: str) -> Callable[..., Any]:
-    """The function that ``path`` names. Raises ``ConfigError`` when it cannot be imported, is no function, or does
-    not take the arguments of ``key``."""
+def load_function(key: str, path: str, prefix: str = "") -> Callable[..., Any]:
+    """The function that ``path`` names. Raises ``ConfigError``, which names the key as ``prefix`` and ``key``, when it
+    cannot be imported, is no function, or does not take the arguments of ``key``."""
+    positional, keywords = _ARGUMENTS[key]
+    key = prefix + key
     module_name, _, name = path.partition(":")
     if not module_name or not name:
         raise ConfigError(f"{path!r} is not of the form package.module:function", key)
@@ -78,7 +76,6 @@ def load_function(key: str, path: str) -> Callable[..., Any]:
         raise ConfigError(f"{module_name} has no {name!r}", key) from None
     if not callable(function):
         raise ConfigError(f"{path} is a {type(function).__name__}, not a function", key)
-    positional, keywords = _ARGUMENTS[key]
     try:
         signature = inspect.signature(function)
     except ValueError:  # a builtin does not say what it takes
@@ -104,11 +101,11 @@ def _result(key: str, path: str, function: Callable[..., Any], *arguments: Any, 
 def _entries(key: str, path: str, result: Any, count: int, what: str, fewer: int | None = None) -> list[Any]:
     """The ``count`` entries of a user's result, which may be ``fewer`` instead."""
     try:
-        entries = None if isinstance(result, str | bytes | Mapping) else list(result)
+        if isinstance(result, str | bytes | Mapping):
+            raise TypeError
+        entries = list(result)
     except TypeError:  # None, a number, an array without dimensions
-        entries = None
-    if entries is None:
-        raise ConfigError(f"{path} returned {_shown(result)}, not a list of {count} {what}", key)
+        raise ConfigError(f"{path} returned {_shown(result)}, not a list of {count} {what}", key) from None
     if len(entries) not in (count, fewer):
         raise ConfigError(f"{path} returned {len(entries)} {what}, not {count}: {_shown(entries)}", key)
     return entries

@@ -1,7 +1,5 @@
 """Refused groups are kept in one JSON file each, with the reason and the group exactly as it came."""
 
-import base64
-import hashlib
 import json
 import logging
 import math
@@ -17,8 +15,6 @@ from atropos_verl.types import QuarantinedGroup, ScoredGroup
 
 logger = logging.getLogger(__name__)
 
-_SAFE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-
 
 class _File(msgspec.Struct, kw_only=True):
     """The content of a file. The group is under exactly one of the last three names.
@@ -31,7 +27,7 @@ class _File(msgspec.Struct, kw_only=True):
     env_id: int | None = None
     group: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     raw: str | msgspec.UnsetType = msgspec.UNSET
-    raw_base64: str | msgspec.UnsetType = msgspec.UNSET
+    raw_base64: bytes | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclass
@@ -49,13 +45,11 @@ class QuarantineStore:
     def put(self, refused: QuarantinedGroup) -> Path | None:
         """Writes ``DIRECTORY/GROUP_ID.json``, atomically, and says so in the log. None: the disk refuses it (it
         is full, say), which the log says too; the group is not kept then, and the run goes on."""
-        raw = refused.group.raw or _encode(refused.group)
-        group_id = refused.group.group_id
-        if not _SAFE_NAME.fullmatch(group_id):
-            group_id = hashlib.sha256(raw).hexdigest()[:16]
+        group, raw = refused.group, refused.group.raw or _encode(refused.group)
+        group_id = re.sub(r"[^A-Za-z0-9_-]", "_", group.group_id)
         # A reason may quote lone surrogates of the group, which neither JSON nor the log can carry.
         reason = refused.reason.encode("utf-8", "backslashreplace").decode()
-        content = _File(reason=reason, group_id=group_id, env_id=refused.group.env_id)
+        content = _File(reason=reason, group_id=group_id, env_id=group.env_id)
         try:
             msgspec.json.decode(raw)
             content.group = msgspec.Raw(raw)
@@ -63,7 +57,7 @@ class QuarantineStore:
             try:
                 content.raw = raw.decode()
             except UnicodeDecodeError:
-                content.raw_base64 = base64.b64encode(raw).decode()
+                content.raw_base64 = raw
         path = self.directory / f"{group_id}.json"
         # Not durable: a hostile environment can fill thousands of these a minute, and a lost one does no harm.
         encoded = msgspec.json.encode(content) + b"\n"
@@ -92,26 +86,20 @@ class QuarantineStore:
 def parse_quarantine_file(content: bytes) -> tuple[str, bytes]:
     """Returns the reason, and the group as it came. Raises ``DataError`` when it is no quarantine file."""
     try:
-        found = msgspec.json.decode(content, type=_File)
+        file = msgspec.json.decode(content, type=_File)
     except (msgspec.DecodeError, RecursionError) as error:
         raise DataError(f"not a quarantine file: {error}") from error
-    if not isinstance(found.group, msgspec.UnsetType):
-        return found.reason, bytes(found.group)
-    if not isinstance(found.raw, msgspec.UnsetType):
-        return found.reason, found.raw.encode()
-    if isinstance(found.raw_base64, msgspec.UnsetType):
-        raise DataError("not a quarantine file: it has none of group, raw, raw_base64")
-    try:
-        return found.reason, base64.b64decode(found.raw_base64, validate=True)
-    except ValueError as error:
-        raise DataError(f"not a quarantine file: raw_base64 is not base64 ({error})") from error
+    for found in (file.group, file.raw, file.raw_base64):
+        if not isinstance(found, msgspec.UnsetType):
+            return file.reason, found.encode() if isinstance(found, str) else bytes(found)
+    raise DataError("not a quarantine file: it has none of group, raw, raw_base64")
 
 
 def _encode(group: ScoredGroup) -> bytes:
-    """JSON of a group that did not come over the wire. Bad values are kept: NaN stays NaN."""
+    """JSON of a group that came packed. Bad values are kept: NaN stays NaN."""
     names = ("masks", "scores", "advantages", "inference_logprobs", "ref_logprobs", "overrides", "group_overrides")
-    fields = {"tokens": group.token_ids, **{name: getattr(group, name) for name in names}}
-    fields |= {name: getattr(group, name) for name in ("generation_params", "messages", "env_id")}
+    others = ("generation_params", "messages", "env_id")
+    fields = {"tokens": group.token_ids, **{name: getattr(group, name) for name in (*names, *others)}}
     present = {name: value for name, value in fields.items() if value is not None}
     return json.dumps(
         present, default=lambda value: value.tolist() if hasattr(value, "tolist") else repr(value)

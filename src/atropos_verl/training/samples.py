@@ -37,7 +37,6 @@ from atropos_verl.training.staleness import stated_version
 from atropos_verl.training.teacher import Teacher
 from atropos_verl.types import (
     NO_LOGPROB,
-    NOT_TRAINED,
     UNKNOWN_VERSION,
     FloatArray,
     QuarantinedGroup,
@@ -70,13 +69,10 @@ def build_samples(
     Masks: ``-100`` is not trained, wherever it stands; position 0 never is, since nothing predicts it. Rollout
     logprobs: 1.0 becomes NaN, and a sequence without any value has None. Temperature: ``overrides[i]`` >
     ``generation_params`` > ``group_overrides`` > ``settings.default_temperature``; 0 (greedy) becomes 1, whose
-    logprobs engines report for greedy tokens. ``policy_version``: the oldest of ``token_versions`` among the trained
-    tokens, else from ``overrides[i]`` or ``generation_params`` where it is an integer. Advantages: see
-    ``training.advantages``: one per rollout, which all its rows get, so that with the mean over trained tokens a
-    rollout's loss does not depend on how many rows it became; 1 for a sequence with the override ``sft``, whatever its
-    score; times ``ScoredGroup.weights``. An overlong sequence counts
-    in its group's baseline, and not in the batch's statistics. A sequence without a trained token is a sample that adds
-    nothing.
+    logprobs engines report for greedy tokens. Advantages: one per rollout, which all its rows get, so that with the
+    mean over trained tokens a rollout's loss does not depend on how many rows it became; 1 for a sequence with the
+    override ``sft``; times ``ScoredGroup.weights``; what follows is in ``training.advantages``. An overlong sequence
+    counts in its group's baseline, and not in the batch's statistics.
 
     Args:
         running: statistics of the run, for ``normalization="global"``; merged with this batch. None starts afresh.
@@ -96,11 +92,8 @@ def build_samples(
 def collect_samples(
     groups: Iterable[ScoredGroup], settings: SampleSettings = _DEFAULTS
 ) -> tuple[SampleReport, list[SequenceAdvantage]]:
-    """``build_samples`` without normalising, clipping and forced zeros, which need the whole global batch.
-
-    Returns the report, whose samples hold the advantages so far, and what ``finish_advantages`` needs, sample by
-    sample. Raises as ``build_samples``.
-    """
+    """``build_samples`` without normalising, clipping and forced zeros, which need the whole global batch: the report,
+    whose samples hold the advantages so far, and what ``finish_advantages`` needs, sample by sample."""
     _check_settings(settings)
     samples: list[TrainingSample] = []
     sequences: list[SequenceAdvantage] = []
@@ -159,43 +152,34 @@ def _collect(
         rows = [np.full(len(tokens), value) for tokens, value in zip(group.token_ids, baseline, strict=True)]
     limit = settings.max_token_len
     for i, tokens in enumerate(group.token_ids):
-        end, overlong = len(tokens), False
-        if limit is not None and end > limit:
-            if settings.overlong == "drop":
-                continue
-            if settings.overlong == "error":
-                raise DataError(
-                    f"tokens[{i}] of group {group.group_id}: {end} tokens, more than max_token_len = {limit}; raise "
-                    "data.max_token_len, lower the environment's limit, or set data.overlong to drop or truncate"
-                )
-            end, overlong = limit, True
+        is_overlong = limit is not None and len(tokens) > limit
+        if is_overlong and settings.overlong == "drop":
+            continue
+        if is_overlong and settings.overlong == "error":
+            raise DataError(
+                f"tokens[{i}] of group {group.group_id}: {len(tokens)} tokens, more than max_token_len = {limit}; "
+                "raise data.max_token_len, lower the environment's limit, or set data.overlong to drop or truncate"
+            )
         own = None if group.advantages is None else group.advantages[i]
         zero, sft = (is_overridden(group, i, name) for name in ("set_advantage_to_zero", "sft"))
         if own is None and sft:
-            own = np.ones(end)
-        values = (rows[i] if own is None else own)[:end]
+            own = np.ones(len(tokens))
+        values = (rows[i] if own is None else own)[:limit]
         weight = 1.0 if group.weights is None else float(group.weights[i])
-        sample = _sample(group, i, end, values, weight, settings, truncated=overlong)
+        sample = replace(_sample(group, i, values, weight, settings), truncated=is_overlong)
         samples.append(sample)
         zero |= settings.distill_alone and sample.teacher is not None
         sequences.append(SequenceAdvantage(values, sample.loss_mask, zero, own is not None, sft, weight))
 
 
 def _sample(
-    group: ScoredGroup,
-    i: int,
-    end: int,
-    advantages: FloatArray,
-    weight: float,
-    settings: SampleSettings,
-    *,
-    truncated: bool,
+    group: ScoredGroup, i: int, advantages: FloatArray, weight: float, settings: SampleSettings
 ) -> TrainingSample:
-    """Sequence ``i`` up to token ``end``. ``weight``: factor of its loss."""
-    loss_mask = group.masks[i][:end] != NOT_TRAINED
-    loss_mask[0] = False  # nothing predicts the first token
-    sent = None if group.inference_logprobs is None else group.inference_logprobs[i]
+    """Sequence ``i``, as long as its ``advantages``. ``weight``: factor of its loss."""
+    end = len(advantages)
+    loss_mask = group.trained(i)[:end]
     rollout_logprobs = None
+    sent = None if group.inference_logprobs is None else group.inference_logprobs[i]
     if sent is not None and (sent[:end] != NO_LOGPROB).any():
         rollout_logprobs = np.where(sent[:end] != NO_LOGPROB, np.minimum(sent[:end], 0.0), np.nan)
     versions = None if group.token_versions is None else group.token_versions[i]
@@ -216,7 +200,6 @@ def _sample(
         env_id=group.env_id,
         policy_version=int(trained.min()) if trained.size else stated_version(group, i),
         token_versions=versions,
-        truncated=truncated,
     )
 
 

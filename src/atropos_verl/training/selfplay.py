@@ -21,11 +21,9 @@ RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 
 @dataclass
 class SelfPlay:
-    """The trainer as its own environment. Registers trainer and environment at the API on first use.
-
-    Every completion is recorded in ``ledger``, as the gateway would. ``register_trainer`` registers the trainer with
-    that many sequences per batch, unless that is done.
-    """
+    """The trainer as its own environment. Registers trainer (``register_trainer``: with that many sequences per batch,
+    unless that is done) and environment at the API on first use. ``ledger`` gets every completion, as the gateway's
+    does."""
 
     config: RunConfig
     engine: InferenceEngine
@@ -61,11 +59,9 @@ class SelfPlay:
             self.ledger.record(request.prompt_token_ids, group, request.temperature)
         answers = [self.tokenizer.decode(g.token_ids, skip_special_tokens=True) for group in groups for g in group]
         name = getattr(self.reward_fn, "__qualname__", repr(self.reward_fn))
-        scores = scores_of(name, self.reward_fn, [text for text in texts for _ in range(size)], answers).tolist()
-        bodies = [
-            self._encode(tokens, group, scores[i * size : (i + 1) * size])
-            for i, (tokens, group) in enumerate(zip(ids, groups, strict=True))
-        ]
+        scores = scores_of(name, self.reward_fn, [text for text in texts for _ in range(size)], answers)
+        rows = scores.reshape(len(groups), size).tolist()
+        bodies = [self._encode(*parts) for parts in zip(ids, groups, rows, strict=True)]
         # An upstream API would ignore the key, and take a repeated post twice.
         key = uuid.uuid4().hex if "idempotency" in self.client.features else None
         self.client.post_scored_data_list(bodies, idempotency_key=key)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 
 from atropos_verl.storage import sync_to_disk, write_atomic
@@ -30,9 +31,7 @@ class Progress(Protocol):
     """The terminal of a run."""
 
     def phase(self, name: str) -> None: ...
-
     def note(self, message: str) -> None: ...
-
     def step(self, report: StepReport) -> None: ...
 
 
@@ -50,15 +49,11 @@ class LoggedProgress:
 
 def keep_trackers_inside(run_dir: Path) -> None:
     """verl's trackers write below the working directory, or the user's cache, unless told otherwise."""
-    places = {
-        "TENSORBOARD_DIR": "tensorboard",
-        "WANDB_DIR": "",
-        "WANDB_CACHE_DIR": "wandb/cache",
-        "WANDB_DATA_DIR": "wandb/data",
-        "VERL_FILE_LOGGER_PATH": "verl_tracking.jsonl",
-    }
-    for variable, place in places.items():
-        os.environ.setdefault(variable, str(run_dir / place))
+    os.environ.setdefault("TENSORBOARD_DIR", str(run_dir / "tensorboard"))
+    os.environ.setdefault("WANDB_DIR", str(run_dir))
+    os.environ.setdefault("WANDB_CACHE_DIR", str(run_dir / "wandb" / "cache"))
+    os.environ.setdefault("WANDB_DATA_DIR", str(run_dir / "wandb" / "data"))
+    os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(run_dir / "verl_tracking.jsonl"))
 
 
 def step_report(
@@ -75,8 +70,7 @@ def step_report(
     """Joins the figures of one step.
 
     Args:
-        scores: raw scores of every sequence of the step's groups.
-        environments: env_id → scores of its sequences.
+        scores: raw scores of every sequence of the step's groups; ``environments``: the same by env_id.
         counts: ``data/NAME``; ``trained_tokens`` must be among them.
         seconds: ``timing/NAME``; ``step``, the duration of the whole step, must be among them.
         figures: all others under their full names. They do not replace those above.
@@ -101,26 +95,19 @@ class RunTotals:
 
     groups_used: int = 0
     groups_quarantined: int = 0
-    groups_filtered: int = 0
-    """Left out by ``data.filter_path``."""
-    groups_stale: int = 0
-    """Left out: older than ``off_policy.max_staleness``."""
+    groups_filtered: int = 0  # by ``data.filter_path``
+    groups_stale: int = 0  # older than ``off_policy.max_staleness``
     sequences_trained: int = 0
     sequences_dropped_overlong: int = 0
     tokens_trained: int = 0
-    tokens_looked_up: int = 0
-    """Trained tokens that were looked up in the gateway's ledger; of these ``tokens_unmatched`` are not in it."""
-    tokens_unmatched: int = 0
-    tokens_template_tail: int = 0
-    """Behind the policy's turns, added by a chat template: not trained."""
-    spans_looked_up: int = 0
-    """Trained spans; of these ``spans_repaired`` had been tokenised anew and got back the ids that were sampled."""
-    spans_repaired: int = 0
+    tokens_looked_up: int = 0  # trained ones, in the gateway's ledger
+    tokens_unmatched: int = 0  # of these, not in it
+    tokens_template_tail: int = 0  # behind the policy's turns, added by a chat template: not trained
+    spans_looked_up: int = 0  # trained ones
+    spans_repaired: int = 0  # of these, tokenised anew: they got back the ids that were sampled
     steps_without_data: int = 0
-    batches_lost_at_api: int = 0
-    """Answers of 500 to GET /batch: an upstream API drops the batch it could not encode."""
-    batches_stale: int = 0
-    """Given up without a step: all their groups were older than ``off_policy.max_staleness``."""
+    batches_lost_at_api: int = 0  # answers of 500 to GET /batch: an upstream API drops what it cannot encode
+    batches_stale: int = 0  # given up without a step: all their groups were too old
 
     def count(self, counts: Mapping[str, int]) -> None:
         """Adds the ``counts`` of one step (see ``step_report``)."""
@@ -171,25 +158,20 @@ class StepLog:
         """Writes the step's line. Raises ``ValueError`` when a metric is called ``step``, ``policy_version`` or
         ``loss``, and ``OSError``."""
         own = {"step": report.step, "policy_version": report.policy_version, "loss": report.loss}
-        clash = [key for key in own if key in report.metrics]
-        if clash:
+        if clash := [key for key in own if key in report.metrics]:
             raise ValueError(f"metric {clash[0]!r} has the name of a field of StepReport; choose another name")
         line = {**own, **report.metrics}
-        finite = _finite(line)
-        lost = sorted(key for key, value in line.items() if value is not None and finite[key] is None)
-        if lost:
+        if lost := sorted(key for key, value in line.items() if value is not None and not math.isfinite(value)):
             named = ", ".join(f"{key} = {line[key]}" for key in lost)
             logger.warning("step %d: %s; written as null to %s", report.step, named, self.path)
-        text = json.dumps(finite, allow_nan=False, default=_plain)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
+            with self.path.open("ab") as file:
+                file.write(_json(line) + b"\n")
         except OSError as error:
             error.filename = error.filename or str(self.path)  # that of a full disk names no file
             raise
-        reward = report.metrics.get("reward/mean")
-        if reward is not None:
+        if (reward := report.metrics.get("reward/mean")) is not None:
             self.rewards.append(reward)
         self._steps += 1
         if self._steps > 1:  # the first step waited for the environment to start
@@ -211,11 +193,8 @@ class Evaluations(Protocol):
     """The processes of held-out evaluation, which the launch hands in."""
 
     def start_evaluation(self, label: str) -> None: ...
-
     def has_evaluation(self, label: str) -> bool: ...
-
     def is_evaluating(self, label: str) -> bool: ...
-
     def finish_evaluation(self, label: str) -> Mapping[str, Any]: ...
 
 
@@ -245,10 +224,8 @@ class HeldOut:
         return self._evaluations is None or not self._evaluations.is_evaluating(label)
 
     def finish(self, label: str, attend: Callable[[], None] = lambda: None) -> dict[str, float | None]:
-        """Waits for an evaluation that was started, calls ``attend`` meanwhile, and notes the score.
-
-        Returns figures for the next line of ``metrics.jsonl``; {}: none was started. Raises what it calls raises.
-        """
+        """Waits for an evaluation that was started, calls ``attend`` meanwhile, and notes the score. Returns figures
+        for the next line of ``metrics.jsonl``; {}: none was started."""
         if self._evaluations is None or not self._evaluations.has_evaluation(label):
             return {}
         if not self.is_over(label):
@@ -281,10 +258,8 @@ def held_out_score(metrics: Mapping[str, Any]) -> float | None:
 
 
 def reward_window(rewards: Sequence[float]) -> dict[str, Any]:
-    """``reward_first`` and ``reward_last``: means of the first and last ``reward_window`` steps.
-
-    The window holds five steps, or half of them where there are fewer than ten, so that the two do not overlap.
-    """
+    """``reward_first`` and ``reward_last``: means of the first and last ``reward_window`` steps: five, or half of all
+    where there are fewer than ten, so that the two do not overlap."""
     window = max(1, min(_LARGEST_WINDOW, len(rewards) // 2))
     return {
         "reward_first": sum(rewards[:window]) / window if rewards else None,
@@ -309,11 +284,8 @@ def outcome(step: int, policy_version: int, rewards: Sequence[float], totals: Ru
 def write_summary(
     run_dir: Path, outcome: Mapping[str, Any], *, held_out: Mapping[str, float | None], seconds: float
 ) -> dict[str, Any]:
-    """Writes ``run_dir/summary.json`` as indented JSON, atomically, and returns its content.
-
-    Numbers that are not finite become null, paths become text. ``held_out`` are ``HeldOut.scores``. Raises
-    ``TypeError`` for a value that JSON cannot carry, and ``OSError``.
-    """
+    """Writes ``run_dir/summary.json``, atomically, and returns its content. ``held_out`` are ``HeldOut.scores``. Raises
+    ``TypeError`` for a value that JSON cannot carry, and ``OSError``."""
     summary = {
         **outcome,
         **{f"held_out_{label}": held_out.get(label) for label in ("before", "after")},
@@ -321,8 +293,7 @@ def write_summary(
         "seconds": seconds,
         "run_dir": run_dir,
     }
-    text = json.dumps(_finite(summary), indent=2, allow_nan=False, default=_plain)
-    write_atomic(run_dir / "summary.json", text + "\n", durable=True)
+    write_atomic(run_dir / "summary.json", msgspec.json.format(_json(summary), indent=2) + b"\n", durable=True)
     return {**summary, "run_dir": str(run_dir)}
 
 
@@ -335,18 +306,14 @@ def _step_up_to(line: str, step: int) -> dict[str, Any] | None:
     return value if is_step and value["step"] <= step else None
 
 
-def _finite(value: Any) -> Any:
-    """``value`` with null for every number that is not finite, at any depth."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    if hasattr(value, "item"):  # a scalar of numpy or torch
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _json(content: Mapping[str, Any]) -> bytes:
+    """With null for every number that is not finite."""
+    return msgspec.json.encode(content, enc_hook=_plain)
 
 
-def _plain(value: Any) -> str:
+def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
+    if hasattr(value, "item"):  # a scalar of numpy or torch
+        return value.item()
     raise TypeError(f"{type(value).__name__} {value!r} cannot be written as JSON")

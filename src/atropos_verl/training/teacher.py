@@ -8,7 +8,7 @@ import numpy as np
 
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
-from atropos_verl.types import NOT_TRAINED, FloatArray, IntArray, ScoredGroup
+from atropos_verl.types import FloatArray, IntArray, ScoredGroup
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Teacher:
         return [group if group.distill_token_ids is not None else self._taught(group) for group in groups]
 
     def _taught(self, group: ScoredGroup) -> ScoredGroup:
-        pairs = [self._values(ids, mask != NOT_TRAINED) for ids, mask in zip(group.token_ids, group.masks, strict=True)]
+        pairs = [self._values(ids, group.trained(i)) for i, ids in enumerate(group.token_ids)]
         ids, logprobs = zip(*pairs, strict=True)
         return replace(group, distill_token_ids=ids, distill_logprobs=logprobs)
 

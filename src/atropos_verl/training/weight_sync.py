@@ -31,7 +31,6 @@ class WeightSource(Protocol):
 
     @property
     def policy_version(self) -> int: ...
-
     def named_tensors(self) -> Iterable[tuple[str, torch.Tensor]]: ...
 
 
@@ -42,9 +41,7 @@ class SyncableEngine(Protocol):
     """
 
     def update_weights_from_tensor(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Any: ...
-
     def resume_memory_occupation(self) -> Any: ...
-
     def release_memory_occupation(self) -> Any: ...
 
 
@@ -52,7 +49,6 @@ class PausableGate(Protocol):
     """Stands between requests and the engine."""
 
     def pause(self, timeout: float) -> Any: ...
-
     def resume(self) -> Any: ...
 
 
@@ -63,10 +59,9 @@ class SyncReport:
     policy_version: int
     seconds: float
     bytes_copied: int
-    canary_max_abs_logprob_diff: float | None
-    """None when no canary is set."""
+    canary_max_abs_logprob_diff: float | None  # None: there is no canary
     paused_seconds: float | None
-    """Seconds for which a swap held generation; None: not a swap, nothing was being generated."""
+    """For which a swap held generation; None: not a swap, nothing was being generated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,13 +97,13 @@ class Canary:
 class AtroposShardingManager:
     """Context manager around the rollout phase: newest weights in, gate open; gate shut, memory released.
 
-    ``gate`` is None when the engine pauses by itself. ``pause_timeout`` are seconds to wait for the token boundary.
+    ``pause_timeout`` are seconds to wait for the token boundary.
     """
 
     engine: SyncableEngine
     source: WeightSource
     _: KW_ONLY
-    gate: PausableGate | None = None
+    gate: PausableGate
     canary: Canary | None = None
     pause_timeout: float = 60.0
     last_sync: SyncReport | None = field(default=None, init=False)
@@ -123,7 +118,7 @@ class AtroposShardingManager:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            self._pause()
+            self.gate.pause(self.pause_timeout)
             self._mending(self.engine.release_memory_occupation)
         except Exception as error:
             if exc is None:
@@ -134,49 +129,41 @@ class AtroposShardingManager:
     def swap(self) -> SyncReport:
         """Puts the source's weights into the open rollout phase; sequences in flight continue under them.
 
-        Raises:
-            WeightSyncError: a tensor does not fit, the canary found a difference, or the engine has one buffer only.
-                The gate is shut.
+        Raises ``WeightSyncError``, and the gate is shut: a tensor does not fit, the canary found a difference, or the
+        engine has one buffer only.
         """
         return self._mending(self._swap, self.restore)
 
     def _swap(self) -> SyncReport:
-        version = self.source.policy_version
+        version, engine = self.source.policy_version, self.engine
         try:
-            if not hasattr(self.engine, "swap_weights"):
-                raise WeightSyncError(f"{type(self.engine).__name__} has no second buffer for weights; use mode=sync")
-            engine: Any = self.engine
+            if not (hasattr(engine, "stage_weights_from_tensor") and hasattr(engine, "swap_weights")):
+                raise WeightSyncError(f"{type(engine).__name__} has no second buffer for weights; use mode=sync")
             started = time.perf_counter()
             copied = engine.stage_weights_from_tensor(self.source.named_tensors())
             seconds = time.perf_counter() - started
             difference = None if self.canary is None else self.canary.check(staged=True)
-            self._pause()
+            self.gate.pause(self.pause_timeout)
             paused = time.perf_counter()
             engine.swap_weights(policy_version=version)
         except BaseException:
             try:
-                self._pause()
+                self.gate.pause(self.pause_timeout)
             except Exception:  # the failure that brought us here is the news
                 logger.exception("the gate could not be shut after a failed weight swap")
             raise
-        if self.gate is not None:
-            self.gate.resume()
+        self.gate.resume()
         held = time.perf_counter() - paused
         return self._note(version, seconds + held, copied, difference, held)
 
-    def _pause(self) -> None:
-        if self.gate is not None:
-            self.gate.pause(self.pause_timeout)
-
     def restore(self) -> SyncReport:
         """Gives an engine in the open rollout phase that lost its weights the source's. Raises as ``sync``."""
-        self._pause()
+        self.gate.pause(self.pause_timeout)
         return self._serve()
 
     def _serve(self) -> SyncReport:
         report = self.sync()
-        if self.gate is not None:
-            self.gate.resume()
+        self.gate.resume()
         return report
 
     def _mending(self, work: Callable[[], T], again: Callable[[], T] | None = None) -> T:
@@ -192,10 +179,8 @@ class AtroposShardingManager:
         return (again or work)()
 
     def sync(self) -> SyncReport:
-        """Copies the source's weights into the engine and checks the canary. The gate must be closed.
-
-        Raises ``WeightSyncError`` when a tensor does not fit, or the canary found a difference.
-        """
+        """Copies the source's weights into the engine and checks the canary. The gate must be closed. Raises
+        ``WeightSyncError`` when a tensor does not fit, or the canary found a difference."""
         return self._mending(self._sync)
 
     def _sync(self) -> SyncReport:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from atropos_verl.provenance.attribution import SequenceQuery, explain, look_up
+from atropos_verl.provenance.attribution import SequenceQuery, first_difference, look_up
 from atropos_verl.provenance.ledger import Ledger, prefix_hashes, trained_spans
 from atropos_verl.types import UNKNOWN_VERSION, Generation, SequenceMatch
 
@@ -99,23 +99,22 @@ def test_parts_of_a_completion_are_found(parts: tuple[Sequence[int], ...], known
 
 
 @pytest.mark.parametrize(
-    ("prompt", "trained", "position", "written", "posted", "in_prompt"),
+    ("prompt", "trained", "position", "written", "posted"),
     [
-        pytest.param(PROMPT, [1, 2, 60, 4], 5, 3, 60, False, id="edited in the middle"),
-        pytest.param(PROMPT, [60, 2, 3, 4], 3, 1, 60, False, id="another first token"),
-        pytest.param((5, 60, 7), [1, 2, 3, 4], 1, 6, 60, True, id="another prompt"),
+        pytest.param(PROMPT, [1, 2, 60, 4], 5, 3, 60, id="edited in the middle"),
+        pytest.param(PROMPT, [60, 2, 3, 4], 3, 1, 60, id="another first token"),
+        pytest.param((5, 60, 7), [1, 2, 3, 4], 1, 6, 60, id="another prompt"),
     ],
 )
 def test_edited_text_is_unknown_and_the_first_difference_is_named(
-    prompt: tuple[int, ...], trained: list[int], position: int, written: int, posted: int, in_prompt: bool
+    prompt: tuple[int, ...], trained: list[int], position: int, written: int, posted: int
 ) -> None:
     ledger = holding(PROMPT, wrote([1, 2, 3, 4], 7))
     match = one(ledger, prompt, trained)
     assert versions(match) == [U] * 7 and np.isnan(match.logprobs).all()
     assert (match.spans, match.unmatched_spans, match.unmatched_tokens) == (1, 1, 4)
-    found = explain(ledger, query(prompt, trained).token_ids, 3, 7)
-    assert not found.nothing_similar
-    assert (found.position, found.written, found.posted, found.in_prompt) == (position, written, posted, in_prompt)
+    at, sent, known = first_difference(ledger, query(prompt, trained).token_ids, np.ndarray.tolist)
+    assert (at, known[at], sent[at]) == (position, written, posted)
 
 
 def test_tokens_the_environment_appends_are_unknown_and_the_rest_is_not() -> None:
@@ -123,8 +122,8 @@ def test_tokens_the_environment_appends_are_unknown_and_the_rest_is_not() -> Non
     match = one(ledger, PROMPT, [1, 2, 50])
     assert versions(match)[3:] == [7, 7, U]
     assert (match.unmatched_spans, match.unmatched_tokens) == (1, 1)
-    found = explain(ledger, query(PROMPT, [1, 2, 50]).token_ids, 5, 6)
-    assert (found.position, found.written, found.posted) == (5, None, 50)
+    at, _, known = first_difference(ledger, query(PROMPT, [1, 2, 50]).token_ids, np.ndarray.tolist)
+    assert at == len(known) == 5
 
 
 def test_a_turn_after_an_edited_turn_is_found() -> None:
@@ -138,7 +137,7 @@ def test_a_turn_after_an_edited_turn_is_found() -> None:
 def test_nothing_is_known_of_what_was_generated_elsewhere() -> None:
     match = one(Ledger(), PROMPT, [1, 2])
     assert versions(match) == [U] * 5 and match.unmatched_spans == 1
-    assert explain(Ledger(), query(PROMPT, [1, 2]).token_ids, 3, 5).nothing_similar
+    assert first_difference(Ledger(), query(PROMPT, [1, 2]).token_ids, np.ndarray.tolist)[0] == 0
     match = one(Ledger(), PROMPT)  # without trained tokens there is no span
     assert (match.spans, match.unmatched_spans) == (0, 0)
     assert trained_spans(np.array([False, True, True, False, True])) == [(1, 3), (4, 5)]

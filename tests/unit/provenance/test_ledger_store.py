@@ -122,7 +122,7 @@ def test_two_damaged_databases_are_named_and_nothing_is_taken_in(
     assert len(contents) == 2
     used = [position for position, byte in enumerate(contents[tmp_path / "ledger.sqlite"]) if byte]
     empty = 0
-    for position in used[:: max(1, len(used) // 60)]:
+    for position in used[:: max(1, len(used) // 12)]:
         for path, content in contents.items():
             path.write_bytes(content)
             flip(path, position)
@@ -137,26 +137,7 @@ def test_two_damaged_databases_are_named_and_nothing_is_taken_in(
         assert str(path) in caplog.text and "The ledger begins empty" in caplog.text
         with process(tmp_path, 3) as again:  # and what comes after it is kept as ever
             assert len(again) == 1
-    assert empty > 30
-
-
-@pytest.mark.parametrize("resumed_at", [3, None])
-def test_a_ledger_of_the_earlier_format_is_named_once_and_kept(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, resumed_at: int | None
-) -> None:
-    (tmp_path / "segment-000001.log").write_bytes(b"ATRLDG1\n")
-    with process(tmp_path, resumed_at) as ledger:
-        assert len(ledger) == 0
-        ledger.record(PROMPT, [wrote([5], 1)])
-    assert (tmp_path / "earlier" / "segment-000001.log").read_bytes() == b"ATRLDG1\n"
-    assert not list(tmp_path.glob("segment-*"))
-    if resumed_at is not None:  # a new run has nothing to do with them
-        assert f"earlier version, in files segment-*.log, which are kept in {tmp_path / 'earlier'}" in caplog.text
-        assert "The ledger begins empty" in caplog.text
-    caplog.clear()
-    with process(tmp_path, 3) as after:
-        assert len(after) == 1
-    assert not caplog.text
+    assert empty > 6
 
 
 def test_versions_above_the_checkpoint_count_as_the_checkpoint(tmp_path: Path) -> None:
@@ -215,22 +196,22 @@ def test_what_is_forgotten_is_deleted_on_disk(tmp_path: Path) -> None:
     bound = 1 << 19
     sizes = []
     with process(tmp_path, None, bound) as ledger:
-        for number in range(3000):
+        for number in range(1500):
             prompt = [number // 8, *range(100)]
             recorded = ledger.record(prompt, [wrote([number, *range(40)], number)])
-            if number % 1000 == 999:
+            if number % 500 == 499:
                 assert recorded is not None and not recorded.cancel()
                 recorded.result()
                 with sqlite3.connect(tmp_path / "ledger.sqlite") as reader:
                     sizes.append(reader.execute("SELECT count(*), sum(length(value)) FROM spans").fetchone())
         held = len(ledger)
     assert all(size[0] == held and size[1] < bound for size in sizes)
-    with process(tmp_path, 3000, bound) as after:
+    with process(tmp_path, 1500, bound) as after:
         assert len(after) == held > 100
-        for number in (3000 - held, 2999):
+        for number in (1500 - held, 1499):
             assert versions(one(after, [number // 8, *range(100)], [number, *range(40)]))[101:] == [number] * 41
-    for _ in range(20):  # a run that is restarted all the time
-        with process(tmp_path, 3000, bound) as again:
+    for _ in range(4):  # a run that is restarted all the time
+        with process(tmp_path, 1500, bound) as again:
             assert len(again) == held
 
 

@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from atropos_verl.errors import (
 from atropos_verl.protocol.wire import decode_batch
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
-from atropos_verl.training.batch_source import BatchSource, Prefetcher, RolloutData
+from atropos_verl.training.batch_source import BatchSource, RolloutData
 from atropos_verl.training.staleness import BatchProvenance
 from atropos_verl.training.step import RunTotals
 from atropos_verl.types import SampleSettings
@@ -207,7 +206,7 @@ def test_a_batch_ahead_is_prepared_in_a_thread_and_goes_back_at_the_end(tmp_path
         eventually(lambda: len(prepared) == 2, "the second batch, while the first one trains")
         assert throttle.active
         source.stop(give_back=False)
-        assert not throttle.active
+        assert not throttle.active and len(prepared) == 2
         source.start(None)
         second = source.take(more=True)
         assert (ids(first), ids(second)) == (ids(bodies[0]), ids(bodies[1])), "what was ahead is the next one"
@@ -217,97 +216,65 @@ def test_a_batch_ahead_is_prepared_in_a_thread_and_goes_back_at_the_end(tmp_path
         assert throttle.expected_staleness == 1, "the first batch is not done"
 
 
-class _Batches:
-    """Numbers 1, 2, 3, …, ``allowed`` of them; the next one never comes, and ``check`` is called meanwhile."""
-
-    def __init__(self, allowed: int = 0) -> None:
-        self.events: list[str] = []
-        self.allowed = allowed
-        self.fetched = 0
-
-    def __call__(self, check: Callable[[], None]) -> int:
-        self.events.append(f"fetch {self.fetched + 1}")
-        while self.fetched == self.allowed:
-            check()
-            time.sleep(0.01)
-        self.fetched += 1
-        self.events.append(f"have {self.fetched}")
-        return self.fetched
-
-
-def _prefetch_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "atropos-verl-prefetch"]
-
-
-def test_the_next_batch_is_fetched_while_this_one_is_in_use_and_no_further() -> None:
-    batches = _Batches(allowed=10)
-    prefetcher = Prefetcher(batches)
-    for step in (1, 2, 3):
-        assert prefetcher.take() == step
-        batches.events.append(f"train {step}")
-        if step < 3:
-            prefetcher.start()
-            prefetcher.start()  # one is under way already
-            eventually(lambda: f"have {step + 1}" in batches.events, "the next batch to come while this one trains")  # noqa: B023
-        batches.events.append(f"trained {step}")
-    assert prefetcher.close() == []
-    assert batches.events == [
-        *("fetch 1", "have 1", "train 1", "fetch 2", "have 2", "trained 1"),
-        *("train 2", "fetch 3", "have 3", "trained 2", "train 3", "trained 3"),
-    ]
-    assert _prefetch_threads() == []
-
-
-def test_an_error_of_the_thread_is_raised_where_the_batch_is_taken() -> None:
-    def broken(check: Callable[[], None]) -> int:
+def test_an_error_of_the_fetching_thread_is_raised_where_the_batch_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(check: Callable[[], None]) -> RolloutData:
         raise ConnectionError("batch is gone")
 
-    prefetcher = Prefetcher(broken)
-    for _ in range(2):
-        with pytest.raises(ConnectionError, match="batch is gone"):
-            prefetcher.take()
-    assert prefetcher.close() == []
-    assert _prefetch_threads() == []
+    with source_of(NOWHERE, tmp_path) as source:
+        monkeypatch.setattr(source, "next", broken)
+        source.start(None, prepare=lambda data: None)
+        for _ in range(2):
+            with pytest.raises(ConnectionError, match="batch is gone"):
+                source.take(more=True)
+        source.stop(give_back=False)
 
 
-def test_a_service_that_dies_while_a_batch_lies_ready_ends_the_run_and_the_batch_is_kept() -> None:
-    dead = threading.Event()
+def test_a_service_that_dies_while_a_batch_lies_ready_ends_the_run_and_the_batch_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead, batch = threading.Event(), RolloutData([])
 
     def check() -> None:
         if dead.is_set():
             raise ChildProcessError("environment died")
 
-    batches = _Batches(allowed=1)
-    prefetcher = Prefetcher(batches, check=check)
-    prefetcher.start()
-    eventually(lambda: "have 1" in batches.events, "the batch")
-    dead.set()
-    eventually(lambda: not _prefetch_threads(), "the thread to notice", timeout=10.0)
-    with pytest.raises(ChildProcessError, match="environment died"):
-        prefetcher.take()
-    assert prefetcher.close() == [1]
+    with source_of(NOWHERE, tmp_path) as source:
+        monkeypatch.setattr(source, "next", lambda check: batch)
+        source.start(check, prepare=lambda data: None)
+        assert source.take(more=True) is batch
+        dead.set()
+        with pytest.raises(ChildProcessError, match="environment died"):
+            source.take(more=True)
+        source.stop(give_back=False)
+        assert source.fetch() is batch
 
 
-def test_closing_ends_a_wait_and_hands_back_what_came() -> None:
-    waiting = Prefetcher(_Batches())
-    waiting.start()
-    assert waiting.close() == []
-    waiting.start()  # nothing after the end
-    assert waiting.close() == []
+@pytest.mark.parametrize("comes", [True, False])
+def test_the_end_of_training_ends_a_wait_and_keeps_what_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes: bool
+) -> None:
+    asked, answered, batches = threading.Event(), threading.Event(), [RolloutData([]), RolloutData([])]
 
-    asked, answered = threading.Event(), threading.Event()
+    def under_way(check: Callable[[], None]) -> RolloutData:
+        if len(batches) == 1:
+            asked.set()
+            while not answered.wait(0.01):
+                if not comes:  # else the API has sent it; stopping now would lose it
+                    check()
+        return batches.pop()
 
-    def answer_under_way(check: Callable[[], None]) -> int:
-        asked.set()
-        assert answered.wait(10.0)  # the API has sent it; stopping now would lose it
-        return 7
-
-    late = Prefetcher(answer_under_way)
-    late.start()
-    assert asked.wait(10.0)
-    threading.Timer(0.01, answered.set).start()
-    assert late.close() == [7]
-    assert _prefetch_threads() == []
+    with source_of(NOWHERE, tmp_path) as source:
+        monkeypatch.setattr(source, "next", under_way)
+        source.start(None, prepare=lambda data: None)
+        source.take(more=True)
+        assert asked.wait(10.0)
+        left = batches[0]
+        if comes:
+            threading.Timer(0.01, answered.set).start()
+        source.stop(give_back=False)
+        assert list(source._early) == ([left] if comes else [])
 
 
 def test_a_group_that_is_in_a_batch_twice_has_rollouts_of_its_own(tmp_path: Path) -> None:

@@ -153,28 +153,17 @@ def test_no_flipped_bit_of_any_file_goes_unnoticed(tmp_path: Path) -> None:
             path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        (None, "is missing"),
-        (b"", "is damaged: it holds no step"),
-        (b"\xff\x00", "is damaged: it holds no step"),
-        (b"4", "names step 4, which is not the newest"),
-        (b"7", "global_step_7 does not exist"),
-    ],
-)
-def test_a_tracker_file_that_lies_changes_nothing(tmp_path: Path, content: bytes | None, text: str) -> None:
+@pytest.mark.parametrize("content", [None, b"", b"\xff\x00", b"4", b"7"])
+def test_a_tracker_file_that_lies_changes_nothing(tmp_path: Path, content: bytes | None) -> None:
     for step in (4, 6):
         _save(tmp_path, step)
     tracker = tmp_path / TRACKER
     tracker.unlink() if content is None else tracker.write_bytes(content)
-    found, told = _found(tmp_path)
-    assert found == tmp_path / "global_step_6"
-    assert len(told) == 1 and text in told[0] and told[0].endswith("; global_step_6 is used")
+    assert _found(tmp_path) == (tmp_path / "global_step_6", [])
     for step in (4, 6):
         shutil.rmtree(tmp_path / f"global_step_{step}")
     if content is not None:
-        with pytest.raises(CheckpointError, match="no checkpoint in"):
+        with pytest.raises(CheckpointError, match="none that it could name"):
             _found(tmp_path)
 
 
@@ -255,23 +244,21 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-SETTINGS = _leaves(RunConfig().model_dump(mode="json"))
 OF_ONE_START = ("run_dir", "resume", "atropos.api_url", "atropos.token", "atropos.headers", "eval.commands_file")
 
 
-@pytest.mark.parametrize(("key", "value"), SETTINGS, ids=[key for key, _ in SETTINGS])
-def test_every_setting_that_has_changed_since_a_checkpoint_is_named(tmp_path: Path, key: str, value: Any) -> None:
-    RunState(step=1).save(tmp_path, RunConfig())
+def test_every_setting_that_has_changed_since_a_checkpoint_is_named(tmp_path: Path) -> None:
+    config = RunConfig()
+    RunState(step=1).save(tmp_path, config)
     saved = json.loads((tmp_path / "atropos.json").read_text())
-    assert changed_settings(saved, RunConfig()) == []
-    is_known = key in saved["settings"]
-    assert is_known != (key in OF_ONE_START or key.startswith("gateway."))
-    assert changed_settings({}, RunConfig()) == [], "of a checkpoint that says nothing"
-    if is_known:
-        saved["settings"][key] = "another"
-        effect = " (no effect: " if key in ("model.path", "eval.before") else ""
-        [change] = changed_settings(saved, RunConfig())
-        assert change.startswith(f'{key} "another" → {json.dumps(value)}{effect}')
+    assert changed_settings(saved, config) == changed_settings({}, config) == []
+    for key, value in _leaves(config.model_dump(mode="json")):
+        is_known = key in saved["settings"]
+        assert is_known != (key in OF_ONE_START or key.startswith("gateway.")), key
+        if is_known:
+            effect = " (no effect: " if key in ("model.path", "eval.before") else ""
+            [change] = changed_settings({"settings": {**saved["settings"], key: "another"}}, config)
+            assert change.startswith(f'{key} "another" → {json.dumps(value)}{effect}')
 
 
 def test_no_key_of_anybody_is_written_into_a_checkpoint(tmp_path: Path) -> None:

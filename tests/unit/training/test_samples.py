@@ -251,7 +251,7 @@ JUNK = (
 ROW = st.lists(st.integers(-110, 12) | JUNK, max_size=5)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.fixed_dictionaries(
         {

@@ -41,30 +41,23 @@ def linear_token_logprobs(
 ) -> torch.Tensor:
     """``log_softmax((hidden @ weight.T + bias) / temperature)[n, labels[n]]`` for each row n.
 
-    Sums, softmax and log are in float32 (float64 for float64 input). On a CPU without bf16 instructions low-precision
-    input is converted block by block and multiplied in float32, which is both faster there and more exact.
+    Sums, softmax and log, and the result [N], are in float32 (float64 for float64 input). On a CPU without bf16
+    instructions low-precision input is converted block by block and multiplied in float32, which is both faster there
+    and more exact. A half-precision weight's gradient is rounded once per ``keep_bytes`` of rows.
 
     Args:
         hidden: [N, H]; pass only rows that are trained, so that masked tokens cost nothing.
-        weight: [V, H]. bias: [V].
-        labels: [N] int64.
+        weight: [V, H]. bias: [V]. labels: [N] int64.
         temperature: above 0, a constant (no gradient); one number or [N].
         keep_bytes: bound on what is kept for the backward; at least one row is. None: the plain formula when [N, V] is
             small (32 MiB), else ``KEEP_BYTES`` of the dtype.
-
-    Returns:
-        [N] float32 (float64 for float64 input). Gradients for hidden, weight and bias, in their own dtypes, as far as
-        they require any. A half-precision weight's gradient is rounded once per ``keep_bytes`` of rows.
     """
     hidden, weight = _one_dtype(hidden, weight)
     scale = _row_temperature(temperature, hidden)
-    accumulate = _accumulate_dtype(hidden)
-    rows, vocabulary = labels.shape[0], weight.shape[0]
+    row_bytes = weight.shape[0] * _accumulate_dtype(hidden).itemsize
     with torch.autocast(hidden.device.type, enabled=False):  # it would undo the choice of dtype made here
-        if keep_bytes is None and rows * vocabulary * accumulate.itemsize <= DIRECT_BYTES:
-            product = _product_dtype(hidden)
-            logits = (hidden.to(product) @ weight.to(product).t()).to(accumulate)
-            logits = logits if bias is None else logits + bias.to(accumulate)
+        if keep_bytes is None and labels.shape[0] * row_bytes <= DIRECT_BYTES:
+            logits = _logits(hidden, weight, bias)
             logits = logits if scale is None else logits / scale[:, None]
             return logits.gather(1, labels[:, None]).squeeze(1) - logits.logsumexp(1)
         logprobs: torch.Tensor = _KeptLogprobs.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -80,20 +73,16 @@ def linear_token_figures(
     temperature: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[N, 2] float32: what ``linear_token_logprobs`` gives, and the entropy (nats) of each row's distribution.
-
-    Arguments as there. Without a gradient.
-    """
+    """[N, 2] float32, without a gradient: what ``linear_token_logprobs`` gives, and the entropy (nats) of each row's
+    distribution."""
     hidden, weight = _one_dtype(hidden, weight)
     found = torch.empty(labels.shape[0], 2, device=hidden.device)
     step = max(SCRATCH_BYTES // (weight.shape[0] * found.itemsize), 1)
     with torch.autocast(hidden.device.type, enabled=False):
-        weight = weight.to(_product_dtype(hidden)).t()
+        weight = weight.to(_product_dtype(hidden))
         for at in range(0, labels.shape[0], step):
             rows = slice(at, at + step)
-            logits = (hidden[rows].to(weight.dtype) @ weight).float()
-            logits = (logits if bias is None else logits + bias.float()) / temperature[rows, None]
-            logprobs = logits.log_softmax(1)
+            logprobs = (_logits(hidden[rows], weight, bias) / temperature[rows, None]).log_softmax(1)
             found[rows, 0] = logprobs.gather(1, labels[rows, None]).squeeze(1)
             found[rows, 1] = -(logprobs.exp() * logprobs).nan_to_num_(0.0).sum(1)  # 0 · -inf is 0
     return found
@@ -117,14 +106,9 @@ def linear_teacher_kl(
     and that where every id is named. (verl's ``forward_kl_topk`` leaves the rest out; its least value is a student that
     puts the teacher's rest on the named ids.)
 
-    Args:
-        hidden: [N, H]. weight: [V, H]. bias: [V].
-        ids: [N, K] int64, none twice in a row; -1 from some k > 0 on: no more.
-        logprobs: [N, K] the teacher's; -inf where there is no id. No gradient.
-        scratch_bytes: bound on the logits that are held at a time; the backward makes them again.
-
-    Returns:
-        [N] float32 (float64 for float64 input), with gradients for hidden, weight and bias.
+    ``ids`` [N, K] int64, none twice in a row; -1 from some k > 0 on: no more. ``logprobs`` [N, K] are the teacher's,
+    -inf where there is no id. ``scratch_bytes`` bounds the logits that are held at a time; the backward makes them
+    again. [N] float32 (float64 for float64 input), with gradients for hidden, weight and bias.
     """
     hidden, weight = _one_dtype(hidden, weight)
     step = max(scratch_bytes // (weight.shape[0] * _accumulate_dtype(hidden).itemsize), 1)
@@ -137,9 +121,7 @@ def linear_teacher_kl(
 def _teacher_kl(
     hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    product, dtype = _product_dtype(hidden), _accumulate_dtype(hidden)
-    logits = (hidden.to(product) @ weight.to(product).t()).to(dtype)
-    logits = logits if bias is None else logits + bias.to(dtype)
+    logits, dtype = _logits(hidden, weight, bias), _accumulate_dtype(hidden)
     is_named = ids >= 0
     named = torch.where(is_named, ids, ids[:, :1])
     total = logits.logsumexp(1)
@@ -150,6 +132,13 @@ def _teacher_kl(
     rest = (1 - teacher.sum(1)).clamp(min=0) * (is_named.sum(1) < weight.shape[0])
     constant = torch.xlogy(teacher, teacher).sum(1) + torch.xlogy(rest, rest)
     return constant.to(dtype) - (teacher.to(dtype) * chosen).sum(1) - rest.to(dtype) * log_rest
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """[N, V] before the temperature, in the dtype in which sums are taken."""
+    product, dtype = _product_dtype(hidden), _accumulate_dtype(hidden)
+    logits = (hidden.to(product) @ weight.to(product).t()).to(dtype)
+    return logits if bias is None else logits + bias.to(dtype)
 
 
 class _KeptLogprobs(torch.autograd.Function):
@@ -165,20 +154,17 @@ class _KeptLogprobs(torch.autograd.Function):
         bias: torch.Tensor | None,
         keep_bytes: int,
     ) -> torch.Tensor:
-        rows = labels.shape[0]
+        rows, inputs = labels.shape[0], (hidden, weight, labels, scale, bias)
         row_bytes = weight.shape[0] * _product_dtype(hidden).itemsize
         logprobs = torch.empty(rows, dtype=_accumulate_dtype(hidden), device=hidden.device)
-        ctx.kept = None
-        done = 0
+        ctx.kept, ctx.pass_rows = [], 0
         if any(ctx.needs_input_grad):
-            done = min(rows, max(keep_bytes // row_bytes, 1))
-            ctx.kept = _difference(hidden[:done], weight, labels[:done], _rows(scale, 0, done), bias, logprobs[:done])
-        ctx.pass_rows = done
+            ctx.pass_rows = min(rows, max(keep_bytes // row_bytes, 1))
+            ctx.kept = _difference(slice(0, ctx.pass_rows), *inputs, logprobs)
         step = max(min(SCRATCH_BYTES, keep_bytes) // row_bytes, 1)
-        for at in range(done, rows, step):
-            end = min(at + step, rows)
-            _difference(hidden[at:end], weight, labels[at:end], _rows(scale, at, end), bias, logprobs[at:end])
-        ctx.save_for_backward(hidden, weight, labels, scale, bias)
+        for at in range(ctx.pass_rows, rows, step):
+            _difference(slice(at, at + step), *inputs, logprobs)
+        ctx.save_for_backward(*inputs)
         return logprobs
 
     @staticmethod
@@ -187,7 +173,7 @@ class _KeptLogprobs(torch.autograd.Function):
         hidden, weight, labels, scale, bias = ctx.saved_tensors
         want_hidden, want_weight, _, _, want_bias, _ = ctx.needs_input_grad
         # Given back as it is used, so a second backward through a retained graph computes it again.
-        kept, ctx.kept = ctx.kept, None
+        kept, ctx.kept = ctx.kept, []
         factor = -grad_logprobs if scale is None else -grad_logprobs / scale
         grad_hidden = torch.zeros(hidden.shape, dtype=factor.dtype, device=hidden.device) if want_hidden else None
         # Not zeros: its pages are taken block by block, as those of ``kept`` go.
@@ -197,35 +183,27 @@ class _KeptLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros(bias.shape, dtype=factor.dtype, device=bias.device) if want_bias else None
         unused = torch.empty_like(factor)
         for at in range(0, labels.shape[0], max(ctx.pass_rows, 1)):
-            end = min(at + ctx.pass_rows, labels.shape[0])
-            factors = factor[at:end]
-            if kept is None:
-                where = (hidden[at:end], weight, labels[at:end], _rows(scale, at, end), bias)
-                kept = _difference(*where, unused[at:end])
-            weighted = (hidden[at:end].to(factor.dtype) * factors[:, None]).to(kept[0].dtype)
+            rows = slice(at, at + ctx.pass_rows)
+            factors = factor[rows]
+            kept = kept or _difference(rows, hidden, weight, labels, scale, bias, unused)
+            weighted = (hidden[rows].to(factor.dtype) * factors[:, None]).to(kept[0].dtype)
             for start in range(0, weight.shape[0], BLOCK):
                 block = slice(start, start + BLOCK)
                 part = kept.pop(0)
                 if grad_hidden is not None:
-                    _add_product(grad_hidden[at:end], part, weight[block].to(part.dtype))
+                    _add_product(grad_hidden[rows], part, weight[block].to(part.dtype))
                 if grad_weight is not None:
                     _add_product(grad_weight[block], part.t(), weighted, fresh=at == 0)
                 if grad_bias is not None:
                     grad_bias[block] += torch.mv(part.t(), factors.to(part.dtype))
-            kept = None
             if grad_hidden is not None:
-                grad_hidden[at:end] *= factors[:, None]
-        return (
-            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
-            grad_weight,
-            None,
-            None,
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-        )
+                grad_hidden[rows] *= factors[:, None]
+        of_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
+        return of_hidden, grad_weight, None, None, None if grad_bias is None else grad_bias.to(bias.dtype), None
 
 
 def _difference(
+    rows: slice,
     hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
@@ -233,19 +211,21 @@ def _difference(
     bias: torch.Tensor | None,
     logprobs: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """``D`` of n rows as blocks [n, ≤ BLOCK] in the dtype of the product; writes ``logprobs`` [n].
+    """``D`` of n ``rows`` as blocks [n, ≤ BLOCK] in the dtype of the product; writes their ``logprobs``.
 
     The product is made for all rows at once; what follows goes over it in slices that stay in the processor's cache.
     """
-    rows, vocabulary = labels.shape[0], weight.shape[0]
+    hidden, labels, logprobs = hidden[rows], labels[rows], logprobs[rows]
+    scale = None if scale is None else scale[rows]
+    count, vocabulary = labels.shape[0], weight.shape[0]
     source = hidden.to(_product_dtype(hidden))
     blocks = [source @ weight[v : v + BLOCK].to(source.dtype).t() for v in range(0, vocabulary, BLOCK)]
     wide = None if bias is None else bias.to(logprobs.dtype)
     on_cpu = hidden.device.type == "cpu"
     step = max(SLICE_BYTES["cpu" if on_cpu else "cuda"] // (vocabulary * logprobs.dtype.itemsize), 1)
-    scratch = torch.empty(min(step, rows), vocabulary, dtype=logprobs.dtype, device=hidden.device)
-    for at in range(0, rows, step):
-        end = min(at + step, rows)
+    scratch = torch.empty(min(step, count), vocabulary, dtype=logprobs.dtype, device=hidden.device)
+    for at in range(0, count, step):
+        end = min(at + step, count)
         values = scratch[: end - at]
         for number, block in enumerate(blocks):
             values[:, number * BLOCK : number * BLOCK + block.shape[1]].copy_(block[at:end])
@@ -273,10 +253,6 @@ def _add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *,
         into.copy_(left @ right)
     else:
         into.add_(left @ right)
-
-
-def _rows(values: torch.Tensor | None, start: int, end: int) -> torch.Tensor | None:
-    return None if values is None else values[start:end]
 
 
 def _accumulate_dtype(hidden: torch.Tensor) -> torch.dtype:

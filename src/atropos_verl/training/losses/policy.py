@@ -43,14 +43,11 @@ def advantage_weighted_sft_loss(
             [N] mask must itself leave out the first token of each sequence (``build_samples`` does).
         num_loss_tokens: the denominator, trained tokens of the global batch. None: those of this mask.
         rollout_logprobs: [...] of the policy that sampled; NaN = no value. They also give the ``importance/*`` means.
-        tis_cap: cap of the truncated importance weights w of trainer (these logprobs, without gradient) over rollout
-            policy; None: w = 1. importance, sequence_ids: see ``importance_weights``.
+        tis_cap: cap of the importance weights w of trainer (these logprobs, without gradient) over rollout policy;
+            None: w = 1. importance, sequence_ids: see ``importance_weights``.
 
-    Returns:
-        ``loss`` [] float32 or float64; exactly 0, with gradients of 0, without a trained token. ``metrics``: means
-        over this call's trained tokens.
-
-    Raises ``ValueError`` when the shapes differ.
+    Returns ``loss`` [] float32 or float64, exactly 0, with gradients of 0, without a trained token; ``metrics`` are
+    means over this call's trained tokens. Raises ``ValueError`` when the shapes differ.
     """
     mask = _trained(loss_mask, logprobs, advantages)
     logprobs = _masked(_at_least_float32(logprobs), mask)
@@ -77,7 +74,7 @@ def compute_advantage_weighted_sft_loss(
     """``advantage_weighted_sft_loss`` from a causal model's logits [B, L, V]: token t is predicted from t - 1.
 
     Only rows that predict a trained token are touched, so logits elsewhere may be anything, and their gradient is 0.
-    The others are [B, L]; position 0 is never trained. ``temperature`` is one number or [B].
+    ``temperature`` is one number or [B].
     """
     if logits.shape[:2] != input_ids.shape:
         raise ValueError(f"logits {tuple(logits.shape)} do not fit input_ids {tuple(input_ids.shape)}")
@@ -85,13 +82,11 @@ def compute_advantage_weighted_sft_loss(
     batch, position = torch.nonzero(mask, as_tuple=True)
     rows = _at_least_float32(logits[batch, position - 1])  # [N, V]
     if isinstance(temperature, torch.Tensor):
-        rows = rows / temperature.to(rows).expand(logits.shape[0])[batch, None]
-    elif temperature != 1.0:
-        rows = rows / temperature
-    chosen = rows.gather(-1, input_ids[batch, position, None]).squeeze(-1)
-    logprobs = chosen - rows.logsumexp(-1)
-    weights = advantages.detach()[batch, position].to(logprobs)
-    return -(logprobs * weights).sum() / _denominator(mask, num_loss_tokens)
+        temperature = temperature.to(rows).expand(logits.shape[0])[batch, None]
+    rows = rows / temperature
+    logprobs = rows.gather(-1, input_ids[batch, position, None]).squeeze(-1) - rows.logsumexp(-1)
+    trained = advantages[batch, position], mask[batch, position]
+    return advantage_weighted_sft_loss(logprobs, *trained, num_loss_tokens).loss
 
 
 def clipped_ratio_loss(
@@ -124,12 +119,9 @@ def clipped_ratio_loss(
     Args:
         old_logprobs: [...] of the policy before this batch's updates. The others: as ``advantage_weighted_sft_loss``.
 
-    Returns:
-        ``metrics``, means over this call's trained tokens: ``ratio_mean``, ``clip_fraction`` (clipped above or below),
-        ``clip_fraction_dual``, ``approx_kl`` (Schulman's k3, ``r - 1 - log r``, of old to new); with rollout logprobs
-        also ``importance/*``.
-
-    Raises ``ValueError`` when the shapes differ.
+    ``metrics``, means over this call's trained tokens: ``ratio_mean``, ``clip_fraction`` (clipped above or below),
+    ``clip_fraction_dual``, ``approx_kl`` (Schulman's k3, ``r - 1 - log r``, of old to new); with rollout logprobs also
+    ``importance/*``. Raises ``ValueError`` when the shapes differ.
     """
     mask = _trained(loss_mask, logprobs, old_logprobs, advantages)
     logprobs = _masked(_at_least_float32(logprobs), mask)
@@ -167,11 +159,8 @@ def kl_loss(
 ) -> LossOutput:
     """``sum(weight · kl · mask) / num_loss_tokens``, to be added to the loss of the policy.
 
-    Args:
-        kl: [...] in nats, with a graph. weights: [...]; NaN where ``kl`` has no value.
-
-    Returns:
-        ``metrics``: ``NAME/kl`` and ``NAME/known`` (the share of the trained tokens), for ``summarise_importance``.
+    ``kl`` [...] in nats, with a graph; ``weights`` [...], NaN where ``kl`` has no value. ``metrics``: ``NAME/kl`` and
+    ``NAME/known`` (the share of the trained tokens), for ``summarise_importance``.
     """
     mask = _trained(loss_mask, kl, weights)
     applies = mask & ~weights.isnan()
@@ -234,23 +223,23 @@ def importance_weights(
 ) -> tuple[torch.Tensor | float, dict[str, torch.Tensor]]:
     """Weights [...], without gradient, 1 where not trained; and figures for ``_means``: [...], ``LARGEST`` [].
 
-    Args:
-        old: [...] the trainer's logprobs before the update. rollout: [...] of the policy that sampled; NaN = no value.
-        mask: [...] bool, trained.
-        level: ``token`` or ``sequence``; packed [N] tensors need ``sequence_ids`` [N] int64 for the latter.
-        cap: above 0. None: the weight is 1, and the figures of weights are absent.
-
-    Raises ``ValueError`` when shapes differ, or ``sequence_ids`` are missing.
+    ``old`` [...] are the trainer's logprobs before the update, ``rollout`` [...] those of the policy that sampled (NaN:
+    no value), ``mask`` [...] bool. ``level``: ``token`` or ``sequence``, for which packed [N] tensors need
+    ``sequence_ids`` [N] int64. ``cap`` is above 0; None: the weight is 1, and the figures of weights are absent. Raises
+    ``ValueError`` when shapes differ, or ``sequence_ids`` are missing.
     """
-    log_ratio, known = _log_ratio(old, rollout, mask)
+    if rollout.shape != old.shape:
+        raise ValueError(f"rollout_logprobs {tuple(rollout.shape)} must have the shape of logprobs {tuple(old.shape)}")
+    old, rollout = old.detach(), rollout.detach().to(old)
+    known = mask & ~rollout.isnan()
+    log_ratio = _masked(old - rollout, known)
     bounded = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     ratio = bounded.exp()
-    zero = torch.zeros_like(ratio)
     figures = {
         "known": known.to(ratio),
-        "ratio": torch.where(known, ratio, zero),
+        "ratio": _masked(ratio, known),
         "kl_k1": -log_ratio,
-        "kl_k3": torch.where(known, ratio - 1 - bounded, zero),
+        "kl_k3": _masked(ratio - 1 - bounded, known),
         "log_ratio_max_abs": log_ratio.abs().max() if log_ratio.numel() else log_ratio.new_zeros(()),
     }
     weights: torch.Tensor | float = 1.0
@@ -261,7 +250,7 @@ def importance_weights(
             ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
         # Where nothing is known the weight is 1, also with a cap below 1.
         weights = torch.where(applies, ratio.clamp(max=cap), torch.ones_like(ratio))
-        applied = torch.where(known, weights, zero)
+        applied = _masked(weights, known)
         clipped = (known & (ratio > cap)).to(ratio)
         figures |= {"weight": applied, "weight_squared": applied.square(), "clipped": clipped}
     return weights, {f"{PREFIX}{name}": value for name, value in figures.items()}
@@ -293,16 +282,6 @@ def summarise_importance(means: Mapping[str, float]) -> dict[str, float]:
         found["effective_sample_size"] = (own["weight"] / known) ** 2 / squared if squared else 0.0
     found |= {name: own[of] / known for name, of in means_of.items()}
     return rest | {f"off_policy/{name}": value for name, value in found.items()}
-
-
-def _log_ratio(old: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token log ratios [...], 0 where not known, and where they are known [...]."""
-    if rollout.shape != old.shape:
-        raise ValueError(f"rollout_logprobs {tuple(rollout.shape)} must have the shape of logprobs {tuple(old.shape)}")
-    old = old.detach()
-    rollout = rollout.detach().to(old)
-    known = mask & ~rollout.isnan()
-    return torch.where(known, old - rollout, torch.zeros_like(old)), known
 
 
 def _per_sequence(
