@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import json
 from pathlib import Path
 
 import httpx
@@ -58,6 +59,90 @@ async def _generate_across_an_update(cluster: Cluster, step: int) -> None:
         assert [len(rows) for rows in answer.json()["logprobs"]] == [240] * 4
         assert all(last == step for _, last in answer.json()["policy_versions"])
         assert gateway.engine.continued > 0
+
+
+_SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "green"]}, "ok": {"type": "boolean"}},
+    "required": ["colour", "ok"],
+    "additionalProperties": False,
+}
+
+
+async def _clients(gateway: ClusterGateway, stopped: asyncio.Event) -> list[tuple[int, int]]:
+    """Eight clients that ask for tokens and two that ask for JSON, until ``stopped``; checks every answer, and returns
+    the first and last policy of each that had tokens alone."""
+    versions: list[tuple[int, int]] = []
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": _SCHEMA}}
+    chat = {"model": "m", "messages": [{"role": "user", "content": "?"}], "max_tokens": 150, "response_format": form}
+    body = {"prompt": {"prompt_token_ids": [5, 6, 7]}, "n": 2, "max_tokens": 120, "logprobs": 0, "ignore_eos": True}
+
+    async def ask(client: httpx.AsyncClient) -> None:
+        while not stopped.is_set():
+            answer = await client.post("/generate", json=body)
+            assert answer.status_code == 200, answer.text
+            assert [len(tokens) for tokens in answer.json()["token_ids"]] == [120, 120]
+            assert [len(rows) for rows in answer.json()["logprobs"]] == [120, 120]
+            versions.extend(map(tuple, answer.json()["policy_versions"]))
+
+    async def ask_for_json(client: httpx.AsyncClient) -> None:
+        while not stopped.is_set():
+            answer = await client.post("/v1/chat/completions", json=chat)
+            assert answer.status_code == 200, answer.text
+            [choice] = answer.json()["choices"]
+            if choice["finish_reason"] == "stop":  # else 150 tokens of white space
+                found = json.loads(choice["message"]["content"])
+                assert found["colour"] in ("red", "green")
+                assert isinstance(found["ok"], bool)
+                parsed.append(found)
+
+    parsed: list[dict[str, object]] = []
+    async with httpx.AsyncClient(base_url=gateway.url, timeout=120.0) as client:
+        await asyncio.gather(*(ask(client) for _ in range(8)), *(ask_for_json(client) for _ in range(2)))
+    assert len(parsed) >= 2
+    return versions
+
+
+async def _sleeps_aborts_and_updates(cluster: Cluster, gateway: ClusterGateway) -> int:
+    """What the trainer's modes do, twice, under the load of clients; returns the last step."""
+    step = 10
+    for _ in range(2):
+        await asyncio.sleep(1.0)  # sync: requests in flight end, the replicas sleep, get weights and wake
+        await asyncio.to_thread(gateway.gate.drain)
+        await asyncio.to_thread(cluster.step, step)
+        gateway.release(step)
+        await asyncio.sleep(1.0)  # colocate_async: requests are cut, and go on under the new weights
+        await cluster.checkpoints.abort_replicas()
+        await asyncio.to_thread(cluster.step, step + 1)
+        await cluster.checkpoints.resume_generation_replicas()
+        gateway.release(step + 1)
+        await asyncio.sleep(1.0)  # an abort alone
+        await cluster.checkpoints.abort_replicas()
+        await cluster.checkpoints.resume_generation_replicas()
+        step += 2
+    return step - 1
+
+
+async def _under_load(cluster: Cluster) -> None:
+    with ClusterGateway(cluster.servers.get_client(), build_tiny_tokenizer()) as gateway:
+        stopped = asyncio.Event()
+        clients = asyncio.ensure_future(_clients(gateway, stopped))
+        try:
+            last = await _sleeps_aborts_and_updates(cluster, gateway)
+        finally:
+            stopped.set()
+            versions = await clients
+        assert all(first <= end for first, end in versions)
+        assert max(end for _, end in versions) == last
+        assert any(first < end for first, end in versions), "no answer was cut and went on"
+        assert gateway.engine.continued > 0
+
+
+def test_sleep_wake_abort_and_weights_under_load(model_path: Path) -> None:
+    with started_cluster(model_path, *_VLLM) as cluster:
+        cluster.step(0)
+        asyncio.run(_under_load(cluster))
+        assert _difference(cluster) < 1e-4
 
 
 def test_vllm_follows_the_trainer_and_requests_outlast_an_update(model_path: Path) -> None:
