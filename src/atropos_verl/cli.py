@@ -34,7 +34,7 @@ _COMMANDS = {
     ),
     "environments": (
         "atropos_verl.environments.serve",
-        "serve an environment of verifiers or OpenEnv to the trainer; or evaluate on it",
+        "serve an environment of verifiers, OpenEnv, NeMo Gym or Harbor to the trainer; or evaluate on it",
     ),
     "report": (
         "atropos_verl.report.run_report",

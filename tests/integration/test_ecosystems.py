@@ -5,6 +5,7 @@ Each needs the directory of a virtual environment that has its package: ``ATROPO
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def interpreter(name: str) -> str:
     return directory
 
 
-def launched(tmp_path: Path, name: str, target: str, python: str, *settings: str) -> LaunchRun:
+def launched(tmp_path: Path, prefix: str, target: str, python: str, *settings: str) -> LaunchRun:
+    name = prefix.replace("-", "_")
     args = [word for setting in settings for word in ("--set", setting)]
     words = [
         *SMALL,
@@ -34,7 +36,7 @@ def launched(tmp_path: Path, name: str, target: str, python: str, *settings: str
         "max_response_length=40",
         f"envs=[{name}]",
     ]
-    words += [f"environments.{name}.ecosystem='{name}:{target}'", f"environments.{name}.python={python}"]
+    words += [f"environments.{name}.ecosystem='{prefix}:{target}'", f"environments.{name}.python={python}"]
     words += [f"environments.{name}.args={json.dumps(args)}"]
     path = f"{REPOSITORY / 'src'}{os.pathsep}{SUPPORT}"
     with LaunchRun(words, run_dir=tmp_path / "run", env={"PYTHONPATH": path}) as run:
@@ -70,6 +72,35 @@ def test_openenv(tmp_path: Path) -> None:
             server.kill()
 
 
+def test_nemo_gym(tmp_path: Path) -> None:
+    python = interpreter("nemo_gym")
+    shutil.copytree(SUPPORT / "words", tmp_path / "resources_servers" / "words")
+    for server in ("resources_servers/words", "responses_api_agents/simple_agent", "responses_api_models/openai_model"):
+        (tmp_path / server).mkdir(parents=True, exist_ok=True)
+        (tmp_path / server / ".venv").symlink_to(python)  # as Gym's own, which would be installed by uv
+    hint = {"type": "function", "name": "hint", "description": "", "strict": True}
+    hint["parameters"] = {"type": "object", "properties": {}, "required": [], "additionalProperties": False}
+    for file, tools in (("tools.jsonl", [hint]), ("plain.jsonl", [])):
+        rows = []
+        for number, word in enumerate(("sun", "moon", "star", "rain", "snow", "wind", "tree", "leaf")):
+            params = {"input": [{"role": "user", "content": f"Spell this word backward (example: sun -> nus): {word}"}]}
+            params |= {"tools": tools} if tools and number % 2 else {}
+            rows.append(json.dumps({"responses_create_params": params, "word": word}))
+        (tmp_path / file).write_text("\n".join(rows))
+    config, start = "resources_servers/words/words.yaml", "skip_venv_if_present=true"
+    assert_equal_rewards(f"nemo-gym:{config}", python, "tasks=tools.jsonl", start, cwd=tmp_path)
+    check_steps(launched(tmp_path, "nemo-gym", config, python, "tasks=plain.jsonl", start))
+
+
+def test_harbor(tmp_path: Path) -> None:
+    python = interpreter("harbor")
+    subprocess.run([f"{python}/bin/python", str(SUPPORT / "harbor_parts.py"), str(tmp_path / "tasks")], check=True)
+    settings = ("agent.import_path=harbor_parts:AsksTwice", "environment.import_path=harbor_parts:Directory")
+    settings += ("rewards.letters=2.0", "rewards.length=-0.25")
+    assert_equal_rewards(f"harbor:{tmp_path / 'tasks'}", python, *settings)
+    check_steps(launched(tmp_path, "harbor", str(tmp_path / "tasks"), python, *settings))
+
+
 def answers(url: str) -> bool:
     try:
         return httpx.get(url).status_code == 200
@@ -77,10 +108,10 @@ def answers(url: str) -> bool:
         return False
 
 
-def assert_equal_rewards(named: str, python: str, *settings: str) -> None:
+def assert_equal_rewards(named: str, python: str, *settings: str, cwd: Path = SUPPORT) -> None:
     command = [f"{python}/bin/python", str(SUPPORT / "compare.py"), named, *settings]
     env = {**os.environ, "PYTHONPATH": f"{REPOSITORY / 'src'}{os.pathsep}{SUPPORT}"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rewards = json.loads(done.stdout.splitlines()[-1])
     assert rewards["adapter"] == rewards["native"]

@@ -38,7 +38,7 @@ class EnvironmentConfig(Section):
 
     script: str | None = Field(None, description="path of an Atropos environment; null and no module: the demo's")
     module: str | None = Field(None, description="started with python -m instead of a script")
-    ecosystem: str | None = Field(None, description="verifiers:TASKSET or openenv:URL_OR_PACKAGE instead")
+    ecosystem: str | None = Field(None, description="in its place; one of docs/ecosystems.md, e.g. verifiers:TASKSET")
     python: str | None = Field(None, description="its interpreter, or a virtual environment; null: the launcher's")
     args: Words = Field((), description='further arguments, e.g. ["--env.some_key","3"]; they come last and win')
     omit: Words = Field((), description='arguments of the launcher to leave out, e.g. ["--env.min_batch_allocation"]')

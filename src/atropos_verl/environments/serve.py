@@ -26,6 +26,8 @@ from atropos_verl.errors import ConfigError
 ECOSYSTEMS = {
     "verifiers": ("verifiers", "0.4", "TASKSET"),
     "openenv": ("openenv", "0.10", "URL_OR_PACKAGE"),
+    "nemo-gym": ("nemo-gym", "0.4", "CONFIG"),
+    "harbor": ("harbor", "0.26", "DATASET"),
 }
 """Prefix → package, the release whose API the adapter is written for, and what follows the prefix."""
 

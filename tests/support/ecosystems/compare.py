@@ -1,11 +1,14 @@
 """Plays every task with recorded completions, by the adapter and by the ecosystem's own runner; prints the rewards.
 
-``python compare.py verifiers:TASKSET | openenv:URL SETTING …`` in an interpreter that has the package.
+``python compare.py verifiers:TASKSET | openenv:URL | nemo-gym:CONFIG | harbor:DIRECTORY SETTING …`` in an interpreter
+that has the package.
 """
 
 import asyncio
 import hashlib
 import json
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,11 +25,21 @@ class Recorded(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        said = json.dumps([(message["role"], message["content"]) for message in body["messages"]])
-        digest = hashlib.sha256(said.encode()).hexdigest()
+        chat = self.path.endswith("/chat/completions")
+        said = [(m["role"], m["content"]) for m in body["messages"]] if chat else body["input"]
+        digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
         text = "".join("aeioustrnmlw "[int(digit, 16) % 13] for digit in digest[: int(digest[:2], 16) % 40 + 1])
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-        answer = {"id": "x", "object": "chat.completion", "created": 1, "model": "policy", "choices": [choice]}
+        answer = {"id": "x", "object": "chat.completion" if chat else "response", "model": "policy"}
+        if chat:
+            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+            answer |= {"created": 1, "choices": [choice]}
+        else:
+            content = [{"type": "output_text", "text": text, "annotations": []}]
+            item = {"type": "message", "role": "assistant", "content": content}
+            if body.get("tools") and digest[2] < "8":
+                item = {"type": "function_call", "call_id": "c", "name": body["tools"][0]["name"], "arguments": "{}"}
+            answer |= {"created_at": 1, "output": [{"id": digest, "status": "completed", **item}]}
+            answer |= {"parallel_tool_calls": False, "tool_choice": "auto", "tools": []}
         data = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("content-type", "application/json")
@@ -40,7 +53,11 @@ class Recorded(BaseHTTPRequestHandler):
 async def adapted(named: str, words: list[str], base: str) -> list[float]:
     open_environment, target = adapter_of(named)
     async with open_environment(target, settings_of(words)) as environment:
-        sessions = [SimpleNamespace(id=f"s{n}", base_url=base, api_key="K") for n in range(len(environment.tasks))]
+        variables = {"OPENAI_BASE_URL": base, "OPENAI_API_KEY": "K"}
+        sessions = [
+            SimpleNamespace(id=f"s{n}", base_url=base, api_key="K", variables=variables)
+            for n in range(len(environment.tasks))
+        ]
         return [(await environment.play(task, s)).value for task, s in zip(environment.tasks, sessions, strict=True)]
 
 
@@ -81,11 +98,55 @@ def stepped(url: str, base: str) -> list[float]:
     return totals
 
 
+def gym_eval(config: str, words: list[str], base: str) -> list[float]:
+    """``gym env start`` with the recorded completions as the policy, and ``gym eval run``."""
+    gym, (_, tasks) = Path(sys.executable).parent / "gym", words[0].split("=")
+    model = "responses_api_models/openai_model/configs/openai_model.yaml"
+    policy = [f"++policy_base_url={base}", "++policy_api_key=k", "++policy_model_name=policy"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        head = ["++head_server.host=127.0.0.1", f"++head_server.port={free.getsockname()[1]}"]
+    own = [f"++{word}" for word in words[1:]]
+    started = [gym, "env", "start", "--config", config, "--config", model, *policy, *head, *own]
+    with tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / "rollouts.jsonl"
+        run = [gym, "eval", "run", "--no-serve", "--agent", "words_agent", "--input", tasks, "--output", output, *head]
+        with subprocess.Popen(started, stdout=subprocess.PIPE, text=True) as server:
+            try:
+                for line in server.stdout:
+                    if "servers ready!" in line:
+                        break
+                threading.Thread(target=server.stdout.read, daemon=True).start()
+                subprocess.run(run, check=True, stdout=sys.stderr)
+            finally:
+                server.send_signal(signal.SIGINT)
+        rows = [json.loads(line) for line in output.read_text().splitlines()]
+    return [row["reward"] for row in sorted(rows, key=lambda row: row["_ng_task_index"])]
+
+
+def harbor_run(path: str, words: list[str], base: str) -> list[float]:
+    """``harbor run`` of a job; the reward is the sum with the weights of the settings."""
+    settings = settings_of(words)
+    weights = settings.pop("rewards")
+    agent = settings.pop("agent") | {"model_name": "openai/policy"}
+    agent["env"] = {"OPENAI_BASE_URL": base, "OPENAI_API_KEY": "k"}
+    with tempfile.TemporaryDirectory() as directory:
+        job = {"jobs_dir": directory, "job_name": "job", "datasets": [{"path": path}], "agents": [agent], **settings}
+        file = Path(directory) / "job.json"
+        file.write_text(json.dumps(job))
+        subprocess.run([Path(sys.executable).parent / "harbor", "run", "-c", file, "-y"], check=True, stdout=sys.stderr)
+        found = [json.loads(result.read_text()) for result in Path(directory).glob("job/*/result.json")]
+    rewards = [trial["verifier_result"]["rewards"] for trial in sorted(found, key=lambda trial: trial["task_name"])]
+    return [sum(reward[name] * weight for name, weight in weights.items()) for reward in rewards]
+
+
+NATIVE = {"verifiers": vf_eval, "openenv": lambda url, _, base: stepped(url, base), "nemo-gym": gym_eval}
+NATIVE |= {"harbor": harbor_run}
+
 if __name__ == "__main__":
     named, words = sys.argv[1], sys.argv[2:]
     server = ThreadingHTTPServer(("127.0.0.1", 0), Recorded)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     base = f"http://127.0.0.1:{server.server_port}/v1"
     prefix, _, target = named.partition(":")
-    native = vf_eval(target, words, base) if prefix == "verifiers" else stepped(target, base)
+    native = NATIVE[prefix](target, words, base)
     sys.stdout.write(json.dumps({"adapter": asyncio.run(adapted(named, words, base)), "native": native}) + "\n")
