@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import httpx
@@ -16,6 +17,12 @@ from support.serving import eventually
 from support.trajectory_server import free_port
 
 SUPPORT = REPOSITORY / "tests" / "support" / "ecosystems"
+HARBOR = (
+    "agent.import_path=harbor_parts:AsksTwice",
+    "environment.import_path=harbor_parts:Directory",
+    "rewards.letters=2.0",
+    "rewards.length=-0.25",
+)
 
 
 def interpreter(name: str) -> str:
@@ -95,10 +102,45 @@ def test_nemo_gym(tmp_path: Path) -> None:
 def test_harbor(tmp_path: Path) -> None:
     python = interpreter("harbor")
     subprocess.run([f"{python}/bin/python", str(SUPPORT / "harbor_parts.py"), str(tmp_path / "tasks")], check=True)
-    settings = ("agent.import_path=harbor_parts:AsksTwice", "environment.import_path=harbor_parts:Directory")
-    settings += ("rewards.letters=2.0", "rewards.length=-0.25")
-    assert_equal_rewards(f"harbor:{tmp_path / 'tasks'}", python, *settings)
-    check_steps(launched(tmp_path, "harbor", str(tmp_path / "tasks"), python, *settings))
+    assert_equal_rewards(f"harbor:{tmp_path / 'tasks'}", python, *HARBOR)
+    check_steps(launched(tmp_path, "harbor", str(tmp_path / "tasks"), python, *HARBOR))
+
+
+def test_three_ecosystems_hold_their_shares_and_outlast_a_kill(tmp_path: Path) -> None:
+    pythons = {name: interpreter(name) for name in ("verifiers", "openenv", "harbor")}
+    port = free_port()
+    write = [f"{pythons['harbor']}/bin/python", str(SUPPORT / "harbor_parts.py"), str(tmp_path / "tasks")]
+    subprocess.run(write, check=True)
+    targets = {"verifiers": "offline_v1", "openenv": f"http://127.0.0.1:{port}", "harbor": str(tmp_path / "tasks")}
+    words = [*SMALL, "batch_size=16", "steps=20", "data.max_prompt_length=400", "max_response_length=40"]
+    words += [f"envs=[{','.join(pythons)}]"]
+    for name, (settings, weight) in {
+        "verifiers": (["agent.runtime.type=subprocess"], 2),
+        "openenv": (["seeds=8", "max_turns=2"], 1),
+        "harbor": (HARBOR, 1),
+    }.items():
+        given = json.dumps([word for setting in settings for word in ("--set", setting)])
+        words += [f"environments.{name}.ecosystem='{name}:{targets[name]}'", f"environments.{name}.args={given}"]
+        words += [f"environments.{name}.python={pythons[name]}", f"environments.{name}.weight={weight}"]
+    env = {"PYTHONPATH": f"{REPOSITORY / 'src'}{os.pathsep}{SUPPORT}"}
+    command = [f"{pythons['openenv']}/bin/python", str(SUPPORT / "guess_env.py"), str(port)]
+    with subprocess.Popen(command) as server, LaunchRun(words, run_dir=tmp_path / "run", env=env) as run:
+        try:
+            run.wait_for_trained(5)
+            run.kill_and_wait_for_restart("openenv")
+            run.must_end(0)
+            rows = [(entry["name"].removesuffix("_0"), entry["env_id"]) for entry in run.state()["api"]["environments"]]
+        finally:
+            server.kill()
+    lines = run.metrics()
+    assert [line["step"] for line in lines] == [*range(1, 21)]
+    assert all(line["data/unmatched_tokens"] == 0 for line in lines)
+    trained: Counter[str] = Counter()  # the one that was killed has two numbers
+    for name, number in rows:
+        trained[name] += sum(line.get(f"env/{number}/sequences", 0) for line in lines)
+    assert trained.total() == 20 * 16
+    for name, share in (("verifiers", 160), ("openenv", 80), ("harbor", 80)):
+        assert abs(trained[name] - share) <= 4, trained
 
 
 def answers(url: str) -> bool:

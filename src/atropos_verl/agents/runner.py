@@ -64,7 +64,7 @@ _FAILED_GROUPS = 8
 """Groups in a row without a rollout after which the agent is taken to be broken."""
 _SDK_ERRORS = {"APIConnectionError", "APITimeoutError", "InternalServerError", "ServiceUnavailableError"}
 """Names that the SDKs of OpenAI and Anthropic, and LiteLLM, give to failures of network and server."""
-_IGNORED = ("--env.tokenizer_name", "--env.use_wandb", "--env.total_steps", "--env.min_batch_allocation", "--slurm")
+_IGNORED = ("--env.tokenizer_name", "--env.use_wandb", "--env.total_steps", "--slurm")
 """Settings of Atropos environments that mean nothing here."""
 _UPSTREAM = (
     "this API drops rollout_ids: rows of one rollout count as sequences in its batches and groups. They carry the GRPO "
@@ -302,7 +302,7 @@ class Runner:
         ``_FAILED_GROUPS`` groups in a row came to nothing."""
         size, options = self.options.group_size, self.options
         about = EnvRegistration(max_token_length=options.max_token_length, group_size=size, desired_name=options.name)
-        about.weight = options.weight
+        about.weight, about.min_batch_allocation = options.weight, options.share
         while (env_id := await asyncio.to_thread(api.register_env, about)) is None:  # noqa: ASYNC110 - it asks a server
             await asyncio.sleep(_STATUS_SECONDS)
         batch_size = (await asyncio.to_thread(api.info)).batch_size
@@ -418,6 +418,7 @@ def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gateway-url", default=url("ATROPOS_GATEWAY_URL", "http://127.0.0.1:9004"), help="or $ATROPOS_GATEWAY_URL")
     add("--batches-ahead", "--env.max_batches_offpolicy", type=int, default=1, help="that may wait (default: 1)")
     add("--weight", "--env.inference_weight", type=float, default=1.0, help=argparse.SUPPRESS)
+    add("--share", "--env.min_batch_allocation", type=float, help=argparse.SUPPRESS)
     add("--max-token-length", "--env.max_token_length", type=int, default=32768, help=argparse.SUPPRESS)
     add("--eval-dir", "--env.data_dir_to_save_evals", type=Path, help="evaluate writes metrics.json there")
     add("--config", metavar="FILE", type=Path, help=argparse.SUPPRESS)

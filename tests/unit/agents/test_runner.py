@@ -109,7 +109,10 @@ async def test_groups_are_posted_with_their_rows_and_no_more_than_the_queue_want
         return float(await ask(session, client))
 
     notes = Notes(tmp_path / "agent.jsonl")
-    groups = await until(runner_of(client, solve), registered(server), notes, 2)
+    shares = ("--env.inference_weight", "2", "--env.min_batch_allocation", "0.5")
+    groups = await until(runner_of(client, solve, *shares), registered(server), notes, 2)
+    [seen] = (await asyncio.to_thread(httpx.get, f"{server.url}/page-data")).json()["environments"]
+    assert (seen["weight"], seen["min_batch_allocation"]) == (2.0, 0.5)
     assert [group.rollouts.tolist() for group in groups] == [[0, 0, 1, 1]] * 2
     assert [group.rollout_scores.tolist() for group in groups] == [[2.0, 2.0]] * 2
     assert len({session["group"] for session in gateway.sessions.values()}) == len(gateway.sessions) // 2 == 2
