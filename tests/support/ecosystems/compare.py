@@ -7,6 +7,7 @@ that has the package.
 import asyncio
 import hashlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -133,7 +134,8 @@ def harbor_run(path: str, words: list[str], base: str) -> list[float]:
         job = {"jobs_dir": directory, "job_name": "job", "datasets": [{"path": path}], "agents": [agent], **settings}
         file = Path(directory) / "job.json"
         file.write_text(json.dumps(job))
-        subprocess.run([Path(sys.executable).parent / "harbor", "run", "-c", file, "-y"], check=True, stdout=sys.stderr)
+        command = [Path(sys.executable).parent / "harbor", "run", "-c", file, "-y"]
+        subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, "HARBOR_TELEMETRY": "0"})
         found = [json.loads(result.read_text()) for result in Path(directory).glob("job/*/result.json")]
     rewards = [trial["verifier_result"]["rewards"] for trial in sorted(found, key=lambda trial: trial["task_name"])]
     return [sum(reward[name] * weight for name, weight in weights.items()) for reward in rewards]
