@@ -37,7 +37,9 @@ def test_a_value_is_no_section() -> None:
 
 @pytest.mark.parametrize("named", ["gym:x", "verifiers", "verifiers:"])
 def test_an_unknown_ecosystem_is_told_the_forms(named: str) -> None:
-    with pytest.raises(ConfigError, match="is none of verifiers:TASKSET, openenv:URL_OR_PACKAGE, nemo-gym:CONFIG, harbor:DATASET"):
+    with pytest.raises(
+        ConfigError, match="is none of verifiers:TASKSET, openenv:URL_OR_PACKAGE, nemo-gym:CONFIG, harbor:DATASET"
+    ):
         adapter_of(named)
 
 
