@@ -89,7 +89,8 @@ def _modules(package: str) -> Iterator[str]:
 
 def _own_modules() -> list[str]:
     names = [found.name for found in pkgutil.walk_packages(atropos_verl.__path__, "atropos_verl.")]
-    other = () if STACK == "vllm" else ("vllm_cpu",)
+    # Adapters of other ecosystems run in interpreters of their own.
+    other = ("verifiers", "openenv", "nemo_gym", "harbor", *(() if STACK == "vllm" else ("vllm_cpu",)))
     return [name for name in names if ".assets.environments" not in name and not name.split(".")[-1].startswith(other)]
 
 
