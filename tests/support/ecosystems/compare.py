@@ -129,7 +129,7 @@ def harbor_run(path: str, words: list[str], base: str) -> list[float]:
     settings = settings_of(words)
     weights = settings.pop("rewards")
     agent = settings.pop("agent") | {"model_name": "openai/policy"}
-    agent["env"] = {"OPENAI_BASE_URL": base, "OPENAI_API_KEY": "k"}
+    agent["env"] = {"OPENAI_BASE_URL": base, "OPENAI_API_KEY": "recorded-key"}  # Harbor blackens it in its files
     with tempfile.TemporaryDirectory() as directory:
         job = {"jobs_dir": directory, "job_name": "job", "datasets": [{"path": path}], "agents": [agent], **settings}
         file = Path(directory) / "job.json"
@@ -137,7 +137,8 @@ def harbor_run(path: str, words: list[str], base: str) -> list[float]:
         command = [Path(sys.executable).parent / "harbor", "run", "-c", file, "-y"]
         subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, "HARBOR_TELEMETRY": "0"})
         found = [json.loads(result.read_text()) for result in Path(directory).glob("job/*/result.json")]
-    rewards = [trial["verifier_result"]["rewards"] for trial in sorted(found, key=lambda trial: trial["task_name"])]
+    trials = sorted(found, key=lambda trial: trial["task_name"])
+    rewards = [trial["verifier_result"]["rewards"] for trial in trials]
     return [sum(reward[name] * weight for name, weight in weights.items()) for reward in rewards]
 
 
