@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-__all__ = ["demo_model_path"]
-
 
 def demo_model_path() -> Path:
     """Returns the directory of the demo model (Hugging Face layout, float32, with its tokenizer).

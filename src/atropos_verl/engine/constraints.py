@@ -23,30 +23,23 @@ class Grammars:
         self._vocabulary: Any = None
 
     def matcher(self, request: GenerationRequest) -> Any:
-        """An ``LLMatcher`` at the beginning of ``request.constraint``.
-
-        Raises ``GenerationRequestError`` naming the client's field for a grammar that cannot be enforced.
-        """
-        from llguidance import LLMatcher
+        """An ``LLMatcher`` at the beginning of ``request.constraint``. Raises ``GenerationRequestError`` naming the
+        client's field for a grammar that cannot be enforced."""
+        from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
         constraint = request.constraint
         assert constraint is not None
+        if not self._eos_ids:
+            raise GenerationRequestError("the model names no end-of-sequence token, which a constraint needs to end")
         with self._lock:
             if self._vocabulary is None:
-                self._vocabulary = self._read()
+                vocabulary = _Vocabulary(self._tokenizer, self._vocab_size, self._eos_ids)
+                self._vocabulary = LLTokenizer(TokenizerWrapper(vocabulary), eos_token=sorted(self._eos_ids))
         matcher = LLMatcher(self._vocabulary, constraint.grammar, log_level=0)
         if matcher.is_error():
             reason = matcher.get_error().partition("\n")[0][:300]
             raise GenerationRequestError(f"{constraint.param}: it cannot be enforced: {reason}", constraint.param)
         return matcher
-
-    def _read(self) -> Any:
-        from llguidance import LLTokenizer, TokenizerWrapper
-
-        if not self._eos_ids:
-            raise GenerationRequestError("the model names no end-of-sequence token, which a constraint needs to end")
-        vocabulary = _Vocabulary(self._tokenizer, self._vocab_size, self._eos_ids)
-        return LLTokenizer(TokenizerWrapper(vocabulary), eos_token=sorted(self._eos_ids))
 
 
 class _Vocabulary:
@@ -60,9 +53,8 @@ class _Vocabulary:
         tokens = [texts[token_id][1] for token_id in range(min(len(tokenizer), vocab_size))]
         self.tokens = [*tokens, *[b""] * (vocab_size - len(tokens))]
         self.eos_token_id = min(eos_token_ids)
-        self.special_token_ids = sorted(
-            {*eos_token_ids, *tokenizer.get_added_vocab().values()} & set(range(vocab_size))
-        )
+        special = {*eos_token_ids, *tokenizer.get_added_vocab().values()}
+        self.special_token_ids = sorted(special & set(range(vocab_size)))
 
     def __call__(self, text: bytes) -> list[int]:
         return list(self._tokenizer.encode(text.decode(errors="replace"), add_special_tokens=False))

@@ -1,7 +1,7 @@
 """The embedded inference engine: continuous batching over any Hugging Face causal language model, in this process.
 
-One thread owns the model. ``gate`` is the trainer's: paused, requests keep their tokens and nothing runs. ``boundary``
-is the engine's own: whoever uses the model from outside (weight updates, memory, logprobs) pauses it for that long.
+One thread owns the model. ``gate`` is the trainer's: paused, requests keep their tokens and nothing runs. Whoever uses
+the model from outside (weight updates, memory, logprobs) pauses the engine's own gate for that long.
 
 A step that raises costs no request: all sequences go back to the queue, the engine is rebuilt and goes on from their
 tokens, with fewer of them at first. Weights that give other logprobs than after the last update are waited for. What
@@ -14,6 +14,7 @@ import contextlib
 import copy
 import gc
 import heapq
+import itertools
 import logging
 import random
 import threading
@@ -49,12 +50,15 @@ _TURN_ROUNDS = 32
 _BLAME_AFTER, _MAX_FAILED_STEPS, _MAX_BLAMED = 5, 10, 100
 """Failed steps in a row after which a sequence that ran alone is to blame (if a known request works), and after which
 the engine is given up; requests in a row that were blamed, after which it is to blame all the same."""
+_PREFILL_TOKENS = 8192
+"""Padded prompt tokens of one prefill at most (a longer prompt goes alone): how long newcomers delay those that run."""
 _PROOF_TOKENS, _PROOF_NATS = 16, 1e-3
 """Tokens whose logprobs prove the weights after a failure, and their largest difference."""
 
 
-class TransformersEngine:
-    """``InferenceEngine`` in this process. Safe to call from several threads and event loops.
+class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]):
+    """A ``GenerationEngine`` in this process, under SGLang's and verl's names. Safe to call from several threads and
+    event loops.
 
     Args:
         model: a Hugging Face causal language model; the engine owns it from now on (eval mode, weights overwritten).
@@ -63,20 +67,14 @@ class TransformersEngine:
         max_running: KV slots: sequences decoded together (after a failure fewer, for a while). More sequences wait. The
             KV cache grows with the longest sequence, at most to ``max_running * max_context_len`` positions.
         max_context_len: prompt plus completion in tokens; None: the model's ``max_position_embeddings``.
-        dtype: cast the model to it; None: as it is.
-        device: where the model runs.
         num_threads: ``torch.set_num_threads`` in the engine's thread; None: unchanged. (torch keeps one number for
             threads that are yet to start, so it can reach them as well.)
         release_weights: ``release_memory_occupation`` also frees the weights, not only the KV cache.
-        keep_kv: ``swap_weights`` keeps the KV of running sequences, computed with the weights before, and what is
-            stored until the next swap; otherwise sequences are prefilled again before their next token, as after
-            ``update_weights_from_tensor``.
+        keep_kv: ``swap_weights`` keeps the KV of running sequences, and what is stored until the next swap; otherwise
+            sequences are prefilled again before their next token, as after ``update_weights_from_tensor``.
         seed: of requests without a seed of their own.
-        max_prefill_tokens: padded prompt tokens of one prefill at most (a longer prompt goes alone), which bounds how
-            long a newcomer delays the sequences that are running.
 
-    Raises:
-        EngineError: an architecture it cannot run exactly (``context_len``), or limits that leave no room.
+    Raises ``EngineError``: an architecture it cannot run exactly (``context_len``), or limits that leave no room.
     """
 
     def __init__(
@@ -87,28 +85,23 @@ class TransformersEngine:
         gate: RequestGate | None = None,
         max_running: int = 64,
         max_context_len: int | None = None,
-        dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         num_threads: int | None = None,
         release_weights: bool = True,
         keep_kv: bool = False,
         seed: int = 0,
-        max_prefill_tokens: int = 8192,
     ) -> None:
         if max_running < 1:
             raise EngineError(f"max_running is {max_running}: give at least one KV slot")
         self.max_context_len = context_len(model.config, max_context_len)
         self.eos_token_ids = eos_token_ids(getattr(model, "generation_config", None) or model.config, tokenizer)
-        self.model = model.to(device=device, dtype=dtype) if dtype is not None else model.to(device=device)
+        self.model = model.to(device=device)
         self.tokenizer = tokenizer
-        self.gate = gate if gate is not None else RequestGate()
-        self._release_weights = release_weights
-        self._keep_kv = keep_kv
-        self._max_prefill_tokens = max_prefill_tokens
-        self._num_threads = num_threads
+        self.gate = gate or RequestGate()
         self.attend: Callable[[], None] | None = None
         """Gives weights again that a failure damaged; ``generate`` calls it while it waits. None: nobody gives them,
         and the engine is given up then."""
+        self._release_weights, self._keep_kv, self._num_threads = release_weights, keep_kv, num_threads
         self._runner = ModelRunner(self.model, max_context_len=self.max_context_len)
         self._staged: ModelRunner | None = None
         self.vocab_size = self._runner.vocab_size
@@ -125,9 +118,9 @@ class TransformersEngine:
         # Guarded by the condition:
         self._waiting: list[RunningSequence] = []
         """A heap."""
-        self._arrived = self._turn = 0
+        self._arrivals, self._turn = itertools.count(), 0
         self._tickets: set[Ticket] = set()
-        self._aborting: list[Ticket] = []
+        self._aborting: set[Ticket] = set()
         self._stopped: EngineStoppedError | None = None
         # Touched at a token boundary only:
         self.policy_version = -1
@@ -157,10 +150,8 @@ class TransformersEngine:
         trust_remote_code: bool = False,
         **settings: Any,
     ) -> Self:
-        """Load model and tokenizer from a Hugging Face directory; ``settings`` as in the constructor.
-
-        ``dtype`` None keeps the checkpoint's.
-        """
+        """Load model and tokenizer from a Hugging Face directory. ``settings``: of the constructor; ``dtype`` None: the
+        checkpoint's."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         if tokenizer is None:
@@ -171,7 +162,7 @@ class TransformersEngine:
 
     @property
     def weights_ready(self) -> bool:
-        """False from ``release_memory_occupation`` (or an update that failed half-way) to the next full update."""
+        """False from ``release_memory_occupation``, or an update that failed half-way, to the next full update."""
         return self._runner.weights.ready
 
     def stats(self) -> EngineStats:
@@ -185,13 +176,9 @@ class TransformersEngine:
                 weight_bytes=self._runner.weights.nbytes,
             )
 
-    # -- generation --------------------------------------------------------------------------------------------------
-
     async def agenerate(self, request: GenerationRequest) -> list[Generation]:
-        """See ``InferenceEngine``. A request stopped by ``abort`` returns what it had, finish "abort".
-
-        Raises ``EngineError`` when a step failed, besides the errors of the protocol.
-        """
+        """See ``GenerationEngine``. A request stopped by ``abort`` returns what it had, finish "abort". Raises
+        ``EngineError``, besides the errors of the protocol, when it fails again and again."""
         validate(request, self._limits)
         matcher = await asyncio.to_thread(self._grammars.matcher, request) if request.constraint else None
         ticket = self._submit(request, matcher=matcher)
@@ -202,7 +189,7 @@ class TransformersEngine:
             raise
 
     def astream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
-        """See ``InferenceEngine``. A bad request raises here; generation starts when the first delta is asked for."""
+        """See ``GenerationEngine``. A bad request raises here; generation starts when the first delta is asked for."""
         self.check_alive()
         validate(request, self._limits)
         return self._stream(request)
@@ -227,7 +214,8 @@ class TransformersEngine:
             self._cancel([ticket])
 
     def generate(self, requests: Sequence[GenerationRequest], timeout: float = 3600.0) -> list[list[Generation]]:
-        """See ``InferenceEngine``. Raises ``TimeoutError`` when the whole list took longer than ``timeout`` seconds."""
+        """``agenerate`` for a list, from a plain thread. Raises ``TimeoutError`` when it took longer than ``timeout``
+        s."""
         for request in requests:
             validate(request, self._limits)
         deadline = time.monotonic() + timeout
@@ -269,16 +257,14 @@ class TransformersEngine:
         on_delta: Callable[[GenerationDelta], None] | None = None,
         matcher: Any = None,
     ) -> Ticket:
-        """Queue a validated request. ``on_delta`` is called in the engine's thread and must not block."""
+        """Queue a validated request."""
         with self._condition:
             self.check_alive()
             seed = request.seed if request.seed is not None else self._random.getrandbits(64)
             shared: dict[str, Any] = {"limits": self._limits, "tokenizer": self.tokenizer, "pieces": self._pieces}
             ticket = Ticket(request, on_delta, seed=seed, matcher=matcher, **shared)
             for sequence in ticket.sequences:
-                sequence.turn = self._turn + sequence.place // _TURN
-                sequence.ordinal = self._arrived
-                self._arrived += 1
+                sequence.turn, sequence.ordinal = self._turn + sequence.place // _TURN, next(self._arrivals)
                 heapq.heappush(self._waiting, sequence)
             self._tickets.add(ticket)
             self._counts.requests += 1
@@ -288,10 +274,8 @@ class TransformersEngine:
     def _cancel(self, tickets: Sequence[Ticket]) -> int:
         """Drop these at the next token boundary; returns how many were still on their way."""
         with self._condition:
-            live = [ticket for ticket in tickets if ticket in self._tickets and not ticket.cancelled]
-            for ticket in live:
-                ticket.cancelled = True
-            self._aborting += live
+            live = [ticket for ticket in tickets if ticket in self._tickets and ticket not in self._aborting]
+            self._aborting.update(live)
             self._condition.notify_all()
         if live:
             self.gate.wake()
@@ -300,11 +284,11 @@ class TransformersEngine:
     # -- weights, memory, logprobs: at a token boundary, in the caller's thread --------------------------------------
 
     def compute_logprobs(self, token_ids: Sequence[int], temperature: float = 1.0) -> list[float]:
-        """See ``InferenceEngine``. Temperature 0 counts as 1.
+        """[T-1] logprobs of tokens 1..T-1 of a sequence given those before; temperature 0 counts as 1. Works while
+        paused.
 
-        Raises:
-            GenerationRequestError: an id outside the vocabulary, a sequence longer than the context, a bad temperature.
-            EngineError: the engine has no usable weights.
+        Raises ``GenerationRequestError``: an id outside the vocabulary, a sequence longer than the context, a bad
+        temperature; ``EngineError``: no usable weights.
         """
         if len(token_ids) > self.max_context_len:
             raise GenerationRequestError(
@@ -312,34 +296,30 @@ class TransformersEngine:
             )
         if not 0.0 <= temperature < float("inf"):
             raise GenerationRequestError(f"temperature must be 0 or more, not {temperature!r}", "temperature")
-        with self._exclusive("compute_logprobs"):
-            if not self.weights_ready:
-                raise EngineError("the engine has no usable weights: call update_weights_from_tensor() first")
+        with self._exclusive("compute_logprobs", with_weights=True):
             return self._runner.logprobs(token_ids, effective_temperature(temperature))
 
     def update_weights_from_tensor(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int | None = None
     ) -> int:
-        """See ``InferenceEngine``. ``policy_version`` None: one more than the last.
+        """Copy new weights in; returns bytes copied. ``policy_version`` None: one more than the last.
 
-        KV computed with the old weights is dropped; running sequences are prefilled again before their next token.
-        After a failure half-way the weights are a mixture, and nothing is generated until an update succeeds.
+        Raises ``WeightSyncError`` naming a tensor that is missing, unknown, or of another shape. The version is then
+        unchanged; after a failure half-way nothing is generated until an update succeeds.
         """
         with self._exclusive("update_weights_from_tensor"):
             self._evict()
             copied = self._runner.weights.update(named_tensors)
-            self.policy_version = self.policy_version + 1 if policy_version is None else policy_version
-            self._proof = self._logprobs_of_weights()
+            self._serve(policy_version)
             return copied
 
+    def _serve(self, policy_version: int | None) -> None:
+        self.policy_version = self.policy_version + 1 if policy_version is None else policy_version
+        self._proof = self._runner.logprobs(self._proof_tokens, 1.0)
+
     def stage_weights_from_tensor(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
-        """Copy new weights into a second buffer while generation goes on; returns bytes copied.
-
-        The buffer (as much memory as the weights) is made by the first call and kept until memory is released.
-
-        Raises:
-            WeightSyncError: as ``update_weights_from_tensor``; what is generated from is untouched.
-        """
+        """``update_weights_from_tensor`` into a second buffer while generation goes on. The buffer (as much memory as
+        the weights) is made by the first call and kept until memory is released."""
         if self._staged is None:
             with self._exclusive("stage_weights_from_tensor"):
                 staged = ModelRunner(copy.deepcopy(self.model), max_context_len=self.max_context_len)
@@ -348,20 +328,16 @@ class TransformersEngine:
         return self._staged.weights.update(named_tensors)
 
     def compute_staged_logprobs(self, token_ids: Sequence[int], temperature: float = 1.0) -> list[float]:
-        """``compute_logprobs`` under the staged weights, while generation goes on.
-
-        Raises ``EngineError`` when none are staged.
-        """
+        """``compute_logprobs`` under the staged weights, while generation goes on. Raises ``EngineError`` when none are
+        staged."""
         if self._staged is None or not self._staged.weights.ready:
             what = "weights" if self._staged is None else "complete weights"
             raise EngineError(f"no {what} are staged: call stage_weights_from_tensor() first")
         return self._staged.logprobs(token_ids, effective_temperature(temperature))
 
     def swap_weights(self, policy_version: int | None = None) -> None:
-        """At a token boundary: generate from the staged weights from now on. Nothing is copied.
-
-        Raises ``WeightSyncError`` when no complete weights are staged; nothing is changed then.
-        """
+        """Generate from the staged weights from the next token on; nothing is copied. Raises ``WeightSyncError`` when
+        no complete weights are staged; nothing is changed then."""
         if self._staged is None:
             raise WeightSyncError("no weights are staged: call stage_weights_from_tensor() first")
         with self._exclusive("swap_weights"):
@@ -370,17 +346,12 @@ class TransformersEngine:
                 self._runner.cache.prefixes.age()
             else:
                 self._evict()
-            self.policy_version = self.policy_version + 1 if policy_version is None else policy_version
-            self._proof = self._logprobs_of_weights()
+            self._serve(policy_version)
 
     def copy(self) -> Self:
-        """An engine of its own with the weights and the version that this one has now.
-
-        Raises ``EngineError`` without usable weights.
-        """
-        with self._exclusive("copy"):
-            if not self.weights_ready:
-                raise EngineError("the engine has no usable weights: call update_weights_from_tensor() first")
+        """An engine of its own with the weights and the version that this one has now. Raises ``EngineError`` without
+        usable weights."""
+        with self._exclusive("copy", with_weights=True):
             model, version = copy.deepcopy(self.model), self.policy_version
         settings: dict[str, Any] = {"max_running": self._max_running, "max_context_len": self.max_context_len}
         engine = type(self)(model, self.tokenizer, num_threads=self._num_threads, **settings)
@@ -395,7 +366,7 @@ class TransformersEngine:
             self._clear()
 
     def release_memory_occupation(self) -> None:
-        """See ``InferenceEngine``. Idempotent; nothing to do for an engine that has stopped."""
+        """Give back KV cache, and weights if so configured; running requests keep their tokens. Idempotent."""
         self._staged = None
         if self._stopped is not None:
             return
@@ -411,25 +382,23 @@ class TransformersEngine:
                 trim_memory()
 
     def resume_memory_occupation(self) -> None:
-        """See ``InferenceEngine``. Released weights stay unusable until ``update_weights_from_tensor``. Idempotent.
-
-        The KV cache takes its memory when the next request needs it.
-        """
+        """Take the weights' memory again (their values: ``update_weights_from_tensor``); the KV cache takes its when
+        the next request needs it. Idempotent."""
         with self._exclusive("resume_memory_occupation"):
             self._runner.weights.allocate()
 
     @contextlib.contextmanager
-    def _exclusive(self, what: str) -> Iterator[None]:
-        """Hold the loop at a token boundary and keep other callers out.
-
-        Raises ``TimeoutError`` naming ``what``, or ``EngineStoppedError``.
-        """
+    def _exclusive(self, what: str, *, with_weights: bool = False) -> Iterator[None]:
+        """Hold the loop at a token boundary and keep other callers out. Raises ``TimeoutError`` naming ``what``, or
+        ``EngineStoppedError``."""
         if not self._exclusive_lock.acquire(timeout=_WAIT_TIMEOUT):
             raise TimeoutError(f"{what}: waited {_WAIT_TIMEOUT:g} s for another caller that uses the model")
         try:
             self.check_alive()
             try:
                 self._boundary.pause(_WAIT_TIMEOUT)
+                if with_weights and not self.weights_ready:
+                    raise EngineError("the engine has no usable weights: call update_weights_from_tensor() first")
                 yield
             finally:
                 self._boundary.resume()
@@ -439,7 +408,7 @@ class TransformersEngine:
                 self._condition.notify_all()  # what the loop waits for may have changed
 
     def _evict(self) -> None:
-        """At a token boundary: forget all keys and values. Running sequences go back to the queue with their tokens."""
+        """Forget all keys and values; running sequences go back to the queue with their tokens."""
         self._runner.cache.prefixes = PrefixIndex()
         self._requeue(self._batch.evict())
 
@@ -449,22 +418,15 @@ class TransformersEngine:
             self._waiting += evicted
             heapq.heapify(self._waiting)
 
-    # -- the end -----------------------------------------------------------------------------------------------------
-
     def close(self, timeout: float = 60.0) -> None:
-        """End the thread; waiting requests get ``EngineStoppedError``. Idempotent.
-
-        Raises ``TimeoutError`` when a step still runs after ``timeout`` seconds.
-        """
+        """End the thread; waiting requests get ``EngineStoppedError``. Idempotent. Raises ``TimeoutError`` when a step
+        still runs after ``timeout`` seconds."""
         atexit.unregister(self.close)
         self._fail_all(EngineStoppedError("the engine was closed"))
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout)
             if self._thread.is_alive():
                 raise TimeoutError(f"the engine's thread did not end within {timeout:g} s: a step is still running")
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
@@ -496,7 +458,10 @@ class TransformersEngine:
                         self._guarded_step(may_run)
         except BaseException as error:
             logger.error("the engine's thread ended", exc_info=error)
-            self._fail_all(EngineStoppedError(f"the engine's thread ended: {_named(error)}"))
+            if not isinstance(stopped := error, EngineStoppedError):
+                stopped = EngineStoppedError(f"the engine cannot be rebuilt: {_named(error)}")
+                stopped.__cause__ = error
+            self._fail_all(stopped)
         finally:
             self._batch.evict()
 
@@ -515,12 +480,7 @@ class TransformersEngine:
                 if self._rounds % self._pace == 0:
                     self._batch.room = min(self._batch.room + 1, self._max_running)
         except BaseException as error:  # noqa: BLE001 - the thread's boundary: a thread that ends helps nobody
-            try:
-                self._recover(error)
-            except BaseException as second:  # noqa: BLE001
-                stopped = EngineStoppedError(f"the engine failed ({_named(error)}) and cannot be rebuilt: {second}")
-                stopped.__cause__ = error
-                self._fail_all(stopped)
+            self._recover(error)
 
     def _step(self) -> bool:
         """Let newcomers in, then one token for everyone. True when that shows that the engine works."""
@@ -528,7 +488,7 @@ class TransformersEngine:
         with self._condition:
             if self._rounds % _TURN_ROUNDS == 0 and self._waiting and not self._batch.free_slots:
                 self._make_room()
-            bounds = self._batch.free_slots, self._max_prefill_tokens, self._runner.max_prefill_logits
+            bounds = self._batch.free_slots, _PREFILL_TOKENS, self._runner.max_prefill_logits
             newcomers = take_prefill(self._waiting, *bounds, self._runner.cache.prefixes.find)
             self._turn = max([self._turn, *(sequence.turn for sequence in newcomers)])
         if newcomers:
@@ -564,7 +524,7 @@ class TransformersEngine:
         if not self._aborting:
             return
         with self._condition:
-            aborting, self._aborting = self._aborting, []
+            aborting, self._aborting = self._aborting, set()
             for ticket in aborting:
                 if ticket in self._tickets:
                     self._tickets.remove(ticket)
@@ -576,18 +536,13 @@ class TransformersEngine:
         self._waiting = [sequence for sequence in self._waiting if sequence.finish_reason is None]
         heapq.heapify(self._waiting)
 
-    # -- after a failure ---------------------------------------------------------------------------------------------
-
     def _recover(self, error: BaseException) -> None:
-        """Everything goes back to the queue, and the engine is rebuilt; or it is given up."""
+        """Everything goes back to the queue, and the engine is rebuilt; or ``EngineStoppedError``: it is given up."""
         self._failed_steps += 1
         logger.error("an engine step failed (%d in a row); the engine is rebuilt", self._failed_steps, exc_info=error)
         if self._failed_steps >= _MAX_FAILED_STEPS or self._blamed >= _MAX_BLAMED:
             what = f"{self._failed_steps} failed steps" + f" and {self._blamed} failed requests" * (self._blamed > 0)
-            stopped = EngineStoppedError(f"the engine gave up after {what}: {_named(error)}")
-            stopped.__cause__ = error
-            self._fail_all(stopped)
-            return
+            raise EngineStoppedError(f"the engine gave up after {what}: {_named(error)}") from error
         victims = self._batch.participants
         back = list(dict.fromkeys([*self._batch.evict(), *victims]))  # newcomers of a prefill are not running yet
         self._finish([sequence for sequence in back if sequence.finish_reason is not None])
@@ -620,9 +575,6 @@ class TransformersEngine:
         if self._runner.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _logprobs_of_weights(self) -> list[float]:
-        return self._runner.logprobs(self._proof_tokens, 1.0)
-
     def _try_request(self) -> None:
         """All that a request goes through, with known tokens: prefill, decode, sampling."""
         prompt = tuple(self._proof_tokens[:-1])
@@ -635,15 +587,12 @@ class TransformersEngine:
         batch.evict()
 
     def _is_sound(self) -> bool:
-        """Whether known tokens have the logprobs that they had at first, and a request for more of them works.
-
-        If not, a new model waits for the weights of the trainer. Raises ``EngineError`` for damaged weights that nobody
-        gives again.
-        """
+        """Whether known tokens have the logprobs that they had at first, and a request for more of them works. If not,
+        a new model waits for the trainer's weights. Raises ``EngineStoppedError`` when nobody gives them again."""
         if not self.weights_ready:
             return False
         try:
-            now = self._logprobs_of_weights()
+            now = self._runner.logprobs(self._proof_tokens, 1.0)
             if np.isfinite(now).all():  # NaN weights are a request's error: those that follow may be good
                 self._try_request()
             if self._proof is None or np.allclose(now, self._proof, rtol=0, atol=_PROOF_NATS, equal_nan=True):
@@ -651,9 +600,10 @@ class TransformersEngine:
             reason, is_damaged = "they give other logprobs than before", True
         except BaseException as error:  # noqa: BLE001 - whatever it is, a new model may not have it
             reason, is_damaged = _named(error), False
-        if self.attend is None and is_damaged:
-            raise EngineError(f"its weights of version {self.policy_version} are damaged: {reason}")
         if self.attend is None:
+            if is_damaged:
+                what = f"its weights of version {self.policy_version} are damaged: {reason}"
+                raise EngineStoppedError(f"the engine cannot be rebuilt: {what}")
             return False
         logger.warning("the engine's model is damaged (%s): a new one waits for the newest weights", reason)
         before, config = self.model, copy.deepcopy(self.model.config)

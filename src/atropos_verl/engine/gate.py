@@ -52,8 +52,6 @@ class RequestGate:
             running = 0.0 if self._shut_since is None else time.monotonic() - self._shut_since
             return self._shut_seconds + running
 
-    # -- the trainer's side ------------------------------------------------------------------------------------------
-
     def pause(self, timeout: float = 60.0) -> None:
         """Hold new steps and requests back, and return once no step is running: a token boundary.
 
@@ -64,10 +62,7 @@ class RequestGate:
                 self._shut(GateState.PAUSING, lambda: self._steps == 0, timeout, "pause", "an engine step to end")
 
     def drain(self, timeout: float = 600.0) -> None:
-        """Hold new requests back, let those in flight end, and return once none is left; then it is paused.
-
-        ``timeout``: seconds to wait for the requests in flight.
-        """
+        """Hold new requests back, and return once none is left in flight; then it is paused. ``timeout``: seconds."""
 
         def drained() -> bool:
             return self.in_flight == 0 and self._steps == 0
@@ -75,6 +70,22 @@ class RequestGate:
         with self._condition:
             if self.state is not GateState.PAUSED or self.in_flight:
                 self._shut(GateState.DRAINING, drained, timeout, "drain", "requests in flight to end")
+
+    def _shut(self, state: GateState, done: Callable[[], bool], timeout: float, verb: str, what: str) -> None:
+        """Change to ``state``, and to PAUSED as soon as ``done()``. The condition is held."""
+        self._change(state)
+        if self._shut_since is None:
+            self._shut_since = time.monotonic()
+        self._condition.wait_for(lambda: self.state is not state or done(), timeout)
+        if self.state is state and done():
+            self.state = GateState.PAUSED
+        elif self.state is state:
+            raise TimeoutError(
+                f"{verb}: waited {timeout:g} s for {what}; {self._steps} steps running, {self.in_flight} requests "
+                "in flight. The gate stays shut until resume(); check that the engine's thread is alive"
+            )
+        elif self.state is not GateState.PAUSED:  # PAUSED: another thread's call got there first
+            raise EngineError(f"{verb}: another thread changed the gate to {self.state.value} meanwhile")
 
     def resume(self) -> None:
         """Open the gate; everything that waits goes on."""
@@ -84,15 +95,19 @@ class RequestGate:
                 self._shut_since = None
             self._change(GateState.OPEN)
 
+    def _change(self, state: GateState) -> None:
+        self.state = state
+        self._condition.notify_all()
+        changed, self._changed = self._changed, _pending()
+        changed.set_result(None)
+
     def wake(self) -> None:
         """Make every ``step`` that waits look at its ``stop`` predicate again."""
         with self._condition:
             self._condition.notify_all()
 
-    # -- the engine's side -------------------------------------------------------------------------------------------
-
     @contextlib.contextmanager
-    def step(self, timeout: float = 60.0, stop: Callable[[], bool] | None = None) -> Iterator[bool]:
+    def step(self, timeout: float = 60.0, stop: Callable[[], bool] = lambda: False) -> Iterator[bool]:
         """Run one engine step inside this block. Waits while paused, at most ``timeout`` seconds.
 
         Yields True when the step may run; False when it timed out, or ``stop()`` became true while waiting (``stop``
@@ -100,40 +115,28 @@ class RequestGate:
         """
         allowed = (GateState.OPEN, GateState.DRAINING)
         with self._condition:
-            self._condition.wait_for(lambda: self.state in allowed or (stop is not None and stop()), timeout)
+            self._condition.wait_for(lambda: self.state in allowed or stop(), timeout)
             entered = self.state in allowed
             self._steps += entered
         try:
             yield entered
         finally:
-            if entered:
-                with self._condition:
-                    self._steps -= 1
-                    self._condition.notify_all()
-
-    # -- the front's side --------------------------------------------------------------------------------------------
+            with self._condition:
+                self._steps -= entered
+                self._condition.notify_all()
 
     @contextlib.asynccontextmanager
-    async def request(self, timeout: float = 1200.0) -> AsyncIterator[None]:  # noqa: ASYNC109 - see _admit
+    async def request(self, timeout: float = 1200.0) -> AsyncIterator[None]:  # noqa: ASYNC109 - its error says more
         """Count one request in flight. While the gate is shut the request waits; it does not fail because of a pause.
 
         Raises ``TimeoutError`` when the gate stayed shut for ``timeout`` seconds (default: that of Atropos clients).
         """
-        await self._admit(timeout)
-        try:
-            yield
-        finally:
-            with self._condition:
-                self.in_flight -= 1
-                self._condition.notify_all()
-
-    async def _admit(self, timeout: float) -> None:  # noqa: ASYNC109 - its error names what is in flight
         deadline = time.monotonic() + timeout
         while True:
             with self._condition:
                 if self.state is GateState.OPEN:
                     self.in_flight += 1
-                    return
+                    break
                 changed = asyncio.wrap_future(self._changed)
                 self.waiting += 1
             try:
@@ -148,30 +151,12 @@ class RequestGate:
                     f"request was not admitted within {timeout:g} s: the gate is {self.state.value} with "
                     f"{self.in_flight} requests in flight; check whether the weight sync hangs"
                 )
-
-    # -- inside; the condition is held -------------------------------------------------------------------------------
-
-    def _change(self, state: GateState) -> None:
-        self.state = state
-        self._condition.notify_all()
-        changed, self._changed = self._changed, _pending()
-        changed.set_result(None)
-
-    def _shut(self, state: GateState, done: Callable[[], bool], timeout: float, verb: str, what: str) -> None:
-        """Change to ``state``, and to PAUSED as soon as ``done()``."""
-        self._change(state)
-        if self._shut_since is None:
-            self._shut_since = time.monotonic()
-        self._condition.wait_for(lambda: self.state is not state or done(), timeout)
-        if self.state is state and done():
-            self.state = GateState.PAUSED
-        elif self.state is state:
-            raise TimeoutError(
-                f"{verb}: waited {timeout:g} s for {what}; {self._steps} steps running, {self.in_flight} requests "
-                "in flight. The gate stays shut until resume(); check that the engine's thread is alive"
-            )
-        elif self.state is not GateState.PAUSED:  # PAUSED: another thread's call got there first
-            raise EngineError(f"{verb}: another thread changed the gate to {self.state.value} meanwhile")
+        try:
+            yield
+        finally:
+            with self._condition:
+                self.in_flight -= 1
+                self._condition.notify_all()
 
 
 def _pending() -> Future[None]:

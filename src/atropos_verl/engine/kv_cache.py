@@ -1,8 +1,8 @@
 """The key/value cache in slots, what is stored of earlier sequences, and attention of new tokens over the slots.
 
 Row ``r`` of every buffer belongs to the sequence in slot ``r``. Buffers, one pair per layer: ``[rows, kv_heads,
-capacity, head_dim]``. The rows in use are always ``0 .. n-1``, so a decode step reads ``buffer[:n, :, :width]``, a
-view; nothing is gathered and nothing is concatenated per token.
+capacity, head_dim]``. The rows in use are always ``0 .. n-1``, so a decode step reads a view, ``buffer[:n, :,
+:width]``.
 
 Keys and values of prompts, and of sequences that leave their slot, are copied to a store of blocks, where the next
 sequence that begins with the same tokens finds them: a copy takes a hundredth of the time of computing them.
@@ -32,11 +32,11 @@ _STORE_BYTES = 256 * 2**20
 
 
 class PrefixIndex:
-    """Which blocks of the store hold which prefixes. Found by the token ids themselves, so exact.
+    """Which blocks of the store hold which prefixes, found by the token ids themselves.
 
-    A prefix is a chain of blocks; the key of a block is the serial number of the one before it, and its tokens. Serial
-    numbers are not used twice: what came after a block that was dropped cannot be found after the one in its place.
-    The block used least recently is dropped first; one that is used counts as used after all that follow it.
+    The key of a block is the serial number of the one before it, and its tokens. Serial numbers are not used twice:
+    what came after a block that was dropped cannot be found after the one in its place. The block used least recently
+    is dropped first; one that is used counts as used after all that follow it.
     """
 
     def __init__(self) -> None:
@@ -105,9 +105,8 @@ class SlotCache(Cache):  # type: ignore[misc]
     """A ``transformers.Cache`` whose rows have lengths of their own.
 
     Before each forward call ``begin_prefill``, ``begin_extend`` or ``begin_decode``; the model then calls ``update``
-    once per layer. Memory is zeroed when taken: masked positions are read as well (weight 0), and 0 times a stray NaN
-    is NaN.
-    Buffers are made by the first ``update`` of a layer (so any head layout will do) and grow as needed.
+    once per layer. Buffers are made by the first ``update`` of a layer (so any head layout will do) and grow as needed.
+    They are zeroed when made: masked positions are read as well (weight 0), and 0 times a stray NaN is NaN.
     """
 
     def __init__(self) -> None:
@@ -122,13 +121,12 @@ class SlotCache(Cache):  # type: ignore[misc]
         self._store: list[torch.Tensor] = []
         """As ``_buffers``: [kv_heads, positions, head_dim], the positions of one block after another."""
         self._unused = 0
-        self._prefill_base: int | None = None
-        self._extended: list[torch.Tensor] | None = None
-        """[T] of each new position its row, its position in it, and its place among the new ones."""
-        self._row_index: torch.Tensor | None = None
-        self._lengths: torch.Tensor | None = None
-        self._slots = slice(0)
-        self._width = 0
+        # Of the forward under way:
+        self._source: tuple[Any, ...] = ()
+        self._target: tuple[Any, ...] = ()
+        """Which of the new keys and values go where in the buffers."""
+        self._slots, self._width = slice(0), 0
+        self._is_prefill = False
 
     @property
     def nbytes(self) -> int:
@@ -159,51 +157,43 @@ class SlotCache(Cache):  # type: ignore[misc]
         self._store.clear()
         self.prefixes = PrefixIndex()
         self._rows = self._capacity = 0
-        self._row_index = self._lengths = None
 
     def skips_ended(self) -> bool:
         """Counts a step in which sequences ended. True where they are not worth storing."""
         self._unused += 1
         return self._unused > UNUSED and self._unused % 8 > 0
 
-    def begin_prefill(self, base: int) -> None:
+    def begin_prefill(self, base: int, rows: int, width: int) -> None:
         """The next forward computes whole prompts, right-padded [U, P], for slots ``base .. base+U-1``."""
-        self._prefill_base, self._extended = base, None
+        # What padding writes lies beyond the row's length: masked, overwritten.
+        self._source, self._target = (), (slice(base, base + rows), slice(None), slice(width))
+        self._width, self._is_prefill = width, True
 
     def begin_extend(self, base: int, starts: Sequence[int], lengths: Sequence[int]) -> None:
         """The next forward computes ``starts[u] .. lengths[u]-1`` of slot ``base + u``, right-padded [U, P]."""
         first, last = np.array(starts), np.array(lengths)
         rows = np.arange(len(starts)).repeat(last - first)
         new = np.concatenate([np.arange(count) for count in last - first])
-        device = self._buffers[0].device
-        self._extended = [torch.from_numpy(index).to(device) for index in (rows, first[rows] + new, new)]
-        self._prefill_base = None
-        self._slots = slice(base, base + len(starts))
-        self._width = max(lengths)
+        indices = (rows, new, base + rows, first[rows] + new)
+        row, new, slot, column = (torch.from_numpy(index).to(self._buffers[0].device) for index in indices)
+        self._source, self._target = (row, slice(None), new), (slot, slice(None), column)
+        self._slots, self._width, self._is_prefill = slice(base, base + len(starts)), max(lengths), False
 
     def begin_decode(self, lengths: torch.Tensor, width: int) -> None:
-        """The next forward computes one token for each of the first ``n`` slots.
-
-        Args:
-            lengths: [n] int64, positions slot ``r`` holds already: where its new key goes.
-            width: the largest of ``lengths`` plus one.
-        """
-        self._prefill_base = self._extended = None
-        self._lengths = lengths
-        self._width = width
-        if self._row_index is None or self._row_index.shape[0] != lengths.shape[0]:
-            self._row_index = torch.arange(lengths.shape[0], device=lengths.device)
+        """The next forward computes one token for each of the first ``n`` slots. ``lengths`` [n] int64: positions that
+        they hold already; ``width``: the largest plus one."""
+        rows = lengths.shape[0]
+        row = torch.arange(rows, device=lengths.device)
+        self._source, self._target = (slice(None), slice(None), 0), (row, slice(None), lengths)
+        self._slots, self._width, self._is_prefill = slice(rows), width, False
 
     @torch.inference_mode()
     def copy_rows(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         """Copy the first ``length`` positions of slots ``sources`` to slots ``targets`` (disjoint sets)."""
         for source, target in zip(sources, targets, strict=True):
             self._generations[target] = self._generations[source]
-        for buffer in self._buffers:
-            for source, target in zip(sources, targets, strict=True):
+            for buffer in self._buffers:
                 buffer[target, :, :length] = buffer[source, :, :length]
-
-    # -- what is stored of earlier sequences -------------------------------------------------------------------------
 
     @torch.inference_mode()
     def load(self, base: int, blocks: Sequence[Sequence[int]]) -> list[int]:
@@ -230,20 +220,17 @@ class SlotCache(Cache):  # type: ignore[misc]
         if not any(blocks for _, _, blocks in added):
             return
         needed = (max(block for _, _, blocks in added for block in blocks) + 1) * BLOCK
-        held = self._store[0].shape[1] if self._store else 0
-        if needed > held:
-            grown = min(max(needed, 2 * held), capacity * BLOCK)
-            for number, buffer in enumerate(self._buffers):
-                new = buffer.new_empty((buffer.shape[1], grown, buffer.shape[3]))
-                if held:
-                    new[:, :held] = self._store[number]
-                self._store[number : number + 1] = [new]
+        self._store = self._store or [
+            buffer.new_empty((buffer.shape[1], 0, buffer.shape[3])) for buffer in self._buffers
+        ]
+        if needed > (held := self._store[0].shape[1]):
+            more = min(max(needed, 2 * held), capacity * BLOCK) - held
+            for number, store in enumerate(self._store):
+                self._store[number] = torch.nn.functional.pad(store, (0, 0, 0, more))
         runs = list(_runs(added))
         for buffer, store in zip(self._buffers, self._store, strict=True):
             for slot, columns, places in runs:
                 store[:, places] = buffer[slot, :, columns]
-
-    # -- what the model calls ----------------------------------------------------------------------------------------
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -252,31 +239,18 @@ class SlotCache(Cache):  # type: ignore[misc]
         while len(self._buffers) <= 2 * layer_idx:
             self._buffers += self._zeros(key_states), self._zeros(value_states)
         keys, values = self._buffers[2 * layer_idx : 2 * layer_idx + 2]
-        if self._extended is not None:
-            row, column, new = self._extended
-            keys, values = (buffer[self._slots, :, : self._width] for buffer in (keys, values))
-            keys[row, :, column] = key_states[row, :, new]
-            values[row, :, column] = value_states[row, :, new]
-            return keys, values
-        if self._prefill_base is not None:
-            # A prompt attends to itself only. What padding writes lies beyond the row's length: masked, overwritten.
-            base, rows, width = self._prefill_base, key_states.shape[0], key_states.shape[2]
-            keys[base : base + rows, :, :width] = key_states
-            values[base : base + rows, :, :width] = value_states
+        keys[self._target], values[self._target] = key_states[self._source], value_states[self._source]
+        if self._is_prefill:  # a prompt attends to itself only
             return key_states, value_states
-        assert self._row_index is not None and self._lengths is not None
-        rows = self._row_index.shape[0]
-        keys[self._row_index, :, self._lengths] = key_states[:, :, 0]
-        values[self._row_index, :, self._lengths] = value_states[:, :, 0]
-        return keys[:rows, :, : self._width], values[:rows, :, : self._width]
+        return keys[self._slots, :, : self._width], values[self._slots, :, : self._width]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions before the tokens of this forward, of the longest row."""
-        return 0 if self._prefill_base is not None else self._width - 1
+        return 0 if self._is_prefill else self._width - 1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """(key length, key offset) of the mask the model builds itself when none is passed."""
-        return (query_length if self._prefill_base is not None else self._width), 0
+        return self._width, 0
 
 
 def _runs(parts: Iterable[tuple[int, int, Sequence[int]]]) -> Iterator[tuple[int, slice, slice]]:
@@ -299,12 +273,11 @@ def slot_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """A transformers attention function: query [n, heads, q, d], key and value [n, kv_heads, L, d].
+    """A transformers attention function: query [n, heads, q, d], key and value [n, kv_heads, L, d] → [n, q, heads, d].
 
-    Returns [n, q, heads, d]. transformers repeats keys and values once per query head of a group whenever a mask is
-    given, which copies the whole cache per layer and token. The heads of a group can stand in the query dimension
-    instead: same numbers (up to rounding), a fifth to a twentieth of the time on a CPU. Several queries without a mask,
-    and masks that differ between heads, go to transformers' sdpa.
+    transformers repeats keys and values once per query head of a group whenever a mask is given, which copies the whole
+    cache per layer and token. Here the heads of a group stand in the query dimension: a fifth to a twentieth of the
+    time on a CPU. Several queries without a mask, and masks that differ between heads, go to transformers' sdpa.
     """
     rows, heads, queries, _ = query.shape
     kv_heads = key.shape[1]

@@ -1,14 +1,21 @@
-"""The methods of an inference engine, under SGLang's and verl's names."""
+"""``GenerationEngine``: what generates for the gateway; ``PinnedEngine``: the one that held-out evaluations ask."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
+import logging
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from atropos_verl.engine.gate import RequestGate
 from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
 
 if TYPE_CHECKING:
-    import torch
+    from atropos_verl.engine.embedded import TransformersEngine
+
+logger = logging.getLogger(__name__)
+
+_END_SECONDS = 30.0
+"""For requests of an evaluation that was given up to let go of the engine."""
 
 
 @runtime_checkable
@@ -32,28 +39,44 @@ class GenerationEngine(Protocol):
         """The same, token by token. Closing the iterator frees the slots."""
 
 
-@runtime_checkable
-class InferenceEngine(GenerationEngine, Protocol):
-    """An engine that also takes new weights from a trainer and scores sequences."""
+class PinnedEngine:
+    """A ``GenerationEngine`` whose requests wait at its ``gate`` until ``pin``, and are let in until ``unpin``.
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Generation]]:
-        """Blocking form for a list of requests, from a plain thread."""
+    In between one version of the weights answers, that at ``pin``: the caller does not change them, or hands in a copy.
+    """
 
-    def compute_logprobs(self, token_ids: Sequence[int], temperature: float = 1.0) -> list[float]:
-        """Logprob of tokens 1..T-1 of one sequence given those before: ``T - 1`` values. Works while paused."""
+    def __init__(self, engine: GenerationEngine) -> None:
+        self.gate = RequestGate()
+        self.gate.pause()
+        self._engine = self._pinned = engine
+        self._copy: TransformersEngine | None = None
+        self.policy_version = engine.policy_version
+        """At the last ``pin``."""
+        self.max_context_len, self.eos_token_ids = engine.max_context_len, engine.eos_token_ids
 
-    def update_weights_from_tensor(
-        self, named_tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int | None = None
-    ) -> int:
-        """Copy new weights in; returns bytes copied. Raises ``WeightSyncError`` naming a tensor that is missing,
-        unknown, or of another shape — before or while copying, leaving the version unchanged."""
+    async def agenerate(self, request: GenerationRequest) -> list[Generation]:
+        return await self._pinned.agenerate(request)
 
-    def resume_memory_occupation(self) -> None:
-        """Take the memory for weights and KV cache again."""
+    def astream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
+        return self._pinned.astream(request)
 
-    def release_memory_occupation(self) -> None:
-        """Give back KV cache (and weights, if so configured). Running requests keep their tokens and are
-        prefilled again after ``resume_memory_occupation``."""
+    def pin(self, copy: TransformersEngine | None = None) -> None:
+        """Let requests in: to ``copy``, which ``unpin`` closes, or to the engine itself."""
+        self._copy, self._pinned = copy, copy or self._engine
+        self.policy_version = self._pinned.policy_version
+        self.gate.resume()
+
+    def unpin(self) -> None:
+        """Let no more requests in, and wait for those that are being served. Idempotent."""
+        try:
+            self.gate.drain(_END_SECONDS)
+        except TimeoutError as error:
+            logger.warning("an evaluation is over, and its requests are not: %s", error)
+            self.gate.pause()
+        self.close()
+        self._copy, self._pinned = None, self._engine
 
     def close(self) -> None:
-        """Stop; waiting requests get ``EngineStoppedError``."""
+        """End the copy, if there is one; what is being served gets ``EngineStoppedError``. Idempotent."""
+        if self._copy is not None:
+            self._copy.close()

@@ -42,9 +42,8 @@ class EngineLimits:
 class EngineStats:
     """Counters since the engine started, and what it holds now.
 
-    ``running`` and ``waiting`` count sequences, in a KV slot and without one. ``requests`` counts those accepted, of
-    which some were ``finished`` with all their completions, cancelled (``aborted``), or ended with an error
-    (``failed``).
+    ``running`` and ``waiting`` count sequences, in a KV slot and without one. ``requests`` counts those accepted:
+    ``finished`` with all their completions, cancelled (``aborted``), or ended with an error (``failed``).
     """
 
     running: int = 0
@@ -70,30 +69,25 @@ class EngineStats:
 class StopStrings:
     """Finds stop strings in the text of generated tokens, looking only at the tail that can hold one.
 
-    A stop string of m UTF-8 bytes is spelled by at most m tokens, so the last m tokens, and a few more because decoding
-    may start in the middle of a character, are decoded. Most tokens are not decoded in context at all: a token can only
-    complete a stop string whose last character it holds (or may hold: broken UTF-8, and whitespace, which some
-    tokenizers strip from a token decoded alone).
+    A stop string of m UTF-8 bytes is spelled by at most m tokens; a few more are decoded, since decoding may start in
+    the middle of a character. Most tokens are not decoded in context: one can only complete a stop string whose last
+    character it holds (or may hold: broken UTF-8, and whitespace, which some tokenizers strip from a token alone).
+    ``pieces``: texts of single tokens, kept by the caller.
     """
 
-    _SLACK_TOKENS = 8
-
     def __init__(self, tokenizer: Any, stops: Sequence[str], pieces: dict[int, str]) -> None:
-        self._tokenizer = tokenizer
-        self._stops = tuple(stops)
-        self._pieces = pieces
+        self._tokenizer, self._stops, self._pieces = tokenizer, stops, pieces
         self._last_characters = {stop[-1] for stop in stops} | {"\ufffd"}
         self._always = any(stop[-1].isspace() or stop[-1] == "\ufffd" for stop in stops)
-        self.window = max(len(stop.encode()) for stop in stops) + self._SLACK_TOKENS
+        self.window = max(len(stop.encode()) for stop in stops) + 8
 
     def completed_by(self, tokens: list[int]) -> bool:
         """True when the text of ``tokens`` holds a stop string, given that without the last token it did not."""
+        last = tokens[-1]
         if not self._always:
-            last = tokens[-1]
-            piece = self._pieces.get(last)
-            if piece is None:
-                piece = self._pieces[last] = self._decode([last])
-            if self._last_characters.isdisjoint(piece):
+            if last not in self._pieces:
+                self._pieces[last] = self._decode([last])
+            if self._last_characters.isdisjoint(self._pieces[last]):
                 return False
         text = self._decode(tokens[-self.window :])
         return any(stop in text for stop in self._stops)
@@ -179,11 +173,9 @@ class RunningSequence:
 
 
 class Ticket:
-    """One request inside the engine: its n sequences, and the future its caller waits on.
+    """One request inside the engine: its n sequences, and the future its caller waits on, which is resolved once.
 
-    ``future`` is resolved exactly once, by the engine's thread or by ``close``. It is marked running at once, so a
-    cancelled asyncio task cannot cancel it while the engine works on it. Completion ``i`` draws from stream
-    ``(seed, i)``. ``on_delta`` is called in the engine's thread and must not block.
+    Completion ``i`` draws from stream ``(seed, i)``. ``on_delta`` is called in the engine's thread and must not block.
     """
 
     def __init__(
@@ -201,8 +193,7 @@ class Ticket:
         self.request = request = dataclasses.replace(request, prompt_token_ids=tuple(request.prompt_token_ids))
         self.on_delta = on_delta
         self.future: Future[list[Generation]] = Future()
-        self.future.set_running_or_notify_cancel()
-        self.cancelled = False
+        self.future.set_running_or_notify_cancel()  # so a cancelled asyncio task cannot cancel it
         self.prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
         self.max_new_tokens = limits.new_tokens(request)
         self.stop_token_ids = limits.stop_token_ids(request)
@@ -234,12 +225,10 @@ class Ticket:
 
     def abort(self) -> bool:
         """End every unfinished sequence with "abort" and hand over what there is. True when this call ended it."""
-        for sequence in self.sequences:
-            if sequence.finish_reason is None:
-                sequence.finish_reason = "abort"
-                if self.on_delta is not None:
-                    end = GenerationDelta(index=sequence.index, token_ids=(), logprobs=(), finish_reason="abort")
-                    self.on_delta(end)
+        for sequence in (sequence for sequence in self.sequences if sequence.finish_reason is None):
+            sequence.finish_reason = "abort"
+            if self.on_delta is not None:
+                self.on_delta(GenerationDelta(index=sequence.index, token_ids=(), logprobs=(), finish_reason="abort"))
         return self.resolve_if_done()
 
     def fail(self, error: BaseException) -> bool:
@@ -254,27 +243,21 @@ class Ticket:
 
 def eos_token_ids(*holders: Any) -> frozenset[int]:
     """End-of-sequence ids that configurations and tokenizers name, together."""
-    named = [getattr(holder, "eos_token_id", None) for holder in holders]
-    several = [value if isinstance(value, (list, tuple)) else [value] for value in named if value is not None]
-    return frozenset(int(token) for values in several for token in values)
+    named = (getattr(holder, "eos_token_id", None) for holder in holders)
+    several = (value if isinstance(value, (list, tuple)) else [value] for value in named)
+    return frozenset(int(token) for values in several for token in values if token is not None)
 
 
 def validate(request: GenerationRequest, limits: EngineLimits) -> None:
     """Raise ``GenerationRequestError`` naming the parameter, its value and the limit."""
     prompt = request.prompt_token_ids
-    if not prompt:
-        raise GenerationRequestError("prompt_token_ids is empty: give at least one token", "prompt_token_ids")
     if len(prompt) >= limits.max_context_len:
         raise GenerationRequestError(
             f"the prompt has {len(prompt)} tokens; the context holds {limits.max_context_len} tokens, prompt and "
             "completion together: shorten the prompt or raise inference.max_context_len",
             "prompt_token_ids",
         )
-    if min(prompt) < 0 or max(prompt) >= limits.vocab_size:
-        index, token = next((i, t) for i, t in enumerate(prompt) if not 0 <= t < limits.vocab_size)
-        raise GenerationRequestError(
-            f"prompt_token_ids[{index}] is {token}, outside the vocabulary [0, {limits.vocab_size})", "prompt_token_ids"
-        )
+    check_tokens("prompt_token_ids", prompt, limits.vocab_size)
     strings = not isinstance(request.stop, str) and all(isinstance(s, str) and s for s in request.stop)
     alternatives = 0 if request.prompt_logprobs is None else request.prompt_logprobs
     rules = [
@@ -291,3 +274,12 @@ def validate(request: GenerationRequest, limits: EngineLimits) -> None:
     for name, holds, wanted in rules:
         if not holds:
             raise GenerationRequestError(f"{name} must be {wanted}, not {getattr(request, name)!r}", name)
+
+
+def check_tokens(name: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raise ``GenerationRequestError`` when there are none, or for one outside the vocabulary."""
+    if not token_ids:
+        raise GenerationRequestError(f"{name} is empty: give at least one token", name)
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        index, token = next((i, t) for i, t in enumerate(token_ids) if not 0 <= t < vocab_size)
+        raise GenerationRequestError(f"{name}[{index}] is {token}, outside the vocabulary [0, {vocab_size})", name)

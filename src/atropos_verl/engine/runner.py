@@ -11,15 +11,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask
 
 from atropos_verl.engine.kv_cache import SLOT_ATTENTION, SlotCache, slot_attention
+from atropos_verl.engine.requests import check_tokens
 from atropos_verl.engine.weights import WeightStore
-from atropos_verl.errors import EngineError, GenerationRequestError
+from atropos_verl.errors import EngineError
 
 WORTH_SEVERAL_THREADS = 40_000_000
-"""Multiply-adds per layer of a decode step below which one thread is faster (``benchmarks/bench_engine_threads.py``).
-
-A layer is some ten small parallel regions, each of which wakes the threads and waits for the last of them: with threads
-that sleep while they wait, about 0.45 ms per layer. A second thread has to save more than that."""
-
+"""Multiply-adds per layer of a decode step below which one thread is faster (``benchmarks/bench_engine_threads.py``):
+to wake threads and wait for them costs about 0.45 ms per layer, and a second one has to save more than that."""
 _LOGITS_BYTES = 256 * 2**20
 """Most float32 logits held at once, bytes."""
 
@@ -37,12 +35,11 @@ def context_len(config: Any, wanted: int | None) -> int:
     context = int(min(value for value in (wanted, positions) if value is not None))
     if context < 2:
         raise EngineError(f"max_context_len is {context}: it must hold a prompt token and a new one")
-    if getattr(config, "is_encoder_decoder", False):
-        raise EngineError(f"{config.model_type}: encoder-decoder models are not supported by the embedded engine")
     kinds = set(getattr(text, "layer_types", None) or ())
-    unknown = sorted(kinds - {"full_attention", "sliding_attention"})
-    if unknown:
-        raise EngineError(f"{config.model_type}: layers of type {unknown} are not supported by the embedded engine")
+    others = sorted(kinds - {"full_attention", "sliding_attention"})
+    if others or getattr(config, "is_encoder_decoder", False):
+        what = f"layers of type {others}" if others else "encoder-decoder models"
+        raise EngineError(f"{config.model_type}: {what} are not supported by the embedded engine")
     window = getattr(text, "sliding_window", None)
     slides = "sliding_attention" in kinds or (not kinds and getattr(text, "use_sliding_window", True))
     if window is not None and slides and context > window:
@@ -102,7 +99,7 @@ class ModelRunner:
             self.cache.begin_extend(base, starts, lengths)
             mask = self._mask(positions.to(self.device), max(lengths))
         else:  # No mask: padding stands on the right, where causal attention never looks.
-            self.cache.begin_prefill(base)
+            self.cache.begin_prefill(base, len(prompts), max(counts))
         logits = self._forward(ids, positions, mask, last)
         return logits[torch.arange(len(prompts), device=logits.device), pick.to(logits.device)].float()
 
@@ -133,14 +130,8 @@ class ModelRunner:
 
         Computed chunk by chunk, which bounds the memory of the logits.
         """
-        if not token_ids:
-            raise GenerationRequestError("token_ids is empty: give at least one token", "token_ids")
-        outside = next(((i, t) for i, t in enumerate(token_ids) if not 0 <= t < self.vocab_size), None)
-        if outside is not None:
-            raise GenerationRequestError(
-                f"token_ids[{outside[0]}] is {outside[1]}, outside the vocabulary [0, {self.vocab_size})", "token_ids"
-            )
-        chunk = max(16, _LOGITS_BYTES // (4 * self.vocab_size))
+        check_tokens("token_ids", token_ids, self.vocab_size)
+        chunk = max(16, self.max_prefill_logits)
         cache = DynamicCache(config=self.model.config) if len(token_ids) > chunk else None
         result: list[dict[int, float] | None] = [None]
         for start in range(0, len(token_ids), chunk):
@@ -179,8 +170,7 @@ class ModelRunner:
 def multiply_adds_per_layer(config: Any, rows: int) -> int:
     """Multiply-adds of the matrix products of a decode step of ``rows`` sequences, over the number of layers.
 
-    Attention over the cached keys is left out: it reads memory, for which a second thread does little. Of a mixture of
-    experts those of one token are counted. ``config``: of a Hugging Face causal language model.
+    Without attention over the cached keys, which reads memory; of a mixture of experts, those of one token.
     """
     text = config.get_text_config(decoder=True)
     hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)

@@ -77,11 +77,8 @@ class SamplingRows:
         """One row per entry of ``requests``; ``keys[b]`` is its random stream."""
         greedy = [r.temperature < GREEDY_BELOW for r in requests]
         temperatures = [effective_temperature(r.temperature) for r in requests]
-        filtered = [
-            row
-            for row, (r, g) in enumerate(zip(requests, greedy, strict=True))
-            if not g and (0 < r.top_k < vocab_size or r.top_p < 1.0 or r.min_p > 0.0)
-        ]
+        filters = [0 < r.top_k < vocab_size or r.top_p < 1.0 or r.min_p > 0.0 for r in requests]
+        filtered = [row for row, filters_row in enumerate(filters) if filters_row and not greedy[row]]
         chosen = [requests[row] for row in filtered]
 
         def column(values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
@@ -103,12 +100,7 @@ class SamplingRows:
 def sample(
     logits: torch.Tensor, rows: SamplingRows, positions: NDArray[np.uint64]
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """Draw one token per row.
-
-    Args:
-        logits: [B, V], any float type.
-        rows: settings of the B rows.
-        positions: [B] how many numbers of its stream each row has used (tokens generated so far).
+    """Draw one token per row from ``logits`` [B, V]. ``positions`` [B]: numbers of its stream that each row has used.
 
     Returns:
         ``tokens`` [B] int64 and ``logprobs`` [B] float32: ``log_softmax(logits / temperature)`` of the token over the
@@ -144,30 +136,21 @@ def _invert(cumulative: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 
 
 def _draw_filtered(logprobs: torch.Tensor, draws: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
-    """[F] tokens under top-k, then top-p of what is left, then min-p (the order of transformers' warpers).
-
-    top-p keeps the smallest set of best tokens whose mass reaches ``top_p``; min-p keeps tokens at least ``min_p``
-    times as likely as the best one.
-    """
+    """[F] tokens under top-k, then top-p of what is left (the fewest best tokens whose mass reaches it), then min-p
+    (times as likely as the best one, at least): the order of transformers' warpers."""
     vocab_size = logprobs.shape[-1]
-    whole = vocab_size <= 4 * _PARTIAL_SORT_WIDTH
-    if not whole:
+    is_enough = False
+    if vocab_size > 4 * _PARTIAL_SORT_WIDTH:
         values, ids = logprobs.topk(_PARTIAL_SORT_WIDTH, dim=-1)
         probs = values.double().exp()
-        enough = (rows.top_k <= _PARTIAL_SORT_WIDTH) | (
-            (rows.top_k == vocab_size)
-            & (
-                (probs.sum(-1, keepdim=True) >= rows.top_p) & (rows.top_p < 1.0)
-                | (probs[:, -1:] < rows.min_p * probs[:, :1])
-            )
-        )
-        whole = not bool(enough.all())
-    if whole:
+        by_p = (probs.sum(-1, keepdim=True) >= rows.top_p) & (rows.top_p < 1.0)
+        by_p |= probs[:, -1:] < rows.min_p * probs[:, :1]
+        is_enough = bool(((rows.top_k <= _PARTIAL_SORT_WIDTH) | ((rows.top_k == vocab_size) & by_p)).all())
+    if not is_enough:
         values, ids = logprobs.sort(dim=-1, descending=True, stable=True)
         probs = values.double().exp()
-    width = probs.shape[-1]
     best = probs[:, :1].clone()
-    rank = torch.arange(width, device=probs.device)
+    rank = torch.arange(probs.shape[-1], device=probs.device)
     probs = probs.masked_fill(rank >= rows.top_k, 0.0)
     cumulative = probs.cumsum(dim=-1)
     # Where top-k is off the mass is 1 even when only part of the vocabulary was sorted.

@@ -26,17 +26,12 @@ def take_prefill(
     One that has a prefix in common with another, and it is not stored yet, waits until it is: for one step.
 
     Args:
-        slots: sequences at most.
-        max_tokens: distinct contexts times the longest of what is to be computed, at most; a longer one goes alone.
-        max_logits: distinct contexts times distinct lengths (the positions for which a padded prefill computes
-            logits), at most.
-        find: the blocks that are stored of the beginning of a context.
+        slots: sequences at most. max_tokens: distinct contexts times the longest of what is to be computed, at most; a
+        longer one goes alone. max_logits: distinct contexts times distinct lengths (positions whose logits a padded
+        prefill computes), at most. find: the blocks that are stored of the beginning of a context.
     """
-    taken: list[RunningSequence] = []
-    later: list[RunningSequence] = []
-    contexts: set[tuple[int, ...]] = set()
-    beginnings: set[tuple[int, ...]] = set()
-    lengths: set[int] = set()
+    taken, later = list[RunningSequence](), list[RunningSequence]()
+    contexts, beginnings, lengths = set[tuple[int, ...]](), set[tuple[int, ...]](), set[int]()
     while waiting and len(taken) + len(later) < slots:
         if (context := waiting[0].context()) not in contexts:
             known = len(find(context)) * BLOCK
@@ -59,15 +54,14 @@ def take_prefill(
 class ContinuousBatch:
     """The sequences that hold a KV slot, decoded together. It counts its tokens in ``counts``.
 
-    Invariant between steps: slot ``r`` belongs to ``running[r]`` and its cache holds all tokens of that sequence but
-    the last one, which the next decode step feeds in.
+    Between steps slot ``r`` belongs to ``running[r]``, and holds all tokens of that sequence but the last one, which
+    the next decode step feeds in.
     """
 
     def __init__(self, runner: ModelRunner, max_running: int, counts: EngineStats) -> None:
-        self._runner = runner
+        self._runner, self._counts = runner, counts
         self.room = max_running
         """Sequences that may run together now."""
-        self._counts = counts
         self._rows: SamplingRows | None = None  # of `running`; None after rows joined or left
         self.running: list[RunningSequence] = []
         self.participants: list[RunningSequence] = []
@@ -78,11 +72,8 @@ class ContinuousBatch:
         return max(0, self.room - len(self.running))
 
     def prefill(self, newcomers: Sequence[RunningSequence], policy_version: int) -> list[RunningSequence]:
-        """Compute the contexts of ``newcomers`` into free slots and sample one token each; returns those that ended.
-
-        Sequences with the same context (the n completions of a prompt, in one request or several) are computed once,
-        and of a context whose beginning is stored only the rest.
-        """
+        """Compute the contexts of ``newcomers`` into free slots and sample one token each; returns those that ended. Of
+        the same contexts one is computed, and of a context whose beginning is stored only the rest."""
         self.participants = list(newcomers)
         for ticket in {sequence.ticket for sequence in newcomers}:
             if (best := ticket.request.prompt_logprobs) is not None and ticket.prompt_logprobs is None:
@@ -92,11 +83,9 @@ class ContinuousBatch:
         prompts: dict[tuple[int, ...], int] = {}
         picks = [prompts.setdefault(sequence.context(), len(prompts)) for sequence in newcomers]
         # The first sequence of each distinct context takes the slot it is computed in; the others get copies behind.
-        # (Contexts are numbered as they appear, so a row is the first of its own when its number is new.)
         firsts = [picks.index(number) for number in range(len(prompts))]
         order = firsts + sorted(set(range(len(newcomers))) - set(firsts))
-        base = len(self.running)
-        cache = self._runner.cache
+        base, cache = len(self.running), self._runner.cache
         found = [cache.prefixes.find(prompt) for prompt in prompts]
         logits = self._runner.prefill(list(prompts), base, len(newcomers), found)
         cache.store([(base + row, prompt) for row, prompt in enumerate(prompts)])
@@ -111,8 +100,7 @@ class ContinuousBatch:
         self._counts.prompt_tokens += sum(map(len, prompts)) - reused
         self._counts.reused_tokens += reused
         fresh = [newcomers[row] for row in order]
-        self.running = self.running + fresh
-        self._rows = None
+        self.running, self._rows = self.running + fresh, None
         return self._sample_and_push(fresh, logits, self._build_rows(fresh), policy_version)
 
     def decode(self, policy_version: int) -> list[RunningSequence]:
@@ -134,20 +122,16 @@ class ContinuousBatch:
         """Take these out, and close the gaps: the last sequences move into their slots. What they hold is stored."""
         if not gone:  # before the first forward there is nothing to store from
             return
-        self._rows = None
-        if not self._runner.cache.skips_ended():
-            slots = enumerate(self.running)
-            self._runner.cache.store([(slot, one.context()[:-1]) for slot, one in slots if one in gone])
-        alive = [slot for slot, sequence in enumerate(self.running) if sequence not in gone]
-        keep = len(alive)
-        holes = sorted(set(range(keep)) - set(alive))
-        movers = [slot for slot in alive if slot >= keep]
-        if movers:
-            longest = max(self.running[slot].context_len for slot in movers)
-            self._runner.cache.copy_rows(movers, holes, longest - 1)
-        kept = self.running[:keep]
+        cache, running, self._rows = self._runner.cache, self.running, None
+        if not cache.skips_ended():
+            cache.store([(slot, one.context()[:-1]) for slot, one in enumerate(running) if one in gone])
+        alive = [slot for slot, sequence in enumerate(running) if sequence not in gone]
+        kept = running[: len(alive)]
+        holes = sorted(set(range(len(kept))) - set(alive))
+        if movers := alive[len(alive) - len(holes) :]:
+            cache.copy_rows(movers, holes, max(running[slot].context_len for slot in movers) - 1)
         for hole, mover in zip(holes, movers, strict=True):
-            kept[hole] = self.running[mover]
+            kept[hole] = running[mover]
         self.running = kept
 
     def _build_rows(self, sequences: Sequence[RunningSequence]) -> SamplingRows:
@@ -172,9 +156,8 @@ class ContinuousBatch:
         done: list[RunningSequence] = []
         for sequence, token, logprob, others in zip(sequences, token_list, logprob_list, alternatives, strict=True):
             if logprob != logprob:
-                raise EngineError(
-                    f"logits are not finite: the weights of policy version {policy_version} hold NaN or infinity"
-                )
+                what = f"the weights of policy version {policy_version} hold NaN or infinity"
+                raise EngineError(f"logits are not finite: {what}")
             if sequence.push(int(token), logprob, policy_version, others):
                 done.append(sequence)
         self._counts.generated_tokens += len(sequences)

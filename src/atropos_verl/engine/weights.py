@@ -23,8 +23,8 @@ class PackedLinear(torch.nn.Linear):
     """A linear layer on a CPU that multiplies with a copy of its weight in oneDNN's layout.
 
     torch gives float32 products to MKL, which takes up to 2.8 times as long on processors that are not Intel's, and
-    packs bfloat16 weights anew in every call (``benchmarks/bench_linear.py``). The copy is made by the first call after
-    the weight has changed, and takes as much memory as the weight. With gradients it is an ordinary layer.
+    packs bfloat16 weights anew in every call (``benchmarks/bench_linear.py``). The copy, as large as the weight, is
+    made by the first call after the weight has changed. With gradients it is an ordinary layer.
     """
 
     _packed: torch.Tensor | None = None
@@ -67,10 +67,8 @@ def pack_linear_layers(model: torch.nn.Module) -> list[PackedLinear]:
 
 
 def trim_memory() -> None:
-    """Hands what the C library keeps of freed memory back to the system, between two phases that need other sizes.
-
-    After a training step glibc keeps four times the weights of a model of 135 M parameters (docs/performance.md).
-    """
+    """Hands freed memory that the C library keeps back to the system: after a training step of a model of 135 M
+    parameters glibc keeps four times its weights (docs/performance.md)."""
     with contextlib.suppress(AttributeError, OSError):  # a C library without it
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -78,8 +76,8 @@ def trim_memory() -> None:
 class WeightStore:
     """Parameters of a model by Hugging Face name; tied ones are one tensor under several names.
 
-    ``ready`` says whether their content may be used. It is False after memory was released (until a full update), and
-    after an update that failed half-way: the weights are then a mixture of two policies.
+    ``ready``: their content may be used. Not after memory was released, nor after an update that failed half-way (the
+    weights are then a mixture of two policies), until a full update.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -94,8 +92,7 @@ class WeightStore:
         # Of a tied parameter the first name stands for it in messages.
         self._unique = dict(model.named_parameters())
         self._shapes = {name: parameter.shape for name, parameter in self._unique.items()}
-        self.ready = True
-        self.resident = True
+        self.ready = self.resident = True
 
     @property
     def nbytes(self) -> int:
@@ -108,10 +105,8 @@ class WeightStore:
 
         Every parameter must be given, a tied one under any or all of its names; persistent buffers may be. Values are
         cast to the engine's dtype and device. A list, tuple or mapping is checked as a whole before anything is
-        copied; an iterator (which may gather one tensor at a time) is checked tensor by tensor.
-
-        Raises:
-            WeightSyncError: released, or naming a tensor that is unknown, given twice, of another shape, or missing.
+        copied; an iterator (which may gather one tensor at a time) is checked tensor by tensor. Raises
+        ``WeightSyncError``: released, or naming a tensor that is unknown, given twice, of another shape, or missing.
         """
         if not self.resident:
             raise WeightSyncError("the weights' memory is released: call resume_memory_occupation() first")
@@ -139,13 +134,8 @@ class WeightStore:
         return copied
 
     def exchange(self, other: WeightStore) -> None:
-        """Change values with another store of the same model. Nothing is copied: storages change hands.
-
-        ``other`` counts as not ready afterwards: what it holds is old.
-
-        Raises:
-            WeightSyncError: ``other`` is not complete, or this one is released; nothing is changed.
-        """
+        """Change values with another store of the same model, which is not ready afterwards. Nothing is copied:
+        storages change hands. Raises ``WeightSyncError``: ``other`` is not complete, or this one is released."""
         if not (self.resident and other.ready):
             raise WeightSyncError(
                 "weights cannot be swapped: an update failed half-way, is missing, or was swapped in already"

@@ -9,7 +9,7 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from importlib import metadata
@@ -31,7 +31,7 @@ ECOSYSTEMS = {
 }
 """Prefix → package, the release whose API the adapter is written for, and what follows the prefix."""
 
-_HELD_OUT = 32
+_FORMS = ", ".join(f"{prefix}:{what}" for prefix, (_, _, what) in ECOSYSTEMS.items())
 
 
 class PlayError(AgentError):
@@ -54,18 +54,12 @@ Open = Callable[[str, dict[str, Any]], AbstractAsyncContextManager[Environment]]
 """``open_environment(target, settings)`` of an adapter: settings are the ecosystem's own, as a nested mapping."""
 
 
-def launch_directory() -> Path:
-    """Where the command was started: a launch starts this in the run directory."""
-    return Path(os.environ.get(LAUNCH_DIRECTORY, Path.cwd()))
-
-
 def adapter_of(named: str) -> tuple[Open, str]:
     """The adapter of ``PREFIX:TARGET``, and the target. Raises ``ConfigError``: neither exists, or its package is
     missing in this interpreter or of another release."""
     prefix, _, target = named.partition(":")
     if prefix not in ECOSYSTEMS or not target:
-        forms = ", ".join(f"{name}:{what}" for name, (_, _, what) in ECOSYSTEMS.items())
-        raise ConfigError(f"{named!r} is none of {forms}", "environment")
+        raise ConfigError(f"{named!r} is none of {_FORMS}", "environment")
     package, release, _ = ECOSYSTEMS[prefix]
     try:
         found = metadata.version(package)
@@ -77,7 +71,8 @@ def adapter_of(named: str) -> tuple[Open, str]:
             f"'{package}=={release}.*' there, or name another interpreter (python: in a launch)",
             "environment",
         )
-    sys.path.append(str(launch_directory()))  # tasksets of the user's own
+    # Tasksets of the user's own stand where the command was started; a launch starts this in the run directory.
+    sys.path.append(os.environ.get(LAUNCH_DIRECTORY) or str(Path.cwd()))
     module = importlib.import_module(f"atropos_verl.environments.{prefix.replace('-', '_')}")
     return module.open_environment, target
 
@@ -99,16 +94,6 @@ def settings_of(words: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def merged(defaults: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Both, nested mappings too; ``over`` wins."""
-    result = dict(defaults)
-    for name, value in over.items():
-        known = result.get(name)
-        both = isinstance(known, Mapping) and isinstance(value, Mapping)
-        result[name] = merged(known, value) if both else value  # type: ignore[arg-type]
-    return result
-
-
 @contextlib.asynccontextmanager
 async def opened(options: argparse.Namespace) -> AsyncIterator[tuple[Solve, Sequence[Any]]]:
     """The environment with those of its tasks that the action is for: the last ones are held out."""
@@ -122,24 +107,16 @@ async def opened(options: argparse.Namespace) -> AsyncIterator[tuple[Solve, Sequ
         if not tasks:
             raise ConfigError(f"{options.environment} has no tasks", "environment")
         first = len(tasks) - min(options.held_out, len(tasks) // 5)
-        if options.action != "evaluate":
-            yield solve, tasks[:first]
-        else:
-            yield solve, tasks[first:] or tasks
+        yield solve, (tasks[first:] or tasks) if options.action == "evaluate" else tasks[:first]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    forms = ", ".join(f"{name}:{what}" for name, (_, _, what) in ECOSYSTEMS.items())
     add = parser.add_argument
     add("action", choices=("serve", "evaluate"), help="serve it to the trainer, or evaluate on its held-out tasks")
-    add("environment", help=forms)
+    add("environment", help=_FORMS)
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the ecosystem; may be repeated")
-    add(
-        "--held-out",
-        type=int,
-        default=_HELD_OUT,
-        help="last tasks that are evaluated and not trained, at most a fifth (default: %(default)s)",
-    )
+    held_out = "last tasks that are evaluated and not trained, at most a fifth (default: %(default)s)"
+    add("--held-out", type=int, default=32, help=held_out)
     add_runner_arguments(parser)
 
 

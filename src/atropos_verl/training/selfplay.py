@@ -1,12 +1,13 @@
 """Rollouts that the trainer samples itself: generate → score → submit, as an environment would over HTTP."""
 
+from __future__ import annotations
+
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from atropos_verl.config.schema import RunConfig
-from atropos_verl.engine.protocol import InferenceEngine
 from atropos_verl.errors import AtroposProtocolError, ConfigError
 from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.messages import EnvRegistration
@@ -14,6 +15,9 @@ from atropos_verl.protocol.wire import encode_group
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.training.extensions import scores_of
 from atropos_verl.types import NO_LOGPROB, NOT_TRAINED, Generation, GenerationRequest
+
+if TYPE_CHECKING:
+    from atropos_verl.engine.embedded import TransformersEngine
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 """``(prompts, completions) -> scores``: three lists of equal length, one entry per sampled sequence."""
@@ -26,7 +30,7 @@ class SelfPlay:
     does."""
 
     config: RunConfig
-    engine: InferenceEngine
+    engine: TransformersEngine
     tokenizer: Any
     client: AtroposClient
     ledger: Ledger

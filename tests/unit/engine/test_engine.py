@@ -23,7 +23,7 @@ from support.engines import (
 from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.engine.embedded import TransformersEngine
-from atropos_verl.engine.protocol import InferenceEngine
+from atropos_verl.engine.protocol import GenerationEngine
 from atropos_verl.errors import EngineError, GenerationRequestError
 from atropos_verl.types import GenerationDelta, GenerationRequest
 
@@ -36,7 +36,7 @@ def test_greedy_tokens_and_logprobs_equal_plain_forwards_for_ragged_prompts(fami
     model = tiny_causal_lm(family=family)
     ragged = prompts(1, 2, 7, 31, 32, 33, 90)
     with engine_of(copy.deepcopy(model)) as engine:
-        assert isinstance(engine, InferenceEngine)
+        assert isinstance(engine, GenerationEngine)
         answers = engine.generate([request(p, max_tokens=24, **GREEDY) for p in ragged])
     for prompt, [answer] in zip(ragged, answers, strict=True):
         assert list(answer.token_ids) == greedy_oracle(model, prompt, 24)

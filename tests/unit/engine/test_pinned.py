@@ -9,7 +9,7 @@ from support.fake_engine import FakeEngine
 from support.serving import eventually, post, serving
 from support.tiny_model import build_tiny_tokenizer
 
-from atropos_verl.engine.pinned import PinnedEngine
+from atropos_verl.engine.protocol import PinnedEngine
 from atropos_verl.errors import EngineStoppedError
 
 

@@ -21,7 +21,7 @@ from support.serving import eventually
 from support.sessions import OracleEngine, check_rollout, open_session, rollout_of, session_gateway
 from support.tiny_model import build_tiny_tokenizer
 
-from atropos_verl.engine.pinned import PinnedEngine
+from atropos_verl.engine.protocol import PinnedEngine
 from atropos_verl.errors import StorageInUseError, StorageWriteError
 from atropos_verl.gateway.lineages import StoredTurn, training_rows
 from atropos_verl.gateway.sessions import SessionStore
