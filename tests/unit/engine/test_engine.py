@@ -68,9 +68,9 @@ def test_logprobs_are_of_the_sampling_temperature_over_the_full_vocabulary() -> 
 def test_bfloat16_logprobs_agree_with_a_bfloat16_forward() -> None:
     model = tiny_causal_lm()
     ragged = prompts(4, 21, 40)
-    with engine_of(copy.deepcopy(model), dtype=torch.bfloat16) as engine:
-        answers = engine.generate([request(p, max_tokens=12, ignore_eos=True, seed=1) for p in ragged])
     reference = model.to(torch.bfloat16)
+    with engine_of(copy.deepcopy(reference)) as engine:
+        answers = engine.generate([request(p, max_tokens=12, ignore_eos=True, seed=1) for p in ragged])
     for prompt, [answer] in zip(ragged, answers, strict=True):
         expected = logprob_oracle(reference, prompt + answer.token_ids)[len(prompt) - 1 :]
         assert list(answer.logprobs) == pytest.approx(expected, abs=0.15)  # 8 bits of mantissa, logits of about 5
@@ -193,15 +193,16 @@ def test_context_limit_ends_a_sequence_with_length() -> None:
 
 
 def test_prompt_logprobs_hold_the_token_and_the_best_alternatives() -> None:
+    """Of the whole prompt, also where its beginning is stored."""
     model = tiny_causal_lm()
-    [prompt] = prompts(13)
+    [prompt] = prompts(40)
     with torch.no_grad():
         logp = torch.log_softmax(model(torch.tensor([prompt])).logits[0].double(), -1)
     with engine_of(copy.deepcopy(model)) as engine:
         for k in (0, 3):
             answer = one(engine, prompt, max_tokens=1, temperature=0.0, prompt_logprobs=k)
             assert answer.prompt_logprobs is not None
-            assert len(answer.prompt_logprobs) == 13
+            assert len(answer.prompt_logprobs) == 40
             assert answer.prompt_logprobs[0] is None
             for position, entry in enumerate(answer.prompt_logprobs[1:], start=1):
                 best = logp[position - 1].topk(k).indices.tolist()
@@ -210,6 +211,7 @@ def test_prompt_logprobs_hold_the_token_and_the_best_alternatives() -> None:
                 for token, value in entry.items():
                     assert value == pytest.approx(float(logp[position - 1, token]), abs=1e-4)
         assert one(engine, prompt, max_tokens=1).prompt_logprobs is None
+        assert engine.stats().reused_tokens == 2 * 36
 
 
 def test_long_sequences_are_scored_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

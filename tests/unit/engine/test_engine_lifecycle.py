@@ -80,12 +80,13 @@ def test_six_large_requests_do_not_let_a_small_one_wait(prompts_each: int, lengt
         assert counter.steps - began <= min(8 * length, 32) + 32 + 4
 
 
-def test_sequences_that_join_and_leave_do_not_disturb_the_others() -> None:
+def test_sequences_that_join_and_leave_do_not_disturb_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lengths from 1 to 60 through 5 slots: every compaction and every growth of the cache is crossed."""
+    monkeypatch.setattr(embedded, "_PREFILL_TOKENS", 200)
     model = tiny_causal_lm()
     given = prompts(*[1 + (17 * i) % 140 for i in range(24)])
     steps = [1 + (23 * i) % 60 for i in range(24)]
-    with engine_of(copy.deepcopy(model), max_running=5, max_prefill_tokens=200) as engine:
+    with engine_of(copy.deepcopy(model), max_running=5) as engine:
         answers = engine.generate([request(p, max_tokens=k, **GREEDY) for p, k in zip(given, steps, strict=True)])
         assert (engine.stats().finished, engine.stats().generated_tokens) == (24, sum(steps))
     for prompt, count, [answer] in zip(given, steps, answers, strict=True):
@@ -229,72 +230,6 @@ async def test_failed_steps_cost_no_request_and_no_token(
     assert (stats.failed, stats.finished, stats.running, stats.waiting) == (0, 4, 0, 0)
 
 
-async def test_a_request_that_always_fails_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_causal_lm()
-    good, bad = prompts(5, 9)
-    error = RuntimeError("this prompt is too much")
-    fail(monkeypatch, ModelRunner, "prompt_logprobs", error, lambda _, temperature: temperature == 0.5)
-    with engine_of(copy.deepcopy(model)) as engine:
-        failing = engine.agenerate(request(bad, max_tokens=5, prompt_logprobs=1, temperature=0.5))
-        others = asyncio.gather(*(engine.agenerate(request(good, max_tokens=9, **GREEDY)) for _ in range(8)))
-        with pytest.raises(EngineError, match="RuntimeError: this prompt is too much") as caught:
-            await asyncio.wait_for(failing, 120.0)
-        assert caught.value.__cause__ is error
-        for [answer] in await asyncio.wait_for(others, 120.0):
-            assert list(answer.token_ids) == greedy_oracle(model, good, 9)
-        assert engine.stats().failed == 1
-
-
-@pytest.mark.parametrize("served", [False, True])
-async def test_many_bad_requests_in_a_row_fail_alone(monkeypatch: pytest.MonkeyPatch, served: bool) -> None:
-    model = tiny_causal_lm()
-    error = RuntimeError("this prompt is too much")
-    real = ModelRunner.prefill
-
-    def prefill(runner: ModelRunner, contexts: list[tuple[int, ...]], *rest: Any) -> Any:
-        if any(context[0] == 9 for context in contexts):
-            raise error
-        return real(runner, contexts, *rest)
-
-    monkeypatch.setattr(ModelRunner, "prefill", prefill)
-    goods = [(1, *prompt) for prompt in prompts(5, 8, 11)]
-    with engine_of(copy.deepcopy(model)) as engine:
-        if served:
-            await asyncio.wait_for(engine.agenerate(request(goods[0], max_tokens=2)), 60.0)
-        wanted = [request((9, i), max_tokens=5) for i in range(7)] + [
-            request(good, max_tokens=9, **GREEDY) for good in goods
-        ]
-        tickets = [engine._submit(r) for r in wanted]
-        answers: list[Any] = await asyncio.wait_for(
-            asyncio.gather(*(asyncio.wrap_future(t.future) for t in tickets), return_exceptions=True), 120.0
-        )
-        for answer in answers[:7]:
-            assert type(answer) is EngineError
-            assert answer.__cause__ is error
-        for good, [answer] in zip(goods, answers[7:], strict=True):
-            assert list(answer.token_ids) == greedy_oracle(model, good, 9)
-        for _ in range(7):  # nor do those that come one after the other stop an engine that has served
-            with pytest.raises(EngineError, match="while generating: RuntimeError: this prompt is too much"):
-                await asyncio.wait_for(engine.agenerate(request((9, 9), max_tokens=5)), 60.0)
-        await asyncio.to_thread(check_greedy, engine, model, goods[1], 6)
-        assert engine.stats().failed == 14
-
-
-@pytest.mark.parametrize("served", [False, True])
-async def test_an_engine_for_which_a_known_request_fails_too_is_given_up(
-    monkeypatch: pytest.MonkeyPatch, served: bool
-) -> None:
-    """Its weights are whole, so that their logprobs show nothing."""
-    with engine_of(tiny_causal_lm()) as engine:
-        if served:
-            await asyncio.wait_for(engine.agenerate(request((1,), max_tokens=2)), 60.0)
-        fail(monkeypatch, scheduler, "sample", RuntimeError("a kernel is missing"), lambda *_: True)
-        tickets = [engine._submit(request((1, i), max_tokens=5)) for i in range(8)]
-        for ticket in tickets:
-            with pytest.raises(EngineStoppedError, match="gave up after 10 failed steps: RuntimeError: a kernel"):
-                await asyncio.wait_for(asyncio.wrap_future(ticket.future), 60.0)
-
-
 async def test_an_engine_that_answers_no_request_any_more_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even one for which known tokens work: it cannot be all of the requests."""
     monkeypatch.setattr(embedded, "_MAX_BLAMED", 12)
@@ -404,6 +339,48 @@ def test_a_busy_engine_lets_callers_in_at_every_token_boundary() -> None:
         busy.result(60.0)
     for tokens, value in zip(rest, values, strict=True):
         assert value == pytest.approx(logprob_oracle(model, tokens), abs=1e-5)
+
+
+async def test_many_bad_requests_in_a_row_fail_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_causal_lm()
+    error = RuntimeError("this prompt is too much")
+    real = ModelRunner.prefill
+
+    def prefill(runner: ModelRunner, contexts: list[tuple[int, ...]], *rest: Any) -> Any:
+        if any(context[0] == 9 for context in contexts):
+            raise error
+        return real(runner, contexts, *rest)
+
+    monkeypatch.setattr(ModelRunner, "prefill", prefill)
+    goods = [(1, *prompt) for prompt in prompts(5, 8, 11)]
+    with engine_of(copy.deepcopy(model)) as engine:
+        wanted = [request((9, i), max_tokens=5) for i in range(7)] + [
+            request(good, max_tokens=9, **GREEDY) for good in goods
+        ]
+        tickets = [engine._submit(r) for r in wanted]
+        answers: list[Any] = await asyncio.wait_for(
+            asyncio.gather(*(asyncio.wrap_future(t.future) for t in tickets), return_exceptions=True), 120.0
+        )
+        for answer in answers[:7]:
+            assert type(answer) is EngineError
+            assert answer.__cause__ is error
+        for good, [answer] in zip(goods, answers[7:], strict=True):
+            assert list(answer.token_ids) == greedy_oracle(model, good, 9)
+        for _ in range(7):  # nor do those that come one after the other stop an engine that has served
+            with pytest.raises(EngineError, match="while generating: RuntimeError: this prompt is too much"):
+                await asyncio.wait_for(engine.agenerate(request((9, 9), max_tokens=5)), 60.0)
+        await asyncio.to_thread(check_greedy, engine, model, goods[1], 6)
+        assert engine.stats().failed == 14
+
+
+async def test_an_engine_for_which_a_known_request_fails_too_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are whole, so that their logprobs show nothing."""
+    with engine_of(tiny_causal_lm()) as engine:
+        fail(monkeypatch, scheduler, "sample", RuntimeError("a kernel is missing"), lambda *_: True)
+        tickets = [engine._submit(request((1, i), max_tokens=5)) for i in range(8)]
+        for ticket in tickets:
+            with pytest.raises(EngineStoppedError, match="gave up after 10 failed steps: RuntimeError: a kernel"):
+                await asyncio.wait_for(asyncio.wrap_future(ticket.future), 60.0)
 
 
 def test_an_engine_nobody_closed_does_not_disturb_the_end_of_the_process() -> None:
