@@ -166,6 +166,8 @@ class _Needs(ast.NodeVisitor):
         self.needs: dict[tuple[str, str], bool] = {}
         """(kind, name) → whether nothing works without it. A file may be made by what the script calls before."""
         text = ast.unparse(tree)
+        self.sends_no_group = False
+        """Atropos's own code fails on what ``collect_trajectories`` returns."""
         self._args, self._place = args, place
         self._classes = re.findall(r"\b(\w+)\.cli\(", text)
         self._has_no_gpu_too = "is_available" in text
@@ -188,9 +190,13 @@ class _Needs(ast.NodeVisitor):
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:  # ast's name
         if node.name in self._classes:
-            for part in node.body:
-                if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef) and part.name in ("__init__", "setup"):
-                    self._visit_until_return(part.body)
+            own = {part.name: part for part in node.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)}
+            for part in (part for name, part in own.items() if name in ("__init__", "setup")):
+                self._visit_until_return(part.body)
+            is_sent_as_it_is = [ast.unparse(base) for base in node.bases] == ["BaseEnv"]
+            is_sent_as_it_is &= "postprocess_histories" not in own
+            if "collect_trajectories" in own and is_sent_as_it_is:
+                self.sends_no_group = _returns_a_list_of_tuples(own["collect_trajectories"])
 
     def _visit_until_return(self, body: Sequence[ast.stmt]) -> None:
         for statement in body:
@@ -265,6 +271,18 @@ def _may_make_files(call: ast.Call) -> bool:
     name = ast.unparse(call.func)
     is_bare = name.rpartition(".")[2][0].isupper() and not call.args and not call.keywords
     return not is_bare and _MAKES_NO_FILE.fullmatch(name) is None
+
+
+def _returns_a_list_of_tuples(function: ast.AST) -> bool:
+    """Whether what it returns first is a list to which it appends tuples and nothing else."""
+    nodes = list(ast.walk(function))
+    returned = [node.value for node in nodes if isinstance(node, ast.Return)]
+    names = {ast.unparse(value.elts[0]) if isinstance(value, ast.Tuple) and value.elts else "" for value in returned}
+    name = min(names, default="")
+    stored = [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == f"{name}.append"]
+    is_made_once = len(names) == 1 and sum(node.id == name for node in stored) == 1
+    return is_made_once and {type(argument) for call in calls for argument in call.args} == {ast.Tuple}
 
 
 def _raises(handler: ast.ExceptHandler) -> bool:
@@ -345,7 +363,7 @@ print(json.dumps({
 
 def look(python: str, program: Sequence[str], settings: EnvironmentConfig, run_dir: Path) -> dict[str, Any]:
     """What ``python`` has of what the script needs: ``python``, ``versions``, ``lacking`` (modules), ``unmet`` (kind,
-    name, why, whether nothing works without it: data sets, files, variables, …).
+    name, why, whether nothing works without it: data sets, files, variables, …), ``sends_no_group``.
 
     Raises ``SyntaxError``; ``OSError``, ``ValueError`` or ``subprocess.TimeoutExpired`` where it cannot be found out.
     """
@@ -357,13 +375,13 @@ def look(python: str, program: Sequence[str], settings: EnvironmentConfig, run_d
         place, modules = str(cwd.absolute()), [*modules, settings.module.split(".")[0]]
     if b"sys.path" in source:
         modules = [name for name in modules if name.startswith("atroposlib")]  # others may come from anywhere
-    found = _Needs(tree, settings.args, script.parent.absolute()).needs
-    needs = [(*need, certain) for need, certain in found.items()]
+    found = _Needs(tree, settings.args, script.parent.absolute())
+    needs = [(*need, certain) for need, certain in found.needs.items()]
     asked = {"place": place, "modules": modules, "needs": needs, "cwd": str(cwd.absolute())}
     command, variables = [python, "-c", _LOOK, json.dumps(asked)], {**os.environ, **import_path(), **settings.env}
     options: dict[str, Any] = {"env": variables, "cwd": cwd if cwd.is_dir() else None}
     answer = subprocess.run(command, capture_output=True, text=True, timeout=20.0, **options)
-    return dict(json.loads(answer.stdout))
+    return {**json.loads(answer.stdout), "sends_no_group": found.sends_no_group}
 
 
 def check_needs(python: str, program: Sequence[str], settings: EnvironmentConfig, run_dir: Path, key: str) -> list[str]:
@@ -382,6 +400,11 @@ def what_lacks(seen: Mapping[str, Any], python: str) -> tuple[list[str], list[st
     """What ``look`` missed, as clauses that begin with a verb: what nothing works without, and what may be missed."""
     names = ", ".join(name.replace(":", ".") for name in seen["lacking"])
     refused = [f"imports {names}, which {python} has not: install what provides them, or set python"] if names else []
+    if seen["sends_no_group"]:
+        refused.append(
+            "returns tuples from collect_trajectories where Atropos sends ScoredDataGroups, so no group would ever "
+            "arrive: have it return what score() makes of them, or define postprocess_histories"
+        )
     unmet: defaultdict[tuple[str, str, bool], list[str]] = defaultdict(list)
     for kind, name, why, certain in seen["unmet"]:
         unmet[kind, why, certain].append(name)

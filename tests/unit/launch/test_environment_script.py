@@ -38,6 +38,14 @@ SETUP = "class MyEnv(BaseEnv):\n    async def setup(self):\n        "
 OFFLINE = " (not in the cache of the Hugging Face Hub, and HF_HUB_OFFLINE is set)"
 LACKS = f", which {sys.executable} has not: install what provides them, or set python"
 NOT_THERE = "needs the file {cwd}/x.json (not there from {cwd})"
+TUPLES = """class MyEnv(BaseEnv):
+    async def collect_trajectories(self, item):
+        to_score = []
+        for choice in await self.answers(item):
+            to_score.append((choice, item))
+        return to_score, []
+    async def score(self, rollout_group_data): ...
+"""
 OPENS = "path = os.path.join(os.path.dirname(__file__), 'x.json')\n        "
 
 
@@ -59,6 +67,11 @@ OPENS = "path = os.path.join(os.path.dirname(__file__), 'x.json')\n        "
         (SETUP.replace("setup", "__init__") + "super().__init__()\n        " + OPENS + "open(path)", NOT_THERE),
         (SETUP + "self.rules = [Rule()]\n        " + OPENS + "open(path)", NOT_THERE),
         ("import no_such_module", f"imports no_such_module{LACKS}"),
+        (
+            TUPLES,
+            "returns tuples from collect_trajectories where Atropos sends ScoredDataGroups, so no group would ever "
+            "arrive: have it return what score() makes of them, or define postprocess_histories",
+        ),
         (
             "from atroposlib.envs.base import BaseEnv, no_such_name",
             f"imports atroposlib.envs.base.no_such_name{LACKS}",
@@ -107,6 +120,11 @@ def test_what_may_be_there_when_it_is_read_is_a_warning(tmp_path: Path, text: st
         SETUP + "AsyncOpenAI(api_key=None, base_url=self.url)",
         "device = 'cuda' if torch.cuda.is_available() else 'cpu'\nmodel.to('cuda')",
         "os.environ['KEY'] = 'x'",
+        TUPLES.replace("return to_score", "return await self.score(to_score)"),
+        TUPLES.replace("score(self, rollout_group_data)", "postprocess_histories(self, trajectories)"),
+        TUPLES.replace("return", "to_score = await self.score(to_score)\n        return"),
+        TUPLES.replace("(choice, item)", "self.group_of(choice)"),
+        TUPLES.replace("BaseEnv", "OtherEnv"),
         "import sys\nsys.path.insert(0, 'lib')\nimport no_such_module",
         "from atroposlib.envs.base import BaseEnv, ScoredDataGroup\nfrom atroposlib.utils import tokenize_for_trainer",
         "def broken(:",
