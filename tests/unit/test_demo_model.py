@@ -79,14 +79,6 @@ def test_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
     assert max(ids) < 261
 
 
-def test_saved_and_fresh_tokenizers_agree(pretrain: ModuleType, tokenizer: Any) -> None:
-    fresh = pretrain.build_tokenizer()
-    text = "<|im_start|>user\nit's  1234,\nNöäü cafe\u0301<|im_end|>\nassistant"
-    assert tokenizer.encode(text) == fresh.encode(text)
-    assert tokenizer.get_vocab() == fresh.get_vocab()
-    assert tokenizer.chat_template == fresh.chat_template
-
-
 def test_the_tokenizer_is_named_as_both_transformers_4_and_5_know_it(pretrain: ModuleType, tmp_path: Path) -> None:
     """transformers 5 saves ``TokenizersBackend``, which transformers 4, and so every environment, cannot load."""
     shipped = json.loads((demo_model_path() / "tokenizer_config.json").read_text())
@@ -123,16 +115,6 @@ def test_pretraining_batch_masks_all_but_the_answer(pretrain: ModuleType, tokeni
         assert answer[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(answer[:-1]) == word[::-1] == reply.split("<|im_end|>")[0]
         assert all(token in (-100, label_id) for token, label_id in zip(label, row, strict=True))
-
-
-def test_corrupted_answers_are_wrong_and_of_all_kinds(pretrain: ModuleType) -> None:
-    rng = random.Random(0)
-    seen = {pretrain.corrupt("abc", rng) for _ in range(500)}
-    assert "cba" not in seen
-    swapped, dropped, doubled, unturned = {"bca", "cab"}, {"ba", "ca", "cb"}, {"ccba", "cbba", "cbaa"}, {"abc"}
-    assert seen >= swapped | dropped | doubled | unturned
-    assert any(len(text) == 3 and sum(a != b for a, b in zip(text, "cba", strict=True)) == 1 for text in seen)
-    assert pretrain.corrupt("aaa", rng) != "aaa"
 
 
 def test_pretraining_never_sees_a_held_out_word(pretrain: ModuleType, tokenizer: Any) -> None:

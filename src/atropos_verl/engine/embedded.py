@@ -30,7 +30,15 @@ import torch
 from atropos_verl.engine.constraints import Grammars
 from atropos_verl.engine.gate import RequestGate
 from atropos_verl.engine.kv_cache import PrefixIndex
-from atropos_verl.engine.requests import EngineLimits, EngineStats, RunningSequence, Ticket, eos_token_ids, validate
+from atropos_verl.engine.requests import (
+    EngineLimits,
+    EngineStats,
+    OnDelta,
+    RunningSequence,
+    Ticket,
+    eos_token_ids,
+    validate,
+)
 from atropos_verl.engine.runner import ModelRunner, context_len
 from atropos_verl.engine.sampling import effective_temperature
 from atropos_verl.engine.scheduler import ContinuousBatch, take_prefill
@@ -177,8 +185,8 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
             )
 
     async def agenerate(self, request: GenerationRequest) -> list[Generation]:
-        """See ``GenerationEngine``. A request stopped by ``abort`` returns what it had, finish "abort". Raises
-        ``EngineError``, besides the errors of the protocol, when it fails again and again."""
+        """See ``GenerationEngine``. One that ``abort`` ended returns what it had, finish "abort"; one that fails again
+        and again gets ``EngineError``."""
         validate(request, self._limits)
         matcher = await asyncio.to_thread(self._grammars.matcher, request) if request.constraint else None
         ticket = self._submit(request, matcher=matcher)
@@ -214,8 +222,7 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
             self._cancel([ticket])
 
     def generate(self, requests: Sequence[GenerationRequest], timeout: float = 3600.0) -> list[list[Generation]]:
-        """``agenerate`` for a list, from a plain thread. Raises ``TimeoutError`` when it took longer than ``timeout``
-        s."""
+        """``agenerate`` for a list, from a plain thread. Raises ``TimeoutError`` after ``timeout`` seconds."""
         for request in requests:
             validate(request, self._limits)
         deadline = time.monotonic() + timeout
@@ -251,12 +258,7 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
         if self._stopped is not None:
             raise EngineStoppedError(str(self._stopped)) from self._stopped.__cause__
 
-    def _submit(
-        self,
-        request: GenerationRequest,
-        on_delta: Callable[[GenerationDelta], None] | None = None,
-        matcher: Any = None,
-    ) -> Ticket:
+    def _submit(self, request: GenerationRequest, on_delta: OnDelta | None = None, matcher: Any = None) -> Ticket:
         """Queue a validated request."""
         with self._condition:
             self.check_alive()
@@ -287,8 +289,8 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
         """[T-1] logprobs of tokens 1..T-1 of a sequence given those before; temperature 0 counts as 1. Works while
         paused.
 
-        Raises ``GenerationRequestError``: an id outside the vocabulary, a sequence longer than the context, a bad
-        temperature; ``EngineError``: no usable weights.
+        Raises ``GenerationRequestError``: an id outside the vocabulary, too long, a bad temperature; ``EngineError``:
+        no usable weights.
         """
         if len(token_ids) > self.max_context_len:
             raise GenerationRequestError(
@@ -376,8 +378,7 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
             held = self._runner.weights.nbytes
             if self._release_weights:
                 self._runner.weights.release()
-            if self._runner.device.type == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
             if held >= TRIM_BYTES:
                 trim_memory()
 
@@ -412,10 +413,11 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
         self._runner.cache.prefixes = PrefixIndex()
         self._requeue(self._batch.evict())
 
-    def _requeue(self, evicted: Sequence[RunningSequence]) -> None:
+    def _requeue(self, evicted: Sequence[RunningSequence] = ()) -> None:
+        """Those that lost their slot wait again; those that have ended wait no more."""
         self._counts.evictions += len(evicted)
         with self._condition:
-            self._waiting += evicted
+            self._waiting = [one for one in (*self._waiting, *evicted) if one.finish_reason is None]
             heapq.heapify(self._waiting)
 
     def close(self, timeout: float = 60.0) -> None:
@@ -529,12 +531,8 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
                 if ticket in self._tickets:
                     self._tickets.remove(ticket)
                     self._counts.aborted += ticket.abort()
-            self._drop_finished()
+            self._requeue()
         self._batch.remove([sequence for sequence in self._batch.running if sequence.finish_reason is not None])
-
-    def _drop_finished(self) -> None:
-        self._waiting = [sequence for sequence in self._waiting if sequence.finish_reason is None]
-        heapq.heapify(self._waiting)
 
     def _recover(self, error: BaseException) -> None:
         """Everything goes back to the queue, and the engine is rebuilt; or ``EngineStoppedError``: it is given up."""
@@ -557,8 +555,6 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
                 self._blamed += 1
                 self._counts.failed += victims[0].ticket.fail(reason)
         self._requeue(back)
-        with self._condition:
-            self._drop_finished()
         self._batch.room = max(1, len(back) // 2) if self._failed_steps < _BLAME_AFTER - 1 else 1
         self._pace = _TURN_ROUNDS if "memory" in _named(error).lower() else 1
         self._counts.rebuilds += 1
@@ -572,8 +568,7 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
             self._runner.weights.ready = weights.ready
         self._batch = ContinuousBatch(self._runner, self._max_running, self._counts)
         gc.collect()
-        if self._runner.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     def _try_request(self) -> None:
         """All that a request goes through, with known tokens: prefill, decode, sampling."""

@@ -18,6 +18,8 @@ from atropos_verl.types import FinishReason, Generation, GenerationDelta, Genera
 
 logger = logging.getLogger(__name__)
 
+OnDelta = Callable[[GenerationDelta], None]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
@@ -181,7 +183,7 @@ class Ticket:
     def __init__(
         self,
         request: GenerationRequest,
-        on_delta: Callable[[GenerationDelta], None] | None,
+        on_delta: OnDelta | None,
         *,
         limits: EngineLimits,
         tokenizer: Any,

@@ -148,14 +148,14 @@ async def test_any_number_of_waiting_requests_is_cancelled_while_paused() -> Non
 
 
 async def test_closing_a_stream_frees_its_slots() -> None:
-    with engine_of(tiny_causal_lm()) as engine:
+    counter = StepCounter(tiny_causal_lm(), hold_at=3)
+    with engine_of(counter.model) as engine:
         stream = engine.astream(request((1, 2, 3), n=2, max_tokens=480, ignore_eos=True))
-        seen = [await anext(stream) for _ in range(6)]
+        assert len([await anext(stream) for _ in range(6)]) == 6
         await stream.aclose()
+        counter.go_on.set()
         await asyncio.to_thread(eventually, lambda: engine.stats().running == 0, "the slots to be freed")
-        assert len(seen) == 6
-        assert engine.stats().aborted == 1
-        assert engine.stats().generated_tokens < 2 * 480
+        assert (engine.stats().aborted, engine.stats().generated_tokens) == (1, 2 * 5)
 
 
 async def test_abort_by_id_returns_what_there_is() -> None:
@@ -250,13 +250,16 @@ async def test_an_engine_that_answers_no_request_any_more_is_given_up(monkeypatc
             await asyncio.wait_for(engine.agenerate(asked), 60.0)
 
 
-async def test_an_engine_that_fails_every_step_is_given_up_and_says_why() -> None:
-    counter = StepCounter(tiny_causal_lm())
-    counter.fail_with = RuntimeError("device lost")
-    with engine_of(counter.model) as engine:
-        for _ in range(6):
-            with pytest.raises(EngineError, match="device lost"):
-                await asyncio.wait_for(engine.agenerate(request((1,), max_tokens=50, ignore_eos=True)), 30.0)
+async def test_an_engine_for_which_a_known_request_fails_too_is_given_up_and_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its weights are whole, so that their logprobs show nothing."""
+    fail(monkeypatch, scheduler, "sample", RuntimeError("device lost"), lambda *_: True)
+    with engine_of(tiny_causal_lm()) as engine:
+        tickets = [engine._submit(request((1, i), max_tokens=5)) for i in range(8)]
+        for ticket in tickets:
+            with pytest.raises(EngineStoppedError, match="gave up after 10 failed steps: RuntimeError: device lost"):
+                await asyncio.wait_for(asyncio.wrap_future(ticket.future), 60.0)
         await asyncio.to_thread(engine._thread.join, 10.0)
         with pytest.raises(EngineStoppedError, match="gave up after 10 failed steps: RuntimeError: device lost"):
             await engine.agenerate(request((1,)))
@@ -371,16 +374,6 @@ async def test_many_bad_requests_in_a_row_fail_alone(monkeypatch: pytest.MonkeyP
                 await asyncio.wait_for(engine.agenerate(request((9, 9), max_tokens=5)), 60.0)
         await asyncio.to_thread(check_greedy, engine, model, goods[1], 6)
         assert engine.stats().failed == 14
-
-
-async def test_an_engine_for_which_a_known_request_fails_too_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its weights are whole, so that their logprobs show nothing."""
-    with engine_of(tiny_causal_lm()) as engine:
-        fail(monkeypatch, scheduler, "sample", RuntimeError("a kernel is missing"), lambda *_: True)
-        tickets = [engine._submit(request((1, i), max_tokens=5)) for i in range(8)]
-        for ticket in tickets:
-            with pytest.raises(EngineStoppedError, match="gave up after 10 failed steps: RuntimeError: a kernel"):
-                await asyncio.wait_for(asyncio.wrap_future(ticket.future), 60.0)
 
 
 def test_an_engine_nobody_closed_does_not_disturb_the_end_of_the_process() -> None:

@@ -101,6 +101,12 @@ def test_a_seeded_request_survives_an_eviction_with_the_same_tokens() -> None:
 def test_released_weights_are_not_used_until_new_ones_are_in() -> None:
     model = tiny_causal_lm(seed=5)
     [prompt] = prompts(6)
+    with engine_of(copy.deepcopy(model), release_weights=False) as engine:
+        one(engine, prompt, max_tokens=2)
+        engine.release_memory_occupation()
+        assert (engine.stats().kv_bytes, engine.weights_ready) == (0, True)
+        engine.resume_memory_occupation()
+        check_greedy(engine, model, prompt, 5)
     with engine_of(tiny_causal_lm()) as engine, ThreadPoolExecutor(1) as pool:
         full = engine.stats().weight_bytes
         engine.release_memory_occupation()
@@ -124,19 +130,6 @@ def test_released_weights_are_not_used_until_new_ones_are_in() -> None:
         answer = waiting.result(30.0)
     assert list(answer.token_ids) == greedy_oracle(model, prompt, 5)
     assert answer.policy_versions == (8, 8)
-
-
-def test_release_can_keep_the_weights() -> None:
-    model = tiny_causal_lm()
-    [prompt] = prompts(6)
-    with engine_of(copy.deepcopy(model), release_weights=False) as engine:
-        one(engine, prompt, max_tokens=2)
-        assert engine.stats().kv_bytes > 0
-        engine.release_memory_occupation()
-        assert engine.stats().kv_bytes == 0
-        assert engine.weights_ready
-        engine.resume_memory_occupation()
-        check_greedy(engine, model, prompt, 5)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])  # tied and untied embeddings
@@ -262,19 +255,30 @@ def test_sequences_in_flight_go_on_under_the_swapped_weights(keep_kv: bool) -> N
             assert list(answer.logprobs[first_new:]) == pytest.approx(after, abs=1e-4)
 
 
-def test_swapping_moves_storage_and_copies_nothing() -> None:
+def test_swapping_moves_storage_and_copies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is anything packed: what was staged and checked is packed already."""
+    monkeypatch.setattr(weights, "_WORTH_PACKING", 1)
     model, new = tiny_causal_lm(seed=1), tiny_causal_lm(seed=2)
+
+    def held() -> list[int]:
+        parameters = [parameter for layer in model.modules() for parameter in layer.parameters(recurse=False)]
+        return [tensor.data_ptr() for tensor in parameters]
+
     with engine_of(model) as engine:
         engine.stage_weights_from_tensor(named(new))
-        before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+        engine.compute_staged_logprobs([1, 2, 3])
+        packed = [layer._packed for layer in engine._staged.weights._packed]  # type: ignore[union-attr]
+        before = held()
         engine.swap_weights(policy_version=1)
-        after = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-        assert all(before[name] != after[name] for name in before)
+        assert all(now != then for now, then in zip(held(), before, strict=True))
+        one(engine, (1, 2, 3), max_tokens=2)
+        used = [layer._packed for layer in engine._runner.weights._packed]
+        assert all(now is then for now, then in zip(used, packed, strict=True))
         for (name, expected), (_, found) in zip(named(new), named(model), strict=True):
             assert torch.equal(found, expected), name
         engine.stage_weights_from_tensor(named(new))
         engine.swap_weights(policy_version=2)
-        assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
+        assert held() == before
 
 
 def test_only_complete_staged_weights_are_swapped_in_and_only_once() -> None:
@@ -397,16 +401,3 @@ def test_the_engine_generates_from_the_newest_weights(family: str) -> None:
         engine.update_weights_from_tensor(named(models[4]))
         check_greedy(engine, models[4], prompt, 6)
         assert engine.stats().weight_bytes == held
-
-
-@PACKED
-def test_a_swap_packs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was staged and checked is packed already."""
-    with engine_of(tiny_causal_lm()) as engine:
-        engine.stage_weights_from_tensor(named(tiny_causal_lm(seed=1)))
-        engine.compute_staged_logprobs([1, 2, 3])
-        packed = [layer._packed for layer in engine._staged.weights._packed]  # type: ignore[union-attr]
-        engine.swap_weights()
-        one(engine, (1, 2, 3), max_tokens=2)
-        used = [layer._packed for layer in engine._runner.weights._packed]
-        assert all(now is then for now, then in zip(used, packed, strict=True))
