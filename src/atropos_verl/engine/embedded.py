@@ -55,9 +55,9 @@ _TURN = 16
 """Sequences of a client request that are queued together; then it is the others' turn."""
 _TURN_ROUNDS = 32
 """Rounds (tokens) between two occasions at which a request without a slot takes one from a large request."""
-_BLAME_AFTER, _MAX_FAILED_STEPS, _MAX_BLAMED = 5, 10, 100
+_BLAME_AFTER, _MAX_FAILED_STEPS = 5, 10
 """Failed steps in a row after which a sequence that ran alone is to blame (if a known request works), and after which
-the engine is given up; requests in a row that were blamed, after which it is to blame all the same."""
+the engine is given up."""
 _PREFILL_TOKENS = 8192
 """Padded prompt tokens of one prefill at most (a longer prompt goes alone): how long newcomers delay those that run."""
 _PROOF_TOKENS, _PROOF_NATS = 16, 1e-3
@@ -135,7 +135,7 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
         """Version of the weights it holds; -1 before the first update from a trainer."""
         self._max_running = max_running
         self._batch = ContinuousBatch(self._runner, max_running, self._counts)
-        self._failed_steps = self._blamed = self._rounds = 0
+        self._failed_steps = self._rounds = 0
         self._sound = True
         """As far as known tokens showed after the last failure."""
         self._pace = 1
@@ -520,7 +520,6 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
                     if ticket.resolve_if_done():
                         self._tickets.discard(ticket)
                         self._counts.finished += 1
-                        self._blamed = 0
 
     def _drop_aborted(self) -> None:
         if not self._aborting:
@@ -538,9 +537,9 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
         """Everything goes back to the queue, and the engine is rebuilt; or ``EngineStoppedError``: it is given up."""
         self._failed_steps += 1
         logger.error("an engine step failed (%d in a row); the engine is rebuilt", self._failed_steps, exc_info=error)
-        if self._failed_steps >= _MAX_FAILED_STEPS or self._blamed >= _MAX_BLAMED:
-            what = f"{self._failed_steps} failed steps" + f" and {self._blamed} failed requests" * (self._blamed > 0)
-            raise EngineStoppedError(f"the engine gave up after {what}: {_named(error)}") from error
+        if self._failed_steps >= _MAX_FAILED_STEPS:
+            what = f"{self._failed_steps} failed steps: {_named(error)}"
+            raise EngineStoppedError(f"the engine gave up after {what}") from error
         victims = self._batch.participants
         back = list(dict.fromkeys([*self._batch.evict(), *victims]))  # newcomers of a prefill are not running yet
         self._finish([sequence for sequence in back if sequence.finish_reason is not None])
@@ -552,7 +551,6 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
             with self._condition:
                 self._tickets.discard(victims[0].ticket)
                 self._failed_steps = _BLAME_AFTER - 1  # the next one that fails alone is blamed at once
-                self._blamed += 1
                 self._counts.failed += victims[0].ticket.fail(reason)
         self._requeue(back)
         self._batch.room = max(1, len(back) // 2) if self._failed_steps < _BLAME_AFTER - 1 else 1

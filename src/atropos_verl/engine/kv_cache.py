@@ -277,19 +277,18 @@ def slot_attention(
 
     transformers repeats keys and values once per query head of a group whenever a mask is given, which copies the whole
     cache per layer and token. Here the heads of a group stand in the query dimension: a fifth to a twentieth of the
-    time on a CPU. Several queries without a mask, and masks that differ between heads, go to transformers' sdpa.
+    time on a CPU. Several queries without a mask (a prefill) go to transformers' sdpa.
     """
     rows, heads, queries, _ = query.shape
-    kv_heads = key.shape[1]
-    shared_mask = attention_mask is None or (attention_mask.ndim == 4 and attention_mask.shape[1] == 1)
-    if (queries != 1 and attention_mask is None) or not shared_mask:
+    if queries != 1 and attention_mask is None:
         output: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output
+    kv_heads, length = key.shape[1:3]
     grouped = query.reshape(rows, kv_heads, heads // kv_heads * queries, query.shape[3])
-    if queries != 1 and attention_mask is not None:
-        attention_mask = attention_mask.repeat(1, 1, heads // kv_heads, 1)
+    if attention_mask is not None and (queries != 1 or attention_mask.shape[1] != 1):
+        attention_mask = attention_mask.expand(rows, heads, queries, length).reshape(rows, kv_heads, -1, length)
     attended = torch.nn.functional.scaled_dot_product_attention(
         grouped, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
     )

@@ -230,26 +230,6 @@ async def test_failed_steps_cost_no_request_and_no_token(
     assert (stats.failed, stats.finished, stats.running, stats.waiting) == (0, 4, 0, 0)
 
 
-async def test_an_engine_that_answers_no_request_any_more_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even one for which known tokens work: it cannot be all of the requests."""
-    monkeypatch.setattr(embedded, "_MAX_BLAMED", 12)
-    fail(
-        monkeypatch, ModelRunner, "prompt_logprobs", RuntimeError("too much"), lambda _, temperature: temperature == 0.5
-    )
-    asked = request((1, 2), max_tokens=5, prompt_logprobs=1, temperature=0.5)
-    with engine_of(tiny_causal_lm()) as engine:
-        for turn in range(24):
-            if turn == 11:  # an answer: the count begins again
-                await asyncio.wait_for(engine.agenerate(request((1,), max_tokens=2)), 60.0)
-            with pytest.raises(EngineError, match="while generating: RuntimeError: too much"):
-                await asyncio.wait_for(engine.agenerate(asked), 60.0)
-            if engine._blamed == 12:
-                break
-        assert turn == 22
-        with pytest.raises(EngineStoppedError, match="failed steps and 12 failed requests: RuntimeError: too much"):
-            await asyncio.wait_for(engine.agenerate(asked), 60.0)
-
-
 async def test_an_engine_for_which_a_known_request_fails_too_is_given_up_and_says_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
