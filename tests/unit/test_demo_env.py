@@ -136,25 +136,17 @@ def test_split_is_the_hash_rule(env_module: ModuleType) -> None:
     assert pretrain.HELD_OUT_SHARE == env_module.HELD_OUT_SHARE
 
 
-async def test_training_and_held_out_words_are_disjoint(env_module: ModuleType) -> None:
-    env = make_env(env_module, eval_words=600)
-    await env.setup()
-    train = words_of(list(itertools.islice(env.train_tasks, 4000)))
-    held_out = words_of(env.eval_tasks)
-    assert set(train).isdisjoint(held_out)
-    assert len(held_out) == len(set(held_out)) == 600  # of 858, each once
-    assert all(3 <= len(word) <= 5 and word.islower() for word in train + held_out)
-
-
-async def test_order_follows_the_seed_and_evaluation_does_not(env_module: ModuleType) -> None:
-    envs = [make_env(env_module, seed=seed) for seed in (0, 0, 1)]
+async def test_training_words_follow_the_seed_and_are_never_held_out(env_module: ModuleType) -> None:
+    envs = [make_env(env_module, seed=seed, eval_words=600) for seed in (0, 0, 1)]
     for env in envs:
         await env.setup()
-    first, same, other = [[(await env.get_next_item())["metadata"]["word"] for _ in range(50)] for env in envs]
-    assert first == same
-    assert len(set(first) & set(other)) < 5
-    assert words_of(envs[0].eval_tasks) == words_of(envs[2].eval_tasks)
-    assert len(envs[0].eval_tasks) == 128
+    first, same, other = (words_of(list(itertools.islice(env.train_tasks, 4000))) for env in envs)
+    held_out = words_of(envs[0].eval_tasks)
+    assert first == same and first[:50] != other[:50]
+    assert held_out == words_of(envs[2].eval_tasks)
+    assert set(first).isdisjoint(held_out)
+    assert len(held_out) == len(set(held_out)) == 600  # of 858, each once
+    assert all(3 <= len(word) <= 5 and word.islower() for word in first + held_out)
 
 
 async def test_reward_by_hand(env_module: ModuleType) -> None:
@@ -188,13 +180,13 @@ async def test_settings_without_a_task_are_refused(
 
 
 async def test_a_group_is_token_exact(env_module: ModuleType, server: VllmServer) -> None:
-    env = make_env(env_module, server.url, group_size=4, temperature=0.7, latency=0.2)
+    env = make_env(env_module, server.url, group_size=4, temperature=0.7, latency=0.05)
     await env.setup()
     question = "Spell this word backward (example: sun -> nus): cat"
     task = {"question": question, "answer": "tac", "metadata": {"word": "cat"}}
     started = time.monotonic()
     group, backlog = await env.collect_trajectories(task)
-    assert time.monotonic() - started >= 0.2, "scoring takes --env.latency"
+    assert time.monotonic() - started >= 0.05, "scoring takes --env.latency"
 
     encode = server.tokenizer.encode
     prompt = encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")

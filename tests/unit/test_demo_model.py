@@ -106,17 +106,6 @@ def test_chat_prompt_is_chatml_and_a_word_is_its_letters(pretrain: ModuleType, t
     assert examples.prompt("neon") == tokenizer.encode(prompt)
 
 
-def test_pretraining_batch_masks_all_but_the_answer(pretrain: ModuleType, tokenizer: Any) -> None:
-    examples = pretrain.Examples(tokenizer, ["abc"], seed=3)
-    ids, labels = examples.batch(32, corruption=0.0)
-    for row, label in zip(ids.tolist(), labels.tolist(), strict=True):
-        answer = [token for token in label if token != -100]
-        word, reply = tokenizer.decode(row).split("nus): ")[1].split("<|im_end|>\n<|im_start|>assistant\n")
-        assert answer[-1] == tokenizer.eos_token_id
-        assert tokenizer.decode(answer[:-1]) == word[::-1] == reply.split("<|im_end|>")[0]
-        assert all(token in (-100, label_id) for token, label_id in zip(label, row, strict=True))
-
-
 def test_pretraining_never_sees_a_held_out_word(pretrain: ModuleType, tokenizer: Any) -> None:
     train, held_out = pretrain.split_words()
     assert 0.04 < len(held_out) / (len(train) + len(held_out)) < 0.085  # one in 16 is 0.0625
@@ -147,15 +136,13 @@ def test_a_short_pretraining_runs_and_saves_a_loadable_model(
     threads = torch.get_num_threads()
     settings = ["--seed", "5", "--clean-steps", "2", "--mixed-steps", "1", "--batch-size", "8", "--threads", "1"]
     try:
-        result, again = (pretrain.main(["--out", str(tmp_path / name), *settings]) for name in "ab")
+        result = pretrain.main(["--out", str(tmp_path), *settings])
     finally:
         torch.set_num_threads(threads)
     assert "step 3/3" in capsys.readouterr().out
-    assert result["parameters"] == 822_016
-    assert result["greedy_success"] == again["greedy_success"] == 0.0  # three steps teach nothing
-    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in "ab")
-    assert all(torch.equal(first[name], second[name]) for name in first)  # same seed, same threads: same weights
-    assert AutoTokenizer.from_pretrained(tmp_path / "a").decode([257]) == "<|im_start|>"
+    assert (result["parameters"], result["greedy_success"]) == (822_016, 0.0)  # three steps teach nothing
+    assert sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path).parameters()) == 822_016
+    assert AutoTokenizer.from_pretrained(tmp_path).decode([257]) == "<|im_start|>"
 
 
 def test_missing_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 from atropos_verl.engine.sampling import stream_key
@@ -112,8 +112,8 @@ class RunningSequence:
     """Places in the queue: by turn, then by arrival."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    version_runs: list[tuple[int, int]] = field(default_factory=list)
-    """(policy version, tokens it sampled), in order."""
+    versions: list[int] = field(default_factory=list)
+    """The policy that sampled each token."""
     finish_reason: FinishReason | None = None
     matcher: Any = None
     """llguidance's state after ``tokens``; None without a constraint."""
@@ -141,18 +141,14 @@ class RunningSequence:
 
         ``best``: logprobs of the best tokens there, best first; at least as many as the request asks for.
         """
-        ticket, runs = self.ticket, self.version_runs
+        ticket = self.ticket
         stops = token in ticket.stop_token_ids
         if ticket.stops is not None and not stops:
             stops = ticket.stops.completed_by([*self.tokens[-ticket.stops.window :], token])
-        if runs and runs[-1][0] == policy_version:
-            runs[-1] = (policy_version, runs[-1][1] + 1)
-        else:
-            runs.append((policy_version, 1))
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        top = dict(islice(best.items(), ticket.request.top_logprobs))
-        if top:
+        self.versions.append(policy_version)
+        if top := dict(islice(best.items(), ticket.request.top_logprobs)):
             self.top_logprobs.append(top)
         if self.matcher is not None and not self.matcher.consume_token(token):
             logger.warning("a constraint became too complex: %s", self.matcher.get_error())
@@ -214,7 +210,7 @@ class Ticket:
                 token_ids=tuple(sequence.tokens),
                 logprobs=tuple(sequence.logprobs),
                 finish_reason=sequence.finish_reason or "abort",
-                policy_version_runs=tuple(sequence.version_runs),
+                policy_version_runs=tuple((version, len(list(run))) for version, run in groupby(sequence.versions)),
                 prompt_logprobs=self.prompt_logprobs,
                 top_logprobs=tuple(sequence.top_logprobs),
             )

@@ -24,15 +24,18 @@ def test_settings_are_nested_and_the_last_wins() -> None:
     assert settings_of(words) == {"agent": {"max_turns": 4, "harness": {"id": None}}, "a": [1, 2]}
 
 
-@pytest.mark.parametrize("word", ["agent", "=3", "agent.=3"])
-def test_what_is_no_setting_is_refused(word: str) -> None:
-    with pytest.raises(ConfigError, match="is not KEY=VALUE"):
-        settings_of([word])
-
-
-def test_a_value_is_no_section() -> None:
-    with pytest.raises(ConfigError, match="agent is 1 already"):
-        settings_of(["agent=1", "agent.max_turns=3"])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["agent"], "'agent' is not KEY=VALUE"),
+        (["=3"], "'=3' is not KEY=VALUE"),
+        (["agent.=3"], "'agent.=3' is not KEY=VALUE"),
+        (["agent=1", "agent.max_turns=3"], "agent is 1 already"),
+    ],
+)
+def test_what_is_no_setting_is_refused(words: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        settings_of(words)
 
 
 @pytest.mark.parametrize("named", ["gym:x", "verifiers", "verifiers:"])
