@@ -175,8 +175,8 @@ class SlotCache(Cache):  # type: ignore[misc]
         rows = np.arange(len(starts)).repeat(last - first)
         new = np.concatenate([np.arange(count) for count in last - first])
         indices = (rows, new, base + rows, first[rows] + new)
-        row, new, slot, column = (torch.from_numpy(index).to(self._buffers[0].device) for index in indices)
-        self._source, self._target = (row, slice(None), new), (slot, slice(None), column)
+        row, place, slot, column = (torch.from_numpy(index).to(self._buffers[0].device) for index in indices)
+        self._source, self._target = (row, slice(None), place), (slot, slice(None), column)
         self._slots, self._width, self._is_prefill = slice(base, base + len(starts)), max(lengths), False
 
     def begin_decode(self, lengths: torch.Tensor, width: int) -> None:

@@ -183,7 +183,10 @@ def test_the_next_turn_prefills_only_what_is_new() -> None:
             context += answer.token_ids
 
 
-def test_where_nothing_is_shared_one_sequence_in_eight_is_stored_until_one_is_found() -> None:
+def test_where_nothing_is_shared_one_sequence_in_eight_is_stored_until_one_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kv_cache, "UNUSED", 16)
     with engine_of(tiny_causal_lm()) as engine:
         kept = [  # too short to be stored before they leave their slot
             context + one(engine, context, max_tokens=20, ignore_eos=True).token_ids
