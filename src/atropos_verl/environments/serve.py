@@ -9,7 +9,7 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from importlib import metadata
@@ -54,6 +54,11 @@ Open = Callable[[str, dict[str, Any]], AbstractAsyncContextManager[Environment]]
 """``open_environment(target, settings)`` of an adapter: settings are the ecosystem's own, as a nested mapping."""
 
 
+def launch_directory() -> Path:
+    """Where the command was started: a launch starts this in the run directory."""
+    return Path(os.environ.get(LAUNCH_DIRECTORY, Path.cwd()))
+
+
 def adapter_of(named: str) -> tuple[Open, str]:
     """The adapter of ``PREFIX:TARGET``, and the target. Raises ``ConfigError``: neither exists, or its package is
     missing in this interpreter or of another release."""
@@ -71,8 +76,7 @@ def adapter_of(named: str) -> tuple[Open, str]:
             f"'{package}=={release}.*' there, or name another interpreter (python: in a launch)",
             "environment",
         )
-    # Tasksets of the user's own stand where the command was started; a launch starts this in the run directory.
-    sys.path.append(os.environ.get(LAUNCH_DIRECTORY) or str(Path.cwd()))
+    sys.path.append(str(launch_directory()))  # tasksets of the user's own
     module = importlib.import_module(f"atropos_verl.environments.{prefix.replace('-', '_')}")
     return module.open_environment, target
 
@@ -92,6 +96,16 @@ def settings_of(words: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"{word!r} is not KEY=VALUE", "--set")
         inner[last] = yaml.safe_load(text)
     return settings
+
+
+def merged(defaults: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, nested mappings too; ``over`` wins."""
+    result = dict(defaults)
+    for name, value in over.items():
+        known = result.get(name)
+        both = isinstance(known, Mapping) and isinstance(value, Mapping)
+        result[name] = merged(known, value) if both else value  # type: ignore[arg-type]
+    return result
 
 
 @contextlib.asynccontextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import verifiers.v1 as vf
 
 from atropos_verl.agents.client import AgentSession, Reward
-from atropos_verl.environments.serve import Environment, PlayError
+from atropos_verl.environments.serve import Environment, PlayError, merged
 from atropos_verl.errors import ConfigError
 
 _KEY = "ATROPOS_SESSION_API_KEY_"  # verifiers hands no variable with API_KEY in its name to programs of a task
@@ -23,8 +23,7 @@ async def open_environment(target: str, settings: dict[str, Any]) -> AsyncIterat
     """Raises ``ConfigError``: there is no such taskset, its settings are wrong or cannot be carried, it is endless."""
     sampling, select = settings.pop("sampling", {}), settings.pop("select", {})
     try:
-        settings = settings | {"taskset": {"id": target} | settings.get("taskset", {})}
-        env = vf.load_environment(vf.resolve_env_config(settings))
+        env = vf.load_environment(vf.resolve_env_config(merged({"taskset": {"id": target}}, settings)))
         taskset = env.taskset.select(vf.SelectConfig(**select))
         context = {"model": "policy", "sampling": vf.SamplingConfig(**sampling)}
     except (ImportError, AttributeError, TypeError, ValueError) as error:
