@@ -3,9 +3,9 @@
     python benchmarks/bench_sessions.py [--model smollm2-135m] [--sessions 64] [--turns 20] [--tokens 16] [--rounds 1]
 
 Each round, interleaved: the engine alone, the gateway without sessions, and the gateway with sessions (on disk, over
-HTTP, from a client in this process). All decode greedily, so that every side computes the same tokens. ``cpu``: of the
-HTTP, from a client in this process). All decode greedily, so every side computes the same tokens. ``cpu``: of the
-session, by ``tracemalloc``. Prints medians in seconds and ratios as JSON.
+HTTP, from a client in this process). All decode greedily, so that every side computes the same tokens. ``cpu``: the
+same in processor time of this process. Then the memory of an open session, by ``tracemalloc``. Prints medians in
+seconds and ratios as JSON.
 """
 
 import os
@@ -136,22 +136,21 @@ def memory(turns: int, tokens: int, count: int = 200) -> dict[str, float]:
     import numpy as np
 
     from atropos_verl.gateway.lineages import StoredTurn
-    from atropos_verl.gateway.sessions import Exchange, Opening, Session, SessionRecord
+    from atropos_verl.gateway.sessions import Opening, Session, SessionRecord
 
     def opened() -> Session:
         about: dict[str, Any] = {"opening": Opening(group="g"), "created": 0.0}
         session = Session(0, SessionRecord(id=secrets.token_hex(12), secret=secrets.token_urlsafe(24), **about))
         for number in range(turns):
             ids = np.random.default_rng(number).integers(0, 50_000, tokens // 2).astype("<i4").tobytes()
-            exchange = Exchange(secrets.token_hex(12), secrets.token_bytes(16), turns=[number], was_received=True)
-            session.keep(exchange)
             place: dict[str, Any] = {"parent": number - 1 if number else None, "messages": 2 * number + 2}
             text: dict[str, Any] = {"characters": 4000 * (number + 1), "text_hash": secrets.randbits(62)}
             made: dict[str, Any] = {"sampled": bytes(bytearray(ids)), "logprobs": b"", "runs": ((3, tokens // 2),)}
             ends: dict[str, Any] = {"finish_reason": "stop", "has_end": True, "constrained": False, "reason": None}
-            asked: dict[str, Any] = {"request": exchange.id, "digest": exchange.digest, "idempotency_key": None}
+            asked: dict[str, Any] = {"request": secrets.token_hex(12), "digest": secrets.token_bytes(16)}
+            asked["idempotency_key"] = None
             turn = StoredTurn(prompt=ids, key=secrets.randbits(62), said=(), **place, **text, **made, **ends, **asked)
-            session.tree.add(turn)
+            session.tree.add(turn, 1)
         return session
 
     gc.collect()

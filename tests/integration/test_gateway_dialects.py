@@ -5,7 +5,6 @@ Tokens come from the fake engine, so that every text is known; the last tests sa
 
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -13,7 +12,6 @@ import openai
 import pytest
 from support.fake_engine import FakeEngine, text_reply
 from support.serving import serving
-from support.sessions import OracleEngine, check_rollout, open_session, rollout_of, session_gateway
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atropos_verl.assets import demo_model_path
@@ -260,55 +258,6 @@ def test_errors_inside_a_stream_reach_the_sdks(gateway: Gateway) -> None:
         with pytest.raises(kind, match="internal error"):
             call()
         gateway.says(REPLY)
-
-
-# -- in a session ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("dialect", ["chat", "responses", "responses by id", "messages"])
-def test_turns_of_every_dialect_continue_what_was_sampled(
-    tokenizer: Any, tmp_path: Path, dialect: str, streamed: bool
-) -> None:
-    """Three turns with calls, whose text no template renders as the policy wrote it."""
-    calls = [f'<tool_call>{{"name":"add","arguments":{{"x" : {k}}}}}</tool_call>' for k in (1, 2)]
-    replies = [*(f"<think>\nhm</think>\nSo\n\n{call}" for call in calls), "3"]
-    engine = OracleEngine(max_context_len=4096)
-    engine.reply = lambda request, _: tokenizer.encode(f"{replies[len(engine.samples)]}<|im_end|>")
-    with session_gateway(tmp_path, engine, tokenizer) as client:
-        session = open_session(client)
-        key = {"api_key": session["api_key"], "max_retries": 0}
-        agent = openai.OpenAI(base_url=session["base_url"], **key)
-        other = anthropic.Anthropic(base_url=session["base_url"].removesuffix("/v1"), **key)
-        said: list[Any] = [{"role": "user", "content": "q"}]
-        last: str | None = None
-        for turn in range(3):
-            if dialect == "chat":
-                answer = chat(agent, streamed, messages=said, tools=[CHAT_TOOL]).choices[0].message
-                said.append(answer.model_dump(exclude_none=True))
-                said += [{"role": "tool", "tool_call_id": c.id, "content": f"r{turn}"} for c in answer.tool_calls or []]
-            elif dialect == "messages":
-                answer = message(other, streamed, messages=said, tools=[ANTHROPIC_TOOL], system="s")
-                said.append({"role": "assistant", "content": [block.model_dump() for block in answer.content]})
-                uses = [block.id for block in answer.content if block.type == "tool_use"]
-                results = [{"type": "tool_result", "tool_use_id": one, "content": f"r{turn}"} for one in uses]
-                said.append({"role": "user", "content": results})
-            else:
-                more = {"instructions": "s", "tools": [RESPONSES_TOOL]}
-                answer = respond(
-                    agent, streamed, input=said, **more, **({"previous_response_id": last} if last else {})
-                )
-                calls = [item.call_id for item in answer.output if item.type == "function_call"]
-                made = [{"type": "function_call_output", "call_id": one, "output": f"r{turn}"} for one in calls]
-                said = (
-                    made if dialect == "responses by id" else [*said, *(i.model_dump() for i in answer.output), *made]
-                )
-                last = answer.id if dialect == "responses by id" else None
-        tree = client.get(f"/sessions/{session['id']}").json()["tree"]
-        assert [(one["parent"], one["reason"]) for one in tree] == [(None, None), (0, None), (1, None)]
-        rollout = rollout_of(client, session)
-    assert len(rollout["rows"]) == 1
-    check_rollout(rollout, engine.samples)
 
 
 # -- what is enforced, by the embedded engine ------------------------------------------------------------------------

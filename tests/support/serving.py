@@ -1,6 +1,8 @@
 """A gateway over real HTTP for the length of a ``with`` block."""
 
+import json
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,8 +15,7 @@ from atropos_verl.gateway.app import GatewayServer, create_app
 
 @contextmanager
 def serving(engine: Any, tokenizer: Any, *, model_name: str = "tiny", **options: Any) -> Iterator[httpx.Client]:
-    """Serve ``engine`` and yield a client of it; ``client.base_url`` is the gateway's. Clients' templates are run."""
-    options = {"allow_client_templates": True, **options}
+    """Serve ``engine`` and yield a client of it; ``client.base_url`` is the gateway's."""
     server = GatewayServer(create_app(engine, tokenizer, model_name=model_name, **options))
     server.start(timeout=20.0)
     try:
@@ -29,6 +30,16 @@ def post(client: httpx.Client, path: str, **body: Any) -> Any:
     response = client.post(path, json=body)
     assert response.status_code == 200, response.text
     return response.json()
+
+
+def raw_post(client: httpx.Client, path: str, body: dict[str, Any], **headers: str) -> socket.socket:
+    """Send a request, in the same bytes as ``client`` does, and leave the answer unread: who closes it hangs up."""
+    data = json.dumps(body, separators=(",", ":")).encode()
+    lines = {"host": "x", "content-type": "application/json", "content-length": str(len(data)), **headers}
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    connection = socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=10)
+    connection.sendall(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + data)
+    return connection
 
 
 def refused(client: httpx.Client, path: str, **body: Any) -> dict[str, Any]:

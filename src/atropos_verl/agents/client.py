@@ -72,7 +72,6 @@ class AgentSession:
         """Set the rollout's reward, and with ``finished`` end it. The same again changes nothing. Raises
         ``SessionError``: 409 it has another one; 410 it was aborted, or its time ended."""
         body = {"reward": reward, "finished": finished, "per_turn": per_turn and list(per_turn), "info": info}
-        body = {name: value for name, value in body.items() if value is not None}
         await self._client.ask("POST", f"/sessions/{self.id}/reward", body)
         self.is_rewarded = finished
 
@@ -120,7 +119,6 @@ class Client:
         """A new session of ``group``; it is aborted when the block raises, and ends at its ``ttl`` (seconds) without a
         reward. Raises ``SessionError``."""
         body = {"group": group, "task": task, "metadata": metadata, "ttl": ttl, "size": size}
-        body = {name: value for name, value in body.items() if value is not None}
         session = AgentSession(self, await self.ask("POST", "/sessions", body, key=uuid.uuid4().hex))
         try:
             yield session
@@ -136,11 +134,13 @@ class Client:
     async def ask(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, key: str | None = None
     ) -> dict[str, Any]:
+        """``body`` without what is None."""
         headers = {} if key is None else {"Idempotency-Key": key}
+        sent = body and {name: value for name, value in body.items() if value is not None}
         end = time.monotonic() + self._patience
         for attempt in itertools.count():
             try:
-                answer = await self._http.request(method, path, json=body, headers=headers)
+                answer = await self._http.request(method, path, json=sent, headers=headers)
                 status, text = answer.status_code, answer.text[:500]
                 if status != 429 and status < 500:
                     break

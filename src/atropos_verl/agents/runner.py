@@ -1,10 +1,8 @@
 """``atropos-verl agents``: an agent that exists already as an Atropos environment.
 
 For each task G sessions are opened at the gateway, and the agent works in each: a function ``solve(task, session)``, or
-a command that finds the session by ``OPENAI_BASE_URL``. The rollouts of a task are posted as one group, once: which
-sessions belong to which group is noted (``Notes``) before the agent has them, and the group has an idempotency key. A
-runner that is started again posts what was finished and samples what is missing. The launcher starts it with the words
-that an Atropos environment takes, hence the second names of options.
+a command that finds the session by ``OPENAI_BASE_URL``. The rollouts of a task are posted as one group, once. The
+launcher starts it with the words that an Atropos environment takes, hence the second names of options.
 """
 
 import argparse
@@ -99,15 +97,14 @@ class Notes:
         self.begun = 0
         """Groups of all processes so far."""
         self.unfinished: dict[str, Group] = {}
-        lines = path.read_text().splitlines() if path.exists() else []
-        for line in lines:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for line in path.read_text().splitlines() if path.exists() else ():
             with contextlib.suppress(ValueError):  # the last line may be cut short
                 self._apply(json.loads(line))
         rest: list[dict[str, Any]] = [{"begun": self.begun - len(self.unfinished)}]
         for group in self.unfinished.values():
             rest += [{"group": group.id, "task": group.task}]
             rest += [{"group": group.id, "session": session} for session in group.sessions]
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, "".join(f"{json.dumps(note)}\n" for note in rest))
         self._file = path.open("a")
 
@@ -210,14 +207,12 @@ async def give(session: AgentSession, result: Any) -> None:
 
 def is_infrastructure(error: BaseException | None) -> bool:
     """The failure says nothing about the agent: network or server. Causes of the error are looked at, too."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
+    for _ in range(20):  # causes may be a circle
         status = getattr(error, "status", None) or getattr(getattr(error, "response", error), "status_code", None)
         server = isinstance(status, int) and (status == 429 or status >= 500)
         if server or type(error).__name__ in _SDK_ERRORS or isinstance(error, httpx.TransportError | ConnectionError):
             return True
-        error = error.__cause__ or error.__context__
+        error = error and (error.__cause__ or error.__context__)
     return False
 
 
@@ -337,15 +332,14 @@ class Runner:
 
         missing = (self.rollout(group.id, group.task, noted) for _ in range(size - len(earlier)))
         rollouts = [found for found in [*earlier, *await asyncio.gather(*missing)] if found is not None]
-        if len(rollouts) < min(2, size):
-            self._failed_groups += 1
+        self._failed_groups = self._failed_groups + 1 if len(rollouts) < min(2, size) else 0
+        if self._failed_groups:
             notes.add(group=group.id, over="failed")
             logger.error("task %d gave %d of %d rollouts: it is left out", group.task, len(rollouts), size)
             if self._failed_groups >= _FAILED_GROUPS:
                 text = f"the agent failed in {self._failed_groups} groups in a row, at last with {self._last_failure}"
                 raise AgentError(text)
             return
-        self._failed_groups = 0
         holds = "rollouts" in api.features
         if not holds and any(len(found["rows"]) > 1 for found in rollouts) and self._lines.is_new(_UPSTREAM):
             logger.warning(_UPSTREAM)

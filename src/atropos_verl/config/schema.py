@@ -254,9 +254,6 @@ class GatewayConfig(Section):
     port: Port = Field(0, description="0: any free port")
     api_key: str | None = Field(None, description="key that environments must send; null: the run makes one")
     advertise_url: str | None = Field(None, description="URL at which environments reach it, if another")
-    allow_client_templates: bool = Field(
-        False, description="run chat templates that requests bring, each in a process of its own; they are programs"
-    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -270,9 +267,7 @@ class GatewayConfig(Section):
         if is_loopback(host):  # anywhere else other machines call it by names that nobody knows here
             advertised = urlsplit(self.advertise_url or "").hostname or host
             hosts = ("127.0.0.1", "localhost", "::1", host, advertised)
-        templates = self.allow_client_templates
-        who = {"api_key": self.api_key, "allowed_hosts": hosts, "allow_client_templates": templates}
-        return {**who, "advertise_url": self.advertise_url}
+        return {"api_key": self.api_key, "allowed_hosts": hosts, "advertise_url": self.advertise_url}
 
 
 class InferenceConfig(Section):

@@ -15,21 +15,12 @@ from atropos_verl.gateway.chat import (
     read_tool_choice,
     read_tools,
 )
-from atropos_verl.gateway.fields import Fields, parse_sampling
+from atropos_verl.gateway.fields import Fields, parse_sampling, sent_event
 from atropos_verl.gateway.parsing import Piece
 from atropos_verl.gateway.service import Answer, EventAnswer, GatewayService
 from atropos_verl.types import FinishReason
 
-_HARMLESS = (
-    "stream",
-    "cache_control",
-    "inference_geo",
-    "service_tier",
-    "speed",
-    "diagnostics",
-    "betas",
-    "context_management",
-)
+_HARMLESS = ("stream", "cache_control", "inference_geo", "speed", "diagnostics", "betas", "context_management")
 _SIGNATURE = "unsigned"
 """Of thinking blocks: clients demand one, and send it back."""
 _CHOICES = {"auto": "auto", "none": "none", "any": "required"}
@@ -172,11 +163,11 @@ class _Call(EventAnswer):
         _, matched = self.service.codec.completion_text(self.token_ids, finish_reason, self.turn.sampling)
         reason = "max_tokens" if finish_reason == "length" else "end_turn"
         stop = matched if isinstance(matched, str) else None
-        reason = "tool_use" if self.reader.message.tool_calls else "stop_sequence" if stop is not None else reason
+        reason = "tool_use" if self.reader.calls else "stop_sequence" if stop is not None else reason
         self._ends = {"stop_reason": reason, "stop_sequence": stop}
         yield _event("message_delta", delta=self._ends, usage=self.body()["usage"])
         yield _event("message_stop")
 
 
 def _event(kind: str, **data: Any) -> bytes:
-    return f"event: {kind}\ndata: ".encode() + msgspec.json.encode({"type": kind, **data}) + b"\n\n"
+    return sent_event({"type": kind, **data}, kind)

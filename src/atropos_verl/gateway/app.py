@@ -91,31 +91,29 @@ def create_app(
     model_name: str,
     api_key: str | None = None,
     allowed_hosts: Collection[str] = (),
-    allow_client_templates: bool = False,
     request_timeout: float | None = 1200.0,
     sessions: SessionStore | None = None,
     on_request: Callable[..., None] | None = None,
     advertise_url: str | None = None,
 ) -> Starlette:
-    """The HTTP surface that Atropos environments call.
+    """The HTTP surface that Atropos environments and agents call.
 
     Args:
         tokenizer: a Hugging Face tokenizer with the model's chat template.
         gate: admits requests and makes them wait while weights are swapped.
         ledger: is told of every completion before the client sees the end of it.
         throttle: makes new prompts wait that would be trained on too late.
-        evaluated: answers what held-out evaluations ask, under ``/evaluation`` (None: there are none).
+        evaluated: answers what held-out evaluations ask, under ``/evaluation``.
         max_new_tokens: of one completion at most, whatever a request asks for (None: the rest of the context).
-        api_key: required on every route but /health, as bearer or basic key or ``x-api-key`` (None or "": no key).
+        api_key: required on every route but /health, as bearer or basic key or ``x-api-key``.
         allowed_hosts: names that a request's ``Host`` may have (none: any).
-        allow_client_templates: run a ``chat_template`` that a request brings.
-        request_timeout: seconds a request may take in all, waiting included (None: no bound); then HTTP 504.
-        sessions: what agents ask for in a session is recorded there (None: there are no sessions).
+        request_timeout: seconds a request may take in all, waiting included; then HTTP 504.
+        sessions: what agents ask for in a session is recorded there.
         on_request: told of every request that ended, as ``training.trace.TraceWriter.request`` is.
         advertise_url: where agents reach this server (None: as whoever opens a session does).
     """
     eos = getattr(engine, "eos_token_ids", None) or eos_token_ids(tokenizer)  # another engine may not say
-    codec = TextCodec(tokenizer, eos, allows_client_templates=allow_client_templates)
+    codec = TextCodec(tokenizer, eos)
     service = GatewayService(engine, codec, model_name, gate or RequestGate(), ledger, throttle, max_new_tokens)
     service.on_request = on_request
     started = int(time.time())
@@ -145,7 +143,7 @@ def create_app(
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
         if name != model_name:
-            return _error_response(ApiError(404, f"no model {name!r} here; this gateway serves {model_name!r}"))
+            raise ApiError(404, f"no model {name!r} here; this gateway serves {model_name!r}")
         return _json_response(model_card())
 
     async def metrics(_: Request) -> Response:
@@ -154,12 +152,8 @@ def create_app(
     async def session(request: Request) -> Response:
         """``GET /sessions/ID`` and ``GET /sessions/ID/rollout``."""
         assert sessions is not None
-        try:
-            found = sessions.find(request.path_params["id"])
-            described = sessions.rollout if request.url.path.endswith("/rollout") else sessions.describe
-            return _json_response(await described(found))
-        except ApiError as error:
-            return _error_response(error)
+        described = sessions.rollout if request.url.path.endswith("/rollout") else sessions.describe
+        return _json_response(await described(sessions.find(request.path_params["id"])))
 
     gets = {"/health": health, "/v1/models": models, "/v1/models/{name:path}": model, "/metrics": metrics}
     posts: dict[str, Handler] = {
@@ -195,9 +189,13 @@ def create_app(
         service.warn_refused(f"route {request.url.path[:200]}", "a client calls %s", what)
         return _error_response(ApiError(status, what))
 
+    async def refused(_: Request, error: Exception) -> Response:
+        return _error_response(to_api_error(error))
+
     who: dict[str, Any] = {"key": api_key, "hosts": allowed_hosts, "sessions": sessions}
     entrance = Middleware(_Entrance, service=service, evaluates=evaluated is not None, **who)
-    return Starlette(routes=routes, middleware=[entrance], exception_handlers={HTTPException: routing_error})
+    errors = {HTTPException: routing_error, ApiError: refused}
+    return Starlette(routes=routes, middleware=[entrance], exception_handlers=errors)
 
 
 def _json_response(data: Any) -> Response:
@@ -214,8 +212,7 @@ class _Reply:
 
     def __init__(self, send: Send, path: str) -> None:
         self._send, self._path = send, path
-        self._started = False
-        self._finished = False
+        self._started = self._finished = False
         self.status = 500
 
     async def write(self, piece: bytes, *, more: bool = False, status: int = 200, media_type: str = _JSON) -> None:
@@ -231,9 +228,8 @@ class _Reply:
     async def fail(self, error: ApiError) -> None:
         """The error as the answer, or as the last event of a stream that has begun."""
         if not self._finished:
-            body = error.body(self._path, streamed=self._started)
             self.status = error.status
-            await self.write(body, status=error.status)
+            await self.write(error.body(self._path, streamed=self._started), status=error.status)
 
 
 @dataclass(eq=False)
@@ -271,7 +267,8 @@ class _Entrance:
         if (reason := foreign_page(headers, self.hosts)) is not None:
             raise ApiError(403, f"{reason} (gateway.host, gateway.advertise_url)", code="forbidden")
         sent = [sent_token(headers), headers.get("x-api-key", "").encode()]
-        session = self._session_of(sent)
+        found = () if self.sessions is None else (self.sessions.of_key(token.decode("latin-1")) for token in sent)
+        session = next(filter(None, found), None)
         is_open = not self.key or path in ("/health", f"{EVALUATION_PATH}/health") or session is not None
         if not is_open and not any(hmac.compare_digest(token, str(self.key).encode()) for token in sent):
             message = "missing or wrong API key; send 'Authorization: Bearer KEY' (gateway.api_key)"
@@ -287,23 +284,14 @@ class _Entrance:
             if not path.startswith(_AGENT_ROUTES):
                 text = f"an agent calls routes below {_AGENT_ROUTES}, not {path[:100]!r}; its base_url is …/s/ID/v1"
                 raise ApiError(404, text)
-            return self._prefix(addressed) + path, addressed
-        own = "" if session is None else f"/sessions/{session.record.id}"
-        if own and path not in ("/health", own) and not path.startswith((_AGENT_ROUTES, f"{own}/")):
-            raise ApiError(403, f"the key of a session opens {_AGENT_ROUTES} and its own session", code="forbidden")
-        if session is not None and path.startswith(_AGENT_ROUTES):
-            path = self._prefix(session) + path
+            session = addressed
+        elif session is not None:
+            own = f"/sessions/{session.record.id}"
+            if path not in ("/health", own) and not path.startswith((_AGENT_ROUTES, f"{own}/")):
+                raise ApiError(403, f"the key of a session opens {_AGENT_ROUTES} and its own session", code="forbidden")
+        if session is not None and session.record.opening.group.startswith(EVALUATION_GROUP) and self.evaluates:
+            path = EVALUATION_PATH + path if path.startswith(_AGENT_ROUTES) else path
         return path, session
-
-    def _prefix(self, session: Session) -> str:
-        return EVALUATION_PATH if self.evaluates and session.record.opening.group.startswith(EVALUATION_GROUP) else ""
-
-    def _session_of(self, sent: list[bytes]) -> Session | None:
-        """The session whose key was sent."""
-        if self.sessions is None:
-            return None
-        found = (self.sessions.of_key(token.decode("latin-1")) for token in sent)
-        return next((session for session in found if session is not None), None)
 
 
 @dataclass(eq=False)
@@ -416,16 +404,13 @@ def _reader(handler: Handler) -> Reader:
 def _session_readers(sessions: SessionStore, advertise_url: str | None) -> dict[str, Reader]:
     """The POST routes of sessions. An empty body is an empty object."""
 
-    async def create(request: Request, body: bytes) -> dict[str, Any]:
+    async def create(scope: Scope, body: bytes) -> dict[str, Any]:
+        request = Request(scope)
         session = await sessions.create(body, request.headers.get("idempotency-key", "").strip() or None)
-        base = (advertise_url or str(request.base_url)).rstrip("/")
-        record = session.record
+        base, record = (advertise_url or str(request.base_url)).rstrip("/"), session.record
         return {**summary_of(session), "base_url": f"{base}/s/{record.id}/v1", "api_key": record.api_key}
 
-    async def end(how: Callable[..., Awaitable[dict[str, Any]]], request: Request, body: bytes) -> dict[str, Any]:
-        return await how(sessions.find(request.path_params["id"]), body)
-
-    def reader(action: Callable[[Request, bytes], Awaitable[dict[str, Any]]]) -> Reader:
+    def reader(act: Callable[[Scope, bytes], Awaitable[dict[str, Any]]]) -> Reader:
         def read(_: GatewayService, scope: Scope, body: bytearray, abandoned: threading.Event) -> Answer:
             if len(body) > _MAX_SESSION_BODY_BYTES:
                 text = f"the body is larger than {_MAX_SESSION_BODY_BYTES} bytes; store large things elsewhere"
@@ -433,11 +418,14 @@ def _session_readers(sessions: SessionStore, advertise_url: str | None) -> dict[
             sent = bytes(body) or b"{}"
 
             async def answer() -> bytes:
-                return msgspec.json.encode(await action(Request(scope), sent))
+                return msgspec.json.encode(await act(scope, sent))
 
             return answer
 
         return read
 
-    ends = {"/sessions/{id}/reward": sessions.reward, "/sessions/{id}/abort": sessions.abort}
-    return {"/sessions": reader(create), **{path: reader(partial(end, how)) for path, how in ends.items()}}
+    def ends(how: Callable[[Session, bytes], Awaitable[dict[str, Any]]]) -> Reader:
+        return reader(lambda scope, body: how(sessions.find(scope["path_params"]["id"]), body))
+
+    own = "/sessions/{id}"
+    return {"/sessions": reader(create), f"{own}/reward": ends(sessions.reward), f"{own}/abort": ends(sessions.abort)}

@@ -34,6 +34,10 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     extra: dict[str, Any] = {}
     """Other fields of the message, for templates that know them (``name``, …)."""
 
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "\n".join(self.content)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatTurn:
@@ -52,14 +56,7 @@ class ChatTurn:
     sampling: Sampling
     variables: Mapping[str, Any] = field(default_factory=dict)
     """Of the chat template, beside messages and tools; ``add_generation_prompt`` is one."""
-    template: str | None = None
-    """A client's own chat template; None: the model's."""
     add_special_tokens: bool = False
-
-    @property
-    def constrained(self) -> bool:
-        """Sampled from a masked distribution."""
-        return self.response_schema is not None or self.tool_choice not in ("auto", "none")
 
     @property
     def parses_calls(self) -> bool:
@@ -71,7 +68,7 @@ def read_list(fields: Fields, name: str) -> list[Any]:
     """The items of a field that must have some. Raises ``ApiError`` 400."""
     items = fields.raw(name)
     if not isinstance(items, list) or not items:
-        raise fields.error(name, f"expected a non-empty list of {'messages' if name == 'messages' else 'items'}")
+        raise fields.error(name, "expected a non-empty list")
     return items
 
 
@@ -91,35 +88,23 @@ def read_messages(
     """
     result, names = list[Message](), {call.id: call.name for message in before for call in message.tool_calls}
     for index, message in items:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        known = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
+        role, content, answered = known.pop("role", None), known.pop("content", ""), known.pop("tool_call_id", None)
+        thought = known.pop("reasoning_content", known.pop("reasoning", None))
+        if not isinstance(role, str):
             raise fields.error(name, f"item {index} must be an object with a string 'role'")
-        known = {key: value for key, value in message.items() if value is not None}
-        role, content = known.pop("role"), known.pop("content", "")
+        if not isinstance(answered, str | None) or not isinstance(thought, str | None):
+            raise fields.error(name, f"item {index}: 'tool_call_id' and 'reasoning_content' must be strings")
         calls = tuple(_calls(fields, name, index, known.pop("tool_calls", [])))
         names |= {call.id: call.name for call in calls}
-        answered = known.pop("tool_call_id", None)
-        if answered is not None and not isinstance(answered, str):
-            raise fields.error(name, f"item {index}: the id of the call that is answered must be a string")
         if role == "tool" and (tool := names.get(str(answered))):
             known.setdefault("name", tool)
-        thought = known.pop("reasoning_content", known.pop("reasoning", None))
-        if thought is not None and not isinstance(thought, str):
-            raise fields.error(name, f"item {index}: 'reasoning_content' must be a string")
         if isinstance(content, list):
             content = list(read_texts(fields, name, index, content))
             content = tuple(content) if takes_parts and len(content) > 1 else "\n".join(content)
         elif not isinstance(content, str):
             raise fields.error(name, f"item {index}: 'content' must be a string or a list of text parts")
-        result.append(
-            Message(
-                role=role_of(role),
-                content=content,
-                tool_calls=calls,
-                tool_call_id=answered,
-                reasoning_content=thought,
-                extra=known,
-            )
-        )
+        result.append(Message(role_of(role), content, calls, answered, thought, known))
     return tuple(result)
 
 
@@ -190,9 +175,7 @@ def _calls(fields: Fields, name: str, index: int, calls: Any) -> Iterator[ToolCa
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             text = f"item {index}: a call needs a 'function' with a 'name'; other kinds of calls are not served"
             raise fields.error(name, text)
-        arguments = function.get("arguments")
-        if arguments is None or arguments == "":
-            arguments = {}
+        arguments = function.get("arguments") or {}
         if not isinstance(arguments, str):
             try:
                 arguments = msgspec.json.encode(arguments).decode()

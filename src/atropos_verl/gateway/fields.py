@@ -2,9 +2,8 @@
 
 ``parse_sampling`` reads the sampling parameters, which all dialects share.
 
-Every reader marks its field as seen. ``Fields.unread`` names what nobody asked for, so that a field this gateway does
-not know is at least logged; fields that would change the sampled distribution are refused instead
-(``require_neutral``). JSON null means absent, as in the APIs that are imitated here.
+Every reader marks its field as seen; ``Fields.unread`` names what nobody asked for. JSON null means absent, as in the
+APIs that are imitated here.
 """
 
 import gc
@@ -25,26 +24,22 @@ D = TypeVar("D", int, None)
 
 _EXPECTED = {bool: "true or false", str: "a string", dict: "an object"}
 _TYPE_OF_STATUS = {
-    400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
-    **dict.fromkeys((403, 405, 409, 410, 413, 415), "invalid_request_error"),
     429: "rate_limit_error",
     500: "internal_server_error",
     **dict.fromkeys((503, 507), "service_unavailable_error"),
     504: "timeout_error",
 }
-
 _ANTHROPIC_TYPE_OF_STATUS = {
     403: "permission_error",
     413: "request_too_large",
+    **dict.fromkeys((500, 507), "api_error"),
     503: "overloaded_error",
-    504: "timeout_error",
 }
 
 _MAX_N = 1024
 """Completions of one prompt in one request, at most: a typing error should not queue a million sequences."""
-
 _MAX_STOPS, _MAX_STOP_LENGTH = 256, 4096
 _MAX_TOKEN_ID = (1 << 31) - 1
 _TokenId = Annotated[int, msgspec.Meta(ge=0, le=_MAX_TOKEN_ID)]
@@ -94,19 +89,21 @@ class ApiError(Exception):
 
     def body(self, path: str = "", *, streamed: bool = False) -> bytes:
         """The JSON body, UTF-8, in the form of the API at ``path``; ``streamed``: as the last event of a stream."""
-        kind = _TYPE_OF_STATUS.get(self.status, "api_error")
+        kind = _TYPE_OF_STATUS.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         body: dict[str, Any] = {"error": error}
         if "/messages" in path:
-            kind = _ANTHROPIC_TYPE_OF_STATUS.get(self.status, kind if self.status < 500 else "api_error")
+            kind = _ANTHROPIC_TYPE_OF_STATUS.get(self.status, kind)
             body = {"type": "error", "error": {"type": kind, "message": self.message}, "request_id": None}
         elif streamed and path.endswith("/responses"):
             # The documented event, and what makes OpenAI's SDK raise.
             body = {"type": "error", "sequence_number": 0, **error, "code": self.code or kind, "error": error}
-        encoded = msgspec.json.encode(body)
-        if not streamed:
-            return encoded
-        return (b"event: error\n" if "type" in body else b"") + b"data: " + encoded + b"\n\n"
+        return sent_event(body, "error" if "type" in body else "") if streamed else msgspec.json.encode(body)
+
+
+def sent_event(data: Any, kind: str = "") -> bytes:
+    """A server-sent event with ``data`` as JSON."""
+    return (f"event: {kind}\n" if kind else "").encode() + b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -155,28 +152,23 @@ class Fields:
 
     def integer(self, name: str, default: D, *, minimum: int | None = None, maximum: int | None = None) -> int | D:
         value = self.raw(name)
-        if value is None:
-            return default
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # some clients send 16.0 for 16
-        if not isinstance(value, int) or isinstance(value, bool):
+        if value is not None and type(value) is not int:
             raise self.error(name, f"expected an integer, got {_show(value)}")
-        self._check_range(name, value, minimum, maximum)
-        return value
+        return default if value is None else self._within(name, value, minimum, maximum)
 
     def number(self, name: str, default: float, *, minimum: float | None = None, maximum: float | None = None) -> float:
         value = self.raw(name)
-        if value is None:
-            return default
-        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+        if value is not None and (type(value) not in (int, float) or not abs(value) <= sys.float_info.max):
             raise self.error(name, f"expected a finite number, got {_show(value)}")
-        self._check_range(name, value, minimum, maximum)
-        return float(value)
+        return default if value is None else float(self._within(name, value, minimum, maximum))
 
-    def _check_range(self, name: str, value: float, minimum: float | None, maximum: float | None) -> None:
+    def _within(self, name: str, value: Any, minimum: float | None, maximum: float | None) -> Any:
         if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
             allowed = f"at least {minimum}" if maximum is None else f"{minimum} to {maximum}"
             raise self.error(name, f"{_show(value)} is out of range, allowed: {allowed}")
+        return value
 
     def get(self, name: str, default: T) -> T:
         """A boolean, a string or an object, as ``default`` is."""
@@ -234,14 +226,12 @@ class Fields:
             raise self.error(name, f"not supported by this server ({_show(value)}); {advice}", code="unsupported_field")
 
     def ignore(self, *names: str) -> None:
-        """Mark fields that are known to change nothing in the answer."""
+        """Fields that are known to change nothing in the answer."""
         self._seen.update(names)
 
     def unread(self) -> list[str]:
         """Names (with prefix) of non-null fields that nobody read, in the order of the body."""
-        return [
-            self._prefix + name for name, value in self._data.items() if name not in self._seen and value is not None
-        ]
+        return [self._prefix + name for name in self._data if name not in self._seen and name in self]
 
 
 def parse_body(body: bytes | bytearray, abandoned: threading.Event) -> Fields:

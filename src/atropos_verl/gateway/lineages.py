@@ -3,13 +3,16 @@
 A ``Turn`` is one completion with the prompt tokens that its parent's sequence lacks.
 """
 
+from array import array
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from atropos_verl.gateway.chat import ChatTurn, Message, parsed_arguments
 from atropos_verl.gateway.fields import ApiError
@@ -48,12 +51,11 @@ class StoredTurn(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     key: int
     """Hash of all messages up to the answer; 0: its prompt was no list of messages."""
     messages: int
-    """Their number."""
     characters: int
     """Of the text of prompt and answer."""
     text_hash: int
     reason: str | None
-    """The reason for which the request does not continue the newest answer among its messages."""
+    """Why the request does not continue the newest answer among its messages."""
     said: tuple[Message, ...]
     """The messages that the parent lacks, and the answer."""
 
@@ -66,40 +68,37 @@ class StoredTurn(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
         )
 
 
-@dataclass(slots=True, eq=False)
-class Turn:
-    """What is kept in memory of a turn while its session is open."""
+class Turn(NamedTuple):
+    """A row of a ``Tree``: what is kept in memory of a turn while its session is open."""
 
     number: int
-    parent: "Turn | None"
-    stored: StoredTurn
-    """Without logprobs and messages."""
+    parent: int
+    """-1: none."""
+    lineage: int
+    children: int
+    begin: int
+    """Of its own tokens, those that its parent lacks, among those of the tree."""
+    own: int
+    sampled: int
+    """Tokens at the end of its own."""
     length: int
     """Tokens of the sequence that ends with it."""
-    ids_hash: int
-    lineage: int
-    children: int = 0
+    key: int
+    messages: int
+    characters: int
+    text_hash: int
+    has_end: bool
+    request: bytes
+    name: int
+    """Hash of the idempotency key of the request, or else of its digest."""
+    digest: int
+    """Hash of the digest."""
+    received: int
+    """1: its answer went out whole; 0: the connection broke before; -1: not known (yet)."""
 
-    def path(self) -> list["Turn"]:
-        """The turns from the first of the sequence to this one."""
-        path, turn = [self], self.parent
-        while turn is not None:
-            path.append(turn)
-            turn = turn.parent
-        return path[::-1]
 
-    def ids(self) -> tuple[int, ...]:
-        """Token ids of the sequence that ends with it."""
-        return tuple(np.frombuffer(_bytes_of(self), _IDS).tolist())
-
-    def prompt_ids(self) -> tuple[int, ...]:
-        """Token ids of its whole prompt."""
-        return self.ids()[: self.length - len(self.stored.sampled) // _IDS.itemsize]
-
-    def begins(self, text: str) -> bool:
-        """``text`` begins with the text of its sequence."""
-        characters = self.stored.characters
-        return len(text) >= characters and _hash(text[:characters]) == self.stored.text_hash
+_FORMATS = ("i4", "i4", "i4", "i4", "i8", "i4", "i4", "i4", "i8", "i4", "i4", "i8", "?", "S24", "i8", "i8", "i1")
+_COLUMNS = np.dtype([*zip(Turn._fields, _FORMATS, strict=True)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,58 +116,94 @@ class Prompt:
 class Tree:
     """The turns of one session. Read by worker threads while the event loop adds to it."""
 
-    turns: list[Turn] = field(default_factory=list)
     lineages: int = 0
-    tokens: int = 0
-    """Prompt tokens, counted once where turns share them, and sampled ones."""
     row_tokens: int = 0
     """Of all sequences that nothing continues."""
-    _by_messages: dict[int, list[Turn]] = field(default_factory=dict)
+    count: int = 0
+    _rows: NDArray[np.void] = field(default_factory=lambda: np.zeros(0, _COLUMNS))
+    _ids: "array[int]" = field(default_factory=lambda: array("i"))
 
-    def add(self, stored: StoredTurn) -> Turn:
+    @property
+    def turns(self) -> NDArray[np.void]:
+        """Columns named as the fields of ``Turn``."""
+        return self._rows[: self.count]
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens, counted once where turns share them, and sampled ones."""
+        return len(self._ids)
+
+    def turn(self, number: int) -> Turn:
+        return Turn(*self.turns[number].item())
+
+    def path(self, number: int) -> list[Turn]:
+        """The turns from the first of the sequence to this one."""
+        path = [self.turn(number)]
+        while path[-1].parent >= 0:
+            path.append(self.turn(path[-1].parent))
+        return path[::-1]
+
+    def own_ids(self, turn: Turn) -> "array[int]":
+        return self._ids[turn.begin : turn.begin + turn.own]
+
+    def ids(self, number: int) -> tuple[int, ...]:
+        """Token ids of the sequence that ends with the turn."""
+        return tuple(chain.from_iterable(map(self.own_ids, self.path(number))))
+
+    def add(self, stored: StoredTurn, received: int = -1) -> None:
         """Raises ``IndexError`` where its parent is not there."""
-        parent = None if stored.parent is None else self.turns[stored.parent]
-        own = stored.prompt + stored.sampled
+        parent = None if stored.parent is None else self.turn(stored.parent)
+        own, begins = stored.prompt + stored.sampled, parent is None or parent.children > 0
+        if self.count == len(self._rows):
+            self._rows = np.concatenate([self._rows, np.zeros(4 + self.count // 8, _COLUMNS)])
         turn = Turn(
-            number=len(self.turns),
-            parent=parent,
-            stored=msgspec.structs.replace(stored, logprobs=b"", said=()),
-            length=(0 if parent is None else parent.length) + len(own) // _IDS.itemsize,
-            ids_hash=0,
-            lineage=self.lineages if parent is None or parent.children else parent.lineage,
+            number=self.count,
+            parent=-1 if parent is None else parent.number,
+            lineage=self.lineages if parent is None or begins else parent.lineage,
+            children=0,
+            begin=len(self._ids),
+            own=len(own) // _IDS.itemsize,
+            sampled=len(stored.sampled) // _IDS.itemsize,
+            length=len(own) // _IDS.itemsize + (0 if parent is None else parent.length),
+            key=stored.key,
+            messages=stored.messages,
+            characters=stored.characters,
+            text_hash=stored.text_hash,
+            has_end=stored.has_end,
+            request=stored.request.encode(),
+            name=hash_of(stored.idempotency_key or stored.digest),
+            digest=hash_of(stored.digest),
+            received=received,
         )
-        turn.ids_hash = _hash(_bytes_of(turn))
-        self.lineages += turn.lineage == self.lineages
+        self._rows[self.count] = turn
+        self._ids.frombytes(own)
+        self.count += 1
+        self.lineages += begins
         self.row_tokens += turn.length
         if parent is not None:
             self.row_tokens -= 0 if parent.children else parent.length
-            parent.children += 1
-        self.tokens += len(own) // _IDS.itemsize
-        self.turns.append(turn)
-        if stored.key:
-            self._by_messages.setdefault(stored.key, []).append(turn)
-        return turn
+            self._rows["children"][parent.number] += 1
 
     def render(self, codec: TextCodec, turn: ChatTurn) -> Prompt:
         """The prompt of a turn: recorded tokens and more, where that is proven to be what the template renders."""
         text = codec.template.prompt(turn)
         alike, reason = self._longest(turn.messages)
-        found = next((one for one in alike if one.begins(text)), None)
+        found = next((one for one in alike if _begins(text, one)), None)
         if alike and found is None:
             # An answer that was cut, trimmed or whose calls are written in another way is still the one that was given:
             # the template is asked for the conversation with the words that were sampled.
-            sampled = _as_sampled(codec, turn, alike[0])
+            path = self.path(alike[0].number)
             try:
-                other = codec.template.prompt(sampled)
+                other = codec.template.prompt(self._as_sampled(codec, turn, path))
             except ApiError:
                 other = ""
-            if alike[0].begins(other):
+            if _begins(other, alike[0]):
                 text, found = other, alike[0]
             else:
                 reason = "the chat template renders recorded answers in another way than they were sampled"
-                found = next((one for one in reversed(alike[0].path()[:-1]) if one.begins(text)), None)
+                found = next((one for one in reversed(path[:-1]) if _begins(text, one)), None)
         if found is not None:
-            before, rest = found.ids(), text[found.stored.characters :]
+            before, rest = self.ids(found.number), text[found.characters :]
             more = codec.encode(rest, add_special_tokens=False)
             if _text_after(codec, before, more) == rest:
                 return Prompt(ids=before + more, parent=found, reason=reason, text=text, messages=turn.messages)
@@ -178,28 +213,36 @@ class Tree:
 
     def place(self, ids: tuple[int, ...]) -> Prompt:
         """A prompt of token ids: it continues the longest recorded sequence that it begins with."""
-        own, hashes = np.asarray(ids, _IDS).tobytes(), dict[int, int]()
-        for turn in sorted(self.turns, key=lambda turn: (-turn.length, turn.children, -turn.number)):
-            if turn.length <= len(ids):
-                size = turn.length
-                if size not in hashes:
-                    hashes[size] = _hash(own[: size * _IDS.itemsize])
-                if hashes[size] == turn.ids_hash:
-                    return Prompt(ids=ids, parent=turn)
-        return Prompt(ids=ids)
+        own, ends = np.asarray(ids, _IDS).tobytes(), {-1: 0}
+        known: list[Turn] = []
+        for turn in map(Turn._make, self.turns.tolist()):  # after its parent
+            start = ends.get(turn.parent)
+            if start is not None and own.startswith(self.own_ids(turn).tobytes(), start):
+                ends[turn.number] = turn.length * _IDS.itemsize
+                known.append(turn)
+        known.sort(key=lambda turn: (turn.length, -turn.children, turn.number))
+        return Prompt(ids=ids, parent=known[-1] if known else None)
 
     def _longest(self, messages: Sequence[Message]) -> tuple[list[Turn], str | None]:
         """The turns whose messages are the longest beginning of ``messages``, those that nothing continues first; and
         why it is not all answers among them."""
-        alike: list[Turn] = []
-        count = 0
-        for end, key in enumerate(message_keys(messages), 1):
-            if messages[end - 1].role == "assistant" and (known := self._by_messages.get(key)):
-                alike, count = known, end
-        later = next((i for i in range(count, len(messages)) if messages[i].role == "assistant"), None)
-        reason = None if later is None else f"messages[{later}] is no answer that was given after these messages"
-        newest_first = alike[-_MOST_ALIKE:][::-1]
-        return sorted(newest_first, key=lambda turn: turn.children > 0), reason
+        keys, reason = [*message_keys(messages)], None
+        for last in (i for i in reversed(range(len(messages))) if messages[i].role == "assistant"):
+            if len(alike := np.flatnonzero(self.turns["key"] == keys[last])):
+                newest_first = [self.turn(number) for number in alike[-_MOST_ALIKE:][::-1]]
+                return sorted(newest_first, key=lambda turn: turn.children > 0), reason
+            reason = f"messages[{last}] is no answer that was given after these messages"
+        return [], reason
+
+    def _as_sampled(self, codec: TextCodec, turn: ChatTurn, path: Sequence[Turn]) -> ChatTurn:
+        """``turn`` with the text of each recorded answer as it was sampled."""
+        messages = list(turn.messages)
+        for one in path:
+            if one.key:
+                ids = self.own_ids(one)[one.own - one.sampled :].tolist()
+                text = codec.decode(ids[:-1] if one.has_end else ids, skip_special_tokens=False)
+                messages[one.messages - 1] = Message(role="assistant", content=text)
+        return replace(turn, messages=tuple(messages))
 
 
 def new_turn(
@@ -214,7 +257,7 @@ def new_turn(
     """The turn of a completion of ``prompt``. ``answer`` is what the agent was given; None: no message."""
     parent = prompt.parent
     known = 0 if parent is None else parent.length
-    said = () if answer is None else (*prompt.messages[0 if parent is None else parent.stored.messages :], answer)
+    said = () if answer is None else (*prompt.messages[0 if parent is None else parent.messages :], answer)
     messages = () if answer is None else (*prompt.messages, answer)
     text = prompt.text + _text_after(codec, prompt.ids, generation.token_ids)
     return StoredTurn(
@@ -228,7 +271,7 @@ def new_turn(
         key=list(message_keys(messages))[-1] if messages else 0,
         messages=len(messages),
         characters=len(text),
-        text_hash=_hash(text),
+        text_hash=hash_of(text),
         reason=prompt.reason,
         said=said,
         **fields,
@@ -243,54 +286,38 @@ def message_keys(messages: Sequence[Message]) -> Iterator[int]:
     """
     key = 0
     for message in messages:
-        content = message.content if isinstance(message.content, str) else "\n".join(message.content)
-        parts: list[Any] = [key, message.role, content]
+        parts: list[Any] = [key, message.role, message.text]
         if message.role == "assistant":
             calls = [(call.name, parsed_arguments(call.arguments)) for call in message.tool_calls]
-            parts = [key, message.role, content.strip(), (message.reasoning_content or "").strip(), calls]
-        key = _hash(msgspec.json.encode(parts, order="deterministic")) or 1
+            parts = [key, message.role, message.text.strip(), (message.reasoning_content or "").strip(), calls]
+        key = hash_of(msgspec.json.encode(parts, order="deterministic")) or 1
         yield key
 
 
-def _as_sampled(codec: TextCodec, turn: ChatTurn, recorded: Turn) -> ChatTurn:
-    """``turn`` with the text of each recorded answer as it was sampled."""
-    messages = list(turn.messages)
-    for one in recorded.path():
-        if one.stored.key:
-            ids = np.frombuffer(one.stored.sampled, _IDS).tolist()
-            text = codec.decode(ids[:-1] if one.stored.has_end else ids, skip_special_tokens=False)
-            messages[one.stored.messages - 1] = Message(role="assistant", content=text)
-    return replace(turn, messages=tuple(messages))
-
-
-def kept_turns(turns: Sequence[StoredTurn], unreceived: Collection[str]) -> list[int]:
+def kept_turns(parents: Sequence[int], received: Sequence[int]) -> list[int]:
     """Numbers of the turns that are trained: those whose answer was received, as far as is known, or continued."""
-    kept = {number for number, turn in enumerate(turns) if turn.request not in unreceived}
-    for number in range(len(turns) - 1, -1, -1):  # a turn comes after its parent
-        parent = turns[number].parent
-        if number in kept and parent is not None:
-            kept.add(parent)
-    return sorted(kept)
+    kept = {number for number, was_received in enumerate(received) if was_received}
+    for number in reversed(range(len(parents))):  # a turn comes after its parent
+        if number in kept:
+            kept.add(parents[number])
+    return sorted(kept - {-1})
 
 
-def training_rows(turns: Sequence[StoredTurn], unreceived: Collection[str]) -> list[dict[str, Any]]:
-    """The sequences of a session, as ``GET /sessions/ID/rollout`` answers them.
+def training_rows(turns: Sequence[StoredTurn], received: Sequence[int]) -> list[dict[str, Any]]:
+    """The sequences of a session, as ``GET /sessions/ID/rollout`` answers them; ``received`` as ``Turn`` has it.
 
     One for each of the ``kept_turns`` that nothing continues. A sampled token is trained in the first of the sequences
     that hold it.
     """
-    parents = [turn.parent for turn in turns]
-    kept = kept_turns(turns, unreceived)
+    parents = [-1 if turn.parent is None else turn.parent for turn in turns]
+    kept = kept_turns(parents, received)
     order = {number: index for index, number in enumerate(kept)}
     continued = {parents[number] for number in kept}
-    trained: set[int] = set()
-    rows = []
+    trained, rows = set[int](), []
     for leaf in (number for number in kept if number not in continued):
-        path: list[int] = []
-        number: int | None = leaf
-        while number is not None:
-            path.append(number)
-            number = parents[number]
+        path = [leaf]
+        while parents[path[-1]] >= 0:
+            path.append(parents[path[-1]])
         rows.append(_row(turns, path[::-1], trained, order))
         trained.update(path)
     return rows
@@ -309,28 +336,26 @@ def _row(
 
     for number in path:
         turn = turns[number]
-        prompt, sampled = (np.frombuffer(ids, _IDS).tolist() for ids in (turn.prompt, turn.sampled))
-        if number in trained or not sampled:
-            prompt, sampled = prompt + sampled, []
-        count = len(prompt)
-        add(prompt, [NOT_TRAINED] * count, [NO_LOGPROB] * count, [UNKNOWN_VERSION] * count)
-        if sampled:
+        ids = np.frombuffer(turn.prompt + turn.sampled, _IDS).tolist()
+        count = len(ids) if number in trained else len(turn.prompt) // _IDS.itemsize
+        add(ids[:count], [NOT_TRAINED] * count, [NO_LOGPROB] * count, [UNKNOWN_VERSION] * count)
+        if sampled := ids[count:]:
             row["spans"].append([len(row["token_ids"]), len(row["token_ids"]) + len(sampled)])
             row["turns"].append(order[number])
             row["finish_reasons"].append(turn.finish_reason)
-            generation = turn.generation()
-            logprobs = [NO_LOGPROB if turn.constrained else max(v, MIN_LOGPROB) for v in generation.logprobs]
-            versions = [version for version, run in turn.runs for _ in range(run)]
-            masks = sampled
+            masks, logprobs = sampled, np.frombuffer(turn.logprobs, _LOGPROBS).astype(float).tolist()
             if turn.constrained:  # a token that was the only one allowed has no gradient where it was sampled
-                pairs = zip(sampled, generation.logprobs, strict=True)
+                pairs = zip(sampled, logprobs, strict=True)
                 masks = [token if value < 0.0 else NOT_TRAINED for token, value in pairs]
-            add(sampled, masks, logprobs, versions)
+                logprobs = [NO_LOGPROB] * len(sampled)
+            versions = [version for version, run in turn.runs for _ in range(run)]
+            add(sampled, masks, [max(value, MIN_LOGPROB) for value in logprobs], versions)
     return row
 
 
-def _bytes_of(turn: Turn) -> bytes:
-    return b"".join(one.stored.prompt + one.stored.sampled for one in turn.path())
+def _begins(text: str, turn: Turn) -> bool:
+    """``text`` begins with the text of the turn's sequence."""
+    return len(text) >= turn.characters and hash_of(text[: turn.characters]) == turn.text_hash
 
 
 def _text_after(codec: TextCodec, before: Sequence[int], ids: Sequence[int]) -> str:
@@ -340,6 +365,7 @@ def _text_after(codec: TextCodec, before: Sequence[int], ids: Sequence[int]) -> 
     return whole[len(start) :] if whole.startswith(start) else codec.decode(ids, skip_special_tokens=False)
 
 
-def _hash(value: bytes | str) -> int:
+def hash_of(value: bytes | str) -> int:
+    """64 bits, the first 0."""
     data = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
     return xxhash.xxh3_64_intdigest(data) >> 1

@@ -14,7 +14,7 @@ from atropos_verl.gateway.fields import ApiError, Fields, Sampling, parse_sampli
 from atropos_verl.gateway.service import Answer, GatewayService, finite_logprobs, policy_fields
 from atropos_verl.types import Generation, GenerationRequest
 
-_MAX_TOKENS_NAMES = ("max_tokens", "max_completion_tokens", "max_new_tokens")
+_MAX_TOKENS_NAMES = ("max_new_tokens", "max_tokens", "max_completion_tokens")
 _VLLM_DEFAULT_TOKENS = 16
 """``SamplingParams.max_tokens`` of vLLM when absent."""
 _SGLANG_DEFAULT_TOKENS = 128
@@ -47,12 +47,12 @@ def _generate_vllm(service: GatewayService, fields: Fields) -> Answer:
     if fields.integer("logprobs", 0, minimum=0, maximum=1):
         service.warn_once("generate logprobs=1", "/generate: logprobs=1 returns the sampled token only, as logprobs=0")
     prompt_logprobs = fields.integer("prompt_logprobs", None, minimum=0, maximum=_MAX_PROMPT_LOGPROBS)
-    prompt_text, prompt_ids, prompt_fields = _vllm_prompt(service, fields)
+    prompt_text, prompt_ids, holder = _vllm_prompt(service, fields)
     service.check_model(fields)
     fields.ignore("request_id")
     name = service.new_id("generate-")
     [request] = service.requests(sampling, [prompt_ids], param="prompt", name=name, prompt_logprobs=prompt_logprobs)
-    service.report_unread("/generate", fields, *prompt_fields)
+    service.report_unread("/generate", fields, holder)
 
     async def answer() -> bytes:
         [generations] = await service.generate([request])
@@ -77,25 +77,21 @@ def _generate_vllm(service: GatewayService, fields: Fields) -> Answer:
     return answer
 
 
-def _vllm_prompt(service: GatewayService, fields: Fields) -> tuple[str | None, tuple[int, ...], tuple[Fields, ...]]:
-    """(text as sent or None, token ids, the nested object if there was one)."""
-    add_special = fields.get("add_special_tokens", True)
-    prompt = fields.raw("prompt")
+def _vllm_prompt(service: GatewayService, fields: Fields) -> tuple[str | None, tuple[int, ...], Fields]:
+    """(text as sent or None, token ids, the object that holds the prompt)."""
+    add_special, prompt, holder = fields.get("add_special_tokens", True), fields.raw("prompt"), fields
     if prompt is not None and "prompt_token_ids" in fields:
         raise fields.error("prompt_token_ids", "send either prompt or prompt_token_ids, not both")
-    if prompt is None:
-        return None, fields.token_ids("prompt_token_ids"), ()
-    if isinstance(prompt, str):
-        return prompt, service.codec.encode(prompt, add_special_tokens=add_special), ()
     if isinstance(prompt, list):
-        return None, fields.check_token_ids("prompt", prompt), ()
-    nested = fields.child("prompt")
-    nested.require_neutral({"multi_modal_data": ({},), "prompt_embeds": ()})
-    if "prompt_token_ids" in nested:
-        nested.ignore("prompt")
-        return None, nested.token_ids("prompt_token_ids"), (nested,)
-    text = nested.get("prompt", "")
-    return text, service.codec.encode(text, add_special_tokens=add_special), (nested,)
+        return None, fields.check_token_ids("prompt", prompt), holder
+    if prompt is not None and not isinstance(prompt, str):
+        holder = fields.child("prompt")
+        holder.require_neutral({"multi_modal_data": ({},), "prompt_embeds": ()})
+    if "prompt_token_ids" in holder:
+        holder.ignore("prompt")
+        return None, holder.token_ids("prompt_token_ids"), holder
+    text = holder.get("prompt", "")
+    return text, service.codec.encode(text, add_special_tokens=add_special), holder
 
 
 def _prompt_logprobs(request: GenerationRequest, generation: Generation) -> list[dict[int, float] | None]:
@@ -122,11 +118,7 @@ def _prompt_logprobs(request: GenerationRequest, generation: Generation) -> list
 
 def _generate_sglang(service: GatewayService, fields: Fields) -> Answer:
     params = fields.child("sampling_params")
-    sampling = parse_sampling(
-        params,
-        max_tokens_names=("max_new_tokens", "max_tokens", "max_completion_tokens"),
-        max_tokens_default=_SGLANG_DEFAULT_TOKENS,
-    )
+    sampling = parse_sampling(params, max_tokens_names=_MAX_TOKENS_NAMES, max_tokens_default=_SGLANG_DEFAULT_TOKENS)
     fields.require_neutral({"stream": (False,), "return_hidden_states": (False,), "top_logprobs_num": (0,)})
     fields.require_neutral({"token_ids_logprob": ([],), "image_data": ([],), "input_embeds": (), "lora_path": ()})
     with_logprobs = fields.get("return_logprob", False)
@@ -165,14 +157,12 @@ def _sglang_answer(
     """``start``: prompt position from which prompt logprobs are wanted (-1: none); None: no logprobs at all."""
     codec = service.codec
     text, matched = codec.completion_text(generation.token_ids, generation.finish_reason, sampling)
-    reason: dict[str, Any] = {"type": generation.finish_reason}
-    if generation.finish_reason == "length":
-        reason["length"] = len(generation.token_ids)
-    else:
-        reason["matched"] = matched
+    why: dict[str, Any] = (
+        {"length": len(generation.token_ids)} if generation.finish_reason == "length" else {"matched": matched}
+    )
     meta: dict[str, Any] = {
         "id": request.request_id,
-        "finish_reason": reason,
+        "finish_reason": {"type": generation.finish_reason, **why},
         "prompt_tokens": len(request.prompt_token_ids),
         "completion_tokens": len(generation.token_ids),
         "cached_tokens": 0,

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from atropos_verl.gateway.chat import ChatTurn, Message, ToolCall, read_format, read_tool_choice, read_tools
-from atropos_verl.gateway.fields import Fields, parse_sampling
+from atropos_verl.gateway.fields import Fields, parse_sampling, sent_event
 from atropos_verl.gateway.parsing import Piece, ReplyReader
 from atropos_verl.gateway.service import Answer, GatewayService, finite_logprobs, policy_fields
 from atropos_verl.gateway.text import StreamText
@@ -37,8 +37,8 @@ class _Call:
     """A request of either endpoint, and its answer. The constructor reads the fields."""
 
     def __init__(self, service: GatewayService, fields: Fields, *, chat: bool) -> None:
-        self.service = service
-        self.chat = chat
+        self.service, self.chat = service, chat
+        request_id = service.new_id("chatcmpl-" if chat else "cmpl-")
         if chat:
             self.turn = _read_turn(service, fields)
             self.sampling = self.turn.sampling
@@ -65,7 +65,6 @@ class _Call:
         fields.ignore("request_id")
         fields.require_neutral({"prompt_logprobs": ()})
         service.check_model(fields)
-        request_id = service.new_id("chatcmpl-" if chat else "cmpl-")
         if chat:
             self.requests = [service.request(self.turn, request_id)]
         else:
@@ -95,33 +94,30 @@ class _Call:
             "choices": [self._choice(index, *pair) for index, pair in enumerate(pairs)],
             "usage": self._usage(sum(len(g.token_ids) for g in everything)),
             **policy_fields(everything),
+            **(self._prompt_ids(self.requests[0]) if self.chat else {}),
         }
-        if self.chat and self.return_token_ids:
-            answer["prompt_token_ids"] = self.requests[0].prompt_token_ids
         return msgspec.json.encode(answer)
 
+    def _prompt_ids(self, request: GenerationRequest) -> dict[str, Any]:
+        return {"prompt_token_ids": request.prompt_token_ids} if self.return_token_ids else {}
+
     def _choice(self, index: int, request: GenerationRequest, generation: Generation) -> dict[str, Any]:
-        text, matched = self.service.codec.completion_text(
-            generation.token_ids, generation.finish_reason, self.sampling
-        )
+        token_ids, reason = generation.token_ids, generation.finish_reason
+        text, matched = self.service.codec.completion_text(token_ids, reason, self.sampling)
         is_asked_for = isinstance(matched, str) or matched in self.sampling.template.stop_token_ids
-        finish_reason: str = generation.finish_reason
+        said, called = {"text": text, **self._prompt_ids(request)}, False
         if self.chat:
             message = self.service.message(self.turn, request, generation, index)
-            finish_reason = "tool_calls" if message.tool_calls else finish_reason
-        choice: dict[str, Any] = {
+            said, called = {"message": _message_form(message)}, bool(message.tool_calls)
+        return {
             "index": index,
-            **({"message": _message_form(message)} if self.chat else {"text": text}),
-            "logprobs": self._logprobs(generation.token_ids, generation.logprobs, generation.top_logprobs),
-            "finish_reason": finish_reason,
+            **said,
+            "logprobs": self._logprobs(token_ids, generation.logprobs, generation.top_logprobs),
+            "finish_reason": "tool_calls" if called else reason,
             # vLLM: the stop string or the stop token id the client asked for; null at the end-of-sequence token
             "stop_reason": matched if is_asked_for else None,
+            **({"token_ids": token_ids} if self.return_token_ids else {}),
         }
-        if self.return_token_ids:
-            choice["token_ids"] = generation.token_ids
-            if not self.chat:
-                choice["prompt_token_ids"] = request.prompt_token_ids
-        return choice
 
     def _usage(self, completion_tokens: int) -> dict[str, int]:
         prompt_tokens = sum(len(request.prompt_token_ids) for request in self.requests)
@@ -172,21 +168,19 @@ class _Call:
         """The events of a call with one prompt. Closing the generator frees the slots."""
         [request] = self.requests
         codec = self.service.codec
-        readers: list[ReplyReader] | list[StreamText] = (
-            [ReplyReader(codec, self.turn, request, index) for index in range(request.n)]
-            if self.chat
-            else [StreamText(codec, self.sampling) for _ in range(request.n)]
-        )
+        readers: list[ReplyReader | StreamText] = [
+            ReplyReader(codec, self.turn, request, index) if self.chat else StreamText(codec, self.sampling)
+            for index in range(request.n)
+        ]
         offsets: dict[int, int] = {}
         completion_tokens = 0
         async with aclosing(self.service.stream(request)) as deltas:
             async for delta in deltas:
                 completion_tokens += len(delta.token_ids)
                 for chunk in self._chunks(readers[delta.index], offsets, delta):
-                    yield b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+                    yield sent_event(chunk)
         if self.include_usage:
-            last = {**self.envelope, "choices": [], "usage": self._usage(completion_tokens)}
-            yield b"data: " + msgspec.json.encode(last) + b"\n\n"
+            yield sent_event({**self.envelope, "choices": [], "usage": self._usage(completion_tokens)})
         yield b"data: [DONE]\n\n"
 
     def _chunks(
@@ -200,27 +194,22 @@ class _Call:
         envelope = {**self.envelope, **({"usage": None} if self.include_usage else {})}
         if first and self.chat:
             role = {"index": delta.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
-            head: dict[str, Any] = {**envelope, "choices": [{**role, "finish_reason": None}]}
-            if self.return_token_ids:
-                head["prompt_token_ids"] = self.requests[0].prompt_token_ids
-            yield head
+            yield {**envelope, "choices": [{**role, "finish_reason": None}], **self._prompt_ids(self.requests[0])}
         read, finish_reason = reader.push(delta.token_ids, delta.finish_reason), delta.finish_reason
         if not delta.token_ids and not read and finish_reason is None:
             return
         logprobs = self._logprobs(delta.token_ids, delta.logprobs, delta.top_logprobs, offset)
         if logprobs is not None and not self.chat:
             offsets[delta.index] += sum(map(len, logprobs["tokens"]))
-        calls = reader.message.tool_calls if isinstance(reader, ReplyReader) else ()
+        calls = reader.calls if isinstance(reader, ReplyReader) else []
         piece: dict[str, Any] = {
             "index": delta.index,
             **({"text": read} if isinstance(read, str) else {"delta": _delta_form(read, calls)}),
             "logprobs": logprobs,
             "finish_reason": "tool_calls" if finish_reason and calls else finish_reason,
+            **({"token_ids": delta.token_ids} if self.return_token_ids else {}),
+            **(self._prompt_ids(self.requests[0]) if first and not self.chat else {}),
         }
-        if self.return_token_ids:
-            piece["token_ids"] = delta.token_ids
-            if first and not self.chat:
-                piece["prompt_token_ids"] = self.requests[0].prompt_token_ids
         yield {**envelope, "choices": [piece], "policy_version": self.service.engine.policy_version}
 
 
@@ -237,7 +226,7 @@ def _call_form(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def _delta_form(pieces: list[Piece], calls: tuple[ToolCall, ...]) -> dict[str, Any]:
+def _delta_form(pieces: list[Piece], calls: Sequence[ToolCall]) -> dict[str, Any]:
     """``calls``: of the completion so far, these included."""
     said: dict[str, Any] = {"content": "".join(piece.text for piece in pieces if piece.kind == "content")}
     if thought := "".join(piece.text for piece in pieces if piece.kind == "reasoning"):

@@ -9,8 +9,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
-from operator import attrgetter
 from typing import Any, Literal
 
 import msgspec
@@ -18,7 +16,7 @@ import msgspec
 from atropos_verl.gateway.chat import ChatTurn, Message, ToolCall
 from atropos_verl.gateway.fields import ApiError
 from atropos_verl.gateway.text import StreamText, TextCodec, cut_at_stop
-from atropos_verl.types import Constraint, FinishReason, Generation, GenerationRequest
+from atropos_verl.types import Constraint, FinishReason, GenerationRequest
 
 _THINK, _END_THINK = "<think>", "</think>"
 _CALL, _END_CALL = "<tool_call>", "</tool_call>"
@@ -63,44 +61,36 @@ class ReplyReader:
         self._tags: _Tags | None = None
         if self._renderer is None and reads:
             self._tags = _Tags(calls=turn.parses_calls, opened=opens_reasoning(codec, request.prompt_token_ids))
-        self.message = Message(role="assistant")
+        self._texts: dict[str, list[str]] = {"content": [], "reasoning": []}
+        self.calls: list[ToolCall] = []
+        """Those that were read so far."""
+
+    @property
+    def message(self) -> Message:
         """What was read so far."""
+        content, thought = ("".join(texts) for texts in self._texts.values())
+        return Message("assistant", content, tuple(self.calls), reasoning_content=thought or None)
 
     def push(self, token_ids: Sequence[int], finish_reason: FinishReason | None) -> list[Piece]:
         """The pieces that ``token_ids`` complete; with a finish reason, all that was held back too."""
         text = self._text.push(token_ids, finish_reason)
+        pieces: Iterable[Piece] = [Piece("content", text)]
         if self._renderer is not None:
             self._ids += token_ids
             pieces = self._read_by_renderer() if finish_reason is not None else []
         elif self._tags is not None:
-            pieces = list(_merged(self._tags.push(text, ended=finish_reason is not None)))
-        else:
-            pieces = [Piece("content", text)] if text else []
-        return [self._add(piece) for piece in pieces if self._is_wanted(piece)]
+            pieces = self._tags.push(text, ended=finish_reason is not None)
+        return [piece for piece in map(self._keep, pieces) if piece.text or piece.call is not None]
 
-    def read(self, generation: Generation) -> Message:
-        """The message of a whole completion."""
-        self.push(generation.token_ids, generation.finish_reason)
-        return self.message
-
-    def _is_wanted(self, piece: Piece) -> bool:
-        several = self._turn.parallel_tool_calls or not self.message.tool_calls
-        return several if piece.kind == "call" else bool(piece.text)
-
-    def _add(self, piece: Piece) -> Piece:
-        said = self.message
-        if piece.kind == "content":
-            self.message = msgspec.structs.replace(said, content=f"{said.content}{piece.text}")
-        elif piece.kind == "reasoning":
-            thought = (said.reasoning_content or "") + piece.text
-            self.message = msgspec.structs.replace(said, reasoning_content=thought)
-        elif piece.call is not None:
-            call = piece.call
-            if not call.id:
-                call = msgspec.structs.replace(call, id=f"{self._call_id}-{len(said.tool_calls)}")
-            piece = Piece("call", call=call)
-            self.message = msgspec.structs.replace(said, tool_calls=(*said.tool_calls, call))
-        return piece
+    def _keep(self, piece: Piece) -> Piece:
+        """What is handed out of it."""
+        if piece.call is None:
+            self._texts[piece.kind].append(piece.text)
+            return piece
+        if self.calls and not self._turn.parallel_tool_calls:
+            return Piece("content")
+        self.calls.append(msgspec.structs.replace(piece.call, id=f"{self._call_id}-{len(self.calls)}"))
+        return Piece("call", call=self.calls[-1])
 
     def _read_by_renderer(self) -> Iterator[Piece]:
         assert self._renderer is not None
@@ -116,13 +106,6 @@ class ReplyReader:
             else:  # what cannot be read is what the policy said
                 content += call.raw
         yield from (Piece("content", content), *calls)
-
-
-def _merged(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Text that follows text of its kind is one piece: each makes a copy of the message."""
-    for kind, group in groupby(pieces, key=attrgetter("kind")):
-        alike = [*group]
-        yield from alike if kind == "call" else [Piece(kind, "".join(piece.text for piece in alike))]
 
 
 class _Tags:

@@ -4,25 +4,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import msgspec
-
 from atropos_verl.gateway.chat import ChatTurn, Message, joined, read_format, read_list, read_tool_choice, read_tools
-from atropos_verl.gateway.fields import Fields, parse_sampling
+from atropos_verl.gateway.fields import Fields, parse_sampling, sent_event
 from atropos_verl.gateway.parsing import Piece
 from atropos_verl.gateway.service import Answer, EventAnswer, GatewayService
 from atropos_verl.types import FinishReason
 
 _ROLES = ("user", "assistant", "system", "developer")
-_HARMLESS = (
-    "stream",
-    "store",
-    "include",
-    "reasoning",
-    "truncation",
-    "stream_options",
-    "prompt_cache_retention",
-    "max_tool_calls",
-)
+_HARMLESS = ("stream", "store", "include", "reasoning", "truncation", "prompt_cache_retention", "max_tool_calls")
 _ECHOED = ("instructions", "max_output_tokens", "metadata", "previous_response_id", "tool_choice", "tools", "text")
 
 
@@ -35,7 +24,7 @@ def responses(service: GatewayService, fields: Fields) -> Answer:
 def _read_turn(service: GatewayService, fields: Fields) -> ChatTurn:
     sampling = parse_sampling(fields, max_tokens_names=("max_output_tokens",), max_tokens_default=None)
     fields.require_neutral({"n": (1,), "conversation": (), "prompt": (), "top_logprobs": (0,), "moderation": ()})
-    fields.ignore(*_HARMLESS)
+    fields.ignore("stream_options", *_HARMLESS)
     tools = read_tools(fields, _function)
     template = service.codec.template
     text = fields.child("text")
@@ -105,24 +94,20 @@ def _items(fields: Fields) -> Iterator[tuple[int, dict[str, Any]]]:
             raise fields.error("input", text, "unsupported_field")
         if message["role"] == "assistant":
             message["content"] = joined(message.get("content") or [])
-        if answer is not None and message["role"] == "assistant" and _continues(answer, item):
+        is_answer = message["role"] == "assistant"
+        if answer is not None and is_answer and (kind != "message" or "id" in item or not answer["content"]):
             for name in ("content", "reasoning_content", "tool_calls"):
-                parts = [part for part in (answer.get(name), message.get(name)) if part]
-                if len({type(part) for part in parts}) > 1:  # parts that are no text, which are refused below
-                    parts = parts[-1:]
-                answer[name] = parts[0] if len(parts) == 1 else parts[0] + parts[1] if parts else None
+                before, part = answer.get(name), message.get(name)
+                # Parts that are no text are refused below.
+                answer[name] = before + part if before and part and type(before) is type(part) else part or before
             continue
         if answer is not None:
             yield index - 1, answer
-        answer = message if message["role"] == "assistant" else None
+        answer = message if is_answer else None
         if answer is None:
             yield index, message
     if answer is not None:
         yield len(given) - 1, answer
-
-
-def _continues(answer: dict[str, Any], item: dict[str, Any]) -> bool:
-    return item.get("type", "message") != "message" or "id" in item or not answer["content"]
 
 
 class _Call(EventAnswer):
@@ -161,58 +146,54 @@ class _Call(EventAnswer):
         yield self._event("response.in_progress", response=self.envelope)
 
     def _event(self, kind: str, **data: Any) -> bytes:
-        body = msgspec.json.encode({"type": kind, "sequence_number": self._sent, **data})
         self._sent += 1
-        return f"event: {kind}\ndata: ".encode() + body + b"\n\n"
+        return sent_event({"type": kind, "sequence_number": self._sent - 1, **data}, kind)
 
     def part(self, piece: Piece) -> Iterator[bytes]:
-        place: dict[str, Any] = {"output_index": len(self._items) - (self.open_kind is not None)}
         if piece.call is not None:
             call = {"call_id": piece.call.id, "name": piece.call.name, "arguments": ""}
-            item = self._item("fc", "function_call", **call)
-            yield self._event("response.output_item.added", **place, item=item)
-            item = item | {"arguments": piece.call.arguments, "status": "completed"}
-            self._items[-1] = item
-            kind, place = "response.function_call_arguments", {**place, "item_id": item["id"]}
-            yield self._event(f"{kind}.delta", **place, delta=item["arguments"])
-            yield self._event(f"{kind}.done", **place, name=item["name"], arguments=item["arguments"])
+            yield self._begin("fc", "function_call", **call)
+            item, arguments = self._items[-1], piece.call.arguments
+            item |= {"arguments": arguments, "status": "completed"}
+            place = {"output_index": len(self._items) - 1, "item_id": item["id"]}
+            kind = "response.function_call_arguments"
+            yield self._event(f"{kind}.delta", **place, delta=arguments)
+            yield self._event(f"{kind}.done", **place, name=item["name"], arguments=arguments)
             yield self._event("response.output_item.done", output_index=place["output_index"], item=item)
             return
-        thinks = piece.kind == "reasoning"
         if self.open_kind is None:
             self.open_kind = piece.kind
-            if thinks:
-                item = self._item("rs", "reasoning", summary=[], content=[])
+            if piece.kind == "reasoning":
                 part: dict[str, Any] = {"type": "reasoning_text"}
+                yield self._begin("rs", "reasoning", summary=[], content=[])
             else:
-                item = self._item("msg", "message", role="assistant", content=[])
                 part = {"type": "output_text", "annotations": [], "logprobs": []}
-            yield self._event("response.output_item.added", **place, item=item)
-            item["content"] = [{**part, "text": ""}]
-            place |= {"item_id": item["id"], "content_index": 0}
-            yield self._event("response.content_part.added", **place, part=item["content"][0])
-        item = self._items[-1]
-        item["content"][0]["text"] += piece.text
-        place |= {"item_id": item["id"], "content_index": 0}
-        more: dict[str, Any] = {} if thinks else {"logprobs": []}
-        yield self._event(f"response.{item['content'][0]['type']}.delta", **place, delta=piece.text, **more)
+                yield self._begin("msg", "message", role="assistant", content=[])
+            self._items[-1]["content"] = [{**part, "text": ""}]
+            yield self._part_event("response.content_part.added", part=self._items[-1]["content"][0])
+        part = self._items[-1]["content"][0]
+        part["text"] += piece.text
+        more: dict[str, Any] = {"logprobs": []} if part["type"] == "output_text" else {}
+        yield self._part_event(f"response.{part['type']}.delta", delta=piece.text, **more)
 
-    def _item(self, prefix: str, kind: str, **data: Any) -> dict[str, Any]:
+    def _begin(self, prefix: str, kind: str, **data: Any) -> bytes:
         name = f"{prefix}_{self.id.removeprefix('resp_')}_{len(self._items)}"
         self._items.append({"id": name, "type": kind, "status": "in_progress", **data})
-        return self._items[-1]
+        return self._event("response.output_item.added", output_index=len(self._items) - 1, item=self._items[-1])
+
+    def _part_event(self, kind: str, **data: Any) -> bytes:
+        place = {"output_index": len(self._items) - 1, "item_id": self._items[-1]["id"], "content_index": 0}
+        return self._event(kind, **place, **data)
 
     def close(self) -> Iterator[bytes]:
         if self.open_kind is None:
             return
         self.open_kind, item = None, self._items[-1]
-        item["status"] = "completed"
-        index, part = len(self._items) - 1, item["content"][0]
-        place: dict[str, Any] = {"output_index": index, "item_id": item["id"], "content_index": 0}
+        item["status"], part = "completed", item["content"][0]
         more: dict[str, Any] = {"logprobs": []} if part["type"] == "output_text" else {}
-        yield self._event(f"response.{part['type']}.done", **place, text=part["text"], **more)
-        yield self._event("response.content_part.done", **place, part=part)
-        yield self._event("response.output_item.done", output_index=index, item=item)
+        yield self._part_event(f"response.{part['type']}.done", text=part["text"], **more)
+        yield self._part_event("response.content_part.done", part=part)
+        yield self._event("response.output_item.done", output_index=len(self._items) - 1, item=item)
 
     def end(self, finish_reason: FinishReason) -> Iterator[bytes]:
         if not self._items:

@@ -11,7 +11,6 @@ from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from operator import itemgetter
 from typing import Any
 
 import msgspec
@@ -125,12 +124,9 @@ class GatewayService(Collector):
 
     def warn_once(self, key: str, message: str, *args: object) -> None:
         """Log ``message`` at WARNING the first time ``key`` occurs, without what a terminal obeys."""
-        if key in self._warned or len(self._warned) > _MAX_REMEMBERED_WARNINGS:
-            return
-        self._warned.add(key)
-        logger.warning("%s", printable(message % args))
-        if len(self._warned) > _MAX_REMEMBERED_WARNINGS:
-            logger.warning("%d kinds of warnings were shown; others are not", _MAX_REMEMBERED_WARNINGS)
+        if key not in self._warned and len(self._warned) < _MAX_REMEMBERED_WARNINGS:
+            self._warned.add(key)
+            logger.warning("%s", printable(message % args))
 
     def warn_refused(self, key: str, message: str, *args: object) -> None:
         """Log a refusal, equal ones once in 10 s: the newest in the log says why requests fail now."""
@@ -141,19 +137,17 @@ class GatewayService(Collector):
 
     def report_unread(self, endpoint: str, *parts: Fields) -> None:
         """Log each unknown field once: it is tolerated, as vLLM does, but never in silence."""
-        for name in (name for fields in parts for name in fields.unread()):
-            shown = name[:100]
+        for name in (name[:100] for fields in parts for name in fields.unread()):
             if "template" in name:
-                raise ApiError(400, f"{shown}: no template is taken in this field", param=shown)
-            self.warn_once(f"field {shown}", "%s: the request field %r is unknown here and is ignored", endpoint, shown)
+                raise ApiError(400, f"{name}: no template is taken in this field", param=name)
+            self.warn_once(f"field {name}", "%s: the request field %r is unknown here and is ignored", endpoint, name)
 
     def check_model(self, fields: Fields) -> None:
         """Any model name is served (environments often send a tokenizer path); another one is logged once."""
-        name = fields.get("model", self.model_name)
-        if name != self.model_name:
-            shown = name[:200]
+        name = fields.get("model", self.model_name)[:200]
+        if name != self.model_name[:200]:
             text = "a client asks for model %r; this gateway serves %r only and answers with that"
-            self.warn_once(f"model {shown}", text, shown, self.model_name)
+            self.warn_once(f"model {name}", text, name, self.model_name)
 
     def requests(
         self,
@@ -178,11 +172,9 @@ class GatewayService(Collector):
                 raise ApiError(400, f"{param}: the prompt has no token; send at least one", param=param)
             room = context - len(prompt)
             if room < 1:
-                message = (
-                    f"This model's maximum context length is {context} tokens, but the prompt has {len(prompt)} tokens "
-                    f"and at least 1 must be left for the completion. Shorten the prompt ({param})."
-                )
-                raise ApiError(400, message, param=param, code="context_length_exceeded")
+                text = f"This model's maximum context length is {context} tokens, but the prompt has {len(prompt)} "
+                text += f"tokens and at least 1 must be left for the completion. Shorten the prompt ({param})."
+                raise ApiError(400, text, param=param, code="context_length_exceeded")
             bound, asked = min(room, self.max_new_tokens or room), template.max_tokens or room
             if self.max_new_tokens is not None and asked > self.max_new_tokens:
                 text = "requests ask for up to %d new tokens; max_response_length=%d is what they get"
@@ -199,8 +191,8 @@ class GatewayService(Collector):
             made.append(request)
             tokens += len(prompt) * (1 + (prompt_logprobs or 0)) + template.n * (request.max_tokens or 0)
         if tokens > _MAX_TOKENS:
-            text = f"{sequences} completions and their prompts may have {tokens} tokens; {_MAX_TOKENS} at most"
-            text = f"max_tokens: {text} in one request; lower it, n, or the number of prompts"
+            text = f"max_tokens: {sequences} completions and their prompts may have {tokens} tokens; {_MAX_TOKENS} at "
+            text += "most in one request; lower it, n, or the number of prompts"
             raise ApiError(400, text, param="max_tokens")
         return made
 
@@ -223,7 +215,9 @@ class GatewayService(Collector):
 
     def message(self, turn: ChatTurn, request: GenerationRequest, generation: Generation, index: int = 0) -> Message:
         """The message that the answer of a turn holds, in completion ``index`` of its request."""
-        return ReplyReader(self.codec, turn, request, index).read(generation)
+        reader = ReplyReader(self.codec, turn, request, index)
+        reader.push(generation.token_ids, generation.finish_reason)
+        return reader.message
 
     def messages_of(self, answer_id: str) -> Sequence[Message] | None:
         """The conversation that ended with the answer of this id; None: not kept."""
@@ -283,39 +277,36 @@ class GatewayService(Collector):
                         yield delta
             finally:
                 # A reader who left may use what it got.
-                if running and self.ledger is not None and (made := joined(seen)):
+                if running and (made := joined(seen)):
                     untold.clear()
                     self._into_ledger(request, made, begun)
         self.counts["prompt_tokens"] += len(request.prompt_token_ids)
 
     def _into_ledger(self, request: GenerationRequest, made: list[Generation], begun: float) -> Future[None] | None:
-        assert self.ledger is not None
-        future, records = self.ledger.record_numbered(
-            request.prompt_token_ids, _recordable(request, made), request.temperature
-        )
-        if self.on_request is not None and records:
-            self._tell_end(request, begun, records)
+        """A constrained completion has no logprobs in it, so no importance weight: its own are of the masked
+        distribution, which the trainer cannot build."""
+        if self.ledger is None:
+            return None
+        if request.constraint is not None:
+            made = [replace(generation, logprobs=(NO_LOGPROB,) * len(generation.token_ids)) for generation in made]
+        future, records = self.ledger.record_numbered(request.prompt_token_ids, made, request.temperature)
+        if records:
+            self._tell_end(request, begun, records, None)
         return future
 
     def _tell_end(
-        self,
-        request: GenerationRequest,
-        begun: float,
-        records: Sequence[tuple[int, int, int]] = (),
-        reason: str | None = None,
+        self, request: GenerationRequest, begun: float, records: Sequence[tuple[int, int, int]], reason: str | None
     ) -> None:
-        if self.on_request is not None:
+        if self.on_request is not None and self.ledger is not None:
             prompt = hash(request.prompt_token_ids)  # of integers: the same in every process
             about = (prompt, len(request.prompt_token_ids), begun, time.time() - begun)
             self.on_request(records, *about, self.session_id, reason)
 
     async def _record(self, answers: Iterable[tuple[GenerationRequest, list[Generation]]], begun: float) -> None:
         """Record completions before the client sees them, so that no death of this process makes them unknown."""
-        if self.ledger is not None:
-            recorded = [self._into_ledger(request, made, begun) for request, made in answers]
-            for future in recorded:
-                if future is not None:
-                    await asyncio.wrap_future(future)
+        for future in [self._into_ledger(request, made, begun) for request, made in answers]:
+            if future is not None:
+                await asyncio.wrap_future(future)
 
     @asynccontextmanager
     async def _admitted(self, requests: Sequence[GenerationRequest]) -> AsyncIterator[list[GenerationRequest]]:
@@ -326,11 +317,10 @@ class GatewayService(Collector):
             async with throttled, self.gate.request():
                 yield untold
         except BaseException as error:
-            if self.ledger is not None:
-                left = isinstance(error, asyncio.CancelledError | GeneratorExit)
-                reason = "the client went away" if left else f"{type(error).__name__}: {error}"
-                for request in untold:
-                    self._tell_end(request, begun, reason=reason)
+            left = isinstance(error, asyncio.CancelledError | GeneratorExit)
+            reason = "the client went away" if left else f"{type(error).__name__}: {error}"
+            for request in untold:
+                self._tell_end(request, begun, (), reason)
             raise
 
 
@@ -385,30 +375,20 @@ class EventAnswer:
             yield from self.end(finish_reason)
 
 
-def _recordable(request: GenerationRequest, made: list[Generation]) -> list[Generation]:
-    """Completions as the ledger keeps them. A constrained one has no logprobs in it, so no importance weight.
-
-    Its own are of the masked distribution, which the trainer cannot build.
-    """
-    if request.constraint is None:
-        return made
-    return [replace(generation, logprobs=(NO_LOGPROB,) * len(generation.token_ids)) for generation in made]
-
-
 def joined(seen: Sequence[Sequence[GenerationDelta]]) -> list[Generation]:
     """What a stream wrote of each completion. A version that a delta does not name is ``UNKNOWN_VERSION``."""
     joined: list[Generation] = []
     for deltas in seen:
-        named = ((UNKNOWN_VERSION if d.policy_version is None else d.policy_version, d) for d in deltas if d.token_ids)
-        runs = [(v, sum(len(d.token_ids) for _, d in run)) for v, run in groupby(named, key=itemgetter(0))]
-        if runs:
-            generation = Generation(
-                token_ids=tuple(token for delta in deltas for token in delta.token_ids),
-                logprobs=tuple(value for delta in deltas for value in delta.logprobs),
-                finish_reason=deltas[-1].finish_reason or "abort",
-                policy_version_runs=tuple(runs),
-            )
-            joined.append(generation)
+        versions = [
+            UNKNOWN_VERSION if d.policy_version is None else d.policy_version for d in deltas for _ in d.token_ids
+        ]
+        generation = Generation(
+            token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+            logprobs=tuple(value for delta in deltas for value in delta.logprobs),
+            finish_reason=deltas[-1].finish_reason or "abort" if deltas else "abort",
+            policy_version_runs=tuple((version, len([*run])) for version, run in groupby(versions)),
+        )
+        joined += [generation] if versions else []
     return joined
 
 
@@ -423,8 +403,8 @@ def finite_logprobs(values: Iterable[float]) -> list[float]:
     Raises ``EngineError`` for NaN: the weights or the engine are broken, and no client should train on it.
     """
     result = [max(value, MIN_LOGPROB) for value in values]  # NaN stays NaN
-    if (index := next((i for i, value in enumerate(result) if math.isnan(value)), None)) is not None:
-        raise EngineError(f"the logprob of generated token {index} is NaN; are the weights finite?")
+    if any(map(math.isnan, result)):
+        raise EngineError("the logprob of a generated token is NaN; are the weights finite?")
     return result
 
 

@@ -4,6 +4,7 @@ A request goes on when its client leaves, and an equal one gets its completions 
 """
 
 import asyncio
+import hashlib
 import hmac
 import logging
 import math
@@ -21,12 +22,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
+import numpy as np
 import xxhash
 
 from atropos_verl.errors import ConfigError, StorageWriteError
 from atropos_verl.gateway.chat import ChatTurn, Message
 from atropos_verl.gateway.fields import ApiError, Sampling
-from atropos_verl.gateway.lineages import Prompt, StoredTurn, Tree, kept_turns, new_turn, training_rows
+from atropos_verl.gateway.lineages import Prompt, StoredTurn, Tree, hash_of, kept_turns, new_turn, training_rows
 from atropos_verl.gateway.service import GatewayService, joined
 from atropos_verl.storage import Change, Key, RecordStore
 from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
@@ -49,6 +51,7 @@ _UNREAD_SECONDS = 60.0
 _UNREADABLE = (msgspec.MsgspecError, ValueError, IndexError, RecursionError)
 """What decoding raises for a value of another version, or none."""
 _MAX_KEY, _MAX_REASON = 256, 500
+_RECEIVED = {1: True, 0: False, -1: None}
 _FIELD = re.compile(r"field `(.*?)`|\$\.(\w+)")
 
 _Rows = Sequence[tuple[Key, bytes]]
@@ -79,8 +82,6 @@ class Outcome(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Abort(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of ``POST /sessions/ID/abort``."""
-
     reason: str = ""
 
 
@@ -116,9 +117,12 @@ class Exchange:
     """A request and its answer. Equal requests share it until an answer has gone out."""
 
     id: str
+    name: int
+    """By which an equal request finds it; see ``Turn``."""
     digest: bytes
     key: str | None = None
-    turns: list[int] = field(default_factory=list)
+    """Of idempotency."""
+    turns: range = range(0)
     """Numbers of the recorded completions."""
     readers: int = 0
     """Connections that wait for the answer."""
@@ -127,36 +131,29 @@ class Exchange:
     run: "_Run | None" = None
 
 
+@dataclass(eq=False)
 class _Run:
-    """Completions that are being sampled, or read from the disk."""
+    """Completions that ``task`` samples, or reads from the disk."""
 
-    def __init__(self) -> None:
-        self.deltas: list[GenerationDelta] = []
-        self.results: list[list[Generation]] | None = None
-        self.error: Exception | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.unread: asyncio.Timeout | None = None
-        """While it is being sampled: when it ends because nobody waits."""
-        self._changed = asyncio.Event()
+    task: "asyncio.Task[list[list[Generation]]]" = field(init=False)
+    deltas: list[GenerationDelta] = field(default_factory=list)
+    unread: asyncio.Timeout | None = None
+    """While it is being sampled: when it ends because nobody waits."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def wait_for(self, *, readers: int) -> None:
         """Sampling goes on while there are ``readers``, and some time longer."""
         if self.unread is not None:
             self.unread.reschedule(None if readers else asyncio.get_running_loop().time() + _UNREAD_SECONDS)
 
-    def notify(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+    def add(self, deltas: Iterable[GenerationDelta]) -> None:
+        self.deltas += deltas
+        self.changed.set()
+        self.changed = asyncio.Event()
 
-    async def changed(self) -> None:
-        """Raises the error that ended it."""
-        if self.error is not None:
-            raise self.error
-        await self._changed.wait()
-
-    def fail(self, error: Exception) -> None:
-        self.error = self.error or error
-        self.notify()
+    def end(self, task: "asyncio.Task[Any]") -> None:
+        _ = task.cancelled() or task.exception()  # which may interest nobody any more
+        self.changed.set()
 
 
 @dataclass(eq=False)
@@ -167,9 +164,8 @@ class Session:
     record: SessionRecord
     tree: Tree = field(default_factory=Tree)
     stored_bytes: int = 0
-    exchanges: dict[str, Exchange] = field(default_factory=dict)
-    by_digest: dict[bytes, Exchange] = field(default_factory=dict)
-    by_key: dict[str, Exchange] = field(default_factory=dict)
+    exchanges: dict[int, Exchange] = field(default_factory=dict)
+    """By their names; those that are recorded and for which nobody waits are in the tree alone."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while turns are numbered and stored."""
 
@@ -179,18 +175,14 @@ class Session:
         return self.number << _TURN_BITS
 
     @property
-    def unreceived(self) -> set[str]:
-        """Requests whose answer nobody got, as far as is known."""
-        return {exchange.id for exchange in self.exchanges.values() if exchange.was_received is False}
-
-    def kept_turns(self) -> list[int]:
-        return kept_turns([turn.stored for turn in self.tree.turns], self.unreceived)
+    def unrecorded(self) -> int:
+        return sum(not exchange.turns for exchange in self.exchanges.values())
 
     def check_open(self) -> None:
         record = self.record
         if record.state != "open":
-            detail = f": {record.reason}" if record.reason else ""
-            raise ApiError(410, f"session {record.id} is {record.state}{detail}; open a new one", code="session_ended")
+            why = f": {record.reason}" if record.reason else ""
+            raise ApiError(410, f"session {record.id} is {record.state}{why}; open a new one", code="session_ended")
 
     def check_limits(self, turns: int, most: int, tokens: int = 0) -> None:
         """``tokens``: of rows that a request would add. Raises ``ApiError`` 403."""
@@ -200,40 +192,40 @@ class Session:
             text += f"; a session has {_MAX_TURNS}, {_MAX_SESSION_BYTES} and {_MAX_ROW_TOKENS} at most"
             raise ApiError(403, f"session {self.record.id} had {text}; finish it", code="session_limit")
 
-    def keep(self, exchange: Exchange) -> None:
-        self.exchanges[exchange.id] = self.by_digest[exchange.digest] = exchange
-        if exchange.key is not None:
-            self.by_key[exchange.key] = exchange
+    def known(self, name: int, digest: bytes) -> Exchange | None:
+        """The newest request of this name; it has another digest where it was another one."""
+        if (exchange := self.exchanges.get(name)) is not None:
+            return exchange
+        turns = self.tree.turns
+        if not len(numbers := np.flatnonzero(turns["name"] == name)):
+            return None
+        last = self.tree.turn(numbers[-1])
+        first = np.flatnonzero(turns["request"] == last.request)[0]
+        exchange = Exchange(last.request.decode(), name, digest if last.digest == hash_of(digest) else b"")
+        exchange.turns, exchange.was_received = range(first, last.number + 1), _RECEIVED[last.received]
+        return exchange
 
     def forget(self, exchange: Exchange) -> None:
-        """Nothing came of it: the next equal request begins anew."""
-        self.exchanges.pop(exchange.id, None)
-        if self.by_digest.get(exchange.digest) is exchange:
-            del self.by_digest[exchange.digest]
-        if exchange.key is not None and self.by_key.get(exchange.key) is exchange:
-            del self.by_key[exchange.key]
+        if self.exchanges.get(exchange.name) is exchange:
+            del self.exchanges[exchange.name]
 
-    def restore(self, rows: _Rows, answers: _Rows) -> str | None:
-        """Become what the disk holds, up to the first damage, which is returned."""
-        ends = dict(answers)
+    def restore(self, rows: _Rows, answers: _Rows) -> tuple[list[StoredTurn], str | None]:
+        """Become what the disk holds, up to the first damage, which is returned with what comes before it."""
+        ends, turns, received = dict(answers), list[StoredTurn](), -1
         for index, (key, value) in enumerate(rows):
             if key != self.base + index:
-                return f"turn {index} is missing"
+                return turns, f"turn {index} is missing"
             try:
                 stored = _decoded(value)
-                self.tree.add(stored)
+                if not turns or turns[-1].request != stored.request:
+                    received = -1 if key not in ends else int(ends[key] == b"1")
+                self.tree.add(stored, received)
             except _UNREADABLE as error:
-                return f"turn {index} is not one of this version: {error!r}"
+                return turns, f"turn {index} is not one of this version: {error!r}"
+            turns.append(stored)
             self.stored_bytes += len(value)
-            exchange = self.exchanges.get(stored.request)
-            if exchange is None:
-                received = ends.get(key)
-                exchange = Exchange(stored.request, stored.digest, stored.idempotency_key)
-                exchange.was_received = None if received is None else received == b"1"
-                self.keep(exchange)
-            exchange.turns.append(index)
         missing = self.record.turns - len(rows)
-        return f"{missing} turns are missing" if missing > 0 else None
+        return turns, f"{missing} turns are missing" if missing > 0 else None
 
 
 class SessionStore:
@@ -253,7 +245,6 @@ class SessionStore:
         self.records = RecordStore(directory / "sessions.sqlite", tables, owner="gateway's sessions")
         self._sessions: dict[str, Session] = {}
         self._open: dict[str, Session] = {}
-        self._by_key: dict[str, Session] = {}
         self._ended: Counter[str] = Counter(finished=0, aborted=0, expired=0)
         self.counts: Counter[str] = Counter()
         self._on_end = on_end
@@ -285,19 +276,16 @@ class SessionStore:
             logger.error(text, number, self.records.path, error)
             return
         session = Session(number, record)
-        self._add(session)
-        if record.state != "open":
-            return
-        if damage := session.restore(*(future.result() for future in self._rows(session))):
+        is_open = record.state == "open"
+        damage = session.restore(*(rows.result() for rows in self._rows(session)))[1] if is_open else None
+        if damage is not None:
             logger.error("session %s is damaged and is aborted: %s", record.id, damage)
             record.state, record.reason = "aborted", f"it is damaged: {damage}"
-            del self._open[record.id]
+        self._add(session)
 
     def _add(self, session: Session) -> None:
         record = session.record
         self._sessions[record.id] = session
-        if record.idempotency is not None:
-            self._by_key[record.idempotency[0]] = session
         if record.state == "open":
             self._open[record.id] = session
             self._first_end = min(self._first_end, record.expires)
@@ -308,16 +296,15 @@ class SessionStore:
         """``POST /sessions``. Raises ``ApiError`` 400, 409, 429, 507."""
         self.expire()
         digest = xxhash.xxh3_64_intdigest(body) >> 1
-        if key is not None and (known := self._by_key.get(key)) is not None:
+        own_id = secrets.token_hex(12) if key is None else hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
+        if (known := self._sessions.get(own_id)) is not None:
             if known.record.idempotency != (key, digest):
                 raise ApiError(409, "Idempotency-Key: another request had this key", code="idempotency_conflict")
             async with known.lock:  # it is stored, or was refused
                 pass
-            if known.record.id in self._sessions:
-                return known
-            return await self.create(body, key)
+            return known if own_id in self._sessions else await self.create(body, key)
         record = SessionRecord(
-            id=secrets.token_hex(12),
+            id=own_id,
             secret=secrets.token_urlsafe(24),
             opening=_read(body, Opening),
             created=time.time(),
@@ -333,7 +320,7 @@ class SessionStore:
             async with session.lock:
                 await self.write([self._row(session, record)])
         except ApiError:
-            self._drop(session)
+            del self._sessions[own_id], self._open[own_id]
             raise
         return session
 
@@ -365,7 +352,9 @@ class SessionStore:
                 raise ApiError(409, text, code="already_finished")
             if record.state != "finished":
                 session.check_open()
-                turns, values = len(session.kept_turns()), len(given.per_turn or ())
+                recorded = session.tree.turns
+                kept = kept_turns(recorded["parent"].tolist(), recorded["received"].tolist())
+                turns, values = len(kept), len(given.per_turn or ())
                 if given.per_turn is not None and (values > turns or (given.finished and values != turns)):
                     text = f"per_turn: {values} values for {turns} answered turns"
                     raise ApiError(400, text, param="per_turn")
@@ -393,14 +382,14 @@ class SessionStore:
             if record.expires <= now and not session.lock.locked():
                 text = "session %s of group %r had no final reward within its ttl of %.0f s, and is ended"
                 logger.warning(text, record.id, record.opening.group, record.opening.ttl)
-                record = msgspec.structs.replace(record, state="expired", turns=len(session.tree.turns))
+                record = msgspec.structs.replace(record, state="expired", turns=session.tree.count)
                 self.write_later([self._row(session, record)])
                 self._close(session, record)
         self._first_end = min((one.record.expires for one in self._open.values()), default=math.inf)
 
     async def _store(self, session: Session, record: SessionRecord, state: State) -> None:
         """``session.lock`` is held. Raises ``ApiError`` 507."""
-        record = msgspec.structs.replace(record, state=state, turns=len(session.tree.turns))
+        record = msgspec.structs.replace(record, state=state, turns=session.tree.count)
         await self.write([self._row(session, record)])
         if state == "open":
             session.record = record
@@ -410,38 +399,27 @@ class SessionStore:
     def _close(self, session: Session, record: SessionRecord) -> None:
         session.record = record
         for exchange in session.exchanges.values():
-            if exchange.run is not None and exchange.run.task is not None and not exchange.run.task.done():
-                try:
-                    session.check_open()
-                except ApiError as error:
-                    exchange.run.fail(error)
+            if exchange.run is not None:
                 exchange.run.task.cancel()
         self._open.pop(record.id, None)
         self._ended[record.state] += 1
         self._on_end(record.id, record.state, record.reason)
-        session.tree, session.exchanges, session.by_digest, session.by_key = Tree(), {}, {}, {}
+        session.tree, session.exchanges = Tree(), {}
         ended = len(self._sessions) - len(self._open) - _MAX_ENDED
         if ended > 0:
             for old in [*islice((s for s in self._sessions.values() if s.record.state != "open"), ended)]:
-                self._drop(old)
+                del self._sessions[old.record.id]
                 keys = range(old.base, old.base + old.record.turns)
                 gone: list[Change] = [(table, key, None) for key in keys for table in ("turns", "answers")]
                 self.write_later([("sessions", old.number, None), *gone])
-
-    def _drop(self, session: Session) -> None:
-        self._sessions.pop(session.record.id, None)
-        self._open.pop(session.record.id, None)
-        if session.record.idempotency is not None:
-            self._by_key.pop(session.record.idempotency[0], None)
 
     # -- what is known of a session ----------------------------------------------------------------------------------
 
     async def describe(self, session: Session) -> dict[str, Any]:
         """``GET /sessions/ID``: its tree."""
-        if session.record.state != "open":
-            rows, session = await self._fetched(session), Session(session.number, session.record)
-            await asyncio.to_thread(session.restore, *rows)
-        return _described(session)
+        rows, found = await self._fetched(session), Session(session.number, session.record)
+        turns, _ = await asyncio.to_thread(found.restore, *rows)
+        return _described(session if session.record.state == "open" else found, turns)
 
     async def rollout(self, session: Session) -> dict[str, Any]:
         """``GET /sessions/ID/rollout``. Raises ``ApiError`` 409 unless the session is finished."""
@@ -452,10 +430,10 @@ class SessionStore:
 
         def made() -> list[dict[str, Any]]:
             found = Session(session.number, session.record)
-            if damage := found.restore(rows, answers):
+            turns, damage = found.restore(rows, answers)
+            if damage is not None:
                 raise ApiError(500, f"session {session.record.id} is damaged: {damage}", code="storage")
-            turns = [_decoded(value) for _, value in rows]
-            return training_rows(turns, found.unreceived)
+            return training_rows(turns, found.tree.turns["received"].tolist())
 
         return {**summary_of(session), "rows": await asyncio.to_thread(made)}
 
@@ -522,18 +500,18 @@ class SessionStore:
         path, body = request
         digest = xxhash.xxh3_128_digest(path.encode() + b"\n" + body)
         key = headers.get("idempotency-key", "").strip()[:_MAX_KEY] or None
-        if key is None:
-            known = session.by_digest.get(digest)
-            if known is not None and known.was_received and not headers.get("x-stainless-retry-count", "0").strip("0"):
-                known = None  # a request that is repeated after its answer asks for another sample
-        elif (known := session.by_key.get(key)) is not None and known.digest != digest:
+        name = hash_of(key or digest)
+        known = session.known(name, digest)
+        if known is not None and known.digest != digest:
             raise ApiError(409, "Idempotency-Key: another request had this key", code="idempotency_conflict")
-        if known is None:
-            session.check_limits(max(len(session.exchanges), len(session.tree.turns)), _MAX_TURNS - 1)
-            known = Exchange(secrets.token_hex(12), digest, key)
-            session.keep(known)
+        is_retry = key is not None or headers.get("x-stainless-retry-count", "0").strip("0")
+        # A request that is repeated after its answer asks for another sample.
+        if known is None or (known.was_received and not is_retry):
+            session.check_limits(session.tree.count + session.unrecorded, _MAX_TURNS - 1)
+            known = Exchange(secrets.token_hex(12), name, digest, key)
         elif known.turns or known.run is not None:
             self.counts["replays"] += 1
+        session.exchanges[name] = known
         known.readers += 1
         if known.run is not None:
             known.run.wait_for(readers=known.readers)
@@ -561,8 +539,7 @@ class SessionService(GatewayService):
             self._mark(was_received=was_received)
         if not exchange.readers and (exchange.turns or exchange.run is None):
             exchange.run = None
-            if not exchange.turns:
-                session.forget(exchange)
+            session.forget(exchange)
         elif exchange.run is not None:
             exchange.run.wait_for(readers=exchange.readers)
 
@@ -570,21 +547,23 @@ class SessionService(GatewayService):
         exchange = self._exchange
         if exchange.turns and exchange.was_received is not was_received:
             exchange.was_received = was_received
+            self._session.tree.turns["received"][exchange.turns.start : exchange.turns.stop] = was_received
             key = self._session.base + exchange.turns[0]
             self._store.write_later([("answers", key, b"%d" % was_received)])
 
     def new_id(self, prefix: str) -> str:
-        """Another one at each call, and the same ones for a request that is repeated."""
+        """The same ones for a request that is repeated."""
         self._ids += 1
         return f"{prefix}{self._exchange.id}" + (f"-{self._ids}" if self._ids > 1 else "")
 
     def messages_of(self, answer_id: str) -> list[Message] | None:
         """The conversation that ended with the answer of this id, or None."""
-        exchange = self._session.exchanges.get(answer_id.rpartition("_")[2].partition("-")[0])
-        if exchange is None or not exchange.turns:
+        request, tree = answer_id.rpartition("_")[2].partition("-")[0], self._session.tree
+        numbers = np.flatnonzero(tree.turns["request"] == request.encode())
+        if not len(numbers):
             return None
         messages: list[Message] = []
-        for turn in self._session.tree.turns[exchange.turns[0]].path():
+        for turn in tree.path(numbers[0]):
             [(_, value)] = self._fetch(turn.number, turn.number).result()
             messages += _decoded(value).said
         return messages
@@ -594,12 +573,11 @@ class SessionService(GatewayService):
 
     def render(self, turn: ChatTurn) -> tuple[int, ...]:
         """See ``Tree.render``; of a request that was answered before, the prompt it had."""
-        self._turn = turn
+        tree = self._session.tree
         if self._exchange.turns:
-            first = self._session.tree.turns[self._exchange.turns[0]]
-            self._prompt = Prompt(ids=first.prompt_ids(), parent=first.parent, reason=first.stored.reason)
-        else:
-            self._prompt = self._session.tree.render(self.codec, turn)
+            first = tree.turn(self._exchange.turns[0])
+            return tree.ids(first.number)[: first.length - first.sampled]
+        self._turn, self._prompt = turn, tree.render(self.codec, turn)
         return self._prompt.ids
 
     def requests(self, sampling: Sampling, prompts: Sequence[tuple[int, ...]], **named: Any) -> list[GenerationRequest]:
@@ -611,19 +589,17 @@ class SessionService(GatewayService):
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Generation]]:
         """See ``GatewayService.generate``. Cancelling leaves the completions to an equal request."""
-        run = self._run(requests, streamed=False)
-        while run.results is None:
-            await run.changed()
-        return run.results
+        return await asyncio.shield(self._run(requests, streamed=False).task)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """See ``GatewayService.stream``. Closing leaves the completions to an equal request."""
         run = self._run([request], streamed=True)
         for sent in count():
             while sent == len(run.deltas):
-                if run.results is not None:
+                if run.task.done():
+                    run.task.result()
                     return
-                await run.changed()
+                await run.changed.wait()
             yield run.deltas[sent]
 
     def _run(self, requests: Sequence[GenerationRequest], *, streamed: bool) -> _Run:
@@ -631,9 +607,12 @@ class SessionService(GatewayService):
         if (run := self._exchange.run) is None:
             self._exchange.run = run = _Run()
             run.task = asyncio.create_task(self._sample(run, requests, streamed=streamed))
+            run.task.add_done_callback(run.end)
         return run
 
-    async def _sample(self, run: _Run, requests: Sequence[GenerationRequest], *, streamed: bool) -> None:
+    async def _sample(
+        self, run: _Run, requests: Sequence[GenerationRequest], *, streamed: bool
+    ) -> list[list[Generation]]:
         session, exchange = self._session, self._exchange
         try:
             if exchange.turns:
@@ -648,19 +627,18 @@ class SessionService(GatewayService):
                 run.unread = None
                 async with session.lock:
                     await self._record_turns(zip(requests, results, strict=True))
-            run.deltas += last
-            run.results = results
-            run.notify()
+            run.add(last)
             if not exchange.readers:
                 exchange.run = None
+                session.forget(exchange)
                 self._mark(was_received=bool(exchange.was_received))
-        except BaseException as error:
+            return results
+        except BaseException:
             if not exchange.turns:
                 session.forget(exchange)
             exchange.run = run.unread = None
-            run.fail(error if isinstance(error, Exception) else ApiError(503, "the gateway is being stopped"))
-            if not isinstance(error, Exception):
-                raise
+            session.check_open()  # if its end is why, this is what those are told who wait
+            raise
 
     async def _new(
         self, run: _Run, requests: Sequence[GenerationRequest], *, streamed: bool
@@ -670,17 +648,11 @@ class SessionService(GatewayService):
             return await super().generate(requests), []
         [request] = requests
         seen: list[list[GenerationDelta]] = [[] for _ in range(request.n)]
-        running, held = request.n, list[GenerationDelta]()
         async with aclosing(super().stream(request)) as deltas:
             async for delta in deltas:
                 seen[delta.index].append(delta)
-                running -= delta.finish_reason is not None
-                if running:
-                    run.deltas.append(delta)
-                    run.notify()
-                else:
-                    held.append(delta)
-        return [joined(seen)], held
+                run.add([delta] if delta.finish_reason is None else [])
+        return [joined(seen)], [row[-1] for row in seen]
 
     def _fetch(self, first: int, last: int) -> "Future[list[tuple[Key, bytes]]]":
         return self._store.records.fetch("turns", self._session.base + first, self._session.base + last)
@@ -690,7 +662,7 @@ class SessionService(GatewayService):
         session, exchange = self._session, self._exchange
         session.check_open()
         turns = [self._stored_turn(request, *place) for request, made in answers for place in enumerate(made)]
-        first, values = len(session.tree.turns), [_encoded(turn) for turn in turns]
+        first, values = session.tree.count, [_encoded(turn) for turn in turns]
         session.check_limits(first + len(turns), 1 << _TURN_BITS)
         await self._store.write([("turns", session.base + n, value) for n, value in enumerate(values, first)])
         lineages = session.tree.lineages
@@ -698,7 +670,7 @@ class SessionService(GatewayService):
             session.tree.add(turn)
         session.stored_bytes += sum(map(len, values))
         self._store.counts.update(turns=len(turns), lineages=session.tree.lineages - lineages)
-        exchange.turns = [*range(first, first + len(turns))]
+        exchange.turns = range(first, first + len(turns))
 
     def _stored_turn(self, request: GenerationRequest, index: int, generation: Generation) -> StoredTurn:
         prompt, answer = self._prompt, None
@@ -762,31 +734,31 @@ def summary_of(session: Session) -> dict[str, Any]:
     record = session.record
     about = {name: getattr(record, name) for name in ("id", "state", "created", "expires", "reason")}
     outcome = {name: getattr(record.outcome, name, None) for name in ("reward", "per_turn", "info")}
-    turns = len(session.tree.turns) or record.turns
+    turns = session.tree.count or record.turns
     return {**about, **msgspec.structs.asdict(record.opening), **outcome, "turns": turns}
 
 
-def _described(session: Session) -> dict[str, Any]:
+def _described(session: Session, turns: Sequence[StoredTurn]) -> dict[str, Any]:
     """The tree of a session that holds its turns."""
     tree = session.tree
-    turns: list[dict[str, Any]] = [
+    described = [
         {
             "turn": turn.number,
-            "request": turn.stored.request,
-            "parent": turn.stored.parent,
+            "request": stored.request,
+            "parent": stored.parent,
             "lineage": turn.lineage,
-            "prompt_tokens": turn.length - len(turn.stored.sampled) // 4,
-            "completion_tokens": len(turn.stored.sampled) // 4,
-            "versions": [turn.stored.runs[at][0] for at in (0, -1) if turn.stored.runs],
-            "finish_reason": turn.stored.finish_reason,
-            "received": session.exchanges[turn.stored.request].was_received,
-            "reason": turn.stored.reason,
+            "prompt_tokens": turn.length - turn.sampled,
+            "completion_tokens": turn.sampled,
+            "versions": [stored.runs[at][0] for at in (0, -1) if stored.runs],
+            "finish_reason": stored.finish_reason,
+            "received": _RECEIVED[turn.received],
+            "reason": stored.reason,
         }
-        for turn in tree.turns
+        for turn, stored in zip(map(tree.turn, range(tree.count)), turns, strict=False)
     ]
-    waiting = sum(not exchange.turns for exchange in session.exchanges.values())
-    figures = {"lineages": tree.lineages, "tokens": tree.tokens, "requests": len(session.exchanges)}
-    return {**summary_of(session), **figures, "in_flight": waiting, "tree": turns}
+    requests = len(np.unique(tree.turns["request"])) + session.unrecorded
+    figures = {"lineages": tree.lineages, "tokens": tree.tokens, "requests": requests}
+    return {**summary_of(session), **figures, "in_flight": session.unrecorded, "tree": described}
 
 
 def stored_session(directory: Path, session_id: str) -> dict[str, Any] | None:
@@ -804,8 +776,8 @@ def stored_session(directory: Path, session_id: str) -> dict[str, Any] | None:
                     last = found.base + (1 << _TURN_BITS) - 1
                     between = "SELECT key, value FROM {} WHERE key BETWEEN ? AND ? ORDER BY key"
                     rows = [db.execute(between.format(t), (found.base, last)).fetchall() for t in ("turns", "answers")]
-                    found.restore(*rows)
-                    return _described(found)
+                    turns, _ = found.restore(*rows)
+                    return _described(found, turns)
     except (sqlite3.Error, msgspec.MsgspecError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     return None

@@ -31,11 +31,11 @@ def cut_at_stop(text: str, stop: Sequence[str], *, include_stop: bool) -> tuple[
 class TextCodec:
     """A Hugging Face tokenizer as the gateway uses it. ``eos_token_ids``: at these the engine ends a completion."""
 
-    def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int], *, allows_client_templates: bool = False) -> None:
+    def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int]) -> None:
         self.tokenizer = tokenizer
         self._eos_ids = eos_token_ids
         self._tokens = TokenTexts(tokenizer)
-        self.template = ChatTemplate(tokenizer, allows_clients=allows_client_templates)
+        self.template = ChatTemplate(tokenizer)
 
     @cached_property
     def renderer(self) -> Any:

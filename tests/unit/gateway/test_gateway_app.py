@@ -15,26 +15,16 @@ from typing import Any
 import httpx
 import pytest
 from support.fake_engine import FakeEngine
-from support.serving import eventually, post, serving
+from support.serving import eventually, post, raw_post, serving
 from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.engine.gate import RequestGate
 from atropos_verl.errors import EngineError, EngineStoppedError, GenerationRequestError
-from atropos_verl.gateway import templates
 from atropos_verl.gateway.service import GatewayService
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.types import GenerationRequest
 
 TOKENIZER = build_tiny_tokenizer()
-
-
-def raw_post(client: httpx.Client, path: str, body: dict[str, Any]) -> socket.socket:
-    """Send a request and leave the answer unread: the caller hangs up when it likes."""
-    data = json.dumps(body).encode()
-    connection = socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=10)
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    connection.sendall(head.encode() + data)
-    return connection
 
 
 def metric(client: httpx.Client, name: str) -> float:
@@ -116,18 +106,6 @@ def test_refused_requests_are_not_kept_until_the_collector_comes() -> None:
         finally:
             gc.enable()
     assert kept <= 10, "the last of each thread that reads"
-
-
-def test_others_are_served_while_a_template_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(templates, "_SECONDS", 2.0)
-    tokenizer = build_tiny_tokenizer()
-    tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{{ '' }}{% endfor %}{% endfor %}"
-    with serving(FakeEngine(), tokenizer) as client, ThreadPoolExecutor(1) as pool:
-        slow = pool.submit(client.post, "/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
-        eventually(lambda: client.get("/health").json()["in_flight"] == 1, "the request to have begun")
-        assert client.post("/generate", json={"prompt": [1], "max_tokens": 1}).status_code == 200
-        assert not slow.done()
-        assert slow.result().status_code == 400
 
 
 def test_health_models_and_unknown_routes() -> None:

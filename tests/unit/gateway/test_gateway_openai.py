@@ -73,12 +73,16 @@ def test_defaults_are_those_of_the_apis(client: httpx.Client, engine: FakeEngine
     assert text.prompt_token_ids == (71, 72)
 
 
-def test_chat_content_parts_tools_and_template_options(client: httpx.Client, engine: FakeEngine) -> None:
-    template = "{{ messages[0].content }}|{{ tools[0].function.name }}|{{ mood }}|{{ add_generation_prompt }}"
+def test_chat_content_parts_tools_and_template_options() -> None:
+    engine, tokenizer = FakeEngine(), build_tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{{ messages[0].content }}|{{ tools[0].function.name }}|{{ mood }}|{{ add_generation_prompt }}"
+    )
     parts = [{"type": "text", "text": text} for text in "ab"]
     tools = {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"}
-    options = {"chat_template": template, "chat_template_kwargs": {"mood": "calm"}, "add_generation_prompt": False}
-    post(client, "/v1/chat/completions", messages=[{"role": "user", "content": parts}], **tools, **options)
+    options = {"chat_template_kwargs": {"mood": "calm"}, "add_generation_prompt": False}
+    with serving(engine, tokenizer) as client:
+        post(client, "/v1/chat/completions", messages=[{"role": "user", "content": parts}], **tools, **options)
     assert engine.requests[0].prompt_token_ids == tuple(TOKENIZER.encode("a\nb|f|calm|False"))
 
 
@@ -164,7 +168,7 @@ def test_infinite_logprob_is_sent_as_vllm_does_and_nan_is_an_error(client: httpx
     engine.logprob = lambda index, position: float("nan")
     response = client.post("/v1/completions", json={"prompt": "a", "logprobs": 0})
     assert response.status_code == 500
-    assert "logprob of generated token 0 is NaN" in response.json()["error"]["message"]
+    assert "logprob of a generated token is NaN" in response.json()["error"]["message"]
 
 
 def test_chat_stream(client: httpx.Client) -> None:
@@ -267,12 +271,6 @@ def test_neutral_values_of_unsupported_fields_pass(client: httpx.Client, engine:
     neutral |= {"best_of": 1, "response_format": {"type": "text"}, "guided_json": None, "tools": None, "user": "me"}
     post(client, "/v1/chat/completions", messages=HI, top_logprobs=0, **neutral)
     assert len(engine.requests) == 1
-
-
-def test_template_errors_are_the_clients(client: httpx.Client) -> None:
-    template = "{{ raise_exception('roles must alternate') }}"
-    error = refused(client, "/v1/chat/completions", messages=HI, chat_template=template)
-    assert error["param"] == "chat_template" and "roles must alternate" in error["message"]
 
 
 def test_unknown_fields_and_models_are_logged_once(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:

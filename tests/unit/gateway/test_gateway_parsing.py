@@ -12,7 +12,7 @@ from atropos_verl.gateway.chat import ChatTurn, Message, ToolCall
 from atropos_verl.gateway.fields import ApiError, Fields, parse_sampling
 from atropos_verl.gateway.parsing import ReplyReader, constraint_of
 from atropos_verl.gateway.text import TextCodec
-from atropos_verl.types import Generation, GenerationRequest
+from atropos_verl.types import GenerationRequest
 
 TOOLS = ({"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}},)
 REQUEST = GenerationRequest(prompt_token_ids=(1,), request_id="chatcmpl-ab-0")
@@ -38,8 +38,9 @@ def read(codec: TextCodec, turn: ChatTurn, text: str, request: GenerationRequest
     """The message in ``text``, which must be the same however its tokens arrive."""
     ids = tuple(codec.encode(text, add_special_tokens=False))
     reason = "stop" if ids[-1:] == (258,) or turn.sampling.template.stop else "length"
-    generation = Generation(token_ids=ids, logprobs=(), finish_reason=reason, policy_version_runs=())
-    whole = ReplyReader(codec, turn, request).read(generation)
+    at_once = ReplyReader(codec, turn, request)
+    at_once.push(ids, reason)
+    whole = at_once.message
     for seed in range(3):
         rng, reader, pieces, at = random.Random(seed), ReplyReader(codec, turn, request), [], 0
         while at < len(ids):

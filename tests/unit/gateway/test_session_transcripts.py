@@ -56,6 +56,7 @@ def call(name: str, arguments: str) -> str:
 
 
 ADD, FIND = call("add", '{"a": 1, "b": 2}'), call("find", '{"what": "é"}')
+TWO = f"{ADD}\n{FIND}"
 
 
 class Agent:
@@ -206,6 +207,19 @@ def with_ids(*ids: str) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]
     return lambda calls: [{**one, "id": name} for one, name in zip(calls, ids, strict=True)]
 
 
+def tools(
+    *edits: Step,
+    reply: str = ADD,
+    results: Sequence[Any] = ("3",),
+    order: int = 1,
+    parent: int | None = 0,
+    template: str = "chatml",
+) -> Case:
+    """A call, which is edited before its results are sent."""
+    steps = [ask("a"), *edits, step("results", *results, order=order), step("ask")]
+    return Case(steps, [None, parent], [reply + END], template)
+
+
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 THOUGHT = "<think>\nhm, é\n</think>\n\n"
 CASES: dict[str, Case] = {
@@ -285,17 +299,6 @@ CASES: dict[str, Case] = {
         [step("insert", 0, "system", "one"), ask("a"), step("drop", 0), ask("b")], [None, None]
     ),
     "a system message in the middle": Case([ask("a"), step("insert", 2, "system", "now"), ask("b")], [None, 0]),
-    "a clock in the system prompt": Case(
-        [
-            step("insert", 0, "system", "12:00"),
-            ask("a"),
-            step("edit", 0, content="12:01"),
-            ask("b"),
-            step("edit", 0, content="12:02"),
-            ask("c"),
-        ],
-        [None, None, None],
-    ),
     "the first question is edited": Case([ask("a"), ask("b"), step("edit", 0, content="A"), ask("c")], [None, 0, None]),
     "the last question is edited": Case([ask("a"), ask("b"), step("cut", 2), ask("B"), ask("c")], [None, 0, 0, 2]),
     "an answer is edited": Case([ask("a"), step("edit", 1, content="mine"), ask("b")], [None, None]),
@@ -310,16 +313,6 @@ CASES: dict[str, Case] = {
     "roles are changed": Case([ask("a"), step("edit", 1, role="user"), ask("b")], [None, None]),
     # compaction, branches, subagents
     "compaction": Case([ask("a"), ask("b"), step("become", "summary"), ask("c"), ask("d")], [None, 0, None, 2]),
-    "compaction keeps the last turn": Case(
-        [
-            ask("a"),
-            ask("b"),
-            lambda agent: agent.history.__setitem__(slice(0, 2), [user("summary")]),
-            ask("c"),
-            ask("d"),
-        ],
-        [None, 0, None, 2],
-    ),
     "compaction twice": Case(
         [ask("a"), step("become", "one"), ask("b"), step("become", "two"), ask("c")], [None, None, None]
     ),
@@ -369,71 +362,29 @@ CASES: dict[str, Case] = {
     ),
     # tools
     "a call": Case([ask("a"), step("results", "3"), step("ask"), ask("b")], [None, 0, 1], [ADD + END]),
-    "text and a call": Case([ask("a"), step("results", "3"), step("ask")], [None, 0], ["I add.\n" + ADD + END]),
-    "two calls": Case([ask("a"), step("results", "3", "x"), step("ask")], [None, 0], [f"{ADD}\n{FIND}{END}"]),
-    "results out of order": Case(
-        [ask("a"), step("results", "3", "x", order=-1), step("ask")], [None, 0], [f"{ADD}\n{FIND}{END}"]
+    "text and a call": tools(reply="I add.\n" + ADD),
+    "two calls": tools(reply=TWO, results=["3", "x"]),
+    "results out of order": tools(reply=TWO, results=["3", "x"], order=-1),
+    "an empty result": tools(results=[""]),
+    "a result as parts": tools(results=[[{"type": "text", "text": "3"}]]),
+    "a result with an image": tools(
+        step("refused", {"role": "tool", "tool_call_id": "x", "content": [IMAGE]}, "item 2", "text")
     ),
-    "an empty result": Case([ask("a"), step("results", ""), step("ask")], [None, 0], [ADD + END]),
-    "a result as parts": Case(
-        [ask("a"), step("results", [{"type": "text", "text": "3"}]), step("ask")], [None, 0], [ADD + END]
+    "arguments written without blanks": tools(step("calls", 1, rewritten(separators=(",", ":")))),
+    "arguments in another order": tools(
+        step("calls", 1, rewritten(sort_keys=True)), reply=call("add", '{"b": 2,  "a" : 1}')
     ),
-    "a result with an image": Case(
-        [
-            ask("a"),
-            step("refused", {"role": "tool", "tool_call_id": "x", "content": [IMAGE]}, "item 2", "text"),
-            step("results", "3"),
-            step("ask"),
-        ],
-        [None, 0],
-        [ADD + END],
+    "arguments with escaped letters": tools(step("calls", 1, rewritten(ensure_ascii=True)), reply=FIND),
+    "an argument is changed": tools(
+        step("calls", 1, lambda calls: json.loads(json.dumps(calls).replace("1", "7"))), parent=None
     ),
-    "arguments written without blanks": Case(
-        [ask("a"), step("calls", 1, rewritten(separators=(",", ":"))), step("results", "3"), step("ask")],
-        [None, 0],
-        [ADD + END],
+    "other ids": tools(step("calls", 1, with_ids("mine"))),
+    "equal ids": tools(step("calls", 1, with_ids("i", "i")), reply=TWO, results=["3", "x"]),
+    "calls change places": tools(
+        step("calls", 1, lambda calls: calls[::-1]), reply=TWO, results=["x", "3"], parent=None
     ),
-    "arguments in another order": Case(
-        [ask("a"), step("calls", 1, rewritten(sort_keys=True)), step("results", "3"), step("ask")],
-        [None, 0],
-        [call("add", '{"b": 2,  "a" : 1}') + END],
-    ),
-    "arguments with escaped letters": Case(
-        [ask("a"), step("calls", 1, rewritten(ensure_ascii=True)), step("results", "x"), step("ask")],
-        [None, 0],
-        [FIND + END],
-    ),
-    "an argument is changed": Case(
-        [
-            ask("a"),
-            step("calls", 1, lambda calls: json.loads(json.dumps(calls).replace("1", "7"))),
-            lambda agent: agent.add({"role": "tool", "tool_call_id": "x", "content": "9"}),
-            step("ask"),
-        ],
-        [None, None],
-        [ADD + END],
-    ),
-    "other ids": Case(
-        [ask("a"), step("calls", 1, with_ids("mine")), step("results", "3"), step("ask")], [None, 0], [ADD + END]
-    ),
-    "equal ids": Case(
-        [ask("a"), step("calls", 1, with_ids("i", "i")), step("results", "3", "x"), step("ask")],
-        [None, 0],
-        [f"{ADD}\n{FIND}{END}"],
-    ),
-    "calls change places": Case(
-        [ask("a"), step("calls", 1, lambda calls: calls[::-1]), step("results", "x", "3"), step("ask")],
-        [None, None],
-        [f"{ADD}\n{FIND}{END}"],
-    ),
-    "a call is dropped": Case(
-        [ask("a"), step("calls", 1, lambda calls: calls[:1]), step("results", "3"), step("ask")],
-        [None, None],
-        [f"{ADD}\n{FIND}{END}"],
-    ),
-    "no content beside a call": Case(
-        [ask("a"), step("edit", 1, content=""), step("results", "3"), step("ask")], [None, 0], [ADD + END]
-    ),
+    "a call is dropped": tools(step("calls", 1, lambda calls: calls[:1]), reply=TWO, parent=None),
+    "no content beside a call": tools(step("edit", 1, content="")),
     "a result is edited later": Case(
         [ask("a"), step("results", "3"), step("ask"), step("edit", 2, content="4"), ask("b")], [None, 0, 0], [ADD + END]
     ),
@@ -446,20 +397,12 @@ CASES: dict[str, Case] = {
     # reasoning, with a template that leaves out what was thought before the last question
     "no thoughts": Case([ask("a"), ask("b")], [None, 0], template="thinking"),
     "thoughts in the content": Case([ask("a"), ask("b")], [None, None], [THOUGHT + "x" + END], template="thinking"),
-    "thoughts are kept between calls": Case(
-        [ask("a"), step("results", "3"), step("ask")], [None, 0], [THOUGHT + ADD + END], template="thinking"
+    "thoughts are kept between calls": tools(reply=THOUGHT + ADD, template="thinking"),
+    "thoughts are dropped between calls": tools(
+        step("edit", 1, reasoning_content=None), reply=THOUGHT + ADD, template="thinking", parent=None
     ),
-    "thoughts are dropped between calls": Case(
-        [ask("a"), step("edit", 1, reasoning_content=None), step("results", "3"), step("ask")],
-        [None, None],
-        [THOUGHT + ADD + END],
-        template="thinking",
-    ),
-    "thoughts are edited": Case(
-        [ask("a"), step("edit", 1, reasoning_content="hm"), step("results", "3"), step("ask")],
-        [None, None],
-        [THOUGHT + ADD + END],
-        template="thinking",
+    "thoughts are edited": tools(
+        step("edit", 1, reasoning_content="hm"), reply=THOUGHT + ADD, template="thinking", parent=None
     ),
     "thoughts of an earlier question": Case(
         [ask("a"), step("results", "3"), step("ask"), ask("b"), ask("c")],
@@ -467,11 +410,8 @@ CASES: dict[str, Case] = {
         [THOUGHT + ADD + END],
         template="thinking",
     ),
-    "thoughts that the template writes in another form": Case(
-        [ask("a"), step("results", "3"), step("ask")],
-        [None, None],
-        [f"<think>hm</think>{ADD}{END}"],
-        template="thinking",
+    "thoughts that the template writes in another form": tools(
+        reply=f"<think>hm</think>{ADD}", template="thinking", parent=None
     ),
     # a template that trims
     "trimmed by the template": Case([ask("a"), ask("b")], [None, None], ["  x " + END], template="trimming"),

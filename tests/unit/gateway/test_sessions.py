@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import re
 import threading
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import openai
 import pytest
 from support.fake_engine import text_reply
-from support.serving import eventually
+from support.serving import eventually, raw_post
 from support.sessions import OracleEngine, check_rollout, open_session, rollout_of, session_gateway
 from support.tiny_model import build_tiny_tokenizer
 
@@ -32,8 +33,6 @@ from atropos_verl.types import GenerationRequest
 TOKENIZER = build_tiny_tokenizer()
 ASK: Any = {"model": "m", "messages": [{"role": "user", "content": "question"}]}
 CHAT = "/v1/chat/completions"
-
-
 COUNT = itertools.count()
 
 
@@ -156,28 +155,36 @@ def test_an_equal_request_after_an_answer_is_a_new_sample(client: httpx.Client, 
     check_rollout(rollout, engine.samples)
 
 
+def in_flight(client: httpx.Client, count: int) -> None:
+    eventually(lambda: f"_in_flight {count}.0" in client.get("/metrics").text, f"{count} requests in flight")
+
+
+@contextmanager
+def unanswered(client: httpx.Client, engine: OracleEngine, session: dict[str, Any], **body: Any) -> Iterator[None]:
+    """A request whose client leaves at the end of the block; it is being sampled before."""
+    engine.pause()
+    begun = len(engine.started)
+    key = f"Bearer {session['api_key']}"
+    with raw_post(client, CHAT, {**ASK, **body}, authorization=key):
+        eventually(lambda: len(engine.started) > begun, "it is being sampled")
+        yield
+    in_flight(client, 0)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_equal_request_while_the_first_is_unanswered_joins_it(
     client: httpx.Client, engine: OracleEngine, stream: bool
 ) -> None:
     session = open_session(client)
     engine.pause()
-    bodies: list[bytes] = []
-    threads = [
-        threading.Thread(target=lambda: bodies.append(chat(client, session, stream=stream).content)) for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    eventually(lambda: tree_of(client, session)["in_flight"] == 1 and len(engine.started) == 1, "one request")
-    eventually(lambda: "_in_flight 4.0" in client.get("/metrics").text, "all wait")
-    engine.resume()
-    for thread in threads:
-        thread.join()
-    assert (
-        len({re.sub(rb'"created":\d+', b"", body) for body in bodies}) == 1
-        and len(bodies) == 4
-        and len(engine.samples) == 1
-    )
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(chat, client, session, stream=stream) for _ in range(4)]
+        in_flight(client, 4)
+        eventually(lambda: len(engine.started) == 1, "it is being sampled")
+        assert tree_of(client, session)["in_flight"] == 1
+        engine.resume()
+    assert len({re.sub(rb'"created":\d+', b"", answer.result().content) for answer in answers}) == 1
+    assert len(engine.samples) == 1
     check_rollout(rollout_of(client, session), engine.samples)
 
 
@@ -186,37 +193,16 @@ def test_a_retry_after_a_broken_connection_gets_the_same_answer(
     client: httpx.Client, engine: OracleEngine, stream: bool
 ) -> None:
     session = open_session(client)
-    engine.pause()
-    with pytest.raises(httpx.TimeoutException):
-        httpx.post(
-            str(client.base_url.join(CHAT)),
-            json={**ASK, "stream": stream},
-            headers={"authorization": f"Bearer {session['api_key']}", "content-type": "application/json"},
-            timeout=0.3,
-        )
+    with unanswered(client, engine, session, stream=stream):
+        pass
     engine.resume()
-    eventually(lambda: len(engine.samples) == 1, "it goes on without its client")
-    first = tree_of(client, session)["tree"]
+    eventually(lambda: tree_of(client, session)["turns"] == 1, "it goes on without its client, and is recorded")
+    assert [t["received"] for t in tree_of(client, session)["tree"]] == [False]
     answer = chat(client, session, stream=stream)
-    assert answer.status_code == 200
-    assert len(engine.samples) == 1 and [t["received"] for t in first] == [False]
+    assert answer.status_code == 200 and len(engine.samples) == 1
     assert [t["received"] for t in tree_of(client, session)["tree"]] == [True]
     assert chat(client, session, stream=stream).content != answer.content and len(engine.samples) == 2
     check_rollout(rollout_of(client, session), engine.samples)
-
-
-def test_what_nobody_received_is_not_trained(client: httpx.Client, engine: OracleEngine) -> None:
-    session = open_session(client)
-    engine.pause()
-    with pytest.raises(openai.APITimeoutError):
-        sdk(session).chat.completions.create(**ASK, timeout=0.2)
-    engine.resume()
-    eventually(lambda: tree_of(client, session)["turns"] == 1, "it is recorded")
-    other = [{"role": "user", "content": "another question"}]
-    text_of(chat(client, session, messages=other))
-    rollout = rollout_of(client, session)
-    assert [row["turns"] for row in rollout["rows"]] == [[0]]
-    check_rollout(rollout, engine.samples[1:])
 
 
 def test_an_answer_whose_client_leaves_while_it_is_stored_is_not_trained(
@@ -225,60 +211,60 @@ def test_an_answer_whose_client_leaves_while_it_is_stored_is_not_trained(
     session, commit, stored = open_session(client), RecordStore._commit, threading.Event()
     with monkeypatch.context() as patch:
         patch.setattr(RecordStore, "_commit", lambda *given: stored.wait(30.0) and commit(*given))
-        with pytest.raises(openai.APITimeoutError):
-            sdk(session).chat.completions.create(**ASK, timeout=0.3)
-        eventually(lambda: "_in_flight 0.0" in client.get("/metrics").text, "the gateway sees it leave")
+        with unanswered(client, engine, session):
+            engine.resume()
+            eventually(lambda: len(engine.samples) == 1, "it is sampled")
         stored.set()
         eventually(lambda: tree_of(client, session)["turns"] == 1, "it is recorded")
-    assert rollout_of(client, session)["rows"] == []
+    text_of(chat(client, session, messages=[{"role": "user", "content": "another question"}]))
+    rollout = rollout_of(client, session)
+    assert [row["turns"] for row in rollout["rows"]] == [[0]]
+    check_rollout(rollout, engine.samples[1:])
 
 
 def test_sampling_ends_some_time_after_its_client_left(
     client: httpx.Client, engine: OracleEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = open_session(client)
-    engine.pause()
-    with pytest.raises(openai.APITimeoutError):
-        sdk(session).chat.completions.create(**ASK, timeout=0.3)
-    eventually(lambda: "_in_flight 0.0" in client.get("/metrics").text, "the gateway sees it leave")
+    with unanswered(client, engine, session):
+        pass
     assert len(engine.active) == 1, "for 60 s"
-    answers: list[Any] = []
-    thread = threading.Thread(target=lambda: answers.append(sdk(session).chat.completions.create(**ASK)))
     monkeypatch.setattr("atropos_verl.gateway.sessions._UNREAD_SECONDS", 0.0)
     for stream in (False, True):
-        with pytest.raises(openai.APITimeoutError):
-            [*sdk(session).chat.completions.create(**ASK, max_tokens=9, stream=stream, timeout=0.3)]
+        with unanswered(client, engine, session, max_tokens=9, stream=stream):
+            assert len(engine.active) == 2
         eventually(lambda: len(engine.active) == 1, "nobody waits for the second")
-    thread.start()
-    eventually(lambda: "_in_flight 1.0" in client.get("/metrics").text, "the first is waited for again")
-    engine.resume()
-    thread.join()
-    assert len(answers) == len(engine.samples) == 1
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(chat, client, session)
+        in_flight(client, 1)
+        engine.resume()
+        assert text_of(answer.result()) and len(engine.samples) == 1
     check_rollout(rollout_of(client, session), engine.samples)
 
 
 def test_a_mark_that_the_disk_refused_is_written_with_the_next_change(
     tmp_path: Path, engine: OracleEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    commit = RecordStore._commit
+
+    def refusing(self: RecordStore, changes: Any) -> Any:
+        only_marks = all(change[0] == "answers" for change in changes)
+        return StorageWriteError("the disk is full") if only_marks else commit(self, changes)
+
     with session_gateway(tmp_path, engine, TOKENIZER) as client:
-        session, commit, stored = open_session(client), RecordStore._commit, threading.Event()
-
-        def refusing(self: RecordStore, changes: Any) -> Any:
-            only_marks = all(change[0] == "answers" for change in changes)
-            return StorageWriteError("the disk is full") if only_marks and stored.wait(30.0) else commit(self, changes)
-
-        engine.pause()
-        with pytest.raises(openai.APITimeoutError):
-            sdk(session).chat.completions.create(**ASK, timeout=0.3)
+        session = open_session(client)
+        with unanswered(client, engine, session):
+            pass
         with monkeypatch.context() as patch:
             patch.setattr(RecordStore, "_commit", refusing)
-            stored.set()
             engine.resume()
             eventually(lambda: "tried again with the next change" in caplog.text, "the mark is refused")
-            open_session(client)
+        open_session(client)
     with session_gateway(tmp_path, engine, TOKENIZER) as client:
         assert [turn["received"] for turn in tree_of(client, session)["tree"]] == [False]
-        assert rollout_of(client, session)["rows"] == []
+        text_of(chat(client, session))
+        assert len(engine.samples) == 1, "what no one saw before a restart is given to the retry"
+        check_rollout(rollout_of(client, session), engine.samples)
 
 
 def test_the_turns_of_a_session_stay_in_its_keys(
@@ -329,22 +315,13 @@ def test_sessions_that_cannot_be_stored_are_not_opened_for_a_retry(
     client: httpx.Client, engine: OracleEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused = threading.Event()
-    answers: list[httpx.Response] = []
-
-    def ask() -> None:
-        answers.append(client.post("/sessions", json={"group": "g"}, headers={"idempotency-key": "k"}))
-
-    threads = [threading.Thread(target=ask) for _ in range(2)]
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
         patch.setattr(RecordStore, "_commit", lambda *_: refused.wait(30.0) and StorageWriteError("the disk is full"))
-        for thread in threads:
-            thread.start()
-        eventually(lambda: "_in_flight 2.0" in client.get("/metrics").text, "both wait")
-        time.sleep(0.05)
+        key = {"idempotency-key": "k"}
+        answers = [pool.submit(client.post, "/sessions", json={"group": "g"}, headers=key) for _ in range(2)]
+        in_flight(client, 2)
         refused.set()
-        for thread in threads:
-            thread.join()
-    assert [answer.status_code for answer in answers] == [507, 507]
+        assert [answer.result().status_code for answer in answers] == [507, 507]
 
 
 def test_a_disk_that_refuses_loses_nothing(
@@ -387,50 +364,22 @@ def test_a_restarted_gateway_knows_its_sessions(tmp_path: Path, engine: OracleEn
         check_rollout(rollout_of(client, session), engine.samples[1:])
 
 
-def test_an_answer_that_no_one_saw_before_a_restart_is_given_to_the_retry(tmp_path: Path, engine: OracleEngine) -> None:
-    with session_gateway(tmp_path, engine, TOKENIZER) as client:
-        session = open_session(client)
-        engine.pause()
-        with pytest.raises(openai.APITimeoutError):
-            sdk(session).chat.completions.create(**ASK, timeout=0.2)
-        engine.resume()
-        eventually(lambda: tree_of(client, session)["turns"] == 1, "it is recorded")
-    with session_gateway(tmp_path, engine, TOKENIZER) as client:
-        sdk(session).with_options(base_url=f"{client.base_url}/v1").chat.completions.create(**ASK)
-        assert len(engine.samples) == 1
-        check_rollout(rollout_of(client, session), engine.samples)
-
-
-def test_a_damaged_session_is_aborted_and_the_others_are_kept(tmp_path: Path, engine: OracleEngine) -> None:
-    with session_gateway(tmp_path, engine, TOKENIZER) as client:
-        session, other = open_session(client), open_session(client)
-        for one in (session, session, other):
-            text_of(chat(client, one))
-    records = RecordStore(tmp_path / "sessions.sqlite", dict.fromkeys(("sessions", "turns", "answers"), int), owner="t")
-    records.write([("turns", 0, None)]).result()
-    records.close()
-    with session_gateway(tmp_path, engine, TOKENIZER) as client:
-        assert (
-            tree_of(client, session)["state"] == "aborted" and "turn 0 is missing" in tree_of(client, session)["reason"]
-        )
-        assert len(rollout_of(client, other)["rows"]) == 1
-
-
-@pytest.mark.parametrize("value", [b"\xc1", msgspec.msgpack.encode({"id": "a"}), b"\xa1\xff", b"\x91" * 9000])
+@pytest.mark.parametrize("value", [b"\xc1", msgspec.msgpack.encode({"id": "a"}), b"\xa1\xff", b"\x91" * 9000, None])
 def test_a_record_that_cannot_be_read_is_left_out_and_the_others_are_kept(
-    tmp_path: Path, engine: OracleEngine, caplog: pytest.LogCaptureFixture, value: bytes
+    tmp_path: Path, engine: OracleEngine, caplog: pytest.LogCaptureFixture, value: bytes | None
 ) -> None:
     with session_gateway(tmp_path, engine, TOKENIZER) as client:
         other, broken, lost = open_session(client), open_session(client), open_session(client)
-        for one in (other, broken, lost):
+        for one in (other, broken, broken, lost):
             text_of(chat(client, one))
     records = RecordStore(tmp_path / "sessions.sqlite", dict.fromkeys(("sessions", "turns", "answers"), int), owner="t")
-    records.write([("turns", 1 << 20, value), ("sessions", 2, value)]).result()
+    records.write([("turns", 1 << 20, value), ("sessions", 2, value or b"")]).result()
     records.close()
     with session_gateway(tmp_path, engine, TOKENIZER) as client:
         assert "session number 2" in caplog.text
         assert code_of(client.get(f"/sessions/{lost['id']}")) == (404, "unknown_session")
-        assert (tree_of(client, broken)["state"], tree_of(client, broken)["turns"]) == ("aborted", 0)
+        tree = tree_of(client, broken)
+        assert tree["state"] == "aborted" and ("turn 0 is missing" in tree["reason"]) == (value is None)
         assert len(rollout_of(client, other)["rows"]) == 1
         new = open_session(client)
         text_of(chat(client, new))
@@ -479,20 +428,14 @@ def test_a_reward_is_set_once(client: httpx.Client, engine: OracleEngine) -> Non
 def test_an_abort_ends_what_is_being_sampled(client: httpx.Client, engine: OracleEngine) -> None:
     session = open_session(client)
     engine.pause()
-    answers: list[httpx.Response] = []
-    threads = [
-        threading.Thread(target=lambda stream=stream: answers.append(chat(client, session, stream=stream)))
-        for stream in (False, True)
-    ]
-    for thread in threads:
-        thread.start()
-    eventually(lambda: len(engine.active) == 2, "both run")
-    for _ in range(2):
-        answer = client.post(f"/sessions/{session['id']}/abort", json={"reason": "it was stuck"})
-        assert (answer.json()["state"], answer.json()["reason"]) == ("aborted", "it was stuck")
-    for thread in threads:
-        thread.join()
-    assert all("it was stuck" in answer.text for answer in answers) and not engine.active
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(chat, client, session, stream=stream) for stream in (False, True)]
+        eventually(lambda: len(engine.active) == 2, "both run")
+        for _ in range(2):
+            answer = client.post(f"/sessions/{session['id']}/abort", json={"reason": "it was stuck"})
+            assert (answer.json()["state"], answer.json()["reason"]) == ("aborted", "it was stuck")
+        assert all("it was stuck" in answer.result().text for answer in answers)
+    eventually(lambda: not engine.active, "the slots to be free")
     engine.resume()
     assert code_of(client.get(f"/sessions/{session['id']}/rollout")) == (409, "session_aborted")
     for body, reason in (({"reason": ""}, None), ({"reason": "x" * 9000}, "x" * 500)):
@@ -657,5 +600,5 @@ def test_of_a_constrained_turn_the_tokens_are_trained_that_were_chosen_among_sev
         (True, [-100, -100, -100, 8, -100, 2], [1.0] * 6),
         (False, [-100, -100, 7, 8, 9, 2], [1.0, 1.0, 0.0, -0.5, 0.0, -2.0]),
     ):
-        (row,) = training_rows([StoredTurn(**{**made, "constrained": constrained})], ())
+        (row,) = training_rows([StoredTurn(**{**made, "constrained": constrained})], [1])
         assert (row["masks"], row["logprobs"], row["spans"]) == (masks, kept, [[2, 6]])
