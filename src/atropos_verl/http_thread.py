@@ -1,7 +1,7 @@
 """Serves ASGI applications from a thread of this process: connections are bounded, pages of other sites kept out.
 
-Every server here is reached from the browser of whoever works on its machine, and a page of any site can make that
-browser send requests. ``foreign_page`` finds them by what a browser says of itself; programs say nothing.
+A page of any site can make the browser of whoever works on this machine send requests. ``foreign_page`` finds them by
+what a browser says of itself; programs say nothing.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ import contextlib
 import errno
 import hashlib
 import hmac
-import http.client
 import ipaddress
 import logging
-import os
 import resource
 import socket
 import threading
@@ -36,8 +34,6 @@ EVALUATION_PATH = "/evaluation"
 """What requests of held-out evaluations have before every other path of the gateway."""
 EVALUATION_GROUP = "evaluation "
 """What the group of a session begins with whose rollout is an evaluation's."""
-_PROBE_INTERVAL = 0.005
-_PROBE_TIMEOUT = 2.0
 _KEEP_ALIVE_TIMEOUT = 75
 """Seconds an idle connection is kept: longer than a client's pool keeps it, so that no request meets a closing one."""
 _BACKLOG = 2048
@@ -47,6 +43,7 @@ _MAX_FILES = 65_536
 _OTHER_FILES = 256
 """File descriptors that are left to the rest of the process."""
 _EVICTED_AT_ONCE = 16
+_NO_FILES_SECONDS = 0.01
 _HEADER_SECONDS = 20.0
 """A connection that has sent no whole header by then is closed."""
 _MAX_HEADER_BYTES = 64 << 10
@@ -58,12 +55,10 @@ _SHOWN = 200
 
 
 class ServerThread:
-    """uvicorn in its own thread and event loop, for an application that answers ``GET /health``.
-
-    Also a context manager (start / stop). It can be started again after ``stop``, on the same port.
+    """uvicorn in its own thread and event loop. Also a context manager (start / stop). It can be started again after
+    ``stop``, on the same port.
 
     Args:
-        app: the application.
         service: its name in messages; ``advice``: what to do when the port is taken.
         port: 0 takes a free one.
         listener: from ``listen``, for the first start: who connects before waits in it. The server closes it.
@@ -107,11 +102,8 @@ class ServerThread:
             raise ServiceError(text, self._service) from self._failure
 
     def start(self, timeout: float = 10.0) -> str:
-        """Listen, and return ``url`` once GET /health answers 200. Starting a running server returns its url.
-
-        Raises ``ServiceError`` when the port is taken, or when the application fails to start or does not answer within
-        ``timeout`` seconds.
-        """
+        """Listen, and return ``url`` once requests are answered. Starting a running server returns its url. Raises
+        ``ServiceError``: the port is taken, or the application does not start in ``timeout`` seconds."""
         import uvicorn
 
         if self.is_running:
@@ -124,19 +116,20 @@ class ServerThread:
         name = self._service.replace(" ", "-")
         self._thread = threading.Thread(target=self._serve, args=(server, listener), name=name, daemon=True)
         self._thread.start()
-        try:
-            self._wait_until_serving(timeout)
-        except ServiceError:
-            self.stop(timeout=_PROBE_TIMEOUT)
-            raise
+        deadline = time.monotonic() + timeout
+        while not server.started:
+            is_late = time.monotonic() > deadline
+            if is_late or not self.is_running:
+                self.stop(timeout=2.0)
+                why = f"not within {timeout} s (start timeout)" if is_late else repr(self._failure)
+                raise ServiceError(f"{self._service}: failed to start: {why}", self._service) from self._failure
+            time.sleep(0.005)
         logger.info("%s: serving at %s", self._service, self.url)
         return self.url
 
     def stop(self, timeout: float = 10.0) -> None:
-        """Stop listening, let running requests finish for half of ``timeout`` seconds, then cancel them.
-
-        Idempotent. Raises ``ServiceError`` when the thread has not ended within ``timeout`` seconds.
-        """
+        """Stop listening, let running requests finish for half of ``timeout`` seconds, then cancel them. Idempotent.
+        Raises ``ServiceError`` when the thread has not ended within ``timeout`` seconds."""
         thread, server = self._thread, self._server
         if thread is None or server is None:
             return
@@ -167,23 +160,6 @@ class ServerThread:
         finally:
             listener.close()
 
-    def _wait_until_serving(self, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
-        while True:
-            if not self.is_running:
-                text = f"{self._service}: failed to start: {self._failure!r}"
-                raise ServiceError(text, self._service) from self._failure
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                connection = http.client.HTTPConnection(reachable(self._host), self._port, timeout=_PROBE_TIMEOUT)
-                with contextlib.closing(connection):
-                    connection.request("GET", "/health")
-                    if connection.getresponse().status == 200:
-                        return
-            if time.monotonic() > deadline:
-                text = f"{self._service}: no answer from {self.url}/health within {timeout} s of starting"
-                raise ServiceError(f"{text} (start timeout)", self._service)
-            time.sleep(_PROBE_INTERVAL)
-
 
 async def disconnected(receive: Any) -> None:
     """Returns when the client of an ASGI request goes away (or when its response is complete)."""
@@ -196,8 +172,7 @@ def foreign_page(headers: Mapping[str, str], hosts: Collection[str] = (), origin
 
     Args:
         headers: by names in lower case.
-        hosts: names that ``Host`` may have. A page whose name was pointed at this machine (DNS rebinding) counts as the
-            server's own everywhere else. Empty: any.
+        hosts: names that ``Host`` may have (against DNS rebinding). Empty: any.
         origins: further sites whose pages may send requests; ``*``: any.
     """
     host, site, name = headers.get("host", ""), headers.get("sec-fetch-site", ""), None
@@ -248,23 +223,19 @@ class Listener(socket.socket):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = _MAX_FILES if most == resource.RLIM_INFINITY else min(most, _MAX_FILES)
-        if files != resource.RLIM_INFINITY and files < wanted:
+        files, wanted = (_MAX_FILES if n == resource.RLIM_INFINITY else min(n, _MAX_FILES) for n in (files, most))
+        if files < wanted:
             with contextlib.suppress(OSError, ValueError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
                 files = wanted
-        self.limit = _MAX_CONNECTIONS
-        if files != resource.RLIM_INFINITY:
-            self.limit = max(1, min(_MAX_CONNECTIONS, files - min(_OTHER_FILES, files // 2)))
+        self.limit = max(1, min(_MAX_CONNECTIONS, files - min(_OTHER_FILES, files // 2)))
         self.count = 0
         """Accepted and not closed yet."""
         self.settling = 0
         """Of these, those that asyncio has not handed to a protocol yet, or that were told to close."""
         self.waiting: dict[Any, None] = {}
         """Protocols that wait for a request, or for more of one; those that have waited longest first."""
-        self._spare = -1
-        self._open_spare()
-        self._told_at = float("-inf")
+        self._refusals = SameLines()
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Raises ``BlockingIOError`` where there is no room: asyncio then asks again in its next turn."""
@@ -277,50 +248,32 @@ class Listener(socket.socket):
                     self.settling += 1
             if self.settling:
                 raise BlockingIOError
-        self._open_spare()
         try:
             connection, address = super().accept()
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-            # Taken from the queue and closed, by way of a descriptor kept for this: else the loop would turn for ever.
-            self._close_spare()
-            with contextlib.suppress(OSError):
-                super().accept()[0].close()
-            self._open_spare()
-            if self._spare < 0:
-                raise  # asyncio asks again in a second
-            self._refuse("this process has no file descriptor left")
+            time.sleep(_NO_FILES_SECONDS)  # the loop would turn as fast as it can, and asyncio would log each turn
+            self._refuse("wait: this process has no file descriptor left")
         if self.count >= self.limit:
             connection.close()
-            self._refuse(f"{self.count} are open and have requests under way")
+            self._refuse(f"are refused: {self.count} are open and have requests under way")
         self.count += 1
         self.settling += 1
         return connection, address
 
-    def _open_spare(self) -> None:
-        with contextlib.suppress(OSError):  # another thread may have taken the last one
-            self._spare = self._spare if self._spare >= 0 else os.open(os.devnull, os.O_RDONLY)
-
-    def _close_spare(self) -> None:
-        # Forgotten first: its number may be that of another thread's file at once.
-        spare, self._spare = self._spare, -1
-        if spare >= 0:
-            os.close(spare)
-
     def _refuse(self, why: str) -> NoReturn:
-        if time.monotonic() - self._told_at > _SAME_LINE_SECONDS:
-            self._told_at = time.monotonic()
-            logger.warning("connections are refused: %s (ulimit -n)", why)
+        if self._refusals.is_new(""):
+            logger.warning("connections %s (ulimit -n)", why)
         raise BlockingIOError
 
-    def close(self) -> None:
-        self._close_spare()
-        super().close()
 
+def _watched(listener: Listener, connections: Any) -> type[Any]:
+    """uvicorn's protocol, whose connections ``listener`` counts, and which does not wait for ever. ``connections``,
+    unless None, is told of each (``opened``, ``ended``)."""
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-def _watched(base: Any, listener: Listener) -> type[Any]:
-    """uvicorn's protocol ``base``, whose connections ``listener`` counts, and which does not wait for ever."""
+    base: Any = AutoHTTPProtocol
 
     class WatchedProtocol(base):  # type: ignore[misc]
         def connection_made(self, transport: Any) -> None:
@@ -333,6 +286,8 @@ def _watched(base: Any, listener: Listener) -> type[Any]:
             listener.waiting[self] = None
             super().connection_made(transport)
             self._watch("header")
+            if connections is not None:
+                connections.opened(self.client)
 
         def data_received(self, data: bytes) -> None:
             self._received += len(data)
@@ -340,9 +295,8 @@ def _watched(base: Any, listener: Listener) -> type[Any]:
             if self.transport.is_closing():
                 return
             cycle = self.cycle
-            part = "header" if cycle is None or cycle.response_complete else None
-            if cycle is not None and cycle.more_body:
-                part = "body"
+            is_idle = cycle is None or cycle.response_complete
+            part = "body" if cycle is not None and cycle.more_body else "header" if is_idle else None
             if part == "header" and self._received > _MAX_HEADER_BYTES:
                 self.send_400_response(f"The header is longer than {_MAX_HEADER_BYTES} bytes.")
             elif part != "header":
@@ -373,6 +327,8 @@ def _watched(base: Any, listener: Listener) -> type[Any]:
             self._watch(None)
             self._writing = self._writing and self._writing.cancel()
             super().connection_lost(exc)
+            if connections is not None:
+                connections.ended(self.client, exc)
 
         def _watch(self, part: str | None) -> None:
             """Wait for this part of a request, or for nothing."""
@@ -414,15 +370,14 @@ class SameLines(logging.Filter):
 _SAME_LINES = SameLines()
 
 
-def uvicorn_config(app: Any, listener: Listener, **options: Any) -> uvicorn.Config:
+def uvicorn_config(app: Any, listener: Listener, connections: Any = None, **options: Any) -> uvicorn.Config:
     """uvicorn's settings that every server of this project shares."""
     import uvicorn
-    from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
     logging.getLogger("uvicorn.error").addFilter(_SAME_LINES)
-    options["http"] = _watched(options.get("http", AutoHTTPProtocol), listener)
     return uvicorn.Config(
         app,
+        http=_watched(listener, connections),
         log_config=None,  # uvicorn's loggers propagate to the application's logging like everybody else's
         log_level="warning",
         access_log=False,

@@ -20,7 +20,7 @@ import sqlite3
 import struct
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import islice
 from pathlib import Path
@@ -42,14 +42,6 @@ _Job: TypeAlias = tuple[Sequence[Change] | None, Future[None]]
 """Changes to store (None: accept changes again), and what is told when that is done."""
 
 
-class _Range(NamedTuple):
-    """Rows to be read by the thread that writes."""
-
-    table: str
-    first: Key
-    last: Key
-
-
 _VERSION: Final = 2
 _LOST_ROWS: Final = 0x6C6F7374
 """``application_id`` of a database that was made of what two damaged ones still held."""
@@ -69,9 +61,8 @@ _PLACE: Final = struct.Struct("<QQQ")
 """Row of a large value: offset, length, checksum."""
 _SYNC_ERRORS: Final = (sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC)
 _NO_DAMAGE: Final = (
-    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN
-)  # fmt: skip
-_NO_SHARED_MEMORY: Final = (
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN,
+    # Shared memory:
     sqlite3.SQLITE_IOERR_SHMOPEN, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_SHMLOCK,
     sqlite3.SQLITE_IOERR_SHMMAP,
 )  # fmt: skip
@@ -80,11 +71,8 @@ _NO_SHARED_MEMORY: Final = (
 def write_atomic(path: Path, data: bytes | str, *, private: bool = False, durable: bool = False) -> None:
     """Replace ``path`` with ``data``: a reader sees the old file or the new one, also when the process dies half-way.
 
-    Args:
-        private: only the owner can read the file (mode 0600).
-        durable: return after the file is on the disk.
-
-    Raises ``OSError`` when the disk is full, or the directory is missing or not writable. The old file stays.
+    ``private``: only the owner can read the file (mode 0600); ``durable``: return after it is on the disk. Raises
+    ``OSError`` (a full disk, a directory that is missing or not writable); the old file stays.
     """
     # A rename is atomic only within one file system. Hence no tempfile, which may be on another one.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -118,10 +106,8 @@ def sync_to_disk(*paths: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, holder: str) -> Iterator[None]:
-    """Holds the lock file ``path`` while the block runs, or this process lives. Its content names ``holder``.
-
-    Raises ``StorageInUseError``, with who holds it, and ``OSError``.
-    """
+    """Holds the lock file ``path`` while the block runs, or this process lives. Its content names ``holder``. Raises
+    ``StorageInUseError``, with who holds it, and ``OSError``."""
     make_directory(path.parent)
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -186,8 +172,7 @@ class RecordStore:
         fsync: a write is done when it is on the disk. Otherwise it survives the process, but not a power failure.
         large: the table whose values are large.
 
-    Raises:
-        StorageError: another process uses the directory, the file is no store of this version, or it cannot be made.
+    Raises ``StorageError``: another process uses the directory, or the file is no store of this version.
     """
 
     def __init__(
@@ -211,11 +196,10 @@ class RecordStore:
         """None: the store is closed."""
         self._failure: StorageWriteError | None = None
         self._sync_failure: str | None = None
-        self._not_copied: list[_Row] = []
-        """Rows of the database that the copy lacks."""
-        self._keeps_copy = True
+        self._not_copied: list[_Row] | None = []
+        """Rows of the database that the copy lacks. None: it is given up."""
         self._unmoved_bytes = 0
-        self._closed = False
+        self.is_closed = False
         self._closing = threading.Lock()
         self._lock = contextlib.ExitStack()
         try:
@@ -231,11 +215,10 @@ class RecordStore:
             if large is not None:
                 places = (_PLACE.unpack(value)[:2] for (value,) in self._db.execute(f"SELECT value FROM {large}"))
                 self._bodies = _Bodies(path.with_suffix(".bodies"), places)
-        except (sqlite3.Error, OSError) as error:
+        except BaseException as error:
             self._lock.close()
-            raise self._write_error(error) from error
-        except BaseException:
-            self._lock.close()
+            if isinstance(error, sqlite3.Error | OSError):
+                raise self._write_error(error) from error
             raise
         self._thread = threading.Thread(target=self._run, name=f"{owner} storage", daemon=True)
         self._thread.start()
@@ -245,16 +228,10 @@ class RecordStore:
         """Bytes on the disk."""
         return sum(file.stat().st_size for file in self.path.parent.glob(f"{self.path.stem}*") if file.is_file())
 
-    @property
-    def is_closed(self) -> bool:
-        return self._closed
-
     def read(self, table: str) -> Iterator[tuple[Key, bytes]]:
         """Rows in the order of their keys. Read only before the first write, or after ``recover``. A large value that
-        is damaged is logged, copied to ``damaged/``, and not returned; its row stays.
-
-        Raises ``StorageDamagedError`` when the disk does not give a row that it gave when the store was opened.
-        """
+        is damaged is logged, copied to ``damaged/``, and not returned; its row stays. Raises ``StorageDamagedError``
+        when the disk does not give a row that it gave when the store was opened."""
         try:
             for key, value in self._db.execute(f"SELECT key, value FROM {table} ORDER BY key"):
                 body, is_whole = self._whole(table, value)
@@ -268,7 +245,7 @@ class RecordStore:
                     text = "%s: row %r of table %s is damaged; the %d bytes that are left are in %s"
                     logger.error(text, self.path.with_suffix(".bodies"), key, table, len(body), kept)
         except sqlite3.DatabaseError as error:
-            raise StorageDamagedError(f"{self.path} cannot be read any more ({error}); restart to repair it") from error
+            raise self._read_error(error) from error
 
     def get(self, table: str, key: Key) -> bytes | None:
         """The value of one row; None where there is none, or it is damaged. The rule of ``read`` holds."""
@@ -281,17 +258,15 @@ class RecordStore:
         return (value, True) if self._bodies is None or table != self._large else self._bodies.get(value)
 
     def write(self, changes: Sequence[Change]) -> Future[None]:
-        """Store all ``changes`` or none. The future is done when they are stored; changes are stored in call order.
-
-        The future raises ``StorageWriteError`` when the disk refuses, or when an earlier write was refused since the
-        last ``recover``.
-        """
+        """Store all ``changes`` or none. The future is done when they are stored; changes are stored in call order. It
+        raises ``StorageWriteError`` when the disk refuses, or refused an earlier write since the last ``recover``."""
         return self._submit(changes)
 
     def fetch(self, table: str, first: Key, last: Key) -> "Future[list[tuple[Key, bytes]]]":
         """Rows with keys from ``first`` to ``last``, in order, after the writes so far; at any time, from any thread.
         Not for the large table. The future raises ``StorageWriteError`` after ``close``, ``StorageDamagedError``."""
-        return self._submit(_Range(table, first, last))
+        text = f"SELECT key, value FROM {table} WHERE key BETWEEN ? AND ? ORDER BY key"
+        return self._submit(lambda: self._db.execute(text, (first, last)).fetchall())
 
     def recover(self) -> None:
         """Wait for the writes so far, then accept writes again after one was refused."""
@@ -300,9 +275,9 @@ class RecordStore:
     def close(self) -> None:
         """Finish the writes that wait, and let go of the directory. Idempotent."""
         with self._closing:
-            if self._closed:
+            if self.is_closed:
                 return
-            self._closed = True
+            self.is_closed = True
             self._jobs.put(None)
         self._thread.join()
         for database in (self._db, self._copy):
@@ -316,10 +291,7 @@ class RecordStore:
     def _open_both(self) -> list[sqlite3.Connection]:
         """Raises ``StorageError``, ``OSError`` or ``sqlite3.Error``."""
         if self._network is not None:
-            text = (
-                "the death of this process loses nothing, but the death of this machine or of the network may "
-                "damage the file, and a second machine may not see the lock. Move the directory to a local disk"
-            )
+            text = "the death of this machine or of the network may damage it; move the directory to a local disk"
             logger.warning("%s is on a network file system (%s): %s", self.path, self._network, text)
         found = [self._examine(path) for path in self._paths]
         newest = max((one for one in found if not one.damage), key=lambda one: one.mark.number, default=None)
@@ -482,11 +454,11 @@ class RecordStore:
 
     # --- the writer thread -------------------------------------------------------------------------------------------
 
-    def _submit(self, job: Sequence[Change] | _Range | None) -> Future[Any]:
+    def _submit(self, job: Sequence[Change] | Callable[[], Any] | None) -> Future[Any]:
         done: Future[Any] = Future()
         done.set_running_or_notify_cancel()  # a caller that is cancelled does not undo a write
         with self._closing:  # nothing is put behind the end of the queue, where nobody would take it
-            if self._closed:
+            if self.is_closed:
                 done.set_exception(StorageWriteError(f"{self.path} is closed"))
             else:
                 self._jobs.put((job, done))
@@ -496,17 +468,22 @@ class RecordStore:
         closing = False
         while not closing:
             group: list[_Job] = []
-            ranges: list[tuple[_Range, Future[Any]]] = []
+            reads: list[tuple[Callable[[], Any], Future[Any]]] = []
             with contextlib.suppress(queue.Empty):
                 job = self._jobs.get(timeout=_IDLE_SECONDS)
                 while job is not None:
-                    (ranges if isinstance(job[0], _Range) else group).append(job)
+                    (reads if callable(job[0]) else group).append(job)
+                    if job[0] is None:
+                        raise queue.Empty
                     job = self._jobs.get_nowait()
                 closing = True
             try:
                 self._process(group)
-                for wanted, done in ranges:
-                    self._fetch(*wanted, done)
+                for read, done in reads:
+                    try:
+                        done.set_result(read())
+                    except sqlite3.DatabaseError as error:
+                        done.set_exception(self._read_error(error))
                 if self._unmoved_bytes > (_CHECKPOINT_BYTES if group else _IDLE_CHECKPOINT_BYTES):
                     self._move_wals()
                 if self._bodies is not None and not group:
@@ -514,33 +491,26 @@ class RecordStore:
             except Exception as error:  # a thread that ends would leave every later caller waiting
                 logger.exception("%s: its writer failed", self.path)
                 self._sync_failure = f"{self.path}: its writer failed ({error!r}); nothing is stored until a restart"
-                for _, done in [*group, *ranges]:
+                for _, done in [*group, *reads]:
                     if not done.done():
                         done.set_exception(StorageWriteError(self._sync_failure))
 
-    def _fetch(self, table: str, first: Key, last: Key, done: Future[Any]) -> None:
-        try:
-            text = f"SELECT key, value FROM {table} WHERE key BETWEEN ? AND ? ORDER BY key"
-            done.set_result(self._db.execute(text, (first, last)).fetchall())
-        except sqlite3.DatabaseError as error:
-            text = f"{self.path} cannot be read any more ({error}); restart to repair it"
-            done.set_exception(StorageDamagedError(text))
+    def _read_error(self, error: Exception) -> StorageDamagedError:
+        return StorageDamagedError(f"{self.path} cannot be read any more ({error}); restart to repair it")
 
     def _process(self, group: list[_Job]) -> None:
+        """Store all changes that wait, or none. What ends the refusals (None) is the last job of a group."""
         together = [change for changes, _ in group for change in changes or ()]
-        accepts = self._failure is None and self._sync_failure is None
-        stored = accepts and (not together or self._commit(together) is None)
-        for changes, done in group:  # one by one, where that failed: those before the one that fails are stored
-            if changes is None:
-                self._failure = None
-            elif self._sync_failure is not None and not stored:
-                self._failure = self._failure or StorageWriteError(self._sync_failure)
-            elif not stored and self._failure is None:
-                self._failure = self._commit(changes)
-            if changes is None or self._failure is None:
-                done.set_result(None)
-            else:
+        if together and self._failure is None and self._sync_failure is not None:
+            self._failure = StorageWriteError(self._sync_failure)
+        elif together and self._failure is None:
+            self._failure = self._commit(together)
+        for changes, done in group:
+            if changes is not None and self._failure is not None:
                 done.set_exception(self._failure)
+                continue
+            self._failure = None
+            done.set_result(None)
 
     def _commit(self, changes: Sequence[Change]) -> StorageWriteError | None:
         db, rows = self._db, list[_Row]()
@@ -571,21 +541,18 @@ class RecordStore:
         except Exception as error:  # noqa: BLE001 - the thread's boundary: the futures carry it to the callers
             if db.in_transaction:
                 db.rollback()
-            self._free(taken)
+            if self._bodies is not None:
+                self._bodies.free(taken)
             return self._write_error(error)
         self._mark = mark
         self._unmoved_bytes += len(rows) * _PAGE_BYTES
-        self._free(freed)
+        if self._bodies is not None:
+            self._bodies.free(freed)
         return self._commit_copy(rows)
-
-    def _free(self, places: Iterable[tuple[int, int]]) -> None:
-        for place in places:
-            assert self._bodies is not None
-            self._bodies.free(*place)
 
     def _commit_copy(self, rows: Sequence[_Row]) -> StorageWriteError | None:
         """Bring the copy up to date. A disk that is too full for it does not refuse what the database holds."""
-        if not self._keeps_copy:
+        if self._not_copied is None:
             return None
         self._not_copied += rows
         try:
@@ -601,7 +568,7 @@ class RecordStore:
                 logger.warning("%s lags behind the database: %s", self._paths[1], refused)
             if len(self._not_copied) > _MOST_NOT_COPIED:
                 logger.error("%s is not kept any more; a restart makes it anew", self._paths[1])
-                self._keeps_copy, self._not_copied = False, []
+                self._not_copied = None
             return refused if self._sync_failure else None
         self._not_copied = []
         return None
@@ -614,7 +581,9 @@ class RecordStore:
                 "was refused may be sent again"
             )
             return StorageWriteError(self._sync_failure)
-        advice = f"; free some space in {self.path.parent}" if _is_full(error) else ""
+        full = sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR
+        is_full = isinstance(error, OSError) or getattr(error, "sqlite_errorcode", 0) & 0xFF in full
+        advice = f"; free some space in {self.path.parent}" if is_full else ""
         return StorageWriteError(f"cannot write {self.path}: {error}{advice}")
 
     def _move_wals(self) -> None:
@@ -679,20 +648,21 @@ class _Bodies:
             return b"", False
         return value, len(value) == length and xxhash.xxh3_64_intdigest(value) == checksum
 
-    def free(self, start: int, length: int) -> None:
-        """The place may be used again."""
-        if (start, length) in self._contested:
-            return  # a restart finds out
-        end, index = start + length, bisect.bisect(self._free, (start, start))
-        if index < len(self._free) and self._free[index][0] == end:
-            end = self._free.pop(index)[1]
-        if index and self._free[index - 1][1] == start:
-            index -= 1
-            start = self._free.pop(index)[0]
-        if end == self._end:
-            self._end = start
-        elif end > start:
-            self._free.insert(index, (start, end))
+    def free(self, places: Iterable[tuple[int, int]]) -> None:
+        """They may be used again, but for contested ones: a restart finds out."""
+        for start, length in places:
+            if (start, length) in self._contested:
+                continue
+            end, index = start + length, bisect.bisect(self._free, (start, start))
+            if index < len(self._free) and self._free[index][0] == end:
+                end = self._free.pop(index)[1]
+            if index and self._free[index - 1][1] == start:
+                index -= 1
+                start = self._free.pop(index)[0]
+            if end == self._end:
+                self._end = start
+            elif end > start:
+                self._free.insert(index, (start, end))
 
     def sync(self) -> None:
         try:
@@ -741,9 +711,4 @@ def _checksum(table: str, key: Key, value: bytes) -> int:
 def _is_damage(error: Exception) -> bool:
     """False for what a damaged file does not bring about: no space, no memory, another program's lock."""
     code = getattr(error, "sqlite_errorcode", None)
-    return code is None or (code & 0xFF not in _NO_DAMAGE and code not in _NO_SHARED_MEMORY)
-
-
-def _is_full(error: Exception) -> bool:
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR) or isinstance(error, OSError)
+    return code is None or not {code, code & 0xFF} & {*_NO_DAMAGE}

@@ -29,7 +29,7 @@ journal, config = BatchJournal(run_dir / "journal", keep=1), RunConfig()
 
 def train(step):
     entry = journal.record(b"batch %d" % step)
-    journal.assign(entry, step)
+    journal.change(entry, step=step)
     print("trained", step, flush=True)
 
 def save(step):

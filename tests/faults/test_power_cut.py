@@ -64,7 +64,7 @@ journal = BatchJournal(directory / "run" / "journal", keep=KEEP)
 for step in range(1, 7):
     entry = journal.record(b"batch %d " % step * 3000, {"after_step": step - 1}, f"lease{step}")
     say("recorded", step)
-    entry = journal.assign(entry, step)
+    entry = journal.change(entry, step=step)
     say("assigned", step)
     journal.note_acked(entry)
     if step % 3 == 0:

@@ -43,14 +43,6 @@ def first_ids(body: bytes) -> list[int]:
     return [int(found.token_ids[0][0]) for found in decode_batch(body)]
 
 
-def test_our_client_takes_json_too(server: TrajectoryServer) -> None:
-    with AtroposClient(server.url, packed=False) as client:
-        client.register(TRAINER)
-        client.post_scored_data_list([group_bytes(5, 8)])
-        batch = client.poll_batch()
-        assert batch is not None and json.loads(batch.body)["batch"][0]["tokens"] == group(5, 8)["tokens"]
-
-
 def test_a_foreign_name_bound_to_this_machine_is_refused(server: TrajectoryServer) -> None:
     assert httpx.get(f"{server.url}/status", headers={"Host": "evil.example"}).status_code == 403
 
@@ -224,7 +216,7 @@ def test_a_public_address_needs_a_token() -> None:
     ("options", "said"),
     [
         (["--host", "0.0.0.0"], "give --token"),
-        (["--data-dir", "."], "finish the run with the version that wrote them, or delete the directory"),
+        (["--data-dir", "."], "is of version 0.1.0 (segment-*.log): finish the run with it, or delete the directory"),
     ],
 )
 def test_a_configuration_that_cannot_be_served_ends_with_2(tmp_path: Path, options: list[str], said: str) -> None:

@@ -14,7 +14,7 @@ import httpx
 import psutil
 
 from atropos_verl.http_thread import ServerThread
-from atropos_verl.protocol.schema import check_group
+from atropos_verl.protocol.schema import CheckedGroup, check_group
 from atropos_verl.server.app import TrajectoryApi
 from atropos_verl.server.main import check_bind, uvicorn_options
 from atropos_verl.server.settings import ServerSettings
@@ -43,6 +43,11 @@ def group(number: int, size: int = 4, env_id: int | None = None, **fields: Any) 
 
 def group_bytes(number: int, size: int = 4, env_id: int | None = None, **fields: Any) -> bytes:
     return json.dumps(group(number, size, env_id, **fields)).encode()
+
+
+def complete(checked: CheckedGroup) -> bytes:
+    """The group's JSON with every key, as trainers get it."""
+    return checked.raw[:-1] + checked.suffix if checked.suffix else checked.raw
 
 
 def registration(batch_size: int = 8, **fields: Any) -> dict[str, Any]:

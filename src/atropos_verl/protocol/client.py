@@ -8,17 +8,15 @@ after refused or broken connections, time-outs, HTTP 429 and 5xx.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
-import math
 import random
 import re
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
@@ -26,6 +24,7 @@ import msgspec
 
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposAPIError, AtroposProtocolError, AtroposTimeoutError, ConfigError
+from atropos_verl.http_thread import is_loopback, reachable
 from atropos_verl.protocol.exchange import (
     Call,
     ExchangeError,
@@ -53,8 +52,7 @@ _LEASE_ID = "X-Atropos-Lease-Id"
 _EARLIER_LEASE_IDS = "X-Atropos-Earlier-Lease-Ids"
 
 
-@dataclass(frozen=True, slots=True)
-class ApiStatus:
+class ApiStatus(NamedTuple):
     """Answer of ``/status``."""
 
     current_step: int
@@ -63,18 +61,14 @@ class ApiStatus:
     """Groups that are in no batch yet."""
 
 
-@dataclass(frozen=True, slots=True)
-class ApiInfo:
-    """Answer of ``/info``; both are -1 while no trainer has registered."""
+class ApiInfo(NamedTuple):
+    """Answer of ``/info``: fields of ``TrainerRegistration``; both are -1 while no trainer has registered."""
 
     batch_size: int
-    """Sequences per batch."""
     max_token_len: int
-    """Exclusive: environments drop sequences of this many tokens or more."""
 
 
-@dataclass(frozen=True, slots=True)
-class FetchedBatch:
+class FetchedBatch(NamedTuple):
     """A batch, and its lease."""
 
     body: bytes
@@ -88,8 +82,8 @@ class FetchedBatch:
 class AtroposClient:
     """A blocking client; one may be shared by several threads. Use it in a ``with`` block, or ``close`` it.
 
-    Connections are not kept alive: a server closes an idle one at a moment of its choice, and a request written into
-    that moment fails in a way in which nobody can tell whether it was carried out. For ``GET /batch`` that is a batch.
+    Connections are not kept alive: of a request written into the moment in which the server closes an idle one nobody
+    can tell whether it was carried out. For ``GET /batch`` that is a batch.
     """
 
     def __init__(
@@ -104,48 +98,37 @@ class AtroposClient:
         retry_delay: float = 0.3,
         max_wait_time: float = 12.0,
         lease_seconds: float | None = None,
-        packed: bool = True,
         transport: httpx.BaseTransport | None = None,
-        trust_env: bool | None = None,
     ) -> None:
-        """Check the settings; nothing is sent yet.
+        """Check URL, headers and certificates (``ConfigError`` names the setting); nothing is sent yet.
 
         Args:
             api_url: ``http://`` or ``https://``; a path prefix (``https://host/api``) is kept.
             timeout: seconds for one call, all its tries together. ``GET /batch``: see ``poll_batch``.
             token: bearer token.
-            headers: sent with every request.
             verify: check TLS certificates; or the path of a file with the certificates to trust.
             retry_attempts: tries before a failing call is given up; quick polls of ``get_batch``.
             retry_delay: seconds after the first try; grows by 1.5 with each.
             max_wait_time: seconds that ``get_batch`` waits for a batch.
             lease_seconds: ask for batches that come back to the API unless they are acked or renewed in so many
                 seconds (an API without leases ignores it).
-            packed: offer to take batches as arrays (``protocol/wire.py``); other APIs send JSON.
             transport: replaces the network, for tests.
-            trust_env: use proxies from the environment; None: for every host but this machine.
-
-        Raises:
-            ConfigError: a value is out of range; it names the setting.
         """
         host = _check_url(api_url)
         self.api_url = _without_password(api_url)
         """As configured, a password left out."""
-        self.timeout = _at_least(timeout, "atropos.timeout", 0.0, exclusive=True)
-        self.max_wait_time = _at_least(max_wait_time, "batch_max_wait_time", 0.0)
-        self.retry_attempts = int(_at_least(retry_attempts, "batch_retry_attempts", 1))
-        self.retry_delay = _at_least(retry_delay, "batch_retry_delay", 0.0)
+        self.timeout, self.max_wait_time = timeout, max_wait_time
+        self.retry_attempts, self.retry_delay = retry_attempts, retry_delay
         self.lease_seconds = lease_seconds
         self.leased = False
         """The API has given out a leased batch: a failed ``GET /batch`` loses nothing there, and is tried again."""
         self.features: frozenset[str] = frozenset()
         """Features of the API beyond upstream's, known after a registration: ``idempotency``, ``leases``, …"""
-        self._batch_headers = {"Accept": f"{MEDIA_TYPE}, application/json"} if packed else {}
+        self._batch_headers = {"Accept": f"{MEDIA_TYPE}, application/json"}
         if lease_seconds is not None:
-            _at_least(lease_seconds, "atropos.lease_seconds", 0.0, exclusive=True)
             self._batch_headers["X-Atropos-Lease"] = f"{lease_seconds:g}"
         self._base = api_url.rstrip("/")
-        proxied = not _is_this_machine(host) if trust_env is None else trust_env  # a proxy may be reached by TLS, too
+        proxied = not is_loopback(reachable(host))  # no proxy stands between this machine and itself
         sent = _check_headers(token, headers, api_url)
         trust = _check_trust(verify, needed=proxied or not api_url.lower().startswith("http:"))
         limits = httpx.Limits(max_keepalive_connections=0)
@@ -183,15 +166,12 @@ class AtroposClient:
     # --- registration ------------------------------------------------------------------------------------------------
 
     def register(self, registration: TrainerRegistration) -> str:
-        """Register the trainer; returns the uuid the API gives it.
-
-        Upstream ignores every field of a second registration: compare ``info()`` with what you sent. It lets
-        environments register only after a ``GET /batch``.
-        """
+        """Register the trainer; returns the uuid the API gives it. Upstream ignores every field of a second
+        registration, and lets environments register only after a ``GET /batch``."""
         call = self._call("POST", "/register", registration)
         fields = self._ask(call, repeatable=False)
         if fields.get("uuid") is None:
-            raise not_atropos(call, f"{call.name} gave no uuid")
+            raise not_atropos(call, "no uuid")
         self.features = frozenset(map(str, fields.get("features") or ()))
         return str(fields["uuid"])
 
@@ -204,7 +184,7 @@ class AtroposClient:
         if fields.get("status") == "success":
             return integers(call, fields, "env_id")[0]
         if not str(fields.get("status", "")).startswith("wait"):
-            raise not_atropos(call, f"{call.name} gave the status {fields.get('status')!r}")
+            raise not_atropos(call, f"the status {fields.get('status')!r}")
         return None
 
     def env_status(self, env_id: int) -> ApiStatus:
@@ -219,28 +199,26 @@ class AtroposClient:
     # --- data --------------------------------------------------------------------------------------------------------
 
     def post_scored_data_list(self, groups: Sequence[bytes], idempotency_key: str | None = None) -> int:
-        """Post groups (``encode_group`` makes their JSON) in one request; all are refused when one is malformed.
+        """Post groups (``encode_group`` makes their JSON) in one request; all are refused when one is malformed (HTTP
+        422, the body says which field).
 
         A trainer must have registered before: upstream breaks for good when data comes first. ``idempotency_key`` lets
         a failed post be repeated, at a server that recognises it (upstream takes the groups twice). Returns how many
         groups have not the size of their environment: upstream keeps them until others fill them up.
-
-        Raises ``AtroposHTTPStatusError``: 422, the API refuses a group; the body says which field.
         """
         headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
         call = self._call("POST", "/scored_data_list", b"[" + b",".join(groups) + b"]", headers)
         fields = self._ask(call, repeatable=idempotency_key is not None)
-        taken = fields.get("groups_processed", len(groups))
-        if taken != len(groups):
+        if (taken := fields.get("groups_processed", len(groups))) != len(groups):
             raise AtroposProtocolError(f"{call.name}: the API took {taken} of {len(groups)} groups", self.api_url)
         return int(fields.get("buffered", 0))
 
     def poll_batch(self) -> FetchedBatch | None:
         """One ``GET /batch``; None when there is no batch yet. Destructive: what it returns exists nowhere else.
 
-        ``timeout`` bounds connecting (tries included), then each silence of the API; a batch that keeps arriving is
-        not cut off before ten times ``timeout``, because that would lose it. Raises ``AtroposAPIError``, which says,
-        when the request was sent, that the batch may be lost.
+        ``timeout`` bounds connecting (tries included), then each silence of the API; a batch that keeps arriving has
+        ten times as much. Raises ``AtroposAPIError``, which says, when the request was sent, that the batch may be
+        lost.
         """
         return self._fetch(self.timeout)
 
@@ -249,42 +227,36 @@ class AtroposClient:
     ) -> FetchedBatch:
         """Poll ``GET /batch`` until there is a batch. Destructive, see ``poll_batch``.
 
-        An API with the feature ``wait`` answers when there is a batch, or after ``_WAIT_SECONDS``. Elsewhere the
-        interval after poll i (from 0) is ``retry_delay * 1.5**i`` seconds; after ``retry_attempts`` polls it stays.
-        No poll starts after ``max_wait_time``; one that was sent before is given its time, since a batch may be in it.
-        What ``should_stop``, called between polls, raises (a service has died) ends the wait.
+        An API with the feature ``wait`` answers when there is a batch, or after ``_WAIT_SECONDS``; elsewhere
+        ``retry_interval`` is between polls. No poll starts after ``max_wait_time``; one that was sent before is given
+        its time, since a batch may be in it. What ``should_stop``, called between polls, raises (a service has died)
+        ends the wait.
 
         Raises:
             AtroposTimeoutError: no batch in ``max_wait_time`` seconds; says what the API's queue holds.
             AtroposAPIError: as ``poll_batch``.
         """
-        limit = self.max_wait_time if max_wait_time is None else _at_least(max_wait_time, "max_wait_time", 0.0)
+        limit = self.max_wait_time if max_wait_time is None else max_wait_time
         started = time.monotonic()
-        attempts = 0
-        while True:
+        for attempt in count():
             asked = time.monotonic()
             left = max(limit - (asked - started), 0.0)
             wait = min(_WAIT_SECONDS, self.timeout / 2, left) if "wait" in self.features else 0.0
             found = self._fetch(min(self.timeout, max(left, _LAST_CONNECT_SECONDS)), should_stop, wait)
-            attempts += 1
             if found is not None:
                 return found
             waited = time.monotonic() - started
-            if 0.0 < wait <= time.monotonic() - asked and waited < limit:
-                pause(0.0, should_stop)
-                continue
             if waited >= limit:
-                raise AtroposTimeoutError(self._why_no_batch(waited, attempts), self.api_url)
-            interval = max(retry_interval(attempts - 1, self.retry_attempts, self.retry_delay), _MIN_POLL_SECONDS)
-            pause(min(interval, limit - waited), should_stop)
+                raise AtroposTimeoutError(self._why_no_batch(waited, attempt + 1), self.api_url)
+            interval = max(retry_interval(attempt, self.retry_attempts, self.retry_delay), _MIN_POLL_SECONDS)
+            has_waited = 0.0 < wait <= time.monotonic() - asked
+            pause(0.0 if has_waited else min(interval, limit - waited), should_stop)
+        raise AssertionError
 
     def ack(self, lease_id: str | None) -> str:
         """Tell the API that this trainer keeps a leased batch. Returns ``acked``, ``already`` (acked before) or
-        ``late`` (the lease had ended, and nobody else had got the batch); ``none`` without a lease.
-
-        Raises:
-            AtroposHTTPStatusError: 409, somebody else has the batch by now; 404, the API knows no such lease.
-        """
+        ``late`` (the lease had ended, and nobody else had got the batch); ``none`` without a lease. Raises
+        ``AtroposHTTPStatusError``: 409, somebody else has the batch by now; 404, the API knows no such lease."""
         if lease_id is None:
             return "none"
         return str(self._ask(self._call("POST", "/batch/ack", {"lease_id": lease_id})).get("ack", "acked"))
@@ -328,32 +300,28 @@ class AtroposClient:
         seconds: float | None = None,
         should_stop: Callable[[], None] | None = None,
     ) -> tuple[bytes, httpx.Headers]:
-        """Body and headers of the answer to ``call``, tried again as the module says.
+        """Body and headers of the answer to ``call``, tried again as the module says. Raises ``AtroposAPIError``, the
+        failure of the last try, and what ``should_stop`` raises, called between tries.
 
         No try begins after ``seconds`` (None: ``timeout``). A ``repeatable`` call spends at most a third of them on one
         try, so that a lost packet does not cost it all; any other is tried again only while nothing was sent.
-
-        Raises:
-            AtroposAPIError: the failure of the last try.
-            Whatever ``should_stop`` raises, called between tries.
         """
         seconds = self.timeout if seconds is None else seconds
         deadline = time.monotonic() + seconds
         longest = seconds / min(_TRIES_PER_TIMEOUT, self.retry_attempts) if repeatable else seconds
-        attempt = 0
-        while True:
+        for attempt in count(1):
             try:
                 return exchange(self._http, call, max(1e-3, min(longest, deadline - time.monotonic())))
             except ExchangeError as failure:
-                wait = retry_interval(attempt, self.retry_attempts, self.retry_delay)
+                wait = retry_interval(attempt - 1, self.retry_attempts, self.retry_delay)
                 wait += random.uniform(0.0, _JITTER * self.retry_delay)
-                attempt += 1
                 is_over = attempt >= self.retry_attempts or time.monotonic() + wait >= deadline
                 if is_over or not failure.transient or (failure.sent and not repeatable):
                     raise failure.error from failure.__cause__
                 level = logging.INFO if attempt == 1 else logging.WARNING
                 logger.log(level, "%s: try %d failed (%s); again in %.2f s", call.name, attempt, failure, wait)
             pause(wait, should_stop)
+        raise AssertionError
 
     def _fetch(
         self, seconds: float, should_stop: Callable[[], None] | None = None, wait: float = 0.0
@@ -408,11 +376,8 @@ def register_trainer(
     checkpoint_dir: Path,
     first_poll: Callable[[], None],
 ) -> None:
-    """Register at the API with real values, start it (``first_poll``: one GET /batch), and check that it took them.
-
-    Raises:
-        AtroposProtocolError: the API keeps the values of an earlier registration.
-    """
+    """Register at the API with real values, start it (``first_poll``: one GET /batch), and check that it took them:
+    ``AtroposProtocolError`` where it keeps those of an earlier registration."""
     client.check()
     if config.atropos.reset:
         client.reset_data()
@@ -438,14 +403,6 @@ def register_trainer(
             "restart it, or set atropos.reset=true to clear it",
             client.api_url,
         )
-
-
-def _at_least(value: float, key: str, least: float, *, exclusive: bool = False) -> float:
-    """``value``, a finite number of at least ``least`` (above it, when ``exclusive``). Raises ``ConfigError``."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value < least or (exclusive and value == least):
-        raise ConfigError(f"{value!r} must be a number {'above' if exclusive else 'of at least'} {least:g}", key)
-    return value
 
 
 def _check_url(api_url: str) -> str:
@@ -489,22 +446,11 @@ def _check_headers(token: str | None, headers: Mapping[str, str] | None, api_url
 
 
 def _check_trust(verify: bool | str, *, needed: bool) -> bool | ssl.SSLContext:
-    """The ``verify`` of httpx. Raises ``ConfigError`` for a certificate file that cannot be read.
-
-    Not ``needed`` (plain http): False, because loading the system's certificates takes 0.2 s.
-    """
+    """The ``verify`` of httpx. Not ``needed`` (plain http): False, because loading the system's certificates takes 0.2
+    s. Raises ``ConfigError`` for a certificate file that cannot be read."""
     if isinstance(verify, bool):
         return verify and needed
     try:
         return ssl.create_default_context(cafile=verify)
     except OSError as error:  # ssl.SSLError is one
         raise ConfigError(f"{verify!r} holds no certificates that can be read: {error}", "atropos.ca_file") from None
-
-
-def _is_this_machine(host: str) -> bool:
-    """The host is a name or address of the machine itself, which no proxy reaches."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-    return address.is_loopback or address.is_unspecified

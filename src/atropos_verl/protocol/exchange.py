@@ -80,6 +80,10 @@ class Call:
         return self.endpoint == "/batch"
 
     @property
+    def api(self) -> str:
+        return f"Atropos API at {self.base_url}"
+
+    @property
     def loss(self) -> str:
         """Ends the message about a request that may have reached the API."""
         return "; the batch may be lost: the API takes it from its queue before it sends it" if self.is_batch else ""
@@ -98,14 +102,12 @@ class ExchangeError(Exception):
 
 
 def exchange(client: httpx.Client, call: Call, seconds: float) -> tuple[bytes, httpx.Headers]:
-    """Send ``call`` once. Returns the decompressed body of a 2xx answer and its headers.
+    """Send ``call`` once. Returns the decompressed body of a 2xx answer and its headers. Raises ``ExchangeError`` with
+    the translated error, whatever failed; also for an answer that is not 2xx.
 
     ``seconds`` bounds connecting, each silence of the server, and the answer as a whole. For a batch each silence has
     ``call.timeout``, and the whole transfer ten times as much. Not bounded: the look-up of a host name, which has the
     time-out of the system's resolver, and a server that never ends its headers but sends some of them now and then.
-
-    Raises:
-        ExchangeError: with the translated error, whatever failed; also for an answer that is not 2xx.
     """
     timeout = httpx.Timeout(call.timeout if call.is_batch else seconds, connect=seconds, pool=seconds)
     end = time.monotonic() + seconds
@@ -121,8 +123,7 @@ def exchange(client: httpx.Client, call: Call, seconds: float) -> tuple[bytes, h
             for chunk in response.iter_bytes():
                 received += len(chunk)
                 if not call.is_batch and received > SMALL_ANSWER_BYTES:
-                    reason = f"{call.name} gave more than {SMALL_ANSWER_BYTES} bytes"
-                    raise ExchangeError(not_atropos(call, reason), sent=True, transient=False)
+                    raise _no_api(call, f"more than {SMALL_ANSWER_BYTES} bytes")
                 if time.monotonic() > end:
                     raise httpx.ReadTimeout("the answer goes on and on")
                 chunks.append(chunk)
@@ -140,28 +141,28 @@ def _translated(call: Call, error: Exception, seconds: float, *, is_answering: b
     if isinstance(error, httpx.TimeoutException | TimeoutError):
         if not sent:
             limit = seconds if call.is_batch else call.timeout
-            reason = f"Cannot connect to Atropos API at {call.base_url} - no answer within {limit:.3g} s"
+            reason = f"Cannot connect to {call.api} - no answer within {limit:.3g} s"
         elif call.is_batch and is_answering:
-            reason = f"Atropos API at {call.base_url} - {call.name} stopped arriving for {call.timeout:g} s"
+            reason = f"{call.api} - {call.name} stopped arriving for {call.timeout:g} s{call.loss}"
         else:
-            reason = f"Atropos API at {call.base_url} - no answer to {call.name} within {call.timeout:g} s"
-        if sent:
-            reason += call.loss
+            reason = f"{call.api} - no answer to {call.name} within {call.timeout:g} s{call.loss}"
         return ExchangeError(AtroposTimeoutError(reason, call.base_url), sent=sent, transient=True)
     if not sent:
         why, transient = _why_no_connection(call, error)
-        reason = f"Cannot connect to Atropos API at {call.base_url} - {why}"
+        reason = f"Cannot connect to {call.api} - {why}"
         return ExchangeError(AtroposConnectionError(reason, call.base_url), sent=False, transient=transient)
     if isinstance(error, httpx.DecodingError):
-        detail = f"{call.name} gave a body that cannot be decompressed: {error}"
-        return ExchangeError(not_atropos(call, detail), sent=True, transient=False)
+        return _no_api(call, f"a body that cannot be decompressed: {error}")
     if isinstance(error, httpx.RemoteProtocolError) and not is_answering and "disconnected" not in str(error):
-        detail = f"{call.name} gave something that is not HTTP ({error})"
-        return ExchangeError(not_atropos(call, detail), sent=True, transient=False)
+        return _no_api(call, f"something that is not HTTP ({error})")
     where = f"while reading the answer to {call.name}" if is_answering else f"before an answer to {call.name}"
     how = "closed" if isinstance(error, httpx.RemoteProtocolError) else "reset"
-    reason = f"Atropos API at {call.base_url} - connection {how} {where}{call.loss}"
+    reason = f"{call.api} - connection {how} {where}{call.loss}"
     return ExchangeError(AtroposConnectionError(reason, call.base_url), sent=True, transient=True)
+
+
+def _no_api(call: Call, what: str) -> ExchangeError:
+    return ExchangeError(not_atropos(call, what), sent=True, transient=False)
 
 
 def _why_no_connection(call: Call, error: Exception) -> tuple[str, bool]:
@@ -169,19 +170,20 @@ def _why_no_connection(call: Call, error: Exception) -> tuple[str, bool]:
     host = httpx.URL(call.url).host
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            hint = "set atropos.ca_file if the API has a certificate of its own"
-            return f"TLS handshake failed: certificate of {host!r} not accepted ({cause.verify_message}); {hint}", False
-        if isinstance(cause, ssl.SSLError):
-            return f"TLS handshake failed: {cause.reason or cause} - is it an http:// API?", False
-        if isinstance(cause, socket.gaierror):
-            return f"host name {host!r} cannot be resolved (DNS)", True
-        if isinstance(cause, ConnectionRefusedError):
-            return "ensure server is running", True
-        if isinstance(cause, OSError) and cause.errno in _UNREACHABLE:
-            return f"network unreachable ({cause.strerror})", True
-        if isinstance(cause, ConnectionResetError | ConnectionAbortedError | BrokenPipeError):
-            return "connection reset while connecting", True
+        match cause:
+            case ssl.SSLCertVerificationError(verify_message=said):
+                why = f"certificate of {host!r} not accepted ({said}); "
+                return f"TLS handshake failed: {why}set atropos.ca_file if the API has a certificate of its own", False
+            case ssl.SSLError():
+                return f"TLS handshake failed: {cause.reason or cause} - is it an http:// API?", False
+            case socket.gaierror():
+                return f"host name {host!r} cannot be resolved (DNS)", True
+            case ConnectionRefusedError():
+                return "ensure server is running", True
+            case ConnectionResetError() | ConnectionAbortedError() | BrokenPipeError():
+                return "connection reset while connecting", True
+            case OSError(errno=number) if number in _UNREACHABLE:
+                return f"network unreachable ({cause.strerror})", True
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, httpx.ProxyError):
         return f"the proxy refused ({error})", False
@@ -191,7 +193,7 @@ def _why_no_connection(call: Call, error: Exception) -> tuple[str, bool]:
 def _status_error(call: Call, response: httpx.Response, body: bytes) -> AtroposHTTPStatusError:
     status_code = response.status_code
     text = printable(body[:_SHOWN].decode("utf-8", "replace").strip())
-    reason = f"Atropos API at {call.base_url} answered {call.name} with HTTP {status_code}"
+    reason = f"{call.api} answered {call.name} with HTTP {status_code}"
     if status_code in (401, 403):
         reason += " - check atropos.token"
     elif status_code in (404, 405):
@@ -206,10 +208,10 @@ def _status_error(call: Call, response: httpx.Response, body: bytes) -> AtroposH
     return AtroposHTTPStatusError(reason, call.base_url, status_code, text)
 
 
-def not_atropos(call: Call, detail: str) -> AtroposProtocolError:
-    return AtroposProtocolError(
-        f"The server at {call.base_url} answers, but is not an Atropos trajectory API: {detail}", call.base_url
-    )
+def not_atropos(call: Call, what: str) -> AtroposProtocolError:
+    """``what``: it gave this."""
+    reason = f"The server at {call.base_url} answers, but is not an Atropos trajectory API: {call.name} gave {what}"
+    return AtroposProtocolError(reason, call.base_url)
 
 
 def answered_object(call: Call, body: bytes) -> dict[str, Any]:
@@ -217,13 +219,12 @@ def answered_object(call: Call, body: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError):
-        raise not_atropos(call, f"{call.name} gave {body[:120]!r}, which is not JSON") from None
+        raise not_atropos(call, f"{body[:120]!r}, which is not JSON") from None
     if not isinstance(fields, dict):
-        raise not_atropos(call, f"{call.name} gave {body[:120]!r}, which is not a JSON object")
+        raise not_atropos(call, f"{body[:120]!r}, which is not a JSON object")
     if fields.get("status") in ("error", "failure"):
         why = fields.get("message") or fields.get("error") or fields.get("detail") or "no explanation"
-        said = printable(str(why)[:_SHOWN])
-        reason = f"Atropos API at {call.base_url} answered {call.name} with status {fields['status']!r}: {said}"
+        reason = f"{call.api} answered {call.name} with status {fields['status']!r}: {printable(str(why)[:_SHOWN])}"
         raise AtroposProtocolError(reason, call.base_url)
     return fields
 
@@ -232,26 +233,23 @@ def integers(call: Call, fields: Mapping[str, Any], *names: str) -> list[int]:
     """The values of ``names``. Raises ``AtroposProtocolError`` when one of them is no integer."""
     for name in names:
         if not isinstance(fields.get(name), int) or isinstance(fields[name], bool):
-            raise not_atropos(call, f"{call.name} gave no integer {name!r} but {str(dict(fields))[:120]}")
+            raise not_atropos(call, f"no integer {name!r} but {str(dict(fields))[:120]}")
     return [fields[name] for name in names]
 
 
 def holds_batch(call: Call, body: bytes) -> bool:
-    """True when the answer to ``GET /batch`` is a batch; False: there is none yet.
-
-    Raises:
-        AtroposProtocolError: it is neither, or is cut off.
-    """
+    """True when the answer to ``GET /batch`` is a batch; False: there is none yet. Raises ``AtroposProtocolError``
+    where it is neither, or is cut off."""
     if body.startswith(MAGIC):  # complete: its length was announced, or it was sent in chunks with an end
         return True
     if not body[:64].lstrip().startswith(b"{"):
-        raise not_atropos(call, f"{call.name} gave {body[:120]!r}, which is not a JSON object")
+        raise not_atropos(call, f"{body[:120]!r}, which is not a JSON object")
     if not body[-64:].rstrip().endswith(b"}"):
-        reason = f"Atropos API at {call.base_url} - the answer to {call.name} is cut off after {len(body)} bytes"
-        raise AtroposProtocolError(reason + call.loss, call.base_url)
+        reason = f"{call.api} - the answer to {call.name} is cut off after {len(body)} bytes{call.loss}"
+        raise AtroposProtocolError(reason, call.base_url)
     if len(body) > _BODY_WITHOUT_BATCH:
         return True
     fields = answered_object(call, body)
     if "batch" not in fields:
-        raise not_atropos(call, f"{call.name} gave {body[:120]!r}, which has no 'batch'")
+        raise not_atropos(call, f"{body[:120]!r}, which has no 'batch'")
     return bool(fields["batch"])

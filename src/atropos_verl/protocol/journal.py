@@ -6,11 +6,12 @@ trained on it (docs/internals.md). ``kept/`` holds batches that a checkpoint cov
 to the checkpoint before.
 """
 
+import contextlib
 import json
 import logging
 import re
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,23 +44,20 @@ class JournalEntry:
     lease_id: str | None = None
     """Under which the API gave it out; None: for good, as an upstream API does."""
     acked: bool = False
-    """The API knows that this run keeps it."""
+    # As recorded; None: the note is lost. (0.2.0 noted no checksum.)
     size: int | None = None
-    """Bytes, as recorded; None: the note is lost. So with the checksum, which 0.2.0 did not note either."""
     checksum: str | None = None
 
     @property
     def is_owed(self) -> bool:
-        """The API still waits for an ack."""
+        """An ack is."""
         return self.lease_id is not None and not self.acked
 
 
 class BatchJournal:
-    """The batches of one run directory. Safe to call from several threads; one process writes at a time.
-
-    Nothing is created or cleaned up before the first call, so that a process that only holds one does no harm. Every
-    method raises ``CheckpointError``, with the file and the cause, when a file cannot be read or written.
-    """
+    """The batches of one run directory. Safe to call from several threads; one process writes at a time. Nothing is
+    created or cleaned up before the first call. Every method raises ``CheckpointError``, with the file and the
+    cause."""
 
     def __init__(self, directory: Path, keep: int = 0) -> None:
         self.directory = Path(directory)
@@ -84,7 +82,7 @@ class BatchJournal:
                 self._write(path, body)
             except CheckpointError:
                 for suffix in _NOTES:
-                    self._remove(path.with_suffix(suffix))
+                    _remove(path.with_suffix(suffix))
                 raise
             self._last = sequence
         return entry
@@ -93,10 +91,6 @@ class BatchJournal:
         """Batches that are recorded from now on have at least this number."""
         with self._lock:
             self._least = sequence
-
-    def assign(self, entry: JournalEntry, step: int) -> JournalEntry:
-        """Note that training step ``step`` consumed ``entry``; again for a replayed batch. Returns the new entry."""
-        return self.change(entry, step=step)
 
     def note_acked(self, entry: JournalEntry) -> JournalEntry:
         """Note that the API has given the batch up, unless it has come again under another lease since ``entry`` was
@@ -128,8 +122,8 @@ class BatchJournal:
         return self._select(lambda entry: entry.is_owed)
 
     def pending(self, after_step: int) -> list[JournalEntry]:
-        """Lists what a run that resumes at ``after_step`` trains on first, in the order fetched: batches that no step
-        up to ``after_step`` consumed (later steps did, and were lost with the process, or none did)."""
+        """What a run that resumes at ``after_step`` trains on first, in the order fetched: batches that no step up to
+        ``after_step`` consumed (later steps did, and were lost with the process, or none did)."""
         return self._select(lambda entry: entry.step is None or entry.step > after_step)
 
     def drop(self, entry: JournalEntry) -> None:
@@ -172,7 +166,7 @@ class BatchJournal:
         trained on, so the notes stay until the batches are gone from the disk."""
         bodies = [entry.path for entry in entries]
         beside = [path for body in bodies for path in body.parent.glob(f"{body.stem}.*") if path != body]
-        try:
+        with _named("delete batches" if to is None else f"move batches to {to}"):
             for paths in (bodies, beside):
                 for path in paths:
                     if to is None:
@@ -181,16 +175,11 @@ class BatchJournal:
                         to.mkdir(exist_ok=True)
                         path.replace(to / path.name)
                 sync_to_disk(*{path.parent for path in paths}, *([to] if to is not None and paths else []))
-        except OSError as error:
-            where = "delete" if to is None else f"move to {to}"
-            raise CheckpointError(f"cannot {where} {error.filename or bodies[0]}: {error.strerror}") from error
 
     def read(self, entry: JournalEntry) -> bytes:
         """The batch as it was recorded. Raises ``DamagedBatchError`` where the file is not that any more."""
-        try:
+        with _named("read the journalled batch"):
             body = entry.path.read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"cannot read the journalled batch {entry.path}: {error.strerror}") from error
         noted = self.current(entry)
         if noted.size is not None and noted.size != len(body):
             raise DamagedBatchError(f"{entry.path} has {len(body)} bytes, but {noted.size} were written")
@@ -228,14 +217,12 @@ class BatchJournal:
         """Once: create the directory, remove what a killed process left half written, find the last number."""
         if self._clean:
             return
-        try:
+        with _named("create the batch journal"):
             self.directory.mkdir(parents=True, exist_ok=True)
             sync_to_disk(self.directory.parent, self.directory.parent.parent)  # the names of it and of the run's
-        except OSError as error:
-            raise CheckpointError(f"cannot create the batch journal {self.directory}: {error.strerror}") from error
         for torn in sorted([*self.directory.glob(".batch_*.tmp"), *self.directory.glob("batch_*.tmp")]):
             logger.warning("%s is torn (the process died while writing it); removed", torn)
-            self._remove(torn)
+            _remove(torn)
         for beside in sorted(self.directory.glob("batch_*")):
             batch = beside.with_name(f"{beside.name.split('.', 1)[0]}.json")
             if not batch.exists():
@@ -243,7 +230,7 @@ class BatchJournal:
                 if note.get("acked"):
                     text = "%s is gone, the step of its note is %s: a process died while it dropped it, or it was lost"
                     logger.warning(text, batch, note.get("step"))
-                self._remove(beside)
+                _remove(beside)
         self._last = max((entry.sequence for entry in self._scan() + self._scan(self._kept)), default=0)
         self._clean = True
 
@@ -267,19 +254,22 @@ class BatchJournal:
             self._write(entry.path.with_suffix(suffix), content, durable=suffix == _NOTES[0])
 
     def _write(self, path: Path, content: bytes, *, durable: bool = True) -> None:
-        try:
+        advice = f" ({len(content)} bytes); free some space, or choose another run_dir"
+        with _named("write the journalled batch", advice):
             write_atomic(path, content, durable=durable)
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot write the journalled batch {path} ({len(content)} bytes): {error.strerror}; "
-                "free some space, or choose another run_dir"
-            ) from error
 
-    def _remove(self, path: Path) -> None:
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"cannot delete {path}: {error.strerror}") from error
+
+@contextlib.contextmanager
+def _named(what: str, advice: str = "") -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot {what} {error.filename}: {error.strerror}{advice}") from error
+
+
+def _remove(path: Path) -> None:
+    with _named("delete"):
+        path.unlink(missing_ok=True)
 
 
 def _load_meta(path: Path) -> dict[str, Any]:

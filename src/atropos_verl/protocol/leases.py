@@ -20,8 +20,8 @@ from atropos_verl.protocol.journal import BatchJournal, DamagedBatchError, Journ
 logger = logging.getLogger(__name__)
 
 _RENEWALS_PER_LEASE = 3
-_LOST = 409
-_FORGOTTEN = 404
+_OVER = {409: ("lost", logging.WARNING), 404: ("forgotten", logging.INFO)}
+"""HTTP status → what became of a lease."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class HeldBatch:
     """A batch that is on disk, and reserved at an API that knows leases."""
 
     body: bytes
-    """The answer of ``GET /batch``, not decoded."""
+    """Not decoded."""
     entry: JournalEntry
     waited: float = 0.0
     """Seconds until it came; 0 from the journal."""
@@ -60,11 +60,8 @@ class LeasedBatches:
         meta: Mapping[str, Any] | None = None,
     ) -> HeldBatch:
         """The next batch of the API, in the journal (with the notes ``meta``) before anything else happens to it.
-
-        Raises:
-            AtroposAPIError: as ``AtroposClient.get_batch``; or the API does not take an ack that it is owed.
-            CheckpointError: the journal cannot be written.
-        """
+        Raises ``CheckpointError``, ``AtroposAPIError`` as ``get_batch``, or where the API does not take an ack it is
+        owed."""
         while True:
             self._settle_debts()
             started = time.monotonic()
@@ -85,7 +82,7 @@ class LeasedBatches:
     def trained(self, entry: JournalEntry, step: int) -> JournalEntry:
         """Note durably that ``step`` consumed the batch. Raises ``CheckpointError`` when that cannot be written."""
         with self._lock:
-            return self.journal.assign(entry, step)
+            return self.journal.change(entry, step=step)
 
     def ack(self, entry: JournalEntry) -> str:
         """Tell the API that the batch is ours for good. Call it after ``trained``.
@@ -109,29 +106,25 @@ class LeasedBatches:
     def release(self, entry: JournalEntry) -> None:
         """Give an untrained batch back: the API hands it out again, the journal forgets it. Without a lease, nothing
         is done. A failure is logged: the lease ends by itself."""
-        entry = self.journal.current(entry)
-        if entry.is_owed:
-            self._give_back(entry)
+        if self._give_back(entry := self.journal.current(entry)) is not None:
             self.journal.drop(entry)
 
-    def _give_back(self, entry: JournalEntry) -> bool:
-        lease_id = str(entry.lease_id)
-        self._keeper.forget(lease_id)
+    def _give_back(self, entry: JournalEntry) -> bool | None:
+        """Whether the API hands the batch out again; None without a lease."""
+        if entry.lease_id is None or entry.acked:
+            return None
+        self._keeper.forget(entry.lease_id)
         try:
-            self.client.release(lease_id)
+            self.client.release(entry.lease_id)
         except AtroposAPIError as error:
-            logger.warning("lease %s could not be released: %s", lease_id, error.reason)
+            logger.warning("lease %s could not be released: %s", entry.lease_id, error.reason)
             return False
         return True
 
     def resume(self, after_step: int) -> list[HeldBatch]:
         """Settle the leases that an earlier process left, and list what a run that goes on at ``after_step`` trains on
-        first, in the order fetched. Call it before registering: other settings take returned batches apart.
-
-        Raises:
-            AtroposAPIError: the API cannot be asked.
-            CheckpointError: a batch cannot be read.
-        """
+        first, in the order fetched. Call it before registering: other settings take returned batches apart. Raises
+        ``AtroposAPIError`` (the API cannot be asked) and ``CheckpointError``."""
         if again := self.journal.bring_back(after_step):
             logger.warning("%d batches of steps after %d are trained on again", again, after_step)
         bodies: dict[int, bytes] = {}
@@ -139,8 +132,8 @@ class LeasedBatches:
             try:
                 bodies[entry.sequence] = self.journal.read(entry)
             except DamagedBatchError as error:
-                back = entry.is_owed and self._give_back(entry)
-                kept, fate = self.journal.set_aside(entry), "the API hands it out again" if back else "it is lost"
+                fate = "the API hands it out again" if self._give_back(entry) else "it is lost"
+                kept = self.journal.set_aside(entry)
                 logger.error("%s. This batch is not trained on from here: %s. What is left is %s", error, fate, kept)
         for entry in self.journal.owed():
             is_covered = entry.step is not None and entry.step <= after_step
@@ -162,18 +155,16 @@ class LeasedBatches:
     def _keep(self, fetched: FetchedBatch, meta: Mapping[str, Any] | None) -> HeldBatch | None:
         """None when the journal holds the batch under an earlier lease: it only gets the new one."""
         before = self.journal.find(fetched.earlier_lease_ids) if fetched.earlier_lease_ids else None
-        if before is not None and fetched.lease_id is not None:
+        if before is None:
+            entry = self.journal.record(fetched.body, meta, fetched.lease_id)
+        else:
             logger.warning("lease %s had ended; its batch is here already: %s", before.lease_id, before.path)
             entry = self.journal.change(before, lease_id=fetched.lease_id, acked=False)
-            if entry.step is not None:
-                self.ack(entry)
-            else:
-                self._keeper.keep(fetched.lease_id)
-            return None
-        entry = self.journal.record(fetched.body, meta, fetched.lease_id)
-        if fetched.lease_id is not None:
-            self._keeper.keep(fetched.lease_id)
-        return HeldBatch(fetched.body, entry)
+        if entry.step is not None:
+            self.ack(entry)
+        elif entry.lease_id is not None:
+            self._keeper.keep(entry.lease_id)
+        return HeldBatch(fetched.body, entry) if before is None else None
 
     def _settle_debts(self) -> None:
         with self._lock:
@@ -190,11 +181,10 @@ class LeasedBatches:
         try:
             outcome = self.client.ack(entry.lease_id)
         except AtroposHTTPStatusError as error:
-            if error.status_code not in (_LOST, _FORGOTTEN):
+            if error.status_code not in _OVER:
                 raise
-            outcome = "lost" if error.status_code == _LOST else "forgotten"
-            log = logger.warning if outcome == "lost" else logger.info
-            log("lease %s (%s): %s", entry.lease_id, outcome, error.body or error.reason)
+            outcome, level = _OVER[error.status_code]
+            logger.log(level, "lease %s (%s): %s", entry.lease_id, outcome, error.body or error.reason)
         self._keeper.forget(entry.lease_id)
         self.outcomes[outcome] += 1
         return outcome
@@ -239,7 +229,7 @@ class _LeaseKeeper:
                 except _ClosedError:
                     return
                 except AtroposHTTPStatusError as error:
-                    if error.status_code in (_LOST, _FORGOTTEN):
+                    if error.status_code in _OVER:
                         self.forget(lease_id)  # acked meanwhile, or ended: the ack will tell
                     logger.info("lease %s is not renewed: %s", lease_id, error.reason)
                 except AtroposAPIError as error:

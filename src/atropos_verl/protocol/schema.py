@@ -2,10 +2,8 @@
 
 Field names and types are those of upstream's ``ScoredData`` (``atroposlib/api/server.py``, atroposlib 0.4.0). Each side
 of the wire validates a group once: the server when it is posted (``check_group``), the trainer when it is decoded
-(``validated``). A reason names field, sequence, index and value.
-
-The server lets in what upstream's own tests post: extras of another length in an anonymous group, and masks that do not
-repeat the token ids. The trainer quarantines both.
+(``validated``). The server lets in what upstream's own tests post: extras of another length in an anonymous group, and
+masks that do not repeat the token ids. The trainer quarantines both.
 
 A typed msgspec decoder reads a group. What it refuses (NaN, lone surrogates, a wrong type) is read again with Python's
 ``json``: numbers are converted as upstream's server does, and the place of what is left is found.
@@ -20,8 +18,9 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, reduce
+from operator import getitem
 from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
@@ -43,16 +42,17 @@ _MASS_TOLERANCE = 0.01
 """Of a teacher's probabilities, which an engine in bf16 may have summed up to a little more than 1."""
 MAX_MAGNITUDE = 1e30
 """Scores and advantages beyond this overflow float32, in which the loss is computed."""
-_STRINGS_AND_REST = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[^"\[\]{}]+', re.DOTALL)
-"""Of JSON, what is no bracket."""
-_NESTING = (dict, list)
-_MAX_TOKEN = 2**31 - 1
 _SHOWN = 80
 """Characters of a value in a reason."""
 
+_MAX_TOKEN = 2**31 - 1
 _Empty: TypeAlias = Annotated[dict[str, Any], msgspec.Meta(max_length=0)]
 _Rows: TypeAlias = list[list[float] | _Empty | None] | _Empty | msgspec.UnsetType | None
 _Free: TypeAlias = Any | msgspec.UnsetType
+_TokenId: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=_MAX_TOKEN)]
+_Logprob: TypeAlias = Annotated[float, msgspec.Meta(ge=-MAX_MAGNITUDE, le=MAX_MAGNITUDE)]
+_TeacherIds: TypeAlias = list[list[list[_TokenId] | _Empty | None] | _Empty | None]
+_TeacherLogprobs: TypeAlias = list[list[list[_Logprob] | _Empty | None] | _Empty | None]
 
 
 class ScoredData(msgspec.Struct, kw_only=True):
@@ -70,10 +70,10 @@ class ScoredData(msgspec.Struct, kw_only=True):
     group_overrides: _Free = msgspec.UNSET
     images: _Free = msgspec.UNSET
     env_id: int | msgspec.UnsetType | None = msgspec.UNSET
-    distill_token_ids: _Free = msgspec.UNSET
-    distill_logprobs: _Free = msgspec.UNSET
+    distill_token_ids: _TeacherIds | _Empty | msgspec.UnsetType | None = msgspec.UNSET
+    distill_logprobs: _TeacherLogprobs | _Empty | msgspec.UnsetType | None = msgspec.UNSET
+    # Ours. Per sequence: which rollout it is a row of, and its factor in the loss.
     rollout_ids: list[int] | _Empty | msgspec.UnsetType | None = msgspec.UNSET
-    """Ours, as is ``weights``: per sequence, which rollout it is a row of."""
     weights: list[float] | _Empty | msgspec.UnsetType | None = msgspec.UNSET
 
     def rows(self, name: str) -> list[list[float] | None]:
@@ -94,17 +94,17 @@ TEACHER = ("distill_token_ids", "distill_logprobs")
 _OURS = ("rollout_ids", "weights")
 """Fields that upstream does not have: where they are absent, nobody looks for a null."""
 FREE_FIELDS = tuple(sorted(FIELD_NAMES - {"tokens", "masks", "scores", "env_id", *EXTRAS, *_OURS}))
-"""Fields of which ``ScoredData`` only says that they are JSON."""
+"""Fields that are no numbers per sequence or per token: those that are packed as JSON."""
 
 _IDS = ("a list", "a list", "an integer token id")
 _EXPECTED: dict[str, tuple[str, ...]] = {
-    "tokens": _IDS,
-    "masks": _IDS,
-    "scores": ("a list", "a number"),
+    **dict.fromkeys(("tokens", "masks"), _IDS),
+    **dict.fromkeys(("scores", "weights"), ("a list", "a number")),
     **dict.fromkeys(EXTRAS, ("a list", "a list", "a number")),
+    TEACHER[0]: ("a list", *_IDS),
+    TEACHER[1]: ("a list", "a list", "a list", "a number"),
     "env_id": ("an integer or null",),
     "rollout_ids": ("a list", "an integer"),
-    "weights": ("a list", "a number"),
 }
 """Types of a field, of its entries, and of theirs."""
 _NUMBERS = {
@@ -136,15 +136,11 @@ class Refusal(Exception):  # noqa: N818 - a verdict on the sender's data, not an
 
     def as_fields(self) -> dict[str, Any]:
         """FastAPI's shape of a 422, and the parts by name."""
-        place = [part for part in (self.group, self.field or None, self.sequence, self.index) if part is not None]
         named = {"group": self.group, "field": self.field, "sequence": self.sequence, "index": self.index}
-        return {
-            "detail": [{"type": self.reason, "loc": ["body", *place], "msg": self.message}],
-            "message": self.message,
-            "reason": self.reason,
-            **{name: value for name, value in named.items() if value not in (None, "")},
-            "value": json_value(self.value),
-        }
+        place = {name: value for name, value in named.items() if value not in (None, "")}
+        detail = {"type": self.reason, "loc": ["body", *place.values()], "msg": self.message}
+        about = {"message": self.message, "reason": self.reason, "value": json_value(self.value)}
+        return {"detail": [detail], **about, **place}
 
 
 @dataclass(slots=True)
@@ -154,8 +150,8 @@ class CheckedGroup:
     raw: bytes
     """As received."""
     suffix: bytes
-    """Replaces the closing brace of ``raw`` so that every key is there, absent ones as null; empty: nothing is absent.
-    (Upstream's server adds them, and trainers written for it read them.)"""
+    """Replaces the closing brace of ``raw``, unless empty, so that every key is there, absent ones as null. (Upstream's
+    server adds them, and trainers written for it read them.)"""
     env_id: int | None
     size: int
     """Rollouts: sequences, or fewer where several are rows of one."""
@@ -166,15 +162,15 @@ class CheckedGroup:
     """None once nobody needs them any more."""
     unknown: tuple[str, ...] = ()
     """Names of fields that this version does not know."""
+    packed: bytes | None = None
+    """Its binary form (``wire.pack_group``), where it was made already."""
+    glimpse: dict[str, Any] = field(default_factory=dict)
+    """What the server's live page shows."""
 
     @property
     def decoded(self) -> ScoredData:
         assert self.fields is not None
         return self.fields
-
-    def complete(self) -> bytes:
-        """Its JSON with every key, as trainers get it."""
-        return self.raw[:-1] + self.suffix if self.suffix else self.raw
 
 
 class SlowPathError(Exception):
@@ -189,30 +185,16 @@ def check_group(
     strict: bool = False,
     quick: bool = False,
 ) -> CheckedGroup:
-    """Decode and check one ``ScoredData`` object.
+    """Decode and check one ``ScoredData`` object. Raises ``Refusal`` where it cannot be stored.
 
     Args:
         vocab_size: token ids must be below it.
         environments: ``env_id`` must be below it; None: not checked.
         strict: check the lengths of extras of anonymous groups, too.
         quick: raise ``SlowPathError`` instead of reading it a second time.
-
-    Raises:
-        Refusal: it cannot be stored.
     """
-    try:
-        return _checked(raw, vocab_size, environments, strict, quick)
-    except Refusal as refusal:
-        # Inside a string its quotes would be escaped.
-        if refusal.env_id is None and (found := re.findall(rb'"env_id"\s*:\s*"?(\d{1,9})\b', raw)):
-            refusal.env_id = int(found[-1])
-        raise
-
-
-def _checked(raw: bytes, vocab_size: int | None, environments: int | None, strict: bool, quick: bool) -> CheckedGroup:
     raw = raw.strip(b" \t\r\n")
-    unknown: tuple[str, ...] = ()
-    in_range = True
+    is_slow = False
     try:
         if not raw.isascii():
             _as_text(raw)
@@ -224,7 +206,7 @@ def _checked(raw: bytes, vocab_size: int | None, environments: int | None, stric
             raw, fields, unknown = _read_again(raw)
         except RecursionError:
             raise Refusal("malformed_json", TOO_DEEP) from None
-        in_range = False
+        is_slow = True
     env_id = fields.env_id if isinstance(fields.env_id, int) else None
     strict = strict or env_id is not None
     _check_depth(fields.free())
@@ -235,7 +217,7 @@ def _checked(raw: bytes, vocab_size: int | None, environments: int | None, stric
     _check_lengths(fields.tokens, fields.masks, fields.scores, {name: row for name, row in extras.items() if row})
     if strict:
         _check_teacher(fields.tokens, free[TEACHER[0]], free[TEACHER[1]], vocab_size)
-    if not in_range:
+    if is_slow:  # which leaves the ranges to us
         for sequence, (tokens, masks) in enumerate(zip(fields.tokens, fields.masks, strict=True)):
             _check_ids(int_row(tokens, "i", "tokens", sequence), sequence, vocab_size)
             int_row(masks, "i", "masks", sequence)
@@ -255,11 +237,7 @@ def _checked(raw: bytes, vocab_size: int | None, environments: int | None, stric
 
 
 def split_list(body: bytes, *, quick: bool = False) -> list[bytes]:
-    """The groups of a ``/scored_data_list`` body, undecoded.
-
-    Raises:
-        Refusal: it is not a JSON list. ``SlowPathError`` as ``check_group``.
-    """
+    """The groups of a ``/scored_data_list`` body, undecoded. Raises as ``check_group``."""
     try:
         return [bytes(part) for part in msgspec.json.decode(body, type=list[msgspec.Raw])]
     except (msgspec.DecodeError, RecursionError) as error:
@@ -288,27 +266,13 @@ def _as_text(raw: bytes) -> str:
 
 def _check_depth(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
-        level = [value] if isinstance(value, dict | list) else []
+        level, nesting = [value] if isinstance(value, dict | list) else [], (dict, list)
         for _ in range(_MAX_DEPTH):
             children = (found.values() if isinstance(found, dict) else found for found in level)
-            level = [child for found in children for child in found if isinstance(child, _NESTING)]
+            level = [child for found in children for child in found if isinstance(child, nesting)]
         if level:
-            raise _too_deep(name)
-
-
-def _too_deep(name: str) -> Refusal:
-    text = f"{_cut(name)}: nested too deeply to be read (lists and objects in more than {_MAX_DEPTH} others)"
-    return Refusal("malformed_json", text, _cut(name))
-
-
-def _is_too_deep(text: bytes) -> bool:
-    """JSON in which brackets are left when the innermost ones are taken away ``_MAX_DEPTH`` times."""
-    if text.count(b"[") + text.count(b"{") <= _MAX_DEPTH:
-        return False
-    brackets = _STRINGS_AND_REST.sub(b"", text).replace(b"{", b"[").replace(b"}", b"]")
-    for _ in range(_MAX_DEPTH):
-        brackets = brackets.replace(b"[]", b"")
-    return brackets != b""
+            text = f"{_cut(name)}: nested too deeply to be read (lists and objects in more than {_MAX_DEPTH} others)"
+            raise Refusal("malformed_json", text, _cut(name))
 
 
 @lru_cache(maxsize=16)
@@ -333,11 +297,9 @@ def _check_messages(messages: Any) -> None:
     if not isinstance(messages, list):
         raise Refusal("type", "messages is not a list of lists of messages", "messages", value=messages)
     for sequence, conversation in enumerate(messages):
-        if conversation is None:
-            continue
-        if not isinstance(conversation, list):
+        if conversation is not None and not isinstance(conversation, list):
             raise Refusal("type", f"messages[{sequence}] is not a list", "messages", sequence, value=conversation)
-        for index, message in enumerate(conversation):
+        for index, message in enumerate(conversation or ()):
             if not (isinstance(message, dict) and "role" in message and "content" in message):
                 text = f"messages[{sequence}][{index}]: Message must have 'role' and 'content' fields"
                 raise Refusal("message", text, "messages", sequence, index, message)
@@ -365,9 +327,7 @@ def _read_again(raw: bytes) -> tuple[bytes, ScoredData, tuple[str, ...]]:
 def parse_object(raw: bytes, constants: list[str] | None = None) -> dict[str, Any]:
     """A JSON object as Python's ``json`` reads it. Names like ``NaN`` are added to ``constants``.
 
-    Raises:
-        Refusal: it is no JSON object.
-        RecursionError: it is nested too deeply.
+    Raises ``Refusal`` where it is none, ``RecursionError`` where it is nested too deeply.
     """
 
     def constant(name: str) -> float:
@@ -398,9 +358,7 @@ def to_fields(found: Mapping[str, Any]) -> ScoredData:
     path = message.rpartition("`$.")[2]
     field = path.partition("[")[0].rstrip("`")
     numbers = [int(number) for number in re.findall(r"\[(\d+)\]", path)]
-    value = found[field]
-    for number in numbers:
-        value = value[number]
+    value = reduce(getitem, numbers, found[field])
     problem = f"expected {_EXPECTED[field][len(numbers)]}"
     if "out of range" in message:
         problem = "too large for a 64-bit float"
@@ -413,8 +371,7 @@ Decoder: TypeAlias = msgspec.json.Decoder[ScoredData]
 
 
 def read_fields(raw: bytes, forbidding: Decoder, tolerant: Decoder) -> tuple[ScoredData, tuple[str, ...]]:
-    """The fields of a group, and the unknown names that hold something. The decoders differ in whether they refuse such
-    names; one that does not skips the values, so that nothing is known of them but that they are JSON.
+    """The fields of a group, and the unknown names that hold something. Only ``forbidding`` refuses such.
 
     Raises:
         msgspec.DecodeError, RecursionError: it is no group.
@@ -426,12 +383,9 @@ def read_fields(raw: bytes, forbidding: Decoder, tolerant: Decoder) -> tuple[Sco
         if not str(error).startswith("Object contains unknown field"):
             raise
     values = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
-    texts = {name: bytes(values[name]).translate(None, b" \t\r\n") for name in values.keys() - FIELD_NAMES}
-    unknown = sorted(name for name, text in texts.items() if text not in (b"null", b"[]", b"{}"))
-    for name in unknown:
-        if _is_too_deep(texts[name]):
-            raise _too_deep(name)
-    return tolerant.decode(raw), tuple(unknown)
+    unknown = {name: msgspec.json.decode(values[name]) for name in values.keys() - FIELD_NAMES}
+    _check_depth(unknown)
+    return tolerant.decode(raw), unknown_fields(unknown)
 
 
 def unknown_fields(found: Mapping[str, Any]) -> tuple[str, ...]:
@@ -453,15 +407,13 @@ def _converted(found: Any, kind: type) -> Any:
 def int_row(row: list[int], typecode: Literal["i", "q"], field: str, sequence: int) -> NDArray[Any]:
     """Integers as an array of 32 (``i``) or 64 bits (``q``). ``array`` reads a list faster than numpy (20 ns a token,
     35), and checks the range. Raises ``Refusal`` for what does not fit."""
+    bits, dtype = (32, np.int32) if typecode == "i" else (64, np.int64)
     try:
-        values = array(typecode, row)
+        return np.frombuffer(array(typecode, row), dtype) if row else np.zeros(0, dtype)
     except OverflowError:
-        bits = 32 if typecode == "i" else 64
         index = next(i for i, value in enumerate(row) if not -(2 ** (bits - 1)) <= value < 2 ** (bits - 1))
         message = f"{field}[{sequence}][{index}] = {_show(row[index])}: does not fit in {bits} bits"
         raise Refusal("vocabulary", message, field, sequence, index, row[index]) from None
-    dtype = np.int32 if typecode == "i" else np.int64
-    return np.frombuffer(values, dtype) if row else np.zeros(0, dtype)
 
 
 def float_row(row: list[float]) -> FloatArray:
@@ -482,32 +434,18 @@ def free_fields(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _teacher_rows(name: str, value: Any) -> tuple[NDArray[Any] | None, ...] | None:
-    """[G][T, K] of a field of ``TEACHER``; shorter rows are filled up with id -1, logprob -inf. Raises ``Refusal``."""
+    """[G][T, K] of a field of ``TEACHER``; shorter rows are filled up with id -1, logprob -inf."""
     if _is_empty(value):
         return None
-    numbers: Any = int
-    low, fill, what = 0.0, -1.0, "an integer token id"
-    if name == TEACHER[1]:
-        numbers, low, fill, what = (int, float), -MAX_MAGNITUDE, -np.inf, "a number"
     found: list[NDArray[Any] | None] = []
-    for i, sequence in enumerate(_listed(value, name)):
-        rows = [_listed(row or [], name, i, t) for t, row in enumerate(_listed(sequence or [], name, i))]
-        for t, k in ((t, k) for t, row in enumerate(rows) for k in range(len(row))):
-            entry = rows[t][k]
-            if isinstance(entry, bool) or not isinstance(entry, numbers) or not low <= entry <= _MAX_TOKEN:
-                raise Refusal("type", f"{name}[{i}][{t}][{k}] = {_show(entry)}: expected {what}", name, i, t, entry)
+    for sequence in value:
+        rows = [row or () for row in sequence or ()]
         lengths = np.array([len(row) for row in rows], np.int64)
-        filled = np.full((len(rows), lengths.max(initial=0)), fill, np.int64 if numbers is int else np.float64)
-        filled[np.arange(filled.shape[1]) < lengths[:, None]] = [entry for row in rows for entry in row]
+        shape = len(rows), int(lengths.max(initial=0))
+        filled = np.full(shape, -1, np.int64) if name == TEACHER[0] else np.full(shape, -np.inf)
+        filled[np.arange(shape[1]) < lengths[:, None]] = [entry for row in rows for entry in row]
         found.append(filled if filled.size else None)
     return tuple(found)
-
-
-def _listed(value: Any, field: str, sequence: int | None = None, index: int | None = None) -> list[Any]:
-    if not isinstance(value, list):
-        where = field + "".join([f"[{number}]" for number in (sequence, index) if number is not None])
-        raise Refusal("type", f"{where} = {_show(value)}: expected a list", field, sequence, index, value)
-    return value
 
 
 def _object(value: Any, where: str) -> dict[str, Any] | None:
@@ -529,9 +467,8 @@ def read_rollouts(fields: ScoredData) -> tuple[IntArray | None, FloatArray | Non
     two scores of one rollout, a weight below 0."""
     ids, weights = fields.rollout_ids or None, fields.weights or None
     for name, row in (("rollout_ids", ids), ("weights", weights)):
-        if isinstance(row, list) and len(row) != len(fields.tokens):
-            message = f"{name}: {len(row)} entries, but tokens has {len(fields.tokens)}; one per sequence is needed"
-            raise Refusal("length", message, name, value=len(row))
+        if isinstance(row, list):
+            _check_length(name, row, len(fields.tokens))
     numbers, factors = None, None
     if isinstance(ids, list):
         first: dict[int, int] = {}
@@ -574,11 +511,7 @@ def without_fields(groups: Iterable[ScoredGroup], names: Sequence[str]) -> list[
 
 
 def find_defect(group: ScoredGroup, vocab_size: int | None) -> str | None:
-    """The first thing that is wrong with a group, or None. Costs nothing for a group that was ``validated``.
-
-    Args:
-        vocab_size: token ids must be below it; None: they only must not be negative.
-    """
+    """The first thing that is wrong with a group, or None. Costs nothing for a group that was ``validated``."""
     if group.validated or group.defect is not None:
         return group.defect
     try:
@@ -618,9 +551,7 @@ def _check_lengths(
     if size == 0:
         raise Refusal("empty", "tokens: the group is empty (no sequence)", "tokens", value=[])
     for name, rows in {"masks": masks, "scores": scores, **extras}.items():
-        if len(rows) != size:
-            message = f"{name}: {len(rows)} entries, but tokens has {size}; one per sequence is needed"
-            raise Refusal("length", message, name, value=len(rows))
+        _check_length(name, rows, size)
     for sequence, row in enumerate(tokens):
         if len(row) == 0:
             raise Refusal("empty", f"tokens[{sequence}]: the sequence is empty", "tokens", sequence, value=[])
@@ -631,6 +562,12 @@ def _check_lengths(
             if row is not None and len(row) != len(expected):
                 message = f"{name}[{sequence}]: {len(row)} entries, but tokens[{sequence}] has {len(expected)}"
                 raise Refusal("length", f"{message}; one per token is needed", name, sequence, value=len(row))
+
+
+def _check_length(name: str, rows: Sequence[Any] | FloatArray, size: int) -> None:
+    if len(rows) != size:
+        message = f"{name}: {len(rows)} entries, but tokens has {size}; one per sequence is needed"
+        raise Refusal("length", message, name, value=len(rows))
 
 
 def _first(bad: NDArray[np.bool_]) -> int | None:
@@ -679,9 +616,7 @@ def _check_teacher(
     if ids is None and logprobs is None:
         return
     for name, rows in zip(TEACHER, (ids or (), logprobs or ()), strict=True):
-        if len(rows) != len(tokens):
-            message = f"{name}: {len(rows)} entries, but tokens has {len(tokens)}; "
-            raise Refusal("length", f"{message}ids and logprobs of each sequence are needed", name, value=len(rows))
+        _check_length(name, rows, len(tokens))
     for i, (sequence, own, values) in enumerate(zip(tokens, ids or (), logprobs or (), strict=True)):
         if own is None and values is None:
             continue
@@ -720,29 +655,26 @@ def _check_logprobs(row: FloatArray, name: str, i: int) -> None:
 
 
 def _check_overrides(group: ScoredGroup, i: int) -> None:
-    for place, entry in _override_places(group, i):
-        for name in ("set_advantage_to_zero", "sft"):
-            value = entry.get(name)
-            if value is not None and not isinstance(value, bool):
-                message = f"{place}.{name} = {_cut(repr(value))}: must be true or false"
-                raise Refusal("type", message, place.partition("[")[0], i, value=value)
-    weights = [(f"{place}.distill_weight", entry.get("distill_weight")) for place, entry in _override_places(group, i)]
-    for where, value in [*_temperatures(group, i), *weights]:
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise Refusal("type", f"{where} = {_cut(repr(value))}: must be a number", value=value)
-        if not 0 <= value <= MAX_MAGNITUDE:
-            raise Refusal("value", f"{where} = {_cut(repr(value))}: must be finite and at least 0", value=value)
+    for name in ("set_advantage_to_zero", "sft", "temperature", "distill_weight"):
+        for where, value in _stated(group, i, name):
+            must = None
+            if name in ("set_advantage_to_zero", "sft"):
+                must = None if isinstance(value, bool) else "true or false"
+            elif not _is_number(value):
+                must = "a number"
+            elif not 0 <= value <= MAX_MAGNITUDE:
+                must = "finite and at least 0"
+            if must is not None:
+                raise Refusal("value", f"{where} = {_cut(repr(value))}: must be {must}", value=value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_supported(groups: Sequence[ScoredGroup], ignored: Sequence[str]) -> None:
-    """Refuse images, which this trainer does not use. Names that ``ScoredData`` does not have are warned about once
-    each: upstream's server drops them.
-
-    Raises:
-        UnsupportedFieldError: names the setting that lets the user ignore them.
-    """
+    """Refuse images, which this trainer does not use: ``UnsupportedFieldError`` names the setting that ignores them.
+    Warn of names that ``ScoredData`` does not have, once of each: upstream's server drops them."""
     for name in {name for group in groups for name in group.unknown_fields} - {*ignored, *_WARNED}:
         _WARNED.add(name)
         logger.warning("an environment sends %s, which is no field of ScoredData: it is ignored", _show(name))
@@ -757,10 +689,7 @@ def check_supported(groups: Sequence[ScoredGroup], ignored: Sequence[str]) -> No
 
 def stated_temperature(group: ScoredGroup, index: int) -> float | None:
     """The temperature that the environment names for sequence ``index``; None: none, or nothing that is a number."""
-    for _, value in _temperatures(group, index):
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-    return None
+    return next((float(value) for _, value in _stated(group, index, "temperature") if _is_number(value)), None)
 
 
 def sampling_temperature(group: ScoredGroup, index: int, default: float) -> float:
@@ -769,50 +698,39 @@ def sampling_temperature(group: ScoredGroup, index: int, default: float) -> floa
     0 (greedy, anything below 1e-5) becomes 1: engines report the logprobs of temperature 1 for greedy tokens, and
     dividing logits by 0 means nothing. The group must be free of defects.
     """
-    found = next((value for _, value in _temperatures(group, index) if value is not None), default)
+    found = next((value for _, value in _stated(group, index, "temperature")), default)
     return float(found) if found >= GREEDY_BELOW else 1.0
 
 
 def is_overridden(group: ScoredGroup, i: int, name: str) -> bool:
     """A true or false override of sequence ``i``: its own, else its group's. The group must be free of defects."""
-    return bool(
-        next((found for _, entry in _override_places(group, i) if (found := entry.get(name)) is not None), False)
-    )
+    return bool(next((value for _, value in _stated(group, i, name)), False))
 
 
 def distill_weight(group: ScoredGroup, i: int, default: float) -> float:
     """Factor of the KL to the teacher: ``distill_weight`` of the sequence's overrides, else its group's, else
     ``default``. The group must be free of defects."""
-    found = (entry.get("distill_weight") for _, entry in _override_places(group, i))
-    return float(next((value for value in found if value is not None), default))
+    return float(next((value for _, value in _stated(group, i, "distill_weight")), default))
 
 
-def _override_places(group: ScoredGroup, i: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    yield f"overrides[{i}]", {} if group.overrides is None else group.overrides[i]
-    yield "group_overrides", group.group_overrides or {}
-
-
-def _temperatures(group: ScoredGroup, i: int) -> Iterator[tuple[str, Any]]:
-    """The places of a temperature, strongest first."""
-    own = {} if group.overrides is None else group.overrides[i]
-    yield f"overrides[{i}].temperature", own.get("temperature")
-    yield "generation_params.temperature", (group.generation_params or {}).get("temperature")
-    yield "group_overrides.temperature", (group.group_overrides or {}).get("temperature")
+def _stated(group: ScoredGroup, i: int, name: str) -> Iterator[tuple[str, Any]]:
+    """Where a setting of sequence ``i`` stands, and its value; strongest first."""
+    places = {f"overrides[{i}]": group.overrides and group.overrides[i]}
+    if name == "temperature":
+        places["generation_params"] = group.generation_params
+    for place, fields in {**places, "group_overrides": group.group_overrides}.items():
+        if fields and (value := fields.get(name)) is not None:
+            yield f"{place}.{name}", value
 
 
 def _show(value: Any) -> str:
     """JSON of a value, cut to a length that a log line can hold."""
-    if isinstance(value, list | dict):
-        text = ""
-        for piece in json.JSONEncoder().iterencode(value):
-            text += piece
-            if len(text) > _SHOWN:
-                return f"{text[:_SHOWN]}…"
-        return text
     try:
         return _cut(json.dumps(value))
     except ValueError:
         return "an integer of more than 4300 digits"
+    except RecursionError:
+        return "a deep structure"
 
 
 def _cut(text: str) -> str:

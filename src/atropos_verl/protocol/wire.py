@@ -6,10 +6,9 @@ docs/internals.md describes the packed wire byte by byte.
 """
 
 import json
-import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import msgspec
@@ -26,7 +25,6 @@ from atropos_verl.protocol.schema import (
     CheckedGroup,
     Refusal,
     ScoredData,
-    check_group,
     float_row,
     free_fields,
     int_row,
@@ -36,7 +34,7 @@ from atropos_verl.protocol.schema import (
     to_fields,
     unknown_fields,
 )
-from atropos_verl.types import NO_LOGPROB, NOT_TRAINED, FloatArray, IntArray, ScoredGroup
+from atropos_verl.types import NO_LOGPROB, NOT_TRAINED, IntArray, ScoredGroup
 
 MEDIA_TYPE = "application/vnd.atropos+packed"
 MAGIC = b"ATRPACK1"
@@ -53,9 +51,6 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 Row: TypeAlias = Sequence[Any] | NDArray[Any]
 Rows: TypeAlias = Sequence[Row]
-
-# The inside of a list of numbers is one match, so that a row of tokens is passed over at once.
-_STRINGS_AND_MARKS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|(?<=\[)[^"{}\[\]]++(?=\])|[{}\[\],:]', re.DOTALL)
 
 
 class _Envelope(msgspec.Struct):
@@ -84,10 +79,8 @@ _DECODE_HEADER = msgspec.json.Decoder(_Header)
 
 
 def decode_batch(body: bytes) -> list[ScoredGroup]:
-    """Groups in the body of ``GET /batch``, in the order of the server.
-
-    ``{"batch": null}`` and ``{"batch": []}`` mean "not yet" and give ``[]``. A group that cannot be decoded is in the
-    list too, with ``defect`` naming field, sequence, index and value.
+    """Groups in the body of ``GET /batch``, in the order of the server; none for ``{"batch": null}``: "not yet". One
+    that cannot be decoded is there too, with ``defect`` naming field, sequence, index and value.
 
     Raises:
         AtroposProtocolError: the server reported an error, or the body is not an answer to ``GET /batch``.
@@ -97,7 +90,7 @@ def decode_batch(body: bytes) -> list[ScoredGroup]:
     try:
         envelope = _DECODE_ENVELOPE.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        envelope = _split_batch(body)
+        envelope = _read_again(body)
     if envelope.status == "error":
         explanation = envelope.message or envelope.detail
         raise AtroposProtocolError(
@@ -112,11 +105,8 @@ def decode_batch(body: bytes) -> list[ScoredGroup]:
 
 
 def decode_group(raw: bytes) -> ScoredGroup:
-    """One ``ScoredData`` object. Never raises for its content: ``defect`` says what is wrong with it.
-
-    ``group_id`` is the first 16 hex digits of the XXH3-128 of ``raw``: a name, not a proof, and 60 times faster than
-    SHA-256, which took a third of the server's own work on a POST. Who could forge a collision could post anything.
-    """
+    """One ``ScoredData`` object. Never raises for its content: ``defect`` says what is wrong with it. ``group_id``, the
+    first 16 hex digits of the XXH3-128 of ``raw``, is a name and no proof."""
     group_id = xxhash.xxh3_128_hexdigest(raw)[:16]
     unknown: tuple[str, ...] = ()
     try:
@@ -127,8 +117,7 @@ def decode_group(raw: bytes) -> ScoredGroup:
             fields, unknown = to_fields(found), unknown_fields(found)
         extras: dict[str, Any] = {}
         for name in EXTRAS:
-            rows = fields.rows(name)
-            if any(rows):
+            if any(rows := fields.rows(name)):
                 extras[name] = tuple([float_row(row) if row else None for row in rows])
         extras["rollout_ids"], extras["weights"] = read_rollouts(fields)
         return ScoredGroup(
@@ -159,9 +148,7 @@ def encode_group(*, tokens: Rows, masks: Rows, scores: Row, **optional: Any) -> 
             ``inference_logprobs`` are [G][T_g]; a row that is None is sent as ``[]``. NaN in ``inference_logprobs`` is
             sent as 1.0, upstream's "no value". An entry of ``overrides`` that is None is sent as ``{}``.
 
-    Raises:
-        DataError: a value that JSON cannot carry (NaN or infinity), named by field, sequence and index; lists whose
-            lengths differ; or a field that ``ScoredData`` has not.
+    Raises ``DataError``: NaN or infinity, by field, sequence and index; lists whose lengths differ; an unknown field.
     """
     fields: dict[str, Any] = {"tokens": tokens, "masks": masks, "scores": _finite(scores, "scores")}
     for name in ("masks", "scores"):
@@ -183,53 +170,23 @@ def encode_group(*, tokens: Rows, masks: Rows, scores: Row, **optional: Any) -> 
     return msgspec.json.encode(fields, enc_hook=_encode_numpy)
 
 
-def _split_batch(body: bytes) -> _Envelope:
-    """Cut ``{"batch": [...], ...}`` at its brackets, whatever stands between them.
-
-    Raises:
-        AtroposProtocolError: not a JSON object, or cut short.
-    """
-    span = _batch_span(body)
-    text = body if span is None else body[: span[0]] + b"[]" + body[span[1] :]
+def _read_again(body: bytes) -> _Envelope:
+    """By Python's reader, which also takes NaN. Raises ``AtroposProtocolError``: no JSON object, or cut short."""
     try:
-        fields = json.loads(text)
+        found = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise AtroposProtocolError(
             f"the answer to GET /batch is not JSON ({str(error)[:80]}); is this an Atropos API? "
             f"It is {len(body)} bytes long and begins {body[:120]!r}"
         ) from error
-    if not isinstance(fields, dict) or fields.get("batch") not in (None, []):
+    if not isinstance(found, dict) or not isinstance(found.get("batch"), list | None):
         raise AtroposProtocolError(
             "the answer to GET /batch is not an object with a list 'batch'; is this an Atropos API? "
             f"It begins {body[:120]!r}"
         )
-    raw = None if span is None else [msgspec.Raw(element) for element in span[2]]
-    return _Envelope(
-        batch=raw if "batch" in fields else msgspec.UNSET,
-        **{name: fields.get(name) for name in ("status", "message", "detail")},
-    )
-
-
-def _batch_span(body: bytes) -> tuple[int, int, list[bytes]] | None:
-    """Byte range of the list under the key ``batch`` of the outermost object, and its elements. None: no such list."""
-    depth, is_batch, start = 0, False, -1
-    commas: list[int] = []
-    for match in _STRINGS_AND_MARKS.finditer(body):
-        token, at = match.group(), match.start()
-        if token in (b"{", b"["):
-            if depth == 1 and token == b"[" and is_batch:
-                start = at
-            depth += 1
-        elif token in (b"}", b"]"):
-            depth -= 1
-            if depth == 1 and start >= 0:
-                parts = [body[begin + 1 : end].strip() for begin, end in pairwise([start, *commas, at])]
-                return start, at + 1, [part for part in parts if part]
-        elif depth == 2 and start >= 0 and token[:1] != b'"':
-            commas += [at + i for i, mark in enumerate(token) if mark == ord(",")]
-        elif depth == 1 and token not in (b",", b":"):
-            is_batch = token == b'"batch"'
-    return None
+    if "batch" in found:
+        found["batch"] = [msgspec.Raw(json.dumps(group).encode()) for group in found["batch"] or ()]
+    return _Envelope(**{name: found[name] for name in _Envelope.__struct_fields__ if name in found})
 
 
 def _finite(row: Row, where: str, missing: float | None = None) -> list[float]:
@@ -250,8 +207,6 @@ def _finite(row: Row, where: str, missing: float | None = None) -> list[float]:
 def _encode_numpy(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
-    if isinstance(value, Mapping):
-        return dict(value)
     raise TypeError(f"cannot send {type(value).__name__} in a scored group")
 
 
@@ -283,8 +238,7 @@ def pack_group(group: CheckedGroup) -> bytes:
         put("masks", "i4", marks, len(marks))
     put("scores", "f8", float_row(fields.scores), len(fields.scores))
     for name in EXTRAS:
-        rows = fields.rows(name)
-        if any(rows):
+        if any(rows := fields.rows(name)):
             found = [len(row) if row else 0 for row in rows]
             if found != lengths:
                 put(f"{name}.lengths", "u4", np.array(found, np.uint32), len(found))
@@ -300,14 +254,6 @@ def pack_group(group: CheckedGroup) -> bytes:
         put("weights", "f8", weights, len(weights))
     rest = {name: value for name, value in fields.free().items() if value}
     return _blob(_Header(group.digest.hex()[:16], group.env_id, lengths, arrays, rest, group.unknown), blobs)
-
-
-def pack_stored(raw: bytes) -> bytes:
-    """``pack_group`` of a group's JSON, which an earlier version may have let in with less of a check."""
-    try:
-        return pack_group(check_group(raw))
-    except (Refusal, RecursionError):
-        return pack_json(raw)
 
 
 def pack_json(raw: bytes) -> bytes:
@@ -373,9 +319,15 @@ def _decode_packed_group(part: memoryview) -> ScoredGroup:
         marks: IntArray = np.where(trained, ids, NOT_TRAINED)
     else:
         marks = fields["masks"].astype(np.int64)
-    extras: dict[str, Any] = {name: _float_rows(fields, name, header.lengths) for name in EXTRAS}
+    extras: dict[str, Any] = {}
+    for name in EXTRAS:
+        if name in fields:
+            own = fields.get(f"{name}.lengths")
+            rows = _cut(fields[name].astype(np.float64), header.lengths if own is None else own.tolist())
+            extras[name] = tuple([row if len(row) else None for row in rows])
     for name, kind in (("rollout_ids", np.int64), ("weights", np.float64)):
-        extras[name] = fields[name].astype(kind) if name in fields else None
+        if name in fields:
+            extras[name] = fields[name].astype(kind)
     return ScoredGroup(
         token_ids=_cut(ids, header.lengths),
         masks=_cut(marks, header.lengths),
@@ -393,14 +345,3 @@ def _cut(values: NDArray[Any], lengths: Sequence[int]) -> tuple[NDArray[Any], ..
     if ends and ends[-1] != len(values):
         raise ValueError(f"{len(values)} values for {ends[-1]} tokens")
     return tuple([values[end - length : end] for end, length in zip(ends, lengths, strict=True)])
-
-
-def _float_rows(
-    fields: Mapping[str, NDArray[Any]], name: str, lengths: Sequence[int]
-) -> tuple[FloatArray | None, ...] | None:
-    values = fields.get(name)
-    if values is None:
-        return None
-    own = fields.get(f"{name}.lengths")
-    rows = _cut(values.astype(np.float64), lengths if own is None else own.tolist())
-    return tuple([row if len(row) else None for row in rows])

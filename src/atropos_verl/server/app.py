@@ -10,7 +10,6 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ import msgspec
 from prometheus_client import generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -34,15 +35,15 @@ from atropos_verl.server.bodies import (
     BatchResponse,
     BodyError,
     Connection,
+    Connections,
     batch_parts,
     choose_encoding,
-    compressed,
     decoded,
     idempotency,
     lease_seconds,
     read_body,
 )
-from atropos_verl.server.body_checker import SLOW, BodyChecker, ExaminedGroup, Rules
+from atropos_verl.server.body_checker import BodyChecker, Rules
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.status import Metrics, env_status, environments, status
 from atropos_verl.server.status_barrier import StatusBarrier
@@ -57,7 +58,6 @@ FEATURES = ("batch_fill", "idempotency", "leases", "packed", "rollouts", "wait")
 """Features beyond upstream's protocol; a client learns them at ``/register``."""
 _TICK_SECONDS = 1.0
 _LONGEST_WAIT = 60.0
-"""Seconds that ``GET /batch`` may wait for a batch."""
 _MAX_WAITING = 64
 """Requests that wait for a batch; further ones are answered at once. Each arrival wakes them all."""
 _RECHECK_SECONDS = 0.25
@@ -70,33 +70,24 @@ _PACKED_SHARE = 0.2
 _NOT_REGISTERED = {"status": "error", "message": "Trainer not registered. Call /register first.", "batch": []}
 _MAX_UNKNOWN = 1000
 _SHOWN_NAME = 80
-_CORS = {
-    b"access-control-allow-methods": b"GET, POST",
-    b"access-control-allow-headers": b"authorization, content-type, idempotency-key, x-atropos-lease",
-    b"access-control-expose-headers": b"x-atropos-lease-id, x-atropos-step, retry-after",
-    b"vary": b"Origin",
-}
 _EXAMPLE = "tokens masks scores advantages ref_logprobs generation_params inference_logprobs messages images"
 
 
 class TrajectoryApi:
     """An ASGI application over a store that it opens. ``now``: seconds since the epoch, for tests. Close the store.
 
-    Raises:
-        ConfigError, StorageDamagedError, StorageWriteError: the data directory cannot be used.
+    Raises ``ConfigError`` or ``StorageError``: the data directory cannot be used.
     """
 
     def __init__(self, settings: ServerSettings | None = None, now: Callable[[], float] | None = None) -> None:
         self.store = Store(settings or ServerSettings(), now)
         self.counters = Counters(started_at=self.store.now())
-        self.connections: dict[Any, Connection] = {}
-        """By the client's address; fed by ``bodies.protocol_class``. Empty under a server that tells nothing."""
+        self.connections = Connections()
         self._metrics = Metrics(self.store, self.counters)
         self._barrier = StatusBarrier()
         self._arrived = asyncio.Event()
         self._waiting = 0
-        self.checker, self.packer = BodyChecker(), BodyChecker()
-        """A batch does not wait for the check of a group."""
+        self.checker = BodyChecker()
         self._unknown: set[str] = set()
         self._refusals = SameLines()
         self._page = Path(__file__).with_name("page.html").read_bytes()
@@ -125,10 +116,18 @@ class TrajectoryApi:
             "/page-data": {"GET": self.page_data},
         }
         failures = (Refusal, BodyError, QueueFullError, ConflictError, UnknownLeaseError, StorageWriteError)
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=self.store.settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Idempotency-Key", "X-Atropos-Lease", "X-Atropos-Wait"],
+            expose_headers=["X-Atropos-Lease-Id", "X-Atropos-Step", "Retry-After"],
+        )
         self._app = Starlette(
             routes=[self._route(path, by_method) for path, by_method in self.handlers.items()],
             exception_handlers=dict.fromkeys([*failures, HTTPException, ClientDisconnect], self._failed),
             lifespan=self._lifespan,
+            middleware=[cors] if self.store.settings.cors_origins else [],
         )
         self._app.router.redirect_slashes = False
 
@@ -142,19 +141,15 @@ class TrajectoryApi:
         connection = self._connection(request)
         if connection is not None:
             connection.done()
-        allowed_origin = self._cors_headers(request)
         path = scope["path"] if scope["path"] in self.handlers else "other"
 
         async def send_counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *allowed_origin]
                 self.counters.requests[path, message["status"]] += 1
             await send(message)
 
-        preflight = scope["method"] == "OPTIONS" and allowed_origin
-        answer = Response(status_code=204) if preflight else self._refused(request)
         try:
-            await (answer or self._app)(scope, receive, send_counted)
+            await (self._refused(request) or self._app)(scope, receive, send_counted)
         finally:
             self.counters.bytes_held -= scope.pop("bytes_held", 0)
 
@@ -164,14 +159,6 @@ class TrajectoryApi:
             response = answer if isinstance(answer, Response) else _json(answer)
             if request.method == "POST" or path in ("/batch", "/reset_data"):
                 await self.store.synced()
-            if isinstance(response, BatchResponse):
-                return response
-            encoding = choose_encoding(self.store.settings.compression, request, len(response.body))
-            if encoding is not None:
-                response.body = await compressed(encoding, bytes(response.body))
-                response.headers["content-encoding"] = encoding
-                response.headers["vary"] = "Accept-Encoding"
-                response.headers["content-length"] = str(len(response.body))
             return response
 
         route = Route(path, endpoint, methods=list(by_method))
@@ -187,16 +174,14 @@ class TrajectoryApi:
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         ticker = asyncio.create_task(self._tick())
-        self.checker, self.packer = BodyChecker(), BodyChecker()  # closed ones, after a stop, stay closed
+        self.checker = BodyChecker()  # a closed one, after a stop, stays closed
         yield
         self.checker.close()
-        self.packer.close()
         ticker.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await ticker
 
     async def _tick(self) -> None:
-        """Leases end on time, also when nobody asks."""
         while True:
             await asyncio.sleep(_TICK_SECONDS)
             with contextlib.suppress(StorageWriteError):  # the store has logged it
@@ -204,8 +189,11 @@ class TrajectoryApi:
                 await self.store.synced()
 
     async def _failed(self, request: Request, error: Exception) -> Response:
-        detail = str(error)
-        if isinstance(error, Refusal | BodyError):
+        if isinstance(error, ClientDisconnect):
+            return Response(status_code=_CLIENT_GONE)
+        if isinstance(error, HTTPException):
+            return _json({"detail": error.detail}, error.status_code, dict(error.headers or {}))
+        if isinstance(error, Refusal | BodyError | QueueFullError):
             self.counters.refused[error.reason] += 1
             environment = self.store.environment(error.env_id) if isinstance(error, Refusal) else None
             if environment is not None:
@@ -214,51 +202,31 @@ class TrajectoryApi:
             if self._refusals.is_new(f"{path} {error.reason} {sender}"):
                 about = {"event": "refused", "reason": error.reason}
                 logger.warning("%s refused: %s", path, error, extra=about)
-        match error:
-            case Refusal():
-                return _json(error.as_fields(), 422)
-            case BodyError():
-                # The rest of the body is not read: the connection cannot be used again.
-                headers = {"connection": "close"} | ({"retry-after": "1"} if error.status == 503 else {})
-                return _json({"detail": detail}, error.status, headers)
-            case QueueFullError():
-                self.counters.refused["queue_full"] += 1
-                return _json({"detail": detail}, 429, {"retry-after": "1"})
-            case ConflictError() | UnknownLeaseError():
-                status_code = 409 if isinstance(error, ConflictError) else 404
-                return _json({"detail": detail, "message": detail}, status_code)
-            case HTTPException():
-                return _json({"detail": error.detail}, error.status_code, dict(error.headers or {}))
-            case ClientDisconnect():
-                return Response(status_code=_CLIENT_GONE)
-        return _json({"detail": detail}, 507)
+        if isinstance(error, Refusal):
+            return _json(error.as_fields(), 422)
+        status_code = getattr(error, "status", 507)  # the disk refused
+        headers = {"retry-after": "1"} if status_code in (429, 503) else {}
+        if isinstance(error, BodyError):
+            headers["connection"] = "close"  # the rest of the body is not read
+        return _json({"detail": str(error), "message": str(error)}, status_code, headers)
 
     def _refused(self, request: Request) -> Response | None:
         """The answer to a request that is not allowed, else None."""
         settings, headers, path = self.store.settings, request.headers, request.scope["path"]
         forbidden = foreign_page(headers, settings.allowed_hosts, settings.cors_origins)
+        token, status_code = settings.token, 403
         if forbidden is not None and (path not in _OPEN_PATHS or forbidden.startswith("host")):
-            self.counters.refused["forbidden"] += 1
-            advice = "start the server with --allowed-host or --cors-origin to add it"
-            return _json({"detail": f"{forbidden}; {advice}"}, 403)
-        token = settings.token
-        if token is None or path in _OPEN_PATHS or has_token(headers, token):
+            detail = f"{forbidden}; start the server with --allowed-host or --cors-origin to add it"
+        elif token is None or path in _OPEN_PATHS or request.method == "OPTIONS" or has_token(headers, token):
             return None
-        if not has_token(headers, environment_token(token)):
-            self.counters.refused["unauthorized"] += 1
-            detail = "this server demands its token: send 'Authorization: Bearer TOKEN'"
-            return _json({"detail": detail}, 401, {"www-authenticate": "Bearer"})
-        if path == "/reset_data":
-            self.counters.refused["forbidden"] += 1
-            return _json({"detail": "an environment's token does not allow /reset_data: the run's own one does"}, 403)
-        return None
-
-    def _cors_headers(self, request: Request) -> list[tuple[bytes, bytes]]:
-        """Headers that let a page of an allowed origin read the answer; none otherwise."""
-        origin = request.headers.get("origin")
-        if origin is None or not {origin, "*"} & {*self.store.settings.cors_origins}:
-            return []
-        return [(b"access-control-allow-origin", origin.encode("latin-1")), *_CORS.items()]
+        elif not has_token(headers, environment_token(token)):
+            status_code, detail = 401, "this server demands its token: send 'Authorization: Bearer TOKEN'"
+        elif path == "/reset_data":
+            detail = "an environment's token does not allow /reset_data: the run's own one does"
+        else:
+            return None
+        self.counters.refused["forbidden" if status_code == 403 else "unauthorized"] += 1
+        return _json({"detail": detail}, status_code, {"www-authenticate": "Bearer"} if status_code == 401 else None)
 
     # --- trainer and environments ------------------------------------------------------------------------------------
 
@@ -325,8 +293,7 @@ class TrajectoryApi:
             largest=trainer.batch_size if trainer is not None and trainer.batch_fill == "exact" else None,
             packs=store.wants_packed,
         )
-        examined = await self.checker.check(body, is_list, rules)
-        groups = [group.checked for group in examined]
+        groups = await self.checker.check(body, is_list, rules)
         env_id = groups[0].env_id if groups else None
         await self._barrier.before_accept(env_id)
         for group in groups:
@@ -336,16 +303,16 @@ class TrajectoryApi:
         answer = store.accept(groups, lambda duplicates: self._reply(groups, duplicates, is_list), key, digest)
         for group in groups:
             store.hear_env(group.env_id)
-        by_digest = {one.checked.digest: one for one in examined}
+        by_digest = {group.digest: group for group in groups}
         for seq in range(first, store.next_seq):
             stored = store.groups[seq]
-            one = by_digest[stored.digest]
-            self._warn_of_unknown(one.checked)
+            group = by_digest[stored.digest]
+            self._warn_of_unknown(group)
             # After the answer, which its sender need not wait for: packing, and freeing some 50,000 numbers.
-            asyncio.get_running_loop().call_soon(self._answered, stored, one)
-            counters.bytes_in += len(stored.raw)
+            asyncio.get_running_loop().call_soon(self._answered, stored, group)
             counters.happened(store.now(), groups=1, tokens=stored.tokens)
-            counters.glimpses.append({"at": store.now(), "env_id": stored.env_id, **one.glimpse})
+            counters.bytes_in += len(stored.raw)
+            counters.glimpses.append({"at": store.now(), "env_id": stored.env_id, **group.glimpse})
         self._barrier.accepted(env_id, self._connection(request))
         self._arrived.set()
         return Response(answer, media_type="application/json")
@@ -364,15 +331,15 @@ class TrajectoryApi:
                 text = "environment %s sends %s, which is no field of ScoredData: it is not used"
                 logger.warning(text, group.env_id, json.dumps(name)[:_SHOWN_NAME])
 
-    def _answered(self, stored: StoredGroup, group: ExaminedGroup) -> None:
+    def _answered(self, stored: StoredGroup, group: CheckedGroup) -> None:
         """Pack ahead of need while that takes little beside what was received. Holds the last reference to the
         decoded group."""
         store = self.store
         room = _PACKED_SHARE * (store.held_bytes - store.packed_bytes) - store.packed_bytes
         # One that was checked apart before the first wish for packed batches has neither form any more.
-        wanted = store.wants_packed and room > 0 and (group.packed is not None or group.checked.fields is not None)
+        wanted = store.wants_packed and room > 0 and (group.packed is not None or group.fields is not None)
         if wanted and store.groups.get(stored.seq) is stored and stored.packed is None:
-            store.keep_packed(stored, pack_group(group.checked) if group.packed is None else group.packed)
+            store.keep_packed(stored, pack_group(group) if group.packed is None else group.packed)
 
     def _reply(self, groups: Sequence[CheckedGroup], duplicates: int, is_list: bool) -> bytes:
         """Upstream's answer to a POST, made before the groups are queued."""
@@ -438,31 +405,20 @@ class TrajectoryApi:
             store.hear_trainer()
         await store.synced()  # now: when the disk refuses it later, another request may be the one that hears of it
         members = store.members(batch)
-        tokens = sum(group.tokens for group in members)
         self.counters.happened(store.now(), batches=1)
-        text = f"batch of step {batch.step}: {len(members)} groups, {sum(group.size for group in members)} sequences"
+        about = {"step": batch.step, "groups": len(members), "sequences": sum(group.size for group in members)}
+        about["tokens"] = sum(group.tokens for group in members)
         again = "" if batch.deliveries == 1 else f" (delivery number {batch.deliveries})"
-        about = {"event": "batch", "step": batch.step, "groups": len(members), "tokens": tokens}
-        logger.info("%s, %d tokens%s", text, tokens, again, extra={**about, "lease": batch.lease_id})
-        try:
-            if wants_packed:
-                members = [await self._packed(group) for group in members]
-            if sum([len(group.raw) for group in members]) <= SLOW:
-                parts = batch_parts(members, packed=wants_packed)
-            else:  # packing many groups takes long; each of them is a few milliseconds without the event loop
-                parts = await asyncio.to_thread(batch_parts, members, packed=wants_packed)
+        text = "batch of step {step}: {groups} groups, {sequences} sequences, {tokens} tokens".format(**about)
+        logger.info("%s%s", text, again, extra={"event": "batch", **about, "lease": batch.lease_id})
+        try:  # joining a long batch takes a while
+            parts = await asyncio.to_thread(batch_parts, members, packed=wants_packed)
         except BaseException:
             store.settle(batch.lease_id, "it could not be sent")
             raise
         media_type = MEDIA_TYPE if wants_packed else "application/json"
         encoding = choose_encoding(store.settings.compression, request, sum(map(len, parts)))
         return BatchResponse(batch, parts, media_type, encoding, store, self.counters, self._connection(request))
-
-    async def _packed(self, group: StoredGroup) -> StoredGroup:
-        """A group that is long and was not packed ahead: packed apart, and not kept."""
-        if group.packed is not None or len(group.raw) <= SLOW:
-            return group
-        return replace(group, packed=await self.packer.pack(group))
 
     async def ack(self, request: Request) -> dict[str, Any]:
         lease_id = decoded(await self._body(request), AckRequest).lease_id
@@ -516,7 +472,7 @@ class TrajectoryApi:
         return {
             "status": status(store),
             "environments": environments(store),
-            "per_second": self.counters.per_second(now),
+            "uptime": now - self.counters.started_at,
             "series": [[row[0] - int(now), *row[1:]] for row in self.counters.series],
             "latest": list(self.counters.glimpses),
             "now": now,

@@ -8,7 +8,7 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import accumulate, islice
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -28,16 +28,13 @@ class StoredGroup:
 
     seq: int
     env_id: int | None
+    # As in ``CheckedGroup``:
     size: int
-    """Rollouts: sequences, or fewer where several are rows of one."""
     tokens: int
     arrived: float
     digest: bytes
-    """XXH3-128 of its JSON with every key."""
     raw: bytes
-    """Its JSON as received."""
     suffix: bytes = b""
-    """Replaces the closing brace of ``raw`` so that every key is there (upstream's trainers read them all)."""
     packed: bytes | None = None
     """Its binary form; None until somebody wants it."""
     passed_over: int = 0
@@ -45,10 +42,6 @@ class StoredGroup:
     def json_parts(self) -> list[bytes | memoryview]:
         """Its JSON with every key, in pieces: it may be long, and copying it takes time."""
         return [memoryview(self.raw)[:-1], self.suffix] if self.suffix else [self.raw]
-
-    @property
-    def held_bytes(self) -> int:
-        return len(self.raw) + len(self.packed or b"")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +92,7 @@ def choose_batch(view: QueueView, policy: BatchPolicy, now: float) -> list[Store
     if any(not pool.makes for pool in pools):
         return None
     # ends[i]: the totals that pools i.. can make together, each with its minimum.
-    ends = [1]
-    for pool in reversed(pools):
-        ends.append(_added(ends[-1], pool.makes, limit))
-    ends.reverse()
+    ends = [*accumulate(reversed(pools), lambda sums, pool: _added(sums, pool.makes, limit), initial=1)][::-1]
     target = batch_size if ends[0] >> batch_size & 1 else _fallback_target(view, policy, now, head, ends[0])
     if target is not None:
         return _shared_out(pools, ends, target, head)
@@ -172,13 +162,9 @@ def _pools(view: QueueView, batch_size: int, limit: int) -> list[_Pool]:
     minimums: dict[int | None, int] = {env_id: least for env_id, least in view.minimums.items() if least > 0}
     if total > batch_size:
         minimums = {env_id: max(1, least * batch_size // total) for env_id, least in minimums.items()}
-    classes: dict[int | None, dict[tuple[int | None, int], Iterable[StoredGroup]]] = {
-        owner: {} for owner in (*minimums, None)
-    }
-    for key, groups in view.classes.items():
-        classes[key[0] if key[0] in minimums else None][key] = groups
     pools = []
-    for owner, owned in classes.items():
+    for owner in (*minimums, None):
+        owned = {k: groups for k, groups in view.classes.items() if (k[0] if k[0] in minimums else None) == owner}
         candidates, least = _candidates(owned, batch_size), minimums.get(owner, 0)
         makes = _suffix_sums([group.size for group in candidates], limit)[0] >> least << least
         pools.append(_Pool(candidates, makes))
@@ -200,9 +186,8 @@ def _shared_out(
     return sorted(chosen, key=_by_age)
 
 
-# Sums of group sizes: a 0/1 knapsack, exact, on Python integers used as bit sets.
-# Bit ``s`` of a set is 1 when ``s`` sequences can be made of some of the groups. A group of size ``g`` adds
-# ``set << g``. For a batch of B sequences and n candidate groups that costs n shifts of B bits.
+# Sums of group sizes: a 0/1 knapsack, exact, on Python integers used as bit sets. Bit ``s`` of a set is 1 when some of
+# the groups make ``s`` sequences. A group of size ``g`` adds ``set << g``.
 
 
 def _bits(bits: int) -> Iterator[int]:
@@ -302,9 +287,9 @@ class GroupQueue:
     def take(self, chosen: Sequence[StoredGroup]) -> list[StoredGroup]:
         """Remove the groups of a batch. Returns the older ones that it left behind, the first of each class."""
         for group in chosen:
-            key = (group.env_id, group.size)
-            self.classes[key].remove(group)  # near the front: see ``_candidates``
-            if not self.classes[key]:
+            members = self.classes[key := (group.env_id, group.size)]
+            members.remove(group)  # near the front: see ``_candidates``
+            if not members:
                 del self.classes[key]
         self.in_classes -= sum(group.size for group in chosen)
         self.count(chosen, -1)

@@ -9,7 +9,6 @@ import asyncio
 import hashlib
 import importlib
 import importlib.util
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -22,23 +21,18 @@ from starlette.types import Receive, Scope, Send
 from atropos_verl.errors import AtroposVerlError
 from atropos_verl.http_thread import is_loopback
 from atropos_verl.protocol.schema import Refusal
-from atropos_verl.protocol.wire import join_packed, pack_stored
+from atropos_verl.protocol.wire import join_packed, pack_json
 from atropos_verl.server.batcher import StoredGroup
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.store import Batch, Counters, Store
 
 _T = TypeVar("_T", bound=msgspec.Struct)
-_MAX_INT = 2**63 - 1
-_MAX_FLOAT = 1e15
 _GZIP = 16 + zlib.MAX_WBITS
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 _IN_THREAD = 16 * 2**10
 """Compressed bytes from which inflating is left to a thread (zlib lets the event loop run meanwhile)."""
 _INFLATED_AT_ONCE = 4 * 2**20
 """Inflated bytes that are not counted yet."""
-_MAX_MEMBERS = 16_384
-_FIRST_CHUNK = 512
-_PADDING = re.compile(rb"\0*")
 LARGE = 2**20
 """Bytes that no body without groups exceeds. A longer one with groups is not looked at in this process, in which only
 its copying would take too long: it stays a ``bytearray``."""
@@ -68,37 +62,34 @@ async def read_body(request: Request, settings: ServerSettings, counters: Counte
     inflated = settings.max_inflated_bytes if is_data else min(LARGE, settings.max_inflated_bytes)
     encoding = request.headers.get("content-encoding", "").strip().lower()
     announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and len(announced) < 20:
+        _check_length(int(announced), longest, "body", "max_body_bytes")
     body: Any = bytearray()
-    length = int(announced) if announced.isdecimal() and len(announced) < 20 else 0
-    _check_length(length, longest, "body", "max_body_bytes")
-    length, loop = 0, asyncio.get_running_loop()
+    loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(settings.body_timeout) as silence:
             async for part in request.stream():
-                length += len(part)
-                _check_length(length, longest, "body", "max_body_bytes")
+                _check_length(len(body) + len(part), longest, "body", "max_body_bytes")
                 _hold(request, len(part), settings, counters)
                 body += part
                 silence.reschedule(loop.time() + settings.body_timeout)
     except TimeoutError:
-        text = f"no data for {settings.body_timeout:g} s (body_timeout), {length} bytes came"
+        text = f"no data for {settings.body_timeout:g} s (body_timeout), {len(body)} bytes came"
         raise BodyError(408, "body_timeout", text) from None
-    if encoding in ("", "identity"):
-        _check_length(length, inflated, "body", "max_inflated_bytes")
-        return body if length > LARGE else bytes(body)
-    if encoding not in ("gzip", "x-gzip", "deflate"):
+    if encoding in ("gzip", "x-gzip", "deflate"):
+        whole: Any = bytearray()
+        steps, held = _inflate(body, whole, inflated), 0
+        while (await asyncio.to_thread(next, steps, 0) if len(body) >= _IN_THREAD else next(steps, 0)) is None:
+            _hold(request, len(whole) - held, settings, counters)
+            held = len(whole)
+        body = whole
+    elif encoding not in ("", "identity"):
         raise BodyError(415, "encoding", f"content-encoding {encoding[:_SHOWN]!r} is not supported; send gzip, or none")
-    whole: Any = bytearray()
-    held = 0
-    steps = _inflate(body, whole, inflated)
-    while (await asyncio.to_thread(next, steps, True) if length >= _IN_THREAD else next(steps, True)) is None:
-        _hold(request, len(whole) - held, settings, counters)
-        held = len(whole)
-    return whole if held > LARGE else bytes(whole)
+    _check_length(len(body), inflated, "inflated body", "max_inflated_bytes")
+    return body if len(body) > LARGE else bytes(body)
 
 
 def _hold(request: Request, length: int, settings: ServerSettings, counters: Counters) -> None:
-    """Count bytes of a request that is not answered yet."""
     if counters.bytes_held + length > settings.max_bytes_at_once:
         text = f"{counters.bytes_held} bytes of other requests are being read (max_bytes_at_once); send it again later"
         raise BodyError(503, "busy", text)
@@ -112,58 +103,39 @@ def _check_length(length: int, limit: int, what: str, name: str) -> None:
 
 
 def _inflate(body: bytearray, inflated: bytearray, limit: int) -> Iterator[None]:
-    """All members of a gzip (or zlib) body, in time linear in it, are added to ``inflated``. Stops at ``limit`` bytes,
-    whatever follows. Yields after each ``_INFLATED_AT_ONCE`` of them, so that they can be counted, and at the end."""
-    at = told = 0
-    for _ in range(_MAX_MEMBERS):
-        if at == len(body):
-            yield
-            return
-        inflater, size = zlib.decompressobj(_GZIP_OR_ZLIB), _FIRST_CHUNK
-        while not inflater.eof:
-            chunk = body[at : at + size]
-            try:
-                more = inflater.decompress(chunk, min(limit + 1 - len(inflated), _INFLATED_AT_ONCE))
-            except zlib.error as error:
-                raise BodyError(400, "encoding", f"Invalid gzip payload: {error}") from None
-            if not chunk and not more and not inflater.eof:
-                raise BodyError(400, "encoding", "Invalid gzip payload: it is cut off")
-            inflated += more
-            if len(inflated) - told >= _INFLATED_AT_ONCE:
-                told = len(inflated)
-                yield
-            _check_length(len(inflated), limit, "inflated body", "max_inflated_bytes")
-            # What follows the member is copied out of each chunk, so chunks begin small.
-            at += len(chunk) - len(inflater.unused_data) - len(inflater.unconsumed_tail)
-            size = min(2 * size, _CHUNK)
-        padding = _PADDING.match(body, at)
-        at = at if padding is None else padding.end()
-    raise BodyError(400, "encoding", f"Invalid gzip payload: more than {_MAX_MEMBERS} members")
+    """A gzip (or zlib) body of one member is added to ``inflated``. Stops beyond ``limit`` bytes. Yields after each
+    step, of ``_INFLATED_AT_ONCE`` of them at most, so that they can be counted."""
+    inflater, at = zlib.decompressobj(_GZIP_OR_ZLIB), 0
+    while not inflater.eof and len(inflated) <= limit:
+        chunk, before = inflater.unconsumed_tail or body[at : at + _CHUNK], len(inflated)
+        at += 0 if inflater.unconsumed_tail else len(chunk)
+        try:
+            inflated += inflater.decompress(chunk, min(limit + 1 - before, _INFLATED_AT_ONCE))
+        except zlib.error as error:
+            raise BodyError(400, "encoding", f"Invalid gzip payload: {error}") from None
+        if not chunk and len(inflated) == before and not inflater.eof:
+            raise BodyError(400, "encoding", "Invalid gzip payload: it is cut off")
+        yield
+    if inflater.eof and (inflater.unused_data or at < len(body)):
+        raise BodyError(400, "encoding", "Invalid gzip payload: something follows its first member")
 
 
 def decoded(body: bytes, kind: type[_T]) -> _T:
     """The JSON of a body as a ``kind``, numbers converted as upstream does. Raises ``Refusal`` that names the field."""
     try:
         try:
-            found = msgspec.json.decode(body, type=kind, strict=False)
+            return msgspec.json.decode(body, type=kind, strict=False)
         except msgspec.ValidationError as error:
-            fields = {} if "got `bool`" not in str(error) else msgspec.json.decode(body, type=dict[str, Any])
-            if not fields:
+            if "got `bool`" not in str(error):
                 raise
+            fields = msgspec.json.decode(body, type=dict[str, Any])
             plain = {name: int(value) if isinstance(value, bool) else value for name, value in fields.items()}
-            found = msgspec.convert(plain, kind, strict=False)
+            return msgspec.convert(plain, kind, strict=False)
     except msgspec.ValidationError as error:
         field = str(error).rpartition("$.")[2].strip("`") if "$." in str(error) else ""
         raise Refusal("type", str(error), field) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Refusal("malformed_json", f"the body is not JSON: {error}") from None
-    for name in kind.__struct_fields__:
-        value = getattr(found, name)
-        limit = _MAX_INT if isinstance(value, int) else _MAX_FLOAT
-        if isinstance(value, int | float) and not -limit <= value <= limit:
-            shown = f"{value:g}" if isinstance(value, float) else "an integer of more than 64 bits"
-            raise Refusal("value", f"{name} = {shown}: must be from -{limit:g} to {limit:g}", name, value=value)
-    return found
 
 
 def lease_seconds(value: object, longest: float, name: str) -> float:
@@ -187,26 +159,19 @@ async def idempotency(request: Request, body: bytes) -> tuple[str | None, bytes]
     if not 0 < len(key) <= _MAX_KEY:
         raise Refusal("idempotency", f"Idempotency-Key must have 1 to {_MAX_KEY} characters, not {len(key)}")
     digest = hashlib.sha256(request.scope["path"].encode() + b"\n")
-    if len(body) < _IN_THREAD:
-        digest.update(body)
-    else:
-        await asyncio.to_thread(digest.update, body)
+    await asyncio.to_thread(digest.update, body)
     return key, digest.digest()[:16]
 
 
 def batch_parts(groups: Iterable[StoredGroup], *, packed: bool) -> list[bytes]:
     """A batch in the packed wire, or as ``{"batch": [...]}`` with the groups as received, in the pieces that are sent.
-
-    What was not packed ahead is packed now, and not kept.
-    """
-    pieces: list[bytes | memoryview] = [b'{"batch":[']
+    The packed wire holds as JSON what was not packed ahead."""
+    pieces: list[bytes | memoryview]
     if packed:
-        blobs = [pack_stored(group.raw) if group.packed is None else group.packed for group in groups]
-        pieces = [*join_packed(blobs)]
+        pieces = [*join_packed([group.packed or pack_json(b"".join(group.json_parts())) for group in groups])]
     else:
-        for index, group in enumerate(groups):
-            pieces += [b",", *group.json_parts()] if index else group.json_parts()
-        pieces.append(b"]}")
+        pieces = [piece for group in groups for piece in (b",", *group.json_parts())]
+        pieces = [b'{"batch":[', *pieces[1:], b"]}"]
     parts: list[bytes] = []
     start = length = 0
     for end, piece in enumerate(pieces, 1):
@@ -230,23 +195,12 @@ def choose_encoding(policy: str, request: Request, length: int) -> str | None:
 
 
 def compressor(encoding: str) -> Any:
-    """An object with ``compress(data)`` and ``flush()``."""
     if encoding == "zstd":
         return importlib.import_module("zstandard").ZstdCompressor(level=1).compressobj()
     return zlib.compressobj(1, zlib.DEFLATED, _GZIP)
 
 
-async def compressed(encoding: str, body: bytes) -> bytes:
-    """The whole of ``body``; a long one in a thread (zlib and zstd let the event loop run meanwhile)."""
-    made = compressor(encoding)
-    whole: bytes = await asyncio.to_thread(made.compress, body) if len(body) > LARGE // 4 else made.compress(body)
-    end: bytes = made.flush()
-    return whole + end
-
-
 class Connection:
-    """One client connection."""
-
     def __init__(self) -> None:
         self.lost = False
         self.reset = False
@@ -268,23 +222,15 @@ class Connection:
         self.done(read=error is None)
 
 
-def protocol_class(connections: dict[Any, Connection]) -> type[Any]:
-    """uvicorn's HTTP protocol, which also keeps ``connections``: the open ones by the client's address."""
-    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+class Connections(dict[Any, Connection]):
+    """The open ones, by the client's address. Empty under a server that tells nothing."""
 
-    base: Any = AutoHTTPProtocol
+    def opened(self, client: Any) -> None:
+        self[client] = Connection()
 
-    class ReportingProtocol(base):  # type: ignore[misc]
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            connections[self.client] = Connection()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            super().connection_lost(exc)
-            if (connection := connections.pop(self.client, None)) is not None:
-                connection.end(exc)
-
-    return ReportingProtocol
+    def ended(self, client: Any, error: Exception | None) -> None:
+        if (connection := self.pop(client, None)) is not None:
+            connection.end(error)
 
 
 class BatchResponse(Response):

@@ -8,6 +8,7 @@ import asyncio
 import gc
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -20,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from atropos_verl.protocol.schema import CheckedGroup, Refusal, SlowPathError, check_group, json_value, split_list
-from atropos_verl.protocol.wire import pack_group, pack_json, pack_stored
-from atropos_verl.server.batcher import StoredGroup
+from atropos_verl.protocol.wire import pack_group
 from atropos_verl.server.bodies import LARGE, BodyError
 
 SLOW = 64 << 10
@@ -35,11 +35,11 @@ _MEMORY_BYTES = 8 << 30
 _OUT_OF_MEMORY = (3, -signal.SIGSEGV, -signal.SIGABRT)
 """Exit codes: its own, and those of libraries that do not expect it."""
 _SECONDS = 60.0
-"""Time for one body, that of a start of the process included."""
 _MAX_GROUPS = 1000
+_ENV_ID = re.compile(rb'"env_id"\s*:\s*"?(\d{1,9})\b')
+"""Inside a string its quotes would be escaped."""
 _TRIES = 2
-_SHOWN_TEXT = 400
-_SHOWN_ROWS = 16
+_SHOWN_TEXT, _SHOWN_ROWS = 400, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,30 +52,16 @@ class Rules:
     largest: int | None
     """Sequences of a batch that must be exact: a larger group could never be handed out."""
     packs: bool
-    """The packed form will be wanted."""
 
 
-@dataclass(slots=True)
-class ExaminedGroup:
-    """A group that may be stored, and what is made of its decoded form, which is not kept."""
-
-    checked: CheckedGroup
-    glimpse: dict[str, Any]
-    """What the live page shows."""
-    packed: bytes | None = None
-
-
-def check_body(body: bytes, is_list: bool, rules: Rules, *, quick: bool = False) -> list[ExaminedGroup]:
+def check_body(body: bytes, is_list: bool, rules: Rules, *, quick: bool = False) -> list[CheckedGroup]:
     """The groups of a post. Raises ``Refusal``, and if ``quick`` ``SlowPathError`` where a second reading is needed."""
     brackets = body.count(b"[") + body.count(b"{")
-    if brackets > _MAX_BRACKETS:
-        text = f"the body has {brackets} lists and objects: send at most {_MAX_BRACKETS} in one request"
-        raise Refusal("too_many", text)
+    _check_number(brackets, _MAX_BRACKETS, "lists and objects")
     if quick and brackets + body.count(b'"') + body.count(b"null") > _MANY_PARTS:
         raise SlowPathError
     groups, parts = [], split_list(body, quick=quick) if is_list else [body]
-    if len(parts) > _MAX_GROUPS:
-        raise Refusal("too_many", f"the body has {len(parts)} groups: send at most {_MAX_GROUPS} in one request")
+    _check_number(len(parts), _MAX_GROUPS, "groups")
     for index, raw in enumerate(parts):
         try:
             checked = check_group(
@@ -87,9 +73,17 @@ def check_body(body: bytes, is_list: bool, rules: Rules, *, quick: bool = False)
         except Refusal as refusal:
             refusal.group = index if is_list else None
             refusal.value = json_value(refusal.value)  # a large or deep one is not to be sent between processes
+            if refusal.env_id is None and (found := _ENV_ID.findall(raw)):
+                refusal.env_id = int(found[-1])
             raise
-        groups.append(ExaminedGroup(checked, _glimpse(checked)))
+        checked.glimpse = _glimpse(checked)
+        groups.append(checked)
     return groups
+
+
+def _check_number(number: int, most: int, what: str) -> None:
+    if number > most:
+        raise Refusal("too_many", f"the body has {number} {what}: send at most {most} in one request")
 
 
 class BodyChecker:
@@ -103,31 +97,19 @@ class BodyChecker:
         self._pipe: Pipe | None = None
         self.process: subprocess.Popen[bytes] | None = None
 
-    async def check(self, body: bytes, is_list: bool, rules: Rules) -> list[ExaminedGroup]:
+    async def check(self, body: bytes, is_list: bool, rules: Rules) -> list[CheckedGroup]:
         """Raises ``Refusal``; ``BodyError`` 503 when the process was killed."""
         if len(body) <= LARGE:
             try:
                 return check_body(body, is_list, rules, quick=len(body) > SLOW)
             except SlowPathError:
                 pass
-        groups: list[ExaminedGroup] = await self._in_turn(body, is_list, rules)
-        return groups
+        # Who waits may be cancelled: the pipe is the next one's only when its thread has done with it.
+        return await asyncio.shield(self._in_turn(body, is_list, rules))
 
-    async def pack(self, group: StoredGroup) -> bytes:
-        """``pack_stored`` of a group of any length; as JSON where the process comes to a bound."""
-        try:
-            packed: bytes = await self._in_turn(group.raw, False, None)
-        except (Refusal, BodyError):
-            return pack_json(b"".join(group.json_parts()))
-        return packed
-
-    async def _in_turn(self, *question: Any) -> Any:
-        async def ask() -> Any:
-            async with self._turn:
-                return await asyncio.to_thread(self._ask, *question)
-
-        # Whoever waits may be cancelled: the pipe is the next one's only when its thread has done with it.
-        return await asyncio.shield(asyncio.ensure_future(ask()))
+    async def _in_turn(self, *question: Any) -> list[CheckedGroup]:
+        async with self._turn:
+            return await asyncio.to_thread(self._ask, *question)
 
     def close(self) -> None:
         """End the process, for good. One whose server is gone reads the end of the pipe."""
@@ -143,7 +125,7 @@ class BodyChecker:
             self.process.kill()
             return self.process.wait()
 
-    def _ask(self, body: bytes, is_list: bool, rules: Rules | None) -> Any:
+    def _ask(self, body: bytes, is_list: bool, rules: Rules) -> list[CheckedGroup]:
         for _ in range(_TRIES):
             with self._guard:
                 if self._closed:
@@ -162,19 +144,22 @@ class BodyChecker:
                 raise _too_much(body, f"longer than {_SECONDS:g} s")
             if isinstance(found, Refusal):
                 raise found
-            return found
-        text = "the process that checks large bodies was killed (is memory short?); send the group again"
-        raise BodyError(503, "checker", text)
+            groups: list[CheckedGroup] = found
+            return groups
+        raise BodyError(
+            503, "checker", "the process that checks large bodies was killed (is memory short?); send it again"
+        )
 
     def _start(self) -> Pipe:
         # Not by multiprocessing, which runs the main module of the program again.
         ours, theirs = socket.socketpair()
         with theirs:
-            command = f"from {__name__} import work; work({theirs.fileno()}, {_MEMORY_BYTES})"
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            words = [sys.executable, "-P", "-c", command]
+            code = f"from {__name__} import work; work({theirs.fileno()}, {_MEMORY_BYTES})"
             self.process = subprocess.Popen(
-                words, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+                [sys.executable, "-P", "-c", code],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
             )
         return Pipe(ours.detach())
 
@@ -203,29 +188,23 @@ def _too_much(body: bytes, what: str) -> Refusal:
     return Refusal("too_large", f"checking {len(body)} bytes takes {what}: send it in several requests")
 
 
-def _answer(body: bytes, is_list: bool, rules: Rules | None) -> list[ExaminedGroup] | Refusal | bytes:
-    """Without ``rules``: the packed form of a group that was checked before."""
-    if rules is None:
-        return pack_stored(body)
+def _answer(body: bytes, is_list: bool, rules: Rules) -> list[CheckedGroup] | Refusal:
     try:
         groups = check_body(body, is_list, rules)
     except Refusal as refusal:
         return refusal
     for group in groups:
-        group.packed = pack_group(group.checked) if rules.packs else None
-        group.checked.fields = None
+        group.packed = pack_group(group) if rules.packs else None
+        group.fields = None  # millions of objects are not to be sent between processes
     return groups
 
 
 def _glimpse(group: CheckedGroup) -> dict[str, Any]:
     """The part of an accepted group that the live page shows: its last message, else its first token ids."""
     fields = group.decoded
-    text = f"token ids {fields.tokens[0][:24]}"
-    messages = fields.messages
-    if isinstance(messages, list) and messages and isinstance(messages[0], list) and messages[0]:
-        last = messages[0][-1]
-        content = last.get("content")
-        said = content if isinstance(content, str) else json.dumps(content)
-        text = f"{last.get('role')}: {said[:_SHOWN_TEXT]}"
+    text, messages = f"token ids {fields.tokens[0][:24]}", fields.messages
+    if isinstance(messages, list) and messages and messages[0]:  # checked: a list of messages
+        said = messages[0][-1]["content"]
+        text = f"{messages[0][-1]['role']}: {said if isinstance(said, str) else json.dumps(said)}"
     lengths = [len(row) for row in fields.tokens[:_SHOWN_ROWS]]
     return {"scores": fields.scores[:_SHOWN_ROWS], "lengths": lengths, "text": text[:_SHOWN_TEXT]}

@@ -14,13 +14,10 @@ from typing import Any
 from atropos_verl.errors import AtroposVerlError, ConfigError
 from atropos_verl.http_thread import bracketed, is_loopback, listen, uvicorn_config
 from atropos_verl.server.app import TrajectoryApi
-from atropos_verl.server.bodies import protocol_class
 from atropos_verl.server.settings import COMPRESSIONS, SECOND_TRAINER, ServerSettings
 
 logger = logging.getLogger(__name__)
 
-_GRACEFUL_SHUTDOWN = 10
-"""Seconds that running requests are given at the end."""
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -52,10 +49,8 @@ def check_bind(host: str, settings: ServerSettings, *, insecure: bool = False) -
 def serve(settings: ServerSettings, host: str = "127.0.0.1", port: int = 8000, *, insecure: bool = False) -> None:
     """Serve until SIGINT or SIGTERM. Requests that run then are given 10 seconds.
 
-    Raises:
-        ConfigError: a public address without a token, or a data directory of an earlier version.
-        ServiceError: the port is taken.
-        StorageDamagedError, StorageWriteError: the data directory cannot be used.
+    Raises ``ConfigError`` (a public address without a token, a data directory of 0.1.0), ``ServiceError`` (the port is
+    taken), ``StorageError``.
     """
     import uvicorn
 
@@ -82,11 +77,11 @@ def serve(settings: ServerSettings, host: str = "127.0.0.1", port: int = 8000, *
 def uvicorn_options(app: TrajectoryApi) -> dict[str, Any]:
     """What the API needs beside ``uvicorn_config``'s own settings."""
     return {
-        "http": protocol_class(app.connections),
+        "connections": app.connections,
         "lifespan": "on",
         "proxy_headers": False,
         "server_header": False,
-        "timeout_graceful_shutdown": _GRACEFUL_SHUTDOWN,
+        "timeout_graceful_shutdown": 10,
     }
 
 
@@ -97,11 +92,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=8000, help="port; 0 takes a free one (default: 8000)")
     add("--data-dir", type=Path, help="keep everything here, so that a restart loses nothing (default: in memory)")
     add("--fsync", action="store_true", help="wait for the disk before each answer: safe against power loss, too")
-    add("--token", help="bearer token that clients must send (default: $ATROPOS_API_TOKEN; none: no check)")
+    add(
+        "--token",
+        default=os.environ.get("ATROPOS_API_TOKEN") or None,
+        help="bearer token that clients must send (default: $ATROPOS_API_TOKEN)",
+    )
     add("--insecure", action="store_true", help="allow a public --host without a token")
-    add("--cors-origin", action="append", default=[], help="web origin that may call (repeat; '*': any; default: none)")
-    add("--allowed-host", action="append", default=[], help="further Host name to answer to on the loopback")
-    add("--no-get-reset", action="store_true", help="allow /reset_data by POST only")
+    append: dict[str, Any] = {"action": "append", "default": []}
+    add("--cors-origin", dest="cors_origins", **append, help="web origin that may call (repeat; '*': any)")
+    add("--allowed-host", dest="allowed_hosts", **append, help="further Host name to answer to on the loopback")
+    add("--no-get-reset", dest="allow_get_reset", action="store_false", help="allow /reset_data by POST only")
     add("--second-trainer", choices=SECOND_TRAINER, default=known.second_trainer, help="while one is active")
     add("--env-timeout", type=float, default=known.env_timeout, help="silent seconds until an environment is gone")
     add("--dedupe-window", type=float, default=known.dedupe_window, help="seconds in which a repeated group is dropped")
@@ -122,18 +122,9 @@ def run(options: argparse.Namespace) -> int:
     handler.setFormatter(JsonFormatter() if options.log_format == "json" else plain)
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
-        serve(_settings(options), options.host, options.port, insecure=options.insecure)
+        values = {field.name: getattr(options, field.name) for field in fields(ServerSettings) if field.name in options}
+        serve(ServerSettings(**values), options.host, options.port, insecure=options.insecure)
     except AtroposVerlError as error:
         logger.error("%s", error)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
-
-
-def _settings(options: argparse.Namespace) -> ServerSettings:
-    same = {field.name: getattr(options, field.name) for field in fields(ServerSettings) if field.name in options}
-    return ServerSettings(
-        **{**same, "token": options.token or os.environ.get("ATROPOS_API_TOKEN") or None},
-        allow_get_reset=not options.no_get_reset,
-        cors_origins=tuple(options.cors_origin),
-        allowed_hosts=tuple(options.allowed_host),
-    )

@@ -1,6 +1,6 @@
 """``ServerSettings``: what the operator of a trajectory API decides. The trainer's wishes come with ``/register``."""
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from atropos_verl.errors import ConfigError
 
 SECOND_TRAINER = ("refuse", "share", "replace")
 COMPRESSIONS = ("auto", "always", "never")
+_MAY_BE_ZERO = ("trainer_timeout", "dedupe_window", "delivery_grace")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,15 +23,13 @@ class ServerSettings:
     """Bearer token that every data route demands."""
     allow_get_reset: bool = True
     """Upstream's clients reset by ``GET /reset_data``; False leaves only the POST."""
-    cors_origins: tuple[str, ...] = ()
+    cors_origins: Sequence[str] = ()
     """Origins of other sites whose pages may call the API. Empty: none."""
-    allowed_hosts: tuple[str, ...] = ()
+    allowed_hosts: Sequence[str] = ()
     """Names that a request's ``Host`` may have; empty: any. ``serve`` fills it for a loopback address."""
 
     max_body_bytes: int = 256 * 2**20
-    """Longest request body as sent (compressed)."""
     max_inflated_bytes: int = 512 * 2**20
-    """Longest request body once inflated."""
     max_bytes_at_once: int = 2**30
     """Bytes of all requests that are being read or checked."""
     max_queue_groups: int = 200_000
@@ -54,7 +53,6 @@ class ServerSettings:
     dedupe_window: float = 60.0
     """Seconds in which the same group from the same environment is stored once. 0: never compared."""
     max_lease: float = 86_400.0
-    """Longest lease in seconds."""
     delivery_grace: float = 60.0
     """Seconds after which a batch sent without a lease counts as delivered when its connection is still open."""
 
@@ -64,14 +62,11 @@ class ServerSettings:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int | float) and not isinstance(value, bool) and (value < 0 or math.isnan(value)):
-                raise ConfigError(f"{value} must not be negative", field.name)
-            if value == 0 and field.name.startswith("max_") and isinstance(value, int):
-                raise ConfigError("0 must be at least 1", field.name)
-            if value == 0 and field.name in ("body_timeout", "env_timeout", "max_lease"):
-                raise ConfigError("0 must be a number of seconds above 0", field.name)
-        if not 0 < self.soft_limit <= 1:
-            raise ConfigError(f"{self.soft_limit} must be above 0 and at most 1", "soft_limit")
+            may_be_zero = isinstance(value, bool) or field.name in _MAY_BE_ZERO
+            if isinstance(value, int | float) and not (value > 0 or (may_be_zero and value == 0)):
+                raise ConfigError(f"{value} must be a number {'of at least' if may_be_zero else 'above'} 0", field.name)
+        if self.soft_limit > 1:
+            raise ConfigError(f"{self.soft_limit} must be at most 1", "soft_limit")
         for name, known in (("second_trainer", SECOND_TRAINER), ("compression", COMPRESSIONS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{getattr(self, name)!r} must be one of {', '.join(known)}", name)

@@ -1,7 +1,5 @@
-"""Figures of the API: ``/status``, ``/status-env``, ``/metrics`` and the live page.
-
-All come from counts, in time that does not grow with the queue.
-"""
+"""Figures of the API, in time that does not grow with the queue: ``/status``, ``/status-env``, ``/metrics``, the
+page."""
 
 import math
 from collections.abc import Iterable, Iterator

@@ -5,7 +5,6 @@ An environment's status requests and its posts wait for each other, until it has
 """
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 
 from atropos_verl.server.bodies import Connection
@@ -22,22 +21,20 @@ class _Unread:
     """Answers of one kind that an environment has not done with yet, and a wait until there are none."""
 
     def __init__(self) -> None:
-        self._answers: set[object] = set()
+        self._answers: set[asyncio.Future[None]] = set()
         self._read_at = float("-inf")
-        self._none = asyncio.Event()
 
     def add(self, connection: Connection) -> Callable[[], None]:
         """One more, on ``connection``. Returns what ends it, too; to end it again does nothing."""
-        answer = object()
+        loop = asyncio.get_running_loop()
+        answer = loop.create_future()
         self._answers.add(answer)
-        self._none.clear()
 
         def end() -> None:
-            if answer in self._answers:
+            if not answer.done():
+                answer.set_result(None)
                 self._answers.remove(answer)
-                self._read_at = asyncio.get_running_loop().time()
-                if not self._answers:
-                    self._none.set()
+                self._read_at = loop.time()
 
         connection.when_done(lambda _: end())
         return end
@@ -47,8 +44,7 @@ class _Unread:
         if most is not None and len(self._answers) > most:
             return
         if self._answers:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._none.wait(), PATIENCE)
+            await asyncio.wait(self._answers, timeout=PATIENCE)
         settling = self._read_at + SETTLING - asyncio.get_running_loop().time()
         if settling > 0:
             await asyncio.sleep(settling)
@@ -67,7 +63,6 @@ class StatusBarrier:
             await self._statuses[env_id].all_read(_STATUSES)
 
     def accepted(self, env_id: int | None, connection: Connection | None) -> None:
-        """Its post is answered now."""
         if env_id is not None and connection is not None and not connection.lost:
             end = self._posts.setdefault(env_id, _Unread()).add(connection)
             asyncio.get_running_loop().call_later(PATIENCE, end)

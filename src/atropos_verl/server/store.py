@@ -48,31 +48,40 @@ _TABLES: dict[str, type[int] | type[str]] = {
     **dict.fromkeys(("state", "batches", "leases", "keys", "recent"), str),
 }
 _MAX_WEIGHT = 1e9
-_MAX_BATCH = 2**16
 _MAX_ENVIRONMENTS = 10_000
 _MAX_NAME = 200
 _REMEMBERED_LEASES = 65_536
 _REMEMBERED_KEYS = 100_000
 _EARLIER_LEASES = 8
+_ENDS = {
+    "closed": "was acked",
+    "superseded": "ended, and its batch was handed out again: discard your copy",
+    "returned": "has ended",
+}
 _REFUSED_SECONDS, _MOST_REFUSED_SECONDS = 1.0, 16.0
 """After a refused write, further posts are refused for this long without a try; twice as long after each in a row."""
 
 
 class QueueFullError(AtroposVerlError):
-    """There is no room for the groups (HTTP 429)."""
+    """There is no room for the groups."""
+
+    status, reason = 429, "queue_full"
 
 
 class ConflictError(AtroposVerlError):
-    """The request contradicts what has happened meanwhile (HTTP 409)."""
+    """The request contradicts what has happened meanwhile."""
+
+    status = 409
 
 
 class UnknownLeaseError(AtroposVerlError):
-    """There never was such a lease, or the server was reset (HTTP 404)."""
+    """There never was such a lease, or the server was reset."""
+
+    status = 404
 
 
 class Environment(msgspec.Struct, kw_only=True):
     env_id: int
-    """Its index."""
     real_name: str
     desired_name: str
     max_context_len: int
@@ -109,7 +118,6 @@ class Batch:
     earlier: list[str] = field(default_factory=list)
     """The latest leases under which it was out before, told to whoever gets it: one of them may have been its own."""
     seconds: float | None = None
-    """Length of the lease."""
 
 
 class _State(msgspec.Struct, kw_only=True):
@@ -121,12 +129,10 @@ class _State(msgspec.Struct, kw_only=True):
     registration: TrainerRegistration | None = None
     totals: dict[str, int] = {}
     environments: int = 0
-    """Rows of that table."""
 
 
 def steady_clock() -> Callable[[], float]:
-    """Seconds since the epoch by a clock that is never set: leases last as long as they say, whatever becomes of the
-    machine's time. That counts only when this is called."""
+    """Seconds since the epoch by a clock that is never set: leases last as long as they say."""
     begun = time.time() - time.monotonic()
     return lambda: begun + time.monotonic()
 
@@ -137,7 +143,6 @@ class Counters:
 
     started_at: float
     requests: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """(path, HTTP status) → requests."""
     refused: Counter[str] = field(default_factory=Counter)
     """Reason → groups or requests refused."""
     bytes_held: int = 0
@@ -145,9 +150,7 @@ class Counters:
     bytes_in: int = 0
     """Inflated bytes of accepted posts."""
     bytes_out: int = 0
-    """Bytes of batches sent."""
     glimpses: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_GLIMPSES))
-    """The latest groups, for the live page."""
     series: deque[tuple[int, int, int, int]] = field(default_factory=lambda: deque(maxlen=_SERIES_SECONDS))
     """(second, groups, tokens, batches) of each second in which anything happened."""
 
@@ -157,22 +160,13 @@ class Counters:
             before = self.series.pop()[1:]
         self.series.append((second, groups + before[0], tokens + before[1], batches + before[2]))
 
-    def per_second(self, now: float, window: int = 60) -> dict[str, float]:
-        """Means over the last ``window`` seconds (fewer when the server is younger)."""
-        seconds = max(1.0, min(window, now - self.started_at))
-        rows = [row for row in self.series if row[0] > now - window]
-        names = ("groups", "tokens", "batches")
-        return {name: round(sum(row[i + 1] for row in rows) / seconds, 3) for i, name in enumerate(names)}
-
 
 class Store:
     """Belongs to the event loop. ``now``: seconds since the epoch, for tests."""
 
     def __init__(self, settings: ServerSettings, now: Callable[[], float] | None = None) -> None:
-        """Open the data directory, if there is one, and go on where the last process ended.
-
-        Raises ``ConfigError`` where an earlier version wrote the directory, ``StorageError`` where it cannot be used.
-        """
+        """Open the data directory, if there is one, and go on where the last process ended. Raises ``ConfigError``
+        where 0.1.0 wrote it, ``StorageError`` where it cannot be used."""
         self.settings = settings
         self.now = now or steady_clock()
         self.wants_packed = False
@@ -189,7 +183,7 @@ class Store:
         self._settled: dict[str, str | None] = {}
         """Lease ids of ended deliveries, and why the batch comes back (None: it arrived), until that is stored."""
         self._records: RecordStore | None = None
-        self._arrivals = None if settings.data_dir is None else settings.data_dir / ARRIVALS_FILE
+        self._arrivals: Path | None = None
         """None: they are not recorded (any more)."""
         self._numbers = itertools.count(1)
         """Rows of leases, keys and batches are read again in the order of their numbers."""
@@ -198,16 +192,22 @@ class Store:
         self.next_seq = 0
         """Number of the next group. It never starts again, so a number means one group."""
         self._clear()
-        if settings.data_dir is not None:
-            _refuse_old_format(settings.data_dir)
-            path = settings.data_dir / STORE_FILE
-            self._records = RecordStore(path, _TABLES, owner="trajectory API", fsync=settings.fsync, large="bodies")
-            try:
-                self._load(self._records, None)
-            except BaseException:
-                self._records.close()
-                raise
-            self._after_restart()
+        directory = settings.data_dir
+        if directory is None:
+            return
+        if any(directory.glob("segment-*.log")):
+            advice = "finish the run with it, or delete the directory and lose the groups that wait in it"
+            raise ConfigError(f"{directory} is of version 0.1.0 (segment-*.log): {advice}", "data_dir")
+        self._arrivals = directory / ARRIVALS_FILE
+        self._records = RecordStore(
+            directory / STORE_FILE, _TABLES, owner="trajectory API", fsync=settings.fsync, large="bodies"
+        )
+        try:
+            self._load(self._records, None)
+        except BaseException:
+            self._records.close()
+            raise
+        self._after_restart()
 
     def _clear(self) -> None:
         self.step = 0
@@ -218,7 +218,6 @@ class Store:
         """Every group that is not acked: waiting, handed out, returned."""
         self.queue = GroupQueue()
         self.outstanding: dict[str, Batch] = {}
-        """Handed out, by lease id."""
         self.returned: list[Batch] = []
         """Came back: the next to be handed out, the lowest step first."""
         self.leases: OrderedDict[str, str] = OrderedDict()
@@ -238,10 +237,8 @@ class Store:
         return 0 if self._records is None else self._records.size
 
     async def synced(self) -> None:
-        """Return when every change so far is stored.
-
-        Raises ``StorageWriteError`` when the disk refused one. None of those that were not stored has happened.
-        """
+        """Return when every change so far is stored. Raises ``StorageWriteError`` when the disk refused one: none of
+        those that were not stored has happened."""
         if self._written is None:
             return
         try:
@@ -252,7 +249,6 @@ class Store:
         self._refused_seconds = 0.0
 
     def close(self) -> None:
-        """Finish the writes, and let go of the directory. Idempotent."""
         if self._records is not None:
             self._records.close()
 
@@ -387,12 +383,7 @@ class Store:
 
     def register(self, registration: TrainerRegistration) -> str:
         """Register a trainer. Returns ``new``, ``resumed`` (the same run again: its new settings hold) or ``shared``.
-
-        Raises ``Refusal`` (unknown setting) or ``ConflictError`` (another run's trainer is active, not shared).
-        """
-        if registration.batch_size > _MAX_BATCH:
-            message = f"batch_size = {registration.batch_size}: must be at most {_MAX_BATCH} sequences"
-            raise Refusal("value", message, "batch_size", value=registration.batch_size)
+        Raises ``Refusal`` (unknown setting) or ``ConflictError`` (another run's trainer is active, not shared)."""
         if registration.batch_fill not in BATCH_FILLS:
             message = f"batch_fill = {registration.batch_fill!r} must be one of {', '.join(BATCH_FILLS)}"
             raise Refusal("value", message, "batch_fill", value=registration.batch_fill)
@@ -401,16 +392,15 @@ class Store:
         leased = any(batch.deadline is not None for batch in self.outstanding.values())
         if current is not None and (leased or silent < self.settings.trainer_timeout):
             if self.settings.second_trainer == "share":
-                self.hear_trainer()
+                self.trainer_heard = self.now()
                 return "shared"
-            if self.settings.second_trainer == "refuse" and not registration.same_run(current):
-                run = f"{current.wandb_project!r}/{current.wandb_group!r}"
+            if self.settings.second_trainer == "refuse" and registration.run != current.run:
                 raise ConflictError(
-                    f"the trainer of run {run} is registered and was heard {silent:.0f} s ago; wait until it is silent "
-                    f"for {self.settings.trainer_timeout:g} s and its leases have ended, reset the server "
-                    "(/reset_data), or start it with --second-trainer share"
+                    f"the trainer of run {current.wandb_project!r}/{current.wandb_group!r} is registered and was heard "
+                    f"{silent:.0f} s ago; wait until it is silent for {self.settings.trainer_timeout:g} s and its "
+                    "leases have ended, reset the server (/reset_data), or start it with --second-trainer share"
                 )
-        kind = "resumed" if current is not None and registration.same_run(current) else "new"
+        kind = "resumed" if current is not None and registration.run == current.run else "new"
         self.registration = registration
         self.step = registration.starting_step
         if current is not None:
@@ -422,8 +412,7 @@ class Store:
                 self._end_lease(batch.lease_id, "superseded")
             self.returned = []
         self._commit()
-        self.hear_trainer()
-        self._registered_at = self.now()
+        self.trainer_heard = self._registered_at = self.now()
         logger.info("trainer registered (%s): %d sequences per batch", kind, registration.batch_size)
         return kind
 
@@ -458,12 +447,12 @@ class Store:
         taken = {other.env_id for other in self.alive()} | {group.env_id for group in self.groups.values()}
         gone = [other for other in self.environments if other.env_id not in taken]
         if not gone:
-            text = f"{_MAX_ENVIRONMENTS} environments are connected or have groups here; end some of them"
-            raise QueueFullError(text)
+            raise QueueFullError(
+                f"{_MAX_ENVIRONMENTS} environments are connected or have groups here; end some of them"
+            )
         return min(gone, key=lambda other: other.heard_at).env_id
 
     def disconnect_env(self, env_id: int) -> bool:
-        """False when there is no such environment."""
         environment = self.environment(env_id)
         if environment is not None and environment.connected:
             environment.connected = False
@@ -521,12 +510,13 @@ class Store:
         if self._refused is not None and self.now() - self._refused[0] < self._refused_seconds:
             raise self._refused[1]
         fresh = [group for group in groups if not self._is_duplicate(group)]
-        waiting, most = self.queue.groups, self.settings.max_queue_groups
-        if fresh and waiting + len(fresh) > most:
-            raise QueueFullError(f"the queue is full: {waiting} groups wait, max_queue_groups is {most}")
-        held, most = self.held_bytes, self.settings.max_queue_bytes
-        if fresh and held + sum(len(group.raw) for group in fresh) > most:
-            raise QueueFullError(f"the queue is full: {held} bytes are held, max_queue_bytes is {most}")
+        waiting, held, bounds = self.queue.groups, self.held_bytes, self.settings
+        if fresh and waiting + len(fresh) > bounds.max_queue_groups:
+            text = f"the queue is full: {waiting} groups wait, max_queue_groups is {bounds.max_queue_groups}"
+            raise QueueFullError(text)
+        if fresh and held + sum(len(group.raw) for group in fresh) > bounds.max_queue_bytes:
+            text = f"the queue is full: {held} bytes are held, max_queue_bytes is {bounds.max_queue_bytes}"
+            raise QueueFullError(text)
         duplicates = len(groups) - len(fresh)
         answer = reply(duplicates)
         for group in fresh:
@@ -588,7 +578,6 @@ class Store:
         return full >= settings.soft_limit
 
     def keep_packed(self, group: StoredGroup, packed: bytes) -> None:
-        """Keep the binary form of a group in memory."""
         self._count_held(group, -1)
         group.packed = packed
         self._count_held(group, 1)
@@ -597,8 +586,9 @@ class Store:
         return [self.groups[seq] for seq in batch.seqs]
 
     def _count_held(self, group: StoredGroup, sign: int) -> None:
-        self.held_bytes += sign * group.held_bytes
-        self.packed_bytes += sign * (len(group.packed) if group.packed is not None else 0)
+        packed = len(group.packed or b"")
+        self.held_bytes += sign * (len(group.raw) + packed)
+        self.packed_bytes += sign * packed
         self.held_tokens += sign * group.tokens
 
     # --- batches: at most one holder of each, at any time ------------------------------------------------------------
@@ -611,25 +601,24 @@ class Store:
             self.started = True
             self._commit()
         self.expire()
-        lease_id = uuid.uuid4().hex
-        deadline = None if lease_seconds is None else now + lease_seconds
         if self.returned:
             old = self.returned.pop(0)
-            earlier = [*old.earlier, old.lease_id][-_EARLIER_LEASES:]
-            batch = Batch(lease_id, old.step, old.seqs, deadline, old.deliveries + 1, earlier, lease_seconds)
             self.queue.count(self.members(old), -1)
             self._end_lease(old.lease_id, "superseded")
-        else:
-            chosen = self._choose()
-            if chosen is None:
-                return None
+            earlier = [*old.earlier, old.lease_id][-_EARLIER_LEASES:]
+            batch = replace(old, deliveries=old.deliveries + 1, earlier=earlier)
+        elif (chosen := self._choose()) is not None:
             self.step += 1
-            batch = Batch(lease_id, self.step, [group.seq for group in chosen], deadline, seconds=lease_seconds)
-            for group in self.queue.take(self.members(batch)):
+            batch = Batch("", self.step, [group.seq for group in chosen], None)
+            for group in self.queue.take(chosen):
                 self._save_group(group)
             self.totals["batches"] += 1
             self._record_arrivals(batch.step, now, chosen)
-        self.outstanding[lease_id] = batch
+        else:
+            return None
+        batch.lease_id, batch.seconds = uuid.uuid4().hex, lease_seconds
+        batch.deadline = None if lease_seconds is None else now + lease_seconds
+        self.outstanding[batch.lease_id] = batch
         self._save_batch(batch, out=True)
         self._commit()
         return batch
@@ -655,7 +644,7 @@ class Store:
             return "already"
         late = next((batch for batch in self.returned if batch.lease_id == lease_id), None)
         if late is None:
-            self._drop(self.outstanding.pop(self._held(lease_id).lease_id))
+            self._drop(self._held(lease_id))
             return "acked"
         self.returned.remove(late)
         self.queue.count(self.members(late), -1)
@@ -684,10 +673,9 @@ class Store:
         if batch is not None and lost is not None:
             self._take_back(batch, lost)
         elif batch is not None:
-            self._drop(self.outstanding.pop(lease_id))
+            self._drop(batch)
 
     def _take_back(self, batch: Batch, reason: str) -> None:
-        """Return a batch to the front of the queue."""
         del self.outstanding[batch.lease_id]
         bisect.insort(self.returned, batch, key=lambda other: other.step)
         self.queue.count(self.members(batch), 1)
@@ -697,7 +685,6 @@ class Store:
         logger.warning("batch of step %d returned to the queue: %s", batch.step, reason)
 
     def expire(self) -> None:
-        """Return the batches whose lease has ended."""
         now = self.now()
         for lease_id, lost in list(self._settled.items()):
             if lease_id in self.outstanding:
@@ -709,6 +696,7 @@ class Store:
                 self._take_back(batch, "its lease ended without an ack")
 
     def _drop(self, batch: Batch) -> None:
+        self.outstanding.pop(batch.lease_id, None)
         for group in self.members(batch):
             del self.groups[group.seq]
             self._count_held(group, -1)
@@ -733,14 +721,11 @@ class Store:
         self.expire()
         if lease_id in self.outstanding:
             return self.outstanding[lease_id]
-        how = self.leases.get(lease_id)
-        if how == "closed":
-            raise ConflictError(f"lease {lease_id} was acked")
-        if how == "superseded":
-            raise ConflictError(f"lease {lease_id} ended, and its batch was handed out again: discard your copy")
-        if any(batch.lease_id == lease_id for batch in self.returned):
-            raise ConflictError(f"lease {lease_id} has ended")
-        raise UnknownLeaseError(f"no lease {lease_id!r}; was the server reset?")
+        is_back = any(batch.lease_id == lease_id for batch in self.returned)
+        how = "returned" if is_back else self.leases.get(lease_id)
+        if how is None:
+            raise UnknownLeaseError(f"no lease {lease_id!r}; was the server reset?")
+        raise ConflictError(f"lease {lease_id} {_ENDS[how]}")
 
     # --- which groups ------------------------------------------------------------------------------------------------
 
@@ -792,15 +777,3 @@ def _in_order(rows: Mapping[Key, bytes], kind: type[_T]) -> list[tuple[str, _T]]
     decoder = msgspec.json.Decoder(kind)
     found: list[Any] = [(str(key), decoder.decode(value)) for key, value in rows.items()]
     return sorted(found, key=lambda entry: entry[1][0])
-
-
-def _refuse_old_format(directory: Path) -> None:
-    files = list(directory.glob("segment-*.log"))
-    if files:
-        size = sum(path.stat().st_size for path in files)
-        raise ConfigError(
-            f"{directory} holds {len(files)} log file(s) of an earlier version ({size} bytes, segment-*.log), which "
-            "this version cannot read; finish the run with the version that wrote them, or delete the directory and "
-            "lose the groups that wait in it",
-            "data_dir",
-        )

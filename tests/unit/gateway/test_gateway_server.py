@@ -89,16 +89,6 @@ def test_every_bind_address_has_a_url_that_can_be_called(host: str, called: str)
         assert bool(options["allowed_hosts"]) == host.startswith(("127.", "localhost", "::1", "[::1"))
 
 
-def test_application_that_never_answers_is_an_error_and_leaves_no_thread() -> None:
-    async def broken(scope: object, receive: object, send: object) -> None:
-        raise RuntimeError("broken application")
-
-    server = GatewayServer(broken)
-    with pytest.raises(ServiceError, match=r"no answer from http://127\.0\.0\.1:\d+/health within 0\.3 s"):
-        server.start(timeout=0.3)
-    assert not server.is_running
-
-
 @pytest.mark.parametrize("in_time", [True, False])
 def test_stop_lets_requests_finish_and_cancels_those_that_take_too_long(in_time: bool) -> None:
     engine = FakeEngine(token_delay=0.02)

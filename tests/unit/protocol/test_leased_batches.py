@@ -3,7 +3,6 @@
 A killed process is one whose lease keeper stopped and whose objects are made anew from the run directory.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.journal import BatchJournal
 from atropos_verl.protocol.leases import HeldBatch, LeasedBatches
 from atropos_verl.protocol.messages import TrainerRegistration
+from atropos_verl.protocol.wire import decode_batch
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.store import Store
 
@@ -73,7 +73,7 @@ class Run:
 
 @contextmanager
 def run_of(api: Any, tmp_path: Path, name: str = "run", lease: float = LEASE) -> Iterator[Run]:
-    options: dict[str, Any] = {"timeout": 5.0, "retry_delay": 0.01, "max_wait_time": 5.0, "packed": False}
+    options: dict[str, Any] = {"timeout": 5.0, "retry_delay": 0.01, "max_wait_time": 5.0}
     journal = BatchJournal(tmp_path / name / "journal")
     with (
         AtroposClient(api.url, lease_seconds=lease, **options) as client,
@@ -84,9 +84,8 @@ def run_of(api: Any, tmp_path: Path, name: str = "run", lease: float = LEASE) ->
 
 def number_of(held: HeldBatch) -> int:
     """The number of the one group of the batch."""
-    found = json.loads(held.body)["batch"]
-    assert len(found) == 1
-    return int(found[0]["tokens"][0][0])
+    [group] = decode_batch(held.body)
+    return int(group.token_ids[0][0])
 
 
 def rest_of(run: Run) -> list[int]:

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.malformed import comparable, good_group, malformed_cases
-from support.trajectory_server import group
+from support.trajectory_server import complete, group
 
 from atropos_verl.errors import AtroposProtocolError
 from atropos_verl.protocol.schema import Refusal, check_group
-from atropos_verl.protocol.wire import MAGIC, decode_batch, decode_group, join_packed, pack_group, pack_stored
+from atropos_verl.protocol.wire import MAGIC, decode_batch, decode_group, join_packed, pack_group, pack_json
 from atropos_verl.types import ScoredGroup
 
 
@@ -27,7 +27,7 @@ def assert_same(one: ScoredGroup, other: ScoredGroup) -> None:
 
 
 def both(made: dict[str, Any]) -> tuple[ScoredGroup, ScoredGroup]:
-    raw = check_group(json.dumps(made).encode()).complete()
+    raw = complete(check_group(json.dumps(made).encode()))
     (found,) = decode_batch(packed(made))
     return found, decode_group(raw)
 
@@ -62,17 +62,6 @@ def test_both_wires_give_the_same_group(name: str) -> None:
     assert_same(*both(made))
 
 
-def test_values_by_hand() -> None:
-    made = {"tokens": [[5, 6, 7], [5, 8]], "masks": [[-100, -100, 7], [-100, 8]], "scores": [1, -0.5]}
-    (found,) = decode_batch(packed({**made, "inference_logprobs": [[1.0, 1.0, -0.5], [1.0, -0.1]], "env_id": 4}))
-    assert [row.tolist() for row in found.token_ids] == [[5, 6, 7], [5, 8]]
-    assert [row.tolist() for row in found.masks] == [[-100, -100, 7], [-100, 8]]
-    assert found.scores.tolist() == [1.0, -0.5]
-    assert found.inference_logprobs is not None
-    assert [row.tolist() for row in found.inference_logprobs if row is not None] == [[1.0, 1.0, -0.5], [1.0, -0.1]]
-    assert (found.env_id, found.advantages, found.raw) == (4, None, b"")
-
-
 def test_floats_are_halved_only_when_nothing_is_lost() -> None:
     exact, rounded = float(np.float32(-0.1)), -0.1
     ids = [[1] * 64]
@@ -104,17 +93,13 @@ def test_random_batches(seed: int) -> None:
     found = decode_batch(packed(*accepted))
     assert len(found) == len(accepted)
     for one, candidate in zip(found, accepted, strict=True):
-        assert_same(one, decode_group(check_group(json.dumps(candidate).encode()).complete()))
+        assert_same(one, decode_group(complete(check_group(json.dumps(candidate).encode()))))
 
 
-def test_what_an_earlier_server_let_in_comes_as_json() -> None:
+def test_a_group_of_a_packed_batch_may_come_as_json() -> None:
     raw = json.dumps(group(3, 2, overrides={"temperature": 1})).encode()
-    (found,) = decode_batch(b"".join(join_packed([pack_stored(raw)])))
+    (found,) = decode_batch(b"".join(join_packed([pack_json(raw)])))
     assert found.defect == 'overrides = {"temperature": 1}: expected a list' and found.raw == raw
-
-
-def test_an_empty_batch() -> None:
-    assert decode_batch(packed()) == []
 
 
 def test_any_cut_is_an_error() -> None:

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from support.trajectory_server import group
+from support.trajectory_server import complete, group
 
 from atropos_verl.protocol.schema import Refusal, check_group, split_list
 from atropos_verl.protocol.wire import decode_group
@@ -161,7 +161,7 @@ def test_unknown_environments() -> None:
 def test_a_group_is_kept_as_it_came_with_null_for_what_is_absent() -> None:
     raw = b' {"tokens" : [[1, 2]],"masks":[[-100,2]], "scores":[1], "advantages": null }\n'
     checked = check_group(raw)
-    assert checked.complete() == (
+    assert complete(checked) == (
         b'{"tokens" : [[1, 2]],"masks":[[-100,2]], "scores":[1], "advantages": null ,"ref_logprobs":null,'
         b'"messages":null,"generation_params":null,"inference_logprobs":null,"overrides":null,'
         b'"group_overrides":null,"images":null,"env_id":null,"distill_token_ids":null,"distill_logprobs":null}'
@@ -207,11 +207,11 @@ def test_numbers_are_converted_as_upstreams_server_does(fields: dict[str, Any]) 
     raw = json.dumps({"tokens": [[1, 2, 3]], "masks": [[1, 2, 3]], "scores": [1], **fields}).encode()
     checked = check_group(raw, environments=1)
     expected = ScoredData.model_validate_json(raw).model_dump()
-    stored = json.loads(checked.complete())
+    stored = json.loads(complete(checked))
     assert stored == expected
     numbers = [stored[name] for name in ("tokens", "masks", "scores", "advantages", "inference_logprobs", "env_id")]
     assert not any(kind in json.dumps(numbers) for kind in ("true", "false", '"'))
-    assert decode_group(checked.complete()).defect is None
+    assert decode_group(complete(checked)).defect is None
 
 
 def test_lone_surrogates_in_a_message_are_kept() -> None:

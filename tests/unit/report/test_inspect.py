@@ -330,7 +330,7 @@ def test_a_run_directory_is_its_journal_and_what_it_refused(tmp_path: Path) -> N
     assert found[5].recorded_reason == "scores[0] = nan: must be finite"
     code, text = inspect(tmp_path)
     assert code == 0 and "groups: 4 used, 2 refused" in text
-    journal.assign(entries[1], 1)
+    journal.change(entries[1], step=1)
     journal.discard_through(1)
     kept = ["batch_000001.json group 0", "batch_000001.json group 1", "batch_000003.json group 0", "batch_000004.json"]
     assert [f.origin for f in read_path(journal.directory)] == [*kept, "kept/batch_000002.json group 0"]

@@ -97,7 +97,7 @@ def one_thing(store: Store, rng: random.Random, clock: Clock, leases: list[str],
             store.register(TrainerRegistration(**registration(rng.choice([6, 8]), starting_step=rng.randrange(5))))
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_a_restart_at_any_moment_finds_the_same_state(tmp_path: Path, seed: int) -> None:
     rng, clock = random.Random(seed), Clock()
     leases: list[str] = []
@@ -277,7 +277,7 @@ def test_a_row_of_another_version_is_an_error_that_says_so(tmp_path: Path) -> No
 def test_a_directory_of_an_earlier_version_is_refused_and_not_touched(tmp_path: Path) -> None:
     for number in (1, 2):
         (tmp_path / f"segment-00000{number}.log").write_bytes(b"ATRLOG1\n" + b"x" * 92)
-    with pytest.raises(ConfigError, match=r"2 log file\(s\) of an earlier version \(200 bytes, segment-\*.log\)"):
+    with pytest.raises(ConfigError, match=r"is of version 0\.1\.0 \(segment-\*\.log\)"):
         opened(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["segment-000001.log", "segment-000002.log"]
 
@@ -321,16 +321,6 @@ def test_a_record_that_cannot_be_written_is_reported_once_and_stops_no_batch(
     store.close()
     warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert [record.message.count(ARRIVALS_FILE) for record in warned] == [1]
-
-
-def test_a_server_in_memory_keeps_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    store = Store(ServerSettings())
-    store.register(TrainerRegistration(**registration(4)))
-    store.next_batch(None)
-    post(store, 1, env_id=None)
-    assert store.next_batch(None) is not None
-    assert list(tmp_path.iterdir()) == []
 
 
 async def test_a_refused_ack_has_not_happened_and_can_be_repeated(

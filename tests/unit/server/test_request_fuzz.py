@@ -50,13 +50,13 @@ def check_consistent(app: TrajectoryApi) -> None:
     assert sorted(out + back + waiting) == sorted(store.groups)
     assert store.queue.groups == len(waiting) + len(back)
     assert store.queue.sequences == sum(store.groups[seq].size for seq in waiting + back)
-    assert store.held_bytes == sum(group.held_bytes for group in store.groups.values())
+    assert store.held_bytes == sum(len(group.raw + (group.packed or b"")) for group in store.groups.values())
     assert app.counters.bytes_held == 0
 
 
 @pytest.mark.parametrize("token", [None, "T"])
 async def test_no_request_makes_the_api_fail(token: str | None, caplog: pytest.LogCaptureFixture) -> None:
-    count = int(os.environ.get("ATROPOS_VERL_FUZZ", 7000)) // 2
+    count = int(os.environ.get("ATROPOS_VERL_FUZZ", 2400)) // 2
     if count > 100_000:
         caplog.set_level(logging.CRITICAL, "atropos_verl")  # pytest keeps every record
     clock = Clock()

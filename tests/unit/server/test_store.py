@@ -275,8 +275,8 @@ def test_reset_forgets_and_goes_on() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "why"),
     [
-        ("dedupe_window", -1.0, "must not be negative"),
-        ("max_queue_groups", 0, "at least 1"),
+        ("dedupe_window", -1.0, "of at least 0"),
+        ("max_queue_groups", 0, "above 0"),
         ("env_timeout", 0.0, "above 0"),
         ("soft_limit", 1.5, "at most 1"),
         ("second_trainer", "maybe", "one of refuse, share"),

@@ -351,7 +351,7 @@ def test_versions_survive_a_restart_beside_the_journal(tmp_path: Path) -> None:
                 assert not new.records  # they were of that ledger
                 kept = {name: getattr(new, name) for name in ("found", "versions", "logprobs", "records")}
                 assert replace(old, **kept) == new
-    again.assign(pending, 1)
+    again.change(pending, step=1)
     again.discard_through(1)
     assert list(tmp_path.iterdir()) == []
 

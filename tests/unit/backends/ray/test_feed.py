@@ -55,7 +55,7 @@ class Batches:
 
     def trained(self, entry: JournalEntry, step: int) -> JournalEntry:
         self.calls.append(("trained", (entry.sequence, step)))
-        return self.journal.assign(entry, step)
+        return self.journal.change(entry, step=step)
 
     def ack(self, entry: JournalEntry) -> str:
         self.calls.append(("ack", entry.sequence))
