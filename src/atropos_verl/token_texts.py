@@ -12,8 +12,7 @@ from atropos_verl.types import IntArray
 
 _REPLACEMENT = "\ufffd"
 _SENTENCEPIECE_SPACE = "\u2581"
-_BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-"""A token of one byte, as SentencePiece names it."""
+_BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's name of a token of one byte
 _PLAIN, _COMPOSED = "a B\n c", "e\u0301\ufb01\u3000"
 """A normaliser that changes the first does more than to bring characters into one form; most that do that change the
 second."""

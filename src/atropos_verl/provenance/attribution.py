@@ -26,18 +26,14 @@ _MOST_COMPARED = 512
 class SequenceQuery:
     """One scored sequence, as far as the ledger is concerned."""
 
-    token_ids: IntArray
-    """[T]"""
-    loss_mask: NDArray[np.bool_]
-    """[T]; True = trained."""
+    token_ids: IntArray  # [T]
+    loss_mask: NDArray[np.bool_]  # [T]; True = trained
     logprobs: FloatArray | None = None
     """[T] that the environment sent; NaN = no value."""
-    group: int = 0
-    """Sequences of one group share it."""
+    group: int = 0  # sequences of one group share it
     is_text: bool = False
     """Its ids are only a form of its text; False: the environment sent values of just these tokens."""
-    has_advantages: bool = False
-    """Token by token: they follow the text."""
+    has_advantages: bool = False  # token by token: they follow the text
 
 
 def look_up(ledger: Ledger, queries: Sequence[SequenceQuery], repairer: Repairer | None = None) -> list[SequenceMatch]:
@@ -171,10 +167,8 @@ def _match(query: SequenceQuery, repair: Repair, picks: _Picks, certain: list[in
 def first_difference(
     ledger: Ledger, token_ids: IntArray, read: Callable[[NDArray[np.int32]], Sequence[Any]]
 ) -> tuple[int, Sequence[Any], Sequence[Any]]:
-    """Where ``token_ids`` turn away from the newest record that agrees longest with them, and what both hold.
-
-    ``read``: token ids → what is compared, the ids or their text. 0: nothing agrees.
-    """
+    """Where ``token_ids`` turn away from the newest record that agrees longest with them, and what both hold. ``read``:
+    token ids → what is compared, the ids or their text. 0: nothing agrees."""
     posted = read(np.asarray(token_ids, dtype=IDS))
     longest, similar = 0, posted[:0]
     for record in ledger.newest(_MOST_COMPARED):

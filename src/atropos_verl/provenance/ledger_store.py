@@ -3,15 +3,6 @@
 ``run_dir/ledger/ledger.sqlite`` is a ``RecordStore``. It holds what the ledger holds in memory: a record that the
 ledger forgets is deleted here, too.
 
-======= ===== ==================================================================
-table   key   value
-======= ===== ==================================================================
-prompts hash  token ids of a prompt
-spans   order one completion: ids, logprobs, version runs
-uses    order number of trained sequences that hold the completion
-state   0     the newest order; when the run was resumed
-======= ===== ==================================================================
-
 Half a ledger is worse than none: of two alike completions it might know only the wrong one. So a store that has lost
 rows (it and its copy are damaged), or that cannot be written any more, is given up as a whole.
 """
@@ -37,12 +28,12 @@ Row = tuple[str, int, tuple[Any, ...] | None]
 
 
 class Contents(msgspec.Struct):
-    """The rows of a store when it was opened, by table."""
+    """The rows of a store when it was opened, by table. The first entry of each is its key."""
 
-    prompts: list[tuple[int, bytes]] = []
+    prompts: list[tuple[int, bytes]] = []  # hash, token ids
     spans: list[tuple[int, int, int, bytes, bytes, Runs, float, int]] = []
     """Order, request, hash of the prompt, ids, logprobs, runs, temperature, hash of the end, as in ``SpanRecord``."""
-    uses: list[tuple[int, int]] = []
+    uses: list[tuple[int, int]] = []  # order, trained sequences that hold it
     state: list[tuple[int, int, Runs]] = []
     """0, the newest order, and (policy version, newest order before it) of each process that resumed the run."""
 

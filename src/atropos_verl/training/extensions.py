@@ -131,10 +131,8 @@ def _shown(value: Any) -> str:
 def scores_of(
     path: str, function: Callable[..., Any], prompts: list[str], texts: list[str], key: str = "reward_fn"
 ) -> FloatArray:
-    """Scores of ``texts``, float64 [N], by the user's reward function, whose name is ``path``.
-
-    Raises ``ConfigError``, which names the function and what it returned or raised.
-    """
+    """Scores of ``texts``, float64 [N], by the user's reward function, whose name is ``path``. Raises ``ConfigError``,
+    which names the function and what it returned or raised."""
     entries = _entries(key, path, _result(key, path, function, prompts, texts), len(texts), "scores")
     return np.array([_numbers(key, path, score, ((),), f"score {i}") for i, score in enumerate(entries)])
 
@@ -165,10 +163,8 @@ def load_loss(path: str) -> Callable[..., LossOutput]:
 
 
 def load_advantage(path: str) -> Callable[[ScoredGroup], list[FloatArray]]:
-    """``algorithm.advantage_path`` as a function that returns float64 [T_i] for each sequence of a group.
-
-    It is given the scores of the rollouts, and returns one entry of each, or one of each sequence.
-    """
+    """``algorithm.advantage_path`` as a function that returns float64 [T_i] for each sequence of a group. The user's is
+    given the scores of the rollouts, and returns one entry of each, or one of each sequence."""
     function = load_function(key := "algorithm.advantage_path", path)
 
     def advantages(group: ScoredGroup) -> list[FloatArray]:
@@ -200,10 +196,8 @@ def load_filter(path: str) -> Callable[[Sequence[ScoredGroup]], list[bool]]:
 
 
 def load_rescoring(path: str, decode: Callable[..., str]) -> Callable[[ScoredGroup], ScoredGroup]:
-    """``reward.path`` as a function that gives a group new scores; ``decode`` is the tokenizer's.
-
-    The prompt of a sequence ends at its first trained token. A rollout has the score of its last row.
-    """
+    """``reward.path`` as a function that gives a group new scores; ``decode`` is the tokenizer's. The prompt of a
+    sequence ends at its first trained token; a rollout has the score of its last row."""
     function = load_function(key := "reward.path", path)
 
     def rescored(group: ScoredGroup) -> ScoredGroup:

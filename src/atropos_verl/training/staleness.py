@@ -76,11 +76,9 @@ class Applied(NamedTuple):
 
 
 class BatchProvenance:
-    """Looks the batches of one run up in the gateway's ledger; without one only what environments say is known.
-
-    ``tokenizer`` is that of the policy; without one nothing is repaired. ``resumed_at`` is the policy version at which
-    this process went on with a run; None: it began it.
-    """
+    """Looks the batches of one run up in the gateway's ledger; without one only what environments say is known. Without
+    the policy's ``tokenizer`` nothing is repaired. ``resumed_at`` is the policy version at which this process went on
+    with a run; None: it began it."""
 
     def __init__(
         self, config: OffPolicyConfig, ledger: Ledger | None, settings: SampleSettings, tokenizer: Any = None
@@ -355,10 +353,8 @@ def is_stale(version: int | None, policy_version: int, bound: int | None) -> boo
 
 
 def group_version(group: ScoredGroup) -> int | None:
-    """The oldest policy version that wrote a trained token of the group; None: unknown.
-
-    A sequence without known ``token_versions`` counts with the version that its environment states.
-    """
+    """The oldest policy version that wrote a trained token of the group; None: unknown. A sequence without known
+    ``token_versions`` counts with the version that its environment states."""
     found = []
     for i in range(len(group)):
         row = None if group.token_versions is None else group.token_versions[i]
@@ -378,11 +374,8 @@ def stated_version(group: ScoredGroup, i: int) -> int | None:
 
 
 def staleness_metrics(samples: Sequence[TrainingSample], policy_version: int) -> dict[str, float | int | None]:
-    """Counts how many optimiser steps the policy that wrote a batch is behind the one that the batch updates.
-
-    A group is as stale as its oldest trained token. ``policy_version`` is that before the update. In the histograms
-    ``off_policy/{groups,tokens}_at_staleness/N`` 8 stands for 8 and more.
-    """
+    """How many optimiser steps the policy that wrote a batch is behind that of ``policy_version``, before the update. A
+    group is as stale as its oldest trained token. In the histograms 8 stands for 8 and more."""
     oldest: dict[str, int | None] = {}
     tokens: Counter[int] = Counter()
     unknown_tokens = 0

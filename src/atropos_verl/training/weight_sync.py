@@ -154,7 +154,7 @@ class AtroposShardingManager:
             raise
         self.gate.resume()
         held = time.perf_counter() - paused
-        return self._note(version, seconds + held, copied, difference, held)
+        return self._note(SyncReport(version, seconds + held, copied, difference, held))
 
     def restore(self) -> SyncReport:
         """Gives an engine in the open rollout phase that lost its weights the source's. Raises as ``sync``."""
@@ -191,11 +191,9 @@ class AtroposShardingManager:
         copied = update(self.source.named_tensors(), **versioned)
         seconds = time.perf_counter() - started
         difference = None if self.canary is None else self.canary.check()
-        return self._note(version, seconds, copied, difference, None)
+        return self._note(SyncReport(version, seconds, copied if isinstance(copied, int) else 0, difference, None))
 
-    def _note(
-        self, version: int, seconds: float, copied: object, difference: float | None, paused: float | None
-    ) -> SyncReport:
-        self.last_sync = SyncReport(version, seconds, copied if isinstance(copied, int) else 0, difference, paused)
+    def _note(self, report: SyncReport) -> SyncReport:
+        self.last_sync = report
         self.syncs += 1
-        return self.last_sync
+        return report
