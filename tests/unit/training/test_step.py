@@ -64,6 +64,8 @@ def test_resuming_removes_later_steps_and_the_line_cut_short(tmp_path: Path) -> 
     with log.path.open("a") as file:
         file.write('{"step": 2, "policy_ver')
     log = StepLog(tmp_path, 2)
+    inode = log.path.stat().st_ino
+    assert StepLog(tmp_path, 2).path.stat().st_ino == inode, "a file without later steps is not touched"
     assert log.rewards == [0.25, 0.5], "those of every process of the run"
     assert log.path.read_text() == f"{before[0]}\n{before[1]}\n"
     log.append(report(3, loss=9.0))
@@ -71,15 +73,6 @@ def test_resuming_removes_later_steps_and_the_line_cut_short(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert StepLog(tmp_path, 0).rewards == []
     assert log.path.read_text() == ""
-
-
-def test_a_file_without_later_steps_is_not_touched(tmp_path: Path) -> None:
-    log = StepLog(tmp_path, 5)
-    assert not log.path.exists()
-    log.append(report(1))
-    inode = log.path.stat().st_ino
-    StepLog(tmp_path, 1)
-    assert log.path.stat().st_ino == inode
 
 
 def test_summary_is_json_with_null_for_what_is_not_finite(tmp_path: Path) -> None:
